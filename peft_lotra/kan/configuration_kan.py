@@ -1,0 +1,73 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Configuration of `KANModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PretrainedConfig
+
+
+class KANConfig(PretrainedConfig):
+    """
+    Configuration of a `KANModel`.
+
+    `num_labels`, and with it `id2label` and `label2id`, follows from the last width; pass `id2label` to give the
+    labels names.
+
+    Args:
+        widths: sizes of the input, of each hidden layer and of the output.
+        grid_size: number of intervals of each grid.
+        spline_order: degree of the splines, 1 to 5.
+        grid_range: ends of the grids of a new model.
+        problem_type: "regression", "single_label_classification", "multi_label_classification", or None to tell by
+            the labels, see `KANModel.forward`.
+        **kwargs: as for `transformers.PretrainedConfig`.
+
+    Raises:
+        ValueError: `num_labels` or `id2label` disagree with the last width.
+    """
+
+    model_type = "kan"
+    # transformers 5 makes each subclass a dataclass, whose own comparison would not see what `__init__` sets.
+    __eq__ = PretrainedConfig.__eq__
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (2, 5, 1),
+        grid_size: int = 5,
+        spline_order: int = 3,
+        grid_range: tuple[float, float] = (-1.0, 1.0),
+        problem_type: str | None = None,
+        **kwargs,
+    ) -> None:
+        # As tuples, so that a configuration read from JSON, where they are lists, equals the one that was written.
+        self.widths = tuple(widths)
+        self.grid_size = grid_size
+        self.spline_order = spline_order
+        self.grid_range = tuple(grid_range)
+        if kwargs.get("id2label") is None and kwargs.get("num_labels") is None:
+            kwargs["num_labels"] = self.widths[-1]
+        super().__init__(problem_type=problem_type, **kwargs)
+        self.check_num_labels()
+
+    def check_num_labels(self) -> None:
+        """Raise a `ValueError` unless there is one label for each output."""
+        if self.num_labels != self.widths[-1]:
+            raise ValueError(
+                f"`num_labels` (the length of `id2label`) is {self.num_labels}, but the last of `widths` = "
+                f"{self.widths} is {self.widths[-1]}. Give only `widths`, or make the two agree."
+            )

@@ -1,0 +1,151 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A Kolmogorov-Arnold network as a transformers model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_kan import KANConfig
+from .layer import KANLinear
+from .network import KAN
+
+
+@dataclass
+class KANOutput(ModelOutput):
+    """
+    Args:
+        loss: scalar, None without labels.
+        logits: the network's output, shape (..., widths[-1]); for regression, the predictions.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+class KANModel(PreTrainedModel):
+    """
+    A `KAN` with what transformers adds to a model: `save_pretrained`, `from_pretrained`, the Hub, `Trainer`.
+
+    Importing this module registers it, so that `AutoConfig` and `AutoModel` find it.
+
+    Attributes:
+        kan: the network.
+    """
+
+    config_class = KANConfig
+    base_model_prefix = "kan"
+    main_input_name = "inputs"
+
+    def __init__(self, config: KANConfig) -> None:
+        config.check_num_labels()
+        super().__init__(config)
+        self.kan = KAN(config.widths, config.grid_size, config.spline_order, config.grid_range)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        if not isinstance(module, KANLinear):
+            return
+        # transformers asks for this when any tensor of the module was missing from a checkpoint, and marks those that
+        # were not.
+        loaded = [
+            (tensor, tensor.clone())
+            for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False))
+            if getattr(tensor, "_is_hf_initialized", False)
+        ]
+        module.reset_parameters()
+        for tensor, value in loaded:
+            tensor.copy_(value)
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> KANOutput | tuple[torch.Tensor, ...]:
+        """
+        Args:
+            inputs: shape (..., widths[0]), of the model's dtype.
+            labels: by `config.problem_type`,
+                "regression": targets of the shape of the logits (without the last dimension, if it is 1), squared
+                error;
+                "single_label_classification": indices of classes, shape (...), -100 where there is none, cross
+                entropy;
+                "multi_label_classification": zeros and ones of the shape of the logits, binary cross entropy.
+                If it is None: one output means regression; otherwise integers mean one label, booleans several.
+                Floating point labels for several outputs may mean regression as well as several labels: they are
+                refused. The configuration is left as it is.
+            return_dict: False for a tuple; None follows the configuration.
+
+        Returns:
+            `KANOutput`, or a tuple of those of its items that are not None.
+
+        Raises:
+            ValueError: the shape of inputs or labels does not fit, or the loss cannot be told from the labels.
+        """
+        logits = self.kan(inputs)
+        loss = None if labels is None else self._loss(logits, labels)
+        output = KANOutput(loss=loss, logits=logits)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        problem_type = self.config.problem_type or self._infer_problem_type(labels)
+        if problem_type == "single_label_classification":
+            expected = logits.shape[:-1]
+        elif problem_type == "regression" and logits.shape[-1] == 1 and labels.shape == logits.shape[:-1]:
+            expected, logits = labels.shape, logits.squeeze(-1)
+        else:
+            expected = logits.shape
+        # Without this, a wrong shape would broadcast to a loss that looks right.
+        if labels.shape != expected:
+            raise ValueError(
+                f"The labels have shape {tuple(labels.shape)}, but {problem_type} with this input expects "
+                f"{tuple(expected)}."
+            )
+
+        if problem_type == "regression":
+            return F.mse_loss(logits, labels.to(logits.dtype))
+        if problem_type == "single_label_classification":
+            return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long())
+        if problem_type == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        raise ValueError(
+            f"`config.problem_type` is {problem_type!r}, expected 'regression', 'single_label_classification' or "
+            "'multi_label_classification'."
+        )
+
+    def _infer_problem_type(self, labels: torch.Tensor) -> str:
+        if self.config.num_labels == 1:
+            return "regression"
+        if labels.dtype == torch.bool:
+            return "multi_label_classification"
+        if not labels.is_floating_point():
+            return "single_label_classification"
+        raise ValueError(
+            f"Labels of dtype {labels.dtype} for {self.config.num_labels} outputs may mean regression or several "
+            "labels at once. Set `config.problem_type` to 'regression' or 'multi_label_classification'."
+        )
+
+
+AutoConfig.register("kan", KANConfig, exist_ok=True)
+AutoModel.register(KANConfig, KANModel, exist_ok=True)

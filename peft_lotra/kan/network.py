@@ -1,0 +1,88 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A Kolmogorov-Arnold network as a stack of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .layer import KANLinear
+
+
+class KAN(nn.Module):
+    """
+    A stack of `KANLinear` layers, `self.layers`. It starts with activations of about the same variance at each depth.
+
+    Args:
+        widths: sizes of the input, of each hidden layer and of the output; at least two.
+        grid_size, spline_order, grid_range, device, dtype: as for `KANLinear`, the same in each layer.
+
+    Raises:
+        ValueError: `widths` are fewer than two or not positive integers, or an argument that `KANLinear` refuses.
+
+    Source: Liu et al., "KAN: Kolmogorov-Arnold Networks", arXiv 2404.19756, eq. (2.7).
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        grid_size: int = 5,
+        spline_order: int = 3,
+        grid_range: tuple[float, float] = (-1, 1),
+        device=None,
+        dtype=None,
+    ) -> None:
+        widths = list(widths)
+        if len(widths) < 2 or not all(isinstance(width, int) and width >= 1 for width in widths):
+            raise ValueError(
+                f"`widths` is {widths}, but must be at least two positive integers: the sizes of the input, of each "
+                "hidden layer and of the output, such as [2, 16, 1]."
+            )
+        super().__init__()
+        self.layers = nn.ModuleList(
+            KANLinear(n_in, n_out, grid_size, spline_order, grid_range, device, dtype)
+            for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs (..., widths[0]) to outputs (..., widths[-1]); raises `ValueError` for another last dimension."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    @torch.no_grad()
+    def update_grid(self, x: torch.Tensor, margin: float = 0.01) -> None:
+        """
+        Move the grids of all layers to the samples that reach them, first layer first, keeping the network's function.
+
+        Args:
+            x: samples of the network's input, shape (..., widths[0]).
+            margin: as in `KANLinear.update_grid`.
+
+        Raises:
+            ValueError: as `KANLinear.update_grid`, for the samples or for what they become in a layer. All layers
+                are then as they were.
+        """
+        before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        try:
+            for layer in self.layers:
+                layer.update_grid(x, margin)
+                x = layer(x)
+        except Exception:
+            self.load_state_dict(before)
+            raise

@@ -1,0 +1,416 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The KAN families: where each library keeps its coefficients, and how a new one is described.
+
+KAN libraries differ in the name and the axis order of a parameter, not in kind: every layer maps x (..., in) to
+y[o] = sum_{i,k} A[o,i,k] basis_k(x[i]), plus a residual branch sum_i W[o,i] silu(x[i]) in most of them. A family is
+therefore described (`KANLayerSpec`), not re-implemented.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .kan.layer import KANLinear
+from .layout import Layout, parse_layout
+
+
+@dataclass(frozen=True)
+class KANLayerSpec:
+    """The description of a KAN family; see [`register_kan_layer`] for its fields."""
+
+    family: str
+    matches: Callable[[nn.Module], bool]
+    coefficients: tuple[str, str]
+    residual: tuple[str, str] | None = None
+    grid: tuple[str, ...] = ()
+    grid_methods: tuple[str, ...] = ()
+    network_methods: tuple[str, ...] = ()
+    checkpoint_methods: tuple[str, ...] = ()
+    basis: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
+    axes: Callable[[nn.Module], Mapping[str, int]] | None = None
+
+    def locate(self, layer: nn.Module) -> CoefficientTensor:
+        """Finds the coefficients of a layer of this family.
+
+        Raises:
+            ValueError: A pattern does not fit the parameter; the message repeats both.
+        """
+        name, pattern = self.coefficients
+        layout = parse_layout(pattern)
+        lengths = dict(self.axes(layer)) if self.axes is not None else {}
+        parameters = {name: layout}
+        if self.residual is not None and _get(layer, self.residual[0]) is not None:
+            parameters[self.residual[0]] = parse_layout(self.residual[1])
+        # The residual weights (out, in) settle what a flattened coefficient pattern leaves open, so look at them first.
+        for parameter_name, parameter_layout in reversed(parameters.items()):
+            parameter = _get(layer, parameter_name)
+            try:
+                if parameter is None:
+                    raise ValueError("There is no such parameter.")
+                lengths = parameter_layout.axis_lengths(parameter.shape, lengths)
+            except ValueError as error:
+                raise ValueError(
+                    f"{type(layer).__name__} was recognised as a KAN layer of the family {self.family!r}, but its "
+                    f"parameter `{parameter_name}` is not as described. {error}"
+                ) from error
+        return CoefficientTensor(self.family, parameters, lengths)
+
+
+@dataclass(frozen=True)
+class CoefficientTensor:
+    """Where one layer keeps its coefficients, as seen in the canonical order (out, in, basis).
+
+    Attributes:
+        family (`str`): The family of the layer.
+        parameters (`dict[str, Layout]`): The parameter of the coefficients, then that of the residual branch if it has
+            one of its own; dotted names reach into sub-modules.
+        lengths (`dict[str, int]`): The length of each axis that the layouts name.
+    """
+
+    family: str
+    parameters: Mapping[str, Layout]
+    lengths: Mapping[str, int] = field(repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(out, in, basis), without the residual branch."""
+        layout = next(iter(self.parameters.values()))
+        basis = 1
+        for axis in layout.basis:
+            basis *= self.lengths[axis]
+        return self.lengths["o"], self.lengths["i"], basis
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether the layer has a residual branch."""
+        layout = next(iter(self.parameters.values()))
+        return len(self.parameters) == 2 or layout.packed_residual is not None
+
+    def get_parameter(self, layer: nn.Module) -> torch.Tensor:
+        """The parameter of the coefficients, as stored. Read as an attribute: under FSDP it is a plain tensor view."""
+        return _get(layer, next(iter(self.parameters)))
+
+    def read(self, layer: nn.Module, residual: bool = True) -> torch.Tensor:
+        """The coefficients of the layer as (out, in, basis), or (out, in, basis + 1) with the residual branch."""
+        parts = [layout.to_canonical(_get(layer, name), self.lengths) for name, layout in self.parameters.items()]
+        tensor = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        return tensor if residual else tensor[..., : self.shape[-1]]
+
+    def split(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The inverse of `read`: the parts of a canonical tensor, each in the layout of the parameter it belongs to.
+
+        A tensor without the residual slice gives no part for a residual parameter, and zeros where it is packed.
+        """
+        basis = self.shape[-1]
+        (name, layout), *residual = self.parameters.items()
+        if layout.packed_residual is not None:
+            if tensor.shape[-1] == basis:
+                tensor = nn.functional.pad(tensor, (0, 1))
+            return {name: layout.from_canonical(tensor, self.lengths)}
+        parts = {name: layout.from_canonical(tensor[..., :basis], self.lengths)}
+        if residual and tensor.shape[-1] > basis:
+            name, layout = residual[0]
+            parts[name] = layout.from_canonical(tensor[..., basis:], self.lengths)
+        return parts
+
+
+_SPECS: dict[str, KANLayerSpec] = {}
+
+
+def register_kan_layer(
+    family: str,
+    *,
+    matches: type[nn.Module] | Callable[[nn.Module], bool],
+    coefficients: tuple[str, str],
+    residual: tuple[str, str] | None = None,
+    grid: tuple[str, ...] = (),
+    grid_methods: tuple[str, ...] = (),
+    network_methods: tuple[str, ...] = (),
+    checkpoint_methods: tuple[str, ...] = (),
+    basis: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
+    axes: Callable[[nn.Module], Mapping[str, int]] | None = None,
+) -> KANLayerSpec:
+    """Teaches LoTRA a family of KAN layers. The last one registered is asked first; a known name is replaced.
+
+    Example:
+
+    ```py
+    >>> register_kan_layer(
+    ...     "my-kan",
+    ...     matches=MyKANLayer,                       # or a predicate: lambda m: hasattr(m, "spline_coeffs")
+    ...     coefficients=("spline_coeffs", "i o k"),  # the parameter, and its layout
+    ...     residual=("base_coeffs", "o i"),
+    ... )
+    ```
+
+    Args:
+        family (`str`): The name under which the family is reported.
+        matches (`type` or `Callable`): The class of the layers, or a predicate on a module. Prefer a predicate on the
+            parameters' names where users copy the file and rename the class.
+        coefficients (`tuple[str, str]`): The parameter that holds the coefficients (dotted names reach into
+            sub-modules) and its layout as an einops pattern: `o` and `i` are the output and input features, any other
+            axes make up the basis mode in the order in which they appear. `"o i k"`, `"i o k"`, `"o (i k)"`,
+            `"t o i g"`; `"o ((i k) + i)"` where the residual weights are packed behind the coefficients.
+        residual (`tuple[str, str]`, *optional*): The parameter of the residual branch and its layout, of `o` and `i`.
+            A layer on which it is absent or `None` has no residual branch.
+        grid (`tuple[str, ...]`): The state that gives the coefficients their meaning.
+        grid_methods (`tuple[str, ...]`): The layer's methods that change that state, or cut or permute the
+            coefficients. They raise while an adapter is attached and not merged.
+        network_methods (`tuple[str, ...]`): Methods of the network around the layer that rebuild it from its state
+            dict or replace its layers. They raise until the adapters are unloaded.
+        checkpoint_methods (`tuple[str, ...]`): Methods of the network around the layer that save it. They save the
+            network with its adapters merged, under its original names.
+        basis (`Callable`, *optional*): `basis(layer, x)` with x (batch, in) returns the basis functions
+            (batch, in, basis) that the coefficients multiply.
+        axes (`Callable`, *optional*): `axes(layer)` returns the lengths of axes that no shape determines, e.g.
+            `{"k": layer.num_grids}` for the layout `"o (i k)"`.
+
+    Returns:
+        `KANLayerSpec`: The description.
+
+    Raises:
+        ValueError: A pattern is malformed, or has no basis axis.
+    """
+    if not parse_layout(coefficients[1]).basis:
+        raise ValueError(
+            f"Pattern {coefficients[1]!r} of the coefficients of {family!r} has no basis axis: name at least one axis "
+            "besides `o` and `i`, e.g. 'o i k'."
+        )
+    if residual is not None and parse_layout(residual[1]).basis:
+        raise ValueError(
+            f"Pattern {residual[1]!r} of the residual weights of {family!r} has an axis besides `o` and `i`: expected "
+            "'o i' or 'i o'."
+        )
+    if residual is not None and parse_layout(coefficients[1]).packed_residual is not None:
+        raise ValueError(f"The coefficients of {family!r} already contain the residual weights: drop `residual`.")
+    if isinstance(matches, type):
+        cls = matches
+
+        def matches(module: nn.Module) -> bool:
+            return isinstance(module, cls)
+
+    spec = KANLayerSpec(
+        family,
+        matches,
+        tuple(coefficients),
+        None if residual is None else tuple(residual),
+        tuple(grid),
+        tuple(grid_methods),
+        tuple(network_methods),
+        tuple(checkpoint_methods),
+        basis,
+        axes,
+    )
+    _SPECS.pop(family, None)
+    _SPECS[family] = spec
+    return spec
+
+
+def known_families() -> list[str]:
+    """The names of all registered families, in the order in which they were registered."""
+    return list(_SPECS)
+
+
+def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
+    """The description of the family that the module belongs to, or `None` if it is no KAN layer that is known."""
+    for spec in reversed(_SPECS.values()):
+        try:
+            if spec.matches(module):
+                return spec
+        except AttributeError:  # a predicate that reads what this module does not have says no
+            continue
+    return None
+
+
+@dataclass(frozen=True)
+class FoundKANLayer:
+    """A KAN layer that was recognised in a model.
+
+    Attributes:
+        name (`str`): Its name in the model, as `target_modules` takes it; `""` if it is the model itself.
+        family (`str`): The family it was recognised as.
+        shape (`tuple[int, int, int]`): (out, in, basis) of its coefficient tensor.
+        has_residual (`bool`): Whether it has a residual branch, i.e. one more slice of the basis mode.
+    """
+
+    name: str
+    family: str
+    shape: tuple[int, int, int]
+    has_residual: bool
+
+
+def find_kan_layers(model: nn.Module) -> list[FoundKANLayer]:
+    """Lists the KAN layers of a model, adapted or not, in the order of `model.named_modules()`.
+
+    Args:
+        model (`nn.Module`): Any model.
+
+    Raises:
+        ValueError: A layer was recognised but a pattern of its family does not fit its parameters.
+    """
+    found = []
+    for name, module in _walk(model, "", set()):
+        spec = get_kan_spec(module)
+        if spec is not None:
+            tensor = spec.locate(module)
+            found.append(FoundKANLayer(name, spec.family, tensor.shape, tensor.has_residual))
+    return found
+
+
+def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with their names; adapted layers appear as their base layer, and nothing is searched inside KAN layers,
+    or inside the copies that PEFT's `modules_to_save` makes."""
+    if id(module) in seen or isinstance(module, AuxiliaryTrainingWrapper):
+        return
+    seen.add(id(module))
+    while isinstance(module._modules.get("base_layer"), nn.Module):
+        module = module.base_layer
+    yield name, module
+    if get_kan_spec(module) is None:
+        for child_name, child in module.named_children():
+            yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
+
+
+def _get(layer: nn.Module, name: str):
+    """The attribute of a dotted name, `None` where any part of it is absent."""
+    try:
+        return attrgetter(name)(layer)
+    except AttributeError:
+        return None
+
+
+def _ndim(layer: nn.Module, name: str) -> int | None:
+    value = _get(layer, name)
+    return value.ndim if isinstance(value, torch.Tensor) else None
+
+
+# The known families. They are recognised by what they consist of, since most of these layers reach users as a copied
+# file, often under another class name.
+
+register_kan_layer(
+    "qkan-fourier",
+    matches=lambda m: _ndim(m, "fourier_weight") == 3 and _ndim(m, "fourier_scaler") == 2,
+    coefficients=("fourier_weight", "o i k"),
+    residual=("base_weight", "o i"),
+    grid=("freqs", "input_scale", "input_shift"),
+)
+register_kan_layer(
+    "kanx",
+    matches=lambda m: (
+        _ndim(m, "spline_weight") == 3
+        and _ndim(m, "grid") == 2
+        and hasattr(m, "update_grid_from_samples")
+        and not hasattr(m, "b_splines")
+    ),
+    coefficients=("spline_weight", "i o k"),
+    residual=("base_weight", "i o"),
+    grid=("grid",),
+    grid_methods=("update_grid_from_samples",),
+)
+register_kan_layer(
+    "flashkan",
+    matches=lambda m: "spline_weight" in m._parameters and _ndim(m, "grid_starts") == 1,
+    coefficients=("spline_weight", "o i k"),
+    residual=("base_weight", "o i"),
+    grid=("grid_starts",),
+)
+register_kan_layer(
+    "inkan",
+    # dim=2 is a tensor-product surface of two inputs, not a sum of univariate functions
+    matches=lambda m: "weight" in m._parameters and _ndim(m, "grid_starts") == 1 and m.dim == 1,
+    coefficients=("weight", "o ((i k) + i)"),
+    grid=("grid_starts",),
+    axes=lambda m: {"i": m.in_features},
+)
+register_kan_layer(
+    "pina",
+    matches=lambda m: _ndim(m, "spline._control_points") == 3 and hasattr(m, "base_function"),
+    coefficients=("spline._control_points", "i o k"),
+    residual=("base_weight", "o i"),
+    grid=("spline._knots",),
+    basis=lambda m, x: m.spline.basis(x),
+)
+register_kan_layer(
+    "fourier-kan",
+    matches=lambda m: _ndim(m, "fouriercoeffs") == 4,
+    coefficients=("fouriercoeffs", "t o i g"),
+)
+register_kan_layer(
+    "physicsnemo",
+    matches=lambda m: _ndim(m, "fourier_coeffs") == 4,
+    coefficients=("fourier_coeffs", "t o i g"),
+)
+register_kan_layer(
+    "cheby-kan",
+    matches=lambda m: _ndim(m, "cheby_coeffs") == 3,
+    coefficients=("cheby_coeffs", "i o k"),
+)
+register_kan_layer(
+    "fast-kan",  # FasterKAN too, which has no residual branch
+    matches=lambda m: _ndim(m, "spline_linear.weight") == 2 and _ndim(m, "rbf.grid") == 1,
+    coefficients=("spline_linear.weight", "o (i k)"),
+    residual=("base_linear.weight", "o i"),
+    grid=("rbf.grid",),
+    axes=lambda m: {"k": m.rbf.grid.numel()},
+)
+register_kan_layer(
+    "pykan",
+    matches=lambda m: _ndim(m, "coef") == 3 and _ndim(m, "scale_base") == 2 and _ndim(m, "scale_sp") == 2,
+    coefficients=("coef", "i o k"),
+    residual=("scale_base", "i o"),
+    grid=("grid",),
+    grid_methods=("update_grid_from_samples", "initialize_grid_from_parent", "get_subset", "swap"),
+    network_methods=(
+        "refine",
+        "prune",
+        "prune_node",
+        "prune_input",
+        "copy",
+        "expand_depth",
+        "expand_width",
+        "initialize_from_another_model",
+        "initialize_grid_from_another_model",
+        "perturb",
+        "swap",
+        "auto_swap",
+        "auto_swap_l",
+    ),
+    checkpoint_methods=("saveckpt",),
+)
+register_kan_layer(
+    "efficient-kan",  # with or without `spline_scaler`: the delta is put on the raw parameter, so merging never divides
+    matches=lambda m: _ndim(m, "spline_weight") == 3 and _ndim(m, "grid") == 2 and hasattr(m, "b_splines"),
+    coefficients=("spline_weight", "o i k"),
+    residual=("base_weight", "o i"),
+    grid=("grid",),
+    grid_methods=("update_grid", "update_grid_from_qkan"),
+    basis=lambda m, x: m.b_splines(x),
+)
+register_kan_layer(
+    "peft-lotra",
+    matches=KANLinear,
+    coefficients=("spline_weight", "o i k"),
+    residual=("base_weight", "o i"),
+    grid=("grid_bounds",),
+    grid_methods=("update_grid",),
+    basis=lambda m, x: m.basis(x),
+)

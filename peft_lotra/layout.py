@@ -1,0 +1,170 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Layouts: how a library stores its coefficients, as an einops pattern, and the canonical order (out, in, basis).
+
+A pattern names the axes of the stored parameter. `o` and `i` are the output and input features; every other name
+belongs to the basis mode, in the order in which it appears. Parentheses flatten axes as in einops, and, as in einx, a
+`+` inside parentheses says that two blocks are concatenated: the coefficients first, the residual weights second.
+
+    "o i k"      efficient-kan      "t o i g"          FourierKAN: the basis mode is (t g)
+    "o (i k)"    FastKAN            "o ((i k) + i)"    inkan: coefficients and residual weights packed in one
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from einops import rearrange
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A parsed pattern: one tuple of axis names for each dimension, for the coefficients and, where they are packed
+    into the same parameter, for the residual weights (which differ in dimension `concatenated` alone)."""
+
+    pattern: str
+    dims: tuple[tuple[str, ...], ...]
+    packed_residual: tuple[tuple[str, ...], ...] | None = None
+    concatenated: int | None = None
+
+    @property
+    def basis(self) -> tuple[str, ...]:
+        """The axes that make up the basis mode."""
+        return tuple(axis for dim in self.dims for axis in dim if axis not in ("o", "i"))
+
+    def axis_lengths(self, shape: Sequence[int], known: Mapping[str, int]) -> dict[str, int]:
+        """Finds the length of every axis from the shape of the parameter and the lengths that are known.
+
+        Raises:
+            ValueError: The pattern does not fit the shape, or leaves a length open.
+        """
+        lengths = dict(known)
+        problem = f"Pattern {self.pattern!r} does not fit a parameter of shape {tuple(shape)}: "
+        if len(shape) != len(self.dims):
+            raise ValueError(problem + f"it names {len(self.dims)} dimensions, the parameter has {len(shape)}.")
+        # An axis that stands alone may settle one that is flattened with others, so look at the simple ones first.
+        for position in sorted(range(len(shape)), key=lambda p: (p == self.concatenated, len(self.dims[p]))):
+            dim, size = self.dims[position], shape[position]
+            if position == self.concatenated:
+                second = self.packed_residual[position]
+                if any(axis not in lengths for axis in second):
+                    raise ValueError(problem + _open_lengths(second, lengths))
+                size -= math.prod(lengths[axis] for axis in second)
+            unknown = [axis for axis in dim if axis not in lengths]
+            if len(unknown) > 1:
+                raise ValueError(problem + _open_lengths(dim, lengths))
+            rest = math.prod(lengths[axis] for axis in dim if axis in lengths)
+            if unknown and rest > 0 and size > 0 and size % rest == 0:
+                lengths[unknown[0]] = size // rest
+            elif unknown or rest != size:
+                wanted = " * ".join(f"{axis}={lengths.get(axis, '?')}" for axis in dim)
+                raise ValueError(problem + f"dimension {position} would have to be {wanted}, which {size} is not.")
+        return lengths
+
+    def to_canonical(self, parameter: torch.Tensor, lengths: Mapping[str, int]) -> torch.Tensor:
+        """(stored shape) -> (out, in, basis), with the packed residual weights, if any, as the last basis slice."""
+        target = f"o i ({' '.join(self.basis)})"
+        if self.packed_residual is None:
+            return _rearrange(parameter, self.dims, target, lengths)
+        sizes = [math.prod(lengths[a] for a in dims[self.concatenated]) for dims in (self.dims, self.packed_residual)]
+        first, second = parameter.split(sizes, dim=self.concatenated)
+        first = _rearrange(first, self.dims, target, lengths)
+        second = _rearrange(second, self.packed_residual, "o i ()", lengths)
+        return torch.cat([first, second], dim=-1)
+
+    def from_canonical(self, tensor: torch.Tensor, lengths: Mapping[str, int]) -> torch.Tensor:
+        """(out, in, basis) -> (stored shape), the inverse of `to_canonical`; differentiable."""
+        source = f"o i ({' '.join(self.basis)})"
+        if self.packed_residual is None:
+            return _arrange(tensor, source, self.dims, lengths)
+        first = _arrange(tensor[..., :-1], source, self.dims, lengths)
+        second = _arrange(tensor[..., -1:], "o i ()", self.packed_residual, lengths)
+        return torch.cat([first, second], dim=self.concatenated)
+
+
+def _open_lengths(axes: Sequence[str], lengths: Mapping[str, int]) -> str:
+    unknown = ", ".join(axis for axis in axes if axis not in lengths)
+    return f"the lengths of {unknown} do not follow from it. Give them to register_kan_layer by `axes`."
+
+
+def _write(dims: Sequence[tuple[str, ...]]) -> str:
+    return " ".join(dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in dims)
+
+
+def _rearrange(tensor: torch.Tensor, dims: Sequence[tuple[str, ...]], target: str, lengths: Mapping[str, int]):
+    used = {axis: lengths[axis] for dim in dims for axis in dim}
+    return rearrange(tensor, f"{_write(dims)} -> {target}", **used)
+
+
+def _arrange(tensor: torch.Tensor, source: str, dims: Sequence[tuple[str, ...]], lengths: Mapping[str, int]):
+    used = {axis: lengths[axis] for dim in dims for axis in dim}
+    return rearrange(tensor, f"{source} -> {_write(dims)}", **used)
+
+
+@cache
+def parse_layout(pattern: str) -> Layout:
+    """Parses a pattern of the stored parameter, e.g. `"o i k"`, `"t o i g"`, `"o (i k)"`, `"o ((i k) + i)"`.
+
+    Raises:
+        ValueError: The pattern is malformed, or `o` and `i` do not appear exactly once.
+    """
+    problem = f"Pattern {pattern!r} is not a layout of KAN coefficients: "
+    first: list[tuple[str, ...]] = []
+    second: list[tuple[str, ...]] = []
+    concatenated = None
+    for token in _split(pattern, problem):
+        inner = token[1:-1] if token.startswith("(") else token
+        parts = inner.split("+")
+        if len(parts) > 2 or (len(parts) == 2 and concatenated is not None):
+            raise ValueError(problem + "at most two blocks can be concatenated, by one `+`.")
+        if len(parts) == 2:
+            concatenated = len(first)
+        names = [tuple(re.sub(r"[()]", " ", part).split()) for part in parts]
+        if not all(name.isidentifier() for part in names for name in part) or not all(names):
+            raise ValueError(problem + f"{token!r} does not consist of axis names.")
+        first.append(names[0])
+        second.append(names[-1])
+    for dims in (first, second):
+        axes = [axis for dim in dims for axis in dim]
+        if len(set(axes)) != len(axes) or not {"o", "i"} <= set(axes):
+            raise ValueError(problem + "`o` and `i` must appear once each, and no other axis twice.")
+    if concatenated is None:
+        return Layout(pattern, tuple(first))
+    layout = Layout(pattern, tuple(first), tuple(second), concatenated)
+    if {axis for dim in second for axis in dim} != {"o", "i"}:
+        raise ValueError(problem + "the second block of a `+` is the residual weights, of axes `o` and `i` alone.")
+    return layout
+
+
+def _split(pattern: str, problem: str) -> list[str]:
+    """Splits a pattern into its dimensions: axis names, and groups in (possibly nested) parentheses."""
+    tokens, depth, token = [], 0, ""
+    for character in pattern + " ":
+        depth += (character == "(") - (character == ")")
+        if depth < 0:
+            raise ValueError(problem + "its parentheses do not match.")
+        if character.isspace() and depth == 0:
+            tokens.extend([token] if token else [])
+            token = ""
+        else:
+            token += character
+    if depth != 0:
+        raise ValueError(problem + "its parentheses do not match.")
+    return tokens

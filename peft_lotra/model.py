@@ -1,0 +1,367 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
+from torch import nn
+
+from .config import LoTRAConfig
+from .kan_layers import find_kan_layers, get_kan_spec, known_families
+from .layer import LoTRALayer
+from .networks import guard_network, release_networks
+
+
+class LoTRAModel(BaseTuner):
+    """
+    Creates a Low Tensor-Rank Adaptation (LoTRA) model from a model that contains Kolmogorov-Arnold (KAN) layers.
+
+    The coefficients of each layer, a tensor (out, in, basis), are frozen, and an update in Tucker form is learned:
+    `alpha * core x1 factor_out x2 factor_in x3 factor_basis`. The method is described in
+    https://huggingface.co/papers/2502.06153.
+
+    Args:
+        model ([`torch.nn.Module`]): The model to be adapted.
+        config ([`LoTRAConfig`]): The configuration of the LoTRA model.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, `optional`, defaults to `False`):
+            Create empty adapter weights on meta device. Useful to speed up the loading process.
+
+    Returns:
+        `torch.nn.Module`: The LoTRA model.
+
+    Raises:
+        ValueError: The model has no KAN layer, is itself one, or a target is none. The model is unchanged.
+
+    Example:
+
+    ```py
+    >>> from peft import get_peft_model
+    >>> from peft_lotra import LoTRAConfig
+    >>> from peft_lotra.kan import KAN
+
+    >>> kan = KAN([2, 16, 16, 1])
+    >>> model = get_peft_model(kan, LoTRAConfig(r=4))
+    >>> model.print_trainable_parameters()
+    ```
+
+    **Attributes**:
+        - **model** ([`torch.nn.Module`]) -- The model to be adapted.
+        - **peft_config** ([`LoTRAConfig`]): The configuration of the LoTRA model.
+    """
+
+    prefix: str = "lotra_"
+    tuner_layer_cls = LoTRALayer
+    target_module_mapping: dict[str, Any] = {}
+
+    def __init__(self, *args, **kwargs) -> None:
+        # Adapters whose recorded shapes do not fit the model, with what their injection changed; see _prepare_model.
+        # Set before super().__init__, which injects the first adapter.
+        self._unfit_adapters: dict[str, list[tuple[nn.Parameter, bool]]] = {}
+        super().__init__(*args, **kwargs)
+
+    #############
+    # Injection #
+    #############
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        # Names and shapes of the layers will be written into the configuration; the user's own object stays as it is,
+        # so that it can be used for the next model.
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._take_out(adapter_name, requires_grad)
+            raise
+        if self.peft_config[adapter_name].base_layers != _describe_layers(model, adapter_name):
+            self._unfit_adapters[adapter_name] = requires_grad
+
+    def _take_out(self, adapter_name: str, requires_grad: list[tuple[nn.Parameter, bool]]) -> None:
+        """Undoes the injection of an adapter, as if it had never been tried."""
+        for name, module in list(self.model.named_modules()):
+            parent_name, _, child_name = name.rpartition(".")
+            if isinstance(module, LoTRALayer) and adapter_name in module.lotra_core:
+                adapters, bare = module.lotra_core, module.base_layer
+            elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                adapters, bare = module.modules_to_save, module.original_module
+            else:
+                continue
+            if len(adapters) == 1:
+                setattr(self.model.get_submodule(parent_name), child_name, bare)
+            elif isinstance(module, LoTRALayer):
+                module.delete_adapter(adapter_name)
+            else:
+                module.delete_adapter(adapter_name, [name for name in module.active_adapters if name != adapter_name])
+        release_networks(self.model)
+        for parameter, flag in requires_grad:
+            parameter.requires_grad = flag
+
+    def _prepare_adapter_config(self, peft_config: LoTRAConfig, model_config: dict) -> LoTRAConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = "all-kan"
+        return peft_config
+
+    def _prepare_model(self, peft_config: LoTRAConfig, model: nn.Module) -> None:
+        """Finds and checks all targets before the first of them is touched."""
+        if get_kan_spec(model) is not None:
+            raise ValueError(
+                f"The model is itself a KAN layer ({type(model).__name__}), and PEFT adapts layers inside a model. "
+                "Wrap it, e.g. in `torch.nn.Sequential(layer)`, and adapt that."
+            )
+        if peft_config.target_modules == "all-linear":
+            raise ValueError(
+                '`target_modules="all-linear"` takes linear layers, which LoTRA does not adapt. Pass "all-kan" (or '
+                "nothing) for all KAN layers."
+            )
+        if peft_config.target_modules == "all-kan":
+            peft_config.target_modules = _find_targets(peft_config, model)
+
+        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        found = {
+            name: _describe(name, module)
+            for name, module in model.named_modules()
+            if name and not name.startswith(inside) and check_target_module_exists(peft_config, name)
+        }
+        if peft_config.base_layers is None:
+            peft_config.base_layers = found
+            return
+        # The adapter comes from a checkpoint. Another shape is not an error yet: with `ignore_mismatched_sizes` PEFT
+        # drops the tensors that do not fit. Otherwise _load_from_state_dict refuses them.
+        wrong = [
+            f"{name}: a {layer['family']} layer, the model has "
+            + (f"a {found[name]['family']} layer" if name in found else "no such layer")
+            for name, layer in peft_config.base_layers.items()
+            if name not in found or found[name]["family"] != layer["family"]
+        ]
+        if wrong:
+            raise ValueError(
+                "The adapter was made for another model. It is for\n  " + "\n  ".join(wrong) + "\nLoad it into the "
+                "base model that it was trained on."
+            )
+
+    def _create_and_replace(
+        self,
+        peft_config: LoTRAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs,
+    ) -> None:
+        if current_key is None:
+            raise ValueError("Current Key shouldn't be `None`")
+
+        r_key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
+        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
+        kwargs = {
+            "r": peft_config.rank_pattern.get(r_key, peft_config.r),
+            "alpha": peft_config.alpha_pattern.get(alpha_key, peft_config.alpha),
+        }
+        if isinstance(target, LoTRALayer):
+            target.update_layer(adapter_name, config=peft_config, **kwargs)
+            return
+        _describe(current_key, target)  # raises if it is no KAN layer
+        new_module = LoTRALayer(target, get_kan_spec(target), adapter_name, config=peft_config, **kwargs)
+        if adapter_name not in self.active_adapters:
+            # adding an additional adapter: it is not automatically trainable
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+        guard_network(self.model, current_key, new_module.lotra_spec)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own would look for `.weight`, and on unloading put one on the KAN layer. Devices are taken care of by
+        # update_layer.
+        setattr(parent, child_name, new_module)
+
+    ###########
+    # Loading #
+    ###########
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args, **kwargs) -> None:
+        """Refuses tensors that do not fit before the first of them is loaded. Called by `load_state_dict`."""
+        wrong, adapters = [], set()
+        for name, layer in _lotra_layers(self.model):
+            for component in layer.adapter_layer_names:
+                for adapter, parameter in getattr(layer, component).items():
+                    tensor = state_dict.get(f"{prefix}model.{name}.{component}.{adapter}")
+                    if tensor is not None and tensor.shape != parameter.shape:
+                        adapters.add(adapter)
+                        wrong.append(
+                            f"{name}.{component}: {tuple(tensor.shape)} in the checkpoint, {tuple(parameter.shape)} for "
+                            f"this model, whose layer has the shape (out, in, basis) = {layer.lotra_tensor.shape}"
+                        )
+        if wrong:
+            for adapter in adapters & self._unfit_adapters.keys():
+                # PEFT has injected it only to load it. Take it out, so that the failed attempt changes nothing.
+                self._take_out(adapter, self._unfit_adapters.pop(adapter))
+                del self.peft_config[adapter]
+            if not self.peft_config and hasattr(self.model, "peft_config"):
+                del self.model.peft_config
+            raise ValueError(
+                "The adapter does not fit the model, nothing was loaded:\n  " + "\n  ".join(wrong) + "\nLoad it into "
+                "the base model that it was trained on."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    ############################
+    # Merging and unloading    #
+    ############################
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        model = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        release_networks(model)
+        return model
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raises what a merge would raise, before the first layer is merged."""
+        if isinstance(adapter_names, (list, tuple)):
+            unknown = [name for name in adapter_names if name not in self.peft_config]
+            if unknown:
+                raise ValueError(f"Adapter(s) {unknown} not found, the model has {list(self.peft_config)}.")
+        if safe_merge:
+            for _, layer in _lotra_layers(self.model):
+                layer.check_safe_merge(adapter_names)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        # newer versions of PEFT check this themselves
+        if any(adapter_name in layer.merged_adapters for _, layer in _lotra_layers(self.model)):
+            raise ValueError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+            )
+        super().delete_adapter(adapter_name)
+
+    #################
+    # Mixed batches #
+    #################
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        # If adapter_names is passed as an argument, we inject it into the forward arguments.
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            # nothing to do
+            yield
+            return
+
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+
+        # A layer need not have each of the adapters, but a name that no layer has is a typo.
+        expected_adapters = {name for _, layer in _lotra_layers(self.model) for name in layer.lotra_core}
+        unexpected_adapters = {name for name in adapter_names if name != "__base__"} - expected_adapters
+        if unexpected_adapters:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected_adapters))}")
+
+        hook_handles = []
+        try:
+            for module in self.modules():
+                if isinstance(module, (LoTRALayer, AuxiliaryTrainingWrapper)):
+                    pre_forward = partial(_adapter_names_pre_forward_hook, adapter_names=adapter_names)
+                    hook_handles.append(module.register_forward_pre_hook(pre_forward, with_kwargs=True))
+            yield
+        finally:
+            for handle in hook_handles:
+                handle.remove()
+
+
+def _adapter_names_pre_forward_hook(target, args, kwargs, adapter_names):
+    # pre-forward hook to inject the adapter_names argument when using mixed adapter batches inference
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs
+
+
+def _lotra_layers(model: nn.Module) -> Iterator[tuple[str, LoTRALayer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, LoTRALayer):
+            yield name, module
+
+
+def _find_targets(peft_config: LoTRAConfig, model: nn.Module) -> set[str]:
+    """The names that "all-kan" stands for in this model."""
+    layers = find_kan_layers(model)
+    if not layers:
+        types = Counter(type(module).__name__ for module in model.modules())
+        raise ValueError(
+            "No KAN layer was found in the model. It consists of "
+            + ", ".join(f"{name} ({count})" for name, count in types.most_common())
+            + f". The known families are {', '.join(known_families())}. If one of these modules is a KAN layer, "
+            "describe it with `peft_lotra.register_kan_layer`."
+        )
+    names = {layer.name for layer in layers if _has_index(peft_config, layer.name)}
+    if not names:
+        raise ValueError(
+            f"None of the KAN layers {[layer.name for layer in layers]} has an index in `layers_to_transform`="
+            f"{peft_config.layers_to_transform} (`layers_pattern`={peft_config.layers_pattern})."
+        )
+    return names
+
+
+def _has_index(peft_config: LoTRAConfig, name: str) -> bool:
+    """Whether the layer is one of `layers_to_transform`. In a KAN the layers are mostly themselves the numbered
+    entries ("layers.0"), where PEFT's own rule wants something to follow the number."""
+    indices, patterns = peft_config.layers_to_transform, peft_config.layers_pattern
+    if indices is None or indices == []:
+        return True
+    patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
+    for pattern in patterns:
+        match = re.match(rf"(?:.*?\.)??(?:{pattern})\.(\d+)(?:\.|$)", name)
+        if match:
+            return int(match[1]) in ([indices] if isinstance(indices, int) else indices)
+    return False
+
+
+def _describe(name: str, module: nn.Module) -> dict[str, Any]:
+    """Family and shape of a target.
+
+    Raises:
+        ValueError: It is not a KAN layer that is known.
+    """
+    spec = get_kan_spec(module.get_base_layer() if isinstance(module, LoTRALayer) else module)
+    if spec is None:
+        raise ValueError(
+            f"Target module `{name}` is a {type(module).__name__}, which is not a KAN layer that LoTRA knows. The known "
+            f"families are {', '.join(known_families())}; describe another one with `peft_lotra.register_kan_layer`."
+        )
+    tensor = module.lotra_tensor if isinstance(module, LoTRALayer) else spec.locate(module)
+    return {"family": spec.family, "shape": list(tensor.shape), "has_residual": tensor.has_residual}
+
+
+def _describe_layers(model: nn.Module, adapter_name: str) -> dict[str, dict[str, Any]]:
+    return {name: _describe(name, layer) for name, layer in _lotra_layers(model) if adapter_name in layer.lotra_core}

@@ -1,0 +1,106 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the network around adapted layers may do while they are adapted.
+
+Some networks (pykan's MultKAN) rebuild themselves from their own state dict, which an adapted layer has under other
+names. Methods that rebuild or replace layers are refused until the adapters are unloaded; methods that write a
+checkpoint write the network as it computes, with its adapters merged, under its original names. Both are shadowed on
+the instance, and the shadows are removed when the adapters are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .kan_layers import KANLayerSpec
+from .layer import LoTRALayer
+
+
+def guard_network(model: nn.Module, layer_name: str, spec: KANLayerSpec) -> None:
+    """Shadows the network methods that the family names, on the innermost module around the layer that has them.
+
+    Args:
+        model (`nn.Module`): The model.
+        layer_name (`str`): The name of the adapted layer in it.
+        spec (`KANLayerSpec`): The layer's family.
+    """
+    guards = {name: _refuse for name in spec.network_methods}
+    guards.update({name: _with_adapters_merged for name in spec.checkpoint_methods})
+    while guards and layer_name:
+        layer_name = layer_name.rpartition(".")[0]
+        network = model.get_submodule(layer_name)
+        here = {name: guard for name, guard in guards.items() if callable(getattr(type(network), name, None))}
+        if here:
+            for name, guard in here.items():
+                network.__dict__[name] = partial(guard, network, name)
+            return
+
+
+def release_networks(model: nn.Module) -> None:
+    """Removes the shadows of all networks in the model that have no adapted layer any more."""
+    for network in model.modules():
+        shadows = [
+            name
+            for name, value in vars(network).items()
+            if isinstance(value, partial) and value.func in (_refuse, _with_adapters_merged)
+        ]
+        if shadows and not any(isinstance(module, LoTRALayer) for module in network.modules()):
+            for name in shadows:
+                del network.__dict__[name]
+
+
+def _refuse(network: nn.Module, name: str, *args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        f"`{name}` rebuilds the network or exchanges its layers, which cannot work while LoTRA adapters are attached. "
+        "Merge them first: `model = model.merge_and_unload()`."
+    )
+
+
+def _with_adapters_merged(network: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
+    with _bare(network):
+        return getattr(type(network), name)(network, *args, **kwargs)
+
+
+@contextmanager
+def _bare(network: nn.Module) -> Iterator[None]:
+    """The network with its base layers in their places, holding the coefficients that are in force."""
+    places = [
+        (parent, name, child)
+        for parent in network.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, LoTRALayer)
+    ]
+    frozen = []
+    try:
+        for parent, name, layer in places:
+            with torch.no_grad():
+                values = layer.parameters_in_force()
+            for parameter_name, value in values.items():
+                parameter = layer.base_layer.get_parameter(parameter_name)
+                frozen.append((parameter, parameter.data))
+                parameter.data = value
+            setattr(parent, name, layer.base_layer)
+        yield
+    finally:
+        for parameter, data in frozen:
+            parameter.data = data
+        for parent, name, layer in places:
+            setattr(parent, name, layer)

@@ -1,0 +1,70 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Makes LOTRA a PEFT method. PEFT has no plugin discovery: importing `peft_lotra` is what registers it."""
+
+from __future__ import annotations
+
+from peft import mapping
+from peft.utils import PeftType, register_peft_method
+
+
+NAME = "LOTRA"
+
+
+def _peft_type() -> PeftType:
+    """Returns `PeftType.LOTRA`, adding the member if the enumeration does not have it yet.
+
+    `register_peft_method` demands a true member of the enumeration (a bare string assigned to the class is neither
+    iterated nor found by value), and `enum` offers no public way to add one.
+    """
+    if NAME in PeftType.__members__:
+        return PeftType[NAME]
+    member = str.__new__(PeftType, NAME)
+    member._name_ = member._value_ = NAME
+    member._sort_order_ = len(PeftType._member_names_)
+    member.__objclass__ = PeftType
+    PeftType._member_names_.append(NAME)
+    PeftType._member_map_[NAME] = member
+    PeftType._value2member_map_[NAME] = member
+    type.__setattr__(PeftType, NAME, member)  # EnumType.__setattr__ refuses to touch members
+    return member
+
+
+def register(config_cls: type, model_cls: type) -> None:
+    """Enters the config and the model of LoTRA in PEFT's mappings.
+
+    Doing so again (`importlib.reload`, or an import after `sys.modules` was purged) rebinds the mappings to the
+    newest classes.
+
+    Args:
+        config_cls (`type`): The subclass of [`peft.PeftConfig`].
+        model_cls (`type`): The subclass of `peft.tuners.tuners_utils.BaseTuner`.
+
+    Raises:
+        RuntimeError: PEFT, or another plugin, already has a method called LOTRA that is not this package's.
+    """
+    registered = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(NAME)
+    if registered is None:
+        _peft_type()
+        register_peft_method(name=NAME.lower(), prefix=model_cls.prefix, config_cls=config_cls, model_cls=model_cls)
+        return
+    ours, theirs = ((cls.__module__, cls.__qualname__) for cls in (config_cls, registered))
+    if ours != theirs:
+        raise RuntimeError(
+            f"PEFT already has a method {NAME}, registered by {theirs[0]}.{theirs[1]}. Two methods cannot share the "
+            "name: import only one of the two packages in a process."
+        )
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[_peft_type()] = config_cls
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[_peft_type()] = model_cls

@@ -1,0 +1,68 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Tucker algebra on coefficient tensors (out, in, basis).
+
+A tensor of ranks (ro, ri, rb) is  core x1 factor_out x2 factor_in x3 factor_basis  with core (ro, ri, rb), factor_out
+(out, ro), factor_in (in, ri) and factor_basis (basis, rb), where x_n is the n-mode product.
+
+References:
+    T. G. Kolda, B. W. Bader, "Tensor Decompositions and Applications", SIAM Review 51 (2009), section 4.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def reconstruct(
+    core: torch.Tensor, factor_out: torch.Tensor, factor_in: torch.Tensor, factor_basis: torch.Tensor
+) -> torch.Tensor:
+    """The dense tensor (out, in, basis) of a Tucker decomposition; differentiable in all four.
+
+    The basis mode is expanded first and the output mode last, by one matrix product: K is small and out is the mode
+    that the largest intermediate must not carry twice.
+
+    Args:
+        core (`torch.Tensor`): (ro, ri, rb).
+        factor_out (`torch.Tensor`): (out, ro).
+        factor_in (`torch.Tensor`): (in, ri).
+        factor_basis (`torch.Tensor`): (basis, rb).
+    """
+    tensor = core @ factor_basis.T  # (ro, ri, basis)
+    tensor = factor_in @ tensor  # (ro, in, basis)
+    return (factor_out @ tensor.flatten(1)).unflatten(1, tensor.shape[1:])
+
+
+def check_ranks(r: int | tuple[int, int, int]) -> int | tuple[int, int, int]:
+    """Returns `r`, a list of three (as JSON has it) as a tuple.
+
+    Raises:
+        ValueError: `r` is neither a positive int nor three of them.
+    """
+    ranks = tuple(r) if isinstance(r, (tuple, list)) else (r,)
+    wrong = any(isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0 for rank in ranks)
+    if wrong or len(ranks) != (3 if isinstance(r, (tuple, list)) else 1):
+        raise ValueError(
+            "`r` should be a positive integer value, or three of them for the modes (out, in, basis), but the value "
+            f"passed is {r}"
+        )
+    return ranks if isinstance(r, (tuple, list)) else r
+
+
+def cap_ranks(r: int | tuple[int, int, int], shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The ranks (ro, ri, rb) for a tensor of the given shape: an int counts for the three modes, and a rank above the
+    size of its mode is brought down to it, since more columns than rows are linearly dependent."""
+    ranks = r if isinstance(r, tuple) else (r, r, r)
+    return tuple(min(rank, size) for rank, size in zip(ranks, shape, strict=True))
