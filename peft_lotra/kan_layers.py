@@ -43,7 +43,7 @@ class KANLayerSpec:
     residual: tuple[str, str] | None = None
     grid: tuple[str, ...] = ()
     grid_methods: tuple[str, ...] = ()
-    network_methods: tuple[str, ...] = ()
+    network_methods: Mapping[str, str | None] = field(default_factory=dict)
     checkpoint_methods: tuple[str, ...] = ()
     basis: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
     axes: Callable[[nn.Module], Mapping[str, int]] | None = None
@@ -60,7 +60,7 @@ class KANLayerSpec:
         parameters = {name: layout}
         if self.residual is not None and _get(layer, self.residual[0]) is not None:
             parameters[self.residual[0]] = parse_layout(self.residual[1])
-        # The residual weights (out, in) settle what a flattened coefficient pattern leaves open, so look at them first.
+        # The residual weights (out, in) settle what a flattened coefficient pattern leaves open, so they come first.
         for parameter_name, parameter_layout in reversed(parameters.items()):
             parameter = _get(layer, parameter_name)
             try:
@@ -144,7 +144,7 @@ def register_kan_layer(
     residual: tuple[str, str] | None = None,
     grid: tuple[str, ...] = (),
     grid_methods: tuple[str, ...] = (),
-    network_methods: tuple[str, ...] = (),
+    network_methods: Mapping[str, str | None] | None = None,
     checkpoint_methods: tuple[str, ...] = (),
     basis: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
     axes: Callable[[nn.Module], Mapping[str, int]] | None = None,
@@ -175,8 +175,9 @@ def register_kan_layer(
         grid (`tuple[str, ...]`): The state that gives the coefficients their meaning.
         grid_methods (`tuple[str, ...]`): The layer's methods that change that state, or cut or permute the
             coefficients. They raise while an adapter is attached and not merged.
-        network_methods (`tuple[str, ...]`): Methods of the network around the layer that rebuild it from its state
-            dict or replace its layers. They raise until the adapters are unloaded.
+        network_methods (`dict[str, str | None]`, *optional*): Methods of the network around the layer that rebuild it
+            from its state dict, replace its layers or move their grids. They raise until the adapters are unloaded;
+            where the value is the name of an argument, only if that argument is true.
         checkpoint_methods (`tuple[str, ...]`): Methods of the network around the layer that save it. They save the
             network with its adapters merged, under its original names.
         basis (`Callable`, *optional*): `basis(layer, x)` with x (batch, in) returns the basis functions
@@ -215,7 +216,7 @@ def register_kan_layer(
         None if residual is None else tuple(residual),
         tuple(grid),
         tuple(grid_methods),
-        tuple(network_methods),
+        dict(network_methods or {}),
         tuple(checkpoint_methods),
         basis,
         axes,
@@ -379,25 +380,17 @@ register_kan_layer(
     residual=("scale_base", "i o"),
     grid=("grid",),
     grid_methods=("update_grid_from_samples", "initialize_grid_from_parent", "get_subset", "swap"),
-    network_methods=(
-        "refine",
-        "prune",
-        "prune_node",
-        "prune_input",
-        "copy",
-        "expand_depth",
-        "expand_width",
-        "initialize_from_another_model",
-        "initialize_grid_from_another_model",
-        "perturb",
-        "swap",
-        "auto_swap",
-        "auto_swap_l",
-    ),
+    network_methods={
+        "fit": "update_grid",
+        **dict.fromkeys(("update_grid", "update_grid_from_samples", "initialize_grid_from_another_model")),
+        **dict.fromkeys(("initialize_from_another_model", "refine", "copy", "rewind", "perturb")),
+        **dict.fromkeys(("prune", "prune_node", "prune_input", "expand_depth", "expand_width")),
+        **dict.fromkeys(("swap", "auto_swap", "auto_swap_l")),
+    },
     checkpoint_methods=("saveckpt",),
 )
 register_kan_layer(
-    "efficient-kan",  # with or without `spline_scaler`: the delta is put on the raw parameter, so merging never divides
+    "efficient-kan",  # the delta is put on the raw parameter, not on its product with `spline_scaler`
     matches=lambda m: _ndim(m, "spline_weight") == 3 and _ndim(m, "grid") == 2 and hasattr(m, "b_splines"),
     coefficients=("spline_weight", "o i k"),
     residual=("base_weight", "o i"),

@@ -228,6 +228,13 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 delta = self._get_delta_in_training(adapter) if self.training else self.get_delta_weight(adapter)
                 for name, part in self.lotra_tensor.split(delta).items():
                     parameter = parameters[name] if name in parameters else attrgetter(name)(self.base_layer)
+                    if parameter.shape != part.shape or hasattr(parameter, "full_tensor") != hasattr(
+                        part, "full_tensor"
+                    ):
+                        raise RuntimeError(
+                            f"`{name}` of the base layer is sharded, but its adapters are not. Shard the LoTRALayer or a "
+                            "module around it (FSDP, fully_shard), not the base layer inside."
+                        )
                     parameters[name] = torch.add(parameter, part).to(parameter.dtype)
         return parameters
 
@@ -284,7 +291,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             RuntimeError: The grid was moved after the merge, so that the coefficients do not mean what they meant.
         """
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if self._grid_at_merge is not None and not _equal(self._grid_at_merge, self._grid_state()):
             raise RuntimeError(
@@ -336,7 +343,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         parameters = self.parameters_in_force(adapters)
         if not parameters:
             return self.base_layer(*args, **kwargs)
-        return torch.func.functional_call(self.base_layer, parameters, args, kwargs)
+        return _call_with(self.base_layer, parameters, self.base_layer, args, kwargs)
 
     def _check_forward_args(self, args: tuple, kwargs: dict, adapter_names: list[str] | None) -> None:
         """Check if the arguments are compatible with the configs and state of the model"""
@@ -403,9 +410,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         parameters = self.parameters_in_force()
         if not parameters:
             return function(*args, **kwargs)
-        call = _Call(self.base_layer, function)
-        parameters = {f"layer.{name}": value for name, value in parameters.items()}
-        return torch.func.functional_call(call, parameters, args, kwargs)
+        return _call_with(self.base_layer, parameters, function, args, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A parent that sets `layer.grid` or `layer.out_dim` means the base layer. Names with an underscore are those
@@ -430,9 +435,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
 def _refuse_grid_method(name: str, adapters: list[str], *args: Any, **kwargs: Any) -> None:
     raise RuntimeError(
-        f"`{name}` changes what the coefficients mean, and with them the meaning of the adapters {adapters}, which are "
-        "not merged. Merge them first (`merge_and_unload()`, or `merge_adapter()` to keep the layers adapted), or "
-        "unload them."
+        f"`{name}` changes what the coefficients mean, and would silently change the meaning of the adapters "
+        f"{adapters}, which are not merged. Merge them first (`merge_and_unload()`, or `merge_adapter()` to keep the "
+        "layers adapted), or unload them."
     )
 
 
@@ -446,6 +451,31 @@ class _Call(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
+
+
+def _call_with(
+    layer: nn.Module, parameters: dict[str, torch.Tensor], function: Callable, args: tuple, kwargs: dict
+) -> Any:
+    """Calls `function` while `parameters` stand in the place of those of `layer`.
+
+    That is `torch.func.functional_call`, which exchanges the entries of `_parameters`. FSDP (the first one) puts views
+    of its flat parameter into the modules' `__dict__`, where they hide those entries: they are exchanged there.
+    """
+    owners = {name: layer.get_submodule(name.rpartition(".")[0]) for name in parameters}
+    views = {name: owner for name, owner in owners.items() if name.rpartition(".")[2] in owner.__dict__}
+    if views:
+        saved = {name: owner.__dict__[name.rpartition(".")[2]] for name, owner in views.items()}
+        try:
+            for name, owner in views.items():
+                owner.__dict__[name.rpartition(".")[2]] = parameters[name]
+            return function(*args, **kwargs)
+        finally:
+            for name, owner in views.items():
+                owner.__dict__[name.rpartition(".")[2]] = saved[name]
+    if function is layer:
+        return torch.func.functional_call(layer, parameters, args, kwargs)
+    parameters = {f"layer.{name}": value for name, value in parameters.items()}
+    return torch.func.functional_call(_Call(layer, function), parameters, args, kwargs)
 
 
 def _equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:

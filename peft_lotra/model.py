@@ -76,8 +76,10 @@ class LoTRAModel(BaseTuner):
     target_module_mapping: dict[str, Any] = {}
 
     def __init__(self, *args, **kwargs) -> None:
-        # Adapters whose recorded shapes do not fit the model, with what their injection changed; see _prepare_model.
-        # Set before super().__init__, which injects the first adapter.
+        # Set before super().__init__, which injects the first adapter:
+        # what the base model's parameters were before any adapter, and what they are again when all are unloaded
+        self._requires_grad_of_base: list[tuple[nn.Parameter, bool]] | None = None
+        # adapters whose recorded shapes do not fit the model, with what their injection changed; see _prepare_model
         self._unfit_adapters: dict[str, list[tuple[nn.Parameter, bool]]] = {}
         super().__init__(*args, **kwargs)
 
@@ -95,6 +97,8 @@ class LoTRAModel(BaseTuner):
         except Exception:
             self._take_out(adapter_name, requires_grad)
             raise
+        if self._requires_grad_of_base is None:
+            self._requires_grad_of_base = requires_grad
         if self.peft_config[adapter_name].base_layers != _describe_layers(model, adapter_name):
             self._unfit_adapters[adapter_name] = requires_grad
 
@@ -210,8 +214,8 @@ class LoTRAModel(BaseTuner):
                     if tensor is not None and tensor.shape != parameter.shape:
                         adapters.add(adapter)
                         wrong.append(
-                            f"{name}.{component}: {tuple(tensor.shape)} in the checkpoint, {tuple(parameter.shape)} for "
-                            f"this model, whose layer has the shape (out, in, basis) = {layer.lotra_tensor.shape}"
+                            f"{name}.{component}: {tuple(tensor.shape)} in the checkpoint, {tuple(parameter.shape)} "
+                            f"in the model, whose layer has the shape (out, in, basis) = {layer.lotra_tensor.shape}"
                         )
         if wrong:
             for adapter in adapters & self._unfit_adapters.keys():
@@ -247,6 +251,9 @@ class LoTRAModel(BaseTuner):
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
         release_networks(model)
+        # pykan's `fit`, for one, expects its own parameters to be trainable
+        for parameter, flag in self._requires_grad_of_base:
+            parameter.requires_grad = flag
         return model
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -356,8 +363,9 @@ def _describe(name: str, module: nn.Module) -> dict[str, Any]:
     spec = get_kan_spec(module.get_base_layer() if isinstance(module, LoTRALayer) else module)
     if spec is None:
         raise ValueError(
-            f"Target module `{name}` is a {type(module).__name__}, which is not a KAN layer that LoTRA knows. The known "
-            f"families are {', '.join(known_families())}; describe another one with `peft_lotra.register_kan_layer`."
+            f"Target module `{name}` is a {type(module).__name__}, which is not a KAN layer that LoTRA knows. The "
+            f"known families are {', '.join(known_families())}; describe another one with "
+            "`peft_lotra.register_kan_layer`."
         )
     tensor = module.lotra_tensor if isinstance(module, LoTRALayer) else spec.locate(module)
     return {"family": spec.family, "shape": list(tensor.shape), "has_residual": tensor.has_residual}

@@ -15,13 +15,14 @@
 """What the network around adapted layers may do while they are adapted.
 
 Some networks (pykan's MultKAN) rebuild themselves from their own state dict, which an adapted layer has under other
-names. Methods that rebuild or replace layers are refused until the adapters are unloaded; methods that write a
-checkpoint write the network as it computes, with its adapters merged, under its original names. Both are shadowed on
-the instance, and the shadows are removed when the adapters are.
+names. Methods that do so, or move all grids, are refused until the adapters are unloaded, before they have changed
+anything; methods that write a checkpoint write the network as it computes, with its adapters merged, under its
+original names. Both are shadowed on the instance, and the shadows are removed when the adapters are.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -42,15 +43,18 @@ def guard_network(model: nn.Module, layer_name: str, spec: KANLayerSpec) -> None
         layer_name (`str`): The name of the adapted layer in it.
         spec (`KANLayerSpec`): The layer's family.
     """
-    guards = {name: _refuse for name in spec.network_methods}
-    guards.update({name: _with_adapters_merged for name in spec.checkpoint_methods})
-    while guards and layer_name:
+    names = [*spec.network_methods, *spec.checkpoint_methods]
+    while names and layer_name:
         layer_name = layer_name.rpartition(".")[0]
         network = model.get_submodule(layer_name)
-        here = {name: guard for name, guard in guards.items() if callable(getattr(type(network), name, None))}
+        here = [name for name in names if callable(getattr(type(network), name, None))]
+        for name in here:
+            # in __dict__, where an attribute shadows a method; a partial survives deepcopy and pickle
+            if name in spec.checkpoint_methods:
+                network.__dict__[name] = partial(_with_adapters_merged, network, name)
+            else:
+                network.__dict__[name] = partial(_refuse, network, name, spec.network_methods[name])
         if here:
-            for name, guard in here.items():
-                network.__dict__[name] = partial(guard, network, name)
             return
 
 
@@ -67,10 +71,19 @@ def release_networks(model: nn.Module) -> None:
                 del network.__dict__[name]
 
 
-def _refuse(network: nn.Module, name: str, *args: Any, **kwargs: Any) -> None:
+def _refuse(network: nn.Module, name: str, argument: str | None, *args: Any, **kwargs: Any) -> Any:
+    """Refuses a call; if `argument` is given, only a call in which it is true."""
+    method = getattr(type(network), name)
+    remedy = "Merge them first: `model = model.merge_and_unload()`."
+    if argument is not None:
+        call = inspect.signature(method).bind(network, *args, **kwargs)
+        call.apply_defaults()
+        if not call.arguments.get(argument):
+            return method(network, *args, **kwargs)
+        name, remedy = f"{name}({argument}=True)", f"Pass `{argument}=False`. Or merge" + remedy.removeprefix("Merge")
     raise RuntimeError(
-        f"`{name}` rebuilds the network or exchanges its layers, which cannot work while LoTRA adapters are attached. "
-        "Merge them first: `model = model.merge_and_unload()`."
+        f"`{name}` rebuilds the network, exchanges its layers or moves their grids, which cannot work while LoTRA "
+        f"adapters are attached. {remedy}"
     )
 
 
