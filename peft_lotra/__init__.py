@@ -16,6 +16,7 @@
 
 from ._version import __version__
 from .config import LoTRAConfig
+from .initialization import preprocess_lotra
 from .kan_layers import FoundKANLayer, KANLayerSpec, find_kan_layers, register_kan_layer
 from .layer import LoTRALayer
 from .model import LoTRAModel
@@ -30,6 +31,7 @@ __all__ = [
     "LoTRAModel",
     "__version__",
     "find_kan_layers",
+    "preprocess_lotra",
     "register_kan_layer",
 ]
 

@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -59,9 +59,10 @@ class LoTRAConfig(PeftConfig):
             others are scaled up, so that the expected update is unchanged.
         module_dropout (`float`):
             The probability with which the adapter of a whole layer is skipped in a training step.
-        init_weights (`bool`):
-            Whether the update starts at zero, so that the adapted model equals its base. `False` draws all components
-            at random, which is for tests only.
+        init_weights (`bool` or `"gradient"`):
+            How the adapter starts. `True` draws random factors and `"gradient"` takes them from the gradient that
+            [`preprocess_lotra`] gathered; either way the update is zero, so that the adapted model equals its base.
+            `False` draws an update at random, which is for tests only.
         adapt_residual (`bool`):
             Whether the weights of the residual branch are adapted too, as one more slice of the basis mode.
         base_layers (`Optional[dict[str, dict]]`):
@@ -114,9 +115,12 @@ class LoTRAConfig(PeftConfig):
         default=0.0,
         metadata={"help": "Probability with which the adapter of a whole layer is skipped in training."},
     )
-    init_weights: bool = field(
+    init_weights: bool | Literal["gradient"] = field(
         default=True,
-        metadata={"help": "Whether the update starts at zero; False draws all components at random (for tests)."},
+        metadata={
+            "help": "True: random factors; 'gradient': factors from the gradient that preprocess_lotra gathered; both "
+            "with a zero update. False: a random update (for tests)."
+        },
     )
     adapt_residual: bool = field(
         default=True,
@@ -141,8 +145,8 @@ class LoTRAConfig(PeftConfig):
         for name in ("rank_dropout", "module_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)}.")
-        if not isinstance(self.init_weights, bool):
-            raise ValueError(f"`init_weights` must be True or False, got {self.init_weights!r}.")
+        if not isinstance(self.init_weights, bool) and self.init_weights != "gradient":
+            raise ValueError(f"`init_weights` must be True, False or 'gradient', got {self.init_weights!r}.")
         if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
         if isinstance(self.target_modules, str) and self.target_modules != "all-kan":

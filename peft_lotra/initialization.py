@@ -12,14 +12,33 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""How the four components of a LoTRA adapter start."""
+"""How the four components of a LoTRA adapter start: at random, or from the gradient of the coefficient tensors.
+
+Either way the update starts at zero. Random factors keep factor_out at zero (as LoRA's B does; a zero core learned
+more slowly on every task tried); gradient factors keep the core at zero, since the factors are what was learned.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
+from peft import PeftModel
 from torch import nn
+
+from .config import LoTRAConfig
+from .kan_layers import CoefficientTensor
+from .targets import find_targets, locate_target, resolve_target_modules
+from .tucker import tucker
+
+
+# The gradients that preprocess_lotra has gathered, until an adapter is made from them. Kept beside the layers, not on
+# them: the base model is not touched.
+_GRADIENTS: WeakKeyDictionary[nn.Module, torch.Tensor] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -34,8 +53,8 @@ def reset_components(
 
     factor_in and factor_basis get orthogonal columns, of norm 1 and sqrt(basis): a projected basis function then has
     the size of a basis function for any width. The core is normal with variance 1 / (ri rb), which keeps that size.
-    factor_out starts at zero, so that the adapted model equals its base (as LoRA's B does; a zero core learned more
-    slowly), or normal with variance 1 / ro if `zero_update` is false. Parameters on the meta device are left alone.
+    factor_out is zero, or normal with variance 1 / ro if `zero_update` is false. Parameters on the meta device are
+    left alone.
 
     Args:
         core (`torch.Tensor`): (ro, ri, rb).
@@ -55,3 +74,149 @@ def reset_components(
         nn.init.zeros_(factor_out)
     else:
         nn.init.normal_(factor_out, std=1 / math.sqrt(ro))
+
+
+@torch.no_grad()
+def reset_components_from_gradient(
+    core: torch.Tensor,
+    factor_out: torch.Tensor,
+    factor_in: torch.Tensor,
+    factor_basis: torch.Tensor,
+    layer: nn.Module,
+) -> None:
+    """Sets the factors to the leading singular vectors of the gradient that `preprocess_lotra` gathered for the layer,
+    with columns of norm sqrt(out), 1 and sqrt(basis), and the core to zero.
+
+    Args:
+        core, factor_out, factor_in, factor_basis (`torch.Tensor`): As for `reset_components`.
+        layer (`nn.Module`): The KAN layer. Its gradient is used up.
+
+    Raises:
+        ValueError: No gradient was gathered for the layer.
+    """
+    if layer not in _GRADIENTS:
+        raise ValueError(
+            f'`init_weights="gradient"` needs the gradient of this {type(layer).__name__}: call '
+            "`preprocess_lotra(model, config, train_step)` before the adapter is added."
+        )
+    gradient = _GRADIENTS[layer][..., : len(factor_basis)]
+    _, factors = tucker(gradient, tuple(core.shape))
+    gains = (math.sqrt(len(factor_out)), 1.0, math.sqrt(len(factor_basis)))
+    for target, factor, gain in zip((factor_out, factor_in, factor_basis), factors, gains, strict=True):
+        target.copy_(factor * gain)
+    nn.init.zeros_(core)
+
+
+def drop_gradients(layers: list[nn.Module]) -> None:
+    """Forgets the gradients of the layers, once the adapter is made."""
+    for layer in layers:
+        _GRADIENTS.pop(layer, None)
+
+
+def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable[[], None]) -> None:
+    """Gathers what `init_weights="gradient"` needs; call it before `get_peft_model`, as PEFT's `preprocess_loraga`.
+
+    The factors of each adapter then span the leading singular vectors of the gradient of the layer's coefficients (the
+    HOSVD of the first step of full fine-tuning), instead of random ones. On new data for the same task (a shifted
+    domain, few labels) that is worth 13 points of accuracy at ranks (8, 8, 4), see `examples/quickstart.py`. The model
+    is left as it was; the gradients are kept until the adapter is made.
+
+    Example:
+
+    ```py
+    >>> def train_step():
+    ...     for x, y in batches:  # a few hundred samples are enough
+    ...         torch.nn.functional.cross_entropy(kan(x), y).backward()
+
+    >>> config = LoTRAConfig(r=(8, 8, 4), init_weights="gradient")
+    >>> preprocess_lotra(kan, config, train_step)
+    >>> model = get_peft_model(kan, config)
+    ```
+
+    Args:
+        model (`nn.Module`): The base model, or a PEFT model that is to get one more adapter.
+        config ([`LoTRAConfig`]): The configuration that the adapter will be made with.
+        train_step (`Callable[[], None]`): Computes a loss and calls `backward()`, for one or more batches.
+
+    Raises:
+        ValueError: A target of the configuration is no KAN layer; no gradient, or one that is not finite, arrived at a
+            layer. Nothing is kept then.
+    """
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = replace(config, target_modules=resolve_target_modules(config, model))
+    layers = {}
+    for name, module in find_targets(config, model).items():
+        layer, _, tensor = locate_target(name, module)
+        layers[name] = (layer, tensor)
+    _GRADIENTS.update(_gather_gradients(layers, model, train_step))
+
+
+def _gather_gradients(
+    layers: dict[str, tuple[nn.Module, CoefficientTensor]], model: nn.Module, train_step: Callable[[], None]
+) -> dict[nn.Module, torch.Tensor]:
+    """Runs `train_step` and sums the gradients of the layers' coefficients, leaving the model as it was.
+
+    Only these parameters require a gradient meanwhile, and each gradient is taken away as soon as it has been
+    accumulated, so that the peak memory is one extra copy of the coefficients.
+
+    Args:
+        layers (`dict[str, tuple[nn.Module, CoefficientTensor]]`): The layers by name.
+        model (`nn.Module`): The model that they are in.
+        train_step (`Callable[[], None]`): Computes a loss and calls `backward()`, for one or more batches.
+
+    Returns:
+        `dict[nn.Module, torch.Tensor]`: (out, in, basis), or (out, in, basis + 1) with the residual branch, by layer.
+
+    Raises:
+        ValueError: No gradient arrived at a layer, or one that is not finite.
+    """
+    sums: dict[nn.Parameter, torch.Tensor] = {}
+
+    def take(parameter: nn.Parameter) -> None:
+        sums[parameter] = parameter.grad if parameter not in sums else sums[parameter].add_(parameter.grad)
+        parameter.grad = None
+
+    targets = {
+        (name, parameter_name): layer.get_parameter(parameter_name)
+        for name, (layer, tensor) in layers.items()
+        for parameter_name in tensor.parameters
+    }
+    with _left_as_it_was(model), ExitStack() as hooks:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False).grad = None
+        for parameter in targets.values():
+            parameter.requires_grad_(True)
+            hooks.callback(parameter.register_post_accumulate_grad_hook(take).remove)
+        train_step()
+
+    gradients = {}
+    for name, (layer, tensor) in layers.items():
+        parts = {n: sums.get(targets[name, n]) for n in tensor.parameters}
+        missing = [n for n, part in parts.items() if part is None]
+        if missing:
+            raise ValueError(
+                f"No gradient arrived at {missing} of `{name}`: `train_step` must call `backward()` on a loss that "
+                "depends on this layer."
+            )
+        if not all(part.isfinite().all() for part in parts.values()):
+            raise ValueError(f"The gradient of `{name}` is not finite: look at the loss and the data of `train_step`.")
+        gradients[layer] = tensor.join(list(parts.values()))
+    return gradients
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module):
+    """Restores gradients, requires_grad, training mode and buffers (running statistics)."""
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    training = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad, grad in parameters:
+            parameter.requires_grad_(requires_grad).grad = grad
+        for module, mode in training:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)

@@ -21,7 +21,7 @@ therefore described (`KANLayerSpec`), not re-implemented.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -111,9 +111,16 @@ class CoefficientTensor:
 
     def read(self, layer: nn.Module, residual: bool = True) -> torch.Tensor:
         """The coefficients of the layer as (out, in, basis), or (out, in, basis + 1) with the residual branch."""
-        parts = [layout.to_canonical(_get(layer, name), self.lengths) for name, layout in self.parameters.items()]
-        tensor = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        tensor = self.join([_get(layer, name) for name in self.parameters])
         return tensor if residual else tensor[..., : self.shape[-1]]
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The canonical tensor of parts that are laid out like `parameters`, e.g. of their gradients."""
+        parts = [
+            layout.to_canonical(part, self.lengths)
+            for layout, part in zip(self.parameters.values(), parts, strict=True)
+        ]
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
     def split(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """The inverse of `read`: the parts of a canonical tensor, each in the layout of the parameter it belongs to.

@@ -14,11 +14,9 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
-from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -27,21 +25,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .config import LoTRAConfig
-from .initialization import reset_components
+from .functional import call_with_parameters
+from .initialization import reset_components, reset_components_from_gradient
 from .kan_layers import KANLayerSpec
+from .proxy import BaseLayerProxy
 from .tucker import cap_ranks, reconstruct
 
 
-class LoTRALayer(nn.Module, BaseTunerLayer):
+class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
     """
     A KAN layer with LoTRA adapters.
 
     The base layer itself runs, with `parameter + delta` in the place of the parameters that hold its coefficients.
     That is exact for every family, keeps whatever the layer returns, and needs no knowledge of its basis.
 
-    Attributes that this class does not have are those of the base layer. The adapted parameters, the base layer's
-    properties and its own methods see the coefficients that are in force (base + active adapters), so that a
-    regularization or a plot that reaches into the layer sees the adapted function.
+    Attributes that this class does not have are those of the base layer, see [`BaseLayerProxy`].
 
     Args:
         base_layer (`nn.Module`): The KAN layer.
@@ -133,7 +131,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         for name, size, rank in zip(self.adapter_layer_names[1:], shape, ranks, strict=True):
             getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(size, rank))
 
-        self.reset_lotra_parameters(adapter_name, config.init_weights)
+        if config.init_weights == "gradient":
+            reset_components_from_gradient(*self.get_components(adapter_name), layer=self.get_base_layer())
+        else:
+            self.reset_lotra_parameters(adapter_name, config.init_weights)
 
         # Move new weights to device
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -228,13 +229,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 delta = self._get_delta_in_training(adapter) if self.training else self.get_delta_weight(adapter)
                 for name, part in self.lotra_tensor.split(delta).items():
                     parameter = parameters[name] if name in parameters else attrgetter(name)(self.base_layer)
-                    if parameter.shape != part.shape or hasattr(parameter, "full_tensor") != hasattr(
-                        part, "full_tensor"
-                    ):
-                        raise RuntimeError(
-                            f"`{name}` of the base layer is sharded, but its adapters are not. Shard the LoTRALayer or a "
-                            "module around it (FSDP, fully_shard), not the base layer inside."
-                        )
+                    _check_unsharded(name, parameter, part)
                     parameters[name] = torch.add(parameter, part).to(parameter.dtype)
         return parameters
 
@@ -343,7 +338,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         parameters = self.parameters_in_force(adapters)
         if not parameters:
             return self.base_layer(*args, **kwargs)
-        return _call_with(self.base_layer, parameters, self.base_layer, args, kwargs)
+        return call_with_parameters(self.base_layer, parameters, self.base_layer, args, kwargs)
 
     def _check_forward_args(self, args: tuple, kwargs: dict, adapter_names: list[str] | None) -> None:
         """Check if the arguments are compatible with the configs and state of the model"""
@@ -383,99 +378,17 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             return tuple(_in_order(parts, order) for parts in zip(*results, strict=True))
         return _in_order(results, order)
 
-    ##############################
-    # Standing in for the base   #
-    ##############################
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "base_layer" not in self.__dict__.get("_modules", {}):
-                raise
-        base_layer = self.base_layer
-        if name in self.lotra_spec.grid_methods and not self.merged and self._get_available_adapters():
-            getattr(base_layer, name)  # an AttributeError if the base layer does not have it either
-            return partial(_refuse_grid_method, name, sorted(self._get_available_adapters()))
-        static = inspect.getattr_static(type(base_layer), name, None)
-        if name in self.lotra_tensor.parameters or isinstance(static, property):
-            return self._with_parameters_in_force(getattr, base_layer, name)
-        value = getattr(base_layer, name)
-        if inspect.ismethod(value) and value.__self__ is base_layer:
-            return partial(self._with_parameters_in_force, value)
-        return value
-
-    def _with_parameters_in_force(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Calls a function while the base layer holds the coefficients that are in force."""
-        parameters = self.parameters_in_force()
-        if not parameters:
-            return function(*args, **kwargs)
-        return _call_with(self.base_layer, parameters, function, args, kwargs)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # A parent that sets `layer.grid` or `layer.out_dim` means the base layer. Names with an underscore are those
-        # that frameworks (accelerate, FSDP) put on each module for themselves.
-        base_layer = self.__dict__.get("_modules", {}).get("base_layer")
-        if (
-            base_layer is None
-            or name.startswith("_")
-            or name in self.__dict__
-            or hasattr(type(self), name)
-            or any(name in self.__dict__[kind] for kind in ("_parameters", "_buffers", "_modules"))
-            or not hasattr(base_layer, name)
-        ):
-            return super().__setattr__(name, value)
-        if name in self.lotra_spec.grid and not self.merged and self._get_available_adapters():
-            _refuse_grid_method(name, sorted(self._get_available_adapters()))
-        setattr(base_layer, name, value)
-
     def __repr__(self) -> str:
         return "lotra." + super().__repr__()
 
 
-def _refuse_grid_method(name: str, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-    raise RuntimeError(
-        f"`{name}` changes what the coefficients mean, and would silently change the meaning of the adapters "
-        f"{adapters}, which are not merged. Merge them first (`merge_and_unload()`, or `merge_adapter()` to keep the "
-        "layers adapted), or unload them."
-    )
-
-
-class _Call(nn.Module):
-    """A function called as a module, so that `functional_call` can exchange the parameters of `layer` around it."""
-
-    def __init__(self, layer: nn.Module, function: Callable):
-        super().__init__()
-        self.layer = layer
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
-def _call_with(
-    layer: nn.Module, parameters: dict[str, torch.Tensor], function: Callable, args: tuple, kwargs: dict
-) -> Any:
-    """Calls `function` while `parameters` stand in the place of those of `layer`.
-
-    That is `torch.func.functional_call`, which exchanges the entries of `_parameters`. FSDP (the first one) puts views
-    of its flat parameter into the modules' `__dict__`, where they hide those entries: they are exchanged there.
-    """
-    owners = {name: layer.get_submodule(name.rpartition(".")[0]) for name in parameters}
-    views = {name: owner for name, owner in owners.items() if name.rpartition(".")[2] in owner.__dict__}
-    if views:
-        saved = {name: owner.__dict__[name.rpartition(".")[2]] for name, owner in views.items()}
-        try:
-            for name, owner in views.items():
-                owner.__dict__[name.rpartition(".")[2]] = parameters[name]
-            return function(*args, **kwargs)
-        finally:
-            for name, owner in views.items():
-                owner.__dict__[name.rpartition(".")[2]] = saved[name]
-    if function is layer:
-        return torch.func.functional_call(layer, parameters, args, kwargs)
-    parameters = {f"layer.{name}": value for name, value in parameters.items()}
-    return torch.func.functional_call(_Call(layer, function), parameters, args, kwargs)
+def _check_unsharded(name: str, parameter: torch.Tensor, part: torch.Tensor) -> None:
+    """FSDP's flat parameters have another shape, and those of fully_shard are DTensors, which have placements."""
+    if parameter.shape != part.shape or hasattr(parameter, "placements") != hasattr(part, "placements"):
+        raise RuntimeError(
+            f"`{name}` of the base layer is sharded, and its adapters are not. Shard the LoTRALayer, or a module "
+            "around it (FSDP, fully_shard), but not the base layer inside."
+        )
 
 
 def _equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:

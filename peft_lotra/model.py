@@ -15,22 +15,21 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
 from .config import LoTRAConfig
-from .kan_layers import find_kan_layers, get_kan_spec, known_families
+from .initialization import drop_gradients
 from .layer import LoTRALayer
 from .networks import guard_network, release_networks
+from .targets import ALL_KAN, describe_targets, find_targets, locate_target, resolve_target_modules
 
 
 class LoTRAModel(BaseTuner):
@@ -99,8 +98,13 @@ class LoTRAModel(BaseTuner):
             raise
         if self._requires_grad_of_base is None:
             self._requires_grad_of_base = requires_grad
-        if self.peft_config[adapter_name].base_layers != _describe_layers(model, adapter_name):
+        layers = {name: layer for name, layer in _lotra_layers(model) if adapter_name in layer.lotra_core}
+        if self.peft_config[adapter_name].base_layers != describe_targets(layers):
             self._unfit_adapters[adapter_name] = requires_grad
+        if self.peft_config[adapter_name].init_weights == "gradient":
+            drop_gradients([layer.base_layer for layer in layers.values()])
+            # It is done, and there is nothing to do it with when the adapter is loaded.
+            self.peft_config[adapter_name].init_weights = True
 
     def _take_out(self, adapter_name: str, requires_grad: list[tuple[nn.Parameter, bool]]) -> None:
         """Undoes the injection of an adapter, as if it had never been tried."""
@@ -124,30 +128,13 @@ class LoTRAModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: LoTRAConfig, model_config: dict) -> LoTRAConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = "all-kan"
+            peft_config.target_modules = ALL_KAN
         return peft_config
 
     def _prepare_model(self, peft_config: LoTRAConfig, model: nn.Module) -> None:
         """Finds and checks all targets before the first of them is touched."""
-        if get_kan_spec(model) is not None:
-            raise ValueError(
-                f"The model is itself a KAN layer ({type(model).__name__}), and PEFT adapts layers inside a model. "
-                "Wrap it, e.g. in `torch.nn.Sequential(layer)`, and adapt that."
-            )
-        if peft_config.target_modules == "all-linear":
-            raise ValueError(
-                '`target_modules="all-linear"` takes linear layers, which LoTRA does not adapt. Pass "all-kan" (or '
-                "nothing) for all KAN layers."
-            )
-        if peft_config.target_modules == "all-kan":
-            peft_config.target_modules = _find_targets(peft_config, model)
-
-        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-        found = {
-            name: _describe(name, module)
-            for name, module in model.named_modules()
-            if name and not name.startswith(inside) and check_target_module_exists(peft_config, name)
-        }
+        peft_config.target_modules = resolve_target_modules(peft_config, model)
+        found = describe_targets(find_targets(peft_config, model))
         if peft_config.base_layers is None:
             peft_config.base_layers = found
             return
@@ -187,13 +174,13 @@ class LoTRAModel(BaseTuner):
         if isinstance(target, LoTRALayer):
             target.update_layer(adapter_name, config=peft_config, **kwargs)
             return
-        _describe(current_key, target)  # raises if it is no KAN layer
-        new_module = LoTRALayer(target, get_kan_spec(target), adapter_name, config=peft_config, **kwargs)
+        _, spec, _ = locate_target(current_key, target)
+        new_module = LoTRALayer(target, spec, adapter_name, config=peft_config, **kwargs)
         if adapter_name not in self.active_adapters:
             # adding an additional adapter: it is not automatically trainable
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
-        guard_network(self.model, current_key, new_module.lotra_spec)
+        guard_network(self.model, current_key, spec)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own would look for `.weight`, and on unloading put one on the KAN layer. Devices are taken care of by
@@ -318,58 +305,3 @@ def _lotra_layers(model: nn.Module) -> Iterator[tuple[str, LoTRALayer]]:
     for name, module in model.named_modules():
         if isinstance(module, LoTRALayer):
             yield name, module
-
-
-def _find_targets(peft_config: LoTRAConfig, model: nn.Module) -> set[str]:
-    """The names that "all-kan" stands for in this model."""
-    layers = find_kan_layers(model)
-    if not layers:
-        types = Counter(type(module).__name__ for module in model.modules())
-        raise ValueError(
-            "No KAN layer was found in the model. It consists of "
-            + ", ".join(f"{name} ({count})" for name, count in types.most_common())
-            + f". The known families are {', '.join(known_families())}. If one of these modules is a KAN layer, "
-            "describe it with `peft_lotra.register_kan_layer`."
-        )
-    names = {layer.name for layer in layers if _has_index(peft_config, layer.name)}
-    if not names:
-        raise ValueError(
-            f"None of the KAN layers {[layer.name for layer in layers]} has an index in `layers_to_transform`="
-            f"{peft_config.layers_to_transform} (`layers_pattern`={peft_config.layers_pattern})."
-        )
-    return names
-
-
-def _has_index(peft_config: LoTRAConfig, name: str) -> bool:
-    """Whether the layer is one of `layers_to_transform`. In a KAN the layers are mostly themselves the numbered
-    entries ("layers.0"), where PEFT's own rule wants something to follow the number."""
-    indices, patterns = peft_config.layers_to_transform, peft_config.layers_pattern
-    if indices is None or indices == []:
-        return True
-    patterns = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
-    for pattern in patterns:
-        match = re.match(rf"(?:.*?\.)??(?:{pattern})\.(\d+)(?:\.|$)", name)
-        if match:
-            return int(match[1]) in ([indices] if isinstance(indices, int) else indices)
-    return False
-
-
-def _describe(name: str, module: nn.Module) -> dict[str, Any]:
-    """Family and shape of a target.
-
-    Raises:
-        ValueError: It is not a KAN layer that is known.
-    """
-    spec = get_kan_spec(module.get_base_layer() if isinstance(module, LoTRALayer) else module)
-    if spec is None:
-        raise ValueError(
-            f"Target module `{name}` is a {type(module).__name__}, which is not a KAN layer that LoTRA knows. The "
-            f"known families are {', '.join(known_families())}; describe another one with "
-            "`peft_lotra.register_kan_layer`."
-        )
-    tensor = module.lotra_tensor if isinstance(module, LoTRALayer) else spec.locate(module)
-    return {"family": spec.family, "shape": list(tensor.shape), "has_residual": tensor.has_residual}
-
-
-def _describe_layers(model: nn.Module, adapter_name: str) -> dict[str, dict[str, Any]]:
-    return {name: _describe(name, layer) for name, layer in _lotra_layers(model) if adapter_name in layer.lotra_core}

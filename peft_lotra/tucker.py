@@ -23,6 +23,8 @@ References:
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 
@@ -43,6 +45,28 @@ def reconstruct(
     tensor = core @ factor_basis.T  # (ro, ri, basis)
     tensor = factor_in @ tensor  # (ro, in, basis)
     return (factor_out @ tensor.flatten(1)).unflatten(1, tensor.shape[1:])
+
+
+@torch.no_grad()
+def tucker(tensor: torch.Tensor, ranks: tuple[int, int, int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The best Tucker approximation that higher-order orthogonal iteration (HOOI) finds, started from the HOSVD.
+
+    Args:
+        tensor (`torch.Tensor`): (out, in, basis).
+        ranks (`tuple[int, int, int]`): (ro, ri, rb), none above the size of its mode.
+
+    Returns:
+        core (ro, ri, rb), and the factors (out, ro), (in, ri), (basis, rb), which have orthonormal columns; of the
+        dtype and on the device of `tensor`. Computed in float64.
+    """
+    import tensorly.decomposition  # not at the top: scipy would double the time that importing the package takes
+
+    array = tensor.detach().double().cpu().numpy()
+    with warnings.catch_warnings():
+        # of a zero tensor, and of ranks above the product of the other two, for which any orthonormal columns will do
+        warnings.simplefilter("ignore")
+        core, factors = tensorly.decomposition.tucker(array, rank=list(ranks), init="svd", n_iter_max=20, tol=1e-6)
+    return torch.from_numpy(core).to(tensor), [torch.from_numpy(factor.copy()).to(tensor) for factor in factors]
 
 
 def check_ranks(r: int | tuple[int, int, int]) -> int | tuple[int, int, int]:

@@ -1,0 +1,60 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Running a layer with other tensors in the place of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class _Call(nn.Module):
+    """A function called as a module, so that `functional_call` can exchange the parameters of `layer` around it."""
+
+    def __init__(self, layer: nn.Module, function: Callable):
+        super().__init__()
+        self.layer = layer
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def call_with_parameters(
+    layer: nn.Module, parameters: dict[str, torch.Tensor], function: Callable, args: tuple, kwargs: dict
+) -> Any:
+    """Calls `function` while the given tensors stand in the place of parameters of `layer`.
+
+    That is `torch.func.functional_call`, which exchanges the entries of `_parameters`. FSDP (the first one) puts views
+    of its flat parameter into the modules' `__dict__`, where they hide those entries: they are exchanged there.
+    """
+    owners = {name: layer.get_submodule(name.rpartition(".")[0]) for name in parameters}
+    views = {name: owner for name, owner in owners.items() if name.rpartition(".")[2] in owner.__dict__}
+    if views:
+        saved = {name: owner.__dict__[name.rpartition(".")[2]] for name, owner in views.items()}
+        try:
+            for name, owner in views.items():
+                owner.__dict__[name.rpartition(".")[2]] = parameters[name]
+            return function(*args, **kwargs)
+        finally:
+            for name, owner in views.items():
+                owner.__dict__[name.rpartition(".")[2]] = saved[name]
+    if function is layer:
+        return torch.func.functional_call(layer, parameters, args, kwargs)
+    parameters = {f"layer.{name}": value for name, value in parameters.items()}
+    return torch.func.functional_call(_Call(layer, function), parameters, args, kwargs)

@@ -1,0 +1,87 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""An adapted layer stands in for its base layer: parents that reach into it find what they look for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from .functional import call_with_parameters
+
+
+class BaseLayerProxy(nn.Module):
+    """Answers the attributes that the adapted layer does not have itself from its `base_layer`.
+
+    The adapted parameters, the base layer's properties and its own methods see the coefficients that are in force
+    (base + active adapters): a regularization, or a plot, sees the adapted function, and its gradient reaches the
+    adapters.
+    What would change the grid raises while adapters are attached and not merged, since it would silently change what
+    they mean.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+        base_layer = self.base_layer
+        if name in self.lotra_spec.grid_methods and not self.merged and self._get_available_adapters():
+            getattr(base_layer, name)  # an AttributeError if the base layer does not have it either
+            return partial(_refuse_grid_method, name, sorted(self._get_available_adapters()))
+        static = inspect.getattr_static(type(base_layer), name, None)
+        if name in self.lotra_tensor.parameters or isinstance(static, property):
+            return self._with_parameters_in_force(getattr, base_layer, name)
+        value = getattr(base_layer, name)
+        if inspect.ismethod(value) and value.__self__ is base_layer:
+            return partial(self._with_parameters_in_force, value)
+        return value
+
+    def _with_parameters_in_force(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Calls a function while the base layer holds the coefficients that are in force."""
+        parameters = self.parameters_in_force()
+        if not parameters:
+            return function(*args, **kwargs)
+        return call_with_parameters(self.base_layer, parameters, function, args, kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A parent that sets `layer.grid` or `layer.out_dim` means the base layer. Names with an underscore are those
+        # that frameworks (accelerate, FSDP) put on each module for themselves.
+        base_layer = self.__dict__.get("_modules", {}).get("base_layer")
+        if (
+            base_layer is None
+            or name.startswith("_")
+            or name in self.__dict__
+            or hasattr(type(self), name)
+            or any(name in self.__dict__[kind] for kind in ("_parameters", "_buffers", "_modules"))
+            or not hasattr(base_layer, name)
+        ):
+            return super().__setattr__(name, value)
+        if name in self.lotra_spec.grid and not self.merged and self._get_available_adapters():
+            _refuse_grid_method(name, sorted(self._get_available_adapters()))
+        setattr(base_layer, name, value)
+
+
+def _refuse_grid_method(name: str, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        f"`{name}` changes what the coefficients mean, and would silently change the meaning of the adapters "
+        f"{adapters}, which are not merged. Merge them first (`merge_and_unload()`, or `merge_adapter()` to keep the "
+        "layers adapted), or unload them."
+    )
