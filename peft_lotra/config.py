@@ -23,6 +23,9 @@ from peft.utils import PeftType
 from .tucker import check_ranks
 
 
+ALL_KAN = "all-kan"
+
+
 @dataclass
 class LoTRAConfig(PeftConfig):
     """
@@ -147,9 +150,13 @@ class LoTRAConfig(PeftConfig):
                 raise ValueError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)}.")
         if not isinstance(self.init_weights, bool) and self.init_weights != "gradient":
             raise ValueError(f"`init_weights` must be True, False or 'gradient', got {self.init_weights!r}.")
-        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        if isinstance(self.target_modules, str) and self.target_modules != "all-kan":
+        if isinstance(self.target_modules, str) and self.target_modules != ALL_KAN:
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+        # Not fields, so neither saved nor compared. Adding an adapter writes the names and shapes of its layers into
+        # the object, which may serve for another model next; and only what comes out of a file binds it to a model.
+        self.targets_all_kan = self.target_modules in (None, ALL_KAN)
+        self.checkpoint_layers = self.base_layers

@@ -48,6 +48,10 @@ class KANLayerSpec:
     basis: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
     axes: Callable[[nn.Module], Mapping[str, int]] | None = None
 
+    def __reduce__(self):
+        # Predicates may be lambdas, which do not pickle: an unpickled model finds its family in the registry.
+        return _get_registered, (self.family,)
+
     def locate(self, layer: nn.Module) -> CoefficientTensor:
         """Finds the coefficients of a layer of this family.
 
@@ -233,6 +237,12 @@ def register_kan_layer(
     return spec
 
 
+def _get_registered(family: str) -> KANLayerSpec:
+    if family not in _SPECS:
+        raise ValueError(f"The KAN family {family!r} is not registered: call `register_kan_layer` for it first.")
+    return _SPECS[family]
+
+
 def known_families() -> list[str]:
     """The names of all registered families, in the order in which they were registered."""
     return list(_SPECS)
@@ -316,7 +326,7 @@ def _ndim(layer: nn.Module, name: str) -> int | None:
 
 register_kan_layer(
     "qkan-fourier",
-    matches=lambda m: _ndim(m, "fourier_weight") == 3 and _ndim(m, "fourier_scaler") == 2,
+    matches=lambda m: _ndim(m, "fourier_weight") == 3 and _ndim(m, "freqs") == 1,
     coefficients=("fourier_weight", "o i k"),
     residual=("base_weight", "o i"),
     grid=("freqs", "input_scale", "input_shift"),

@@ -131,10 +131,10 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         for name, size, rank in zip(self.adapter_layer_names[1:], shape, ranks, strict=True):
             getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(size, rank))
 
-        if config.init_weights == "gradient":
+        if config.init_weights == "gradient" and config.checkpoint_layers is None:
             reset_components_from_gradient(*self.get_components(adapter_name), layer=self.get_base_layer())
         else:
-            self.reset_lotra_parameters(adapter_name, config.init_weights)
+            self.reset_lotra_parameters(adapter_name, bool(config.init_weights))
 
         # Move new weights to device
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -182,6 +182,11 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         """Sets the coefficients of the base layer, (out, in, basis), with the residual branch as the last slice."""
         self._write({name: part.detach() for name, part in self.lotra_tensor.split(weight_data).items()})
 
+    @property
+    def weight(self) -> torch.Tensor:
+        # inkan's layers have one, and PEFT's property would answer without the adapters
+        return self.__getattr__("weight")
+
     ##########
     # Deltas #
     ##########
@@ -192,23 +197,22 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         Args:
             adapter (`str`): The name of the adapter.
         """
-        components = self.get_components(adapter)
-        dtype = components[0].dtype
-        # float16 and bfloat16 products on the CPU are slow, and some are not implemented
-        if components[0].device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
-            components = tuple(component.float() for component in components)
-        return (self.lotra_scaling[adapter] * reconstruct(*components)).to(dtype)
+        return self._delta(adapter, dropout=False)
 
-    def _get_delta_in_training(self, adapter: str) -> torch.Tensor:
+    def _delta(self, adapter: str, dropout: bool) -> torch.Tensor:
         core, *factors = self.get_components(adapter)
+        dtype = core.dtype
+        # float16 and bfloat16 products on the CPU are slow, and some are not implemented
+        if core.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            core, *factors = (component.float() for component in (core, *factors))
         scale = self.lotra_scaling[adapter]
-        # Drawn as tensors, not as Python branches: compiled graphs draw anew at each step.
-        if p := self.lotra_rank_dropout[adapter]:
-            kept = torch.rand(core.shape[0], 1, 1, device=core.device) >= p
+        # Drawn as tensors, not as Python branches: a compiled graph draws anew at each step.
+        if dropout and (p := self.lotra_rank_dropout[adapter]):
+            kept = torch.rand(len(core), 1, 1, device=core.device) >= p
             core = core * kept.to(core.dtype) / (1 - p)
-        if p := self.lotra_module_dropout[adapter]:
+        if dropout and (p := self.lotra_module_dropout[adapter]):
             scale = scale * (torch.rand((), device=core.device) >= p).to(core.dtype)
-        return scale * reconstruct(core, *factors)
+        return (scale * reconstruct(core, *factors)).to(dtype)
 
     def parameters_in_force(self, adapters: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """The adapted parameters of the base layer, as stored, with the updates of the adapters added.
@@ -226,7 +230,7 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         # An autocast delta would have three digits, and be added to a parameter that has seven.
         with torch.autocast(self.lotra_core[adapters[0]].device.type, enabled=False) if adapters else nullcontext():
             for adapter in adapters:
-                delta = self._get_delta_in_training(adapter) if self.training else self.get_delta_weight(adapter)
+                delta = self._delta(adapter, dropout=self.training)
                 for name, part in self.lotra_tensor.split(delta).items():
                     parameter = parameters[name] if name in parameters else attrgetter(name)(self.base_layer)
                     _check_unsharded(name, parameter, part)
@@ -256,12 +260,12 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
             # no adapter to merge
             return
 
+        if safe_merge:
+            self.check_safe_merge(adapter_names)
         for adapter in self._adapters_here(adapter_names):
-            if safe_merge:
-                self.check_safe_merge([adapter])
             if not self.merged_adapters:
                 self._grid_at_merge = self._grid_state()
-            self._write(self._merged_parameters(adapter))
+            self._write(self._with_delta(self._base_parameters(), adapter))
             self.merged_adapters.append(adapter)
 
     def check_safe_merge(self, adapter_names: list[str] | None = None) -> None:
@@ -274,8 +278,12 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         Raises:
             ValueError: It would not.
         """
+        parameters = self._base_parameters()
         for adapter in self._adapters_here(self.active_adapters if adapter_names is None else adapter_names):
-            if not all(torch.isfinite(value).all() for value in self._merged_parameters(adapter).values()):
+            if adapter in self.merged_adapters:
+                continue
+            parameters = self._with_delta(parameters, adapter)
+            if not all(torch.isfinite(value).all() for value in parameters.values()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
 
     def unmerge(self) -> None:
@@ -295,18 +303,20 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
                 "the merged model (`merge_and_unload`), or load the base model and the adapter anew."
             )
         while self.merged_adapters:
-            self._write(self._merged_parameters(self.merged_adapters[-1], sign=-1))
+            self._write(self._with_delta(self._base_parameters(), self.merged_adapters[-1], sign=-1))
             self.merged_adapters.pop()
         self._grid_at_merge = None
 
+    def _base_parameters(self) -> dict[str, torch.Tensor]:
+        return {name: attrgetter(name)(self.get_base_layer()) for name in self.lotra_tensor.parameters}
+
     @torch.no_grad()
-    def _merged_parameters(self, adapter: str, sign: int = 1) -> dict[str, torch.Tensor]:
-        base_layer = self.get_base_layer()
-        parameters = {}
-        for name, part in self.lotra_tensor.split(self.get_delta_weight(adapter)).items():
-            parameter = attrgetter(name)(base_layer)
-            parameters[name] = torch.add(parameter, part, alpha=sign).to(parameter.dtype)
-        return parameters
+    def _with_delta(self, parameters: dict[str, torch.Tensor], adapter: str, sign: int = 1) -> dict[str, torch.Tensor]:
+        parts = self.lotra_tensor.split(self.get_delta_weight(adapter))
+        return {
+            name: torch.add(value, parts[name], alpha=sign).to(value.dtype) if name in parts else value
+            for name, value in parameters.items()
+        }
 
     @torch.no_grad()
     def _write(self, parameters: dict[str, torch.Tensor]) -> None:
@@ -370,7 +380,7 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
 
         results = []
         for name, rows in rows_of.items():
-            index = [value[rows] if _is_batch(value, adapter_names) else value for value in args]
+            index = tuple(value[rows] if _is_batch(value, adapter_names) else value for value in args)
             keywords = {k: value[rows] if _is_batch(value, adapter_names) else value for k, value in kwargs.items()}
             results.append(self._adapted_forward([] if name is None else [name], index, keywords))
         order = torch.tensor([row for rows in rows_of.values() for row in rows]).argsort()

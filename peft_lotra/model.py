@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,14 +21,15 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
-from .config import LoTRAConfig
+from .config import ALL_KAN, LoTRAConfig
 from .initialization import drop_gradients
 from .layer import LoTRALayer
 from .networks import guard_network, release_networks
-from .targets import ALL_KAN, describe_targets, find_targets, locate_target, resolve_target_modules
+from .targets import describe_targets, find_targets, locate_target, resolve_target_modules
 
 
 class LoTRAModel(BaseTuner):
@@ -78,8 +78,8 @@ class LoTRAModel(BaseTuner):
         # Set before super().__init__, which injects the first adapter:
         # what the base model's parameters were before any adapter, and what they are again when all are unloaded
         self._requires_grad_of_base: list[tuple[nn.Parameter, bool]] | None = None
-        # adapters whose recorded shapes do not fit the model, with what their injection changed; see _prepare_model
-        self._unfit_adapters: dict[str, list[tuple[nn.Parameter, bool]]] = {}
+        # adapters that were injected to be loaded from a checkpoint, with what their injection changed
+        self._awaited_adapters: dict[str, list[tuple[nn.Parameter, bool]]] = {}
         super().__init__(*args, **kwargs)
 
     #############
@@ -87,29 +87,28 @@ class LoTRAModel(BaseTuner):
     #############
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        # Names and shapes of the layers will be written into the configuration; the user's own object stays as it is,
-        # so that it can be used for the next model.
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        if "." in adapter_name:  # what nn.ParameterDict would say, but only when some layers are adapted already
+            raise KeyError(f'The adapter name can\'t contain ".", got {adapter_name!r}.')
+        peft_config = self.peft_config[adapter_name]
         requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            layers = [layer for _, layer in _lotra_layers(model) if adapter_name in layer.lotra_core]
+            # PEFT 0.19 looks only whether any adapter has a layer
+            if not (layers or peft_config.modules_to_save or peft_config.target_modules == DUMMY_TARGET_MODULES):
+                raise ValueError(f"Target modules {peft_config.target_modules} not found in the base model.")
         except Exception:
             self._take_out(adapter_name, requires_grad)
             raise
+        drop_gradients([layer.get_base_layer() for layer in layers])
         if self._requires_grad_of_base is None:
             self._requires_grad_of_base = requires_grad
-        layers = {name: layer for name, layer in _lotra_layers(model) if adapter_name in layer.lotra_core}
-        if self.peft_config[adapter_name].base_layers != describe_targets(layers):
-            self._unfit_adapters[adapter_name] = requires_grad
-        if self.peft_config[adapter_name].init_weights == "gradient":
-            drop_gradients([layer.base_layer for layer in layers.values()])
-            # It is done, and there is nothing to do it with when the adapter is loaded.
-            self.peft_config[adapter_name].init_weights = True
+        if peft_config.checkpoint_layers is not None:
+            self._awaited_adapters[adapter_name] = requires_grad
 
     def _take_out(self, adapter_name: str, requires_grad: list[tuple[nn.Parameter, bool]]) -> None:
         """Undoes the injection of an adapter, as if it had never been tried."""
-        for name, module in list(self.model.named_modules()):
-            parent_name, _, child_name = name.rpartition(".")
+        for module in list(self.model.modules()):
             if isinstance(module, LoTRALayer) and adapter_name in module.lotra_core:
                 adapters, bare = module.lotra_core, module.base_layer
             elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
@@ -117,7 +116,7 @@ class LoTRAModel(BaseTuner):
             else:
                 continue
             if len(adapters) == 1:
-                setattr(self.model.get_submodule(parent_name), child_name, bare)
+                self._replace_module(None, None, bare, module)
             elif isinstance(module, LoTRALayer):
                 module.delete_adapter(adapter_name)
             else:
@@ -135,15 +134,15 @@ class LoTRAModel(BaseTuner):
         """Finds and checks all targets before the first of them is touched."""
         peft_config.target_modules = resolve_target_modules(peft_config, model)
         found = describe_targets(find_targets(peft_config, model))
-        if peft_config.base_layers is None:
-            peft_config.base_layers = found
+        recorded, peft_config.base_layers = peft_config.checkpoint_layers, found
+        if recorded is None:
             return
         # The adapter comes from a checkpoint. Another shape is not an error yet: with `ignore_mismatched_sizes` PEFT
         # drops the tensors that do not fit. Otherwise _load_from_state_dict refuses them.
         wrong = [
             f"{name}: a {layer['family']} layer, the model has "
             + (f"a {found[name]['family']} layer" if name in found else "no such layer")
-            for name, layer in peft_config.base_layers.items()
+            for name, layer in recorded.items()
             if name not in found or found[name]["family"] != layer["family"]
         ]
         if wrong:
@@ -183,9 +182,12 @@ class LoTRAModel(BaseTuner):
         guard_network(self.model, current_key, spec)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own would look for `.weight`, and on unloading put one on the KAN layer. Devices are taken care of by
-        # update_layer.
-        setattr(parent, child_name, new_module)
+        # PEFT's own would look for `.weight`, and on unloading put one on the KAN layer. A layer that the model uses
+        # in several places is replaced in all of them; devices are taken care of by update_layer.
+        for module in list(self.model.modules()):
+            for name, place in list(module._modules.items()):  # named_children() leaves out repetitions
+                if place is child:
+                    setattr(module, name, new_module)
 
     ###########
     # Loading #
@@ -193,11 +195,13 @@ class LoTRAModel(BaseTuner):
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args, **kwargs) -> None:
         """Refuses tensors that do not fit before the first of them is loaded. Called by `load_state_dict`."""
-        wrong, adapters = [], set()
+        wrong, adapters, loaded = [], set(), set()
         for name, layer in _lotra_layers(self.model):
             for component in layer.adapter_layer_names:
                 for adapter, parameter in getattr(layer, component).items():
                     tensor = state_dict.get(f"{prefix}model.{name}.{component}.{adapter}")
+                    if tensor is not None:
+                        loaded.add(adapter)
                     if tensor is not None and tensor.shape != parameter.shape:
                         adapters.add(adapter)
                         wrong.append(
@@ -205,9 +209,9 @@ class LoTRAModel(BaseTuner):
                             f"in the model, whose layer has the shape (out, in, basis) = {layer.lotra_tensor.shape}"
                         )
         if wrong:
-            for adapter in adapters & self._unfit_adapters.keys():
+            for adapter in adapters & self._awaited_adapters.keys():
                 # PEFT has injected it only to load it. Take it out, so that the failed attempt changes nothing.
-                self._take_out(adapter, self._unfit_adapters.pop(adapter))
+                self._take_out(adapter, self._awaited_adapters.pop(adapter))
                 del self.peft_config[adapter]
             if not self.peft_config and hasattr(self.model, "peft_config"):
                 del self.model.peft_config
@@ -215,6 +219,8 @@ class LoTRAModel(BaseTuner):
                 "The adapter does not fit the model, nothing was loaded:\n  " + "\n  ".join(wrong) + "\nLoad it into "
                 "the base model that it was trained on."
             )
+        for adapter in loaded:
+            self._awaited_adapters.pop(adapter, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     ############################
@@ -246,12 +252,19 @@ class LoTRAModel(BaseTuner):
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raises what a merge would raise, before the first layer is merged."""
         if isinstance(adapter_names, (list, tuple)):
-            unknown = [name for name in adapter_names if name not in self.peft_config]
-            if unknown:
-                raise ValueError(f"Adapter(s) {unknown} not found, the model has {list(self.peft_config)}.")
+            self._check_known(adapter_names)
         if safe_merge:
             for _, layer in _lotra_layers(self.model):
                 layer.check_safe_merge(adapter_names)
+
+    def _check_known(self, adapter_names: list[str]) -> None:
+        unknown = [name for name in adapter_names if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"Adapter(s) {unknown} not found, the model has {list(self.peft_config)}.")
+
+    def set_adapter(self, adapter_name: str | list[str], *args, **kwargs) -> None:
+        self._check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        super().set_adapter(adapter_name, *args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         # newer versions of PEFT check this themselves

@@ -98,7 +98,7 @@ def _bare(network: nn.Module) -> Iterator[None]:
     places = [
         (parent, name, child)
         for parent in network.modules()
-        for name, child in parent.named_children()
+        for name, child in parent._modules.items()
         if isinstance(child, LoTRALayer)
     ]
     frozen = []

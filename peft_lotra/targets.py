@@ -27,9 +27,6 @@ from .config import LoTRAConfig
 from .kan_layers import CoefficientTensor, KANLayerSpec, find_kan_layers, get_kan_spec, known_families
 
 
-ALL_KAN = "all-kan"
-
-
 def resolve_target_modules(config: LoTRAConfig, model: nn.Module) -> set[str] | str:
     """The `target_modules` of the configuration, with the names of the KAN layers in the place of "all-kan".
 
@@ -38,10 +35,10 @@ def resolve_target_modules(config: LoTRAConfig, model: nn.Module) -> set[str] | 
     """
     if config.target_modules == "all-linear":
         raise ValueError(
-            '`target_modules="all-linear"` takes linear layers, which LoTRA does not adapt. Pass "all-kan", or nothing '
-            "at all, for all KAN layers."
+            '`target_modules="all-linear"` takes linear layers, which LoTRA does not adapt. Pass "all-kan", or leave '
+            "it out, for all KAN layers."
         )
-    if config.target_modules not in (None, ALL_KAN):
+    if not config.targets_all_kan:
         return config.target_modules
     layers = find_kan_layers(model)
     if not layers:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import warnings
 
 import torch
+from einops import rearrange
 
 
 def reconstruct(
@@ -33,8 +34,9 @@ def reconstruct(
 ) -> torch.Tensor:
     """The dense tensor (out, in, basis) of a Tucker decomposition; differentiable in all four.
 
-    The basis mode is expanded first and the output mode last, by one matrix product: K is small and out is the mode
-    that the largest intermediate must not carry twice.
+    The basis mode is expanded first and the output mode last, so that the largest intermediate is (ro, in, basis). The
+    products are of matrices: the result of a batched `torch.matmul` differs in its last digits between tensors that
+    require a gradient and tensors that do not, and a loaded adapter must equal the trained one exactly.
 
     Args:
         core (`torch.Tensor`): (ro, ri, rb).
@@ -42,9 +44,11 @@ def reconstruct(
         factor_in (`torch.Tensor`): (in, ri).
         factor_basis (`torch.Tensor`): (basis, rb).
     """
-    tensor = core @ factor_basis.T  # (ro, ri, basis)
-    tensor = factor_in @ tensor  # (ro, in, basis)
-    return (factor_out @ tensor.flatten(1)).unflatten(1, tensor.shape[1:])
+    ro = len(core)
+    tensor = core.flatten(0, 1) @ factor_basis.T  # (ro ri, basis)
+    tensor = factor_in @ rearrange(tensor, "(ro ri) k -> ri (ro k)", ro=ro)  # (in, ro basis)
+    tensor = factor_out @ rearrange(tensor, "i (ro k) -> ro (i k)", ro=ro)  # (out, in basis)
+    return tensor.unflatten(1, (len(factor_in), len(factor_basis)))
 
 
 @torch.no_grad()

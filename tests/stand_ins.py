@@ -44,7 +44,7 @@ def _b_splines(x: Tensor, knots: Tensor, degree: int, closed_interval: Tensor | 
         basis = torch.where(at_end & here, torch.ones_like(basis), basis)
     for p in range(1, degree + 1):
         span = knots[:, p:] - knots[:, :-p]
-        ramp = (x - knots[:, :-p]) / torch.where(span.abs() < 1e-8, torch.ones_like(span), span)
+        ramp = (x - knots[:, :-p]) / torch.where(span.float().abs() < 1e-8, torch.ones_like(span), span)
         basis = ramp[..., :-1] * basis[..., :-1] + (1 - ramp[..., 1:]) * basis[..., 1:]
     return basis
 

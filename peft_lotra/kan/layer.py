@@ -152,8 +152,11 @@ class KANLinear(nn.Module):
         Raises:
             ValueError: the last dimension is not I.
         """
-        spline = F.linear(self.basis(x).flatten(-2), self.spline_weight.flatten(-2))
-        return F.linear(F.silu(x), self.base_weight) + spline
+        # On rows, not on the leading shape: the last digits of a batched product depend on what requires a gradient.
+        basis = rearrange(self.basis(x), "... i k -> (...) (i k)")
+        residual = F.linear(F.silu(rearrange(x, "... i -> (...) i")), self.base_weight)
+        y = residual + F.linear(basis, self.spline_weight.flatten(-2))
+        return y.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def update_grid(self, x: torch.Tensor, margin: float = 0.01) -> None:

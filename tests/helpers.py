@@ -1,0 +1,91 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What several test files do to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from stand_ins import FAMILIES, as_model
+from torch import Tensor, nn
+
+from peft_lotra import LoTRAConfig, LoTRALayer
+from peft_lotra.kan import KAN
+
+
+COMPONENTS = ("lotra_core", "lotra_factor_out", "lotra_factor_in", "lotra_factor_basis")
+
+# relative differences that rounding explains
+ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+def base(family: str, dtype: torch.dtype = torch.float32, in_features: int = 3, out_features: int = 4) -> nn.Module:
+    """A model of one layer of the family, called `kan`."""
+    return as_model(FAMILIES[family](in_features, out_features)).to(dtype)
+
+
+def adapt(model: nn.Module, random: bool = True, adapter_name: str = "default", **config: Any) -> PeftModel:
+    """An adapted model in evaluation mode, by default with an adapter that changes the function."""
+    config = {"r": (2, 3, 4), "init_weights": not random, **config}
+    return get_peft_model(model, LoTRAConfig(**config), adapter_name=adapter_name).eval()
+
+
+def nested() -> nn.Module:
+    """Two KANs and a linear head: `body.0`, `body.1`, `tail.layers.0`, `tail.layers.1`, `head`."""
+    layers = [FAMILIES["own"](3, 5), FAMILIES["cheby-kan"](5, 4)]
+    parts = {"body": nn.Sequential(*layers), "tail": KAN([4, 6, 5]), "head": nn.Linear(5, 2)}
+    model = nn.ModuleDict(parts)
+    model.forward = lambda x: model["head"](model["tail"](model["body"](x)))
+    return model
+
+
+def lotra_layers(model: nn.Module) -> dict[str, LoTRALayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoTRALayer)}
+
+
+def components(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if "lotra_" in name)
+
+
+def inputs(rows: int = 6, dtype: torch.dtype = torch.float32, in_features: int = 3) -> Tensor:
+    return (torch.rand(rows, in_features) * 1.8 - 0.9).to(dtype)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything that a failed call must leave as it was."""
+    return {
+        "types": [(name, type(module)) for name, module in model.named_modules()],
+        "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "requires_grad": [(name, parameter.requires_grad) for name, parameter in model.named_parameters()],
+        "attributes": sorted(vars(model)),
+        "methods": [(name, sorted(map(str, vars(module)))) for name, module in model.named_modules()],
+    }
+
+
+def assert_same(model: nn.Module, before: dict[str, Any]) -> None:
+    after = snapshot(model)
+    state, old_state = after.pop("state"), before["state"]
+    assert list(state) == list(old_state)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, old_state[name]), name
+    assert after == {key: value for key, value in before.items() if key != "state"}

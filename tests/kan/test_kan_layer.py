@@ -1,0 +1,269 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qkan.kan import KANLinear as EfficientKANLinear
+
+from peft_lotra.kan import KANLinear, bspline_basis
+from peft_lotra.kan.layer import SPLINE_VARIANCE_SHARE
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def smooth_layer(dtype=torch.float64, **kwargs):
+    """A layer whose splines are those that fit smooth functions on its grid."""
+    layer = KANLinear(3, 4, dtype=dtype, **kwargs)
+    x = torch.linspace(-1, 1, 200, dtype=torch.float64)[:, None].expand(-1, 3)
+    basis = bspline_basis(x, -1.0, 1.0, layer.grid_size, layer.spline_order).transpose(0, 1)
+    phase = torch.arange(12).reshape(3, 1, 4) / 3
+    coefficients = torch.linalg.lstsq(basis, torch.sin(2 * x.T[..., None] + phase)).solution
+    with torch.no_grad():
+        layer.spline_weight.copy_(coefficients.permute(2, 0, 1))
+    return layer
+
+
+def state(layer):
+    return {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+
+
+def assert_same_state(layer, before):
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
+def test_equals_efficient_kan_inside_the_grid(order):
+    theirs = EfficientKANLinear(4, 3, spline_order=order)
+    ours = KANLinear(4, 3, spline_order=order)
+    with torch.no_grad():
+        ours.base_weight.copy_(theirs.base_weight)
+        ours.spline_weight.copy_(theirs.scaled_spline_weight)
+    x = torch.rand(50, 4) * 1.99 - 0.995
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=5e-6)
+    torch.testing.assert_close(ours.knots, theirs.grid)
+
+
+def test_equals_the_sum_over_edges():
+    layer = KANLinear(3, 2, dtype=torch.float64)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    expected = torch.einsum("oik,bik->bo", layer.spline_weight, layer.basis(x)) + F.silu(x) @ layer.base_weight.T
+    torch.testing.assert_close(layer(x), expected)
+
+
+@given(st.sampled_from([(), (0,), (4,), (2, 0, 3), (2, 3, 1)]), st.integers(1, 5), st.integers(1, 7))
+@settings(max_examples=25, deadline=None)
+def test_leading_shapes(leading, order, grid_size):
+    layer = KANLinear(3, 2, grid_size, order)
+    x = torch.randn(*leading, 3)
+    y = layer(x)
+    assert y.shape == (*leading, 2)
+    torch.testing.assert_close(y.reshape(-1, 2), layer(x.reshape(-1, 3)))
+
+
+def test_transforms_and_compile():
+    layer = KANLinear(3, 2, dtype=torch.float64)
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
+    assert torch.autograd.gradcheck(layer, x) and torch.autograd.gradgradcheck(layer, x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(dtype):
+    layer = KANLinear(3, 2, dtype=dtype)
+    assert {tensor.dtype for tensor in layer.state_dict().values()} == {dtype}
+    assert layer(torch.randn(4, 3, dtype=dtype)).dtype == dtype
+    converted = KANLinear(3, 2).to(dtype)
+    assert converted(torch.randn(4, 3, dtype=dtype)).dtype == dtype
+
+
+def test_autocast():
+    layer = KANLinear(3, 2)
+    x = torch.randn(8, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.02)
+
+
+def test_state_dict_keeps_the_grid():
+    layer = smooth_layer()
+    layer.update_grid(3 * torch.randn(100, 3, dtype=torch.float64))
+    other = KANLinear(3, 4, dtype=torch.float64)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(20, 3, dtype=torch.float64)
+    assert torch.equal(other(x), layer(x))
+
+
+@pytest.mark.parametrize("grid_range", [(-1, 1), (0, 1), (-3, 5)])
+@pytest.mark.parametrize("order, grid_size", [(1, 5), (3, 5), (5, 20)])
+def test_a_new_layer_keeps_the_variance(grid_range, order, grid_size):
+    layer = KANLinear(256, 256, grid_size, order, grid_range)
+    low, high = grid_range
+    variance = (high - low) ** 2 / 12
+    x = (low + high) / 2 + variance**0.5 * torch.randn(1000, 256)
+    with torch.no_grad():
+        base = F.silu(x) @ layer.base_weight.T
+        spline = layer(x) - base
+        torch.testing.assert_close(layer(x).square().mean() / variance, torch.tensor(1.0), rtol=0.15, atol=0)
+        share = spline.square().mean() / layer(x).square().mean()
+    assert 0.7 * SPLINE_VARIANCE_SHARE < share < 1.4 * SPLINE_VARIANCE_SHARE
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        layer = KANLinear(3, 2)
+    assert layer.spline_weight.is_meta and layer.grid_bounds.is_meta
+    assert KANLinear(3, 2, device="meta")(torch.randn(5, 3, device="meta")).shape == (5, 2)
+    layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    assert layer.grid_bounds.tolist() == [[-1.0, 1.0]] * 3
+    assert layer(torch.randn(5, 3)).isfinite().all()
+
+
+def test_update_grid_moves_each_grid_to_its_samples():
+    layer = smooth_layer()
+    x = torch.randn(500, 3, dtype=torch.float64) * torch.tensor([0.2, 0.4, 0.3]) + torch.tensor([0.3, 0.0, -0.5])
+    layer.update_grid(x, margin=0.05)
+    low, high = x.aminmax(dim=0)
+    expected = torch.stack([low - 0.05 * (high - low), high + 0.05 * (high - low)], dim=-1)
+    torch.testing.assert_close(layer.grid_bounds, expected)
+    torch.testing.assert_close(layer.knots[:, layer.spline_order], layer.grid_bounds[:, 0])
+    torch.testing.assert_close(layer.knots[:, -layer.spline_order - 1], layer.grid_bounds[:, 1])
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
+def test_update_grid_changes_nothing_when_the_grid_stays(order):
+    layer = KANLinear(3, 4, spline_order=order, dtype=torch.float64)
+    before = state(layer)
+    x = torch.cat([torch.rand(20, 3) * 2 - 1, torch.tensor([[-1.0] * 3, [1.0] * 3])]).double()
+    layer.update_grid(x, margin=0.0)
+    assert torch.equal(layer.grid_bounds, before["grid_bounds"])
+    torch.testing.assert_close(layer.spline_weight, before["spline_weight"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 2e-3), (torch.float32, 2e-3), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("leading", [(400,), (4, 100)])
+def test_update_grid_keeps_a_smooth_function(dtype, tolerance, leading):
+    layer = smooth_layer(dtype, grid_size=8)
+    x = (0.9 * torch.rand(*leading, 3) - 0.6).to(dtype)
+    before = layer(x).double()
+    layer.update_grid(x)
+    assert layer.spline_weight.dtype == dtype
+    assert (layer(x).double() - before).abs().max() < tolerance * before.abs().max()
+
+
+def test_update_grid_with_few_samples_is_determined():
+    layer = smooth_layer()
+    x = torch.tensor([[-0.9, -0.8, -1.0], [0.8, 0.9, 1.0]], dtype=torch.float64)
+    between = torch.rand(50, 3, dtype=torch.float64) * 1.6 - 0.8
+    before = layer(between)
+    layer.update_grid(x)
+    assert (layer(between) - before).abs().max() < 0.05 * before.abs().max()
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda x: x[:, :2], r"shape \(50, 2\)"),
+        (lambda x: x[:0], r"shape \(0, 3\)"),
+        (lambda x: x / (x != x[0, 2]), r"inputs 2 \(1 of 3\) hold NaN or infinite"),
+        (lambda x: x.index_fill(1, torch.tensor(0), torch.nan), r"inputs 0 \(1 of 3\) hold NaN"),
+    ],
+)
+def test_update_grid_refuses_and_changes_nothing(spoil, message):
+    layer = KANLinear(3, 4)
+    before = state(layer)
+    with pytest.raises(ValueError, match=message):
+        layer.update_grid(spoil(torch.randn(50, 3)))
+    assert_same_state(layer, before)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda x: torch.zeros_like(x), id="constant"),
+        pytest.param(lambda x: torch.full_like(x, 7.3), id="constant outside the grid"),
+        pytest.param(lambda x: 0.3 + x * torch.finfo(x.dtype).eps / 10, id="too narrow"),
+        pytest.param(lambda x: 1e6 * (1 + x * torch.finfo(x.dtype).eps), id="too narrow for numbers so large"),
+    ],
+)
+def test_update_grid_keeps_the_grid_of_an_input_that_does_not_spread(spoil, dtype, tolerance):
+    layer = KANLinear(3, 4, dtype=dtype)
+    before = state(layer)
+    x = torch.randn(50, 3, dtype=dtype)
+    x[:, 1] = spoil(x[:, 1].clamp(-1, 1))
+    points = torch.linspace(-1.5, 1.5, 40, dtype=dtype)[:, None].expand(-1, 3)
+    function = layer.basis(points)[:, 1] @ layer.spline_weight[:, 1].T
+    layer.update_grid(x, margin=0.0)
+    assert torch.equal(layer.grid_bounds[1], before["grid_bounds"][1])
+    difference = layer.basis(points)[:, 1] @ layer.spline_weight[:, 1].T - function
+    assert difference.abs().max() < tolerance * function.abs().max()
+    others = torch.stack(x[:, [0, 2]].aminmax(dim=0), dim=-1)
+    torch.testing.assert_close(layer.grid_bounds[[0, 2]], others)
+
+
+def test_update_grid_with_one_sample_changes_nothing():
+    layer = KANLinear(3, 4, dtype=torch.float64)
+    before = state(layer)
+    layer.update_grid(torch.randn(1, 3, dtype=torch.float64))
+    assert torch.equal(layer.grid_bounds, before["grid_bounds"])
+    torch.testing.assert_close(layer.spline_weight, before["spline_weight"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("margin", [-0.1, float("nan"), float("inf")])
+def test_update_grid_refuses_a_margin(margin):
+    with pytest.raises(ValueError, match="`margin` is"):
+        KANLinear(3, 4).update_grid(torch.randn(50, 3), margin)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"spline_order": 0}, "`spline_order` is 0"),
+        ({"spline_order": 6}, "`spline_order` is 6"),
+        ({"grid_size": 0}, "`grid_size` is 0"),
+        ({"in_features": 0}, "`in_features` is 0"),
+        ({"out_features": -1}, "`out_features` is -1"),
+        ({"grid_range": (1, 1)}, r"`grid_range` is \(1, 1\)"),
+        ({"grid_range": (0, float("inf"))}, r"`grid_range` is \(0, inf\)"),
+        ({"grid_range": (0, 1, 2)}, r"`grid_range` is \(0, 1, 2\)"),
+    ],
+)
+def test_refuses_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        KANLinear(**{"in_features": 2, "out_features": 2, **arguments})
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (4,), ()])
+def test_refuses_a_wrong_last_dimension(shape):
+    with pytest.raises(ValueError, match=r"shape .* last dimension of 3"):
+        KANLinear(3, 2)(torch.zeros(shape))
+
+
+def test_repr():
+    assert repr(KANLinear(3, 2)) == (
+        "KANLinear(in_features=3, out_features=2, grid_size=5, spline_order=3, grid_range=(-1, 1))"
+    )

@@ -1,0 +1,213 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
+
+from peft_lotra.kan import KAN, KANConfig, KANModel
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def moved_model(**kwargs):
+    """A model that a new one of the same configuration differs from in each tensor, grids included."""
+    model = KANModel(KANConfig(widths=(3, 5, 2), **kwargs))
+    model.kan.update_grid(2 + torch.randn(100, 3))
+    return model
+
+
+def assert_same_state(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_config_round_trip(tmp_path):
+    config = KANConfig(widths=[4, 6, 3], grid_size=7, spline_order=2, grid_range=[0, 2], problem_type="regression")
+    assert config.widths == (4, 6, 3) and config.grid_range == (0, 2)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is KANConfig
+    for field in ("widths", "grid_size", "spline_order", "grid_range", "problem_type", "id2label"):
+        assert getattr(loaded, field) == getattr(config, field)
+
+
+def test_config_defaults_and_comparison():
+    assert KANModel(KANConfig())(torch.zeros(4, 2)).logits.shape == (4, 1)
+    assert KANConfig(widths=(2, 3)) == KANConfig(widths=[2, 3])
+    assert KANConfig(widths=(2, 3)) != KANConfig(widths=(2, 5, 3))
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_num_labels_follows_the_last_width(outputs, tmp_path):
+    config = KANConfig(widths=(4, outputs))
+    assert config.num_labels == outputs
+    assert config.id2label == {i: f"LABEL_{i}" for i in range(outputs)}
+    config.save_pretrained(tmp_path)
+    assert KANConfig.from_pretrained(tmp_path).num_labels == outputs
+
+
+def test_labels_keep_their_names(tmp_path):
+    config = KANConfig(widths=(4, 2), id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
+    config.save_pretrained(tmp_path)
+    loaded = KANConfig.from_pretrained(tmp_path)
+    assert loaded.id2label == {0: "cat", 1: "dog"} and loaded.num_labels == 2
+
+
+def test_refuses_labels_that_disagree_with_the_widths():
+    with pytest.raises(ValueError, match="`num_labels`.* is 5, .* is 2"):
+        KANConfig(widths=(4, 2), num_labels=5)
+    with pytest.raises(ValueError, match="`num_labels`.* is 3, .* is 2"):
+        KANConfig(widths=(4, 2), id2label={0: "a", 1: "b", 2: "c"})
+    config = KANConfig(widths=(4, 2))
+    config.num_labels = 3
+    with pytest.raises(ValueError, match="`num_labels`.* is 3, .* is 2"):
+        KANModel(config)
+
+
+def test_a_new_model_is_a_new_kan():
+    config = KANConfig(widths=(3, 5, 2), grid_range=(0.0, 3.0), grid_size=6)
+    torch.manual_seed(1)
+    model = KANModel(config)
+    assert model.kan.layers[0].grid_bounds.tolist() == [[0.0, 3.0]] * 3
+    assert isinstance(model.kan, KAN) and isinstance(AutoModel.from_config(config), KANModel)
+    x = torch.rand(200, 3) * 3
+    assert 0.05 < model(x).logits.var() < 5
+
+
+@pytest.mark.parametrize("auto", [KANModel, AutoModel])
+def test_save_and_load_are_exact(tmp_path, auto):
+    model = moved_model()
+    model.save_pretrained(tmp_path)
+    loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is KANModel
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_same_state(loaded, model)
+    x = torch.randn(4, 3)
+    assert torch.equal(loaded(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(tmp_path, dtype):
+    model = moved_model().to(dtype)
+    model.save_pretrained(tmp_path)
+    loaded = KANModel.from_pretrained(tmp_path, dtype=dtype)
+    assert_same_state(loaded, model)
+    assert loaded(torch.randn(4, 3, dtype=dtype), torch.randn(4, 2, dtype=dtype) > 0).loss.dtype == dtype
+
+
+def test_float32_loads_into_float64(tmp_path):
+    model = moved_model()
+    model.save_pretrained(tmp_path)
+    assert_same_state(KANModel.from_pretrained(tmp_path, dtype=torch.float64), model.double())
+
+
+@pytest.mark.parametrize("missing", ["spline_weight", "base_weight", "grid_bounds"])
+def test_a_missing_tensor_does_not_spoil_those_that_were_loaded(tmp_path, missing):
+    model = moved_model()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = f"kan.layers.0.{missing}"
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = KANModel.from_pretrained(tmp_path)
+    for key, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[key]) == (key != name), key
+    assert loaded.state_dict()[name].isfinite().all()
+    if missing == "grid_bounds":
+        assert loaded.kan.layers[0].grid_bounds.tolist() == [[-1.0, 1.0]] * 3
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (6,)])
+@pytest.mark.parametrize("problem_type", ["regression", None])
+def test_regression_loss_of_one_output(shape, problem_type):
+    model = KANModel(KANConfig(widths=(3, 1), problem_type=problem_type))
+    x, y = torch.randn(6, 3), torch.randn(shape)
+    output = model(x, labels=y)
+    torch.testing.assert_close(output.loss, F.mse_loss(output.logits, y.reshape(6, 1)))
+    assert model.config.problem_type == problem_type
+
+
+def test_regression_loss_of_several_outputs():
+    model = KANModel(KANConfig(widths=(3, 2), problem_type="regression"))
+    x, y = torch.randn(4, 6, 3), torch.randn(4, 6, 2, dtype=torch.float64)
+    output = model(x, labels=y)
+    torch.testing.assert_close(output.loss, F.mse_loss(output.logits, y.float()))
+
+
+@pytest.mark.parametrize("leading", [(6,), (2, 3), ()])
+@pytest.mark.parametrize("problem_type", ["single_label_classification", None])
+def test_single_label_loss(leading, problem_type):
+    model = KANModel(KANConfig(widths=(3, 4), problem_type=problem_type))
+    x, y = torch.randn(*leading, 3), torch.randint(4, leading, dtype=torch.int32)
+    output = model(x, labels=y)
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits.reshape(-1, 4), y.reshape(-1).long()))
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", None])
+def test_multi_label_loss(problem_type):
+    model = KANModel(KANConfig(widths=(3, 4), problem_type=problem_type))
+    x, y = torch.randn(6, 3), torch.rand(6, 4) > 0.5
+    output = model(x, labels=y)
+    torch.testing.assert_close(output.loss, F.binary_cross_entropy_with_logits(output.logits, y.float()))
+
+
+def test_refuses_labels():
+    model = KANModel(KANConfig(widths=(3, 4)))
+    x = torch.randn(6, 3)
+    with pytest.raises(ValueError, match="float32 for 4 outputs may mean"):
+        model(x, labels=torch.randn(6, 4))
+    with pytest.raises(ValueError, match=r"labels have shape \(6, 1\).* expects \(6,\)"):
+        model(x, labels=torch.zeros(6, 1, dtype=torch.long))
+    model.config.problem_type = "regression"
+    with pytest.raises(ValueError, match=r"labels have shape \(6,\).* expects \(6, 4\)"):
+        model(x, labels=torch.randn(6))
+
+
+def test_output_forms():
+    model = KANModel(KANConfig(widths=(3, 1)))
+    x, y = torch.randn(6, 3), torch.randn(6)
+    assert list(model(x).keys()) == ["logits"]
+    loss, logits = model(x, y, return_dict=False)
+    assert torch.equal(logits, model(x).logits) and loss.ndim == 0
+    assert len(model(x, return_dict=False)) == 1
+
+
+@pytest.mark.parametrize("problem_type", ["regression", "single_label_classification"])
+def test_trainer(tmp_path, problem_type):
+    model = KANModel(KANConfig(widths=(3, 5, 2), problem_type=problem_type))
+    before = model.kan.layers[0].spline_weight.clone()
+    inputs = torch.randn(16, 3)
+    labels = inputs[:, :2] if problem_type == "regression" else (inputs[:, 0] > 0).long()
+    data = [{"inputs": x, "labels": y} for x, y in zip(inputs, labels, strict=True)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=8, report_to=[], use_cpu=True
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert not torch.equal(model.kan.layers[0].spline_weight, before)
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert trainer.predict(data).predictions.shape == (16, 2)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert_same_state(KANModel.from_pretrained(tmp_path / "saved"), model)

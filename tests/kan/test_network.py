@@ -1,0 +1,137 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from peft_lotra.kan import KAN
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def test_is_the_composition_of_its_layers():
+    net = KAN([2, 5, 3], grid_size=4, spline_order=2, grid_range=(0, 2), dtype=torch.float64)
+    assert [(layer.in_features, layer.out_features) for layer in net.layers] == [(2, 5), (5, 3)]
+    assert all((layer.grid_size, layer.spline_order, layer.grid_range) == (4, 2, (0, 2)) for layer in net.layers)
+    x = torch.randn(3, 7, 2, dtype=torch.float64)
+    assert torch.equal(net(x), net.layers[1](net.layers[0](x)))
+    assert net(x[0, 0]).shape == (3,)
+
+
+def test_ten_layers_keep_the_variance():
+    net = KAN([128] * 11)
+    x = torch.rand(2000, 128) * 2 - 1
+    variance = x.var()
+    with torch.no_grad():
+        for layer in net.layers:
+            x = layer(x)
+            assert 0.5 < x.var() / variance < 2
+
+
+def test_trains():
+    x = torch.rand(256, 2) * 2 - 1
+    y = torch.sin(3 * x[:, :1]) * x[:, 1:]
+    net = KAN([2, 8, 1])
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2)
+    for _ in range(150):
+        loss = (net(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.01 * y.var()
+
+
+def test_update_grid_gives_each_layer_what_reaches_it():
+    net = KAN([3, 8, 2], dtype=torch.float64)
+    x = 2 * torch.rand(4, 100, 3, dtype=torch.float64)
+    net.update_grid(x, margin=0.0)
+    for layer in net.layers:
+        low, high = layer.grid_bounds.unbind(-1)
+        reached = x.reshape(-1, layer.in_features)
+        torch.testing.assert_close(low, reached.amin(0))
+        torch.testing.assert_close(high, reached.amax(0))
+        x = layer(x)
+
+
+def test_update_grid_keeps_the_function():
+    net = KAN([3, 8, 2], grid_size=10, dtype=torch.float64)
+    x = 1.5 * torch.rand(1000, 3, dtype=torch.float64) - 0.75
+    before = net(x)
+    net.update_grid(x)
+    # The splines of a new network are rough, and not in the span of the new basis.
+    assert (net(x) - before).std() < 0.1 * before.std()
+
+
+def test_update_grid_passes_over_a_dead_unit():
+    net = KAN([3, 8, 2], dtype=torch.float64)
+    with torch.no_grad():
+        net.layers[0].base_weight[5] = 0
+        net.layers[0].spline_weight[5] = 0  # the second layer's input 5 is constant
+    net.update_grid(torch.randn(100, 3, dtype=torch.float64))
+    moved = (net.layers[1].grid_bounds != torch.tensor([-1.0, 1.0])).any(-1)
+    assert moved.tolist() == [index != 5 for index in range(8)]
+
+
+def test_update_grid_changes_nothing_on_error():
+    net = KAN([3, 8, 2])
+    with torch.no_grad():
+        net.layers[0].base_weight[5] = torch.inf  # of the second layer's inputs
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with pytest.raises(ValueError, match=r"inputs 5 \(1 of 8\) hold NaN or infinite"):
+        net.update_grid(torch.randn(100, 3))
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_meta_device():
+    net = KAN([3, 8, 2], device="meta")
+    assert all(tensor.is_meta for tensor in net.state_dict().values())
+    assert net(torch.zeros(5, 3, device="meta")).shape == (5, 2)
+
+
+@pytest.mark.parametrize("widths", [[], [3], [3, 0], [3, 2.0], [3, -1, 2]])
+def test_refuses_widths(widths):
+    with pytest.raises(ValueError, match="`widths` is .* at least two positive integers"):
+        KAN(widths)
+
+
+def test_refuses_a_wrong_last_dimension():
+    with pytest.raises(ValueError, match=r"shape \(4, 2\).* 3 \(`in_features`\)"):
+        KAN([3, 2])(torch.zeros(4, 2))
+
+
+def test_kan_itself_does_not_import_transformers():
+    # As a part of the package it may: `peft_lotra` registers with PEFT, which imports transformers.
+    code = (
+        "import sys, types\n"
+        "package = types.ModuleType('peft_lotra')\n"
+        "package.__path__ = [sys.argv[1]]\n"
+        "sys.modules['peft_lotra'] = package\n"
+        "import peft_lotra.kan\n"
+        "assert 'transformers' not in sys.modules and 'peft' not in sys.modules\n"
+        "peft_lotra.kan.KANConfig\n"
+        "assert 'transformers' in sys.modules and 'peft' not in sys.modules\n"
+    )
+    import peft_lotra.kan
+
+    folder = peft_lotra.kan.__path__[0].removesuffix("kan")
+    subprocess.run([sys.executable, "-c", code, folder], check=True)

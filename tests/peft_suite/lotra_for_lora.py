@@ -1,0 +1,239 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Pytest plugin that lets PEFT's tests of LoRA on linear layers test LoTRA on KAN layers; see `run.py`.
+
+While it is loaded, `peft.LoraConfig` is `LoTRAConfig` (which then understands LoRA's names of its arguments), and
+`nn.Linear` in the test modules is a KAN layer. The lists of test cases are exchanged for those below, and what tests
+another method, or something that LoTRA does not have, is deselected.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import sys
+from dataclasses import fields
+from importlib.machinery import ModuleSpec
+from types import CodeType, ModuleType
+
+import peft
+import pytest
+import torch
+from stand_ins import FAMILIES
+from torch import nn
+
+from peft_lotra import LoTRAConfig, LoTRALayer, register_kan_layer
+
+
+# Tests by name (or `name[parameters]`), with the reason why they are deselected.
+NOT_APPLICABLE = {
+    "they load models or adapters from the Hub": """
+        test_from_pretrained test_from_pretrained_cache_dir test_save_pretrained_with_runtime_config
+        test_multiple_adapters_automatic_modules_to_save test_multiple_adapters_no_needless_copy_modules_to_save
+        test_multiple_adapters_seq_cls_mixed_modules_to_save_merging_adapters test_dora_save_and_load_remapping
+        test_gpt2_dora_merge_and_unload test_gpt2_dora_merge_and_unload_safe_merge test_override_lora_linear
+        test_mixed_adapter_batches_lora_opt_timing test_inject_from_state_dict_and_from_config_target_same_layers
+        test_inject_from_state_dict_transformers test_inject_from_state_dict_transformers_irregular_targets
+        test_inject_from_state_dict_transformers_target_parameters_raises test_inject_from_state_dict_stable_diffusion
+        test_inject_from_state_dict_transformers_target_parameters_fails test_inject_from_state_dict_low_cpu_mem_usage
+        test_inject_from_state_dict_missing_keys_warning test_inject_from_state_dict_extra_keys_warning
+        test_inject_from_state_dict_compiled_model test_inject_from_state_dict_model_with_weight_conversion
+        test_inject_from_state_dict_low_cpu_mem_usage_with_weight_conversion test_prefix_removal_is_undone
+        test_delete_adapter_multiple_adapters_with_trainable_token_indices test_multiple_adapters
+        test_get_peft_model_state_dict_removes_adapter_name
+        test_get_peft_model_state_dict_removes_non_defaul_adapter_name
+        test_get_peft_model_state_dict_removes_adapter_name_when_same_as_module_name""",
+    "they test options that LoTRA does not have (others say so themselves and are skipped)": """
+        test_nested_config_survives_save_load_roundtrip test_plain_lora_and_dora_adapters_merge_matches_forward
+        test_multiple_active_dora_adapters_merge_matches_forward""",
+    "they adapt embeddings, convolutions or attention": """
+        test_load_resized_embedding_ignore_mismatched_sizes test_save_pretrained_targeting_lora_to_embedding_layer
+        test_save_pretrained_targeting_lora_to_embedding_layer_non_transformers test_repr_lora_embedding
+        test_repr_lora_conv1d test_repr_lora_conv2d test_unload_adapter_multihead_attention
+        test_mha_gradients_set_correctly test_requires_grad_lora_conv2d test_requires_grad_lora_emb_conv1d
+        test_mixed_adapter_batches_lora_conv1d_emb test_mixed_adapter_batches_lora_conv2d
+        test_mixed_adapter_batches_lora_conv1d_emb_multiple_modules_to_save test_mixed_adapter_batches_mha_raises""",
+    "they read the parameters or the repr of LoRA": """
+        test_multirank test_multirank_2 test_repr_lora_linear test_loading_adapter_preserves_custom_requires_grad
+        test_save_pretrained_warns_for_unsharded_state_dict""",
+    "they test `add_weighted_adapter`, which LoTRA does not have": """
+        test_multiple_adapters_mixed_modules_to_save_merging_adapters test_add_weighted_adapter_cat_with_rank_pattern
+        test_multiple_adapters_same_modules_to_save_merging_adapters_raises
+        test_add_weighted_adapter_negative_weight_negates_adapter test_add_weighted_adapter_with_different_scaling
+        test_add_weighted_adapter_subtraction_with_negative_weights""",
+    "they register custom LoRA layers (LoTRA has `register_kan_layer`)": """
+        test_custom_lora_layer_used test_training_works test_saving_and_loading
+        test_custom_lora_layer_issues_warning test_target_layer_without_in_features_out_features""",
+    "PeftMixedModel takes the methods that it names only": """
+        test_add_adapter_rejects_duplicate_name_without_mutation[True]""",
+    "the default of LoTRA is all KAN layers, whatever the type of the model": """
+        test_default_target_modules_not_set_raises test_default_target_modules_not_set_model_type_set_raises
+        test_default_target_modules_list_of_str test_default_target_modules_str""",
+}
+DESELECTED = {name for names in NOT_APPLICABLE.values() for name in names.split()}
+
+TARGETS = {
+    "default targets": {},
+    "all-kan": {"target_modules": "all-kan"},
+    "regex": {"target_modules": r".*0"},
+    "first layer": {"target_modules": ["lin0"]},
+    "last layer": {"target_modules": ["lin1"]},
+    "both layers": {"target_modules": ["lin0", "lin1"]},
+    "module saved": {"target_modules": ["lin0"], "modules_to_save": ["lin1"]},
+    "module adapted and saved": {"target_modules": ["lin0", "lin1"], "modules_to_save": ["lin1"]},
+    "ranks": {"r": (2, 3, 4)},
+    "patterns": {"r": 2, "rank_pattern": {"lin1": (1, 3, 2)}, "alpha_pattern": {"lin0": 3.0}},
+    "alpha": {"alpha": 2.5},
+    "dropout": {"rank_dropout": 0.1, "module_dropout": 0.01},
+    "init": {"init_weights": True},
+    "without residual": {"adapt_residual": False},
+}
+# model_id -> layer of (in_features, out_features)
+LAYERS = {name: FAMILIES[name] for name in ("own", "efficient-kan", "fast-kan")}
+CASES = [(f"{id} {name}", id, LoTRAConfig, kwargs) for id in LAYERS for name, kwargs in TARGETS.items()]
+PAIRS = [
+    ("Same", "lotra", LoTRAConfig, {"target_modules": ["lin0"]}, {"target_modules": ["lin0"], "r": 2}),
+    ("Different", "lotra", LoTRAConfig, {"target_modules": ["lin0"]}, {"target_modules": ["lin1"]}),
+]
+for pair in PAIRS:
+    for kwargs in pair[3:]:
+        kwargs["init_weights"] = False
+LISTS = {
+    "TEST_CASES": CASES,
+    "ALL_PEFT_CONFIG_CLASSES": [LoTRAConfig],
+    "MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": PAIRS,
+}
+
+
+class Linear(nn.Linear):
+    """A KAN layer y[o] = sum W[o, i, k] sin(k x[i]) + b[o] that has, and saves, what a linear layer has."""
+
+    SIZE = 3
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, **kwargs) -> None:
+        super().__init__(in_features * self.SIZE, out_features, bias, **kwargs)
+        self.in_features = in_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        frequencies = torch.arange(1, self.SIZE + 1, device=x.device)
+        return nn.functional.linear(torch.sin(x[..., None] * frequencies).flatten(-2), self.weight, self.bias)
+
+
+def _copy(module: ModuleType, **changes) -> ModuleType:
+    copy = ModuleType(module.__name__)
+    copy.__dict__.update({**vars(module), **changes})
+    return copy
+
+
+kan_nn = _copy(nn, Linear=Linear)
+kan_torch = _copy(torch, nn=kan_nn)
+register_kan_layer(
+    "peft-suite", matches=Linear, coefficients=("weight", "o (i k)"), axes=lambda layer: {"k": layer.SIZE}
+)
+
+
+def _with_lora_names(init):
+    only_lora = {field.name for field in fields(peft.LoraConfig)} - {field.name for field in fields(LoTRAConfig)}
+    names = {"init_lora_weights": "init_weights", "lora_alpha": "alpha", "lora_dropout": "rank_dropout"}
+
+    @functools.wraps(init)
+    def wrapper(self, *args, **kwargs):
+        kwargs = {names.get(name, name): value for name, value in kwargs.items()}
+        if missing := only_lora & kwargs.keys():
+            pytest.skip(f"LoTRA has no {', '.join(sorted(missing))}")
+        init(self, *args, **kwargs)
+
+    return wrapper
+
+
+LoTRAConfig.__init__ = _with_lora_names(LoTRAConfig.__init__)
+peft.LoraConfig = LoTRAConfig
+
+# PEFT's test utilities import these for tests that are not run here.
+for package, name in {"datasets": "load_dataset", "diffusers": "StableDiffusionPipeline"}.items():
+    if importlib.util.find_spec(package) is None:
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__spec__ = ModuleSpec(package, None)
+        setattr(sys.modules[package], name, None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc):
+    _adapt(metafunc.module)
+
+
+@functools.cache
+def _adapt(module: ModuleType) -> None:
+    for name, cases in LISTS.items():
+        if hasattr(module, name):
+            getattr(module, name)[:] = cases
+    for cls in vars(module).values():
+        if hasattr(cls, "prepare_inputs_for_testing"):  # the tests count from 0 to 89, the grids cover [-1, 1]
+            cls.prepare_inputs_for_testing = lambda self: {"X": torch.arange(90).view(9, 10) / 45 - 1}
+    for name, copy in {"nn": kan_nn, "torch": kan_torch}.items():
+        if hasattr(module, name):
+            setattr(module, name, copy)
+    if hasattr(module, "MockTransformerWrapper"):
+        module.MockTransformerWrapper.from_pretrained = functools.partial(_make_model, module.MLP)
+    if hasattr(module, "TestRequiresGrad"):
+        check = module.TestRequiresGrad.check_requires_grad
+        module.TestRequiresGrad.check_requires_grad = lambda self, model, *names: check(self, model, *_expected(names))
+
+
+def _make_model(mlp_cls: type[nn.Module], model_id: str, dtype: torch.dtype | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    model = mlp_cls()
+    model.lin0, model.lin1 = LAYERS[model_id](10, 20), LAYERS[model_id](20, 2)
+    for parameter in model.parameters():  # as made, some return all but 0, and so would the gradients of the tests
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return model.to(dtype or torch.float32)
+
+
+def _expected(names: tuple[str, ...]) -> list[str]:
+    """The parameters of LoTRA for those of LoRA."""
+    expected = []
+    for name in names:
+        layer, is_factor, rest = name.partition(".lora_A.")
+        if is_factor:
+            expected += [f"{layer}.{part}.{rest.removesuffix('.weight')}" for part in LoTRALayer.adapter_layer_names]
+        elif ".lora_B." not in name:
+            expected.append(name)
+    return expected
+
+
+def pytest_collection_modifyitems(config, items):
+    kept = [item for item in items if _is_about_lotra(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
+def _is_about_lotra(item: pytest.Function) -> bool:
+    if {item.name, item.originalname} & DESELECTED:
+        return False
+    values = list(item.callspec.params.values()) if hasattr(item, "callspec") else []
+    classes = [value if isinstance(value, type) else type(value) for value in values]
+    configs = [cls for cls in classes if issubclass(cls, peft.PeftConfig)]
+    if configs:
+        return LoTRAConfig in configs
+    fixtures = [fixture.func for fixtures in item._fixtureinfo.name2fixturedefs.values() for fixture in fixtures]
+    functions = [item.function, *(fixture for fixture in fixtures if fixture.__module__ == item.module.__name__)]
+    return any(_mentions(inspect.unwrap(function).__code__, {"LoraConfig", "PeftType"}) for function in functions)
+
+
+def _mentions(code: CodeType, names: set[str]) -> bool:
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return not names.isdisjoint(code.co_names) or any(_mentions(part, names) for part in inner)

@@ -1,0 +1,180 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import pytest
+from helpers import base, nested
+from peft import PeftConfig, PeftType, get_peft_model
+
+from peft_lotra import LoTRAConfig
+
+
+def saved_and_loaded(config, folder):
+    config.save_pretrained(folder)
+    assert type(PeftConfig.from_pretrained(folder)) is LoTRAConfig
+    return LoTRAConfig.from_pretrained(folder)
+
+
+def test_defaults():
+    config = LoTRAConfig()
+    assert config.peft_type is PeftType.LOTRA and not config.is_prompt_learning
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    assert (
+        values
+        | {
+            "r": 4,
+            "alpha": 1.0,
+            "rank_dropout": 0.0,
+            "module_dropout": 0.0,
+            "init_weights": True,
+            "adapt_residual": True,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+        }
+        == values
+    )
+    for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"):
+        assert values[name] is None
+    assert values["base_layers"] is None and values["inference_mode"] is False
+
+
+def test_every_field_has_its_help_text():
+    inherited = {field.name for field in dataclasses.fields(PeftConfig)}
+    own = [field for field in dataclasses.fields(LoTRAConfig) if field.name not in inherited]
+    assert len(own) > 10 and all(field.metadata["help"] for field in own)
+
+
+@pytest.mark.parametrize("r, expected", [(3, 3), ((1, 2, 3), (1, 2, 3)), ([1, 2, 3], (1, 2, 3))])
+def test_ranks(r, expected):
+    assert LoTRAConfig(r=r).r == expected
+    assert LoTRAConfig(rank_pattern={"layers.0": r}).rank_pattern == {"layers.0": expected}
+
+
+@pytest.mark.parametrize("r", [0, -2, 1.5, True, "4", None, (2, 2), (2, 2, 2, 2), (2, 0, 2), (2, 2, 2.0), []])
+def test_bad_ranks(r):
+    with pytest.raises(ValueError, match="`r` should be a positive integer value"):
+        LoTRAConfig(r=r)
+    with pytest.raises(ValueError, match="`r` should be a positive integer value"):
+        LoTRAConfig(rank_pattern={"layers.0": r})
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"rank_dropout": 1.0}, "`rank_dropout` must be at least 0 and below 1, got 1.0"),
+        ({"rank_dropout": -0.1}, "`rank_dropout`"),
+        ({"module_dropout": 1.5}, "`module_dropout`"),
+        ({"module_dropout": float("nan")}, "`module_dropout`"),
+        ({"init_weights": "gaussian"}, "`init_weights` must be .*, got 'gaussian'"),
+        ({"init_weights": None}, "`init_weights`"),
+        ({"layers_pattern": "layers"}, "`layers_pattern` is specified, `layers_to_transform` must also"),
+        ({"target_modules": ".*", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used when"),
+        (
+            {"target_modules": ".*", "layers_to_transform": 0, "layers_pattern": "layers"},
+            "`layers_to_transform` cannot be used when",
+        ),
+    ],
+)
+def test_bad_values(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LoTRAConfig(**arguments)
+
+
+def test_layer_indices_go_with_all_kan_and_with_lists():
+    for target in (None, "all-kan", ["0", "1"]):
+        config = LoTRAConfig(target_modules=target, layers_to_transform=0, layers_pattern="layers")
+        assert config.layers_to_transform == 0
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_lists_of_names_become_sets(field):
+    assert getattr(LoTRAConfig(**{field: ["a", "b", "a"]}), field) == {"a", "b"}
+    assert getattr(LoTRAConfig(**{field: "a.*"}), field) == "a.*"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"r": 7},
+        {"r": (2, 3, 4), "rank_pattern": {"layers.0": (1, 2, 3), "x": 5}, "alpha_pattern": {"layers.0": 0.5}},
+        {"target_modules": ["layers.1", "layers.0"], "exclude_modules": ["a"], "modules_to_save": ["head"]},
+        {"target_modules": "all-kan", "layers_to_transform": [0, 1], "layers_pattern": ["layers", "body"]},
+        {"target_modules": r".*\.0", "alpha": 2.5, "rank_dropout": 0.25, "module_dropout": 0.5},
+        {"init_weights": False, "adapt_residual": False, "inference_mode": True},
+        {"base_layers": {"layers.0": {"family": "own", "shape": [4, 3, 8], "has_residual": True}}},
+    ],
+)
+def test_saving_and_loading_gives_an_equal_config(arguments, tmp_path):
+    config = LoTRAConfig(**arguments)
+    loaded = saved_and_loaded(config, tmp_path)
+    inference = {"inference_mode": config.inference_mode}
+    assert dataclasses.replace(loaded, **inference) == config
+    assert loaded.r == config.r and type(loaded.r) is type(config.r)
+    assert loaded.rank_pattern == config.rank_pattern
+    assert saved_and_loaded(loaded, tmp_path / "again") == loaded
+
+
+def test_the_file_is_plain_json(tmp_path):
+    LoTRAConfig(r=(2, 3, 4), target_modules=["b", "a"]).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert values["peft_type"] == "LOTRA" and values["r"] == [2, 3, 4]
+    assert sorted(values["target_modules"]) == ["a", "b"]
+
+
+def test_keys_of_a_later_version_are_dropped_with_a_warning(tmp_path):
+    LoTRAConfig(r=3).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "from_the_future": 1}))
+    with pytest.warns(UserWarning, match="from_the_future"):
+        assert LoTRAConfig.from_pretrained(tmp_path).r == 3
+
+
+@pytest.mark.parametrize("target_modules", [None, "all-kan", ["kan"], ".*kan"])
+def test_the_users_config_serves_two_models(target_modules):
+    config = LoTRAConfig(r=2, target_modules=target_modules, rank_pattern={"kan": (1, 2, 3)})
+    before = copy.deepcopy(config.to_dict())
+    shapes = []
+    for model in (base("own"), base("cheby-kan", in_features=2, out_features=7)):
+        adapted = get_peft_model(model, config)
+        assert adapted.peft_config["default"] is config  # as everywhere in PEFT
+        shapes.append(config.base_layers["kan"]["shape"])
+        adapted.add_adapter("other", config)
+    assert shapes == [[4, 3, 8], [7, 2, 5]]
+    # PEFT itself notes in it what the base model is
+    noted = ("base_model_name_or_path", "auto_mapping", "peft_version", "task_type", "base_layers", "target_modules")
+    after = config.to_dict()
+    assert {k: v for k, v in after.items() if k not in noted} == {k: v for k, v in before.items() if k not in noted}
+
+
+def test_all_kan_means_the_layers_of_each_model():
+    config = LoTRAConfig(r=2)
+    assert set(get_peft_model(base("own"), config).peft_config["default"].base_layers) == {"kan"}
+    assert set(get_peft_model(nested(), config).peft_config["default"].base_layers) > {"body.0", "body.1"}
+
+
+def test_the_config_records_the_layers_that_were_adapted(tmp_path):
+    model = get_peft_model(nested(), LoTRAConfig(target_modules=["body.0", "body.1"]))
+    recorded = model.peft_config["default"].base_layers
+    assert recorded == {
+        "body.0": {"family": "peft-lotra", "shape": [5, 3, 8], "has_residual": True},
+        "body.1": {"family": "cheby-kan", "shape": [4, 5, 5], "has_residual": False},
+    }
+    model.save_pretrained(tmp_path)
+    assert LoTRAConfig.from_pretrained(tmp_path).base_layers == recorded

@@ -1,0 +1,155 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import adapt, base, components, inputs, lotra_layers, relative
+from peft import PeftModel, get_peft_model
+from stand_ins import FAMILIES
+
+from peft_lotra import LoTRAConfig
+from peft_lotra.kan import KAN
+from peft_lotra.kan_layers import get_kan_spec
+
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+def dtypes(model):
+    return {parameter.dtype for _, parameter in components(model)}
+
+
+def low_precision(family, dtype):
+    model = base(family, dtype)
+    x = inputs(dtype=dtype)
+    return model, x, model(x)
+
+
+@every_family
+@half
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_half_precision_bases(family, dtype, autocast_adapter_dtype, tmp_path):
+    model, x, before = low_precision(family, dtype)
+    config = LoTRAConfig(r=2, init_weights=False)
+    fresh = copy.deepcopy(model)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype).eval()
+    assert dtypes(adapted) == {torch.float32 if autocast_adapter_dtype else dtype}
+    assert all(p.dtype == dtype for name, p in adapted.named_parameters() if "lotra_" not in name)
+    y = adapted(x)
+    assert y.dtype == before.dtype and y.isfinite().all() and relative(y, before) > 1e-2
+    y.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == p.dtype for _, p in components(adapted))
+
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path, autocast_adapter_dtype=autocast_adapter_dtype)
+    assert torch.equal(loaded(x), y) and dtypes(loaded) == dtypes(adapted)
+
+    merged = adapted.merge_and_unload(safe_merge=True)
+    assert all(p.dtype == dtype for p in merged.parameters())
+    assert torch.equal(merged(x), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_training_computes_what_evaluation_does(dtype, autocast_adapter_dtype):
+    config = LoTRAConfig(r=4, init_weights=False)
+    adapted = get_peft_model(base("own", dtype), config, autocast_adapter_dtype=autocast_adapter_dtype)
+    x = inputs(50, dtype)
+    assert torch.equal(adapted.train()(x), adapted.eval()(x))
+
+
+@every_family
+@half
+def test_starts_equal_to_a_half_precision_base(family, dtype):
+    model, x, before = low_precision(family, dtype)
+    assert torch.equal(adapt(model, random=False)(x), before)
+
+
+@every_family
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_float64_bases_have_float64_adapters(family, autocast_adapter_dtype, tmp_path):
+    model = base(family, torch.float64)
+    fresh = copy.deepcopy(model)
+    config = LoTRAConfig(r=2, init_weights=False)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    adapted.add_adapter("other", config, autocast_adapter_dtype=autocast_adapter_dtype)
+    assert dtypes(adapted) == {torch.float64}
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path, autocast_adapter_dtype=autocast_adapter_dtype)
+    assert dtypes(loaded) == {torch.float64}
+
+
+def test_the_adapter_follows_the_coefficients_not_other_parameters():
+    model = base("fast-kan")
+    model.kan.spline_linear.double()
+    model.kan.rbf.double()
+    adapted = get_peft_model(model, LoTRAConfig(), autocast_adapter_dtype=False)
+    assert dtypes(adapted) == {torch.float64}
+
+
+@every_family
+def test_cast_after_adapting(family):
+    adapted = adapt(base(family))
+    x = inputs()
+    y = adapted(x)
+    adapted.double()
+    assert dtypes(adapted) == {torch.float64} and adapted(x.double()).dtype == torch.float64
+    assert relative(adapted(x.double()), y) < 1e-5
+
+
+@every_family
+def test_autocast(family):
+    """Under autocast the adapted layer computes what its merged base computes, from a delta in full precision."""
+    model = base(family)
+    reference = copy.deepcopy(model)
+    adapted = adapt(model, alpha=0.1)
+    (layer,) = lotra_layers(adapted).values()
+    tensor = get_kan_spec(reference.kan).locate(reference.kan)
+    with torch.no_grad():
+        for name, part in tensor.split(layer.get_delta_weight("default")).items():
+            reference.kan.get_parameter(name).add_(part)
+    x = inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, y = reference(x), adapted(x)
+        trained = adapted.train()(x)
+    assert y.dtype == expected.dtype and torch.equal(y, expected) and torch.equal(trained, expected)
+    trained.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for _, p in components(adapted))
+
+
+@half
+def test_the_merged_weights_are_the_rounded_sum(dtype):
+    """Half-precision products are not taken on the CPU: the delta is rounded once, not at each product."""
+    adapted = get_peft_model(base("own", dtype), LoTRAConfig(r=3, init_weights=False), autocast_adapter_dtype=False)
+    (layer,) = lotra_layers(adapted).values()
+    core, out, in_, basis = (part.float() for part in layer.get_components("default"))
+    exact = torch.einsum("abc,oa,ib,kc->oik", core, out, in_, basis)
+    torch.testing.assert_close(layer.get_delta_weight("default"), exact.to(dtype), rtol=0.01, atol=1e-3)
+    difference = (layer.get_delta_weight("default").float() - exact).abs() / exact.abs().clamp_min(1e-3)
+    assert difference.max() <= torch.finfo(dtype).eps
+
+
+def test_input_dtype_casting_can_be_disabled_as_for_all_tuners():
+    from peft.helpers import disable_input_dtype_casting
+
+    adapted = adapt(KAN([3, 4, 2]))
+    x = inputs()
+    y = adapted(x)
+    with disable_input_dtype_casting(adapted):
+        assert torch.equal(adapted(x), y)

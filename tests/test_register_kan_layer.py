@@ -1,0 +1,156 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import adapt, inputs, relative
+from stand_ins import FAMILIES, ChebyKANLayer, as_model
+from torch import nn
+
+from peft_lotra import KANLayerSpec, find_kan_layers, kan_layers, register_kan_layer
+from peft_lotra.kan_layers import get_kan_spec, known_families
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    """Families that a test registers are forgotten at its end."""
+    before = dict(kan_layers._SPECS)
+    yield
+    kan_layers._SPECS.clear()
+    kan_layers._SPECS.update(before)
+
+
+class MyKANLayer(nn.Module):
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.spline_coeffs = nn.Parameter(torch.randn(in_features, out_features, 4))
+        self.base_coeffs = nn.Parameter(torch.randn(out_features, in_features))
+        self.register_buffer("centres", torch.linspace(-1, 1, 4))
+
+    def forward(self, x):
+        basis = torch.exp(-((x[..., None] - self.centres) ** 2))
+        return torch.einsum("bik,iok->bo", basis, self.spline_coeffs) + x.relu() @ self.base_coeffs.T
+
+    def move(self):
+        self.centres.mul_(2)
+
+
+class Derived(MyKANLayer):
+    pass
+
+
+def register_mine(**changes):
+    description = {
+        "matches": MyKANLayer,
+        "coefficients": ("spline_coeffs", "i o k"),
+        "residual": ("base_coeffs", "o i"),
+    }
+    return register_kan_layer("my-kan", **{**description, **changes})
+
+
+@pytest.mark.parametrize(
+    "matches", [MyKANLayer, lambda m: hasattr(m, "spline_coeffs"), lambda m: m.spline_coeffs.ndim == 3]
+)
+def test_the_example_of_the_docstring(matches):
+    model = nn.Sequential(MyKANLayer(3, 5), nn.Linear(5, 5), Derived(5, 2))
+    assert find_kan_layers(model) == []
+    spec = register_mine(matches=matches)
+    assert isinstance(spec, KANLayerSpec) and spec.family == "my-kan" == known_families()[-1]
+    found = [(layer.name, layer.family, layer.shape, layer.has_residual) for layer in find_kan_layers(model)]
+    assert found == [("0", "my-kan", (5, 3, 4), True), ("2", "my-kan", (2, 5, 4), True)]
+
+    x = inputs()
+    before = model(x)
+    adapted = adapt(model, random=False)
+    assert torch.equal(adapted(x), before)
+    adapted.train()
+    adapted(x).square().mean().backward()
+    assert all(p.grad is not None for name, p in adapted.named_parameters() if "lotra_factor_out" in name)
+    merged = adapt(adapted.unload())
+    y = merged(x)
+    assert relative(y, before) > 1e-2
+    assert relative(merged.merge_and_unload()(x), y) < 1e-6
+
+
+def test_without_a_residual_branch():
+    register_mine(residual=None)
+    (layer,) = find_kan_layers(as_model(MyKANLayer(3, 5)))
+    assert layer.shape == (5, 3, 4) and not layer.has_residual
+
+
+def test_grid_methods_are_refused_while_adapted():
+    register_mine(grid=("centres",), grid_methods=("move",))
+    model = adapt(as_model(MyKANLayer(3, 5)))
+    with pytest.raises(RuntimeError, match="`move`.*[Mm]erge"):
+        model.base_model.model.kan.move()
+    model.merge_and_unload().kan.move()
+
+
+def test_the_last_registered_is_asked_first():
+    layer = ChebyKANLayer(3, 4, degree=2)
+    assert get_kan_spec(layer).family == "cheby-kan"
+    register_kan_layer("mine", matches=ChebyKANLayer, coefficients=("cheby_coeffs", "i o k"))
+    assert get_kan_spec(layer).family == "mine"
+    register_kan_layer("mine-too", matches=ChebyKANLayer, coefficients=("cheby_coeffs", "i o k"))
+    assert get_kan_spec(layer).family == "mine-too"
+    # a known name is replaced, and is the last one then
+    register_kan_layer("cheby-kan", matches=ChebyKANLayer, coefficients=("cheby_coeffs", "i o k"))
+    assert get_kan_spec(layer).family == "cheby-kan"
+    assert known_families().count("cheby-kan") == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_foreign_predicate_does_not_disturb_the_known_families(family):
+    register_kan_layer("picky", matches=lambda m: m.no_such_attribute > 3, coefficients=("weight", "o i k"))
+    model = as_model(FAMILIES[family](3, 4))
+    assert [layer.name for layer in find_kan_layers(model)] == ["kan"]
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"coefficients": ("spline_coeffs", "i o")}, "'i o'.*'my-kan' has no basis axis"),
+        ({"coefficients": ("spline_coeffs", "i o (k")}, r"'i o \(k'.*parentheses"),
+        ({"coefficients": ("spline_coeffs", "a b c")}, "'a b c'.*`o` and `i` must appear once"),
+        ({"residual": ("base_coeffs", "o i k")}, "'o i k'.*'my-kan' has an axis besides `o` and `i`"),
+        ({"residual": ("base_coeffs", "o o")}, "'o o'.*`o` and `i` must appear once"),
+        ({"coefficients": ("spline_coeffs", "o ((i k) + i)")}, "'my-kan' already contain the residual weights"),
+    ],
+)
+def test_bad_patterns(changes, problem):
+    before = known_families()
+    with pytest.raises(ValueError, match=problem):
+        register_mine(**changes)
+    assert known_families() == before
+
+
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        ({"coefficients": ("spline_coeffs", "i o (k g)")}, ["`spline_coeffs`", "'i o (k g)'", "(3, 5, 4)", "`axes`"]),
+        ({"coefficients": ("spline_coeffs", "i o k g")}, ["`spline_coeffs`", "'i o k g'", "(3, 5, 4)"]),
+        ({"coefficients": ("spline_coeffs", "o i k")}, ["`spline_coeffs`", "'o i k'", "(3, 5, 4)"]),
+        ({"residual": ("base_coeffs", "i o")}, ["'i o k'", "(3, 5, 4)"]),
+        ({"coefficients": ("spline_weights", "i o k")}, ["`spline_weights`", "no such parameter"]),
+        ({"axes": lambda m: {"k": 7}}, ["k=7", "'i o k'", "(3, 5, 4)"]),
+    ],
+)
+def test_a_pattern_that_does_not_fit_the_layer(changes, parts):
+    register_mine(**changes)
+    with pytest.raises(ValueError) as error:
+        find_kan_layers(as_model(MyKANLayer(3, 5)))
+    for part in ("MyKANLayer", "'my-kan'", *parts):
+        assert part in str(error.value)
