@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from peft_lotra import LoTRAConfig, preprocess_lotra
 from peft_lotra.kan import KAN
+from peft_lotra.plotting import plot_edge_functions
 
 
 matplotlib.use("Agg")
@@ -55,11 +56,11 @@ LABELS = 200  # of the new kind of scans
 TEST = 597  # scans that no model is trained on, whatever their kind
 
 # What is adapted, and the learning rate that suits it best out of 1e-3, 3e-3, 1e-2 and 3e-2
-LOTRA = LoTRAConfig(r=(8, 8, 4), init_weights="gradient")
+LOTRA = LoTRAConfig(r=(16, 16, 6), init_weights="gradient")
 LORA = LoraConfig(
-    r=1, lora_alpha=1, target_modules=[], target_parameters=["layers.0.spline_weight", "layers.1.spline_weight"]
+    r=2, lora_alpha=2, target_modules=[], target_parameters=["layers.0.spline_weight", "layers.1.spline_weight"]
 )
-LEARNING_RATES = {"LoTRA": 3e-3, "full fine-tuning": 1e-2, "PEFT LoRA": 1e-2}
+LEARNING_RATES = {"LoTRA": 5e-3, "full fine-tuning": 1e-2, "PEFT LoRA": 1e-2}
 
 
 def scan(kind: str, images: np.ndarray, seed: int) -> torch.Tensor:
@@ -238,36 +239,9 @@ def draw(runs: list[dict], means: dict, images, path: Path) -> None:
     axis.grid(alpha=0.25)
     left.suptitle(f"Adapting it with {LABELS} labels", fontsize=13)
 
-    draw_edges(right, lotra)
+    plot_edge_functions(lotra, "layers.0", title=lambda o, i: f"pixel ({i // 8}, {i % 8}) to unit {o}", figure=right)
     right.suptitle("The edge functions that the adapter changed most", fontsize=13)
     figure.savefig(path, dpi=110)
-
-
-@torch.no_grad()
-def draw_edges(figure, model: PeftModel) -> None:
-    """The functions on six edges of the first layer, before and after."""
-    layer = model.base_model.model.layers[0]
-    x = torch.linspace(-1, 1, 101)
-    basis = layer.basis(x[:, None].expand(-1, layer.in_features))
-
-    def functions() -> torch.Tensor:  # (out, in, points); the layer answers with the coefficients that are in force
-        spline = torch.einsum("nik,oik->oin", basis, layer.spline_weight)
-        return spline + layer.base_weight[..., None] * torch.nn.functional.silu(x)
-
-    after = functions()
-    with model.disable_adapter():
-        before = functions()
-    change = (after - before).square().mean(-1)
-    # one edge of each of the inputs that changed most, so that six different pixels are shown
-    inputs = change.amax(0).topk(6).indices
-    for axis, i in zip(figure.subplots(2, 3).flat, inputs.tolist(), strict=True):
-        o = int(change[:, i].argmax())
-        axis.plot(x, before[o, i], color="0.6", label="base")
-        axis.plot(x, after[o, i], color="tab:green", label="adapted")
-        axis.set_title(f"pixel ({i // 8}, {i % 8}) to unit {o}", fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-    figure.axes[0].legend(fontsize=8)
 
 
 def main() -> None:

@@ -16,10 +16,13 @@
 
 from ._version import __version__
 from .config import LoTRAConfig
+from .extraction import extract_lotra
 from .initialization import preprocess_lotra
 from .kan_layers import FoundKANLayer, KANLayerSpec, find_kan_layers, register_kan_layer
 from .layer import LoTRALayer
 from .model import LoTRAModel
+from .optim import create_lotra_optimizer, lotra_lr_multipliers
+from .ranks import gradient_spectrum, suggest_ranks, update_spectrum
 from .registration import register
 
 
@@ -30,9 +33,15 @@ __all__ = [
     "LoTRALayer",
     "LoTRAModel",
     "__version__",
+    "create_lotra_optimizer",
+    "extract_lotra",
     "find_kan_layers",
+    "gradient_spectrum",
+    "lotra_lr_multipliers",
     "preprocess_lotra",
     "register_kan_layer",
+    "suggest_ranks",
+    "update_spectrum",
 ]
 
 register(config_cls=LoTRAConfig, model_cls=LoTRAModel)

@@ -214,11 +214,14 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
             scale = scale * (torch.rand((), device=core.device) >= p).to(core.dtype)
         return (scale * reconstruct(core, *factors)).to(dtype)
 
-    def parameters_in_force(self, adapters: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    def parameters_in_force(
+        self, adapters: Iterable[str] | None = None, dropout: bool = False
+    ) -> dict[str, torch.Tensor]:
         """The adapted parameters of the base layer, as stored, with the updates of the adapters added.
 
         Args:
             adapters (`Iterable[str]`, *optional*): The adapters; defaults to those that a forward pass uses now.
+            dropout (`bool`): Whether rank and module dropout are drawn, as in a training step.
 
         Returns:
             `dict[str, torch.Tensor]`: By parameter name; empty if no adapter is in force.
@@ -230,10 +233,10 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         # An autocast delta would have three digits, and be added to a parameter that has seven.
         with torch.autocast(self.lotra_core[adapters[0]].device.type, enabled=False) if adapters else nullcontext():
             for adapter in adapters:
-                delta = self._delta(adapter, dropout=self.training)
+                delta = self._delta(adapter, dropout)
                 for name, part in self.lotra_tensor.split(delta).items():
                     parameter = parameters[name] if name in parameters else attrgetter(name)(self.base_layer)
-                    _check_unsharded(name, parameter, part)
+                    _check_exchangeable(self.base_layer, name, parameter, part)
                     parameters[name] = torch.add(parameter, part).to(parameter.dtype)
         return parameters
 
@@ -345,7 +348,7 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         return self._adapted_forward(self.active_adapters, args, kwargs)
 
     def _adapted_forward(self, adapters: Iterable[str], args: tuple, kwargs: dict) -> Any:
-        parameters = self.parameters_in_force(adapters)
+        parameters = self.parameters_in_force(adapters, dropout=self.training)
         if not parameters:
             return self.base_layer(*args, **kwargs)
         return call_with_parameters(self.base_layer, parameters, self.base_layer, args, kwargs)
@@ -392,12 +395,18 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         return "lotra." + super().__repr__()
 
 
-def _check_unsharded(name: str, parameter: torch.Tensor, part: torch.Tensor) -> None:
-    """FSDP's flat parameters have another shape, and those of fully_shard are DTensors, which have placements."""
-    if parameter.shape != part.shape or hasattr(parameter, "placements") != hasattr(part, "placements"):
+def _check_exchangeable(layer: nn.Module, name: str, parameter: torch.Tensor, part: torch.Tensor) -> None:
+    """A sharded parameter has another shape or belongs to a wrapper (FSDP), or is a DTensor, which has placements
+    (fully_shard); a parametrized one is computed anew whenever it is read."""
+    owner, attribute = layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    if (
+        parameter.shape != part.shape
+        or hasattr(parameter, "placements") != hasattr(part, "placements")
+        or (attribute not in owner._parameters and attribute not in owner.__dict__)
+    ):
         raise RuntimeError(
-            f"`{name}` of the base layer is sharded, and its adapters are not. Shard the LoTRALayer, or a module "
-            "around it (FSDP, fully_shard), but not the base layer inside."
+            f"`{name}` of the base layer is sharded or parametrized, and its adapters are not. Shard the LoTRALayer, "
+            "or a module around it (FSDP, fully_shard), but not the base layer inside; remove parametrizations first."
         )
 
 

@@ -30,6 +30,7 @@ from .initialization import drop_gradients
 from .layer import LoTRALayer
 from .networks import guard_network, release_networks
 from .targets import describe_targets, find_targets, locate_target, resolve_target_modules
+from .weighted import add_weighted_adapter
 
 
 class LoTRAModel(BaseTuner):
@@ -273,6 +274,8 @@ class LoTRAModel(BaseTuner):
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
         super().delete_adapter(adapter_name)
+
+    add_weighted_adapter = add_weighted_adapter
 
     #################
     # Mixed batches #

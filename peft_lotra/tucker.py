@@ -23,7 +23,9 @@ References:
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 from einops import rearrange
@@ -66,11 +68,103 @@ def tucker(tensor: torch.Tensor, ranks: tuple[int, int, int]) -> tuple[torch.Ten
     import tensorly.decomposition  # not at the top: scipy would double the time that importing the package takes
 
     array = tensor.detach().double().cpu().numpy()
-    with warnings.catch_warnings():
+    # whatever backend the user of tensorly has set
+    with tensorly.backend_context("numpy", local_threadsafe=True), warnings.catch_warnings():
         # of a zero tensor, and of ranks above the product of the other two, for which any orthonormal columns will do
         warnings.simplefilter("ignore")
         core, factors = tensorly.decomposition.tucker(array, rank=list(ranks), init="svd", n_iter_max=20, tol=1e-6)
     return torch.from_numpy(core).to(tensor), [torch.from_numpy(factor.copy()).to(tensor) for factor in factors]
+
+
+@torch.no_grad()
+def hosvd(tensor: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """The higher-order singular value decomposition, without truncation; exact.
+
+    Args:
+        tensor (`torch.Tensor`): (out, in, basis).
+
+    Returns:
+        core (ro, ri, rb); the factors (out, ro), (in, ri), (basis, rb), the left singular vectors of the three
+        unfoldings; their singular values, in falling order. In float64; each rank is the size of its mode, or the
+        product of the other two where that is less.
+    """
+    core = tensor.detach().double()
+    factors, singular_values = [], []
+    for mode in range(3):
+        left, values, _ = torch.linalg.svd(tensor.detach().double().movedim(mode, 0).flatten(1), full_matrices=False)
+        factors.append(left)
+        singular_values.append(values)
+        core = torch.tensordot(core, left, ([0], [0]))  # takes the first mode and puts it last: all three in turn
+    return core, factors, singular_values
+
+
+def energy_table(core: torch.Tensor) -> torch.Tensor:
+    """The share of the squared norm in each leading block: entry (a - 1, b - 1, c - 1) is that in core[:a, :b, :c].
+
+    For the core of a HOSVD that is what its truncation to ranks (a, b, c) keeps. 1 everywhere for a zero core.
+    """
+    squares = core.square().cumsum(0).cumsum(1).cumsum(2)
+    total = squares[-1, -1, -1]
+    return squares / total if total > 0 else torch.ones_like(squares)
+
+
+@torch.no_grad()
+def orthogonalize(core: torch.Tensor, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The same tensor with factors of orthonormal columns, no more of them than rows. Ranks above the sizes of their
+    modes are thereby brought down to them, without loss.
+
+    Args:
+        core (`torch.Tensor`): (ro, ri, rb).
+        factors (`Sequence[torch.Tensor]`): (out, ro), (in, ri), (basis, rb), of any rank.
+    """
+    bases = []
+    for factor in factors:
+        basis, triangle = torch.linalg.qr(factor)
+        bases.append(basis)
+        core = torch.tensordot(core, triangle, ([0], [1]))  # takes the first mode and puts it last: all three in turn
+    return core, bases
+
+
+@torch.no_grad()
+def balance(core: torch.Tensor, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The same tensor, of orthonormal factors, with columns of norm sqrt(out), 1 and sqrt(basis): the sizes that the
+    initialisations give them, so that the same learning rates suit."""
+    gains = (math.sqrt(len(factors[0])), 1.0, math.sqrt(len(factors[2])))
+    return core / math.prod(gains), [factor * gain for factor, gain in zip(factors, gains, strict=True)]
+
+
+def tucker_scaled(
+    tensor: torch.Tensor, scale: torch.Tensor, ranks: tuple[int, int, int], steps: int = 400
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A Tucker decomposition that, multiplied by `scale` entry by entry, comes closest to `tensor`.
+
+    HOOI gives the start, the tensor multiplied by the scale (the gradient step from zero); L-BFGS does the rest. That
+    is no division by the scale, which would give the entries of least effect the greatest weight.
+
+    Args:
+        tensor, scale (`torch.Tensor`): (out, in, basis).
+        ranks (`tuple[int, int, int]`): (ro, ri, rb), none above the size of its mode.
+        steps (`int`): The most iterations of L-BFGS.
+
+    Returns:
+        core and factors, which have orthonormal columns, in float64.
+    """
+    tensor, scale = tensor.detach().double(), scale.detach().double()
+    energy = tensor.square().sum()
+    core, factors = tucker(scale * tensor / scale.abs().max().clamp(min=1e-30) ** 2, ranks)
+    parts = [part.contiguous().requires_grad_() for part in (core, *factors)]
+    optimizer = torch.optim.LBFGS(parts, max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (scale * reconstruct(*parts) - tensor).square().sum() / energy
+        loss.backward()
+        return loss
+
+    if energy > 0:
+        optimizer.step(closure)
+    core, *factors = (part.detach() for part in parts)
+    return orthogonalize(core, factors)
 
 
 def check_ranks(r: int | tuple[int, int, int]) -> int | tuple[int, int, int]:

@@ -1,0 +1,292 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""One learning rate for every width: LoTRA's components trained at rates of their own, beside one rate for all.
+
+    python examples/learning_rates.py            # widths 16 to 512, about half an hour on one core
+    python examples/learning_rates.py --quick    # a few seconds, for CI: says nothing about the rule
+
+A random KAN of three layers [n, n, n, n] is adapted to a teacher, which is the same KAN with a rank-3 update of half
+the size of its coefficients in each layer. Every learning rate of a half-decade grid is tried at each width n, with
+policy "uniform" (one rate) and "width" (see `peft_lotra.optim.create_lotra_optimizer`), by Adam and by SGD. What is
+shown is the error after 300 steps, as a share of the error of the base (1: nothing learned). A second task starts from
+a [2, n, n, 1] KAN that has learned one function of two variables, and adapts it to another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import torch
+from peft import get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+
+from peft_lotra import LoTRAConfig
+from peft_lotra.kan import KAN
+from peft_lotra.optim import create_lotra_optimizer
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+torch.set_num_threads(1)  # on matrices this small more threads cost more than they bring
+
+POLICIES = ("uniform", "width")
+OPTIMIZERS = {
+    "Adam": (torch.optim.Adam, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]),
+    "SGD": (torch.optim.SGD, [3e-2, 1e-1, 3e-1, 1.0, 3.0]),
+}
+TASKS = {"teacher": ("Adam", "SGD"), "function": ("Adam",)}
+RANKS = 4
+BATCH = 128
+
+
+@dataclass
+class Problem:
+    """What a base model is adapted to; the losses are divided by `scale`."""
+
+    base: KAN
+    x: Tensor  # (steps, batch, inputs)
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    scale: float
+
+
+def make_problem(task: str, width: int, seed: int, steps: int) -> Problem:
+    torch.manual_seed(1000 * seed + width)
+    if task == "teacher":
+        base = KAN([width] * 4)
+        target = make_teacher(base, rank=3, size=0.5)
+    else:
+        base, target = KAN([2, width, width, 1]), second_function
+        pretrain(base, first_function)
+    inputs = base.layers[0].in_features
+    x, x_test = torch.rand(steps, BATCH, inputs) * 2 - 1, torch.rand(1024, inputs) * 2 - 1
+    with torch.no_grad():
+        y, y_test = torch.stack([target(batch) for batch in x]), target(x_test)
+        scale = (y_test - base(x_test)).square().mean().item()
+    return Problem(base, x, y, x_test, y_test, scale)
+
+
+@torch.no_grad()
+def make_teacher(base: KAN, rank: int, size: float) -> KAN:
+    """The KAN with an update of the given rank in each layer, `size` times as large as the layer's coefficients."""
+    teacher = copy.deepcopy(base)
+    for layer in teacher.layers:
+        tensor = torch.cat([layer.spline_weight, layer.base_weight[..., None]], dim=-1)
+        factors = [torch.randn(length, rank) for length in tensor.shape]
+        update = torch.einsum("abc,oa,ib,kc->oik", torch.randn(rank, rank, rank), *factors)
+        update *= size * tensor.norm() / update.norm()
+        layer.spline_weight += update[..., :-1]
+        layer.base_weight += update[..., -1]
+    return teacher
+
+
+def first_function(x: Tensor) -> Tensor:
+    return torch.sin(2 * x[:, :1] + x[:, 1:])
+
+
+def second_function(x: Tensor) -> Tensor:
+    return torch.sin(math.pi * x[:, :1]) * x[:, 1:].square() + torch.exp(-4 * (x[:, :1] - x[:, 1:]).square())
+
+
+def pretrain(model: KAN, target: Callable[[Tensor], Tensor]) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.16 / model.layers[1].in_features)
+    for _ in range(200):
+        x = torch.rand(256, 2) * 2 - 1
+        loss = (model(x) - target(x)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def adapt(problem: Problem, optimizer_name: str, policy: str, lr: float, seed: int) -> float:
+    """The error on the test points after one step for each batch; infinite if the training diverged."""
+    torch.manual_seed(seed)
+    model = get_peft_model(copy.deepcopy(problem.base), LoTRAConfig(r=RANKS))
+    optimizer = create_lotra_optimizer(model, OPTIMIZERS[optimizer_name][0], lr=lr, policy=policy)
+    for x, y in zip(problem.x, problem.y, strict=True):
+        loss = (model(x) - y).square().mean() / problem.scale
+        if not loss.item() < 1e4:
+            return math.inf
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        error = ((model(problem.x_test) - problem.y_test).square().mean() / problem.scale).item()
+    return error if math.isfinite(error) else math.inf
+
+
+def sweep(setting: dict, bar: tqdm) -> list[dict]:
+    """Every run of the setting: task, optimizer, policy, width, lr, and the losses of the seeds."""
+    rows = {}
+    for task, optimizers in setting["tasks"].items():
+        for width, seeds in setting["seeds"].items():
+            for seed in range(seeds):
+                problem = make_problem(task, width, seed, setting["steps"])
+                for name in optimizers:
+                    if width > setting["widest"][name]:
+                        continue
+                    for policy in POLICIES:
+                        bar.set_description(f"{task}, {name}, {policy}, width {width}, seed {seed}")
+                        for lr in setting["rates"][name]:
+                            loss = adapt(problem, name, policy, lr, seed)
+                            rows.setdefault((task, name, policy, width, lr), []).append(loss)
+                            bar.update()
+    keys = ("task", "optimizer", "policy", "width", "lr")
+    return [dict(zip(keys, key, strict=True), losses=losses) for key, losses in rows.items()]
+
+
+def mean(losses: list[float]) -> float:
+    return sum(losses) / len(losses)
+
+
+def curves(rows: list[dict], task: str, optimizer: str, policy: str) -> dict[int, dict[float, float]]:
+    """The mean loss over the seeds by width and lr."""
+    result: dict[int, dict[float, float]] = {}
+    for row in rows:
+        if (row["task"], row["optimizer"], row["policy"]) == (task, optimizer, policy):
+            result.setdefault(row["width"], {})[row["lr"]] = mean(row["losses"])
+    return result
+
+
+def shared_rate(by_width: dict[int, dict[float, float]]) -> float:
+    """The one rate whose loss is the smallest multiple of the best one at the width where it is worst."""
+    rates = next(iter(by_width.values()))
+    return min(rates, key=lambda lr: max(losses[lr] / min(losses.values()) for losses in by_width.values()))
+
+
+def show_tables(console: Console, rows: list[dict]) -> None:
+    for task, optimizer in dict.fromkeys((row["task"], row["optimizer"]) for row in rows):
+        uniform = curves(rows, task, optimizer, "uniform")
+        for policy in POLICIES:
+            by_width = curves(rows, task, optimizer, policy)
+            rates = list(next(iter(by_width.values())))
+            shared = shared_rate(by_width)
+            table = Table(title=f'{task}, {optimizer}, policy "{policy}": loss by learning rate')
+            for column in (
+                "width",
+                *(f"{lr:g}" for lr in rates),
+                "best lr",
+                f"at {shared:g} / best",
+                "/ uniform best",
+            ):
+                table.add_column(column, justify="right")
+            for width, losses in by_width.items():
+                best = min(losses, key=losses.get)
+                table.add_row(
+                    str(width),
+                    *(f"{losses[lr]:.2g}" if losses[lr] < 100 else "-" for lr in rates),
+                    f"{best:g}",
+                    f"{losses[shared] / losses[best]:.2f}",
+                    f"{losses[shared] / min(uniform[width].values()):.2f}",
+                )
+            console.print(table)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """A row of panels for each task and optimizer, a panel for each policy, a curve for each width."""
+    kinds = list(dict.fromkeys((row["task"], row["optimizer"]) for row in rows))
+    titles = {
+        "teacher": "a [n, n, n, n] KAN learns a rank-3 update",
+        "function": "a [2, n, n, 1] KAN learns another function",
+    }
+    figure, axes = plt.subplots(
+        len(kinds), 2, figsize=(10, 3.6 * len(kinds)), sharey="row", squeeze=False, layout="constrained"
+    )
+    for (task, optimizer), row in zip(kinds, axes, strict=True):
+        for policy, ax in zip(POLICIES, row, strict=True):
+            by_width = curves(rows, task, optimizer, policy)
+            colors = plt.colormaps["viridis"](torch.linspace(0, 0.85, len(by_width)).tolist())
+            for color, (width, losses) in zip(colors, by_width.items(), strict=True):
+                shown = {lr: loss for lr, loss in losses.items() if loss < 3}
+                best = min(losses, key=losses.get)
+                ax.plot(shown.keys(), shown.values(), "o-", color=color, ms=3.5, label=f"n = {width}")
+                ax.plot(best, losses[best], "*", color=color, ms=14)
+            if policy == "width":
+                lr = shared_rate(by_width)
+                ax.axvline(lr, color="gray", lw=1, ls=":", label=f"lr = {lr:g} for all")
+            rule = "one rate for all components" if policy == "uniform" else "a rate for each component"
+            ax.set(xscale="log", yscale="log", xlabel=f"learning rate of {optimizer}")
+            ax.set_title(f'policy "{policy}": {rule}\n{titles[task]}', fontsize=10)
+            rates = sorted({lr for losses in by_width.values() for lr in losses})
+            ax.set_xticks(rates, [f"{lr:g}" for lr in rates])
+            ax.set_xticks([], minor=True)
+            ax.set_xlim(rates[0] / 1.2, rates[-1] * 1.2)
+            ax.grid(alpha=0.3)
+            ax.legend(fontsize=8)
+        row[0].set_ylabel("error after training / error of the base")
+    figure.suptitle(
+        "Stars: the best learning rate at each width. A curve ends where training diverges in one of the seeds.",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small widths and few steps, to see that it runs")
+    parser.add_argument("--widest", type=int, default=512, help="leave out the widths above (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+
+    setting = {
+        "tasks": TASKS,
+        "steps": 300,
+        # at 512 a run takes half a minute: one seed, and by Adam only
+        "seeds": {n: s for n, s in {16: 3, 64: 3, 256: 3, 512: 1}.items() if n <= args.widest},
+        "widest": {"Adam": 512, "SGD": 256},
+        "rates": {name: rates for name, (_, rates) in OPTIMIZERS.items()},
+    }
+    if args.quick:
+        setting |= {"steps": 40, "seeds": {16: 1, 32: 1}}
+        setting["rates"] = {name: rates[1:4] for name, (_, rates) in OPTIMIZERS.items()}
+
+    total = sum(
+        seeds * len(setting["rates"][name]) * len(POLICIES)
+        for optimizers in setting["tasks"].values()
+        for name in optimizers
+        for width, seeds in setting["seeds"].items()
+        if width <= setting["widest"][name]
+    )
+    with tqdm(total=total, unit="run") as bar:
+        rows = sweep(setting, bar)
+    console = Console()
+    show_tables(console, rows)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    name = "learning_rates_quick" if args.quick else "learning_rates"
+    results = {
+        "setting": {**setting, "ranks": RANKS, "batch": BATCH},
+        "rows": [{**row, "losses": [loss if loss < math.inf else None for loss in row["losses"]]} for row in rows],
+    }
+    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(rows, args.output / f"{name}.png")
+    console.print(f"written: {args.output / name}.json and .png")
+
+
+if __name__ == "__main__":
+    main()

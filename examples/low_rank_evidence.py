@@ -1,0 +1,357 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Low-rank evidence: what full fine-tuning does to the coefficient tensors of KANs has low tensor rank.
+
+    python examples/low_rank_evidence.py                              # about two minutes on one core, no network
+    python examples/low_rank_evidence.py --data-dir PATH/TO/mnist     # one more task: digits to MNIST at 8x8
+
+On each task a KAN is trained, and then fine-tuned, all of its parameters, on data that changed. Printed is the share
+of the energy (squared norm) of the update that tensor ranks (4, 4, 4) hold, beside that of a random update of the same
+size. Then an adapter of a fifth of the parameters is extracted from the fine-tuned model, for KANs of three libraries,
+and tested as it is and after 50 more steps. The folder of --data-dir holds images-idx3-ubyte.gz and
+labels-idx1-ubyte.gz. Writes low_rank_evidence.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gzip
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.ndimage import rotate
+from sklearn.datasets import load_diabetes, load_digits
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from peft_lotra.extraction import extract_lotra
+from peft_lotra.kan import KAN
+from peft_lotra.ranks import LayerSpectrum, Spectrum, spectrum_of, update_spectrum
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+torch.set_num_threads(1)  # on matrices this small more threads cost more than they bring
+
+RANKS = (4, 4, 4)
+SHARE = 0.2  # of the coefficients, that an extracted adapter may have as parameters
+MORE_STEPS, MORE_LR = 50, 1e-3  # the training of an extracted adapter
+
+Data = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class Task:
+    """Data before and after a change, each (inputs, targets), and how good a model is on the changed ones."""
+
+    name: str
+    widths: list[int]
+    before: Data
+    after: Data
+    test: Data
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def rotated_digits(seed: int) -> Task:
+    """The quickstart's shift: scans come rotated by 45 degrees and noisy, and 200 of them have labels."""
+    images, labels = load_digits(return_X_y=True)
+    images, y = images.reshape(-1, 8, 8), torch.tensor(labels)
+    noise = np.random.default_rng(seed).normal(0, 2, images.shape)
+    plain, rotated = (
+        torch.tensor(scans.clip(0, 16) / 8 - 1, dtype=torch.float32).flatten(1)
+        for scans in (images, rotate(images, 45, axes=(1, 2), reshape=False, order=1) + noise)
+    )
+    order = torch.tensor(np.random.default_rng(seed).permutation(len(y)))
+    test, seen, few = order[:597], order[597:], order[597:797]
+    return Task(
+        "digits, rotated",
+        [64, 32, 10],
+        (plain[seen], y[seen]),
+        (rotated[few], y[few]),
+        (rotated[test], y[test]),
+        F.cross_entropy,
+    )
+
+
+def digits_to_mnist(seed: int, folder: Path) -> Task:
+    """Scikit-learn's digits, then MNIST brought to 8x8 (its 20x20 box averaged), of which 500 images have labels."""
+    raw = [gzip.decompress((folder / f"{name}-ubyte.gz").read_bytes()) for name in ("images-idx3", "labels-idx1")]
+    images = torch.tensor(np.frombuffer(raw[0], np.uint8, offset=16).reshape(-1, 1, 28, 28).astype(np.float32))
+    y = torch.tensor(np.frombuffer(raw[1], np.uint8, offset=8).astype(np.int64))
+    x = F.adaptive_avg_pool2d(images[:, :, 4:24, 4:24], 8).flatten(1) / 127.5 - 1
+    few = torch.tensor(np.random.default_rng(seed).permutation(8000)[:500])
+    digits, labels = load_digits(return_X_y=True)
+    before = torch.tensor(digits / 8 - 1, dtype=torch.float32), torch.tensor(labels)
+    return Task("digits to MNIST", [64, 48, 10], before, (x[few], y[few]), (x[8000:], y[8000:]), F.cross_entropy)
+
+
+def function_family(seed: int) -> Task:
+    """f(x; a) = exp(sin(a pi x1) + x2^2) / 2 - 1 with a = 1, then with a = 1.3."""
+    x = torch.rand(3000, 2, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    before, after = (((a * torch.pi * x[:, :1]).sin() + x[:, 1:] ** 2).exp() / 2 - 1 for a in (1.0, 1.3))
+    parts = (slice(0, 2000), slice(2000, 3000))
+    return Task(
+        "function family",
+        [2, 32, 32, 1],
+        (x[parts[0]], before[parts[0]]),
+        (x[parts[0]], after[parts[0]]),
+        (x[parts[1]], after[parts[1]]),
+        F.mse_loss,
+    )
+
+
+def diabetes(seed: int) -> Task:
+    """Progression of diabetes, of the younger half of the patients, then of 150 of the older half."""
+    x, y = load_diabetes(return_X_y=True)
+    x = torch.tensor((x / x.std(0) / 3).clip(-1, 1), dtype=torch.float32)
+    y = torch.tensor((y - y.mean()) / y.std(), dtype=torch.float32)[:, None]
+    old = x[:, 0] > x[:, 0].median()
+    order = torch.tensor(np.random.default_rng(seed).permutation(int(old.sum())))
+    (x_old, y_old), few, test = (x[old], y[old]), order[:150], order[150:]
+    return Task(
+        "diabetes, older patients",
+        [10, 32, 1],
+        (x[~old], y[~old]),
+        (x_old[few], y_old[few]),
+        (x_old[test], y_old[test]),
+        F.mse_loss,
+    )
+
+
+def train(model: nn.Module, task: Task, data: Data, steps: int, lr: float, bar: tqdm) -> nn.Module:
+    """Trains what is trainable by AdamW on batches of 128."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        rows = torch.randint(len(data[0]), (128,))
+        optimizer.zero_grad()
+        task.loss(model(data[0][rows]), data[1][rows]).backward()
+        optimizer.step()
+        scheduler.step()
+        bar.update()
+    return model
+
+
+@torch.no_grad()
+def score(model: nn.Module, task: Task) -> float:
+    """Accuracy in % on the changed data, or the mean squared error."""
+    output = model(task.test[0])
+    if task.loss is F.cross_entropy:
+        return 100 * (output.argmax(1) == task.test[1]).float().mean().item()
+    return task.loss(output, task.test[1]).item()
+
+
+def random_update(spectrum: Spectrum) -> Spectrum:
+    """The control: normal random updates, of the same norm in each layer."""
+    layers = {}
+    for name, layer in spectrum.layers.items():
+        tensor = torch.randn(layer.shape, dtype=torch.float64)
+        layers[name] = spectrum_of(tensor * layer.norm / tensor.norm())
+    return Spectrum(layers)
+
+
+def build(library: str, widths: list[int]) -> nn.Module:
+    """A KAN of `peft_lotra`, of efficient-kan (qkan's copy of it; without the edges' trainable scales, and with them),
+    or of pykan."""
+    if library == "peft-lotra":
+        return KAN(widths)
+    if library.startswith("efficient-kan"):
+        from qkan.kan import KANLinear
+
+        scales = library.endswith("scales")
+        return nn.Sequential(
+            *(KANLinear(i, o, enable_standalone_scale_spline=scales) for i, o in zip(widths, widths[1:], strict=False))
+        )
+    from kan import KAN as PyKAN
+
+    return PyKAN(widths, grid=5, k=3, auto_save=False, device="cpu").speed()
+
+
+def fine_tune(library: str, task: Task, seed: int, steps: int, bar: tqdm) -> tuple[nn.Module, nn.Module]:
+    """The base model and the fine-tuned one."""
+    torch.manual_seed(seed)
+    bar.set_description(f"{task.name}, {library}")
+    base = build(library, task.widths)
+    base = train(base, task, task.before, 2 * steps, 5e-3, bar)
+    return base, train(copy.deepcopy(base), task, task.after, steps, 1e-2, bar)
+
+
+def extract(base: nn.Module, tuned: nn.Module, task: Task, steps: int, bar: tqdm) -> dict[str, float]:
+    """The scores of the base, the tuned model, and the extracted adapter, as it is and after more training."""
+    coefficients = sum(np.prod(layer.shape) for layer in update_spectrum(base, tuned).layers.values())
+    scores = {"base": score(base, task), "fine-tuned": score(tuned, task)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pykan has parameters for symbolic functions, which nothing here uses
+        model = extract_lotra(copy.deepcopy(base), tuned, budget=int(SHARE * coefficients))
+    report = model.extraction_report
+    scores |= {"extracted": score(model, task), "share": report.parameters / coefficients}
+    train(model, task, task.after, steps, MORE_LR, bar)
+    gain = scores["fine-tuned"] - scores["base"]
+    scores["trained on"] = score(model, task)
+    for key in ("extracted", "trained on"):
+        scores[f"gain kept, {key}"] = (scores[key] - scores["base"]) / gain
+    return scores
+
+
+def draw(spectra: dict[str, tuple[Spectrum, Spectrum]], results: dict, path: Path) -> None:
+    """The spectra of each task's largest layer, beside the control's, and the energies and scores."""
+    figure = plt.figure(figsize=(3.2 * len(spectra), 6.6), layout="constrained")
+    top, bottom = figure.subfigures(2, 1)
+    top.suptitle("Singular values of the update (solid) and of a random update of the same size (dashed)")
+    axes = top.subplots(1, len(spectra))
+    for axis, (task, pair) in zip(axes, spectra.items(), strict=True):
+        name = max(pair[0].layers, key=lambda key: np.prod(pair[0].layers[key].shape))
+        for spectrum, style in zip(pair, ("-", "--"), strict=True):
+            layer: LayerSpectrum = spectrum.layers[name]
+            for mode, color, values in zip(("out", "in", "basis"), "bgr", layer.singular_values, strict=True):
+                index = np.arange(1, len(values) + 1)
+                axis.plot(index, values / layer.norm, style, color=f"tab:{dict(b='blue', g='green', r='red')[color]}",
+                          label=mode if style == "-" else None)  # fmt: skip
+        axis.set_title(f"{task}\n{name}: {' x '.join(map(str, layer.shape))}", fontsize=9)
+        axis.set(yscale="log", ylim=(3e-3, 1), xlabel="index")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("share of the norm")
+    axes[0].legend(title="mode", fontsize=8)
+
+    left, right = bottom.subplots(1, 2, width_ratios=[1, 2])
+    position = np.arange(len(spectra))
+    for shift, key, color in ((-0.2, "update", "tab:green"), (0.2, "random", "0.6")):
+        bars = left.bar(
+            position + shift, [100 * results["energy"][task][key]["mean"] for task in spectra], 0.4, color=color
+        )
+        left.bar_label(bars, fmt="%.0f", fontsize=8)
+        bars.set_label(key)
+    left.set_xticks(position, [task.replace(", ", ",\n").replace(" to ", "\nto ") for task in spectra], fontsize=8)
+    left.set(ylabel=f"% of the energy in ranks {RANKS}", ylim=(0, 100))
+    left.legend(fontsize=8)
+    names = list(results["extraction"])
+    position = np.arange(len(names))
+    for shift, key, color in (
+        (-0.3, "base", "0.6"),
+        (-0.1, "extracted", "tab:olive"),
+        (0.1, "trained on", "tab:green"),
+        (0.3, "fine-tuned", "tab:blue"),
+    ):
+        bars = right.bar(
+            position + shift, [results["extraction"][name][key]["mean"] for name in names], 0.2, color=color
+        )
+        bars.set_label({"trained on": f"and {MORE_STEPS} steps"}.get(key, key))
+    right.set_xticks(
+        position,
+        [name.replace(": ", ":\n").replace("-kan with scales", "-kan\nwith scales") for name in names],
+        fontsize=7,
+    )
+    right.set(ylabel="accuracy on the changed data, %", ylim=(0, 118))
+    right.legend(fontsize=8, ncols=4, loc="upper center")
+    figure.savefig(path, dpi=110)
+
+
+def summarize(runs: list[dict[str, float]]) -> dict[str, dict[str, float | list[float]]]:
+    """Mean and single values over the seeds."""
+    return {
+        key: {"mean": float(np.mean([run[key] for run in runs])), "seeds": [float(run[key]) for run in runs]}
+        for key in runs[0]
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="how many runs are averaged (default: 3)")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each fine-tuning (default: 300)")
+    parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, for one more task")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results"
+    )
+    parser.add_argument("--quick", action="store_true", help="one seed, 60 steps, our own KAN only: to see it run")
+    args = parser.parse_args()
+    if args.quick:
+        args.seeds, args.steps = 1, 60
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    makers = [rotated_digits, function_family, diabetes]
+    if args.data_dir is not None:
+        makers.insert(1, lambda seed: digits_to_mnist(seed, args.data_dir))
+    libraries = ["peft-lotra"]
+    if not args.quick:
+        libraries += ["efficient-kan", "efficient-kan with scales", "pykan"]
+
+    energies, extractions, spectra = {}, {}, {}
+    images = len(makers) - 2  # tasks with accuracies, on which all libraries are tried
+    total = args.seeds * (3 * args.steps * (2 + images * len(libraries)) + MORE_STEPS * images * len(libraries))
+    bar = tqdm(total=total, unit="step", ncols=100)
+    for seed in range(args.seeds):
+        for task in (maker(seed) for maker in makers):
+            for library in libraries if task.loss is F.cross_entropy else libraries[:1]:
+                base, tuned = fine_tune(library, task, seed, args.steps, bar)
+                if library == libraries[0]:
+                    update = update_spectrum(base, tuned)
+                    control = random_update(update)
+                    spectra.setdefault(task.name, (update, control))
+                    run = {"update": update.energy(RANKS), "random": control.energy(RANKS)}
+                    run |= {f"{name}, update": layer.energy(RANKS) for name, layer in update.layers.items()}
+                    run |= {f"{name}, random": layer.energy(RANKS) for name, layer in control.layers.items()}
+                    run |= {"score of base": score(base, task), "score fine-tuned": score(tuned, task)}
+                    energies.setdefault(task.name, []).append(run)
+                if task.loss is F.cross_entropy:
+                    run = extract(base, tuned, task, MORE_STEPS, bar)
+                    extractions.setdefault(f"{task.name}: {library}", []).append(run)
+    bar.close()
+    results = {
+        "settings": {"ranks": RANKS, "seeds": args.seeds, "steps": args.steps, "share": SHARE, "quick": args.quick},
+        "energy": {name: summarize(runs) for name, runs in energies.items()},
+        "extraction": {name: summarize(runs) for name, runs in extractions.items()},
+    }
+    (args.output / "low_rank_evidence.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(spectra, results, args.output / "low_rank_evidence.png")
+    show(results)
+
+
+def show(results: dict) -> None:
+    console = Console(width=110)
+    seeds = results["settings"]["seeds"]
+    table = Table(title=f"Energy of the full fine-tuning's update in ranks {RANKS}, %, mean of {seeds} seeds")
+    for column in ("task", "update", "random update", "layers"):
+        table.add_column(column, justify="left" if column in ("task", "layers") else "right")
+    for name, row in results["energy"].items():
+        layers = [f"{100 * value['mean']:.0f}" for key, value in row.items() if key.endswith(", update")]
+        table.add_row(
+            name, f"{100 * row['update']['mean']:.1f}", f"{100 * row['random']['mean']:.1f}", " / ".join(layers)
+        )
+    console.print(table)
+    table = Table(title="Adapters extracted from the fine-tuned models: accuracy %, and share of the gain kept")
+    keys = ("base", "fine-tuned", "extracted", "gain kept, extracted", "trained on", "gain kept, trained on")
+    for column in ("", "% of parameters", *keys):
+        table.add_column(column, justify="right" if column else "left")
+    for name, row in results["extraction"].items():
+        values = [f"{row[key]['mean']:.1%}" if key.startswith("gain") else f"{row[key]['mean']:.1f}" for key in keys]
+        table.add_row(name, f"{100 * row['share']['mean']:.1f}", *values)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

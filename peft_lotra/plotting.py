@@ -1,0 +1,183 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Pictures: the spectra of updates, and edge functions before and after adaptation.
+
+They need matplotlib, which the extra `examples` installs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .functional import call_with_parameters
+from .kan_layers import CoefficientTensor, find_kan_layers
+from .layer import LoTRALayer
+from .ranks import Spectrum, unwrap
+from .targets import locate_target
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure, SubFigure
+
+
+def plot_spectra(spectrum: Spectrum, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
+    """Draws the singular values of each layer that changed, as shares of its norm, one panel for each mode.
+
+    Args:
+        spectrum ([`Spectrum`]): From `update_spectrum` or `gradient_spectrum`.
+        figure (`Figure` or `SubFigure`, *optional*): Where to draw; a new one by default.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _new_figure((9, 3)) if figure is None else figure
+    axes = figure.subplots(1, 3, sharey=True)
+    changed = {name: layer for name, layer in spectrum.layers.items() if layer.norm > 0}
+    for mode, axis in enumerate(axes):
+        for name, layer in changed.items():
+            values = (layer.singular_values[mode] / layer.norm).cpu()
+            axis.plot(range(1, len(values) + 1), values, marker=".", label=name or "layer")
+        axis.set(title=f"{('out', 'in', 'basis')[mode]} mode", xlabel="index", yscale="log")
+        axis.grid(alpha=0.25)
+    shares = [(values / layer.norm).min().item() for layer in changed.values() for values in layer.singular_values]
+    # values that are zero but for rounding would press all others together
+    axes[0].set_ylim(max(min(shares, default=0.1) / 1.5, 1e-4), 1.2)
+    axes[0].set_ylabel("singular value / norm")
+    if changed:
+        axes[-1].legend(fontsize=8)
+    return figure
+
+
+@torch.no_grad()
+def plot_edge_functions(
+    model: nn.Module,
+    layer_name: str,
+    edges: int | Sequence[tuple[int, int]] = 6,
+    x: torch.Tensor | None = None,
+    title: Callable[[int, int], str] = "unit {0}, input {1}".format,
+    figure: Figure | SubFigure | None = None,
+) -> Figure | SubFigure:
+    """Draws functions on edges of a KAN layer: those of the base layer, and those with the active adapters.
+
+    The layer itself is evaluated, with the coefficients of all other inputs at zero, so that any family will do.
+
+    Args:
+        model (`nn.Module`): The model, adapted or not. It is left as it is.
+        layer_name (`str`): The name of the layer, as `find_kan_layers` gives it.
+        edges (`int` or `Sequence[tuple[int, int]]`): Pairs (output, input); or how many, at most one of each input:
+            those whose coefficients the adapters changed most, or that have the largest ones if there are no adapters.
+        x (`torch.Tensor`, *optional*): (points,), where to evaluate; by default 101 points from -1 to 1.
+        title (`Callable`): `title(output, input)` is written above the picture of an edge.
+        figure (`Figure` or `SubFigure`, *optional*): Where to draw; a new one by default.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: There is no such KAN layer or edge; or the outputs depend on the inputs together (a layer that
+            normalises its inputs first), so that there are no functions of one input.
+        ImportError: matplotlib is not installed.
+    """
+    model = unwrap(model)
+    known = [layer.name for layer in find_kan_layers(model)]
+    if layer_name not in known:
+        raise ValueError(f"There is no KAN layer `{layer_name}` in the model, it has {known}.")
+    module = model.get_submodule(layer_name)
+    layer, _, tensor = locate_target(layer_name, module)
+    before = tensor.read(layer)
+    curves = {"base": before}
+    adapters = [a for a in module.active_adapters if a in module.lotra_core] if isinstance(module, LoTRALayer) else []
+    if adapters and not module.merged and not module.disable_adapters:
+        curves["adapted"] = before.clone()
+        for adapter in adapters:
+            delta = module.get_delta_weight(adapter)
+            curves["adapted"][..., : delta.shape[-1]] += delta
+    change = (curves["adapted"] - before if len(curves) == 2 else before).float().square().sum(-1)
+    edges = _choose_edges(edges, change)
+    x = torch.linspace(-1, 1, 101) if x is None else x
+    functions = {
+        (label, i): _functions_of(layer, tensor, coefficients, i, x.to(before))
+        for label, coefficients in curves.items()
+        for i in {i for _, i in edges}
+    }
+
+    columns = min(len(edges), 3)
+    rows = -(-len(edges) // columns)
+    figure = _new_figure((3 * columns, 2.3 * rows)) if figure is None else figure
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis, (o, i) in zip(axes, edges, strict=False):
+        for label, color in zip(curves, ("0.6", "tab:green"), strict=False):
+            axis.plot(x.cpu(), functions[label, i][:, o].float().cpu(), color=color, label=label)
+        axis.set_title(title(o, i), fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+    for axis in axes[len(edges) :]:
+        axis.remove()
+    if len(curves) == 2:
+        axes[0].legend(fontsize=8)
+    return figure
+
+
+def _choose_edges(edges: int | Sequence[tuple[int, int]], change: torch.Tensor) -> list[tuple[int, int]]:
+    """The pairs (output, input) to draw, by how much each edge changed (out, in)."""
+    if isinstance(edges, int):
+        if edges < 1:
+            raise ValueError(f"`edges` must be at least 1, or a list of pairs (output, input), got {edges}.")
+        inputs = change.amax(0).topk(min(edges, change.shape[1])).indices.tolist()
+        return [(int(change[:, i].argmax()), i) for i in inputs]
+    wrong = [edge for edge in edges if not all(0 <= index < size for index, size in zip(edge, change.shape))]  # noqa: B905
+    if wrong or not edges:
+        raise ValueError(f"`edges` must be pairs (output, input) below {tuple(change.shape)}, got {wrong or edges}.")
+    return list(edges)
+
+
+def _functions_of(
+    layer: nn.Module, tensor: CoefficientTensor, coefficients: torch.Tensor, index: int, x: torch.Tensor
+) -> torch.Tensor:
+    """The functions of one input, (points, out): what the layer returns if the other inputs have no coefficients, less
+    what it returns if none has (a bias)."""
+    alone = torch.zeros_like(coefficients)
+    alone[:, index] = coefficients[:, index]
+
+    def run(inputs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        output = call_with_parameters(layer, tensor.split(values), layer, (inputs,), {})
+        return output[0] if isinstance(output, tuple) else output  # pykan's is (y, preacts, postacts, postspline)
+
+    inputs = x[:, None].expand(-1, coefficients.shape[1])
+    others = inputs.flip(0).clone()
+    others[:, index] = x
+    zero = torch.zeros_like(coefficients)
+    functions = run(inputs, alone) - run(inputs, zero)
+    if not torch.allclose(functions, run(others, alone) - run(others, zero), rtol=1e-3, atol=1e-5):
+        raise ValueError(
+            f"The outputs of this {tensor.family} layer depend on its inputs together (it normalises them first): "
+            "there are no functions of one input to draw."
+        )
+    return functions
+
+
+def _new_figure(size: tuple[float, float]) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: `pip install peft-lotra[examples]`.") from error
+    return Figure(figsize=size, layout="constrained")  # no pyplot: nothing to close, no window

@@ -1,0 +1,342 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Which ranks an update needs: the spectra of fine-tuning updates and of gradients, and the ranks they suggest.
+
+The spectrum of a tensor are the singular values of its three unfoldings. Its projection on the leading (ro, ri, rb)
+singular vectors (the truncated HOSVD) keeps a share of its energy, i.e. of its squared norm: exactly the sum of
+squares over the leading ro x ri x rb block of the HOSVD's core. One decomposition thus gives the energy of every
+triple of ranks. The best approximation of these ranks, which HOOI looks for, keeps at least as much.
+
+References:
+    L. De Lathauwer, B. De Moor, J. Vandewalle, "A Multilinear Singular Value Decomposition", SIAM J. Matrix Anal.
+    Appl. 21 (2000).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from .config import LoTRAConfig
+from .initialization import gather_gradients
+from .kan_layers import find_kan_layers
+from .layer import LoTRALayer
+from .targets import find_targets, locate_target, resolve_target_modules
+from .tucker import cap_ranks, check_ranks, energy_table, hosvd
+
+
+# The scale that some families multiply the splines of each edge by, besides their coefficients, and its layout.
+# Full fine-tuning moves it too, which is as if it had moved the coefficients.
+EDGE_SCALES = {
+    "efficient-kan": ("spline_scaler", "o i"),
+    "pykan": ("scale_sp", "i o"),
+    "qkan-fourier": ("fourier_scaler", "o i"),
+}
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """The spectrum of the update, or the gradient, of one layer's coefficient tensor.
+
+    Attributes:
+        shape (`tuple[int, int, int]`): (out, in, basis) of the tensor, the residual slice counted in basis.
+        norm (`float`): Its Frobenius norm.
+        singular_values (`tuple[torch.Tensor, torch.Tensor, torch.Tensor]`): Of the unfoldings (out, in basis),
+            (in, out basis) and (basis, out in), in falling order.
+        energies (`torch.Tensor`): (out, in, basis) or smaller; entry (ro - 1, ri - 1, rb - 1) is the share of the
+            energy, 0 to 1, that the truncated HOSVD of ranks (ro, ri, rb) keeps. 1 everywhere for a zero tensor.
+    """
+
+    shape: tuple[int, int, int]
+    norm: float
+    singular_values: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = field(repr=False)
+    energies: torch.Tensor = field(repr=False)
+
+    def energy(self, r: int | tuple[int, int, int]) -> float:
+        """The share of the energy, 0 to 1, that the truncated HOSVD of these ranks keeps (HOOI keeps at least it).
+
+        Args:
+            r (`int` or `tuple[int, int, int]`): As in [`LoTRAConfig`]; a rank above its mode's is brought down to it.
+
+        Raises:
+            ValueError: `r` is neither a positive int nor three of them.
+        """
+        return self.energies[tuple(rank - 1 for rank in cap_ranks(check_ranks(r), self.energies.shape))].item()
+
+    def costs(self) -> torch.Tensor:
+        """The number of parameters of an adapter, for each triple of ranks; laid out as `energies`."""
+        ro, ri, rb = torch.meshgrid(*(torch.arange(1, n + 1) for n in self.energies.shape), indexing="ij")
+        out, in_, basis = self.shape
+        return ro * ri * rb + out * ro + in_ * ri + basis * rb
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The spectra of all layers, by name; prints as a table.
+
+    Attributes:
+        layers (`dict[str, LayerSpectrum]`): In the order of the model.
+    """
+
+    layers: dict[str, LayerSpectrum]
+
+    def energy(self, r: int | tuple[int, int, int] | dict[str, tuple[int, int, int]]) -> float:
+        """The share of the energy of all layers together that is kept.
+
+        Args:
+            r: Ranks for all layers, or a `rank_pattern` as `suggest_ranks` returns it.
+        """
+        total = sum(layer.norm**2 for layer in self.layers.values())
+        kept = sum(
+            layer.norm**2 * layer.energy(r[pattern_key(name)] if isinstance(r, dict) else r)
+            for name, layer in self.layers.items()
+        )
+        return kept / total if total else 1.0
+
+    def __str__(self) -> str:
+        triples = ((1, 1, 1), (4, 4, 4), (8, 8, 4))
+        header = ["layer", "out x in x basis", "norm", *(f"energy in {r}" for r in triples), "ranks for 95 %"]
+        rows = [header]
+        for name, layer in self.layers.items():
+            energies = [f"{100 * layer.energy(r):.1f} %" for r in triples]
+            ranks = str(_cheapest(layer, 0.95))
+            rows.append([name, " x ".join(map(str, layer.shape)), f"{layer.norm:.3g}", *energies, ranks])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def update_spectrum(base: nn.Module, tuned: nn.Module) -> Spectrum:
+    """The spectrum of what fine-tuning did to the coefficients of each KAN layer.
+
+    Coefficients are those in force: adapters that are active count. Where a family multiplies the splines of each edge
+    by a trainable scale (efficient-kan, pykan, qkan's FourierKAN) and the scales changed too, it is what the basis
+    functions are multiplied by in the end that counts: coefficient times scale.
+
+    Args:
+        base, tuned (`nn.Module`): Two models of one architecture, adapted or not. They are left as they are.
+
+    Raises:
+        ValueError: Their KAN layers differ in name, family or shape, there are none, or a coefficient is not finite.
+    """
+    return Spectrum({name: spectrum_of(update.tensor) for name, update in coefficient_updates(base, tuned).items()})
+
+
+def gradient_spectrum(model: nn.Module, config: LoTRAConfig | None, train_step: Callable[[], None]) -> Spectrum:
+    """The spectrum of the gradient of each KAN layer's coefficients: what the first step of full fine-tuning would be.
+
+    Args:
+        model (`nn.Module`): The base model, or a PEFT model. It is left as it was.
+        config ([`LoTRAConfig`], *optional*): Only the layers that it targets, and without the residual branch if it
+            says so; `None` for all KAN layers.
+        train_step (`Callable[[], None]`): Computes a loss and calls `backward()`, for one or more batches.
+
+    Raises:
+        ValueError: A target is no KAN layer; no gradient, or one that is not finite, arrived at a layer.
+    """
+    model = unwrap(model)
+    config = LoTRAConfig() if config is None else config
+    targets = find_targets(replace(config, target_modules=resolve_target_modules(config, model)), model)
+    located = {name: locate_target(name, module) for name, module in targets.items()}
+    layers = {name: (layer, tensor) for name, (layer, _, tensor) in located.items()}
+    gradients = gather_gradients(layers, model, train_step)
+    spectra = {}
+    for name, (layer, tensor) in layers.items():
+        gradient = gradients[layer]
+        spectra[name] = spectrum_of(gradient if config.adapt_residual else gradient[..., : tensor.shape[-1]])
+    return Spectrum(spectra)
+
+
+def suggest_ranks(
+    base: nn.Module | Spectrum,
+    tuned: nn.Module | None = None,
+    *,
+    energy: float | None = None,
+    budget: int | None = None,
+) -> dict[str, tuple[int, int, int]]:
+    """Ranks for each layer, as the `rank_pattern` of [`LoTRAConfig`].
+
+    Example:
+
+    ```py
+    >>> spectrum = update_spectrum(base, tuned)  # or gradient_spectrum(base, None, train_step), before any training
+    >>> config = LoTRAConfig(rank_pattern=suggest_ranks(spectrum, budget=5000))
+    ```
+
+    Args:
+        base (`nn.Module` or [`Spectrum`]): A spectrum, or a base model.
+        tuned (`nn.Module`, *optional*): With a base model, the fine-tuned one.
+        energy (`float`, *optional*): The share of the energy to keep in each layer, above 0 and up to 1: the cheapest
+            ranks that do.
+        budget (`int`, *optional*): The number of parameters to spend on all layers together: where they keep the most
+            energy. Each layer has a rank of at least 1.
+
+    Returns:
+        `dict[str, tuple[int, int, int]]`: (ro, ri, rb) by a regex that matches the layer's name and no other.
+
+    Raises:
+        ValueError: Not one of `energy` and `budget` is given; the energy is out of range; the budget does not suffice
+            for ranks (1, 1, 1) in each layer; or as `update_spectrum`.
+    """
+    if isinstance(base, Spectrum) != (tuned is None):
+        raise ValueError("Pass either a spectrum, or a base model and a tuned one.")
+    if (energy is None) == (budget is None):
+        raise ValueError(f"Pass one of `energy` and `budget`, got `energy`={energy} and `budget`={budget}.")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"`energy` must be above 0 and at most 1 (0.95 keeps 95 %), got {energy}.")
+    spectrum = base if isinstance(base, Spectrum) else update_spectrum(base, tuned)
+    if energy is not None:
+        ranks = {name: _cheapest(layer, energy) for name, layer in spectrum.layers.items()}
+    else:
+        ranks = _spend(spectrum.layers, budget)
+    return {pattern_key(name): r for name, r in ranks.items()}
+
+
+def pattern_key(name: str) -> str:
+    """A key for `rank_pattern` that matches this layer alone; PEFT reads keys as regexes of the end of a name."""
+    return "^" + re.escape(name)
+
+
+@dataclass(frozen=True)
+class CoefficientUpdate:
+    """What fine-tuning did to the coefficients of one layer, in float64.
+
+    Attributes:
+        tensor (`torch.Tensor`): (out, in, basis), or (out, in, basis + 1) with the residual branch: the change of the
+            coefficients, or, if the scales of the edges changed too, of coefficient times scale.
+        scale (`torch.Tensor`, *optional*): As `tensor`: what the layer of the base model multiplies a change of its
+            coefficients by to get there; `None` if the scales did not change.
+    """
+
+    tensor: torch.Tensor
+    scale: torch.Tensor | None = None
+
+
+@torch.no_grad()
+def coefficient_updates(base: nn.Module, tuned: nn.Module) -> dict[str, CoefficientUpdate]:
+    """The updates of all KAN layers, by name.
+
+    Raises:
+        ValueError: As `update_spectrum`.
+    """
+    base, tuned = unwrap(base), unwrap(tuned)
+    found, other = find_kan_layers(base), find_kan_layers(tuned)
+    for first, second in zip_longest(found, other):
+        if first != second:
+            raise ValueError(
+                f"The models have different architectures. Their first KAN layer that differs: {first} in the base "
+                f"model, {second} in the tuned one."
+            )
+    if not found:
+        raise ValueError("No KAN layer was found in the models, see `find_kan_layers` and `register_kan_layer`.")
+    updates = {}
+    for name in (layer.name for layer in found):
+        before, scale = _read(name, base.get_submodule(name))
+        after, new_scale = _read(name, tuned.get_submodule(name))
+        after, new_scale = after.to(before), None if new_scale is None else new_scale.to(before)
+        for which, tensor in (("base", before), ("tuned", after)):
+            if not tensor.isfinite().all():
+                raise ValueError(f"The coefficients of `{name}` in the {which} model are not finite.")
+        if scale is None or torch.equal(scale, new_scale):
+            updates[name] = CoefficientUpdate(after - before)
+        else:
+            updates[name] = CoefficientUpdate(new_scale * after - scale * before, scale)
+    return updates
+
+
+def _read(name: str, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The coefficients in force, and what the layer multiplies them by, both (out, in, basis [+ 1]) in float64."""
+    layer, spec, tensor = locate_target(name, module)
+    coefficients = tensor.read(layer).double().clone()  # what is read may be the parameter itself
+    if isinstance(module, LoTRALayer) and not module.merged and not module.disable_adapters:
+        for adapter in module.active_adapters:
+            if adapter in module.lotra_core:
+                delta = module.get_delta_weight(adapter).double()
+                coefficients[..., : delta.shape[-1]] += delta
+    scale_name, layout = EDGE_SCALES.get(spec.family, ("", ""))
+    scale = getattr(layer, scale_name, None)
+    if scale is None:
+        return coefficients, None
+    scale = scale.double() if layout == "o i" else scale.double().T
+    full = torch.ones_like(coefficients)
+    full[..., : tensor.shape[-1]] = scale[..., None]
+    return coefficients, full
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def spectrum_of(tensor: torch.Tensor) -> LayerSpectrum:
+    """The spectrum of a tensor (out, in, basis)."""
+    core, _, singular_values = hosvd(tensor)
+    return LayerSpectrum(
+        tuple(tensor.shape), tensor.double().norm().item(), tuple(singular_values), energy_table(core)
+    )
+
+
+def _cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, int, int]:
+    """The ranks with the fewest parameters that keep the energy."""
+    enough = layer.energies >= energy - 1e-12  # the table is rounded
+    costs = torch.where(enough, layer.costs(), torch.iinfo(torch.int64).max)
+    return _ranks_at(layer, costs.argmin())
+
+
+def _spend(layers: dict[str, LayerSpectrum], budget: int) -> dict[str, tuple[int, int, int]]:
+    """The ranks that keep the most energy for at most `budget` parameters in all.
+
+    Greedily: the step, of any layer to any larger ranks that can still be paid, with the most energy per parameter.
+    Until the first step that cannot be paid that is optimal (it follows the concave hulls of the layers' parameters
+    and energies); what is left then is small.
+    """
+    frontiers = {name: _frontier(layer) for name, layer in layers.items()}
+    at = dict.fromkeys(frontiers, 0)
+    left = budget - sum(int(costs[0]) for costs, _, _ in frontiers.values())
+    if left < 0:
+        raise ValueError(
+            f"`budget` is {budget}, but ranks (1, 1, 1) in each of the {len(layers)} layers take {budget - left} "
+            "parameters already."
+        )
+    while True:
+        best = (0.0, "", 0)
+        for name, (costs, energies, _) in frontiers.items():
+            price = costs[at[name] + 1 :] - costs[at[name]]
+            rate = torch.where(price <= left, (energies[at[name] + 1 :] - energies[at[name]]) / price, 0)
+            if len(rate):
+                best = max(best, (rate.max().item(), name, at[name] + 1 + int(rate.argmax())))
+        if best[0] == 0:
+            return {name: _ranks_at(layers[name], frontiers[name][2][index]) for name, index in at.items()}
+        _, name, index = best
+        costs = frontiers[name][0]
+        left -= int(costs[index] - costs[at[name]])
+        at[name] = index
+
+
+def _frontier(layer: LayerSpectrum) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Parameters, energy and flat index of each triple of ranks that keeps more energy than any cheaper one."""
+    costs, order = layer.costs().flatten().sort(stable=True)
+    energies = layer.energies.flatten()[order]
+    before = torch.cat([energies.new_tensor([-1.0]), energies.cummax(0).values[:-1]])
+    better = energies > before + 1e-12
+    return costs[better], layer.norm**2 * energies[better], order[better]
+
+
+def _ranks_at(layer: LayerSpectrum, flat_index: torch.Tensor) -> tuple[int, int, int]:
+    return tuple(int(index) + 1 for index in torch.unravel_index(flat_index, layer.energies.shape))

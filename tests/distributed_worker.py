@@ -1,0 +1,202 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""One process of a group that `test_distributed.py` starts: python distributed_worker.py results.json
+
+Trains an adapted model for one step under each kind of data parallelism, and writes how far it is from the same step
+of the plain model on the whole batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from stand_ins import FAMILIES
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
+
+from peft_lotra import LoTRAConfig, LoTRALayer
+from peft_lotra.kan import KAN
+
+
+def own() -> nn.Module:
+    return KAN([3, 8, 8, 2])
+
+
+def efficient_kan() -> nn.Module:
+    return nn.Sequential(*(FAMILIES["efficient-kan"](*sizes) for sizes in ((3, 8), (8, 2))))
+
+
+NETWORKS = {"own": own, "efficient-kan": efficient_kan}
+
+
+def make(network: str) -> PeftModel:
+    base = NETWORKS[network]().double()
+    torch.manual_seed(0)
+    for parameter in base.parameters():  # efficient-kan starts from least squares, whose last bits are not the same
+        nn.init.normal_(parameter, std=0.3)  # in each process
+    return get_peft_model(base, LoTRAConfig(r=(2, 3, 4), init_weights=False))
+
+
+def fsdp(model: nn.Module, *wrapped: type) -> nn.Module:
+    policy = ModuleWrapPolicy(set(wrapped)) if wrapped else None
+    return FullyShardedDataParallel(
+        model, use_orig_params=True, device_id=torch.device("cpu"), auto_wrap_policy=policy
+    )
+
+
+def fsdp2(model: nn.Module, *sharded: type) -> nn.Module:
+    for module in list(model.modules()):
+        if isinstance(module, sharded):
+            fully_shard(module)
+    return fully_shard(model)
+
+
+def base_type(model: nn.Module) -> type:
+    return next(type(module.base_layer) for module in model.modules() if isinstance(module, LoTRALayer))
+
+
+KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "ddp": DistributedDataParallel,
+    "fsdp": fsdp,
+    "fsdp-layers": lambda model: fsdp(model, LoTRALayer),
+    "fsdp2": fsdp2,
+    "fsdp2-layers": lambda model: fsdp2(model, LoTRALayer),
+}
+# these shard the base layer without its adapters
+WRONG_KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "fsdp": lambda model: fsdp(model, base_type(model)),
+    "fsdp2": lambda model: fsdp2(model, base_type(model)),
+}
+
+
+def full_gradients(model: nn.Module, like: nn.Module) -> dict[str, Tensor]:
+    """The gradients of the parameters, which FSDP has cut flat and spread over the processes, as those of `like`."""
+    shapes = {name: parameter.shape for name, parameter in like.named_parameters() if parameter.requires_grad}
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        name = name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
+        if name in shapes:
+            gradient = parameter.grad
+            if hasattr(gradient, "full_tensor"):
+                gradient = gradient.full_tensor()
+            elif isinstance(model, FullyShardedDataParallel):
+                parts = [None] * dist.get_world_size()
+                dist.all_gather_object(parts, gradient)
+                gradient = torch.cat([part.flatten() for part in parts if part is not None]).view(shapes[name])
+            gradients[name] = gradient.detach().clone()
+    return gradients
+
+
+def distance(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference of a tensor, as a share of the largest value in it; infinite if the names differ."""
+    if actual.keys() != expected.keys():
+        return float("inf")
+    return max(
+        ((actual[name] - value).abs().max() / value.abs().max().clamp_min(1e-3)).item()
+        for name, value in expected.items()
+    )
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.rand(8, 3, dtype=torch.float64) * 1.6 - 0.8, torch.randn(8, 2, dtype=torch.float64)
+
+
+def step(model: nn.Module, like: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The outputs and the gradients of one step on all parameters; weight decay would move what is not frozen."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    y = model(x)
+    (y - target).square().mean().backward()
+    gradients = full_gradients(model, like)
+    optimizer.step()
+    return y.detach(), gradients
+
+
+def run(network: str, kind: str, rank: int, world: int) -> dict[str, Any]:
+    x, target = batch()
+    mine = slice(rank * len(x) // world, (rank + 1) * len(x) // world)
+    plain = make(network)
+    model = copy.deepcopy(plain)
+    loaded = copy.deepcopy(plain)
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    y, gradients = step(plain, plain, x, target)
+
+    model = KINDS[kind](model)
+    my_y, my_gradients = step(model, plain, x[mine], target[mine])
+    inner = model.module if isinstance(model, (DistributedDataParallel, FullyShardedDataParallel)) else model
+    if kind == "fsdp-layers":  # PEFT 0.21 looks for the names of FSDP's wrappers, which no state dict has: any method
+        inner = loaded
+    # as accelerate's get_state_dict, but on all ranks: torch 2.13 crashes when FSDP gathers CPU tensors on one alone
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    result = {
+        "output": distance({"y": my_y}, {"y": y[mine]}),
+        "gradients": distance(my_gradients, gradients),
+        "gradients are zero": [name for name, gradient in gradients.items() if not gradient.any()],
+    }
+    expected = plain.state_dict()
+    trained = {name for name in expected if "lotra_" in name}
+    saved = get_peft_model_state_dict(inner, state_dict=state)
+    with torch.no_grad():
+        for name, parameter in loaded.named_parameters():
+            if "lotra_" in name:
+                parameter.zero_()
+    set_peft_model_state_dict(loaded, saved)
+    return {
+        **result,
+        "state": distance(state, expected),
+        "frozen parameters moved": [n for n in before if n not in trained and not torch.equal(state[n], before[n])],
+        "trained parameters not moved": [n for n in trained if torch.equal(state[n], before[n])],
+        "saved": distance(saved, get_peft_model_state_dict(plain)),
+        "loaded": distance({"y": loaded(x)}, {"y": plain(x)}),
+    }
+
+
+def run_wrong(network: str, kind: str) -> list[str]:
+    """What a forward pass raises when the base layer is sharded without its adapters."""
+    model = WRONG_KINDS[kind](make(network))
+    try:
+        model(batch()[0])
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+    return ["nothing", ""]
+
+
+def main(path: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    results = {f"{network} {kind}": run(network, kind, rank, world) for network in NETWORKS for kind in KINDS}
+    wrong = {f"{network} {kind}": run_wrong(network, kind) for network in NETWORKS for kind in WRONG_KINDS}
+    with open(path, "w") as file:
+        json.dump({"results": results, "wrong": wrong}, file)
+    dist.barrier()
+    # not through the interpreter's end, where the threads of gloo sometimes abort
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,89 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import adapt, assert_same, base, inputs, snapshot
+from matplotlib.figure import Figure
+from stand_ins import FAMILIES
+
+from peft_lotra.kan import KAN
+from peft_lotra.plotting import plot_edge_functions, plot_spectra
+from peft_lotra.ranks import update_spectrum
+
+
+def test_spectra(tmp_path):
+    model, tuned = KAN([3, 5, 4]), KAN([3, 5, 4])
+    figure = plot_spectra(update_spectrum(model, tuned))
+    assert [axis.get_title() for axis in figure.axes] == ["out mode", "in mode", "basis mode"]
+    assert [len(line.get_xdata()) for axis in figure.axes for line in axis.lines] == [5, 4, 3, 5, 9, 9]
+    assert all(max(line.get_ydata()) < figure.axes[0].get_ylim()[1] for line in figure.axes[0].lines)
+    figure.savefig(tmp_path / "spectra.png")
+    whole = Figure()
+    part = whole.subfigures(1, 2)[1]
+    assert plot_spectra(update_spectrum(model, model), part) is part  # a zero update too
+    whole.savefig(tmp_path / "part.png")
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "fast-kan"])
+def test_the_functions_sum_up_to_the_output(family):
+    model = adapt(base(family))
+    x = torch.full((101,), 0.3)
+    before = snapshot(model)
+    edges = [(2, i) for i in range(3)]
+    figure = plot_edge_functions(model, "kan", edges, x)
+    assert_same(model, before)
+    outputs = {}
+    with torch.no_grad():
+        outputs["adapted"] = model(x[:, None].expand(-1, 3))[0, 2]
+        with model.disable_adapter():
+            outputs["base"] = model(x[:, None].expand(-1, 3))[0, 2]
+    layer = model.base_model.model.kan
+    biases = [p for n, p in layer.base_layer.named_parameters() if n.endswith("bias") and p.numel() == 4]
+    for index, label in enumerate(("base", "adapted")):
+        total = sum(float(axis.lines[index].get_ydata()[0]) for axis in figure.axes)
+        total += sum(bias.flatten()[2].item() for bias in biases)
+        assert total == pytest.approx(outputs[label].item(), abs=1e-4)
+        assert figure.axes[0].lines[index].get_label() == label
+
+
+def test_the_edges_that_changed_most_come_first():
+    model = adapt(base("own"))
+    layer = model.base_model.model.kan
+    with torch.no_grad():
+        layer.lotra_factor_in["default"].copy_(torch.tensor([[0.1] * 3, [3.0] * 3, [1.0] * 3]))
+    titles = [axis.get_title() for axis in plot_edge_functions(model, "kan", 2, title="{0} {1}".format).axes]
+    assert [title.split()[1] for title in titles] == ["1", "2"]
+    assert len(plot_edge_functions(model, "kan").axes) == 3  # there are no more inputs
+
+
+def test_a_bare_model_has_one_curve():
+    figure = plot_edge_functions(base("own"), "kan", 1)
+    assert len(figure.axes[0].lines) == 1
+
+
+def test_errors():
+    model = base("own")
+    with pytest.raises(ValueError, match=r"no KAN layer `head`.*\['kan'\]"):
+        plot_edge_functions(model, "head")
+    with pytest.raises(ValueError, match=r"below \(4, 3\), got \[\(4, 0\)\]"):
+        plot_edge_functions(model, "kan", [(4, 0), (0, 0)])
+    with pytest.raises(ValueError, match="at least 1"):
+        plot_edge_functions(model, "kan", 0)
+    normalising = base("fast-kan")
+    assert inputs().shape == (6, 3)
+    with pytest.raises(ValueError, match="normalises them first"):
+        plot_edge_functions(normalising, "kan")
