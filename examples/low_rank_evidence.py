@@ -257,17 +257,14 @@ def draw(spectra: dict[str, tuple[Spectrum, Spectrum]], results: dict, path: Pat
         (0.1, "trained on", "tab:green"),
         (0.3, "fine-tuned", "tab:blue"),
     ):
-        bars = right.bar(
+        bars = right.barh(
             position + shift, [results["extraction"][name][key]["mean"] for name in names], 0.2, color=color
         )
         bars.set_label({"trained on": f"and {MORE_STEPS} steps"}.get(key, key))
-    right.set_xticks(
-        position,
-        [name.replace(": ", ":\n").replace("-kan with scales", "-kan\nwith scales") for name in names],
-        fontsize=7,
-    )
-    right.set(ylabel="accuracy on the changed data, %", ylim=(0, 118))
-    right.legend(fontsize=8, ncols=4, loc="upper center")
+    right.set_yticks(position, [name.replace(": ", ":\n") for name in names], fontsize=7)
+    right.invert_yaxis()
+    right.set(xlabel="accuracy on the changed data, %", xlim=(0, 100))
+    right.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(path, dpi=110)
 
 

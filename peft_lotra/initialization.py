@@ -69,7 +69,8 @@ def reset_components(
     nn.init.normal_(core, std=1 / math.sqrt(ri * rb))
     for factor, gain in ((factor_in, 1.0), (factor_basis, math.sqrt(len(factor_basis)))):
         # the QR decomposition behind it does not exist in half precision
-        factor.copy_(nn.init.orthogonal_(torch.empty_like(factor, dtype=torch.float32), gain))
+        full = torch.empty_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32))
+        factor.copy_(nn.init.orthogonal_(full, gain))
     if zero_update:
         nn.init.zeros_(factor_out)
     else:

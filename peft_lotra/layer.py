@@ -127,9 +127,11 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         self.lotra_scaling[adapter_name] = alpha
         self.lotra_rank_dropout[adapter_name] = config.rank_dropout
         self.lotra_module_dropout[adapter_name] = config.module_dropout
-        self.lotra_core[adapter_name] = nn.Parameter(torch.empty(ranks))
+        # Drawn in the base's precision, but not in half of it; _move_adapter_to_device_of_base_layer casts down later.
+        dtype = torch.promote_types(self.lotra_tensor.get_parameter(self.get_base_layer()).dtype, torch.float32)
+        self.lotra_core[adapter_name] = nn.Parameter(torch.empty(ranks, dtype=dtype))
         for name, size, rank in zip(self.adapter_layer_names[1:], shape, ranks, strict=True):
-            getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(size, rank))
+            getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(size, rank, dtype=dtype))
 
         if config.init_weights == "gradient" and config.checkpoint_layers is None:
             reset_components_from_gradient(*self.get_components(adapter_name), layer=self.get_base_layer())

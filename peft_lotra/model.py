@@ -224,6 +224,13 @@ class LoTRAModel(BaseTuner):
             self._awaited_adapters.pop(adapter, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        # By the names of the tensors: PEFT looks for the layers' names in the model, which FSDP changes and the names in
+        # the state dict do not show.
+        endings = tuple(f".{component}.{adapter_name}" for component in LoTRALayer.adapter_layer_names)
+        return {key: value for key, value in state_dict.items() if key.endswith(endings)}
+
     ############################
     # Merging and unloading    #
     ############################
