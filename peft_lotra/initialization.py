@@ -85,8 +85,8 @@ def reset_components_from_gradient(
     factor_basis: torch.Tensor,
     layer: nn.Module,
 ) -> None:
-    """Sets the factors to the leading singular vectors of the gradient that `preprocess_lotra` gathered for the layer,
-    and the core to zero.
+    """Sets the factors to those of the best Tucker approximation (HOOI) of the gradient that `preprocess_lotra`
+    gathered for the layer, and the core to zero.
 
     The columns keep their norm of 1. An optimizer like Adam takes steps of the same size in all components, so the
     norm decides how fast the factors turn beside the core: with norms of sqrt(out) and sqrt(basis) they hardly did,
@@ -121,10 +121,11 @@ def drop_gradients(layers: list[nn.Module]) -> None:
 def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable[[], None]) -> None:
     """Gathers what `init_weights="gradient"` needs; call it before `get_peft_model`, as PEFT's `preprocess_loraga`.
 
-    The factors of each adapter then span the leading singular vectors of the gradient of the layer's coefficients (the
-    HOSVD of the first step of full fine-tuning), instead of random ones. On new data for the same task (a shifted
-    domain, few labels) that is worth 13 points of accuracy at ranks (8, 8, 4), see `examples/quickstart.py`. The model
-    is left as it was; the gradients are kept until the adapter is made.
+    The factors of each adapter then span the best Tucker approximation of the gradient of the layer's coefficients,
+    the first step of full fine-tuning, instead of random directions. On new data for the same task (a shifted
+    domain, few labels) that was worth two to nine points of accuracy at equal ranks, each at its best learning rate
+    (digits rotated by 30 and by 45 degrees, and digits to MNIST). The model is left as it was; the gradients are kept
+    until the adapter is made.
 
     Example:
 

@@ -226,8 +226,8 @@ class LoTRAModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        # By the names of the tensors: PEFT looks for the layers' names in the model, which FSDP changes and the names in
-        # the state dict do not show.
+        # By the names of the tensors: PEFT looks for the names of the layers in the model, which are not those in the
+        # state dict where FSDP wraps the layers.
         endings = tuple(f".{component}.{adapter_name}" for component in LoTRALayer.adapter_layer_names)
         return {key: value for key, value in state_dict.items() if key.endswith(endings)}
 

@@ -148,8 +148,6 @@ def run(network: str, kind: str, rank: int, world: int) -> dict[str, Any]:
     model = KINDS[kind](model)
     my_y, my_gradients = step(model, plain, x[mine], target[mine])
     inner = model.module if isinstance(model, (DistributedDataParallel, FullyShardedDataParallel)) else model
-    if kind == "fsdp-layers":  # PEFT 0.21 looks for the names of FSDP's wrappers, which no state dict has: any method
-        inner = loaded
     # as accelerate's get_state_dict, but on all ranks: torch 2.13 crashes when FSDP gathers CPU tensors on one alone
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     result = {
