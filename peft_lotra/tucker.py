@@ -127,8 +127,8 @@ def orthogonalize(core: torch.Tensor, factors: Sequence[torch.Tensor]) -> tuple[
 
 @torch.no_grad()
 def balance(core: torch.Tensor, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The same tensor, of orthonormal factors, with columns of norm sqrt(out), 1 and sqrt(basis), from which a few more
-    training steps go on well (by Adam at 1e-3; orthonormal columns were no better)."""
+    """The same tensor, of orthonormal factors, with columns of norm sqrt(out), 1 and sqrt(basis), from which a few
+    more training steps go on well (by Adam at 1e-3; orthonormal columns were no better)."""
     gains = (math.sqrt(len(factors[0])), 1.0, math.sqrt(len(factors[2])))
     return core / math.prod(gains), [factor * gain for factor, gain in zip(factors, gains, strict=True)]
 
