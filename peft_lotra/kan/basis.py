@@ -41,9 +41,11 @@ def bspline_basis(
     high: torch.Tensor | float,
     grid_size: int,
     spline_order: int,
+    derivative: int = 0,
 ) -> torch.Tensor:
     r"""
-    The values at `x` of the B-splines of degree `spline_order` = p on `grid_size` = G equal intervals of [low, high].
+    The values at `x` of the B-splines of degree `spline_order` = p on `grid_size` = G equal intervals of [low, high],
+    or of their derivatives with respect to `x`.
 
     With spacing h = (high - low) / G, basis function j = 0 ... G+p-1 is the cardinal B-spline centred on
     c_j = low + (j - (p-1)/2) h, with support c_j +- h (p+1)/2. It is evaluated in truncated powers of the distance
@@ -52,7 +54,9 @@ def bspline_basis(
         M_p(s) = 1/p! sum_{m <= p/2} (-1)^m binom(p+1, m) max((p+1)/2 - m - s, 0)^p,
 
     whose arguments never exceed (p+1)/2: unlike the one-sided sum, it does not lose digits in float32. On [low, high]
-    the basis sums to 1; outside its support a basis function, and its derivatives, are exactly 0.
+    the basis sums to 1; outside its support a basis function, and its derivatives, are exactly 0. The d-th derivative
+    has the powers p - d, the factor p! / (p - d)! / h^d, and for odd d the sign of c_j - x. At a knot, the p-th, which
+    jumps there, is 0 in the parts that jump.
 
     Plain differentiable operations: `torch.func`, double backward and `torch.compile(fullgraph=True)` all apply.
 
@@ -62,12 +66,13 @@ def bspline_basis(
         low, high: ends of the grid, numbers or tensors that broadcast to (I,).
         grid_size: number G of intervals between `low` and `high`.
         spline_order: degree p of the splines, 1 to 5.
+        derivative: order d of the derivative, from 0 (the values).
 
     Returns:
         Tensor of shape (..., I, G + p) and of the dtype of `x`. float16 and bfloat16 are evaluated in float32.
 
     Raises:
-        ValueError: `grid_size` or `spline_order` is out of range.
+        ValueError: `grid_size`, `spline_order` or `derivative` is out of range.
         TypeError: `x` is not floating point.
 
     Source: I. J. Schoenberg, "Contributions to the problem of approximation of equidistant data by analytic
@@ -75,6 +80,8 @@ def bspline_basis(
     with the symmetry M_p(-s) = M_p(s).
     """
     check_grid(grid_size, spline_order)
+    if not isinstance(derivative, int) or derivative < 0:
+        raise ValueError(f"`derivative` is {derivative!r}, but must be an integer of at least 0 (0 gives the values).")
     if not x.is_floating_point():
         raise TypeError(f"`x` has dtype {x.dtype}, but the basis needs floating point values; convert it first.")
     # A half-precision coordinate would cost more accuracy than half-precision values do.
@@ -82,13 +89,22 @@ def bspline_basis(
     low = torch.as_tensor(low, dtype=dtype, device=x.device)
     high = torch.as_tensor(high, dtype=dtype, device=x.device)
 
-    position = (x.to(dtype) - low) * (grid_size / (high - low))
+    scale = grid_size / (high - low)
+    position = (x.to(dtype) - low) * scale
     centres = torch.arange(grid_size + spline_order, dtype=dtype, device=x.device) - (spline_order - 1) / 2
-    distance = (position.unsqueeze(-1) - centres).abs()
+    offset = position.unsqueeze(-1) - centres
+    power = spline_order - derivative
+    if power < 0:
+        return torch.zeros_like(offset).to(x.dtype)
 
-    half_width = (spline_order + 1) / 2
-    total = torch.relu(half_width - distance).pow(spline_order)
-    for m in range(1, spline_order // 2 + 1):
-        term = torch.relu(half_width - m - distance).pow(spline_order)
-        total = total.add(term, alpha=(-1) ** m * math.comb(spline_order + 1, m))
-    return (total / math.factorial(spline_order)).to(x.dtype)
+    distance = offset.abs()
+    total = torch.zeros_like(offset)
+    for m in range(spline_order // 2 + 1):
+        arm = (spline_order + 1) / 2 - m - distance
+        term = torch.relu(arm).pow(power) if power else (arm > 0).to(dtype)
+        total = total.add(term, alpha=(-1) ** m * math.comb(spline_order + 1, m) / math.factorial(power))
+    if derivative % 2:
+        total = -total * offset.sign()
+    if derivative:
+        total = total * torch.as_tensor(scale).unsqueeze(-1) ** derivative
+    return total.to(x.dtype)

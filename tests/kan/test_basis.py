@@ -46,6 +46,27 @@ def scipy_basis(x, low, high, grid_size, spline_order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("low, high, grid_size", [(-1.0, 1.0, 5), (0.0, 1.0, 1), (-3.0, 0.5, 8)])
+def test_derivative_argument_equals_scipy(order, low, high, grid_size):
+    step = (high - low) / grid_size
+    knots = low + step * np.arange(-order, grid_size + order + 1)
+    x = torch.linspace(low + 1e-3, high - 2e-3, 97, dtype=torch.float64)  # no knot among them
+    for derivative in range(order + 2):
+        ours = bspline_basis(x, low, high, grid_size, order, derivative=derivative).numpy()
+        reference = np.zeros_like(ours)
+        for j, unit in enumerate(np.eye(grid_size + order)):
+            if derivative <= order:
+                reference[:, j] = BSpline(knots, unit, order).derivative(derivative)(x.numpy())
+        np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-11 * max(1, abs(reference).max()))
+
+
+@pytest.mark.parametrize("derivative", [-1, 0.5, None])
+def test_derivative_out_of_range(derivative):
+    with pytest.raises(ValueError, match="`derivative` is"):
+        bspline_basis(torch.zeros(3), -1, 1, 5, 3, derivative=derivative)
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("low, high, grid_size", GRIDS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_equals_scipy(order, low, high, grid_size, dtype, tolerance):
