@@ -20,6 +20,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 
 import torch
@@ -29,6 +30,7 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
 from .config import LoTRAConfig
+from .functional import call_with_parameters
 from .kan_layers import KANLayerSpec, find_kan_layers
 from .layer import LoTRALayer
 from .ranks import (
@@ -279,7 +281,9 @@ def _check_same_basis(name: str, layer: nn.Module, other: nn.Module, spec: KANLa
     if not differ and spec.basis is not None:
         _, in_features, _ = spec.locate(layer).shape
         x = torch.linspace(-1, 1, 9).to(next(layer.parameters()))[:, None].expand(-1, in_features)
-        first, second = spec.basis(layer, x), spec.basis(other, x.to(next(other.parameters()))).to(x)
+        # with the same parameters: those that a basis has (FastKAN's normalisation) are reported as what else changed
+        same = {parameter: value.detach() for parameter, value in layer.named_parameters()}
+        first, second = spec.basis(layer, x), call_with_parameters(other, same, partial(spec.basis, other), (x,), {})
         if first.shape != second.shape or not torch.equal(first, second):
             differ = ["basis"]
     if differ:

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -31,6 +32,15 @@ from torch import nn
 
 from .kan.layer import KANLinear
 from .layout import Layout, parse_layout
+
+
+class UniformSplines(NamedTuple):
+    """B-splines of degree `spline_order` on `grid_size` equal intervals of [low, high], which broadcast to (in,)."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+    grid_size: int
+    spline_order: int
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,10 @@ class KANLayerSpec:
     network_methods: Mapping[str, str | None] = field(default_factory=dict)
     checkpoint_methods: tuple[str, ...] = ()
     basis: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
+    splines: Callable[[nn.Module], UniformSplines | None] | None = None
+    activation: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
+    scale: Callable[[nn.Module], torch.Tensor | None] | None = None
+    bias: str | None = None
     axes: Callable[[nn.Module], Mapping[str, int]] | None = None
 
     def __reduce__(self):
@@ -118,6 +132,23 @@ class CoefficientTensor:
         tensor = self.join([_get(layer, name) for name in self.parameters])
         return tensor if residual else tensor[..., : self.shape[-1]]
 
+    def read_parts(
+        self, layer: nn.Module, parameters: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The coefficients (out, in, basis) and the residual weights (out, in), if there are any, by themselves: views
+        of the parameters where their layouts allow it. `parameters` take the place of those of the layer."""
+        stored = [
+            parameters[name] if parameters and name in parameters else _get(layer, name) for name in self.parameters
+        ]
+        tensor, *residual = (
+            layout.to_canonical(part, self.lengths)
+            for layout, part in zip(self.parameters.values(), stored, strict=True)
+        )
+        if residual:
+            return tensor, residual[0].squeeze(-1)
+        basis = self.shape[-1]
+        return tensor[..., :basis], tensor[..., basis] if tensor.shape[-1] > basis else None
+
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """The canonical tensor of parts that are laid out like `parameters`, e.g. of their gradients."""
         parts = [
@@ -158,6 +189,10 @@ def register_kan_layer(
     network_methods: Mapping[str, str | None] | None = None,
     checkpoint_methods: tuple[str, ...] = (),
     basis: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
+    splines: Callable[[nn.Module], UniformSplines | None] | None = None,
+    activation: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
+    scale: Callable[[nn.Module], torch.Tensor | None] | None = None,
+    bias: str | None = None,
     axes: Callable[[nn.Module], Mapping[str, int]] | None = None,
 ) -> KANLayerSpec:
     """Teaches LoTRA a family of KAN layers. The last one registered is asked first; a known name is replaced.
@@ -192,7 +227,15 @@ def register_kan_layer(
         checkpoint_methods (`tuple[str, ...]`): Methods of the network around the layer that save it. They save the
             network with its adapters merged, under its original names.
         basis (`Callable`, *optional*): `basis(layer, x)` with x (batch, in) returns the basis functions
-            (batch, in, basis) that the coefficients multiply.
+            (batch, in, basis) that the coefficients multiply. With it adapted layers are evaluated on the fast path,
+            as basis(x) . (scale * coefficients) + activation(x) . residual + bias, if that is what the layer computes:
+            the two are compared on a few points when an adapter is attached, and when the grid has changed.
+        splines (`Callable`, *optional*): `splines(layer)` returns the [`UniformSplines`] that the basis consists of,
+            or `None`. They are then evaluated in closed form, much faster than most layers do it themselves.
+        activation (`Callable`, *optional*): `activation(layer, x)` returns what the residual weights multiply
+            (batch, in).
+        scale (`Callable`, *optional*): `scale(layer)` returns factors (out, in) of the coefficients, or `None`.
+        bias (`str`, *optional*): The parameter that is added to the output. It may be absent or `None`.
         axes (`Callable`, *optional*): `axes(layer)` returns the lengths of axes that no shape determines, e.g.
             `{"k": layer.num_grids}` for the layout `"o (i k)"`.
 
@@ -230,6 +273,10 @@ def register_kan_layer(
         dict(network_methods or {}),
         tuple(checkpoint_methods),
         basis,
+        splines,
+        activation,
+        scale,
+        bias,
         axes,
     )
     _SPECS.pop(family, None)
@@ -321,6 +368,19 @@ def _ndim(layer: nn.Module, name: str) -> int | None:
     return value.ndim if isinstance(value, torch.Tensor) else None
 
 
+def _splines_from_knots(layer: nn.Module) -> UniformSplines | None:
+    order = layer.spline_order
+    grid_size = layer.grid.shape[-1] - 2 * order - 1
+    return UniformSplines(layer.grid[:, order], layer.grid[:, order + grid_size], grid_size, order)
+
+
+def _splines_from_starts(layer: nn.Module) -> UniformSplines | None:
+    order, step = layer.spline_order, 1 / layer.inv_h
+    low = layer.grid_starts[:1] + order * step
+    grid_size = len(layer.grid_starts) - order
+    return UniformSplines(low, low + grid_size * step, grid_size, order)
+
+
 # The known families. They are recognised by what they consist of, since most of these layers reach users as a copied
 # file, often under another class name.
 
@@ -349,7 +409,7 @@ register_kan_layer(
     matches=lambda m: "spline_weight" in m._parameters and _ndim(m, "grid_starts") == 1,
     coefficients=("spline_weight", "o i k"),
     residual=("base_weight", "o i"),
-    grid=("grid_starts",),
+    grid=("grid_starts",),  # whose splines, in float32, are too far from the closed form
 )
 register_kan_layer(
     "inkan",
@@ -357,6 +417,8 @@ register_kan_layer(
     matches=lambda m: "weight" in m._parameters and _ndim(m, "grid_starts") == 1 and m.dim == 1,
     coefficients=("weight", "o ((i k) + i)"),
     grid=("grid_starts",),
+    splines=_splines_from_starts,
+    activation=lambda m, x: m.base_activation(x),
     axes=lambda m: {"i": m.in_features},
 )
 register_kan_layer(
@@ -366,6 +428,8 @@ register_kan_layer(
     residual=("base_weight", "o i"),
     grid=("spline._knots",),
     basis=lambda m, x: m.spline.basis(x),
+    activation=lambda m, x: m.base_function(x),
+    bias="bias",
 )
 register_kan_layer(
     "fourier-kan",
@@ -381,6 +445,7 @@ register_kan_layer(
     "cheby-kan",
     matches=lambda m: _ndim(m, "cheby_coeffs") == 3,
     coefficients=("cheby_coeffs", "i o k"),
+    basis=lambda m, x: torch.cos(m.arange * torch.acos(torch.tanh(x)).unsqueeze(-1)),
 )
 register_kan_layer(
     "fast-kan",  # FasterKAN too, which has no residual branch
@@ -388,6 +453,9 @@ register_kan_layer(
     coefficients=("spline_linear.weight", "o (i k)"),
     residual=("base_linear.weight", "o i"),
     grid=("rbf.grid",),
+    basis=lambda m, x: m.rbf(x if m.layernorm is None else m.layernorm(x)),
+    activation=lambda m, x: m.base_activation(x),
+    bias="base_linear.bias",
     axes=lambda m: {"k": m.rbf.grid.numel()},
 )
 register_kan_layer(
@@ -414,6 +482,9 @@ register_kan_layer(
     grid=("grid",),
     grid_methods=("update_grid", "update_grid_from_qkan"),
     basis=lambda m, x: m.b_splines(x),
+    splines=_splines_from_knots,
+    activation=lambda m, x: m.base_activation(x),
+    scale=lambda m: m.spline_scaler if getattr(m, "enable_standalone_scale_spline", False) else None,
 )
 register_kan_layer(
     "peft-lotra",
@@ -423,4 +494,6 @@ register_kan_layer(
     grid=("grid_bounds",),
     grid_methods=("update_grid",),
     basis=lambda m, x: m.basis(x),
+    splines=lambda m: UniformSplines(*m.grid_bounds.unbind(-1), m.grid_size, m.spline_order),
+    activation=lambda m, x: nn.functional.silu(x),
 )

@@ -25,19 +25,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .config import LoTRAConfig
+from .fast_path import can_take_fast_path, fast_forward, find_formula, has_hooks
 from .functional import call_with_parameters
 from .initialization import reset_components, reset_components_from_gradient
 from .kan_layers import KANLayerSpec
 from .proxy import BaseLayerProxy
-from .tucker import cap_ranks, reconstruct
+from .tucker import cap_ranks, expand_inputs, reconstruct
 
 
 class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
     """
     A KAN layer with LoTRA adapters.
 
-    The base layer itself runs, with `parameter + delta` in the place of the parameters that hold its coefficients.
-    That is exact for every family, keeps whatever the layer returns, and needs no knowledge of its basis.
+    On the universal path the base layer itself runs, with `parameter + delta` in the place of the parameters that hold
+    its coefficients. That is exact for every family, keeps whatever the layer returns, and needs no knowledge of its
+    basis. Where the family says how its basis is evaluated, the fast path (fast_path.py) computes the same, to
+    rounding, at less cost.
 
     Attributes that this class does not have are those of the base layer, see [`BaseLayerProxy`].
 
@@ -95,6 +98,8 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         self.merged_adapters = []
         self._grid_at_merge = None
         self._active_adapter = adapter_name
+        self.lotra_formula, self._formula_key = None, None
+        self._renew_formula()
         self.update_layer(adapter_name, r=r, alpha=alpha, config=config, **kwargs)
 
     ############
@@ -207,6 +212,22 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         # float16 and bfloat16 products on the CPU are slow, and some are not implemented
         if core.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
             core, *factors = (component.float() for component in (core, *factors))
+        core, scale = self._drop_out(adapter, core, dropout)
+        return (scale * reconstruct(core, *factors)).to(dtype)
+
+    def get_low_rank_update(self, adapter: str, dropout: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same update as a matrix of low rank, left (out, ro) times right (ro, in, basis or basis + 1).
+
+        Args:
+            adapter (`str`): The name of the adapter.
+            dropout (`bool`): Whether rank and module dropout are drawn, as in a training step.
+        """
+        core, factor_out, factor_in, factor_basis = self.get_components(adapter)
+        core, scale = self._drop_out(adapter, core, dropout)
+        return factor_out, expand_inputs(scale * core, factor_in, factor_basis)
+
+    def _drop_out(self, adapter: str, core: torch.Tensor, dropout: bool) -> tuple[torch.Tensor, float | torch.Tensor]:
+        """The core and the scale of a training step."""
         scale = self.lotra_scaling[adapter]
         # Drawn as tensors, not as Python branches: a compiled graph draws anew at each step.
         if dropout and (p := self.lotra_rank_dropout[adapter]):
@@ -214,7 +235,7 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
             core = core * kept.to(core.dtype) / (1 - p)
         if dropout and (p := self.lotra_module_dropout[adapter]):
             scale = scale * (torch.rand((), device=core.device) >= p).to(core.dtype)
-        return (scale * reconstruct(core, *factors)).to(dtype)
+        return core, scale
 
     def parameters_in_force(
         self, adapters: Iterable[str] | None = None, dropout: bool = False
@@ -350,10 +371,30 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         return self._adapted_forward(self.active_adapters, args, kwargs)
 
     def _adapted_forward(self, adapters: Iterable[str], args: tuple, kwargs: dict) -> Any:
+        adapters = self._adapters_here(adapters)
+        self._renew_formula()
+        if can_take_fast_path(self, adapters, args, kwargs):
+            return fast_forward(self, adapters, args[0], dropout=self.training)
         parameters = self.parameters_in_force(adapters, dropout=self.training)
         if not parameters:
             return self.base_layer(*args, **kwargs)
         return call_with_parameters(self.base_layer, parameters, self.base_layer, args, kwargs)
+
+    def _renew_formula(self) -> None:
+        """Looks for the formula of the base layer again where that, or its grid, is no longer the one of last time.
+
+        Not while a graph is compiled, and not inside of `torch.func`, where tensors have no content of their own.
+        """
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return
+        parameter = self.lotra_tensor.get_parameter(self.base_layer)
+        grid = [attrgetter(name)(self.base_layer) for name in self.lotra_spec.grid]
+        # and a mode in which the base layer may compute something else, as with dropout
+        mode = parameter.dtype, parameter.device, self.base_layer.training, has_hooks(self.base_layer)
+        key = (*mode, [(id(value), _version(value)) for value in grid if isinstance(value, torch.Tensor)])
+        if key != self._formula_key:
+            self.lotra_formula = find_formula(self.base_layer, self.lotra_spec, self.lotra_tensor)
+            self._formula_key = key
 
     def _check_forward_args(self, args: tuple, kwargs: dict, adapter_names: list[str] | None) -> None:
         """Check if the arguments are compatible with the configs and state of the model"""
@@ -410,6 +451,10 @@ def _check_exchangeable(layer: nn.Module, name: str, parameter: torch.Tensor, pa
             f"`{name}` of the base layer is sharded or parametrized, and its adapters are not. Shard the LoTRALayer, "
             "or a module around it (FSDP, fully_shard), but not the base layer inside; remove parametrizations first."
         )
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 def _equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:

@@ -46,11 +46,16 @@ def reconstruct(
         factor_in (`torch.Tensor`): (in, ri).
         factor_basis (`torch.Tensor`): (basis, rb).
     """
+    tensor = factor_out @ expand_inputs(core, factor_in, factor_basis).flatten(1)  # (out, in basis)
+    return tensor.unflatten(1, (len(factor_in), len(factor_basis)))
+
+
+def expand_inputs(core: torch.Tensor, factor_in: torch.Tensor, factor_basis: torch.Tensor) -> torch.Tensor:
+    """core x2 factor_in x3 factor_basis, (ro, in, basis): the rows that factor_out mixes."""
     ro = len(core)
     tensor = core.flatten(0, 1) @ factor_basis.T  # (ro ri, basis)
     tensor = factor_in @ rearrange(tensor, "(ro ri) k -> ri (ro k)", ro=ro)  # (in, ro basis)
-    tensor = factor_out @ rearrange(tensor, "i (ro k) -> ro (i k)", ro=ro)  # (out, in basis)
-    return tensor.unflatten(1, (len(factor_in), len(factor_basis)))
+    return rearrange(tensor, "i (ro k) -> ro i k", ro=ro)
 
 
 @torch.no_grad()

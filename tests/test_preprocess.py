@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import adapt, base, components, inputs, lotra_layers, nested
+from helpers import adapt, base, components, inputs, lotra_layers, nested, relative
 from peft import PeftModel, get_peft_model
 from stand_ins import FAMILIES
 from torch import Tensor, nn
@@ -175,7 +175,7 @@ def test_the_adapted_model_starts_as_its_base(family):
     x = inputs()
     y = model(x)
     adapted = adapt_by_gradient(model)
-    assert torch.equal(adapted(x), y)
+    assert relative(adapted(x), y) <= 1e-6
     (layer,) = lotra_layers(adapted).values()
     core, *factors = layer.get_components("default")
     assert not core.any() and all(factor.any() for factor in factors)

@@ -84,27 +84,93 @@ def bspline_basis(
         raise ValueError(f"`derivative` is {derivative!r}, but must be an integer of at least 0 (0 gives the values).")
     if not x.is_floating_point():
         raise TypeError(f"`x` has dtype {x.dtype}, but the basis needs floating point values; convert it first.")
+    position, scale = grid_position(x, low, high, grid_size)
+    values = spline_values(position, grid_size + spline_order, spline_order, derivative)
+    if derivative:
+        values = values * scale.unsqueeze(-1) ** derivative
+    return values.to(x.dtype)
+
+
+def grid_position(
+    x: torch.Tensor, low: torch.Tensor | float, high: torch.Tensor | float, grid_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x` (..., I) as the distance from `low` in grid intervals, at least in float32, and the intervals per unit (I,)
+    or ()."""
     # A half-precision coordinate would cost more accuracy than half-precision values do.
     dtype = torch.promote_types(x.dtype, torch.float32)
     low = torch.as_tensor(low, dtype=dtype, device=x.device)
     high = torch.as_tensor(high, dtype=dtype, device=x.device)
-
     scale = grid_size / (high - low)
-    position = (x.to(dtype) - low) * scale
-    centres = torch.arange(grid_size + spline_order, dtype=dtype, device=x.device) - (spline_order - 1) / 2
-    offset = position.unsqueeze(-1) - centres
+    return (x.to(dtype) - low) * scale, scale
+
+
+def spline_values(position: torch.Tensor, num_basis: int, spline_order: int, derivative: int = 0) -> torch.Tensor:
+    """The basis functions, or their derivatives with respect to the position, at grid positions: (..., I) to
+    (..., I, num_basis). Only the positions are kept for the backward pass."""
+    if torch.compiler.is_compiling():  # whose partitioner decides itself what to keep and what to compute again
+        return cardinal_spline(spline_offsets(position, num_basis, spline_order), spline_order, derivative)
+    return _SplineValues.apply(position, num_basis, spline_order, derivative)
+
+
+def spline_offsets(position: torch.Tensor, num_basis: int, spline_order: int) -> torch.Tensor:
+    """The distances, with their sign, of grid positions (..., I) from the centres of the basis functions:
+    (..., I, num_basis)."""
+    centres = torch.arange(num_basis, dtype=position.dtype, device=position.device) - (spline_order - 1) / 2
+    return position.unsqueeze(-1) - centres
+
+
+def cardinal_spline(offset: torch.Tensor, spline_order: int, derivative: int = 0) -> torch.Tensor:
+    """The cardinal spline M_p of `bspline_basis`, or a derivative of it, at offsets (any shape) from its centre."""
     power = spline_order - derivative
     if power < 0:
-        return torch.zeros_like(offset).to(x.dtype)
-
-    distance = offset.abs()
+        return torch.zeros_like(offset)
     total = torch.zeros_like(offset)
-    for m in range(spline_order // 2 + 1):
-        arm = (spline_order + 1) / 2 - m - distance
-        term = torch.relu(arm).pow(power) if power else (arm > 0).to(dtype)
-        total = total.add(term, alpha=(-1) ** m * math.comb(spline_order + 1, m) / math.factorial(power))
-    if derivative % 2:
-        total = -total * offset.sign()
-    if derivative:
-        total = total * torch.as_tensor(scale).unsqueeze(-1) ** derivative
-    return total.to(x.dtype)
+    arm = (spline_order + 1) / 2 - offset.abs()
+    for factor in spline_factors(spline_order):
+        arm = arm.relu()
+        term = arm.pow(power) if power else (arm > 0).to(arm.dtype)
+        total = total.add(term, alpha=factor / math.factorial(power))
+        arm = arm - 1
+    return -total * offset.sign() if derivative % 2 else total
+
+
+def spline_factors(spline_order: int) -> list[int]:
+    """(-1)^m binom(p+1, m) for m = 0 ... p/2, the factors of the truncated powers."""
+    return [(-1) ** m * math.comb(spline_order + 1, m) for m in range(spline_order // 2 + 1)]
+
+
+def integer_power_(x: torch.Tensor, n: int) -> torch.Tensor:
+    """x^n in place, for x >= 0; 0^0 is 0."""
+    if n == 0:
+        return x.copy_(x > 0)
+    if n == 1:
+        return x
+    if n <= 3:  # the exponents that torch.pow is fast for
+        return x.pow_(n)
+    return x.square_().square_() if n == 4 else x.mul_(x.square().square_())
+
+
+class _SplineValues(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(position: torch.Tensor, num_basis: int, spline_order: int, derivative: int) -> torch.Tensor:
+        return cardinal_spline(spline_offsets(position, num_basis, spline_order), spline_order, derivative)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        position, ctx.num_basis, ctx.spline_order, ctx.derivative = inputs
+        ctx.save_for_backward(position)
+        ctx.save_for_forward(position)
+
+    @staticmethod
+    def _slopes(ctx) -> torch.Tensor:
+        return spline_values(ctx.saved_tensors[0], ctx.num_basis, ctx.spline_order, ctx.derivative + 1)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (gradient * _SplineValues._slopes(ctx)).sum(-1), None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: torch.Tensor, *_) -> torch.Tensor:
+        return tangent.unsqueeze(-1) * _SplineValues._slopes(ctx)

@@ -24,6 +24,7 @@ from einops import einsum, rearrange
 from torch import nn
 
 from .basis import bspline_basis, check_grid
+from .product import spline_product
 
 
 # Share of the variance of a new layer's output that comes from its splines; see `KANLinear.reset_parameters`.
@@ -133,13 +134,16 @@ class KANLinear(nn.Module):
 
     def basis(self, x: torch.Tensor) -> torch.Tensor:
         """The basis functions at `x`: (..., I) to (..., I, grid_size + spline_order), see `bspline_basis`."""
+        self._check_input(x)
+        low, high = self.grid_bounds.unbind(-1)
+        return bspline_basis(x, low, high, self.grid_size, self.spline_order)
+
+    def _check_input(self, x: torch.Tensor) -> None:
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(
                 f"The input has shape {tuple(x.shape)}, but this layer expects a last dimension of "
                 f"{self.in_features} (`in_features`)."
             )
-        low, high = self.grid_bounds.unbind(-1)
-        return bspline_basis(x, low, high, self.grid_size, self.spline_order)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -152,10 +156,12 @@ class KANLinear(nn.Module):
         Raises:
             ValueError: the last dimension is not I.
         """
+        self._check_input(x)
         # On rows, not on the leading shape: the last digits of a batched product depend on what requires a gradient.
-        basis = rearrange(self.basis(x), "... i k -> (...) (i k)")
-        residual = F.linear(F.silu(rearrange(x, "... i -> (...) i")), self.base_weight)
-        y = residual + F.linear(basis, self.spline_weight.flatten(-2))
+        rows = x.reshape(-1, self.in_features)
+        low, high = self.grid_bounds.unbind(-1)
+        y = spline_product(rows, low, high, self.grid_size, self.spline_order, self.spline_weight)
+        y = torch.addmm(y, F.silu(rows), self.base_weight.t())
         return y.view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()

@@ -1,0 +1,155 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.autograd import gradgradcheck
+
+from peft_lotra.kan import KANLinear, bspline_basis
+from peft_lotra.kan.product import spline_product
+
+
+def case(order, grid_size, points, rank, dtype, in_features=7, out_features=9):
+    """Points in and around grids of different ends, a weight, and an update of rank `rank` or none."""
+    generator = torch.Generator().manual_seed(order + 10 * grid_size + points)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x = (3 * rand(points, in_features) - 1.5).requires_grad_()
+    low, high = -rand(in_features) - 0.5, rand(in_features) + 0.5
+    weight = (rand(out_features, in_features, grid_size + order) - 0.5).requires_grad_()
+    update = None
+    if rank:
+        left, right = rand(out_features, rank) - 0.5, rand(rank, in_features, grid_size + order) - 0.5
+        update = left.requires_grad_(), right.requires_grad_()
+    return x, low, high, grid_size, order, weight, update
+
+
+def reference(x, low, high, grid_size, order, weight, update):
+    """The sum as it is written, in double precision."""
+    if update is not None:
+        weight = weight + torch.einsum("or,rik->oik", *update)
+    basis = bspline_basis(x.double(), low.double(), high.double(), grid_size, order)
+    return torch.einsum("nik,oik->no", basis, weight.double())
+
+
+def leaves(x, weight, update):
+    return [x, weight, *(update or ())]
+
+
+def assert_close(result, expected, tolerance):
+    """Up to a share of the largest entry: slopes of float32 positions on fine grids are large, and so are errors."""
+    assert result.shape == expected.shape
+    scale = expected.abs().max().clamp(min=1) if expected.numel() else 1.0
+    torch.testing.assert_close(result.double() / scale, expected.double() / scale, rtol=0, atol=tolerance)
+
+
+# 0 to few points, and grids on both sides of where coefficients are gathered
+@pytest.mark.parametrize("order, grid_size", [*itertools.product(range(1, 6), (1, 5)), (1, 30), (3, 40), (5, 64)])
+@pytest.mark.parametrize("points", [0, 1, 5, 200])
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_value_and_gradients(order, grid_size, points, rank, dtype, tolerance):
+    arguments = case(order, grid_size, points, rank, dtype)
+    tensors = leaves(arguments[0], *arguments[5:])
+    y, expected = spline_product(*arguments), reference(*arguments)
+    direction = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, tensors, direction, retain_graph=True)
+    differentiable = torch.autograd.grad(y, tensors, direction, create_graph=True)
+    true = torch.autograd.grad(expected, tensors, direction.double())
+    assert y.dtype == dtype
+    for result in [(y, expected), *zip(gradients, true, strict=True), *zip(differentiable, true, strict=True)]:
+        assert_close(*result, tolerance)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1), (2,), (3,), (1, 2, 3)])
+@pytest.mark.parametrize("grid_size", [5, 40])
+def test_what_needs_no_gradient_gets_none(grid_size, frozen):
+    arguments = case(3, grid_size, 100, 2, torch.float32)
+    tensors = leaves(arguments[0], *arguments[5:])
+    expected = torch.autograd.grad(reference(*arguments).sum(), tensors)
+    for index in frozen:
+        tensors[index].requires_grad_(False)
+    spline_product(*arguments).sum().backward()
+    for index, (tensor, gradient) in enumerate(zip(tensors, expected, strict=True)):
+        if index in frozen:
+            assert tensor.grad is None
+        else:
+            assert_close(tensor.grad, gradient, 1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_double_backward(rank):
+    x, *ends, weight, update = case(3, 4, 3, rank, torch.float64, in_features=2, out_features=3)
+
+    def function(x, weight, *update):
+        return spline_product(x, *ends, weight, update or None)
+
+    assert gradgradcheck(function, leaves(x, weight, update))
+
+
+def test_torch_func_and_forward_mode():
+    x, *ends, weight, update = case(3, 5, 6, 2, torch.float64)
+    x, weight, update = x.detach(), weight.detach(), tuple(part.detach() for part in update)
+
+    def row(x):
+        return spline_product(x.unsqueeze(0), *ends, weight, update).squeeze(0)
+
+    torch.testing.assert_close(torch.vmap(row)(x), reference(x, *ends, weight, update))
+    jacobian = torch.vmap(torch.func.jacrev(row))(x)
+    torch.testing.assert_close(torch.vmap(torch.func.jacfwd(row))(x), jacobian)
+    tangent = torch.randn_like(x)
+    with torch.autograd.forward_ad.dual_level():
+        y = spline_product(torch.autograd.forward_ad.make_dual(x, tangent), *ends, weight, update)
+        derivative = torch.autograd.forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(derivative, torch.einsum("noi,ni->no", jacobian, tangent))
+
+
+@pytest.mark.parametrize("grid_size", [5, 40])
+def test_points_that_are_not_finite_or_far_away(grid_size):
+    layer = KANLinear(3, 4, grid_size=grid_size)
+    x = torch.rand(100, 3)
+    x[0, 0], x[1, 1], x[2, 2], x[3] = float("nan"), -float("inf"), 1e30, -1e30
+    y = spline_product(x, -1, 1, grid_size, 3, layer.spline_weight)
+    assert y[0].isnan().all()
+    basis = bspline_basis(x[1:], -1, 1, grid_size, 3)
+    torch.testing.assert_close(y[1:], torch.einsum("nik,oik->no", basis, layer.spline_weight), rtol=1e-4, atol=1e-5)
+    assert not y[3].any()
+
+
+@pytest.mark.parametrize("grid_size", [5, 40])
+def test_inputs_that_are_not_contiguous(grid_size):
+    layer = KANLinear(3, 4, grid_size=grid_size)
+    x = torch.rand(3, 100).t()
+    torch.testing.assert_close(layer(x), layer(x.contiguous()))
+    row = torch.rand(1, 3)
+    torch.testing.assert_close(layer(row.expand(100, 3)), layer(row).expand(100, 4))
+    y = layer(x)
+    weight, expanded = layer.spline_weight, torch.ones(1, 1).expand_as(y)
+    (gradient,) = torch.autograd.grad(y, weight, expanded, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(y, weight, expanded.contiguous())[0])
+
+
+def test_nothing_of_the_size_of_the_basis_is_kept():
+    layer, x = KANLinear(50, 40), torch.rand(300, 50, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+        layer(x)
+    assert max(kept) <= max(x.numel(), layer.spline_weight.numel())

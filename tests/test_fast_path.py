@@ -1,0 +1,175 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import adapt, inputs, lotra_layers
+from stand_ins import FAMILIES, as_model
+from torch import nn
+
+from peft_lotra.fast_path import Formula
+
+
+CLOSED_FORM = ["own", "efficient-kan", "efficient-kan-no-scaler", "efficient-kan-old", "inkan"]
+BY_BASIS = ["fast-kan", "faster-kan", "cheby-kan", "pina"]
+
+
+def adapted(family, in_features=5, out_features=40, dtype=torch.float32, **kwargs):
+    torch.manual_seed(0)
+    model = adapt(as_model(FAMILIES[family](in_features, out_features).to(dtype)), **kwargs)
+    (layer,) = lotra_layers(model).values()
+    return model, layer
+
+
+def universal(model):
+    """The same model, without the fast path."""
+    model = copy.deepcopy(model)
+    for layer in lotra_layers(model).values():
+        layer._renew_formula = lambda: None
+        layer.lotra_formula = None
+    return model
+
+
+def output_and_gradients(model, x):
+    x = x.clone().requires_grad_()
+    y = model(x)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return y, *torch.autograd.grad(y.square().mean(), [x, *parameters])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_which_families_take_it(family):
+    _, layer = adapted(family)
+    if family in CLOSED_FORM or family in BY_BASIS:
+        assert layer.lotra_formula.closed_form == (family in CLOSED_FORM)
+    else:
+        assert layer.lotra_formula is None
+
+
+# two ranks: one whose thin products pay, and one for which the update is formed; few rows, and many
+@pytest.mark.parametrize("r", [2, (30, 4, 3)])
+@pytest.mark.parametrize("rows", [3, 100])
+@pytest.mark.parametrize("family", CLOSED_FORM + BY_BASIS)
+def test_equals_the_universal_path(family, rows, r):
+    model, _ = adapted(family, r=r)
+    x = inputs(rows, in_features=5)
+    fast, slow = output_and_gradients(model, x), output_and_gradients(universal(model), x)
+    for result, expected in zip(fast, slow, strict=True):
+        assert (result - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("r", [2, (30, 4, 3)])
+@pytest.mark.parametrize("rows", [3, 100])
+def test_equals_the_universal_path_in_double_precision(rows, r):
+    model, layer = adapted("own", r=r, dtype=torch.float64)
+    assert layer.lotra_formula == Formula(closed_form=True, leading_shape=True)
+    x = inputs(rows, torch.float64, 5)
+    for result, expected in zip(
+        output_and_gradients(model, x), output_and_gradients(universal(model), x), strict=True
+    ):
+        assert (result - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+def test_a_grid_that_is_not_uniform_is_evaluated_by_the_layer():
+    layer = FAMILIES["efficient-kan"](5, 40)
+    layer.grid += torch.linspace(0, 1, layer.grid.shape[1]) ** 2 / 4
+    (lotra,) = lotra_layers(adapt(as_model(layer))).values()
+    assert lotra.lotra_formula == Formula(closed_form=False, leading_shape=True)
+
+
+def test_a_layer_that_computes_something_else_takes_the_universal_path():
+    class Louder(type(FAMILIES["efficient-kan"](2, 2))):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    (layer,) = lotra_layers(adapt(as_model(Louder(5, 40)))).values()
+    assert layer.lotra_formula is None
+
+
+def test_a_layer_with_dropout_takes_the_universal_path_in_training():
+    class Dropping(type(FAMILIES["efficient-kan"](2, 2))):
+        def forward(self, x):
+            return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+    base = as_model(Dropping(5, 40)).eval()
+    model = adapt(base)
+    (layer,) = lotra_layers(model).values()
+    x = inputs(100, in_features=5)
+    model.eval()(x)
+    assert layer.lotra_formula is not None
+    y = model.train()(x)
+    assert layer.lotra_formula is None and 0.3 < (y == 0).float().mean() < 0.7
+
+
+def test_looking_for_the_formula_changes_nothing():
+    class Counting(type(FAMILIES["efficient-kan"](2, 2))):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    layer = Counting(5, 40)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    adapt(as_model(layer), random=False)
+    assert layer.calls == 0
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_hooks_of_the_base_layer_run():
+    model, layer = adapted("own")
+    seen = []
+    layer.base_layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    y = model(inputs(3, in_features=5))
+    assert len(seen) == 1 and torch.equal(seen[0], y)
+
+
+def test_wrong_last_dimension_is_the_base_layers_error():
+    model, _ = adapted("own")
+    with pytest.raises(ValueError, match=r"\(3, 4\).* 5"):
+        model(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("family", ["own", "efficient-kan", "fast-kan"])
+def test_any_leading_shape(family):
+    model, _ = adapted(family)
+    x = inputs(12, in_features=5)
+    torch.testing.assert_close(model(x.view(3, 4, 5)), model(x).view(3, 4, -1))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5,)])
+def test_no_rows_and_one(shape):
+    model, _ = adapted("own")
+    assert model(torch.zeros(shape)).shape == (*shape[:-1], 40)
+
+
+@pytest.mark.slow
+def test_compiles_once_for_all_batch_sizes():
+    model, _ = adapted("own")
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for rows in (3, 64, 100, 1000):
+        x = inputs(rows, in_features=5)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert counter.frame_count == 1
