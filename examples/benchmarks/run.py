@@ -36,6 +36,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from claims import claims_table
 from measure import describe_machine
 from rich.console import Console
 from rich.markdown import Markdown
@@ -98,10 +99,12 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     results = {name: results[name] for name in FIGURES if name in results}
     file.write_text(dump(results))
-    text = report(results)
-    file.with_suffix(".md").write_text(text)
-    Console(width=160).print(Markdown(text))
-    print(f"written: {file} and {file.with_suffix('.md').name}")
+    claims = claims_table(results)
+    file.with_suffix(".md").write_text(f"{report(results)}\n## What it is held to\n\n{claims}")
+    console = Console()
+    if not args.quick:  # none of the sizes there is one that a claim is about
+        console.print(Markdown(claims))
+    console.print(f"written: {file.name} and {file.with_suffix('.md').name}")
 
 
 if __name__ == "__main__":
