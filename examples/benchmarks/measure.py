@@ -138,8 +138,13 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> float:
 
 
 def resident_peak() -> int:
-    """The most memory that this process has held, bytes (`ru_maxrss` counts KiB, on macOS bytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """The most memory that this process has held, bytes."""
+    try:
+        # Not `ru_maxrss`: that of a child process begins with what its parent held.
+        status = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def in_child(command: list[str], threads: int) -> dict:

@@ -75,14 +75,19 @@ def dump(results: dict) -> str:
     return "{\n" + ",\n".join(figures) + "\n}\n"
 
 
-def main() -> None:
+def render(results: dict) -> str:
+    """The results in Markdown."""
+    return f"{report(results)}\n## What it is held to\n\n{claims_table(results)}"
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, into files of their own")
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, help="the figures to measure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="threads on the CPU (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: the committed)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
@@ -90,20 +95,19 @@ def main() -> None:
     file = args.output / f"{device.type}{'_quick' if args.quick else ''}.json"
     results = json.loads(file.read_text()) if file.exists() else {}
 
-    warnings.filterwarnings("ignore")  # of the libraries compared, about themselves
     total = sum(len(importlib.import_module(name).cells(args.quick)) for name in args.only)
-    with tqdm(total=total, unit="cell", ncols=120) as bar:
+    with tqdm(total=total, unit="cell", ncols=120) as bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries compared, about themselves
         for name in args.only:
             results[name] = run_figure(name, device, args.quick, bar)
 
     args.output.mkdir(parents=True, exist_ok=True)
     results = {name: results[name] for name in FIGURES if name in results}
     file.write_text(dump(results))
-    claims = claims_table(results)
-    file.with_suffix(".md").write_text(f"{report(results)}\n## What it is held to\n\n{claims}")
+    file.with_suffix(".md").write_text(render(results), encoding="utf-8")
     console = Console()
     if not args.quick:  # none of the sizes there is one that a claim is about
-        console.print(Markdown(claims))
+        console.print(Markdown(claims_table(results)))
     console.print(f"written: {file.name} and {file.with_suffix('.md').name}")
 
 

@@ -82,8 +82,9 @@ def test_an_adapted_kan_is_exported_without_a_merge(family: str) -> None:
         assert torch.allclose(exported(x), model(x), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["own", "efficient-kan", "fast-kan"])
-@pytest.mark.parametrize("merge", [True, False], ids=["merged", "not merged"])
+@pytest.mark.parametrize(
+    ("family", "merge"), [("own", True), ("own", False), ("efficient-kan", True), ("fast-kan", True)]
+)
 def test_onnx_computes_the_same(family: str, merge: bool, tmp_path) -> None:
     model = adapt(base(family))
     model = model.merge_and_unload() if merge else model.get_base_model()
