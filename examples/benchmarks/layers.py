@@ -32,8 +32,6 @@ def cells(quick: bool) -> list[dict]:
 
 def measure(cell: dict, device: torch.device, quick: bool, names: tuple[str, ...] = tuple(LAYERS)) -> dict:
     """Times the layers of these names at the width, batch and grid of the cell."""
-    # What was compiled for another size would be compiled anew for any size, which is slower.
-    torch.compiler.reset()
     width, batch, grid = cell["width"], cell["batch"], cell["grid"]
     reasons = {name: too_large(name, batch, [width, width], grid) for name in names}
     skipped = {name: reason for name, reason in reasons.items() if reason}

@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 
-from claims import claims_table
+from claims import CLAIMS
 from tables import LINEAR, LOSES, OTHER_KANS, find, median, number, ratio, size, table
 
 
@@ -40,7 +42,7 @@ def section(results: dict) -> str:
     return f"""
 Measured side by side on {machine["cpu"]}, {machine["threads"]} threads, torch {machine["versions"]["torch"]}
 ([all tables](examples/results/benchmarks/cpu.md), medians and quartiles; `python examples/benchmarks/run.py` repeats
-it, on CUDA too, where we have not run it). {LOSES} marks what we lose.
+it, on CUDA too, where we have not run it). {LOSES} marks what we lose, - what was left out.
 
 **A training step** with LoTRA, ranks (8, 8, 4): forward, backward and Adam, for one layer whose input needs its
 gradient too. "Frozen" is the base layer's own forward pass and input gradient, the limit; PEFT's LoRA has r=4.
@@ -52,11 +54,10 @@ gradient too. "Frozen" is the base layer's own forward pass and input gradient, 
 **Memory**, peak of a training step beyond model and input, MiB:
 
 {memory(results["memory"]["rows"])}
-**Serving** {serving(results)}
+{fill(f"**Serving** {serving(results)}", 119)}
 
-What we hold ourselves to:
-
-{claims_table(results)}"""
+{fill(targets(results), 119)}
+"""
 
 
 def steps(rows: list[dict]) -> str:
@@ -75,10 +76,13 @@ def steps(rows: list[dict]) -> str:
             for method, limit in (("frozen base", None), ("full fine-tuning", 1), ("PEFT LoRA", 1)):
                 line.append(ratio(lotra, median(row, method), limit))
         lines.append(line)
-    left_out = [
-        f"{row['kan']} {size(row)}: {reason}" for row in rows for reason in set(row.get("skipped", {}).values())
-    ]
-    return table(header, lines) + (f"\nLeft out (-): {'; '.join(left_out)}.\n" if left_out else "")
+    return table(header, lines) + left_out(rows, lambda row: f"{row['kan']} {size(row)}")
+
+
+def left_out(rows: list[dict], label: Callable[[dict], str]) -> str:
+    """Why cells were left out, in a paragraph, if any were."""
+    notes = [f"{label(row)}: {reason}" for row in rows for reason in dict.fromkeys(row.get("skipped", {}).values())]
+    return "\n" + fill(f"Left out: {'; '.join(notes)}.", 119) + "\n" if notes else ""
 
 
 def layers(rows: list[dict]) -> str:
@@ -90,7 +94,10 @@ def layers(rows: list[dict]) -> str:
             other = median(row, name)
             line.append(number(other) + (f" {LOSES}" if other is not None and other < own else ""))
         lines.append([*line, number(median(row, LINEAR))])
-    return table(("n", "KANLinear", *OTHER_KANS, LINEAR), lines)
+    names = ("n", "KANLinear", *OTHER_KANS, LINEAR)
+    return table(names, lines) + left_out(
+        rows, lambda row: f"{', '.join(row['skipped'])} at {row['width']}, batch {row['batch']}"
+    )
 
 
 def memory(rows: list[dict]) -> str:
@@ -118,12 +125,27 @@ def serving(results: dict) -> str:
     base = median(row, "inference: base")
     forward = {name: ratio(median(row, f"inference: {name}"), base) for name in ("LoTRA, merged", "LoTRA, not merged")}
     files = row["bytes"]
-    return f"""a [256, 256, 256, 256] KAN of {files["whole model"] / 2**20:.1f} MiB, in brackets PEFT's LoRA:
-the adapter file has {files["LoTRA"] / 2**10:.0f} KiB ({files["PEFT LoRA"] / 2**10:,.0f}), saving takes {pair("save")},
-loading {pair("load")}, merging {pair("merge")}, a swap {pair("swap")}. Inference costs {forward["LoTRA, merged"]}x the
-base after a merge and {forward["LoTRA, not merged"]}x before. `import peft_lotra` adds
-{number(median(results["import_time"]["rows"][0], "peft_lotra"))} ms to PEFT's
-{number(sum(median(results["import_time"]["rows"][0], name) for name in ("torch", "peft")))} ms."""
+    imports = results["import_time"]["rows"][0]
+    before = sum(median(imports, name) for name in ("torch", "peft"))
+    return (
+        f"a [256, 256, 256, 256] KAN of {files['whole model'] / 2**20:.1f} MiB, in brackets PEFT's LoRA: the adapter "
+        f"file has {files['LoTRA'] / 2**10:.0f} KiB ({files['PEFT LoRA'] / 2**10:,.0f}), saving takes {pair('save')}, "
+        f"loading {pair('load')}, merging {pair('merge')}, a swap {pair('swap')}. Inference costs "
+        f"{forward['LoTRA, merged']}x the base after a merge and {forward['LoTRA, not merged']}x before. "
+        f"`import peft_lotra` adds {number(median(imports, 'peft_lotra'))} ms to PEFT's {number(before)} ms."
+    )
+
+
+def targets(results: dict) -> str:
+    """Which claims do not hold."""
+    values = {claim: value for claim in CLAIMS if (value := claim.value(results)) is not None}
+    missed = [
+        f"{claim.text}: {value:.3g} (at most {claim.limit:g})"
+        for claim, value in values.items()
+        if value > claim.limit
+    ]
+    text = f"Of {len(values)} targets ([listed](examples/results/benchmarks/cpu.md#what-it-is-held-to)) "
+    return text + (f"{len(missed)} are missed: {'; '.join(missed)}." if missed else "none is missed.")
 
 
 def with_section(readme: str, results: dict) -> str:

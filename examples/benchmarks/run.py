@@ -54,6 +54,7 @@ def run_figure(name: str, device: torch.device, quick: bool, bar: tqdm) -> dict:
     machine, rows = describe_machine(device), []
     for cell in figure.cells(quick):
         bar.set_description(f"{name}: {', '.join(map(str, cell.values()))}"[:70])
+        torch.compiler.reset()  # what was compiled for one size would be compiled anew for all, which is slower
         row = cell | figure.measure(cell, device, quick)
         if row.get("skipped") == {}:
             del row["skipped"]

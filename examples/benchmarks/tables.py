@@ -130,7 +130,10 @@ def training_step(rows: list[dict]) -> str:
 
 def layers(rows: list[dict]) -> str:
     names = ("KANLinear", *OTHER_KANS, LINEAR)
-    text = f"Milliseconds, median (quartiles). {LOSES}: KANLinear is slower than that KAN layer.\n"
+    text = (
+        "Milliseconds, median (quartiles). Each layer as it comes: inkan and flashkan compile their basis, the others "
+        f"but KANLinear nothing. {LOSES}: KANLinear is slower than that KAN layer.\n"
+    )
     for part, title in (("total", "Forward and backward"), ("forward", "Forward, with the graph for backward")):
         lines = [
             (

@@ -74,6 +74,8 @@ def too_slow(cell: dict, device: torch.device, probe: int = 16) -> str | None:
     if cell["batch"] * cell["widths"][0] < 2**21:
         return None
     subjects, _ = make_subjects(cell, cell["batch"] // probe, device)
+    for parts in subjects.values():
+        time_parts(parts, device)
     seconds = probe * sum(time_parts(parts, device)["total"] for parts in subjects.values()) / 1e3
     if seconds <= LIMIT_SECONDS:
         return None
