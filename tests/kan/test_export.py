@@ -25,10 +25,6 @@ from torch import Tensor, nn
 from peft_lotra.kan import KAN
 
 
-# flashkan compiles its basis by itself, which torch.export refuses, adapted or not.
-EXPORTABLE = [family for family in FAMILIES if family != "flashkan"]
-
-
 def program(model: nn.Module) -> torch.export.ExportedProgram:
     """The model as a graph, for any number of rows."""
     rows = torch.export.Dim("rows", min=2, max=1000)
@@ -62,7 +58,7 @@ def onnx_session(model: nn.Module, path):
     return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("family", EXPORTABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_merged_kan_is_exported_as_its_base_is(family: str) -> None:
     model = base(family).eval()
     deployed = merged(model)
@@ -74,7 +70,7 @@ def test_a_merged_kan_is_exported_as_its_base_is(family: str) -> None:
         assert not torch.allclose(exported.module()(x), model(x), rtol=1e-3)
 
 
-@pytest.mark.parametrize("family", EXPORTABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapted_kan_is_exported_without_a_merge(family: str) -> None:
     model = adapt(base(family)).get_base_model()
     exported = program(model).module()
