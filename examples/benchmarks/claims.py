@@ -1,0 +1,129 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the project holds itself to in speed, checked against the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tables import LINEAR, find, median, table
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A measured value, and what it must not exceed. `value` gets the results; None if they do not have it."""
+
+    text: str
+    limit: float
+    value: Callable[[dict], float | None]
+    unit: str = "x"
+
+
+def _divide(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first / second
+
+
+def _step(kan: str, widths: list[int], batch: int, first: str, second: str) -> Callable[[dict], float | None]:
+    """The ratio of two methods' training steps."""
+
+    def value(results: dict) -> float | None:
+        row = find(results, "training_step", kan=kan, widths=widths, batch=batch)
+        return row and _divide(median(row, first), median(row, second))
+
+    return value
+
+
+def _layer(other: str) -> Callable[[dict], float | None]:
+    """Forward and backward of KANLinear by those of another layer, 256 -> 256, batch 4096."""
+
+    def value(results: dict) -> float | None:
+        row = find(results, "layers", width=256, batch=4096)
+        return row and _divide(median(row, "KANLinear"), median(row, other))
+
+    return value
+
+
+def _parameters(results: dict) -> float | None:
+    row = find(results, "training_step", kan="efficient-kan", widths=[256, 256], batch=4096)
+    trainable = (row or {}).get("trainable")
+    return trainable and trainable["LoTRA"] / trainable["PEFT LoRA"]
+
+
+def _grid_growth(results: dict) -> float | None:
+    rows = [find(results, "growth", series="grid", value=grid, width=256) for grid in (64, 8)]
+    return None if None in rows else _divide(*(median(row, "KANLinear") for row in rows))
+
+
+def _merged(results: dict) -> float | None:
+    row = find(results, "serving", widths=[256, 256, 256, 256])
+    return row and _divide(median(row, "inference: LoTRA, merged"), median(row, "inference: base"))
+
+
+def _import(results: dict) -> float | None:
+    row = find(results, "import_time")
+    return row and median(row, "peft_lotra")
+
+
+WIDE, LARGE = ([1024, 1024], 1024), ([256, 256], 4096)
+CLAIMS = (
+    Claim("LoTRA step / frozen base, 1024 -> 1024, batch 1024", 1.15, _step("own KAN", *WIDE, "LoTRA", "frozen base")),
+    Claim("LoTRA step / frozen base, 256 -> 256, batch 4096", 1.25, _step("own KAN", *LARGE, "LoTRA", "frozen base")),
+    Claim(
+        "LoTRA step / full fine-tuning, 1024 -> 1024, batch 1024",
+        0.8,
+        _step("own KAN", *WIDE, "LoTRA", "full fine-tuning"),
+    ),
+    Claim(
+        "LoTRA step / full fine-tuning, 256 -> 256, batch 4096",
+        1.0,
+        _step("own KAN", *LARGE, "LoTRA", "full fine-tuning"),
+    ),
+    Claim(
+        "LoTRA step / full fine-tuning, [2, 16, 16, 1], batch 2000, second derivatives",
+        1.15,
+        _step("own KAN", [2, 16, 16, 1], 2000, "LoTRA", "full fine-tuning"),
+    ),
+    Claim(
+        "LoTRA step / full fine-tuning, efficient-kan, 256 -> 256, batch 4096",
+        0.35,
+        _step("efficient-kan", *LARGE, "LoTRA", "full fine-tuning"),
+    ),
+    Claim(
+        "LoTRA step / PEFT LoRA (r=4), efficient-kan, 256 -> 256, batch 4096",
+        0.5,
+        _step("efficient-kan", *LARGE, "LoTRA", "PEFT LoRA"),
+    ),
+    Claim("LoTRA parameters / PEFT LoRA (r=4), efficient-kan, 256 -> 256", 0.02, _parameters),
+    Claim("KANLinear / inkan, forward and backward, 256 -> 256, batch 4096", 1.0, _layer("inkan")),
+    Claim("KANLinear / flashkan, forward and backward, 256 -> 256, batch 4096", 1.0, _layer("flashkan")),
+    Claim("KANLinear / efficient-kan, forward and backward, 256 -> 256, batch 4096", 0.2, _layer("efficient-kan")),
+    Claim(f"KANLinear / {LINEAR}, forward and backward, 256 -> 256, batch 4096", 1.4, _layer(LINEAR)),
+    Claim("KANLinear with grid 64 / grid 8, forward and backward, 256 -> 256, batch 4096", 3.0, _grid_growth),
+    Claim("inference of a merged LoTRA / base, [256, 256, 256, 256], batch 1024", 1.05, _merged),
+    Claim("import peft_lotra after peft", 500, _import, "ms"),
+)
+
+
+def claims_table(results: dict) -> str:
+    """Every claim with its limit, the measured value, and whether it holds; those not measured are left out."""
+    lines = []
+    for claim in CLAIMS:
+        value = claim.value(results)
+        if value is not None:
+            shown = f"{value:.0f} ms" if claim.unit == "ms" else f"{value:.3g}"
+            limit = f"{claim.limit:g} ms" if claim.unit == "ms" else f"{claim.limit:g}"
+            lines.append((claim.text, limit, shown, "yes" if value <= claim.limit else "**no**"))
+    return table(("medians", "at most", "measured", "holds"), lines)

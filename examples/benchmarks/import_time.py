@@ -1,0 +1,48 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""(f) How long the package takes to import, beside PEFT."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from measure import in_child, quartiles
+
+
+TITLE = "Import time"
+
+SCRIPT = """
+import json, time
+times = {}
+for module in ("torch", "peft", "peft_lotra"):
+    start = time.perf_counter()
+    __import__(module)
+    times[module] = 1e3 * (time.perf_counter() - start)
+print(json.dumps(times))
+"""
+
+
+def cells(quick: bool) -> list[dict]:
+    """One cell: torch, peft and peft_lotra are imported one after the other in fresh processes."""
+    return [{"processes": 2 if quick else 7}]
+
+
+def measure(cell: dict, device: torch.device, quick: bool) -> dict:
+    in_child(["-c", SCRIPT], torch.get_num_threads())  # fills the caches of the disk
+    runs = [in_child(["-c", SCRIPT], torch.get_num_threads()) for _ in range(cell["processes"])]
+    times = {name: {"total": quartiles([run[name] for run in runs])} for name in runs[0]}
+    share = statistics.median(run["peft_lotra"] / (run["torch"] + run["peft"]) for run in runs)
+    return {"ms": times, "rounds": len(runs), "share_of_peft": round(share, 4)}

@@ -1,0 +1,44 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""(b) Forward and backward of a KAN layer n -> n, several libraries beside nn.Linear(8n, n)."""
+
+from __future__ import annotations
+
+import torch
+from measure import interleave
+from subjects import GRID, LAYERS, forward_backward, make_layer, too_large
+
+
+TITLE = "KAN layer"
+
+
+def cells(quick: bool) -> list[dict]:
+    """Width, batch and grid of each cell."""
+    sizes = [(16, 64)] if quick else [(16, 1024), (64, 1024), (256, 256), (256, 4096), (1024, 1024)]
+    return [{"width": width, "batch": batch, "grid": GRID} for width, batch in sizes]
+
+
+def measure(cell: dict, device: torch.device, quick: bool, names: tuple[str, ...] = tuple(LAYERS)) -> dict:
+    """Times the layers of these names at the width, batch and grid of the cell."""
+    width, batch, grid = cell["width"], cell["batch"], cell["grid"]
+    reasons = {name: too_large(name, batch, [width, width], grid) for name in names}
+    skipped = {name: reason for name, reason in reasons.items() if reason}
+    if device.type == "cuda" and "pykan" in names:
+        skipped["pykan"] = "is built on the CPU only"
+    subjects = {
+        name: forward_backward(*make_layer(name, width, batch, grid, device)) for name in names if name not in skipped
+    }
+    result = interleave(subjects, device, 0.1 if quick else 4.0)
+    return result | {"skipped": skipped | result.get("skipped", {})}

@@ -1,0 +1,173 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Writes the section on speed of the README from the committed results, losing cells included.
+
+python examples/benchmarks/readme.py            # writes it between its two markers
+python examples/benchmarks/readme.py --check    # says whether it is as the results have it
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import fill
+
+from claims import CLAIMS
+from tables import LINEAR, LOSES, OTHER_KANS, find, median, number, ratio, size, table
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "examples" / "results" / "benchmarks" / "cpu.json"
+START = "<!-- speed: written by examples/benchmarks/readme.py -->"
+END = "<!-- speed: end -->"
+
+
+def section(results: dict) -> str:
+    """The section in Markdown, without the markers."""
+    machine = results["training_step"]["machine"]
+    return f"""
+Measured side by side on {machine["cpu"]}, {machine["threads"]} threads, torch {machine["versions"]["torch"]}
+([all tables](examples/results/benchmarks/cpu.md), medians and quartiles; `python examples/benchmarks/run.py` repeats
+it, on CUDA too, where we have not run it). {LOSES} marks what we lose, - what was left out.
+
+**A training step** with LoTRA, ranks (8, 8, 4): forward, backward and Adam, for one layer whose input needs its
+gradient too. "Frozen" is the base layer's own forward pass and input gradient, the limit; PEFT's LoRA has r=4.
+
+{steps(results["training_step"]["rows"])}
+**A KAN layer** n -> n, forward and backward, ms:
+
+{layers(results["layers"]["rows"])}
+**Memory**, peak of a training step beyond model and input, MiB:
+
+{memory(results["memory"]["rows"])}
+{fill(f"**Serving** {serving(results)}", 119)}
+
+{fill(targets(results), 119)}
+"""
+
+
+def steps(rows: list[dict]) -> str:
+    """LoTRA's step, and its ratio to each other method's, for the two KANs."""
+    kans = list(dict.fromkeys(row["kan"] for row in rows))
+    header = ["size"]
+    for kan in kans:
+        header += [f"{kan}: LoTRA ms", "/ frozen", "/ full", "/ PEFT LoRA"]
+    lines = []
+    for label in dict.fromkeys(map(size, rows)):
+        line = [label]
+        for kan in kans:
+            row = next(row for row in rows if row["kan"] == kan and size(row) == label)
+            lotra = median(row, "LoTRA")
+            line.append(number(lotra))
+            for method, limit in (("frozen base", None), ("full fine-tuning", 1), ("PEFT LoRA", 1)):
+                line.append(ratio(lotra, median(row, method), limit))
+        lines.append(line)
+    return table(header, lines) + left_out(rows, lambda row: f"{row['kan']} {size(row)}")
+
+
+def left_out(rows: list[dict], label: Callable[[dict], str]) -> str:
+    """Why cells were left out, in a paragraph, if any were."""
+    notes = [f"{label(row)}: {reason}" for row in rows for reason in dict.fromkeys(row.get("skipped", {}).values())]
+    return "\n" + fill(f"Left out: {'; '.join(notes)}.", 119) + "\n" if notes else ""
+
+
+def layers(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        own = median(row, "KANLinear")
+        line = [f"{row['width']}, batch {row['batch']}", number(own)]
+        for name in OTHER_KANS:
+            other = median(row, name)
+            line.append(number(other) + (f" {LOSES}" if other is not None and other < own else ""))
+        lines.append([*line, number(median(row, LINEAR))])
+    names = ("n", "KANLinear", *OTHER_KANS, LINEAR)
+    return table(names, lines) + left_out(
+        rows, lambda row: f"{', '.join(row['skipped'])} at {row['width']}, batch {row['batch']}"
+    )
+
+
+def memory(rows: list[dict]) -> str:
+    rows = [row for row in rows if row["what"] == "step"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = []
+    for kan, width, batch in dict.fromkeys((row["kan"], row["width"], row["batch"]) for row in rows):
+        cell = {"kan": kan, "width": width, "batch": batch}
+        found = {row["method"]: row.get("mib") for row in rows if all(row[key] == cell[key] for key in cell)}
+        lotra = found.get("LoTRA")
+        lost = {name for name in ("full fine-tuning", "PEFT LoRA") if None not in (lotra, found[name])}
+        lost = {name for name in lost if found[name] < lotra}
+        values = [number(found[name]) + (f" {LOSES}" if name in lost else "") for name in methods]
+        lines.append([f"{kan}, {width} -> {width}, batch {batch}", *values])
+    return table(("", *methods), lines)
+
+
+def serving(results: dict) -> str:
+    row = find(results, "serving", widths=[256, 256, 256, 256])
+
+    def pair(part: str) -> str:
+        lotra, lora = median(row, "LoTRA", part), median(row, "PEFT LoRA", part)
+        return f"{number(lotra)} ms ({number(lora)}{f' {LOSES}' if lora < lotra else ''})"
+
+    base = median(row, "inference: base")
+    forward = {name: ratio(median(row, f"inference: {name}"), base) for name in ("LoTRA, merged", "LoTRA, not merged")}
+    files = row["bytes"]
+    imports = results["import_time"]["rows"][0]
+    before = sum(median(imports, name) for name in ("torch", "peft"))
+    return (
+        f"a [256, 256, 256, 256] KAN of {files['whole model'] / 2**20:.1f} MiB, in brackets PEFT's LoRA: the adapter "
+        f"file has {files['LoTRA'] / 2**10:.0f} KiB ({files['PEFT LoRA'] / 2**10:,.0f}), saving takes {pair('save')}, "
+        f"loading {pair('load')}, merging {pair('merge')}, a swap {pair('swap')}. Inference costs "
+        f"{forward['LoTRA, merged']}x the base after a merge and {forward['LoTRA, not merged']}x before. "
+        f"`import peft_lotra` adds {number(median(imports, 'peft_lotra'))} ms to PEFT's {number(before)} ms."
+    )
+
+
+def targets(results: dict) -> str:
+    """Which claims do not hold."""
+    values = {claim: value for claim in CLAIMS if (value := claim.value(results)) is not None}
+    missed = [
+        f"{claim.text}: {value:.3g} (at most {claim.limit:g})"
+        for claim, value in values.items()
+        if value > claim.limit
+    ]
+    text = f"Of {len(values)} targets ([listed](examples/results/benchmarks/cpu.md#what-it-is-held-to)) "
+    return text + (f"{len(missed)} are missed: {'; '.join(missed)}." if missed else "none is missed.")
+
+
+def with_section(readme: str, results: dict) -> str:
+    """The README with the section between the markers; raises `ValueError` if they are not there once each."""
+    if readme.count(START) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README.md must have the lines `{START}` and `{END}` once each, in this order.")
+    before, rest = readme.split(START)
+    _, after = rest.split(END)
+    return f"{before}{START}\n{section(results).strip()}\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the section is not up to date")
+    args = parser.parse_args()
+    file = ROOT / "README.md"
+    old = file.read_text(encoding="utf-8")
+    new = with_section(old, json.loads(RESULTS.read_text()))
+    if args.check:
+        raise SystemExit(0 if new == old else f"{file.name} is not up to date: run {Path(__file__).name}.")
+    file.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

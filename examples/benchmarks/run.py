@@ -1,0 +1,116 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Speed and memory of peft-lotra, beside what it can be compared with.
+
+    python examples/benchmarks/run.py                          # all figures, below ten minutes on two threads
+    python examples/benchmarks/run.py --only layers memory     # some figures; the others stay as they are in the file
+    python examples/benchmarks/run.py --quick                  # tiny sizes, to see that it runs: says nothing
+
+The figures: training_step (a), layers (b), memory (c), growth (d), serving (e), import_time (f); each is a module
+beside this one. The subjects of a cell are timed in turn within one process, the threads are pinned, and each time is
+given by its quartiles. Sizes that would take too long or too much memory are left out, with the reason. On CUDA times
+are those of the device, and memory is that of torch's allocator.
+
+Needs the KAN libraries of `pip install -e ".[test]"`. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from claims import claims_table
+from measure import describe_machine
+from rich.console import Console
+from rich.markdown import Markdown
+from tables import report
+from tqdm import tqdm
+
+
+FIGURES = ("training_step", "layers", "memory", "growth", "serving", "import_time")
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
+
+
+def run_figure(name: str, device: torch.device, quick: bool, bar: tqdm) -> dict:
+    """Measures the cells of a figure: {"machine": ..., "rows": [settings and results of each cell]}."""
+    figure = importlib.import_module(name)
+    machine, rows = describe_machine(device), []
+    for cell in figure.cells(quick):
+        bar.set_description(f"{name}: {', '.join(map(str, cell.values()))}"[:70])
+        torch.compiler.reset()  # what was compiled for one size would be compiled anew for all, which is slower
+        row = cell | figure.measure(cell, device, quick)
+        if row.get("skipped") == {}:
+            del row["skipped"]
+        for subject, reason in row.get("skipped", {}).items():
+            bar.write(f"{name}, {', '.join(map(str, cell.values()))}: {subject} is left out, it {reason}")
+        rows.append(row)
+        bar.update()
+    return {"machine": machine, "rows": rows}
+
+
+def dump(results: dict) -> str:
+    """JSON with a line for each cell."""
+    figures = []
+    for name, figure in results.items():
+        rows = ",\n".join(f"   {json.dumps(row)}" for row in figure["rows"])
+        figures.append(
+            f' {json.dumps(name)}: {{\n  "machine": {json.dumps(figure["machine"])},\n  "rows": [\n{rows}\n  ]\n }}'
+        )
+    return "{\n" + ",\n".join(figures) + "\n}\n"
+
+
+def render(results: dict) -> str:
+    """The results in Markdown."""
+    return f"{report(results)}\n## What it is held to\n\n{claims_table(results)}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, into files of their own")
+    parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, help="the figures to measure")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=2, help="threads on the CPU (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: the committed)")
+    args = parser.parse_args(arguments)
+
+    torch.set_num_threads(args.threads)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    device = torch.device(args.device)
+    file = args.output / f"{device.type}{'_quick' if args.quick else ''}.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+
+    total = sum(len(importlib.import_module(name).cells(args.quick)) for name in args.only)
+    with tqdm(total=total, unit="cell", ncols=120) as bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries compared, about themselves
+        for name in args.only:
+            results[name] = run_figure(name, device, args.quick, bar)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    results = {name: results[name] for name in FIGURES if name in results}
+    file.write_text(dump(results))
+    file.with_suffix(".md").write_text(render(results), encoding="utf-8")
+    console = Console()
+    if not args.quick:  # none of the sizes there is one that a claim is about
+        console.print(Markdown(claims_table(results)))
+    console.print(f"written: {file.name} and {file.with_suffix('.md').name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import adapt, base, inputs, relative
+from stand_ins import FAMILIES
+from torch import Tensor, nn
+
+from peft_lotra.kan import KAN
+
+
+def program(model: nn.Module) -> torch.export.ExportedProgram:
+    """The model as a graph, for any number of rows."""
+    rows = torch.export.Dim("rows", min=2, max=1000)
+    return torch.export.export(model.eval(), (inputs(6),), dynamic_shapes=({0: rows},))
+
+
+def operations(exported: torch.export.ExportedProgram) -> list[str]:
+    return [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+
+
+def shapes(exported: torch.export.ExportedProgram) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in exported.state_dict.items()}
+
+
+def outside() -> Tensor:
+    """Another number of rows, some of them off the grid."""
+    return torch.cat([inputs(7), torch.tensor([[3.0, -1.5, 1.0], [-1.0, 1e4, 0.0]])])
+
+
+def merged(model: nn.Module) -> nn.Module:
+    return adapt(copy.deepcopy(model)).merge_and_unload()
+
+
+def onnx_session(model: nn.Module, path):
+    """The model in ONNX, for any number of rows, as onnxruntime runs it."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    rows = torch.export.Dim("rows", min=2, max=1000)
+    arguments = {"dynamo": True, "dynamic_shapes": ({0: rows},), "input_names": ["x"], "verbose": False}
+    torch.onnx.export(model.eval(), (inputs(6),), str(path), **arguments)
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_kan_is_exported_as_its_base_is(family: str) -> None:
+    model = base(family).eval()
+    deployed = merged(model)
+    plain, exported = program(model), program(deployed)
+    assert operations(exported) == operations(plain)
+    assert shapes(exported) == shapes(plain)
+    for x in (inputs(6), outside()):
+        assert torch.allclose(exported.module()(x), deployed(x), rtol=1e-6, atol=1e-6)
+        assert not torch.allclose(exported.module()(x), model(x), rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapted_kan_is_exported_without_a_merge(family: str) -> None:
+    model = adapt(base(family)).get_base_model()
+    exported = program(model).module()
+    for x in (inputs(6), outside()):
+        assert torch.allclose(exported(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "merge"), [("own", True), ("own", False), ("efficient-kan", True), ("fast-kan", True)]
+)
+def test_onnx_computes_the_same(family: str, merge: bool, tmp_path) -> None:
+    model = adapt(base(family))
+    model = model.merge_and_unload() if merge else model.get_base_model()
+    session = onnx_session(model, tmp_path / "kan.onnx")
+    for x in (inputs(6), outside()):
+        (y,) = session.run(None, {"x": x.numpy()})
+        assert relative(torch.from_numpy(y), model(x).detach()) < 1e-5
+
+
+def test_a_saved_program_of_a_merged_network_computes_the_same(tmp_path) -> None:
+    network = adapt(KAN([3, 8, 2])).merge_and_unload()
+    torch.export.save(program(network), tmp_path / "kan.pt2")
+    exported = torch.export.load(tmp_path / "kan.pt2").module()
+    x = outside()
+    assert torch.allclose(exported(x), network(x), rtol=1e-6, atol=1e-6)
+
+
+def test_merged_inference_is_the_base_and_nothing_else() -> None:
+    network = KAN([3, 8, 2])
+    deployed = merged(network)
+    assert [(name, type(module)) for name, module in deployed.named_modules()] == [
+        (name, type(module)) for name, module in network.named_modules()
+    ]
+    assert [(name, tensor.shape, tensor.dtype) for name, tensor in deployed.state_dict().items()] == [
+        (name, tensor.shape, tensor.dtype) for name, tensor in network.state_dict().items()
+    ]
+    for module in deployed.modules():
+        assert not any(
+            (
+                module._forward_hooks,
+                module._forward_pre_hooks,
+                "forward" in vars(module),
+                any("lotra" in name for name in vars(module)),
+            )
+        )
