@@ -25,6 +25,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
+from .batching import RowNames
 from .config import ALL_KAN, LoTRAConfig
 from .initialization import drop_gradients
 from .layer import LoTRALayer
@@ -300,9 +301,14 @@ class LoTRAModel(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
 
+        adapter_names = RowNames(adapter_names)
         # A layer need not have each of the adapters, but a name that no layer has is a typo.
-        expected_adapters = {name for _, layer in _lotra_layers(self.model) for name in layer.lotra_core}
-        unexpected_adapters = {name for name in adapter_names if name != "__base__"} - expected_adapters
+        layers = [layer for _, layer in _lotra_layers(self.model)]
+        unexpected_adapters = [
+            name
+            for name in adapter_names.distinct
+            if name != "__base__" and not any(name in layer.lotra_core for layer in layers)
+        ]
         if unexpected_adapters:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected_adapters))}")
 
