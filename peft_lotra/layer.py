@@ -141,7 +141,10 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
 
         # Move new weights to device
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        # not set_adapter, which goes through all adapters: loading a thousand would take a million steps
+        trainable = adapter_name in self.active_adapters and not config.inference_mode
+        for component in self.get_components(adapter_name):
+            component.requires_grad_(trainable)
 
     def reset_lotra_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """Draws the components of an adapter anew; with `init_weights` the update is zero."""
