@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _CHUNK_COST = 16
 # How many basis functions of how many rows are evaluated in one call. More do not stay in the cache, so that several
 # calls are faster than one. A layer of which not even two chunks may share a call runs once for each adapter.
-_MAX_BASIS = 2**18
+_MAX_BASIS = 2**17
 # How many numbers all copies of the parameters may have together.
 _MAX_COPIES = 2**24
 

@@ -230,7 +230,19 @@ class LoTRAModel(BaseTuner):
         # By the names of the tensors: PEFT looks for the names of the layers in the model, which are not those in the
         # state dict where FSDP wraps the layers.
         endings = tuple(f".{component}.{adapter_name}" for component in LoTRALayer.adapter_layer_names)
-        return {key: value for key, value in state_dict.items() if key.endswith(endings)}
+        tensors = {key: value for key, value in state_dict.items() if key.endswith(endings)}
+        for key, tensor in tensors.items():
+            # FSDP has flat views of what this process holds, fully_shard DTensors
+            whole = tensor.dim() == (3 if ".lotra_core." in key else 2)
+            if not whole or hasattr(tensor, "placements") or hasattr(tensor, "local_shards"):
+                raise ValueError(
+                    f"{key} is a part of a tensor, {tuple(tensor.shape)}, which is spread over several processes. "
+                    "Gather whole tensors on all of them, with torch.distributed.checkpoint.state_dict: `state_dict = "
+                    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))`, and pass them: "
+                    "`save_pretrained(folder, state_dict=state_dict)`. For accelerate and Trainer, set FSDP's "
+                    "`state_dict_type` to FULL_STATE_DICT."
+                )
+        return tensors
 
     ############################
     # Merging and unloading    #

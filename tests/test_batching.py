@@ -71,7 +71,7 @@ def test_adapters_of_any_kind_in_both_ways(family, together, monkeypatch):
     x = torch.rand(13, 3, dtype=torch.float64) * 1.8 - 0.9
     expected = served(model, x, NAMES)
     ways = []
-    monkeypatch.setattr(batching, "_MAX_BASIS", 2**18 if together else 0)
+    monkeypatch.setattr(batching, "_MAX_BASIS", 2**17 if together else 0)
     for name in ("_run_together", "_run_one_by_one"):
         way = getattr(batching, name)
         monkeypatch.setattr(batching, name, lambda *args, way=way: ways.append(way.__name__) or way(*args))
