@@ -15,11 +15,12 @@
 """One training loop for one process, several, or a sharded model: LoTRA with accelerate.
 
     accelerate launch --cpu examples/finetune_accelerate.py
-    accelerate launch --cpu --num_processes 2 examples/finetune_accelerate.py
-    accelerate launch --cpu --num_processes 2 examples/finetune_accelerate.py --fsdp2
+    accelerate launch --multi_gpu --num_processes 2 examples/finetune_accelerate.py
+    accelerate launch --multi_gpu --num_processes 2 examples/finetune_accelerate.py --fsdp2
 
-All three give the same losses (to 1e-5; rounding differs): a batch of 64 rows is split between the processes. Leave
-`--cpu` out where there are GPUs. In several processes DistributedDataParallel averages the gradients; with `--fsdp2`
+All three give the same losses (to 1e-5; rounding differs): a batch of 64 rows is split between the processes.
+`--multi_gpu` is accelerate's word for several processes on one machine; without GPUs they run on its CPU (by gloo,
+which may want GLOO_SOCKET_IFNAME=lo). In several processes DistributedDataParallel averages the gradients; with `--fsdp2`
 the parameters of base and adapter are sharded (`fully_shard`), each adapted layer by itself. That is done here and not
 by accelerate's `--use_fsdp`, which leaves it out on CPUs.
 
@@ -123,13 +124,14 @@ def main() -> None:
     args = parser.parse_args()
 
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
         gradient_accumulation_steps=args.gradient_accumulation,
         mixed_precision="bf16" if args.bf16 else "no",
         # a batch is split between the processes, and its rows do not depend on how many there are
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True),
     )
     if BATCH % accelerator.num_processes:
-        raise SystemExit(f"A batch of {BATCH} rows cannot be split evenly between {accelerator.num_processes} processes.")
+        parser.error(f"A batch of {BATCH} rows cannot be split evenly between {accelerator.num_processes} processes.")
     set_seed(0)
     plain, few, test = load_scans()
     kan = train_base(plain, steps=300)

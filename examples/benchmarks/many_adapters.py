@@ -212,7 +212,8 @@ def draw(results: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="30 adapters and 512 rows")
-    parser.add_argument("--parts", nargs="+", choices=["load", "batch"], default=["load", "batch"], help="what to run")
+    parts = ["load", "batch"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to run")
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parents[1] / "output", help="folder for the results"
     )
