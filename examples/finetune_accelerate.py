@@ -20,9 +20,9 @@
 
 All three give the same losses (to 1e-5; rounding differs): a batch of 64 rows is split between the processes.
 `--multi_gpu` is accelerate's word for several processes on one machine; without GPUs they run on its CPU (by gloo,
-which may want GLOO_SOCKET_IFNAME=lo). In several processes DistributedDataParallel averages the gradients; with `--fsdp2`
-the parameters of base and adapter are sharded (`fully_shard`), each adapted layer by itself. That is done here and not
-by accelerate's `--use_fsdp`, which leaves it out on CPUs.
+which may want GLOO_SOCKET_IFNAME=lo). In several processes DistributedDataParallel averages the gradients; with
+`--fsdp2` the parameters of base and adapter are sharded (`fully_shard`), each adapted layer by itself. That is done
+here and not by accelerate's `--use_fsdp`, which leaves it out on CPUs.
 
 `--gradient-accumulation N`, `--bf16` (autocast), `--gradient-checkpointing` and `--compile` work with all of them.
 
