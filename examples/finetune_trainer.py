@@ -27,6 +27,7 @@ logging to Trackio or TensorBoard if one of them is installed, and a resume that
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -85,9 +86,10 @@ def load_patients(seed: int) -> dict[str, dict[str, TensorDataset]]:
     x = torch.tensor(x.clip(-1.5, 1.5), dtype=torch.float32)
     y = torch.tensor((data.target - TARGET_MEAN) / TARGET_STD, dtype=torch.float32)
     groups = {}
-    for name, rows in (("source", np.flatnonzero(source)), ("target", np.flatnonzero(~source))):
+    # few of the patients to adapt to have been followed for a year
+    for name, rows, share in (("source", np.flatnonzero(source), 0.6), ("target", np.flatnonzero(~source), 0.2)):
         rows = np.random.default_rng(seed).permutation(rows)
-        parts = np.split(rows, [int(0.4 * len(rows)), int(0.6 * len(rows))])
+        parts = np.split(rows, [int(share * len(rows)), int((share + 0.2) * len(rows))])
         groups[name] = {
             part: TensorDataset(x[index], y[index])
             for part, index in zip(("train", "eval", "test"), parts, strict=True)
@@ -210,7 +212,11 @@ def compare(seed: int, args, bar: tqdm) -> dict[str, dict]:
         return KANModel.from_pretrained(folder / "base" / "best")
 
     results = {"base": run("base", new, groups["source"], folder / "base", seed, args, bar)}
-    makers = {"LoTRA": lambda: get_peft_model(base(), LOTRA), "full fine-tuning": base, "from scratch": new}
+    makers = {
+        "LoTRA": lambda: get_peft_model(base(), copy.deepcopy(LOTRA)),
+        "full fine-tuning": base,
+        "from scratch": new,
+    }
     for name in METHODS:
         place = folder / name.replace(" ", "-")
         results[name] = run(name, makers[name], groups["target"], place, seed, args, bar)
@@ -238,7 +244,7 @@ def show_table(console: Console, runs: list[dict]) -> None:
         table.add_row(
             name,
             f"{mean['rmse']:.1f}",
-            " ".join(f"{row['rmse']:.1f}" for row in rows),
+            " ".join(f"{row['rmse']:.0f}" for row in rows),
             f"{100 * mean['r2']:.0f} %",
             f"{rows[0]['trainable']:,}" if rows[0]["trainable"] else "-",
             f"{mean['steps']:.0f}" if rows[0]["trainable"] else "-",

@@ -58,7 +58,7 @@ def make_kan(steps: int) -> KAN:
         random_seed=1,
         accelerator="cpu",
         logger=False,
-        enable_progress_bar=True,
+        enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
     )
@@ -84,12 +84,13 @@ def main(arguments: list[str] | None = None) -> None:
     model = get_peft_model(network, LoTRAConfig(r=2))  # replaces the layers inside the forecaster's network
     forecaster.fit(known[EARLY - 2 * HORIZON :])  # with the two years that the first forecasts look back on
     forecasts["LoTRA"] = forecaster.predict(known)["KAN"].to_numpy()
+    summary = model_summary(model)
     model.save_pretrained(args.output / "neuralforecast")
     merged = model.merge_and_unload()
     forecasts["merged"] = forecaster.predict(known)["KAN"].to_numpy()
 
     console = Console(width=110)
-    console.print(model_summary(model))
+    console.print(summary)
     errors = {name: float(np.abs(forecast - truth).mean()) for name, forecast in forecasts.items()}
     moved = [name for name, value in merged.state_dict().items() if not value.equal(frozen[name])]
     results = {"mean absolute error": errors, "merged parameters": moved}

@@ -218,7 +218,7 @@ def main() -> None:
         "--output", type=Path, default=Path(__file__).parents[1] / "output", help="folder for the results"
     )
     args = parser.parse_args()
-    adapters, rows, seconds = (30, 512, 0.05) if args.quick else (1000, 4096, 0.6)
+    adapters, rows, seconds = (30, 512, 0.05) if args.quick else (1000, 4096, 0.3)
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "many_adapters.json"
     # a part that is not run keeps its results
