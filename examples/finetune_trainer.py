@@ -14,7 +14,7 @@
 
 """A KAN that predicts the progression of diabetes for one group of patients is adapted to another, by Trainer.
 
-    python examples/finetune_trainer.py              # about a minute on two cores, no network
+    python examples/finetune_trainer.py              # a minute or two on two cores, no network
     python examples/finetune_trainer.py --resume     # goes on where it was stopped, whatever stopped it
 
 The data are scikit-learn's diabetes patients (442 real ones; age, body mass index, blood pressure and six blood

@@ -14,7 +14,7 @@
 
 """A vision transformer whose MLPs are KANs, adapted to another kind of scans.
 
-    python examples/kan_vit.py     # about a minute on two cores, no network
+    python examples/kan_vit.py     # a minute or two on two cores, no network
 
 A small ViT of transformers reads scikit-learn's handwritten digits in 16 patches. The MLP of each of its blocks is a
 KAN, so its layers see inputs (images, patches, features). Then the scans come rotated by 30 degrees, with 384 labels.
@@ -138,7 +138,7 @@ def draw(results: dict, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300, help="steps of each training (default: 300)")
+    parser.add_argument("--steps", type=int, default=150, help="steps of each training (default: 150)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder for the results")
     args = parser.parse_args(arguments)
     args.output.mkdir(parents=True, exist_ok=True)
