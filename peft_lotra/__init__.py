@@ -17,13 +17,16 @@
 from ._version import __version__
 from .config import LoTRAConfig
 from .extraction import extract_lotra
+from .hotswap import hotswap_adapter
 from .initialization import preprocess_lotra
 from .kan_layers import FoundKANLayer, KANLayerSpec, find_kan_layers, register_kan_layer
 from .layer import LoTRALayer
+from .mixed import enable_mixed
 from .model import LoTRAModel
 from .optim import create_lotra_optimizer, lotra_lr_multipliers
 from .ranks import gradient_spectrum, suggest_ranks, update_spectrum
 from .registration import register
+from .summary import model_summary
 
 
 __all__ = [
@@ -34,10 +37,13 @@ __all__ = [
     "LoTRAModel",
     "__version__",
     "create_lotra_optimizer",
+    "enable_mixed",
     "extract_lotra",
     "find_kan_layers",
     "gradient_spectrum",
+    "hotswap_adapter",
     "lotra_lr_multipliers",
+    "model_summary",
     "preprocess_lotra",
     "register_kan_layer",
     "suggest_ranks",

@@ -24,6 +24,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from .batching import RowNames, mixed_batch_forward
 from .config import LoTRAConfig
 from .fast_path import can_take_fast_path, fast_forward, find_formula, has_hooks
 from .functional import call_with_parameters
@@ -145,7 +146,10 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
 
         # Move new weights to device
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        # not set_adapter, which goes through all adapters: loading a thousand would take a million steps
+        trainable = adapter_name in self.active_adapters and not config.inference_mode
+        for component in self.get_components(adapter_name):
+            component.requires_grad_(trainable)
 
     def reset_lotra_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """Draws the components of an adapter anew; with `init_weights` the update is zero."""
@@ -416,23 +420,8 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
             raise ValueError(msg)
 
     def _mixed_batch_forward(self, args: tuple, kwargs: dict, adapter_names: list[str]) -> Any:
-        """Runs the rows of each adapter by themselves, and puts the results back in the order of the rows."""
-        rows_of: dict[str | None, list[int]] = {}
-        for row, name in enumerate(adapter_names):
-            # rows of "__base__", and of adapters that do not touch this layer
-            rows_of.setdefault(name if name in self.lotra_core else None, []).append(row)
-        if len(rows_of) == 1:
-            return self._adapted_forward([name for name in rows_of if name is not None], args, kwargs)
-
-        results = []
-        for name, rows in rows_of.items():
-            index = tuple(value[rows] if _is_batch(value, adapter_names) else value for value in args)
-            keywords = {k: value[rows] if _is_batch(value, adapter_names) else value for k, value in kwargs.items()}
-            results.append(self._adapted_forward([] if name is None else [name], index, keywords))
-        order = torch.tensor([row for rows in rows_of.values() for row in rows]).argsort()
-        if isinstance(results[0], tuple):  # pykan returns (y, preacts, postacts, postspline)
-            return tuple(_in_order(parts, order) for parts in zip(*results, strict=True))
-        return _in_order(results, order)
+        names = adapter_names if isinstance(adapter_names, RowNames) else RowNames(adapter_names)
+        return mixed_batch_forward(self, args, kwargs, names)
 
     def __repr__(self) -> str:
         return "lotra." + super().__repr__()
@@ -459,17 +448,3 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 def _equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     return all(a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in zip(first, second, strict=True))
-
-
-def _is_batch(value: Any, adapter_names: list[str]) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == len(adapter_names)
-
-
-def _in_order(parts: Iterable[torch.Tensor], order: torch.Tensor) -> torch.Tensor:
-    """Concatenates results on the batch dimension and sorts the rows; a layer that flattens the leading dimensions
-    (ChebyKAN) returns several consecutive rows for each."""
-    result = torch.cat(list(parts))
-    per_row = len(result) // len(order)
-    if per_row == 1:
-        return result[order]
-    return result.unflatten(0, (len(order), per_row))[order].flatten(0, 1)

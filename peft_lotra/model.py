@@ -25,6 +25,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
+from .batching import RowNames
 from .config import ALL_KAN, LoTRAConfig
 from .initialization import drop_gradients
 from .layer import LoTRALayer
@@ -229,7 +230,19 @@ class LoTRAModel(BaseTuner):
         # By the names of the tensors: PEFT looks for the names of the layers in the model, which are not those in the
         # state dict where FSDP wraps the layers.
         endings = tuple(f".{component}.{adapter_name}" for component in LoTRALayer.adapter_layer_names)
-        return {key: value for key, value in state_dict.items() if key.endswith(endings)}
+        tensors = {key: value for key, value in state_dict.items() if key.endswith(endings)}
+        for key, tensor in tensors.items():
+            # FSDP has flat views of what this process holds, fully_shard DTensors
+            whole = tensor.dim() == (3 if ".lotra_core." in key else 2)
+            if not whole or hasattr(tensor, "placements") or hasattr(tensor, "local_shards"):
+                raise ValueError(
+                    f"{key} is a part of a tensor, {tuple(tensor.shape)}, which is spread over several processes. "
+                    "Gather whole tensors on all of them, with torch.distributed.checkpoint.state_dict: `state_dict = "
+                    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))`, and pass them: "
+                    "`save_pretrained(folder, state_dict=state_dict)`. For accelerate and Trainer, set FSDP's "
+                    "`state_dict_type` to FULL_STATE_DICT."
+                )
+        return tensors
 
     ############################
     # Merging and unloading    #
@@ -300,9 +313,14 @@ class LoTRAModel(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
 
+        adapter_names = RowNames(adapter_names)
         # A layer need not have each of the adapters, but a name that no layer has is a typo.
-        expected_adapters = {name for _, layer in _lotra_layers(self.model) for name in layer.lotra_core}
-        unexpected_adapters = {name for name in adapter_names if name != "__base__"} - expected_adapters
+        layers = [layer for _, layer in _lotra_layers(self.model)]
+        unexpected_adapters = [
+            name
+            for name in adapter_names.distinct
+            if name != "__base__" and not any(name in layer.lotra_core for layer in layers)
+        ]
         if unexpected_adapters:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected_adapters))}")
 

@@ -1,0 +1,248 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A thousand adapters on one base: what loading them takes, and a batch that is served by several of them.
+
+    python examples/benchmarks/many_adapters.py            # about three minutes
+    python examples/benchmarks/many_adapters.py --quick    # a few seconds, for a look
+
+Loading: LoTRA adapters of a KAN, one by one with `load_adapter(..., low_cpu_mem_usage=True)`, and beside them PEFT's
+own LoRA on a network of as many linear layers, which shows what of the time is PEFT's way of loading. Memory: what the
+process has grown by, beside the bytes of the adapters' tensors.
+
+Batches: 4,096 rows, each with an adapter out of a number of different ones, beside the same rows with one adapter. The
+same batch is run with few and with all adapters loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import platform
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import psutil
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from tqdm import tqdm
+
+from peft_lotra import LoTRAConfig
+from peft_lotra.kan import KAN
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+torch.set_num_threads(1)
+
+WIDTHS = [4, 32, 32, 1]
+RANK = 2
+NETWORKS = {"[4, 32, 32, 1]": WIDTHS, "[8, 16, 16, 4]": [8, 16, 16, 4], "[32, 64, 10]": [32, 64, 10]}
+DISTINCT = [1, 2, 4, 8, 16, 32, 64, 256]
+
+
+def linear_network() -> nn.Module:
+    """As many layers as the KAN has, of the same widths."""
+    return nn.Sequential(*(nn.Linear(n_in, n_out) for n_in, n_out in zip(WIDTHS[:-1], WIDTHS[1:], strict=True)))
+
+
+METHODS: dict[str, tuple[Callable[[], nn.Module], PeftConfig]] = {
+    "LoTRA": (lambda: KAN(WIDTHS), LoTRAConfig(r=RANK, init_weights=False)),
+    "PEFT's LoRA, linear layers": (
+        linear_network,
+        LoraConfig(r=RANK, target_modules=["0", "1", "2"], init_lora_weights=False),
+    ),
+}
+
+
+def resident() -> int:
+    """The memory of this process in bytes."""
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+
+def adapter_tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [parameter for name, parameter in model.named_parameters() if "lotra_" in name or "lora_" in name]
+
+
+def measure_loading(name: str, adapters: int, bar: tqdm) -> dict:
+    """Loads so many adapters, switches through some of them, and deletes some."""
+    make, config = METHODS[name]
+    torch.manual_seed(0)
+    base = make()
+    with tempfile.TemporaryDirectory() as folder:
+        get_peft_model(copy.deepcopy(base), copy.deepcopy(config)).save_pretrained(folder)
+        model = PeftModel.from_pretrained(base, folder, adapter_name="adapter0", low_cpu_mem_usage=True)
+        before, times = resident(), []
+        for index in range(1, adapters):
+            start = time.perf_counter()
+            model.load_adapter(folder, adapter_name=f"adapter{index}", low_cpu_mem_usage=True)
+            times.append(time.perf_counter() - start)
+            bar.update()
+    grown = resident() - before
+    tensors = adapter_tensors(model)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def seconds(action: Callable[[str], object], count: int) -> float:
+        names = random.Random(0).sample(sorted(model.peft_config), count)
+        start = time.perf_counter()
+        for adapter in names:
+            action(adapter)
+        return (time.perf_counter() - start) / count
+
+    count = min(10, adapters // 2)
+    tenth = max(1, len(times) // 10)
+    return {
+        "adapters": adapters,
+        "parameters of an adapter": sum(tensor.numel() for tensor in tensors) // adapters,
+        "load ms, mean": 1e3 * sum(times) / len(times),
+        "load ms, first tenth": 1e3 * sum(times[:tenth]) / tenth,
+        "load ms, last tenth": 1e3 * sum(times[-tenth:]) / tenth,
+        "load ms": [1e3 * sum(times[i : i + tenth]) / len(times[i : i + tenth]) for i in range(0, len(times), tenth)],
+        "set_adapter ms": 1e3 * seconds(model.set_adapter, count),
+        "delete_adapter ms": 1e3 * seconds(model.delete_adapter, count),
+        "tensors MB": size / 1e6,
+        "process MB": grown / 1e6,
+        "kB of the process per adapter": grown / 1e3 / (adapters - 1),
+    }
+
+
+def best_ms(function: Callable[[], object], seconds: float) -> float:
+    """The shortest of the times that calls take, after two that do not count."""
+    times = []
+    for _ in range(2):
+        function()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        start = time.perf_counter()
+        function()
+        times.append(1e3 * (time.perf_counter() - start))
+    return min(times)
+
+
+@torch.no_grad()
+def measure_batches(widths: list[int], rows: int, loaded: int, distinct: list[int], seconds: float) -> dict:
+    """Times of one forward pass of the same rows, by the number of different adapters that serve them."""
+    torch.manual_seed(0)
+    model = get_peft_model(KAN(widths), LoTRAConfig(r=RANK, init_weights=False), adapter_name="adapter0").eval()
+    x = torch.rand(rows, widths[0]) * 2 - 1
+    for index in range(1, loaded):
+        model.add_adapter(f"adapter{index}", LoTRAConfig(r=RANK, init_weights=False))
+    times = {"one adapter": best_ms(lambda: model(x), seconds)}
+    for count in distinct:
+        names = [f"adapter{index}" for index in torch.randint(min(count, loaded), (rows,)).tolist()]
+        times[str(count)] = best_ms(lambda names=names: model(x, adapter_names=names), seconds)
+    return times
+
+
+def show(console: Console, results: dict) -> None:
+    if "load" in results:
+        table = Table(title=f"Adapters (r={RANK}) on one base of widths {WIDTHS}, loaded one by one")
+        table.add_column("")
+        for method in results["load"]:
+            table.add_column(method, justify="right")
+        for key in next(iter(results["load"].values())):
+            values = [row[key] for row in results["load"].values()]
+            if not isinstance(values[0], list):
+                table.add_row(key, *(f"{value:,}" if isinstance(value, int) else f"{value:,.2f}" for value in values))
+        console.print(table)
+    if "batch" in results:
+        batch = results["batch"]
+        table = Table(title=f"{batch['rows']:,} rows, ms and multiple of one adapter")
+        table.add_column("KAN")
+        table.add_column("loaded", justify="right")
+        for column in next(iter(batch["times"]))["ms"]:
+            table.add_column(column if column == "one adapter" else f"{column} adapters", justify="right")
+        for line in batch["times"]:
+            one = line["ms"]["one adapter"]
+            cells = [
+                f"{value:.1f} ({value / one:.2f}x)" if value is not one else f"{one:.1f}"
+                for value in line["ms"].values()
+            ]
+            table.add_row(line["network"], f"{line['loaded']:,}", *cells)
+        console.print(table)
+
+
+def draw(results: dict, path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for method, row in results["load"].items():
+        times = row["load ms"]
+        places = [(i + 0.5) * row["adapters"] / len(times) for i in range(len(times))]
+        left.plot(places, times, marker="o", label=method)
+    left.set(xlabel="adapters that are loaded already", ylabel="ms to load one more", title="load_adapter")
+    left.set(xlim=(0, None), ylim=(0, None))
+    left.legend()
+    for line in results["batch"]["times"]:
+        one = line["ms"]["one adapter"]
+        counts = [int(count) for count in line["ms"] if count != "one adapter"]
+        label = f"KAN {line['network']}, {line['loaded']:,} loaded"
+        right.plot(counts, [line["ms"][str(count)] / one for count in counts], marker="o", label=label)
+    right.axhline(1, color="grey", linewidth=0.8)
+    right.set(xscale="log", xlabel="different adapters in the batch", ylabel="time / time of one adapter")
+    right.set(ylim=(0, None), title=f"A batch of {results['batch']['rows']:,} rows")
+    right.legend(fontsize=8)
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="30 adapters and 512 rows")
+    parts = ["load", "batch"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to run")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parents[1] / "output", help="folder for the results"
+    )
+    args = parser.parse_args()
+    adapters, rows, seconds = (30, 512, 0.05) if args.quick else (1000, 4096, 0.3)
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "many_adapters.json"
+    # a part that is not run keeps its results
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results["machine"] = f"{platform.machine()}, 1 thread, torch {torch.__version__}"
+
+    if "load" in args.parts:
+        with tqdm(total=len(METHODS) * (adapters - 1), unit="adapter", ncols=100, desc="loading") as bar:
+            results["load"] = {name: measure_loading(name, adapters, bar) for name in METHODS}
+    if "batch" in args.parts:
+        distinct = [count for count in DISTINCT if count <= adapters]
+        cases = [(name, max(distinct)) for name in NETWORKS] + [("[4, 32, 32, 1]", adapters)]
+        results["batch"] = {"rows": rows, "times": []}
+        for name, loaded in tqdm(cases, unit="case", ncols=100, desc="batches"):
+            times = measure_batches(NETWORKS[name], rows, loaded, distinct, seconds)
+            results["batch"]["times"].append({"network": name, "loaded": loaded, "ms": times})
+
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    console = Console(width=150)
+    show(console, results)
+    if {"load", "batch"} <= results.keys():
+        draw(results, path.with_suffix(".png"))
+        console.print(f"picture: {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()

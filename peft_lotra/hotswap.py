@@ -1,0 +1,120 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Exchanging the weights of a loaded adapter, in place, so that a compiled model is not compiled again."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import PeftType, load_peft_weights
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from .config import LoTRAConfig
+from .layer import LoTRALayer
+
+
+@torch.no_grad()
+def hotswap_adapter(
+    model: nn.Module, model_name_or_path: str | os.PathLike, adapter_name: str = "default", **kwargs: Any
+) -> None:
+    """
+    Replaces the weights of a loaded adapter by those of another one of the same layers and ranks.
+
+    The tensors stay where they are and are overwritten, so that a model that was compiled with `torch.compile` goes on
+    without compiling again. (PEFT's own `hotswap_adapter` takes LoRA only.) Where the new adapter has another alpha,
+    its core is multiplied by the ratio; the scale that `set_scale` has set is kept, and so are the dropouts.
+
+    Args:
+        model ([`PeftModel`]): The model with the loaded adapter, or what `torch.compile` made of it.
+        model_name_or_path (`str`): The new adapter: a folder, or a repository on the Hub.
+        adapter_name (`str`): The name of the adapter to replace; it keeps its name.
+        kwargs: `subfolder`, `revision`, `token`, `cache_dir`, as for `PeftModel.from_pretrained`.
+
+    Raises:
+        ValueError: The new adapter is not a LoTRA adapter; there is no adapter of the name; it is merged; or the new
+            one has other layers, families, shapes, ranks or saved modules. Nothing is changed then.
+
+    Example:
+
+    ```py
+    >>> model = torch.compile(PeftModel.from_pretrained(kan, "adapter"))
+    >>> y = model(x)
+    >>> hotswap_adapter(model, "other_adapter")
+    >>> y = model(x)  # of the other adapter, without compiling again
+    ```
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"`model` is a {type(model).__name__}, but must be a PeftModel with a LoTRA adapter.")
+    old = model.peft_config.get(adapter_name)
+    if old is None:
+        raise ValueError(f"There is no adapter {adapter_name!r} to replace, the model has {list(model.peft_config)}.")
+    new = PeftConfig.from_pretrained(str(model_name_or_path), **kwargs)
+    for name, config in ((adapter_name, old), (model_name_or_path, new)):
+        if config.peft_type != PeftType.LOTRA:
+            raise ValueError(f"The adapter {str(name)!r} is of the type {config.peft_type.value}, and not LOTRA.")
+    layers = {name: layer for name, layer in model.base_model.model.named_modules() if isinstance(layer, LoTRALayer)}
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(
+            f"The adapter {adapter_name!r} is merged, so that replacing it would change nothing until it is unmerged, "
+            "and unmerging would subtract the wrong update. Call `model.unmerge_adapter()` first."
+        )
+
+    # detached, but the model's own memory
+    current = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    tensors = load_peft_weights(str(model_name_or_path), device="cpu", **kwargs)
+    wrong = _differences(old, new, current, tensors)
+    if wrong:
+        raise ValueError(
+            f"The adapter in {str(model_name_or_path)!r} cannot take the place of {adapter_name!r}, and nothing was "
+            "changed:\n  " + "\n  ".join(wrong) + "\nLoad it beside the other one: "
+            "`model.load_adapter(path, adapter_name=...)`."
+        )
+    for name, layer in layers.items():
+        key = f"base_model.model.{name}.lotra_core"
+        if key in tensors:
+            tensors[key] = tensors[key] * (_alpha(new, name) / layer.lotra_alpha[adapter_name])
+    for key, tensor in tensors.items():
+        current[key].copy_(tensor)
+
+
+def _differences(
+    old: LoTRAConfig, new: LoTRAConfig, current: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]
+) -> list[str]:
+    """What forbids to put the tensors into the places of the current ones."""
+    wrong = [f"{key} is in the loaded adapter only" for key in current.keys() - tensors.keys()]
+    wrong += [f"{key} is in the new adapter only" for key in tensors.keys() - current.keys()]
+    wrong += [
+        f"{key}: {tuple(tensor.shape)} in the new adapter, {tuple(current[key].shape)} in the loaded one"
+        for key, tensor in tensors.items()
+        if key in current and tensor.shape != current[key].shape
+    ]
+    families = {name: layer["family"] for name, layer in (old.base_layers or {}).items()}
+    wrong += [
+        f"{name}: a {layer['family']} layer in the new adapter, a {families[name]} layer in the loaded one"
+        for name, layer in (new.base_layers or {}).items()
+        if families.get(name, layer["family"]) != layer["family"]
+    ]
+    if any(alpha == 0 for alpha in (old.alpha, *old.alpha_pattern.values())):
+        wrong.append("the loaded adapter has the alpha 0, which no core can make up for")
+    return sorted(wrong)
+
+
+def _alpha(config: LoTRAConfig, layer_name: str) -> float:
+    return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), layer_name), config.alpha)

@@ -1,0 +1,104 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""LoTRA in PEFT's mixed models: different methods on the layers of one model."""
+
+from __future__ import annotations
+
+from typing import Union
+
+from peft import mixed_model
+from peft.mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+from peft.tuners import mixed
+from peft.tuners.mixed import model as mixed_tuners
+from peft.utils import PeftType
+from torch import nn
+
+from .config import LoTRAConfig
+from .layer import LoTRALayer
+from .model import LoTRAModel
+from .networks import release_networks
+
+
+# what PEFT wires its own methods into by hand
+_WIRED = ("COMPATIBLE_TUNER_TYPES", "Configs", "Layers", "PREFIXES", "MixedModel")
+
+
+class LoTRAMixedModel(mixed_tuners.MixedModel):
+    """PEFT's `MixedModel`, which also takes LoTRA configurations; made by [`enable_mixed`]."""
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        if isinstance(peft_config, LoTRAConfig):
+            return LoTRAModel._prepare_adapter_config(self, peft_config, model_config)
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config, model: nn.Module) -> None:
+        if isinstance(peft_config, LoTRAConfig):
+            LoTRAModel._prepare_model(self, peft_config, model)
+        else:
+            super()._prepare_model(peft_config, model)
+
+    def _create_and_replace(self, config, *args, **kwargs) -> None:
+        if isinstance(config, LoTRAConfig):
+            LoTRAModel._create_and_replace(self, config, *args, **kwargs)
+        else:
+            super()._create_and_replace(config, *args, **kwargs)
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        if isinstance(new_module, LoTRALayer) or isinstance(child, LoTRALayer):
+            LoTRAModel._replace_module(self, parent, child_name, new_module, child)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        release_networks(model)
+        return model
+
+
+def enable_mixed() -> None:
+    """
+    Lets `get_peft_model(..., mixed=True)` and `PeftMixedModel` take LoTRA adapters beside those of other methods.
+
+    PEFT's mixed models know their methods by name, so this exchanges five names in `peft.tuners.mixed` and
+    `peft.mixed_model`, for the whole process. That is why it must be asked for, and importing `peft_lotra` does not do
+    it. What PEFT's mixed models cannot do (saving; `adapter_names`) stays so. A second call does nothing.
+
+    Raises:
+        RuntimeError: This version of PEFT does not have those names. Nothing is changed then.
+
+    Example:
+
+    ```py
+    >>> enable_mixed()
+    >>> model = get_peft_model(model, LoTRAConfig(r=4), adapter_name="kan", mixed=True)
+    >>> model.add_adapter("head", LoraConfig(target_modules=["head"]))
+    >>> model.set_adapter(["kan", "head"])
+    ```
+    """
+    if issubclass(mixed_model.MixedModel, LoTRAMixedModel):
+        return
+    missing = [name for name in _WIRED if not hasattr(mixed_tuners, name)]
+    if missing:
+        raise RuntimeError(
+            f"peft.tuners.mixed.model has no {', '.join(missing)}: this version of PEFT makes its mixed models "
+            "otherwise than those that peft-lotra knows (0.19.1 to 0.21). Use LoTRA by itself, or one of those."
+        )
+    types = (*mixed_tuners.COMPATIBLE_TUNER_TYPES, PeftType.LOTRA)
+    mixed.COMPATIBLE_TUNER_TYPES = mixed_tuners.COMPATIBLE_TUNER_TYPES = types
+    mixed_tuners.Configs = Union[mixed_tuners.Configs, LoTRAConfig]  # noqa: UP007, PEFT reads its __args__
+    mixed_tuners.Layers = (*mixed_tuners.Layers, LoTRALayer)
+    mixed_tuners.PREFIXES.append(LoTRAModel.prefix)
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PeftType.LOTRA] = LoTRAMixedModel
+    mixed_model.MixedModel = LoTRAMixedModel

@@ -1,0 +1,183 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a model consists of: one line for each adapter of each KAN layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftMixedModel, PeftModel
+from torch import nn
+
+from .kan_layers import find_kan_layers
+from .layer import LoTRALayer
+
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One line of the summary: an adapter of a KAN layer, or a KAN layer that has none.
+
+    Attributes:
+        layer (`str`): The name of the layer in the model, as `target_modules` takes it.
+        family (`str`): The family it was recognised as.
+        shape (`tuple[int, int, int]`): (out, in, basis) of its coefficient tensor.
+        has_residual (`bool`): Whether the layer has a residual branch.
+        adapter (`str`, *optional*): Its name; `None`, and the fields below empty, where the layer has none.
+        ranks (`tuple[int, int, int]`, *optional*): Its ranks (out, in, basis).
+        parameters (`int`): How many numbers it consists of.
+        trainable (`int`): How many of them require a gradient.
+        kilobytes (`float`): What they take in memory, in units of 1000 bytes.
+        scale (`float`, *optional*): What its update is multiplied by now.
+        active (`bool`): Whether a forward pass uses it: it is active, and adapters are not disabled.
+        merged (`bool`): Whether it is merged into the coefficients.
+    """
+
+    layer: str
+    family: str
+    shape: tuple[int, int, int]
+    has_residual: bool
+    adapter: str | None = None
+    ranks: tuple[int, int, int] | None = None
+    parameters: int = 0
+    trainable: int = 0
+    kilobytes: float = 0.0
+    scale: float | None = None
+    active: bool = False
+    merged: bool = False
+
+
+class ModelSummary(list[LayerSummary]):
+    """The lines of the summary. `print` and rich show them as a table.
+
+    Attributes:
+        all_parameters, trainable_parameters (`int`): Of the whole model, as `print_trainable_parameters` counts them.
+        kilobytes (`float`): What the parameters and buffers of the whole model take in memory.
+    """
+
+    def __init__(self, lines: Iterable[LayerSummary], model: nn.Module) -> None:
+        super().__init__(lines)
+        # by identity: a layer that the model uses in several places is there once
+        parameters = list(model.parameters())
+        self.all_parameters = sum(parameter.numel() for parameter in parameters)
+        self.trainable_parameters = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        self.kilobytes = _kilobytes([*parameters, *model.buffers()])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The summary in plain values, for JSON."""
+        totals = ("all_parameters", "trainable_parameters", "kilobytes")
+        return {"layers": [asdict(line) for line in self], **{name: getattr(self, name) for name in totals}}
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        adapted = sum(line.kilobytes for line in self)
+        share = 100 * self.trainable_parameters / self.all_parameters if self.all_parameters else 0.0
+        table = Table(
+            caption=f"{self.trainable_parameters:,} of {self.all_parameters:,} parameters trainable ({share:.2f} %); "
+            f"adapters {adapted:,.1f} kB of {self.kilobytes:,.1f} kB"
+        )
+        for column in ("layer", "family"):
+            table.add_column(column, overflow="fold")
+        table.add_column("(out, in, basis)", justify="right", no_wrap=True)
+        table.add_column("adapter", overflow="fold")
+        table.add_column("ranks", justify="right", no_wrap=True)
+        for column in ("trainable", "kB", "scale"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("state")
+        for line in self:
+            out_features, in_features, basis = line.shape
+            shape = f"({out_features}, {in_features}, {basis}{'+1' if line.has_residual else ''})"
+            if line.adapter is None:
+                table.add_row(line.layer, line.family, shape, *(["-"] * 5), "not adapted")
+                continue
+            state = ", ".join(name for name in ("active", "merged") if getattr(line, name)) or "inactive"
+            trainable = f"{line.trainable:,} / {line.parameters:,}"
+            table.add_row(
+                line.layer,
+                line.family,
+                shape,
+                line.adapter,
+                str(line.ranks),
+                trainable,
+                f"{line.kilobytes:.1f}",
+                f"{line.scale:g}",
+                state,
+            )
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=500, color_system=None)  # a table takes no more than it needs
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+def model_summary(model: nn.Module) -> ModelSummary:
+    """
+    Lists the KAN layers of a model, with their adapters: shapes, ranks, parameters, kilobytes, scale and state.
+
+    Args:
+        model (`nn.Module`): Any model, adapted or not; also a compiled one.
+
+    Returns:
+        `ModelSummary`: A list of [`LayerSummary`], which prints as a table; `as_dict()` gives plain values.
+
+    Raises:
+        ValueError: A layer was recognised but a pattern of its family does not fit its parameters.
+
+    Example:
+
+    ```py
+    >>> print(model_summary(model))
+    ```
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    network = model.base_model.model if isinstance(model, (PeftModel, PeftMixedModel)) else model
+    modules = dict(network.named_modules())
+    lines = []
+    for found in find_kan_layers(network):
+        layer = modules[found.name]
+        description = (found.name, found.family, found.shape, found.has_residual)
+        adapters = list(layer.lotra_core) if isinstance(layer, LoTRALayer) else []
+        lines += [_of_adapter(layer, adapter, description) for adapter in adapters] or [LayerSummary(*description)]
+    return ModelSummary(lines, model)
+
+
+def _of_adapter(layer: LoTRALayer, adapter: str, description: tuple) -> LayerSummary:
+    components = layer.get_components(adapter)
+    return LayerSummary(
+        *description,
+        adapter=adapter,
+        ranks=tuple(layer.lotra_r[adapter]),
+        parameters=sum(component.numel() for component in components),
+        trainable=sum(component.numel() for component in components if component.requires_grad),
+        kilobytes=_kilobytes(components),
+        scale=float(layer.lotra_scaling[adapter]),
+        active=adapter in layer.active_adapters and not layer.disable_adapters,
+        merged=adapter in layer.merged_adapters,
+    )
+
+
+def _kilobytes(tensors: Iterable[torch.Tensor]) -> float:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1000

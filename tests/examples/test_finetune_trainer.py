@@ -1,0 +1,110 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""`examples/finetune_trainer.py`: checkpoints of the adapter alone, and a resume that continues bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune_trainer.py"
+OPTIONS = ["--splits", "1", "--steps", "60", "--every", "10"]
+
+# The example in a process that kills itself, between two steps of the adaptation, as no handler can prevent.
+KILLED = """
+import os, runpy, signal, sys
+from transformers import Trainer, TrainerCallback
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.output_dir.endswith("LoTRA") and state.global_step == 37:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+original = Trainer.__init__
+
+def with_killer(self, *args, **kwargs):
+    original(self, *args, **kwargs)
+    self.add_callback(Kill())
+
+Trainer.__init__ = with_killer
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def load_example():
+    spec = importlib.util.spec_from_file_location("finetune_trainer", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path):
+    example = load_example()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    example.main([*OPTIONS, "--output", str(whole)])
+
+    command = [sys.executable, "-c", KILLED, str(EXAMPLE), *OPTIONS, "--output", str(killed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    place = killed / "seed0" / "LoTRA"
+    assert not (place / "result.json").exists()
+    assert "checkpoint-30" in {path.name for path in place.glob("checkpoint-*")}
+    # as if it had been killed while it wrote the next checkpoint
+    (place / "checkpoint-40").mkdir()
+    (place / "checkpoint-40" / "trainer_state.json").write_text('{"global_step": 40, "log_hist')
+
+    example.main([*OPTIONS, "--output", str(killed), "--resume"])
+    expected, found = (json.loads((path / "results.json").read_text()) for path in (whole, killed))
+    assert found[0]["LoTRA"]["losses"] == expected[0]["LoTRA"]["losses"] and len(found[0]["LoTRA"]["losses"]) == 6
+    assert found == expected
+    for name in ("LoTRA", "full-fine-tuning"):
+        for path in sorted((whole / "seed0" / name / "best").glob("*.safetensors")):
+            again = load_file(killed / "seed0" / name / "best" / path.name)
+            assert all(torch.equal(tensor, again[key]) for key, tensor in load_file(path).items())
+
+    # the adapter, and nothing of the base
+    for checkpoint in place.glob("checkpoint-*"):
+        assert not (checkpoint / "model.safetensors").exists()
+        assert all("lotra_" in key for key in load_file(checkpoint / "adapter_model.safetensors"))
+    assert (whole / "finetune_trainer.png").stat().st_size > 20_000
+
+
+def test_a_run_stops_early_and_keeps_its_best_adapter(tmp_path):
+    example = load_example()
+    example.main(["--splits", "1", "--steps", "400", "--every", "5", "--patience", "2", "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "results.json").read_text())[0]["LoTRA"]
+    errors = [error for _, error in result["evaluations"]]
+    assert result["steps"] < 400 and min(errors) not in errors[-2:]
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
+    example = load_example()
+    options = ["--splits", "1", "--steps", "10", "--every", "5", "--output", str(tmp_path)]
+    example.main(options)
+    before = (tmp_path / "results.json").read_text()
+    monkeypatch.setattr(example, "Trainer", None)
+    example.main([*options, "--resume"])
+    assert (tmp_path / "results.json").read_text() == before

@@ -1,0 +1,67 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""KANs of large libraries, as they are on PyPI: pip install -e ".[test,heavy]", then pytest tests/examples."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from peft_lotra import LoTRAConfig, find_kan_layers
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "forecast_neuralforecast.py"
+
+pytestmark = pytest.mark.slow
+
+
+def test_neuralforecast(tmp_path):
+    pytest.importorskip("neuralforecast")
+    spec = importlib.util.spec_from_file_location("forecast_neuralforecast", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.main(["--steps", "20", "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "forecast_neuralforecast.json").read_text())
+    errors = results["mean absolute error"]
+    # neuralforecast's own fit trained the adapters, and nothing else
+    assert errors["LoTRA"] != errors["base"] and errors["merged"] == pytest.approx(errors["LoTRA"], abs=0.01)
+    assert results["merged parameters"] == [
+        f"layers.{layer}.{name}" for layer in (0, 1) for name in ("base_weight", "spline_weight")
+    ]
+    assert (tmp_path / "neuralforecast" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "forecast_neuralforecast.png").stat().st_size > 10_000
+
+
+def test_pina(tmp_path):
+    network = pytest.importorskip("pina.model").KolmogorovArnoldNetwork
+    base = network([2, 5, 1])
+    state = {key: value.clone() for key, value in base.state_dict().items()}
+    assert [layer.family for layer in find_kan_layers(base)] == ["pina", "pina"]
+    model = get_peft_model(base, LoTRAConfig(r=2, init_weights=False))
+    x = torch.rand(7, 2, requires_grad=True)
+    y = model(x)
+    gradient = torch.autograd.grad(y.sum(), x, create_graph=True)[0]
+    torch.autograd.grad(gradient.square().sum(), [p for p in model.parameters() if p.requires_grad])
+    model.save_pretrained(tmp_path)
+    fresh = network([2, 5, 1])
+    fresh.load_state_dict(state)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path)
+    assert torch.equal(loaded(x), y)
+    torch.testing.assert_close(loaded.merge_and_unload()(x), y)

@@ -1,0 +1,100 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import adapt, base, nested
+from peft import get_peft_model
+from rich.console import Console
+from stand_ins import FAMILIES
+
+from peft_lotra import LoTRAConfig, model_summary
+from peft_lotra.kan import KAN
+
+
+def test_a_line_for_each_adapter_of_each_layer():
+    model = adapt(nested(), adapter_name="first", target_modules=["body.0", "body.1"], modules_to_save=["head"])
+    config = LoTRAConfig(r=2, alpha=0.5, target_modules=["body.1", "tail.layers.0"], adapt_residual=False)
+    model.add_adapter("second", config)
+    summary = model_summary(model)
+    assert [(line.layer, line.family, line.adapter) for line in summary] == [
+        ("body.0", "peft-lotra", "first"),
+        ("body.1", "cheby-kan", "first"),
+        ("body.1", "cheby-kan", "second"),
+        ("tail.layers.0", "peft-lotra", "second"),
+        ("tail.layers.1", "peft-lotra", None),
+    ]
+    first, _, second, _, bare = summary
+    assert first.shape == (5, 3, 8) and first.has_residual and first.ranks == (2, 3, 4) and first.scale == 1.0
+    assert first.parameters == 2 * 3 * 4 + 5 * 2 + 3 * 3 + 9 * 4 == first.trainable
+    assert first.kilobytes == first.parameters * 4 / 1000
+    assert (first.active, second.active, second.trainable, second.scale) == (True, False, 0, 0.5)
+    assert (bare.ranks, bare.parameters, bare.scale, bare.active, bare.merged) == (None, 0, None, False, False)
+
+
+def test_totals_are_those_of_print_trainable_parameters(capsys):
+    model = adapt(nested(), modules_to_save=["head"])
+    summary = model_summary(model)
+    assert (summary.trainable_parameters, summary.all_parameters) == model.get_nb_trainable_parameters()
+    model.print_trainable_parameters()
+    printed = capsys.readouterr().out
+    assert f"trainable params: {summary.trainable_parameters:,}" in printed
+    # counted by hand: the components of all adapters, and the head
+    assert summary.trainable_parameters == sum(line.trainable for line in summary) + 5 * 2 + 2
+    state = model.state_dict().values()
+    assert summary.kilobytes == pytest.approx(sum(t.numel() * t.element_size() for t in state) / 1000)
+
+
+def test_the_state_follows_the_model():
+    model = adapt(base("own"))
+    model.merge_adapter()
+    assert model_summary(model)[0].merged
+    model.unmerge_adapter()
+    next(module for module in model.modules() if hasattr(module, "set_scale")).set_scale("default", 3)
+    with model.disable_adapter():
+        assert not model_summary(model)[0].active
+    line = model_summary(model)[0]
+    assert line.active and not line.merged and line.scale == 3
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family(family):
+    line = model_summary(adapt(base(family)))[0]
+    assert (line.layer, line.adapter) == ("kan", "default") and line.trainable == line.parameters > 0
+
+
+def test_the_table_holds_what_the_lines_do():
+    summary = model_summary(adapt(nested()))
+    text = str(summary)
+    console = Console(width=200, color_system=None)
+    with console.capture() as capture:
+        console.print(summary)
+    for shown in (text, capture.get()):
+        for expected in ("tail.layers.1", "cheby-kan", "(4, 5, 5)", "(2, 3, 4)", "default", "active"):
+            assert expected in shown
+        assert f"{summary.trainable_parameters:,} of {summary.all_parameters:,} parameters trainable" in shown
+    assert "not adapted" in str(model_summary(nested()))
+    values = json.loads(json.dumps(summary.as_dict()))
+    assert values["layers"][0]["ranks"] == [2, 3, 4] and values["all_parameters"] == summary.all_parameters
+
+
+def test_other_models():
+    assert list(model_summary(torch.nn.Linear(2, 3))) == [] and "6 of" not in str(model_summary(torch.nn.Linear(2, 3)))
+    assert model_summary(KAN([2, 3]))[0].adapter is None
+    compiled = torch.compile(get_peft_model(KAN([2, 3]), LoTRAConfig(r=1)), backend="eager")
+    assert model_summary(compiled)[0].adapter == "default"
