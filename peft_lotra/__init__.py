@@ -15,8 +15,10 @@
 """LoTRA: low tensor-rank adaptation of Kolmogorov-Arnold networks, as a PEFT method. Importing it registers it."""
 
 from ._version import __version__
+from .card import write_model_card
 from .config import LoTRAConfig
 from .extraction import extract_lotra
+from .hub import push_to_hub
 from .initialization import preprocess_lotra
 from .kan_layers import FoundKANLayer, KANLayerSpec, find_kan_layers, register_kan_layer
 from .layer import LoTRALayer
@@ -39,9 +41,11 @@ __all__ = [
     "gradient_spectrum",
     "lotra_lr_multipliers",
     "preprocess_lotra",
+    "push_to_hub",
     "register_kan_layer",
     "suggest_ranks",
     "update_spectrum",
+    "write_model_card",
 ]
 
 register(config_cls=LoTRAConfig, model_cls=LoTRAModel)

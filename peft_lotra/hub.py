@@ -1,0 +1,281 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Adapters on the Hugging Face Hub: pushed in one commit, with a model card that works."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, get_token, hf_hub_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from .base_source import check_base_model, hub_id
+from .card import README, load_card, write_card_of_folder, write_model_card
+from .registration import NAME
+from .saved import adapter_folders, adapter_table, peft_type_of, read_adapter
+
+
+__all__ = ["adapter_table", "push_folder_to_hub", "push_to_hub", "write_model_card"]
+
+
+def push_to_hub(
+    model: PeftModel,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    tags: Iterable[str] = (),
+    create_pr: bool = False,
+    base_model: str | None = None,
+    base_code: str | None = None,
+    metrics: dict[str, float] | list[EvalResult] | None = None,
+    selected_adapters: list[str] | None = None,
+) -> CommitInfo:
+    """Pushes the adapters of a model to the Hugging Face Hub, with a model card that says how to load them.
+
+    `model.push_to_hub` would replace the card by a generic one of transformers. Adapters and card go up in one commit:
+    if anything goes wrong, the repository is as it was (one that was made for this push may stay, empty). What a
+    person wrote in the README.md of the repository is kept, see `write_model_card`.
+
+    Example:
+
+    ```py
+    >>> from peft_lotra import push_to_hub
+    >>> push_to_hub(model, "user/kan-rotated", base_model="user/kan", metrics={"accuracy": 0.853})
+    ```
+
+    Args:
+        model (`PeftModel`): The model with the adapters. Its base is not pushed.
+        repo_id (`str`): The repository, "user/name"; it is created if it does not exist.
+        private (`bool`, *optional*): Whether a new repository is private.
+        revision (`str`, *optional*): The branch to commit to, which is made from the main one if it does not exist.
+        token (`str`, *optional*): By default the one of `hf auth login` or HF_TOKEN.
+        commit_message (`str`, *optional*): The first line of the commit.
+        tags (`Iterable[str]`): Tags besides "lotra", "kan" and "peft-plugin".
+        create_pr (`bool`): Whether to open a pull request instead of committing.
+        base_model (`str`, *optional*): The base model on the Hub; by default where the base was loaded from.
+        base_code (`str`, *optional*): Python that makes the variable `base`, for the card's snippet, where
+            `from_pretrained` does not load it from the Hub.
+        metrics (`dict` or `list[huggingface_hub.EvalResult]`, *optional*): Results, for the model-index.
+        selected_adapters (`list[str]`, *optional*): The adapters to push, by default all. "default" goes to the root
+            of the repository, others to subfolders of their name.
+
+    Returns:
+        `huggingface_hub.CommitInfo`: The commit, or the pull request.
+
+    Raises:
+        ValueError: An adapter is not of LoTRA; the repository holds an adapter of another method, a README.md with
+            broken front matter, or is public though `private` is asked for; an argument cannot be used.
+        LocalTokenNotFoundError: Not logged in.
+        HfHubHTTPError: The Hub refuses.
+    """
+    names = list(model.peft_config) if selected_adapters is None else selected_adapters
+    others = {name: model.peft_config[name].peft_type for name in names if name in model.peft_config}
+    others = {name: getattr(kind, "value", kind) for name, kind in others.items() if kind != NAME}
+    if others:
+        raise ValueError(f"Adapters of other methods are not pushed here: {others}. Use `selected_adapters`.")
+    check_base_model(base_model)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder, selected_adapters=selected_adapters)
+        # the card that PEFT wrote; the one in the repository, if there is one, is what a person may have written in
+        (folder / README).unlink()
+
+    def write_card(folder: Path) -> None:
+        write_model_card(
+            model,
+            folder,
+            repo_id=target.repo_id,
+            revision=None if create_pr else revision,
+            base_model=base_model,
+            base_code=base_code,
+            tags=tags,
+            metrics=metrics,
+        )
+
+    target = _Target(repo_id, private, revision, token, create_pr)
+    return _push(target, save, write_card, base_model, commit_message)
+
+
+def push_folder_to_hub(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    tags: Iterable[str] = (),
+    create_pr: bool = False,
+    base_model: str | None = None,
+) -> CommitInfo:
+    """Pushes the adapters that `save_pretrained` wrote into a folder, and nothing else of that folder.
+
+    Args, returns and raises as in `push_to_hub`; also a ValueError if the folder holds no LoTRA adapter. The card is
+    made from the files, and from the README.md of the folder or else of the repository.
+    """
+    saved = adapter_folders(folder)
+    if not saved:
+        raise ValueError(f"{folder} is no adapter: it has no {CONFIG_NAME}.")
+    for path in saved.values():
+        read_adapter(path)
+    load_card(Path(folder) / README)
+    check_base_model(base_model)
+
+    def save(destination: Path) -> None:
+        for path in saved.values():
+            (destination / path.relative_to(folder)).mkdir(exist_ok=True)
+            for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+                shutil.copyfile(path / file, destination / path.relative_to(folder) / file)
+        if (Path(folder) / README).is_file():
+            shutil.copyfile(Path(folder) / README, destination / README)
+
+    def write_card(destination: Path) -> None:
+        branch = None if create_pr else revision
+        write_card_of_folder(destination, repo_id=target.repo_id, revision=branch, base_model=base_model, tags=tags)
+
+    target = _Target(repo_id, private, revision, token, create_pr)
+    return _push(target, save, write_card, base_model, commit_message)
+
+
+@dataclass
+class _Target:
+    """Where a push goes, and what is there already."""
+
+    repo_id: str
+    private: bool | None
+    revision: str | None
+    token: str | None
+    create_pr: bool
+    # what `look` finds: the commit to build on (None if there is no repository), its files, whether the branch exists
+    head: str | None = None
+    files: frozenset[str] = frozenset()
+    has_branch: bool = True
+    api: HfApi = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.create_pr and self.revision not in (None, "main"):
+            raise ValueError(f"A pull request is made for the main branch, `revision` is {self.revision!r}.")
+        if not (self.token or get_token()) or self.token is False:
+            raise LocalTokenNotFoundError(
+                "Not logged in to the Hugging Face Hub. Run `hf auth login`, set HF_TOKEN, or pass `token`."
+            )
+        self.api = HfApi(token=self.token)
+        if "/" not in self.repo_id:
+            self.repo_id = f"{self.api.whoami()['name']}/{self.repo_id}"
+
+    def look(self) -> None:
+        try:
+            try:
+                info = self.api.model_info(self.repo_id, revision=self.revision)
+            except RevisionNotFoundError:
+                self.has_branch = False
+                info = self.api.model_info(self.repo_id)
+        except RepositoryNotFoundError:
+            return
+        if self.private and not info.private:
+            raise ValueError(
+                f"`private=True`, but {self.repo_id} exists and is public. Make it private first "
+                "(`HfApi().update_repo_settings`), or push to another repository."
+            )
+        self.head, self.files = info.sha, frozenset(file.rfilename for file in info.siblings)
+
+    def download(self, file: str) -> Path:
+        return Path(hf_hub_download(self.repo_id, file, revision=self.head, token=self.token))
+
+    def check_adapter(self, config_file: str) -> None:
+        """Raises a ValueError if the repository has an adapter of another method in this place."""
+        if config_file not in self.files:
+            return
+        peft_type = peft_type_of(self.download(config_file))
+        if peft_type != NAME:
+            raise ValueError(
+                f"{self.repo_id} holds a {peft_type} adapter in {config_file}, which a {NAME} adapter would replace. "
+                "Push to another repository or `revision`, or delete that one first."
+            )
+
+    def commit(self, folder: Path, message: str | None) -> CommitInfo:
+        if self.head is None:
+            self.api.create_repo(self.repo_id, private=self.private)
+        if self.revision and (self.head is None or not self.has_branch):
+            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+        # not upload_folder, which may make several commits. With the parent, what others commit meanwhile is an error.
+        return self.api.create_commit(
+            self.repo_id,
+            [
+                CommitOperationAdd(path.relative_to(folder).as_posix(), str(path))
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            ],
+            commit_message=message or "Upload LoTRA adapter",
+            revision=self.revision,
+            create_pr=self.create_pr,
+            parent_commit=self.head,
+        )
+
+
+def _push(target: _Target, save, write_card, base_model: str | None, message: str | None) -> CommitInfo:
+    """Saves, checks against what the repository has, writes the card, and only then commits."""
+    with _explained(target.repo_id), TemporaryDirectory() as name:
+        folder = Path(name)
+        target.look()
+        save(folder)
+        for path in adapter_folders(folder).values():
+            target.check_adapter((path / CONFIG_NAME).relative_to(folder).as_posix())
+            _set_base(path / CONFIG_NAME, base_model)
+        if README in target.files and not (folder / README).exists():
+            shutil.copyfile(target.download(README), folder / README)
+            load_card(folder / README, f"{README} in {target.repo_id}")
+        write_card(folder)
+        return target.commit(folder, message)
+
+
+def _set_base(path: Path, base_model: str | None) -> None:
+    """The base model in the configuration of an adapter; a folder of this machine says nothing to others."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base_model or hub_id(config.get("base_model_name_or_path"))
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Adds to what the Hub answers what can be done about it."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            error.append_to_message("\nThe Hub does not accept the token: log in again (`hf auth login`).")
+        elif status == 403:
+            error.append_to_message(f"\nThe token may not write to {repo_id}: it needs the right to write.")
+        elif status == 412:
+            error.append_to_message(f"\n{repo_id} was changed during the push, and nothing was pushed: try again.")
+        raise
