@@ -177,7 +177,9 @@ def _write(
     others = [name for name in _as_list(data.base_model) if hub_id(name)]
     data.base_model = source.model or (others if len(others) > 1 else next(iter(others), None))
     kept = [tag for tag in _as_list(data.tags) if not tag.startswith("base_model:adapter:")]
-    data.tags = sorted({*kept, *TAGS, *_as_list(tags), *(f"base_model:adapter:{name}" for name in _as_list(data.base_model))})
+    data.tags = sorted(
+        {*kept, *TAGS, *_as_list(tags), *(f"base_model:adapter:{name}" for name in _as_list(data.base_model))}
+    )
     title = (repo_id or "LoTRA adapter").rpartition("/")[2]
     if results:
         data.model_name, data.eval_results = title, results
@@ -191,7 +193,7 @@ def _write(
         section += f"\n\n{_VERSIONS}\n\n- PEFT {__version__}"
     section = f"{_BEGIN}\n\n{section}\n\n{_END}"
     if _SECTION.search(text):
-        card.text = _SECTION.sub(lambda _: section, text)
+        card.text = _SECTION.sub(lambda _: section, text).rstrip() + "\n"
     else:
         card.text = f"{text.rstrip()}\n\n{section}\n"
     content = str(card)
@@ -256,7 +258,8 @@ def _section(
             f"The base model{of_class} is not on the Hub under a name that this card knows. "
             "The adapter means nothing on other weights than those that it was trained on.",
         ]
-    if source.auto and repo_id:
+    # AutoPeftModel would look for the base in the subfolder, too
+    if source.auto and repo_id and adapter == "default":
         package = source.module.partition(".")[0]
         allowed = "" if package == "transformers" else f', import_allowlist=["{package}"]'
         lines += [
