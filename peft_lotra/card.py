@@ -264,7 +264,7 @@ def _section(
         allowed = "" if package == "transformers" else f', import_allowlist=["{package}"]'
         lines += [
             "",
-            "The base and the adapter in one call:",
+            "The base and the adapter in one call (PEFT 0.20 or newer):",
             "",
             "```python",
             f"import peft_lotra  # makes {NAME} known to PEFT",

@@ -34,11 +34,12 @@ from huggingface_hub.errors import (
 )
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
 
 from .base_source import check_base_model, hub_id
 from .card import README, load_card, write_card_of_folder, write_model_card
 from .registration import NAME
-from .saved import adapter_folders, adapter_table, peft_type_of, read_adapter
+from .saved import adapter_folders, adapter_table, peft_type_of, read_adapter, without_other_adapters
 
 
 __all__ = ["adapter_table", "push_folder_to_hub", "push_to_hub", "write_model_card"]
@@ -108,6 +109,12 @@ def push_to_hub(
         model.save_pretrained(folder, selected_adapters=selected_adapters)
         # the card that PEFT wrote; the one in the repository, if there is one, is what a person may have written in
         (folder / README).unlink()
+        for path in adapter_folders(folder).values():
+            weights = path / SAFETENSORS_WEIGHTS_NAME
+            tensors = load_file(weights)
+            own = without_other_adapters(tensors)
+            if len(own) < len(tensors):  # nobody asked for the others to be published
+                save_file(own, weights, metadata={"format": "pt"})
 
     def write_card(folder: Path) -> None:
         write_model_card(

@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,10 +73,17 @@ def table_of_tensors(config: LoTRAConfig, tensors: dict[str, torch.Tensor]) -> l
         ValueError: A layer lacks a component, or its components do not fit each other.
     """
     layers: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in without_other_adapters(tensors).items():
         name, _, part = key.removeprefix("base_model.model.").rpartition(".")
         layers.setdefault(name, {})[part] = tensor
     return [_row(config, name, parts) for name, parts in layers.items()]
+
+
+def without_other_adapters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """PEFT 0.19 puts the tensors of all adapters of a model into each of their files, those of the others with their
+    names at the end."""
+    other = re.compile(rf".*\.({'|'.join(LoTRALayer.adapter_layer_names)})\..+")
+    return {key: tensor for key, tensor in tensors.items() if not other.fullmatch(key)}
 
 
 def _row(config: LoTRAConfig, name: str, parts: dict[str, torch.Tensor]) -> AdapterRow:
