@@ -33,6 +33,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from huggingface_hub import EvalResult
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -199,7 +200,15 @@ def push(repo: str, base: KAN, lotra: PeftModel, percent: float) -> None:
         repo,
         base_model=f"{repo}-base",
         base_code=f'from peft_lotra.kan import KANModel\n\nbase = KANModel.from_pretrained("{repo}-base").kan',
-        metrics={"accuracy": percent / 100},
+        metrics=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type="scikit-learn/digits",
+                dataset_name="scikit-learn's digits, rotated by 30 degrees and noisy",
+                metric_type="accuracy",
+                metric_value=round(percent / 100, 3),
+            )
+        ],
     )
 
 

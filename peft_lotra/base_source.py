@@ -28,7 +28,6 @@ from torch import nn
 from .config import LoTRAConfig
 
 
-_LOAD_WEIGHTS = "# now load into `base` the weights that the adapter was trained on, which are not on the Hub"
 # what a configuration says besides the architecture
 _INCIDENTAL = ("_name_or_path", "architectures", "transformers_version", "model_type", "dtype", "torch_dtype")
 
@@ -87,7 +86,10 @@ def source_of_model(
     elif auto:
         code = _from_pretrained(module, name, model, config.revision)
     else:
-        code = _same_architecture(base) or _by_hand(module, name)
+        where = f"those of {model} on the Hub" if model else "which are not on the Hub"
+        built = _same_architecture(base)
+        todo = f"# now load into `base` the weights that the adapter was trained on, {where}"
+        code = f"{built}\n{todo}" if built else _by_hand(module, name)
     return BaseSource(model, module, name, code, auto)
 
 
@@ -138,10 +140,10 @@ def _same_architecture(base: nn.Module) -> str | None:
             imports = f"from {module} import {config_name}, {name}"
         else:
             imports = f"from {config_module} import {config_name}\nfrom {module} import {name}"
-        return f"{imports}\n\nconfig = {config_name}.from_dict({written})\nbase = {name}(config)\n{_LOAD_WEIGHTS}"
+        return f"{imports}\n\nconfig = {config_name}.from_dict({written})\nbase = {name}(config)"
     arguments = _kan_arguments(base)
     if arguments:
-        return f"from {module} import {name}\n\nbase = {name}({arguments})\n{_LOAD_WEIGHTS}"
+        return f"from {module} import {name}\n\nbase = {name}({arguments})"
     return None
 
 

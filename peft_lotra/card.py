@@ -229,7 +229,7 @@ def _section(
     adapter = next(iter(tables))
     where = json.dumps(repo_id or ".")
     if revision:
-        where += f', revision="{revision}"'
+        where += f", revision={json.dumps(revision)}"
     if adapter != "default":
         where += f', subfolder="{adapter}"'
     lines = [
@@ -277,7 +277,9 @@ def _section(
         lines += ["", f"The adapters here are {', '.join(tables)}; all but default are loaded by their `subfolder`."]
     if results:
         lines += ["", "## Results", "", "| metric | value | data |", "|---|--:|---|"]
-        lines += [f"| {r.metric_name or r.metric_type} | {r.metric_value} | {r.dataset_name} |" for r in results]
+        lines += [
+            f"| {r.metric_name or r.metric_type} | {_number(r.metric_value)} | {r.dataset_name} |" for r in results
+        ]
     return [*lines, "", "## Layers", "", *_markdown(tables)]
 
 
@@ -291,6 +293,10 @@ def _markdown(tables: dict[str, list[AdapterRow]]) -> list[str]:
         parameters, size = sum(row.parameters for row in rows), sum(row.size for row in rows)
         lines.append(f"| **{prefix}total** | | | | **{parameters:,}** | **{size / 1000:.1f}** |")
     return lines
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _eval_results(

@@ -182,10 +182,11 @@ class _Target:
     revision: str | None
     token: str | None
     create_pr: bool
-    # what `look` finds: the commit to build on (None if there is no repository), its files, whether the branch exists
+    # what `look` finds: whether there is a repository, and in it the branch, its last commit, and the files of that
+    exists: bool = False
+    has_branch: bool = False
     head: str | None = None
     files: frozenset[str] = frozenset()
-    has_branch: bool = True
     api: HfApi = field(init=False)
 
     def __post_init__(self) -> None:
@@ -203,17 +204,18 @@ class _Target:
         try:
             try:
                 info = self.api.model_info(self.repo_id, revision=self.revision)
+                self.has_branch = True
             except RevisionNotFoundError:
-                self.has_branch = False
                 info = self.api.model_info(self.repo_id)
         except RepositoryNotFoundError:
             return
-        if self.private and not info.private:
+        if self.private and info.private is False:
             raise ValueError(
                 f"`private=True`, but {self.repo_id} exists and is public. Make it private first "
                 "(`HfApi().update_repo_settings`), or push to another repository."
             )
-        self.head, self.files = info.sha, frozenset(file.rfilename for file in info.siblings)
+        self.exists, self.head = True, info.sha
+        self.files = frozenset(self.api.list_repo_files(self.repo_id, revision=self.head))
 
     def download(self, file: str) -> Path:
         return Path(hf_hub_download(self.repo_id, file, revision=self.head, token=self.token))
@@ -230,9 +232,9 @@ class _Target:
             )
 
     def commit(self, folder: Path, message: str | None) -> CommitInfo:
-        if self.head is None:
-            self.api.create_repo(self.repo_id, private=self.private)
-        if self.revision and (self.head is None or not self.has_branch):
+        if not self.exists:
+            self.api.create_repo(self.repo_id, private=self.private, exist_ok=True)
+        if self.revision and not self.has_branch:
             self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
         # not upload_folder, which may make several commits. With the parent, what others commit meanwhile is an error.
         return self.api.create_commit(

@@ -66,11 +66,10 @@ def snippets(repo: str, revision: str | None = None) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-def runnable_snippets(repo: str, revision: str | None = None) -> list[str]:
+def runnable(found: list[str]) -> list[str]:
     """Those that this version of PEFT can run."""
     import peft
 
-    found = snippets(repo, revision)
     return found if peft.__version__ >= "0.20" else [text for text in found if "import_allowlist" not in text]
 
 
@@ -187,7 +186,40 @@ def push(folder: Path) -> dict:
     write_card, hub.write_model_card = hub.write_model_card, commits_meanwhile
     found["errors"]["contested"] = error_of(push_to_hub, other, "ann/contested")
     hub.write_model_card = write_card
+
+    os.environ["HF_TOKEN"] = "hf_user"
+    found["readme"] = readme(folder)
     return found
+
+
+def readme(folder: Path) -> dict:
+    """The README's section about sharing, line by line."""
+    from typer.testing import CliRunner
+
+    from peft_lotra import cli
+    from peft_lotra.kan import KANConfig, KANModel
+
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    section = text.split("## Share it\n")[1].split("\n## ")[0]
+    pushing, pulling = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert "# ... train ..." in pushing
+
+    @torch.no_grad()
+    def train(model):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+
+    namespace = {"kan": KANModel(KANConfig(widths=WIDTHS)), "train": train}
+    exec(pushing.replace("# ... train ...", "train(model)"), namespace)
+    found = {"pushed": output(namespace["model"])}
+    found["pulled"] = run(pulling) if runnable([pulling]) else found["pushed"]
+    (commands,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    (folder / "readme").mkdir()
+    os.chdir(folder / "readme")
+    arguments = [command.removeprefix("peft-lotra ").split() for command in commands.splitlines()]
+    results = [CliRunner().invoke(cli.app, command) for command in arguments]
+    return {**found, "codes": [result.exit_code for result in results], "output": [r.output for r in results]}
 
 
 def interrupted(folder: Path) -> dict:
@@ -208,9 +240,9 @@ def pull(folder: Path) -> dict:
     found["outputs"]["public: snippet 0"] = run(snippets("ann/public")[0])
     assert "peft_lotra" in sys.modules
     for name in ("public", "private", "several", "named", "plain", "from-folder", "kept", "based"):
-        for number, snippet in enumerate(runnable_snippets(f"ann/{name}")):
+        for number, snippet in enumerate(runnable(snippets(f"ann/{name}"))):
             found["outputs"][f"{name.replace('-', ' a ')}: snippet {number}"] = run(snippet)
-    for number, snippet in enumerate(runnable_snippets("ann/public", "v2")):
+    for number, snippet in enumerate(runnable(snippets("ann/public", "v2"))):
         found["outputs"][f"v2: snippet {number}"] = run(snippet)
     run(*snippets("ann/here"))
 

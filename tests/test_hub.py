@@ -56,7 +56,7 @@ def client(step: str, folder: Path, url: str) -> dict:
 
 @pytest.fixture(scope="module")
 def hub() -> Hub:
-    return Hub({"hf_ann": "ann", "hf_bob": "bob"})
+    return Hub({"hf_ann": "ann", "hf_user": "user"})
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +166,12 @@ class TestRoundTrip:
         assert config["base_model_name_or_path"] is None and card(hub, "ann/here").data.base_model is None
         config = json.loads(hub.repos["ann/based"].files("main")["adapter_config.json"].content)
         assert config["base_model_name_or_path"] == card(hub, "ann/based").data.base_model == "ann/kan"
+
+
+def test_the_section_of_the_readme(pushed):
+    found = pushed["readme"]
+    assert found["codes"] == [0, 0, 0, 0], found["output"]
+    assert found["pushed"] == found["pulled"]
 
 
 class TestFailedPush:
