@@ -94,9 +94,12 @@ def source_of_model(
 
 
 def source_of_config(
-    config: LoTRAConfig, base_model: str | None = None, written_code: str | None = None
+    config: LoTRAConfig,
+    base_model: str | None = None,
+    base_code: str | None = None,
+    written_code: str | None = None,
 ) -> BaseSource:
-    """The source of the base as a saved adapter tells it, and `written_code`, the card that came with it."""
+    """The source of the base as a saved adapter tells it, and `written_code`, that of the card that came with it."""
     mapping = config.auto_mapping or {}
     module, name = mapping.get("parent_library"), mapping.get("base_model_class")
     cls = getattr(sys.modules.get(module), name, None) if module and name else None
@@ -104,7 +107,8 @@ def source_of_config(
         module, name = _import_path(cls)
     model = base_model or hub_id(config.base_model_name_or_path)
     loads = _from_pretrained(module, name, model, config.revision) if model and name else None
-    code = written_code if written_code and not base_model else loads or _by_hand(module, name)
+    code = base_code or (None if base_model else written_code) or loads or _by_hand(module, name)
+    code = code.strip("\n")
     return BaseSource(model, module, name, code, auto=code == loads)
 
 

@@ -53,7 +53,7 @@ _TASKS = {
 
 
 def write_model_card(
-    model: PeftModel,
+    model: PeftModel | None,
     folder: str | os.PathLike,
     *,
     repo_id: str | None = None,
@@ -77,7 +77,8 @@ def write_model_card(
     ```
 
     Args:
-        model (`PeftModel`): The model with the adapter.
+        model (`PeftModel` or `None`): The model with the adapter. With None the card is made from the saved files, and
+            the code for the base is the one of the card that is there.
         folder (`str` or `os.PathLike`): Where the adapter was saved.
         repo_id (`str`, *optional*): The repository that the card's snippet loads the adapter from. Without it, the
             snippet loads the folder that it is run in.
@@ -90,56 +91,33 @@ def write_model_card(
             names and values leaves the data set unnamed.
 
     Raises:
-        ValueError: The model has no LoTRA adapter, the folder does not exist, the front matter of its README.md is
-            broken, or an argument cannot be used. The README.md is then as it was.
-    """
-    configs = {name: config for name, config in model.peft_config.items() if config.peft_type == NAME}
-    if not configs:
-        raise ValueError(f"The model has no LoTRA adapter, only {sorted(model.peft_config)}.")
-    check_base_model(base_model)
-    saved = adapter_folders(folder)
-    names = [name for name in configs if name in saved] or list(configs)
-    base = model.get_base_model()
-    _write(
-        Path(folder),
-        {name: adapter_table(model, name) for name in names},
-        source_of_model(base, configs[names[0]], base_model, base_code),
-        repo_id=repo_id,
-        revision=revision,
-        tags=tags,
-        results=_eval_results(metrics, getattr(getattr(base, "config", None), "problem_type", None)),
-    )
-
-
-def write_card_of_folder(
-    folder: str | os.PathLike,
-    *,
-    repo_id: str | None = None,
-    revision: str | None = None,
-    base_model: str | None = None,
-    tags: Iterable[str] = (),
-) -> None:
-    """The same card from the saved files alone; how the base is made is taken from the card that is there.
-
-    Args and raises as in `write_model_card`; also if the folder holds no LoTRA adapter.
+        ValueError: The model has no LoTRA adapter, the folder does not exist (without a model: holds no LoTRA
+            adapter), the front matter of its README.md is broken, or an argument cannot be used. The README.md is then
+            as it was.
     """
     folder = Path(folder)
     check_base_model(base_model)
-    adapters = {name: read_adapter(path) for name, path in adapter_folders(folder).items()}
-    if not adapters:
-        raise ValueError(f"{folder} is no adapter: it has no {CONFIG_NAME}.")
-    card = load_card(folder / README)
-    written = _BASE_CODE.search(card.text) if card else None
-    config, _ = next(iter(adapters.values()))
-    _write(
-        folder,
-        {name: table_of_tensors(*adapter) for name, adapter in adapters.items()},
-        source_of_config(config, base_model, written and written[1].strip("\n")),
-        repo_id=repo_id,
-        revision=revision,
-        tags=tags,
-        results=None,
-    )
+    problem_type = None
+    if model is None:
+        adapters = {name: read_adapter(path) for name, path in adapter_folders(folder).items()}
+        if not adapters:
+            raise ValueError(f"{folder} is no adapter: it has no {CONFIG_NAME}.")
+        tables = {name: table_of_tensors(*adapter) for name, adapter in adapters.items()}
+        card = load_card(folder / README)
+        written = _BASE_CODE.search(card.text) if card else None
+        config, _ = next(iter(adapters.values()))
+        source = source_of_config(config, base_model, base_code, written and written[1])
+    else:
+        configs = {name: config for name, config in model.peft_config.items() if config.peft_type == NAME}
+        if not configs:
+            raise ValueError(f"The model has no LoTRA adapter, only {sorted(model.peft_config)}.")
+        saved = adapter_folders(folder)
+        tables = {name: adapter_table(model, name) for name in configs if name in saved or not saved}
+        base = model.get_base_model()
+        problem_type = getattr(getattr(base, "config", None), "problem_type", None)
+        source = source_of_model(base, configs[next(iter(tables))], base_model, base_code)
+    results = _eval_results(metrics, problem_type)
+    _write(folder, tables, source, repo_id=repo_id, revision=revision, tags=tags, results=results)
 
 
 def load_card(path: Path, origin: str | None = None) -> ModelCard | None:

@@ -250,9 +250,9 @@ def push(
 
     In one commit, with a model card that says how to load it.
     """
-    from .hub import push_folder_to_hub
+    from .hub import push_to_hub
 
-    info = push_folder_to_hub(
+    info = push_to_hub(
         _adapter_folder(adapter),
         repo,
         private=private or None,

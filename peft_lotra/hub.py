@@ -22,6 +22,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,16 +38,16 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
 from .base_source import check_base_model, hub_id
-from .card import README, load_card, write_card_of_folder, write_model_card
+from .card import README, load_card, write_model_card
 from .registration import NAME
 from .saved import adapter_folders, adapter_table, peft_type_of, read_adapter, without_other_adapters
 
 
-__all__ = ["adapter_table", "push_folder_to_hub", "push_to_hub", "write_model_card"]
+__all__ = ["adapter_table", "push_to_hub", "write_model_card"]
 
 
 def push_to_hub(
-    model: PeftModel,
+    model: PeftModel | str | os.PathLike,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -74,7 +75,8 @@ def push_to_hub(
     ```
 
     Args:
-        model (`PeftModel`): The model with the adapters. Its base is not pushed.
+        model (`PeftModel`, `str` or `os.PathLike`): The model with the adapters, or the folder that `save_pretrained`
+            wrote them into. The base is not pushed.
         repo_id (`str`): The repository, "user/name"; it is created if it does not exist.
         private (`bool`, *optional*): Whether a new repository is private.
         revision (`str`, *optional*): The branch to commit to, which is made from the main one if it does not exist.
@@ -93,32 +95,34 @@ def push_to_hub(
         `huggingface_hub.CommitInfo`: The commit, or the pull request.
 
     Raises:
-        ValueError: An adapter is not of LoTRA; the repository holds an adapter of another method, a README.md with
-            broken front matter, or is public though `private` is asked for; an argument cannot be used.
+        ValueError: An adapter is not of LoTRA, or the folder holds none; the repository holds an adapter of another
+            method, a README.md with broken front matter, or is public though `private` is asked for; an argument
+            cannot be used.
         LocalTokenNotFoundError: Not logged in.
         HfHubHTTPError: The Hub refuses.
     """
-    names = list(model.peft_config) if selected_adapters is None else selected_adapters
-    others = {name: model.peft_config[name].peft_type for name in names if name in model.peft_config}
-    others = {name: getattr(kind, "value", kind) for name, kind in others.items() if kind != NAME}
-    if others:
-        raise ValueError(f"Adapters of other methods are not pushed here: {others}. Use `selected_adapters`.")
+    if isinstance(model, PeftModel):
+        _check_lotra(model, selected_adapters)
+        save, peft_model = partial(_save_model, model, selected_adapters), model
+    elif not isinstance(model, (str, os.PathLike)):
+        raise ValueError(f"`model` is a {type(model).__name__}, expected a PeftModel or the folder of an adapter.")
+    else:
+        adapters = _check_folder(Path(model), selected_adapters)
+        save, peft_model = partial(_save_files, Path(model), adapters), None
     check_base_model(base_model)
-
-    def save(folder: Path) -> None:
-        model.save_pretrained(folder, selected_adapters=selected_adapters)
-        # the card that PEFT wrote; the one in the repository, if there is one, is what a person may have written in
-        (folder / README).unlink()
+    target = _Target(repo_id, private, revision, token, create_pr)
+    with _explained(target.repo_id), TemporaryDirectory() as name:
+        folder = Path(name)
+        target.look()
+        save(folder)
         for path in adapter_folders(folder).values():
-            weights = path / SAFETENSORS_WEIGHTS_NAME
-            tensors = load_file(weights)
-            own = without_other_adapters(tensors)
-            if len(own) < len(tensors):  # nobody asked for the others to be published
-                save_file(own, weights, metadata={"format": "pt"})
-
-    def write_card(folder: Path) -> None:
+            target.check_adapter((path / CONFIG_NAME).relative_to(folder).as_posix())
+            _set_base(path / CONFIG_NAME, base_model)
+        if README in target.files and not (folder / README).exists():
+            shutil.copyfile(target.download(README), folder / README)
+            load_card(folder / README, f"{README} in {target.repo_id}")
         write_model_card(
-            model,
+            peft_model,
             folder,
             repo_id=target.repo_id,
             revision=None if create_pr else revision,
@@ -127,50 +131,54 @@ def push_to_hub(
             tags=tags,
             metrics=metrics,
         )
-
-    target = _Target(repo_id, private, revision, token, create_pr)
-    return _push(target, save, write_card, base_model, commit_message)
+        return target.commit(folder, commit_message)
 
 
-def push_folder_to_hub(
-    folder: str | os.PathLike,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    commit_message: str | None = None,
-    tags: Iterable[str] = (),
-    create_pr: bool = False,
-    base_model: str | None = None,
-) -> CommitInfo:
-    """Pushes the adapters that `save_pretrained` wrote into a folder, and nothing else of that folder.
+def _check_lotra(model: PeftModel, selected_adapters: list[str] | None) -> None:
+    names = list(model.peft_config) if selected_adapters is None else selected_adapters
+    if not names or not set(names) <= set(model.peft_config):
+        raise ValueError(f"`selected_adapters` is {names}, the model has {list(model.peft_config)}.")
+    kinds = {name: model.peft_config[name].peft_type for name in names}
+    others = {name: getattr(kind, "value", kind) for name, kind in kinds.items() if kind != NAME}
+    if others:
+        raise ValueError(f"Adapters of other methods are not pushed here: {others}. Use `selected_adapters`.")
 
-    Args, returns and raises as in `push_to_hub`; also a ValueError if the folder holds no LoTRA adapter. The card is
-    made from the files, and from the README.md of the folder or else of the repository.
-    """
+
+def _check_folder(folder: Path, selected_adapters: list[str] | None) -> list[Path]:
     saved = adapter_folders(folder)
     if not saved:
         raise ValueError(f"{folder} is no adapter: it has no {CONFIG_NAME}.")
-    for path in saved.values():
+    names = list(saved) if selected_adapters is None else selected_adapters
+    if not names or not set(names) <= set(saved):
+        raise ValueError(f"`selected_adapters` is {names}, {folder} has {list(saved)}.")
+    adapters = [saved[name] for name in names]
+    for path in adapters:
         read_adapter(path)
-    load_card(Path(folder) / README)
-    check_base_model(base_model)
+    load_card(folder / README)
+    return adapters
 
-    def save(destination: Path) -> None:
-        for path in saved.values():
-            (destination / path.relative_to(folder)).mkdir(exist_ok=True)
-            for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-                shutil.copyfile(path / file, destination / path.relative_to(folder) / file)
-        if (Path(folder) / README).is_file():
-            shutil.copyfile(Path(folder) / README, destination / README)
 
-    def write_card(destination: Path) -> None:
-        branch = None if create_pr else revision
-        write_card_of_folder(destination, repo_id=target.repo_id, revision=branch, base_model=base_model, tags=tags)
+def _save_model(model: PeftModel, selected_adapters: list[str] | None, folder: Path) -> None:
+    model.save_pretrained(folder, selected_adapters=selected_adapters)
+    # the card that PEFT wrote; the one in the repository, if there is one, is what a person may have written in
+    (folder / README).unlink()
+    for path in adapter_folders(folder).values():
+        weights = path / SAFETENSORS_WEIGHTS_NAME
+        tensors = load_file(weights)
+        own = without_other_adapters(tensors)
+        if len(own) < len(tensors):  # nobody asked for the others to be published
+            save_file(own, weights, metadata={"format": "pt"})
 
-    target = _Target(repo_id, private, revision, token, create_pr)
-    return _push(target, save, write_card, base_model, commit_message)
+
+def _save_files(origin: Path, adapters: list[Path], folder: Path) -> None:
+    """Copies what belongs to the adapters, and nothing else that a training may have left there."""
+    for path in adapters:
+        copy = folder / path.relative_to(origin)
+        copy.mkdir(exist_ok=True)
+        for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+            shutil.copyfile(path / file, copy / file)
+    if (origin / README).is_file():
+        shutil.copyfile(origin / README, folder / README)
 
 
 @dataclass
@@ -249,22 +257,6 @@ class _Target:
             create_pr=self.create_pr,
             parent_commit=self.head,
         )
-
-
-def _push(target: _Target, save, write_card, base_model: str | None, message: str | None) -> CommitInfo:
-    """Saves, checks against what the repository has, writes the card, and only then commits."""
-    with _explained(target.repo_id), TemporaryDirectory() as name:
-        folder = Path(name)
-        target.look()
-        save(folder)
-        for path in adapter_folders(folder).values():
-            target.check_adapter((path / CONFIG_NAME).relative_to(folder).as_posix())
-            _set_base(path / CONFIG_NAME, base_model)
-        if README in target.files and not (folder / README).exists():
-            shutil.copyfile(target.download(README), folder / README)
-            load_card(folder / README, f"{README} in {target.repo_id}")
-        write_card(folder)
-        return target.commit(folder, message)
 
 
 def _set_base(path: Path, base_model: str | None) -> None:

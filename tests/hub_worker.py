@@ -145,7 +145,7 @@ def push(folder: Path) -> dict:
     public.save_pretrained(folder / "adapter")
     (folder / "adapter" / "optimizer.pt").write_bytes(b"not wanted")
     found["outputs"]["from a folder"] = found["outputs"]["public"]
-    hub.push_folder_to_hub(folder / "adapter", "ann/from-folder")
+    push_to_hub(folder / "adapter", "ann/from-folder")
 
     # What must not work, and must change nothing. "ann/lora" and "ann/broken" exist for that.
     lora = get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 2)), LoraConfig(target_modules=["0"]))
@@ -175,8 +175,12 @@ def push(folder: Path) -> dict:
     for name, (repo, kwargs) in attempts.items():
         found["errors"][name] = error_of(push_to_hub, other, repo, **kwargs)
     found["errors"]["other method"] = error_of(push_to_hub, lora, "ann/public")
-    found["errors"]["no adapter"] = error_of(hub.push_folder_to_hub, folder / "kan", "ann/public")
-    found["errors"]["lora folder"] = error_of(hub.push_folder_to_hub, folder / "lora", "ann/public")
+    found["errors"]["no model"] = error_of(push_to_hub, base(), "ann/public")
+    found["errors"]["unknown adapter of a folder"] = error_of(
+        push_to_hub, folder / "adapter", "ann/public", selected_adapters=["nobody"]
+    )
+    found["errors"]["no adapter"] = error_of(push_to_hub, folder / "kan", "ann/public")
+    found["errors"]["lora folder"] = error_of(push_to_hub, folder / "lora", "ann/public")
     token = os.environ.pop("HF_TOKEN")
     found["errors"]["not logged in"] = error_of(push_to_hub, other, "ann/public")
     os.environ["HF_TOKEN"] = token

@@ -30,7 +30,6 @@ from huggingface_hub import EvalResult, ModelCard
 from peft import get_peft_model, get_peft_model_state_dict
 
 from peft_lotra import LoTRAConfig, write_model_card
-from peft_lotra.card import write_card_of_folder
 from peft_lotra.hub import adapter_table
 from peft_lotra.kan import KAN, KANConfig, KANModel
 
@@ -187,6 +186,8 @@ class TestFailedPush:
             ("invalid metrics", "ValueError", "finite numbers"),
             ("request for a branch", "ValueError", "A pull request is made for the main branch"),
             ("unknown adapter", "ValueError", "nobody"),
+            ("unknown adapter of a folder", "ValueError", "nobody"),
+            ("no model", "ValueError", "expected a PeftModel"),
             ("other method", "ValueError", "Adapters of other methods"),
             ("no adapter", "ValueError", "is no adapter"),
             ("lora folder", "ValueError", "holds a LORA adapter"),
@@ -330,12 +331,12 @@ class TestWriteModelCard:
     @pytest.mark.parametrize(
         "text", ["---\ntags: [a\n---\n", "---\n- a\n- b\n---\n", "---\ntags: a\n", "---\nmodel-index: 3\n---\n"]
     )
-    @pytest.mark.parametrize("of_folder", [False, True])
-    def test_broken_front_matter(self, model, tmp_path, text, of_folder):
+    @pytest.mark.parametrize("of_files", [False, True])
+    def test_broken_front_matter(self, model, tmp_path, text, of_files):
         model.save_pretrained(tmp_path)
         (tmp_path / "README.md").write_text(text)
         with pytest.raises(ValueError, match="The front matter of .*README.md is broken"):
-            write_card_of_folder(tmp_path) if of_folder else write_model_card(model, tmp_path)
+            write_model_card(None if of_files else model, tmp_path)
         assert (tmp_path / "README.md").read_text() == text
 
     def test_bad_arguments(self, model, tmp_path):
@@ -357,7 +358,7 @@ class TestWriteModelCard:
         model.save_pretrained(tmp_path)
         write_model_card(model, tmp_path)
         text = (tmp_path / "README.md").read_text()
-        write_card_of_folder(tmp_path)
+        write_model_card(None, tmp_path)
         assert (tmp_path / "README.md").read_text() == text
 
     @pytest.mark.parametrize(
