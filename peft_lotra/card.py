@@ -45,6 +45,9 @@ _BASE_CODE = re.compile(r"from peft import PeftModel\n(.*?)\n\nmodel = PeftModel
 # where PEFT looks whether its version is in the card already
 _VERSIONS = "### Framework versions"
 
+# what the front matter of a generated card has
+_FACTS = {"library_name", "base_model", "tags", "metrics", "model-index", "pipeline_tag"}
+
 _TASKS = {
     "regression": "tabular-regression",
     "single_label_classification": "tabular-classification",
@@ -87,8 +90,8 @@ def write_model_card(
         base_code (`str`, *optional*): Python that makes the variable `base`, for a base that `from_pretrained` does
             not load from the Hub. By default the lines that build its architecture, as far as they can be told.
         tags (`Iterable[str]`): More tags.
-        metrics (`dict` or `list[huggingface_hub.EvalResult]`, *optional*): Results, for the model-index. A dict of
-            names and values leaves the data set unnamed.
+        metrics (`dict` or `list[huggingface_hub.EvalResult]`, *optional*): Results, for the model-index; those that
+            are there are kept if none are given. A dict of names and values leaves the data set unnamed.
 
     Raises:
         ValueError: The model has no LoTRA adapter, the folder does not exist (without a model: holds no LoTRA
@@ -103,10 +106,8 @@ def write_model_card(
         if not adapters:
             raise ValueError(f"{folder} is no adapter: it has no {CONFIG_NAME}.")
         tables = {name: table_of_tensors(*adapter) for name, adapter in adapters.items()}
-        card = load_card(folder / README)
-        written = _BASE_CODE.search(card.text) if card else None
         config, _ = next(iter(adapters.values()))
-        source = source_of_config(config, base_model, base_code, written and written[1])
+        source = source_of_config(config, base_model, base_code, written_code(load_card(folder / README)))
     else:
         configs = {name: config for name, config in model.peft_config.items() if config.peft_type == NAME}
         if not configs:
@@ -134,6 +135,30 @@ def load_card(path: Path, origin: str | None = None) -> ModelCard | None:
         return ModelCard(content if content.lstrip().startswith("---") else f"---\n{{}}\n---\n{content}")
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ValueError(f"The front matter of {origin or path} is broken: {error}. Mend it, or delete it.") from error
+
+
+def written_code(card: ModelCard | None) -> str | None:
+    """The Python that makes `base` in a card that `write_model_card` wrote."""
+    found = _BASE_CODE.search(card.text) if card else None
+    return found and found[1].strip("\n")
+
+
+def combine_cards(here: ModelCard | None, there: ModelCard | None) -> ModelCard | None:
+    """The card of a folder with the one in the repository that it is pushed to, either of which may be missing.
+
+    What a person wrote in the folder replaces what is in the repository; a card that was generated does not: its facts
+    go into the other one.
+    """
+    if here is None or there is None:
+        return here or there
+    facts = here.data.to_dict()
+    text = _SECTION.sub("", here.text).strip()
+    if not (_is_unfilled(text) or re.fullmatch("# .*", text)) or not facts.keys() <= _FACTS:
+        return here
+    old = there.data.to_dict()
+    tags = [*_as_list(old.get("tags")), *_as_list(facts.get("tags"))]
+    there.data = ModelCardData(**{**old, **facts, "tags": tags})
+    return there
 
 
 def _write(

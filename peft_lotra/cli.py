@@ -42,6 +42,7 @@ except ImportError as error:
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from ._version import __version__
 from .base_source import hub_id
 from .saved import adapter_folders, read_adapter, table_of_tensors
 
@@ -83,6 +84,21 @@ _MODEL = (
 def main() -> None:
     """The entry point."""
     app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def _say(text: str) -> None:
@@ -135,7 +151,7 @@ def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = 
 
     Its layers, ranks, parameters, size, and the norm of each update.
     """
-    folder = _adapter_folder(adapter, revision, subfolder)
+    folder = _one_adapter(adapter, revision, subfolder)
     config, tensors = read_adapter(folder)
     rows = table_of_tensors(config, tensors)
     info = {
@@ -192,7 +208,7 @@ def merge(
     from peft import PeftModel
 
     with _new_folder(out) as new:
-        folder = _adapter_folder(adapter, revision, subfolder)
+        folder = _one_adapter(adapter, revision, subfolder)
         config, tensors = read_adapter(folder)
         model = PeftModel.from_pretrained(_load_model(base, factory), str(folder))
         merged = model.merge_and_unload(safe_merge=True)
@@ -271,8 +287,8 @@ def push(
 ################################
 
 
-def _adapter_folder(source: str, revision: str | None = None, subfolder: str | None = None) -> Path:
-    """The folder of an adapter, downloaded if it is not one of this machine."""
+def _adapter_folder(source: str, revision: str | None = None) -> Path:
+    """The folder of adapters, downloaded if it is not one of this machine."""
     folder = Path(source)
     if not folder.exists():
         if hub_id(source) is None:
@@ -296,11 +312,16 @@ def _adapter_folder(source: str, revision: str | None = None, subfolder: str | N
         raise ValueError(f"--revision is for adapters on the Hub, and {source} is a folder here.")
     if not adapter_folders(folder):
         raise ValueError(f"{source} is no adapter: it has no {CONFIG_NAME}.")
-    if subfolder is not None:
-        folder = folder / subfolder
-        if not (folder / CONFIG_NAME).is_file():
-            raise ValueError(f"{source} has no adapter in {subfolder}, only {list(adapter_folders(folder.parent))}.")
     return folder
+
+
+def _one_adapter(source: str, revision: str | None, subfolder: str | None) -> Path:
+    """The folder of the adapter that is meant among those of a source."""
+    found = adapter_folders(_adapter_folder(source, revision))
+    name = subfolder or ("default" if "default" in found or len(found) > 1 else next(iter(found)))
+    if name not in found:
+        raise ValueError(f"{source} has no adapter `{name}`, only {list(found)}: choose one by --subfolder.")
+    return found[name]
 
 
 def _load_model(source: str, factory: str | None) -> nn.Module:

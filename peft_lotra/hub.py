@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, get_token, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, ModelCard, get_token, hf_hub_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalTokenNotFoundError,
@@ -38,7 +38,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
 from .base_source import check_base_model, hub_id
-from .card import README, load_card, write_model_card
+from .card import README, combine_cards, load_card, write_model_card, written_code
 from .registration import NAME
 from .saved import adapter_folders, adapter_table, peft_type_of, read_adapter, without_other_adapters
 
@@ -87,7 +87,8 @@ def push_to_hub(
         base_model (`str`, *optional*): The base model on the Hub; by default where the base was loaded from.
         base_code (`str`, *optional*): Python that makes the variable `base`, for the card's snippet, where
             `from_pretrained` does not load it from the Hub.
-        metrics (`dict` or `list[huggingface_hub.EvalResult]`, *optional*): Results, for the model-index.
+        metrics (`dict` or `list[huggingface_hub.EvalResult]`, *optional*): Results, for the model-index; those in the
+            repository are kept if none are given.
         selected_adapters (`list[str]`, *optional*): The adapters to push, by default all. "default" goes to the root
             of the repository, others to subfolders of their name.
 
@@ -118,16 +119,17 @@ def push_to_hub(
         for path in adapter_folders(folder).values():
             target.check_adapter((path / CONFIG_NAME).relative_to(folder).as_posix())
             _set_base(path / CONFIG_NAME, base_model)
-        if README in target.files and not (folder / README).exists():
-            shutil.copyfile(target.download(README), folder / README)
-            load_card(folder / README, f"{README} in {target.repo_id}")
+        here = load_card(folder / README)
+        card = combine_cards(here, target.load_card())
+        if card is not None:
+            card.save(folder / README)
         write_model_card(
             peft_model,
             folder,
             repo_id=target.repo_id,
             revision=None if create_pr else revision,
             base_model=base_model,
-            base_code=base_code,
+            base_code=base_code or (None if base_model else written_code(here)),
             tags=tags,
             metrics=metrics,
         )
@@ -227,6 +229,11 @@ class _Target:
 
     def download(self, file: str) -> Path:
         return Path(hf_hub_download(self.repo_id, file, revision=self.head, token=self.token))
+
+    def load_card(self) -> ModelCard | None:
+        if README not in self.files:
+            return None
+        return load_card(self.download(README), f"{README} in {self.repo_id}")
 
     def check_adapter(self, config_file: str) -> None:
         """Raises a ValueError if the repository has an adapter of another method in this place."""

@@ -149,7 +149,9 @@ def peft_type_of(path: Path) -> str:
 
 
 def adapter_folders(folder: str | Path) -> dict[str, Path]:
-    """The adapters that `save_pretrained` put into a folder: "default" in it, others in subfolders of their name."""
+    """The adapters that `save_pretrained` put into a folder: "default" in it, others in subfolders of their name. The
+    checkpoints of `transformers.Trainer` are no adapters of the folder."""
     folder = Path(folder)
-    found = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{CONFIG_NAME}"))}
+    subfolders = (path.parent for path in sorted(folder.glob(f"*/{CONFIG_NAME}")))
+    found = {path.name: path for path in subfolders if not re.fullmatch(r"checkpoint-\d+", path.name)}
     return {"default": folder, **found} if (folder / CONFIG_NAME).is_file() else found

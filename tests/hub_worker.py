@@ -92,7 +92,7 @@ def adapted(base, seed: int, **kwargs):
 def push(folder: Path) -> dict:
     from peft import LoraConfig, get_peft_model
 
-    from peft_lotra import LoTRAConfig, hub, push_to_hub
+    from peft_lotra import LoTRAConfig, hub, push_to_hub, write_model_card
     from peft_lotra.kan import KANConfig, KANModel
 
     found = {"outputs": {}, "errors": {}, "heads": {}}
@@ -140,6 +140,13 @@ def push(folder: Path) -> dict:
     HfApi().create_repo("ann/kept")
     HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id="ann/kept")
     pushed("kept", public, "ann/kept")
+    other = adapted(base(), 12)
+    other.save_pretrained(folder / "generated")
+    # neither PEFT's unfilled template nor our part alone replaces what the person wrote
+    push_to_hub(folder / "generated", "ann/kept")
+    write_model_card(other, folder / "generated", metrics={"r2": 0.5}, base_code=PLAIN.replace("base =", "other ="))
+    push_to_hub(folder / "generated", "ann/kept", revision="generated")
+    push_to_hub(public, "ann/kept")
 
     # from a folder that has what a training leaves there
     public.save_pretrained(folder / "adapter")
@@ -191,7 +198,10 @@ def push(folder: Path) -> dict:
     found["errors"]["contested"] = error_of(push_to_hub, other, "ann/contested")
     hub.write_model_card = write_card
 
+    # another user may not write, but may ask
     os.environ["HF_TOKEN"] = "hf_user"
+    found["errors"]["of ann"] = error_of(push_to_hub, other, "ann/public")
+    found["request of another"] = push_to_hub(other, "ann/public", create_pr=True).pr_url
     found["readme"] = readme(folder)
     return found
 
@@ -285,6 +295,7 @@ def pull(folder: Path) -> dict:
     os.chdir(folder)
     found["cli"]["inspect"] = command("inspect", "ann/public", "--json")
     found["cli"]["inspect other"] = command("inspect", "ann/several", "--subfolder", "other")
+    found["cli"]["inspect named"] = command("inspect", "ann/named")
     found["cli"]["merge"] = command("merge", "ann/kan", "ann/public", "merged", "--revision", "v2")
     found["outputs"]["v2: merged"] = output(KANModel.from_pretrained("merged"))
     # merged and extracted again, at full rank

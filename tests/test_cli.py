@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, load_model, save_file, save_model
 from typer.testing import CliRunner
 
+import peft_lotra
 from peft_lotra import LoTRAConfig, cli
 from peft_lotra.kan import KAN, KANConfig, KANModel
 
@@ -95,6 +97,7 @@ def made(tmp_path_factory) -> Path:
         elif content is not None:
             save_file(content, folder / name / "adapter_model.safetensors")
     (folder / "no-tensors" / "adapter_model.bin").write_bytes(b"pickled")
+    shutil.copytree(folder / "adapter", folder / "training" / "checkpoint-10")
     (folder / "no-json").mkdir()
     (folder / "no-json" / "adapter_config.json").write_text("{")
     return folder
@@ -197,7 +200,8 @@ class TestExtract:
 
 ERRORS = {
     "inspect {}/base": "is no adapter: it has no adapter_config.json",
-    "inspect {}": "is no adapter",
+    "inspect {}": "choose one by --subfolder",
+    "inspect {}/training": "is no adapter",
     "inspect {}/nothing/here": "is no folder, and cannot be a repository",
     "inspect {}/lora": "holds a LORA adapter",
     "inspect {}/no-tensors": "has no adapter_model.safetensors",
@@ -205,7 +209,7 @@ ERRORS = {
     "inspect {}/half": "has no lotra_factor_out",
     "inspect {}/misfit": "do not fit each other",
     "inspect {}/no-json": "is broken",
-    "inspect {}/adapter --subfolder third": "has no adapter in third, only ['default', 'second']",
+    "inspect {}/adapter --subfolder third": "has no adapter `third`, only ['default', 'second']",
     "inspect {}/adapter --revision main": "is a folder here",
     "merge {}/base {}/base out": "is no adapter",
     "merge {}/adapter {}/adapter out": "is no model: it has no config.json",
@@ -273,6 +277,10 @@ class TestErrors:
 def test_help(run, command):
     out = run(f"{command} --help").stdout
     assert "Usage: " in out and "--help" in out and (not command or "ADAPTER" in out or "TUNED" in out)
+
+
+def test_version(run):
+    assert run("--version").stdout.strip() == peft_lotra.__version__
 
 
 def test_as_a_program(made, tmp_path):

@@ -129,10 +129,11 @@ class TestRoundTrip:
         assert set(files) == {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
         assert [path for path, blob in files.items() if blob.lfs] == ["adapter_model.safetensors"]
         messages = [message for message, _ in hub.repos["ann/public"].commits.values()]
-        assert messages == ["initial commit", "first", "Upload LoTRA adapter", "Upload LoTRA adapter"]
+        assert messages == ["initial commit", "first", *["Upload LoTRA adapter"] * 3]
         assert pushed["again"] == pushed["heads"]["public"] == hub.repos["ann/public"].refs["main"]
-        assert set(hub.repos["ann/public"].refs) == {"main", "v2", "refs/pr/1"}
+        assert set(hub.repos["ann/public"].refs) == {"main", "v2", "refs/pr/1", "refs/pr/2"}
         assert pushed["pull request"].endswith("/ann/public/discussions/1")
+        assert pushed["request of another"].endswith("/ann/public/discussions/2")
         assert set(hub.repos["ann/several"].files("main")) >= {"adapter_config.json", "other/adapter_config.json"}
         for path, name in (("", "default"), ("other/", "other")):
             size = len(hub.repos["ann/several"].files("main")[f"{path}adapter_model.safetensors"].content)
@@ -180,6 +181,7 @@ class TestFailedPush:
             ("not logged in", "LocalTokenNotFoundError", "hf auth login"),
             ("wrong token", "HfHubHTTPError", "does not accept the token"),
             ("foreign", "HfHubHTTPError", "may not write to bob/public"),
+            ("of ann", "HfHubHTTPError", "may not write to ann/public"),
             ("lora", "ValueError", "holds a LORA adapter"),
             ("public", "ValueError", "exists and is public"),
             ("invalid base", "ValueError", "`base_model` is '/home/ann/kan'"),
@@ -224,9 +226,12 @@ class TestPushedCard:
         assert (result.task_type, result.metric_type, result.metric_value) == ("tabular-regression", "r2", 0.9)
 
     def test_what_a_person_wrote_is_kept(self, hub, pushed):
-        found = card(hub, "ann/kept")
-        assert found.data.license == "mit" and {"mine", "lotra"} <= set(found.data.tags)
-        assert found.text.startswith("\n# My adapter\n\nIt reads scans.\n") and "## Use it" in found.text
+        for revision in ("main", "generated"):
+            found = card(hub, "ann/kept", revision)
+            assert found.data.license == "mit" and {"mine", "lotra"} <= set(found.data.tags)
+            assert found.text.startswith("\n# My adapter\n\nIt reads scans.\n")
+            assert found.text.count("## Use it") == 1
+        assert found.data.eval_results[0].metric_value == 0.5 and "other = KAN" in found.text
 
     def test_table(self, hub, pushed):
         text = card(hub, "ann/public").text
@@ -239,6 +244,7 @@ class TestCommandsOnTheHub:
     def test_inspect(self, pulled):
         info = json.loads(pulled["cli"]["inspect"]["stdout"])
         assert info["base_model"] == "ann/kan" and info["parameters"] == 94
+        assert "(2, 2, 2)" in pulled["cli"]["inspect named"]["stdout"]  # the only one, though not the default
         assert "(1, 2, 3)" in pulled["cli"]["inspect other"]["stdout"]
 
     @pytest.mark.parametrize("how", ["merged", "extracted"])
