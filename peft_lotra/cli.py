@@ -176,13 +176,11 @@ def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = 
     for column in ("alpha", "norm", "parameters", "kB"):
         table.add_column(column, justify="right")
     for row in rows:
-        what = [row.family, str(row.shape), str(row.ranks), f"{row.alpha:g}", f"{row.norm:.3g}"]
-        table.add_row(
-            row.name,
-            *(what if row.ranks else ["saved whole"] + 4 * [""]),
-            f"{row.parameters:,}",
-            f"{row.size / 1e3:.1f}",
-        )
+        if row.ranks:
+            what = [row.family, str(row.shape), str(row.ranks), f"{row.alpha:g}", f"{row.norm:.3g}"]
+        else:
+            what = ["saved whole", *4 * [""]]
+        table.add_row(row.name, *what, f"{row.parameters:,}", f"{row.size / 1e3:.1f}")
     table.add_section()
     table.add_row("total", *5 * [""], f"{info['parameters']:,}", f"{info['bytes'] / 1e3:.1f}")
     console = _console()
@@ -213,10 +211,13 @@ def merge(
         model = PeftModel.from_pretrained(_load_model(base, factory), str(folder))
         merged = model.merge_and_unload(safe_merge=True)
         _save_model(merged, new)
-    layers = [row.name for row in table_of_tensors(config, tensors)]
+    rows = table_of_tensors(config, tensors)
+    layers = [row.name for row in rows if row.ranks]
+    replaced = [row.name for row in rows if not row.ranks]
+    also = f" and replaced {', '.join(replaced)}" if replaced else ""
     _report(
-        {"out": str(out), "class": type(merged).__name__, "merged": layers},
-        f"merged {len(layers)} layers of {adapter} into a {type(merged).__name__}: {out}",
+        {"out": str(out), "class": type(merged).__name__, "merged": layers, "replaced": replaced},
+        f"merged {len(layers)} layers of {adapter} into a {type(merged).__name__}{also}: {out}",
         as_json,
     )
 
@@ -423,7 +424,7 @@ def _ranks(text: str | None) -> int | tuple[int, ...] | None:
 
 def _console() -> Console:
     # when piped, rich would fold tables at 80 columns
-    return Console() if sys.stdout.isatty() else Console(width=160)
+    return Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
 
 
 def _report(info: dict[str, Any], text: str, as_json: bool) -> None:

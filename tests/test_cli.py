@@ -44,6 +44,9 @@ from peft_lotra.kan import KAN
 def build():
     return KAN([2, 4, 3])
 
+def with_head():
+    return torch.nn.Sequential(KAN([2, 4, 3]), torch.nn.Linear(3, 1))
+
 def number():
     return 3
 """
@@ -164,6 +167,23 @@ class TestMerge:
         load_model(merged, "merged/model.safetensors")
         model = PeftModel.from_pretrained(base, "plain-adapter")
         torch.testing.assert_close(output(merged), output(model), rtol=0, atol=1e-6)
+
+    def test_modules_that_are_saved_whole(self, run, made, monkeypatch):
+        monkeypatch.chdir(made)
+        base = torch.nn.Sequential(KAN([2, 4, 3]), torch.nn.Linear(3, 1))
+        save_model(base, "with-head.safetensors")
+        model = get_peft_model(base, LoTRAConfig(r=2, modules_to_save=["1"], init_weights=False))
+        with torch.no_grad():
+            base[1].weight.add_(1)
+        expected = output(model.eval())
+        model.save_pretrained("head-adapter")
+        assert "saved whole" in run("inspect head-adapter").stdout
+        assert json.loads(run("inspect head-adapter --json").stdout)["layers"][-1]["ranks"] is None
+        out = run("merge with-head.safetensors head-adapter with-head --factory nets:with_head").stdout
+        assert "merged 2 layers" in out and "replaced 1" in out
+        merged = torch.nn.Sequential(KAN([2, 4, 3]), torch.nn.Linear(3, 1))
+        load_model(merged, "with-head/model.safetensors")
+        torch.testing.assert_close(output(merged), expected, rtol=0, atol=1e-6)
 
     def test_the_dtype_is_kept(self, run, made):
         KANModel.from_pretrained(made / "base").double().save_pretrained("double")
