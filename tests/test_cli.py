@@ -45,7 +45,10 @@ def build():
     return KAN([2, 4, 3])
 
 def with_head():
-    return torch.nn.Sequential(KAN([2, 4, 3]), torch.nn.Linear(3, 1))
+    model = torch.nn.Sequential()
+    model.add_module("kan", KAN([2, 4, 3]))
+    model.add_module("head", torch.nn.Linear(3, 1))
+    return model
 
 def number():
     return 3
@@ -170,18 +173,20 @@ class TestMerge:
 
     def test_modules_that_are_saved_whole(self, run, made, monkeypatch):
         monkeypatch.chdir(made)
-        base = torch.nn.Sequential(KAN([2, 4, 3]), torch.nn.Linear(3, 1))
+        monkeypatch.syspath_prepend(made)
+        with_head = importlib.import_module("nets").with_head
+        base = with_head()
         save_model(base, "with-head.safetensors")
-        model = get_peft_model(base, LoTRAConfig(r=2, modules_to_save=["1"], init_weights=False))
+        model = get_peft_model(base, LoTRAConfig(r=2, modules_to_save=["head"], init_weights=False))
         with torch.no_grad():
-            base[1].weight.add_(1)
+            base.head.weight.add_(1)
         expected = output(model.eval())
         model.save_pretrained("head-adapter")
         assert "saved whole" in run("inspect head-adapter").stdout
         assert json.loads(run("inspect head-adapter --json").stdout)["layers"][-1]["ranks"] is None
         out = run("merge with-head.safetensors head-adapter with-head --factory nets:with_head").stdout
-        assert "merged 2 layers" in out and "replaced 1" in out
-        merged = torch.nn.Sequential(KAN([2, 4, 3]), torch.nn.Linear(3, 1))
+        assert "merged 2 layers" in out and "replaced head" in out
+        merged = with_head()
         load_model(merged, "with-head/model.safetensors")
         torch.testing.assert_close(output(merged), expected, rtol=0, atol=1e-6)
 
