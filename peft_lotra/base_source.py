@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from dataclasses import dataclass
@@ -146,7 +147,10 @@ def _same_architecture(base: nn.Module) -> str | None:
             imports = f"from {config_module} import {config_name}\nfrom {module} import {name}"
         return f"{imports}\n\nconfig = {config_name}.from_dict({written})\nbase = {name}(config)"
     arguments = _kan_arguments(base)
-    if arguments:
+    if arguments is None and module != "__main__" and "<locals>" not in name:
+        # a class without arguments always builds the same network
+        arguments = None if inspect.signature(type(base)).parameters else ""
+    if arguments is not None:
         return f"from {module} import {name}\n\nbase = {name}({arguments})"
     return None
 

@@ -61,7 +61,7 @@ class AdapterRow:
 
 
 def adapter_table(model: PeftModel, adapter_name: str = "default") -> list[AdapterRow]:
-    """The layers of an adapter of a model, see [`AdapterRow`], in the order of the model."""
+    """The layers of an adapter of a model, see [`AdapterRow`]: by name, and those that are saved whole last."""
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return table_of_tensors(model.peft_config[adapter_name], tensors)
 
@@ -76,7 +76,13 @@ def table_of_tensors(config: LoTRAConfig, tensors: dict[str, torch.Tensor]) -> l
     for key, tensor in without_other_adapters(tensors).items():
         name, _, part = key.removeprefix("base_model.model.").rpartition(".")
         layers.setdefault(name, {})[part] = tensor
-    return [_row(config, name, parts) for name, parts in layers.items()]
+    return sorted((_row(config, name, parts) for name, parts in layers.items()), key=_order)
+
+
+def _order(row: AdapterRow) -> tuple:
+    # layers.2 before layers.10; neither files nor configurations keep the order of the model
+    parts = [(int(part), "") if part.isdecimal() else (-1, part) for part in row.name.split(".")]
+    return row.ranks is None, parts
 
 
 def without_other_adapters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -32,6 +32,7 @@ from peft import get_peft_model, get_peft_model_state_dict
 from peft_lotra import LoTRAConfig, write_model_card
 from peft_lotra.hub import adapter_table
 from peft_lotra.kan import KAN, KANConfig, KANModel
+from peft_lotra.saved import read_adapter, table_of_tensors
 
 
 WORKER = Path(__file__).parent / "hub_worker.py"
@@ -284,6 +285,12 @@ class TestCommandsOnTheHub:
 ###########################
 
 
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kan = KAN([2, 3, 1])
+
+
 @pytest.fixture
 def model():
     return get_peft_model(KANModel(KANConfig(widths=(2, 4, 1))), LoTRAConfig(r=2, init_weights=False))
@@ -371,6 +378,7 @@ class TestWriteModelCard:
         ("base", "code"),
         [
             (KAN([2, 3, 1], grid_size=4), "base = KAN([2, 3, 1], grid_size=4, spline_order=3, grid_range=(-1, 1))"),
+            (Network(), f"from {__name__} import Network\n\nbase = Network()\n# now load into `base` the weights"),
             (torch.nn.Sequential(KAN([2, 1])), "base = ...  # a torch.nn.Sequential, with the weights"),
         ],
     )
@@ -402,3 +410,11 @@ def test_adapter_table():
         assert row.norm == pytest.approx(delta.norm().item(), rel=1e-6)
         assert row.size == 4 * row.parameters == 4 * (6 + row.shape[0] + 2 * row.shape[1] + 3 * row.shape[2])
     assert rows["head"].ranks is None and rows["head"].parameters == 4
+
+
+def test_the_order_of_the_table(tmp_path):
+    model = get_peft_model(KAN([2] * 13), LoTRAConfig(r=1))
+    names = [f"layers.{number}" for number in range(12)]
+    assert [row.name for row in adapter_table(model)] == names
+    model.save_pretrained(tmp_path)
+    assert [row.name for row in table_of_tensors(*read_adapter(tmp_path))] == names
