@@ -15,7 +15,7 @@
 """Quickstart: a KAN that reads handwritten digits learns a second kind of scans from 200 labels.
 
     python examples/quickstart.py                     # about a minute on two cores, no network
-    python examples/quickstart.py --push USER/REPO    # push the adapter to the Hugging Face Hub
+    python examples/quickstart.py --push USER/REPO    # push the adapter to the Hugging Face Hub, its base to REPO-base
 
 The scans are scikit-learn's digits (1,797 real ones, 8x8 pixels). A base model is trained on them as they are. Then
 the scanner changes: scans come rotated by 30 degrees and noisy, and only 200 of them have labels. The base model is
@@ -33,6 +33,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from huggingface_hub import EvalResult
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -40,8 +41,8 @@ from scipy.ndimage import rotate
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig, preprocess_lotra
-from peft_lotra.kan import KAN
+from peft_lotra import LoTRAConfig, preprocess_lotra, push_to_hub
+from peft_lotra.kan import KAN, KANConfig, KANModel
 from peft_lotra.plotting import plot_edge_functions
 
 
@@ -155,7 +156,7 @@ def save_switch_merge(console: Console, run: dict, images, args) -> None:
     base, lotra, second, y, test = (run[key] for key in ("base", "lotra", "second", "labels", "test"))
     scans = {kind: scan(kind, images, 0) for kind in ("rotated", "negative")}
     if args.push:
-        lotra.push_to_hub(args.push)
+        push(args.push, base, lotra, accuracy(lotra, scans["rotated"][test], y[test]))
         source = args.push
     else:
         source = args.output / "rotated"
@@ -187,6 +188,28 @@ def save_switch_merge(console: Console, run: dict, images, args) -> None:
         size = (source / "adapter_model.safetensors").stat().st_size
         whole = sum(p.numel() * p.element_size() for p in base.parameters())
         console.print(f"adapter file: {size / 1000:.1f} kB (the whole model: {whole / 1000:.0f} kB), in {source}")
+
+
+def push(repo: str, base: KAN, lotra: PeftModel, percent: float) -> None:
+    """The base goes to the Hub as a transformers model, and the adapter's card says how to get both."""
+    model = KANModel(KANConfig(widths=WIDTHS, problem_type="single_label_classification"))
+    model.kan.load_state_dict(base.state_dict())
+    model.push_to_hub(f"{repo}-base")
+    push_to_hub(
+        lotra,
+        repo,
+        base_model=f"{repo}-base",
+        base_code=f'from peft_lotra.kan import KANModel\n\nbase = KANModel.from_pretrained("{repo}-base").kan',
+        metrics=[
+            EvalResult(
+                task_type="image-classification",
+                dataset_type="scikit-learn/digits",
+                dataset_name="scikit-learn's digits, rotated by 30 degrees and noisy",
+                metric_type="accuracy",
+                metric_value=round(percent / 100, 3),
+            )
+        ],
+    )
 
 
 def draw(runs: list[dict], means: dict, images, path: Path) -> None:

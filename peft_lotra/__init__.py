@@ -15,9 +15,11 @@
 """LoTRA: low tensor-rank adaptation of Kolmogorov-Arnold networks, as a PEFT method. Importing it registers it."""
 
 from ._version import __version__
+from .card import write_model_card
 from .config import LoTRAConfig
 from .extraction import extract_lotra
 from .hotswap import hotswap_adapter
+from .hub import push_to_hub
 from .initialization import preprocess_lotra
 from .kan_layers import FoundKANLayer, KANLayerSpec, find_kan_layers, register_kan_layer
 from .layer import LoTRALayer
@@ -45,9 +47,11 @@ __all__ = [
     "lotra_lr_multipliers",
     "model_summary",
     "preprocess_lotra",
+    "push_to_hub",
     "register_kan_layer",
     "suggest_ranks",
     "update_spectrum",
+    "write_model_card",
 ]
 
 register(config_cls=LoTRAConfig, model_cls=LoTRAModel)

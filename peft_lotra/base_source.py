@@ -1,0 +1,172 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Where the base of an adapter comes from, as Python for the model card."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from pprint import pformat
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from torch import nn
+
+from .config import LoTRAConfig
+
+
+# what a configuration says besides the architecture
+_INCIDENTAL = ("_name_or_path", "architectures", "transformers_version", "model_type", "dtype", "torch_dtype")
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """Where the base model comes from.
+
+    Attributes:
+        model (`str` or `None`): Its repository on the Hub.
+        module (`str` or `None`): What its class is imported from, if that is known.
+        name (`str` or `None`): The name of its class.
+        code (`str`): Python that makes the variable `base`.
+        auto (`bool`): Whether `AutoPeftModel` finds it as well.
+    """
+
+    model: str | None
+    module: str | None
+    name: str | None
+    code: str
+    auto: bool
+
+
+def hub_id(name: str | None) -> str | None:
+    """The name, if it can be that of a repository; None for a folder here, or nothing."""
+    if not name or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def check_base_model(base_model: str | None) -> None:
+    """Raises a ValueError if this cannot be the name of a repository."""
+    try:
+        if base_model is not None:
+            validate_repo_id(base_model)
+    except HFValidationError:
+        raise ValueError(
+            f"`base_model` is {base_model!r}, expected a repository on the Hub such as 'user/kan'. For a base that is "
+            "not on the Hub pass `base_code`."
+        ) from None
+
+
+def source_of_model(
+    base: nn.Module, config: LoTRAConfig, base_model: str | None = None, base_code: str | None = None
+) -> BaseSource:
+    """The source of a base that is at hand; `base_model` and `base_code` as for `write_model_card`."""
+    module, name = _import_path(type(base))
+    model = base_model or hub_id(getattr(base, "name_or_path", None))
+    auto = base_code is None and model is not None and hasattr(base, "from_pretrained")
+    if base_code is not None:
+        code = base_code.strip("\n")
+    elif auto:
+        code = _from_pretrained(module, name, model, config.revision)
+    else:
+        where = f"those of {model} on the Hub" if model else "which are not on the Hub"
+        built = _same_architecture(base)
+        todo = f"# now load into `base` the weights that the adapter was trained on, {where}"
+        code = f"{built}\n{todo}" if built else _by_hand(module, name)
+    return BaseSource(model, module, name, code, auto)
+
+
+def source_of_config(
+    config: LoTRAConfig,
+    base_model: str | None = None,
+    base_code: str | None = None,
+    written_code: str | None = None,
+) -> BaseSource:
+    """The source of the base as a saved adapter tells it, and `written_code`, that of the card that came with it."""
+    mapping = config.auto_mapping or {}
+    module, name = mapping.get("parent_library"), mapping.get("base_model_class")
+    cls = getattr(sys.modules.get(module), name, None) if module and name else None
+    if isinstance(cls, type):
+        module, name = _import_path(cls)
+    model = base_model or hub_id(config.base_model_name_or_path)
+    loads = _from_pretrained(module, name, model, config.revision) if model and name else None
+    code = base_code or (None if base_model else written_code) or loads or _by_hand(module, name)
+    code = code.strip("\n")
+    return BaseSource(model, module, name, code, auto=code == loads)
+
+
+def _import_path(cls: type) -> tuple[str, str]:
+    """The shortest of the packages that the class can be imported from, and its name."""
+    parts = cls.__module__.split(".")
+    for end in range(1, len(parts) + 1):
+        package = ".".join(parts[:end])
+        if getattr(sys.modules.get(package), cls.__name__, None) is cls:
+            return package, cls.__name__
+    return cls.__module__, cls.__qualname__
+
+
+def _from_pretrained(module: str, name: str, model: str, revision: str | None) -> str:
+    arguments = json.dumps(model) + (f", revision={json.dumps(revision)}" if revision else "")
+    return f"from {module} import {name}\n\nbase = {name}.from_pretrained({arguments})"
+
+
+def _by_hand(module: str | None, name: str | None) -> str:
+    what = f"a {module}.{name}" if name else "the base model"
+    return f"base = ...  # {what}, with the weights that the adapter was trained on"
+
+
+def _same_architecture(base: nn.Module) -> str | None:
+    """Python that builds a network of the same architecture, for those whose arguments can be told."""
+    module, name = _import_path(type(base))
+    config = getattr(base, "config", None)
+    if hasattr(base, "from_pretrained") and hasattr(config, "to_diff_dict"):
+        config_module, config_name = _import_path(type(config))
+        values = {key: value for key, value in config.to_diff_dict().items() if key not in _INCIDENTAL}
+        written = pformat(values, sort_dicts=False, width=100, compact=True)
+        if config_module == module:
+            imports = f"from {module} import {config_name}, {name}"
+        else:
+            imports = f"from {config_module} import {config_name}\nfrom {module} import {name}"
+        return f"{imports}\n\nconfig = {config_name}.from_dict({written})\nbase = {name}(config)"
+    arguments = _kan_arguments(base)
+    if arguments is None and module != "__main__" and "<locals>" not in name:
+        # a class without arguments always builds the same network
+        arguments = None if inspect.signature(type(base)).parameters else ""
+    if arguments is not None:
+        return f"from {module} import {name}\n\nbase = {name}({arguments})"
+    return None
+
+
+def _kan_arguments(base: nn.Module) -> str | None:
+    """How a `peft_lotra.kan.KAN` was made."""
+    from .kan import KAN, KANLinear
+
+    if type(base) is not KAN:
+        return None
+    layers = [getattr(layer, "base_layer", layer) for layer in base.layers]
+    if any(type(layer) is not KANLinear for layer in layers):
+        return None
+    settings = {(layer.grid_size, layer.spline_order, layer.grid_range) for layer in layers}
+    if len(settings) != 1:
+        return None
+    ((grid_size, spline_order, grid_range),) = settings
+    widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
+    return f"{widths}, grid_size={grid_size}, spline_order={spline_order}, grid_range={grid_range}"

@@ -1,0 +1,447 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The command line: peft-lotra inspect | merge | extract | push."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f"peft-lotra needs typer and rich ({error}): pip install typer rich") from error
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from ._version import __version__
+from .base_source import hub_id
+from .saved import adapter_folders, read_adapter, table_of_tensors
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+app = typer.Typer(
+    help="Low tensor-rank adapters (LoTRA) of Kolmogorov-Arnold networks (KANs).\n\n"
+    "Models and adapters are folders or repositories on the Hugging Face Hub (log in by `hf auth login` for private "
+    "ones). Only safetensors are read, nothing is unpickled. Exit codes: 0 done, 1 failed, 2 wrong usage.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of ADAPTER on the Hub.")]
+Subfolder = Annotated[str | None, typer.Option(help="Subfolder of ADAPTER: the name of one that is not `default`.")]
+Factory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:CALLABLE",
+        help="Builds the network, for models that are no transformers models: they are then .safetensors files of its "
+        "state dict. The current folder is searched for the module.",
+    ),
+]
+Adapter = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="A folder that `save_pretrained` wrote, or USER/REPO on the Hub.")
+]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write. It must not exist, or be empty.")]
+_MODEL = (
+    "A transformers model such as KANModel, as a folder or USER/REPO on the Hub; with --factory a .safetensors file."
+)
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _say(text: str) -> None:
+    """One line, whatever the message was."""
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    print(re.sub(r"(?<![.:;,!?])\n", "; ", "\n".join(lines)).replace("\n", " "), file=sys.stderr)
+
+
+def _command(function: Callable) -> Callable:
+    """Makes a command, whose errors and warnings are one line on stderr; PEFT_LOTRA_DEBUG=1 shows the traceback."""
+
+    @app.command(name=function.__name__)
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                _quiet()
+                return function(*args, **kwargs)
+            except typer.BadParameter:
+                raise
+            except Exception as error:
+                if os.environ.get("PEFT_LOTRA_DEBUG"):
+                    raise
+                meant_for_users = isinstance(error, (ValueError, OSError, ImportError)) and str(error)
+                _say(f"error: {error}" if meant_for_users else f"error: {type(error).__name__}: {error}")
+                raise typer.Exit(1) from error
+
+    return wrapper
+
+
+def _show_warning(message, category, *args, **kwargs) -> None:
+    if issubclass(category, UserWarning):
+        _say(f"warning: {message}")
+
+
+def _quiet() -> None:
+    """No bars for a few kilobytes, and no remarks of the libraries between our lines."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+@_command
+def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False) -> None:
+    """Show what an adapter holds.
+
+    Its layers, ranks, parameters, size, and the norm of each update.
+    """
+    folder = _one_adapter(adapter, revision, subfolder)
+    config, tensors = read_adapter(folder)
+    rows = table_of_tensors(config, tensors)
+    info = {
+        "adapter": adapter,
+        "peft_type": "LOTRA",
+        "base_model": config.base_model_name_or_path,
+        "base_class": (config.auto_mapping or {}).get("base_model_class"),
+        "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
+        "parameters": sum(row.parameters for row in rows),
+        "bytes": sum(row.size for row in rows),
+        "finite": all(tensor.isfinite().all().item() for tensor in tensors.values()),
+        "layers": [_finite(asdict(row)) for row in rows],
+    }
+    if as_json:
+        _print_json(info)
+        return
+    base = info["base_model"] or f"a {info['base_class'] or 'model'} that is not on the Hub"
+    table = Table(title=f"LoTRA adapter {adapter}, for {base}", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    for column in ("family", "update (out, in, basis)", "ranks"):
+        table.add_column(column)
+    for column in ("alpha", "norm", "parameters", "kB"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        if row.ranks:
+            what = [row.family, str(row.shape), str(row.ranks), f"{row.alpha:g}", f"{row.norm:.3g}"]
+        else:
+            what = ["saved whole", *4 * [""]]
+        table.add_row(row.name, *what, f"{row.parameters:,}", f"{row.size / 1e3:.1f}")
+    table.add_section()
+    table.add_row("total", *5 * [""], f"{info['parameters']:,}", f"{info['bytes'] / 1e3:.1f}")
+    console = _console()
+    console.print(table)
+    if not info["finite"]:
+        console.print("The adapter is broken: it has values that are NaN or infinite.")
+
+
+@_command
+def merge(
+    base: Annotated[str, typer.Argument(metavar="BASE", help=_MODEL)],
+    adapter: Adapter,
+    out: Out,
+    factory: Factory = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its base model.
+
+    Saves the model that results, of the class of BASE, and without a trace of the adapter.
+    """
+    from peft import PeftModel
+
+    with _new_folder(out) as new:
+        folder = _one_adapter(adapter, revision, subfolder)
+        config, tensors = read_adapter(folder)
+        model = PeftModel.from_pretrained(_load_model(base, factory), str(folder))
+        merged = model.merge_and_unload(safe_merge=True)
+        _save_model(merged, new)
+    rows = table_of_tensors(config, tensors)
+    layers = [row.name for row in rows if row.ranks]
+    replaced = [row.name for row in rows if not row.ranks]
+    also = f" and replaced {', '.join(replaced)}" if replaced else ""
+    _report(
+        {"out": str(out), "class": type(merged).__name__, "merged": layers, "replaced": replaced},
+        f"merged {len(layers)} layers of {adapter} into a {type(merged).__name__}{also}: {out}",
+        as_json,
+    )
+
+
+@_command
+def extract(
+    base: Annotated[str, typer.Argument(metavar="BASE", help=_MODEL)],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="BASE after full fine-tuning, given likewise.")],
+    out: Out,
+    energy: Annotated[float | None, typer.Option(help="Share of each update's energy to keep, 0 to 1.")] = None,
+    rank: Annotated[str | None, typer.Option(help="Ranks: a number, or three (out,in,basis), as 8,8,4.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Number of parameters of the adapter.")] = None,
+    factory: Factory = None,
+    as_json: Json = False,
+) -> None:
+    """Make an adapter out of two checkpoints.
+
+    They are a base model, and what full fine-tuning made of it. Give one of --energy, --rank and --budget.
+    """
+    from .card import write_model_card
+    from .extraction import extract_lotra
+
+    if [energy, rank, budget].count(None) != 2:
+        raise typer.BadParameter("Give one of --energy, --rank and --budget.")
+    with _new_folder(out) as new:
+        models = [_load_model(source, factory) for source in (base, tuned)]
+        model = extract_lotra(*models, r=_ranks(rank), energy=energy, budget=budget)
+        model.save_pretrained(new)
+        write_model_card(model, new)
+    report = model.extraction_report
+    _report({"out": str(out), **asdict(report)}, f"{report}\nadapter: {out}", as_json)
+
+
+@_command
+def push(
+    adapter: Adapter,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Where to push to, USER/REPO; made if need be.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch of REPO to commit to; made if need be.")] = None,
+    message: Annotated[str | None, typer.Option(help="The message of the commit.")] = None,
+    pull_request: Annotated[bool, typer.Option("--pr", help="Open a pull request instead.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="The base model on the Hub, USER/REPO.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="One more tag; may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Push a saved adapter to the Hub.
+
+    In one commit, with a model card that says how to load it.
+    """
+    from .hub import push_to_hub
+
+    info = push_to_hub(
+        _adapter_folder(adapter),
+        repo,
+        private=private or None,
+        revision=revision,
+        commit_message=message,
+        create_pr=pull_request,
+        base_model=base_model,
+        tags=tag or (),
+    )
+    url = info.pr_url or info.commit_url
+    _report({"repo": repo, "commit": info.oid, "url": url}, f"pushed {adapter}: {url}", as_json)
+
+
+################################
+# Models and adapters by name  #
+################################
+
+
+def _adapter_folder(source: str, revision: str | None = None) -> Path:
+    """The folder of adapters, downloaded if it is not one of this machine."""
+    folder = Path(source)
+    if not folder.exists():
+        if hub_id(source) is None:
+            raise ValueError(f"{source} is no folder, and cannot be a repository on the Hub (USER/REPO) either.")
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+        files = ["README.md", CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+        try:
+            folder = Path(
+                snapshot_download(source, revision=revision, allow_patterns=[*files, *(f"*/{file}" for file in files)])
+            )
+        except RepositoryNotFoundError as error:
+            raise ValueError(
+                f"{source} is neither a folder here nor a repository on the Hub that you may read. (For a private one "
+                "log in by `hf auth login`.)"
+            ) from error
+        except LocalEntryNotFoundError as error:
+            raise ValueError(f"{source} is no folder here, and the Hub cannot be asked: {error}") from error
+    elif revision is not None:
+        raise ValueError(f"--revision is for adapters on the Hub, and {source} is a folder here.")
+    if not adapter_folders(folder):
+        raise ValueError(f"{source} is no adapter: it has no {CONFIG_NAME}.")
+    return folder
+
+
+def _one_adapter(source: str, revision: str | None, subfolder: str | None) -> Path:
+    """The folder of the adapter that is meant among those of a source."""
+    found = adapter_folders(_adapter_folder(source, revision))
+    name = subfolder or ("default" if "default" in found or len(found) > 1 else next(iter(found)))
+    if name not in found:
+        raise ValueError(f"{source} has no adapter `{name}`, only {list(found)}: choose one by --subfolder.")
+    return found[name]
+
+
+def _load_model(source: str, factory: str | None) -> nn.Module:
+    """A model by its name on the command line; only safetensors are read."""
+    if factory is not None:
+        from safetensors.torch import load_model
+
+        model = _call_factory(factory)
+        if not source.endswith(".safetensors") or not Path(source).is_file():
+            raise ValueError(
+                f"With --factory, {source} must be a .safetensors file with the state dict of the network."
+            )
+        try:
+            load_model(model, source)
+        except RuntimeError as error:
+            raise ValueError(f"{source} is no state dict of what {factory} builds: {error}") from error
+        return model
+    if Path(source).is_file():
+        raise ValueError(f"{source} is a file: say by --factory MODULE:CALLABLE what network it belongs to.")
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ValueError(f"{source} is no model: it has no config.json.")
+    if not Path(source).exists() and hub_id(source) is None:
+        raise ValueError(f"{source} is no folder, and cannot be a repository on the Hub (USER/REPO) either.")
+    from transformers import AutoConfig, AutoModel
+
+    from .kan import KANModel  # noqa: F401 - makes it known to AutoModel
+
+    # by its configuration, since AutoModel would take an adapter for a model
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    return AutoModel.from_pretrained(
+        source, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
+    )
+
+
+def _call_factory(factory: str) -> nn.Module:
+    from torch import nn
+
+    module, _, name = factory.partition(":")
+    if not module or not name:
+        raise ValueError(f"--factory is {factory!r}, expected MODULE:CALLABLE, such as my_nets:build.")
+    sys.path.insert(0, os.getcwd())
+    try:
+        build = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--factory {factory} was not found: {error}") from error
+    finally:
+        sys.path.pop(0)
+    model = build()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--factory {factory} returns a {type(model).__name__}, expected a torch.nn.Module.")
+    return model
+
+
+def _save_model(model: nn.Module, folder: Path) -> None:
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+    else:
+        from safetensors.torch import save_model
+
+        save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name when everything is written; on an error nothing is left."""
+    out = out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already: choose another name, or remove it.")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out.parent} is no folder: make it first.")
+    new = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield new
+        umask = os.umask(0)
+        os.umask(umask)
+        new.chmod(0o777 & ~umask)  # mkdtemp makes it private
+        if out.exists():
+            out.rmdir()
+        new.rename(out)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def _ranks(text: str | None) -> int | tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        ranks = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--rank is {text!r}, expected a number, or three such as 8,8,4.") from None
+    return ranks[0] if len(ranks) == 1 else ranks
+
+
+##########
+# Output #
+##########
+
+
+def _console() -> Console:
+    # when piped, rich would fold tables at 80 columns
+    return Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+
+
+def _report(info: dict[str, Any], text: str, as_json: bool) -> None:
+    if as_json:
+        _print_json(info)
+    else:
+        print(text)
+
+
+def _print_json(info: dict[str, Any]) -> None:
+    print(json.dumps(info, indent=2, allow_nan=False))
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+if __name__ == "__main__":
+    main()

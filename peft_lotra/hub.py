@@ -1,0 +1,289 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Adapters on the Hugging Face Hub: pushed in one commit, with a model card that works."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, ModelCard, get_token, hf_hub_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+
+from .base_source import check_base_model, hub_id
+from .card import README, combine_cards, load_card, write_model_card, written_code
+from .registration import NAME
+from .saved import adapter_folders, adapter_table, peft_type_of, read_adapter, without_other_adapters
+
+
+__all__ = ["adapter_table", "push_to_hub", "write_model_card"]
+
+
+def push_to_hub(
+    model: PeftModel | str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    tags: Iterable[str] = (),
+    create_pr: bool = False,
+    base_model: str | None = None,
+    base_code: str | None = None,
+    metrics: dict[str, float] | list[EvalResult] | None = None,
+    selected_adapters: list[str] | None = None,
+) -> CommitInfo:
+    """Pushes the adapters of a model to the Hugging Face Hub, with a model card that says how to load them.
+
+    `model.push_to_hub` would replace the card by a generic one of transformers. Adapters and card go up in one commit:
+    if anything goes wrong, the repository is as it was (one that was made for this push may stay, empty). What a
+    person wrote in the README.md of the repository is kept, see `write_model_card`.
+
+    Example:
+
+    ```py
+    >>> from peft_lotra import push_to_hub
+    >>> push_to_hub(model, "user/kan-rotated", base_model="user/kan", metrics={"accuracy": 0.853})
+    ```
+
+    Args:
+        model (`PeftModel`, `str` or `os.PathLike`): The model with the adapters, or the folder that `save_pretrained`
+            wrote them into. The base is not pushed.
+        repo_id (`str`): The repository, "user/name"; it is created if it does not exist.
+        private (`bool`, *optional*): Whether a new repository is private.
+        revision (`str`, *optional*): The branch to commit to, which is made from the main one if it does not exist.
+        token (`str`, *optional*): By default the one of `hf auth login` or HF_TOKEN.
+        commit_message (`str`, *optional*): The first line of the commit.
+        tags (`Iterable[str]`): Tags besides "lotra", "kan" and "peft-plugin".
+        create_pr (`bool`): Whether to open a pull request instead of committing.
+        base_model (`str`, *optional*): The base model on the Hub; by default where the base was loaded from.
+        base_code (`str`, *optional*): Python that makes the variable `base`, for the card's snippet, where
+            `from_pretrained` does not load it from the Hub.
+        metrics (`dict` or `list[huggingface_hub.EvalResult]`, *optional*): Results, for the model-index; those in the
+            repository are kept if none are given.
+        selected_adapters (`list[str]`, *optional*): The adapters to push, by default all. "default" goes to the root
+            of the repository, others to subfolders of their name.
+
+    Returns:
+        `huggingface_hub.CommitInfo`: The commit, or the pull request.
+
+    Raises:
+        ValueError: An adapter is not of LoTRA, or the folder holds none; the repository holds an adapter of another
+            method, a README.md with broken front matter, or is public though `private` is asked for; an argument
+            cannot be used.
+        LocalTokenNotFoundError: Not logged in.
+        HfHubHTTPError: The Hub refuses.
+    """
+    if isinstance(model, PeftModel):
+        _check_lotra(model, selected_adapters)
+        save, peft_model = partial(_save_model, model, selected_adapters), model
+    elif not isinstance(model, (str, os.PathLike)):
+        raise ValueError(f"`model` is a {type(model).__name__}, expected a PeftModel or the folder of an adapter.")
+    else:
+        adapters = _check_folder(Path(model), selected_adapters)
+        save, peft_model = partial(_save_files, Path(model), adapters), None
+    check_base_model(base_model)
+    target = _Target(repo_id, private, revision, token, create_pr)
+    with _explained(target.repo_id), TemporaryDirectory() as name:
+        folder = Path(name)
+        target.look()
+        save(folder)
+        for path in adapter_folders(folder).values():
+            target.check_adapter((path / CONFIG_NAME).relative_to(folder).as_posix())
+            _set_base(path / CONFIG_NAME, base_model)
+        here = load_card(folder / README)
+        card = combine_cards(here, target.load_card())
+        if card is not None:
+            card.save(folder / README)
+        write_model_card(
+            peft_model,
+            folder,
+            repo_id=target.repo_id,
+            revision=None if create_pr else revision,
+            base_model=base_model,
+            base_code=base_code or (None if base_model else written_code(here)),
+            tags=tags,
+            metrics=metrics,
+        )
+        return target.commit(folder, commit_message)
+
+
+def _check_lotra(model: PeftModel, selected_adapters: list[str] | None) -> None:
+    names = list(model.peft_config) if selected_adapters is None else selected_adapters
+    if not names or not set(names) <= set(model.peft_config):
+        raise ValueError(f"`selected_adapters` is {names}, the model has {list(model.peft_config)}.")
+    kinds = {name: model.peft_config[name].peft_type for name in names}
+    others = {name: getattr(kind, "value", kind) for name, kind in kinds.items() if kind != NAME}
+    if others:
+        raise ValueError(f"Adapters of other methods are not pushed here: {others}. Use `selected_adapters`.")
+
+
+def _check_folder(folder: Path, selected_adapters: list[str] | None) -> list[Path]:
+    saved = adapter_folders(folder)
+    if not saved:
+        raise ValueError(f"{folder} is no adapter: it has no {CONFIG_NAME}.")
+    names = list(saved) if selected_adapters is None else selected_adapters
+    if not names or not set(names) <= set(saved):
+        raise ValueError(f"`selected_adapters` is {names}, {folder} has {list(saved)}.")
+    adapters = [saved[name] for name in names]
+    for path in adapters:
+        read_adapter(path)
+    load_card(folder / README)
+    return adapters
+
+
+def _save_model(model: PeftModel, selected_adapters: list[str] | None, folder: Path) -> None:
+    model.save_pretrained(folder, selected_adapters=selected_adapters)
+    # the card that PEFT wrote; the one in the repository, if there is one, is what a person may have written in
+    (folder / README).unlink()
+    for path in adapter_folders(folder).values():
+        weights = path / SAFETENSORS_WEIGHTS_NAME
+        tensors = load_file(weights)
+        own = without_other_adapters(tensors)
+        if len(own) < len(tensors):  # nobody asked for the others to be published
+            save_file(own, weights, metadata={"format": "pt"})
+
+
+def _save_files(origin: Path, adapters: list[Path], folder: Path) -> None:
+    """Copies what belongs to the adapters, and nothing else that a training may have left there."""
+    for path in adapters:
+        copy = folder / path.relative_to(origin)
+        copy.mkdir(exist_ok=True)
+        for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+            shutil.copyfile(path / file, copy / file)
+    if (origin / README).is_file():
+        shutil.copyfile(origin / README, folder / README)
+
+
+@dataclass
+class _Target:
+    """Where a push goes, and what is there already."""
+
+    repo_id: str
+    private: bool | None
+    revision: str | None
+    token: str | None
+    create_pr: bool
+    # what `look` finds: whether there is a repository, and in it the branch, its last commit, and the files of that
+    exists: bool = False
+    has_branch: bool = False
+    head: str | None = None
+    files: frozenset[str] = frozenset()
+    api: HfApi = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.create_pr and self.revision not in (None, "main"):
+            raise ValueError(f"A pull request is made for the main branch, `revision` is {self.revision!r}.")
+        if not (self.token or get_token()) or self.token is False:
+            raise LocalTokenNotFoundError(
+                "Not logged in to the Hugging Face Hub. Run `hf auth login`, set HF_TOKEN, or pass `token`."
+            )
+        self.api = HfApi(token=self.token)
+        if "/" not in self.repo_id:
+            self.repo_id = f"{self.api.whoami()['name']}/{self.repo_id}"
+
+    def look(self) -> None:
+        try:
+            try:
+                info = self.api.model_info(self.repo_id, revision=self.revision)
+                self.has_branch = True
+            except RevisionNotFoundError:
+                info = self.api.model_info(self.repo_id)
+        except RepositoryNotFoundError:
+            return
+        if self.private and info.private is False:
+            raise ValueError(
+                f"`private=True`, but {self.repo_id} exists and is public. Make it private first "
+                "(`HfApi().update_repo_settings`), or push to another repository."
+            )
+        self.exists, self.head = True, info.sha
+        self.files = frozenset(self.api.list_repo_files(self.repo_id, revision=self.head))
+
+    def download(self, file: str) -> Path:
+        return Path(hf_hub_download(self.repo_id, file, revision=self.head, token=self.token))
+
+    def load_card(self) -> ModelCard | None:
+        if README not in self.files:
+            return None
+        return load_card(self.download(README), f"{README} in {self.repo_id}")
+
+    def check_adapter(self, config_file: str) -> None:
+        """Raises a ValueError if the repository has an adapter of another method in this place."""
+        if config_file not in self.files:
+            return
+        peft_type = peft_type_of(self.download(config_file))
+        if peft_type != NAME:
+            raise ValueError(
+                f"{self.repo_id} holds a {peft_type} adapter in {config_file}, which a {NAME} adapter would replace. "
+                "Push to another repository or `revision`, or delete that one first."
+            )
+
+    def commit(self, folder: Path, message: str | None) -> CommitInfo:
+        if not self.exists:
+            self.api.create_repo(self.repo_id, private=self.private, exist_ok=True)
+        if self.revision and not self.has_branch:
+            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+        # not upload_folder, which may make several commits. With the parent, what others commit meanwhile is an error.
+        return self.api.create_commit(
+            self.repo_id,
+            [
+                CommitOperationAdd(path.relative_to(folder).as_posix(), str(path))
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            ],
+            commit_message=message or "Upload LoTRA adapter",
+            revision=self.revision,
+            create_pr=self.create_pr,
+            parent_commit=self.head,
+        )
+
+
+def _set_base(path: Path, base_model: str | None) -> None:
+    """The base model in the configuration of an adapter; a folder of this machine says nothing to others."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base_model or hub_id(config.get("base_model_name_or_path"))
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Adds to what the Hub answers what can be done about it."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            error.append_to_message("\nThe Hub does not accept the token: log in again (`hf auth login`).")
+        elif status == 403:
+            error.append_to_message(f"\nThe token may not write to {repo_id}: it needs the right to write.")
+        elif status == 412:
+            error.append_to_message(f"\n{repo_id} was changed during the push, and nothing was pushed: try again.")
+        raise
