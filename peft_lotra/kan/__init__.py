@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING
 from .basis import bspline_basis
 from .layer import KANLinear
 from .network import KAN
+from .slim import SlimKAN, SlimKANLinear
 
 
 if TYPE_CHECKING:
     from .configuration_kan import KANConfig
     from .modeling_kan import KANModel
 
-__all__ = ["KAN", "KANConfig", "KANLinear", "KANModel", "bspline_basis"]
+__all__ = ["KAN", "KANConfig", "KANLinear", "KANModel", "SlimKAN", "SlimKANLinear", "bspline_basis"]
 
 
 def __getattr__(name: str):
