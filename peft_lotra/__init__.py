@@ -15,6 +15,7 @@
 """LoTRA: low tensor-rank adaptation of Kolmogorov-Arnold networks, as a PEFT method. Importing it registers it."""
 
 from ._version import __version__
+from .compression import SlimReport, slim, to_dense
 from .config import LoTRAConfig
 from .extraction import extract_lotra
 from .initialization import preprocess_lotra
@@ -32,6 +33,7 @@ __all__ = [
     "LoTRAConfig",
     "LoTRALayer",
     "LoTRAModel",
+    "SlimReport",
     "__version__",
     "create_lotra_optimizer",
     "extract_lotra",
@@ -40,7 +42,9 @@ __all__ = [
     "lotra_lr_multipliers",
     "preprocess_lotra",
     "register_kan_layer",
+    "slim",
     "suggest_ranks",
+    "to_dense",
     "update_spectrum",
 ]
 

@@ -32,7 +32,6 @@ from .config import LoTRAConfig
 from .kan_layers import KANLayerSpec, find_kan_layers
 from .layer import LoTRALayer
 from .ranks import (
-    EDGE_SCALES,
     CoefficientUpdate,
     Spectrum,
     coefficient_updates,
@@ -41,6 +40,7 @@ from .ranks import (
     suggest_ranks,
     unwrap,
 )
+from .slim_layer import EDGE_SCALES
 from .targets import locate_target
 from .tucker import balance, cap_ranks, tucker, tucker_scaled
 

@@ -30,7 +30,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .kan.layer import KANLinear
+from .kan.slim import SlimKANLinear
 from .layout import Layout, parse_layout
+from .slim_layer import SlimLayer
 
 
 @dataclass(frozen=True)
@@ -423,4 +425,20 @@ register_kan_layer(
     grid=("grid_bounds",),
     grid_methods=("update_grid",),
     basis=lambda m, x: m.basis(x),
+)
+# The parameters of Slim layers are Tucker components; what is described here are the tensors that they make. An
+# adapter is added to the components, see `SlimLoTRALayer`.
+register_kan_layer(
+    "slim-kan",
+    matches=SlimKANLinear,
+    coefficients=("spline_weight", "o i k"),
+    residual=("base_weight", "o i"),
+    grid=("grid_bounds",),
+    basis=lambda m, x: m.basis(x),
+)
+register_kan_layer(
+    "slim",  # a layer of any other family, after `slim`
+    matches=SlimLayer,
+    coefficients=("coefficients", "o i k"),
+    residual=("residual", "o i"),
 )

@@ -25,10 +25,14 @@ from .slim import SlimKAN, SlimKANLinear
 
 
 if TYPE_CHECKING:
+    from ..compression import slim
     from .configuration_kan import KANConfig
     from .modeling_kan import KANModel
 
-__all__ = ["KAN", "KANConfig", "KANLinear", "KANModel", "SlimKAN", "SlimKANLinear", "bspline_basis"]
+__all__ = ["KAN", "KANConfig", "KANLinear", "KANModel", "SlimKAN", "SlimKANLinear", "bspline_basis", "slim"]
+
+# `slim` is the function, found by `__getattr__`; the module of that name can be imported from nevertheless.
+del slim
 
 
 def __getattr__(name: str):
@@ -41,4 +45,8 @@ def __getattr__(name: str):
         from .modeling_kan import KANModel
 
         return KANModel
+    if name == "slim":  # it needs the registry of KAN families, which needs PEFT
+        from ..compression import slim
+
+        return slim
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -82,8 +82,18 @@ class KANModel(PreTrainedModel):
         for tensor, value in loaded:
             tensor.copy_(value)
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As transformers', with the tensors moved to memory of their own: where they lie in the file, matrix products
+        choose their instructions by the address, and the last digits differ from those of the model that was saved."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for tensor in chain(model.parameters(), model.buffers()):
+            tensor.data = tensor.data.clone()
+        return loaded
+
     def save_pretrained(self, *args, **kwargs) -> None:
-        """As transformers'; `config.ranks` is brought up to date first, which `slim` and `to_dense` may have changed."""
+        """As transformers'; first `config.ranks` is brought up to date, which `slim` and `to_dense` change."""
         layers = [layer for layer in self.kan.layers if isinstance(layer, (KANLinear, SlimKANLinear))]
         ranks = tuple(layer.ranks if isinstance(layer, SlimKANLinear) else None for layer in layers)
         self.config.ranks = ranks if any(ranks) else None

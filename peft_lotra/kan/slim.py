@@ -84,8 +84,7 @@ class SlimKANLinear(nn.Module):
         shape = (out_features, in_features, grid_size + spline_order + 1)
         ranks = check_ranks(ranks, "ranks")
         capped = cap_ranks(ranks, shape)
-        if capped != _triple(ranks):
-            _warn_capped({f"SlimKANLinear({in_features}, {out_features})": (ranks, shape, capped)})
+        warn_capped({f"SlimKANLinear({in_features}, {out_features})": (ranks, shape, capped)})
 
         super().__init__()
         self.in_features = in_features
@@ -184,6 +183,12 @@ class SlimKANLinear(nn.Module):
         residual = F.silu(rearrange(x, "... i -> (...) i"))
         y = contract(basis, residual, *self.components)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def forward_with(self, delta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The output with a dense tensor (O, I, K + 1) added to the coefficients."""
+        basis = rearrange(self.basis(x), "... i k -> (...) (i k)")
+        y = basis @ delta[..., :-1].flatten(1).T + F.silu(rearrange(x, "... i -> (...) i")) @ delta[..., -1].T
+        return self.forward(x) + y.view(*x.shape[:-1], self.out_features)
 
     def to_dense(self) -> KANLinear:
         """The `KANLinear` that computes the same, up to rounding."""
@@ -284,13 +289,11 @@ class SlimKAN(LayerStack):
                 continue
             shape = (n_out, n_in, grid_size + spline_order + 1)
             got = cap_ranks(asked, shape)
-            if got != _triple(asked):
-                # with a normalisation between them, the layers are every second entry
-                capped[f"layers.{index if norm is None else 2 * index}"] = (asked, shape, got)
+            # with a normalisation between them, the layers are every second entry
+            capped[f"layers.{index if norm is None else 2 * index}"] = (asked, shape, got)
             layers.append(SlimKANLinear(n_in, n_out, got, *arguments))
         super().__init__(with_norms(layers, norm, device, dtype))
-        if capped:
-            _warn_capped(capped)
+        warn_capped(capped)
 
     def to_dense(self) -> KAN:
         """The `KAN` that computes the same, up to rounding."""
@@ -314,13 +317,12 @@ def _ranks_per_layer(ranks: Ranks | Sequence[Ranks | None], layers: int) -> list
     return [check_ranks(ranks, "ranks")] * layers
 
 
-def _triple(ranks: Ranks) -> tuple[int, int, int]:
-    return ranks if isinstance(ranks, tuple) else (ranks, ranks, ranks)
-
-
-def _warn_capped(layers: dict[str, tuple]) -> None:
-    listed = "; ".join(f"{name}: {asked} for {shape}, made {got}" for name, (asked, shape, got) in layers.items())
-    warnings.warn(
-        f"Ranks are larger than the modes (out, in, basis + 1), where more make no difference. {listed}.",
-        stacklevel=3,
-    )
+def warn_capped(layers: dict[str, tuple]) -> None:
+    """Warns of the layers, name: (ranks asked for, shape of the tensor, ranks that it got), that got fewer."""
+    fewer = {n: v for n, v in layers.items() if v[2] != (v[0] if isinstance(v[0], tuple) else (v[0],) * 3)}
+    if fewer:
+        listed = "; ".join(f"{name}: {asked} for {shape}, made {got}" for name, (asked, shape, got) in fewer.items())
+        warnings.warn(
+            "Ranks are larger than the modes (out, in, basis), where more make no difference: capped. " + listed,
+            stacklevel=3,
+        )
