@@ -252,6 +252,8 @@ def known_families() -> list[str]:
 
 def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
     """The description of the family that the module belongs to, or `None` if it is no KAN layer that is known."""
+    if isinstance(module, SlimLayer):  # it answers for the layer in it, which another family would recognise
+        return _SPECS["slim"]
     for spec in reversed(_SPECS.values()):
         try:
             if spec.matches(module):
@@ -438,7 +440,7 @@ register_kan_layer(
 )
 register_kan_layer(
     "slim",  # a layer of any other family, after `slim`
-    matches=SlimLayer,
+    matches=SlimLayer,  # see `get_kan_spec`
     coefficients=("coefficients", "o i k"),
     residual=("residual", "o i"),
 )

@@ -188,7 +188,7 @@ class SlimKANLinear(nn.Module):
         """The output with a dense tensor (O, I, K + 1) added to the coefficients."""
         basis = rearrange(self.basis(x), "... i k -> (...) (i k)")
         y = basis @ delta[..., :-1].flatten(1).T + F.silu(rearrange(x, "... i -> (...) i")) @ delta[..., -1].T
-        return self.forward(x) + y.view(*x.shape[:-1], self.out_features)
+        return SlimKANLinear.forward(self, x) + y.view(*x.shape[:-1], self.out_features)
 
     def to_dense(self) -> KANLinear:
         """The `KANLinear` that computes the same, up to rounding."""
