@@ -109,7 +109,7 @@ class Spectrum:
         rows = [header]
         for name, layer in self.layers.items():
             energies = [f"{100 * layer.energy(r):.1f} %" for r in triples]
-            ranks = str(_cheapest(layer, 0.95))
+            ranks = str(cheapest(layer, 0.95))
             rows.append([name, " x ".join(map(str, layer.shape)), f"{layer.norm:.3g}", *energies, ranks])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
@@ -195,7 +195,7 @@ def suggest_ranks(
         raise ValueError(f"`energy` must be above 0 and at most 1 (0.95 keeps 95 %), got {energy}.")
     spectrum = base if isinstance(base, Spectrum) else update_spectrum(base, tuned)
     if energy is not None:
-        ranks = {name: _cheapest(layer, energy) for name, layer in spectrum.layers.items()}
+        ranks = {name: cheapest(layer, energy) for name, layer in spectrum.layers.items()}
     else:
         ranks = _spend(spectrum.layers, budget)
     return {pattern_key(name): r for name, r in ranks.items()}
@@ -284,7 +284,7 @@ def spectrum_of(tensor: torch.Tensor) -> LayerSpectrum:
     )
 
 
-def _cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, int, int]:
+def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, int, int]:
     """The ranks with the fewest parameters that keep the energy."""
     enough = layer.energies >= energy - 1e-12  # the table is rounded
     costs = torch.where(enough, layer.costs(), torch.iinfo(torch.int64).max)

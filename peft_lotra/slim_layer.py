@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from functools import partial
@@ -71,8 +72,7 @@ class SlimLayer(nn.Module):
         for name, value in zip(("core", "factor_out", "factor_in", "factor_basis"), (core, *factors), strict=True):
             value = value.to(coefficients).contiguous()
             setattr(self, name, nn.Parameter(value, requires_grad=coefficients.requires_grad))
-        scale, _ = EDGE_SCALES.get(spec.family, ("", ""))
-        self.scale = scale if isinstance(getattr(layer, scale, None), nn.Parameter) else None
+        self.scale = edge_scale(layer, spec)
         # what stood in the layer, as shapes and flags, for `to_dense`
         self.removed = {}
         for name in [*self.tensor.parameters, *([self.scale] if self.scale else [])]:
@@ -133,15 +133,16 @@ class SlimLayer(nn.Module):
         return call_with_parameters(self.layer, self.parameters_in_force(delta), self.layer, args, kwargs)
 
     def to_dense(self) -> nn.Module:
-        """The layer of the original class that computes the same, up to rounding. The Slim layer is used up."""
+        """A layer of the original class that computes the same, up to rounding."""
+        layer = copy.deepcopy(self.layer)
         with torch.no_grad():
             parameters = self.parameters_in_force()
         for name, value in parameters.items():
             owner, _, attribute = name.rpartition(".")
             _, requires_grad = self.removed[name]
             value = nn.Parameter(value.contiguous(), requires_grad=requires_grad)
-            self.layer.get_submodule(owner)._parameters[attribute] = value
-        return self.layer
+            layer.get_submodule(owner)._parameters[attribute] = value
+        return layer
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -165,6 +166,12 @@ class SlimLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"family={self.spec.family}, ranks={self.ranks}"
+
+
+def edge_scale(layer: nn.Module, spec: KANLayerSpec) -> str | None:
+    """The name of the parameter that the layer multiplies the splines of each edge by, if it has one."""
+    name, _ = EDGE_SCALES.get(spec.family, ("", ""))
+    return name if isinstance(getattr(layer, name, None), nn.Parameter) else None
 
 
 def _refuse_grid_method(name: str, *args: Any, **kwargs: Any) -> None:
