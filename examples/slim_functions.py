@@ -14,7 +14,7 @@
 
 """Functions by Slim KANs: a dense KAN beside Slim KANs of three rank settings on twelve target functions.
 
-    python examples/slim_functions.py            # about a quarter of an hour on one core
+    python examples/slim_functions.py            # about two minutes on one core
     python examples/slim_functions.py --quick    # two functions, a few steps, for CI
 
 The targets are those of the KAN literature (arXiv 2404.19756): special functions of two variables, the four-variable
@@ -76,7 +76,7 @@ FUNCTIONS: dict[str, tuple[int, Callable[..., np.ndarray]]] = {
 }
 
 HIDDEN = 32
-TRAIN, TEST, BATCH = 4096, 2048, 512
+TRAIN, TEST, BATCH = 4096, 2048, 256
 # The best of 3e-3, 1e-2 and 3e-2 on the Bessel function J and the four-variable toy.
 LEARNING_RATES = {"dense": 1e-2, "slim": 2e-2}
 
@@ -196,7 +196,7 @@ def draw(summary: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=1, help="runs of each network (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="training steps (default: %(default)s)")
     parser.add_argument("--functions", nargs="+", default=list(FUNCTIONS), choices=list(FUNCTIONS), metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="two functions and few steps, to see that it runs")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
