@@ -293,7 +293,7 @@ class Features:
             for root, factor in zip(self.roots, factors, strict=True)
         ]
         z = torch.einsum("nik,ib,kc->nbc", self.values, *factors).flatten(1)
-        target = self.values.flatten(1) @ tensor.flatten(1).T
+        target = self.outputs(tensor)
         # As if each of the features had been seen a little on its own: their number may exceed that of the samples.
         start = torch.einsum("oik,ib,kc->obc", tensor, *factors).flatten(1).T
         gram = z.T @ z
@@ -303,9 +303,13 @@ class Features:
         core = (weights @ factor_out).T.reshape(-1, *ranks[1:])
         return core, [factor_out.contiguous(), *factors]
 
+    def outputs(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(samples, out), what the layer makes of the samples with these coefficients, without its bias."""
+        return self.values.flatten(1) @ tensor.flatten(1).T
+
     def error(self, tensor: torch.Tensor, other: torch.Tensor) -> float:
         """The norm of the difference of the outputs by two tensors, as a share of the norm by the first."""
-        y, difference = (self.values.flatten(1) @ t.flatten(1).T for t in (tensor, tensor - other))
+        y, difference = self.outputs(tensor), self.outputs(tensor - other)
         return (difference.norm() / y.norm().clamp(min=1e-300)).item()
 
     def enough(

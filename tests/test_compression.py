@@ -24,7 +24,9 @@ from stand_ins import FAMILIES, as_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig, find_kan_layers, register_kan_layer, slim, to_dense
+from peft_lotra.compression import Features
 from peft_lotra.kan import KAN, KANConfig, KANModel, SlimKANLinear
+from peft_lotra.kan_layers import get_kan_spec
 from peft_lotra.ranks import read_coefficients
 from peft_lotra.slim_layer import SlimLayer
 from peft_lotra.tucker import reconstruct
@@ -94,6 +96,35 @@ def test_all_the_energy_changes_nothing(family):
     small = slim(model, energy=1 - 1e-9)
     assert all(rank <= most for rank, most in zip(small.slim_report.ranks["kan"], (3, 3, 2), strict=True))
     assert relative(small(x), model(x)) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["own", "pykan", "fast-kan", "efficient-kan", "inkan", "fourier-kan"])
+def test_inputs_count_what_the_factors_miss_of_the_outputs(family):
+    model = base(family)
+    x = points(200)
+    x[:, 3:] = x[:, :3].repeat(1, 3)  # there is less to keep than the coefficients have
+    small = slim(model, energy=0.99, inputs=x)
+    error = small.slim_report.output_errors["kan"]
+    assert error <= 0.1 + 1e-6 and f"of outputs {error:.2%}" in str(small.slim_report)
+    with torch.no_grad():  # biases apart, which stay
+        zero = model(x) - small(x)
+        measured = zero.norm() / Features(model.kan, get_kan_spec(model.kan), x).outputs(effective(model.kan)).norm()
+    assert measured.item() == pytest.approx(error, rel=1e-3, abs=1e-5)
+    assert relative(small(x), model(x)) < relative(slim(model, small.slim_report.ranks)(x), model(x))
+    assert slim(model, budget=150, inputs=x).slim_report.parameters[1] <= 150
+
+
+def test_inputs_reach_every_layer_as_in_evaluation():
+    model = KAN([20, 16, 8], norm="batch")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    small = slim(model, (4, 4, 3), inputs=torch.randn(5, 7, 20))
+    assert list(small.slim_report.output_errors) == ["layers.0", "layers.2"] and small.training
+    for name, tensor in small.state_dict().items():
+        assert name not in before or torch.equal(tensor, before[name]), name
+    model.layers.append(nn.Identity())
+    model.unused = KAN([3, 2])
+    with pytest.raises(ValueError, match=r"None of `inputs` reaches \['unused\.layers\.0'\]"):
+        slim(model, (2, 2, 2), inputs=torch.randn(5, 20))
 
 
 def test_energy_and_budget():

@@ -110,13 +110,13 @@ class SlimKANLinear(nn.Module):
         f_c, which is `GAIN_BASIS` squared; the core, as a matrix (ro, ri rb), gets orthogonal rows (or columns), and
         the size with which E[y^2] is v, for independent inputs that are normal with the mean and the variance v of the
         uniform law on `grid_range`. Moments by quadrature. In a deep network of low ranks the inputs of the inner
-        layers are far from independent, and the variance wanders: after ten layers of width 128 by a factor of 1.8
-        either way at ranks (16, 16, 2), of 3 at ranks (8, 8, 3). `norm` of `SlimKAN` helps there.
+        layers are far from independent, and the variance wanders: after ten layers of width 128 by a factor of 2 either
+        way at ranks (16, 16, 2), of 4 at ranks (8, 8, 3). `norm` of `SlimKAN` holds it.
 
         The gains do not change the function, but how far an optimizer's step of one size moves each component beside
-        the others. They and the share were measured on digits ([64, 64, 10], ranks (20, 20, 2)): with columns of norm
-        1 a learning rate of 1e-2 is needed (97.0 %, and 96.0 % at 3e-3), with these anything between (97.0 to 97.2 %);
-        a share of 0.3 loses one to two points, one of 0.01 half a point.
+        the others. They and the share were measured on digits ([64, 64, 10], ranks (20, 20, 2), Adam): with columns
+        of norm 1 in factor_in a learning rate of 3e-3 loses a point to one of 1e-2; with these the two do alike. A
+        share of 0.3 loses one to two points, one of 0.01 up to half a point, a normal core a tenth or two.
 
         Source: the basis-agnostic Glorot-like rule of arXiv 2510.23501, on the forward pass.
         """
@@ -252,7 +252,9 @@ class SlimKAN(LayerStack):
     depth.
 
     Args:
-        widths, grid_size, spline_order, grid_range, norm, device, dtype: as for `KAN`.
+        widths, grid_size, spline_order, grid_range, device, dtype: as for `KAN`.
+        norm: as for `KAN`. None by default: digits ([64, 64, 10], ranks (20, 20, 2), 8 seeds) are learned to 97.3 %
+            without, 97.5 % with "layer" and 96.6 % with "batch".
         ranks: (ro, ri, rb) or one number, as for `SlimKANLinear`, the same in each layer; or a list with ranks for
             each layer, None making it a dense `KANLinear`. Ranks above the sizes of a layer's modes are brought down
             to them, with a warning.
