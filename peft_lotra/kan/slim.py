@@ -110,8 +110,8 @@ class SlimKANLinear(nn.Module):
         f_c, which is `GAIN_BASIS` squared; the core, as a matrix (ro, ri rb), gets orthogonal rows (or columns), and
         the size with which E[y^2] is v, for independent inputs that are normal with the mean and the variance v of the
         uniform law on `grid_range`. Moments by quadrature. In a deep network of low ranks the inputs of the inner
-        layers are far from independent, and the variance wanders: after ten layers of width 128 by a factor of 2 either
-        way at ranks (16, 16, 2), of 4 at ranks (8, 8, 3). `norm` of `SlimKAN` holds it.
+        layers are far from independent, and the variance wanders: after ten layers of width 128 by a factor of 2
+        either way at ranks (16, 16, 2), of 4 at ranks (8, 8, 3). `norm` of `SlimKAN` holds it.
 
         The gains do not change the function, but how far an optimizer's step of one size moves each component beside
         the others. They and the share were measured on digits ([64, 64, 10], ranks (20, 20, 2), Adam): with columns
