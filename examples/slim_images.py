@@ -258,7 +258,9 @@ def draw(rows: list[dict], path: Path) -> None:
     figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     for kind, (color, marker, label) in kinds.items():
         models = dict.fromkeys(
-            r["model"] for r in rows if r["model"].startswith(kind) and not r["model"].endswith("as it is")
+            r["model"]
+            for r in rows
+            if r["model"].startswith(kind) and not r["model"].endswith("as it is") and "without" not in r["model"]
         )
         points = []
         for model in models:

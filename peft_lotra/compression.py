@@ -52,8 +52,8 @@ class SlimReport:
     Attributes:
         errors (`dict[str, float]`): By layer, the norm of what the factors miss of the coefficient tensor (with the
             residual weights), as a share of its norm; measured on the factors as they are stored.
-        output_errors (`dict[str, float]`): With `inputs`, the same of the layer's outputs on what reaches it, without
-            its bias; else empty.
+        output_errors (`dict[str, float]`): With `inputs`, what they miss of the layer's outputs on what reaches
+            it, as a share of the outputs' deviations from their mean; else empty.
         ranks (`dict[str, tuple[int, int, int]]`): By layer.
         dense (`list[str]`): The layers that were left as they were, since factors would take more parameters.
         parameters (`tuple[int, int]`): Of the KAN layers' coefficients, before and after.
@@ -308,9 +308,10 @@ class Features:
         return self.values.flatten(1) @ tensor.flatten(1).T
 
     def error(self, tensor: torch.Tensor, other: torch.Tensor) -> float:
-        """The norm of the difference of the outputs by two tensors, as a share of the norm by the first."""
+        """The norm of the difference of the outputs by two tensors, as a share of how far those by the first vary about
+        their mean: a large mean, which carries nothing, would make any error look small (MNIST's background does)."""
         y, difference = self.outputs(tensor), self.outputs(tensor - other)
-        return (difference.norm() / y.norm().clamp(min=1e-300)).item()
+        return (difference.norm() / (y - y.mean(0)).norm().clamp(min=1e-300)).item()
 
     def enough(
         self, tensor: torch.Tensor, energy: float, spectrum: LayerSpectrum, ranks: tuple[int, int, int]
