@@ -309,7 +309,7 @@ class Features:
 
     def error(self, tensor: torch.Tensor, other: torch.Tensor) -> float:
         """The norm of the difference of the outputs by two tensors, as a share of how far those by the first vary
-        about their mean: a large mean, which carries nothing, would make any error look small (MNIST's background does)."""
+        about their mean. A large mean carries nothing, and would make any error look small (MNIST's background)."""
         y, difference = self.outputs(tensor), self.outputs(tensor - other)
         return (difference.norm() / (y - y.mean(0)).norm().clamp(min=1e-300)).item()
 
