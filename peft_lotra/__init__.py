@@ -16,6 +16,7 @@
 
 from ._version import __version__
 from .card import write_model_card
+from .compression import SlimReport, slim, to_dense
 from .config import LoTRAConfig
 from .extraction import extract_lotra
 from .hotswap import hotswap_adapter
@@ -37,6 +38,7 @@ __all__ = [
     "LoTRAConfig",
     "LoTRALayer",
     "LoTRAModel",
+    "SlimReport",
     "__version__",
     "create_lotra_optimizer",
     "enable_mixed",
@@ -49,7 +51,9 @@ __all__ = [
     "preprocess_lotra",
     "push_to_hub",
     "register_kan_layer",
+    "slim",
     "suggest_ranks",
+    "to_dense",
     "update_spectrum",
     "write_model_card",
 ]

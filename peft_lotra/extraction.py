@@ -34,7 +34,6 @@ from .functional import call_with_parameters
 from .kan_layers import KANLayerSpec, find_kan_layers
 from .layer import LoTRALayer
 from .ranks import (
-    EDGE_SCALES,
     CoefficientUpdate,
     Spectrum,
     coefficient_updates,
@@ -43,6 +42,7 @@ from .ranks import (
     suggest_ranks,
     unwrap,
 )
+from .slim_layer import EDGE_SCALES
 from .targets import locate_target
 from .tucker import balance, cap_ranks, tucker, tucker_scaled
 

@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -182,22 +183,28 @@ def gather_gradients(
         sums[parameter] = parameter.grad if parameter not in sums else sums[parameter].add_(parameter.grad)
         parameter.grad = None
 
-    targets = {
-        (name, parameter_name): layer.get_parameter(parameter_name)
-        for name, (layer, tensor) in layers.items()
-        for parameter_name in tensor.parameters
-    }
+    targets, probes = {}, {}
+    for name, (layer, tensor) in layers.items():
+        if hasattr(layer, "forward_with"):  # a Slim layer has no such parameters: a zero that is added to them
+            probes[layer] = nn.Parameter(torch.zeros_like(tensor.read(layer)))
+            targets[name, "probe"] = probes[layer]
+        else:
+            targets |= {(name, parameter): layer.get_parameter(parameter) for parameter in tensor.parameters}
     with _left_as_it_was(model), ExitStack() as hooks:
         for parameter in model.parameters():
             parameter.requires_grad_(False).grad = None
         for parameter in targets.values():
             parameter.requires_grad_(True)
             hooks.callback(parameter.register_post_accumulate_grad_hook(take).remove)
+        for layer, probe in probes.items():
+            layer.__dict__["forward"] = partial(layer.forward_with, probe)
+            hooks.callback(layer.__dict__.pop, "forward")
         train_step()
 
     gradients = {}
     for name, (layer, tensor) in layers.items():
-        parts = {n: sums.get(targets[name, n]) for n in tensor.parameters}
+        names = ["probe"] if layer in probes else list(tensor.parameters)
+        parts = {n: sums.get(targets[name, n]) for n in names}
         missing = [n for n, part in parts.items() if part is None]
         if missing:
             raise ValueError(
@@ -206,7 +213,7 @@ def gather_gradients(
             )
         if not all(part.isfinite().all() for part in parts.values()):
             raise ValueError(f"The gradient of `{name}` is not finite: look at the loss and the data of `train_step`.")
-        gradients[layer] = tensor.join(list(parts.values()))
+        gradients[layer] = parts["probe"] if layer in probes else tensor.join(list(parts.values()))
     return gradients
 
 

@@ -31,7 +31,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .kan.layer import KANLinear
+from .kan.slim import SlimKANLinear
 from .layout import Layout, parse_layout
+from .slim_layer import SlimLayer
 
 
 class UniformSplines(NamedTuple):
@@ -297,6 +299,8 @@ def known_families() -> list[str]:
 
 def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
     """The description of the family that the module belongs to, or `None` if it is no KAN layer that is known."""
+    if isinstance(module, SlimLayer):  # it answers for the layer in it, which another family would recognise
+        return _SPECS["slim"]
     for spec in reversed(_SPECS.values()):
         try:
             if spec.matches(module):
@@ -496,4 +500,20 @@ register_kan_layer(
     basis=lambda m, x: m.basis(x),
     splines=lambda m: UniformSplines(*m.grid_bounds.unbind(-1), m.grid_size, m.spline_order),
     activation=lambda m, x: nn.functional.silu(x),
+)
+# The parameters of Slim layers are Tucker components; what is described here are the tensors that they make. An
+# adapter is added to the components, see `SlimLoTRALayer`.
+register_kan_layer(
+    "slim-kan",
+    matches=SlimKANLinear,
+    coefficients=("spline_weight", "o i k"),
+    residual=("base_weight", "o i"),
+    grid=("grid_bounds",),
+    basis=lambda m, x: m.basis(x),
+)
+register_kan_layer(
+    "slim",  # a layer of any other family, after `slim`
+    matches=SlimLayer,  # see `get_kan_spec`
+    coefficients=("coefficients", "o i k"),
+    residual=("residual", "o i"),
 )

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -28,8 +28,11 @@ from torch import nn
 from .batching import RowNames
 from .config import ALL_KAN, LoTRAConfig
 from .initialization import drop_gradients
+from .kan.slim import SlimKANLinear
 from .layer import LoTRALayer
 from .networks import guard_network, release_networks
+from .slim_layer import SlimLayer
+from .slim_lotra import SLIM_MERGES, SlimLoTRALayer
 from .targets import describe_targets, find_targets, locate_target, resolve_target_modules
 from .weighted import add_weighted_adapter
 
@@ -176,7 +179,8 @@ class LoTRAModel(BaseTuner):
             target.update_layer(adapter_name, config=peft_config, **kwargs)
             return
         _, spec, _ = locate_target(current_key, target)
-        new_module = LoTRALayer(target, spec, adapter_name, config=peft_config, **kwargs)
+        layer_cls = SlimLoTRALayer if isinstance(target, (SlimKANLinear, SlimLayer)) else LoTRALayer
+        new_module = layer_cls(target, spec, adapter_name, config=peft_config, **kwargs)
         if adapter_name not in self.active_adapters:
             # adding an additional adapter: it is not automatically trainable
             new_module.requires_grad_(False)
@@ -248,9 +252,41 @@ class LoTRAModel(BaseTuner):
     # Merging and unloading    #
     ############################
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        slim: Literal["densify", "truncate"] = "densify",
+    ) -> None:
+        self._set_slim_merge(slim)  # see `merge_and_unload`
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def merge_and_unload(self, *args, slim: Literal["densify", "truncate"] = "densify", **kwargs) -> nn.Module:
+        """
+        Merges the active adapters, or those named, into the base model, and returns it without a trace of LoTRA.
+
+        Args:
+            args, kwargs: As PEFT's (`progressbar`, `safe_merge`, `adapter_names`).
+            slim (`"densify"` or `"truncate"`):
+                What becomes of Slim layers, whose ranks an adapter adds to: a dense layer, exactly; or a Slim layer of
+                the ranks that it had, by HOOI. The errors of that are in the attribute `merge_errors` of the model
+                that is returned, by layer, as shares of the norm of the merged coefficient tensors.
+        """
+        layers = self._set_slim_merge(slim)
+        model = super().merge_and_unload(*args, **kwargs)
+        errors = {name: layer.merge_error for name, layer in layers.items() if layer.merge_error is not None}
+        if errors:
+            model.merge_errors = errors
+        return model
+
+    def _set_slim_merge(self, slim: str) -> dict[str, SlimLoTRALayer]:
+        if slim not in SLIM_MERGES:
+            raise ValueError(f"`slim` is {slim!r}, but must be one of {SLIM_MERGES}.")
+        layers = {name: layer for name, layer in _lotra_layers(self.model) if isinstance(layer, SlimLoTRALayer)}
+        for layer in layers.values():
+            layer.slim_merge = slim
+        return layers
 
     def _unload_and_optionally_merge(
         self,

@@ -39,17 +39,9 @@ from .config import LoTRAConfig
 from .initialization import gather_gradients
 from .kan_layers import find_kan_layers
 from .layer import LoTRALayer
+from .slim_layer import EDGE_SCALES
 from .targets import find_targets, locate_target, resolve_target_modules
 from .tucker import cap_ranks, check_ranks, energy_table, hosvd
-
-
-# The scale that some families multiply the splines of each edge by, besides their coefficients, and its layout.
-# Full fine-tuning moves it too, which is as if it had moved the coefficients.
-EDGE_SCALES = {
-    "efficient-kan": ("spline_scaler", "o i"),
-    "pykan": ("scale_sp", "i o"),
-    "qkan-fourier": ("fourier_scaler", "o i"),
-}
 
 
 @dataclass(frozen=True)
@@ -117,7 +109,7 @@ class Spectrum:
         rows = [header]
         for name, layer in self.layers.items():
             energies = [f"{100 * layer.energy(r):.1f} %" for r in triples]
-            ranks = str(_cheapest(layer, 0.95))
+            ranks = str(cheapest(layer, 0.95))
             rows.append([name, " x ".join(map(str, layer.shape)), f"{layer.norm:.3g}", *energies, ranks])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
@@ -203,7 +195,7 @@ def suggest_ranks(
         raise ValueError(f"`energy` must be above 0 and at most 1 (0.95 keeps 95 %), got {energy}.")
     spectrum = base if isinstance(base, Spectrum) else update_spectrum(base, tuned)
     if energy is not None:
-        ranks = {name: _cheapest(layer, energy) for name, layer in spectrum.layers.items()}
+        ranks = {name: cheapest(layer, energy) for name, layer in spectrum.layers.items()}
     else:
         ranks = _spend(spectrum.layers, budget)
     return {pattern_key(name): r for name, r in ranks.items()}
@@ -248,8 +240,8 @@ def coefficient_updates(base: nn.Module, tuned: nn.Module) -> dict[str, Coeffici
         raise ValueError("No KAN layer was found in the models, see `find_kan_layers` and `register_kan_layer`.")
     updates = {}
     for name in (layer.name for layer in found):
-        before, scale = _read(name, base.get_submodule(name))
-        after, new_scale = _read(name, tuned.get_submodule(name))
+        before, scale = read_coefficients(name, base.get_submodule(name))
+        after, new_scale = read_coefficients(name, tuned.get_submodule(name))
         after, new_scale = after.to(before), None if new_scale is None else new_scale.to(before)
         for which, tensor in (("base", before), ("tuned", after)):
             if not tensor.isfinite().all():
@@ -261,7 +253,7 @@ def coefficient_updates(base: nn.Module, tuned: nn.Module) -> dict[str, Coeffici
     return updates
 
 
-def _read(name: str, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The coefficients in force, and what the layer multiplies them by, both (out, in, basis [+ 1]) in float64."""
     layer, spec, tensor = locate_target(name, module)
     coefficients = tensor.read(layer).double().clone()  # what is read may be the parameter itself
@@ -292,7 +284,7 @@ def spectrum_of(tensor: torch.Tensor) -> LayerSpectrum:
     )
 
 
-def _cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, int, int]:
+def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, int, int]:
     """The ranks with the fewest parameters that keep the energy."""
     enough = layer.energies >= energy - 1e-12  # the table is rounded
     costs = torch.where(enough, layer.costs(), torch.iinfo(torch.int64).max)

@@ -21,13 +21,18 @@ from typing import TYPE_CHECKING
 from .basis import bspline_basis
 from .layer import KANLinear
 from .network import KAN
+from .slim import SlimKAN, SlimKANLinear
 
 
 if TYPE_CHECKING:
+    from ..compression import slim
     from .configuration_kan import KANConfig
     from .modeling_kan import KANModel
 
-__all__ = ["KAN", "KANConfig", "KANLinear", "KANModel", "bspline_basis"]
+__all__ = ["KAN", "KANConfig", "KANLinear", "KANModel", "SlimKAN", "SlimKANLinear", "bspline_basis", "slim"]
+
+# `slim` is the function, found by `__getattr__`; the module of that name can be imported from nevertheless.
+del slim
 
 
 def __getattr__(name: str):
@@ -40,4 +45,8 @@ def __getattr__(name: str):
         from .modeling_kan import KANModel
 
         return KANModel
+    if name == "slim":  # it needs the registry of KAN families, which needs PEFT
+        from ..compression import slim
+
+        return slim
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,6 +33,9 @@ class KANConfig(PretrainedConfig):
         grid_size: number of intervals of each grid.
         spline_order: degree of the splines, 1 to 5.
         grid_range: ends of the grids of a new model.
+        ranks: makes it a Slim KAN: as for `SlimKAN`, (ro, ri, rb) for all layers, or a list with ranks or None for
+            each. None for a dense KAN.
+        norm: as for `KAN`.
         problem_type: "regression", "single_label_classification", "multi_label_classification", or None to tell by
             the labels, see `KANModel.forward`.
         **kwargs: as for `transformers.PretrainedConfig`.
@@ -51,6 +54,8 @@ class KANConfig(PretrainedConfig):
         grid_size: int = 5,
         spline_order: int = 3,
         grid_range: tuple[float, float] = (-1.0, 1.0),
+        ranks: int | Sequence | None = None,
+        norm: str | None = None,
         problem_type: str | None = None,
         **kwargs,
     ) -> None:
@@ -59,6 +64,8 @@ class KANConfig(PretrainedConfig):
         self.grid_size = grid_size
         self.spline_order = spline_order
         self.grid_range = tuple(grid_range)
+        self.ranks = _as_tuples(ranks)
+        self.norm = norm
         if kwargs.get("id2label") is None and kwargs.get("num_labels") is None:
             kwargs["num_labels"] = self.widths[-1]
         super().__init__(problem_type=problem_type, **kwargs)
@@ -71,3 +78,7 @@ class KANConfig(PretrainedConfig):
                 f"`num_labels` (the length of `id2label`) is {self.num_labels}, but the last of `widths` = "
                 f"{self.widths} is {self.widths[-1]}. Give only `widths`, or make the two agree."
             )
+
+
+def _as_tuples(ranks):
+    return tuple(map(_as_tuples, ranks)) if isinstance(ranks, (list, tuple)) else ranks

@@ -35,6 +35,20 @@ SPLINE_VARIANCE_SHARE = 0.1
 _FILL_WEIGHT = 0.01
 
 
+def check_layer(
+    in_features: int, out_features: int, grid_size: int, spline_order: int, grid_range: tuple[float, float]
+) -> tuple[float, float]:
+    """Raise a `ValueError` unless a layer can have these sizes and grids; returns `grid_range` as a tuple."""
+    check_grid(grid_size, spline_order)
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"`{name}` is {size!r}, but must be an integer of at least 1.")
+    grid_range = tuple(grid_range)
+    if len(grid_range) != 2 or not all(map(math.isfinite, grid_range)) or grid_range[0] >= grid_range[1]:
+        raise ValueError(f"`grid_range` is {grid_range}, but must be two finite numbers, the lower one first.")
+    return grid_range
+
+
 class KANLinear(nn.Module):
     r"""
     A layer of learnable univariate functions, one on each edge from input i to output o:
@@ -74,14 +88,7 @@ class KANLinear(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        check_grid(grid_size, spline_order)
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"`{name}` is {size!r}, but must be an integer of at least 1.")
-        grid_range = tuple(grid_range)
-        if len(grid_range) != 2 or not all(map(math.isfinite, grid_range)) or grid_range[0] >= grid_range[1]:
-            raise ValueError(f"`grid_range` is {grid_range}, but must be two finite numbers, the lower one first.")
-
+        grid_range = check_layer(in_features, out_features, grid_size, spline_order, grid_range)
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features

@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 from .configuration_kan import KANConfig
 from .layer import KANLinear
 from .network import KAN
+from .slim import SlimKAN, SlimKANLinear
 
 
 @dataclass
@@ -43,7 +44,8 @@ class KANOutput(ModelOutput):
 
 class KANModel(PreTrainedModel):
     """
-    A `KAN` with what transformers adds to a model: `save_pretrained`, `from_pretrained`, the Hub, `Trainer`.
+    A `KAN`, or with `ranks` a `SlimKAN`, with what transformers adds to a model: `save_pretrained`, `from_pretrained`,
+    the Hub, `Trainer`.
 
     Importing this module registers it, so that `AutoConfig` and `AutoModel` find it.
 
@@ -58,12 +60,16 @@ class KANModel(PreTrainedModel):
     def __init__(self, config: KANConfig) -> None:
         config.check_num_labels()
         super().__init__(config)
-        self.kan = KAN(config.widths, config.grid_size, config.spline_order, config.grid_range)
+        arguments = (config.grid_size, config.spline_order, config.grid_range, config.norm)
+        if config.ranks is None:
+            self.kan = KAN(config.widths, *arguments)
+        else:
+            self.kan = SlimKAN(config.widths, config.ranks, *arguments)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
-        if not isinstance(module, KANLinear):
+        if not isinstance(module, (KANLinear, SlimKANLinear)):
             return
         # transformers asks for this when any tensor of the module was missing from a checkpoint, and marks those that
         # were not.
@@ -75,6 +81,23 @@ class KANModel(PreTrainedModel):
         module.reset_parameters()
         for tensor, value in loaded:
             tensor.copy_(value)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As transformers', with the tensors moved to memory of their own: where they lie in the file, matrix products
+        choose their instructions by the address, and the last digits differ from those of the model that was saved."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for tensor in chain(model.parameters(), model.buffers()):
+            tensor.data = tensor.data.clone()
+        return loaded
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As transformers'; first `config.ranks` is brought up to date, which `slim` and `to_dense` change."""
+        layers = [layer for layer in self.kan.layers if isinstance(layer, (KANLinear, SlimKANLinear))]
+        ranks = tuple(layer.ranks if isinstance(layer, SlimKANLinear) else None for layer in layers)
+        self.config.ranks = ranks if any(ranks) else None
+        super().save_pretrained(*args, **kwargs)
 
     def forward(
         self,

@@ -16,7 +16,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -24,13 +26,34 @@ from torch import nn
 from .layer import KANLinear
 
 
-class KAN(nn.Module):
+NORMS = (None, "batch", "layer")
+
+Norm = Literal["batch", "layer"] | None
+
+
+class LayerStack(nn.Module):
+    """The composition of its `layers`, an `nn.ModuleList`; those between KAN layers normalise what passes."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs (..., widths[0]) to outputs (..., widths[-1]); raises `ValueError` for another last dimension."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class KAN(LayerStack):
     """
     A stack of `KANLinear` layers, `self.layers`. It starts with activations of about the same variance at each depth.
 
     Args:
         widths: sizes of the input, of each hidden layer and of the output; at least two.
         grid_size, spline_order, grid_range, device, dtype: as for `KANLinear`, the same in each layer.
+        norm: "batch" or "layer" puts a normalisation between the layers (an entry of `self.layers` of its own), whose
+            outputs start with the mean and the variance of the uniform law on `grid_range`.
 
     Raises:
         ValueError: `widths` are fewer than two or not positive integers, or an argument that `KANLinear` refuses.
@@ -44,26 +67,14 @@ class KAN(nn.Module):
         grid_size: int = 5,
         spline_order: int = 3,
         grid_range: tuple[float, float] = (-1, 1),
+        norm: Norm = None,
         device=None,
         dtype=None,
     ) -> None:
-        widths = list(widths)
-        if len(widths) < 2 or not all(isinstance(width, int) and width >= 1 for width in widths):
-            raise ValueError(
-                f"`widths` is {widths}, but must be at least two positive integers: the sizes of the input, of each "
-                "hidden layer and of the output, such as [2, 16, 1]."
-            )
-        super().__init__()
-        self.layers = nn.ModuleList(
-            KANLinear(n_in, n_out, grid_size, spline_order, grid_range, device, dtype)
-            for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs (..., widths[0]) to outputs (..., widths[-1]); raises `ValueError` for another last dimension."""
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        layers = [
+            KANLinear(n_in, n_out, grid_size, spline_order, grid_range, device, dtype) for n_in, n_out in pairs(widths)
+        ]
+        super().__init__(with_norms(layers, norm, device, dtype))
 
     @torch.no_grad()
     def update_grid(self, x: torch.Tensor, margin: float = 0.01) -> None:
@@ -81,8 +92,46 @@ class KAN(nn.Module):
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         try:
             for layer in self.layers:
-                layer.update_grid(x, margin)
+                if isinstance(layer, KANLinear):
+                    layer.update_grid(x, margin)
                 x = layer(x)
         except Exception:
             self.load_state_dict(before)
             raise
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """`nn.BatchNorm1d` of the last dimension, whatever the leading ones."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1])).view_as(x)
+
+
+def pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
+    """(in, out) of each layer; raises a `ValueError` unless `widths` are at least two positive integers."""
+    widths = list(widths)
+    if len(widths) < 2 or not all(isinstance(width, int) and width >= 1 for width in widths):
+        raise ValueError(
+            f"`widths` is {widths}, but must be at least two positive integers: the sizes of the input, of each "
+            "hidden layer and of the output, such as [2, 16, 1]."
+        )
+    return list(zip(widths[:-1], widths[1:], strict=True))
+
+
+def with_norms(layers: Sequence[nn.Module], norm: Norm, device=None, dtype=None) -> list[nn.Module]:
+    """The layers, with a normalisation after each but the last; raises a `ValueError` for a `norm` that is unknown."""
+    if norm not in NORMS:
+        raise ValueError(f"`norm` is {norm!r}, but must be one of {NORMS}.")
+    if norm is None:
+        return list(layers)
+    modules = []
+    for layer in layers:
+        modules.append(layer)
+        if layer is not layers[-1]:
+            kind = BatchNorm if norm == "batch" else nn.LayerNorm
+            module = kind(layer.out_features, device=device, dtype=dtype)
+            low, high = layer.grid_range
+            nn.init.constant_(module.weight, (high - low) / math.sqrt(12))
+            nn.init.constant_(module.bias, (low + high) / 2)
+            modules.append(module)
+    return modules

@@ -24,8 +24,12 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from ..kan.slim import SlimKANLinear
 from ..layer import LoTRALayer
+from ..slim_layer import SlimLayer
 
+
+TUCKER_LAYERS = (LoTRALayer, SlimKANLinear, SlimLayer)
 
 COMPONENTS = LoTRALayer.adapter_layer_names
 
@@ -108,18 +112,18 @@ def lotra_lr_multipliers(
     if rule not in RULES:
         raise ValueError(f"`rule` is {rule!r}, but must be one of {RULES}, or None.")
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoTRALayer)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, TUCKER_LAYERS)}
     if not layers:
         raise ValueError(
-            f"The {type(model).__name__} has no LoTRA layer. Adapt it first: "
+            f"The {type(model).__name__} has no LoTRA layer, and no Slim one. Adapt it first: "
             "`model = get_peft_model(model, LoTRAConfig(...))`."
         )
     narrowest = min(layer.out_features for layer in layers.values())
     table = LoTRALearningRates()
     for name, layer in layers.items():
         widths = {"lotra_factor_out": layer.out_features, "lotra_factor_in": layer.in_features}
-        for adapter in layer.lotra_core:
-            for component, parameter in zip(COMPONENTS, layer.get_components(adapter), strict=True):
+        for adapter, parameters in _components(layer).items():
+            for component, parameter in zip(COMPONENTS, parameters, strict=True):
                 if not parameter.requires_grad:
                     continue
                 width = widths.get(component, 0)
@@ -131,10 +135,17 @@ def lotra_lr_multipliers(
                 table.append(LoTRALearningRate(name, adapter, short, shape, width, multiplier, parameter))
     if not table:
         raise ValueError(
-            "No LoTRA component requires a gradient. Load the adapter with `is_trainable=True`, or activate it with "
-            "`model.set_adapter(name)`."
+            "No LoTRA component requires a gradient, and no Slim one. Load the adapter with `is_trainable=True`, or "
+            "activate it with `model.set_adapter(name)`."
         )
     return table
+
+
+def _components(layer: nn.Module) -> dict[str, tuple[nn.Parameter, ...]]:
+    """core, factor_out, factor_in and factor_basis of each adapter, or of the Slim layer itself."""
+    if isinstance(layer, LoTRALayer):
+        return {adapter: layer.get_components(adapter) for adapter in layer.lotra_core}
+    return {"": layer.components}
 
 
 def create_lotra_optimizer(

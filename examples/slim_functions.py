@@ -1,0 +1,235 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Functions by Slim KANs: a dense KAN beside Slim KANs of three rank settings on twelve target functions.
+
+    python examples/slim_functions.py            # about two minutes on one core
+    python examples/slim_functions.py --quick    # two functions, a few steps, for CI
+
+The targets are those of the KAN literature (arXiv 2404.19756): special functions of two variables, the four-variable
+toy, and dimensionless formulas from the Feynman equations, of 2 to 6 variables. All networks are [n, 32, 32, 1] and
+get the same steps and batches; what is shown is the root mean square error on fresh points, as a share of the
+target's standard deviation. Runs that the result file already has are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import matplotlib
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy import special
+from tqdm import tqdm
+
+from peft_lotra import create_lotra_optimizer
+from peft_lotra.kan import KAN, SlimKAN
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+torch.set_num_threads(1)  # on matrices this small more threads cost more than they bring
+
+pi = math.pi
+
+# name: variables, and the function of variables between -1 and 1
+FUNCTIONS: dict[str, tuple[int, Callable[..., np.ndarray]]] = {
+    "Bessel J_v(x)": (2, lambda v, x: special.jv(2 + 2 * v, 10 + 10 * x)),
+    "Bessel I_v(x)": (2, lambda v, x: special.ive(1 + v, 3 + 2.9 * x)),
+    "elliptic E(phi|m)": (2, lambda phi, m: special.ellipeinc(pi * phi, (m + 1) / 2)),
+    "elliptic F(phi|m)": (2, lambda phi, m: special.ellipkinc(pi / 2 * phi, 0.45 * (m + 1))),
+    "exp(sin(pi x) + y^2)": (2, lambda x, y: np.exp(np.sin(pi * x) + y**2)),
+    "exp of sines, 4 variables": (
+        4,
+        lambda a, b, c, d: np.exp((np.sin(pi * (a**2 + b**2)) + np.sin(pi * (c**2 + d**2))) / 2),
+    ),
+    "I.6.2 normal density": (2, lambda t, s: np.exp(-((3 * t) ** 2) / (2 * (1 + 0.6 * s) ** 2)) / (1 + 0.6 * s)),
+    "I.16.6 velocities": (2, lambda a, b: 0.9 * (a + b) / (1 + 0.81 * a * b)),
+    "I.29.16 two waves": (3, lambda a, s, t: np.sqrt(1 + (1 + a) ** 2 - 2 * (1 + a) * np.cos(pi * (s - t)))),
+    "I.50.26 anharmonic": (2, lambda t, a: np.cos(pi * t) + (a + 1) / 2 * np.cos(pi * t) ** 2),
+    "II.6.15a dipole": (3, lambda a, b, c: (1.5 + c) * np.sqrt((a + 1) ** 2 + (b + 1) ** 2) / 4),
+    "I.9.18 gravitation": (
+        6,
+        lambda a, b, c, d, e, f: (2 + a) / ((1.5 + 0.5 * b) ** 2 + (c - d) ** 2 + (e - f) ** 2),
+    ),
+}
+
+HIDDEN = 32
+TRAIN, TEST, BATCH = 4096, 2048, 256
+# The best of 1e-2 and 3e-2 (dense), 1e-2, 2e-2 and 3e-2 (slim) on the Bessel function J, at twice the steps.
+LEARNING_RATES = {"dense": 1e-2, "slim": 2e-2}
+
+
+def rank_settings(inputs: int) -> dict[str, list]:
+    """Ranks of the first two layers; the last one, of a single output, stays dense: its factors would be larger."""
+    return {
+        "slim, ranks 9": [(6, min(inputs, 4), 4), (9, 9, 3), None],
+        "slim, ranks 14": [(10, min(inputs, 4), 5), (14, 14, 3), None],
+        "slim, ranks 20": [(14, inputs, 6), (20, 20, 4), None],
+    }
+
+
+def make_data(name: str, seed: int) -> list[torch.Tensor]:
+    """x, y, x_test, y_test; targets with mean 0 and variance 1 over the training points."""
+    inputs, function = FUNCTIONS[name]
+    x = np.random.default_rng(seed).uniform(-1, 1, (TRAIN + TEST, inputs))
+    y = function(*x.T)
+    y = (y - y[:TRAIN].mean()) / y[:TRAIN].std()
+    x, y = torch.tensor(x, dtype=torch.float32), torch.tensor(y[:, None], dtype=torch.float32)
+    return [x[:TRAIN], y[:TRAIN], x[TRAIN:], y[TRAIN:]]
+
+
+def run(name: str, kind: str, seed: int, steps: int) -> dict:
+    """Trains one network; returns its error, parameters and seconds."""
+    x, y, x_test, y_test = make_data(name, seed)
+    torch.manual_seed(seed)
+    inputs = x.shape[1]
+    widths = [inputs, HIDDEN, HIDDEN, 1]
+    if kind == "dense":
+        model = KAN(widths)
+        optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATES["dense"])
+    else:
+        model = SlimKAN(widths, rank_settings(inputs)[kind])
+        optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=LEARNING_RATES["slim"])
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    start = time.perf_counter()
+    for _ in range(steps):
+        rows = torch.randint(TRAIN, (BATCH,))
+        loss = (model(x[rows]) - y[rows]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        rmse = (model(x_test) - y_test).square().mean().sqrt().item()
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "function": name,
+        "variables": inputs,
+        "model": kind,
+        "seed": seed,
+        "rmse": rmse,
+        "parameters": parameters,
+        "seconds": round(seconds, 2),
+    }
+
+
+def summarise(rows: list[dict]) -> dict[str, dict[str, tuple[float, int]]]:
+    """By function and model, the median error over the seeds, and the parameters."""
+    table: dict[str, dict[str, tuple[float, int]]] = {}
+    for row in rows:
+        table.setdefault(row["function"], {}).setdefault(row["model"], []).append((row["rmse"], row["parameters"]))
+    return {
+        name: {kind: (median(e for e, _ in runs), runs[0][1]) for kind, runs in kinds.items()}
+        for name, kinds in table.items()
+    }
+
+
+def show(console: Console, summary: dict) -> None:
+    kinds = list(next(iter(summary.values())))
+    table = Table(title="RMSE as a share of the target's standard deviation (median over the seeds), parameters")
+    table.add_column("function")
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+    ratios, savings = {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
+    for name, row in summary.items():
+        cells = []
+        for kind in kinds:
+            error, parameters = row[kind]
+            ratios[kind].append(error / row["dense"][0])
+            savings[kind].append(row["dense"][1] / parameters)
+            cells.append(f"{error:.4f}  {parameters:6,}")
+        table.add_row(name, *cells)
+    table.add_section()
+    table.add_row("median / dense's median", *(_of_medians(summary, kind) for kind in kinds))
+    table.add_row("median of the ratios", *(f"{median(ratios[kind]):.2f}" for kind in kinds))
+    table.add_row("better than dense on", *(f"{sum(r < 1 for r in ratios[kind])} of {len(summary)}" for kind in kinds))
+    table.add_row("fewer parameters", *(f"{min(savings[k]):.1f}x to {max(savings[k]):.1f}x" for k in kinds))
+    console.print(table)
+
+
+def _of_medians(summary: dict, kind: str) -> str:
+    first, dense = (median(row[k][0] for row in summary.values()) for k in (kind, "dense"))
+    return f"{first / dense:.2f}"
+
+
+def draw(summary: dict, path: Path) -> None:
+    """Error against parameters: a line for each function."""
+    figure, ax = plt.subplots(figsize=(9, 5.2), layout="constrained")
+    colors = plt.colormaps["tab20"](np.linspace(0, 1, len(summary)))
+    for color, (name, row) in zip(colors, summary.items(), strict=True):
+        points = sorted((parameters, error) for error, parameters in row.values())
+        ax.plot(*zip(*points, strict=True), "o-", color=color, ms=4, lw=1.2, label=name)
+        error, parameters = row["dense"]
+        ax.plot(parameters, error, "s", color=color, ms=8)
+    ax.set(xscale="log", yscale="log", xlabel="parameters", ylabel="RMSE / standard deviation of the target")
+    ax.set_title("Slim KANs (dots: three rank settings) and the dense KAN [n, 32, 32, 1] (squares), same steps")
+    ax.set_xticks([1500, 3000, 5000, 10000], ["1,500", "3,000", "5,000", "10,000"])
+    ax.set_xticks([], minor=True)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each network (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="training steps (default: %(default)s)")
+    parser.add_argument("--functions", nargs="+", default=list(FUNCTIONS), choices=list(FUNCTIONS), metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="two functions and few steps, to see that it runs")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    name = "slim_functions"
+    if args.quick:
+        args.seeds, args.steps, args.functions, name = 1, 20, list(FUNCTIONS)[:2], "slim_functions_quick"
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f"{name}.json"
+    setting = {"steps": args.steps, "hidden": HIDDEN, "batch": BATCH, "learning_rates": LEARNING_RATES}
+
+    rows = []
+    if path.exists():
+        known = json.loads(path.read_text())
+        rows = known["rows"] if known["setting"] == setting else []
+    done = {(row["function"], row["model"], row["seed"]) for row in rows}
+    todo = [
+        (function, kind, seed)
+        for function in args.functions
+        for seed in range(args.seeds)
+        for kind in ("dense", *rank_settings(2))
+        if (function, kind, seed) not in done
+    ]
+    for function, kind, seed in tqdm(todo, unit="run"):
+        rows.append(run(function, kind, seed, args.steps))
+        path.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
+
+    summary = summarise(rows)
+    console = Console(width=120)
+    show(console, summary)
+    draw(summary, args.output / f"{name}.png")
+    console.print(f"written: {args.output / name}.json and .png")
+
+
+if __name__ == "__main__":
+    main()

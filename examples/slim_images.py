@@ -1,0 +1,329 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Images by Slim KANs: a dense KAN beside Slim KANs, a compressed KAN, and peers of as few parameters.
+
+    python examples/slim_images.py                              # scikit-learn's digits, no network, three minutes
+    python examples/slim_images.py --quick                      # one seed, a few epochs, for CI
+    python examples/slim_images.py --data-dir ../shared/data/mnist-10k     # IDX files in a folder, as MNIST's
+    python examples/slim_images.py --dataset mnist              # or fashion_mnist, cifar10, from the Hugging Face Hub
+
+Networks are [pixels, 64, 10], and all train for the same epochs on the same batches, but the compressed one:
+`slim(dense, ...)` starts from the trained dense KAN and is fine-tuned for one epoch. `--dataset` also takes a
+folder that `datasets.load_dataset` reads. Of MNIST's 10,000 test images (`--data-dir` with nothing else) the first
+8,000 train and the rest tests; where a folder or a data set has a test part, that is what tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from peft_lotra import create_lotra_optimizer, slim
+from peft_lotra.kan import KAN, SlimKAN
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+torch.set_num_threads(1)  # comparable seconds, and on matrices this small more threads cost more than they bring
+
+HIDDEN = 64
+# By Adam with a cosine schedule. The best of 1e-3, 3e-3 and 1e-2, for fine-tuning of 3e-4, 1e-3 and 3e-3, on the
+# digits; within half a point of the best on the last 1,000 training images of MNIST-10k.
+LEARNING_RATES = {"dense": 3e-3, "slim": 1e-2, "fine-tuning": 3e-4}
+
+
+@dataclass
+class Images:
+    """Pixels (N, P), -1 to 1, and labels (N,), to train and to test."""
+
+    name: str
+    x: Tensor
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+
+def load_digits(seed: int) -> Images:
+    """scikit-learn's 1,797 digits, a quarter of them held out."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_digits(return_X_y=True)
+    x, x_test, y, y_test = train_test_split(x / 8 - 1, y, test_size=0.25, random_state=seed, stratify=y)
+    tensors = (torch.tensor(x).float(), torch.tensor(y), torch.tensor(x_test).float(), torch.tensor(y_test))
+    return Images("digits", *tensors)
+
+
+def load_idx(folder: Path) -> Images:
+    """MNIST-like files: `*images-idx3-ubyte[.gz]` and `*labels-idx1-ubyte[.gz]`.
+
+    Raises:
+        FileNotFoundError: There are none.
+        ValueError: A file does not start as an IDX file of bytes does.
+    """
+    parts = {}
+    for path in sorted(folder.glob("*images*idx3-ubyte*")):
+        labels = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
+        split = "train" if path.name.startswith("train") else "test" if path.name.startswith("t10k") else "all"
+        parts[split] = (read_idx(path), read_idx(labels))
+    if not parts:
+        raise FileNotFoundError(f"No `*images-idx3-ubyte` or `.gz` in {folder}.")
+    if "train" in parts and "test" in parts:
+        train, test = parts["train"], parts["test"]
+    else:
+        images, labels = next(iter(parts.values()))
+        cut = len(images) * 4 // 5
+        train, test = (images[:cut], labels[:cut]), (images[cut:], labels[cut:])
+    return _images(folder.name, *train, *test)
+
+
+def read_idx(path: Path) -> np.ndarray:
+    data = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+    if data[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{path} is no IDX file of bytes: it starts with {data[:4]!r}.")
+    dimensions = data[3]
+    shape = np.frombuffer(data, ">u4", count=dimensions, offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def load_hub(name: str) -> Images:
+    """A data set of the Hub, or of a folder, with a column of images and one of labels; splits `train` and `test`."""
+    from datasets import Image, load_dataset
+
+    data = load_dataset(name)
+    columns = data["train"].features
+    image = next(column for column, feature in columns.items() if isinstance(feature, Image))
+    label = "label" if "label" in columns else next(column for column in columns if column != image)
+    parts = []
+    for split in ("train", "test"):
+        parts.append(np.stack([np.asarray(picture) for picture in data[split][image]]))
+        parts.append(np.asarray(data[split][label]))
+    return _images(Path(name).name, *parts)
+
+
+def _images(name: str, x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> Images:
+    pixels = [torch.tensor(part.reshape(len(part), -1) / 127.5 - 1, dtype=torch.float32) for part in (x, x_test)]
+    return Images(name, pixels[0], torch.tensor(y).long(), pixels[1], torch.tensor(y_test).long())
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def mlp(pixels: int, classes: int, parameters: int) -> nn.Module:
+    """An MLP of one hidden layer with about that many parameters."""
+    hidden = max(1, round((parameters - classes) / (pixels + classes + 1)))
+    return nn.Sequential(nn.Linear(pixels, hidden), nn.SiLU(), nn.Linear(hidden, classes))
+
+
+def narrow_kan(pixels: int, classes: int, parameters: int) -> nn.Module:
+    """A dense KAN of one hidden layer with about that many parameters."""
+    return KAN([pixels, max(1, round(parameters / (9 * (pixels + classes)))), classes])
+
+
+def train(model: nn.Module, data: Images, epochs: int, batch: int, lr: float) -> float:
+    """Trains by Adam, Slim layers at their rates per component; returns the seconds it took."""
+    start = time.perf_counter()
+    if any(hasattr(module, "factor_basis") for module in model.modules()):
+        optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=lr)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(len(data.x) / batch))
+    model.train()
+    for _ in range(epochs):
+        for rows in torch.randperm(len(data.x)).split(batch):
+            loss = nn.functional.cross_entropy(model(data.x[rows]), data.y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+    model.eval()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Images) -> float:
+    return 100 * (model(data.x_test).argmax(1) == data.y_test).double().mean().item()
+
+
+def compare(data: Images, seed: int, ranks: list[tuple[int, int, int]], args, bar: tqdm) -> list[dict]:
+    """Trains every model on the data; returns a row for each."""
+    pixels, classes = data.x.shape[1], int(data.y.max()) + 1
+    widths = [pixels, HIDDEN, classes]
+    rows = []
+
+    def note(name: str, model: nn.Module, seconds: float) -> None:
+        row = {"data": data.name, "model": name, "seed": seed, "parameters": count(model)}
+        rows.append(row | {"accuracy": accuracy(model, data), "seconds": round(seconds, 2)})
+
+    def fit(name: str, make: Callable[[], nn.Module], lr: float) -> nn.Module:
+        bar.set_description(name)
+        torch.manual_seed(seed)
+        model = make()
+        note(name, model, train(model, data, args.epochs, args.batch, lr))
+        bar.update()
+        return model
+
+    dense = fit("dense KAN", lambda: KAN(widths), LEARNING_RATES["dense"])
+    sizes = []
+    for triple in ranks:
+        model = fit(
+            f"Slim KAN {triple}",
+            lambda triple=triple: SlimKAN(widths, [triple, (classes, *triple[1:])]),
+            LEARNING_RATES["slim"],
+        )
+        sizes.append(count(model))
+    samples = data.x[torch.randperm(len(data.x))[:1000]]
+    for way, arguments in {
+        "energy 0.99": {"energy": 0.99, "inputs": samples},
+        "1/8": {"budget": count(dense) // 8, "inputs": samples},
+        "1/8, without inputs": {"budget": count(dense) // 8},
+    }.items():
+        small = slim(dense, **arguments)
+        note(f"slim(dense), {way}, as it is", small, 0.0)
+        bar.set_description(f"slim(dense), {way}")
+        seconds = train(small, data, 1, args.batch, LEARNING_RATES["fine-tuning"])
+        note(f"slim(dense), {way}, 1 epoch", small, seconds)
+        bar.update()
+    fit("narrow KAN", lambda: narrow_kan(pixels, classes, sizes[0]), LEARNING_RATES["dense"])
+    fit("MLP", lambda: mlp(pixels, classes, sizes[0]), LEARNING_RATES["dense"])
+    fit("logistic regression", lambda: nn.Linear(pixels, classes), LEARNING_RATES["dense"])
+    return rows
+
+
+def show(console: Console, rows: list[dict]) -> None:
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    seeds = len({row["seed"] for row in rows})
+    table = Table(title=f"{rows[0]['data']}, {seeds} seeds")
+    table.add_column("")
+    for column in ("parameters", "fewer", "accuracy %", "+-", "seconds"):
+        table.add_column(column, justify="right")
+    dense = next(row["parameters"] for row in rows if row["model"] == "dense KAN")
+    for model in models:
+        runs = [row for row in rows if row["model"] == model]
+        accuracies = [row["accuracy"] for row in runs]
+        spread = f"{stdev(accuracies):.2f}" if len(runs) > 1 else "-"
+        parameters = round(mean(row["parameters"] for row in runs))
+        seconds = mean(row["seconds"] for row in runs)
+        table.add_row(
+            model,
+            f"{parameters:,}",
+            f"{dense / parameters:.1f}x",
+            f"{mean(accuracies):.2f}",
+            spread,
+            f"{seconds:.1f}" if seconds else "-",
+        )
+    console.print(table)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Accuracy against parameters, the mean of the seeds and their spread."""
+    kinds = {
+        "dense KAN": ("tab:blue", "s", "dense KAN"),
+        "Slim KAN": ("tab:green", "o", "Slim KAN, from scratch"),
+        "slim(dense)": ("tab:olive", "^", "slim(dense), fine-tuned for 1 epoch"),
+        "narrow KAN": ("tab:cyan", "s", "dense KAN, narrower"),
+        "MLP": ("tab:orange", "D", "MLP"),
+        "logistic": ("tab:gray", "v", "logistic regression"),
+    }
+    figure, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    for kind, (color, marker, label) in kinds.items():
+        models = dict.fromkeys(
+            r["model"]
+            for r in rows
+            if r["model"].startswith(kind) and not r["model"].endswith("as it is") and "without" not in r["model"]
+        )
+        points = []
+        for model in models:
+            runs = [row for row in rows if row["model"] == model]
+            accuracies = [row["accuracy"] for row in runs]
+            spread = stdev(accuracies) if len(runs) > 1 else 0.0
+            points.append((mean(row["parameters"] for row in runs), mean(accuracies), spread))
+        x, y, spread = zip(*sorted(points), strict=True)
+        ax.errorbar(x, y, spread, color=color, marker=marker, ms=7, lw=1, ls=":", capsize=3, label=label)
+    ax.set(xscale="log", xlabel="parameters", ylabel="accuracy on held-out images, %")
+    seeds = len({row["seed"] for row in rows})
+    ax.set_title(f"{rows[0]['data']}: mean and standard deviation of {seeds} seeds")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=9, loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--dataset", default="digits", help="digits (default), a name on the Hub, or a folder")
+    source.add_argument("--data-dir", type=Path, help="a folder with IDX files")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each model (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, help="default: 30 for the digits, 6 for others")
+    parser.add_argument("--batch", type=int, help="default: 64 for the digits, 256 for others")
+    parser.add_argument("--quick", action="store_true", help="one seed and two epochs, to see that it runs")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    digits = args.data_dir is None and args.dataset == "digits"
+    args.epochs = 2 if args.quick else args.epochs or (30 if digits else 6)
+    args.batch = args.batch or (64 if digits else 256)
+    args.seeds = 1 if args.quick else args.seeds
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    data, ranks = None, [(24, 24, 4), (16, 16, 4)]
+    if args.data_dir is not None:
+        data = load_idx(args.data_dir)
+    elif args.dataset != "digits":
+        data = load_hub(args.dataset)
+    else:
+        ranks = [(20, 20, 2), (10, 10, 2)]
+    name = "slim_images_" + (data.name if data is not None else "digits") + ("_quick" if args.quick else "")
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / f"{name}.json"
+    setting = {"epochs": args.epochs, "batch": args.batch, "learning_rates": LEARNING_RATES, "hidden": HIDDEN}
+
+    rows = []
+    if path.exists():  # seeds that it has are not repeated
+        known = json.loads(path.read_text())
+        rows = known["rows"] if known["setting"] == setting else []
+    todo = [seed for seed in range(args.seeds) if seed not in {row["seed"] for row in rows}]
+    with tqdm(total=9 * len(todo), unit="model") as bar:
+        for seed in todo:
+            rows += compare(data if data is not None else load_digits(seed), seed, ranks, args, bar)
+            path.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
+    console = Console(width=100)
+    show(console, rows)
+    draw(rows, args.output / f"{name}.png")
+    console.print(f"written: {args.output / name}.json and .png")
+
+
+if __name__ == "__main__":
+    main()

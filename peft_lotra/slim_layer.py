@@ -1,0 +1,181 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A KAN layer of any library with its coefficient tensor in Tucker form."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .functional import call_with_parameters
+from .tucker import reconstruct
+
+
+if TYPE_CHECKING:
+    from .kan_layers import CoefficientTensor, KANLayerSpec
+
+
+# The scale that some families multiply the splines of each edge by, besides their coefficients, and its layout.
+# Full fine-tuning moves it too, which is as if it had moved the coefficients.
+EDGE_SCALES = {
+    "efficient-kan": ("spline_scaler", "o i"),
+    "pykan": ("scale_sp", "i o"),
+    "qkan-fourier": ("fourier_scaler", "o i"),
+}
+
+
+class SlimLayer(nn.Module):
+    """
+    A KAN layer of a foreign library whose coefficients, with its residual weights, are a core and three factors.
+
+    The layer itself runs, with the coefficients built from the factors: that is exact for every family and keeps
+    whatever the layer returns. It saves parameters, not time; `SlimKANLinear` saves both. Attributes that this class
+    does not have are those of the layer, with the coefficients that the factors make.
+
+    Args:
+        layer (`nn.Module`): The layer. Its coefficients, residual weights and edge scales are taken out of it.
+        spec (`KANLayerSpec`): The family it belongs to.
+        core (`torch.Tensor`): (ro, ri, rb).
+        factors (`Sequence[torch.Tensor]`): (out, ro), (in, ri) and (basis, rb), with the residual branch as the last
+            basis slice if the layer has one.
+
+    Attributes:
+        core, factor_out, factor_in, factor_basis: parameters.
+        layer: what is left of the layer.
+    """
+
+    def __init__(
+        self, layer: nn.Module, spec: KANLayerSpec, core: torch.Tensor, factors: Sequence[torch.Tensor]
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.tensor: CoefficientTensor = spec.locate(layer)
+        coefficients = self.tensor.get_parameter(layer)
+        for name, value in zip(("core", "factor_out", "factor_in", "factor_basis"), (core, *factors), strict=True):
+            value = value.to(coefficients).contiguous()
+            setattr(self, name, nn.Parameter(value, requires_grad=coefficients.requires_grad))
+        self.scale = edge_scale(layer, spec)
+        # what stood in the layer, as shapes and flags, for `to_dense`
+        self.removed = {}
+        for name in [*self.tensor.parameters, *([self.scale] if self.scale else [])]:
+            owner, _, attribute = name.rpartition(".")
+            parameters = layer.get_submodule(owner)._parameters
+            self.removed[name] = (tuple(parameters[attribute].shape), parameters[attribute].requires_grad)
+            parameters[attribute] = None
+        self.layer = layer
+        self.train(layer.training)
+
+    @property
+    def ranks(self) -> tuple[int, int, int]:
+        """(ro, ri, rb)."""
+        return tuple(self.core.shape)
+
+    @property
+    def components(self) -> tuple[torch.Tensor, ...]:
+        """core, factor_out, factor_in and factor_basis."""
+        return self.core, self.factor_out, self.factor_in, self.factor_basis
+
+    @property
+    def in_features(self) -> int:
+        return len(self.factor_in)
+
+    @property
+    def out_features(self) -> int:
+        return len(self.factor_out)
+
+    @property
+    def coefficients(self) -> torch.Tensor:
+        """The coefficient tensor (out, in, basis), without the residual branch, built anew; differentiable."""
+        factor_basis = self.factor_basis[: self.tensor.shape[-1]]
+        return reconstruct(self.core, self.factor_out, self.factor_in, factor_basis)
+
+    @property
+    def residual(self) -> torch.Tensor | None:
+        """The residual weights (out, in), built anew, or `None` if the layer has no residual branch."""
+        last = self.factor_basis[self.tensor.shape[-1] :]
+        return reconstruct(self.core, self.factor_out, self.factor_in, last).squeeze(-1) if len(last) else None
+
+    def parameters_in_force(self, delta: torch.Tensor | float = 0.0) -> dict[str, torch.Tensor]:
+        """The parameters that the factors stand for, as the layer stores them.
+
+        Args:
+            delta (`torch.Tensor`): (out, in, basis), with the residual slice if there is one; added to them.
+        """
+        parameters = self.tensor.split(reconstruct(*self.components) + delta)
+        if self.scale is not None:
+            shape, _ = self.removed[self.scale]
+            parameters[self.scale] = self.core.new_ones(shape)
+        return parameters
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward_with(0.0, *args, **kwargs)
+
+    def forward_with(self, delta: torch.Tensor | float, *args: Any, **kwargs: Any) -> Any:
+        """The output with a dense tensor added to the coefficients, see `parameters_in_force`."""
+        return call_with_parameters(self.layer, self.parameters_in_force(delta), self.layer, args, kwargs)
+
+    def to_dense(self) -> nn.Module:
+        """A layer of the original class that computes the same, up to rounding."""
+        layer = copy.deepcopy(self.layer)
+        with torch.no_grad():
+            parameters = self.parameters_in_force()
+        for name, value in parameters.items():
+            owner, _, attribute = name.rpartition(".")
+            _, requires_grad = self.removed[name]
+            value = nn.Parameter(value.contiguous(), requires_grad=requires_grad)
+            layer.get_submodule(owner)._parameters[attribute] = value
+        return layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "layer" not in self.__dict__.get("_modules", {}):
+                raise
+        layer = self.layer
+        if name in self.spec.grid_methods:
+            getattr(layer, name)  # an AttributeError if the layer does not have it either
+            return partial(_refuse_grid_method, name)
+        if name in self.removed or isinstance(inspect.getattr_static(type(layer), name, None), property):
+            return call_with_parameters(layer, self.parameters_in_force(), getattr, (layer, name), {})
+        value = getattr(layer, name)
+        if inspect.ismethod(value) and value.__self__ is layer:
+            return partial(self._call, value)
+        return value
+
+    def _call(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        return call_with_parameters(self.layer, self.parameters_in_force(), method, args, kwargs)
+
+    def extra_repr(self) -> str:
+        return f"family={self.spec.family}, ranks={self.ranks}"
+
+
+def edge_scale(layer: nn.Module, spec: KANLayerSpec) -> str | None:
+    """The name of the parameter that the layer multiplies the splines of each edge by, if it has one."""
+    name, _ = EDGE_SCALES.get(spec.family, ("", ""))
+    return name if isinstance(getattr(layer, name, None), nn.Parameter) else None
+
+
+def _refuse_grid_method(name: str, *args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        f"`{name}` refits the coefficients one by one, and here they are a Tucker tensor. Move the grid of the dense "
+        "model (`to_dense()`), and compress it again with `slim`."
+    )

@@ -1,0 +1,181 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""LoTRA on layers that are Tucker tensors already."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+
+from .kan_layers import get_kan_spec
+from .layer import LoTRALayer
+from .tucker import balance, orthogonalize, tucker
+
+
+SLIM_MERGES = ("densify", "truncate")
+
+NAMES = ("core", "factor_out", "factor_in", "factor_basis")
+
+
+class SlimLoTRALayer(LoTRALayer):
+    """
+    A Slim layer (`SlimKANLinear` or `SlimLayer`) with LoTRA adapters.
+
+    The sum of two Tucker tensors is a Tucker tensor: its factors stand side by side, its core is block-diagonal. So
+    the base layer runs with components that contain its own and those of the adapters, without any dense tensor.
+
+    Such a sum has more ranks than the base layer. What merging makes of it, `slim_merge` decides: "densify" replaces
+    the base layer by its dense equivalent, exactly; "truncate" keeps the layer Slim, at the ranks that it had, by
+    HOOI, and leaves in `merge_error` what that cost: the norm of what the merged tensor misses, as a share of its own.
+    """
+
+    slim_merge = "densify"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.merge_error: float | None = None
+        self._before_merge: list[Any] = []  # what `unmerge` puts back
+
+    def components_in_force(
+        self, adapters: Iterable[str], dropout: bool = False
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """core and factors of the base layer and the adapters together."""
+        core, *factors = self.base_layer.components
+        dtype = core.dtype
+        for adapter in self._adapters_here(adapters):
+            own, *own_factors = self.get_components(adapter)
+            own = self._dropped(own, adapter, dropout) * self.lotra_scaling[adapter]
+            core = _block_diagonal(core, own.to(dtype))
+            # without the residual branch, its slice of the update is zero
+            short = len(factors[2]) - len(own_factors[2])
+            own_factors[2] = nn.functional.pad(own_factors[2], (0, 0, 0, short))
+            factors = [torch.cat([a, b.to(dtype)], dim=1) for a, b in zip(factors, own_factors, strict=True)]
+        return core, factors
+
+    def _dropped(self, core: torch.Tensor, adapter: str, dropout: bool) -> torch.Tensor:
+        """The core after rank and module dropout, drawn as in `LoTRALayer`."""
+        if dropout and (p := self.lotra_rank_dropout[adapter]):
+            core = core * (torch.rand(len(core), 1, 1, device=core.device) >= p).to(core.dtype) / (1 - p)
+        if dropout and (p := self.lotra_module_dropout[adapter]):
+            core = core * (torch.rand((), device=core.device) >= p).to(core.dtype)
+        return core
+
+    def parameters_in_force(
+        self, adapters: Iterable[str] | None = None, dropout: bool = False
+    ) -> dict[str, torch.Tensor]:
+        if adapters is None:
+            adapters = [] if self.merged or self.disable_adapters else self.active_adapters
+        adapters = self._adapters_here(adapters)
+        if not adapters:
+            return {}
+        with torch.autocast(self.lotra_core[adapters[0]].device.type, enabled=False):
+            core, factors = self.components_in_force(adapters, dropout)
+        return dict(zip(NAMES, (core, *factors), strict=True))
+
+    ###########
+    # Merging #
+    ###########
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Merge the active adapters into the base layer, in the way that `slim_merge` says.
+
+        Args:
+            safe_merge (`bool`, *optional*): Whether to check first that the merged components are finite.
+            adapter_names (`list[str]`, *optional*): The adapters to merge; defaults to all that are active.
+
+        Raises:
+            ValueError: `safe_merge`, and they are not. The base layer is unchanged.
+        """
+        adapter_names = self._adapters_here(check_adapters_to_merge(self, adapter_names))
+        if not adapter_names:
+            # no adapter to merge
+            return
+
+        if safe_merge:
+            self.check_safe_merge(adapter_names)
+        adapter_names = [*self.merged_adapters, *adapter_names]
+        self._restore()
+        with torch.no_grad():
+            core, factors = self.components_in_force(adapter_names)
+            if self.slim_merge == "densify":
+                self._put_dense(core, factors)
+            else:
+                self._put_truncated(core, factors)
+        self.merged_adapters.extend(adapter_names)
+
+    def check_safe_merge(self, adapter_names: list[str] | None = None) -> None:
+        for adapter in self._adapters_here(self.active_adapters if adapter_names is None else adapter_names):
+            if not all(torch.isfinite(component).all() for component in self.get_components(adapter)):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+
+    def unmerge(self) -> None:
+        """This method unmerges all merged adapters. The base layer is again what it was, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._restore()
+
+    def _put_dense(self, core: torch.Tensor, factors: list[torch.Tensor]) -> None:
+        # kept in a list: a module of its own would be a part of the state dict
+        self._before_merge = [self.base_layer, self.lotra_spec, self.lotra_tensor]
+        slim = copy.deepcopy(self.base_layer)
+        for name, value in zip(NAMES, (core, *factors), strict=True):
+            setattr(slim, name, nn.Parameter(value))
+        self.base_layer = slim.to_dense()
+        self.lotra_spec = get_kan_spec(self.base_layer)
+        self.lotra_tensor = self.lotra_spec.locate(self.base_layer)
+
+    def _put_truncated(self, core: torch.Tensor, factors: list[torch.Tensor]) -> None:
+        self._before_merge = [component.detach().clone() for component in self.base_layer.components]
+        core, bases = orthogonalize(core.double(), [factor.double() for factor in factors])
+        small, rotations = tucker(core, self.base_layer.ranks)
+        missed = (core.square().sum() - small.square().sum()).clamp(min=0).sqrt()
+        self.merge_error = (missed / core.norm().clamp(min=1e-300)).item()
+        self._put(*balance(small, [basis @ rotation for basis, rotation in zip(bases, rotations, strict=True)]))
+
+    def _restore(self) -> None:
+        """The base layer as it was before any merge."""
+        before = self._before_merge
+        if before and isinstance(before[0], nn.Module):
+            moved_to = next(self.base_layer.parameters())
+            self.base_layer, self.lotra_spec, self.lotra_tensor = before
+            self.base_layer.to(moved_to)
+        elif before:
+            self._put(before[0], before[1:])
+        self._before_merge, self.merge_error = [], None
+        self.merged_adapters.clear()
+
+    @torch.no_grad()
+    def _put(self, core: torch.Tensor, factors: list[torch.Tensor]) -> None:
+        for component, value in zip(self.base_layer.components, (core, *factors), strict=True):
+            component.copy_(value)
+
+    def set_base_weight(self, weight_data: torch.Tensor) -> None:
+        """Sets the base layer to the best approximation (HOOI) of these coefficients that its ranks allow."""
+        self._put(*balance(*tucker(weight_data, self.base_layer.ranks)))
+
+
+def _block_diagonal(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The core of the sum of two Tucker tensors, (ro, ri, rb) and (so, si, sb) to (ro + so, ri + si, rb + sb)."""
+    before = [size for length in reversed(second.shape) for size in (0, length)]
+    after = [size for length in reversed(first.shape) for size in (length, 0)]
+    return nn.functional.pad(first, before) + nn.functional.pad(second, after)

@@ -1,0 +1,212 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+
+from peft_lotra.kan import KAN, KANConfig, KANLinear, KANModel, SlimKAN, SlimKANLinear
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def dense_tensor(layer):
+    return torch.einsum("abc,oa,ib,kc->oik", *layer.components)
+
+
+@pytest.mark.parametrize("ranks", [(3, 2, 4), (1, 1, 1), (6, 5, 9), (2, 5, 3)])
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_equals_the_sum_over_edges(ranks, rows):
+    layer = SlimKANLinear(5, 6, ranks, dtype=torch.float64)
+    x = torch.randn(rows, 5, dtype=torch.float64)
+    tensor = dense_tensor(layer)
+    expected = torch.einsum("oik,bik->bo", tensor[..., :-1], layer.basis(x)) + F.silu(x) @ tensor[..., -1].T
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.spline_weight, tensor[..., :-1])
+    torch.testing.assert_close(layer.base_weight, tensor[..., -1])
+
+
+def test_its_parameters_are_core_and_factors():
+    layer = SlimKANLinear(5, 6, (3, 2, 4))
+    shapes = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    assert shapes == {"core": (3, 2, 4), "factor_out": (6, 3), "factor_in": (5, 2), "factor_basis": (9, 4)}
+    assert list(layer.state_dict()) == [*shapes, "grid_bounds"]
+    assert layer.ranks == (3, 2, 4)
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (4,), (2, 3)])
+def test_leading_shapes(leading):
+    layer = SlimKANLinear(3, 2, 2)
+    x = torch.randn(*leading, 3)
+    assert layer(x).shape == (*leading, 2)
+    torch.testing.assert_close(layer(x).reshape(-1, 2), layer(x.reshape(-1, 3)))
+
+
+def test_transforms_and_compile():
+    layer = SlimKANLinear(3, 2, 2, dtype=torch.float64)
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
+    assert torch.autograd.gradcheck(layer, x) and torch.autograd.gradgradcheck(layer, x)
+
+
+def test_compiles_once_for_all_batch_sizes_of_an_order():
+    layer = SlimKANLinear(40, 30, (8, 8, 3))
+    counter = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    for rows in (64, 100, 128, 200, 333, 1000):
+        x = torch.randn(rows, 40)
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtypes(dtype):
+    layer = SlimKANLinear(3, 2, 2, dtype=dtype)
+    assert {tensor.dtype for tensor in layer.state_dict().values()} == {dtype}
+    assert layer(torch.randn(4, 3, dtype=dtype)).dtype == dtype
+    assert layer.to_dense().spline_weight.dtype == dtype
+
+
+def test_autocast():
+    layer, x = SlimKANLinear(3, 2, 2), torch.randn(8, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.02)
+
+
+def test_meta_device():
+    layer = SlimKANLinear(3, 2, 2, device="meta")
+    assert layer(torch.randn(5, 3, device="meta")).shape == (5, 2)
+    layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    assert layer.grid_bounds.tolist() == [[-1.0, 1.0]] * 3 and layer(torch.randn(5, 3)).isfinite().all()
+
+
+@pytest.mark.parametrize("grid_range", [(-1, 1), (0, 1), (-3, 5)])
+def test_a_new_layer_keeps_the_variance(grid_range):
+    layer = SlimKANLinear(256, 256, (64, 64, 4), grid_range=grid_range)
+    low, high = grid_range
+    variance = (high - low) ** 2 / 12
+    x = (low + high) / 2 + variance**0.5 * torch.randn(1000, 256)
+    with torch.no_grad():
+        ratio = layer(x).square().mean() / variance
+    assert 0.5 < ratio < 2
+
+
+def test_ten_layers_keep_the_variance():
+    x = torch.rand(2000, 128) * 2 - 1
+    ratios = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            ratios.append(SlimKAN([128] * 11, (32, 32, 4))(x).var() / x.var())
+    assert 0.5 < torch.stack(ratios).median() < 2 and 0.2 < min(ratios) and max(ratios) < 5
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_normalisation_keeps_the_variance_at_any_rank(norm):
+    x = torch.rand(500, 64) * 2 - 1
+    net = SlimKAN([64] * 11, (2, 2, 2), norm=norm)
+    with torch.no_grad():
+        for layer in net.layers:
+            x = layer(x)
+            if not isinstance(layer, SlimKANLinear):
+                assert 0.5 < 3 * x.var() < 1.5
+    assert net(torch.randn(2, 3, 64)).shape == (2, 3, 64)
+
+
+def test_to_dense():
+    layer = SlimKANLinear(5, 4, (3, 2, 6), grid_size=4, spline_order=2, grid_range=(0, 2), dtype=torch.float64)
+    with torch.no_grad():
+        layer.grid_bounds[2] = torch.tensor([-3.0, 4.0])
+    dense = layer.to_dense()
+    assert type(dense) is KANLinear and (dense.grid_size, dense.spline_order, dense.grid_range) == (4, 2, (0, 2))
+    x = torch.randn(7, 5, dtype=torch.float64)
+    torch.testing.assert_close(dense(x), layer(x))
+    dense.update_grid(x)
+
+
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_network_to_dense(norm):
+    net = SlimKAN([3, 6, 2], [(2, 3, 4), None], norm=norm).eval()
+    dense = net.to_dense()
+    assert type(dense) is KAN and not any(isinstance(module, SlimKANLinear) for module in dense.modules())
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(dense(x), net(x))
+    dense.update_grid(x)
+    assert [type(layer).__name__ for layer in net.layers][-1] == "KANLinear"  # None in the list of ranks
+
+
+def test_trains():
+    x = torch.rand(256, 2) * 2 - 1
+    y = torch.sin(3 * x[:, :1]) * x[:, 1:]
+    net = SlimKAN([2, 8, 1], [(6, 2, 4), (1, 6, 4)])
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2)
+    for _ in range(200):
+        loss = (net(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.02 * y.var()
+
+
+def test_ranks_above_the_modes_are_capped_with_a_warning():
+    with pytest.warns(UserWarning, match=r"SlimKANLinear\(4, 3\): \(3, 3, 100\) for \(3, 4, 9\), made \(3, 3, 9\)"):
+        assert SlimKANLinear(4, 3, (3, 3, 100)).ranks == (3, 3, 9)
+    with pytest.warns(UserWarning, match=r"layers\.1: 4 for \(2, 5, 9\), made \(2, 4, 4\)$") as warned:
+        net = SlimKAN([4, 5, 2], 4)
+    assert len(warned) == 1 and [layer.ranks for layer in net.layers] == [(4, 4, 4), (2, 4, 4)]
+
+
+@pytest.mark.parametrize("ranks", [0, -1, 2.0, (4, 4), (4, 0, 4), None, [(2, 2, 2), (2, 0, 2)]])
+def test_refuses_ranks(ranks):
+    with pytest.raises(ValueError, match="`ranks` should be a positive integer"):
+        SlimKAN([4, 5, 2], ranks)
+
+
+def test_refuses_arguments():
+    with pytest.raises(ValueError, match="`ranks` has 3 entries, but the network has 2 layers"):
+        SlimKAN([4, 5, 2], [(2, 2, 2), None, None])
+    with pytest.raises(ValueError, match="`widths` is"):
+        SlimKAN([4], 2)
+    with pytest.raises(ValueError, match="`norm` is 'group'"):
+        SlimKAN([4, 5, 2], 2, norm="group")
+    with pytest.raises(ValueError, match="`grid_size` is 0"):
+        SlimKANLinear(4, 5, 2, grid_size=0)
+    with pytest.raises(ValueError, match=r"shape .* last dimension of 3"):
+        SlimKANLinear(3, 2, 1)(torch.zeros(5, 2))
+
+
+# A new model needs no warning about the ranks that were capped when it was first made
+@pytest.mark.parametrize("ranks", [(2, 3, 4), [(2, 3, 4), None], [[2, 3, 4], [1, 2, 2]]])
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_model_is_saved_as_its_factors(ranks, norm, tmp_path):
+    model = KANModel(KANConfig(widths=(40, 30, 10), ranks=ranks, norm=norm)).eval()
+    assert isinstance(model.kan, SlimKAN)
+    model.save_pretrained(tmp_path)
+    loaded = KANModel.from_pretrained(tmp_path)
+    assert loaded.config.ranks == ((2, 3, 4), model.kan.layers[-1].ranks if ranks[-1] else None)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    x = torch.randn(20, 40)
+    assert torch.equal(loaded(x).logits, model(x).logits)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    assert (tmp_path / "model.safetensors").stat().st_size < size + 2500  # its header
