@@ -206,7 +206,7 @@ def _evaluate(
         y = spline_product(x, *spec.splines(base_layer), coefficients, spline_update)
     else:
         basis = spec.basis(base_layer, x).flatten(1)
-        y = basis.new_zeros(len(basis), len(coefficients))
+        y = basis.new_zeros(basis.shape[0], coefficients.shape[0])
         y = _addmm(
             y, basis, coefficients.flatten(1), left, None if update is None else right[..., :num_basis].flatten(1)
         )
