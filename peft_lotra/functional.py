@@ -16,11 +16,45 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
+
+
+class LayerLock:
+    """A re-entrant lock that a copied, or unpickled, layer has anew."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *args: Any) -> None:
+        self._lock.release()
+
+    def __reduce__(self):
+        return LayerLock, ()
+
+
+def exclusively(method: Callable) -> Callable:
+    """A method of a layer that one thread at a time may run: it exchanges parameters, or must not see them exchanged.
+
+    A compiled graph exchanges nothing and takes no lock.
+    """
+
+    @wraps(method)
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return method(self, *args, **kwargs)
+        with self.lotra_lock:
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class _Call(nn.Module):

@@ -22,14 +22,15 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from .config import ALL_KAN, LoTRAConfig
+from .config import ALL_KAN, LoTRAConfig, WeakMethod
+from .fingerprint import hash_all_dtypes
 from .initialization import drop_gradients
 from .layer import LoTRALayer
 from .networks import guard_network, release_networks
-from .targets import describe_targets, find_targets, locate_target, resolve_target_modules
+from .targets import check_base, describe_targets, find_targets, locate_target, read_values, resolve_target_modules
 from .weighted import add_weighted_adapter
 
 
@@ -104,8 +105,27 @@ class LoTRAModel(BaseTuner):
         drop_gradients([layer.get_base_layer() for layer in layers])
         if self._requires_grad_of_base is None:
             self._requires_grad_of_base = requires_grad
-        if peft_config.checkpoint_layers is not None:
+        peft_config.describe_base = WeakMethod(self._describe_base)
+        if peft_config.checkpoint_layers is not None or peft_config.checkpoint_tensors is not None:
             self._awaited_adapters[adapter_name] = requires_grad
+
+    def _describe_base(self, base_layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The record of the base for a file: that of the configuration, with hashes of what can be read now."""
+        modules = dict(self.model.named_modules())
+        description = {}
+        for name, layer in base_layers.items():
+            values = read_values(modules[name], name) if name in modules else None  # FSDP gives other names
+            hashes = (
+                {} if values is None else dict(zip(("grid", "parameters"), map(hash_all_dtypes, values), strict=True))
+            )
+            description[name] = {**layer, **hashes}
+        return description
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # a copied, or an unpickled model
+        super().__setstate__(state)
+        for config in self.peft_config.values():
+            config.describe_base = WeakMethod(self._describe_base)
 
     def _take_out(self, adapter_name: str, requires_grad: list[tuple[nn.Parameter, bool]]) -> None:
         """Undoes the injection of an adapter, as if it had never been tried."""
@@ -134,22 +154,38 @@ class LoTRAModel(BaseTuner):
     def _prepare_model(self, peft_config: LoTRAConfig, model: nn.Module) -> None:
         """Finds and checks all targets before the first of them is touched."""
         peft_config.target_modules = resolve_target_modules(peft_config, model)
-        found = describe_targets(find_targets(peft_config, model))
-        recorded, peft_config.base_layers = peft_config.checkpoint_layers, found
-        if recorded is None:
+        targets = find_targets(peft_config, model)
+        peft_config.base_layers = describe_targets(targets)
+        if peft_config.checkpoint_layers is not None:
+            check_base(peft_config, targets)
+        if peft_config.checkpoint_tensors is not None:
+            self._check_tensor_names(peft_config, model, targets)
+
+    @staticmethod
+    def _check_tensor_names(peft_config: LoTRAConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+        """Compares the names in a file of tensors with those that the adapter has in this model. PEFT would pass over
+        what it misses, and write what is superfluous wherever the name leads, into the base too."""
+        if getattr(model, "_checkpoint_conversion_mapping", None):  # the names in the file are older ones
             return
-        # The adapter comes from a checkpoint. Another shape is not an error yet: with `ignore_mismatched_sizes` PEFT
-        # drops the tensors that do not fit. Otherwise _load_from_state_dict refuses them.
-        wrong = [
-            f"{name}: a {layer['family']} layer, the model has "
-            + (f"a {found[name]['family']} layer" if name in found else "no such layer")
-            for name, layer in recorded.items()
-            if name not in found or found[name]["family"] != layer["family"]
-        ]
+        modules = dict(model.named_modules())
+        expected, aliases = set(), set()
+        for name, module in model.named_modules(remove_duplicate=False):  # a shared layer has several names
+            keys = []
+            if any(module is target for target in targets.values()):
+                keys = LoTRALayer.adapter_layer_names
+            elif any(name.endswith(ending) for ending in peft_config.modules_to_save or ()):  # PEFT's own rule
+                keys = list(getattr(module, "original_module", module).state_dict())
+            (expected if name in modules else aliases).update(f"{name}.{key}" for key in keys)
+        found = {name.removeprefix("base_model.model.") for name in peft_config.checkpoint_tensors}
+        allowed = expected | aliases | _embeddings(model)
+        wrong = [f"{name} is missing" for name in sorted(expected - found)]
+        wrong += [f"{name} is nothing that this adapter has" for name in sorted(found - allowed)]
         if wrong:
             raise ValueError(
-                "The adapter was made for another model. It is for\n  " + "\n  ".join(wrong) + "\nLoad it into the "
-                "base model that it was trained on."
+                "The adapter does not fit the model, nothing was loaded:\n  "
+                + "\n  ".join(wrong[:20])
+                + ("\n  ..." if len(wrong) > 20 else "")
+                + "\nLoad it into the base model that it was trained on."
             )
 
     def _create_and_replace(
@@ -165,12 +201,7 @@ class LoTRAModel(BaseTuner):
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
 
-        r_key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
-        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
-        kwargs = {
-            "r": peft_config.rank_pattern.get(r_key, peft_config.r),
-            "alpha": peft_config.alpha_pattern.get(alpha_key, peft_config.alpha),
-        }
+        kwargs = dict(zip(("r", "alpha"), peft_config.ranks_and_alpha(current_key), strict=True))
         if isinstance(target, LoTRALayer):
             target.update_layer(adapter_name, config=peft_config, **kwargs)
             return
@@ -235,8 +266,23 @@ class LoTRAModel(BaseTuner):
     # Merging and unloading    #
     ############################
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, keep_base: bool = True
+    ) -> None:
+        """
+        Merges the active adapters, or those named, into the base model; `unmerge_adapter` undoes it.
+
+        Args:
+            adapter_names (`list[str]`, *optional*): The adapters.
+            safe_merge (`bool`): Whether to check first that the merged weights are finite.
+            keep_base (`bool`):
+                Whether the adapted parameters are kept as they were, so that unmerging restores them bit for bit. It
+                takes their memory once more. Otherwise the update is subtracted, and each cycle of merging and
+                unmerging leaves rounding errors behind.
+        """
         self._check_merge(adapter_names, safe_merge)
+        for _, layer in _lotra_layers(self.model):
+            layer.keep_base = keep_base
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -322,6 +368,18 @@ def _adapter_names_pre_forward_hook(target, args, kwargs, adapter_names):
     # pre-forward hook to inject the adapter_names argument when using mixed adapter batches inference
     kwargs["adapter_names"] = adapter_names
     return args, kwargs
+
+
+def _embeddings(model: nn.Module) -> set[str]:
+    """The names of the embeddings of a transformers model, which PEFT can save along."""
+    owners = [getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("input", "output")]
+    owners = [owner for owner in owners if owner is not None]
+    return {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if any(module is owner for owner in owners)
+        for key, _ in module.named_parameters()
+    }
 
 
 def _lotra_layers(model: nn.Module) -> Iterator[tuple[str, LoTRALayer]]:
