@@ -23,7 +23,9 @@ from .layer import LoTRALayer
 from .model import LoTRAModel
 from .optim import create_lotra_optimizer, lotra_lr_multipliers
 from .ranks import gradient_spectrum, suggest_ranks, update_spectrum
+from .refit import RefitReport, refit_adapters
 from .registration import register
+from .saving import save_adapter
 
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "LoTRAConfig",
     "LoTRALayer",
     "LoTRAModel",
+    "RefitReport",
     "__version__",
     "create_lotra_optimizer",
     "extract_lotra",
@@ -39,7 +42,9 @@ __all__ = [
     "gradient_spectrum",
     "lotra_lr_multipliers",
     "preprocess_lotra",
+    "refit_adapters",
     "register_kan_layer",
+    "save_adapter",
     "suggest_ranks",
     "update_spectrum",
 ]

@@ -111,9 +111,9 @@ def is_same(recorded: Mapping[str, str], values: Values) -> bool | None:
 
 
 def layer_values(
-    layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, frozen: Mapping[str, torch.Tensor] | None = None
-) -> tuple[Values, Values] | None:
-    """The grid of a base layer and its other parameters: what the record of an adapter hashes.
+    layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, frozen: Mapping[str, torch.Tensor] | None
+) -> dict[str, Values]:
+    """What the record of an adapter hashes: the grid of a base layer, and its other parameters.
 
     The parameters are all that the layer has: the coefficients and the residual weights, but also scales, masks and
     normalizations, without which the coefficients mean something else.
@@ -122,10 +122,11 @@ def layer_values(
         layer (`nn.Module`): The base layer.
         spec (`KANLayerSpec`): Its family.
         tensor (`CoefficientTensor`): Where its coefficients are.
-        frozen (`dict[str, torch.Tensor]`, *optional*): What some parameters were before adapters were merged.
+        frozen (`dict[str, torch.Tensor]`, *optional*): The parameters that adapters are merged into, as they were
+            before; `None` if that is not known.
 
     Returns:
-        `None` if they cannot be read here: on the meta device, or sharded.
+        By `"grid"` and `"parameters"`, without what cannot be read here: on the meta device, sharded, or merged.
     """
     grid = spec.read_grid(layer)
     parameters = {name: value for name, value in layer.named_parameters() if name not in grid}
@@ -133,13 +134,20 @@ def layer_values(
     parameters.update(adapted)  # under FSDP, views that are no parameters
     try:
         tensor.join(list(adapted.values()))  # a shard has another shape
+        whole = True
     except Exception:
-        return None
+        whole = False
     parameters.update(frozen or {})
-    tensors = [value for value in (*grid.values(), *parameters.values()) if isinstance(value, torch.Tensor)]
-    if any(value.is_meta or hasattr(value, "placements") for value in tensors):
-        return None
-    return grid, parameters
+    values = {"grid": grid} if frozen is None or not whole else {"grid": grid, "parameters": parameters}
+    return {
+        what: tensors
+        for what, tensors in values.items()
+        if not any(
+            value.is_meta or hasattr(value, "placements")
+            for value in tensors.values()
+            if isinstance(value, torch.Tensor)
+        )
+    }
 
 
 def digest_of(base_layers: Mapping[str, Mapping[str, Any]]) -> str:

@@ -131,7 +131,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         self.lotra_scaling[adapter_name] = alpha
         self.lotra_rank_dropout[adapter_name] = config.rank_dropout
         self.lotra_module_dropout[adapter_name] = config.module_dropout
-        self.lotra_grid[adapter_name] = self._read_grid()
+        self.lotra_grid[adapter_name] = self.copy_grid()
         self._grid_checked.discard(adapter_name)
         # Drawn in the base's precision, but not in half of it; _move_adapter_to_device_of_base_layer casts down later.
         dtype = torch.promote_types(self.lotra_tensor.get_parameter(self.get_base_layer()).dtype, torch.float32)
@@ -248,19 +248,28 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
     # Grid #
     ########
 
-    def _read_grid(self) -> dict[str, torch.Tensor | int | float]:
-        grid = self.lotra_spec.read_grid(self.get_base_layer())
+    def read_grid(self) -> dict[str, torch.Tensor | int | float]:
+        """The state that gives the coefficients of the base layer their meaning, by name."""
+        return self.lotra_spec.read_grid(self.get_base_layer())
+
+    def copy_grid(self) -> dict[str, torch.Tensor | int | float]:
+        """The same, as it is now."""
+        grid = self.read_grid()
         return {name: v.detach().clone() if isinstance(v, torch.Tensor) else v for name, v in grid.items()}
 
     def _check_grid(self, adapters: Iterable[str]) -> None:
-        """Raises a RuntimeError if the grid is not the one that the adapters were made on. What was looked at is not
-        looked at again until another tensor stands there, or it was changed in place."""
-        grid = self.lotra_spec.read_grid(self.get_base_layer())
+        """Raises a RuntimeError if the grid is not the one that the adapters were made on.
+
+        It is compared at each call; on an accelerator, which would have to be waited for, only when another tensor
+        stands there, or the tensor was written to (but not through `.data`).
+        """
+        grid = self.read_grid()
+        tensors = [value for value in grid.values() if isinstance(value, torch.Tensor)]
         try:
-            key = [(id(v), v._version, v.data_ptr()) if isinstance(v, torch.Tensor) else v for v in grid.values()]
+            key = [(id(value), value._version, value.data_ptr()) for value in tensors]
         except RuntimeError:  # a batch of grids under vmap has no content of its own, inference tensors no version
             return
-        if key != self._grid_key:
+        if key != self._grid_key or all(value.device.type == "cpu" for value in tensors):
             self._grid_key, self._grid_checked = key, set()
         for adapter in self._adapters_here(adapters):
             if adapter in self._grid_checked:

@@ -61,7 +61,7 @@ class MergeableLayer(nn.Module):
             self.check_safe_merge(adapter_names)
         for adapter in self._adapters_here(adapter_names):
             if not self.merged_adapters:
-                self._grid_at_merge = self._read_grid()
+                self._grid_at_merge = self.copy_grid()
                 if self.keep_base:
                     self.parameters_before_merge = {n: p.detach().clone() for n, p in self._base_parameters().items()}
             components = [component.detach().clone() for component in self.get_components(adapter)]
@@ -104,7 +104,7 @@ class MergeableLayer(nn.Module):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if not same_grid(self._grid_at_merge, self.lotra_spec.read_grid(self.get_base_layer())):
+        if not same_grid(self._grid_at_merge, self.read_grid()):
             raise RuntimeError(
                 f"The grid of this {self.lotra_spec.family} layer was moved after {self.merged_adapters} had been "
                 "merged: subtracting the update from the new coefficients would not give the base function back. Keep "

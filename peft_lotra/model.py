@@ -114,11 +114,8 @@ class LoTRAModel(BaseTuner):
         modules = dict(self.model.named_modules())
         description = {}
         for name, layer in base_layers.items():
-            values = read_values(modules[name], name) if name in modules else None  # FSDP gives other names
-            hashes = (
-                {} if values is None else dict(zip(("grid", "parameters"), map(hash_all_dtypes, values), strict=True))
-            )
-            description[name] = {**layer, **hashes}
+            values = read_values(name, modules[name]) if name in modules else {}  # FSDP gives other names
+            description[name] = {**layer, **{what: hash_all_dtypes(value) for what, value in values.items()}}
         return description
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -84,5 +84,5 @@ def _refuse_grid_method(name: str, adapters: list[str], *args: Any, **kwargs: An
     raise RuntimeError(
         f"`{name}` changes what the coefficients mean, and would silently change the meaning of the adapters "
         f"{adapters}, which are not merged. Merge them first (`merge_and_unload()`, or `merge_adapter()` to keep the "
-        "layers adapted), or unload them."
+        "layers adapted), unload them, or carry them over with `peft_lotra.refit_adapters(model, inputs, move)`."
     )

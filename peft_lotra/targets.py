@@ -113,11 +113,11 @@ def describe_targets(targets: dict[str, nn.Module]) -> dict[str, dict[str, Any]]
     return description
 
 
-def read_values(module: nn.Module, name: str) -> tuple[Values, Values] | None:
-    """The grid and the parameters of the base layer of a target, as they are without merged adapters; `None` if they
-    cannot be read."""
+def read_values(name: str, module: nn.Module) -> dict[str, Values]:
+    """The grid and the parameters of the base layer of a target, as they are without merged adapters."""
     layer, spec, tensor = locate_target(name, module)
-    return layer_values(layer, spec, tensor, getattr(module, "parameters_before_merge", {}))
+    merged = hasattr(module, "lotra_spec") and module.merged
+    return layer_values(layer, spec, tensor, (module.parameters_before_merge or None) if merged else {})
 
 
 def check_base(config: LoTRAConfig, targets: dict[str, nn.Module]) -> None:
@@ -145,14 +145,10 @@ def check_base(config: LoTRAConfig, targets: dict[str, nn.Module]) -> None:
         return
     differ: dict[str, list[str]] = {"grid": [], "parameters": []}
     for name, layer in recorded.items():
-        hashed = {what for what in differ if layer.get(what)}
-        if not hashed or tuple(layer["shape"]) != tuple(found[name]["shape"]):
+        if tuple(layer["shape"]) != tuple(found[name]["shape"]) or not differ.keys() & layer.keys():
             continue
-        values = read_values(targets[name], name)
-        if values is None:
-            continue
-        for what, here in zip(differ, values, strict=True):
-            if what in hashed and is_same(layer[what], here) is False:
+        for what, values in read_values(name, targets[name]).items():
+            if what in layer and is_same(layer[what], values) is False:
                 differ[what].append(name)
     messages = {
         "grid": ("grids", "coefficients would mean other functions"),
