@@ -150,6 +150,13 @@ class LoTRAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: LoTRAConfig, model: nn.Module) -> None:
         """Finds and checks all targets before the first of them is touched."""
+        if peft_config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(
+            model, "prepare_inputs_for_generation"
+        ):
+            raise ValueError(
+                f"`task_type` is {peft_config.task_type!r}, but the model does not generate: it has no "
+                "`prepare_inputs_for_generation`. Leave `task_type` out."
+            )
         peft_config.target_modules = resolve_target_modules(peft_config, model)
         targets = find_targets(peft_config, model)
         peft_config.base_layers = describe_targets(targets)
@@ -251,6 +258,22 @@ class LoTRAModel(BaseTuner):
         for adapter in loaded:
             self._awaited_adapters.pop(adapter, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        # From PEFT 0.20 on. For tensors that come without a config, for an adapter that is there.
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        layers = [(name, layer) for name, layer in _lotra_layers(model) if adapter_name in layer.lotra_core]
+        own = {f"{name}.{part}.{adapter_name}" for name, layer in layers for part in layer.adapter_layer_names}
+        wrong = [f"{name} is missing" for name in sorted(own - state_dict.keys())]
+        for name, tensor in state_dict.items():
+            if name.rpartition(".")[0].endswith(LoTRALayer.adapter_layer_names):
+                wrong += [f"{name} has values that are not finite"] if not torch.isfinite(tensor).all() else []
+            elif f".modules_to_save.{adapter_name}." not in name and name in dict(model.state_dict()):
+                wrong.append(f"{name} would be written over, which is no part of the adapter")
+        if wrong:
+            raise ValueError("The tensors are not those of the adapter, nothing was loaded:\n  " + "\n  ".join(wrong))
+        return state_dict
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
