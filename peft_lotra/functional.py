@@ -17,7 +17,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -53,6 +54,19 @@ def exclusively(method: Callable) -> Callable:
             return method(self, *args, **kwargs)
         with self.lotra_lock:
             return method(self, *args, **kwargs)
+
+    return run
+
+
+def exclusively_within(method: Callable) -> Callable:
+    """The same for a method that gives a context: one thread at a time may be within it."""
+
+    @wraps(method)
+    @contextmanager
+    def run(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        with nullcontext() if torch.compiler.is_compiling() else self.lotra_lock:
+            with method(self, *args, **kwargs) as context:
+                yield context
 
     return run
 

@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import nn
 
 from .config import ALL_KAN, LoTRAConfig, WeakMethod
 from .fingerprint import hash_all_dtypes
+from .functional import LayerLock, exclusively_within
 from .initialization import drop_gradients
 from .layer import LoTRALayer
 from .networks import guard_network, release_networks
@@ -80,6 +81,7 @@ class LoTRAModel(BaseTuner):
         # Set before super().__init__, which injects the first adapter:
         # what the base model's parameters were before any adapter, and what they are again when all are unloaded
         self._requires_grad_of_base: list[tuple[nn.Parameter, bool]] | None = None
+        self.lotra_lock = LayerLock()
         # adapters that were injected to be loaded from a checkpoint, with what their injection changed
         self._awaited_adapters: dict[str, list[tuple[nn.Parameter, bool]]] = {}
         super().__init__(*args, **kwargs)
@@ -89,6 +91,13 @@ class LoTRAModel(BaseTuner):
     #############
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        # other threads may go on with inference
+        with ExitStack() as locks:
+            for lock in (self.lotra_lock, *(layer.lotra_lock for _, layer in _lotra_layers(model))):
+                locks.enter_context(lock)
+            self._inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         if "." in adapter_name:  # what nn.ParameterDict would say, but only when some layers are adapted already
             raise KeyError(f'The adapter name can\'t contain ".", got {adapter_name!r}.')
         peft_config = self.peft_config[adapter_name]
@@ -354,6 +363,7 @@ class LoTRAModel(BaseTuner):
     # Mixed batches #
     #################
 
+    @exclusively_within
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
         # If adapter_names is passed as an argument, we inject it into the forward arguments.
