@@ -192,7 +192,7 @@ class LoTRAModel(BaseTuner):
         found = {name.removeprefix("base_model.model.") for name in peft_config.checkpoint_tensors}
         allowed = expected | aliases | _embeddings(model)
         wrong = [f"{name} is missing" for name in sorted(expected - found)]
-        # PEFT 0.19 saves the components of all adapters, those of the others with their names, which lead nowhere
+        # PEFT 0.19 saves the components of all adapters, those of the others with their names; they are passed over
         found = {name for name in found if not name.rpartition(".")[0].endswith(LoTRALayer.adapter_layer_names)}
         wrong += [f"{name} is nothing that this adapter has" for name in sorted(found - allowed)]
         if wrong:
@@ -277,10 +277,14 @@ class LoTRAModel(BaseTuner):
         layers = [(name, layer) for name, layer in _lotra_layers(model) if adapter_name in layer.lotra_core]
         own = {f"{name}.{part}.{adapter_name}" for name, layer in layers for part in layer.adapter_layer_names}
         wrong = [f"{name} is missing" for name in sorted(own - state_dict.keys())]
+        # Those of other adapters, which PEFT 0.19 saves along, would be written over adapters of these names.
+        endings = LoTRALayer.adapter_layer_names
+        state_dict = {k: v for k, v in state_dict.items() if k in own or not k.rpartition(".")[0].endswith(endings)}
+        existing = model.state_dict().keys()
         for name, tensor in state_dict.items():
-            if name.rpartition(".")[0].endswith(LoTRALayer.adapter_layer_names):
+            if name in own:
                 wrong += [f"{name} has values that are not finite"] if not torch.isfinite(tensor).all() else []
-            elif f".modules_to_save.{adapter_name}." not in name and name in dict(model.state_dict()):
+            elif f".modules_to_save.{adapter_name}." not in name and name in existing - _embeddings(model):
                 wrong.append(f"{name} would be written over, which is no part of the adapter")
         if wrong:
             raise ValueError("The tensors are not those of the adapter, nothing was loaded:\n  " + "\n  ".join(wrong))

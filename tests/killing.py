@@ -31,12 +31,12 @@ import safetensors.torch
 _EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree"}
 
 
-def count_steps(work: Callable[[], None], folder: Path) -> int:
-    """The number of steps that `work` takes on files below `folder`, done in a process of its own."""
+def count_steps(work: Callable[[], None], folder: Path) -> list[str]:
+    """The paths that `work` takes a step on, below `folder`, when it is done in a process of its own."""
     reader, writer = os.pipe()
     assert _run(-1, work, folder, "kill", writer) == 0
     with os.fdopen(reader) as file:
-        return int(file.readline())
+        return file.read().splitlines()
 
 
 def interrupted_at(step: int, work: Callable[[], None], folder: Path, how: str) -> None:
@@ -62,12 +62,11 @@ def _run(step: int, work: Callable[[], None], folder: Path, how: str, writer: in
 
 
 def _child(step: int, work: Callable[[], None], folder: Path, how: str, writer: int | None) -> None:
-    count = 0
+    paths: list[str] = []
 
-    def at_step() -> None:
-        nonlocal count
-        count += 1
-        if count == step + 1:
+    def at_step(path: str | os.PathLike) -> None:
+        paths.append(str(path))
+        if len(paths) == step + 1:
             if how == "kill":
                 os._exit(9)
             raise OSError(28, "No space left on device")
@@ -75,10 +74,10 @@ def _child(step: int, work: Callable[[], None], folder: Path, how: str, writer: 
     def hook(event: str, arguments: tuple) -> None:
         if event in _EVENTS and isinstance(arguments[0], (str, os.PathLike)):
             if str(arguments[0]).startswith(str(folder)):
-                at_step()
+                at_step(arguments[0])
 
     def fsync(handle: int, really: Callable = os.fsync) -> None:
-        at_step()
+        at_step(os.readlink(f"/proc/self/fd/{handle}"))
         really(handle)
 
     def save_file(tensors: dict, path: str, metadata: dict) -> None:
@@ -86,13 +85,13 @@ def _child(step: int, work: Callable[[], None], folder: Path, how: str, writer: 
         with open(path, "wb") as file:
             file.write(content[: len(content) // 2])
             file.flush()
-            at_step()
+            at_step(path)
             file.write(content[len(content) // 2 :])
 
     def opened(path, mode="r", *args, really: Callable = builtins.open, **kwargs):
         file = really(path, mode, *args, **kwargs)
         if "w" in mode and str(path).startswith(str(folder)):
-            at_step()  # made, and still empty
+            at_step(path)  # made, and still empty
         return file
 
     os.fsync, peft.peft_model.safe_save_file, builtins.open = fsync, save_file, opened
@@ -105,5 +104,5 @@ def _child(step: int, work: Callable[[], None], folder: Path, how: str, writer: 
         traceback.print_exc()
         os._exit(1)
     if writer is not None:
-        os.write(writer, f"{count}\n".encode())
+        os.write(writer, "\n".join(paths).encode())
     os._exit(0)

@@ -123,18 +123,20 @@ def test_an_interrupted_save_leaves_the_old_adapter_or_the_new_one(tmp_path, how
 
     shutil.copytree(tmp_path / "start", folder)
     steps = count_steps(save, folder)
-    for step in range(steps):
+    # of what is done beside, every fourth
+    chosen = [step for step, path in enumerate(steps) if ".saving" not in path or step % 4 == 0]
+    for step in chosen:
         shutil.rmtree(folder)
         shutil.copytree(tmp_path / "start", folder)
         interrupted_at(step, save, folder, how)
         paths = (("default", folder), ("second", folder / "second"))
         found.add(tuple(outcome_of(path, models, x, adapter) for adapter, path in paths))
-        if step % 10 == 0:  # the next save sweeps up
+        if step % 12 == 0:  # the next save sweeps up
             save()
             assert outcome_of(folder, models, x, "default") == "new"
             assert sorted(os.listdir(folder)) == ["README.md", CONFIG, WEIGHTS, "second"]
     before = "old" if existing else "nothing"
-    assert steps > 60 and found == {(before, before), ("new", before), ("new", "new")}
+    assert len(steps) > 60 and len(chosen) > 30 and found == {(before, before), ("new", before), ("new", "new")}
 
 
 def test_an_interrupted_save_of_pefts_own_never_loads_wrongly(tmp_path):
@@ -147,7 +149,7 @@ def test_an_interrupted_save_of_pefts_own_never_loads_wrongly(tmp_path):
         models["new"].save_pretrained(folder, selected_adapters=["default"])
 
     shutil.copytree(tmp_path / "start", folder)
-    for step in range(count_steps(save, folder)):
+    for step in range(len(count_steps(save, folder))):
         shutil.rmtree(folder)
         shutil.copytree(tmp_path / "start", folder)
         interrupted_at(step, save, folder, "kill")
