@@ -22,7 +22,7 @@ device, and a change of one bit shows. A base that is cast to fewer digits is st
 one hash for each floating dtype that the tensors can be cast down to: of float32 tensors as they are, as bfloat16 and
 as float16.
 
-Cost: 0.8 s for 100 million float32 parameters on one core (`examples/benchmarks/trust.py`), when an adapter is saved
+Cost: 0.8 s for 100 million float32 parameters on one core (`examples/trust.py`), when an adapter is saved
 and when one that has a record is loaded; the extra memory is bounded by `_CHUNK`.
 """
 

@@ -74,7 +74,7 @@ def _child(step: int, work: Callable[[], None], folder: Path, how: str, writer: 
     def hook(event: str, arguments: tuple) -> None:
         if event in _EVENTS and isinstance(arguments[0], (str, os.PathLike)):
             if str(arguments[0]).startswith(str(folder)):
-                at_step(arguments[0])
+                at_step(arguments[1] if event == "os.rename" else arguments[0])
 
     def fsync(handle: int, really: Callable = os.fsync) -> None:
         at_step(os.readlink(f"/proc/self/fd/{handle}"))

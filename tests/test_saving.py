@@ -136,7 +136,7 @@ def test_an_interrupted_save_leaves_the_old_adapter_or_the_new_one(tmp_path, how
             assert outcome_of(folder, models, x, "default") == "new"
             assert sorted(os.listdir(folder)) == ["README.md", CONFIG, WEIGHTS, "second"]
     before = "old" if existing else "nothing"
-    assert len(steps) > 60 and len(chosen) > 30 and found == {(before, before), ("new", before), ("new", "new")}
+    assert len(steps) > 60 and len(chosen) > 25 and found == {(before, before), ("new", before), ("new", "new")}
 
 
 def test_an_interrupted_save_of_pefts_own_never_loads_wrongly(tmp_path):
