@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,13 +38,16 @@ def fingerprint_costs(parameters: int, repeats: int = 3) -> dict[str, float]:
     costs = {}
     for dtype in (torch.float32, torch.bfloat16):
         values = {"coefficients": torch.randn(parameters).to(dtype)}
-        for what, work in (("record", hash_all_dtypes), ("compare", lambda v: is_same(record, v))):
+        record = hash_all_dtypes(values)
+        for what, work in (
+            ("record", partial(hash_all_dtypes, values)),
+            ("compare", partial(is_same, record, values)),
+        ):
             times = []
             for _ in range(repeats):
                 started = time.perf_counter()
-                result = work(values)
+                work()
                 times.append(time.perf_counter() - started)
-            record = result if what == "record" else record
             costs[f"{what}, {str(dtype).removeprefix('torch.')}"] = round(min(times), 3)
     return costs
 

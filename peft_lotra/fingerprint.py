@@ -22,8 +22,8 @@ device, and a change of one bit shows. A base that is cast to fewer digits is st
 one hash for each floating dtype that the tensors can be cast down to: of float32 tensors as they are, as bfloat16 and
 as float16.
 
-Cost: 0.8 s for 100 million float32 parameters on one core (`examples/trust.py`), when an adapter is saved
-and when one that has a record is loaded; the extra memory is bounded by `_CHUNK`.
+Cost: 0.6 s to record 100 million float32 parameters when an adapter is saved, 0.3 s to compare them when it is loaded
+(`examples/trust.py`, one core); the extra memory is bounded by `_CHUNK`.
 """
 
 from __future__ import annotations

@@ -120,6 +120,8 @@ def run_sequence(seed: int, length: int = 12) -> list[str]:
     torch.manual_seed(seed)
     dtype = rng.choice([torch.float64, torch.float32, torch.float32, torch.bfloat16])
     families = [rng.choice(SEQUENCE_FAMILIES) for _ in range(2)]
+    if dtype == torch.bfloat16 and {"fast-kan", "faster-kan"} & set(families):
+        dtype = torch.float32  # their layer norms make any rounding of bfloat16 as large as the output
     widths = [rng.randint(2, 5) for _ in range(3)]
     network = nn.Sequential(*(FAMILIES[f](*widths[i : i + 2]) for i, f in enumerate(families))).to(dtype)
     reference = Reference(copy.deepcopy(network))
