@@ -28,7 +28,9 @@ from .mixed import enable_mixed
 from .model import LoTRAModel
 from .optim import create_lotra_optimizer, lotra_lr_multipliers
 from .ranks import gradient_spectrum, suggest_ranks, update_spectrum
+from .refit import RefitReport, refit_adapters
 from .registration import register
+from .saving import save_adapter
 from .summary import model_summary
 
 
@@ -39,6 +41,7 @@ __all__ = [
     "LoTRALayer",
     "LoTRAModel",
     "SlimReport",
+    "RefitReport",
     "__version__",
     "create_lotra_optimizer",
     "enable_mixed",
@@ -50,7 +53,9 @@ __all__ = [
     "model_summary",
     "preprocess_lotra",
     "push_to_hub",
+    "refit_adapters",
     "register_kan_layer",
+    "save_adapter",
     "slim",
     "suggest_ranks",
     "to_dense",

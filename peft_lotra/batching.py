@@ -149,7 +149,7 @@ def _deltas(components: list[torch.Tensor], scales: list[float]) -> torch.Tensor
         components = [component.float() for component in components]
     with torch.autocast(device.type, enabled=False):
         deltas = torch.vmap(reconstruct)(*components)
-        return deltas * torch.tensor(scales).to(deltas).view(-1, 1, 1, 1)
+        return deltas * deltas.new_tensor(scales).view(-1, 1, 1, 1)
 
 
 def _run_one_by_one(layer: LoTRALayer, args: tuple, kwargs: dict, here: list[str | None], names: RowNames) -> Any:

@@ -21,7 +21,6 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -31,7 +30,7 @@ from torch import nn
 
 from .config import LoTRAConfig
 from .functional import call_with_parameters
-from .kan_layers import KANLayerSpec, find_kan_layers
+from .kan_layers import KANLayerSpec, find_kan_layers, same_grid
 from .layer import LoTRALayer
 from .ranks import (
     CoefficientUpdate,
@@ -276,8 +275,8 @@ def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.T
 
 def _check_same_basis(name: str, layer: nn.Module, other: nn.Module, spec: KANLayerSpec) -> None:
     """Raises a ValueError if the coefficients of the two layers do not multiply the same functions."""
-    grids = {state: [attrgetter(state)(which) for which in (layer, other)] for state in spec.grid}
-    differ = [state for state, (first, second) in grids.items() if not torch.equal(first, second.to(first))]
+    grids, others = spec.read_grid(layer), spec.read_grid(other)
+    differ = [state for state in grids if not same_grid({state: grids[state]}, {state: others.get(state)})]
     if not differ and spec.basis is not None:
         _, in_features, _ = spec.locate(layer).shape
         x = torch.linspace(-1, 1, 9).to(next(layer.parameters()))[:, None].expand(-1, in_features)

@@ -112,7 +112,7 @@ def _probe_points(base_layer, spec, tensor, closed_form: bool) -> torch.Tensor |
     elif spec.basis is None:
         return None
     else:
-        grids = [attrgetter(name)(base_layer) for name in spec.grid]
+        grids = spec.read_grid(base_layer).values()
         grids = [grid for grid in grids if isinstance(grid, torch.Tensor) and grid.numel()]
         low = torch.stack([grid.min() for grid in grids]).min() if grids else torch.tensor(-2.0)
         high = torch.stack([grid.max() for grid in grids]).max() if grids else torch.tensor(2.0)

@@ -94,6 +94,11 @@ class KANLayerSpec:
                 ) from error
         return CoefficientTensor(self.family, parameters, lengths)
 
+    def read_grid(self, layer: nn.Module) -> dict[str, torch.Tensor | int | float]:
+        """The state that gives the coefficients of a layer their meaning, by name; what a layer lacks is left out."""
+        values = {name: _get(layer, name) for name in self.grid}
+        return {name: value for name, value in values.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class CoefficientTensor:
@@ -129,9 +134,13 @@ class CoefficientTensor:
         """The parameter of the coefficients, as stored. Read as an attribute: under FSDP it is a plain tensor view."""
         return _get(layer, next(iter(self.parameters)))
 
+    def read_parameters(self, layer: nn.Module) -> dict[str, torch.Tensor]:
+        """The adapted parameters, as stored, by name."""
+        return {name: _get(layer, name) for name in self.parameters}
+
     def read(self, layer: nn.Module, residual: bool = True) -> torch.Tensor:
         """The coefficients of the layer as (out, in, basis), or (out, in, basis + 1) with the residual branch."""
-        tensor = self.join([_get(layer, name) for name in self.parameters])
+        tensor = self.join(list(self.read_parameters(layer).values()))
         return tensor if residual else tensor[..., : self.shape[-1]]
 
     def read_parts(
@@ -220,7 +229,8 @@ def register_kan_layer(
             `"t o i g"`; `"o ((i k) + i)"` where the residual weights are packed behind the coefficients.
         residual (`tuple[str, str]`, *optional*): The parameter of the residual branch and its layout, of `o` and `i`.
             A layer on which it is absent or `None` has no residual branch.
-        grid (`tuple[str, ...]`): The state that gives the coefficients their meaning.
+        grid (`tuple[str, ...]`): The state that gives the coefficients their meaning: tensors and numbers. What a
+            layer does not have is passed over.
         grid_methods (`tuple[str, ...]`): The layer's methods that change that state, or cut or permute the
             coefficients. They raise while an adapter is attached and not merged.
         network_methods (`dict[str, str | None]`, *optional*): Methods of the network around the layer that rebuild it
@@ -359,6 +369,18 @@ def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, n
             yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
+def same_grid(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
+    """Whether two grids, as `KANLayerSpec.read_grid` gives them, are equal, casts and devices apart."""
+    return first.keys() == second.keys() and all(_same(value, second[name]) for name, value in first.items())
+
+
+def _same(first: object, second: object) -> bool:
+    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
+        return type(first) is type(second) and first == second
+    narrow, wide = sorted((first, second), key=torch.Tensor.element_size)  # compared in the fewer digits
+    return narrow.shape == wide.shape and torch.equal(narrow, wide.to(narrow))
+
+
 def _get(layer: nn.Module, name: str):
     """The attribute of a dotted name, `None` where any part of it is absent."""
     try:
@@ -413,14 +435,14 @@ register_kan_layer(
     matches=lambda m: "spline_weight" in m._parameters and _ndim(m, "grid_starts") == 1,
     coefficients=("spline_weight", "o i k"),
     residual=("base_weight", "o i"),
-    grid=("grid_starts",),  # whose splines, in float32, are too far from the closed form
+    grid=("grid_starts", "inv_h"),  # its splines, in float32, are too far from the closed form
 )
 register_kan_layer(
     "inkan",
     # dim=2 is a tensor-product surface of two inputs, not a sum of univariate functions
     matches=lambda m: "weight" in m._parameters and _ndim(m, "grid_starts") == 1 and m.dim == 1,
     coefficients=("weight", "o ((i k) + i)"),
-    grid=("grid_starts",),
+    grid=("grid_starts", "inv_h"),
     splines=_splines_from_starts,
     activation=lambda m, x: m.base_activation(x),
     axes=lambda m: {"i": m.in_features},
@@ -456,7 +478,7 @@ register_kan_layer(
     matches=lambda m: _ndim(m, "spline_linear.weight") == 2 and _ndim(m, "rbf.grid") == 1,
     coefficients=("spline_linear.weight", "o (i k)"),
     residual=("base_linear.weight", "o i"),
-    grid=("rbf.grid",),
+    grid=("rbf.grid", "rbf.denominator", "rbf.inv_denominator"),
     basis=lambda m, x: m.rbf(x if m.layernorm is None else m.layernorm(x)),
     activation=lambda m, x: m.base_activation(x),
     bias="base_linear.bias",
@@ -495,7 +517,7 @@ register_kan_layer(
     matches=KANLinear,
     coefficients=("spline_weight", "o i k"),
     residual=("base_weight", "o i"),
-    grid=("grid_bounds",),
+    grid=("grid_bounds", "grid_size", "spline_order"),
     grid_methods=("update_grid",),
     basis=lambda m, x: m.basis(x),
     splines=lambda m: UniformSplines(*m.grid_bounds.unbind(-1), m.grid_size, m.spline_order),

@@ -14,27 +14,27 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from operator import attrgetter
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .batching import RowNames, mixed_batch_forward
 from .config import LoTRAConfig
 from .fast_path import can_take_fast_path, fast_forward, find_formula, has_hooks
-from .functional import call_with_parameters
+from .functional import LayerLock, call_with_parameters, exclusively
 from .initialization import reset_components, reset_components_from_gradient
-from .kan_layers import KANLayerSpec
+from .kan_layers import KANLayerSpec, same_grid
+from .merging import MergeableLayer
 from .proxy import BaseLayerProxy
-from .tucker import cap_ranks, expand_inputs, reconstruct
+from .tucker import cap_ranks, dense_update, expand_inputs
 
 
-class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
+class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
     """
     A KAN layer with LoTRA adapters.
 
@@ -68,6 +68,7 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         "lotra_scaling",
         "lotra_rank_dropout",
         "lotra_module_dropout",
+        "lotra_grid",
     )
 
     def __init__(
@@ -88,6 +89,8 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         self.lotra_scaling = {}
         self.lotra_rank_dropout = {}
         self.lotra_module_dropout = {}
+        self.lotra_grid = {}  # the grid that an adapter was made on
+        self.lotra_lock = LayerLock()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict({}))
         self.out_features, self.in_features, _ = self.lotra_tensor.shape
@@ -97,7 +100,8 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         # Mark the weight as unmerged
         self._disable_adapters = False
         self.merged_adapters = []
-        self._grid_at_merge = None
+        self._forget_merge()
+        self._grid_key, self._grid_checked = None, set()
         self._active_adapter = adapter_name
         self.lotra_formula, self._formula_key = None, None
         self._renew_formula()
@@ -133,6 +137,8 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         self.lotra_scaling[adapter_name] = alpha
         self.lotra_rank_dropout[adapter_name] = config.rank_dropout
         self.lotra_module_dropout[adapter_name] = config.module_dropout
+        self.lotra_grid[adapter_name] = self.copy_grid()
+        self._grid_checked.discard(adapter_name)
         # Drawn in the base's precision, but not in half of it; _move_adapter_to_device_of_base_layer casts down later.
         dtype = torch.promote_types(self.lotra_tensor.get_parameter(self.get_base_layer()).dtype, torch.float32)
         self.lotra_core[adapter_name] = nn.Parameter(torch.empty(ranks, dtype=dtype))
@@ -212,12 +218,8 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
 
     def _delta(self, adapter: str, dropout: bool) -> torch.Tensor:
         core, *factors = self.get_components(adapter)
-        dtype = core.dtype
-        # float16 and bfloat16 products on the CPU are slow, and some are not implemented
-        if core.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
-            core, *factors = (component.float() for component in (core, *factors))
         core, scale = self._drop_out(adapter, core, dropout)
-        return (scale * reconstruct(core, *factors)).to(dtype)
+        return dense_update(scale, core, *factors)
 
     def get_low_rank_update(self, adapter: str, dropout: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """The same update as a matrix of low rank, left (out, ro) times right (ro, in, basis or basis + 1).
@@ -267,102 +269,58 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
                     parameters[name] = torch.add(parameter, part).to(parameter.dtype)
         return parameters
 
-    ###########
-    # Merging #
-    ###########
+    ########
+    # Grid #
+    ########
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def read_grid(self) -> dict[str, torch.Tensor | int | float]:
+        """The state that gives the coefficients of the base layer their meaning, by name."""
+        return self.lotra_spec.read_grid(self.get_base_layer())
+
+    def copy_grid(self) -> dict[str, torch.Tensor | int | float]:
+        """The same, as it is now."""
+        grid = self.read_grid()
+        return {name: v.detach().clone() if isinstance(v, torch.Tensor) else v for name, v in grid.items()}
+
+    def _check_grid(self, adapters: Iterable[str]) -> None:
+        """Raises a RuntimeError if the grid is not the one that the adapters were made on.
+
+        It is compared at each call; on an accelerator, which would have to be waited for, only when another tensor
+        stands there, or the tensor was written to (but not through `.data`).
         """
-        Merge the active adapter weights into the base weights
-
-        Args:
-            safe_merge (`bool`, *optional*):
-                If `True`, the merged weights are checked for NaNs before they replace the base weights.
-            adapter_names (`list[str]`, *optional*):
-                The list of adapter names that should be merged. If `None`, all active adapters will be merged.
-                Defaults to `None`.
-
-        Raises:
-            ValueError: `safe_merge`, and the merged weights are not finite. The base weights are unchanged.
-        """
-        adapter_names = check_adapters_to_merge(self, adapter_names)
-        if not adapter_names:
-            # no adapter to merge
+        grid = self.read_grid()
+        tensors = [value for value in grid.values() if isinstance(value, torch.Tensor)]
+        try:
+            key = [(id(value), value._version, value.data_ptr()) for value in tensors]
+        except RuntimeError:  # a batch of grids under vmap has no content of its own, inference tensors no version
             return
-
-        if safe_merge:
-            self.check_safe_merge(adapter_names)
-        for adapter in self._adapters_here(adapter_names):
-            if not self.merged_adapters:
-                self._grid_at_merge = self._grid_state()
-            self._write(self._with_delta(self._base_parameters(), adapter))
-            self.merged_adapters.append(adapter)
-
-    def check_safe_merge(self, adapter_names: list[str] | None = None) -> None:
-        """
-        Check that a merge would produce finite weights only, changing nothing.
-
-        Args:
-            adapter_names (`list[str]`, *optional*): The adapters; defaults to all that are active.
-
-        Raises:
-            ValueError: It would not.
-        """
-        parameters = self._base_parameters()
-        for adapter in self._adapters_here(self.active_adapters if adapter_names is None else adapter_names):
-            if adapter in self.merged_adapters:
+        if key != self._grid_key or all(value.device.type == "cpu" for value in tensors):
+            self._grid_key, self._grid_checked = key, set()
+        for adapter in self._adapters_here(adapters):
+            if adapter in self._grid_checked:
                 continue
-            parameters = self._with_delta(parameters, adapter)
-            if not all(torch.isfinite(value).all() for value in parameters.values()):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+            if not same_grid(self.lotra_grid[adapter], grid):
+                raise RuntimeError(
+                    f"The grid of this {self.lotra_spec.family} layer was moved after the adapter {adapter!r} had "
+                    "been attached: its coefficients would mean other functions. Call `peft_lotra.refit_adapters` "
+                    "to carry the adapters over, or move the grid back."
+                )
+            self._grid_checked.add(adapter)
 
-    def unmerge(self) -> None:
-        """
-        This method unmerges all merged adapter layers from the base weights.
-
-        Raises:
-            RuntimeError: The grid was moved after the merge, so that the coefficients do not mean what they meant.
-        """
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        if self._grid_at_merge is not None and not _equal(self._grid_at_merge, self._grid_state()):
-            raise RuntimeError(
-                f"The grid of this {self.lotra_spec.family} layer was moved after {self.merged_adapters} had been "
-                "merged: subtracting the update from the new coefficients would not give the base function back. Keep "
-                "the merged model (`merge_and_unload`), or load the base model and the adapter anew."
-            )
-        while self.merged_adapters:
-            self._write(self._with_delta(self._base_parameters(), self.merged_adapters[-1], sign=-1))
-            self.merged_adapters.pop()
-        self._grid_at_merge = None
-
-    def _base_parameters(self) -> dict[str, torch.Tensor]:
-        return {name: attrgetter(name)(self.get_base_layer()) for name in self.lotra_tensor.parameters}
-
-    @torch.no_grad()
-    def _with_delta(self, parameters: dict[str, torch.Tensor], adapter: str, sign: int = 1) -> dict[str, torch.Tensor]:
-        parts = self.lotra_tensor.split(self.get_delta_weight(adapter))
-        return {
-            name: torch.add(value, parts[name], alpha=sign).to(value.dtype) if name in parts else value
-            for name, value in parameters.items()
-        }
-
-    @torch.no_grad()
-    def _write(self, parameters: dict[str, torch.Tensor]) -> None:
-        for name, value in parameters.items():
-            attrgetter(name)(self.get_base_layer()).data.copy_(value)
-
-    def _grid_state(self) -> list[torch.Tensor]:
-        return [attrgetter(name)(self.get_base_layer()).detach().clone() for name in self.lotra_spec.grid]
+    @exclusively
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        return super().state_dict(*args, **kwargs)
 
     ###########
     # Forward #
     ###########
 
+    @exclusively
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapter_names = kwargs.pop("adapter_names", None)
         self._check_forward_args(args, kwargs, adapter_names)
+        if not (self.disable_adapters or self.merged or torch.compiler.is_compiling()):
+            self._check_grid(self.active_adapters if adapter_names is None else adapter_names)
 
         if self.disable_adapters:
             if self.merged:
@@ -392,10 +350,10 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return
         parameter = self.lotra_tensor.get_parameter(self.base_layer)
-        grid = [attrgetter(name)(self.base_layer) for name in self.lotra_spec.grid]
+        grid = self.read_grid().values()
         # and a mode in which the base layer may compute something else, as with dropout
         mode = parameter.dtype, parameter.device, self.base_layer.training, has_hooks(self.base_layer)
-        key = (*mode, [(id(value), _version(value)) for value in grid if isinstance(value, torch.Tensor)])
+        key = (*mode, [(id(v), _version(v)) if isinstance(v, torch.Tensor) else v for v in grid])
         if key != self._formula_key:
             self.lotra_formula = find_formula(self.base_layer, self.lotra_spec, self.lotra_tensor)
             self._formula_key = key
@@ -444,7 +402,3 @@ def _check_exchangeable(layer: nn.Module, name: str, parameter: torch.Tensor, pa
 
 def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
-
-
-def _equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    return all(a.shape == b.shape and torch.equal(a, b.to(a)) for a, b in zip(first, second, strict=True))

@@ -15,25 +15,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from .batching import RowNames
-from .config import ALL_KAN, LoTRAConfig
+from .config import ALL_KAN, LoTRAConfig, WeakMethod
+from .fingerprint import hash_all_dtypes
+from .functional import LayerLock, exclusively_within
 from .initialization import drop_gradients
 from .kan.slim import SlimKANLinear
 from .layer import LoTRALayer
 from .networks import guard_network, release_networks
 from .slim_layer import SlimLayer
 from .slim_lotra import SLIM_MERGES, SlimLoTRALayer
-from .targets import describe_targets, find_targets, locate_target, resolve_target_modules
+from .targets import check_base, describe_targets, find_targets, locate_target, read_values, resolve_target_modules
 from .weighted import add_weighted_adapter
 
 
@@ -83,6 +85,7 @@ class LoTRAModel(BaseTuner):
         # Set before super().__init__, which injects the first adapter:
         # what the base model's parameters were before any adapter, and what they are again when all are unloaded
         self._requires_grad_of_base: list[tuple[nn.Parameter, bool]] | None = None
+        self.lotra_lock = LayerLock()
         # adapters that were injected to be loaded from a checkpoint, with what their injection changed
         self._awaited_adapters: dict[str, list[tuple[nn.Parameter, bool]]] = {}
         super().__init__(*args, **kwargs)
@@ -92,6 +95,13 @@ class LoTRAModel(BaseTuner):
     #############
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        # other threads may go on with inference
+        with ExitStack() as locks:
+            for lock in (self.lotra_lock, *(layer.lotra_lock for _, layer in _lotra_layers(model))):
+                locks.enter_context(lock)
+            self._inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         if "." in adapter_name:  # what nn.ParameterDict would say, but only when some layers are adapted already
             raise KeyError(f'The adapter name can\'t contain ".", got {adapter_name!r}.')
         peft_config = self.peft_config[adapter_name]
@@ -108,8 +118,24 @@ class LoTRAModel(BaseTuner):
         drop_gradients([layer.get_base_layer() for layer in layers])
         if self._requires_grad_of_base is None:
             self._requires_grad_of_base = requires_grad
-        if peft_config.checkpoint_layers is not None:
+        peft_config.describe_base = WeakMethod(self._describe_base)
+        if peft_config.checkpoint_layers is not None or peft_config.checkpoint_tensors is not None:
             self._awaited_adapters[adapter_name] = requires_grad
+
+    def _describe_base(self, base_layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The record of the base for a file: that of the configuration, with hashes of what can be read now."""
+        modules = dict(self.model.named_modules())
+        description = {}
+        for name, layer in base_layers.items():
+            values = read_values(name, modules[name]) if name in modules else {}  # FSDP gives other names
+            description[name] = {**layer, **{what: hash_all_dtypes(value) for what, value in values.items()}}
+        return description
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # a copied, or an unpickled model
+        super().__setstate__(state)
+        for config in self.peft_config.values():
+            config.describe_base = WeakMethod(self._describe_base)
 
     def _take_out(self, adapter_name: str, requires_grad: list[tuple[nn.Parameter, bool]]) -> None:
         """Undoes the injection of an adapter, as if it had never been tried."""
@@ -137,23 +163,48 @@ class LoTRAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: LoTRAConfig, model: nn.Module) -> None:
         """Finds and checks all targets before the first of them is touched."""
+        if peft_config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(
+            model, "prepare_inputs_for_generation"
+        ):
+            raise ValueError(
+                f"`task_type` is {peft_config.task_type!r}, but the model does not generate: it has no "
+                "`prepare_inputs_for_generation`. Leave `task_type` out."
+            )
         peft_config.target_modules = resolve_target_modules(peft_config, model)
-        found = describe_targets(find_targets(peft_config, model))
-        recorded, peft_config.base_layers = peft_config.checkpoint_layers, found
-        if recorded is None:
+        targets = find_targets(peft_config, model)
+        peft_config.base_layers = describe_targets(targets)
+        if peft_config.checkpoint_layers is not None:
+            check_base(peft_config, targets)
+        if peft_config.checkpoint_tensors is not None:
+            self._check_tensor_names(peft_config, model, targets)
+
+    @staticmethod
+    def _check_tensor_names(peft_config: LoTRAConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+        """Compares the names in a file of tensors with those that the adapter has in this model. PEFT would pass over
+        what it misses, and write what is superfluous wherever the name leads, into the base too."""
+        if getattr(model, "_checkpoint_conversion_mapping", None):  # the names in the file are older ones
             return
-        # The adapter comes from a checkpoint. Another shape is not an error yet: with `ignore_mismatched_sizes` PEFT
-        # drops the tensors that do not fit. Otherwise _load_from_state_dict refuses them.
-        wrong = [
-            f"{name}: a {layer['family']} layer, the model has "
-            + (f"a {found[name]['family']} layer" if name in found else "no such layer")
-            for name, layer in recorded.items()
-            if name not in found or found[name]["family"] != layer["family"]
-        ]
+        modules = dict(model.named_modules())
+        expected, aliases = set(), set()
+        for name, module in model.named_modules(remove_duplicate=False):  # a shared layer has several names
+            keys = []
+            if any(module is target for target in targets.values()):
+                keys = LoTRALayer.adapter_layer_names
+            elif any(name.endswith(ending) for ending in peft_config.modules_to_save or ()):  # PEFT's own rule
+                keys = list(getattr(module, "original_module", module).state_dict())
+            (expected if name in modules else aliases).update(f"{name}.{key}" for key in keys)
+        found = {name.removeprefix("base_model.model.") for name in peft_config.checkpoint_tensors}
+        allowed = expected | aliases | _embeddings(model)
+        wrong = [f"{name} is missing" for name in sorted(expected - found)]
+        # PEFT 0.19 saves the components of all adapters, those of the others with their names; they are passed over
+        found = {name for name in found if not name.rpartition(".")[0].endswith(LoTRALayer.adapter_layer_names)}
+        wrong += [f"{name} is nothing that this adapter has" for name in sorted(found - allowed)]
         if wrong:
             raise ValueError(
-                "The adapter was made for another model. It is for\n  " + "\n  ".join(wrong) + "\nLoad it into the "
-                "base model that it was trained on."
+                "The adapter does not fit the model, nothing was loaded:\n  "
+                + "\n  ".join(wrong[:20])
+                + ("\n  ..." if len(wrong) > 20 else "")
+                + "\nLoad it into the base model that it was trained on."
             )
 
     def _create_and_replace(
@@ -169,12 +220,7 @@ class LoTRAModel(BaseTuner):
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
 
-        r_key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
-        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
-        kwargs = {
-            "r": peft_config.rank_pattern.get(r_key, peft_config.r),
-            "alpha": peft_config.alpha_pattern.get(alpha_key, peft_config.alpha),
-        }
+        kwargs = dict(zip(("r", "alpha"), peft_config.ranks_and_alpha(current_key), strict=True))
         if isinstance(target, LoTRALayer):
             target.update_layer(adapter_name, config=peft_config, **kwargs)
             return
@@ -230,6 +276,26 @@ class LoTRAModel(BaseTuner):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        # From PEFT 0.20 on. For tensors that come without a config, for an adapter that is there.
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        layers = [(name, layer) for name, layer in _lotra_layers(model) if adapter_name in layer.lotra_core]
+        own = {f"{name}.{part}.{adapter_name}" for name, layer in layers for part in layer.adapter_layer_names}
+        wrong = [f"{name} is missing" for name in sorted(own - state_dict.keys())]
+        # Those of other adapters, which PEFT 0.19 saves along, would be written over adapters of these names.
+        endings = LoTRALayer.adapter_layer_names
+        state_dict = {k: v for k, v in state_dict.items() if k in own or not k.rpartition(".")[0].endswith(endings)}
+        existing = model.state_dict().keys()
+        for name, tensor in state_dict.items():
+            if name in own:
+                wrong += [f"{name} has values that are not finite"] if not torch.isfinite(tensor).all() else []
+            elif f".modules_to_save.{adapter_name}." not in name and name in existing - _embeddings(model):
+                wrong.append(f"{name} would be written over, which is no part of the adapter")
+        if wrong:
+            raise ValueError("The tensors are not those of the adapter, nothing was loaded:\n  " + "\n  ".join(wrong))
+        return state_dict
+
+    @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         # By the names of the tensors: PEFT looks for the names of the layers in the model, which are not those in the
         # state dict where FSDP wraps the layers.
@@ -256,10 +322,25 @@ class LoTRAModel(BaseTuner):
         self,
         adapter_names: list[str] | None = None,
         safe_merge: bool = False,
+        keep_base: bool = True,
         slim: Literal["densify", "truncate"] = "densify",
     ) -> None:
-        self._set_slim_merge(slim)  # see `merge_and_unload`
+        """
+        Merges the active adapters, or those named, into the base model; `unmerge_adapter` undoes it.
+
+        Args:
+            adapter_names (`list[str]`, *optional*): The adapters.
+            safe_merge (`bool`): Whether to check first that the merged weights are finite.
+            keep_base (`bool`):
+                Whether the adapted parameters are kept as they were, so that unmerging restores them bit for bit. It
+                takes their memory once more. Otherwise the update is subtracted, and each cycle of merging and
+                unmerging leaves rounding errors behind.
+            slim (`str`): What becomes of Slim layers, see `merge_and_unload`.
+        """
+        self._set_slim_merge(slim)
         self._check_merge(adapter_names, safe_merge)
+        for _, layer in _lotra_layers(self.model):
+            layer.keep_base = keep_base
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def merge_and_unload(self, *args, slim: Literal["densify", "truncate"] = "densify", **kwargs) -> nn.Module:
@@ -337,6 +418,7 @@ class LoTRAModel(BaseTuner):
     # Mixed batches #
     #################
 
+    @exclusively_within
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
         # If adapter_names is passed as an argument, we inject it into the forward arguments.
@@ -376,6 +458,22 @@ def _adapter_names_pre_forward_hook(target, args, kwargs, adapter_names):
     # pre-forward hook to inject the adapter_names argument when using mixed adapter batches inference
     kwargs["adapter_names"] = adapter_names
     return args, kwargs
+
+
+def _embeddings(model: nn.Module) -> set[str]:
+    """The names of the embeddings of a transformers model, which PEFT can save along."""
+    owners = []
+    for which in ("input", "output"):
+        try:
+            owners.append(getattr(model, f"get_{which}_embeddings", lambda: None)())
+        except NotImplementedError:  # what transformers says of models without embeddings, such as KANModel
+            continue
+    return {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if any(module is owner for owner in owners if owner is not None)
+        for key, _ in module.named_parameters()
+    }
 
 
 def _lotra_layers(model: nn.Module) -> Iterator[tuple[str, LoTRALayer]]:

@@ -61,14 +61,47 @@ def guard_network(model: nn.Module, layer_name: str, spec: KANLayerSpec) -> None
 def release_networks(model: nn.Module) -> None:
     """Removes the shadows of all networks in the model that have no adapted layer any more."""
     for network in model.modules():
-        shadows = [
-            name
-            for name, value in vars(network).items()
-            if isinstance(value, partial) and value.func in (_refuse, _with_adapters_merged)
-        ]
+        shadows = _shadows(network)
         if shadows and not any(isinstance(module, LoTRALayer) for module in network.modules()):
             for name in shadows:
                 del network.__dict__[name]
+
+
+@contextmanager
+def bare_base(model: nn.Module) -> Iterator[nn.Module]:
+    """The base model as it was before it was adapted: the base layers stand in their places, and nothing is refused.
+
+    Raises:
+        ValueError: At the end, if a base layer does not stand in its place any more.
+    """
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if isinstance(child, LoTRALayer)
+    ]
+    shadows = [(network, dict(_shadows(network))) for network in model.modules() if _shadows(network)]
+    try:
+        for parent, name, layer in places:
+            setattr(parent, name, layer.base_layer)
+        release_networks(model)
+        yield model.get_base_model() if hasattr(model, "get_base_model") else model
+        lost = [name for parent, name, layer in places if parent._modules.get(name) is not layer.base_layer]
+        if lost:
+            raise ValueError(f"The layers {lost} were exchanged for others, to which their adapters do not belong.")
+    finally:
+        for parent, name, layer in places:
+            setattr(parent, name, layer)
+        for network, methods in shadows:
+            network.__dict__.update(methods)
+
+
+def _shadows(network: nn.Module) -> dict[str, partial]:
+    return {
+        name: value
+        for name, value in vars(network).items()
+        if isinstance(value, partial) and value.func in (_refuse, _with_adapters_merged)
+    }
 
 
 def _refuse(network: nn.Module, name: str, argument: str | None, *args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import nn
 
-from .functional import call_with_parameters
+from .functional import call_with_parameters, exclusively
 
 
 class BaseLayerProxy(nn.Module):
@@ -54,6 +54,7 @@ class BaseLayerProxy(nn.Module):
             return partial(self._with_parameters_in_force, value)
         return value
 
+    @exclusively
     def _with_parameters_in_force(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Calls a function while the base layer holds the coefficients that are in force."""
         parameters = self.parameters_in_force()
@@ -83,5 +84,5 @@ def _refuse_grid_method(name: str, adapters: list[str], *args: Any, **kwargs: An
     raise RuntimeError(
         f"`{name}` changes what the coefficients mean, and would silently change the meaning of the adapters "
         f"{adapters}, which are not merged. Merge them first (`merge_and_unload()`, or `merge_adapter()` to keep the "
-        "layers adapted), or unload them."
+        "layers adapted), unload them, or carry them over with `peft_lotra.refit_adapters(model, inputs, move)`."
     )

@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -24,6 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from .config import LoTRAConfig
+from .fingerprint import Values, is_same, layer_values
 from .kan_layers import CoefficientTensor, KANLayerSpec, find_kan_layers, get_kan_spec, known_families
 
 
@@ -109,6 +111,61 @@ def describe_targets(targets: dict[str, nn.Module]) -> dict[str, dict[str, Any]]
             "has_residual": tensor.has_residual,
         }
     return description
+
+
+def read_values(name: str, module: nn.Module) -> dict[str, Values]:
+    """The grid and the parameters of the base layer of a target, as they are without merged adapters."""
+    layer, spec, tensor = locate_target(name, module)
+    merged = hasattr(module, "lotra_spec") and module.merged
+    return layer_values(layer, spec, tensor, (module.parameters_before_merge or None) if merged else {})
+
+
+def check_base(config: LoTRAConfig, targets: dict[str, nn.Module]) -> None:
+    """Compares the base with the one that an adapter from a file was saved with.
+
+    Raises:
+        ValueError: A layer that the adapter is for is missing or of another family, or its grid is another one and
+            `config.check_base` does not say otherwise.
+    """
+    recorded, found = config.checkpoint_layers, describe_targets(targets)
+    # Another shape is not an error yet: with `ignore_mismatched_sizes` PEFT drops the tensors that do not fit.
+    # Otherwise LoTRAModel._load_from_state_dict refuses them.
+    wrong = [
+        f"{name}: a {layer['family']} layer, the model has "
+        + (f"a {found[name]['family']} layer" if name in found else "no such layer")
+        for name, layer in recorded.items()
+        if name not in found or found[name]["family"] != layer["family"]
+    ]
+    if wrong:
+        raise ValueError(
+            "The adapter was made for another model. It is for\n  " + "\n  ".join(wrong) + "\nLoad it into the "
+            "base model that it was trained on."
+        )
+    if config.check_base == "ignore":
+        return
+    differ: dict[str, list[str]] = {"grid": [], "parameters": []}
+    for name, layer in recorded.items():
+        if tuple(layer["shape"]) != tuple(found[name]["shape"]) or not differ.keys() & layer.keys():
+            continue
+        for what, values in read_values(name, targets[name]).items():
+            if what in layer and is_same(layer[what], values) is False:
+                differ[what].append(name)
+    messages = {
+        "grid": ("grids", "coefficients would mean other functions"),
+        "parameters": ("coefficients", "update would not give the function that it was trained to give"),
+    }
+    for what, names in differ.items():
+        if not names:
+            continue
+        noun, consequence = messages[what]
+        message = (
+            f"The {noun} of the layers {', '.join(names)} are not those that the adapter was saved with: its "
+            f"{consequence}. Load it into the base model that it was trained on. If you know better pass "
+            '`check_base="warn"` or `check_base="ignore"`.'
+        )
+        if config.check_base == "error" or (config.check_base is None and what == "grid"):
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
 
 
 def _has_index(config: LoTRAConfig, name: str) -> bool:

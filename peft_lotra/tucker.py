@@ -102,6 +102,15 @@ def contract(
     return z @ factor_out.T
 
 
+def dense_update(scale: float | torch.Tensor, core: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+    """The update (out, in, basis) in the dtype of its components."""
+    dtype = core.dtype
+    # float16 and bfloat16 products on the CPU are slow, and some are not implemented
+    if core.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+        core, *factors = (component.float() for component in (core, *factors))
+    return (scale * reconstruct(core, *factors)).to(dtype)
+
+
 @torch.no_grad()
 def tucker(tensor: torch.Tensor, ranks: tuple[int, int, int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The best Tucker approximation that higher-order orthogonal iteration (HOOI) finds, started from the HOSVD.

@@ -45,13 +45,16 @@ def adapt(model: nn.Module, random: bool = True, adapter_name: str = "default", 
     return get_peft_model(model, LoTRAConfig(**config), adapter_name=adapter_name).eval()
 
 
+class _Nested(nn.ModuleDict):
+    def forward(self, x: Tensor) -> Tensor:
+        return self["head"](self["tail"](self["body"](x)))
+
+
 def nested() -> nn.Module:
     """Two KANs and a linear head: `body.0`, `body.1`, `tail.layers.0`, `tail.layers.1`, `head`."""
     layers = [FAMILIES["own"](3, 5), FAMILIES["cheby-kan"](5, 4)]
     parts = {"body": nn.Sequential(*layers), "tail": KAN([4, 6, 5]), "head": nn.Linear(5, 2)}
-    model = nn.ModuleDict(parts)
-    model.forward = lambda x: model["head"](model["tail"](model["body"](x)))
-    return model
+    return _Nested(parts)
 
 
 def lotra_layers(model: nn.Module) -> dict[str, LoTRALayer]:

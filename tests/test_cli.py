@@ -240,7 +240,7 @@ ERRORS = {
     "merge {}/adapter {}/adapter out": "is no model: it has no config.json",
     "merge {}/other {}/adapter out": "The adapter does not fit the model",
     "merge {}/base {}/plain-adapter out": "The adapter was made for another model",
-    "merge {}/base {}/nan out": "NaNs detected",
+    "merge {}/base {}/nan out": "values that are not finite",
     "merge {}/base {}/bytes out": "is broken",
     "merge {}/base {}/adapter {}/tuned": "exists already",
     "merge {}/base {}/adapter no/such/out": "is no folder: make it first",

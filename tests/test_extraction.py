@@ -181,7 +181,7 @@ def move_grid(model):
     [
         (lambda: KAN([3, 6, 4]), {}, r"`layers\.0\.spline_weight`: \(5, 3, 8\) in the base.*\(6, 3, 8\) in the tuned"),
         (lambda: KAN([3, 5, 4, 4]), {}, r"`layers\.2\.spline_weight`: absent in the base"),
-        (lambda: KAN([3, 5, 4], grid_size=6, spline_order=2), {}, r"basis of `layers\.0` differs"),
+        (lambda: KAN([3, 5, 4], grid_size=6, spline_order=2), {}, r"grid_size of `layers\.0` differs"),
         (lambda: broken(set_nan), {}, r"`layers\.1\.base_weight` of the tuned model is not finite"),
         (lambda: broken(move_grid), {}, r"grid_bounds of `layers\.1` differs.*update_grid"),
         (lambda: broken(lambda _: None), {"budget": 10}, "budget.* is 10"),

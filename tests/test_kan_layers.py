@@ -85,10 +85,13 @@ def test_any_sizes(family, sizes):
     assert tensor.shape == (sizes[1], sizes[0], EXPECTED[family][1]) and tensor.has_residual == EXPECTED[family][2]
 
 
+SLIM = {"slim-kan", "slim"}
+
+
 def test_every_family_is_covered():
     assert set(FAMILIES) == set(EXPECTED)
-    # qkan's Fourier layers have their own test
-    assert set(known_families()) == {name for name, *_ in EXPECTED.values()} | {"qkan-fourier"}
+    # qkan's Fourier layers, and Slim layers, have their own tests
+    assert set(known_families()) == {name for name, *_ in EXPECTED.values()} | {"qkan-fourier", *SLIM}
 
 
 def test_layers_without_a_residual_branch():

@@ -263,7 +263,7 @@ def test_nothing_warns_on_the_ordinary_way(tmp_path):
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         model = KAN([3, 4, 2])
-        fresh = KAN([3, 4, 2])
+        fresh = copy.deepcopy(model)
         adapted = get_peft_model(model, LoTRAConfig(r=2))
         adapted(inputs()).sum().backward()
         adapted.save_pretrained(tmp_path)

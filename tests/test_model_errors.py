@@ -153,6 +153,7 @@ def saved(folder, model, **config):
 
 
 def edit_config(folder, **changes):
+    changes = {"integrity": None, **changes}
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -247,6 +248,9 @@ def test_bad_ranks_in_a_file(tmp_path):
 def test_other_ranks_in_the_config_than_in_the_tensors(tmp_path):
     saved(tmp_path, KAN([3, 4, 2]), r=2)
     edit_config(tmp_path, r=3)
+    message = load_refused(KAN([3, 4, 2]), tmp_path)
+    assert "layers.0.lotra_core: (2, 2, 2) in the checkpoint, (3, 3, 3) by its config" in message
+    edit_config(tmp_path, r=3, base_layers=None)
     message = load_refused(KAN([3, 4, 2]), tmp_path)
     assert "layers.0.lotra_core: (2, 2, 2) in the checkpoint, (3, 3, 3) in the model" in message
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["KAN", "KANConfig", "KANLinear", "KANModel", "SlimKAN", "SlimKANLinear", "bspline_basis", "slim"]
 
 # `slim` is the function, found by `__getattr__`; the module of that name can be imported from nevertheless.
-del slim
+globals().pop("slim", None)
 
 
 def __getattr__(name: str):

@@ -92,7 +92,7 @@ class KAN(LayerStack):
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         try:
             for layer in self.layers:
-                if isinstance(layer, KANLinear):
+                if hasattr(layer, "update_grid"):  # not normalisations and Slim layers; adapted layers refuse
                     layer.update_grid(x, margin)
                 x = layer(x)
         except Exception:

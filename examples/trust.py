@@ -1,0 +1,89 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What trust costs: the fingerprint of a base of 100 million parameters, and what merging leaves behind.
+
+python examples/trust.py --output examples/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+
+from peft_lotra import LoTRAConfig
+from peft_lotra.fingerprint import hash_all_dtypes, is_same
+from peft_lotra.kan import KAN
+
+
+def fingerprint_costs(parameters: int, repeats: int = 3) -> dict[str, float]:
+    """Seconds, the least of `repeats`, to record a base and to compare one with the record."""
+    costs = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        values = {"coefficients": torch.randn(parameters).to(dtype)}
+        record = hash_all_dtypes(values)
+        for what, work in (
+            ("record", partial(hash_all_dtypes, values)),
+            ("compare", partial(is_same, record, values)),
+        ):
+            times = []
+            for _ in range(repeats):
+                started = time.perf_counter()
+                work()
+                times.append(time.perf_counter() - started)
+            costs[f"{what}, {str(dtype).removeprefix('torch.')}"] = round(min(times), 3)
+    return costs
+
+
+def drift(dtype: torch.dtype, keep_base: bool, cycles: int) -> float:
+    """The largest change of a base coefficient by cycles of merging and unmerging, as a share of the largest one."""
+    torch.manual_seed(0)
+    base = KAN([16, 32, 4]).to(dtype)
+    model = get_peft_model(base, LoTRAConfig(r=4, init_weights=False))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lotra_" not in name}
+    for _ in range(cycles):
+        model.merge_adapter(keep_base=keep_base)
+        model.unmerge_adapter()
+    after = dict(model.named_parameters())
+    change = max((after[name] - p).abs().max().item() for name, p in before.items())
+    return change / max(p.abs().max().item() for p in before.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parameters", type=int, default=100_000_000)
+    parser.add_argument("--cycles", type=int, default=1000)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    report: dict[str, object] = {"parameters": arguments.parameters, "cycles": arguments.cycles}
+    report["seconds for the fingerprint, one core"] = fingerprint_costs(arguments.parameters)
+    report["drift of the base"] = {
+        f"{str(dtype).removeprefix('torch.')}, {'kept' if keep else 'not kept'}": drift(dtype, keep, arguments.cycles)
+        for dtype in (torch.float32, torch.bfloat16)
+        for keep in (True, False)
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "trust.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

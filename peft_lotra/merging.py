@@ -1,0 +1,171 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Merging adapters into their base layer, and back without a trace."""
+
+from __future__ import annotations
+
+import warnings
+from operator import attrgetter
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+
+from .fingerprint import hash_values
+from .kan_layers import same_grid
+from .tucker import dense_update
+
+
+class MergeableLayer(nn.Module):
+    """The part of an adapted layer that merges.
+
+    Attributes:
+        keep_base (`bool`): Whether the next merge keeps the parameters of the base as they are.
+        parameters_before_merge (`dict[str, torch.Tensor]`): The kept parameters while adapters are merged.
+    """
+
+    keep_base = True
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Merge the active adapter weights into the base weights
+
+        Args:
+            safe_merge (`bool`, *optional*):
+                If `True`, the merged weights are checked for NaNs before they replace the base weights.
+            adapter_names (`list[str]`, *optional*):
+                The list of adapter names that should be merged. If `None`, all active adapters will be merged.
+                Defaults to `None`.
+
+        Raises:
+            ValueError: `safe_merge`, and the merged weights are not finite. The base weights are unchanged.
+        """
+        adapter_names = check_adapters_to_merge(self, adapter_names)
+        if not adapter_names:
+            # no adapter to merge
+            return
+
+        if safe_merge:
+            self.check_safe_merge(adapter_names)
+        for adapter in self._adapters_here(adapter_names):
+            if not self.merged_adapters:
+                self._grid_at_merge = self.copy_grid()
+                if self.keep_base:
+                    self.parameters_before_merge = {n: p.detach().clone() for n, p in self._base_parameters().items()}
+            components = [component.detach().clone() for component in self.get_components(adapter)]
+            self._merged_updates.append((self.lotra_scaling[adapter], *components))
+            self._write(self._with_update(self._base_parameters(), dense_update(*self._merged_updates[-1])))
+            self.merged_adapters.append(adapter)
+        if self.parameters_before_merge:
+            self._hash_of_merged = hash_values(self._base_parameters())
+
+    def check_safe_merge(self, adapter_names: list[str] | None = None) -> None:
+        """
+        Check that a merge would produce finite weights only, changing nothing.
+
+        Args:
+            adapter_names (`list[str]`, *optional*): The adapters; defaults to all that are active.
+
+        Raises:
+            ValueError: It would not.
+        """
+        parameters = self._base_parameters()
+        for adapter in self._adapters_here(self.active_adapters if adapter_names is None else adapter_names):
+            if adapter in self.merged_adapters:
+                continue
+            parameters = self._with_update(parameters, self.get_delta_weight(adapter))
+            if not all(torch.isfinite(value).all() for value in parameters.values()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+
+    def unmerge(self) -> None:
+        """
+        This method unmerges all merged adapter layers from the base weights.
+
+        The base weights are again what they were, bit for bit, since a merge keeps them; that takes the memory of the
+        adapted parameters once more while adapters are merged. With `merge_adapter(keep_base=False)`, or where the
+        merged weights were changed meanwhile, the updates that were merged are subtracted, with the rounding errors
+        of that.
+
+        Raises:
+            RuntimeError: The grid was moved after the merge, so that the coefficients do not mean what they meant.
+        """
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if not same_grid(self._grid_at_merge, self.read_grid()):
+            raise RuntimeError(
+                f"The grid of this {self.lotra_spec.family} layer was moved after {self.merged_adapters} had been "
+                "merged: subtracting the update from the new coefficients would not give the base function back. Keep "
+                "the merged model (`merge_and_unload`), or load the base model and the adapter anew."
+            )
+        parameters = self.parameters_before_merge
+        if not self._is_as_merged():
+            if parameters:
+                warnings.warn(
+                    f"The coefficients of this {self.lotra_spec.family} layer were changed after "
+                    f"{self.merged_adapters} had been merged. The changes are kept, and the updates subtracted, with "
+                    "rounding errors.",
+                    stacklevel=2,
+                )
+            parameters = self._base_parameters()
+            for update in reversed(self._merged_updates):
+                parameters = self._with_update(parameters, -dense_update(*update))
+        self._write(parameters)
+        self.merged_adapters.clear()
+        self._forget_merge()
+
+    def _forget_merge(self) -> None:
+        self.parameters_before_merge: dict[str, torch.Tensor] = {}
+        self._merged_updates: list[tuple] = []  # scale and components, as they were merged
+        self._grid_at_merge = None
+        self._hash_of_merged = None
+
+    def _is_as_merged(self) -> bool:
+        """Whether what was there before the merge is known, and the merged parameters were not changed since."""
+        return bool(self.parameters_before_merge) and self._hash_of_merged == hash_values(self._base_parameters())
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, with the adapters merged or not. Called by PEFT to unload: no copy of the base is kept."""
+        self.keep_base = False
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.get_base_layer()
+
+    def _apply(self, fn, *args, **kwargs):
+        # What is kept moves, and is cast, with the layer; this is no change after the merge.
+        unchanged = self._is_as_merged()
+        super()._apply(fn, *args, **kwargs)
+        self.parameters_before_merge = {name: fn(value) for name, value in self.parameters_before_merge.items()}
+        if unchanged:
+            self._hash_of_merged = hash_values(self._base_parameters())
+        return self
+
+    def _base_parameters(self) -> dict[str, torch.Tensor]:
+        return self.lotra_tensor.read_parameters(self.get_base_layer())
+
+    @torch.no_grad()
+    def _with_update(self, parameters: dict[str, torch.Tensor], update: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts = self.lotra_tensor.split(update)
+        return {
+            name: torch.add(value, parts[name].to(value.device)).to(value.dtype) if name in parts else value
+            for name, value in parameters.items()
+        }
+
+    @torch.no_grad()
+    def _write(self, parameters: dict[str, torch.Tensor]) -> None:
+        for name, value in parameters.items():
+            attrgetter(name)(self.get_base_layer()).data.copy_(value)

@@ -1,0 +1,256 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Carrying adapters over to grids that have moved: the same functions in other coefficients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import einsum
+from torch import nn
+
+from .functional import call_with_parameters
+from .kan_layers import same_grid
+from .layer import LoTRALayer
+from .networks import bare_base
+from .tucker import balance, orthogonalize, reconstruct, tucker
+
+
+# What the points that spread over the whole grid weigh beside the samples, as in `KANLinear.update_grid`.
+_FILL_WEIGHT = 0.01
+
+
+@dataclass(frozen=True)
+class RefitReport:
+    """What `refit_adapters` kept; prints as a table.
+
+    Attributes:
+        errors (`dict[tuple[str, str], float]`): By layer and adapter, the norm of (the new update - the old one), as a
+            share of the norm of the old one. The update is the function that the adapter adds to the output of the
+            layer, on the samples, without the scales that a family puts on its edges; measured on the adapter as it
+            is stored. Empty if no grid had moved.
+        projection_errors (`dict[tuple[str, str], float]`): The same before the update was brought back to its ranks:
+            what the new grid cannot express.
+    """
+
+    errors: dict[tuple[str, str], float]
+    projection_errors: dict[tuple[str, str], float]
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{layer}  {adapter}  error {error:.2%}, of which {self.projection_errors[layer, adapter]:.2%} by the grid"
+            for (layer, adapter), error in self.errors.items()
+        )
+
+
+def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], Any] | None = None) -> RefitReport:
+    """Expresses the adapters of all layers whose grid has moved in the new bases.
+
+    The methods that move a grid raise on an adapted layer, since its adapters would then mean other functions. Move
+    the grid of the base layers, `layer.base_layer.update_grid(x)`, and refit; or pass the move.
+
+    Each update is projected onto the new basis, one input at a time: by least squares on the inputs that the layer
+    gets, and with a hundredth of their weight on points spread over the new grid. It is brought back to the ranks it
+    had by higher-order orthogonal iteration, followed by L-BFGS on the error of the functions. The inputs of a layer
+    are those that the layers before it give with the adapters that are active, already refitted.
+
+    Example:
+
+    ```py
+    >>> report = refit_adapters(model, x, move=lambda kan: kan.update_grid_from_samples(x))  # pykan
+    >>> print(report)
+    ```
+
+    Args:
+        model (`nn.Module`): The adapted model. Its adapters must not be merged.
+        inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments. A few
+            hundred rows are plenty; a layer needs memory for four bases of all rows in float64.
+        move (`Callable`, *optional*): Moves the grids. It is called with the base model, in which the bare layers
+            stand in their places, and must not replace them.
+
+    Returns:
+        [`RefitReport`]: The errors, to be looked at.
+
+    Raises:
+        ValueError: Adapters are merged or disabled; the family of a layer offers no basis; a layer whose grid moved
+            is not reached by `inputs`; the number of basis functions changed. Nothing is changed then, not even by
+            `move`.
+    """
+    layers = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoTRALayer)
+    }
+    unusable = [name for name, layer in layers.items() if layer.merged or layer.disable_adapters]
+    if unusable:
+        raise ValueError(
+            f"The adapters of the layers {unusable} are merged or disabled: unmerge or enable them first."
+        )
+    training = [(module, module.training) for module in model.modules()]
+    errors: dict[tuple[str, str], float] = {}
+    projection_errors: dict[tuple[str, str], float] = {}
+
+    def refit(layer: LoTRALayer, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        name = next(name for name, module in layers.items() if module is layer)
+        for adapter in layer.lotra_core:
+            if not same_grid(layer.lotra_grid[adapter], layer.read_grid()):
+                errors[name, adapter], projection_errors[name, adapter] = _refit(name, layer, adapter, x)
+
+    hooks = []
+    with _unchanged_on_error(layers), torch.no_grad():
+        try:
+            model.eval()
+            if move is not None:
+                with bare_base(model) as base:
+                    move(base)
+            hooks = [layer.register_forward_pre_hook(refit, with_kwargs=True) for layer in layers.values()]
+            if isinstance(inputs, Mapping):
+                model(**inputs)
+            else:
+                model(*(inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, flag in training:
+                module.training = flag
+        left = [
+            name
+            for name, layer in layers.items()
+            if not all(same_grid(grid, layer.read_grid()) for grid in layer.lotra_grid.values())
+        ]
+        if left:
+            raise ValueError(f"The grids of the layers {left} have moved, but `inputs` do not reach them.")
+    return RefitReport(errors, projection_errors)
+
+
+@contextmanager
+def _unchanged_on_error(layers: Mapping[str, LoTRALayer]) -> Iterator[None]:
+    """Puts all tensors of the layers back if an error is raised."""
+    tensors = {t: t.detach().clone() for layer in layers.values() for t in layer.state_dict(keep_vars=True).values()}
+    grids = {name: (dict(layer.lotra_grid), layer.read_grid()) for name, layer in layers.items()}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, (at_creation, grid) in grids.items():
+                layers[name].lotra_grid.update(at_creation)
+                for attribute, value in grid.items():
+                    owner, _, leaf = attribute.rpartition(".")
+                    setattr(layers[name].base_layer.get_submodule(owner), leaf, value)
+            for tensor, value in tensors.items():
+                tensor.data = value
+        raise
+
+
+def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple[float, float]:
+    """Refits one adapter of one layer; returns the error of the function, and that before truncation."""
+    parts = [component.detach().double().cpu() for component in layer.get_components(adapter)]
+    old, ranks = reconstruct(*parts), tuple(parts[0].shape)
+    samples = x.detach().reshape(-1, layer.in_features)
+    points = torch.cat([samples, _spread(layer, samples)])
+    weight = torch.ones(len(points), 1, 1, dtype=torch.float64)
+    weight[len(samples) :] = math.sqrt(_FILL_WEIGHT * len(samples) / (len(points) - len(samples)))
+    old_basis, new_basis = (_basis(name, layer, grid, points) for grid in (layer.lotra_grid[adapter], {}))
+    if old_basis.shape != new_basis.shape:
+        raise ValueError(
+            f"The layer {name} had {old_basis.shape[-1]} basis functions for each input and has {new_basis.shape[-1]} "
+            "now: an adapter has as many as its base had. Merge the adapters before changing their number."
+        )
+    weighted = (weight * new_basis).transpose(0, 1)  # (in, points, basis)
+    transfer = torch.linalg.lstsq(weighted, (weight * old_basis).transpose(0, 1)).solution
+    metric = torch.linalg.qr(weighted)[1]
+    if old.shape[-1] > old_basis.shape[-1]:
+        # The residual branch stays, and has a block of its own: the layer may scale its splines edge by edge.
+        residual = F.silu(points.double().cpu())[..., None]
+        old_basis, new_basis = (torch.cat([basis, residual], dim=-1) for basis in (old_basis, new_basis))
+        transfer = F.pad(transfer, (0, 1, 0, 1))
+        transfer[:, -1, -1] = 1
+        metric = F.pad(metric, (0, 1, 0, 1))
+        metric[:, -1, -1] = (weight * residual).norm(dim=(0, 2))
+    projected = einsum(transfer, old, "i new old, o i old -> o i new")
+    core, factors = balance(*_truncate(projected, metric, ranks))
+    for parameter, value in zip(layer.get_components(adapter), (core, *factors), strict=True):
+        parameter.data.copy_(value)
+    layer.lotra_grid[adapter] = layer.copy_grid()
+    stored = reconstruct(*(component.detach().double().cpu() for component in layer.get_components(adapter)))
+
+    count = len(samples)
+    before = einsum(old_basis[:count], old, "n i k, o i k -> n o")
+    norm = before.norm().item()
+    misses = [einsum(new_basis[:count], d, "n i k, o i k -> n o") - before for d in (stored, projected)]
+    error, projection_error = (miss.norm().item() / norm if norm else miss.norm().item() for miss in misses)
+    return error, projection_error
+
+
+def _truncate(
+    tensor: torch.Tensor, metric: torch.Tensor, ranks: tuple[int, int, int], steps: int = 100
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A Tucker decomposition whose edge functions come closest to those of `tensor` (out, in, basis); `metric`
+    (in, basis, basis) brings the coefficients of an edge to the values of its function."""
+    core, factors = tucker(tensor, ranks)
+    energy = einsum(metric, tensor, "i m k, o i k -> o i m").square().sum()
+    parts = [part.contiguous().requires_grad_() for part in (core, *factors)]
+    optimizer = torch.optim.LBFGS(parts, max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = einsum(metric, reconstruct(*parts) - tensor, "i m k, o i k -> o i m").square().sum() / energy
+        loss.backward()
+        return loss
+
+    if energy > 0:
+        with torch.enable_grad():
+            optimizer.step(closure)
+    core, *factors = (part.detach() for part in parts)
+    return orthogonalize(core, factors)
+
+
+def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
+    """The basis functions (points, in, basis) of a layer at x (points, in), on a grid that may not be its own."""
+    base, spec = layer.base_layer, layer.lotra_spec
+    function = _pykan_basis if spec.family == "pykan" else spec.basis
+    if function is None:
+        raise ValueError(
+            f"The family {spec.family!r} of the layer {name} offers no basis: give one to `register_kan_layer` by "
+            "`basis`, or merge the adapters before the grid is moved."
+        )
+    tensors = {key: value.to(x.device) for key, value in grid.items() if isinstance(value, torch.Tensor)}
+    return call_with_parameters(base, tensors, lambda: function(base, x), (), {}).double().cpu()
+
+
+def _pykan_basis(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    # not the `basis` of its family: pykan's layers also return what each edge gives, which only they compute
+    from kan.spline import B_batch
+
+    return B_batch(x, layer.grid, k=layer.k)
+
+
+def _spread(layer: LoTRALayer, samples: torch.Tensor) -> torch.Tensor:
+    """Points (n, in) that spread over each input's grid, or over the range of the samples if the family says no more
+    about its grid than a formula."""
+    low, high = samples.aminmax(dim=0)
+    for value in layer.read_grid().values():
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and len(value) == layer.in_features:
+            low, high = value.detach().to(samples).aminmax(dim=1)
+            break
+    fill = torch.linspace(0, 1, 4 * layer.lotra_tensor.shape[-1]).to(samples)[:, None]
+    return torch.lerp(low, high, fill)

@@ -1,0 +1,272 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The files of an adapter: written so that no interruption mixes two adapters up, read with suspicion.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors`. The config carries, under `integrity`, a digest
+of itself and one of the tensors: files that were changed, truncated or exchanged are refused, not loaded. They guard
+against accidents; whoever can write the files can write fitting digests too (see SECURITY.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import file_exists, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from .fingerprint import hash_values
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# Far above what an adapter needs (about 100 bytes for each tensor), far below what would hurt to parse.
+MAX_HEADER_BYTES = 8 << 20
+MAX_CONFIG_BYTES = 8 << 20
+MAX_PATTERN_LENGTH = 10_000
+MAX_PATTERN_REPEATS = 4
+
+# The new config while `save_adapter` exchanges the files; see there.
+PENDING_CONFIG = f".{CONFIG_NAME}.next"
+_STAGE = ".saving"
+
+# What may be edited by hand or by tools: it does not change what the adapter computes.
+_NOT_DIGESTED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "check_base",
+    "inference_mode",
+    "integrity",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
+}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+###########
+# Writing #
+###########
+
+
+def config_digest(values: Mapping[str, Any], defaults: Mapping[str, Any], weights: str | None) -> str:
+    """The digest of a configuration and of the tensors that it belongs to; 32 hexadecimal digits.
+
+    Args:
+        values (`dict`): The configuration. What equals its default does not count, so that later versions, which have
+            more fields, read older files.
+        defaults (`dict`): The defaults.
+        weights (`str`, *optional*): The digest of the tensors.
+    """
+    counted = {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in values.items()
+        if name not in _NOT_DIGESTED and value != defaults.get(name)
+    }
+    text = json.dumps([counted, weights], sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def write_atomically(path: str | os.PathLike, text: str) -> None:
+    """Writes a file under another name, forces it to the disk, and renames it: the old content or the new one."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> None:
+    """Saves adapters as `model.save_pretrained(folder)` does, but atomically: if the process is killed at any moment,
+    or the disk runs full, loading from the folder gives the old adapter or the new one, complete.
+
+    PEFT's `save_pretrained` writes the tensors over those in the folder, and then the config. Interrupted, it leaves
+    a folder that is refused (the digests do not fit), and the old adapter is lost; this matters only where a folder
+    is saved to twice. Here the files are written beside, forced to the disk and renamed, tensors first. Between the
+    two renames the new config lies beside the old one as `.adapter_config.json.next`, where loading looks for it.
+
+    Args:
+        model (`PeftModel`): The model.
+        folder (`str`): Where to. It needs room for the old files and the new ones, and one writer at a time.
+        kwargs: As for `PeftModel.save_pretrained`, e.g. `selected_adapters`.
+
+    Raises:
+        ValueError: `safe_serialization=False` was passed, or what `PeftModel.save_pretrained` raises. The folder is
+            as it was.
+    """
+    if not kwargs.get("safe_serialization", True):
+        raise ValueError("LoTRA adapters are saved as safetensors only: leave `safe_serialization` out.")
+    if os.path.isfile(folder):
+        raise ValueError(f"`folder` is {folder}, which is a file. Pass a folder, which is made if there is none.")
+    os.makedirs(folder, exist_ok=True)
+    stage = os.path.join(folder, _STAGE)
+    shutil.rmtree(stage, ignore_errors=True)  # of a save that was killed
+    os.makedirs(stage)
+    try:
+        card = os.path.join(folder, "README.md")
+        if os.path.exists(card):
+            shutil.copyfile(card, os.path.join(stage, "README.md"))  # PEFT extends the one that is there
+        model.save_pretrained(stage, **kwargs)
+        staged = sorted(parent for parent, _, files in os.walk(stage) if files)
+        for parent in staged:
+            for name in os.listdir(parent):
+                if os.path.isfile(os.path.join(parent, name)):
+                    _force_to_disk(os.path.join(parent, name))
+        for parent in staged:
+            target = os.path.normpath(os.path.join(folder, os.path.relpath(parent, stage)))
+            os.makedirs(target, exist_ok=True)
+            _exchange(parent, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _exchange(source: str, target: str) -> None:
+    files = [name for name in os.listdir(source) if os.path.isfile(os.path.join(source, name))]
+    config = CONFIG_NAME in files
+    if config:
+        os.replace(os.path.join(source, CONFIG_NAME), os.path.join(target, PENDING_CONFIG))
+        _force_to_disk(target)
+    for name in files:
+        if name != CONFIG_NAME:
+            os.replace(os.path.join(source, name), os.path.join(target, name))
+    _force_to_disk(target)
+    if config:
+        os.replace(os.path.join(target, PENDING_CONFIG), os.path.join(target, CONFIG_NAME))
+        _force_to_disk(target)
+
+
+def _force_to_disk(path: str) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders, and needs it for none
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+###########
+# Reading #
+###########
+
+
+def find_weights(model_id: str | os.PathLike, subfolder: str | None, hub_kwargs: Mapping[str, Any]) -> str | None:
+    """The path of the tensors that belong to a config, in a folder or on the Hub, from where they are downloaded.
+
+    Returns:
+        `None` if there are none at all.
+
+    Raises:
+        ValueError: There is a pickle in their place.
+    """
+    folder = os.path.join(model_id, subfolder) if subfolder is not None else model_id
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    pickled = f"`{WEIGHTS_NAME}` at {folder} is a pickle, which runs code when it is loaded"
+    remedy = f"Only `{SAFETENSORS_WEIGHTS_NAME}` is loaded: ask its author to save the adapter again."
+    if os.path.exists(path):
+        return path
+    if os.path.exists(os.path.join(folder, WEIGHTS_NAME)):
+        raise ValueError(f"{pickled}. {remedy}")
+    if os.path.isdir(folder):
+        return None
+    try:
+        return hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
+    except EntryNotFoundError:
+        name = WEIGHTS_NAME if subfolder is None else f"{subfolder}/{WEIGHTS_NAME}"
+        where = {key: hub_kwargs.get(key) for key in ("revision", "token")}
+        if file_exists(model_id, name, **where):
+            raise ValueError(f"{pickled}. {remedy}") from None
+        return None
+
+
+def check_size(config: str) -> None:
+    """Raises a ValueError if a local file is too long for a config."""
+    if os.path.isfile(config) and os.path.getsize(config) > MAX_CONFIG_BYTES:
+        raise ValueError(f"{config} has more than the {MAX_CONFIG_BYTES:,} bytes that a config may have.")
+
+
+def read_weights(path: str) -> tuple[dict[str, tuple[int, ...]], str]:
+    """Checks a file of tensors, its header first.
+
+    Args:
+        path (`str`): The file.
+
+    Returns:
+        The shapes of all tensors by name, and the digest of their names, dtypes, shapes and contents.
+
+    Raises:
+        ValueError: The file is no safetensors file, is damaged, or its header is too long; a component of an adapter
+            is not floating, or has values that are not finite.
+    """
+    problem = f"{path} cannot be loaded: "
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if size < 8 or header > min(size - 8, MAX_HEADER_BYTES):
+        raise ValueError(
+            f"{problem}its header claims to have {header:,} bytes, of a file of {size:,}; at most "
+            f"{MAX_HEADER_BYTES:,} are read. It is damaged, or no safetensors file."
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            slices = {name: file.get_slice(name) for name in sorted(file.keys())}
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            wrong = [
+                f"{name} is of type {slices[name].get_dtype()}, not one of {', '.join(_FLOATS)}"
+                for name in shapes
+                if ".lotra_" in name and slices[name].get_dtype() not in _FLOATS
+            ]
+            digest = hashlib.blake2b(digest_size=16)
+            for name in shapes if not wrong else ():
+                tensor = file.get_tensor(name)
+                digest.update(hash_values({name: tensor}).encode())
+                if ".lotra_" in name and not torch.isfinite(tensor).all():
+                    wrong.append(f"{name} has values that are not finite")
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{problem}{error}. It is damaged, or no safetensors file.") from error
+    if wrong:
+        raise ValueError(problem + "\n  " + "\n  ".join(wrong))
+    return shapes, digest.hexdigest()
+
+
+def check_patterns(patterns: Iterable[str]) -> None:
+    """Refuses regular expressions that may take exponential time; PEFT matches those of a config to layer names.
+
+    Raises:
+        ValueError: One repeats a group, or repeats more than `MAX_PATTERN_REPEATS` times.
+    """
+    for pattern in patterns:
+        plain = re.sub(r"\\.|\[\]?[^\]]*\]", "x", pattern)  # without escaped characters and character classes
+        if (
+            len(pattern) > MAX_PATTERN_LENGTH
+            or re.search(r"\)[*+{]", plain)
+            or len(re.findall(r"[*+{]", plain)) > MAX_PATTERN_REPEATS
+        ):
+            raise ValueError(
+                f"The config of the adapter has the pattern {pattern[:100]!r}, which may take forever to match. A "
+                f"pattern from a file must not repeat a group, nor repeat more than {MAX_PATTERN_REPEATS} times."
+            )

@@ -1,0 +1,44 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Mutated files and random sequences, as many as fit into a test run. The long runs are committed in
+`examples/results/fuzz_*.json`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+from mutations import run  # noqa: E402
+from sequences import run_sequence  # noqa: E402
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_hundred_damaged_files(seed):
+    report = run(100, seed)
+    assert report["wrong"] == []
+    assert report["refused"] > 50 and report["refused"] + report["equal output"] == 100
+    assert report["growth of the peak memory, MiB"] < 1024
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 2**32 - 1))
+def test_sequences_equal_the_dense_model(seed):
+    assert len(run_sequence(seed)) == 12
