@@ -242,6 +242,12 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
                     parameters[name] = torch.add(parameter, part).to(parameter.dtype)
         return parameters
 
+    def updates_in_force(self) -> list[tuple[float | torch.Tensor, ...]]:
+        """For the adapters that a forward pass uses now: scale, core, factor_out, factor_in, factor_basis. Without
+        dropout; none of them while merged (then they are in the base layer's parameters) or disabled."""
+        adapters = [] if self.merged or self.disable_adapters else self._adapters_here(self.active_adapters)
+        return [(self.lotra_scaling[adapter], *self.get_components(adapter)) for adapter in adapters]
+
     ###########
     # Merging #
     ###########

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .basis import bspline_basis
+from .derivatives import hessian, jet, laplacian
 from .layer import KANLinear
 from .network import KAN
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from .configuration_kan import KANConfig
     from .modeling_kan import KANModel
 
-__all__ = ["KAN", "KANConfig", "KANLinear", "KANModel", "bspline_basis"]
+__all__ = ["KAN", "KANConfig", "KANLinear", "KANModel", "bspline_basis", "hessian", "jet", "laplacian"]
 
 
 def __getattr__(name: str):
