@@ -16,15 +16,15 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .layer import KANLinear
+from .layer_jets import block_size, through_layer
 from .network import KAN
 
 
@@ -32,7 +32,7 @@ _told_about: set[type] = set()
 
 
 def jet(
-    model: nn.Module, x: Tensor, directions: Tensor | None = None, *, collapse: bool = False
+    model: nn.Module, x: Tensor, directions: Tensor | None = None, *, collapse: bool | Sequence[float] = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""
     The value of a KAN and its first and second derivatives along straight lines, in one forward pass.
@@ -56,13 +56,14 @@ def jet(
         directions: the D directions v, shape (D, I); by default the I coordinate axes. They need not have length 1:
             derivatives are in the parameter t.
         collapse: whether to return the sum of the second derivatives over the directions in their place. Then only
-            that sum travels, 2 + D streams (collapsed Taylor mode, arXiv 2505.13644).
+            that sum travels, 2 + D streams (collapsed Taylor mode, arXiv 2505.13644). D numbers make it a weighted
+            sum: (1, 0) for u_xx and no u_tt.
 
     Returns:
         u (..., O), du (D, ..., O) and d2u (D, ..., O), or (..., O) with `collapse`.
 
     Raises:
-        ValueError: `x` or `directions` has a wrong shape.
+        ValueError: `x`, `directions` or `collapse` has a wrong shape.
         TypeError: `model` has no KAN layer, or `x` is not floating point.
 
     Source: Taylor-mode differentiation, A. Griewank and A. Walther, "Evaluating Derivatives" (2008), chapter 13.
@@ -89,14 +90,29 @@ def jet(
             "space of inputs in each row, at least one."
         )
     directions = directions.to(x)
+    weights = None
+    if collapse is not False:
+        weights = torch.as_tensor([1.0] * len(directions) if collapse is True else collapse).to(x)
+        if weights.shape != (len(directions),):
+            raise ValueError(f"`collapse` has {weights.numel()} weights, but there are {len(directions)} directions.")
     if layers is None:
-        return _jet_by_transforms(model, x, directions, collapse)
+        return _jet_by_transforms(model, x, directions, weights)
 
+    size = block_size(x, layers, len(directions))
+    if size is None:
+        return _through(layers, x, directions, weights)
+    blocks = [_through(layers, block, directions, weights) for block in x.split(size)]
+    return tuple(torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True))
+
+
+def _through(
+    layers: list[nn.Module], x: Tensor, directions: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     first = directions.reshape(-1, *[1] * (x.dim() - 1), x.shape[-1])
     second = None  # straight lines
     for layer in layers:
-        x, first, second = _through_layer(layer, x, first, second, collapse)
-    return x, first, second[0] if collapse else second
+        x, first, second = through_layer(layer, x, first, second, weights)
+    return x, first, second if weights is None else second[0]
 
 
 def laplacian(model: nn.Module, x: Tensor) -> Tensor:
@@ -140,124 +156,6 @@ def hessian(
         mixed[a, b] = mixed[b, a] = (value - d2u[a] - d2u[b]) / 2
     full = torch.stack([mixed[a, b] for a in range(count) for b in range(count)])
     return u, du[:count], full.unflatten(0, (count, count))
-
-
-# One layer
-
-
-def _through_layer(
-    layer: nn.Module, z: Tensor, first: Tensor, second: Tensor | None, collapse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(z, z', z'') of shapes (..., I), (D, ..., I) and (D or 1, ..., I) to those of the layer's output."""
-    own, spline_weight, base_weight, updates = _coefficients(layer)
-    f, df, d2f = _features(own, z)
-    square = first.square()
-    if collapse:
-        square = square.sum(0, keepdim=True)
-    curved = d2f * square.unsqueeze(-1)
-    if second is not None:
-        curved = curved + df * second.unsqueeze(-1)
-    straight = df * first.unsqueeze(-1)
-    streams = torch.cat([f.unsqueeze(0), straight, curved])  # (streams, ..., I, K + 1)
-
-    weight = torch.cat([spline_weight, base_weight.unsqueeze(-1)], dim=-1)
-    rows = streams[..., 0, 0].numel()
-    factored = []
-    for update in updates:
-        if _contracts_cheaper(rows, *weight.shape, *update[1].shape):
-            factored.append(update)
-        else:
-            weight = weight + _dense(*update, size=weight.shape[-1])
-    y = streams.flatten(-2) @ weight.flatten(1).T
-    for update in factored:
-        y = y + _contract(streams, *update)
-    count = len(first)
-    return y[0], y[1 : 1 + count], y[1 + count :]
-
-
-def _features(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The B-splines of a layer with silu as the last one, (..., I, K + 1), and their first and second derivatives."""
-    order = layer.spline_order
-    low, high = layer.grid_bounds.unbind(-1)
-    per_unit = layer.grid_size / (high - low)
-    centres = torch.arange(layer.grid_size + order, dtype=x.dtype, device=x.device) - (order - 1) / 2
-    offset = ((x - low) * per_unit).unsqueeze(-1) - centres
-    # See `bspline_basis`, whose truncated powers the three share.
-    room = (order + 1) / 2 - offset.abs()
-    powers = [_falling_powers(room - m, order) for m in range(order // 2 + 1)]
-    signs = [(-1) ** m * math.comb(order + 1, m) for m in range(order // 2 + 1)]
-    values, slopes, bends = (
-        sum(sign * power[d] for sign, power in zip(signs, powers, strict=True)) for d in range(3)
-    )
-    per_unit = per_unit.unsqueeze(-1)
-    slopes = slopes * -offset.sign() * per_unit
-    bends = bends * per_unit.square()
-
-    gate = torch.sigmoid(x)
-    rest = 1 - gate
-    silu = (x * gate, gate * (1 + x * rest), gate * rest * (2 + x * (rest - gate)))
-    return tuple(
-        torch.cat([part, extra.unsqueeze(-1)], dim=-1)
-        for part, extra in zip((values, slopes, bends), silu, strict=True)
-    )
-
-
-def _falling_powers(room: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
-    """max(room, 0)^p / p! and its first two derivatives in `room`, p being the order."""
-    positive = torch.relu(room)
-    powers = [torch.zeros_like(room), (room > 0).to(room.dtype), positive]  # p = -1, 0, 1
-    for p in range(2, order + 1):
-        powers.append(powers[-1] * positive / p)
-    return powers[order + 1], powers[order], powers[order - 1]
-
-
-# Coefficients in force
-
-
-def _coefficients(layer: nn.Module) -> tuple[nn.Module, Tensor, Tensor, list[tuple]]:
-    """The KAN layer under the adapters, its coefficients (O, I, K) and (O, I), and the Tucker updates in force."""
-    updates, added = [], {"spline_weight": [], "base_weight": []}
-    while isinstance(layer._modules.get("base_layer"), nn.Module):
-        if layer.disable_adapters and layer.merged:
-            layer.unmerge()  # as its forward does
-        in_force = not (layer.merged or layer.disable_adapters)
-        if hasattr(layer, "updates_in_force"):
-            updates += layer.updates_in_force()
-        elif in_force:  # PEFT's LoRA on a parameter
-            adapters = [name for name in layer.active_adapters if name in layer.lora_A]
-            added[layer.parameter_name] += [layer.get_delta_weight(name) for name in adapters]
-        layer = layer.base_layer
-    spline_weight, base_weight = (sum(added[name], getattr(layer, name)) for name in ("spline_weight", "base_weight"))
-    return layer, spline_weight, base_weight, updates
-
-
-def _contracts_cheaper(rows: int, o: int, i: int, k: int, ro: int, ri: int, rb: int) -> bool:
-    """
-    Whether contracting the factors row by row takes fewer multiplications than building the update.
-
-    Forward and backward. In the first case three products for each one in the forward pass; in the second the tensor
-    is built and differentiated, and gets a gradient from each row. One row at a time (`vmap`), the first always wins.
-    """
-    thin = i * k * rb + i * rb * ri + ri * rb * ro + ro * o
-    return 3 * rows * thin < 3 * o * i * k * ro + rows * o * i * k
-
-
-def _dense(scale: float, core: Tensor, factor_out: Tensor, factor_in: Tensor, factor_basis: Tensor, size: int):
-    """The update (O, I, size); without the residual branch its slice is zero."""
-    from ..tucker import reconstruct
-
-    update = scale * reconstruct(core, factor_out, factor_in, factor_basis)
-    return nn.functional.pad(update, (0, size - len(factor_basis)))
-
-
-def _contract(
-    streams: Tensor, scale: float, core: Tensor, factor_out: Tensor, factor_in: Tensor, factor_basis: Tensor
-) -> Tensor:
-    """Features (..., I, K) times the update, by the smallest products, so that no gradient is larger than its factor
-    (but for the row's features)."""
-    t = streams[..., : len(factor_basis)] @ factor_basis  # (..., I, rb)
-    t = factor_in.T @ t  # (..., ri, rb)
-    return t.flatten(-2) @ core.flatten(1).T @ (scale * factor_out).T
 
 
 # The layers of a network
@@ -339,7 +237,7 @@ def _check_kan(model: nn.Module) -> None:
 
 
 def _jet_by_transforms(
-    model: nn.Module, x: Tensor, directions: Tensor, collapse: bool
+    model: nn.Module, x: Tensor, directions: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     def value(point: Tensor) -> Tensor:
         output = model(point)
@@ -355,4 +253,4 @@ def _jet_by_transforms(
         )
         parts.append((du, d2u))
     first, second = (torch.stack(part) for part in zip(*parts, strict=True))
-    return u, first, second.sum(0) if collapse else second
+    return u, first, second if weights is None else torch.tensordot(weights, second, 1)
