@@ -204,7 +204,13 @@ def solve_elliptic(k: float, resolution: int) -> np.ndarray:
 
 
 def evolution_terms(
-    name: str, diffusion: float, reaction: Callable, initial: Callable, odd: bool, generator: torch.Generator, points: int
+    name: str,
+    diffusion: float,
+    reaction: Callable,
+    initial: Callable,
+    odd: bool,
+    generator: torch.Generator,
+    points: int,
 ) -> list[tuple]:
     def equation(model: nn.Module, x: Tensor) -> Tensor:
         u, (u_x, u_t), u_xx = jet(model, x, collapse=(1.0, 0.0))
@@ -291,9 +297,9 @@ FAMILIES = {
             name="reaction_diffusion",
             title="u_t = 0.05 u_xx + r u (1 - u)",
             parameter_name="growth r",
-            bounds=(0.0, 12.0),
+            bounds=(0.0, 10.0),
             base=2.0,
-            targets={"near": 2.5, "middle": 4.0, "far": 8.0},
+            targets={"near": 2.5, "middle": 4.0, "far": 6.0},
             resolution=128,
         ),
         _evolution(

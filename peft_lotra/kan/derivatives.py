@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .layer import KANLinear
-from .layer_jets import block_size, through_layer
+from .layer_jets import block_size, own_layer, through_layer
 from .network import KAN
 
 
@@ -79,8 +79,8 @@ def jet(
     layers = find_chain(model)
     if layers is None:
         _check_kan(model)
-    if x.dim() == 0 or (layers and x.shape[-1] != layers[0].in_features):
-        expected = layers[0].in_features if layers else "the model's number of inputs"
+    expected = own_layer(layers[0]).in_features if layers else "the model's number of inputs"
+    if x.dim() == 0 or (layers and x.shape[-1] != expected):
         raise ValueError(f"`x` has shape {tuple(x.shape)}, but its last dimension must be {expected}.")
     if directions is None:
         directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
@@ -127,9 +127,7 @@ def laplacian(model: nn.Module, x: Tensor) -> Tensor:
     return jet(model, x, collapse=True)[2]
 
 
-def hessian(
-    model: nn.Module, x: Tensor, directions: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """
     As `jet`, with all mixed second derivatives, by polarisation: 2 u_vw = D^2_{v+w} u - D^2_v u - D^2_w u.
 
@@ -169,7 +167,7 @@ def find_chain(model: nn.Module) -> list[nn.Module] | None:
         return [model]
     if type(model) is nn.Sequential:
         parts = list(model)
-    elif type(model).forward in _stacks():
+    elif type(model).forward is KAN.forward:  # SlimKAN's too
         parts = list(model.layers)
     else:
         inner = _inner(model)
@@ -181,19 +179,14 @@ def find_chain(model: nn.Module) -> list[nn.Module] | None:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    while isinstance(module._modules.get("base_layer"), nn.Module):
-        if not (hasattr(module, "updates_in_force") or hasattr(module, "parameter_name")):
+    wrapper = module
+    while isinstance(wrapper._modules.get("base_layer"), nn.Module):
+        if not (hasattr(wrapper, "updates_in_force") or hasattr(wrapper, "parameter_name")):
             return False
-        module = module.base_layer
-    return type(module).forward in _layer_forwards()
-
-
-def _layer_forwards() -> list[Callable]:
-    return [KANLinear.forward]
-
-
-def _stacks() -> list[Callable]:
-    return [KAN.forward]
+        wrapper = wrapper.base_layer
+    slim = sys.modules.get(f"{__package__}.slim")
+    forwards = [KANLinear.forward] + ([slim.SlimKANLinear.forward] if slim else [])
+    return type(own_layer(module)).forward in forwards
 
 
 def _inner(module: nn.Module) -> nn.Module | None:

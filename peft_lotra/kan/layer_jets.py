@@ -31,7 +31,7 @@ def block_size(x: Tensor, layers: list[nn.Module], directions: int) -> int | Non
     """How many rows of x (N, I) to take at a time; None for all."""
     if x.device.type != "cpu" or x.dim() != 2 or not _by_hand_pays(len(x)):
         return None
-    widest = max(layer.in_features * (layer.grid_size + layer.spline_order + 1) for layer in layers)
+    widest = max(own.in_features * (own.grid_size + own.spline_order + 1) for own in map(own_layer, layers))
     size = max(128, BLOCK // (widest * (2 + directions)))
     return None if size >= len(x) else -(-len(x) // -(-len(x) // size))  # blocks of about equal size
 
@@ -52,33 +52,33 @@ def through_layer(
     Returns:
         Shapes as above, with O in the place of I.
     """
-    own, spline_weight, base_weight, updates = _coefficients(layer)
-    weight = torch.cat([spline_weight, base_weight.unsqueeze(-1)], dim=-1)
+    own, weight, updates = _coefficients(layer)
+    shape = (own.out_features, own.in_features, own.grid_size + own.spline_order + 1)
     count = len(first)
     rows = z[..., 0].numel() * (1 + count + (count if weights is None else 1))
     factored = []
     for update in updates:
-        if _contracts_cheaper(rows, *weight.shape, *update[1].shape):
+        if _contracts_cheaper(rows, *shape, *update[1].shape):
             factored.append(update)
         else:
-            weight = weight + _dense(*update, size=weight.shape[-1])
+            dense = _dense(*update, size=shape[-1])
+            weight = dense if weight is None else weight + dense
 
     if not factored and _by_hand_pays(rows):
         y = _by_hand(own, weight, z, first, second, weights)
     else:
         streams = _streams(own, z, first, second, weights)
-        y = streams.flatten(-2) @ weight.flatten(1).T
-        for update in factored:
-            y = y + _contract(streams, *update)
+        parts = [_contract(streams, *update) for update in factored]
+        if weight is not None:
+            parts.insert(0, streams.flatten(-2) @ weight.flatten(1).T)
+        y = sum(parts[1:], parts[0])
     return y[0], y[1 : 1 + count], y[1 + count :]
 
 
 # By operations that autograd differentiates
 
 
-def _streams(
-    layer: nn.Module, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
-) -> Tensor:
+def _streams(layer: nn.Module, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None) -> Tensor:
     """What multiplies the coefficients: (1 + D + (D or 1), ..., I, K + 1)."""
     f, df, d2f = _features(layer, z)
     square = first.square()
@@ -101,9 +101,7 @@ def _features(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     room = (order + 1) / 2 - offset.abs()
     powers = [_falling_powers(room - m, order) for m in range(order // 2 + 1)]
     signs = [(-1) ** m * math.comb(order + 1, m) for m in range(order // 2 + 1)]
-    values, slopes, bends = (
-        sum(sign * power[d] for sign, power in zip(signs, powers, strict=True)) for d in range(3)
-    )
+    values, slopes, bends = (sum(sign * power[d] for sign, power in zip(signs, powers, strict=True)) for d in range(3))
     per_unit = per_unit.unsqueeze(-1)
     slopes = slopes * -offset.sign() * per_unit
     bends = bends * per_unit.square()
@@ -131,8 +129,9 @@ def _falling_powers(room: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _by_hand_pays(rows: int) -> bool:
     """Not inside transforms, which would have to be taught, nor compiled, which fuses the plain operations better."""
-    in_transform = torch._C._functorch.peek_interpreter_stack() is not None
-    return rows > 64 and not in_transform and not torch.compiler.is_compiling()
+    if rows <= 64 or torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _by_hand(
@@ -141,9 +140,12 @@ def _by_hand(
     """(streams, ..., O). Rows come last inside, where all operations run along them."""
     lead = z.shape[:-1]
     first = first.expand(len(first), *z.shape)
-    flat = z.reshape(-1, z.shape[-1]).T, *(
-        None if part is None else part.reshape(len(part), -1, part.shape[-1]).permute(2, 0, 1)
-        for part in (first, second)
+    flat = (
+        z.reshape(-1, z.shape[-1]).T,
+        *(
+            None if part is None else part.reshape(len(part), -1, part.shape[-1]).permute(2, 0, 1)
+            for part in (first, second)
+        ),
     )
     y = _LayerByHand.apply(*flat, weight.transpose(1, 2).flatten(1), layer, weights)
     return y.permute(1, 2, 0).unflatten(1, lead) if len(lead) != 1 else y.permute(1, 2, 0)
@@ -161,7 +163,7 @@ class _LayerByHand(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, first, second, weight, layer, weights):
         with torch.no_grad():
-            f, df, d2f, d3f = _features_by_hand(layer, z, third=ctx.needs_input_grad[0])
+            f, df, d2f, d3f = _features_by_hand(layer, z, third=any(ctx.needs_input_grad[:3]))
             count = first.shape[1]
             square = first.square()
             if weights is not None:
@@ -188,13 +190,11 @@ class _LayerByHand(torch.autograd.Function):
         grad_z = grad_first = grad_second = grad_weight = None
         if ctx.needs_input_grad[3]:
             grad_weight = grad @ streams.flatten(2).flatten(0, 1).T
-        if ctx.needs_input_grad[0]:
+        if any(ctx.needs_input_grad[:3]):
             g = (weight.T @ grad).view(streams.shape)
-            straight, bent = g[:, :, 1 : 1 + count], g[:, :, 1 + count :]
             with_df = (g * df.unsqueeze(2)).sum(0)  # (I, streams, N)
             with_d2f = (g[:, :, 1:] * d2f.unsqueeze(2)).sum(0)
-            with_d3f = (bent * d3f.unsqueeze(2)).sum(0)
-            del g, straight, bent
+            with_d3f = (g[:, :, 1 + count :] * d3f.unsqueeze(2)).sum(0)
             bent_d2f = with_d2f[:, count:]
             grad_z = with_df[:, 0] + (first * with_d2f[:, :count]).sum(1) + (square * with_d3f).sum(1)
             grad_first = 2 * first * bent_d2f
@@ -261,21 +261,33 @@ def _features_by_hand(layer: nn.Module, z: Tensor, third: bool) -> tuple[Tensor,
 # Coefficients in force
 
 
-def _coefficients(layer: nn.Module) -> tuple[nn.Module, Tensor, Tensor, list[tuple]]:
-    """The KAN layer under the adapters, its coefficients (O, I, K) and (O, I), and the Tucker updates in force."""
+def own_layer(layer: nn.Module) -> nn.Module:
+    """The KAN layer under its adapters."""
+    while isinstance(layer._modules.get("base_layer"), nn.Module):
+        layer = layer.base_layer
+    return layer
+
+
+def _coefficients(layer: nn.Module) -> tuple[nn.Module, Tensor | None, list[tuple]]:
+    """
+    The KAN layer under the adapters, its coefficients (O, I, K + 1), silu last, and the Tucker updates in force.
+
+    The coefficients of a `SlimKANLinear` are an update of nothing.
+    """
     updates, added = [], {"spline_weight": [], "base_weight": []}
     while isinstance(layer._modules.get("base_layer"), nn.Module):
         if layer.disable_adapters and layer.merged:
             layer.unmerge()  # as its forward does
-        in_force = not (layer.merged or layer.disable_adapters)
         if hasattr(layer, "updates_in_force"):
             updates += layer.updates_in_force()
-        elif in_force:  # PEFT's LoRA on a parameter
+        elif not (layer.merged or layer.disable_adapters):  # PEFT's LoRA on a parameter
             adapters = [name for name in layer.active_adapters if name in layer.lora_A]
             added[layer.parameter_name] += [layer.get_delta_weight(name) for name in adapters]
         layer = layer.base_layer
+    if hasattr(layer, "components"):
+        return layer, None, [(1.0, *layer.components), *updates]
     spline_weight, base_weight = (sum(added[name], getattr(layer, name)) for name in ("spline_weight", "base_weight"))
-    return layer, spline_weight, base_weight, updates
+    return layer, torch.cat([spline_weight, base_weight.unsqueeze(-1)], dim=-1), updates
 
 
 def _contracts_cheaper(rows: int, o: int, i: int, k: int, ro: int, ri: int, rb: int) -> bool:

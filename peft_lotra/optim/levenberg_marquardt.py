@@ -57,9 +57,9 @@ class LevenbergMarquardt:
     r"""
     Trains a model on sums of squares by damped Gauss-Newton steps.
 
-    The loss is  sum_t weight_t * mean_n |r_t(row_n)|^2  over residual terms t, each a function of the model and of rows
-    of data: the equation at collocation points, a boundary condition, plain data. With all residuals, times the root
-    of weight_t / n_t, in one vector r and their Jacobian J in the trainable parameters, a step solves
+    The loss is  sum_t weight_t * mean_n |r_t(row_n)|^2  over residual terms t, each a function of the model and of
+    rows of data: the equation at collocation points, a boundary condition, plain data. With all residuals, times the
+    root of weight_t / n_t, in one vector r and their Jacobian J in the trainable parameters, a step solves
 
         (J^T J + damping * S) step = -J^T r,
 
@@ -229,8 +229,8 @@ class LevenbergMarquardt:
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if not trainable:
             raise ValueError(
-                "No parameter of the model requires a gradient. Load the adapter with `is_trainable=True`, or activate "
-                "it with `model.set_adapter(name)`."
+                "No parameter of the model requires a gradient. Load the adapter with `is_trainable=True`, or "
+                "activate it with `model.set_adapter(name)`."
             )
         return trainable
 
