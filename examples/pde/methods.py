@@ -84,7 +84,7 @@ def pretrained(family: Family, setting: Setting, seed: int, cache: Path) -> KAN:
         network.load_state_dict(torch.load(path, weights_only=True))
         return network
     terms = family.terms(family.base, torch.Generator().manual_seed(seed), setting.points)
-    LevenbergMarquardt(network).fit(terms, setting.pretrain_steps)
+    LevenbergMarquardt(network, floor=1e-6).fit(terms, setting.pretrain_steps)
     cache.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".part{os.getpid()}")
     torch.save(network.state_dict(), part)
@@ -188,7 +188,7 @@ def train(
         started = time.process_time()
 
     if method.optimizer is None:
-        optimizer = LevenbergMarquardt(model)
+        optimizer = LevenbergMarquardt(model, floor=1e-6)
         for step in range(1, setting.lm_steps + 1):
             accepted = optimizer.step(terms).accepted
             record(step)
