@@ -45,6 +45,7 @@ class Setting:
     """The sizes of an experiment.
 
     Attributes:
+        name: of the setting, kept with the results.
         width, grid_size: of the [2, width, width, 1] KAN.
         points: collocation points inside the square.
         batch: how many of them a step of Adam takes.
@@ -63,9 +64,10 @@ class Setting:
     small: tuple[int, int, int] = (4, 4, 4)
     large: tuple[int, int, int] = (8, 8, 4)
     lora_rank: int = 2
+    name: str = "full"
 
 
-QUICK = Setting(8, 5, 300, 100, 20, 3, 5, (2, 2, 2), (4, 4, 3), 1)
+QUICK = Setting(8, 5, 300, 100, 60, 3, 5, (2, 2, 2), (4, 4, 3), 1, "quick")
 
 Curve = list[tuple[int, float, float]]
 
@@ -222,12 +224,17 @@ def adam_loss(model: nn.Module, terms: list[tuple], batch: int, generator: torch
     return loss
 
 
+def run_path(method: str, family: Family, target: str, setting: Setting, seed: int, cache: Path) -> Path:
+    """Where a line of the results is kept: another setting has another name."""
+    kind = (method, METHODS[method].lr, family.title, family.base, family.targets[target], seed, setting)
+    digest = hashlib.sha256(repr(kind).encode()).hexdigest()[:12]
+    return cache / "runs" / f"{family.name}-{target}-{seed}-{method}-{digest}.json"
+
+
 def run(method: str, family: Family, target: str, setting: Setting, seed: int, cache: Path) -> dict:
     """One line of the results; from the cache if it is there."""
     parameter = family.targets[target]
-    kind = (method, METHODS[method].lr, family.title, family.base, parameter, seed, setting)
-    name = f"{family.name}-{target}-{seed}-{method}-{hashlib.sha256(repr(kind).encode()).hexdigest()[:12]}"
-    path = cache / "runs" / f"{name}.json"
+    path = run_path(method, family, target, setting, seed, cache)
     if path.exists():
         return json.loads(path.read_text())
     base = pretrained(family, setting, seed, cache)
@@ -242,6 +249,7 @@ def run(method: str, family: Family, target: str, setting: Setting, seed: int, c
         "trainable": trainable,
         "share": round(trainable / sum(p.numel() for p in base.parameters()), 4),
         "kilobytes": trainable * 4 / 1000,  # as float32
+        "setting": setting.name,
         "curve": [(step, round(seconds, 3), float(f"{error:.4g}")) for step, seconds, error in curve],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
