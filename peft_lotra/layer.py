@@ -27,6 +27,8 @@ from torch import nn
 from .config import LoTRAConfig
 from .functional import call_with_parameters
 from .initialization import reset_components, reset_components_from_gradient
+from .kan.layer import KANLinear
+from .kan.layer_jets import contract_updates, in_transform
 from .kan_layers import KANLayerSpec
 from .proxy import BaseLayerProxy
 from .tucker import cap_ranks, reconstruct
@@ -356,6 +358,13 @@ class LoTRALayer(BaseLayerProxy, BaseTunerLayer):
         return self._adapted_forward(self.active_adapters, args, kwargs)
 
     def _adapted_forward(self, adapters: Iterable[str], args: tuple, kwargs: dict) -> Any:
+        if type(self.base_layer) is KANLinear and in_transform() and not self.training:
+            # One row at a time (`torch.func.vmap`), where a gradient of the size of the coefficients would be formed
+            # for each row.
+            updates = [
+                (self.lotra_scaling[name], *self.get_components(name)) for name in self._adapters_here(adapters)
+            ]
+            return self.base_layer(*args, **kwargs) + contract_updates(self.base_layer, updates, *args, **kwargs)
         parameters = self.parameters_in_force(adapters, dropout=self.training)
         if not parameters:
             return self.base_layer(*args, **kwargs)

@@ -75,6 +75,18 @@ def through_layer(
     return y[0], y[1 : 1 + count], y[1 + count :]
 
 
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` is at work."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def contract_updates(layer: nn.Module, updates: list[tuple], x: Tensor) -> Tensor:
+    """What updates (scale, core, factor_out, factor_in, factor_basis) add to the output of a KAN layer, (..., O)."""
+    features = torch.cat([layer.basis(x), nn.functional.silu(x).unsqueeze(-1)], dim=-1)
+    parts = [_contract(features, *update) for update in updates]
+    return sum(parts[1:], parts[0]) if parts else x.new_zeros(())
+
+
 # By operations that autograd differentiates
 
 
@@ -129,9 +141,7 @@ def _falling_powers(room: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _by_hand_pays(rows: int) -> bool:
     """Not inside transforms, which would have to be taught, nor compiled, which fuses the plain operations better."""
-    if rows <= 64 or torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None
+    return rows > 64 and not torch.compiler.is_compiling() and not in_transform()
 
 
 def _by_hand(

@@ -210,11 +210,12 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_no_dense_gradient_for_an_adapter():
+@pytest.mark.parametrize("residual", [equation, fit])
+def test_no_dense_gradient_for_an_adapter(residual):
     rows, width = 40, 40
     model = adapt(network(width), r=(3, 3, 3))
     dense = width * width * 9
-    data = [term for term in terms(points=rows) if term[0] is equation]
+    data = [term for term in terms(points=rows) if term[0] is residual]
     least_squares = problem(model, data)
     with Largest() as largest:
         least_squares.jacobian(*next(least_squares.chunks()))
