@@ -32,7 +32,7 @@ from rich.console import Console
 
 torch.set_num_threads(1)
 
-SETTING = Setting(grid_size=10, points=3000, pretrain_steps=40, lm_steps=40, large=(12, 12, 6), name="accuracy")
+SETTING = Setting(12, 8, 4000, 800, 800, 30, 30, (4, 4, 4), (10, 10, 6), 2, "accuracy")
 
 
 def main() -> None:
