@@ -147,11 +147,12 @@ class Method:
 
 
 # Learning rates come from pilots of 400 to 500 steps, not from a search for each family and target. Full fine-tuning
-# and LoTRA had four rates on Allen-Cahn near and Burgers middle, and two on Burgers and reaction-diffusion near and far;
-# LoRA two on the latter; from scratch two or three on one target. LoTRA had nine sets of multipliers besides, on Burgers
-# and elliptic middle: more tuning than its rivals got. No elliptic target, and neither Allen-Cahn nor reaction-diffusion
-# middle, took part for full fine-tuning: a better rate may exist there (on Allen-Cahn middle it ends behind training
-# from scratch, so one is likely). `create_lotra_optimizer`'s own rule makes no difference at width 16.
+# and LoTRA had four rates on Allen-Cahn near and Burgers middle, and two on Burgers and reaction-diffusion near and
+# far; LoRA two on the latter; from scratch two or three on one target. LoTRA had nine sets of multipliers besides,
+# on Burgers and elliptic middle: more tuning than its rivals got. No elliptic target, and neither Allen-Cahn nor
+# reaction-diffusion middle, took part for full fine-tuning: a better rate may exist there (on Allen-Cahn middle it
+# ends behind training from scratch, so one is likely). `create_lotra_optimizer`'s own rule makes no difference at
+# width 16.
 COMPONENT_RATES = {"factor_out": 0.3, "factor_basis": 3.0}
 LOTRA_LR = {"near": 1e-2, "middle": 2e-2, "far": 2e-2}
 FULL_LR = {"near": 5e-3, "middle": 2e-2, "far": 2e-2}
