@@ -28,6 +28,8 @@ from .config import LoTRAConfig
 from .fast_path import can_take_fast_path, fast_forward, find_formula, has_hooks
 from .functional import LayerLock, call_with_parameters, exclusively
 from .initialization import reset_components, reset_components_from_gradient
+from .kan.layer import KANLinear
+from .kan.layer_jets import contract_updates, in_transform
 from .kan_layers import KANLayerSpec, same_grid
 from .merging import MergeableLayer
 from .proxy import BaseLayerProxy
@@ -269,6 +271,12 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
                     parameters[name] = torch.add(parameter, part).to(parameter.dtype)
         return parameters
 
+    def updates_in_force(self) -> list[tuple[float | torch.Tensor, ...]]:
+        """For the adapters that a forward pass uses now: scale, core, factor_out, factor_in, factor_basis. Without
+        dropout; none of them while merged (then they are in the base layer's parameters) or disabled."""
+        adapters = [] if self.merged or self.disable_adapters else self._adapters_here(self.active_adapters)
+        return [(self.lotra_scaling[adapter], *self.get_components(adapter)) for adapter in adapters]
+
     ########
     # Grid #
     ########
@@ -334,6 +342,11 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
 
     def _adapted_forward(self, adapters: Iterable[str], args: tuple, kwargs: dict) -> Any:
         adapters = self._adapters_here(adapters)
+        if type(self.base_layer) is KANLinear and in_transform() and not self.training:
+            # One row at a time (`torch.func.vmap`), where a gradient of the size of the coefficients would be formed
+            # for each row.
+            updates = [(self.lotra_scaling[name], *self.get_components(name)) for name in adapters]
+            return self.base_layer(*args, **kwargs) + contract_updates(self.base_layer, updates, *args, **kwargs)
         self._renew_formula()
         if can_take_fast_path(self, adapters, args, kwargs):
             return fast_forward(self, adapters, args[0], dropout=self.training)

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .basis import bspline_basis
+from .derivatives import hessian, jet, laplacian
 from .layer import KANLinear
 from .network import KAN
 from .slim import SlimKAN, SlimKANLinear
@@ -29,7 +30,19 @@ if TYPE_CHECKING:
     from .configuration_kan import KANConfig
     from .modeling_kan import KANModel
 
-__all__ = ["KAN", "KANConfig", "KANLinear", "KANModel", "SlimKAN", "SlimKANLinear", "bspline_basis", "slim"]
+__all__ = [
+    "KAN",
+    "KANConfig",
+    "KANLinear",
+    "KANModel",
+    "SlimKAN",
+    "SlimKANLinear",
+    "bspline_basis",
+    "hessian",
+    "jet",
+    "laplacian",
+    "slim",
+]
 
 # `slim` is the function, found by `__getattr__`; the module of that name can be imported from nevertheless.
 globals().pop("slim", None)

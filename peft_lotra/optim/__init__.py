@@ -12,9 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Optimizers made for LoTRA: learning rates per component."""
+"""Optimizers made for LoTRA: learning rates per component, and Levenberg-Marquardt."""
 
+from .levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 from .lotra_optimizer import create_lotra_optimizer, lotra_lr_multipliers
 
 
-__all__ = ["create_lotra_optimizer", "lotra_lr_multipliers"]
+__all__ = ["LevenbergMarquardt", "LevenbergMarquardtStep", "create_lotra_optimizer", "lotra_lr_multipliers"]

@@ -1,0 +1,68 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""How accurate transfer gets: the elliptic family, base and adapter by Levenberg-Marquardt, a KAN with a finer grid.
+
+python examples/pde/accuracy.py             # about five minutes of one core
+python examples/pde/accuracy.py --quick     # for CI
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from families import FAMILIES, relative_error
+from methods import METHODS, QUICK, Setting, pretrained, train
+from rich.console import Console
+
+
+torch.set_num_threads(1)
+
+SETTING = Setting(12, 8, 4000, 800, 800, 30, 30, (4, 4, 4), (10, 10, 6), 2, "accuracy")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny setting, to see that it runs")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft-lotra-pde")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "pde")
+    args = parser.parse_args()
+    setting = replace(QUICK, name="accuracy") if args.quick else SETTING
+    family = FAMILIES["elliptic"]
+    base = pretrained(family, setting, 0, args.cache)
+    base_error = relative_error(base, family.reference(family.base))
+    parameter = family.targets["near"]
+    model, curve = train(METHODS["lotra_lm"], family, "near", parameter, base, setting, 0)
+    result = {
+        "setting": asdict(setting),
+        "base_error": base_error,
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "full": sum(p.numel() for p in base.parameters()),
+        "reference_error": family.reference_error(parameter) if not args.quick else None,
+        "curve": curve,
+    }
+    Console().print(
+        f"elliptic: base {base_error:.1e}; near target, before {curve[0][2]:.1e}, after {curve[-1][0]} steps "
+        f"{curve[-1][2]:.1e} ({curve[-1][1]:.0f} CPU s), {result['trainable']} of {result['full']} parameters"
+    )
+    args.output.mkdir(parents=True, exist_ok=True)
+    name = "accuracy_quick" if args.quick else "accuracy"
+    (args.output / f"{name}.json").write_text(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

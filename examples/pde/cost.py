@@ -1,0 +1,112 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What an iteration of Levenberg-Marquardt costs as the network grows: full fine-tuning beside a LoTRA adapter.
+
+    python examples/pde/cost.py             # widths 16 to 128, some minutes of one core
+    python examples/pde/cost.py --quick     # for CI
+
+Burgers' equation on a [2, n, n, 1] KAN in float64, 1000 collocation points and 225 of boundary and start, ranks
+(8, 8, 4). Each case runs in a process of its own: seconds are the CPU time of the second iteration, memory is the peak
+of the process above what it held before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+WIDTHS = (16, 32, 64, 128)
+RANKS = (8, 8, 4)
+
+
+def peak() -> int:
+    """Bytes."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(width: int, adapted: bool, points: int) -> dict:
+    import torch
+    from families import FAMILIES
+    from peft import get_peft_model
+
+    from peft_lotra import LoTRAConfig
+    from peft_lotra.kan import KAN
+    from peft_lotra.optim import LevenbergMarquardt
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+    def model_and_terms(width: int, points: int):
+        model = KAN([2, width, width, 1], dtype=torch.float64)
+        if adapted:
+            model = get_peft_model(model, LoTRAConfig(r=RANKS))
+        return model.eval(), FAMILIES["burgers"].terms(0.08, torch.Generator().manual_seed(0), points)
+
+    model, terms = model_and_terms(4, 40)
+    LevenbergMarquardt(model).step(terms)  # what torch loads and allocates at first use is not counted
+    model, terms = model_and_terms(width, points)
+    before = peak()
+    optimizer = LevenbergMarquardt(model, memory=2**33)
+    optimizer.step(terms)
+    started = time.process_time()
+    optimizer.step(terms)
+    return {
+        "width": width,
+        "method": "LoTRA" if adapted else "full",
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "seconds": time.process_time() - started,
+        "megabytes": (peak() - before) / 2**20,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small widths, few points")
+    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "pde")
+    args = parser.parse_args()
+    if args.case:
+        width, adapted, points = map(int, args.case)
+        print(json.dumps(measure(width, bool(adapted), points)))
+        return
+    widths, points = ((8, 16), 100) if args.quick else (WIDTHS, 1000)
+    rows = []
+    table = Table(title="one iteration of Levenberg-Marquardt")
+    for name in ("width", "method", "parameters", "seconds", "peak MB"):
+        table.add_column(name, justify="right")
+    for width in widths:
+        for adapted in (0, 1):
+            command = [sys.executable, __file__, "--case", str(width), str(adapted), str(points)]
+            row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            rows.append(row)
+            seconds, memory = f"{row['seconds']:.2f}", f"{row['megabytes']:.0f}"
+            table.add_row(str(width), row["method"], str(row["parameters"]), seconds, memory)
+    Console().print(table)
+    args.output.mkdir(parents=True, exist_ok=True)
+    name = "lm_cost_quick" if args.quick else "lm_cost"
+    (args.output / f"{name}.json").write_text(json.dumps({"points": points, "ranks": RANKS, "rows": rows}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A family of adapters on one base: trained at five parameters, served in one batch, interpolated at a sixth.
+
+    python examples/pde/family.py             # two minutes of one core
+    python examples/pde/family.py --quick     # for CI
+
+Burgers' equation. Each adapter is trained by Levenberg-Marquardt, started from that of the parameter before it, and
+saved: a file of a few kilobytes. Then one batch holds rows of all five (`adapter_names`), and for a viscosity between
+two of them their adapters are averaged: by `add_weighted_adapter` ("cat": the sum of the updates, exact), and, since
+the adapters follow each other, by averaging their components. The error beside that of the two neighbours is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+from pathlib import Path
+
+import matplotlib
+import torch
+from families import FAMILIES, GRID, test_points
+from methods import QUICK, Setting, pretrained
+from peft import PeftModel, get_peft_model
+from rich.console import Console
+from torch import Tensor
+
+from peft_lotra import LoTRAConfig
+from peft_lotra.optim import LevenbergMarquardt
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+torch.set_num_threads(1)
+
+FAMILY = FAMILIES["burgers"]
+VALUES = {"nu_090": 0.09, "nu_080": 0.08, "nu_070": 0.07, "nu_060": 0.06, "nu_050": 0.05}
+BETWEEN = ("nu_070", "nu_060", 0.065)
+
+
+def relative(output: Tensor, solution: Tensor) -> float:
+    return ((output - solution).norm() / solution.norm()).item()
+
+
+def train_family(base: torch.nn.Module, setting: Setting, folder: Path, console: Console) -> None:
+    """Saves one adapter for each value, each started from the one before."""
+    torch.manual_seed(0)
+    model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=setting.large))
+    for name, value in VALUES.items():
+        terms = FAMILY.terms(value, torch.Generator().manual_seed(1), setting.points)
+        history = LevenbergMarquardt(model, floor=1e-6).fit(terms, setting.lm_steps)
+        model.save_pretrained(folder / name)
+        size = (folder / name / "adapter_model.safetensors").stat().st_size
+        console.print(f"{name}: loss {history[-1].loss:.1e}, {size / 1000:.1f} kB in float64")
+
+
+def load_family(base: torch.nn.Module, folder: Path) -> PeftModel:
+    first, *others = VALUES
+    model = PeftModel.from_pretrained(copy.deepcopy(base), folder / first, adapter_name=first)
+    for name in others:
+        model.load_adapter(folder / name, adapter_name=name)
+    return model.eval()
+
+
+def serve(model: PeftModel, points: Tensor) -> dict[str, Tensor]:
+    """The solutions for all values, from one batch in which each row names its adapter."""
+    names = [name for name in VALUES for _ in range(len(points))]
+    with torch.no_grad():
+        output = model(points.repeat(len(VALUES), 1), adapter_names=names)
+    return dict(zip(VALUES, output.split(len(points)), strict=True))
+
+
+def average_components(model: PeftModel, first: str, second: str, share: float) -> None:
+    """Puts the components between those of two adapters into a new one, "between"."""
+    model.add_adapter("between", copy.deepcopy(model.peft_config[first]))
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if name.endswith(".between"):
+                ends = (parameters[name.removesuffix("between") + other] for other in (first, second))
+                parameter.copy_(torch.lerp(*ends, share))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny setting, to see that it runs")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft-lotra-pde")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "pde")
+    args = parser.parse_args()
+    console = Console()
+    setting = QUICK if args.quick else Setting()
+    base = pretrained(FAMILY, setting, 0, args.cache)
+    points = test_points()
+
+    with tempfile.TemporaryDirectory() as folder:
+        train_family(base, setting, Path(folder), console)
+        model = load_family(base, Path(folder))
+    outputs = serve(model, points)
+    errors = {name: relative(outputs[name], FAMILY.reference(value)) for name, value in VALUES.items()}
+
+    first, second, value = BETWEEN
+    share = (value - VALUES[first]) / (VALUES[second] - VALUES[first])
+    solution = FAMILY.reference(value)
+    model.add_weighted_adapter([first, second], [1 - share, share], "sum", combination_type="cat")
+    average_components(model, first, second, share)
+    between = {}
+    with torch.no_grad():
+        for name in (first, second, "sum", "between"):
+            model.set_adapter(name)
+            between[name] = relative(model(points), solution)
+    between["base"] = relative(base(points).detach(), solution)
+    for name, error in errors.items():
+        console.print(f"{name}, served in one batch: error {100 * error:.3f} %")
+    console.print(
+        f"nu = {value}, no adapter trained: " + ", ".join(f"{n} {100 * e:.3f} %" for n, e in between.items())
+    )
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    name = "family_quick" if args.quick else "family"
+    (args.output / f"{name}.json").write_text(json.dumps({"served": errors, f"at {value}": between}) + "\n")
+    figure, axes = plt.subplots(1, len(VALUES), figsize=(15, 3), layout="constrained", sharey=True)
+    for ax, (label, output) in zip(axes, outputs.items(), strict=True):
+        field = output.reshape(GRID, GRID).T
+        image = ax.imshow(field, origin="lower", extent=(-1, 1, 0, 1), aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1)
+        ax.set(title=f"nu = {VALUES[label]:g}, error {100 * errors[label]:.2g} %", xlabel="x")
+    axes[0].set_ylabel("t")
+    figure.colorbar(image, ax=axes)
+    figure.suptitle("Burgers' equation: five adapters on one base, one batch")
+    figure.savefig(args.output / f"{name}.png", dpi=110)
+    console.print(f"written: {args.output / name}.json and .png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Jets beside nested autograd: Laplacian and backward, 2000 points, a [2, 16, 16, 1] KAN, float32, medians of 20.
+
+python examples/pde/jet_speed.py    # a minute, most of it the compiler's
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from peft_lotra.kan import KAN, laplacian
+
+
+def nested(model: nn.Module, x: Tensor) -> Tensor:
+    """The Laplacian by differentiating a graph twice."""
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    columns = gradient.unbind(-1)
+    return sum(torch.autograd.grad(c.sum(), x, create_graph=True)[0][:, i] for i, c in enumerate(columns))
+
+
+def milliseconds(function: Callable[[], Tensor]) -> float:
+    started = time.perf_counter()
+    function().square().mean().backward()
+    return 1000 * (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="few repetitions, without the compiler")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "pde")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    model, x = KAN([2, 16, 16, 1]), torch.rand(2000, 2) * 2 - 1
+    runs = {"jet": lambda: laplacian(model, x), "nested autograd": lambda: nested(model, x)}
+    if not args.quick:
+        compiled = torch.compile(lambda x: laplacian(model, x))
+        runs["jet, compiled"] = lambda: compiled(x)
+    try:
+        from qkan.kan import KAN as EfficientKAN
+
+        other = EfficientKAN([2, 16, 16, 1])
+        runs["nested autograd, efficient-kan"] = lambda: nested(other, x)
+    except ImportError:
+        pass
+    for _ in range(2):
+        for run in runs.values():
+            milliseconds(run)
+    rounds = [{name: milliseconds(run) for name, run in runs.items()} for _ in range(2 if args.quick else 20)]
+    medians = {name: statistics.median(line[name] for line in rounds) for name in runs}
+    table = Table("", "ms", "nested / this", title=f"Laplacian + backward, {args.threads} thread(s)")
+    for name, value in medians.items():
+        table.add_row(name, f"{value:.1f}", f"{medians['nested autograd'] / value:.1f}")
+    Console().print(table)
+    args.output.mkdir(parents=True, exist_ok=True)
+    name = "jet_speed_quick" if args.quick else "jet_speed"
+    (args.output / f"{name}.json").write_text(json.dumps({"threads": args.threads, "milliseconds": medians}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

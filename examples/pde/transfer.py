@@ -1,0 +1,239 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Pre-train a KAN on one PDE of a family, and bring it to others: who gets how far, with how much.
+
+    python examples/pde/transfer.py --family allen_cahn              # about 20 minutes of one core
+    python examples/pde/transfer.py --family allen_cahn --quick      # a minute, for CI: says nothing
+    python examples/pde/transfer.py --report                         # the table of all families from what was run
+
+Every run is stored in the cache as it ends, and is not repeated: a broken-off experiment goes on. `--seeds` and
+`--targets` choose a part. The results, a table and a picture (reference, base, adapted, error) go to `--output`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import matplotlib
+import torch
+from families import FAMILIES, GRID, Family, find_family, test_points
+from methods import METHODS, QUICK, Setting, pretrained, run, train
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+torch.set_num_threads(1)
+
+RIVAL = "full_adam"  # what people do today
+
+
+def error_at(curve: list, position: int, limit: float) -> float:
+    """The last error recorded at or before a step (position 0) or a second (position 1)."""
+    return [point[2] for point in curve if point[position] <= limit * (1 + 1e-9)][-1]
+
+
+def seconds_to(curve: list, error: float) -> float | None:
+    """When the error was first reached; None if it never was."""
+    return next((point[1] for point in curve if point[2] <= error), None)
+
+
+def summarize(lines: list[dict]) -> list[dict]:
+    """One row for each family, target and method: means over the seeds."""
+    by_run = {(x["family"], x["target"], x["seed"], x["method"]): x for x in lines}
+    rows = []
+    for family, target, method in dict.fromkeys((x["family"], x["target"], x["method"]) for x in lines):
+        seeds = sorted(s for f, t, s, m in by_run if (f, t, m) == (family, target, method))
+        runs = [by_run[family, target, seed, method] for seed in seeds]
+        rivals = [by_run.get((family, target, seed, RIVAL)) for seed in seeds]
+        row = {key: runs[0][key] for key in ("family", "target", "parameter", "method", "trainable", "share")}
+        row |= {"kilobytes": runs[0]["kilobytes"], "seeds": len(seeds)}
+        row["base_error"] = geometric([r["curve"][0][2] for r in runs])
+        row["steps"] = max(r["curve"][-1][0] for r in runs)
+        row["error"] = geometric([r["curve"][-1][2] for r in runs])
+        row["seconds"] = statistics.mean(r["curve"][-1][1] for r in runs)
+        if all(rivals):
+            ends = [rival["curve"][-1] for rival in rivals]
+            fifths = [error_at(r["curve"], 1, end[1] / 5) for r, end in zip(runs, ends, strict=True)]
+            equal = [error_at(r["curve"], 1, end[1]) for r, end in zip(runs, ends, strict=True)]
+            reached = [seconds_to(r["curve"], end[2]) for r, end in zip(runs, ends, strict=True)]
+            row["error_at_equal_seconds"] = geometric(equal)
+            row["error_at_a_fifth_of_the_seconds"] = geometric(fifths)
+            row["seconds_to_rival"] = None if None in reached else statistics.mean(reached)
+            row["rival_seconds"] = statistics.mean(end[1] for end in ends)
+        rows.append(row)
+    return rows
+
+
+def geometric(values: list[float]) -> float:
+    return statistics.geometric_mean(values)
+
+
+def table_of(rows: list[dict], family: str) -> Table:
+    table = Table(title=f"{family}: {FAMILIES[family].title}")
+    for name in ("target", "method", "parameters", "kB", "error %", "at equal s", "at s / 5", "s", "s to full Adam"):
+        table.add_column(name, justify="left" if name in ("target", "method") else "right")
+    for row in rows:
+        if row["family"] != family:
+            continue
+        reached = row.get("seconds_to_rival")
+        columns = (row["error"], row.get("error_at_equal_seconds"), row.get("error_at_a_fifth_of_the_seconds"))
+        table.add_row(
+            f"{row['target']} ({row['parameter']:g})",
+            METHODS[row["method"]].title,
+            f"{row['trainable']} ({row['share']:.0%})",
+            f"{row['kilobytes']:.1f}",
+            *("-" if value is None else f"{100 * value:.3f}" for value in columns),
+            f"{row['seconds']:.1f}",
+            "-" if reached is None else f"{reached:.1f}",
+        )
+    return table
+
+
+def markdown_of(rows: list[dict]) -> str:
+    """The same as a table in a README."""
+    lines = [
+        "Relative L2 error in %, geometric mean over the seeds; seconds are CPU time of one core of a machine that "
+        "others used too. `at equal s` and `at s / 5`: error when full fine-tuning by Adam has ended, and at a fifth "
+        "of its seconds. `s to full Adam`: seconds to its error; `-` where a seed never got there.\n",
+        "| family | target | method | parameters | kB | steps | error % | at equal s | at s / 5 | s | s to full Adam "
+        "| seeds |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        reached = row.get("seconds_to_rival")
+        columns = (row["error"], row.get("error_at_equal_seconds"), row.get("error_at_a_fifth_of_the_seconds"))
+        numbers = ["-" if value is None else f"{100 * value:.3f}" for value in columns]
+        lines.append(
+            f"| {row['family']} | {row['target']} {row['parameter']:g} | {METHODS[row['method']].title} "
+            f"| {row['trainable']} | {row['kilobytes']:.1f} | {row['steps']} | {' | '.join(numbers)} "
+            f"| {row['seconds']:.1f} | {'-' if reached is None else f'{reached:.1f}'} | {row['seeds']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw_fields(family: Family, setting: Setting, cache: Path, path: Path) -> None:
+    """Reference, base, adapted and error for each target."""
+    base = pretrained(family, setting, 0, cache)
+    figure, axes = plt.subplots(len(family.targets), 4, figsize=(13, 3.1 * len(family.targets)), layout="constrained")
+    labels = ("x", "y") if family.name == "elliptic" else ("x", "t")
+    for row, (target, parameter) in zip(axes, family.targets.items(), strict=True):
+        model, curve = train(METHODS["lotra_lm"], family, target, parameter, base, setting, 0)
+        with torch.no_grad():
+            values = [family.reference(parameter), base(test_points()), model(test_points())]
+        bound = values[0].abs().max().item()
+        values.append(values[2] - values[0])
+        titles = (
+            "reference",
+            f"base, error {100 * curve[0][2]:.2g} %",
+            f"LoTRA + LM, error {100 * curve[-1][2]:.2g} %",
+        )
+        for ax, value, title in zip(row, values, (*titles, "LoTRA - reference"), strict=True):
+            limit = bound if ax is not row[-1] else value.abs().max().item()
+            extent = (-1, 1, -1, 1) if family.name == "elliptic" else (-1, 1, 0, 1)
+            field = value.reshape(GRID, GRID).T
+            image = ax.imshow(
+                field, origin="lower", extent=extent, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit
+            )
+            figure.colorbar(image, ax=ax)
+            ax.set_title(title, fontsize=10)
+            ax.set_xlabel(labels[0])
+        row[0].set_ylabel(f"{target}: {family.parameter_name} = {parameter:g}\n{labels[1]}")
+    figure.suptitle(f"{family.name}: {family.title}; base at {family.parameter_name} = {family.base:g}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_curves(lines: list[dict], path: Path) -> None:
+    """Error against seconds, one panel for each family and target; each seed is a line."""
+    families = [name for name in FAMILIES if any(line["family"] == name for line in lines)]
+    targets = ("near", "middle", "far")
+    size = (12, 3.2 * len(families))
+    figure, axes = plt.subplots(len(families), 3, figsize=size, squeeze=False, layout="constrained", sharey="row")
+    for family, row in zip(families, axes, strict=True):
+        for target, ax in zip(targets, row, strict=True):
+            for color, method in enumerate(METHODS):
+                runs = [x for x in lines if (x["family"], x["target"], x["method"]) == (family, target, method)]
+                for number, x in enumerate(runs):
+                    seconds, errors = zip(*((s, 100 * e) for _, s, e in x["curve"][1:]), strict=True)
+                    label = METHODS[method].title if number == 0 else None
+                    style = "-" if method.endswith("_lm") else "--"
+                    ax.plot(seconds, errors, style, color=f"C{color}", lw=1.2, label=label)
+            ax.set(xscale="log", yscale="log", title=f"{family}, {target}")
+            ax.grid(alpha=0.3)
+        row[0].set_ylabel("relative L2 error, %")
+    for ax in axes[-1]:
+        ax.set_xlabel("CPU seconds")
+    axes[0, 0].legend(fontsize=6)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def report(lines: list[dict], output: Path, console: Console, name: str) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    rows = summarize(lines)
+    for family in dict.fromkeys(row["family"] for row in rows):
+        console.print(table_of(rows, family))
+    (output / f"{name}.json").write_text(json.dumps({"rows": rows, "runs": lines}) + "\n")
+    (output / f"{name}.md").write_text(markdown_of(rows))
+    draw_curves(lines, output / f"{name}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--family", help=f"one of {', '.join(FAMILIES)}")
+    parser.add_argument("--report", action="store_true", help="run nothing; tables and curves of all that was run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--targets", nargs="+", default=["near", "middle", "far"], choices=["near", "middle", "far"])
+    parser.add_argument("--quick", action="store_true", help="a tiny setting, to see that it runs")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft-lotra-pde")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "pde")
+    args = parser.parse_args()
+    console = Console()
+    setting = QUICK if args.quick else Setting()
+
+    if args.report:
+        lines = [json.loads(path.read_text()) for path in sorted((args.cache / "runs").glob("*.json"))]
+        order = [list(group) for group in (FAMILIES, ("near", "middle", "far"), METHODS)]
+        lines = [x for x in lines if x["setting"] == setting.name]
+        lines.sort(key=lambda x: [g.index(x[k]) for g, k in zip(order, ("family", "target", "method"), strict=True)])
+        report(lines, args.output, console, "transfer")
+        return
+    if args.family is None:
+        parser.error("give --family or --report")
+    try:
+        family = find_family(args.family)
+    except ValueError as error:
+        parser.error(str(error))
+    seeds = args.seeds[:1] if args.quick else args.seeds
+    jobs = [(seed, target, method) for seed in seeds for target in args.targets for method in METHODS]
+    lines = [
+        run(method, family, target, setting, seed, args.cache)
+        for seed, target, method in track(jobs, description=family.name, console=console)
+    ]
+    name = f"{family.name}_quick" if args.quick else family.name
+    report(lines, args.output, console, name)
+    draw_fields(family, setting, args.cache, args.output / f"{name}_fields.png")
+    console.print(f"written: {args.output / name}.json, .md, .png and _fields.png")
+
+
+if __name__ == "__main__":
+    main()

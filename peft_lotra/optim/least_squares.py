@@ -1,0 +1,306 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Sums of squared residuals of a model: their values, their Jacobian by rows, and damped linear systems."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import call_with_parameters
+
+
+# Bytes that a chunk of rows works on: enough for the overhead of its operations to be small, and no more, since fresh
+# memory is slow (rows of a [2, 16, 16, 1] KAN cost a quarter more in chunks of four times the size).
+CHUNK = 2**27
+
+Term = tuple[Callable[..., Tensor], Sequence[Tensor], float]
+
+
+def check_terms(terms: Iterable[Term]) -> list[Term]:
+    """Residual terms with their rows as a tuple and their weight filled in.
+
+    Raises:
+        ValueError: A term is not as `LevenbergMarquardt.step` wants it.
+    """
+    checked = []
+    for index, term in enumerate(terms):
+        if not isinstance(term, Sequence) or len(term) not in (2, 3) or not callable(term[0]):
+            raise ValueError(
+                f"Residual term {index} is {type(term).__name__}, but must be (function, rows), or with a weight "
+                "behind: (function, rows, weight)."
+            )
+        function, rows, weight = (*term, 1.0)[:3]
+        rows = (rows,) if isinstance(rows, Tensor) else tuple(rows)
+        if not rows or not all(isinstance(row, Tensor) and row.dim() for row in rows):
+            raise ValueError(f"The rows of {name_term(index, function)} must be tensors, at least one.")
+        if len({len(row) for row in rows}) > 1 or len(rows[0]) == 0:
+            raise ValueError(
+                f"The rows of {name_term(index, function)} have lengths {[len(row) for row in rows]}, but must be "
+                "equally many, at least one."
+            )
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"The weight of {name_term(index, function)} is {weight!r}, but must be above 0.")
+        checked.append((function, rows, float(weight)))
+    if not checked:
+        raise ValueError("There are no residual terms.")
+    return checked
+
+
+def name_term(index: int, function: Callable) -> str:
+    """How messages call a term."""
+    return f"residual term {index} ({getattr(function, '__name__', type(function).__name__)})"
+
+
+class LeastSquares:
+    """
+    The residuals as a function of the flat vector of the trainable parameters, in float64.
+
+    Each is multiplied by the root of its term's weight / rows, so that the loss is the sum of their squares.
+
+    Args:
+        model (`nn.Module`): The model; it is not changed but by `write`.
+        trainable (`dict[str, nn.Parameter]`): Its parameters that vary.
+        terms (`list[Term]`): As `check_terms` returns them.
+        memory (`int`): Bytes that matrices and chunks may take.
+    """
+
+    def __init__(self, model: nn.Module, trainable: dict[str, nn.Parameter], terms: list[Term], memory: int) -> None:
+        self.model = model
+        self.trainable = trainable
+        self.memory = memory
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.fixed = {
+            name: tensor.detach().double()
+            for name, tensor in state.items()
+            if name not in trainable and tensor.is_floating_point() and tensor.dtype != torch.float64
+        }
+        self.sizes = [parameter.numel() for parameter in trainable.values()]
+        self.num_parameters = sum(self.sizes)
+        self.start = torch.cat([parameter.detach().double().flatten() for parameter in trainable.values()])
+        self.terms = []
+        for function, rows, weight in terms:
+            rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
+            self.terms.append((function, rows, math.sqrt(weight / len(rows[0]))))
+        self._row_bytes = [self._measure(*term) for term in self.terms]
+
+    # Parameters
+
+    def _named(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = flat.split(self.sizes)
+        return {name: part.view_as(p) for (name, p), part in zip(self.trainable.items(), parts, strict=True)}
+
+    def round(self, flat: Tensor) -> Tensor:
+        """What the parameters would hold: for a float32 model other numbers."""
+        named = self._named(flat)
+        return torch.cat([named[name].to(p.dtype).double().flatten() for name, p in self.trainable.items()])
+
+    @torch.no_grad()
+    def write(self, flat: Tensor) -> None:
+        """Puts the values into the model."""
+        for name, value in self._named(flat).items():
+            self.trainable[name].copy_(value)
+
+    # Residuals
+
+    def _call(self, function: Callable, scale: float, flat: Tensor, rows: Iterable[Tensor]) -> Tensor:
+        """(n, m) scaled residuals of n rows."""
+        rows = tuple(rows)
+        values = call_with_parameters(
+            self.model, {**self.fixed, **self._named(flat)}, lambda *data: function(self.model, *data), rows, {}
+        )
+        return scale * values.reshape(len(rows[0]), -1)
+
+    def _measure(self, function: Callable, rows: Sequence[Tensor], scale: float) -> int:
+        """The bytes that autograd keeps for one more row of a term, and those of the row's residuals' gradients."""
+        kept = []
+        for count in (1, 2):
+            sizes: list[int] = []
+
+            def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+                sizes.append(tensor.numel() * tensor.element_size())
+                return tensor
+
+            head = [row[:1].expand(count, *row.shape[1:]) for row in rows]
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                values = self._call(function, scale, self.start.requires_grad_(), head)
+            kept.append(sum(sizes))
+        self.start.requires_grad_(False)
+        return max(1, kept[1] - kept[0]) * 3 + 2 * values.shape[1] * self.num_parameters * 8
+
+    def chunks(self) -> Iterator[tuple[Callable, float, list[Tensor]]]:
+        """The terms in parts of as many rows as may be worked on at a time."""
+        for (function, rows, scale), row_bytes in zip(self.terms, self._row_bytes, strict=True):
+            size = max(1, min(self.memory // 2, CHUNK) // row_bytes)
+            for first in range(0, len(rows[0]), size):
+                yield function, scale, [row[first : first + size] for row in rows]
+
+    @torch.no_grad()
+    def residuals(self, flat: Tensor) -> Tensor:
+        """All of them, (M,)."""
+        return torch.cat([self._call(f, scale, flat, rows).flatten() for f, scale, rows in self.chunks()])
+
+    def find_not_finite(self, residuals: Tensor) -> str:
+        """The terms whose residuals are NaN or infinite, in words; empty if there are none."""
+        bad = ~residuals.isfinite()
+        if not bad.any():
+            return ""
+        words, first = [], 0
+        rows = [len(term[1][0]) for term in self.terms]
+        per_row = [self._call(f, s, self.start, [r[:1] for r in data]).shape[1] for f, data, s in self.terms]
+        for index, (count, width) in enumerate(zip(rows, per_row, strict=True)):
+            wrong = int(bad[first : first + count * width].sum())
+            first += count * width
+            if wrong:
+                words.append(f"{wrong} of {count * width} in {name_term(index, self.terms[index][0])}")
+        return "residuals are NaN or infinite: " + ", ".join(words) + ". The parameters are unchanged."
+
+    # Jacobian
+
+    def jacobian(self, function: Callable, scale: float, rows: Sequence[Tensor]) -> Tensor:
+        """The derivatives of the residuals of some rows, (n m, P)."""
+
+        def of_one_row(flat: Tensor, *row: Tensor) -> Tensor:
+            values, pull = torch.func.vjp(
+                lambda parameters: self._call(function, scale, parameters, [part.unsqueeze(0) for part in row])[0],
+                flat,
+            )
+            return torch.stack([pull(unit)[0] for unit in torch.eye(len(values)).to(values)])
+
+        in_dims = (None, *[0] * len(rows))
+        return torch.func.vmap(of_one_row, in_dims, randomness="different")(self.start, *rows).flatten(0, 1)
+
+    def pull_back(self, vector: Tensor) -> Tensor:
+        """J^T vector, (M,) to (P,), by one backward pass."""
+        total, first = torch.zeros_like(self.start), 0
+        for function, scale, rows in self.chunks():
+            values, pull = torch.func.vjp(
+                lambda flat, f=function, s=scale, r=rows: self._call(f, s, flat, r).flatten(), self.start
+            )
+            total += pull(vector[first : first + len(values)])[0]
+            first += len(values)
+        return total
+
+    def linearize(self, residuals: Tensor, floor: float) -> LinearModel:
+        """The linear model around the present parameters.
+
+        Raises:
+            ValueError: Its matrix does not fit into `memory`.
+        """
+        return LinearModel(self, residuals, floor)
+
+
+class LinearModel:
+    """
+    r + J step, in the space of the P parameters or of the M residuals, whichever is smaller.
+
+    Attributes:
+        in_residual_space (`bool`): Which.
+        scaling (`Tensor`): S, the diagonal of J^T J bounded from below, (P,).
+        matrix (`Tensor`): J^T J, (P, P), or J S^-1 J^T, (M, M).
+        jacobian (`Tensor`): J, (M, P), where the residuals are fewer and it fits into the memory; None otherwise.
+        gradient (`Tensor`): J^T r, (P,).
+        complaint (`str`): What is wrong with it; empty if it can be solved.
+    """
+
+    def __init__(self, problem: LeastSquares, residuals: Tensor, floor: float) -> None:
+        self.problem = problem
+        self._residuals = residuals
+        self.in_residual_space = len(residuals) < problem.num_parameters
+        size = min(len(residuals), problem.num_parameters)
+        needed = 2 * size**2 * 8
+        if needed > problem.memory:
+            raise ValueError(
+                f"{problem.num_parameters} trainable parameters and {len(residuals)} residuals make a linear system "
+                f"of {size} unknowns, for which {needed / 2**20:.0f} MiB are needed, but `memory` is "
+                f"{problem.memory / 2**20:.0f} MiB. Give more, train fewer parameters (an adapter), or use fewer rows."
+            )
+        self.gradient = torch.zeros_like(problem.start)
+        squares = torch.zeros_like(problem.start)
+        self.jacobian = None
+        keep = self.in_residual_space and len(residuals) * problem.num_parameters * 8 <= problem.memory // 2
+        if keep:
+            self.jacobian = residuals.new_empty(len(residuals), problem.num_parameters)
+        elif not self.in_residual_space:
+            self.matrix = residuals.new_zeros(size, size)
+        first = 0
+        for chunk in problem.chunks():
+            part = problem.jacobian(*chunk)
+            rows = slice(first, first + len(part))
+            self.gradient.addmv_(part.T, residuals[rows])
+            squares += part.square().sum(0)
+            if keep:
+                self.jacobian[rows] = part
+            elif not self.in_residual_space:
+                self.matrix.addmm_(part.T, part)
+            first += len(part)
+        # Parameters without any effect get the bound, and stay.
+        self.scaling = squares.clamp(min=max(floor * squares.max().item(), 1e-300))
+        if keep:
+            self.matrix = (self.jacobian / self.scaling) @ self.jacobian.T
+        elif self.in_residual_space:
+            self.matrix = self._gram_by_chunks(size)
+        finite = self.matrix.isfinite().all() and self.gradient.isfinite().all()
+        self.complaint = "" if finite else "the Jacobian has NaN or infinite entries. The parameters are unchanged."
+        if not self.gradient.any():
+            self.complaint = "the gradient is zero: no parameter has an effect on the residuals."
+
+    def _gram_by_chunks(self, size: int) -> Tensor:
+        """J S^-1 J^T where J itself does not fit: its parts are computed again for each other part."""
+        matrix = self.scaling.new_empty(size, size)
+        row = 0
+        for number, chunk in enumerate(self.problem.chunks()):
+            part = self.problem.jacobian(*chunk) / self.scaling
+            column = 0
+            for other_number, other_chunk in enumerate(self.problem.chunks()):
+                if other_number > number:
+                    break
+                other = self.problem.jacobian(*other_chunk)
+                block = part @ other.T
+                matrix[row : row + len(part), column : column + len(other)] = block
+                matrix[column : column + len(other), row : row + len(part)] = block.T
+                column += len(other)
+            row += len(part)
+        return matrix
+
+    def solve(self, damping: float, residuals: Tensor) -> Tensor | None:
+        """-(J^T J + damping S)^-1 J^T residuals, (P,); None if the matrix is singular to rounding."""
+        damped = self.matrix.clone()
+        damped.diagonal().add_(damping if self.in_residual_space else damping * self.scaling)
+        triangle, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            return None
+        if self.in_residual_space:
+            dual = torch.cholesky_solve(residuals.unsqueeze(1), triangle).squeeze(1)
+            step = -self._transposed(dual) / self.scaling
+        else:
+            gradient = self.gradient if residuals is self._residuals else self._transposed(residuals)
+            step = -torch.cholesky_solve(gradient.unsqueeze(1), triangle).squeeze(1)
+        return step if step.isfinite().all() else None
+
+    def _transposed(self, vector: Tensor) -> Tensor:
+        """J^T vector."""
+        return self.problem.pull_back(vector) if self.jacobian is None else self.jacobian.T @ vector
+
+    def promised(self, damping: float, step: Tensor) -> float:
+        """By how much the sum of squares falls in the linear model, for the step of this damping."""
+        return (damping * self.scaling * step.square() - self.gradient * step).sum().item()
+
+    def norm(self, step: Tensor) -> float:
+        """The length of a step in the metric S."""
+        return (self.scaling * step.square()).sum().sqrt().item()

@@ -1,0 +1,308 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import adapt
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from peft_lotra import LoTRAConfig
+from peft_lotra.kan import KAN, KANConfig, KANLinear, KANModel, derivatives, hessian, jet, laplacian, layer_jets
+
+
+Parts = tuple[Tensor, Tensor, Tensor]
+
+
+def network(*widths: int, **kwargs) -> KAN:
+    return KAN(widths or (3, 7, 6, 2), dtype=torch.float64, **kwargs)
+
+
+def points(rows: int = 40, size: int = 3) -> Tensor:
+    """Some of them outside the grid."""
+    return torch.rand(rows, size, dtype=torch.float64) * 2.4 - 1.2
+
+
+def nested(model: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor | None = None) -> Parts:
+    """What `jet` should return, by differentiating a graph twice."""
+    directions = torch.eye(x.shape[-1], dtype=x.dtype) if directions is None else directions
+    x = x.detach().requires_grad_()
+    output = model(x)
+    output = getattr(output, "logits", output)
+    first, second = [], []
+    for direction in directions:
+        slopes, bends = [], []
+        for column in output.unbind(-1):
+            (gradient,) = torch.autograd.grad(column.sum(), x, create_graph=True)
+            slope = gradient @ direction
+            (gradient,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+            slopes.append(slope)
+            bends.append(gradient @ direction)
+        first.append(torch.stack(slopes, -1))
+        second.append(torch.stack(bends, -1))
+    return output, torch.stack(first), torch.stack(second)
+
+
+def assert_same(actual: Parts, expected: Parts, tolerance: float = 1e-10) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        assert (a - e).abs().max() <= tolerance * e.abs().max()
+
+
+@pytest.mark.parametrize("order", [2, 3, 4, 5])
+@pytest.mark.parametrize("count", [None, 1, 4])
+def test_agrees_with_nested_autograd(order, count):
+    model, x = network(spline_order=order, grid_size=4), points()
+    directions = None if count is None else torch.randn(count, 3, dtype=torch.float64)
+    assert_same(jet(model, x, directions), nested(model, x, directions))
+
+
+def test_piecewise_linear_splines():
+    model, x = network(spline_order=1), points()
+    assert_same(jet(model, x), nested(model, x))
+
+
+def test_any_leading_shape():
+    model, x = network(), points(24)
+    u, du, d2u = jet(model, x)
+    u3, du3, d2u3 = jet(model, x.view(2, 12, 3))
+    assert_same((u3.flatten(0, 1), du3.flatten(1, 2), d2u3.flatten(1, 2)), (u, du, d2u), 1e-14)
+    assert_same(jet(model, x[0]), (u[0], du[:, 0], d2u[:, 0]), 1e-14)
+    assert jet(model, x[:0])[2].shape == (3, 0, 2)
+
+
+@pytest.mark.parametrize("rows", [3, 40, 3000])  # by plain operations, by hand, in blocks
+def test_gradients_agree_with_nested_autograd(rows):
+    model, x = network(2, 16, 16, 1), points(rows, 2)
+    gradients = []
+    for parts in (jet(model, x), nested(model, x)):
+        loss = sum(part.square().mean() for part in parts)
+        gradients.append(torch.autograd.grad(loss, model.parameters()))
+    for a, e in zip(*gradients, strict=True):
+        assert (a - e).abs().max() <= 1e-10 * e.abs().max()
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.0, -2.0]])
+@pytest.mark.parametrize("order", [2, 3])
+def test_hand_written_backward(monkeypatch, order, weights):
+    """All gradients, once and twice, as autograd finds them from the plain operations."""
+    model, x = network(spline_order=order), points().requires_grad_()
+    directions = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    inputs = [x, directions, *model.parameters()]
+
+    def gradients() -> list[Tensor]:
+        parts = jet(model, x, directions, collapse=weights or False)
+        once = torch.autograd.grad(sum(part.pow(3).sum() for part in parts), inputs, create_graph=True)
+        return [*once, *torch.autograd.grad(sum(g.square().sum() for g in once), inputs)]
+
+    by_hand = gradients()
+    monkeypatch.setattr(layer_jets, "_by_hand_pays", lambda rows: False)
+    for a, e in zip(by_hand, gradients(), strict=True):
+        assert (a - e).abs().max() <= 1e-10 * e.abs().max()
+
+
+def test_laplacian_and_weighted_sum():
+    model, x = network(), points()
+    second = nested(model, x)[2]
+    torch.testing.assert_close(laplacian(model, x), second.sum(0), rtol=1e-10, atol=1e-10)
+    u, du, weighted = jet(model, x, collapse=(1.0, 0.0, -0.5))
+    torch.testing.assert_close(weighted, second[0] - second[2] / 2, rtol=1e-10, atol=1e-10)
+    assert_same((u, du), jet(model, x)[:2], 1e-14)
+
+
+def test_hessian_by_polarisation():
+    model, x = network(), points(5)
+    u, du, d2u = hessian(model, x)
+    expected = torch.stack([torch.func.hessian(model)(row) for row in x])  # (N, O, I, I)
+    assert_same((u, du, d2u), (model(x), jet(model, x)[1], expected.permute(2, 3, 0, 1)))
+    v, w = torch.randn(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(
+        hessian(model, x, torch.stack([v, w]))[2][0, 1], torch.einsum("noij,i,j->no", expected, v, w)
+    )
+
+
+def test_float32():
+    model, x = network().float(), points().float()
+    for a, e in zip(jet(model, x), jet(copy.deepcopy(model).double(), x.double()), strict=True):
+        assert a.dtype == torch.float32
+        assert (a - e).abs().max() <= 1e-5 * e.abs().max()
+
+
+# Models
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda kan: kan.layers[0],
+        lambda kan: nn.Sequential(*kan.layers),
+        lambda kan: nn.Sequential(kan, KANLinear(2, 2, dtype=torch.float64)),
+        lambda kan: torch.compile(kan),  # not run: only looked through
+    ],
+)
+def test_networks_around_layers(wrap):
+    model, x = wrap(network()), points()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        parts = jet(model, x)
+    assert_same(parts, nested(getattr(model, "_orig_mod", model), x))
+
+
+def test_kan_model():
+    model, x = KANModel(KANConfig(widths=[3, 5, 2])).double(), points()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert_same(jet(model, x), nested(model, x))
+        assert_same(jet(adapt(model), x), nested(model, x))
+
+
+@pytest.mark.parametrize("rows", [2, 40])  # contracted factor by factor, and with the dense update
+@pytest.mark.parametrize("adapt_residual", [True, False])
+def test_adapted(rows, adapt_residual):
+    base, x = network(), points(rows)
+    of_base = jet(base, x)
+    model = adapt(base, adapt_residual=adapt_residual)
+    model.add_adapter("second", LoTRAConfig(r=(3, 2, 2), init_weights=False, alpha=0.7, target_modules=["layers.1"]))
+    one = jet(model, x)
+    assert_same(one, nested(model, x))
+    with model.disable_adapter():
+        assert_same(jet(model, x), of_base, 1e-14)
+    model.base_model.set_adapter(["default", "second"])
+    both = jet(model, x)
+    assert_same(both, nested(model, x))
+    assert not torch.allclose(one[2], both[2])
+    model.merge_adapter()
+    assert_same(jet(model, x), both, 1e-12)
+    with model.disable_adapter():
+        assert_same(jet(model, x), of_base, 1e-12)
+
+
+def test_gradients_of_adapters(rows=40):
+    model, x = adapt(network()), points(rows)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = [
+        torch.autograd.grad(sum(part.square().sum() for part in parts), parameters)
+        for parts in (jet(model, x), nested(model, x))
+    ]
+    for a, e in zip(*gradients, strict=True):
+        assert (a - e).abs().max() <= 1e-10 * e.abs().max()
+
+
+def test_lora_on_parameters_and_saved_modules():
+    x = points()
+    config = {"target_modules": [], "target_parameters": ["spline_weight", "base_weight"]}
+    lora = get_peft_model(network(), LoraConfig(r=2, init_lora_weights=False, **config))
+    assert_same(jet(lora, x), nested(lora, x))
+    saved = adapt(network(), target_modules=["layers.0"], modules_to_save=["layers.2"])
+    with torch.no_grad():
+        saved.base_model.model.layers[2].modules_to_save["default"].base_weight.mul_(2)
+    assert_same(jet(saved, x), nested(saved, x))
+
+
+# Transforms
+
+
+def test_compiles_in_one_graph():
+    model, x = adapt(network()), points()
+
+    def loss(x: Tensor) -> Tensor:
+        return sum(part.square().mean() for part in jet(model, x))
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    torch.testing.assert_close(compiled(x), loss(x))
+    for a, e in zip(
+        torch.autograd.grad(compiled(x), parameters), torch.autograd.grad(loss(x), parameters), strict=True
+    ):
+        torch.testing.assert_close(a, e)
+
+
+def test_rows_by_vmap():
+    model, x = adapt(network()), points(300)
+    u, du, d2u = torch.func.vmap(lambda row: jet(model, row), out_dims=(0, 1, 1))(x)
+    assert_same((u, du, d2u), jet(model, x), 1e-12)
+    torch.testing.assert_close(torch.func.vmap(torch.func.jacfwd(lambda p: jet(model, p)[0]))(x), du.permute(1, 2, 0))
+
+
+# Other networks
+
+
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kan = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kan(x) * (1 - x[..., :1] ** 2)
+
+
+def qkan() -> nn.Module:
+    from qkan.kan import KAN
+
+    return KAN([3, 4, 2]).double()
+
+
+def pykan() -> nn.Module:
+    from kan import KAN
+
+    return KAN(width=[3, 4, 2], auto_save=False, symbolic_enabled=False).double()
+
+
+@pytest.mark.parametrize("make", [Shifted, qkan, pykan])
+def test_other_networks_are_differentiated_by_transforms(make, monkeypatch):
+    monkeypatch.setattr(derivatives, "_told_about", set())
+    model, x = make(), points(6) * 0.8
+    with pytest.warns(UserWarning, match="knows no closed form") as seen:
+        parts = jet(model, x)
+        jet(model, x)
+    assert sum("closed form" in str(warning.message) for warning in seen) == 1
+    assert_same(parts, nested(model, x))
+    assert_same(jet(model, x, collapse=True)[2:], (nested(model, x)[2].sum(0),))
+    if make is not pykan:
+        assert_same(jet(adapt(model), x), nested(model, x))
+
+
+def test_hooks_are_not_passed_over(monkeypatch):
+    monkeypatch.setattr(derivatives, "_told_about", set())
+    model, x = network(), points()
+    model.layers[0].register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.warns(UserWarning, match="knows no closed form"):
+        assert_same(jet(model, x), nested(model, x))
+
+
+# Errors
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2), (0, 3), (1, 2, 3)])
+def test_directions_of_a_wrong_shape(shape):
+    for function in (jet, hessian):
+        with pytest.raises(ValueError, match=r"`directions` has shape .*must be \(D, 3\)"):
+            function(network(), points(), torch.zeros(shape, dtype=torch.float64))
+
+
+def test_other_errors():
+    with pytest.raises(TypeError, match="Linear without any KAN layer"):
+        jet(nn.Linear(3, 1), points())
+    with pytest.raises(ValueError, match=r"`x` has shape \(40, 2\), but its last dimension must be 3"):
+        jet(network(), points(40, 2))
+    with pytest.raises(TypeError, match="torch.int64"):
+        jet(network(), torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="`collapse` has 2 weights, but there are 3 directions"):
+        jet(network(), points(), collapse=(1.0, 0.0))

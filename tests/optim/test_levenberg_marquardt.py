@@ -1,0 +1,353 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import adapt, lotra_layers
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft_lotra.kan import KAN, jet
+from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.optim.least_squares import LeastSquares, check_terms
+
+
+def fit(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return model(x) - y
+
+
+def equation(model: nn.Module, x: Tensor, f: Tensor) -> Tensor:
+    u, _, laplacian = jet(model, x, collapse=True)
+    return -laplacian + u**3 - f
+
+
+def network(width: int = 5, dtype: torch.dtype = torch.float64) -> KAN:
+    return KAN([2, width, width, 1], dtype=dtype)
+
+
+def terms(dtype: torch.dtype = torch.float64, points: int = 150) -> list[tuple]:
+    """-lap u + u^3 = f with the solution sin(pi x) sin(pi y)."""
+    x = torch.rand(points, 2, dtype=dtype) * 2 - 1
+    u = (math.pi * x).sin().prod(1, keepdim=True)
+    line = torch.linspace(-1, 1, 10, dtype=dtype)
+    ends = torch.ones_like(line)
+    edge = torch.cat([torch.stack(side, 1) for v in (ends, -ends) for side in ((line, v), (v, line))])
+    return [(equation, (x, 2 * math.pi**2 * u + u**3), 1.0), (fit, (edge, torch.zeros_like(edge[:, :1])), 50.0)]
+
+
+def problem(model: nn.Module, residual_terms: list[tuple], memory: int = 2**30) -> LeastSquares:
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return LeastSquares(model, trainable, check_terms(residual_terms), memory)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+# The numbers
+
+
+def test_linear_least_squares_in_one_step():
+    model, x = nn.Linear(4, 2, dtype=torch.float64), torch.randn(30, 4, dtype=torch.float64)
+    y = torch.randn(30, 2, dtype=torch.float64)
+    record = LevenbergMarquardt(model, damping=1e-12).step([(fit, (x, y))])
+    ones = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+    best = torch.linalg.lstsq(ones, y).solution
+    torch.testing.assert_close(torch.cat([model.weight, model.bias[:, None]], 1).T, best)
+    assert record.accepted
+    assert record.loss == pytest.approx(((ones @ best - y).square().sum() / 30).item())
+
+
+@pytest.mark.parametrize("points", [60, 400])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_jacobian_and_step(adapted, points):
+    """Against the Jacobian of autograd, and the damped system solved as a least-squares problem."""
+    model, data = network(), terms(points=points)
+    model = adapt(model) if adapted else model
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    weights = [math.sqrt(weight / len(rows[0])) for _, rows, weight in data]
+    residuals = torch.cat([s * f(model, *rows).flatten() for s, (f, rows, _) in zip(weights, data, strict=True)])
+    expected = torch.stack(
+        [torch.cat([g.flatten() for g in torch.autograd.grad(r, parameters, retain_graph=True)]) for r in residuals]
+    )
+
+    least_squares = problem(model, data)
+    found = torch.cat([least_squares.jacobian(*chunk) for chunk in least_squares.chunks()])
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    linear = least_squares.linearize(residuals.detach(), floor=1e-3)
+    assert linear.in_residual_space is (len(residuals) < expected.shape[1])
+    squares = expected.square().sum(0)
+    scaling = squares.clamp(min=1e-3 * squares.max().item())
+    stacked = torch.cat([expected, torch.diag((0.1 * scaling).sqrt())])
+    right = torch.cat([-residuals, torch.zeros_like(scaling)]).detach()
+    step = torch.linalg.lstsq(stacked, right[:, None]).solution[:, 0]
+    torch.testing.assert_close(linear.solve(0.1, linear._residuals), step, rtol=1e-6, atol=1e-9)
+    promised = residuals.square().sum() - (residuals + expected @ step).square().sum()
+    assert linear.promised(0.1, step) == pytest.approx(promised.item())
+    torch.testing.assert_close(least_squares.pull_back(residuals.detach()), expected.T @ residuals.detach())
+
+
+@pytest.mark.parametrize("points", [60, 800])  # in the space of residuals, of parameters
+def test_chunks_do_not_change_the_step(monkeypatch, points):
+    data, whole = terms(points=points), network()
+    chunked = copy.deepcopy(whole)
+    LevenbergMarquardt(whole).step(data)
+    monkeypatch.setattr("peft_lotra.optim.least_squares.CHUNK", 2**20)
+    rows = [len(chunk[2][0]) for chunk in problem(chunked, data).chunks()]
+    assert len(rows) > 3 and sum(rows) == points + 40
+    LevenbergMarquardt(chunked).step(data)
+    for a, e in zip(chunked.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-10)
+
+
+def test_jacobian_that_does_not_fit_is_recomputed(monkeypatch):
+    model, data = network(8), terms(points=60)
+    least_squares = problem(model, data)
+    residuals = least_squares.residuals(least_squares.start)
+    whole = least_squares.linearize(residuals, 1e-6)
+    monkeypatch.setattr("peft_lotra.optim.least_squares.CHUNK", 2**23)
+    small = problem(model, data, memory=2**20)
+    parts = small.linearize(residuals, 1e-6)
+    assert whole.jacobian is not None and parts.jacobian is None
+    torch.testing.assert_close(parts.matrix, whole.matrix)
+    torch.testing.assert_close(parts.solve(0.1, residuals), whole.solve(0.1, residuals), rtol=1e-6, atol=1e-9)
+
+
+def test_geodesic_acceleration_goes_further():
+    """Rosenbrock's valley, where the second-order correction follows the bend."""
+
+    class Point(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.at = nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
+
+    def rosenbrock(model: nn.Module, one: Tensor) -> Tensor:
+        x, y = model.at
+        return torch.stack([10 * (y - x**2) * one, (1 - x) * one], dim=-1)
+
+    steps = {}
+    for geodesic in (False, True):
+        model = Point()
+        history = LevenbergMarquardt(model, 1.0, geodesic=geodesic).fit(
+            [(rosenbrock, torch.ones(1, dtype=torch.float64))], 200, target_loss=1e-20, progress=False
+        )
+        torch.testing.assert_close(model.at, torch.ones(2, dtype=torch.float64))
+        steps[geodesic] = len(history)
+    assert steps[True] < steps[False]
+
+
+# Models
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_trains_a_pde(adapted):
+    model, data = network(8), terms(points=300)
+    model = adapt(model, random=False, r=(8, 8, 6)) if adapted else model
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    history = LevenbergMarquardt(model).fit(data, 15, progress=False)
+    losses = [record.loss for record in history]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.02 * losses[0]
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+
+
+def test_float32_models_are_stepped_in_double():
+    """The step is that of the double model, and the loss that of the parameters as stored."""
+    model, data = network(dtype=torch.float32), terms(torch.float32)
+    double = copy.deepcopy(model).double()
+    record = LevenbergMarquardt(model).step(data)
+    doubled = [(f, tuple(row.double() for row in rows), weight) for f, rows, weight in data]
+    LevenbergMarquardt(double).step(doubled)
+    for a, e in zip(model.parameters(), double.parameters(), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, e.float(), rtol=1e-5, atol=1e-6)
+    stored = problem(model.double(), doubled)
+    assert record.loss == pytest.approx(stored.residuals(stored.start).square().sum().item(), rel=1e-12)
+
+
+def test_plain_networks_and_other_kans():
+    from qkan.kan import KAN as EfficientKAN
+
+    x = torch.rand(80, 2) * 2 - 1
+    y = x.prod(1, keepdim=True)
+    mlp = nn.Sequential(nn.Linear(2, 10), nn.Tanh(), nn.Linear(10, 1))
+    for model in (mlp, EfficientKAN([2, 4, 1]), adapt(EfficientKAN([2, 4, 1]), random=False)):
+        history = LevenbergMarquardt(model).fit([(fit, (x, y))], 12, progress=False)
+        assert history[-1].loss < 0.3 * y.square().mean()
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that a tensor held, of all that were made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+@pytest.mark.parametrize("residual", [equation, fit])
+def test_no_dense_gradient_for_an_adapter(residual):
+    rows, width = 40, 40
+    model = adapt(network(width), r=(3, 3, 3))
+    dense = width * width * 9
+    data = [term for term in terms(points=rows) if term[0] is residual]
+    least_squares = problem(model, data)
+    with Largest() as largest:
+        least_squares.jacobian(*next(least_squares.chunks()))
+    # four streams of features, and the coefficients themselves
+    assert largest.numel <= 4 * rows * width * 9 <= rows * dense / 10
+    assert len(lotra_layers(model)) == 3
+
+
+# What goes wrong
+
+
+def nan_where_negative(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.where(x[:, :1] < 0, torch.nan, model(x))
+
+
+def test_residuals_that_are_not_finite():
+    model, data = network(), terms()
+    before = state(model)
+    x = torch.tensor([[0.5, 0.0], [-0.5, 0.0], [-0.1, 0.3]], dtype=torch.float64)
+    optimizer = LevenbergMarquardt(model)
+    expected = r"residuals are NaN or infinite: 2 of 3 in residual term 2 \(nan_where_negative\)"
+    with pytest.warns(RuntimeWarning, match=expected):
+        record = optimizer.step([*data, (nan_where_negative, x)])
+    assert not record.accepted and math.isnan(record.loss) and "residual term 2" in record.reason
+    assert_unchanged(model, before)
+    with pytest.warns(RuntimeWarning):
+        assert len(optimizer.fit([*data, (nan_where_negative, x)], 5, progress=False)) == 1
+    assert optimizer.step(data).accepted
+
+
+def test_jacobian_that_is_not_finite():
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    with pytest.warns(RuntimeWarning, match="Jacobian has NaN or infinite entries"):
+        record = LevenbergMarquardt(model).step([(lambda m, x: m(x).abs().sqrt() + 1, torch.ones(3, 1))])
+    assert not record.accepted
+    assert model.weight == 0
+
+
+def test_candidates_that_are_not_finite_are_not_taken():
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    nn.init.constant_(model.weight, 0.1)
+    history = LevenbergMarquardt(model, 1e-9).fit(
+        [(lambda m, x: m(x).log() + 5, torch.ones(1, 1))], 50, progress=False
+    )
+    assert history[0].attempts > 0 and math.isfinite(history[-1].loss)
+    torch.testing.assert_close(model.weight.item(), math.exp(-5), rtol=1e-6, atol=0)
+
+
+def test_singular_equations_and_a_clear_stop():
+    """Two parameters that do the same, then a minimum that nothing improves."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.a + self.b) * x
+
+    model, x = Twice(), torch.ones(2, 1, dtype=torch.float64)
+    y = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    history = LevenbergMarquardt(model, 1e-16).fit([(fit, (x, y))], 50, progress=False)
+    assert (model.a + model.b).item() == pytest.approx(0.5)
+    before = state(model)
+    last = history[-1]
+    assert not last.accepted and "at a minimum to rounding, or the normal equations are singular" in last.reason
+    assert_unchanged(model, before)
+
+
+def test_no_effect():
+    model = network()
+    with pytest.warns(RuntimeWarning, match="no parameter has an effect"):
+        record = LevenbergMarquardt(model).step([(lambda m, x: 0 * m(x) + 1, torch.rand(3, 2).double())])
+    assert not record.accepted
+
+
+def test_too_many_parameters_for_the_memory():
+    model, data = network(12), terms(points=1500)
+    count = sum(p.numel() for p in model.parameters())
+    with pytest.raises(ValueError, match=rf"{count} trainable parameters and 1540 residuals .* 36 MiB are needed"):
+        LevenbergMarquardt(model, memory=2**24).step(data)
+
+
+def test_arguments():
+    model = network()
+    for wrong in ({"damping": 0.0}, {"damping": math.nan}, {"floor": 0.0}, {"floor": 2.0}, {"memory": 1000}):
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is"):
+            LevenbergMarquardt(model, **wrong)
+    with pytest.raises(ValueError, match="No parameter of the model requires a gradient"):
+        LevenbergMarquardt(model.requires_grad_(False))
+
+
+@pytest.mark.parametrize(
+    "term, message",
+    [
+        (fit, "Residual term 0 is function"),
+        ((fit, []), r"The rows of residual term 0 \(fit\) must be tensors"),
+        ((fit, (torch.zeros(2, 2), torch.zeros(3, 1))), r"have lengths \[2, 3\]"),
+        ((fit, (torch.zeros(0, 2),)), r"have lengths \[0\]"),
+        ((fit, (torch.zeros(2, 2),), -1.0), "weight of residual term 0 .fit. is -1.0"),
+    ],
+)
+def test_malformed_terms(term, message):
+    with pytest.raises(ValueError, match=message):
+        LevenbergMarquardt(network()).step([term])
+    with pytest.raises(ValueError, match="no residual terms"):
+        LevenbergMarquardt(network()).step([])
+
+
+# fit
+
+
+def test_stopping_rules():
+    model, data = network(), terms()
+    seen = []
+    optimizer = LevenbergMarquardt(model)
+    history = optimizer.fit(data, 3, callback=lambda number, record: seen.append(number), progress=False)
+    assert len(history) == 3 and seen == [0, 1, 2] and optimizer.damping == history[-1].damping
+    assert len(optimizer.fit(data, 9, callback=lambda number, record: number == 1, progress=False)) == 2
+    assert len(optimizer.fit(data, 9, target_loss=1e9, progress=False)) == 1
+    assert len(optimizer.fit(data, 9, tolerance=1.0, patience=2, progress=False)) == 2
+    assert len(optimizer.fit(data, 9, max_seconds=0.0, progress=False)) == 1
+
+
+def test_new_points_for_each_step(capsys):
+    numbers = []
+
+    def fresh(number: int) -> list[tuple]:
+        numbers.append(number)
+        return terms()
+
+    LevenbergMarquardt(network()).fit(fresh, 2)
+    assert numbers == [0, 1]
+    assert "Levenberg-Marquardt: 100%" in capsys.readouterr().err
