@@ -176,7 +176,7 @@ class LoTRAModel(BaseTuner):
         if peft_config.checkpoint_layers is not None:
             check_base(peft_config, targets)
         if peft_config.checkpoint_tensors is not None:
-            self._check_tensor_names(peft_config, model, targets)
+            LoTRAModel._check_tensor_names(peft_config, model, targets)
 
     @staticmethod
     def _check_tensor_names(peft_config: LoTRAConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:

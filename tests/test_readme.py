@@ -59,7 +59,7 @@ class MyKANLayer(nn.Module):
         return torch.einsum("bik,iok->bo", basis, self.spline_coeffs) + nn.functional.silu(x) @ self.base_coeffs.T
 
 kan = KAN([2, 8, 8, 1])  # the user's trained network
-trained, x_train = kan, x
+trained, x_train, f = kan, x, y
 base, tuned = KAN([2, 8, 8, 1]), KAN([2, 8, 8, 1])  # before and after full fine-tuning
 model = get_peft_model(KAN([2, 8, 8, 1]), LoTRAConfig(r=2, init_weights=False), adapter_name="a").eval()
 model.add_adapter("b", LoTRAConfig(r=2, init_weights=False))

@@ -115,6 +115,10 @@ def test_torch_func_and_forward_mode():
     torch.testing.assert_close(torch.vmap(row)(x), reference(x, *ends, weight, update))
     jacobian = torch.vmap(torch.func.jacrev(row))(x)
     torch.testing.assert_close(torch.vmap(torch.func.jacfwd(row))(x), jacobian)
+    twice = torch.vmap(torch.func.jacfwd(torch.func.jacfwd(row)))(x)
+    expected = torch.vmap(torch.func.jacrev(torch.func.jacrev(row)))(x)
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(twice, expected)
     tangent = torch.randn_like(x)
     with torch.autograd.forward_ad.dual_level():
         y = spline_product(torch.autograd.forward_ad.make_dual(x, tangent), *ends, weight, update)
