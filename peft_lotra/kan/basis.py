@@ -107,8 +107,8 @@ def grid_position(
 def spline_values(position: torch.Tensor, num_basis: int, spline_order: int, derivative: int = 0) -> torch.Tensor:
     """The basis functions, or their derivatives with respect to the position, at grid positions: (..., I) to
     (..., I, num_basis). Only the positions are kept for the backward pass."""
-    # A compiler decides itself what to keep and what to compute again; and nested `torch.func.jvp` would take the second
-    # derivative of a custom function for zero.
+    # A compiler decides itself what to keep and what to compute again; and nested `torch.func.jvp` gets the second
+    # derivatives of a custom function wrong.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return cardinal_spline(spline_offsets(position, num_basis, spline_order), spline_order, derivative)
     return _SplineValues.apply(position, num_basis, spline_order, derivative)
