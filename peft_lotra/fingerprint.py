@@ -131,7 +131,10 @@ def layer_values(
     grid = spec.read_grid(layer)
     parameters = {name: value for name, value in layer.named_parameters() if name not in grid}
     adapted = tensor.read_parameters(layer)
-    parameters.update(adapted)  # under FSDP, views that are no parameters
+    for name, value in adapted.items():  # not what Slim layers compute
+        owner, _, attribute = name.rpartition(".")
+        if attribute in layer.get_submodule(owner).__dict__:  # FSDP has views in the place of parameters
+            parameters[name] = value
     try:
         tensor.join(list(adapted.values()))  # a shard has another shape
         whole = True

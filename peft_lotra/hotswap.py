@@ -69,6 +69,7 @@ def hotswap_adapter(
     for name, config in ((adapter_name, old), (model_name_or_path, new)):
         if config.peft_type != PeftType.LOTRA:
             raise ValueError(f"The adapter {str(name)!r} is of the type {config.peft_type.value}, and not LOTRA.")
+    new = LoTRAConfig.from_pretrained(str(model_name_or_path), **kwargs)  # which checks the tensors too
     layers = {name: layer for name, layer in model.base_model.model.named_modules() if isinstance(layer, LoTRALayer)}
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(

@@ -96,6 +96,8 @@ class KANLayerSpec:
 
     def read_grid(self, layer: nn.Module) -> dict[str, torch.Tensor | int | float]:
         """The state that gives the coefficients of a layer their meaning, by name; what a layer lacks is left out."""
+        if isinstance(layer, SlimLayer):
+            return {f"layer.{name}": value for name, value in layer.spec.read_grid(layer.layer).items()}
         values = {name: _get(layer, name) for name in self.grid}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -530,7 +532,7 @@ register_kan_layer(
     matches=SlimKANLinear,
     coefficients=("spline_weight", "o i k"),
     residual=("base_weight", "o i"),
-    grid=("grid_bounds",),
+    grid=("grid_bounds", "grid_size", "spline_order"),
     basis=lambda m, x: m.basis(x),
 )
 register_kan_layer(

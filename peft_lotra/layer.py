@@ -139,8 +139,11 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         self.lotra_scaling[adapter_name] = alpha
         self.lotra_rank_dropout[adapter_name] = config.rank_dropout
         self.lotra_module_dropout[adapter_name] = config.module_dropout
-        self.lotra_grid[adapter_name] = self.copy_grid()
-        self._grid_checked.discard(adapter_name)
+        grid = self.copy_grid()
+        # one record serves all adapters that were made on the same grid
+        known = (other for other in self.lotra_grid.values() if same_grid(other, grid))
+        self.lotra_grid[adapter_name] = next(known, grid)
+        self._grid_checked.clear()
         # Drawn in the base's precision, but not in half of it; _move_adapter_to_device_of_base_layer casts down later.
         dtype = torch.promote_types(self.lotra_tensor.get_parameter(self.get_base_layer()).dtype, torch.float32)
         self.lotra_core[adapter_name] = nn.Parameter(torch.empty(ranks, dtype=dtype))
@@ -305,15 +308,16 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         if key != self._grid_key or all(value.device.type == "cpu" for value in tensors):
             self._grid_key, self._grid_checked = key, set()
         for adapter in self._adapters_here(adapters):
-            if adapter in self._grid_checked:
+            recorded = self.lotra_grid[adapter]
+            if id(recorded) in self._grid_checked:
                 continue
-            if not same_grid(self.lotra_grid[adapter], grid):
+            if not same_grid(recorded, grid):
                 raise RuntimeError(
                     f"The grid of this {self.lotra_spec.family} layer was moved after the adapter {adapter!r} had "
                     "been attached: its coefficients would mean other functions. Call `peft_lotra.refit_adapters` "
                     "to carry the adapters over, or move the grid back."
                 )
-            self._grid_checked.add(adapter)
+            self._grid_checked.add(id(recorded))
 
     @exclusively
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -328,7 +332,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         adapter_names = kwargs.pop("adapter_names", None)
         self._check_forward_args(args, kwargs, adapter_names)
         if not (self.disable_adapters or self.merged or torch.compiler.is_compiling()):
-            self._check_grid(self.active_adapters if adapter_names is None else adapter_names)
+            self._check_grid(self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names))
 
         if self.disable_adapters:
             if self.merged:

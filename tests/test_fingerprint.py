@@ -26,7 +26,7 @@ from helpers import adapt, assert_same, base, inputs, lotra_layers, nested, snap
 from peft import PeftConfig, PeftModel
 from stand_ins import FAMILIES
 
-from peft_lotra import LoTRAConfig
+from peft_lotra import LoTRAConfig, slim
 from peft_lotra.fingerprint import digest_of, hash_all_dtypes, hash_values, is_same
 from peft_lotra.kan import KAN
 
@@ -232,6 +232,22 @@ def test_scales_and_masks_count(tmp_path):
         model.kan.spline_scaler *= 2
     with pytest.warns(UserWarning, match="coefficients of the layers kan"):
         PeftModel.from_pretrained(model, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["own", "efficient-kan"])
+def test_slim_bases(family, tmp_path):
+    """Their components are hashed, not the coefficients that these make."""
+    model = slim(base(family), ranks=(2, 3, 4))
+    saved(model, tmp_path)
+    load(copy.deepcopy(model), tmp_path)
+    changed, moved = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        changed.kan.core[0, 0, 0] += 1
+    with pytest.warns(UserWarning, match="coefficients of the layers kan"):
+        PeftModel.from_pretrained(changed, tmp_path)
+    (moved.kan.grid_bounds if family == "own" else moved.kan.layer.grid).mul_(1.5)
+    with pytest.raises(ValueError, match="grids of the layers kan"):
+        PeftModel.from_pretrained(moved, tmp_path)
 
 
 def test_without_keeping_the_base_a_merged_one_is_not_recorded(tmp_path):
