@@ -33,8 +33,11 @@ from .basis import bspline_basis, cardinal_spline, integer_power_, spline_factor
 _EVALUATED = 2**18
 _MULTIPLIED = 2**19
 _OFF_CPU = 2**26
-# Fewer rows cost a matrix product much of its speed.
-_MIN_ROWS = 512
+# Fewer rows cost a matrix product much of its speed; the more, the larger the matrix that is read for them.
+_MIN_ROWS = (256, 512)
+
+# From so many points for each output, it costs less to form the sum of weight and update than to multiply by both.
+_FORM_FROM = 4
 
 # From so many basis functions for each one that is not zero at a point, and from so many points, gathering the
 # coefficients of the latter costs less than the product with all of them (CPU, float32).
@@ -109,7 +112,7 @@ class _SplineProduct(torch.autograd.Function):
         points = _Points(x, low, scale, weight.shape[-1], spline_order)
         # With more points than outputs, it costs less to form the sum than to multiply by both summands.
         total = None
-        if left is None or points.sparse or len(x) >= len(weight):
+        if left is None or points.sparse or len(x) >= _FORM_FROM * len(weight):
             total = weight.flatten(1)
             total = total if left is None else torch.addmm(total, left, right.flatten(1))
         ctx.save_for_backward(x, low, scale, weight, left, right, total)
@@ -251,7 +254,8 @@ def _part_sizes(points: _Points) -> tuple[int, int]:
     width = max(1, points.x.shape[1] * points.num_basis)
     if points.x.device.type != "cpu":
         return max(1, _OFF_CPU // width), max(1, _OFF_CPU // width)
-    return max(1, _EVALUATED // width), max(_MIN_ROWS, _MULTIPLIED // width)
+    fewest = min(max(_MIN_ROWS[0], width // 16), _MIN_ROWS[1])
+    return max(1, _EVALUATED // width), max(fewest, _MULTIPLIED // width)
 
 
 def _dense_product(points, weight, left, right, total):
