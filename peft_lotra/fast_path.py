@@ -22,7 +22,6 @@ on a uniform grid are evaluated in closed form, whatever the base layer does.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +30,7 @@ from torch import nn
 
 from .kan.basis import SPLINE_ORDERS
 from .kan.product import spline_product
+from .kan_layers import get_or_none
 from .low_rank import low_rank_addmm
 
 
@@ -212,16 +212,9 @@ def _evaluate(
         )
     if residual is not None:
         y = _addmm(y, spec.activation(base_layer, x), residual, left, None if update is None else right[..., -1])
-    bias = _get(base_layer, spec.bias) if spec.bias is not None else None
+    bias = get_or_none(base_layer, spec.bias) if spec.bias is not None else None
     return y if bias is None else y + bias
 
 
 def _addmm(y, x, weight, left, right):
     return torch.addmm(y, x, weight.t()) if left is None else low_rank_addmm(y, x, weight, left, right)
-
-
-def _get(layer: nn.Module, name: str) -> torch.Tensor | None:
-    try:
-        return attrgetter(name)(layer)
-    except AttributeError:
-        return None

@@ -78,11 +78,11 @@ class KANLayerSpec:
         layout = parse_layout(pattern)
         lengths = dict(self.axes(layer)) if self.axes is not None else {}
         parameters = {name: layout}
-        if self.residual is not None and _get(layer, self.residual[0]) is not None:
+        if self.residual is not None and get_or_none(layer, self.residual[0]) is not None:
             parameters[self.residual[0]] = parse_layout(self.residual[1])
         # The residual weights (out, in) settle what a flattened coefficient pattern leaves open, so they come first.
         for parameter_name, parameter_layout in reversed(parameters.items()):
-            parameter = _get(layer, parameter_name)
+            parameter = get_or_none(layer, parameter_name)
             try:
                 if parameter is None:
                     raise ValueError("There is no such parameter.")
@@ -98,7 +98,7 @@ class KANLayerSpec:
         """The state that gives the coefficients of a layer their meaning, by name; what a layer lacks is left out."""
         if isinstance(layer, SlimLayer):
             return {f"layer.{name}": value for name, value in layer.spec.read_grid(layer.layer).items()}
-        values = {name: _get(layer, name) for name in self.grid}
+        values = {name: get_or_none(layer, name) for name in self.grid}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -134,11 +134,11 @@ class CoefficientTensor:
 
     def get_parameter(self, layer: nn.Module) -> torch.Tensor:
         """The parameter of the coefficients, as stored. Read as an attribute: under FSDP it is a plain tensor view."""
-        return _get(layer, next(iter(self.parameters)))
+        return get_or_none(layer, next(iter(self.parameters)))
 
     def read_parameters(self, layer: nn.Module) -> dict[str, torch.Tensor]:
         """The adapted parameters, as stored, by name."""
-        return {name: _get(layer, name) for name in self.parameters}
+        return {name: get_or_none(layer, name) for name in self.parameters}
 
     def read(self, layer: nn.Module, residual: bool = True) -> torch.Tensor:
         """The coefficients of the layer as (out, in, basis), or (out, in, basis + 1) with the residual branch."""
@@ -151,7 +151,8 @@ class CoefficientTensor:
         """The coefficients (out, in, basis) and the residual weights (out, in), if there are any, by themselves: views
         of the parameters where their layouts allow it. `parameters` take the place of those of the layer."""
         stored = [
-            parameters[name] if parameters and name in parameters else _get(layer, name) for name in self.parameters
+            parameters[name] if parameters and name in parameters else get_or_none(layer, name)
+            for name in self.parameters
         ]
         tensor, *residual = (
             layout.to_canonical(part, self.lengths)
@@ -383,7 +384,7 @@ def _same(first: object, second: object) -> bool:
     return narrow.shape == wide.shape and torch.equal(narrow, wide.to(narrow))
 
 
-def _get(layer: nn.Module, name: str):
+def get_or_none(layer: nn.Module, name: str):
     """The attribute of a dotted name, `None` where any part of it is absent."""
     try:
         return attrgetter(name)(layer)
@@ -392,7 +393,7 @@ def _get(layer: nn.Module, name: str):
 
 
 def _ndim(layer: nn.Module, name: str) -> int | None:
-    value = _get(layer, name)
+    value = get_or_none(layer, name)
     return value.ndim if isinstance(value, torch.Tensor) else None
 
 

@@ -28,8 +28,9 @@ from .config import LoTRAConfig
 from .fast_path import can_take_fast_path, fast_forward, find_formula, has_hooks
 from .functional import LayerLock, call_with_parameters, exclusively
 from .initialization import reset_components, reset_components_from_gradient
+from .kan.basis import in_transform
 from .kan.layer import KANLinear
-from .kan.layer_jets import contract_updates, in_transform
+from .kan.layer_jets import contract_updates
 from .kan_layers import KANLayerSpec, same_grid
 from .merging import MergeableLayer
 from .proxy import BaseLayerProxy
@@ -364,7 +365,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
 
         Not while a graph is compiled, and not inside of `torch.func`, where tensors have no content of their own.
         """
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or in_transform():
             return
         parameter = self.lotra_tensor.get_parameter(self.base_layer)
         grid = self.read_grid().values()

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from .functional import call_with_parameters
+from .kan.slim import SlimKANLinear
 from .tucker import reconstruct
 
 
@@ -83,15 +84,9 @@ class SlimLayer(nn.Module):
         self.layer = layer
         self.train(layer.training)
 
-    @property
-    def ranks(self) -> tuple[int, int, int]:
-        """(ro, ri, rb)."""
-        return tuple(self.core.shape)
-
-    @property
-    def components(self) -> tuple[torch.Tensor, ...]:
-        """core, factor_out, factor_in and factor_basis."""
-        return self.core, self.factor_out, self.factor_in, self.factor_basis
+    # the components have the names of those of our own Slim layer
+    ranks = SlimKANLinear.ranks
+    components = SlimKANLinear.components
 
     @property
     def in_features(self) -> int:

@@ -22,11 +22,10 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 from families import FAMILIES, relative_error
-from methods import METHODS, QUICK, Setting, pretrained, train
+from methods import METHODS, QUICK, Setting, add_common_arguments, pretrained, train
 from rich.console import Console
 
 
@@ -37,9 +36,7 @@ SETTING = Setting(12, 8, 4000, 800, 800, 30, 30, (4, 4, 4), (10, 10, 6), 2, "acc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny setting, to see that it runs")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft-lotra-pde")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "pde")
+    add_common_arguments(parser)
     args = parser.parse_args()
     setting = replace(QUICK, name="accuracy") if args.quick else SETTING
     family = FAMILIES["elliptic"]

@@ -33,7 +33,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from families import FAMILIES, GRID, test_points
-from methods import QUICK, Setting, pretrained
+from methods import QUICK, Setting, add_common_arguments, pretrained
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from torch import Tensor
@@ -98,9 +98,7 @@ def average_components(model: PeftModel, first: str, second: str, share: float) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny setting, to see that it runs")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft-lotra-pde")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "pde")
+    add_common_arguments(parser)
     args = parser.parse_args()
     console = Console()
     setting = QUICK if args.quick else Setting()

@@ -20,6 +20,7 @@ error: on a machine that others use too, wall-clock time says more about them.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import hashlib
 import json
@@ -38,6 +39,13 @@ from torch import Tensor, nn
 from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN
 from peft_lotra.optim import LevenbergMarquardt, create_lotra_optimizer
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What each experiment on these methods takes."""
+    parser.add_argument("--quick", action="store_true", help="a tiny setting, to see that it runs")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft-lotra-pde")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "pde")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from families import FAMILIES, GRID, Family, find_family, test_points
-from methods import METHODS, QUICK, Setting, pretrained, run, train
+from methods import METHODS, QUICK, Setting, add_common_arguments, pretrained, run, train
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -203,9 +203,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing; tables and curves of all that was run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--targets", nargs="+", default=["near", "middle", "far"], choices=["near", "middle", "far"])
-    parser.add_argument("--quick", action="store_true", help="a tiny setting, to see that it runs")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft-lotra-pde")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "pde")
+    add_common_arguments(parser)
     args = parser.parse_args()
     console = Console()
     setting = QUICK if args.quick else Setting()

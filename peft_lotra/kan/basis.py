@@ -109,9 +109,14 @@ def spline_values(position: torch.Tensor, num_basis: int, spline_order: int, der
     (..., I, num_basis). Only the positions are kept for the backward pass."""
     # A compiler decides itself what to keep and what to compute again; and nested `torch.func.jvp` gets the second
     # derivatives of a custom function wrong.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or in_transform():
         return cardinal_spline(spline_offsets(position, num_basis, spline_order), spline_order, derivative)
     return _SplineValues.apply(position, num_basis, spline_order, derivative)
+
+
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` is at work."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def spline_offsets(position: torch.Tensor, num_basis: int, spline_order: int) -> torch.Tensor:

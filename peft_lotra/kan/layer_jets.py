@@ -16,10 +16,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
+
+from .basis import in_transform, spline_factors
 
 
 # Numbers in the largest tensor of a block of rows. Larger blocks leave the cache, and the allocator asks the system
@@ -75,11 +75,6 @@ def through_layer(
     return y[0], y[1 : 1 + count], y[1 + count :]
 
 
-def in_transform() -> bool:
-    """Whether a transform of `torch.func` is at work."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def contract_updates(layer: nn.Module, updates: list[tuple], x: Tensor) -> Tensor:
     """What updates (scale, core, factor_out, factor_in, factor_basis) add to the output of a KAN layer, (..., O)."""
     features = torch.cat([layer.basis(x), nn.functional.silu(x).unsqueeze(-1)], dim=-1)
@@ -112,8 +107,8 @@ def _features(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # See `bspline_basis`, whose truncated powers the three share.
     room = (order + 1) / 2 - offset.abs()
     powers = [_falling_powers(room - m, order) for m in range(order // 2 + 1)]
-    signs = [(-1) ** m * math.comb(order + 1, m) for m in range(order // 2 + 1)]
-    values, slopes, bends = (sum(sign * power[d] for sign, power in zip(signs, powers, strict=True)) for d in range(3))
+    factors = spline_factors(order)
+    values, slopes, bends = (sum(f * power[d] for f, power in zip(factors, powers, strict=True)) for d in range(3))
     per_unit = per_unit.unsqueeze(-1)
     slopes = slopes * -offset.sign() * per_unit
     bends = bends * per_unit.square()
@@ -238,8 +233,7 @@ def _features_by_hand(layer: nn.Module, z: Tensor, third: bool) -> tuple[Tensor,
     parts = [z.new_empty(size + 1, *z.shape) for _ in range(4 if third else 3)]
     offset = ((z - low) * per_unit) - centres[:, None, None]
     distance = offset.abs()
-    for m in range(order // 2 + 1):
-        factor = (-1) ** m * math.comb(order + 1, m)
+    for m, factor in enumerate(spline_factors(order)):
         room = (order + 1) / 2 - m - distance
         power = (room > 0).to(z.dtype)  # max(room, 0)^0
         room.relu_()

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from .basis import bspline_basis, cardinal_spline, integer_power_, spline_factors, spline_values
+from .basis import bspline_basis, cardinal_spline, in_transform, integer_power_, spline_factors, spline_values
 
 
 # Elements of the basis (rows x inputs x basis functions) that are evaluated at a time, and that a matrix product
@@ -94,7 +94,7 @@ def needs_plain_operations(x: torch.Tensor, *others: torch.Tensor | float | None
         or torch.jit.is_tracing()
         or x.is_meta
         or torch.is_autocast_enabled(x.device.type)
-        or torch._C._are_functorch_transforms_active()
+        or in_transform()
         or any(type(tensor) not in (torch.Tensor, torch.nn.Parameter) for tensor in tensors)
         or any(tensor.dtype != x.dtype for tensor in tensors)
         or x.dtype not in (torch.float32, torch.float64)
