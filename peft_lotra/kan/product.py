@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -31,13 +32,18 @@ from .basis import bspline_basis, cardinal_spline, in_transform, integer_power_,
 # takes. On the CPU, the former fit its second-level cache, where they cost a third of what they cost in main memory,
 # and the latter its third. Elsewhere they only bound the memory.
 _EVALUATED = 2**18
-_MULTIPLIED = 2**19
+_MULTIPLIED = 2**21
 _OFF_CPU = 2**26
+# Elements of each of three working memories that a thread keeps.
+_KEPT = 2**22
 # Fewer rows cost a matrix product much of its speed; the more, the larger the matrix that is read for them.
 _MIN_ROWS = (256, 512)
 
-# From so many points for each output, it costs less to form the sum of weight and update than to multiply by both.
+# From so many points for each output, and so many inputs, what an evaluation saves by rows ordered (K, I) pays for the
+# coefficients in that order; from so many points, too, it costs less to form the sum of weight and update than to
+# multiply by both.
 _FORM_FROM = 4
+_FUNCTIONS_FIRST_FROM = 16
 
 # From so many basis functions for each one that is not zero at a point, and from so many points, gathering the
 # coefficients of the latter costs less than the product with all of them (CPU, float32).
@@ -110,28 +116,23 @@ class _SplineProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, low, scale, spline_order, weight, left, right):
         points = _Points(x, low, scale, weight.shape[-1], spline_order)
-        # With more points than outputs, it costs less to form the sum than to multiply by both summands.
-        total = None
-        if left is None or points.sparse or len(x) >= _FORM_FROM * len(weight):
-            total = weight.flatten(1)
-            total = total if left is None else torch.addmm(total, left, right.flatten(1))
-        ctx.save_for_backward(x, low, scale, weight, left, right, total)
+        ctx.save_for_backward(x, low, scale, weight, left, right)
         ctx.spline_order = spline_order
         if points.sparse:
-            return _sparse_product(points, total)
-        return _dense_product(points, weight, left, right, total)
+            return _sparse_product(points, weight, left, right)
+        return _dense_product(points, weight, left, right)
 
     @staticmethod
     def backward(ctx, gradient):
-        x, low, scale, weight, left, right, total = ctx.saved_tensors
+        x, low, scale, weight, left, right = ctx.saved_tensors
         points = _Points(x, low, scale, weight.shape[-1], ctx.spline_order)
         needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
         if torch.is_grad_enabled():  # by `create_graph`
             results = _differentiable_gradients(points, weight, left, right, gradient, needed)
         elif points.sparse:
-            results = _sparse_gradients(points, weight, left, right, total, gradient, needed)
+            results = _sparse_gradients(points, weight, left, right, gradient, needed)
         else:
-            results = _dense_gradients(points, weight, left, right, total, gradient, needed)
+            results = _dense_gradients(points, weight, left, right, gradient, needed)
         return results[0], None, None, None, *results[1:]
 
 
@@ -188,20 +189,34 @@ class _Evaluator:
     as the operations of torch allow, and in the same memory for all rows: new memory costs as much as a pass.
 
     Positions are counted in units of which the p-th power is p! grid intervals, so that no pass divides by p!.
+
+    Args:
+        points: the points.
+        rows: how many of them are evaluated at a time.
+        functions_first: whether a row is ordered (K, I) instead of (I, K). Operations between a number for each input
+            and all basis functions then run along the inputs, and cost a quarter.
     """
 
-    def __init__(self, points: _Points, rows: int) -> None:
+    def __init__(self, points: _Points, rows: int, functions_first: bool) -> None:
         self.points = points
+        self.functions_first = functions_first
         self.factors = spline_factors(points.spline_order)
         self.unit = math.factorial(points.spline_order) ** (-1 / points.spline_order)
         self.scale = points.scale * self.unit
         self.half_width = points.x.new_tensor((points.spline_order + 1) / 2 * self.unit)
         centres = torch.arange(points.num_basis, dtype=points.x.dtype, device=points.x.device)
-        self.centres = ((centres - (points.spline_order - 1) / 2) * self.unit).repeat(points.x.shape[1])
-        self.scratch = points.x.new_empty(1 + 2 * len(self.factors), min(rows, len(points.x)), len(self.centres))
+        self.centres = (centres - (points.spline_order - 1) / 2) * self.unit
+        if not functions_first:
+            self.centres = self.centres.repeat(points.x.shape[1])
+        width = points.x.shape[1] * points.num_basis
+        self.scratch = _workspace("scratch", points.x, 1 + 2 * len(self.factors), min(rows, len(points.x)), width)
 
     def _offsets_into(self, out: torch.Tensor, rows: slice) -> torch.Tensor:
         position = (self.points.x[rows] - self.points.low) * self.scale
+        if self.functions_first:
+            split = out.unflatten(1, (self.points.num_basis, -1))
+            torch.sub(position.unsqueeze(1), self.centres.unsqueeze(-1), out=split)
+            return out
         out.unflatten(1, (-1, self.points.num_basis)).copy_(position.unsqueeze(-1))
         return out.sub_(self.centres)  # a row: subtracting while broadcasting both is slower
 
@@ -233,15 +248,37 @@ class _Evaluator:
         offsets, distances, *scratch = self.scratch[:, : len(out)]
         self._offsets_into(offsets, rows)
         arms = self._arms(torch.abs(offsets, out=distances), scratch[: count - 1])
-        powers = [buffer.copy_(arm) for arm, buffer in zip(arms, scratch[count - 1 :], strict=True)]
-        for power in powers:
-            integer_power_(power, self.points.spline_order - 1)
+        powers = [
+            _power(arm, self.points.spline_order - 1, out=buffer)
+            for arm, buffer in zip(arms, scratch[count - 1 :], strict=True)
+        ]
         if values is not None:
             self._sum_into(values, [arm.mul_(power) for arm, power in zip(arms, powers, strict=True)])
         # M_p rises up to its centre, and falls from there.
-        towards.mul_(self._sum_into(powers[0], powers)).mul_(offsets.sign_())
-        torch.sum(towards.unflatten(1, (-1, self.points.num_basis)), dim=-1, out=out)
+        towards.mul_(self._sum_into(powers[0], powers).copysign_(offsets))
+        split = (self.points.num_basis, -1) if self.functions_first else (-1, self.points.num_basis)
+        torch.sum(towards.unflatten(1, split), dim=1 if self.functions_first else 2, out=out)
         out.mul_(self.scale * -self.points.spline_order)
+
+
+def _power(x: torch.Tensor, n: int, out: torch.Tensor) -> torch.Tensor:
+    return torch.pow(x, n, out=out) if 2 <= n <= 3 else integer_power_(out.copy_(x), n)
+
+
+_kept = threading.local()
+
+
+def _workspace(name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Memory for this call. On the CPU, if it is not much, it is that of the thread's last call of that name: new
+    memory costs as much as several passes over it, in each layer and step."""
+    count = math.prod(shape)
+    if like.device.type != "cpu" or count > _KEPT:
+        return like.new_empty(shape)
+    kept = getattr(_kept, name, None)
+    if kept is None or kept.dtype != like.dtype or kept.numel() < count:
+        kept = like.new_empty(count)
+        setattr(_kept, name, kept)
+    return kept[:count].view(shape)
 
 
 def _parts(start: int, stop: int, step: int) -> Iterator[slice]:
@@ -258,60 +295,90 @@ def _part_sizes(points: _Points) -> tuple[int, int]:
     return max(1, _EVALUATED // width), max(fewest, _MULTIPLIED // width)
 
 
-def _dense_product(points, weight, left, right, total):
+class _Arrangement(NamedTuple):
+    """How the product is formed, from the coefficients as matrices in the order of the basis' rows."""
+
+    functions_first: bool
+    matrix: torch.Tensor  # (O, I K): the weight, or its sum with the update
+    right: torch.Tensor | None  # (r, I K)
+    separate: bool  # whether the update is multiplied by on its own
+
+    def restore(self, matrix: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """The matrix as a tensor of (O or r, I, K)."""
+        if self.functions_first:
+            return matrix.unflatten(1, (shape[2], shape[1])).transpose(1, 2)
+        return matrix.view(shape)
+
+
+def _arrange(points, weight, left, right):
+    many = len(points.x) >= _FORM_FROM * len(weight)
+    functions_first = many and points.x.shape[1] >= _FUNCTIONS_FIRST_FROM
+    order = (0, 2, 1) if functions_first else (0, 1, 2)
+    matrix = weight.permute(order).flatten(1)
+    right = None if right is None else right.permute(order).flatten(1)
+    if left is not None and many:
+        matrix = torch.addmm(matrix, left, right)
+    return _Arrangement(functions_first, matrix, right, separate=left is not None and not many)
+
+
+def _dense_product(points, weight, left, right):
+    arrangement = _arrange(points, weight, left, right)
     size = len(points.x)
     evaluated, multiplied = _part_sizes(points)
-    evaluator = _Evaluator(points, evaluated)
+    evaluator = _Evaluator(points, evaluated, arrangement.functions_first)
     result = points.x.new_empty(size, len(weight))
-    buffer = points.x.new_empty(min(multiplied, size), points.x.shape[1] * points.num_basis)
+    buffer = _workspace("values", points.x, min(multiplied, size), points.x.shape[1] * points.num_basis)
     for rows in _parts(0, size, multiplied):
         basis = buffer[: rows.stop - rows.start]
         for part in _parts(rows.start, rows.stop, evaluated):
             evaluator.values(part, out=basis[part.start - rows.start : part.stop - rows.start])
-        if total is not None:
-            torch.mm(basis, total.t(), out=result[rows])
-        else:
-            torch.mm(basis, weight.flatten(1).t(), out=result[rows])
-            result[rows].addmm_(basis @ right.flatten(1).t(), left.t())
+        torch.mm(basis, arrangement.matrix.t(), out=result[rows])
+        if arrangement.separate:
+            result[rows].addmm_(basis @ arrangement.right.t(), left.t())
     return result
 
 
-def _dense_gradients(points, weight, left, right, total, gradient, needed):
+def _dense_gradients(points, weight, left, right, gradient, needed):
+    arrangement = _arrange(points, weight, left, right)
     size = len(points.x)
     evaluated, multiplied = _part_sizes(points)
-    evaluator = _Evaluator(points, evaluated)
-    shape = min(multiplied, size), points.x.shape[1] * points.num_basis
-    towards_buffer = points.x.new_empty(shape) if needed[0] else None
-    values_buffer = points.x.new_empty(shape) if any(needed[1:]) else None
+    evaluator = _Evaluator(points, evaluated, arrangement.functions_first)
+    width = points.x.shape[1] * points.num_basis
+    towards_buffer = _workspace("gradients", points.x, min(multiplied, size), width) if needed[0] else None
+    # The thin products take the values as soon as they are there; that with the gradient takes more at a time.
+    values_buffer = _workspace("values", points.x, min(multiplied if needed[1] else evaluated, size), width)
     towards_x = torch.empty_like(points.x) if needed[0] else None
-    sums = [
-        torch.zeros_like(tensor) if need else None
-        for tensor, need in zip((weight, left, right), needed[1:], strict=True)
-    ]
+    # Transposed: the product that gives it so takes less time.
+    towards_matrix = points.x.new_zeros(width, len(weight)) if needed[1] else None
+    towards_left = torch.zeros_like(left) if needed[2] else None
+    towards_right = torch.zeros_like(arrangement.right) if needed[3] else None
     for rows in _parts(0, size, multiplied):
         given = gradient[rows]
         thin = given @ left if left is not None else None
         if needed[0]:
             towards = towards_buffer[: len(given)]
-            torch.mm(given, weight.flatten(1) if total is None else total, out=towards)
-            if total is None:
-                towards.addmm_(thin, right.flatten(1))
+            torch.mm(given, arrangement.matrix, out=towards)
+            if arrangement.separate:
+                towards.addmm_(thin, arrangement.right)
         for part in _parts(rows.start, rows.stop, evaluated):
             here = slice(part.start - rows.start, part.stop - rows.start)
-            values = values_buffer[here] if any(needed[1:]) else None
+            values = values_buffer[here if needed[1] else slice(part.stop - part.start)]
             if needed[0]:
-                evaluator.gradients(part, towards[here], towards_x[part], values)
+                evaluator.gradients(part, towards[here], towards_x[part], values if any(needed[1:]) else None)
             else:
                 evaluator.values(part, values)
-        if any(needed[1:]):
-            basis = values_buffer[: len(given)]
+            if needed[2]:
+                towards_left.addmm_(given[here].t(), values @ arrangement.right.t())
+            if needed[3]:
+                towards_right.addmm_(thin[here].t(), values)
         if needed[1]:
-            sums[0].flatten(1).addmm_(given.t(), basis)
-        if needed[2]:
-            sums[1].addmm_(given.t(), basis @ right.flatten(1).t())
-        if needed[3]:
-            sums[2].flatten(1).addmm_(thin.t(), basis)
-    return towards_x, *sums
+            towards_matrix.addmm_(values_buffer[: len(given)].t(), given)
+    towards_weight = None
+    if needed[1]:
+        towards_weight = arrangement.restore(towards_matrix.t().contiguous(), weight.shape)
+    if needed[3]:
+        towards_right = arrangement.restore(towards_right, right.shape)
+    return towards_x, towards_weight, towards_left, towards_right
 
 
 ####################################################
@@ -345,24 +412,30 @@ def _sparse_basis(
     return values, index, first.clamp_(-order, num_basis - 1) + order
 
 
+def _table(weight: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor:
+    """The sum of weight and update: (I K, O)."""
+    total = weight.flatten(1) if left is None else torch.addmm(weight.flatten(1), left, right.flatten(1))
+    return total.t().contiguous()
+
+
 def _gathered_sum(table: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return F.embedding_bag(index.flatten(1), table, mode="sum", per_sample_weights=values.flatten(1))
 
 
-def _sparse_product(points, total):
-    table = total.t().contiguous()
-    result = points.x.new_empty(len(points.x), len(total))
+def _sparse_product(points, weight, left, right):
+    table = _table(weight, left, right)
+    result = points.x.new_empty(len(points.x), len(weight))
     for rows in _sparse_parts(points):
         values, index, _ = _sparse_basis(points, rows)
         result[rows] = _gathered_sum(table, index, values)
     return result
 
 
-def _sparse_gradients(points, weight, left, right, total, gradient, needed):
+def _sparse_gradients(points, weight, left, right, gradient, needed):
     gradient = gradient.contiguous()
     towards_x = torch.empty_like(points.x) if needed[0] else None
     towards_left = torch.zeros_like(left) if needed[2] else None
-    table = total.t().contiguous() if needed[0] else None
+    table = _table(weight, left, right) if needed[0] else None
     thin_table = right.flatten(1).t().contiguous() if needed[2] else None
     parts = []
     for rows in _sparse_parts(points):
