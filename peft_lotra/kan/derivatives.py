@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer import KANLinear
-from .layer_jets import block_size, own_layer, through_layer
+from .layer_jets import Parts, block_size, own_layer, through_layer
 from .network import KAN
 
 
@@ -74,6 +74,17 @@ def jet(
     >>> u, du, d2u = jet(model, torch.rand(1000, 2))  # d2u[0] is d^2 u / d x_0^2
     ```
     """
+    return _jet(model, x, directions, collapse)
+
+
+def _jet(
+    model: nn.Module,
+    x: Tensor,
+    directions: Tensor | None,
+    collapse: bool | Sequence[float],
+    only_second: bool = False,
+) -> Parts:
+    """As `jet`; with `only_second`, u and du may be None."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"`x` must be a floating point tensor, but is {getattr(x, 'dtype', type(x).__name__)}.")
     layers = find_chain(model)
@@ -100,18 +111,18 @@ def jet(
 
     size = block_size(x, layers, len(directions))
     if size is None:
-        return _through(layers, x, directions, weights)
-    blocks = [_through(layers, block, directions, weights) for block in x.split(size)]
-    return tuple(torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True))
+        return _through(layers, x, directions, weights, only_second)
+    blocks = [_through(layers, block, directions, weights, only_second) for block in x.split(size)]
+    return tuple(None if parts[0] is None else torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True))
 
 
 def _through(
-    layers: list[nn.Module], x: Tensor, directions: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    layers: list[nn.Module], x: Tensor, directions: Tensor, weights: Tensor | None, only_second: bool
+) -> Parts:
     first = directions.reshape(-1, *[1] * (x.dim() - 1), x.shape[-1])
     second = None  # straight lines
-    for layer in layers:
-        x, first, second = through_layer(layer, x, first, second, weights)
+    for left, layer in zip(range(len(layers), 0, -1), layers, strict=True):
+        x, first, second = through_layer(layer, x, first, second, weights, only_second and left == 1)
     return x, first, second if weights is None else second[0]
 
 
@@ -124,7 +135,7 @@ def laplacian(model: nn.Module, x: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: as `jet`.
     """
-    return jet(model, x, collapse=True)[2]
+    return _jet(model, x, None, True, only_second=True)[2]
 
 
 def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,7 +236,7 @@ def _check_kan(model: nn.Module) -> None:
         warnings.warn(
             f"`jet` knows no closed form for a {type(model).__name__}, and differentiates it by nested "
             "`torch.func.jvp`, which is exact but slower.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
