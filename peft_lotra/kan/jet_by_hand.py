@@ -243,14 +243,14 @@ class _Streams:
         return self.buffer.flatten(0, 1)
 
     def sums(self, transposed: Tensor, gradient: Tensor, orders: Sequence[int]) -> list[Tensor]:
-        """Sums (I, rows) over the basis functions of the gradient of a stream times the derivatives of these orders."""
+        """Sums (I, rows) over the basis functions of the gradient of a stream times derivatives of these orders."""
         torch.mm(transposed, gradient, out=self.buffer.flatten(0, 1))
         return [torch.mul(self.buffer, self.found[d], out=self.other).sum(0) for d in orders]
 
 
 @lru_cache(maxsize=64)
 def _constants(num_basis: int, order: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The centres (num_basis, 1, 1) of the basis functions and half the width of their support, in units of `_Block`."""
+    """Centres (num_basis, 1, 1) of the basis functions and half the width of their support, in units of `_Block`."""
     unit = math.factorial(order) ** (-1 / order)
     with torch.inference_mode(False):
         centres = (torch.arange(num_basis, dtype=dtype, device=device) - (order - 1) / 2) * unit
