@@ -74,7 +74,7 @@ class LayerJet(torch.autograd.Function):
         z, first, second, weight, weights = ctx.saved_tensors
         grads = grad_y, grad_dy, grad_d2y
         if torch.is_grad_enabled():
-            return *_plain_gradients(ctx, grads), *[None] * 4
+            return *plain_gradients(ctx, grads), *[None] * 4
         to_inputs = any(ctx.needs_input_grad[:3])
         to_z = to_first = to_second = None
         if to_inputs:
@@ -257,7 +257,7 @@ def _constants(num_basis: int, order: int, dtype: torch.dtype, device: torch.dev
         return centres[:, None, None], torch.tensor((order + 1) / 2 * unit, dtype=dtype, device=device)
 
 
-def _plain_gradients(ctx, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+def plain_gradients(ctx, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradients as differentiable functions of the inputs and of `grads`."""
     *inputs, _ = ctx.saved_tensors
     pairs = [(y, grad) for y, grad in zip(ctx.plain(*inputs), grads, strict=True) if grad is not None]

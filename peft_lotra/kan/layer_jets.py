@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .basis import spline_factors
 from .jet_by_hand import LayerJet
+from .jet_few_outputs import FewOutputsJet, few_outputs
 from .product import needs_plain_operations
 
 
@@ -181,7 +182,8 @@ def _by_hand(
         return [y[0].T, y[1 : 1 + len(first)].mT, y[1 + len(first) :].mT]
 
     coefficients = weight.transpose(1, 2).flatten(1)
-    y = LayerJet.apply(*flat, coefficients, layer, weights, only_second, plain)
+    function = FewOutputsJet if few_outputs(layer, z) else LayerJet
+    y = function.apply(*flat, coefficients, layer, weights, only_second, plain)
     return tuple(None if part is None else part.mT.unflatten(-2, lead) if len(lead) != 1 else part.mT for part in y)
 
 
