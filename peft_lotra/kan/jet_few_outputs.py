@@ -48,7 +48,7 @@ class FewOutputsJet(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, first, second, weight, layer, weights, only_second, plain):
-        order, (inputs, rows) = layer.spline_order, z.shape
+        order, inputs = layer.spline_order, len(z)
         low, high = layer.grid_bounds.unsqueeze(-1).unbind(1)
         scale = layer.grid_size / (high - low)
         position = ((z - low) * scale).clamp_(-order - 1, layer.grid_size + order + 1)  # constant zero beyond
@@ -166,4 +166,9 @@ def _residual(z: Tensor) -> list[Tensor]:
     slope = torch.addcmul(gate, gate, gate, value=-1)
     bend = slope.addcmul(slope, gate, value=-2)
     jerk = slope.addcmul(slope, slope, value=-6)
-    return [z * gate, torch.addcmul(gate, z, slope), torch.addcmul(slope * 2, z, bend), torch.addcmul(bend * 3, z, jerk)]
+    return [
+        z * gate,
+        torch.addcmul(gate, z, slope),
+        torch.addcmul(slope * 2, z, bend),
+        torch.addcmul(bend * 3, z, jerk),
+    ]
