@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from .layer import KANLinear
-from .layer_jets import block_size, own_layer, through_layer
+from .layer_jets import Parts, block_size, own_layer, through_layer
 from .network import KAN
+from .norm_jets import check_rows_apart, is_norm, norm_size, through_norm
 
 
 _told_about: set[type] = set()
@@ -45,7 +46,8 @@ def jet(
     built in order to be differentiated, and one matrix product serves all 1 + 2 D streams. The result can itself be
     differentiated, in parameters and inputs, and runs under `torch.func` and `torch.compile(fullgraph=True)`.
 
-    Fast for `KAN`, `KANModel`, `SlimKAN`, single layers, `nn.Sequential` of them, and what PEFT makes of these, by
+    Fast for `KAN`, `KANModel`, `SlimKAN`, single layers, `nn.Sequential` of them, normalisations between them
+    (`nn.LayerNorm` of the last dimension, batch normalisation in evaluation mode), and what PEFT makes of these, by
     LoTRA or by LoRA on `target_parameters`: with the adapters that are in force (active and not disabled, or merged),
     without their dropout. Other networks with KAN layers (pykan, efficient-kan, a class of your own around a `KAN`,
     modules with hooks) are differentiated by nested `torch.func.jvp`, which a warning says once for each class.
@@ -63,7 +65,8 @@ def jet(
         u (..., O), du (D, ..., O) and d2u (D, ..., O), or (..., O) with `collapse`.
 
     Raises:
-        ValueError: `x`, `directions` or `collapse` has a wrong shape.
+        ValueError: `x`, `directions` or `collapse` has a wrong shape, or batch normalisation in training mode makes
+            each row depend on the others.
         TypeError: `model` has no KAN layer, or `x` is not floating point.
 
     Source: Taylor-mode differentiation, A. Griewank and A. Walther, "Evaluating Derivatives" (2008), chapter 13.
@@ -74,12 +77,27 @@ def jet(
     >>> u, du, d2u = jet(model, torch.rand(1000, 2))  # d2u[0] is d^2 u / d x_0^2
     ```
     """
+    return _jet(model, x, directions, collapse)
+
+
+def _jet(
+    model: nn.Module,
+    x: Tensor,
+    directions: Tensor | None,
+    collapse: bool | Sequence[float],
+    only_second: bool = False,
+) -> Parts:
+    """As `jet`; with `only_second`, u and du may be None."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"`x` must be a floating point tensor, but is {getattr(x, 'dtype', type(x).__name__)}.")
     layers = find_chain(model)
-    if layers is None:
+    if layers is None or not any(map(_is_layer, layers)):
+        layers = None
+        check_rows_apart(model)
         _check_kan(model)
-    expected = own_layer(layers[0]).in_features if layers else "the model's number of inputs"
+    expected = "the model's number of inputs"
+    if layers:
+        expected = own_layer(layers[0]).in_features if _is_layer(layers[0]) else norm_size(layers[0])
     if x.dim() == 0 or (layers and x.shape[-1] != expected):
         raise ValueError(f"`x` has shape {tuple(x.shape)}, but its last dimension must be {expected}.")
     if directions is None:
@@ -98,20 +116,23 @@ def jet(
     if layers is None:
         return _jet_by_transforms(model, x, directions, weights)
 
-    size = block_size(x, layers, len(directions))
+    size = block_size(x, [layer for layer in layers if _is_layer(layer)], len(directions))
     if size is None:
-        return _through(layers, x, directions, weights)
-    blocks = [_through(layers, block, directions, weights) for block in x.split(size)]
-    return tuple(torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True))
+        return _through(layers, x, directions, weights, only_second)
+    blocks = [_through(layers, block, directions, weights, only_second) for block in x.split(size)]
+    return tuple(None if parts[0] is None else torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True))
 
 
 def _through(
-    layers: list[nn.Module], x: Tensor, directions: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    layers: list[nn.Module], x: Tensor, directions: Tensor, weights: Tensor | None, only_second: bool
+) -> Parts:
     first = directions.reshape(-1, *[1] * (x.dim() - 1), x.shape[-1])
     second = None  # straight lines
-    for layer in layers:
-        x, first, second = through_layer(layer, x, first, second, weights)
+    for left, layer in zip(range(len(layers), 0, -1), layers, strict=True):
+        if _is_layer(layer):
+            x, first, second = through_layer(layer, x, first, second, weights, only_second and left == 1)
+        else:
+            x, first, second = through_norm(layer, x, first, second, weights)
     return x, first, second if weights is None else second[0]
 
 
@@ -124,7 +145,7 @@ def laplacian(model: nn.Module, x: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: as `jet`.
     """
-    return jet(model, x, collapse=True)[2]
+    return _jet(model, x, None, True, only_second=True)[2]
 
 
 def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,10 +181,11 @@ def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tu
 
 
 def find_chain(model: nn.Module) -> list[nn.Module] | None:
-    """The KAN layers, adapted or not, that `model` is the composition of; None if it is not known to be one."""
+    """The KAN layers, adapted or not, and normalisations that `model` is the composition of; None if it is not known
+    to be one."""
     if model._forward_hooks or model._forward_pre_hooks:
         return None
-    if _is_layer(model):
+    if _is_layer(model) or is_norm(model):
         return [model]
     if type(model) is nn.Sequential:
         parts = list(model)
@@ -225,7 +247,7 @@ def _check_kan(model: nn.Module) -> None:
         warnings.warn(
             f"`jet` knows no closed form for a {type(model).__name__}, and differentiates it by nested "
             "`torch.func.jvp`, which is exact but slower.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -19,26 +19,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .basis import in_transform, spline_factors
+from .basis import spline_factors
+from .jet_by_hand import LayerJet
+from .jet_few_outputs import FewOutputsJet, few_outputs
+from .product import needs_plain_operations
 
 
-# Numbers in the largest tensor of a block of rows. Larger blocks leave the cache, and the allocator asks the system
-# for fresh pages each time: 2000 points through [2, 16, 16, 1] took 22 ms at once and 11 ms in blocks.
+# Numbers in the largest tensor of a block of rows, where layers are applied by plain operations. Larger blocks leave
+# the cache, and the allocator asks the system for fresh pages each time.
 BLOCK = 2**18
+
+Parts = tuple[Tensor | None, Tensor | None, Tensor]
 
 
 def block_size(x: Tensor, layers: list[nn.Module], directions: int) -> int | None:
     """How many rows of x (N, I) to take at a time; None for all."""
-    if x.device.type != "cpu" or x.dim() != 2 or not _by_hand_pays(len(x)):
+    if x.device.type != "cpu" or x.dim() != 2 or not _by_hand_pays(len(x), x):
         return None
+    if not any(_is_contracted(layer, len(x) * (2 + directions)) for layer in layers):
+        return None  # `LayerJet` takes blocks itself
     widest = max(own.in_features * (own.grid_size + own.spline_order + 1) for own in map(own_layer, layers))
     size = max(128, BLOCK // (widest * (2 + directions)))
     return None if size >= len(x) else -(-len(x) // -(-len(x) // size))  # blocks of about equal size
 
 
 def through_layer(
-    layer: nn.Module, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    layer: nn.Module,
+    z: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    weights: Tensor | None,
+    only_second: bool = False,
+) -> Parts:
     """
     (z, z', z'') to (y, y', y'') of the layer's output.
 
@@ -48,6 +60,7 @@ def through_layer(
         first: derivatives along D directions, (D, ..., I), where (...) may be ones.
         second: second derivatives, (D, ..., I), or (1, ..., I) with `weights`; None if they are zero.
         weights: of the sum of the second derivatives that alone is wanted, (D,); None for each.
+        only_second: whether y'' is all that is wanted; y and y' may be None then.
 
     Returns:
         Shapes as above, with O in the place of I.
@@ -64,15 +77,14 @@ def through_layer(
             dense = _dense(*update, size=shape[-1])
             weight = dense if weight is None else weight + dense
 
-    if not factored and _by_hand_pays(rows):
-        y = _by_hand(own, weight, z, first, second, weights)
-    else:
-        streams = _streams(own, z, first, second, weights)
-        parts = [_contract(streams, *update) for update in factored]
-        if weight is not None:
-            parts.insert(0, streams.flatten(-2) @ weight.flatten(1).T)
-        y = sum(parts[1:], parts[0])
-    return y[0], y[1 : 1 + count], y[1 + count :]
+    if not factored and _by_hand_pays(rows, z, first, second, weight):
+        return _by_hand(own, weight, z, first, second, weights, only_second)
+    streams = _streams(own, z, first, second, weights, only_second)
+    parts = [_contract(streams, *update) for update in factored]
+    if weight is not None:
+        parts.insert(0, streams.flatten(-2) @ weight.flatten(1).T)
+    y = sum(parts[1:], parts[0])
+    return (None, None, y) if only_second else (y[0], y[1 : 1 + count], y[1 + count :])
 
 
 def contract_updates(layer: nn.Module, updates: list[tuple], x: Tensor) -> Tensor:
@@ -85,8 +97,15 @@ def contract_updates(layer: nn.Module, updates: list[tuple], x: Tensor) -> Tenso
 # By operations that autograd differentiates
 
 
-def _streams(layer: nn.Module, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None) -> Tensor:
-    """What multiplies the coefficients: (1 + D + (D or 1), ..., I, K + 1)."""
+def _streams(
+    layer: nn.Module,
+    z: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    weights: Tensor | None,
+    only_second: bool = False,
+) -> Tensor:
+    """What multiplies the coefficients: (1 + D + (D or 1), ..., I, K + 1), or the last of them alone."""
     f, df, d2f = _features(layer, z)
     square = first.square()
     if weights is not None:
@@ -94,7 +113,7 @@ def _streams(layer: nn.Module, z: Tensor, first: Tensor, second: Tensor | None, 
     bent = d2f * square.unsqueeze(-1)
     if second is not None:
         bent = bent + df * second.unsqueeze(-1)
-    return torch.cat([f.unsqueeze(0), df * first.unsqueeze(-1), bent])
+    return bent if only_second else torch.cat([f.unsqueeze(0), df * first.unsqueeze(-1), bent])
 
 
 def _features(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,132 +153,38 @@ def _falling_powers(room: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
 # By hand: the same numbers, a fraction of the passes over memory
 
 
-def _by_hand_pays(rows: int) -> bool:
-    """Not inside transforms, which would have to be taught, nor compiled, which fuses the plain operations better."""
-    return rows > 64 and not torch.compiler.is_compiling() and not in_transform()
+def _by_hand_pays(rows: int, x: Tensor, *others: Tensor | None) -> bool:
+    """Not for a few rows, and not in transforms or compiled, which want plain operations."""
+    return rows > 64 and not needs_plain_operations(x, *others)
 
 
 def _by_hand(
-    layer: nn.Module, weight: Tensor, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
-) -> Tensor:
-    """(streams, ..., O). Rows come last inside, where all operations run along them."""
+    layer: nn.Module,
+    weight: Tensor,
+    z: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    weights: Tensor | None,
+    only_second: bool,
+) -> Parts:
+    """Rows come last inside, where all operations run along them."""
     lead = z.shape[:-1]
-    first = first.expand(len(first), *z.shape)
-    flat = (
-        z.reshape(-1, z.shape[-1]).T,
-        *(
-            None if part is None else part.reshape(len(part), -1, part.shape[-1]).permute(2, 0, 1)
-            for part in (first, second)
-        ),
-    )
-    y = _LayerByHand.apply(*flat, weight.transpose(1, 2).flatten(1), layer, weights)
-    return y.permute(1, 2, 0).unflatten(1, lead) if len(lead) != 1 else y.permute(1, 2, 0)
+    flat = [z.reshape(-1, z.shape[-1]).T]
+    for part in (first, second):
+        flat.append(None if part is None else part.expand(len(part), *z.shape).reshape(len(part), -1, z.shape[-1]).mT)
+    shape = weight.shape
 
+    def plain(z: Tensor, first: Tensor, second: Tensor | None, weight: Tensor) -> list[Tensor]:
+        second = None if second is None else second.mT
+        weight = weight.unflatten(1, (-1, shape[1])).transpose(1, 2)
+        streams = _streams(layer, z.T, first.mT, second, weights)
+        y = streams.flatten(-2) @ weight.flatten(1).T
+        return [y[0].T, y[1 : 1 + len(first)].mT, y[1 + len(first) :].mT]
 
-class _LayerByHand(torch.autograd.Function):
-    """
-    z (I, N), z' (I, D, N), z'' (I, D or 1, N) and coefficients (O, (K + 1) I) to y (O, streams, N).
-
-    With S the streams of `_streams` as ((K + 1), I, streams, N), y = A S. The gradient g of S meets the basis and its
-    first three derivatives in sums over k alone, which is what backward computes. It can be differentiated again: then
-    it runs through the plain operations.
-    """
-
-    @staticmethod
-    def forward(ctx, z, first, second, weight, layer, weights):
-        with torch.no_grad():
-            f, df, d2f, d3f = _features_by_hand(layer, z, third=any(ctx.needs_input_grad[:3]))
-            count = first.shape[1]
-            square = first.square()
-            if weights is not None:
-                square = torch.einsum("d,idn->in", weights, square).unsqueeze(1)
-            streams = f.new_empty(*f.shape[:2], 1 + count + square.shape[1], f.shape[-1])
-            streams[:, :, 0] = f
-            torch.mul(df.unsqueeze(2), first, out=streams[:, :, 1 : 1 + count])
-            bent = torch.mul(d2f.unsqueeze(2), square, out=streams[:, :, 1 + count :])
-            if second is not None:
-                bent.addcmul_(df.unsqueeze(2), second)
-            y = weight @ streams.flatten(2).flatten(0, 1)
-        ctx.save_for_backward(z, first, second, weight, weights)
-        ctx.layer, ctx.kept = layer, (streams, square, df, d2f, d3f)
-        return y.unflatten(1, streams.shape[2:])
-
-    @staticmethod
-    def backward(ctx, grad):
-        z, first, second, weight, weights = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *_plain_gradients(ctx, grad), None, None
-        streams, square, df, d2f, d3f = ctx.kept
-        count = first.shape[1]
-        grad = grad.flatten(1)
-        grad_z = grad_first = grad_second = grad_weight = None
-        if ctx.needs_input_grad[3]:
-            grad_weight = grad @ streams.flatten(2).flatten(0, 1).T
-        if any(ctx.needs_input_grad[:3]):
-            g = (weight.T @ grad).view(streams.shape)
-            with_df = (g * df.unsqueeze(2)).sum(0)  # (I, streams, N)
-            with_d2f = (g[:, :, 1:] * d2f.unsqueeze(2)).sum(0)
-            with_d3f = (g[:, :, 1 + count :] * d3f.unsqueeze(2)).sum(0)
-            bent_d2f = with_d2f[:, count:]
-            grad_z = with_df[:, 0] + (first * with_d2f[:, :count]).sum(1) + (square * with_d3f).sum(1)
-            grad_first = 2 * first * bent_d2f
-            if weights is not None:
-                grad_first = grad_first * weights[:, None]
-            grad_first += with_df[:, 1 : 1 + count]
-            if second is not None:
-                grad_second = with_df[:, 1 + count :]
-                grad_z = grad_z + (second * bent_d2f).sum(1)
-        return grad_z, grad_first, grad_second, grad_weight, None, None
-
-
-def _plain_gradients(ctx, grad: Tensor) -> list[Tensor | None]:
-    """The gradients as differentiable functions of the inputs and of `grad`."""
-    *inputs, weights = ctx.saved_tensors
-    z, first, second, weight = inputs
-    parts = [None if part is None else part.permute(1, 2, 0) for part in (first, second)]
-    streams = _streams(ctx.layer, z.T, *parts, weights)  # (streams, N, I, K + 1)
-    y = torch.einsum("tnik,oki->otn", streams, weight.unflatten(1, (-1, z.shape[0])))
-    wanted = [part for part, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
-    return [next(found) if needed else None for needed in ctx.needs_input_grad[:4]]
-
-
-def _features_by_hand(layer: nn.Module, z: Tensor, third: bool) -> tuple[Tensor, ...]:
-    """As `_features`, (K + 1, I, N), and the third derivatives if they are wanted."""
-    order, size = layer.spline_order, layer.grid_size + layer.spline_order
-    low, high = layer.grid_bounds.unsqueeze(-1).unbind(1)  # (I, 1)
-    per_unit = layer.grid_size / (high - low)
-    centres = torch.arange(size, dtype=z.dtype, device=z.device) - (order - 1) / 2
-    parts = [z.new_empty(size + 1, *z.shape) for _ in range(4 if third else 3)]
-    offset = ((z - low) * per_unit) - centres[:, None, None]
-    distance = offset.abs()
-    for m, factor in enumerate(spline_factors(order)):
-        room = (order + 1) / 2 - m - distance
-        power = (room > 0).to(z.dtype)  # max(room, 0)^0
-        room.relu_()
-        for p in range(order + 1):
-            d = order - p
-            if d < len(parts):
-                target = parts[d][:-1]
-                torch.mul(power, factor, out=target) if m == 0 else target.add_(power, alpha=factor)
-            power = power * room / (p + 1) if p else room.clone()
-    for d, part in enumerate(parts):
-        if d > order:
-            part[:-1] = 0
-        elif d % 2:
-            part[:-1].mul_(offset.sign().mul_(-(per_unit**d)))
-        elif d:
-            part[:-1].mul_(per_unit**d)
-
-    gate = torch.sigmoid(z)
-    slope = gate * (1 - gate)  # and those of the gate itself: slope', slope''
-    bend = slope * (1 - 2 * gate)
-    parts[0][-1] = z * gate
-    parts[1][-1] = gate + z * slope
-    parts[2][-1] = 2 * slope + z * bend
-    if third:
-        parts[3][-1] = 3 * bend + z * (slope * (1 - 6 * slope))
-    return (*parts, None)[:4]
+    coefficients = weight.transpose(1, 2).flatten(1)
+    function = FewOutputsJet if few_outputs(layer, z) else LayerJet
+    y = function.apply(*flat, coefficients, layer, weights, only_second, plain)
+    return tuple(None if part is None else part.mT.unflatten(-2, lead) if len(lead) != 1 else part.mT for part in y)
 
 
 # Coefficients in force
@@ -303,6 +228,12 @@ def _contracts_cheaper(rows: int, o: int, i: int, k: int, ro: int, ri: int, rb: 
     """
     thin = i * k * rb + i * rb * ri + ri * rb * ro + ro * o
     return 3 * rows * thin < 3 * o * i * k * ro + rows * o * i * k
+
+
+def _is_contracted(layer: nn.Module, rows: int) -> bool:
+    own, _, updates = _coefficients(layer)
+    shape = (own.out_features, own.in_features, own.grid_size + own.spline_order + 1)
+    return any(_contracts_cheaper(rows, *shape, *update[1].shape) for update in updates)
 
 
 def _dense(scale: float, core: Tensor, factor_out: Tensor, factor_in: Tensor, factor_basis: Tensor, size: int):

@@ -25,7 +25,19 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.kan import KAN, KANConfig, KANLinear, KANModel, derivatives, hessian, jet, laplacian, layer_jets
+from peft_lotra.kan import (
+    KAN,
+    KANConfig,
+    KANLinear,
+    KANModel,
+    SlimKAN,
+    derivatives,
+    hessian,
+    jet,
+    jet_few_outputs,
+    laplacian,
+    layer_jets,
+)
 
 
 Parts = tuple[Tensor, Tensor, Tensor]
@@ -113,9 +125,60 @@ def test_hand_written_backward(monkeypatch, order, weights):
         return [*once, *torch.autograd.grad(sum(g.square().sum() for g in once), inputs)]
 
     by_hand = gradients()
-    monkeypatch.setattr(layer_jets, "_by_hand_pays", lambda rows: False)
+    monkeypatch.setattr(layer_jets, "_by_hand_pays", lambda *args: False)
     for a, e in zip(by_hand, gradients(), strict=True):
         assert (a - e).abs().max() <= 1e-10 * e.abs().max()
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (0,), (1,), (2,)])
+@pytest.mark.parametrize("weights", [None, [1.0, -2.0]])
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("order", [3, 4, 5])
+def test_few_outputs(monkeypatch, order, outputs, weights, wanted):
+    """Piecewise polynomials give what the basis gives, on grids of their own, inside and outside."""
+    model, x = network(3, 7, outputs, spline_order=order), points(100).requires_grad_()
+    model.layers[1].grid_bounds.copy_(torch.tensor([-0.7, 0.9]).expand(7, 2))
+    directions = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    inputs = [x, directions, *model.parameters()]
+
+    def results() -> list[Tensor]:
+        parts = jet(model, x, directions, collapse=weights or False)
+        loss = sum(parts[index].square().sum() for index in wanted)
+        return [*parts, *torch.autograd.grad(loss, inputs)]
+
+    found = results()
+    monkeypatch.setattr(jet_few_outputs, "MOST_OUTPUTS", 0)
+    for a, e in zip(found, results(), strict=True):
+        assert (a - e).abs().max() <= 1e-10 * e.abs().max()
+
+
+def test_few_outputs_far_from_the_grid():
+    layer = KANLinear(2, 1, dtype=torch.float64)
+    x = torch.tensor([[1e30, -1e30], [float("inf"), 0.3], [float("nan"), 0.1]], dtype=torch.float64).repeat(40, 1)
+    parts = [part.reshape(-1, 120)[:, :3] for part in jet(layer, x)]
+    assert all(part[:, 0].isfinite().all() for part in parts)
+    assert parts[0][:, 2].isnan().all()
+
+
+def test_laplacian_alone_leaves_out_the_rest():
+    for outputs in (1, 3):
+        model, x = network(3, 7, outputs), points(100)
+        gradients = [
+            torch.autograd.grad(second.square().mean(), model.parameters())
+            for second in (laplacian(model, x), jet(model, x, collapse=True)[2])
+        ]
+        for a, e in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+        second = laplacian(model, x)
+        once = torch.autograd.grad(second.square().sum(), model.parameters(), create_graph=True)
+        twice = torch.autograd.grad(sum(g.square().sum() for g in once), model.parameters())
+        assert all(g.isfinite().all() for g in twice)
+
+
+def test_one_layer_twice():
+    layer = KANLinear(3, 3, dtype=torch.float64)
+    model, x = nn.Sequential(layer, layer), points(100)
+    torch.testing.assert_close(laplacian(model, x), nested(model, x)[2].sum(0), rtol=1e-10, atol=1e-10)
 
 
 def test_laplacian_and_weighted_sum():
@@ -194,6 +257,95 @@ def test_adapted(rows, adapt_residual):
         assert_same(jet(model, x), of_base, 1e-12)
 
 
+class WrittenOut(nn.Module):
+    """Layer normalisation by elementary operations: torch's own (2.13) has a wrong third derivative, which finite
+    differences tell."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        return x * (x.square().mean(-1, keepdim=True) + self.norm.eps).rsqrt() * self.norm.weight + self.norm.bias
+
+
+def written_out(model: KAN) -> nn.Module:
+    return nn.Sequential(*(WrittenOut(part) if isinstance(part, nn.LayerNorm) else part for part in model.layers))
+
+
+@pytest.mark.parametrize("rows", [2, 40, 3000])
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_slim(rows, norm):
+    model, x = SlimKAN((3, 7, 6, 2), (4, 3, 3), norm=norm, dtype=torch.float64), points(rows)
+    parts, expected = jet(model, x), nested(written_out(model), x)
+    assert_same(parts, expected)
+    torch.testing.assert_close(laplacian(model, x), expected[2].sum(0), rtol=1e-10, atol=1e-10)
+    gradients = [
+        torch.autograd.grad(sum(part.square().mean() for part in some), model.parameters())
+        for some in (parts, expected)
+    ]
+    for a, e in zip(*gradients, strict=True):
+        assert (a - e).abs().max() <= 1e-10 * e.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:Ranks are larger")
+def test_slim_kan_model_and_a_dense_layer_among_slim_ones():
+    config = KANConfig(widths=[3, 5, 4, 2], ranks=[(3, 3, 4), None, (2, 3, 4)])
+    model, x = KANModel(config).double(), points()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert_same(jet(model, x), nested(model, x))
+        assert_same(jet(adapt(model), x), nested(model, x))
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("merge", ["densify", "truncate"])
+def test_slim_adapted(rows, merge):
+    base, x = SlimKAN((3, 7, 6, 2), (4, 3, 3), dtype=torch.float64), points(rows)
+    of_base = jet(base, x)
+    model = adapt(base)
+    model.add_adapter("second", LoTRAConfig(r=(3, 2, 2), init_weights=False, alpha=0.7, target_modules=["layers.1"]))
+    one = jet(model, x)
+    assert_same(one, nested(model, x))
+    with model.disable_adapter():
+        assert_same(jet(model, x), of_base, 1e-14)
+    model.base_model.set_adapter(["default", "second"])
+    both = jet(model, x)
+    assert_same(both, nested(model, x))
+    assert not torch.allclose(one[2], both[2])
+    model.merge_adapter(slim=merge)
+    assert_same(jet(model, x), nested(model, x))
+    if merge == "densify":
+        assert_same(jet(model, x), both)
+    with model.disable_adapter():
+        assert_same(jet(model, x), of_base, 1e-12)
+
+
+@pytest.mark.parametrize("collapse", [False, (1.0, 0.0, -2.0)])
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_normalised(norm, collapse):
+    model, x = network(norm=norm), points()
+    model(torch.randn(100, 3, dtype=torch.float64))  # moves the running statistics
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        parts = jet(model, x, collapse=collapse)
+    u, du, d2u = nested(model, x)
+    assert_same(parts, (u, du, torch.tensordot(torch.tensor(collapse).to(d2u), d2u, 1) if collapse else d2u))
+    adapted = adapt(model)
+    assert_same(jet(adapted, x), nested(adapted, x))
+    first = nn.Sequential(nn.LayerNorm(3, elementwise_affine=False, dtype=torch.float64), network())
+    assert_same(jet(first, x), nested(first, x))
+    with pytest.raises(ValueError, match="last dimension must be 3"):
+        jet(first, points(40, 2))
+
+
+def test_rows_that_depend_on_each_other_are_refused():
+    with pytest.raises(ValueError, match=r"`layers.1` is a BatchNorm .*model.eval\(\)"):
+        jet(network(norm="batch").train(), points())
+
+
 def test_gradients_of_adapters(rows=40):
     model, x = adapt(network()), points(rows)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -231,6 +383,18 @@ def test_compiles_in_one_graph():
     for a, e in zip(
         torch.autograd.grad(compiled(x), parameters), torch.autograd.grad(loss(x), parameters), strict=True
     ):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.slow
+def test_laplacian_compiles():
+    model, x = network(), points(300)
+    compiled = torch.compile(lambda x: laplacian(model, x), fullgraph=True)
+    gradients = []
+    for function in (compiled, lambda x: laplacian(model, x)):
+        y = function(x)
+        gradients.append([y, *torch.autograd.grad(y.square().mean(), model.parameters())])
+    for a, e in zip(*gradients, strict=True):
         torch.testing.assert_close(a, e)
 
 

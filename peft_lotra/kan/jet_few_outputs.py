@@ -1,0 +1,174 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a dense KAN layer with few outputs makes of a jet: its edges are evaluated as piecewise polynomials."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from .jet_by_hand import plain_gradients
+from .product import needs_plain_operations
+
+
+# From so many outputs, the matrix product of `LayerJet` costs less.
+MOST_OUTPUTS = 2
+
+
+def few_outputs(layer: nn.Module, z: Tensor) -> bool:
+    """Whether to take `FewOutputsJet`. Splines below order 3 have second derivatives that jump, and at the very knots
+    belong to the plain formula alone."""
+    return layer.out_features <= MOST_OUTPUTS and layer.spline_order >= 3 and not needs_plain_operations(z)
+
+
+class FewOutputsJet(torch.autograd.Function):
+    """
+    As `LayerJet`, with the same arguments.
+
+    An edge phi[o, i] is a polynomial of degree p in each grid interval. Its coefficients are gathered for each point,
+    and so phi and its first three derivatives, (O, I, N), cost no more than some operations on tensors of inputs:
+    nothing has the size of the basis. In backward, the moments that the coefficients' gradient is made of are summed
+    by interval.
+    """
+
+    @staticmethod
+    def forward(ctx, z, first, second, weight, layer, weights, only_second, plain):
+        order, inputs = layer.spline_order, len(z)
+        low, high = layer.grid_bounds.unsqueeze(-1).unbind(1)
+        scale = layer.grid_size / (high - low)
+        position = ((z - low) * scale).clamp_(-order - 1, layer.grid_size + order + 1)  # constant zero beyond
+        start = position.floor()
+        t = position.sub_(start)
+        intervals = layer.grid_size + 2 * order + 3
+        index = start.nan_to_num_().long().add_(order + 1)
+        index += torch.arange(inputs, device=z.device).unsqueeze(-1) * intervals
+        index = index.flatten()
+
+        splines, base = weight.view(len(weight), -1, inputs).transpose(1, 2).split([layer.grid_size + order, 1], -1)
+        windows = nn.functional.pad(splines, (order + 1, order + 2)).unfold(-1, order + 1, 1)
+        pieces = _pieces(order, z.dtype, z.device)
+        table = torch.einsum("oijl,lq->qoij", windows, pieces).reshape(-1, inputs * intervals)
+        gathered = table.index_select(1, index).view(order + 1, -1, *z.shape)
+
+        residual = _residual(z)
+        phi = []  # and its derivatives
+        for d in range(1 if only_second else 0, 4):
+            value = gathered[order] * math.perm(order, d)
+            for power in range(order - 1, d - 1, -1):
+                value = torch.addcmul(gathered[power] * math.perm(power, d), value, t)
+            phi.append((value.mul_(scale**d) if d else value).addcmul_(base, residual[d]))
+        weighted = first if weights is None else first * weights[:, None, None]
+        square = weighted * first
+        square = square if weights is None else square.sum(0, keepdim=True)
+
+        *value, slope, bend, jerk = phi
+        d2y = torch.einsum("oin,din->don", bend, square)
+        if second is not None:
+            d2y += torch.einsum("oin,din->don", slope, second)
+        y, dy = (None, None) if only_second else (value[0].sum(1), torch.einsum("oin,din->don", slope, first))
+        ctx.save_for_backward(z, first, second, weight, weights)
+        ctx.set_materialize_grads(False)
+        ctx.plain, ctx.sizes = plain, (order, layer.grid_size + order, intervals)
+        ctx.kept = scale, t, index, slope, bend, jerk, weighted, square, residual
+        return y, dy, d2y
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_dy, grad_d2y):
+        z, first, second, weight, _ = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *plain_gradients(ctx, (grad_y, grad_dy, grad_d2y)), *[None] * 4
+        scale, t, index, slope, bend, jerk, weighted, square, residual = ctx.kept
+        # what y, y' and y'' give to phi and its derivatives, (O, I, N)
+        none = torch.zeros_like(slope)
+        towards = [none if grad_y is None else grad_y.unsqueeze(1).expand_as(slope), none, none]
+        if grad_dy is not None:
+            towards[1] = torch.einsum("don,din->oin", grad_dy, first)
+        if grad_d2y is not None:
+            if second is not None:
+                towards[1] = towards[1] + torch.einsum("don,din->oin", grad_d2y, second)
+            towards[2] = torch.einsum("don,din->oin", grad_d2y, square)
+        to_z = to_first = to_second = to_weight = None
+        if any(ctx.needs_input_grad[:3]):
+            to_z = (towards[0] * slope).addcmul_(towards[1], bend).addcmul_(towards[2], jerk).sum(0)
+            to_first = torch.zeros_like(first, memory_format=torch.contiguous_format)
+            if grad_dy is not None:
+                to_first += torch.einsum("don,oin->din", grad_dy, slope)
+            if grad_d2y is not None:
+                to_first += torch.einsum("don,oin->din", grad_d2y, bend) * weighted * 2
+            if second is not None and grad_d2y is not None:
+                to_second = torch.einsum("don,oin->din", grad_d2y, slope)
+        if ctx.needs_input_grad[3]:
+            to_base = sum((g * r).sum(-1) for g, r in zip(towards, residual[:3], strict=True))
+            to_weight = _weight_gradient(ctx.sizes, t, index, [g * scale**d for d, g in enumerate(towards)])
+            to_weight = torch.cat([to_weight, to_base.unsqueeze(-1)], dim=-1).transpose(1, 2).flatten(1)
+        return to_z, to_first, to_second, to_weight, *[None] * 4
+
+
+def _weight_gradient(sizes: tuple[int, ...], t: Tensor, index: Tensor, towards: list[Tensor]) -> Tensor:
+    """(O, I, K), from the gradients towards the splines and their first two derivatives in grid units, (O, I, N)."""
+    order, num_basis, intervals = sizes
+    powers = [torch.ones_like(t), t]
+    for _ in range(order - 1):
+        powers.append(powers[-1] * t)
+    moments = t.new_empty(order + 1, *towards[0].shape)
+    for q, moment in enumerate(moments):
+        torch.mul(towards[0], powers[q], out=moment)
+        for d in range(1, min(q, 2) + 1):
+            moment.addcmul_(towards[d], powers[q - d], value=math.perm(q, d))
+    outputs, inputs = towards[0].shape[:2]
+    sums = t.new_zeros((order + 1) * outputs, inputs * intervals)
+    for total, moment in zip(sums, moments.flatten(0, 1), strict=True):
+        total.index_add_(0, index, moment.flatten())
+    sums = sums.view(order + 1, outputs, inputs, intervals)
+    windows = torch.einsum("qoij,lq->loij", sums, _pieces(order, t.dtype, t.device))
+    # entry l of the window of interval j, counted from -order - 1, is basis function j + l
+    return sum(window[..., order + 1 - m :][..., :num_basis] for m, window in enumerate(windows))
+
+
+@lru_cache(maxsize=64)
+def _pieces(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The B-splines in a grid interval, that which begins first in row 0, as polynomials in the distance from its
+    start: (p + 1, p + 1), powers ascending."""
+    rows = [
+        [
+            math.comb(order, q)
+            * sum(
+                (-1) ** m * math.comb(order + 1, m) * (order - start - m) ** (order - q)
+                for m in range(order - start + 1)
+            )
+            / math.factorial(order)
+            for q in range(order + 1)
+        ]
+        for start in range(order + 1)
+    ]
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=dtype, device=device)
+
+
+def _residual(z: Tensor) -> list[Tensor]:
+    """silu and its first three derivatives."""
+    gate = torch.sigmoid(z)
+    slope = torch.addcmul(gate, gate, gate, value=-1)
+    bend = slope.addcmul(slope, gate, value=-2)
+    jerk = slope.addcmul(slope, slope, value=-6)
+    return [
+        z * gate,
+        torch.addcmul(gate, z, slope),
+        torch.addcmul(slope * 2, z, bend),
+        torch.addcmul(bend * 3, z, jerk),
+    ]
