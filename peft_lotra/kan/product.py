@@ -442,12 +442,13 @@ def _sparse_gradients(points, weight, left, right, gradient, needed):
         values, index, interval = _sparse_basis(points, rows)
         if needed[0]:
             slopes, _, _ = _sparse_basis(points, rows, derivative=1)
-            starts = torch.arange(0, index.numel(), index[0].numel())
-            row_of = torch.arange(len(index)).repeat_interleave(index[0].numel())
+            # Input after input, so that the coefficients of one stay in the cache for all rows: half the time.
+            index_by_input, slopes = index.transpose(0, 1), slopes.transpose(0, 1)
+            row_of = torch.arange(len(index)).repeat_interleave(slopes.shape[-1]).repeat(len(slopes))
             towards_basis = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                gradient[rows], table, index.flatten(), starts, row_of, 0, -1
+                gradient[rows], table, index_by_input.flatten(), torch.arange(len(index)), row_of, 0, -1
             )
-            towards_x[rows] = (towards_basis.view_as(slopes) * slopes).sum(-1) * points.scale
+            towards_x[rows] = (towards_basis.view_as(slopes) * slopes).sum(-1).t() * points.scale
         if needed[2]:
             towards_left.addmm_(gradient[rows].t(), _gathered_sum(thin_table, index, values))
         parts.append((values, interval))
