@@ -351,7 +351,7 @@ def _dense_gradients(points, weight, left, right, gradient, needed):
     # Transposed: the product that gives it so takes less time.
     towards_matrix = points.x.new_zeros(width, len(weight)) if needed[1] else None
     towards_left = torch.zeros_like(left) if needed[2] else None
-    towards_right = torch.zeros_like(arrangement.right) if needed[3] else None
+    towards_right = points.x.new_zeros(right.shape[0], width) if needed[3] else None
     for rows in _parts(0, size, multiplied):
         given = gradient[rows]
         thin = given @ left if left is not None else None

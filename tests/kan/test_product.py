@@ -79,6 +79,27 @@ def test_value_and_gradients(order, grid_size, points, rank, dtype, tolerance):
         assert_close(*result, tolerance)
 
 
+# Few and many points for the outputs, and for each other; grids on both sides of where coefficients are gathered
+@pytest.mark.parametrize("order, grid_size", [(1, 5), (2, 4), (3, 5), (4, 1), (3, 40)])
+@pytest.mark.parametrize("points", [9, 300])
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_many_inputs_and_coefficients_of_any_strides(order, grid_size, points, rank, contiguous):
+    x, *rest, weight, update = case(order, grid_size, points, rank, torch.float32, in_features=40)
+    tensors = leaves(x, weight, update)
+    if not contiguous:
+        tensors = [tensor.detach().mT.contiguous().mT.requires_grad_() for tensor in tensors]
+        assert not any(tensor.is_contiguous() for tensor in tensors)
+    x, weight, *update = tensors
+    arguments = x, *rest, weight, tuple(update) or None
+    y, expected = spline_product(*arguments), reference(*arguments)
+    direction = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, tensors, direction)
+    true = torch.autograd.grad(expected, tensors, direction.double())
+    for result in [(y, expected), *zip(gradients, true, strict=True)]:
+        assert_close(*result, 1e-4)
+
+
 @pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1), (2,), (3,), (1, 2, 3)])
 @pytest.mark.parametrize("grid_size", [5, 40])
 def test_what_needs_no_gradient_gets_none(grid_size, frozen):
