@@ -24,7 +24,7 @@ from stand_ins import FAMILIES, as_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig, find_kan_layers, register_kan_layer, slim, to_dense
-from peft_lotra.compression import Features
+from peft_lotra.calibration import Features
 from peft_lotra.kan import KAN, KANConfig, KANModel, SlimKANLinear
 from peft_lotra.kan_layers import get_kan_spec
 from peft_lotra.ranks import read_coefficients
