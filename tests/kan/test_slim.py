@@ -20,6 +20,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 
 from peft_lotra.kan import KAN, KANConfig, KANLinear, KANModel, SlimKAN, SlimKANLinear
+from peft_lotra.tucker import expands_first
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,9 @@ def dense_tensor(layer):
 
 @pytest.mark.parametrize("ranks", [(3, 2, 4), (1, 1, 1), (6, 5, 9), (2, 5, 3)])
 @pytest.mark.parametrize("rows", [1, 7, 300])
-def test_equals_the_sum_over_edges(ranks, rows):
+@pytest.mark.parametrize("expands", [True, False])
+def test_equals_the_sum_over_edges_in_either_order(ranks, rows, expands, monkeypatch):
+    monkeypatch.setattr("peft_lotra.kan.slim.expands_first", lambda *_: expands)
     layer = SlimKANLinear(5, 6, ranks, dtype=torch.float64)
     x = torch.randn(rows, 5, dtype=torch.float64)
     tensor = dense_tensor(layer)
@@ -41,6 +44,12 @@ def test_equals_the_sum_over_edges(ranks, rows):
     torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(layer.spline_weight, tensor[..., :-1])
     torch.testing.assert_close(layer.base_weight, tensor[..., -1])
+
+
+def test_few_rows_meet_factor_in_first():
+    components = SlimKANLinear(512, 512, (32, 32, 6)).components
+    core, _, factor_in, factor_basis = components
+    assert [expands_first(rows, core, factor_in, factor_basis) for rows in (1, 8, 128, 1024)] == [False] * 2 + [True] * 2
 
 
 def test_its_parameters_are_core_and_factors():
@@ -59,7 +68,9 @@ def test_leading_shapes(leading):
     torch.testing.assert_close(layer(x).reshape(-1, 2), layer(x.reshape(-1, 3)))
 
 
-def test_transforms_and_compile():
+@pytest.mark.parametrize("expands", [True, False])
+def test_transforms_and_compile(expands, monkeypatch):
+    monkeypatch.setattr("peft_lotra.kan.slim.expands_first", lambda *_: expands)
     layer = SlimKANLinear(3, 2, 2, dtype=torch.float64)
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
