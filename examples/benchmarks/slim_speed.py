@@ -40,15 +40,13 @@ from peft_lotra.kan import KANLinear, SlimKANLinear
 CPU = torch.device("cpu")
 
 
-def make(name: str, width: int, ranks: tuple[int, int, int]) -> torch.nn.Module:
+def make(name: str, width: int, ranks: list[int]) -> torch.nn.Module:
     torch.manual_seed(0)
     return KANLinear(width, width) if name == "dense" else SlimKANLinear(width, width, tuple(ranks))
 
 
-def parts(name: str, width: int, batch: int, ranks: tuple[int, int, int]) -> dict:
+def parts(layer: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> dict:
     """What is measured of a layer: its training step and its inference."""
-    layer, x = make(name, width, ranks), random_inputs(batch, width, CPU).requires_grad_()
-    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-3)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -63,14 +61,24 @@ def parts(name: str, width: int, batch: int, ranks: tuple[int, int, int]) -> dic
     return {"training step": step, "inference": inference}
 
 
-def run_child(cell: dict) -> dict:
-    """MiB that each part needs at its peak beyond layer, inputs and, for the step, the optimizer's state."""
-    peaks = {}
-    for part in ("training step", "inference"):
-        step = parts(**cell)[part]
-        step()  # thread pools, and the state of the optimizer
-        peaks[part] = round(peak_memory(step, CPU), 1)
-    return peaks
+def subject(name: str, width: int, batch: int, ranks: list[int]) -> tuple:
+    """A layer, its optimizer and inputs: the arguments of `parts`."""
+    layer = make(name, width, ranks)
+    return layer, torch.optim.Adam(layer.parameters(), lr=1e-3), random_inputs(batch, width, CPU).requires_grad_()
+
+
+def run_child(cell: dict, part: str) -> float:
+    """MiB that the part needs at its peak beyond layer, inputs and, for the step, the optimizer's state."""
+    layer, optimizer, x = subject(**cell)
+    for few in (8, 12):  # thread pools, and the state of the optimizer
+        parts(layer, optimizer, x.detach()[:few].requires_grad_())[part]()
+    layer.zero_grad()
+    return round(peak_memory(parts(layer, optimizer, x)[part], CPU), 1)
+
+
+def peaks(name: str, cell: dict, threads: int) -> dict[str, float]:
+    child = [__file__, "--child", json.dumps({"name": name, **cell})]
+    return {part: in_child([*child, part], threads)["mib"] for part in ("training step", "inference")}
 
 
 def show(console: Console, result: dict) -> None:
@@ -81,7 +89,7 @@ def show(console: Console, result: dict) -> None:
     for part in ("training step", "inference"):
         for label, unit, values in (
             ("", "ms", {name: times[part][1] for name, times in result["ms"].items()}),
-            (", peak memory", "MiB", {name: peaks[part] for name, peaks in result["mib"].items()}),
+            (", peak memory", "MiB", {name: by_part[part] for name, by_part in result["mib"].items()}),
         ):
             dense, slim = values["dense"], values["slim"]
             share = f"{slim / dense:.2f}" if dense else "-"
@@ -108,8 +116,8 @@ def main() -> None:
         "machine": describe_machine(CPU),
         "cell": cell,
         "parameters": {n: sum(p.numel() for p in make(n, cell["width"], cell["ranks"]).parameters()) for n in names},
-        **interleave({n: parts(n, **cell) for n in names}, CPU, seconds, rounds=(5, 100)),
-        "mib": {n: in_child([__file__, "--child", json.dumps({"name": n, **cell})], args.threads) for n in names},
+        **interleave({n: parts(*subject(n, **cell)) for n in names}, CPU, seconds, rounds=(5, 100)),
+        "mib": {n: peaks(n, cell, args.threads) for n in names},
     }
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -120,6 +128,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(run_child(json.loads(sys.argv[2]))))
+        print(json.dumps({"mib": run_child(json.loads(sys.argv[2]), sys.argv[3])}))
     else:
         main()
