@@ -94,6 +94,13 @@ def show(console: Console, result: dict) -> None:
             dense, slim = values["dense"], values["slim"]
             share = f"{slim / dense:.2f}" if dense else "-"
             table.add_row(f"{part}{label}", f"{dense:.1f} {unit}", f"{slim:.1f} {unit}", share)
+    # Adam holds two more numbers for each parameter
+    for part, copies in (("training step", 3), ("inference", 1)):
+        sizes = {n: copies * 4 * count / 2**20 for n, count in result["parameters"].items()}
+        held = {n: by_part[part] + sizes[n] for n, by_part in result["mib"].items()}
+        label = "parameters" if copies == 1 else "parameters and Adam's state"
+        share = f"{held['slim'] / held['dense']:.2f}"
+        table.add_row(f"{part}, with {label}", *(f"{mib:.1f} MiB" for mib in held.values()), share)
     table.add_row("parameters", *(f"{n:,}" for n in result["parameters"].values()), "")
     console.print(table)
 
