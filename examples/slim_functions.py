@@ -217,8 +217,8 @@ def main() -> None:
     done = {(row["function"], row["model"], row["seed"]) for row in rows}
     todo = [
         (function, kind, seed)
-        for function in args.functions
         for seed in range(args.seeds)
+        for function in args.functions
         for kind in ("dense", *rank_settings(2))
         if (function, kind, seed) not in done
     ]

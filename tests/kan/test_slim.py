@@ -48,6 +48,17 @@ def test_equals_the_sum_over_edges_in_either_order(ranks, rows, expands, monkeyp
     torch.testing.assert_close(layer.base_weight, tensor[..., -1])
 
 
+@pytest.mark.parametrize("expands", [True, False])
+def test_gradients_of_the_components(expands, monkeypatch):
+    monkeypatch.setattr(sys.modules[SlimKANLinear.__module__], "expands_first", lambda *_: expands)
+    layer, x = SlimKANLinear(5, 6, (3, 2, 4)), torch.randn(300, 5, requires_grad=True)
+    tensor = dense_tensor(layer)
+    expected = torch.einsum("oik,bik->bo", tensor[..., :-1], layer.basis(x)) + F.silu(x) @ tensor[..., -1].T
+    inputs, direction = [x, *layer.components], torch.randn(300, 6)
+    gradients = torch.autograd.grad(layer(x), inputs, direction)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, inputs, direction), rtol=1e-4, atol=1e-3)
+
+
 def test_few_rows_meet_factor_in_first():
     components = SlimKANLinear(512, 512, (32, 32, 6)).components
     core, _, factor_in, factor_basis = components
