@@ -17,10 +17,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -29,20 +30,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from .functional import call_with_parameters
+from .calibration import gather_features, model_outputs, relative_error
 from .kan.layer import KANLinear
 from .kan.slim import SlimKANLinear, warn_capped
 from .kan_layers import KANLayerSpec, find_kan_layers, known_families
-from .ranks import LayerSpectrum, Spectrum, cheapest, pattern_key, read_coefficients, spectrum_of, suggest_ranks
-from .slim_layer import SlimLayer, edge_scale
+from .ranks import Spectrum, check_energy, pattern_key, read_coefficients, spectrum_of, suggest_ranks
+from .slim_layer import SlimLayer
 from .targets import locate_target
 from .tucker import balance, cap_ranks, check_ranks, reconstruct, tucker
 
 
 Ranks = int | tuple[int, int, int]
 
-# With `inputs`: how much a direction that they do not show counts, as a share of the mean over all directions.
-_RIDGE = 1e-3
+# Steps of the search for the smallest budget that keeps an energy: to 2 % of it, if it may be up to 300 times that of
+# ranks 1.
+_BISECTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,13 @@ class SlimReport:
     Attributes:
         errors (`dict[str, float]`): By layer, the norm of what the factors miss of the coefficient tensor (with the
             residual weights), as a share of its norm; measured on the factors as they are stored.
-        output_errors (`dict[str, float]`): With `inputs`, what they miss of the layer's outputs on what reaches
-            it, as a share of the outputs' deviations from their mean; else empty.
+        output_errors (`dict[str, float]`): With `inputs`, what they miss of the layer's outputs on what reached it
+            in the model as it was, as a share of the outputs' deviations from their mean; else empty.
         ranks (`dict[str, tuple[int, int, int]]`): By layer.
         dense (`list[str]`): The layers that were left as they were, since factors would take more parameters.
         parameters (`tuple[int, int]`): Of the KAN layers' coefficients, before and after.
+        model_error (`float`, *optional*): With `inputs`, the same for the outputs of the whole model, all layers
+            compressed; its square is at most 1 - `energy`.
     """
 
     errors: dict[str, float]
@@ -64,6 +68,7 @@ class SlimReport:
     dense: list[str]
     parameters: tuple[int, int]
     output_errors: dict[str, float] = field(default_factory=dict)
+    model_error: float | None = None
 
     def __str__(self) -> str:
         width = max(map(len, [*self.errors, *self.dense]))
@@ -73,6 +78,8 @@ class SlimReport:
             for line, name in zip(lines, self.errors, strict=True)
         ]
         lines += [f"{name:{width}}  left dense: its factors would take more parameters" for name in self.dense]
+        if self.model_error is not None:
+            lines.append(f"error of the model's outputs {self.model_error:.2%}")
         before, after = self.parameters
         return "\n".join([*lines, f"{after:,} parameters, {before:,} before ({before / after:.1f}x)"])
 
@@ -91,11 +98,13 @@ def slim(
     A `KANLinear` becomes a `SlimKANLinear`, the layer of another family a `SlimLayer` around what is left of it. The
     result trains on like any network.
 
-    Pass `inputs`, some of the training data, wherever there are any: what counts is then what the factors miss of each
-    layer's outputs on these inputs, not of its coefficients. Trained coefficient tensors are far from low rank (99 %
-    of their energy takes nearly full ranks), but the functions that they compute on data mostly are not. The factors
-    of the modes in and basis are then those of the tensor weighted by the second moments of the features in each mode,
-    and the core and factor_out the best ones beside them (reduced rank regression).
+    Pass `inputs`, some of the training data, wherever there are any: what counts is then what the factors miss of the
+    model's outputs on these inputs, not of the coefficients. Trained coefficient tensors are far from low rank (99 %
+    of their energy takes nearly full ranks: what they were initialised with stays where no data asks for anything
+    else), but the functions that they compute on data mostly are not. The factors are then those of the tensor
+    weighted in the modes in and basis by the second moments of the features, and in the mode out by how the model's
+    outputs respond to the layer's (J^T J, as in the Gauss-Newton matrix); the core and factor_out are the best ones
+    beside the other two (reduced rank regression).
 
     Where a family multiplies the splines of each edge by a scale (efficient-kan, pykan), coefficient times scale is
     what is compressed, and the scale is 1 from then on.
@@ -113,11 +122,11 @@ def slim(
         model (`nn.Module`): A network with KAN layers, or one layer, without adapters. It is left as it is.
         ranks (`int`, `tuple[int, int, int]` or `dict`, *optional*): (ro, ri, rb) for each layer, capped by the sizes
             of its modes with a warning; or by layer, as `suggest_ranks` returns them, others being left dense;
-        energy (`float`, *optional*): or the share of the squared norm to keep in each layer, above 0 and up to 1: of
-            its coefficients, or with `inputs` of its outputs;
+        energy (`float`, *optional*): or the share of the squared norm to keep, above 0 and up to 1: of each layer's
+            coefficients, or with `inputs` of the deviations of the model's outputs from their mean;
         budget (`int`, *optional*): or the number of parameters for the coefficients of all layers together.
         inputs (`torch.Tensor`, *optional*): Samples of the model's input, a thousand or so. All basis functions of
-            each layer in turn are held in memory for them.
+            each layer are held in memory for them, in float64.
 
     Returns:
         `nn.Module`: A copy of the model, of the same class, with Slim layers. It has a [`SlimReport`] as
@@ -126,7 +135,8 @@ def slim(
 
     Raises:
         ValueError: Not one of `ranks`, `energy` and `budget` is given, or one that cannot be; the model has adapters
-            (merge them first), no KAN layer, or coefficients that are not finite.
+            (merge them first), no KAN layer, coefficients that are not finite, or layers that no input reaches.
+        TypeError: With `inputs`, the model returns no tensor, nor a tuple or dict that begins with one.
     """
     if [ranks, energy, budget].count(None) != 2:
         raise ValueError(
@@ -142,49 +152,24 @@ def slim(
             f"The model has adapters ({', '.join(adapted[:3]) or type(model).__name__}): merge them first, "
             "`model = model.merge_and_unload()`."
         )
-    model = _copy(model)
-    layers = {
-        found.name: locate_target(found.name, model.get_submodule(found.name))[:2]
-        for found in find_kan_layers(model)
-        if not isinstance(model.get_submodule(found.name), (SlimKANLinear, SlimLayer))
-    }
-    if not layers:
-        raise ValueError(
-            "No KAN layer that could be compressed was found in the model. The known families are "
-            f"{', '.join(known_families())}; describe another one with `peft_lotra.register_kan_layer`."
+    if energy is not None:
+        check_energy(energy)
+    compression = _Compression(model, inputs)
+    if ranks is not None:
+        chosen = _asked(compression.tensors, ranks)
+    elif energy is not None and inputs is not None:
+        chosen = compression.enough(energy)
+    else:
+        chosen = compression.suggest(energy=energy, budget=budget)
+    small = compression.run(chosen)
+    if grown := [name for name in small.slim_report.dense if name in chosen]:
+        hint = " Pass `inputs`: on data there is mostly less to keep." if inputs is None and energy is not None else ""
+        warnings.warn(
+            f"Left dense, since their factors would take more parameters: {', '.join(grown)}.{hint}", stacklevel=2
         )
-    tensors = {name: _tensor(name, layer) for name, (layer, _) in layers.items()}
-    features = {}
-    if inputs is not None:
-        features = {name: Features(*layers[name], x) for name, x in _reaching(model, layers, inputs).items()}
-    chosen = _choose(tensors, features, ranks, energy, budget)
-
-    sizes = {name: tensor.numel() for name, tensor in tensors.items()}
-    after = sum(sizes.values())
-    errors, output_errors, dense = {}, {}, []
-    for name, tensor in tensors.items():
-        if name not in chosen or _cost(chosen[name], tensor.shape) >= sizes[name]:
-            dense.append(name)
-            continue
-        fitted = features[name].fit(tensor, chosen[name]) if features else tucker(tensor, chosen[name])
-        slim_layer = _make(*layers[name], *balance(*fitted))
-        with torch.no_grad():
-            stored = reconstruct(*(component.double() for component in slim_layer.components))
-        errors[name] = ((tensor - stored).norm() / tensor.norm().clamp(min=1e-300)).item()
-        if features:
-            output_errors[name] = features[name].error(tensor, stored)
-        after += sum(component.numel() for component in slim_layer.components) - sizes[name]
-        model = _replace(model, name, slim_layer)
-    grown = [name for name in dense if name in chosen]
-    if grown:
-        warnings.warn(f"Left dense, since their factors would take more parameters: {', '.join(grown)}.", stacklevel=2)
-    report = SlimReport(
-        errors, {name: chosen[name] for name in errors}, dense, (sum(sizes.values()), after), output_errors
-    )
-    model.slim_report = report
-    if not isinstance(model, (SlimKANLinear, SlimLayer)):  # which have the method
-        model.__dict__["to_dense"] = partial(to_dense, model)
-    return model
+    if not isinstance(small, (SlimKANLinear, SlimLayer)):  # which have the method
+        small.__dict__["to_dense"] = partial(to_dense, small)
+    return small
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -216,160 +201,106 @@ def _tensor(name: str, layer: nn.Module) -> torch.Tensor:
     return tensor.detach()
 
 
-def _choose(
-    tensors: dict[str, torch.Tensor],
-    features: dict[str, Features],
-    ranks: Ranks | Mapping[str, Ranks] | None,
-    energy: float | None,
-    budget: int | None,
+def _asked(
+    tensors: Mapping[str, torch.Tensor], ranks: Ranks | Mapping[str, Ranks]
 ) -> dict[str, tuple[int, int, int]]:
     """The ranks of each layer; a layer that a mapping does not name is left out."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if ranks is None:
-        weighted = {name: features[name].weigh(tensor) for name, tensor in tensors.items()} if features else tensors
-        spectrum = Spectrum({name: spectrum_of(tensor) for name, tensor in weighted.items()})
-        suggested = suggest_ranks(spectrum, energy=energy, budget=budget)
-        chosen = {name: suggested[pattern_key(name)] for name in tensors}
-        for name in features if energy is not None else ():
-            chosen[name] = features[name].enough(tensors[name], energy, spectrum.layers[name], chosen[name])
-        return chosen
     asked = dict.fromkeys(tensors, ranks)
     if isinstance(ranks, Mapping):
         keys = {name: get_pattern_key(ranks.keys(), name) for name in tensors}
         asked = {name: ranks[key] for name, key in keys.items() if key in ranks}
         if not asked:
             raise ValueError(f"`ranks` names none of the KAN layers {list(tensors)}: {list(ranks)}.")
-    chosen = {name: cap_ranks(r, shapes[name]) for name, r in asked.items()}
-    warn_capped({name: (r, shapes[name], chosen[name]) for name, r in asked.items()})
+    chosen = {name: cap_ranks(r, tuple(tensors[name].shape)) for name, r in asked.items()}
+    warn_capped({name: (r, tuple(tensors[name].shape), chosen[name]) for name, r in asked.items()})
     return chosen
 
 
-class Features:
-    """What a layer's coefficients multiply, for samples of its input.
+class _Compression:
+    """A model, its coefficient tensors (out, in, basis [+ 1]) by layer, and with `inputs` what weighs them.
 
-    Args:
-        layer, spec: The layer and its family.
-        x (`torch.Tensor`): (..., in), what reaches it.
+    Raises:
+        ValueError: There is no KAN layer, or the coefficients of one are not finite, or no input reaches it.
     """
 
-    def __init__(self, layer: nn.Module, spec: KANLayerSpec, x: torch.Tensor) -> None:
-        location = spec.locate(layer)
-        out, in_features, basis = location.shape
-        basis += location.has_residual
-        x = x.reshape(-1, in_features)
-        scale = edge_scale(layer, spec)
+    def __init__(self, model: nn.Module, inputs: torch.Tensor | None) -> None:
+        self.model = _copy(model)
+        layers = {
+            found.name: self._locate(self.model, found.name)
+            for found in find_kan_layers(self.model)
+            if not isinstance(self.model.get_submodule(found.name), (SlimKANLinear, SlimLayer))
+        }
+        if not layers:
+            raise ValueError(
+                "No KAN layer that could be compressed was found in the model. The known families are "
+                f"{', '.join(known_families())}; describe another one with `peft_lotra.register_kan_layer`."
+            )
+        self.tensors = {name: _tensor(name, layer) for name, (layer, _) in layers.items()}
+        self.inputs = inputs
+        self.features = {} if inputs is None else gather_features(self.model, layers, inputs)
+        if inputs is not None:
+            with torch.no_grad():
+                self.outputs = model_outputs(self.model, inputs)
 
-        def run(tensor: torch.Tensor) -> torch.Tensor:
-            parameters = location.split(tensor.view(out, in_features, basis))
-            if scale is not None:
-                parameters[scale] = torch.ones_like(getattr(layer, scale))
-            y = call_with_parameters(layer, parameters, layer, (x,), {})
-            return y[0] if isinstance(y, tuple) else y
+    @staticmethod
+    def _locate(model: nn.Module, name: str) -> tuple[nn.Module, KANLayerSpec]:
+        return locate_target(name, model.get_submodule(name))[:2]
 
-        # A layer is linear in its coefficients, whatever its basis: unit tensors bring the features out, one for each
-        # output at a time.
-        columns = []
-        zeros = location.get_parameter(layer).new_zeros(out, in_features * basis)
-        constant = run(zeros)
-        for start in range(0, in_features * basis, out):
-            unit = zeros.clone()
-            index = torch.arange(min(out, in_features * basis - start), device=unit.device)
-            unit[index, start + index] = 1
-            columns.append((run(unit) - constant)[:, : len(index)])
-        self.values = torch.cat(columns, dim=1).double().unflatten(1, (in_features, basis))  # (samples, in, basis)
-        self.roots = [_root(torch.tensordot(self.values, self.values, ([0, 3 - m], [0, 3 - m]))) for m in (1, 2)]
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Of the tensors, with `inputs` weighted."""
+        weighted = {
+            name: self.features[name].weigh(tensor) if self.features else tensor
+            for name, tensor in self.tensors.items()
+        }
+        return Spectrum({name: spectrum_of(tensor) for name, tensor in weighted.items()})
 
-    def weigh(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor, its modes in and basis weighted by the second moments of the features in each. Of norm 1, so
-        that all layers count alike whatever the size of their outputs."""
-        weighted = torch.einsum("oik,ij,kl->ojl", tensor, *self.roots)
-        return weighted / weighted.norm().clamp(min=1e-300)
+    def suggest(self, **amount: float | None) -> dict[str, tuple[int, int, int]]:
+        """The ranks for an energy or a budget by the spectrum."""
+        suggested = suggest_ranks(self.spectrum, **amount)
+        return {name: suggested[pattern_key(name)] for name in self.tensors}
 
-    def fit(self, tensor: torch.Tensor, ranks: tuple[int, int, int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """core and factors, which have orthonormal columns, that come close to the layer's outputs."""
-        _, (_, *factors) = tucker(self.weigh(tensor), ranks)
-        factors = [
-            torch.linalg.qr(torch.linalg.solve(root, factor)).Q
-            for root, factor in zip(self.roots, factors, strict=True)
-        ]
-        z = torch.einsum("nik,ib,kc->nbc", self.values, *factors).flatten(1)
-        target = self.outputs(tensor)
-        # As if each of the features had been seen a little on its own: their number may exceed that of the samples.
-        start = torch.einsum("oik,ib,kc->obc", tensor, *factors).flatten(1).T
-        gram = z.T @ z
-        ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        weights = torch.linalg.solve(gram + ridge, z.T @ target + ridge @ start)  # (ri rb, out)
-        factor_out = torch.linalg.svd(z @ weights, full_matrices=False).Vh[: ranks[0]].T
-        core = (weights @ factor_out).T.reshape(-1, *ranks[1:])
-        return core, [factor_out.contiguous(), *factors]
-
-    def outputs(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(samples, out), what the layer makes of the samples with these coefficients, without its bias."""
-        return self.values.flatten(1) @ tensor.flatten(1).T
-
-    def error(self, tensor: torch.Tensor, other: torch.Tensor) -> float:
-        """The norm of the difference of the outputs by two tensors, as a share of how far those by the first vary
-        about their mean. A large mean carries nothing, and would make any error look small (MNIST's background)."""
-        y, difference = self.outputs(tensor), self.outputs(tensor - other)
-        return (difference.norm() / (y - y.mean(0)).norm().clamp(min=1e-300)).item()
-
-    def enough(
-        self, tensor: torch.Tensor, energy: float, spectrum: LayerSpectrum, ranks: tuple[int, int, int]
-    ) -> tuple[int, int, int]:
-        """Ranks that keep the energy of the outputs, found from those that keep that of the weighted tensor: with a
-        core of its own the fit is mostly better, and needs fewer."""
-        full = tuple(spectrum.energies.shape)
-        low, high = 0.0, 1.0
-        best = full
-        for _ in range(7):
-            middle = (low + high) / 2
-            ranks = cheapest(spectrum, middle)
-            if 1 - self.error(tensor, reconstruct(*_flat(self.fit(tensor, ranks)))) ** 2 >= energy:
-                high, best = middle, ranks
+    def enough(self, energy: float) -> dict[str, tuple[int, int, int]]:
+        """The ranks for the smallest budget that keeps this share of the model's outputs, found by bisection."""
+        sizes = [tensor.numel() for tensor in self.tensors.values()]
+        best = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}  # which leaves all layers dense
+        low, high = sum(1 + sum(tensor.shape) for tensor in self.tensors.values()), sum(sizes)
+        for _ in range(_BISECTIONS):
+            middle = round(math.sqrt(low * high))
+            chosen = self.suggest(budget=middle)
+            if 1 - self.run(chosen).slim_report.model_error ** 2 >= energy:
+                high, best = middle, chosen
             else:
                 low = middle
         return best
 
-
-def _flat(decomposition: tuple[torch.Tensor, list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
-    core, factors = decomposition
-    return core, *factors
-
-
-def _root(moments: torch.Tensor) -> torch.Tensor:
-    """The symmetric square root, of moments that no direction is quite without."""
-    values, vectors = torch.linalg.eigh(moments)
-    values = values.clamp(min=0) + _RIDGE * values.clamp(min=0).mean().clamp(min=1e-300)
-    return vectors * values.sqrt() @ vectors.T
-
-
-@torch.no_grad()
-def _reaching(
-    model: nn.Module, layers: dict[str, tuple[nn.Module, KANLayerSpec]], inputs: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """What reaches each layer for these inputs of the model.
-
-    Raises:
-        ValueError: Nothing reaches one of them.
-    """
-    reached: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: reached[name].append(args[0].detach()))
-        for name, (layer, _) in layers.items()
-    ]
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        model(inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training:
-            module.training = mode
-    missed = [name for name, xs in reached.items() if not xs]
-    if missed:
-        raise ValueError(f"None of `inputs` reaches {missed}: the model's forward pass does not call these layers.")
-    return {name: torch.cat([x.flatten(0, -2) for x in xs]) for name, xs in reached.items()}
+    def run(self, chosen: Mapping[str, tuple[int, int, int]]) -> nn.Module:
+        """A copy of the model in which these layers are Slim, where that saves parameters, with its `slim_report`."""
+        model = _copy(self.model)
+        before = after = sum(tensor.numel() for tensor in self.tensors.values())
+        errors, output_errors, dense = {}, {}, []
+        for name, tensor in self.tensors.items():
+            if name not in chosen or _cost(chosen[name], tensor.shape) >= tensor.numel():
+                dense.append(name)
+                continue
+            features = self.features.get(name)
+            fitted = tucker(tensor, chosen[name]) if features is None else features.fit(tensor, chosen[name])
+            slim_layer = _make(*self._locate(model, name), *balance(*fitted))
+            with torch.no_grad():
+                stored = reconstruct(*(component.double() for component in slim_layer.components))
+            errors[name] = ((tensor - stored).norm() / tensor.norm().clamp(min=1e-300)).item()
+            if features is not None:
+                output_errors[name] = features.error(tensor, stored)
+            after += sum(component.numel() for component in slim_layer.components) - tensor.numel()
+            model = _replace(model, name, slim_layer)
+        model_error = None
+        if self.inputs is not None:
+            with torch.no_grad():
+                model_error = relative_error(self.outputs, model_outputs(model, self.inputs))
+        model.slim_report = SlimReport(
+            errors, {name: chosen[name] for name in errors}, dense, (before, after), output_errors, model_error
+        )
+        return model
 
 
 def _cost(ranks: tuple[int, int, int], shape: torch.Size) -> int:

@@ -191,14 +191,19 @@ def suggest_ranks(
         raise ValueError("Pass either a spectrum, or a base model and a tuned one.")
     if (energy is None) == (budget is None):
         raise ValueError(f"Pass one of `energy` and `budget`, got `energy`={energy} and `budget`={budget}.")
-    if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"`energy` must be above 0 and at most 1 (0.95 keeps 95 %), got {energy}.")
+    if energy is not None:
+        check_energy(energy)
     spectrum = base if isinstance(base, Spectrum) else update_spectrum(base, tuned)
     if energy is not None:
         ranks = {name: cheapest(layer, energy) for name, layer in spectrum.layers.items()}
     else:
         ranks = _spend(spectrum.layers, budget)
     return {pattern_key(name): r for name, r in ranks.items()}
+
+
+def check_energy(energy: float) -> None:
+    if not 0 < energy <= 1:
+        raise ValueError(f"`energy` must be above 0 and at most 1 (0.95 keeps 95 %), got {energy}.")
 
 
 def pattern_key(name: str) -> str:

@@ -31,8 +31,10 @@ import torch
 from einops import rearrange
 
 
-# What moving a number to another place in memory costs, in multiplications; measured with `contract`.
-_COPY_COST = 32
+# What moving a number to another place costs in `contract`, in multiplications, measured: for as many numbers as a
+# cache holds, and for more.
+_COPY_COSTS = (64, 300)
+_CACHED = 2**20
 
 
 def reconstruct(
@@ -70,12 +72,11 @@ def contract(
     factor_in: torch.Tensor,
     factor_basis: torch.Tensor,
 ) -> torch.Tensor:
-    """What a layer whose coefficient tensor has this Tucker decomposition returns, without building the tensor.
+    """What a layer whose coefficient tensor has this Tucker decomposition returns, factor_in meeting each row's basis
+    functions first: the way for few rows, see `expands_first`.
 
-    Of two orders, the one that costs less for these shapes: the core is expanded to a matrix of ro rows, which meets
-    all basis functions at once (for many rows), or factor_in meets each row's basis functions first (for few rows, and
-    for ri far below ro). They agree to rounding. All products are of matrices, see `reconstruct`. To go from the basis
-    mode inwards would take the fewest multiplications of all, but was never the fastest: its matrices are too thin.
+    All products are of matrices, see `reconstruct`. To go from the basis mode inwards would take the fewest
+    multiplications of all, but was never the fastest: its matrices are too thin.
 
     Args:
         basis (`torch.Tensor`): (rows, in, basis), the values of the basis functions.
@@ -86,20 +87,22 @@ def contract(
     Returns:
         (rows, out).
     """
-    ro, ri, rb = core.shape
-    rows, size, functions = basis.shape[0], len(factor_in), len(factor_basis)
-    matrix = (core.flatten(0, 1) @ factor_basis.T).unflatten(0, (ro, ri))  # (ro, ri, basis + 1)
-    core_first = functions * size * ro * (ri + rows)
-    in_first = functions * rows * (size * ri + ri * ro + _COPY_COST * size)
-    if core_first <= in_first:
-        matrix = factor_in @ rearrange(matrix, "a b k -> b (a k)")  # (in, ro (basis + 1))
-        matrix = rearrange(matrix, "i (a k) -> k i a", a=ro)
-        z = residual @ matrix[-1] + basis.flatten(1) @ rearrange(matrix[:-1], "k i a -> (i k) a")
-    else:
-        z = rearrange(basis, "n i k -> (n k) i") @ factor_in
-        z = rearrange(z, "(n k) b -> n (b k)", k=functions - 1) @ matrix[..., :-1].flatten(1).T
-        z = z + residual @ factor_in @ matrix[..., -1].T
+    functions = basis.shape[-1]
+    matrix = (core.flatten(0, 1) @ factor_basis.T).unflatten(0, core.shape[:2])  # (ro, ri, basis + 1)
+    z = rearrange(basis, "n i k -> (n k) i") @ factor_in
+    z = rearrange(z, "(n k) b -> n (b k)", k=functions) @ matrix[..., :-1].flatten(1).T
+    z = z + residual @ factor_in @ matrix[..., -1].T
     return z @ factor_out.T
+
+
+def expands_first(rows: int, core: torch.Tensor, factor_in: torch.Tensor, factor_basis: torch.Tensor) -> bool:
+    """Whether a layer of these components does better to expand the core to a matrix of ro rows, which meets all basis
+    functions at once without their being kept (`expand_inputs`, `spline_product`), than to `contract` each row's."""
+    ro, ri, _ = core.shape
+    size = len(factor_in)
+    cached = rows * size * len(factor_basis) <= _CACHED
+    copies = size * (_COPY_COSTS[0] if cached else _COPY_COSTS[1])
+    return size * ro * (ri + rows) <= rows * (size * ri + ri * ro + copies)
 
 
 def dense_update(scale: float | torch.Tensor, core: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:

@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from ..tucker import cap_ranks, check_ranks, contract, reconstruct
+from ..tucker import cap_ranks, check_ranks, contract, expand_inputs, expands_first, reconstruct
 from .basis import bspline_basis
 from .layer import KANLinear, check_layer
 from .network import KAN, LayerStack, Norm, pairs, with_norms
+from .product import spline_product
 
 
 # Share of the variance of a new layer's output that comes from its splines, and the gains of the columns of factor_in
@@ -180,9 +181,17 @@ class SlimKANLinear(nn.Module):
         Raises:
             ValueError: the last dimension is not I.
         """
-        basis = rearrange(self.basis(x), "... i k -> (...) i k")
-        residual = F.silu(rearrange(x, "... i -> (...) i"))
-        y = contract(basis, residual, *self.components)
+        self._check_input(x)
+        rows = x.reshape(-1, self.in_features)
+        core, factor_out, factor_in, factor_basis = self.components
+        residual = F.silu(rows)
+        if expands_first(len(rows), core, factor_in, factor_basis):
+            low, high = self.grid_bounds.unbind(-1)
+            splines = expand_inputs(core, factor_in, factor_basis[:-1]).contiguous()
+            z = spline_product(rows, low, high, self.grid_size, self.spline_order, splines)
+            y = (z + residual @ factor_in @ (core @ factor_basis[-1]).T) @ factor_out.T
+        else:
+            y = contract(self.basis(rows), residual, *self.components)
         return y.view(*x.shape[:-1], self.out_features)
 
     def forward_with(self, delta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 
 from peft_lotra.kan import KAN, KANConfig, KANLinear, KANModel, SlimKAN, SlimKANLinear
+from peft_lotra.tucker import expands_first
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +36,9 @@ def dense_tensor(layer):
 
 @pytest.mark.parametrize("ranks", [(3, 2, 4), (1, 1, 1), (6, 5, 9), (2, 5, 3)])
 @pytest.mark.parametrize("rows", [1, 7, 300])
-def test_equals_the_sum_over_edges(ranks, rows):
+@pytest.mark.parametrize("expands", [True, False])
+def test_equals_the_sum_over_edges_in_either_order(ranks, rows, expands, monkeypatch):
+    monkeypatch.setattr(sys.modules[SlimKANLinear.__module__], "expands_first", lambda *_: expands)
     layer = SlimKANLinear(5, 6, ranks, dtype=torch.float64)
     x = torch.randn(rows, 5, dtype=torch.float64)
     tensor = dense_tensor(layer)
@@ -41,6 +46,24 @@ def test_equals_the_sum_over_edges(ranks, rows):
     torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(layer.spline_weight, tensor[..., :-1])
     torch.testing.assert_close(layer.base_weight, tensor[..., -1])
+
+
+@pytest.mark.parametrize("expands", [True, False])
+def test_gradients_of_the_components(expands, monkeypatch):
+    monkeypatch.setattr(sys.modules[SlimKANLinear.__module__], "expands_first", lambda *_: expands)
+    layer, x = SlimKANLinear(5, 6, (3, 2, 4)), torch.randn(300, 5, requires_grad=True)
+    tensor = dense_tensor(layer)
+    expected = torch.einsum("oik,bik->bo", tensor[..., :-1], layer.basis(x)) + F.silu(x) @ tensor[..., -1].T
+    inputs, direction = [x, *layer.components], torch.randn(300, 6)
+    gradients = torch.autograd.grad(layer(x), inputs, direction)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, inputs, direction), rtol=1e-4, atol=1e-3)
+
+
+def test_few_rows_meet_factor_in_first():
+    components = SlimKANLinear(512, 512, (32, 32, 6)).components
+    core, _, factor_in, factor_basis = components
+    expands = [expands_first(rows, core, factor_in, factor_basis) for rows in (1, 8, 128, 1024)]
+    assert expands == [False, False, True, True]
 
 
 def test_its_parameters_are_core_and_factors():
@@ -59,7 +82,9 @@ def test_leading_shapes(leading):
     torch.testing.assert_close(layer(x).reshape(-1, 2), layer(x.reshape(-1, 3)))
 
 
-def test_transforms_and_compile():
+@pytest.mark.parametrize("expands", [True, False])
+def test_transforms_and_compile(expands, monkeypatch):
+    monkeypatch.setattr(sys.modules[SlimKANLinear.__module__], "expands_first", lambda *_: expands)
     layer = SlimKANLinear(3, 2, 2, dtype=torch.float64)
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))

@@ -1,0 +1,140 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A Slim layer beside the dense one: training step, inference and peak memory, in one run.
+
+    python examples/benchmarks/slim_speed.py            # half a minute; threads as torch chooses, or --threads
+    python examples/benchmarks/slim_speed.py --quick    # a small layer, to see that it runs
+
+Subjects take turns, medians count; memory is that of a process of its own. The step is forward pass, backward pass
+(towards the input too) and an update by Adam.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from measure import describe_machine, in_child, interleave, peak_memory
+from rich.console import Console
+from rich.table import Table
+from subjects import random_inputs
+
+from peft_lotra.kan import KANLinear, SlimKANLinear
+
+
+CPU = torch.device("cpu")
+
+
+def make(name: str, width: int, ranks: list[int]) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return KANLinear(width, width) if name == "dense" else SlimKANLinear(width, width, tuple(ranks))
+
+
+def parts(layer: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> dict:
+    """What is measured of a layer: its training step and its inference."""
+
+    def step() -> None:
+        optimizer.zero_grad()
+        x.grad = None
+        layer(x).square().mean().backward()
+        optimizer.step()
+
+    def inference() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    return {"training step": step, "inference": inference}
+
+
+def subject(name: str, width: int, batch: int, ranks: list[int]) -> tuple:
+    """A layer, its optimizer and inputs: the arguments of `parts`."""
+    layer = make(name, width, ranks)
+    return layer, torch.optim.Adam(layer.parameters(), lr=1e-3), random_inputs(batch, width, CPU).requires_grad_()
+
+
+def run_child(cell: dict, part: str) -> float:
+    """MiB that the part needs at its peak beyond layer, inputs and, for the step, the optimizer's state."""
+    layer, optimizer, x = subject(**cell)
+    for few in (8, 12):  # thread pools, and the state of the optimizer
+        parts(layer, optimizer, x.detach()[:few].requires_grad_())[part]()
+    layer.zero_grad()
+    return round(peak_memory(parts(layer, optimizer, x)[part], CPU), 1)
+
+
+def peaks(name: str, cell: dict, threads: int) -> dict[str, float]:
+    child = [__file__, "--child", json.dumps({"name": name, **cell})]
+    return {part: in_child([*child, part], threads)["mib"] for part in ("training step", "inference")}
+
+
+def show(console: Console, result: dict) -> None:
+    cell = result["cell"]
+    table = Table(title=f"{cell['width']} -> {cell['width']}, batch {cell['batch']}, ranks {tuple(cell['ranks'])}")
+    for column in ("", "dense", "Slim", "Slim / dense"):
+        table.add_column(column, justify="right" if column else "left")
+    for part in ("training step", "inference"):
+        for label, unit, values in (
+            ("", "ms", {name: times[part][1] for name, times in result["ms"].items()}),
+            (", peak memory", "MiB", {name: by_part[part] for name, by_part in result["mib"].items()}),
+        ):
+            dense, slim = values["dense"], values["slim"]
+            share = f"{slim / dense:.2f}" if dense else "-"
+            table.add_row(f"{part}{label}", f"{dense:.1f} {unit}", f"{slim:.1f} {unit}", share)
+    # Adam holds two more numbers for each parameter
+    for part, copies in (("training step", 3), ("inference", 1)):
+        sizes = {n: copies * 4 * count / 2**20 for n, count in result["parameters"].items()}
+        held = {n: by_part[part] + sizes[n] for n, by_part in result["mib"].items()}
+        label = "parameters" if copies == 1 else "parameters and Adam's state"
+        share = f"{held['slim'] / held['dense']:.2f}"
+        table.add_row(f"{part}, with {label}", *(f"{mib:.1f} MiB" for mib in held.values()), share)
+    table.add_row("parameters", *(f"{n:,}" for n in result["parameters"].values()), "")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=15.0, help="for the timed rounds (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    cell = {"width": 512, "batch": 1024, "ranks": [32, 32, 6]}
+    name, seconds = "slim_speed", args.seconds
+    if args.quick:
+        cell, name, seconds = {"width": 32, "batch": 64, "ranks": [4, 4, 3]}, "slim_speed_quick", 0.1
+    names = ("dense", "slim")
+    result = {
+        "machine": describe_machine(CPU),
+        "cell": cell,
+        "parameters": {n: sum(p.numel() for p in make(n, cell["width"], cell["ranks"]).parameters()) for n in names},
+        **interleave({n: parts(*subject(n, **cell)) for n in names}, CPU, seconds, rounds=(5, 100)),
+        "mib": {n: peaks(n, cell, args.threads) for n in names},
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    console = Console(width=100)
+    show(console, result)
+    console.print(f"written: {args.output / name}.json")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps({"mib": run_child(json.loads(sys.argv[2]), sys.argv[3])}))
+    else:
+        main()
