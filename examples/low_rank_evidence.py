@@ -59,7 +59,7 @@ torch.set_num_threads(1)  # on matrices this small more threads cost more than t
 
 RANKS = (4, 4, 4)
 SHARE = 0.2  # of the coefficients, that an extracted adapter may have as parameters
-MORE_STEPS, MORE_LR = 50, 1e-3  # the training of an extracted adapter
+MORE_STEPS, MORE_LR = 50, 3e-4  # the training of an extracted adapter
 
 Data = tuple[torch.Tensor, torch.Tensor]
 
