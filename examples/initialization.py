@@ -22,10 +22,10 @@
 A KAN is trained, then adapted to a real change of its data with few labels: scikit-learn's digits rotated by 30
 degrees (200 labels), the same with noise (the quickstart's shift), and MNIST brought to 8x8 (500 labels). LoTRA starts
 from random factors or from the gradient (`preprocess_lotra`, one pass over the labelled data), at two ranks. Full
-fine-tuning and both starts get several learning rates, both starts also three ratios of the components' rates; shown is
-the best mean over the seeds of each, and what the fixed setting SETTING gives. The quickstart's shift is repeated on
-KANs of two other libraries, with few rates. A PDE (viscous Burgers, see examples/pde) shows where random factors do as
-well. The best settings are chosen by the test scores that are shown, for every method alike.
+fine-tuning and both starts get several learning rates, both starts also three ratios of the components' rates. Shown
+is the best mean over the seeds of each, chosen by these same test scores for every method alike, and what the fixed
+setting SETTING gives. The quickstart's shift is repeated on KANs of two other libraries, with few rates. A PDE
+(viscous Burgers, see examples/pde) shows where random factors do as well.
 Writes initialization.json.
 """
 
