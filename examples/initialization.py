@@ -156,18 +156,16 @@ def pde(target: str, args: argparse.Namespace, bar: tqdm) -> Rows:
 
         for start in ("random", "gradient"):
             for policy, multipliers in policies.items():
-                for lr in (1e-2, 2e-2):
-                    method = methods.Method(
-                        "",
-                        partial(model, start),
-                        lambda m, lr, p=multipliers: create_lotra_optimizer(m, torch.optim.Adam, lr=lr, policy=p),
-                        {target: lr},
-                    )
-                    parameter = family.targets[target]
-                    _, curve = methods.train(method, family, target, parameter, base, setting, seed)
-                    key = f"{policy}, lr {lr:g}"
-                    rows.setdefault(f"{start} {setting.large}", {}).setdefault(key, []).append(100 * curve[-1][2])
-                    bar.update()
+                method = methods.Method(
+                    "",
+                    partial(model, start),
+                    lambda m, lr, p=multipliers: create_lotra_optimizer(m, torch.optim.Adam, lr=lr, policy=p),
+                    methods.LOTRA_LR,
+                )
+                _, curve = methods.train(method, family, target, family.targets[target], base, setting, seed)
+                key = f"{policy}, lr {methods.LOTRA_LR[target]:g}"
+                rows.setdefault(f"{start} {setting.large}", {}).setdefault(key, []).append(100 * curve[-1][2])
+                bar.update()
     return rows
 
 
