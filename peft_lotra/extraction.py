@@ -134,8 +134,8 @@ def extract_lotra(
 
     Raises:
         ValueError: Not one of `r`, `energy`, `budget` and `rank_pattern` is given, or one that cannot be; the models
-            have different architectures or grids, are the same, or are not finite; `base` has adapters; the inputs
-            do not reach a layer.
+            have different architectures or grids, are the same, or are not finite; `base` has adapters; `inputs`
+            are empty or not finite, or do not reach a layer.
         TypeError: With `inputs`, the model returns no tensor, tuple or dict that begins with one.
     """
     if [energy, budget, r if rank_pattern is None else rank_pattern].count(None) != 2:
@@ -151,6 +151,10 @@ def extract_lotra(
     if not updates:
         raise ValueError("The KAN layers have the same coefficients in both models: there is nothing to extract.")
 
+    if inputs is not None and not (isinstance(inputs, torch.Tensor) and inputs.numel() and inputs.isfinite().all()):
+        raise ValueError(
+            f"`inputs` must be a tensor of samples that are finite, as the model takes them, got {_describe(inputs)}."
+        )
     features = None if inputs is None else _gather(tuned, list(updates), inputs)
     if energy is not None or budget is not None:
         seen = {
@@ -224,6 +228,13 @@ def _resolve_ranks(
             raise ValueError(f"`rank_pattern` has no ranks for `{name}`, and `r` is not given: {list(rank_pattern)}.")
         ranks[name] = cap_ranks(config.rank_pattern.get(key, config.r), tuple(update.tensor.shape))
     return ranks
+
+
+def _describe(inputs: object) -> str:
+    """What was given, for a message."""
+    if not isinstance(inputs, torch.Tensor):
+        return f"a {type(inputs).__name__}"
+    return f"shape {tuple(inputs.shape)}" + (" with NaN or infinite values" if inputs.numel() else "")
 
 
 def _gather(tuned: nn.Module, names: list[str], inputs: torch.Tensor) -> dict[str, Features]:

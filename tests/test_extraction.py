@@ -280,4 +280,11 @@ def test_inputs_that_do_not_fit_leave_the_base_as_it_was():
     before = snapshot(model)
     with pytest.raises(ValueError, match="shape"):
         extract_lotra(model, tuned, r=2, inputs=correlated(in_features=7))
+    for wrong, message in (
+        (correlated(0), "shape"),
+        (torch.nan * correlated(), "NaN"),
+        ("text", "a str"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            extract_lotra(model, tuned, r=2, inputs=wrong)
     assert_same(model, before)
