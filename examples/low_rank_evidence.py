@@ -332,7 +332,7 @@ def main() -> None:
 
 
 def show(results: dict) -> None:
-    console = Console(width=110)
+    console = Console(width=130)
     seeds = results["settings"]["seeds"]
     table = Table(title=f"Energy of the full fine-tuning's update in ranks {RANKS}, %, mean of {seeds} seeds")
     for column in ("task", "update", "random update", "layers"):
@@ -343,13 +343,13 @@ def show(results: dict) -> None:
             name, f"{100 * row['update']['mean']:.1f}", f"{100 * row['random']['mean']:.1f}", " / ".join(layers)
         )
     console.print(table)
-    table = Table(title="Adapters extracted from the fine-tuned models: accuracy %, and share of the gain kept")
-    keys = ["base", "fine-tuned"]
-    keys += [f"{gain}{key}" for key in ("without data", "extracted", "trained on") for gain in ("", "gain kept, ")]
-    for column in ("", "% of parameters", *keys):
+    table = Table(title="Adapters extracted from the fine-tuned models: accuracy % (share of the gain kept)")
+    kept = ("without data", "extracted", "trained on")
+    for column in ("", "% of parameters", "base", "fine-tuned", *kept):
         table.add_column(column, justify="right" if column else "left")
     for name, row in results["extraction"].items():
-        values = [f"{row[key]['mean']:.1%}" if key.startswith("gain") else f"{row[key]['mean']:.1f}" for key in keys]
+        values = [f"{row[key]['mean']:.1f} ({row[f'gain kept, {key}']['mean']:.1%})" for key in kept]
+        values = [f"{row[key]['mean']:.1f}" for key in ("base", "fine-tuned")] + values
         table.add_row(name, f"{100 * row['share']['mean']:.1f}", *values)
     console.print(table)
 
