@@ -131,14 +131,14 @@ def compare(make: Callable[[int], Task], library: str, args: argparse.Namespace,
 
 
 def pde(target: str, args: argparse.Namespace, bar: tqdm) -> Rows:
-    """The relative error in % on viscous Burgers, by the Adam of examples/pde, from both starts."""
+    """The relative error in % on viscous Burgers, by the Adam of examples/pde at its rates, from both starts."""
     sys.path.insert(0, str(Path(__file__).parent / "pde"))
     import families
     import methods
 
     family = families.FAMILIES["burgers"]
-    setting = methods.QUICK if args.quick else methods.Setting()
-    policies = {"that of examples/pde": methods.COMPONENT_RATES, "slow core": POLICIES["slow core"]}
+    setting = methods.QUICK if args.quick else methods.Setting(adam_steps=400)
+    optimizer = methods.adam_by_component
     rows: Rows = {}
     for seed in range(args.seeds):
         base = methods.pretrained(family, setting, seed, args.cache)
@@ -155,17 +155,11 @@ def pde(target: str, args: argparse.Namespace, bar: tqdm) -> Rows:
             return get_peft_model(kan, config)
 
         for start in ("random", "gradient"):
-            for policy, multipliers in policies.items():
-                method = methods.Method(
-                    "",
-                    partial(model, start),
-                    lambda m, lr, p=multipliers: create_lotra_optimizer(m, torch.optim.Adam, lr=lr, policy=p),
-                    methods.LOTRA_LR,
-                )
-                _, curve = methods.train(method, family, target, family.targets[target], base, setting, seed)
-                key = f"{policy}, lr {methods.LOTRA_LR[target]:g}"
-                rows.setdefault(f"{start} {setting.large}", {}).setdefault(key, []).append(100 * curve[-1][2])
-                bar.update()
+            method = methods.Method("", partial(model, start), optimizer, methods.LOTRA_LR)
+            _, curve = methods.train(method, family, target, family.targets[target], base, setting, seed)
+            key = f"{setting.adam_steps} steps, lr {methods.LOTRA_LR[target]:g}"
+            rows.setdefault(f"{start} {setting.large}", {}).setdefault(key, []).append(100 * curve[-1][2])
+            bar.update()
     return rows
 
 

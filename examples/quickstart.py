@@ -62,7 +62,7 @@ LOTRA = LoTRAConfig(r=(16, 16, 6), init_weights="gradient")
 LORA = LoraConfig(
     r=2, lora_alpha=2, target_modules=[], target_parameters=["layers.0.spline_weight", "layers.1.spline_weight"]
 )
-LEARNING_RATES = {"LoTRA": 1e-2, "full fine-tuning": 3e-2, "PEFT LoRA": 1e-2}
+LEARNING_RATES = {"LoTRA": 1e-2, "full fine-tuning": 1e-2, "PEFT LoRA": 1e-2}
 POLICY = {"core": 0.03, "factor_out": 0.5}  # as `preprocess_lotra` recommends for a start from the gradient
 
 
