@@ -16,6 +16,7 @@
 
     python examples/learning_rates.py            # widths 16 to 512, about half an hour on one core
     python examples/learning_rates.py --quick    # a few seconds, for CI: says nothing about the rule
+    python examples/learning_rates.py --library efficient-kan    # or pykan: the first task, widths 16 and 64, Adam
 
 A random KAN of three layers [n, n, n, n] is adapted to a teacher, which is the same KAN with a rank-3 update of half
 the size of its coefficients in each layer. Every learning rate of a half-decade grid is tried at each width n, with
@@ -36,14 +37,16 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from low_rank_evidence import build
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig
+from peft_lotra import LoTRAConfig, find_kan_layers
 from peft_lotra.kan import KAN
+from peft_lotra.kan_layers import get_kan_spec
 from peft_lotra.optim import create_lotra_optimizer
 
 
@@ -67,7 +70,7 @@ BATCH = 128
 class Problem:
     """What a base model is adapted to; the losses are divided by `scale`."""
 
-    base: KAN
+    base: nn.Module
     x: Tensor  # (steps, batch, inputs)
     y: Tensor
     x_test: Tensor
@@ -75,15 +78,15 @@ class Problem:
     scale: float
 
 
-def make_problem(task: str, width: int, seed: int, steps: int) -> Problem:
+def make_problem(task: str, library: str, width: int, seed: int, steps: int) -> Problem:
     torch.manual_seed(1000 * seed + width)
     if task == "teacher":
-        base = KAN([width] * 4)
+        base = build(library, [width] * 4)
         target = make_teacher(base, rank=3, size=0.5)
     else:
         base, target = KAN([2, width, width, 1]), second_function
         pretrain(base, first_function)
-    inputs = base.layers[0].in_features
+    inputs = find_kan_layers(base)[0].in_features
     x, x_test = torch.rand(steps, BATCH, inputs) * 2 - 1, torch.rand(1024, inputs) * 2 - 1
     with torch.no_grad():
         y, y_test = torch.stack([target(batch) for batch in x]), target(x_test)
@@ -92,16 +95,18 @@ def make_problem(task: str, width: int, seed: int, steps: int) -> Problem:
 
 
 @torch.no_grad()
-def make_teacher(base: KAN, rank: int, size: float) -> KAN:
+def make_teacher(base: nn.Module, rank: int, size: float) -> nn.Module:
     """The KAN with an update of the given rank in each layer, `size` times as large as the layer's coefficients."""
     teacher = copy.deepcopy(base)
-    for layer in teacher.layers:
-        tensor = torch.cat([layer.spline_weight, layer.base_weight[..., None]], dim=-1)
+    for info in find_kan_layers(teacher):
+        layer = teacher.get_submodule(info.name)
+        coefficients = get_kan_spec(layer).locate(layer)
+        tensor = coefficients.read(layer)
         factors = [torch.randn(length, rank) for length in tensor.shape]
         update = torch.einsum("abc,oa,ib,kc->oik", torch.randn(rank, rank, rank), *factors)
         update *= size * tensor.norm() / update.norm()
-        layer.spline_weight += update[..., :-1]
-        layer.base_weight += update[..., -1]
+        for name, part in coefficients.split(update).items():
+            layer.get_parameter(name).add_(part)
     return teacher
 
 
@@ -146,7 +151,7 @@ def sweep(setting: dict, bar: tqdm) -> list[dict]:
     for task, optimizers in setting["tasks"].items():
         for width, seeds in setting["seeds"].items():
             for seed in range(seeds):
-                problem = make_problem(task, width, seed, setting["steps"])
+                problem = make_problem(task, setting["library"], width, seed, setting["steps"])
                 for name in optimizers:
                     if width > setting["widest"][name]:
                         continue
@@ -249,11 +254,13 @@ def draw(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small widths and few steps, to see that it runs")
+    parser.add_argument("--library", default="peft-lotra", choices=("peft-lotra", "efficient-kan", "pykan"))
     parser.add_argument("--widest", type=int, default=512, help="leave out the widths above (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
 
     setting = {
+        "library": args.library,
         "tasks": TASKS,
         "steps": 300,
         # at 512 a run takes half a minute: one seed, and by Adam only
@@ -261,6 +268,9 @@ def main() -> None:
         "widest": {"Adam": 512, "SGD": 256},
         "rates": {name: rates for name, (_, rates) in OPTIMIZERS.items()},
     }
+    if args.library != "peft-lotra":  # slower ones, pykan's by ten times and more
+        setting |= {"tasks": {"teacher": ("Adam",)}, "seeds": {16: 3, 64: 1}}
+        setting["rates"] = {"Adam": OPTIMIZERS["Adam"][1][2:5]}
     if args.quick:
         setting |= {"steps": 40, "seeds": {16: 1, 32: 1}}
         setting["rates"] = {name: rates[1:4] for name, (_, rates) in OPTIMIZERS.items()}
@@ -278,7 +288,7 @@ def main() -> None:
     show_tables(console, rows)
 
     args.output.mkdir(parents=True, exist_ok=True)
-    name = "learning_rates_quick" if args.quick else "learning_rates"
+    name = "learning_rates" + ("" if args.library == "peft-lotra" else f"_{args.library}") + "_quick" * args.quick
     results = {
         "setting": {**setting, "ranks": RANKS, "batch": BATCH},
         "rows": [{**row, "losses": [loss if loss < math.inf else None for loss in row["losses"]]} for row in rows],

@@ -217,9 +217,9 @@ class CoefficientUpdate:
 
     Attributes:
         tensor (`torch.Tensor`): (out, in, basis), or (out, in, basis + 1) with the residual branch: the change of the
-            coefficients, or, if the scales of the edges changed too, of coefficient times scale.
+            coefficients, or, if the scales of the edges changed too (or count anyway), of coefficient times scale.
         scale (`torch.Tensor`, *optional*): As `tensor`: what the layer of the base model multiplies a change of its
-            coefficients by to get there; `None` if the scales did not change.
+            coefficients by to get there; `None` if the change is of the coefficients.
     """
 
     tensor: torch.Tensor
@@ -227,8 +227,9 @@ class CoefficientUpdate:
 
 
 @torch.no_grad()
-def coefficient_updates(base: nn.Module, tuned: nn.Module) -> dict[str, CoefficientUpdate]:
-    """The updates of all KAN layers, by name.
+def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False) -> dict[str, CoefficientUpdate]:
+    """The updates of all KAN layers, by name; with `scaled`, those of edges with scales are of coefficient times scale
+    even if the scales did not change.
 
     Raises:
         ValueError: As `update_spectrum`.
@@ -251,7 +252,7 @@ def coefficient_updates(base: nn.Module, tuned: nn.Module) -> dict[str, Coeffici
         for which, tensor in (("base", before), ("tuned", after)):
             if not tensor.isfinite().all():
                 raise ValueError(f"The coefficients of `{name}` in the {which} model are not finite.")
-        if scale is None or torch.equal(scale, new_scale):
+        if scale is None or (torch.equal(scale, new_scale) and not scaled):
             updates[name] = CoefficientUpdate(after - before)
         else:
             updates[name] = CoefficientUpdate(new_scale * after - scale * before, scale)

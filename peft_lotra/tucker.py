@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -35,6 +35,10 @@ from einops import rearrange
 # cache holds, and for more.
 _COPY_COSTS = (64, 300)
 _CACHED = 2**20
+
+
+# How much the tensor itself counts beside what is measured of it.
+_UNSEEN = 1e-3
 
 
 def reconstruct(
@@ -195,7 +199,11 @@ def balance(core: torch.Tensor, factors: Sequence[torch.Tensor]) -> tuple[torch.
 
 
 def tucker_scaled(
-    tensor: torch.Tensor, scale: torch.Tensor, ranks: tuple[int, int, int], steps: int = 400
+    tensor: torch.Tensor,
+    scale: torch.Tensor,
+    ranks: tuple[int, int, int],
+    steps: int = 400,
+    measure: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """A Tucker decomposition that, multiplied by `scale` entry by entry, comes closest to `tensor`.
 
@@ -206,19 +214,25 @@ def tucker_scaled(
         tensor, scale (`torch.Tensor`): (out, in, basis).
         ranks (`tuple[int, int, int]`): (ro, ri, rb), none above the size of its mode.
         steps (`int`): The most iterations of L-BFGS.
+        measure (`Callable[[torch.Tensor], torch.Tensor]`, *optional*): A linear map of such tensors: closest is then
+            what it makes of them, and to a thousandth the tensor itself, for what the map does not see.
 
     Returns:
         core and factors, which have orthonormal columns, in float64.
     """
     tensor, scale = tensor.detach().double(), scale.detach().double()
     energy = tensor.square().sum()
+    measured = None if measure is None else measure(tensor).square().sum().clamp(min=1e-300)
     core, factors = tucker(scale * tensor / scale.abs().max().clamp(min=1e-30) ** 2, ranks)
     parts = [part.contiguous().requires_grad_() for part in (core, *factors)]
     optimizer = torch.optim.LBFGS(parts, max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = (scale * reconstruct(*parts) - tensor).square().sum() / energy
+        missed = scale * reconstruct(*parts) - tensor
+        loss = missed.square().sum() / energy
+        if measure is not None:
+            loss = _UNSEEN * loss + measure(missed).square().sum() / measured
         loss.backward()
         return loss
 

@@ -214,3 +214,77 @@ def test_exact_targets():
     assert exact_targets(["a.0"], model) == {"a.0"}
     assert exact_targets(["0", "a.0"], model) == {"0", "a.0"}
     assert exact_targets(["0"], model) == "0"
+
+
+###############
+# With inputs #
+###############
+
+
+def correlated(rows: int = 60, in_features: int = 8) -> torch.Tensor:
+    """Inputs of two directions, as data of many dimensions have few."""
+    return torch.tanh(torch.randn(rows, 2, dtype=torch.float64) @ torch.randn(2, in_features, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("family", ["own", "efficient-kan", "efficient-kan-no-scaler", "pykan", "fast-kan"])
+def test_with_inputs_the_outputs_are_met_better_and_their_error_is_the_true_one(family):
+    model, x = base(family, torch.float64, in_features=8, out_features=7), correlated()
+    tuned = fine_tuned(model, x, 20)
+    bare, errors = copy.deepcopy(model), {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fast-kan's bias and norm
+        for given in (None, x):
+            extracted = extract_lotra(copy.deepcopy(bare), tuned, r=(3, 3, 3), inputs=given)
+            report = extracted.extraction_report
+            change = tuned(x) - bare(x)
+            errors[given is x] = ((tuned(x) - extracted(x)).norm() / change.norm()).item()
+    assert errors[True] < 0.8 * errors[False], errors
+    if family != "fast-kan":  # of which something changed that no adapter holds
+        assert report.output_errors["kan"] == pytest.approx(errors[True], abs=1e-6)
+    wanted = coefficient_updates(bare, tuned, scaled=True)["kan"]
+    got = coefficient_updates(bare, extracted.merge_and_unload(), scaled=True)["kan"]
+    missed = (wanted.tensor - got.tensor).norm() / wanted.tensor.norm()
+    assert report.errors["kan"] == pytest.approx(missed.item(), abs=1e-6)
+
+
+def test_scales_of_the_edges_count_with_inputs_even_if_they_did_not_change():
+    model, x = base("efficient-kan", torch.float64, in_features=8, out_features=7), correlated()
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned.kan.spline_weight.add_(0.3 * torch.randn_like(tuned.kan.spline_weight))
+    bare = copy.deepcopy(model)
+    extracted = extract_lotra(model, tuned, r=(3, 3, 3), inputs=x)
+    error = ((tuned(x) - extracted(x)).norm() / (tuned(x) - bare(x)).norm()).item()
+    assert extracted.extraction_report.output_errors["kan"] == pytest.approx(error, abs=1e-6)
+
+
+def test_with_inputs_ranks_are_chosen_by_the_outputs_and_an_adapted_model_is_read():
+    model, x = KAN([8, 9, 5], dtype=torch.float64), correlated()
+    adapted = adapt(copy.deepcopy(model), r=(3, 3, 3))
+    before = snapshot(adapted)
+    reports = [
+        extract_lotra(copy.deepcopy(model), tuned, budget=200, inputs=x).extraction_report
+        for tuned in (adapted, copy.deepcopy(adapted).merge_and_unload())
+    ]
+    assert_same(adapted, before)
+    assert reports[0].ranks == reports[1].ranks and reports[0].parameters <= 200
+    assert reports[0].output_errors == pytest.approx(reports[1].output_errors, rel=1e-4)
+    assert "of its outputs" in str(reports[0])
+    without = extract_lotra(copy.deepcopy(model), adapted, budget=200).extraction_report
+    assert without.output_errors is None and "outputs" not in str(without)
+
+
+def test_inputs_that_do_not_fit_leave_the_base_as_it_was():
+    model = KAN([8, 9, 5], dtype=torch.float64)
+    tuned = fine_tuned(model, correlated())
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="shape"):
+        extract_lotra(model, tuned, r=2, inputs=correlated(in_features=7))
+    for wrong, message in (
+        (correlated(0), "shape"),
+        (torch.nan * correlated(), "NaN"),
+        ("text", "a str"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            extract_lotra(model, tuned, r=2, inputs=wrong)
+    assert_same(model, before)

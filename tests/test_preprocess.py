@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from peft_lotra import LoTRAConfig, preprocess_lotra
 from peft_lotra.kan import KAN, KANLinear
 from peft_lotra.kan_layers import get_kan_spec
+from peft_lotra.tucker import expand_inputs
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -71,6 +72,17 @@ def adapt_by_gradient(model: nn.Module, **kwargs: Any) -> PeftModel:
 
 def projector(columns: Tensor) -> Tensor:
     return columns @ torch.linalg.pinv(columns)
+
+
+def directions(layer: nn.Module, adapter: str = "default") -> Tensor:
+    """(in basis, ro): what factor_out weighs for each output."""
+    core, _, factor_in, factor_basis = layer.get_components(adapter)
+    return expand_inputs(core, factor_in, factor_basis).flatten(1).T
+
+
+def leading_directions(tensor: Tensor, rank: int) -> Tensor:
+    """(in basis, rank): the leading right singular vectors of the unfolding (out, in basis)."""
+    return torch.linalg.svd(tensor.flatten(1), full_matrices=False).Vh[:rank].T
 
 
 def leading(tensor: Tensor, mode: int, rank: int) -> Tensor:
@@ -133,7 +145,7 @@ def with_batch_norm() -> nn.Module:
 
 
 @every_family
-@pytest.mark.parametrize("mode, factor", [(0, "lotra_factor_out"), (1, "lotra_factor_in"), (2, "lotra_factor_basis")])
+@pytest.mark.parametrize("mode, factor", [(1, "lotra_factor_in"), (2, "lotra_factor_basis")])
 def test_a_factor_spans_the_leading_singular_vectors_of_the_gradient(family, mode, factor):
     model = base(family, torch.float64)
     gradient = gradient_of(model)
@@ -146,6 +158,26 @@ def test_a_factor_spans_the_leading_singular_vectors_of_the_gradient(family, mod
     torch.testing.assert_close(gram, gram[0, 0] * torch.eye(2).to(gram), rtol=0, atol=1e-6)
     expected = projector(leading(gradient, mode, 2))
     torch.testing.assert_close(projector(columns), expected, rtol=0, atol=1e-6)
+
+
+@every_family
+def test_the_directions_are_the_leading_ones_of_the_gradient_and_of_equal_weight(family):
+    model = base(family, torch.float64)
+    gradient = gradient_of(model)
+    (layer,) = lotra_layers(adapt_by_gradient(model, r=(2, 99, 99))).values()
+    columns = directions(layer)
+    size = gradient.shape[2]  # factor_basis has columns of norm sqrt(basis)
+    torch.testing.assert_close(columns.T @ columns, size * torch.eye(2).to(columns), rtol=0, atol=1e-6)
+    expected = projector(leading_directions(gradient, 2))
+    torch.testing.assert_close(projector(columns), expected, rtol=0, atol=1e-6)
+
+
+def test_more_outputs_than_directions():
+    model = base("own", torch.float64)
+    (layer,) = lotra_layers(adapt_by_gradient(model, r=(4, 1, 2))).values()
+    core, factor_out, _, _ = layer.get_components("default")
+    assert core.shape == (4, 1, 2) and core.flatten(1).norm(dim=1).all() and not factor_out.any()
+    torch.testing.assert_close(core.flatten(1)[:2] @ core.flatten(1)[:2].T, torch.eye(2).to(core))
 
 
 @every_family
@@ -163,7 +195,8 @@ def test_factors_of_small_ranks_keep_the_most_of_the_gradient(family):
             for other in {0, 1, 2} - {mode}:
                 reduced = (projector(factors[other]) @ reduced.movedim(other, -2)).movedim(-2, other)
             factors[mode] = leading(reduced, mode, ranks[mode])
-    share = kept(gradient, list(layer.get_components("default")[1:]))
+    part = gradient.flatten(1) @ projector(directions(layer))
+    share = (part.square().sum() / gradient.square().sum()).item()
     assert share > of_hosvd - 1e-9 and share == pytest.approx(kept(gradient, factors), abs=1e-3)
     random = [torch.randn_like(factor) for factor in factors]
     assert share > kept(gradient, random) + 0.05
@@ -177,11 +210,11 @@ def test_the_adapted_model_starts_as_its_base(family):
     adapted = adapt_by_gradient(model)
     assert relative(adapted(x), y) <= 1e-6
     (layer,) = lotra_layers(adapted).values()
-    core, *factors = layer.get_components("default")
-    assert not core.any() and all(factor.any() for factor in factors)
-    # the first step moves it: a zero core still has a gradient
+    core, factor_out, *factors = layer.get_components("default")
+    assert not factor_out.any() and all(part.any() for part in (core, *factors))
+    # the first step moves it: a zero factor still has a gradient
     adapted(x).square().sum().backward()
-    assert core.grad.any()
+    assert factor_out.grad.any()
 
 
 def test_the_gradient_is_that_of_the_layouts_as_stored():
@@ -193,8 +226,8 @@ def test_the_gradient_is_that_of_the_layouts_as_stored():
         spline, residual = (getattr(twin.kan, name).grad for name in ("spline_weight", "base_weight"))
         gradient = torch.cat([spline, residual[..., None]], -1).permute(order)
         (layer,) = lotra_layers(adapt_by_gradient(model, r=(1, 99, 99))).values()
-        expected = projector(leading(gradient, 0, 1))
-        torch.testing.assert_close(projector(layer.lotra_factor_out["default"]), expected, rtol=0, atol=1e-6)
+        expected = projector(leading_directions(gradient, 1))
+        torch.testing.assert_close(projector(directions(layer)), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["own", "efficient-kan", "pykan", "fast-kan", "flashkan", "pina"])
@@ -242,8 +275,8 @@ def test_all_layers_of_a_model_get_their_own():
     layers = lotra_layers(adapt_by_gradient(model, r=(1, 99, 99)))
     assert list(layers) == [f"base_model.model.{name}" for name in names]
     for name, gradient in gradients.items():
-        columns = layers[f"base_model.model.{name}"].lotra_factor_out["default"]
-        torch.testing.assert_close(projector(columns), projector(leading(gradient, 0, 1)), rtol=0, atol=1e-6)
+        columns = directions(layers[f"base_model.model.{name}"])
+        torch.testing.assert_close(projector(columns), projector(leading_directions(gradient, 1)), rtol=0, atol=1e-6)
 
 
 def test_half_precision():
@@ -295,13 +328,13 @@ def test_the_base_is_left_as_it_was(failure):
 
 def test_a_gradient_that_was_gathered_before_survives_a_failure():
     model = base("own", torch.float64)
-    expected = projector(leading(gradient_of(model), 0, 2))
+    expected = projector(leading_directions(gradient_of(model), 2))
     config = gradient_config(r=(2, 99, 99))
     preprocess_lotra(model, config, train_step_for(model))
     with pytest.raises(ValueError, match="No gradient"):
         preprocess_lotra(model, config, lambda: None)
     (layer,) = lotra_layers(get_peft_model(model, config)).values()
-    torch.testing.assert_close(projector(layer.lotra_factor_out["default"]), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(projector(directions(layer)), expected, rtol=0, atol=1e-6)
 
 
 def test_a_gradient_that_misses_one_layer_names_it():
@@ -375,7 +408,7 @@ def test_a_failed_injection_leaves_the_gradients():
 
 def test_the_last_of_two_gatherings_counts():
     model = base("own", torch.float64)
-    expected = projector(leading(gradient_of(model), 0, 2))
+    expected = projector(leading_directions(gradient_of(model), 2))
     config = gradient_config(r=(2, 99, 99))
 
     def other_step():
@@ -384,7 +417,7 @@ def test_the_last_of_two_gatherings_counts():
     preprocess_lotra(model, config, other_step)
     preprocess_lotra(model, config, train_step_for(model))
     (layer,) = lotra_layers(get_peft_model(model, config)).values()
-    torch.testing.assert_close(projector(layer.lotra_factor_out["default"]), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(projector(directions(layer)), expected, rtol=0, atol=1e-6)
 
 
 @every_family
@@ -419,8 +452,8 @@ def test_a_second_adapter_on_a_peft_model():
     assert adapted.active_adapters == ["default"]
     for name, part in before["values"].items():
         assert torch.equal(dict([*adapted.named_parameters(), *adapted.named_buffers()])[name], part)
-    expected = projector(leading(gradient, 0, 2))
-    torch.testing.assert_close(projector(layer.lotra_factor_out["second"]), expected, rtol=0, atol=1e-6)
+    expected = projector(leading_directions(gradient, 2))
+    torch.testing.assert_close(projector(directions(layer, "second")), expected, rtol=0, atol=1e-6)
     x = inputs(dtype=torch.float64)
     y = adapted(x)
     adapted.set_adapter("second")
