@@ -17,8 +17,8 @@
     python examples/pde/transfer.py --family allen_cahn --quick      # a minute, for CI: says nothing
     python examples/pde/transfer.py --report                         # the table of all families from what was run
 
-Every run is stored in the cache as it ends, and is not repeated: a broken-off experiment goes on. `--seeds` and
-`--targets` choose a part. The results, a table and a picture (reference, base, adapted, error) go to `--output`.
+Every run is stored in the cache as it ends, and is not repeated: a broken-off experiment goes on. `--seeds`,
+`--targets` and `--methods` choose a part. The results, a table and a picture (reference, base, adapted, error) go to `--output`.
 """
 
 from __future__ import annotations
@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing; tables and curves of all that was run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--targets", nargs="+", default=["near", "middle", "far"], choices=["near", "middle", "far"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     add_common_arguments(parser)
     args = parser.parse_args()
     console = Console()
@@ -222,7 +223,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     seeds = args.seeds[:1] if args.quick else args.seeds
-    jobs = [(seed, target, method) for seed in seeds for target in args.targets for method in METHODS]
+    jobs = [(seed, target, method) for seed in seeds for target in args.targets for method in args.methods]
     lines = [
         run(method, family, target, setting, seed, args.cache)
         for seed, target, method in track(jobs, description=family.name, console=console)

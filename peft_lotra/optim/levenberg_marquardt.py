@@ -168,7 +168,7 @@ class LevenbergMarquardt:
             step = linear.solve(damping, residuals)
             promised = math.nan if step is None else linear.promised(damping, step)
             if step is not None and self.geodesic:
-                step = self._accelerate(problem, linear, damping, residuals, step)
+                step = self._accelerate(linear, damping, step)
             if step is not None:
                 candidate = problem.round(problem.start + step)
                 new_loss = problem.residuals(candidate).square().sum().item()
@@ -238,14 +238,10 @@ class LevenbergMarquardt:
             )
         return trainable
 
-    def _accelerate(
-        self, problem: LeastSquares, linear: LinearModel, damping: float, residuals: Tensor, step: Tensor
-    ) -> Tensor | None:
+    def _accelerate(self, linear: LinearModel, damping: float, step: Tensor) -> Tensor | None:
         """The step with half of the second-order correction, if that is small beside it (the series then converges);
-        None otherwise. The second derivative along the step is a central difference over a tenth of it."""
-        share = 0.1
-        ahead, behind = (problem.residuals(problem.start + sign * share * step) for sign in (1, -1))
-        bend = (ahead - 2 * residuals + behind) / share**2
+        None otherwise."""
+        bend = linear.bend(step)
         correction = linear.solve(damping, bend) if bend.isfinite().all() else None
         if correction is None or linear.norm(correction) > 0.75 * linear.norm(step):
             return None
@@ -253,7 +249,7 @@ class LevenbergMarquardt:
 
 
 def _damping_factor(agreement: float) -> float:
-    """What multiplies the damping after a step that brought `agreement` times what the linear model promised."""
-    if agreement > 0.75:
-        return 0.1
-    return 0.5 if agreement > 0.25 else 2.0
+    """What multiplies the damping after a step that brought `agreement` times what the linear model promised (H. B.
+    Nielsen, IMM-REP-1999-05). It falls by 5 at most: where good steps alone made it fall by 10, every other one
+    overshot, and its system had to be solved three times."""
+    return min(max(0.2, 1 - (2 * agreement - 1) ** 3), 2.0)
