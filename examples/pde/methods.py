@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 from families import Family, relative_error
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig
@@ -55,7 +55,7 @@ class Setting:
     Attributes:
         name: of the setting, kept with the results.
         width, grid_size: of the [2, width, width, 1] KAN.
-        points: collocation points inside the square.
+        points, pretrain_points: collocation points inside the square, for a target and for the base.
         batch: how many of them a step of Adam takes.
         adam_steps, lm_steps, pretrain_steps: iterations.
         small: ranks (out, in, basis) of each layer.
@@ -72,12 +72,13 @@ class Setting:
     lm_steps: int = 20
     pretrain_steps: int = 30
     small: tuple[int, int, int] = (4, 4, 4)
-    large: tuple[tuple[int, int, int], ...] = ((8, 2, 4), (8, 8, 6), (1, 4, 4))
+    large: tuple[tuple[int, int, int], ...] = ((6, 2, 9), (8, 8, 5), (1, 4, 9))
     lora_rank: int = 2
     name: str = "full"
+    pretrain_points: int = 2000
 
 
-QUICK = Setting(8, 5, 300, 100, 60, 3, 5, (2, 2, 2), ((4, 2, 3), (4, 4, 3), (1, 3, 3)), 1, "quick")
+QUICK = Setting(8, 5, 300, 100, 60, 3, 5, (2, 2, 2), ((4, 2, 3), (4, 4, 3), (1, 3, 3)), 1, "quick", 300)
 
 Curve = list[tuple[int, float, float]]
 
@@ -89,15 +90,15 @@ def new_network(setting: Setting, seed: int) -> KAN:
 
 def pretrained(family: Family, setting: Setting, seed: int, cache: Path) -> KAN:
     """The network for the family's base parameter, by Levenberg-Marquardt; from the cache if it is there."""
-    sizes = (setting.width, setting.grid_size, setting.points, setting.pretrain_steps)
+    sizes = (setting.width, setting.grid_size, setting.pretrain_points, setting.pretrain_steps)
     kind = (*sizes, family.title, family.base, weights_of(family), seed)
     path = cache / f"{family.name}-{hashlib.sha256(repr(kind).encode()).hexdigest()[:12]}.pt"
     network = new_network(setting, seed)
     if path.exists():
         network.load_state_dict(torch.load(path, weights_only=True))
         return network
-    terms = family.terms(family.base, torch.Generator().manual_seed(seed), setting.points)
-    LevenbergMarquardt(network, floor=1e-6, geodesic=True).fit(terms, setting.pretrain_steps)
+    terms = family.terms(family.base, torch.Generator().manual_seed(seed), setting.pretrain_points)
+    LevenbergMarquardt(network, floor=1e-6).fit(terms, setting.pretrain_steps)
     cache.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".part{os.getpid()}")
     torch.save(network.state_dict(), part)
@@ -228,7 +229,10 @@ def train(
         started = time.process_time()
 
     if method.lr is None:
-        optimizer = LevenbergMarquardt(model, floor=1e-6, geodesic=True)
+        # The second-order correction pays for an adapter, which starts near a solution. With all parameters free it is
+        # so large beside the step that the damping stays high, and the fit stops short.
+        adapted = isinstance(model, PeftModel)
+        optimizer = LevenbergMarquardt(model, floor=1e-6, geodesic=adapted)
         for step in range(1, setting.lm_steps + 1):
             accepted = optimizer.step(terms).accepted
             record(step)

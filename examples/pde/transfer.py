@@ -18,7 +18,8 @@
     python examples/pde/transfer.py --report                         # the table of all families from what was run
 
 Every run is stored in the cache as it ends, and is not repeated: a broken-off experiment goes on. `--seeds`,
-`--targets` and `--methods` choose a part. The results, a table and a picture (reference, base, adapted, error) go to `--output`.
+`--targets` and `--methods` choose a part. The results, a table and a picture (reference, base, adapted, error) go to
+`--output`.
 """
 
 from __future__ import annotations
@@ -182,7 +183,8 @@ def draw_curves(lines: list[dict], path: Path) -> None:
         row[0].set_ylabel("relative L2 error, %")
     for ax in axes[-1]:
         ax.set_xlabel("CPU seconds")
-    axes[0, 0].legend(fontsize=6)
+    handles = {text: line for ax in axes.flat for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
