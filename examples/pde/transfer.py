@@ -131,6 +131,31 @@ def markdown_of(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def headline_of(rows: list[dict]) -> str:
+    """What the README shows: near and middle targets, ratios to full fine-tuning."""
+    by_method = {(row["family"], row["target"], row["method"]): row for row in rows}
+    lines = [
+        "| | full fine-tuning, Adam | LoTRA by LM, a fifth of its seconds | LoTRA by LM | full fine-tuning, LM "
+        "| seconds to full Adam's error | LoTRA by Adam | from scratch, Adam |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for family, target in dict.fromkeys((row["family"], row["target"]) for row in rows):
+        found = {method: by_method.get((family, target, method)) for method in METHODS}
+        adapter = found["lotra_lm"]
+        if adapter is None or found[RIVAL] is None:
+            continue
+        errors = [
+            found[RIVAL]["error"],
+            adapter.get("error_at_a_fifth_of_the_seconds"),
+            *(found[name] and found[name]["error"] for name in ("lotra_lm", "full_lm", "lotra_adam", "scratch_adam")),
+        ]
+        cells = ["-" if error is None else f"{100 * error:.2g}" for error in errors]
+        reached = adapter.get("seconds_to_rival")
+        seconds = "-" if reached is None else f"{reached:.1f} of {adapter['rival_seconds']:.0f}"
+        lines.append(f"| {family}, {target} | {' | '.join([*cells[:4], seconds, *cells[4:]])} |")
+    return "\n".join(lines) + "\n"
+
+
 def draw_fields(family: Family, setting: Setting, cache: Path, path: Path) -> None:
     """Reference, base, adapted and error for each target."""
     base = pretrained(family, setting, 0, cache)
@@ -195,7 +220,7 @@ def report(lines: list[dict], output: Path, console: Console, name: str) -> None
     for family in dict.fromkeys(row["family"] for row in rows):
         console.print(table_of(rows, family))
     (output / f"{name}.json").write_text(json.dumps({"rows": rows, "runs": lines}) + "\n")
-    (output / f"{name}.md").write_text(markdown_of(rows))
+    (output / f"{name}.md").write_text(f"{headline_of(rows)}\n{markdown_of(rows)}")
     draw_curves(lines, output / f"{name}.png")
 
 
