@@ -31,7 +31,15 @@ from rich.console import Console
 
 torch.set_num_threads(1)
 
-SETTING = Setting(12, 8, 4000, 800, 800, 30, 30, (4, 4, 4), (10, 10, 6), 2, "accuracy")
+SETTING = Setting(
+    grid_size=8,
+    points=3000,
+    lm_steps=40,
+    pretrain_steps=30,
+    large=((8, 2, 12), (10, 10, 7), (1, 5, 12)),
+    name="accuracy",
+    pretrain_points=3000,
+)
 
 
 def main() -> None:

@@ -33,12 +33,11 @@ from pathlib import Path
 import matplotlib
 import torch
 from families import FAMILIES, GRID, test_points
-from methods import QUICK, Setting, add_common_arguments, pretrained
+from methods import QUICK, Setting, add_common_arguments, large_config, pretrained
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from torch import Tensor
 
-from peft_lotra import LoTRAConfig
 from peft_lotra.optim import LevenbergMarquardt
 
 
@@ -60,10 +59,10 @@ def relative(output: Tensor, solution: Tensor) -> float:
 def train_family(base: torch.nn.Module, setting: Setting, folder: Path, console: Console) -> None:
     """Saves one adapter for each value, each started from the one before."""
     torch.manual_seed(0)
-    model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=setting.large))
+    model = get_peft_model(copy.deepcopy(base), large_config(setting))
     for name, value in VALUES.items():
         terms = FAMILY.terms(value, torch.Generator().manual_seed(1), setting.points)
-        history = LevenbergMarquardt(model, floor=1e-6).fit(terms, setting.lm_steps)
+        history = LevenbergMarquardt(model, floor=1e-6, geodesic=True).fit(terms, setting.lm_steps)
         model.save_pretrained(folder / name)
         size = (folder / name / "adapter_model.safetensors").stat().st_size
         console.print(f"{name}: loss {history[-1].loss:.1e}, {size / 1000:.1f} kB in float64")
@@ -96,6 +95,38 @@ def average_components(model: PeftModel, first: str, second: str, share: float) 
                 parameter.copy_(torch.lerp(*ends, share))
 
 
+def draw(
+    outputs: dict[str, Tensor], errors: dict[str, float], solution: Tensor, fields: dict[str, Tensor], path: Path
+) -> None:
+    """Left: what the one batch holds, at the end. Right: what the adapters make of the viscosity between two."""
+    line = test_points()[:, 0].reshape(GRID, GRID)[:, -1]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.2), layout="constrained")
+    colors = plt.cm.viridis(torch.linspace(0, 0.9, len(VALUES)).numpy())
+    for color, (name, value) in zip(colors, VALUES.items(), strict=True):
+        reference = FAMILY.reference(value).reshape(GRID, GRID)[:, -1]
+        left.plot(line, outputs[name].reshape(GRID, GRID)[:, -1], color=color, label=f"{value:g}: {errors[name]:.1e}")
+        left.plot(line[::4], reference[::4], ".", color=color)
+    left.set(title="Burgers' equation at t = 1: five adapters on one base, one batch (dots: reference)", xlabel="x")
+    left.set_ylabel("u")
+    left.legend(title="viscosity: relative error")
+    first, second, value = BETWEEN
+    titles = {
+        first: f"the adapter for {VALUES[first]:g}",
+        second: f"the adapter for {VALUES[second]:g}",
+        "sum": "both updates, each by half (add_weighted_adapter)",
+        "between": "components halfway",
+    }
+    for (name, title), style in zip(titles.items(), ("--", "--", "-", "-"), strict=True):
+        distance = (fields[name] - solution).reshape(GRID, GRID).square().mean(1).sqrt()
+        right.semilogy(line, distance.clamp(min=1e-7), style, label=f"{title}: {relative(fields[name], solution):.1e}")
+    right.set(title=f"At viscosity {value:g}, for which no adapter was trained", xlabel="x")
+    right.set_ylabel("root mean square error over time")
+    right.legend(title="relative error", fontsize=8)
+    right.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_common_arguments(parser)
@@ -116,11 +147,12 @@ def main() -> None:
     solution = FAMILY.reference(value)
     model.add_weighted_adapter([first, second], [1 - share, share], "sum", combination_type="cat")
     average_components(model, first, second, share)
-    between = {}
+    between, fields = {}, {}
     with torch.no_grad():
         for name in (first, second, "sum", "between"):
             model.set_adapter(name)
-            between[name] = relative(model(points), solution)
+            fields[name] = model(points)
+            between[name] = relative(fields[name], solution)
     between["base"] = relative(base(points).detach(), solution)
     for name, error in errors.items():
         console.print(f"{name}, served in one batch: error {100 * error:.3f} %")
@@ -131,15 +163,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     name = "family_quick" if args.quick else "family"
     (args.output / f"{name}.json").write_text(json.dumps({"served": errors, f"at {value}": between}) + "\n")
-    figure, axes = plt.subplots(1, len(VALUES), figsize=(15, 3), layout="constrained", sharey=True)
-    for ax, (label, output) in zip(axes, outputs.items(), strict=True):
-        field = output.reshape(GRID, GRID).T
-        image = ax.imshow(field, origin="lower", extent=(-1, 1, 0, 1), aspect="auto", cmap="RdBu_r", vmin=-1, vmax=1)
-        ax.set(title=f"nu = {VALUES[label]:g}, error {100 * errors[label]:.2g} %", xlabel="x")
-    axes[0].set_ylabel("t")
-    figure.colorbar(image, ax=axes)
-    figure.suptitle("Burgers' equation: five adapters on one base, one batch")
-    figure.savefig(args.output / f"{name}.png", dpi=110)
+    draw(outputs, errors, solution, fields, args.output / f"{name}.png")
     console.print(f"written: {args.output / name}.json and .png")
 
 

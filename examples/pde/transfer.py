@@ -17,8 +17,9 @@
     python examples/pde/transfer.py --family allen_cahn --quick      # a minute, for CI: says nothing
     python examples/pde/transfer.py --report                         # the table of all families from what was run
 
-Every run is stored in the cache as it ends, and is not repeated: a broken-off experiment goes on. `--seeds` and
-`--targets` choose a part. The results, a table and a picture (reference, base, adapted, error) go to `--output`.
+Every run is stored in the cache as it ends, and is not repeated: a broken-off experiment goes on. `--seeds`,
+`--targets` and `--methods` choose a part. The results, a table and a picture (reference, base, adapted, error) go to
+`--output`.
 """
 
 from __future__ import annotations
@@ -130,6 +131,31 @@ def markdown_of(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def headline_of(rows: list[dict]) -> str:
+    """What the README shows: near and middle targets, ratios to full fine-tuning."""
+    by_method = {(row["family"], row["target"], row["method"]): row for row in rows}
+    lines = [
+        "| | full fine-tuning, Adam | LoTRA by LM, a fifth of its seconds | LoTRA by LM | full fine-tuning, LM "
+        "| seconds to full Adam's error | LoTRA by Adam | from scratch, Adam |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for family, target in dict.fromkeys((row["family"], row["target"]) for row in rows):
+        found = {method: by_method.get((family, target, method)) for method in METHODS}
+        adapter = found["lotra_lm"]
+        if adapter is None or found[RIVAL] is None:
+            continue
+        errors = [
+            found[RIVAL]["error"],
+            adapter.get("error_at_a_fifth_of_the_seconds"),
+            *(found[name] and found[name]["error"] for name in ("lotra_lm", "full_lm", "lotra_adam", "scratch_adam")),
+        ]
+        cells = ["-" if error is None else f"{100 * error:.2g}" for error in errors]
+        reached = adapter.get("seconds_to_rival")
+        seconds = "-" if reached is None else f"{reached:.1f} of {adapter['rival_seconds']:.0f}"
+        lines.append(f"| {family}, {target} | {' | '.join([*cells[:4], seconds, *cells[4:]])} |")
+    return "\n".join(lines) + "\n"
+
+
 def draw_fields(family: Family, setting: Setting, cache: Path, path: Path) -> None:
     """Reference, base, adapted and error for each target."""
     base = pretrained(family, setting, 0, cache)
@@ -182,7 +208,8 @@ def draw_curves(lines: list[dict], path: Path) -> None:
         row[0].set_ylabel("relative L2 error, %")
     for ax in axes[-1]:
         ax.set_xlabel("CPU seconds")
-    axes[0, 0].legend(fontsize=6)
+    handles = {text: line for ax in axes.flat for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -193,7 +220,7 @@ def report(lines: list[dict], output: Path, console: Console, name: str) -> None
     for family in dict.fromkeys(row["family"] for row in rows):
         console.print(table_of(rows, family))
     (output / f"{name}.json").write_text(json.dumps({"rows": rows, "runs": lines}) + "\n")
-    (output / f"{name}.md").write_text(markdown_of(rows))
+    (output / f"{name}.md").write_text(f"{headline_of(rows)}\n{markdown_of(rows)}")
     draw_curves(lines, output / f"{name}.png")
 
 
@@ -203,6 +230,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing; tables and curves of all that was run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--targets", nargs="+", default=["near", "middle", "far"], choices=["near", "middle", "far"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     add_common_arguments(parser)
     args = parser.parse_args()
     console = Console()
@@ -222,7 +250,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     seeds = args.seeds[:1] if args.quick else args.seeds
-    jobs = [(seed, target, method) for seed in seeds for target in args.targets for method in METHODS]
+    jobs = [(seed, target, method) for seed in seeds for target in args.targets for method in args.methods]
     lines = [
         run(method, family, target, setting, seed, args.cache)
         for seed, target, method in track(jobs, description=family.name, console=console)

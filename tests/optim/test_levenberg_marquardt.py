@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peft_lotra.kan import KAN, jet
 from peft_lotra.optim import LevenbergMarquardt
 from peft_lotra.optim.least_squares import LeastSquares, check_terms
+from peft_lotra.optim.levenberg_marquardt import _damping_factor
 
 
 def fit(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -155,6 +156,25 @@ def test_geodesic_acceleration_goes_further():
         torch.testing.assert_close(model.at, torch.ones(2, dtype=torch.float64))
         steps[geodesic] = len(history)
     assert steps[True] < steps[False]
+
+
+def test_second_order_correction_with_and_without_the_jacobian(monkeypatch):
+    model, data = network(8), terms(points=60)
+    least_squares = problem(model, data)
+    residuals = least_squares.residuals(least_squares.start)
+    step = 1e-3 * torch.randn_like(least_squares.start)
+    whole = least_squares.linearize(residuals, 1e-6)
+    monkeypatch.setattr("peft_lotra.optim.least_squares.CHUNK", 2**23)
+    parts = problem(model, data, memory=2**20).linearize(residuals, 1e-6)
+    assert whole.jacobian is not None and parts.jacobian is None
+    ahead, behind = (least_squares.residuals(least_squares.start + sign * 0.1 * step) for sign in (1, -1))
+    bend = (ahead - 2 * residuals + behind) / 0.1**2
+    for linear in (whole, parts):
+        assert (linear.bend(step) - bend).norm() < 0.05 * bend.norm()
+
+
+def test_damping_is_not_tried_again_where_it_has_just_failed():
+    assert _damping_factor(0.9, raised=False) < _damping_factor(0.9, raised=True) < 1 < _damping_factor(0.1, False)
 
 
 # Models
