@@ -137,7 +137,7 @@ def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable
 
     *When to use it.* For new data of the task that the model was trained for (a shifted domain, few labels) where
     ranks are small. On shifts of digits (`examples/initialization.py`: three seeds, KANs of three libraries) it was
-    worth 2.2 to 5.9 points of accuracy over random factors at equal ranks, each at its best rates, and ranks (16, 16,
+    worth 2.1 to 5.9 points of accuracy over random factors at equal ranks, each at its best rates, and ranks (16, 16,
     6) came within about one point of full fine-tuning (from 0.3 above to 1.1 below). The more of the update the ranks
     hold, the less there is to win. On a PDE (another parameter of the equation) prototypes gained nothing; take random
     factors there.
