@@ -151,7 +151,7 @@ def test_inputs_need_a_model_that_returns_a_tensor():
             return self.wrap(self.kan(x))
 
     for wrap in (lambda y: (y, None), lambda y: {"logits": y}):
-        assert slim(Wrapped(wrap), energy=0.9, inputs=points(50)).slim_report.model_error**2 <= 0.1
+        assert slim(Wrapped(wrap), energy=0.9, inputs=points(50)).slim_report.model_error ** 2 <= 0.1
     with pytest.raises(TypeError, match="With `inputs`, the model must return a tensor .* but it returned int"):
         slim(Wrapped(len), energy=0.9, inputs=points(50))
 
