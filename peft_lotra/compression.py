@@ -201,9 +201,7 @@ def _tensor(name: str, layer: nn.Module) -> torch.Tensor:
     return tensor.detach()
 
 
-def _asked(
-    tensors: Mapping[str, torch.Tensor], ranks: Ranks | Mapping[str, Ranks]
-) -> dict[str, tuple[int, int, int]]:
+def _asked(tensors: Mapping[str, torch.Tensor], ranks: Ranks | Mapping[str, Ranks]) -> dict[str, tuple[int, int, int]]:
     """The ranks of each layer; a layer that a mapping does not name is left out."""
     asked = dict.fromkeys(tensors, ranks)
     if isinstance(ranks, Mapping):
