@@ -174,10 +174,10 @@ class Method:
         return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
 
 
-# Rates of Adam over 800 steps, seed 0. Full fine-tuning, the rival: near, the best of 2e-3, 5e-3, 1e-2 (elliptic also
-# 2e-2; 2e-3 is the best everywhere, so a lower one may be better still); middle, the best of 5e-3, 1e-2, 2e-2; far, the
-# middle's. LoTRA: one rate for all families, near the best of two or three on elliptic and reaction-diffusion, otherwise
-# as from earlier pilots; LoRA has LoTRA's; from scratch, the best of two or three on one target.
+# Rates of Adam over 800 steps, seed 0. Full fine-tuning, the rival: near, the best of 2e-3, 5e-3 and 1e-2 (2e-3 is the
+# best everywhere, so a lower one may be better still); middle, the best of 5e-3, 1e-2 and 2e-2; far, the middle's.
+# LoTRA: one rate for all families; near, the best of two or three on elliptic and reaction-diffusion, otherwise as
+# from earlier pilots. LoRA has LoTRA's. From scratch: the best of two or three on one target.
 FULL_LR = {
     ("elliptic", "near"): 2e-3,
     ("elliptic", "middle"): 5e-3,
