@@ -257,6 +257,25 @@ def test_refuses_arguments(arguments, message):
         KANLinear(**{"in_features": 2, "out_features": 2, **arguments})
 
 
+@pytest.mark.parametrize("grid_size", [1, 5, 64])
+def test_extreme_inputs_concern_their_rows_alone(grid_size):
+    layer, x = KANLinear(32, 8, grid_size=grid_size), 2 * torch.rand(400, 32) - 1
+    x[3, 4], x[7, 2], x[9, 1], x[11, 1] = torch.nan, torch.inf, -1e30, 1e30
+    x.requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    finite = torch.ones(400, dtype=torch.bool)
+    finite[[3, 7]] = False
+    assert torch.equal(y.isfinite().all(1), finite)
+    assert torch.equal(x.grad.isfinite().all(1), finite)
+
+
+def test_inputs_that_are_not_contiguous():
+    layer, row, columns = KANLinear(32, 8), torch.rand(1, 32), torch.rand(32, 300)
+    assert torch.equal(layer(row.expand(300, 32)), layer(row.repeat(300, 1)))
+    assert torch.equal(layer(columns.t()), layer(columns.t().contiguous()))
+
+
 @pytest.mark.parametrize("shape", [(5, 2), (4,), ()])
 def test_refuses_a_wrong_last_dimension(shape):
     with pytest.raises(ValueError, match=r"shape .* last dimension of 3"):
