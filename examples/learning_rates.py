@@ -86,7 +86,7 @@ def make_problem(task: str, library: str, width: int, seed: int, steps: int) -> 
     else:
         base, target = KAN([2, width, width, 1]), second_function
         pretrain(base, first_function)
-    inputs = find_kan_layers(base)[0].in_features
+    inputs = find_kan_layers(base)[0].shape[1]
     x, x_test = torch.rand(steps, BATCH, inputs) * 2 - 1, torch.rand(1024, inputs) * 2 - 1
     with torch.no_grad():
         y, y_test = torch.stack([target(batch) for batch in x]), target(x_test)
