@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import sys
 import warnings
@@ -131,14 +132,15 @@ def compare(make: Callable[[int], Task], library: str, args: argparse.Namespace,
 
 
 def pde(target: str, args: argparse.Namespace, bar: tqdm) -> Rows:
-    """The relative error in % on viscous Burgers, by the Adam of examples/pde at its rates, from both starts."""
+    """The relative error in % on viscous Burgers, by the Adam of examples/pde, from both starts at several rates."""
     sys.path.insert(0, str(Path(__file__).parent / "pde"))
     import families
     import methods
 
     family = families.FAMILIES["burgers"]
     setting = methods.QUICK if args.quick else methods.Setting(adam_steps=400)
-    optimizer = methods.adam_by_component
+    rates = {"rates of examples/pde": (methods.LOTRA_LR[target], methods.COMPONENT_RATES)}
+    rates |= {f"slow core, lr {lr}": (lr, POLICIES["slow core"]) for lr in ((0.01,) if args.quick else (0.01, 0.03))}
     rows: Rows = {}
     for seed in range(args.seeds):
         base = methods.pretrained(family, setting, seed, args.cache)
@@ -146,7 +148,7 @@ def pde(target: str, args: argparse.Namespace, bar: tqdm) -> Rows:
 
         def model(start: str, base: nn.Module, setting: methods.Setting, seed: int, terms: list = terms) -> nn.Module:
             torch.manual_seed(seed)
-            kan, config = copy.deepcopy(base), LoTRAConfig(r=setting.large)
+            kan, config = copy.deepcopy(base), methods.large_config(setting)
             if start == "gradient":
                 config.init_weights = "gradient"
                 generator = torch.Generator().manual_seed(seed)
@@ -154,11 +156,10 @@ def pde(target: str, args: argparse.Namespace, bar: tqdm) -> Rows:
                 preprocess_lotra(kan, config, lambda: methods.adam_loss(kan, terms, everything, generator).backward())
             return get_peft_model(kan, config)
 
-        for start in ("random", "gradient"):
-            method = methods.Method("", partial(model, start), optimizer, methods.LOTRA_LR)
+        for start, (key, (lr, policy)) in itertools.product(("random", "gradient"), rates.items()):
+            method = methods.Method("", partial(model, start), {target: lr}, policy)
             _, curve = methods.train(method, family, target, family.targets[target], base, setting, seed)
-            key = f"{setting.adam_steps} steps, lr {methods.LOTRA_LR[target]:g}"
-            rows.setdefault(f"{start} {setting.large}", {}).setdefault(key, []).append(100 * curve[-1][2])
+            rows.setdefault(f"{start}, {setting.adam_steps} steps", {}).setdefault(key, []).append(100 * curve[-1][2])
             bar.update()
     return rows
 
