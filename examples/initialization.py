@@ -25,7 +25,7 @@ from random factors or from the gradient (`preprocess_lotra`, one pass over the 
 fine-tuning and both starts get several learning rates, both starts also three ratios of the components' rates. Shown
 is the best mean over the seeds of each, chosen by these same test scores for every method alike, and what the fixed
 setting SETTING gives. The quickstart's shift is repeated on KANs of two other libraries, with few rates. A PDE
-(viscous Burgers, see examples/pde) shows where random factors do better.
+(viscous Burgers, see examples/pde) shows where the gradient brings nothing.
 Writes initialization.json.
 """
 
