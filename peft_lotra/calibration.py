@@ -16,14 +16,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from .functional import call_with_parameters
+from .functional import call_with_parameters, modes_kept
 from .kan_layers import KANLayerSpec
 from .slim_layer import edge_scale
 from .tucker import orthogonalize, tucker
@@ -128,26 +127,14 @@ def _root(moments: torch.Tensor, ridge: float = _RIDGE) -> torch.Tensor:
     return vectors * values.sqrt() @ vectors.T
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards each module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def model_outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """What the model returns in evaluation mode; of a tuple or a dict (`ModelOutput`) the first entry.
 
     Raises:
         TypeError: That is no tensor of floating point numbers.
     """
-    with evaluating(model):
-        result = model(inputs)
+    with modes_kept(model):
+        result = model.eval()(inputs)
     first = next(iter(result.values())) if isinstance(result, Mapping) else result
     first = first[0] if isinstance(first, (tuple, list)) and first else first
     if not isinstance(first, torch.Tensor) or not first.is_floating_point():

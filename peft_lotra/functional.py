@@ -26,6 +26,17 @@ import torch
 from torch import nn
 
 
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards each module is in the mode, training or evaluation, that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 class LayerLock:
     """A re-entrant lock that a copied, or unpickled, layer has anew."""
 

@@ -32,6 +32,7 @@ from peft import PeftModel
 from torch import nn
 
 from .config import LoTRAConfig
+from .functional import modes_kept
 from .kan_layers import CoefficientTensor
 from .targets import find_targets, locate_target, resolve_target_modules
 from .tucker import tucker
@@ -243,15 +244,13 @@ def gather_gradients(
 def _left_as_it_was(model: nn.Module):
     """Restores gradients, requires_grad, training mode and buffers (running statistics)."""
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        yield
+        with modes_kept(model):
+            yield
     finally:
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad).grad = grad
-        for module, mode in training:
-            module.training = mode
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

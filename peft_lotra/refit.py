@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import nn
 
-from .functional import call_with_parameters
+from .functional import call_with_parameters, modes_kept
 from .kan_layers import same_grid
 from .layer import LoTRALayer
 from .networks import bare_base
@@ -104,7 +104,6 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
         raise ValueError(
             f"The adapters of the layers {unusable} are merged or disabled: unmerge or enable them first."
         )
-    training = [(module, module.training) for module in model.modules()]
     errors: dict[tuple[str, str], float] = {}
     projection_errors: dict[tuple[str, str], float] = {}
 
@@ -116,7 +115,7 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
                 errors[name, adapter], projection_errors[name, adapter] = _refit(name, layer, adapter, x)
 
     hooks = []
-    with _unchanged_on_error(layers), torch.no_grad():
+    with _unchanged_on_error(layers), modes_kept(model), torch.no_grad():
         try:
             model.eval()
             if move is not None:
@@ -130,8 +129,6 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
         finally:
             for hook in hooks:
                 hook.remove()
-            for module, flag in training:
-                module.training = flag
         left = [
             name
             for name, layer in layers.items()

@@ -141,6 +141,22 @@ def cardinal_spline(offset: torch.Tensor, spline_order: int, derivative: int = 0
     return -total * offset.sign() if derivative % 2 else total
 
 
+def silu_derivatives(x: torch.Tensor, highest: int) -> list[torch.Tensor]:
+    """silu and its derivatives up to the order `highest`, at most 3."""
+    gate = torch.sigmoid(x)
+    found = [x * gate]
+    if highest >= 1:
+        slope = torch.addcmul(gate, gate, gate, value=-1)  # of the gate; and its slope and bend
+        found.append(torch.addcmul(gate, x, slope))
+    if highest >= 2:
+        bend = torch.addcmul(slope, gate, slope, value=-2)
+        found.append(torch.addcmul(slope * 2, x, bend))
+    if highest >= 3:
+        jerk = torch.addcmul(slope, slope, slope, value=-6)
+        found.append(torch.addcmul(bend * 3, x, jerk))
+    return found
+
+
 def spline_factors(spline_order: int) -> list[int]:
     """(-1)^m binom(p+1, m) for m = 0 ... p/2, the factors of the truncated powers."""
     return [(-1) ** m * math.comb(spline_order + 1, m) for m in range(spline_order // 2 + 1)]

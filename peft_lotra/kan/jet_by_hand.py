@@ -24,7 +24,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .basis import spline_factors
+from .basis import silu_derivatives, spline_factors
 
 
 # Numbers in a buffer: inputs x basis functions x rows that are taken at a time. New memory costs more than arithmetic
@@ -199,22 +199,10 @@ class _Block:
                 values.copy_(total)
             if d % 2:
                 values.mul_(sign)
-        self._residual(z, {d: values[-1] for d, values in found.items()})
+        residual = silu_derivatives(z, max(derivatives))
+        for d, values in found.items():
+            values[-1] = residual[d] / self.scales[d] if d else residual[d]
         return found, buffers[4], buffers[5]
-
-    def _residual(self, z: Tensor, into: dict[int, Tensor]) -> None:
-        gate = torch.sigmoid(z)
-        slope = torch.addcmul(gate, gate, gate, value=-1)  # of the gate; and its slope and bend
-        if 0 in into:
-            torch.mul(z, gate, out=into[0])
-        if 1 in into:
-            torch.addcmul(gate, z, slope, out=into[1]).div_(self.scales[1])
-        if 2 in into:
-            bend = slope.add(slope * gate, alpha=-2)
-            torch.addcmul(slope.mul(2), z, bend, out=into[2]).div_(self.scales[2])
-        if 3 in into:
-            jerk = slope.addcmul(slope, slope, value=-6)
-            torch.addcmul(bend.mul_(3), z, jerk, out=into[3]).div_(self.scales[3])
 
 
 class _Streams:

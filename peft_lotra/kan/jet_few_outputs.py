@@ -22,6 +22,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from .basis import silu_derivatives
 from .jet_by_hand import plain_gradients
 from .product import needs_plain_operations
 
@@ -65,7 +66,7 @@ class FewOutputsJet(torch.autograd.Function):
         table = torch.einsum("oijl,lq->qoij", windows, pieces).reshape(-1, inputs * intervals)
         gathered = table.index_select(1, index).view(order + 1, -1, *z.shape)
 
-        residual = _residual(z)
+        residual = silu_derivatives(z, 3)
         phi = []  # and its derivatives
         for d in range(1 if only_second else 0, 4):
             value = gathered[order] * math.perm(order, d)
@@ -158,17 +159,3 @@ def _pieces(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     ]
     with torch.inference_mode(False):
         return torch.tensor(rows, dtype=dtype, device=device)
-
-
-def _residual(z: Tensor) -> list[Tensor]:
-    """silu and its first three derivatives."""
-    gate = torch.sigmoid(z)
-    slope = torch.addcmul(gate, gate, gate, value=-1)
-    bend = slope.addcmul(slope, gate, value=-2)
-    jerk = slope.addcmul(slope, slope, value=-6)
-    return [
-        z * gate,
-        torch.addcmul(gate, z, slope),
-        torch.addcmul(slope * 2, z, bend),
-        torch.addcmul(bend * 3, z, jerk),
-    ]

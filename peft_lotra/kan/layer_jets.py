@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .basis import spline_factors
+from .basis import silu_derivatives, spline_factors
 from .jet_by_hand import LayerJet
 from .jet_few_outputs import FewOutputsJet, few_outputs
 from .product import needs_plain_operations
@@ -132,12 +132,9 @@ def _features(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     slopes = slopes * -offset.sign() * per_unit
     bends = bends * per_unit.square()
 
-    gate = torch.sigmoid(x)
-    rest = 1 - gate
-    silu = (x * gate, gate * (1 + x * rest), gate * rest * (2 + x * (rest - gate)))
     return tuple(
         torch.cat([part, extra.unsqueeze(-1)], dim=-1)
-        for part, extra in zip((values, slopes, bends), silu, strict=True)
+        for part, extra in zip((values, slopes, bends), silu_derivatives(x, 2), strict=True)
     )
 
 

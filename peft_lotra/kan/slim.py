@@ -187,7 +187,7 @@ class SlimKANLinear(nn.Module):
         residual = F.silu(rows)
         if expands_first(len(rows), core, factor_in, factor_basis):
             low, high = self.grid_bounds.unbind(-1)
-            splines = expand_inputs(core, factor_in, factor_basis[:-1]).contiguous()
+            splines = expand_inputs(core, factor_in, factor_basis[:-1])
             z = spline_product(rows, low, high, self.grid_size, self.spline_order, splines)
             y = (z + residual @ factor_in @ (core @ factor_basis[-1]).T) @ factor_out.T
         else:

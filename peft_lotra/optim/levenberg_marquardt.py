@@ -176,8 +176,8 @@ class LevenbergMarquardt:
                 candidate = problem.round(problem.start + step)
                 new_loss = problem.residuals(candidate).square().sum().item()
                 if new_loss < loss:  # not if it is NaN
-                    factor = _damping_factor((loss - new_loss) / promised, raised=attempts > 1)
-                    self.damping = max(damping * factor, SMALLEST_DAMPING)
+                    damping *= _damping_factor((loss - new_loss) / promised, raised=attempts > 1)
+                    self.damping = max(damping, SMALLEST_DAMPING)
                     problem.write(candidate)
                     return LevenbergMarquardtStep(new_loss, self.damping, True, attempts, 1 - new_loss / loss)
             damping *= factor

@@ -236,12 +236,8 @@ def test_kan_model():
         assert_same(jet(adapt(model), x), nested(model, x))
 
 
-@pytest.mark.parametrize("rows", [2, 40])  # contracted factor by factor, and with the dense update
-@pytest.mark.parametrize("adapt_residual", [True, False])
-def test_adapted(rows, adapt_residual):
-    base, x = network(), points(rows)
-    of_base = jet(base, x)
-    model = adapt(base, adapt_residual=adapt_residual)
+def check_adapters(model: nn.Module, x: Tensor, of_base: tuple) -> tuple:
+    """One adapter, none, and two; returns the jet of the two, which stay in force."""
     model.add_adapter("second", LoTRAConfig(r=(3, 2, 2), init_weights=False, alpha=0.7, target_modules=["layers.1"]))
     one = jet(model, x)
     assert_same(one, nested(model, x))
@@ -251,6 +247,16 @@ def test_adapted(rows, adapt_residual):
     both = jet(model, x)
     assert_same(both, nested(model, x))
     assert not torch.allclose(one[2], both[2])
+    return both
+
+
+@pytest.mark.parametrize("rows", [2, 40])  # contracted factor by factor, and with the dense update
+@pytest.mark.parametrize("adapt_residual", [True, False])
+def test_adapted(rows, adapt_residual):
+    base, x = network(), points(rows)
+    of_base = jet(base, x)
+    model = adapt(base, adapt_residual=adapt_residual)
+    both = check_adapters(model, x, of_base)
     model.merge_adapter()
     assert_same(jet(model, x), both, 1e-12)
     with model.disable_adapter():
@@ -305,15 +311,7 @@ def test_slim_adapted(rows, merge):
     base, x = SlimKAN((3, 7, 6, 2), (4, 3, 3), dtype=torch.float64), points(rows)
     of_base = jet(base, x)
     model = adapt(base)
-    model.add_adapter("second", LoTRAConfig(r=(3, 2, 2), init_weights=False, alpha=0.7, target_modules=["layers.1"]))
-    one = jet(model, x)
-    assert_same(one, nested(model, x))
-    with model.disable_adapter():
-        assert_same(jet(model, x), of_base, 1e-14)
-    model.base_model.set_adapter(["default", "second"])
-    both = jet(model, x)
-    assert_same(both, nested(model, x))
-    assert not torch.allclose(one[2], both[2])
+    both = check_adapters(model, x, of_base)
     model.merge_adapter(slim=merge)
     assert_same(jet(model, x), nested(model, x))
     if merge == "densify":
