@@ -27,16 +27,21 @@ from peft import PeftModel, get_peft_model
 from peft_lotra import LoTRAConfig, find_kan_layers
 
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "forecast_neuralforecast.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 pytestmark = pytest.mark.slow
 
 
-def test_neuralforecast(tmp_path):
-    pytest.importorskip("neuralforecast")
-    spec = importlib.util.spec_from_file_location("forecast_neuralforecast", EXAMPLE)
+def load_example(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    return example
+
+
+def test_neuralforecast(tmp_path):
+    pytest.importorskip("neuralforecast")
+    example = load_example(EXAMPLES / "forecast_neuralforecast.py")
     example.main(["--steps", "20", "--output", str(tmp_path)])
     results = json.loads((tmp_path / "forecast_neuralforecast.json").read_text())
     errors = results["mean absolute error"]
@@ -65,3 +70,28 @@ def test_pina(tmp_path):
     loaded = PeftModel.from_pretrained(fresh, tmp_path)
     assert torch.equal(loaded(x), y)
     torch.testing.assert_close(loaded.merge_and_unload()(x), y)
+
+
+def test_pina_solver(tmp_path):
+    pytest.importorskip("pina.weighting")
+    example = load_example(EXAMPLES / "pde" / "pina_solver.py")
+    for problem in (example.Poisson2DSquareProblem(), example.OtherForcing()):
+        points = example.test_points().requires_grad_()
+        solution = problem.solution(points)
+        solution.labels = ["u"]
+        # the reference solves the equation that PINA imposes
+        assert problem.conditions["D"].equation.residual(points, solution).abs().max() < 1e-4
+
+    model = get_peft_model(example.make_network(), LoTRAConfig(r=2))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    example.solve(example.OtherForcing(), model, epochs=3, lr=1e-2, points=5)
+    moved = {name for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
+    assert moved == {name for name in before if "lotra_" in name}
+
+    example.main(["--quick", "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "pina_solver_quick.json").read_text())
+    rows = {row["method"]: row for row in example.best_rows(results["rows"])}
+    assert rows["base, other forcing"]["error"] > 10 * rows["base, PINA's forcing"]["error"]
+    assert rows["LoTRA"]["error"] < 0.1 * rows["base, other forcing"]["error"]
+    assert rows["LoTRA"]["trainable parameters"] < 0.4 * rows["full fine-tuning"]["trainable parameters"]
+    assert (tmp_path / "pina_solver_quick.png").stat().st_size > 10_000
