@@ -275,6 +275,12 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
                     parameters[name] = torch.add(parameter, part).to(parameter.dtype)
         return parameters
 
+    @property
+    def is_random(self) -> bool:
+        """Whether a forward pass draws rank or module dropout."""
+        adapters = self._adapters_here(self.active_adapters) if self.training else []
+        return any(self.lotra_rank_dropout[name] or self.lotra_module_dropout[name] for name in adapters)
+
     def updates_in_force(self) -> list[tuple[float | torch.Tensor, ...]]:
         """For the adapters that a forward pass uses now: scale, core, factor_out, factor_in, factor_basis. Without
         dropout; none of them while merged (then they are in the base layer's parameters) or disabled."""

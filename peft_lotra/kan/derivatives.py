@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .layer import KANLinear
 from .layer_jets import Parts, block_size, own_layer, through_layer
+from .layer_records import active_recorder
 from .network import KAN
 from .norm_jets import check_rows_apart, is_norm, norm_size, through_norm
 
@@ -116,6 +117,9 @@ def _jet(
     if layers is None:
         return _jet_by_transforms(model, x, directions, weights)
 
+    recorder = active_recorder()
+    if recorder is not None and recorder.takes(x, directions, weights):
+        return recorder.chain(lambda: _through(layers, x, directions, weights, only_second))
     size = block_size(x, [layer for layer in layers if _is_layer(layer)], len(directions))
     if size is None:
         return _through(layers, x, directions, weights, only_second)
@@ -134,6 +138,14 @@ def _through(
         else:
             x, first, second = through_norm(layer, x, first, second, weights)
     return x, first, second if weights is None else second[0]
+
+
+def recorded_value(model: nn.Module, x: Tensor) -> Tensor | None:
+    """The value of a KAN, recorded; None where it is not (see `layer_records.py`), or draws dropout."""
+    recorder, layers = active_recorder(), find_chain(model)
+    if layers is None or not recorder.takes(x) or any(getattr(part, "is_random", False) for part in model.modules()):
+        return None
+    return recorder.chain(lambda: _through(layers, x, x.new_empty(0, x.shape[-1]), None, False))[0]
 
 
 def laplacian(model: nn.Module, x: Tensor) -> Tensor:

@@ -16,18 +16,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from .basis import silu_derivatives, spline_factors
-from .jet_by_hand import LayerJet
+from .jet_by_hand import LayerJet, _Block, _Streams
 from .jet_few_outputs import FewOutputsJet, few_outputs
+from .layer_records import Grid, recorder_of_layer
 from .product import needs_plain_operations
 
 
 # Numbers in the largest tensor of a block of rows, where layers are applied by plain operations. Larger blocks leave
 # the cache, and the allocator asks the system for fresh pages each time.
 BLOCK = 2**18
+
+# Up to so many outputs, the matrix product of `LayerJet` costs less than features by plain operations, which an update
+# in factored form takes, where no factor gets a gradient. (At ranks (8, 8, 4), 128 outputs: two thirds of the time.)
+MOST_OUTPUTS_DENSE = 1024
 
 Parts = tuple[Tensor | None, Tensor | None, Tensor]
 
@@ -36,7 +43,7 @@ def block_size(x: Tensor, layers: list[nn.Module], directions: int) -> int | Non
     """How many rows of x (N, I) to take at a time; None for all."""
     if x.device.type != "cpu" or x.dim() != 2 or not _by_hand_pays(len(x), x):
         return None
-    if not any(_is_contracted(layer, len(x) * (2 + directions)) for layer in layers):
+    if not any(_has_contracted(layer, len(x) * (2 + directions)) for layer in layers):
         return None  # `LayerJet` takes blocks itself
     widest = max(own.in_features * (own.grid_size + own.spline_order + 1) for own in map(own_layer, layers))
     size = max(128, BLOCK // (widest * (2 + directions)))
@@ -65,36 +72,91 @@ def through_layer(
     Returns:
         Shapes as above, with O in the place of I.
     """
-    own, weight, updates = _coefficients(layer)
+    own, dense, updates = _coefficients(layer)
+    inputs = z, first, second, weights, only_second
+    if (recorder := recorder_of_layer()) is not None:
+        return recorder.layer(own, dense, updates, inputs, _evaluate)
+    return _evaluate(own, dense, updates, *inputs)
+
+
+def _evaluate(
+    own: nn.Module,
+    dense: tuple[Tensor, Tensor] | None,
+    updates: list[tuple],
+    z: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    weights: Tensor | None,
+    only_second: bool,
+) -> Parts:
+    """The same, with coefficients as `_coefficients` returns them."""
+    weight = None if dense is None else torch.cat([dense[0], dense[1].unsqueeze(-1)], dim=-1)
     shape = (own.out_features, own.in_features, own.grid_size + own.spline_order + 1)
     count = len(first)
     rows = z[..., 0].numel() * (1 + count + (count if weights is None else 1))
+    # `LayerJet` takes weights and grids for constants
+    by_hand = not any(part is not None and part.requires_grad for part in (weights, own.grid_bounds))
+    by_hand = by_hand and _by_hand_pays(rows, z, first, second, *(dense or ()))
     factored = []
     for update in updates:
-        if _contracts_cheaper(rows, *shape, *update[1].shape):
+        if _is_contracted(rows, shape, update, by_hand):
             factored.append(update)
         else:
-            dense = _dense(*update, size=shape[-1])
-            weight = dense if weight is None else weight + dense
+            delta = _dense(*update, size=shape[-1])
+            weight = delta if weight is None else weight + delta
 
-    if not factored and _by_hand_pays(rows, z, first, second, weight):
-        return _by_hand(own, weight, z, first, second, weights, only_second)
-    streams = _streams(own, z, first, second, weights, only_second)
-    parts = [_contract(streams, *update) for update in factored]
-    if weight is not None:
-        parts.insert(0, streams.flatten(-2) @ weight.flatten(1).T)
-    y = sum(parts[1:], parts[0])
-    return (None, None, y) if only_second else (y[0], y[1 : 1 + count], y[1 + count :])
+    by_hand = by_hand and not factored and not needs_plain_operations(z, weight)
+    lead = z.shape[:-1]
+    z = z.reshape(-1, shape[1]).T  # rows come last from here on, where all operations run along them
+    first, second = (None if part is None else _rows_last(part, lead) for part in (first, second))
+    weight = None if weight is None else weight.transpose(1, 2).flatten(1)  # (O, (K + 1) I)
+    if by_hand:
+        function = FewOutputsJet if few_outputs(own, z) else LayerJet
+        first, second = (None if part is None else part.expand(len(part), *z.shape) for part in (first, second))
+        plain = partial(_by_plain_operations, own, [], weights, False)
+        y = function.apply(z, first, second, weight, own, weights, only_second, plain)
+    else:
+        y = _by_plain_operations(own, factored, weights, only_second, z, first, second, weight)
+    return tuple(None if part is None else part.mT.reshape(*part.shape[:-2], *lead, shape[0]) for part in y)
+
+
+def _rows_last(part: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """(D, ..., I), where (...) may be ones, to (D, I, N) or (D, I, 1)."""
+    rows = part.shape[1:-1].numel()
+    if rows > 1:
+        part, rows = part.expand(len(part), *lead, part.shape[-1]), lead.numel()
+    return part.reshape(len(part), rows, part.shape[-1]).mT
 
 
 def contract_updates(layer: nn.Module, updates: list[tuple], x: Tensor) -> Tensor:
     """What updates (scale, core, factor_out, factor_in, factor_basis) add to the output of a KAN layer, (..., O)."""
     features = torch.cat([layer.basis(x), nn.functional.silu(x).unsqueeze(-1)], dim=-1)
-    parts = [_contract(features, *update) for update in updates]
-    return sum(parts[1:], parts[0]) if parts else x.new_zeros(())
+    features = features.reshape(1, -1, *features.shape[-2:]).permute(0, 3, 2, 1)
+    parts = [_contract(features, *update)[0].T for update in updates]
+    return sum(parts[1:], parts[0]).reshape(*x.shape[:-1], -1) if parts else x.new_zeros(())
 
 
 # By operations that autograd differentiates
+
+
+def _by_plain_operations(
+    layer: nn.Module,
+    factored: list[tuple],
+    weights: Tensor | None,
+    only_second: bool,
+    z: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    weight: Tensor | None,
+) -> Parts:
+    """As `LayerJet`, but `weight` may be None, and updates in factored form are added."""
+    streams = _streams(layer, z, first, second, weights, only_second)
+    # one product for each: a compiler then need not write them all into one tensor
+    y = 0 if weight is None else torch.stack([weight @ stream.flatten(0, 1) for stream in streams])
+    if factored:
+        stacked = torch.stack(streams)
+        y = sum((_contract(stacked, *update) for update in factored), y)
+    return (None, None, y) if only_second else (y[0], y[1 : 1 + len(first)], y[1 + len(first) :])
 
 
 def _streams(
@@ -104,38 +166,35 @@ def _streams(
     second: Tensor | None,
     weights: Tensor | None,
     only_second: bool = False,
-) -> Tensor:
-    """What multiplies the coefficients: (1 + D + (D or 1), ..., I, K + 1), or the last of them alone."""
+) -> list[Tensor]:
+    """What multiplies the coefficients: 1 + D + (D or 1) tensors (K + 1, I, N), or the last of them alone."""
     f, df, d2f = _features(layer, z)
     square = first.square()
     if weights is not None:
         square = torch.tensordot(weights, square, 1).unsqueeze(0)
-    bent = d2f * square.unsqueeze(-1)
+    bent = [d2f * part for part in square]
     if second is not None:
-        bent = bent + df * second.unsqueeze(-1)
-    return bent if only_second else torch.cat([f.unsqueeze(0), df * first.unsqueeze(-1), bent])
+        bent = [one + df * part for one, part in zip(bent, second, strict=True)]
+    return bent if only_second else [f, *(df * part for part in first), *bent]
 
 
-def _features(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The B-splines of a layer with silu as the last one, (..., I, K + 1), and their first and second derivatives."""
+def _features(layer: nn.Module, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The B-splines of a layer at z (I, N) with silu as the last one, (K + 1, I, N), and their first and second
+    derivatives."""
     order = layer.spline_order
-    low, high = layer.grid_bounds.unbind(-1)
+    low, high = layer.grid_bounds.unsqueeze(-1).unbind(1)
     per_unit = layer.grid_size / (high - low)
-    centres = torch.arange(layer.grid_size + order, dtype=x.dtype, device=x.device) - (order - 1) / 2
-    offset = ((x - low) * per_unit).unsqueeze(-1) - centres
+    centres = torch.arange(layer.grid_size + order, dtype=z.dtype, device=z.device) - (order - 1) / 2
+    offset = (z - low) * per_unit - centres[:, None, None]
     # See `bspline_basis`, whose truncated powers the three share.
     room = (order + 1) / 2 - offset.abs()
     powers = [_falling_powers(room - m, order) for m in range(order // 2 + 1)]
     factors = spline_factors(order)
     values, slopes, bends = (sum(f * power[d] for f, power in zip(factors, powers, strict=True)) for d in range(3))
-    per_unit = per_unit.unsqueeze(-1)
     slopes = slopes * -offset.sign() * per_unit
     bends = bends * per_unit.square()
-
-    return tuple(
-        torch.cat([part, extra.unsqueeze(-1)], dim=-1)
-        for part, extra in zip((values, slopes, bends), silu_derivatives(x, 2), strict=True)
-    )
+    pairs = zip((values, slopes, bends), silu_derivatives(z, 2), strict=True)
+    return tuple(torch.cat([part, extra.unsqueeze(0)]) for part, extra in pairs)
 
 
 def _falling_powers(room: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,33 +214,24 @@ def _by_hand_pays(rows: int, x: Tensor, *others: Tensor | None) -> bool:
     return rows > 64 and not needs_plain_operations(x, *others)
 
 
-def _by_hand(
-    layer: nn.Module,
-    weight: Tensor,
-    z: Tensor,
-    first: Tensor,
-    second: Tensor | None,
-    weights: Tensor | None,
-    only_second: bool,
-) -> Parts:
-    """Rows come last inside, where all operations run along them."""
-    lead = z.shape[:-1]
-    flat = [z.reshape(-1, z.shape[-1]).T]
-    for part in (first, second):
-        flat.append(None if part is None else part.expand(len(part), *z.shape).reshape(len(part), -1, z.shape[-1]).mT)
-    shape = weight.shape
-
-    def plain(z: Tensor, first: Tensor, second: Tensor | None, weight: Tensor) -> list[Tensor]:
-        second = None if second is None else second.mT
-        weight = weight.unflatten(1, (-1, shape[1])).transpose(1, 2)
-        streams = _streams(layer, z.T, first.mT, second, weights)
-        y = streams.flatten(-2) @ weight.flatten(1).T
-        return [y[0].T, y[1 : 1 + len(first)].mT, y[1 + len(first) :].mT]
-
-    coefficients = weight.transpose(1, 2).flatten(1)
-    function = FewOutputsJet if few_outputs(layer, z) else LayerJet
-    y = function.apply(*flat, coefficients, layer, weights, only_second, plain)
-    return tuple(None if part is None else part.mT.unflatten(-2, lead) if len(lead) != 1 else part.mT for part in y)
+@torch.no_grad()
+def stream_features(
+    grid: nn.Module | Grid, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None, only_second: bool
+) -> Tensor:
+    """As `_streams`, for rows z (N, I) and the grid of a layer, but (N, 1 + D + (D or 1), K + 1, I)."""
+    z, first, second = z.T, first.expand(len(first), *z.shape).mT, None if second is None else second.mT
+    block, count = _Block(grid, z), len(first)
+    bends = count if weights is None else 1
+    lines = bends if only_second else 1 + count + bends
+    features = z.new_empty(z.shape[1], lines, *block.shape)
+    for part in block.parts(z.shape[1]):
+        derivatives = range(1 if only_second else 0, 3 if count else 1)
+        streams = _Streams(block, part, z, first, second, weights, derivatives)
+        found = [] if only_second else [streams.value, *(partial(streams.slope, d) for d in range(count))]
+        found += [partial(streams.bend, d) for d in range(bends)]
+        for line, stream in enumerate(found):
+            features[part, line].flatten(1).copy_(stream().T)
+    return features
 
 
 # Coefficients in force
@@ -194,9 +244,10 @@ def own_layer(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def _coefficients(layer: nn.Module) -> tuple[nn.Module, Tensor | None, list[tuple]]:
+def _coefficients(layer: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor] | None, list[tuple]]:
     """
-    The KAN layer under the adapters, its coefficients (O, I, K + 1), silu last, and the Tucker updates in force.
+    The KAN layer under the adapters, its spline_weight (O, I, K) and base_weight (O, I), and the Tucker updates in
+    force.
 
     The coefficients of a `SlimKANLinear` are an update of nothing.
     """
@@ -212,8 +263,7 @@ def _coefficients(layer: nn.Module) -> tuple[nn.Module, Tensor | None, list[tupl
         layer = layer.base_layer
     if hasattr(layer, "components"):
         return layer, None, [(1.0, *layer.components), *updates]
-    spline_weight, base_weight = (sum(added[name], getattr(layer, name)) for name in ("spline_weight", "base_weight"))
-    return layer, torch.cat([spline_weight, base_weight.unsqueeze(-1)], dim=-1), updates
+    return layer, tuple(sum(more, getattr(layer, name)) for name, more in added.items()), updates
 
 
 def _contracts_cheaper(rows: int, o: int, i: int, k: int, ro: int, ri: int, rb: int) -> bool:
@@ -227,10 +277,18 @@ def _contracts_cheaper(rows: int, o: int, i: int, k: int, ro: int, ri: int, rb: 
     return 3 * rows * thin < 3 * o * i * k * ro + rows * o * i * k
 
 
-def _is_contracted(layer: nn.Module, rows: int) -> bool:
+def _is_contracted(rows: int, shape: tuple[int, int, int], update: tuple, by_hand: bool) -> bool:
+    """Whether an update stays in factored form; `by_hand` says whether there is the choice of `LayerJet`."""
+    trained = torch.is_grad_enabled() and any(part.requires_grad for part in update[1:])
+    if by_hand and not trained and shape[0] <= MOST_OUTPUTS_DENSE:
+        return False
+    return _contracts_cheaper(rows, *shape, *update[1].shape)
+
+
+def _has_contracted(layer: nn.Module, rows: int) -> bool:
     own, _, updates = _coefficients(layer)
     shape = (own.out_features, own.in_features, own.grid_size + own.spline_order + 1)
-    return any(_contracts_cheaper(rows, *shape, *update[1].shape) for update in updates)
+    return any(_is_contracted(rows, shape, update, by_hand=True) for update in updates)
 
 
 def _dense(scale: float, core: Tensor, factor_out: Tensor, factor_in: Tensor, factor_basis: Tensor, size: int):
@@ -244,8 +302,8 @@ def _dense(scale: float, core: Tensor, factor_out: Tensor, factor_in: Tensor, fa
 def _contract(
     streams: Tensor, scale: float, core: Tensor, factor_out: Tensor, factor_in: Tensor, factor_basis: Tensor
 ) -> Tensor:
-    """Features (..., I, K) times the update, by the smallest products, so that no gradient is larger than its factor
-    (but for the row's features)."""
-    t = streams[..., : len(factor_basis)] @ factor_basis  # (..., I, rb)
-    t = factor_in.T @ t  # (..., ri, rb)
-    return t.flatten(-2) @ core.flatten(1).T @ (scale * factor_out).T
+    """Features (S, K + 1, I, N) times the update, (S, O, N), by the smallest products, so that no gradient is larger
+    than its factor (but for the row's features)."""
+    t = factor_basis.T @ streams[:, : len(factor_basis)].flatten(2)  # (S, rb, I N)
+    t = factor_in.T @ t.unflatten(2, streams.shape[2:])  # (S, rb, ri, N)
+    return (scale * factor_out) @ (core.transpose(1, 2).flatten(1) @ t.flatten(1, 2))

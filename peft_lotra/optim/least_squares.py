@@ -18,18 +18,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import call_with_parameters
+from ..kan.layer_records import recording
+from .row_gradients import row_gradients
 
 
 # Bytes that a chunk of rows works on: enough for the overhead of its operations to be small, and no more, since fresh
 # memory is slow (rows of a [2, 16, 16, 1] KAN cost a quarter more in chunks of four times the size).
 CHUNK = 2**27
 
+# From so many rows on, KAN layers are evaluated by hand, and keep less.
+ROWS_BY_HAND = 65
+
 Term = tuple[Callable[..., Tensor], Sequence[Tensor], float]
+
+
+@dataclass
+class _Note:
+    """What is known of a term's function (kept here, so that no other has its `id`)."""
+
+    function: Callable[..., Tensor]
+    row_bytes: int  # what one more row takes
+    by_layers: bool  # whether to try `row_gradients`; it has the last word
 
 
 def check_terms(terms: Iterable[Term]) -> list[Term]:
@@ -78,9 +94,20 @@ class LeastSquares:
         trainable (`dict[str, nn.Parameter]`): Its parameters that vary.
         terms (`list[Term]`): As `check_terms` returns them.
         memory (`int`): Bytes that matrices and chunks may take.
+        notes (`dict`): The `notes` of the step before, so that its terms need not be measured again.
+
+    Attributes:
+        notes (`dict`): What is known of the terms; the Jacobian's time and memory depend on it, its numbers do not.
     """
 
-    def __init__(self, model: nn.Module, trainable: dict[str, nn.Parameter], terms: list[Term], memory: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        trainable: dict[str, nn.Parameter],
+        terms: list[Term],
+        memory: int,
+        notes: dict[tuple, _Note] | None = None,
+    ) -> None:
         self.model = model
         self.trainable = trainable
         self.memory = memory
@@ -97,7 +124,12 @@ class LeastSquares:
         for function, rows, weight in terms:
             rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
             self.terms.append((function, rows, math.sqrt(weight / len(rows[0]))))
-        self._row_bytes = [self._measure(*term) for term in self.terms]
+        known = {} if notes is None else notes
+        self.notes: dict[tuple, _Note] = {}
+        for function, rows, scale in self.terms:
+            key = self._key(function, rows)
+            if key not in self.notes:
+                self.notes[key] = known[key] if key in known else self._examine(function, rows, scale)
 
     # Parameters
 
@@ -118,35 +150,63 @@ class LeastSquares:
 
     # Residuals
 
-    def _call(self, function: Callable, scale: float, flat: Tensor, rows: Iterable[Tensor]) -> Tensor:
-        """(n, m) scaled residuals of n rows."""
+    def _call(
+        self, function: Callable, scale: float, parameters: Tensor | dict[str, Tensor], rows: Iterable[Tensor]
+    ) -> Tensor:
+        """(n, m) scaled residuals of n rows, for a flat vector of parameters or for tensors by name."""
         rows = tuple(rows)
+        named = parameters if isinstance(parameters, dict) else self._named(parameters)
         values = call_with_parameters(
-            self.model, {**self.fixed, **self._named(flat)}, lambda *data: function(self.model, *data), rows, {}
+            self.model, {**self.fixed, **named}, lambda *data: function(self.model, *data), rows, {}
         )
         return scale * values.reshape(len(rows[0]), -1)
 
-    def _measure(self, function: Callable, rows: Sequence[Tensor], scale: float) -> int:
-        """The bytes that autograd keeps for one more row of a term, and those of the row's residuals' gradients."""
+    def _leaves(self) -> dict[str, Tensor]:
+        return {name: part.detach().requires_grad_() for name, part in self._named(self.start).items()}
+
+    def _key(self, function: Callable, rows: Sequence[Tensor]) -> tuple:
+        shapes = tuple((row.shape[1:], row.dtype) for row in rows)
+        return id(function), shapes, tuple((name, part.shape) for name, part in self.trainable.items())
+
+    def _examine(self, function: Callable, rows: Sequence[Tensor], scale: float) -> _Note:
+        try:
+            row_bytes = self._measure(function, rows, scale, by_layers=True)
+        except Exception:  # not by layers, then; the other way will say what is wrong
+            row_bytes = None
+        if row_bytes is not None:
+            return _Note(function, row_bytes, by_layers=True)
+        return _Note(function, self._measure(function, rows, scale, by_layers=False), by_layers=False)
+
+    def _measure(self, function: Callable, rows: Sequence[Tensor], scale: float, by_layers: bool) -> int | None:
+        """The bytes that autograd keeps for one more row of a term, and those of the row's residuals' gradients; with
+        `by_layers`, where `row_gradients` makes them, or None if it cannot."""
         kept = []
-        for count in (1, 2):
+        least = ROWS_BY_HAND if by_layers else 1
+        for count in (least, least + 1):
             sizes: list[int] = []
 
             def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
                 sizes.append(tensor.numel() * tensor.element_size())
                 return tensor
 
-            head = [row[:1].expand(count, *row.shape[1:]) for row in rows]
-            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                values = self._call(function, scale, self.start.requires_grad_(), head)
+            head = [row[:1].expand(count, *row.shape[1:]).contiguous() for row in rows]
+            leaves = self._leaves()
+            saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+            record = recording(leaves.values(), count) if by_layers else nullcontext()
+            with torch.enable_grad(), saving, record as recorder:
+                values = self._call(function, scale, leaves, head)
+            if by_layers and not recorder.explains(values):
+                return None
             kept.append(sum(sizes))
-        self.start.requires_grad_(False)
         return max(1, kept[1] - kept[0]) * 3 + 2 * values.shape[1] * self.num_parameters * 8
+
+    def _rows_at_once(self, note: _Note) -> int:
+        return max(1, min(self.memory // 2, CHUNK) // note.row_bytes)
 
     def chunks(self) -> Iterator[tuple[Callable, float, list[Tensor]]]:
         """The terms in parts of as many rows as may be worked on at a time."""
-        for (function, rows, scale), row_bytes in zip(self.terms, self._row_bytes, strict=True):
-            size = max(1, min(self.memory // 2, CHUNK) // row_bytes)
+        for function, rows, scale in self.terms:
+            size = self._rows_at_once(self.notes[self._key(function, rows)])
             for first in range(0, len(rows[0]), size):
                 yield function, scale, [row[first : first + size] for row in rows]
 
@@ -172,9 +232,30 @@ class LeastSquares:
 
     # Jacobian
 
-    def jacobian(self, function: Callable, scale: float, rows: Sequence[Tensor]) -> Tensor:
-        """The derivatives of the residuals of some rows, (n m, P)."""
+    def jacobian(self, function: Callable, scale: float, rows: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+        """
+        The derivatives of the residuals of some rows, (n m, P).
 
+        By the inputs and output gradients of KAN layers where these are all that depends on the parameters, and
+        otherwise, for any function, one row at a time (`torch.func.vmap`).
+
+        Args:
+            out: (n m or more, P); the result is its first rows then.
+        """
+        note = self.notes[self._key(function, rows)]
+        if note.by_layers:
+            leaves = self._leaves()
+            found = row_gradients(
+                lambda: self._call(function, scale, leaves, rows), list(leaves.values()), len(rows[0]), out
+            )
+            if found is not None:
+                return found
+            note.by_layers, note.row_bytes = False, self._measure(function, rows, scale, by_layers=False)
+        parts = zip(*(row.split(self._rows_at_once(note)) for row in rows), strict=True)
+        found = torch.cat([self._jacobian_by_rows(function, scale, part) for part in parts])
+        return found if out is None else out[: len(found)].copy_(found)
+
+    def _jacobian_by_rows(self, function: Callable, scale: float, rows: Sequence[Tensor]) -> Tensor:
         def of_one_row(flat: Tensor, *row: Tensor) -> Tensor:
             values, pull = torch.func.vjp(
                 lambda parameters: self._call(function, scale, parameters, [part.unsqueeze(0) for part in row])[0],
@@ -189,11 +270,14 @@ class LeastSquares:
         """J^T vector, (M,) to (P,), by one backward pass."""
         total, first = torch.zeros_like(self.start), 0
         for function, scale, rows in self.chunks():
-            values, pull = torch.func.vjp(
-                lambda flat, f=function, s=scale, r=rows: self._call(f, s, flat, r).flatten(), self.start
-            )
-            total += pull(vector[first : first + len(values)])[0]
+            leaves = self._leaves()
+            with torch.enable_grad():
+                values = self._call(function, scale, leaves, rows).flatten()
+            part = vector[first : first + len(values)]
             first += len(values)
+            if values.requires_grad:
+                found = torch.autograd.grad(values, list(leaves.values()), part, materialize_grads=True)
+                total += torch.cat([gradient.flatten() for gradient in found])
         return total
 
     def linearize(self, residuals: Tensor, floor: float) -> LinearModel:
@@ -239,14 +323,11 @@ class LinearModel:
             self.matrix = residuals.new_zeros(size, size)
         first = 0
         for chunk in problem.chunks():
-            part = problem.jacobian(*chunk)
-            rows = slice(first, first + len(part))
-            self.gradient.addmv_(part.T, residuals[rows])
-            if self.jacobian is not None:
-                self.jacobian[rows] = part
-            elif self.in_residual_space:
+            part = problem.jacobian(*chunk, out=None if self.jacobian is None else self.jacobian[first:])
+            self.gradient.addmv_(part.T, residuals[first : first + len(part)])
+            if self.jacobian is None and self.in_residual_space:
                 squares += part.square().sum(0)
-            else:
+            elif self.jacobian is None:
                 self.matrix += _gram(part)
             first += len(part)
         if not self.in_residual_space:
@@ -288,9 +369,11 @@ class LinearModel:
     def _factor(self, damping: float) -> Tensor | None:
         """The Cholesky factor of the damped matrix, kept for the next call; None if it is singular to rounding."""
         if self._factored[0] != damping:
-            damped = self.matrix.clone()
-            damped.diagonal().add_(damping if self.in_residual_space else damping * self.scaling)
-            triangle, failed = torch.linalg.cholesky_ex(damped)
+            diagonal = self.matrix.diagonal()
+            undamped = diagonal.clone()
+            diagonal += damping if self.in_residual_space else damping * self.scaling
+            triangle, failed = torch.linalg.cholesky_ex(self.matrix)
+            diagonal.copy_(undamped)
             self._factored = (damping, None if failed else triangle)
         return self._factored[1]
 
@@ -300,11 +383,10 @@ class LinearModel:
         if triangle is None:
             return None
         if self.in_residual_space:
-            dual = torch.cholesky_solve(residuals.unsqueeze(1), triangle).squeeze(1)
-            step = -self._transposed(dual) / self.scaling
+            step = -self._transposed(_solve(triangle, residuals)) / self.scaling
         else:
             gradient = self.gradient if residuals is self._residuals else self._transposed(residuals)
-            step = -torch.cholesky_solve(gradient.unsqueeze(1), triangle).squeeze(1)
+            step = -_solve(triangle, gradient)
         return step if step.isfinite().all() else None
 
     def _transposed(self, vector: Tensor) -> Tensor:
@@ -328,6 +410,12 @@ class LinearModel:
             return 2 * ((ahead - self._residuals) / share - self.jacobian @ step) / share
         behind = self.problem.residuals(self.problem.start - share * step)
         return (ahead - 2 * self._residuals + behind) / share**2
+
+
+def _solve(triangle: Tensor, vector: Tensor) -> Tensor:
+    """(L L^T)^-1 vector; unlike `torch.cholesky_solve`, without a copy of L."""
+    half = torch.linalg.solve_triangular(triangle, vector.unsqueeze(1), upper=False)
+    return torch.linalg.solve_triangular(triangle.mT, half, upper=True).squeeze(1)
 
 
 def _gram(matrix: Tensor) -> Tensor:

@@ -72,9 +72,12 @@ class LevenbergMarquardt:
     more on the other; beside 1e-3 it is up to twice better near the base, and mostly worse farther away. Where an
     adapter starts at zero on little data, 1e-6 hardly moved it, and 1e-3 did.
 
-    Row Jacobians come from `torch.func.vmap`, a chunk of rows at a time. For LoTRA adapters no gradient of the size of
-    a coefficient tensor is formed, as long as the residuals are computed by [`peft_lotra.kan.jet`] or a layer's
-    forward contracts in factored form: a row's gradient is as large as the adapter. Everything is computed in float64
+    Jacobians are computed a chunk of rows at a time. Where a term depends on the parameters by nothing but KANs of
+    this package, dense, Slim or with LoTRA, that it evaluates on its n rows by [`peft_lotra.kan.jet`] or by a forward
+    pass, they are put together of the inputs and the output gradients of the layers, which one backward pass gives
+    for all rows. That is found out by itself; any other term (other models, LoRA, parameters outside of the KAN,
+    trained normalisations, dropout) takes `torch.func.vmap`, at about twice the time. In both ways a row's gradient is
+    as large as the adapter: none of the size of a coefficient tensor is formed. Everything is computed in float64
     whatever the model's dtype; the loss that decides is that of the parameters as stored.
 
     Why not torch-levenberg-marquardt 1.2 from PyPI: it takes one function of (inputs, targets) through
@@ -136,7 +139,11 @@ class LevenbergMarquardt:
         self.floor = floor
         self.memory = memory
         self.max_damping = max_damping
+        self._notes: dict = {}  # of the last step's terms
         self._trainable()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_notes": {}}  # which hold functions by their `id`
 
     def step(self, terms: Iterable[Term]) -> LevenbergMarquardtStep:
         """
@@ -154,7 +161,8 @@ class LevenbergMarquardt:
         Raises:
             ValueError: A term is malformed, or the matrices do not fit into `memory`.
         """
-        problem = LeastSquares(self.model, self._trainable(), check_terms(terms), self.memory)
+        problem = LeastSquares(self.model, self._trainable(), check_terms(terms), self.memory, self._notes)
+        self._notes = problem.notes
         residuals = problem.residuals(problem.start)
         if complaint := problem.find_not_finite(residuals):
             warnings.warn(f"Step refused: {complaint}", RuntimeWarning, stacklevel=2)

@@ -190,6 +190,15 @@ def test_laplacian_and_weighted_sum():
     assert_same((u, du), jet(model, x)[:2], 1e-14)
 
 
+@pytest.mark.parametrize("rows", [5, 200])
+def test_weights_that_are_learned(rows):
+    """As the coefficients of an equation that are to be found."""
+    model, x = network(), points(rows)
+    weights = torch.tensor([1.0, 0.0, -0.5], dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(jet(model, x, collapse=weights)[2].sum(), weights)
+    torch.testing.assert_close(found, jet(model, x)[2].sum((1, 2)), rtol=1e-10, atol=1e-10)
+
+
 def test_hessian_by_polarisation():
     model, x = network(), points(5)
     u, du, d2u = hessian(model, x)

@@ -1,0 +1,327 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The Jacobian by layers beside that by `torch.func.vmap`."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import adapt, relative
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from peft_lotra.kan import KAN, KANLinear, SlimKAN, hessian, jet, laplacian
+from peft_lotra.kan.layer_records import active_recorder, recording
+from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.optim.least_squares import LeastSquares, check_terms
+
+
+ROWS = 70
+
+
+def points(rows: int = ROWS, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.rand(rows, 2, dtype=dtype) * 2.4 - 1.2  # some outside of the grids
+
+
+def network(**options) -> KAN:
+    return KAN([2, 5, 4, 2], dtype=torch.float64, **options)
+
+
+def least_squares_of(model: nn.Module, function: Callable, *rows: Tensor, memory: int = 2**30) -> LeastSquares:
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return LeastSquares(model, trainable, check_terms([(function, rows or (points(),))]), memory)
+
+
+def check(model: nn.Module, function: Callable, *rows: Tensor, by_layers: bool = True) -> None:
+    problem = least_squares_of(model, function, *rows)
+    for chunk in problem.chunks():
+        found, expected = problem.jacobian(*chunk), problem._jacobian_by_rows(*chunk)
+        assert found.shape == expected.shape and expected.any()
+        assert relative(found, expected) < 1e-12
+    assert [note.by_layers for note in problem.notes.values()] == [by_layers]
+    assert active_recorder() is None
+
+
+# Residuals
+
+
+def equation(model: nn.Module, x: Tensor) -> Tensor:
+    u, (u_x, u_y), second = jet(model, x, collapse=True)
+    return second - u**3 + u_x * u_y
+
+
+def value(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square()
+
+
+def weighted(model: nn.Module, x: Tensor) -> Tensor:
+    u, du, second = jet(model, x, collapse=(1.0, -0.3))
+    return second[:, 0] * u[:, 1] + du[0, :, 1]
+
+
+def along_directions(model: nn.Module, x: Tensor) -> Tensor:
+    _, du, d2u = jet(model, x, torch.tensor([[1.0, 2.0], [0.0, 1.0], [1.0, -1.0]]))
+    return torch.cat([du[0] * du[1], d2u[2], d2u[0]], dim=-1)
+
+
+def second_derivatives(model: nn.Module, x: Tensor) -> Tensor:
+    u, _, d2u = hessian(model, x)
+    return d2u[0, 0] * d2u[1, 1] - d2u[0, 1] ** 2 + u
+
+
+def only_laplacian(model: nn.Module, x: Tensor) -> Tensor:
+    return laplacian(model, x) ** 2
+
+
+def several(model: nn.Module, x: Tensor) -> Tensor:
+    """A periodic condition, the equation, and the value once more."""
+    left, right = x * torch.tensor([0.0, 1.0]) - 1, x * torch.tensor([0.0, 1.0]) + 1
+    (u, du, _), (v, dv, _) = jet(model, left), jet(model, right)
+    return torch.cat([u - v, du[0] - dv[0], equation(model, x) * model(x)], dim=-1)
+
+
+RESIDUALS = [equation, value, weighted, along_directions, second_derivatives, only_laplacian, several]
+
+
+# Models
+
+
+def two_adapters(model: nn.Module) -> nn.Module:
+    model = adapt(model, r=(2, 3, 4), alpha=0.7)
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    model.peft_config["other"].r = 2
+    model.base_model.set_adapter(["default", "other"])
+    return model.eval()
+
+
+def one_of_two_trained(model: nn.Module) -> nn.Module:
+    model = two_adapters(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("default" in name and "factor_in" not in name)
+    return model
+
+
+def partly_trained(model: nn.Module) -> nn.Module:
+    model.layers[1].requires_grad_(False)
+    model.layers[0].spline_weight.requires_grad_(False)
+    return model
+
+
+MODELS = {
+    "dense": lambda: network(),
+    "partly trained": lambda: partly_trained(network()),
+    "order 2": lambda: network(spline_order=2),
+    "adapted": lambda: adapt(network(), r=(2, 3, 4)),
+    "splines only": lambda: adapt(network(), r=3, alpha=1.7, adapt_residual=False),
+    "ranks by layer": lambda: adapt(network(), r=1, rank_pattern={"layers.1": (4, 5, 9)}),
+    "two adapters": lambda: two_adapters(network()),
+    "one of two": lambda: one_of_two_trained(network()),
+    "frozen norm": lambda: adapt(network(norm="layer")),
+    "slim": lambda: SlimKAN([2, 5, 4, 3], ranks=(3, 2, 3), dtype=torch.float64),
+    "slim and dense": lambda: SlimKAN([2, 5, 2], ranks=[None, (2, 2, 2)], dtype=torch.float64),
+    "slim, adapted": lambda: adapt(SlimKAN([2, 5, 4, 3], ranks=(3, 2, 3), dtype=torch.float64)),
+    "wide": lambda: adapt(KAN([2, 80, 80, 1], dtype=torch.float64), r=2),  # contracts its factors
+}
+
+
+@pytest.mark.parametrize("residual", [equation, value, several])
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name, residual):
+    check(MODELS[name](), residual)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("name", ["dense", "two adapters"])
+def test_residuals(name, residual):
+    check(MODELS[name](), residual)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 20, 1500])  # by plain operations, and in several blocks
+def test_rows(rows):
+    check(adapt(network()), several, points(rows))
+    check(network(), equation, points(rows))
+
+
+def test_other_arguments():
+    target, index = torch.randn(ROWS, 2), torch.arange(ROWS)
+    check(network(), lambda model, x, y, i: (model(x) - y) * i.unsqueeze(1), points(), target, index)
+    check(network(), lambda model, x: model(x)[:, 0])
+
+
+def test_a_layer_used_twice():
+    for residual, by_layers in ((equation, True), (value, False)):  # nothing is known of a forward pass of others
+        layer = KANLinear(2, 2, dtype=torch.float64)
+        check(nn.Sequential(layer, KAN([2, 3, 2], dtype=torch.float64), layer), residual, by_layers=by_layers)
+    model = KAN([2, 2, 2], dtype=torch.float64)
+    model.layers[1].spline_weight = model.layers[0].spline_weight
+    check(model, several)
+
+
+def test_float32_models():
+    model = adapt(KAN([2, 5, 4, 2]))
+    check(model, equation, points(dtype=torch.float32))
+    check(KAN([2, 5, 4, 2]), several, points(dtype=torch.float32))
+
+
+def test_what_has_no_effect():
+    model = nn.Sequential(network())
+    model.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def residual(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            constant = jet(model, x)[0]
+        return jet(model, x)[1][0] - constant + jet(model, x)[0].detach()
+
+    check(model, residual)
+    problem = least_squares_of(model, lambda model, x: model(x).detach())
+    assert not problem.jacobian(*next(problem.chunks())).any()
+
+
+def test_chunks_and_a_place_for_the_result():
+    model, x = adapt(network()), points()
+    problem = least_squares_of(model, several, x)
+    whole = problem.jacobian(*next(problem.chunks()))
+    small = least_squares_of(model, several, x, memory=2**18)
+    assert len(list(small.chunks())) > 1
+    scale = problem.terms[0][2]
+    place = torch.full((len(whole) + 6, whole.shape[1]), torch.nan, dtype=torch.float64)
+    first = 0
+    for function, _, rows in small.chunks():
+        found = small.jacobian(function, scale, rows, out=place[first:])
+        assert found.data_ptr() == place[first:].data_ptr()
+        first += len(found)
+    torch.testing.assert_close(place[:first], whole)
+    assert place[first:].isnan().all() and len(place[first:]) == 6
+
+
+# What is not by layers
+
+
+class Around(nn.Module):
+    """A network with parameters of its own around a KAN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kan = network()
+        self.speed = nn.Parameter(torch.tensor([0.7, 1.3], dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kan(x)
+
+
+def plain_network() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+
+
+def lora() -> nn.Module:
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["spline_weight"], init_lora_weights=False)
+    return get_peft_model(network(), config)
+
+
+OTHERS = {
+    "no KAN": (plain_network, value),
+    "LoRA": (lora, equation),
+    "trained norm": (lambda: network(norm="layer"), equation),
+    "trained norm, value": (lambda: network(norm="layer"), value),
+    "a layer alone": (lambda: network().layers[0], value),
+    "inputs": (Around, lambda model, x: jet(model.kan, x * model.speed)[0]),
+    "directions": (Around, lambda model, x: jet(model.kan, x, torch.diag(model.speed))[2][0]),
+    "collapse": (Around, lambda model, x: jet(model.kan, x, collapse=model.speed)[2]),
+    "factor": (Around, lambda model, x: equation(model.kan, x) * model.speed),
+    "penalty": (
+        network,
+        lambda model, x: equation(model, x) + model.layers[0].spline_weight.sum() + model.layers[2].base_weight[0, 0],
+    ),
+    "turned around": (network, lambda model, x: model(x.flip(0)).flip(0)),
+    "as one": (network, lambda model, x: jet(model, torch.cat([x, x + 0.1]))[0].view(2, -1, 2).sum(0)),
+    "a part": (network, lambda model, x: torch.cat([model(x[:1]), model(x[1:])])),
+    "transform": (
+        network,
+        lambda model, x: torch.func.jvp(lambda p: jet(model, p)[0], (x,), (torch.ones_like(x),))[1],
+    ),
+    "scaled weights": (
+        network,
+        lambda model, x: torch.func.functional_call(
+            model, {"layers.0.spline_weight": 2 * model.layers[0].spline_weight}, (x,)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_others(name):
+    build, residual = OTHERS[name]
+    check(build(), residual, by_layers=False)
+
+
+def test_moving_grids():
+    model = network()
+    for layer in model.layers:
+        bounds = layer.grid_bounds
+        del layer.grid_bounds
+        layer.grid_bounds = nn.Parameter(bounds)
+    check(model, equation, by_layers=False)
+
+
+def test_a_network_within_another():
+    """Recorded apart, or not at all: the inputs of the second depend on the first."""
+    first, second = network(), network()
+    model = nn.ModuleList([first, second])
+    check(model, lambda model, x: jet(model[1], x)[0] * jet(model[0], x)[1][0])
+    check(model, lambda model, x: jet(model[1], x)[0] * model[0](x))
+    problem = least_squares_of(model, lambda model, x: jet(model[1], model[0](x))[0])
+    chunk = next(problem.chunks())
+    assert relative(problem.jacobian(*chunk), problem._jacobian_by_rows(*chunk)) < 1e-12
+
+
+def test_dropout_is_drawn():
+    model = adapt(network(), rank_dropout=0.5).train()
+    problem = least_squares_of(model, value)
+    first, second = (problem.jacobian(*next(problem.chunks())) for _ in range(2))
+    assert not torch.equal(first, second)
+    check(model, equation)  # a jet has none
+
+
+def test_what_is_known_of_a_term_is_kept():
+    calls = []
+
+    def residual(model: nn.Module, x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return model(x.flip(0)).flip(0)
+
+    optimizer = LevenbergMarquardt(network())
+    for step in range(3):
+        calls.clear()
+        record = optimizer.step([(residual, points()), (equation, points())])
+        assert record.accepted
+        # tried in the first step only: to measure, and once
+        assert calls.count(65) == calls.count(66) == (1 if step == 0 else 0)
+    optimizer.step([(equation, points())])
+    assert [note.function for note in optimizer._notes.values()] == [equation]
+    for restored in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
+        assert restored._notes == {} and restored.step([(equation, points())]).accepted
+
+
+def test_recorders_are_of_one_thread_and_one_use():
+    parameters = [torch.ones(1, requires_grad=True)]
+    with recording(parameters, 3) as outer:
+        with pytest.raises(RuntimeError), recording(parameters, 4) as inner:
+            assert active_recorder() is inner
+            raise RuntimeError
+        assert active_recorder() is outer
+    assert active_recorder() is None
