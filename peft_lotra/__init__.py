@@ -14,6 +14,7 @@
 
 """LoTRA: low tensor-rank adaptation of Kolmogorov-Arnold networks, as a PEFT method. Importing it registers it."""
 
+from . import kan_families  # noqa: F401  (registers the known families)
 from ._version import __version__
 from .card import write_model_card
 from .compression import SlimReport, slim, to_dense

@@ -1,0 +1,178 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The families that are known from the start. Importing this module registers them.
+
+They are recognised by what they consist of, since most of these layers reach users as a copied file, often under
+another class name.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .kan.layer import KANLinear
+from .kan.slim import SlimKANLinear
+from .kan_layers import UniformSplines, get_or_none, register_kan_layer
+from .slim_layer import SlimLayer
+
+
+def _ndim(layer: nn.Module, name: str) -> int | None:
+    value = get_or_none(layer, name)
+    return value.ndim if isinstance(value, torch.Tensor) else None
+
+
+def _splines_from_knots(layer: nn.Module) -> UniformSplines | None:
+    order = layer.spline_order
+    grid_size = layer.grid.shape[-1] - 2 * order - 1
+    return UniformSplines(layer.grid[:, order], layer.grid[:, order + grid_size], grid_size, order)
+
+
+def _splines_from_starts(layer: nn.Module) -> UniformSplines | None:
+    order, step = layer.spline_order, 1 / layer.inv_h
+    low = layer.grid_starts[:1] + order * step
+    grid_size = len(layer.grid_starts) - order
+    return UniformSplines(low, low + grid_size * step, grid_size, order)
+
+
+register_kan_layer(
+    "qkan-fourier",
+    matches=lambda m: _ndim(m, "fourier_weight") == 3 and _ndim(m, "freqs") == 1,
+    coefficients=("fourier_weight", "o i k"),
+    residual=("base_weight", "o i"),
+    grid=("freqs", "input_scale", "input_shift"),
+)
+register_kan_layer(
+    "kanx",
+    matches=lambda m: (
+        _ndim(m, "spline_weight") == 3
+        and _ndim(m, "grid") == 2
+        and hasattr(m, "update_grid_from_samples")
+        and not hasattr(m, "b_splines")
+    ),
+    coefficients=("spline_weight", "i o k"),
+    residual=("base_weight", "i o"),
+    grid=("grid",),
+    grid_methods=("update_grid_from_samples",),
+)
+register_kan_layer(
+    "flashkan",
+    matches=lambda m: "spline_weight" in m._parameters and _ndim(m, "grid_starts") == 1,
+    coefficients=("spline_weight", "o i k"),
+    residual=("base_weight", "o i"),
+    grid=("grid_starts", "inv_h"),  # its splines, in float32, are too far from the closed form
+)
+register_kan_layer(
+    "inkan",
+    # dim=2 is a tensor-product surface of two inputs, not a sum of univariate functions
+    matches=lambda m: "weight" in m._parameters and _ndim(m, "grid_starts") == 1 and m.dim == 1,
+    coefficients=("weight", "o ((i k) + i)"),
+    grid=("grid_starts", "inv_h"),
+    splines=_splines_from_starts,
+    activation=lambda m, x: m.base_activation(x),
+    axes=lambda m: {"i": m.in_features},
+)
+register_kan_layer(
+    "pina",
+    matches=lambda m: _ndim(m, "spline._control_points") == 3 and hasattr(m, "base_function"),
+    coefficients=("spline._control_points", "i o k"),
+    residual=("base_weight", "o i"),
+    grid=("spline._knots",),
+    basis=lambda m, x: m.spline.basis(x),
+    activation=lambda m, x: m.base_function(x),
+    bias="bias",
+)
+register_kan_layer(
+    "fourier-kan",
+    matches=lambda m: _ndim(m, "fouriercoeffs") == 4,
+    coefficients=("fouriercoeffs", "t o i g"),
+)
+register_kan_layer(
+    "physicsnemo",
+    matches=lambda m: _ndim(m, "fourier_coeffs") == 4,
+    coefficients=("fourier_coeffs", "t o i g"),
+)
+register_kan_layer(
+    "cheby-kan",
+    matches=lambda m: _ndim(m, "cheby_coeffs") == 3,
+    coefficients=("cheby_coeffs", "i o k"),
+    basis=lambda m, x: torch.cos(m.arange * torch.acos(torch.tanh(x)).unsqueeze(-1)),
+)
+register_kan_layer(
+    "fast-kan",  # FasterKAN too, which has no residual branch
+    matches=lambda m: _ndim(m, "spline_linear.weight") == 2 and _ndim(m, "rbf.grid") == 1,
+    coefficients=("spline_linear.weight", "o (i k)"),
+    residual=("base_linear.weight", "o i"),
+    grid=("rbf.grid", "rbf.denominator", "rbf.inv_denominator"),
+    basis=lambda m, x: m.rbf(x if m.layernorm is None else m.layernorm(x)),
+    activation=lambda m, x: m.base_activation(x),
+    bias="base_linear.bias",
+    axes=lambda m: {"k": m.rbf.grid.numel()},
+)
+register_kan_layer(
+    "pykan",
+    matches=lambda m: _ndim(m, "coef") == 3 and _ndim(m, "scale_base") == 2 and _ndim(m, "scale_sp") == 2,
+    coefficients=("coef", "i o k"),
+    residual=("scale_base", "i o"),
+    grid=("grid",),
+    grid_methods=("update_grid_from_samples", "initialize_grid_from_parent", "get_subset", "swap"),
+    network_methods={
+        "fit": "update_grid",
+        **dict.fromkeys(("update_grid", "update_grid_from_samples", "initialize_grid_from_another_model")),
+        **dict.fromkeys(("initialize_from_another_model", "refine", "copy", "rewind", "perturb")),
+        **dict.fromkeys(("prune", "prune_node", "prune_input", "expand_depth", "expand_width")),
+        **dict.fromkeys(("swap", "auto_swap", "auto_swap_l")),
+    },
+    checkpoint_methods=("saveckpt",),
+)
+register_kan_layer(
+    "efficient-kan",  # the delta is put on the raw parameter, not on its product with `spline_scaler`
+    matches=lambda m: _ndim(m, "spline_weight") == 3 and _ndim(m, "grid") == 2 and hasattr(m, "b_splines"),
+    coefficients=("spline_weight", "o i k"),
+    residual=("base_weight", "o i"),
+    grid=("grid",),
+    grid_methods=("update_grid", "update_grid_from_qkan"),
+    basis=lambda m, x: m.b_splines(x),
+    splines=_splines_from_knots,
+    activation=lambda m, x: m.base_activation(x),
+    scale=lambda m: m.spline_scaler if getattr(m, "enable_standalone_scale_spline", False) else None,
+)
+register_kan_layer(
+    "peft-lotra",
+    matches=KANLinear,
+    coefficients=("spline_weight", "o i k"),
+    residual=("base_weight", "o i"),
+    grid=("grid_bounds", "grid_size", "spline_order"),
+    grid_methods=("update_grid",),
+    basis=lambda m, x: m.basis(x),
+    splines=lambda m: UniformSplines(*m.grid_bounds.unbind(-1), m.grid_size, m.spline_order),
+    activation=lambda m, x: nn.functional.silu(x),
+)
+# The parameters of Slim layers are Tucker components; what is described here are the tensors that they make. An
+# adapter is added to the components, see `SlimLoTRALayer`.
+register_kan_layer(
+    "slim-kan",
+    matches=SlimKANLinear,
+    coefficients=("spline_weight", "o i k"),
+    residual=("base_weight", "o i"),
+    grid=("grid_bounds", "grid_size", "spline_order"),
+    basis=lambda m, x: m.basis(x),
+)
+register_kan_layer(
+    "slim",  # a layer of any other family, after `slim`
+    matches=SlimLayer,  # see `get_kan_spec`
+    coefficients=("coefficients", "o i k"),
+    residual=("residual", "o i"),
+)
