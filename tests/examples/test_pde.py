@@ -92,6 +92,26 @@ def test_ranks_leave_three_fifths_of_the_parameters(pde) -> None:
     assert share[1] <= share[2]
 
 
+def test_newton_start(pde, tmp_path) -> None:
+    """One step of all parameters, as an adapter: the base stays, the ranks are those asked for, and error is gone."""
+    families, methods = pde("families"), pde("methods")
+    family, setting = families.FAMILIES["burgers"], methods.QUICK
+    parameter = family.targets["near"]
+    base = methods.pretrained(family, setting, 0, tmp_path)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    terms = family.terms(parameter, torch.Generator().manual_seed(0), setting.points)
+    for name in ("lotra_lm", "lotra_small_lm"):
+        random = methods.METHODS[name].model(base, setting, 0)
+        started = methods.newton_start(base, random, terms)
+        shapes = [
+            {key: p.shape for key, p in model.named_parameters() if p.requires_grad} for model in (random, started)
+        ]
+        assert shapes[0] == shapes[1]
+        errors = [families.relative_error(model, family.reference(parameter)) for model in (random, started)]
+        assert errors[1] < 0.7 * errors[0]
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
+
+
 def test_a_run_is_kept(pde, tmp_path, monkeypatch) -> None:
     families, methods, transfer = pde("families"), pde("methods"), pde("transfer")
     family, setting = families.FAMILIES["allen_cahn"], methods.QUICK
