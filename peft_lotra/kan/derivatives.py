@@ -119,7 +119,7 @@ def _jet(
 
     recorder = active_recorder()
     if recorder is not None and recorder.takes(x, directions, weights):
-        return recorder.chain(lambda: _through(layers, x, directions, weights, only_second))
+        return recorder.chain(lambda *inputs: _through(layers, *inputs, only_second), x, directions, weights)
     size = block_size(x, [layer for layer in layers if _is_layer(layer)], len(directions))
     if size is None:
         return _through(layers, x, directions, weights, only_second)
@@ -141,11 +141,17 @@ def _through(
 
 
 def recorded_value(model: nn.Module, x: Tensor) -> Tensor | None:
-    """The value of a KAN, recorded; None where it is not (see `layer_records.py`), or draws dropout."""
+    """The value of a KAN, recorded; None where it is not (see `layer_records.py`), draws dropout, or has hooks or a
+    `forward` put on a module, which a forward pass runs, unlike a jet."""
     recorder, layers = active_recorder(), find_chain(model)
-    if layers is None or not recorder.takes(x) or any(getattr(part, "is_random", False) for part in model.modules()):
+    if layers is None or not recorder.takes(x) or torch.nn.modules.module._has_any_global_hook():
         return None
-    return recorder.chain(lambda: _through(layers, x, x.new_empty(0, x.shape[-1]), None, False))[0]
+    for part in model.modules():
+        changed = part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+        if changed or getattr(part, "is_random", False):
+            return None
+    no_directions = x.new_empty(0, x.shape[-1])
+    return recorder.chain(lambda *inputs: _through(layers, *inputs, False), x, no_directions, None)[0]
 
 
 def laplacian(model: nn.Module, x: Tensor) -> Tensor:

@@ -216,12 +216,25 @@ def _by_hand_pays(rows: int, x: Tensor, *others: Tensor | None) -> bool:
 
 @torch.no_grad()
 def stream_features(
-    grid: nn.Module | Grid, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None, only_second: bool
+    grid: nn.Module | Grid,
+    z: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    weights: Tensor | None,
+    only_second: bool,
+    evaluated: int,
 ) -> Tensor:
-    """As `_streams`, for rows z (N, I) and the grid of a layer, but (N, 1 + D + (D or 1), K + 1, I)."""
+    """As `_streams`, for rows z (N, I) and the grid of a layer, but (N, 1 + D + (D or 1), K + 1, I).
+
+    `evaluated` is how many rows the layer was evaluated at: the second derivative of quadratic splines jumps at the
+    knots, and there it must be that of the same operations.
+    """
     z, first, second = z.T, first.expand(len(first), *z.shape).mT, None if second is None else second.mT
-    block, count = _Block(grid, z), len(first)
+    count = len(first)
     bends = count if weights is None else 1
+    if grid.spline_order < 3 and not _by_hand_pays(evaluated * (1 + count + bends), z):
+        return torch.stack(_streams(grid, z, first, second, weights, only_second)).permute(3, 0, 1, 2)
+    block = _Block(grid, z)
     lines = bends if only_second else 1 + count + bends
     features = z.new_empty(z.shape[1], lines, *block.shape)
     for part in block.parts(z.shape[1]):

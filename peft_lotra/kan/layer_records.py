@@ -106,16 +106,21 @@ class Recorder:
             and not any(tensor is not None and tensor.requires_grad for tensor in (x, *others))
         )
 
-    def chain(self, through: Callable[[], Parts]) -> Parts:
-        """Records the layers that a function goes through; returns its outputs, as leaves."""
+    def chain(self, through: Callable[..., Parts], *inputs: Tensor | None) -> Parts:
+        """Records the layers that a function of the inputs goes through; returns its outputs, as leaves.
+
+        Inputs and leaves are copies: what the caller writes into its own tensors later must not change the records.
+        """
         chain = self._open = Chain([])
         try:
-            chain.outputs = through()
+            chain.outputs = through(*(None if part is None else part.clone() for part in inputs))
         finally:
             self._open = None
         if self.reaches_parameters(*chain.outputs):
             self.refused = True  # of a normalisation, for example
-        chain.leaves = tuple(None if part is None else part.detach().requires_grad_() for part in chain.outputs)
+        chain.leaves = tuple(
+            None if part is None else part.detach().clone().requires_grad_() for part in chain.outputs
+        )
         self.chains.append(chain)
         return chain.leaves
 
@@ -149,7 +154,7 @@ class Recorder:
         for part in outputs:
             if part is not None and not part.requires_grad:
                 part.requires_grad_()
-        grid = Grid(layer.grid_bounds, layer.grid_size, layer.spline_order)
+        grid = Grid(layer.grid_bounds.clone(), layer.grid_size, layer.spline_order)
         self._open.records.append(LayerRecord(grid, dense, updates, inputs, outputs))
         return outputs
 

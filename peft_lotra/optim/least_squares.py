@@ -169,13 +169,15 @@ class LeastSquares:
         return id(function), shapes, tuple((name, part.shape) for name, part in self.trainable.items())
 
     def _examine(self, function: Callable, rows: Sequence[Tensor], scale: float) -> _Note:
-        try:
-            row_bytes = self._measure(function, rows, scale, by_layers=True)
-        except Exception:  # not by layers, then; the other way will say what is wrong
-            row_bytes = None
-        if row_bytes is not None:
-            return _Note(function, row_bytes, by_layers=True)
-        return _Note(function, self._measure(function, rows, scale, by_layers=False), by_layers=False)
+        note = _Note(function, self._measure(function, rows, scale, by_layers=False), by_layers=False)
+        if (ROWS_BY_HAND + 1) * note.row_bytes <= self.memory:
+            try:
+                row_bytes = self._measure(function, rows, scale, by_layers=True)
+            except Exception:  # not by layers, then; the other way will say what is wrong
+                row_bytes = None
+            if row_bytes is not None:
+                return _Note(function, row_bytes, by_layers=True)
+        return note
 
     def _measure(self, function: Callable, rows: Sequence[Tensor], scale: float, by_layers: bool) -> int | None:
         """The bytes that autograd keeps for one more row of a term, and those of the row's residuals' gradients; with

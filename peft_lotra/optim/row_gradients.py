@@ -34,6 +34,9 @@ from ..kan.layer_records import Chain, LayerRecord, recording
 # Numbers in the largest tensor of a block of rows: near the cache, and enough for the overhead to be small.
 BLOCK = 2**19
 
+# With more values in a row, one row at a time costs less than three backward passes for each.
+MOST_COLUMNS = 64
+
 
 def row_gradients(
     function: Callable[[], Tensor], parameters: Sequence[Tensor], rows: int, out: Tensor | None = None
@@ -55,17 +58,19 @@ def row_gradients(
     try:
         with torch.enable_grad(), recording(parameters, rows) as recorder:
             values = function()
-        towards = _towards_chains(recorder.chains, values) if recorder.explains(values) else None
+        count = values.shape[1]
+        if count > MOST_COLUMNS or not recorder.explains(values):
+            return None
+        towards = _towards_chains(recorder.chains, values)
+        if towards is None:
+            return None
+        records = [pair for chain in recorder.chains for pair in _towards_layers(chain, towards)]
     except Exception:  # if the function is to blame, the way for any function will meet it again
         return None
-    if towards is None:
-        return None
-    count = values.shape[1]
     if out is None:
-        out = values.new_empty(rows * count, sum(parameter.numel() for parameter in parameters))
+        out = parameters[0].new_empty(rows * count, sum(parameter.numel() for parameter in parameters))
     out = out[: rows * count]
     gradients = out.unflatten(0, (rows, count))
-    records = [pair for chain in recorder.chains for pair in _towards_layers(chain, towards)]
     size = max(16, BLOCK // max([_numbers_of_row(record) for record, _ in records], default=1))
     for start in range(0, rows, size):
         part = slice(start, min(start + size, rows))
@@ -89,8 +94,8 @@ def _towards_chains(chains: list[Chain], values: Tensor) -> list[Gradients] | No
     for each row are not the weighted gradients. With powers of two for weights, those are equal to the last bit.
     """
     leaves = [part for chain in chains for part in chain.leaves if part is not None]
-    exponents = torch.randint(-30, 31, (len(values),), generator=torch.Generator().manual_seed(0))
-    weights = torch.ldexp(torch.ones(len(values)), exponents).to(values)
+    exponents = torch.randperm(len(values), generator=torch.Generator().manual_seed(0)) % 401 - 200
+    weights = torch.ldexp(values.new_ones(len(values)), exponents.to(values.device))
     if not values.requires_grad:
         return [{}] * values.shape[1]
     towards = []
@@ -182,7 +187,7 @@ def _add_layer(block: _RowSums, record: LayerRecord, outputs: list[Tensor | None
     z, first, second, weights, only_second = record.inputs
     first = first.expand(len(first), *z.shape)[:, rows]
     second = None if second is None else second[:, rows]
-    features = stream_features(record.grid, z[rows], first, second, weights, only_second)
+    features = stream_features(record.grid, z[rows], first, second, weights, only_second, len(z))
     if record.dense is not None and any(map(block.wants, record.dense)):
         _add_dense(block, features, *record.dense, columns)
     for update in record.updates:

@@ -29,6 +29,7 @@ from peft_lotra.kan import KAN, KANLinear, SlimKAN, hessian, jet, laplacian
 from peft_lotra.kan.layer_records import active_recorder, recording
 from peft_lotra.optim import LevenbergMarquardt
 from peft_lotra.optim.least_squares import LeastSquares, check_terms
+from peft_lotra.optim.row_gradients import MOST_COLUMNS
 
 
 ROWS = 70
@@ -209,7 +210,92 @@ def test_chunks_and_a_place_for_the_result():
     assert place[first:].isnan().all() and len(place[first:]) == 6
 
 
+def shifted_in_place(model: nn.Module, x: Tensor) -> Tensor:
+    x = x.clone()
+    u = model(x)
+    x[:, 0] += 0.3
+    v, *_ = jet(model, x)
+    x.zero_()
+    return u - v * u
+
+
+def directions_in_place(model: nn.Module, x: Tensor) -> Tensor:
+    directions = torch.tensor([[1.0, 0.0]], dtype=x.dtype)
+    *_, second = jet(model, x, directions)
+    directions[0] = torch.tensor([0.0, 1.0])
+    return second[0] + jet(model, x, directions)[1][0]
+
+
+def outputs_in_place(model: nn.Module, x: Tensor) -> Tensor:
+    u, du, d2u = jet(model, x, collapse=True)
+    with torch.no_grad():
+        d2u.clamp_(-5, 5)
+        du[0].mul_(2)
+    return d2u + u * du[0]
+
+
+@pytest.mark.parametrize("residual", [shifted_in_place, directions_in_place, outputs_in_place])
+def test_what_the_function_writes_into_its_tensors(residual):
+    for rows in (2, 90):
+        check(adapt(network()), residual, points(rows))
+        check(network(), residual, points(rows))
+
+
+def test_points_on_the_knots():
+    """Where the second derivatives of quadratic splines jump, J is that of the residuals, which are linear in them."""
+    x = torch.tensor([[-1.0, -1], [1, 1], [-0.6, 0.2], [0.2, -0.2], [1.4, 0.1]], dtype=torch.float64)
+    for rows in (x, x.repeat(20, 1)):
+        model = KAN([2, 1], dtype=torch.float64, spline_order=2)
+        problem = least_squares_of(model, lambda model, x: jet(model, x, collapse=True)[2], rows)
+        by_jacobian = problem.jacobian(*next(problem.chunks())) @ problem.start
+        torch.testing.assert_close(by_jacobian, problem.residuals(problem.start))
+
+
+def test_dtype_of_the_jacobian():
+    problem = least_squares_of(network(), lambda model, x: equation(model, x).float())
+    assert problem.jacobian(*next(problem.chunks())).dtype == torch.float64
+
+
 # What is not by layers
+
+
+def doubled(*arguments):
+    return 2 * arguments[-1]
+
+
+def test_hooks_and_replaced_forwards_of_a_layer():
+    """A forward pass runs them, and so does its Jacobian."""
+    model = network()
+    model.layers[1].register_forward_hook(doubled)
+    check(model, value, by_layers=False)
+    model = adapt(network())
+    model.get_base_model().layers[1].base_layer.register_forward_hook(doubled)
+    check(model, value, by_layers=False)
+    for model in (network(), adapt(network())):
+        layer = model.layers[1]
+        layer.forward = lambda x, forward=layer.forward: 2 * forward(x)
+        check(model, value, by_layers=False)
+    handle = nn.modules.module.register_module_forward_hook(doubled)
+    try:
+        check(network(), value, by_layers=False)
+    finally:
+        handle.remove()
+
+
+def test_many_values_in_a_row():
+    check(KAN([2, 3, MOST_COLUMNS + 1], dtype=torch.float64), value, by_layers=False)
+
+
+def test_rows_that_do_not_fit_are_not_tried():
+    """One row is a cloud of points: the memory asked for is enough for a few of them, not for those of a trial."""
+    seen = []
+
+    def mean_of_cloud(model: nn.Module, x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return model(x).mean((1, 2))
+
+    least_squares_of(network(), mean_of_cloud, torch.rand(3, 400, 2, dtype=torch.float64), memory=2**22)
+    assert max(seen) <= 2
 
 
 class Around(nn.Module):
