@@ -33,6 +33,9 @@ from torch import Tensor, nn
 from peft_lotra.kan import KAN, laplacian
 
 
+NESTED = "nested autograd"
+
+
 def nested(model: nn.Module, x: Tensor) -> Tensor:
     """The Laplacian by differentiating a graph twice."""
     x = x.clone().requires_grad_()
@@ -47,38 +50,50 @@ def milliseconds(function: Callable[[], Tensor]) -> float:
     return 1000 * (time.perf_counter() - started)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="few repetitions, without the compiler")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "pde")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+def measure(threads: int, compiled: bool, repetitions: int) -> dict[str, float]:
+    """Medians in milliseconds; the subjects take turns."""
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     model, x = KAN([2, 16, 16, 1]), torch.rand(2000, 2) * 2 - 1
-    runs = {"jet": lambda: laplacian(model, x), "nested autograd": lambda: nested(model, x)}
-    if not args.quick:
-        compiled = torch.compile(lambda x: laplacian(model, x))
-        runs["jet, compiled"] = lambda: compiled(x)
+    function = torch.compile(lambda x: laplacian(model, x)) if compiled else lambda x: laplacian(model, x)
+    runs = {"jet, compiled" if compiled else "jet": lambda: function(x), NESTED: lambda: nested(model, x)}
     try:
         from qkan.kan import KAN as EfficientKAN
 
         other = EfficientKAN([2, 16, 16, 1])
-        runs["nested autograd, efficient-kan"] = lambda: nested(other, x)
+        runs[f"{NESTED}, efficient-kan"] = lambda: nested(other, x)
     except ImportError:
         pass
     for _ in range(2):
         for run in runs.values():
             milliseconds(run)
-    rounds = [{name: milliseconds(run) for name, run in runs.items()} for _ in range(2 if args.quick else 20)]
-    medians = {name: statistics.median(line[name] for line in rounds) for name in runs}
-    table = Table("", "ms", "nested / this", title=f"Laplacian + backward, {args.threads} thread(s)")
-    for name, value in medians.items():
-        table.add_row(name, f"{value:.1f}", f"{medians['nested autograd'] / value:.1f}")
+    rounds = [{name: milliseconds(run) for name, run in runs.items()} for _ in range(repetitions)]
+    return {name: statistics.median(line[name] for line in rounds) for name in runs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--quick", action="store_true", help="few repetitions, without the compiler")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "pde")
+    args = parser.parse_args()
+    results = []
+    table = Table(title="Laplacian + backward")
+    for name in ("threads", "", "ms", "nested / this", "efficient-kan / this"):
+        table.add_column(name, justify="right" if name else "left")
+    # compiled last: once the compiler is at work, each call of a Python function costs more in this process
+    for compiled in (False,) if args.quick else (False, True):
+        for threads in args.threads:
+            medians = measure(threads, compiled, repetitions=2 if args.quick else 20)
+            results.append({"threads": threads, "milliseconds": medians})
+            rivals = [medians[name] for name in (NESTED, f"{NESTED}, efficient-kan") if name in medians]
+            for name, value in medians.items():
+                ratios = [f"{rival / value:.1f}" for rival in rivals]
+                table.add_row(str(threads), name, f"{value:.1f}", *ratios, end_section=name == list(medians)[-1])
     Console().print(table)
     args.output.mkdir(parents=True, exist_ok=True)
     name = "jet_speed_quick" if args.quick else "jet_speed"
-    (args.output / f"{name}.json").write_text(json.dumps({"threads": args.threads, "milliseconds": medians}) + "\n")
+    (args.output / f"{name}.json").write_text(json.dumps(results) + "\n")
 
 
 if __name__ == "__main__":

@@ -135,9 +135,9 @@ def headline_of(rows: list[dict]) -> str:
     """What the README shows: near and middle targets, ratios to full fine-tuning."""
     by_method = {(row["family"], row["target"], row["method"]): row for row in rows}
     lines = [
-        "| | full fine-tuning, Adam | LoTRA by LM, a fifth of its seconds | LoTRA by LM | full fine-tuning, LM "
-        "| seconds to full Adam's error | LoTRA by Adam | from scratch, Adam |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| | full fine-tuning, Adam | LoTRA by LM, a fifth of its seconds | the same, random start | LoTRA by LM "
+        "| full fine-tuning, LM | seconds to full Adam's error | LoTRA by Adam | from scratch, Adam |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for family, target in dict.fromkeys((row["family"], row["target"]) for row in rows):
         found = {method: by_method.get((family, target, method)) for method in METHODS}
@@ -146,13 +146,13 @@ def headline_of(rows: list[dict]) -> str:
             continue
         errors = [
             found[RIVAL]["error"],
-            adapter.get("error_at_a_fifth_of_the_seconds"),
+            *(found[x] and found[x].get("error_at_a_fifth_of_the_seconds") for x in ("lotra_lm", "lotra_random_lm")),
             *(found[name] and found[name]["error"] for name in ("lotra_lm", "full_lm", "lotra_adam", "scratch_adam")),
         ]
         cells = ["-" if error is None else f"{100 * error:.2g}" for error in errors]
         reached = adapter.get("seconds_to_rival")
         seconds = "-" if reached is None else f"{reached:.1f} of {adapter['rival_seconds']:.0f}"
-        lines.append(f"| {family}, {target} | {' | '.join([*cells[:4], seconds, *cells[4:]])} |")
+        lines.append(f"| {family}, {target} | {' | '.join([*cells[:5], seconds, *cells[5:]])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -189,7 +189,7 @@ def draw_fields(family: Family, setting: Setting, cache: Path, path: Path) -> No
 
 
 def draw_curves(lines: list[dict], path: Path) -> None:
-    """Error against seconds, one panel for each family and target; each seed is a line."""
+    """Error against seconds, one panel for each family and target; means over the seeds."""
     families = [name for name in FAMILIES if any(line["family"] == name for line in lines)]
     targets = ("near", "middle", "far")
     size = (12, 3.2 * len(families))
@@ -198,11 +198,13 @@ def draw_curves(lines: list[dict], path: Path) -> None:
         for target, ax in zip(targets, row, strict=True):
             for color, method in enumerate(METHODS):
                 runs = [x for x in lines if (x["family"], x["target"], x["method"]) == (family, target, method)]
-                for number, x in enumerate(runs):
-                    seconds, errors = zip(*((s, 100 * e) for _, s, e in x["curve"][1:]), strict=True)
-                    label = METHODS[method].title if number == 0 else None
-                    style = "-" if method.endswith("_lm") else "--"
-                    ax.plot(seconds, errors, style, color=f"C{color}", lw=1.2, label=label)
+                if not runs:
+                    continue
+                points = list(zip(*(x["curve"][1:] for x in runs), strict=False))  # as far as the shortest run
+                seconds = [statistics.mean(s for _, s, _ in point) for point in points]
+                errors = [100 * geometric([e for *_, e in point]) for point in points]
+                style = "-" if method.endswith("_lm") else "--"
+                ax.plot(seconds, errors, style, color=f"C{color}", lw=1.4, label=METHODS[method].title)
             ax.set(xscale="log", yscale="log", title=f"{family}, {target}")
             ax.grid(alpha=0.3)
         row[0].set_ylabel("relative L2 error, %")

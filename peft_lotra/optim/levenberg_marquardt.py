@@ -80,6 +80,12 @@ class LevenbergMarquardt:
     as large as the adapter: none of the size of a coefficient tensor is formed. Everything is computed in float64
     whatever the model's dtype; the loss that decides is that of the parameters as stored.
 
+    *Where an adapter may start.* Random factors must turn first. One step of all parameters, kept as an adapter by
+    [`extract_lotra`] with `inputs` (see the second example), has the directions at once, for the time of two to three
+    steps of the adapter, or more on a wide network. On the elliptic family of `examples/pde` (three seeds) it left
+    0.55 to 0.73 times the error at equal seconds; on three families of evolution equations 0.7 to 1.3 times, and far
+    from the base up to 2.1 times.
+
     Why not torch-levenberg-marquardt 1.2 from PyPI: it takes one function of (inputs, targets) through
     `functional_call(model, ...)`, so neither several weighted terms nor residuals that look inside the model (`jet`);
     it computes in the model's dtype, takes the last attempt even if the loss rose, does not notice residuals that are
@@ -113,6 +119,13 @@ class LevenbergMarquardt:
     ...     return model(x)
     >>> optimizer = LevenbergMarquardt(model)
     >>> history = optimizer.fit([(equation, (x, f), 1.0), (boundary, (edge,), 100.0)], steps=50)
+    ```
+
+    ```py
+    >>> stepped = copy.deepcopy(kan)  # an adapter that starts with what one step of all parameters does
+    >>> LevenbergMarquardt(stepped, floor=1e-6).step(terms)
+    >>> model = extract_lotra(kan, stepped, r=(8, 8, 5), inputs=x[:300])
+    >>> history = LevenbergMarquardt(model, floor=1e-6, geodesic=True).fit(terms, steps=20)
     ```
     """
 
