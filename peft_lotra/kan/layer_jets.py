@@ -151,10 +151,12 @@ def _by_plain_operations(
 ) -> Parts:
     """As `LayerJet`, but `weight` may be None, and updates in factored form are added."""
     streams = _streams(layer, z, first, second, weights, only_second)
-    # one product for each: a compiler then need not write them all into one tensor
-    y = 0 if weight is None else torch.stack([weight @ stream.flatten(0, 1) for stream in streams])
-    if factored:
+    if torch.compiler.is_compiling() and not factored:
+        # a product for each, so that the streams need not be written into one tensor
+        y = torch.stack([weight @ stream.flatten(0, 1) for stream in streams])
+    else:
         stacked = torch.stack(streams)
+        y = 0 if weight is None else weight @ stacked.flatten(1, 2)
         y = sum((_contract(stacked, *update) for update in factored), y)
     return (None, None, y) if only_second else (y[0], y[1 : 1 + len(first)], y[1 + len(first) :])
 

@@ -76,9 +76,10 @@ class LevenbergMarquardt:
     this package, dense, Slim or with LoTRA, that it evaluates on its n rows by [`peft_lotra.kan.jet`] or by a forward
     pass, they are put together of the inputs and the output gradients of the layers, which one backward pass gives
     for all rows. That is found out by itself; any other term (other models, LoRA, parameters outside of the KAN,
-    trained normalisations, dropout) takes `torch.func.vmap`, at about twice the time. In both ways a row's gradient is
-    as large as the adapter: none of the size of a coefficient tensor is formed. Everything is computed in float64
-    whatever the model's dtype; the loss that decides is that of the parameters as stored.
+    trained normalisations, dropout) takes `torch.func.vmap`, at two to three times the time. (PEFT's LoRA on
+    `target_parameters` works in terms by `jet` alone: its forward pass does not run under `torch.func`.) In both ways
+    a row's gradient is as large as the adapter: none of the size of a coefficient tensor is formed. Everything is
+    computed in float64 whatever the model's dtype; the loss that decides is that of the parameters as stored.
 
     *Where an adapter may start.* Random factors must turn first. One step of all parameters, kept as an adapter by
     [`extract_lotra`] with `inputs` (see the second example), has the directions at once, for the time of two to three
