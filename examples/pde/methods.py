@@ -122,12 +122,8 @@ def scratch(base: KAN, setting: Setting, seed: int) -> nn.Module:
     return new_network(setting, 1000 + seed)
 
 
-def large_ranks(setting: Setting) -> dict[str, tuple[int, int, int]]:
-    return {f"layers.{i}": ranks for i, ranks in enumerate(setting.large)}
-
-
 def large_config(setting: Setting) -> LoTRAConfig:
-    return LoTRAConfig(rank_pattern=large_ranks(setting))
+    return LoTRAConfig(rank_pattern={f"layers.{i}": ranks for i, ranks in enumerate(setting.large)})
 
 
 def lotra(base: KAN, setting: Setting, seed: int) -> nn.Module:
@@ -150,11 +146,9 @@ def newton_start(base: KAN, adapted: nn.Module, terms: list[tuple]) -> PeftModel
     """
     stepped = copy.deepcopy(base)
     LevenbergMarquardt(stepped, floor=1e-6).step(terms)
-    ranks = adapted.peft_config["default"]
+    config = adapted.peft_config["default"]
     _, (points, *_), _ = terms[0]
-    return extract_lotra(
-        copy.deepcopy(base), stepped, ranks.r, rank_pattern=ranks.rank_pattern or None, inputs=points[:300]
-    )
+    return extract_lotra(copy.deepcopy(base), stepped, config.r, rank_pattern=config.rank_pattern, inputs=points[:300])
 
 
 def lora(base: KAN, setting: Setting, seed: int) -> nn.Module:

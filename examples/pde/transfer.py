@@ -132,7 +132,7 @@ def markdown_of(rows: list[dict]) -> str:
 
 
 def headline_of(rows: list[dict]) -> str:
-    """What the README shows: near and middle targets, ratios to full fine-tuning."""
+    """What the README shows: the errors in % of some methods, a row for each family and target."""
     by_method = {(row["family"], row["target"], row["method"]): row for row in rows}
     lines = [
         "| | full fine-tuning, Adam | LoTRA by LM, a fifth of its seconds | the same, random start | LoTRA by LM "

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .basis import silu_derivatives, spline_factors
 from .jet_by_hand import LayerJet, _Block, _Streams
 from .jet_few_outputs import FewOutputsJet, few_outputs
-from .layer_records import Grid, recorder_of_layer
+from .layer_records import Grid, Parts, recorder_of_layer
 from .product import needs_plain_operations
 
 
@@ -35,8 +35,6 @@ BLOCK = 2**18
 # Up to so many outputs, the matrix product of `LayerJet` costs less than features by plain operations, which an update
 # in factored form takes, where no factor gets a gradient. (At ranks (8, 8, 4), 128 outputs: two thirds of the time.)
 MOST_OUTPUTS_DENSE = 1024
-
-Parts = tuple[Tensor | None, Tensor | None, Tensor]
 
 
 def block_size(x: Tensor, layers: list[nn.Module], directions: int) -> int | None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from .product import needs_plain_operations
 
 
-Parts = tuple[Tensor | None, ...]
+Parts = tuple[Tensor | None, ...]  # y, y' and y'', or z, z' and z''; None for what is not wanted or zero
 
 
 @dataclass
