@@ -32,7 +32,7 @@ from torch import nn
 
 from .calibration import gather_features, model_outputs, relative_error
 from .kan.layer import KANLinear
-from .kan.slim import SlimKANLinear, warn_capped
+from .kan.slim_kan import SlimKANLinear, warn_capped
 from .kan_layers import KANLayerSpec, find_kan_layers, known_families
 from .ranks import Spectrum, check_energy, pattern_key, read_coefficients, spectrum_of, suggest_ranks
 from .slim_layer import SlimLayer

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from .kan.layer import KANLinear
-from .kan.slim import SlimKANLinear
+from .kan.slim_kan import SlimKANLinear
 from .kan_layers import UniformSplines, get_or_none, register_kan_layer
 from .slim_layer import SlimLayer
 

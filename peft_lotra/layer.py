@@ -30,7 +30,7 @@ from .functional import LayerLock, call_with_parameters, exclusively
 from .initialization import reset_components, reset_components_from_gradient
 from .kan.basis import in_transform
 from .kan.layer import KANLinear
-from .kan.layer_jets import contract_updates
+from .kan.jets.layers import contract_updates
 from .kan_layers import KANLayerSpec, same_grid
 from .merging import MergeableLayer
 from .proxy import BaseLayerProxy

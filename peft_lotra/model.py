@@ -30,7 +30,7 @@ from .config import ALL_KAN, LoTRAConfig, WeakMethod
 from .fingerprint import hash_all_dtypes
 from .functional import LayerLock, exclusively_within
 from .initialization import drop_gradients
-from .kan.slim import SlimKANLinear
+from .kan.slim_kan import SlimKANLinear
 from .layer import LoTRALayer
 from .networks import guard_network, release_networks
 from .slim_layer import SlimLayer

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from .functional import call_with_parameters
-from .kan.slim import SlimKANLinear
+from .kan.slim_kan import SlimKANLinear
 from .tucker import reconstruct
 
 

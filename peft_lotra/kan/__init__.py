@@ -19,10 +19,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .basis import bspline_basis
-from .derivatives import hessian, jet, laplacian
+from .jets.derivatives import hessian, jet, laplacian
 from .layer import KANLinear
 from .network import KAN
-from .slim import SlimKAN, SlimKANLinear
+from .slim_kan import SlimKAN, SlimKANLinear
 
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 from .configuration_kan import KANConfig
 from .layer import KANLinear
 from .network import KAN
-from .slim import SlimKAN, SlimKANLinear
+from .slim_kan import SlimKAN, SlimKANLinear
 
 
 @dataclass

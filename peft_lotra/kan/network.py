@@ -42,7 +42,7 @@ class LayerStack(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (..., widths[0]) to outputs (..., widths[-1]); raises `ValueError` for another last dimension."""
         if active_recorder() is not None:
-            from .derivatives import recorded_value
+            from .jets.derivatives import recorded_value
 
             if (y := recorded_value(self, x)) is not None:
                 return y

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from ..kan.slim import SlimKANLinear
+from ..kan.slim_kan import SlimKANLinear
 from ..layer import LoTRALayer
 from ..slim_layer import SlimLayer
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..kan.layer_jets import stream_features
+from ..kan.jets.layers import stream_features
 from ..kan.layer_records import Chain, LayerRecord, recording
 
 

@@ -21,11 +21,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .basis import silu_derivatives, spline_factors
-from .jet_by_hand import LayerJet, _Block, _Streams
-from .jet_few_outputs import FewOutputsJet, few_outputs
-from .layer_records import Grid, Parts, recorder_of_layer
-from .product import needs_plain_operations
+from ..basis import silu_derivatives, spline_factors
+from .by_hand import LayerJet, _Block, _Streams
+from .few_outputs import FewOutputsJet, few_outputs
+from ..layer_records import Grid, Parts, recorder_of_layer
+from ..product import needs_plain_operations
 
 
 # Numbers in the largest tensor of a block of rows, where layers are applied by plain operations. Larger blocks leave
@@ -306,7 +306,7 @@ def _has_contracted(layer: nn.Module, rows: int) -> bool:
 
 def _dense(scale: float, core: Tensor, factor_out: Tensor, factor_in: Tensor, factor_basis: Tensor, size: int):
     """The update (O, I, size); without the residual branch its slice is zero."""
-    from ..tucker import reconstruct
+    from ...tucker import reconstruct
 
     update = scale * reconstruct(core, factor_out, factor_in, factor_basis)
     return nn.functional.pad(update, (0, size - len(factor_basis)))

@@ -24,7 +24,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .basis import silu_derivatives, spline_factors
+from ..basis import silu_derivatives, spline_factors
 
 
 # Numbers in a buffer: inputs x basis functions x rows that are taken at a time. New memory costs more than arithmetic

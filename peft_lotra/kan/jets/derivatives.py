@@ -23,11 +23,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .layer import KANLinear
-from .layer_jets import Parts, block_size, own_layer, through_layer
-from .layer_records import active_recorder
-from .network import KAN
-from .norm_jets import check_rows_apart, is_norm, norm_size, through_norm
+from ..layer import KANLinear
+from .layers import Parts, block_size, own_layer, through_layer
+from ..layer_records import active_recorder
+from ..network import KAN
+from .norms import check_rows_apart, is_norm, norm_size, through_norm
 
 
 _told_about: set[type] = set()
@@ -252,7 +252,7 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 
 def _check_kan(model: nn.Module) -> None:
-    from ..kan_layers import find_kan_layers, known_families
+    from ...kan_layers import find_kan_layers, known_families
 
     if not find_kan_layers(model):
         raise TypeError(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .network import BatchNorm
+from ..network import BatchNorm
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -22,9 +22,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .basis import silu_derivatives
-from .jet_by_hand import plain_gradients
-from .product import needs_plain_operations
+from ..basis import silu_derivatives
+from .by_hand import plain_gradients
+from ..product import needs_plain_operations
 
 
 # From so many outputs, the matrix product of `LayerJet` costs less.
