@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from peft_lotra import LoTRAConfig, find_kan_layers
 from peft_lotra.kan import KAN
-from peft_lotra.kan_layers import get_kan_spec
+from peft_lotra.families.registry import get_kan_spec
 from peft_lotra.optim import create_lotra_optimizer
 
 

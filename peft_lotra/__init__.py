@@ -14,7 +14,7 @@
 
 """LoTRA: low tensor-rank adaptation of Kolmogorov-Arnold networks, as a PEFT method. Importing it registers it."""
 
-from . import kan_families  # noqa: F401  (registers the known families)
+from .families import known  # noqa: F401  (registers the known families)
 from ._version import __version__
 from .card import write_model_card
 from .compression import SlimReport, slim, to_dense
@@ -23,7 +23,7 @@ from .extraction import extract_lotra
 from .hotswap import hotswap_adapter
 from .hub import push_to_hub
 from .initialization import preprocess_lotra
-from .kan_layers import FoundKANLayer, KANLayerSpec, find_kan_layers, register_kan_layer
+from .families.registry import FoundKANLayer, KANLayerSpec, find_kan_layers, register_kan_layer
 from .layer import LoTRALayer
 from .mixed import enable_mixed
 from .model import LoTRAModel

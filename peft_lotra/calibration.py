@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from .functional import call_with_parameters, modes_kept
-from .kan_layers import KANLayerSpec
-from .slim_layer import edge_scale
+from .families.registry import KANLayerSpec
+from .families.slim import edge_scale
 from .tucker import orthogonalize, tucker
 
 

@@ -33,9 +33,9 @@ from torch import nn
 from .calibration import gather_features, model_outputs, relative_error
 from .kan.layer import KANLinear
 from .kan.slim_kan import SlimKANLinear, warn_capped
-from .kan_layers import KANLayerSpec, find_kan_layers, known_families
+from .families.registry import KANLayerSpec, find_kan_layers, known_families
 from .ranks import Spectrum, check_energy, pattern_key, read_coefficients, spectrum_of, suggest_ranks
-from .slim_layer import SlimLayer
+from .families.slim import SlimLayer
 from .targets import locate_target
 from .tucker import balance, cap_ranks, check_ranks, reconstruct, tucker
 

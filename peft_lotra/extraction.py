@@ -32,7 +32,7 @@ from torch import nn
 from .calibration import Features, gather_features
 from .config import LoTRAConfig
 from .functional import call_with_parameters
-from .kan_layers import KANLayerSpec, find_kan_layers, same_grid
+from .families.registry import KANLayerSpec, find_kan_layers, same_grid
 from .layer import LoTRALayer
 from .ranks import (
     CoefficientUpdate,
@@ -43,7 +43,7 @@ from .ranks import (
     suggest_ranks,
     unwrap,
 )
-from .slim_layer import EDGE_SCALES
+from .families.slim import EDGE_SCALES
 from .targets import locate_target
 from .tucker import balance, cap_ranks, tucker, tucker_scaled
 

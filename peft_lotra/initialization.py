@@ -33,7 +33,7 @@ from torch import nn
 
 from .config import LoTRAConfig
 from .functional import modes_kept
-from .kan_layers import CoefficientTensor
+from .families.registry import CoefficientTensor
 from .targets import find_targets, locate_target, resolve_target_modules
 from .tucker import tucker
 

@@ -31,7 +31,7 @@ from .initialization import reset_components, reset_components_from_gradient
 from .kan.basis import in_transform
 from .kan.layer import KANLinear
 from .kan.jets.layers import contract_updates
-from .kan_layers import KANLayerSpec, same_grid
+from .families.registry import KANLayerSpec, same_grid
 from .merging import MergeableLayer
 from .proxy import BaseLayerProxy
 from .tucker import cap_ranks, dense_update, expand_inputs

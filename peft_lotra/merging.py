@@ -24,7 +24,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from .fingerprint import hash_values
-from .kan_layers import same_grid
+from .families.registry import same_grid
 from .tucker import dense_update
 
 

@@ -33,7 +33,7 @@ from .initialization import drop_gradients
 from .kan.slim_kan import SlimKANLinear
 from .layer import LoTRALayer
 from .networks import guard_network, release_networks
-from .slim_layer import SlimLayer
+from .families.slim import SlimLayer
 from .slim_lotra import SLIM_MERGES, SlimLoTRALayer
 from .targets import check_base, describe_targets, find_targets, locate_target, read_values, resolve_target_modules
 from .weighted import add_weighted_adapter

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from .functional import call_with_parameters
-from .kan_layers import CoefficientTensor, find_kan_layers
+from .families.registry import CoefficientTensor, find_kan_layers
 from .layer import LoTRALayer
 from .ranks import Spectrum, unwrap
 from .targets import locate_target

@@ -37,9 +37,9 @@ from torch import nn
 
 from .config import LoTRAConfig
 from .initialization import gather_gradients
-from .kan_layers import find_kan_layers
+from .families.registry import find_kan_layers
 from .layer import LoTRALayer
-from .slim_layer import EDGE_SCALES
+from .families.slim import EDGE_SCALES
 from .targets import find_targets, locate_target, resolve_target_modules
 from .tucker import cap_ranks, check_ranks, energy_table, hosvd
 

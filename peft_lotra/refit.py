@@ -28,7 +28,7 @@ from einops import einsum
 from torch import nn
 
 from .functional import call_with_parameters, modes_kept
-from .kan_layers import same_grid
+from .families.registry import same_grid
 from .layer import LoTRALayer
 from .networks import bare_base
 from .tucker import balance, orthogonalize, reconstruct, tucker

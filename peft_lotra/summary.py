@@ -24,7 +24,7 @@ import torch
 from peft import PeftMixedModel, PeftModel
 from torch import nn
 
-from .kan_layers import find_kan_layers
+from .families.registry import find_kan_layers
 from .layer import LoTRALayer
 
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from .config import LoTRAConfig
 from .fingerprint import Values, is_same, layer_values
-from .kan_layers import CoefficientTensor, KANLayerSpec, find_kan_layers, get_kan_spec, known_families
+from .families.registry import CoefficientTensor, KANLayerSpec, find_kan_layers, get_kan_spec, known_families
 
 
 def resolve_target_modules(config: LoTRAConfig, model: nn.Module) -> set[str] | str:

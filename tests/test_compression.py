@@ -26,9 +26,9 @@ from torch import nn
 from peft_lotra import LoTRAConfig, find_kan_layers, register_kan_layer, slim, to_dense
 from peft_lotra.calibration import Features
 from peft_lotra.kan import KAN, KANConfig, KANModel, SlimKANLinear
-from peft_lotra.kan_layers import get_kan_spec
+from peft_lotra.families.registry import get_kan_spec
 from peft_lotra.ranks import read_coefficients
-from peft_lotra.slim_layer import SlimLayer
+from peft_lotra.families.slim import SlimLayer
 from peft_lotra.tucker import reconstruct
 
 

@@ -26,7 +26,7 @@ from stand_ins import FAMILIES
 
 from peft_lotra.extraction import exact_targets, extract_lotra
 from peft_lotra.kan import KAN
-from peft_lotra.kan_layers import get_kan_spec
+from peft_lotra.families.registry import get_kan_spec
 from peft_lotra.ranks import coefficient_updates, update_spectrum
 
 

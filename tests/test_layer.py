@@ -25,7 +25,7 @@ from stand_ins import FAMILIES, as_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig, LoTRALayer
-from peft_lotra.kan_layers import get_kan_spec
+from peft_lotra.families.registry import get_kan_spec
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -24,7 +24,7 @@ from stand_ins import FAMILIES
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN
-from peft_lotra.kan_layers import get_kan_spec
+from peft_lotra.families.registry import get_kan_spec
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

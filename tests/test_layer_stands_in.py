@@ -27,7 +27,7 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN
-from peft_lotra.kan_layers import get_kan_spec
+from peft_lotra.families.registry import get_kan_spec
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -29,7 +29,7 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig, register_kan_layer
 from peft_lotra.kan import KAN
-from peft_lotra.kan_layers import known_families
+from peft_lotra.families.registry import known_families
 
 
 def refused(model, config, error=ValueError, adapter_name="default"):

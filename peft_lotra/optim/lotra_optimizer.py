@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from ..kan.slim_kan import SlimKANLinear
 from ..layer import LoTRALayer
-from ..slim_layer import SlimLayer
+from ..families.slim import SlimLayer
 
 
 TUCKER_LAYERS = (LoTRALayer, SlimKANLinear, SlimLayer)

@@ -39,7 +39,7 @@ from stand_ins import FAMILIES
 from torch import nn
 
 from peft_lotra import LoTRAConfig, save_adapter
-from peft_lotra.kan_layers import get_kan_spec
+from peft_lotra.families.registry import get_kan_spec
 
 
 SEQUENCE_FAMILIES = [name for name in FAMILIES if name not in ("pykan", "flashkan")]  # a tuple; compiles

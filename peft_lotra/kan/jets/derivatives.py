@@ -252,7 +252,7 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 
 def _check_kan(model: nn.Module) -> None:
-    from ...kan_layers import find_kan_layers, known_families
+    from ...families.registry import find_kan_layers, known_families
 
     if not find_kan_layers(model):
         raise TypeError(

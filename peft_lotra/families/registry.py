@@ -31,7 +31,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .layout import Layout, parse_layout
-from .slim_layer import SlimLayer
+from .slim import SlimLayer
 
 
 class UniformSplines(NamedTuple):

@@ -23,10 +23,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .kan.layer import KANLinear
-from .kan.slim_kan import SlimKANLinear
-from .kan_layers import UniformSplines, get_or_none, register_kan_layer
-from .slim_layer import SlimLayer
+from ..kan.layer import KANLinear
+from ..kan.slim_kan import SlimKANLinear
+from .registry import UniformSplines, get_or_none, register_kan_layer
+from .slim import SlimLayer
 
 
 def _ndim(layer: nn.Module, name: str) -> int | None:

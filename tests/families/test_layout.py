@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_lotra.layout import parse_layout
+from peft_lotra.families.layout import parse_layout
 
 
 PATTERNS = {

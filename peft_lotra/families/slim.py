@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .functional import call_with_parameters
-from .kan.slim_kan import SlimKANLinear
-from .tucker import reconstruct
+from ..functional import call_with_parameters
+from ..kan.slim_kan import SlimKANLinear
+from ..tucker import reconstruct
 
 
 if TYPE_CHECKING:
-    from .kan_layers import CoefficientTensor, KANLayerSpec
+    from .registry import CoefficientTensor, KANLayerSpec
 
 
 # The scale that some families multiply the splines of each edge by, besides their coefficients, and its layout.

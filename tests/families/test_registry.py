@@ -21,7 +21,7 @@ from stand_ins import FAMILIES, ChebyKANLayer, as_model
 from torch import nn
 
 from peft_lotra import KANLayerSpec, find_kan_layers, kan_layers, register_kan_layer
-from peft_lotra.kan_layers import get_kan_spec, known_families
+from peft_lotra.families.registry import get_kan_spec, known_families
 
 
 @pytest.fixture(autouse=True)
