@@ -29,7 +29,7 @@ import torch
 from peft import get_peft_model
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.fingerprint import hash_all_dtypes, is_same
+from peft_lotra.files.fingerprint import hash_all_dtypes, is_same
 from peft_lotra.kan import KAN
 
 

@@ -31,7 +31,7 @@ from .optim import create_lotra_optimizer, lotra_lr_multipliers
 from .ranks import gradient_spectrum, suggest_ranks, update_spectrum
 from .refit import RefitReport, refit_adapters
 from .registration import register
-from .saving import save_adapter
+from .files.format import save_adapter
 from .summary import model_summary
 
 

@@ -26,8 +26,8 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
 
-from .fingerprint import digest_of
-from .saving import (
+from .files.fingerprint import digest_of
+from .files.format import (
     PENDING_CONFIG,
     check_patterns,
     check_size,

@@ -27,7 +27,7 @@ from torch import nn
 
 from .batching import RowNames
 from .config import ALL_KAN, LoTRAConfig, WeakMethod
-from .fingerprint import hash_all_dtypes
+from .files.fingerprint import hash_all_dtypes
 from .functional import LayerLock, exclusively_within
 from .initialization import drop_gradients
 from .kan.slim_kan import SlimKANLinear

@@ -25,7 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from .config import LoTRAConfig
-from .fingerprint import Values, is_same, layer_values
+from .files.fingerprint import Values, is_same, layer_values
 from .families.registry import CoefficientTensor, KANLayerSpec, find_kan_layers, get_kan_spec, known_families
 
 

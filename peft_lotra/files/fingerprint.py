@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .families.registry import CoefficientTensor, KANLayerSpec
+from ..families.registry import CoefficientTensor, KANLayerSpec
 
 
 # Elements that are cast and hashed at a time.

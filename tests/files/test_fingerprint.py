@@ -27,7 +27,7 @@ from peft import PeftConfig, PeftModel
 from stand_ins import FAMILIES
 
 from peft_lotra import LoTRAConfig, slim
-from peft_lotra.fingerprint import digest_of, hash_all_dtypes, hash_values, is_same
+from peft_lotra.files.fingerprint import digest_of, hash_all_dtypes, hash_values, is_same
 from peft_lotra.kan import KAN
 
 
@@ -121,7 +121,7 @@ def test_one_bit_changes_a_hash():
 def test_hashes_do_not_depend_on_how_the_tensor_is_cut(monkeypatch):
     values = {"a": torch.randn(1000, dtype=torch.float64)}
     whole = hash_all_dtypes(values)
-    monkeypatch.setattr("peft_lotra.fingerprint._CHUNK", 7)
+    monkeypatch.setattr("peft_lotra.files.fingerprint._CHUNK", 7)
     assert hash_all_dtypes(values) == whole and len(whole) == 4
 
 
