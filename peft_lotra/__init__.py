@@ -18,19 +18,19 @@ from .families import known  # noqa: F401  (registers the known families)
 from ._version import __version__
 from .card import write_model_card
 from .compression import SlimReport, slim, to_dense
-from .config import LoTRAConfig
+from .tuner.config import LoTRAConfig
 from .extraction import extract_lotra
-from .hotswap import hotswap_adapter
+from .tuner.hotswap import hotswap_adapter
 from .hub import push_to_hub
-from .initialization import preprocess_lotra
+from .tuner.initialization import preprocess_lotra
 from .families.registry import FoundKANLayer, KANLayerSpec, find_kan_layers, register_kan_layer
-from .layer import LoTRALayer
-from .mixed import enable_mixed
-from .model import LoTRAModel
+from .tuner.layer import LoTRALayer
+from .tuner.mixed_model import enable_mixed
+from .tuner.model import LoTRAModel
 from .optim import create_lotra_optimizer, lotra_lr_multipliers
 from .ranks import gradient_spectrum, suggest_ranks, update_spectrum
-from .refit import RefitReport, refit_adapters
-from .registration import register
+from .tuner.refit import RefitReport, refit_adapters
+from .tuner.registration import register
 from .files.format import save_adapter
 from .summary import model_summary
 

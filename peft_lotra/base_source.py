@@ -26,7 +26,7 @@ from pprint import pformat
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
-from .config import LoTRAConfig
+from .tuner.config import LoTRAConfig
 
 
 # what a configuration says besides the architecture

@@ -36,7 +36,7 @@ from .kan.slim_kan import SlimKANLinear, warn_capped
 from .families.registry import KANLayerSpec, find_kan_layers, known_families
 from .ranks import Spectrum, check_energy, pattern_key, read_coefficients, spectrum_of, suggest_ranks
 from .families.slim import SlimLayer
-from .targets import locate_target
+from .tuner.targets import locate_target
 from .tucker import balance, cap_ranks, check_ranks, reconstruct, tucker
 
 

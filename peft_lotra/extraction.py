@@ -30,10 +30,10 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
 from .calibration import Features, gather_features
-from .config import LoTRAConfig
+from .tuner.config import LoTRAConfig
 from .functional import call_with_parameters
 from .families.registry import KANLayerSpec, find_kan_layers, same_grid
-from .layer import LoTRALayer
+from .tuner.layer import LoTRALayer
 from .ranks import (
     CoefficientUpdate,
     Spectrum,
@@ -44,7 +44,7 @@ from .ranks import (
     unwrap,
 )
 from .families.slim import EDGE_SCALES
-from .targets import locate_target
+from .tuner.targets import locate_target
 from .tucker import balance, cap_ranks, tucker, tucker_scaled
 
 

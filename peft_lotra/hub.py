@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 
 from .base_source import check_base_model, hub_id
 from .card import README, combine_cards, load_card, write_model_card, written_code
-from .registration import NAME
+from .tuner.registration import NAME
 from .saved import adapter_folders, adapter_table, peft_type_of, read_adapter, without_other_adapters
 
 

@@ -27,9 +27,9 @@ from torch import nn
 
 from .functional import call_with_parameters
 from .families.registry import CoefficientTensor, find_kan_layers
-from .layer import LoTRALayer
+from .tuner.layer import LoTRALayer
 from .ranks import Spectrum, unwrap
-from .targets import locate_target
+from .tuner.targets import locate_target
 
 
 if TYPE_CHECKING:

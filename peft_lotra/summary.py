@@ -25,7 +25,7 @@ from peft import PeftMixedModel, PeftModel
 from torch import nn
 
 from .families.registry import find_kan_layers
-from .layer import LoTRALayer
+from .tuner.layer import LoTRALayer
 
 
 if TYPE_CHECKING:

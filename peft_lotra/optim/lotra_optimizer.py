@@ -25,7 +25,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..kan.slim_kan import SlimKANLinear
-from ..layer import LoTRALayer
+from ..tuner.layer import LoTRALayer
 from ..families.slim import SlimLayer
 
 

@@ -23,7 +23,7 @@ from helpers import adapt, inputs, lotra_layers
 from stand_ins import FAMILIES, as_model
 from torch import nn
 
-from peft_lotra.fast_path import Formula
+from peft_lotra.tuner.fast_path import Formula
 
 
 CLOSED_FORM = ["own", "efficient-kan", "efficient-kan-no-scaler", "efficient-kan-old", "inkan"]

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .families.registry import KANLayerSpec
+from ..families.registry import KANLayerSpec
 from .layer import LoTRALayer
 
 

@@ -25,16 +25,16 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from .batching import RowNames
+from .mixed_batch import RowNames
 from .config import ALL_KAN, LoTRAConfig, WeakMethod
-from .files.fingerprint import hash_all_dtypes
-from .functional import LayerLock, exclusively_within
+from ..files.fingerprint import hash_all_dtypes
+from ..functional import LayerLock, exclusively_within
 from .initialization import drop_gradients
-from .kan.slim_kan import SlimKANLinear
+from ..kan.slim_kan import SlimKANLinear
 from .layer import LoTRALayer
-from .networks import guard_network, release_networks
-from .families.slim import SlimLayer
-from .slim_lotra import SLIM_MERGES, SlimLoTRALayer
+from .guards import guard_network, release_networks
+from ..families.slim import SlimLayer
+from .slim import SLIM_MERGES, SlimLoTRALayer
 from .targets import check_base, describe_targets, find_targets, locate_target, read_values, resolve_target_modules
 from .weighted import add_weighted_adapter
 

@@ -26,8 +26,8 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
 
-from .files.fingerprint import digest_of
-from .files.format import (
+from ..files.fingerprint import digest_of
+from ..files.format import (
     PENDING_CONFIG,
     check_patterns,
     check_size,
@@ -36,7 +36,7 @@ from .files.format import (
     read_weights,
     write_atomically,
 )
-from .tucker import cap_ranks, check_ranks
+from ..tucker import cap_ranks, check_ranks
 
 
 ALL_KAN = "all-kan"

@@ -28,7 +28,7 @@ from torch import nn
 from .config import LoTRAConfig
 from .layer import LoTRALayer
 from .model import LoTRAModel
-from .networks import release_networks
+from .guards import release_networks
 
 
 # what PEFT wires its own methods into by hand

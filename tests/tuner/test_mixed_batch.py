@@ -26,7 +26,7 @@ from stand_ins import FAMILIES, as_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig, batching
-from peft_lotra.batching import RowNames
+from peft_lotra.tuner.mixed_batch import RowNames
 from peft_lotra.kan import KAN, KANLinear
 
 

@@ -28,14 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .kan.basis import SPLINE_ORDERS
-from .kan.product import spline_product
-from .families.registry import get_or_none
-from .low_rank import low_rank_addmm
+from ..kan.basis import SPLINE_ORDERS
+from ..kan.product import spline_product
+from ..families.registry import get_or_none
+from ..low_rank import low_rank_addmm
 
 
 if TYPE_CHECKING:
-    from .families.registry import CoefficientTensor, KANLayerSpec
+    from ..families.registry import CoefficientTensor, KANLayerSpec
     from .layer import LoTRALayer
 
 # What formula and layer may differ by, as a share of the largest output: in double precision not at all, since there

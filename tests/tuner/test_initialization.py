@@ -19,7 +19,7 @@ import torch
 from helpers import COMPONENTS, adapt, base, inputs, lotra_layers
 from stand_ins import FAMILIES
 
-from peft_lotra.initialization import reset_components
+from peft_lotra.tuner.initialization import reset_components
 from peft_lotra.tucker import reconstruct
 
 

@@ -23,9 +23,9 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from .files.fingerprint import hash_values
-from .families.registry import same_grid
-from .tucker import dense_update
+from ..files.fingerprint import hash_values
+from ..families.registry import same_grid
+from ..tucker import dense_update
 
 
 class MergeableLayer(nn.Module):

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from .extraction import exact_targets
+from ..extraction import exact_targets
 from .layer import LoTRALayer
-from .ranks import pattern_key
-from .tucker import balance, cap_ranks, check_ranks, orthogonalize, tucker
+from ..ranks import pattern_key
+from ..tucker import balance, cap_ranks, check_ranks, orthogonalize, tucker
 
 
 if TYPE_CHECKING:

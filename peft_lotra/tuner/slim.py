@@ -25,9 +25,9 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from .families.registry import get_kan_spec
+from ..families.registry import get_kan_spec
 from .layer import LoTRALayer
-from .tucker import balance, orthogonalize, tucker
+from ..tucker import balance, orthogonalize, tucker
 
 
 SLIM_MERGES = ("densify", "truncate")

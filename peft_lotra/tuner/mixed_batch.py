@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .functional import call_with_parameters
-from .tucker import reconstruct
+from ..functional import call_with_parameters
+from ..tucker import reconstruct
 
 
 if TYPE_CHECKING:
