@@ -17,9 +17,9 @@
 from .families import known  # noqa: F401  (registers the known families)
 from ._version import __version__
 from .card import write_model_card
-from .compression import SlimReport, slim, to_dense
+from .approximation.compression import SlimReport, slim, to_dense
 from .tuner.config import LoTRAConfig
-from .extraction import extract_lotra
+from .approximation.extraction import extract_lotra
 from .tuner.hotswap import hotswap_adapter
 from .hub import push_to_hub
 from .tuner.initialization import preprocess_lotra
@@ -28,7 +28,7 @@ from .tuner.layer import LoTRALayer
 from .tuner.mixed_model import enable_mixed
 from .tuner.model import LoTRAModel
 from .optim import create_lotra_optimizer, lotra_lr_multipliers
-from .ranks import gradient_spectrum, suggest_ranks, update_spectrum
+from .approximation.spectra import gradient_spectrum, suggest_ranks, update_spectrum
 from .tuner.refit import RefitReport, refit_adapters
 from .tuner.registration import register
 from .files.format import save_adapter

@@ -238,7 +238,7 @@ def extract(
     They are a base model, and what full fine-tuning made of it. Give one of --energy, --rank and --budget.
     """
     from .card import write_model_card
-    from .extraction import extract_lotra
+    from .approximation.extraction import extract_lotra
 
     if [energy, rank, budget].count(None) != 2:
         raise typer.BadParameter("Give one of --energy, --rank and --budget.")

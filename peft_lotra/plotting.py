@@ -28,7 +28,7 @@ from torch import nn
 from .functional import call_with_parameters
 from .families.registry import CoefficientTensor, find_kan_layers
 from .tuner.layer import LoTRALayer
-from .ranks import Spectrum, unwrap
+from .approximation.spectra import Spectrum, unwrap
 from .tuner.targets import locate_target
 
 

@@ -22,7 +22,7 @@ from stand_ins import FAMILIES
 
 from peft_lotra.kan import KAN
 from peft_lotra.plotting import plot_edge_functions, plot_spectra
-from peft_lotra.ranks import update_spectrum
+from peft_lotra.approximation.spectra import update_spectrum
 
 
 def test_spectra(tmp_path):

@@ -26,7 +26,7 @@ from .slim_kan import SlimKAN, SlimKANLinear
 
 
 if TYPE_CHECKING:
-    from ..compression import slim
+    from ..approximation.compression import slim
     from .configuration_kan import KANConfig
     from .modeling_kan import KANModel
 
@@ -59,7 +59,7 @@ def __getattr__(name: str):
 
         return KANModel
     if name == "slim":  # it needs the registry of KAN families, which needs PEFT
-        from ..compression import slim
+        from ..approximation.compression import slim
 
         return slim
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..extraction import exact_targets
+from ..approximation.extraction import exact_targets
 from .layer import LoTRALayer
-from ..ranks import pattern_key
+from ..approximation.spectra import pattern_key
 from ..tucker import balance, cap_ranks, check_ranks, orthogonalize, tucker
 
 

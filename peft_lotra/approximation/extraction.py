@@ -29,12 +29,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
-from .calibration import Features, gather_features
-from .tuner.config import LoTRAConfig
-from .functional import call_with_parameters
-from .families.registry import KANLayerSpec, find_kan_layers, same_grid
-from .tuner.layer import LoTRALayer
-from .ranks import (
+from .features import Features, gather_features
+from ..tuner.config import LoTRAConfig
+from ..functional import call_with_parameters
+from ..families.registry import KANLayerSpec, find_kan_layers, same_grid
+from ..tuner.layer import LoTRALayer
+from .spectra import (
     CoefficientUpdate,
     Spectrum,
     coefficient_updates,
@@ -43,9 +43,9 @@ from .ranks import (
     suggest_ranks,
     unwrap,
 )
-from .families.slim import EDGE_SCALES
-from .tuner.targets import locate_target
-from .tucker import balance, cap_ranks, tucker, tucker_scaled
+from ..families.slim import EDGE_SCALES
+from ..tuner.targets import locate_target
+from ..tucker import balance, cap_ranks, tucker, tucker_scaled
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .functional import call_with_parameters, modes_kept
-from .families.registry import KANLayerSpec
-from .families.slim import edge_scale
-from .tucker import orthogonalize, tucker
+from ..functional import call_with_parameters, modes_kept
+from ..families.registry import KANLayerSpec
+from ..families.slim import edge_scale
+from ..tucker import orthogonalize, tucker
 
 
 # How much a direction that the samples do not show counts, as a share of the mean over all directions: of the
