@@ -15,7 +15,7 @@
 """Optimizers made for LoTRA: learning rates per component, and Levenberg-Marquardt."""
 
 from .levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
-from .lotra_optimizer import create_lotra_optimizer, lotra_lr_multipliers
+from .learning_rates import create_lotra_optimizer, lotra_lr_multipliers
 
 
 __all__ = ["LevenbergMarquardt", "LevenbergMarquardtStep", "create_lotra_optimizer", "lotra_lr_multipliers"]
