@@ -16,12 +16,12 @@
 
 from .families import known  # noqa: F401  (registers the known families)
 from ._version import __version__
-from .card import write_model_card
+from .hub.card import write_model_card
 from .approximation.compression import SlimReport, slim, to_dense
 from .tuner.config import LoTRAConfig
 from .approximation.extraction import extract_lotra
 from .tuner.hotswap import hotswap_adapter
-from .hub import push_to_hub
+from .hub.push import push_to_hub
 from .tuner.initialization import preprocess_lotra
 from .families.registry import FoundKANLayer, KANLayerSpec, find_kan_layers, register_kan_layer
 from .tuner.layer import LoTRALayer

@@ -43,8 +43,8 @@ except ImportError as error:
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ._version import __version__
-from .base_source import hub_id
-from .saved import adapter_folders, read_adapter, table_of_tensors
+from .hub.base_code import hub_id
+from .hub.contents import adapter_folders, read_adapter, table_of_tensors
 
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def extract(
 
     They are a base model, and what full fine-tuning made of it. Give one of --energy, --rank and --budget.
     """
-    from .card import write_model_card
+    from .hub.card import write_model_card
     from .approximation.extraction import extract_lotra
 
     if [energy, rank, budget].count(None) != 2:
@@ -267,7 +267,7 @@ def push(
 
     In one commit, with a model card that says how to load it.
     """
-    from .hub import push_to_hub
+    from .hub.push import push_to_hub
 
     info = push_to_hub(
         _adapter_folder(adapter),

@@ -263,7 +263,7 @@ class TestErrors:
     @pytest.mark.parametrize(("command", "message"), ERRORS.items())
     def test_one_line_and_nothing_written(self, run, made, command, message, monkeypatch):
         monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr("peft_lotra.hub.get_token", lambda: None)
+        monkeypatch.setattr("peft_lotra.hub.push.get_token", lambda: None)
         before = sorted(made.rglob("*"))
         result = run(command, code=1)
         assert result.stdout == "" and message in result.stderr

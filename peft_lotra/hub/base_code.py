@@ -26,7 +26,7 @@ from pprint import pformat
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
-from .tuner.config import LoTRAConfig
+from ..tuner.config import LoTRAConfig
 
 
 # what a configuration says besides the architecture
@@ -157,7 +157,7 @@ def _same_architecture(base: nn.Module) -> str | None:
 
 def _kan_arguments(base: nn.Module) -> str | None:
     """How a `peft_lotra.kan.KAN` was made."""
-    from .kan import KAN, KANLinear
+    from ..kan import KAN, KANLinear
 
     if type(base) is not KAN:
         return None

@@ -28,9 +28,9 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .tuner.config import LoTRAConfig
-from .tuner.layer import LoTRALayer
-from .tuner.registration import NAME
+from ..tuner.config import LoTRAConfig
+from ..tuner.layer import LoTRALayer
+from ..tuner.registration import NAME
 
 
 @dataclass(frozen=True)
