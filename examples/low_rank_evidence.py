@@ -47,8 +47,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from peft_lotra.approximation.extraction import extract_lotra
-from peft_lotra.kan import KAN
 from peft_lotra.approximation.spectra import LayerSpectrum, Spectrum, spectrum_of, update_spectrum
+from peft_lotra.kan import KAN
 
 
 matplotlib.use("Agg")

@@ -14,25 +14,25 @@
 
 """LoTRA: low tensor-rank adaptation of Kolmogorov-Arnold networks, as a PEFT method. Importing it registers it."""
 
-from .families import known  # noqa: F401  (registers the known families)
 from ._version import __version__
-from .hub.card import write_model_card
 from .approximation.compression import SlimReport, slim, to_dense
-from .tuner.config import LoTRAConfig
 from .approximation.extraction import extract_lotra
-from .tuner.hotswap import hotswap_adapter
-from .hub.push import push_to_hub
-from .tuner.initialization import preprocess_lotra
+from .approximation.spectra import gradient_spectrum, suggest_ranks, update_spectrum
+from .families import known  # noqa: F401  (registers the known families)
 from .families.registry import FoundKANLayer, KANLayerSpec, find_kan_layers, register_kan_layer
+from .files.format import save_adapter
+from .hub.card import write_model_card
+from .hub.push import push_to_hub
+from .optim import create_lotra_optimizer, lotra_lr_multipliers
+from .summary import model_summary
+from .tuner.config import LoTRAConfig
+from .tuner.hotswap import hotswap_adapter
+from .tuner.initialization import preprocess_lotra
 from .tuner.layer import LoTRALayer
 from .tuner.mixed_model import enable_mixed
 from .tuner.model import LoTRAModel
-from .optim import create_lotra_optimizer, lotra_lr_multipliers
-from .approximation.spectra import gradient_spectrum, suggest_ranks, update_spectrum
 from .tuner.refit import RefitReport, refit_adapters
 from .tuner.registration import register
-from .files.format import save_adapter
-from .summary import model_summary
 
 
 __all__ = [

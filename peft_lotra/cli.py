@@ -237,8 +237,8 @@ def extract(
 
     They are a base model, and what full fine-tuning made of it. Give one of --energy, --rank and --budget.
     """
-    from .hub.card import write_model_card
     from .approximation.extraction import extract_lotra
+    from .hub.card import write_model_card
 
     if [energy, rank, budget].count(None) != 2:
         raise typer.BadParameter("Give one of --energy, --rank and --budget.")

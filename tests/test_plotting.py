@@ -20,9 +20,9 @@ from helpers import adapt, assert_same, base, inputs, snapshot
 from matplotlib.figure import Figure
 from stand_ins import FAMILIES
 
+from peft_lotra.approximation.spectra import update_spectrum
 from peft_lotra.kan import KAN
 from peft_lotra.plotting import plot_edge_functions, plot_spectra
-from peft_lotra.approximation.spectra import update_spectrum
 
 
 def test_spectra(tmp_path):

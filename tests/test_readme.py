@@ -75,9 +75,9 @@ def test_snippets_are_found():
 @pytest.mark.parametrize("code", PYTHON, ids=[f"snippet-{index}" for index in range(len(PYTHON))])
 def test_python_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from peft_lotra import kan_layers
+    from peft_lotra.families import registry
 
-    monkeypatch.setattr(kan_layers, "_SPECS", dict(kan_layers._SPECS))  # what a snippet registers goes away with it
+    monkeypatch.setattr(registry, "_SPECS", dict(registry._SPECS))  # what a snippet registers goes away with it
     exec(compile(SET_UP + code, "README.md", "exec"), {"__name__": "readme"})
 
 

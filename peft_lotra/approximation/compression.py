@@ -30,14 +30,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from .features import gather_features, model_outputs, relative_error
+from ..families.registry import KANLayerSpec, find_kan_layers, known_families
+from ..families.slim import SlimLayer
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, warn_capped
-from ..families.registry import KANLayerSpec, find_kan_layers, known_families
-from .spectra import Spectrum, check_energy, pattern_key, read_coefficients, spectrum_of, suggest_ranks
-from ..families.slim import SlimLayer
-from ..tuner.targets import locate_target
 from ..tucker import balance, cap_ranks, check_ranks, reconstruct, tucker
+from ..tuner.targets import locate_target
+from .features import gather_features, model_outputs, relative_error
+from .spectra import Spectrum, check_energy, pattern_key, read_coefficients, spectrum_of, suggest_ranks
 
 
 Ranks = int | tuple[int, int, int]

@@ -29,11 +29,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
-from .features import Features, gather_features
-from ..tuner.config import LoTRAConfig
-from ..functional import call_with_parameters
 from ..families.registry import KANLayerSpec, find_kan_layers, same_grid
+from ..families.slim import EDGE_SCALES
+from ..functional import call_with_parameters
+from ..tucker import balance, cap_ranks, tucker, tucker_scaled
+from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer
+from ..tuner.targets import locate_target
+from .features import Features, gather_features
 from .spectra import (
     CoefficientUpdate,
     Spectrum,
@@ -43,9 +46,6 @@ from .spectra import (
     suggest_ranks,
     unwrap,
 )
-from ..families.slim import EDGE_SCALES
-from ..tuner.targets import locate_target
-from ..tucker import balance, cap_ranks, tucker, tucker_scaled
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..functional import call_with_parameters, modes_kept
 from ..families.registry import KANLayerSpec
 from ..families.slim import edge_scale
+from ..functional import call_with_parameters, modes_kept
 from ..tucker import orthogonalize, tucker
 
 

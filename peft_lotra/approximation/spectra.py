@@ -35,13 +35,13 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from ..families.registry import find_kan_layers
+from ..families.slim import EDGE_SCALES
+from ..tucker import cap_ranks, check_ranks, energy_table, hosvd
 from ..tuner.config import LoTRAConfig
 from ..tuner.initialization import gather_gradients
-from ..families.registry import find_kan_layers
 from ..tuner.layer import LoTRALayer
-from ..families.slim import EDGE_SCALES
 from ..tuner.targets import find_targets, locate_target, resolve_target_modules
-from ..tucker import cap_ranks, check_ranks, energy_table, hosvd
 
 
 @dataclass(frozen=True)

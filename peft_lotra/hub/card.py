@@ -29,8 +29,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel, __version__
 from peft.utils import CONFIG_NAME
 
-from .base_code import BaseSource, check_base_model, hub_id, source_of_config, source_of_model
 from ..tuner.registration import NAME
+from .base_code import BaseSource, check_base_model, hub_id, source_of_config, source_of_model
 from .contents import AdapterRow, adapter_folders, adapter_table, read_adapter, table_of_tensors
 
 

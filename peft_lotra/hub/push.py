@@ -37,9 +37,9 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
+from ..tuner.registration import NAME
 from .base_code import check_base_model, hub_id
 from .card import README, combine_cards, load_card, write_model_card, written_code
-from ..tuner.registration import NAME
 from .contents import adapter_folders, adapter_table, peft_type_of, read_adapter, without_other_adapters
 
 

@@ -14,8 +14,8 @@
 
 """Optimizers made for LoTRA: learning rates per component, and Levenberg-Marquardt."""
 
-from .levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 from .learning_rates import create_lotra_optimizer, lotra_lr_multipliers
+from .levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 
 
 __all__ = ["LevenbergMarquardt", "LevenbergMarquardtStep", "create_lotra_optimizer", "lotra_lr_multipliers"]

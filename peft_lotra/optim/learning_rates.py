@@ -24,9 +24,9 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from ..families.slim import SlimLayer
 from ..kan.slim_kan import SlimKANLinear
 from ..tuner.layer import LoTRALayer
-from ..families.slim import SlimLayer
 
 
 TUCKER_LAYERS = (LoTRALayer, SlimKANLinear, SlimLayer)

@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..families.registry import get_or_none
 from ..kan.basis import SPLINE_ORDERS
 from ..kan.product import spline_product
-from ..families.registry import get_or_none
 from ..low_rank import low_rank_addmm
 
 

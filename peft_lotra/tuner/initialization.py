@@ -31,11 +31,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .config import LoTRAConfig
-from ..functional import modes_kept
 from ..families.registry import CoefficientTensor
-from .targets import find_targets, locate_target, resolve_target_modules
+from ..functional import modes_kept
 from ..tucker import tucker
+from .config import LoTRAConfig
+from .targets import find_targets, locate_target, resolve_target_modules
 
 
 # The gradients that preprocess_lotra has gathered, until an adapter is made from them. Kept beside the layers, not on

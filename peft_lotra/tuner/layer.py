@@ -23,18 +23,18 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .mixed_batch import RowNames, mixed_batch_forward
+from ..families.registry import KANLayerSpec, same_grid
+from ..functional import LayerLock, call_with_parameters, exclusively
+from ..kan.basis import in_transform
+from ..kan.jets.layers import contract_updates
+from ..kan.layer import KANLinear
+from ..tucker import cap_ranks, dense_update, expand_inputs
 from .config import LoTRAConfig
 from .fast_path import can_take_fast_path, fast_forward, find_formula, has_hooks
-from ..functional import LayerLock, call_with_parameters, exclusively
 from .initialization import reset_components, reset_components_from_gradient
-from ..kan.basis import in_transform
-from ..kan.layer import KANLinear
-from ..kan.jets.layers import contract_updates
-from ..families.registry import KANLayerSpec, same_grid
 from .merging import MergeableLayer
+from .mixed_batch import RowNames, mixed_batch_forward
 from .stand_in import BaseLayerProxy
-from ..tucker import cap_ranks, dense_update, expand_inputs
 
 
 class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):

@@ -23,8 +23,8 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from ..files.fingerprint import hash_values
 from ..families.registry import same_grid
+from ..files.fingerprint import hash_values
 from ..tucker import dense_update
 
 

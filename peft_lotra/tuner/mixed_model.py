@@ -26,9 +26,9 @@ from peft.utils import PeftType
 from torch import nn
 
 from .config import LoTRAConfig
+from .guards import release_networks
 from .layer import LoTRALayer
 from .model import LoTRAModel
-from .guards import release_networks
 
 
 # what PEFT wires its own methods into by hand

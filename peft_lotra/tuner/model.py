@@ -25,15 +25,15 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from .mixed_batch import RowNames
-from .config import ALL_KAN, LoTRAConfig, WeakMethod
+from ..families.slim import SlimLayer
 from ..files.fingerprint import hash_all_dtypes
 from ..functional import LayerLock, exclusively_within
-from .initialization import drop_gradients
 from ..kan.slim_kan import SlimKANLinear
-from .layer import LoTRALayer
+from .config import ALL_KAN, LoTRAConfig, WeakMethod
 from .guards import guard_network, release_networks
-from ..families.slim import SlimLayer
+from .initialization import drop_gradients
+from .layer import LoTRALayer
+from .mixed_batch import RowNames
 from .slim import SLIM_MERGES, SlimLoTRALayer
 from .targets import check_base, describe_targets, find_targets, locate_target, read_values, resolve_target_modules
 from .weighted import add_weighted_adapter

@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import nn
 
-from ..functional import call_with_parameters, modes_kept
 from ..families.registry import same_grid
-from .layer import LoTRALayer
-from .guards import bare_base
+from ..functional import call_with_parameters, modes_kept
 from ..tucker import balance, orthogonalize, reconstruct, tucker
+from .guards import bare_base
+from .layer import LoTRALayer
 
 
 # What the points that spread over the whole grid weigh beside the samples, as in `KANLinear.update_grid`.

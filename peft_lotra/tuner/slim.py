@@ -26,8 +26,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..families.registry import get_kan_spec
-from .layer import LoTRALayer
 from ..tucker import balance, orthogonalize, tucker
+from .layer import LoTRALayer
 
 
 SLIM_MERGES = ("densify", "truncate")

@@ -24,9 +24,9 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from .config import LoTRAConfig
-from ..files.fingerprint import Values, is_same, layer_values
 from ..families.registry import CoefficientTensor, KANLayerSpec, find_kan_layers, get_kan_spec, known_families
+from ..files.fingerprint import Values, is_same, layer_values
+from .config import LoTRAConfig
 
 
 def resolve_target_modules(config: LoTRAConfig, model: nn.Module) -> set[str] | str:

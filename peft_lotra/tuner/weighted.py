@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ..approximation.extraction import exact_targets
-from .layer import LoTRALayer
 from ..approximation.spectra import pattern_key
 from ..tucker import balance, cap_ranks, check_ranks, orthogonalize, tucker
+from .layer import LoTRALayer
 
 
 if TYPE_CHECKING:

@@ -25,10 +25,10 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig, find_kan_layers, register_kan_layer, slim, to_dense
 from peft_lotra.approximation.features import Features
-from peft_lotra.kan import KAN, KANConfig, KANModel, SlimKANLinear
-from peft_lotra.families.registry import get_kan_spec
 from peft_lotra.approximation.spectra import read_coefficients
+from peft_lotra.families.registry import get_kan_spec
 from peft_lotra.families.slim import SlimLayer
+from peft_lotra.kan import KAN, KANConfig, KANModel, SlimKANLinear
 from peft_lotra.tucker import reconstruct
 
 
@@ -255,9 +255,9 @@ def test_slim_layers_are_recognised_whatever_is_registered():
         )
         assert find_kan_layers(small)[0].family == "slim"
     finally:
-        from peft_lotra import kan_layers
+        from peft_lotra.families import registry
 
-        kan_layers._SPECS.pop("greedy")
+        registry._SPECS.pop("greedy")
 
 
 def test_refuses():

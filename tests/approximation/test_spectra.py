@@ -23,8 +23,8 @@ from peft import get_peft_model
 from stand_ins import FAMILIES
 
 from peft_lotra import LoTRAConfig, find_kan_layers
-from peft_lotra.kan import KAN
 from peft_lotra.approximation.spectra import Spectrum, gradient_spectrum, spectrum_of, suggest_ranks, update_spectrum
+from peft_lotra.kan import KAN
 from peft_lotra.tucker import balance, orthogonalize, reconstruct, tucker, tucker_scaled
 
 

@@ -20,17 +20,18 @@ from helpers import adapt, inputs, relative
 from stand_ins import FAMILIES, ChebyKANLayer, as_model
 from torch import nn
 
-from peft_lotra import KANLayerSpec, find_kan_layers, kan_layers, register_kan_layer
+from peft_lotra import KANLayerSpec, find_kan_layers, register_kan_layer
+from peft_lotra.families import registry
 from peft_lotra.families.registry import get_kan_spec, known_families
 
 
 @pytest.fixture(autouse=True)
 def _forget():
     """Families that a test registers are forgotten at its end."""
-    before = dict(kan_layers._SPECS)
+    before = dict(registry._SPECS)
     yield
-    kan_layers._SPECS.clear()
-    kan_layers._SPECS.update(before)
+    registry._SPECS.clear()
+    registry._SPECS.update(before)
 
 
 class MyKANLayer(nn.Module):

@@ -32,8 +32,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.save_and_load import set_peft_model_state_dict
 
 from peft_lotra import LoTRAConfig, save_adapter
-from peft_lotra.kan import KAN
 from peft_lotra.files.format import MAX_HEADER_BYTES, check_patterns, read_weights
+from peft_lotra.kan import KAN
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

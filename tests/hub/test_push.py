@@ -30,12 +30,12 @@ from huggingface_hub import EvalResult, ModelCard
 from peft import get_peft_model, get_peft_model_state_dict
 
 from peft_lotra import LoTRAConfig, write_model_card
+from peft_lotra.hub.contents import read_adapter, table_of_tensors
 from peft_lotra.hub.push import adapter_table
 from peft_lotra.kan import KAN, KANConfig, KANModel
-from peft_lotra.hub.contents import read_adapter, table_of_tensors
 
 
-WORKER = Path(__file__).parent / "hub_worker.py"
+WORKER = Path(__file__).parents[1] / "support" / "hub_worker.py"
 ALLOWLIST = peft.__version__ >= "0.20"
 BROKEN = b"---\ntags: [mine\n---\n# Mine\n"
 
@@ -47,7 +47,7 @@ def client(step: str, folder: Path, url: str) -> dict:
     env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     env |= {"HF_ENDPOINT": url, "HF_TOKEN": "hf_ann", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(WORKER.parents[1]), env.get("PYTHONPATH", "")])
+    env["PYTHONPATH"] = os.pathsep.join([str(WORKER.parents[2]), env.get("PYTHONPATH", "")])
     command = [sys.executable, str(WORKER), step, str(folder)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-4000:]

@@ -55,7 +55,7 @@ def main() -> int:
         tests = Path(folder) / "peft_tests" / "tests"
         shutil.copytree(source / "tests", tests)
         (tests / "__init__.py").touch()  # they import each other relatively
-        paths = [str(HERE), str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
+        paths = [str(HERE), str(HERE.parent / "support"), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
         command = [sys.executable, "-m", "pytest", "-p", "lotra_for_lora", "-p", "no:cacheprovider"]
         command += [f"--rootdir={tests.parent}", "-c", os.devnull, *(str(tests / file) for file in FILES)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}

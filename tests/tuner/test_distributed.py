@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 
 
-WORKER = Path(__file__).parent / "distributed_worker.py"
+WORKER = Path(__file__).parents[1] / "support" / "distributed_worker.py"
 NETWORKS = ("own", "efficient-kan")
 
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ def ranks(request, tmp_path_factory):
     folder, world = tmp_path_factory.mktemp("group"), request.param
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     env |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(WORKER.parent), str(WORKER.parents[1]), env.get("PYTHONPATH", "")])
+    env["PYTHONPATH"] = os.pathsep.join([str(WORKER.parent), str(WORKER.parents[2]), env.get("PYTHONPATH", "")])
     processes = []
     try:
         for rank in range(world):

@@ -28,8 +28,8 @@ from stand_ins import FAMILIES
 from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig, preprocess_lotra
-from peft_lotra.kan import KAN, KANLinear
 from peft_lotra.families.registry import get_kan_spec
+from peft_lotra.kan import KAN, KANLinear
 from peft_lotra.tucker import expand_inputs
 
 

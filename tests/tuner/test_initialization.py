@@ -19,8 +19,8 @@ import torch
 from helpers import COMPONENTS, adapt, base, inputs, lotra_layers
 from stand_ins import FAMILIES
 
-from peft_lotra.tuner.initialization import reset_components
 from peft_lotra.tucker import reconstruct
+from peft_lotra.tuner.initialization import reset_components
 
 
 def new_components(shape=(9, 7, 8), ranks=(4, 3, 5), dtype=torch.float64, device="cpu"):

@@ -25,9 +25,10 @@ from peft import get_peft_model
 from stand_ins import FAMILIES, as_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, batching
-from peft_lotra.tuner.mixed_batch import RowNames
+from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN, KANLinear
+from peft_lotra.tuner import mixed_batch
+from peft_lotra.tuner.mixed_batch import RowNames
 
 
 def served(model, x, names):
@@ -71,10 +72,10 @@ def test_adapters_of_any_kind_in_both_ways(family, together, monkeypatch):
     x = torch.rand(13, 3, dtype=torch.float64) * 1.8 - 0.9
     expected = served(model, x, NAMES)
     ways = []
-    monkeypatch.setattr(batching, "_MAX_BASIS", 2**17 if together else 0)
+    monkeypatch.setattr(mixed_batch, "_MAX_BASIS", 2**17 if together else 0)
     for name in ("_run_together", "_run_one_by_one"):
-        way = getattr(batching, name)
-        monkeypatch.setattr(batching, name, lambda *args, way=way: ways.append(way.__name__) or way(*args))
+        way = getattr(mixed_batch, name)
+        monkeypatch.setattr(mixed_batch, name, lambda *args, way=way: ways.append(way.__name__) or way(*args))
     torch.testing.assert_close(model(x, adapter_names=NAMES), expected, rtol=0, atol=1e-12)
     assert ways == ["_run_together" if together else "_run_one_by_one"]
 
@@ -98,7 +99,7 @@ def test_the_blocks_of_a_call_do_not_change_the_result(monkeypatch):
     model = several(KAN([3, 4, 2], dtype=torch.float64))
     x = torch.rand(13, 3, dtype=torch.float64)
     expected = model(x, adapter_names=NAMES)
-    monkeypatch.setattr(batching, "_MAX_BASIS", 150)  # two chunks at once
+    monkeypatch.setattr(mixed_batch, "_MAX_BASIS", 150)  # two chunks at once
     torch.testing.assert_close(model(x, adapter_names=NAMES), expected, rtol=0, atol=1e-12)
 
 

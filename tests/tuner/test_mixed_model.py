@@ -43,13 +43,13 @@ def mixed():
 
 
 def run(code: str) -> None:
-    tests = str(Path(__file__).parent)
+    support = str(Path(__file__).parents[1] / "support")
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {tests!r})\n{SET_UP}\n{code}"],
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {support!r})\n{SET_UP}\n{code}"],
         capture_output=True,
         text=True,
         timeout=120,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -28,8 +28,8 @@ from stand_ins import FAMILIES, as_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig, register_kan_layer
-from peft_lotra.kan import KAN
 from peft_lotra.families.registry import known_families
+from peft_lotra.kan import KAN
 
 
 def refused(model, config, error=ValueError, adapter_name="default"):
@@ -128,13 +128,13 @@ def test_a_registered_pattern_that_does_not_fit():
             super().__init__()
             self.c = nn.Parameter(torch.randn(2, 3, 4))
 
-    from peft_lotra import kan_layers
+    from peft_lotra.families import registry
 
     register_kan_layer("mine", matches=Mine, coefficients=("c", "o (i k)"))
     try:
         message = refused(as_model(Mine()), LoTRAConfig())
     finally:
-        del kan_layers._SPECS["mine"]
+        del registry._SPECS["mine"]
     assert "'o (i k)'" in message and "(2, 3, 4)" in message
 
 

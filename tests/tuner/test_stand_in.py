@@ -26,8 +26,8 @@ from stand_ins import FAMILIES
 from torch import nn
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.kan import KAN
 from peft_lotra.families.registry import get_kan_spec
+from peft_lotra.kan import KAN
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

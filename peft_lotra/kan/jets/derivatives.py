@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layer import KANLinear
-from .layers import Parts, block_size, own_layer, through_layer
 from ..layer_records import active_recorder
 from ..network import KAN
+from .layers import Parts, block_size, own_layer, through_layer
 from .norms import check_rows_apart, is_norm, norm_size, through_norm
 
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import silu_derivatives
-from .by_hand import plain_gradients
 from ..product import needs_plain_operations
+from .by_hand import plain_gradients
 
 
 # From so many outputs, the matrix product of `LayerJet` costs less.

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import silu_derivatives, spline_factors
-from .by_hand import LayerJet, _Block, _Streams
-from .few_outputs import FewOutputsJet, few_outputs
 from ..layer_records import Grid, Parts, recorder_of_layer
 from ..product import needs_plain_operations
+from .by_hand import LayerJet, _Block, _Streams
+from .few_outputs import FewOutputsJet, few_outputs
 
 
 # Numbers in the largest tensor of a block of rows, where layers are applied by plain operations. Larger blocks leave

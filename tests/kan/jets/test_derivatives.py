@@ -31,13 +31,12 @@ from peft_lotra.kan import (
     KANLinear,
     KANModel,
     SlimKAN,
-    derivatives,
     hessian,
     jet,
-    jet_few_outputs,
     laplacian,
-    layer_jets,
 )
+from peft_lotra.kan.jets import derivatives, few_outputs
+from peft_lotra.kan.jets import layers as layer_jets
 
 
 Parts = tuple[Tensor, Tensor, Tensor]
@@ -147,7 +146,7 @@ def test_few_outputs(monkeypatch, order, outputs, weights, wanted):
         return [*parts, *torch.autograd.grad(loss, inputs)]
 
     found = results()
-    monkeypatch.setattr(jet_few_outputs, "MOST_OUTPUTS", 0)
+    monkeypatch.setattr(few_outputs, "MOST_OUTPUTS", 0)
     for a, e in zip(found, results(), strict=True):
         assert (a - e).abs().max() <= 1e-10 * e.abs().max()
 

@@ -17,17 +17,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-from mutations import run  # noqa: E402
-from sequences import run_sequence  # noqa: E402
+from mutations import run
+from sequences import run_sequence
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -213,7 +213,7 @@ def readme(folder: Path) -> dict:
     from peft_lotra import cli
     from peft_lotra.kan import KANConfig, KANModel
 
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     section = text.split("## Share it\n")[1].split("\n## ")[0]
     pushing, pulling = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert "# ... train ..." in pushing

@@ -17,7 +17,7 @@
 The dense model keeps the effective coefficients of each layer in float64, as base + sum of scale * update, and knows
 nothing of Tucker components, of merging in place, or of PEFT. Forty sequences in the tests; more, with a report, by
 
-    PYTHONPATH=.:tests python tests/fuzz/sequences.py --count 2000 --output examples/results/fuzz_sequences.json
+    PYTHONPATH=. python tests/support/sequences.py --count 2000 --output examples/results/fuzz_sequences.json
 """
 
 from __future__ import annotations

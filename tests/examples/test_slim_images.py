@@ -27,7 +27,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def example():
-    path = Path(__file__).parents[1] / "examples" / "slim_images.py"
+    path = Path(__file__).parents[2] / "examples" / "slim_images.py"
     spec = importlib.util.spec_from_file_location("slim_images", path)
     module = importlib.util.module_from_spec(spec)
     threads = torch.get_num_threads()

@@ -16,7 +16,7 @@
 
 300 of them in the tests; ten thousand, with a report, by
 
-    PYTHONPATH=.:tests python tests/fuzz/mutations.py --count 10000 --output examples/results/fuzz_files.json
+    PYTHONPATH=. python tests/support/mutations.py --count 10000 --output examples/results/fuzz_files.json
 """
 
 from __future__ import annotations
