@@ -26,8 +26,8 @@ from .hub.push import push_to_hub
 from .optim import create_lotra_optimizer, lotra_lr_multipliers
 from .summary import model_summary
 from .tuner.config import LoTRAConfig
+from .tuner.gradients import preprocess_lotra
 from .tuner.hotswap import hotswap_adapter
-from .tuner.initialization import preprocess_lotra
 from .tuner.layer import LoTRALayer
 from .tuner.mixed_model import enable_mixed
 from .tuner.model import LoTRAModel

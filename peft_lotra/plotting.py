@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .approximation.spectra import Spectrum, unwrap
-from .families.registry import CoefficientTensor, find_kan_layers
+from .approximation.spectra import Spectrum
+from .approximation.updates import unwrap
+from .families.coefficients import CoefficientTensor
+from .families.registry import find_kan_layers
 from .functional import call_with_parameters
 from .tuner.layer import LoTRALayer
 from .tuner.targets import locate_target

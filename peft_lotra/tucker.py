@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -39,6 +40,94 @@ _CACHED = 2**20
 
 # How much the tensor itself counts beside what is measured of it.
 _UNSEEN = 1e-3
+
+
+class Tucker(NamedTuple):
+    """
+    A tensor (out, in, basis) in Tucker form: core x1 factor_out x2 factor_in x3 factor_basis.
+
+    Attributes:
+        core (`torch.Tensor`): (ro, ri, rb).
+        factor_out (`torch.Tensor`): (out, ro).
+        factor_in (`torch.Tensor`): (in, ri).
+        factor_basis (`torch.Tensor`): (basis, rb).
+    """
+
+    core: torch.Tensor
+    factor_out: torch.Tensor
+    factor_in: torch.Tensor
+    factor_basis: torch.Tensor
+
+    @property
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """factor_out, factor_in and factor_basis."""
+        return self[1:]
+
+    @property
+    def ranks(self) -> tuple[int, int, int]:
+        """(ro, ri, rb)."""
+        return tuple(self.core.shape)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(out, in, basis)."""
+        return tuple(len(factor) for factor in self.factors)
+
+    def numel(self) -> int:
+        """The number of parameters: ro ri rb + out ro + in ri + basis rb."""
+        return sum(component.numel() for component in self)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Tucker:
+        """`function` of each component."""
+        return Tucker(*map(function, self))
+
+    def dense(self, scale: float | torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor (out, in, basis), multiplied by `scale` if given, in the dtype of the components."""
+        components, dtype = self, self.core.dtype
+        # float16 and bfloat16 products on the CPU are slow, and some are not implemented
+        if self.core.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            components = self.map(torch.Tensor.float)
+        tensor = reconstruct(*components)
+        return (tensor if scale is None else scale * tensor).to(dtype)
+
+    def expand_inputs(self) -> torch.Tensor:
+        """core x2 factor_in x3 factor_basis, (ro, in, basis): the rows that factor_out mixes."""
+        return expand_inputs(self.core, self.factor_in, self.factor_basis)
+
+    def padded(self, basis: int) -> Tucker:
+        """The same tensor with zeros up to `basis` slices of the basis mode."""
+        missing = basis - len(self.factor_basis)
+        return self._replace(factor_basis=torch.nn.functional.pad(self.factor_basis, (0, 0, 0, missing)))
+
+    @torch.no_grad()
+    def orthogonal(self) -> Tucker:
+        """The same tensor with factors of orthonormal columns. Ranks above the sizes of their modes are brought down
+        to the sizes, without loss."""
+        core, bases = self.core, []
+        for factor in self.factors:
+            basis, triangle = torch.linalg.qr(factor)
+            bases.append(basis)
+            core = torch.tensordot(core, triangle, ([0], [1]))  # takes the first mode, puts it last: all three in turn
+        return Tucker(core, *bases)
+
+    @torch.no_grad()
+    def balanced(self) -> Tucker:
+        """The same tensor, whose factors are orthonormal, with columns of norm sqrt(out), 1 and sqrt(basis), which are
+        those of a random start and from which training goes on well."""
+        gains = (math.sqrt(len(self.factor_out)), 1.0, math.sqrt(len(self.factor_basis)))
+        factors = [factor * gain for factor, gain in zip(self.factors, gains, strict=True)]
+        return Tucker(self.core / math.prod(gains), *factors)
+
+
+class Update(NamedTuple):
+    """`scale` times a Tucker tensor: what one adapter adds to the coefficients of a layer."""
+
+    scale: float | torch.Tensor
+    tensor: Tucker
+
+    def dense(self) -> torch.Tensor:
+        """The update (out, in, basis), or (out, in, basis + 1) with the residual branch as the last slice."""
+        return self.tensor.dense(self.scale)
 
 
 def reconstruct(
@@ -109,17 +198,8 @@ def expands_first(rows: int, core: torch.Tensor, factor_in: torch.Tensor, factor
     return size * ro * (ri + rows) <= rows * (size * ri + ri * ro + copies)
 
 
-def dense_update(scale: float | torch.Tensor, core: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
-    """The update (out, in, basis) in the dtype of its components."""
-    dtype = core.dtype
-    # float16 and bfloat16 products on the CPU are slow, and some are not implemented
-    if core.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
-        core, *factors = (component.float() for component in (core, *factors))
-    return (scale * reconstruct(core, *factors)).to(dtype)
-
-
 @torch.no_grad()
-def tucker(tensor: torch.Tensor, ranks: tuple[int, int, int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def tucker(tensor: torch.Tensor, ranks: tuple[int, int, int]) -> Tucker:
     """The best Tucker approximation that higher-order orthogonal iteration (HOOI) finds, started from the HOSVD.
 
     Args:
@@ -127,8 +207,7 @@ def tucker(tensor: torch.Tensor, ranks: tuple[int, int, int]) -> tuple[torch.Ten
         ranks (`tuple[int, int, int]`): (ro, ri, rb), none above the size of its mode.
 
     Returns:
-        core (ro, ri, rb), and the factors (out, ro), (in, ri), (basis, rb), which have orthonormal columns; of the
-        dtype and on the device of `tensor`. Computed in float64.
+        `Tucker`: Factors of orthonormal columns, of the dtype and on the device of `tensor`. Computed in float64.
     """
     import tensorly.decomposition  # not at the top: scipy would double the time that importing the package takes
 
@@ -138,20 +217,19 @@ def tucker(tensor: torch.Tensor, ranks: tuple[int, int, int]) -> tuple[torch.Ten
         # of a zero tensor, and of ranks above the product of the other two, for which any orthonormal columns will do
         warnings.simplefilter("ignore")
         core, factors = tensorly.decomposition.tucker(array, rank=list(ranks), init="svd", n_iter_max=20, tol=1e-6)
-    return torch.from_numpy(core).to(tensor), [torch.from_numpy(factor.copy()).to(tensor) for factor in factors]
+    return Tucker(core, *factors).map(lambda array: torch.from_numpy(array.copy()).to(tensor))
 
 
 @torch.no_grad()
-def hosvd(tensor: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+def hosvd(tensor: torch.Tensor) -> tuple[Tucker, list[torch.Tensor]]:
     """The higher-order singular value decomposition, without truncation; exact.
 
     Args:
         tensor (`torch.Tensor`): (out, in, basis).
 
     Returns:
-        core (ro, ri, rb); the factors (out, ro), (in, ri), (basis, rb), the left singular vectors of the three
-        unfoldings; their singular values, in falling order. In float64; each rank is the size of its mode, or the
-        product of the other two where that is less.
+        `Tucker`, whose factors are the left singular vectors of the three unfoldings, and their singular values, in
+        falling order. In float64; each rank is the size of its mode, or the product of the other two if that is less.
     """
     core = tensor.detach().double()
     factors, singular_values = [], []
@@ -160,7 +238,7 @@ def hosvd(tensor: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], list[
         factors.append(left)
         singular_values.append(values)
         core = torch.tensordot(core, left, ([0], [0]))  # takes the first mode and puts it last: all three in turn
-    return core, factors, singular_values
+    return Tucker(core, *factors), singular_values
 
 
 def energy_table(core: torch.Tensor) -> torch.Tensor:
@@ -173,38 +251,13 @@ def energy_table(core: torch.Tensor) -> torch.Tensor:
     return squares / total if total > 0 else torch.ones_like(squares)
 
 
-@torch.no_grad()
-def orthogonalize(core: torch.Tensor, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The same tensor with factors of orthonormal columns, no more of them than rows. Ranks above the sizes of their
-    modes are thereby brought down to them, without loss.
-
-    Args:
-        core (`torch.Tensor`): (ro, ri, rb).
-        factors (`Sequence[torch.Tensor]`): (out, ro), (in, ri), (basis, rb), of any rank.
-    """
-    bases = []
-    for factor in factors:
-        basis, triangle = torch.linalg.qr(factor)
-        bases.append(basis)
-        core = torch.tensordot(core, triangle, ([0], [1]))  # takes the first mode and puts it last: all three in turn
-    return core, bases
-
-
-@torch.no_grad()
-def balance(core: torch.Tensor, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The same tensor, of orthonormal factors, with columns of norm sqrt(out), 1 and sqrt(basis), from which a few
-    more training steps go on well (by Adam at 1e-3; orthonormal columns were no better)."""
-    gains = (math.sqrt(len(factors[0])), 1.0, math.sqrt(len(factors[2])))
-    return core / math.prod(gains), [factor * gain for factor, gain in zip(factors, gains, strict=True)]
-
-
 def tucker_scaled(
     tensor: torch.Tensor,
     scale: torch.Tensor,
     ranks: tuple[int, int, int],
     steps: int = 400,
     measure: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+) -> Tucker:
     """A Tucker decomposition that, multiplied by `scale` entry by entry, comes closest to `tensor`.
 
     HOOI gives the start, the tensor multiplied by the scale (the gradient step from zero); L-BFGS does the rest. That
@@ -218,18 +271,18 @@ def tucker_scaled(
             what it makes of them, and to a thousandth the tensor itself, for what the map does not see.
 
     Returns:
-        core and factors, which have orthonormal columns, in float64.
+        `Tucker`: Factors of orthonormal columns, in float64.
     """
     tensor, scale = tensor.detach().double(), scale.detach().double()
     energy = tensor.square().sum()
     measured = None if measure is None else measure(tensor).square().sum().clamp(min=1e-300)
-    core, factors = tucker(scale * tensor / scale.abs().max().clamp(min=1e-30) ** 2, ranks)
-    parts = [part.contiguous().requires_grad_() for part in (core, *factors)]
+    start = tucker(scale * tensor / scale.abs().max().clamp(min=1e-30) ** 2, ranks)
+    parts = start.map(lambda part: part.contiguous().requires_grad_())
     optimizer = torch.optim.LBFGS(parts, max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        missed = scale * reconstruct(*parts) - tensor
+        missed = scale * parts.dense() - tensor
         loss = missed.square().sum() / energy
         if measure is not None:
             loss = _UNSEEN * loss + measure(missed).square().sum() / measured
@@ -238,8 +291,7 @@ def tucker_scaled(
 
     if energy > 0:
         optimizer.step(closure)
-    core, *factors = (part.detach() for part in parts)
-    return orthogonalize(core, factors)
+    return parts.map(torch.Tensor.detach).orthogonal()
 
 
 def check_ranks(r: int | tuple[int, int, int], name: str = "r") -> int | tuple[int, int, int]:

@@ -34,10 +34,11 @@ from ..families.registry import KANLayerSpec, find_kan_layers, known_families
 from ..families.slim import SlimLayer
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, warn_capped
-from ..tucker import balance, cap_ranks, check_ranks, reconstruct, tucker
-from ..tuner.targets import locate_target
+from ..tucker import Tucker, cap_ranks, check_ranks, tucker
+from ..tuner.targets import locate_target, pattern_key
 from .features import gather_features, model_outputs, relative_error
-from .spectra import Spectrum, check_energy, pattern_key, read_coefficients, spectrum_of, suggest_ranks
+from .spectra import Spectrum, check_energy, spectrum_of, suggest_ranks
+from .updates import read_coefficients
 
 
 Ranks = int | tuple[int, int, int]
@@ -283,13 +284,13 @@ class _Compression:
                 continue
             features = self.features.get(name)
             fitted = tucker(tensor, chosen[name]) if features is None else features.fit(tensor, chosen[name])
-            slim_layer = _make(*self._locate(model, name), *balance(*fitted))
+            slim_layer = _make(*self._locate(model, name), fitted.balanced())
             with torch.no_grad():
-                stored = reconstruct(*(component.double() for component in slim_layer.components))
+                stored = slim_layer.components.map(torch.Tensor.double).dense()
             errors[name] = ((tensor - stored).norm() / tensor.norm().clamp(min=1e-300)).item()
             if features is not None:
                 output_errors[name] = features.error(tensor, stored)
-            after += sum(component.numel() for component in slim_layer.components) - tensor.numel()
+            after += slim_layer.components.numel() - tensor.numel()
             model = _replace(model, name, slim_layer)
         model_error = None
         if self.inputs is not None:
@@ -306,12 +307,10 @@ def _cost(ranks: tuple[int, int, int], shape: torch.Size) -> int:
     return ro * ri * rb + sum(size * rank for size, rank in zip(shape, ranks, strict=True))
 
 
-def _make(
-    layer: nn.Module, spec: KANLayerSpec, core: torch.Tensor, factors: list[torch.Tensor]
-) -> SlimKANLinear | SlimLayer:
+def _make(layer: nn.Module, spec: KANLayerSpec, components: Tucker) -> SlimKANLinear | SlimLayer:
     if isinstance(layer, KANLinear):
-        return SlimKANLinear.from_components(layer, core, factors)
-    return SlimLayer(layer, spec, core, factors)
+        return SlimKANLinear.from_components(layer, components)
+    return SlimLayer(layer, spec, components)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:

@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,20 +31,13 @@ from torch import nn
 from ..families.registry import KANLayerSpec, find_kan_layers, same_grid
 from ..families.slim import EDGE_SCALES
 from ..functional import call_with_parameters
-from ..tucker import balance, cap_ranks, tucker, tucker_scaled
+from ..tucker import Tucker, cap_ranks, tucker, tucker_scaled
 from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer
-from ..tuner.targets import locate_target
+from ..tuner.targets import exact_targets, locate_target, pattern_key
 from .features import Features, gather_features
-from .spectra import (
-    CoefficientUpdate,
-    Spectrum,
-    coefficient_updates,
-    pattern_key,
-    spectrum_of,
-    suggest_ranks,
-    unwrap,
-)
+from .spectra import Spectrum, spectrum_of, suggest_ranks
+from .updates import CoefficientUpdate, coefficient_updates, unwrap
 
 
 @dataclass(frozen=True)
@@ -178,11 +170,9 @@ def extract_lotra(
     model = get_peft_model(base, config, adapter_name=adapter_name)
     errors, output_errors = {}, {}
     with torch.no_grad():
-        for name, (core, factors) in decompositions.items():
+        for name, decomposition in decompositions.items():
             layer = base.get_submodule(name)
-            core, factors = balance(core, factors)
-            for parameter, value in zip(layer.get_components(adapter_name), (core, *factors), strict=True):
-                parameter.copy_(value)
+            layer.set_components(adapter_name, decomposition.balanced())
             missed = _missed(layer, adapter_name, updates[name])
             errors[name] = (missed.norm() / updates[name].tensor.norm()).item()
             if features is not None:
@@ -192,9 +182,7 @@ def extract_lotra(
         for name in modules_to_save:
             module = base.get_submodule(name).modules_to_save[adapter_name]
             module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
-    parameters = sum(
-        component.numel() for name in updates for component in base.get_submodule(name).get_components(adapter_name)
-    )
+    parameters = sum(base.get_submodule(name).get_components(adapter_name).numel() for name in updates)
     model.extraction_report = ExtractionReport(
         errors, ranks, parameters, modules_to_save, not_saved, None if features is None else output_errors
     )
@@ -205,15 +193,6 @@ def extract_lotra(
             stacklevel=2,
         )
     return model
-
-
-def exact_targets(names: list[str] | dict[str, object], model: nn.Module) -> set[str] | str:
-    """`target_modules` for these layers and no others: the names, or a regex where PEFT would take the end of another
-    module's name for one of them."""
-    suffixes = tuple(f".{name}" for name in names)
-    if any(name not in names and name.endswith(suffixes) for name, _ in model.named_modules()):
-        return "|".join(map(re.escape, names))
-    return set(names)
 
 
 def _resolve_ranks(
@@ -247,9 +226,7 @@ def _gather(tuned: nn.Module, names: list[str], inputs: torch.Tensor) -> dict[st
     return gather_features(tuned, layers, inputs)
 
 
-def _decompose(
-    update: CoefficientUpdate, ranks: tuple[int, int, int], features: Features | None
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _decompose(update: CoefficientUpdate, ranks: tuple[int, int, int], features: Features | None) -> Tucker:
     if update.scale is None:
         return tucker(update.tensor, ranks) if features is None else features.fit(update.tensor, ranks)
     if features is None:

@@ -25,7 +25,7 @@ from torch import nn
 from ..families.registry import KANLayerSpec
 from ..families.slim import edge_scale
 from ..functional import call_with_parameters, modes_kept
-from ..tucker import orthogonalize, tucker
+from ..tucker import Tucker, tucker
 
 
 # How much a direction that the samples do not show counts, as a share of the mean over all directions: of the
@@ -85,9 +85,9 @@ class Features:
         weighted = torch.einsum("po,oik,ij,kl->pjl", self.root_out, tensor, *self.roots)
         return weighted / weighted.norm().clamp(min=1e-300)
 
-    def fit(self, tensor: torch.Tensor, ranks: tuple[int, int, int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """core and factors, which have orthonormal columns, that come close to the layer's outputs in its metric."""
-        _, (_, *factors) = tucker(self.weigh(tensor), ranks)
+    def fit(self, tensor: torch.Tensor, ranks: tuple[int, int, int]) -> Tucker:
+        """A tensor of these ranks, with orthonormal factors, that comes close to the layer's outputs in its metric."""
+        _, _, *factors = tucker(self.weigh(tensor), ranks)
         factors = [
             torch.linalg.qr(torch.linalg.solve(root, factor)).Q
             for root, factor in zip(self.roots, factors, strict=True)
@@ -102,7 +102,7 @@ class Features:
         weights = weights @ self.root_out  # symmetric
         leading = torch.linalg.svd(z @ weights, full_matrices=False).Vh[: ranks[0]].T
         core = (weights @ leading).T.reshape(-1, *ranks[1:])
-        return orthogonalize(core, [torch.linalg.solve(self.root_out, leading), *factors])
+        return Tucker(core, torch.linalg.solve(self.root_out, leading), *factors).orthogonal()
 
     def outputs(self, tensor: torch.Tensor) -> torch.Tensor:
         """(samples, out), what the layer makes of the samples with these coefficients, without its bias."""

@@ -25,7 +25,8 @@ from torch import nn
 
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear
-from .registry import UniformSplines, get_or_none, register_kan_layer
+from .coefficients import get_or_none
+from .registry import UniformSplines, register_kan_layer
 from .slim import SlimLayer
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +26,12 @@ from torch import nn
 
 from ..functional import call_with_parameters
 from ..kan.slim_kan import SlimKANLinear
-from ..tucker import reconstruct
+from ..tucker import Tucker
 
 
 if TYPE_CHECKING:
-    from .registry import CoefficientTensor, KANLayerSpec
+    from .coefficients import CoefficientTensor
+    from .registry import KANLayerSpec
 
 
 # The scale that some families multiply the splines of each edge by, besides their coefficients, and its layout.
@@ -54,23 +54,20 @@ class SlimLayer(nn.Module):
     Args:
         layer (`nn.Module`): The layer. Its coefficients, residual weights and edge scales are taken out of it.
         spec (`KANLayerSpec`): The family it belongs to.
-        core (`torch.Tensor`): (ro, ri, rb).
-        factors (`Sequence[torch.Tensor]`): (out, ro), (in, ri) and (basis, rb), with the residual branch as the last
-            basis slice if the layer has one.
+        components (`Tucker`): Of shape (out, in, basis), with the residual branch as the last basis slice if the layer
+            has one.
 
     Attributes:
         core, factor_out, factor_in, factor_basis: parameters.
         layer: what is left of the layer.
     """
 
-    def __init__(
-        self, layer: nn.Module, spec: KANLayerSpec, core: torch.Tensor, factors: Sequence[torch.Tensor]
-    ) -> None:
+    def __init__(self, layer: nn.Module, spec: KANLayerSpec, components: Tucker) -> None:
         super().__init__()
         self.spec = spec
         self.tensor: CoefficientTensor = spec.locate(layer)
         coefficients = self.tensor.get_parameter(layer)
-        for name, value in zip(("core", "factor_out", "factor_in", "factor_basis"), (core, *factors), strict=True):
+        for name, value in components._asdict().items():
             value = value.to(coefficients).contiguous()
             setattr(self, name, nn.Parameter(value, requires_grad=coefficients.requires_grad))
         self.scale = edge_scale(layer, spec)
@@ -99,14 +96,13 @@ class SlimLayer(nn.Module):
     @property
     def coefficients(self) -> torch.Tensor:
         """The coefficient tensor (out, in, basis), without the residual branch, built anew; differentiable."""
-        factor_basis = self.factor_basis[: self.tensor.shape[-1]]
-        return reconstruct(self.core, self.factor_out, self.factor_in, factor_basis)
+        return self.components._replace(factor_basis=self.factor_basis[: self.tensor.shape[-1]]).dense()
 
     @property
     def residual(self) -> torch.Tensor | None:
         """The residual weights (out, in), built anew, or `None` if the layer has no residual branch."""
         last = self.factor_basis[self.tensor.shape[-1] :]
-        return reconstruct(self.core, self.factor_out, self.factor_in, last).squeeze(-1) if len(last) else None
+        return self.components._replace(factor_basis=last).dense().squeeze(-1) if len(last) else None
 
     def parameters_in_force(self, delta: torch.Tensor | float = 0.0) -> dict[str, torch.Tensor]:
         """The parameters that the factors stand for, as the layer stores them.
@@ -114,7 +110,7 @@ class SlimLayer(nn.Module):
         Args:
             delta (`torch.Tensor`): (out, in, basis), with the residual slice if there is one; added to them.
         """
-        parameters = self.tensor.split(reconstruct(*self.components) + delta)
+        parameters = self.tensor.split(self.components.dense() + delta)
         if self.scale is not None:
             shape, _ = self.removed[self.scale]
             parameters[self.scale] = self.core.new_ones(shape)

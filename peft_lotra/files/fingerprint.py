@@ -36,7 +36,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..families.registry import CoefficientTensor, KANLayerSpec
+from ..families.coefficients import CoefficientTensor
+from ..families.registry import KANLayerSpec
 
 
 # Elements that are cast and hashed at a time.

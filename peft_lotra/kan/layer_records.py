@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..tucker import Update
 from .product import needs_plain_operations
 
 
@@ -52,14 +53,14 @@ class LayerRecord:
     Attributes:
         grid: of the layer.
         dense: its spline_weight (O, I, K) and base_weight (O, I), or None for a Slim layer.
-        updates: (scale, core, factor_out, factor_in, factor_basis) of each Tucker tensor in force.
+        updates: the Tucker tensors in force, scaled.
         inputs: z, z', z'', weights and only_second, as `through_layer` has them.
         outputs: y, y' and y'', of a graph that reaches back to the outputs of the records before.
     """
 
     grid: Grid
     dense: tuple[Tensor, Tensor] | None
-    updates: list[tuple]
+    updates: list[Update]
     inputs: tuple
     outputs: Parts
 
@@ -138,10 +139,10 @@ class Recorder:
         return bool(self.chains) and not self.refused and not self.reaches_parameters(values)
 
     def layer(
-        self, layer: nn.Module, dense: tuple | None, updates: list[tuple], inputs: tuple, evaluate: Callable
+        self, layer: nn.Module, dense: tuple | None, updates: list[Update], inputs: tuple, evaluate: Callable
     ) -> Parts:
         """The outputs `evaluate(layer, dense, updates, *inputs)` of a layer of the chain that is open."""
-        components = [part for update in updates for part in update]
+        components = [part for update in updates for part in (update.scale, *update.tensor)]
         varying = [part for part in (*(dense or ()), *components) if isinstance(part, Tensor) and part.requires_grad]
         if not varying:
             return evaluate(layer, dense, updates, *inputs)
@@ -149,7 +150,7 @@ class Recorder:
             self.refused = True
             return evaluate(layer, dense, updates, *inputs)
         fixed = None if dense is None else tuple(part.detach() for part in dense)
-        fixed_updates = [(scale, *(part.detach() for part in components)) for scale, *components in updates]
+        fixed_updates = [Update(scale, tensor.map(Tensor.detach)) for scale, tensor in updates]
         outputs = evaluate(layer, fixed, fixed_updates, *inputs)
         for part in outputs:
             if part is not None and not part.requires_grad:

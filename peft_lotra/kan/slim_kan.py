@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from ..tucker import cap_ranks, check_ranks, contract, expand_inputs, expands_first, reconstruct
+from ..tucker import Tucker, cap_ranks, check_ranks, contract, expand_inputs, expands_first
 from .basis import bspline_basis
 from .layer import KANLinear, check_layer
 from .network import KAN, LayerStack, Norm, pairs, with_norms
@@ -151,19 +151,19 @@ class SlimKANLinear(nn.Module):
         return tuple(self.core.shape)
 
     @property
-    def components(self) -> tuple[torch.Tensor, ...]:
+    def components(self) -> Tucker:
         """core, factor_out, factor_in and factor_basis."""
-        return self.core, self.factor_out, self.factor_in, self.factor_basis
+        return Tucker(self.core, self.factor_out, self.factor_in, self.factor_basis)
 
     @property
     def spline_weight(self) -> torch.Tensor:
         """The coefficient tensor (O, I, K) that the layer is equivalent to, built anew; differentiable."""
-        return reconstruct(self.core, self.factor_out, self.factor_in, self.factor_basis[:-1])
+        return self.components._replace(factor_basis=self.factor_basis[:-1]).dense()
 
     @property
     def base_weight(self) -> torch.Tensor:
         """The residual weights (O, I) that the layer is equivalent to, built anew; differentiable."""
-        return reconstruct(self.core, self.factor_out, self.factor_in, self.factor_basis[-1:]).squeeze(-1)
+        return self.components._replace(factor_basis=self.factor_basis[-1:]).dense().squeeze(-1)
 
     # the grids are those of a dense layer
     basis = KANLinear.basis
@@ -216,19 +216,18 @@ class SlimKANLinear(nn.Module):
         return dense.train(self.training)
 
     @classmethod
-    def from_components(cls, layer: KANLinear, core: torch.Tensor, factors: Sequence[torch.Tensor]) -> SlimKANLinear:
+    def from_components(cls, layer: KANLinear, components: Tucker) -> SlimKANLinear:
         """A Slim layer of the grids, the dtype and the device of a dense one, with these components.
 
         Args:
             layer: the dense layer (I, O), whose coefficients are not read.
-            core: (ro, ri, rb).
-            factors: (O, ro), (I, ri) and (K + 1, rb).
+            components: of shape (O, I, K + 1).
         """
         slim = (
             cls(
                 layer.in_features,
                 layer.out_features,
-                tuple(core.shape),
+                components.ranks,
                 layer.grid_size,
                 layer.spline_order,
                 layer.grid_range,
@@ -239,7 +238,7 @@ class SlimKANLinear(nn.Module):
         )
         with torch.no_grad():
             slim.grid_bounds.copy_(layer.grid_bounds)
-            for parameter, value in zip(slim.components, (core, *factors), strict=True):
+            for parameter, value in zip(slim.components, components, strict=True):
                 parameter.copy_(value)
         return slim.train(layer.training)
 

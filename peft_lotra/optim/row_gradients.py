@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ..kan.jets.layers import stream_features
 from ..kan.layer_records import Chain, LayerRecord, recording
+from ..tucker import Update
 
 
 # Numbers in the largest tensor of a block of rows: near the cache, and enough for the overhead to be small.
@@ -191,8 +192,8 @@ def _add_layer(block: _RowSums, record: LayerRecord, outputs: list[Tensor | None
     if record.dense is not None and any(map(block.wants, record.dense)):
         _add_dense(block, features, *record.dense, columns)
     for update in record.updates:
-        if any(map(block.wants, update[1:])):
-            _add_tucker(block, features, *update, columns)
+        if any(map(block.wants, update.tensor)):
+            _add_tucker(block, features, update, columns)
 
 
 def _add_dense(block: _RowSums, phi: Tensor, spline_weight: Tensor, base_weight: Tensor, columns: list) -> None:
@@ -203,16 +204,7 @@ def _add_dense(block: _RowSums, phi: Tensor, spline_weight: Tensor, base_weight:
                 block.add(parameter, column, part)
 
 
-def _add_tucker(
-    block: _RowSums,
-    phi: Tensor,
-    scale: float,
-    core: Tensor,
-    factor_out: Tensor,
-    factor_in: Tensor,
-    factor_basis: Tensor,
-    columns: list,
-) -> None:
+def _add_tucker(block: _RowSums, phi: Tensor, update: Update, columns: list) -> None:
     """
     With phi (n, S, K, I) contracted by factor_in to v (n, S, ri, K), by both factors to t (n, S, ri, rb), and the
     gradient g by factor_out to f (n, S, ro), by the core too to h (n, S, ri, rb), by all but factor_in to q
@@ -221,6 +213,7 @@ def _add_tucker(
         core[a, b, c]: f[a] t[b, c]                factor_out[o, a]: g[o] (core t)[a]
         factor_in[i, b]: sum_k phi[k, i] q[k, b]   factor_basis[k, c]: sum_b v[b, k] h[b, c].
     """
+    scale, (core, factor_out, factor_in, factor_basis) = update
     phi = phi[:, :, : len(factor_basis)].contiguous()
     v = (phi @ factor_in).mT.contiguous()
     t = v @ factor_basis

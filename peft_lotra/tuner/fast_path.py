@@ -28,14 +28,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..families.registry import get_or_none
+from ..families.coefficients import get_or_none
 from ..kan.basis import SPLINE_ORDERS
 from ..kan.product import spline_product
 from ..low_rank import low_rank_addmm
 
 
 if TYPE_CHECKING:
-    from ..families.registry import CoefficientTensor, KANLayerSpec
+    from ..families.coefficients import CoefficientTensor
+    from ..families.registry import KANLayerSpec
     from .layer import LoTRALayer
 
 # What formula and layer may differ by, as a share of the largest output: in double precision not at all, since there

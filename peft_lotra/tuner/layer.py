@@ -24,14 +24,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..families.registry import KANLayerSpec, same_grid
-from ..functional import LayerLock, call_with_parameters, exclusively
+from ..functional import call_with_parameters
 from ..kan.basis import in_transform
 from ..kan.jets.layers import contract_updates
 from ..kan.layer import KANLinear
-from ..tucker import cap_ranks, dense_update, expand_inputs
+from ..tucker import Tucker, Update, cap_ranks
 from .config import LoTRAConfig
 from .fast_path import can_take_fast_path, fast_forward, find_formula, has_hooks
 from .initialization import reset_components, reset_components_from_gradient
+from .locks import LayerLock, exclusively
 from .merging import MergeableLayer
 from .mixed_batch import RowNames, mixed_batch_forward
 from .stand_in import BaseLayerProxy
@@ -167,9 +168,15 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         """Draws the components of an adapter anew; with `init_weights` the update is zero."""
         reset_components(*self.get_components(adapter_name), zero_update=init_weights)
 
-    def get_components(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
+    def get_components(self, adapter_name: str) -> Tucker:
         """core (ro, ri, rb), factor_out (out, ro), factor_in (in, ri) and factor_basis (basis, rb) of an adapter."""
-        return tuple(getattr(self, name)[adapter_name] for name in self.adapter_layer_names)
+        return Tucker(*(getattr(self, name)[adapter_name] for name in self.adapter_layer_names))
+
+    @torch.no_grad()
+    def set_components(self, adapter_name: str, components: Tucker) -> None:
+        """Overwrites the four components of an adapter, in place."""
+        for parameter, value in zip(self.get_components(adapter_name), components, strict=True):
+            parameter.data.copy_(value)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Sets the scale of an adapter to `scale` times its alpha."""
@@ -223,9 +230,9 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         return self._delta(adapter, dropout=False)
 
     def _delta(self, adapter: str, dropout: bool) -> torch.Tensor:
-        core, *factors = self.get_components(adapter)
-        core, scale = self._drop_out(adapter, core, dropout)
-        return dense_update(scale, core, *factors)
+        components = self.get_components(adapter)
+        core, scale = self._drop_out(adapter, components.core, dropout)
+        return components._replace(core=core).dense(scale)
 
     def get_low_rank_update(self, adapter: str, dropout: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """The same update as a matrix of low rank, left (out, ro) times right (ro, in, basis or basis + 1).
@@ -234,9 +241,9 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             adapter (`str`): The name of the adapter.
             dropout (`bool`): Whether rank and module dropout are drawn, as in a training step.
         """
-        core, factor_out, factor_in, factor_basis = self.get_components(adapter)
-        core, scale = self._drop_out(adapter, core, dropout)
-        return factor_out, expand_inputs(scale * core, factor_in, factor_basis)
+        components = self.get_components(adapter)
+        core, scale = self._drop_out(adapter, components.core, dropout)
+        return components.factor_out, components._replace(core=scale * core).expand_inputs()
 
     def _drop_out(self, adapter: str, core: torch.Tensor, dropout: bool) -> tuple[torch.Tensor, float | torch.Tensor]:
         """The core and the scale of a training step."""
@@ -281,11 +288,11 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         adapters = self._adapters_here(self.active_adapters) if self.training else []
         return any(self.lotra_rank_dropout[name] or self.lotra_module_dropout[name] for name in adapters)
 
-    def updates_in_force(self) -> list[tuple[float | torch.Tensor, ...]]:
-        """For the adapters that a forward pass uses now: scale, core, factor_out, factor_in, factor_basis. Without
+    def updates_in_force(self) -> list[Update]:
+        """The updates of the adapters that a forward pass uses now. Without
         dropout; none of them while merged (then they are in the base layer's parameters) or disabled."""
         adapters = [] if self.merged or self.disable_adapters else self._adapters_here(self.active_adapters)
-        return [(self.lotra_scaling[adapter], *self.get_components(adapter)) for adapter in adapters]
+        return [Update(self.lotra_scaling[adapter], self.get_components(adapter)) for adapter in adapters]
 
     ########
     # Grid #
@@ -356,7 +363,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         if type(self.base_layer) is KANLinear and in_transform() and not self.training:
             # One row at a time (`torch.func.vmap`), where a gradient of the size of the coefficients would be formed
             # for each row.
-            updates = [(self.lotra_scaling[name], *self.get_components(name)) for name in adapters]
+            updates = [Update(self.lotra_scaling[name], self.get_components(name)) for name in adapters]
             return self.base_layer(*args, **kwargs) + contract_updates(self.base_layer, updates, *args, **kwargs)
         self._renew_formula()
         if can_take_fast_path(self, adapters, args, kwargs):

@@ -25,7 +25,7 @@ from torch import nn
 
 from ..families.registry import same_grid
 from ..files.fingerprint import hash_values
-from ..tucker import dense_update
+from ..tucker import Update
 
 
 class MergeableLayer(nn.Module):
@@ -64,9 +64,9 @@ class MergeableLayer(nn.Module):
                 self._grid_at_merge = self.copy_grid()
                 if self.keep_base:
                     self.parameters_before_merge = {n: p.detach().clone() for n, p in self._base_parameters().items()}
-            components = [component.detach().clone() for component in self.get_components(adapter)]
-            self._merged_updates.append((self.lotra_scaling[adapter], *components))
-            self._write(self._with_update(self._base_parameters(), dense_update(*self._merged_updates[-1])))
+            components = self.get_components(adapter).map(lambda part: part.detach().clone())
+            self._merged_updates.append(Update(self.lotra_scaling[adapter], components))
+            self._write(self._with_update(self._base_parameters(), self._merged_updates[-1].dense()))
             self.merged_adapters.append(adapter)
         if self.parameters_before_merge:
             self._hash_of_merged = hash_values(self._base_parameters())
@@ -121,14 +121,14 @@ class MergeableLayer(nn.Module):
                 )
             parameters = self._base_parameters()
             for update in reversed(self._merged_updates):
-                parameters = self._with_update(parameters, -dense_update(*update))
+                parameters = self._with_update(parameters, -update.dense())
         self._write(parameters)
         self.merged_adapters.clear()
         self._forget_merge()
 
     def _forget_merge(self) -> None:
         self.parameters_before_merge: dict[str, torch.Tensor] = {}
-        self._merged_updates: list[tuple] = []  # scale and components, as they were merged
+        self._merged_updates: list[Update] = []  # as they were merged
         self._grid_at_merge = None
         self._hash_of_merged = None
 

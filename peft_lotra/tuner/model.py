@@ -27,12 +27,12 @@ from torch import nn
 
 from ..families.slim import SlimLayer
 from ..files.fingerprint import hash_all_dtypes
-from ..functional import LayerLock, exclusively_within
 from ..kan.slim_kan import SlimKANLinear
 from .config import ALL_KAN, LoTRAConfig, WeakMethod
+from .gradients import drop_gradients
 from .guards import guard_network, release_networks
-from .initialization import drop_gradients
 from .layer import LoTRALayer
+from .locks import LayerLock, exclusively_within
 from .mixed_batch import RowNames
 from .slim import SLIM_MERGES, SlimLoTRALayer
 from .targets import check_base, describe_targets, find_targets, locate_target, read_values, resolve_target_modules

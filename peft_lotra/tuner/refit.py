@@ -29,7 +29,7 @@ from torch import nn
 
 from ..families.registry import same_grid
 from ..functional import call_with_parameters, modes_kept
-from ..tucker import balance, orthogonalize, reconstruct, tucker
+from ..tucker import Tucker, tucker
 from .guards import bare_base
 from .layer import LoTRALayer
 
@@ -160,8 +160,8 @@ def _unchanged_on_error(layers: Mapping[str, LoTRALayer]) -> Iterator[None]:
 
 def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple[float, float]:
     """Refits one adapter of one layer; returns the error of the function, and that before truncation."""
-    parts = [component.detach().double().cpu() for component in layer.get_components(adapter)]
-    old, ranks = reconstruct(*parts), tuple(parts[0].shape)
+    components = _on_cpu(layer.get_components(adapter))
+    old, ranks = components.dense(), components.ranks
     samples = x.detach().reshape(-1, layer.in_features)
     points = torch.cat([samples, _spread(layer, samples)])
     weight = torch.ones(len(points), 1, 1, dtype=torch.float64)
@@ -184,11 +184,9 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple
         metric = F.pad(metric, (0, 1, 0, 1))
         metric[:, -1, -1] = (weight * residual).norm(dim=(0, 2))
     projected = einsum(transfer, old, "i new old, o i old -> o i new")
-    core, factors = balance(*_truncate(projected, metric, ranks))
-    for parameter, value in zip(layer.get_components(adapter), (core, *factors), strict=True):
-        parameter.data.copy_(value)
+    layer.set_components(adapter, _truncate(projected, metric, ranks).balanced())
     layer.lotra_grid[adapter] = layer.copy_grid()
-    stored = reconstruct(*(component.detach().double().cpu() for component in layer.get_components(adapter)))
+    stored = _on_cpu(layer.get_components(adapter)).dense()
 
     count = len(samples)
     before = einsum(old_basis[:count], old, "n i k, o i k -> n o")
@@ -198,27 +196,27 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple
     return error, projection_error
 
 
-def _truncate(
-    tensor: torch.Tensor, metric: torch.Tensor, ranks: tuple[int, int, int], steps: int = 100
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _on_cpu(components: Tucker) -> Tucker:
+    return components.map(lambda part: part.detach().double().cpu())
+
+
+def _truncate(tensor: torch.Tensor, metric: torch.Tensor, ranks: tuple[int, int, int], steps: int = 100) -> Tucker:
     """A Tucker decomposition whose edge functions come closest to those of `tensor` (out, in, basis); `metric`
     (in, basis, basis) brings the coefficients of an edge to the values of its function."""
-    core, factors = tucker(tensor, ranks)
     energy = einsum(metric, tensor, "i m k, o i k -> o i m").square().sum()
-    parts = [part.contiguous().requires_grad_() for part in (core, *factors)]
+    parts = tucker(tensor, ranks).map(lambda part: part.contiguous().requires_grad_())
     optimizer = torch.optim.LBFGS(parts, max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = einsum(metric, reconstruct(*parts) - tensor, "i m k, o i k -> o i m").square().sum() / energy
+        loss = einsum(metric, parts.dense() - tensor, "i m k, o i k -> o i m").square().sum() / energy
         loss.backward()
         return loss
 
     if energy > 0:
         with torch.enable_grad():
             optimizer.step(closure)
-    core, *factors = (part.detach() for part in parts)
-    return orthogonalize(core, factors)
+    return parts.map(torch.Tensor.detach).orthogonal()
 
 
 def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:

@@ -26,13 +26,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..families.registry import get_kan_spec
-from ..tucker import balance, orthogonalize, tucker
+from ..tucker import Tucker, tucker
 from .layer import LoTRALayer
 
 
 SLIM_MERGES = ("densify", "truncate")
-
-NAMES = ("core", "factor_out", "factor_in", "factor_basis")
 
 
 class SlimLoTRALayer(LoTRALayer):
@@ -54,21 +52,18 @@ class SlimLoTRALayer(LoTRALayer):
         self.merge_error: float | None = None
         self._before_merge: list[Any] = []  # what `unmerge` puts back
 
-    def components_in_force(
-        self, adapters: Iterable[str], dropout: bool = False
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """core and factors of the base layer and the adapters together."""
-        core, *factors = self.base_layer.components
+    def components_in_force(self, adapters: Iterable[str], dropout: bool = False) -> Tucker:
+        """The components of the base layer and the adapters together."""
+        base = self.base_layer.components
+        core, *factors = base
         dtype = core.dtype
         for adapter in self._adapters_here(adapters):
-            own, *own_factors = self.get_components(adapter)
+            # without the residual branch, its slice of the update is zero
+            own, *own_factors = self.get_components(adapter).padded(len(base.factor_basis))
             own = self._dropped(own, adapter, dropout) * self.lotra_scaling[adapter]
             core = _block_diagonal(core, own.to(dtype))
-            # without the residual branch, its slice of the update is zero
-            short = len(factors[2]) - len(own_factors[2])
-            own_factors[2] = nn.functional.pad(own_factors[2], (0, 0, 0, short))
             factors = [torch.cat([a, b.to(dtype)], dim=1) for a, b in zip(factors, own_factors, strict=True)]
-        return core, factors
+        return Tucker(core, *factors)
 
     def _dropped(self, core: torch.Tensor, adapter: str, dropout: bool) -> torch.Tensor:
         """The core after rank and module dropout, drawn as in `LoTRALayer`."""
@@ -87,8 +82,7 @@ class SlimLoTRALayer(LoTRALayer):
         if not adapters:
             return {}
         with torch.autocast(self.lotra_core[adapters[0]].device.type, enabled=False):
-            core, factors = self.components_in_force(adapters, dropout)
-        return dict(zip(NAMES, (core, *factors), strict=True))
+            return self.components_in_force(adapters, dropout)._asdict()
 
     ###########
     # Merging #
@@ -115,11 +109,11 @@ class SlimLoTRALayer(LoTRALayer):
         adapter_names = [*self.merged_adapters, *adapter_names]
         self._restore()
         with torch.no_grad():
-            core, factors = self.components_in_force(adapter_names)
+            merged = self.components_in_force(adapter_names)
             if self.slim_merge == "densify":
-                self._put_dense(core, factors)
+                self._put_dense(merged)
             else:
-                self._put_truncated(core, factors)
+                self._put_truncated(merged)
         self.merged_adapters.extend(adapter_names)
 
     def check_safe_merge(self, adapter_names: list[str] | None = None) -> None:
@@ -134,23 +128,24 @@ class SlimLoTRALayer(LoTRALayer):
             return
         self._restore()
 
-    def _put_dense(self, core: torch.Tensor, factors: list[torch.Tensor]) -> None:
+    def _put_dense(self, merged: Tucker) -> None:
         # kept in a list: a module of its own would be a part of the state dict
         self._before_merge = [self.base_layer, self.lotra_spec, self.lotra_tensor]
         slim = copy.deepcopy(self.base_layer)
-        for name, value in zip(NAMES, (core, *factors), strict=True):
+        for name, value in merged._asdict().items():
             setattr(slim, name, nn.Parameter(value))
         self.base_layer = slim.to_dense()
         self.lotra_spec = get_kan_spec(self.base_layer)
         self.lotra_tensor = self.lotra_spec.locate(self.base_layer)
 
-    def _put_truncated(self, core: torch.Tensor, factors: list[torch.Tensor]) -> None:
+    def _put_truncated(self, merged: Tucker) -> None:
         self._before_merge = [component.detach().clone() for component in self.base_layer.components]
-        core, bases = orthogonalize(core.double(), [factor.double() for factor in factors])
-        small, rotations = tucker(core, self.base_layer.ranks)
+        core, *bases = merged.map(torch.Tensor.double).orthogonal()
+        small, *rotations = tucker(core, self.base_layer.ranks)
         missed = (core.square().sum() - small.square().sum()).clamp(min=0).sqrt()
         self.merge_error = (missed / core.norm().clamp(min=1e-300)).item()
-        self._put(*balance(small, [basis @ rotation for basis, rotation in zip(bases, rotations, strict=True)]))
+        factors = (basis @ rotation for basis, rotation in zip(bases, rotations, strict=True))
+        self._put(Tucker(small, *factors).balanced())
 
     def _restore(self) -> None:
         """The base layer as it was before any merge."""
@@ -160,18 +155,18 @@ class SlimLoTRALayer(LoTRALayer):
             self.base_layer, self.lotra_spec, self.lotra_tensor = before
             self.base_layer.to(moved_to)
         elif before:
-            self._put(before[0], before[1:])
+            self._put(Tucker(*before))
         self._before_merge, self.merge_error = [], None
         self.merged_adapters.clear()
 
     @torch.no_grad()
-    def _put(self, core: torch.Tensor, factors: list[torch.Tensor]) -> None:
-        for component, value in zip(self.base_layer.components, (core, *factors), strict=True):
+    def _put(self, components: Tucker) -> None:
+        for component, value in zip(self.base_layer.components, components, strict=True):
             component.copy_(value)
 
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
         """Sets the base layer to the best approximation (HOOI) of these coefficients that its ranks allow."""
-        self._put(*balance(*tucker(weight_data, self.base_layer.ranks)))
+        self._put(tucker(weight_data, self.base_layer.ranks).balanced())
 
 
 def _block_diagonal(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,8 @@ from typing import Any
 
 from torch import nn
 
-from ..functional import call_with_parameters, exclusively
+from ..functional import call_with_parameters
+from .locks import exclusively
 
 
 class BaseLayerProxy(nn.Module):

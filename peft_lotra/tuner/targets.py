@@ -24,7 +24,8 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from ..families.registry import CoefficientTensor, KANLayerSpec, find_kan_layers, get_kan_spec, known_families
+from ..families.coefficients import CoefficientTensor
+from ..families.registry import KANLayerSpec, find_kan_layers, get_kan_spec, known_families
 from ..files.fingerprint import Values, is_same, layer_values
 from .config import LoTRAConfig
 
@@ -180,3 +181,17 @@ def _has_index(config: LoTRAConfig, name: str) -> bool:
         if match:
             return int(match[1]) in ([indices] if isinstance(indices, int) else indices)
     return False
+
+
+def pattern_key(name: str) -> str:
+    """A key for `rank_pattern` that matches this layer alone; PEFT reads keys as regexes of the end of a name."""
+    return "^" + re.escape(name)
+
+
+def exact_targets(names: list[str] | dict[str, object], model: nn.Module) -> set[str] | str:
+    """`target_modules` for these layers and no others: the names, or a regex where PEFT would take the end of another
+    module's name for one of them."""
+    suffixes = tuple(f".{name}" for name in names)
+    if any(name not in names and name.endswith(suffixes) for name, _ in model.named_modules()):
+        return "|".join(map(re.escape, names))
+    return set(names)

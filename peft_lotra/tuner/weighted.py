@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..approximation.extraction import exact_targets
-from ..approximation.spectra import pattern_key
-from ..tucker import balance, cap_ranks, check_ranks, orthogonalize, tucker
+from ..tucker import Tucker, cap_ranks, check_ranks, tucker
 from .layer import LoTRALayer
+from .targets import exact_targets, pattern_key
 
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 COMBINATION_TYPES = ("cat", "linear", "svd")
 
 # core and factors of one adapter, in float64, the core times the adapter's scale and weight
-Components = tuple[torch.Tensor, list[torch.Tensor]]
 
 
 def add_weighted_adapter(
@@ -93,15 +91,15 @@ def add_weighted_adapter(
             components[name] = _average(name, parts, [weight for _, weight in here])
         else:
             components[name] = _concatenate(parts)
-        sums[name] = sum(_pad(weight * layer.get_delta_weight(adapter).double(), rows) for adapter, weight in here)
+        sums[name] = sum(part.dense() for part in parts)
         if combination_type == "svd":
-            largest = tuple(max(sizes) for sizes in zip(*(core.shape for core, _ in parts), strict=True))
-            components[name] = _truncate(*components[name], largest if ranks is None else check_ranks(ranks))
+            largest = tuple(max(sizes) for sizes in zip(*(part.ranks for part in parts), strict=True))
+            components[name] = _truncate(components[name], largest if ranks is None else check_ranks(ranks))
 
     config = replace(
         model.peft_config[adapters[0]],
         alpha=1.0,
-        rank_pattern={pattern_key(name): tuple(core.shape) for name, (core, _) in components.items()},
+        rank_pattern={pattern_key(name): sum_.ranks for name, sum_ in components.items()},
         alpha_pattern={},
         target_modules=exact_targets(components, model.model),
         exclude_modules=None,
@@ -119,9 +117,8 @@ def add_weighted_adapter(
         raise
     errors = {}
     with torch.no_grad():
-        for name, (core, factors) in components.items():
-            for parameter, value in zip(layers[name].get_components(adapter_name), (core, *factors), strict=True):
-                parameter.copy_(value)
+        for name, sum_ in components.items():
+            layers[name].set_components(adapter_name, sum_)
             missed = (layers[name].get_delta_weight(adapter_name).double() - sums[name]).norm().item()
             norm = sums[name].norm().item()
             errors[name] = missed / norm if norm else missed
@@ -163,32 +160,26 @@ def _check(
         )
 
 
-def _read(layer: LoTRALayer, adapter: str, weight: float, rows: int) -> Components:
-    core, *factors = (component.detach().double() for component in layer.get_components(adapter))
-    factors[2] = _pad(factors[2].T, rows).T
-    return weight * layer.lotra_scaling[adapter] * core, factors
+def _read(layer: LoTRALayer, adapter: str, weight: float, basis: int) -> Tucker:
+    components = layer.get_components(adapter).map(lambda part: part.detach().double()).padded(basis)
+    return components._replace(core=weight * layer.lotra_scaling[adapter] * components.core)
 
 
-def _pad(tensor: torch.Tensor, basis: int) -> torch.Tensor:
-    """Zeros for the residual slice that an adapter does not have."""
-    return torch.nn.functional.pad(tensor, (0, basis - tensor.shape[-1]))
-
-
-def _concatenate(parts: Sequence[Components]) -> Components:
-    """The exact sum: a core of blocks. Ranks above the sizes of their modes are brought down to them."""
-    core = parts[0][0].new_zeros([sum(sizes) for sizes in zip(*(core.shape for core, _ in parts), strict=True)])
+def _concatenate(parts: Sequence[Tucker]) -> Tucker:
+    """The exact sum: a core of blocks. Ranks above the sizes of their modes are brought down to the sizes."""
+    core = parts[0].core.new_zeros([sum(sizes) for sizes in zip(*(part.ranks for part in parts), strict=True)])
     start = (0, 0, 0)
-    for block, _ in parts:
-        end = tuple(map(sum, zip(start, block.shape, strict=True)))
-        core[tuple(map(slice, start, end))] = block
+    for part in parts:
+        end = tuple(map(sum, zip(start, part.ranks, strict=True)))
+        core[tuple(map(slice, start, end))] = part.core
         start = end
-    factors = [torch.cat(columns, dim=1) for columns in zip(*(factors for _, factors in parts), strict=True)]
-    return balance(*orthogonalize(core, factors))
+    factors = [torch.cat(columns, dim=1) for columns in zip(*(part.factors for part in parts), strict=True)]
+    return Tucker(core, *factors).orthogonal().balanced()
 
 
-def _average(name: str, parts: Sequence[Components], weights: Sequence[float]) -> Components:
-    """The components averaged by weight, their core multiplied by the sum of the weights."""
-    shapes = [tuple(core.shape) for core, _ in parts]
+def _average(name: str, parts: Sequence[Tucker], weights: Sequence[float]) -> Tucker:
+    """The factors averaged by weight, with the sum of the cores, which are weighted already."""
+    shapes = [part.ranks for part in parts]
     total = sum(weights)
     if len(set(shapes)) > 1:
         raise ValueError(
@@ -202,13 +193,13 @@ def _average(name: str, parts: Sequence[Components], weights: Sequence[float]) -
         )
     factors = [
         sum(weight / total * factor for weight, factor in zip(weights, same, strict=True))
-        for same in zip(*(factors for _, factors in parts), strict=True)
+        for same in zip(*(part.factors for part in parts), strict=True)
     ]
-    return sum(core for core, _ in parts), factors
+    return Tucker(sum(part.core for part in parts), *factors)
 
 
-def _truncate(core: torch.Tensor, factors: list[torch.Tensor], r: int | tuple[int, int, int]) -> Components:
+def _truncate(components: Tucker, r: int | tuple[int, int, int]) -> Tucker:
     """The best approximation of ranks `r`, found on the core alone, since the factors are orthogonal."""
-    core, factors = orthogonalize(core, factors)
-    small, rotations = tucker(core, cap_ranks(r, tuple(core.shape)))
-    return balance(small, [factor @ rotation for factor, rotation in zip(factors, rotations, strict=True)])
+    core, *factors = components.orthogonal()
+    small, *rotations = tucker(core, cap_ranks(r, tuple(core.shape)))
+    return Tucker(small, *(factor @ rotation for factor, rotation in zip(factors, rotations, strict=True))).balanced()

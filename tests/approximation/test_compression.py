@@ -25,7 +25,7 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig, find_kan_layers, register_kan_layer, slim, to_dense
 from peft_lotra.approximation.features import Features
-from peft_lotra.approximation.spectra import read_coefficients
+from peft_lotra.approximation.updates import read_coefficients
 from peft_lotra.families.registry import get_kan_spec
 from peft_lotra.families.slim import SlimLayer
 from peft_lotra.kan import KAN, KANConfig, KANModel, SlimKANLinear

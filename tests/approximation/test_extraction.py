@@ -24,10 +24,12 @@ from helpers import adapt, assert_same, base, inputs, lotra_layers, nested, snap
 from peft import LoraConfig, PeftModel, get_peft_model
 from stand_ins import FAMILIES
 
-from peft_lotra.approximation.extraction import exact_targets, extract_lotra
-from peft_lotra.approximation.spectra import coefficient_updates, update_spectrum
+from peft_lotra.approximation.extraction import extract_lotra
+from peft_lotra.approximation.spectra import update_spectrum
+from peft_lotra.approximation.updates import coefficient_updates
 from peft_lotra.families.registry import get_kan_spec
 from peft_lotra.kan import KAN
+from peft_lotra.tuner.targets import exact_targets
 
 
 def fine_tuned(model: torch.nn.Module, x: torch.Tensor, steps: int = 5) -> torch.nn.Module:

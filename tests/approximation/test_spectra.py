@@ -25,7 +25,7 @@ from stand_ins import FAMILIES
 from peft_lotra import LoTRAConfig, find_kan_layers
 from peft_lotra.approximation.spectra import Spectrum, gradient_spectrum, spectrum_of, suggest_ranks, update_spectrum
 from peft_lotra.kan import KAN
-from peft_lotra.tucker import balance, orthogonalize, reconstruct, tucker, tucker_scaled
+from peft_lotra.tucker import Tucker, reconstruct, tucker, tucker_scaled
 
 
 def tucker_tensor(shape=(9, 7, 8), ranks=(3, 2, 4)) -> torch.Tensor:
@@ -53,8 +53,7 @@ def test_the_energy_is_that_of_the_projection():
         kept = (projected.norm() / tensor.norm()).square().item()
         assert layer.energy(ranks) == pytest.approx(kept, abs=1e-12)
         # HOOI keeps at least as much
-        core, factors = tucker(tensor, ranks)
-        assert 1 - ((reconstruct(core, *factors) - tensor).norm() / tensor.norm()).square() >= kept - 1e-9
+        assert 1 - ((tucker(tensor, ranks).dense() - tensor).norm() / tensor.norm()).square() >= kept - 1e-9
     assert layer.energy(100) == pytest.approx(1)
 
 
@@ -202,19 +201,19 @@ def test_orthogonalize_and_balance_change_nothing():
     core = torch.randn(5, 6, 2, dtype=torch.float64)
     factors = [torch.randn(size, rank, dtype=torch.float64) for size, rank in ((3, 5), (9, 6), (4, 2))]
     expected = reconstruct(core, *factors)
-    core, factors = orthogonalize(core, factors)
-    assert core.shape == (3, 6, 2)
-    for factor in factors:
+    orthogonal = Tucker(core, *factors).orthogonal()
+    assert orthogonal.ranks == (3, 6, 2)
+    for factor in orthogonal.factors:
         torch.testing.assert_close(factor.T @ factor, torch.eye(factor.shape[1]).double())
-    torch.testing.assert_close(reconstruct(core, *factors), expected)
-    torch.testing.assert_close(reconstruct(*(lambda c, f: (c, *f))(*balance(core, factors))), expected)
+    torch.testing.assert_close(orthogonal.dense(), expected)
+    torch.testing.assert_close(orthogonal.balanced().dense(), expected)
 
 
 def test_tucker_scaled_is_tucker_where_the_scale_is_one_and_finds_what_there_is_to_find():
     tensor = torch.randn(6, 5, 4, dtype=torch.float64)
-    plain, scaled = (reconstruct(c, *f) for c, f in (
-        tucker(tensor, (2, 2, 2)), tucker_scaled(tensor, torch.ones_like(tensor), (2, 2, 2))))  # fmt: skip
+    plain = tucker(tensor, (2, 2, 2)).dense()
+    scaled = tucker_scaled(tensor, torch.ones_like(tensor), (2, 2, 2)).dense()
     assert (tensor - scaled).norm() <= (tensor - plain).norm() * (1 + 1e-6)
     low, scale = tucker_tensor((6, 5, 4), (2, 2, 2)), torch.randn(6, 5, 1, dtype=torch.float64).expand(6, 5, 4)
-    core, factors = tucker_scaled(scale * low, scale, (2, 2, 2))
-    assert ((scale * (reconstruct(core, *factors) - low)).norm() / (scale * low).norm()) < 1e-2
+    found = tucker_scaled(scale * low, scale, (2, 2, 2))
+    assert ((scale * (found.dense() - low)).norm() / (scale * low).norm()) < 1e-2

@@ -92,7 +92,8 @@ def adapted(base, seed: int, **kwargs):
 def push(folder: Path) -> dict:
     from peft import LoraConfig, get_peft_model
 
-    from peft_lotra import LoTRAConfig, hub, push_to_hub, write_model_card
+    from peft_lotra import LoTRAConfig, push_to_hub, write_model_card
+    from peft_lotra.hub import push
     from peft_lotra.kan import KANConfig, KANModel
 
     found = {"outputs": {}, "errors": {}, "heads": {}}
@@ -194,9 +195,9 @@ def push(folder: Path) -> dict:
     found["unchanged"] = before == {repo: head(repo) for repo in before}
 
     push_to_hub(public, "ann/contested")
-    write_card, hub.write_model_card = hub.write_model_card, commits_meanwhile
+    write_card, push.write_model_card = push.write_model_card, commits_meanwhile
     found["errors"]["contested"] = error_of(push_to_hub, other, "ann/contested")
-    hub.write_model_card = write_card
+    push.write_model_card = write_card
 
     # another user may not write, but may ask
     os.environ["HF_TOKEN"] = "hf_user"

@@ -114,8 +114,8 @@ def test_without_the_locks_it_goes_wrong(monkeypatch):
     jobs = make_jobs(["a", "b"])
     with torch.no_grad():
         expected = {id(job): model(job[0], **job[1]) for job in jobs}
-    monkeypatch.setattr("peft_lotra.functional.LayerLock.__enter__", lambda self: None)
-    monkeypatch.setattr("peft_lotra.functional.LayerLock.__exit__", lambda self, *args: None)
+    monkeypatch.setattr("peft_lotra.tuner.locks.LayerLock.__enter__", lambda self: None)
+    monkeypatch.setattr("peft_lotra.tuner.locks.LayerLock.__exit__", lambda self, *args: None)
     with pytest.raises((AssertionError, ValueError, RuntimeError, KeyError, TypeError)):
         run_threads(model, jobs, expected, 5.0)
 

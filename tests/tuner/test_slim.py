@@ -24,7 +24,7 @@ from stand_ins import FAMILIES, as_model
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer, lotra_lr_multipliers, preprocess_lotra, slim
 from peft_lotra.kan import KAN, SlimKAN, SlimKANLinear
-from peft_lotra.tuner.initialization import gather_gradients
+from peft_lotra.tuner.gradients import gather_gradients
 from peft_lotra.tuner.slim import SlimLoTRALayer
 from peft_lotra.tuner.targets import locate_target
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..layer import KANLinear
 from ..layer_records import active_recorder
 from ..network import KAN
+from ..slim_kan import SlimKANLinear
 from .layers import Parts, block_size, own_layer, through_layer
 from .norms import check_rows_apart, is_norm, norm_size, through_norm
 
@@ -224,9 +225,7 @@ def _is_layer(module: nn.Module) -> bool:
         if not (hasattr(wrapper, "updates_in_force") or hasattr(wrapper, "parameter_name")):
             return False
         wrapper = wrapper.base_layer
-    slim = sys.modules.get(f"{__package__}.slim")
-    forwards = [KANLinear.forward] + ([slim.SlimKANLinear.forward] if slim else [])
-    return type(own_layer(module)).forward in forwards
+    return type(own_layer(module)).forward in (KANLinear.forward, SlimKANLinear.forward)
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
@@ -242,7 +241,7 @@ def _inner(module: nn.Module) -> nn.Module | None:
         return module.module
     if isinstance(module, torch._dynamo.OptimizedModule):
         return module._orig_mod
-    transformers_side = sys.modules.get(f"{__package__}.modeling_kan")  # not imported just to ask
+    transformers_side = sys.modules.get("peft_lotra.kan.modeling_kan")  # not imported just to ask
     if transformers_side is not None and type(module).forward is transformers_side.KANModel.forward:
         return module.kan
     return None

@@ -21,6 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ...tucker import Update
 from ..basis import silu_derivatives, spline_factors
 from ..layer_records import Grid, Parts, recorder_of_layer
 from ..product import needs_plain_operations
@@ -80,7 +81,7 @@ def through_layer(
 def _evaluate(
     own: nn.Module,
     dense: tuple[Tensor, Tensor] | None,
-    updates: list[tuple],
+    updates: list[Update],
     z: Tensor,
     first: Tensor,
     second: Tensor | None,
@@ -100,7 +101,7 @@ def _evaluate(
         if _is_contracted(rows, shape, update, by_hand):
             factored.append(update)
         else:
-            delta = _dense(*update, size=shape[-1])
+            delta = _dense(update, shape[-1])
             weight = delta if weight is None else weight + delta
 
     by_hand = by_hand and not factored and not needs_plain_operations(z, weight)
@@ -126,11 +127,11 @@ def _rows_last(part: Tensor, lead: tuple[int, ...]) -> Tensor:
     return part.reshape(len(part), rows, part.shape[-1]).mT
 
 
-def contract_updates(layer: nn.Module, updates: list[tuple], x: Tensor) -> Tensor:
-    """What updates (scale, core, factor_out, factor_in, factor_basis) add to the output of a KAN layer, (..., O)."""
+def contract_updates(layer: nn.Module, updates: list[Update], x: Tensor) -> Tensor:
+    """What updates add to the output of a KAN layer, (..., O)."""
     features = torch.cat([layer.basis(x), nn.functional.silu(x).unsqueeze(-1)], dim=-1)
     features = features.reshape(1, -1, *features.shape[-2:]).permute(0, 3, 2, 1)
-    parts = [_contract(features, *update)[0].T for update in updates]
+    parts = [_contract(features, update)[0].T for update in updates]
     return sum(parts[1:], parts[0]).reshape(*x.shape[:-1], -1) if parts else x.new_zeros(())
 
 
@@ -139,7 +140,7 @@ def contract_updates(layer: nn.Module, updates: list[tuple], x: Tensor) -> Tenso
 
 def _by_plain_operations(
     layer: nn.Module,
-    factored: list[tuple],
+    factored: list[Update],
     weights: Tensor | None,
     only_second: bool,
     z: Tensor,
@@ -155,7 +156,7 @@ def _by_plain_operations(
     else:
         stacked = torch.stack(streams)
         y = 0 if weight is None else weight @ stacked.flatten(1, 2)
-        y = sum((_contract(stacked, *update) for update in factored), y)
+        y = sum((_contract(stacked, update) for update in factored), y)
     return (None, None, y) if only_second else (y[0], y[1 : 1 + len(first)], y[1 + len(first) :])
 
 
@@ -257,7 +258,7 @@ def own_layer(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def _coefficients(layer: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor] | None, list[tuple]]:
+def _coefficients(layer: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor] | None, list[Update]]:
     """
     The KAN layer under the adapters, its spline_weight (O, I, K) and base_weight (O, I), and the Tucker updates in
     force.
@@ -275,7 +276,7 @@ def _coefficients(layer: nn.Module) -> tuple[nn.Module, tuple[Tensor, Tensor] | 
             added[layer.parameter_name] += [layer.get_delta_weight(name) for name in adapters]
         layer = layer.base_layer
     if hasattr(layer, "components"):
-        return layer, None, [(1.0, *layer.components), *updates]
+        return layer, None, [Update(1.0, layer.components), *updates]
     return layer, tuple(sum(more, getattr(layer, name)) for name, more in added.items()), updates
 
 
@@ -290,12 +291,12 @@ def _contracts_cheaper(rows: int, o: int, i: int, k: int, ro: int, ri: int, rb: 
     return 3 * rows * thin < 3 * o * i * k * ro + rows * o * i * k
 
 
-def _is_contracted(rows: int, shape: tuple[int, int, int], update: tuple, by_hand: bool) -> bool:
+def _is_contracted(rows: int, shape: tuple[int, int, int], update: Update, by_hand: bool) -> bool:
     """Whether an update stays in factored form; `by_hand` says whether there is the choice of `LayerJet`."""
-    trained = torch.is_grad_enabled() and any(part.requires_grad for part in update[1:])
+    trained = torch.is_grad_enabled() and any(part.requires_grad for part in update.tensor)
     if by_hand and not trained and shape[0] <= MOST_OUTPUTS_DENSE:
         return False
-    return _contracts_cheaper(rows, *shape, *update[1].shape)
+    return _contracts_cheaper(rows, *shape, *update.tensor.ranks)
 
 
 def _has_contracted(layer: nn.Module, rows: int) -> bool:
@@ -304,19 +305,16 @@ def _has_contracted(layer: nn.Module, rows: int) -> bool:
     return any(_is_contracted(rows, shape, update, by_hand=True) for update in updates)
 
 
-def _dense(scale: float, core: Tensor, factor_out: Tensor, factor_in: Tensor, factor_basis: Tensor, size: int):
+def _dense(update: Update, size: int) -> Tensor:
     """The update (O, I, size); without the residual branch its slice is zero."""
-    from ...tucker import reconstruct
-
-    update = scale * reconstruct(core, factor_out, factor_in, factor_basis)
-    return nn.functional.pad(update, (0, size - len(factor_basis)))
+    dense = update.dense()
+    return nn.functional.pad(dense, (0, size - dense.shape[-1]))
 
 
-def _contract(
-    streams: Tensor, scale: float, core: Tensor, factor_out: Tensor, factor_in: Tensor, factor_basis: Tensor
-) -> Tensor:
+def _contract(streams: Tensor, update: Update) -> Tensor:
     """Features (S, K + 1, I, N) times the update, (S, O, N), by the smallest products, so that no gradient is larger
     than its factor (but for the row's features)."""
+    core, factor_out, factor_in, factor_basis = update.tensor
     t = factor_basis.T @ streams[:, : len(factor_basis)].flatten(2)  # (S, rb, I N)
     t = factor_in.T @ t.unflatten(2, streams.shape[2:])  # (S, rb, ri, N)
-    return (scale * factor_out) @ (core.transpose(1, 2).flatten(1) @ t.flatten(1, 2))
+    return (update.scale * factor_out) @ (core.transpose(1, 2).flatten(1) @ t.flatten(1, 2))

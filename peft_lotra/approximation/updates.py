@@ -1,0 +1,100 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What fine-tuning did to the coefficients of a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..families.registry import find_kan_layers
+from ..families.slim import EDGE_SCALES
+from ..tuner.layer import LoTRALayer
+from ..tuner.targets import locate_target
+
+
+@dataclass(frozen=True)
+class CoefficientUpdate:
+    """What fine-tuning did to the coefficients of one layer, in float64.
+
+    Attributes:
+        tensor (`torch.Tensor`): (out, in, basis), or (out, in, basis + 1) with the residual branch: the change of the
+            coefficients, or, if the scales of the edges changed too (or count anyway), of coefficient times scale.
+        scale (`torch.Tensor`, *optional*): As `tensor`: what the layer of the base model multiplies a change of its
+            coefficients by to get there; `None` if the change is of the coefficients.
+    """
+
+    tensor: torch.Tensor
+    scale: torch.Tensor | None = None
+
+
+@torch.no_grad()
+def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False) -> dict[str, CoefficientUpdate]:
+    """The updates of all KAN layers, by name; with `scaled`, those of edges with scales are of coefficient times scale
+    even if the scales did not change.
+
+    Raises:
+        ValueError: As `update_spectrum`.
+    """
+    base, tuned = unwrap(base), unwrap(tuned)
+    found, other = find_kan_layers(base), find_kan_layers(tuned)
+    for first, second in zip_longest(found, other):
+        if first != second:
+            raise ValueError(
+                f"The models have different architectures. Their first KAN layer that differs: {first} in the base "
+                f"model, {second} in the tuned one."
+            )
+    if not found:
+        raise ValueError("No KAN layer was found in the models, see `find_kan_layers` and `register_kan_layer`.")
+    updates = {}
+    for name in (layer.name for layer in found):
+        before, scale = read_coefficients(name, base.get_submodule(name))
+        after, new_scale = read_coefficients(name, tuned.get_submodule(name))
+        after, new_scale = after.to(before), None if new_scale is None else new_scale.to(before)
+        for which, tensor in (("base", before), ("tuned", after)):
+            if not tensor.isfinite().all():
+                raise ValueError(f"The coefficients of `{name}` in the {which} model are not finite.")
+        if scale is None or (torch.equal(scale, new_scale) and not scaled):
+            updates[name] = CoefficientUpdate(after - before)
+        else:
+            updates[name] = CoefficientUpdate(new_scale * after - scale * before, scale)
+    return updates
+
+
+def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The coefficients in force, and what the layer multiplies them by, both (out, in, basis [+ 1]) in float64."""
+    layer, spec, tensor = locate_target(name, module)
+    coefficients = tensor.read(layer).double().clone()  # what is read may be the parameter itself
+    if isinstance(module, LoTRALayer) and not module.merged and not module.disable_adapters:
+        for adapter in module.active_adapters:
+            if adapter in module.lotra_core:
+                delta = module.get_delta_weight(adapter).double()
+                coefficients[..., : delta.shape[-1]] += delta
+    scale_name, layout = EDGE_SCALES.get(spec.family, ("", ""))
+    scale = getattr(layer, scale_name, None)
+    if scale is None:
+        return coefficients, None
+    scale = scale.double() if layout == "o i" else scale.double().T
+    full = torch.ones_like(coefficients)
+    full[..., : tensor.shape[-1]] = scale[..., None]
+    return coefficients, full
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if isinstance(model, PeftModel) else model

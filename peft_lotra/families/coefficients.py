@@ -1,0 +1,121 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Where one layer keeps its coefficients, read and written in the canonical order (out, in, basis)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+import torch
+from torch import nn
+
+from .layout import Layout
+
+
+@dataclass(frozen=True)
+class CoefficientTensor:
+    """Where one layer keeps its coefficients, as seen in the canonical order (out, in, basis).
+
+    Attributes:
+        family (`str`): The family of the layer.
+        parameters (`dict[str, Layout]`): The parameter of the coefficients, then that of the residual branch if it has
+            one of its own; dotted names reach into sub-modules.
+        lengths (`dict[str, int]`): The length of each axis that the layouts name.
+    """
+
+    family: str
+    parameters: Mapping[str, Layout]
+    lengths: Mapping[str, int] = field(repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(out, in, basis), without the residual branch."""
+        layout = next(iter(self.parameters.values()))
+        basis = 1
+        for axis in layout.basis:
+            basis *= self.lengths[axis]
+        return self.lengths["o"], self.lengths["i"], basis
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether the layer has a residual branch."""
+        layout = next(iter(self.parameters.values()))
+        return len(self.parameters) == 2 or layout.packed_residual is not None
+
+    def get_parameter(self, layer: nn.Module) -> torch.Tensor:
+        """The parameter of the coefficients, as stored. Read as an attribute: under FSDP it is a plain tensor view."""
+        return get_or_none(layer, next(iter(self.parameters)))
+
+    def read_parameters(self, layer: nn.Module) -> dict[str, torch.Tensor]:
+        """The adapted parameters, as stored, by name."""
+        return {name: get_or_none(layer, name) for name in self.parameters}
+
+    def read(self, layer: nn.Module, residual: bool = True) -> torch.Tensor:
+        """The coefficients of the layer as (out, in, basis), or (out, in, basis + 1) with the residual branch."""
+        tensor = self.join(list(self.read_parameters(layer).values()))
+        return tensor if residual else tensor[..., : self.shape[-1]]
+
+    def read_parts(
+        self, layer: nn.Module, parameters: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The coefficients (out, in, basis) and the residual weights (out, in), if there are any, by themselves: views
+        of the parameters where their layouts allow it. `parameters` take the place of those of the layer."""
+        stored = [
+            parameters[name] if parameters and name in parameters else get_or_none(layer, name)
+            for name in self.parameters
+        ]
+        tensor, *residual = (
+            layout.to_canonical(part, self.lengths)
+            for layout, part in zip(self.parameters.values(), stored, strict=True)
+        )
+        if residual:
+            return tensor, residual[0].squeeze(-1)
+        basis = self.shape[-1]
+        return tensor[..., :basis], tensor[..., basis] if tensor.shape[-1] > basis else None
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The canonical tensor of parts that are laid out like `parameters`, e.g. of their gradients."""
+        parts = [
+            layout.to_canonical(part, self.lengths)
+            for layout, part in zip(self.parameters.values(), parts, strict=True)
+        ]
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
+    def split(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The inverse of `read`: the parts of a canonical tensor, each in the layout of the parameter it belongs to.
+
+        A tensor without the residual slice gives no part for a residual parameter, and zeros where it is packed.
+        """
+        basis = self.shape[-1]
+        (name, layout), *residual = self.parameters.items()
+        if layout.packed_residual is not None:
+            if tensor.shape[-1] == basis:
+                tensor = nn.functional.pad(tensor, (0, 1))
+            return {name: layout.from_canonical(tensor, self.lengths)}
+        parts = {name: layout.from_canonical(tensor[..., :basis], self.lengths)}
+        if residual and tensor.shape[-1] > basis:
+            name, layout = residual[0]
+            parts[name] = layout.from_canonical(tensor[..., basis:], self.lengths)
+        return parts
+
+
+def get_or_none(layer: nn.Module, name: str):
+    """The attribute of a dotted name, `None` where any part of it is absent."""
+    try:
+        return attrgetter(name)(layer)
+    except AttributeError:
+        return None

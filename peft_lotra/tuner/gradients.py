@@ -1,0 +1,170 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Gradients of the coefficient tensors, gathered for `init_weights="gradient"` and for spectra."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..families.coefficients import CoefficientTensor
+from ..functional import modes_kept
+from .config import LoTRAConfig
+from .targets import find_targets, locate_target, resolve_target_modules
+
+
+# The gradients that preprocess_lotra has gathered, until an adapter is made from them. Kept beside the layers, not on
+# them: the base model is not touched.
+_GRADIENTS: WeakKeyDictionary[nn.Module, torch.Tensor] = WeakKeyDictionary()
+
+
+def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable[[], None]) -> None:
+    """Gathers what `init_weights="gradient"` needs; call it before `get_peft_model`, as PEFT's `preprocess_loraga`.
+
+    An adapter then begins with the combinations of inputs and basis functions that the first step of full fine-tuning
+    would use most, see `reset_components_from_gradient`, instead of random ones. The model is left as it was; the
+    gradients are kept until the adapter is made.
+
+    *When to use it.* For new data of the task that the model was trained for (a shifted domain, few labels) where
+    ranks are small. On shifts of digits (`examples/initialization.py`: three seeds, KANs of three libraries) it was
+    worth 2.1 to 5.9 points of accuracy over random factors at equal ranks, each at its best rates, and ranks (16, 16,
+    6) came within about one point of full fine-tuning (from 0.3 above to 1.1 below). The more of the update the ranks
+    hold, the less there is to win. On a PDE (viscous Burgers, another viscosity, 400 steps, three seeds) it brought
+    nothing: 0.44 % error beside 0.46 %, and at ranks (8, 8, 4) 0.55 % beside 0.45 %. Take random factors there.
+
+    *How to train it.* The core holds what the gradient knew, and trains slowly; factor_out starts at zero, and what
+    it weighs has the size of a basis function. With Adam, lr 1e-2 and the policy `{"core": 0.03, "factor_out": 0.5}`
+    of `create_lotra_optimizer` were best, or next to it, on every shift tried; by one rate for all, up to a point of
+    accuracy is lost, at lr 3e-3 to 5e-3. Directions from the gradient preconditioned by the second moments of the
+    basis functions, from its signs, or from the update after a few full steps were no better.
+
+    Example:
+
+    ```py
+    >>> def train_step():
+    ...     for x, y in batches:  # a few hundred samples are enough
+    ...         torch.nn.functional.cross_entropy(kan(x), y).backward()
+
+    >>> config = LoTRAConfig(r=(8, 8, 4), init_weights="gradient")
+    >>> preprocess_lotra(kan, config, train_step)
+    >>> model = get_peft_model(kan, config)
+    >>> policy = {"core": 0.03, "factor_out": 0.5}
+    >>> optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2, policy=policy)
+    ```
+
+    Args:
+        model (`nn.Module`): The base model, or a PEFT model that is to get one more adapter.
+        config ([`LoTRAConfig`]): The configuration that the adapter will be made with.
+        train_step (`Callable[[], None]`): Computes a loss and calls `backward()`, for one or more batches.
+
+    Raises:
+        ValueError: A target of the configuration is no KAN layer; no gradient, or one that is not finite, arrived at a
+            layer. Nothing is kept then.
+    """
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = replace(config, target_modules=resolve_target_modules(config, model))
+    layers = {}
+    for name, module in find_targets(config, model).items():
+        layer, _, tensor = locate_target(name, module)
+        layers[name] = (layer, tensor)
+    _GRADIENTS.update(gather_gradients(layers, model, train_step))
+
+
+def gather_gradients(
+    layers: dict[str, tuple[nn.Module, CoefficientTensor]], model: nn.Module, train_step: Callable[[], None]
+) -> dict[nn.Module, torch.Tensor]:
+    """Runs `train_step` and sums the gradients of the layers' coefficients, leaving the model as it was.
+
+    Only these parameters require a gradient meanwhile, and each gradient is taken away as soon as it has been
+    accumulated, so that the peak memory is one extra copy of the coefficients.
+
+    Args:
+        layers (`dict[str, tuple[nn.Module, CoefficientTensor]]`): The layers by name.
+        model (`nn.Module`): The model that they are in.
+        train_step (`Callable[[], None]`): Computes a loss and calls `backward()`, for one or more batches.
+
+    Returns:
+        `dict[nn.Module, torch.Tensor]`: (out, in, basis), or (out, in, basis + 1) with the residual branch, by layer.
+
+    Raises:
+        ValueError: No gradient arrived at a layer, or one that is not finite.
+    """
+    sums: dict[nn.Parameter, torch.Tensor] = {}
+
+    def take(parameter: nn.Parameter) -> None:
+        sums[parameter] = parameter.grad if parameter not in sums else sums[parameter].add_(parameter.grad)
+        parameter.grad = None
+
+    targets, probes = {}, {}
+    for name, (layer, tensor) in layers.items():
+        if hasattr(layer, "forward_with"):  # a Slim layer has no such parameters: a zero that is added to them
+            probes[layer] = nn.Parameter(torch.zeros_like(tensor.read(layer)))
+            targets[name, "probe"] = probes[layer]
+        else:
+            targets |= {(name, parameter): layer.get_parameter(parameter) for parameter in tensor.parameters}
+    with _left_as_it_was(model), ExitStack() as hooks:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False).grad = None
+        for parameter in targets.values():
+            parameter.requires_grad_(True)
+            hooks.callback(parameter.register_post_accumulate_grad_hook(take).remove)
+        for layer, probe in probes.items():
+            layer.__dict__["forward"] = partial(layer.forward_with, probe)
+            hooks.callback(layer.__dict__.pop, "forward")
+        train_step()
+
+    gradients = {}
+    for name, (layer, tensor) in layers.items():
+        names = ["probe"] if layer in probes else list(tensor.parameters)
+        parts = {n: sums.get(targets[name, n]) for n in names}
+        missing = [n for n, part in parts.items() if part is None]
+        if missing:
+            raise ValueError(
+                f"No gradient arrived at {missing} of `{name}`: `train_step` must call `backward()` on a loss that "
+                "depends on this layer."
+            )
+        if not all(part.isfinite().all() for part in parts.values()):
+            raise ValueError(f"The gradient of `{name}` is not finite: look at the loss and the data of `train_step`.")
+        gradients[layer] = parts["probe"] if layer in probes else tensor.join(list(parts.values()))
+    return gradients
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module):
+    """Restores gradients, requires_grad, training mode and buffers (running statistics)."""
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with modes_kept(model):
+            yield
+    finally:
+        for parameter, requires_grad, grad in parameters:
+            parameter.requires_grad_(requires_grad).grad = grad
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def drop_gradients(layers: list[nn.Module]) -> None:
+    """Forgets the gradients of the layers, once the adapter is made."""
+    for layer in layers:
+        _GRADIENTS.pop(layer, None)

@@ -1,0 +1,70 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Locks of adapted layers: one thread at a time exchanges parameters."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from typing import Any
+
+import torch
+
+
+class LayerLock:
+    """A re-entrant lock that a copied, or unpickled, layer has anew."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *args: Any) -> None:
+        self._lock.release()
+
+    def __reduce__(self):
+        return LayerLock, ()
+
+
+def exclusively(method: Callable) -> Callable:
+    """A method of a layer that one thread at a time may run: it exchanges parameters, or must not see them exchanged.
+
+    A compiled graph exchanges nothing and takes no lock.
+    """
+
+    @wraps(method)
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return method(self, *args, **kwargs)
+        with self.lotra_lock:
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+def exclusively_within(method: Callable) -> Callable:
+    """The same for a method that gives a context: one thread at a time may be within it."""
+
+    @wraps(method)
+    @contextmanager
+    def run(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        with nullcontext() if torch.compiler.is_compiling() else self.lotra_lock:
+            with method(self, *args, **kwargs) as context:
+                yield context
+
+    return run
