@@ -23,10 +23,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..kan.basis import UniformGrid
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear
 from .coefficients import get_or_none
-from .registry import UniformSplines, register_kan_layer
+from .registry import register_kan_layer
 from .slim import SlimLayer
 
 
@@ -35,17 +36,17 @@ def _ndim(layer: nn.Module, name: str) -> int | None:
     return value.ndim if isinstance(value, torch.Tensor) else None
 
 
-def _splines_from_knots(layer: nn.Module) -> UniformSplines | None:
+def _splines_from_knots(layer: nn.Module) -> UniformGrid | None:
     order = layer.spline_order
     grid_size = layer.grid.shape[-1] - 2 * order - 1
-    return UniformSplines(layer.grid[:, order], layer.grid[:, order + grid_size], grid_size, order)
+    return UniformGrid(layer.grid[:, order], layer.grid[:, order + grid_size], grid_size, order)
 
 
-def _splines_from_starts(layer: nn.Module) -> UniformSplines | None:
+def _splines_from_starts(layer: nn.Module) -> UniformGrid | None:
     order, step = layer.spline_order, 1 / layer.inv_h
     low = layer.grid_starts[:1] + order * step
     grid_size = len(layer.grid_starts) - order
-    return UniformSplines(low, low + grid_size * step, grid_size, order)
+    return UniformGrid(low, low + grid_size * step, grid_size, order)
 
 
 register_kan_layer(
@@ -158,7 +159,7 @@ register_kan_layer(
     grid=("grid_bounds", "grid_size", "spline_order"),
     grid_methods=("update_grid",),
     basis=lambda m, x: m.basis(x),
-    splines=lambda m: UniformSplines(*m.grid_bounds.unbind(-1), m.grid_size, m.spline_order),
+    splines=lambda m: UniformGrid(*m.grid_bounds.unbind(-1), m.grid_size, m.spline_order),
     activation=lambda m, x: nn.functional.silu(x),
 )
 # The parameters of Slim layers are Tucker components; what is described here are the tensors that they make. An

@@ -23,24 +23,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..kan.basis import UniformGrid
 from .coefficients import CoefficientTensor, get_or_none
 from .layout import parse_layout
 from .slim import SlimLayer
-
-
-class UniformSplines(NamedTuple):
-    """B-splines of degree `spline_order` on `grid_size` equal intervals of [low, high], which broadcast to (in,)."""
-
-    low: torch.Tensor
-    high: torch.Tensor
-    grid_size: int
-    spline_order: int
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class KANLayerSpec:
     network_methods: Mapping[str, str | None] = field(default_factory=dict)
     checkpoint_methods: tuple[str, ...] = ()
     basis: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
-    splines: Callable[[nn.Module], UniformSplines | None] | None = None
+    splines: Callable[[nn.Module], UniformGrid | None] | None = None
     activation: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
     scale: Callable[[nn.Module], torch.Tensor | None] | None = None
     bias: str | None = None
@@ -114,7 +105,7 @@ def register_kan_layer(
     network_methods: Mapping[str, str | None] | None = None,
     checkpoint_methods: tuple[str, ...] = (),
     basis: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
-    splines: Callable[[nn.Module], UniformSplines | None] | None = None,
+    splines: Callable[[nn.Module], UniformGrid | None] | None = None,
     activation: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
     scale: Callable[[nn.Module], torch.Tensor | None] | None = None,
     bias: str | None = None,
@@ -156,7 +147,7 @@ def register_kan_layer(
             (batch, in, basis) that the coefficients multiply. With it adapted layers are evaluated on the fast path,
             as basis(x) . (scale * coefficients) + activation(x) . residual + bias, if that is what the layer computes:
             the two are compared on a few points when an adapter is attached, and when the grid has changed.
-        splines (`Callable`, *optional*): `splines(layer)` returns the [`UniformSplines`] that the basis consists of,
+        splines (`Callable`, *optional*): `splines(layer)` returns the [`UniformGrid`] that the basis consists of,
             or `None`. They are then evaluated in closed form, much faster than most layers do it themselves.
         activation (`Callable`, *optional*): `activation(layer, x)` returns what the residual weights multiply
             (batch, in).

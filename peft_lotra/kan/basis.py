@@ -17,11 +17,28 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
 
 SPLINE_ORDERS = range(1, 6)
+
+
+class UniformGrid(NamedTuple):
+    """
+    The grid of B-splines of degree `spline_order` on `grid_size` equal intervals of [low, high].
+
+    Attributes:
+        low, high: ends of the grid, which broadcast to (I,).
+        grid_size: number G of intervals.
+        spline_order: degree p of the splines, 1 to 5.
+    """
+
+    low: torch.Tensor
+    high: torch.Tensor
+    grid_size: int
+    spline_order: int
 
 
 def check_grid(grid_size: int, spline_order: int) -> None:
