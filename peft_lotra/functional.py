@@ -70,3 +70,18 @@ def call_with_parameters(
         return torch.func.functional_call(layer, parameters, args, kwargs)
     parameters = {f"layer.{name}": value for name, value in parameters.items()}
     return torch.func.functional_call(_Call(layer, function), parameters, args, kwargs)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside the wrappers that `torch.compile`, data parallelism and PEFT put around it."""
+    while True:
+        if hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif hasattr(model, "get_base_model"):  # PeftModel
+            model = model.get_base_model()
+        elif hasattr(model, "tuner_layer_cls"):  # a tuner of PEFT, or its mixed model
+            model = model.model
+        else:
+            return model

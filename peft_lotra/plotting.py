@@ -26,10 +26,9 @@ import torch
 from torch import nn
 
 from .approximation.spectra import Spectrum
-from .approximation.updates import unwrap
 from .families.coefficients import CoefficientTensor
 from .families.registry import find_kan_layers
-from .functional import call_with_parameters
+from .functional import call_with_parameters, unwrap
 from .tuner.layer import LoTRALayer
 from .tuner.targets import locate_target
 

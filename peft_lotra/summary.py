@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftMixedModel, PeftModel
 from torch import nn
 
 from .families.registry import find_kan_layers
+from .functional import unwrap
 from .tuner.layer import LoTRALayer
 
 
@@ -152,8 +152,7 @@ def model_summary(model: nn.Module) -> ModelSummary:
     >>> print(model_summary(model))
     ```
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    network = model.base_model.model if isinstance(model, (PeftModel, PeftMixedModel)) else model
+    network = unwrap(model)
     modules = dict(network.named_modules())
     lines = []
     for found in find_kan_layers(network):

@@ -30,14 +30,14 @@ from torch import nn
 
 from ..families.registry import KANLayerSpec, find_kan_layers, same_grid
 from ..families.slim import EDGE_SCALES
-from ..functional import call_with_parameters
+from ..functional import call_with_parameters, unwrap
 from ..tucker import Tucker, cap_ranks, tucker, tucker_scaled
 from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer
 from ..tuner.targets import exact_targets, locate_target, pattern_key
 from .features import Features, gather_features
 from .spectra import Spectrum, spectrum_of, suggest_ranks
-from .updates import CoefficientUpdate, coefficient_updates, unwrap
+from .updates import CoefficientUpdate, coefficient_updates
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from ..functional import unwrap
 from ..tucker import cap_ranks, check_ranks, energy_table, hosvd
 from ..tuner.config import LoTRAConfig
 from ..tuner.gradients import gather_gradients
 from ..tuner.targets import find_targets, locate_target, pattern_key, resolve_target_modules
-from .updates import coefficient_updates, unwrap
+from .updates import coefficient_updates
 
 
 @dataclass(frozen=True)

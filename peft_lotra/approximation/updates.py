@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from ..families.registry import find_kan_layers
 from ..families.slim import EDGE_SCALES
+from ..functional import unwrap
 from ..tuner.layer import LoTRALayer
 from ..tuner.targets import locate_target
 
@@ -94,7 +94,3 @@ def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch
     full = torch.ones_like(coefficients)
     full[..., : tensor.shape[-1]] = scale[..., None]
     return coefficients, full
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -28,6 +28,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..functional import unwrap
 from ..kan.basis import UniformGrid
 from .coefficients import CoefficientTensor, get_or_none
 from .layout import parse_layout
@@ -252,12 +253,31 @@ def find_kan_layers(model: nn.Module) -> list[FoundKANLayer]:
         ValueError: A layer was recognised but a pattern of its family does not fit its parameters.
     """
     found = []
-    for name, module in _walk(model, "", set()):
+    for name, module in _walk(unwrap(model), "", set()):
         spec = get_kan_spec(module)
         if spec is not None:
             tensor = spec.locate(module)
             found.append(FoundKANLayer(name, spec.family, tensor.shape, tensor.has_residual))
     return found
+
+
+def find_layer(model: nn.Module, name: str) -> nn.Module:
+    """The module of a name as `find_kan_layers` gives it, or as PEFT writes it ("base_model.model.layers.0").
+
+    Raises:
+        ValueError: There is none; the message lists the KAN layers.
+    """
+    network = unwrap(model)
+    try:
+        return network.get_submodule(short_name(name))
+    except AttributeError:
+        known = ", ".join(repr(layer.name) for layer in find_kan_layers(network)) or "none"
+        raise ValueError(f"The model has no module {name!r}. Its KAN layers: {known}.") from None
+
+
+def short_name(name: str) -> str:
+    """The name that a module has in the base model, without what PEFT puts in front of it."""
+    return name.removeprefix("base_model.model.")
 
 
 def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:

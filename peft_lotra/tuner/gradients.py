@@ -23,11 +23,10 @@ from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from ..families.coefficients import CoefficientTensor
-from ..functional import modes_kept
+from ..functional import modes_kept, unwrap
 from .config import LoTRAConfig
 from .targets import find_targets, locate_target, resolve_target_modules
 
@@ -80,7 +79,7 @@ def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable
         ValueError: A target of the configuration is no KAN layer; no gradient, or one that is not finite, arrived at a
             layer. Nothing is kept then.
     """
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = unwrap(model)
     config = replace(config, target_modules=resolve_target_modules(config, model))
     layers = {}
     for name, module in find_targets(config, model).items():

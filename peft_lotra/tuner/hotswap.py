@@ -25,8 +25,9 @@ from peft.utils import PeftType, load_peft_weights
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from ..functional import unwrap
 from .config import LoTRAConfig
-from .layer import LoTRALayer
+from .layer import lotra_layers
 
 
 @torch.no_grad()
@@ -70,7 +71,7 @@ def hotswap_adapter(
         if config.peft_type != PeftType.LOTRA:
             raise ValueError(f"The adapter {str(name)!r} is of the type {config.peft_type.value}, and not LOTRA.")
     new = LoTRAConfig.from_pretrained(str(model_name_or_path), **kwargs)  # which checks the tensors too
-    layers = {name: layer for name, layer in model.base_model.model.named_modules() if isinstance(layer, LoTRALayer)}
+    layers = dict(lotra_layers(unwrap(model)))
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
             f"The adapter {adapter_name!r} is merged, so that replacing it would change nothing until it is unmerged, "

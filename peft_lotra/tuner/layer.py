@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from operator import attrgetter
 from typing import Any
@@ -414,6 +414,13 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lotra." + super().__repr__()
+
+
+def lotra_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, LoTRALayer]]:
+    """The adapted layers of a model with their names, or those of them that have the adapter."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoTRALayer) and (adapter is None or adapter in module.lotra_core):
+            yield name, module
 
 
 def _check_exchangeable(layer: nn.Module, name: str, parameter: torch.Tensor, part: torch.Tensor) -> None:

@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -31,7 +30,7 @@ from ..kan.slim_kan import SlimKANLinear
 from .config import ALL_KAN, LoTRAConfig, WeakMethod
 from .gradients import drop_gradients
 from .guards import guard_network, release_networks
-from .layer import LoTRALayer
+from .layer import LoTRALayer, lotra_layers
 from .locks import LayerLock, exclusively_within
 from .mixed_batch import RowNames
 from .slim import SLIM_MERGES, SlimLoTRALayer
@@ -97,7 +96,7 @@ class LoTRAModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         # other threads may go on with inference
         with ExitStack() as locks:
-            for lock in (self.lotra_lock, *(layer.lotra_lock for _, layer in _lotra_layers(model))):
+            for lock in (self.lotra_lock, *(layer.lotra_lock for _, layer in lotra_layers(model))):
                 locks.enter_context(lock)
             self._inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -108,7 +107,7 @@ class LoTRAModel(BaseTuner):
         requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            layers = [layer for _, layer in _lotra_layers(model) if adapter_name in layer.lotra_core]
+            layers = [layer for _, layer in lotra_layers(model, adapter_name)]
             # PEFT 0.19 looks only whether any adapter has a layer
             if not (layers or peft_config.modules_to_save or peft_config.target_modules == DUMMY_TARGET_MODULES):
                 raise ValueError(f"Target modules {peft_config.target_modules} not found in the base model.")
@@ -248,7 +247,7 @@ class LoTRAModel(BaseTuner):
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args, **kwargs) -> None:
         """Refuses tensors that do not fit before the first of them is loaded. Called by `load_state_dict`."""
         wrong, adapters, loaded = [], set(), set()
-        for name, layer in _lotra_layers(self.model):
+        for name, layer in lotra_layers(self.model):
             for component in layer.adapter_layer_names:
                 for adapter, parameter in getattr(layer, component).items():
                     tensor = state_dict.get(f"{prefix}model.{name}.{component}.{adapter}")
@@ -279,7 +278,7 @@ class LoTRAModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         # From PEFT 0.20 on. For tensors that come without a config, for an adapter that is there.
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        layers = [(name, layer) for name, layer in _lotra_layers(model) if adapter_name in layer.lotra_core]
+        layers = list(lotra_layers(model, adapter_name))
         own = {f"{name}.{part}.{adapter_name}" for name, layer in layers for part in layer.adapter_layer_names}
         wrong = [f"{name} is missing" for name in sorted(own - state_dict.keys())]
         # Those of other adapters, which PEFT 0.19 saves along, would be written over adapters of these names.
@@ -339,7 +338,7 @@ class LoTRAModel(BaseTuner):
         """
         self._set_slim_merge(slim)
         self._check_merge(adapter_names, safe_merge)
-        for _, layer in _lotra_layers(self.model):
+        for _, layer in lotra_layers(self.model):
             layer.keep_base = keep_base
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -364,7 +363,7 @@ class LoTRAModel(BaseTuner):
     def _set_slim_merge(self, slim: str) -> dict[str, SlimLoTRALayer]:
         if slim not in SLIM_MERGES:
             raise ValueError(f"`slim` is {slim!r}, but must be one of {SLIM_MERGES}.")
-        layers = {name: layer for name, layer in _lotra_layers(self.model) if isinstance(layer, SlimLoTRALayer)}
+        layers = {name: layer for name, layer in lotra_layers(self.model) if isinstance(layer, SlimLoTRALayer)}
         for layer in layers.values():
             layer.slim_merge = slim
         return layers
@@ -392,7 +391,7 @@ class LoTRAModel(BaseTuner):
         if isinstance(adapter_names, (list, tuple)):
             self._check_known(adapter_names)
         if safe_merge:
-            for _, layer in _lotra_layers(self.model):
+            for _, layer in lotra_layers(self.model):
                 layer.check_safe_merge(adapter_names)
 
     def _check_known(self, adapter_names: list[str]) -> None:
@@ -406,7 +405,7 @@ class LoTRAModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         # newer versions of PEFT check this themselves
-        if any(adapter_name in layer.merged_adapters for _, layer in _lotra_layers(self.model)):
+        if any(adapter_name in layer.merged_adapters for _, layer in lotra_layers(self.model)):
             raise ValueError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
@@ -433,7 +432,7 @@ class LoTRAModel(BaseTuner):
 
         adapter_names = RowNames(adapter_names)
         # A layer need not have each of the adapters, but a name that no layer has is a typo.
-        layers = [layer for _, layer in _lotra_layers(self.model)]
+        layers = [layer for _, layer in lotra_layers(self.model)]
         unexpected_adapters = [
             name
             for name in adapter_names.distinct
@@ -474,9 +473,3 @@ def _embeddings(model: nn.Module) -> set[str]:
         if any(module is owner for owner in owners if owner is not None)
         for key, _ in module.named_parameters()
     }
-
-
-def _lotra_layers(model: nn.Module) -> Iterator[tuple[str, LoTRALayer]]:
-    for name, module in model.named_modules():
-        if isinstance(module, LoTRALayer):
-            yield name, module

@@ -284,7 +284,7 @@ def test_the_base_model():
     status = model.get_model_status()
     assert (status.peft_types, status.num_adapter_layers) == ({"default": "LOTRA"}, 4)
     assert status.enabled and status.active_adapters == ["default"] and not status.merged_adapters
-    assert find_kan_layers(model)[0].name == "base_model.model.body.0"
+    assert find_kan_layers(model)[0].name == "body.0"
 
 
 def test_requires_grad_of_the_base_is_restored():
