@@ -57,6 +57,19 @@ def measure(cell: dict, device: torch.device, quick: bool) -> dict:
         return result | {"bytes": sizes | {"whole model": (Path(folder) / "whole.safetensors").stat().st_size}}
 
 
+def lotra_subjects(cell: dict, device: torch.device, folder: Path) -> dict[str, Parts]:
+    """Of `measure`, what LoTRA has a part in."""
+    base = make_kan("own KAN", cell["widths"], device).eval()
+    x = random_inputs(cell["batch"], cell["widths"][0], device).detach()
+    model = METHODS["LoTRA"](copy.deepcopy(base)).eval()
+    adapted, merged = copy.deepcopy(model), copy.deepcopy(model).merge_and_unload()
+    return {
+        "LoTRA": adapter(model, base, folder),
+        "inference: not merged": {"forward": _forward(adapted, x)},
+        "inference: merged": {"forward": _forward(merged, x)},
+    }
+
+
 def whole_model(base: nn.Module, file: Path) -> Parts:
     """A whole fine-tuned model instead of an adapter: saved, and loaded into a model that is there."""
     model = copy.deepcopy(base)

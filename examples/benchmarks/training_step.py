@@ -49,11 +49,16 @@ def cells(quick: bool) -> list[dict]:
 
 
 def measure(cell: dict, device: torch.device, quick: bool) -> dict:
-    reason = too_large(KANS[cell["kan"]], cell["batch"], cell["widths"]) or too_slow(cell, device)
+    reason = why_not_measured(cell, device)
     if reason:
         return {"ms": {}, "rounds": 0, "skipped": dict.fromkeys(METHODS, reason)}
     subjects, trainable = make_subjects(cell, cell["batch"], device)
     return {"trainable": trainable, **interleave(subjects, device, 0.1 if quick else 3.0)}
+
+
+def why_not_measured(cell: dict, device: torch.device) -> str | None:
+    """Why a cell is left out, or None."""
+    return too_large(KANS[cell["kan"]], cell["batch"], cell["widths"]) or too_slow(cell, device)
 
 
 def make_subjects(cell: dict, batch: int, device: torch.device) -> tuple[dict[str, Parts], dict[str, int]]:

@@ -18,6 +18,7 @@ import getpass
 import importlib
 import json
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -161,3 +162,16 @@ def test_the_committed_tables_are_those_of_the_results(benchmark, file: Path) ->
 def test_the_readme_says_what_the_results_say(benchmark, file: Path) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert benchmark("readme").with_section(readme, json.loads(file.read_text())) == readme
+
+
+def test_two_checkouts_are_compared() -> None:
+    command = [sys.executable, str(FOLDER / "compare.py"), str(ROOT), "--quick", "--only", "layers", "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "KANLinear" in done.stdout and "layer 16, batch 64" in done.stdout
+
+
+def test_what_is_no_checkout_is_refused(tmp_path) -> None:
+    command = [sys.executable, str(FOLDER / "compare.py"), str(tmp_path), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "no checkout of peft-lotra" in done.stderr
