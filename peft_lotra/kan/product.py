@@ -127,7 +127,8 @@ class _SplineProduct(torch.autograd.Function):
         x, low, scale, weight, left, right = ctx.saved_tensors
         points = _Points(x, low, scale, weight.shape[-1], ctx.spline_order)
         needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
-        if torch.is_grad_enabled():  # by `create_graph`
+        # By `create_graph`, or by `is_grads_batched`, whose tensors have no operations in given memory.
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gradient):
             results = _differentiable_gradients(points, weight, left, right, gradient, needed)
         elif points.sparse:
             results = _sparse_gradients(points, weight, left, right, gradient, needed)
@@ -276,7 +277,8 @@ def _workspace(name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
         return like.new_empty(shape)
     kept = getattr(_kept, name, None)
     if kept is None or kept.dtype != like.dtype or kept.numel() < count:
-        kept = like.new_empty(count)
+        with torch.inference_mode(False):  # memory of inference mode could not be written to outside of it
+            kept = like.new_empty(count)
         setattr(_kept, name, kept)
     return kept[:count].view(shape)
 

@@ -148,6 +148,18 @@ def test_torch_func_and_forward_mode():
 
 
 @pytest.mark.parametrize("grid_size", [5, 40])
+def test_several_gradients_at_once(grid_size):
+    x, *ends, weight, update = case(3, grid_size, 100, 2, torch.float32)
+    tensors = leaves(x, weight, update)
+    y = spline_product(x, *ends, weight, update).sum(0)
+    together = torch.autograd.grad(y, tensors, torch.eye(len(y)), retain_graph=True, is_grads_batched=True)
+    for index, value in enumerate(y):
+        apart = torch.autograd.grad(value, tensors, retain_graph=True)
+        for gradients, gradient in zip(together, apart, strict=True):
+            assert_close(gradients[index], gradient, 1e-4)
+
+
+@pytest.mark.parametrize("grid_size", [5, 40])
 def test_points_that_are_not_finite_or_far_away(grid_size):
     layer = KANLinear(3, 4, grid_size=grid_size)
     x = torch.rand(100, 3)
