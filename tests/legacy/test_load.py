@@ -1,0 +1,131 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Adapters that an older version saved (`make.py`) load with the same tensors and give the same outputs.
+
+The outputs are compared bit for bit where torch rounds as on the machine that made them. Elsewhere its kernels differ
+in the last digits, with any version of peft_lotra: there, outputs may differ by rounding, and tensors by nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from pathlib import Path
+
+import peft.auto
+import pytest
+import torch
+from legacy_cases import BASE, CASES, IO, saved_base
+from legacy_cases import probe as probe_of
+from peft import AutoPeftModel, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+LEGACY = Path(__file__).parent
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# relative differences that rounding explains; bfloat16 has three digits
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
+
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def saved_outputs(name: str) -> dict[str, Tensor]:
+    return load_file(LEGACY / name / IO)
+
+
+def load(name: str) -> PeftModel:
+    return PeftModel.from_pretrained(saved_base(name, LEGACY), LEGACY / name).eval()
+
+
+def check(model: nn.Module, name: str, which: str) -> None:
+    """Compares the outputs of a model with those of the older version."""
+    saved = saved_outputs(name)
+    with torch.no_grad():
+        y = model(saved["inputs"])
+    y = y if isinstance(y, Tensor) else y.logits
+    dtype = y.dtype
+    same_arithmetic = torch.equal(probe_of(dtype), saved["probe"])
+    tolerance = 0.0 if same_arithmetic else ROUNDING[dtype] * saved[which].abs().max().item()
+    torch.testing.assert_close(y, saved[which], rtol=0, atol=tolerance)
+
+
+def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert tensor.dtype == actual[key].dtype and torch.equal(actual[key], tensor), key
+
+
+@every_case
+def test_load(name):
+    model = load(name)
+    check(model, name, "adapted")
+    assert_same_tensors(get_peft_model_state_dict(model), load_file(LEGACY / name / WEIGHTS))
+    with model.disable_adapter():
+        check(model, name, "base")
+
+
+@every_case
+def test_merge_and_unload(name):
+    check(load(name).merge_and_unload(), name, "merged")
+    bare = load(name).unload()
+    check(bare, name, "unloaded")
+    if not CASES[name].config.get("modules_to_save"):  # of which PEFT's `unload` keeps the trained copies
+        assert_same_tensors(bare.state_dict(), saved_base(name, LEGACY).state_dict())
+
+
+def contract(folder: Path) -> dict:
+    """The configuration, without versions, paths, and the module that the class of the base is imported from."""
+    config = json.loads((folder / CONFIG).read_text())
+    del config["peft_version"], config["base_model_name_or_path"], config["auto_mapping"]["parent_library"]
+    assert config["integrity"].pop("config")  # a hash of the other fields
+    return config
+
+
+@every_case
+def test_saved_again(name, tmp_path):
+    load(name).save_pretrained(tmp_path)
+    assert contract(tmp_path) == contract(LEGACY / name)
+    assert_same_tensors(load_file(tmp_path / WEIGHTS), load_file(LEGACY / name / WEIGHTS))
+    check(PeftModel.from_pretrained(saved_base(name, LEGACY), tmp_path).eval(), name, "adapted")
+
+
+def test_auto_model(monkeypatch):
+    name = "kan_model"
+    parameters = inspect.signature(AutoPeftModel.from_pretrained).parameters
+    allowed = {"import_allowlist": ["peft_lotra"]} if "import_allowlist" in parameters else {}  # PEFT 0.20 or newer
+    monkeypatch.chdir(LEGACY)  # the path of the base is relative to it
+    monkeypatch.setattr(peft.auto, "check_file_exists_on_hf_hub", lambda **kwargs: False)
+    check(AutoPeftModel.from_pretrained(name, **allowed).eval(), name, "adapted")
+
+
+@pytest.mark.parametrize("name, module", [("kan", "network"), ("kan_model", "modeling_kan")])
+def test_the_class_of_the_base_is_found(name, module):
+    """`AutoPeftModel` imports the class of the base by this name (`KAN` has no `from_pretrained` for it to call)."""
+    mapping = json.loads((LEGACY / name / CONFIG).read_text())["auto_mapping"]
+    assert mapping["parent_library"] == f"peft_lotra.kan.{module}"
+    found = getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
+    assert isinstance(saved_base(name, LEGACY), found)
+
+
+def test_the_files_name_no_place_and_hold_no_code():
+    files = [path for path in LEGACY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert {path.suffix for path in files} == {".py", ".json", ".safetensors"}
+    assert sum(path.stat().st_size for path in files) < 200_000
+    for name in CASES:
+        assert (LEGACY / name / BASE).exists() != (LEGACY / name / "base").exists()
+        path = json.loads((LEGACY / name / CONFIG).read_text())["base_model_name_or_path"]
+        assert not path or not Path(path).is_absolute()

@@ -1,0 +1,131 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The structure of the package: imports go one way, and everything has one place."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import re
+from pathlib import Path
+
+import pytest
+
+import peft_lotra
+
+
+PACKAGE = Path(peft_lotra.__file__).parent
+TESTS = Path(__file__).parent
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+# a wing imports only from those before it, and none beside it
+ORDER = (
+    ("_version", "functional", "report", "tucker"),
+    ("kan",),
+    ("families",),
+    ("files",),
+    ("tuner",),
+    ("approximation", "optim", "hub", "summary"),
+    ("parametric",),
+    ("plotting", "cli", ""),
+)
+RANKS = {wing: rank for rank, wings in enumerate(ORDER) for wing in wings}
+BESIDE_EACH_OTHER = ORDER[5]
+# modules whose imports inside functions are of packages that may be missing
+OPTIONAL: set[str] = set()
+# what only PEFT calls by these names
+PEFT_NAMES = (
+    r"peft|Peft\w*|lora_\w+|lotra_\w+|LoTRA\w*|LoRA\w*|\w*modules_to_save|ModulesToSave\w*|base_layer|base_model"
+)
+# tested with another module: what is tested there
+TESTED_ELSEWHERE = {"kan.configuration_kan": "kan.modeling_kan"}
+
+
+def wing(module: str) -> str:
+    return (module.split(".") + [""])[1]
+
+
+def imports(module: str, tree: ast.AST) -> set[str]:
+    """The modules of the package that are imported, those for type checks too."""
+    package = module if MODULES[module].stem == "__init__" else module.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            source = ".".join([*parents, *filter(None, [node.module])])
+            # a name of a package is a module of it, or comes from its __init__
+            found |= {name if (name := f"{source}.{alias.name}") in MODULES else source for alias in node.names}
+    return found & MODULES.keys()
+
+
+TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
+IMPORTS = {module: imports(module, tree) - {module} for module, tree in TREES.items()}
+
+
+def test_each_wing_has_a_rank():
+    assert {wing(module) for module in MODULES} <= RANKS.keys()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module):
+    here = wing(module)
+    others = {target: wing(target) for target in IMPORTS[module] if wing(target) != here}
+    up = {target for target, there in others.items() if RANKS[there] > RANKS[here]}
+    aside = {target for target, there in others.items() if {here, there} <= set(BESIDE_EACH_OTHER)}
+    assert not up | aside
+
+
+def test_no_circle_between_files():
+    graphlib.TopologicalSorter(IMPORTS).prepare()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_import_of_the_package_inside_a_function(module):
+    functions = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {target for function in functions for target in imports(module, function)}
+    assert not inside or module in OPTIONAL, inside
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if wing(module) == "kan"])
+def test_kan_knows_nothing_of_peft(module):
+    words = set()
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            words.add(node.value)  # as in getattr(layer, "base_layer")
+        for field in ("id", "attr", "arg", "name", "module"):
+            words |= set(str(getattr(node, field, None)).split("."))
+    assert not {word for word in words if re.fullmatch(PEFT_NAMES, word)}
+
+
+def test_the_top_level_has_at_most_15_rooms():
+    hidden = {"__init__.py", "_version.py", "py.typed", "__pycache__"}
+    rooms = {path.name for path in PACKAGE.iterdir()} - hidden
+    assert len(rooms) <= 15, rooms
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_has_at_most_450_lines(module):
+    assert len(MODULES[module].read_text().splitlines()) <= 450
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if MODULES[m].stem not in ("__init__", "_version")])
+def test_each_module_has_a_test_file(module):
+    name = module.partition(".")[2]
+    *folders, stem = TESTED_ELSEWHERE.get(name, name).split(".")
+    assert TESTS.joinpath(*folders, f"test_{stem}.py").exists()
