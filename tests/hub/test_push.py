@@ -30,8 +30,8 @@ from huggingface_hub import EvalResult, ModelCard
 from peft import get_peft_model, get_peft_model_state_dict
 
 from peft_lotra import LoTRAConfig, write_model_card
+from peft_lotra.hub import adapter_table
 from peft_lotra.hub.contents import read_adapter, table_of_tensors
-from peft_lotra.hub.push import adapter_table
 from peft_lotra.kan import KAN, KANConfig, KANModel
 
 
