@@ -30,25 +30,33 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, cast
 
 
 try:
     import typer
     from rich.console import Console
-    from rich.table import Table
 except ImportError as error:
     raise SystemExit(f"peft-lotra needs typer and rich ({error}): pip install typer rich") from error
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import disable_progress_bars
+from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_model, save_model
+from torch import nn
+from transformers import AutoConfig, AutoModel
+from transformers.utils import logging
 
 from ._version import __version__
+from .approximation.extraction import extract_lotra
 from .hub.base_code import hub_id
-from .hub.contents import adapter_folders, read_adapter, table_of_tensors
+from .hub.card import README, write_model_card
+from .hub.contents import AdapterContents, adapter_folders, read_adapter, table_of_tensors
+from .hub.push import push_to_hub
+from .kan import modeling_kan  # noqa: F401  (registers KANModel with AutoModel)
 
-
-if TYPE_CHECKING:
-    from torch import nn
 
 app = typer.Typer(
     help="Low tensor-rank adapters (LoTRA) of Kolmogorov-Arnold networks (KANs).\n\n"
@@ -102,13 +110,13 @@ def _options(
 
 
 def _say(text: str) -> None:
-    """One line, whatever the message was."""
+    """Prints a message on stderr, as one line."""
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     print(re.sub(r"(?<![.:;,!?])\n", "; ", "\n".join(lines)).replace("\n", " "), file=sys.stderr)
 
 
 def _command(function: Callable) -> Callable:
-    """Makes a command, whose errors and warnings are one line on stderr; PEFT_LOTRA_DEBUG=1 shows the traceback."""
+    """Registers a command. Its errors and warnings are one line on stderr; PEFT_LOTRA_DEBUG=1 shows the traceback."""
 
     @app.command(name=function.__name__)
     @functools.wraps(function)
@@ -136,10 +144,7 @@ def _show_warning(message, category, *args, **kwargs) -> None:
 
 
 def _quiet() -> None:
-    """No bars for a few kilobytes, and no remarks of the libraries between our lines."""
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils import logging
-
+    """Turns off the progress bars and the log messages of the libraries."""
     disable_progress_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -151,42 +156,15 @@ def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = 
 
     Its layers, ranks, parameters, size, and the norm of each update.
     """
-    folder = _one_adapter(adapter, revision, subfolder)
-    config, tensors = read_adapter(folder)
-    rows = table_of_tensors(config, tensors)
-    info = {
-        "adapter": adapter,
-        "peft_type": "LOTRA",
-        "base_model": config.base_model_name_or_path,
-        "base_class": (config.auto_mapping or {}).get("base_model_class"),
-        "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
-        "parameters": sum(row.parameters for row in rows),
-        "bytes": sum(row.size for row in rows),
-        "finite": all(tensor.isfinite().all().item() for tensor in tensors.values()),
-        "layers": [_finite(asdict(row)) for row in rows],
-    }
+    contents = AdapterContents.of(adapter, *read_adapter(_one_adapter(adapter, revision, subfolder)))
     if as_json:
-        _print_json(info)
+        info = contents.as_dict()
+        _print_json({**info, "layers": [_finite(row) for row in info["layers"]]})
         return
-    base = info["base_model"] or f"a {info['base_class'] or 'model'} that is not on the Hub"
-    table = Table(title=f"LoTRA adapter {adapter}, for {base}", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    for column in ("family", "update (out, in, basis)", "ranks"):
-        table.add_column(column)
-    for column in ("alpha", "norm", "parameters", "kB"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        if row.ranks:
-            what = [row.family, str(row.shape), str(row.ranks), f"{row.alpha:g}", f"{row.norm:.3g}"]
-        else:
-            what = ["saved whole", *4 * [""]]
-        table.add_row(row.name, *what, f"{row.parameters:,}", f"{row.size / 1e3:.1f}")
-    table.add_section()
-    table.add_row("total", *5 * [""], f"{info['parameters']:,}", f"{info['bytes'] / 1e3:.1f}")
-    console = _console()
-    console.print(table)
-    if not info["finite"]:
-        console.print("The adapter is broken: it has values that are NaN or infinite.")
+    base = contents.base_model or f"a {contents.base_class or 'model'} that is not on the Hub"
+    print(f"LoTRA adapter {adapter}, for {base}")
+    # rich would fold the table at 80 columns when the output is piped
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(contents)
 
 
 @_command
@@ -203,13 +181,11 @@ def merge(
 
     Saves the model that results, of the class of BASE, and without a trace of the adapter.
     """
-    from peft import PeftModel
-
     with _new_folder(out) as new:
         folder = _one_adapter(adapter, revision, subfolder)
         config, tensors = read_adapter(folder)
         model = PeftModel.from_pretrained(_load_model(base, factory), str(folder))
-        merged = model.merge_and_unload(safe_merge=True)
+        merged = cast(Callable[..., nn.Module], model.merge_and_unload)(safe_merge=True)
         _save_model(merged, new)
     rows = table_of_tensors(config, tensors)
     layers = [row.name for row in rows if row.ranks]
@@ -237,15 +213,12 @@ def extract(
 
     They are a base model, and what full fine-tuning made of it. Give one of --energy, --rank and --budget.
     """
-    from .approximation.extraction import extract_lotra
-    from .hub.card import write_model_card
-
     if [energy, rank, budget].count(None) != 2:
         raise typer.BadParameter("Give one of --energy, --rank and --budget.")
     with _new_folder(out) as new:
         models = [_load_model(source, factory) for source in (base, tuned)]
         model = extract_lotra(*models, r=_ranks(rank), energy=energy, budget=budget)
-        model.save_pretrained(new)
+        model.save_pretrained(str(new))
         write_model_card(model, new)
     report = model.extraction_report
     _report({"out": str(out), **asdict(report)}, f"{report}\nadapter: {out}", as_json)
@@ -267,8 +240,6 @@ def push(
 
     In one commit, with a model card that says how to load it.
     """
-    from .hub.push import push_to_hub
-
     info = push_to_hub(
         _adapter_folder(adapter),
         repo,
@@ -289,15 +260,12 @@ def push(
 
 
 def _adapter_folder(source: str, revision: str | None = None) -> Path:
-    """The folder of adapters, downloaded if it is not one of this machine."""
+    """The folder of adapters; a repository is downloaded."""
     folder = Path(source)
     if not folder.exists():
         if hub_id(source) is None:
             raise ValueError(f"{source} is no folder, and cannot be a repository on the Hub (USER/REPO) either.")
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
-
-        files = ["README.md", CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+        files = [README, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
         try:
             folder = Path(
                 snapshot_download(source, revision=revision, allow_patterns=[*files, *(f"*/{file}" for file in files)])
@@ -317,7 +285,7 @@ def _adapter_folder(source: str, revision: str | None = None) -> Path:
 
 
 def _one_adapter(source: str, revision: str | None, subfolder: str | None) -> Path:
-    """The folder of the adapter that is meant among those of a source."""
+    """The folder of one adapter of a source."""
     found = adapter_folders(_adapter_folder(source, revision))
     name = subfolder or ("default" if "default" in found or len(found) > 1 else next(iter(found)))
     if name not in found:
@@ -326,10 +294,8 @@ def _one_adapter(source: str, revision: str | None, subfolder: str | None) -> Pa
 
 
 def _load_model(source: str, factory: str | None) -> nn.Module:
-    """A model by its name on the command line; only safetensors are read."""
+    """Loads a model by its name on the command line, from safetensors only."""
     if factory is not None:
-        from safetensors.torch import load_model
-
         model = _call_factory(factory)
         if not source.endswith(".safetensors") or not Path(source).is_file():
             raise ValueError(
@@ -346,11 +312,7 @@ def _load_model(source: str, factory: str | None) -> nn.Module:
         raise ValueError(f"{source} is no model: it has no config.json.")
     if not Path(source).exists() and hub_id(source) is None:
         raise ValueError(f"{source} is no folder, and cannot be a repository on the Hub (USER/REPO) either.")
-    from transformers import AutoConfig, AutoModel
-
-    from .kan import KANModel  # noqa: F401 - makes it known to AutoModel
-
-    # by its configuration, since AutoModel would take an adapter for a model
+    # with the configuration, since AutoModel would load an adapter as a model
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     return AutoModel.from_pretrained(
         source, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
@@ -358,8 +320,7 @@ def _load_model(source: str, factory: str | None) -> nn.Module:
 
 
 def _call_factory(factory: str) -> nn.Module:
-    from torch import nn
-
+    """What MODULE:CALLABLE returns; the module is also searched in the current folder."""
     module, _, name = factory.partition(":")
     if not module or not name:
         raise ValueError(f"--factory is {factory!r}, expected MODULE:CALLABLE, such as my_nets:build.")
@@ -377,17 +338,16 @@ def _call_factory(factory: str) -> nn.Module:
 
 
 def _save_model(model: nn.Module, folder: Path) -> None:
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder)
+    save_pretrained = getattr(model, "save_pretrained", None)
+    if save_pretrained is not None:
+        save_pretrained(folder)
     else:
-        from safetensors.torch import save_model
-
         save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
 @contextlib.contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when everything is written; on an error nothing is left."""
+    """A temporary folder beside `out`. It is renamed to `out` at the end, and removed on an error."""
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already: choose another name, or remove it.")
@@ -407,24 +367,19 @@ def _new_folder(out: Path) -> Iterator[Path]:
         raise
 
 
-def _ranks(text: str | None) -> int | tuple[int, ...] | None:
+def _ranks(text: str | None) -> int | tuple[int, int, int] | None:
     if text is None:
         return None
     try:
         ranks = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"--rank is {text!r}, expected a number, or three such as 8,8,4.") from None
-    return ranks[0] if len(ranks) == 1 else ranks
+    return ranks[0] if len(ranks) == 1 else cast(tuple[int, int, int], ranks)  # extract_lotra checks the length
 
 
 ##########
 # Output #
 ##########
-
-
-def _console() -> Console:
-    # when piped, rich would fold tables at 80 columns
-    return Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
 
 
 def _report(info: dict[str, Any], text: str, as_json: bool) -> None:
@@ -439,7 +394,7 @@ def _print_json(info: dict[str, Any]) -> None:
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN."""
+    """The row with None for NaN and infinity, which JSON does not have."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 

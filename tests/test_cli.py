@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The command line on folders; on the Hub it is run by `test_hub.py`."""
+"""The command line on folders; `hub/test_push.py` runs it on the Hub."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ import peft_lotra
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-# test_hub.py runs those that need a Hub, against the stand-in
+# tests/hub/test_push.py runs those that need a Hub, against the stand-in
 PYTHON = [code for language, code in FENCES if language in ("python", "py") and "user/" not in code]
 SHELL = [line for language, code in FENCES if language in ("sh", "bash", "console") for line in code.splitlines()]
 

@@ -12,9 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Adapters on the Hub: pushing, the model card, the code that builds the base."""
+"""Adapters on the Hub: the push, the model card, and the code of the card that builds the base."""
 
+from .card import write_model_card
+from .contents import adapter_table
 from .push import push_to_hub
 
 
-__all__ = ["push_to_hub"]
+__all__ = ["adapter_table", "push_to_hub", "write_model_card"]

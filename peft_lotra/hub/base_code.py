@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Where the base of an adapter comes from, as Python for the model card."""
+"""The Python code of the model card that builds the base of an adapter."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from pprint import pformat
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
+from ..kan import KAN, KANLinear
 from ..tuner.config import LoTRAConfig
 
 
-# what a configuration says besides the architecture
+# entries of a transformers configuration that say nothing about the architecture
 _INCIDENTAL = ("_name_or_path", "architectures", "transformers_version", "model_type", "dtype", "torch_dtype")
 
 
@@ -38,11 +39,11 @@ class BaseSource:
     """Where the base model comes from.
 
     Attributes:
-        model (`str` or `None`): Its repository on the Hub.
-        module (`str` or `None`): What its class is imported from, if that is known.
-        name (`str` or `None`): The name of its class.
-        code (`str`): Python that makes the variable `base`.
-        auto (`bool`): Whether `AutoPeftModel` finds it as well.
+        model: The repository of the base on the Hub, if known.
+        module: The module that its class is imported from, if known.
+        name: The name of its class, if known.
+        code: Python code that assigns the base to the variable `base`.
+        auto: Whether `AutoPeftModel` can load the base as well.
     """
 
     model: str | None
@@ -53,7 +54,7 @@ class BaseSource:
 
 
 def hub_id(name: str | None) -> str | None:
-    """The name, if it can be that of a repository; None for a folder here, or nothing."""
+    """The name if it can be that of a repository; None for an existing path and for an invalid name."""
     if not name or Path(name).exists():
         return None
     try:
@@ -64,7 +65,7 @@ def hub_id(name: str | None) -> str | None:
 
 
 def check_base_model(base_model: str | None) -> None:
-    """Raises a ValueError if this cannot be the name of a repository."""
+    """Raises a ValueError if `base_model` cannot be the name of a repository."""
     try:
         if base_model is not None:
             validate_repo_id(base_model)
@@ -78,14 +79,20 @@ def check_base_model(base_model: str | None) -> None:
 def source_of_model(
     base: nn.Module, config: LoTRAConfig, base_model: str | None = None, base_code: str | None = None
 ) -> BaseSource:
-    """The source of a base that is at hand; `base_model` and `base_code` as for `write_model_card`."""
+    """The source of a base that is in memory.
+
+    Args:
+        base: The base model.
+        config: The configuration of its adapter.
+        base_model, base_code: As in `write_model_card`.
+    """
     module, name = _import_path(type(base))
     model = base_model or hub_id(getattr(base, "name_or_path", None))
-    auto = base_code is None and model is not None and hasattr(base, "from_pretrained")
+    auto = False
     if base_code is not None:
         code = base_code.strip("\n")
-    elif auto:
-        code = _from_pretrained(module, name, model, config.revision)
+    elif model and hasattr(base, "from_pretrained"):
+        code, auto = _from_pretrained(module, name, model, config.revision), True
     else:
         where = f"those of {model} on the Hub" if model else "which are not on the Hub"
         built = _same_architecture(base)
@@ -100,21 +107,27 @@ def source_of_config(
     base_code: str | None = None,
     written_code: str | None = None,
 ) -> BaseSource:
-    """The source of the base as a saved adapter tells it, and `written_code`, that of the card that came with it."""
+    """The source of a base as the saved adapter describes it.
+
+    Args:
+        config: The configuration of the adapter.
+        base_model, base_code: As in `write_model_card`.
+        written_code: The code in the card that was saved with the adapter. It counts less than the other two.
+    """
     mapping = config.auto_mapping or {}
     module, name = mapping.get("parent_library"), mapping.get("base_model_class")
     cls = getattr(sys.modules.get(module), name, None) if module and name else None
     if isinstance(cls, type):
         module, name = _import_path(cls)
     model = base_model or hub_id(config.base_model_name_or_path)
-    loads = _from_pretrained(module, name, model, config.revision) if model and name else None
+    loads = _from_pretrained(module, name, model, config.revision) if model and module and name else None
     code = base_code or (None if base_model else written_code) or loads or _by_hand(module, name)
     code = code.strip("\n")
     return BaseSource(model, module, name, code, auto=code == loads)
 
 
 def _import_path(cls: type) -> tuple[str, str]:
-    """The shortest of the packages that the class can be imported from, and its name."""
+    """The shortest package that exports the class, and the name of the class."""
     parts = cls.__module__.split(".")
     for end in range(1, len(parts) + 1):
         package = ".".join(parts[:end])
@@ -134,10 +147,10 @@ def _by_hand(module: str | None, name: str | None) -> str:
 
 
 def _same_architecture(base: nn.Module) -> str | None:
-    """Python that builds a network of the same architecture, for those whose arguments can be told."""
+    """Code that builds a network of the same architecture; None if its arguments are unknown."""
     module, name = _import_path(type(base))
     config = getattr(base, "config", None)
-    if hasattr(base, "from_pretrained") and hasattr(config, "to_diff_dict"):
+    if hasattr(base, "from_pretrained") and config is not None and hasattr(config, "to_diff_dict"):
         config_module, config_name = _import_path(type(config))
         values = {key: value for key, value in config.to_diff_dict().items() if key not in _INCIDENTAL}
         written = pformat(values, sort_dicts=False, width=100, compact=True)
@@ -150,22 +163,17 @@ def _same_architecture(base: nn.Module) -> str | None:
     if arguments is None and module != "__main__" and "<locals>" not in name:
         # a class without arguments always builds the same network
         arguments = None if inspect.signature(type(base)).parameters else ""
-    if arguments is not None:
-        return f"from {module} import {name}\n\nbase = {name}({arguments})"
-    return None
+    return None if arguments is None else f"from {module} import {name}\n\nbase = {name}({arguments})"
 
 
 def _kan_arguments(base: nn.Module) -> str | None:
-    """How a `peft_lotra.kan.KAN` was made."""
-    from ..kan import KAN, KANLinear
-
+    """The arguments of a `peft_lotra.kan.KAN`; None if its layers are not the ones that `KAN` makes."""
     if type(base) is not KAN:
         return None
-    layers = [getattr(layer, "base_layer", layer) for layer in base.layers]
-    if any(type(layer) is not KANLinear for layer in layers):
-        return None
+    bare = (getattr(layer, "base_layer", layer) for layer in base.layers)
+    layers = [layer for layer in bare if type(layer) is KANLinear]
     settings = {(layer.grid_size, layer.spline_order, layer.grid_range) for layer in layers}
-    if len(settings) != 1:
+    if len(settings) != 1 or len(layers) < len(base.layers):
         return None
     ((grid_size, spline_order, grid_range),) = settings
     widths = [layers[0].in_features, *(layer.out_features for layer in layers)]

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The model card of an adapter: what it is, how to load it, and what each layer has of it."""
+"""The model card of an adapter: what it adapts, how to load it, and what it contains for each layer."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ import numbers
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel, __version__
 from peft.utils import CONFIG_NAME
 
+from ..report import TextTable
+from ..tuner.config import LoTRAConfig
 from ..tuner.registration import NAME
 from .base_code import BaseSource, check_base_model, hub_id, source_of_config, source_of_model
-from .contents import AdapterRow, adapter_folders, adapter_table, read_adapter, table_of_tensors
+from .contents import AdapterRow, adapter_folders, adapter_table, read_adapter, size_cells, table_of_tensors
 
 
 README = "README.md"
@@ -40,12 +44,11 @@ TAGS = ("kan", "lotra", "peft-plugin")
 _BEGIN = "<!-- From here on written by peft_lotra.write_model_card, which replaces this part. -->"
 _END = "<!-- The part that peft_lotra.write_model_card wrote ends here. -->"
 _SECTION = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
-# the lines between the imports and the adapter, in the snippet of a card
+# the code between the imports and the adapter in the snippet of a card
 _BASE_CODE = re.compile(r"from peft import PeftModel\n(.*?)\n\nmodel = PeftModel", re.DOTALL)
-# where PEFT looks whether its version is in the card already
+# PEFT adds its version to a card that does not have this heading
 _VERSIONS = "### Framework versions"
-
-# what the front matter of a generated card has
+# the entries of the front matter of a generated card
 _FACTS = {"library_name", "base_model", "tags", "metrics", "model-index", "pipeline_tag"}
 
 _TASKS = {
@@ -66,37 +69,47 @@ def write_model_card(
     tags: Iterable[str] = (),
     metrics: dict[str, float] | list[EvalResult] | None = None,
 ) -> None:
-    """Writes the model card of a LoTRA adapter, README.md, beside what `save_pretrained` wrote.
+    """Writes the model card of a LoTRA adapter, README.md, into the folder of the saved adapter.
 
-    The card says how to get the base and how to put the adapter on it, and what each layer has. What is in the
-    README.md already is kept, but for the unfilled template of PEFT and for what this function wrote before, which
-    stands between two comments. Call it after `save_pretrained`: that keeps the text, but not the tags.
+    The card says how to get the base model, how to load the adapter, and what the adapter contains for each layer.
+    The function replaces the part that it wrote before, between two comments, and the unfilled template of PEFT. It
+    keeps all other text of an existing README.md. Call it after each `save_pretrained`, which removes the tags.
+
+    Args:
+        model: The model with the adapter. With None, the card is made from the saved files and keeps the code that
+            builds the base.
+        folder: The folder of the saved adapter.
+        repo_id: The repository that the snippet of the card loads the adapter from. By default the snippet loads the
+            folder that it runs in.
+        revision: The branch of `repo_id`, if it is not the main one.
+        base_model: The base model on the Hub, by default the one that the base was loaded from.
+        base_code: Python code that assigns the base to the variable `base`, for a base that `from_pretrained` cannot
+            load from the Hub. By default the code that builds the architecture, if its arguments are known.
+        tags: Additional tags.
+        metrics: Results for the model-index: values by name, for an unnamed data set, or complete results. By default
+            the results of the existing card stay.
+
+    Raises:
+        ValueError: The model has no LoTRA adapter, the folder does not exist (without a model: contains no LoTRA
+            adapter), the front matter of its README.md is broken, or an argument is invalid. The README.md is then
+            unchanged.
 
     Example:
 
     ```py
-    >>> model.save_pretrained("adapter")
-    >>> write_model_card(model, "adapter", base_model="user/kan", metrics={"accuracy": 0.853})
+    >>> from pathlib import Path
+    >>> from tempfile import TemporaryDirectory
+    >>> from peft import get_peft_model
+    >>> from peft_lotra import LoTRAConfig, write_model_card
+    >>> from peft_lotra.kan import KAN
+    >>> model = get_peft_model(KAN([2, 8, 1]), LoTRAConfig(r=2))
+    >>> with TemporaryDirectory() as folder:
+    ...     model.save_pretrained(folder)
+    ...     write_model_card(model, folder, base_model="user/kan", metrics={"accuracy": 0.853})
+    ...     print("accuracy | 0.853" in Path(folder, "README.md").read_text())
+    True
+
     ```
-
-    Args:
-        model (`PeftModel` or `None`): The model with the adapter. With None the card is made from the saved files, and
-            the code for the base is the one of the card that is there.
-        folder (`str` or `os.PathLike`): Where the adapter was saved.
-        repo_id (`str`, *optional*): The repository that the card's snippet loads the adapter from. Without it, the
-            snippet loads the folder that it is run in.
-        revision (`str`, *optional*): The branch of `repo_id`, if it is not the main one.
-        base_model (`str`, *optional*): The base model on the Hub; by default where the base was loaded from.
-        base_code (`str`, *optional*): Python that makes the variable `base`, for a base that `from_pretrained` does
-            not load from the Hub. By default the lines that build its architecture, as far as they can be told.
-        tags (`Iterable[str]`): More tags.
-        metrics (`dict` or `list[huggingface_hub.EvalResult]`, *optional*): Results, for the model-index; those that
-            are there are kept if none are given. A dict of names and values leaves the data set unnamed.
-
-    Raises:
-        ValueError: The model has no LoTRA adapter, the folder does not exist (without a model: holds no LoTRA
-            adapter), the front matter of its README.md is broken, or an argument cannot be used. The README.md is then
-            as it was.
     """
     folder = Path(folder)
     check_base_model(base_model)
@@ -109,7 +122,9 @@ def write_model_card(
         config, _ = next(iter(adapters.values()))
         source = source_of_config(config, base_model, base_code, written_code(load_card(folder / README)))
     else:
-        configs = {name: config for name, config in model.peft_config.items() if config.peft_type == NAME}
+        configs = {
+            name: cast(LoTRAConfig, config) for name, config in model.peft_config.items() if config.peft_type == NAME
+        }
         if not configs:
             raise ValueError(f"The model has no LoTRA adapter, only {sorted(model.peft_config)}.")
         saved = adapter_folders(folder)
@@ -118,18 +133,33 @@ def write_model_card(
         problem_type = getattr(getattr(base, "config", None), "problem_type", None)
         source = source_of_model(base, configs[next(iter(tables))], base_model, base_code)
     results = _eval_results(metrics, problem_type)
-    _write(folder, tables, source, repo_id=repo_id, revision=revision, tags=tags, results=results)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: save the adapter there first (`model.save_pretrained`).")
+    card = load_card(folder / README) or ModelCard("---\n{}\n---\n")
+    title = (repo_id or "LoTRA adapter").rpartition("/")[2]
+    _fill_front_matter(_data(card), source, title, tags, results)
+    facts = _Facts(tables, source, repo_id, revision, _data(card).eval_results)
+    _replace_section(card, title, "\n".join(facts.lines()))
+    content = str(card)
+    ModelCard(content)  # raises if huggingface_hub would refuse to read the card
+    # replaces the file as a whole, so that an interruption leaves no half of a card
+    new = folder / f".{README}.new"
+    new.write_bytes(content.encode())
+    os.replace(new, folder / README)
 
 
 def load_card(path: Path, origin: str | None = None) -> ModelCard | None:
-    """The card in a file, None if there is no file; a ValueError, which names `origin`, if its front matter is
-    broken."""
+    """The card in a file; None if the file does not exist.
+
+    Raises:
+        ValueError: The front matter is broken; the message names `origin`, by default the path.
+    """
     if not path.is_file():
         return None
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             content = file.read()
-        # ModelCard would take a front matter that is not closed for text
+        # ModelCard would read an unclosed front matter as text
         if re.match(r"\s*---\s*\n", content) and len(re.findall(r"^---[ \t\r]*$", content, re.MULTILINE)) < 2:
             raise ValueError("it begins with --- and does not end")
         return ModelCard(content if content.lstrip().startswith("---") else f"---\n{{}}\n---\n{content}")
@@ -138,16 +168,16 @@ def load_card(path: Path, origin: str | None = None) -> ModelCard | None:
 
 
 def written_code(card: ModelCard | None) -> str | None:
-    """The Python that makes `base` in a card that `write_model_card` wrote."""
+    """The code that builds the base in a card by `write_model_card`."""
     found = _BASE_CODE.search(card.text) if card else None
     return found and found[1].strip("\n")
 
 
 def combine_cards(here: ModelCard | None, there: ModelCard | None) -> ModelCard | None:
-    """The card of a folder with the one in the repository that it is pushed to, either of which may be missing.
+    """The card of a folder, combined with the card of the repository that the folder is pushed to.
 
-    What a person wrote in the folder replaces what is in the repository; a card that was generated does not: its facts
-    go into the other one.
+    A card of the folder that a person wrote replaces the card of the repository. A generated card only adds its facts
+    to the card of the repository. Either card may be None.
     """
     if here is None or there is None:
         return here or there
@@ -161,50 +191,8 @@ def combine_cards(here: ModelCard | None, there: ModelCard | None) -> ModelCard 
     return there
 
 
-def _write(
-    folder: Path,
-    tables: dict[str, list[AdapterRow]],
-    source: BaseSource,
-    *,
-    repo_id: str | None,
-    revision: str | None,
-    tags: Iterable[str],
-    results: list[EvalResult] | None,
-) -> None:
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: save the adapter there first (`model.save_pretrained`).")
-    card = load_card(folder / README) or ModelCard("---\n{}\n---\n")
-    data = card.data
-    data.library_name = "peft"
-    # PEFT writes a folder of this machine as well, which the Hub refuses
-    others = [name for name in _as_list(data.base_model) if hub_id(name)]
-    data.base_model = source.model or (others if len(others) > 1 else next(iter(others), None))
-    kept = [tag for tag in _as_list(data.tags) if not tag.startswith("base_model:adapter:")]
-    data.tags = sorted(
-        {*kept, *TAGS, *_as_list(tags), *(f"base_model:adapter:{name}" for name in _as_list(data.base_model))}
-    )
-    title = (repo_id or "LoTRA adapter").rpartition("/")[2]
-    if results:
-        data.model_name, data.eval_results = title, results
-        data.metrics = sorted({*_as_list(data.metrics), *(result.metric_type for result in results)})
-
-    text = card.text.replace("\r\n", "\n")
-    if _is_unfilled(text):
-        text = f"\n# {title}\n"
-    section = "\n".join(_section(tables, source, repo_id, revision, data.eval_results))
-    if _VERSIONS not in _SECTION.sub("", text):
-        section += f"\n\n{_VERSIONS}\n\n- PEFT {__version__}"
-    section = f"{_BEGIN}\n\n{section}\n\n{_END}"
-    if _SECTION.search(text):
-        card.text = _SECTION.sub(lambda _: section, text).rstrip() + "\n"
-    else:
-        card.text = f"{text.rstrip()}\n\n{section}\n"
-    content = str(card)
-    ModelCard(content)  # nothing is written that huggingface_hub would refuse to read
-    # replaced whole, so that the README.md is never half a card
-    new = folder / f".{README}.new"
-    new.write_bytes(content.encode())
-    os.replace(new, folder / README)
+def _data(card: ModelCard) -> ModelCardData:
+    return cast(ModelCardData, card.data)  # huggingface_hub annotates it with a name that is no type
 
 
 def _as_list(value: str | Iterable[str] | None) -> list[str]:
@@ -212,60 +200,111 @@ def _as_list(value: str | Iterable[str] | None) -> list[str]:
 
 
 def _is_unfilled(text: str) -> bool:
-    """Whether there is no line that is not in the template which PEFT and transformers start a card from."""
+    """Whether all lines come from the template of PEFT and transformers."""
     known = {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()} | {_VERSIONS, ""}
     generated = re.compile(r"- PEFT \S+|.*has been automatically generated\.")
     lines = (line.strip() for line in text.splitlines())
     return all(line in known or generated.fullmatch(line) for line in lines)
 
 
-def _section(
-    tables: dict[str, list[AdapterRow]],
-    source: BaseSource,
-    repo_id: str | None,
-    revision: str | None,
-    results: list[EvalResult] | None,
-) -> list[str]:
-    base = (
-        f"[{source.model}](https://huggingface.co/{source.model})" if source.model else f"a {source.name or 'model'}"
-    )
-    adapter = next(iter(tables))
-    where = json.dumps(repo_id or ".")
-    if revision:
-        where += f", revision={json.dumps(revision)}"
-    if adapter != "default":
-        where += f', subfolder="{adapter}"'
-    lines = [
-        f"An adapter of {base}, a Kolmogorov-Arnold network (KAN), by low tensor-rank adaptation",
-        "([LoTRA](https://arxiv.org/abs/2502.06153)), a method for [PEFT](https://github.com/huggingface/peft).",
-        "",
-        "## Use it",
-        "",
-        "```sh",
-        "pip install peft-lotra",
-        "```",
-        "",
-        "```python",
-        f"import peft_lotra  # makes {NAME} known to PEFT; without it PEFT says KeyError: '{NAME}'",
-        "from peft import PeftModel",
-        *([] if source.code.startswith(("from ", "import ")) else [""]),
-        *source.code.split("\n"),
-        "",
-        f"model = PeftModel.from_pretrained(base, {where})" + ("" if repo_id else "  # run it in this folder"),
-        "```",
-    ]
-    if not source.model:
-        of_class = f" is a `{source.name}` from `{source.module}`. It" if source.name else ""
-        lines += [
+def _fill_front_matter(
+    data: ModelCardData, source: BaseSource, title: str, tags: Iterable[str], results: list[EvalResult] | None
+) -> None:
+    data.library_name = "peft"
+    # PEFT also writes local folders, which the Hub refuses
+    others = [name for name in _as_list(data.base_model) if hub_id(name)]
+    data.base_model = source.model or (others if len(others) > 1 else next(iter(others), None))
+    kept = [tag for tag in _as_list(data.tags) if not tag.startswith("base_model:adapter:")]
+    bases = [f"base_model:adapter:{name}" for name in _as_list(data.base_model)]
+    data.tags = sorted({*kept, *TAGS, *_as_list(tags), *bases})
+    if results:
+        data.model_name, data.eval_results = title, results
+        data.metrics = sorted({*_as_list(data.metrics), *(result.metric_type for result in results)})
+
+
+def _replace_section(card: ModelCard, title: str, section: str) -> None:
+    """Replaces the generated part of a card, or appends the part to a card that has none."""
+    text = card.text.replace("\r\n", "\n")
+    if _is_unfilled(text):
+        text = f"\n# {title}\n"
+    if _VERSIONS not in _SECTION.sub("", text):
+        section += f"\n\n{_VERSIONS}\n\n- PEFT {__version__}"
+    section = f"{_BEGIN}\n\n{section}\n\n{_END}"
+    if _SECTION.search(text):
+        card.text = _SECTION.sub(lambda _: section, text).rstrip() + "\n"
+    else:
+        card.text = f"{text.rstrip()}\n\n{section}\n"
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """The contents of the generated part of a card."""
+
+    tables: dict[str, list[AdapterRow]]
+    source: BaseSource
+    repo_id: str | None
+    revision: str | None
+    results: list[EvalResult] | None
+
+    def lines(self) -> list[str]:
+        model, name = self.source.model, self.source.name
+        base = f"[{model}](https://huggingface.co/{model})" if model else f"a {name or 'model'}"
+        lines = [
+            f"An adapter of {base}, a Kolmogorov-Arnold network (KAN), by low tensor-rank adaptation",
+            "([LoTRA](https://arxiv.org/abs/2502.06153)), a method for [PEFT](https://github.com/huggingface/peft).",
             "",
-            f"The base model{of_class} is not on the Hub under a name that this card knows. "
-            "The adapter means nothing on other weights than those that it was trained on.",
+            *self._usage(),
         ]
-    # AutoPeftModel would look for the base in the subfolder, too
-    if source.auto and repo_id and adapter == "default":
-        package = source.module.partition(".")[0]
+        if not model:
+            of_class = f" is a `{name}` from `{self.source.module}`. It" if name else ""
+            lines += [
+                "",
+                f"The base model{of_class} is not on the Hub under a name that this card knows. "
+                "The adapter means nothing on other weights than those that it was trained on.",
+            ]
+        lines += self._auto_usage()
+        if len(self.tables) > 1:
+            names = ", ".join(self.tables)
+            lines += ["", f"The adapters here are {names}; all but default are loaded by their `subfolder`."]
+        if self.results:
+            cells = [[r.metric_name or r.metric_type, _number(r.metric_value), r.dataset_name] for r in self.results]
+            lines += ["", "## Results", "", *_markdown(TextTable(["metric", ">value", "data"], cells))]
+        return [*lines, "", "## Layers", "", *_markdown(self._layers())]
+
+    def _where(self) -> str:
+        """The arguments of `from_pretrained` that name the first adapter."""
+        adapter = next(iter(self.tables))
+        revision = f", revision={json.dumps(self.revision)}" if self.revision else ""
+        subfolder = f', subfolder="{adapter}"' if adapter != "default" else ""
+        return json.dumps(self.repo_id or ".") + revision + subfolder
+
+    def _usage(self) -> list[str]:
+        code = self.source.code
+        return [
+            "## Use it",
+            "",
+            "```sh",
+            "pip install peft-lotra",
+            "```",
+            "",
+            "```python",
+            f"import peft_lotra  # makes {NAME} known to PEFT; without it PEFT says KeyError: '{NAME}'",
+            "from peft import PeftModel",
+            *([] if code.startswith(("from ", "import ")) else [""]),
+            *code.split("\n"),
+            "",
+            f"model = PeftModel.from_pretrained(base, {self._where()})"
+            + ("" if self.repo_id else "  # run it in this folder"),
+            "```",
+        ]
+
+    def _auto_usage(self) -> list[str]:
+        # AutoPeftModel would look for the base in the subfolder, too
+        if not (self.source.auto and self.source.module and self.repo_id) or next(iter(self.tables)) != "default":
+            return []
+        package = self.source.module.partition(".")[0]
         allowed = "" if package == "transformers" else f', import_allowlist=["{package}"]'
-        lines += [
+        return [
             "",
             "The base and the adapter in one call (PEFT 0.20 or newer):",
             "",
@@ -273,29 +312,25 @@ def _section(
             f"import peft_lotra  # makes {NAME} known to PEFT",
             "from peft import AutoPeftModel",
             "",
-            f"model = AutoPeftModel.from_pretrained({where}{allowed})",
+            f"model = AutoPeftModel.from_pretrained({self._where()}{allowed})",
             "```",
         ]
-    if len(tables) > 1:
-        lines += ["", f"The adapters here are {', '.join(tables)}; all but default are loaded by their `subfolder`."]
-    if results:
-        lines += ["", "## Results", "", "| metric | value | data |", "|---|--:|---|"]
-        lines += [
-            f"| {r.metric_name or r.metric_type} | {_number(r.metric_value)} | {r.dataset_name} |" for r in results
-        ]
-    return [*lines, "", "## Layers", "", *_markdown(tables)]
+
+    def _layers(self) -> TextTable:
+        cells = []
+        for adapter, rows in self.tables.items():
+            prefix = f"{adapter}: " if len(self.tables) > 1 else ""
+            cells += [[f"{prefix}`{row.name}`", *row.cells(), *size_cells([row])] for row in rows]
+            cells.append([f"**{prefix}total**", "", "", "", *(f"**{cell}**" for cell in size_cells(rows))])
+        return TextTable(["layer", "family", "update (out, in, basis)", "ranks", ">parameters", ">kB"], cells)
 
 
-def _markdown(tables: dict[str, list[AdapterRow]]) -> list[str]:
-    lines = ["| layer | family | update (out, in, basis) | ranks | parameters | kB |", "|---|---|---|---|--:|--:|"]
-    for adapter, rows in tables.items():
-        prefix = f"{adapter}: " if len(tables) > 1 else ""
-        for row in rows:
-            what = f"{row.family} | {row.shape} | {row.ranks}" if row.ranks else "saved whole | | "
-            lines.append(f"| {prefix}`{row.name}` | {what} | {row.parameters:,} | {row.size / 1000:.1f} |")
-        parameters, size = sum(row.parameters for row in rows), sum(row.size for row in rows)
-        lines.append(f"| **{prefix}total** | | | | **{parameters:,}** | **{size / 1000:.1f}** |")
-    return lines
+def _markdown(table: TextTable) -> list[str]:
+    titles = [title.removeprefix(">") for title in table.columns]
+    rules = ["--:" if title.startswith(">") else "---" for title in table.columns]
+    rows = ("|".join(f" {cell} " if cell else " " for cell in row) for row in (titles, *table.rows))
+    head, *body = (f"|{row}|" for row in rows)
+    return [head, f"|{'|'.join(rules)}|", *body]
 
 
 def _number(value: object) -> str:
@@ -311,7 +346,7 @@ def _eval_results(
             raise ValueError(f"`metrics` must map names to finite numbers, got {wrong}.")
         return [
             EvalResult(
-                task_type=_TASKS.get(problem_type, "other"),
+                task_type=_TASKS.get(problem_type or "", "other"),
                 dataset_type="unknown",
                 dataset_name="Unknown",
                 metric_type=name,

@@ -12,14 +12,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a saved adapter holds, read without a base model."""
+"""What a saved adapter contains, read without its base model."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -28,6 +30,8 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..report import Report, TextTable
+from ..tucker import Tucker
 from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer
 from ..tuner.registration import NAME
@@ -35,19 +39,18 @@ from ..tuner.registration import NAME
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """What an adapter holds for one layer.
+    """What an adapter contains for one layer.
 
     Attributes:
-        name (`str`): The name of the layer in the base model.
-        family (`str` or `None`): Its KAN family; None for a module that is saved whole (`modules_to_save`), for which
-            the next four are None as well.
-        shape (`tuple[int, int, int]` or `None`): The update, (out, in, basis), with the residual branch as the last
-            slice of the basis.
-        ranks (`tuple[int, int, int]` or `None`): Of the update.
-        alpha (`float` or `None`): What the update is multiplied by.
-        norm (`float` or `None`): The Frobenius norm of the update.
-        parameters (`int`): How many numbers are stored.
-        size (`int`): How many bytes they take.
+        name: The name of the layer in the base model.
+        family: The KAN family of the layer. None, like the next four fields, for a module that is saved whole
+            (`modules_to_save`).
+        shape: The shape of the update, (out, in, basis); the residual branch is the last slice of the basis.
+        ranks: The ranks of the update, (out, in, basis).
+        alpha: The factor of the update.
+        norm: The Frobenius norm of the update, `alpha` included.
+        parameters: The number of stored values.
+        size: The number of bytes of the stored values.
     """
 
     name: str
@@ -59,21 +62,92 @@ class AdapterRow:
     parameters: int
     size: int
 
+    def cells(self) -> list[str]:
+        """Family, shape and ranks as text."""
+        return [str(self.family), str(self.shape), str(self.ranks)] if self.ranks else ["saved whole", "", ""]
+
+
+@dataclass(frozen=True)
+class AdapterContents(Report):
+    """The contents of one saved adapter, as `peft-lotra inspect` shows them; `bytes` and `parameters` are totals."""
+
+    adapter: str
+    peft_type: str
+    base_model: str | None
+    base_class: str | None
+    dtype: list[str]
+    parameters: int
+    bytes: int
+    finite: bool
+    layers: list[AdapterRow]
+
+    @classmethod
+    def of(cls, adapter: str, config: LoTRAConfig, tensors: dict[str, torch.Tensor]) -> AdapterContents:
+        """The contents of an adapter, from its configuration and its tensors (see `read_adapter`)."""
+        rows = table_of_tensors(config, tensors)
+        return cls(
+            adapter=adapter,
+            peft_type=NAME,
+            base_model=config.base_model_name_or_path,
+            base_class=(config.auto_mapping or {}).get("base_model_class"),
+            dtype=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
+            parameters=sum(row.parameters for row in rows),
+            bytes=sum(row.size for row in rows),
+            finite=all(bool(tensor.isfinite().all()) for tensor in tensors.values()),
+            layers=rows,
+        )
+
+    def _table(self) -> TextTable:
+        rows = []
+        for row in self.layers:
+            numbers = [f"{row.alpha:g}", f"{row.norm:.3g}"] if row.ranks else ["", ""]
+            rows.append([row.name, *row.cells(), *numbers, *size_cells([row])])
+        rows.append(["total", *5 * [""], *size_cells(self.layers)])
+        notes = [] if self.finite else ["The adapter is broken: it has values that are NaN or infinite."]
+        columns = ["layer", "family", "update (out, in, basis)", "ranks", ">alpha", ">norm", ">parameters", ">kB"]
+        return TextTable(columns, rows, notes)
+
+
+def size_cells(rows: Sequence[AdapterRow]) -> list[str]:
+    """The number of parameters of the rows and their size in kB (1,000 bytes), as text."""
+    return [f"{sum(row.parameters for row in rows):,}", f"{sum(row.size for row in rows) / 1000:.1f}"]
+
 
 def adapter_table(model: PeftModel, adapter_name: str = "default") -> list[AdapterRow]:
-    """The layers of an adapter of a model, see [`AdapterRow`]: by name, and those that are saved whole last."""
+    """The contents of an adapter of a model: its layers by name, then the modules that are saved whole.
+
+    Args:
+        model: A model with LoTRA adapters.
+        adapter_name: The name of the adapter.
+
+    Returns:
+        One row for each layer.
+
+    Example:
+
+    ```py
+    >>> from peft import get_peft_model
+    >>> from peft_lotra import LoTRAConfig
+    >>> from peft_lotra.hub import adapter_table
+    >>> from peft_lotra.kan import KAN
+    >>> (row,) = adapter_table(get_peft_model(KAN([2, 8]), LoTRAConfig(r=2)))
+    >>> row.name, row.shape, row.ranks, row.parameters
+    ('layers.0', (8, 2, 9), (2, 2, 2), 46)
+
+    ```
+    """
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return table_of_tensors(model.peft_config[adapter_name], tensors)
+    return table_of_tensors(cast(LoTRAConfig, model.peft_config[adapter_name]), tensors)
 
 
 def table_of_tensors(config: LoTRAConfig, tensors: dict[str, torch.Tensor]) -> list[AdapterRow]:
-    """The layers of an adapter, from its configuration and its tensors as PEFT saves them.
+    """The contents of an adapter, from its configuration and its tensors as PEFT saves them.
 
     Raises:
         ValueError: A layer lacks a component, or its components do not fit each other.
     """
     layers: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in without_other_adapters(tensors).items():
+    for key, tensor in own_tensors(tensors).items():
         name, _, part = key.removeprefix("base_model.model.").rpartition(".")
         layers.setdefault(name, {})[part] = tensor
     return sorted((_row(config, name, parts) for name, parts in layers.items()), key=_order)
@@ -85,9 +159,12 @@ def _order(row: AdapterRow) -> tuple:
     return row.ranks is None, parts
 
 
-def without_other_adapters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """PEFT 0.19 puts the tensors of all adapters of a model into each of their files, those of the others with their
-    names at the end."""
+def own_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a file without those of other adapters.
+
+    PEFT 0.19 writes the tensors of all adapters of a model into each file; the names of those of other adapters end
+    with the name of the adapter.
+    """
     other = re.compile(rf".*\.({'|'.join(LoTRALayer.adapter_layer_names)})\..+")
     return {key: tensor for key, tensor in tensors.items() if not other.fullmatch(key)}
 
@@ -100,35 +177,29 @@ def _row(config: LoTRAConfig, name: str, parts: dict[str, torch.Tensor]) -> Adap
     missing = [part for part in LoTRALayer.adapter_layer_names if part not in parts]
     if missing:
         raise ValueError(f"The adapter has no {', '.join(missing)} for `{name}`: it is not complete.")
-    core, *factors = (parts[part] for part in LoTRALayer.adapter_layer_names)
-    if core.ndim != 3 or any(f.ndim != 2 or f.shape[1] != r for f, r in zip(factors, core.shape, strict=True)):
+    update = Tucker(*(parts[part] for part in LoTRALayer.adapter_layer_names))
+    ranks = tuple(factor.shape[1] if factor.ndim == 2 else None for factor in update.factors)
+    if ranks != update.core.shape:
         shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
         raise ValueError(f"The components of `{name}` do not fit each other: {shapes}.")
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.alpha)
+    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.alpha)
     family = ((config.base_layers or {}).get(name) or {}).get("family", "unknown")
-    shape = tuple(len(factor) for factor in factors)
-    return AdapterRow(name, family, shape, tuple(core.shape), alpha, _norm(core, factors, alpha), parameters, size)
-
-
-def _norm(core: torch.Tensor, factors: list[torch.Tensor], alpha: float) -> float:
-    """The norm of the update, without building it: by the Gram matrices of its factors."""
-    core = core.double()
-    grams = [factor.double().T @ factor.double() for factor in factors]
-    squared = (core * torch.einsum("abc,ai,bj,ck->ijk", core, *grams)).sum()
-    return abs(alpha) * squared.clamp(min=0).sqrt().item()
+    # with orthonormal factors, the norm of the core is that of the whole tensor
+    norm = abs(alpha) * update.map(torch.Tensor.double).orthogonal().core.norm().item()
+    return AdapterRow(name, family, update.shape, update.ranks, alpha, norm, parameters, size)
 
 
 def read_adapter(folder: str | Path) -> tuple[LoTRAConfig, dict[str, torch.Tensor]]:
-    """Reads a LoTRA adapter without a base model. Nothing is unpickled: only safetensors are read.
+    """Reads a LoTRA adapter without a base model, from safetensors only: nothing is unpickled.
 
     Args:
-        folder (`str` or `Path`): What `save_pretrained` wrote.
+        folder: A folder that `save_pretrained` wrote.
 
     Returns:
-        Its configuration and its tensors, on the CPU.
+        The configuration, and the tensors on the CPU.
 
     Raises:
-        ValueError: The folder holds no LoTRA adapter, or a broken one.
+        ValueError: The folder contains no LoTRA adapter, or a broken one.
     """
     folder = Path(folder)
     peft_type = peft_type_of(folder / CONFIG_NAME)
@@ -138,14 +209,17 @@ def read_adapter(folder: str | Path) -> tuple[LoTRAConfig, dict[str, torch.Tenso
     if not weights.is_file():
         raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. (Pickled weights are not read.)")
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-        return config, load_file(weights)
+        return cast(LoTRAConfig, PeftConfig.from_pretrained(str(folder))), load_file(weights)
     except (SafetensorError, TypeError, KeyError) as error:
         raise ValueError(f"The adapter in {folder} is broken: {error}") from error
 
 
 def peft_type_of(path: Path) -> str:
-    """The PEFT method of an adapter, by its adapter_config.json; a ValueError if there is none."""
+    """The PEFT method of an adapter_config.json.
+
+    Raises:
+        ValueError: The file does not exist, or is broken.
+    """
     if not path.is_file():
         raise ValueError(f"{path.parent} is no adapter: it has no {path.name}.")
     try:
@@ -155,8 +229,11 @@ def peft_type_of(path: Path) -> str:
 
 
 def adapter_folders(folder: str | Path) -> dict[str, Path]:
-    """The adapters that `save_pretrained` put into a folder: "default" in it, others in subfolders of their name. The
-    checkpoints of `transformers.Trainer` are no adapters of the folder."""
+    """The adapters that `save_pretrained` wrote into a folder, by name.
+
+    The folder itself is the adapter "default", subfolders are the adapters of their names. Checkpoints of
+    `transformers.Trainer` do not count.
+    """
     folder = Path(folder)
     subfolders = (path.parent for path in sorted(folder.glob(f"*/{CONFIG_NAME}")))
     found = {path.name: path for path in subfolders if not re.fullmatch(r"checkpoint-\d+", path.name)}

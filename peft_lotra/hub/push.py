@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Adapters on the Hugging Face Hub: pushed in one commit, with a model card that works."""
+"""The push of adapters to the Hugging Face Hub: one commit, with the model card."""
 
 from __future__ import annotations
 
@@ -40,10 +40,7 @@ from safetensors.torch import load_file, save_file
 from ..tuner.registration import NAME
 from .base_code import check_base_model, hub_id
 from .card import README, combine_cards, load_card, write_model_card, written_code
-from .contents import adapter_folders, adapter_table, peft_type_of, read_adapter, without_other_adapters
-
-
-__all__ = ["adapter_table", "push_to_hub", "write_model_card"]
+from .contents import adapter_folders, own_tensors, peft_type_of, read_adapter
 
 
 def push_to_hub(
@@ -63,53 +60,46 @@ def push_to_hub(
 ) -> CommitInfo:
     """Pushes the adapters of a model to the Hugging Face Hub, with a model card that says how to load them.
 
-    `model.push_to_hub` would replace the card by a generic one of transformers. Adapters and card go up in one commit:
-    if anything goes wrong, the repository is as it was (one that was made for this push may stay, empty). What a
-    person wrote in the README.md of the repository is kept, see `write_model_card`.
+    Adapters and card are one commit: an error leaves the repository unchanged, except that a new repository may stay,
+    empty. Text that a person wrote in the README.md of the repository is kept (see `write_model_card`), whereas
+    `model.push_to_hub` replaces the card by a generic one. The base model is not pushed.
+
+    Args:
+        model: The model with the adapters, or a folder that `save_pretrained` wrote.
+        repo_id: The repository, "user/name". It is created if it does not exist.
+        private: Whether a new repository is private.
+        revision: The branch to commit to. It is created from the main branch if it does not exist.
+        token: The access token, by default the one of `hf auth login` or HF_TOKEN.
+        commit_message: The first line of the commit.
+        tags: Tags besides "lotra", "kan" and "peft-plugin".
+        create_pr: Whether to open a pull request instead of committing.
+        base_model, base_code, metrics: As in `write_model_card`.
+        selected_adapters: The names of the adapters to push, by default all. "default" goes to the root of the
+            repository, each other adapter to a subfolder of its name.
+
+    Returns:
+        The commit, or the pull request.
+
+    Raises:
+        ValueError: An adapter is not of LoTRA, or the folder contains none; the repository contains an adapter of
+            another method, a README.md with broken front matter, or is public in spite of `private`; an argument is
+            invalid.
+        LocalTokenNotFoundError: No token is known.
+        HfHubHTTPError: The Hub refuses the push.
 
     Example:
 
     ```py
-    >>> from peft_lotra import push_to_hub
-    >>> push_to_hub(model, "user/kan-rotated", base_model="user/kan", metrics={"accuracy": 0.853})
+    push_to_hub(model, "user/kan-rotated", base_model="user/kan", metrics={"accuracy": 0.853})
     ```
-
-    Args:
-        model (`PeftModel`, `str` or `os.PathLike`): The model with the adapters, or the folder that `save_pretrained`
-            wrote them into. The base is not pushed.
-        repo_id (`str`): The repository, "user/name"; it is created if it does not exist.
-        private (`bool`, *optional*): Whether a new repository is private.
-        revision (`str`, *optional*): The branch to commit to, which is made from the main one if it does not exist.
-        token (`str`, *optional*): By default the one of `hf auth login` or HF_TOKEN.
-        commit_message (`str`, *optional*): The first line of the commit.
-        tags (`Iterable[str]`): Tags besides "lotra", "kan" and "peft-plugin".
-        create_pr (`bool`): Whether to open a pull request instead of committing.
-        base_model (`str`, *optional*): The base model on the Hub; by default where the base was loaded from.
-        base_code (`str`, *optional*): Python that makes the variable `base`, for the card's snippet, where
-            `from_pretrained` does not load it from the Hub.
-        metrics (`dict` or `list[huggingface_hub.EvalResult]`, *optional*): Results, for the model-index; those in the
-            repository are kept if none are given.
-        selected_adapters (`list[str]`, *optional*): The adapters to push, by default all. "default" goes to the root
-            of the repository, others to subfolders of their name.
-
-    Returns:
-        `huggingface_hub.CommitInfo`: The commit, or the pull request.
-
-    Raises:
-        ValueError: An adapter is not of LoTRA, or the folder holds none; the repository holds an adapter of another
-            method, a README.md with broken front matter, or is public though `private` is asked for; an argument
-            cannot be used.
-        LocalTokenNotFoundError: Not logged in.
-        HfHubHTTPError: The Hub refuses.
     """
     if isinstance(model, PeftModel):
         _check_lotra(model, selected_adapters)
-        save, peft_model = partial(_save_model, model, selected_adapters), model
-    elif not isinstance(model, (str, os.PathLike)):
-        raise ValueError(f"`model` is a {type(model).__name__}, expected a PeftModel or the folder of an adapter.")
+        save = partial(_save_model, model, selected_adapters)
+    elif isinstance(model, (str, os.PathLike)):
+        save = partial(_save_files, Path(model), _check_folder(Path(model), selected_adapters))
     else:
-        adapters = _check_folder(Path(model), selected_adapters)
-        save, peft_model = partial(_save_files, Path(model), adapters), None
+        raise ValueError(f"`model` is a {type(model).__name__}, expected a PeftModel or the folder of an adapter.")
     check_base_model(base_model)
     target = _Target(repo_id, private, revision, token, create_pr)
     with _explained(target.repo_id), TemporaryDirectory() as name:
@@ -124,7 +114,7 @@ def push_to_hub(
         if card is not None:
             card.save(folder / README)
         write_model_card(
-            peft_model,
+            model if isinstance(model, PeftModel) else None,
             folder,
             repo_id=target.repo_id,
             revision=None if create_pr else revision,
@@ -161,19 +151,18 @@ def _check_folder(folder: Path, selected_adapters: list[str] | None) -> list[Pat
 
 
 def _save_model(model: PeftModel, selected_adapters: list[str] | None, folder: Path) -> None:
-    model.save_pretrained(folder, selected_adapters=selected_adapters)
-    # the card that PEFT wrote; the one in the repository, if there is one, is what a person may have written in
-    (folder / README).unlink()
+    model.save_pretrained(str(folder), selected_adapters=selected_adapters)
+    (folder / README).unlink()  # the card by PEFT, which would replace the card of the repository
     for path in adapter_folders(folder).values():
         weights = path / SAFETENSORS_WEIGHTS_NAME
         tensors = load_file(weights)
-        own = without_other_adapters(tensors)
-        if len(own) < len(tensors):  # nobody asked for the others to be published
+        own = own_tensors(tensors)
+        if len(own) < len(tensors):  # only selected adapters are published
             save_file(own, weights, metadata={"format": "pt"})
 
 
 def _save_files(origin: Path, adapters: list[Path], folder: Path) -> None:
-    """Copies what belongs to the adapters, and nothing else that a training may have left there."""
+    """Copies the files of the adapters and the card, but no other files of a training."""
     for path in adapters:
         copy = folder / path.relative_to(origin)
         copy.mkdir(exist_ok=True)
@@ -185,14 +174,14 @@ def _save_files(origin: Path, adapters: list[Path], folder: Path) -> None:
 
 @dataclass
 class _Target:
-    """Where a push goes, and what is there already."""
+    """The destination of a push, and its present state."""
 
     repo_id: str
     private: bool | None
     revision: str | None
     token: str | None
     create_pr: bool
-    # what `look` finds: whether there is a repository, and in it the branch, its last commit, and the files of that
+    # set by `look`: whether the repository and the branch exist, the last commit and its files
     exists: bool = False
     has_branch: bool = False
     head: str | None = None
@@ -236,7 +225,7 @@ class _Target:
         return load_card(self.download(README), f"{README} in {self.repo_id}")
 
     def check_adapter(self, config_file: str) -> None:
-        """Raises a ValueError if the repository has an adapter of another method in this place."""
+        """Raises a ValueError if the repository has an adapter of another method at this path."""
         if config_file not in self.files:
             return
         peft_type = peft_type_of(self.download(config_file))
@@ -251,14 +240,11 @@ class _Target:
             self.api.create_repo(self.repo_id, private=self.private, exist_ok=True)
         if self.revision and not self.has_branch:
             self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-        # not upload_folder, which may make several commits. With the parent, what others commit meanwhile is an error.
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        # upload_folder may make several commits; `parent_commit` makes commits by others in the meantime an error
         return self.api.create_commit(
             self.repo_id,
-            [
-                CommitOperationAdd(path.relative_to(folder).as_posix(), str(path))
-                for path in sorted(folder.rglob("*"))
-                if path.is_file()
-            ],
+            [CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files],
             commit_message=message or "Upload LoTRA adapter",
             revision=self.revision,
             create_pr=self.create_pr,
@@ -267,7 +253,7 @@ class _Target:
 
 
 def _set_base(path: Path, base_model: str | None) -> None:
-    """The base model in the configuration of an adapter; a folder of this machine says nothing to others."""
+    """Writes the base model into the configuration of an adapter, and removes the name of a local folder."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base_model or hub_id(config.get("base_model_name_or_path"))
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
@@ -275,15 +261,16 @@ def _set_base(path: Path, base_model: str | None) -> None:
 
 @contextmanager
 def _explained(repo_id: str) -> Iterator[None]:
-    """Adds to what the Hub answers what can be done about it."""
+    """Adds the remedy to the errors of the Hub."""
     try:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
-        if status == 401:
-            error.append_to_message("\nThe Hub does not accept the token: log in again (`hf auth login`).")
-        elif status == 403:
-            error.append_to_message(f"\nThe token may not write to {repo_id}: it needs the right to write.")
-        elif status == 412:
-            error.append_to_message(f"\n{repo_id} was changed during the push, and nothing was pushed: try again.")
+        remedies = {
+            401: "The Hub does not accept the token: log in again (`hf auth login`).",
+            403: f"The token may not write to {repo_id}: it needs the right to write.",
+            412: f"{repo_id} was changed during the push, and nothing was pushed: try again.",
+        }
+        if status in remedies:
+            error.append_to_message(f"\n{remedies[status]}")
         raise

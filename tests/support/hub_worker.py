@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The clients of `test_hub.py`, each a process of its own: `python hub_worker.py STEP FOLDER`.
+"""The clients of `tests/hub/test_push.py`, each a process of its own: `python hub_worker.py STEP FOLDER`.
 
 They share a folder with the test, and write what they found to `FOLDER/STEP.json`. HF_ENDPOINT is the stand-in Hub,
 HF_TOKEN belongs to ann, HF_HOME is empty.
