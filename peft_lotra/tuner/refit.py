@@ -29,6 +29,7 @@ from torch import nn
 
 from ..families.registry import same_grid
 from ..functional import call_with_parameters, modes_kept
+from ..report import Report, TextTable
 from ..tucker import Tucker, tucker
 from .guards import bare_base
 from .layer import LoTRALayer
@@ -39,7 +40,7 @@ _FILL_WEIGHT = 0.01
 
 
 @dataclass(frozen=True)
-class RefitReport:
+class RefitReport(Report):
     """What `refit_adapters` kept; prints as a table.
 
     Attributes:
@@ -54,11 +55,12 @@ class RefitReport:
     errors: dict[tuple[str, str], float]
     projection_errors: dict[tuple[str, str], float]
 
-    def __str__(self) -> str:
-        return "\n".join(
-            f"{layer}  {adapter}  error {error:.2%}, of which {self.projection_errors[layer, adapter]:.2%} by the grid"
-            for (layer, adapter), error in self.errors.items()
-        )
+    def _table(self) -> TextTable:
+        rows = [
+            [*key, f"error {error:.2%}", f"of which {self.projection_errors[key]:.2%} by the grid"]
+            for key, error in self.errors.items()
+        ]
+        return TextTable(["", "", ">", ">"], rows, [] if rows else ["no grid had moved"])
 
 
 def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], Any] | None = None) -> RefitReport:
