@@ -290,7 +290,7 @@ class _Compression:
                 stored = slim_layer.components.map(torch.Tensor.double).dense()
             errors[name] = ((tensor - stored).norm() / tensor.norm().clamp(min=1e-300)).item()
             if features is not None:
-                output_errors[name] = features.error(tensor, stored)
+                output_errors[name] = relative_error(features.outputs(tensor), features.outputs(stored))
             after += slim_layer.components.numel() - tensor.numel()
             model = _replace(model, name, slim_layer)
         model_error = None

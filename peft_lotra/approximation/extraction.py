@@ -236,7 +236,7 @@ def _decompose(update: CoefficientUpdate, ranks: tuple[int, int, int], features:
     if features is None:
         return tucker_scaled(update.tensor, update.scale, ranks)
     return tucker_scaled(
-        update.tensor, update.scale, ranks, measure=lambda tensor: features.outputs(tensor) @ features.root_out
+        update.tensor, update.scale, ranks, measure=lambda tensor: features.outputs(tensor) @ features.metric_out
     )
 
 
