@@ -19,13 +19,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import fields, is_dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 
 class TextTable(NamedTuple):
@@ -33,20 +33,43 @@ class TextTable(NamedTuple):
     The text of a report.
 
     Attributes:
-        columns: the titles; one that starts with ">" is of a column of numbers, which are aligned to the right.
-        rows: the cells of each row, as many as columns.
-        notes: lines below the table.
+        columns: The titles; one that starts with ">" is of a column that is aligned to the right. There is no header
+            if no column has a title, as in rows that read as sentences.
+        rows: The cells of each row, as many as columns.
+        notes: Lines below the table.
     """
 
     columns: list[str]
     rows: list[list[str]]
     notes: list[str] = []
 
+    @property
+    def titles(self) -> list[str]:
+        """The titles without the marks of alignment; empty if there is no header."""
+        titles = [column.removeprefix(">") for column in self.columns]
+        return titles if any(titles) else []
+
+    @property
+    def sides(self) -> list[Literal["left", "right"]]:
+        """The side to which each column is aligned."""
+        return ["right" if column.startswith(">") else "left" for column in self.columns]
+
 
 class Report(ABC):
-    """The base of all reports: subclasses say in `_table` what is shown.
+    """
+    The base of all reports. Subclasses say in `_table` what they show.
 
-    Reports print as text, rich shows them as tables, notebooks as HTML, and `as_dict` gives plain values for JSON.
+    Reports print as text. rich shows them as tables, notebooks as HTML, and `as_dict` gives plain values for JSON.
+
+    Example:
+        >>> class Sizes(Report):
+        ...     def _table(self):
+        ...         return TextTable(["layer", ">size"], [["layers.0", "8"], ["layers.1", "12"]], ["20 in all"])
+        >>> print(Sizes())
+        layer     size
+        layers.0     8
+        layers.1    12
+        20 in all
     """
 
     @abstractmethod
@@ -56,57 +79,41 @@ class Report(ABC):
         """The report in plain values (numbers, strings, lists and dicts by name), for JSON."""
         return _plain(self)
 
-    def __rich__(self) -> Table:
-        from rich.table import Column, Table
+    def __rich__(self) -> Group:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
 
-        columns, rows, notes = self._table()
-        table = Table(
-            *(
-                Column(title.removeprefix(">"), justify="right" if title.startswith(">") else "left", overflow="fold")
-                for title in columns
-            ),
-            box=None,
-            padding=(0, 2, 0, 0),
-            caption="\n".join(notes) or None,
-            caption_justify="left",
-            caption_style="",
-        )
-        for row in rows:
-            table.add_row(*map(_unmarked, row))
-        return table
+        content = self._table()
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=bool(content.titles))
+        for title, side in zip(content.titles or content.columns, content.sides, strict=True):
+            table.add_column(title, justify=side, overflow="fold")
+        for row in content.rows:
+            table.add_row(*map(Text, row))  # the brackets in names of layers are no markup
+        return Group(*[table] * bool(content.rows), *map(Text, content.notes))
 
     def __str__(self) -> str:
-        columns, rows, notes = self._table()
-        lines = [[title.removeprefix(">") for title in columns], *rows] if rows else []
+        content = self._table()
+        lines = [content.titles] * bool(content.titles) + content.rows if content.rows else []
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = ["  ".join(_aligned(*cell) for cell in zip(line, widths, columns, strict=True)) for line in lines]
-        return "\n".join([*(line.rstrip() for line in text), *notes])
+        align = [str.rjust if side == "right" else str.ljust for side in content.sides]
+        padded = [[put(cell, n) for put, cell, n in zip(align, line, widths, strict=True)] for line in lines]
+        return "\n".join([*("  ".join(line).rstrip() for line in padded), *content.notes])
 
     def _repr_html_(self) -> str:
-        columns, rows, notes = self._table()
+        content = self._table()
 
         def line(cells: list[str], tag: str) -> str:
-            aligned = ("right" if title.startswith(">") else "left" for title in columns)
-            return "".join(
+            styled = (
                 f'<{tag} style="text-align: {side}">{escape(cell)}</{tag}>'
-                for cell, side in zip(cells, aligned, strict=True)
+                for cell, side in zip(cells, content.sides, strict=True)
             )
+            return f"<tr>{''.join(styled)}</tr>"
 
-        head = line([title.removeprefix(">") for title in columns], "th")
-        body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if rows else ""
-        return table + "".join(f"<p>{escape(note)}</p>" for note in notes)
-
-
-def _aligned(text: str, width: int, title: str) -> str:
-    return text.rjust(width) if title.startswith(">") else text.ljust(width)
-
-
-def _unmarked(text: str) -> str:
-    """Square brackets are markup to rich, but names of layers are not."""
-    from rich.markup import escape as escape_markup
-
-    return escape_markup(text)
+        head = f"<thead>{line(content.titles, 'th')}</thead>" if content.titles else ""
+        body = "".join(line(row, "td") for row in content.rows)
+        table = f"<table>{head}<tbody>{body}</tbody></table>" if content.rows else ""
+        return table + (f"<p>{'<br>'.join(map(escape, content.notes))}</p>" if content.notes else "")
 
 
 def _plain(value: Any) -> Any:

@@ -18,18 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from .families.registry import find_kan_layers
 from .functional import unwrap
+from .report import Report, TextTable
 from .tuner.layer import LoTRALayer
-
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class LayerSummary:
     merged: bool = False
 
 
-class ModelSummary(list[LayerSummary]):
+class ModelSummary(Report, list[LayerSummary]):
     """The lines of the summary. `print` and rich show them as a table.
 
     Attributes:
@@ -86,51 +83,25 @@ class ModelSummary(list[LayerSummary]):
         totals = ("all_parameters", "trainable_parameters", "kilobytes")
         return {"layers": [asdict(line) for line in self], **{name: getattr(self, name) for name in totals}}
 
-    def __rich__(self) -> Table:
-        from rich.table import Table
-
-        adapted = sum(line.kilobytes for line in self)
-        share = 100 * self.trainable_parameters / self.all_parameters if self.all_parameters else 0.0
-        table = Table(
-            caption=f"{self.trainable_parameters:,} of {self.all_parameters:,} parameters trainable ({share:.2f} %); "
-            f"adapters {adapted:,.1f} kB of {self.kilobytes:,.1f} kB"
-        )
-        for column in ("layer", "family"):
-            table.add_column(column, overflow="fold")
-        table.add_column("(out, in, basis)", justify="right", no_wrap=True)
-        table.add_column("adapter", overflow="fold")
-        table.add_column("ranks", justify="right", no_wrap=True)
-        for column in ("trainable", "kB", "scale"):
-            table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("state")
+    def _table(self) -> TextTable:
+        columns = ["layer", "family", ">(out, in, basis)", "adapter", ">ranks", ">trainable", ">kB", ">scale", "state"]
+        rows = []
         for line in self:
             out_features, in_features, basis = line.shape
-            shape = f"({out_features}, {in_features}, {basis}{'+1' if line.has_residual else ''})"
+            row = [line.layer, line.family, f"({out_features}, {in_features}, {basis}{'+1' * line.has_residual})"]
             if line.adapter is None:
-                table.add_row(line.layer, line.family, shape, *(["-"] * 5), "not adapted")
-                continue
-            state = ", ".join(name for name in ("active", "merged") if getattr(line, name)) or "inactive"
-            trainable = f"{line.trainable:,} / {line.parameters:,}"
-            table.add_row(
-                line.layer,
-                line.family,
-                shape,
-                line.adapter,
-                str(line.ranks),
-                trainable,
-                f"{line.kilobytes:.1f}",
-                f"{line.scale:g}",
-                state,
-            )
-        return table
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=500, color_system=None)  # a table takes no more than it needs
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+                rows.append([*row, *["-"] * 5, "not adapted"])
+            else:
+                trainable = f"{line.trainable:,} / {line.parameters:,}"
+                state = ", ".join(name for name in ("active", "merged") if getattr(line, name)) or "inactive"
+                numbers = [str(line.ranks), trainable, f"{line.kilobytes:.1f}", f"{line.scale:g}"]
+                rows.append([*row, line.adapter, *numbers, state])
+        share = self.trainable_parameters / max(self.all_parameters, 1)
+        totals = (
+            f"{self.trainable_parameters:,} of {self.all_parameters:,} parameters trainable ({share:.2%}); adapters "
+            f"{sum(line.kilobytes for line in self):,.1f} kB of {self.kilobytes:,.1f} kB"
+        )
+        return TextTable(columns, rows, [totals])
 
 
 def model_summary(model: nn.Module) -> ModelSummary:

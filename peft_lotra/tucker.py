@@ -14,37 +14,44 @@
 
 """Tucker algebra on coefficient tensors (out, in, basis).
 
-A tensor of ranks (ro, ri, rb) is  core x1 factor_out x2 factor_in x3 factor_basis  with core (ro, ri, rb), factor_out
+A tensor of ranks (ro, ri, rb) is core x1 factor_out x2 factor_in x3 factor_basis with core (ro, ri, rb), factor_out
 (out, ro), factor_in (in, ri) and factor_basis (basis, rb), where x_n is the n-mode product.
 
-References:
-    T. G. Kolda, B. W. Bader, "Tensor Decompositions and Applications", SIAM Review 51 (2009), section 4.
+Source: T. G. Kolda, B. W. Bader, "Tensor Decompositions and Applications", SIAM Review 51 (2009), section 4.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
+from torch.nn.functional import pad
 
 
-# What moving a number to another place costs in `contract`, in multiplications, measured: for as many numbers as a
-# cache holds, and for more.
+# What `r` and `ranks` may be: one rank for the three modes, or (out, in, basis).
+Ranks = int | tuple[int, int, int]
+
+# The cost in `contract` of moving a number to another place, in multiplications: for as many numbers as a cache holds,
+# and for more. To measure it again, time `contract` and `expand_inputs` over rows, sizes and ranks.
 _COPY_COSTS = (64, 300)
 _CACHED = 2**20
 
-
-# How much the tensor itself counts beside what is measured of it.
+# The weight in `tucker_scaled` of the tensor itself beside the measured values.
 _UNSEEN = 1e-3
 
 
 class Tucker(NamedTuple):
     """
     A tensor (out, in, basis) in Tucker form: core x1 factor_out x2 factor_in x3 factor_basis.
+
+    Example:
+        >>> tensor = Tucker(torch.ones(2, 1, 3), torch.ones(6, 2), torch.ones(5, 1), torch.ones(4, 3))
+        >>> tensor.ranks, tensor.shape, tensor.numel(), tensor.dense().shape
+        ((2, 1, 3), (6, 5, 4), 35, torch.Size([6, 5, 4]))
 
     Attributes:
         core (`torch.Tensor`): (ro, ri, rb).
@@ -66,12 +73,12 @@ class Tucker(NamedTuple):
     @property
     def ranks(self) -> tuple[int, int, int]:
         """(ro, ri, rb)."""
-        return tuple(self.core.shape)
+        return triple(self.core.shape)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(out, in, basis)."""
-        return tuple(len(factor) for factor in self.factors)
+        return triple(len(factor) for factor in self.factors)
 
     def numel(self) -> int:
         """The number of parameters: ro ri rb + out ro + in ri + basis rb."""
@@ -95,28 +102,35 @@ class Tucker(NamedTuple):
         return expand_inputs(self.core, self.factor_in, self.factor_basis)
 
     def padded(self, basis: int) -> Tucker:
-        """The same tensor with zeros up to `basis` slices of the basis mode."""
+        """The tensor with zeros up to `basis` slices of the basis mode."""
         missing = basis - len(self.factor_basis)
-        return self._replace(factor_basis=torch.nn.functional.pad(self.factor_basis, (0, 0, 0, missing)))
+        return self._replace(factor_basis=pad(self.factor_basis, (0, 0, 0, missing)))
 
     @torch.no_grad()
     def orthogonal(self) -> Tucker:
         """The same tensor with factors of orthonormal columns. Ranks above the sizes of their modes are brought down
         to the sizes, without loss."""
-        core, bases = self.core, []
-        for factor in self.factors:
-            basis, triangle = torch.linalg.qr(factor)
-            bases.append(basis)
-            core = torch.tensordot(core, triangle, ([0], [1]))  # takes the first mode, puts it last: all three in turn
-        return Tucker(core, *bases)
+        bases, triangles = zip(*map(torch.linalg.qr, self.factors), strict=True)
+        return Tucker(_project(self.core, [triangle.T for triangle in triangles]), *bases)
 
     @torch.no_grad()
     def balanced(self) -> Tucker:
-        """The same tensor, whose factors are orthonormal, with columns of norm sqrt(out), 1 and sqrt(basis), which are
-        those of a random start and from which training goes on well."""
+        """The same tensor with columns of norm sqrt(out), 1 and sqrt(basis), given factors of orthonormal columns.
+
+        Random starts of adapters have these norms too, and the learning rates are made for them.
+        """
         gains = (math.sqrt(len(self.factor_out)), 1.0, math.sqrt(len(self.factor_basis)))
         factors = [factor * gain for factor, gain in zip(self.factors, gains, strict=True)]
         return Tucker(self.core / math.prod(gains), *factors)
+
+    def truncated(self, r: Ranks) -> Tucker:
+        """The best approximation of ranks at most `r` that HOOI finds, given factors of orthonormal columns.
+
+        HOOI runs on the core alone. The factors of the result are orthonormal too, so that the squared norm of the
+        error is that of the core less that of the new core.
+        """
+        core, *rotations = tucker(self.core, cap_ranks(r, self.ranks))
+        return Tucker(core, *(factor @ rotation for factor, rotation in zip(self.factors, rotations, strict=True)))
 
 
 class Update(NamedTuple):
@@ -130,20 +144,26 @@ class Update(NamedTuple):
         return self.tensor.dense(self.scale)
 
 
+def triple(sizes: Iterable[int]) -> tuple[int, int, int]:
+    """Three sizes as a tuple of three ints."""
+    out, in_, basis = sizes
+    return out, in_, basis
+
+
 def reconstruct(
     core: torch.Tensor, factor_out: torch.Tensor, factor_in: torch.Tensor, factor_basis: torch.Tensor
 ) -> torch.Tensor:
     """The dense tensor (out, in, basis) of a Tucker decomposition; differentiable in all four.
 
-    The basis mode is expanded first and the output mode last, so that the largest intermediate is (ro, in, basis). The
+    The basis mode is expanded first and the output mode last, so that the largest intermediate is (ro, in, basis). All
     products are of matrices: the result of a batched `torch.matmul` differs in its last digits between tensors that
     require a gradient and tensors that do not, and a loaded adapter must equal the trained one exactly.
 
     Args:
-        core (`torch.Tensor`): (ro, ri, rb).
-        factor_out (`torch.Tensor`): (out, ro).
-        factor_in (`torch.Tensor`): (in, ri).
-        factor_basis (`torch.Tensor`): (basis, rb).
+        core: (ro, ri, rb).
+        factor_out: (out, ro).
+        factor_in: (in, ri).
+        factor_basis: (basis, rb).
     """
     tensor = factor_out @ expand_inputs(core, factor_in, factor_basis).flatten(1)  # (out, in basis)
     return tensor.unflatten(1, (len(factor_in), len(factor_basis)))
@@ -165,17 +185,18 @@ def contract(
     factor_in: torch.Tensor,
     factor_basis: torch.Tensor,
 ) -> torch.Tensor:
-    """What a layer whose coefficient tensor has this Tucker decomposition returns, factor_in meeting each row's basis
-    functions first: the way for few rows, see `expands_first`.
+    """The output of a layer whose coefficients are a Tucker tensor, computed row by row.
 
-    All products are of matrices, see `reconstruct`. To go from the basis mode inwards would take the fewest
-    multiplications of all, but was never the fastest: its matrices are too thin.
+    factor_in meets the basis functions of each row first. This way suits few rows, see `expands_first`. All products
+    are of matrices, see `reconstruct`.
 
     Args:
-        basis (`torch.Tensor`): (rows, in, basis), the values of the basis functions.
-        residual (`torch.Tensor`): (rows, in), the values of the residual function.
-        core, factor_out, factor_in (`torch.Tensor`): (ro, ri, rb), (out, ro), (in, ri).
-        factor_basis (`torch.Tensor`): (basis + 1, rb), the residual function last.
+        basis: (rows, in, basis), the values of the basis functions.
+        residual: (rows, in), the values of the residual function.
+        core: (ro, ri, rb).
+        factor_out: (out, ro).
+        factor_in: (in, ri).
+        factor_basis: (basis + 1, rb), the residual function last.
 
     Returns:
         (rows, out).
@@ -189,8 +210,11 @@ def contract(
 
 
 def expands_first(rows: int, core: torch.Tensor, factor_in: torch.Tensor, factor_basis: torch.Tensor) -> bool:
-    """Whether a layer of these components does better to expand the core to a matrix of ro rows, which meets all basis
-    functions at once without their being kept (`expand_inputs`, `spline_product`), than to `contract` each row's."""
+    """True if `expand_inputs` is the faster way to evaluate a layer, False if `contract` is.
+
+    `expand_inputs` makes a matrix of ro rows, which meets all basis functions at once (`spline_product`): their values
+    need no memory.
+    """
     ro, ri, _ = core.shape
     size = len(factor_in)
     cached = rows * size * len(factor_basis) <= _CACHED
@@ -198,103 +222,151 @@ def expands_first(rows: int, core: torch.Tensor, factor_in: torch.Tensor, factor
     return size * ro * (ri + rows) <= rows * (size * ri + ri * ro + copies)
 
 
+def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
+    """The exact sum of Tucker tensors of one shape; differentiable.
+
+    The cores are the blocks of one core and the factors stand side by side: the ranks add.
+
+    Example:
+        >>> tensor = Tucker(torch.ones(2, 1, 3), torch.ones(6, 2), torch.ones(5, 1), torch.ones(4, 3))
+        >>> total = direct_sum([tensor, tensor])
+        >>> total.ranks, torch.equal(total.dense(), 2 * tensor.dense())
+        ((4, 2, 6), True)
+    """
+    _, ri, rb = (sum(ranks) for ranks in zip(*(tensor.ranks for tensor in tensors), strict=True))
+    blocks, b, c = [], 0, 0
+    for tensor in tensors:
+        _, own_ri, own_rb = tensor.ranks
+        blocks.append(pad(tensor.core, (c, rb - c - own_rb, b, ri - b - own_ri)))
+        b, c = b + own_ri, c + own_rb
+    factors = zip(*(tensor.factors for tensor in tensors), strict=True)
+    return Tucker(torch.cat(blocks), *(torch.cat(columns, dim=1) for columns in factors))
+
+
 @torch.no_grad()
 def tucker(tensor: torch.Tensor, ranks: tuple[int, int, int]) -> Tucker:
     """The best Tucker approximation that higher-order orthogonal iteration (HOOI) finds, started from the HOSVD.
 
     Args:
-        tensor (`torch.Tensor`): (out, in, basis).
-        ranks (`tuple[int, int, int]`): (ro, ri, rb), none above the size of its mode.
+        tensor: (out, in, basis).
+        ranks: (ro, ri, rb), none above the size of its mode.
 
     Returns:
-        `Tucker`: Factors of orthonormal columns, of the dtype and on the device of `tensor`. Computed in float64.
+        Factors of orthonormal columns, of the dtype and on the device of `tensor`. Computed in float64.
     """
     import tensorly.decomposition  # not at the top: scipy would double the time that importing the package takes
 
     array = tensor.detach().double().cpu().numpy()
-    # whatever backend the user of tensorly has set
-    with tensorly.backend_context("numpy", local_threadsafe=True), warnings.catch_warnings():
+    # whatever backend the user of tensorly has set; pyright does not see the attributes that tensorly adds to itself
+    backend = tensorly.backend_context("numpy", local_threadsafe=True)  # pyright: ignore[reportAttributeAccessIssue]
+    with backend, warnings.catch_warnings():
         # of a zero tensor, and of ranks above the product of the other two, for which any orthonormal columns will do
         warnings.simplefilter("ignore")
         core, factors = tensorly.decomposition.tucker(array, rank=list(ranks), init="svd", n_iter_max=20, tol=1e-6)
-    return Tucker(core, *factors).map(lambda array: torch.from_numpy(array.copy()).to(tensor))
+    return Tucker(*(torch.tensor(part, dtype=tensor.dtype, device=tensor.device) for part in (core, *factors)))
 
 
 @torch.no_grad()
-def hosvd(tensor: torch.Tensor) -> tuple[Tucker, list[torch.Tensor]]:
+def hosvd(tensor: torch.Tensor) -> tuple[Tucker, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """The higher-order singular value decomposition, without truncation; exact.
 
     Args:
-        tensor (`torch.Tensor`): (out, in, basis).
+        tensor: (out, in, basis).
 
     Returns:
-        `Tucker`, whose factors are the left singular vectors of the three unfoldings, and their singular values, in
-        falling order. In float64; each rank is the size of its mode, or the product of the other two if that is less.
+        The decomposition, whose factors are the left singular vectors of the three unfoldings, and their singular
+        values in falling order. In float64; each rank is the size of its mode, or the product of the other two sizes
+        if the product is less.
     """
-    core = tensor.detach().double()
-    factors, singular_values = [], []
-    for mode in range(3):
-        left, values, _ = torch.linalg.svd(tensor.detach().double().movedim(mode, 0).flatten(1), full_matrices=False)
-        factors.append(left)
-        singular_values.append(values)
-        core = torch.tensordot(core, left, ([0], [0]))  # takes the first mode and puts it last: all three in turn
-    return Tucker(core, *factors), singular_values
+    tensor = tensor.detach().double()
+    unfoldings = [tensor.movedim(mode, 0).flatten(1) for mode in range(3)]
+    out, in_, basis = (torch.linalg.svd(unfolding, full_matrices=False) for unfolding in unfoldings)
+    factors = out.U, in_.U, basis.U
+    return Tucker(_project(tensor, factors), *factors), (out.S, in_.S, basis.S)
+
+
+def _project(tensor: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """tensor x1 matrices[0]^T x2 matrices[1]^T x3 matrices[2]^T."""
+    for matrix in matrices:
+        tensor = torch.tensordot(tensor.movedim(0, -1), matrix, 1)  # takes the first mode, puts it last: three in turn
+    return tensor
 
 
 def energy_table(core: torch.Tensor) -> torch.Tensor:
     """The share of the squared norm in each leading block: entry (a - 1, b - 1, c - 1) is that in core[:a, :b, :c].
 
-    For the core of a HOSVD that is what its truncation to ranks (a, b, c) keeps. 1 everywhere for a zero core.
+    For the core of a HOSVD this is the share that its truncation to ranks (a, b, c) keeps. 1 everywhere if core is 0.
     """
     squares = core.square().cumsum(0).cumsum(1).cumsum(2)
     total = squares[-1, -1, -1]
     return squares / total if total > 0 else torch.ones_like(squares)
 
 
-def tucker_scaled(
-    tensor: torch.Tensor,
-    scale: torch.Tensor,
-    ranks: tuple[int, int, int],
-    steps: int = 400,
-    measure: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> Tucker:
-    """A Tucker decomposition that, multiplied by `scale` entry by entry, comes closest to `tensor`.
-
-    HOOI gives the start, the tensor multiplied by the scale (the gradient step from zero); L-BFGS does the rest. That
-    is no division by the scale, which would give the entries of least effect the greatest weight.
+@torch.enable_grad()
+def fit(start: Tucker, loss: Callable[[torch.Tensor], torch.Tensor], steps: int) -> Tucker:
+    """Minimizes a function of a Tucker tensor by L-BFGS.
 
     Args:
-        tensor, scale (`torch.Tensor`): (out, in, basis).
-        ranks (`tuple[int, int, int]`): (ro, ri, rb), none above the size of its mode.
-        steps (`int`): The most iterations of L-BFGS.
-        measure (`Callable[[torch.Tensor], torch.Tensor]`, *optional*): A linear map of such tensors: closest is then
-            what it makes of them, and to a thousandth the tensor itself, for what the map does not see.
+        start: Where to start from.
+        loss: A differentiable function of the dense tensor (out, in, basis).
+        steps: The most iterations.
 
     Returns:
-        `Tucker`: Factors of orthonormal columns, in float64.
+        Factors of orthonormal columns.
     """
-    tensor, scale = tensor.detach().double(), scale.detach().double()
-    energy = tensor.square().sum()
-    measured = None if measure is None else measure(tensor).square().sum().clamp(min=1e-300)
-    start = tucker(scale * tensor / scale.abs().max().clamp(min=1e-30) ** 2, ranks)
-    parts = start.map(lambda part: part.contiguous().requires_grad_())
+    parts = start.map(lambda part: part.detach().clone(memory_format=torch.contiguous_format).requires_grad_())
     optimizer = torch.optim.LBFGS(parts, max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        missed = scale * parts.dense() - tensor
-        loss = missed.square().sum() / energy
-        if measure is not None:
-            loss = _UNSEEN * loss + measure(missed).square().sum() / measured
-        loss.backward()
-        return loss
+        value = loss(parts.dense())
+        value.backward()
+        return value
 
-    if energy > 0:
-        optimizer.step(closure)
+    optimizer.step(closure)
     return parts.map(torch.Tensor.detach).orthogonal()
 
 
-def check_ranks(r: int | tuple[int, int, int], name: str = "r") -> int | tuple[int, int, int]:
+def tucker_scaled(
+    tensor: torch.Tensor,
+    scale: torch.Tensor,
+    ranks: tuple[int, int, int],
+    measure: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Tucker:
+    """A Tucker tensor T that minimizes ||scale * T - tensor||, or ||measure(scale * T - tensor)||, by L-BFGS.
+
+    HOOI of scale * tensor, the gradient step from zero, gives the start. tensor / scale would give the greatest weight
+    to the entries of least effect.
+
+    Args:
+        tensor: (out, in, basis).
+        scale: (out, in, basis), multiplied entry by entry.
+        ranks: (ro, ri, rb), none above the size of its mode.
+        measure: A linear map of such tensors. The tensor itself then counts to a thousandth, for what the map does not
+            see.
+
+    Returns:
+        Factors of orthonormal columns, in float64.
+    """
+    tensor, scale = tensor.detach().double(), scale.detach().double()
+    start = tucker(scale * tensor / scale.abs().max().clamp(min=1e-30) ** 2, ranks)
+    measured = tensor if measure is None else measure(tensor)
+
+    def loss(found: torch.Tensor) -> torch.Tensor:
+        missed = scale * found - tensor
+        if measure is None:
+            return relative_energy(missed, tensor)
+        return _UNSEEN * relative_energy(missed, tensor) + relative_energy(measure(missed), measured)
+
+    return fit(start, loss, steps=400)
+
+
+def relative_energy(tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """The squared norm of a tensor as a share of that of another; 0 if both are zero."""
+    return tensor.square().sum() / whole.square().sum().clamp(min=1e-300)
+
+
+def check_ranks(r: Ranks, name: str = "r") -> Ranks:
     """Returns `r`, a list of three (as JSON has it) as a tuple.
 
     Raises:
@@ -307,11 +379,18 @@ def check_ranks(r: int | tuple[int, int, int], name: str = "r") -> int | tuple[i
             f"`{name}` should be a positive integer value, or three of them for the modes (out, in, basis), but the "
             f"value passed is {r}"
         )
-    return ranks if isinstance(r, (tuple, list)) else r
+    return triple(ranks) if isinstance(r, (tuple, list)) else r
 
 
-def cap_ranks(r: int | tuple[int, int, int], shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The ranks (ro, ri, rb) for a tensor of the given shape: an int counts for the three modes, and a rank above the
-    size of its mode is brought down to it, since more columns than rows are linearly dependent."""
+def cap_ranks(r: Ranks, shape: Sequence[int]) -> tuple[int, int, int]:
+    """The ranks (ro, ri, rb) for a tensor of the given shape (out, in, basis).
+
+    An int counts for the three modes. A rank above the size of its mode is brought down to the size, since more
+    columns than rows are linearly dependent.
+
+    Example:
+        >>> cap_ranks(4, (10, 3, 8)), cap_ranks((2, 9, 5), (10, 3, 8))
+        ((4, 3, 4), (2, 3, 5))
+    """
     ranks = r if isinstance(r, tuple) else (r, r, r)
-    return tuple(min(rank, size) for rank, size in zip(ranks, shape, strict=True))
+    return triple(min(rank, size) for rank, size in zip(ranks, shape, strict=True))

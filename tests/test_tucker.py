@@ -20,10 +20,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_lotra.tucker import cap_ranks, check_ranks, reconstruct
+from peft_lotra.tucker import (
+    Tucker,
+    cap_ranks,
+    check_ranks,
+    contract,
+    direct_sum,
+    energy_table,
+    fit,
+    hosvd,
+    reconstruct,
+    tucker,
+    tucker_scaled,
+)
 
 
 sizes = st.tuples(*[st.integers(1, 6)] * 3)
+
+
+def random_tucker(shape=(6, 5, 4), ranks=(2, 3, 2)) -> Tucker:
+    factors = [torch.randn(size, rank, dtype=torch.float64) for size, rank in zip(shape, ranks, strict=True)]
+    return Tucker(torch.randn(ranks, dtype=torch.float64), *factors)
 
 
 @given(sizes, sizes)
@@ -76,3 +93,95 @@ def test_check_ranks_refuses(r):
     with pytest.raises(ValueError, match="`r` should be a positive integer value") as error:
         check_ranks(r)
     assert str(r) in str(error.value)
+
+
+def test_shape_ranks_and_padding():
+    tensor = random_tucker((6, 5, 4), (2, 3, 1))
+    assert (tensor.shape, tensor.ranks, tensor.numel()) == ((6, 5, 4), (2, 3, 1), 6 + 12 + 15 + 4)
+    padded = tensor.padded(6).dense()
+    assert padded.shape == (6, 5, 6) and not padded[..., 4:].any()
+    torch.testing.assert_close(padded[..., :4], tensor.dense())
+
+
+def test_contract_is_the_product_of_the_dense_tensor():
+    tensor, basis, residual = random_tucker((6, 5, 4)), torch.randn(7, 5, 3).double(), torch.randn(7, 5).double()
+    expected = torch.einsum("nik,oik->no", torch.cat([basis, residual[..., None]], -1), tensor.dense())
+    torch.testing.assert_close(contract(basis, residual, *tensor), expected)
+
+
+def test_direct_sum_is_exact_and_differentiable():
+    tensors = [random_tucker(ranks=ranks) for ranks in ((2, 3, 1), (1, 1, 4), (3, 2, 2))]
+    total = direct_sum(tensors)
+    assert total.ranks == (6, 6, 7)
+    torch.testing.assert_close(total.dense(), sum(tensor.dense() for tensor in tensors))
+    # the blocks are the cores, to the last bit, and there is nothing else
+    assert torch.equal(total.core[2:3, 3:4, 1:5], tensors[1].core)
+    assert total.core.count_nonzero() == sum(tensor.core.numel() for tensor in tensors)
+    assert all(torch.equal(one, other) for one, other in zip(direct_sum(tensors[:1]), tensors[0], strict=True))
+    core = tensors[0].core.requires_grad_()
+    direct_sum(tensors).dense().sum().backward()
+    assert core.grad is not None and core.grad.all()
+
+
+@given(sizes, sizes)
+@settings(max_examples=20, deadline=None)
+def test_truncation_of_orthogonal_factors_is_that_of_the_tensor(shape, ranks):
+    tensor = random_tucker(shape, ranks).orthogonal()
+    small = tensor.truncated((2, 1, 2))
+    assert small.ranks == cap_ranks((2, 1, 2), tensor.ranks)
+    error = (tensor.dense() - small.dense()).square().sum()
+    torch.testing.assert_close(error, tensor.core.square().sum() - small.core.square().sum(), atol=1e-9, rtol=1e-9)
+    wanted = (tensor.dense() - tucker(tensor.dense(), small.ranks).dense()).square().sum()
+    assert error <= wanted * 1.05 + 1e-9
+    assert (tensor.truncated(9).dense() - tensor.dense()).norm() < 1e-9
+
+
+def test_tucker_of_float32_on_any_backend_keeps_dtype():
+    tensorly.set_backend("pytorch")
+    decomposition = tucker(random_tucker().dense().float(), (2, 3, 2))
+    assert decomposition.core.dtype == torch.float32
+    assert not tucker(torch.zeros(3, 4, 5), (2, 2, 2)).dense().any()
+
+
+def test_hosvd_is_exact_and_its_energies_are_those_of_the_blocks():
+    tensor = torch.randn(6, 5, 4, dtype=torch.float64)
+    decomposition, values = hosvd(tensor)
+    torch.testing.assert_close(decomposition.dense(), tensor)
+    for mode, expected in enumerate(values):
+        torch.testing.assert_close(decomposition.core.movedim(mode, 0).flatten(1).norm(dim=1), expected)
+    table = energy_table(decomposition.core)
+    assert table[1, 2, 0] == pytest.approx(decomposition.core[:2, :3, :1].square().sum() / tensor.square().sum())
+    assert energy_table(torch.zeros(2, 2, 2)).min() == 1
+
+
+def test_fit_finds_the_minimum_and_leaves_the_start_as_it_is():
+    target, weights = random_tucker((6, 5, 4), (2, 2, 2)).dense(), torch.rand(6, 5, 4, dtype=torch.float64) + 0.1
+    start = tucker(weights * target, (2, 2, 2))
+    before = start.map(torch.clone)
+    with torch.no_grad():
+        found = fit(start, lambda tensor: (weights * (tensor - target)).square().sum(), steps=300)
+    assert (found.dense() - target).norm() < 1e-3 * target.norm()
+    assert all(torch.equal(one, other) for one, other in zip(start, before, strict=True))
+    assert not any(part.requires_grad for part in (*found, *start))
+
+
+def test_orthogonalize_and_balance_change_nothing():
+    core = torch.randn(5, 6, 2, dtype=torch.float64)
+    factors = [torch.randn(size, rank, dtype=torch.float64) for size, rank in ((3, 5), (9, 6), (4, 2))]
+    expected = reconstruct(core, *factors)
+    orthogonal = Tucker(core, *factors).orthogonal()
+    assert orthogonal.ranks == (3, 6, 2)
+    for factor in orthogonal.factors:
+        torch.testing.assert_close(factor.T @ factor, torch.eye(factor.shape[1]).double())
+    torch.testing.assert_close(orthogonal.dense(), expected)
+    torch.testing.assert_close(orthogonal.balanced().dense(), expected)
+
+
+def test_tucker_scaled_is_tucker_where_the_scale_is_one_and_finds_what_there_is_to_find():
+    tensor = torch.randn(6, 5, 4, dtype=torch.float64)
+    plain = tucker(tensor, (2, 2, 2)).dense()
+    scaled = tucker_scaled(tensor, torch.ones_like(tensor), (2, 2, 2)).dense()
+    assert (tensor - scaled).norm() <= (tensor - plain).norm() * (1 + 1e-6)
+    low, scale = random_tucker((6, 5, 4), (2, 2, 2)).dense(), torch.randn(6, 5, 1, dtype=torch.float64).expand(6, 5, 4)
+    found = tucker_scaled(scale * low, scale, (2, 2, 2))
+    assert ((scale * (found.dense() - low)).norm() / (scale * low).norm()) < 1e-2

@@ -34,6 +34,7 @@ from ..families.registry import KANLayerSpec, find_kan_layers, known_families
 from ..families.slim import SlimLayer
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, warn_capped
+from ..report import Report, TextTable
 from ..tucker import Tucker, cap_ranks, check_ranks, tucker
 from ..tuner.targets import locate_target, pattern_key
 from .features import gather_features, model_outputs, relative_error
@@ -49,7 +50,7 @@ _BISECTIONS = 8
 
 
 @dataclass(frozen=True)
-class SlimReport:
+class SlimReport(Report):
     """What `slim` did; prints as a table.
 
     Attributes:
@@ -71,18 +72,18 @@ class SlimReport:
     output_errors: dict[str, float] = field(default_factory=dict)
     model_error: float | None = None
 
-    def __str__(self) -> str:
-        width = max(map(len, [*self.errors, *self.dense]))
-        lines = [f"{name:{width}}  {str(self.ranks[name]):14}  error {e:.2%}" for name, e in self.errors.items()]
-        lines = [
-            line + (f", of outputs {self.output_errors[name]:.2%}" if self.output_errors else "")
-            for line, name in zip(lines, self.errors, strict=True)
+    def _table(self) -> TextTable:
+        rows = [
+            [name, str(self.ranks[name]), f"error {error:.2%}"]
+            + ([f"of outputs {self.output_errors[name]:.2%}"] if self.output_errors else [])
+            for name, error in self.errors.items()
         ]
-        lines += [f"{name:{width}}  left dense: its factors would take more parameters" for name in self.dense]
+        notes = [f"{name}  left dense: its factors would take more parameters" for name in self.dense]
         if self.model_error is not None:
-            lines.append(f"error of the model's outputs {self.model_error:.2%}")
+            notes.append(f"error of the model's outputs {self.model_error:.2%}")
         before, after = self.parameters
-        return "\n".join([*lines, f"{after:,} parameters, {before:,} before ({before / after:.1f}x)"])
+        notes.append(f"{after:,} parameters, {before:,} before ({before / after:.1f}x)")
+        return TextTable(["", "", ">", ">"] if self.output_errors else ["", "", ">"], rows, notes)
 
 
 def slim(
@@ -289,7 +290,7 @@ class _Compression:
                 stored = slim_layer.components.map(torch.Tensor.double).dense()
             errors[name] = ((tensor - stored).norm() / tensor.norm().clamp(min=1e-300)).item()
             if features is not None:
-                output_errors[name] = features.error(tensor, stored)
+                output_errors[name] = relative_error(features.outputs(tensor), features.outputs(stored))
             after += slim_layer.components.numel() - tensor.numel()
             model = _replace(model, name, slim_layer)
         model_error = None

@@ -31,6 +31,7 @@ from torch import nn
 from ..families.registry import KANLayerSpec, find_kan_layers, same_grid
 from ..families.slim import EDGE_SCALES
 from ..functional import call_with_parameters, unwrap
+from ..report import Report, TextTable
 from ..tucker import Tucker, cap_ranks, tucker, tucker_scaled
 from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer
@@ -41,7 +42,7 @@ from .updates import CoefficientUpdate, coefficient_updates
 
 
 @dataclass(frozen=True)
-class ExtractionReport:
+class ExtractionReport(Report):
     """What `extract_lotra` kept; prints as a table.
 
     Attributes:
@@ -60,16 +61,19 @@ class ExtractionReport:
     not_saved: list[str]
     output_errors: dict[str, float] | None = None
 
-    def __str__(self) -> str:
-        width = max(map(len, self.errors))
-        lines = [f"{name:{width}}  {str(self.ranks[name]):14}  error {e:.2%}" for name, e in self.errors.items()]
-        if self.output_errors is not None:
-            outputs = self.output_errors.values()
-            lines = [f"{line}, of its outputs {e:.2%}" for line, e in zip(lines, outputs, strict=True)]
-        lines.append(f"{self.parameters:,} parameters")
-        lines += [f"saved whole: {name}" for name in self.modules_to_save]
-        lines += [f"changed, but not saved: {name}" for name in self.not_saved]
-        return "\n".join(lines)
+    def _table(self) -> TextTable:
+        outputs = self.output_errors
+        rows = [
+            [name, str(self.ranks[name]), f"error {error:.2%}"]
+            + ([] if outputs is None else [f"of its outputs {outputs[name]:.2%}"])
+            for name, error in self.errors.items()
+        ]
+        notes = [
+            f"{self.parameters:,} parameters",
+            *(f"saved whole: {name}" for name in self.modules_to_save),
+            *(f"changed, but not saved: {name}" for name in self.not_saved),
+        ]
+        return TextTable(["", "", ">"] if outputs is None else ["", "", ">", ">"], rows, notes)
 
 
 def extract_lotra(
@@ -232,7 +236,7 @@ def _decompose(update: CoefficientUpdate, ranks: tuple[int, int, int], features:
     if features is None:
         return tucker_scaled(update.tensor, update.scale, ranks)
     return tucker_scaled(
-        update.tensor, update.scale, ranks, measure=lambda tensor: features.outputs(tensor) @ features.root_out
+        update.tensor, update.scale, ranks, measure=lambda tensor: features.outputs(tensor) @ features.metric_out
     )
 
 

@@ -33,6 +33,7 @@ import torch
 from torch import nn
 
 from ..functional import unwrap
+from ..report import Report, TextTable
 from ..tucker import cap_ranks, check_ranks, energy_table, hosvd
 from ..tuner.config import LoTRAConfig
 from ..tuner.gradients import gather_gradients
@@ -77,7 +78,7 @@ class LayerSpectrum:
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class Spectrum(Report):
     """The spectra of all layers, by name; prints as a table.
 
     Attributes:
@@ -99,16 +100,16 @@ class Spectrum:
         )
         return kept / total if total else 1.0
 
-    def __str__(self) -> str:
+    def _table(self) -> TextTable:
         triples = ((1, 1, 1), (4, 4, 4), (8, 8, 4))
-        header = ["layer", "out x in x basis", "norm", *(f"energy in {r}" for r in triples), "ranks for 95 %"]
-        rows = [header]
-        for name, layer in self.layers.items():
-            energies = [f"{100 * layer.energy(r):.1f} %" for r in triples]
-            ranks = str(cheapest(layer, 0.95))
-            rows.append([name, " x ".join(map(str, layer.shape)), f"{layer.norm:.3g}", *energies, ranks])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        columns = ["layer", ">out x in x basis", ">norm", *(f">energy in {r}" for r in triples), ">ranks for 95 %"]
+        rows = [
+            [name, " x ".join(map(str, layer.shape)), f"{layer.norm:.3g}"]
+            + [f"{100 * layer.energy(r):.1f} %" for r in triples]
+            + [str(cheapest(layer, 0.95))]
+            for name, layer in self.layers.items()
+        ]
+        return TextTable(columns, rows)
 
 
 def update_spectrum(base: nn.Module, tuned: nn.Module) -> Spectrum:

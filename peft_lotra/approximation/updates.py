@@ -31,23 +31,32 @@ from ..tuner.targets import locate_target
 
 @dataclass(frozen=True)
 class CoefficientUpdate:
-    """What fine-tuning did to the coefficients of one layer, in float64.
+    """
+    What fine-tuning did to the coefficients of one layer, in float64.
 
     Attributes:
-        tensor (`torch.Tensor`): (out, in, basis), or (out, in, basis + 1) with the residual branch: the change of the
-            coefficients, or, if the scales of the edges changed too (or count anyway), of coefficient times scale.
-        scale (`torch.Tensor`, *optional*): As `tensor`: what the layer of the base model multiplies a change of its
-            coefficients by to get there; `None` if the change is of the coefficients.
+        tensor: (out, in, basis), or (out, in, basis + 1) with the residual branch: the change of the coefficients, or
+            of coefficient times scale if the scales of the edges changed too (or count anyway).
+        scale: As `tensor`: what the layer of the base model multiplies a change of its coefficients by; `None` if
+            `tensor` is the change of the coefficients.
     """
 
     tensor: torch.Tensor
     scale: torch.Tensor | None = None
 
+    def missed(self, delta: torch.Tensor) -> torch.Tensor:
+        """What a change of the coefficients of the base model lacks of the update."""
+        delta = delta.to(self.tensor)
+        return self.tensor - (delta if self.scale is None else self.scale * delta)
+
 
 @torch.no_grad()
 def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False) -> dict[str, CoefficientUpdate]:
-    """The updates of all KAN layers, by name; with `scaled`, those of edges with scales are of coefficient times scale
-    even if the scales did not change.
+    """The updates of all KAN layers, by name.
+
+    Args:
+        base, tuned: Two models of one architecture, adapted or not.
+        scaled: Whether updates of edges with scales are of coefficient times scale even if no scale changed.
 
     Raises:
         ValueError: As `update_spectrum`.
@@ -66,14 +75,15 @@ def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False)
     for name in (layer.name for layer in found):
         before, scale = read_coefficients(name, base.get_submodule(name))
         after, new_scale = read_coefficients(name, tuned.get_submodule(name))
-        after, new_scale = after.to(before), None if new_scale is None else new_scale.to(before)
+        after = after.to(before)
         for which, tensor in (("base", before), ("tuned", after)):
             if not tensor.isfinite().all():
                 raise ValueError(f"The coefficients of `{name}` in the {which} model are not finite.")
-        if scale is None or (torch.equal(scale, new_scale) and not scaled):
-            updates[name] = CoefficientUpdate(after - before)
-        else:
-            updates[name] = CoefficientUpdate(new_scale * after - scale * before, scale)
+        updates[name] = CoefficientUpdate(after - before)
+        if scale is not None and new_scale is not None:
+            new_scale = new_scale.to(before)
+            if scaled or not torch.equal(scale, new_scale):
+                updates[name] = CoefficientUpdate(new_scale * after - scale * before, scale)
     return updates
 
 
@@ -81,11 +91,10 @@ def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch
     """The coefficients in force, and what the layer multiplies them by, both (out, in, basis [+ 1]) in float64."""
     layer, spec, tensor = locate_target(name, module)
     coefficients = tensor.read(layer).double().clone()  # what is read may be the parameter itself
-    if isinstance(module, LoTRALayer) and not module.merged and not module.disable_adapters:
-        for adapter in module.active_adapters:
-            if adapter in module.lotra_core:
-                delta = module.get_delta_weight(adapter).double()
-                coefficients[..., : delta.shape[-1]] += delta
+    if isinstance(module, LoTRALayer):
+        for update in module.updates_in_force():
+            delta = update.dense().double()
+            coefficients[..., : delta.shape[-1]] += delta
     scale_name, layout = EDGE_SCALES.get(spec.family, ("", ""))
     scale = getattr(layer, scale_name, None)
     if scale is None:

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,92 +28,92 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import nn
 
-from ..families.registry import same_grid
+from ..families.registry import same_grid, short_name
 from ..functional import call_with_parameters, modes_kept
-from ..tucker import Tucker, tucker
+from ..report import Report, TextTable
+from ..tucker import Tucker, fit, relative_energy, tucker
 from .guards import bare_base
-from .layer import LoTRALayer
+from .layer import LoTRALayer, lotra_layers
 
 
-# What the points that spread over the whole grid weigh beside the samples, as in `KANLinear.update_grid`.
+# The weight of the points that spread over the whole grid beside the samples, as in `KANLinear.update_grid`.
 _FILL_WEIGHT = 0.01
 
 
 @dataclass(frozen=True)
-class RefitReport:
-    """What `refit_adapters` kept; prints as a table.
+class RefitReport(Report):
+    """
+    What `refit_adapters` kept; prints as a table.
+
+    The update of an adapter is here the function that it adds to the output of the layer, on the samples, without the
+    scales that a family puts on its edges.
 
     Attributes:
-        errors (`dict[tuple[str, str], float]`): By layer and adapter, the norm of (the new update - the old one), as a
-            share of the norm of the old one. The update is the function that the adapter adds to the output of the
-            layer, on the samples, without the scales that a family puts on its edges; measured on the adapter as it
-            is stored. Empty if no grid had moved.
-        projection_errors (`dict[tuple[str, str], float]`): The same before the update was brought back to its ranks:
-            what the new grid cannot express.
+        errors: By layer and adapter, the norm of (the new update - the old one), as a share of the norm of the old
+            one; measured on the adapter as it is stored. Empty if no grid had moved.
+        projection_errors: The same before the update is brought back to its ranks: what the new grid cannot express.
     """
 
     errors: dict[tuple[str, str], float]
     projection_errors: dict[tuple[str, str], float]
 
-    def __str__(self) -> str:
-        return "\n".join(
-            f"{layer}  {adapter}  error {error:.2%}, of which {self.projection_errors[layer, adapter]:.2%} by the grid"
-            for (layer, adapter), error in self.errors.items()
-        )
+    def _table(self) -> TextTable:
+        rows = [
+            [*key, f"error {error:.2%}", f"of which {self.projection_errors[key]:.2%} by the grid"]
+            for key, error in self.errors.items()
+        ]
+        return TextTable(["", "", ">", ">"], rows, [] if rows else ["no grid had moved"])
 
 
 def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], Any] | None = None) -> RefitReport:
     """Expresses the adapters of all layers whose grid has moved in the new bases.
 
     The methods that move a grid raise on an adapted layer, since its adapters would then mean other functions. Move
-    the grid of the base layers, `layer.base_layer.update_grid(x)`, and refit; or pass the move.
+    the grids of the base layers, `layer.base_layer.update_grid(x)`, and refit; or pass the move.
 
-    Each update is projected onto the new basis, one input at a time: by least squares on the inputs that the layer
-    gets, and with a hundredth of their weight on points spread over the new grid. It is brought back to the ranks it
-    had by higher-order orthogonal iteration, followed by L-BFGS on the error of the functions. The inputs of a layer
-    are those that the layers before it give with the adapters that are active, already refitted.
+    Each update is projected onto the new basis, one input at a time: by least squares on the inputs of the layer, and
+    with a hundredth of their weight on points spread over the new grid. HOOI brings it back to its ranks, followed by
+    L-BFGS on the error of the functions. The inputs of a layer are those that the layers before it give with the
+    active adapters, already refitted.
 
     Example:
-
-    ```py
-    >>> report = refit_adapters(model, x, move=lambda kan: kan.update_grid_from_samples(x))  # pykan
-    >>> print(report)
-    ```
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig
+        >>> from peft_lotra.kan import KAN
+        >>> model = get_peft_model(KAN([2, 5, 1]), LoTRAConfig(r=2, init_weights=False))
+        >>> x = torch.rand(200, 2)
+        >>> report = refit_adapters(model, x, move=lambda kan: kan.layers[0].update_grid(x))
+        >>> list(report.errors)
+        [('layers.0', 'default')]
 
     Args:
-        model (`nn.Module`): The adapted model. Its adapters must not be merged.
+        model: The adapted model. Its adapters must not be merged.
         inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments. A few
             hundred rows are plenty; a layer needs memory for four bases of all rows in float64.
-        move (`Callable`, *optional*): Moves the grids. It is called with the base model, in which the bare layers
-            stand in their places, and must not replace them.
+        move: Moves the grids. It is called with the base model, in which the bare layers stand in their places, and
+            must not replace them.
 
     Returns:
-        [`RefitReport`]: The errors, to be looked at.
+        The errors, to be looked at.
 
     Raises:
-        ValueError: Adapters are merged or disabled; the family of a layer offers no basis; a layer whose grid moved
-            is not reached by `inputs`; the number of basis functions changed. Nothing is changed then, not even by
-            `move`.
+        ValueError: Adapters are merged or disabled; the family of a layer offers no basis; `inputs` do not reach a
+            layer whose grid moved; the number of basis functions changed. Nothing is changed then, not even by `move`.
     """
-    layers = {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoTRALayer)
-    }
+    layers = {short_name(name): layer for name, layer in lotra_layers(model)}
     unusable = [name for name, layer in layers.items() if layer.merged or layer.disable_adapters]
     if unusable:
         raise ValueError(
             f"The adapters of the layers {unusable} are merged or disabled: unmerge or enable them first."
         )
-    errors: dict[tuple[str, str], float] = {}
-    projection_errors: dict[tuple[str, str], float] = {}
+    report = RefitReport({}, {})
 
-    def refit(layer: LoTRALayer, args: tuple, kwargs: dict[str, Any]) -> None:
+    def refit(name: str, layer: LoTRALayer, args: tuple, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        name = next(name for name, module in layers.items() if module is layer)
         for adapter in layer.lotra_core:
             if not same_grid(layer.lotra_grid[adapter], layer.read_grid()):
-                errors[name, adapter], projection_errors[name, adapter] = _refit(name, layer, adapter, x)
+                key = name, adapter
+                report.errors[key], report.projection_errors[key] = _refit(name, layer, adapter, x)
 
     hooks = []
     with _unchanged_on_error(layers), modes_kept(model), torch.no_grad():
@@ -121,7 +122,8 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
             if move is not None:
                 with bare_base(model) as base:
                     move(base)
-            hooks = [layer.register_forward_pre_hook(refit, with_kwargs=True) for layer in layers.values()]
+            for name, layer in layers.items():
+                hooks.append(layer.register_forward_pre_hook(partial(refit, name), with_kwargs=True))
             if isinstance(inputs, Mapping):
                 model(**inputs)
             else:
@@ -136,32 +138,31 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
         ]
         if left:
             raise ValueError(f"The grids of the layers {left} have moved, but `inputs` do not reach them.")
-    return RefitReport(errors, projection_errors)
+    return report
 
 
 @contextmanager
 def _unchanged_on_error(layers: Mapping[str, LoTRALayer]) -> Iterator[None]:
-    """Puts all tensors of the layers back if an error is raised."""
+    """Puts all tensors and grids of the layers back if an error is raised."""
     tensors = {t: t.detach().clone() for layer in layers.values() for t in layer.state_dict(keep_vars=True).values()}
     grids = {name: (dict(layer.lotra_grid), layer.read_grid()) for name, layer in layers.items()}
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for name, (at_creation, grid) in grids.items():
-                layers[name].lotra_grid.update(at_creation)
-                for attribute, value in grid.items():
-                    owner, _, leaf = attribute.rpartition(".")
-                    setattr(layers[name].base_layer.get_submodule(owner), leaf, value)
-            for tensor, value in tensors.items():
-                tensor.data = value
+        for name, (at_creation, grid) in grids.items():
+            layers[name].lotra_grid.update(at_creation)
+            for attribute, value in grid.items():
+                owner, _, leaf = attribute.rpartition(".")
+                setattr(layers[name].base_layer.get_submodule(owner), leaf, value)
+        for tensor, value in tensors.items():
+            tensor.data = value
         raise
 
 
 def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple[float, float]:
     """Refits one adapter of one layer; returns the error of the function, and that before truncation."""
     components = _on_cpu(layer.get_components(adapter))
-    old, ranks = components.dense(), components.ranks
+    old = components.dense()
     samples = x.detach().reshape(-1, layer.in_features)
     points = torch.cat([samples, _spread(layer, samples)])
     weight = torch.ones(len(points), 1, 1, dtype=torch.float64)
@@ -174,7 +175,7 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple
         )
     weighted = (weight * new_basis).transpose(0, 1)  # (in, points, basis)
     transfer = torch.linalg.lstsq(weighted, (weight * old_basis).transpose(0, 1)).solution
-    metric = torch.linalg.qr(weighted)[1]
+    metric = torch.linalg.qr(weighted)[1]  # brings the coefficients of an edge to the values of its function
     if old.shape[-1] > old_basis.shape[-1]:
         # The residual branch stays, and has a block of its own: the layer may scale its splines edge by edge.
         residual = F.silu(points.double().cpu())[..., None]
@@ -184,7 +185,14 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple
         metric = F.pad(metric, (0, 1, 0, 1))
         metric[:, -1, -1] = (weight * residual).norm(dim=(0, 2))
     projected = einsum(transfer, old, "i new old, o i old -> o i new")
-    layer.set_components(adapter, _truncate(projected, metric, ranks).balanced())
+
+    def edge_functions(tensor: torch.Tensor) -> torch.Tensor:
+        return einsum(metric, tensor, "i m k, o i k -> o i m")
+
+    wanted = edge_functions(projected)
+    start = tucker(projected, components.ranks)
+    fitted = fit(start, lambda tensor: relative_energy(edge_functions(tensor - projected), wanted), steps=100)
+    layer.set_components(adapter, fitted.balanced())
     layer.lotra_grid[adapter] = layer.copy_grid()
     stored = _on_cpu(layer.get_components(adapter)).dense()
 
@@ -200,25 +208,6 @@ def _on_cpu(components: Tucker) -> Tucker:
     return components.map(lambda part: part.detach().double().cpu())
 
 
-def _truncate(tensor: torch.Tensor, metric: torch.Tensor, ranks: tuple[int, int, int], steps: int = 100) -> Tucker:
-    """A Tucker decomposition whose edge functions come closest to those of `tensor` (out, in, basis); `metric`
-    (in, basis, basis) brings the coefficients of an edge to the values of its function."""
-    energy = einsum(metric, tensor, "i m k, o i k -> o i m").square().sum()
-    parts = tucker(tensor, ranks).map(lambda part: part.contiguous().requires_grad_())
-    optimizer = torch.optim.LBFGS(parts, max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = einsum(metric, parts.dense() - tensor, "i m k, o i k -> o i m").square().sum() / energy
-        loss.backward()
-        return loss
-
-    if energy > 0:
-        with torch.enable_grad():
-            optimizer.step(closure)
-    return parts.map(torch.Tensor.detach).orthogonal()
-
-
 def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
     """The basis functions (points, in, basis) of a layer at x (points, in), on a grid that may not be its own."""
     base, spec = layer.base_layer, layer.lotra_spec
@@ -232,16 +221,16 @@ def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: torch.Tenso
     return call_with_parameters(base, tensors, lambda: function(base, x), (), {}).double().cpu()
 
 
-def _pykan_basis(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    # not the `basis` of its family: pykan's layers also return what each edge gives, which only they compute
+def _pykan_basis(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    # its family has no `basis`: pykan's layers also return what each edge gives, which only they compute
     from kan.spline import B_batch
 
     return B_batch(x, layer.grid, k=layer.k)
 
 
 def _spread(layer: LoTRALayer, samples: torch.Tensor) -> torch.Tensor:
-    """Points (n, in) that spread over each input's grid, or over the range of the samples if the family says no more
-    about its grid than a formula."""
+    """Points (n, in) that spread over each input's grid, or over the range of the samples if the grid of the family
+    is no tensor by input."""
     low, high = samples.aminmax(dim=0)
     for value in layer.read_grid().values():
         if isinstance(value, torch.Tensor) and value.dim() == 2 and len(value) == layer.in_features:

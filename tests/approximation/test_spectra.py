@@ -25,7 +25,7 @@ from stand_ins import FAMILIES
 from peft_lotra import LoTRAConfig, find_kan_layers
 from peft_lotra.approximation.spectra import Spectrum, gradient_spectrum, spectrum_of, suggest_ranks, update_spectrum
 from peft_lotra.kan import KAN
-from peft_lotra.tucker import Tucker, reconstruct, tucker, tucker_scaled
+from peft_lotra.tucker import reconstruct, tucker
 
 
 def tucker_tensor(shape=(9, 7, 8), ranks=(3, 2, 4)) -> torch.Tensor:
@@ -195,25 +195,3 @@ def test_bad_models():
     broken.layers[0].base_weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"`layers\.0` in the tuned model are not finite"):
         update_spectrum(model, broken)
-
-
-def test_orthogonalize_and_balance_change_nothing():
-    core = torch.randn(5, 6, 2, dtype=torch.float64)
-    factors = [torch.randn(size, rank, dtype=torch.float64) for size, rank in ((3, 5), (9, 6), (4, 2))]
-    expected = reconstruct(core, *factors)
-    orthogonal = Tucker(core, *factors).orthogonal()
-    assert orthogonal.ranks == (3, 6, 2)
-    for factor in orthogonal.factors:
-        torch.testing.assert_close(factor.T @ factor, torch.eye(factor.shape[1]).double())
-    torch.testing.assert_close(orthogonal.dense(), expected)
-    torch.testing.assert_close(orthogonal.balanced().dense(), expected)
-
-
-def test_tucker_scaled_is_tucker_where_the_scale_is_one_and_finds_what_there_is_to_find():
-    tensor = torch.randn(6, 5, 4, dtype=torch.float64)
-    plain = tucker(tensor, (2, 2, 2)).dense()
-    scaled = tucker_scaled(tensor, torch.ones_like(tensor), (2, 2, 2)).dense()
-    assert (tensor - scaled).norm() <= (tensor - plain).norm() * (1 + 1e-6)
-    low, scale = tucker_tensor((6, 5, 4), (2, 2, 2)), torch.randn(6, 5, 1, dtype=torch.float64).expand(6, 5, 4)
-    found = tucker_scaled(scale * low, scale, (2, 2, 2))
-    assert ((scale * (found.dense() - low)).norm() / (scale * low).norm()) < 1e-2
