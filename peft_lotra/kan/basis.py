@@ -136,6 +136,11 @@ def in_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether the tensor belongs to `is_grads_batched` of `torch.autograd.grad`, and cannot be written into."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)  # pyright: ignore[reportAttributeAccessIssue] (no stub)
+
+
 def spline_offsets(position: torch.Tensor, num_basis: int, spline_order: int) -> torch.Tensor:
     """The distances, with their sign, of grid positions (..., I) from the centres of the basis functions:
     (..., I, num_basis)."""
@@ -177,17 +182,6 @@ def silu_derivatives(x: torch.Tensor, highest: int) -> list[torch.Tensor]:
 def spline_factors(spline_order: int) -> list[int]:
     """(-1)^m binom(p+1, m) for m = 0 ... p/2, the factors of the truncated powers."""
     return [(-1) ** m * math.comb(spline_order + 1, m) for m in range(spline_order // 2 + 1)]
-
-
-def integer_power_(x: torch.Tensor, n: int) -> torch.Tensor:
-    """x^n in place, for x >= 0; 0^0 is 0."""
-    if n == 0:
-        return x.copy_(x > 0)
-    if n == 1:
-        return x
-    if n <= 3:  # the exponents that torch.pow is fast for
-        return x.pow_(n)
-    return x.square_().square_() if n == 4 else x.mul_(x.square().square_())
 
 
 class _SplineValues(torch.autograd.Function):

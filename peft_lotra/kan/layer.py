@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import nn
 
-from .basis import bspline_basis, check_grid
+from .basis import UniformGrid, bspline_basis, check_grid
 from .product import spline_product
 
 
@@ -131,6 +131,11 @@ class KANLinear(nn.Module):
         variance = variance / self.in_features
         nn.init.normal_(self.spline_weight, std=math.sqrt(SPLINE_VARIANCE_SHARE * variance / spline_moment))
         nn.init.normal_(self.base_weight, std=math.sqrt((1 - SPLINE_VARIANCE_SHARE) * variance / base_moment))
+
+    @property
+    def grid(self) -> UniformGrid:
+        """The grids, as the buffer `grid_bounds` holds them."""
+        return UniformGrid(*self.grid_bounds.unbind(-1), self.grid_size, self.spline_order)
 
     @property
     def knots(self) -> torch.Tensor:

@@ -168,6 +168,7 @@ class SlimKANLinear(nn.Module):
     # the grids are those of a dense layer
     basis = KANLinear.basis
     _check_input = KANLinear._check_input
+    grid = KANLinear.grid
     knots = KANLinear.knots
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

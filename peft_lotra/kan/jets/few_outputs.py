@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a dense KAN layer with few outputs makes of a jet: its edges are evaluated as piecewise polynomials."""
+"""A jet through a dense KAN layer with few outputs, whose edges are evaluated as piecewise polynomials."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from ..product import needs_plain_operations
 from .by_hand import plain_gradients
 
 
-# From so many outputs, the matrix product of `LayerJet` costs less.
+# Above so many outputs, the matrix product of `LayerJet` costs less. `examples/pde/jet_speed.py`, with more outputs.
 MOST_OUTPUTS = 2
 
 
 def few_outputs(layer: nn.Module, z: Tensor) -> bool:
-    """Whether to take `FewOutputsJet`. Splines below order 3 have second derivatives that jump, and at the very knots
-    belong to the plain formula alone."""
+    """Whether to take `FewOutputsJet`. At the knots, the second derivatives of splines below order 3 jump, and must be
+    those of the plain formula."""
     return layer.out_features <= MOST_OUTPUTS and layer.spline_order >= 3 and not needs_plain_operations(z)
 
 
@@ -41,26 +41,26 @@ class FewOutputsJet(torch.autograd.Function):
     """
     As `LayerJet`, with the same arguments.
 
-    An edge phi[o, i] is a polynomial of degree p in each grid interval. Its coefficients are gathered for each point,
-    and so phi and its first three derivatives, (O, I, N), cost no more than some operations on tensors of inputs:
-    nothing has the size of the basis. In backward, the moments that the coefficients' gradient is made of are summed
-    by interval.
+    An edge phi[o, i] is a polynomial of degree p in each grid interval. The polynomial's coefficients are gathered for
+    each point, so that phi and its first three derivatives, (O, I, N), cost a few operations on tensors of inputs:
+    nothing has the size of the basis. The backward pass sums moments by interval, and forms the gradient of the
+    coefficients from these sums.
     """
 
     @staticmethod
-    def forward(ctx, z, first, second, weight, layer, weights, only_second, plain):
-        order, inputs = layer.spline_order, len(z)
-        low, high = layer.grid_bounds.unsqueeze(-1).unbind(1)
-        scale = layer.grid_size / (high - low)
-        position = ((z - low) * scale).clamp_(-order - 1, layer.grid_size + order + 1)  # constant zero beyond
+    def forward(ctx, z, first, second, weight, grid, weights, only_second, plain):
+        order, inputs = grid.spline_order, len(z)
+        low, high = grid.low.unsqueeze(-1), grid.high.unsqueeze(-1)
+        scale = grid.grid_size / (high - low)
+        position = ((z - low) * scale).clamp_(-order - 1, grid.grid_size + order + 1)  # constant zero beyond
         start = position.floor()
         t = position.sub_(start)
-        intervals = layer.grid_size + 2 * order + 3
+        intervals = grid.grid_size + 2 * order + 3
         index = start.nan_to_num_().long().add_(order + 1)
         index += torch.arange(inputs, device=z.device).unsqueeze(-1) * intervals
         index = index.flatten()
 
-        splines, base = weight.view(len(weight), -1, inputs).transpose(1, 2).split([layer.grid_size + order, 1], -1)
+        splines, base = weight.view(len(weight), -1, inputs).transpose(1, 2).split([grid.grid_size + order, 1], -1)
         windows = nn.functional.pad(splines, (order + 1, order + 2)).unfold(-1, order + 1, 1)
         pieces = _pieces(order, z.dtype, z.device)
         table = torch.einsum("oijl,lq->qoij", windows, pieces).reshape(-1, inputs * intervals)
@@ -77,26 +77,26 @@ class FewOutputsJet(torch.autograd.Function):
         square = weighted * first
         square = square if weights is None else square.sum(0, keepdim=True)
 
-        *value, slope, bend, jerk = phi
-        d2y = torch.einsum("oin,din->don", bend, square)
+        *value, first_phi, second_phi, third_phi = phi
+        d2y = torch.einsum("oin,din->don", second_phi, square)
         if second is not None:
-            d2y += torch.einsum("oin,din->don", slope, second)
-        y, dy = (None, None) if only_second else (value[0].sum(1), torch.einsum("oin,din->don", slope, first))
+            d2y += torch.einsum("oin,din->don", first_phi, second)
+        y, dy = (None, None) if only_second else (value[0].sum(1), torch.einsum("oin,din->don", first_phi, first))
         ctx.save_for_backward(z, first, second, weight, weights)
         ctx.set_materialize_grads(False)
-        ctx.plain, ctx.sizes = plain, (order, layer.grid_size + order, intervals)
-        ctx.kept = scale, t, index, slope, bend, jerk, weighted, square, residual
+        ctx.plain, ctx.sizes = plain, (order, grid.grid_size + order, intervals)
+        ctx.kept = scale, t, index, first_phi, second_phi, third_phi, weighted, square, residual
         return y, dy, d2y
 
     @staticmethod
-    def backward(ctx, grad_y, grad_dy, grad_d2y):
+    def backward(ctx, grad_y, grad_dy, grad_d2y):  # pyright: ignore[reportIncompatibleMethodOverride] (*grad_outputs)
         z, first, second, weight, _ = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *plain_gradients(ctx, (grad_y, grad_dy, grad_d2y)), *[None] * 4
-        scale, t, index, slope, bend, jerk, weighted, square, residual = ctx.kept
-        # what y, y' and y'' give to phi and its derivatives, (O, I, N)
-        none = torch.zeros_like(slope)
-        towards = [none if grad_y is None else grad_y.unsqueeze(1).expand_as(slope), none, none]
+        scale, t, index, first_phi, second_phi, third_phi, weighted, square, residual = ctx.kept
+        # the gradients towards phi and its derivatives, (O, I, N)
+        none = torch.zeros_like(first_phi)
+        towards = [none if grad_y is None else grad_y.unsqueeze(1).expand_as(first_phi), none, none]
         if grad_dy is not None:
             towards[1] = torch.einsum("don,din->oin", grad_dy, first)
         if grad_d2y is not None:
@@ -105,14 +105,14 @@ class FewOutputsJet(torch.autograd.Function):
             towards[2] = torch.einsum("don,din->oin", grad_d2y, square)
         to_z = to_first = to_second = to_weight = None
         if any(ctx.needs_input_grad[:3]):
-            to_z = (towards[0] * slope).addcmul_(towards[1], bend).addcmul_(towards[2], jerk).sum(0)
+            to_z = (towards[0] * first_phi).addcmul_(towards[1], second_phi).addcmul_(towards[2], third_phi).sum(0)
             to_first = torch.zeros_like(first, memory_format=torch.contiguous_format)
             if grad_dy is not None:
-                to_first += torch.einsum("don,oin->din", grad_dy, slope)
+                to_first += torch.einsum("don,oin->din", grad_dy, first_phi)
             if grad_d2y is not None:
-                to_first += torch.einsum("don,oin->din", grad_d2y, bend) * weighted * 2
+                to_first += torch.einsum("don,oin->din", grad_d2y, second_phi) * weighted * 2
             if second is not None and grad_d2y is not None:
-                to_second = torch.einsum("don,oin->din", grad_d2y, slope)
+                to_second = torch.einsum("don,oin->din", grad_d2y, first_phi)
         if ctx.needs_input_grad[3]:
             to_base = sum((g * r).sum(-1) for g, r in zip(towards, residual[:3], strict=True))
             to_weight = _weight_gradient(ctx.sizes, t, index, [g * scale**d for d, g in enumerate(towards)])
@@ -143,8 +143,8 @@ def _weight_gradient(sizes: tuple[int, ...], t: Tensor, index: Tensor, towards: 
 
 @lru_cache(maxsize=64)
 def _pieces(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The B-splines in a grid interval, that which begins first in row 0, as polynomials in the distance from its
-    start: (p + 1, p + 1), powers ascending."""
+    """The B-splines in a grid interval as polynomials in the distance from the start of the interval: (p + 1, p + 1),
+    powers ascending, the spline that begins first in row 0."""
     rows = [
         [
             math.comb(order, q)

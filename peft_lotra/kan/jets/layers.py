@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ...tucker import Update
-from ..basis import silu_derivatives, spline_factors
+from ..basis import UniformGrid, silu_derivatives, spline_factors
 from ..layer_records import Grid, Parts, recorder_of_layer
 from ..product import needs_plain_operations
-from .by_hand import LayerJet, _Block, _Streams
+from .by_hand import JetRows, LayerFeatures, LayerJet
 from .few_outputs import FewOutputsJet, few_outputs
 
 
@@ -113,7 +113,7 @@ def _evaluate(
         function = FewOutputsJet if few_outputs(own, z) else LayerJet
         first, second = (None if part is None else part.expand(len(part), *z.shape) for part in (first, second))
         plain = partial(_by_plain_operations, own, [], weights, False)
-        y = function.apply(z, first, second, weight, own, weights, only_second, plain)
+        y = function.apply(z, first, second, weight, own.grid, weights, only_second, plain)
     else:
         y = _by_plain_operations(own, factored, weights, only_second, z, first, second, weight)
     return tuple(None if part is None else part.mT.reshape(*part.shape[:-2], *lead, shape[0]) for part in y)
@@ -235,14 +235,14 @@ def stream_features(
     bends = count if weights is None else 1
     if grid.spline_order < 3 and not _by_hand_pays(evaluated * (1 + count + bends), z):
         return torch.stack(_streams(grid, z, first, second, weights, only_second)).permute(3, 0, 1, 2)
-    block = _Block(grid, z)
+    block = LayerFeatures(UniformGrid(*grid.grid_bounds.unbind(-1), grid.grid_size, grid.spline_order), z)
     lines = bends if only_second else 1 + count + bends
     features = z.new_empty(z.shape[1], lines, *block.shape)
-    for part in block.parts(z.shape[1]):
+    for part in block.blocks(z.shape[1]):
         derivatives = range(1 if only_second else 0, 3 if count else 1)
-        streams = _Streams(block, part, z, first, second, weights, derivatives)
-        found = [] if only_second else [streams.value, *(partial(streams.slope, d) for d in range(count))]
-        found += [partial(streams.bend, d) for d in range(bends)]
+        streams = JetRows(block, part, z, first, second, weights, derivatives)
+        found = [] if only_second else [streams.value, *(partial(streams.first, d) for d in range(count))]
+        found += [partial(streams.second, d) for d in range(bends)]
         for line, stream in enumerate(found):
             features[part, line].flatten(1).copy_(stream().T)
     return features

@@ -1,0 +1,68 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The sizes of working memory, and what a thread keeps of it between calls."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+
+import torch
+
+
+# Sizes are in numbers. New memory costs as much as several passes over it, so operations go through blocks of rows and
+# write into the same memory for each. To measure a size again, halve and double it here and run the script that its
+# line names on an idle machine (`layers` is `examples/benchmarks/run.py --only layers`).
+
+# Of the basis (rows x inputs x basis functions) evaluated at a time: fits the second-level cache. `layers`
+EVALUATED = 2**18
+# Of the basis that enters a matrix product at a time: fits the third-level cache. `layers`
+MULTIPLIED = 2**21
+# Fewest rows that enter a matrix product, and the fewest of a wide layer, whose matrix is larger. `layers`
+MIN_ROWS = (256, 512)
+# Of a block's features in a jet, evaluated by hand. `examples/pde/jet_speed.py`
+JET_BLOCK = 2**19
+# All of these on other devices than the CPU: only bound the memory. `examples/benchmarks/run.py --device cuda`
+OFF_CPU = 2**26
+# Most that a thread keeps of each working memory. `examples/benchmarks/run.py --only layers memory`
+KEPT = 2**22
+
+
+_kept = threading.local()
+
+
+def workspace(name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """
+    Memory for this call, not initialized, of the dtype and device of `like`.
+
+    On the CPU, up to `KEPT` numbers are those of the thread's last call of that name.
+    """
+    count = math.prod(shape)
+    if like.device.type != "cpu" or count > KEPT:
+        return like.new_empty(shape)
+    kept = getattr(_kept, name, None)
+    if kept is None or kept.dtype != like.dtype or kept.numel() < count:
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
+            kept = like.new_empty(count)
+        if type(kept) is torch.Tensor:  # not what a dispatch mode, such as that of fake tensors, puts in its place
+            setattr(_kept, name, kept)
+    return kept[:count].view(shape)
+
+
+def blocks(start: int, stop: int, step: int) -> Iterator[slice]:
+    """Slices of `step` rows from `start` to `stop`."""
+    for row in range(start, stop, step):
+        yield slice(row, min(row + step, stop))

@@ -1,0 +1,136 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""`spline_product` on large grids: by the coefficients of the basis functions that are not zero at a point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .basis import cardinal_spline
+from .evaluation import Gradients, Pair, Points
+from .memory import EVALUATED, blocks
+
+
+# From so many basis functions for each one that is not zero at a point, and from so many points, to gather
+# coefficients costs less than the product with all of them. `grid` of `examples/benchmarks/run.py --only growth`.
+_SPARSE_FROM = 5
+_SPARSE_MIN_ROWS = 64
+
+
+def is_sparse(points: Points) -> bool:
+    """Whether to gather the coefficients of the p + 1 functions that are not zero at a point."""
+    return (
+        points.num_basis >= _SPARSE_FROM * (points.spline_order + 1)
+        and len(points.x) >= _SPARSE_MIN_ROWS
+        and points.x.device.type == "cpu"
+        and points.x.dtype == torch.float32
+    )
+
+
+def sparse_product(points: Points, weight: Tensor, update: Pair | None) -> Tensor:
+    """The product (N, O); see `spline_product`."""
+    table = _table(weight, update)
+    result = points.x.new_empty(len(points.x), len(weight))
+    for rows in _blocks(points):
+        values, index, _ = _basis(points, rows)
+        result[rows] = _gathered_sum(table, index, values)
+    return result
+
+
+def sparse_gradients(
+    points: Points, weight: Tensor, update: Pair | None, gradient: Tensor, needed: Sequence[bool]
+) -> Gradients:
+    """The gradients towards x, weight, left and right, of those that are needed."""
+    gradient = gradient.contiguous()
+    left, right = update or (None, None)
+    towards_x = torch.empty_like(points.x) if needed[0] else None
+    towards_left = torch.zeros_like(left) if left is not None and needed[2] else None
+    table = _table(weight, update) if needed[0] else None
+    thin_table = right.flatten(1).t().contiguous() if right is not None and needed[2] else None
+    found = []
+    for rows in _blocks(points):
+        values, index, interval = _basis(points, rows)
+        if towards_x is not None:
+            slopes, _, _ = _basis(points, rows, derivative=1)
+            # Input after input, so that the coefficients of one stay in the cache for all rows: half the time.
+            index_by_input, slopes = index.transpose(0, 1), slopes.transpose(0, 1)
+            row_of = torch.arange(len(index)).repeat_interleave(slopes.shape[-1]).repeat(len(slopes))
+            towards_basis = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                gradient[rows], table, index_by_input.flatten(), torch.arange(len(index)), row_of, 0, -1
+            )
+            towards_x[rows] = (towards_basis.view_as(slopes) * slopes).sum(-1).t() * points.scale
+        if towards_left is not None and thin_table is not None:
+            towards_left.addmm_(gradient[rows].t(), _gathered_sum(thin_table, index, values))
+        found.append((values, interval))
+    towards_weight = towards_right = None
+    if needed[1] or needed[3]:
+        values, interval = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+        if needed[1]:
+            towards_weight = _weight_gradient(points, values, interval, gradient).view_as(weight)
+        if left is not None and right is not None and needed[3]:
+            towards_right = _weight_gradient(points, values, interval, gradient @ left).view_as(right)
+    return towards_x, towards_weight, towards_left, towards_right
+
+
+def _blocks(points: Points) -> Iterator[slice]:
+    width = points.x.shape[1] * (points.spline_order + 1)
+    return blocks(0, len(points.x), max(1, EVALUATED // width))
+
+
+def _basis(points: Points, rows: slice, derivative: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    Of the p + 1 basis functions whose support holds a point: their values (R, I, p+1), 0 for those beyond the ends of
+    the basis; their indices i K + k; and the grid interval of each point (R, I), counted from p before the first.
+    """
+    order, num_basis = points.spline_order, points.num_basis
+    position = ((points.x[rows] - points.low) * points.scale).clamp_(-order - 1, num_basis + 1)
+    first = position.floor()
+    which = torch.arange(order + 1)
+    offset = (position - first).unsqueeze(-1) - (which - (order - 1) / 2).to(position)
+    values = cardinal_spline(offset, order, derivative)
+    first = first.nan_to_num_().long()
+    index = first.unsqueeze(-1) + which
+    values.masked_fill_((index < 0) | (index >= num_basis), 0)
+    index = index.clamp_(0, num_basis - 1) + (torch.arange(position.shape[1]) * num_basis).unsqueeze(-1)
+    return values, index, first.clamp_(-order, num_basis - 1) + order
+
+
+def _table(weight: Tensor, update: Pair | None) -> Tensor:
+    """The sum of weight and update: (I K, O)."""
+    total = weight.flatten(1) if update is None else torch.addmm(weight.flatten(1), update[0], update[1].flatten(1))
+    return total.t().contiguous()
+
+
+def _gathered_sum(table: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    return F.embedding_bag(index.flatten(1), table, mode="sum", per_sample_weights=values.flatten(1))
+
+
+def _weight_gradient(points: Points, values: Tensor, interval: Tensor, gradient: Tensor) -> Tensor:
+    """sum_n gradient[n, o] B_k(x[n, i]) as (O, I K), from sums over the points in each interval of each input."""
+    (size, width), order, num_basis = points.x.shape, points.spline_order, points.num_basis
+    bins = num_basis + order
+    keys, permutation = (interval.t() + torch.arange(width).unsqueeze(-1) * bins).flatten().sort(stable=True)
+    starts = torch.searchsorted(keys, torch.arange(width * bins))
+    values = values.transpose(0, 1).flatten(0, 1)[permutation]
+    rows = permutation % size
+    result = gradient.new_zeros(width, num_basis, gradient.shape[1])
+    for m, value in enumerate(values.unbind(-1)):
+        sums = F.embedding_bag(rows, gradient, starts, mode="sum", per_sample_weights=value.contiguous())
+        result += sums.unflatten(0, (width, bins))[:, order - m : order - m + num_basis]
+    return result.flatten(0, 1).t().contiguous()
