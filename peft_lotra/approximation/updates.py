@@ -22,8 +22,9 @@ from itertools import zip_longest
 import torch
 from torch import nn
 
+from ..families.coefficients import get_or_none
+from ..families.layout import parse_layout
 from ..families.registry import find_kan_layers
-from ..families.slim import EDGE_SCALES
 from ..functional import unwrap
 from ..tuner.layer import LoTRALayer
 from ..tuner.targets import locate_target
@@ -86,11 +87,10 @@ def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch
             if adapter in module.lotra_core:
                 delta = module.get_delta_weight(adapter).double()
                 coefficients[..., : delta.shape[-1]] += delta
-    scale_name, layout = EDGE_SCALES.get(spec.family, ("", ""))
-    scale = getattr(layer, scale_name, None)
+    scale_name, layout = spec.edge_scale or ("", "")
+    scale = get_or_none(layer, scale_name)
     if scale is None:
         return coefficients, None
-    scale = scale.double() if layout == "o i" else scale.double().T
     full = torch.ones_like(coefficients)
-    full[..., : tensor.shape[-1]] = scale[..., None]
+    full[..., : tensor.shape[-1]] = parse_layout(layout).to_canonical(scale.double(), tensor.lengths)
     return coefficients, full
