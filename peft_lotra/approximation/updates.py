@@ -81,12 +81,10 @@ def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False)
 def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The coefficients in force, and what the layer multiplies them by, both (out, in, basis [+ 1]) in float64."""
     layer, spec, tensor = locate_target(name, module)
-    coefficients = tensor.read(layer).double().clone()  # what is read may be the parameter itself
-    if isinstance(module, LoTRALayer) and not module.merged and not module.disable_adapters:
-        for adapter in module.active_adapters:
-            if adapter in module.lotra_core:
-                delta = module.get_delta_weight(adapter).double()
-                coefficients[..., : delta.shape[-1]] += delta
+    if isinstance(module, LoTRALayer):
+        coefficients = module.coefficients_in_force(torch.float64)
+    else:
+        coefficients = tensor.read(layer).double().clone()  # what is read may be the parameter itself
     scale_name, layout = spec.edge_scale or ("", "")
     scale = get_or_none(layer, scale_name)
     if scale is None:
