@@ -106,12 +106,8 @@ def plot_edge_functions(
     layer, _, tensor = locate_target(layer_name, module)
     before = tensor.read(layer)
     curves = {"base": before}
-    adapters = [a for a in module.active_adapters if a in module.lotra_core] if isinstance(module, LoTRALayer) else []
-    if adapters and not module.merged and not module.disable_adapters:
-        curves["adapted"] = before.clone()
-        for adapter in adapters:
-            delta = module.get_delta_weight(adapter)
-            curves["adapted"][..., : delta.shape[-1]] += delta
+    if isinstance(module, LoTRALayer) and module.adapters_in_force():
+        curves["adapted"] = module.coefficients_in_force()
     change = (curves["adapted"] - before if len(curves) == 2 else before).float().square().sum(-1)
     edges = _choose_edges(edges, change)
     x = torch.linspace(-1, 1, 101) if x is None else x

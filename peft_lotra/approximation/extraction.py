@@ -29,7 +29,6 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
 from ..families.registry import KANLayerSpec, find_kan_layers, same_grid
-from ..families.slim import EDGE_SCALES
 from ..functional import call_with_parameters, unwrap
 from ..report import Report, TextTable
 from ..tucker import Tucker, cap_ranks, tucker, tucker_scaled
@@ -275,7 +274,7 @@ def _compare(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
     explained = {
         f"{name}.{parameter}"
         for name, (_, spec, tensor) in layers.items()
-        for parameter in [*tensor.parameters, EDGE_SCALES.get(spec.family, ("",))[0]]
+        for parameter in [*tensor.parameters, (spec.edge_scale or ("",))[0]]
     }
     modules, not_saved = dict.fromkeys([]), []
     for name in before:

@@ -24,7 +24,6 @@ import torch
 from torch import nn
 
 from ..families.registry import KANLayerSpec
-from ..families.slim import edge_scale
 from ..functional import call_with_parameters, modes_kept
 from ..tucker import Tucker, tucker
 
@@ -62,7 +61,7 @@ class Features:
         out, in_features, basis = location.shape
         basis += location.has_residual
         x = x.reshape(-1, in_features)
-        scale = edge_scale(layer, spec)
+        scale = spec.find_edge_scale(layer)
 
         def run(tensor: torch.Tensor) -> torch.Tensor:
             parameters = location.split(tensor.view(out, in_features, basis))

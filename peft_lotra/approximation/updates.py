@@ -22,8 +22,9 @@ from itertools import zip_longest
 import torch
 from torch import nn
 
+from ..families.coefficients import get_or_none
+from ..families.layout import parse_layout
 from ..families.registry import find_kan_layers
-from ..families.slim import EDGE_SCALES
 from ..functional import unwrap
 from ..tuner.layer import LoTRALayer
 from ..tuner.targets import locate_target
@@ -90,16 +91,14 @@ def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False)
 def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The coefficients in force, and what the layer multiplies them by, both (out, in, basis [+ 1]) in float64."""
     layer, spec, tensor = locate_target(name, module)
-    coefficients = tensor.read(layer).double().clone()  # what is read may be the parameter itself
     if isinstance(module, LoTRALayer):
-        for update in module.updates_in_force():
-            delta = update.dense().double()
-            coefficients[..., : delta.shape[-1]] += delta
-    scale_name, layout = EDGE_SCALES.get(spec.family, ("", ""))
-    scale = getattr(layer, scale_name, None)
+        coefficients = module.coefficients_in_force(torch.float64)
+    else:
+        coefficients = tensor.read(layer).double().clone()  # what is read may be the parameter itself
+    scale_name, layout = spec.edge_scale or ("", "")
+    scale = get_or_none(layer, scale_name)
     if scale is None:
         return coefficients, None
-    scale = scale.double() if layout == "o i" else scale.double().T
     full = torch.ones_like(coefficients)
-    full[..., : tensor.shape[-1]] = scale[..., None]
+    full[..., : tensor.shape[-1]] = parse_layout(layout).to_canonical(scale.double(), tensor.lengths)
     return coefficients, full

@@ -16,9 +16,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,41 +31,56 @@ from .layout import Layout
 
 @dataclass(frozen=True)
 class CoefficientTensor:
-    """Where one layer keeps its coefficients, as seen in the canonical order (out, in, basis).
+    """Where one layer keeps its coefficients, and how they are read and written as a tensor (out, in, basis).
 
     Attributes:
         family (`str`): The family of the layer.
         parameters (`dict[str, Layout]`): The parameter of the coefficients, then that of the residual branch if it has
             one of its own; dotted names reach into sub-modules.
         lengths (`dict[str, int]`): The length of each axis that the layouts name.
+
+    Example:
+        >>> import torch
+        >>> from peft_lotra.families.registry import get_kan_spec
+        >>> from peft_lotra.kan import KANLinear
+        >>> layer = KANLinear(3, 2)
+        >>> tensor = get_kan_spec(layer).locate(layer)
+        >>> tensor.shape, tensor.has_residual, tuple(tensor.read(layer).shape)
+        ((2, 3, 8), True, (2, 3, 9))
+        >>> {name: tuple(part.shape) for name, part in tensor.split(torch.zeros(2, 3, 9)).items()}
+        {'spline_weight': (2, 3, 8), 'base_weight': (2, 3)}
     """
 
     family: str
     parameters: Mapping[str, Layout]
     lengths: Mapping[str, int] = field(repr=False)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
         """(out, in, basis), without the residual branch."""
-        layout = next(iter(self.parameters.values()))
-        basis = 1
-        for axis in layout.basis:
-            basis *= self.lengths[axis]
-        return self.lengths["o"], self.lengths["i"], basis
+        return self.lengths["o"], self.lengths["i"], prod(self.lengths[axis] for axis in self._layout.basis)
 
-    @property
+    @cached_property
     def has_residual(self) -> bool:
         """Whether the layer has a residual branch."""
-        layout = next(iter(self.parameters.values()))
-        return len(self.parameters) == 2 or layout.packed_residual is not None
+        return len(self.parameters) == 2 or self._layout.packed_residual is not None
+
+    @cached_property
+    def name(self) -> str:
+        """The name of the parameter of the coefficients."""
+        return next(iter(self.parameters))
+
+    @cached_property
+    def _layout(self) -> Layout:
+        return self.parameters[self.name]
 
     def get_parameter(self, layer: nn.Module) -> torch.Tensor:
-        """The parameter of the coefficients, as stored. Read as an attribute: under FSDP it is a plain tensor view."""
-        return get_or_none(layer, next(iter(self.parameters)))
+        """The parameter of the coefficients, as stored. Under FSDP it is a plain tensor view."""
+        return attrgetter(self.name)(layer)
 
     def read_parameters(self, layer: nn.Module) -> dict[str, torch.Tensor]:
         """The adapted parameters, as stored, by name."""
-        return {name: get_or_none(layer, name) for name in self.parameters}
+        return {name: attrgetter(name)(layer) for name in self.parameters}
 
     def read(self, layer: nn.Module, residual: bool = True) -> torch.Tensor:
         """The coefficients of the layer as (out, in, basis), or (out, in, basis + 1) with the residual branch."""
@@ -72,16 +90,11 @@ class CoefficientTensor:
     def read_parts(
         self, layer: nn.Module, parameters: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The coefficients (out, in, basis) and the residual weights (out, in), if there are any, by themselves: views
-        of the parameters where their layouts allow it. `parameters` take the place of those of the layer."""
-        stored = [
-            parameters[name] if parameters and name in parameters else get_or_none(layer, name)
-            for name in self.parameters
-        ]
-        tensor, *residual = (
-            layout.to_canonical(part, self.lengths)
-            for layout, part in zip(self.parameters.values(), stored, strict=True)
-        )
+        """The coefficients (out, in, basis) and the residual weights (out, in), if any, as two tensors.
+
+        They are views of the parameters where the layouts allow it. `parameters` replace those of the layer.
+        """
+        tensor, *residual = self._canonical({**self.read_parameters(layer), **(parameters or {})}.values())
         if residual:
             return tensor, residual[0].squeeze(-1)
         basis = self.shape[-1]
@@ -89,11 +102,12 @@ class CoefficientTensor:
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """The canonical tensor of parts that are laid out like `parameters`, e.g. of their gradients."""
-        parts = [
-            layout.to_canonical(part, self.lengths)
-            for layout, part in zip(self.parameters.values(), parts, strict=True)
-        ]
-        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        tensors = self._canonical(parts)
+        return torch.cat(tensors, dim=-1) if len(tensors) > 1 else tensors[0]
+
+    def _canonical(self, parts: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        layouts = self.parameters.values()
+        return [layout.to_canonical(part, self.lengths) for layout, part in zip(layouts, parts, strict=True)]
 
     def split(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """The inverse of `read`: the parts of a canonical tensor, each in the layout of the parameter it belongs to.
@@ -113,7 +127,7 @@ class CoefficientTensor:
         return parts
 
 
-def get_or_none(layer: nn.Module, name: str):
+def get_or_none(layer: nn.Module, name: str) -> Any:
     """The attribute of a dotted name, `None` where any part of it is absent."""
     try:
         return attrgetter(name)(layer)

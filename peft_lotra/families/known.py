@@ -14,11 +14,14 @@
 
 """The families that are known from the start. Importing this module registers them.
 
-They are recognised by what they consist of, since most of these layers reach users as a copied file, often under
+They are recognized by what they consist of, since most of these layers reach users as a copied file, often under
 another class name.
 """
 
 from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,27 +29,40 @@ from torch import nn
 from ..kan.basis import UniformGrid
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear
-from .coefficients import get_or_none
+from . import slim  # noqa: F401  (registers the family of Slim layers)
 from .registry import register_kan_layer
-from .slim import SlimLayer
 
 
 def _ndim(layer: nn.Module, name: str) -> int | None:
-    value = get_or_none(layer, name)
-    return value.ndim if isinstance(value, torch.Tensor) else None
+    """The number of dimensions of a tensor of this dotted name, `None` if there is none."""
+    try:
+        return attrgetter(name)(layer).ndim
+    except AttributeError:
+        return None
 
 
-def _splines_from_knots(layer: nn.Module) -> UniformGrid | None:
+def _splines_from_knots(layer: Any) -> UniformGrid | None:
     order = layer.spline_order
     grid_size = layer.grid.shape[-1] - 2 * order - 1
     return UniformGrid(layer.grid[:, order], layer.grid[:, order + grid_size], grid_size, order)
 
 
-def _splines_from_starts(layer: nn.Module) -> UniformGrid | None:
+def _splines_from_starts(layer: Any) -> UniformGrid | None:
     order, step = layer.spline_order, 1 / layer.inv_h
     low = layer.grid_starts[:1] + order * step
     grid_size = len(layer.grid_starts) - order
     return UniformGrid(low, low + grid_size * step, grid_size, order)
+
+
+def _splines_from_bounds(layer: Any) -> UniformGrid:
+    low, high = layer.grid_bounds.unbind(-1)
+    return UniformGrid(low, high, layer.grid_size, layer.spline_order)
+
+
+def _pykan_basis(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    from kan.spline import B_batch
+
+    return B_batch(x, layer.grid, k=layer.k)
 
 
 register_kan_layer(
@@ -55,6 +71,7 @@ register_kan_layer(
     coefficients=("fourier_weight", "o i k"),
     residual=("base_weight", "o i"),
     grid=("freqs", "input_scale", "input_shift"),
+    edge_scale=("fourier_scaler", "o i"),
 )
 register_kan_layer(
     "kanx",
@@ -138,6 +155,8 @@ register_kan_layer(
         **dict.fromkeys(("swap", "auto_swap", "auto_swap_l")),
     },
     checkpoint_methods=("saveckpt",),
+    edge_scale=("scale_sp", "i o"),
+    refit_basis=_pykan_basis,  # no `basis`: the layers also return what each edge gives, which only they compute
 )
 register_kan_layer(
     "efficient-kan",  # the delta is put on the raw parameter, not on its product with `spline_scaler`
@@ -150,6 +169,7 @@ register_kan_layer(
     splines=_splines_from_knots,
     activation=lambda m, x: m.base_activation(x),
     scale=lambda m: m.spline_scaler if getattr(m, "enable_standalone_scale_spline", False) else None,
+    edge_scale=("spline_scaler", "o i"),
 )
 register_kan_layer(
     "peft-lotra",
@@ -159,10 +179,10 @@ register_kan_layer(
     grid=("grid_bounds", "grid_size", "spline_order"),
     grid_methods=("update_grid",),
     basis=lambda m, x: m.basis(x),
-    splines=lambda m: UniformGrid(*m.grid_bounds.unbind(-1), m.grid_size, m.spline_order),
+    splines=_splines_from_bounds,
     activation=lambda m, x: nn.functional.silu(x),
 )
-# The parameters of Slim layers are Tucker components; what is described here are the tensors that they make. An
+# The parameters of Slim layers are Tucker components; described here are the tensors that the components make. An
 # adapter is added to the components, see `SlimLoTRALayer`.
 register_kan_layer(
     "slim-kan",
@@ -171,10 +191,4 @@ register_kan_layer(
     residual=("base_weight", "o i"),
     grid=("grid_bounds", "grid_size", "spline_order"),
     basis=lambda m, x: m.basis(x),
-)
-register_kan_layer(
-    "slim",  # a layer of any other family, after `slim`
-    matches=SlimLayer,  # see `get_kan_spec`
-    coefficients=("coefficients", "o i k"),
-    residual=("residual", "o i"),
 )

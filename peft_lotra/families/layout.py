@@ -15,8 +15,8 @@
 """Layouts: how a library stores its coefficients, as an einops pattern, and the canonical order (out, in, basis).
 
 A pattern names the axes of the stored parameter. `o` and `i` are the output and input features; every other name
-belongs to the basis mode, in the order in which it appears. Parentheses flatten axes as in einops, and, as in einx, a
-`+` inside parentheses says that two blocks are concatenated: the coefficients first, the residual weights second.
+belongs to the basis mode, in the order in which it appears. Parentheses flatten axes as in einops. As in einx, a `+`
+inside parentheses concatenates two blocks: the coefficients come first, the residual weights second.
 
     "o i k"      efficient-kan      "t o i g"          FourierKAN: the basis mode is (t g)
     "o (i k)"    FastKAN            "o ((i k) + i)"    inkan: coefficients and residual weights packed in one
@@ -28,23 +28,33 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from einops import rearrange
 
 
+Dims = tuple[tuple[str, ...], ...]
+
+
 @dataclass(frozen=True)
 class Layout:
-    """A parsed pattern: one tuple of axis names for each dimension, for the coefficients and, where they are packed
-    into the same parameter, for the residual weights (which differ in dimension `concatenated` alone)."""
+    """A parsed pattern.
+
+    Attributes:
+        pattern (`str`): The pattern.
+        dims (`tuple[tuple[str, ...], ...]`): The axis names of each dimension of the coefficients.
+        packed_residual (`tuple[tuple[str, ...], ...]`, *optional*): The same for residual weights that are packed into
+            the parameter. Its shape differs from that of the coefficients in dimension `concatenated` alone.
+        concatenated (`int`): The dimension in which the residual weights are packed.
+    """
 
     pattern: str
-    dims: tuple[tuple[str, ...], ...]
-    packed_residual: tuple[tuple[str, ...], ...] | None = None
-    concatenated: int | None = None
+    dims: Dims
+    packed_residual: Dims | None = None
+    concatenated: int = -1
 
-    @property
+    @cached_property
     def basis(self) -> tuple[str, ...]:
         """The axes that make up the basis mode."""
         return tuple(axis for dim in self.dims for axis in dim if axis not in ("o", "i"))
@@ -59,10 +69,10 @@ class Layout:
         problem = f"Pattern {self.pattern!r} does not fit a parameter of shape {tuple(shape)}: "
         if len(shape) != len(self.dims):
             raise ValueError(problem + f"it names {len(self.dims)} dimensions, the parameter has {len(shape)}.")
-        # An axis that stands alone may settle one that is flattened with others, so look at the simple ones first.
+        # An axis on its own may settle one that is flattened with others: simple dimensions first.
         for position in sorted(range(len(shape)), key=lambda p: (p == self.concatenated, len(self.dims[p]))):
             dim, size = self.dims[position], shape[position]
-            if position == self.concatenated:
+            if self.packed_residual is not None and position == self.concatenated:
                 second = self.packed_residual[position]
                 if any(axis not in lengths for axis in second):
                     raise ValueError(problem + _open_lengths(second, lengths))
@@ -80,23 +90,33 @@ class Layout:
 
     def to_canonical(self, parameter: torch.Tensor, lengths: Mapping[str, int]) -> torch.Tensor:
         """(stored shape) -> (out, in, basis), with the packed residual weights, if any, as the last basis slice."""
-        target = f"o i ({' '.join(self.basis)})"
-        if self.packed_residual is None:
-            return _rearrange(parameter, self.dims, target, lengths)
-        sizes = [math.prod(lengths[a] for a in dims[self.concatenated]) for dims in (self.dims, self.packed_residual)]
-        first, second = parameter.split(sizes, dim=self.concatenated)
-        first = _rearrange(first, self.dims, target, lengths)
-        second = _rearrange(second, self.packed_residual, "o i ()", lengths)
-        return torch.cat([first, second], dim=-1)
+        parts: Sequence[torch.Tensor] = [parameter]
+        if self.packed_residual is not None:
+            blocks = (self.dims, self.packed_residual)
+            sizes = [math.prod(lengths[axis] for axis in dims[self.concatenated]) for dims in blocks]
+            parts = parameter.split(sizes, dim=self.concatenated)
+        parts = [
+            rearrange(part, f"{stored} -> {canonical}", **{axis: lengths[axis] for axis in axes})
+            for part, (stored, canonical, axes) in zip(parts, self._blocks, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def from_canonical(self, tensor: torch.Tensor, lengths: Mapping[str, int]) -> torch.Tensor:
         """(out, in, basis) -> (stored shape), the inverse of `to_canonical`; differentiable."""
-        source = f"o i ({' '.join(self.basis)})"
-        if self.packed_residual is None:
-            return _arrange(tensor, source, self.dims, lengths)
-        first = _arrange(tensor[..., :-1], source, self.dims, lengths)
-        second = _arrange(tensor[..., -1:], "o i ()", self.packed_residual, lengths)
-        return torch.cat([first, second], dim=self.concatenated)
+        parts = [tensor] if self.packed_residual is None else [tensor[..., :-1], tensor[..., -1:]]
+        parts = [
+            rearrange(part, f"{canonical} -> {stored}", **{axis: lengths[axis] for axis in axes})
+            for part, (stored, canonical, axes) in zip(parts, self._blocks, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.concatenated)
+
+    @cached_property
+    def _blocks(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """The einops expressions of the stored and of the canonical order, and the axes, of each block."""
+        blocks = [(self.dims, f"o i ({' '.join(self.basis)})")]
+        if self.packed_residual is not None:
+            blocks.append((self.packed_residual, "o i ()"))
+        return [(_write(dims), canonical, tuple(axis for dim in dims for axis in dim)) for dims, canonical in blocks]
 
 
 def _open_lengths(axes: Sequence[str], lengths: Mapping[str, int]) -> str:
@@ -104,18 +124,8 @@ def _open_lengths(axes: Sequence[str], lengths: Mapping[str, int]) -> str:
     return f"the lengths of {unknown} do not follow from it. Give them to register_kan_layer by `axes`."
 
 
-def _write(dims: Sequence[tuple[str, ...]]) -> str:
+def _write(dims: Dims) -> str:
     return " ".join(dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in dims)
-
-
-def _rearrange(tensor: torch.Tensor, dims: Sequence[tuple[str, ...]], target: str, lengths: Mapping[str, int]):
-    used = {axis: lengths[axis] for dim in dims for axis in dim}
-    return rearrange(tensor, f"{_write(dims)} -> {target}", **used)
-
-
-def _arrange(tensor: torch.Tensor, source: str, dims: Sequence[tuple[str, ...]], lengths: Mapping[str, int]):
-    used = {axis: lengths[axis] for dim in dims for axis in dim}
-    return rearrange(tensor, f"{source} -> {_write(dims)}", **used)
 
 
 @cache
@@ -124,6 +134,11 @@ def parse_layout(pattern: str) -> Layout:
 
     Raises:
         ValueError: The pattern is malformed, or `o` and `i` do not appear exactly once.
+
+    Example:
+        >>> from peft_lotra.families.layout import parse_layout
+        >>> parse_layout("o (i k)").axis_lengths((4, 15), {"i": 3})
+        {'i': 3, 'o': 4, 'k': 5}
     """
     problem = f"Pattern {pattern!r} is not a layout of KAN coefficients: "
     first: list[tuple[str, ...]] = []

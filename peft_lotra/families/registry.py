@@ -21,8 +21,11 @@ therefore described (`KANLayerSpec`), not re-implemented.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -32,27 +35,93 @@ from ..functional import unwrap
 from ..kan.basis import UniformGrid
 from .coefficients import CoefficientTensor, get_or_none
 from .layout import parse_layout
-from .slim import SlimLayer
+
+
+Grid = dict[str, "torch.Tensor | int | float"]
 
 
 @dataclass(frozen=True)
 class KANLayerSpec:
-    """The description of a KAN family; see [`register_kan_layer`] for its fields."""
+    """The description of a KAN family, as [`register_kan_layer`] takes it.
+
+    Args:
+        family (`str`): The name under which the family is reported.
+        matches (`type` or `Callable`): The class of the layers, or a predicate on a module. Prefer a predicate on the
+            parameters' names where users copy the file and rename the class.
+        coefficients (`tuple[str, str]`): The parameter of the coefficients (dotted names reach into sub-modules) and
+            its layout as an einops pattern: `o` and `i` are the output and input features, any other axes make up the
+            basis mode in the order in which they appear. `"o i k"`, `"i o k"`, `"o (i k)"`, `"t o i g"`;
+            `"o ((i k) + i)"` where the residual weights are packed behind the coefficients.
+        residual (`tuple[str, str]`, *optional*): The parameter of the residual branch and its layout, of `o` and `i`.
+            A layer on which it is absent or `None` has no residual branch.
+        grid (`tuple[str, ...]`): The state that gives the coefficients their meaning: tensors and numbers. Names that
+            a layer does not have are ignored.
+        grid_methods (`tuple[str, ...]`): The layer's methods that change that state, or cut or permute the
+            coefficients. They raise while an adapter is attached and not merged.
+        network_methods (`dict[str, str | None]`): Methods of the network around the layer that rebuild it from its
+            state dict, replace its layers or move their grids. They raise until the adapters are unloaded; where the
+            value is the name of an argument, only if that argument is true.
+        checkpoint_methods (`tuple[str, ...]`): Methods of the network around the layer that save it. They save the
+            network with its adapters merged, under its original names.
+        basis (`Callable`, *optional*): `basis(layer, x)` with x (batch, in) returns the basis functions
+            (batch, in, basis) that the coefficients multiply. It opens the fast path: the adapted layer is evaluated
+            as basis(x) . (scale * coefficients) + activation(x) . residual + bias, if that is what the layer computes.
+            The two are compared on a few points when an adapter is attached, and when the grid has changed.
+        splines (`Callable`, *optional*): `splines(layer)` returns the [`UniformGrid`] that the basis consists of,
+            or `None`. The fast path then evaluates the splines in closed form.
+        activation (`Callable`, *optional*): `activation(layer, x)` returns the factors (batch, in) of the residual
+            weights.
+        scale (`Callable`, *optional*): `scale(layer)` returns factors (out, in) of the coefficients, or `None`.
+        bias (`str`, *optional*): The parameter that is added to the output. It may be absent or `None`.
+        axes (`Callable`, *optional*): `axes(layer)` returns the lengths of axes that no shape determines, e.g.
+            `{"k": layer.num_grids}` for the layout `"o (i k)"`.
+        edge_scale (`tuple[str, str]`, *optional*): The parameter that scales the splines of each edge, and its layout,
+            of `o` and `i`. Full fine-tuning moves it as it moves the coefficients.
+        refit_basis (`Callable`, *optional*): The basis that `refit_adapters` uses, in families without `basis` because
+            their layers return more than the formula.
+
+    Raises:
+        ValueError: A pattern is malformed, or has no basis axis.
+    """
 
     family: str
-    matches: Callable[[nn.Module], bool]
+    matches: type[nn.Module] | Callable[[Any], bool]
     coefficients: tuple[str, str]
     residual: tuple[str, str] | None = None
     grid: tuple[str, ...] = ()
     grid_methods: tuple[str, ...] = ()
     network_methods: Mapping[str, str | None] = field(default_factory=dict)
     checkpoint_methods: tuple[str, ...] = ()
-    basis: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
-    splines: Callable[[nn.Module], UniformGrid | None] | None = None
-    activation: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
-    scale: Callable[[nn.Module], torch.Tensor | None] | None = None
+    basis: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+    splines: Callable[[Any], UniformGrid | None] | None = None
+    activation: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+    scale: Callable[[Any], torch.Tensor | None] | None = None
     bias: str | None = None
-    axes: Callable[[nn.Module], Mapping[str, int]] | None = None
+    axes: Callable[[Any], Mapping[str, int]] | None = None
+    edge_scale: tuple[str, str] | None = None
+    refit_basis: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+    _grid: list[tuple[str, Callable[[Any], Any]]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        coefficients = parse_layout(self.coefficients[1])
+        if not coefficients.basis:
+            raise ValueError(
+                f"Pattern {self.coefficients[1]!r} of the coefficients of {self.family!r} has no basis axis: name at "
+                "least one axis besides `o` and `i`, e.g. 'o i k'."
+            )
+        for what, described in (("residual weights", self.residual), ("edge scales", self.edge_scale)):
+            if described is not None and parse_layout(described[1]).basis:
+                raise ValueError(
+                    f"Pattern {described[1]!r} of the {what} of {self.family!r} has an axis besides `o` and `i`: "
+                    "expected 'o i' or 'i o'."
+                )
+        if self.residual is not None and coefficients.packed_residual is not None:
+            raise ValueError(
+                f"The coefficients of {self.family!r} already contain the residual weights: drop `residual`."
+            )
+        if isinstance(self.matches, type):  # a predicate in C: each module of a model is asked
+            object.__setattr__(self, "matches", self.matches.__instancecheck__)
+        object.__setattr__(self, "_grid", [(name, attrgetter(name)) for name in self.grid])
 
     def __reduce__(self):
         # Predicates may be lambdas, which do not pickle: an unpickled model finds its family in the registry.
@@ -64,141 +133,93 @@ class KANLayerSpec:
         Raises:
             ValueError: A pattern does not fit the parameter; the message repeats both.
         """
-        name, pattern = self.coefficients
-        layout = parse_layout(pattern)
-        lengths = dict(self.axes(layer)) if self.axes is not None else {}
-        parameters = {name: layout}
+        parameters = dict([self.coefficients])
         if self.residual is not None and get_or_none(layer, self.residual[0]) is not None:
-            parameters[self.residual[0]] = parse_layout(self.residual[1])
+            parameters.update([self.residual])
+        lengths = dict(self.axes(layer)) if self.axes is not None else {}
         # The residual weights (out, in) settle what a flattened coefficient pattern leaves open, so they come first.
-        for parameter_name, parameter_layout in reversed(parameters.items()):
-            parameter = get_or_none(layer, parameter_name)
+        for name, pattern in reversed(parameters.items()):
+            parameter = get_or_none(layer, name)
             try:
                 if parameter is None:
                     raise ValueError("There is no such parameter.")
-                lengths = parameter_layout.axis_lengths(parameter.shape, lengths)
+                lengths = parse_layout(pattern).axis_lengths(parameter.shape, lengths)
             except ValueError as error:
                 raise ValueError(
-                    f"{type(layer).__name__} was recognised as a KAN layer of the family {self.family!r}, but its "
-                    f"parameter `{parameter_name}` is not as described. {error}"
+                    f"{type(layer).__name__} was recognized as a KAN layer of the family {self.family!r}, but its "
+                    f"parameter `{name}` is not as described. {error}"
                 ) from error
-        return CoefficientTensor(self.family, parameters, lengths)
+        layouts = {name: parse_layout(pattern) for name, pattern in parameters.items()}
+        return CoefficientTensor(self.family, layouts, lengths)
 
-    def read_grid(self, layer: nn.Module) -> dict[str, torch.Tensor | int | float]:
-        """The state that gives the coefficients of a layer their meaning, by name; what a layer lacks is left out."""
-        if isinstance(layer, SlimLayer):
-            return {f"layer.{name}": value for name, value in layer.spec.read_grid(layer.layer).items()}
-        values = {name: get_or_none(layer, name) for name in self.grid}
-        return {name: value for name, value in values.items() if value is not None}
+    def read_grid(self, layer: nn.Module) -> Grid:
+        """The state that gives the coefficients of a layer their meaning, by name, without what the layer lacks."""
+        values: Grid = {}
+        for name, read in self._grid:
+            try:
+                value = read(layer)
+            except AttributeError:
+                continue
+            if value is not None:
+                values[name] = value
+        return values
+
+    def find_edge_scale(self, layer: nn.Module) -> str | None:
+        """The name of the parameter that scales the splines of each edge, or `None` if the layer has none."""
+        name, _ = self.edge_scale or ("", "")
+        return name if isinstance(getattr(layer, name, None), nn.Parameter) else None
 
 
 _SPECS: dict[str, KANLayerSpec] = {}
 
 
-def register_kan_layer(
-    family: str,
-    *,
-    matches: type[nn.Module] | Callable[[nn.Module], bool],
-    coefficients: tuple[str, str],
-    residual: tuple[str, str] | None = None,
-    grid: tuple[str, ...] = (),
-    grid_methods: tuple[str, ...] = (),
-    network_methods: Mapping[str, str | None] | None = None,
-    checkpoint_methods: tuple[str, ...] = (),
-    basis: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
-    splines: Callable[[nn.Module], UniformGrid | None] | None = None,
-    activation: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None,
-    scale: Callable[[nn.Module], torch.Tensor | None] | None = None,
-    bias: str | None = None,
-    axes: Callable[[nn.Module], Mapping[str, int]] | None = None,
-) -> KANLayerSpec:
-    """Teaches LoTRA a family of KAN layers. The last one registered is asked first; a known name is replaced.
+def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
+    """Teaches LoTRA a family of KAN layers.
 
-    Example:
-
-    ```py
-    >>> register_kan_layer(
-    ...     "my-kan",
-    ...     matches=MyKANLayer,                       # or a predicate: lambda m: hasattr(m, "spline_coeffs")
-    ...     coefficients=("spline_coeffs", "i o k"),  # the parameter, and its layout
-    ...     residual=("base_coeffs", "o i"),
-    ... )
-    ```
+    The family that was registered last is asked first. A known name is replaced.
 
     Args:
         family (`str`): The name under which the family is reported.
-        matches (`type` or `Callable`): The class of the layers, or a predicate on a module. Prefer a predicate on the
-            parameters' names where users copy the file and rename the class.
-        coefficients (`tuple[str, str]`): The parameter that holds the coefficients (dotted names reach into
-            sub-modules) and its layout as an einops pattern: `o` and `i` are the output and input features, any other
-            axes make up the basis mode in the order in which they appear. `"o i k"`, `"i o k"`, `"o (i k)"`,
-            `"t o i g"`; `"o ((i k) + i)"` where the residual weights are packed behind the coefficients.
-        residual (`tuple[str, str]`, *optional*): The parameter of the residual branch and its layout, of `o` and `i`.
-            A layer on which it is absent or `None` has no residual branch.
-        grid (`tuple[str, ...]`): The state that gives the coefficients their meaning: tensors and numbers. What a
-            layer does not have is passed over.
-        grid_methods (`tuple[str, ...]`): The layer's methods that change that state, or cut or permute the
-            coefficients. They raise while an adapter is attached and not merged.
-        network_methods (`dict[str, str | None]`, *optional*): Methods of the network around the layer that rebuild it
-            from its state dict, replace its layers or move their grids. They raise until the adapters are unloaded;
-            where the value is the name of an argument, only if that argument is true.
-        checkpoint_methods (`tuple[str, ...]`): Methods of the network around the layer that save it. They save the
-            network with its adapters merged, under its original names.
-        basis (`Callable`, *optional*): `basis(layer, x)` with x (batch, in) returns the basis functions
-            (batch, in, basis) that the coefficients multiply. With it adapted layers are evaluated on the fast path,
-            as basis(x) . (scale * coefficients) + activation(x) . residual + bias, if that is what the layer computes:
-            the two are compared on a few points when an adapter is attached, and when the grid has changed.
-        splines (`Callable`, *optional*): `splines(layer)` returns the [`UniformGrid`] that the basis consists of,
-            or `None`. They are then evaluated in closed form, much faster than most layers do it themselves.
-        activation (`Callable`, *optional*): `activation(layer, x)` returns what the residual weights multiply
-            (batch, in).
-        scale (`Callable`, *optional*): `scale(layer)` returns factors (out, in) of the coefficients, or `None`.
-        bias (`str`, *optional*): The parameter that is added to the output. It may be absent or `None`.
-        axes (`Callable`, *optional*): `axes(layer)` returns the lengths of axes that no shape determines, e.g.
-            `{"k": layer.num_grids}` for the layout `"o (i k)"`.
+        **description: The other fields of [`KANLayerSpec`]; `matches` and `coefficients` are required.
 
     Returns:
         `KANLayerSpec`: The description.
 
     Raises:
+        TypeError: There is no such field; the message lists the fields.
         ValueError: A pattern is malformed, or has no basis axis.
+
+    Example:
+        >>> import torch
+        >>> from peft_lotra import register_kan_layer
+        >>> class MyKANLayer(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.spline_coeffs = torch.nn.Parameter(torch.randn(3, 5, 4))
+        ...         self.base_coeffs = torch.nn.Parameter(torch.randn(5, 3))
+        >>> spec = register_kan_layer(
+        ...     "my-kan",
+        ...     matches=MyKANLayer,  # or a predicate: lambda m: hasattr(m, "spline_coeffs")
+        ...     coefficients=("spline_coeffs", "i o k"),  # the parameter, and its layout
+        ...     residual=("base_coeffs", "o i"),
+        ... )
+        >>> spec.locate(MyKANLayer()).shape
+        (5, 3, 4)
     """
-    if not parse_layout(coefficients[1]).basis:
-        raise ValueError(
-            f"Pattern {coefficients[1]!r} of the coefficients of {family!r} has no basis axis: name at least one axis "
-            "besides `o` and `i`, e.g. 'o i k'."
-        )
-    if residual is not None and parse_layout(residual[1]).basis:
-        raise ValueError(
-            f"Pattern {residual[1]!r} of the residual weights of {family!r} has an axis besides `o` and `i`: expected "
-            "'o i' or 'i o'."
-        )
-    if residual is not None and parse_layout(coefficients[1]).packed_residual is not None:
-        raise ValueError(f"The coefficients of {family!r} already contain the residual weights: drop `residual`.")
-    if isinstance(matches, type):
-        cls = matches
+    known = [entry.name for entry in fields(KANLayerSpec) if entry.init]
+    for name in description.keys() - set(known):
+        raise TypeError(f"register_kan_layer has no field `{name}`. A family is described by {', '.join(known)}.")
+    return register(KANLayerSpec(family, **description))
 
-        def matches(module: nn.Module) -> bool:
-            return isinstance(module, cls)
 
-    spec = KANLayerSpec(
-        family,
-        matches,
-        tuple(coefficients),
-        None if residual is None else tuple(residual),
-        tuple(grid),
-        tuple(grid_methods),
-        dict(network_methods or {}),
-        tuple(checkpoint_methods),
-        basis,
-        splines,
-        activation,
-        scale,
-        bias,
-        axes,
-    )
-    _SPECS.pop(family, None)
-    _SPECS[family] = spec
+# what help() and an editor show
+register_kan_layer.__signature__ = inspect.signature(KANLayerSpec)  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def register(spec: KANLayerSpec) -> KANLayerSpec:
+    """Registers a description, as the one that is asked first."""
+    _SPECS.pop(spec.family, None)
+    _SPECS[spec.family] = spec
     return spec
 
 
@@ -214,9 +235,13 @@ def known_families() -> list[str]:
 
 
 def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
-    """The description of the family that the module belongs to, or `None` if it is no KAN layer that is known."""
-    if isinstance(module, SlimLayer):  # it answers for the layer in it, which another family would recognise
-        return _SPECS["slim"]
+    """The description of the family that the module belongs to, or `None` if it is no KAN layer that is known.
+
+    A class that carries a `kan_spec` of its own belongs to that family, whatever else would recognize its modules.
+    """
+    own = getattr(type(module), "kan_spec", None)
+    if isinstance(own, KANLayerSpec):
+        return own
     for spec in reversed(_SPECS.values()):
         try:
             if spec.matches(module):
@@ -228,13 +253,13 @@ def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
 
 @dataclass(frozen=True)
 class FoundKANLayer:
-    """A KAN layer that was recognised in a model.
+    """A KAN layer that was recognized in a model.
 
     Attributes:
-        name (`str`): Its name in the model, as `target_modules` takes it; `""` if it is the model itself.
-        family (`str`): The family it was recognised as.
-        shape (`tuple[int, int, int]`): (out, in, basis) of its coefficient tensor.
-        has_residual (`bool`): Whether it has a residual branch, i.e. one more slice of the basis mode.
+        name (`str`): The layer's name in the model, as `target_modules` takes it; `""` if it is the model itself.
+        family (`str`): The family it was recognized as.
+        shape (`tuple[int, int, int]`): (out, in, basis) of the coefficient tensor.
+        has_residual (`bool`): Whether the layer has a residual branch, i.e. one more slice of the basis mode.
     """
 
     name: str
@@ -250,7 +275,13 @@ def find_kan_layers(model: nn.Module) -> list[FoundKANLayer]:
         model (`nn.Module`): Any model.
 
     Raises:
-        ValueError: A layer was recognised but a pattern of its family does not fit its parameters.
+        ValueError: A layer was recognized but a pattern of its family does not fit its parameters.
+
+    Example:
+        >>> from peft_lotra import find_kan_layers
+        >>> from peft_lotra.kan import KAN
+        >>> [(layer.name, layer.family, layer.shape) for layer in find_kan_layers(KAN([2, 4, 1]))]
+        [('layers.0', 'peft-lotra', (4, 2, 8)), ('layers.1', 'peft-lotra', (1, 4, 8))]
     """
     found = []
     for name, module in _walk(unwrap(model), "", set()):
@@ -281,13 +312,13 @@ def short_name(name: str) -> str:
 
 
 def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with their names; adapted layers appear as their base layer, and nothing is searched inside KAN layers,
-    or inside the copies that PEFT's `modules_to_save` makes."""
+    """Modules with their names. Adapted layers appear as their base layer. KAN layers, and the copies that PEFT's
+    `modules_to_save` makes, are not searched for more."""
     if id(module) in seen or isinstance(module, AuxiliaryTrainingWrapper):
         return
     seen.add(id(module))
-    while isinstance(module._modules.get("base_layer"), nn.Module):
-        module = module.base_layer
+    while isinstance(base_layer := module._modules.get("base_layer"), nn.Module):
+        module = base_layer
     yield name, module
     if get_kan_spec(module) is None:
         for child_name, child in module.named_children():
@@ -295,12 +326,15 @@ def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, n
 
 
 def same_grid(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
-    """Whether two grids, as `KANLayerSpec.read_grid` gives them, are equal, casts and devices apart."""
-    return first.keys() == second.keys() and all(_same(value, second[name]) for name, value in first.items())
-
-
-def _same(first: object, second: object) -> bool:
-    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
-        return type(first) is type(second) and first == second
-    narrow, wide = sorted((first, second), key=torch.Tensor.element_size)  # compared in the fewer digits
-    return narrow.shape == wide.shape and torch.equal(narrow, wide.to(narrow))
+    """Whether two grids, as `KANLayerSpec.read_grid` gives them, are equal up to casts and devices."""
+    if first.keys() != second.keys():
+        return False
+    for name, value in first.items():
+        other = second[name]
+        if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
+            narrow, wide = sorted((value, other), key=torch.Tensor.element_size)  # compared in the fewer digits
+            if narrow.shape != wide.shape or not torch.equal(narrow, wide.to(narrow)):
+                return False
+        elif type(value) is not type(other) or value != other:
+            return False
+    return True

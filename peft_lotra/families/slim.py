@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -27,25 +28,12 @@ from torch import nn
 from ..functional import call_with_parameters
 from ..kan.slim_kan import SlimKANLinear
 from ..tucker import Tucker
-
-
-if TYPE_CHECKING:
-    from .coefficients import CoefficientTensor
-    from .registry import KANLayerSpec
-
-
-# The scale that some families multiply the splines of each edge by, besides their coefficients, and its layout.
-# Full fine-tuning moves it too, which is as if it had moved the coefficients.
-EDGE_SCALES = {
-    "efficient-kan": ("spline_scaler", "o i"),
-    "pykan": ("scale_sp", "i o"),
-    "qkan-fourier": ("fourier_scaler", "o i"),
-}
+from .registry import Grid, KANLayerSpec, register
 
 
 class SlimLayer(nn.Module):
     """
-    A KAN layer of a foreign library whose coefficients, with its residual weights, are a core and three factors.
+    A KAN layer of another library whose coefficients, with its residual weights, are a core and three factors.
 
     The layer itself runs, with the coefficients built from the factors: that is exact for every family and keeps
     whatever the layer returns. It saves parameters, not time; `SlimKANLinear` saves both. Attributes that this class
@@ -53,35 +41,38 @@ class SlimLayer(nn.Module):
 
     Args:
         layer (`nn.Module`): The layer. Its coefficients, residual weights and edge scales are taken out of it.
-        spec (`KANLayerSpec`): The family it belongs to.
+        spec (`KANLayerSpec`): The family of the layer.
         components (`Tucker`): Of shape (out, in, basis), with the residual branch as the last basis slice if the layer
             has one.
 
     Attributes:
-        core, factor_out, factor_in, factor_basis: parameters.
-        layer: what is left of the layer.
+        core, factor_out, factor_in, factor_basis: The parameters.
+        layer: What is left of the layer.
+        removed: The shape and `requires_grad` of each parameter that was taken out of the layer, for `to_dense`.
     """
+
+    kan_spec: ClassVar[KANLayerSpec]  # set below
 
     def __init__(self, layer: nn.Module, spec: KANLayerSpec, components: Tucker) -> None:
         super().__init__()
         self.spec = spec
-        self.tensor: CoefficientTensor = spec.locate(layer)
+        self.tensor = spec.locate(layer)
         coefficients = self.tensor.get_parameter(layer)
         for name, value in components._asdict().items():
             value = value.to(coefficients).contiguous()
             setattr(self, name, nn.Parameter(value, requires_grad=coefficients.requires_grad))
-        self.scale = edge_scale(layer, spec)
-        # what stood in the layer, as shapes and flags, for `to_dense`
+        self.scale = spec.find_edge_scale(layer)
         self.removed = {}
         for name in [*self.tensor.parameters, *([self.scale] if self.scale else [])]:
             owner, _, attribute = name.rpartition(".")
-            parameters = layer.get_submodule(owner)._parameters
-            self.removed[name] = (tuple(parameters[attribute].shape), parameters[attribute].requires_grad)
-            parameters[attribute] = None
+            module = layer.get_submodule(owner)
+            parameter = module.get_parameter(attribute)
+            self.removed[name] = (tuple(parameter.shape), parameter.requires_grad)
+            module._parameters[attribute] = None
         self.layer = layer
         self.train(layer.training)
 
-    # the components have the names of those of our own Slim layer
+    # the components have the same names in `SlimKANLinear`
     ranks = SlimKANLinear.ranks
     components = SlimKANLinear.components
 
@@ -108,7 +99,8 @@ class SlimLayer(nn.Module):
         """The parameters that the factors stand for, as the layer stores them.
 
         Args:
-            delta (`torch.Tensor`): (out, in, basis), with the residual slice if there is one; added to them.
+            delta (`torch.Tensor`): (out, in, basis), with the residual slice if there is one; added to the tensor of
+                the factors.
         """
         parameters = self.tensor.split(self.components.dense() + delta)
         if self.scale is not None:
@@ -159,10 +151,18 @@ class SlimLayer(nn.Module):
         return f"family={self.spec.family}, ranks={self.ranks}"
 
 
-def edge_scale(layer: nn.Module, spec: KANLayerSpec) -> str | None:
-    """The name of the parameter that the layer multiplies the splines of each edge by, if it has one."""
-    name, _ = EDGE_SCALES.get(spec.family, ("", ""))
-    return name if isinstance(getattr(layer, name, None), nn.Parameter) else None
+@dataclass(frozen=True)
+class _SlimSpec(KANLayerSpec):
+    """The description of `SlimLayer`. The grid is that of the layer inside."""
+
+    def read_grid(self, layer: nn.Module) -> Grid:
+        assert isinstance(layer, SlimLayer)
+        return {f"layer.{name}": value for name, value in layer.spec.read_grid(layer.layer).items()}
+
+
+SlimLayer.kan_spec = register(
+    _SlimSpec("slim", matches=SlimLayer, coefficients=("coefficients", "o i k"), residual=("residual", "o i"))
+)
 
 
 def _refuse_grid_method(name: str, *args: Any, **kwargs: Any) -> None:

@@ -21,201 +21,320 @@ on a uniform grid are evaluated in closed form, whatever the base layer does.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..families.coefficients import get_or_none
-from ..kan.basis import SPLINE_ORDERS
-from ..kan.product import spline_product
-from ..low_rank import low_rank_addmm
+from ..families.coefficients import CoefficientTensor, get_or_none
+from ..families.registry import KANLayerSpec
+from ..kan.basis import SPLINE_ORDERS, UniformGrid
+from ..kan.product import needs_plain_operations, spline_product
+from ..tucker import Update
+from .grid_watch import has_hooks
+from .universal_path import add_updates, are_stored
 
 
-if TYPE_CHECKING:
-    from ..families.coefficients import CoefficientTensor
-    from ..families.registry import KANLayerSpec
-    from .layer import LoTRALayer
-
-# What formula and layer may differ by, as a share of the largest output: in double precision not at all, since there
-# an adapted layer starts as its base bit for bit, whatever the family. Only our own layer's formula passes that.
+# What formula and layer may differ by, as a share of the largest output. In double precision they must be equal: there
+# an adapted layer starts as its base bit for bit, whatever the family. Only the formula of `KANLinear` is.
 _TOLERANCE = {torch.float32: 1e-6, torch.float64: 0.0}
+
+# The families and their functions that have raised, and of which a warning was given.
+_warned: set[tuple[str, str]] = set()
+
+LowRank = tuple[torch.Tensor, torch.Tensor]  # left (out, r) and right (r, in, basis [+ 1])
 
 
 @dataclass(frozen=True)
 class Formula:
-    """How a layer can be evaluated without running it.
+    """How a layer is evaluated without running it: `formula(base_layer, updates, x)`.
 
     Attributes:
-        closed_form (`bool`): By its `splines`, else by its `basis`.
+        spec (`KANLayerSpec`): The family of the layer.
+        tensor (`CoefficientTensor`): Where the layer keeps its coefficients.
+        closed_form (`bool`): Whether the basis is evaluated by the family's `splines`, else by its `basis`.
         leading_shape (`bool`): Whether inputs of any leading shape are taken, and outputs keep it.
     """
 
+    spec: KANLayerSpec
+    tensor: CoefficientTensor
     closed_form: bool
-    leading_shape: bool
+    leading_shape: bool = False
+
+    def accepts(self, base_layer: nn.Module, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether a call of the layer with these updates may be evaluated by the formula.
+
+        What the formula does not accept is left to the base layer, which says what is wrong with its arguments.
+        """
+        if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
+            return False
+        x, stored = args[0], list(self.tensor.read_parameters(base_layer).values())
+        return (
+            x.dim() > 0
+            and (x.dim() == 2 or self.leading_shape)
+            and x.shape[-1] == self.tensor.shape[1]
+            and x.dtype == stored[0].dtype
+            and all(update.tensor.core.dtype == x.dtype for update in updates)
+            and not any(hasattr(parameter, "placements") for parameter in stored)  # DTensors
+            and are_stored(base_layer, self.tensor.parameters)
+            and not x.is_meta
+            and not torch.is_autocast_enabled(x.device.type)
+            and not has_hooks(base_layer)
+        )
+
+    def __call__(self, base_layer: nn.Module, updates: Sequence[Update], x: torch.Tensor) -> torch.Tensor:
+        """The output (..., out) of the base layer with the updates for inputs x (..., in).
+
+        The thin products cost 2 R (I K + O) multiplications for each row in the backward pass, R the sum of the
+        updates' ranks in the output mode. To form the update, and the gradient of the whole coefficient tensor, costs
+        O I K.
+        """
+        out, in_features, basis = self.tensor.shape
+        total_rank = sum(update.tensor.ranks[0] for update in updates)
+        thin = 2 * total_rank * (in_features * basis + out) < out * in_features * basis
+        scale = self.spec.scale(base_layer) if self.spec.scale is not None else None
+        low_rank = None
+        if thin and scale is None:
+            coefficients, residual = self.tensor.read_parts(base_layer)
+            rights = [tensor._replace(core=factor * tensor.core).expand_inputs() for factor, tensor in updates]
+            if residual is not None:  # an update without the residual branch adds zero to it
+                rights = [F.pad(right, (0, 1)) if right.shape[-1] == basis else right for right in rights]
+            low_rank = torch.cat([tensor.factor_out for _, tensor in updates], dim=1), torch.cat(rights)
+        else:
+            parameters = add_updates(self.tensor, base_layer, updates)
+            coefficients, residual = self.tensor.read_parts(base_layer, parameters)
+        if scale is not None:
+            coefficients = coefficients * scale.unsqueeze(-1)
+        y = self.evaluate(base_layer, x.reshape(-1, in_features), coefficients, residual, low_rank)
+        return y.view(*x.shape[:-1], out)
+
+    def evaluate(
+        self,
+        base_layer: nn.Module,
+        x: torch.Tensor,
+        coefficients: torch.Tensor,
+        residual: torch.Tensor | None,
+        update: LowRank | None,
+    ) -> torch.Tensor:
+        """basis(x) . coefficients + activation(x) . residual + bias, with an update of both.
+
+        Args:
+            base_layer (`nn.Module`): The layer that the functions of the family are asked about.
+            x (`torch.Tensor`): (rows, in).
+            coefficients (`torch.Tensor`): (out, in, basis), times the `scale` of the family.
+            residual (`torch.Tensor`, *optional*): (out, in).
+            update (*optional*): left (out, r) and right (r, in, basis [+ 1]), the residual branch last.
+        """
+        spec, basis = self.spec, coefficients.shape[-1]
+        of_splines = None if update is None else (update[0], update[1][..., :basis])
+        if self.closed_form:
+            assert spec.splines is not None
+            grid = spec.splines(base_layer)
+            assert grid is not None
+            y = spline_product(x, *grid, coefficients, of_splines)
+        else:
+            assert spec.basis is not None
+            functions = spec.basis(base_layer, x).flatten(1)
+            y = functions.new_zeros(len(functions), len(coefficients))
+            flat = None if of_splines is None else (of_splines[0], of_splines[1].flatten(1))
+            y = addmm(y, functions, coefficients.flatten(1), flat)
+        if residual is not None:
+            assert spec.activation is not None
+            of_residual = None if update is None else (update[0], update[1][..., -1])
+            y = addmm(y, spec.activation(base_layer, x), residual, of_residual)
+        bias = get_or_none(base_layer, spec.bias) if spec.bias is not None else None
+        return y if bias is None else y + bias
 
 
+@torch.no_grad()
 def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> Formula | None:
     """The formula that gives what the layer computes, closed form first; `None` if there is none.
 
-    The two are compared on points over the grid and around it. Nothing of the layer is changed, and no random numbers
-    are drawn from the global generators.
+    There is none if the family gives neither `splines` nor `basis`, or no `activation` for its residual branch, as for
+    Slim layers; if the layer does not take inputs (rows, in) or has hooks; on the meta device and in half precision.
+    Otherwise formula and layer are compared on points over the grid and around it. The layer is left as it was, and
+    the global random generators do not move.
+
+    Args:
+        base_layer (`nn.Module`): The layer.
+        spec (`KANLayerSpec`): The family of the layer. A function of it that raises, or returns a tensor of another
+            shape or dtype, is named in a warning, once.
+        tensor (`CoefficientTensor`): Where the layer keeps its coefficients.
     """
     coefficients = tensor.get_parameter(base_layer)
-    unusable = coefficients.is_meta or coefficients.dtype not in _TOLERANCE or has_hooks(base_layer)
-    if unusable or (spec.basis is None and spec.splines is None):
+    if (
+        (spec.basis is None and spec.splines is None)
+        or (tensor.has_residual and spec.activation is None)
+        or coefficients.is_meta
+        or coefficients.dtype not in _TOLERANCE
+        or has_hooks(base_layer)
+    ):
         return None
     devices = [coefficients.device] if coefficients.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), torch.autocast(coefficients.device.type, enabled=False):
         for closed_form in (True, False) if coefficients.dtype == torch.float32 else (True,):
-            try:
-                points = _probe_points(base_layer, spec, tensor, closed_form)
-                if points is None:
-                    continue
-                expected = _run(base_layer, points)
-                result = _evaluate(base_layer, spec, points, *tensor.read_parts(base_layer), None, closed_form)
-                if not _agree(result, expected):
-                    continue
-            except Exception:  # whatever keeps a foreign layer's formula from being evaluated
+            formula = Formula(spec, tensor, closed_form)
+            ends = _grid_ends(base_layer, formula)
+            if ends is None:
                 continue
-            try:
-                stacked = points.unflatten(0, (2, -1))
-                leading_shape = _agree(_run(base_layer, stacked), result.unflatten(0, (2, -1)))
-            except Exception:  # the layer takes two-dimensional inputs only
-                leading_shape = False
-            return Formula(closed_form, leading_shape)
+            points = _probe_points(*ends, coefficients, tensor.shape[1])
+            expected = _run(base_layer, points)
+            if not isinstance(expected, torch.Tensor):
+                return None
+            if not _can_evaluate(base_layer, formula, points):
+                continue
+            result = formula.evaluate(base_layer, points, *_scaled_parts(base_layer, formula), None)
+            if _agree(result, expected):
+                stacked = _run(base_layer, points.unflatten(0, (2, -1)))
+                return Formula(spec, tensor, closed_form, _agree(stacked, result.unflatten(0, (2, -1))))
     return None
 
 
-def _run(base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _scaled_parts(base_layer: nn.Module, formula: Formula) -> tuple[torch.Tensor, torch.Tensor | None]:
+    coefficients, residual = formula.tensor.read_parts(base_layer)
+    scale = formula.spec.scale(base_layer) if formula.spec.scale is not None else None
+    return coefficients if scale is None else coefficients * scale.unsqueeze(-1), residual
+
+
+def _run(base_layer: nn.Module, x: torch.Tensor) -> Any:
+    """What the layer returns, `None` if it does not take such inputs."""
     # with copies of the buffers, which a layer may update as it runs
     buffers = {name: buffer.clone() for name, buffer in base_layer.named_buffers()}
-    return torch.func.functional_call(base_layer, buffers, (x,))
+    try:
+        return torch.func.functional_call(base_layer, buffers, (x,))
+    except Exception:  # foreign code, which may raise anything: it wants more arguments, or other shapes
+        return None
 
 
-def _agree(first: torch.Tensor, second: torch.Tensor) -> bool:
-    if not isinstance(second, torch.Tensor) or first.shape != second.shape or first.dtype != second.dtype:
+def _agree(first: Any, second: Any) -> bool:
+    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
+        return False
+    if first.shape != second.shape or first.dtype != second.dtype:
         return False
     return bool((first - second).abs().max() <= _TOLERANCE[first.dtype] * second.abs().max())
 
 
-def _probe_points(base_layer, spec, tensor, closed_form: bool) -> torch.Tensor | None:
-    """Points (48, in) over the grid and a third of its length on either side, other ones for each input."""
-    coefficients, width = tensor.get_parameter(base_layer), tensor.shape[1]
-    like = {"dtype": coefficients.dtype, "device": coefficients.device}
-    if closed_form:
-        splines = spec.splines(base_layer) if spec.splines is not None else None
-        if splines is None or splines.spline_order not in SPLINE_ORDERS or splines.grid_size < 1:
+def _can_evaluate(base_layer: nn.Module, formula: Formula, x: torch.Tensor) -> bool:
+    """Whether the functions of the family return what the formula needs, for x (rows, in)."""
+    spec, (out, in_features, basis) = formula.spec, formula.tensor.shape
+    expected = {"scale": (out, in_features)}
+    if not formula.closed_form:
+        expected["basis"] = (len(x), in_features, basis)
+    if formula.tensor.has_residual:
+        expected["activation"] = (len(x), in_features)
+    for name, shape in expected.items():
+        if getattr(spec, name) is None:
+            continue
+        value = _ask(base_layer, spec, name, *([] if name == "scale" else [x]))
+        if isinstance(value, Exception):
+            return False
+        if name == "scale" and value is None:
+            continue
+        if not isinstance(value, torch.Tensor) or value.shape != shape or value.dtype != x.dtype:
+            found = f"{tuple(value.shape)}, {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+            _warn(base_layer, spec, name, f"returned {found} instead of {shape}, {x.dtype}")
+            return False
+    bias = get_or_none(base_layer, spec.bias) if spec.bias is not None else None
+    if bias is not None and bias.shape not in ((out,), (1, out), (1,), ()):
+        _warn(base_layer, spec, "bias", f"has the shape {tuple(bias.shape)} instead of {(out,)}")
+        return False
+    return True
+
+
+def _ask(base_layer: nn.Module, spec: KANLayerSpec, name: str, *args: Any) -> Any:
+    """What a function of the family returns, or the exception that it raises."""
+    try:
+        return getattr(spec, name)(base_layer, *args)
+    except Exception as error:  # a user's function
+        _warn(base_layer, spec, name, f"raised {type(error).__name__}: {error}")
+        return error
+
+
+def _warn(base_layer: nn.Module, spec: KANLayerSpec, name: str, what: str) -> None:
+    if (spec.family, name) not in _warned:
+        _warned.add((spec.family, name))
+        warnings.warn(
+            f"`{name}` of the KAN family {spec.family!r} {what}, for a {type(base_layer).__name__}. Without it, "
+            "adapted layers of this family run their base layer, which may be slower. Correct it in "
+            "`register_kan_layer`, or leave it out.",
+            stacklevel=2,
+        )
+
+
+def _grid_ends(base_layer: nn.Module, formula: Formula) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Both ends of the grid, as numbers or (in,), or `None` if the family cannot evaluate this layer's basis so."""
+    spec = formula.spec
+    if formula.closed_form:
+        splines = _ask(base_layer, spec, "splines") if spec.splines is not None else None
+        if not isinstance(splines, UniformGrid) or splines.spline_order not in SPLINE_ORDERS or splines.grid_size < 1:
             return None
-        low, high = splines.low.to(**like), splines.high.to(**like)
-    elif spec.basis is None:
+        if splines.grid_size + splines.spline_order != formula.tensor.shape[2]:
+            return None
+        return splines.low, splines.high
+    if spec.basis is None:
         return None
-    else:
-        grids = spec.read_grid(base_layer).values()
-        grids = [grid for grid in grids if isinstance(grid, torch.Tensor) and grid.numel()]
-        low = torch.stack([grid.min() for grid in grids]).min() if grids else torch.tensor(-2.0)
-        high = torch.stack([grid.max() for grid in grids]).max() if grids else torch.tensor(2.0)
-        low, high = low.to(**like), high.to(**like)
+    grids = [grid for grid in spec.read_grid(base_layer).values() if isinstance(grid, torch.Tensor) and grid.numel()]
+    low = torch.stack([grid.min() for grid in grids]).min() if grids else torch.tensor(-2.0)
+    high = torch.stack([grid.max() for grid in grids]).max() if grids else torch.tensor(2.0)
+    return low, high
+
+
+def _probe_points(low: torch.Tensor, high: torch.Tensor, like: torch.Tensor, width: int) -> torch.Tensor:
+    """Points (48, in) over the grid and a third of its length on either side, other ones for each input."""
     # steps of the golden ratio, so that no input repeats another's points
     share = torch.arange(48 * width, dtype=torch.float64, device="cpu").mul(0.6180339887498949).frac().view(48, width)
-    return torch.lerp(low.expand(width), high.expand(width), share.to(**like) * 5 / 3 - 1 / 3)
+    low, high = (end.to(dtype=like.dtype, device=like.device).expand(width) for end in (low, high))
+    return torch.lerp(low, high, share.to(low) * 5 / 3 - 1 / 3)
 
 
-def can_take_fast_path(layer: LoTRALayer, adapters: list[str], args: tuple, kwargs: dict) -> bool:
-    """Whether a call of the layer with these adapters may be evaluated by its formula."""
-    formula, base_layer = layer.lotra_formula, layer.base_layer
-    if formula is None or not adapters or len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
-        return False
-    x, coefficients = args[0], layer.lotra_tensor.get_parameter(base_layer)
-    return (
-        x.dim() > 0
-        and (x.dim() == 2 or formula.leading_shape)
-        and x.shape[-1] == layer.in_features  # else the base layer says what is wrong
-        and all(tensor.dtype == x.dtype for tensor in (coefficients, *(layer.lotra_core[name] for name in adapters)))
-        and all(_is_stored(base_layer, name) for name in layer.lotra_tensor.parameters)  # else the universal path does
-        and not x.is_meta
-        and not torch.is_autocast_enabled(x.device.type)
-        and not has_hooks(base_layer)
-    )
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether running the module does more than its `forward`."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
-
-
-def _is_stored(layer: nn.Module, name: str) -> bool:
-    """Whether a parameter is there as it is, neither computed (parametrizations) nor in parts (DTensor)."""
-    path, _, attribute = name.rpartition(".")
-    owner = layer.get_submodule(path)
-    stored = attribute in owner._parameters or attribute in owner.__dict__
-    return stored and not hasattr(getattr(owner, attribute), "placements")
-
-
-def fast_forward(layer: LoTRALayer, adapters: list[str], x: torch.Tensor, dropout: bool) -> torch.Tensor:
-    """The output (..., out) of an adapted layer for inputs (..., in), by its formula.
-
-    The thin products cost 2 R (I K + O) multiplications for each row in the backward pass, R the sum of the adapters'
-    ranks in the output mode; to form the update, and the gradient of the whole coefficient tensor, costs O I K.
+def addmm(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, update: LowRank | None) -> torch.Tensor:
     """
-    out_features, in_features, num_basis = layer.lotra_tensor.shape
-    total_rank = sum(layer.lotra_r[name][0] for name in adapters)
-    thin = 2 * total_rank * (in_features * num_basis + out_features) < out_features * in_features * num_basis
-    spec, tensor, base_layer = layer.lotra_spec, layer.lotra_tensor, layer.base_layer
-    if thin and (spec.scale is None or spec.scale(base_layer) is None):
-        parts = tensor.read_parts(base_layer)
-        updates = [layer.get_low_rank_update(name, dropout) for name in adapters]
-        left = torch.cat([left for left, _ in updates], dim=1)
-        right = torch.cat([_with_residual(right, num_basis, parts[1] is not None) for _, right in updates])
-        update = left, right
-    else:
-        parts = tensor.read_parts(base_layer, layer.parameters_in_force(adapters, dropout))
-        update = None
-    closed_form = layer.lotra_formula.closed_form
-    y = _evaluate(base_layer, spec, x.reshape(-1, in_features), *parts, update, closed_form)
-    return y.view(*x.shape[:-1], out_features)
+    y + x (weight + left right)^T, where a weight that needs no gradient costs none.
 
+    Args:
+        y (`torch.Tensor`): (N, O).
+        x (`torch.Tensor`): (N, I).
+        weight (`torch.Tensor`): (O, I).
+        update (*optional*): left (O, r) and right (r, I).
 
-def _with_residual(right: torch.Tensor, num_basis: int, residual: bool) -> torch.Tensor:
-    return F.pad(right, (0, 1)) if residual and right.shape[-1] == num_basis else right
+    Returns:
+        `torch.Tensor`: (N, O).
 
-
-def _evaluate(
-    base_layer: nn.Module,
-    spec: KANLayerSpec,
-    x: torch.Tensor,
-    coefficients: torch.Tensor,
-    residual: torch.Tensor | None,
-    update: tuple[torch.Tensor, torch.Tensor] | None,
-    closed_form: bool,
-) -> torch.Tensor:
-    """basis(x) . (scale * coefficients) + activation(x) . residual + bias.
-
-    x (N, in), coefficients (out, in, basis), residual (out, in) if there is one, and an update of both: left (out, r)
-    and right (r, in, basis), or (r, in, basis + 1) with the residual branch.
+    Example:
+        >>> import torch
+        >>> from peft_lotra.tuner.fast_path import addmm
+        >>> update = torch.ones(2, 1), torch.ones(1, 3)
+        >>> addmm(torch.zeros(1, 2), torch.ones(1, 3), torch.zeros(2, 3), update)
+        tensor([[3., 3.]])
     """
-    num_basis = coefficients.shape[-1]
-    left, right = (None, None) if update is None else update
-    scale = spec.scale(base_layer) if spec.scale is not None else None
-    if scale is not None:
-        coefficients = coefficients * scale.unsqueeze(-1)
-    if closed_form:
-        spline_update = None if update is None else (left, right[..., :num_basis])
-        y = spline_product(x, *spec.splines(base_layer), coefficients, spline_update)
-    else:
-        basis = spec.basis(base_layer, x).flatten(1)
-        y = basis.new_zeros(basis.shape[0], coefficients.shape[0])
-        y = _addmm(
-            y, basis, coefficients.flatten(1), left, None if update is None else right[..., :num_basis].flatten(1)
-        )
-    if residual is not None:
-        y = _addmm(y, spec.activation(base_layer, x), residual, left, None if update is None else right[..., -1])
-    bias = get_or_none(base_layer, spec.bias) if spec.bias is not None else None
-    return y if bias is None else y + bias
+    if update is None:
+        return torch.addmm(y, x, weight.t())
+    left, right = update
+    if needs_plain_operations(y, x, weight, left, right) or weight.requires_grad or len(x) < len(weight):
+        return torch.addmm(y, x, weight.t()) + F.linear(F.linear(x, right), left)
+    return _LowRankAddmm.apply(y, x, weight, left, right)
 
 
-def _addmm(y, x, weight, left, right):
-    return torch.addmm(y, x, weight.t()) if left is None else low_rank_addmm(y, x, weight, left, right)
+class _LowRankAddmm(torch.autograd.Function):
+    """With more rows than outputs, it costs less to form the sum than to multiply by both summands."""
+
+    @staticmethod
+    def forward(ctx, y, x, weight, left, right):
+        ctx.save_for_backward(x, weight, left, right)
+        return torch.addmm(y, x, torch.addmm(weight, left, right).t())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, left, right = ctx.saved_tensors
+        results = [gradient, None, None, None, None]
+        if ctx.needs_input_grad[1]:
+            results[1] = gradient @ torch.addmm(weight, left, right)
+        if ctx.needs_input_grad[3]:
+            results[3] = gradient.t() @ (x @ right.t())
+        if ctx.needs_input_grad[4]:
+            results[4] = (gradient @ left).t() @ x
+        return tuple(results)

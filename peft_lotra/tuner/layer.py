@@ -14,48 +14,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..families.registry import KANLayerSpec, same_grid
-from ..functional import call_with_parameters
+from ..families.registry import Grid, KANLayerSpec, same_grid
 from ..kan.basis import in_transform
 from ..kan.jets.layers import contract_updates
 from ..kan.layer import KANLinear
 from ..tucker import Tucker, Update, cap_ranks
 from .config import LoTRAConfig
-from .fast_path import can_take_fast_path, fast_forward, find_formula, has_hooks
+from .fast_path import Formula, find_formula
+from .grid_watch import GridWatch
 from .initialization import reset_components, reset_components_from_gradient
 from .locks import LayerLock, exclusively
 from .merging import MergeableLayer
-from .mixed_batch import RowNames, mixed_batch_forward
+from .mixed_batch import MixedBatch, RowNames
 from .stand_in import BaseLayerProxy
+from .universal_path import add_updates, run_base, without_autocast
 
 
 class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
     """
     A KAN layer with LoTRA adapters.
 
-    On the universal path the base layer itself runs, with `parameter + delta` in the place of the parameters that hold
-    its coefficients. That is exact for every family, keeps whatever the layer returns, and needs no knowledge of its
-    basis. Where the family says how its basis is evaluated, the fast path (fast_path.py) computes the same, to
-    rounding, at less cost.
+    On the universal path (universal_path.py) the base layer itself runs, with `parameter + delta` as its parameters.
+    That is exact for every family, keeps whatever the layer returns, and needs no knowledge of its basis. Where the
+    family says how its basis is evaluated, the fast path (fast_path.py) computes the same, to rounding, at less cost.
 
     Attributes that this class does not have are those of the base layer, see [`BaseLayerProxy`].
 
     Args:
         base_layer (`nn.Module`): The KAN layer.
-        spec (`KANLayerSpec`): The family it belongs to.
+        spec (`KANLayerSpec`): The family of the layer.
         adapter_name (`str`): The name of the first adapter.
         config (`LoTRAConfig`): The configuration of the first adapter.
-        r (`int` or `tuple[int, int, int]`): Its ranks.
-        alpha (`float`): Its scale.
+        r (`int` or `tuple[int, int, int]`): The ranks of the first adapter.
+        alpha (`float`): The scale of the first adapter.
     """
 
     # All names of layers that may contain (trainable) adapter weights
@@ -88,12 +86,12 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         super().__init__()
         self.lotra_spec = spec
         self.lotra_tensor = spec.locate(base_layer)
-        self.lotra_r = {}
-        self.lotra_alpha = {}
-        self.lotra_scaling = {}
-        self.lotra_rank_dropout = {}
-        self.lotra_module_dropout = {}
-        self.lotra_grid = {}  # the grid that an adapter was made on
+        self.lotra_r: dict[str, tuple[int, int, int]] = {}
+        self.lotra_alpha: dict[str, float] = {}
+        self.lotra_scaling: dict[str, float] = {}
+        self.lotra_rank_dropout: dict[str, float] = {}
+        self.lotra_module_dropout: dict[str, float] = {}
+        self.lotra_grid: dict[str, Grid] = {}  # the grid that an adapter was made on
         self.lotra_lock = LayerLock()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict({}))
@@ -105,10 +103,10 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self._forget_merge()
-        self._grid_key, self._grid_checked = None, set()
         self._active_adapter = adapter_name
-        self.lotra_formula, self._formula_key = None, None
-        self._renew_formula()
+        self.lotra_formula: Formula | None = None
+        self._grid_watch = GridWatch()
+        self._look_at_base()
         self.update_layer(adapter_name, r=r, alpha=alpha, config=config, **kwargs)
 
     ############
@@ -145,7 +143,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         # one record serves all adapters that were made on the same grid
         known = (other for other in self.lotra_grid.values() if same_grid(other, grid))
         self.lotra_grid[adapter_name] = next(known, grid)
-        self._grid_checked.clear()
+        self._grid_watch.forget()
         # Drawn in the base's precision, but not in half of it; _move_adapter_to_device_of_base_layer casts down later.
         dtype = torch.promote_types(self.lotra_tensor.get_parameter(self.get_base_layer()).dtype, torch.float32)
         self.lotra_core[adapter_name] = nn.Parameter(torch.empty(ranks, dtype=dtype))
@@ -159,7 +157,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
 
         # Move new weights to device
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        # not set_adapter, which goes through all adapters: loading a thousand would take a million steps
+        # set_adapter goes through all adapters: with it, loading a thousand would take a million steps
         trainable = adapter_name in self.active_adapters and not config.inference_mode
         for component in self.get_components(adapter_name):
             component.requires_grad_(trainable)
@@ -170,7 +168,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
 
     def get_components(self, adapter_name: str) -> Tucker:
         """core (ro, ri, rb), factor_out (out, ro), factor_in (in, ri) and factor_basis (basis, rb) of an adapter."""
-        return Tucker(*(getattr(self, name)[adapter_name] for name in self.adapter_layer_names))
+        return Tucker(*(self._modules[name][adapter_name] for name in self.adapter_layer_names))
 
     @torch.no_grad()
     def set_components(self, adapter_name: str, components: Tucker) -> None:
@@ -197,7 +195,8 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
                 self.lotra_scaling[adapter] /= scale
 
     def _adapters_here(self, adapter_names: Iterable[str]) -> list[str]:
-        return [name for name in adapter_names if name in self.lotra_core]
+        core = self._modules["lotra_core"]
+        return [name for name in adapter_names if name in core]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
         # PEFT looks for `.weight`, which KAN layers do not have (or, inkan, only by accident)
@@ -227,60 +226,21 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         Args:
             adapter (`str`): The name of the adapter.
         """
-        return self._delta(adapter, dropout=False)
+        return self._update(adapter).dense()
 
-    def _delta(self, adapter: str, dropout: bool) -> torch.Tensor:
-        components = self.get_components(adapter)
-        core, scale = self._drop_out(adapter, components.core, dropout)
-        return components._replace(core=core).dense(scale)
-
-    def get_low_rank_update(self, adapter: str, dropout: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same update as a matrix of low rank, left (out, ro) times right (ro, in, basis or basis + 1).
-
-        Args:
-            adapter (`str`): The name of the adapter.
-            dropout (`bool`): Whether rank and module dropout are drawn, as in a training step.
-        """
-        components = self.get_components(adapter)
-        core, scale = self._drop_out(adapter, components.core, dropout)
-        return components.factor_out, components._replace(core=scale * core).expand_inputs()
-
-    def _drop_out(self, adapter: str, core: torch.Tensor, dropout: bool) -> tuple[torch.Tensor, float | torch.Tensor]:
-        """The core and the scale of a training step."""
-        scale = self.lotra_scaling[adapter]
+    def _update(self, adapter: str, dropout: bool = False) -> Update:
+        """The update that an adapter makes; with `dropout` rank and module dropout are drawn for a training step."""
+        components, scale = self.get_components(adapter), self.lotra_scaling[adapter]
+        if not dropout:
+            return Update(scale, components)
         # Drawn as tensors, not as Python branches: a compiled graph draws anew at each step.
-        if dropout and (p := self.lotra_rank_dropout[adapter]):
+        core = components.core
+        if p := self.lotra_rank_dropout[adapter]:
             kept = torch.rand(len(core), 1, 1, device=core.device) >= p
-            core = core * kept.to(core.dtype) / (1 - p)
-        if dropout and (p := self.lotra_module_dropout[adapter]):
+            components = components._replace(core=core * kept.to(core.dtype) / (1 - p))
+        if p := self.lotra_module_dropout[adapter]:
             scale = scale * (torch.rand((), device=core.device) >= p).to(core.dtype)
-        return core, scale
-
-    def parameters_in_force(
-        self, adapters: Iterable[str] | None = None, dropout: bool = False
-    ) -> dict[str, torch.Tensor]:
-        """The adapted parameters of the base layer, as stored, with the updates of the adapters added.
-
-        Args:
-            adapters (`Iterable[str]`, *optional*): The adapters; defaults to those that a forward pass uses now.
-            dropout (`bool`): Whether rank and module dropout are drawn, as in a training step.
-
-        Returns:
-            `dict[str, torch.Tensor]`: By parameter name; empty if no adapter is in force.
-        """
-        if adapters is None:
-            adapters = [] if self.merged or self.disable_adapters else self.active_adapters
-        adapters = self._adapters_here(adapters)
-        parameters = {}
-        # An autocast delta would have three digits, and be added to a parameter that has seven.
-        with torch.autocast(self.lotra_core[adapters[0]].device.type, enabled=False) if adapters else nullcontext():
-            for adapter in adapters:
-                delta = self._delta(adapter, dropout)
-                for name, part in self.lotra_tensor.split(delta).items():
-                    parameter = parameters[name] if name in parameters else attrgetter(name)(self.base_layer)
-                    _check_exchangeable(self.base_layer, name, parameter, part)
-                    parameters[name] = torch.add(parameter, part).to(parameter.dtype)
-        return parameters
+        return Update(scale, components)
 
     @property
     def is_random(self) -> bool:
@@ -288,50 +248,81 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         adapters = self._adapters_here(self.active_adapters) if self.training else []
         return any(self.lotra_rank_dropout[name] or self.lotra_module_dropout[name] for name in adapters)
 
+    ############
+    # In force #
+    ############
+
+    def adapters_in_force(self) -> list[str]:
+        """The adapters that a forward pass adds to the base layer: none while they are merged or disabled."""
+        return [] if self.merged or self.disable_adapters else self._adapters_here(self.active_adapters)
+
     def updates_in_force(self) -> list[Update]:
-        """The updates of the adapters that a forward pass uses now. Without
-        dropout; none of them while merged (then they are in the base layer's parameters) or disabled."""
-        adapters = [] if self.merged or self.disable_adapters else self._adapters_here(self.active_adapters)
-        return [Update(self.lotra_scaling[adapter], self.get_components(adapter)) for adapter in adapters]
+        """The updates of the adapters in force, without dropout."""
+        return [self._update(adapter) for adapter in self.adapters_in_force()]
+
+    def parameters_in_force(self) -> dict[str, torch.Tensor]:
+        """The adapted parameters of the base layer, as stored, with the updates in force added.
+
+        Returns:
+            `dict[str, torch.Tensor]`: By parameter name; empty if no adapter is in force.
+        """
+        return self._parameters_with(self.updates_in_force())
+
+    def coefficients_in_force(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The coefficients of the base layer with the updates in force added; a tensor of its own.
+
+        Args:
+            dtype (`torch.dtype`, *optional*): The dtype to add in; defaults to that of the base layer.
+
+        Returns:
+            `torch.Tensor`: (out, in, basis), or (out, in, basis + 1) with the residual branch as the last slice.
+        """
+        coefficients = self.lotra_tensor.read(self.get_base_layer()).to(dtype, copy=True)
+        updates = self.updates_in_force()
+        with without_autocast(updates):
+            for delta in (update.dense().to(dtype) for update in updates):
+                coefficients[..., : delta.shape[-1]] += delta
+        return coefficients
+
+    def _parameters_with(self, updates: Sequence[Update]) -> dict[str, torch.Tensor]:
+        return add_updates(self.lotra_tensor, self._modules["base_layer"], updates)
 
     ########
     # Grid #
     ########
 
-    def read_grid(self) -> dict[str, torch.Tensor | int | float]:
+    def read_grid(self) -> Grid:
         """The state that gives the coefficients of the base layer their meaning, by name."""
         return self.lotra_spec.read_grid(self.get_base_layer())
 
-    def copy_grid(self) -> dict[str, torch.Tensor | int | float]:
-        """The same, as it is now."""
+    def copy_grid(self) -> Grid:
+        """A copy of `read_grid()`."""
         grid = self.read_grid()
         return {name: v.detach().clone() if isinstance(v, torch.Tensor) else v for name, v in grid.items()}
 
-    def _check_grid(self, adapters: Iterable[str]) -> None:
-        """Raises a RuntimeError if the grid is not the one that the adapters were made on.
+    def _look_at_base(self, adapters: Iterable[str] = ()) -> None:
+        """Checks the grid, and finds the closed form again if the base layer's grid, dtype, device, mode or hooks have
+        changed. Not inside of `torch.func`, where tensors have no content of their own, nor in a compiled graph.
 
-        It is compared at each call; on an accelerator, which would have to be waited for, only when another tensor
-        stands there, or the tensor was written to (but not through `.data`).
+        Raises:
+            RuntimeError: The grid is not the one that the adapters were made on.
         """
-        grid = self.read_grid()
-        tensors = [value for value in grid.values() if isinstance(value, torch.Tensor)]
-        try:
-            key = [(id(value), value._version, value.data_ptr()) for value in tensors]
-        except RuntimeError:  # a batch of grids under vmap has no content of its own, inference tensors no version
+        if torch.compiler.is_compiling():
             return
-        if key != self._grid_key or all(value.device.type == "cpu" for value in tensors):
-            self._grid_key, self._grid_checked = key, set()
-        for adapter in self._adapters_here(adapters):
-            recorded = self.lotra_grid[adapter]
-            if id(recorded) in self._grid_checked:
-                continue
-            if not same_grid(recorded, grid):
+        spec, tensor, base_layer = self.lotra_spec, self.lotra_tensor, self._modules["base_layer"]
+        grid = self._grid_watch.look(base_layer, spec, tensor.get_parameter(base_layer))
+        if grid is None:
+            return
+        for adapter in adapters:
+            if not self._grid_watch.is_equal(grid, self.lotra_grid[adapter]):
                 raise RuntimeError(
-                    f"The grid of this {self.lotra_spec.family} layer was moved after the adapter {adapter!r} had "
+                    f"The grid of this {spec.family} layer was moved after the adapter {adapter!r} had "
                     "been attached: its coefficients would mean other functions. Call `peft_lotra.refit_adapters` "
                     "to carry the adapters over, or move the grid back."
                 )
-            self._grid_checked.add(id(recorded))
+        if self._grid_watch.changed and not in_transform():
+            self.lotra_formula = find_formula(base_layer, spec, tensor)
+            self._grid_watch.changed = False
 
     @exclusively
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -344,56 +335,44 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
     @exclusively
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapter_names = kwargs.pop("adapter_names", None)
-        self._check_forward_args(args, kwargs, adapter_names)
-        if not (self.disable_adapters or self.merged or torch.compiler.is_compiling()):
-            self._check_grid(self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names))
-
+        if adapter_names is not None:
+            self._check_forward_args(args, kwargs, adapter_names)
+        base_layer = self._modules["base_layer"]
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(*args, **kwargs)
-        if adapter_names is not None:
-            return self._mixed_batch_forward(args, kwargs, adapter_names)
+            return base_layer(*args, **kwargs)
         if self.merged:
-            return self.base_layer(*args, **kwargs)
-        return self._adapted_forward(self.active_adapters, args, kwargs)
+            return base_layer(*args, **kwargs)
 
-    def _adapted_forward(self, adapters: Iterable[str], args: tuple, kwargs: dict) -> Any:
-        adapters = self._adapters_here(adapters)
-        if type(self.base_layer) is KANLinear and in_transform() and not self.training:
-            # One row at a time (`torch.func.vmap`), where a gradient of the size of the coefficients would be formed
-            # for each row.
-            updates = [Update(self.lotra_scaling[name], self.get_components(name)) for name in adapters]
-            return self.base_layer(*args, **kwargs) + contract_updates(self.base_layer, updates, *args, **kwargs)
-        self._renew_formula()
-        if can_take_fast_path(self, adapters, args, kwargs):
-            return fast_forward(self, adapters, args[0], dropout=self.training)
-        parameters = self.parameters_in_force(adapters, dropout=self.training)
-        if not parameters:
-            return self.base_layer(*args, **kwargs)
-        return call_with_parameters(self.base_layer, parameters, self.base_layer, args, kwargs)
-
-    def _renew_formula(self) -> None:
-        """Looks for the formula of the base layer again where that, or its grid, is no longer the one of last time.
-
-        Not while a graph is compiled, and not inside of `torch.func`, where tensors have no content of their own.
-        """
-        if torch.compiler.is_compiling() or in_transform():
-            return
-        parameter = self.lotra_tensor.get_parameter(self.base_layer)
-        grid = self.read_grid().values()
-        # and a mode in which the base layer may compute something else, as with dropout
-        mode = parameter.dtype, parameter.device, self.base_layer.training, has_hooks(self.base_layer)
-        key = (*mode, [(id(v), _version(v)) if isinstance(v, torch.Tensor) else v for v in grid])
-        if key != self._formula_key:
-            self.lotra_formula = find_formula(self.base_layer, self.lotra_spec, self.lotra_tensor)
-            self._formula_key = key
-
-    def _check_forward_args(self, args: tuple, kwargs: dict, adapter_names: list[str] | None) -> None:
-        """Check if the arguments are compatible with the configs and state of the model"""
         if adapter_names is None:
-            return
+            adapters = self._adapters_here(self.active_adapters)
+            self._look_at_base(adapters)
+            return self._run([self._update(name, self.training) for name in adapters], args, kwargs)
+        names = adapter_names if isinstance(adapter_names, RowNames) else RowNames(adapter_names)
+        adapters = self._adapters_here(names.distinct)
+        self._look_at_base(adapters)
+        updates = [[self._update(name, self.training)] if name in adapters else [] for name in names.distinct]
+        return MixedBatch(names, self.lotra_tensor, self._run)(base_layer, updates, *args, **kwargs)
 
+    def _run(self, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]) -> Any:
+        path = self._choose_path(updates, args, kwargs)
+        return path(self._modules["base_layer"], updates, *args, **kwargs)
+
+    def _choose_path(self, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """How the layer is evaluated with these updates for all rows: `path(base_layer, updates, *args, **kwargs)`."""
+        base_layer, formula = self._modules["base_layer"], self.lotra_formula
+        if updates and type(base_layer) is KANLinear and not self.training and in_transform():
+            return _contracted_path
+        if updates and formula is not None and formula.accepts(base_layer, updates, args, kwargs):
+            return formula
+        return self._universal_path
+
+    def _universal_path(self, base_layer: nn.Module, updates: Sequence[Update], *args: Any, **kwargs: Any) -> Any:
+        return run_base(base_layer, self._parameters_with(updates), args, kwargs)
+
+    def _check_forward_args(self, args: tuple, kwargs: dict, adapter_names: list[str]) -> None:
+        """Check if the arguments are compatible with the configs and state of the model"""
         x = args[0] if args else next(iter(kwargs.values()))
         if len(x) != len(adapter_names):
             msg = (
@@ -408,10 +387,6 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             msg = "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             raise ValueError(msg)
 
-    def _mixed_batch_forward(self, args: tuple, kwargs: dict, adapter_names: list[str]) -> Any:
-        names = adapter_names if isinstance(adapter_names, RowNames) else RowNames(adapter_names)
-        return mixed_batch_forward(self, args, kwargs, names)
-
     def __repr__(self) -> str:
         return "lotra." + super().__repr__()
 
@@ -423,20 +398,6 @@ def lotra_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple
             yield name, module
 
 
-def _check_exchangeable(layer: nn.Module, name: str, parameter: torch.Tensor, part: torch.Tensor) -> None:
-    """A sharded parameter has another shape or belongs to a wrapper (FSDP), or is a DTensor, which has placements
-    (fully_shard); a parametrized one is computed anew whenever it is read."""
-    owner, attribute = layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-    if (
-        parameter.shape != part.shape
-        or hasattr(parameter, "placements") != hasattr(part, "placements")
-        or (attribute not in owner._parameters and attribute not in owner.__dict__)
-    ):
-        raise RuntimeError(
-            f"`{name}` of the base layer is sharded or parametrized, and its adapters are not. Shard the LoTRALayer, "
-            "or a module around it (FSDP, fully_shard), but not the base layer inside; remove parametrizations first."
-        )
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def _contracted_path(base_layer: nn.Module, updates: Sequence[Update], *args: Any, **kwargs: Any) -> Any:
+    """One row at a time (`torch.func.vmap`): a gradient of the size of the coefficients for each row is avoided."""
+    return base_layer(*args, **kwargs) + contract_updates(base_layer, updates, *args, **kwargs)

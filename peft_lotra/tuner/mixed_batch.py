@@ -16,21 +16,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from ..functional import call_with_parameters
-from ..tucker import reconstruct
+from ..families.coefficients import CoefficientTensor
+from ..tucker import Tucker, Update, reconstruct
+from .universal_path import are_stored, run_base, without_autocast
 
 
-if TYPE_CHECKING:
-    from .layer import LoTRALayer
-
-# A chunk costs about as much as this many rows, beside its own: it has a copy of the parameters.
+# A chunk has a copy of the parameters. That costs about as much as this many rows.
 _CHUNK_COST = 16
 # How many basis functions of how many rows are evaluated in one call. More do not stay in the cache, so that several
 # calls are faster than one. A layer of which not even two chunks may share a call runs once for each adapter.
@@ -40,7 +38,7 @@ _MAX_COPIES = 2**24
 
 
 class RowNames(list):
-    """The name of the adapter of each row. The rows are sorted once for all layers that the batch passes through."""
+    """The name of the adapter of each row; the rows are sorted once for all layers."""
 
     @cached_property
     def distinct(self) -> list[str]:
@@ -59,7 +57,7 @@ class RowNames(list):
         """The rows in chunks of one length, each of one adapter; a chunk that is too short repeats its last row.
 
         Returns:
-            The name of each chunk (chunks,), as its position in `distinct`; the rows of each chunk (chunks, length);
+            The name of each chunk (chunks,), as an index into `distinct`; the rows of each chunk (chunks, length);
             and the place of each row of the batch among those of all chunks (batch,).
         """
         counts = torch.tensor([len(rows) for rows in self.rows])
@@ -73,45 +71,64 @@ class RowNames(list):
         return torch.arange(len(counts)).repeat_interleave(-(-counts // length)), torch.stack(chunks), places
 
 
-def mixed_batch_forward(layer: LoTRALayer, args: tuple, kwargs: dict[str, Any], names: RowNames) -> Any:
-    """Runs a layer on a batch whose rows have adapters of their own.
+class MixedBatch(NamedTuple):
+    """Runs a layer on a batch whose rows have adapters of their own: `mixed_batch(base_layer, updates, *args)`.
 
     The cost grows with the adapters in the batch, not with those that are loaded. Small layers run on all rows at
     once, by `torch.vmap` over copies of their parameters; the others run once for each adapter.
 
-    Args:
-        layer (`LoTRALayer`): The layer.
-        args, kwargs: What the layer is called with; tensors whose first dimension is the batch are split.
-        names (`RowNames`): The adapter of each row. Rows of adapters that the layer does not have, such as
-            "__base__", get the base layer.
-
-    Returns:
-        What the layer returns, its rows in the order of the batch.
+    Attributes:
+        names (`RowNames`): The adapter of each row.
+        tensor (`CoefficientTensor`): Where the base layer keeps its coefficients.
+        run (`Callable`): `run(updates, args, kwargs)` runs the layer with the same updates for all rows.
     """
-    here = [name if name in layer.lotra_core else None for name in names.distinct]
-    if len(set(here)) <= 1:
-        return layer._adapted_forward([name for name in here[:1] if name is not None], args, kwargs)
-    size = sum(attrgetter(name)(layer.base_layer).numel() for name in layer.lotra_tensor.parameters)
-    chunks, length = names.chunks[1].shape
-    at_once = _MAX_BASIS * layer.out_features // (size * length)
-    if at_once >= 2 and size * chunks <= _MAX_COPIES:
-        try:
-            return _run_together(layer, args, kwargs, here, names, at_once)
-        except RuntimeError:
-            pass  # torch.vmap does not go through every layer. Whatever else it was is raised again below.
-    return _run_one_by_one(layer, args, kwargs, here, names)
+
+    names: RowNames
+    tensor: CoefficientTensor
+    run: Callable[[Sequence[Update], tuple, dict[str, Any]], Any]
+
+    def __call__(self, base_layer: nn.Module, updates: Sequence[Sequence[Update]], *args: Any, **kwargs: Any) -> Any:
+        """
+        Args:
+            base_layer (`nn.Module`): The base layer.
+            updates (`Sequence[Sequence[Update]]`): For each of the distinct names an update, or none for rows that get
+                the base layer.
+            args, kwargs: The arguments of the layer. Tensors whose first dimension is the batch are split.
+
+        Returns:
+            What the layer returns, its rows in the order of the batch.
+        """
+        if len(updates) == 1 or not any(updates):
+            return self.run(updates[0] if updates else [], args, kwargs)
+        size = sum(parameter.numel() for parameter in self.tensor.read_parameters(base_layer).values())
+        chunks, length = self.names.chunks[1].shape
+        at_once = _MAX_BASIS * self.tensor.shape[0] // (size * length)
+        # The parameters that a Slim layer seems to have are computed, and cannot be exchanged.
+        if at_once >= 2 and size * chunks <= _MAX_COPIES and are_stored(base_layer, self.tensor.parameters):
+            try:
+                return _run_together(self, base_layer, updates, args, kwargs, at_once)
+            except RuntimeError:
+                pass  # torch.vmap does not go through every layer. Any other error is raised again below.
+        return _run_one_by_one(self, updates, args, kwargs)
 
 
 def _run_together(
-    layer: LoTRALayer, args: tuple, kwargs: dict, here: list[str | None], names: RowNames, at_once: int
+    batch: MixedBatch,
+    base_layer: nn.Module,
+    updates: Sequence[Sequence[Update]],
+    args: tuple,
+    kwargs: dict[str, Any],
+    at_once: int,
 ) -> Any:
     """Runs so many chunks in one call. Raises `RuntimeError` where `torch.vmap` does not go through the layer."""
 
-    def run(parameters: dict[str, torch.Tensor], args: tuple, kwargs: dict) -> Any:
-        return call_with_parameters(layer.base_layer, parameters, layer.base_layer, args, kwargs)
+    def run(parameters: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
+        return run_base(base_layer, parameters, args, kwargs)
 
+    names = batch.names
     adapters, rows, places = names.chunks
-    parameters = {name: value[adapters] for name, value in _parameters_of_each(layer, here).items()}
+    stacked = _parameters_of_each(batch.tensor, base_layer, updates)
+    parameters = {name: value[adapters] for name, value in stacked.items()}
     axes = (
         tuple(0 if _is_batch(value, names) else None for value in args),
         {key: 0 if _is_batch(value, names) else None for key, value in kwargs.items()},
@@ -120,20 +137,20 @@ def _run_together(
     return _in_order(results, lambda chunks: chunks.flatten(0, 1), rows.numel(), places)
 
 
-def _parameters_of_each(layer: LoTRALayer, names: list[str | None]) -> dict[str, torch.Tensor]:
-    """The parameters in force for each of the adapters, stacked; those of the base for `None`."""
-    components = [() if name is None else layer.get_components(name) for name in names]
-    alike: dict[Any, list[int]] = {}  # adapters of the same ranks are reconstructed together
-    for index, mine in enumerate(components):
-        alike.setdefault(tuple((component.shape, component.dtype) for component in mine), []).append(index)
-    base = {name: attrgetter(name)(layer.base_layer) for name in layer.lotra_tensor.parameters}
+def _parameters_of_each(
+    tensor: CoefficientTensor, base_layer: nn.Module, updates: Sequence[Sequence[Update]]
+) -> dict[str, torch.Tensor]:
+    """The parameters in force with each of the updates, stacked; without an update those of the base."""
+    alike: dict[Any, list[int]] = {}  # updates of the same ranks are reconstructed together
+    for index, mine in enumerate(updates):
+        shapes = tuple((component.shape, component.dtype) for update in mine for component in update.tensor)
+        alike.setdefault(shapes, []).append(index)
+    base = tensor.read_parameters(base_layer)
     stacked: dict[str, list[torch.Tensor]] = {name: [] for name in base}
     for shapes, members in alike.items():
-        parts = {}
+        parts: dict[str, torch.Tensor] = {}
         if shapes:
-            scales = [layer.lotra_scaling[names[index]] for index in members]
-            mine = [torch.stack(same) for same in zip(*(components[index] for index in members), strict=True)]
-            parts = torch.vmap(layer.lotra_tensor.split)(_deltas(mine, scales))
+            parts = torch.vmap(tensor.split)(_deltas([update for index in members for update in updates[index]]))
         for name, parameter in base.items():
             value = parameter.expand(len(members), *parameter.shape)
             stacked[name].append((value + parts[name]).to(value.dtype) if name in parts else value)
@@ -141,22 +158,24 @@ def _parameters_of_each(layer: LoTRALayer, names: list[str | None]) -> dict[str,
     return {name: torch.cat(values)[order] for name, values in stacked.items()}
 
 
-def _deltas(components: list[torch.Tensor], scales: list[float]) -> torch.Tensor:
-    """The updates (adapters, out, in, basis) of stacked components."""
-    device = components[0].device
-    # as in LoTRALayer: neither autocast nor half precision, which is slow on the CPU, must cost the update its digits
-    if device.type == "cpu" and components[0].itemsize == 2:
-        components = [component.float() for component in components]
-    with torch.autocast(device.type, enabled=False):
+def _deltas(updates: Sequence[Update]) -> torch.Tensor:
+    """The updates (updates, out, in, basis) of components of the same shapes."""
+    components = Tucker(*map(torch.stack, zip(*(update.tensor for update in updates), strict=True)))
+    # in half precision, which is slow on the CPU, the update would lose its digits
+    if components.core.device.type == "cpu" and components.core.itemsize == 2:
+        components = components.map(torch.Tensor.float)
+    with without_autocast(updates):
         deltas = torch.vmap(reconstruct)(*components)
-        return deltas * deltas.new_tensor(scales).view(-1, 1, 1, 1)
+        return deltas * deltas.new_tensor([update.scale for update in updates]).view(-1, 1, 1, 1)
 
 
-def _run_one_by_one(layer: LoTRALayer, args: tuple, kwargs: dict, here: list[str | None], names: RowNames) -> Any:
+def _run_one_by_one(
+    batch: MixedBatch, updates: Sequence[Sequence[Update]], args: tuple, kwargs: dict[str, Any]
+) -> Any:
     """Runs the rows of each adapter by themselves."""
-    results = [
-        layer._adapted_forward([] if name is None else [name], *_pick(args, kwargs, names, rows))
-        for name, rows in zip(here, names.rows, strict=True)
+    names = batch.names
+    results: Any = [
+        batch.run(mine, *_pick(args, kwargs, names, rows)) for mine, rows in zip(updates, names.rows, strict=True)
     ]
     places = torch.cat(names.rows).argsort()
     if isinstance(results[0], tuple):
@@ -169,7 +188,7 @@ def _is_batch(value: Any, names: RowNames) -> bool:
 
 
 def _pick(args: tuple, kwargs: dict, names: RowNames, rows: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
-    """What a layer is called with, the given rows of all that is a batch."""
+    """The arguments of a layer, with the given rows of each batch."""
     return (
         tuple(value[rows] if _is_batch(value, names) else value for value in args),
         {key: value[rows] if _is_batch(value, names) else value for key, value in kwargs.items()},
@@ -177,7 +196,7 @@ def _pick(args: tuple, kwargs: dict, names: RowNames, rows: torch.Tensor) -> tup
 
 
 def _in_order(results: Any, join: Callable[[Any], torch.Tensor], rows: int, places: torch.Tensor) -> Any:
-    """Joins results, or each of the parts of which they consist (pykan returns four), and takes the rows in order.
+    """Joins results, or each of their parts (pykan returns four), and puts the rows in order.
 
     A layer that flattens the leading dimensions (ChebyKAN) returns several consecutive rows for each.
     """

@@ -211,7 +211,7 @@ def _on_cpu(components: Tucker) -> Tucker:
 def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
     """The basis functions (points, in, basis) of a layer at x (points, in), on a grid that may not be its own."""
     base, spec = layer.base_layer, layer.lotra_spec
-    function = _pykan_basis if spec.family == "pykan" else spec.basis
+    function = spec.refit_basis or spec.basis
     if function is None:
         raise ValueError(
             f"The family {spec.family!r} of the layer {name} offers no basis: give one to `register_kan_layer` by "
@@ -219,13 +219,6 @@ def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: torch.Tenso
         )
     tensors = {key: value.to(x.device) for key, value in grid.items() if isinstance(value, torch.Tensor)}
     return call_with_parameters(base, tensors, lambda: function(base, x), (), {}).double().cpu()
-
-
-def _pykan_basis(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    # its family has no `basis`: pykan's layers also return what each edge gives, which only they compute
-    from kan.spline import B_batch
-
-    return B_batch(x, layer.grid, k=layer.k)
 
 
 def _spread(layer: LoTRALayer, samples: torch.Tensor) -> torch.Tensor:

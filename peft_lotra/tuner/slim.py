@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..families.registry import get_kan_spec
-from ..tucker import Tucker, tucker
+from ..tucker import Tucker, Update, tucker
 from .layer import LoTRALayer
+from .universal_path import without_autocast
 
 
 SLIM_MERGES = ("densify", "truncate")
@@ -52,37 +53,23 @@ class SlimLoTRALayer(LoTRALayer):
         self.merge_error: float | None = None
         self._before_merge: list[Any] = []  # what `unmerge` puts back
 
-    def components_in_force(self, adapters: Iterable[str], dropout: bool = False) -> Tucker:
-        """The components of the base layer and the adapters together."""
+    def _components_with(self, updates: Iterable[Update]) -> Tucker:
+        """The components of the base layer and the updates together."""
         base = self.base_layer.components
         core, *factors = base
         dtype = core.dtype
-        for adapter in self._adapters_here(adapters):
+        for scale, tensor in updates:
             # without the residual branch, its slice of the update is zero
-            own, *own_factors = self.get_components(adapter).padded(len(base.factor_basis))
-            own = self._dropped(own, adapter, dropout) * self.lotra_scaling[adapter]
-            core = _block_diagonal(core, own.to(dtype))
+            own, *own_factors = tensor.padded(len(base.factor_basis))
+            core = _block_diagonal(core, (own * scale).to(dtype))
             factors = [torch.cat([a, b.to(dtype)], dim=1) for a, b in zip(factors, own_factors, strict=True)]
         return Tucker(core, *factors)
 
-    def _dropped(self, core: torch.Tensor, adapter: str, dropout: bool) -> torch.Tensor:
-        """The core after rank and module dropout, drawn as in `LoTRALayer`."""
-        if dropout and (p := self.lotra_rank_dropout[adapter]):
-            core = core * (torch.rand(len(core), 1, 1, device=core.device) >= p).to(core.dtype) / (1 - p)
-        if dropout and (p := self.lotra_module_dropout[adapter]):
-            core = core * (torch.rand((), device=core.device) >= p).to(core.dtype)
-        return core
-
-    def parameters_in_force(
-        self, adapters: Iterable[str] | None = None, dropout: bool = False
-    ) -> dict[str, torch.Tensor]:
-        if adapters is None:
-            adapters = [] if self.merged or self.disable_adapters else self.active_adapters
-        adapters = self._adapters_here(adapters)
-        if not adapters:
+    def _parameters_with(self, updates: Sequence[Update]) -> dict[str, torch.Tensor]:
+        if not updates:
             return {}
-        with torch.autocast(self.lotra_core[adapters[0]].device.type, enabled=False):
-            return self.components_in_force(adapters, dropout)._asdict()
+        with without_autocast(updates):
+            return self._components_with(updates)._asdict()
 
     ###########
     # Merging #
@@ -109,7 +96,7 @@ class SlimLoTRALayer(LoTRALayer):
         adapter_names = [*self.merged_adapters, *adapter_names]
         self._restore()
         with torch.no_grad():
-            merged = self.components_in_force(adapter_names)
+            merged = self._components_with([self._update(name) for name in adapter_names])
             if self.slim_merge == "densify":
                 self._put_dense(merged)
             else:

@@ -138,6 +138,32 @@ def test_bad_patterns(changes, problem):
     assert known_families() == before
 
 
+@pytest.mark.parametrize("fields", [{"basys": None}, {"_grid": ()}])
+def test_an_unknown_field_is_named_with_the_known_ones(fields):
+    before = known_families()
+    (name,) = fields
+    with pytest.raises(TypeError, match=f"no field `{name}`.* family, matches, coefficients, residual,.* edge_scale"):
+        register_mine(**fields)
+    assert known_families() == before
+
+
+def test_a_description_is_checked_and_matches_as_a_registered_one_does():
+    spec = KANLayerSpec("mine", MyKANLayer, ("spline_coeffs", "i o k"), edge_scale=("base_coeffs", "o i"))
+    assert spec.matches(Derived(3, 5)) and not spec.matches(nn.Linear(3, 5))
+    assert spec.find_edge_scale(MyKANLayer(3, 5)) == "base_coeffs" and spec.find_edge_scale(nn.Linear(3, 5)) is None
+    with pytest.raises(ValueError, match="'o i k' of the edge scales of 'mine' has an axis besides"):
+        KANLayerSpec("mine", MyKANLayer, ("spline_coeffs", "i o k"), edge_scale=("base_coeffs", "o i k"))
+
+
+def test_a_class_that_carries_its_description_is_not_matched_by_others():
+    class Carrier(ChebyKANLayer):
+        kan_spec = KANLayerSpec("carried", nn.Module, ("cheby_coeffs", "i o k"))
+
+    layer = Carrier(3, 4, degree=2)
+    register_kan_layer("greedy", matches=ChebyKANLayer, coefficients=("cheby_coeffs", "i o k"))
+    assert get_kan_spec(layer).family == "carried" and "carried" not in known_families()
+
+
 @pytest.mark.parametrize(
     "changes, parts",
     [

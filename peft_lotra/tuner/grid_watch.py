@@ -1,0 +1,95 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Notices changes of a base layer on which its adapters, or its formula, depend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..families.registry import Grid, KANLayerSpec, same_grid
+
+
+class GridWatch:
+    """
+    Answers whether the grid, dtype, device, mode or hooks of a base layer have changed since the last look.
+
+    Attributes:
+        changed (`bool`): Whether they have since this flag was last set to `False`.
+    """
+
+    def __init__(self) -> None:
+        self.changed = True
+        self._state: list[Any] = []
+        self._equal: set[int] = set()  # the recorded grids that were found equal to the grid, by id
+
+    def __reduce__(self):
+        return GridWatch, ()  # a copied layer has other tensors
+
+    def look(self, layer: nn.Module, spec: KANLayerSpec, parameter: torch.Tensor) -> Grid | None:
+        """Reads the grid of the layer and notes what has changed.
+
+        Args:
+            layer (`nn.Module`): The base layer.
+            spec (`KANLayerSpec`): The family of the layer.
+            parameter (`torch.Tensor`): The parameter of the coefficients.
+
+        Returns:
+            The grid, `None` if it has no content that could be compared (a batch of grids under `torch.vmap`).
+        """
+        grid = spec.read_grid(layer)
+        state: list[Any] = [parameter.dtype, parameter.device, layer.training, has_hooks(layer)]
+        on_accelerator = False
+        try:
+            for value in grid.values():
+                if isinstance(value, torch.Tensor):
+                    version = None if value.is_inference() else value._version
+                    state.append((id(value), version, value.data_ptr()))
+                    on_accelerator |= value.device.type != "cpu"
+                else:
+                    state.append(value)
+        except RuntimeError:
+            return None
+        if state != self._state:
+            self._state, self.changed = state, True
+            self._equal.clear()
+        elif not on_accelerator:  # writing through `.data` leaves no trace; comparing costs no waiting here
+            self._equal.clear()
+        return grid
+
+    def is_equal(self, grid: Grid, recorded: Mapping[str, Any]) -> bool:
+        """Whether the grid, which `look` has returned, is that of a record, up to casts and devices.
+
+        On an accelerator, a record is compared again only after a change that leaves a trace.
+        """
+        if id(recorded) not in self._equal:
+            if not same_grid(recorded, grid):
+                return False
+            self._equal.add(id(recorded))
+        return True
+
+    def forget(self) -> None:
+        """Compares all records again: the id of one may now be that of another."""
+        self._equal.clear()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether running the module does more than its `forward`."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
