@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import call_with_parameters
-from ..kan.layer_records import recording
+from .recording import recording
 from .row_gradients import row_gradients
 
 
@@ -197,7 +197,7 @@ class LeastSquares:
             record = recording(leaves.values(), count) if by_layers else nullcontext()
             with torch.enable_grad(), saving, record as recorder:
                 values = self._call(function, scale, leaves, head)
-            if by_layers and not recorder.explains(values):
+            if by_layers and not recorder.is_complete(values):
                 return None
             kept.append(sum(sizes))
         return max(1, kept[1] - kept[0]) * 3 + 2 * values.shape[1] * self.num_parameters * 8

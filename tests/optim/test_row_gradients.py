@@ -26,9 +26,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, KANLinear, SlimKAN, hessian, jet, laplacian
-from peft_lotra.kan.layer_records import active_recorder, recording
+from peft_lotra.kan.observer import current_observer
 from peft_lotra.optim import LevenbergMarquardt
 from peft_lotra.optim.least_squares import LeastSquares, check_terms
+from peft_lotra.optim.recording import recording
 from peft_lotra.optim.row_gradients import MOST_COLUMNS
 
 
@@ -55,7 +56,7 @@ def check(model: nn.Module, function: Callable, *rows: Tensor, by_layers: bool =
         assert found.shape == expected.shape and expected.any()
         assert relative(found, expected) < 1e-12
     assert [note.by_layers for note in problem.notes.values()] == [by_layers]
-    assert active_recorder() is None
+    assert current_observer() is None
 
 
 # Residuals
@@ -407,7 +408,7 @@ def test_recorders_are_of_one_thread_and_one_use():
     parameters = [torch.ones(1, requires_grad=True)]
     with recording(parameters, 3) as outer:
         with pytest.raises(RuntimeError), recording(parameters, 4) as inner:
-            assert active_recorder() is inner
+            assert current_observer() is inner
             raise RuntimeError
-        assert active_recorder() is outer
-    assert active_recorder() is None
+        assert current_observer() is outer
+    assert current_observer() is None

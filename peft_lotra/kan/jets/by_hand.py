@@ -141,7 +141,7 @@ class _Block:
         self.factors = spline_factors(order)
         self.shape = (layer.grid_size + order + 1, len(z))
         self.unit = math.factorial(order) ** (-1 / order)
-        low, high = layer.grid_bounds.unsqueeze(-1).unbind(1)
+        low, high = layer.low.unsqueeze(-1), layer.high.unsqueeze(-1)
         self.per_unit = self.unit * layer.grid_size / (high - low)
         self.shift = -low * self.per_unit
         self.scales = [None]

@@ -50,7 +50,7 @@ class FewOutputsJet(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, first, second, weight, layer, weights, only_second, plain):
         order, inputs = layer.spline_order, len(z)
-        low, high = layer.grid_bounds.unsqueeze(-1).unbind(1)
+        low, high = layer.low.unsqueeze(-1), layer.high.unsqueeze(-1)
         scale = layer.grid_size / (high - low)
         position = ((z - low) * scale).clamp_(-order - 1, layer.grid_size + order + 1)  # constant zero beyond
         start = position.floor()
