@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -73,8 +73,8 @@ class Stage(NamedTuple):
     def grid(self) -> UniformGrid:
         """The grid that the KAN layer has now."""
         layer = self.layer
-        bounds: Tensor = layer.grid_bounds
-        return UniformGrid(*bounds.unbind(-1), layer.grid_size, layer.spline_order)
+        low, high = cast(Tensor, layer.grid_bounds).unbind(-1)
+        return UniformGrid(low, high, layer.grid_size, layer.spline_order)
 
 
 # `functools.singledispatch` would do this, but `torch.compile` cannot trace it for abstract classes (PEFT's tuners).
