@@ -25,6 +25,7 @@ from .hub.card import write_model_card
 from .hub.push import push_to_hub
 from .optim import create_lotra_optimizer, lotra_lr_multipliers
 from .summary import model_summary
+from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
 from .tuner.config import LoTRAConfig
 from .tuner.gradients import preprocess_lotra
 from .tuner.hotswap import hotswap_adapter

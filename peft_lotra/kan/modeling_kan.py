@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_kan import KANConfig
+from .jets.chain import register_wrapper
 from .layer import KANLinear
 from .network import KAN
 from .slim_kan import SlimKAN, SlimKANLinear
@@ -170,5 +171,6 @@ class KANModel(PreTrainedModel):
         )
 
 
+register_wrapper(KANModel, lambda model: model.kan if type(model).forward is KANModel.forward else None)
 AutoConfig.register("kan", KANConfig, exist_ok=True)
 AutoModel.register(KANConfig, KANModel, exist_ok=True)

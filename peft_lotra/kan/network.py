@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from .layer import KANLinear
-from .layer_records import active_recorder
+from .observer import current_observer
 
 
 NORMS = (None, "batch", "layer")
@@ -41,11 +41,9 @@ class LayerStack(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (..., widths[0]) to outputs (..., widths[-1]); raises `ValueError` for another last dimension."""
-        if active_recorder() is not None:
-            from .jets.derivatives import recorded_value
-
-            if (y := recorded_value(self, x)) is not None:
-                return y
+        observer = current_observer()
+        if observer is not None and (y := observer.value(self, x)) is not None:
+            return y
         for layer in self.layers:
             x = layer(x)
         return x

@@ -11,13 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """The gradients of single rows of residuals, from one evaluation of all rows and one backward pass.
 
-A KAN layer is linear in its coefficients (O, I, K + 1): with the features phi (S, I, K + 1) of a row, in S streams
-(value and derivatives, as in `kan/layer_jets.py`), and the gradient g (S, O) in its outputs, the row's gradient in the
-coefficients is sum_s g[s, o] phi[s, i, k]. So inputs and output gradients of the layers, which one backward pass gives
-for all rows, are enough (as for the norms of gradients, I. Goodfellow, arXiv 1510.01799). For a Tucker tensor the
-products go factor by factor, and nothing of the size of the coefficients is formed.
+A KAN layer is linear in its coefficients (O, I, K + 1). With the jet rows phi (S, I, K + 1) of one row of inputs (see
+`kan.jets.layers.jet_rows`) and the gradient g (S, O) in the layer's outputs, the row's gradient in the coefficients is
+sum_s g[s, o] phi[s, i, k]. One backward pass gives the output gradients of all rows (I. Goodfellow, arXiv 1510.01799).
+For a Tucker tensor the products go factor by factor, and nothing of the size of the coefficients is formed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..kan.jets.layers import stream_features
-from ..kan.layer_records import Chain, LayerRecord, recording
+from ..kan.jets.layers import Jet, jet_rows
 from ..tucker import Update
+from .recording import Chain, LayerRecord, recording
 
 
 # Numbers in the largest tensor of a block of rows: near the cache, and enough for the overhead to be small.
@@ -43,30 +43,29 @@ def row_gradients(
     function: Callable[[], Tensor], parameters: Sequence[Tensor], rows: int, out: Tensor | None = None
 ) -> Tensor | None:
     """
-    The derivatives of a function's values row by row, (rows m, P), where they depend on the parameters by nothing but
-    networks that are recorded (see `kan/layer_records.py`).
+    The derivatives of a function's values row by row, if they depend on the parameters by recorded networks alone.
 
     Args:
-        function: returns values (rows, m), each row by itself. The parameters must be those of the model when it runs.
+        function: returns values (rows, m), each row by itself. Its model must hold the parameters when it runs.
         parameters: leaves, of P numbers together.
-        rows: how many.
+        rows: the number of rows.
         out: (rows m or more, P), whose first rows get the derivatives.
 
     Returns:
-        The derivatives; None if the values depend on the parameters in another way, or on several rows, or the
-        function cannot be evaluated like this.
+        The derivatives (rows m, P). None if the values depend on the parameters in another way, or one row on others,
+        or the function fails.
     """
     try:
         with torch.enable_grad(), recording(parameters, rows) as recorder:
             values = function()
         count = values.shape[1]
-        if count > MOST_COLUMNS or not recorder.explains(values):
+        if count > MOST_COLUMNS or not recorder.is_complete(values):
             return None
         towards = _towards_chains(recorder.chains, values)
         if towards is None:
             return None
         records = [pair for chain in recorder.chains for pair in _towards_layers(chain, towards)]
-    except Exception:  # if the function is to blame, the way for any function will meet it again
+    except Exception:  # an error of the function is met again by the way for any function
         return None
     if out is None:
         out = parameters[0].new_empty(rows * count, sum(parameter.numel() for parameter in parameters))
@@ -89,12 +88,12 @@ Gradients = dict[int, Tensor]  # in a tensor with this id
 
 def _towards_chains(chains: list[Chain], values: Tensor) -> list[Gradients] | None:
     """
-    For each column of the values (n, m), its gradients in what the function got from the chains.
+    For each column of the values (n, m), its gradients in the leaves of the chains.
 
-    None where rows do not stay by themselves (the function turned them around, say): then the gradients with a weight
-    for each row are not the weighted gradients. With powers of two for weights, those are equal to the last bit.
+    None if a row depends on another one (the function reverses them, say): gradients with a weight for each row are
+    then not the weighted gradients. With powers of two for weights, the two are otherwise equal to the last bit.
     """
-    leaves = [part for chain in chains for part in chain.leaves if part is not None]
+    leaves = [part for chain in chains for part in chain.leaves.parts]
     exponents = torch.randperm(len(values), generator=torch.Generator().manual_seed(0)) % 401 - 200
     weights = torch.ldexp(values.new_ones(len(values)), exponents.to(values.device))
     if not values.requires_grad:
@@ -113,36 +112,36 @@ def _towards_chains(chains: list[Chain], values: Tensor) -> list[Gradients] | No
 
 
 def _towards_layers(chain: Chain, towards: list[Gradients]) -> list[tuple[LayerRecord, list[Tensor | None]]]:
-    """The records of a chain with, for each column, the gradients in their outputs, (n, S, O); None for zero."""
-    inner = [part for record in chain.records for part in record.outputs if part is not None]
+    """The records of a chain, each with the gradients (n, S, O) in its outputs for each column; None for zero."""
+    inner = [part for record in chain.records for part in record.outputs.parts]
     by_column: list[Gradients] = []
     for gradients in towards:
         ends = [
             (part, gradients[id(leaf)])
-            for part, leaf in zip(chain.outputs, chain.leaves, strict=True)
-            if part is not None and part.requires_grad and id(leaf) in gradients
+            for part, leaf in zip(chain.outputs.parts, chain.leaves.parts, strict=True)
+            if part.requires_grad and id(leaf) in gradients
         ]
-        found = [None] * len(inner)
+        found: Sequence[Tensor | None] = [None] * len(inner)
         if ends and inner:
             outputs, given = zip(*ends, strict=True)
             found = torch.autograd.grad(outputs, inner, given, retain_graph=True, allow_unused=True)
         by_column.append({id(part): one for part, one in zip(inner, found, strict=True) if one is not None})
-    return [(record, [_in_streams(record.outputs, g) for g in by_column]) for record in chain.records]
+    return [(record, [_as_rows(record.outputs, g) for g in by_column]) for record in chain.records]
 
 
-def _in_streams(outputs: Sequence[Tensor | None], gradients: Gradients) -> Tensor | None:
-    parts = [part for part in outputs if part is not None]
-    if not any(id(part) in gradients for part in parts):
+def _as_rows(outputs: Jet, gradients: Gradients) -> Tensor | None:
+    """The gradients in the parts of a jet together, (n, S, O); None for zero."""
+    if not any(id(part) in gradients for part in outputs.parts):
         return None
-    found = [gradients[id(part)] if id(part) in gradients else torch.zeros_like(part) for part in parts]
+    found = [gradients[id(part)] if id(part) in gradients else torch.zeros_like(part) for part in outputs.parts]
     return torch.cat([part if part.dim() == 3 else part.unsqueeze(0) for part in found]).transpose(0, 1)
 
 
-# From there to the coefficients, row by row
+# From the layers to their coefficients, row by row
 
 
 class _RowSums:
-    """The gradients of some rows, (n, m, P), as the sum of what layers add."""
+    """The gradients (n, m, P) of some rows, as the sum of what layers add."""
 
     def __init__(self, gradients: Tensor, parameters: Sequence[Tensor]) -> None:
         sizes = [parameter.numel() for parameter in parameters]
@@ -154,7 +153,7 @@ class _RowSums:
         return id(parameter) in self._gradients
 
     def add(self, parameter: Tensor, column: int, gradient: Tensor) -> None:
-        """Adds (n, ...), the rest in the order of the parameter's entries."""
+        """Adds a gradient (n, ...), whose entries of a row are in the order of the parameter's."""
         target = self._gradients[id(parameter)][:, column].view(gradient.shape)
         if (id(parameter), column) in self._begun:
             target += gradient
@@ -163,7 +162,7 @@ class _RowSums:
             self._begun.add((id(parameter), column))
 
     def finish(self) -> None:
-        """Zero for what nothing was added to."""
+        """Writes zeros for the parameters to which nothing was added."""
         for key, gradient in self._gradients.items():
             for column in self._columns:
                 if (key, column) not in self._begun:
@@ -171,29 +170,29 @@ class _RowSums:
 
 
 def _numbers_of_row(record: LayerRecord) -> int:
-    """In the largest tensor of a row."""
-    z, first, _, weights, _ = record.inputs
-    features = z.shape[1] * (record.grid.grid_size + record.grid.spline_order + 1)
-    streams = 1 + len(first) + (len(first) if weights is None else 1)
-    dense = record.dense is not None and any(part.requires_grad for part in record.dense)
-    return features * max(streams, record.outputs[-1].shape[-1] if dense else 0)
+    """How many numbers the largest tensor of a row has."""
+    _, first, _, weights, _ = record.inputs
+    outputs, inputs, basis = record.stage.shape
+    rows = 1 + len(first) + (len(first) if weights is None else 1)
+    dense = any(part.requires_grad for part in record.stage.dense or ())
+    return inputs * basis * max(rows, outputs if dense else 0)
 
 
 @torch.no_grad()
 def _add_layer(block: _RowSums, record: LayerRecord, outputs: list[Tensor | None], rows: slice) -> None:
-    """Adds what a layer gives to some rows, from the gradients (n, S, O) in its outputs for each column."""
+    """Adds the gradients of a layer's coefficients for some rows, from those (n, S, O) in its outputs by column."""
     columns = [(column, of_all[rows]) for column, of_all in enumerate(outputs) if of_all is not None]
     if not columns:
         return
     z, first, second, weights, only_second = record.inputs
     first = first.expand(len(first), *z.shape)[:, rows]
     second = None if second is None else second[:, rows]
-    features = stream_features(record.grid, z[rows], first, second, weights, only_second, len(z))
-    if record.dense is not None and any(map(block.wants, record.dense)):
-        _add_dense(block, features, *record.dense, columns)
-    for update in record.updates:
+    phi = jet_rows(record.grid, z[rows], first, second, weights, only_second, len(z))
+    if record.stage.dense is not None and any(map(block.wants, record.stage.dense)):
+        _add_dense(block, phi, *record.stage.dense, columns)
+    for update in record.stage.updates:
         if any(map(block.wants, update.tensor)):
-            _add_tucker(block, features, update, columns)
+            _add_tucker(block, phi, update, columns)
 
 
 def _add_dense(block: _RowSums, phi: Tensor, spline_weight: Tensor, base_weight: Tensor, columns: list) -> None:

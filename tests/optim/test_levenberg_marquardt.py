@@ -27,6 +27,7 @@ from peft_lotra.kan import KAN, jet
 from peft_lotra.optim import LevenbergMarquardt
 from peft_lotra.optim.least_squares import LeastSquares, check_terms
 from peft_lotra.optim.levenberg_marquardt import _damping_factor
+from peft_lotra.optim.linear_model import LinearModel
 
 
 def fit(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def test_jacobian_and_step(adapted, points):
     least_squares = problem(model, data)
     found = torch.cat([least_squares.jacobian(*chunk) for chunk in least_squares.chunks()])
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    linear = least_squares.linearize(residuals.detach(), floor=1e-3)
+    linear = LinearModel(least_squares, residuals.detach(), floor=1e-3)
     assert linear.in_residual_space is (len(residuals) < expected.shape[1])
     squares = expected.square().sum(0)
     scaling = squares.clamp(min=1e-3 * squares.max().item())
@@ -105,7 +106,7 @@ def test_jacobian_and_step(adapted, points):
     step = torch.linalg.lstsq(stacked, right[:, None]).solution[:, 0]
     torch.testing.assert_close(linear.solve(0.1, linear._residuals), step, rtol=1e-6, atol=1e-9)
     promised = residuals.square().sum() - (residuals + expected @ step).square().sum()
-    assert linear.promised(0.1, step) == pytest.approx(promised.item())
+    assert linear.predicted_decrease(0.1, step) == pytest.approx(promised.item())
     torch.testing.assert_close(least_squares.pull_back(residuals.detach()), expected.T @ residuals.detach())
 
 
@@ -126,10 +127,10 @@ def test_jacobian_that_does_not_fit_is_recomputed(monkeypatch):
     model, data = network(8), terms(points=60)
     least_squares = problem(model, data)
     residuals = least_squares.residuals(least_squares.start)
-    whole = least_squares.linearize(residuals, 1e-6)
+    whole = LinearModel(least_squares, residuals, 1e-6)
     monkeypatch.setattr("peft_lotra.optim.least_squares.CHUNK", 2**23)
     small = problem(model, data, memory=2**20)
-    parts = small.linearize(residuals, 1e-6)
+    parts = LinearModel(small, residuals, 1e-6)
     assert whole.jacobian is not None and parts.jacobian is None
     torch.testing.assert_close(parts.matrix, whole.matrix)
     torch.testing.assert_close(parts.solve(0.1, residuals), whole.solve(0.1, residuals), rtol=1e-6, atol=1e-9)
@@ -163,14 +164,14 @@ def test_second_order_correction_with_and_without_the_jacobian(monkeypatch):
     least_squares = problem(model, data)
     residuals = least_squares.residuals(least_squares.start)
     step = 1e-3 * torch.randn_like(least_squares.start)
-    whole = least_squares.linearize(residuals, 1e-6)
+    whole = LinearModel(least_squares, residuals, 1e-6)
     monkeypatch.setattr("peft_lotra.optim.least_squares.CHUNK", 2**23)
-    parts = problem(model, data, memory=2**20).linearize(residuals, 1e-6)
+    parts = LinearModel(problem(model, data, memory=2**20), residuals, 1e-6)
     assert whole.jacobian is not None and parts.jacobian is None
     ahead, behind = (least_squares.residuals(least_squares.start + sign * 0.1 * step) for sign in (1, -1))
     bend = (ahead - 2 * residuals + behind) / 0.1**2
     for linear in (whole, parts):
-        assert (linear.bend(step) - bend).norm() < 0.05 * bend.norm()
+        assert (linear.second_derivative(step) - bend).norm() < 0.05 * bend.norm()
 
 
 def test_damping_is_not_tried_again_where_it_has_just_failed():

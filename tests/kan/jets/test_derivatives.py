@@ -437,7 +437,7 @@ def pykan() -> nn.Module:
 
 @pytest.mark.parametrize("make", [Shifted, qkan, pykan])
 def test_other_networks_are_differentiated_by_transforms(make, monkeypatch):
-    monkeypatch.setattr(derivatives, "_told_about", set())
+    monkeypatch.setattr(derivatives, "_warned", set())
     model, x = make(), points(6) * 0.8
     with pytest.warns(UserWarning, match="knows no closed form") as seen:
         parts = jet(model, x)
@@ -450,7 +450,7 @@ def test_other_networks_are_differentiated_by_transforms(make, monkeypatch):
 
 
 def test_hooks_are_not_passed_over(monkeypatch):
-    monkeypatch.setattr(derivatives, "_told_about", set())
+    monkeypatch.setattr(derivatives, "_warned", set())
     model, x = network(), points()
     model.layers[0].register_forward_hook(lambda module, args, output: 2 * output)
     with pytest.warns(UserWarning, match="knows no closed form"):

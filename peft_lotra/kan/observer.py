@@ -1,0 +1,67 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A slot for an observer of the KANs that are evaluated, such as an optimizer that records what passes the layers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Observer(Protocol):
+    """What a network asks the observer of its thread. None lets the network run as usual."""
+
+    def value(self, network: nn.Module, x: Tensor) -> Tensor | None:
+        """The outputs (..., O) of the network at inputs x (..., I)."""
+        ...
+
+    def jet(
+        self,
+        through: Callable[..., Any],
+        x: Tensor,
+        directions: Tensor,
+        weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The result of `through(evaluate_layer, x, directions, weights)`, a jet of a network, where `evaluate_layer`
+        may be any function with the arguments and results of `jets.layers.evaluate_layer`."""
+        ...
+
+
+class _State(threading.local):
+    observer: Observer | None = None
+
+
+_state = _State()
+_O = TypeVar("_O", bound=Observer)
+
+
+@contextmanager
+def observing(observer: _O) -> Iterator[_O]:
+    """Makes the observer that of this thread; the one before is back afterwards."""
+    before, _state.observer = _state.observer, observer
+    try:
+        yield observer
+    finally:
+        _state.observer = before
+
+
+def current_observer() -> Observer | None:
+    """The observer of this thread, or None. Compiled graphs have none."""
+    return None if torch.compiler.is_compiling() else _state.observer

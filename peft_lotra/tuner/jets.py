@@ -1,0 +1,79 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Teaches `peft_lotra.kan.jet` what PEFT puts around KANs. Importing this module registers it."""
+
+from __future__ import annotations
+
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from ..families.registry import find_kan_layers, known_families
+from ..kan.jets.chain import Stage, register_stages, register_wrapper, stages_of
+from ..kan.jets.derivatives import register_check
+from .layer import LoTRALayer
+
+
+@register_stages(LoTRALayer)
+def _lotra_layer(model: LoTRALayer) -> list[Stage] | None:
+    if model.disable_adapters and model.merged:
+        model.unmerge()  # as its forward does
+    stages = stages_of(model.base_layer)
+    if stages is None or len(stages) != 1:
+        return None
+    (stage,) = stages
+    return [stage._replace(updates=(*stage.updates, *model.updates_in_force()))]
+
+
+@register_stages(ParamWrapper)
+def _lora_on_parameter(model: ParamWrapper) -> list[Stage] | None:
+    """PEFT's LoRA on `target_parameters`: its updates are dense."""
+    if model.disable_adapters and model.merged:
+        model.unmerge()  # as its forward does
+    stages = stages_of(model.base_layer)
+    names = ("spline_weight", "base_weight")
+    if stages is None or len(stages) != 1 or stages[0].dense is None or model.parameter_name not in names:
+        return None
+    dense = list(stages[0].dense)
+    if not (model.merged or model.disable_adapters):
+        for adapter in model.active_adapters:
+            if adapter in model.lora_A:
+                index = names.index(model.parameter_name)
+                dense[index] = dense[index] + model.get_delta_weight(adapter)
+    return [stages[0]._replace(dense=tuple(dense))]
+
+
+def _saved_module(wrapper: ModulesToSaveWrapper) -> nn.Module:
+    active = [] if wrapper.disable_adapters else [n for n in wrapper.active_adapters if n in wrapper.modules_to_save]
+    return wrapper.modules_to_save[active[0]] if active else wrapper.original_module
+
+
+def check_kan(model: nn.Module) -> None:
+    """Raises a `TypeError` if the model has no KAN layer of a known family."""
+    if not find_kan_layers(model):
+        raise TypeError(
+            f"`model` is a {type(model).__name__} without any KAN layer that is known (families: "
+            f"{', '.join(known_families())}). Differentiate it by torch.func, or describe its layers by "
+            "`register_kan_layer`."
+        )
+
+
+register_wrapper(PeftModel, lambda model: model.get_base_model())
+register_wrapper(PeftMixedModel, lambda model: model.base_model)
+register_wrapper(BaseTuner, lambda tuner: tuner.model)
+register_wrapper(ModulesToSaveWrapper, _saved_module)
+register_check(check_kan)
