@@ -56,6 +56,9 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         alpha (`float`): The scale of the first adapter.
     """
 
+    # A forward pass reads it directly: otherwise `base_layer` and the components go through `__getattr__`.
+    _modules: dict[str, Any]
+
     # All names of layers that may contain (trainable) adapter weights
     adapter_layer_names: tuple[str, ...] = (
         "lotra_core",
@@ -400,4 +403,4 @@ def lotra_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple
 
 def _contracted_path(base_layer: nn.Module, updates: Sequence[Update], *args: Any, **kwargs: Any) -> Any:
     """One row at a time (`torch.func.vmap`): a gradient of the size of the coefficients for each row is avoided."""
-    return base_layer(*args, **kwargs) + contract_updates(base_layer, updates, *args, **kwargs)
+    return base_layer(*args, **kwargs) + contract_updates(base_layer, list(updates), *args, **kwargs)

@@ -26,7 +26,7 @@ import torch
 
 
 class LayerLock:
-    """A re-entrant lock that a copied, or unpickled, layer has anew."""
+    """A re-entrant lock; a copied, or unpickled, layer gets a new one."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -42,9 +42,9 @@ class LayerLock:
 
 
 def exclusively(method: Callable) -> Callable:
-    """A method of a layer that one thread at a time may run: it exchanges parameters, or must not see them exchanged.
+    """Lets one thread at a time run a method of a layer that exchanges parameters, or must not see them exchanged.
 
-    A compiled graph exchanges nothing and takes no lock.
+    A compiled graph exchanges no parameters and takes no lock.
     """
 
     @wraps(method)
@@ -58,7 +58,7 @@ def exclusively(method: Callable) -> Callable:
 
 
 def exclusively_within(method: Callable) -> Callable:
-    """The same for a method that gives a context: one thread at a time may be within it."""
+    """Lets one thread at a time be within the context that a method returns."""
 
     @wraps(method)
     @contextmanager
