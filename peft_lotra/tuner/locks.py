@@ -26,16 +26,20 @@ import torch
 
 
 class LayerLock:
-    """A re-entrant lock; a copied, or unpickled, layer gets a new one."""
+    """A re-entrant lock; a copied, or unpickled, layer gets a new one.
+
+    Attributes:
+        held: The lock itself, a context manager written in C.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.held = threading.RLock()
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        self.held.acquire()
 
     def __exit__(self, *args: Any) -> None:
-        self._lock.release()
+        self.held.release()
 
     def __reduce__(self):
         return LayerLock, ()
@@ -51,7 +55,7 @@ def exclusively(method: Callable) -> Callable:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return method(self, *args, **kwargs)
-        with self.lotra_lock:
+        with self.lotra_lock.held:
             return method(self, *args, **kwargs)
 
     return run
@@ -63,7 +67,7 @@ def exclusively_within(method: Callable) -> Callable:
     @wraps(method)
     @contextmanager
     def run(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        with nullcontext() if torch.compiler.is_compiling() else self.lotra_lock:
+        with nullcontext() if torch.compiler.is_compiling() else self.lotra_lock.held:
             with method(self, *args, **kwargs) as context:
                 yield context
 
