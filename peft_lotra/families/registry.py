@@ -133,13 +133,12 @@ class KANLayerSpec:
         Raises:
             ValueError: A pattern does not fit the parameter; the message repeats both.
         """
-        parameters = dict([self.coefficients])
-        if self.residual is not None and get_or_none(layer, self.residual[0]) is not None:
-            parameters.update([self.residual])
+        described = [(*self.coefficients, get_or_none(layer, self.coefficients[0]))]
+        if self.residual is not None and (residual := get_or_none(layer, self.residual[0])) is not None:
+            described.append((*self.residual, residual))
         lengths = dict(self.axes(layer)) if self.axes is not None else {}
         # The residual weights (out, in) settle what a flattened coefficient pattern leaves open, so they come first.
-        for name, pattern in reversed(parameters.items()):
-            parameter = get_or_none(layer, name)
+        for name, pattern, parameter in reversed(described):
             try:
                 if parameter is None:
                     raise ValueError("There is no such parameter.")
@@ -149,7 +148,7 @@ class KANLayerSpec:
                     f"{type(layer).__name__} was recognized as a KAN layer of the family {self.family!r}, but its "
                     f"parameter `{name}` is not as described. {error}"
                 ) from error
-        layouts = {name: parse_layout(pattern) for name, pattern in parameters.items()}
+        layouts = {name: parse_layout(pattern) for name, pattern, _ in described}
         return CoefficientTensor(self.family, layouts, lengths)
 
     def read_grid(self, layer: nn.Module) -> Grid:

@@ -221,7 +221,7 @@ def _agree(first: Any, second: Any) -> bool:
 def _can_evaluate(base_layer: nn.Module, formula: Formula, x: torch.Tensor) -> bool:
     """Whether the functions of the family return what the formula needs, for x (rows, in)."""
     spec, (out, in_features, basis) = formula.spec, formula.tensor.shape
-    expected = {"scale": (out, in_features)}
+    expected: dict[str, tuple[int, ...]] = {"scale": (out, in_features)}
     if not formula.closed_form:
         expected["basis"] = (len(x), in_features, basis)
     if formula.tensor.has_residual:

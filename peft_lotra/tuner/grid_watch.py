@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..families.registry import Grid, KANLayerSpec, same_grid
+from ..families.registry import Grid, same_grid
 
 
 class GridWatch:
@@ -41,18 +41,17 @@ class GridWatch:
     def __reduce__(self):
         return GridWatch, ()  # a copied layer has other tensors
 
-    def look(self, layer: nn.Module, spec: KANLayerSpec, parameter: torch.Tensor) -> Grid | None:
-        """Reads the grid of the layer and notes what has changed.
+    def look(self, layer: nn.Module, grid: Grid, parameter: torch.Tensor) -> bool:
+        """Notes what has changed.
 
         Args:
             layer (`nn.Module`): The base layer.
-            spec (`KANLayerSpec`): The family of the layer.
+            grid (`dict[str, torch.Tensor | int | float]`): The grid of the layer.
             parameter (`torch.Tensor`): The parameter of the coefficients.
 
         Returns:
-            The grid, `None` if it has no content that could be compared (a batch of grids under `torch.vmap`).
+            Whether the grid has content that can be compared: a batch of grids under `torch.vmap` has none.
         """
-        grid = spec.read_grid(layer)
         state: list[Any] = [parameter.dtype, parameter.device, layer.training, has_hooks(layer)]
         on_accelerator = False
         try:
@@ -64,16 +63,16 @@ class GridWatch:
                 else:
                     state.append(value)
         except RuntimeError:
-            return None
+            return False
         if state != self._state:
             self._state, self.changed = state, True
             self._equal.clear()
         elif not on_accelerator:  # writing through `.data` leaves no trace; comparing costs no waiting here
             self._equal.clear()
-        return grid
+        return True
 
     def is_equal(self, grid: Grid, recorded: Mapping[str, Any]) -> bool:
-        """Whether the grid, which `look` has returned, is that of a record, up to casts and devices.
+        """Whether the grid, at which `look` has looked, is that of a record, up to casts and devices.
 
         On an accelerator, a record is compared again only after a change that leaves a trace.
         """

@@ -56,6 +56,9 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         alpha (`float`): The scale of the first adapter.
     """
 
+    # A forward pass reads it directly: otherwise `base_layer` and the components go through `__getattr__`.
+    _modules: dict[str, Any]
+
     # All names of layers that may contain (trainable) adapter weights
     adapter_layer_names: tuple[str, ...] = (
         "lotra_core",
@@ -72,6 +75,12 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         "lotra_module_dropout",
         "lotra_grid",
     )
+    lotra_r: dict[str, tuple[int, int, int]]
+    lotra_alpha: dict[str, float]
+    lotra_scaling: dict[str, float]
+    lotra_rank_dropout: dict[str, float]
+    lotra_module_dropout: dict[str, float]
+    lotra_grid: dict[str, Grid]  # the grid that an adapter was made on
 
     def __init__(
         self,
@@ -86,12 +95,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         super().__init__()
         self.lotra_spec = spec
         self.lotra_tensor = spec.locate(base_layer)
-        self.lotra_r: dict[str, tuple[int, int, int]] = {}
-        self.lotra_alpha: dict[str, float] = {}
-        self.lotra_scaling: dict[str, float] = {}
-        self.lotra_rank_dropout: dict[str, float] = {}
-        self.lotra_module_dropout: dict[str, float] = {}
-        self.lotra_grid: dict[str, Grid] = {}  # the grid that an adapter was made on
+        vars(self).update({name: {} for name in self.other_param_names})
         self.lotra_lock = LayerLock()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict({}))
@@ -146,9 +150,9 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         self._grid_watch.forget()
         # Drawn in the base's precision, but not in half of it; _move_adapter_to_device_of_base_layer casts down later.
         dtype = torch.promote_types(self.lotra_tensor.get_parameter(self.get_base_layer()).dtype, torch.float32)
-        self.lotra_core[adapter_name] = nn.Parameter(torch.empty(ranks, dtype=dtype))
-        for name, size, rank in zip(self.adapter_layer_names[1:], shape, ranks, strict=True):
-            getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(size, rank, dtype=dtype))
+        sizes = (ranks, *zip(shape, ranks, strict=True))
+        for name, size in zip(self.adapter_layer_names, sizes, strict=True):
+            self._modules[name][adapter_name] = nn.Parameter(torch.empty(size, dtype=dtype))
 
         if config.init_weights == "gradient" and config.checkpoint_layers is None:
             reset_components_from_gradient(*self.get_components(adapter_name), layer=self.get_base_layer())
@@ -197,6 +201,13 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
     def _adapters_here(self, adapter_names: Iterable[str]) -> list[str]:
         core = self._modules["lotra_core"]
         return [name for name in adapter_names if name in core]
+
+    def get_base_layer(self) -> nn.Module:
+        """The innermost base layer, under this layer and those of other methods."""
+        layer = self._modules["base_layer"]
+        while isinstance(inner := layer._modules.get("base_layer"), nn.Module):
+            layer = inner
+        return layer
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
         # PEFT looks for `.weight`, which KAN layers do not have (or, inkan, only by accident)
@@ -310,8 +321,8 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         if torch.compiler.is_compiling():
             return
         spec, tensor, base_layer = self.lotra_spec, self.lotra_tensor, self._modules["base_layer"]
-        grid = self._grid_watch.look(base_layer, spec, tensor.get_parameter(base_layer))
-        if grid is None:
+        grid = spec.read_grid(self.get_base_layer())
+        if not self._grid_watch.look(base_layer, grid, tensor.get_parameter(base_layer)):
             return
         for adapter in adapters:
             if not self._grid_watch.is_equal(grid, self.lotra_grid[adapter]):
@@ -400,4 +411,4 @@ def lotra_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple
 
 def _contracted_path(base_layer: nn.Module, updates: Sequence[Update], *args: Any, **kwargs: Any) -> Any:
     """One row at a time (`torch.func.vmap`): a gradient of the size of the coefficients for each row is avoided."""
-    return base_layer(*args, **kwargs) + contract_updates(base_layer, updates, *args, **kwargs)
+    return base_layer(*args, **kwargs) + contract_updates(base_layer, list(updates), *args, **kwargs)

@@ -26,44 +26,48 @@ import torch
 
 
 class LayerLock:
-    """A re-entrant lock that a copied, or unpickled, layer has anew."""
+    """A re-entrant lock; a copied, or unpickled, layer gets a new one.
+
+    Attributes:
+        held: The lock itself, a context manager written in C.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.held = threading.RLock()
 
     def __enter__(self) -> None:
-        self._lock.acquire()
+        self.held.acquire()
 
     def __exit__(self, *args: Any) -> None:
-        self._lock.release()
+        self.held.release()
 
     def __reduce__(self):
         return LayerLock, ()
 
 
 def exclusively(method: Callable) -> Callable:
-    """A method of a layer that one thread at a time may run: it exchanges parameters, or must not see them exchanged.
+    """Lets one thread at a time run a method of a layer that exchanges parameters, or must not see them exchanged.
 
-    A compiled graph exchanges nothing and takes no lock.
+    A compiled graph exchanges no parameters and takes no lock.
     """
 
     @wraps(method)
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return method(self, *args, **kwargs)
-        with self.lotra_lock:
+        with self.lotra_lock.held:
             return method(self, *args, **kwargs)
 
     return run
 
 
 def exclusively_within(method: Callable) -> Callable:
-    """The same for a method that gives a context: one thread at a time may be within it."""
+    """Lets one thread at a time be within the context that a method returns."""
 
     @wraps(method)
     @contextmanager
     def run(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        with nullcontext() if torch.compiler.is_compiling() else self.lotra_lock:
+        with nullcontext() if torch.compiler.is_compiling() else self.lotra_lock.held:
             with method(self, *args, **kwargs) as context:
                 yield context
 

@@ -17,26 +17,37 @@
 from __future__ import annotations
 
 import warnings
-from operator import attrgetter
+from collections.abc import Callable, Iterable
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from ..families.registry import same_grid
+from ..families.coefficients import CoefficientTensor
+from ..families.registry import Grid, KANLayerSpec, same_grid
 from ..files.fingerprint import hash_values
-from ..tucker import Update
+from ..tucker import Tucker, Update
 
 
-class MergeableLayer(nn.Module):
+class MergeableLayer(nn.Module, BaseTunerLayer):
     """The part of an adapted layer that merges.
 
     Attributes:
-        keep_base (`bool`): Whether the next merge keeps the parameters of the base as they are.
-        parameters_before_merge (`dict[str, torch.Tensor]`): The kept parameters while adapters are merged.
+        keep_base (`bool`): Whether the next merge keeps a copy of the parameters of the base.
+        parameters_before_merge (`dict[str, torch.Tensor]`): The copy, while adapters are merged.
     """
 
     keep_base = True
+
+    # what LoTRALayer provides
+    lotra_spec: KANLayerSpec
+    lotra_tensor: CoefficientTensor
+    merged_adapters: list[str]
+    read_grid: Callable[[], Grid]
+    copy_grid: Callable[[], Grid]
+    get_components: Callable[[str], Tucker]
+    _adapters_here: Callable[[Iterable[str]], list[str]]
+    _update: Callable[[str], Update]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
@@ -64,8 +75,8 @@ class MergeableLayer(nn.Module):
                 self._grid_at_merge = self.copy_grid()
                 if self.keep_base:
                     self.parameters_before_merge = {n: p.detach().clone() for n, p in self._base_parameters().items()}
-            components = self.get_components(adapter).map(lambda part: part.detach().clone())
-            self._merged_updates.append(Update(self.lotra_scaling[adapter], components))
+            scale, components = self._update(adapter)
+            self._merged_updates.append(Update(scale, components.map(lambda part: part.detach().clone())))
             self._write(self._with_update(self._base_parameters(), self._merged_updates[-1].dense()))
             self.merged_adapters.append(adapter)
         if self.parameters_before_merge:
@@ -79,13 +90,13 @@ class MergeableLayer(nn.Module):
             adapter_names (`list[str]`, *optional*): The adapters; defaults to all that are active.
 
         Raises:
-            ValueError: It would not.
+            ValueError: It would produce others.
         """
         parameters = self._base_parameters()
         for adapter in self._adapters_here(self.active_adapters if adapter_names is None else adapter_names):
             if adapter in self.merged_adapters:
                 continue
-            parameters = self._with_update(parameters, self.get_delta_weight(adapter))
+            parameters = self._with_update(parameters, self._update(adapter).dense())
             if not all(torch.isfinite(value).all() for value in parameters.values()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
 
@@ -93,13 +104,12 @@ class MergeableLayer(nn.Module):
         """
         This method unmerges all merged adapter layers from the base weights.
 
-        The base weights are again what they were, bit for bit, since a merge keeps them; that takes the memory of the
-        adapted parameters once more while adapters are merged. With `merge_adapter(keep_base=False)`, or where the
-        merged weights were changed meanwhile, the updates that were merged are subtracted, with the rounding errors
-        of that.
+        The base weights are restored bit for bit from the copy that a merge keeps, of the size of the adapted
+        parameters. After `merge_adapter(keep_base=False)`, or if the merged weights were changed meanwhile, the merged
+        updates are subtracted instead, with rounding errors.
 
         Raises:
-            RuntimeError: The grid was moved after the merge, so that the coefficients do not mean what they meant.
+            RuntimeError: The grid was moved after the merge: the coefficients multiply other functions.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -128,25 +138,25 @@ class MergeableLayer(nn.Module):
 
     def _forget_merge(self) -> None:
         self.parameters_before_merge: dict[str, torch.Tensor] = {}
-        self._merged_updates: list[Update] = []  # as they were merged
-        self._grid_at_merge = None
-        self._hash_of_merged = None
+        self._merged_updates: list[Update] = []
+        self._grid_at_merge: Grid = {}
+        self._hash_of_merged: str | None = None
 
     def _is_as_merged(self) -> bool:
-        """Whether what was there before the merge is known, and the merged parameters were not changed since."""
+        """Whether a copy of the base parameters is kept, and the merged parameters have not changed since."""
         return bool(self.parameters_before_merge) and self._hash_of_merged == hash_values(self._base_parameters())
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The base layer, with the adapters merged or not. Called by PEFT to unload: no copy of the base is kept."""
+        """The base layer, with the adapters merged or not. PEFT calls it to unload: no copy of the base is kept."""
         self.keep_base = False
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.get_base_layer()
 
     def _apply(self, fn, *args, **kwargs):
-        # What is kept moves, and is cast, with the layer; this is no change after the merge.
+        # The copy moves, and is cast, with the layer; moving is no change after the merge.
         unchanged = self._is_as_merged()
         super()._apply(fn, *args, **kwargs)
         self.parameters_before_merge = {name: fn(value) for name, value in self.parameters_before_merge.items()}
@@ -167,5 +177,6 @@ class MergeableLayer(nn.Module):
 
     @torch.no_grad()
     def _write(self, parameters: dict[str, torch.Tensor]) -> None:
+        stored = self._base_parameters()
         for name, value in parameters.items():
-            attrgetter(name)(self.get_base_layer()).data.copy_(value)
+            stored[name].data.copy_(value)

@@ -38,12 +38,17 @@ class SlimLoTRALayer(LoTRALayer):
     """
     A Slim layer (`SlimKANLinear` or `SlimLayer`) with LoTRA adapters.
 
-    The sum of two Tucker tensors is a Tucker tensor: its factors stand side by side, its core is block-diagonal. So
-    the base layer runs with components that contain its own and those of the adapters, without any dense tensor.
+    The sum of two Tucker tensors is a Tucker tensor: the factors are concatenated, the core is block-diagonal. The
+    base layer therefore runs with the components of the sum, without any dense tensor. There is no fast path: the
+    families of Slim layers give no formula.
 
-    Such a sum has more ranks than the base layer. What merging makes of it, `slim_merge` decides: "densify" replaces
-    the base layer by its dense equivalent, exactly; "truncate" keeps the layer Slim, at the ranks that it had, by
-    HOOI, and leaves in `merge_error` what that cost: the norm of what the merged tensor misses, as a share of its own.
+    The sum has more ranks than the base layer. `slim_merge` decides how adapters are merged: "densify" replaces the
+    base layer by its dense equivalent, exactly; "truncate" keeps the layer Slim, at the ranks that it had, by HOOI.
+
+    Attributes:
+        slim_merge (`str`): "densify" or "truncate".
+        merge_error (`float`, *optional*): After a truncating merge the norm of the difference between the sum and the
+            merged tensor, as a share of the norm of the sum.
     """
 
     slim_merge = "densify"
@@ -51,7 +56,7 @@ class SlimLoTRALayer(LoTRALayer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.merge_error: float | None = None
-        self._before_merge: list[Any] = []  # what `unmerge` puts back
+        self._before_merge: list[Any] = []  # for `unmerge`: the components, or the base layer with its family
 
     def _components_with(self, updates: Iterable[Update]) -> Tucker:
         """The components of the base layer and the updates together."""
@@ -84,7 +89,7 @@ class SlimLoTRALayer(LoTRALayer):
             adapter_names (`list[str]`, *optional*): The adapters to merge; defaults to all that are active.
 
         Raises:
-            ValueError: `safe_merge`, and they are not. The base layer is unchanged.
+            ValueError: `safe_merge`, and the components are not finite. The base layer is unchanged.
         """
         adapter_names = self._adapters_here(check_adapters_to_merge(self, adapter_names))
         if not adapter_names:
@@ -109,21 +114,22 @@ class SlimLoTRALayer(LoTRALayer):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
 
     def unmerge(self) -> None:
-        """This method unmerges all merged adapters. The base layer is again what it was, bit for bit."""
+        """This method unmerges all merged adapters. The base layer is restored bit for bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self._restore()
 
     def _put_dense(self, merged: Tucker) -> None:
-        # kept in a list: a module of its own would be a part of the state dict
+        # kept in a list: as a module, the base layer would be a part of the state dict
         self._before_merge = [self.base_layer, self.lotra_spec, self.lotra_tensor]
         slim = copy.deepcopy(self.base_layer)
         for name, value in merged._asdict().items():
             setattr(slim, name, nn.Parameter(value))
-        self.base_layer = slim.to_dense()
-        self.lotra_spec = get_kan_spec(self.base_layer)
-        self.lotra_tensor = self.lotra_spec.locate(self.base_layer)
+        dense = slim.to_dense()
+        spec = get_kan_spec(dense)
+        assert spec is not None
+        self.base_layer, self.lotra_spec, self.lotra_tensor = dense, spec, spec.locate(dense)
 
     def _put_truncated(self, merged: Tucker) -> None:
         self._before_merge = [component.detach().clone() for component in self.base_layer.components]
@@ -135,7 +141,7 @@ class SlimLoTRALayer(LoTRALayer):
         self._put(Tucker(small, *factors).balanced())
 
     def _restore(self) -> None:
-        """The base layer as it was before any merge."""
+        """Restores the base layer as it was before any merge."""
         before = self._before_merge
         if before and isinstance(before[0], nn.Module):
             moved_to = next(self.base_layer.parameters())

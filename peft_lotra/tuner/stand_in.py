@@ -21,21 +21,30 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from ..families.coefficients import CoefficientTensor
+from ..families.registry import KANLayerSpec
 from ..functional import call_with_parameters
 from .locks import exclusively
 
 
 class BaseLayerProxy(nn.Module):
-    """Answers the attributes that the adapted layer does not have itself from its `base_layer`.
+    """Answers attributes that the adapted layer does not have itself from its `base_layer`.
 
-    The adapted parameters, the base layer's properties and its own methods see the coefficients that are in force
-    (base + active adapters): a regularization, or a plot, sees the adapted function, and its gradient reaches the
-    adapters.
-    What would change the grid raises while adapters are attached and not merged, since it would silently change what
-    they mean.
+    The adapted parameters, the base layer's properties and its methods see the coefficients in force (base + active
+    adapters): a regularization, or a plot, sees the adapted function, and its gradient reaches the adapters. Methods
+    that change the grid raise while adapters are attached and not merged: they would silently change the adapters'
+    meaning.
     """
+
+    # what LoTRALayer provides
+    lotra_spec: KANLayerSpec
+    lotra_tensor: CoefficientTensor
+    merged: bool
+    parameters_in_force: Callable[[], dict[str, torch.Tensor]]
+    _get_available_adapters: Callable[[], set[str]]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -64,8 +73,8 @@ class BaseLayerProxy(nn.Module):
         return call_with_parameters(self.base_layer, parameters, function, args, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # A parent that sets `layer.grid` or `layer.out_dim` means the base layer. Names with an underscore are those
-        # that frameworks (accelerate, FSDP) put on each module for themselves.
+        # A parent that sets `layer.grid` or `layer.out_dim` means the base layer. Names with an underscore belong to
+        # frameworks (accelerate, FSDP), which set them on each module for themselves.
         base_layer = self.__dict__.get("_modules", {}).get("base_layer")
         if (
             base_layer is None

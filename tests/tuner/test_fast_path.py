@@ -16,12 +16,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 
 import pytest
 import torch
 from helpers import adapt, inputs, lotra_layers
 from stand_ins import FAMILIES, as_model
 from torch import nn
+
+from peft_lotra import register_kan_layer
+from peft_lotra.families import registry
+from peft_lotra.tuner import fast_path
 
 
 CLOSED_FORM = ["own", "efficient-kan", "efficient-kan-no-scaler", "efficient-kan-old", "inkan"]
@@ -113,6 +118,63 @@ def test_a_layer_with_dropout_takes_the_universal_path_in_training():
     assert layer.lotra_formula is not None
     y = model.train()(x)
     assert layer.lotra_formula is None and 0.3 < (y == 0).float().mean() < 0.7
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Registers a copy of the family of FastKAN with changes, for one test."""
+    monkeypatch.setattr(registry, "_SPECS", dict(registry._SPECS))
+    monkeypatch.setattr(fast_path, "_warned", set())
+
+    def register(**changes):
+        spec = registry._SPECS["fast-kan"]
+        names = [field.name for field in fields(spec) if field.init and field.name != "family"]
+        return register_kan_layer("broken", **{name: getattr(spec, name) for name in names} | changes)
+
+    return register
+
+
+def fail(*args):
+    raise ZeroDivisionError("by hand")
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"basis": fail}, "`basis` of the KAN family 'broken' raised ZeroDivisionError: by hand, for a FastKANLayer"),
+        ({"splines": fail, "basis": None}, "`splines` of .* raised ZeroDivisionError"),
+        ({"activation": fail}, "`activation` of .* raised ZeroDivisionError"),
+        ({"scale": fail}, "`scale` of .* raised ZeroDivisionError"),
+        ({"basis": lambda m, x: x}, r"`basis` of .* returned \(48, 5\), torch.float32 instead of \(48, 5, 8\)"),
+        ({"basis": lambda m, x: m.rbf(x).double()}, r"returned \(48, 5, 8\), torch.float64 instead of"),
+        ({"activation": lambda m, x: None}, r"`activation` of .* returned NoneType instead of \(48, 5\)"),
+        ({"bias": "spline_linear.weight"}, r"`bias` of .* has the shape \(40, 40\) instead of \(40,\)"),
+    ],
+)
+def test_a_function_of_a_family_that_fails_is_named_once(changes, problem, registered):
+    registered(**changes)
+    with pytest.warns(UserWarning, match=problem) as warned:
+        model, layer = adapted("fast-kan")
+        adapted("fast-kan")
+    assert layer.lotra_formula is None and sum("of the KAN family" in str(w.message) for w in warned) == 1
+    x = inputs(3, in_features=5)
+    assert torch.equal(model(x), universal(model)(x))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("changes", [{}, {"activation": None}, {"scale": lambda m: None}, {"basis": None}])
+def test_what_a_family_leaves_out_is_no_failure(changes, registered):
+    registered(**changes)
+    _, layer = adapted("fast-kan")
+    assert (layer.lotra_formula is None) == ({"activation", "basis"} >= set(changes) != set())
+
+
+def test_a_formula_is_not_lost_by_an_autocast_call():
+    model, layer = adapted("own")
+    x = inputs(3, in_features=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.train()(x)
+    assert layer.lotra_formula is not None
 
 
 def test_looking_for_the_formula_changes_nothing():

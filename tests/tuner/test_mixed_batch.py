@@ -25,7 +25,7 @@ from peft import get_peft_model
 from stand_ins import FAMILIES, as_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig
+from peft_lotra import LoTRAConfig, slim
 from peft_lotra.kan import KAN, KANLinear
 from peft_lotra.tuner import mixed_batch
 from peft_lotra.tuner.mixed_batch import RowNames
@@ -152,6 +152,14 @@ def test_keywords_are_split_too():
     x, scale = torch.rand(13, 3, dtype=torch.float64), torch.rand(13, dtype=torch.float64)
     y = model(x, scale, adapter_names=NAMES)
     torch.testing.assert_close(y, scale[:, None] * model(x, torch.ones_like(scale), adapter_names=NAMES))
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["slim-kan", "slim"])
+def test_slim_layers(foreign):
+    dense = base("efficient-kan", torch.float64) if foreign else KAN([3, 4, 2], dtype=torch.float64)
+    model = several(slim(dense, (2, 2, 2)))
+    x = torch.rand(13, 3, dtype=torch.float64)
+    torch.testing.assert_close(model(x, adapter_names=NAMES), served(model, x, NAMES), rtol=0, atol=1e-12)
 
 
 def test_an_empty_batch():
