@@ -139,7 +139,7 @@ class Formula:
         else:
             assert spec.basis is not None
             functions = spec.basis(base_layer, x).flatten(1)
-            y = functions.new_zeros(len(functions), len(coefficients))
+            y = functions.new_zeros(functions.shape[0], len(coefficients))  # `len` would fix the batch of an export
             flat = None if of_splines is None else (of_splines[0], of_splines[1].flatten(1))
             y = addmm(y, functions, coefficients.flatten(1), flat)
         if residual is not None:
