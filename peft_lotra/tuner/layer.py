@@ -23,6 +23,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..families.coefficients import CoefficientTensor
 from ..families.registry import KANLayerSpec, same_grid
 from ..functional import call_with_parameters
 from ..kan.basis import in_transform
@@ -56,6 +57,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         config (`LoTRAConfig`): The configuration of the first adapter.
         r (`int` or `tuple[int, int, int]`): Its ranks.
         alpha (`float`): Its scale.
+        coefficients (`CoefficientTensor`, *optional*): Where the base layer keeps its coefficients, if that is known.
     """
 
     # All names of layers that may contain (trainable) adapter weights
@@ -83,11 +85,12 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         config: LoTRAConfig,
         r: int | tuple[int, int, int],
         alpha: float,
+        coefficients: CoefficientTensor | None = None,
         **kwargs,
     ) -> None:
         super().__init__()
         self.lotra_spec = spec
-        self.lotra_tensor = spec.locate(base_layer)
+        self.lotra_tensor = coefficients or spec.locate(base_layer)
         self.lotra_r = {}
         self.lotra_alpha = {}
         self.lotra_scaling = {}
@@ -152,7 +155,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         for name, size, rank in zip(self.adapter_layer_names[1:], shape, ranks, strict=True):
             getattr(self, name)[adapter_name] = nn.Parameter(torch.empty(size, rank, dtype=dtype))
 
-        if config.init_weights == "gradient" and config.checkpoint_layers is None:
+        if config.init_weights == "gradient" and config.checkpoint.layers is None:
             reset_components_from_gradient(*self.get_components(adapter_name), layer=self.get_base_layer())
         else:
             self.reset_lotra_parameters(adapter_name, bool(config.init_weights))

@@ -27,6 +27,7 @@ from torch import nn
 
 from .config import LoTRAConfig
 from .guards import release_networks
+from .injection import create_and_replace, prepare_config, prepare_targets, replace_module
 from .layer import LoTRALayer
 from .model import LoTRAModel
 
@@ -40,24 +41,26 @@ class LoTRAMixedModel(mixed_tuners.MixedModel):
 
     def _prepare_adapter_config(self, peft_config, model_config):
         if isinstance(peft_config, LoTRAConfig):
-            return LoTRAModel._prepare_adapter_config(self, peft_config, model_config)
+            return prepare_config(peft_config)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config, model: nn.Module) -> None:
         if isinstance(peft_config, LoTRAConfig):
-            LoTRAModel._prepare_model(self, peft_config, model)
+            self._targets = prepare_targets(peft_config, model)
         else:
             super()._prepare_model(peft_config, model)
 
-    def _create_and_replace(self, config, *args, **kwargs) -> None:
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
         if isinstance(config, LoTRAConfig):
-            LoTRAModel._create_and_replace(self, config, *args, **kwargs)
+            create_and_replace(self, self._targets, config, adapter_name, target, current_key)
         else:
-            super()._create_and_replace(config, *args, **kwargs)
+            super()._create_and_replace(
+                config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+            )
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         if isinstance(new_module, LoTRALayer) or isinstance(child, LoTRALayer):
-            LoTRAModel._replace_module(self, parent, child_name, new_module, child)
+            replace_module(self.model, child, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 

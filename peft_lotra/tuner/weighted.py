@@ -19,17 +19,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 
 from ..tucker import Tucker, cap_ranks, check_ranks, tucker
 from .layer import LoTRALayer
 from .targets import exact_targets, pattern_key
 
-
-if TYPE_CHECKING:
-    from .model import LoTRAModel
 
 COMBINATION_TYPES = ("cat", "linear", "svd")
 
@@ -37,7 +35,7 @@ COMBINATION_TYPES = ("cat", "linear", "svd")
 
 
 def add_weighted_adapter(
-    model: LoTRAModel,
+    model: BaseTuner,
     adapters: list[str],
     weights: list[float],
     adapter_name: str,
@@ -126,7 +124,7 @@ def add_weighted_adapter(
 
 
 def _check(
-    model: LoTRAModel,
+    model: BaseTuner,
     adapters: list[str],
     weights: list[float],
     adapter_name: str,
