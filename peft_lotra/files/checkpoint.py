@@ -40,12 +40,9 @@ class Checkpoint:
         tensors (`dict[str, tuple[int, ...]]`, *optional*): The shape of each tensor, by its name in the base model.
 
     Example:
-
-    ```py
-    >>> checkpoint = Checkpoint(digest="1f").with_tensors({"base_model.model.kan.lotra_core": (2, 2, 2)}, "1f", "here")
-    >>> checkpoint.tensors
-    {'kan.lotra_core': (2, 2, 2)}
-    ```
+        >>> checkpoint = Checkpoint(digest="1f")
+        >>> checkpoint.with_tensors({"base_model.model.kan.lotra_core": (2, 2, 2)}, "1f", "folder").tensors
+        {'kan.lotra_core': (2, 2, 2)}
     """
 
     layers: Mapping[str, Mapping[str, Any]] | None = None

@@ -107,11 +107,9 @@ class LoTRAConfig(PeftConfig):
         ValueError: A value cannot be used, or the config comes from a file that was changed after it was saved.
 
     Example:
-
-    ```py
-    >>> LoTRAConfig(r=(4, 4, 3), rank_pattern={"layers.0": 2}).ranks_and_alpha("layers.0")
-    (2, 1.0)
-    ```
+        >>> from peft_lotra import LoTRAConfig
+        >>> LoTRAConfig(r=(4, 4, 3), rank_pattern={"layers.0": 2}).ranks_and_alpha("layers.0")
+        (2, 1.0)
     """
 
     r: int | tuple[int, int, int] = field(
@@ -232,7 +230,7 @@ class LoTRAConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.LOTRA
+        self.peft_type = PeftType["LOTRA"]
         for entry in fields(self):
             self._check(entry)
         self.target_modules = (
@@ -278,7 +276,7 @@ class LoTRAConfig(PeftConfig):
 
     def ranks_and_alpha(self, layer_name: str) -> tuple[int | tuple[int, int, int], float]:
         """The ranks of a layer, before they are capped by the sizes of its modes, and its `alpha`."""
-        r_key, alpha_key = (get_pattern_key(p.keys(), layer_name) for p in (self.rank_pattern, self.alpha_pattern))
+        r_key, alpha_key = (get_pattern_key(list(p), layer_name) for p in (self.rank_pattern, self.alpha_pattern))
         return self.rank_pattern.get(r_key, self.r), self.alpha_pattern.get(alpha_key, self.alpha)
 
     #########
@@ -347,6 +345,8 @@ class LoTRAConfig(PeftConfig):
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         check_size(os.path.join(folder, CONFIG_NAME))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not isinstance(config, LoTRAConfig):
+            raise ValueError(f"The adapter in {folder} is of the type {config.peft_type}, and not LOTRA.")
         weights = find_weights(pretrained_model_name_or_path, subfolder, hub_kwargs)
         if weights is not None:
             shapes, digest = read_weights(weights)
@@ -355,6 +355,7 @@ class LoTRAConfig(PeftConfig):
                 # `save_adapter` was interrupted between its last two steps: this is the config of these tensors
                 check_size(pending)
                 config = cls.from_peft_type(**cls.from_json_file(pending))
+                assert isinstance(config, LoTRAConfig)
             config.checkpoint = config.checkpoint.with_tensors(shapes, digest, folder)
             config.checkpoint.check_shapes(config._component_shapes())
         config.check_base = own_kwargs.get("check_base")  # which is no choice of the file's

@@ -48,19 +48,15 @@ def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable
             one that is not finite, arrived at a layer. Nothing is kept then.
 
     Example:
-
-    ```py
-    >>> from peft import get_peft_model
-    >>> from peft_lotra import create_lotra_optimizer
-    >>> from peft_lotra.kan import KAN
-
-    >>> kan, x = KAN([2, 8, 1]), torch.rand(50, 2)
-    >>> config = LoTRAConfig(r=(4, 4, 3), init_weights="gradient")
-    >>> preprocess_lotra(kan, config, lambda: (kan(x) - x.prod(dim=1, keepdim=True)).square().mean().backward())
-    >>> model = get_peft_model(kan, config)
-    >>> policy = {"core": 0.03, "factor_out": 0.5}
-    >>> optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2, policy=policy)
-    ```
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig, create_lotra_optimizer, preprocess_lotra
+        >>> from peft_lotra.kan import KAN
+        >>> kan, x = KAN([2, 8, 1]), torch.rand(50, 2)
+        >>> config = LoTRAConfig(r=(4, 4, 3), init_weights="gradient")
+        >>> preprocess_lotra(kan, config, lambda: (kan(x).squeeze() - x.prod(dim=1)).square().mean().backward())
+        >>> model = get_peft_model(kan, config)
+        >>> policy = {"core": 0.03, "factor_out": 0.5}
+        >>> optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2, policy=policy)
     """
     if config.init_weights != "gradient":
         raise ValueError(
@@ -77,8 +73,8 @@ def gather_gradients(
 ) -> dict[nn.Module, torch.Tensor]:
     """Runs `train_step` and sums the gradients of the layers' coefficients, leaving the model as it was.
 
-    Only these parameters require a gradient meanwhile, and each gradient is taken away as soon as it has been
-    accumulated, so that the peak memory is one extra copy of the coefficients.
+    Only the coefficients require a gradient meanwhile. Each gradient is taken away as soon as it has been accumulated,
+    so that the peak memory is one extra copy of the coefficients.
 
     Args:
         layers (`dict[str, tuple[nn.Module, CoefficientTensor]]`): The layers by name.
@@ -91,10 +87,11 @@ def gather_gradients(
     Raises:
         ValueError: No gradient arrived at a layer, or one that is not finite.
     """
-    sums: dict[nn.Parameter, torch.Tensor] = {}
+    sums: dict[torch.Tensor, torch.Tensor] = {}
 
-    def take(parameter: nn.Parameter) -> None:
-        sums[parameter] = parameter.grad if parameter not in sums else sums[parameter].add_(parameter.grad)
+    def take(parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            sums[parameter] = parameter.grad if parameter not in sums else sums[parameter].add_(parameter.grad)
         parameter.grad = None
 
     targets, probes = {}, {}
@@ -118,16 +115,16 @@ def gather_gradients(
     gradients = {}
     for name, (layer, tensor) in layers.items():
         names = ["probe"] if layer in probes else list(tensor.parameters)
-        parts = {n: sums.get(targets[name, n]) for n in names}
-        missing = [n for n, part in parts.items() if part is None]
+        missing = [n for n in names if targets[name, n] not in sums]
         if missing:
             raise ValueError(
                 f"No gradient arrived at {missing} of `{name}`: `train_step` must call `backward()` on a loss that "
                 "depends on this layer."
             )
-        if not all(part.isfinite().all() for part in parts.values()):
+        parts = [sums[targets[name, n]] for n in names]
+        if not all(part.isfinite().all() for part in parts):
             raise ValueError(f"The gradient of `{name}` is not finite: look at the loss and the data of `train_step`.")
-        gradients[layer] = parts["probe"] if layer in probes else tensor.join(list(parts.values()))
+        gradients[layer] = parts[0] if layer in probes else tensor.join(parts)
     return gradients
 
 

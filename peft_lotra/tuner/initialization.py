@@ -68,14 +68,11 @@ def reset_components(
         zero_update (`bool`): Whether the update is zero at first.
 
     Example:
-
-    ```py
-    >>> core, factor_out = torch.empty(2, 3, 4), torch.empty(5, 2)
-    >>> factor_in, factor_basis = torch.empty(6, 3), torch.empty(8, 4)
-    >>> reset_components(core, factor_out, factor_in, factor_basis)
-    >>> factor_out.any().item(), (factor_in.T @ factor_in).allclose(torch.eye(3), atol=1e-6)
-    (False, True)
-    ```
+        >>> core, factor_out = torch.empty(2, 3, 4), torch.empty(5, 2)
+        >>> factor_in, factor_basis = torch.empty(6, 3), torch.empty(8, 4)
+        >>> reset_components(core, factor_out, factor_in, factor_basis)
+        >>> factor_out.any().item(), (factor_in.T @ factor_in).allclose(torch.eye(3), atol=1e-6)
+        (False, True)
     """
     if core.is_meta:
         return
@@ -125,6 +122,6 @@ def reset_components_from_gradient(
     factor_in.copy_(factors[1])
     factor_basis.copy_(factors[2] * math.sqrt(len(factor_basis)))
     rows = torch.linalg.svd(projected.double().flatten(1), full_matrices=False).Vh  # no more than ri rb
-    nn.init.normal_(core, std=1 / math.sqrt(ri * rb))  # for outputs beyond, random ones
+    nn.init.normal_(core, std=1 / math.sqrt(ri * rb))  # rows above ri rb stay random
     core.flatten(1)[: len(rows)] = rows.to(core)
     nn.init.zeros_(factor_out)

@@ -74,23 +74,25 @@ def enable_mixed() -> None:
     """
     Lets `get_peft_model(..., mixed=True)` and `PeftMixedModel` take LoTRA adapters beside those of other methods.
 
-    PEFT's mixed models know their methods by name, so this exchanges five names in `peft.tuners.mixed` and
-    `peft.mixed_model`, for the whole process. That is why it must be asked for, and importing `peft_lotra` does not do
-    it. What PEFT's mixed models cannot do (saving; `adapter_names`) stays so. A second call does nothing.
+    PEFT's mixed models know their methods by name, so this function exchanges five names in `peft.tuners.mixed` and
+    `peft.mixed_model` for the whole process. Importing `peft_lotra` does not do so. What PEFT's mixed models cannot do
+    (saving; `adapter_names`) stays so. A second call does nothing.
 
     Raises:
         RuntimeError: This version of PEFT does not have those names. Nothing is changed then.
 
     Example:
-
-    ```py
-    >>> enable_mixed()
-    >>> model = get_peft_model(model, LoTRAConfig(r=4), adapter_name="kan", mixed=True)
-    >>> model.add_adapter("head", LoraConfig(target_modules=["head"]))
-    >>> model.set_adapter(["kan", "head"])
-    ```
+        >>> from collections import OrderedDict
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft_lotra import LoTRAConfig, enable_mixed
+        >>> from peft_lotra.kan import KAN
+        >>> enable_mixed()
+        >>> model = nn.Sequential(OrderedDict(kan=KAN([2, 4, 4]), head=nn.Linear(4, 1)))
+        >>> model = get_peft_model(model, LoTRAConfig(r=2), adapter_name="kan", mixed=True)
+        >>> model.add_adapter("head", LoraConfig(target_modules=["head"]))
+        >>> model.set_adapter(["kan", "head"])
     """
-    if issubclass(mixed_model.MixedModel, LoTRAMixedModel):
+    if PEFT_TYPE_TO_MIXED_MODEL_MAPPING.get(PeftType["LOTRA"]) is LoTRAMixedModel:
         return
     missing = [name for name in _WIRED if not hasattr(mixed_tuners, name)]
     if missing:
@@ -98,10 +100,10 @@ def enable_mixed() -> None:
             f"peft.tuners.mixed.model has no {', '.join(missing)}: this version of PEFT makes its mixed models "
             "otherwise than those that peft-lotra knows (0.19.1 to 0.21). Use LoTRA by itself, or one of those."
         )
-    types = (*mixed_tuners.COMPATIBLE_TUNER_TYPES, PeftType.LOTRA)
+    types = (*mixed_tuners.COMPATIBLE_TUNER_TYPES, PeftType["LOTRA"])
     mixed.COMPATIBLE_TUNER_TYPES = mixed_tuners.COMPATIBLE_TUNER_TYPES = types
     mixed_tuners.Configs = Union[mixed_tuners.Configs, LoTRAConfig]  # noqa: UP007, PEFT reads its __args__
     mixed_tuners.Layers = (*mixed_tuners.Layers, LoTRALayer)
     mixed_tuners.PREFIXES.append(LoTRAModel.prefix)
-    PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PeftType.LOTRA] = LoTRAMixedModel
-    mixed_model.MixedModel = LoTRAMixedModel
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PeftType["LOTRA"]] = LoTRAMixedModel
+    mixed_model.MixedModel = LoTRAMixedModel  # pyright: ignore[reportPrivateImportUsage]  (PEFT uses this name)

@@ -61,16 +61,11 @@ class LoTRAModel(BaseTuner):
         ValueError: The model has no KAN layer, is itself one, or a target is none. The model is unchanged.
 
     Example:
-
-    ```py
-    >>> from peft import get_peft_model
-    >>> from peft_lotra import LoTRAConfig
-    >>> from peft_lotra.kan import KAN
-
-    >>> kan = KAN([2, 16, 16, 1])
-    >>> model = get_peft_model(kan, LoTRAConfig(r=4))
-    >>> model.print_trainable_parameters()
-    ```
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig
+        >>> from peft_lotra.kan import KAN
+        >>> model = get_peft_model(KAN([2, 16, 16, 1]), LoTRAConfig(r=4))
+        >>> trainable, total = model.get_nb_trainable_parameters()
 
     **Attributes**:
         - **model** ([`torch.nn.Module`]) -- The model to be adapted.
@@ -80,6 +75,7 @@ class LoTRAModel(BaseTuner):
     prefix: str = "lotra_"
     tuner_layer_cls = LoTRALayer
     target_module_mapping: dict[str, Any] = {}
+    peft_config: dict[str, LoTRAConfig]
 
     def __init__(self, *args, **kwargs) -> None:
         # Set before super().__init__, which injects the first adapter:
@@ -228,7 +224,7 @@ class LoTRAModel(BaseTuner):
         model = super().merge_and_unload(*args, **kwargs)
         errors = {name: layer.merge_error for name, layer in layers.items() if layer.merge_error is not None}
         if errors:
-            model.merge_errors = errors
+            model.merge_errors = errors  # pyright: ignore[reportArgumentType]  (a module takes any attribute)
         return model
 
     def _set_slim_merge(self, slim: str) -> dict[str, SlimLoTRALayer]:
@@ -248,14 +244,14 @@ class LoTRAModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        model = super()._unload_and_optionally_merge(
+        super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
-        release_networks(model)
+        release_networks(self.model)
         # pykan's `fit`, for one, expects its own parameters to be trainable
-        for parameter, flag in self._requires_grad_of_base:
+        for parameter, flag in self._requires_grad_of_base or ():
             parameter.requires_grad = flag
-        return model
+        return self.model
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raises what a merge would raise, before the first layer is merged."""

@@ -144,8 +144,9 @@ def record_base(model: nn.Module, base_layers: Mapping[str, Mapping[str, Any]]) 
 
 def _read_values(target: Target, module: nn.Module) -> dict[str, Values]:
     """The grid and the parameters of a target as they are without merged adapters; `module` holds the adapters."""
-    merged = isinstance(module, LoTRALayer) and module.merged
-    return layer_values(*target, (module.parameters_before_merge or None) if merged else {})
+    if isinstance(module, LoTRALayer) and module.merged:
+        return layer_values(*target, module.parameters_before_merge or None)
+    return layer_values(*target, {})
 
 
 def check_base(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
@@ -217,11 +218,8 @@ def pattern_key(name: str) -> str:
     """A key for `rank_pattern` that matches this layer alone; PEFT reads keys as regexes of the end of a name.
 
     Example:
-
-    ```py
-    >>> pattern_key("layers.0")
-    '^layers\\\\.0'
-    ```
+        >>> print(pattern_key("layers.0"))
+        ^layers\\.0
     """
     return "^" + re.escape(name)
 
