@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Running a layer with other tensors in the place of its parameters."""
+"""Calls of layers with other parameters, modes that are kept, and the network inside of wrappers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,15 @@ from torch import nn
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards each module is in the mode, training or evaluation, that it was in."""
+    """Puts each module of the model back into its mode, training or evaluation, at the end.
+
+    Example:
+        >>> model = nn.Dropout()
+        >>> with modes_kept(model):
+        ...     _ = model.eval()
+        >>> model.training
+        True
+    """
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -50,10 +58,24 @@ class _Call(nn.Module):
 def call_with_parameters(
     layer: nn.Module, parameters: dict[str, torch.Tensor], function: Callable, args: tuple, kwargs: dict
 ) -> Any:
-    """Calls `function` while the given tensors stand in the place of parameters of `layer`.
+    """Calls a function while tensors replace parameters of a layer.
 
-    That is `torch.func.functional_call`, which exchanges the entries of `_parameters`. FSDP (the first one) puts views
-    of its flat parameter into the modules' `__dict__`, where they hide those entries: they are exchanged there.
+    `torch.func.functional_call` exchanges the entries of `_parameters`. FSDP (the first one) puts views of its flat
+    parameter into `__dict__`, where they hide those entries: the views are exchanged instead.
+
+    Args:
+        layer (`nn.Module`): The layer.
+        parameters (`dict[str, torch.Tensor]`): The tensors by the name of the parameter.
+        function (`Callable`): The function; the layer itself, or one that uses it.
+        args, kwargs: The arguments of the function.
+
+    Returns:
+        What the function returns.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> call_with_parameters(layer, {"weight": torch.ones(1, 2)}, layer, (torch.ones(3, 2),), {}).tolist()
+        [[2.0], [2.0], [2.0]]
     """
     owners = {name: layer.get_submodule(name.rpartition(".")[0]) for name in parameters}
     views = {name: owner for name, owner in owners.items() if name.rpartition(".")[2] in owner.__dict__}
@@ -73,15 +95,22 @@ def call_with_parameters(
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside the wrappers that `torch.compile`, data parallelism and PEFT put around it."""
+    """The network inside the wrappers that `torch.compile`, data parallelism and PEFT put around it.
+
+    Example:
+        >>> inner = nn.Linear(2, 1)
+        >>> unwrap(nn.DataParallel(inner)) is inner
+        True
+    """
+    inner: Any = model
     while True:
-        if hasattr(model, "_orig_mod"):  # torch.compile
-            model = model._orig_mod
-        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif hasattr(model, "get_base_model"):  # PeftModel
-            model = model.get_base_model()
-        elif hasattr(model, "tuner_layer_cls"):  # a tuner of PEFT, or its mixed model
-            model = model.model
+        if hasattr(inner, "_orig_mod"):  # torch.compile
+            inner = inner._orig_mod
+        elif isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = inner.module
+        elif hasattr(inner, "get_base_model"):  # PeftModel
+            inner = inner.get_base_model()
+        elif hasattr(inner, "tuner_layer_cls"):  # a tuner of PEFT, or its mixed model
+            inner = inner.model
         else:
-            return model
+            return inner

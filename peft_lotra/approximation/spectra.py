@@ -27,7 +27,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ from ..report import Report, TextTable
 from ..tucker import cap_ranks, check_ranks, energy_table, hosvd
 from ..tuner.config import LoTRAConfig
 from ..tuner.gradients import gather_gradients
-from ..tuner.targets import find_targets, locate_target, pattern_key, resolve_target_modules
+from ..tuner.targets import find_targets, pattern_key
 from .updates import coefficient_updates
 
 
@@ -142,9 +142,7 @@ def gradient_spectrum(model: nn.Module, config: LoTRAConfig | None, train_step: 
     """
     model = unwrap(model)
     config = LoTRAConfig() if config is None else config
-    targets = find_targets(replace(config, target_modules=resolve_target_modules(config, model)), model)
-    located = {name: locate_target(name, module) for name, module in targets.items()}
-    layers = {name: (layer, tensor) for name, (layer, _, tensor) in located.items()}
+    layers = {name: (target.layer, target.coefficients) for name, target in find_targets(config, model).items()}
     gradients = gather_gradients(layers, model, train_step)
     spectra = {}
     for name, (layer, tensor) in layers.items():

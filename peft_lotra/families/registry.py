@@ -283,11 +283,9 @@ def find_kan_layers(model: nn.Module) -> list[FoundKANLayer]:
         [('layers.0', 'peft-lotra', (4, 2, 8)), ('layers.1', 'peft-lotra', (1, 4, 8))]
     """
     found = []
-    for name, module in _walk(unwrap(model), "", set()):
-        spec = get_kan_spec(module)
-        if spec is not None:
-            tensor = spec.locate(module)
-            found.append(FoundKANLayer(name, spec.family, tensor.shape, tensor.has_residual))
+    for name, layer, spec in walk_kan_layers(unwrap(model)):
+        tensor = spec.locate(layer)
+        found.append(FoundKANLayer(name, spec.family, tensor.shape, tensor.has_residual))
     return found
 
 
@@ -310,18 +308,25 @@ def short_name(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def _walk(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with their names. Adapted layers appear as their base layer. KAN layers, and the copies that PEFT's
-    `modules_to_save` makes, are not searched for more."""
+def walk_kan_layers(
+    module: nn.Module, name: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, nn.Module, KANLayerSpec]]:
+    """The KAN layers of a model with their names and families; of adapted layers, the base layers.
+
+    Nothing is searched inside KAN layers, nor inside the copies that PEFT's `modules_to_save` makes.
+    """
+    seen = set() if seen is None else seen
     if id(module) in seen or isinstance(module, AuxiliaryTrainingWrapper):
         return
     seen.add(id(module))
     while isinstance(base_layer := module._modules.get("base_layer"), nn.Module):
         module = base_layer
-    yield name, module
-    if get_kan_spec(module) is None:
-        for child_name, child in module.named_children():
-            yield from _walk(child, f"{name}.{child_name}" if name else child_name, seen)
+    spec = get_kan_spec(module)
+    if spec is not None:
+        yield name, module, spec
+        return
+    for child_name, child in module.named_children():
+        yield from walk_kan_layers(child, f"{name}.{child_name}" if name else child_name, seen)
 
 
 def same_grid(first: Mapping[str, object], second: Mapping[str, object]) -> bool:

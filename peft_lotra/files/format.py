@@ -12,11 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The files of an adapter: written so that no interruption mixes two adapters up, read with suspicion.
+"""The files of an adapter: written so that no interruption mixes two adapters up, and checked when they are read.
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`. The config carries, under `integrity`, a digest
-of itself and one of the tensors: files that were changed, truncated or exchanged are refused, not loaded. They guard
-against accidents; whoever can write the files can write fitting digests too (see SECURITY.md).
+of itself and one of the tensors: files that were changed, truncated or exchanged are refused. The digests guard
+against accidents only; whoever can write the files can write fitting digests too (see SECURITY.md).
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ MAX_CONFIG_BYTES = 8 << 20
 MAX_PATTERN_LENGTH = 10_000
 MAX_PATTERN_REPEATS = 4
 
-# The new config while `save_adapter` exchanges the files; see there.
+# The name of the new config while `save_adapter` exchanges the files.
 PENDING_CONFIG = f".{CONFIG_NAME}.next"
 _STAGE = ".saving"
 
-# What may be edited by hand or by tools: it does not change what the adapter computes.
+# Fields that may be edited by hand or by tools: they do not change what the adapter computes.
 _NOT_DIGESTED = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -75,8 +75,8 @@ def config_digest(values: Mapping[str, Any], defaults: Mapping[str, Any], weight
     """The digest of a configuration and of the tensors that it belongs to; 32 hexadecimal digits.
 
     Args:
-        values (`dict`): The configuration. What equals its default does not count, so that later versions, which have
-            more fields, read older files.
+        values (`dict`): The configuration. Values that equal their defaults do not count, so that later versions,
+            which have more fields, read older files.
         defaults (`dict`): The defaults.
         weights (`str`, *optional*): The digest of the tensors.
     """
@@ -90,7 +90,7 @@ def config_digest(values: Mapping[str, Any], defaults: Mapping[str, Any], weight
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Writes a file under another name, forces it to the disk, and renames it: the old content or the new one."""
+    """Writes a file in one step: under another name, forced to the disk, and renamed."""
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -100,22 +100,31 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> None:
-    """Saves adapters as `model.save_pretrained(folder)` does, but atomically: if the process is killed at any moment,
-    or the disk runs full, loading from the folder gives the old adapter or the new one, complete.
+    """Saves adapters as `model.save_pretrained(folder)` does, but so that an interruption loses nothing.
 
-    PEFT's `save_pretrained` writes the tensors over those in the folder, and then the config. Interrupted, it leaves
-    a folder that is refused (the digests do not fit), and the old adapter is lost; this matters only where a folder
-    is saved to twice. Here the files are written beside, forced to the disk and renamed, tensors first. Between the
-    two renames the new config lies beside the old one as `.adapter_config.json.next`, where loading looks for it.
+    If the process is killed at any moment, or the disk runs full, loading from the folder gives the old adapter or the
+    new one, complete. `save_pretrained`, interrupted, leaves a folder that is refused, and the old adapter is lost.
+    The files are written beside, forced to the disk and renamed, tensors first. Between the two renames the new config
+    lies beside the old one as `.adapter_config.json.next`, where loading looks for it.
 
     Args:
         model (`PeftModel`): The model.
-        folder (`str`): Where to. It needs room for the old files and the new ones, and one writer at a time.
+        folder (`str`): The folder. It needs room for the old files and the new ones, and one writer at a time.
         kwargs: As for `PeftModel.save_pretrained`, e.g. `selected_adapters`.
 
     Raises:
-        ValueError: `safe_serialization=False` was passed, or what `PeftModel.save_pretrained` raises. The folder is
-            as it was.
+        ValueError: `safe_serialization=False` was passed, `folder` is a file, or what `PeftModel.save_pretrained`
+            raises. The folder is as it was.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig, save_adapter
+        >>> from peft_lotra.kan import KAN
+        >>> with TemporaryDirectory() as folder:
+        ...     save_adapter(get_peft_model(KAN([2, 4, 1]), LoTRAConfig(r=2)), folder)
+        ...     sorted(os.listdir(folder))
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     if not kwargs.get("safe_serialization", True):
         raise ValueError("LoTRA adapters are saved as safetensors only: leave `safe_serialization` out.")
@@ -174,11 +183,11 @@ def _force_to_disk(path: str) -> None:
 ###########
 
 
-def find_weights(model_id: str | os.PathLike, subfolder: str | None, hub_kwargs: Mapping[str, Any]) -> str | None:
+def find_weights(model_id: str, subfolder: str | None, hub_kwargs: Mapping[str, Any]) -> str | None:
     """The path of the tensors that belong to a config, in a folder or on the Hub, from where they are downloaded.
 
     Returns:
-        `None` if there are none at all.
+        The path, or `None` if there are no tensors at all.
 
     Raises:
         ValueError: There is a pickle in their place.
@@ -257,7 +266,10 @@ def check_patterns(patterns: Iterable[str]) -> None:
     """Refuses regular expressions that may take exponential time; PEFT matches those of a config to layer names.
 
     Raises:
-        ValueError: One repeats a group, or repeats more than `MAX_PATTERN_REPEATS` times.
+        ValueError: A pattern repeats a group, or repeats more than `MAX_PATTERN_REPEATS` times.
+
+    Example:
+        >>> check_patterns([r"layers\\.[01]"])
     """
     for pattern in patterns:
         plain = re.sub(r"\\.|\[\]?[^\]]*\]", "x", pattern)  # without escaped characters and character classes

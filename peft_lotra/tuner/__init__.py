@@ -13,3 +13,10 @@
 # limitations under the License.
 
 """The PEFT method: config, model, adapted layer, and what happens to adapters."""
+
+from .config import LoTRAConfig
+from .layer import LoTRALayer
+from .model import LoTRAModel
+
+
+__all__ = ["LoTRAConfig", "LoTRALayer", "LoTRAModel"]

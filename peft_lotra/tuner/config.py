@@ -15,17 +15,17 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import weakref
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, Literal
+from weakref import WeakMethod
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
 
+from ..files.checkpoint import HASHES, RECORD, Checkpoint
 from ..files.fingerprint import digest_of
 from ..files.format import (
     PENDING_CONFIG,
@@ -37,32 +37,21 @@ from ..files.format import (
     write_atomically,
 )
 from ..tucker import cap_ranks, check_ranks
+from .arguments import BOOL, INDICES, NAMES, NUMBER, NUMBERS, PATTERN, PROBABILITY, START, refuse_names_of_lora
 
 
 ALL_KAN = "all-kan"
 CHECK_BASE = ("error", "warn", "ignore")
 
 
-class WeakMethod:
-    """A weak reference to a bound method, which copies and pickles leave behind."""
-
-    def __init__(self, method: Callable | None = None) -> None:
-        self._method = (lambda: None) if method is None else weakref.WeakMethod(method)
-
-    def __call__(self) -> Callable | None:
-        return self._method()
-
-    def __reduce__(self):
-        return WeakMethod, ()
-
-
+@refuse_names_of_lora
 @dataclass
 class LoTRAConfig(PeftConfig):
     """
     This is the configuration class to store the configuration of a [`LoTRAModel`].
 
     The update of a coefficient tensor (out, in, basis) is `alpha * core x1 factor_out x2 factor_in x3 factor_basis`.
-    LoRA users: it is scaled by `alpha` alone, without a division by `r`; the initialization already normalizes.
+    Unlike LoRA's, the update is scaled by `alpha` alone: the initialization normalizes it for any rank.
 
     Args:
         r (`int` or `tuple[int, int, int]`):
@@ -74,13 +63,12 @@ class LoTRAConfig(PeftConfig):
             The names of the KAN layers to adapt, exactly or as suffixes; a string is a regex. `"all-kan"`, which
             `None` (the default) stands for, takes every KAN layer that is recognized (see `find_kan_layers`).
         exclude_modules (`Optional[Union[list[str], str]]`):
-            The names of the modules to leave alone. A string is a regex; the names of a list match exactly or as
-            suffixes.
+            The names of the modules to leave alone, exactly or as suffixes; a string is a regex.
         layers_to_transform (`Optional[Union[list[int], int]]`):
-            The layer indices to adapt. Among the layers that `"all-kan"` finds, only those whose name has one of these
-            indices are adapted.
+            The indices of the layers to adapt. Among the layers that `"all-kan"` finds, those with one of these
+            indices in their name are adapted.
         layers_pattern (`Optional[Union[list[str], str]]`):
-            The name of the `nn.ModuleList` that `layers_to_transform` counts in, where it is not called as usual.
+            The name of the `nn.ModuleList` that `layers_to_transform` counts in, if it has an unusual name.
         rank_pattern (`dict`):
             The mapping from layer names or regexes to ranks that differ from `r`.
         alpha_pattern (`dict`):
@@ -88,8 +76,8 @@ class LoTRAConfig(PeftConfig):
         modules_to_save (`Optional[list[str]]`):
             The modules apart from the adapted layers that are trained and saved whole, for instance a new head.
         rank_dropout (`float`):
-            The probability with which each of the out-mode's rank components is dropped in a training step; the
-            others are scaled up, so that the expected update is unchanged.
+            The probability with which each rank component of the out mode is dropped in a training step. The others
+            are scaled up, so that the expected update is unchanged.
         module_dropout (`float`):
             The probability with which the adapter of a whole layer is skipped in a training step.
         init_weights (`bool` or `"gradient"`):
@@ -99,24 +87,29 @@ class LoTRAConfig(PeftConfig):
         adapt_residual (`bool`):
             Whether the weights of the residual branch are adapted too, as one more slice of the basis mode.
         check_base (`Optional[str]`):
-            What happens when an adapter is loaded into a base that is not the one it was saved with. By default
-            (`None`) another grid is an error, since the same coefficients mean other functions there, and other
-            coefficients are a warning, since an adapter may be used on a base that was trained on: it adds the same
-            functions to it. `"error"`, `"warn"` and `"ignore"` hold for both. A choice of whoever loads, which is not
-            saved: `PeftModel.from_pretrained(base, folder, check_base="error")`. Another family or shape is always an
-            error.
+            What happens when an adapter is loaded into another base than it was saved with. By default (`None`)
+            another grid is an error, since the coefficients would mean other functions, and other coefficients are a
+            warning, since the base may have been trained further. `"error"`, `"warn"` and `"ignore"` hold for both.
+            Another family or shape is always an error. The choice is not saved; it is made when an adapter is loaded:
+            `PeftModel.from_pretrained(base, folder, check_base="error")`.
         base_layers (`Optional[dict[str, dict]]`):
-            What the adapter was made for: the family and shape of each adapted layer, and, in a file, hashes of its
-            grid and its frozen parameters. Filled in when the adapter is created or saved and compared with the model
-            when it is loaded; leave it alone.
+            Internal. The family and the shape of each adapted layer, and, in a file, the hashes of its grid and its
+            frozen parameters. Filled in when the adapter is created or saved, and compared with the model when the
+            adapter is loaded.
         base_digest (`Optional[str]`):
-            In a file, one digest of all `base_layers`.
+            Internal. In a file, one digest of all `base_layers`.
         integrity (`Optional[dict[str, str]]`):
-            In a file, digests of the config and of the tensors. Remove the entry from a file that was changed on
-            purpose.
+            Internal. In a file, the digests of the config and of the tensors. Remove the entry from a file that was
+            changed on purpose.
 
     Raises:
-        ValueError: A value cannot be used; or the config comes from a file that was changed after it was saved.
+        TypeError: An argument is unknown. For arguments of LoRA, the message names the one to use.
+        ValueError: A value cannot be used, or the config comes from a file that was changed after it was saved.
+
+    Example:
+        >>> from peft_lotra import LoTRAConfig
+        >>> LoTRAConfig(r=(4, 4, 3), rank_pattern={"layers.0": 2}).ranks_and_alpha("layers.0")
+        (2, 1.0)
     """
 
     r: int | tuple[int, int, int] = field(
@@ -124,181 +117,181 @@ class LoTRAConfig(PeftConfig):
     )
     alpha: float = field(
         default=1.0,
-        metadata={"help": "Factor that the update is multiplied by; unlike in LoRA there is no division by r."},
+        metadata={
+            "help": "Factor that the update is multiplied by; unlike in LoRA there is no division by r.",
+            "check": NUMBER,
+        },
     )
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
             "help": "Names of the KAN layers to adapt (exact or suffixes; a string is a regex). 'all-kan', or None, "
-            "takes every KAN layer that is recognized."
+            "takes every KAN layer that is recognized.",
+            "check": NAMES,
         },
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: list[str] | set[str] | str | None = field(
         default=None,
-        metadata={"help": "Names of the modules to leave alone (exact or suffixes; a string is a regex)."},
+        metadata={
+            "help": "Names of the modules to leave alone (exact or suffixes; a string is a regex).",
+            "check": NAMES,
+        },
     )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt."}
+        default=None,
+        metadata={
+            "help": "Indices of the layers to adapt.",
+            "check": INDICES,
+        },
     )
     layers_pattern: list[str] | str | None = field(
         default=None,
-        metadata={"help": "Name of the nn.ModuleList that `layers_to_transform` counts in."},
+        metadata={"help": "Name of the nn.ModuleList that `layers_to_transform` counts in.", "check": NAMES},
     )
     rank_pattern: dict = field(
         default_factory=dict,
-        metadata={"help": "Mapping from layer names or regexes to ranks that differ from `r`."},
+        metadata={
+            "help": "Mapping from layer names or regexes to ranks that differ from `r`.",
+            "check": PATTERN,
+        },
     )
     alpha_pattern: dict = field(
         default_factory=dict,
-        metadata={"help": "Mapping from layer names or regexes to factors that differ from `alpha`."},
+        metadata={
+            "help": "Mapping from layer names or regexes to factors that differ from `alpha`.",
+            "check": NUMBERS,
+        },
     )
     modules_to_save: list[str] | None = field(
         default=None,
-        metadata={"help": "Modules apart from the adapted layers that are trained and saved whole."},
+        metadata={
+            "help": "Modules apart from the adapted layers that are trained and saved whole.",
+            "check": NAMES,
+        },
     )
     rank_dropout: float = field(
         default=0.0,
-        metadata={"help": "Probability with which each rank component of the out mode is dropped in training."},
+        metadata={
+            "help": "Probability with which each rank component of the out mode is dropped in training.",
+            "check": PROBABILITY,
+        },
     )
     module_dropout: float = field(
         default=0.0,
-        metadata={"help": "Probability with which the adapter of a whole layer is skipped in training."},
+        metadata={
+            "help": "Probability with which the adapter of a whole layer is skipped in training.",
+            "check": PROBABILITY,
+        },
     )
     init_weights: bool | Literal["gradient"] = field(
         default=True,
         metadata={
             "help": "True: random factors; 'gradient': factors from the gradient that preprocess_lotra gathered; both "
-            "with a zero update. False: a random update (for tests)."
+            "with a zero update. False: a random update (for tests).",
+            "check": START,
         },
     )
     adapt_residual: bool = field(
         default=True,
-        metadata={"help": "Whether the residual branch is adapted too, as one more slice of the basis mode."},
+        metadata={
+            "help": "Whether the residual branch is adapted too, as one more slice of the basis mode.",
+            "check": BOOL,
+        },
     )
     base_layers: dict[str, dict[str, Any]] | None = field(
         default=None,
-        metadata={"help": "Family and shape of each adapted layer; filled in when the adapter is created."},
+        metadata={
+            "help": "Internal: family and shape of each adapted layer; filled in when the adapter is created.",
+            "check": RECORD,
+        },
     )
     check_base: Literal["error", "warn", "ignore"] | None = field(
         default=None,
         metadata={
             "help": "What to do when the base is not the one that the adapter was saved with: 'error', 'warn' or "
-            "'ignore'; None means an error for another grid and a warning for other coefficients. Not saved."
+            "'ignore'; None means an error for another grid and a warning for other coefficients. Not saved.",
+            "check": (lambda value: value in CHECK_BASE, f"None or one of {CHECK_BASE}"),
         },
     )
-    base_digest: str | None = field(default=None, metadata={"help": "In a file, one digest of all `base_layers`."})
+    base_digest: str | None = field(
+        default=None,
+        metadata={
+            "help": "Internal: in a file, one digest of all `base_layers`.",
+            "check": (lambda value: isinstance(value, str), HASHES[1]),
+        },
+    )
     integrity: dict[str, str] | None = field(
-        default=None, metadata={"help": "In a file, digests of the config and of the tensors."}
+        default=None,
+        metadata={
+            "help": "Internal: in a file, digests of the config and of the tensors.",
+            "check": HASHES,
+        },
     )
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = PeftType.LOTRA
+        self.peft_type = PeftType["LOTRA"]
+        for entry in fields(self):
+            self._check(entry)
         self.target_modules = (
             set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
         )
         self.exclude_modules = (
             set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
         )
-        self._check_types()
         self.r = check_ranks(self.r)
         self.rank_pattern = {key: check_ranks(r) for key, r in (self.rank_pattern or {}).items()}
-        for name in ("rank_dropout", "module_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)}.")
-        if not isinstance(self.init_weights, bool) and self.init_weights != "gradient":
-            raise ValueError(f"`init_weights` must be True, False or 'gradient', got {self.init_weights!r}.")
+        self.alpha_pattern = self.alpha_pattern or {}
         if isinstance(self.target_modules, str) and self.target_modules != ALL_KAN:
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        # Not fields, so neither saved nor compared. Adding an adapter writes the names and shapes of its layers into
-        # the object, which may serve for another model next; and only what comes out of a file binds it to a model.
+        # The next three are no fields, so neither saved nor compared.
+        # Adding an adapter writes the names of its layers into `target_modules`; the object may serve another model.
         self.targets_all_kan = self.target_modules in (None, ALL_KAN)
-        self.checkpoint_layers = self.base_layers  # with hashes, which the field leaves to the file
-        self.checkpoint_tensors = None  # the shapes of the tensors in the file, by name
-        self.checkpoint_digest = (self.integrity or {}).get("weights")  # and their digest
-        self.describe_base = WeakMethod()  # gives the `base_layers` of a file
+        self.checkpoint = Checkpoint(self.base_layers, (self.integrity or {}).get("weights"))
+        self._record_base: WeakMethod | None = None
         self._check_integrity()
         self.base_digest = self.integrity = None
-        if self.base_layers is not None:
+        if self.base_layers is not None:  # the hashes are left to the file
             self.base_layers = {
                 name: {key: layer[key] for key in ("family", "shape", "has_residual")}
                 for name, layer in self.base_layers.items()
             }
 
-    def _check_types(self) -> None:
-        """What is read from a file can be anything."""
+    def _check(self, entry: Field) -> None:
+        """Checks the value of a field. What is read from a file can be anything."""
+        value = getattr(self, entry.name)
+        accepts, expected = BOOL if entry.name == "inference_mode" else entry.metadata.get("check", (None, None))
+        may_be_none = entry.default is None or entry.default_factory is not MISSING
+        if accepts is None or (value is None and may_be_none) or (value is not None and accepts(value)):
+            return
+        raise ValueError(f"`{entry.name}` must be {expected}, got {value!r:.200}.")
 
-        def is_number(value: Any) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    def __getstate__(self) -> dict[str, Any]:
+        # A weak reference is not pickled, and a copy belongs to no model yet.
+        return {**vars(self), "_record_base": None}
 
-        def is_name_or_names(value: Any) -> bool:
-            return isinstance(value, str) or (
-                isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value)
-            )
-
-        def is_index_or_indices(value: Any) -> bool:
-            indices = value if isinstance(value, (list, tuple)) else [value]
-            return all(isinstance(index, int) and not isinstance(index, bool) for index in indices)
-
-        def is_pattern(value: Any) -> bool:
-            return isinstance(value, dict) and all(isinstance(key, str) for key in value)
-
-        names = "a string or a list of strings"
-        wanted = {
-            "alpha": (is_number, "a finite number"),
-            "alpha_pattern": (lambda v: is_pattern(v) and all(map(is_number, v.values())), "a dict of finite numbers"),
-            "rank_pattern": (is_pattern, "a dict of ranks"),
-            "rank_dropout": (is_number, "a number"),
-            "module_dropout": (is_number, "a number"),
-            "target_modules": (is_name_or_names, names),
-            "exclude_modules": (is_name_or_names, names),
-            "layers_pattern": (is_name_or_names, names),
-            "layers_to_transform": (is_index_or_indices, "an index or a list of indices"),
-            "modules_to_save": (is_name_or_names, "a list of strings"),
-            "adapt_residual": (lambda v: isinstance(v, bool), "True or False"),
-            "inference_mode": (lambda v: isinstance(v, bool), "True or False"),
-            "check_base": (lambda v: v in CHECK_BASE, f"None or one of {CHECK_BASE}"),
-            "base_layers": (_is_record, "None, or what a saved config has"),
-            "base_digest": (lambda v: isinstance(v, str), "None, or what a saved config has"),
-            "integrity": (_is_hashes, "None, or what a saved config has"),
-        }
-        for name, (accepts, what) in wanted.items():
-            value = getattr(self, name)
-            if value is not None and not accepts(value):
-                raise ValueError(f"`{name}` must be {what}, got {str(value)[:200]!r}.")
-        for name in ("alpha", "rank_dropout", "module_dropout", "adapt_residual", "inference_mode"):
-            if getattr(self, name) is None:
-                raise ValueError(f"`{name}` must be {wanted[name][1]}, got None.")
+    def ranks_and_alpha(self, layer_name: str) -> tuple[int | tuple[int, int, int], float]:
+        """The ranks of a layer, before they are capped by the sizes of its modes, and its `alpha`."""
+        r_key, alpha_key = (get_pattern_key(list(p), layer_name) for p in (self.rank_pattern, self.alpha_pattern))
+        return self.rank_pattern.get(r_key, self.r), self.alpha_pattern.get(alpha_key, self.alpha)
 
     #########
     # Files #
     #########
 
-    def _check_integrity(self) -> None:
-        if self.integrity is not None and self.integrity.get("config") != self._digest(
-            asdict(self), self.checkpoint_digest
-        ):
-            raise ValueError(
-                "The config of the adapter was changed after it was saved, or it was saved by a later version of this "
-                "package: its digest does not fit. If you changed it on purpose remove its entry `integrity`; "
-                "otherwise get the file anew."
-            )
-        if self.base_digest is not None and self.base_layers and self.base_digest != digest_of(self.base_layers):
-            raise ValueError(
-                "`base_digest` does not fit `base_layers`: the config of the adapter was changed after it was saved. "
-                "Get the file anew."
-            )
+    def record_base_by(self, method: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Sets what adds the hashes of the base to `base_layers` when the config is saved.
 
-    def _digest(self, values: dict[str, Any], weights: str | None) -> str:
-        defaults = {
-            entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()
-            for entry in fields(self)
-        }
-        return config_digest(values, defaults, weights)
+        PEFT saves the config without passing it the model, so the config needs a way to the model.
+
+        Args:
+            method (`Callable`): A bound method of the model, which is referenced weakly.
+        """
+        self._record_base = WeakMethod(method)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Saves the config, with a record of the base and the digest of the tensors that lie in the folder.
@@ -318,11 +311,11 @@ class LoTRAConfig(PeftConfig):
         weights = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
         digest = read_weights(weights)[1] if os.path.exists(weights) else None
         values = self.to_dict()
-        describe = self.describe_base()
-        if describe is None:
-            values["base_layers"] = self.checkpoint_layers or self.base_layers
+        record = self._record_base() if self._record_base is not None else None
+        if record is None:  # no model, or one that is gone
+            values["base_layers"] = self.checkpoint.layers or self.base_layers
         elif self.base_layers is not None:
-            values["base_layers"] = describe(self.base_layers)
+            values["base_layers"] = record(self.base_layers)
         if values["base_layers"] is not None:
             values["base_digest"] = digest_of(values["base_layers"])
         values["integrity"] = {"config": self._digest(values, digest)}
@@ -340,33 +333,31 @@ class LoTRAConfig(PeftConfig):
 
         Args:
             pretrained_model_name_or_path (`str`): A folder, or a repository on the Hub.
-            subfolder (`str`, *optional*): Where in it.
+            subfolder (`str`, *optional*): The folder in it.
             kwargs: Those of `huggingface_hub.hf_hub_download`, and `check_base`.
 
         Raises:
-            ValueError: There is no config; it or the tensors are damaged, do not belong together, or are not finite;
-                there is a pickle instead of a safetensors file; a pattern in the config may take forever to match.
+            ValueError: There is no config; the config or the tensors are damaged, do not belong together, or are not
+                finite; there is a pickle instead of a safetensors file; a pattern in the config may take forever to
+                match.
         """
         hub_kwargs, own_kwargs, _ = cls._split_kwargs(kwargs)
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         check_size(os.path.join(folder, CONFIG_NAME))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not isinstance(config, LoTRAConfig):
+            raise ValueError(f"The adapter in {folder} is of the type {config.peft_type}, and not LOTRA.")
         weights = find_weights(pretrained_model_name_or_path, subfolder, hub_kwargs)
-        shapes = None
         if weights is not None:
             shapes, digest = read_weights(weights)
             pending = os.path.join(folder, PENDING_CONFIG)
-            if config.checkpoint_digest not in (None, digest) and os.path.isfile(pending):
+            if not config.checkpoint.has_digest(digest) and os.path.isfile(pending):
                 # `save_adapter` was interrupted between its last two steps: this is the config of these tensors
                 check_size(pending)
                 config = cls.from_peft_type(**cls.from_json_file(pending))
-            if config.checkpoint_digest not in (None, digest):
-                raise ValueError(
-                    f"The config and the tensors in {folder} do not belong together: the file of the tensors was "
-                    "changed or exchanged, or saving was interrupted. Get both files anew."
-                )
-            config._check_components(shapes)
-        config.checkpoint_tensors = shapes
+                assert isinstance(config, LoTRAConfig)
+            config.checkpoint = config.checkpoint.with_tensors(shapes, digest, folder)
+            config.checkpoint.check_shapes(config._component_shapes())
         config.check_base = own_kwargs.get("check_base")  # which is no choice of the file's
         if config.check_base not in (None, *CHECK_BASE):
             raise ValueError(f"`check_base` must be None or one of {CHECK_BASE}, got {config.check_base!r}.")
@@ -375,47 +366,36 @@ class LoTRAConfig(PeftConfig):
         check_patterns([pattern for pattern in (*patterns, *lists) if isinstance(pattern, str)])
         return config
 
-    def ranks_and_alpha(self, layer_name: str) -> tuple[int | tuple[int, int, int], float]:
-        """The ranks, before they are capped by the sizes of the modes, and the scale that a layer gets."""
-        r_key, alpha_key = (get_pattern_key(p.keys(), layer_name) for p in (self.rank_pattern, self.alpha_pattern))
-        return self.rank_pattern.get(r_key, self.r), self.alpha_pattern.get(alpha_key, self.alpha)
-
-    def _check_components(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Compares the tensors of a file with the layers and ranks of its config, if that has a record of them."""
-        if self.checkpoint_layers is None:
-            return
-        expected = {}
-        for name, layer in self.checkpoint_layers.items():
+    def _component_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes that the components of the recorded layers have by this config, by name."""
+        shapes = {}
+        for name, layer in (self.checkpoint.layers or {}).items():
             out, in_, basis = layer["shape"]
             sizes = (out, in_, basis + (layer["has_residual"] and self.adapt_residual))
             ranks = cap_ranks(self.ranks_and_alpha(name)[0], sizes)
-            expected[f"base_model.model.{name}.lotra_core"] = ranks
+            shapes[f"{name}.lotra_core"] = ranks
             for component, shape in zip(("out", "in", "basis"), zip(sizes, ranks, strict=True), strict=True):
-                expected[f"base_model.model.{name}.lotra_factor_{component}"] = shape
-        wrong = [
-            f"{name.removeprefix('base_model.model.')}: {shapes.get(name, 'nothing')} in the checkpoint, "
-            f"{shape} by its config"
-            for name, shape in expected.items()
-            if shapes.get(name) != shape
-        ]
-        if wrong:
-            raise ValueError("The tensors of the adapter do not fit its config:\n  " + "\n  ".join(wrong))
+                shapes[f"{name}.lotra_factor_{component}"] = shape
+        return shapes
 
+    def _check_integrity(self) -> None:
+        if self.integrity is not None and self.integrity.get("config") != self._digest(
+            asdict(self), self.checkpoint.digest
+        ):
+            raise ValueError(
+                "The config of the adapter was changed after it was saved, or it was saved by a later version of this "
+                "package: its digest does not fit. If you changed it on purpose remove its entry `integrity`; "
+                "otherwise get the file anew."
+            )
+        if self.base_digest is not None and self.base_layers and self.base_digest != digest_of(self.base_layers):
+            raise ValueError(
+                "`base_digest` does not fit `base_layers`: the config of the adapter was changed after it was saved. "
+                "Get the file anew."
+            )
 
-def _is_hashes(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(entry, str) for pair in value.items() for entry in pair)
-
-
-def _is_record(value: Any) -> bool:
-    """Whether it has the form of `base_layers`."""
-    return isinstance(value, dict) and all(
-        isinstance(name, str)
-        and isinstance(layer, dict)
-        and isinstance(layer.get("family"), str)
-        and isinstance(layer.get("has_residual"), bool)
-        and isinstance(layer.get("shape"), (list, tuple))
-        and len(layer["shape"]) == 3
-        and all(isinstance(size, int) and size > 0 for size in layer["shape"])
-        and all(_is_hashes(layer.get(hashes, {})) for hashes in ("grid", "parameters"))
-        for name, layer in value.items()
-    )
+    def _digest(self, values: dict[str, Any], weights: str | None) -> str:
+        defaults = {
+            entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()
+            for entry in fields(self)
+        }
+        return config_digest(values, defaults, weights)

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -28,64 +26,46 @@ from torch import nn
 from ..families.coefficients import CoefficientTensor
 from ..functional import modes_kept, unwrap
 from .config import LoTRAConfig
-from .targets import find_targets, locate_target, resolve_target_modules
-
-
-# The gradients that preprocess_lotra has gathered, until an adapter is made from them. Kept beside the layers, not on
-# them: the base model is not touched.
-_GRADIENTS: WeakKeyDictionary[nn.Module, torch.Tensor] = WeakKeyDictionary()
+from .initialization import keep_gradients
+from .targets import find_targets
 
 
 def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable[[], None]) -> None:
     """Gathers what `init_weights="gradient"` needs; call it before `get_peft_model`, as PEFT's `preprocess_loraga`.
 
-    An adapter then begins with the combinations of inputs and basis functions that the first step of full fine-tuning
-    would use most, see `reset_components_from_gradient`, instead of random ones. The model is left as it was; the
-    gradients are kept until the adapter is made.
-
-    *When to use it.* For new data of the task that the model was trained for (a shifted domain, few labels) where
-    ranks are small. On shifts of digits (`examples/initialization.py`: three seeds, KANs of three libraries) it was
-    worth 2.1 to 5.9 points of accuracy over random factors at equal ranks, each at its best rates, and ranks (16, 16,
-    6) came within about one point of full fine-tuning (from 0.3 above to 1.1 below). The more of the update the ranks
-    hold, the less there is to win. On a PDE (viscous Burgers, another viscosity, 400 steps, three seeds) it brought
-    nothing: 0.44 % error beside 0.46 %, and at ranks (8, 8, 4) 0.55 % beside 0.45 %. Take random factors there.
-
-    *How to train it.* The core holds what the gradient knew, and trains slowly; factor_out starts at zero, and what
-    it weighs has the size of a basis function. With Adam, lr 1e-2 and the policy `{"core": 0.03, "factor_out": 0.5}`
-    of `create_lotra_optimizer` were best, or next to it, on every shift tried; by one rate for all, up to a point of
-    accuracy is lost, at lr 3e-3 to 5e-3. Directions from the gradient preconditioned by the second moments of the
-    basis functions, from its signs, or from the update after a few full steps were no better.
-
-    Example:
-
-    ```py
-    >>> def train_step():
-    ...     for x, y in batches:  # a few hundred samples are enough
-    ...         torch.nn.functional.cross_entropy(kan(x), y).backward()
-
-    >>> config = LoTRAConfig(r=(8, 8, 4), init_weights="gradient")
-    >>> preprocess_lotra(kan, config, train_step)
-    >>> model = get_peft_model(kan, config)
-    >>> policy = {"core": 0.03, "factor_out": 0.5}
-    >>> optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2, policy=policy)
-    ```
+    The adapter then begins with the combinations of inputs and basis functions that the first step of full fine-tuning
+    would use most, instead of random ones. The model is left as it was; the gradients are kept until the adapter is
+    made. This start pays for new data of the old task at small ranks; train it with a small rate for the core.
 
     Args:
         model (`nn.Module`): The base model, or a PEFT model that is to get one more adapter.
         config ([`LoTRAConfig`]): The configuration that the adapter will be made with.
-        train_step (`Callable[[], None]`): Computes a loss and calls `backward()`, for one or more batches.
+        train_step (`Callable[[], None]`): Computes a loss and calls `backward()`, for one or more batches. A few
+            hundred samples are enough.
 
     Raises:
-        ValueError: A target of the configuration is no KAN layer; no gradient, or one that is not finite, arrived at a
-            layer. Nothing is kept then.
+        ValueError: `init_weights` of the configuration is not `"gradient"`; a target is no KAN layer; no gradient, or
+            one that is not finite, arrived at a layer. Nothing is kept then.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig, create_lotra_optimizer, preprocess_lotra
+        >>> from peft_lotra.kan import KAN
+        >>> kan, x = KAN([2, 8, 1]), torch.rand(50, 2)
+        >>> config = LoTRAConfig(r=(4, 4, 3), init_weights="gradient")
+        >>> preprocess_lotra(kan, config, lambda: (kan(x).squeeze() - x.prod(dim=1)).square().mean().backward())
+        >>> model = get_peft_model(kan, config)
+        >>> policy = {"core": 0.03, "factor_out": 0.5}
+        >>> optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2, policy=policy)
     """
+    if config.init_weights != "gradient":
+        raise ValueError(
+            f"`init_weights` of the configuration is {config.init_weights!r}, so that the adapter would not use the "
+            'gradient. Pass `LoTRAConfig(init_weights="gradient")`, and make the adapter with the same configuration.'
+        )
     model = unwrap(model)
-    config = replace(config, target_modules=resolve_target_modules(config, model))
-    layers = {}
-    for name, module in find_targets(config, model).items():
-        layer, _, tensor = locate_target(name, module)
-        layers[name] = (layer, tensor)
-    _GRADIENTS.update(gather_gradients(layers, model, train_step))
+    layers = {name: (target.layer, target.coefficients) for name, target in find_targets(config, model).items()}
+    keep_gradients(gather_gradients(layers, model, train_step))
 
 
 def gather_gradients(
@@ -93,8 +73,8 @@ def gather_gradients(
 ) -> dict[nn.Module, torch.Tensor]:
     """Runs `train_step` and sums the gradients of the layers' coefficients, leaving the model as it was.
 
-    Only these parameters require a gradient meanwhile, and each gradient is taken away as soon as it has been
-    accumulated, so that the peak memory is one extra copy of the coefficients.
+    Only the coefficients require a gradient meanwhile. Each gradient is taken away as soon as it has been accumulated,
+    so that the peak memory is one extra copy of the coefficients.
 
     Args:
         layers (`dict[str, tuple[nn.Module, CoefficientTensor]]`): The layers by name.
@@ -107,10 +87,11 @@ def gather_gradients(
     Raises:
         ValueError: No gradient arrived at a layer, or one that is not finite.
     """
-    sums: dict[nn.Parameter, torch.Tensor] = {}
+    sums: dict[torch.Tensor, torch.Tensor] = {}
 
-    def take(parameter: nn.Parameter) -> None:
-        sums[parameter] = parameter.grad if parameter not in sums else sums[parameter].add_(parameter.grad)
+    def take(parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            sums[parameter] = parameter.grad if parameter not in sums else sums[parameter].add_(parameter.grad)
         parameter.grad = None
 
     targets, probes = {}, {}
@@ -134,16 +115,16 @@ def gather_gradients(
     gradients = {}
     for name, (layer, tensor) in layers.items():
         names = ["probe"] if layer in probes else list(tensor.parameters)
-        parts = {n: sums.get(targets[name, n]) for n in names}
-        missing = [n for n, part in parts.items() if part is None]
+        missing = [n for n in names if targets[name, n] not in sums]
         if missing:
             raise ValueError(
                 f"No gradient arrived at {missing} of `{name}`: `train_step` must call `backward()` on a loss that "
                 "depends on this layer."
             )
-        if not all(part.isfinite().all() for part in parts.values()):
+        parts = [sums[targets[name, n]] for n in names]
+        if not all(part.isfinite().all() for part in parts):
             raise ValueError(f"The gradient of `{name}` is not finite: look at the loss and the data of `train_step`.")
-        gradients[layer] = parts["probe"] if layer in probes else tensor.join(list(parts.values()))
+        gradients[layer] = parts[0] if layer in probes else tensor.join(parts)
     return gradients
 
 
@@ -161,9 +142,3 @@ def _left_as_it_was(model: nn.Module):
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-
-
-def drop_gradients(layers: list[nn.Module]) -> None:
-    """Forgets the gradients of the layers, once the adapter is made."""
-    for layer in layers:
-        _GRADIENTS.pop(layer, None)

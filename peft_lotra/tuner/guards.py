@@ -14,10 +14,10 @@
 
 """What the network around adapted layers may do while they are adapted.
 
-Some networks (pykan's MultKAN) rebuild themselves from their own state dict, which an adapted layer has under other
-names. Methods that do so, or move all grids, are refused until the adapters are unloaded, before they have changed
-anything; methods that write a checkpoint write the network as it computes, with its adapters merged, under its
-original names. Both are shadowed on the instance, and the shadows are removed when the adapters are.
+Some networks (pykan's MultKAN) rebuild themselves from their own state dict, in which an adapted layer has other
+names. Methods that do so, or move all grids, raise until the adapters are unloaded, before they have changed anything.
+Methods that write a checkpoint write the network with its adapters merged, under the original names. Both kinds are
+shadowed on the instance, and the shadows are removed with the adapters.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ import torch
 from torch import nn
 
 from ..families.registry import KANLayerSpec
+from ..functional import unwrap
 from .layer import LoTRALayer
 
 
 def guard_network(model: nn.Module, layer_name: str, spec: KANLayerSpec) -> None:
-    """Shadows the network methods that the family names, on the innermost module around the layer that has them.
+    """Shadows the methods that the family names, on the innermost module around the layer that has one of them.
 
     Args:
         model (`nn.Module`): The model.
         layer_name (`str`): The name of the adapted layer in it.
-        spec (`KANLayerSpec`): The layer's family.
+        spec (`KANLayerSpec`): The family of the layer.
     """
     names = [*spec.network_methods, *spec.checkpoint_methods]
     while names and layer_name:
@@ -69,31 +70,42 @@ def release_networks(model: nn.Module) -> None:
 
 @contextmanager
 def bare_base(model: nn.Module) -> Iterator[nn.Module]:
-    """The base model as it was before it was adapted: the base layers stand in their places, and nothing is refused.
+    """The base model as it was before it was adapted: with the base layers in their places, and nothing refused.
 
     Raises:
-        ValueError: At the end, if a base layer does not stand in its place any more.
+        ValueError: At the end, if a base layer is not in its place any more.
     """
+    shadows = [(network, dict(_shadows(network))) for network in model.modules() if _shadows(network)]
+    try:
+        with _base_layers_in_place(model) as places:
+            release_networks(model)
+            yield unwrap(model)
+            lost = [name for parent, name, layer in places if parent._modules.get(name) is not layer.base_layer]
+            if lost:
+                raise ValueError(
+                    f"The layers {lost} were exchanged for others, to which their adapters do not belong."
+                )
+    finally:
+        for network, methods in shadows:
+            network.__dict__.update(methods)
+
+
+@contextmanager
+def _base_layers_in_place(model: nn.Module) -> Iterator[list[tuple[nn.Module, str, LoTRALayer]]]:
+    """Puts the base layers into the places of the adapted ones: parent, name and adapted layer of each."""
     places = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent._modules.items()
         if isinstance(child, LoTRALayer)
     ]
-    shadows = [(network, dict(_shadows(network))) for network in model.modules() if _shadows(network)]
     try:
         for parent, name, layer in places:
             setattr(parent, name, layer.base_layer)
-        release_networks(model)
-        yield model.get_base_model() if hasattr(model, "get_base_model") else model
-        lost = [name for parent, name, layer in places if parent._modules.get(name) is not layer.base_layer]
-        if lost:
-            raise ValueError(f"The layers {lost} were exchanged for others, to which their adapters do not belong.")
+        yield places
     finally:
         for parent, name, layer in places:
             setattr(parent, name, layer)
-        for network, methods in shadows:
-            network.__dict__.update(methods)
 
 
 def _shadows(network: nn.Module) -> dict[str, partial]:
@@ -121,32 +133,18 @@ def _refuse(network: nn.Module, name: str, argument: str | None, *args: Any, **k
 
 
 def _with_adapters_merged(network: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
-    with _bare(network):
-        return getattr(type(network), name)(network, *args, **kwargs)
-
-
-@contextmanager
-def _bare(network: nn.Module) -> Iterator[None]:
-    """The network with its base layers in their places, holding the coefficients that are in force."""
-    places = [
-        (parent, name, child)
-        for parent in network.modules()
-        for name, child in parent._modules.items()
-        if isinstance(child, LoTRALayer)
-    ]
-    frozen = []
-    try:
-        for parent, name, layer in places:
-            with torch.no_grad():
-                values = layer.parameters_in_force()
-            for parameter_name, value in values.items():
-                parameter = layer.base_layer.get_parameter(parameter_name)
-                frozen.append((parameter, parameter.data))
-                parameter.data = value
-            setattr(parent, name, layer.base_layer)
-        yield
-    finally:
-        for parameter, data in frozen:
-            parameter.data = data
-        for parent, name, layer in places:
-            setattr(parent, name, layer)
+    """Calls a method of the network with its base layers in their places, holding the coefficients in force."""
+    stored: list[tuple[nn.Parameter, torch.Tensor]] = []
+    with _base_layers_in_place(network) as places:
+        try:
+            for _, _, layer in places:
+                with torch.no_grad():
+                    values = layer.parameters_in_force()
+                for parameter_name, value in values.items():
+                    parameter = layer.base_layer.get_parameter(parameter_name)
+                    stored.append((parameter, parameter.data))
+                    parameter.data = value
+            return getattr(type(network), name)(network, *args, **kwargs)
+        finally:
+            for parameter, data in reversed(stored):
+                parameter.data = data

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import PeftType, load_peft_weights
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..functional import unwrap
@@ -37,12 +36,12 @@ def hotswap_adapter(
     """
     Replaces the weights of a loaded adapter by those of another one of the same layers and ranks.
 
-    The tensors stay where they are and are overwritten, so that a model that was compiled with `torch.compile` goes on
-    without compiling again. (PEFT's own `hotswap_adapter` takes LoRA only.) Where the new adapter has another alpha,
-    its core is multiplied by the ratio; the scale that `set_scale` has set is kept, and so are the dropouts.
+    The tensors are overwritten in place, so that a model that `torch.compile` compiled is not compiled again. (PEFT's
+    own `hotswap_adapter` takes LoRA only.) If the new adapter has another alpha, its core is multiplied by the ratio.
+    The scale that `set_scale` set and the dropouts are kept.
 
     Args:
-        model ([`PeftModel`]): The model with the loaded adapter, or what `torch.compile` made of it.
+        model ([`PeftModel`]): The model with the loaded adapter, compiled or not.
         model_name_or_path (`str`): The new adapter: a folder, or a repository on the Hub.
         adapter_name (`str`): The name of the adapter to replace; it keeps its name.
         kwargs: `subfolder`, `revision`, `token`, `cache_dir`, as for `PeftModel.from_pretrained`.
@@ -52,13 +51,14 @@ def hotswap_adapter(
             one has other layers, families, shapes, ranks or saved modules. Nothing is changed then.
 
     Example:
-
-    ```py
-    >>> model = torch.compile(PeftModel.from_pretrained(kan, "adapter"))
-    >>> y = model(x)
-    >>> hotswap_adapter(model, "other_adapter")
-    >>> y = model(x)  # of the other adapter, without compiling again
-    ```
+        >>> from tempfile import TemporaryDirectory
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig, hotswap_adapter
+        >>> from peft_lotra.kan import KAN
+        >>> model, other = (get_peft_model(KAN([2, 4, 1]), LoTRAConfig(r=2, init_weights=False)) for _ in range(2))
+        >>> with TemporaryDirectory() as folder:
+        ...     other.save_pretrained(folder)
+        ...     hotswap_adapter(model, folder)
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PeftModel):
@@ -67,9 +67,8 @@ def hotswap_adapter(
     if old is None:
         raise ValueError(f"There is no adapter {adapter_name!r} to replace, the model has {list(model.peft_config)}.")
     new = PeftConfig.from_pretrained(str(model_name_or_path), **kwargs)
-    for name, config in ((adapter_name, old), (model_name_or_path, new)):
-        if config.peft_type != PeftType.LOTRA:
-            raise ValueError(f"The adapter {str(name)!r} is of the type {config.peft_type.value}, and not LOTRA.")
+    old = _lotra_config(adapter_name, old)
+    _lotra_config(model_name_or_path, new)
     new = LoTRAConfig.from_pretrained(str(model_name_or_path), **kwargs)  # which checks the tensors too
     layers = dict(lotra_layers(unwrap(model)))
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
@@ -91,15 +90,22 @@ def hotswap_adapter(
     for name, layer in layers.items():
         key = f"base_model.model.{name}.lotra_core"
         if key in tensors:
-            tensors[key] = tensors[key] * (_alpha(new, name) / layer.lotra_alpha[adapter_name])
+            tensors[key] = tensors[key] * (new.ranks_and_alpha(name)[1] / layer.lotra_alpha[adapter_name])
     for key, tensor in tensors.items():
         current[key].copy_(tensor)
+
+
+def _lotra_config(name: str | os.PathLike, config: PeftConfig) -> LoTRAConfig:
+    if not isinstance(config, LoTRAConfig):
+        kind = PeftType(config.peft_type).value
+        raise ValueError(f"The adapter {str(name)!r} is of the type {kind}, and not LOTRA.")
+    return config
 
 
 def _differences(
     old: LoTRAConfig, new: LoTRAConfig, current: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]
 ) -> list[str]:
-    """What forbids to put the tensors into the places of the current ones."""
+    """Why the tensors cannot take the places of the current ones."""
     wrong = [f"{key} is in the loaded adapter only" for key in current.keys() - tensors.keys()]
     wrong += [f"{key} is in the new adapter only" for key in tensors.keys() - current.keys()]
     wrong += [
@@ -116,7 +122,3 @@ def _differences(
     if any(alpha == 0 for alpha in (old.alpha, *old.alpha_pattern.values())):
         wrong.append("the loaded adapter has the alpha 0, which no core can make up for")
     return sorted(wrong)
-
-
-def _alpha(config: LoTRAConfig, layer_name: str) -> float:
-    return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), layer_name), config.alpha)

@@ -14,19 +14,36 @@
 
 """How the four components of a LoTRA adapter start: at random, or from the gradient of the coefficient tensors.
 
-Either way the update starts at zero, by a zero factor_out (as LoRA's B), which learned faster than a zero core on
-every task tried. The other three say which combinations of inputs and basis functions each output may weigh at first.
+Either way factor_out is zero, as LoRA's B, so that the update is zero. The other three components say which
+combinations of inputs and basis functions each output may weigh at first.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from ..tucker import tucker
-from .gradients import _GRADIENTS
+
+
+# The gradients that preprocess_lotra has gathered, until an adapter starts from them. They are kept beside the layers,
+# not on them, so that the base model is not touched.
+_GRADIENTS: WeakKeyDictionary[nn.Module, torch.Tensor] = WeakKeyDictionary()
+
+
+def keep_gradients(gradients: Mapping[nn.Module, torch.Tensor]) -> None:
+    """Keeps the gradients of the layers for `reset_components_from_gradient`."""
+    _GRADIENTS.update(gradients)
+
+
+def drop_gradients(layers: Iterable[nn.Module]) -> None:
+    """Forgets the gradients of the layers, once the adapter is made."""
+    for layer in layers:
+        _GRADIENTS.pop(layer, None)
 
 
 @torch.no_grad()
@@ -41,8 +58,7 @@ def reset_components(
 
     factor_in and factor_basis get orthogonal columns, of norm 1 and sqrt(basis): a projected basis function then has
     the size of a basis function for any width. The core is normal with variance 1 / (ri rb), which keeps that size.
-    factor_out is zero, or normal with variance 1 / ro if `zero_update` is false. Parameters on the meta device are
-    left alone.
+    factor_out is zero, or normal with variance 1 / ro. Parameters on the meta device are left alone.
 
     Args:
         core (`torch.Tensor`): (ro, ri, rb).
@@ -50,6 +66,13 @@ def reset_components(
         factor_in (`torch.Tensor`): (in, ri).
         factor_basis (`torch.Tensor`): (basis, rb).
         zero_update (`bool`): Whether the update is zero at first.
+
+    Example:
+        >>> core, factor_out = torch.empty(2, 3, 4), torch.empty(5, 2)
+        >>> factor_in, factor_basis = torch.empty(6, 3), torch.empty(8, 4)
+        >>> reset_components(core, factor_out, factor_in, factor_basis)
+        >>> factor_out.any().item(), (factor_in.T @ factor_in).allclose(torch.eye(3), atol=1e-6)
+        (False, True)
     """
     if core.is_meta:
         return
@@ -73,22 +96,17 @@ def reset_components_from_gradient(
     factor_basis: torch.Tensor,
     layer: nn.Module,
 ) -> None:
-    """Sets the adapter to what the gradient that `preprocess_lotra` gathered for the layer says that outputs need.
+    """Sets the components to the directions that the gradient of the layer's coefficients uses most.
 
-    The best Tucker approximation (HOOI) of the gradient gives factor_in and factor_basis, which get the norms that
-    random ones have (1 and sqrt(basis)). With the gradient projected on them unfolded to (out, ri rb), the rows of
-    the core are its leading ro right singular vectors: the orthonormal combinations of inputs and basis functions
-    that the first step of full fine-tuning would use most. factor_out, the weights of these for each output, is zero,
-    as in `reset_components`, whose scales and learning rates this start shares.
-
-    The singular values themselves are dropped. A step of Adam is as large for a weak direction as for a strong one
-    then, and that was better by two points of accuracy than rows of their length. It was also better by one to two
-    points than factors of the gradient in all three modes with a zero core, where such a step has no such weights for
-    each output, and moves all directions at once.
+    The best Tucker approximation (HOOI) of the gradient gives factor_in and factor_basis, with columns of norm 1 and
+    sqrt(basis), as random ones have. The gradient projected on both unfolds to a matrix (out, ri rb), whose leading ro
+    right singular vectors are the rows of the core: the orthonormal combinations of inputs and basis functions that
+    the first step of full fine-tuning would use most. The singular values are dropped, since a step of Adam should be
+    as large for a weak direction as for a strong one. factor_out is zero, as in `reset_components`.
 
     Args:
         core, factor_out, factor_in, factor_basis (`torch.Tensor`): As for `reset_components`.
-        layer (`nn.Module`): The KAN layer. Its gradient is used up.
+        layer (`nn.Module`): The KAN layer, for which `preprocess_lotra` gathered a gradient.
 
     Raises:
         ValueError: No gradient was gathered for the layer.
@@ -104,6 +122,6 @@ def reset_components_from_gradient(
     factor_in.copy_(factors[1])
     factor_basis.copy_(factors[2] * math.sqrt(len(factor_basis)))
     rows = torch.linalg.svd(projected.double().flatten(1), full_matrices=False).Vh  # no more than ri rb
-    nn.init.normal_(core, std=1 / math.sqrt(ri * rb))  # for outputs beyond, random ones
+    nn.init.normal_(core, std=1 / math.sqrt(ri * rb))  # rows above ri rb stay random
     core.flatten(1)[: len(rows)] = rows.to(core)
     nn.init.zeros_(factor_out)

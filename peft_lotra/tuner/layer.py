@@ -21,6 +21,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..families.coefficients import CoefficientTensor
 from ..families.registry import Grid, KANLayerSpec, same_grid
 from ..kan.basis import in_transform
 from ..kan.jets.layers import contract_updates
@@ -54,6 +55,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         config (`LoTRAConfig`): The configuration of the first adapter.
         r (`int` or `tuple[int, int, int]`): The ranks of the first adapter.
         alpha (`float`): The scale of the first adapter.
+        coefficients (`CoefficientTensor`, *optional*): Where the base layer keeps its coefficients, if that is known.
     """
 
     # A forward pass reads it directly: otherwise `base_layer` and the components go through `__getattr__`.
@@ -90,11 +92,12 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         config: LoTRAConfig,
         r: int | tuple[int, int, int],
         alpha: float,
+        coefficients: CoefficientTensor | None = None,
         **kwargs,
     ) -> None:
         super().__init__()
         self.lotra_spec = spec
-        self.lotra_tensor = spec.locate(base_layer)
+        self.lotra_tensor = coefficients or spec.locate(base_layer)
         vars(self).update({name: {} for name in self.other_param_names})
         self.lotra_lock = LayerLock()
         for name in self.adapter_layer_names:
@@ -154,7 +157,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         for name, size in zip(self.adapter_layer_names, sizes, strict=True):
             self._modules[name][adapter_name] = nn.Parameter(torch.empty(size, dtype=dtype))
 
-        if config.init_weights == "gradient" and config.checkpoint_layers is None:
+        if config.init_weights == "gradient" and config.checkpoint.layers is None:
             reset_components_from_gradient(*self.get_components(adapter_name), layer=self.get_base_layer())
         else:
             self.reset_lotra_parameters(adapter_name, bool(config.init_weights))

@@ -27,6 +27,7 @@ from torch import nn
 
 from .config import LoTRAConfig
 from .guards import release_networks
+from .injection import create_and_replace, prepare_config, prepare_targets, replace_module
 from .layer import LoTRALayer
 from .model import LoTRAModel
 
@@ -40,24 +41,26 @@ class LoTRAMixedModel(mixed_tuners.MixedModel):
 
     def _prepare_adapter_config(self, peft_config, model_config):
         if isinstance(peft_config, LoTRAConfig):
-            return LoTRAModel._prepare_adapter_config(self, peft_config, model_config)
+            return prepare_config(peft_config)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config, model: nn.Module) -> None:
         if isinstance(peft_config, LoTRAConfig):
-            LoTRAModel._prepare_model(self, peft_config, model)
+            self._targets = prepare_targets(peft_config, model)
         else:
             super()._prepare_model(peft_config, model)
 
-    def _create_and_replace(self, config, *args, **kwargs) -> None:
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
         if isinstance(config, LoTRAConfig):
-            LoTRAModel._create_and_replace(self, config, *args, **kwargs)
+            create_and_replace(self, self._targets, config, adapter_name, target, current_key)
         else:
-            super()._create_and_replace(config, *args, **kwargs)
+            super()._create_and_replace(
+                config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+            )
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         if isinstance(new_module, LoTRALayer) or isinstance(child, LoTRALayer):
-            LoTRAModel._replace_module(self, parent, child_name, new_module, child)
+            replace_module(self.model, child, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
@@ -71,23 +74,25 @@ def enable_mixed() -> None:
     """
     Lets `get_peft_model(..., mixed=True)` and `PeftMixedModel` take LoTRA adapters beside those of other methods.
 
-    PEFT's mixed models know their methods by name, so this exchanges five names in `peft.tuners.mixed` and
-    `peft.mixed_model`, for the whole process. That is why it must be asked for, and importing `peft_lotra` does not do
-    it. What PEFT's mixed models cannot do (saving; `adapter_names`) stays so. A second call does nothing.
+    PEFT's mixed models know their methods by name, so this function exchanges five names in `peft.tuners.mixed` and
+    `peft.mixed_model` for the whole process. Importing `peft_lotra` does not do so. What PEFT's mixed models cannot do
+    (saving; `adapter_names`) stays so. A second call does nothing.
 
     Raises:
         RuntimeError: This version of PEFT does not have those names. Nothing is changed then.
 
     Example:
-
-    ```py
-    >>> enable_mixed()
-    >>> model = get_peft_model(model, LoTRAConfig(r=4), adapter_name="kan", mixed=True)
-    >>> model.add_adapter("head", LoraConfig(target_modules=["head"]))
-    >>> model.set_adapter(["kan", "head"])
-    ```
+        >>> from collections import OrderedDict
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from peft_lotra import LoTRAConfig, enable_mixed
+        >>> from peft_lotra.kan import KAN
+        >>> enable_mixed()
+        >>> model = nn.Sequential(OrderedDict(kan=KAN([2, 4, 4]), head=nn.Linear(4, 1)))
+        >>> model = get_peft_model(model, LoTRAConfig(r=2), adapter_name="kan", mixed=True)
+        >>> model.add_adapter("head", LoraConfig(target_modules=["head"]))
+        >>> model.set_adapter(["kan", "head"])
     """
-    if issubclass(mixed_model.MixedModel, LoTRAMixedModel):
+    if PEFT_TYPE_TO_MIXED_MODEL_MAPPING.get(PeftType["LOTRA"]) is LoTRAMixedModel:
         return
     missing = [name for name in _WIRED if not hasattr(mixed_tuners, name)]
     if missing:
@@ -95,10 +100,10 @@ def enable_mixed() -> None:
             f"peft.tuners.mixed.model has no {', '.join(missing)}: this version of PEFT makes its mixed models "
             "otherwise than those that peft-lotra knows (0.19.1 to 0.21). Use LoTRA by itself, or one of those."
         )
-    types = (*mixed_tuners.COMPATIBLE_TUNER_TYPES, PeftType.LOTRA)
+    types = (*mixed_tuners.COMPATIBLE_TUNER_TYPES, PeftType["LOTRA"])
     mixed.COMPATIBLE_TUNER_TYPES = mixed_tuners.COMPATIBLE_TUNER_TYPES = types
     mixed_tuners.Configs = Union[mixed_tuners.Configs, LoTRAConfig]  # noqa: UP007, PEFT reads its __args__
     mixed_tuners.Layers = (*mixed_tuners.Layers, LoTRALayer)
     mixed_tuners.PREFIXES.append(LoTRAModel.prefix)
-    PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PeftType.LOTRA] = LoTRAMixedModel
-    mixed_model.MixedModel = LoTRAMixedModel
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PeftType["LOTRA"]] = LoTRAMixedModel
+    mixed_model.MixedModel = LoTRAMixedModel  # pyright: ignore[reportPrivateImportUsage]  (PEFT uses this name)

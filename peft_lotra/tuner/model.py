@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -21,20 +22,20 @@ from typing import Any, Literal
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..families.slim import SlimLayer
-from ..files.fingerprint import hash_all_dtypes
-from ..kan.slim_kan import SlimKANLinear
-from .config import ALL_KAN, LoTRAConfig, WeakMethod
-from .gradients import drop_gradients
-from .guards import guard_network, release_networks
+from ..files.checkpoint import refuse_for_model
+from .config import LoTRAConfig
+from .guards import release_networks
+from .initialization import drop_gradients
+from .injection import create_and_replace, prepare_config, prepare_targets, replace_module, take_out
 from .layer import LoTRALayer, lotra_layers
+from .loading import mismatches, select_to_load, select_to_save
 from .locks import LayerLock, exclusively_within
 from .mixed_batch import RowNames
 from .slim import SLIM_MERGES, SlimLoTRALayer
-from .targets import check_base, describe_targets, find_targets, locate_target, read_values, resolve_target_modules
+from .targets import Target, record_base
 from .weighted import add_weighted_adapter
 
 
@@ -60,16 +61,11 @@ class LoTRAModel(BaseTuner):
         ValueError: The model has no KAN layer, is itself one, or a target is none. The model is unchanged.
 
     Example:
-
-    ```py
-    >>> from peft import get_peft_model
-    >>> from peft_lotra import LoTRAConfig
-    >>> from peft_lotra.kan import KAN
-
-    >>> kan = KAN([2, 16, 16, 1])
-    >>> model = get_peft_model(kan, LoTRAConfig(r=4))
-    >>> model.print_trainable_parameters()
-    ```
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig
+        >>> from peft_lotra.kan import KAN
+        >>> model = get_peft_model(KAN([2, 16, 16, 1]), LoTRAConfig(r=4))
+        >>> trainable, total = model.get_nb_trainable_parameters()
 
     **Attributes**:
         - **model** ([`torch.nn.Module`]) -- The model to be adapted.
@@ -79,13 +75,16 @@ class LoTRAModel(BaseTuner):
     prefix: str = "lotra_"
     tuner_layer_cls = LoTRALayer
     target_module_mapping: dict[str, Any] = {}
+    peft_config: dict[str, LoTRAConfig]
 
     def __init__(self, *args, **kwargs) -> None:
         # Set before super().__init__, which injects the first adapter:
-        # what the base model's parameters were before any adapter, and what they are again when all are unloaded
+        # what the parameters of the base required before any adapter, and require again when all are unloaded
         self._requires_grad_of_base: list[tuple[nn.Parameter, bool]] | None = None
         self.lotra_lock = LayerLock()
-        # adapters that were injected to be loaded from a checkpoint, with what their injection changed
+        # the targets of the adapter that is being injected
+        self._targets: dict[str, Target] = {}
+        # adapters that were injected to be loaded from a file, with what the parameters required before
         self._awaited_adapters: dict[str, list[tuple[nn.Parameter, bool]]] = {}
         super().__init__(*args, **kwargs)
 
@@ -112,99 +111,31 @@ class LoTRAModel(BaseTuner):
             if not (layers or peft_config.modules_to_save or peft_config.target_modules == DUMMY_TARGET_MODULES):
                 raise ValueError(f"Target modules {peft_config.target_modules} not found in the base model.")
         except Exception:
-            self._take_out(adapter_name, requires_grad)
+            take_out(self.model, adapter_name, requires_grad)
             raise
+        finally:
+            self._targets = {}
         drop_gradients([layer.get_base_layer() for layer in layers])
         if self._requires_grad_of_base is None:
             self._requires_grad_of_base = requires_grad
-        peft_config.describe_base = WeakMethod(self._describe_base)
-        if peft_config.checkpoint_layers is not None or peft_config.checkpoint_tensors is not None:
+        peft_config.record_base_by(self._record_base)
+        if peft_config.checkpoint.layers is not None or peft_config.checkpoint.tensors is not None:
             self._awaited_adapters[adapter_name] = requires_grad
 
-    def _describe_base(self, base_layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The record of the base for a file: that of the configuration, with hashes of what can be read now."""
-        modules = dict(self.model.named_modules())
-        description = {}
-        for name, layer in base_layers.items():
-            values = read_values(name, modules[name]) if name in modules else {}  # FSDP gives other names
-            description[name] = {**layer, **{what: hash_all_dtypes(value) for what, value in values.items()}}
-        return description
+    def _record_base(self, base_layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        return record_base(self.model, base_layers)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a copied, or an unpickled model
         super().__setstate__(state)
         for config in self.peft_config.values():
-            config.describe_base = WeakMethod(self._describe_base)
-
-    def _take_out(self, adapter_name: str, requires_grad: list[tuple[nn.Parameter, bool]]) -> None:
-        """Undoes the injection of an adapter, as if it had never been tried."""
-        for module in list(self.model.modules()):
-            if isinstance(module, LoTRALayer) and adapter_name in module.lotra_core:
-                adapters, bare = module.lotra_core, module.base_layer
-            elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-                adapters, bare = module.modules_to_save, module.original_module
-            else:
-                continue
-            if len(adapters) == 1:
-                self._replace_module(None, None, bare, module)
-            elif isinstance(module, LoTRALayer):
-                module.delete_adapter(adapter_name)
-            else:
-                module.delete_adapter(adapter_name, [name for name in module.active_adapters if name != adapter_name])
-        release_networks(self.model)
-        for parameter, flag in requires_grad:
-            parameter.requires_grad = flag
+            config.record_base_by(self._record_base)
 
     def _prepare_adapter_config(self, peft_config: LoTRAConfig, model_config: dict) -> LoTRAConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = ALL_KAN
-        return peft_config
+        return prepare_config(peft_config)
 
     def _prepare_model(self, peft_config: LoTRAConfig, model: nn.Module) -> None:
-        """Finds and checks all targets before the first of them is touched."""
-        if peft_config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(
-            model, "prepare_inputs_for_generation"
-        ):
-            raise ValueError(
-                f"`task_type` is {peft_config.task_type!r}, but the model does not generate: it has no "
-                "`prepare_inputs_for_generation`. Leave `task_type` out."
-            )
-        peft_config.target_modules = resolve_target_modules(peft_config, model)
-        targets = find_targets(peft_config, model)
-        peft_config.base_layers = describe_targets(targets)
-        if peft_config.checkpoint_layers is not None:
-            check_base(peft_config, targets)
-        if peft_config.checkpoint_tensors is not None:
-            LoTRAModel._check_tensor_names(peft_config, model, targets)
-
-    @staticmethod
-    def _check_tensor_names(peft_config: LoTRAConfig, model: nn.Module, targets: dict[str, nn.Module]) -> None:
-        """Compares the names in a file of tensors with those that the adapter has in this model. PEFT would pass over
-        what it misses, and write what is superfluous wherever the name leads, into the base too."""
-        if getattr(model, "_checkpoint_conversion_mapping", None):  # the names in the file are older ones
-            return
-        modules = dict(model.named_modules())
-        expected, aliases = set(), set()
-        for name, module in model.named_modules(remove_duplicate=False):  # a shared layer has several names
-            keys = []
-            if any(module is target for target in targets.values()):
-                keys = LoTRALayer.adapter_layer_names
-            elif any(name.endswith(ending) for ending in peft_config.modules_to_save or ()):  # PEFT's own rule
-                keys = list(getattr(module, "original_module", module).state_dict())
-            (expected if name in modules else aliases).update(f"{name}.{key}" for key in keys)
-        found = {name.removeprefix("base_model.model.") for name in peft_config.checkpoint_tensors}
-        allowed = expected | aliases | _embeddings(model)
-        wrong = [f"{name} is missing" for name in sorted(expected - found)]
-        # PEFT 0.19 saves the components of all adapters, those of the others with their names; they are passed over
-        found = {name for name in found if not name.rpartition(".")[0].endswith(LoTRALayer.adapter_layer_names)}
-        wrong += [f"{name} is nothing that this adapter has" for name in sorted(found - allowed)]
-        if wrong:
-            raise ValueError(
-                "The adapter does not fit the model, nothing was loaded:\n  "
-                + "\n  ".join(wrong[:20])
-                + ("\n  ..." if len(wrong) > 20 else "")
-                + "\nLoad it into the base model that it was trained on."
-            )
+        self._targets = prepare_targets(peft_config, model)
 
     def _create_and_replace(
         self,
@@ -216,29 +147,10 @@ class LoTRAModel(BaseTuner):
         current_key: str,
         **optional_kwargs,
     ) -> None:
-        if current_key is None:
-            raise ValueError("Current Key shouldn't be `None`")
-
-        kwargs = dict(zip(("r", "alpha"), peft_config.ranks_and_alpha(current_key), strict=True))
-        if isinstance(target, LoTRALayer):
-            target.update_layer(adapter_name, config=peft_config, **kwargs)
-            return
-        _, spec, _ = locate_target(current_key, target)
-        layer_cls = SlimLoTRALayer if isinstance(target, (SlimKANLinear, SlimLayer)) else LoTRALayer
-        new_module = layer_cls(target, spec, adapter_name, config=peft_config, **kwargs)
-        if adapter_name not in self.active_adapters:
-            # adding an additional adapter: it is not automatically trainable
-            new_module.requires_grad_(False)
-        self._replace_module(parent, target_name, new_module, target)
-        guard_network(self.model, current_key, spec)
+        create_and_replace(self, self._targets, peft_config, adapter_name, target, current_key)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own would look for `.weight`, and on unloading put one on the KAN layer. A layer that the model uses
-        # in several places is replaced in all of them; devices are taken care of by update_layer.
-        for module in list(self.model.modules()):
-            for name, place in list(module._modules.items()):  # named_children() leaves out repetitions
-                if place is child:
-                    setattr(module, name, new_module)
+        replace_module(self.model, child, new_module)
 
     ###########
     # Loading #
@@ -246,30 +158,14 @@ class LoTRAModel(BaseTuner):
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args, **kwargs) -> None:
         """Refuses tensors that do not fit before the first of them is loaded. Called by `load_state_dict`."""
-        wrong, adapters, loaded = [], set(), set()
-        for name, layer in lotra_layers(self.model):
-            for component in layer.adapter_layer_names:
-                for adapter, parameter in getattr(layer, component).items():
-                    tensor = state_dict.get(f"{prefix}model.{name}.{component}.{adapter}")
-                    if tensor is not None:
-                        loaded.add(adapter)
-                    if tensor is not None and tensor.shape != parameter.shape:
-                        adapters.add(adapter)
-                        wrong.append(
-                            f"{name}.{component}: {tuple(tensor.shape)} in the checkpoint, {tuple(parameter.shape)} "
-                            f"in the model, whose layer has the shape (out, in, basis) = {layer.lotra_tensor.shape}"
-                        )
-        if wrong:
-            for adapter in adapters & self._awaited_adapters.keys():
-                # PEFT has injected it only to load it. Take it out, so that the failed attempt changes nothing.
-                self._take_out(adapter, self._awaited_adapters.pop(adapter))
-                del self.peft_config[adapter]
-            if not self.peft_config and hasattr(self.model, "peft_config"):
-                del self.model.peft_config
-            raise ValueError(
-                "The adapter does not fit the model, nothing was loaded:\n  " + "\n  ".join(wrong) + "\nLoad it into "
-                "the base model that it was trained on."
-            )
+        wrong, loaded = mismatches(self.model, state_dict, f"{prefix}model.")
+        for adapter in wrong.keys() & self._awaited_adapters.keys():
+            # PEFT has injected it only to load it. Take it out, so that the failed attempt changes nothing.
+            take_out(self.model, adapter, self._awaited_adapters.pop(adapter))
+            del self.peft_config[adapter]
+        if wrong and not self.peft_config and hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        refuse_for_model([problem for problems in wrong.values() for problem in problems])
         for adapter in loaded:
             self._awaited_adapters.pop(adapter, None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -278,40 +174,11 @@ class LoTRAModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         # From PEFT 0.20 on. For tensors that come without a config, for an adapter that is there.
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        layers = list(lotra_layers(model, adapter_name))
-        own = {f"{name}.{part}.{adapter_name}" for name, layer in layers for part in layer.adapter_layer_names}
-        wrong = [f"{name} is missing" for name in sorted(own - state_dict.keys())]
-        # Those of other adapters, which PEFT 0.19 saves along, would be written over adapters of these names.
-        endings = LoTRALayer.adapter_layer_names
-        state_dict = {k: v for k, v in state_dict.items() if k in own or not k.rpartition(".")[0].endswith(endings)}
-        existing = model.state_dict().keys()
-        for name, tensor in state_dict.items():
-            if name in own:
-                wrong += [f"{name} has values that are not finite"] if not torch.isfinite(tensor).all() else []
-            elif f".modules_to_save.{adapter_name}." not in name and name in existing - _embeddings(model):
-                wrong.append(f"{name} would be written over, which is no part of the adapter")
-        if wrong:
-            raise ValueError("The tensors are not those of the adapter, nothing was loaded:\n  " + "\n  ".join(wrong))
-        return state_dict
+        return select_to_load(model, adapter_name, state_dict)
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        # By the names of the tensors: PEFT looks for the names of the layers in the model, which are not those in the
-        # state dict where FSDP wraps the layers.
-        endings = tuple(f".{component}.{adapter_name}" for component in LoTRALayer.adapter_layer_names)
-        tensors = {key: value for key, value in state_dict.items() if key.endswith(endings)}
-        for key, tensor in tensors.items():
-            # FSDP has flat views of what this process holds, fully_shard DTensors
-            whole = tensor.dim() == (3 if ".lotra_core." in key else 2)
-            if not whole or hasattr(tensor, "placements") or hasattr(tensor, "local_shards"):
-                raise ValueError(
-                    f"{key} is a part of a tensor, {tuple(tensor.shape)}, which is spread over several processes. "
-                    "Gather whole tensors on all of them, with torch.distributed.checkpoint.state_dict: `state_dict = "
-                    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))`, and pass them: "
-                    "`save_pretrained(folder, state_dict=state_dict)`. For accelerate and Trainer, set FSDP's "
-                    "`state_dict_type` to FULL_STATE_DICT."
-                )
-        return tensors
+        return select_to_save(adapter_name, state_dict)
 
     ############################
     # Merging and unloading    #
@@ -357,7 +224,7 @@ class LoTRAModel(BaseTuner):
         model = super().merge_and_unload(*args, **kwargs)
         errors = {name: layer.merge_error for name, layer in layers.items() if layer.merge_error is not None}
         if errors:
-            model.merge_errors = errors
+            model.merge_errors = errors  # pyright: ignore[reportArgumentType]  (a module takes any attribute)
         return model
 
     def _set_slim_merge(self, slim: str) -> dict[str, SlimLoTRALayer]:
@@ -377,14 +244,14 @@ class LoTRAModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        model = super()._unload_and_optionally_merge(
+        super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
-        release_networks(model)
+        release_networks(self.model)
         # pykan's `fit`, for one, expects its own parameters to be trainable
-        for parameter, flag in self._requires_grad_of_base:
+        for parameter, flag in self._requires_grad_of_base or ():
             parameter.requires_grad = flag
-        return model
+        return self.model
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raises what a merge would raise, before the first layer is merged."""
@@ -457,19 +324,3 @@ def _adapter_names_pre_forward_hook(target, args, kwargs, adapter_names):
     # pre-forward hook to inject the adapter_names argument when using mixed adapter batches inference
     kwargs["adapter_names"] = adapter_names
     return args, kwargs
-
-
-def _embeddings(model: nn.Module) -> set[str]:
-    """The names of the embeddings of a transformers model, which PEFT can save along."""
-    owners = []
-    for which in ("input", "output"):
-        try:
-            owners.append(getattr(model, f"get_{which}_embeddings", lambda: None)())
-        except NotImplementedError:  # what transformers says of models without embeddings, such as KANModel
-            continue
-    return {
-        f"{name}.{key}"
-        for name, module in model.named_modules()
-        if any(module is owner for owner in owners if owner is not None)
-        for key, _ in module.named_parameters()
-    }

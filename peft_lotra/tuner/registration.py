@@ -16,6 +16,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import mapping
 from peft.utils import PeftType, register_peft_method
 
@@ -31,7 +33,7 @@ def _peft_type() -> PeftType:
     """
     if NAME in PeftType.__members__:
         return PeftType[NAME]
-    member = str.__new__(PeftType, NAME)
+    member: Any = str.__new__(PeftType, NAME)
     member._name_ = member._value_ = NAME
     member._sort_order_ = len(PeftType._member_names_)
     member.__objclass__ = PeftType
@@ -45,8 +47,8 @@ def _peft_type() -> PeftType:
 def register(config_cls: type, model_cls: type) -> None:
     """Enters the config and the model of LoTRA in PEFT's mappings.
 
-    Doing so again (`importlib.reload`, or an import after `sys.modules` was purged) rebinds the mappings to the
-    newest classes.
+    A second call (`importlib.reload`, or an import after `sys.modules` was purged) rebinds the mappings to the newest
+    classes.
 
     Args:
         config_cls (`type`): The subclass of [`peft.PeftConfig`].
@@ -55,7 +57,7 @@ def register(config_cls: type, model_cls: type) -> None:
     Raises:
         RuntimeError: PEFT, or another plugin, already has a method called LOTRA that is not this package's.
     """
-    registered = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(NAME)
+    registered = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(NAME)  # pyright: ignore[reportArgumentType]  (members equal their names)
     if registered is None:
         _peft_type()
         register_peft_method(name=NAME.lower(), prefix=model_cls.prefix, config_cls=config_cls, model_cls=model_cls)

@@ -12,38 +12,71 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Which layers of a model a configuration adapts, found and checked before the first of them is touched."""
+"""The layers that a configuration adapts: found, located and checked before the first of them is touched."""
 
 from __future__ import annotations
 
 import re
 import warnings
 from collections import Counter
-from typing import Any
+from collections.abc import Iterable, Mapping
+from copy import copy
+from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from ..families.coefficients import CoefficientTensor
-from ..families.registry import KANLayerSpec, find_kan_layers, get_kan_spec, known_families
-from ..files.fingerprint import Values, is_same, layer_values
+from ..families.registry import KANLayerSpec, get_kan_spec, known_families, walk_kan_layers
+from ..files.fingerprint import Values, hash_all_dtypes, is_same, layer_values
 from .config import LoTRAConfig
+from .layer import LoTRALayer
 
 
-def resolve_target_modules(config: LoTRAConfig, model: nn.Module) -> set[str] | str:
-    """The `target_modules` of the configuration, with the names of the KAN layers in the place of "all-kan".
+class Target(NamedTuple):
+    """A KAN layer that is to be adapted, or is already.
+
+    Attributes:
+        layer (`nn.Module`): The KAN layer, without adapters.
+        spec (`KANLayerSpec`): Its family.
+        coefficients (`CoefficientTensor`): Where its coefficients are.
+    """
+
+    layer: nn.Module
+    spec: KANLayerSpec
+    coefficients: CoefficientTensor
+
+
+def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
+    """The layers of the model that the configuration targets, by name.
 
     Raises:
-        ValueError: The model has no KAN layer, or none that `layers_to_transform` names.
+        ValueError: The model is itself a KAN layer, or has none, or none with an index in `layers_to_transform`; or a
+            target is no KAN layer.
     """
+    if get_kan_spec(model) is not None:
+        raise ValueError(
+            f"The model is itself a KAN layer ({type(model).__name__}), and PEFT adapts layers inside a model. Wrap "
+            "it, e.g. in `torch.nn.Sequential(layer)`, and adapt that."
+        )
     if config.target_modules == "all-linear":
         raise ValueError(
             '`target_modules="all-linear"` takes linear layers, which LoTRA does not adapt. Pass "all-kan", or leave '
             "it out, for all KAN layers."
         )
-    if not config.targets_all_kan:
-        return config.target_modules
-    layers = find_kan_layers(model)
+    if config.targets_all_kan:
+        return _find_all_kan(config, model)
+    modules = dict(model.named_modules())
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    return {
+        name: locate_target(name, module)
+        for name, module in modules.items()
+        if name and not name.startswith(inside) and check_target_module_exists(config, name)
+    }
+
+
+def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
+    layers = {name: (layer, spec) for name, layer, spec in walk_kan_layers(model)}
     if not layers:
         types = Counter(type(module).__name__ for module in model.modules())
         raise ValueError(
@@ -52,45 +85,30 @@ def resolve_target_modules(config: LoTRAConfig, model: nn.Module) -> set[str] | 
             + f". The known families are {', '.join(known_families())}. If one of these modules is a KAN layer, "
             "describe it with `peft_lotra.register_kan_layer`."
         )
-    names = {layer.name for layer in layers if _has_index(config, layer.name)}
-    if not names:
+    chosen = copy(config)
+    chosen.target_modules = {name for name in layers if _has_index(config, name)}
+    if not chosen.target_modules:
         raise ValueError(
-            f"None of the KAN layers {[layer.name for layer in layers]} has an index in `layers_to_transform`="
+            f"None of the KAN layers {list(layers)} has an index in `layers_to_transform`="
             f"{config.layers_to_transform} (`layers_pattern`={config.layers_pattern})."
         )
-    return names
-
-
-def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that the configuration, its `target_modules` resolved, targets, by name.
-
-    Raises:
-        ValueError: The model is itself a KAN layer, or a target is none.
-    """
-    if get_kan_spec(model) is not None:
-        raise ValueError(
-            f"The model is itself a KAN layer ({type(model).__name__}), and PEFT adapts layers inside a model. Wrap "
-            "it, e.g. in `torch.nn.Sequential(layer)`, and adapt that."
-        )
-    modules = dict(model.named_modules())
-    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
-    targets = {
-        name: module
-        for name, module in modules.items()
-        if name and not name.startswith(inside) and check_target_module_exists(config, name)
-    }
-    for name, module in targets.items():
-        locate_target(name, module)
+    targets = {}
+    for name in layers:
+        if name in chosen.target_modules and check_target_module_exists(chosen, name):  # PEFT knows the excluded ones
+            module, (layer, spec) = model.get_submodule(name), layers[name]
+            is_found = layer is (module.base_layer if isinstance(module, LoTRALayer) else module)
+            # otherwise another method has adapted the layer
+            targets[name] = Target(layer, spec, spec.locate(layer)) if is_found else locate_target(name, module)
     return targets
 
 
-def locate_target(name: str, module: nn.Module) -> tuple[nn.Module, KANLayerSpec, CoefficientTensor]:
-    """The KAN layer that a target is (adapted or not), its family, and its coefficients.
+def locate_target(name: str, module: nn.Module) -> Target:
+    """The KAN layer that a module of this name is, adapted or not.
 
     Raises:
         ValueError: It is not a KAN layer that is known, or not as its family is described.
     """
-    layer = module.base_layer if hasattr(module, "lotra_spec") else module
+    layer = module.base_layer if isinstance(module, LoTRALayer) else module
     spec = get_kan_spec(layer)
     if spec is None:
         raise ValueError(
@@ -98,37 +116,47 @@ def locate_target(name: str, module: nn.Module) -> tuple[nn.Module, KANLayerSpec
             f"known families are {', '.join(known_families())}; describe another one with "
             "`peft_lotra.register_kan_layer`."
         )
-    return layer, spec, spec.locate(layer)
+    return Target(layer, spec, spec.locate(layer))
 
 
-def describe_targets(targets: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
-    """Family and shape of each target, as the configuration of an adapter records them."""
-    description = {}
-    for name, module in targets.items():
-        _, spec, tensor = locate_target(name, module)
-        description[name] = {
-            "family": spec.family,
-            "shape": list(tensor.shape),
-            "has_residual": tensor.has_residual,
+def describe_targets(targets: Mapping[str, Target]) -> dict[str, dict[str, Any]]:
+    """Family and shape of each target, as `base_layers` of the configuration records them."""
+    return {
+        name: {
+            "family": target.spec.family,
+            "shape": list(target.coefficients.shape),
+            "has_residual": target.coefficients.has_residual,
         }
-    return description
+        for name, target in targets.items()
+    }
 
 
-def read_values(name: str, module: nn.Module) -> dict[str, Values]:
-    """The grid and the parameters of the base layer of a target, as they are without merged adapters."""
-    layer, spec, tensor = locate_target(name, module)
-    merged = hasattr(module, "lotra_spec") and module.merged
-    return layer_values(layer, spec, tensor, (module.parameters_before_merge or None) if merged else {})
+def record_base(model: nn.Module, base_layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`base_layers` for a file: with hashes of what can be read of the base now."""
+    modules = dict(model.named_modules())
+    record = {}
+    for name, layer in base_layers.items():
+        module = modules.get(name)  # FSDP gives other names
+        values = {} if module is None else _read_values(locate_target(name, module), module)
+        record[name] = {**layer, **{what: hash_all_dtypes(value) for what, value in values.items()}}
+    return record
 
 
-def check_base(config: LoTRAConfig, targets: dict[str, nn.Module]) -> None:
+def _read_values(target: Target, module: nn.Module) -> dict[str, Values]:
+    """The grid and the parameters of a target as they are without merged adapters; `module` holds the adapters."""
+    if isinstance(module, LoTRALayer) and module.merged:
+        return layer_values(*target, module.parameters_before_merge or None)
+    return layer_values(*target, {})
+
+
+def check_base(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
     """Compares the base with the one that an adapter from a file was saved with.
 
     Raises:
         ValueError: A layer that the adapter is for is missing or of another family, or its grid is another one and
             `config.check_base` does not say otherwise.
     """
-    recorded, found = config.checkpoint_layers, describe_targets(targets)
+    recorded, found = config.checkpoint.layers or {}, describe_targets(targets)
     # Another shape is not an error yet: with `ignore_mismatched_sizes` PEFT drops the tensors that do not fit.
     # Otherwise LoTRAModel._load_from_state_dict refuses them.
     wrong = [
@@ -148,7 +176,7 @@ def check_base(config: LoTRAConfig, targets: dict[str, nn.Module]) -> None:
     for name, layer in recorded.items():
         if tuple(layer["shape"]) != tuple(found[name]["shape"]) or not differ.keys() & layer.keys():
             continue
-        for what, values in read_values(name, targets[name]).items():
+        for what, values in _read_values(targets[name], model.get_submodule(name)).items():
             if what in layer and is_same(layer[what], values) is False:
                 differ[what].append(name)
     messages = {
@@ -170,8 +198,11 @@ def check_base(config: LoTRAConfig, targets: dict[str, nn.Module]) -> None:
 
 
 def _has_index(config: LoTRAConfig, name: str) -> bool:
-    """Whether the layer is one of `layers_to_transform`. In a KAN the layers are mostly themselves the numbered
-    entries ("layers.0"), where PEFT's own rule wants something to follow the number."""
+    """Whether the layer is one of `layers_to_transform`.
+
+    In a KAN the layers are mostly themselves the numbered entries ("layers.0"). PEFT's own rule wants something to
+    follow the number.
+    """
     indices, patterns = config.layers_to_transform, config.layers_pattern
     if indices is None or indices == []:
         return True
@@ -184,14 +215,22 @@ def _has_index(config: LoTRAConfig, name: str) -> bool:
 
 
 def pattern_key(name: str) -> str:
-    """A key for `rank_pattern` that matches this layer alone; PEFT reads keys as regexes of the end of a name."""
+    """A key for `rank_pattern` that matches this layer alone; PEFT reads keys as regexes of the end of a name.
+
+    Example:
+        >>> print(pattern_key("layers.0"))
+        ^layers\\.0
+    """
     return "^" + re.escape(name)
 
 
-def exact_targets(names: list[str] | dict[str, object], model: nn.Module) -> set[str] | str:
-    """`target_modules` for these layers and no others: the names, or a regex where PEFT would take the end of another
-    module's name for one of them."""
+def exact_targets(names: Iterable[str], model: nn.Module) -> set[str] | str:
+    """`target_modules` for these layers and no others.
+
+    The result is the set of names, or a regex if PEFT would take the end of another module's name for one of them.
+    """
+    names = set(names)
     suffixes = tuple(f".{name}" for name in names)
     if any(name not in names and name.endswith(suffixes) for name, _ in model.named_modules()):
-        return "|".join(map(re.escape, names))
-    return set(names)
+        return "|".join(map(re.escape, sorted(names)))
+    return names

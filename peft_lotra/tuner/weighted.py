@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 
 from ..tucker import Ranks, Tucker, check_ranks, direct_sum, triple
 from .config import LoTRAConfig

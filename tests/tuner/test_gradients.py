@@ -495,3 +495,12 @@ def test_the_first_steps_reduce_the_loss_of_a_shifted_task_more_than_with_random
             preprocess_lotra(model, config, lambda m=model: (m(x) - y).square().mean().backward())
         losses[init_weights] = train(get_peft_model(model, config), 20, 0.02, x, y)
     assert losses["gradient"] < 0.8 * losses[True] and losses["gradient"] < 0.8 * start, (start, losses)
+
+
+def test_a_config_that_would_not_use_the_gradient_is_refused():
+    model = base("own")
+    before = everything(model)
+    for init_weights in (True, False):
+        with pytest.raises(ValueError, match='(?s)`init_weights`.*Pass `LoTRAConfig\\(init_weights="gradient"\\)`'):
+            preprocess_lotra(model, LoTRAConfig(init_weights=init_weights), lambda: pytest.fail("called"))
+    assert_unchanged(model, before)

@@ -1,0 +1,145 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the two files of an adapter say, compared with each other and with the model that the adapter is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..families.registry import short_name
+
+
+Shape = tuple[int, ...]
+
+# Lines that an error shows at most.
+_MAX_LINES = 20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the files of an adapter say. All of it is `None` for an adapter that does not come from a file.
+
+    Attributes:
+        layers (`dict[str, dict]`, *optional*): The record of the base: by the name of an adapted layer its `family`,
+            `shape` and `has_residual`, and the hashes of its `grid` and its `parameters`.
+        digest (`str`, *optional*): The digest of the tensors, as the config has it.
+        tensors (`dict[str, tuple[int, ...]]`, *optional*): The shape of each tensor, by its name in the base model.
+
+    Example:
+        >>> checkpoint = Checkpoint(digest="1f")
+        >>> checkpoint.with_tensors({"base_model.model.kan.lotra_core": (2, 2, 2)}, "1f", "folder").tensors
+        {'kan.lotra_core': (2, 2, 2)}
+    """
+
+    layers: Mapping[str, Mapping[str, Any]] | None = None
+    digest: str | None = None
+    tensors: Mapping[str, Shape] | None = None
+
+    def has_digest(self, digest: str) -> bool:
+        """Whether tensors of this digest belong to the config; a config without a digest takes any."""
+        return self.digest in (None, digest)
+
+    def with_tensors(self, shapes: Mapping[str, Shape], digest: str, folder: str) -> Checkpoint:
+        """The checkpoint with the tensors of a file.
+
+        Args:
+            shapes, digest: What `read_weights` returned for the file.
+            folder (`str`): The folder of the files, for the message.
+
+        Raises:
+            ValueError: The tensors are not those that the config was saved with.
+        """
+        if not self.has_digest(digest):
+            raise ValueError(
+                f"The config and the tensors in {folder} do not belong together: the file of the tensors was "
+                "changed or exchanged, or saving was interrupted. Get both files anew."
+            )
+        return replace(self, tensors={short_name(name): shape for name, shape in shapes.items()})
+
+    def check_shapes(self, expected: Mapping[str, Shape]) -> None:
+        """Compares the tensors of the file with the shapes that the config gives them.
+
+        Raises:
+            ValueError: A tensor is missing or has another shape.
+        """
+        found = self.tensors or {}
+        refuse(
+            "The tensors of the adapter do not fit its config:",
+            [
+                f"{name}: {found.get(name, 'nothing')} in the checkpoint, {shape} by its config"
+                for name, shape in expected.items()
+                if found.get(name) != shape
+            ],
+        )
+
+    def check_names(self, expected: Iterable[str], allowed: Iterable[str]) -> None:
+        """Compares the tensors of the file with those that the adapter has in the model.
+
+        PEFT would pass over a missing tensor, and write a superfluous one wherever its name leads, into the base too.
+
+        Args:
+            expected (`Iterable[str]`): The names of the adapter's tensors.
+            allowed (`Iterable[str]`): Names that the file may have besides.
+
+        Raises:
+            ValueError: The file lacks one of the expected names, or has a name that is neither expected nor allowed.
+        """
+        found, expected = set(self.tensors or ()), set(expected)
+        wrong = [f"{name} is missing" for name in sorted(expected - found)]
+        wrong += [f"{name} is nothing that this adapter has" for name in sorted(found - expected.union(allowed))]
+        refuse_for_model(wrong)
+
+
+def refuse(headline: str, problems: list[str], remedy: str = "") -> None:
+    """Raises a ValueError that lists the problems, if there are any."""
+    if problems:
+        lines = [*problems[:_MAX_LINES], *(["..."] if len(problems) > _MAX_LINES else [])]
+        raise ValueError("\n  ".join([headline, *lines]) + (f"\n{remedy}" if remedy else ""))
+
+
+def refuse_for_model(problems: list[str]) -> None:
+    """The same for an adapter that was made for another model."""
+    refuse(
+        "The adapter does not fit the model, nothing was loaded:",
+        problems,
+        "Load it into the base model that it was trained on.",
+    )
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a value that was read has the form of `Checkpoint.layers`."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str)
+        and isinstance(layer, dict)
+        and isinstance(layer.get("family"), str)
+        and isinstance(layer.get("has_residual"), bool)
+        and isinstance(layer.get("shape"), (list, tuple))
+        and len(layer["shape"]) == 3
+        and all(isinstance(size, int) and size > 0 for size in layer["shape"])
+        and all(_is_hashes(layer.get(hashes, {})) for hashes in ("grid", "parameters"))
+        for name, layer in value.items()
+    )
+
+
+def _is_hashes(value: Any) -> bool:
+    """Whether a value that was read is a dict of strings."""
+    return isinstance(value, dict) and all(isinstance(entry, str) for pair in value.items() for entry in pair)
+
+
+# What a field of a config accepts, with the words for it.
+RECORD = (_is_record, "None, or what a saved config has")
+HASHES = (_is_hashes, "None, or what a saved config has")

@@ -1,0 +1,70 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import pytest
+
+from peft_lotra.files.checkpoint import HASHES, RECORD, Checkpoint, refuse
+
+
+SHAPES = {"base_model.model.kan.lotra_core": (2, 2, 2), "base_model.model.head.weight": (3, 1)}
+LAYER = {"family": "own", "shape": [1, 2, 3], "has_residual": True}
+
+
+def test_tensors_of_the_digest_belong_to_the_config():
+    assert Checkpoint(digest="a").with_tensors(SHAPES, "a", "here").tensors == {
+        "kan.lotra_core": (2, 2, 2),
+        "head.weight": (3, 1),
+    }
+    assert Checkpoint().with_tensors(SHAPES, "a", "here").tensors is not None
+    with pytest.raises(ValueError, match="tensors in here do not belong together"):
+        Checkpoint(digest="b").with_tensors(SHAPES, "a", "here")
+
+
+def test_shapes():
+    checkpoint = Checkpoint().with_tensors(SHAPES, "a", "here")
+    checkpoint.check_shapes({"kan.lotra_core": (2, 2, 2)})
+    checkpoint.check_shapes({})
+    with pytest.raises(ValueError, match=r"kan.lotra_core: \(2, 2, 2\) in the checkpoint, \(3, 2, 2\) by its config"):
+        checkpoint.check_shapes({"kan.lotra_core": (3, 2, 2)})
+    with pytest.raises(ValueError, match="kan.other: nothing in the checkpoint"):
+        checkpoint.check_shapes({"kan.other": (1,)})
+
+
+def test_names():
+    checkpoint = Checkpoint().with_tensors(SHAPES, "a", "here")
+    checkpoint.check_names(["kan.lotra_core"], ["head.weight", "not.there"])
+    with pytest.raises(ValueError, match="(?s)not fit.*  x is missing\n.*  head.weight is nothing that this"):
+        checkpoint.check_names(["kan.lotra_core", "x"], [])
+
+
+def test_long_lists_of_problems_are_cut():
+    refuse("Nothing:", [])
+    with pytest.raises(ValueError) as caught:
+        refuse("Much:", [f"problem {n}" for n in range(100)], "Remedy.")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "Much:" and lines[-2:] == ["  ...", "Remedy."] and len(lines) == 23
+
+
+@pytest.mark.parametrize(
+    "value", [None, [], {1: LAYER}, {"a": {**LAYER, "shape": [1, 2]}}, {"a": {**LAYER, "grid": {"float32": 1}}}]
+)
+def test_what_is_no_record(value):
+    assert not RECORD[0](value)
+
+
+def test_records_and_hashes():
+    assert RECORD[0]({}) and RECORD[0]({"a": LAYER, "b": {**LAYER, "grid": {"float32": "0"}}})
+    assert HASHES[0]({"config": "1"}) and not HASHES[0]({"config": 1}) and not HASHES[0]("config")

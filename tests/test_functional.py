@@ -1,0 +1,67 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import adapt
+from torch import nn
+
+import peft_lotra
+from peft_lotra.functional import call_with_parameters, modes_kept, unwrap
+from peft_lotra.kan import KAN
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda kan: kan,
+        adapt,
+        lambda kan: adapt(kan).base_model,
+        lambda kan: torch.compile(adapt(kan)),
+        lambda kan: nn.DataParallel(torch.compile(kan)),
+    ],
+)
+def test_unwrap(wrap):
+    kan = KAN([2, 3, 1])
+    assert unwrap(wrap(kan)) is kan
+
+
+def test_modes_are_restored_after_an_error():
+    model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    with pytest.raises(KeyError), modes_kept(model):
+        model.eval()
+        raise KeyError
+    assert [module.training for module in model.modules()] == [True, True, False]
+
+
+@pytest.mark.parametrize("view", [False, True], ids=["parameter", "view of FSDP"])
+def test_parameters_are_exchanged_for_one_call(view):
+    layer = nn.Linear(2, 1, bias=False)
+    if view:  # FSDP hides the parameter behind a tensor in `__dict__`
+        layer.__dict__["weight"] = layer._parameters["weight"].detach()
+    weight = layer.weight
+    calls = {"layer": layer, "function": lambda x: 2 * layer(x)}
+    ones = {"weight": torch.ones(1, 2)}
+    results = [call_with_parameters(layer, ones, call, (torch.ones(3, 2),), {}) for call in calls.values()]
+    assert torch.equal(results[0], torch.full((3, 1), 2.0)) and torch.equal(results[1], torch.full((3, 1), 4.0))
+    with pytest.raises(RuntimeError):
+        call_with_parameters(layer, ones, layer, (torch.ones(3, 5),), {})
+    assert layer.weight is weight
+
+
+def test_public_names_are_sorted_and_there():
+    names = peft_lotra.__all__
+    assert names == sorted(set(names)) and all(hasattr(peft_lotra, name) for name in names)
