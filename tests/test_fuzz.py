@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Mutated files and random sequences, as many as fit into a test run. The long runs are committed in
+"""Short runs of the mutated files and the random sequences. The results of the long runs are in
 `examples/results/fuzz_*.json`."""
 
 from __future__ import annotations

@@ -14,8 +14,8 @@
 
 """One process of a group that `test_distributed.py` starts: python distributed_worker.py results.json
 
-Trains an adapted model for one step under each kind of data parallelism, and writes how far it is from the same step
-of the plain model on the whole batch.
+Trains an adapted model for one step under each kind of data parallelism, and writes its distance from the plain model
+after the same step on the whole batch.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ NETWORKS = {"own": own, "efficient-kan": efficient_kan}
 def make(network: str) -> PeftModel:
     base = NETWORKS[network]().double()
     torch.manual_seed(0)
-    for parameter in base.parameters():  # efficient-kan starts from least squares, whose last bits are not the same
-        nn.init.normal_(parameter, std=0.3)  # in each process
+    for parameter in base.parameters():  # the least squares of efficient-kan's start differ
+        nn.init.normal_(parameter, std=0.3)  # between processes in the last bits
     return get_peft_model(base, LoTRAConfig(r=(2, 3, 4), init_weights=False))
 
 
@@ -86,7 +86,7 @@ KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fsdp2": fsdp2,
     "fsdp2-layers": lambda model: fsdp2(model, LoTRALayer),
 }
-# these shard the base layer without its adapters
+# these kinds shard the base layer without its adapters
 WRONG_KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fsdp": lambda model: fsdp(model, base_type(model)),
     "fsdp2": lambda model: fsdp2(model, base_type(model)),
@@ -94,7 +94,7 @@ WRONG_KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def full_gradients(model: nn.Module, like: nn.Module) -> dict[str, Tensor]:
-    """The gradients of the parameters, which FSDP has cut flat and spread over the processes, as those of `like`."""
+    """The gradients of the parameters in the shapes of `like`; FSDP flattens the gradients and shards them."""
     shapes = {name: parameter.shape for name, parameter in like.named_parameters() if parameter.requires_grad}
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -112,7 +112,7 @@ def full_gradients(model: nn.Module, like: nn.Module) -> dict[str, Tensor]:
 
 
 def distance(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest difference of a tensor, as a share of the largest value in it; infinite if the names differ."""
+    """The largest difference, relative to the largest value of the tensor; infinite if the names differ."""
     if actual.keys() != expected.keys():
         return float("inf")
     return max(
@@ -127,7 +127,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def step(model: nn.Module, like: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The outputs and the gradients of one step on all parameters; weight decay would move what is not frozen."""
+    """The outputs and gradients of one step on all parameters; weight decay moves all that is trainable."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
     y = model(x)
     (y - target).square().mean().backward()
@@ -174,7 +174,7 @@ def run(network: str, kind: str, rank: int, world: int) -> dict[str, Any]:
 
 
 def run_wrong(network: str, kind: str) -> list[str]:
-    """What a forward pass raises when the base layer is sharded without its adapters."""
+    """The name and text of the error of a forward pass if the base layer is sharded without its adapters."""
     model = WRONG_KINDS[kind](make(network))
     try:
         model(batch()[0])
@@ -192,7 +192,7 @@ def main(path: str) -> None:
     with open(path, "w") as file:
         json.dump({"results": results, "wrong": wrong}, file)
     dist.barrier()
-    # not through the interpreter's end, where the threads of gloo sometimes abort
+    # skips the end of the interpreter, where the threads of gloo sometimes abort
     os._exit(0)
 
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What several test files do to a model."""
+"""Models, inputs and comparisons that several test files share."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything that a failed call must leave as it was."""
+    """The state of the model that a failed call must not change."""
     return {
         "types": [(name, type(module)) for name, module in model.named_modules()],
         "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Stops a function at a chosen step of its work on files, in a process of its own."""
+"""Interrupts a function at a chosen file operation, in a separate process."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ import peft.peft_model
 import safetensors.torch
 
 
-# raised, with their paths first, before the step is taken
+# audit events that precede a file operation; their first argument is the path
 _EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "os.listdir", "shutil.rmtree"}
 
 
 def count_steps(work: Callable[[], None], folder: Path) -> list[str]:
-    """The paths that `work` takes a step on, below `folder`, when it is done in a process of its own."""
+    """The paths below `folder` of the file operations of `work`, which runs in a separate process."""
     reader, writer = os.pipe()
     assert _run(-1, work, folder, "kill", writer) == 0
     with os.fdopen(reader) as file:
@@ -40,11 +40,11 @@ def count_steps(work: Callable[[], None], folder: Path) -> list[str]:
 
 
 def interrupted_at(step: int, work: Callable[[], None], folder: Path, how: str) -> None:
-    """Runs `work` in a process of its own that is killed before its step `step` on files below `folder`; or, where
-    the tensors are written, after half of them.
+    """Runs `work` in a separate process, which is killed before file operation `step` below `folder`. If the operation
+    writes the tensors, the process is killed after half of the bytes.
 
     Args:
-        how (`str`): `"kill"`; or `"full"`: an error is raised instead, as if the disk was full, which may be handled.
+        how (`str`): `"kill"`, or `"full"` to raise the error of a full disk instead, which `work` may handle.
     """
     assert _run(step, work, folder, how) in ({9} if how == "kill" else {0, 28})
 
@@ -91,7 +91,7 @@ def _child(step: int, work: Callable[[], None], folder: Path, how: str, writer: 
     def opened(path, mode="r", *args, really: Callable = builtins.open, **kwargs):
         file = really(path, mode, *args, **kwargs)
         if "w" in mode and str(path).startswith(str(folder)):
-            at_step(path)  # made, and still empty
+            at_step(path)  # the file exists and is still empty
         return file
 
     os.fsync, peft.peft_model.safe_save_file, builtins.open = fsync, save_file, opened

@@ -12,9 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Damaged adapter files: each is refused, or gives what the sound one gives.
+"""Damaged adapter files: each file is refused, or loads with the output of the sound file.
 
-300 of them in the tests; ten thousand, with a report, by
+The tests run 300 mutations. Ten thousand of them, with a report:
 
     PYTHONPATH=. python tests/support/mutations.py --count 10000 --output examples/results/fuzz_files.json
 """
@@ -44,7 +44,7 @@ FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
 class Model(nn.Module):
-    """Two KAN layers and a head that is saved whole."""
+    """Two KAN layers and a head that is saved in full."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Model(nn.Module):
 
 
 def mutate(content: bytes, rng: random.Random, other: bytes) -> tuple[str, bytes]:
-    """One damage of a random kind: its name, and the damaged content."""
+    """A random kind of damage: the name of the kind, and the damaged content."""
     data = bytearray(content)
     start = rng.randrange(len(data))
     # damage near the front, where the lengths and names are, as often as anywhere
@@ -85,7 +85,7 @@ def mutate(content: bytes, rng: random.Random, other: bytes) -> tuple[str, bytes
     elif kind == "swap":
         position = rng.randrange(len(data))
         data[start], data[position] = data[position], data[start]
-    elif kind == "digit":  # of a JSON text: another number, still well formed
+    elif kind == "digit":  # another number in a JSON text, which stays well formed
         digits = [i for i, byte in enumerate(data) if chr(byte).isdigit() and i < 5000]
         if digits:
             data[rng.choice(digits)] = ord(rng.choice("0123456789"))
@@ -98,8 +98,8 @@ def run(count: int, seed: int = 0, folder: Path | None = None) -> dict:
     """Tries `count` damaged folders.
 
     Returns:
-        The report: how often each kind of damage was refused or harmless, whatever went wrong, and the worst time and
-        the growth of the peak memory of the process.
+        The report: counts of refused and harmless mutations by kind, the wrong results, the longest time of a load,
+        and the growth of the peak memory of the process.
     """
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as temporary:

@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Random sequences of what can be done with adapters, beside a dense model that is done the same to.
+"""Random sequences of operations on adapters, compared with the same operations on a dense model.
 
-The dense model keeps the effective coefficients of each layer in float64, as base + sum of scale * update, and knows
-nothing of Tucker components, of merging in place, or of PEFT. Forty sequences in the tests; more, with a report, by
+The dense model has the effective coefficients of each layer in float64, base + sum of scale * update. It uses no
+Tucker components, no merging in place, and no PEFT. The tests run forty sequences. More of them, with a report:
 
     PYTHONPATH=. python tests/support/sequences.py --count 2000 --output examples/results/fuzz_sequences.json
 """
@@ -42,7 +42,8 @@ from peft_lotra import LoTRAConfig, save_adapter
 from peft_lotra.families.registry import get_kan_spec
 
 
-SEQUENCE_FAMILIES = [name for name in FAMILIES if name not in ("pykan", "flashkan")]  # a tuple; compiles
+# pykan returns a tuple, flashkan compiles
+SEQUENCE_FAMILIES = [name for name in FAMILIES if name not in ("pykan", "flashkan")]
 OPERATIONS = (
     "add",
     "set",
@@ -58,7 +59,7 @@ OPERATIONS = (
     "copy",
 )
 
-# of float32 results to the float64 reference, as a share of the largest output; bf16 has three digits
+# largest difference from the float64 reference, relative to the largest output; bfloat16 has three digits
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.1}
 
 
@@ -108,13 +109,13 @@ def dense_updates(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
 
 
 def run_sequence(seed: int, length: int = 12) -> list[str]:
-    """Does `length` random things and compares the outputs after each.
+    """Runs `length` random operations and compares the outputs after each operation.
 
     Returns:
-        What was done.
+        The operations.
 
     Raises:
-        AssertionError: The outputs, or the adapters in force, are not those of the reference.
+        AssertionError: The outputs differ from those of the reference.
     """
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -217,7 +218,7 @@ def run_sequence(seed: int, length: int = 12) -> list[str]:
                 continue
             done.append(f"{operation} {name}")
             check(model(x), reference(x))
-        # the base is what it was
+        # the base is unchanged
         if reference.merged:
             model.unmerge_adapter()
             reference.merged = {}

@@ -14,8 +14,8 @@
 
 """Stand-ins for the layers of KAN libraries that cannot be installed in a test environment.
 
-Each has the parameter names, shapes, attributes and formula of the original, nothing else of it. `FAMILIES` lists them
-together with the libraries that can be installed, so that a test can run over every layer that the package knows.
+Each has the parameter names, shapes, attributes and formula of the original, and no other part of it. `FAMILIES` lists
+the stand-ins and the layers of installed libraries, so that a test runs over every layer that the package knows.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class _SplineLinear(nn.Linear):
 
 
 class FastKANLayer(nn.Module):
-    """Stands for fast-kan's FastKANLayer: Gaussians of the normalised input, and a linear layer as residual branch."""
+    """Stands for fast-kan's FastKANLayer: Gaussians of the normalized input, and a linear layer as residual branch."""
 
     def __init__(
         self,
@@ -198,8 +198,8 @@ class FastKANLayer(nn.Module):
             self.base_linear = nn.Linear(input_dim, output_dim)
 
     def forward(self, x: Tensor, use_layernorm: bool = True) -> Tensor:
-        normalised = self.layernorm(x) if self.layernorm is not None and use_layernorm else x
-        y = self.spline_linear(self.rbf(normalised).flatten(-2))
+        normalized = self.layernorm(x) if self.layernorm is not None and use_layernorm else x
+        y = self.spline_linear(self.rbf(normalized).flatten(-2))
         return y + self.base_linear(self.base_activation(x)) if self.use_base_update else y
 
     def plot_curve(
