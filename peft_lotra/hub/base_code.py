@@ -55,25 +55,24 @@ class BaseSource:
 
 def hub_id(name: str | None) -> str | None:
     """The name if it can be that of a repository; None for an existing path and for an invalid name."""
-    if not name or Path(name).exists():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
+    return name if name and not Path(name).exists() and _is_repository(name) else None
 
 
 def check_base_model(base_model: str | None) -> None:
     """Raises a ValueError if `base_model` cannot be the name of a repository."""
-    try:
-        if base_model is not None:
-            validate_repo_id(base_model)
-    except HFValidationError:
+    if base_model is not None and not _is_repository(base_model):
         raise ValueError(
             f"`base_model` is {base_model!r}, expected a repository on the Hub such as 'user/kan'. For a base that is "
             "not on the Hub pass `base_code`."
-        ) from None
+        )
+
+
+def _is_repository(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def source_of_model(

@@ -267,7 +267,14 @@ class _Facts:
             names = ", ".join(self.tables)
             lines += ["", f"The adapters here are {names}; all but default are loaded by their `subfolder`."]
         if self.results:
-            cells = [[r.metric_name or r.metric_type, _number(r.metric_value), r.dataset_name] for r in self.results]
+            cells = [
+                [
+                    r.metric_name or r.metric_type,
+                    format(r.metric_value, ".4g" if isinstance(r.metric_value, float) else ""),
+                    r.dataset_name,
+                ]
+                for r in self.results
+            ]
             lines += ["", "## Results", "", *_markdown(TextTable(["metric", ">value", "data"], cells))]
         return [*lines, "", "## Layers", "", *_markdown(self._layers())]
 
@@ -331,10 +338,6 @@ def _markdown(table: TextTable) -> list[str]:
     rows = ("|".join(f" {cell} " if cell else " " for cell in row) for row in (titles, *table.rows))
     head, *body = (f"|{row}|" for row in rows)
     return [head, f"|{'|'.join(rules)}|", *body]
-
-
-def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _eval_results(
