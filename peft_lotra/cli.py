@@ -179,8 +179,8 @@ def merge(
         config, tensors = read_adapter(folder)
         model = PeftModel.from_pretrained(_load_model(base, factory), str(folder))
         merged = cast(Callable[..., nn.Module], model.merge_and_unload)(safe_merge=True)
-        if isinstance(merged, PreTrainedModel):
-            merged.save_pretrained(new)
+        if hasattr(merged, "save_pretrained"):
+            cast(PreTrainedModel, merged).save_pretrained(new)
         else:
             save_model(merged, str(new / "model.safetensors"), metadata={"format": "pt"})
     rows = table_of_tensors(config, tensors)
