@@ -19,10 +19,10 @@
     accelerate launch --multi_gpu --num_processes 2 examples/finetune_accelerate.py --fsdp2
 
 All three give the same losses (to 1e-5; rounding differs): a batch of 64 rows is split between the processes.
-`--multi_gpu` is accelerate's word for several processes on one machine; without GPUs they run on its CPU (by gloo,
-which may want GLOO_SOCKET_IFNAME=lo). In several processes DistributedDataParallel averages the gradients; with
-`--fsdp2` the parameters of base and adapter are sharded (`fully_shard`), each adapted layer by itself. That is done
-here and not by accelerate's `--use_fsdp`, which leaves it out on CPUs.
+`--multi_gpu` means several processes on one machine; without GPUs the processes run on the CPU (by gloo, which may
+need GLOO_SOCKET_IFNAME=lo). In several processes DistributedDataParallel averages the gradients; with
+`--fsdp2` the parameters of base and adapter are sharded (`fully_shard`), each adapted layer by itself. The script does
+the sharding itself, since `--use_fsdp` of accelerate skips it on CPUs.
 
 `--gradient-accumulation N`, `--bf16` (autocast), `--gradient-checkpointing` and `--compile` work with all of them.
 
@@ -55,7 +55,7 @@ from peft_lotra.kan import KAN
 
 
 WIDTHS = [64, 32, 10]
-BATCH = 64  # rows of all processes together
+BATCH = 64  # the rows of all processes together
 LABELS = 384
 TEST = 597
 
@@ -76,7 +76,7 @@ def load_scans() -> tuple[TensorDataset, TensorDataset, TensorDataset]:
 
 
 def train_base(data: TensorDataset, steps: int) -> KAN:
-    """The network to be adapted; the same in each process, as it is small and the seed is one."""
+    """The network to adapt. All processes use one seed and build the same network."""
     kan = KAN(WIDTHS)
     optimizer = torch.optim.AdamW(kan.parameters(), lr=5e-3)
     x, y = data.tensors
@@ -97,7 +97,7 @@ def checkpoint_layers(model: nn.Module) -> None:
 
 
 def shard(model: nn.Module) -> None:
-    """Each adapted layer is a unit, with its base layer and its adapters; what is left is another one."""
+    """Shards each adapted layer, with base layer and adapters, as one unit, and the remaining modules as another."""
     for layer in list(model.modules()):
         if isinstance(layer, LoTRALayer):
             fully_shard(layer)
@@ -127,7 +127,7 @@ def main() -> None:
         cpu=not torch.cuda.is_available(),
         gradient_accumulation_steps=args.gradient_accumulation,
         mixed_precision="bf16" if args.bf16 else "no",
-        # a batch is split between the processes, and its rows do not depend on how many there are
+        # a batch is split between the processes; its rows do not depend on the number of processes
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True),
     )
     if BATCH % accelerator.num_processes:
@@ -146,7 +146,7 @@ def main() -> None:
     optimizer = create_lotra_optimizer(adapter, torch.optim.AdamW, lr=args.lr, weight_decay=0.0)
     loader = DataLoader(few, batch_size=BATCH, shuffle=True, drop_last=True)
     loader, optimizer = accelerator.prepare(loader, optimizer)
-    if not args.fsdp2:  # it would be wrapped once more, in DistributedDataParallel
+    if not args.fsdp2:  # prevents a second wrapper, DistributedDataParallel
         model = accelerator.prepare(model)
 
     losses = []

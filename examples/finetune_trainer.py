@@ -15,7 +15,7 @@
 """A KAN that predicts the progression of diabetes for one group of patients is adapted to another, by Trainer.
 
     python examples/finetune_trainer.py              # a minute or two on two cores, no network
-    python examples/finetune_trainer.py --resume     # goes on where it was stopped, whatever stopped it
+    python examples/finetune_trainer.py --resume     # continues an interrupted run
 
 The data are scikit-learn's diabetes patients (442 real ones; age, body mass index, blood pressure and six blood
 values; the disease's progression after a year). A KANModel is trained on the patients of one sex, and adapted to those
@@ -65,7 +65,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-torch.set_num_threads(1)  # on matrices this small more threads cost more than they bring
+torch.set_num_threads(1)  # additional threads slow down such small matrices
 
 KAN = {"widths": [9, 8, 1], "grid_size": 3, "grid_range": (-1.5, 1.5), "problem_type": "regression"}
 LOTRA = LoTRAConfig(r=2)
@@ -81,12 +81,12 @@ def load_patients(seed: int) -> dict[str, dict[str, TensorDataset]]:
     sex = data.data[:, data.feature_names.index("sex")]
     features = np.delete(data.data, data.feature_names.index("sex"), axis=1)
     source = sex == 1
-    # three standard deviations of the source are the unit, so that nearly all lies on the grid
+    # in units of three standard deviations of the source, so that nearly all values lie on the grid
     x = (features - features[source].mean(0)) / features[source].std(0) / 3
     x = torch.tensor(x.clip(-1.5, 1.5), dtype=torch.float32)
     y = torch.tensor((data.target - TARGET_MEAN) / TARGET_STD, dtype=torch.float32)
     groups = {}
-    # few of the patients to adapt to have been followed for a year
+    # few patients of the target group have a known progression
     for name, rows, share in (("source", np.flatnonzero(source), 0.6), ("target", np.flatnonzero(~source), 0.2)):
         rows = np.random.default_rng(seed).permutation(rows)
         parts = np.split(rows, [int(share * len(rows)), int((share + 0.2) * len(rows))])
@@ -113,7 +113,7 @@ def loggers() -> list[str]:
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end, for which Trainer writes its state last; others are removed."""
+    """The last complete checkpoint; removes incomplete ones, which lack the state that Trainer writes last."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     while checkpoints:
         try:
@@ -125,15 +125,15 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is there as a whole or not at all, whenever the process is killed."""
+    """Writes a file as a whole: a killed process leaves the old file or the new one."""
     path.with_suffix(".part").write_text(text)
     os.replace(path.with_suffix(".part"), path)
 
 
 def run(name: str, make: Callable[[], nn.Module], data: dict, folder: Path, seed: int, args, bar: tqdm) -> dict:
-    """Trains a model by Trainer until the evaluation patients say stop, and returns what came out.
+    """Trains a model by Trainer with early stopping on the evaluation patients, and returns its results.
 
-    What is finished is read from `folder` when resuming; what is not goes on from its last checkpoint.
+    A resume reads finished results from `folder`, and continues an unfinished training from its last checkpoint.
     """
     finished = folder / "result.json"
     bar.set_description(f"split {seed}, {name}")
@@ -163,10 +163,10 @@ def run(name: str, make: Callable[[], nn.Module], data: dict, folder: Path, seed
         load_best_model_at_end=True,
         metric_for_best_model="rmse",
         greater_is_better=False,
-        restore_callback_states_from_checkpoint=True,  # how long early stopping has been patient
+        restore_callback_states_from_checkpoint=True,  # the count of early stopping
         label_names=["labels"],
         report_to=loggers(),
-        disable_tqdm=True,  # one bar for all runs instead
+        disable_tqdm=True,  # replaced by one bar for all runs
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )
@@ -201,7 +201,7 @@ def run(name: str, make: Callable[[], nn.Module], data: dict, folder: Path, seed
 
 
 def compare(seed: int, args, bar: tqdm) -> dict[str, dict]:
-    """A base for the source patients, and three models for the target patients."""
+    """Trains a base for the source patients, and three models for the target patients."""
     groups = load_patients(seed)
     folder = args.output / f"seed{seed}"
 
@@ -253,7 +253,7 @@ def show_table(console: Console, runs: list[dict]) -> None:
 
 
 def draw(runs: list[dict], args) -> None:
-    """The course of the training, the predictions before and after, and what the adapter did to the functions."""
+    """Draws the training, the predictions before and after it, and the functions before and after it."""
     colors = {"LoTRA": "tab:green", "full fine-tuning": "tab:blue", "from scratch": "tab:orange"}
     figure = plt.figure(figsize=(14, 4.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.45, 1])

@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     network = forecaster.models[0]
     frozen = copy.deepcopy(network.state_dict())
     model = get_peft_model(network, LoTRAConfig(r=2))  # replaces the layers inside the forecaster's network
-    forecaster.fit(known[EARLY - 2 * HORIZON :])  # with the two years that the first forecasts look back on
+    forecaster.fit(known[EARLY - 2 * HORIZON :])  # includes the two years that are the inputs of the first forecasts
     forecasts["LoTRA"] = forecaster.predict(known)["KAN"].to_numpy()
     summary = model_summary(model)
     model.save_pretrained(args.output / "neuralforecast")

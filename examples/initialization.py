@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Gradient initialisation beside random factors and full fine-tuning, each at its best learning rates.
+"""Gradient initialization beside random factors and full fine-tuning, each at its best learning rates.
 
     python examples/initialization.py                              # a quarter of an hour on one core, no network
     python examples/initialization.py --data-dir PATH/TO/mnist     # one more shift: digits to MNIST at 8x8
@@ -21,11 +21,11 @@
 
 A KAN is trained, then adapted to a real change of its data with few labels: scikit-learn's digits rotated by 30
 degrees (200 labels), the same with noise (the quickstart's shift), and MNIST brought to 8x8 (500 labels). LoTRA starts
-from random factors or from the gradient (`preprocess_lotra`, one pass over the labelled data), at two ranks. Full
+from random factors or from the gradient (`preprocess_lotra`, one pass over the labeled data), at two ranks. Full
 fine-tuning and both starts get several learning rates, both starts also three ratios of the components' rates. Shown
 is the best mean over the seeds of each, chosen by these same test scores for every method alike, and what the fixed
 setting SETTING gives. The quickstart's shift is repeated on KANs of two other libraries, with few rates. A PDE
-(viscous Burgers, see examples/pde) shows where the gradient brings nothing.
+(viscous Burgers, see examples/pde) is a case in which the start from the gradient does not help.
 Writes initialization.json.
 """
 
@@ -54,7 +54,7 @@ from peft_lotra import LoTRAConfig, preprocess_lotra
 from peft_lotra.optim import create_lotra_optimizer
 
 
-torch.set_num_threads(1)  # on matrices this small more threads cost more than they bring
+torch.set_num_threads(1)  # additional threads slow down such small matrices
 
 RANKS = ((8, 8, 4), (16, 16, 6))
 FULL_RATES = (5e-3, 1e-2, 2e-2, 3e-2)
@@ -93,7 +93,7 @@ def fine_tune(base: nn.Module, task: Task, lr: float, steps: int) -> nn.Module:
 def adapt(
     base: nn.Module, task: Task, r: tuple[int, int, int], start: str, policy: str, lr: float, steps: int
 ) -> nn.Module:
-    """LoTRA from a start, "random" or "gradient"."""
+    """Adapts by LoTRA from the start "random" or "gradient"."""
     kan, config = copy.deepcopy(base), LoTRAConfig(r=r, init_weights="gradient" if start == "gradient" else True)
     if start == "gradient":
         preprocess_lotra(kan, config, lambda: task.loss(kan(task.after[0]), task.after[1]).backward())
@@ -102,11 +102,11 @@ def adapt(
     return train(model, optimizer, task, steps)
 
 
-Rows = dict[str, dict[str, list[float]]]  # by method and setting, a score for each seed
+Rows = dict[str, dict[str, list[float]]]  # the score of each seed, by method and setting
 
 
 def compare(make: Callable[[int], Task], library: str, args: argparse.Namespace, bar: tqdm) -> Rows:
-    """All methods on one shift. KANs of other libraries, which are slow, get one setting of LoTRA."""
+    """Runs all methods on one shift. The KANs of other libraries are slow and get one setting of LoTRA."""
     rows: Rows = {}
     every = library == "peft-lotra"
     for seed in range(args.seeds):

@@ -17,9 +17,9 @@
     python examples/kan_vit.py     # a minute or two on two cores, no network
 
 A small ViT of transformers reads scikit-learn's handwritten digits in 16 patches. The MLP of each of its blocks is a
-KAN, so its layers see inputs (images, patches, features). Then the scans come rotated by 30 degrees, with 384 labels.
+KAN, so its layers get inputs (images, patches, features). Then the scans are rotated by 30 degrees, with 384 labels.
 LoTRA adapts the KAN layers of the second block (`exclude_modules` leaves the first one alone) and trains the head
-(`modules_to_save`); beside it stand the head alone, and full fine-tuning.
+(`modules_to_save`). The comparisons are the head alone, and full fine-tuning.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _AddInput(nn.Module):
 
 
 def make_vit() -> ViTForImageClassification:
-    """A ViT of two blocks for images (1, 8, 8), with KANs of normalised inputs in the place of its MLPs."""
+    """A ViT of two blocks for images (1, 8, 8), with KANs of normalized inputs instead of MLPs."""
     config = ViTConfig(
         image_size=8,
         patch_size=2,
@@ -88,7 +88,7 @@ def make_vit() -> ViTForImageClassification:
 
 
 def load_scans() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The digits as they are and rotated, (images, 1, 8, 8) from -1 to 1, and what they are."""
+    """The plain and the rotated digits, (images, 1, 8, 8) from -1 to 1, and their labels."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
     images = images.reshape(-1, 8, 8)[order]
@@ -98,7 +98,7 @@ def load_scans() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int, lr: float, name: str) -> None:
-    """Trains what is trainable by AdamW on batches of 128."""
+    """Trains the trainable parameters by AdamW on batches of 128."""
     if isinstance(model, PeftModel):
         optimizer = create_lotra_optimizer(model, torch.optim.AdamW, lr=lr, weight_decay=0.0)
     else:

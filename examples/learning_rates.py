@@ -20,8 +20,8 @@
 
 A random KAN of three layers [n, n, n, n] is adapted to a teacher, which is the same KAN with a rank-3 update of half
 the size of its coefficients in each layer. Every learning rate of a half-decade grid is tried at each width n, with
-policy "uniform" (one rate) and "width" (see `peft_lotra.optim.create_lotra_optimizer`), by Adam and by SGD. What is
-shown is the error after 300 steps, as a share of the error of the base (1: nothing learned). A second task starts from
+policy "uniform" (one rate) and "width" (see `peft_lotra.optim.create_lotra_optimizer`), by Adam and by SGD. The
+result is the error after 300 steps, divided by the error of the base (1: nothing learned). A second task starts from
 a [2, n, n, 1] KAN that has learned one function of two variables, and adapts it to another one.
 """
 
@@ -54,7 +54,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-torch.set_num_threads(1)  # on matrices this small more threads cost more than they bring
+torch.set_num_threads(1)  # additional threads slow down such small matrices
 
 POLICIES = ("uniform", "width")
 OPTIMIZERS = {
@@ -68,7 +68,7 @@ BATCH = 128
 
 @dataclass
 class Problem:
-    """What a base model is adapted to; the losses are divided by `scale`."""
+    """The task that a base model is adapted to; losses are divided by `scale`."""
 
     base: nn.Module
     x: Tensor  # (steps, batch, inputs)
@@ -129,7 +129,7 @@ def pretrain(model: KAN, target: Callable[[Tensor], Tensor]) -> None:
 
 
 def adapt(problem: Problem, optimizer_name: str, policy: str, lr: float, seed: int) -> float:
-    """The error on the test points after one step for each batch; infinite if the training diverged."""
+    """The error on the test points after one step per batch; infinite if the training diverges."""
     torch.manual_seed(seed)
     model = get_peft_model(copy.deepcopy(problem.base), LoTRAConfig(r=RANKS))
     optimizer = create_lotra_optimizer(model, OPTIMIZERS[optimizer_name][0], lr=lr, policy=policy)
@@ -146,7 +146,7 @@ def adapt(problem: Problem, optimizer_name: str, policy: str, lr: float, seed: i
 
 
 def sweep(setting: dict, bar: tqdm) -> list[dict]:
-    """Every run of the setting: task, optimizer, policy, width, lr, and the losses of the seeds."""
+    """All runs of the setting: task, optimizer, policy, width, lr, and the loss of each seed."""
     rows = {}
     for task, optimizers in setting["tasks"].items():
         for width, seeds in setting["seeds"].items():
@@ -179,7 +179,7 @@ def curves(rows: list[dict], task: str, optimizer: str, policy: str) -> dict[int
 
 
 def shared_rate(by_width: dict[int, dict[float, float]]) -> float:
-    """The one rate whose loss is the smallest multiple of the best one at the width where it is worst."""
+    """The rate with the smallest worst case: the largest ratio, over the widths, of its loss to the best loss."""
     rates = next(iter(by_width.values()))
     return min(rates, key=lambda lr: max(losses[lr] / min(losses.values()) for losses in by_width.values()))
 
@@ -213,7 +213,7 @@ def show_tables(console: Console, rows: list[dict]) -> None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """A row of panels for each task and optimizer, a panel for each policy, a curve for each width."""
+    """Draws a row of panels per task and optimizer, a panel per policy, and a curve per width."""
     kinds = list(dict.fromkeys((row["task"], row["optimizer"]) for row in rows))
     titles = {
         "teacher": "a [n, n, n, n] KAN learns a rank-3 update",
@@ -263,12 +263,12 @@ def main() -> None:
         "library": args.library,
         "tasks": TASKS,
         "steps": 300,
-        # at 512 a run takes half a minute: one seed, and by Adam only
+        # a run of width 512 takes half a minute: one seed, and Adam only
         "seeds": {n: s for n, s in {16: 3, 64: 3, 256: 3, 512: 1}.items() if n <= args.widest},
         "widest": {"Adam": 512, "SGD": 256},
         "rates": {name: rates for name, (_, rates) in OPTIMIZERS.items()},
     }
-    if args.library != "peft-lotra":  # slower ones, pykan's by ten times and more
+    if args.library != "peft-lotra":  # slower libraries; pykan is at least ten times slower
         setting |= {"tasks": {"teacher": ("Adam",)}, "seeds": {16: 3, 64: 1}}
         setting["rates"] = {"Adam": OPTIMIZERS["Adam"][1][2:5]}
     if args.quick:

@@ -12,16 +12,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Low-rank evidence: what full fine-tuning does to the coefficient tensors of KANs has low tensor rank.
+"""Low-rank evidence: full fine-tuning changes the coefficient tensors of KANs by updates of low tensor rank.
 
     python examples/low_rank_evidence.py                              # about two minutes on one core, no network
     python examples/low_rank_evidence.py --data-dir PATH/TO/mnist     # one more task: digits to MNIST at 8x8
 
-On each task a KAN is trained, and then fine-tuned, all of its parameters, on data that changed. Printed is the share
-of the energy (squared norm) of the update that tensor ranks (4, 4, 4) hold, beside that of a random update of the same
-size. Then an adapter of a fifth of the parameters is extracted from the fine-tuned model, for KANs of three libraries,
-from the coefficients alone and with the inputs of the fine-tuning, and tested as it is and after 50 more steps. The
-folder of --data-dir holds images-idx3-ubyte.gz and labels-idx1-ubyte.gz. Writes low_rank_evidence.json and .png.
+On each task a KAN is trained, and then all of its parameters are fine-tuned on changed data. The script prints the
+share of the energy (squared norm) that tensor ranks (4, 4, 4) keep, of the update and of a random update of its size.
+Then an adapter of a fifth of the parameters is extracted from the fine-tuned model, for KANs of three libraries, from
+the coefficients alone and with the inputs of the fine-tuning. The adapter is tested at once and after 50 more steps.
+The folder of --data-dir contains images-idx3-ubyte.gz and labels-idx1-ubyte.gz. Writes low_rank_evidence.json and .png.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-torch.set_num_threads(1)  # on matrices this small more threads cost more than they bring
+torch.set_num_threads(1)  # additional threads slow down such small matrices
 
 RANKS = (4, 4, 4)
-SHARE = 0.2  # of the coefficients, that an extracted adapter may have as parameters
+SHARE = 0.2  # the parameters of an extracted adapter, as a share of the coefficients
 MORE_STEPS, MORE_LR = 50, 3e-4  # the training of an extracted adapter
 
 Data = tuple[torch.Tensor, torch.Tensor]
@@ -66,7 +66,7 @@ Data = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass
 class Task:
-    """Data before and after a change, each (inputs, targets), and how good a model is on the changed ones."""
+    """Data before and after a change, each (inputs, targets), and the score of a model on the changed data."""
 
     name: str
     widths: list[int]
@@ -77,7 +77,7 @@ class Task:
 
 
 def rotated_digits(seed: int, angle: float = 45, noise: float = 2, hidden: int = 32) -> Task:
-    """Scans come rotated and noisy, and 200 of them have labels; at 30 degrees it is the quickstart's shift."""
+    """Rotated and noisy scans, 200 of them with labels; at 30 degrees the shift of the quickstart."""
     images, labels = load_digits(return_X_y=True)
     images, y = images.reshape(-1, 8, 8), torch.tensor(labels)
     noises = noise * np.random.default_rng(seed).normal(0, 1, images.shape)
@@ -125,7 +125,7 @@ def function_family(seed: int) -> Task:
 
 
 def diabetes(seed: int) -> Task:
-    """Progression of diabetes, of the younger half of the patients, then of 150 of the older half."""
+    """The progression of diabetes for the younger half of the patients, then for 150 of the older half."""
     x, y = load_diabetes(return_X_y=True)
     x = torch.tensor((x / x.std(0) / 3).clip(-1, 1), dtype=torch.float32)
     y = torch.tensor((y - y.mean()) / y.std(), dtype=torch.float32)[:, None]
@@ -143,7 +143,7 @@ def diabetes(seed: int) -> Task:
 
 
 def train(model: nn.Module, task: Task, data: Data, steps: int, lr: float, bar: tqdm) -> nn.Module:
-    """Trains what is trainable by AdamW on batches of 128."""
+    """Trains the trainable parameters by AdamW on batches of 128."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -208,7 +208,7 @@ def extract(base: nn.Module, tuned: nn.Module, task: Task, steps: int, bar: tqdm
     scores = {"base": score(base, task), "fine-tuned": score(tuned, task)}
     for key, inputs in (("without data", None), ("extracted", task.after[0])):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pykan has parameters for symbolic functions, which nothing here uses
+            warnings.simplefilter("ignore")  # the parameters for symbolic functions of pykan are not used here
             model = extract_lotra(copy.deepcopy(base), tuned, budget=int(SHARE * coefficients), inputs=inputs)
         scores[key] = score(model, task)
     scores["share"] = model.extraction_report.parameters / coefficients

@@ -19,7 +19,7 @@
 
 The scans are scikit-learn's digits (1,797 real ones, 8x8 pixels). A base model is trained on them as they are. Then
 the scanner changes: scans come rotated by 30 degrees and noisy, and only 200 of them have labels. The base model is
-adapted by LoTRA, by full fine-tuning, and by PEFT's own LoRA on the same tensors. At last the adapter is saved, loaded
+adapted by LoTRA, by full fine-tuning, and by PEFT's own LoRA on the same tensors. Finally the adapter is saved, loaded
 into a fresh base, exchanged with an adapter for a third kind of scans (negatives), and merged.
 """
 
@@ -51,13 +51,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-torch.set_num_threads(1)  # on matrices this small more threads cost more than they bring
+torch.set_num_threads(1)  # additional threads slow down such small matrices
 
 WIDTHS = [64, 32, 10]
 LABELS = 200  # of the new kind of scans
-TEST = 597  # scans that no model is trained on, whatever their kind
+TEST = 597  # scans of either kind that no model is trained on
 
-# What is adapted, and the learning rate that suits it best out of 5e-3, 1e-2, 2e-2 and 3e-2
+# The adapted layers, and the best learning rate of 5e-3, 1e-2, 2e-2 and 3e-2
 LOTRA = LoTRAConfig(r=(16, 16, 6), init_weights="gradient")
 LORA = LoraConfig(
     r=2, lora_alpha=2, target_modules=[], target_parameters=["layers.0.spline_weight", "layers.1.spline_weight"]
@@ -67,7 +67,7 @@ POLICY = {"core": 0.03, "factor_out": 0.5}  # as `preprocess_lotra` recommends f
 
 
 def scan(kind: str, images: np.ndarray, seed: int) -> torch.Tensor:
-    """The images (N, 8, 8), 0 to 16, as this kind of scanner sees them: (N, 64), -1 to 1."""
+    """What this kind of scanner makes of the images (N, 8, 8), 0 to 16: rows (N, 64), -1 to 1."""
     noise = np.random.default_rng(seed).normal(0, 2, images.shape)
     if kind == "rotated":
         images = rotate(images, 30, axes=(1, 2), reshape=False, order=1) + noise
@@ -81,7 +81,7 @@ def adam(model, lr: float) -> torch.optim.Optimizer:
 
 
 def train(model, x, y, steps: int, optimizer: torch.optim.Optimizer, bar: tqdm, name: str) -> float:
-    """Trains on batches of 128; returns the seconds it took."""
+    """Trains the model on batches of 128 and returns the seconds."""
     start = time.perf_counter()
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     model.train()
@@ -197,7 +197,7 @@ def save_switch_merge(console: Console, run: dict, images, args) -> None:
 
 
 def push(repo: str, base: KAN, lotra: PeftModel, percent: float) -> None:
-    """The base goes to the Hub as a transformers model, and the adapter's card says how to get both."""
+    """Pushes the base as a transformers model, and the adapter with a card that loads both."""
     model = KANModel(KANConfig(widths=WIDTHS, problem_type="single_label_classification"))
     model.kan.load_state_dict(base.state_dict())
     model.push_to_hub(f"{repo}-base")
@@ -219,7 +219,7 @@ def push(repo: str, base: KAN, lotra: PeftModel, percent: float) -> None:
 
 
 def draw(runs: list[dict], means: dict, images, path: Path) -> None:
-    """What the change does to the scans, what the models make of them, and what the adapter did to the functions."""
+    """Draws the changed scans, the predictions of the models, and the functions before and after adaptation."""
     run = runs[0]
     base, lotra, test, y = run["base"], run["lotra"], run["test"], run["labels"]
     rotated = scan("rotated", images, 0)
@@ -244,7 +244,7 @@ def draw(runs: list[dict], means: dict, images, path: Path) -> None:
     left, right = bottom.subfigures(1, 2, width_ratios=[1, 1.15])
     axis = left.subplots()
     colors = {"LoTRA": "tab:green", "full fine-tuning": "tab:blue", "PEFT LoRA": "tab:orange"}
-    # where the labels do not hide each other or the points
+    # positions at which labels hide neither each other nor the points
     places = {"LoTRA": (0, 14, "bottom"), "full fine-tuning": (0, -14, "top"), "PEFT LoRA": (0, -14, "top")}
     for name, color in colors.items():
         dx, dy, vertical = places[name]
@@ -287,7 +287,7 @@ def main() -> None:
     console = Console(width=100)
     bar = tqdm(total=args.steps * (5 * args.seeds + 1), unit="step", ncols=100)
     runs = [compare(seed, images, labels, args, bar) for seed in range(args.seeds)]
-    # the second adapter, for the negatives, before anything is printed: a table would tear the bar
+    # trains the second adapter before a table is printed, which would break the progress bar
     run = runs[0]
     few = run["few"]
     run["second"], _ = adapt(

@@ -19,8 +19,8 @@
 
 The targets are those of the KAN literature (arXiv 2404.19756): special functions of two variables, the four-variable
 toy, and dimensionless formulas from the Feynman equations, of 2 to 6 variables. All networks are [n, 32, 32, 1] and
-get the same steps and batches; what is shown is the root mean square error on fresh points, as a share of the
-target's standard deviation. Runs that the result file already has are not repeated.
+get the same steps and batches. The error is the root mean square error on fresh points, divided by the standard
+deviation of the target. Runs that the result file already contains are not repeated.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-torch.set_num_threads(1)  # on matrices this small more threads cost more than they bring
+torch.set_num_threads(1)  # additional threads slow down such small matrices
 
 pi = math.pi
 
@@ -78,13 +78,13 @@ FUNCTIONS: dict[str, tuple[int, Callable[..., np.ndarray]]] = {
 HIDDEN = 32
 TRAIN, TEST, BATCH = 4096, 2048, 256
 # The best of 3e-3, 5e-3, 1e-2 and 2e-2 (dense) and of 5e-3, 1e-2, 2e-2 and 3e-2 (slim) by the median over the twelve
-# functions, on data and initialisations of another seed (100). So were the ranks of the second Slim KAN, of six ways
+# functions, on data and initializations of another seed (100). So were the ranks of the second Slim KAN, of six ways
 # to spend about as many parameters: few for the mode in, more for the modes out and basis.
 LEARNING_RATES = {"dense": 1e-2, "slim": 2e-2}
 
 
 def rank_settings(inputs: int) -> dict[str, list]:
-    """Ranks of the first two layers; the last one, of a single output, stays dense: its factors would be larger."""
+    """Ranks of the first two layers. The last layer, of one output, stays dense: its factors would be larger."""
     return {
         "slim, ranks 12": [(8, min(inputs, 4), 6), (12, 4, 4), None],
         "slim, ranks 20": [(12, min(inputs, 4), 8), (20, 4, 5), None],
@@ -103,7 +103,7 @@ def make_data(name: str, seed: int) -> list[torch.Tensor]:
 
 
 def run(name: str, kind: str, seed: int, steps: int) -> dict:
-    """Trains one network; returns its error, parameters and seconds."""
+    """Trains one network and returns its error, its number of parameters and the seconds."""
     x, y, x_test, y_test = make_data(name, seed)
     torch.manual_seed(seed)
     inputs = x.shape[1]
@@ -139,7 +139,7 @@ def run(name: str, kind: str, seed: int, steps: int) -> dict:
 
 
 def summarise(rows: list[dict]) -> dict[str, dict[str, tuple[float, int]]]:
-    """By function and model, the median error over the seeds, and the parameters."""
+    """The median error over the seeds and the number of parameters, by function and model."""
     table: dict[str, dict[str, tuple[float, int]]] = {}
     for row in rows:
         table.setdefault(row["function"], {}).setdefault(row["model"], []).append((row["rmse"], row["parameters"]))
@@ -178,7 +178,7 @@ def _of_medians(summary: dict, kind: str) -> str:
 
 
 def draw(summary: dict, path: Path) -> None:
-    """Error against parameters: a line for each function."""
+    """Draws the error against the number of parameters, a line for each function."""
     figure, ax = plt.subplots(figsize=(9, 5.2), layout="constrained")
     colors = plt.colormaps["tab20"](np.linspace(0, 1, len(summary)))
     for color, (name, row) in zip(colors, summary.items(), strict=True):

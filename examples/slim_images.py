@@ -16,13 +16,13 @@
 
     python examples/slim_images.py                              # scikit-learn's digits, no network, three minutes
     python examples/slim_images.py --quick                      # one seed, a few epochs, for CI
-    python examples/slim_images.py --data-dir ../shared/data/mnist-10k     # IDX files in a folder, as MNIST's
+    python examples/slim_images.py --data-dir PATH/TO/mnist     # a folder of IDX files, in the format of MNIST
     python examples/slim_images.py --dataset mnist              # or fashion_mnist, cifar10, from the Hugging Face Hub
 
-Networks are [pixels, 64, 10], and all train for the same epochs on the same batches, but the compressed one:
+Networks are [pixels, 64, 10] and train for the same epochs on the same batches. The exception is the compressed KAN:
 `slim(dense, ...)` starts from the trained dense KAN and is fine-tuned for one epoch. `--dataset` also takes a
 folder that `datasets.load_dataset` reads. Of MNIST's 10,000 test images (`--data-dir` with nothing else) the first
-8,000 train and the rest tests; where a folder or a data set has a test part, that is what tests.
+8,000 are for training and the others for the test; a folder or a data set with a test part is tested on that part.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-torch.set_num_threads(1)  # comparable seconds, and on matrices this small more threads cost more than they bring
+torch.set_num_threads(1)  # for comparable seconds; additional threads slow down such small matrices
 
 HIDDEN = 64
 # By Adam with a cosine schedule. The best of 1e-3, 3e-3 and 1e-2, for fine-tuning of 3e-4, 1e-3 and 3e-3, on the
@@ -64,7 +64,7 @@ FINE_TUNING_BATCH = 64
 
 @dataclass
 class Images:
-    """Pixels (N, P), -1 to 1, and labels (N,), to train and to test."""
+    """Pixels (N, P), -1 to 1, and labels (N,), for training and for the test."""
 
     name: str
     x: Tensor
@@ -88,8 +88,8 @@ def load_idx(folder: Path) -> Images:
     """MNIST-like files: `*images-idx3-ubyte[.gz]` and `*labels-idx1-ubyte[.gz]`.
 
     Raises:
-        FileNotFoundError: There are none.
-        ValueError: A file does not start as an IDX file of bytes does.
+        FileNotFoundError: The folder has no such files.
+        ValueError: A file does not start like an IDX file of bytes.
     """
     parts = {}
     for path in sorted(folder.glob("*images*idx3-ubyte*")):
@@ -141,18 +141,18 @@ def count(model: nn.Module) -> int:
 
 
 def mlp(pixels: int, classes: int, parameters: int) -> nn.Module:
-    """An MLP of one hidden layer with about that many parameters."""
+    """An MLP of one hidden layer with about the given number of parameters."""
     hidden = max(1, round((parameters - classes) / (pixels + classes + 1)))
     return nn.Sequential(nn.Linear(pixels, hidden), nn.SiLU(), nn.Linear(hidden, classes))
 
 
 def narrow_kan(pixels: int, classes: int, parameters: int) -> nn.Module:
-    """A dense KAN of one hidden layer with about that many parameters."""
+    """A dense KAN of one hidden layer with about the given number of parameters."""
     return KAN([pixels, max(1, round(parameters / (9 * (pixels + classes)))), classes])
 
 
 def train(model: nn.Module, data: Images, epochs: int, batch: int, lr: float) -> float:
-    """Trains by Adam, Slim layers at their rates per component; returns the seconds it took."""
+    """Trains by Adam, Slim layers with a rate per component, and returns the seconds."""
     start = time.perf_counter()
     if any(hasattr(module, "factor_basis") for module in model.modules()):
         optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=lr)
@@ -249,7 +249,7 @@ def show(console: Console, rows: list[dict]) -> None:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Accuracy against parameters, the mean of the seeds and their spread."""
+    """Draws the accuracy against the number of parameters: mean and spread over the seeds."""
     kinds = {
         "dense KAN": ("tab:blue", "s", "dense KAN"),
         "Slim KAN": ("tab:green", "o", "Slim KAN, from scratch"),
@@ -273,7 +273,7 @@ def draw(rows: list[dict], path: Path) -> None:
             spread = stdev(accuracies) if len(runs) > 1 else 0.0
             points.append((mean(row["parameters"] for row in runs), mean(accuracies), spread))
         x, y, spread = zip(*sorted(points), strict=True)
-        if max(y) < best - 20:  # one that did not train would press all others together
+        if max(y) < best - 20:  # a model that did not train would compress the axis of the others
             ax.plot([], [], color=color, marker=marker, ms=7, ls="", label=f"{label}: {max(y):.0f} %, not shown")
             continue
         ax.errorbar(x, y, spread, color=color, marker=marker, ms=7, lw=1, ls=":", capsize=3, label=label)
@@ -319,7 +319,7 @@ def main() -> None:
     setting["fine_tuning_batch"] = FINE_TUNING_BATCH
 
     rows = []
-    if path.exists():  # seeds that it has are not repeated
+    if path.exists():  # the seeds of the file are not repeated
         known = json.loads(path.read_text())
         rows = known["rows"] if known["setting"] == setting else []
     todo = [seed for seed in range(args.seeds) if seed not in {row["seed"] for row in rows}]

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What trust costs: the fingerprint of a base of 100 million parameters, and what merging leaves behind.
+"""The cost of checks: the fingerprint of a base of 100 million parameters, and the rounding errors of merging.
 
 python examples/trust.py --output examples/results
 """
@@ -34,7 +34,7 @@ from peft_lotra.kan import KAN
 
 
 def fingerprint_costs(parameters: int, repeats: int = 3) -> dict[str, float]:
-    """Seconds, the least of `repeats`, to record a base and to compare one with the record."""
+    """The seconds to record a base and to compare a base with the record, each the minimum over `repeats`."""
     costs = {}
     for dtype in (torch.float32, torch.bfloat16):
         values = {"coefficients": torch.randn(parameters).to(dtype)}
@@ -53,7 +53,7 @@ def fingerprint_costs(parameters: int, repeats: int = 3) -> dict[str, float]:
 
 
 def drift(dtype: torch.dtype, keep_base: bool, cycles: int) -> float:
-    """The largest change of a base coefficient by cycles of merging and unmerging, as a share of the largest one."""
+    """The largest change of a base coefficient by cycles of merging and unmerging, relative to the largest one."""
     torch.manual_seed(0)
     base = KAN([16, 32, 4]).to(dtype)
     model = get_peft_model(base, LoTRAConfig(r=4, init_weights=False))

@@ -35,7 +35,6 @@ from typing import Annotated, Any, cast
 
 try:
     import typer
-    from rich.console import Console
 except ImportError as error:
     raise SystemExit(f"peft-lotra needs typer and rich ({error}): pip install typer rich") from error
 
@@ -46,7 +45,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_model, save_model
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from ._version import __version__
@@ -106,7 +105,10 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    # no progress bars and no log messages of the libraries
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _say(text: str) -> None:
@@ -124,7 +126,6 @@ def _command(function: Callable) -> Callable:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             try:
-                _quiet()
                 return function(*args, **kwargs)
             except typer.BadParameter:
                 raise
@@ -143,13 +144,6 @@ def _show_warning(message, category, *args, **kwargs) -> None:
         _say(f"warning: {message}")
 
 
-def _quiet() -> None:
-    """Turns off the progress bars and the log messages of the libraries."""
-    disable_progress_bars()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
 @_command
 def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False) -> None:
     """Show what an adapter holds.
@@ -157,14 +151,13 @@ def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = 
     Its layers, ranks, parameters, size, and the norm of each update.
     """
     contents = AdapterContents.of(adapter, *read_adapter(_one_adapter(adapter, revision, subfolder)))
-    if as_json:
-        info = contents.as_dict()
-        _print_json({**info, "layers": [_finite(row) for row in info["layers"]]})
-        return
+    info = contents.as_dict()
     base = contents.base_model or f"a {contents.base_class or 'model'} that is not on the Hub"
-    print(f"LoTRA adapter {adapter}, for {base}")
-    # rich would fold the table at 80 columns when the output is piped
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(contents)
+    _report(
+        {**info, "layers": [_finite(row) for row in info["layers"]]},
+        f"LoTRA adapter {adapter}, for {base}\n\n{contents}",
+        as_json,
+    )
 
 
 @_command
@@ -186,7 +179,10 @@ def merge(
         config, tensors = read_adapter(folder)
         model = PeftModel.from_pretrained(_load_model(base, factory), str(folder))
         merged = cast(Callable[..., nn.Module], model.merge_and_unload)(safe_merge=True)
-        _save_model(merged, new)
+        if hasattr(merged, "save_pretrained"):
+            cast(PreTrainedModel, merged).save_pretrained(new)
+        else:
+            save_model(merged, str(new / "model.safetensors"), metadata={"format": "pt"})
     rows = table_of_tensors(config, tensors)
     layers = [row.name for row in rows if row.ranks]
     replaced = [row.name for row in rows if not row.ranks]
@@ -252,11 +248,6 @@ def push(
     )
     url = info.pr_url or info.commit_url
     _report({"repo": repo, "commit": info.oid, "url": url}, f"pushed {adapter}: {url}", as_json)
-
-
-################################
-# Models and adapters by name  #
-################################
 
 
 def _adapter_folder(source: str, revision: str | None = None) -> Path:
@@ -337,14 +328,6 @@ def _call_factory(factory: str) -> nn.Module:
     return model
 
 
-def _save_model(model: nn.Module, folder: Path) -> None:
-    save_pretrained = getattr(model, "save_pretrained", None)
-    if save_pretrained is not None:
-        save_pretrained(folder)
-    else:
-        save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
-
-
 @contextlib.contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out`. It is renamed to `out` at the end, and removed on an error."""
@@ -377,20 +360,8 @@ def _ranks(text: str | None) -> int | tuple[int, int, int] | None:
     return ranks[0] if len(ranks) == 1 else cast(tuple[int, int, int], ranks)  # extract_lotra checks the length
 
 
-##########
-# Output #
-##########
-
-
 def _report(info: dict[str, Any], text: str, as_json: bool) -> None:
-    if as_json:
-        _print_json(info)
-    else:
-        print(text)
-
-
-def _print_json(info: dict[str, Any]) -> None:
-    print(json.dumps(info, indent=2, allow_nan=False))
+    print(json.dumps(info, indent=2, allow_nan=False) if as_json else text)
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the project holds itself to in speed, checked against the results."""
+"""The claims of the project on speed, checked against the results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tables import LINEAR, find, median, table
 
 @dataclass(frozen=True)
 class Claim:
-    """A measured value, and what it must not exceed. `value` gets the results; None if they do not have it."""
+    """A measured value and its upper limit; `value` maps the results to the value, or to None if it is missing."""
 
     text: str
     limit: float
@@ -37,7 +37,7 @@ def _divide(first: float | None, second: float | None) -> float | None:
 
 
 def _step(kan: str, widths: list[int], batch: int, first: str, second: str) -> Callable[[dict], float | None]:
-    """The ratio of two methods' training steps."""
+    """The ratio of the training steps by two methods."""
 
     def value(results: dict) -> float | None:
         row = find(results, "training_step", kan=kan, widths=widths, batch=batch)
@@ -47,7 +47,7 @@ def _step(kan: str, widths: list[int], batch: int, first: str, second: str) -> C
 
 
 def _layer(other: str) -> Callable[[dict], float | None]:
-    """Forward and backward of KANLinear by those of another layer, 256 -> 256, batch 4096."""
+    """Forward and backward of KANLinear divided by those of another layer, 256 -> 256, batch 4096."""
 
     def value(results: dict) -> float | None:
         row = find(results, "layers", width=256, batch=4096)
@@ -118,7 +118,7 @@ CLAIMS = (
 
 
 def claims_table(results: dict) -> str:
-    """Every claim with its limit, the measured value, and whether it holds; those not measured are left out."""
+    """All measured claims, each with its limit, its value, and whether it holds."""
     lines = []
     for claim in CLAIMS:
         value = claim.value(results)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""(d) How the costs grow with the width, the batch, the grid and the number of adapters."""
+"""(d) The costs by width, batch, grid and number of adapters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TITLE = "Growth"
 STEP = ("frozen base", "LoTRA", "full fine-tuning")
 GRIDS = ("KANLinear", "inkan", "flashkan", "efficient-kan")
 
-# Series, what is varied, and where the rest is held
+# the series, the varied quantity, and the values of the others
 SERIES = {
     "width": (32, 128, 512, 2048),
     "batch": (64, 512, 4096, 16384),
@@ -41,7 +41,7 @@ SERIES = {
 
 
 def cells(quick: bool) -> list[dict]:
-    """A series and a value of what it varies. Widths and batches: a training step of one own layer n -> n."""
+    """A series and a value of its varied quantity. Widths and batches: a training step of one own layer n -> n."""
     at = {"width": 16, "batch": 64} if quick else {"width": 256, "batch": 256}
     result = []
     for series, values in SERIES.items():
@@ -68,7 +68,7 @@ def measure(cell: dict, device: torch.device, quick: bool) -> dict:
 
 
 def adapters(number: int, cell: dict, device: torch.device) -> dict:
-    """Inference with many adapters on one base: one of them in force, all in force, and one for each row."""
+    """Inference with many adapters on one base: one active adapter, all active, and one for each row."""
     names = [f"adapter_{index}" for index in range(number)]
 
     def build():

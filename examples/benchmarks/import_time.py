@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""(f) How long the package takes to import, beside PEFT."""
+"""(f) The time to import the package, beside the time to import PEFT."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ print(json.dumps(times))
 
 
 def cells(quick: bool) -> list[dict]:
-    """One cell: torch, peft and peft_lotra are imported one after the other in fresh processes."""
+    """One cell: imports torch, peft and peft_lotra one after the other in fresh processes."""
     return [{"processes": 2 if quick else 7}]
 
 

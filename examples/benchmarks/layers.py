@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""(b) Forward and backward of a KAN layer n -> n, several libraries beside nn.Linear(8n, n)."""
+"""(b) Forward and backward of a KAN layer n -> n, for several libraries and for nn.Linear(8n, n)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cells(quick: bool) -> list[dict]:
 
 
 def measure(cell: dict, device: torch.device, quick: bool, names: tuple[str, ...] = tuple(LAYERS)) -> dict:
-    """Times the layers of these names at the width, batch and grid of the cell."""
+    """Times the layers at the width, batch and grid of the cell."""
     width, batch, grid = cell["width"], cell["batch"], cell["grid"]
     reasons = {name: too_large(name, batch, [width, width], grid) for name in names}
     skipped = {name: reason for name, reason in reasons.items() if reason}

@@ -12,17 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A thousand adapters on one base: what loading them takes, and a batch that is served by several of them.
+"""A thousand adapters on one base: the cost of loading them, and a batch that is served by several of them.
 
     python examples/benchmarks/many_adapters.py            # about three minutes
     python examples/benchmarks/many_adapters.py --quick    # a few seconds, for a look
 
 Loading: LoTRA adapters of a KAN, one by one with `load_adapter(..., low_cpu_mem_usage=True)`, and beside them PEFT's
-own LoRA on a network of as many linear layers, which shows what of the time is PEFT's way of loading. Memory: what the
-process has grown by, beside the bytes of the adapters' tensors.
+own LoRA on a network of as many linear layers, which shows the share of PEFT in the time. Memory: the growth of the
+process, beside the bytes of the adapters' tensors.
 
-Batches: 4,096 rows, each with an adapter out of a number of different ones, beside the same rows with one adapter. The
-same batch is run with few and with all adapters loaded.
+Batches: 4,096 rows that use a number of different adapters, beside the same rows with one adapter. The same batch runs
+with few and with all adapters loaded.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ DISTINCT = [1, 2, 4, 8, 16, 32, 64, 256]
 
 
 def linear_network() -> nn.Module:
-    """As many layers as the KAN has, of the same widths."""
+    """Linear layers of the same number and widths as the layers of the KAN."""
     return nn.Sequential(*(nn.Linear(n_in, n_out) for n_in, n_out in zip(WIDTHS[:-1], WIDTHS[1:], strict=True)))
 
 
@@ -88,7 +88,7 @@ def adapter_tensors(model: nn.Module) -> list[torch.Tensor]:
 
 
 def measure_loading(name: str, adapters: int, bar: tqdm) -> dict:
-    """Loads so many adapters, switches through some of them, and deletes some."""
+    """Loads the given number of adapters, switches to some of them, and deletes some."""
     make, config = METHODS[name]
     torch.manual_seed(0)
     base = make()
@@ -130,7 +130,7 @@ def measure_loading(name: str, adapters: int, bar: tqdm) -> dict:
 
 
 def best_ms(function: Callable[[], object], seconds: float) -> float:
-    """The shortest of the times that calls take, after two that do not count."""
+    """The shortest time of a call, after two calls that do not count."""
     times = []
     for _ in range(2):
         function()
@@ -144,7 +144,7 @@ def best_ms(function: Callable[[], object], seconds: float) -> float:
 
 @torch.no_grad()
 def measure_batches(widths: list[int], rows: int, loaded: int, distinct: list[int], seconds: float) -> dict:
-    """Times of one forward pass of the same rows, by the number of different adapters that serve them."""
+    """The times of one forward pass of the same rows, by the number of different adapters of the rows."""
     torch.manual_seed(0)
     model = get_peft_model(KAN(widths), LoTRAConfig(r=RANK, init_weights=False), adapter_name="adapter0").eval()
     x = torch.rand(rows, widths[0]) * 2 - 1

@@ -33,11 +33,11 @@ from pathlib import Path
 import torch
 
 
-# A subject is what is measured: its parts, by name, are called one after the other and timed one by one. A part whose
-# name starts with an underscore is called, but not timed (what puts a subject back to its start).
+# A subject has named parts, which are called one after the other and timed one by one. A part whose name starts with
+# an underscore is called, but not timed: it resets the subject.
 Parts = Mapping[str, Callable[[], object]]
 
-# A subject that takes longer in one round is left out, as is one that is expected to need more memory.
+# Subjects that take longer in one round, or are expected to need more memory, are left out.
 LIMIT_SECONDS = 10.0
 LIMIT_GIB = 6.0
 
@@ -45,7 +45,7 @@ PACKAGES = ("torch", "peft", "peft-lotra", "transformers", "qkan", "inkan", "fla
 
 
 def time_parts(parts: Parts, device: torch.device) -> dict[str, float]:
-    """Milliseconds that each part took; on CUDA those of the device (events), not of the host."""
+    """The milliseconds of each part; on CUDA those of the device (events), not of the host."""
     if device.type == "cuda":
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(parts) + 1)]
         torch.cuda.synchronize(device)
@@ -69,19 +69,19 @@ def interleave(
     subjects: Mapping[str, Parts], device: torch.device, seconds: float, rounds: tuple[int, int] = (5, 200)
 ) -> dict:
     """
-    Times subjects side by side: in each round every subject runs once, in an order drawn anew, so that whatever else
-    the machine does falls on all alike. Two rounds before that (compilers, caches) do not count.
+    Times subjects side by side: in each round every subject runs once, in a random order, so that other load of the
+    machine affects all subjects alike. Two rounds before (compilers, caches) do not count.
 
     Args:
-        subjects: what is timed, by name.
-        device: where it runs.
-        seconds: about how long the rounds may take together; within `rounds`, it decides how many there are.
+        subjects: the timed subjects, by name.
+        device: the device of the subjects.
+        seconds: the approximate time of all rounds; within `rounds`, it determines the number of rounds.
         rounds: the fewest and the most rounds.
 
     Returns:
         "ms": by subject and part (and "total"), quartiles [q1, median, q3] over the rounds, milliseconds.
-        "rounds": how many there were.
-        "skipped": by subject, why it was left out.
+        "rounds": the number of rounds.
+        "skipped": by subject, the reason why it was left out.
     """
     skipped, first = {}, {}
     for name, parts in subjects.items():
@@ -117,10 +117,10 @@ def quartiles(values: list[float]) -> list[float]:
 
 def peak_memory(step: Callable[[], object], device: torch.device) -> float:
     """
-    MiB that one call of `step` needs at its peak, beyond what the process held before.
+    The peak memory of one call of `step` in MiB, without the memory of the process before.
 
-    On the CPU that is resident memory, whose peak can be set back on Linux only; elsewhere a step that stays below an
-    earlier peak of its process counts as 0. To be called in a process of its own.
+    On the CPU the peak is that of resident memory, which can be reset on Linux only; elsewhere a step below an earlier
+    peak of its process counts as 0. Call the function in a separate process.
     """
     gc.collect()
     if device.type == "cuda":
@@ -138,9 +138,9 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> float:
 
 
 def resident_peak() -> int:
-    """The most memory that this process has held, bytes."""
+    """The peak memory of this process in bytes."""
     try:
-        # Not `ru_maxrss`: that of a child process begins with what its parent held.
+        # not `ru_maxrss`, which for a child process starts at the memory of its parent
         status = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     except OSError:
@@ -148,7 +148,7 @@ def resident_peak() -> int:
 
 
 def in_child(command: list[str], threads: int) -> dict:
-    """What a Python process of its own prints as its last line, JSON; raises `RuntimeError` if it fails."""
+    """Runs Python in a separate process and returns its last line, JSON; raises `RuntimeError` if it fails."""
     folder = Path(__file__).resolve().parent
     path = os.pathsep.join([str(folder), str(folder.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
@@ -159,7 +159,7 @@ def in_child(command: list[str], threads: int) -> dict:
 
 
 def describe_machine(device: torch.device) -> dict:
-    """Processor, memory, versions and settings: what a reader needs to judge the figures, and nothing else."""
+    """Processor, memory, versions and settings of the machine, as far as they affect the figures."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -181,7 +181,7 @@ def describe_machine(device: torch.device) -> dict:
 
 
 def cpu_model() -> str:
-    """The processor's own name and generation, as far as the system tells."""
+    """The name and generation of the processor, if the system tells them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""(c) Peak memory of a training step, and of a layer's forward and backward, each in a process of its own."""
+"""(c) Peak memory of a training step, and of forward and backward of a layer, each in its own process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TITLE = "Peak memory"
 
 
 def cells(quick: bool) -> list[dict]:
-    """What is run ("step": a KAN by a method; "layer": a layer by its name), width and batch."""
+    """The kind ("step": a KAN by a method; "layer": a layer by its name), the width and the batch."""
     sizes = {"own KAN": [(256, 4096), (1024, 1024)], "efficient-kan": [(256, 4096)]}
     methods, layers = tuple(METHODS), tuple(LAYERS)
     if quick:
@@ -64,7 +64,7 @@ def measure(cell: dict, device: torch.device, quick: bool) -> dict:
 
 
 def run_cell(cell: dict, device: torch.device) -> float:
-    """MiB that the cell needs at its peak beyond model and inputs; gradients and optimizer state are part of it."""
+    """The peak of the cell in MiB, without model and inputs, with gradients and the state of the optimizer."""
     width, batch = cell["width"], cell["batch"]
     if cell["what"] == "step":
         model = METHODS[cell["method"]](make_kan(cell["kan"], [width, width], device))
@@ -78,7 +78,7 @@ def run_cell(cell: dict, device: torch.device) -> float:
         for part in parts.values():
             part()
 
-    # Compilers and thread pools are no part of the step; two sizes, so that what compiles does so for any size.
+    # excludes compilers and thread pools; two sizes, so that compilation covers any size
     for rows in (8, 12):
         run(x.detach()[:rows].requires_grad_())
     for parameter in model.parameters():

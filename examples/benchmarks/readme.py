@@ -61,7 +61,7 @@ gradient too. "Frozen" is the base layer's own forward pass and input gradient, 
 
 
 def steps(rows: list[dict]) -> str:
-    """LoTRA's step, and its ratio to each other method's, for the two KANs."""
+    """The step by LoTRA and its ratio to the step by each other method, for the two KANs."""
     kans = list(dict.fromkeys(row["kan"] for row in rows))
     header = ["size"]
     for kan in kans:
@@ -80,7 +80,7 @@ def steps(rows: list[dict]) -> str:
 
 
 def left_out(rows: list[dict], label: Callable[[dict], str]) -> str:
-    """Why cells were left out, in a paragraph, if any were."""
+    """A paragraph on the reasons why cells were left out, if any."""
     notes = [f"{label(row)}: {reason}" for row in rows for reason in dict.fromkeys(row.get("skipped", {}).values())]
     return "\n" + fill(f"Left out: {'; '.join(notes)}.", 119) + "\n" if notes else ""
 
@@ -137,7 +137,7 @@ def serving(results: dict) -> str:
 
 
 def targets(results: dict) -> str:
-    """Which claims do not hold."""
+    """The claims that do not hold."""
     values = {claim: value for claim in CLAIMS if (value := claim.value(results)) is not None}
     missed = [
         f"{claim.text}: {value:.3g} (at most {claim.limit:g})"
@@ -149,7 +149,7 @@ def targets(results: dict) -> str:
 
 
 def with_section(readme: str, results: dict) -> str:
-    """The README with the section between the markers; raises `ValueError` if they are not there once each."""
+    """The README with the section between the markers; raises `ValueError` unless each marker occurs once."""
     if readme.count(START) != 1 or readme.count(END) != 1:
         raise ValueError(f"README.md must have the lines `{START}` and `{END}` once each, in this order.")
     before, rest = readme.split(START)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Speed and memory of peft-lotra, beside what it can be compared with.
+"""Speed and memory of peft-lotra, beside comparable methods and libraries.
 
     python examples/benchmarks/run.py                          # all figures, below ten minutes on two threads
     python examples/benchmarks/run.py --only layers memory     # some figures; the others stay as they are in the file
@@ -20,8 +20,8 @@
 
 The figures: training_step (a), layers (b), memory (c), growth (d), serving (e), import_time (f); each is a module
 beside this one. The subjects of a cell are timed in turn within one process, the threads are pinned, and each time is
-given by its quartiles. Sizes that would take too long or too much memory are left out, with the reason. On CUDA times
-are those of the device, and memory is that of torch's allocator.
+given by its quartiles. Sizes that would take too long or too much memory are left out, with the reason. On CUDA the
+times are those of the device, and the memory is that of torch's allocator.
 
 Needs the KAN libraries of `pip install -e ".[test]"`. Run it on a machine that does nothing else.
 """
@@ -54,7 +54,7 @@ def run_figure(name: str, device: torch.device, quick: bool, bar: tqdm) -> dict:
     machine, rows = describe_machine(device), []
     for cell in figure.cells(quick):
         bar.set_description(f"{name}: {', '.join(map(str, cell.values()))}"[:70])
-        torch.compiler.reset()  # what was compiled for one size would be compiled anew for all, which is slower
+        torch.compiler.reset()  # prevents a slower compilation for all sizes
         row = cell | figure.measure(cell, device, quick)
         if row.get("skipped") == {}:
             del row["skipped"]
@@ -66,7 +66,7 @@ def run_figure(name: str, device: torch.device, quick: bool, bar: tqdm) -> dict:
 
 
 def dump(results: dict) -> str:
-    """JSON with a line for each cell."""
+    """The results as JSON, a line for each cell."""
     figures = []
     for name, figure in results.items():
         rows = ",\n".join(f"   {json.dumps(row)}" for row in figure["rows"])
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     total = sum(len(importlib.import_module(name).cells(args.quick)) for name in args.only)
     with tqdm(total=total, unit="cell", ncols=120) as bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the libraries compared, about themselves
+        warnings.simplefilter("ignore")  # warnings of the compared libraries about themselves
         for name in args.only:
             results[name] = run_figure(name, device, args.quick, bar)
 
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     file.write_text(dump(results))
     file.with_suffix(".md").write_text(render(results), encoding="utf-8")
     console = Console()
-    if not args.quick:  # none of the sizes there is one that a claim is about
+    if not args.quick:  # no claim is about any of these sizes
         console.print(Markdown(claims_table(results)))
     console.print(f"written: {file.name} and {file.with_suffix('.md').name}")
 

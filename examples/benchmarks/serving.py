@@ -42,7 +42,7 @@ def measure(cell: dict, device: torch.device, quick: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         base = make_kan("own KAN", cell["widths"], device).eval()
         x = random_inputs(cell["batch"], cell["widths"][0], device).detach()
-        # the base once more: what two equal models differ by is the noise of the measurement
+        # the base once more, since the difference of two equal models is the noise of the measurement
         models = {"base": base, "base again": copy.deepcopy(base)}
         subjects = {"whole model": whole_model(base, Path(folder) / "whole.safetensors")}
         for name in ("LoTRA", "PEFT LoRA"):
@@ -71,7 +71,7 @@ def lotra_subjects(cell: dict, device: torch.device, folder: Path) -> dict[str, 
 
 
 def whole_model(base: nn.Module, file: Path) -> Parts:
-    """A whole fine-tuned model instead of an adapter: saved, and loaded into a model that is there."""
+    """A whole fine-tuned model instead of an adapter: saved, and loaded into an existing model."""
     model = copy.deepcopy(base)
     return {
         "save": lambda: save_file(model.state_dict(), file),

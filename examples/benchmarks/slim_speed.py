@@ -17,8 +17,8 @@
     python examples/benchmarks/slim_speed.py            # half a minute; threads as torch chooses, or --threads
     python examples/benchmarks/slim_speed.py --quick    # a small layer, to see that it runs
 
-Subjects take turns, medians count; memory is that of a process of its own. The step is forward pass, backward pass
-(towards the input too) and an update by Adam.
+Subjects take turns, and medians count; memory is measured in separate processes. A step is a forward pass, a backward
+pass (with the gradient of the input) and an update by Adam.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def make(name: str, width: int, ranks: list[int]) -> torch.nn.Module:
 
 
 def parts(layer: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> dict:
-    """What is measured of a layer: its training step and its inference."""
+    """The measured parts of a layer: its training step and its inference."""
 
     def step() -> None:
         optimizer.zero_grad()
@@ -68,7 +68,7 @@ def subject(name: str, width: int, batch: int, ranks: list[int]) -> tuple:
 
 
 def run_child(cell: dict, part: str) -> float:
-    """MiB that the part needs at its peak beyond layer, inputs and, for the step, the optimizer's state."""
+    """The peak of the part in MiB, without the layer, its inputs and, for the step, the state of the optimizer."""
     layer, optimizer, x = subject(**cell)
     for few in (8, 12):  # thread pools, and the state of the optimizer
         parts(layer, optimizer, x.detach()[:few].requires_grad_())[part]()
@@ -94,7 +94,7 @@ def show(console: Console, result: dict) -> None:
             dense, slim = values["dense"], values["slim"]
             share = f"{slim / dense:.2f}" if dense else "-"
             table.add_row(f"{part}{label}", f"{dense:.1f} {unit}", f"{slim:.1f} {unit}", share)
-    # Adam holds two more numbers for each parameter
+    # Adam keeps two more numbers for each parameter
     for part, copies in (("training step", 3), ("inference", 1)):
         sizes = {n: copies * 4 * count / 2**20 for n, count in result["parameters"].items()}
         held = {n: by_part[part] + sizes[n] for n, by_part in result["mib"].items()}

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What is measured: KAN layers of several libraries, and the ways to fine-tune a KAN."""
+"""The subjects of the benchmarks: KAN layers of several libraries, and the ways to fine-tune a KAN."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ LINEAR = "nn.Linear(8n, n)"
 
 
 class FastKANLike(nn.Module):
-    """What FastKAN computes: Gaussians of the normalised input, and a linear layer of silu. It is not on PyPI."""
+    """FastKAN, which is not on PyPI: Gaussians of the normalized input, and a linear layer of silu."""
 
     def __init__(self, in_features: int, out_features: int, num_basis: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(in_features)
-        self.register_buffer("centres", torch.linspace(-2, 2, num_basis))
+        self.register_buffer("centers", torch.linspace(-2, 2, num_basis))
         self.spline = nn.Linear(in_features * num_basis, out_features, bias=False)
         self.base = nn.Linear(in_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        spacing = self.centres[1] - self.centres[0]
-        bumps = torch.exp(-(((self.norm(x)[..., None] - self.centres) / spacing) ** 2))
+        spacing = self.centers[1] - self.centers[0]
+        bumps = torch.exp(-(((self.norm(x)[..., None] - self.centers) / spacing) ** 2))
         return self.spline(bumps.flatten(-2)) + self.base(F.silu(x))
 
 
@@ -75,7 +75,7 @@ def _flashkan(n_in: int, n_out: int, grid: int) -> nn.Module:
 
 
 # (in, out, grid intervals) -> layer. A library is imported when its layer is made. inkan and flashkan compile their
-# basis, as they do unless told otherwise.
+# basis, which is their default.
 LAYERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     "KANLinear": lambda n_in, n_out, grid: KANLinear(n_in, n_out, grid),
     "inkan": _inkan,
@@ -86,7 +86,7 @@ LAYERS: dict[str, Callable[[int, int, int], nn.Module]] = {
     LINEAR: lambda n_in, n_out, grid: nn.Linear((grid + 3) * n_in, n_out),
 }
 
-# The KANs that are fine-tuned, by the layer that they consist of
+# the fine-tuned KANs, by the layer that they consist of
 KANS = {"own KAN": "KANLinear", "efficient-kan": "efficient-kan"}
 
 # Floats that a layer holds at its peak, measured: for each row, input and basis function, and for each row, input and
@@ -95,7 +95,7 @@ FLOATS = {"efficient-kan": (15, 0), "pykan": (12, 6)}
 
 
 def too_large(layer: str, batch: int, widths: Sequence[int], grid: int = GRID) -> str | None:
-    """Why a layer cannot be run at this size, or None."""
+    """The reason why a layer cannot run at this size, or None."""
     per_basis, per_edge = FLOATS.get(layer, (5, 0))
     pairs = list(zip(widths[:-1], widths[1:], strict=True))
     floats = sum(batch * n_in * (per_basis * (grid + 3) + per_edge * n_out) for n_in, n_out in pairs)
@@ -116,8 +116,8 @@ def _peft_lora(model: nn.Module) -> nn.Module:
     return get_peft_model(model, LoraConfig(**config, init_lora_weights=False))
 
 
-# How a KAN is fine-tuned. The updates are not zero, so that no product is trivial. A frozen base trains nothing: its
-# forward pass and the gradient of its input are what no fine-tuning of the layer can be cheaper than.
+# The ways to fine-tune a KAN. The updates are not zero, so that no product is trivial. A frozen base trains nothing:
+# its forward pass and the gradient of its input are a lower bound of the cost of fine-tuning.
 METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "frozen base": lambda model: model.requires_grad_(False),
     "LoTRA": lambda model: get_peft_model(model, LoTRAConfig(r=RANKS, init_weights=False)),
@@ -131,12 +131,12 @@ def count_trainable(model: nn.Module) -> int:
 
 
 def random_inputs(batch: int, features: int, device: torch.device) -> Tensor:
-    """Points of the grid, (batch, features), that ask for their gradient, as those of a hidden layer do."""
+    """Points of the grid, (batch, features), that require a gradient, like the inputs of a hidden layer."""
     return (torch.rand(batch, features, device=device) * 1.8 - 0.9).requires_grad_()
 
 
 def squared_error(model: nn.Module, x: Tensor) -> Tensor:
-    """The mean square of the outputs: a loss that costs next to nothing."""
+    """The mean square of the outputs, a loss of negligible cost."""
     return model(x).square().mean()
 
 
@@ -165,7 +165,7 @@ def training_step(model: nn.Module, x: Tensor, loss: Callable[[nn.Module, Tensor
 
     if not parameters:
         return {"gradients": gradients}
-    # The rate is so small that a thousand steps leave the functions as they are.
+    # a rate so small that a thousand steps do not change the functions
     optimizer = torch.optim.Adam(parameters, lr=1e-7)
     return {"gradients": gradients, "optimizer": optimizer.step}
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Tables in Markdown from the results that `run.py` writes."""
+"""Markdown tables of the results that `run.py` writes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def median(row: dict, subject: str, part: str = "total") -> float | None:
 
 
 def number(value: float | None) -> str:
-    """Three digits, without an exponent."""
+    """The number with three digits and without an exponent."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
@@ -49,7 +49,7 @@ def spread(row: dict, subject: str, part: str = "total") -> str:
 
 
 def ratio(first: float | None, second: float | None, loses_above: float | None = None) -> str:
-    """first / second, marked where it is above `loses_above`."""
+    """The ratio first / second, marked if it is above `loses_above`."""
     if first is None or second is None:
         return "-"
     mark = f" {LOSES}" if loses_above is not None and first / second > loses_above else ""

@@ -68,14 +68,14 @@ def make_subjects(cell: dict, batch: int, device: torch.device) -> tuple[dict[st
     subjects, trainable = {}, {}
     for name, adapt in METHODS.items():
         if name == "frozen base" and cell["loss"] == LAPLACIAN:
-            continue  # has no parameters to differentiate the residual for
+            continue  # has no parameters by which the residual is differentiated
         model = adapt(make_kan(cell["kan"], cell["widths"], device))
         subjects[name], trainable[name] = training_step(model, x, loss), count_trainable(model)
     return subjects, trainable
 
 
 def too_slow(cell: dict, device: torch.device, probe: int = 16) -> str | None:
-    """Why a cell takes too long, going by a round with a part of its batch, or None. Small ones are not tried."""
+    """The reason why a cell takes too long, estimated from a part of its batch, or None; small cells are not tried."""
     if cell["batch"] * cell["widths"][0] < 2**21:
         return None
     subjects, _ = make_subjects(cell, cell["batch"] // probe, device)

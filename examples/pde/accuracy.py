@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How accurate transfer gets: the elliptic family, near target, base and adapter by Levenberg-Marquardt, three seeds.
+"""The accuracy of transfer: the elliptic family, near target, base and adapter by Levenberg-Marquardt, three seeds.
 
 python examples/pde/accuracy.py             # five minutes of one core
 python examples/pde/accuracy.py --quick     # for CI

@@ -11,14 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What an iteration of Levenberg-Marquardt costs as the network grows: full fine-tuning beside a LoTRA adapter.
+"""The cost of an iteration of Levenberg-Marquardt by width, for full fine-tuning and for a LoTRA adapter.
 
     python examples/pde/cost.py             # widths 16 to 128, some minutes of one core
     python examples/pde/cost.py --quick     # for CI
 
 Burgers' equation on a [2, n, n, 1] KAN in float64, 1000 collocation points and 225 of boundary and start, ranks
-(8, 8, 4). Each case runs in a process of its own: seconds are the CPU time of the second iteration, memory is the peak
-of the process above what it held before.
+(8, 8, 4). Each case runs in its own process. Seconds are the CPU time of the second iteration; memory is the peak of
+the process minus its memory before.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def measure(width: int, adapted: bool, points: int) -> dict:
         return model.eval(), FAMILIES["burgers"].terms(0.08, torch.Generator().manual_seed(0), points)
 
     model, terms = model_and_terms(4, 40)
-    LevenbergMarquardt(model).step(terms)  # what torch loads and allocates at first use is not counted
+    LevenbergMarquardt(model).step(terms)  # excludes what torch loads and allocates at first use
     model, terms = model_and_terms(width, points)
     before = peak()
     optimizer = LevenbergMarquardt(model, memory=2**33)

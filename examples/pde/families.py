@@ -14,11 +14,11 @@
 
 """Four families of PDEs, each with one parameter, its residuals, and reference solutions by spectral methods.
 
-All live on the square [-1, 1]^2: space x time, where time t in [0, 1] is 2 t - 1, or two dimensions of space. A family
-gives the residual terms that `peft_lotra.optim.LevenbergMarquardt` and Adam minimise, and `reference(parameter)`, a
-solution that owes nothing to KANs: Chebyshev collocation (elliptic), or Fourier collocation in space and DOP853 from
-scipy in time (the others). `python examples/pde/families.py` prints their own errors: the difference to twice the
-resolution, and for Burgers that to the Cole-Hopf solution, which is exact.
+The domain of all four is the square [-1, 1]^2: two dimensions of space, or space x time, where time t in [0, 1] is
+2 t - 1. A family gives the residual terms that `peft_lotra.optim.LevenbergMarquardt` and Adam minimize, and
+`reference(parameter)`, a solution without KANs: Chebyshev collocation (elliptic), or Fourier collocation in space and
+DOP853 from scipy in time (the others). `python examples/pde/families.py` prints the errors of the references: the
+difference to twice the resolution, and for Burgers the difference to the exact Cole-Hopf solution.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Family:
         targets: near, middle and far.
         terms: `terms(parameter, generator, points)` returns the residual terms (function, rows, weight).
         solve: `solve(parameter, resolution)` returns the solution on the test grid, (GRID, GRID): first axis x.
-        resolution: what `reference` uses.
+        resolution: the resolution of `reference`.
     """
 
     name: str
@@ -109,7 +109,7 @@ def relative_error(model: nn.Module, solution: Tensor) -> float:
 
 
 def find_family(name: str) -> Family:
-    """Raises `ValueError` for an unknown one."""
+    """The family of a name; raises `ValueError` for an unknown name."""
     if name not in FAMILIES:
         raise ValueError(f"There is no family {name!r}; there are {', '.join(FAMILIES)}.")
     return FAMILIES[name]
@@ -119,13 +119,13 @@ def find_family(name: str) -> Family:
 
 
 def sobol(generator: torch.Generator, points: int) -> Tensor:
-    """Scrambled Sobol points in the square: they cover it more evenly than independent ones."""
+    """Scrambled Sobol points, which cover the square more evenly than independent points."""
     seed = int(torch.randint(2**31, (), generator=generator))
     return torch.quasirandom.SobolEngine(2, scramble=True, seed=seed).draw(points, dtype=torch.float64) * 2 - 1
 
 
 def edge(fixed: int, value: float, points: int) -> Tensor:
-    """Chebyshev points on the edge on which the coordinate `fixed` has the value."""
+    """Chebyshev points on the edge where the coordinate `fixed` has the given value."""
     line = torch.cos(math.pi * (torch.arange(points, dtype=torch.float64) + 0.5) / points)
     ends = torch.full_like(line, value)
     return torch.stack([ends, line] if fixed == 0 else [line, ends], dim=1)
@@ -140,7 +140,7 @@ def data(model: nn.Module, x: Tensor, u: Tensor) -> Tensor:
 
 
 def flux(model: nn.Module, x: Tensor) -> Tensor:
-    """A Neumann condition: no slope in x."""
+    """A Neumann condition: the derivative in x is zero."""
     return jet(model, x, torch.eye(2, dtype=x.dtype)[:1])[1][0]
 
 
@@ -166,8 +166,8 @@ def _source(x, y, module):
 
 
 def elliptic_terms(k: float, generator: torch.Generator, points: int) -> list[tuple]:
-    # What is wrong on the boundary goes into the solution whole, what is wrong in the equation after two integrations,
-    # a fifth of it at most. With the weight 100 of the other families the boundary made up most of the error.
+    # An error on the boundary enters the solution in full, a residual of the equation after two integrations, by a fifth
+    # at most. With the weight 100 of the other families, most of the error came from the boundary.
     x = sobol(generator, points)
     log_a, slope_x, slope_y = _coefficient(k, x[:, :1], x[:, 1:], torch)
     source = _source(x[:, :1], x[:, 1:], torch) * torch.exp(-log_a)
@@ -232,7 +232,7 @@ def solve_evolution(diffusion: float, reaction: Callable, initial: Callable, res
     """Fourier collocation in space, DOP853 in time; on the test grid by trigonometric interpolation."""
     x = -1 + 2 * np.arange(resolution) / resolution
     wave = 1j * math.pi * fftfreq(resolution, 1 / resolution)
-    slope = np.where(np.arange(resolution) == resolution // 2, 0, wave)  # the highest one has no odd derivative
+    slope = np.where(np.arange(resolution) == resolution // 2, 0, wave)  # the highest mode has no odd derivative
 
     def rate(_, u):
         spectrum = fft(u)

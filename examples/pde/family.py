@@ -17,9 +17,9 @@
     python examples/pde/family.py --quick     # for CI
 
 Burgers' equation. Each adapter is trained by Levenberg-Marquardt, started from that of the parameter before it, and
-saved: a file of a few kilobytes. Then one batch holds rows of all five (`adapter_names`), and for a viscosity between
-two of them their adapters are averaged: by `add_weighted_adapter` ("cat": the sum of the updates, exact), and, since
-the adapters follow each other, by averaging their components. The error beside that of the two neighbours is shown.
+saved: a file of a few kilobytes. Then one batch contains rows of all five (`adapter_names`). For a viscosity between
+two of the five, the adapters of these two are averaged: by `add_weighted_adapter` ("cat": the exact sum of the
+updates), and by averaging their components. The results are the errors of the averages and of both neighbors.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def relative(output: Tensor, solution: Tensor) -> float:
 
 
 def train_family(base: torch.nn.Module, setting: Setting, folder: Path, console: Console) -> None:
-    """Saves one adapter for each value, each started from the one before."""
+    """Saves one adapter for each value; each starts from the adapter of the value before."""
     torch.manual_seed(0)
     model = get_peft_model(copy.deepcopy(base), large_config(setting))
     for name, value in VALUES.items():
@@ -85,7 +85,7 @@ def serve(model: PeftModel, points: Tensor) -> dict[str, Tensor]:
 
 
 def average_components(model: PeftModel, first: str, second: str, share: float) -> None:
-    """Puts the components between those of two adapters into a new one, "between"."""
+    """Adds the adapter "between", whose components are the means of those of two adapters."""
     model.add_adapter("between", copy.deepcopy(model.peft_config[first]))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -98,7 +98,7 @@ def average_components(model: PeftModel, first: str, second: str, share: float) 
 def draw(
     outputs: dict[str, Tensor], errors: dict[str, float], solution: Tensor, fields: dict[str, Tensor], path: Path
 ) -> None:
-    """Left: what the one batch holds, at the end. Right: what the adapters make of the viscosity between two."""
+    """Draws the final solutions of the batch (left), and those for the viscosity between two others (right)."""
     line = test_points()[:, 0].reshape(GRID, GRID)[:, -1]
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.2), layout="constrained")
     colors = plt.cm.viridis(torch.linspace(0, 0.9, len(VALUES)).numpy())

@@ -81,7 +81,7 @@ def main() -> None:
     table = Table(title="Laplacian + backward")
     for name in ("threads", "", "ms", "nested / this", "efficient-kan / this"):
         table.add_column(name, justify="right" if name else "left")
-    # compiled last: once the compiler is at work, each call of a Python function costs more in this process
+    # compiled last, since the compiler slows down each later call of a Python function in the process
     for compiled in (False,) if args.quick else (False, True):
         for threads in args.threads:
             medians = measure(threads, compiled, repetitions=2 if args.quick else 20)

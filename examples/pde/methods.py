@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What is compared: how a network for one parameter of a PDE becomes one for another, and what that costs.
+"""The compared methods, which turn a network for one parameter of a PDE into a network for another, and their costs.
 
-A run is a list of points (step, seconds, error). Seconds are CPU time of the process, without the evaluation of the
-error: on a machine that others use too, wall-clock time says more about them.
+A run is a list of points (step, seconds, error). Seconds are the CPU time of the process without the evaluation of the
+error, since wall-clock time would include other users of the machine.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from peft_lotra.optim import LevenbergMarquardt, create_lotra_optimizer
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """What each experiment on these methods takes."""
+    """Adds the options that all experiments on these methods share."""
     parser.add_argument("--quick", action="store_true", help="a tiny setting, to see that it runs")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft-lotra-pde")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "pde")
@@ -56,13 +56,13 @@ class Setting:
         name: of the setting, kept with the results.
         width, grid_size: of the [2, width, width, 1] KAN.
         points, pretrain_points: collocation points inside the square, for a target and for the base.
-        batch: how many of them a step of Adam takes.
+        batch: the number of points in a step of Adam.
         adam_steps, lm_steps, pretrain_steps: iterations.
         small: ranks (out, in, basis) of each layer.
         large: ranks of the three layers, two fifths of the parameters in all. The first and the last layer have all
             basis functions, which costs little there: with ranks (8, 2, 4) and (1, 4, 4) for the two, Adam ended with
             3.5 times the error on reaction-diffusion near.
-        lora_rank: so that LoRA has at least as many parameters as LoTRA at the large ranks.
+        lora_rank: the rank at which LoRA has at least as many parameters as LoTRA at the large ranks.
     """
 
     width: int = 16
@@ -90,7 +90,7 @@ def new_network(setting: Setting, seed: int) -> KAN:
 
 
 def pretrained(family: Family, setting: Setting, seed: int, cache: Path) -> KAN:
-    """The network for the family's base parameter, by Levenberg-Marquardt; from the cache if it is there."""
+    """The network for the base parameter of the family, by Levenberg-Marquardt or from the cache."""
     sizes = (setting.width, setting.grid_size, setting.pretrain_points, setting.pretrain_steps)
     kind = (*sizes, family.title, family.base, weights_of(family), seed)
     path = cache / f"{family.name}-{hashlib.sha256(repr(kind).encode()).hexdigest()[:12]}.pt"
@@ -173,7 +173,7 @@ class Method:
         model: `model(base, setting, seed)`.
         lr: the rate of Adam by target, or by family and target; None for Levenberg-Marquardt.
         policy: multipliers of the rate by component of LoTRA; None for one rate.
-        newton: whether the first step of Levenberg-Marquardt is one of all parameters, see `newton_start`.
+        newton: whether the first step of Levenberg-Marquardt takes all parameters, see `newton_start`.
     """
 
     title: str
@@ -237,7 +237,7 @@ def train(
     seed: int,
     advance: Callable[[], object] = lambda: None,
 ) -> tuple[nn.Module, Curve]:
-    """The model after training, and the run; `advance` is called after each point of it."""
+    """The trained model and its run; calls `advance` after each point of the run."""
     terms = family.terms(parameter, torch.Generator().manual_seed(100 + seed), setting.points)
     solution = family.reference(parameter)
     model = method.model(base, setting, seed)
@@ -252,8 +252,8 @@ def train(
         started = time.process_time()
 
     if method.lr is None:
-        # The second-order correction pays for an adapter, which starts near a solution. With all parameters free it is
-        # so large beside the step that the damping stays high, and the fit stops short.
+        # The second-order correction pays for an adapter, which starts near a solution. With all parameters free, the
+        # correction is so large beside the step that the damping stays high and the fit stalls.
         adapted = isinstance(model, PeftModel)
         if method.newton:
             model = newton_start(base, model, terms)
@@ -284,7 +284,7 @@ def train(
 
 
 def adam_loss(model: nn.Module, terms: list[tuple], batch: int, generator: torch.Generator) -> Tensor:
-    """The loss that Levenberg-Marquardt minimises, on a random part of the rows of each term."""
+    """The loss that Levenberg-Marquardt minimizes, on a random part of the rows of each term."""
     loss = 0.0
     for residual, rows, weight in terms:
         index = torch.randint(len(rows[0]), (min(batch, len(rows[0])),), generator=generator)
@@ -293,7 +293,7 @@ def adam_loss(model: nn.Module, terms: list[tuple], batch: int, generator: torch
 
 
 def run_path(method: str, family: Family, target: str, setting: Setting, seed: int, cache: Path) -> Path:
-    """Where a line of the results is kept: another setting has another name."""
+    """The cache file of one line of the results; each setting has its own name."""
     rate = METHODS[method].rate(family.name, target)
     problem = (family.title, family.base, family.targets[target], weights_of(family))
     kind = (method, rate, METHODS[method].policy, METHODS[method].newton, *problem, seed, setting)
@@ -302,7 +302,7 @@ def run_path(method: str, family: Family, target: str, setting: Setting, seed: i
 
 
 def run(method: str, family: Family, target: str, setting: Setting, seed: int, cache: Path) -> dict:
-    """One line of the results; from the cache if it is there."""
+    """One line of the results, read from the cache if it exists there."""
     parameter = family.targets[target]
     path = run_path(method, family, target, setting, seed, cache)
     if path.exists():

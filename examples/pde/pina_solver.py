@@ -12,21 +12,21 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""LoTRA inside PINA: its own KolmogorovArnoldNetwork, adapted within its own PINN solver and trainer.
+"""LoTRA inside PINA: the KolmogorovArnoldNetwork of PINA, adapted by the PINN solver and trainer of PINA.
 
     pip install "peft-lotra[examples,pina]"
     python examples/pde/pina_solver.py             # two minutes on one core, no network
     python examples/pde/pina_solver.py --quick     # half a minute, a small setting
 
 The network is trained on PINA's Poisson problem, frozen, and adapted to one with another forcing. PINA's solver and
-trainer see a model as before; only `get_peft_model` stands between. Full fine-tuning of the same base, with the best
+trainer get a model as before; `get_peft_model` is the only addition. Full fine-tuning of the same base, with the best
 of three learning rates, and training from scratch have as many epochs. On a network this small, full fine-tuning costs
-the same time and ends nearer to the solution; an adapter spares parameters to train, to keep and to exchange.
+the same time and ends nearer to the solution; an adapter has fewer parameters to train, store and exchange.
 
 Two choices make it work, with or without LoTRA:
 
 * The weight of the boundary. PINA adds the mean squares of both residuals, and the Laplacian's are larger by the
-  square of its eigenvalues. Unweighted, the loss falls while the error stays above 10 %, whoever is trained.
+  square of its eigenvalues. Without the weight, the loss falls while the error stays above 10 % for each method.
 * The splines. PINA's are zero outside their grid, where they jump; automatic differentiation does not see jumps, so
   hidden values must stay inside. And `spline_order` counts coefficients: the default 3 is a piecewise parabola, whose
   second derivative is a staircase.
@@ -72,7 +72,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 BOUNDARY_WEIGHT = (2 * math.pi**2) ** 2
 RATE, FULL_RATES = 2e-2, (1e-2, 2e-2, 4e-2)
 RANKS = (4, 4, 4)
-RESOLUTION = 60  # points per axis where errors are measured and drawn
+RESOLUTION = 60  # points per axis of the grid on which errors are measured and drawn
 
 
 def solution(points: LabelTensor) -> LabelTensor:
@@ -99,7 +99,7 @@ class OtherForcing(Poisson2DSquareProblem):
 
 
 class EpochBar(Callback):
-    """One bar for a training, instead of Lightning's one for each epoch."""
+    """One progress bar for a training; Lightning has one for each epoch."""
 
     def __init__(self, progress: Progress, title: str, epochs: int) -> None:
         self.progress, self.task = progress, progress.add_task(title, total=epochs)
@@ -115,10 +115,10 @@ def make_network() -> KolmogorovArnoldNetwork:
 def solve(
     problem: Poisson2DSquareProblem, model: nn.Module, epochs: int, lr: float, points: int = 20, callbacks: tuple = ()
 ) -> float:
-    """Trains the model on the problem by PINA's solver; returns the seconds (CPU time).
+    """Trains the model on the problem by the solver of PINA; returns the CPU time in seconds.
 
     Args:
-        points: per axis inside the square, and on each of its sides.
+        points: the number of points per axis inside the square, and on each of its sides.
     """
     problem.discretise_domain(n=points, mode="grid", domains="D")
     problem.discretise_domain(n=4 * points, mode="random", domains="boundary")
@@ -153,13 +153,13 @@ def values(model: nn.Module) -> Tensor:
 
 
 def relative_error(problem: Poisson2DSquareProblem, model: nn.Module) -> float:
-    """In the L2 norm."""
+    """The relative error in the L2 norm."""
     expected = reference(problem)
     return ((values(model) - expected).norm() / expected.norm()).item()
 
 
 def compare(seed: int, epochs: int, points: int, progress: Progress) -> tuple[list[dict], nn.Module, nn.Module]:
-    """Trains everybody; returns the rows of the table, the base and the adapted network."""
+    """Trains all models; returns the rows of the table, the base and the adapted network."""
     seed_everything(seed, verbose=False)  # PINA's sampling draws from Python's generator too
     rows = []
 
@@ -183,7 +183,7 @@ def compare(seed: int, epochs: int, points: int, progress: Progress) -> tuple[li
 
 
 def best_rows(rows: list[dict]) -> list[dict]:
-    """For each seed and method the learning rate with the smallest error."""
+    """The runs with the learning rate of the smallest error, for each seed and method."""
     best = {}
     for row in sorted(rows, key=lambda row: row["error"]):
         best.setdefault((row["seed"], row["method"]), row)
@@ -204,7 +204,7 @@ def table_of(rows: list[dict], epochs: int) -> Table:
 
 
 def draw(base: nn.Module, adapted: nn.Module, path: Path) -> None:
-    """Reference, base and adapted network on the other forcing, and their errors."""
+    """Draws reference, base and adapted network on the other forcing, and their errors."""
     expected = reference(OtherForcing())
     base_error, adapted_error = (100 * relative_error(OtherForcing(), model) for model in (base, adapted))
     own_error = 100 * relative_error(Poisson2DSquareProblem(), base)
@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")  # on workers and log intervals that PINA sets
-    torch.set_num_threads(1)  # more only get in each other's way on a network of this size
+    torch.set_num_threads(1)  # more threads slow down a network of this size
 
     console = Console(width=110)
     for layer in find_kan_layers(make_network()):

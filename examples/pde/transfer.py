@@ -11,13 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pre-train a KAN on one PDE of a family, and bring it to others: who gets how far, with how much.
+"""Pre-trains a KAN on one PDE of a family and adapts it to others: the errors and costs of several methods.
 
     python examples/pde/transfer.py --family allen_cahn              # about 20 minutes of one core
     python examples/pde/transfer.py --family allen_cahn --quick      # a minute, for CI: says nothing
     python examples/pde/transfer.py --report                         # the table of all families from what was run
 
-Every run is stored in the cache as it ends, and is not repeated: a broken-off experiment goes on. `--seeds`,
+Each run is stored in the cache and not repeated, so that an interrupted experiment continues. `--seeds`,
 `--targets` and `--methods` choose a part. The results, a table and a picture (reference, base, adapted, error) go to
 `--output`.
 """
@@ -44,7 +44,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 torch.set_num_threads(1)
 
-RIVAL = "full_adam"  # what people do today
+RIVAL = "full_adam"  # today's practice
 
 
 def error_at(curve: list, position: int, limit: float) -> float:
@@ -53,7 +53,7 @@ def error_at(curve: list, position: int, limit: float) -> float:
 
 
 def seconds_to(curve: list, error: float) -> float | None:
-    """When the error was first reached; None if it never was."""
+    """The position at which the error was first reached; None if the run never reached it."""
     return next((point[1] for point in curve if point[2] <= error), None)
 
 
@@ -132,7 +132,7 @@ def markdown_of(rows: list[dict]) -> str:
 
 
 def headline_of(rows: list[dict]) -> str:
-    """What the README shows: the errors in % of some methods, a row for each family and target."""
+    """The table of the README: the errors in % of some methods, a row for each family and target."""
     by_method = {(row["family"], row["target"], row["method"]): row for row in rows}
     lines = [
         "| | full fine-tuning, Adam | LoTRA by LM, a fifth of its seconds | the same, random start | LoTRA by LM "
@@ -157,7 +157,7 @@ def headline_of(rows: list[dict]) -> str:
 
 
 def draw_fields(family: Family, setting: Setting, cache: Path, path: Path) -> None:
-    """Reference, base, adapted and error for each target."""
+    """Draws reference, base, adapted network and error for each target."""
     base = pretrained(family, setting, 0, cache)
     figure, axes = plt.subplots(len(family.targets), 4, figsize=(13, 3.1 * len(family.targets)), layout="constrained")
     labels = ("x", "y") if family.name == "elliptic" else ("x", "t")
@@ -189,7 +189,7 @@ def draw_fields(family: Family, setting: Setting, cache: Path, path: Path) -> No
 
 
 def draw_curves(lines: list[dict], path: Path) -> None:
-    """Error against seconds, one panel for each family and target; means over the seeds."""
+    """Draws the mean error over the seeds against seconds, a panel for each family and target."""
     families = [name for name in FAMILIES if any(line["family"] == name for line in lines)]
     targets = ("near", "middle", "far")
     size = (12, 3.2 * len(families))
@@ -200,7 +200,7 @@ def draw_curves(lines: list[dict], path: Path) -> None:
                 runs = [x for x in lines if (x["family"], x["target"], x["method"]) == (family, target, method)]
                 if not runs:
                     continue
-                points = list(zip(*(x["curve"][1:] for x in runs), strict=False))  # as far as the shortest run
+                points = list(zip(*(x["curve"][1:] for x in runs), strict=False))  # ends with the shortest run
                 seconds = [statistics.mean(s for _, s, _ in point) for point in points]
                 errors = [100 * geometric([e for *_, e in point]) for point in points]
                 style = "-" if method.endswith("_lm") else "--"

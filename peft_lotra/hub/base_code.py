@@ -36,14 +36,10 @@ _INCIDENTAL = ("_name_or_path", "architectures", "transformers_version", "model_
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Where the base model comes from.
+    """Where the base model comes from: its repository, and the module and name of its class, as far as known.
 
-    Attributes:
-        model: The repository of the base on the Hub, if known.
-        module: The module that its class is imported from, if known.
-        name: The name of its class, if known.
-        code: Python code that assigns the base to the variable `base`.
-        auto: Whether `AutoPeftModel` can load the base as well.
+    `code` is Python code that assigns the base to the variable `base`. `auto` says whether `AutoPeftModel` can load
+    the base as well.
     """
 
     model: str | None
@@ -55,37 +51,30 @@ class BaseSource:
 
 def hub_id(name: str | None) -> str | None:
     """The name if it can be that of a repository; None for an existing path and for an invalid name."""
-    if not name or Path(name).exists():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
+    return name if name and not Path(name).exists() and _is_repository(name) else None
 
 
 def check_base_model(base_model: str | None) -> None:
     """Raises a ValueError if `base_model` cannot be the name of a repository."""
-    try:
-        if base_model is not None:
-            validate_repo_id(base_model)
-    except HFValidationError:
+    if base_model is not None and not _is_repository(base_model):
         raise ValueError(
             f"`base_model` is {base_model!r}, expected a repository on the Hub such as 'user/kan'. For a base that is "
             "not on the Hub pass `base_code`."
-        ) from None
+        )
+
+
+def _is_repository(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def source_of_model(
     base: nn.Module, config: LoTRAConfig, base_model: str | None = None, base_code: str | None = None
 ) -> BaseSource:
-    """The source of a base that is in memory.
-
-    Args:
-        base: The base model.
-        config: The configuration of its adapter.
-        base_model, base_code: As in `write_model_card`.
-    """
+    """The source of a base that is in memory; `base_model` and `base_code` are those of `write_model_card`."""
     module, name = _import_path(type(base))
     model = base_model or hub_id(getattr(base, "name_or_path", None))
     auto = False
@@ -102,17 +91,12 @@ def source_of_model(
 
 
 def source_of_config(
-    config: LoTRAConfig,
-    base_model: str | None = None,
-    base_code: str | None = None,
-    written_code: str | None = None,
+    config: LoTRAConfig, base_model: str | None = None, base_code: str | None = None, written_code: str | None = None
 ) -> BaseSource:
-    """The source of a base as the saved adapter describes it.
+    """The source of a base as the configuration of the saved adapter describes it.
 
-    Args:
-        config: The configuration of the adapter.
-        base_model, base_code: As in `write_model_card`.
-        written_code: The code in the card that was saved with the adapter. It counts less than the other two.
+    `base_model` and `base_code` are those of `write_model_card`. `written_code`, the code in the card that was saved
+    with the adapter, counts less than these two.
     """
     mapping = config.auto_mapping or {}
     module, name = mapping.get("parent_library"), mapping.get("base_model_class")

@@ -31,6 +31,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel, __version__
 from peft.utils import CONFIG_NAME
 
+from ..files.format import write_atomically
 from ..report import TextTable
 from ..tuner.config import LoTRAConfig
 from ..tuner.registration import NAME
@@ -138,14 +139,10 @@ def write_model_card(
     card = load_card(folder / README) or ModelCard("---\n{}\n---\n")
     title = (repo_id or "LoTRA adapter").rpartition("/")[2]
     _fill_front_matter(_data(card), source, title, tags, results)
-    facts = _Facts(tables, source, repo_id, revision, _data(card).eval_results)
-    _replace_section(card, title, "\n".join(facts.lines()))
+    _replace_section(card, title, _Facts(tables, source, repo_id, revision, _data(card).eval_results).text())
     content = str(card)
     ModelCard(content)  # raises if huggingface_hub would refuse to read the card
-    # replaces the file as a whole, so that an interruption leaves no half of a card
-    new = folder / f".{README}.new"
-    new.write_bytes(content.encode())
-    os.replace(new, folder / README)
+    write_atomically(folder / README, content)
 
 
 def load_card(path: Path, origin: str | None = None) -> ModelCard | None:
@@ -157,8 +154,7 @@ def load_card(path: Path, origin: str | None = None) -> ModelCard | None:
     if not path.is_file():
         return None
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            content = file.read()
+        content = path.read_bytes().decode("utf-8-sig")
         # ModelCard would read an unclosed front matter as text
         if re.match(r"\s*---\s*\n", content) and len(re.findall(r"^---[ \t\r]*$", content, re.MULTILINE)) < 2:
             raise ValueError("it begins with --- and does not end")
@@ -246,75 +242,64 @@ class _Facts:
     revision: str | None
     results: list[EvalResult] | None
 
-    def lines(self) -> list[str]:
+    def text(self) -> str:
         model, name = self.source.model, self.source.name
         base = f"[{model}](https://huggingface.co/{model})" if model else f"a {name or 'model'}"
-        lines = [
-            f"An adapter of {base}, a Kolmogorov-Arnold network (KAN), by low tensor-rank adaptation",
+        paragraphs = [
+            f"An adapter of {base}, a Kolmogorov-Arnold network (KAN), by low tensor-rank adaptation\n"
             "([LoTRA](https://arxiv.org/abs/2502.06153)), a method for [PEFT](https://github.com/huggingface/peft).",
-            "",
-            *self._usage(),
+            "## Use it",
+            "```sh\npip install peft-lotra\n```",
+            self._snippet(),
         ]
         if not model:
             of_class = f" is a `{name}` from `{self.source.module}`. It" if name else ""
-            lines += [
-                "",
+            paragraphs.append(
                 f"The base model{of_class} is not on the Hub under a name that this card knows. "
-                "The adapter means nothing on other weights than those that it was trained on.",
-            ]
-        lines += self._auto_usage()
+                "The adapter means nothing on other weights than those that it was trained on."
+            )
+        # AutoPeftModel would look for the base in the subfolder, too
+        if self.source.auto and self.source.module and self.repo_id and next(iter(self.tables)) == "default":
+            paragraphs += ["The base and the adapter in one call (PEFT 0.20 or newer):", self._auto_snippet()]
         if len(self.tables) > 1:
             names = ", ".join(self.tables)
-            lines += ["", f"The adapters here are {names}; all but default are loaded by their `subfolder`."]
+            paragraphs.append(f"The adapters here are {names}; all but default are loaded by their `subfolder`.")
         if self.results:
-            cells = [[r.metric_name or r.metric_type, _number(r.metric_value), r.dataset_name] for r in self.results]
-            lines += ["", "## Results", "", *_markdown(TextTable(["metric", ">value", "data"], cells))]
-        return [*lines, "", "## Layers", "", *_markdown(self._layers())]
+            paragraphs += ["## Results", _markdown(self._results())]
+        return "\n\n".join([*paragraphs, "## Layers", _markdown(self._layers())])
 
-    def _where(self) -> str:
+    def _arguments(self) -> str:
         """The arguments of `from_pretrained` that name the first adapter."""
         adapter = next(iter(self.tables))
         revision = f", revision={json.dumps(self.revision)}" if self.revision else ""
         subfolder = f', subfolder="{adapter}"' if adapter != "default" else ""
         return json.dumps(self.repo_id or ".") + revision + subfolder
 
-    def _usage(self) -> list[str]:
+    def _snippet(self) -> str:
         code = self.source.code
-        return [
-            "## Use it",
-            "",
-            "```sh",
-            "pip install peft-lotra",
-            "```",
-            "",
-            "```python",
-            f"import peft_lotra  # makes {NAME} known to PEFT; without it PEFT says KeyError: '{NAME}'",
-            "from peft import PeftModel",
-            *([] if code.startswith(("from ", "import ")) else [""]),
-            *code.split("\n"),
-            "",
-            f"model = PeftModel.from_pretrained(base, {self._where()})"
-            + ("" if self.repo_id else "  # run it in this folder"),
-            "```",
-        ]
+        return (
+            f"```python\nimport peft_lotra  # makes {NAME} known to PEFT; without it PEFT says KeyError: '{NAME}'\n"
+            "from peft import PeftModel\n"
+            + ("" if code.startswith(("from ", "import ")) else "\n")
+            + f"{code}\n\nmodel = PeftModel.from_pretrained(base, {self._arguments()})"
+            + ("\n```" if self.repo_id else "  # run it in this folder\n```")
+        )
 
-    def _auto_usage(self) -> list[str]:
-        # AutoPeftModel would look for the base in the subfolder, too
-        if not (self.source.auto and self.source.module and self.repo_id) or next(iter(self.tables)) != "default":
-            return []
-        package = self.source.module.partition(".")[0]
+    def _auto_snippet(self) -> str:
+        package = str(self.source.module).partition(".")[0]
         allowed = "" if package == "transformers" else f', import_allowlist=["{package}"]'
-        return [
-            "",
-            "The base and the adapter in one call (PEFT 0.20 or newer):",
-            "",
-            "```python",
-            f"import peft_lotra  # makes {NAME} known to PEFT",
-            "from peft import AutoPeftModel",
-            "",
-            f"model = AutoPeftModel.from_pretrained({self._where()}{allowed})",
-            "```",
-        ]
+        return (
+            f"```python\nimport peft_lotra  # makes {NAME} known to PEFT\nfrom peft import AutoPeftModel\n\n"
+            f"model = AutoPeftModel.from_pretrained({self._arguments()}{allowed})\n```"
+        )
+
+    def _results(self) -> TextTable:
+        rows = []
+        for result in self.results or []:
+            value = result.metric_value
+            number = f"{value:.4g}" if isinstance(value, float) else str(value)
+            rows.append([result.metric_name or result.metric_type, number, result.dataset_name])
+        return TextTable(["metric", ">value", "data"], rows)
 
     def _layers(self) -> TextTable:
         cells = []
@@ -325,16 +310,12 @@ class _Facts:
         return TextTable(["layer", "family", "update (out, in, basis)", "ranks", ">parameters", ">kB"], cells)
 
 
-def _markdown(table: TextTable) -> list[str]:
+def _markdown(table: TextTable) -> str:
     titles = [title.removeprefix(">") for title in table.columns]
     rules = ["--:" if title.startswith(">") else "---" for title in table.columns]
     rows = ("|".join(f" {cell} " if cell else " " for cell in row) for row in (titles, *table.rows))
     head, *body = (f"|{row}|" for row in rows)
-    return [head, f"|{'|'.join(rules)}|", *body]
-
-
-def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "\n".join([head, f"|{'|'.join(rules)}|", *body])
 
 
 def _eval_results(

@@ -39,18 +39,12 @@ from ..tuner.registration import NAME
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """What an adapter contains for one layer.
+    """What an adapter contains for one layer of the base model.
 
-    Attributes:
-        name: The name of the layer in the base model.
-        family: The KAN family of the layer. None, like the next four fields, for a module that is saved whole
-            (`modules_to_save`).
-        shape: The shape of the update, (out, in, basis); the residual branch is the last slice of the basis.
-        ranks: The ranks of the update, (out, in, basis).
-        alpha: The factor of the update.
-        norm: The Frobenius norm of the update, `alpha` included.
-        parameters: The number of stored values.
-        size: The number of bytes of the stored values.
+    `shape` and `ranks` are those of the update, (out, in, basis); the residual branch is the last slice of the basis.
+    `norm` is the Frobenius norm of the update, `alpha` included. `parameters` is the number of stored values, and
+    `size` is the number of their bytes. `family`, `shape`, `ranks`, `alpha` and `norm` are None for a module that is
+    saved whole (`modules_to_save`).
     """
 
     name: str

@@ -126,10 +126,15 @@ def push_to_hub(
         return target.commit(folder, commit_message)
 
 
+def _selected(names: list[str] | None, present: Iterable[str], owner: str) -> list[str]:
+    names = list(present) if names is None else names
+    if not names or not set(names) <= set(present):
+        raise ValueError(f"`selected_adapters` is {names}, {owner} has {list(present)}.")
+    return names
+
+
 def _check_lotra(model: PeftModel, selected_adapters: list[str] | None) -> None:
-    names = list(model.peft_config) if selected_adapters is None else selected_adapters
-    if not names or not set(names) <= set(model.peft_config):
-        raise ValueError(f"`selected_adapters` is {names}, the model has {list(model.peft_config)}.")
+    names = _selected(selected_adapters, model.peft_config, "the model")
     kinds = {name: model.peft_config[name].peft_type for name in names}
     others = {name: getattr(kind, "value", kind) for name, kind in kinds.items() if kind != NAME}
     if others:
@@ -140,10 +145,7 @@ def _check_folder(folder: Path, selected_adapters: list[str] | None) -> list[Pat
     saved = adapter_folders(folder)
     if not saved:
         raise ValueError(f"{folder} is no adapter: it has no {CONFIG_NAME}.")
-    names = list(saved) if selected_adapters is None else selected_adapters
-    if not names or not set(names) <= set(saved):
-        raise ValueError(f"`selected_adapters` is {names}, {folder} has {list(saved)}.")
-    adapters = [saved[name] for name in names]
+    adapters = [saved[name] for name in _selected(selected_adapters, saved, str(folder))]
     for path in adapters:
         read_adapter(path)
     load_card(folder / README)

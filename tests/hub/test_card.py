@@ -49,7 +49,7 @@ class TestWriteModelCard:
         model.save_pretrained(tmp_path)
         write_model_card(model, tmp_path)
         assert (tmp_path / "README.md").read_text() == text
-        assert not list(tmp_path.glob("*.new"))
+        assert not list(tmp_path.glob("*.tmp"))
 
     def test_the_snippet_runs_in_the_folder(self, model, tmp_path, monkeypatch):
         model.save_pretrained(tmp_path)
