@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from .approximation.features import first_output
 from .approximation.spectra import Spectrum
 from .families.coefficients import CoefficientTensor
-from .families.registry import find_kan_layers
-from .functional import call_with_parameters, unwrap
+from .families.registry import find_kan_layers, find_layer, short_name
+from .functional import call_with_parameters
 from .tuner.layer import LoTRALayer
 from .tuner.targets import locate_target
 
@@ -40,16 +41,27 @@ if TYPE_CHECKING:
 def plot_spectra(spectrum: Spectrum, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
     """Draws the singular values of each layer that changed, as shares of its norm, one panel for each mode.
 
+    Example:
+        >>> from peft_lotra.kan import KAN
+        >>> from peft_lotra import update_spectrum
+        >>> figure = plot_spectra(update_spectrum(KAN([3, 5, 4]), KAN([3, 5, 4])))
+
     Args:
-        spectrum ([`Spectrum`]): From `update_spectrum` or `gradient_spectrum`.
-        figure (`Figure` or `SubFigure`, *optional*): Where to draw; a new one by default.
+        spectrum: From `update_spectrum` or `gradient_spectrum`.
+        figure: Where to draw; a new one by default.
 
     Returns:
         The figure.
 
     Raises:
+        TypeError: `spectrum` is something else, such as a model.
         ImportError: matplotlib is not installed.
     """
+    if not isinstance(spectrum, Spectrum):
+        raise TypeError(
+            f"`spectrum` must be a Spectrum, got {type(spectrum).__name__}: pass `update_spectrum(base, tuned)` or "
+            "`gradient_spectrum(model, config, train_step)`."
+        )
     figure = _new_figure((9, 3)) if figure is None else figure
     axes = figure.subplots(1, 3, sharey=True)
     changed = {name: layer for name, layer in spectrum.layers.items() if layer.norm > 0}
@@ -81,28 +93,31 @@ def plot_edge_functions(
 
     The layer itself is evaluated, with the coefficients of all other inputs at zero, so that any family will do.
 
+    Example:
+        >>> from peft_lotra.kan import KAN
+        >>> figure = plot_edge_functions(KAN([3, 5, 4]), "layers.0", edges=[(0, 1), (4, 2)])
+
     Args:
-        model (`nn.Module`): The model, adapted or not. It is left as it is.
-        layer_name (`str`): The name of the layer, as `find_kan_layers` gives it.
-        edges (`int` or `Sequence[tuple[int, int]]`): Pairs (output, input); or how many, at most one of each input:
-            those whose coefficients the adapters changed most, or that have the largest ones if there are no adapters.
-        x (`torch.Tensor`, *optional*): (points,), where to evaluate; by default 101 points from -1 to 1.
-        title (`Callable`): `title(output, input)` is written above the picture of an edge.
-        figure (`Figure` or `SubFigure`, *optional*): Where to draw; a new one by default.
+        model: The model, adapted or not. It is left as it is.
+        layer_name: The name of the layer, as `find_kan_layers` gives it; PEFT's longer name will do too.
+        edges: Pairs (output, input); or how many, at most one of each input: those whose coefficients the adapters
+            changed most, or with the largest coefficients if there are no adapters.
+        x: (points,), where to evaluate; by default 101 points from -1 to 1.
+        title: `title(output, input)` is written above the picture of an edge.
+        figure: Where to draw; a new one by default.
 
     Returns:
         The figure.
 
     Raises:
         ValueError: There is no such KAN layer or edge; or the outputs depend on the inputs together (a layer that
-            normalises its inputs first), so that there are no functions of one input.
+            normalizes its inputs first), so that there are no functions of one input.
         ImportError: matplotlib is not installed.
     """
-    model = unwrap(model)
     known = [layer.name for layer in find_kan_layers(model)]
-    if layer_name not in known:
+    if short_name(layer_name) not in known:
         raise ValueError(f"There is no KAN layer `{layer_name}` in the model, it has {known}.")
-    module = model.get_submodule(layer_name)
+    module = find_layer(model, layer_name)
     layer, _, tensor = locate_target(layer_name, module)
     before = tensor.read(layer)
     curves = {"base": before}
@@ -150,14 +165,15 @@ def _choose_edges(edges: int | Sequence[tuple[int, int]], change: torch.Tensor) 
 def _functions_of(
     layer: nn.Module, tensor: CoefficientTensor, coefficients: torch.Tensor, index: int, x: torch.Tensor
 ) -> torch.Tensor:
-    """The functions of one input, (points, out): what the layer returns if the other inputs have no coefficients, less
-    what it returns if none has (a bias)."""
+    """The functions of one input, (points, out).
+
+    They are the outputs of the layer if the other inputs have no coefficients, less those if none has (a bias).
+    """
     alone = torch.zeros_like(coefficients)
     alone[:, index] = coefficients[:, index]
 
     def run(inputs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        output = call_with_parameters(layer, tensor.split(values), layer, (inputs,), {})
-        return output[0] if isinstance(output, tuple) else output  # pykan's is (y, preacts, postacts, postspline)
+        return first_output(call_with_parameters(layer, tensor.split(values), layer, (inputs,), {}))
 
     inputs = x[:, None].expand(-1, coefficients.shape[1])
     others = inputs.flip(0).clone()

@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,26 +26,27 @@ from torch import nn
 from .families.registry import find_kan_layers
 from .functional import unwrap
 from .report import Report, TextTable
-from .tuner.layer import LoTRALayer
+from .tuner.layer import LoTRALayer, lotra_layers
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One line of the summary: an adapter of a KAN layer, or a KAN layer that has none.
+    """
+    One line of the summary: an adapter of a KAN layer, or a KAN layer without adapters.
 
     Attributes:
-        layer (`str`): The name of the layer in the model, as `target_modules` takes it.
-        family (`str`): The family it was recognised as.
-        shape (`tuple[int, int, int]`): (out, in, basis) of its coefficient tensor.
-        has_residual (`bool`): Whether the layer has a residual branch.
-        adapter (`str`, *optional*): Its name; `None`, and the fields below empty, where the layer has none.
-        ranks (`tuple[int, int, int]`, *optional*): Its ranks (out, in, basis).
-        parameters (`int`): How many numbers it consists of.
-        trainable (`int`): How many of them require a gradient.
-        kilobytes (`float`): What they take in memory, in units of 1000 bytes.
-        scale (`float`, *optional*): What its update is multiplied by now.
-        active (`bool`): Whether a forward pass uses it: it is active, and adapters are not disabled.
-        merged (`bool`): Whether it is merged into the coefficients.
+        layer: The name of the layer in the model, as `find_kan_layers` gives it and `target_modules` takes it.
+        family: The family of the layer.
+        shape: (out, in, basis) of its coefficient tensor.
+        has_residual: Whether the layer has a residual branch.
+        adapter: The name of the adapter; `None`, and the fields below empty, if the layer has none.
+        ranks: The ranks (ro, ri, rb) of the adapter.
+        parameters: The number of parameters of the adapter.
+        trainable: The number of them that require a gradient.
+        kilobytes: Their memory, in units of 1000 bytes.
+        scale: The present factor of the update.
+        active: Whether a forward pass uses the adapter: it is active, and adapters are not disabled.
+        merged: Whether the adapter is merged into the coefficients.
     """
 
     layer: str
@@ -63,11 +64,12 @@ class LayerSummary:
 
 
 class ModelSummary(Report, list[LayerSummary]):
-    """The lines of the summary. `print` and rich show them as a table.
+    """
+    The lines of the summary; prints as a table.
 
     Attributes:
-        all_parameters, trainable_parameters (`int`): Of the whole model, as `print_trainable_parameters` counts them.
-        kilobytes (`float`): What the parameters and buffers of the whole model take in memory.
+        all_parameters, trainable_parameters: Of the whole model, as `print_trainable_parameters` counts them.
+        kilobytes: The memory of the parameters and buffers of the whole model.
     """
 
     def __init__(self, lines: Iterable[LayerSummary], model: nn.Module) -> None:
@@ -108,39 +110,40 @@ def model_summary(model: nn.Module) -> ModelSummary:
     """
     Lists the KAN layers of a model, with their adapters: shapes, ranks, parameters, kilobytes, scale and state.
 
+    Example:
+        >>> from peft_lotra.kan import KAN
+        >>> print(model_summary(KAN([8, 5])))
+        layer     family      (out, in, basis)  adapter  ranks  trainable  kB  scale  state
+        layers.0  peft-lotra       (5, 8, 8+1)  -            -          -   -      -  not adapted
+        360 of 360 parameters trainable (100.00%); adapters 0.0 kB of 1.5 kB
+
     Args:
-        model (`nn.Module`): Any model, adapted or not; also a compiled one.
+        model: Any model, adapted or not; also a compiled one.
 
     Returns:
-        `ModelSummary`: A list of [`LayerSummary`], which prints as a table; `as_dict()` gives plain values.
+        A list of [`LayerSummary`], which prints as a table; `as_dict()` gives plain values.
 
     Raises:
-        ValueError: A layer was recognised but a pattern of its family does not fit its parameters.
-
-    Example:
-
-    ```py
-    >>> print(model_summary(model))
-    ```
+        ValueError: A pattern of the family of a layer does not fit its parameters.
     """
     network = unwrap(model)
-    modules = dict(network.named_modules())
+    layers = dict(lotra_layers(network))
     lines = []
     for found in find_kan_layers(network):
-        layer = modules[found.name]
-        description = (found.name, found.family, found.shape, found.has_residual)
-        adapters = list(layer.lotra_core) if isinstance(layer, LoTRALayer) else []
-        lines += [_of_adapter(layer, adapter, description) for adapter in adapters] or [LayerSummary(*description)]
+        bare = LayerSummary(found.name, found.family, found.shape, found.has_residual)
+        layer = layers.get(found.name)
+        adapters = [] if layer is None else [_with_adapter(bare, layer, adapter) for adapter in layer.lotra_core]
+        lines += adapters or [bare]
     return ModelSummary(lines, model)
 
 
-def _of_adapter(layer: LoTRALayer, adapter: str, description: tuple) -> LayerSummary:
+def _with_adapter(bare: LayerSummary, layer: LoTRALayer, adapter: str) -> LayerSummary:
     components = layer.get_components(adapter)
-    return LayerSummary(
-        *description,
+    return replace(
+        bare,
         adapter=adapter,
-        ranks=tuple(layer.lotra_r[adapter]),
-        parameters=sum(component.numel() for component in components),
+        ranks=layer.lotra_r[adapter],
+        parameters=components.numel(),
         trainable=sum(component.numel() for component in components if component.requires_grad),
         kilobytes=_kilobytes(components),
         scale=float(layer.lotra_scaling[adapter]),

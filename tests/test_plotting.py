@@ -70,6 +70,12 @@ def test_the_edges_that_changed_most_come_first():
     assert len(plot_edge_functions(model, "kan").axes) == 3  # there are no more inputs
 
 
+def test_names_as_peft_writes_them():
+    model = adapt(base("own"))
+    lines = [plot_edge_functions(model, name, 1).axes[0].lines for name in ("kan", "base_model.model.kan")]
+    assert [line.get_ydata().tolist() for line in lines[0]] == [line.get_ydata().tolist() for line in lines[1]]
+
+
 def test_a_bare_model_has_one_curve():
     figure = plot_edge_functions(base("own"), "kan", 1)
     assert len(figure.axes[0].lines) == 1
@@ -79,6 +85,8 @@ def test_errors():
     model = base("own")
     with pytest.raises(ValueError, match=r"no KAN layer `head`.*\['kan'\]"):
         plot_edge_functions(model, "head")
+    with pytest.raises(TypeError, match=r"must be a Spectrum, got Single:.*`update_spectrum\(base, tuned\)`"):
+        plot_spectra(model)
     with pytest.raises(ValueError, match=r"below \(4, 3\), got \[\(4, 0\)\]"):
         plot_edge_functions(model, "kan", [(4, 0), (0, 0)])
     with pytest.raises(ValueError, match="at least 1"):

@@ -35,14 +35,12 @@ from ..families.slim import SlimLayer
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, warn_capped
 from ..report import Report, TextTable
-from ..tucker import Tucker, cap_ranks, check_ranks, tucker
+from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, triple, tucker
 from ..tuner.targets import locate_target, pattern_key
 from .features import gather_features, model_outputs, relative_error
 from .spectra import Spectrum, check_energy, spectrum_of, suggest_ranks
 from .updates import read_coefficients
 
-
-Ranks = int | tuple[int, int, int]
 
 # Steps of the search for the smallest budget that keeps an energy: to 2 % of it, if it may be up to 300 times that of
 # ranks 1.
@@ -51,18 +49,19 @@ _BISECTIONS = 8
 
 @dataclass(frozen=True)
 class SlimReport(Report):
-    """What `slim` did; prints as a table.
+    """
+    What `slim` did; prints as a table.
 
     Attributes:
-        errors (`dict[str, float]`): By layer, the norm of what the factors miss of the coefficient tensor (with the
-            residual weights), as a share of its norm; measured on the factors as they are stored.
-        output_errors (`dict[str, float]`): With `inputs`, what they miss of the layer's outputs on what reached it
-            in the model as it was, as a share of the outputs' deviations from their mean; else empty.
-        ranks (`dict[str, tuple[int, int, int]]`): By layer.
-        dense (`list[str]`): The layers that were left as they were, since factors would take more parameters.
-        parameters (`tuple[int, int]`): Of the KAN layers' coefficients, before and after.
-        model_error (`float`, *optional*): With `inputs`, the same for the outputs of the whole model, all layers
-            compressed; its square is at most 1 - `energy`.
+        errors: By layer, the norm of what the factors miss of the coefficient tensor (with the residual weights), as a
+            share of its norm; measured on the factors as they are stored.
+        ranks: By layer.
+        dense: The layers that were left as they were, since factors would take more parameters.
+        parameters: Of the KAN layers' coefficients, before and after.
+        output_errors: With `inputs`, what the factors miss of the outputs of the layer in the original model, as a
+            share of the outputs' deviations from their mean; else empty.
+        model_error: With `inputs`, the same for the outputs of the whole model, all layers compressed; its square is
+            at most 1 - `energy`.
     """
 
     errors: dict[str, float]
@@ -100,40 +99,37 @@ def slim(
     A `KANLinear` becomes a `SlimKANLinear`, the layer of another family a `SlimLayer` around what is left of it. The
     result trains on like any network.
 
-    Pass `inputs`, some of the training data, wherever there are any: what counts is then what the factors miss of the
-    model's outputs on these inputs, not of the coefficients. Trained coefficient tensors are far from low rank (99 %
-    of their energy takes nearly full ranks: what they were initialised with stays where no data asks for anything
-    else), but the functions that they compute on data mostly are not. The factors are then those of the tensor
-    weighted in the modes in and basis by the second moments of the features, and in the mode out by how the model's
-    outputs respond to the layer's (J^T J, as in the Gauss-Newton matrix); the core and factor_out are the best ones
-    beside the other two (reduced rank regression).
+    Pass `inputs`, some of the training data, wherever there are any. The error that counts is then that of the model's
+    outputs on these inputs, not that of the coefficients: trained coefficient tensors are far from low rank, but the
+    functions that they compute on data mostly are not. HOOI then runs on the tensor weighted in the modes in and basis
+    by the second moments of the features, and in the mode out by how the model's outputs respond to the layer's
+    (J^T J, as in the Gauss-Newton matrix). The core and factor_out are the best ones beside the other two factors
+    (reduced rank regression).
 
     Where a family multiplies the splines of each edge by a scale (efficient-kan, pykan), coefficient times scale is
-    what is compressed, and the scale is 1 from then on.
+    compressed, and the scale is 1 from then on.
 
     Example:
-
-    ```py
-    >>> small = slim(model, energy=0.99, inputs=x_train[:1000])
-    >>> print(small.slim_report)
-    >>> # ... train it ...
-    >>> model = small.to_dense()
-    ```
+        >>> from peft_lotra.kan import KAN
+        >>> small = slim(KAN([20, 16]), (4, 4, 3), inputs=torch.rand(100, 20))
+        >>> small.slim_report.parameters
+        (2880, 219)
+        >>> dense = small.to_dense()
 
     Args:
-        model (`nn.Module`): A network with KAN layers, or one layer, without adapters. It is left as it is.
-        ranks (`int`, `tuple[int, int, int]` or `dict`, *optional*): (ro, ri, rb) for each layer, capped by the sizes
-            of its modes with a warning; or by layer, as `suggest_ranks` returns them, others being left dense;
-        energy (`float`, *optional*): or the share of the squared norm to keep, above 0 and up to 1: of each layer's
-            coefficients, or with `inputs` of the deviations of the model's outputs from their mean;
-        budget (`int`, *optional*): or the number of parameters for the coefficients of all layers together.
-        inputs (`torch.Tensor`, *optional*): Samples of the model's input, a thousand or so. All basis functions of
-            each layer are held in memory for them, in float64.
+        model: A network with KAN layers, or one layer, without adapters. It is left as it is.
+        ranks: (ro, ri, rb) for each layer, capped by the sizes of its modes with a warning; or by layer, as
+            `suggest_ranks` returns them, others being left dense;
+        energy: or the share of the squared norm to keep, above 0 and up to 1: of each layer's coefficients, or with
+            `inputs` of the deviations of the model's outputs from their mean;
+        budget: or the number of parameters for the coefficients of all layers together.
+        inputs: Samples of the model's input, a thousand or so. All basis functions of each layer are held in memory
+            for them, in float64.
 
     Returns:
-        `nn.Module`: A copy of the model, of the same class, with Slim layers. It has a [`SlimReport`] as
-        `slim_report`, and `to_dense()`, which returns a copy of the original class. A layer whose factors would take
-        more parameters than its tensor is left dense; the report and a warning name it.
+        A copy of the model, of the same class, with Slim layers. It has a [`SlimReport`] as `slim_report`, and
+        `to_dense()`, which returns a copy of the original class. A layer whose factors would take more parameters than
+        its tensor is left dense; the report and a warning name it.
 
     Raises:
         ValueError: Not one of `ranks`, `energy` and `budget` is given, or one that cannot be; the model has adapters
@@ -148,27 +144,28 @@ def slim(
         ranks = {key: check_ranks(r, "ranks") for key, r in ranks.items()}
     elif ranks is not None:
         ranks = check_ranks(ranks, "ranks")
+    if energy is not None:
+        check_energy(energy)
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if adapted or isinstance(model, PeftModel):
         raise ValueError(
             f"The model has adapters ({', '.join(adapted[:3]) or type(model).__name__}): merge them first, "
             "`model = model.merge_and_unload()`."
         )
-    if energy is not None:
-        check_energy(energy)
     compression = _Compression(model, inputs)
     if ranks is not None:
-        chosen = _asked(compression.tensors, ranks)
+        chosen = _resolve_ranks(compression.tensors, ranks)
     elif energy is not None and inputs is not None:
         chosen = compression.enough(energy)
     else:
-        chosen = compression.suggest(energy=energy, budget=budget)
-    small = compression.run(chosen)
-    if grown := [name for name in small.slim_report.dense if name in chosen]:
+        chosen = compression.suggest(energy, budget)
+    small, report = compression.run(chosen)
+    if grown := [name for name in report.dense if name in chosen]:
         hint = " Pass `inputs`: on data there is mostly less to keep." if inputs is None and energy is not None else ""
         warnings.warn(
             f"Left dense, since their factors would take more parameters: {', '.join(grown)}.{hint}", stacklevel=2
         )
+    small.__dict__["slim_report"] = report
     if not isinstance(small, (SlimKANLinear, SlimLayer)):  # which have the method
         small.__dict__["to_dense"] = partial(to_dense, small)
     return small
@@ -178,7 +175,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     """A copy of the model in which every Slim layer is one of its original class again, and computes the same.
 
     Args:
-        model (`nn.Module`): What `slim` made of a model, trained further or not, or any network with Slim layers.
+        model: A network with Slim layers, made by `slim` or not, trained further or not.
 
     Raises:
         ValueError: The model has adapters.
@@ -194,88 +191,79 @@ def to_dense(model: nn.Module) -> nn.Module:
     return model
 
 
-def _tensor(name: str, layer: nn.Module) -> torch.Tensor:
-    """What multiplies the basis functions: (out, in, basis [+ 1]) in float64."""
-    tensor, scale = read_coefficients(name, layer)
-    tensor = tensor if scale is None else tensor * scale
-    if not tensor.isfinite().all():
-        raise ValueError(f"The coefficients of `{name}` are not finite.")
-    return tensor.detach()
-
-
-def _asked(tensors: Mapping[str, torch.Tensor], ranks: Ranks | Mapping[str, Ranks]) -> dict[str, tuple[int, int, int]]:
+def _resolve_ranks(
+    tensors: Mapping[str, torch.Tensor], ranks: Ranks | Mapping[str, Ranks]
+) -> dict[str, tuple[int, int, int]]:
     """The ranks of each layer; a layer that a mapping does not name is left out."""
-    asked = dict.fromkeys(tensors, ranks)
     if isinstance(ranks, Mapping):
-        keys = {name: get_pattern_key(ranks.keys(), name) for name in tensors}
+        keys = {name: get_pattern_key(list(ranks), name) for name in tensors}
         asked = {name: ranks[key] for name, key in keys.items() if key in ranks}
         if not asked:
             raise ValueError(f"`ranks` names none of the KAN layers {list(tensors)}: {list(ranks)}.")
-    chosen = {name: cap_ranks(r, tuple(tensors[name].shape)) for name, r in asked.items()}
+    else:
+        asked = dict.fromkeys(tensors, ranks)
+    chosen = {name: cap_ranks(r, tensors[name].shape) for name, r in asked.items()}
     warn_capped({name: (r, tuple(tensors[name].shape), chosen[name]) for name, r in asked.items()})
     return chosen
 
 
 class _Compression:
-    """A model, its coefficient tensors (out, in, basis [+ 1]) by layer, and with `inputs` what weighs them.
+    """
+    A model, its coefficient tensors (out, in, basis [+ 1]) by layer, and with `inputs` the features that weight them.
 
     Raises:
         ValueError: There is no KAN layer, or the coefficients of one are not finite, or no input reaches it.
     """
 
     def __init__(self, model: nn.Module, inputs: torch.Tensor | None) -> None:
-        self.model = _copy(model)
-        layers = {
-            found.name: self._locate(self.model, found.name)
-            for found in find_kan_layers(self.model)
-            if not isinstance(self.model.get_submodule(found.name), (SlimKANLinear, SlimLayer))
-        }
+        self.model, self.inputs = _copy(model), inputs
+        layers = {}
+        for found in find_kan_layers(self.model):
+            layer = self.model.get_submodule(found.name)
+            if not isinstance(layer, (SlimKANLinear, SlimLayer)):
+                layers[found.name] = locate_target(found.name, layer)[:2]
         if not layers:
             raise ValueError(
                 "No KAN layer that could be compressed was found in the model. The known families are "
                 f"{', '.join(known_families())}; describe another one with `peft_lotra.register_kan_layer`."
             )
-        self.tensors = {name: _tensor(name, layer) for name, (layer, _) in layers.items()}
-        self.inputs = inputs
+        self.tensors = {name: _read_product(name, layer) for name, (layer, _) in layers.items()}
         self.features = {} if inputs is None else gather_features(self.model, layers, inputs)
         if inputs is not None:
             with torch.no_grad():
                 self.outputs = model_outputs(self.model, inputs)
 
-    @staticmethod
-    def _locate(model: nn.Module, name: str) -> tuple[nn.Module, KANLayerSpec]:
-        return locate_target(name, model.get_submodule(name))[:2]
-
     @cached_property
     def spectrum(self) -> Spectrum:
-        """Of the tensors, with `inputs` weighted."""
+        """The spectrum of the tensors, weighted if there are inputs."""
         weighted = {
             name: self.features[name].weigh(tensor) if self.features else tensor
             for name, tensor in self.tensors.items()
         }
         return Spectrum({name: spectrum_of(tensor) for name, tensor in weighted.items()})
 
-    def suggest(self, **amount: float | None) -> dict[str, tuple[int, int, int]]:
+    def suggest(self, energy: float | None = None, budget: int | None = None) -> dict[str, tuple[int, int, int]]:
         """The ranks for an energy or a budget by the spectrum."""
-        suggested = suggest_ranks(self.spectrum, **amount)
+        suggested = suggest_ranks(self.spectrum, energy=energy, budget=budget)
         return {name: suggested[pattern_key(name)] for name in self.tensors}
 
     def enough(self, energy: float) -> dict[str, tuple[int, int, int]]:
         """The ranks for the smallest budget that keeps this share of the model's outputs, found by bisection."""
-        sizes = [tensor.numel() for tensor in self.tensors.values()]
-        best = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}  # which leaves all layers dense
-        low, high = sum(1 + sum(tensor.shape) for tensor in self.tensors.values()), sum(sizes)
+        best = {name: triple(tensor.shape) for name, tensor in self.tensors.items()}  # which leaves all layers dense
+        low = sum(1 + sum(tensor.shape) for tensor in self.tensors.values())
+        high = sum(tensor.numel() for tensor in self.tensors.values())
         for _ in range(_BISECTIONS):
             middle = round(math.sqrt(low * high))
             chosen = self.suggest(budget=middle)
-            if 1 - self.run(chosen).slim_report.model_error ** 2 >= energy:
+            _, report = self.run(chosen)
+            if 1 - (report.model_error or 0.0) ** 2 >= energy:
                 high, best = middle, chosen
             else:
                 low = middle
         return best
 
-    def run(self, chosen: Mapping[str, tuple[int, int, int]]) -> nn.Module:
-        """A copy of the model in which these layers are Slim, where that saves parameters, with its `slim_report`."""
+    def run(self, chosen: Mapping[str, tuple[int, int, int]]) -> tuple[nn.Module, SlimReport]:
+        """A copy of the model in which these layers are Slim, where that saves parameters, and its report."""
         model = _copy(self.model)
         before = after = sum(tensor.numel() for tensor in self.tensors.values())
         errors, output_errors, dense = {}, {}, []
@@ -285,7 +273,8 @@ class _Compression:
                 continue
             features = self.features.get(name)
             fitted = tucker(tensor, chosen[name]) if features is None else features.fit(tensor, chosen[name])
-            slim_layer = _make(*self._locate(model, name), fitted.balanced())
+            layer, spec, _ = locate_target(name, model.get_submodule(name))
+            slim_layer = _make(layer, spec, fitted.balanced())
             with torch.no_grad():
                 stored = slim_layer.components.map(torch.Tensor.double).dense()
             errors[name] = ((tensor - stored).norm() / tensor.norm().clamp(min=1e-300)).item()
@@ -293,19 +282,24 @@ class _Compression:
                 output_errors[name] = relative_error(features.outputs(tensor), features.outputs(stored))
             after += slim_layer.components.numel() - tensor.numel()
             model = _replace(model, name, slim_layer)
-        model_error = None
+        ranks, model_error = {name: chosen[name] for name in errors}, None
         if self.inputs is not None:
             with torch.no_grad():
                 model_error = relative_error(self.outputs, model_outputs(model, self.inputs))
-        model.slim_report = SlimReport(
-            errors, {name: chosen[name] for name in errors}, dense, (before, after), output_errors, model_error
-        )
-        return model
+        return model, SlimReport(errors, ranks, dense, (before, after), output_errors, model_error)
+
+
+def _read_product(name: str, layer: nn.Module) -> torch.Tensor:
+    """Coefficient times scale of the edge: (out, in, basis [+ 1]) in float64."""
+    tensor, scale = read_coefficients(name, layer)
+    tensor = tensor if scale is None else tensor * scale
+    if not tensor.isfinite().all():
+        raise ValueError(f"The coefficients of `{name}` are not finite.")
+    return tensor.detach()
 
 
 def _cost(ranks: tuple[int, int, int], shape: torch.Size) -> int:
-    ro, ri, rb = ranks
-    return ro * ri * rb + sum(size * rank for size, rank in zip(shape, ranks, strict=True))
+    return math.prod(ranks) + sum(size * rank for size, rank in zip(shape, ranks, strict=True))
 
 
 def _make(layer: nn.Module, spec: KANLayerSpec, components: Tucker) -> SlimKANLinear | SlimLayer:

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -31,9 +32,9 @@ from torch import nn
 from ..families.registry import KANLayerSpec, find_kan_layers, same_grid
 from ..functional import call_with_parameters, unwrap
 from ..report import Report, TextTable
-from ..tucker import Tucker, cap_ranks, tucker, tucker_scaled
+from ..tucker import Ranks, Tucker, cap_ranks, tucker, tucker_scaled
 from ..tuner.config import LoTRAConfig
-from ..tuner.layer import LoTRALayer
+from ..tuner.layer import LoTRALayer, lotra_layers
 from ..tuner.targets import exact_targets, locate_target, pattern_key
 from .features import Features, gather_features
 from .spectra import Spectrum, spectrum_of, suggest_ranks
@@ -42,15 +43,17 @@ from .updates import CoefficientUpdate, coefficient_updates
 
 @dataclass(frozen=True)
 class ExtractionReport(Report):
-    """What `extract_lotra` kept; prints as a table.
+    """
+    What `extract_lotra` kept; prints as a table.
 
     Attributes:
-        errors (`dict[str, float]`): By layer, the norm of what the adapter misses of the update, as a share of the
-            norm of the update; measured on the adapter as it is stored.
-        ranks (`dict[str, tuple[int, int, int]]`): By layer.
-        parameters (`int`): Of the adapter, `modules_to_save` not counted.
-        modules_to_save (`list[str]`): Modules that are saved whole, since they changed and are no KAN layers.
-        not_saved (`list[str]`): Parameters and buffers that changed, and that no adapter can hold.
+        errors: By layer, the norm of what the adapter misses of the update, as a share of the norm of the update;
+            measured on the adapter as it is stored.
+        ranks: By layer.
+        parameters: Of the adapter, `modules_to_save` not counted.
+        modules_to_save: Modules that are saved whole, since they changed and are no KAN layers.
+        not_saved: Parameters and buffers that changed, and that no adapter can hold.
+        output_errors: With `inputs`, what the adapter misses of the change of the layer's outputs, as `errors`.
     """
 
     errors: dict[str, float]
@@ -78,56 +81,54 @@ class ExtractionReport(Report):
 def extract_lotra(
     base: nn.Module,
     tuned: nn.Module,
-    r: int | tuple[int, int, int] | None = None,
+    r: Ranks | None = None,
     *,
     energy: float | None = None,
     budget: int | None = None,
-    rank_pattern: dict[str, int | tuple[int, int, int]] | None = None,
+    rank_pattern: dict[str, Ranks] | None = None,
     inputs: torch.Tensor | None = None,
     adapter_name: str = "default",
 ) -> PeftModel:
-    """Makes the LoTRA adapter that comes closest to a full fine-tuning: to its coefficients, by higher-order
-    orthogonal iteration (HOOI), or, with `inputs`, to what its layers return for data.
+    """Makes the LoTRA adapter that comes closest to a full fine-tuning.
 
-    Like `get_peft_model`, it adapts `base` in place and makes no copy of it: copy it before if the bare one is still
-    needed. If an error is raised `base` is unchanged. Beside the models, the memory for the coefficients of all
-    layers in float64 is needed once.
+    Closest means in the coefficients, by HOOI, or with `inputs` in the outputs of the layers. Pass `inputs` where you
+    can: a few hundred samples, without labels, of what the tuned model is for. Most of what fine-tuning does to the
+    coefficients hardly shows in the outputs, since the inputs of a layer are correlated.
 
-    Layers that did not change get no adapter. Other modules that changed go into `modules_to_save`; parameters for
-    which that cannot be done (of the KAN layers besides their coefficients, of modules that contain KAN layers) are
-    named in a warning.
+    Like `get_peft_model`, it adapts `base` in place and makes no copy. If an error is raised `base` is unchanged.
+    Beside the models, the memory for the coefficients of all layers in float64 is needed once.
 
-    **Pass `inputs` where you can**: a few hundred samples of what the tuned model is for, without labels. Most of what
-    fine-tuning did to the coefficients hardly shows in what a layer returns, since its inputs are correlated, and
-    ranks and factors are spent on what does. On digits and MNIST, for KANs of three libraries, an adapter of a fifth
-    of the parameters kept 98.7 % or more of the accuracy that fine-tuning gained; without inputs 96 to 99 %, and 71
-    to 80 % for efficient-kan with its scales (`examples/low_rank_evidence.py`).
+    Layers that did not change get no adapter. Other modules that changed go into `modules_to_save`. A warning names
+    the parameters for which that cannot be done: those of the KAN layers besides their coefficients, and of modules
+    that contain KAN layers.
 
     Where a family multiplies the splines of each edge by a trainable scale (efficient-kan, pykan), the adapter, which
-    changes the coefficients alone, is fitted to coefficient times scale (by L-BFGS). Where these have random signs, as
-    efficient-kan's, the change of the coefficients has no low rank, and `inputs` are needed.
+    changes the coefficients alone, is fitted to coefficient times scale (by L-BFGS). If the scales have random signs,
+    as those of efficient-kan, the change of the coefficients has no low rank, and `inputs` are needed.
 
     Example:
-
-    ```py
-    >>> model = extract_lotra(base, tuned, budget=5000)
-    >>> print(model.extraction_report)
-    >>> model.save_pretrained("adapter")
-    ```
+        >>> import copy
+        >>> from peft_lotra.kan import KAN
+        >>> base = KAN([3, 5, 4])
+        >>> tuned = copy.deepcopy(base)
+        >>> tuned.layers[0].spline_weight.data[2] += 0.1  # fine-tuning of one of five outputs
+        >>> model = extract_lotra(base, tuned, energy=0.99)
+        >>> model.extraction_report.ranks
+        {'layers.0': (1, 1, 1)}
 
     Args:
-        base (`nn.Module`): The base model, without adapters.
-        tuned (`nn.Module`): The fine-tuned model of the same architecture; adapters that are active count.
-        r (`int` or `tuple[int, int, int]`, *optional*): The ranks of each layer,
-        energy (`float`, *optional*): or the share of the energy to keep in each, above 0 and up to 1,
-        budget (`int`, *optional*): or the number of parameters of the adapter, see `suggest_ranks`.
-        rank_pattern (`dict`, *optional*): Ranks by layer, as in [`LoTRAConfig`]; alone, or with `r` for the others.
-        inputs (`torch.Tensor`, *optional*): What the model takes; the energy is then that of the layers' outputs, and
-            the memory for the basis functions of each sample in float64 is needed.
-        adapter_name (`str`): The name of the adapter.
+        base: The base model, without adapters.
+        tuned: The fine-tuned model of the same architecture; adapters that are active count.
+        r: The ranks of each layer,
+        energy: or the share of the energy to keep in each, above 0 and up to 1,
+        budget: or the number of parameters of the adapter, see `suggest_ranks`.
+        rank_pattern: Ranks by layer, as in [`LoTRAConfig`]; alone, or with `r` for the others.
+        inputs: Samples of the model's input. The energy is then that of the layers' outputs, and the memory for the
+            basis functions of each sample in float64 is needed.
+        adapter_name: The name of the adapter.
 
     Returns:
-        `PeftModel`: The adapted base. Its attribute `extraction_report` is an [`ExtractionReport`].
+        The adapted base. Its attribute `extraction_report` is an [`ExtractionReport`].
 
     Raises:
         ValueError: Not one of `r`, `energy`, `budget` and `rank_pattern` is given, or one that cannot be; the models
@@ -147,48 +148,24 @@ def extract_lotra(
     updates = {name: update for name, update in updates.items() if update.tensor.any()}
     if not updates:
         raise ValueError("The KAN layers have the same coefficients in both models: there is nothing to extract.")
-
-    if inputs is not None and not (isinstance(inputs, torch.Tensor) and inputs.numel() and inputs.isfinite().all()):
-        raise ValueError(
-            f"`inputs` must be a tensor of samples that are finite, as the model takes them, got {_describe(inputs)}."
-        )
-    features = None if inputs is None else _gather(tuned, list(updates), inputs)
+    features = {} if inputs is None else _gather(tuned, list(updates), inputs)
     if energy is not None or budget is not None:
         seen = {
             name: features[name].weigh(update.tensor) if features else update.tensor
             for name, update in updates.items()
         }
         spectrum = Spectrum({name: spectrum_of(tensor) for name, tensor in seen.items()})
-        rank_pattern = suggest_ranks(spectrum, energy=energy, budget=budget)
+        rank_pattern = {**suggest_ranks(spectrum, energy=energy, budget=budget)}
     ranks = _resolve_ranks(r, rank_pattern or {}, updates)
-    decompositions = {
-        name: _decompose(update, ranks[name], features[name] if features else None) for name, update in updates.items()
-    }
+    components = {name: _decompose(update, ranks[name], features.get(name)) for name, update in updates.items()}
 
-    config = LoTRAConfig(
-        target_modules=exact_targets(updates, base),
-        rank_pattern={pattern_key(name): triple for name, triple in ranks.items()},
-        modules_to_save=modules_to_save or None,
+    model = _attach(base, unwrap(tuned), components, modules_to_save, adapter_name)
+    errors, output_errors = _measure(model, updates, features)
+    parameters = sum(part.numel() for part in components.values())
+    report = ExtractionReport(
+        errors, ranks, parameters, modules_to_save, not_saved, None if inputs is None else output_errors
     )
-    model = get_peft_model(base, config, adapter_name=adapter_name)
-    errors, output_errors = {}, {}
-    with torch.no_grad():
-        for name, decomposition in decompositions.items():
-            layer = base.get_submodule(name)
-            layer.set_components(adapter_name, decomposition.balanced())
-            missed = _missed(layer, adapter_name, updates[name])
-            errors[name] = (missed.norm() / updates[name].tensor.norm()).item()
-            if features is not None:
-                change = features[name].outputs(updates[name].tensor)
-                output_errors[name] = (features[name].outputs(missed).norm() / change.norm()).item()
-        tensors = dict(_tensors(unwrap(tuned)))
-        for name in modules_to_save:
-            module = base.get_submodule(name).modules_to_save[adapter_name]
-            module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
-    parameters = sum(base.get_submodule(name).get_components(adapter_name).numel() for name in updates)
-    model.extraction_report = ExtractionReport(
-        errors, ranks, parameters, modules_to_save, not_saved, None if features is None else output_errors
-    )
+    model.__dict__["extraction_report"] = report
     if not_saved:
         warnings.warn(
             f"The fine-tuning also changed {', '.join(not_saved)}, which a LoTRA adapter cannot hold: the adapted "
@@ -198,58 +175,89 @@ def extract_lotra(
     return model
 
 
-def _resolve_ranks(
-    r: int | tuple[int, int, int] | None,
-    rank_pattern: dict[str, int | tuple[int, int, int]],
-    updates: dict[str, CoefficientUpdate],
-) -> dict[str, tuple[int, int, int]]:
-    """The ranks of each layer, as LoTRAModel would take them from a configuration."""
-    config = LoTRAConfig(rank_pattern=rank_pattern, **({} if r is None else {"r": r}))
-    ranks = {}
-    for name, update in updates.items():
-        key = get_pattern_key(config.rank_pattern.keys(), name)
-        if key not in config.rank_pattern and r is None:
-            raise ValueError(f"`rank_pattern` has no ranks for `{name}`, and `r` is not given: {list(rank_pattern)}.")
-        ranks[name] = cap_ranks(config.rank_pattern.get(key, config.r), tuple(update.tensor.shape))
-    return ranks
-
-
-def _describe(inputs: object) -> str:
-    """What was given, for a message."""
-    if not isinstance(inputs, torch.Tensor):
-        return f"a {type(inputs).__name__}"
-    return f"shape {tuple(inputs.shape)}" + (" with NaN or infinite values" if inputs.numel() else "")
-
-
 def _gather(tuned: nn.Module, names: list[str], inputs: torch.Tensor) -> dict[str, Features]:
-    """What reaches the layers of the tuned model, as a copy in which no adapter stands in for one of them."""
+    """The features of the layers of the tuned model.
+
+    Raises:
+        ValueError: `inputs` are no finite samples, or do not reach a layer.
+    """
+    if not (isinstance(inputs, torch.Tensor) and inputs.numel() and inputs.isfinite().all()):
+        given = f"a {type(inputs).__name__}"
+        if isinstance(inputs, torch.Tensor):
+            given = f"shape {tuple(inputs.shape)}" + (" with NaN or infinite values" if inputs.numel() else "")
+        raise ValueError(
+            f"`inputs` must be a tensor of samples that are finite, as the model takes them, got {given}."
+        )
     if isinstance(tuned, PeftModel):
         tuned = copy.deepcopy(tuned).merge_and_unload()
     layers = {name: locate_target(name, tuned.get_submodule(name))[:2] for name in names}
     return gather_features(tuned, layers, inputs)
 
 
+def _resolve_ranks(
+    r: Ranks | None, rank_pattern: dict[str, Ranks], updates: Mapping[str, CoefficientUpdate]
+) -> dict[str, tuple[int, int, int]]:
+    """The ranks of each layer, as LoTRAModel would take them from a configuration."""
+    config = LoTRAConfig(rank_pattern=rank_pattern) if r is None else LoTRAConfig(rank_pattern=rank_pattern, r=r)
+    ranks = {}
+    for name, update in updates.items():
+        key = get_pattern_key(list(config.rank_pattern), name)
+        if key not in config.rank_pattern and r is None:
+            raise ValueError(f"`rank_pattern` has no ranks for `{name}`, and `r` is not given: {list(rank_pattern)}.")
+        ranks[name] = cap_ranks(config.rank_pattern.get(key, config.r), update.tensor.shape)
+    return ranks
+
+
 def _decompose(update: CoefficientUpdate, ranks: tuple[int, int, int], features: Features | None) -> Tucker:
-    if update.scale is None:
-        return tucker(update.tensor, ranks) if features is None else features.fit(update.tensor, ranks)
-    if features is None:
-        return tucker_scaled(update.tensor, update.scale, ranks)
-    return tucker_scaled(
-        update.tensor, update.scale, ranks, measure=lambda tensor: features.outputs(tensor) @ features.metric_out
+    """The components of an adapter that comes closest to the update, or to the outputs by it."""
+    if update.scale is not None:
+        measure = None if features is None else lambda tensor: features.outputs(tensor) @ features.metric_out
+        return tucker_scaled(update.tensor, update.scale, ranks, measure).balanced()
+    fitted = tucker(update.tensor, ranks) if features is None else features.fit(update.tensor, ranks)
+    return fitted.balanced()
+
+
+@torch.no_grad()
+def _attach(
+    base: nn.Module, tuned: nn.Module, components: dict[str, Tucker], modules_to_save: list[str], adapter_name: str
+) -> PeftModel:
+    """Adapts the base with these components, and with the modules of the tuned model that are saved whole."""
+    targets = exact_targets(list(components), base)
+    config = LoTRAConfig(
+        target_modules=targets if isinstance(targets, str) else sorted(targets),
+        rank_pattern={pattern_key(name): part.ranks for name, part in components.items()},
+        modules_to_save=modules_to_save or None,
     )
+    model = cast(PeftModel, get_peft_model(base, config, adapter_name=adapter_name))
+    for name, layer in lotra_layers(base):
+        layer.set_components(adapter_name, components[name])
+    tensors = dict(_tensors(tuned))
+    for name in modules_to_save:
+        wrapper = cast(ModulesToSaveWrapper, base.get_submodule(name))
+        module = wrapper.modules_to_save[adapter_name]
+        module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
+    return model
 
 
-def _missed(layer: LoTRALayer, adapter_name: str, update: CoefficientUpdate) -> torch.Tensor:
-    """What the adapter, as stored, lacks of the update of what multiplies the basis functions."""
-    delta = layer.get_delta_weight(adapter_name).to(update.tensor)
-    return update.tensor - (delta if update.scale is None else update.scale * delta)
+@torch.no_grad()
+def _measure(
+    model: PeftModel, updates: Mapping[str, CoefficientUpdate], features: Mapping[str, Features]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The errors of the adapter as stored: of the updates, and of the outputs where there are features."""
+    layers = dict(lotra_layers(unwrap(model)))
+    errors, output_errors = {}, {}
+    for name, update in updates.items():
+        (adapter_name,) = layers[name].lotra_core
+        missed = update.missed(layers[name].get_delta_weight(adapter_name))
+        errors[name] = (missed.norm() / update.tensor.norm()).item()
+        if name in features:
+            change = features[name].outputs(update.tensor)
+            output_errors[name] = (features[name].outputs(missed).norm() / change.norm()).item()
+    return errors, output_errors
 
 
 def _compare(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
-    """Finds what changed besides the coefficients.
-
-    Returns:
-        The modules that can be saved whole, and the tensors that cannot be saved.
+    """The modules that changed besides the coefficients and can be saved whole, and the tensors that cannot be saved.
 
     Raises:
         ValueError: The architectures or the grids differ, or a value is not finite.
@@ -292,7 +300,7 @@ def _compare(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
 
 
 def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """All parameters and buffers in force, LoTRA's updates apart, under the names that the bare model has for them."""
+    """All parameters and buffers in force, without LoTRA's updates, under their names in the bare model."""
     if isinstance(module, ModulesToSaveWrapper):
         active = [] if module.disable_adapters else module.active_adapters
         module = module.modules_to_save[active[0]] if active else module.original_module
@@ -316,7 +324,7 @@ def _check_same_basis(name: str, layer: nn.Module, other: nn.Module, spec: KANLa
     if not differ and spec.basis is not None:
         _, in_features, _ = spec.locate(layer).shape
         x = torch.linspace(-1, 1, 9).to(next(layer.parameters()))[:, None].expand(-1, in_features)
-        # with the same parameters: those that a basis has (FastKAN's normalisation) are reported as what else changed
+        # with the same parameters: `_compare` reports the changes of those that a basis has (FastKAN's normalization)
         same = {parameter: value.detach() for parameter, value in layer.named_parameters()}
         first, second = spec.basis(layer, x), call_with_parameters(other, same, partial(spec.basis, other), (x,), {})
         if first.shape != second.shape or not torch.equal(first, second):

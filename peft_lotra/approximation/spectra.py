@@ -14,14 +14,13 @@
 
 """Which ranks an update needs: the spectra of fine-tuning updates and of gradients, and the ranks they suggest.
 
-The spectrum of a tensor are the singular values of its three unfoldings. Its projection on the leading (ro, ri, rb)
-singular vectors (the truncated HOSVD) keeps a share of its energy, i.e. of its squared norm: exactly the sum of
-squares over the leading ro x ri x rb block of the HOSVD's core. One decomposition thus gives the energy of every
-triple of ranks. The best approximation of these ranks, which HOOI looks for, keeps at least as much.
+The spectrum of a tensor are the singular values of its three unfoldings. The truncated HOSVD projects the tensor on
+the leading (ro, ri, rb) singular vectors. The energy that it keeps, a share of the squared norm, is the sum of squares
+over the leading ro x ri x rb block of the HOSVD's core: one decomposition gives the energy of every triple of ranks.
+HOOI, which looks for the best approximation of these ranks, keeps at least as much.
 
-References:
-    L. De Lathauwer, B. De Moor, J. Vandewalle, "A Multilinear Singular Value Decomposition", SIAM J. Matrix Anal.
-    Appl. 21 (2000).
+Source: L. De Lathauwer, B. De Moor, J. Vandewalle, "A Multilinear Singular Value Decomposition", SIAM J. Matrix Anal.
+Appl. 21 (2000).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from torch import nn
 
 from ..functional import unwrap
 from ..report import Report, TextTable
-from ..tucker import cap_ranks, check_ranks, energy_table, hosvd
+from ..tucker import Ranks, cap_ranks, check_ranks, energy_table, hosvd, triple
 from ..tuner.config import LoTRAConfig
 from ..tuner.gradients import gather_gradients
 from ..tuner.targets import find_targets, pattern_key
@@ -43,15 +42,15 @@ from .updates import coefficient_updates
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """The spectrum of the update, or the gradient, of one layer's coefficient tensor.
+    """
+    The spectrum of the update, or the gradient, of one layer's coefficient tensor.
 
     Attributes:
-        shape (`tuple[int, int, int]`): (out, in, basis) of the tensor, the residual slice counted in basis.
-        norm (`float`): Its Frobenius norm.
-        singular_values (`tuple[torch.Tensor, torch.Tensor, torch.Tensor]`): Of the unfoldings (out, in basis),
-            (in, out basis) and (basis, out in), in falling order.
-        energies (`torch.Tensor`): (out, in, basis) or smaller; entry (ro - 1, ri - 1, rb - 1) is the share of the
-            energy, 0 to 1, that the truncated HOSVD of ranks (ro, ri, rb) keeps. 1 everywhere for a zero tensor.
+        shape: (out, in, basis) of the tensor, the residual slice counted in basis.
+        norm: Its Frobenius norm.
+        singular_values: Of the unfoldings (out, in basis), (in, out basis) and (basis, out in), in falling order.
+        energies: (out, in, basis) or smaller; entry (ro - 1, ri - 1, rb - 1) is the share of the energy, 0 to 1, that
+            the truncated HOSVD of ranks (ro, ri, rb) keeps. 1 everywhere for a zero tensor.
     """
 
     shape: tuple[int, int, int]
@@ -59,11 +58,11 @@ class LayerSpectrum:
     singular_values: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = field(repr=False)
     energies: torch.Tensor = field(repr=False)
 
-    def energy(self, r: int | tuple[int, int, int]) -> float:
-        """The share of the energy, 0 to 1, that the truncated HOSVD of these ranks keeps (HOOI keeps at least it).
+    def energy(self, r: Ranks) -> float:
+        """The share of the energy, 0 to 1, that the truncated HOSVD of these ranks keeps.
 
         Args:
-            r (`int` or `tuple[int, int, int]`): As in [`LoTRAConfig`]; a rank above its mode's is brought down to it.
+            r: An int or (ro, ri, rb); a rank above that of its mode is brought down to it.
 
         Raises:
             ValueError: `r` is neither a positive int nor three of them.
@@ -79,15 +78,16 @@ class LayerSpectrum:
 
 @dataclass(frozen=True)
 class Spectrum(Report):
-    """The spectra of all layers, by name; prints as a table.
+    """
+    The spectra of all layers; prints as a table.
 
     Attributes:
-        layers (`dict[str, LayerSpectrum]`): In the order of the model.
+        layers: By name, in the order of the model.
     """
 
     layers: dict[str, LayerSpectrum]
 
-    def energy(self, r: int | tuple[int, int, int] | dict[str, tuple[int, int, int]]) -> float:
+    def energy(self, r: Ranks | dict[str, tuple[int, int, int]]) -> float:
         """The share of the energy of all layers together that is kept.
 
         Args:
@@ -115,12 +115,21 @@ class Spectrum(Report):
 def update_spectrum(base: nn.Module, tuned: nn.Module) -> Spectrum:
     """The spectrum of what fine-tuning did to the coefficients of each KAN layer.
 
-    Coefficients are those in force: adapters that are active count. Where a family multiplies the splines of each edge
-    by a trainable scale (efficient-kan, pykan, qkan's FourierKAN) and the scales changed too, it is what the basis
-    functions are multiplied by in the end that counts: coefficient times scale.
+    The coefficients are those in force: active adapters count. Where a family multiplies the splines of each edge by a
+    trainable scale (efficient-kan, pykan, qkan's FourierKAN) and the scales changed too, the spectrum is that of
+    coefficient times scale.
+
+    Example:
+        >>> import copy
+        >>> from peft_lotra.kan import KAN
+        >>> base = KAN([3, 5, 4])
+        >>> tuned = copy.deepcopy(base)
+        >>> tuned.layers[0].spline_weight.data[2] += 0.1  # one of five outputs: of rank (1, 1, 1)
+        >>> update_spectrum(base, tuned).layers["layers.0"].energy(1) > 0.999
+        True
 
     Args:
-        base, tuned (`nn.Module`): Two models of one architecture, adapted or not. They are left as they are.
+        base, tuned: Two models of one architecture, adapted or not. They are left as they are.
 
     Raises:
         ValueError: Their KAN layers differ in name, family or shape, there are none, or a coefficient is not finite.
@@ -129,13 +138,20 @@ def update_spectrum(base: nn.Module, tuned: nn.Module) -> Spectrum:
 
 
 def gradient_spectrum(model: nn.Module, config: LoTRAConfig | None, train_step: Callable[[], None]) -> Spectrum:
-    """The spectrum of the gradient of each KAN layer's coefficients: what the first step of full fine-tuning would be.
+    """The spectrum of the gradient of each KAN layer's coefficients: of the first step of full fine-tuning.
+
+    Example:
+        >>> from peft_lotra.kan import KAN
+        >>> model, x = KAN([3, 5, 4]), torch.rand(10, 3)
+        >>> spectrum = gradient_spectrum(model, None, lambda: model(x).square().sum().backward())
+        >>> [layer.shape for layer in spectrum.layers.values()]
+        [(5, 3, 9), (4, 5, 9)]
 
     Args:
-        model (`nn.Module`): The base model, or a PEFT model. It is left as it was.
-        config ([`LoTRAConfig`], *optional*): Only the layers that it targets, and without the residual branch if it
-            says so; `None` for all KAN layers.
-        train_step (`Callable[[], None]`): Computes a loss and calls `backward()`, for one or more batches.
+        model: The base model, or a PEFT model. It is left as it was.
+        config: Only the layers that this configuration targets count, and without the residual branch if it says so;
+            `None` for all KAN layers.
+        train_step: Computes a loss and calls `backward()`, for one or more batches.
 
     Raises:
         ValueError: A target is no KAN layer; no gradient, or one that is not finite, arrived at a layer.
@@ -161,38 +177,40 @@ def suggest_ranks(
     """Ranks for each layer, as the `rank_pattern` of [`LoTRAConfig`].
 
     Example:
-
-    ```py
-    >>> spectrum = update_spectrum(base, tuned)  # or gradient_spectrum(base, None, train_step), before any training
-    >>> config = LoTRAConfig(rank_pattern=suggest_ranks(spectrum, budget=5000))
-    ```
+        >>> from peft_lotra import LoTRAConfig
+        >>> spectrum = Spectrum({"kan": spectrum_of(torch.eye(12).view(12, 4, 3))})
+        >>> suggest_ranks(spectrum, budget=60)
+        {'^kan': (3, 1, 3)}
+        >>> config = LoTRAConfig(rank_pattern=suggest_ranks(spectrum, energy=0.95))
 
     Args:
-        base (`nn.Module` or [`Spectrum`]): A spectrum, or a base model.
-        tuned (`nn.Module`, *optional*): With a base model, the fine-tuned one.
-        energy (`float`, *optional*): The share of the energy to keep in each layer, above 0 and up to 1: the cheapest
-            ranks that do.
-        budget (`int`, *optional*): The number of parameters to spend on all layers together: where they keep the most
-            energy. Each layer has a rank of at least 1.
+        base: A spectrum, or a base model.
+        tuned: With a base model, the fine-tuned one.
+        energy: The share of the energy to keep in each layer, above 0 and up to 1: by the cheapest ranks that do.
+        budget: The number of parameters of all layers together: the ranks keep the most energy. Each layer has a rank
+            of at least 1.
 
     Returns:
-        `dict[str, tuple[int, int, int]]`: (ro, ri, rb) by a regex that matches the layer's name and no other.
+        (ro, ri, rb) by a regex that matches the layer's name and no other.
 
     Raises:
         ValueError: Not one of `energy` and `budget` is given; the energy is out of range; the budget does not suffice
             for ranks (1, 1, 1) in each layer; or as `update_spectrum`.
     """
-    if isinstance(base, Spectrum) != (tuned is None):
-        raise ValueError("Pass either a spectrum, or a base model and a tuned one.")
     if (energy is None) == (budget is None):
         raise ValueError(f"Pass one of `energy` and `budget`, got `energy`={energy} and `budget`={budget}.")
     if energy is not None:
         check_energy(energy)
-    spectrum = base if isinstance(base, Spectrum) else update_spectrum(base, tuned)
-    if energy is not None:
-        ranks = {name: cheapest(layer, energy) for name, layer in spectrum.layers.items()}
+    if isinstance(base, Spectrum) and tuned is None:
+        layers = base.layers
+    elif not isinstance(base, Spectrum) and tuned is not None:
+        layers = update_spectrum(base, tuned).layers
     else:
-        ranks = _spend(spectrum.layers, budget)
+        raise ValueError("Pass either a spectrum, or a base model and a tuned one.")
+    if budget is not None:
+        ranks = _allocate(layers, budget)
+    else:
+        ranks = {name: cheapest(layer, energy or 1.0) for name, layer in layers.items()}
     return {pattern_key(name): r for name, r in ranks.items()}
 
 
@@ -204,9 +222,8 @@ def check_energy(energy: float) -> None:
 def spectrum_of(tensor: torch.Tensor) -> LayerSpectrum:
     """The spectrum of a tensor (out, in, basis)."""
     decomposition, singular_values = hosvd(tensor)
-    return LayerSpectrum(
-        tuple(tensor.shape), tensor.double().norm().item(), tuple(singular_values), energy_table(decomposition.core)
-    )
+    norm = tensor.double().norm().item()
+    return LayerSpectrum(triple(tensor.shape), norm, singular_values, energy_table(decomposition.core))
 
 
 def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, int, int]:
@@ -216,12 +233,12 @@ def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, int, int]:
     return _ranks_at(layer, costs.argmin())
 
 
-def _spend(layers: dict[str, LayerSpectrum], budget: int) -> dict[str, tuple[int, int, int]]:
+def _allocate(layers: dict[str, LayerSpectrum], budget: int) -> dict[str, tuple[int, int, int]]:
     """The ranks that keep the most energy for at most `budget` parameters in all.
 
-    Greedily: the step, of any layer to any larger ranks that can still be paid, with the most energy per parameter.
-    Until the first step that cannot be paid that is optimal (it follows the concave hulls of the layers' parameters
-    and energies); what is left then is small.
+    Each greedy step raises the ranks of the layer that gains the most energy per parameter, among the steps that can
+    still be paid. The result is optimal until the first step that cannot be paid, since the steps follow the concave
+    hulls of the layers' parameters and energies; what is left then is small.
     """
     frontiers = {name: _frontier(layer) for name, layer in layers.items()}
     at = dict.fromkeys(frontiers, 0)
@@ -256,4 +273,4 @@ def _frontier(layer: LayerSpectrum) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 def _ranks_at(layer: LayerSpectrum, flat_index: torch.Tensor) -> tuple[int, int, int]:
-    return tuple(int(index) + 1 for index in torch.unravel_index(flat_index, layer.energies.shape))
+    return triple(int(index) + 1 for index in torch.unravel_index(flat_index, layer.energies.shape))
