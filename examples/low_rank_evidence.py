@@ -21,7 +21,7 @@ On each task a KAN is trained, and then all of its parameters are fine-tuned on 
 share of the energy (squared norm) that tensor ranks (4, 4, 4) keep, of the update and of a random update of its size.
 Then an adapter of a fifth of the parameters is extracted from the fine-tuned model, for KANs of three libraries, from
 the coefficients alone and with the inputs of the fine-tuning. The adapter is tested at once and after 50 more steps.
-The folder of --data-dir contains images-idx3-ubyte.gz and labels-idx1-ubyte.gz. Writes low_rank_evidence.json and .png.
+The folder of --data-dir holds images-idx3-ubyte.gz and labels-idx1-ubyte.gz. Writes low_rank_evidence.json and .png.
 """
 
 from __future__ import annotations

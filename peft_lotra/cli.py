@@ -75,8 +75,8 @@ Factory = Annotated[
     str | None,
     typer.Option(
         metavar="MODULE:CALLABLE",
-        help="Builds the network, for models that are no transformers models: they are then .safetensors files of its "
-        "state dict. The current folder is searched for the module.",
+        help="Builds the network of a model that is not a transformers model; the model is then a .safetensors file "
+        "of the state dict. The module is also searched in the current folder.",
     ),
 ]
 Adapter = Annotated[
@@ -146,9 +146,9 @@ def _show_warning(message, category, *args, **kwargs) -> None:
 
 @_command
 def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False) -> None:
-    """Show what an adapter holds.
+    """Show the contents of an adapter.
 
-    Its layers, ranks, parameters, size, and the norm of each update.
+    These are its layers, ranks, parameters, size, and the norm of each update.
     """
     contents = AdapterContents.of(adapter, *read_adapter(_one_adapter(adapter, revision, subfolder)))
     info = contents.as_dict()
@@ -172,7 +172,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model.
 
-    Saves the model that results, of the class of BASE, and without a trace of the adapter.
+    Saves the merged model, which has the class of BASE and no trace of the adapter.
     """
     with _new_folder(out) as new:
         folder = _one_adapter(adapter, revision, subfolder)
@@ -197,7 +197,7 @@ def merge(
 @_command
 def extract(
     base: Annotated[str, typer.Argument(metavar="BASE", help=_MODEL)],
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="BASE after full fine-tuning, given likewise.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="BASE after full fine-tuning, in the same form.")],
     out: Out,
     energy: Annotated[float | None, typer.Option(help="Share of each update's energy to keep, 0 to 1.")] = None,
     rank: Annotated[str | None, typer.Option(help="Ranks: a number, or three (out,in,basis), as 8,8,4.")] = None,
@@ -205,9 +205,9 @@ def extract(
     factory: Factory = None,
     as_json: Json = False,
 ) -> None:
-    """Make an adapter out of two checkpoints.
+    """Make an adapter from two checkpoints.
 
-    They are a base model, and what full fine-tuning made of it. Give one of --energy, --rank and --budget.
+    The checkpoints are a base model, before and after full fine-tuning. Give one of --energy, --rank and --budget.
     """
     if [energy, rank, budget].count(None) != 2:
         raise typer.BadParameter("Give one of --energy, --rank and --budget.")
@@ -223,18 +223,20 @@ def extract(
 @_command
 def push(
     adapter: Adapter,
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="Where to push to, USER/REPO; made if need be.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="The repository to push to, USER/REPO; created if it does not exist.")
+    ],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="The branch of REPO to commit to; made if need be.")] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch of REPO to commit to; created if missing.")] = None,
     message: Annotated[str | None, typer.Option(help="The message of the commit.")] = None,
     pull_request: Annotated[bool, typer.Option("--pr", help="Open a pull request instead.")] = False,
     base_model: Annotated[str | None, typer.Option(help="The base model on the Hub, USER/REPO.")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="One more tag; may be repeated.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="An additional tag; may be repeated.")] = None,
     as_json: Json = False,
 ) -> None:
     """Push a saved adapter to the Hub.
 
-    In one commit, with a model card that says how to load it.
+    The push is one commit, with a model card that says how to load the adapter.
     """
     info = push_to_hub(
         _adapter_folder(adapter),

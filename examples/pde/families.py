@@ -166,8 +166,8 @@ def _source(x, y, module):
 
 
 def elliptic_terms(k: float, generator: torch.Generator, points: int) -> list[tuple]:
-    # An error on the boundary enters the solution in full, a residual of the equation after two integrations, by a fifth
-    # at most. With the weight 100 of the other families, most of the error came from the boundary.
+    # An error on the boundary enters the solution in full, a residual of the equation after two integrations, by at
+    # most a fifth. With the weight 100 of the other families, most of the error came from the boundary.
     x = sobol(generator, points)
     log_a, slope_x, slope_y = _coefficient(k, x[:, :1], x[:, 1:], torch)
     source = _source(x[:, :1], x[:, 1:], torch) * torch.exp(-log_a)
