@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def plot_spectra(spectrum: Spectrum, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
-    """Draws the singular values of each layer that changed, as shares of its norm, one panel for each mode.
+    """Draws the singular values of each layer that changed, as shares of its norm, mode by mode; returns the figure.
 
     Example:
         >>> from peft_lotra.kan import KAN
@@ -49,9 +49,6 @@ def plot_spectra(spectrum: Spectrum, figure: Figure | SubFigure | None = None) -
     Args:
         spectrum: From `update_spectrum` or `gradient_spectrum`.
         figure: Where to draw; a new one by default.
-
-    Returns:
-        The figure.
 
     Raises:
         TypeError: `spectrum` is something else, such as a model.
@@ -89,7 +86,7 @@ def plot_edge_functions(
     title: Callable[[int, int], str] = "unit {0}, input {1}".format,
     figure: Figure | SubFigure | None = None,
 ) -> Figure | SubFigure:
-    """Draws functions on edges of a KAN layer: those of the base layer, and those with the active adapters.
+    """Draws functions on edges of a KAN layer, of the base and with the active adapters; returns the figure.
 
     The layer itself is evaluated, with the coefficients of all other inputs at zero, so that any family will do.
 
@@ -105,9 +102,6 @@ def plot_edge_functions(
         x: (points,), where to evaluate; by default 101 points from -1 to 1.
         title: `title(output, input)` is written above the picture of an edge.
         figure: Where to draw; a new one by default.
-
-    Returns:
-        The figure.
 
     Raises:
         ValueError: There is no such KAN layer or edge; or the outputs depend on the inputs together (a layer that

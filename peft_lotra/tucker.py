@@ -14,9 +14,6 @@
 
 """Tucker algebra on coefficient tensors (out, in, basis).
 
-A tensor of ranks (ro, ri, rb) is core x1 factor_out x2 factor_in x3 factor_basis with core (ro, ri, rb), factor_out
-(out, ro), factor_in (in, ri) and factor_basis (basis, rb), where x_n is the n-mode product.
-
 Source: T. G. Kolda, B. W. Bader, "Tensor Decompositions and Applications", SIAM Review 51 (2009), section 4.
 """
 
@@ -46,24 +43,19 @@ _UNSEEN = 1e-3
 
 class Tucker(NamedTuple):
     """
-    A tensor (out, in, basis) in Tucker form: core x1 factor_out x2 factor_in x3 factor_basis.
+    A tensor (out, in, basis) in Tucker form: core x1 factor_out x2 factor_in x3 factor_basis, of n-mode
+    products x_n.
 
     Example:
         >>> tensor = Tucker(torch.ones(2, 1, 3), torch.ones(6, 2), torch.ones(5, 1), torch.ones(4, 3))
         >>> tensor.ranks, tensor.shape, tensor.numel(), tensor.dense().shape
         ((2, 1, 3), (6, 5, 4), 35, torch.Size([6, 5, 4]))
-
-    Attributes:
-        core (`torch.Tensor`): (ro, ri, rb).
-        factor_out (`torch.Tensor`): (out, ro).
-        factor_in (`torch.Tensor`): (in, ri).
-        factor_basis (`torch.Tensor`): (basis, rb).
     """
 
-    core: torch.Tensor
-    factor_out: torch.Tensor
-    factor_in: torch.Tensor
-    factor_basis: torch.Tensor
+    core: torch.Tensor  # (ro, ri, rb)
+    factor_out: torch.Tensor  # (out, ro)
+    factor_in: torch.Tensor  # (in, ri)
+    factor_basis: torch.Tensor  # (basis, rb)
 
     @property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -158,12 +150,6 @@ def reconstruct(
     The basis mode is expanded first and the output mode last, so that the largest intermediate is (ro, in, basis). All
     products are of matrices: the result of a batched `torch.matmul` differs in its last digits between tensors that
     require a gradient and tensors that do not, and a loaded adapter must equal the trained one exactly.
-
-    Args:
-        core: (ro, ri, rb).
-        factor_out: (out, ro).
-        factor_in: (in, ri).
-        factor_basis: (basis, rb).
     """
     tensor = factor_out @ expand_inputs(core, factor_in, factor_basis).flatten(1)  # (out, in basis)
     return tensor.unflatten(1, (len(factor_in), len(factor_basis)))
@@ -185,7 +171,7 @@ def contract(
     factor_in: torch.Tensor,
     factor_basis: torch.Tensor,
 ) -> torch.Tensor:
-    """The output of a layer whose coefficients are a Tucker tensor, computed row by row.
+    """The output (rows, out) of a layer whose coefficients are a Tucker tensor, computed row by row.
 
     factor_in meets the basis functions of each row first. This way suits few rows, see `expands_first`. All products
     are of matrices, see `reconstruct`.
@@ -193,13 +179,7 @@ def contract(
     Args:
         basis: (rows, in, basis), the values of the basis functions.
         residual: (rows, in), the values of the residual function.
-        core: (ro, ri, rb).
-        factor_out: (out, ro).
-        factor_in: (in, ri).
-        factor_basis: (basis + 1, rb), the residual function last.
-
-    Returns:
-        (rows, out).
+        core, factor_out, factor_in, factor_basis: As in `Tucker`; the last row of factor_basis is the residual's.
     """
     functions = basis.shape[-1]
     matrix = (core.flatten(0, 1) @ factor_basis.T).unflatten(0, core.shape[:2])  # (ro, ri, basis + 1)
@@ -226,12 +206,6 @@ def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
     """The exact sum of Tucker tensors of one shape; differentiable.
 
     The cores are the blocks of one core and the factors stand side by side: the ranks add.
-
-    Example:
-        >>> tensor = Tucker(torch.ones(2, 1, 3), torch.ones(6, 2), torch.ones(5, 1), torch.ones(4, 3))
-        >>> total = direct_sum([tensor, tensor])
-        >>> total.ranks, torch.equal(total.dense(), 2 * tensor.dense())
-        ((4, 2, 6), True)
     """
     _, ri, rb = (sum(ranks) for ranks in zip(*(tensor.ranks for tensor in tensors), strict=True))
     blocks, b, c = [], 0, 0
@@ -247,12 +221,8 @@ def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
 def tucker(tensor: torch.Tensor, ranks: tuple[int, int, int]) -> Tucker:
     """The best Tucker approximation that higher-order orthogonal iteration (HOOI) finds, started from the HOSVD.
 
-    Args:
-        tensor: (out, in, basis).
-        ranks: (ro, ri, rb), none above the size of its mode.
-
-    Returns:
-        Factors of orthonormal columns, of the dtype and on the device of `tensor`. Computed in float64.
+    The tensor is (out, in, basis); none of the ranks (ro, ri, rb) is above the size of its mode. The factors have
+    orthonormal columns. All is computed in float64, and returned in the dtype and on the device of `tensor`.
     """
     import tensorly.decomposition  # not at the top: scipy would double the time that importing the package takes
 
@@ -268,15 +238,10 @@ def tucker(tensor: torch.Tensor, ranks: tuple[int, int, int]) -> Tucker:
 
 @torch.no_grad()
 def hosvd(tensor: torch.Tensor) -> tuple[Tucker, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The higher-order singular value decomposition, without truncation; exact.
+    """The higher-order singular value decomposition of a tensor (out, in, basis), without truncation; exact.
 
-    Args:
-        tensor: (out, in, basis).
-
-    Returns:
-        The decomposition, whose factors are the left singular vectors of the three unfoldings, and their singular
-        values in falling order. In float64; each rank is the size of its mode, or the product of the other two sizes
-        if the product is less.
+    Returns the decomposition, whose factors are the left singular vectors of the three unfoldings, and their singular
+    values in falling order. In float64; each rank is the size of its mode, or the product of the other two if less.
     """
     tensor = tensor.detach().double()
     unfoldings = [tensor.movedim(mode, 0).flatten(1) for mode in range(3)]
@@ -292,27 +257,17 @@ def _project(tensor: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Te
     return tensor
 
 
-def energy_table(core: torch.Tensor) -> torch.Tensor:
-    """The share of the squared norm in each leading block: entry (a - 1, b - 1, c - 1) is that in core[:a, :b, :c].
-
-    For the core of a HOSVD this is the share that its truncation to ranks (a, b, c) keeps. 1 everywhere if core is 0.
-    """
-    squares = core.square().cumsum(0).cumsum(1).cumsum(2)
-    total = squares[-1, -1, -1]
-    return squares / total if total > 0 else torch.ones_like(squares)
-
-
 @torch.enable_grad()
 def fit(start: Tucker, loss: Callable[[torch.Tensor], torch.Tensor], steps: int) -> Tucker:
     """Minimizes a function of a Tucker tensor by L-BFGS.
 
     Args:
-        start: Where to start from.
+        start: Where to start from; it is left as it is.
         loss: A differentiable function of the dense tensor (out, in, basis).
         steps: The most iterations.
 
     Returns:
-        Factors of orthonormal columns.
+        A tensor with factors of orthonormal columns.
     """
     parts = start.map(lambda part: part.detach().clone(memory_format=torch.contiguous_format).requires_grad_())
     optimizer = torch.optim.LBFGS(parts, max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
@@ -339,8 +294,7 @@ def tucker_scaled(
     to the entries of least effect.
 
     Args:
-        tensor: (out, in, basis).
-        scale: (out, in, basis), multiplied entry by entry.
+        tensor, scale: (out, in, basis), multiplied entry by entry.
         ranks: (ro, ri, rb), none above the size of its mode.
         measure: A linear map of such tensors. The tensor itself then counts to a thousandth, for what the map does not
             see.
@@ -387,10 +341,6 @@ def cap_ranks(r: Ranks, shape: Sequence[int]) -> tuple[int, int, int]:
 
     An int counts for the three modes. A rank above the size of its mode is brought down to the size, since more
     columns than rows are linearly dependent.
-
-    Example:
-        >>> cap_ranks(4, (10, 3, 8)), cap_ranks((2, 9, 5), (10, 3, 8))
-        ((4, 3, 4), (2, 3, 5))
     """
     ranks = r if isinstance(r, tuple) else (r, r, r)
     return triple(min(rank, size) for rank, size in zip(ranks, shape, strict=True))

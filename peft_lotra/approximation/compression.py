@@ -30,20 +30,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..families.registry import KANLayerSpec, find_kan_layers, known_families
+from ..families.registry import find_kan_layers, known_families
 from ..families.slim import SlimLayer
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, warn_capped
 from ..report import Report, TextTable
-from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, triple, tucker
+from ..tucker import Ranks, cap_ranks, check_ranks, triple, tucker
 from ..tuner.targets import locate_target, pattern_key
 from .features import gather_features, model_outputs, relative_error
-from .spectra import Spectrum, check_energy, spectrum_of, suggest_ranks
+from .spectra import Spectrum, check_energy, suggest_ranks, weighted_spectrum
 from .updates import read_coefficients
 
 
-# Steps of the search for the smallest budget that keeps an energy: to 2 % of it, if it may be up to 300 times that of
-# ranks 1.
+# Steps of the search for the smallest budget: to 2 % of it, if it may be up to 300 times that of ranks 1.
 _BISECTIONS = 8
 
 
@@ -101,10 +100,8 @@ def slim(
 
     Pass `inputs`, some of the training data, wherever there are any. The error that counts is then that of the model's
     outputs on these inputs, not that of the coefficients: trained coefficient tensors are far from low rank, but the
-    functions that they compute on data mostly are not. HOOI then runs on the tensor weighted in the modes in and basis
-    by the second moments of the features, and in the mode out by how the model's outputs respond to the layer's
-    (J^T J, as in the Gauss-Newton matrix). The core and factor_out are the best ones beside the other two factors
-    (reduced rank regression).
+    functions that they compute on data mostly are not. The coefficients are then weighted by the second moments of
+    the features, and by J^T J of the outputs as in the Gauss-Newton matrix.
 
     Where a family multiplies the splines of each edge by a scale (efficient-kan, pykan), coefficient times scale is
     compressed, and the scale is 1 from then on.
@@ -140,10 +137,6 @@ def slim(
         raise ValueError(
             f"Pass one of `ranks`, `energy` and `budget`, got `ranks`={ranks}, `energy`={energy}, `budget`={budget}."
         )
-    if isinstance(ranks, Mapping):
-        ranks = {key: check_ranks(r, "ranks") for key, r in ranks.items()}
-    elif ranks is not None:
-        ranks = check_ranks(ranks, "ranks")
     if energy is not None:
         check_energy(energy)
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
@@ -202,18 +195,14 @@ def _resolve_ranks(
             raise ValueError(f"`ranks` names none of the KAN layers {list(tensors)}: {list(ranks)}.")
     else:
         asked = dict.fromkeys(tensors, ranks)
+    asked = {name: check_ranks(r, "ranks") for name, r in asked.items()}
     chosen = {name: cap_ranks(r, tensors[name].shape) for name, r in asked.items()}
     warn_capped({name: (r, tuple(tensors[name].shape), chosen[name]) for name, r in asked.items()})
     return chosen
 
 
 class _Compression:
-    """
-    A model, its coefficient tensors (out, in, basis [+ 1]) by layer, and with `inputs` the features that weight them.
-
-    Raises:
-        ValueError: There is no KAN layer, or the coefficients of one are not finite, or no input reaches it.
-    """
+    """A model, its coefficient tensors (out, in, basis [+ 1]) by layer, and with `inputs` the features of each."""
 
     def __init__(self, model: nn.Module, inputs: torch.Tensor | None) -> None:
         self.model, self.inputs = _copy(model), inputs
@@ -235,12 +224,7 @@ class _Compression:
 
     @cached_property
     def spectrum(self) -> Spectrum:
-        """The spectrum of the tensors, weighted if there are inputs."""
-        weighted = {
-            name: self.features[name].weigh(tensor) if self.features else tensor
-            for name, tensor in self.tensors.items()
-        }
-        return Spectrum({name: spectrum_of(tensor) for name, tensor in weighted.items()})
+        return weighted_spectrum(self.tensors, self.features)
 
     def suggest(self, energy: float | None = None, budget: int | None = None) -> dict[str, tuple[int, int, int]]:
         """The ranks for an energy or a budget by the spectrum."""
@@ -274,7 +258,10 @@ class _Compression:
             features = self.features.get(name)
             fitted = tucker(tensor, chosen[name]) if features is None else features.fit(tensor, chosen[name])
             layer, spec, _ = locate_target(name, model.get_submodule(name))
-            slim_layer = _make(layer, spec, fitted.balanced())
+            if isinstance(layer, KANLinear):
+                slim_layer = SlimKANLinear.from_components(layer, fitted.balanced())
+            else:
+                slim_layer = SlimLayer(layer, spec, fitted.balanced())
             with torch.no_grad():
                 stored = slim_layer.components.map(torch.Tensor.double).dense()
             errors[name] = ((tensor - stored).norm() / tensor.norm().clamp(min=1e-300)).item()
@@ -300,12 +287,6 @@ def _read_product(name: str, layer: nn.Module) -> torch.Tensor:
 
 def _cost(ranks: tuple[int, int, int], shape: torch.Size) -> int:
     return math.prod(ranks) + sum(size * rank for size, rank in zip(shape, ranks, strict=True))
-
-
-def _make(layer: nn.Module, spec: KANLayerSpec, components: Tucker) -> SlimKANLinear | SlimLayer:
-    if isinstance(layer, KANLinear):
-        return SlimKANLinear.from_components(layer, components)
-    return SlimLayer(layer, spec, components)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:

@@ -37,7 +37,7 @@ from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer, lotra_layers
 from ..tuner.targets import exact_targets, locate_target, pattern_key
 from .features import Features, gather_features
-from .spectra import Spectrum, spectrum_of, suggest_ranks
+from .spectra import suggest_ranks, weighted_spectrum
 from .updates import CoefficientUpdate, coefficient_updates
 
 
@@ -99,12 +99,10 @@ def extract_lotra(
     Beside the models, the memory for the coefficients of all layers in float64 is needed once.
 
     Layers that did not change get no adapter. Other modules that changed go into `modules_to_save`. A warning names
-    the parameters for which that cannot be done: those of the KAN layers besides their coefficients, and of modules
-    that contain KAN layers.
+    parameters that no adapter can hold: of KAN layers besides their coefficients, of modules that contain KAN layers.
 
-    Where a family multiplies the splines of each edge by a trainable scale (efficient-kan, pykan), the adapter, which
-    changes the coefficients alone, is fitted to coefficient times scale (by L-BFGS). If the scales have random signs,
-    as those of efficient-kan, the change of the coefficients has no low rank, and `inputs` are needed.
+    Where a family multiplies the splines of each edge by a trainable scale (efficient-kan, pykan), the adapter is
+    fitted to coefficient times scale (by L-BFGS). Scales of random signs, as those of efficient-kan, need `inputs`.
 
     Example:
         >>> import copy
@@ -150,11 +148,7 @@ def extract_lotra(
         raise ValueError("The KAN layers have the same coefficients in both models: there is nothing to extract.")
     features = {} if inputs is None else _gather(tuned, list(updates), inputs)
     if energy is not None or budget is not None:
-        seen = {
-            name: features[name].weigh(update.tensor) if features else update.tensor
-            for name, update in updates.items()
-        }
-        spectrum = Spectrum({name: spectrum_of(tensor) for name, tensor in seen.items()})
+        spectrum = weighted_spectrum({name: update.tensor for name, update in updates.items()}, features)
         rank_pattern = {**suggest_ranks(spectrum, energy=energy, budget=budget)}
     ranks = _resolve_ranks(r, rank_pattern or {}, updates)
     components = {name: _decompose(update, ranks[name], features.get(name)) for name, update in updates.items()}
@@ -176,11 +170,7 @@ def extract_lotra(
 
 
 def _gather(tuned: nn.Module, names: list[str], inputs: torch.Tensor) -> dict[str, Features]:
-    """The features of the layers of the tuned model.
-
-    Raises:
-        ValueError: `inputs` are no finite samples, or do not reach a layer.
-    """
+    """The features of the layers of the tuned model, for inputs that it checks."""
     if not (isinstance(inputs, torch.Tensor) and inputs.numel() and inputs.isfinite().all()):
         given = f"a {type(inputs).__name__}"
         if isinstance(inputs, torch.Tensor):
@@ -259,8 +249,7 @@ def _measure(
 def _compare(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
     """The modules that changed besides the coefficients and can be saved whole, and the tensors that cannot be saved.
 
-    Raises:
-        ValueError: The architectures or the grids differ, or a value is not finite.
+    Raises a ValueError if the architectures or the grids differ, or a value is not finite.
     """
     before, after = dict(_tensors(base)), dict(_tensors(tuned))
     for name in [*before, *after]:

@@ -143,11 +143,7 @@ def _square_root(moments: torch.Tensor, ridge: float) -> torch.Tensor:
 
 
 def model_outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """The output of the model in evaluation mode; of a tuple or a dict (`ModelOutput`) the first entry.
-
-    Raises:
-        TypeError: The output is no tensor of floating point numbers.
-    """
+    """The output of the model in evaluation mode; of a tuple or a dict (`ModelOutput`) the first entry."""
     with modes_kept(model):
         result = model.eval()(inputs)
     first = next(iter(result.values())) if isinstance(result, Mapping) else result
@@ -165,9 +161,7 @@ def gather_features(
 ) -> dict[str, Features]:
     """The features of each layer for these inputs of the model, and the metric of its outputs.
 
-    Raises:
-        ValueError: Nothing reaches one of the layers.
-        TypeError: As `model_outputs`.
+    Raises a ValueError if nothing reaches one of the layers, and a TypeError as `model_outputs`.
     """
     received: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     returned: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
@@ -192,11 +186,9 @@ def gather_features(
 
 
 def _metrics(result: torch.Tensor, returned: Mapping[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The sums of J^T J by layer, (out, out), where J are the derivatives of the result with respect to what the layer
-    returned.
+    """The sums of J^T J by layer, (out, out), where J are the derivatives of the result by what the layer returned.
 
-    Random signs s give an estimate: s^T J has the second moment J^T J. A layer on which the result does not depend by
-    autograd is left out.
+    Random signs s give an estimate: s^T J has the second moment J^T J. Layers without derivatives are left out.
     """
     metrics: dict[str, torch.Tensor] = {}
     if not result.requires_grad:

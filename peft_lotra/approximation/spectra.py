@@ -25,7 +25,7 @@ Appl. 21 (2000).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -33,10 +33,11 @@ from torch import nn
 
 from ..functional import unwrap
 from ..report import Report, TextTable
-from ..tucker import Ranks, cap_ranks, check_ranks, energy_table, hosvd, triple
+from ..tucker import Ranks, cap_ranks, check_ranks, hosvd, triple
 from ..tuner.config import LoTRAConfig
 from ..tuner.gradients import gather_gradients
 from ..tuner.targets import find_targets, pattern_key
+from .features import Features
 from .updates import coefficient_updates
 
 
@@ -59,14 +60,7 @@ class LayerSpectrum:
     energies: torch.Tensor = field(repr=False)
 
     def energy(self, r: Ranks) -> float:
-        """The share of the energy, 0 to 1, that the truncated HOSVD of these ranks keeps.
-
-        Args:
-            r: An int or (ro, ri, rb); a rank above that of its mode is brought down to it.
-
-        Raises:
-            ValueError: `r` is neither a positive int nor three of them.
-        """
+        """The share of the energy, 0 to 1, that the truncated HOSVD of ranks `r`, an int or (ro, ri, rb), keeps."""
         return self.energies[tuple(rank - 1 for rank in cap_ranks(check_ranks(r), self.energies.shape))].item()
 
     def costs(self) -> torch.Tensor:
@@ -88,11 +82,7 @@ class Spectrum(Report):
     layers: dict[str, LayerSpectrum]
 
     def energy(self, r: Ranks | dict[str, tuple[int, int, int]]) -> float:
-        """The share of the energy of all layers together that is kept.
-
-        Args:
-            r: Ranks for all layers, or a `rank_pattern` as `suggest_ranks` returns it.
-        """
+        """The share of the energy of all layers that ranks, or a `rank_pattern` of `suggest_ranks`, keep together."""
         total = sum(layer.norm**2 for layer in self.layers.values())
         kept = sum(
             layer.norm**2 * layer.energy(r[pattern_key(name)] if isinstance(r, dict) else r)
@@ -177,11 +167,9 @@ def suggest_ranks(
     """Ranks for each layer, as the `rank_pattern` of [`LoTRAConfig`].
 
     Example:
-        >>> from peft_lotra import LoTRAConfig
         >>> spectrum = Spectrum({"kan": spectrum_of(torch.eye(12).view(12, 4, 3))})
         >>> suggest_ranks(spectrum, budget=60)
         {'^kan': (3, 1, 3)}
-        >>> config = LoTRAConfig(rank_pattern=suggest_ranks(spectrum, energy=0.95))
 
     Args:
         base: A spectrum, or a base model.
@@ -222,8 +210,17 @@ def check_energy(energy: float) -> None:
 def spectrum_of(tensor: torch.Tensor) -> LayerSpectrum:
     """The spectrum of a tensor (out, in, basis)."""
     decomposition, singular_values = hosvd(tensor)
-    norm = tensor.double().norm().item()
-    return LayerSpectrum(triple(tensor.shape), norm, singular_values, energy_table(decomposition.core))
+    squares = decomposition.core.square().cumsum(0).cumsum(1).cumsum(2)
+    total = squares[-1, -1, -1]
+    energies = squares / total if total > 0 else torch.ones_like(squares)
+    return LayerSpectrum(triple(tensor.shape), tensor.double().norm().item(), singular_values, energies)
+
+
+def weighted_spectrum(tensors: Mapping[str, torch.Tensor], features: Mapping[str, Features]) -> Spectrum:
+    """The spectrum of tensors (out, in, basis) by layer, weighted by the features where there are any."""
+    return Spectrum(
+        {name: spectrum_of(features[name].weigh(t) if name in features else t) for name, t in tensors.items()}
+    )
 
 
 def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, int, int]:

@@ -93,9 +93,6 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
         move: Moves the grids. It is called with the base model, in which the bare layers stand in their places, and
             must not replace them.
 
-    Returns:
-        The errors, to be looked at.
-
     Raises:
         ValueError: Adapters are merged or disabled; the family of a layer offers no basis; `inputs` do not reach a
             layer whose grid moved; the number of basis functions changed. Nothing is changed then, not even by `move`.

@@ -51,9 +51,8 @@ def add_weighted_adapter(
 
     - `"cat"` is exact: the cores become the blocks of one core, the factors stand side by side, the ranks add. Ranks
       above the sizes of their modes are brought down to the sizes without loss.
-    - `"linear"` averages the components, and multiplies the core by the sum of the weights. It costs no rank, and is
-      exact where the factors agree. The adapters must have equal ranks. Factors that were trained independently have
-      nothing in common: look at the errors.
+    - `"linear"` averages the components, and multiplies the core by the sum of the weights. It costs no rank, needs
+      equal ranks, and is exact only where the factors agree: look at the errors.
     - `"svd"` is the best approximation of the ranks `ranks` that HOOI finds.
 
     Example:
@@ -159,8 +158,6 @@ def _check(
         raise ValueError(f"`combination_type` must be one of {COMBINATION_TYPES}, got {combination_type!r}.")
     if ranks is not None and combination_type != "svd":
         raise ValueError(f'`ranks` are for `combination_type="svd"`, got {ranks} for {combination_type!r}.')
-    if ranks is not None:
-        check_ranks(ranks)
     whole = [adapter for adapter in adapters if configs[adapter].modules_to_save]
     if whole:
         raise ValueError(

@@ -62,7 +62,7 @@ def test_the_metrics_are_roots_of_second_moments():
     features = features_of(layer, x, metric)
     for root, pattern in zip(features.metric_in_basis, ("nik,njk->ij", "nik,nil->kl"), strict=True):
         moments = torch.einsum(pattern, features.values, features.values)
-            assert (root - root.T).norm() < 1e-12
+        assert (root - root.T).norm() < 1e-12
         assert (root @ root - moments).norm() < 0.01 * moments.norm()
         assert torch.linalg.eigvalsh(root).min() > 0  # what the samples do not show counts a little
     assert (features.metric_out.square() - metric).norm() < 0.1 * metric.norm()

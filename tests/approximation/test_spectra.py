@@ -55,6 +55,7 @@ def test_the_energy_is_that_of_the_projection():
         # HOOI keeps at least as much
         assert 1 - ((tucker(tensor, ranks).dense() - tensor).norm() / tensor.norm()).square() >= kept - 1e-9
     assert layer.energy(100) == pytest.approx(1)
+    assert spectrum_of(torch.zeros(3, 2, 2)).energies.min() == 1
 
 
 def test_singular_values():
