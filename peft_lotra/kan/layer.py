@@ -43,10 +43,10 @@ def check_layer(
     for name, size in (("in_features", in_features), ("out_features", out_features)):
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"`{name}` is {size!r}, but must be an integer of at least 1.")
-    grid_range = tuple(grid_range)
-    if len(grid_range) != 2 or not all(map(math.isfinite, grid_range)) or grid_range[0] >= grid_range[1]:
-        raise ValueError(f"`grid_range` is {grid_range}, but must be two finite numbers, the lower one first.")
-    return grid_range
+    ends = tuple(grid_range)
+    if len(ends) != 2 or not all(map(math.isfinite, ends)) or ends[0] >= ends[1]:
+        raise ValueError(f"`grid_range` is {ends}, but must be two finite numbers, the lower one first.")
+    return ends
 
 
 class KANLinear(nn.Module):
@@ -87,6 +87,8 @@ class KANLinear(nn.Module):
 
     ```
     """
+
+    grid_bounds: torch.Tensor
 
     def __init__(
         self,
@@ -134,7 +136,8 @@ class KANLinear(nn.Module):
     @property
     def grid(self) -> UniformGrid:
         """The grids, as the buffer `grid_bounds` holds them."""
-        return UniformGrid(*self.grid_bounds.unbind(-1), self.grid_size, self.spline_order)
+        low, high = self.grid_bounds.unbind(-1)
+        return UniformGrid(low, high, self.grid_size, self.spline_order)
 
     @property
     def knots(self) -> torch.Tensor:

@@ -20,6 +20,7 @@ import copy
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,8 @@ class SlimKANLinear(nn.Module):
 
     Source: Gao, Ng and Tan, "Low Tensor-Rank Adaptation of Kolmogorov-Arnold Networks", arXiv 2502.06153, Slim KANs.
     """
+
+    grid_bounds: torch.Tensor
 
     def __init__(
         self,
@@ -136,7 +139,7 @@ class SlimKANLinear(nn.Module):
     @property
     def ranks(self) -> tuple[int, int, int]:
         """(ro, ri, rb)."""
-        return tuple(self.core.shape)
+        return self.components.ranks
 
     @property
     def components(self) -> Tucker:
@@ -308,14 +311,16 @@ class SlimKAN(LayerStack):
 
 def _ranks_per_layer(ranks: Ranks | Sequence[Ranks | None], layers: int) -> list[Ranks | None]:
     """The ranks of each layer; a list of three integers counts for all of them, as a tuple does."""
+    per_layer: Any = ranks
     if isinstance(ranks, (list, tuple)) and any(r is None or isinstance(r, (list, tuple)) for r in ranks):
         if len(ranks) != layers:
             raise ValueError(
                 f"`ranks` has {len(ranks)} entries, but the network has {layers} layers: give (ro, ri, rb) or None "
                 "for each of them, or one (ro, ri, rb) for all."
             )
-        return [None if r is None else check_ranks(r, "ranks") for r in ranks]
-    return [check_ranks(ranks, "ranks")] * layers
+        return [None if r is None else check_ranks(r, "ranks") for r in per_layer]
+    checked: list[Ranks | None] = [check_ranks(per_layer, "ranks")]
+    return checked * layers
 
 
 def warn_capped(layers: dict[str, tuple]) -> None:

@@ -87,7 +87,8 @@ class LayerJet(torch.autograd.Function):
                     to_weight.addmm_(gradient, jet_row.t())
                 return [] if transposed is None else jet_rows.sums(transposed, gradient, orders)
 
-            along_z, along_first = None, [None] * len(first)
+            along_z: Tensor | None = None
+            along_first: list[Tensor | None] = [None] * len(first)
             if grad_y is not None:
                 for by_first in sums(jet_rows.value(), grad_y[:, block], (1,)):
                     along_z = by_first.mul_(scales[1])
@@ -112,7 +113,8 @@ class LayerJet(torch.autograd.Function):
                     along_z.addcmul_(by_second, second[d, :, block])
                 for c in range(len(first)) if weights is not None else (d,):
                     square = by_second * jet_rows.weighted[c]
-                    along_first[c] = square.mul_(2) if along_first[c] is None else along_first[c].add_(square, alpha=2)
+                    along = along_first[c]
+                    along_first[c] = square.mul_(2) if along is None else along.add_(square, alpha=2)
             if to_z is not None and to_first is not None:
                 to_z[:, block] = 0 if along_z is None else along_z
                 for d, along in enumerate(along_first):
