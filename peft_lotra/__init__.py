@@ -14,6 +14,7 @@
 
 """LoTRA: low tensor-rank adaptation of Kolmogorov-Arnold networks, as a PEFT method. Importing it registers it."""
 
+from . import kan
 from ._version import __version__
 from .approximation.compression import SlimReport, slim, to_dense
 from .approximation.extraction import extract_lotra
@@ -65,4 +66,5 @@ __all__ = [
     "write_model_card",
 ]
 
+kan.slim = slim
 register(config_cls=LoTRAConfig, model_cls=LoTRAModel)

@@ -12,23 +12,23 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Kolmogorov-Arnold networks that need nothing but torch; `KANModel` and `KANConfig` also need transformers."""
+"""Kolmogorov-Arnold networks of B-splines, dense and Slim, with their derivatives, and as transformers models."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any
 
 from .basis import bspline_basis
+from .configuration_kan import KANConfig
 from .jets.derivatives import hessian, jet, laplacian
 from .layer import KANLinear
+from .modeling_kan import KANModel
 from .network import KAN
 from .slim_kan import SlimKAN, SlimKANLinear
 
 
-if TYPE_CHECKING:
-    from ..approximation.compression import slim
-    from .configuration_kan import KANConfig
-    from .modeling_kan import KANModel
+slim: Callable[..., Any]  # `peft_lotra.slim`, set by the package: it compresses the layers of any library
 
 __all__ = [
     "KAN",
@@ -44,22 +44,6 @@ __all__ = [
     "slim",
 ]
 
-# `slim` is the function, found by `__getattr__`; the module of that name can be imported from nevertheless.
-globals().pop("slim", None)
-
-
-def __getattr__(name: str):
-    # On first use only: transformers takes seconds to import, and the layers do without it.
-    if name == "KANConfig":
-        from .configuration_kan import KANConfig
-
-        return KANConfig
-    if name == "KANModel":
-        from .modeling_kan import KANModel
-
-        return KANModel
-    if name == "slim":  # it needs the registry of KAN families, which needs PEFT
-        from ..approximation.compression import slim
-
-        return slim
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Files of adapters name the module of the base's class: the public one, whose inside may move.
+for _model in (KAN, KANModel, SlimKAN):
+    _model.__module__ = __name__

@@ -40,6 +40,11 @@ class UniformGrid(NamedTuple):
     grid_size: int
     spline_order: int
 
+    @property
+    def num_basis(self) -> int:
+        """Number K = G + p of basis functions."""
+        return self.grid_size + self.spline_order
+
 
 def check_grid(grid_size: int, spline_order: int) -> None:
     """Raise a `ValueError` unless a grid of `grid_size` intervals can carry splines of this order."""
@@ -64,18 +69,18 @@ def bspline_basis(
     The values at `x` of the B-splines of degree `spline_order` = p on `grid_size` = G equal intervals of [low, high],
     or of their derivatives with respect to `x`.
 
-    With spacing h = (high - low) / G, basis function j = 0 ... G+p-1 is the cardinal B-spline centred on
+    With spacing h = (high - low) / G, basis function j = 0 ... G+p-1 is the cardinal B-spline centered on
     c_j = low + (j - (p-1)/2) h, with support c_j +- h (p+1)/2. It is evaluated in truncated powers of the distance
     s = |x - c_j| / h to the nearer end of its support,
 
         M_p(s) = 1/p! sum_{m <= p/2} (-1)^m binom(p+1, m) max((p+1)/2 - m - s, 0)^p,
 
-    whose arguments never exceed (p+1)/2: unlike the one-sided sum, it does not lose digits in float32. On [low, high]
-    the basis sums to 1; outside its support a basis function, and its derivatives, are exactly 0. The d-th derivative
-    has the powers p - d, the factor p! / (p - d)! / h^d, and for odd d the sign of c_j - x. At a knot, the p-th, which
-    jumps there, is 0 in the parts that jump.
+    whose arguments never exceed (p+1)/2, so that no digits are lost in float32. On [low, high] the basis sums to 1.
+    Outside its support a basis function, and each derivative of it, is exactly 0. The d-th derivative has the powers
+    p - d, the factor p! / (p - d)! / h^d, and for odd d the sign of c_j - x. At a knot, the p-th derivative is 0 in
+    the parts that jump.
 
-    Plain differentiable operations: `torch.func`, double backward and `torch.compile(fullgraph=True)` all apply.
+    Differentiable any number of times; runs under `torch.func` and `torch.compile(fullgraph=True)`.
 
     Args:
         x: points, shape (..., I), of a floating point dtype. NaN gives NaN; an infinity is outside every support, and
@@ -93,42 +98,47 @@ def bspline_basis(
         TypeError: `x` is not floating point.
 
     Source: I. J. Schoenberg, "Contributions to the problem of approximation of equidistant data by analytic
-    functions", Quart. Appl. Math. 4 (1946), the cardinal spline as a central difference of truncated powers; here
-    with the symmetry M_p(-s) = M_p(s).
+    functions", Quart. Appl. Math. 4 (1946), with the symmetry M_p(-s) = M_p(s).
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from peft_lotra.kan import bspline_basis
+    >>> bspline_basis(torch.tensor([0.25]), 0, 1, grid_size=2, spline_order=1)
+    tensor([[0.5000, 0.5000, 0.0000]])
+
+    ```
     """
     check_grid(grid_size, spline_order)
     if not isinstance(derivative, int) or derivative < 0:
         raise ValueError(f"`derivative` is {derivative!r}, but must be an integer of at least 0 (0 gives the values).")
     if not x.is_floating_point():
         raise TypeError(f"`x` has dtype {x.dtype}, but the basis needs floating point values; convert it first.")
-    position, scale = grid_position(x, low, high, grid_size)
-    values = spline_values(position, grid_size + spline_order, spline_order, derivative)
-    if derivative:
-        values = values * scale.unsqueeze(-1) ** derivative
-    return values.to(x.dtype)
-
-
-def grid_position(
-    x: torch.Tensor, low: torch.Tensor | float, high: torch.Tensor | float, grid_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x` (..., I) as the distance from `low` in grid intervals, at least in float32, and the intervals per unit (I,)
-    or ()."""
     # A half-precision coordinate would cost more accuracy than half-precision values do.
     dtype = torch.promote_types(x.dtype, torch.float32)
     low = torch.as_tensor(low, dtype=dtype, device=x.device)
     high = torch.as_tensor(high, dtype=dtype, device=x.device)
-    scale = grid_size / (high - low)
-    return (x.to(dtype) - low) * scale, scale
+    per_unit = grid_size / (high - low)
+    values = spline_values((x.to(dtype) - low) * per_unit, grid_size + spline_order, spline_order, derivative)
+    if derivative:
+        values = values * per_unit.unsqueeze(-1) ** derivative
+    return values.to(x.dtype)
 
 
 def spline_values(position: torch.Tensor, num_basis: int, spline_order: int, derivative: int = 0) -> torch.Tensor:
-    """The basis functions, or their derivatives with respect to the position, at grid positions: (..., I) to
-    (..., I, num_basis). Only the positions are kept for the backward pass."""
+    """The basis functions, or their derivatives with respect to the position, at positions in grid intervals from the
+    lower end: (..., I) to (..., I, num_basis). Only the positions are kept for the backward pass."""
     # A compiler decides itself what to keep and what to compute again; and nested `torch.func.jvp` gets the second
     # derivatives of a custom function wrong.
     if torch.compiler.is_compiling() or in_transform():
-        return cardinal_spline(spline_offsets(position, num_basis, spline_order), spline_order, derivative)
+        return _evaluate(position, num_basis, spline_order, derivative)
     return _SplineValues.apply(position, num_basis, spline_order, derivative)
+
+
+def _evaluate(position: torch.Tensor, num_basis: int, spline_order: int, derivative: int) -> torch.Tensor:
+    centers = torch.arange(num_basis, dtype=position.dtype, device=position.device) - (spline_order - 1) / 2
+    return cardinal_spline(position.unsqueeze(-1) - centers, spline_order, derivative)
 
 
 def in_transform() -> bool:
@@ -141,42 +151,32 @@ def is_batched(tensor: torch.Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(tensor)  # pyright: ignore[reportAttributeAccessIssue] (no stub)
 
 
-def spline_offsets(position: torch.Tensor, num_basis: int, spline_order: int) -> torch.Tensor:
-    """The distances, with their sign, of grid positions (..., I) from the centres of the basis functions:
-    (..., I, num_basis)."""
-    centres = torch.arange(num_basis, dtype=position.dtype, device=position.device) - (spline_order - 1) / 2
-    return position.unsqueeze(-1) - centres
-
-
 def cardinal_spline(offset: torch.Tensor, spline_order: int, derivative: int = 0) -> torch.Tensor:
-    """The cardinal spline M_p of `bspline_basis`, or a derivative of it, at offsets (any shape) from its centre."""
+    """The cardinal spline M_p of `bspline_basis`, or a derivative of it, at offsets (any shape) from its center."""
     power = spline_order - derivative
-    if power < 0:
-        return torch.zeros_like(offset)
     total = torch.zeros_like(offset)
-    arm = (spline_order + 1) / 2 - offset.abs()
+    if power < 0:
+        return total
+    distance = (spline_order + 1) / 2 - offset.abs()
     for factor in spline_factors(spline_order):
-        arm = arm.relu()
-        term = arm.pow(power) if power else (arm > 0).to(arm.dtype)
+        distance = distance.relu()
+        term = distance.pow(power) if power else (distance > 0).to(distance.dtype)
         total = total.add(term, alpha=factor / math.factorial(power))
-        arm = arm - 1
+        distance = distance - 1
     return -total * offset.sign() if derivative % 2 else total
 
 
-def silu_derivatives(x: torch.Tensor, highest: int) -> list[torch.Tensor]:
-    """silu and its derivatives up to the order `highest`, at most 3."""
-    gate = torch.sigmoid(x)
-    found = [x * gate]
-    if highest >= 1:
-        slope = torch.addcmul(gate, gate, gate, value=-1)  # of the gate; and its slope and bend
-        found.append(torch.addcmul(gate, x, slope))
-    if highest >= 2:
-        bend = torch.addcmul(slope, gate, slope, value=-2)
-        found.append(torch.addcmul(slope * 2, x, bend))
-    if highest >= 3:
-        jerk = torch.addcmul(slope, slope, slope, value=-6)
-        found.append(torch.addcmul(bend * 3, x, jerk))
-    return found
+def cardinal_derivatives(offset: torch.Tensor, spline_order: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`cardinal_spline` and its first two derivatives, from powers that the three share."""
+    totals = [torch.zeros_like(offset)] * 3
+    distance = (spline_order + 1) / 2 - offset.abs()
+    for m, factor in enumerate(spline_factors(spline_order)):
+        positive = torch.relu(distance - m)
+        powers = [torch.zeros_like(offset), (positive > 0).to(offset.dtype), positive]  # t^p / p!, p = -1, 0, 1
+        for p in range(2, spline_order + 1):
+            powers.append(powers[-1] * positive / p)
+        totals = [total.add(power, alpha=factor) for total, power in zip(totals, powers[:-4:-1], strict=True)]
+    return totals[0], -totals[1] * offset.sign(), totals[2]
 
 
 def spline_factors(spline_order: int) -> list[int]:
@@ -184,10 +184,41 @@ def spline_factors(spline_order: int) -> list[int]:
     return [(-1) ** m * math.comb(spline_order + 1, m) for m in range(spline_order // 2 + 1)]
 
 
+def silu_derivatives(x: torch.Tensor, highest: int) -> list[torch.Tensor]:
+    """silu and its derivatives up to the order `highest`, at most 3."""
+    gate = torch.sigmoid(x)
+    found = [x * gate]
+    if highest >= 1:
+        first = torch.addcmul(gate, gate, gate, value=-1)  # derivatives of the gate, as `second` and `third`
+        found.append(torch.addcmul(gate, x, first))
+        if highest >= 2:
+            second = torch.addcmul(first, gate, first, value=-2)
+            found.append(torch.addcmul(first * 2, x, second))
+            if highest >= 3:
+                third = torch.addcmul(first, first, first, value=-6)
+                found.append(torch.addcmul(second * 3, x, third))
+    return found
+
+
+def moments(grid_range: tuple[float, float], grid_size: int, spline_order: int) -> tuple[float, torch.Tensor]:
+    """
+    The variance v of the uniform law on `grid_range`, and the moments E[f_j(x) f_k(x)] of the B-splines and of silu,
+    (K + 1, K + 1), for x normal with the mean and variance of that law. By quadrature, in float64, on the CPU.
+    """
+    low, high = grid_range
+    variance = (high - low) ** 2 / 12
+    z = torch.linspace(-6, 6, 1025, dtype=torch.float64, device="cpu")
+    probability = torch.softmax(-(z**2) / 2, dim=0)
+    x = (low + high) / 2 + variance**0.5 * z
+    basis = bspline_basis(x, low, high, grid_size, spline_order)
+    functions = torch.cat([basis, torch.nn.functional.silu(x).unsqueeze(-1)], dim=-1)
+    return variance, (functions.T * probability) @ functions
+
+
 class _SplineValues(torch.autograd.Function):
     @staticmethod
     def forward(position: torch.Tensor, num_basis: int, spline_order: int, derivative: int) -> torch.Tensor:
-        return cardinal_spline(spline_offsets(position, num_basis, spline_order), spline_order, derivative)
+        return _evaluate(position, num_basis, spline_order, derivative)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

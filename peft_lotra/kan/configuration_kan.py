@@ -17,8 +17,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from transformers import PretrainedConfig
+
+from .network import Norm
+
+
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 
 class KANConfig(PretrainedConfig):
@@ -37,7 +43,7 @@ class KANConfig(PretrainedConfig):
             each. None for a dense KAN.
         norm: as for `KAN`.
         problem_type: "regression", "single_label_classification", "multi_label_classification", or None to tell by
-            the labels, see `KANModel.forward`.
+            the labels; see `KANModel.forward`.
         **kwargs: as for `transformers.PretrainedConfig`.
 
     Raises:
@@ -55,17 +61,18 @@ class KANConfig(PretrainedConfig):
         spline_order: int = 3,
         grid_range: tuple[float, float] = (-1.0, 1.0),
         ranks: int | Sequence | None = None,
-        norm: str | None = None,
-        problem_type: str | None = None,
+        norm: Norm = None,
+        problem_type: ProblemType | None = None,
         **kwargs,
     ) -> None:
         # As tuples, so that a configuration read from JSON, where they are lists, equals the one that was written.
         self.widths = tuple(widths)
         self.grid_size = grid_size
         self.spline_order = spline_order
-        self.grid_range = tuple(grid_range)
+        low, high = grid_range
+        self.grid_range = low, high
         self.ranks = _as_tuples(ranks)
-        self.norm = norm
+        self.norm: Norm = norm
         if kwargs.get("id2label") is None and kwargs.get("num_labels") is None:
             kwargs["num_labels"] = self.widths[-1]
         super().__init__(problem_type=problem_type, **kwargs)

@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import nn
 
-from .basis import UniformGrid, bspline_basis, check_grid
+from .basis import UniformGrid, bspline_basis, check_grid, moments
 from .product import spline_product
 
 
 # Share of the variance of a new layer's output that comes from its splines; see `KANLinear.reset_parameters`.
 SPLINE_VARIANCE_SHARE = 0.1
 
-# What `update_grid` gives to the points that it adds, as a share of the weight of the samples: enough to settle the
-# coefficients where no sample lies, too little to disturb the fit where some do.
+# Weight of the points that `update_grid` adds, as a share of the weight of the samples: enough to settle the
+# coefficients where no sample lies, too little to disturb the fit elsewhere.
 _FILL_WEIGHT = 0.01
 
 
@@ -43,10 +43,10 @@ def check_layer(
     for name, size in (("in_features", in_features), ("out_features", out_features)):
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"`{name}` is {size!r}, but must be an integer of at least 1.")
-    grid_range = tuple(grid_range)
-    if len(grid_range) != 2 or not all(map(math.isfinite, grid_range)) or grid_range[0] >= grid_range[1]:
-        raise ValueError(f"`grid_range` is {grid_range}, but must be two finite numbers, the lower one first.")
-    return grid_range
+    ends = tuple(grid_range)
+    if len(ends) != 2 or not all(map(math.isfinite, ends)) or ends[0] >= ends[1]:
+        raise ValueError(f"`grid_range` is {ends}, but must be two finite numbers, the lower one first.")
+    return ends
 
 
 class KANLinear(nn.Module):
@@ -55,8 +55,8 @@ class KANLinear(nn.Module):
 
         y[o] = sum_i base_weight[o, i] silu(x[i]) + sum_{i,k} spline_weight[o, i, k] B_k(x[i]),
 
-    where the B_k are the `grid_size + spline_order` B-splines of a uniform grid, which each input has for itself.
-    Outside its grid (and `spline_order` intervals beyond), an edge has its residual branch only.
+    where the B_k are the `grid_size + spline_order` B-splines of a uniform grid, one for each input. Outside its grid
+    (and `spline_order` intervals beyond), an edge has its residual branch only.
 
     Args:
         in_features, out_features: sizes I and O of the last dimension of input and output.
@@ -68,15 +68,27 @@ class KANLinear(nn.Module):
     Attributes:
         spline_weight: parameter (O, I, grid_size + spline_order), the coefficient tensor.
         base_weight: parameter (O, I), the residual branch.
-        grid_bounds: buffer (I, 2), lower and upper end of each input's grid. It is part of the state: the
-            coefficients mean nothing without it.
+        grid_bounds: buffer (I, 2), lower and upper end of each input's grid. It is part of the state,
+            since it gives the coefficients their meaning.
 
     Raises:
         ValueError: a size, the order or the range cannot be used.
 
     Source: Liu et al., "KAN: Kolmogorov-Arnold Networks", arXiv 2404.19756, eqs. (2.10) to (2.12), without the
     redundant scale of the splines.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from peft_lotra.kan import KANLinear
+    >>> KANLinear(2, 3)(torch.rand(10, 2)).shape
+    torch.Size([10, 3])
+
+    ```
     """
+
+    grid_bounds: torch.Tensor
 
     def __init__(
         self,
@@ -109,33 +121,23 @@ class KANLinear(nn.Module):
 
         For inputs x that are normal with the mean and the variance v of the uniform law on `grid_range`, the weights
         of the two branches have the variances s v / (I sum_k E[B_k(x)^2]) and (1-s) v / (I E[silu(x)^2]). Then
-        E[y[o]^2] = v over the random weights: a mean of v keeps the variance, whatever the basis, and the splines
-        have the share s = `SPLINE_VARIANCE_SHARE` of it. Moments by quadrature.
+        E[y[o]^2] = v over the random weights, and the splines have the share s = `SPLINE_VARIANCE_SHARE` of it.
 
-        Source: the basis-agnostic Glorot-like rule of arXiv 2510.23501, on the forward pass. The share was measured:
-        digits [64, 32, 10] learn alike from 0.001 to 0.5, smooth regression [2, 16, 16, 1] better below 0.1, and the
-        variance through ten layers is steadier above.
+        Source: the basis-agnostic Glorot-like rule of arXiv 2510.23501, on the forward pass.
         """
         self.grid_bounds.copy_(torch.tensor(self.grid_range, dtype=torch.float64, device="cpu"))
-        low, high = self.grid_range
-        variance = (high - low) ** 2 / 12
-
-        # On the CPU and in plain numbers, so that a layer on the meta device needs no special case.
-        z = torch.linspace(-6, 6, 1025, dtype=torch.float64, device="cpu")
-        probability = torch.softmax(-(z**2) / 2, dim=0)
-        x = (low + high) / 2 + variance**0.5 * z
-        basis = bspline_basis(x, low, high, self.grid_size, self.spline_order)
-        spline_moment = torch.dot(probability, basis.square().sum(-1)).item()
-        base_moment = torch.dot(probability, F.silu(x).square()).item()
-
+        # Plain numbers, so that a layer on the meta device needs no special case.
+        variance, of_functions = moments(self.grid_range, self.grid_size, self.spline_order)
+        *of_splines, of_silu = of_functions.diagonal().tolist()
         variance = variance / self.in_features
-        nn.init.normal_(self.spline_weight, std=math.sqrt(SPLINE_VARIANCE_SHARE * variance / spline_moment))
-        nn.init.normal_(self.base_weight, std=math.sqrt((1 - SPLINE_VARIANCE_SHARE) * variance / base_moment))
+        nn.init.normal_(self.spline_weight, std=math.sqrt(SPLINE_VARIANCE_SHARE * variance / sum(of_splines)))
+        nn.init.normal_(self.base_weight, std=math.sqrt((1 - SPLINE_VARIANCE_SHARE) * variance / of_silu))
 
     @property
     def grid(self) -> UniformGrid:
         """The grids, as the buffer `grid_bounds` holds them."""
-        return UniformGrid(*self.grid_bounds.unbind(-1), self.grid_size, self.spline_order)
+        low, high = self.grid_bounds.unbind(-1)
+        return UniformGrid(low, high, self.grid_size, self.spline_order)
 
     @property
     def knots(self) -> torch.Tensor:
@@ -147,8 +149,7 @@ class KANLinear(nn.Module):
     def basis(self, x: torch.Tensor) -> torch.Tensor:
         """The basis functions at `x`: (..., I) to (..., I, grid_size + spline_order), see `bspline_basis`."""
         self._check_input(x)
-        low, high = self.grid_bounds.unbind(-1)
-        return bspline_basis(x, low, high, self.grid_size, self.spline_order)
+        return bspline_basis(x, *self.grid)
 
     def _check_input(self, x: torch.Tensor) -> None:
         if x.shape[-1:] != (self.in_features,):
@@ -171,8 +172,7 @@ class KANLinear(nn.Module):
         self._check_input(x)
         # On rows, not on the leading shape: the last digits of a batched product depend on what requires a gradient.
         rows = x.reshape(-1, self.in_features)
-        low, high = self.grid_bounds.unbind(-1)
-        y = spline_product(rows, low, high, self.grid_size, self.spline_order, self.spline_weight)
+        y = spline_product(rows, *self.grid, self.spline_weight)
         y = torch.addmm(y, F.silu(rows), self.base_weight.t())
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -181,8 +181,8 @@ class KANLinear(nn.Module):
         """
         Move each input's grid to the range of its samples, and refit the splines so that the layer's function is kept.
 
-        The new coefficients are the least-squares fit, in float64, of the old splines on the samples, and with a
-        hundredth of their weight on points spread over the new range, so that it is determined where samples are few.
+        The new coefficients are the least-squares fit, in float64, of the old splines on the samples and, with a
+        hundredth of their weight, on points spread over the new range, which determine the fit where samples are few.
         When the old splines lie in the span of the new basis (as when the grid does not move) the fit is exact. An
         input whose samples do not spread (a pixel that is always black) keeps its grid.
 
@@ -215,8 +215,7 @@ class KANLinear(nn.Module):
         bounds = torch.where(wide[:, None], bounds, self.grid_bounds)
         new_low, new_high = bounds.double().unbind(-1)
 
-        num_basis = self.grid_size + self.spline_order
-        fill = torch.linspace(0, 1, 4 * num_basis, dtype=torch.float64, device=x.device)[:, None]
+        fill = torch.linspace(0, 1, 4 * self.grid.num_basis, dtype=torch.float64, device=x.device)[:, None]
         points = torch.cat([samples, torch.lerp(new_low, new_high, fill)])
         weight = torch.ones(len(points), 1, 1, dtype=torch.float64, device=x.device)
         weight[len(samples) :] = math.sqrt(_FILL_WEIGHT * len(samples) / len(fill))
@@ -238,7 +237,7 @@ class KANLinear(nn.Module):
 
 
 def _name_inputs(mask: torch.Tensor) -> str:
-    """The inputs that the mask holds for an error message, the first eight by index."""
+    """The inputs in the mask, for an error message: the first eight by index."""
     index = mask.nonzero().flatten().tolist()
     listed = ", ".join(map(str, index[:8])) + (", ..." if len(index) > 8 else "")
     return f"inputs {listed} ({len(index)} of {len(mask)})"

@@ -22,7 +22,7 @@ from itertools import chain
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput  # pyright: ignore[reportPrivateImportUsage] (documented, not exported)
 
 from .configuration_kan import KANConfig
 from .jets.chain import register_wrapper
@@ -72,8 +72,7 @@ class KANModel(PreTrainedModel):
     def _init_weights(self, module: torch.nn.Module) -> None:
         if not isinstance(module, (KANLinear, SlimKANLinear)):
             return
-        # transformers asks for this when any tensor of the module was missing from a checkpoint, and marks those that
-        # were not.
+        # transformers calls this when a tensor of the module was missing from a checkpoint, and marks the others.
         loaded = [
             (tensor, tensor.clone())
             for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False))
@@ -85,8 +84,8 @@ class KANModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As transformers', with the tensors moved to memory of their own: where they lie in the file, matrix products
-        choose their instructions by the address, and the last digits differ from those of the model that was saved."""
+        """As transformers', with the tensors moved to memory of their own."""
+        # matrix products choose their instructions by the address, which the file would decide
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for tensor in chain(model.parameters(), model.buffers()):
@@ -94,7 +93,7 @@ class KANModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """As transformers'; first `config.ranks` is brought up to date, which `slim` and `to_dense` change."""
+        """As transformers', after an update of `config.ranks`, which `slim` and `to_dense` change."""
         layers = [layer for layer in self.kan.layers if isinstance(layer, (KANLinear, SlimKANLinear))]
         ranks = tuple(layer.ranks if isinstance(layer, SlimKANLinear) else None for layer in layers)
         self.config.ranks = ranks if any(ranks) else None

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ Norm = Literal["batch", "layer"] | None
 
 
 class LayerStack(nn.Module):
-    """The composition of its `layers`, an `nn.ModuleList`; those between KAN layers normalise what passes."""
+    """The composition of its `layers`, an `nn.ModuleList`; entries between KAN layers are normalizations."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -56,13 +56,23 @@ class KAN(LayerStack):
     Args:
         widths: sizes of the input, of each hidden layer and of the output; at least two.
         grid_size, spline_order, grid_range, device, dtype: as for `KANLinear`, the same in each layer.
-        norm: "batch" or "layer" puts a normalisation between the layers (an entry of `self.layers` of its own), whose
-            outputs start with the mean and the variance of the uniform law on `grid_range`.
+        norm: "batch" or "layer" puts a normalization between the layers (an entry of `self.layers`), whose outputs
+            start with the mean and the variance of the uniform law on `grid_range`.
 
     Raises:
         ValueError: `widths` are fewer than two or not positive integers, or an argument that `KANLinear` refuses.
 
     Source: Liu et al., "KAN: Kolmogorov-Arnold Networks", arXiv 2404.19756, eq. (2.7).
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from peft_lotra.kan import KAN
+    >>> KAN([2, 5, 1])(torch.rand(10, 2)).shape
+    torch.Size([10, 1])
+
+    ```
     """
 
     def __init__(
@@ -96,8 +106,9 @@ class KAN(LayerStack):
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         try:
             for layer in self.layers:
-                if hasattr(layer, "update_grid"):  # not normalisations and Slim layers; adapted layers refuse
-                    layer.update_grid(x, margin)
+                update_grid = getattr(layer, "update_grid", None)
+                if update_grid is not None:  # not normalizations and Slim layers; adapted layers refuse
+                    update_grid(x, margin)
                 x = layer(x)
         except Exception:
             self.load_state_dict(before)
@@ -122,8 +133,8 @@ def pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(widths[:-1], widths[1:], strict=True))
 
 
-def with_norms(layers: Sequence[nn.Module], norm: Norm, device=None, dtype=None) -> list[nn.Module]:
-    """The layers, with a normalisation after each but the last; raises a `ValueError` for a `norm` that is unknown."""
+def with_norms(layers: Sequence[Any], norm: Norm, device=None, dtype=None) -> list[nn.Module]:
+    """The layers, with a normalization after each but the last; raises a `ValueError` for a `norm` that is unknown."""
     if norm not in NORMS:
         raise ValueError(f"`norm` is {norm!r}, but must be one of {NORMS}.")
     if norm is None:
@@ -133,7 +144,7 @@ def with_norms(layers: Sequence[nn.Module], norm: Norm, device=None, dtype=None)
         modules.append(layer)
         if layer is not layers[-1]:
             kind = BatchNorm if norm == "batch" else nn.LayerNorm
-            module = kind(layer.out_features, device=device, dtype=dtype)
+            module: Any = kind(layer.out_features, device=device, dtype=dtype)
             low, high = layer.grid_range
             nn.init.constant_(module.weight, (high - low) / math.sqrt(12))
             nn.init.constant_(module.bias, (low + high) / 2)

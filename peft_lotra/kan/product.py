@@ -75,6 +75,7 @@ def spline_product(
     >>> from peft_lotra.kan.product import spline_product
     >>> spline_product(torch.rand(10, 2), -1, 1, 5, 3, torch.rand(4, 2, 8)).shape
     torch.Size([10, 4])
+
     ```
     """
     left, right = update or (None, None)

@@ -20,6 +20,7 @@ import copy
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from einops import rearrange
 from torch import nn
 
 from ..tucker import Tucker, cap_ranks, check_ranks, contract, expand_inputs, expands_first
-from .basis import bspline_basis
+from .basis import moments
 from .layer import KANLinear, check_layer
 from .network import KAN, LayerStack, Norm, pairs, with_norms
 from .product import spline_product
@@ -57,7 +58,7 @@ class SlimKANLinear(nn.Module):
     Args:
         in_features, out_features, grid_size, spline_order, grid_range, device, dtype: as for `KANLinear`.
         ranks: (ro, ri, rb) for the modes (out, in, basis), or one number for the three. A rank above the size of its
-            mode is brought down to it, with a warning.
+            mode is capped, with a warning.
 
     Attributes:
         core: parameter (ro, ri, rb).
@@ -69,6 +70,8 @@ class SlimKANLinear(nn.Module):
 
     Source: Gao, Ng and Tan, "Low Tensor-Rank Adaptation of Kolmogorov-Arnold Networks", arXiv 2502.06153, Slim KANs.
     """
+
+    grid_bounds: torch.Tensor
 
     def __init__(
         self,
@@ -110,45 +113,33 @@ class SlimKANLinear(nn.Module):
         rows scaled so that the splines have the share `SPLINE_VARIANCE_SHARE` of the mean square of the functions
         f_c, which is `GAIN_BASIS` squared; the core, as a matrix (ro, ri rb), gets orthogonal rows (or columns), and
         the size with which E[y^2] is v, for independent inputs that are normal with the mean and the variance v of the
-        uniform law on `grid_range`. Moments by quadrature. In a deep network of low ranks the inputs of the inner
-        layers are far from independent, and the variance wanders: after ten layers of width 128 by a factor of 2
-        either way at ranks (16, 16, 2), of 4 at ranks (8, 8, 3). `norm` of `SlimKAN` holds it.
+        uniform law on `grid_range`. In a deep network of low ranks the inputs of the inner layers are far from
+        independent, and the variance wanders; `norm` of `SlimKAN` holds it.
 
-        The gains do not change the function, but how far an optimizer's step of one size moves each component beside
-        the others. They and the share were measured on digits ([64, 64, 10], ranks (20, 20, 2), Adam): with columns
-        of norm 1 in factor_in a learning rate of 3e-3 loses a point to one of 1e-2; with these the two do alike. A
-        share of 0.3 loses one to two points, one of 0.01 up to half a point, a normal core a tenth or two.
+        The gains leave the function as it is, and set how far an optimizer's step of one size moves each component.
 
         Source: the basis-agnostic Glorot-like rule of arXiv 2510.23501, on the forward pass.
         """
         self.grid_bounds.copy_(torch.tensor(self.grid_range, dtype=torch.float64, device="cpu"))
         if self.core.is_meta:
             return
-        low, high = self.grid_range
-        variance = (high - low) ** 2 / 12
-        z = torch.linspace(-6, 6, 1025, dtype=torch.float64, device="cpu")
-        probability = torch.softmax(-(z**2) / 2, dim=0)
-        x = (low + high) / 2 + variance**0.5 * z
-        basis = bspline_basis(x.unsqueeze(-1), low, high, self.grid_size, self.spline_order).squeeze(1)
-        functions = torch.cat([basis, F.silu(x).unsqueeze(-1)], dim=-1)
-        moments = (functions.T * probability) @ functions
-
+        variance, of_functions = moments(self.grid_range, self.grid_size, self.spline_order)
         size, rb = self.factor_basis.shape
-        of_splines, of_base = moments.diagonal()[:-1].sum(), moments[-1, -1]
+        of_splines, of_silu = of_functions.diagonal()[:-1].sum(), of_functions[-1, -1]
         rows = torch.full((size, 1), GAIN_BASIS * math.sqrt(SPLINE_VARIANCE_SHARE / of_splines), dtype=torch.float64)
-        rows[-1] = GAIN_BASIS * math.sqrt((1 - SPLINE_VARIANCE_SHARE) / of_base)
+        rows[-1] = GAIN_BASIS * math.sqrt((1 - SPLINE_VARIANCE_SHARE) / of_silu)
         factor_basis = rows * torch.randn(size, rb, dtype=torch.float64)
         self.factor_basis.copy_(factor_basis)
         for factor, gain in ((self.factor_out, math.sqrt(self.out_features)), (self.factor_in, GAIN_IN)):
             factor.copy_(_orthogonal(factor) * gain)
         core = _orthogonal(self.core.flatten(1)).double().view(self.core.shape)
-        gram = (factor_basis.T @ moments @ factor_basis).to(core.device)
+        gram = (factor_basis.T @ of_functions @ factor_basis).to(core.device)
         self.core.copy_(core * (variance / (core * (core @ gram)).sum()).sqrt() / GAIN_IN)
 
     @property
     def ranks(self) -> tuple[int, int, int]:
         """(ro, ri, rb)."""
-        return tuple(self.core.shape)
+        return self.components.ranks
 
     @property
     def components(self) -> Tucker:
@@ -187,9 +178,7 @@ class SlimKANLinear(nn.Module):
         core, factor_out, factor_in, factor_basis = self.components
         residual = F.silu(rows)
         if expands_first(len(rows), core, factor_in, factor_basis):
-            low, high = self.grid_bounds.unbind(-1)
-            splines = expand_inputs(core, factor_in, factor_basis[:-1])
-            z = spline_product(rows, low, high, self.grid_size, self.spline_order, splines)
+            z = spline_product(rows, *self.grid, expand_inputs(core, factor_in, factor_basis[:-1]))
             y = (z + residual @ factor_in @ (core @ factor_basis[-1]).T) @ factor_out.T
         else:
             y = contract(self.basis(rows), residual, *self.components)
@@ -251,8 +240,8 @@ class SlimKANLinear(nn.Module):
 
 
 def _orthogonal(like: torch.Tensor) -> torch.Tensor:
-    """A random matrix of this shape and device with orthonormal columns or rows; the QR decomposition behind it does
-    not exist in half precision."""
+    """A random matrix of this shape and device with orthonormal columns or rows."""
+    # the QR decomposition behind it does not exist in half precision
     return nn.init.orthogonal_(torch.empty_like(like, dtype=torch.promote_types(like.dtype, torch.float32)))
 
 
@@ -263,11 +252,10 @@ class SlimKAN(LayerStack):
 
     Args:
         widths, grid_size, spline_order, grid_range, device, dtype: as for `KAN`.
-        norm: as for `KAN`. None by default: digits ([64, 64, 10], ranks (20, 20, 2), 8 seeds) are learned to 97.3 %
-            without, 97.5 % with "layer" and 96.6 % with "batch".
+        norm: as for `KAN`.
         ranks: (ro, ri, rb) or one number, as for `SlimKANLinear`, the same in each layer; or a list with ranks for
-            each layer, None making it a dense `KANLinear`. Ranks above the sizes of a layer's modes are brought down
-            to them, with a warning.
+            each layer, None making it a dense `KANLinear`. Ranks above the sizes of a layer's modes are capped, with a
+            warning.
 
     Raises:
         ValueError: an argument that `KAN` refuses, ranks that are not positive integers, or a list of them that has
@@ -276,7 +264,11 @@ class SlimKAN(LayerStack):
     Example:
 
     ```py
-    >>> model = SlimKAN([64, 64, 10], ranks=(20, 20, 2))  # 5,176 parameters, KAN([64, 64, 10]) has 42,624
+    >>> from peft_lotra.kan import SlimKAN
+    >>> model = SlimKAN([64, 64, 10], ranks=(20, 20, 2))
+    >>> sum(parameter.numel() for parameter in model.parameters())  # KAN([64, 64, 10]) has 42,624
+    5176
+
     ```
     """
 
@@ -301,7 +293,7 @@ class SlimKAN(LayerStack):
                 continue
             shape = (n_out, n_in, grid_size + spline_order + 1)
             got = cap_ranks(asked, shape)
-            # with a normalisation between them, the layers are every second entry
+            # with a normalization between them, the layers are every second entry
             capped[f"layers.{index if norm is None else 2 * index}"] = (asked, shape, got)
             layers.append(SlimKANLinear(n_in, n_out, got, *arguments))
         super().__init__(with_norms(layers, norm, device, dtype))
@@ -319,18 +311,20 @@ class SlimKAN(LayerStack):
 
 def _ranks_per_layer(ranks: Ranks | Sequence[Ranks | None], layers: int) -> list[Ranks | None]:
     """The ranks of each layer; a list of three integers counts for all of them, as a tuple does."""
+    per_layer: Any = ranks
     if isinstance(ranks, (list, tuple)) and any(r is None or isinstance(r, (list, tuple)) for r in ranks):
         if len(ranks) != layers:
             raise ValueError(
                 f"`ranks` has {len(ranks)} entries, but the network has {layers} layers: give (ro, ri, rb) or None "
                 "for each of them, or one (ro, ri, rb) for all."
             )
-        return [None if r is None else check_ranks(r, "ranks") for r in ranks]
-    return [check_ranks(ranks, "ranks")] * layers
+        return [None if r is None else check_ranks(r, "ranks") for r in per_layer]
+    checked: list[Ranks | None] = [check_ranks(per_layer, "ranks")]
+    return checked * layers
 
 
 def warn_capped(layers: dict[str, tuple]) -> None:
-    """Warns of the layers, name: (ranks asked for, shape of the tensor, ranks that it got), that got fewer."""
+    """Warns of layers with lower ranks than asked for; name: (ranks asked for, shape of the tensor, ranks)."""
     fewer = {n: v for n, v in layers.items() if v[2] != (v[0] if isinstance(v[0], tuple) else (v[0],) * 3)}
     if fewer:
         listed = "; ".join(f"{name}: {asked} for {shape}, made {got}" for name, (asked, shape, got) in fewer.items())

@@ -23,6 +23,7 @@ from qkan.kan import KANLinear as EfficientKANLinear
 from scipy.interpolate import BSpline
 
 from peft_lotra.kan import bspline_basis
+from peft_lotra.kan.basis import cardinal_derivatives, cardinal_spline, moments
 
 
 ORDERS = [1, 2, 3, 4, 5]
@@ -215,3 +216,19 @@ def test_refuses_a_grid_size(grid_size):
 def test_refuses_integers():
     with pytest.raises(TypeError, match="int64"):
         bspline_basis(torch.zeros(1, dtype=torch.int64), -1, 1, 5, 3)
+
+
+@pytest.mark.parametrize("order", range(1, 6))
+def test_cardinal_derivatives_share_powers(order):
+    offset = torch.linspace(-4, 4, 161, dtype=torch.float64)
+    for derivative, found in enumerate(cardinal_derivatives(offset, order)):
+        torch.testing.assert_close(found, cardinal_spline(offset, order, derivative))
+
+
+def test_moments_are_means_over_a_normal_law():
+    variance, found = moments((-1, 3), 4, 2)
+    assert variance == 16 / 12 and found.shape == (7, 7)
+    x = 1 + variance**0.5 * torch.randn(200_000, dtype=torch.float64)
+    basis = bspline_basis(x, -1, 3, 4, 2)
+    functions = torch.cat([basis, torch.nn.functional.silu(x).unsqueeze(-1)], dim=-1)
+    torch.testing.assert_close(found, functions.T @ functions / len(x), rtol=0.05, atol=0.01)

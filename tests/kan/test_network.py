@@ -119,17 +119,16 @@ def test_refuses_a_wrong_last_dimension():
         KAN([3, 2])(torch.zeros(4, 2))
 
 
-def test_kan_itself_does_not_import_transformers():
-    # As a part of the package it may: `peft_lotra` registers with PEFT, which imports transformers.
+def test_kan_itself_does_not_import_peft():
+    # As a part of the package it does: `peft_lotra` registers with PEFT.
     code = (
         "import sys, types\n"
         "package = types.ModuleType('peft_lotra')\n"
         "package.__path__ = [sys.argv[1]]\n"
         "sys.modules['peft_lotra'] = package\n"
         "import peft_lotra.kan\n"
-        "assert 'transformers' not in sys.modules and 'peft' not in sys.modules\n"
-        "peft_lotra.kan.KANConfig\n"
-        "assert 'transformers' in sys.modules and 'peft' not in sys.modules\n"
+        "assert peft_lotra.kan.KANModel\n"
+        "assert 'peft' not in sys.modules\n"
     )
     import peft_lotra.kan
 

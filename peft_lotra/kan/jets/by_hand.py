@@ -87,7 +87,8 @@ class LayerJet(torch.autograd.Function):
                     to_weight.addmm_(gradient, jet_row.t())
                 return [] if transposed is None else jet_rows.sums(transposed, gradient, orders)
 
-            along_z, along_first = None, [None] * len(first)
+            along_z: Tensor | None = None
+            along_first: list[Tensor | None] = [None] * len(first)
             if grad_y is not None:
                 for by_first in sums(jet_rows.value(), grad_y[:, block], (1,)):
                     along_z = by_first.mul_(scales[1])
@@ -98,21 +99,22 @@ class LayerJet(torch.autograd.Function):
                         along_first[d] = found[0].mul_(scales[1])
                         by_second = found[1].mul_(scales[2]).mul_(first[d, :, block])
                         along_z = by_second if along_z is None else along_z.add_(by_second)
-            for d in range(0 if grad_d2y is None else len(grad_d2y)):
+            for d, given in enumerate([] if grad_d2y is None else grad_d2y):
                 orders = (1, 2, 3) if second is not None else (2, 3)
-                found = sums(jet_rows.second(d), grad_d2y[d, :, block], orders)
+                found = sums(jet_rows.second(d), given[:, block], orders)
                 if not found:
                     continue
                 *by_first, by_second, by_third = found
                 by_second.mul_(scales[2])
                 by_third.mul_(scales[3]).mul_(jet_rows.square[d])
                 along_z = by_third if along_z is None else along_z.add_(by_third)
-                if to_second is not None:
+                if to_second is not None and second is not None:
                     torch.mul(by_first[0], scales[1], out=to_second[d, :, block])
                     along_z.addcmul_(by_second, second[d, :, block])
                 for c in range(len(first)) if weights is not None else (d,):
                     square = by_second * jet_rows.weighted[c]
-                    along_first[c] = square.mul_(2) if along_first[c] is None else along_first[c].add_(square, alpha=2)
+                    along = along_first[c]
+                    along_first[c] = square.mul_(2) if along is None else along.add_(square, alpha=2)
             if to_z is not None and to_first is not None:
                 to_z[:, block] = 0 if along_z is None else along_z
                 for d, along in enumerate(along_first):

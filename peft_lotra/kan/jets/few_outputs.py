@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import silu_derivatives
+from ..layer import KANLinear
 from ..product import needs_plain_operations
+from ..slim_kan import SlimKANLinear
 from .by_hand import plain_gradients
 
 
@@ -31,7 +33,7 @@ from .by_hand import plain_gradients
 MOST_OUTPUTS = 2
 
 
-def few_outputs(layer: nn.Module, z: Tensor) -> bool:
+def few_outputs(layer: KANLinear | SlimKANLinear, z: Tensor) -> bool:
     """Whether to take `FewOutputsJet`. At the knots, the second derivatives of splines below order 3 jump, and must be
     those of the plain formula."""
     return layer.out_features <= MOST_OUTPUTS and layer.spline_order >= 3 and not needs_plain_operations(z)
@@ -114,7 +116,8 @@ class FewOutputsJet(torch.autograd.Function):
             if second is not None and grad_d2y is not None:
                 to_second = torch.einsum("don,oin->din", grad_d2y, first_phi)
         if ctx.needs_input_grad[3]:
-            to_base = sum((g * r).sum(-1) for g, r in zip(towards, residual[:3], strict=True))
+            terms = [(g * r).sum(-1) for g, r in zip(towards, residual[:3], strict=True)]
+            to_base = terms[0] + terms[1] + terms[2]
             to_weight = _weight_gradient(ctx.sizes, t, index, [g * scale**d for d, g in enumerate(towards)])
             to_weight = torch.cat([to_weight, to_base.unsqueeze(-1)], dim=-1).transpose(1, 2).flatten(1)
         return to_z, to_first, to_second, to_weight, *[None] * 4
@@ -138,7 +141,8 @@ def _weight_gradient(sizes: tuple[int, ...], t: Tensor, index: Tensor, towards: 
     sums = sums.view(order + 1, outputs, inputs, intervals)
     windows = torch.einsum("qoij,lq->loij", sums, _pieces(order, t.dtype, t.device))
     # entry l of the window of interval j, counted from -order - 1, is basis function j + l
-    return sum(window[..., order + 1 - m :][..., :num_basis] for m, window in enumerate(windows))
+    shifted = [window[..., order + 1 - m :][..., :num_basis] for m, window in enumerate(windows)]
+    return sum(shifted[1:], shifted[0])
 
 
 @lru_cache(maxsize=64)

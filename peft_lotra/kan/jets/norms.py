@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A normalisation applied to a jet: a value with first and second derivatives along some directions."""
+"""A normalization applied to a jet: a value with first and second derivatives along some directions."""
 
 from __future__ import annotations
 
@@ -22,16 +22,21 @@ from torch import Tensor, nn
 from ..network import BatchNorm
 
 
+Norm = nn.LayerNorm | nn.BatchNorm1d
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether `through_norm` knows the module: layer normalisation of the last dimension, and batch normalisation by
     running statistics (in evaluation mode)."""
     if type(module) is nn.LayerNorm:
         return len(module.normalized_shape) == 1
-    return type(module) in (BatchNorm, nn.BatchNorm1d) and not module.training and module.track_running_stats
+    if not isinstance(module, nn.BatchNorm1d) or type(module) not in (BatchNorm, nn.BatchNorm1d):
+        return False
+    return not module.training and module.track_running_stats
 
 
 def check_rows_apart(model: nn.Module) -> None:
-    """Raises a `ValueError` if the model normalises by the statistics of the batch."""
+    """Raises a `ValueError` if the model normalizes by the statistics of the batch."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
             raise ValueError(
@@ -41,36 +46,48 @@ def check_rows_apart(model: nn.Module) -> None:
             )
 
 
-def norm_size(module: nn.Module) -> int:
-    """The size of the last dimension that it normalises."""
+def norm_size(module: Norm) -> int:
+    """The size of the last dimension, which the module normalizes."""
     return module.normalized_shape[0] if isinstance(module, nn.LayerNorm) else module.num_features
 
 
 def through_norm(
-    norm: nn.Module, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
+    norm: Norm, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """
-    (z, z', z'') to (y, y', y''), with arguments and shapes as in `through_layer`, by operations that autograd
-    differentiates.
+    (z, z', z'') to (y, y', y''), by operations that autograd differentiates.
 
-    With m = z - mean(z), v = mean(m^2) + eps and s = v^(-1/2), layer normalisation is m s; batch normalisation in
+    With m = z - mean(z), v = mean(m^2) + eps and s = v^(-1/2), layer normalization is m s; batch normalization in
     evaluation mode is affine.
+
+    Args:
+        norm: a module that `is_norm` knows.
+        z: values, shape (..., I).
+        first: derivatives along D directions, (D, ..., I), where (...) may be ones.
+        second: second derivatives, (D, ..., I), or (1, ..., I) with `weights`; None if they are zero.
+        weights: of the sum of the second derivatives, (D,); None for each of them.
+
+    Returns:
+        Tensors of the shapes of the arguments.
     """
     first = first.expand(len(first), *z.shape)
     if second is None:
         second = torch.zeros_like(first if weights is None else first[:1])
+    scale: Tensor | None = norm.weight  # with the bias None, if not affine
+    shift: Tensor | None = norm.bias
     if isinstance(norm, nn.LayerNorm):
-        y = _normalise(z, first, second, weights, norm.eps)
-        scale, shift = norm.weight, norm.bias
+        y, dy, d2y = _normalize(z, first, second, weights, norm.eps)
     else:
-        y, scale, shift = (z - norm.running_mean, first, second), torch.rsqrt(norm.running_var + norm.eps), norm.bias
-        scale = scale if norm.weight is None else scale * norm.weight
+        assert norm.running_mean is not None and norm.running_var is not None  # see `is_norm`
+        y, dy, d2y = z - norm.running_mean, first, second
+        deviation = torch.rsqrt(norm.running_var + norm.eps)
+        scale = deviation if scale is None else deviation * scale
     if scale is not None:
-        y = tuple(part * scale for part in y)
-    return (y[0] if shift is None else y[0] + shift, *y[1:])
+        y, dy, d2y = y * scale, dy * scale, d2y * scale
+    return y if shift is None else y + shift, dy, d2y
 
 
-def _normalise(
+def _normalize(
     z: Tensor, first: Tensor, second: Tensor, weights: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     def mean(x: Tensor) -> Tensor:
@@ -83,6 +100,6 @@ def _normalise(
     v, dv = mean(m.square()) + eps, 2 * mean(m * dm)
     d2v = 2 * mean(over_directions(dm.square()) + m * d2m)
     s = torch.rsqrt(v)
-    slope, bend = s**3 / -2, 3 * s**5 / 4  # of s in v
-    ds, d2s = slope * dv, bend * over_directions(dv.square()) + slope * d2v
+    by_first, by_second = s**3 / -2, 3 * s**5 / 4  # derivatives of s in v
+    ds, d2s = by_first * dv, by_second * over_directions(dv.square()) + by_first * d2v
     return m * s, dm * s + m * ds, d2m * s + 2 * over_directions(dm * ds) + m * d2s

@@ -1,0 +1,71 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import pickle
+
+import pytest
+import torch
+from peft import AutoPeftModel, get_peft_model
+from transformers import AutoModel
+
+import peft_lotra
+from peft_lotra import LoTRAConfig, kan
+from peft_lotra.kan import KAN, KANConfig, KANModel, SlimKAN, slim
+
+
+MODELS = {
+    "KAN": lambda: KAN([2, 3, 1]),
+    "SlimKAN": lambda: SlimKAN([2, 3, 1], (1, 2, 2)),
+    "KANModel": lambda: KANModel(KANConfig([2, 3, 1])),
+}
+
+
+def test_every_public_name_is_there():
+    assert all(hasattr(kan, name) for name in kan.__all__)
+    assert kan.slim is slim is peft_lotra.slim and not inspect.ismodule(slim)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_name_the_public_module(name):
+    model = MODELS[name]()
+    assert type(model).__module__ == "peft_lotra.kan"
+    assert getattr(kan, name) is type(model)
+    x = torch.rand(5, 2)
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(twin) is type(model)
+        for ours, theirs in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+            assert torch.equal(ours, theirs)
+        assert twin(x) is not None
+
+
+@pytest.mark.parametrize("library", ["peft_lotra.kan", "peft_lotra.kan.modeling_kan"])
+def test_files_of_adapters_name_the_public_module_and_old_ones_load(library, tmp_path):
+    KANModel(KANConfig([2, 3, 1])).save_pretrained(tmp_path / "base")
+    base = AutoModel.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoTRAConfig(r=2, init_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    assert config["auto_mapping"] == {"base_model_class": "KANModel", "parent_library": "peft_lotra.kan"}
+    config["auto_mapping"]["parent_library"] = library
+    file.write_text(json.dumps(config))
+    loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=["peft_lotra"])
+    x = torch.rand(5, 2)
+    assert torch.equal(loaded(x).logits, model(x).logits)
