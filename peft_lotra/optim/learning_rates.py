@@ -21,11 +21,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..families.registry import short_name
 from ..families.slim import SlimLayer
+from ..functional import unwrap
 from ..kan.slim_kan import SlimKANLinear
 from ..report import Report, TextTable
 from ..tucker import Tucker
@@ -53,7 +53,7 @@ class LoTRALearningRate:
         shape (`tuple[int, ...]`): The shape of the component.
         width (`int`): The layer's width on the component's side; 0 for core and factor_basis, which have none.
         multiplier (`float`): The factor of its learning rate.
-        parameter (`nn.Parameter`): The component itself.
+        parameter (`torch.Tensor`): The component itself.
     """
 
     module: str
@@ -62,7 +62,7 @@ class LoTRALearningRate:
     shape: tuple[int, ...]
     width: int
     multiplier: float
-    parameter: nn.Parameter = field(repr=False, compare=False)
+    parameter: Tensor = field(repr=False, compare=False)
 
     @property
     def group(self) -> str:
@@ -74,10 +74,8 @@ class LoTRALearningRates(Report, list[LoTRALearningRate]):
     """The lines of the table, a list."""
 
     def _table(self) -> TextTable:
-        columns = ["module", "adapter", "component", "shape", "multiplier"]
-        return TextTable(
-            columns, [[x.module, x.adapter, x.component, str(x.shape), f"{x.multiplier:.4g}"] for x in self]
-        )
+        rows = [[x.module, x.adapter, x.component, str(x.shape), f"{x.multiplier:.4g}"] for x in self]
+        return TextTable(["module", "adapter", "component", "shape", "multiplier"], rows)
 
     def as_dict(self) -> dict[str, Any]:
         """The lines in plain values, without the parameters, for JSON."""
@@ -125,7 +123,7 @@ def lotra_lr_multipliers(
     if rule not in RULES:
         raise ValueError(f"`rule` is {rule!r}, but must be one of {RULES}, or None.")
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, TUCKER_LAYERS)}
+    layers = {name: part for name, part in unwrap(model).named_modules() if isinstance(part, TUCKER_LAYERS)}
     if not layers:
         raise ValueError(
             f"The {type(model).__name__} has no LoTRA layer, and no Slim one. Adapt it first: "
@@ -145,8 +143,7 @@ def lotra_lr_multipliers(
                 else:
                     multiplier = multipliers.get(component, 1.0)
                 short, shape = component.removeprefix("lotra_"), tuple(parameter.shape)
-                line = LoTRALearningRate(short_name(name), adapter, short, shape, width, multiplier, parameter)
-                table.append(line)
+                table.append(LoTRALearningRate(name, adapter, short, shape, width, multiplier, parameter))
     if not table:
         raise ValueError(
             "No LoTRA component requires a gradient, and no Slim one. Load the adapter with `is_trainable=True`, or "

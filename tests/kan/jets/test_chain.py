@@ -108,11 +108,11 @@ def test_other_modules_are_taught(monkeypatch):
     assert stages_of(Wrapper()) is None
     register_wrapper(Wrapper, lambda wrapper: wrapper.inside)
 
-    @register_stages(Halved)
     def halved(module):
         (stage,) = stages_of(module.layer)
         return [stage._replace(dense=tuple(part / 2 for part in stage.dense))]
 
+    register_stages(Halved, halved)
     model, x = nn.Sequential(Wrapper(), Halved()), points(80)
     assert len(stages_of(model)) == 4
     assert_same(jet(model, x), nested(model, x))
