@@ -99,7 +99,7 @@ def register_stages(cls: type[nn.Module], finder: Callable[[Any], list[Stage] | 
 
 
 def register_wrapper(cls: type[nn.Module], inner: Callable[[Any], nn.Module | None]) -> None:
-    """Teaches `stages_of` a class whose modules return what `inner(module)` makes of their input, if it is not None."""
+    """Teaches `stages_of` a class of modules that return what `inner(module)`, if not None, makes of their input."""
     register_stages(cls, lambda module: None if (wrapped := inner(module)) is None else stages_of(wrapped))
 
 
