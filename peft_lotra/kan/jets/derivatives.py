@@ -151,7 +151,7 @@ def through_stages(
     directions: Tensor,
     weights: Tensor | None,
 ) -> Jet:
-    """The jet of a chain at x (..., I). `evaluate` evaluates its KAN layers: `evaluate_layer`, or a function that calls
+    """The jet of a chain at x (..., I). `evaluate` evaluates its KAN layers: `evaluate_layer`, or what calls
     it."""
     first = directions.reshape(-1, *[1] * (x.dim() - 1), x.shape[-1])
     second = None  # straight lines
