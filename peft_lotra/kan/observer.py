@@ -33,11 +33,7 @@ class Observer(Protocol):
         ...
 
     def jet(
-        self,
-        through: Callable[..., Any],
-        x: Tensor,
-        directions: Tensor,
-        weights: Tensor | None,
+        self, through: Callable[..., Any], x: Tensor, directions: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """The result of `through(evaluate_layer, x, directions, weights)`, a jet of a network, where `evaluate_layer`
         may be any function with the arguments and results of `jets.layers.evaluate_layer`."""

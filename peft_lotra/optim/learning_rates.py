@@ -17,15 +17,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..families.slim import SlimLayer
+from ..functional import unwrap
 from ..kan.slim_kan import SlimKANLinear
+from ..report import Report, TextTable
+from ..tucker import Tucker
 from ..tuner.layer import LoTRALayer
 
 
@@ -44,13 +47,13 @@ class LoTRALearningRate:
     """One line of the table: a component of one adapter in one layer.
 
     Attributes:
-        module (`str`): The name of the adapted layer.
+        module (`str`): The name of the adapted layer in the base model, as `find_kan_layers` gives it.
         adapter (`str`): The name of the adapter.
         component (`str`): "core", "factor_out", "factor_in" or "factor_basis".
         shape (`tuple[int, ...]`): The shape of the component.
         width (`int`): The layer's width on the component's side; 0 for core and factor_basis, which have none.
-        multiplier (`float`): What its learning rate is multiplied by.
-        parameter (`nn.Parameter`): The component itself.
+        multiplier (`float`): The factor of its learning rate.
+        parameter (`torch.Tensor`): The component itself.
     """
 
     module: str
@@ -59,39 +62,39 @@ class LoTRALearningRate:
     shape: tuple[int, ...]
     width: int
     multiplier: float
-    parameter: nn.Parameter = field(repr=False, compare=False)
+    parameter: Tensor = field(repr=False, compare=False)
 
     @property
     def group(self) -> str:
-        """The name of the parameter group that the component is in, e.g. "factor_in/64"."""
+        """The name of its parameter group, e.g. "factor_in/64"."""
         return f"{self.component}/{self.width}" if self.width else self.component
 
 
-class LoTRALearningRates(list[LoTRALearningRate]):
-    """The lines of the table; `print` shows them in columns."""
+class LoTRALearningRates(Report, list[LoTRALearningRate]):
+    """The lines of the table, a list."""
 
-    def __str__(self) -> str:
-        lines = [("module", "adapter", "component", "shape", "multiplier")]
-        lines += [(x.module, x.adapter, x.component, str(x.shape), f"{x.multiplier:.4g}") for x in self]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+    def _table(self) -> TextTable:
+        rows = [[x.module, x.adapter, x.component, str(x.shape), f"{x.multiplier:.4g}"] for x in self]
+        return TextTable(["module", "adapter", "component", "shape", "multiplier"], rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The lines in plain values, without the parameters, for JSON."""
+        names = ("module", "adapter", "component", "shape", "width", "multiplier")
+        return {"components": [{name: getattr(line, name) for name in names} for line in self]}
 
 
 def lotra_lr_multipliers(
     model: nn.Module,
     policy: Literal["width", "uniform"] | Mapping[str, float] = "width",
-    optimizer_cls: type[Optimizer] | None = None,
+    optimizer_cls: Callable[..., Optimizer] | None = None,
     *,
     rule: Literal["adaptive", "sgd"] | None = None,
 ) -> LoTRALearningRates:
-    """The factor that `create_lotra_optimizer` multiplies the learning rate of each trainable component with.
+    """The factors that `create_lotra_optimizer` multiplies the learning rate with, for each trainable component.
 
     Args:
-        model (`nn.Module`): A model with LoTRA layers.
-        policy, optimizer_cls, rule: As for [`create_lotra_optimizer`]; without an optimizer class, and without a
-            rule, the one of Adam counts.
+        model (`nn.Module`): A model with LoTRA or Slim layers.
+        policy, optimizer_cls, rule: As for [`create_lotra_optimizer`]. Without class and rule, that of Adam counts.
 
     Returns:
         `LoTRALearningRates`: A list of lines (module, adapter, component, shape, width, multiplier, parameter), which
@@ -103,7 +106,15 @@ def lotra_lr_multipliers(
     Example:
 
     ```py
-    >>> print(lotra_lr_multipliers(model))
+    >>> from peft_lotra import lotra_lr_multipliers
+    >>> from peft_lotra.kan import SlimKAN
+    >>> print(lotra_lr_multipliers(SlimKAN([64, 16], ranks=2)))
+    module    adapter  component     shape      multiplier
+    layers.0           core          (2, 2, 2)  1
+    layers.0           factor_out    (16, 2)    1
+    layers.0           factor_in     (64, 2)    0.5
+    layers.0           factor_basis  (9, 2)     1
+
     ```
     """
     multipliers = _check_policy(policy)
@@ -112,7 +123,7 @@ def lotra_lr_multipliers(
     if rule not in RULES:
         raise ValueError(f"`rule` is {rule!r}, but must be one of {RULES}, or None.")
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, TUCKER_LAYERS)}
+    layers = {name: part for name, part in unwrap(model).named_modules() if isinstance(part, TUCKER_LAYERS)}
     if not layers:
         raise ValueError(
             f"The {type(model).__name__} has no LoTRA layer, and no Slim one. Adapt it first: "
@@ -141,8 +152,8 @@ def lotra_lr_multipliers(
     return table
 
 
-def _components(layer: nn.Module) -> dict[str, tuple[nn.Parameter, ...]]:
-    """core, factor_out, factor_in and factor_basis of each adapter, or of the Slim layer itself."""
+def _components(layer: LoTRALayer | SlimKANLinear | SlimLayer) -> dict[str, Tucker]:
+    """The components of each adapter, or of the Slim layer itself."""
     if isinstance(layer, LoTRALayer):
         return {adapter: layer.get_components(adapter) for adapter in layer.lotra_core}
     return {"": layer.components}
@@ -150,18 +161,16 @@ def _components(layer: nn.Module) -> dict[str, tuple[nn.Parameter, ...]]:
 
 def create_lotra_optimizer(
     model: nn.Module,
-    optimizer_cls: type[Optimizer],
+    optimizer_cls: Callable[..., Optimizer],
     *,
     lr: float,
     policy: Literal["width", "uniform"] | Mapping[str, float] = "width",
     rule: Literal["adaptive", "sgd"] | None = None,
     **kwargs: Any,
 ) -> Optimizer:
-    """
-    Creates an optimizer with a learning rate for each component of the LoTRA adapters.
+    """Creates an optimizer with a learning rate for each component of the LoTRA adapters.
 
-    Tucker components differ in what a step does, and identical rates train them inefficiently (arXiv 2502.06153). With
-    policy "width", a layer of n_in inputs and n_out outputs trains at lr times
+    With policy "width", a layer of n_in inputs and n_out outputs trains at lr times
 
     | component          | Adam and the like         | SGD                   |
     |--------------------|---------------------------|-----------------------|
@@ -170,33 +179,15 @@ def create_lotra_optimizer(
     | factor_in          | sqrt(16 / max(n_in, 16))  | 1                     |
 
     where m is the smallest n_out of the adapted layers. An lr that is good at one width is then good at the others.
-    The choices below were made by `examples/learning_rates.py` (three-layer KANs of width 16 to 512, ranks 4), where
-    3e-2 is best for Adam. Parameters that are no LoTRA component (`modules_to_save`, biases) train at lr, and so does
-    everything in layers of width 16 or less.
-
-    *Adam.* A step is the sign of the gradient, of size lr in every entry, so only a side as wide as the network
-    matters; core and factor_basis have none. With random factors a column of factor_in has norm 1, so its entries, and
-    those of the column to be found, are of size 1/sqrt(n_in): to arrive in a number of steps that does not depend on
-    n_in, lr must not fall faster than 1/sqrt(n_in). Nor slower: a step moves what is projected on the column by n_in
-    terms of size lr, which add up to lr sqrt(n_in) if the inputs are independent, and to lr n_in if they move
-    together. (1/n_in, the stable rate in the second case, leaves seven times the loss at width 256, each at its best
-    lr.) A step on factor_out moves each of n_out outputs by lr, and the next layer sums them with weights of size
-    1/sqrt(n_out), whose signs the step follows: lr sqrt(n_out).
-
-    *SGD.* A step is the gradient. A loss that is a mean over m outputs has gradients of 1/m of its size behind each,
-    so factor_out, which each output trains by itself, would need a rate that grows with m. Core, factor_in and
-    factor_basis gather their gradients over all outputs and need none. m is not known, but no larger than the
-    narrowest layer. Measured: a rate with m itself diverges at width 256 at the lr that is best elsewhere, sqrt(m)
-    does not, and with few outputs (m = 1, widths 64 and 256) any growth with n_out makes the best lr fall. For
-    factor_in, whose effect is a sum over n_in inputs, 1/n_in was tried too; it learns more slowly and is no more
-    stable. All in all, SGD's best lr changes little with the width even by one rate for all; the rule learns faster.
+    Parameters that are no LoTRA component (`modules_to_save`, biases) train at lr. docs/notes/optim.md derives the
+    table.
 
     Args:
-        model (`nn.Module`): A model with LoTRA layers. Only parameters that require a gradient are trained, i.e. the
-            active adapters.
+        model (`nn.Module`): A model with LoTRA or Slim layers. Only parameters that require a gradient are trained,
+            i.e. the active adapters.
         optimizer_cls (`type[torch.optim.Optimizer]`): A class that takes parameter groups.
         lr (`float`): The learning rate that the table multiplies.
-        policy (`"width"`, `"uniform"` or `dict[str, float]`): The rule above; lr for every component; or a multiplier
+        policy (`"width"`, `"uniform"` or `dict[str, float]`): The table above; lr for every component; or a multiplier
             for each component named ("core", "factor_out", "factor_in", "factor_basis"), 1 for the others.
         rule (`"adaptive"` or `"sgd"`, *optional*): Which column of the table counts. By default "sgd" for an optimizer
             class that is, or derives from, one called SGD or ASGD, and "adaptive" for all others.
@@ -204,19 +195,28 @@ def create_lotra_optimizer(
 
     Returns:
         `torch.optim.Optimizer`: One group per component and width, named in its key "name" ("core", "factor_in/64"),
-        and a last one, "other", for trainable parameters that are no component. Schedulers that scale the rates
-        keep their ratios; one that is given rates of its own (`OneCycleLR(max_lr=...)`) must be given
-        `[group["lr"] for group in optimizer.param_groups]`.
+        and a last one, "other", for trainable parameters that are no component. Schedulers that scale the rates keep
+        their ratios. Give one that sets rates itself `OneCycleLR(max_lr=[group["lr"] for group in
+        optimizer.param_groups])`.
 
     Raises:
         ValueError: `lr` is not a finite number above 0, `policy` or `rule` is unknown, or no LoTRA component of the
             model can be trained.
 
+    Source: Gao, Ng and Tan, arXiv 2502.06153: identical rates train Tucker components inefficiently.
+
     Example:
 
     ```py
+    >>> import torch
+    >>> from peft import get_peft_model
+    >>> from peft_lotra import LoTRAConfig, create_lotra_optimizer
+    >>> from peft_lotra.kan import KAN
+    >>> model = get_peft_model(KAN([64, 4]), LoTRAConfig(r=2))
     >>> optimizer = create_lotra_optimizer(model, torch.optim.AdamW, lr=3e-2, weight_decay=0.0)
-    >>> trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+    >>> {group["name"]: group["lr"] for group in optimizer.param_groups}
+    {'core': 0.03, 'factor_out/4': 0.03, 'factor_in/64': 0.015, 'factor_basis': 0.03}
+
     ```
     """
     if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not math.isfinite(lr) or lr <= 0:
@@ -234,7 +234,7 @@ def create_lotra_optimizer(
 
 
 def _check_policy(policy: str | Mapping[str, float]) -> dict[str, float]:
-    """The multipliers that the policy names, by component's full name; none for "width" and "uniform"."""
+    """The multipliers that the policy names, by the components' full names; none for "width" and "uniform"."""
     known = [component.removeprefix("lotra_") for component in COMPONENTS]
     if isinstance(policy, Mapping):
         for component, multiplier in policy.items():
@@ -256,7 +256,7 @@ def _check_policy(policy: str | Mapping[str, float]) -> dict[str, float]:
 
 
 def _width_multiplier(component: str, width: int, narrowest: int, rule: str) -> float:
-    """Policy "width", as derived in `create_lotra_optimizer`; `narrowest` is the smallest n_out of all layers."""
+    """The table of `create_lotra_optimizer`; `narrowest` is the smallest n_out of all layers."""
     # A side narrower than the reference keeps lr: a network of few inputs or outputs is not a narrow one.
     if rule == "adaptive":
         return math.sqrt(REFERENCE_WIDTH / max(width, REFERENCE_WIDTH))
@@ -265,7 +265,7 @@ def _width_multiplier(component: str, width: int, narrowest: int, rule: str) -> 
     return 1.0
 
 
-def _steps_with_gradient(optimizer_cls: type[Optimizer]) -> bool:
-    """Whether the optimizer's step is proportional to the gradient. Known by its name, which also finds the classes
-    that follow torch.optim.SGD's without deriving from it."""
+def _steps_with_gradient(optimizer_cls: Callable[..., Optimizer]) -> bool:
+    """Whether the optimizer's step is proportional to the gradient. The name tells, also of classes that follow
+    torch.optim.SGD without deriving from it."""
     return any(cls.__name__ in ("SGD", "ASGD") for cls in getattr(optimizer_cls, "__mro__", ()))

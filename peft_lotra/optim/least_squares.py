@@ -188,13 +188,13 @@ class LeastSquares:
 
     def _plan(self, function: Callable, rows: Sequence[Tensor], scale: float) -> TermPlan:
         """Measures what autograd keeps for a row, and whether the Jacobian can be computed by layers."""
-        values, one = self._trial(function, rows, scale, 1)
-        _, two = self._trial(function, rows, scale, 2)
+        leaves = self._leaves()
+        values, one = self._trial(function, rows, scale, 1, leaves)
+        _, two = self._trial(function, rows, scale, 2, leaves)
         gradients = 2 * values.shape[1] * self.num_parameters * 8
         plan = TermPlan(function, 3 * max(1, sum(two) - sum(one)) + gradients)
         if TRIAL_ROWS * plan.row_bytes > self.memory:
             return plan
-        leaves = self._leaves()
         try:
             with recording(leaves.values(), TRIAL_ROWS) as recorder:
                 values, sizes = self._trial(function, rows, scale, TRIAL_ROWS, leaves)
@@ -206,12 +206,7 @@ class LeastSquares:
         return plan
 
     def _trial(
-        self,
-        function: Callable,
-        rows: Sequence[Tensor],
-        scale: float,
-        count: int,
-        leaves: dict[str, Tensor] | None = None,
+        self, function: Callable, rows: Sequence[Tensor], scale: float, count: int, leaves: dict[str, Tensor]
     ) -> tuple[Tensor, list[int]]:
         """The residuals of the first row `count` times, and the bytes of each tensor that autograd keeps."""
         sizes: list[int] = []
@@ -222,7 +217,7 @@ class LeastSquares:
 
         head = [row[:1].expand(count, *row.shape[1:]).contiguous() for row in rows]
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            return self._call(function, scale, leaves or self._leaves(), head), sizes
+            return self._call(function, scale, leaves, head), sizes
 
     def _rows_at_once(self, plan: TermPlan) -> int:
         return max(1, min(self.memory // 2, CHUNK) // plan.row_bytes)

@@ -92,7 +92,8 @@ class LevenbergMarquardt:
         max_damping: float = 1e12,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` is {type(model).__name__}, but must be an nn.Module: not its parameters.")
+            kind = type(model).__name__
+            raise TypeError(f"`model` is {kind}, but must be an nn.Module: give the model, not `model.parameters()`.")
         for name, value, low in (("damping", damping, 0), ("floor", floor, 0), ("max_damping", max_damping, damping)):
             if not (math.isfinite(value) and value > low):
                 raise ValueError(f"`{name}` is {value!r}, but must be a finite number above {low}.")

@@ -28,7 +28,6 @@ from ..kan.jets.derivatives import register_check
 from .layer import LoTRALayer
 
 
-@register_stages(LoTRALayer)
 def _lotra_layer(model: LoTRALayer) -> list[Stage] | None:
     if model.disable_adapters and model.merged:
         model.unmerge()  # as its forward does
@@ -39,7 +38,6 @@ def _lotra_layer(model: LoTRALayer) -> list[Stage] | None:
     return [stage._replace(updates=(*stage.updates, *model.updates_in_force()))]
 
 
-@register_stages(ParamWrapper)
 def _lora_on_parameter(model: ParamWrapper) -> list[Stage] | None:
     """PEFT's LoRA on `target_parameters`: its updates are dense."""
     if model.disable_adapters and model.merged:
@@ -72,6 +70,8 @@ def check_kan(model: nn.Module) -> None:
         )
 
 
+register_stages(LoTRALayer, _lotra_layer)
+register_stages(ParamWrapper, _lora_on_parameter)
 register_wrapper(PeftModel, lambda model: model.get_base_model())
 register_wrapper(PeftMixedModel, lambda model: model.base_model)
 register_wrapper(BaseTuner, lambda tuner: tuner.model)

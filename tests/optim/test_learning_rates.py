@@ -104,7 +104,20 @@ def test_the_table_prints():
     lines = str(lotra_lr_multipliers(wide())).splitlines()
     assert lines[0].split() == ["module", "adapter", "component", "shape", "multiplier"]
     assert len(lines) == 9
-    assert lines[2].split() == ["base_model.model.layers.0", "default", "factor_out", "(256,", "2)", "0.25"]
+    assert lines[2].split() == ["layers.0", "default", "factor_out", "(256,", "2)", "0.25"]
+
+
+def test_the_table_in_plain_values():
+    lines = lotra_lr_multipliers(wide()).as_dict()["components"]
+    assert len(lines) == 8
+    assert lines[1] == {
+        "module": "layers.0",
+        "adapter": "default",
+        "component": "factor_out",
+        "shape": (256, 2),
+        "width": 256,
+        "multiplier": 0.25,
+    }
 
 
 def test_one_group_for_each_component_and_width():

@@ -19,43 +19,12 @@ import math
 
 import pytest
 import torch
-from helpers import adapt, lotra_layers
+from helpers import adapt
+from residuals import fit, network, problem, terms
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_lotra.kan import KAN, jet
 from peft_lotra.optim import LevenbergMarquardt
-from peft_lotra.optim.least_squares import LeastSquares, check_terms
 from peft_lotra.optim.levenberg_marquardt import _damping_factor
-from peft_lotra.optim.linear_model import LinearModel
-
-
-def fit(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return model(x) - y
-
-
-def equation(model: nn.Module, x: Tensor, f: Tensor) -> Tensor:
-    u, _, laplacian = jet(model, x, collapse=True)
-    return -laplacian + u**3 - f
-
-
-def network(width: int = 5, dtype: torch.dtype = torch.float64) -> KAN:
-    return KAN([2, width, width, 1], dtype=dtype)
-
-
-def terms(dtype: torch.dtype = torch.float64, points: int = 150) -> list[tuple]:
-    """-lap u + u^3 = f with the solution sin(pi x) sin(pi y)."""
-    x = torch.rand(points, 2, dtype=dtype) * 2 - 1
-    u = (math.pi * x).sin().prod(1, keepdim=True)
-    line = torch.linspace(-1, 1, 10, dtype=dtype)
-    ends = torch.ones_like(line)
-    edge = torch.cat([torch.stack(side, 1) for v in (ends, -ends) for side in ((line, v), (v, line))])
-    return [(equation, (x, 2 * math.pi**2 * u + u**3), 1.0), (fit, (edge, torch.zeros_like(edge[:, :1])), 50.0)]
-
-
-def problem(model: nn.Module, residual_terms: list[tuple], memory: int = 2**30) -> LeastSquares:
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return LeastSquares(model, trainable, check_terms(residual_terms), memory)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -81,35 +50,6 @@ def test_linear_least_squares_in_one_step():
     assert record.loss == pytest.approx(((ones @ best - y).square().sum() / 30).item())
 
 
-@pytest.mark.parametrize("points", [60, 400])
-@pytest.mark.parametrize("adapted", [False, True])
-def test_jacobian_and_step(adapted, points):
-    """Against the Jacobian of autograd, and the damped system solved as a least-squares problem."""
-    model, data = network(), terms(points=points)
-    model = adapt(model) if adapted else model
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    weights = [math.sqrt(weight / len(rows[0])) for _, rows, weight in data]
-    residuals = torch.cat([s * f(model, *rows).flatten() for s, (f, rows, _) in zip(weights, data, strict=True)])
-    expected = torch.stack(
-        [torch.cat([g.flatten() for g in torch.autograd.grad(r, parameters, retain_graph=True)]) for r in residuals]
-    )
-
-    least_squares = problem(model, data)
-    found = torch.cat([least_squares.jacobian(*chunk) for chunk in least_squares.chunks()])
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    linear = LinearModel(least_squares, residuals.detach(), floor=1e-3)
-    assert linear.in_residual_space is (len(residuals) < expected.shape[1])
-    squares = expected.square().sum(0)
-    scaling = squares.clamp(min=1e-3 * squares.max().item())
-    stacked = torch.cat([expected, torch.diag((0.1 * scaling).sqrt())])
-    right = torch.cat([-residuals, torch.zeros_like(scaling)]).detach()
-    step = torch.linalg.lstsq(stacked, right[:, None]).solution[:, 0]
-    torch.testing.assert_close(linear.solve(0.1, linear._residuals), step, rtol=1e-6, atol=1e-9)
-    promised = residuals.square().sum() - (residuals + expected @ step).square().sum()
-    assert linear.predicted_decrease(0.1, step) == pytest.approx(promised.item())
-    torch.testing.assert_close(least_squares.pull_back(residuals.detach()), expected.T @ residuals.detach())
-
-
 @pytest.mark.parametrize("points", [60, 800])  # in the space of residuals, of parameters
 def test_chunks_do_not_change_the_step(monkeypatch, points):
     data, whole = terms(points=points), network()
@@ -121,19 +61,6 @@ def test_chunks_do_not_change_the_step(monkeypatch, points):
     LevenbergMarquardt(chunked).step(data)
     for a, e in zip(chunked.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-10)
-
-
-def test_jacobian_that_does_not_fit_is_recomputed(monkeypatch):
-    model, data = network(8), terms(points=60)
-    least_squares = problem(model, data)
-    residuals = least_squares.residuals(least_squares.start)
-    whole = LinearModel(least_squares, residuals, 1e-6)
-    monkeypatch.setattr("peft_lotra.optim.least_squares.CHUNK", 2**23)
-    small = problem(model, data, memory=2**20)
-    parts = LinearModel(small, residuals, 1e-6)
-    assert whole.jacobian is not None and parts.jacobian is None
-    torch.testing.assert_close(parts.matrix, whole.matrix)
-    torch.testing.assert_close(parts.solve(0.1, residuals), whole.solve(0.1, residuals), rtol=1e-6, atol=1e-9)
 
 
 def test_geodesic_acceleration_goes_further():
@@ -157,21 +84,6 @@ def test_geodesic_acceleration_goes_further():
         torch.testing.assert_close(model.at, torch.ones(2, dtype=torch.float64))
         steps[geodesic] = len(history)
     assert steps[True] < steps[False]
-
-
-def test_second_order_correction_with_and_without_the_jacobian(monkeypatch):
-    model, data = network(8), terms(points=60)
-    least_squares = problem(model, data)
-    residuals = least_squares.residuals(least_squares.start)
-    step = 1e-3 * torch.randn_like(least_squares.start)
-    whole = LinearModel(least_squares, residuals, 1e-6)
-    monkeypatch.setattr("peft_lotra.optim.least_squares.CHUNK", 2**23)
-    parts = LinearModel(problem(model, data, memory=2**20), residuals, 1e-6)
-    assert whole.jacobian is not None and parts.jacobian is None
-    ahead, behind = (least_squares.residuals(least_squares.start + sign * 0.1 * step) for sign in (1, -1))
-    bend = (ahead - 2 * residuals + behind) / 0.1**2
-    for linear in (whole, parts):
-        assert (linear.second_derivative(step) - bend).norm() < 0.05 * bend.norm()
 
 
 def test_damping_is_not_tried_again_where_it_has_just_failed():
@@ -216,35 +128,6 @@ def test_plain_networks_and_other_kans():
     for model in (mlp, EfficientKAN([2, 4, 1]), adapt(EfficientKAN([2, 4, 1]), random=False)):
         history = LevenbergMarquardt(model).fit([(fit, (x, y))], 12, progress=False)
         assert history[-1].loss < 0.3 * y.square().mean()
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers that a tensor held, of all that were made."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
-
-
-@pytest.mark.parametrize("residual", [equation, fit])
-@pytest.mark.parametrize("by_layers", [True, False])
-def test_no_dense_gradient_for_an_adapter(residual, by_layers):
-    rows, width = 40, 120
-    model = adapt(network(width), r=(3, 3, 3))
-    dense = width * width * 9
-    data = [term for term in terms(points=rows) if term[0] is residual]
-    least_squares = problem(model, data)
-    with Largest() as largest:
-        chunk = next(least_squares.chunks())
-        least_squares.jacobian(*chunk) if by_layers else least_squares._jacobian_by_rows(*chunk)
-    # some tensors of features together, and the coefficients themselves
-    assert largest.numel <= 9 * rows * width * 9 <= rows * dense / 10
-    assert len(lotra_layers(model)) == 3
 
 
 # What goes wrong
@@ -328,25 +211,10 @@ def test_arguments():
     for wrong in ({"damping": 0.0}, {"damping": math.nan}, {"floor": 0.0}, {"floor": 2.0}, {"memory": 1000}):
         with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is"):
             LevenbergMarquardt(model, **wrong)
+    with pytest.raises(TypeError, match="`model` is generator, but must be an nn.Module"):
+        LevenbergMarquardt(model.parameters())
     with pytest.raises(ValueError, match="No parameter of the model requires a gradient"):
         LevenbergMarquardt(model.requires_grad_(False))
-
-
-@pytest.mark.parametrize(
-    "term, message",
-    [
-        (fit, "Residual term 0 is function"),
-        ((fit, []), r"The rows of residual term 0 \(fit\) must be tensors"),
-        ((fit, (torch.zeros(2, 2), torch.zeros(3, 1))), r"have lengths \[2, 3\]"),
-        ((fit, (torch.zeros(0, 2),)), r"have lengths \[0\]"),
-        ((fit, (torch.zeros(2, 2),), -1.0), "weight of residual term 0 .fit. is -1.0"),
-    ],
-)
-def test_malformed_terms(term, message):
-    with pytest.raises(ValueError, match=message):
-        LevenbergMarquardt(network()).step([term])
-    with pytest.raises(ValueError, match="no residual terms"):
-        LevenbergMarquardt(network()).step([])
 
 
 # fit

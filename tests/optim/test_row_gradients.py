@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable
 
 import pytest
@@ -27,9 +26,7 @@ from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, KANLinear, SlimKAN, hessian, jet, laplacian
 from peft_lotra.kan.observer import current_observer
-from peft_lotra.optim import LevenbergMarquardt
-from peft_lotra.optim.least_squares import TRIAL_ROWS, LeastSquares, check_terms
-from peft_lotra.optim.recording import recording
+from peft_lotra.optim.least_squares import LeastSquares, check_terms
 from peft_lotra.optim.row_gradients import MOST_COLUMNS
 
 
@@ -194,23 +191,6 @@ def test_what_has_no_effect():
     assert not problem.jacobian(*next(problem.chunks())).any()
 
 
-def test_chunks_and_a_place_for_the_result():
-    model, x = adapt(network()), points()
-    problem = least_squares_of(model, several, x)
-    whole = problem.jacobian(*next(problem.chunks()))
-    small = least_squares_of(model, several, x, memory=2**18)
-    assert len(list(small.chunks())) > 1
-    scale = problem.terms[0][2]
-    place = torch.full((len(whole) + 6, whole.shape[1]), torch.nan, dtype=torch.float64)
-    first = 0
-    for function, _, rows in small.chunks():
-        found = small.jacobian(function, scale, rows, out=place[first:])
-        assert found.data_ptr() == place[first:].data_ptr()
-        first += len(found)
-    torch.testing.assert_close(place[:first], whole)
-    assert place[first:].isnan().all() and len(place[first:]) == 6
-
-
 def shifted_in_place(model: nn.Module, x: Tensor) -> Tensor:
     x = x.clone()
     u = model(x)
@@ -252,11 +232,6 @@ def test_points_on_the_knots():
         torch.testing.assert_close(by_jacobian, problem.residuals(problem.start))
 
 
-def test_dtype_of_the_jacobian():
-    problem = least_squares_of(network(), lambda model, x: equation(model, x).float())
-    assert problem.jacobian(*next(problem.chunks())).dtype == torch.float64
-
-
 # What is not by layers
 
 
@@ -285,18 +260,6 @@ def test_hooks_and_replaced_forwards_of_a_layer():
 
 def test_many_values_in_a_row():
     check(KAN([2, 3, MOST_COLUMNS + 1], dtype=torch.float64), value, by_layers=False)
-
-
-def test_rows_that_do_not_fit_are_not_tried():
-    """One row is a cloud of points: the memory asked for is enough for a few of them, not for those of a trial."""
-    seen = []
-
-    def mean_of_cloud(model: nn.Module, x: Tensor) -> Tensor:
-        seen.append(len(x))
-        return model(x).mean((1, 2))
-
-    least_squares_of(network(), mean_of_cloud, torch.rand(3, 400, 2, dtype=torch.float64), memory=2**22)
-    assert max(seen) <= 2
 
 
 class Around(nn.Module):
@@ -382,33 +345,3 @@ def test_dropout_is_drawn():
     first, second = (problem.jacobian(*next(problem.chunks())) for _ in range(2))
     assert not torch.equal(first, second)
     check(model, equation)  # a jet has none
-
-
-def test_what_is_known_of_a_term_is_kept():
-    calls = []
-
-    def residual(model: nn.Module, x: Tensor) -> Tensor:
-        calls.append(len(x))
-        return model(x.flip(0)).flip(0)
-
-    optimizer = LevenbergMarquardt(network())
-    for step in range(3):
-        calls.clear()
-        record = optimizer.step([(residual, points()), (equation, points())])
-        assert record.accepted
-        # tried in the first step only, to measure
-        assert calls.count(TRIAL_ROWS) == (1 if step == 0 else 0)
-    optimizer.step([(equation, points())])
-    assert [plan.function for plan in optimizer._plans.values()] == [equation]
-    for restored in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
-        assert restored._plans == {} and restored.step([(equation, points())]).accepted
-
-
-def test_recorders_are_of_one_thread_and_one_use():
-    parameters = [torch.ones(1, requires_grad=True)]
-    with recording(parameters, 3) as outer:
-        with pytest.raises(RuntimeError), recording(parameters, 4) as inner:
-            assert current_observer() is inner
-            raise RuntimeError
-        assert current_observer() is outer
-    assert current_observer() is None

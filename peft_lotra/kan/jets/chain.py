@@ -16,8 +16,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -27,9 +27,6 @@ from ..layer import KANLinear
 from ..network import LayerStack
 from ..slim_kan import SlimKANLinear
 from .norms import is_norm, norm_size
-
-
-_Finder = TypeVar("_Finder", bound=Callable)
 
 
 class Stage(NamedTuple):
@@ -93,59 +90,42 @@ def stages_of(model: nn.Module) -> list[Stage] | None:
     return [Stage(model)] if is_norm(model) else None
 
 
-def register_stages(cls: type[nn.Module]) -> Callable[[_Finder], _Finder]:
-    """Decorates a function that returns the stages of a module of this class; see `stages_of`.
+def register_stages(cls: type[nn.Module], finder: Callable[[Any], list[Stage] | None]) -> None:
+    """Teaches `stages_of` a class: `finder(module)` returns the stages of a module without hooks, or None.
 
-    If subclasses may compute something else, the function must check `type(model).forward`.
+    If subclasses may compute something else, it must check `type(module).forward`.
     """
-
-    def register(finder: _Finder) -> _Finder:
-        _finders[cls] = finder
-        return finder
-
-    return register
+    _finders[cls] = finder
 
 
 def register_wrapper(cls: type[nn.Module], inner: Callable[[Any], nn.Module | None]) -> None:
-    """Teaches a class of modules that return what `inner(module)` makes of their input; None for one that does not."""
-
-    def look_through(module: nn.Module) -> list[Stage] | None:
-        wrapped = inner(module)
-        return None if wrapped is None else stages_of(wrapped)
-
-    _finders[cls] = look_through
+    """Teaches `stages_of` a class of modules that return what `inner(module)`, if not None, makes of their input."""
+    register_stages(cls, lambda module: None if (wrapped := inner(module)) is None else stages_of(wrapped))
 
 
-@register_stages(KANLinear)
-def _dense_layer(model: KANLinear) -> list[Stage] | None:
-    if type(model).forward is not KANLinear.forward:
-        return None
-    return [Stage(model, (model.spline_weight, model.base_weight))]
+def _dense_layer(layer: KANLinear) -> list[Stage] | None:
+    plain = type(layer).forward is KANLinear.forward
+    return [Stage(layer, (layer.spline_weight, layer.base_weight))] if plain else None
 
 
-@register_stages(SlimKANLinear)
-def _slim_layer(model: SlimKANLinear) -> list[Stage] | None:
-    if type(model).forward is not SlimKANLinear.forward:
-        return None
-    return [Stage(model, updates=(Update(1.0, model.components),))]
+def _slim_layer(layer: SlimKANLinear) -> list[Stage] | None:
+    plain = type(layer).forward is SlimKANLinear.forward
+    return [Stage(layer, updates=(Update(1.0, layer.components),))] if plain else None
 
 
-@register_stages(nn.Sequential)
-def _sequence(model: nn.Sequential) -> list[Stage] | None:
-    return _join(list(model)) if type(model) is nn.Sequential else None
+def _join(modules: Iterable[nn.Module]) -> list[Stage] | None:
+    joined: list[Stage] = []
+    for module in modules:
+        stages = stages_of(module)
+        if stages is None:
+            return None
+        joined += stages
+    return joined or None
 
 
-@register_stages(LayerStack)
-def _stack(model: LayerStack) -> list[Stage] | None:
-    return _join(list(model.layers)) if type(model).forward is LayerStack.forward else None
-
-
-def _join(modules: list[nn.Module]) -> list[Stage] | None:
-    chains = [stages_of(module) for module in modules]
-    if not chains or any(chain is None for chain in chains):
-        return None
-    return [stage for chain in chains for stage in chain or ()]
-
-
+register_stages(KANLinear, _dense_layer)
+register_stages(SlimKANLinear, _slim_layer)
+register_stages(LayerStack, lambda net: _join(net.layers) if type(net).forward is LayerStack.forward else None)
+register_stages(nn.Sequential, lambda net: _join(net) if type(net) is nn.Sequential else None)
 register_wrapper(nn.parallel.DistributedDataParallel, lambda wrapper: wrapper.module)
 register_wrapper(nn.DataParallel, lambda wrapper: wrapper.module)

@@ -151,8 +151,8 @@ def through_stages(
     directions: Tensor,
     weights: Tensor | None,
 ) -> Jet:
-    """The jet of a chain at x (..., I), whose KAN layers are evaluated by `evaluate`, which is `evaluate_layer`, or a
-    function that stands around it."""
+    """The jet of a chain at x (..., I). `evaluate` evaluates its KAN layers: `evaluate_layer`, or what calls
+    it."""
     first = directions.reshape(-1, *[1] * (x.dim() - 1), x.shape[-1])
     second = None  # straight lines
     for left, stage in zip(range(len(stages), 0, -1), stages, strict=True):

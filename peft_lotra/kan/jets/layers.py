@@ -78,12 +78,7 @@ def block_size(x: Tensor, stages: list[Stage], directions: int) -> int | None:
 
 
 def evaluate_layer(
-    stage: Stage,
-    z: Tensor,
-    first: Tensor,
-    second: Tensor | None,
-    weights: Tensor | None,
-    only_second: bool = False,
+    stage: Stage, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None, only_second: bool = False
 ) -> Jet:
     """
     Takes the jet (z, z', z'') of a KAN layer's inputs to that of its outputs.

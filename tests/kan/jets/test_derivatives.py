@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
 from helpers import adapt
-from peft import LoraConfig, get_peft_model
+from jet_helpers import assert_same, nested, network, points
 from torch import Tensor, nn
 
-from peft_lotra import LoTRAConfig
 from peft_lotra.kan import (
     KAN,
     KANConfig,
@@ -40,41 +38,6 @@ from peft_lotra.kan.jets import layers as layer_jets
 
 
 Parts = tuple[Tensor, Tensor, Tensor]
-
-
-def network(*widths: int, **kwargs) -> KAN:
-    return KAN(widths or (3, 7, 6, 2), dtype=torch.float64, **kwargs)
-
-
-def points(rows: int = 40, size: int = 3) -> Tensor:
-    """Some of them outside the grid."""
-    return torch.rand(rows, size, dtype=torch.float64) * 2.4 - 1.2
-
-
-def nested(model: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor | None = None) -> Parts:
-    """What `jet` should return, by differentiating a graph twice."""
-    directions = torch.eye(x.shape[-1], dtype=x.dtype) if directions is None else directions
-    x = x.detach().requires_grad_()
-    output = model(x)
-    output = getattr(output, "logits", output)
-    first, second = [], []
-    for direction in directions:
-        slopes, bends = [], []
-        for column in output.unbind(-1):
-            (gradient,) = torch.autograd.grad(column.sum(), x, create_graph=True)
-            slope = gradient @ direction
-            (gradient,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
-            slopes.append(slope)
-            bends.append(gradient @ direction)
-        first.append(torch.stack(slopes, -1))
-        second.append(torch.stack(bends, -1))
-    return output, torch.stack(first), torch.stack(second)
-
-
-def assert_same(actual: Parts, expected: Parts, tolerance: float = 1e-10) -> None:
-    for a, e in zip(actual, expected, strict=True):
-        assert a.shape == e.shape
-        assert (a - e).abs().max() <= tolerance * e.abs().max()
 
 
 @pytest.mark.parametrize("order", [2, 3, 4, 5])
@@ -244,33 +207,6 @@ def test_kan_model():
         assert_same(jet(adapt(model), x), nested(model, x))
 
 
-def check_adapters(model: nn.Module, x: Tensor, of_base: tuple) -> tuple:
-    """One adapter, none, and two; returns the jet of the two, which stay in force."""
-    model.add_adapter("second", LoTRAConfig(r=(3, 2, 2), init_weights=False, alpha=0.7, target_modules=["layers.1"]))
-    one = jet(model, x)
-    assert_same(one, nested(model, x))
-    with model.disable_adapter():
-        assert_same(jet(model, x), of_base, 1e-14)
-    model.base_model.set_adapter(["default", "second"])
-    both = jet(model, x)
-    assert_same(both, nested(model, x))
-    assert not torch.allclose(one[2], both[2])
-    return both
-
-
-@pytest.mark.parametrize("rows", [2, 40])  # contracted factor by factor, and with the dense update
-@pytest.mark.parametrize("adapt_residual", [True, False])
-def test_adapted(rows, adapt_residual):
-    base, x = network(), points(rows)
-    of_base = jet(base, x)
-    model = adapt(base, adapt_residual=adapt_residual)
-    both = check_adapters(model, x, of_base)
-    model.merge_adapter()
-    assert_same(jet(model, x), both, 1e-12)
-    with model.disable_adapter():
-        assert_same(jet(model, x), of_base, 1e-12)
-
-
 class WrittenOut(nn.Module):
     """Layer normalisation by elementary operations: torch's own (2.13) has a wrong third derivative, which finite
     differences tell."""
@@ -313,21 +249,6 @@ def test_slim_kan_model_and_a_dense_layer_among_slim_ones():
         assert_same(jet(adapt(model), x), nested(model, x))
 
 
-@pytest.mark.parametrize("rows", [2, 40])
-@pytest.mark.parametrize("merge", ["densify", "truncate"])
-def test_slim_adapted(rows, merge):
-    base, x = SlimKAN((3, 7, 6, 2), (4, 3, 3), dtype=torch.float64), points(rows)
-    of_base = jet(base, x)
-    model = adapt(base)
-    both = check_adapters(model, x, of_base)
-    model.merge_adapter(slim=merge)
-    assert_same(jet(model, x), nested(model, x))
-    if merge == "densify":
-        assert_same(jet(model, x), both)
-    with model.disable_adapter():
-        assert_same(jet(model, x), of_base, 1e-12)
-
-
 @pytest.mark.parametrize("collapse", [False, (1.0, 0.0, -2.0)])
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 def test_normalised(norm, collapse):
@@ -350,28 +271,6 @@ def test_normalised(norm, collapse):
 def test_rows_that_depend_on_each_other_are_refused():
     with pytest.raises(ValueError, match=r"`layers.1` is a BatchNorm .*model.eval\(\)"):
         jet(network(norm="batch").train(), points())
-
-
-def test_gradients_of_adapters(rows=40):
-    model, x = adapt(network()), points(rows)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = [
-        torch.autograd.grad(sum(part.square().sum() for part in parts), parameters)
-        for parts in (jet(model, x), nested(model, x))
-    ]
-    for a, e in zip(*gradients, strict=True):
-        assert (a - e).abs().max() <= 1e-10 * e.abs().max()
-
-
-def test_lora_on_parameters_and_saved_modules():
-    x = points()
-    config = {"target_modules": [], "target_parameters": ["spline_weight", "base_weight"]}
-    lora = get_peft_model(network(), LoraConfig(r=2, init_lora_weights=False, **config))
-    assert_same(jet(lora, x), nested(lora, x))
-    saved = adapt(network(), target_modules=["layers.0"], modules_to_save=["layers.2"])
-    with torch.no_grad():
-        saved.base_model.model.layers[2].modules_to_save["default"].base_weight.mul_(2)
-    assert_same(jet(saved, x), nested(saved, x))
 
 
 # Transforms

@@ -1,0 +1,189 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import adapt, lotra_layers
+from residuals import equation, fit, problem, terms
+from residuals import network as deep_network
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft_lotra.kan import KAN, jet
+from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.optim.least_squares import TRIAL_ROWS, LeastSquares, check_terms
+
+
+def points(rows: int = 70) -> Tensor:
+    return torch.rand(rows, 2, dtype=torch.float64) * 2.4 - 1.2  # some outside of the grids
+
+
+def network() -> KAN:
+    return KAN([2, 5, 4, 2], dtype=torch.float64)
+
+
+def least_squares_of(model: nn.Module, function: Callable, *rows: Tensor, memory: int = 2**30) -> LeastSquares:
+    return problem(model, [(function, rows or (points(),))], memory)
+
+
+def laplacian_and_value(model: nn.Module, x: Tensor) -> Tensor:
+    u, du, second = jet(model, x, collapse=True)
+    return torch.cat([second - u**3, du[0] * model(x)], dim=-1)
+
+
+# Terms
+
+
+@pytest.mark.parametrize(
+    "term, message",
+    [
+        (fit, "Residual term 0 is function"),
+        ((fit, []), r"The rows of residual term 0 \(fit\) must be tensors"),
+        ((fit, (torch.zeros(2, 2), torch.zeros(3, 1))), r"have lengths \[2, 3\]"),
+        ((fit, (torch.zeros(0, 2),)), r"have lengths \[0\]"),
+        ((fit, (torch.zeros(2, 2),), -1.0), "weight of residual term 0 .fit. is -1.0"),
+    ],
+)
+def test_malformed_terms(term, message):
+    with pytest.raises(ValueError, match=message):
+        LevenbergMarquardt(deep_network()).step([term])
+    with pytest.raises(ValueError, match="no residual terms"):
+        LevenbergMarquardt(deep_network()).step([])
+
+
+def test_terms_are_completed():
+    x = points(3)
+    ((function, rows, weight),) = check_terms([(fit, x)])
+    assert function is fit and rows == (x,) and weight == 1.0
+
+
+# Residuals and parameters
+
+
+def test_the_loss_is_the_sum_of_the_weighted_means():
+    model, data = deep_network(), terms()
+    least_squares = problem(model, data)
+    loss = sum(weight * function(model, *rows).square().mean() for function, rows, weight in data)
+    torch.testing.assert_close(least_squares.residuals(least_squares.start).square().sum(), loss)
+
+
+def test_values_are_rounded_and_written_as_the_model_stores_them():
+    model = KAN([2, 3, 1])
+    least_squares = problem(model, [(fit, (points(4), torch.zeros(4, 1)))])
+    third = torch.full_like(least_squares.start, 1 / 3)
+    rounded = least_squares.round(third)
+    assert rounded.dtype == torch.float64 and not torch.equal(rounded, third)
+    least_squares.write(third)
+    stored = torch.cat([parameter.flatten() for parameter in model.parameters()])
+    assert torch.equal(stored.double(), rounded)
+
+
+def test_terms_that_are_not_finite_are_named():
+    least_squares = problem(deep_network(), terms(points=20))
+    residuals = least_squares.residuals(least_squares.start)
+    assert least_squares.find_not_finite(residuals) == ""
+    residuals[20:23] = torch.nan
+    assert "3 of 40 in residual term 1 (fit)" in least_squares.find_not_finite(residuals)
+
+
+# The Jacobian, chunk by chunk
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that a tensor held, of all that were made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+@pytest.mark.parametrize("residual", [equation, fit])
+@pytest.mark.parametrize("by_layers", [True, False])
+def test_no_dense_gradient_for_an_adapter(residual, by_layers):
+    rows, width = 40, 120
+    model = adapt(deep_network(width), r=(3, 3, 3))
+    dense = width * width * 9
+    data = [term for term in terms(points=rows) if term[0] is residual]
+    least_squares = problem(model, data)
+    with Largest() as largest:
+        chunk = next(least_squares.chunks())
+        least_squares.jacobian(*chunk) if by_layers else least_squares._jacobian_by_rows(*chunk)
+    # some tensors of features together, and the coefficients themselves
+    assert largest.numel <= 9 * rows * width * 9 <= rows * dense / 10
+    assert len(lotra_layers(model)) == 3
+
+
+def test_chunks_and_a_place_for_the_result():
+    model, x = adapt(network()), points()
+    problem = least_squares_of(model, laplacian_and_value, x)
+    whole = problem.jacobian(*next(problem.chunks()))
+    small = least_squares_of(model, laplacian_and_value, x, memory=2**18)
+    assert len(list(small.chunks())) > 1
+    scale = problem.terms[0][2]
+    place = torch.full((len(whole) + 6, whole.shape[1]), torch.nan, dtype=torch.float64)
+    first = 0
+    for function, _, rows in small.chunks():
+        found = small.jacobian(function, scale, rows, out=place[first:])
+        assert found.data_ptr() == place[first:].data_ptr()
+        first += len(found)
+    torch.testing.assert_close(place[:first], whole)
+    assert place[first:].isnan().all() and len(place[first:]) == 6
+
+
+def test_dtype_of_the_jacobian():
+    problem = least_squares_of(network(), lambda model, x: laplacian_and_value(model, x).float())
+    assert problem.jacobian(*next(problem.chunks())).dtype == torch.float64
+
+
+def test_rows_that_do_not_fit_are_not_tried():
+    """One row is a cloud of points: the memory asked for is enough for a few of them, not for those of a trial."""
+    seen = []
+
+    def mean_of_cloud(model: nn.Module, x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return model(x).mean((1, 2))
+
+    least_squares_of(network(), mean_of_cloud, torch.rand(3, 400, 2, dtype=torch.float64), memory=2**22)
+    assert max(seen) <= 2
+
+
+def test_what_is_known_of_a_term_is_kept():
+    calls = []
+
+    def residual(model: nn.Module, x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return model(x.flip(0)).flip(0)
+
+    optimizer = LevenbergMarquardt(network())
+    for step in range(3):
+        calls.clear()
+        record = optimizer.step([(residual, points()), (laplacian_and_value, points())])
+        assert record.accepted
+        # tried in the first step only, to measure
+        assert calls.count(TRIAL_ROWS) == (1 if step == 0 else 0)
+    optimizer.step([(laplacian_and_value, points())])
+    assert [plan.function for plan in optimizer._plans.values()] == [laplacian_and_value]
+    for restored in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
+        assert restored._plans == {} and restored.step([(laplacian_and_value, points())]).accepted

@@ -1,0 +1,97 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import adapt
+from residuals import network, problem, terms
+
+from peft_lotra.optim.linear_model import LinearModel
+
+
+@pytest.mark.parametrize("points", [60, 400])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_jacobian_and_step(adapted, points):
+    """Against the Jacobian of autograd, and the damped system solved as a least-squares problem."""
+    model, data = network(), terms(points=points)
+    model = adapt(model) if adapted else model
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    weights = [math.sqrt(weight / len(rows[0])) for _, rows, weight in data]
+    residuals = torch.cat([s * f(model, *rows).flatten() for s, (f, rows, _) in zip(weights, data, strict=True)])
+    expected = torch.stack(
+        [torch.cat([g.flatten() for g in torch.autograd.grad(r, parameters, retain_graph=True)]) for r in residuals]
+    )
+
+    least_squares = problem(model, data)
+    found = torch.cat([least_squares.jacobian(*chunk) for chunk in least_squares.chunks()])
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    linear = LinearModel(least_squares, residuals.detach(), floor=1e-3)
+    assert linear.in_residual_space is (len(residuals) < expected.shape[1])
+    squares = expected.square().sum(0)
+    scaling = squares.clamp(min=1e-3 * squares.max().item())
+    stacked = torch.cat([expected, torch.diag((0.1 * scaling).sqrt())])
+    right = torch.cat([-residuals, torch.zeros_like(scaling)]).detach()
+    step = torch.linalg.lstsq(stacked, right[:, None]).solution[:, 0]
+    torch.testing.assert_close(linear.solve(0.1, linear._residuals), step, rtol=1e-6, atol=1e-9)
+    promised = residuals.square().sum() - (residuals + expected @ step).square().sum()
+    assert linear.predicted_decrease(0.1, step) == pytest.approx(promised.item())
+    torch.testing.assert_close(least_squares.pull_back(residuals.detach()), expected.T @ residuals.detach())
+
+
+def test_jacobian_that_does_not_fit_is_recomputed(monkeypatch):
+    model, data = network(8), terms(points=60)
+    least_squares = problem(model, data)
+    residuals = least_squares.residuals(least_squares.start)
+    whole = LinearModel(least_squares, residuals, 1e-6)
+    monkeypatch.setattr("peft_lotra.optim.least_squares.CHUNK", 2**23)
+    small = problem(model, data, memory=2**20)
+    parts = LinearModel(small, residuals, 1e-6)
+    assert whole.jacobian is not None and parts.jacobian is None
+    torch.testing.assert_close(parts.matrix, whole.matrix)
+    torch.testing.assert_close(parts.solve(0.1, residuals), whole.solve(0.1, residuals), rtol=1e-6, atol=1e-9)
+
+
+def test_second_order_correction_with_and_without_the_jacobian(monkeypatch):
+    model, data = network(8), terms(points=60)
+    least_squares = problem(model, data)
+    residuals = least_squares.residuals(least_squares.start)
+    step = 1e-3 * torch.randn_like(least_squares.start)
+    whole = LinearModel(least_squares, residuals, 1e-6)
+    monkeypatch.setattr("peft_lotra.optim.least_squares.CHUNK", 2**23)
+    parts = LinearModel(problem(model, data, memory=2**20), residuals, 1e-6)
+    assert whole.jacobian is not None and parts.jacobian is None
+    ahead, behind = (least_squares.residuals(least_squares.start + sign * 0.1 * step) for sign in (1, -1))
+    bend = (ahead - 2 * residuals + behind) / 0.1**2
+    for linear in (whole, parts):
+        assert (linear.second_derivative(step) - bend).norm() < 0.05 * bend.norm()
+
+
+@pytest.mark.parametrize("points", [30, 400])  # in the space of residuals, of parameters
+def test_a_zero_gradient_is_an_error(points):
+    least_squares = problem(network(), terms(points=points))
+    residuals = torch.zeros_like(least_squares.residuals(least_squares.start))
+    assert "gradient is zero" in LinearModel(least_squares, residuals, 1e-3).error
+    assert LinearModel(least_squares, residuals + 1, 1e-3).error == ""
+
+
+def test_the_norm_of_a_step_is_that_of_the_scaling():
+    least_squares = problem(network(), terms(points=30))
+    linear = LinearModel(least_squares, least_squares.residuals(least_squares.start), 1e-3)
+    step = torch.zeros_like(least_squares.start)
+    step[4] = -2.0
+    assert linear.norm(step) == pytest.approx(2 * linear.scaling[4].sqrt().item())

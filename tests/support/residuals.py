@@ -1,0 +1,53 @@
+# Copyright 2026 the peft-lotra authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A small PDE by least squares, as tests of several files of `optim` solve it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from peft_lotra.kan import KAN, jet
+from peft_lotra.optim.least_squares import LeastSquares, check_terms
+
+
+def fit(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return model(x) - y
+
+
+def equation(model: nn.Module, x: Tensor, f: Tensor) -> Tensor:
+    u, _, laplacian = jet(model, x, collapse=True)
+    return -laplacian + u**3 - f
+
+
+def network(width: int = 5, dtype: torch.dtype = torch.float64) -> KAN:
+    return KAN([2, width, width, 1], dtype=dtype)
+
+
+def terms(dtype: torch.dtype = torch.float64, points: int = 150) -> list[tuple]:
+    """-lap u + u^3 = f with the solution sin(pi x) sin(pi y)."""
+    x = torch.rand(points, 2, dtype=dtype) * 2 - 1
+    u = (math.pi * x).sin().prod(1, keepdim=True)
+    line = torch.linspace(-1, 1, 10, dtype=dtype)
+    ends = torch.ones_like(line)
+    edge = torch.cat([torch.stack(side, 1) for v in (ends, -ends) for side in ((line, v), (v, line))])
+    return [(equation, (x, 2 * math.pi**2 * u + u**3), 1.0), (fit, (edge, torch.zeros_like(edge[:, :1])), 50.0)]
+
+
+def problem(model: nn.Module, residual_terms: list[tuple], memory: int = 2**30) -> LeastSquares:
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return LeastSquares(model, trainable, check_terms(residual_terms), memory)
