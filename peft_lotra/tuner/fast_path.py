@@ -227,8 +227,6 @@ def _can_evaluate(base_layer: nn.Module, formula: Formula, x: torch.Tensor) -> b
     if formula.tensor.has_residual:
         expected["activation"] = (len(x), in_features)
     for name, shape in expected.items():
-        if getattr(spec, name) is None:
-            continue
         value = _ask(base_layer, spec, name, *([] if name == "scale" else [x]))
         if isinstance(value, Exception):
             return False
@@ -246,9 +244,10 @@ def _can_evaluate(base_layer: nn.Module, formula: Formula, x: torch.Tensor) -> b
 
 
 def _ask(base_layer: nn.Module, spec: KANLayerSpec, name: str, *args: Any) -> Any:
-    """What a function of the family returns, or the exception that it raises."""
+    """What a function of the family returns, or the exception that it raises; `None` without such a function."""
+    function = getattr(spec, name)
     try:
-        return getattr(spec, name)(base_layer, *args)
+        return None if function is None else function(base_layer, *args)
     except Exception as error:  # a user's function
         _warn(base_layer, spec, name, f"raised {type(error).__name__}: {error}")
         return error
@@ -269,12 +268,11 @@ def _grid_ends(base_layer: nn.Module, formula: Formula) -> tuple[torch.Tensor, t
     """Both ends of the grid, as numbers or (in,), or `None` if the family cannot evaluate this layer's basis so."""
     spec = formula.spec
     if formula.closed_form:
-        splines = _ask(base_layer, spec, "splines") if spec.splines is not None else None
+        splines = _ask(base_layer, spec, "splines")
         if not isinstance(splines, UniformGrid) or splines.spline_order not in SPLINE_ORDERS or splines.grid_size < 1:
             return None
-        if splines.grid_size + splines.spline_order != formula.tensor.shape[2]:
-            return None
-        return splines.low, splines.high
+        fits = splines.grid_size + splines.spline_order == formula.tensor.shape[2]
+        return (splines.low, splines.high) if fits else None
     if spec.basis is None:
         return None
     grids = [grid for grid in spec.read_grid(base_layer).values() if isinstance(grid, torch.Tensor) and grid.numel()]
@@ -292,25 +290,7 @@ def _probe_points(low: torch.Tensor, high: torch.Tensor, like: torch.Tensor, wid
 
 
 def addmm(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, update: LowRank | None) -> torch.Tensor:
-    """
-    y + x (weight + left right)^T, where a weight that needs no gradient costs none.
-
-    Args:
-        y (`torch.Tensor`): (N, O).
-        x (`torch.Tensor`): (N, I).
-        weight (`torch.Tensor`): (O, I).
-        update (*optional*): left (O, r) and right (r, I).
-
-    Returns:
-        `torch.Tensor`: (N, O).
-
-    Example:
-        >>> import torch
-        >>> from peft_lotra.tuner.fast_path import addmm
-        >>> update = torch.ones(2, 1), torch.ones(1, 3)
-        >>> addmm(torch.zeros(1, 2), torch.ones(1, 3), torch.zeros(2, 3), update)
-        tensor([[3., 3.]])
-    """
+    """y (N, O) + x (N, I) times (weight (O, I) + left (O, r) right (r, I))^T. A weight without gradient costs none."""
     if update is None:
         return torch.addmm(y, x, weight.t())
     left, right = update

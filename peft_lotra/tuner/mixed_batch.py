@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -121,10 +121,6 @@ def _run_together(
     at_once: int,
 ) -> Any:
     """Runs so many chunks in one call. Raises `RuntimeError` where `torch.vmap` does not go through the layer."""
-
-    def run(parameters: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
-        return run_base(base_layer, parameters, args, kwargs)
-
     names = batch.names
     adapters, rows, places = names.chunks
     stacked = _parameters_of_each(batch.tensor, base_layer, updates)
@@ -133,7 +129,9 @@ def _run_together(
         tuple(0 if _is_batch(value, names) else None for value in args),
         {key: 0 if _is_batch(value, names) else None for key, value in kwargs.items()},
     )
-    results = torch.vmap(run, in_dims=(0, *axes), chunk_size=at_once)(parameters, *_pick(args, kwargs, names, rows))
+    results = torch.vmap(partial(run_base, base_layer), in_dims=(0, *axes), chunk_size=at_once)(
+        parameters, *_pick(args, kwargs, names, rows)
+    )
     return _in_order(results, lambda chunks: chunks.flatten(0, 1), rows.numel(), places)
 
 

@@ -44,15 +44,7 @@ def without_autocast(updates: Sequence[Update]) -> Any:
 def add_updates(
     tensor: CoefficientTensor, base_layer: nn.Module, updates: Sequence[Update]
 ) -> dict[str, torch.Tensor]:
-    """The adapted parameters, as stored, with the updates added.
-
-    Args:
-        tensor (`CoefficientTensor`): Where the base layer keeps its coefficients.
-        base_layer (`nn.Module`): The base layer.
-        updates (`Sequence[Update]`): The updates.
-
-    Returns:
-        `dict[str, torch.Tensor]`: By name, without the parameters that no update reaches.
+    """The adapted parameters, as stored, with the updates added, by name; without those that no update reaches.
 
     Raises:
         RuntimeError: A parameter is sharded, and the updates are not, or it is parametrized.
