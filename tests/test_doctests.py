@@ -41,7 +41,7 @@ class Parser(doctest.DocTestParser):
 FINDER = doctest.DocTestFinder(parser=Parser(), exclude_empty=True)
 NAMES = sorted({"peft_lotra", *(m.name for m in pkgutil.walk_packages(peft_lotra.__path__, "peft_lotra."))})
 EXAMPLES = [found for name in NAMES for found in FINDER.find(importlib.import_module(name), name) if found.examples]
-# what a reader has imported already: torch, and the public names
+# what a reader has imported already: torch, the public names, and the names of the module that the example is in
 NAMESPACE = {"__name__": "example", "torch": torch, "nn": torch.nn} | {
     name: getattr(module, name) for module in (peft_lotra, kan, optim) for name in module.__all__
 }
@@ -50,7 +50,7 @@ NAMESPACE = {"__name__": "example", "torch": torch, "nn": torch.nn} | {
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_example(example, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    example.globs = dict(NAMESPACE)
+    example.globs = NAMESPACE | example.globs
     report: list[str] = []
     doctest.DocTestRunner(optionflags=OPTIONS).run(example, out=report.append)
     assert not report, "".join(report)

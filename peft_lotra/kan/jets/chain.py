@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ from ..basis import UniformGrid
 from ..layer import KANLinear
 from ..network import LayerStack
 from ..slim_kan import SlimKANLinear
-from .norms import is_norm, norm_size
+from .norms import Norm, is_norm, norm_size
 
 
 class Stage(NamedTuple):
@@ -56,9 +56,15 @@ class Stage(NamedTuple):
         return self.module
 
     @property
+    def norm(self) -> Norm:
+        """The module of a stage that is a normalization."""
+        assert isinstance(self.module, Norm)
+        return self.module
+
+    @property
     def in_features(self) -> int:
         """The size I of the last dimension of the inputs."""
-        return norm_size(self.module) if self.is_norm else self.layer.in_features
+        return norm_size(self.norm) if self.is_norm else self.layer.in_features
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -69,9 +75,7 @@ class Stage(NamedTuple):
     @property
     def grid(self) -> UniformGrid:
         """The grid that the KAN layer has now."""
-        layer = self.layer
-        low, high = cast(Tensor, layer.grid_bounds).unbind(-1)
-        return UniformGrid(low, high, layer.grid_size, layer.spline_order)
+        return self.layer.grid
 
 
 # `functools.singledispatch` would do this, but `torch.compile` cannot trace it for abstract classes (PEFT's tuners).

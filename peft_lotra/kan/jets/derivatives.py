@@ -157,7 +157,7 @@ def through_stages(
     second = None  # straight lines
     for left, stage in zip(range(len(stages), 0, -1), stages, strict=True):
         if stage.is_norm:
-            x, first, second = through_norm(stage.module, x, first, second, weights)
+            x, first, second = through_norm(stage.norm, x, first, second, weights)
         else:
             x, first, second = evaluate(stage, x, first, second, weights, only_second and left == 1)
     assert second is not None
