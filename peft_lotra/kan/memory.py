@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
 
 import torch
 
@@ -62,7 +61,6 @@ def workspace(name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
     return kept[:count].view(shape)
 
 
-def blocks(start: int, stop: int, step: int) -> Iterator[slice]:
+def blocks(start: int, stop: int, step: int) -> list[slice]:
     """Slices of `step` rows from `start` to `stop`."""
-    for row in range(start, stop, step):
-        yield slice(row, min(row + step, stop))
+    return [slice(row, min(row + step, stop)) for row in range(start, stop, step)]

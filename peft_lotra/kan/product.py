@@ -79,7 +79,8 @@ def spline_product(
     ```
     """
     left, right = update or (None, None)
-    if needs_plain_operations(x, low, high, weight, left, right) or _requires_grad(low) or _requires_grad(high):
+    ends_vary = any(isinstance(end, Tensor) and end.requires_grad for end in (low, high))
+    if ends_vary or needs_plain_operations(x, low, high, weight, left, right):
         basis = bspline_basis(x, low, high, grid_size, spline_order).flatten(1)
         y = F.linear(basis, weight.flatten(1))
         return y if update is None else y + F.linear(F.linear(basis, update[1].flatten(1)), update[0])
@@ -101,10 +102,6 @@ def needs_plain_operations(x: Tensor, *others: Tensor | float | None) -> bool:
         or x.dtype not in (torch.float32, torch.float64)
         or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
     )
-
-
-def _requires_grad(end: Tensor | float) -> bool:
-    return isinstance(end, Tensor) and end.requires_grad
 
 
 class _SplineProduct(torch.autograd.Function):

@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,7 @@ def sparse_gradients(
     return towards_x, towards_weight, towards_left, towards_right
 
 
-def _blocks(points: Points) -> Iterator[slice]:
+def _blocks(points: Points) -> list[slice]:
     width = points.x.shape[1] * (points.spline_order + 1)
     return blocks(0, len(points.x), max(1, EVALUATED // width))
 

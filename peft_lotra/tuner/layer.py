@@ -83,6 +83,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
     lotra_rank_dropout: dict[str, float]
     lotra_module_dropout: dict[str, float]
     lotra_grid: dict[str, Grid]  # the grid that an adapter was made on
+    lotra_formula: Formula | None
 
     def __init__(
         self,
@@ -96,23 +97,28 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         **kwargs,
     ) -> None:
         super().__init__()
-        self.lotra_spec = spec
-        self.lotra_tensor = coefficients or spec.locate(base_layer)
-        vars(self).update({name: {} for name in self.other_param_names})
-        self.lotra_lock = LayerLock()
+        coefficients = coefficients or spec.locate(base_layer)
+        # past `__setattr__`, which decides for each name whether it is one of the base layer
+        vars(self).update(
+            {name: {} for name in self.other_param_names},
+            lotra_spec=spec,
+            lotra_tensor=coefficients,
+            lotra_lock=LayerLock(),
+            lotra_formula=None,
+            out_features=coefficients.shape[0],
+            in_features=coefficients.shape[1],
+            # flag to enable/disable casting of input to weight dtype during forward call
+            cast_input_dtype_enabled=True,
+            # Mark the weight as unmerged
+            _disable_adapters=False,
+            merged_adapters=[],
+            _active_adapter=adapter_name,
+            _grid_watch=GridWatch(),
+        )
+        self._forget_merge()
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict({}))
-        self.out_features, self.in_features, _ = self.lotra_tensor.shape
-        # flag to enable/disable casting of input to weight dtype during forward call
-        self.cast_input_dtype_enabled = True
         self.base_layer = base_layer
-        # Mark the weight as unmerged
-        self._disable_adapters = False
-        self.merged_adapters = []
-        self._forget_merge()
-        self._active_adapter = adapter_name
-        self.lotra_formula: Formula | None = None
-        self._grid_watch = GridWatch()
         self._look_at_base()
         self.update_layer(adapter_name, r=r, alpha=alpha, config=config, **kwargs)
 
