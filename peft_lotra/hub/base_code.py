@@ -36,17 +36,13 @@ _INCIDENTAL = ("_name_or_path", "architectures", "transformers_version", "model_
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Where the base model comes from: its repository, and the module and name of its class, as far as known.
-
-    `code` is Python code that assigns the base to the variable `base`. `auto` says whether `AutoPeftModel` can load
-    the base as well.
-    """
+    """Where the base comes from: its repository, the module and name of its class, and code that sets `base` to it."""
 
     model: str | None
     module: str | None
     name: str | None
     code: str
-    auto: bool
+    auto: bool  # whether AutoPeftModel can load the base as well
 
 
 def hub_id(name: str | None) -> str | None:
@@ -74,7 +70,7 @@ def _is_repository(name: str) -> bool:
 def source_of_model(
     base: nn.Module, config: LoTRAConfig, base_model: str | None = None, base_code: str | None = None
 ) -> BaseSource:
-    """The source of a base that is in memory; `base_model` and `base_code` are those of `write_model_card`."""
+    """The source of a base in memory."""
     module, name = _import_path(type(base))
     model = base_model or hub_id(getattr(base, "name_or_path", None))
     auto = False
@@ -93,11 +89,7 @@ def source_of_model(
 def source_of_config(
     config: LoTRAConfig, base_model: str | None = None, base_code: str | None = None, written_code: str | None = None
 ) -> BaseSource:
-    """The source of a base as the configuration of the saved adapter describes it.
-
-    `base_model` and `base_code` are those of `write_model_card`. `written_code`, the code in the card that was saved
-    with the adapter, counts less than these two.
-    """
+    """The source of a base by the configuration of the adapter; `written_code` is the code of an earlier card."""
     mapping = config.auto_mapping or {}
     module, name = mapping.get("parent_library"), mapping.get("base_model_class")
     cls = getattr(sys.modules.get(module), name, None) if module and name else None

@@ -41,10 +41,9 @@ from ..tuner.registration import NAME
 class AdapterRow:
     """What an adapter contains for one layer of the base model.
 
-    `shape` and `ranks` are those of the update, (out, in, basis); the residual branch is the last slice of the basis.
-    `norm` is the Frobenius norm of the update, `alpha` included. `parameters` is the number of stored values, and
-    `size` is the number of their bytes. `family`, `shape`, `ranks`, `alpha` and `norm` are None for a module that is
-    saved whole (`modules_to_save`).
+    `parameters` is the number of stored values, and `size` is the number of their bytes. `shape` and `ranks` are those
+    of the update, (out, in, basis); the residual branch is the last slice of the basis. `norm` is the Frobenius norm
+    of the update, `alpha` included. A module that is saved whole (`modules_to_save`) has only a name and sizes.
     """
 
     name: str
@@ -77,7 +76,7 @@ class AdapterContents(Report):
 
     @classmethod
     def of(cls, adapter: str, config: LoTRAConfig, tensors: dict[str, torch.Tensor]) -> AdapterContents:
-        """The contents of an adapter, from its configuration and its tensors (see `read_adapter`)."""
+        """The contents of an adapter, from its configuration and its tensors."""
         rows = table_of_tensors(config, tensors)
         return cls(
             adapter=adapter,
@@ -135,11 +134,7 @@ def adapter_table(model: PeftModel, adapter_name: str = "default") -> list[Adapt
 
 
 def table_of_tensors(config: LoTRAConfig, tensors: dict[str, torch.Tensor]) -> list[AdapterRow]:
-    """The contents of an adapter, from its configuration and its tensors as PEFT saves them.
-
-    Raises:
-        ValueError: A layer lacks a component, or its components do not fit each other.
-    """
+    """The contents of an adapter; a ValueError if a layer lacks a component, or has some that do not fit."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in own_tensors(tensors).items():
         name, _, part = key.removeprefix("base_model.model.").rpartition(".")
@@ -147,18 +142,15 @@ def table_of_tensors(config: LoTRAConfig, tensors: dict[str, torch.Tensor]) -> l
     return sorted((_row(config, name, parts) for name, parts in layers.items()), key=_order)
 
 
-def _order(row: AdapterRow) -> tuple:
+def _order(row: AdapterRow) -> tuple[bool, list]:
     # layers.2 before layers.10; neither files nor configurations keep the order of the model
     parts = [(int(part), "") if part.isdecimal() else (-1, part) for part in row.name.split(".")]
     return row.ranks is None, parts
 
 
 def own_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a file without those of other adapters.
-
-    PEFT 0.19 writes the tensors of all adapters of a model into each file; the names of those of other adapters end
-    with the name of the adapter.
-    """
+    """The tensors of a file without those of other adapters."""
+    # PEFT 0.19 writes the tensors of all adapters into each file, the others with the name of the adapter at the end
     other = re.compile(rf".*\.({'|'.join(LoTRALayer.adapter_layer_names)})\..+")
     return {key: tensor for key, tensor in tensors.items() if not other.fullmatch(key)}
 
@@ -184,17 +176,7 @@ def _row(config: LoTRAConfig, name: str, parts: dict[str, torch.Tensor]) -> Adap
 
 
 def read_adapter(folder: str | Path) -> tuple[LoTRAConfig, dict[str, torch.Tensor]]:
-    """Reads a LoTRA adapter without a base model, from safetensors only: nothing is unpickled.
-
-    Args:
-        folder: A folder that `save_pretrained` wrote.
-
-    Returns:
-        The configuration, and the tensors on the CPU.
-
-    Raises:
-        ValueError: The folder contains no LoTRA adapter, or a broken one.
-    """
+    """The configuration and the tensors of a saved adapter, from safetensors only; a ValueError if it is broken."""
     folder = Path(folder)
     peft_type = peft_type_of(folder / CONFIG_NAME)
     if peft_type != NAME:
@@ -209,11 +191,7 @@ def read_adapter(folder: str | Path) -> tuple[LoTRAConfig, dict[str, torch.Tenso
 
 
 def peft_type_of(path: Path) -> str:
-    """The PEFT method of an adapter_config.json.
-
-    Raises:
-        ValueError: The file does not exist, or is broken.
-    """
+    """The PEFT method of an adapter_config.json; a ValueError if there is no such file, or a broken one."""
     if not path.is_file():
         raise ValueError(f"{path.parent} is no adapter: it has no {path.name}.")
     try:
@@ -223,12 +201,9 @@ def peft_type_of(path: Path) -> str:
 
 
 def adapter_folders(folder: str | Path) -> dict[str, Path]:
-    """The adapters that `save_pretrained` wrote into a folder, by name.
-
-    The folder itself is the adapter "default", subfolders are the adapters of their names. Checkpoints of
-    `transformers.Trainer` do not count.
-    """
+    """The folders of the adapters that `save_pretrained` wrote into a folder, by name."""
     folder = Path(folder)
+    # the folder itself has the adapter "default"; checkpoints of transformers.Trainer do not count
     subfolders = (path.parent for path in sorted(folder.glob(f"*/{CONFIG_NAME}")))
     found = {path.name: path for path in subfolders if not re.fullmatch(r"checkpoint-\d+", path.name)}
     return {"default": folder, **found} if (folder / CONFIG_NAME).is_file() else found
