@@ -55,6 +55,7 @@ from .hub.card import README, write_model_card
 from .hub.contents import AdapterContents, adapter_folders, read_adapter, table_of_tensors
 from .hub.push import push_to_hub
 from .kan import modeling_kan  # noqa: F401  (registers KANModel with AutoModel)
+from .report import printable
 
 
 app = typer.Typer(
@@ -83,7 +84,7 @@ Factory = Annotated[
 Adapter = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="A folder that `save_pretrained` wrote, or USER/REPO on the Hub.")
 ]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write. It must not exist, or be empty.")]
+Out = Annotated[str, typer.Argument(metavar="OUT", help="The folder to write. It must not exist, or be empty.")]
 _MODEL = (
     "A transformers model such as KANModel, as a folder or USER/REPO on the Hub; with --factory a .safetensors file."
 )
@@ -110,7 +111,8 @@ def _options(
 def _say(text: str) -> None:
     """Prints a message on stderr, as one line."""
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    print(re.sub(r"(?<![.:;,!?])\n", "; ", "\n".join(lines)).replace("\n", " "), file=sys.stderr)
+    line = re.sub(r"(?<![.:;,!?])\n", "; ", "\n".join(lines)).replace("\n", " ")
+    print(printable(line), file=sys.stderr)
 
 
 def _command(function: Callable) -> Callable:
@@ -118,11 +120,14 @@ def _command(function: Callable) -> Callable:
 
     @app.command(name=function.__name__)
     @functools.wraps(function)
-    def wrapper(*args, **kwargs):
+    def wrapper(**kwargs):
+        empty = [name for name, value in kwargs.items() if isinstance(value, str) and not value.strip()]
+        if empty:  # as from a variable of the shell that is not set
+            raise typer.BadParameter(f"{empty[0].upper()} is empty.")
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             try:
-                return function(*args, **kwargs)
+                return function(**kwargs)
             except typer.BadParameter:
                 raise
             except Exception as error:
@@ -148,7 +153,7 @@ def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = 
     for row in info["layers"]:  # JSON has neither NaN nor infinity
         row.update({k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)})
     base = contents.base_model or f"a {contents.base_class or 'model'} that is not on the Hub"
-    _report(info, f"LoTRA adapter {adapter}, for {base}\n\n{contents}", as_json)
+    _report(info, f"LoTRA adapter {printable(adapter)}, for {printable(base)}\n\n{contents}", as_json)
 
 
 @_command
@@ -176,9 +181,9 @@ def merge(
             save_model(merged, str(new / "model.safetensors"), metadata={"format": "pt"})
     rows = table_of_tensors(config, tensors)
     layers, replaced = ([row.name for row in rows if bool(row.ranks) is adapted] for adapted in (True, False))
-    also = f" and replaced {', '.join(replaced)}" if replaced else ""
+    also = f" and replaced {printable(', '.join(replaced))}" if replaced else ""
     _report(
-        {"out": str(out), "class": type(merged).__name__, "merged": layers, "replaced": replaced},
+        {"out": out, "class": type(merged).__name__, "merged": layers, "replaced": replaced},
         f"merged {len(layers)} layers of {adapter} into a {type(merged).__name__}{also}: {out}",
         as_json,
     )
@@ -207,7 +212,7 @@ def extract(
         model.save_pretrained(str(new))
         write_model_card(model, new)
     report = model.extraction_report
-    _report({"out": str(out), **asdict(report)}, f"{report}\nadapter: {out}", as_json)
+    _report({"out": out, **asdict(report)}, f"{report}\nadapter: {out}", as_json)
 
 
 @_command
@@ -315,9 +320,9 @@ def _call_factory(factory: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`. It is renamed to `out` at the end, and removed on an error."""
-    out = out.absolute()
+def _new_folder(name: str) -> Iterator[Path]:
+    """A temporary folder beside the one of this name. It is renamed at the end, and removed on an error."""
+    out = Path(name).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already: choose another name, or remove it.")
     if not out.parent.is_dir():
@@ -345,6 +350,7 @@ def _ranks(text: str | None) -> int | tuple[int, int, int] | None:
 
 
 def _report(info: dict[str, Any], text: str, as_json: bool) -> None:
+    text = "\n".join(map(printable, text.split("\n")))
     print(json.dumps(info, indent=2, allow_nan=False) if as_json else text)
 
 

@@ -55,6 +55,14 @@ class TextTable(NamedTuple):
         return ["right" if column.startswith(">") else "left" for column in self.columns]
 
 
+def printable(text: str) -> str:
+    """The text with escapes such as \\x1b for control characters, line breaks and marks of direction.
+
+    Text of files goes through here before it is printed: a terminal obeys control characters.
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 class Report(ABC):
     """
     The base of all reports. Subclasses say in `_table` what they show.
@@ -75,6 +83,10 @@ class Report(ABC):
     @abstractmethod
     def _table(self) -> TextTable: ...
 
+    def _printable_table(self) -> TextTable:
+        columns, rows, notes = self._table()
+        return TextTable(columns, [list(map(printable, row)) for row in rows], list(map(printable, notes)))
+
     def as_dict(self) -> dict[str, Any]:
         """The report in plain values (numbers, strings, lists and dicts by name), for JSON."""
         return _plain(self)
@@ -84,7 +96,7 @@ class Report(ABC):
         from rich.table import Table
         from rich.text import Text
 
-        content = self._table()
+        content = self._printable_table()
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=bool(content.titles))
         for title, side in zip(content.titles or content.columns, content.sides, strict=True):
             table.add_column(title, justify=side, overflow="fold")
@@ -93,7 +105,7 @@ class Report(ABC):
         return Group(*[table] * bool(content.rows), *map(Text, content.notes))
 
     def __str__(self) -> str:
-        content = self._table()
+        content = self._printable_table()
         lines = [content.titles] * bool(content.titles) + content.rows if content.rows else []
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         align = [str.rjust if side == "right" else str.ljust for side in content.sides]
@@ -101,7 +113,7 @@ class Report(ABC):
         return "\n".join([*("  ".join(line).rstrip() for line in padded), *content.notes])
 
     def _repr_html_(self) -> str:
-        content = self._table()
+        content = self._printable_table()
 
         def line(cells: list[str], tag: str) -> str:
             styled = (

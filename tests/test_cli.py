@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -115,7 +116,7 @@ def run(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(command: str, code: int = 0):
-        result = CliRunner().invoke(cli.app, [part.format(made) for part in command.split()])
+        result = CliRunner().invoke(cli.app, [part.format(made) for part in shlex.split(command)])
         assert result.exit_code == code, result.output
         return result
 
@@ -153,7 +154,8 @@ class TestInspect:
 class TestMerge:
     @pytest.mark.parametrize("subfolder", ["", "second"])
     def test_a_transformers_model(self, run, made, subfolder):
-        assert "merged 2 layers" in run(f"merge {{}}/base {{}}/adapter out --subfolder={subfolder}").stdout
+        option = f" --subfolder {subfolder}" if subfolder else ""
+        assert "merged 2 layers" in run(f"merge {{}}/base {{}}/adapter out{option}").stdout
         merged = KANModel.from_pretrained("out")
         model = PeftModel.from_pretrained(KANModel.from_pretrained(made / "base"), made / "adapter" / subfolder)
         torch.testing.assert_close(output(merged), output(model), rtol=0, atol=1e-6)
@@ -278,6 +280,14 @@ class TestErrors:
             "extract {}/base {}/tuned out --budget many",
             "merge {}/base",
             "nothing",
+            "inspect ''",
+            "inspect ' '",
+            "inspect {}/adapter --subfolder ''",
+            "inspect {}/adapter --revision ''",
+            "merge '' {}/adapter out",
+            "merge {}/base {}/adapter ''",
+            "extract {}/base '' out --rank 2",
+            "push {}/adapter ''",
         ],
     )
     def test_wrong_usage(self, run, command):

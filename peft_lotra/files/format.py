@@ -21,10 +21,12 @@ against accidents only; whoever can write the files can write fitting digests to
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -91,12 +93,19 @@ def config_digest(values: Mapping[str, Any], defaults: Mapping[str, Any], weight
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
     """Writes a file in one step: under another name, forced to the disk, and renamed."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
+    # "x" opens nothing that exists: a link of this name would lead to another file
+    file = open(temporary, "x", encoding="utf-8")
+    try:
+        with file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> None:

@@ -17,11 +17,13 @@
 from __future__ import annotations
 
 import inspect
-import json
+import re
 import sys
 from dataclasses import dataclass
+from keyword import iskeyword
 from pathlib import Path
 from pprint import pformat
+from typing import TypeGuard
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
@@ -43,6 +45,12 @@ class BaseSource:
     name: str | None
     code: str
     auto: bool  # whether AutoPeftModel can load the base as well
+
+
+def literal(text: str) -> str:
+    """Python code of a string. It neither ends the code block of a card nor the part that a card marks."""
+    escaped = text.encode("unicode_escape").decode()
+    return '"' + re.sub('["`<]', lambda found: f"\\x{ord(found[0]):x}", escaped) + '"'
 
 
 def hub_id(name: str | None) -> str | None:
@@ -92,6 +100,8 @@ def source_of_config(
     """The source of a base by the configuration of the adapter; `written_code` is the code of an earlier card."""
     mapping = config.auto_mapping or {}
     module, name = mapping.get("parent_library"), mapping.get("base_model_class")
+    if not (_is_importable(module) and _is_importable(name) and "." not in name):
+        module = name = None  # the file can have anything, and both go into code
     cls = getattr(sys.modules.get(module), name, None) if module and name else None
     if isinstance(cls, type):
         module, name = _import_path(cls)
@@ -100,6 +110,10 @@ def source_of_config(
     code = base_code or (None if base_model else written_code) or loads or _by_hand(module, name)
     code = code.strip("\n")
     return BaseSource(model, module, name, code, auto=code == loads)
+
+
+def _is_importable(path: object) -> TypeGuard[str]:
+    return isinstance(path, str) and all(part.isidentifier() and not iskeyword(part) for part in path.split("."))
 
 
 def _import_path(cls: type) -> tuple[str, str]:
@@ -113,7 +127,7 @@ def _import_path(cls: type) -> tuple[str, str]:
 
 
 def _from_pretrained(module: str, name: str, model: str, revision: str | None) -> str:
-    arguments = json.dumps(model) + (f", revision={json.dumps(revision)}" if revision else "")
+    arguments = literal(model) + (f", revision={literal(revision)}" if revision else "")
     return f"from {module} import {name}\n\nbase = {name}.from_pretrained({arguments})"
 
 

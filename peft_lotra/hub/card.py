@@ -16,7 +16,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
 import os
@@ -32,10 +31,10 @@ from peft import PeftModel, __version__
 from peft.utils import CONFIG_NAME
 
 from ..files.format import write_atomically
-from ..report import TextTable
+from ..report import TextTable, printable
 from ..tuner.config import LoTRAConfig
 from ..tuner.registration import NAME
-from .base_code import BaseSource, check_base_model, hub_id, source_of_config, source_of_model
+from .base_code import BaseSource, check_base_model, hub_id, literal, source_of_config, source_of_model
 from .contents import AdapterRow, adapter_folders, adapter_table, read_adapter, size_cells, table_of_tensors
 
 
@@ -152,7 +151,12 @@ def load_card(path: Path, origin: str | None = None) -> ModelCard | None:
         # ModelCard would read an unclosed front matter as text
         if re.match(r"\s*---\s*\n", content) and len(re.findall(r"^---[ \t\r]*$", content, re.MULTILINE)) < 2:
             raise ValueError("it begins with --- and does not end")
-        return ModelCard(content if content.lstrip().startswith("---") else f"---\n{{}}\n---\n{content}")
+        card = ModelCard(content if content.lstrip().startswith("---") else f"---\n{{}}\n---\n{content}")
+        for name, value in card.data.to_dict().items():
+            known = name in ("tags", "base_model", "metrics")
+            if known and not (isinstance(value, (str, list)) and all(isinstance(it, str) for it in value)):
+                raise ValueError(f"`{name}` is {value!r}, expected a list of strings")
+        return card
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ValueError(f"The front matter of {origin or path} is broken: {error}. Mend it, or delete it.") from error
 
@@ -246,7 +250,7 @@ class _Facts:
         if self.source.auto and self.source.module and self.repo_id and next(iter(self.tables)) == "default":
             paragraphs += ["The base and the adapter in one call (PEFT 0.20 or newer):", self._auto_snippet()]
         if len(self.tables) > 1:
-            names = ", ".join(self.tables)
+            names = ", ".join(map(_plain, self.tables))
             paragraphs.append(f"The adapters here are {names}; all but default are loaded by their `subfolder`.")
         if self.results:
             paragraphs += ["## Results", _markdown(self._results())]
@@ -255,9 +259,9 @@ class _Facts:
     def _arguments(self) -> str:
         """The arguments of `from_pretrained` that name the first adapter."""
         adapter = next(iter(self.tables))
-        revision = f", revision={json.dumps(self.revision)}" if self.revision else ""
-        subfolder = f', subfolder="{adapter}"' if adapter != "default" else ""
-        return json.dumps(self.repo_id or ".") + revision + subfolder
+        revision = f", revision={literal(self.revision)}" if self.revision else ""
+        subfolder = f", subfolder={literal(adapter)}" if adapter != "default" else ""
+        return literal(self.repo_id or ".") + revision + subfolder
 
     def _snippet(self) -> str:
         code = self.source.code
@@ -271,7 +275,7 @@ class _Facts:
 
     def _auto_snippet(self) -> str:
         package = str(self.source.module).partition(".")[0]
-        allowed = "" if package == "transformers" else f', import_allowlist=["{package}"]'
+        allowed = "" if package == "transformers" else f", import_allowlist=[{literal(package)}]"
         return (
             f"```python\nimport peft_lotra  # makes {NAME} known to PEFT\nfrom peft import AutoPeftModel\n\n"
             f"model = AutoPeftModel.from_pretrained({self._arguments()}{allowed})\n```"
@@ -279,19 +283,24 @@ class _Facts:
 
     def _results(self) -> TextTable:
         rows = []
-        for result in self.results or []:
-            value = result.metric_value
-            number = f"{value:.4g}" if isinstance(value, float) else str(value)
-            rows.append([result.metric_name or result.metric_type, number, result.dataset_name])
+        for it in self.results or []:
+            value = it.metric_value
+            number = f"{value:.4g}" if isinstance(value, float) else value
+            rows.append([_plain(cell) for cell in (it.metric_name or it.metric_type, number, it.dataset_name)])
         return TextTable(["metric", ">value", "data"], rows)
 
     def _layers(self) -> TextTable:
         cells = []
         for adapter, rows in self.tables.items():
-            prefix = f"{adapter}: " if len(self.tables) > 1 else ""
-            cells += [[f"{prefix}`{row.name}`", *row.cells(), *size_cells([row])] for row in rows]
+            prefix = f"{_plain(adapter)}: " if len(self.tables) > 1 else ""
+            cells += [[f"{prefix}`{_plain(row.name)}`", *map(_plain, row.cells()), *size_cells([row])] for row in rows]
             cells.append([f"**{prefix}total**", "", "", "", *(f"**{cell}**" for cell in size_cells(rows))])
         return TextTable(["layer", "family", "update (out, in, basis)", "ranks", ">parameters", ">kB"], cells)
+
+
+def _plain(text: object) -> str:
+    """Text of a file for a line of the card: without line breaks, and with escapes for what would be markup."""
+    return re.sub(r"[`|<&\[]", lambda found: f"\\x{ord(found[0]):x}", printable(str(text)))
 
 
 def _markdown(table: TextTable) -> str:

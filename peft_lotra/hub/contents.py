@@ -26,10 +26,10 @@ from typing import cast
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..files.format import check_patterns, check_size
 from ..report import Report, TextTable
 from ..tucker import Tucker
 from ..tuner.config import LoTRAConfig
@@ -86,7 +86,8 @@ class AdapterContents(Report):
             dtype=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
             parameters=sum(row.parameters for row in rows),
             bytes=sum(row.size for row in rows),
-            finite=all(bool(tensor.isfinite().all()) for tensor in tensors.values()),
+            # torch knows isfinite of no float8
+            finite=all((t.float() if t.element_size() == 1 else t).isfinite().all().item() for t in tensors.values()),
             layers=rows,
         )
 
@@ -168,7 +169,7 @@ def _row(config: LoTRAConfig, name: str, parts: dict[str, torch.Tensor]) -> Adap
     if ranks != update.core.shape:
         shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
         raise ValueError(f"The components of `{name}` do not fit each other: {shapes}.")
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.alpha)
+    _, alpha = config.ranks_and_alpha(name)
     family = ((config.base_layers or {}).get(name) or {}).get("family", "unknown")
     # with orthonormal factors, the norm of the core is that of the whole tensor
     norm = abs(alpha) * update.map(torch.Tensor.double).orthogonal().core.norm().item()
@@ -185,8 +186,16 @@ def read_adapter(folder: str | Path) -> tuple[LoTRAConfig, dict[str, torch.Tenso
     if not weights.is_file():
         raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. (Pickled weights are not read.)")
     try:
-        return cast(LoTRAConfig, PeftConfig.from_pretrained(str(folder))), load_file(weights)
-    except (SafetensorError, TypeError, KeyError) as error:
+        config, tensors = cast(LoTRAConfig, PeftConfig.from_pretrained(str(folder))), load_file(weights)
+        patterns = [*config.rank_pattern, *config.alpha_pattern]
+        check_patterns(patterns)
+        for pattern in patterns:
+            re.compile(rf"(.*\.)?({pattern})$")  # as PEFT matches it with names
+        for name, kind in (("auto_mapping", dict), ("base_model_name_or_path", str), ("revision", str)):
+            if not isinstance(value := getattr(config, name), kind | None):
+                raise TypeError(f"`{name}` must be None or a {kind.__name__}, got {value!r:.200}.")
+        return config, tensors
+    except (SafetensorError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, re.error) as error:
         raise ValueError(f"The adapter in {folder} is broken: {error}") from error
 
 
@@ -194,9 +203,10 @@ def peft_type_of(path: Path) -> str:
     """The PEFT method of an adapter_config.json; a ValueError if there is no such file, or a broken one."""
     if not path.is_file():
         raise ValueError(f"{path.parent} is no adapter: it has no {path.name}.")
+    check_size(str(path))
     try:
         return json.loads(path.read_text(encoding="utf-8"))["peft_type"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is broken: expected a JSON object with a `peft_type`, got {error!r}.") from error
 
 

@@ -83,7 +83,16 @@ class TestWriteModelCard:
         assert ModelCard.load(tmp_path / "README.md").text.startswith("# Mine\n")
 
     @pytest.mark.parametrize(
-        "text", ["---\ntags: [a\n---\n", "---\n- a\n- b\n---\n", "---\ntags: a\n", "---\nmodel-index: 3\n---\n"]
+        "text",
+        [
+            "---\ntags: [a\n---\n",
+            "---\n- a\n- b\n---\n",
+            "---\ntags: a\n",
+            "---\nmodel-index: 3\n---\n",
+            "---\ntags: 3\n---\n",
+            "---\nbase_model: [3]\n---\n",
+            "---\nmetrics: {a: 1}\n---\n",
+        ],
     )
     @pytest.mark.parametrize("of_files", [False, True])
     def test_broken_front_matter(self, model, tmp_path, text, of_files):
@@ -107,6 +116,13 @@ class TestWriteModelCard:
         write_model_card(model, tmp_path, metrics=[result])
         assert ModelCard.load(tmp_path / "README.md").data.eval_results == [result]
         assert "| R2 | 0.5 | Diabetes |" in (tmp_path / "README.md").read_text()
+
+    def test_results_of_an_old_card_stay_in_their_table(self, model, tmp_path):
+        result = EvalResult("other", "unknown", "a|b\n# Title", "r2", 0.5, metric_name="`x`<b>[y](z)")
+        write_model_card(model, tmp_path, metrics=[result])
+        write_model_card(model, tmp_path)
+        text = (tmp_path / "README.md").read_text()
+        assert r"| \x60x\x60\x3cb>\x5by](z) | 0.5 | a\x7cb\n# Title |" in text and "\n# Title" not in text
 
     def test_the_same_from_the_files(self, model, tmp_path):
         model.save_pretrained(tmp_path)
