@@ -125,6 +125,8 @@ def write_model_card(
             raise ValueError(f"The model has no LoTRA adapter, only {sorted(model.peft_config)}.")
         saved = adapter_folders(folder)
         tables = {name: adapter_table(model, name) for name in names if name in saved or not saved}
+        if not tables:
+            raise ValueError(f"{folder} has none of the adapters {names} of the model, only {list(saved)}.")
         config = cast(LoTRAConfig, model.peft_config[next(iter(tables))])
         base = model.get_base_model()
         problem_type = getattr(getattr(base, "config", None), "problem_type", None)

@@ -111,6 +111,14 @@ class TestWriteModelCard:
             write_model_card(model, tmp_path, metrics={"r2": "0.9"})
         assert not list(tmp_path.iterdir())
 
+    def test_a_folder_of_other_adapters(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        (tmp_path / "other").mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (tmp_path / name).rename(tmp_path / "other" / name)
+        with pytest.raises(ValueError, match=r"has none of the adapters \['default'\] of the model, only \['other'\]"):
+            write_model_card(model, tmp_path)
+
     def test_results_by_the_user(self, model, tmp_path):
         result = EvalResult("tabular-regression", "scikit-learn/diabetes", "Diabetes", "r2", 0.5, metric_name="R2")
         write_model_card(model, tmp_path, metrics=[result])
