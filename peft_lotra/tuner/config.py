@@ -233,12 +233,10 @@ class LoTRAConfig(PeftConfig):
         self.peft_type = PeftType["LOTRA"]
         for entry in fields(self):
             self._check(entry)
-        self.target_modules = (
-            set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
-        )
-        self.exclude_modules = (
-            set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
-        )
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
         self.r = check_ranks(self.r)
         self.rank_pattern = {key: check_ranks(r) for key, r in (self.rank_pattern or {}).items()}
         self.alpha_pattern = self.alpha_pattern or {}
@@ -262,7 +260,7 @@ class LoTRAConfig(PeftConfig):
             }
 
     def _check(self, entry: Field) -> None:
-        """Checks the value of a field. What is read from a file can be anything."""
+        """Checks the value of a field; a value from a file can be anything."""
         value = getattr(self, entry.name)
         accepts, expected = BOOL if entry.name == "inference_mode" else entry.metadata.get("check", (None, None))
         may_be_none = entry.default is None or entry.default_factory is not MISSING
@@ -279,17 +277,10 @@ class LoTRAConfig(PeftConfig):
         r_key, alpha_key = (get_pattern_key(list(p), layer_name) for p in (self.rank_pattern, self.alpha_pattern))
         return self.rank_pattern.get(r_key, self.r), self.alpha_pattern.get(alpha_key, self.alpha)
 
-    #########
-    # Files #
-    #########
-
     def record_base_by(self, method: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        """Sets what adds the hashes of the base to `base_layers` when the config is saved.
+        """Sets the bound method, referenced weakly, that adds the hashes of the base to `base_layers` for a file.
 
         PEFT saves the config without passing it the model, so the config needs a way to the model.
-
-        Args:
-            method (`Callable`): A bound method of the model, which is referenced weakly.
         """
         self._record_base = WeakMethod(method)
 
