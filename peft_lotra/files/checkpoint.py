@@ -24,6 +24,7 @@ from ..families.registry import short_name
 
 
 Shape = tuple[int, ...]
+TRAINED_ON = "Load it into the base model that it was trained on."
 _MAX_LINES = 20  # that an error shows
 
 
@@ -81,8 +82,7 @@ def refuse(headline: str, problems: list[str], remedy: str = "") -> None:
 
 def refuse_for_model(problems: list[str]) -> None:
     """Raises a ValueError that lists why an adapter does not fit a model, if there are reasons."""
-    headline = "The adapter does not fit the model, nothing was loaded:"
-    refuse(headline, problems, "Load it into the base model that it was trained on.")
+    refuse("The adapter does not fit the model, nothing was loaded:", problems, TRAINED_ON)
 
 
 def _is_record(value: Any) -> bool:

@@ -40,11 +40,7 @@ def prepare_config(config: LoTRAConfig) -> LoTRAConfig:
 
 
 def prepare_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
-    """Finds and checks all targets before the first of them is touched, and writes them into the configuration.
-
-    Raises:
-        ValueError: A target cannot be adapted, the model cannot do the task, or an adapter from a file does not fit.
-    """
+    """Finds and checks all targets before the first of them is touched, and writes them into the configuration."""
     if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
         raise ValueError(
             f"`task_type` is {config.task_type!r}, but the model does not generate: it has no "
@@ -67,19 +63,7 @@ def create_and_replace(
     module: nn.Module,
     name: str,
 ) -> None:
-    """Adds an adapter to a module of the tuner's model: to a LoTRA layer, or by a new one around a KAN layer.
-
-    Args:
-        tuner (`BaseTuner`): The tuner.
-        targets (`dict[str, Target]`): What `prepare_targets` found.
-        config (`LoTRAConfig`): The configuration of the adapter.
-        adapter_name (`str`): The name of the adapter.
-        module (`nn.Module`): The module.
-        name (`str`): Its name in the model.
-
-    Raises:
-        ValueError: The module is not a KAN layer that is known.
-    """
+    """Adds an adapter to a module of this name: to a LoTRA layer, or by a new one around a KAN layer."""
     if name is None:
         raise ValueError("Current Key shouldn't be `None`")
     r, alpha = config.ranks_and_alpha(name)
@@ -109,13 +93,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def take_out(model: nn.Module, adapter_name: str, requires_grad: Sequence[tuple[nn.Parameter, bool]]) -> None:
-    """Undoes the injection of an adapter, as if it had never been tried.
-
-    Args:
-        model (`nn.Module`): The adapted model.
-        adapter_name (`str`): The name of the adapter.
-        requires_grad (`list[tuple[nn.Parameter, bool]]`): What the parameters of the model required before.
-    """
+    """Undoes the injection of an adapter, as if it had never been tried; parameters require what they did before."""
     for module in list(model.modules()):
         if isinstance(module, LoTRALayer) and adapter_name in module.lotra_core:
             adapters, bare = module.lotra_core, module.base_layer

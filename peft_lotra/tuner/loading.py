@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,7 @@ _COMPONENTS = LoTRALayer.adapter_layer_names
 
 
 def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
-    """Compares the names in a file of tensors with those that the adapter has in this model.
-
-    Raises:
-        ValueError: A tensor is missing, or is not the adapter's.
-    """
+    """Compares the names in a file of tensors with those that the adapter has in this model."""
     if config.checkpoint.tensors is None or getattr(model, "_checkpoint_conversion_mapping", None):
         return  # not from a file, or the names in the file are older ones
     modules = dict(model.named_modules())
@@ -54,20 +51,15 @@ def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Tar
 
 
 def _is_of_another_adapter(name: str) -> bool:
-    """Whether the name of a tensor in a file ends in that of an adapter."""
     return name.rpartition(".")[0].endswith(_COMPONENTS)
 
 
 def mismatches(
     model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str
 ) -> tuple[dict[str, list[str]], set[str]]:
-    """Compares the components in a state dict with those of the model.
-
-    Returns:
-        The components of another shape, in words, by adapter; and the adapters that have components in the state dict.
-    """
+    """The components in a state dict that have another shape, in words, by adapter; and the adapters in it."""
     wrong: dict[str, list[str]] = {}
-    loaded = set()
+    loaded: set[str] = set()
     for name, layer in lotra_layers(model):
         for component in _COMPONENTS:
             for adapter, parameter in getattr(layer, component).items():
@@ -84,11 +76,7 @@ def mismatches(
 
 
 def select_to_load(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors to load into an adapter that exists, without those of other adapters, which PEFT 0.19 saves along.
-
-    Raises:
-        ValueError: A component is missing or not finite, or a tensor would be written over the base.
-    """
+    """The tensors to load into an adapter that exists, without those of others, which PEFT 0.19 saves along."""
     layers = lotra_layers(model, adapter_name)
     own = {f"{name}.{component}.{adapter_name}" for name, _ in layers for component in _COMPONENTS}
     selected = {name: t for name, t in state_dict.items() if name in own or not _is_of_another_adapter(name)}
@@ -104,13 +92,9 @@ def select_to_load(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
 
 
 def select_to_save(adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The components of an adapter in the state dict of its model.
+    """The components of an adapter in the state dict of its model, whole.
 
-    They are found by the names of the tensors. PEFT looks for the names of the layers in the model, which are not
-    those in the state dict if FSDP wraps the layers.
-
-    Raises:
-        ValueError: A tensor is spread over several processes.
+    PEFT looks for the names of the layers in the model, which the state dict does not have if FSDP wraps the layers.
     """
     endings = tuple(f".{component}.{adapter_name}" for component in _COMPONENTS)
     tensors = {key: value for key, value in state_dict.items() if key.endswith(endings)}
@@ -132,13 +116,11 @@ def _embeddings(model: nn.Module) -> set[str]:
     """The names of the embeddings of a transformers model, which PEFT can save along."""
     owners = []
     for which in ("input", "output"):
-        try:
+        with suppress(NotImplementedError):  # what transformers says of models without embeddings, such as KANModel
             owners.append(getattr(model, f"get_{which}_embeddings", lambda: None)())
-        except NotImplementedError:  # what transformers says of models without embeddings, such as KANModel
-            continue
     return {
         f"{name}.{key}"
         for name, module in model.named_modules()
-        if any(module is owner for owner in owners if owner is not None)
+        if any(module is owner for owner in owners)
         for key, _ in module.named_parameters()
     }
