@@ -16,10 +16,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, field, fields
 from functools import wraps
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 
@@ -90,10 +93,19 @@ PATTERN: Check = (_is_pattern, "a dict of ranks")
 NUMBERS: Check = (_is_pattern_of_numbers, "a dict of finite numbers")
 
 
-def option(default: Any, help: str, check: Check | None = None) -> Any:
+def option(default: Any, check: Check | None = None) -> Any:
     """A field of the config; `dict` as the default is a new one for each config."""
     start: dict[str, Any] = {"default_factory": dict} if default is dict else {"default": default}
-    return field(**start, metadata={"help": help, "check": check})
+    return field(**start, metadata={"check": check})
+
+
+def with_help(cls: Config) -> Config:
+    """Gives the fields of a config their help: what the docstring of the class says of them in PEFT's style."""
+    texts = dict(re.findall(r"^ {4}(\w+) \(.*\):\n((?: {8}.*\n)+)", inspect.cleandoc(cls.__doc__ or ""), re.MULTILINE))
+    for entry in fields(cls):
+        if entry.name in texts:
+            entry.metadata = MappingProxyType({**entry.metadata, "help": " ".join(texts[entry.name].split())})
+    return cls
 
 
 def check_values(config: Any) -> None:

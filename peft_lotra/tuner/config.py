@@ -49,6 +49,7 @@ from .arguments import (
     check_values,
     option,
     refuse_names_of_lora,
+    with_help,
 )
 
 
@@ -57,6 +58,7 @@ CHECK_BASE = ("error", "warn", "ignore")
 
 
 @refuse_names_of_lora
+@with_help
 @dataclass
 class LoTRAConfig(PeftConfig):
     """
@@ -99,15 +101,13 @@ class LoTRAConfig(PeftConfig):
         adapt_residual (`bool`):
             Whether the weights of the residual branch are adapted too, as one more slice of the basis mode.
         check_base (`Optional[str]`):
-            What happens when an adapter is loaded into another base than it was saved with. By default (`None`)
-            another grid is an error, since the coefficients would mean other functions, and other coefficients are a
-            warning, since the base may have been trained further. `"error"`, `"warn"` and `"ignore"` hold for both.
-            Another family or shape is always an error. The choice is not saved; it is made when an adapter is loaded:
-            `PeftModel.from_pretrained(base, folder, check_base="error")`.
+            What happens when an adapter is loaded into another base than it was saved with:
+            `PeftModel.from_pretrained(base, folder, check_base="error")`. By default (`None`) another grid is an
+            error, and other coefficients are a warning; `"error"`, `"warn"` and `"ignore"` hold for both. Another
+            family or shape is always an error. The choice is not saved.
         base_layers (`Optional[dict[str, dict]]`):
             Internal. The family and the shape of each adapted layer, and, in a file, the hashes of its grid and its
-            frozen parameters. Filled in when the adapter is created or saved, and compared with the model when the
-            adapter is loaded.
+            frozen parameters. Compared with the model when the adapter is loaded.
         base_digest (`Optional[str]`):
             Internal. In a file, one digest of all `base_layers`.
         integrity (`Optional[dict[str, str]]`):
@@ -124,60 +124,25 @@ class LoTRAConfig(PeftConfig):
         (2, 1.0)
     """
 
-    r: int | tuple[int, int, int] = option(4, "Ranks (out, in, basis) of the update; an int counts for all modes.")
-    alpha: float = option(
-        1.0, "Factor that the update is multiplied by; unlike in LoRA there is no division by r.", NUMBER
-    )
-    target_modules: list[str] | set[str] | str | None = option(
-        None,
-        "Names of the KAN layers to adapt (exact or suffixes; a string is a regex). 'all-kan', or None, takes every "
-        "KAN layer that is recognized.",
-        NAMES,
-    )
-    exclude_modules: list[str] | set[str] | str | None = option(
-        None, "Names of the modules to leave alone (exact or suffixes; a string is a regex).", NAMES
-    )
-    layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to adapt.", INDICES)
-    layers_pattern: list[str] | str | None = option(
-        None, "Name of the nn.ModuleList that `layers_to_transform` counts in.", NAMES
-    )
-    rank_pattern: dict = option(dict, "Mapping from layer names or regexes to ranks that differ from `r`.", PATTERN)
-    alpha_pattern: dict = option(
-        dict, "Mapping from layer names or regexes to factors that differ from `alpha`.", NUMBERS
-    )
-    modules_to_save: list[str] | None = option(
-        None, "Modules apart from the adapted layers that are trained and saved whole.", NAMES
-    )
-    rank_dropout: float = option(
-        0.0, "Probability with which each rank component of the out mode is dropped in training.", PROBABILITY
-    )
-    module_dropout: float = option(
-        0.0, "Probability with which the adapter of a whole layer is skipped in training.", PROBABILITY
-    )
-    init_weights: bool | Literal["gradient"] = option(
-        True,
-        "True: random factors; 'gradient': factors from the gradient that preprocess_lotra gathered; both with a zero "
-        "update. False: a random update (for tests).",
-        START,
-    )
-    adapt_residual: bool = option(
-        True, "Whether the residual branch is adapted too, as one more slice of the basis mode.", BOOL
-    )
-    base_layers: dict[str, dict[str, Any]] | None = option(
-        None, "Internal: family and shape of each adapted layer; filled in when the adapter is created.", RECORD
-    )
+    r: int | tuple[int, int, int] = option(4)
+    alpha: float = option(1.0, NUMBER)
+    target_modules: list[str] | set[str] | str | None = option(None, NAMES)
+    exclude_modules: list[str] | set[str] | str | None = option(None, NAMES)
+    layers_to_transform: list[int] | int | None = option(None, INDICES)
+    layers_pattern: list[str] | str | None = option(None, NAMES)
+    rank_pattern: dict = option(dict, PATTERN)
+    alpha_pattern: dict = option(dict, NUMBERS)
+    modules_to_save: list[str] | None = option(None, NAMES)
+    rank_dropout: float = option(0.0, PROBABILITY)
+    module_dropout: float = option(0.0, PROBABILITY)
+    init_weights: bool | Literal["gradient"] = option(True, START)
+    adapt_residual: bool = option(True, BOOL)
+    base_layers: dict[str, dict[str, Any]] | None = option(None, RECORD)
     check_base: Literal["error", "warn", "ignore"] | None = option(
-        None,
-        "What to do when the base is not the one that the adapter was saved with: 'error', 'warn' or 'ignore'; None "
-        "means an error for another grid and a warning for other coefficients. Not saved.",
-        (lambda value: value in CHECK_BASE, f"None or one of {CHECK_BASE}"),
+        None, (lambda value: value in CHECK_BASE, f"None or one of {CHECK_BASE}")
     )
-    base_digest: str | None = option(
-        None, "Internal: in a file, one digest of all `base_layers`.", (lambda v: isinstance(v, str), HASHES[1])
-    )
-    integrity: dict[str, str] | None = option(
-        None, "Internal: in a file, digests of the config and of the tensors.", HASHES
-    )
+    base_digest: str | None = option(None, (lambda value: isinstance(value, str), HASHES[1]))
+    integrity: dict[str, str] | None = option(None, HASHES)
 
     def __post_init__(self):
         super().__post_init__()
@@ -281,9 +246,8 @@ class LoTRAConfig(PeftConfig):
         check_size(os.path.join(folder, CONFIG_NAME))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not isinstance(config, LoTRAConfig):
-            raise ValueError(
-                f"The adapter in {folder} is of the type {PeftType(config.peft_type).value}, and not LOTRA."
-            )
+            kind = PeftType(config.peft_type).value
+            raise ValueError(f"The adapter in {folder} is of the type {kind}, and not LOTRA.")
         weights = find_weights(pretrained_model_name_or_path, subfolder, hub_kwargs)
         if weights is not None:
             shapes, digest = read_weights(weights)

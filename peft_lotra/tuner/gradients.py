@@ -26,7 +26,7 @@ from torch import nn
 from ..families.coefficients import CoefficientTensor
 from ..functional import modes_kept, unwrap
 from .config import LoTRAConfig
-from .initialization import keep_gradients
+from .initialization import GRADIENTS
 from .targets import find_targets
 
 
@@ -65,7 +65,7 @@ def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable
         )
     model = unwrap(model)
     layers = {name: (target.layer, target.coefficients) for name, target in find_targets(config, model).items()}
-    keep_gradients(gather_gradients(layers, model, train_step))
+    GRADIENTS.update(gather_gradients(layers, model, train_step))
 
 
 def gather_gradients(

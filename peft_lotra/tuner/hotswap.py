@@ -68,9 +68,8 @@ def hotswap_adapter(
     if old is None:
         raise ValueError(f"There is no adapter {adapter_name!r} to replace, the model has {list(model.peft_config)}.")
     if not isinstance(old, LoTRAConfig):
-        raise ValueError(
-            f"The adapter {adapter_name!r} is of the type {PeftType(old.peft_type).value}, and not LOTRA."
-        )
+        kind = PeftType(old.peft_type).value
+        raise ValueError(f"The adapter {adapter_name!r} is of the type {kind}, and not LOTRA.")
     new = LoTRAConfig.from_pretrained(str(model_name_or_path), **kwargs)  # which checks the tensors too
     layers = dict(lotra_layers(unwrap(model)))
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
@@ -83,11 +82,9 @@ def hotswap_adapter(
     current = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = load_peft_weights(str(model_name_or_path), device="cpu", **kwargs)
     wrong = _differences(old, new, current, tensors)
-    refuse(
-        f"The adapter in {str(model_name_or_path)!r} cannot take the place of {adapter_name!r}, and nothing was changed:",
-        wrong,
-        "Load it beside the other one: `model.load_adapter(path, adapter_name=...)`.",
-    )
+    headline = f"The adapter in {str(model_name_or_path)!r} cannot take the place of {adapter_name!r}, "
+    remedy = "Load it beside the other one: `model.load_adapter(path, adapter_name=...)`."
+    refuse(f"{headline}and nothing was changed:", wrong, remedy)
     for name, layer in layers.items():
         key = f"base_model.model.{name}.lotra_core"
         if key in tensors:

@@ -20,7 +20,6 @@ Either way factor_out is zero, as LoRA's B, so that the update is zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,18 +29,7 @@ from ..tucker import tucker
 
 
 # What preprocess_lotra gathered, until an adapter starts from it; not on the layers, so that the base is not touched.
-_GRADIENTS: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
-
-
-def keep_gradients(gradients: Mapping[nn.Module, Tensor]) -> None:
-    """Keeps the gradients of the layers for `reset_components_from_gradient`."""
-    _GRADIENTS.update(gradients)
-
-
-def drop_gradients(layers: Iterable[nn.Module]) -> None:
-    """Forgets the gradients of the layers, once the adapter is made."""
-    for layer in layers:
-        _GRADIENTS.pop(layer, None)
+GRADIENTS: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -75,17 +63,16 @@ def reset_components_from_gradient(
     """Sets the components to the directions that the gradient of the layer's coefficients uses most.
 
     The best Tucker approximation (HOOI) of the gradient gives factor_in and factor_basis, with columns of norm 1 and
-    sqrt(basis), as random ones have. The gradient projected on both unfolds to a matrix (out, ri rb), whose leading ro
-    right singular vectors are the rows of the core: the orthonormal combinations of inputs and basis functions that
-    the first step of full fine-tuning would use most. The singular values are dropped, since a step of Adam should be
-    as large for a weak direction as for a strong one.
+    sqrt(basis). The gradient projected on both unfolds to a matrix (out, ri rb), whose leading ro right singular
+    vectors are the rows of the core. The singular values are dropped, since a step of Adam should be as large for a
+    weak direction as for a strong one.
     """
-    if layer not in _GRADIENTS:
+    if layer not in GRADIENTS:
         raise ValueError(
             f'`init_weights="gradient"` needs the gradient of this {type(layer).__name__}: call '
             "`preprocess_lotra(model, config, train_step)` before the adapter is added."
         )
-    gradient = _GRADIENTS[layer][..., : len(factor_basis)]
+    gradient = GRADIENTS[layer][..., : len(factor_basis)]
     ro, ri, rb = core.shape
     projected, *factors = tucker(gradient, (ro, ri, rb))
     factor_in.copy_(factors[1])

@@ -27,10 +27,18 @@ from torch import nn
 from ..files.checkpoint import refuse_for_model
 from .config import LoTRAConfig
 from .guards import release_networks
-from .initialization import drop_gradients
-from .injection import create_and_replace, prepare_config, prepare_targets, replace_module, take_out
+from .initialization import GRADIENTS
+from .injection import (
+    create_and_replace,
+    mismatches,
+    prepare_config,
+    prepare_targets,
+    replace_module,
+    select_to_load,
+    select_to_save,
+    take_out,
+)
 from .layer import LoTRALayer, lotra_layers
-from .loading import mismatches, select_to_load, select_to_save
 from .locks import LayerLock, exclusively_within
 from .mixed_batch import RowNames
 from .slim import SLIM_MERGES, SlimLoTRALayer
@@ -110,7 +118,8 @@ class LoTRAModel(BaseTuner):
             raise
         finally:
             self._targets = {}
-        drop_gradients([layer.get_base_layer() for layer in layers])
+        for layer in layers:
+            GRADIENTS.pop(layer.get_base_layer(), None)
         if self._requires_grad_of_base is None:
             self._requires_grad_of_base = requires_grad
         peft_config.record_base_by(self._record_base)
