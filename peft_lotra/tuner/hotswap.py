@@ -34,8 +34,7 @@ from .layer import lotra_layers
 def hotswap_adapter(
     model: nn.Module, model_name_or_path: str | os.PathLike, adapter_name: str = "default", **kwargs: Any
 ) -> None:
-    """
-    Replaces the weights of a loaded adapter by those of another one of the same layers and ranks.
+    """Replaces the weights of a loaded adapter by those of another one of the same layers and ranks.
 
     The tensors are overwritten in place, so that a model that `torch.compile` compiled is not compiled again. (PEFT's
     own `hotswap_adapter` takes LoRA only.) If the new adapter has another alpha, its core is multiplied by the ratio.

@@ -69,10 +69,9 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
 
     Methods that move the grid of an adapted layer raise: move those of the base layers and refit, or pass the move.
 
-    Each update is projected onto the new basis, one input at a time: by least squares on the inputs of the layer, and
-    with a hundredth of their weight on points spread over the new grid. HOOI brings it back to its ranks, followed by
-    L-BFGS on the error of the functions. The inputs of a layer are those that the layers before it give with the
-    active adapters, already refitted.
+    Each update is projected onto the new basis, one input at a time: by least squares on the inputs of the layer and,
+    with a hundredth of their weight, on points spread over the new grid. HOOI, and L-BFGS on the error of the
+    functions, bring it back to its ranks. The layers before a layer give its inputs, already refitted.
 
     Example:
         >>> from peft import get_peft_model

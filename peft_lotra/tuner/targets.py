@@ -159,16 +159,14 @@ def check_base(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Targ
         for what, values in _read_values(targets[name], model.get_submodule(name)).items():
             if what in layer and is_same(layer[what], values) is False:
                 differ[what].append(name)
-    messages = {
-        "grid": ("grids", "coefficients would mean other functions"),
-        "parameters": ("coefficients", "update would not give the function that it was trained to give"),
-    }
-    for what, names in differ.items():
-        if not names:
+    for what, noun, consequence in (
+        ("grid", "grids", "coefficients would mean other functions"),
+        ("parameters", "coefficients", "update would not give the function that it was trained to give"),
+    ):
+        if not differ[what]:
             continue
-        noun, consequence = messages[what]
         message = (
-            f"The {noun} of the layers {', '.join(names)} are not those that the adapter was saved with: its "
+            f"The {noun} of the layers {', '.join(differ[what])} are not those that the adapter was saved with: its "
             f'{consequence}. {TRAINED_ON} If you know better pass `check_base="warn"` or `check_base="ignore"`.'
         )
         if config.check_base == "error" or (config.check_base is None and what == "grid"):
