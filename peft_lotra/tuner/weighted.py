@@ -80,14 +80,12 @@ def add_weighted_adapter(
     """
     configs = cast("dict[str, LoTRAConfig]", model.peft_config)
     _check(configs, adapters, weights, adapter_name, combination_type, ranks)
-    layers = {
-        name: layer
-        for name, layer in lotra_layers(model.model)
-        if any(adapter in layer.lotra_core for adapter in adapters)
-    }
-    components, sums = {}, {}
-    for name, layer in layers.items():
+    layers, components, sums = {}, {}, {}
+    for name, layer in lotra_layers(model.model):
         here = [(adapter, w) for adapter, w in zip(adapters, weights, strict=True) if adapter in layer.lotra_core]
+        if not here:
+            continue
+        layers[name] = layer
         basis = max(len(layer.lotra_factor_basis[adapter]) for adapter, _ in here)  # without or with a residual slice
         parts = [_read(layer, adapter, weight).padded(basis) for adapter, weight in here]
         sums[name] = torch.stack([part.dense() for part in parts]).sum(0)
