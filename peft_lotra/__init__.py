@@ -17,15 +17,15 @@
 from . import kan
 from ._version import __version__
 from .approximation.compression import SlimReport, slim, to_dense
-from .approximation.extraction import extract_lotra
-from .approximation.spectra import gradient_spectrum, suggest_ranks, update_spectrum
+from .approximation.extraction import ExtractionReport, extract_lotra
+from .approximation.spectra import Spectrum, gradient_spectrum, suggest_ranks, update_spectrum
 from .families import known  # noqa: F401  (registers the known families)
 from .families.registry import FoundKANLayer, KANLayerSpec, find_kan_layers, register_kan_layer
 from .files.format import save_adapter
 from .hub.card import write_model_card
 from .hub.push import push_to_hub
-from .optim import create_lotra_optimizer, lotra_lr_multipliers
-from .summary import model_summary
+from .optim.learning_rates import LoTRALearningRates, create_lotra_optimizer, lotra_lr_multipliers
+from .summary import ModelSummary, model_summary
 from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
 from .tuner.config import LoTRAConfig
 from .tuner.gradients import preprocess_lotra
@@ -38,13 +38,17 @@ from .tuner.registration import register
 
 
 __all__ = [
+    "ExtractionReport",
     "FoundKANLayer",
     "KANLayerSpec",
     "LoTRAConfig",
     "LoTRALayer",
+    "LoTRALearningRates",
     "LoTRAModel",
+    "ModelSummary",
     "RefitReport",
     "SlimReport",
+    "Spectrum",
     "__version__",
     "create_lotra_optimizer",
     "enable_mixed",

@@ -16,9 +16,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Callable
+from dataclasses import MISSING, field, fields
 from functools import wraps
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 
@@ -74,19 +78,41 @@ def _is_pattern(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
+def _is_pattern_of_numbers(value: Any) -> bool:
+    return _is_pattern(value) and all(map(_is_number, value.values()))
 
 
 # What a field accepts, with the words for it.
 NUMBER: Check = (_is_number, "a finite number")
 PROBABILITY: Check = (lambda value: _is_number(value) and 0.0 <= value < 1.0, "at least 0 and below 1")
-BOOL: Check = (_is_bool, "True or False")
-START: Check = (lambda value: _is_bool(value) or value == "gradient", "True, False or 'gradient'")
+BOOL: Check = (lambda value: isinstance(value, bool), "True or False")
+START: Check = (lambda value: isinstance(value, bool) or value == "gradient", "True, False or 'gradient'")
 NAMES: Check = (_is_name_or_names, "a string or a list of strings")
 INDICES: Check = (_is_index_or_indices, "an index or a list of indices")
 PATTERN: Check = (_is_pattern, "a dict of ranks")
-NUMBERS: Check = (
-    lambda value: _is_pattern(value) and all(map(_is_number, value.values())),
-    "a dict of finite numbers",
-)
+NUMBERS: Check = (_is_pattern_of_numbers, "a dict of finite numbers")
+
+
+def option(default: Any, check: Check | None = None) -> Any:
+    """A field of the config; `dict` as the default is a new one for each config."""
+    start: dict[str, Any] = {"default_factory": dict} if default is dict else {"default": default}
+    return field(**start, metadata={"check": check})
+
+
+def with_help(cls: Config) -> Config:
+    """Gives the fields of a config their help: what the docstring of the class says of them in PEFT's style."""
+    texts = dict(re.findall(r"^ {4}(\w+) \(.*\):\n((?: {8}.*\n)+)", inspect.cleandoc(cls.__doc__ or ""), re.MULTILINE))
+    for entry in fields(cls):
+        if entry.name in texts:
+            entry.metadata = MappingProxyType({**entry.metadata, "help": " ".join(texts[entry.name].split())})
+    return cls
+
+
+def check_values(config: Any) -> None:
+    """Raises a ValueError if a field has a value that it does not accept."""
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        check = BOOL if entry.name == "inference_mode" else entry.metadata.get("check")
+        may_be_none = entry.default is None or entry.default_factory is not MISSING
+        if check is not None and not (may_be_none if value is None else check[0](value)):
+            raise ValueError(f"`{entry.name}` must be {check[1]}, got {value!r:.200}.")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 from weakref import WeakMethod
 
@@ -37,7 +37,20 @@ from ..files.format import (
     write_atomically,
 )
 from ..tucker import cap_ranks, check_ranks
-from .arguments import BOOL, INDICES, NAMES, NUMBER, NUMBERS, PATTERN, PROBABILITY, START, refuse_names_of_lora
+from .arguments import (
+    BOOL,
+    INDICES,
+    NAMES,
+    NUMBER,
+    NUMBERS,
+    PATTERN,
+    PROBABILITY,
+    START,
+    check_values,
+    option,
+    refuse_names_of_lora,
+    with_help,
+)
 
 
 ALL_KAN = "all-kan"
@@ -45,6 +58,7 @@ CHECK_BASE = ("error", "warn", "ignore")
 
 
 @refuse_names_of_lora
+@with_help
 @dataclass
 class LoTRAConfig(PeftConfig):
     """
@@ -87,15 +101,13 @@ class LoTRAConfig(PeftConfig):
         adapt_residual (`bool`):
             Whether the weights of the residual branch are adapted too, as one more slice of the basis mode.
         check_base (`Optional[str]`):
-            What happens when an adapter is loaded into another base than it was saved with. By default (`None`)
-            another grid is an error, since the coefficients would mean other functions, and other coefficients are a
-            warning, since the base may have been trained further. `"error"`, `"warn"` and `"ignore"` hold for both.
-            Another family or shape is always an error. The choice is not saved; it is made when an adapter is loaded:
-            `PeftModel.from_pretrained(base, folder, check_base="error")`.
+            What happens when an adapter is loaded into another base than it was saved with:
+            `PeftModel.from_pretrained(base, folder, check_base="error")`. By default (`None`) another grid is an
+            error, and other coefficients are a warning; `"error"`, `"warn"` and `"ignore"` hold for both. Another
+            family or shape is always an error. The choice is not saved.
         base_layers (`Optional[dict[str, dict]]`):
             Internal. The family and the shape of each adapted layer, and, in a file, the hashes of its grid and its
-            frozen parameters. Filled in when the adapter is created or saved, and compared with the model when the
-            adapter is loaded.
+            frozen parameters. Compared with the model when the adapter is loaded.
         base_digest (`Optional[str]`):
             Internal. In a file, one digest of all `base_layers`.
         integrity (`Optional[dict[str, str]]`):
@@ -112,133 +124,34 @@ class LoTRAConfig(PeftConfig):
         (2, 1.0)
     """
 
-    r: int | tuple[int, int, int] = field(
-        default=4, metadata={"help": "Ranks (out, in, basis) of the update; an int counts for the three modes."}
+    r: int | tuple[int, int, int] = option(4)
+    alpha: float = option(1.0, NUMBER)
+    target_modules: list[str] | set[str] | str | None = option(None, NAMES)
+    exclude_modules: list[str] | set[str] | str | None = option(None, NAMES)
+    layers_to_transform: list[int] | int | None = option(None, INDICES)
+    layers_pattern: list[str] | str | None = option(None, NAMES)
+    rank_pattern: dict = option(dict, PATTERN)
+    alpha_pattern: dict = option(dict, NUMBERS)
+    modules_to_save: list[str] | None = option(None, NAMES)
+    rank_dropout: float = option(0.0, PROBABILITY)
+    module_dropout: float = option(0.0, PROBABILITY)
+    init_weights: bool | Literal["gradient"] = option(True, START)
+    adapt_residual: bool = option(True, BOOL)
+    base_layers: dict[str, dict[str, Any]] | None = option(None, RECORD)
+    check_base: Literal["error", "warn", "ignore"] | None = option(
+        None, (lambda value: value in CHECK_BASE, f"None or one of {CHECK_BASE}")
     )
-    alpha: float = field(
-        default=1.0,
-        metadata={
-            "help": "Factor that the update is multiplied by; unlike in LoRA there is no division by r.",
-            "check": NUMBER,
-        },
-    )
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the KAN layers to adapt (exact or suffixes; a string is a regex). 'all-kan', or None, "
-            "takes every KAN layer that is recognized.",
-            "check": NAMES,
-        },
-    )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the modules to leave alone (exact or suffixes; a string is a regex).",
-            "check": NAMES,
-        },
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None,
-        metadata={
-            "help": "Indices of the layers to adapt.",
-            "check": INDICES,
-        },
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the nn.ModuleList that `layers_to_transform` counts in.", "check": NAMES},
-    )
-    rank_pattern: dict = field(
-        default_factory=dict,
-        metadata={
-            "help": "Mapping from layer names or regexes to ranks that differ from `r`.",
-            "check": PATTERN,
-        },
-    )
-    alpha_pattern: dict = field(
-        default_factory=dict,
-        metadata={
-            "help": "Mapping from layer names or regexes to factors that differ from `alpha`.",
-            "check": NUMBERS,
-        },
-    )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Modules apart from the adapted layers that are trained and saved whole.",
-            "check": NAMES,
-        },
-    )
-    rank_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Probability with which each rank component of the out mode is dropped in training.",
-            "check": PROBABILITY,
-        },
-    )
-    module_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Probability with which the adapter of a whole layer is skipped in training.",
-            "check": PROBABILITY,
-        },
-    )
-    init_weights: bool | Literal["gradient"] = field(
-        default=True,
-        metadata={
-            "help": "True: random factors; 'gradient': factors from the gradient that preprocess_lotra gathered; both "
-            "with a zero update. False: a random update (for tests).",
-            "check": START,
-        },
-    )
-    adapt_residual: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether the residual branch is adapted too, as one more slice of the basis mode.",
-            "check": BOOL,
-        },
-    )
-    base_layers: dict[str, dict[str, Any]] | None = field(
-        default=None,
-        metadata={
-            "help": "Internal: family and shape of each adapted layer; filled in when the adapter is created.",
-            "check": RECORD,
-        },
-    )
-    check_base: Literal["error", "warn", "ignore"] | None = field(
-        default=None,
-        metadata={
-            "help": "What to do when the base is not the one that the adapter was saved with: 'error', 'warn' or "
-            "'ignore'; None means an error for another grid and a warning for other coefficients. Not saved.",
-            "check": (lambda value: value in CHECK_BASE, f"None or one of {CHECK_BASE}"),
-        },
-    )
-    base_digest: str | None = field(
-        default=None,
-        metadata={
-            "help": "Internal: in a file, one digest of all `base_layers`.",
-            "check": (lambda value: isinstance(value, str), HASHES[1]),
-        },
-    )
-    integrity: dict[str, str] | None = field(
-        default=None,
-        metadata={
-            "help": "Internal: in a file, digests of the config and of the tensors.",
-            "check": HASHES,
-        },
-    )
+    base_digest: str | None = option(None, (lambda value: isinstance(value, str), HASHES[1]))
+    integrity: dict[str, str] | None = option(None, HASHES)
 
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType["LOTRA"]
-        for entry in fields(self):
-            self._check(entry)
-        self.target_modules = (
-            set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
-        )
-        self.exclude_modules = (
-            set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
-        )
+        check_values(self)
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
         self.r = check_ranks(self.r)
         self.rank_pattern = {key: check_ranks(r) for key, r in (self.rank_pattern or {}).items()}
         self.alpha_pattern = self.alpha_pattern or {}
@@ -255,23 +168,17 @@ class LoTRAConfig(PeftConfig):
         self._record_base: WeakMethod | None = None
         self._check_integrity()
         self.base_digest = self.integrity = None
+        mapping = self.auto_mapping
+        if isinstance(mapping, dict) and mapping.get("parent_library") == "peft_lotra.kan.slim":  # where SlimKAN was
+            self.auto_mapping = {**mapping, "parent_library": "peft_lotra.kan"}
         if self.base_layers is not None:  # the hashes are left to the file
             self.base_layers = {
                 name: {key: layer[key] for key in ("family", "shape", "has_residual")}
                 for name, layer in self.base_layers.items()
             }
 
-    def _check(self, entry: Field) -> None:
-        """Checks the value of a field. What is read from a file can be anything."""
-        value = getattr(self, entry.name)
-        accepts, expected = BOOL if entry.name == "inference_mode" else entry.metadata.get("check", (None, None))
-        may_be_none = entry.default is None or entry.default_factory is not MISSING
-        if accepts is None or (value is None and may_be_none) or (value is not None and accepts(value)):
-            return
-        raise ValueError(f"`{entry.name}` must be {expected}, got {value!r:.200}.")
-
     def __getstate__(self) -> dict[str, Any]:
-        # A weak reference is not pickled, and a copy belongs to no model yet.
+        # a weak reference is not pickled, and a copy belongs to no model yet
         return {**vars(self), "_record_base": None}
 
     def ranks_and_alpha(self, layer_name: str) -> tuple[int | tuple[int, int, int], float]:
@@ -279,17 +186,10 @@ class LoTRAConfig(PeftConfig):
         r_key, alpha_key = (get_pattern_key(list(p), layer_name) for p in (self.rank_pattern, self.alpha_pattern))
         return self.rank_pattern.get(r_key, self.r), self.alpha_pattern.get(alpha_key, self.alpha)
 
-    #########
-    # Files #
-    #########
-
     def record_base_by(self, method: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        """Sets what adds the hashes of the base to `base_layers` when the config is saved.
+        """Sets the bound method, referenced weakly, that adds the hashes of the base to `base_layers` for a file.
 
         PEFT saves the config without passing it the model, so the config needs a way to the model.
-
-        Args:
-            method (`Callable`): A bound method of the model, which is referenced weakly.
         """
         self._record_base = WeakMethod(method)
 
@@ -329,7 +229,7 @@ class LoTRAConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        """Reads the config of an adapter, and checks the file of its tensors before any model is touched.
+        """Reads the config of an adapter, and checks the file of its tensors, before any model is touched.
 
         Args:
             pretrained_model_name_or_path (`str`): A folder, or a repository on the Hub.
@@ -346,7 +246,8 @@ class LoTRAConfig(PeftConfig):
         check_size(os.path.join(folder, CONFIG_NAME))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not isinstance(config, LoTRAConfig):
-            raise ValueError(f"The adapter in {folder} is of the type {config.peft_type}, and not LOTRA.")
+            kind = PeftType(config.peft_type).value
+            raise ValueError(f"The adapter in {folder} is of the type {kind}, and not LOTRA.")
         weights = find_weights(pretrained_model_name_or_path, subfolder, hub_kwargs)
         if weights is not None:
             shapes, digest = read_weights(weights)

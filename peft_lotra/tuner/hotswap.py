@@ -20,10 +20,11 @@ import os
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import PeftType, load_peft_weights
 from torch import nn
 
+from ..files.checkpoint import refuse
 from ..functional import unwrap
 from .config import LoTRAConfig
 from .layer import lotra_layers
@@ -33,8 +34,7 @@ from .layer import lotra_layers
 def hotswap_adapter(
     model: nn.Module, model_name_or_path: str | os.PathLike, adapter_name: str = "default", **kwargs: Any
 ) -> None:
-    """
-    Replaces the weights of a loaded adapter by those of another one of the same layers and ranks.
+    """Replaces the weights of a loaded adapter by those of another one of the same layers and ranks.
 
     The tensors are overwritten in place, so that a model that `torch.compile` compiled is not compiled again. (PEFT's
     own `hotswap_adapter` takes LoRA only.) If the new adapter has another alpha, its core is multiplied by the ratio.
@@ -66,9 +66,9 @@ def hotswap_adapter(
     old = model.peft_config.get(adapter_name)
     if old is None:
         raise ValueError(f"There is no adapter {adapter_name!r} to replace, the model has {list(model.peft_config)}.")
-    new = PeftConfig.from_pretrained(str(model_name_or_path), **kwargs)
-    old = _lotra_config(adapter_name, old)
-    _lotra_config(model_name_or_path, new)
+    if not isinstance(old, LoTRAConfig):
+        kind = PeftType(old.peft_type).value
+        raise ValueError(f"The adapter {adapter_name!r} is of the type {kind}, and not LOTRA.")
     new = LoTRAConfig.from_pretrained(str(model_name_or_path), **kwargs)  # which checks the tensors too
     layers = dict(lotra_layers(unwrap(model)))
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
@@ -81,25 +81,15 @@ def hotswap_adapter(
     current = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = load_peft_weights(str(model_name_or_path), device="cpu", **kwargs)
     wrong = _differences(old, new, current, tensors)
-    if wrong:
-        raise ValueError(
-            f"The adapter in {str(model_name_or_path)!r} cannot take the place of {adapter_name!r}, and nothing was "
-            "changed:\n  " + "\n  ".join(wrong) + "\nLoad it beside the other one: "
-            "`model.load_adapter(path, adapter_name=...)`."
-        )
+    headline = f"The adapter in {str(model_name_or_path)!r} cannot take the place of {adapter_name!r}, "
+    remedy = "Load it beside the other one: `model.load_adapter(path, adapter_name=...)`."
+    refuse(f"{headline}and nothing was changed:", wrong, remedy)
     for name, layer in layers.items():
         key = f"base_model.model.{name}.lotra_core"
         if key in tensors:
             tensors[key] = tensors[key] * (new.ranks_and_alpha(name)[1] / layer.lotra_alpha[adapter_name])
     for key, tensor in tensors.items():
         current[key].copy_(tensor)
-
-
-def _lotra_config(name: str | os.PathLike, config: PeftConfig) -> LoTRAConfig:
-    if not isinstance(config, LoTRAConfig):
-        kind = PeftType(config.peft_type).value
-        raise ValueError(f"The adapter {str(name)!r} is of the type {kind}, and not LOTRA.")
-    return config
 
 
 def _differences(

@@ -12,24 +12,29 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""How adapters come into a model and out of it again, for [`LoTRAModel`] and for LoTRA in PEFT's mixed models."""
+"""How adapters come into a model and out of it again, and which tensors are theirs; also for PEFT's mixed models."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from ..families.slim import SlimLayer
+from ..files.checkpoint import refuse
 from ..kan.slim_kan import SlimKANLinear
 from .config import ALL_KAN, LoTRAConfig
 from .guards import guard_network, release_networks
-from .layer import LoTRALayer
-from .loading import check_names
+from .layer import LoTRALayer, lotra_layers
 from .slim import SlimLoTRALayer
 from .targets import Target, check_base, describe_targets, find_targets, locate_target
+
+
+_COMPONENTS = LoTRALayer.adapter_layer_names
 
 
 def prepare_config(config: LoTRAConfig) -> LoTRAConfig:
@@ -40,11 +45,7 @@ def prepare_config(config: LoTRAConfig) -> LoTRAConfig:
 
 
 def prepare_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
-    """Finds and checks all targets before the first of them is touched, and writes them into the configuration.
-
-    Raises:
-        ValueError: A target cannot be adapted, the model cannot do the task, or an adapter from a file does not fit.
-    """
+    """Finds and checks all targets before the first of them is touched, and writes them into the configuration."""
     if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
         raise ValueError(
             f"`task_type` is {config.task_type!r}, but the model does not generate: it has no "
@@ -67,19 +68,7 @@ def create_and_replace(
     module: nn.Module,
     name: str,
 ) -> None:
-    """Adds an adapter to a module of the tuner's model: to a LoTRA layer, or by a new one around a KAN layer.
-
-    Args:
-        tuner (`BaseTuner`): The tuner.
-        targets (`dict[str, Target]`): What `prepare_targets` found.
-        config (`LoTRAConfig`): The configuration of the adapter.
-        adapter_name (`str`): The name of the adapter.
-        module (`nn.Module`): The module.
-        name (`str`): Its name in the model.
-
-    Raises:
-        ValueError: The module is not a KAN layer that is known.
-    """
+    """Adds an adapter to a module of this name: to a LoTRA layer, or by a new one around a KAN layer."""
     if name is None:
         raise ValueError("Current Key shouldn't be `None`")
     r, alpha = config.ranks_and_alpha(name)
@@ -109,13 +98,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def take_out(model: nn.Module, adapter_name: str, requires_grad: Sequence[tuple[nn.Parameter, bool]]) -> None:
-    """Undoes the injection of an adapter, as if it had never been tried.
-
-    Args:
-        model (`nn.Module`): The adapted model.
-        adapter_name (`str`): The name of the adapter.
-        requires_grad (`list[tuple[nn.Parameter, bool]]`): What the parameters of the model required before.
-    """
+    """Undoes the injection of an adapter, as if it had never been tried; parameters require what they did before."""
     for module in list(model.modules()):
         if isinstance(module, LoTRALayer) and adapter_name in module.lotra_core:
             adapters, bare = module.lotra_core, module.base_layer
@@ -132,3 +115,98 @@ def take_out(model: nn.Module, adapter_name: str, requires_grad: Sequence[tuple[
     release_networks(model)
     for parameter, flag in requires_grad:
         parameter.requires_grad = flag
+
+
+def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Compares the names in a file of tensors with those that the adapter has in this model."""
+    if config.checkpoint.tensors is None or getattr(model, "_checkpoint_conversion_mapping", None):
+        return  # not from a file, or the names in the file are older ones
+    modules = dict(model.named_modules())
+    adapted = {id(modules[name]) for name in targets}
+    expected, allowed = set(), _embeddings(model)
+    for name, module in model.named_modules(remove_duplicate=False):  # a shared layer has several names
+        keys = []
+        if id(module) in adapted:
+            keys = _COMPONENTS
+        elif any(name.endswith(ending) for ending in config.modules_to_save or ()):  # PEFT's own rule
+            keys = list(getattr(module, "original_module", module).state_dict())
+        (expected if name in modules else allowed).update(f"{name}.{key}" for key in keys)
+    # PEFT 0.19 saves the components of all adapters, those of the others with their names; they are passed over
+    allowed.update(name for name in config.checkpoint.tensors if _is_of_another_adapter(name))
+    config.checkpoint.check_names(expected, allowed)
+
+
+def _is_of_another_adapter(name: str) -> bool:
+    return name.rpartition(".")[0].endswith(_COMPONENTS)
+
+
+def mismatches(
+    model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str
+) -> tuple[dict[str, list[str]], set[str]]:
+    """The components in a state dict that have another shape, in words, by adapter; and the adapters in it."""
+    wrong: dict[str, list[str]] = {}
+    loaded: set[str] = set()
+    for name, layer in lotra_layers(model):
+        for component in _COMPONENTS:
+            for adapter, parameter in getattr(layer, component).items():
+                tensor = state_dict.get(f"{prefix}{name}.{component}.{adapter}")
+                if tensor is None:
+                    continue
+                loaded.add(adapter)
+                if tensor.shape != parameter.shape:
+                    wrong.setdefault(adapter, []).append(
+                        f"{name}.{component}: {tuple(tensor.shape)} in the checkpoint, {tuple(parameter.shape)} "
+                        f"in the model, whose layer has the shape (out, in, basis) = {layer.lotra_tensor.shape}"
+                    )
+    return wrong, loaded
+
+
+def select_to_load(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors to load into an adapter that exists, without those of others, which PEFT 0.19 saves along."""
+    layers = lotra_layers(model, adapter_name)
+    own = {f"{name}.{component}.{adapter_name}" for name, _ in layers for component in _COMPONENTS}
+    selected = {name: t for name, t in state_dict.items() if name in own or not _is_of_another_adapter(name)}
+    base = model.state_dict().keys() - _embeddings(model)
+    wrong = [f"{name} is missing" for name in sorted(own - state_dict.keys())]
+    for name, tensor in selected.items():
+        if name in own:
+            wrong += [f"{name} has values that are not finite"] if not torch.isfinite(tensor).all() else []
+        elif f".modules_to_save.{adapter_name}." not in name and name in base:
+            wrong.append(f"{name} would be written over, which is no part of the adapter")
+    refuse("The tensors are not those of the adapter, nothing was loaded:", wrong)
+    return selected
+
+
+def select_to_save(adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The components of an adapter in the state dict of its model, whole.
+
+    PEFT looks for the names of the layers in the model, which the state dict does not have if FSDP wraps the layers.
+    """
+    endings = tuple(f".{component}.{adapter_name}" for component in _COMPONENTS)
+    tensors = {key: value for key, value in state_dict.items() if key.endswith(endings)}
+    for key, tensor in tensors.items():
+        # FSDP has flat views of what this process holds, fully_shard DTensors
+        whole = tensor.dim() == (3 if ".lotra_core." in key else 2)
+        if not whole or hasattr(tensor, "placements") or hasattr(tensor, "local_shards"):
+            raise ValueError(
+                f"{key} is a part of a tensor, {tuple(tensor.shape)}, which is spread over several processes. "
+                "Gather whole tensors on all of them, with torch.distributed.checkpoint.state_dict: `state_dict = "
+                "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))`, and pass them: "
+                "`save_pretrained(folder, state_dict=state_dict)`. For accelerate and Trainer, set FSDP's "
+                "`state_dict_type` to FULL_STATE_DICT."
+            )
+    return tensors
+
+
+def _embeddings(model: nn.Module) -> set[str]:
+    """The names of the embeddings of a transformers model, which PEFT can save along."""
+    owners = []
+    for which in ("input", "output"):
+        with suppress(NotImplementedError):  # what transformers says of models without embeddings, such as KANModel
+            owners.append(getattr(model, f"get_{which}_embeddings", lambda: None)())
+    return {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if any(module is owner for owner in owners)
+        for key, _ in module.named_parameters()
+    }

@@ -71,12 +71,10 @@ class LoTRAMixedModel(mixed_tuners.MixedModel):
 
 
 def enable_mixed() -> None:
-    """
-    Lets `get_peft_model(..., mixed=True)` and `PeftMixedModel` take LoTRA adapters beside those of other methods.
+    """Lets `get_peft_model(..., mixed=True)` and `PeftMixedModel` take LoTRA adapters beside those of other methods.
 
-    PEFT's mixed models know their methods by name, so this function exchanges five names in `peft.tuners.mixed` and
-    `peft.mixed_model` for the whole process. Importing `peft_lotra` does not do so. What PEFT's mixed models cannot do
-    (saving; `adapter_names`) stays so. A second call does nothing.
+    PEFT's mixed models know their methods by name: five names in `peft.tuners.mixed` and `peft.mixed_model` are
+    exchanged for the whole process. What PEFT's mixed models cannot do (saving; `adapter_names`) stays so.
 
     Raises:
         RuntimeError: This version of PEFT does not have those names. Nothing is changed then.

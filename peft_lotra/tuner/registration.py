@@ -26,11 +26,7 @@ NAME = "LOTRA"
 
 
 def _peft_type() -> PeftType:
-    """Returns `PeftType.LOTRA`, adding the member if the enumeration does not have it yet.
-
-    `register_peft_method` demands a true member of the enumeration (a bare string assigned to the class is neither
-    iterated nor found by value), and `enum` offers no public way to add one.
-    """
+    """`PeftType.LOTRA`, added if it is not there: `register_peft_method` wants a true member of the enumeration."""
     if NAME in PeftType.__members__:
         return PeftType[NAME]
     member: Any = str.__new__(PeftType, NAME)
@@ -45,18 +41,7 @@ def _peft_type() -> PeftType:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Enters the config and the model of LoTRA in PEFT's mappings.
-
-    A second call (`importlib.reload`, or an import after `sys.modules` was purged) rebinds the mappings to the newest
-    classes.
-
-    Args:
-        config_cls (`type`): The subclass of [`peft.PeftConfig`].
-        model_cls (`type`): The subclass of `peft.tuners.tuners_utils.BaseTuner`.
-
-    Raises:
-        RuntimeError: PEFT, or another plugin, already has a method called LOTRA that is not this package's.
-    """
+    """Enters the config and the model of LoTRA in PEFT's mappings; after a reload, the newest classes."""
     registered = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(NAME)  # pyright: ignore[reportArgumentType]  (members equal their names)
     if registered is None:
         _peft_type()

@@ -28,19 +28,14 @@ from torch import nn
 
 from ..families.coefficients import CoefficientTensor
 from ..families.registry import KANLayerSpec, get_kan_spec, known_families, walk_kan_layers
+from ..files.checkpoint import TRAINED_ON, refuse
 from ..files.fingerprint import Values, hash_all_dtypes, is_same, layer_values
 from .config import LoTRAConfig
 from .layer import LoTRALayer
 
 
 class Target(NamedTuple):
-    """A KAN layer that is to be adapted, or is already.
-
-    Attributes:
-        layer (`nn.Module`): The KAN layer, without adapters.
-        spec (`KANLayerSpec`): Its family.
-        coefficients (`CoefficientTensor`): Where its coefficients are.
-    """
+    """A KAN layer to adapt, or an adapted one, without adapters; its family, and where its coefficients are."""
 
     layer: nn.Module
     spec: KANLayerSpec
@@ -48,12 +43,7 @@ class Target(NamedTuple):
 
 
 def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
-    """The layers of the model that the configuration targets, by name.
-
-    Raises:
-        ValueError: The model is itself a KAN layer, or has none, or none with an index in `layers_to_transform`; or a
-            target is no KAN layer.
-    """
+    """The layers of the model that the configuration targets, by name; a ValueError says why there are none."""
     if get_kan_spec(model) is not None:
         raise ValueError(
             f"The model is itself a KAN layer ({type(model).__name__}), and PEFT adapts layers inside a model. Wrap "
@@ -103,11 +93,7 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
 
 
 def locate_target(name: str, module: nn.Module) -> Target:
-    """The KAN layer that a module of this name is, adapted or not.
-
-    Raises:
-        ValueError: It is not a KAN layer that is known, or not as its family is described.
-    """
+    """The KAN layer that a module of this name is, adapted or not; a ValueError for any other module."""
     layer = module.base_layer if isinstance(module, LoTRALayer) else module
     spec = get_kan_spec(layer)
     if spec is None:
@@ -152,9 +138,7 @@ def _read_values(target: Target, module: nn.Module) -> dict[str, Values]:
 def check_base(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
     """Compares the base with the one that an adapter from a file was saved with.
 
-    Raises:
-        ValueError: A layer that the adapter is for is missing or of another family, or its grid is another one and
-            `config.check_base` does not say otherwise.
+    A missing layer and another family are errors, another grid and other parameters as `config.check_base` says.
     """
     recorded, found = config.checkpoint.layers or {}, describe_targets(targets)
     # Another shape is not an error yet: with `ignore_mismatched_sizes` PEFT drops the tensors that do not fit.
@@ -165,11 +149,7 @@ def check_base(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Targ
         for name, layer in recorded.items()
         if name not in found or found[name]["family"] != layer["family"]
     ]
-    if wrong:
-        raise ValueError(
-            "The adapter was made for another model. It is for\n  " + "\n  ".join(wrong) + "\nLoad it into the "
-            "base model that it was trained on."
-        )
+    refuse("The adapter was made for another model. It is for", wrong, TRAINED_ON)
     if config.check_base == "ignore":
         return
     differ: dict[str, list[str]] = {"grid": [], "parameters": []}
@@ -179,18 +159,15 @@ def check_base(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Targ
         for what, values in _read_values(targets[name], model.get_submodule(name)).items():
             if what in layer and is_same(layer[what], values) is False:
                 differ[what].append(name)
-    messages = {
-        "grid": ("grids", "coefficients would mean other functions"),
-        "parameters": ("coefficients", "update would not give the function that it was trained to give"),
-    }
-    for what, names in differ.items():
-        if not names:
+    for what, noun, consequence in (
+        ("grid", "grids", "coefficients would mean other functions"),
+        ("parameters", "coefficients", "update would not give the function that it was trained to give"),
+    ):
+        if not differ[what]:
             continue
-        noun, consequence = messages[what]
         message = (
-            f"The {noun} of the layers {', '.join(names)} are not those that the adapter was saved with: its "
-            f"{consequence}. Load it into the base model that it was trained on. If you know better pass "
-            '`check_base="warn"` or `check_base="ignore"`.'
+            f"The {noun} of the layers {', '.join(differ[what])} are not those that the adapter was saved with: its "
+            f'{consequence}. {TRAINED_ON} If you know better pass `check_base="warn"` or `check_base="ignore"`.'
         )
         if config.check_base == "error" or (config.check_base is None and what == "grid"):
             raise ValueError(message)
@@ -198,11 +175,7 @@ def check_base(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Targ
 
 
 def _has_index(config: LoTRAConfig, name: str) -> bool:
-    """Whether the layer is one of `layers_to_transform`.
-
-    In a KAN the layers are mostly themselves the numbered entries ("layers.0"). PEFT's own rule wants something to
-    follow the number.
-    """
+    """Whether the layer is one of `layers_to_transform`; other than in PEFT's rule, the number may end the name."""
     indices, patterns = config.layers_to_transform, config.layers_pattern
     if indices is None or indices == []:
         return True
@@ -215,20 +188,12 @@ def _has_index(config: LoTRAConfig, name: str) -> bool:
 
 
 def pattern_key(name: str) -> str:
-    """A key for `rank_pattern` that matches this layer alone; PEFT reads keys as regexes of the end of a name.
-
-    Example:
-        >>> print(pattern_key("layers.0"))
-        ^layers\\.0
-    """
+    """A key for `rank_pattern` that matches this layer alone; PEFT reads keys as regexes of the end of a name."""
     return "^" + re.escape(name)
 
 
 def exact_targets(names: Iterable[str], model: nn.Module) -> set[str] | str:
-    """`target_modules` for these layers and no others.
-
-    The result is the set of names, or a regex if PEFT would take the end of another module's name for one of them.
-    """
+    """`target_modules` for these layers alone: a regex if PEFT would take another module's name for one of them."""
     names = set(names)
     suffixes = tuple(f".{name}" for name in names)
     if any(name not in names and name.endswith(suffixes) for name, _ in model.named_modules()):

@@ -34,6 +34,9 @@ from peft import AutoPeftModel, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from peft_lotra import LoTRAConfig
+from peft_lotra.kan import SlimKAN
+
 
 LEGACY = Path(__file__).parent
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -119,6 +122,11 @@ def test_the_class_of_the_base_is_found(name, module):
     assert mapping["parent_library"] == f"peft_lotra.kan.{module}"
     found = getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
     assert isinstance(saved_base(name, LEGACY), found)
+
+
+def test_the_module_that_slim_kan_had_before_is_replaced():
+    mapping = LoTRAConfig.from_pretrained(LEGACY / "slim_kan").auto_mapping
+    assert getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"]) is SlimKAN
 
 
 def test_the_files_name_no_place_and_hold_no_code():
