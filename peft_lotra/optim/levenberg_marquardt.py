@@ -38,12 +38,12 @@ class LevenbergMarquardtStep:
     """What one step did.
 
     Attributes:
-        loss (`float`): The loss of the parameters that the model now has; NaN if it is not finite.
-        damping (`float`): The damping that the next step starts with.
-        accepted (`bool`): Whether the parameters changed.
-        attempts (`int`): How many damped systems were solved.
-        decrease (`float`): The decrease of the loss, as a share of it.
-        reason (`str`): Why the parameters did not change; empty if they did.
+        loss: The loss of the parameters that the model now has; NaN if it is not finite.
+        damping: The damping that the next step starts with.
+        accepted: Whether the parameters changed.
+        attempts: The number of damped systems that were solved.
+        decrease: The decrease of the loss, as a share of it.
+        reason: Why the parameters did not change; empty if they did.
     """
 
     loss: float
@@ -62,17 +62,17 @@ class LevenbergMarquardt:
 
         (J^T J + damping S) step = -J^T r,
 
-    or the same in the space of the residuals if they are fewer than the parameters. S is the diagonal of J^T J,
+    or the same in the space of the residuals if residuals are fewer than parameters. S is the diagonal of J^T J,
     bounded from below. Everything is computed in float64. KANs are differentiated layer by layer, other models row by
     row (docs/notes/optim.md says how, and how to choose).
 
     Args:
-        model (`nn.Module`): Any model; its parameters that require a gradient are trained.
-        damping (`float`): The damping that the first step tries.
-        geodesic (`bool`): Whether steps get a second-order correction (arXiv 1201.5885).
-        floor (`float`): The lower bound of S, as a share of its largest entry.
-        memory (`int`): Bytes that matrices and chunks of rows may take.
-        max_damping (`float`): The damping at which a step gives up.
+        model: Any model; the parameters that require a gradient are trained.
+        damping: The damping that the first step tries.
+        geodesic: Whether steps get a second-order correction (arXiv 1201.5885).
+        floor: The lower bound of S, as a share of its largest entry.
+        memory: Bytes that matrices and chunks of rows may take.
+        max_damping: The damping at which a step gives up.
 
     Raises:
         TypeError: `model` is no `nn.Module`.
@@ -123,28 +123,21 @@ class LevenbergMarquardt:
                 `rows` are tensors of equal length; `weight` is a positive number, 1 if left out.
 
         Returns:
-            `LevenbergMarquardtStep`: Not accepted if the residuals are not finite (a warning names the term, the
-            damping stays), or no damping up to `max_damping` makes the loss fall.
+            The record of the step. It is not accepted if the residuals are not finite (a warning names the term, the
+            damping stays), or if no damping up to `max_damping` makes the loss fall.
 
         Raises:
             ValueError: A term is malformed, or the matrices do not fit into `memory`.
 
         Example:
-
-        ```py
-        >>> import torch
-        >>> from peft_lotra.kan import KAN, jet
-        >>> from peft_lotra.optim import LevenbergMarquardt
-        >>> def equation(model, x):  # -u'' = 1
-        ...     return jet(model, x)[2][0] + 1
-        >>> def boundary(model, x):  # u(-1) = u(1) = 0
-        ...     return model(x)
-        >>> points, ends = torch.linspace(-1, 1, 20).unsqueeze(1), torch.tensor([[-1.0], [1.0]])
-        >>> record = LevenbergMarquardt(KAN([1, 1])).step([(equation, points), (boundary, ends, 10.0)])
-        >>> record.accepted
-        True
-
-        ```
+            >>> from peft_lotra.kan import KAN, jet
+            >>> def equation(model, x):  # -u'' = 1
+            ...     return jet(model, x)[2][0] + 1
+            >>> def boundary(model, x):  # u(-1) = u(1) = 0
+            ...     return model(x)
+            >>> points, ends = torch.linspace(-1, 1, 20).unsqueeze(1), torch.tensor([[-1.0], [1.0]])
+            >>> LevenbergMarquardt(KAN([1, 1])).step([(equation, points), (boundary, ends, 10.0)]).accepted
+            True
         """
         problem = LeastSquares(self.model, self._trainable(), check_terms(terms), self.memory, self._plans)
         self._plans = problem.plans
@@ -198,16 +191,16 @@ class LevenbergMarquardt:
         Takes steps until a step is not accepted, or an argument stops it.
 
         Args:
-            terms: As for `step`, or a function of the step's number that returns them (new points for each step).
+            terms: As for `step`, or a function of the step's number that returns terms (new points for each step).
             steps: The most steps.
-            target_loss: Stops when the loss is not above it.
+            target_loss: The loss at which to stop.
             tolerance, patience: Stops when `decrease` was below `tolerance` in `patience` steps in a row.
-            max_seconds: Stops when they have passed.
+            max_seconds: The time after which to stop.
             callback: Called with the step's number and its record; stops if it returns True.
             progress: Whether to show a bar.
 
         Returns:
-            `list[LevenbergMarquardtStep]`: One record for each step.
+            One record for each step.
         """
         from tqdm import tqdm
 
@@ -222,9 +215,8 @@ class LevenbergMarquardt:
                 bar.set_postfix(loss=f"{record.loss:.3e}", damping=f"{record.damping:.0e}")
                 slow = slow + 1 if record.decrease < tolerance else 0
                 stop = callback is not None and callback(number, record) is True
-                if stop or not record.accepted or record.loss <= target_loss or slow >= patience:
-                    break
-                if time.monotonic() > end:
+                stop = stop or not record.accepted or record.loss <= target_loss or slow >= patience
+                if stop or time.monotonic() > end:
                     break
         return history
 
@@ -238,8 +230,7 @@ class LevenbergMarquardt:
         return trainable
 
     def _accelerate(self, linear: LinearModel, damping: float, step: Tensor) -> Tensor | None:
-        """The step with half of the second-order correction; None if that is not small beside the step, since the
-        series may then diverge."""
+        """The step with half of the second-order correction; None if that is large, since the series may diverge."""
         second = linear.second_derivative(step)
         correction = linear.solve(damping, second) if second.isfinite().all() else None
         if correction is None or linear.norm(correction) > 0.75 * linear.norm(step):
@@ -248,11 +239,9 @@ class LevenbergMarquardt:
 
 
 def _damping_factor(agreement: float, raised: bool) -> float:
-    """
-    The factor of the damping after a step whose decrease is `agreement` times the predicted one.
+    """The factor of the damping after a step whose decrease is `agreement` times the predicted one.
 
-    Damping that falls more slowly is worse for KANs, see docs/notes/optim.md. If it was just `raised`, less damping
-    has just failed.
+    If the damping was just `raised`, less damping has just failed. docs/notes/optim.md has the choice of numbers.
     """
     if agreement > 0.75:
         return 0.5 if raised else 0.1
