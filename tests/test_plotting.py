@@ -93,5 +93,5 @@ def test_errors():
         plot_edge_functions(model, "kan", 0)
     normalising = base("fast-kan")
     assert inputs().shape == (6, 3)
-    with pytest.raises(ValueError, match="normalises them first"):
+    with pytest.raises(ValueError, match="normalizes them first"):
         plot_edge_functions(normalising, "kan")

@@ -31,8 +31,7 @@ from .recording import Recorder
 from .row_gradients import row_gradients
 
 
-# Bytes of a chunk of rows: enough for a small overhead, and no more, since fresh memory is slow.
-CHUNK = 2**27
+CHUNK = 2**27  # bytes of a chunk of rows: enough for a small overhead, and no more, since fresh memory is slow
 
 # Rows of a trial by layers: from 65 on KAN layers are evaluated by hand, and a prime tells the tensors that have rows.
 TRIAL_ROWS = 67
@@ -54,8 +53,11 @@ class TermPlan:
         return self.bytes_by_layers or self.bytes_by_rows
 
 
+Plans = dict[tuple, TermPlan]
+
+
 def check_terms(terms: Iterable[Any]) -> list[Term]:
-    """Residual terms with their rows as a tuple and their weight filled in; raises a ValueError for a malformed one."""
+    """Residual terms with their rows as a tuple and their weight filled in; a malformed one is a ValueError."""
     checked = []
     for index, term in enumerate(terms):
         if not isinstance(term, Sequence) or len(term) not in (2, 3) or not callable(term[0]):
@@ -95,12 +97,7 @@ class LeastSquares:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        trainable: dict[str, nn.Parameter],
-        terms: list[Term],
-        memory: int,
-        plans: dict[tuple, TermPlan] | None = None,
+        self, model: nn.Module, trainable: dict[str, nn.Parameter], terms: list[Term], memory: int, plans: Plans
     ) -> None:
         self.model = model
         self.trainable = trainable
@@ -115,13 +112,13 @@ class LeastSquares:
         self.num_parameters = sum(self.sizes)
         self.start = torch.cat([parameter.detach().double().flatten() for parameter in trainable.values()])
         self.terms = []
-        self.plans: dict[tuple, TermPlan] = {}
+        self.plans: Plans = {}
         for function, rows, weight in terms:
             rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
             self.terms.append((function, rows, math.sqrt(weight / len(rows[0]))))
             key = self._key(function, rows)
             if key not in self.plans:
-                self.plans[key] = (plans or {}).get(key) or self._plan(function, rows)
+                self.plans[key] = plans.get(key) or self._plan(function, rows)
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         parts = flat.split(self.sizes)

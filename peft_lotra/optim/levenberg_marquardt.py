@@ -25,33 +25,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .least_squares import LeastSquares, Term, TermPlan, check_terms
+from .least_squares import LeastSquares, Plans, Term, check_terms
 from .linear_model import LinearModel
 
 
-# The least damping: less is lost in the rounding of the normal equations.
-SMALLEST_DAMPING = 1e-16
+SMALLEST_DAMPING = 1e-16  # less is lost in the rounding of the normal equations
 
 
 @dataclass(frozen=True)
 class LevenbergMarquardtStep:
-    """What one step did.
+    """The record of one step."""
 
-    Attributes:
-        loss: The loss of the parameters that the model now has; NaN if it is not finite.
-        damping: The damping that the next step starts with.
-        accepted: Whether the parameters changed.
-        attempts: The number of damped systems that were solved.
-        decrease: The decrease of the loss, as a share of it.
-        reason: Why the parameters did not change; empty if they did.
-    """
-
-    loss: float
-    damping: float
-    accepted: bool
-    attempts: int = 0
-    decrease: float = 0.0
-    reason: str = ""
+    loss: float  # the loss of the parameters that the model now has; NaN if it is not finite
+    damping: float  # the damping that the next step starts with
+    accepted: bool  # whether the parameters changed
+    attempts: int = 0  # the number of damped systems that were solved
+    decrease: float = 0.0  # the decrease of the loss, as a share of the loss
+    reason: str = ""  # why the parameters did not change; empty if they did
 
 
 class LevenbergMarquardt:
@@ -107,7 +97,7 @@ class LevenbergMarquardt:
         self.floor = floor
         self.memory = memory
         self.max_damping = max_damping
-        self._plans: dict[tuple, TermPlan] = {}  # of the last step's terms
+        self._plans: Plans = {}  # of the last step's terms
         self._trainable()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -239,10 +229,8 @@ class LevenbergMarquardt:
 
 
 def _damping_factor(agreement: float, raised: bool) -> float:
-    """The factor of the damping after a step whose decrease is `agreement` times the predicted one.
-
-    If the damping was just `raised`, less damping has just failed. docs/notes/optim.md has the choice of numbers.
-    """
+    """The factor of the damping after a step whose decrease is `agreement` times the predicted one; if the damping was
+    just `raised`, less damping has just failed. docs/notes/optim.md says why the factors are these."""
     if agreement > 0.75:
         return 0.5 if raised else 0.1
     return 0.5 if agreement > 0.25 else 2.0

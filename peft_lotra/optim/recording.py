@@ -69,13 +69,9 @@ class Recorder:
 
     def can_record(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether a network is recorded at inputs x, with directions or weights `others`."""
-        return (
-            torch.is_grad_enabled()
-            and x.dim() == 2
-            and len(x) == self.rows
-            and not needs_plain_operations(x)
-            and not any(tensor is not None and tensor.requires_grad for tensor in (x, *others))
-        )
+        varies = any(tensor is not None and tensor.requires_grad for tensor in (x, *others))
+        of_rows = x.dim() == 2 and len(x) == self.rows
+        return torch.is_grad_enabled() and of_rows and not varies and not needs_plain_operations(x)
 
     def jet(self, through: Callable[..., Jet], x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet | None:
         """See `Observer`."""

@@ -33,11 +33,8 @@ from ..tucker import Update
 from .recording import Chain, LayerRecord, Recorder
 
 
-# Numbers in the largest tensor of a block of rows: near the cache, and enough for the overhead to be small.
-BLOCK = 2**19
-
-# With more values in a row, one row at a time costs less than three backward passes for each.
-MOST_COLUMNS = 64
+BLOCK = 2**19  # numbers in the largest tensor of a block of rows: near the cache, and enough for a small overhead
+MOST_COLUMNS = 64  # with more values in a row, one row at a time costs less than three backward passes for each
 
 
 def row_gradients(
@@ -61,8 +58,7 @@ def row_gradients(
         return None
     if out is None:
         out = parameters[0].new_empty(rows * count, sum(parameter.numel() for parameter in parameters))
-    out = out[: rows * count]
-    gradients = out.unflatten(0, (rows, count))
+    gradients = out[: rows * count].unflatten(0, (rows, count))
     size = max(16, BLOCK // max([_numbers_of_row(record) for record, _ in records], default=1))
     for start in range(0, rows, size):
         part = slice(start, min(start + size, rows))
@@ -70,7 +66,7 @@ def row_gradients(
         for record, outputs in records:
             _add_layer(block, record, outputs, part)
         block.finish()
-    return out
+    return out[: rows * count]
 
 
 Gradients = dict[int, Tensor]  # in a tensor with this id
