@@ -37,8 +37,7 @@ _PROBES = 16  # random directions of the model's outputs that are traced back to
 
 
 class Features:
-    """
-    The features (basis functions of inputs) of one layer for inputs x (..., in), and the weights of its outputs.
+    """The features (basis functions of inputs) of one layer for inputs x (..., in), and the weights of its outputs.
 
     The metric (out, out) is the mean of J^T J, where J are the derivatives of the model's outputs with respect to the
     layer's; by default all outputs count alike.

@@ -32,8 +32,7 @@ from ..tuner.targets import locate_target
 
 @dataclass(frozen=True)
 class CoefficientUpdate:
-    """
-    The change of the coefficients (out, in, basis [+ 1]) of one layer by fine-tuning, in float64.
+    """The change of the coefficients (out, in, basis [+ 1]) of one layer by fine-tuning, in float64.
 
     With a `scale`, by which the base layer multiplies its coefficients, the change is of coefficient times scale.
     """

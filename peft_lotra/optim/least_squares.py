@@ -89,8 +89,7 @@ def name_term(index: int, function: Callable) -> str:
 
 
 class LeastSquares:
-    """
-    The residuals as a function of the flat vector of the trainable parameters, in float64.
+    """The residuals as a function of the flat vector of the trainable parameters, in float64.
 
     Each residual is multiplied by sqrt(weight / rows) of its term, so that the loss is the sum of their squares. Only
     `write` changes the model. The `plans` of the step before spare its terms another measurement.

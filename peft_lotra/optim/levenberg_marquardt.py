@@ -45,8 +45,7 @@ class LevenbergMarquardtStep:
 
 
 class LevenbergMarquardt:
-    r"""
-    Trains a model on a sum of squares, sum_t weight_t mean_n |r_t(row_n)|^2, by damped Gauss-Newton steps.
+    r"""Trains a model on a sum of squares, sum_t weight_t mean_n |r_t(row_n)|^2, by damped Gauss-Newton steps.
 
     With all residuals in a vector r, each multiplied by sqrt(weight_t / n_t), and their Jacobian J, a step solves
 
@@ -104,8 +103,7 @@ class LevenbergMarquardt:
         return {**self.__dict__, "_plans": {}}  # keyed by the `id` of functions
 
     def step(self, terms: Iterable[Term]) -> LevenbergMarquardtStep:
-        """
-        Takes one step. If it is not accepted, the parameters are unchanged bit for bit.
+        """Takes one step. If it is not accepted, the parameters are unchanged bit for bit.
 
         Args:
             terms: Residual terms (function, rows, weight). `function(model, *rows)` is called with any number n of
@@ -177,8 +175,7 @@ class LevenbergMarquardt:
         callback: Callable[[int, LevenbergMarquardtStep], Any] | None = None,
         progress: bool = True,
     ) -> list[LevenbergMarquardtStep]:
-        """
-        Takes steps until a step is not accepted, or an argument stops it.
+        """Takes steps until a step is not accepted, or an argument stops it.
 
         Args:
             terms: As for `step`, or a function of the step's number that returns terms (new points for each step).

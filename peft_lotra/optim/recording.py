@@ -54,8 +54,7 @@ class Chain(NamedTuple):
 
 
 class Recorder:
-    """
-    An `Observer` that records the networks that a function evaluates on a number of rows.
+    """An `Observer` that records the networks that a function evaluates on a number of rows.
 
     A layer is recorded if its coefficients are the given parameters (leaves), not copies of them.
     """
