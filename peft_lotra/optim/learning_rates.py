@@ -208,11 +208,10 @@ def create_lotra_optimizer(
 
 def _check_policy(policy: str | Mapping[str, float]) -> dict[str, float]:
     """The multipliers that the policy names; none for "width" and "uniform"."""
-    known = list(COMPONENTS)
     if isinstance(policy, Mapping):
         for component, multiplier in policy.items():
-            if component not in known:
-                raise ValueError(f"`policy` names the component {component!r}, but the components are {known}.")
+            if component not in COMPONENTS:
+                raise ValueError(f"`policy` names the component {component!r}, but the components are {COMPONENTS}.")
             number = isinstance(multiplier, (int, float)) and not isinstance(multiplier, bool)
             if not number or not math.isfinite(multiplier) or multiplier < 0:
                 raise ValueError(
@@ -223,6 +222,6 @@ def _check_policy(policy: str | Mapping[str, float]) -> dict[str, float]:
     if policy not in ("width", "uniform"):
         raise ValueError(
             f'`policy` is {policy!r}, but must be "width", "uniform", or a dict with a multiplier for some of the '
-            f"components {known}."
+            f"components {COMPONENTS}."
         )
     return {}

@@ -26,10 +26,9 @@ from .least_squares import LeastSquares
 
 
 class LinearModel:
-    """
-    The linear model r + J step around the present parameters, in the space of the P parameters or of the M residuals,
-    whichever is smaller. Raises a ValueError if the matrix does not fit into the memory of the problem.
-    """
+    """The linear model r + J step around the parameters, in the smaller space of P parameters or M residuals.
+
+    Raises a ValueError if the matrix does not fit into the memory of the problem."""
 
     in_residual_space: bool
     jacobian: Tensor | None  # J, (M, P), if it fits into half of the memory
@@ -113,8 +112,7 @@ class LinearModel:
 
     def solve(self, damping: float, residuals: Tensor) -> Tensor | None:
         """-(J^T J + damping S)^-1 J^T residuals, (P,); None if the matrix is singular to rounding."""
-        triangle = self._factor(damping)
-        if triangle is None:
+        if (triangle := self._factor(damping)) is None:
             return None
         elif self.in_residual_space:
             step = -self._transposed(_solve(triangle, residuals)) / self.scaling
