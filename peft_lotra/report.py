@@ -29,23 +29,15 @@ if TYPE_CHECKING:
 
 
 class TextTable(NamedTuple):
-    """
-    The text of a report.
+    """The text of a report."""
 
-    Attributes:
-        columns: The titles; one that starts with ">" is of a column that is aligned to the right. There is no header
-            if no column has a title, as in rows that read as sentences.
-        rows: The cells of each row, as many as columns.
-        notes: Lines below the table.
-    """
-
-    columns: list[str]
+    columns: list[str]  # the titles, with ">" in front to align the column to the right; no header if all are empty
     rows: list[list[str]]
-    notes: list[str] = []
+    notes: list[str] = []  # lines below the table
 
     @property
     def titles(self) -> list[str]:
-        """The titles without the marks of alignment; empty if there is no header."""
+        """The titles without the marks of alignment; empty without a header."""
         titles = [column.removeprefix(">") for column in self.columns]
         return titles if any(titles) else []
 
@@ -64,10 +56,7 @@ def printable(text: str) -> str:
 
 
 class Report(ABC):
-    """
-    The base of all reports. Subclasses say in `_table` what they show.
-
-    Reports print as text. rich shows them as tables, notebooks as HTML, and `as_dict` gives plain values for JSON.
+    """The base of all reports, which print as text, in rich as tables, and in notebooks as HTML.
 
     Example:
         >>> class Sizes(Report):
@@ -116,10 +105,8 @@ class Report(ABC):
         content = self._printable_table()
 
         def line(cells: list[str], tag: str) -> str:
-            styled = (
-                f'<{tag} style="text-align: {side}">{escape(cell)}</{tag}>'
-                for cell, side in zip(cells, content.sides, strict=True)
-            )
+            pairs = zip(cells, content.sides, strict=True)
+            styled = (f'<{tag} style="text-align: {side}">{escape(cell)}</{tag}>' for cell, side in pairs)
             return f"<tr>{''.join(styled)}</tr>"
 
         head = f"<thead>{line(content.titles, 'th')}</thead>" if content.titles else ""
@@ -134,9 +121,8 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
     if isinstance(value, dict):
-        return {
-            key if isinstance(key, str) else ".".join(map(str, key)): _plain(entry) for key, entry in value.items()
-        }
+        keys = [key if isinstance(key, str) else ".".join(map(str, key)) for key in value]
+        return dict(zip(keys, map(_plain, value.values()), strict=True))
     if isinstance(value, (list, tuple, set)):
         return [_plain(entry) for entry in value]
     return value

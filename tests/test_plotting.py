@@ -91,7 +91,7 @@ def test_errors():
         plot_edge_functions(model, "kan", [(4, 0), (0, 0)])
     with pytest.raises(ValueError, match="at least 1"):
         plot_edge_functions(model, "kan", 0)
-    normalising = base("fast-kan")
+    normalizing = base("fast-kan")
     assert inputs().shape == (6, 3)
-    with pytest.raises(ValueError, match="normalises them first"):
-        plot_edge_functions(normalising, "kan")
+    with pytest.raises(ValueError, match="normalizes them first"):
+        plot_edge_functions(normalizing, "kan")

@@ -42,33 +42,20 @@ from .spectra import Spectrum, check_energy, suggest_ranks, weighted_spectrum
 from .updates import read_coefficients
 
 
-# Steps of the search for the smallest budget: to 2 % of it, if it may be up to 300 times that of ranks 1.
-_BISECTIONS = 8
+_BISECTIONS = 8  # for the smallest budget up to 2 %, if the dense tensors are up to 300 times ranks 1
 
 
 @dataclass(frozen=True)
 class SlimReport(Report):
-    """
-    What `slim` did; prints as a table.
+    """The result of `slim`; prints as a table. Errors are of the factors as stored."""
 
-    Attributes:
-        errors: By layer, the norm of what the factors miss of the coefficient tensor (with the residual weights), as a
-            share of its norm; measured on the factors as they are stored.
-        ranks: By layer.
-        dense: The layers that were left as they were, since factors would take more parameters.
-        parameters: Of the KAN layers' coefficients, before and after.
-        output_errors: With `inputs`, what the factors miss of the outputs of the layer in the original model, as a
-            share of the outputs' deviations from their mean; else empty.
-        model_error: With `inputs`, the same for the outputs of the whole model, all layers compressed; its square is
-            at most 1 - `energy`.
-    """
-
-    errors: dict[str, float]
+    errors: dict[str, float]  # by layer, ||coefficients - factors|| / ||coefficients||, with the residual weights
     ranks: dict[str, tuple[int, int, int]]
-    dense: list[str]
-    parameters: tuple[int, int]
+    dense: list[str]  # the layers that stay dense, since factors would take more parameters
+    parameters: tuple[int, int]  # the number of coefficients of the KAN layers, before and after
+    # with `inputs`: by layer, the error of the outputs as a share of their deviations from the mean
     output_errors: dict[str, float] = field(default_factory=dict)
-    model_error: float | None = None
+    model_error: float | None = None  # the same for the whole model, its square at most 1 - `energy`
 
     def _table(self) -> TextTable:
         rows = [
@@ -95,13 +82,12 @@ def slim(
     """Compresses a trained KAN: the coefficient tensor of each layer, with its residual weights, becomes a core and
     three factors, by higher-order orthogonal iteration (HOOI).
 
-    A `KANLinear` becomes a `SlimKANLinear`, the layer of another family a `SlimLayer` around what is left of it. The
-    result trains on like any network.
+    A `KANLinear` becomes a `SlimKANLinear`, the layer of another family a `SlimLayer` around the rest of the layer.
 
-    Pass `inputs`, some of the training data, wherever there are any. The error that counts is then that of the model's
-    outputs on these inputs, not that of the coefficients: trained coefficient tensors are far from low rank, but the
-    functions that they compute on data mostly are not. The coefficients are then weighted by the second moments of
-    the features, and by J^T J of the outputs as in the Gauss-Newton matrix.
+    Pass `inputs`, some of the training data, wherever you can. The error that counts is then that of the model's
+    outputs on these inputs: trained coefficient tensors are far from low rank, but the functions that they compute on
+    data mostly are not. The coefficients are then weighted by the second moments of the features, and by J^T J of the
+    outputs as in the Gauss-Newton matrix.
 
     Where a family multiplies the splines of each edge by a scale (efficient-kan, pykan), coefficient times scale is
     compressed, and the scale is 1 from then on.
@@ -114,7 +100,7 @@ def slim(
         >>> dense = small.to_dense()
 
     Args:
-        model: A network with KAN layers, or one layer, without adapters. It is left as it is.
+        model: A network with KAN layers, or one layer, without adapters; it stays unchanged.
         ranks: (ro, ri, rb) for each layer, capped by the sizes of its modes with a warning; or by layer, as
             `suggest_ranks` returns them, others being left dense;
         energy: or the share of the squared norm to keep, above 0 and up to 1: of each layer's coefficients, or with
@@ -124,9 +110,9 @@ def slim(
             for them, in float64.
 
     Returns:
-        A copy of the model, of the same class, with Slim layers. It has a [`SlimReport`] as `slim_report`, and
-        `to_dense()`, which returns a copy of the original class. A layer whose factors would take more parameters than
-        its tensor is left dense; the report and a warning name it.
+        A copy of the model, of the same class, with Slim layers, a [`SlimReport`] as `slim_report`, and `to_dense()`,
+        which returns a copy of the original class. A layer whose factors would take more parameters than the tensor
+        is left dense; the report and a warning name the layer.
 
     Raises:
         ValueError: Not one of `ranks`, `energy` and `budget` is given, or one that cannot be; the model has adapters
@@ -165,10 +151,7 @@ def slim(
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """A copy of the model in which every Slim layer is one of its original class again, and computes the same.
-
-    Args:
-        model: A network with Slim layers, made by `slim` or not, trained further or not.
+    """A copy of the model in which every Slim layer has its original class again, and computes the same.
 
     Raises:
         ValueError: The model has adapters.

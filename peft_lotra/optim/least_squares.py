@@ -19,19 +19,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import call_with_parameters
-from .recording import recording
+from ..kan.observer import observing
+from .recording import Recorder
 from .row_gradients import row_gradients
 
 
-# Bytes of a chunk of rows: enough for the overhead of its operations to be small, and no more, since fresh memory is
-# slow.
-CHUNK = 2**27
+CHUNK = 2**27  # bytes of a chunk of rows: enough for a small overhead, and no more, since fresh memory is slow
 
 # Rows of a trial by layers: from 65 on KAN layers are evaluated by hand, and a prime tells the tensors that have rows.
 TRIAL_ROWS = 67
@@ -41,36 +41,23 @@ Term = tuple[Callable[..., Tensor], Sequence[Tensor], float]
 
 @dataclass
 class TermPlan:
-    """
-    How the Jacobian of a term is computed; its numbers do not depend on it.
+    """How the Jacobian of a term is computed; its numbers do not depend on it."""
 
-    Attributes:
-        function: of the term, kept here so that no other function gets its `id`.
-        bytes_by_rows: the memory that one more row takes by `torch.func.vmap`.
-        bytes_by_layers: the same by `row_gradients`; None if that way is closed.
-    """
-
-    function: Callable[..., Tensor]
-    bytes_by_rows: int
-    bytes_by_layers: int | None = None
-
-    @property
-    def by_layers(self) -> bool:
-        """Whether to try `row_gradients`, which may still find that it cannot."""
-        return self.bytes_by_layers is not None
+    function: Callable[..., Tensor]  # kept here so that no other function gets its `id`
+    bytes_by_rows: int  # the memory that one more row takes by `torch.func.vmap`
+    bytes_by_layers: int = 0  # the same by `row_gradients`; 0 if the network cannot be recorded
 
     @property
     def row_bytes(self) -> int:
         """The memory that one more row takes."""
-        return self.bytes_by_rows if self.bytes_by_layers is None else self.bytes_by_layers
+        return self.bytes_by_layers or self.bytes_by_rows
+
+
+Plans = dict[tuple, TermPlan]
 
 
 def check_terms(terms: Iterable[Any]) -> list[Term]:
-    """Residual terms with their rows as a tuple and their weight filled in.
-
-    Raises:
-        ValueError: A term is not as `LevenbergMarquardt.step` expects it.
-    """
+    """Residual terms with their rows as a tuple and their weight filled in; a malformed one is a ValueError."""
     checked = []
     for index, term in enumerate(terms):
         if not isinstance(term, Sequence) or len(term) not in (2, 3) or not callable(term[0]):
@@ -102,29 +89,14 @@ def name_term(index: int, function: Callable) -> str:
 
 
 class LeastSquares:
-    """
-    The residuals as a function of the flat vector of the trainable parameters, in float64.
+    """The residuals as a function of the flat vector of the trainable parameters, in float64.
 
-    Each residual is multiplied by sqrt(weight / rows) of its term, so that the loss is the sum of their squares.
-
-    Args:
-        model (`nn.Module`): The model; only `write` changes it.
-        trainable (`dict[str, nn.Parameter]`): Its parameters that vary.
-        terms (`list[Term]`): As `check_terms` returns them.
-        memory (`int`): Bytes that matrices and chunks may take.
-        plans (`dict`): The `plans` of the step before, so that its terms are not measured again.
-
-    Attributes:
-        plans (`dict`): How the Jacobian of each term is computed.
+    Each residual is multiplied by sqrt(weight / rows) of its term, so that the loss is the sum of their squares. Only
+    `write` changes the model. The `plans` of the step before spare its terms another measurement.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        trainable: dict[str, nn.Parameter],
-        terms: list[Term],
-        memory: int,
-        plans: dict[tuple, TermPlan] | None = None,
+        self, model: nn.Module, trainable: dict[str, nn.Parameter], terms: list[Term], memory: int, plans: Plans
     ) -> None:
         self.model = model
         self.trainable = trainable
@@ -139,17 +111,13 @@ class LeastSquares:
         self.num_parameters = sum(self.sizes)
         self.start = torch.cat([parameter.detach().double().flatten() for parameter in trainable.values()])
         self.terms = []
+        self.plans: Plans = {}
         for function, rows, weight in terms:
             rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
             self.terms.append((function, rows, math.sqrt(weight / len(rows[0]))))
-        known = plans or {}
-        self.plans: dict[tuple, TermPlan] = {}
-        for function, rows, scale in self.terms:
             key = self._key(function, rows)
             if key not in self.plans:
-                self.plans[key] = known[key] if key in known else self._plan(function, rows, scale)
-
-    # Parameters
+                self.plans[key] = plans.get(key) or self._plan(function, rows)
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         parts = flat.split(self.sizes)
@@ -166,17 +134,10 @@ class LeastSquares:
         for name, value in self._named(flat).items():
             self.trainable[name].copy_(value)
 
-    # Residuals
-
-    def _call(
-        self, function: Callable, scale: float, parameters: Tensor | dict[str, Tensor], rows: Iterable[Tensor]
-    ) -> Tensor:
-        """(n, m) scaled residuals of n rows, for a flat vector of parameters or for tensors by name."""
-        rows = tuple(rows)
-        named = parameters if isinstance(parameters, dict) else self._named(parameters)
-        values = call_with_parameters(
-            self.model, {**self.fixed, **named}, lambda *data: function(self.model, *data), rows, {}
-        )
+    def _call(self, function: Callable, scale: float, named: dict[str, Tensor], rows: Sequence[Tensor]) -> Tensor:
+        """(n, m) scaled residuals of n rows, with these tensors for the trainable parameters."""
+        evaluate = partial(function, self.model)
+        values = call_with_parameters(self.model, {**self.fixed, **named}, evaluate, tuple(rows), {})
         return scale * values.reshape(len(rows[0]), -1)
 
     def _leaves(self) -> dict[str, Tensor]:
@@ -186,18 +147,18 @@ class LeastSquares:
         shapes = tuple((row.shape[1:], row.dtype) for row in rows)
         return id(function), shapes, tuple((name, part.shape) for name, part in self.trainable.items())
 
-    def _plan(self, function: Callable, rows: Sequence[Tensor], scale: float) -> TermPlan:
+    def _plan(self, function: Callable, rows: Sequence[Tensor]) -> TermPlan:
         """Measures what autograd keeps for a row, and whether the Jacobian can be computed by layers."""
         leaves = self._leaves()
-        values, one = self._trial(function, rows, scale, 1, leaves)
-        _, two = self._trial(function, rows, scale, 2, leaves)
+        values, one = self._trial(function, rows, 1, leaves)
+        _, two = self._trial(function, rows, 2, leaves)
         gradients = 2 * values.shape[1] * self.num_parameters * 8
         plan = TermPlan(function, 3 * max(1, sum(two) - sum(one)) + gradients)
         if TRIAL_ROWS * plan.row_bytes > self.memory:
             return plan
         try:
-            with recording(leaves.values(), TRIAL_ROWS) as recorder:
-                values, sizes = self._trial(function, rows, scale, TRIAL_ROWS, leaves)
+            with observing(Recorder(leaves.values(), TRIAL_ROWS)) as recorder:
+                values, sizes = self._trial(function, rows, TRIAL_ROWS, leaves)
             if recorder.is_complete(values):
                 kept = sum(size for size in sizes if size % TRIAL_ROWS == 0) // TRIAL_ROWS
                 plan.bytes_by_layers = 3 * max(1, kept) + gradients
@@ -206,18 +167,18 @@ class LeastSquares:
         return plan
 
     def _trial(
-        self, function: Callable, rows: Sequence[Tensor], scale: float, count: int, leaves: dict[str, Tensor]
+        self, function: Callable, rows: Sequence[Tensor], count: int, leaves: dict[str, Tensor]
     ) -> tuple[Tensor, list[int]]:
         """The residuals of the first row `count` times, and the bytes of each tensor that autograd keeps."""
         sizes: list[int] = []
 
         def pack(tensor: Tensor) -> Tensor:
             sizes.append(tensor.numel() * tensor.element_size())
-            return tensor
+            return tensor.detach()  # the tensor itself would hold the graph that holds it
 
         head = [row[:1].expand(count, *row.shape[1:]).contiguous() for row in rows]
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            return self._call(function, scale, leaves, head), sizes
+            return self._call(function, 1.0, leaves, head), sizes
 
     def _rows_at_once(self, plan: TermPlan) -> int:
         return max(1, min(self.memory // 2, CHUNK) // plan.row_bytes)
@@ -232,58 +193,47 @@ class LeastSquares:
     @torch.no_grad()
     def residuals(self, flat: Tensor) -> Tensor:
         """All residuals, (M,)."""
-        return torch.cat([self._call(f, scale, flat, rows).flatten() for f, scale, rows in self.chunks()])
+        named = self._named(flat)
+        return torch.cat([self._call(f, scale, named, rows).flatten() for f, scale, rows in self.chunks()])
 
     def find_not_finite(self, residuals: Tensor) -> str:
         """A message that names the terms whose residuals are NaN or infinite; empty if there are none."""
         bad = ~residuals.isfinite()
         if not bad.any():
             return ""
-        words, first = [], 0
-        rows = [len(term[1][0]) for term in self.terms]
-        per_row = [self._call(f, s, self.start, [r[:1] for r in data]).shape[1] for f, data, s in self.terms]
-        for index, (count, width) in enumerate(zip(rows, per_row, strict=True)):
-            wrong = int(bad[first : first + count * width].sum())
-            first += count * width
-            if wrong:
-                words.append(f"{wrong} of {count * width} in {name_term(index, self.terms[index][0])}")
+        words, first, named = [], 0, self._named(self.start)
+        for index, (function, rows, scale) in enumerate(self.terms):
+            count = len(rows[0]) * self._call(function, scale, named, [row[:1] for row in rows]).shape[1]
+            if wrong := int(bad[first : first + count].sum()):
+                words.append(f"{wrong} of {count} in {name_term(index, function)}")
+            first += count
         return "residuals are NaN or infinite: " + ", ".join(words) + ". The parameters are unchanged."
 
-    # Jacobian
-
     def jacobian(self, function: Callable, scale: float, rows: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-        """
-        The derivatives of the residuals of some rows, (n m, P).
+        """The derivatives of the residuals of some rows, (n m, P), in the first rows of `out` if given.
 
-        By `row_gradients` if KAN layers are all that depends on the parameters; otherwise, for any function, one row
-        at a time by `torch.func.vmap`.
-
-        Args:
-            out: (n m or more, P), whose first rows become the result.
+        They come from `row_gradients` if only KAN layers depend on the parameters, from `torch.func.vmap` otherwise.
         """
         plan = self.plans[self._key(function, rows)]
-        if plan.by_layers:
+        if plan.bytes_by_layers:
             leaves = self._leaves()
-            found = row_gradients(
-                lambda: self._call(function, scale, leaves, rows), list(leaves.values()), len(rows[0]), out
-            )
+            evaluate = partial(self._call, function, scale, leaves, rows)
+            found = row_gradients(evaluate, list(leaves.values()), len(rows[0]), out)
             if found is not None:
                 return found
-            plan.bytes_by_layers = None
+            plan.bytes_by_layers = 0
         parts = zip(*(row.split(self._rows_at_once(plan)) for row in rows), strict=True)
         found = torch.cat([self._jacobian_by_rows(function, scale, part) for part in parts])
         return found if out is None else out[: len(found)].copy_(found)
 
     def _jacobian_by_rows(self, function: Callable, scale: float, rows: Sequence[Tensor]) -> Tensor:
         def of_one_row(flat: Tensor, *row: Tensor) -> Tensor:
-            values, pull, *_ = torch.func.vjp(
-                lambda parameters: self._call(function, scale, parameters, [part.unsqueeze(0) for part in row])[0],
-                flat,
-            )
+            one = [part.unsqueeze(0) for part in row]
+            values, pull, *_ = torch.func.vjp(lambda p: self._call(function, scale, self._named(p), one)[0], flat)
             return torch.stack([pull(unit)[0] for unit in torch.eye(len(values)).to(values)])
 
-        in_dims = (None, *[0] * len(rows))
-        return torch.func.vmap(of_one_row, in_dims, randomness="different")(self.start, *rows).flatten(0, 1)
+        of_rows = torch.func.vmap(of_one_row, (None, *[0] * len(rows)), randomness="different")
+        return of_rows(self.start, *rows).flatten(0, 1)
 
     def pull_back(self, vector: Tensor) -> Tensor:
         """J^T vector, (M,) to (P,), by one backward pass."""
@@ -292,9 +242,9 @@ class LeastSquares:
             leaves = self._leaves()
             with torch.enable_grad():
                 values = self._call(function, scale, leaves, rows).flatten()
-            part = vector[first : first + len(values)]
-            first += len(values)
             if values.requires_grad:
+                part = vector[first : first + len(values)]
                 found = torch.autograd.grad(values, list(leaves.values()), part, materialize_grads=True)
                 total += torch.cat([gradient.flatten() for gradient in found])
+            first += len(values)
         return total

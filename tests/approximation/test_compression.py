@@ -245,7 +245,7 @@ def test_pykan_network():
         small.act_fun[0].update_grid_from_samples(x)
 
 
-def test_slim_layers_are_recognised_whatever_is_registered():
+def test_slim_layers_are_recognized_whatever_is_registered():
     small = slim(nn.Sequential(FAMILIES["efficient-kan"](12, 10), FAMILIES["own"](10, 10)), RANKS)
     assert [layer.family for layer in find_kan_layers(small)] == ["slim", "slim-kan"]
     assert find_kan_layers(small)[0].shape == (10, 12, 8) and find_kan_layers(small)[0].has_residual

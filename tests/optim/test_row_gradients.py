@@ -43,7 +43,7 @@ def network(**options) -> KAN:
 
 def least_squares_of(model: nn.Module, function: Callable, *rows: Tensor, memory: int = 2**30) -> LeastSquares:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return LeastSquares(model, trainable, check_terms([(function, rows or (points(),))]), memory)
+    return LeastSquares(model, trainable, check_terms([(function, rows or (points(),))]), memory, {})
 
 
 def check(model: nn.Module, function: Callable, *rows: Tensor, by_layers: bool = True) -> None:
@@ -52,7 +52,7 @@ def check(model: nn.Module, function: Callable, *rows: Tensor, by_layers: bool =
         found, expected = problem.jacobian(*chunk), problem._jacobian_by_rows(*chunk)
         assert found.shape == expected.shape and expected.any()
         assert relative(found, expected) < 1e-12
-    assert [plan.by_layers for plan in problem.plans.values()] == [by_layers]
+    assert [bool(plan.bytes_by_layers) for plan in problem.plans.values()] == [by_layers]
     assert current_observer() is None
 
 
