@@ -39,6 +39,7 @@ _COMPONENTS = LoTRALayer.adapter_layer_names
 
 def prepare_config(config: LoTRAConfig) -> LoTRAConfig:
     """Replaces the default of `target_modules`."""
+    config.refuse_unresolved()
     if config.target_modules is None:
         config.target_modules = ALL_KAN
     return config
