@@ -32,11 +32,12 @@ from torch import nn
 
 from ..families.registry import find_kan_layers, known_families
 from ..families.slim import SlimLayer
+from ..files.patterns import pattern_key
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, warn_capped
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, triple, tucker
-from ..tuner.targets import locate_target, pattern_key
+from ..tuner.targets import locate_target
 from .features import gather_features, model_outputs, relative_error
 from .spectra import Spectrum, check_energy, suggest_ranks, weighted_spectrum
 from .updates import read_coefficients

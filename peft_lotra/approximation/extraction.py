@@ -30,12 +30,13 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
 from ..families.registry import KANLayerSpec, find_kan_layers, same_grid
+from ..files.patterns import pattern_key
 from ..functional import call_with_parameters, unwrap
 from ..report import Report, TextTable
 from ..tucker import Ranks, Tucker, cap_ranks, tucker, tucker_scaled
 from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer, lotra_layers
-from ..tuner.targets import exact_targets, locate_target, pattern_key
+from ..tuner.targets import exact_targets, locate_target
 from .features import Features, gather_features
 from .spectra import suggest_ranks, weighted_spectrum
 from .updates import CoefficientUpdate, coefficient_updates

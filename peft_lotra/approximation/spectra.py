@@ -27,12 +27,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..files.patterns import pattern_key
 from ..functional import unwrap
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, hosvd, triple
 from ..tuner.config import LoTRAConfig
 from ..tuner.gradients import gather_gradients
-from ..tuner.targets import find_targets, pattern_key
+from ..tuner.targets import find_targets
 from .features import Features
 from .updates import coefficient_updates
 

@@ -24,6 +24,7 @@ from ..families.registry import short_name
 
 
 Shape = tuple[int, ...]
+OF_THE_BASE = "to save a part of the base, such as embeddings, name the module in `modules_to_save`"
 TRAINED_ON = "Load it into the base model that it was trained on."
 _MAX_LINES = 20  # that an error shows
 
@@ -69,7 +70,8 @@ class Checkpoint:
         """
         found, expected = set(self.tensors or ()), set(expected)
         wrong = [f"{name} is missing" for name in sorted(expected - found)]
-        wrong += [f"{name} is nothing that this adapter has" for name in sorted(found - expected.union(allowed))]
+        superfluous = sorted(found - expected.union(allowed))
+        wrong += [f"{name} is nothing that this adapter has ({OF_THE_BASE})" for name in superfluous]
         refuse_for_model(wrong)
 
 

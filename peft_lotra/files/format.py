@@ -23,10 +23,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,8 +42,6 @@ from .fingerprint import digest_of, hash_values
 # Far above what an adapter needs (about 100 bytes for each tensor), far below what would hurt to parse.
 MAX_HEADER_BYTES = 8 << 20
 MAX_CONFIG_BYTES = 8 << 20
-MAX_PATTERN_LENGTH = 10_000
-MAX_PATTERN_REPEATS = 4
 
 # The name of the new config while `save_adapter` exchanges the files.
 PENDING_CONFIG = f".{CONFIG_NAME}.next"
@@ -228,18 +225,3 @@ def read_weights(path: str) -> tuple[dict[str, tuple[int, ...]], str]:
         raise ValueError(f"{problem}{error}. It is damaged, or no safetensors file.") from error
     refuse(problem, wrong)
     return shapes, digest.hexdigest()
-
-
-def check_patterns(patterns: Iterable[str]) -> None:
-    """Refuses regular expressions that may take exponential time; PEFT matches those of a config to layer names."""
-    for pattern in patterns:
-        plain = re.sub(r"\\.|\[\]?[^\]]*\]", "x", pattern)  # without escaped characters and character classes
-        if (
-            len(pattern) > MAX_PATTERN_LENGTH
-            or re.search(r"\)[*+{]", plain)
-            or len(re.findall(r"[*+{]", plain)) > MAX_PATTERN_REPEATS
-        ):
-            raise ValueError(
-                f"The config of the adapter has the pattern {pattern[:100]!r}, which may take forever to match. A "
-                f"pattern from a file must not repeat a group, nor repeat more than {MAX_PATTERN_REPEATS} times."
-            )

@@ -29,7 +29,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_sta
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..files.format import check_patterns, check_size
+from ..families.registry import short_name
+from ..files.format import check_size
 from ..report import Report, TextTable
 from ..tucker import Tucker
 from ..tuner.config import LoTRAConfig
@@ -187,15 +188,9 @@ def read_adapter(folder: str | Path) -> tuple[LoTRAConfig, dict[str, torch.Tenso
         raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. (Pickled weights are not read.)")
     try:
         config, tensors = cast(LoTRAConfig, PeftConfig.from_pretrained(str(folder))), load_file(weights)
-        patterns = [*config.rank_pattern, *config.alpha_pattern]
-        check_patterns(patterns)
-        for pattern in patterns:
-            re.compile(rf"(.*\.)?({pattern})$")  # as PEFT matches it with names
-        for name, kind in (("auto_mapping", dict), ("base_model_name_or_path", str), ("revision", str)):
-            if not isinstance(value := getattr(config, name), kind | None):
-                raise TypeError(f"`{name}` must be None or a {kind.__name__}, got {value!r:.200}.")
+        config.resolve({short_name(key): tuple(tensor.shape) for key, tensor in tensors.items()})
         return config, tensors
-    except (SafetensorError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, re.error) as error:
+    except (SafetensorError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"The adapter in {folder} is broken: {error}") from error
 
 

@@ -14,28 +14,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 from weakref import WeakMethod
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
-from peft.utils.other import get_pattern_key
 
-from ..files.checkpoint import HASHES, RECORD, Checkpoint
+from ..files.checkpoint import HASHES, RECORD, Checkpoint, Shape
 from ..files.fingerprint import digest_of
 from ..files.format import (
     PENDING_CONFIG,
-    check_patterns,
     check_size,
     config_digest,
     find_weights,
     read_weights,
     write_atomically,
 )
+from ..files.patterns import check_lengths, exact_pattern, find_key, pattern_key, refuse_pattern
 from ..tucker import cap_ranks, check_ranks
 from .arguments import (
     BOOL,
@@ -47,14 +47,18 @@ from .arguments import (
     PROBABILITY,
     START,
     check_values,
+    compile_patterns,
     option,
+    patterns_of,
     refuse_names_of_lora,
+    regexes_of,
     with_help,
 )
 
 
 ALL_KAN = "all-kan"
 CHECK_BASE = ("error", "warn", "ignore")
+_TARGETING = ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform")
 
 
 @refuse_names_of_lora
@@ -146,6 +150,7 @@ class LoTRAConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        from_file = type(self.peft_type) is str  # a copy of a config has the enum
         self.peft_type = PeftType["LOTRA"]
         check_values(self)
         if isinstance(self.target_modules, list):
@@ -161,13 +166,20 @@ class LoTRAConfig(PeftConfig):
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        # The next three are no fields, so neither saved nor compared.
+        # The next four are no fields, so neither saved nor compared.
         # Adding an adapter writes the names of its layers into `target_modules`; the object may serve another model.
         self.targets_all_kan = self.target_modules in (None, ALL_KAN)
         self.checkpoint = Checkpoint(self.base_layers, (self.integrity or {}).get("weights"))
         self._record_base: WeakMethod | None = None
+        self._unresolved: dict[str, str] = {}
         self._check_integrity()
         self.base_digest = self.integrity = None
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
+        if from_file:
+            self._set_regexes_aside()
+        else:
+            compile_patterns(self)
         mapping = self.auto_mapping
         if isinstance(mapping, dict) and mapping.get("parent_library") == "peft_lotra.kan.slim":  # where SlimKAN was
             self.auto_mapping = {**mapping, "parent_library": "peft_lotra.kan"}
@@ -183,8 +195,53 @@ class LoTRAConfig(PeftConfig):
 
     def ranks_and_alpha(self, layer_name: str) -> tuple[int | tuple[int, int, int], float]:
         """The ranks of a layer, before they are capped by the sizes of its modes, and its `alpha`."""
-        r_key, alpha_key = (get_pattern_key(list(p), layer_name) for p in (self.rank_pattern, self.alpha_pattern))
+        r_key, alpha_key = (find_key(patterns, layer_name) for patterns in (self.rank_pattern, self.alpha_pattern))
         return self.rank_pattern.get(r_key, self.r), self.alpha_pattern.get(alpha_key, self.alpha)
+
+    def _set_regexes_aside(self) -> None:
+        """Takes the regexes out of a config from a file, so that none is ever matched; see `resolve`."""
+        names = {*(self.target_modules or ()), *(self.exclude_modules or ())}  # letters of a string do no harm
+        check_lengths(itertools.chain(*patterns_of(self).values()), names)
+        self._unresolved = regexes_of(self)
+        for field in self._unresolved.keys() & {"alpha_pattern", "modules_to_save"}:
+            refuse_pattern(field, self._unresolved[field])
+        if self._unresolved.keys() & set(_TARGETING):
+            self.target_modules, self.targets_all_kan = set(), False
+            self.exclude_modules = self.layers_pattern = self.layers_to_transform = None
+        if "rank_pattern" in self._unresolved:
+            self.rank_pattern = {}
+
+    def refuse_unresolved(self) -> None:
+        """Raises a ValueError if the config comes from a file with regexes, and the tensors were not read with it."""
+        for field, pattern in self._unresolved.items():
+            refuse_pattern(field, pattern)
+
+    def resolve(self, shapes: Mapping[str, Shape]) -> None:
+        """Replaces regexes, which files of older versions have, by what the names and shapes of the tensors say."""
+        cores = {n.removesuffix(".lotra_core"): shape for n, shape in shapes.items() if n.endswith(".lotra_core")}
+        layers = self.base_layers or cores
+        check_lengths((), {*layers, *cores})
+        if not cores:
+            self.refuse_unresolved()
+        unresolved, self._unresolved = self._unresolved.keys(), {}
+        if unresolved & set(_TARGETING):
+            self.target_modules = exact_pattern(layers)
+            check_lengths([self.target_modules], ())
+        if "rank_pattern" in unresolved:
+            self.rank_pattern = {
+                pattern_key(n): shape for n, shape in cores.items() if len(shape) == 3 and min(shape) > 0
+            }
+
+    def _resolved(self, names: Collection[str]) -> dict[str, Any]:
+        """What a file has in the place of the user's regexes, once the adapted layers are known."""
+        regexes, values = set(regexes_of(self) if names else ()), {}
+        if regexes & set(_TARGETING):
+            values = {**dict.fromkeys(_TARGETING), "target_modules": exact_pattern(names)}
+        for index, (field, default) in enumerate((("rank_pattern", self.r), ("alpha_pattern", self.alpha))):
+            if field in regexes:
+                by_name = {name: self.ranks_and_alpha(name)[index] for name in names}
+                values[field] = {pattern_key(name): value for name, value in by_name.items() if value != default}
+        return values
 
     def record_base_by(self, method: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         """Sets the bound method, referenced weakly, that adds the hashes of the base to `base_layers` for a file.
@@ -210,7 +267,8 @@ class LoTRAConfig(PeftConfig):
         os.makedirs(save_directory, exist_ok=True)
         weights = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
         digest = read_weights(weights)[1] if os.path.exists(weights) else None
-        values = self.to_dict()
+        self.refuse_unresolved()
+        values = {**self.to_dict(), **self._resolved(self.base_layers or ())}
         record = self._record_base() if self._record_base is not None else None
         if record is None:  # no model, or one that is gone
             values["base_layers"] = self.checkpoint.layers or self.base_layers
@@ -238,16 +296,16 @@ class LoTRAConfig(PeftConfig):
 
         Raises:
             ValueError: There is no config; the config or the tensors are damaged, do not belong together, or are not
-                finite; there is a pickle instead of a safetensors file; a pattern in the config may take forever to
-                match.
+                finite; there is a pickle instead of a safetensors file; a pattern in the config is no name.
         """
         hub_kwargs, own_kwargs, _ = cls._split_kwargs(kwargs)
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         check_size(os.path.join(folder, CONFIG_NAME))
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if not isinstance(config, LoTRAConfig):
-            kind = PeftType(config.peft_type).value
-            raise ValueError(f"The adapter in {folder} is of the type {kind}, and not LOTRA.")
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (TypeError, RecursionError, OverflowError) as error:
+            raise ValueError(f"The config of the adapter in {folder} is broken: {error}") from error
+        assert isinstance(config, LoTRAConfig)
         weights = find_weights(pretrained_model_name_or_path, subfolder, hub_kwargs)
         if weights is not None:
             shapes, digest = read_weights(weights)
@@ -258,14 +316,24 @@ class LoTRAConfig(PeftConfig):
                 config = cls.from_peft_type(**cls.from_json_file(pending))
                 assert isinstance(config, LoTRAConfig)
             config.checkpoint = config.checkpoint.with_tensors(shapes, digest, folder)
+        config.resolve(config.checkpoint.tensors or {})
+        if weights is not None:
             config.checkpoint.check_shapes(config._component_shapes())
         config.check_base = own_kwargs.get("check_base")  # which is no choice of the file's
         if config.check_base not in (None, *CHECK_BASE):
             raise ValueError(f"`check_base` must be None or one of {CHECK_BASE}, got {config.check_base!r}.")
-        patterns = [config.target_modules, config.exclude_modules, *config.rank_pattern, *config.alpha_pattern]
-        lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []
-        check_patterns([pattern for pattern in (*patterns, *lists) if isinstance(pattern, str)])
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs) -> dict[str, Any]:
+        """The values of a config in a file, which has the type LOTRA."""
+        values = super().from_json_file(path_json_file, **kwargs)
+        if not isinstance(values, dict):
+            raise ValueError(f"{path_json_file} is broken: expected a JSON object, got {values!r:.200}.")
+        kind = values.get("peft_type", "LOTRA")
+        if kind != "LOTRA":
+            raise ValueError(f"The adapter in {path_json_file} is of the type {kind!s:.200}, and not LOTRA.")
+        return {**values, "peft_type": "LOTRA"}
 
     def _component_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes that the components of the recorded layers have by this config, by name."""

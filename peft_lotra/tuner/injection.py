@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -25,7 +24,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..families.slim import SlimLayer
-from ..files.checkpoint import refuse
+from ..files.checkpoint import OF_THE_BASE, refuse
 from ..kan.slim_kan import SlimKANLinear
 from .config import ALL_KAN, LoTRAConfig
 from .guards import guard_network, release_networks
@@ -39,6 +38,7 @@ _COMPONENTS = LoTRALayer.adapter_layer_names
 
 def prepare_config(config: LoTRAConfig) -> LoTRAConfig:
     """Replaces the default of `target_modules`."""
+    config.refuse_unresolved()
     if config.target_modules is None:
         config.target_modules = ALL_KAN
     return config
@@ -123,13 +123,15 @@ def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Tar
         return  # not from a file, or the names in the file are older ones
     modules = dict(model.named_modules())
     adapted = {id(modules[name]) for name in targets}
-    expected, allowed = set(), _embeddings(model)
+    expected, allowed = set(), set()
     for name, module in model.named_modules(remove_duplicate=False):  # a shared layer has several names
         keys = []
         if id(module) in adapted:
             keys = _COMPONENTS
         elif any(name.endswith(ending) for ending in config.modules_to_save or ()):  # PEFT's own rule
             keys = list(getattr(module, "original_module", module).state_dict())
+            # what PEFT writes once more for an embedding, and loads nowhere
+            allowed.update({f"{name}.modules_to_save.{key}" for key in keys} - model.state_dict().keys())
         (expected if name in modules else allowed).update(f"{name}.{key}" for key in keys)
     # PEFT 0.19 saves the components of all adapters, those of the others with their names; they are passed over
     allowed.update(name for name in config.checkpoint.tensors if _is_of_another_adapter(name))
@@ -166,23 +168,26 @@ def select_to_load(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
     layers = lotra_layers(model, adapter_name)
     own = {f"{name}.{component}.{adapter_name}" for name, _ in layers for component in _COMPONENTS}
     selected = {name: t for name, t in state_dict.items() if name in own or not _is_of_another_adapter(name)}
-    base = model.state_dict().keys() - _embeddings(model)
+    base = model.state_dict().keys()
     wrong = [f"{name} is missing" for name in sorted(own - state_dict.keys())]
     for name, tensor in selected.items():
         if name in own:
             wrong += [f"{name} has values that are not finite"] if not torch.isfinite(tensor).all() else []
         elif f".modules_to_save.{adapter_name}." not in name and name in base:
-            wrong.append(f"{name} would be written over, which is no part of the adapter")
+            wrong.append(f"{name} would be written over, which is no part of the adapter ({OF_THE_BASE})")
     refuse("The tensors are not those of the adapter, nothing was loaded:", wrong)
     return selected
 
 
-def select_to_save(adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The components of an adapter in the state dict of its model, whole.
+def select_to_save(adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The components of an adapter in a state dict, whole; what is of the base is taken out of the dict.
 
     PEFT looks for the names of the layers in the model, which the state dict does not have if FSDP wraps the layers.
     """
     endings = tuple(f".{component}.{adapter_name}" for component in _COMPONENTS)
+    # PEFT would go on to write embeddings that were resized, or that `save_embedding_layers` asks for
+    for key in [key for key in state_dict if not key.endswith(endings) and ".modules_to_save." not in key]:
+        del state_dict[key]
     tensors = {key: value for key, value in state_dict.items() if key.endswith(endings)}
     for key, tensor in tensors.items():
         # FSDP has flat views of what this process holds, fully_shard DTensors
@@ -196,17 +201,3 @@ def select_to_save(adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[
                 "`state_dict_type` to FULL_STATE_DICT."
             )
     return tensors
-
-
-def _embeddings(model: nn.Module) -> set[str]:
-    """The names of the embeddings of a transformers model, which PEFT can save along."""
-    owners = []
-    for which in ("input", "output"):
-        with suppress(NotImplementedError):  # what transformers says of models without embeddings, such as KANModel
-            owners.append(getattr(model, f"get_{which}_embeddings", lambda: None)())
-    return {
-        f"{name}.{key}"
-        for name, module in model.named_modules()
-        if any(module is owner for owner in owners)
-        for key, _ in module.named_parameters()
-    }

@@ -30,6 +30,7 @@ from ..families.coefficients import CoefficientTensor
 from ..families.registry import KANLayerSpec, get_kan_spec, known_families, walk_kan_layers
 from ..files.checkpoint import TRAINED_ON, refuse
 from ..files.fingerprint import Values, hash_all_dtypes, is_same, layer_values
+from ..files.patterns import exact_pattern
 from .config import LoTRAConfig
 from .layer import LoTRALayer
 
@@ -187,15 +188,10 @@ def _has_index(config: LoTRAConfig, name: str) -> bool:
     return False
 
 
-def pattern_key(name: str) -> str:
-    """A key for `rank_pattern` that matches this layer alone; PEFT reads keys as regexes of the end of a name."""
-    return "^" + re.escape(name)
-
-
 def exact_targets(names: Iterable[str], model: nn.Module) -> set[str] | str:
     """`target_modules` for these layers alone: a regex if PEFT would take another module's name for one of them."""
     names = set(names)
     suffixes = tuple(f".{name}" for name in names)
     if any(name not in names and name.endswith(suffixes) for name, _ in model.named_modules()):
-        return "|".join(map(re.escape, sorted(names)))
+        return exact_pattern(names)
     return names

@@ -24,10 +24,11 @@ from typing import Literal, cast
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 
+from ..files.patterns import pattern_key
 from ..tucker import Ranks, Tucker, check_ranks, direct_sum, triple
 from .config import LoTRAConfig
 from .layer import LoTRALayer, lotra_layers
-from .targets import exact_targets, pattern_key
+from .targets import exact_targets
 
 
 COMBINATION_TYPES = ("cat", "linear", "svd")

@@ -126,7 +126,6 @@ class TestReadAdapter:
             ("base_model_name_or_path", {"a": 1}),
             ("revision", 7),
             ("alpha", 10**400),
-            ("rank_pattern", {"(": 2}),
             ("alpha_pattern", {"a{99999999999999999999}": 2.0}),
             ("alpha_pattern", {"(?i)a": 2.0}),
             ("alpha_pattern", {"(a+)+$": 2.0}),

@@ -21,7 +21,7 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN
-from peft_lotra.tuner.targets import describe_targets, find_targets, locate_target, pattern_key, record_base
+from peft_lotra.tuner.targets import describe_targets, find_targets, locate_target, record_base
 
 
 ALL = ["body.0", "body.1", "tail.layers.0", "tail.layers.1"]
@@ -90,8 +90,3 @@ def test_the_record_has_hashes_of_the_unmerged_base():
     after = record_base(model, layers)
     assert [name for name in before if after[name] != before[name]] == ["body.0"]
     assert record_base(model, {"nowhere": layers["body.0"]}) == {"nowhere": layers["body.0"]}
-
-
-def test_a_pattern_key_matches_its_layer_alone():
-    config = LoTRAConfig(r=4, rank_pattern={pattern_key("layers.0"): 2})
-    assert [config.ranks_and_alpha(name)[0] for name in ("layers.0", "tail.layers.0", "layersx0")] == [2, 4, 4]
