@@ -16,8 +16,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,6 +74,14 @@ def call_with_parameters(
         return torch.func.functional_call(layer, parameters, args, kwargs)
     parameters = {f"layer.{name}": value for name, value in parameters.items()}
     return torch.func.functional_call(_Call(layer, function), parameters, args, kwargs)
+
+
+def attribute_by(call: Callable, layer: nn.Module, name: str, computed: Collection[str]) -> Any:
+    """An attribute of a layer; `call` reads the `computed` ones and the properties, and runs the methods."""
+    if name in computed or isinstance(inspect.getattr_static(type(layer), name, None), property):
+        return call(getattr, layer, name)
+    value = getattr(layer, name)
+    return partial(call, value) if inspect.ismethod(value) and value.__self__ is layer else value
 
 
 def unwrap(model: nn.Module) -> nn.Module:

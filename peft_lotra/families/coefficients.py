@@ -34,21 +34,10 @@ class CoefficientTensor:
     """Where one layer keeps its coefficients, and how they are read and written as a tensor (out, in, basis).
 
     Attributes:
-        family (`str`): The family of the layer.
-        parameters (`dict[str, Layout]`): The parameter of the coefficients, then that of the residual branch if it has
-            one of its own; dotted names reach into sub-modules.
-        lengths (`dict[str, int]`): The length of each axis that the layouts name.
-
-    Example:
-        >>> import torch
-        >>> from peft_lotra.families.registry import get_kan_spec
-        >>> from peft_lotra.kan import KANLinear
-        >>> layer = KANLinear(3, 2)
-        >>> tensor = get_kan_spec(layer).locate(layer)
-        >>> tensor.shape, tensor.has_residual, tuple(tensor.read(layer).shape)
-        ((2, 3, 8), True, (2, 3, 9))
-        >>> {name: tuple(part.shape) for name, part in tensor.split(torch.zeros(2, 3, 9)).items()}
-        {'spline_weight': (2, 3, 8), 'base_weight': (2, 3)}
+        family: The family of the layer.
+        parameters: The layout of each parameter by name: the coefficients, then the residual weights if they have a
+            parameter of their own. Dotted names reach into sub-modules.
+        lengths: The length of each axis that the layouts name.
     """
 
     family: str
@@ -90,9 +79,9 @@ class CoefficientTensor:
     def read_parts(
         self, layer: nn.Module, parameters: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The coefficients (out, in, basis) and the residual weights (out, in), if any, as two tensors.
+        """The coefficients (out, in, basis) and the residual weights (out, in), if any; views where layouts allow it.
 
-        They are views of the parameters where the layouts allow it. `parameters` replace those of the layer.
+        `parameters` replace those of the layer.
         """
         tensor, *residual = self._canonical({**self.read_parameters(layer), **(parameters or {})}.values())
         if residual:
@@ -110,7 +99,7 @@ class CoefficientTensor:
         return [layout.to_canonical(part, self.lengths) for layout, part in zip(layouts, parts, strict=True)]
 
     def split(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The inverse of `read`: the parts of a canonical tensor, each in the layout of the parameter it belongs to.
+        """The inverse of `read`: the parts of a canonical tensor, each in the layout of its parameter.
 
         A tensor without the residual slice gives no part for a residual parameter, and zeros where it is packed.
         """

@@ -14,13 +14,12 @@
 
 """The families that are known from the start. Importing this module registers them.
 
-They are recognized by what they consist of, since most of these layers reach users as a copied file, often under
-another class name.
+Families are recognized by what their layers consist of, since users copy the files and rename the classes. A predicate
+that reads what a module does not have says no.
 """
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -33,21 +32,13 @@ from . import slim  # noqa: F401  (registers the family of Slim layers)
 from .registry import register_kan_layer
 
 
-def _ndim(layer: nn.Module, name: str) -> int | None:
-    """The number of dimensions of a tensor of this dotted name, `None` if there is none."""
-    try:
-        return attrgetter(name)(layer).ndim
-    except AttributeError:
-        return None
-
-
-def _splines_from_knots(layer: Any) -> UniformGrid | None:
+def _splines_from_knots(layer: Any) -> UniformGrid:
     order = layer.spline_order
     grid_size = layer.grid.shape[-1] - 2 * order - 1
     return UniformGrid(layer.grid[:, order], layer.grid[:, order + grid_size], grid_size, order)
 
 
-def _splines_from_starts(layer: Any) -> UniformGrid | None:
+def _splines_from_starts(layer: Any) -> UniformGrid:
     order, step = layer.spline_order, 1 / layer.inv_h
     low = layer.grid_starts[:1] + order * step
     grid_size = len(layer.grid_starts) - order
@@ -67,7 +58,7 @@ def _pykan_basis(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 register_kan_layer(
     "qkan-fourier",
-    matches=lambda m: _ndim(m, "fourier_weight") == 3 and _ndim(m, "freqs") == 1,
+    matches=lambda m: m.fourier_weight.ndim == 3 and m.freqs.ndim == 1,
     coefficients=("fourier_weight", "o i k"),
     residual=("base_weight", "o i"),
     grid=("freqs", "input_scale", "input_shift"),
@@ -76,8 +67,8 @@ register_kan_layer(
 register_kan_layer(
     "kanx",
     matches=lambda m: (
-        _ndim(m, "spline_weight") == 3
-        and _ndim(m, "grid") == 2
+        m.spline_weight.ndim == 3
+        and m.grid.ndim == 2
         and hasattr(m, "update_grid_from_samples")
         and not hasattr(m, "b_splines")
     ),
@@ -88,7 +79,7 @@ register_kan_layer(
 )
 register_kan_layer(
     "flashkan",
-    matches=lambda m: "spline_weight" in m._parameters and _ndim(m, "grid_starts") == 1,
+    matches=lambda m: "spline_weight" in m._parameters and m.grid_starts.ndim == 1,
     coefficients=("spline_weight", "o i k"),
     residual=("base_weight", "o i"),
     grid=("grid_starts", "inv_h"),  # its splines, in float32, are too far from the closed form
@@ -96,7 +87,7 @@ register_kan_layer(
 register_kan_layer(
     "inkan",
     # dim=2 is a tensor-product surface of two inputs, not a sum of univariate functions
-    matches=lambda m: "weight" in m._parameters and _ndim(m, "grid_starts") == 1 and m.dim == 1,
+    matches=lambda m: "weight" in m._parameters and m.grid_starts.ndim == 1 and m.dim == 1,
     coefficients=("weight", "o ((i k) + i)"),
     grid=("grid_starts", "inv_h"),
     splines=_splines_from_starts,
@@ -105,7 +96,7 @@ register_kan_layer(
 )
 register_kan_layer(
     "pina",
-    matches=lambda m: _ndim(m, "spline._control_points") == 3 and hasattr(m, "base_function"),
+    matches=lambda m: m.spline._control_points.ndim == 3 and hasattr(m, "base_function"),
     coefficients=("spline._control_points", "i o k"),
     residual=("base_weight", "o i"),
     grid=("spline._knots",),
@@ -114,24 +105,20 @@ register_kan_layer(
     bias="bias",
 )
 register_kan_layer(
-    "fourier-kan",
-    matches=lambda m: _ndim(m, "fouriercoeffs") == 4,
-    coefficients=("fouriercoeffs", "t o i g"),
+    "fourier-kan", matches=lambda m: m.fouriercoeffs.ndim == 4, coefficients=("fouriercoeffs", "t o i g")
 )
 register_kan_layer(
-    "physicsnemo",
-    matches=lambda m: _ndim(m, "fourier_coeffs") == 4,
-    coefficients=("fourier_coeffs", "t o i g"),
+    "physicsnemo", matches=lambda m: m.fourier_coeffs.ndim == 4, coefficients=("fourier_coeffs", "t o i g")
 )
 register_kan_layer(
     "cheby-kan",
-    matches=lambda m: _ndim(m, "cheby_coeffs") == 3,
+    matches=lambda m: m.cheby_coeffs.ndim == 3,
     coefficients=("cheby_coeffs", "i o k"),
     basis=lambda m, x: torch.cos(m.arange * torch.acos(torch.tanh(x)).unsqueeze(-1)),
 )
 register_kan_layer(
     "fast-kan",  # FasterKAN too, which has no residual branch
-    matches=lambda m: _ndim(m, "spline_linear.weight") == 2 and _ndim(m, "rbf.grid") == 1,
+    matches=lambda m: m.spline_linear.weight.ndim == 2 and m.rbf.grid.ndim == 1,
     coefficients=("spline_linear.weight", "o (i k)"),
     residual=("base_linear.weight", "o i"),
     grid=("rbf.grid", "rbf.denominator", "rbf.inv_denominator"),
@@ -142,7 +129,7 @@ register_kan_layer(
 )
 register_kan_layer(
     "pykan",
-    matches=lambda m: _ndim(m, "coef") == 3 and _ndim(m, "scale_base") == 2 and _ndim(m, "scale_sp") == 2,
+    matches=lambda m: m.coef.ndim == 3 and m.scale_base.ndim == 2 and m.scale_sp.ndim == 2,
     coefficients=("coef", "i o k"),
     residual=("scale_base", "i o"),
     grid=("grid",),
@@ -160,7 +147,7 @@ register_kan_layer(
 )
 register_kan_layer(
     "efficient-kan",  # the delta is put on the raw parameter, not on its product with `spline_scaler`
-    matches=lambda m: _ndim(m, "spline_weight") == 3 and _ndim(m, "grid") == 2 and hasattr(m, "b_splines"),
+    matches=lambda m: m.spline_weight.ndim == 3 and m.grid.ndim == 2 and hasattr(m, "b_splines"),
     coefficients=("spline_weight", "o i k"),
     residual=("base_weight", "o i"),
     grid=("grid",),

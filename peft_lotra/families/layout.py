@@ -42,11 +42,9 @@ class Layout:
     """A parsed pattern.
 
     Attributes:
-        pattern (`str`): The pattern.
-        dims (`tuple[tuple[str, ...], ...]`): The axis names of each dimension of the coefficients.
-        packed_residual (`tuple[tuple[str, ...], ...]`, *optional*): The same for residual weights that are packed into
-            the parameter. Its shape differs from that of the coefficients in dimension `concatenated` alone.
-        concatenated (`int`): The dimension in which the residual weights are packed.
+        dims: The axis names of each dimension of the coefficients.
+        packed_residual: The same for residual weights that are packed into the parameter. Its shape differs from that
+            of the coefficients in dimension `concatenated` alone, in which the two are packed.
     """
 
     pattern: str
@@ -60,10 +58,9 @@ class Layout:
         return tuple(axis for dim in self.dims for axis in dim if axis not in ("o", "i"))
 
     def axis_lengths(self, shape: Sequence[int], known: Mapping[str, int]) -> dict[str, int]:
-        """Finds the length of every axis from the shape of the parameter and the lengths that are known.
+        """The length of every axis, from the shape of the parameter and the lengths that are known.
 
-        Raises:
-            ValueError: The pattern does not fit the shape, or leaves a length open.
+        Raises a `ValueError` if the pattern does not fit the shape, or leaves a length open.
         """
         lengths = dict(known)
         problem = f"Pattern {self.pattern!r} does not fit a parameter of shape {tuple(shape)}: "
@@ -130,16 +127,7 @@ def _write(dims: Dims) -> str:
 
 @cache
 def parse_layout(pattern: str) -> Layout:
-    """Parses a pattern of the stored parameter, e.g. `"o i k"`, `"t o i g"`, `"o (i k)"`, `"o ((i k) + i)"`.
-
-    Raises:
-        ValueError: The pattern is malformed, or `o` and `i` do not appear exactly once.
-
-    Example:
-        >>> from peft_lotra.families.layout import parse_layout
-        >>> parse_layout("o (i k)").axis_lengths((4, 15), {"i": 3})
-        {'i': 3, 'o': 4, 'k': 5}
-    """
+    """Parses a pattern; raises a `ValueError` if it is malformed, or `o` and `i` do not appear exactly once."""
     problem = f"Pattern {pattern!r} is not a layout of KAN coefficients: "
     first: list[tuple[str, ...]] = []
     second: list[tuple[str, ...]] = []
@@ -169,17 +157,8 @@ def parse_layout(pattern: str) -> Layout:
 
 
 def _split(pattern: str, problem: str) -> list[str]:
-    """Splits a pattern into its dimensions: axis names, and groups in (possibly nested) parentheses."""
-    tokens, depth, token = [], 0, ""
-    for character in pattern + " ":
-        depth += (character == "(") - (character == ")")
-        if depth < 0:
-            raise ValueError(problem + "its parentheses do not match.")
-        if character.isspace() and depth == 0:
-            tokens.extend([token] if token else [])
-            token = ""
-        else:
-            token += character
-    if depth != 0:
+    """Splits a pattern into its dimensions: axis names, and groups in parentheses, which may hold such groups."""
+    dimension = r"\((?:[^()]|\([^()]*\))*\)|[^\s()]+"
+    if re.sub(dimension, "", pattern).strip():
         raise ValueError(problem + "its parentheses do not match.")
-    return tokens
+    return re.findall(dimension, pattern)

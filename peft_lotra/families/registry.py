@@ -15,8 +15,7 @@
 """The KAN families: where each library keeps its coefficients, and how a new one is described.
 
 KAN libraries differ in the name and the axis order of a parameter, not in kind: every layer maps x (..., in) to
-y[o] = sum_{i,k} A[o,i,k] basis_k(x[i]), plus a residual branch sum_i W[o,i] silu(x[i]) in most of them. A family is
-therefore described (`KANLayerSpec`), not re-implemented.
+y[o] = sum_{i,k} A[o,i,k] basis_k(x[i]), plus a residual branch sum_i W[o,i] silu(x[i]) in most of them.
 """
 
 from __future__ import annotations
@@ -50,23 +49,22 @@ class KANLayerSpec:
             parameters' names where users copy the file and rename the class.
         coefficients (`tuple[str, str]`): The parameter of the coefficients (dotted names reach into sub-modules) and
             its layout as an einops pattern: `o` and `i` are the output and input features, any other axes make up the
-            basis mode in the order in which they appear. `"o i k"`, `"i o k"`, `"o (i k)"`, `"t o i g"`;
-            `"o ((i k) + i)"` where the residual weights are packed behind the coefficients.
+            basis mode in the order in which they appear. `"o i k"`, `"o (i k)"`, `"t o i g"`; `"o ((i k) + i)"` where
+            the residual weights are packed behind the coefficients.
         residual (`tuple[str, str]`, *optional*): The parameter of the residual branch and its layout, of `o` and `i`.
             A layer on which it is absent or `None` has no residual branch.
         grid (`tuple[str, ...]`): The state that gives the coefficients their meaning: tensors and numbers. Names that
             a layer does not have are ignored.
         grid_methods (`tuple[str, ...]`): The layer's methods that change that state, or cut or permute the
             coefficients. They raise while an adapter is attached and not merged.
-        network_methods (`dict[str, str | None]`): Methods of the network around the layer that rebuild it from its
-            state dict, replace its layers or move their grids. They raise until the adapters are unloaded; where the
-            value is the name of an argument, only if that argument is true.
+        network_methods (`dict[str, str | None]`): Methods of the network around the layer that rebuild it, replace
+            its layers or move their grids. They raise until the adapters are unloaded; where the value is the name of
+            an argument, only if that argument is true.
         checkpoint_methods (`tuple[str, ...]`): Methods of the network around the layer that save it. They save the
             network with its adapters merged, under its original names.
         basis (`Callable`, *optional*): `basis(layer, x)` with x (batch, in) returns the basis functions
-            (batch, in, basis) that the coefficients multiply. It opens the fast path: the adapted layer is evaluated
-            as basis(x) . (scale * coefficients) + activation(x) . residual + bias, if that is what the layer computes.
-            The two are compared on a few points when an adapter is attached, and when the grid has changed.
+            (batch, in, basis). It opens the fast path, basis(x) . (scale * coefficients) + activation(x) . residual +
+            bias, if that is what the layer computes: the two are compared on a few points.
         splines (`Callable`, *optional*): `splines(layer)` returns the [`UniformGrid`] that the basis consists of,
             or `None`. The fast path then evaluates the splines in closed form.
         activation (`Callable`, *optional*): `activation(layer, x)` returns the factors (batch, in) of the residual
@@ -75,10 +73,8 @@ class KANLayerSpec:
         bias (`str`, *optional*): The parameter that is added to the output. It may be absent or `None`.
         axes (`Callable`, *optional*): `axes(layer)` returns the lengths of axes that no shape determines, e.g.
             `{"k": layer.num_grids}` for the layout `"o (i k)"`.
-        edge_scale (`tuple[str, str]`, *optional*): The parameter that scales the splines of each edge, and its layout,
-            of `o` and `i`. Full fine-tuning moves it as it moves the coefficients.
-        refit_basis (`Callable`, *optional*): The basis that `refit_adapters` uses, in families without `basis` because
-            their layers return more than the formula.
+        edge_scale (`tuple[str, str]`, *optional*): The parameter that scales the splines of each edge, and its layout.
+        refit_basis (`Callable`, *optional*): The basis that `refit_adapters` uses, in families without `basis`.
 
     Raises:
         ValueError: A pattern is malformed, or has no basis axis.
@@ -100,7 +96,6 @@ class KANLayerSpec:
     axes: Callable[[Any], Mapping[str, int]] | None = None
     edge_scale: tuple[str, str] | None = None
     refit_basis: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
-    _grid: list[tuple[str, Callable[[Any], Any]]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         coefficients = parse_layout(self.coefficients[1])
@@ -121,18 +116,13 @@ class KANLayerSpec:
             )
         if isinstance(self.matches, type):  # a predicate in C: each module of a model is asked
             object.__setattr__(self, "matches", self.matches.__instancecheck__)
-        object.__setattr__(self, "_grid", [(name, attrgetter(name)) for name in self.grid])
 
     def __reduce__(self):
         # Predicates may be lambdas, which do not pickle: an unpickled model finds its family in the registry.
         return _get_registered, (self.family,)
 
     def locate(self, layer: nn.Module) -> CoefficientTensor:
-        """Finds the coefficients of a layer of this family.
-
-        Raises:
-            ValueError: A pattern does not fit the parameter; the message repeats both.
-        """
+        """Finds the coefficients of a layer; raises a `ValueError` if a pattern does not fit its parameter."""
         described = [(*self.coefficients, get_or_none(layer, self.coefficients[0]))]
         if self.residual is not None and (residual := get_or_none(layer, self.residual[0])) is not None:
             described.append((*self.residual, residual))
@@ -154,9 +144,9 @@ class KANLayerSpec:
     def read_grid(self, layer: nn.Module) -> Grid:
         """The state that gives the coefficients of a layer their meaning, by name, without what the layer lacks."""
         values: Grid = {}
-        for name, read in self._grid:
+        for name in self.grid:
             try:
-                value = read(layer)
+                value = attrgetter(name)(layer)
             except AttributeError:
                 continue
             if value is not None:
@@ -173,9 +163,7 @@ _SPECS: dict[str, KANLayerSpec] = {}
 
 
 def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
-    """Teaches LoTRA a family of KAN layers.
-
-    The family that was registered last is asked first. A known name is replaced.
+    """Teaches LoTRA a family of KAN layers, which is asked first. A known name is replaced.
 
     Args:
         family (`str`): The name under which the family is reported.
@@ -205,7 +193,7 @@ def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
         >>> spec.locate(MyKANLayer()).shape
         (5, 3, 4)
     """
-    known = [entry.name for entry in fields(KANLayerSpec) if entry.init]
+    known = [entry.name for entry in fields(KANLayerSpec)]
     for name in description.keys() - set(known):
         raise TypeError(f"register_kan_layer has no field `{name}`. A family is described by {', '.join(known)}.")
     return register(KANLayerSpec(family, **description))
@@ -290,11 +278,7 @@ def find_kan_layers(model: nn.Module) -> list[FoundKANLayer]:
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
-    """The module of a name as `find_kan_layers` gives it, or as PEFT writes it ("base_model.model.layers.0").
-
-    Raises:
-        ValueError: There is none; the message lists the KAN layers.
-    """
+    """The module of a name as `find_kan_layers` gives it, or as PEFT writes it ("base_model.model.layers.0")."""
     network = unwrap(model)
     try:
         return network.get_submodule(short_name(name))

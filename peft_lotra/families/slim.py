@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -25,30 +24,17 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..functional import call_with_parameters
+from ..functional import attribute_by, call_with_parameters
 from ..kan.slim_kan import SlimKANLinear
 from ..tucker import Tucker
 from .registry import Grid, KANLayerSpec, register
 
 
 class SlimLayer(nn.Module):
-    """
-    A KAN layer of another library whose coefficients, with its residual weights, are a core and three factors.
+    """A KAN layer of another library whose coefficients, with its residual weights, are a core and three factors.
 
-    The layer itself runs, with the coefficients built from the factors: that is exact for every family and keeps
-    whatever the layer returns. It saves parameters, not time; `SlimKANLinear` saves both. Attributes that this class
-    does not have are those of the layer, with the coefficients that the factors make.
-
-    Args:
-        layer (`nn.Module`): The layer. Its coefficients, residual weights and edge scales are taken out of it.
-        spec (`KANLayerSpec`): The family of the layer.
-        components (`Tucker`): Of shape (out, in, basis), with the residual branch as the last basis slice if the layer
-            has one.
-
-    Attributes:
-        core, factor_out, factor_in, factor_basis: The parameters.
-        layer: What is left of the layer.
-        removed: The shape and `requires_grad` of each parameter that was taken out of the layer, for `to_dense`.
+    The layer itself runs, with the coefficients built from the factors, which is exact for every family: it saves
+    parameters, not time. Attributes that this class does not have are those of the layer with these coefficients.
     """
 
     kan_spec: ClassVar[KANLayerSpec]  # set below
@@ -62,7 +48,8 @@ class SlimLayer(nn.Module):
             value = value.to(coefficients).contiguous()
             setattr(self, name, nn.Parameter(value, requires_grad=coefficients.requires_grad))
         self.scale = spec.find_edge_scale(layer)
-        self.removed = {}
+        # what `to_dense` needs: the shape and `requires_grad` of each parameter that is taken out of the layer
+        self.removed: dict[str, tuple[tuple[int, ...], bool]] = {}
         for name in [*self.tensor.parameters, *([self.scale] if self.scale else [])]:
             owner, _, attribute = name.rpartition(".")
             module = layer.get_submodule(owner)
@@ -98,9 +85,7 @@ class SlimLayer(nn.Module):
     def parameters_in_force(self, delta: torch.Tensor | float = 0.0) -> dict[str, torch.Tensor]:
         """The parameters that the factors stand for, as the layer stores them.
 
-        Args:
-            delta (`torch.Tensor`): (out, in, basis), with the residual slice if there is one; added to the tensor of
-                the factors.
+        `delta` (out, in, basis), with the residual slice if there is one, is added to the tensor of the factors.
         """
         parameters = self.tensor.split(self.components.dense() + delta)
         if self.scale is not None:
@@ -137,15 +122,10 @@ class SlimLayer(nn.Module):
         if name in self.spec.grid_methods:
             getattr(layer, name)  # an AttributeError if the layer does not have it either
             return partial(_refuse_grid_method, name)
-        if name in self.removed or isinstance(inspect.getattr_static(type(layer), name, None), property):
-            return call_with_parameters(layer, self.parameters_in_force(), getattr, (layer, name), {})
-        value = getattr(layer, name)
-        if inspect.ismethod(value) and value.__self__ is layer:
-            return partial(self._call, value)
-        return value
+        return attribute_by(self._call, layer, name, self.removed)
 
-    def _call(self, method: Any, *args: Any, **kwargs: Any) -> Any:
-        return call_with_parameters(self.layer, self.parameters_in_force(), method, args, kwargs)
+    def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        return call_with_parameters(self.layer, self.parameters_in_force(), function, args, kwargs)
 
     def extra_repr(self) -> str:
         return f"family={self.spec.family}, ranks={self.ranks}"

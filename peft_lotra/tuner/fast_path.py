@@ -131,7 +131,7 @@ class Formula(NamedTuple):
             assert spec.activation is not None
             of_residual = None if update is None else (update[0], update[1][..., -1])
             y = addmm(y, spec.activation(base_layer, x), residual, of_residual)
-        bias = get_or_none(base_layer, spec.bias) if spec.bias is not None else None
+        bias = get_or_none(base_layer, spec.bias or "")
         return y if bias is None else y + bias
 
 
@@ -211,7 +211,7 @@ def _can_evaluate(base_layer: nn.Module, formula: Formula, x: torch.Tensor) -> b
             found = f"{tuple(value.shape)}, {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
             _warn(base_layer, spec, name, f"returned {found} instead of {shape}, {x.dtype}")
             return False
-    bias = get_or_none(base_layer, spec.bias) if spec.bias is not None else None
+    bias = get_or_none(base_layer, spec.bias or "")
     if bias is not None and bias.shape not in ((out,), (1, out), (1,), ()):
         _warn(base_layer, spec, "bias", f"has the shape {tuple(bias.shape)} instead of {(out,)}")
         return False

@@ -16,7 +16,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,7 +25,7 @@ from torch import nn
 
 from ..families.coefficients import CoefficientTensor
 from ..families.registry import KANLayerSpec
-from ..functional import call_with_parameters
+from ..functional import attribute_by, call_with_parameters
 from .locks import exclusively
 
 
@@ -55,13 +54,7 @@ class BaseLayerProxy(nn.Module):
         if name in self.lotra_spec.grid_methods and not self.merged and self._get_available_adapters():
             getattr(base_layer, name)  # an AttributeError if the base layer does not have it either
             return partial(_refuse_grid_method, name, sorted(self._get_available_adapters()))
-        static = inspect.getattr_static(type(base_layer), name, None)
-        if name in self.lotra_tensor.parameters or isinstance(static, property):
-            return self._with_parameters_in_force(getattr, base_layer, name)
-        value = getattr(base_layer, name)
-        if inspect.ismethod(value) and value.__self__ is base_layer:
-            return partial(self._with_parameters_in_force, value)
-        return value
+        return attribute_by(self._with_parameters_in_force, base_layer, name, self.lotra_tensor.parameters)
 
     @exclusively
     def _with_parameters_in_force(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
