@@ -47,21 +47,18 @@ class CoefficientTensor:
     @cached_property
     def shape(self) -> tuple[int, int, int]:
         """(out, in, basis), without the residual branch."""
-        return self.lengths["o"], self.lengths["i"], prod(self.lengths[axis] for axis in self._layout.basis)
+        basis = prod(self.lengths[axis] for axis in self.parameters[self.name].basis)
+        return self.lengths["o"], self.lengths["i"], basis
 
     @cached_property
     def has_residual(self) -> bool:
         """Whether the layer has a residual branch."""
-        return len(self.parameters) == 2 or self._layout.packed_residual is not None
+        return len(self.parameters) == 2 or self.parameters[self.name].packed_residual is not None
 
     @cached_property
     def name(self) -> str:
         """The name of the parameter of the coefficients."""
         return next(iter(self.parameters))
-
-    @cached_property
-    def _layout(self) -> Layout:
-        return self.parameters[self.name]
 
     def get_parameter(self, layer: nn.Module) -> torch.Tensor:
         """The parameter of the coefficients, as stored. Under FSDP it is a plain tensor view."""

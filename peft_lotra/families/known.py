@@ -45,11 +45,6 @@ def _splines_from_starts(layer: Any) -> UniformGrid:
     return UniformGrid(low, low + grid_size * step, grid_size, order)
 
 
-def _splines_from_bounds(layer: Any) -> UniformGrid:
-    low, high = layer.grid_bounds.unbind(-1)
-    return UniformGrid(low, high, layer.grid_size, layer.spline_order)
-
-
 def _pykan_basis(layer: Any, x: torch.Tensor) -> torch.Tensor:
     from kan.spline import B_batch
 
@@ -166,7 +161,7 @@ register_kan_layer(
     grid=("grid_bounds", "grid_size", "spline_order"),
     grid_methods=("update_grid",),
     basis=lambda m, x: m.basis(x),
-    splines=_splines_from_bounds,
+    splines=lambda m: UniformGrid(m.grid_bounds[:, 0], m.grid_bounds[:, 1], m.grid_size, m.spline_order),
     activation=lambda m, x: nn.functional.silu(x),
 )
 # The parameters of Slim layers are Tucker components; described here are the tensors that the components make. An

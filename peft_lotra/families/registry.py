@@ -53,22 +53,21 @@ class KANLayerSpec:
             the residual weights are packed behind the coefficients.
         residual (`tuple[str, str]`, *optional*): The parameter of the residual branch and its layout, of `o` and `i`.
             A layer on which it is absent or `None` has no residual branch.
-        grid (`tuple[str, ...]`): The state that gives the coefficients their meaning: tensors and numbers. Names that
-            a layer does not have are ignored.
+        grid (`tuple[str, ...]`): The state, tensors and numbers, that gives the coefficients their meaning. A layer
+            may lack some of it.
         grid_methods (`tuple[str, ...]`): The layer's methods that change that state, or cut or permute the
             coefficients. They raise while an adapter is attached and not merged.
         network_methods (`dict[str, str | None]`): Methods of the network around the layer that rebuild it, replace
             its layers or move their grids. They raise until the adapters are unloaded; where the value is the name of
             an argument, only if that argument is true.
-        checkpoint_methods (`tuple[str, ...]`): Methods of the network around the layer that save it. They save the
-            network with its adapters merged, under its original names.
+        checkpoint_methods (`tuple[str, ...]`): Methods of the network around the layer that save it, with its adapters
+            merged and under its original names.
         basis (`Callable`, *optional*): `basis(layer, x)` with x (batch, in) returns the basis functions
             (batch, in, basis). It opens the fast path, basis(x) . (scale * coefficients) + activation(x) . residual +
             bias, if that is what the layer computes: the two are compared on a few points.
-        splines (`Callable`, *optional*): `splines(layer)` returns the [`UniformGrid`] that the basis consists of,
-            or `None`. The fast path then evaluates the splines in closed form.
-        activation (`Callable`, *optional*): `activation(layer, x)` returns the factors (batch, in) of the residual
-            weights.
+        splines (`Callable`, *optional*): `splines(layer)` returns the [`UniformGrid`] of the basis, or `None`. The
+            fast path then evaluates the splines in closed form.
+        activation (`Callable`, *optional*): `activation(layer, x)` returns the factors (batch, in) of `residual`.
         scale (`Callable`, *optional*): `scale(layer)` returns factors (out, in) of the coefficients, or `None`.
         bias (`str`, *optional*): The parameter that is added to the output. It may be absent or `None`.
         axes (`Callable`, *optional*): `axes(layer)` returns the lengths of axes that no shape determines, e.g.
@@ -217,15 +216,12 @@ def _get_registered(family: str) -> KANLayerSpec:
 
 
 def known_families() -> list[str]:
-    """The names of all registered families, in the order in which they were registered."""
+    """The names of all registered families, in the order of registration."""
     return list(_SPECS)
 
 
 def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
-    """The description of the family that the module belongs to, or `None` if it is no KAN layer that is known.
-
-    A class that carries a `kan_spec` of its own belongs to that family, whatever else would recognize its modules.
-    """
+    """The family of a module: the `kan_spec` of its class, or the last registered that matches, or `None`."""
     own = getattr(type(module), "kan_spec", None)
     if isinstance(own, KANLayerSpec):
         return own
@@ -295,9 +291,9 @@ def short_name(name: str) -> str:
 def walk_kan_layers(
     module: nn.Module, name: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, nn.Module, KANLayerSpec]]:
-    """The KAN layers of a model with their names and families; of adapted layers, the base layers.
+    """The KAN layers of a model (of adapted layers the base layers) with their names and families.
 
-    Nothing is searched inside KAN layers, nor inside the copies that PEFT's `modules_to_save` makes.
+    KAN layers inside of KAN layers, and those in the copies that PEFT's `modules_to_save` makes, are left out.
     """
     seen = set() if seen is None else seen
     if id(module) in seen or isinstance(module, AuxiliaryTrainingWrapper):

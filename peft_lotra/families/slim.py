@@ -43,6 +43,7 @@ class SlimLayer(nn.Module):
         super().__init__()
         self.spec = spec
         self.tensor = spec.locate(layer)
+        self.out_features, self.in_features, _ = self.tensor.shape
         coefficients = self.tensor.get_parameter(layer)
         for name, value in components._asdict().items():
             value = value.to(coefficients).contiguous()
@@ -64,14 +65,6 @@ class SlimLayer(nn.Module):
     components = SlimKANLinear.components
 
     @property
-    def in_features(self) -> int:
-        return len(self.factor_in)
-
-    @property
-    def out_features(self) -> int:
-        return len(self.factor_out)
-
-    @property
     def coefficients(self) -> torch.Tensor:
         """The coefficient tensor (out, in, basis), without the residual branch, built anew; differentiable."""
         return self.components._replace(factor_basis=self.factor_basis[: self.tensor.shape[-1]]).dense()
@@ -83,10 +76,7 @@ class SlimLayer(nn.Module):
         return self.components._replace(factor_basis=last).dense().squeeze(-1) if len(last) else None
 
     def parameters_in_force(self, delta: torch.Tensor | float = 0.0) -> dict[str, torch.Tensor]:
-        """The parameters that the factors stand for, as the layer stores them.
-
-        `delta` (out, in, basis), with the residual slice if there is one, is added to the tensor of the factors.
-        """
+        """The parameters, as the layer stores them, of the tensor of the factors plus `delta`, of the same shape."""
         parameters = self.tensor.split(self.components.dense() + delta)
         if self.scale is not None:
             shape, _ = self.removed[self.scale]
@@ -97,7 +87,7 @@ class SlimLayer(nn.Module):
         return self.forward_with(0.0, *args, **kwargs)
 
     def forward_with(self, delta: torch.Tensor | float, *args: Any, **kwargs: Any) -> Any:
-        """The output with a dense tensor added to the coefficients, see `parameters_in_force`."""
+        """The output with a dense tensor added to that of the factors."""
         return call_with_parameters(self.layer, self.parameters_in_force(delta), self.layer, args, kwargs)
 
     def to_dense(self) -> nn.Module:
