@@ -215,7 +215,8 @@ def tucker(tensor: torch.Tensor, ranks: tuple[int, int, int]) -> Tucker:
     with backend, warnings.catch_warnings():
         # of a zero tensor, and of ranks above the product of the other two, for which any orthonormal columns will do
         warnings.simplefilter("ignore")
-        core, factors = tensorly.decomposition.tucker(array, rank=list(ranks), init="svd", n_iter_max=20, tol=1e-6)
+        options = {"init": "svd", "n_iter_max": 20, "tol": 1e-6, "random_state": 0}  # not numpy's global generator
+        core, factors = tensorly.decomposition.tucker(array, rank=list(ranks), **options)
     return Tucker(*(torch.tensor(part, dtype=tensor.dtype, device=tensor.device) for part in (core, *factors)))
 
 

@@ -129,6 +129,23 @@ def _square_root(moments: torch.Tensor, ridge: float) -> torch.Tensor:
     return vectors * values.sqrt() @ vectors.T
 
 
+def check_inputs(inputs: object) -> None:
+    """Raises a ValueError for inputs that are not finite, or that are all the same."""
+    given = f"a {type(inputs).__name__}"
+    if isinstance(inputs, torch.Tensor):
+        rows = inputs.flatten(0, -2) if inputs.dim() > 1 else inputs
+        given = f"shape {tuple(inputs.shape)}"
+        if inputs.numel() and inputs.isfinite().all():
+            if (rows != rows[:1]).any():
+                return
+            given += " with a single sample, or many that are equal"
+        elif inputs.numel():
+            given += " with NaN or infinite values"
+    raise ValueError(
+        f"`inputs` must be a tensor of samples that are finite and differ, as the model takes them, got {given}."
+    )
+
+
 def model_outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """The output of the model in evaluation mode; of a tuple or a dict (`ModelOutput`) the first entry."""
     with modes_kept(model):

@@ -117,6 +117,8 @@ def _jet(
         raise ValueError(f"`x` has shape {tuple(x.shape)}, but its last dimension must be {expected}.")
     if directions is None:
         directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    if directions.is_complex():
+        raise ValueError(f"`directions` are {directions.dtype}, but must be real: give their `.real`.")
     if directions.dim() != 2 or directions.shape[1] != x.shape[-1] or len(directions) == 0:
         raise ValueError(
             f"`directions` has shape {tuple(directions.shape)}, but must be (D, {x.shape[-1]}): one direction in the "
