@@ -87,6 +87,14 @@ def test_layers_that_share_a_parameter(name):
     torch.testing.assert_close(model(X), y)
 
 
+def test_a_layer_in_two_places_shares_nothing_with_another():
+    layer = KAN([3, 3]).layers[0]
+    model = adapted(nn.Sequential(layer, nn.Tanh(), layer))
+    y = model(X)
+    model.merge_adapter()
+    torch.testing.assert_close(model(X), y)
+
+
 def test_unload_while_merged():
     model = adapted()
     model.merge_adapter()
@@ -132,3 +140,8 @@ def test_hotswap_of_the_same_base(tmp_path, recwarn):
     hotswap_adapter(model, tmp_path / "a")
     assert not [warning for warning in recwarn if "base" in str(warning.message)]
     torch.testing.assert_close(model(X), PeftModel.from_pretrained(Net(), tmp_path / "a")(X))
+
+
+def test_hotswap_of_another_grid_on_purpose(tmp_path):
+    save(tmp_path / "a", adapted(Other(grid_range=(-3, 3))))
+    hotswap_adapter(adapted(), tmp_path / "a", check_base="ignore")
