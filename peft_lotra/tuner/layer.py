@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from ..kan.layer import KANLinear
 from ..tucker import Tucker, Update, cap_ranks
 from .config import LoTRAConfig
 from .fast_path import Formula, find_formula
-from .grid_watch import GridWatch
+from .grid_watch import GridWatch, has_hooks
 from .initialization import reset_components, reset_components_from_gradient
 from .locks import LayerLock, exclusively
 from .merging import MergeableLayer
@@ -376,19 +376,14 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         return MixedBatch(names, self.lotra_tensor, self._run)(base_layer, updates, *args, **kwargs)
 
     def _run(self, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]) -> Any:
-        path = self._choose_path(updates, args, kwargs)
-        return path(self._modules["base_layer"], updates, *args, **kwargs)
-
-    def _choose_path(self, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]) -> Callable[..., Any]:
-        """How the layer is evaluated with these updates for all rows: `path(base_layer, updates, *args, **kwargs)`."""
+        """Evaluates the layer with these updates for all rows."""
         base_layer, formula = self._modules["base_layer"], self.lotra_formula
-        if updates and type(base_layer) is KANLinear and not self.training and in_transform():
-            return _contracted_path
+        by_rows = type(base_layer) is KANLinear and not self.training and in_transform()
+        if updates and by_rows and not has_hooks(base_layer):
+            # a gradient of the size of the coefficients for each row (`torch.func.vmap`) is avoided
+            return base_layer(*args, **kwargs) + contract_updates(base_layer, list(updates), *args, **kwargs)
         if updates and formula is not None and formula.accepts(base_layer, updates, args, kwargs):
-            return formula
-        return self._universal_path
-
-    def _universal_path(self, base_layer: nn.Module, updates: Sequence[Update], *args: Any, **kwargs: Any) -> Any:
+            return formula(base_layer, updates, *args)
         return run_base(base_layer, self._parameters_with(updates), args, kwargs)
 
     def _check_forward_args(self, args: tuple, kwargs: dict, adapter_names: list[str]) -> None:
@@ -416,8 +411,3 @@ def lotra_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple
     for name, module in model.named_modules():
         if isinstance(module, LoTRALayer) and (adapter is None or adapter in module.lotra_core):
             yield name, module
-
-
-def _contracted_path(base_layer: nn.Module, updates: Sequence[Update], *args: Any, **kwargs: Any) -> Any:
-    """One row at a time (`torch.func.vmap`): a gradient of the size of the coefficients for each row is avoided."""
-    return base_layer(*args, **kwargs) + contract_updates(base_layer, list(updates), *args, **kwargs)

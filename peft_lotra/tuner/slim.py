@@ -26,7 +26,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..families.registry import get_kan_spec
-from ..tucker import Tucker, Update, tucker
+from ..tucker import Tucker, Update, direct_sum, tucker
 from .layer import LoTRALayer
 from .universal_path import without_autocast
 
@@ -60,15 +60,13 @@ class SlimLoTRALayer(LoTRALayer):
 
     def _components_with(self, updates: Iterable[Update]) -> Tucker:
         """The components of the base layer and the updates together."""
-        base = self.base_layer.components
-        core, *factors = base
-        dtype = core.dtype
+        parts: list[Tucker] = [self.base_layer.components]
+        (basis, _), dtype = parts[0].factor_basis.shape, parts[0].core.dtype
         for scale, tensor in updates:
             # without the residual branch, its slice of the update is zero
-            own, *own_factors = tensor.padded(len(base.factor_basis))
-            core = _block_diagonal(core, (own * scale).to(dtype))
-            factors = [torch.cat([a, b.to(dtype)], dim=1) for a, b in zip(factors, own_factors, strict=True)]
-        return Tucker(core, *factors)
+            tensor = tensor.padded(basis)._replace(core=scale * tensor.core)
+            parts.append(tensor.map(lambda part: part.to(dtype)))
+        return direct_sum(parts)
 
     def _parameters_with(self, updates: Sequence[Update]) -> dict[str, torch.Tensor]:
         if not updates:
@@ -133,12 +131,11 @@ class SlimLoTRALayer(LoTRALayer):
 
     def _put_truncated(self, merged: Tucker) -> None:
         self._before_merge = [component.detach().clone() for component in self.base_layer.components]
-        core, *bases = merged.map(torch.Tensor.double).orthogonal()
-        small, *rotations = tucker(core, self.base_layer.ranks)
-        missed = (core.square().sum() - small.square().sum()).clamp(min=0).sqrt()
-        self.merge_error = (missed / core.norm().clamp(min=1e-300)).item()
-        factors = (basis @ rotation for basis, rotation in zip(bases, rotations, strict=True))
-        self._put(Tucker(small, *factors).balanced())
+        merged = merged.map(torch.Tensor.double).orthogonal()
+        small = merged.truncated(self.base_layer.ranks)
+        missed = (merged.core.square().sum() - small.core.square().sum()).clamp(min=0).sqrt()
+        self.merge_error = (missed / merged.core.norm().clamp(min=1e-300)).item()
+        self._put(small.balanced())
 
     def _restore(self) -> None:
         """Restores the base layer as it was before any merge."""
@@ -160,10 +157,3 @@ class SlimLoTRALayer(LoTRALayer):
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
         """Sets the base layer to the best approximation (HOOI) of these coefficients that its ranks allow."""
         self._put(tucker(weight_data, self.base_layer.ranks).balanced())
-
-
-def _block_diagonal(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The core of the sum of two Tucker tensors, (ro, ri, rb) and (so, si, sb) to (ro + so, ri + si, rb + sb)."""
-    before = [size for length in reversed(second.shape) for size in (0, length)]
-    after = [size for length in reversed(first.shape) for size in (length, 0)]
-    return nn.functional.pad(first, before) + nn.functional.pad(second, after)

@@ -127,6 +127,15 @@ def test_vmap_over_rows(family):
 
 
 @both_kans
+def test_hooks_of_the_base_layers_see_the_adapted_output(family):
+    model = adapt(base(family, torch.float64)).eval()
+    for layer in lotra_layers(model).values():
+        layer.base_layer.register_forward_hook(lambda module, args, y: y.square())
+    x = inputs(7, torch.float64)
+    torch.testing.assert_close(vmap(lambda row: model(row[None])[0])(x), model(x))
+
+
+@both_kans
 def test_gradients_of_each_row(family):
     model = adapt(base(family, torch.float64))
     x = inputs(5, torch.float64)
