@@ -45,9 +45,14 @@ class UniformGrid(NamedTuple):
         """Number K = G + p of basis functions."""
         return self.grid_size + self.spline_order
 
+    @property
+    def per_unit(self) -> torch.Tensor:
+        """Grid intervals per unit of the inputs."""
+        return self.grid_size / (self.high - self.low)
+
 
 def check_grid(grid_size: int, spline_order: int) -> None:
-    """Raise a `ValueError` unless a grid of `grid_size` intervals can carry splines of this order."""
+    """Raises a `ValueError` unless a grid of `grid_size` intervals can carry splines of this order."""
     if not isinstance(spline_order, int) or spline_order not in SPLINE_ORDERS:
         raise ValueError(
             f"`spline_order` is {spline_order!r}, but must be an integer from {SPLINE_ORDERS[0]} (piecewise linear) "
@@ -117,18 +122,16 @@ def bspline_basis(
         raise TypeError(f"`x` has dtype {x.dtype}, but the basis needs floating point values; convert it first.")
     # A half-precision coordinate would cost more accuracy than half-precision values do.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    low = torch.as_tensor(low, dtype=dtype, device=x.device)
-    high = torch.as_tensor(high, dtype=dtype, device=x.device)
-    per_unit = grid_size / (high - low)
-    values = spline_values((x.to(dtype) - low) * per_unit, grid_size + spline_order, spline_order, derivative)
+    low, high = (torch.as_tensor(end, dtype=dtype, device=x.device) for end in (low, high))
+    grid = UniformGrid(low, high, grid_size, spline_order)
+    values = spline_values((x.to(dtype) - low) * grid.per_unit, grid.num_basis, spline_order, derivative)
     if derivative:
-        values = values * per_unit.unsqueeze(-1) ** derivative
+        values = values * grid.per_unit.unsqueeze(-1) ** derivative
     return values.to(x.dtype)
 
 
 def spline_values(position: torch.Tensor, num_basis: int, spline_order: int, derivative: int = 0) -> torch.Tensor:
-    """The basis functions, or their derivatives with respect to the position, at positions in grid intervals from the
-    lower end: (..., I) to (..., I, num_basis). Only the positions are kept for the backward pass."""
+    """As `bspline_basis`, of positions in grid intervals from the lower end; autograd keeps only the positions."""
     # A compiler decides itself what to keep and what to compute again; and nested `torch.func.jvp` gets the second
     # derivatives of a custom function wrong.
     if torch.compiler.is_compiling() or in_transform():
@@ -152,7 +155,7 @@ def is_batched(tensor: torch.Tensor) -> bool:
 
 
 def cardinal_spline(offset: torch.Tensor, spline_order: int, derivative: int = 0) -> torch.Tensor:
-    """The cardinal spline M_p of `bspline_basis`, or a derivative of it, at offsets (any shape) from its center."""
+    """The cardinal spline M_p of `bspline_basis`, or its derivative, at offsets (any shape) from the center."""
     power = spline_order - derivative
     total = torch.zeros_like(offset)
     if power < 0:
@@ -201,10 +204,8 @@ def silu_derivatives(x: torch.Tensor, highest: int) -> list[torch.Tensor]:
 
 
 def moments(grid_range: tuple[float, float], grid_size: int, spline_order: int) -> tuple[float, torch.Tensor]:
-    """
-    The variance v of the uniform law on `grid_range`, and the moments E[f_j(x) f_k(x)] of the B-splines and of silu,
-    (K + 1, K + 1), for x normal with the mean and variance of that law. By quadrature, in float64, on the CPU.
-    """
+    """The variance of the uniform law on `grid_range`, and E[f_j(x) f_k(x)] of the B-splines and of silu,
+    (K + 1, K + 1), for x normal with the mean and the variance of that law, by quadrature in float64 on the CPU."""
     low, high = grid_range
     variance = (high - low) ** 2 / 12
     z = torch.linspace(-6, 6, 1025, dtype=torch.float64, device="cpu")

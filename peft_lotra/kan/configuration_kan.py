@@ -31,8 +31,7 @@ class KANConfig(PretrainedConfig):
     """
     Configuration of a `KANModel`.
 
-    `num_labels`, and with it `id2label` and `label2id`, follows from the last width; pass `id2label` to give the
-    labels names.
+    `num_labels`, `id2label` and `label2id` follow from the last width; pass `id2label` to name the labels.
 
     Args:
         widths: sizes of the input, of each hidden layer and of the output.
@@ -65,7 +64,7 @@ class KANConfig(PretrainedConfig):
         problem_type: ProblemType | None = None,
         **kwargs,
     ) -> None:
-        # As tuples, so that a configuration read from JSON, where they are lists, equals the one that was written.
+        # Tuples, so that a configuration read from JSON, which has lists, equals the one that was written.
         self.widths = tuple(widths)
         self.grid_size = grid_size
         self.spline_order = spline_order
@@ -79,7 +78,7 @@ class KANConfig(PretrainedConfig):
         self.check_num_labels()
 
     def check_num_labels(self) -> None:
-        """Raise a `ValueError` unless there is one label for each output."""
+        """Raises a `ValueError` unless there is one label for each output."""
         if self.num_labels != self.widths[-1]:
             raise ValueError(
                 f"`num_labels` (the length of `id2label`) is {self.num_labels}, but the last of `widths` = "

@@ -32,20 +32,11 @@ Gradients = tuple[Tensor | None, ...]  # towards x, weight, left and right
 
 
 class Points(NamedTuple):
-    """
-    Points on the grids of a layer.
+    """Points on the grids of a layer."""
 
-    Attributes:
-        x: the points, (N, I).
-        low: lower ends of the grids, (I,) or ().
-        scale: grid intervals per unit, (I,) or ().
-        num_basis: number K of basis functions.
-        spline_order: degree p of the splines.
-    """
-
-    x: Tensor
-    low: Tensor
-    scale: Tensor
+    x: Tensor  # (N, I)
+    low: Tensor  # lower ends of the grids, (I,) or ()
+    scale: Tensor  # grid intervals per unit, (I,) or ()
     num_basis: int
     spline_order: int
 
@@ -59,19 +50,8 @@ class TruncatedPowers:
     r"""
     The truncated powers whose sum is the cardinal spline, see `bspline_basis`.
 
-    Positions are counted in units of which the p-th power is p! grid intervals, so that no pass divides by p!: with
-    distances t_m = max(half_width - |offset| - m unit, 0) the spline is  sum_m factors[m] t_m^p.
-
-    Args:
-        spline_order: degree p of the splines.
-        num_basis: number K of basis functions.
-        like: a tensor of the dtype and device of the positions.
-
-    Attributes:
-        factors: a factor for each power.
-        unit: one grid interval.
-        half_width: half the width of the support of a basis function, shape ().
-        centers: of the basis functions, shape (K,), from the lower end of the grid.
+    A grid interval is `unit` long, with unit^p = 1 / p!, so that no pass divides by p!: with the distances
+    t_m = max(half_width - |offset| - m unit, 0) the spline is  sum_m factors[m] t_m^p.
     """
 
     def __init__(self, spline_order: int, num_basis: int, like: Tensor) -> None:
@@ -79,7 +59,7 @@ class TruncatedPowers:
         self.unit, self.half_width, self.centers = _constants(spline_order, num_basis, like.dtype, like.device)
 
     def distances(self, offsets: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
-        """The t_m of |offset|, in the memory of `offsets`, which holds |offset|, and of `others`."""
+        """The t_m, in the memory of `offsets`, which holds |offset|, and of `others`."""
         found = [torch.sub(self.half_width, offsets, out=offsets).relu_()]
         for buffer in others:
             found.append(torch.sub(found[-1], self.unit, out=buffer).relu_())
@@ -106,7 +86,7 @@ def _constants(
 def integer_power(x: Tensor, n: int, out: Tensor) -> Tensor:
     """x^n for x >= 0, where 0^0 is 0, written into `out`, which may be `x`."""
     if n == 0:
-        return out.copy_(x > 0)
+        return torch.sign(x, out=out)
     if n == 1:
         return x if out is x else out.copy_(x)
     if n <= 3:  # the exponents that torch.pow is fast for

@@ -35,8 +35,8 @@ class Observer(Protocol):
     def jet(
         self, through: Callable[..., Any], x: Tensor, directions: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The result of `through(evaluate_layer, x, directions, weights)`, a jet of a network, where `evaluate_layer`
-        may be any function with the arguments and results of `jets.layers.evaluate_layer`."""
+        """The jet `through(evaluate, x, directions, weights)` of a network, where `evaluate` may be any function like
+        `jets.layers.evaluate_layer`."""
         ...
 
 
