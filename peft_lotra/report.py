@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import fields, is_dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -102,6 +101,8 @@ class Report(ABC):
         return "\n".join([*("  ".join(line).rstrip() for line in padded), *content.notes])
 
     def _repr_html_(self) -> str:
+        from html import escape  # notebooks only: its table of entities takes a millisecond
+
         content = self._printable_table()
 
         def line(cells: list[str], tag: str) -> str:
