@@ -123,10 +123,10 @@ def bspline_basis(
     # A half-precision coordinate would cost more accuracy than half-precision values do.
     dtype = torch.promote_types(x.dtype, torch.float32)
     low, high = (torch.as_tensor(end, dtype=dtype, device=x.device) for end in (low, high))
-    grid = UniformGrid(low, high, grid_size, spline_order)
-    values = spline_values((x.to(dtype) - low) * grid.per_unit, grid.num_basis, spline_order, derivative)
+    per_unit = grid_size / (high - low)
+    values = spline_values((x.to(dtype) - low) * per_unit, grid_size + spline_order, spline_order, derivative)
     if derivative:
-        values = values * grid.per_unit.unsqueeze(-1) ** derivative
+        values = values * per_unit.unsqueeze(-1) ** derivative
     return values.to(x.dtype)
 
 

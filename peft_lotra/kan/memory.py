@@ -34,8 +34,13 @@ MULTIPLIED = 2**21
 MIN_ROWS = (256, 512)
 # Of a block's features in a jet, evaluated by hand. `examples/pde/jet_speed.py`
 JET_BLOCK = 2**19
+# Of the largest tensor of a block in a jet by plain operations. `examples/pde/jet_speed.py`
+PLAIN_JET_BLOCK = 2**18
 # All of these on other devices than the CPU: only bound the memory. `examples/benchmarks/run.py --device cuda`
 OFF_CPU = 2**26
+# Not a size: up to so many outputs, the product of a jet by hand costs less than plain operations on an update in
+# factored form, where no factor gets a gradient. `examples/pde/jet_speed.py`
+MOST_OUTPUTS_DENSE = 1024
 # Most that a thread keeps of each working memory. `examples/benchmarks/run.py --only layers memory`
 KEPT = 2**22
 

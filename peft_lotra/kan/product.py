@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .basis import UniformGrid, bspline_basis, in_transform, is_batched, spline_values
+from .basis import bspline_basis, in_transform, is_batched, spline_values
 from .evaluation import Gradients, Pair, Points, TruncatedPowers, integer_power
 from .memory import EVALUATED, MIN_ROWS, MULTIPLIED, OFF_CPU, blocks, workspace
 from .sparse_product import is_sparse, sparse_gradients, sparse_product
@@ -61,8 +61,7 @@ def spline_product(
         y = F.linear(basis, weight.flatten(1))
         return y if update is None else y + F.linear(F.linear(basis, update[1].flatten(1)), update[0])
     low, high = (torch.as_tensor(end, dtype=x.dtype, device=x.device) for end in (low, high))
-    grid = UniformGrid(low, high, grid_size, spline_order)
-    return _SplineProduct.apply(x, low, grid.per_unit, spline_order, weight, left, right)
+    return _SplineProduct.apply(x, low, grid_size / (high - low), spline_order, weight, left, right)
 
 
 def needs_plain_operations(x: Tensor, *others: Tensor | float | None) -> bool:

@@ -26,11 +26,7 @@ import torch
 
 
 class LayerLock:
-    """A re-entrant lock; a copied, or unpickled, layer gets a new one.
-
-    Attributes:
-        held: The lock itself, a context manager written in C.
-    """
+    """A re-entrant lock; a copied, or unpickled, layer gets a new one. `held` is the lock, which C code takes."""
 
     def __init__(self) -> None:
         self.held = threading.RLock()
@@ -46,10 +42,7 @@ class LayerLock:
 
 
 def exclusively(method: Callable) -> Callable:
-    """Lets one thread at a time run a method of a layer that exchanges parameters, or must not see them exchanged.
-
-    A compiled graph exchanges no parameters and takes no lock.
-    """
+    """Lets one thread at a time run a method of a layer. A compiled graph exchanges no parameters, and takes no lock."""
 
     @wraps(method)
     def run(self, *args: Any, **kwargs: Any) -> Any:

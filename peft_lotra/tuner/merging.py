@@ -54,20 +54,15 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         Merge the active adapter weights into the base weights
 
         Args:
-            safe_merge (`bool`, *optional*):
-                If `True`, the merged weights are checked for NaNs before they replace the base weights.
-            adapter_names (`list[str]`, *optional*):
-                The list of adapter names that should be merged. If `None`, all active adapters will be merged.
-                Defaults to `None`.
+            safe_merge (`bool`, *optional*): Whether to check first that the merged weights are finite.
+            adapter_names (`list[str]`, *optional*): The adapters to merge; defaults to all that are active.
 
         Raises:
             ValueError: `safe_merge`, and the merged weights are not finite. The base weights are unchanged.
         """
         adapter_names = check_adapters_to_merge(self, adapter_names)
         if not adapter_names:
-            # no adapter to merge
             return
-
         if safe_merge:
             self.check_safe_merge(adapter_names)
         for adapter in self._adapters_here(adapter_names):
@@ -83,15 +78,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
             self._hash_of_merged = hash_values(self._base_parameters())
 
     def check_safe_merge(self, adapter_names: list[str] | None = None) -> None:
-        """
-        Check that a merge would produce finite weights only, changing nothing.
-
-        Args:
-            adapter_names (`list[str]`, *optional*): The adapters; defaults to all that are active.
-
-        Raises:
-            ValueError: It would produce others.
-        """
+        """Raises a `ValueError` if a merge of the adapters, or of those active, would produce weights not finite."""
         parameters = self._base_parameters()
         for adapter in self._adapters_here(self.active_adapters if adapter_names is None else adapter_names):
             if adapter in self.merged_adapters:
@@ -104,9 +91,9 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         """
         This method unmerges all merged adapter layers from the base weights.
 
-        The base weights are restored bit for bit from the copy that a merge keeps, of the size of the adapted
-        parameters. After `merge_adapter(keep_base=False)`, or if the merged weights were changed meanwhile, the merged
-        updates are subtracted instead, with rounding errors.
+        The base weights are restored bit for bit from the copy that a merge keeps. After
+        `merge_adapter(keep_base=False)`, or if the merged weights were changed meanwhile, the merged updates are
+        subtracted instead, with rounding errors.
 
         Raises:
             RuntimeError: The grid was moved after the merge: the coefficients multiply other functions.

@@ -38,15 +38,12 @@ class SlimLoTRALayer(LoTRALayer):
     """
     A Slim layer (`SlimKANLinear` or `SlimLayer`) with LoTRA adapters.
 
-    The sum of two Tucker tensors is a Tucker tensor: the factors are concatenated, the core is block-diagonal. The
-    base layer therefore runs with the components of the sum, without any dense tensor. There is no fast path: the
-    families of Slim layers give no formula.
-
-    The sum has more ranks than the base layer. `slim_merge` decides how adapters are merged: "densify" replaces the
-    base layer by its dense equivalent, exactly; "truncate" keeps the layer Slim, at the ranks that it had, by HOOI.
+    The base layer runs with the components of its sum with the updates, a Tucker tensor of more ranks: no dense tensor
+    is built. There is no fast path: the families of Slim layers give no formula.
 
     Attributes:
-        slim_merge (`str`): "densify" or "truncate".
+        slim_merge (`str`): How adapters are merged. "densify" replaces the base layer by its dense equivalent,
+            exactly; "truncate" keeps the layer Slim, at the ranks that it had, by HOOI.
         merge_error (`float`, *optional*): After a truncating merge the norm of the difference between the sum and the
             merged tensor, as a share of the norm of the sum.
     """
@@ -74,26 +71,15 @@ class SlimLoTRALayer(LoTRALayer):
         with without_autocast(updates):
             return self._components_with(updates)._asdict()
 
-    ###########
-    # Merging #
-    ###########
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """
-        Merge the active adapters into the base layer, in the way that `slim_merge` says.
-
-        Args:
-            safe_merge (`bool`, *optional*): Whether to check first that the merged components are finite.
-            adapter_names (`list[str]`, *optional*): The adapters to merge; defaults to all that are active.
+        """Merges the active adapters, or those named, into the base layer, in the way that `slim_merge` says.
 
         Raises:
             ValueError: `safe_merge`, and the components are not finite. The base layer is unchanged.
         """
         adapter_names = self._adapters_here(check_adapters_to_merge(self, adapter_names))
         if not adapter_names:
-            # no adapter to merge
             return
-
         if safe_merge:
             self.check_safe_merge(adapter_names)
         adapter_names = [*self.merged_adapters, *adapter_names]

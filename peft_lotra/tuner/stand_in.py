@@ -33,10 +33,9 @@ from .locks import exclusively
 class BaseLayerProxy(nn.Module):
     """Answers attributes that the adapted layer does not have itself from its `base_layer`.
 
-    The adapted parameters, the base layer's properties and its methods see the coefficients in force (base + active
-    adapters): a regularization, or a plot, sees the adapted function, and its gradient reaches the adapters. Methods
-    that change the grid raise while adapters are attached and not merged: they would silently change the adapters'
-    meaning.
+    The adapted parameters, and the properties and methods of the base layer, see the coefficients in force (base +
+    active adapters), and their gradient reaches the adapters. Methods that change the grid, and with it the meaning of
+    the adapters, raise while adapters are attached and not merged.
     """
 
     # what LoTRALayer provides

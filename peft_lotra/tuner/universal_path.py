@@ -68,8 +68,7 @@ def add_updates(
 
 
 def are_stored(layer: nn.Module, names: Iterable[str]) -> bool:
-    """Whether these parameters are stored in the layer, and not computed anew whenever one is read
-    (parametrizations). FSDP stores views in `__dict__`."""
+    """Whether parameters are stored (by FSDP in `__dict__`), and not computed at each read (parametrizations)."""
     for name in names:
         path, _, attribute = name.rpartition(".")
         owner = layer.get_submodule(path) if path else layer

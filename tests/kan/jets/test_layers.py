@@ -86,7 +86,7 @@ def test_blocks_of_rows_are_for_factored_updates(monkeypatch):
     x = points(5000)
     dense, slim = (stages_of(layer) for layer in (KANLinear(3, 5), SlimKANLinear(3, 2000, 2)))
     assert block_size(x, dense, 2) is None
-    monkeypatch.setattr(layers, "BLOCK", 2**16)
+    monkeypatch.setattr(layers, "PLAIN_JET_BLOCK", 2**16)
     monkeypatch.setattr(layers, "_is_contracted", lambda *args, **kwargs: True)
     assert 128 <= block_size(x, slim, 2) < 5000
     assert block_size(x[:40], slim, 2) is None
