@@ -42,7 +42,7 @@ class LayerLock:
 
 
 def exclusively(method: Callable) -> Callable:
-    """Lets one thread at a time run a method of a layer. A compiled graph exchanges no parameters, and takes no lock."""
+    """Lets one thread at a time run a method of a layer. Compiled graphs exchange no parameters and take no lock."""
 
     @wraps(method)
     def run(self, *args: Any, **kwargs: Any) -> Any:
