@@ -17,6 +17,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -185,6 +187,57 @@ def cardinal_derivatives(offset: torch.Tensor, spline_order: int) -> tuple[torch
 def spline_factors(spline_order: int) -> list[int]:
     """(-1)^m binom(p+1, m) for m = 0 ... p/2, the factors of the truncated powers."""
     return [(-1) ** m * math.comb(spline_order + 1, m) for m in range(spline_order // 2 + 1)]
+
+
+class TruncatedPowers:
+    r"""
+    The truncated powers whose sum is the cardinal spline, see `bspline_basis`.
+
+    A grid interval is `unit` long, with unit^p = 1 / p!, so that no pass divides by p!: with the distances
+    t_m = max(half_width - |offset| - m unit, 0) the spline is  sum_m factors[m] t_m^p.
+    """
+
+    def __init__(self, spline_order: int, num_basis: int, like: torch.Tensor) -> None:
+        self.factors = spline_factors(spline_order)
+        constants = _power_constants(spline_order, num_basis, like.dtype, like.device)
+        self.unit, self.half_width, self.centers = constants
+
+    def distances(self, offsets: torch.Tensor, others: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The t_m, in the memory of `offsets`, which holds |offset|, and of `others`."""
+        found = [torch.sub(self.half_width, offsets, out=offsets).relu_()]
+        for buffer in others:
+            found.append(torch.sub(found[-1], self.unit, out=buffer).relu_())
+        return found
+
+    def sum_into(self, out: torch.Tensor, powers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The weighted sum of the powers; `out` may be the first of them."""
+        total = powers[0]
+        for factor, power in zip(self.factors[1:], powers[1:], strict=True):
+            total = torch.add(total, power, alpha=factor, out=out)
+        return total if total is out else out.copy_(total)
+
+
+@lru_cache(maxsize=64)
+def _power_constants(
+    spline_order: int, num_basis: int, dtype: torch.dtype, device: torch.device
+) -> tuple[float, torch.Tensor, torch.Tensor]:
+    unit = math.factorial(spline_order) ** (-1 / spline_order)
+    with torch.inference_mode(False):  # see `workspace`
+        centers = (torch.arange(num_basis, dtype=dtype, device=device) - (spline_order - 1) / 2) * unit
+        return unit, torch.tensor((spline_order + 1) / 2 * unit, dtype=dtype, device=device), centers
+
+
+def integer_power(x: torch.Tensor, n: int, out: torch.Tensor) -> torch.Tensor:
+    """x^n for x >= 0, where 0^0 is 0, written into `out`, which may be `x`."""
+    if n == 0:
+        return torch.sign(x, out=out)
+    if n == 1:
+        return x if out is x else out.copy_(x)
+    if n <= 3:  # the exponents that torch.pow is fast for
+        return torch.pow(x, n, out=out)
+    if n == 4:
+        return torch.square(x, out=out).square_()
+    return torch.mul(x, x.square().square_(), out=out)
 
 
 def silu_derivatives(x: torch.Tensor, highest: int) -> list[torch.Tensor]:

@@ -24,10 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .basis import bspline_basis, in_transform, is_batched, spline_values
-from .evaluation import Gradients, Pair, Points, TruncatedPowers, integer_power
+from .basis import TruncatedPowers, bspline_basis, in_transform, integer_power, is_batched, spline_values
 from .memory import EVALUATED, MIN_ROWS, MULTIPLIED, OFF_CPU, blocks, workspace
-from .sparse_product import is_sparse, sparse_gradients, sparse_product
+from .sparse_product import Gradients, Pair, Points, is_sparse, sparse_gradients, sparse_product
 
 
 # From so many points for each output, and so many inputs, rows ordered (K, I) save more in the evaluation than the

@@ -17,14 +17,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .basis import cardinal_spline
-from .evaluation import Gradients, Pair, Points
 from .memory import EVALUATED, blocks
+
+
+Pair = tuple[Tensor, Tensor]  # left (O, r) and right (r, I, K) of an update
+Gradients = tuple[Tensor | None, ...]  # towards x, weight, left and right
+
+
+class Points(NamedTuple):
+    """Points on the grids of a layer."""
+
+    x: Tensor  # (N, I)
+    low: Tensor  # lower ends of the grids, (I,) or ()
+    scale: Tensor  # grid intervals per unit, (I,) or ()
+    num_basis: int
+    spline_order: int
+
+    @property
+    def position(self) -> Tensor:
+        """The points in grid intervals from `low`, (N, I)."""
+        return (self.x - self.low) * self.scale
 
 
 # From so many basis functions for each one that is not zero at a point, and from so many points, to gather

@@ -25,7 +25,7 @@ from helpers import adapt, base, inputs
 from stand_ins import FAMILIES
 from torch import Tensor, nn
 
-from peft_lotra.kan import KAN, SlimKAN, evaluation, jet, laplacian
+from peft_lotra.kan import KAN, SlimKAN, basis, jet, laplacian
 from peft_lotra.kan.jets import few_outputs
 from peft_lotra.kan.memory import _kept
 from peft_lotra.optim import LevenbergMarquardt
@@ -36,7 +36,7 @@ def nothing_kept() -> None:
     """Each test starts as a new thread does: what is kept is what the test evaluates first."""
     for name in list(vars(_kept)):
         delattr(_kept, name)
-    evaluation._constants.cache_clear()
+    basis._power_constants.cache_clear()
     few_outputs._pieces.cache_clear()
 
 

@@ -12,45 +12,52 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The path of large grids beside that of the whole basis; both are compared with the formula in test_product.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from peft_lotra.kan import KANLinear, sparse_product
+from peft_lotra.kan import bspline_basis
+from peft_lotra.kan.sparse_product import Points, is_sparse, sparse_gradients, sparse_product
 
 
-def results(layer: KANLinear, x: torch.Tensor) -> list[torch.Tensor]:
-    x = x.clone().requires_grad_()
-    y = layer(x)
-    return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+def points(order: int, rows: int = 100, grid_size: int = 40, dtype: torch.dtype = torch.float32) -> Points:
+    """In and around grids of different ends."""
+    low, high = torch.tensor([-1.0, -0.5, 0.0], dtype=dtype), torch.tensor([1.0, 0.5, 0.1], dtype=dtype)
+    x = low + (high - low) * (3 * torch.rand(rows, 3, dtype=dtype) - 1)
+    return Points(x, low, grid_size / (high - low), grid_size + order, order)
 
 
-@pytest.mark.parametrize("order", [1, 3, 5])
-@pytest.mark.parametrize("outputs", [1, 9])
-def test_both_paths_agree(monkeypatch, order, outputs):
-    layer, x = KANLinear(7, outputs, grid_size=60, spline_order=order), 3 * torch.rand(300, 7) - 1.5
-    gathered = results(layer, x)
-    monkeypatch.setattr(sparse_product, "_SPARSE_FROM", 1000)
-    for a, e in zip(gathered, results(layer, x), strict=True):
-        assert (a - e).abs().max() <= 1e-4 * e.abs().max()
+def test_positions_count_grid_intervals():
+    points = Points(torch.tensor([[0.0, 0.5]]), torch.tensor([-1.0, 0.0]), torch.tensor([2.0, 4.0]), 8, 3)
+    assert points.position.tolist() == [[2.0, 2.0]]
 
 
-@pytest.mark.parametrize(
-    "grid_size, rows, dtype, sparse",
-    [
-        (60, 300, torch.float32, True),
-        (5, 300, torch.float32, False),
-        (60, 3, torch.float32, False),
-        (60, 300, torch.float64, False),
-    ],
-)
-def test_only_large_grids_and_many_points_take_it(monkeypatch, grid_size, rows, dtype, sparse):
-    taken = []
-    table = sparse_product._table
-    monkeypatch.setattr(sparse_product, "_table", lambda *args: taken.append(True) or table(*args))
-    layer = KANLinear(7, 9, grid_size=grid_size, dtype=dtype)
-    layer(torch.rand(rows, 7, dtype=dtype))
-    assert bool(taken) == sparse
+def test_large_grids_and_many_points_are_sparse():
+    assert is_sparse(points(3))
+    for other in (points(3, grid_size=5), points(3, rows=10), points(3, dtype=torch.float64)):
+        assert not is_sparse(other)
+
+
+@pytest.mark.parametrize("order", range(1, 6))
+@pytest.mark.parametrize("rank", [0, 2])
+def test_product_and_gradients_are_those_of_the_whole_basis(order, rank):
+    p = points(order, dtype=torch.float64)
+    x, weight = p.x.requires_grad_(), torch.randn(4, 3, p.num_basis, dtype=torch.float64, requires_grad=True)
+    update = None
+    if rank:
+        shapes = (4, rank), (rank, 3, p.num_basis)
+        left, right = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+        update = left, right
+    total = weight if update is None else weight + torch.einsum("or,rik->oik", *update)
+    expected = torch.einsum("nik,oik->no", bspline_basis(x, p.low, p.low + 40 / p.scale, 40, order), total)
+    gradient = torch.randn_like(expected)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse_product(p, weight, update), expected)
+        found = sparse_gradients(p, weight, update, gradient, [True] * 4)
+        none = sparse_gradients(p, weight, update, gradient, [False] * 4)
+    tensors = [x, weight, *(update or ())]
+    for a, e in zip(found, torch.autograd.grad(expected, tensors, gradient), strict=False):
+        torch.testing.assert_close(a, e)
+    assert none == (None,) * 4 and (rank or found[2:] == (None, None))

@@ -22,8 +22,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..basis import UniformGrid, silu_derivatives
-from ..evaluation import TruncatedPowers, integer_power
+from ..basis import TruncatedPowers, UniformGrid, integer_power, silu_derivatives
 from ..memory import JET_BLOCK, OFF_CPU, blocks
 
 
