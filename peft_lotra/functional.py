@@ -55,6 +55,8 @@ def call_with_parameters(
     `torch.func.functional_call` exchanges the entries of `_parameters`. FSDP (the first one) puts views of its flat
     parameter into `__dict__`, where they hide those entries: the views are exchanged instead.
     """
+    if not parameters:
+        return function(*args, **kwargs)
     owners = {name: layer.get_submodule(name.rpartition(".")[0]) for name in parameters}
     views = {name: owner for name, owner in owners.items() if name.rpartition(".")[2] in owner.__dict__}
     if views:

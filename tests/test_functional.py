@@ -62,6 +62,11 @@ def test_parameters_are_exchanged_for_one_call(view):
     assert layer.weight is weight
 
 
+def test_without_parameters_the_function_runs_as_it_is():
+    layer, x = nn.Linear(2, 1), torch.ones(3, 2)
+    assert torch.equal(call_with_parameters(layer, {}, layer, (x,), {}), layer(x))
+
+
 def test_public_names_are_sorted_and_there():
     names = peft_lotra.__all__
     assert names == sorted(set(names)) and all(hasattr(peft_lotra, name) for name in names)

@@ -34,7 +34,7 @@ from ..kan.basis import SPLINE_ORDERS, UniformGrid
 from ..kan.product import needs_plain_operations, spline_product
 from ..tucker import Update
 from .grid_watch import has_hooks
-from .universal_path import add_updates, are_stored
+from .merging import add_updates, are_stored
 
 
 # What formula and layer may differ by, as a share of the largest output: nothing in double precision, where an adapted

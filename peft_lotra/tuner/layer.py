@@ -23,6 +23,7 @@ from torch import nn
 
 from ..families.coefficients import CoefficientTensor
 from ..families.registry import Grid, KANLayerSpec, same_grid
+from ..functional import call_with_parameters
 from ..kan.basis import in_transform
 from ..kan.jets.layers import contract_updates
 from ..kan.layer import KANLinear
@@ -32,17 +33,16 @@ from .fast_path import Formula, find_formula
 from .grid_watch import GridWatch, has_hooks
 from .initialization import reset_components, reset_components_from_gradient
 from .locks import LayerLock, exclusively
-from .merging import MergeableLayer
+from .merging import MergeableLayer, add_updates, without_autocast
 from .mixed_batch import MixedBatch, RowNames
 from .stand_in import BaseLayerProxy
-from .universal_path import add_updates, run_base, without_autocast
 
 
 class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
     """
     A KAN layer with LoTRA adapters.
 
-    The base layer itself runs, with `parameter + update` as its parameters (universal_path.py), which is exact for
+    The base layer itself runs, with `parameter + update` as its parameters (the universal path), which is exact for
     every family and keeps whatever the layer returns. A family that says how its basis is evaluated takes the fast
     path (fast_path.py), which computes the same, to rounding, at less cost.
 
@@ -333,7 +333,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             return base_layer(*args, **kwargs) + contract_updates(base_layer, list(updates), *args, **kwargs)
         if updates and formula is not None and formula.accepts(base_layer, updates, args, kwargs):
             return formula(base_layer, updates, *args)
-        return run_base(base_layer, self._parameters_with(updates), args, kwargs)
+        return call_with_parameters(base_layer, self._parameters_with(updates), base_layer, args, kwargs)
 
     def _check_forward_args(self, args: tuple, kwargs: dict, adapter_names: list[str]) -> None:
         """Check if the arguments are compatible with the configs and state of the model"""

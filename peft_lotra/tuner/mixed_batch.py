@@ -17,15 +17,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..families.coefficients import CoefficientTensor
+from ..functional import call_with_parameters
 from ..tucker import Tucker, Update, reconstruct
-from .universal_path import are_stored, run_base, without_autocast
+from .merging import are_stored, without_autocast
 
 
 # A chunk has a copy of the parameters, which costs about as much as this many rows.
@@ -116,9 +117,11 @@ def _run_together(
         tuple(0 if _is_batch(value, names) else None for value in args),
         {key: 0 if _is_batch(value, names) else None for key, value in kwargs.items()},
     )
-    results = torch.vmap(partial(run_base, base_layer), in_dims=(0, *axes), chunk_size=at_once)(
-        parameters, *_pick(args, kwargs, names, rows)
-    )
+
+    def run(parameters: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
+        return call_with_parameters(base_layer, parameters, base_layer, args, kwargs)
+
+    results = torch.vmap(run, in_dims=(0, *axes), chunk_size=at_once)(parameters, *_pick(args, kwargs, names, rows))
     return _in_order(results, lambda chunks: chunks.flatten(0, 1), rows.numel(), places)
 
 

@@ -17,18 +17,16 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..families.registry import get_kan_spec
 from ..tucker import Tucker, Update, direct_sum, tucker
 from .layer import LoTRALayer
-from .universal_path import without_autocast
+from .merging import without_autocast
 
 
 SLIM_MERGES = ("densify", "truncate")
@@ -71,38 +69,21 @@ class SlimLoTRALayer(LoTRALayer):
         with without_autocast(updates):
             return self._components_with(updates)._asdict()
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merges the active adapters, or those named, into the base layer, in the way that `slim_merge` says.
-
-        Raises:
-            ValueError: `safe_merge`, and the components are not finite. The base layer is unchanged.
-        """
-        adapter_names = self._adapters_here(check_adapters_to_merge(self, adapter_names))
-        if not adapter_names:
-            return
-        if safe_merge:
-            self.check_safe_merge(adapter_names)
+    @torch.no_grad()
+    def _merge(self, adapter_names: list[str]) -> None:
         adapter_names = [*self.merged_adapters, *adapter_names]
-        self._restore()
-        with torch.no_grad():
-            merged = self._components_with([self._update(name) for name in adapter_names])
-            if self.slim_merge == "densify":
-                self._put_dense(merged)
-            else:
-                self._put_truncated(merged)
+        self._unmerge()
+        merged = self._components_with([self._update(name) for name in adapter_names])
+        if self.slim_merge == "densify":
+            self._put_dense(merged)
+        else:
+            self._put_truncated(merged)
         self.merged_adapters.extend(adapter_names)
 
     def check_safe_merge(self, adapter_names: list[str] | None = None) -> None:
         for adapter in self._adapters_here(self.active_adapters if adapter_names is None else adapter_names):
             if not all(torch.isfinite(component).all() for component in self.get_components(adapter)):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
-
-    def unmerge(self) -> None:
-        """This method unmerges all merged adapters. The base layer is restored bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self._restore()
 
     def _put_dense(self, merged: Tucker) -> None:
         # kept in a list: as a module, the base layer would be a part of the state dict
@@ -123,7 +104,7 @@ class SlimLoTRALayer(LoTRALayer):
         self.merge_error = (missed / merged.core.norm().clamp(min=1e-300)).item()
         self._put(small.balanced())
 
-    def _restore(self) -> None:
+    def _unmerge(self) -> None:
         """Restores the base layer as it was before any merge."""
         before = self._before_merge
         if before and isinstance(before[0], nn.Module):

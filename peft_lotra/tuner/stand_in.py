@@ -66,10 +66,7 @@ class BaseLayerProxy(nn.Module):
     @exclusively
     def _with_parameters_in_force(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Calls a function while the base layer holds the coefficients that are in force."""
-        parameters = self.parameters_in_force()
-        if not parameters:
-            return function(*args, **kwargs)
-        return call_with_parameters(self.base_layer, parameters, function, args, kwargs)
+        return call_with_parameters(self.base_layer, self.parameters_in_force(), function, args, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A parent that sets `layer.grid` or `layer.out_dim` means the base layer. Names with an underscore belong to
