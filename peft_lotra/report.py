@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What functions of this package report: tables that print, show in notebooks, and turn into plain values."""
 
@@ -18,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import fields, is_dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -102,6 +90,8 @@ class Report(ABC):
         return "\n".join([*("  ".join(line).rstrip() for line in padded), *content.notes])
 
     def _repr_html_(self) -> str:
+        from html import escape  # notebooks only: its table of entities takes a millisecond
+
         content = self._printable_table()
 
         def line(cells: list[str], tag: str) -> str:

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Tucker algebra on coefficient tensors (out, in, basis).
 
@@ -215,7 +204,8 @@ def tucker(tensor: torch.Tensor, ranks: tuple[int, int, int]) -> Tucker:
     with backend, warnings.catch_warnings():
         # of a zero tensor, and of ranks above the product of the other two, for which any orthonormal columns will do
         warnings.simplefilter("ignore")
-        core, factors = tensorly.decomposition.tucker(array, rank=list(ranks), init="svd", n_iter_max=20, tol=1e-6)
+        options = {"init": "svd", "n_iter_max": 20, "tol": 1e-6, "random_state": 0}  # not numpy's global generator
+        core, factors = tensorly.decomposition.tucker(array, rank=list(ranks), **options)
     return Tucker(*(torch.tensor(part, dtype=tensor.dtype, device=tensor.device) for part in (core, *factors)))
 
 

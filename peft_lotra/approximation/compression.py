@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Slim KANs out of trained ones: `slim` brings the coefficient tensors of any KAN into Tucker form."""
 
@@ -38,7 +27,7 @@ from ..kan.slim_kan import SlimKANLinear, warn_capped
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, triple, tucker
 from ..tuner.targets import locate_target
-from .features import gather_features, model_outputs, relative_error
+from .features import check_inputs, gather_features, model_outputs, relative_error
 from .spectra import Spectrum, check_energy, suggest_ranks, weighted_spectrum
 from .updates import read_coefficients
 
@@ -48,15 +37,23 @@ _BISECTIONS = 8  # for the smallest budget up to 2 %, if the dense tensors are u
 
 @dataclass(frozen=True)
 class SlimReport(Report):
-    """The result of `slim`; prints as a table. Errors are of the factors as stored."""
+    """The result of `slim`; prints as a table. Errors are of the factors as stored.
 
-    errors: dict[str, float]  # by layer, ||coefficients - factors|| / ||coefficients||, with the residual weights
+    Attributes:
+        errors: By layer, ||coefficients - factors|| / ||coefficients||, with the residual weights.
+        ranks: By layer, (ro, ri, rb).
+        dense: The layers that stay dense, since factors would take more parameters.
+        parameters: The number of coefficients of the KAN layers, before and after.
+        output_errors: With `inputs`, by layer, the error of the outputs as a share of the deviations from their mean.
+        model_error: With `inputs`, the same of the whole model, its square at most 1 - `energy`.
+    """
+
+    errors: dict[str, float]
     ranks: dict[str, tuple[int, int, int]]
-    dense: list[str]  # the layers that stay dense, since factors would take more parameters
-    parameters: tuple[int, int]  # the number of coefficients of the KAN layers, before and after
-    # with `inputs`: by layer, the error of the outputs as a share of their deviations from the mean
+    dense: list[str]
+    parameters: tuple[int, int]
     output_errors: dict[str, float] = field(default_factory=dict)
-    model_error: float | None = None  # the same for the whole model, its square at most 1 - `energy`
+    model_error: float | None = None
 
     def _table(self) -> TextTable:
         rows = [
@@ -117,7 +114,8 @@ def slim(
 
     Raises:
         ValueError: Not one of `ranks`, `energy` and `budget` is given, or one that cannot be; the model has adapters
-            (merge them first), no KAN layer, coefficients that are not finite, or layers that no input reaches.
+            (merge them first), no KAN layer, coefficients that are not finite, or layers that no input reaches;
+                or `inputs` are empty, not finite or all the same.
         TypeError: With `inputs`, the model returns no tensor, nor a tuple or dict that begins with one.
     """
     if [ranks, energy, budget].count(None) != 2:
@@ -132,6 +130,8 @@ def slim(
             f"The model has adapters ({', '.join(adapted[:3]) or type(model).__name__}): merge them first, "
             "`model = model.merge_and_unload()`."
         )
+    if inputs is not None:
+        check_inputs(inputs)
     compression = _Compression(model, inputs)
     if ranks is not None:
         chosen = _resolve_ranks(compression.tensors, ranks)
@@ -162,7 +162,10 @@ def to_dense(model: nn.Module) -> nn.Module:
     model = _copy(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, (SlimKANLinear, SlimLayer)):
-            model = _replace(model, name, module.to_dense())
+            dense = module.to_dense()
+            if isinstance(module, SlimKANLinear):
+                dense.requires_grad_(module.core.requires_grad)
+            model = _replace(model, name, dense)
     for attribute in ("slim_report", "to_dense"):
         model.__dict__.pop(attribute, None)
     return model
@@ -224,7 +227,7 @@ class _Compression:
             middle = round(math.sqrt(low * high))
             chosen = self.suggest(budget=middle)
             _, report = self.run(chosen)
-            if 1 - (report.model_error or 0.0) ** 2 >= energy:
+            if 1 - min(report.model_error or 0.0, 2.0) ** 2 >= energy:  # the square of any error may overflow
                 high, best = middle, chosen
             else:
                 low = middle
@@ -244,6 +247,7 @@ class _Compression:
             layer, spec, _ = locate_target(name, model.get_submodule(name))
             if isinstance(layer, KANLinear):
                 slim_layer = SlimKANLinear.from_components(layer, fitted.balanced())
+                slim_layer.requires_grad_(any(parameter.requires_grad for parameter in layer.parameters()))
             else:
                 slim_layer = SlimLayer(layer, spec, fitted.balanced())
             with torch.no_grad():
@@ -274,11 +278,21 @@ def _cost(ranks: tuple[int, int, int], shape: torch.Size) -> int:
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """The model with another module under a name; the module itself if the name is that of the model."""
+    """The model with another module, which gets the hooks, in all places of the one under a name.
+
+    The module itself if the name is that of the model.
+    """
+    old = model.get_submodule(name)
+    if getattr(module, "layer", None) is not old:  # a `SlimLayer` calls the old layer, with the hooks
+        for kind, hooks in vars(old).items():
+            if kind.startswith(("_forward_", "_backward_")) and isinstance(hooks, dict):
+                vars(module)[kind].update(hooks)
     if not name:
         return module
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, module)
+    for owner in list(model.modules()):
+        for attribute, part in owner._modules.items():
+            if part is old:
+                owner._modules[attribute] = module
     return model
 
 

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """A LoTRA adapter out of two checkpoints: a base model, and what full fine-tuning made of it."""
 
@@ -37,21 +26,30 @@ from ..tucker import Ranks, Tucker, cap_ranks, tucker, tucker_scaled
 from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer, lotra_layers
 from ..tuner.targets import exact_targets, locate_target
-from .features import Features, gather_features
+from .features import Features, check_inputs, gather_features
 from .spectra import suggest_ranks, weighted_spectrum
 from .updates import CoefficientUpdate, coefficient_updates
 
 
 @dataclass(frozen=True)
 class ExtractionReport(Report):
-    """What `extract_lotra` kept; prints as a table."""
+    """What `extract_lotra` kept; prints as a table.
 
-    errors: dict[str, float]  # by layer, ||update - stored adapter|| / ||update||
+    Attributes:
+        errors: By layer, ||update - stored adapter|| / ||update||.
+        ranks: By layer, (ro, ri, rb).
+        parameters: The number of parameters of the adapter, without `modules_to_save`.
+        modules_to_save: The modules that changed and are no KAN layers.
+        not_saved: The parameters and buffers that changed, and that no adapter can hold.
+        output_errors: With `inputs`, as `errors`, of the change of the layer's outputs.
+    """
+
+    errors: dict[str, float]
     ranks: dict[str, tuple[int, int, int]]
-    parameters: int  # of the adapter, without `modules_to_save`
-    modules_to_save: list[str]  # which changed and are no KAN layers
-    not_saved: list[str]  # parameters and buffers that changed, and that no adapter can hold
-    output_errors: dict[str, float] | None = None  # with `inputs`, as `errors`, of the change of the layer's outputs
+    parameters: int
+    modules_to_save: list[str]
+    not_saved: list[str]
+    output_errors: dict[str, float] | None = None
 
     def _table(self) -> TextTable:
         outputs = self.output_errors
@@ -154,14 +152,8 @@ def extract_lotra(
 
 
 def _gather(tuned: nn.Module, names: list[str], inputs: torch.Tensor) -> dict[str, Features]:
-    """The features of the layers of the tuned model; raises a ValueError for inputs that are not finite samples."""
-    if not (isinstance(inputs, torch.Tensor) and inputs.numel() and inputs.isfinite().all()):
-        given = f"a {type(inputs).__name__}"
-        if isinstance(inputs, torch.Tensor):
-            given = f"shape {tuple(inputs.shape)}" + (" with NaN or infinite values" if inputs.numel() else "")
-        raise ValueError(
-            f"`inputs` must be a tensor of samples that are finite, as the model takes them, got {given}."
-        )
+    """The features of the layers of the tuned model."""
+    check_inputs(inputs)
     if isinstance(tuned, PeftModel):
         tuned = copy.deepcopy(tuned).merge_and_unload()
     layers = {name: locate_target(name, tuned.get_submodule(name))[:2] for name in names}

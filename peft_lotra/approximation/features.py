@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Layer inputs and output sensitivities, used by `slim` and `extract_lotra` to weight coefficients."""
 
@@ -127,6 +116,23 @@ def _square_root(moments: torch.Tensor, ridge: float) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(moments)
     values = values.clamp(min=0) + ridge * values.clamp(min=0).mean().clamp(min=1e-300)
     return vectors * values.sqrt() @ vectors.T
+
+
+def check_inputs(inputs: object) -> None:
+    """Raises a ValueError for inputs that are not finite, or that are all the same."""
+    given = f"a {type(inputs).__name__}"
+    if isinstance(inputs, torch.Tensor):
+        rows = inputs.flatten(0, -2) if inputs.dim() > 1 else inputs
+        given = f"shape {tuple(inputs.shape)}"
+        if inputs.numel() and inputs.isfinite().all():
+            if (rows != rows[:1]).any():
+                return
+            given += " with a single sample, or many that are equal"
+        elif inputs.numel():
+            given += " with NaN or infinite values"
+    raise ValueError(
+        f"`inputs` must be a tensor of samples that are finite and differ, as the model takes them, got {given}."
+    )
 
 
 def model_outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:

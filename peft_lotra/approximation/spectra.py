@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Which ranks an update needs: the spectra of fine-tuning updates and of gradients, and the ranks they suggest.
 
@@ -40,14 +29,19 @@ from .updates import coefficient_updates
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """The spectrum of the update, or the gradient, of one layer's coefficient tensor."""
+    """The spectrum of the update, or the gradient, of one layer's coefficient tensor.
 
-    shape: tuple[int, int, int]  # (out, in, basis), the residual slice counted in basis
-    norm: float  # of Frobenius
-    # of the unfoldings (out, in basis), (in, out basis) and (basis, out in), in falling order
+    Attributes:
+        shape: (out, in, basis), the residual slice counted in basis.
+        norm: The Frobenius norm.
+        singular_values: Those of the unfoldings (out, in basis), (in, out basis) and (basis, out in), falling.
+        energies: (out, in, basis) or smaller: entry (ro - 1, ri - 1, rb - 1) is the share that the truncated HOSVD of
+            ranks (ro, ri, rb) keeps; 1 everywhere for a zero tensor.
+    """
+
+    shape: tuple[int, int, int]
+    norm: float
     singular_values: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = field(repr=False)
-    # (out, in, basis) or smaller: entry (ro - 1, ri - 1, rb - 1) is the share that the truncated HOSVD of ranks
-    # (ro, ri, rb) keeps; 1 everywhere for a zero tensor
     energies: torch.Tensor = field(repr=False)
 
     def energy(self, r: Ranks) -> float:
@@ -63,7 +57,11 @@ class LayerSpectrum:
 
 @dataclass(frozen=True)
 class Spectrum(Report):
-    """The spectra of all layers by name, in the order of the model; prints as a table."""
+    """The spectra of all layers; prints as a table.
+
+    Attributes:
+        layers: The spectra by name, in the order of the model.
+    """
 
     layers: dict[str, LayerSpectrum]
 

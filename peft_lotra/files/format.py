@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The files of an adapter: written so that no interruption mixes two adapters up, and checked when they are read.
 
@@ -30,7 +19,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import file_exists, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -171,14 +160,16 @@ def find_weights(model_id: str, subfolder: str | None, hub_kwargs: Mapping[str, 
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     pickled = f"`{WEIGHTS_NAME}` at {folder} is a pickle, which runs code when it is loaded"
     remedy = f"Only `{SAFETENSORS_WEIGHTS_NAME}` is loaded: ask its author to save the adapter again."
-    if os.path.exists(path):
+    if os.path.lexists(path):  # a dangling link is a file that cannot be read
         return path
-    if os.path.exists(os.path.join(folder, WEIGHTS_NAME)):
+    if os.path.lexists(os.path.join(folder, WEIGHTS_NAME)):
         raise ValueError(f"{pickled}. {remedy}")
     if os.path.isdir(folder):
         return None
     try:
         return hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
+    except LocalEntryNotFoundError:  # of the network, which does not say that there are none
+        raise
     except EntryNotFoundError:
         name = WEIGHTS_NAME if subfolder is None else f"{subfolder}/{WEIGHTS_NAME}"
         if file_exists(model_id, name, revision=hub_kwargs.get("revision"), token=hub_kwargs.get("token")):
@@ -195,7 +186,7 @@ def check_size(config: str) -> None:
 def read_weights(path: str) -> tuple[dict[str, tuple[int, ...]], str]:
     """Checks a file of tensors, its header first, and returns the shapes by name and the digest of all contents.
 
-    A damaged file, a long header, and components that are not floating or not finite raise a ValueError.
+    A damaged file, a long header, components that are not floating, and values that are not finite raise a ValueError.
     """
     problem = f"{path} cannot be loaded: "
     size = os.path.getsize(path)
@@ -219,7 +210,7 @@ def read_weights(path: str) -> tuple[dict[str, tuple[int, ...]], str]:
             for name in shapes if not wrong else ():
                 tensor = file.get_tensor(name)
                 digest.update(hash_values({name: tensor}).encode())
-                if ".lotra_" in name and not torch.isfinite(tensor).all():
+                if not torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all():
                     wrong.append(f"{name} has values that are not finite")
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{problem}{error}. It is damaged, or no safetensors file.") from error

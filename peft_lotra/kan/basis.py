@@ -1,22 +1,13 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The B-spline basis on a uniform grid, in closed form."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -45,9 +36,14 @@ class UniformGrid(NamedTuple):
         """Number K = G + p of basis functions."""
         return self.grid_size + self.spline_order
 
+    @property
+    def per_unit(self) -> torch.Tensor:
+        """Grid intervals per unit of the inputs."""
+        return self.grid_size / (self.high - self.low)
+
 
 def check_grid(grid_size: int, spline_order: int) -> None:
-    """Raise a `ValueError` unless a grid of `grid_size` intervals can carry splines of this order."""
+    """Raises a `ValueError` unless a grid of `grid_size` intervals can carry splines of this order."""
     if not isinstance(spline_order, int) or spline_order not in SPLINE_ORDERS:
         raise ValueError(
             f"`spline_order` is {spline_order!r}, but must be an integer from {SPLINE_ORDERS[0]} (piecewise linear) "
@@ -117,8 +113,7 @@ def bspline_basis(
         raise TypeError(f"`x` has dtype {x.dtype}, but the basis needs floating point values; convert it first.")
     # A half-precision coordinate would cost more accuracy than half-precision values do.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    low = torch.as_tensor(low, dtype=dtype, device=x.device)
-    high = torch.as_tensor(high, dtype=dtype, device=x.device)
+    low, high = (torch.as_tensor(end, dtype=dtype, device=x.device) for end in (low, high))
     per_unit = grid_size / (high - low)
     values = spline_values((x.to(dtype) - low) * per_unit, grid_size + spline_order, spline_order, derivative)
     if derivative:
@@ -127,8 +122,7 @@ def bspline_basis(
 
 
 def spline_values(position: torch.Tensor, num_basis: int, spline_order: int, derivative: int = 0) -> torch.Tensor:
-    """The basis functions, or their derivatives with respect to the position, at positions in grid intervals from the
-    lower end: (..., I) to (..., I, num_basis). Only the positions are kept for the backward pass."""
+    """As `bspline_basis`, of positions in grid intervals from the lower end; autograd keeps only the positions."""
     # A compiler decides itself what to keep and what to compute again; and nested `torch.func.jvp` gets the second
     # derivatives of a custom function wrong.
     if torch.compiler.is_compiling() or in_transform():
@@ -152,7 +146,7 @@ def is_batched(tensor: torch.Tensor) -> bool:
 
 
 def cardinal_spline(offset: torch.Tensor, spline_order: int, derivative: int = 0) -> torch.Tensor:
-    """The cardinal spline M_p of `bspline_basis`, or a derivative of it, at offsets (any shape) from its center."""
+    """The cardinal spline M_p of `bspline_basis`, or its derivative, at offsets (any shape) from the center."""
     power = spline_order - derivative
     total = torch.zeros_like(offset)
     if power < 0:
@@ -184,6 +178,57 @@ def spline_factors(spline_order: int) -> list[int]:
     return [(-1) ** m * math.comb(spline_order + 1, m) for m in range(spline_order // 2 + 1)]
 
 
+class TruncatedPowers:
+    r"""
+    The truncated powers whose sum is the cardinal spline, see `bspline_basis`.
+
+    A grid interval is `unit` long, with unit^p = 1 / p!, so that no pass divides by p!: with the distances
+    t_m = max(half_width - |offset| - m unit, 0) the spline is  sum_m factors[m] t_m^p.
+    """
+
+    def __init__(self, spline_order: int, num_basis: int, like: torch.Tensor) -> None:
+        self.factors = spline_factors(spline_order)
+        constants = _power_constants(spline_order, num_basis, like.dtype, like.device)
+        self.unit, self.half_width, self.centers = constants
+
+    def distances(self, offsets: torch.Tensor, others: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The t_m, in the memory of `offsets`, which holds |offset|, and of `others`."""
+        found = [torch.sub(self.half_width, offsets, out=offsets).relu_()]
+        for buffer in others:
+            found.append(torch.sub(found[-1], self.unit, out=buffer).relu_())
+        return found
+
+    def sum_into(self, out: torch.Tensor, powers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The weighted sum of the powers; `out` may be the first of them."""
+        total = powers[0]
+        for factor, power in zip(self.factors[1:], powers[1:], strict=True):
+            total = torch.add(total, power, alpha=factor, out=out)
+        return total if total is out else out.copy_(total)
+
+
+@lru_cache(maxsize=64)
+def _power_constants(
+    spline_order: int, num_basis: int, dtype: torch.dtype, device: torch.device
+) -> tuple[float, torch.Tensor, torch.Tensor]:
+    unit = math.factorial(spline_order) ** (-1 / spline_order)
+    with torch.inference_mode(False):  # see `workspace`
+        centers = (torch.arange(num_basis, dtype=dtype, device=device) - (spline_order - 1) / 2) * unit
+        return unit, torch.tensor((spline_order + 1) / 2 * unit, dtype=dtype, device=device), centers
+
+
+def integer_power(x: torch.Tensor, n: int, out: torch.Tensor) -> torch.Tensor:
+    """x^n for x >= 0, where 0^0 is 0, written into `out`, which may be `x`."""
+    if n == 0:
+        return torch.sign(x, out=out)
+    if n == 1:
+        return x if out is x else out.copy_(x)
+    if n <= 3:  # the exponents that torch.pow is fast for
+        return torch.pow(x, n, out=out)
+    if n == 4:
+        return torch.square(x, out=out).square_()
+    return torch.mul(x, x.square().square_(), out=out)
+
+
 def silu_derivatives(x: torch.Tensor, highest: int) -> list[torch.Tensor]:
     """silu and its derivatives up to the order `highest`, at most 3."""
     gate = torch.sigmoid(x)
@@ -201,10 +246,8 @@ def silu_derivatives(x: torch.Tensor, highest: int) -> list[torch.Tensor]:
 
 
 def moments(grid_range: tuple[float, float], grid_size: int, spline_order: int) -> tuple[float, torch.Tensor]:
-    """
-    The variance v of the uniform law on `grid_range`, and the moments E[f_j(x) f_k(x)] of the B-splines and of silu,
-    (K + 1, K + 1), for x normal with the mean and variance of that law. By quadrature, in float64, on the CPU.
-    """
+    """The variance of the uniform law on `grid_range`, and E[f_j(x) f_k(x)] of the B-splines and of silu,
+    (K + 1, K + 1), for x normal with the mean and the variance of that law, by quadrature in float64 on the CPU."""
     low, high = grid_range
     variance = (high - low) ** 2 / 12
     z = torch.linspace(-6, 6, 1025, dtype=torch.float64, device="cpu")

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Configuration of `KANModel`."""
 
@@ -31,8 +20,7 @@ class KANConfig(PretrainedConfig):
     """
     Configuration of a `KANModel`.
 
-    `num_labels`, and with it `id2label` and `label2id`, follows from the last width; pass `id2label` to give the
-    labels names.
+    `num_labels`, `id2label` and `label2id` follow from the last width; pass `id2label` to name the labels.
 
     Args:
         widths: sizes of the input, of each hidden layer and of the output.
@@ -65,7 +53,7 @@ class KANConfig(PretrainedConfig):
         problem_type: ProblemType | None = None,
         **kwargs,
     ) -> None:
-        # As tuples, so that a configuration read from JSON, where they are lists, equals the one that was written.
+        # Tuples, so that a configuration read from JSON, which has lists, equals the one that was written.
         self.widths = tuple(widths)
         self.grid_size = grid_size
         self.spline_order = spline_order
@@ -79,7 +67,7 @@ class KANConfig(PretrainedConfig):
         self.check_num_labels()
 
     def check_num_labels(self) -> None:
-        """Raise a `ValueError` unless there is one label for each output."""
+        """Raises a `ValueError` unless there is one label for each output."""
         if self.num_labels != self.widths[-1]:
             raise ValueError(
                 f"`num_labels` (the length of `id2label`) is {self.num_labels}, but the last of `widths` = "

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """A Kolmogorov-Arnold layer with B-splines on a uniform grid."""
 
@@ -35,21 +24,73 @@ SPLINE_VARIANCE_SHARE = 0.1
 _FILL_WEIGHT = 0.01
 
 
-def check_layer(
-    in_features: int, out_features: int, grid_size: int, spline_order: int, grid_range: tuple[float, float]
-) -> tuple[float, float]:
-    """Raise a `ValueError` unless a layer can have these sizes and grids; returns `grid_range` as a tuple."""
-    check_grid(grid_size, spline_order)
-    for name, size in (("in_features", in_features), ("out_features", out_features)):
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"`{name}` is {size!r}, but must be an integer of at least 1.")
-    ends = tuple(grid_range)
-    if len(ends) != 2 or not all(map(math.isfinite, ends)) or ends[0] >= ends[1]:
-        raise ValueError(f"`grid_range` is {ends}, but must be two finite numbers, the lower one first.")
-    return ends
+class SplineLayer(nn.Module):
+    """The sizes and the grids of a KAN layer, dense or Slim; the arguments are those of `KANLinear`."""
+
+    grid_bounds: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        grid_size: int,
+        spline_order: int,
+        grid_range: tuple[float, float],
+        device=None,
+        dtype=None,
+    ) -> None:
+        check_grid(grid_size, spline_order)
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"`{name}` is {size!r}, but must be an integer of at least 1.")
+        ends = tuple(grid_range)
+        if len(ends) != 2 or not all(map(math.isfinite, ends)) or ends[0] >= ends[1]:
+            raise ValueError(f"`grid_range` is {ends}, but must be two finite numbers, the lower one first.")
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.grid_size = grid_size
+        self.spline_order = spline_order
+        self.grid_range: tuple[float, float] = ends
+        self.register_buffer("grid_bounds", torch.empty(in_features, 2, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Makes the grids those of a new layer, on `grid_range`."""
+        self.grid_bounds.copy_(torch.tensor(self.grid_range, dtype=torch.float64, device="cpu"))
+
+    @property
+    def grid(self) -> UniformGrid:
+        """The grids, as the buffer `grid_bounds` holds them."""
+        low, high = self.grid_bounds.unbind(-1)
+        return UniformGrid(low, high, self.grid_size, self.spline_order)
+
+    @property
+    def knots(self) -> torch.Tensor:
+        """All knots, shape (I, grid_size + 2 spline_order + 1): the grids, and `spline_order` more on either side."""
+        low, high = self.grid_bounds.unsqueeze(-1).unbind(1)
+        index = torch.arange(-self.spline_order, self.grid_size + self.spline_order + 1, device=low.device)
+        return low + (high - low) * (index / self.grid_size).to(low.dtype)
+
+    def basis(self, x: torch.Tensor) -> torch.Tensor:
+        """The basis functions at `x`: (..., I) to (..., I, grid_size + spline_order), see `bspline_basis`."""
+        self._check_input(x)
+        return bspline_basis(x, *self.grid)
+
+    def _check_input(self, x: torch.Tensor) -> None:
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"The input has shape {tuple(x.shape)}, but this layer expects a last dimension of "
+                f"{self.in_features} (`in_features`)."
+            )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, grid_size={self.grid_size}, "
+            f"spline_order={self.spline_order}, grid_range={self.grid_range}"
+        )
 
 
-class KANLinear(nn.Module):
+class KANLinear(SplineLayer):
     r"""
     A layer of learnable univariate functions, one on each edge from input i to output o:
 
@@ -88,8 +129,6 @@ class KANLinear(nn.Module):
     ```
     """
 
-    grid_bounds: torch.Tensor
-
     def __init__(
         self,
         in_features: int,
@@ -100,24 +139,16 @@ class KANLinear(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        grid_range = check_layer(in_features, out_features, grid_size, spline_order, grid_range)
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.grid_size = grid_size
-        self.spline_order = spline_order
-        self.grid_range = grid_range
-        factory = {"device": device, "dtype": dtype}
-        shape = (out_features, in_features, grid_size + spline_order)
-        self.spline_weight = nn.Parameter(torch.empty(shape, **factory))
-        self.base_weight = nn.Parameter(torch.empty(shape[:2], **factory))
-        self.register_buffer("grid_bounds", torch.empty(in_features, 2, **factory))
+        super().__init__(in_features, out_features, grid_size, spline_order, grid_range, device, dtype)
+        shape = (out_features, in_features, self.grid.num_basis)
+        self.spline_weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.base_weight = nn.Parameter(torch.empty(shape[:2], device=device, dtype=dtype))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """
-        Make the layer a new one: grids on `grid_range`, and normal weights that keep the variance of the activations.
+        Makes the layer a new one: grids on `grid_range`, and normal weights that keep the variance of the activations.
 
         For inputs x that are normal with the mean and the variance v of the uniform law on `grid_range`, the weights
         of the two branches have the variances s v / (I sum_k E[B_k(x)^2]) and (1-s) v / (I E[silu(x)^2]). Then
@@ -125,38 +156,13 @@ class KANLinear(nn.Module):
 
         Source: the basis-agnostic Glorot-like rule of arXiv 2510.23501, on the forward pass.
         """
-        self.grid_bounds.copy_(torch.tensor(self.grid_range, dtype=torch.float64, device="cpu"))
+        super().reset_parameters()
         # Plain numbers, so that a layer on the meta device needs no special case.
         variance, of_functions = moments(self.grid_range, self.grid_size, self.spline_order)
         *of_splines, of_silu = of_functions.diagonal().tolist()
         variance = variance / self.in_features
         nn.init.normal_(self.spline_weight, std=math.sqrt(SPLINE_VARIANCE_SHARE * variance / sum(of_splines)))
         nn.init.normal_(self.base_weight, std=math.sqrt((1 - SPLINE_VARIANCE_SHARE) * variance / of_silu))
-
-    @property
-    def grid(self) -> UniformGrid:
-        """The grids, as the buffer `grid_bounds` holds them."""
-        low, high = self.grid_bounds.unbind(-1)
-        return UniformGrid(low, high, self.grid_size, self.spline_order)
-
-    @property
-    def knots(self) -> torch.Tensor:
-        """All knots, shape (I, grid_size + 2 spline_order + 1): the grids, and `spline_order` more on either side."""
-        low, high = self.grid_bounds.unsqueeze(-1).unbind(1)
-        index = torch.arange(-self.spline_order, self.grid_size + self.spline_order + 1, device=low.device)
-        return low + (high - low) * (index / self.grid_size).to(low.dtype)
-
-    def basis(self, x: torch.Tensor) -> torch.Tensor:
-        """The basis functions at `x`: (..., I) to (..., I, grid_size + spline_order), see `bspline_basis`."""
-        self._check_input(x)
-        return bspline_basis(x, *self.grid)
-
-    def _check_input(self, x: torch.Tensor) -> None:
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(
-                f"The input has shape {tuple(x.shape)}, but this layer expects a last dimension of "
-                f"{self.in_features} (`in_features`)."
-            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -179,20 +185,19 @@ class KANLinear(nn.Module):
     @torch.no_grad()
     def update_grid(self, x: torch.Tensor, margin: float = 0.01) -> None:
         """
-        Move each input's grid to the range of its samples, and refit the splines so that the layer's function is kept.
+        Moves each input's grid to the range of the samples, and refits the splines so that the function is kept.
 
         The new coefficients are the least-squares fit, in float64, of the old splines on the samples and, with a
-        hundredth of their weight, on points spread over the new range, which determine the fit where samples are few.
-        When the old splines lie in the span of the new basis (as when the grid does not move) the fit is exact. An
-        input whose samples do not spread (a pixel that is always black) keeps its grid.
+        hundredth of their weight, on points spread over the new range. The fit is exact where the old splines lie in
+        the span of the new basis. An input whose samples do not spread (a pixel that is always black) keeps its grid.
 
         Args:
-            x: samples, shape (..., I). A few thousand are plenty; needs memory for two float64 bases of all of them.
-            margin: what to leave free at each end, as a share of the samples' range.
+            x: samples, shape (..., I), a few thousand. Two float64 bases of all of them must fit into memory.
+            margin: the share of the samples' range that is left free at each end.
 
         Raises:
             ValueError: wrong shape, no samples, values that are not finite, or a `margin` that is negative or not
-                finite. Nothing is changed then.
+                finite. The layer is as before then.
         """
         if not (math.isfinite(margin) and margin >= 0):
             raise ValueError(f"`margin` is {margin}, but must be a finite number of at least 0.")
@@ -228,12 +233,6 @@ class KANLinear(nn.Module):
         refitted = einsum(transfer, self.spline_weight.double(), "i new old, o i old -> o i new")
         self.grid_bounds.copy_(bounds)
         self.spline_weight.copy_(refitted)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, grid_size={self.grid_size}, "
-            f"spline_order={self.spline_order}, grid_range={self.grid_range}"
-        )
 
 
 def _name_inputs(mask: torch.Tensor) -> str:

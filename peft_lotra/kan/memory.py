@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The sizes of working memory, and what a thread keeps of it between calls."""
 
@@ -34,8 +23,13 @@ MULTIPLIED = 2**21
 MIN_ROWS = (256, 512)
 # Of a block's features in a jet, evaluated by hand. `examples/pde/jet_speed.py`
 JET_BLOCK = 2**19
+# Of the largest tensor of a block in a jet by plain operations. `examples/pde/jet_speed.py`
+PLAIN_JET_BLOCK = 2**18
 # All of these on other devices than the CPU: only bound the memory. `examples/benchmarks/run.py --device cuda`
 OFF_CPU = 2**26
+# Not a size: up to so many outputs, the product of a jet by hand costs less than plain operations on an update in
+# factored form, where no factor gets a gradient. `examples/pde/jet_speed.py`
+MOST_OUTPUTS_DENSE = 1024
 # Most that a thread keeps of each working memory. `examples/benchmarks/run.py --only layers memory`
 KEPT = 2**22
 

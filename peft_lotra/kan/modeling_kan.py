@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """A Kolmogorov-Arnold network as a transformers model."""
 
@@ -26,7 +15,7 @@ from transformers.utils import ModelOutput  # pyright: ignore[reportPrivateImpor
 
 from .configuration_kan import KANConfig
 from .jets.chain import register_wrapper
-from .layer import KANLinear
+from .layer import SplineLayer
 from .network import KAN
 from .slim_kan import SlimKAN, SlimKANLinear
 
@@ -70,14 +59,11 @@ class KANModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
-        if not isinstance(module, (KANLinear, SlimKANLinear)):
+        if not isinstance(module, SplineLayer):
             return
         # transformers calls this when a tensor of the module was missing from a checkpoint, and marks the others.
-        loaded = [
-            (tensor, tensor.clone())
-            for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False))
-            if getattr(tensor, "_is_hf_initialized", False)
-        ]
+        tensors = chain(module.parameters(recurse=False), module.buffers(recurse=False))
+        loaded = [(tensor, tensor.clone()) for tensor in tensors if getattr(tensor, "_is_hf_initialized", False)]
         module.reset_parameters()
         for tensor, value in loaded:
             tensor.copy_(value)
@@ -94,29 +80,23 @@ class KANModel(PreTrainedModel):
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """As transformers', after an update of `config.ranks`, which `slim` and `to_dense` change."""
-        layers = [layer for layer in self.kan.layers if isinstance(layer, (KANLinear, SlimKANLinear))]
+        layers = [layer for layer in self.kan.layers if isinstance(layer, SplineLayer)]
         ranks = tuple(layer.ranks if isinstance(layer, SlimKANLinear) else None for layer in layers)
         self.config.ranks = ranks if any(ranks) else None
         super().save_pretrained(*args, **kwargs)
 
     def forward(
-        self,
-        inputs: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        return_dict: bool | None = None,
+        self, inputs: torch.Tensor, labels: torch.Tensor | None = None, return_dict: bool | None = None
     ) -> KANOutput | tuple[torch.Tensor, ...]:
         """
         Args:
             inputs: shape (..., widths[0]), of the model's dtype.
-            labels: by `config.problem_type`,
-                "regression": targets of the shape of the logits (without the last dimension, if it is 1), squared
-                error;
-                "single_label_classification": indices of classes, shape (...), -100 where there is none, cross
-                entropy;
-                "multi_label_classification": zeros and ones of the shape of the logits, binary cross entropy.
-                If it is None: one output means regression; otherwise integers mean one label, booleans several.
-                Floating point labels for several outputs may mean regression as well as several labels: they are
-                refused. The configuration is left as it is.
+            labels: by `config.problem_type`, with the loss,
+                "regression": targets of the shape of the logits, or without a last dimension of 1; squared error;
+                "single_label_classification": indices of classes, shape (...), -100 for none; cross entropy;
+                "multi_label_classification": zeros and ones of the shape of the logits; binary cross entropy.
+                With None, one output means regression; otherwise integers mean one label, booleans several, and
+                floating point labels are refused.
             return_dict: False for a tuple; None follows the configuration.
 
         Returns:
@@ -139,7 +119,7 @@ class KANModel(PreTrainedModel):
             expected, logits = labels.shape, logits.squeeze(-1)
         else:
             expected = logits.shape
-        # Without this, a wrong shape would broadcast to a loss that looks right.
+        # a wrong shape would broadcast to a loss that looks right
         if labels.shape != expected:
             raise ValueError(
                 f"The labels have shape {tuple(labels.shape)}, but {problem_type} with this input expects "

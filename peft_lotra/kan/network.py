@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """A Kolmogorov-Arnold network as a stack of layers."""
 
@@ -26,8 +15,6 @@ from torch import nn
 from .layer import KANLinear
 from .observer import current_observer
 
-
-NORMS = (None, "batch", "layer")
 
 Norm = Literal["batch", "layer"] | None
 
@@ -93,22 +80,20 @@ class KAN(LayerStack):
     @torch.no_grad()
     def update_grid(self, x: torch.Tensor, margin: float = 0.01) -> None:
         """
-        Move the grids of all layers to the samples that reach them, first layer first, keeping the network's function.
+        Moves the grids of all layers to the samples that reach them, first layer first, and keeps the function.
 
         Args:
             x: samples of the network's input, shape (..., widths[0]).
             margin: as in `KANLinear.update_grid`.
 
         Raises:
-            ValueError: as `KANLinear.update_grid`, for the samples or for what they become in a layer. All layers
-                are then as they were.
+            ValueError: as `KANLinear.update_grid`, for the inputs of any layer. All layers are as before then.
         """
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         try:
             for layer in self.layers:
-                update_grid = getattr(layer, "update_grid", None)
-                if update_grid is not None:  # not normalizations and Slim layers; adapted layers refuse
-                    update_grid(x, margin)
+                if hasattr(layer, "update_grid"):  # not normalizations and Slim layers; adapted layers refuse
+                    layer.update_grid(x, margin)  # pyright: ignore[reportCallIssue] (torch declares Tensor | Module)
                 x = layer(x)
         except Exception:
             self.load_state_dict(before)
@@ -135,18 +120,16 @@ def pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
 
 def with_norms(layers: Sequence[Any], norm: Norm, device=None, dtype=None) -> list[nn.Module]:
     """The layers, with a normalization after each but the last; raises a `ValueError` for a `norm` that is unknown."""
-    if norm not in NORMS:
-        raise ValueError(f"`norm` is {norm!r}, but must be one of {NORMS}.")
+    kinds: dict[Norm, Any] = {None: None, "batch": BatchNorm, "layer": nn.LayerNorm}
+    if norm not in tuple(kinds):
+        raise ValueError(f"`norm` is {norm!r}, but must be one of {tuple(kinds)}.")
     if norm is None:
         return list(layers)
     modules = []
     for layer in layers:
-        modules.append(layer)
-        if layer is not layers[-1]:
-            kind = BatchNorm if norm == "batch" else nn.LayerNorm
-            module: Any = kind(layer.out_features, device=device, dtype=dtype)
-            low, high = layer.grid_range
-            nn.init.constant_(module.weight, (high - low) / math.sqrt(12))
-            nn.init.constant_(module.bias, (low + high) / 2)
-            modules.append(module)
-    return modules
+        module = kinds[norm](layer.out_features, device=device, dtype=dtype)
+        low, high = layer.grid_range
+        nn.init.constant_(module.weight, (high - low) / math.sqrt(12))
+        nn.init.constant_(module.bias, (low + high) / 2)
+        modules += [layer, module]
+    return modules[:-1]

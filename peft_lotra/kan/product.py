@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The product of a B-spline basis with coefficients, y[n, o] = sum_{i,k} W[o, i, k] B_k(x[n, i]), as one operation."""
 
@@ -24,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .basis import bspline_basis, in_transform, is_batched, spline_values
-from .evaluation import Gradients, Pair, Points, TruncatedPowers, integer_power
+from .basis import TruncatedPowers, bspline_basis, in_transform, integer_power, is_batched, spline_values
 from .memory import EVALUATED, MIN_ROWS, MULTIPLIED, OFF_CPU, blocks, workspace
-from .sparse_product import is_sparse, sparse_gradients, sparse_product
+from .sparse_product import Gradients, Pair, Points, is_sparse, sparse_gradients, sparse_product
 
 
 # From so many points for each output, and so many inputs, rows ordered (K, I) save more in the evaluation than the
@@ -47,36 +35,12 @@ def spline_product(
     update: Pair | None = None,
 ) -> Tensor:
     r"""
-    The sums y[n, o] = sum_{i,k} W[o, i, k] B_k(x[n, i]), with B_k as in `bspline_basis`, and W the weight or, with an
-    update of rank r,  W = weight + sum_r left[o, r] right[r, i, k].
+    y[n, o] = sum_{i,k} W[o, i, k] B_k(x[n, i]), with B_k as in `bspline_basis`, W the weight (O, I, K) or, with an
+    update of left (O, r) and right (r, I, K),  weight + sum_r left[o, r] right[r, i, k].
 
-    The basis is evaluated in blocks that fit the cache, and again in the backward pass: nothing of its size (N, I, K)
-    is kept. The gradients of an update are two thin products, and a weight that needs no gradient costs none. On large
-    grids only the coefficients of the p + 1 functions that are not zero at a point are gathered.
-
-    The basis is formed as a whole under `torch.func`, forward-mode AD, `torch.compile` and autocast, in half
-    precision, and for a backward pass that is itself differentiated.
-
-    Args:
-        x: points, shape (N, I).
-        low, high: ends of the grid, numbers or tensors that broadcast to (I,).
-        grid_size: number G of intervals between `low` and `high`.
-        spline_order: degree p of the splines, 1 to 5.
-        weight: shape (O, I, K) with K = G + p.
-        update: left (O, r) and right (r, I, K).
-
-    Returns:
-        Tensor of shape (N, O).
-
-    Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.kan.product import spline_product
-    >>> spline_product(torch.rand(10, 2), -1, 1, 5, 3, torch.rand(4, 2, 8)).shape
-    torch.Size([10, 4])
-
-    ```
+    The basis is evaluated in blocks that fit the cache, and again in the backward pass: nothing of the size (N, I, K)
+    is kept. On large grids, only the coefficients of the p + 1 functions that are not zero at a point are gathered.
+    The basis is formed whole by plain operations, and in a backward pass that is itself differentiated.
     """
     left, right = update or (None, None)
     ends_vary = any(isinstance(end, Tensor) and end.requires_grad for end in (low, high))
@@ -148,15 +112,8 @@ def _differentiable_gradients(
 
 
 class _Evaluator:
-    """
-    Evaluates rows of the basis, and of its slopes, in the same memory for all rows.
-
-    Args:
-        points: the points.
-        rows: how many of them are evaluated at a time.
-        functions_first: whether a row is ordered (K, I) instead of (I, K). Operations between a number for each input
-            and all basis functions then run along the inputs, and cost a quarter.
-    """
+    """Evaluates up to `rows` rows of the basis, and of its slopes, in the same memory; `functions_first` orders a row
+    (K, I), so that operations between a number for each input and all basis functions run along the inputs."""
 
     def __init__(self, points: Points, rows: int, functions_first: bool) -> None:
         inputs = points.x.shape[1]
@@ -184,8 +141,8 @@ class _Evaluator:
         self.powers.sum_into(out, [integer_power(t, self.points.spline_order, out=t) for t in distances])
 
     def gradients(self, rows: slice, towards: Tensor, out: Tensor, values: Tensor | None) -> None:
-        """Writes into `out` (R, I) the gradient towards the points, from the gradient towards the basis functions
-        (R, I K), which is overwritten, and into `values`, if given, the basis functions."""
+        """Writes into `out` (R, I) the gradient towards the points, from `towards` (R, I K), the gradient towards the
+        basis functions, which is overwritten; and into `values`, if given, the basis functions."""
         count, order = len(self.powers.factors), self.points.spline_order
         offsets, first, *scratch = self.scratch[:, : len(out)]
         self._offsets_into(offsets, rows)

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Slim KANs: KANs whose coefficient tensors are Tucker tensors from the start."""
 
@@ -20,16 +9,16 @@ import copy
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from ..tucker import Tucker, cap_ranks, check_ranks, contract, expand_inputs, expands_first
+from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, contract, expand_inputs, expands_first
 from .basis import moments
-from .layer import KANLinear, check_layer
+from .layer import KANLinear, SplineLayer
 from .network import KAN, LayerStack, Norm, pairs, with_norms
 from .product import spline_product
 
@@ -40,10 +29,8 @@ SPLINE_VARIANCE_SHARE = 0.05
 GAIN_IN = 0.3
 GAIN_BASIS = 0.3
 
-Ranks = int | tuple[int, int, int]
 
-
-class SlimKANLinear(nn.Module):
+class SlimKANLinear(SplineLayer):
     r"""
     A `KANLinear` whose coefficient tensor is a Tucker tensor: its parameters are a core and three factors.
 
@@ -71,8 +58,6 @@ class SlimKANLinear(nn.Module):
     Source: Gao, Ng and Tan, "Low Tensor-Rank Adaptation of Kolmogorov-Arnold Networks", arXiv 2502.06153, Slim KANs.
     """
 
-    grid_bounds: torch.Tensor
-
     def __init__(
         self,
         in_features: int,
@@ -84,43 +69,32 @@ class SlimKANLinear(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        grid_range = check_layer(in_features, out_features, grid_size, spline_order, grid_range)
-        shape = (out_features, in_features, grid_size + spline_order + 1)
+        super().__init__(in_features, out_features, grid_size, spline_order, grid_range, device, dtype)
         ranks = check_ranks(ranks, "ranks")
+        shape = (out_features, in_features, self.grid.num_basis + 1)
         capped = cap_ranks(ranks, shape)
         warn_capped({f"SlimKANLinear({in_features}, {out_features})": (ranks, shape, capped)})
-
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.grid_size = grid_size
-        self.spline_order = spline_order
-        self.grid_range = grid_range
-        factory = {"device": device, "dtype": dtype}
-        self.core = nn.Parameter(torch.empty(capped, **factory))
+        self.core = nn.Parameter(torch.empty(capped, device=device, dtype=dtype))
         self.factor_out, self.factor_in, self.factor_basis = (
-            nn.Parameter(torch.empty(size, rank, **factory)) for size, rank in zip(shape, capped, strict=True)
+            nn.Parameter(torch.empty(sizes, device=device, dtype=dtype)) for sizes in zip(shape, capped, strict=True)
         )
-        self.register_buffer("grid_bounds", torch.empty(in_features, 2, **factory))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """
-        Make the layer a new one: grids on `grid_range`, and components that keep the variance of the activations.
+        Makes the layer a new one: grids on `grid_range`, and components that keep the variance of the activations.
 
-        factor_out and factor_in get orthogonal columns of norm sqrt(O) and `GAIN_IN`; factor_basis is normal, its
-        rows scaled so that the splines have the share `SPLINE_VARIANCE_SHARE` of the mean square of the functions
-        f_c, which is `GAIN_BASIS` squared; the core, as a matrix (ro, ri rb), gets orthogonal rows (or columns), and
-        the size with which E[y^2] is v, for independent inputs that are normal with the mean and the variance v of the
-        uniform law on `grid_range`. In a deep network of low ranks the inputs of the inner layers are far from
-        independent, and the variance wanders; `norm` of `SlimKAN` holds it.
-
-        The gains leave the function as it is, and set how far an optimizer's step of one size moves each component.
+        The factors factor_out and factor_in get orthogonal columns of norm sqrt(O) and `GAIN_IN`. The rows of
+        factor_basis are normal, and scaled so that the mean square of the functions f_c is `GAIN_BASIS` squared, of
+        which the splines have the share `SPLINE_VARIANCE_SHARE`. The core, as a matrix (ro, ri rb), gets orthogonal
+        rows (or columns), and the size with which E[y^2] = v, for independent inputs that are normal with the mean and
+        the variance v of the uniform law on `grid_range`. The gains set how far an optimizer's step moves each
+        component; the function does not depend on them.
 
         Source: the basis-agnostic Glorot-like rule of arXiv 2510.23501, on the forward pass.
         """
-        self.grid_bounds.copy_(torch.tensor(self.grid_range, dtype=torch.float64, device="cpu"))
+        super().reset_parameters()
         if self.core.is_meta:
             return
         variance, of_functions = moments(self.grid_range, self.grid_size, self.spline_order)
@@ -148,19 +122,13 @@ class SlimKANLinear(nn.Module):
 
     @property
     def spline_weight(self) -> torch.Tensor:
-        """The coefficient tensor (O, I, K) that the layer is equivalent to, built anew; differentiable."""
+        """The coefficient tensor (O, I, K) of the equivalent dense layer, built anew; differentiable."""
         return self.components._replace(factor_basis=self.factor_basis[:-1]).dense()
 
     @property
     def base_weight(self) -> torch.Tensor:
-        """The residual weights (O, I) that the layer is equivalent to, built anew; differentiable."""
+        """The residual weights (O, I) of the equivalent dense layer, built anew; differentiable."""
         return self.components._replace(factor_basis=self.factor_basis[-1:]).dense().squeeze(-1)
-
-    # the grids are those of a dense layer
-    basis = KANLinear.basis
-    _check_input = KANLinear._check_input
-    grid = KANLinear.grid
-    knots = KANLinear.knots
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
@@ -192,51 +160,33 @@ class SlimKANLinear(nn.Module):
 
     def to_dense(self) -> KANLinear:
         """The `KANLinear` that computes the same, up to rounding."""
-        dense = (
-            KANLinear(
-                self.in_features, self.out_features, self.grid_size, self.spline_order, self.grid_range, device="meta"
-            )
-            .to_empty(device=self.core.device)
-            .to(self.core.dtype)
+        shape = (self.in_features, self.out_features, self.grid_size, self.spline_order, self.grid_range)
+        return _filled(
+            KANLinear(*shape, device="meta"), self, spline_weight=self.spline_weight, base_weight=self.base_weight
         )
-        with torch.no_grad():
-            dense.spline_weight.copy_(self.spline_weight)
-            dense.base_weight.copy_(self.base_weight)
-            dense.grid_bounds.copy_(self.grid_bounds)
-        return dense.train(self.training)
 
     @classmethod
     def from_components(cls, layer: KANLinear, components: Tucker) -> SlimKANLinear:
-        """A Slim layer of the grids, the dtype and the device of a dense one, with these components.
-
-        Args:
-            layer: the dense layer (I, O), whose coefficients are not read.
-            components: of shape (O, I, K + 1).
-        """
-        slim = (
-            cls(
-                layer.in_features,
-                layer.out_features,
-                components.ranks,
-                layer.grid_size,
-                layer.spline_order,
-                layer.grid_range,
-                device="meta",
-            )
-            .to_empty(device=layer.grid_bounds.device)
-            .to(layer.grid_bounds.dtype)
-        )
-        with torch.no_grad():
-            slim.grid_bounds.copy_(layer.grid_bounds)
-            for parameter, value in zip(slim.components, components, strict=True):
-                parameter.copy_(value)
-        return slim.train(layer.training)
+        """The Slim layer with components (O, I, K + 1) on the grids, the dtype and the device of a dense layer."""
+        shape = (layer.grid_size, layer.spline_order, layer.grid_range)
+        slim = cls(layer.in_features, layer.out_features, components.ranks, *shape, device="meta")
+        return _filled(slim, layer, **components._asdict())
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, ranks={self.ranks}, "
-            f"grid_size={self.grid_size}, spline_order={self.spline_order}, grid_range={self.grid_range}"
-        )
+        return f"{super().extra_repr()}, ranks={self.ranks}"
+
+
+_L = TypeVar("_L", bound=SplineLayer)
+
+
+def _filled(new: _L, like: SplineLayer, **parameters: torch.Tensor) -> _L:
+    """The layer `new`, made on the meta device, with these parameters, and the rest as in `like`."""
+    new = new.to_empty(device=like.grid_bounds.device).to(like.grid_bounds.dtype)
+    with torch.no_grad():
+        new.grid_bounds.copy_(like.grid_bounds)
+        for name, value in parameters.items():
+            new.get_parameter(name).copy_(value)
+    return new.train(like.training)
 
 
 def _orthogonal(like: torch.Tensor) -> torch.Tensor:
@@ -247,15 +197,14 @@ def _orthogonal(like: torch.Tensor) -> torch.Tensor:
 
 class SlimKAN(LayerStack):
     """
-    A stack of `SlimKANLinear` layers, `self.layers`. It starts with activations of about the same variance at each
-    depth.
+    A stack of `SlimKANLinear` layers, `self.layers`. Activations start with about the same variance at each depth,
+    unless the ranks are low and the network is deep; `norm` helps there.
 
     Args:
-        widths, grid_size, spline_order, grid_range, device, dtype: as for `KAN`.
-        norm: as for `KAN`.
+        widths, grid_size, spline_order, grid_range, norm, device, dtype: as for `KAN`.
         ranks: (ro, ri, rb) or one number, as for `SlimKANLinear`, the same in each layer; or a list with ranks for
-            each layer, None making it a dense `KANLinear`. Ranks above the sizes of a layer's modes are capped, with a
-            warning.
+            each layer, where None makes a dense `KANLinear`. Ranks above the sizes of a layer's modes are capped, with
+            a warning.
 
     Raises:
         ValueError: an argument that `KAN` refuses, ranks that are not positive integers, or a list of them that has
@@ -301,11 +250,10 @@ class SlimKAN(LayerStack):
 
     def to_dense(self) -> KAN:
         """The `KAN` that computes the same, up to rounding."""
-        layers = [
-            layer.to_dense() if isinstance(layer, SlimKANLinear) else copy.deepcopy(layer) for layer in self.layers
-        ]
         kan = KAN([1, 1], device="meta")
-        kan.layers = nn.ModuleList(layers)
+        kan.layers = nn.ModuleList(
+            layer.to_dense() if isinstance(layer, SlimKANLinear) else copy.deepcopy(layer) for layer in self.layers
+        )
         return kan.train(self.training)
 
 
@@ -319,8 +267,7 @@ def _ranks_per_layer(ranks: Ranks | Sequence[Ranks | None], layers: int) -> list
                 "for each of them, or one (ro, ri, rb) for all."
             )
         return [None if r is None else check_ranks(r, "ranks") for r in per_layer]
-    checked: list[Ranks | None] = [check_ranks(per_layer, "ranks")]
-    return checked * layers
+    return [check_ranks(per_layer, "ranks") for _ in range(layers)]
 
 
 def warn_capped(layers: dict[str, tuple]) -> None:

@@ -1,30 +1,38 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """`spline_product` on large grids: by the coefficients of the basis functions that are not zero at a point."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .basis import cardinal_spline
-from .evaluation import Gradients, Pair, Points
 from .memory import EVALUATED, blocks
+
+
+Pair = tuple[Tensor, Tensor]  # left (O, r) and right (r, I, K) of an update
+Gradients = tuple[Tensor | None, ...]  # towards x, weight, left and right
+
+
+class Points(NamedTuple):
+    """Points on the grids of a layer."""
+
+    x: Tensor  # (N, I)
+    low: Tensor  # lower ends of the grids, (I,) or ()
+    scale: Tensor  # grid intervals per unit, (I,) or ()
+    num_basis: int
+    spline_order: int
+
+    @property
+    def position(self) -> Tensor:
+        """The points in grid intervals from `low`, (N, I)."""
+        return (self.x - self.low) * self.scale
 
 
 # From so many basis functions for each one that is not zero at a point, and from so many points, to gather

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Sums of squared residuals of a model: their values, and their Jacobian by rows."""
 
@@ -88,6 +77,10 @@ def name_term(index: int, function: Callable) -> str:
     return f"residual term {index} ({getattr(function, '__name__', type(function).__name__)})"
 
 
+def _list_modules(names: list[str]) -> str:
+    return f" (here of {', '.join(repr(name) for name in names)})" if names else ""
+
+
 class LeastSquares:
     """The residuals as a function of the flat vector of the trainable parameters, in float64.
 
@@ -110,13 +103,16 @@ class LeastSquares:
         self.sizes = [parameter.numel() for parameter in trainable.values()]
         self.num_parameters = sum(self.sizes)
         self.start = torch.cat([parameter.detach().double().flatten() for parameter in trainable.values()])
-        self.terms = []
+        self.modes = tuple(part.training for part in model.modules())
+        self.terms: list[Term] = []
         self.plans: Plans = {}
         for function, rows, weight in terms:
             rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
             self.terms.append((function, rows, math.sqrt(weight / len(rows[0]))))
             key = self._key(function, rows)
             if key not in self.plans:
+                if key not in plans:
+                    self._check_rows(function, rows, 2)
                 self.plans[key] = plans.get(key) or self._plan(function, rows)
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
@@ -138,14 +134,72 @@ class LeastSquares:
         """(n, m) scaled residuals of n rows, with these tensors for the trainable parameters."""
         evaluate = partial(function, self.model)
         values = call_with_parameters(self.model, {**self.fixed, **named}, evaluate, tuple(rows), {})
-        return scale * values.reshape(len(rows[0]), -1)
+        n, is_tensor = len(rows[0]), isinstance(values, Tensor)
+        if not is_tensor or not values.is_floating_point() or values.shape[:1] != (n,) or not values.numel():
+            given = f"{values.dtype} of shape {tuple(values.shape)}" if is_tensor else type(values).__name__
+            raise ValueError(
+                f"{self._name(function)} returns {given} for {n} rows, but must return floating point numbers "
+                f"of shape ({n},) or ({n}, m): the residuals of each row, without a mean over rows."
+            )
+        return scale * values.reshape(n, -1).double()
+
+    def _name(self, function: Callable) -> str:
+        return "The " + name_term([term[0] for term in self.terms].index(function), function)
+
+    @torch.no_grad()
+    def _check_rows(self, function: Callable, rows: Sequence[Tensor], most: int) -> None:
+        """Refuses random residuals, and those of a row that change with the other rows.
+
+        Up to `most` rows are evaluated beside as many others, and beside themselves. Equal shapes make equal rounding.
+        """
+        n = len(rows[0])
+        half = max(1, min(most, n // 2))
+        first, second = [row[:half] for row in rows], [row[-half:] if n < 2 else row[half : 2 * half] for row in rows]
+        buffers = {name: tensor.clone() for name, tensor in self.model.named_buffers()}  # batch normalization writes
+
+        def evaluate(*parts: list[Tensor]) -> Tensor:
+            named = {**buffers, **self.fixed, **self._named(self.start)}
+            return self._call(function, 1.0, named, [torch.cat(row) for row in zip(*parts, strict=True)])
+
+        def differ(values: Tensor, others: Tensor) -> bool:
+            tolerance = 1e-7 * values.nan_to_num(0, 0, 0).abs().max().item() + 1e-10
+            return values.shape != others.shape or not torch.allclose(values, others, 1e-7, tolerance, equal_nan=True)
+
+        before = self._random_state()
+        both = evaluate(first, second)
+        coupled = differ(both[:half], evaluate(first, first)[:half])
+        coupled = coupled or differ(both[half:], evaluate(second, second)[half:])
+        if both.shape[1] % len(both) == 0 and len(evaluate(first)[0]) != both.shape[1]:
+            raise ValueError(
+                f"{self._name(function)} returns {(n, both.shape[1] * n // len(both))} for {n} rows, but must return "
+                f"({n},) or ({n}, m) with a fixed m. Shapes ({n},) and ({n}, 1) make such a square by broadcasting: "
+                "squeeze or unsqueeze one of the two."
+            )
+        training = [(name, part) for name, part in self.model.named_modules() if part.training]
+        if not torch.equal(before, self._random_state()) or (coupled and differ(both, evaluate(first, second))):
+            kinds = [n for n, part in training if getattr(part, "is_random", "Dropout" in type(part).__name__)]
+            raise ValueError(
+                f"{self._name(function)} is random, so that two evaluations differ. Draw before the step and pass the "
+                f"draws as rows, and turn dropout off by `model.eval()`{_list_modules(kinds)}."
+            )
+        if coupled:
+            kinds = [n for n, part in training if "BatchNorm" in type(part).__name__]
+            raise ValueError(
+                f"{self._name(function)} returns residuals of a row that depend on the other rows, but each must "
+                "depend on its own row alone. Give what a residual needs in its row, and put batch normalization into "
+                f"evaluation mode by `model.eval()`{_list_modules(kinds)}."
+            )
+
+    def _random_state(self) -> Tensor:
+        on_gpu = self.start.is_cuda
+        return torch.cuda.get_rng_state(self.start.device) if on_gpu else torch.get_rng_state()
 
     def _leaves(self) -> dict[str, Tensor]:
         return {name: part.detach().requires_grad_() for name, part in self._named(self.start).items()}
 
     def _key(self, function: Callable, rows: Sequence[Tensor]) -> tuple:
         shapes = tuple((row.shape[1:], row.dtype) for row in rows)
-        return id(function), shapes, tuple((name, part.shape) for name, part in self.trainable.items())
+        return id(function), self.modes, shapes, tuple((name, part.shape) for name, part in self.trainable.items())
 
     def _plan(self, function: Callable, rows: Sequence[Tensor]) -> TermPlan:
         """Measures what autograd keeps for a row, and whether the Jacobian can be computed by layers."""
@@ -222,6 +276,7 @@ class LeastSquares:
             if found is not None:
                 return found
             plan.bytes_by_layers = 0
+            self._check_rows(function, rows, len(rows[0]))
         parts = zip(*(row.split(self._rows_at_once(plan)) for row in rows), strict=True)
         found = torch.cat([self._jacobian_by_rows(function, scale, part) for part in parts])
         return found if out is None else out[: len(found)].copy_(found)

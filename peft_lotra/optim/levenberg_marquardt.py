@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Levenberg-Marquardt for adapters, and for any model whose trainable parameters are few enough."""
 
@@ -34,14 +23,23 @@ SMALLEST_DAMPING = 1e-16  # less is lost in the rounding of the normal equations
 
 @dataclass(frozen=True)
 class LevenbergMarquardtStep:
-    """The record of one step."""
+    """The record of one step.
 
-    loss: float  # the loss of the parameters that the model now has; NaN if it is not finite
-    damping: float  # the damping that the next step starts with
-    accepted: bool  # whether the parameters changed
-    attempts: int = 0  # the number of damped systems that were solved
-    decrease: float = 0.0  # the decrease of the loss, as a share of the loss
-    reason: str = ""  # why the parameters did not change; empty if they did
+    Attributes:
+        loss: The loss of the parameters that the model now has; NaN if it is not finite.
+        damping: The damping that the next step starts with.
+        accepted: Whether the parameters changed.
+        attempts: The number of damped systems that were solved.
+        decrease: The decrease of the loss, as a share of the loss.
+        reason: Why the parameters did not change; empty if they did.
+    """
+
+    loss: float
+    damping: float
+    accepted: bool
+    attempts: int = 0
+    decrease: float = 0.0
+    reason: str = ""
 
 
 class LevenbergMarquardt:
@@ -115,7 +113,8 @@ class LevenbergMarquardt:
             damping stays), or if no damping up to `max_damping` makes the loss fall.
 
         Raises:
-            ValueError: A term is malformed, or the matrices do not fit into `memory`.
+            ValueError: A term is malformed, random (dropout in training mode), or depends on other rows (batch
+                normalization in training mode), or the matrices do not fit into `memory`.
 
         Example:
             >>> from peft_lotra.kan import KAN, jet

@@ -1,24 +1,16 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """How adapters come into a model and out of it again, and which tensors are theirs; also for PEFT's mixed models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -30,7 +22,7 @@ from .config import ALL_KAN, LoTRAConfig
 from .guards import guard_network, release_networks
 from .layer import LoTRALayer, lotra_layers
 from .slim import SlimLoTRALayer
-from .targets import Target, check_base, describe_targets, find_targets, locate_target
+from .targets import Target, check_base, check_parameters, describe_targets, find_targets, locate_target
 
 
 _COMPONENTS = LoTRALayer.adapter_layer_names
@@ -46,18 +38,31 @@ def prepare_config(config: LoTRAConfig) -> LoTRAConfig:
 
 def prepare_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     """Finds and checks all targets before the first of them is touched, and writes them into the configuration."""
-    if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
-        raise ValueError(
-            f"`task_type` is {config.task_type!r}, but the model does not generate: it has no "
-            "`prepare_inputs_for_generation`. Leave `task_type` out."
-        )
+    _check_task_type(config, model)
     targets = find_targets(config, model)
+    check_parameters(config, model, targets)
     if config.targets_all_kan:
         config.target_modules = set(targets)
     config.base_layers = describe_targets(targets)
     check_base(config, model, targets)
     check_names(config, model, targets)
     return targets
+
+
+def _check_task_type(config: LoTRAConfig, model: nn.Module) -> None:
+    """Refuses a task whose class in PEFT calls what the model does not have."""
+    if config.task_type not in MODEL_TYPE_TO_PEFT_MODEL_MAPPING:
+        return
+    problem = f"`task_type` is {config.task_type!r}, but the model"
+    if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(
+            f"{problem} does not generate: it has no `prepare_inputs_for_generation`. Leave `task_type` out."
+        )
+    arguments = inspect.signature(model.forward).parameters.values()
+    takes_ids = any(argument.name == "input_ids" or argument.kind is argument.VAR_KEYWORD for argument in arguments)
+    if not takes_ids or not hasattr(model, "config"):
+        lacking = "has no `config`" if takes_ids else "takes no `input_ids`"
+        raise ValueError(f"{problem} is not of this kind: it {lacking}. Leave `task_type` out.")
 
 
 def create_and_replace(
@@ -95,6 +100,31 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in list(module._modules.items()):  # named_children() leaves out repetitions
             if child is old:
                 setattr(module, name, new)
+
+
+@contextmanager
+def transaction(model: nn.Module, tensors: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Puts a model back as it was, with these of its tensors, if what is done within is not finished."""
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    contents = [(v, v.copy()) for _, old in attributes for v in old.values() if type(v) in (dict, list, set)]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for now, before in (*attributes, *contents):
+            if _identities(now) != _identities(before):  # other threads may read what has not changed
+                now.clear()
+                (now.extend if isinstance(now, list) else now.update)(before)
+        for parameter, flag in flags:
+            parameter.requires_grad = flag
+        for tensor, value in values:
+            tensor.data.copy_(value)
+        raise
+
+
+def _identities(container: dict | list | set) -> list[int]:
+    return [*map(id, container), *map(id, container.values() if isinstance(container, dict) else ())]
 
 
 def take_out(model: nn.Module, adapter_name: str, requires_grad: Sequence[tuple[nn.Parameter, bool]]) -> None:
@@ -145,22 +175,50 @@ def _is_of_another_adapter(name: str) -> bool:
 def mismatches(
     model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str
 ) -> tuple[dict[str, list[str]], set[str]]:
-    """The components in a state dict that have another shape, in words, by adapter; and the adapters in it."""
+    """What a state dict has in another shape or kind than adapters, in words, by adapter; and the adapters in it."""
     wrong: dict[str, list[str]] = {}
     loaded: set[str] = set()
-    for name, layer in lotra_layers(model):
-        for component in _COMPONENTS:
-            for adapter, parameter in getattr(layer, component).items():
-                tensor = state_dict.get(f"{prefix}{name}.{component}.{adapter}")
-                if tensor is None:
-                    continue
-                loaded.add(adapter)
-                if tensor.shape != parameter.shape:
-                    wrong.setdefault(adapter, []).append(
-                        f"{name}.{component}: {tuple(tensor.shape)} in the checkpoint, {tuple(parameter.shape)} "
-                        f"in the model, whose layer has the shape (out, in, basis) = {layer.lotra_tensor.shape}"
-                    )
+    for name, adapter, expected, remark in _adapter_tensors(model):
+        tensor = state_dict.get(prefix + name)
+        if isinstance(tensor, Tensor):
+            loaded.add(adapter)
+            if problem := differ(tensor, expected):
+                wrong.setdefault(adapter, []).append(f"{_without(adapter, name)}: {problem}{remark}")
     return wrong, loaded
+
+
+def _without(adapter: str, name: str) -> str:
+    """The name of a tensor as a file has it."""
+    return name.removesuffix(f".{adapter}").replace(f".modules_to_save.{adapter}.", ".")
+
+
+def _adapter_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor, str]]:
+    """The tensors of all adapters: name, adapter, tensor, and what an error says of its layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoTRALayer):
+            remark = f", whose layer has the shape (out, in, basis) = {module.lotra_tensor.shape}"
+            for component in _COMPONENTS:
+                for adapter, parameter in getattr(module, component).items():
+                    yield f"{name}.{component}.{adapter}", adapter, parameter, remark
+        elif isinstance(module, ModulesToSaveWrapper):
+            for adapter, saved in module.modules_to_save.items():
+                for key, value in saved.state_dict(keep_vars=True).items():
+                    if isinstance(value, Tensor):
+                        yield f"{name}.modules_to_save.{adapter}.{key}", adapter, value, ""
+
+
+def differ(tensor: Tensor, expected: Tensor, new: str = "the checkpoint", old: str = "the model") -> str:
+    """How a tensor of a file has another shape than that of the model, or a dtype of another kind; empty if not."""
+    if tensor.shape != expected.shape:
+        return f"{tuple(tensor.shape)} in {new}, {tuple(expected.shape)} in {old}"
+    if _kind(tensor.dtype) != _kind(expected.dtype):
+        return f"{tensor.dtype} in {new}, {expected.dtype} in {old}"
+    return ""
+
+
+def _kind(dtype: torch.dtype) -> tuple[bool, ...]:
+    is_float = dtype.is_floating_point
+    return is_float, is_float and dtype.itemsize < 2, dtype.is_complex, dtype == torch.bool
 
 
 def select_to_load(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -171,9 +229,9 @@ def select_to_load(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
     base = model.state_dict().keys()
     wrong = [f"{name} is missing" for name in sorted(own - state_dict.keys())]
     for name, tensor in selected.items():
-        if name in own:
-            wrong += [f"{name} has values that are not finite"] if not torch.isfinite(tensor).all() else []
-        elif f".modules_to_save.{adapter_name}." not in name and name in base:
+        if not torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all():
+            wrong.append(f"{_without(adapter_name, name)} has values that are not finite")
+        if name not in own and f".modules_to_save.{adapter_name}." not in name and name in base:
             wrong.append(f"{name} would be written over, which is no part of the adapter ({OF_THE_BASE})")
     refuse("The tensors are not those of the adapter, nothing was loaded:", wrong)
     return selected

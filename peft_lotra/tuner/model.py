@@ -1,20 +1,9 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -37,6 +26,7 @@ from .injection import (
     select_to_load,
     select_to_save,
     take_out,
+    transaction,
 )
 from .layer import LoTRALayer, lotra_layers
 from .locks import LayerLock, exclusively_within
@@ -84,7 +74,7 @@ class LoTRAModel(BaseTuner):
     target_module_mapping: dict[str, Any] = {}
     peft_config: dict[str, LoTRAConfig]
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, model: nn.Module, *args, **kwargs) -> None:
         # before super().__init__, which injects the first adapter
         # what the parameters of the base required before any adapter, and require again when all are unloaded
         self._requires_grad_of_base: list[tuple[nn.Parameter, bool]] | None = None
@@ -93,31 +83,30 @@ class LoTRAModel(BaseTuner):
         self._targets: dict[str, Target] = {}
         # adapters that were injected to be loaded from a file, with what the parameters required before
         self._awaited_adapters: dict[str, list[tuple[nn.Parameter, bool]]] = {}
-        super().__init__(*args, **kwargs)
+        with transaction(model):
+            super().__init__(model, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        config = self.peft_config.pop(adapter_name)  # PEFT takes it out after an Exception only
         # other threads may go on with inference
         with ExitStack() as locks:
             for lock in (self.lotra_lock, *(layer.lotra_lock for _, layer in lotra_layers(model))):
                 locks.enter_context(lock)
-            self._inject_adapter(model, adapter_name, *args, **kwargs)
+            with transaction(self):
+                self.peft_config[adapter_name] = config
+                self._inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         if "." in adapter_name:  # what nn.ParameterDict would say, but only when some layers are adapted already
             raise KeyError(f'The adapter name can\'t contain ".", got {adapter_name!r}.')
         peft_config = self.peft_config[adapter_name]
         requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            layers = [layer for _, layer in lotra_layers(model, adapter_name)]
-            # PEFT 0.19 looks only whether any adapter has a layer
-            if not (layers or peft_config.modules_to_save or peft_config.target_modules == DUMMY_TARGET_MODULES):
-                raise ValueError(f"Target modules {peft_config.target_modules} not found in the base model.")
-        except Exception:
-            take_out(self.model, adapter_name, requires_grad)
-            raise
-        finally:
-            self._targets = {}
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = [layer for _, layer in lotra_layers(model, adapter_name)]
+        # PEFT 0.19 looks only whether any adapter has a layer
+        if not (layers or peft_config.modules_to_save or peft_config.target_modules == DUMMY_TARGET_MODULES):
+            raise ValueError(f"Target modules {peft_config.target_modules} not found in the base model.")
+        self._targets = {}
         for layer in layers:
             GRADIENTS.pop(layer.get_base_layer(), None)
         if self._requires_grad_of_base is None:
@@ -151,23 +140,34 @@ class LoTRAModel(BaseTuner):
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args, **kwargs) -> None:
         """Refuses tensors that do not fit before the first of them is loaded. Called by `load_state_dict`."""
-        wrong, loaded = mismatches(self.model, state_dict, f"{prefix}model.")
-        for adapter in wrong.keys() & self._awaited_adapters.keys():
-            # PEFT has injected it only to load it. Take it out, so that the failed attempt changes nothing.
+        wrong, loaded = {}, {name for name in self._awaited_adapters if any(f".{name}" in key for key in state_dict)}
+        try:
+            wrong, loaded = mismatches(self.model, state_dict, f"{prefix}model.")
+            refuse_for_model([problem for problems in wrong.values() for problem in problems])
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            self._awaited_adapters = {key: v for key, v in self._awaited_adapters.items() if key not in loaded}
+        except BaseException:
+            self._give_up(wrong or loaded)
+            raise
+
+    def _give_up(self, adapters: Iterable[str]) -> None:
+        """Takes adapters out that PEFT has injected only to load them, so that the failed attempt changes nothing."""
+        for adapter in self._awaited_adapters.keys() & adapters:
             take_out(self.model, adapter, self._awaited_adapters.pop(adapter))
             del self.peft_config[adapter]
-        if wrong and not self.peft_config and hasattr(self.model, "peft_config"):
+        if not self.peft_config and hasattr(self.model, "peft_config"):
             del self.model.peft_config
-        refuse_for_model([problem for problems in wrong.values() for problem in problems])
-        for adapter in loaded:
-            self._awaited_adapters.pop(adapter, None)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         # From PEFT 0.20 on. For tensors that come without a config, for an adapter that is there.
-        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return select_to_load(model, adapter_name, state_dict)
+        try:
+            state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            return select_to_load(model, adapter_name, state_dict)
+        except KeyboardInterrupt:
+            for tuner in (module for module in model.modules() if isinstance(module, cls)):
+                tuner._give_up([adapter_name])
+            raise
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
@@ -195,7 +195,18 @@ class LoTRAModel(BaseTuner):
         self._check_merge(adapter_names, safe_merge)
         for _, layer in lotra_layers(self.model):
             layer.keep_base = keep_base
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        with transaction(self, self._base_parameters()):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Takes the merged adapters out of the base model again."""
+        with transaction(self, self._base_parameters()):
+            super().unmerge_adapter()
+
+    def _base_parameters(self) -> list[nn.Parameter]:
+        return [
+            parameter for _, layer in lotra_layers(self.model) for parameter in layer.get_base_layer().parameters()
+        ]
 
     def merge_and_unload(self, *args, slim: Literal["densify", "truncate"] = "densify", **kwargs) -> nn.Module:
         """Merges the active adapters, or those named, into the base model, and returns it without a trace of LoTRA.
@@ -225,6 +236,10 @@ class LoTRAModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         if merge:
             self._check_merge(adapter_names, safe_merge)
+        else:
+            for _, layer in lotra_layers(self.model):
+                if layer.merged:
+                    layer.unmerge()
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         release_networks(self.model)
         # pykan's `fit`, for one, expects its own parameters to be trainable
@@ -250,7 +265,8 @@ class LoTRAModel(BaseTuner):
             raise ValueError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
-        super().delete_adapter(adapter_name)
+        with transaction(self):
+            super().delete_adapter(adapter_name)
 
     add_weighted_adapter = add_weighted_adapter
 

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The layers that a configuration adapts: found, located and checked before the first of them is touched."""
 
@@ -25,14 +14,17 @@ from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..families.coefficients import CoefficientTensor
 from ..families.registry import KANLayerSpec, get_kan_spec, known_families, walk_kan_layers
+from ..families.slim import SlimLayer
 from ..files.checkpoint import TRAINED_ON, refuse
 from ..files.fingerprint import Values, hash_all_dtypes, is_same, layer_values
 from ..files.patterns import exact_pattern
+from ..kan.slim_kan import SlimKANLinear
 from .config import LoTRAConfig
-from .layer import LoTRALayer
+from .layer import LoTRALayer, lotra_layers
 
 
 class Target(NamedTuple):
@@ -104,6 +96,33 @@ def locate_target(name: str, module: nn.Module) -> Target:
             "`peft_lotra.register_kan_layer`."
         )
     return Target(layer, spec, spec.locate(layer))
+
+
+def check_parameters(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Refuses coefficients that are computed anew in each forward pass, and those that two layers share."""
+    owners: dict[int, tuple[str, nn.Module]] = {}
+    adapted = {name: Target(m.base_layer, m.lotra_spec, m.lotra_tensor) for name, m in lotra_layers(model)}
+    for name, (layer, _, coefficients) in {**adapted, **targets}.items():
+        if isinstance(layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
+            continue
+        for full_name in coefficients.parameters if config.adapt_residual else (coefficients.name,):
+            path, _, leaf = full_name.rpartition(".")
+            owner = layer.get_submodule(path)
+            computed = leaf not in owner._parameters and owner._forward_pre_hooks  # FSDP's views have no such hook
+            if is_parametrized(owner, leaf) or computed:
+                raise ValueError(
+                    f"`{full_name}` of the layer `{name}` is computed from other parameters in each forward pass "
+                    "(pruning, weight_norm or another reparametrization), so that an adapter of it would have no "
+                    "effect. Remove the reparametrization first: `torch.nn.utils.prune.remove`, "
+                    "`torch.nn.utils.remove_weight_norm` or `torch.nn.utils.parametrize.remove_parametrizations`."
+                )
+            first, other = owners.setdefault(id(owner._parameters.get(leaf, owner)), (name, layer))
+            if other is not layer:
+                raise ValueError(
+                    f"The layers `{first}` and `{name}` share one parameter, `{full_name}`, so that merging would add "
+                    "the updates of both to it. Give each its own copy, or leave one of them out by "
+                    "`exclude_modules`."
+                )
 
 
 def describe_targets(targets: Mapping[str, Target]) -> dict[str, dict[str, Any]]:

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 
 from __future__ import annotations
@@ -25,7 +14,7 @@ from helpers import adapt, base, inputs
 from stand_ins import FAMILIES
 from torch import Tensor, nn
 
-from peft_lotra.kan import KAN, SlimKAN, evaluation, jet, laplacian
+from peft_lotra.kan import KAN, SlimKAN, basis, jet, laplacian
 from peft_lotra.kan.jets import few_outputs
 from peft_lotra.kan.memory import _kept
 from peft_lotra.optim import LevenbergMarquardt
@@ -36,7 +25,7 @@ def nothing_kept() -> None:
     """Each test starts as a new thread does: what is kept is what the test evaluates first."""
     for name in list(vars(_kept)):
         delattr(_kept, name)
-    evaluation._constants.cache_clear()
+    basis._power_constants.cache_clear()
     few_outputs._pieces.cache_clear()
 
 

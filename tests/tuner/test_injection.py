@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -21,12 +10,14 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.tuner.injection import (
+    differ,
     mismatches,
     prepare_targets,
     replace_module,
     select_to_load,
     select_to_save,
     take_out,
+    transaction,
 )
 
 
@@ -56,6 +47,35 @@ def test_what_is_taken_out_leaves_no_trace():
     model.train()
     assert_same(model, before)
     assert torch.is_tensor(model(torch.zeros(2, 3)))
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_what_is_not_finished_is_put_back(error):
+    model = nested()
+    model.notes = ["one"]
+    before, weight, names = snapshot(model), model.head.weight, list(model._modules)
+    with pytest.raises(error), transaction(model, [weight]), torch.no_grad():
+        weight.zero_().requires_grad_(False)
+        model.head = nn.Tanh()
+        model.extra = nn.Linear(1, 1)
+        model.notes.append("two")
+        model.eval()
+        raise error
+    assert_same(model, before)
+    assert model.head.weight is weight and list(model._modules) == names and model.notes == ["one"]
+    with transaction(model, [weight]):
+        model.notes.append("two")
+    assert model.notes == ["one", "two"]
+
+
+def test_tensors_differ_in_shape_or_kind():
+    ours = torch.zeros(2)
+    assert "(3,) in the checkpoint, (2,) in the model" in differ(torch.zeros(3), ours)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert not differ(ours.to(dtype), ours)
+    for dtype in (torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn):
+        assert f"{dtype} in the checkpoint" in differ(ours.to(dtype), ours)
+    assert not differ(torch.tensor(1), torch.tensor(1, dtype=torch.int32))
 
 
 @pytest.fixture

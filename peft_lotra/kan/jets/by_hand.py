@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What a dense KAN layer makes of a jet, as one operation with a hand-written backward pass."""
 
@@ -22,18 +11,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..basis import UniformGrid, silu_derivatives
-from ..evaluation import TruncatedPowers
-from ..memory import JET_BLOCK, OFF_CPU
+from ..basis import TruncatedPowers, UniformGrid, integer_power, silu_derivatives
+from ..memory import JET_BLOCK, OFF_CPU, blocks
 
 
 class LayerJet(torch.autograd.Function):
     """
-    z (I, N), z' (D, I, N), z'' (D or 1, I, N) or None, and coefficients (O, (K + 1) I) to y, y' and y'' with O for I.
-
-    The other arguments are the grid, the weights (D,) of the sum of the second derivatives or None for each of them,
-    whether y'' alone is wanted, and a function of the first four arguments that computes the same by operations that
-    autograd differentiates, for a backward pass that is differentiated itself.
+    z (I, N), z' (D, I, N), z'' (D or 1, I, N) or None, and coefficients (O, (K + 1) I) to y, y' and y'', see
+    `evaluate_layer`. The function `plain` of these four does the same by operations that autograd differentiates.
 
     Only the arguments are kept. Features are evaluated in blocks of rows that fit the cache, and again in backward.
     Each of the jet rows f, f' z' and f'' z'^2 + f' z'' goes through the matrix product by itself, so that one buffer
@@ -70,11 +55,9 @@ class LayerJet(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *plain_gradients(ctx, grads), *[None] * 4
         to_inputs = any(ctx.needs_input_grad[:3])
-        to_z = to_first = to_second = transposed = None
-        if to_inputs:
-            to_z, to_first = torch.empty_like(z), first.new_empty(first.shape)
-            to_second = None if second is None else torch.empty_like(second)
-            transposed = weight.t().contiguous()
+        inputs = (z, first, z if second is None else second)
+        to_z, to_first, to_second = (part.new_zeros(part.shape if to_inputs else 0) for part in inputs)
+        transposed = weight.t().contiguous() if to_inputs else None
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[3] else None
         derivatives = [d for d in range(4) if (d < 3 or to_inputs) and (d > 0 or grad_y is not None)]
         features = copy.copy(ctx.features)  # so that its memory is this call's, whatever other threads do
@@ -87,64 +70,44 @@ class LayerJet(torch.autograd.Function):
                     to_weight.addmm_(gradient, jet_row.t())
                 return [] if transposed is None else jet_rows.sums(transposed, gradient, orders)
 
-            along_z: Tensor | None = None
-            along_first: list[Tensor | None] = [None] * len(first)
             if grad_y is not None:
                 for by_first in sums(jet_rows.value(), grad_y[:, block], (1,)):
-                    along_z = by_first.mul_(scales[1])
-            if grad_dy is not None:
-                for d in range(len(first)):
-                    found = sums(jet_rows.first(d), grad_dy[d, :, block], (1, 2))
-                    if found:
-                        along_first[d] = found[0].mul_(scales[1])
-                        by_second = found[1].mul_(scales[2]).mul_(first[d, :, block])
-                        along_z = by_second if along_z is None else along_z.add_(by_second)
+                    to_z[:, block].addcmul_(by_first, scales[1])
+            for d, given in enumerate([] if grad_dy is None else grad_dy):
+                if found := sums(jet_rows.first(d), given[:, block], (1, 2)):
+                    to_first[d, :, block].addcmul_(found[0], scales[1])
+                    to_z[:, block].addcmul_(found[1].mul_(scales[2]), first[d, :, block])
             for d, given in enumerate([] if grad_d2y is None else grad_d2y):
-                orders = (1, 2, 3) if second is not None else (2, 3)
-                found = sums(jet_rows.second(d), given[:, block], orders)
+                found = sums(jet_rows.second(d), given[:, block], (2, 3) if second is None else (2, 3, 1))
                 if not found:
                     continue
-                *by_first, by_second, by_third = found
+                by_second, by_third, *by_first = found
                 by_second.mul_(scales[2])
-                by_third.mul_(scales[3]).mul_(jet_rows.square[d])
-                along_z = by_third if along_z is None else along_z.add_(by_third)
-                if to_second is not None and second is not None:
-                    torch.mul(by_first[0], scales[1], out=to_second[d, :, block])
-                    along_z.addcmul_(by_second, second[d, :, block])
+                to_z[:, block].addcmul_(by_third.mul_(scales[3]), jet_rows.square[d])
+                if second is not None:
+                    to_second[d, :, block].addcmul_(by_first[0], scales[1])
+                    to_z[:, block].addcmul_(by_second, second[d, :, block])
                 for c in range(len(first)) if weights is not None else (d,):
-                    square = by_second * jet_rows.weighted[c]
-                    along = along_first[c]
-                    along_first[c] = square.mul_(2) if along is None else along.add_(square, alpha=2)
-            if to_z is not None and to_first is not None:
-                to_z[:, block] = 0 if along_z is None else along_z
-                for d, along in enumerate(along_first):
-                    to_first[d, :, block] = 0 if along is None else along
-                if to_second is not None and grad_d2y is None:
-                    to_second[..., block] = 0
-        return to_z, to_first, to_second, to_weight, *[None] * 4
+                    to_first[c, :, block].addcmul_(by_second, jet_rows.weighted[c], value=2)
+        if not to_inputs:
+            return None, None, None, to_weight, *[None] * 4
+        return to_z, to_first, None if second is None else to_second, to_weight, *[None] * 4
 
 
 class LayerFeatures:
     """
-    What multiplies the coefficients of a layer, B-splines and silu, and its derivatives, in blocks of rows.
+    The B-splines of a layer with inputs z (I, N), silu, and the derivatives of both, in blocks of rows.
 
-    Positions are counted in the units of `TruncatedPowers`. The d-th derivative of the splines lacks the factor
-    `scales[d]`, (I, 1), which belongs to the tensors of inputs, since they are smaller; the derivatives of silu are
-    divided by it.
-
-    Args:
-        grid: the grids of the layer.
-        z: its inputs, (I, N).
+    Positions are counted in the units of `TruncatedPowers`. The d-th derivatives lack the factor `scales[d]`, (I, 1),
+    with which the tensors of inputs are multiplied, since they are smaller.
     """
 
     def __init__(self, grid: UniformGrid, z: Tensor) -> None:
         order = self.order = grid.spline_order
-        num_basis = grid.grid_size + order
-        self.shape = (num_basis + 1, len(z))
-        self.powers = TruncatedPowers(order, num_basis, z)
-        low, high = grid.low.unsqueeze(-1), grid.high.unsqueeze(-1)
-        self.per_unit = self.powers.unit * grid.grid_size / (high - low)
-        self.shift = -low * self.per_unit
+        self.shape = (grid.num_basis + 1, len(z))
+        self.powers = TruncatedPowers(order, grid.num_basis, z)
+        self.per_unit = self.powers.unit * grid.per_unit.unsqueeze(-1)
+        self.shift = -grid.low.unsqueeze(-1) * self.per_unit
         self.scales = {1: self.per_unit * -order}
         for d in (2, 3):
             self.scales[d] = self.per_unit * -max(order - d + 1, 1) * self.scales[d - 1]
@@ -154,8 +117,8 @@ class LayerFeatures:
 
     def blocks(self, rows: int) -> list[slice]:
         """Of about the same size, none above `self.rows`."""
-        size = -(-rows // max(1, -(-rows // self.rows)))
-        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)] if rows else []
+        count = max(1, -(-rows // self.rows))
+        return blocks(0, rows, max(1, -(-rows // count)))
 
     def buffers(self, z: Tensor) -> Tensor:
         """Memory for five features and for what `derivatives` needs: (buffers, K + 1, I, rows)."""
@@ -165,7 +128,7 @@ class LayerFeatures:
         return self.buffer[: count * numbers].view(count, *self.shape, z.shape[1])
 
     def derivatives(self, z: Tensor, orders: Sequence[int]) -> tuple[dict[int, Tensor], Tensor, Tensor]:
-        """The derivatives of these orders at z (I, rows), each (K + 1, I, rows), silu last; and two buffers more."""
+        """The derivatives of consecutive orders at z (I, rows), each (K + 1, I, rows); and two buffers more."""
         count = len(self.powers.factors)
         buffers = self.buffers(z).unbind(0)
         found = dict(zip(orders, buffers, strict=False))
@@ -175,26 +138,19 @@ class LayerFeatures:
         torch.sign(others[0], out=sign)
         distances, terms = self.powers.distances(others[0].abs_(), others[1:count]), others[count:]
 
-        reached = None  # the power in `terms`
+        reached = 0  # the power in `terms`
         for d in sorted(orders, reverse=True):
             power, values = self.order - d, found[d][:-1]
             if power < 0:
                 values.zero_()
                 continue
-            pairs = zip(distances, terms, strict=True)
-            if power == 0:  # 0^0 is 0
-                powers = [torch.sign(t, out=out) for t, out in pairs]
-            elif power == 1:
-                powers = distances
-            elif reached is None or reached < 2:
-                powers = [torch.pow(t, power, out=out) for t, out in pairs]
-            else:
-                powers = terms
-                for _ in range(power - reached):
-                    for t, out in zip(distances, terms, strict=True):
-                        out.mul_(t)
+            for t, out in zip(distances, terms, strict=True):
+                if reached > 1:  # the power before
+                    out.mul_(t)
+                elif power != 1:
+                    integer_power(t, power, out=out)
             reached = power
-            self.powers.sum_into(values, powers)
+            self.powers.sum_into(values, distances if power == 1 else terms)
             if d % 2:
                 values.mul_(sign)
         residual = silu_derivatives(z, max(orders))
@@ -204,25 +160,11 @@ class LayerFeatures:
 
 
 class JetRows:
-    """
-    What multiplies the coefficients in a jet, for a block of rows; each, ((K + 1) I, rows), lasts until the next.
-
-    Args:
-        features: of the layer.
-        block: the rows.
-        z, first, second, weights: as for `LayerJet`.
-        orders: the derivatives of the features that are needed.
-    """
+    """What multiplies the coefficients in a jet, for a block of rows, from the derivatives of these orders; each,
+    ((K + 1) I, rows), lasts until the next."""
 
     def __init__(
-        self,
-        features: LayerFeatures,
-        block: slice,
-        z: Tensor,
-        first: Tensor,
-        second: Tensor | None,
-        weights: Tensor | None,
-        orders: Sequence[int],
+        self, features: LayerFeatures, block: slice, z, first, second, weights, orders: Sequence[int]
     ) -> None:
         first = first[:, :, block]
         self.found, self.buffer, self.other = features.derivatives(z[:, block], orders)

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """A network as a chain of stages: its KAN layers and normalizations, each with the coefficients in force."""
 
@@ -23,7 +12,7 @@ from torch import Tensor, nn
 
 from ...tucker import Update
 from ..basis import UniformGrid
-from ..layer import KANLinear
+from ..layer import KANLinear, SplineLayer
 from ..network import LayerStack
 from ..slim_kan import SlimKANLinear
 from .norms import Norm, is_norm, norm_size
@@ -31,13 +20,12 @@ from .norms import Norm, is_norm, norm_size
 
 class Stage(NamedTuple):
     """
-    One layer of a chain. Its coefficient tensor is the sum of `dense` and `updates`.
+    One layer of a chain: a KAN layer, whose coefficients are the sum of `dense` and `updates`, or a normalization.
 
     Attributes:
-        module: a `KANLinear`, a `SlimKANLinear`, or a normalization that `is_norm` accepts.
         dense: spline_weight (O, I, K) and base_weight (O, I), adapters on them included. None for a normalization and
             for a Slim layer, whose components are the first of `updates`.
-        updates: Tucker tensors (O, I, K or K + 1), those of the adapters that a forward pass uses, without dropout.
+        updates: tensors (O, I, K or K + 1), those of the adapters that a forward pass uses, without dropout.
     """
 
     module: nn.Module
@@ -47,12 +35,12 @@ class Stage(NamedTuple):
     @property
     def is_norm(self) -> bool:
         """Whether the stage is a normalization."""
-        return not isinstance(self.module, (KANLinear, SlimKANLinear))
+        return not isinstance(self.module, SplineLayer)
 
     @property
-    def layer(self) -> KANLinear | SlimKANLinear:
+    def layer(self) -> SplineLayer:
         """The KAN layer of a stage that is no normalization."""
-        assert isinstance(self.module, (KANLinear, SlimKANLinear))
+        assert isinstance(self.module, SplineLayer)
         return self.module
 
     @property
@@ -69,8 +57,7 @@ class Stage(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int]:
         """(O, I, K + 1), with the residual branch as the last slice."""
-        layer = self.layer
-        return layer.out_features, layer.in_features, layer.grid_size + layer.spline_order + 1
+        return self.layer.out_features, self.layer.in_features, self.layer.grid_size + self.layer.spline_order + 1
 
     @property
     def grid(self) -> UniformGrid:
@@ -95,10 +82,8 @@ def stages_of(model: nn.Module) -> list[Stage] | None:
 
 
 def register_stages(cls: type[nn.Module], finder: Callable[[Any], list[Stage] | None]) -> None:
-    """Teaches `stages_of` a class: `finder(module)` returns the stages of a module without hooks, or None.
-
-    If subclasses may compute something else, it must check `type(module).forward`.
-    """
+    """Teaches `stages_of` a class: `finder` returns the stages of a module without hooks, or None; it must check
+    `type(module).forward` if subclasses may compute something else."""
     _finders[cls] = finder
 
 

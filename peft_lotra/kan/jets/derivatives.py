@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Derivatives of a KAN with respect to its inputs, pushed through the layers together with the value (jets)."""
 
@@ -30,17 +19,12 @@ from .layers import Jet, block_size, evaluate_layer
 from .norms import check_rows_apart, through_norm
 
 
-# Functions that raise a `TypeError` for a model that is no KAN; see `register_check`.
 _checks: list[Callable[[nn.Module], None]] = []
-
 _warned: set[type] = set()
 
 
 def register_check(check: Callable[[nn.Module], None]) -> None:
-    """Has `jet` call `check(model)` for models without a closed form: it raises a `TypeError` if they are no KANs.
-
-    What other libraries' KAN layers look like is not known here. A closed form of them is taught by `register_stages`.
-    """
+    """Makes `jet` call `check`, which raises a `TypeError` if a model without a closed form is no KAN."""
     _checks.append(check)
 
 
@@ -59,9 +43,8 @@ def jet(
 
     Fast for `KAN`, `KANModel`, `SlimKAN`, single layers, `nn.Sequential` of them, normalizations between them
     (`nn.LayerNorm` of the last dimension, batch normalization in evaluation mode), and these with adapters, LoTRA or
-    LoRA on `target_parameters`: the adapters in force count, without dropout. Other networks with KAN layers (pykan,
-    efficient-kan, a class of your own around a `KAN`, modules with hooks) are differentiated by nested
-    `torch.func.jvp`, with a warning once for each class.
+    LoRA on `target_parameters`, in force and without dropout. Other networks with KAN layers (pykan, efficient-kan, a
+    class of your own, modules with hooks) go through nested `torch.func.jvp`, with a warning for each class.
 
     Args:
         model: maps (..., I) to (..., O), each row by itself.
@@ -97,13 +80,7 @@ def jet(
     return u, du, d2u
 
 
-def _jet(
-    model: nn.Module,
-    x: Tensor,
-    directions: Tensor | None,
-    collapse: bool | Sequence[float] | Tensor,
-    only_second: bool = False,
-) -> Jet:
+def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, only_second: bool = False) -> Jet:
     """As `jet`; with `only_second`, value and first derivatives may be None."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"`x` must be a floating point tensor, but is {getattr(x, 'dtype', type(x).__name__)}.")
@@ -117,6 +94,8 @@ def _jet(
         raise ValueError(f"`x` has shape {tuple(x.shape)}, but its last dimension must be {expected}.")
     if directions is None:
         directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    if directions.is_complex():
+        raise ValueError(f"`directions` are {directions.dtype}, but must be real: give their `.real`.")
     if directions.dim() != 2 or directions.shape[1] != x.shape[-1] or len(directions) == 0:
         raise ValueError(
             f"`directions` has shape {tuple(directions.shape)}, but must be (D, {x.shape[-1]}): one direction in the "
@@ -144,15 +123,9 @@ def _jet(
 
 
 def through_stages(
-    stages: list[Stage],
-    only_second: bool,
-    evaluate: Callable[..., Jet],
-    x: Tensor,
-    directions: Tensor,
-    weights: Tensor | None,
+    stages: list[Stage], only_second: bool, evaluate: Callable[..., Jet], x: Tensor, directions: Tensor, weights
 ) -> Jet:
-    """The jet of a chain at x (..., I). `evaluate` evaluates its KAN layers: `evaluate_layer`, or what calls
-    it."""
+    """The jet of a chain at x (..., I), whose KAN layers `evaluate` evaluates as `evaluate_layer` does."""
     first = directions.reshape(-1, *[1] * (x.dim() - 1), x.shape[-1])
     second = None  # straight lines
     for left, stage in zip(range(len(stages), 0, -1), stages, strict=True):
@@ -166,8 +139,7 @@ def through_stages(
 
 def laplacian(model: nn.Module, x: Tensor) -> Tensor:
     """
-    The sum of the second derivatives of a KAN along the coordinate axes, the last part of
-    `jet(model, x, collapse=True)`.
+    The sum of the second derivatives along the coordinate axes, as in `jet(model, x, collapse=True)`.
 
     Args:
         model, x: as for `jet`, x (..., I).
@@ -193,7 +165,7 @@ def laplacian(model: nn.Module, x: Tensor) -> Tensor:
 
 def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """
-    As `jet`, with all mixed second derivatives, by polarisation: 2 u_vw = D^2_{v+w} u - D^2_v u - D^2_w u.
+    As `jet`, with all mixed second derivatives, by polarization: 2 u_vw = D^2_{v+w} u - D^2_v u - D^2_w u.
 
     Args:
         model, x, directions: as for `jet`. It costs a jet of D (D + 1) / 2 directions.

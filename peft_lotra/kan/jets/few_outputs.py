@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """A jet through a dense KAN layer with few outputs, whose edges are evaluated as piecewise polynomials."""
 
@@ -22,10 +11,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from ..basis import silu_derivatives
-from ..layer import KANLinear
+from ..basis import cardinal_spline, silu_derivatives
+from ..layer import SplineLayer
 from ..product import needs_plain_operations
-from ..slim_kan import SlimKANLinear
 from .by_hand import plain_gradients
 
 
@@ -33,9 +21,8 @@ from .by_hand import plain_gradients
 MOST_OUTPUTS = 2
 
 
-def few_outputs(layer: KANLinear | SlimKANLinear, z: Tensor) -> bool:
-    """Whether to take `FewOutputsJet`. At the knots, the second derivatives of splines below order 3 jump, and must be
-    those of the plain formula."""
+def few_outputs(layer: SplineLayer, z: Tensor) -> bool:
+    """Whether to take `FewOutputsJet`: not below order 3, where second derivatives jump at the knots."""
     return layer.out_features <= MOST_OUTPUTS and layer.spline_order >= 3 and not needs_plain_operations(z)
 
 
@@ -43,18 +30,18 @@ class FewOutputsJet(torch.autograd.Function):
     """
     As `LayerJet`, with the same arguments.
 
-    An edge phi[o, i] is a polynomial of degree p in each grid interval. The polynomial's coefficients are gathered for
-    each point, so that phi and its first three derivatives, (O, I, N), cost a few operations on tensors of inputs:
-    nothing has the size of the basis. The backward pass sums moments by interval, and forms the gradient of the
-    coefficients from these sums.
+    An edge phi[o, i] is a polynomial in each grid interval, whose coefficients are gathered for each point: phi and
+    three derivatives, (O, I, N), cost a few operations, and nothing has the size of the basis. The backward pass forms
+    the gradient of the coefficients from sums of moments by interval.
     """
 
     @staticmethod
     def forward(ctx, z, first, second, weight, grid, weights, only_second, plain):
         order, inputs = grid.spline_order, len(z)
-        low, high = grid.low.unsqueeze(-1), grid.high.unsqueeze(-1)
-        scale = grid.grid_size / (high - low)
-        position = ((z - low) * scale).clamp_(-order - 1, grid.grid_size + order + 1)  # constant zero beyond
+        scale = grid.per_unit.unsqueeze(-1)
+        position = ((z - grid.low.unsqueeze(-1)) * scale).clamp_(
+            -order - 1, grid.grid_size + order + 1
+        )  # constant zero beyond
         start = position.floor()
         t = position.sub_(start)
         intervals = grid.grid_size + 2 * order + 3
@@ -149,17 +136,8 @@ def _weight_gradient(sizes: tuple[int, ...], t: Tensor, index: Tensor, towards: 
 def _pieces(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The B-splines in a grid interval as polynomials in the distance from the start of the interval: (p + 1, p + 1),
     powers ascending, the spline that begins first in row 0."""
-    rows = [
-        [
-            math.comb(order, q)
-            * sum(
-                (-1) ** m * math.comb(order + 1, m) * (order - start - m) ** (order - q)
-                for m in range(order - start + 1)
-            )
-            / math.factorial(order)
-            for q in range(order + 1)
-        ]
-        for start in range(order + 1)
-    ]
     with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=dtype, device=device)
+        start = (order - 1) / 2 - torch.arange(order + 1, dtype=torch.float64, device="cpu")
+        points = [start] * order + [start + 0.5]  # the last derivative jumps at the start
+        taylor = [cardinal_spline(x, order, q) / math.factorial(q) for q, x in enumerate(points)]
+        return torch.stack(taylor, -1).to(device, dtype)

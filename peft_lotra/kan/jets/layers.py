@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """One KAN layer applied to a jet: a value with first and second derivatives along some directions."""
 
@@ -24,35 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from ...tucker import Update
-from ..basis import UniformGrid, silu_derivatives, spline_factors
+from ..basis import UniformGrid, cardinal_derivatives, silu_derivatives
+from ..memory import MOST_OUTPUTS_DENSE, PLAIN_JET_BLOCK
 from ..product import needs_plain_operations
 from .by_hand import JetRows, LayerFeatures, LayerJet
 from .chain import Stage
 from .few_outputs import FewOutputsJet, few_outputs
 
 
-# Numbers in the largest tensor of a block of rows, where layers are applied by plain operations. Larger blocks leave
-# the cache, and the allocator asks the system for fresh pages each time.
-BLOCK = 2**18
-
-# Up to so many outputs, the matrix product of `LayerJet` costs less than the plain operations on an update in factored
-# form, where no factor gets a gradient.
-MOST_OUTPUTS_DENSE = 1024
-
-
 class Jet(NamedTuple):
-    """
-    A value with its first and second derivatives along D directions.
+    """A value with first and second derivatives along D directions."""
 
-    Attributes:
-        value: (..., O); None where the second derivatives alone are wanted.
-        first: (D, ..., O); None as `value`.
-        second: (D, ..., O), or (1, ..., O) for their weighted sum; (..., O) for that of a network.
-    """
-
-    value: Tensor
-    first: Tensor
-    second: Tensor
+    value: Tensor  # (..., O); None where the second derivatives alone are wanted
+    first: Tensor  # (D, ..., O); None where the second derivatives alone are wanted
+    second: Tensor  # (D, ..., O), or the weighted sum of them: (1, ..., O), and (..., O) for a network
 
     @property
     def parts(self) -> list[Tensor]:
@@ -69,11 +43,11 @@ def block_size(x: Tensor, stages: list[Stage], directions: int) -> int | None:
     """The number of rows of x (N, I) to take at a time; None for all."""
     if x.device.type != "cpu" or x.dim() != 2 or not _by_hand_pays(len(x), x):
         return None
-    rows, shapes = len(x) * (2 + directions), [(stage, stage.shape) for stage in stages if not stage.is_norm]
-    if not any(_is_contracted(rows, shape, update, True) for stage, shape in shapes for update in stage.updates):
+    rows, layers = len(x) * (2 + directions), [stage for stage in stages if not stage.is_norm]
+    if not any(_is_contracted(rows, stage.shape, update, True) for stage in layers for update in stage.updates):
         return None  # `LayerJet` takes blocks itself
-    widest = max(inputs * basis for _, (_, inputs, basis) in shapes)
-    size = max(128, BLOCK // (widest * (2 + directions)))
+    widest = max(stage.shape[1] * stage.shape[2] for stage in layers)
+    size = max(128, PLAIN_JET_BLOCK // (widest * (2 + directions)))
     return None if size >= len(x) else -(-len(x) // -(-len(x) // size))  # blocks of about equal size
 
 
@@ -81,15 +55,10 @@ def evaluate_layer(
     stage: Stage, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None, only_second: bool = False
 ) -> Jet:
     """
-    Takes the jet (z, z', z'') of a KAN layer's inputs to that of its outputs.
+    Takes the jet of a KAN layer's inputs, z (..., I), z' (D, ..., I) and z'' (D, ..., I) or None for zeros, to the jet
+    of the outputs, without the first two parts if `only_second`. Dimensions of z' may be one.
 
-    Args:
-        stage: the layer, with the coefficients in force.
-        z: values, shape (..., I).
-        first: derivatives along D directions, (D, ..., I), where (...) may be ones.
-        second: second derivatives, (D, ..., I), or (1, ..., I) with `weights`; None if they are zero.
-        weights: (D,), to return the weighted sum of the second derivatives alone; None to return each of them.
-        only_second: whether value and first derivatives may be None in the result.
+    With `weights` (D,), the first dimension of both second derivatives is one, and has their weighted sum.
     """
     grid, shape, dense = stage.grid, stage.shape, stage.dense
     weight = None if dense is None else torch.cat([dense[0], dense[1].unsqueeze(-1)], dim=-1)
@@ -103,7 +72,8 @@ def evaluate_layer(
         if _is_contracted(rows, shape, update, by_hand):
             factored.append(update)
         else:
-            delta = _dense(update, shape[-1])
+            delta = update.dense()
+            delta = nn.functional.pad(delta, (0, shape[-1] - delta.shape[-1]))  # for the residual branch
             weight = delta if weight is None else weight + delta
 
     by_hand = by_hand and not factored and not needs_plain_operations(z, weight)
@@ -143,14 +113,7 @@ def contract_updates(layer: Any, updates: list[Update], x: Tensor) -> Tensor:
 
 
 def _by_plain_operations(
-    grid: UniformGrid,
-    factored: Sequence[Update],
-    weights: Tensor | None,
-    only_second: bool,
-    z: Tensor,
-    first: Tensor,
-    second: Tensor | None,
-    weight: Tensor | None,
+    grid: UniformGrid, factored: Sequence[Update], weights: Tensor | None, only_second: bool, z, first, second, weight
 ) -> Jet:
     """As `LayerJet`, but `weight` may be None, and updates in factored form are added."""
     rows = _jet_rows(grid, z, first, second, weights, only_second)
@@ -167,15 +130,9 @@ def _by_plain_operations(
 
 
 def _jet_rows(
-    grid: UniformGrid,
-    z: Tensor,
-    first: Tensor,
-    second: Tensor | None,
-    weights: Tensor | None,
-    only_second: bool = False,
+    grid: UniformGrid, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None, only_second: bool
 ) -> list[Tensor]:
-    """What multiplies the coefficients: f, f' z' and f'' z'^2 + f' z'' for the basis functions f, which are
-    1 + D + (D or 1) tensors (K + 1, I, N), or the last of these alone."""
+    """What multiplies the coefficients: f, f' z' and f'' z'^2 + f' z'', or the last alone, each (K + 1, I, N)."""
     f, df, d2f = _features(grid, z)
     square = first.square()
     if weights is not None:
@@ -187,31 +144,14 @@ def _jet_rows(
 
 
 def _features(grid: UniformGrid, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The B-splines of a grid at z (I, N) with silu as the last one, (K + 1, I, N), and their first and second
-    derivatives."""
-    order = grid.spline_order
-    low, high = grid.low.unsqueeze(-1), grid.high.unsqueeze(-1)
-    per_unit = grid.grid_size / (high - low)
-    centers = torch.arange(grid.grid_size + order, dtype=z.dtype, device=z.device) - (order - 1) / 2
-    offset = (z - low) * per_unit - centers[:, None, None]
-    # See `bspline_basis`, whose truncated powers the three share.
-    distance = (order + 1) / 2 - offset.abs()
-    powers = [_falling_powers(distance - m, order) for m in range(order // 2 + 1)]
-    factors = spline_factors(order)
-    parts: list[Any] = [sum(f * power[d] for f, power in zip(factors, powers, strict=True)) for d in range(3)]
-    values, first, second = parts[0], parts[1] * -offset.sign() * per_unit, parts[2] * per_unit.square()
-    pairs = zip((values, first, second), silu_derivatives(z, 2), strict=True)
+    """The B-splines of a grid at z (I, N) with silu as the last one, (K + 1, I, N), and two derivatives of them."""
+    per_unit = grid.per_unit.unsqueeze(-1)
+    centers = torch.arange(grid.num_basis, dtype=z.dtype, device=z.device) - (grid.spline_order - 1) / 2
+    offset = (z - grid.low.unsqueeze(-1)) * per_unit - centers[:, None, None]
+    values, first, second = cardinal_derivatives(offset, grid.spline_order)
+    pairs = zip((values, first * per_unit, second * per_unit.square()), silu_derivatives(z, 2), strict=True)
     f, df, d2f = (torch.cat([part, extra.unsqueeze(0)]) for part, extra in pairs)
     return f, df, d2f
-
-
-def _falling_powers(distance: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor]:
-    """max(distance, 0)^p / p! and its first two derivatives, p being the order."""
-    positive = torch.relu(distance)
-    powers = [torch.zeros_like(distance), (distance > 0).to(distance.dtype), positive]  # p = -1, 0, 1
-    for p in range(2, order + 1):
-        powers.append(powers[-1] * positive / p)
-    return powers[order + 1], powers[order], powers[order - 1]
 
 
 # By hand: the same numbers, a fraction of the passes over memory
@@ -233,14 +173,11 @@ def jet_rows(
     evaluated: int,
 ) -> Tensor:
     """
-    What multiplies the coefficients of a layer for each of the points z (N, I), arguments as for `evaluate_layer`.
+    What multiplies the coefficients of a layer in `evaluate_layer`, whose arguments it has, for the points z (N, I):
+    (N, S, K + 1, I) with S = 1 + D + (D or 1), or the last of these alone.
 
-    Args:
-        evaluated: the number of points that the layer was evaluated at. The second derivative of quadratic splines
-            jumps at the knots, and there the result must be that of the same operations.
-
-    Returns:
-        Tensor (N, S, K + 1, I) with S = 1 + D + (D or 1), or the last of these alone.
+    The second derivative of quadratic splines jumps at the knots. There it must come from the same operations as in
+    the jet, which depend on the number of points that the layer was `evaluated` at.
     """
     z, first, second = z.T, first.expand(len(first), *z.shape).mT, None if second is None else second.mT
     count = len(first)
@@ -251,9 +188,9 @@ def jet_rows(
     rows = z.new_empty(z.shape[1], seconds if only_second else 1 + count + seconds, *block.shape)
     for part in block.blocks(z.shape[1]):
         derivatives = range(1 if only_second else 0, 3 if count else 1)
-        streams = JetRows(block, part, z, first, second, weights, derivatives)
-        found = [] if only_second else [streams.value, *(partial(streams.first, d) for d in range(count))]
-        found += [partial(streams.second, d) for d in range(seconds)]
+        parts = JetRows(block, part, z, first, second, weights, derivatives)
+        found = [] if only_second else [parts.value, *(partial(parts.first, d) for d in range(count))]
+        found += [partial(parts.second, d) for d in range(seconds)]
         for index, row in enumerate(found):
             rows[part, index].flatten(1).copy_(row().T)
     return rows
@@ -262,35 +199,20 @@ def jet_rows(
 # Updates, in factored form or dense
 
 
-def _contracts_cheaper(rows: int, o: int, i: int, k: int, ro: int, ri: int, rb: int) -> bool:
-    """
-    Whether contracting the factors row by row takes fewer multiplications, forward and backward, than building the
-    update.
-
-    A contraction costs three products for each one of the forward pass. Otherwise the tensor is built, differentiated,
-    and gets a gradient from each row. One row at a time (`vmap`), contraction always wins.
-    """
-    thin = i * k * rb + i * rb * ri + ri * rb * ro + ro * o
-    return 3 * rows * thin < 3 * o * i * k * ro + rows * o * i * k
-
-
 def _is_contracted(rows: int, shape: tuple[int, int, int], update: Update, by_hand: bool) -> bool:
     """Whether an update stays in factored form; `by_hand` is whether `LayerJet` can be taken."""
     trained = torch.is_grad_enabled() and any(part.requires_grad for part in update.tensor)
     if by_hand and not trained and shape[0] <= MOST_OUTPUTS_DENSE:
         return False
-    return _contracts_cheaper(rows, *shape, *update.tensor.ranks)
-
-
-def _dense(update: Update, size: int) -> Tensor:
-    """The update (O, I, size); without the residual branch its slice is zero."""
-    dense = update.dense()
-    return nn.functional.pad(dense, (0, size - dense.shape[-1]))
+    # Forward and backward, a contraction costs three products for each one of the forward pass. A dense update is
+    # built, differentiated, and gets a gradient from each row.
+    (o, i, k), (ro, ri, rb) = shape, update.tensor.ranks
+    thin = i * k * rb + i * rb * ri + ri * rb * ro + ro * o
+    return 3 * rows * thin < 3 * o * i * k * ro + rows * o * i * k
 
 
 def _contract(rows: Tensor, update: Update) -> Tensor:
-    """Jet rows (S, K + 1, I, N) times the update, (S, O, N), by the smallest products: no gradient but that of the
-    rows is larger than its factor."""
+    """Jet rows (S, K + 1, I, N) times the update, (S, O, N), so that no gradient of a factor is larger than it."""
     core, factor_out, factor_in, factor_basis = update.tensor
     t = factor_basis.T @ rows[:, : len(factor_basis)].flatten(2)  # (S, rb, I N)
     t = factor_in.T @ t.unflatten(2, rows.shape[2:])  # (S, rb, ri, N)

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """A normalization applied to a jet: a value with first and second derivatives along some directions."""
 
@@ -26,8 +15,7 @@ Norm = nn.LayerNorm | nn.BatchNorm1d
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether `through_norm` knows the module: layer normalisation of the last dimension, and batch normalisation by
-    running statistics (in evaluation mode)."""
+    """Whether `through_norm` knows the module, which normalizes the last dimension of each row by itself."""
     if type(module) is nn.LayerNorm:
         return len(module.normalized_shape) == 1
     if not isinstance(module, nn.BatchNorm1d) or type(module) not in (BatchNorm, nn.BatchNorm1d):
@@ -40,9 +28,9 @@ def check_rows_apart(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
             raise ValueError(
-                f"`{name}` is a {type(module).__name__} that normalises by the statistics of the batch, so that a row "
+                f"`{name}` is a {type(module).__name__} that normalizes by the statistics of the batch, so that a row "
                 "of the output has no derivatives of its own. Put the model into evaluation mode (`model.eval()`), or "
-                "use layer normalisation."
+                "use layer normalization."
             )
 
 
@@ -55,20 +43,10 @@ def through_norm(
     norm: Norm, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """
-    (z, z', z'') to (y, y', y''), by operations that autograd differentiates.
+    The jet of the outputs, by operations that autograd differentiates; arguments as for `evaluate_layer`.
 
     With m = z - mean(z), v = mean(m^2) + eps and s = v^(-1/2), layer normalization is m s; batch normalization in
     evaluation mode is affine.
-
-    Args:
-        norm: a module that `is_norm` knows.
-        z: values, shape (..., I).
-        first: derivatives along D directions, (D, ..., I), where (...) may be ones.
-        second: second derivatives, (D, ..., I), or (1, ..., I) with `weights`; None if they are zero.
-        weights: of the sum of the second derivatives, (D,); None for each of them.
-
-    Returns:
-        Tensors of the shapes of the arguments.
     """
     first = first.expand(len(first), *z.shape)
     if second is None:

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -33,7 +22,7 @@ from peft_lotra.kan import (
     jet,
     laplacian,
 )
-from peft_lotra.kan.jets import derivatives, few_outputs
+from peft_lotra.kan.jets import derivatives
 from peft_lotra.kan.jets import layers as layer_jets
 
 
@@ -90,36 +79,6 @@ def test_hand_written_backward(monkeypatch, order, weights):
     monkeypatch.setattr(layer_jets, "_by_hand_pays", lambda *args: False)
     for a, e in zip(by_hand, gradients(), strict=True):
         assert (a - e).abs().max() <= 1e-10 * e.abs().max()
-
-
-@pytest.mark.parametrize("wanted", [(0, 1, 2), (0,), (1,), (2,)])
-@pytest.mark.parametrize("weights", [None, [1.0, -2.0]])
-@pytest.mark.parametrize("outputs", [1, 2])
-@pytest.mark.parametrize("order", [3, 4, 5])
-def test_few_outputs(monkeypatch, order, outputs, weights, wanted):
-    """Piecewise polynomials give what the basis gives, on grids of their own, inside and outside."""
-    model, x = network(3, 7, outputs, spline_order=order), points(100).requires_grad_()
-    model.layers[1].grid_bounds.copy_(torch.tensor([-0.7, 0.9]).expand(7, 2))
-    directions = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    inputs = [x, directions, *model.parameters()]
-
-    def results() -> list[Tensor]:
-        parts = jet(model, x, directions, collapse=weights or False)
-        loss = sum(parts[index].square().sum() for index in wanted)
-        return [*parts, *torch.autograd.grad(loss, inputs)]
-
-    found = results()
-    monkeypatch.setattr(few_outputs, "MOST_OUTPUTS", 0)
-    for a, e in zip(found, results(), strict=True):
-        assert (a - e).abs().max() <= 1e-10 * e.abs().max()
-
-
-def test_few_outputs_far_from_the_grid():
-    layer = KANLinear(2, 1, dtype=torch.float64)
-    x = torch.tensor([[1e30, -1e30], [float("inf"), 0.3], [float("nan"), 0.1]], dtype=torch.float64).repeat(40, 1)
-    parts = [part.reshape(-1, 120)[:, :3] for part in jet(layer, x)]
-    assert all(part[:, 0].isfinite().all() for part in parts)
-    assert parts[0][:, 2].isnan().all()
 
 
 def test_laplacian_alone_leaves_out_the_rest():

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -86,7 +75,7 @@ def test_blocks_of_rows_are_for_factored_updates(monkeypatch):
     x = points(5000)
     dense, slim = (stages_of(layer) for layer in (KANLinear(3, 5), SlimKANLinear(3, 2000, 2)))
     assert block_size(x, dense, 2) is None
-    monkeypatch.setattr(layers, "BLOCK", 2**16)
+    monkeypatch.setattr(layers, "PLAIN_JET_BLOCK", 2**16)
     monkeypatch.setattr(layers, "_is_contracted", lambda *args, **kwargs: True)
     assert 128 <= block_size(x, slim, 2) < 5000
     assert block_size(x[:40], slim, 2) is None

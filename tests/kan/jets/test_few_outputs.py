@@ -1,0 +1,53 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+
+from __future__ import annotations
+
+import pytest
+import torch
+from jet_helpers import network, points
+from torch import Tensor
+
+from peft_lotra.kan import KANLinear, jet
+from peft_lotra.kan.basis import cardinal_spline
+from peft_lotra.kan.jets import few_outputs
+
+
+@pytest.mark.parametrize("order", range(1, 6))
+def test_pieces_are_the_cardinal_spline(order):
+    pieces = few_outputs._pieces(order, torch.float64, torch.device("cpu"))
+    t = torch.linspace(0.01, 0.99, 7, dtype=torch.float64)
+    for row, piece in enumerate(pieces):
+        value = sum(coefficient * t**power for power, coefficient in enumerate(piece))
+        torch.testing.assert_close(value, cardinal_spline(t + (order - 1) / 2 - row, order))
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (0,), (1,), (2,)])
+@pytest.mark.parametrize("weights", [None, [1.0, -2.0]])
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("order", [3, 4, 5])
+def test_few_outputs(monkeypatch, order, outputs, weights, wanted):
+    """Piecewise polynomials give what the basis gives, on grids of their own, inside and outside."""
+    model, x = network(3, 7, outputs, spline_order=order), points(100).requires_grad_()
+    model.layers[1].grid_bounds.copy_(torch.tensor([-0.7, 0.9]).expand(7, 2))
+    directions = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    inputs = [x, directions, *model.parameters()]
+
+    def results() -> list[Tensor]:
+        parts = jet(model, x, directions, collapse=weights or False)
+        loss = sum(parts[index].square().sum() for index in wanted)
+        return [*parts, *torch.autograd.grad(loss, inputs)]
+
+    found = results()
+    monkeypatch.setattr(few_outputs, "MOST_OUTPUTS", 0)
+    for a, e in zip(found, results(), strict=True):
+        assert (a - e).abs().max() <= 1e-10 * e.abs().max()
+
+
+def test_few_outputs_far_from_the_grid():
+    layer = KANLinear(2, 1, dtype=torch.float64)
+    x = torch.tensor([[1e30, -1e30], [float("inf"), 0.3], [float("nan"), 0.1]], dtype=torch.float64).repeat(40, 1)
+    parts = [part.reshape(-1, 120)[:, :3] for part in jet(layer, x)]
+    assert all(part[:, 0].isfinite().all() for part in parts)
+    assert parts[0][:, 2].isnan().all()
