@@ -102,10 +102,7 @@ def _run_together(
     adapters, rows, places = names.chunks
     stacked = _parameters_of_each(batch.tensor, base_layer, updates)
     parameters = {name: value[adapters] for name, value in stacked.items()}
-    axes = (
-        tuple(0 if _is_batch(value, names) else None for value in args),
-        {key: 0 if _is_batch(value, names) else None for key, value in kwargs.items()},
-    )
+    axes = _each(args, kwargs, lambda value: 0 if _is_batch(value, names) else None)
 
     def run(parameters: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
         return call_with_parameters(base_layer, parameters, base_layer, args, kwargs)
@@ -163,12 +160,13 @@ def _is_batch(value: Any, names: RowNames) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == len(names)
 
 
+def _each(args: tuple, kwargs: dict, function: Callable[[Any], Any]) -> tuple[tuple, dict[str, Any]]:
+    return tuple(map(function, args)), {key: function(value) for key, value in kwargs.items()}
+
+
 def _pick(args: tuple, kwargs: dict, names: RowNames, rows: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
     """The arguments of a layer, with the given rows of each batch."""
-    return (
-        tuple(value[rows] if _is_batch(value, names) else value for value in args),
-        {key: value[rows] if _is_batch(value, names) else value for key, value in kwargs.items()},
-    )
+    return _each(args, kwargs, lambda value: value[rows] if _is_batch(value, names) else value)
 
 
 def _in_order(results: Any, join: Callable[[Any], torch.Tensor], rows: int, places: torch.Tensor) -> Any:

@@ -47,20 +47,20 @@ def located(layer):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_is_recognised(family):
+def test_is_recognized(family):
     name, basis, residual = EXPECTED[family]
     assert find_kan_layers(base(family)) == [FoundKANLayer("kan", name, (4, 3, basis), residual)]
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "own"])
-def test_is_recognised_under_another_class_name(family):
+def test_is_recognized_under_another_class_name(family):
     layer = FAMILIES[family](3, 4)
     layer.__class__ = type("Renamed", (type(layer),), {})
     assert get_kan_spec(layer).family == EXPECTED[family][0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_is_recognised_after_copies_casts_and_on_the_meta_device(family):
+def test_is_recognized_after_copies_casts_and_on_the_meta_device(family):
     layer = FAMILIES[family](3, 4)
     shape = located(layer).shape
     for other in (copy.deepcopy(layer), copy.deepcopy(layer).to(torch.bfloat16), copy.deepcopy(layer).to("meta")):

@@ -28,14 +28,14 @@ class MyKANLayer(nn.Module):
         super().__init__()
         self.spline_coeffs = nn.Parameter(torch.randn(in_features, out_features, 4))
         self.base_coeffs = nn.Parameter(torch.randn(out_features, in_features))
-        self.register_buffer("centres", torch.linspace(-1, 1, 4))
+        self.register_buffer("centers", torch.linspace(-1, 1, 4))
 
     def forward(self, x):
-        basis = torch.exp(-((x[..., None] - self.centres) ** 2))
+        basis = torch.exp(-((x[..., None] - self.centers) ** 2))
         return torch.einsum("bik,iok->bo", basis, self.spline_coeffs) + x.relu() @ self.base_coeffs.T
 
     def move(self):
-        self.centres.mul_(2)
+        self.centers.mul_(2)
 
 
 class Derived(MyKANLayer):
@@ -82,7 +82,7 @@ def test_without_a_residual_branch():
 
 
 def test_grid_methods_are_refused_while_adapted():
-    register_mine(grid=("centres",), grid_methods=("move",))
+    register_mine(grid=("centers",), grid_methods=("move",))
     model = adapt(as_model(MyKANLayer(3, 5)))
     with pytest.raises(RuntimeError, match="`move`.*[Mm]erge"):
         model.base_model.model.kan.move()
