@@ -1,31 +1,20 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """LoTRA: low tensor-rank adaptation of Kolmogorov-Arnold networks, as a PEFT method. Importing it registers it."""
 
 from . import kan
 from ._version import __version__
 from .approximation.compression import SlimReport, slim, to_dense
-from .approximation.extraction import extract_lotra
-from .approximation.spectra import gradient_spectrum, suggest_ranks, update_spectrum
+from .approximation.extraction import ExtractionReport, extract_lotra
+from .approximation.spectra import Spectrum, gradient_spectrum, suggest_ranks, update_spectrum
 from .families import known  # noqa: F401  (registers the known families)
 from .families.registry import FoundKANLayer, KANLayerSpec, find_kan_layers, register_kan_layer
 from .files.format import save_adapter
 from .hub.card import write_model_card
 from .hub.push import push_to_hub
-from .optim import create_lotra_optimizer, lotra_lr_multipliers
-from .summary import model_summary
+from .optim.learning_rates import LoTRALearningRates, create_lotra_optimizer, lotra_lr_multipliers
+from .summary import ModelSummary, model_summary
 from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
 from .tuner.config import LoTRAConfig
 from .tuner.gradients import preprocess_lotra
@@ -38,13 +27,17 @@ from .tuner.registration import register
 
 
 __all__ = [
+    "ExtractionReport",
     "FoundKANLayer",
     "KANLayerSpec",
     "LoTRAConfig",
     "LoTRALayer",
+    "LoTRALearningRates",
     "LoTRAModel",
+    "ModelSummary",
     "RefitReport",
     "SlimReport",
+    "Spectrum",
     "__version__",
     "create_lotra_optimizer",
     "enable_mixed",

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The command line: peft-lotra inspect | merge | extract | push."""
 
@@ -23,9 +12,9 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -55,6 +44,7 @@ from .hub.card import README, write_model_card
 from .hub.contents import AdapterContents, adapter_folders, read_adapter, table_of_tensors
 from .hub.push import push_to_hub
 from .kan import modeling_kan  # noqa: F401  (registers KANModel with AutoModel)
+from .report import printable
 
 
 app = typer.Typer(
@@ -67,6 +57,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+main = app  # the entry point
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of ADAPTER on the Hub.")]
@@ -82,15 +73,10 @@ Factory = Annotated[
 Adapter = Annotated[
     str, typer.Argument(metavar="ADAPTER", help="A folder that `save_pretrained` wrote, or USER/REPO on the Hub.")
 ]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write. It must not exist, or be empty.")]
+Out = Annotated[str, typer.Argument(metavar="OUT", help="The folder to write. It must not exist, or be empty.")]
 _MODEL = (
     "A transformers model such as KANModel, as a folder or USER/REPO on the Hub; with --factory a .safetensors file."
 )
-
-
-def main() -> None:
-    """The entry point."""
-    app()
 
 
 def _show_version(wanted: bool) -> None:
@@ -114,7 +100,8 @@ def _options(
 def _say(text: str) -> None:
     """Prints a message on stderr, as one line."""
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    print(re.sub(r"(?<![.:;,!?])\n", "; ", "\n".join(lines)).replace("\n", " "), file=sys.stderr)
+    line = re.sub(r"(?<![.:;,!?])\n", "; ", "\n".join(lines)).replace("\n", " ")
+    print(printable(line), file=sys.stderr)
 
 
 def _command(function: Callable) -> Callable:
@@ -122,11 +109,14 @@ def _command(function: Callable) -> Callable:
 
     @app.command(name=function.__name__)
     @functools.wraps(function)
-    def wrapper(*args, **kwargs):
+    def wrapper(**kwargs):
+        empty = [name for name, value in kwargs.items() if isinstance(value, str) and not value.strip()]
+        if empty:  # as from a variable of the shell that is not set
+            raise typer.BadParameter(f"{empty[0].upper()} is empty.")
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             try:
-                return function(*args, **kwargs)
+                return function(**kwargs)
             except typer.BadParameter:
                 raise
             except Exception as error:
@@ -146,18 +136,13 @@ def _show_warning(message, category, *args, **kwargs) -> None:
 
 @_command
 def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False) -> None:
-    """Show the contents of an adapter.
-
-    These are its layers, ranks, parameters, size, and the norm of each update.
-    """
+    """Show the layers of an adapter, their ranks, parameters and sizes, and the norm of each update."""
     contents = AdapterContents.of(adapter, *read_adapter(_one_adapter(adapter, revision, subfolder)))
     info = contents.as_dict()
+    for row in info["layers"]:  # JSON has neither NaN nor infinity
+        row.update({k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)})
     base = contents.base_model or f"a {contents.base_class or 'model'} that is not on the Hub"
-    _report(
-        {**info, "layers": [_finite(row) for row in info["layers"]]},
-        f"LoTRA adapter {adapter}, for {base}\n\n{contents}",
-        as_json,
-    )
+    _report(info, f"LoTRA adapter {printable(adapter)}, for {printable(base)}\n\n{contents}", as_json)
 
 
 @_command
@@ -184,11 +169,10 @@ def merge(
         else:
             save_model(merged, str(new / "model.safetensors"), metadata={"format": "pt"})
     rows = table_of_tensors(config, tensors)
-    layers = [row.name for row in rows if row.ranks]
-    replaced = [row.name for row in rows if not row.ranks]
-    also = f" and replaced {', '.join(replaced)}" if replaced else ""
+    layers, replaced = ([row.name for row in rows if bool(row.ranks) is adapted] for adapted in (True, False))
+    also = f" and replaced {printable(', '.join(replaced))}" if replaced else ""
     _report(
-        {"out": str(out), "class": type(merged).__name__, "merged": layers, "replaced": replaced},
+        {"out": out, "class": type(merged).__name__, "merged": layers, "replaced": replaced},
         f"merged {len(layers)} layers of {adapter} into a {type(merged).__name__}{also}: {out}",
         as_json,
     )
@@ -205,9 +189,9 @@ def extract(
     factory: Factory = None,
     as_json: Json = False,
 ) -> None:
-    """Make an adapter from two checkpoints.
+    """Make an adapter from a base model before and after full fine-tuning.
 
-    The checkpoints are a base model, before and after full fine-tuning. Give one of --energy, --rank and --budget.
+    Give one of --energy, --rank and --budget.
     """
     if [energy, rank, budget].count(None) != 2:
         raise typer.BadParameter("Give one of --energy, --rank and --budget.")
@@ -217,7 +201,7 @@ def extract(
         model.save_pretrained(str(new))
         write_model_card(model, new)
     report = model.extraction_report
-    _report({"out": str(out), **asdict(report)}, f"{report}\nadapter: {out}", as_json)
+    _report({"out": out, **asdict(report)}, f"{report}\nadapter: {out}", as_json)
 
 
 @_command
@@ -234,10 +218,7 @@ def push(
     tag: Annotated[list[str] | None, typer.Option(help="An additional tag; may be repeated.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Push a saved adapter to the Hub.
-
-    The push is one commit, with a model card that says how to load the adapter.
-    """
+    """Push a saved adapter to the Hub, in one commit, with a model card that says how to load it."""
     info = push_to_hub(
         _adapter_folder(adapter),
         repo,
@@ -258,11 +239,9 @@ def _adapter_folder(source: str, revision: str | None = None) -> Path:
     if not folder.exists():
         if hub_id(source) is None:
             raise ValueError(f"{source} is no folder, and cannot be a repository on the Hub (USER/REPO) either.")
-        files = [README, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+        files = [start + name for start in ("", "*/") for name in (README, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
         try:
-            folder = Path(
-                snapshot_download(source, revision=revision, allow_patterns=[*files, *(f"*/{file}" for file in files)])
-            )
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=files))
         except RepositoryNotFoundError as error:
             raise ValueError(
                 f"{source} is neither a folder here nor a repository on the Hub that you may read. (For a private one "
@@ -288,22 +267,21 @@ def _one_adapter(source: str, revision: str | None, subfolder: str | None) -> Pa
 
 def _load_model(source: str, factory: str | None) -> nn.Module:
     """Loads a model by its name on the command line, from safetensors only."""
+    path = Path(source)
     if factory is not None:
         model = _call_factory(factory)
-        if not source.endswith(".safetensors") or not Path(source).is_file():
-            raise ValueError(
-                f"With --factory, {source} must be a .safetensors file with the state dict of the network."
-            )
+        if path.suffix != ".safetensors" or not path.is_file():
+            raise ValueError(f"With --factory, {path} must be a .safetensors file with the state dict of the network.")
         try:
             load_model(model, source)
         except RuntimeError as error:
             raise ValueError(f"{source} is no state dict of what {factory} builds: {error}") from error
         return model
-    if Path(source).is_file():
+    if path.is_file():
         raise ValueError(f"{source} is a file: say by --factory MODULE:CALLABLE what network it belongs to.")
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+    if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{source} is no model: it has no config.json.")
-    if not Path(source).exists() and hub_id(source) is None:
+    if not path.exists() and hub_id(source) is None:
         raise ValueError(f"{source} is no folder, and cannot be a repository on the Hub (USER/REPO) either.")
     # with the configuration, since AutoModel would load an adapter as a model
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -331,19 +309,17 @@ def _call_factory(factory: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`. It is renamed to `out` at the end, and removed on an error."""
-    out = out.absolute()
+def _new_folder(name: str) -> Iterator[Path]:
+    """A temporary folder beside the one of this name. It is renamed at the end, and removed on an error."""
+    out = Path(name).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already: choose another name, or remove it.")
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent} is no folder: make it first.")
-    new = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    new = out.with_name(f".{out.name}-{secrets.token_hex(8)}")
+    new.mkdir()
     try:
         yield new
-        umask = os.umask(0)
-        os.umask(umask)
-        new.chmod(0o777 & ~umask)  # mkdtemp makes it private
         if out.exists():
             out.rmdir()
         new.rename(out)
@@ -363,12 +339,8 @@ def _ranks(text: str | None) -> int | tuple[int, int, int] | None:
 
 
 def _report(info: dict[str, Any], text: str, as_json: bool) -> None:
+    text = "\n".join(map(printable, text.split("\n")))
     print(json.dumps(info, indent=2, allow_nan=False) if as_json else text)
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with None for NaN and infinity, which JSON does not have."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 if __name__ == "__main__":

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Calls of layers with other parameters, modes that are kept, and the network inside of wrappers."""
 
@@ -26,15 +15,7 @@ from torch import nn
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Puts each module of the model back into its mode, training or evaluation, at the end.
-
-    Example:
-        >>> model = nn.Dropout()
-        >>> with modes_kept(model):
-        ...     _ = model.eval()
-        >>> model.training
-        True
-    """
+    """Puts each module of the model back into its mode, training or evaluation, at the end."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -62,21 +43,9 @@ def call_with_parameters(
 
     `torch.func.functional_call` exchanges the entries of `_parameters`. FSDP (the first one) puts views of its flat
     parameter into `__dict__`, where they hide those entries: the views are exchanged instead.
-
-    Args:
-        layer (`nn.Module`): The layer.
-        parameters (`dict[str, torch.Tensor]`): The tensors by the name of the parameter.
-        function (`Callable`): The function; the layer itself, or one that uses it.
-        args, kwargs: The arguments of the function.
-
-    Returns:
-        What the function returns.
-
-    Example:
-        >>> layer = nn.Linear(2, 1, bias=False)
-        >>> call_with_parameters(layer, {"weight": torch.ones(1, 2)}, layer, (torch.ones(3, 2),), {}).tolist()
-        [[2.0], [2.0], [2.0]]
     """
+    if not parameters:
+        return function(*args, **kwargs)
     owners = {name: layer.get_submodule(name.rpartition(".")[0]) for name in parameters}
     views = {name: owner for name, owner in owners.items() if name.rpartition(".")[2] in owner.__dict__}
     if views:
@@ -95,13 +64,7 @@ def call_with_parameters(
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside the wrappers that `torch.compile`, data parallelism and PEFT put around it.
-
-    Example:
-        >>> inner = nn.Linear(2, 1)
-        >>> unwrap(nn.DataParallel(inner)) is inner
-        True
-    """
+    """The network inside the wrappers that `torch.compile`, data parallelism and PEFT put around it."""
     inner: Any = model
     while True:
         if hasattr(inner, "_orig_mod"):  # torch.compile

@@ -1,21 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
-"""Pictures: the spectra of updates, and edge functions before and after adaptation.
-
-They need matplotlib, which the extra `examples` installs.
-"""
+"""Pictures of the spectra of updates, and of edge functions before and after adaptation; they need matplotlib."""
 
 from __future__ import annotations
 
@@ -43,7 +29,6 @@ def plot_spectra(spectrum: Spectrum, figure: Figure | SubFigure | None = None) -
 
     Example:
         >>> from peft_lotra.kan import KAN
-        >>> from peft_lotra import update_spectrum
         >>> figure = plot_spectra(update_spectrum(KAN([3, 5, 4]), KAN([3, 5, 4])))
 
     Args:
@@ -69,9 +54,8 @@ def plot_spectra(spectrum: Spectrum, figure: Figure | SubFigure | None = None) -
         axis.set(title=f"{('out', 'in', 'basis')[mode]} mode", xlabel="index", yscale="log")
         axis.grid(alpha=0.25)
     shares = [(values / layer.norm).min().item() for layer in changed.values() for values in layer.singular_values]
-    # values that are zero but for rounding would press all others together
-    axes[0].set_ylim(max(min(shares, default=0.1) / 1.5, 1e-4), 1.2)
-    axes[0].set_ylabel("singular value / norm")
+    # values that are zero to rounding would press all others together
+    axes[0].set(ylim=(max(min(shares, default=0.1) / 1.5, 1e-4), 1.2), ylabel="singular value / norm")
     if changed:
         axes[-1].legend(fontsize=8)
     return figure
@@ -88,24 +72,23 @@ def plot_edge_functions(
 ) -> Figure | SubFigure:
     """Draws functions on edges of a KAN layer, of the base and with the active adapters; returns the figure.
 
-    The layer itself is evaluated, with the coefficients of all other inputs at zero, so that any family will do.
+    The layer of any family is evaluated, with the coefficients of all other inputs at zero.
 
     Example:
         >>> from peft_lotra.kan import KAN
         >>> figure = plot_edge_functions(KAN([3, 5, 4]), "layers.0", edges=[(0, 1), (4, 2)])
 
     Args:
-        model: The model, adapted or not. It is left as it is.
-        layer_name: The name of the layer, as `find_kan_layers` gives it; PEFT's longer name will do too.
-        edges: Pairs (output, input); or how many, at most one of each input: those whose coefficients the adapters
-            changed most, or with the largest coefficients if there are no adapters.
+        model: The model, adapted or not; it stays unchanged.
+        layer_name: The name of the layer, as `find_kan_layers` or PEFT gives it.
+        edges: Pairs (output, input); or the number of edges, one for each input: those whose coefficients the adapters
+            changed most, or with the largest coefficients without adapters.
         x: (points,), where to evaluate; by default 101 points from -1 to 1.
         title: `title(output, input)` is written above the picture of an edge.
         figure: Where to draw; a new one by default.
 
     Raises:
-        ValueError: There is no such KAN layer or edge; or the outputs depend on the inputs together (a layer that
-            normalizes its inputs first), so that there are no functions of one input.
+        ValueError: There is no such KAN layer or edge, or the layer normalizes its inputs together first.
         ImportError: matplotlib is not installed.
     """
     known = [layer.name for layer in find_kan_layers(model)]
@@ -125,7 +108,6 @@ def plot_edge_functions(
         for label, coefficients in curves.items()
         for i in {i for _, i in edges}
     }
-
     columns = min(len(edges), 3)
     rows = -(-len(edges) // columns)
     figure = _new_figure((3 * columns, 2.3 * rows)) if figure is None else figure
@@ -159,10 +141,7 @@ def _choose_edges(edges: int | Sequence[tuple[int, int]], change: torch.Tensor) 
 def _functions_of(
     layer: nn.Module, tensor: CoefficientTensor, coefficients: torch.Tensor, index: int, x: torch.Tensor
 ) -> torch.Tensor:
-    """The functions of one input, (points, out).
-
-    They are the outputs of the layer if the other inputs have no coefficients, less those if none has (a bias).
-    """
+    """The functions of one input, (points, out): the outputs with coefficients of this input alone, less the bias."""
     alone = torch.zeros_like(coefficients)
     alone[:, index] = coefficients[:, index]
 
@@ -176,7 +155,7 @@ def _functions_of(
     functions = run(inputs, alone) - run(inputs, zero)
     if not torch.allclose(functions, run(others, alone) - run(others, zero), rtol=1e-3, atol=1e-5):
         raise ValueError(
-            f"The outputs of this {tensor.family} layer depend on its inputs together (it normalises them first): "
+            f"The outputs of this {tensor.family} layer depend on its inputs together (it normalizes them first): "
             "there are no functions of one input to draw."
         )
     return functions

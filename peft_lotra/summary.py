@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What a model consists of: one line for each adapter of each KAN layer."""
 
@@ -31,46 +20,25 @@ from .tuner.layer import LoTRALayer, lotra_layers
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """
-    One line of the summary: an adapter of a KAN layer, or a KAN layer without adapters.
+    """One line of the summary: an adapter of a KAN layer, or a KAN layer without adapters."""
 
-    Attributes:
-        layer: The name of the layer in the model, as `find_kan_layers` gives it and `target_modules` takes it.
-        family: The family of the layer.
-        shape: (out, in, basis) of its coefficient tensor.
-        has_residual: Whether the layer has a residual branch.
-        adapter: The name of the adapter; `None`, and the fields below empty, if the layer has none.
-        ranks: The ranks (ro, ri, rb) of the adapter.
-        parameters: The number of parameters of the adapter.
-        trainable: The number of them that require a gradient.
-        kilobytes: Their memory, in units of 1000 bytes.
-        scale: The present factor of the update.
-        active: Whether a forward pass uses the adapter: it is active, and adapters are not disabled.
-        merged: Whether the adapter is merged into the coefficients.
-    """
-
-    layer: str
+    layer: str  # the name of the layer, as `find_kan_layers` gives it and `target_modules` takes it
     family: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int]  # (out, in, basis) of the coefficient tensor
     has_residual: bool
-    adapter: str | None = None
+    adapter: str | None = None  # `None`, and the fields below empty, for a layer without adapters
     ranks: tuple[int, int, int] | None = None
-    parameters: int = 0
-    trainable: int = 0
-    kilobytes: float = 0.0
-    scale: float | None = None
-    active: bool = False
+    parameters: int = 0  # the number of parameters of the adapter
+    trainable: int = 0  # the number of parameters of the adapter that require a gradient
+    kilobytes: float = 0.0  # the memory of the adapter, in units of 1000 bytes
+    scale: float | None = None  # the present factor of the update
+    active: bool = False  # whether a forward pass uses the adapter: active, and adapters are not disabled
     merged: bool = False
 
 
 class ModelSummary(Report, list[LayerSummary]):
-    """
-    The lines of the summary; prints as a table.
-
-    Attributes:
-        all_parameters, trainable_parameters: Of the whole model, as `print_trainable_parameters` counts them.
-        kilobytes: The memory of the parameters and buffers of the whole model.
-    """
+    """The lines of the summary, and the totals of the whole model as `print_trainable_parameters` counts them; prints
+    as a table. The totals of kilobytes count buffers too."""
 
     def __init__(self, lines: Iterable[LayerSummary], model: nn.Module) -> None:
         super().__init__(lines)
@@ -107,8 +75,7 @@ class ModelSummary(Report, list[LayerSummary]):
 
 
 def model_summary(model: nn.Module) -> ModelSummary:
-    """
-    Lists the KAN layers of a model, with their adapters: shapes, ranks, parameters, kilobytes, scale and state.
+    """Lists the KAN layers of a model, with their adapters: shapes, ranks, parameters, kilobytes, scale and state.
 
     Example:
         >>> from peft_lotra.kan import KAN

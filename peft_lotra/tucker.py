@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Tucker algebra on coefficient tensors (out, in, basis).
 
@@ -32,19 +21,16 @@ from torch.nn.functional import pad
 # What `r` and `ranks` may be: one rank for the three modes, or (out, in, basis).
 Ranks = int | tuple[int, int, int]
 
-# The cost in `contract` of moving a number to another place, in multiplications: for as many numbers as a cache holds,
-# and for more. To measure it again, time `contract` and `expand_inputs` over rows, sizes and ranks.
+# The cost in `contract` of moving a number, in multiplications: for as many numbers as a cache holds, and for more. To
+# measure it again, time `contract` and `expand_inputs` over rows, sizes and ranks.
 _COPY_COSTS = (64, 300)
 _CACHED = 2**20
 
-# The weight in `tucker_scaled` of the tensor itself beside the measured values.
-_UNSEEN = 1e-3
+_UNSEEN = 1e-3  # the weight in `tucker_scaled` of the tensor itself beside the measured values
 
 
 class Tucker(NamedTuple):
-    """
-    A tensor (out, in, basis) in Tucker form: core x1 factor_out x2 factor_in x3 factor_basis, of n-mode
-    products x_n.
+    """A tensor (out, in, basis) in Tucker form: core x1 factor_out x2 factor_in x3 factor_basis (n-mode products).
 
     Example:
         >>> tensor = Tucker(torch.ones(2, 1, 3), torch.ones(6, 2), torch.ones(5, 1), torch.ones(4, 3))
@@ -90,7 +76,7 @@ class Tucker(NamedTuple):
         return (tensor if scale is None else scale * tensor).to(dtype)
 
     def expand_inputs(self) -> torch.Tensor:
-        """core x2 factor_in x3 factor_basis, (ro, in, basis): the rows that factor_out mixes."""
+        """See the function `expand_inputs`."""
         return expand_inputs(self.core, self.factor_in, self.factor_basis)
 
     def padded(self, basis: int) -> Tucker:
@@ -100,8 +86,7 @@ class Tucker(NamedTuple):
 
     @torch.no_grad()
     def orthogonal(self) -> Tucker:
-        """The same tensor with factors of orthonormal columns. Ranks above the sizes of their modes are brought down
-        to the sizes, without loss."""
+        """The same tensor with factors of orthonormal columns, and ranks at most the sizes of their modes."""
         bases, triangles = zip(*map(torch.linalg.qr, self.factors), strict=True)
         return Tucker(_project(self.core, [triangle.T for triangle in triangles]), *bases)
 
@@ -109,7 +94,7 @@ class Tucker(NamedTuple):
     def balanced(self) -> Tucker:
         """The same tensor with columns of norm sqrt(out), 1 and sqrt(basis), given factors of orthonormal columns.
 
-        Random starts of adapters have these norms too, and the learning rates are made for them.
+        Random starts of adapters have these norms too, and the learning rates suit them.
         """
         gains = (math.sqrt(len(self.factor_out)), 1.0, math.sqrt(len(self.factor_basis)))
         factors = [factor * gain for factor, gain in zip(self.factors, gains, strict=True)]
@@ -118,8 +103,7 @@ class Tucker(NamedTuple):
     def truncated(self, r: Ranks) -> Tucker:
         """The best approximation of ranks at most `r` that HOOI finds, given factors of orthonormal columns.
 
-        HOOI runs on the core alone. The factors of the result are orthonormal too, so that the squared norm of the
-        error is that of the core less that of the new core.
+        The factors of the result are orthonormal too: the squared error is the loss of squared norm of the core.
         """
         core, *rotations = tucker(self.core, cap_ranks(r, self.ranks))
         return Tucker(core, *(factor @ rotation for factor, rotation in zip(self.factors, rotations, strict=True)))
@@ -171,15 +155,10 @@ def contract(
     factor_in: torch.Tensor,
     factor_basis: torch.Tensor,
 ) -> torch.Tensor:
-    """The output (rows, out) of a layer whose coefficients are a Tucker tensor, computed row by row.
+    """The output (rows, out) of a layer whose coefficients are a Tucker tensor, from the values of the basis functions
+    (rows, in, basis) and of the residual function (rows, in), to which the last row of factor_basis belongs.
 
-    factor_in meets the basis functions of each row first. This way suits few rows, see `expands_first`. All products
-    are of matrices, see `reconstruct`.
-
-    Args:
-        basis: (rows, in, basis), the values of the basis functions.
-        residual: (rows, in), the values of the residual function.
-        core, factor_out, factor_in, factor_basis: As in `Tucker`; the last row of factor_basis is the residual's.
+    factor_in meets the basis functions first, which suits few rows. All products are of matrices, see `reconstruct`.
     """
     functions = basis.shape[-1]
     matrix = (core.flatten(0, 1) @ factor_basis.T).unflatten(0, core.shape[:2])  # (ro, ri, basis + 1)
@@ -190,11 +169,7 @@ def contract(
 
 
 def expands_first(rows: int, core: torch.Tensor, factor_in: torch.Tensor, factor_basis: torch.Tensor) -> bool:
-    """True if `expand_inputs` is the faster way to evaluate a layer, False if `contract` is.
-
-    `expand_inputs` makes a matrix of ro rows, which meets all basis functions at once (`spline_product`): their values
-    need no memory.
-    """
+    """Whether `expand_inputs`, with a product that keeps no values of basis functions, is faster than `contract`."""
     ro, ri, _ = core.shape
     size = len(factor_in)
     cached = rows * size * len(factor_basis) <= _CACHED
@@ -203,10 +178,7 @@ def expands_first(rows: int, core: torch.Tensor, factor_in: torch.Tensor, factor
 
 
 def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
-    """The exact sum of Tucker tensors of one shape; differentiable.
-
-    The cores are the blocks of one core and the factors stand side by side: the ranks add.
-    """
+    """The exact sum of Tucker tensors of one shape; the ranks add, since the cores are blocks of one core."""
     _, ri, rb = (sum(ranks) for ranks in zip(*(tensor.ranks for tensor in tensors), strict=True))
     blocks, b, c = [], 0, 0
     for tensor in tensors:
@@ -221,8 +193,8 @@ def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
 def tucker(tensor: torch.Tensor, ranks: tuple[int, int, int]) -> Tucker:
     """The best Tucker approximation that higher-order orthogonal iteration (HOOI) finds, started from the HOSVD.
 
-    The tensor is (out, in, basis); none of the ranks (ro, ri, rb) is above the size of its mode. The factors have
-    orthonormal columns. All is computed in float64, and returned in the dtype and on the device of `tensor`.
+    No rank is above the size of its mode. The factors have orthonormal columns. HOOI runs in float64, and the result
+    has the dtype and the device of the tensor.
     """
     import tensorly.decomposition  # not at the top: scipy would double the time that importing the package takes
 
@@ -232,16 +204,16 @@ def tucker(tensor: torch.Tensor, ranks: tuple[int, int, int]) -> Tucker:
     with backend, warnings.catch_warnings():
         # of a zero tensor, and of ranks above the product of the other two, for which any orthonormal columns will do
         warnings.simplefilter("ignore")
-        core, factors = tensorly.decomposition.tucker(array, rank=list(ranks), init="svd", n_iter_max=20, tol=1e-6)
+        options = {"init": "svd", "n_iter_max": 20, "tol": 1e-6, "random_state": 0}  # not numpy's global generator
+        core, factors = tensorly.decomposition.tucker(array, rank=list(ranks), **options)
     return Tucker(*(torch.tensor(part, dtype=tensor.dtype, device=tensor.device) for part in (core, *factors)))
 
 
 @torch.no_grad()
 def hosvd(tensor: torch.Tensor) -> tuple[Tucker, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The higher-order singular value decomposition of a tensor (out, in, basis), without truncation; exact.
+    """The exact higher-order singular value decomposition in float64, and the singular values of the three unfoldings.
 
-    Returns the decomposition, whose factors are the left singular vectors of the three unfoldings, and their singular
-    values in falling order. In float64; each rank is the size of its mode, or the product of the other two if less.
+    Each rank is the size of its mode, or the product of the other two if less.
     """
     tensor = tensor.detach().double()
     unfoldings = [tensor.movedim(mode, 0).flatten(1) for mode in range(3)]
@@ -259,16 +231,7 @@ def _project(tensor: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Te
 
 @torch.enable_grad()
 def fit(start: Tucker, loss: Callable[[torch.Tensor], torch.Tensor], steps: int) -> Tucker:
-    """Minimizes a function of a Tucker tensor by L-BFGS.
-
-    Args:
-        start: Where to start from; it is left as it is.
-        loss: A differentiable function of the dense tensor (out, in, basis).
-        steps: The most iterations.
-
-    Returns:
-        A tensor with factors of orthonormal columns.
-    """
+    """Minimizes a function of the dense tensor (out, in, basis) by L-BFGS; returns factors of orthonormal columns."""
     parts = start.map(lambda part: part.detach().clone(memory_format=torch.contiguous_format).requires_grad_())
     optimizer = torch.optim.LBFGS(parts, max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
 
@@ -290,27 +253,17 @@ def tucker_scaled(
 ) -> Tucker:
     """A Tucker tensor T that minimizes ||scale * T - tensor||, or ||measure(scale * T - tensor)||, by L-BFGS.
 
-    HOOI of scale * tensor, the gradient step from zero, gives the start. tensor / scale would give the greatest weight
-    to the entries of least effect.
-
-    Args:
-        tensor, scale: (out, in, basis), multiplied entry by entry.
-        ranks: (ro, ri, rb), none above the size of its mode.
-        measure: A linear map of such tensors. The tensor itself then counts to a thousandth, for what the map does not
-            see.
-
-    Returns:
-        Factors of orthonormal columns, in float64.
+    `measure` is a linear map; the tensor itself then counts to a thousandth, for the kernel of the map.
     """
     tensor, scale = tensor.detach().double(), scale.detach().double()
+    # the gradient step from zero; tensor / scale would give the greatest weight to the entries of least effect
     start = tucker(scale * tensor / scale.abs().max().clamp(min=1e-30) ** 2, ranks)
     measured = tensor if measure is None else measure(tensor)
 
     def loss(found: torch.Tensor) -> torch.Tensor:
         missed = scale * found - tensor
-        if measure is None:
-            return relative_energy(missed, tensor)
-        return _UNSEEN * relative_energy(missed, tensor) + relative_energy(measure(missed), measured)
+        own = relative_energy(missed, tensor)
+        return own if measure is None else _UNSEEN * own + relative_energy(measure(missed), measured)
 
     return fit(start, loss, steps=400)
 
@@ -321,11 +274,7 @@ def relative_energy(tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 
 
 def check_ranks(r: Ranks, name: str = "r") -> Ranks:
-    """Returns `r`, a list of three (as JSON has it) as a tuple.
-
-    Raises:
-        ValueError: `r`, which the message calls by `name`, is neither a positive int nor three of them.
-    """
+    """Returns `r`, a list (as of JSON) as a tuple; raises a ValueError if it is no positive int, nor three of them."""
     ranks = tuple(r) if isinstance(r, (tuple, list)) else (r,)
     wrong = any(isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0 for rank in ranks)
     if wrong or len(ranks) != (3 if isinstance(r, (tuple, list)) else 1):
@@ -337,10 +286,6 @@ def check_ranks(r: Ranks, name: str = "r") -> Ranks:
 
 
 def cap_ranks(r: Ranks, shape: Sequence[int]) -> tuple[int, int, int]:
-    """The ranks (ro, ri, rb) for a tensor of the given shape (out, in, basis).
-
-    An int counts for the three modes. A rank above the size of its mode is brought down to the size, since more
-    columns than rows are linearly dependent.
-    """
+    """The ranks (ro, ri, rb), an int for the three, none above the size of its mode in the shape (out, in, basis)."""
     ranks = r if isinstance(r, tuple) else (r, r, r)
     return triple(min(rank, size) for rank, size in zip(ranks, shape, strict=True))

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The command line on folders; `hub/test_push.py` runs it on the Hub."""
 
@@ -19,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -115,7 +105,7 @@ def run(made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(command: str, code: int = 0):
-        result = CliRunner().invoke(cli.app, [part.format(made) for part in command.split()])
+        result = CliRunner().invoke(cli.app, [part.format(made) for part in shlex.split(command)])
         assert result.exit_code == code, result.output
         return result
 
@@ -153,7 +143,8 @@ class TestInspect:
 class TestMerge:
     @pytest.mark.parametrize("subfolder", ["", "second"])
     def test_a_transformers_model(self, run, made, subfolder):
-        assert "merged 2 layers" in run(f"merge {{}}/base {{}}/adapter out --subfolder={subfolder}").stdout
+        option = f" --subfolder {subfolder}" if subfolder else ""
+        assert "merged 2 layers" in run(f"merge {{}}/base {{}}/adapter out{option}").stdout
         merged = KANModel.from_pretrained("out")
         model = PeftModel.from_pretrained(KANModel.from_pretrained(made / "base"), made / "adapter" / subfolder)
         torch.testing.assert_close(output(merged), output(model), rtol=0, atol=1e-6)
@@ -278,6 +269,14 @@ class TestErrors:
             "extract {}/base {}/tuned out --budget many",
             "merge {}/base",
             "nothing",
+            "inspect ''",
+            "inspect ' '",
+            "inspect {}/adapter --subfolder ''",
+            "inspect {}/adapter --revision ''",
+            "merge '' {}/adapter out",
+            "merge {}/base {}/adapter ''",
+            "extract {}/base '' out --rank 2",
+            "push {}/adapter ''",
         ],
     )
     def test_wrong_usage(self, run, command):

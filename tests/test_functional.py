@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -60,6 +49,11 @@ def test_parameters_are_exchanged_for_one_call(view):
     with pytest.raises(RuntimeError):
         call_with_parameters(layer, ones, layer, (torch.ones(3, 5),), {})
     assert layer.weight is weight
+
+
+def test_without_parameters_the_function_runs_as_it_is():
+    layer, x = nn.Linear(2, 1), torch.ones(3, 2)
+    assert torch.equal(call_with_parameters(layer, {}, layer, (x,), {}), layer(x))
 
 
 def test_public_names_are_sorted_and_there():

@@ -1,21 +1,11 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The base of the reports; what each report says is tested beside the function that makes it."""
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -23,7 +13,7 @@ from html.parser import HTMLParser
 import torch
 from rich.console import Console
 
-from peft_lotra.report import Report, TextTable
+from peft_lotra.report import Report, TextTable, printable
 
 
 @dataclass(frozen=True)
@@ -116,3 +106,17 @@ def test_as_dict_is_json():
         "names": ["z"],
     }
     assert str(report) == ""
+
+
+def test_a_terminal_obeys_nothing_of_a_text():
+    text = "é\x1b[2J\x9b31m\r\n\t\u202e\u2066\udcff"
+    assert printable(text) == r"é\x1b[2J\x9b31m\r\n\t\u202e\u2066\udcff" and printable("é (2, 2) %") == "é (2, 2) %"
+
+    class Names(Report):
+        def _table(self):
+            return TextTable(["name"], [[text]], [text])
+
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    console.print(Names())
+    for shown in (str(Names()), console.file.getvalue(), Names()._repr_html_()):
+        assert shown.count(r"\x1b[2J\x9b31m\r\n\t\u202e") == 2 and "\x1b[2J" not in shown

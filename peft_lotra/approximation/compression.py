@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Slim KANs out of trained ones: `slim` brings the coefficient tensors of any KAN into Tucker form."""
 
@@ -32,35 +21,31 @@ from torch import nn
 
 from ..families.registry import find_kan_layers, known_families
 from ..families.slim import SlimLayer
+from ..files.patterns import pattern_key
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, warn_capped
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, triple, tucker
-from ..tuner.targets import locate_target, pattern_key
-from .features import gather_features, model_outputs, relative_error
+from ..tuner.targets import locate_target
+from .features import check_inputs, gather_features, model_outputs, relative_error
 from .spectra import Spectrum, check_energy, suggest_ranks, weighted_spectrum
 from .updates import read_coefficients
 
 
-# Steps of the search for the smallest budget: to 2 % of it, if it may be up to 300 times that of ranks 1.
-_BISECTIONS = 8
+_BISECTIONS = 8  # for the smallest budget up to 2 %, if the dense tensors are up to 300 times ranks 1
 
 
 @dataclass(frozen=True)
 class SlimReport(Report):
-    """
-    What `slim` did; prints as a table.
+    """The result of `slim`; prints as a table. Errors are of the factors as stored.
 
     Attributes:
-        errors: By layer, the norm of what the factors miss of the coefficient tensor (with the residual weights), as a
-            share of its norm; measured on the factors as they are stored.
-        ranks: By layer.
-        dense: The layers that were left as they were, since factors would take more parameters.
-        parameters: Of the KAN layers' coefficients, before and after.
-        output_errors: With `inputs`, what the factors miss of the outputs of the layer in the original model, as a
-            share of the outputs' deviations from their mean; else empty.
-        model_error: With `inputs`, the same for the outputs of the whole model, all layers compressed; its square is
-            at most 1 - `energy`.
+        errors: By layer, ||coefficients - factors|| / ||coefficients||, with the residual weights.
+        ranks: By layer, (ro, ri, rb).
+        dense: The layers that stay dense, since factors would take more parameters.
+        parameters: The number of coefficients of the KAN layers, before and after.
+        output_errors: With `inputs`, by layer, the error of the outputs as a share of the deviations from their mean.
+        model_error: With `inputs`, the same of the whole model, its square at most 1 - `energy`.
     """
 
     errors: dict[str, float]
@@ -95,13 +80,12 @@ def slim(
     """Compresses a trained KAN: the coefficient tensor of each layer, with its residual weights, becomes a core and
     three factors, by higher-order orthogonal iteration (HOOI).
 
-    A `KANLinear` becomes a `SlimKANLinear`, the layer of another family a `SlimLayer` around what is left of it. The
-    result trains on like any network.
+    A `KANLinear` becomes a `SlimKANLinear`, the layer of another family a `SlimLayer` around the rest of the layer.
 
-    Pass `inputs`, some of the training data, wherever there are any. The error that counts is then that of the model's
-    outputs on these inputs, not that of the coefficients: trained coefficient tensors are far from low rank, but the
-    functions that they compute on data mostly are not. The coefficients are then weighted by the second moments of
-    the features, and by J^T J of the outputs as in the Gauss-Newton matrix.
+    Pass `inputs`, some of the training data, wherever you can. The error that counts is then that of the model's
+    outputs on these inputs: trained coefficient tensors are far from low rank, but the functions that they compute on
+    data mostly are not. The coefficients are then weighted by the second moments of the features, and by J^T J of the
+    outputs as in the Gauss-Newton matrix.
 
     Where a family multiplies the splines of each edge by a scale (efficient-kan, pykan), coefficient times scale is
     compressed, and the scale is 1 from then on.
@@ -114,7 +98,7 @@ def slim(
         >>> dense = small.to_dense()
 
     Args:
-        model: A network with KAN layers, or one layer, without adapters. It is left as it is.
+        model: A network with KAN layers, or one layer, without adapters; it stays unchanged.
         ranks: (ro, ri, rb) for each layer, capped by the sizes of its modes with a warning; or by layer, as
             `suggest_ranks` returns them, others being left dense;
         energy: or the share of the squared norm to keep, above 0 and up to 1: of each layer's coefficients, or with
@@ -124,13 +108,14 @@ def slim(
             for them, in float64.
 
     Returns:
-        A copy of the model, of the same class, with Slim layers. It has a [`SlimReport`] as `slim_report`, and
-        `to_dense()`, which returns a copy of the original class. A layer whose factors would take more parameters than
-        its tensor is left dense; the report and a warning name it.
+        A copy of the model, of the same class, with Slim layers, a [`SlimReport`] as `slim_report`, and `to_dense()`,
+        which returns a copy of the original class. A layer whose factors would take more parameters than the tensor
+        is left dense; the report and a warning name the layer.
 
     Raises:
         ValueError: Not one of `ranks`, `energy` and `budget` is given, or one that cannot be; the model has adapters
-            (merge them first), no KAN layer, coefficients that are not finite, or layers that no input reaches.
+            (merge them first), no KAN layer, coefficients that are not finite, or layers that no input reaches;
+                or `inputs` are empty, not finite or all the same.
         TypeError: With `inputs`, the model returns no tensor, nor a tuple or dict that begins with one.
     """
     if [ranks, energy, budget].count(None) != 2:
@@ -145,6 +130,8 @@ def slim(
             f"The model has adapters ({', '.join(adapted[:3]) or type(model).__name__}): merge them first, "
             "`model = model.merge_and_unload()`."
         )
+    if inputs is not None:
+        check_inputs(inputs)
     compression = _Compression(model, inputs)
     if ranks is not None:
         chosen = _resolve_ranks(compression.tensors, ranks)
@@ -165,10 +152,7 @@ def slim(
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """A copy of the model in which every Slim layer is one of its original class again, and computes the same.
-
-    Args:
-        model: A network with Slim layers, made by `slim` or not, trained further or not.
+    """A copy of the model in which every Slim layer has its original class again, and computes the same.
 
     Raises:
         ValueError: The model has adapters.
@@ -178,7 +162,10 @@ def to_dense(model: nn.Module) -> nn.Module:
     model = _copy(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, (SlimKANLinear, SlimLayer)):
-            model = _replace(model, name, module.to_dense())
+            dense = module.to_dense()
+            if isinstance(module, SlimKANLinear):
+                dense.requires_grad_(module.core.requires_grad)
+            model = _replace(model, name, dense)
     for attribute in ("slim_report", "to_dense"):
         model.__dict__.pop(attribute, None)
     return model
@@ -240,7 +227,7 @@ class _Compression:
             middle = round(math.sqrt(low * high))
             chosen = self.suggest(budget=middle)
             _, report = self.run(chosen)
-            if 1 - (report.model_error or 0.0) ** 2 >= energy:
+            if 1 - min(report.model_error or 0.0, 2.0) ** 2 >= energy:  # the square of any error may overflow
                 high, best = middle, chosen
             else:
                 low = middle
@@ -260,6 +247,7 @@ class _Compression:
             layer, spec, _ = locate_target(name, model.get_submodule(name))
             if isinstance(layer, KANLinear):
                 slim_layer = SlimKANLinear.from_components(layer, fitted.balanced())
+                slim_layer.requires_grad_(any(parameter.requires_grad for parameter in layer.parameters()))
             else:
                 slim_layer = SlimLayer(layer, spec, fitted.balanced())
             with torch.no_grad():
@@ -290,11 +278,21 @@ def _cost(ranks: tuple[int, int, int], shape: torch.Size) -> int:
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """The model with another module under a name; the module itself if the name is that of the model."""
+    """The model with another module, which gets the hooks, in all places of the one under a name.
+
+    The module itself if the name is that of the model.
+    """
+    old = model.get_submodule(name)
+    if getattr(module, "layer", None) is not old:  # a `SlimLayer` calls the old layer, with the hooks
+        for kind, hooks in vars(old).items():
+            if kind.startswith(("_forward_", "_backward_")) and isinstance(hooks, dict):
+                vars(module)[kind].update(hooks)
     if not name:
         return module
-    owner, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(owner), attribute, module)
+    for owner in list(model.modules()):
+        for attribute, part in owner._modules.items():
+            if part is old:
+                owner._modules[attribute] = module
     return model
 
 

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """A LoTRA adapter out of two checkpoints: a base model, and what full fine-tuning made of it."""
 
@@ -30,30 +19,29 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
 from ..families.registry import KANLayerSpec, find_kan_layers, same_grid
+from ..files.patterns import pattern_key
 from ..functional import call_with_parameters, unwrap
 from ..report import Report, TextTable
 from ..tucker import Ranks, Tucker, cap_ranks, tucker, tucker_scaled
 from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer, lotra_layers
-from ..tuner.targets import exact_targets, locate_target, pattern_key
-from .features import Features, gather_features
+from ..tuner.targets import exact_targets, locate_target
+from .features import Features, check_inputs, gather_features
 from .spectra import suggest_ranks, weighted_spectrum
 from .updates import CoefficientUpdate, coefficient_updates
 
 
 @dataclass(frozen=True)
 class ExtractionReport(Report):
-    """
-    What `extract_lotra` kept; prints as a table.
+    """What `extract_lotra` kept; prints as a table.
 
     Attributes:
-        errors: By layer, the norm of what the adapter misses of the update, as a share of the norm of the update;
-            measured on the adapter as it is stored.
-        ranks: By layer.
-        parameters: Of the adapter, `modules_to_save` not counted.
-        modules_to_save: Modules that are saved whole, since they changed and are no KAN layers.
-        not_saved: Parameters and buffers that changed, and that no adapter can hold.
-        output_errors: With `inputs`, what the adapter misses of the change of the layer's outputs, as `errors`.
+        errors: By layer, ||update - stored adapter|| / ||update||.
+        ranks: By layer, (ro, ri, rb).
+        parameters: The number of parameters of the adapter, without `modules_to_save`.
+        modules_to_save: The modules that changed and are no KAN layers.
+        not_saved: The parameters and buffers that changed, and that no adapter can hold.
+        output_errors: With `inputs`, as `errors`, of the change of the layer's outputs.
     """
 
     errors: dict[str, float]
@@ -70,11 +58,8 @@ class ExtractionReport(Report):
             + ([] if outputs is None else [f"of its outputs {outputs[name]:.2%}"])
             for name, error in self.errors.items()
         ]
-        notes = [
-            f"{self.parameters:,} parameters",
-            *(f"saved whole: {name}" for name in self.modules_to_save),
-            *(f"changed, but not saved: {name}" for name in self.not_saved),
-        ]
+        notes = [f"{self.parameters:,} parameters", *(f"saved whole: {name}" for name in self.modules_to_save)]
+        notes += [f"changed, but not saved: {name}" for name in self.not_saved]
         return TextTable(["", "", ">"] if outputs is None else ["", "", ">", ">"], rows, notes)
 
 
@@ -92,14 +77,12 @@ def extract_lotra(
     """Makes the LoTRA adapter that comes closest to a full fine-tuning.
 
     Closest means in the coefficients, by HOOI, or with `inputs` in the outputs of the layers. Pass `inputs` where you
-    can: a few hundred samples, without labels, of what the tuned model is for. Most of what fine-tuning does to the
-    coefficients hardly shows in the outputs, since the inputs of a layer are correlated.
+    can, a few hundred samples without labels: most of the change of the coefficients hardly shows in the outputs,
+    since the inputs of a layer are correlated.
 
-    Like `get_peft_model`, it adapts `base` in place and makes no copy. If an error is raised `base` is unchanged.
-    Beside the models, the memory for the coefficients of all layers in float64 is needed once.
-
-    Layers that did not change get no adapter. Other modules that changed go into `modules_to_save`. A warning names
-    parameters that no adapter can hold: of KAN layers besides their coefficients, of modules that contain KAN layers.
+    Like `get_peft_model`, the function adapts `base` in place. After an error `base` is unchanged. Layers that did not
+    change get no adapter. Other modules that changed go into `modules_to_save`. A warning names parameters that no
+    adapter can hold: of KAN layers besides their coefficients, of modules that contain KAN layers.
 
     Where a family multiplies the splines of each edge by a trainable scale (efficient-kan, pykan), the adapter is
     fitted to coefficient times scale (by L-BFGS). Scales of random signs, as those of efficient-kan, need `inputs`.
@@ -121,8 +104,8 @@ def extract_lotra(
         energy: or the share of the energy to keep in each, above 0 and up to 1,
         budget: or the number of parameters of the adapter, see `suggest_ranks`.
         rank_pattern: Ranks by layer, as in [`LoTRAConfig`]; alone, or with `r` for the others.
-        inputs: Samples of the model's input. The energy is then that of the layers' outputs, and the memory for the
-            basis functions of each sample in float64 is needed.
+        inputs: Samples of the model's input, for which all basis functions are held in memory in float64. The energy
+            is then that of the layers' outputs.
         adapter_name: The name of the adapter.
 
     Returns:
@@ -156,9 +139,8 @@ def extract_lotra(
     model = _attach(base, unwrap(tuned), components, modules_to_save, adapter_name)
     errors, output_errors = _measure(model, updates, features)
     parameters = sum(part.numel() for part in components.values())
-    report = ExtractionReport(
-        errors, ranks, parameters, modules_to_save, not_saved, None if inputs is None else output_errors
-    )
+    known = None if inputs is None else output_errors
+    report = ExtractionReport(errors, ranks, parameters, modules_to_save, not_saved, known)
     model.__dict__["extraction_report"] = report
     if not_saved:
         warnings.warn(
@@ -170,14 +152,8 @@ def extract_lotra(
 
 
 def _gather(tuned: nn.Module, names: list[str], inputs: torch.Tensor) -> dict[str, Features]:
-    """The features of the layers of the tuned model, for inputs that it checks."""
-    if not (isinstance(inputs, torch.Tensor) and inputs.numel() and inputs.isfinite().all()):
-        given = f"a {type(inputs).__name__}"
-        if isinstance(inputs, torch.Tensor):
-            given = f"shape {tuple(inputs.shape)}" + (" with NaN or infinite values" if inputs.numel() else "")
-        raise ValueError(
-            f"`inputs` must be a tensor of samples that are finite, as the model takes them, got {given}."
-        )
+    """The features of the layers of the tuned model."""
+    check_inputs(inputs)
     if isinstance(tuned, PeftModel):
         tuned = copy.deepcopy(tuned).merge_and_unload()
     layers = {name: locate_target(name, tuned.get_submodule(name))[:2] for name in names}
@@ -188,7 +164,7 @@ def _resolve_ranks(
     r: Ranks | None, rank_pattern: dict[str, Ranks], updates: Mapping[str, CoefficientUpdate]
 ) -> dict[str, tuple[int, int, int]]:
     """The ranks of each layer, as LoTRAModel would take them from a configuration."""
-    config = LoTRAConfig(rank_pattern=rank_pattern) if r is None else LoTRAConfig(rank_pattern=rank_pattern, r=r)
+    config = LoTRAConfig(rank_pattern=rank_pattern, r=1 if r is None else r)
     ranks = {}
     for name, update in updates.items():
         key = get_pattern_key(list(config.rank_pattern), name)
@@ -202,8 +178,9 @@ def _decompose(update: CoefficientUpdate, ranks: tuple[int, int, int], features:
     """The components of an adapter that comes closest to the update, or to the outputs by it."""
     if update.scale is not None:
         measure = None if features is None else lambda tensor: features.outputs(tensor) @ features.metric_out
-        return tucker_scaled(update.tensor, update.scale, ranks, measure).balanced()
-    fitted = tucker(update.tensor, ranks) if features is None else features.fit(update.tensor, ranks)
+        fitted = tucker_scaled(update.tensor, update.scale, ranks, measure)
+    else:
+        fitted = tucker(update.tensor, ranks) if features is None else features.fit(update.tensor, ranks)
     return fitted.balanced()
 
 
@@ -233,7 +210,7 @@ def _attach(
 def _measure(
     model: PeftModel, updates: Mapping[str, CoefficientUpdate], features: Mapping[str, Features]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The errors of the adapter as stored: of the updates, and of the outputs where there are features."""
+    """The errors of the stored adapter: of the updates, and of the outputs where there are features."""
     layers = dict(lotra_layers(unwrap(model)))
     errors, output_errors = {}, {}
     for name, update in updates.items():
@@ -241,23 +218,20 @@ def _measure(
         missed = update.missed(layers[name].get_delta_weight(adapter_name))
         errors[name] = (missed.norm() / update.tensor.norm()).item()
         if name in features:
-            change = features[name].outputs(update.tensor)
-            output_errors[name] = (features[name].outputs(missed).norm() / change.norm()).item()
+            change, lost = map(features[name].outputs, (update.tensor, missed))
+            output_errors[name] = (lost.norm() / change.norm()).item()
     return errors, output_errors
 
 
 def _compare(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
-    """The modules that changed besides the coefficients and can be saved whole, and the tensors that cannot be saved.
-
-    Raises a ValueError if the architectures or the grids differ, or a value is not finite.
-    """
+    """The other modules that changed and can be saved whole, and the tensors that changed and cannot be saved."""
     before, after = dict(_tensors(base)), dict(_tensors(tuned))
     for name in [*before, *after]:
-        shapes = [tuple(tensors[name].shape) if name in tensors else "absent" for tensors in (before, after)]
-        if shapes[0] != shapes[1]:
+        first, second = (tuple(part[name].shape) if name in part else "absent" for part in (before, after))
+        if first != second:
             raise ValueError(
-                f"The models have different architectures. Their first difference is `{name}`: {shapes[0]} in the "
-                f"base model, {shapes[1]} in the tuned one."
+                f"The models have different architectures. Their first difference is `{name}`: {first} in the base "
+                f"model, {second} in the tuned one."
             )
     for which, tensors in (("base", before), ("tuned", after)):
         for name, tensor in tensors.items():
@@ -289,7 +263,7 @@ def _compare(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
 
 
 def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """All parameters and buffers in force, without LoTRA's updates, under their names in the bare model."""
+    """All parameters and buffers in force, without LoTRA's updates, by name in the bare model."""
     if isinstance(module, ModulesToSaveWrapper):
         active = [] if module.disable_adapters else module.active_adapters
         module = module.modules_to_save[active[0]] if active else module.original_module

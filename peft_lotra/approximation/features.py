@@ -1,22 +1,12 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Layer inputs and output sensitivities, used by `slim` and `extract_lotra` to weight coefficients."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -28,30 +18,23 @@ from ..functional import call_with_parameters, modes_kept
 from ..tucker import Tucker, tucker
 
 
-# The weight of a direction that the samples do not show, as a share of the mean over all directions: of the features,
-# and of the outputs of a layer.
-_RIDGE = 1e-3
-_RIDGE_OUT = 1e-2
+# The weight of a direction without samples, as a share of the mean over all directions.
+_RIDGE = 1e-3  # of the features
+_RIDGE_OUT = 1e-2  # of the outputs of a layer
 
-# Random directions of the model's outputs that are traced back to the layers.
-_PROBES = 16
+_PROBES = 16  # random directions of the model's outputs that are traced back to the layers
 
 
 class Features:
-    """
-    The features of one layer, which its coefficients multiply, for samples of its input; and how its outputs count.
+    """The features (basis functions of inputs) of one layer for inputs x (..., in), and the weights of its outputs.
 
-    Args:
-        layer, spec: The layer and its family.
-        x: (..., in), the inputs of the layer.
-        metric: (out, out), the mean of J^T J over the samples, where J are the derivatives of the model's outputs with
-            respect to the layer's; by default all outputs count alike.
-
-    Attributes:
-        values: (samples, in, basis), with the residual function last, in float64.
-        metric_in_basis: (in, in) and (basis, basis), the square roots of the second moments of the features.
-        metric_out: (out, out), the square root of `metric`.
+    The metric (out, out) is the mean of J^T J, where J are the derivatives of the model's outputs with respect to the
+    layer's; by default all outputs count alike.
     """
+
+    values: torch.Tensor  # (samples, in, basis), with the residual function last, in float64
+    metric_in_basis: list[torch.Tensor]  # (in, in) and (basis, basis), square roots of the features' second moments
+    metric_out: torch.Tensor  # (out, out), the square root of the metric
 
     @torch.no_grad()
     def __init__(
@@ -69,8 +52,7 @@ class Features:
                 parameters[scale] = torch.ones_like(getattr(layer, scale))
             return first_output(call_with_parameters(layer, parameters, layer, (x,), {}))
 
-        # A layer is linear in its coefficients, whatever its basis: unit tensors bring the features out, one for each
-        # output at a time.
+        # A layer is linear in its coefficients: unit tensors give the features, one for each output at a time.
         columns = []
         zeros = location.get_parameter(layer).new_zeros(out, in_features * basis)
         constant = run(zeros)
@@ -87,10 +69,7 @@ class Features:
             self.metric_out = _square_root(metric.to(self.values), _RIDGE_OUT)
 
     def weigh(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor (out, in, basis) multiplied by the metrics of its modes, scaled to norm 1.
-
-        By the norm all layers count alike, whatever the size of their outputs.
-        """
+        """The tensor (out, in, basis) times the metrics of its modes, of norm 1, so that layers count alike."""
         weighted = torch.einsum("po,oik,ij,kl->pjl", self.metric_out, tensor, *self.metric_in_basis)
         return weighted / weighted.norm().clamp(min=1e-300)
 
@@ -122,10 +101,7 @@ class Features:
 
 
 def relative_error(y: torch.Tensor, other: torch.Tensor) -> float:
-    """||y - other|| / ||y - mean(y)|| of outputs (..., out).
-
-    The mean is left out, since a large one carries nothing and would make any error look small.
-    """
+    """||y - other|| / ||y - mean(y)|| of outputs (..., out); a large mean would make any error look small."""
     y, other = y.double().flatten(0, -2), other.double().flatten(0, -2)
     return ((y - other).norm() / (y - y.mean(0)).norm().clamp(min=1e-300)).item()
 
@@ -142,6 +118,23 @@ def _square_root(moments: torch.Tensor, ridge: float) -> torch.Tensor:
     return vectors * values.sqrt() @ vectors.T
 
 
+def check_inputs(inputs: object) -> None:
+    """Raises a ValueError for inputs that are not finite, or that are all the same."""
+    given = f"a {type(inputs).__name__}"
+    if isinstance(inputs, torch.Tensor):
+        rows = inputs.flatten(0, -2) if inputs.dim() > 1 else inputs
+        given = f"shape {tuple(inputs.shape)}"
+        if inputs.numel() and inputs.isfinite().all():
+            if (rows != rows[:1]).any():
+                return
+            given += " with a single sample, or many that are equal"
+        elif inputs.numel():
+            given += " with NaN or infinite values"
+    raise ValueError(
+        f"`inputs` must be a tensor of samples that are finite and differ, as the model takes them, got {given}."
+    )
+
+
 def model_outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """The output of the model in evaluation mode; of a tuple or a dict (`ModelOutput`) the first entry."""
     with modes_kept(model):
@@ -150,7 +143,7 @@ def model_outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     first = first[0] if isinstance(first, (tuple, list)) and first else first
     if not isinstance(first, torch.Tensor) or not first.is_floating_point():
         raise TypeError(
-            f"With `inputs`, the model must return a tensor of floating point numbers, or a tuple or dict that begins "
+            "With `inputs`, the model must return a tensor of floating point numbers, or a tuple or dict that begins "
             f"with one, but it returned {type(result).__name__}. Wrap it in a module that does."
         )
     return first
@@ -159,10 +152,7 @@ def model_outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 def gather_features(
     model: nn.Module, layers: Mapping[str, tuple[nn.Module, KANLayerSpec]], inputs: torch.Tensor
 ) -> dict[str, Features]:
-    """The features of each layer for these inputs of the model, and the metric of its outputs.
-
-    Raises a ValueError if nothing reaches one of the layers, and a TypeError as `model_outputs`.
-    """
+    """The features of each layer for inputs of the model; a ValueError if no input reaches one of the layers."""
     received: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     returned: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
@@ -171,25 +161,19 @@ def gather_features(
         y = first_output(y)
         returned[name].append(y if y.requires_grad else y.requires_grad_())  # the model may be frozen
 
-    handles = [layer.register_forward_hook(partial(note, name)) for name, (layer, _) in layers.items()]
-    try:
-        with torch.enable_grad():
-            result = model_outputs(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    missed = [name for name, xs in received.items() if not xs]
-    if missed:
+    with ExitStack() as hooks, torch.enable_grad():
+        for name, (layer, _) in layers.items():
+            hooks.enter_context(layer.register_forward_hook(partial(note, name)))
+        result = model_outputs(model, inputs)
+    if missed := [name for name, xs in received.items() if not xs]:
         raise ValueError(f"None of `inputs` reaches {missed}: the model's forward pass does not call these layers.")
     metrics = _metrics(result, returned)
     return {name: Features(*layers[name], torch.cat(xs), metrics.get(name)) for name, xs in received.items()}
 
 
 def _metrics(result: torch.Tensor, returned: Mapping[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The sums of J^T J by layer, (out, out), where J are the derivatives of the result by what the layer returned.
-
-    Random signs s give an estimate: s^T J has the second moment J^T J. Layers without derivatives are left out.
-    """
+    """Estimates of the sums of J^T J by layer, (out, out), where J are the derivatives of the result in the layer's
+    outputs: s^T J has the second moment J^T J for random signs s. Layers without derivatives are left out."""
     metrics: dict[str, torch.Tensor] = {}
     if not result.requires_grad:
         return metrics

@@ -1,26 +1,11 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Which ranks an update needs: the spectra of fine-tuning updates and of gradients, and the ranks they suggest.
 
-The spectrum of a tensor are the singular values of its three unfoldings. The truncated HOSVD projects the tensor on
-the leading (ro, ri, rb) singular vectors. The energy that it keeps, a share of the squared norm, is the sum of squares
-over the leading ro x ri x rb block of the HOSVD's core: one decomposition gives the energy of every triple of ranks.
-HOOI, which looks for the best approximation of these ranks, keeps at least as much.
-
-Source: L. De Lathauwer, B. De Moor, J. Vandewalle, "A Multilinear Singular Value Decomposition", SIAM J. Matrix Anal.
-Appl. 21 (2000).
+The spectrum of a tensor is the singular values of the three unfoldings. The energy that the truncated HOSVD keeps, a
+share of the squared norm, is the sum of squares over the leading ro x ri x rb block of the HOSVD's core. HOOI keeps at
+least as much. Source: L. De Lathauwer et al., "A Multilinear Singular Value Decomposition", SIMAX 21 (2000).
 """
 
 from __future__ import annotations
@@ -31,27 +16,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..files.patterns import pattern_key
 from ..functional import unwrap
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, hosvd, triple
 from ..tuner.config import LoTRAConfig
 from ..tuner.gradients import gather_gradients
-from ..tuner.targets import find_targets, pattern_key
+from ..tuner.targets import find_targets
 from .features import Features
 from .updates import coefficient_updates
 
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """
-    The spectrum of the update, or the gradient, of one layer's coefficient tensor.
+    """The spectrum of the update, or the gradient, of one layer's coefficient tensor.
 
     Attributes:
-        shape: (out, in, basis) of the tensor, the residual slice counted in basis.
-        norm: Its Frobenius norm.
-        singular_values: Of the unfoldings (out, in basis), (in, out basis) and (basis, out in), in falling order.
-        energies: (out, in, basis) or smaller; entry (ro - 1, ri - 1, rb - 1) is the share of the energy, 0 to 1, that
-            the truncated HOSVD of ranks (ro, ri, rb) keeps. 1 everywhere for a zero tensor.
+        shape: (out, in, basis), the residual slice counted in basis.
+        norm: The Frobenius norm.
+        singular_values: Those of the unfoldings (out, in basis), (in, out basis) and (basis, out in), falling.
+        energies: (out, in, basis) or smaller: entry (ro - 1, ri - 1, rb - 1) is the share that the truncated HOSVD of
+            ranks (ro, ri, rb) keeps; 1 everywhere for a zero tensor.
     """
 
     shape: tuple[int, int, int]
@@ -72,22 +57,20 @@ class LayerSpectrum:
 
 @dataclass(frozen=True)
 class Spectrum(Report):
-    """
-    The spectra of all layers; prints as a table.
+    """The spectra of all layers; prints as a table.
 
     Attributes:
-        layers: By name, in the order of the model.
+        layers: The spectra by name, in the order of the model.
     """
 
     layers: dict[str, LayerSpectrum]
 
     def energy(self, r: Ranks | dict[str, tuple[int, int, int]]) -> float:
         """The share of the energy of all layers that ranks, or a `rank_pattern` of `suggest_ranks`, keep together."""
-        total = sum(layer.norm**2 for layer in self.layers.values())
-        kept = sum(
-            layer.norm**2 * layer.energy(r[pattern_key(name)] if isinstance(r, dict) else r)
-            for name, layer in self.layers.items()
-        )
+        total = kept = 0.0
+        for name, layer in self.layers.items():
+            total += layer.norm**2
+            kept += layer.norm**2 * layer.energy(r[pattern_key(name)] if isinstance(r, dict) else r)
         return kept / total if total else 1.0
 
     def _table(self) -> TextTable:
@@ -105,9 +88,8 @@ class Spectrum(Report):
 def update_spectrum(base: nn.Module, tuned: nn.Module) -> Spectrum:
     """The spectrum of what fine-tuning did to the coefficients of each KAN layer.
 
-    The coefficients are those in force: active adapters count. Where a family multiplies the splines of each edge by a
-    trainable scale (efficient-kan, pykan, qkan's FourierKAN) and the scales changed too, the spectrum is that of
-    coefficient times scale.
+    Active adapters count. Where a family multiplies the splines of each edge by a trainable scale (efficient-kan,
+    pykan, qkan's FourierKAN) and the scales changed too, the spectrum is that of coefficient times scale.
 
     Example:
         >>> import copy
@@ -119,10 +101,10 @@ def update_spectrum(base: nn.Module, tuned: nn.Module) -> Spectrum:
         True
 
     Args:
-        base, tuned: Two models of one architecture, adapted or not. They are left as they are.
+        base, tuned: Two models of one architecture, adapted or not; both stay unchanged.
 
     Raises:
-        ValueError: Their KAN layers differ in name, family or shape, there are none, or a coefficient is not finite.
+        ValueError: The KAN layers differ in name, family or shape, there are none, or a coefficient is not finite.
     """
     return Spectrum({name: spectrum_of(update.tensor) for name, update in coefficient_updates(base, tuned).items()})
 
@@ -138,9 +120,8 @@ def gradient_spectrum(model: nn.Module, config: LoTRAConfig | None, train_step: 
         [(5, 3, 9), (4, 5, 9)]
 
     Args:
-        model: The base model, or a PEFT model. It is left as it was.
-        config: Only the layers that this configuration targets count, and without the residual branch if it says so;
-            `None` for all KAN layers.
+        model: The base model, or a PEFT model; it stays unchanged.
+        config: Selects the layers, and whether the residual branch counts; `None` for all layers.
         train_step: Computes a loss and calls `backward()`, for one or more batches.
 
     Raises:
@@ -174,9 +155,8 @@ def suggest_ranks(
     Args:
         base: A spectrum, or a base model.
         tuned: With a base model, the fine-tuned one.
-        energy: The share of the energy to keep in each layer, above 0 and up to 1: by the cheapest ranks that do.
-        budget: The number of parameters of all layers together: the ranks keep the most energy. Each layer has a rank
-            of at least 1.
+        energy: The share of the energy to keep in each layer, above 0 and up to 1, with the fewest parameters.
+        budget: The number of parameters of all layers together, with the most energy and ranks of at least 1.
 
     Returns:
         (ro, ri, rb) by a regex that matches the layer's name and no other.
@@ -218,9 +198,8 @@ def spectrum_of(tensor: torch.Tensor) -> LayerSpectrum:
 
 def weighted_spectrum(tensors: Mapping[str, torch.Tensor], features: Mapping[str, Features]) -> Spectrum:
     """The spectrum of tensors (out, in, basis) by layer, weighted by the features where there are any."""
-    return Spectrum(
-        {name: spectrum_of(features[name].weigh(t) if name in features else t) for name, t in tensors.items()}
-    )
+    weighted = {name: features[name].weigh(t) if name in features else t for name, t in tensors.items()}
+    return Spectrum({name: spectrum_of(tensor) for name, tensor in weighted.items()})
 
 
 def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, int, int]:
@@ -233,9 +212,8 @@ def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, int, int]:
 def _allocate(layers: dict[str, LayerSpectrum], budget: int) -> dict[str, tuple[int, int, int]]:
     """The ranks that keep the most energy for at most `budget` parameters in all.
 
-    Each greedy step raises the ranks of the layer that gains the most energy per parameter, among the steps that can
-    still be paid. The result is optimal until the first step that cannot be paid, since the steps follow the concave
-    hulls of the layers' parameters and energies; what is left then is small.
+    Each greedy step raises the ranks of the layer that gains the most energy per parameter. The result is optimal
+    until the first step above the budget, since the steps follow concave hulls.
     """
     frontiers = {name: _frontier(layer) for name, layer in layers.items()}
     at = dict.fromkeys(frontiers, 0)
@@ -252,9 +230,9 @@ def _allocate(layers: dict[str, LayerSpectrum], budget: int) -> dict[str, tuple[
             rate = torch.where(price <= left, (energies[at[name] + 1 :] - energies[at[name]]) / price, 0)
             if len(rate):
                 best = max(best, (rate.max().item(), name, at[name] + 1 + int(rate.argmax())))
-        if best[0] == 0:
+        gain, name, index = best
+        if gain == 0:
             return {name: _ranks_at(layers[name], frontiers[name][2][index]) for name, index in at.items()}
-        _, name, index = best
         costs = frontiers[name][0]
         left -= int(costs[index] - costs[at[name]])
         at[name] = index

@@ -1,18 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
-"""What fine-tuning did to the coefficients of a network."""
+"""The changes of the coefficients of a network by fine-tuning."""
 
 from __future__ import annotations
 
@@ -32,35 +21,25 @@ from ..tuner.targets import locate_target
 
 @dataclass(frozen=True)
 class CoefficientUpdate:
-    """
-    What fine-tuning did to the coefficients of one layer, in float64.
+    """The change of the coefficients (out, in, basis [+ 1]) of one layer by fine-tuning, in float64.
 
-    Attributes:
-        tensor: (out, in, basis), or (out, in, basis + 1) with the residual branch: the change of the coefficients, or
-            of coefficient times scale if the scales of the edges changed too (or count anyway).
-        scale: As `tensor`: what the layer of the base model multiplies a change of its coefficients by; `None` if
-            `tensor` is the change of the coefficients.
+    With a `scale`, by which the base layer multiplies its coefficients, the change is of coefficient times scale.
     """
 
     tensor: torch.Tensor
     scale: torch.Tensor | None = None
 
     def missed(self, delta: torch.Tensor) -> torch.Tensor:
-        """What a change of the coefficients of the base model lacks of the update."""
+        """The difference of the update and a change of the base model's coefficients."""
         delta = delta.to(self.tensor)
         return self.tensor - (delta if self.scale is None else self.scale * delta)
 
 
 @torch.no_grad()
 def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False) -> dict[str, CoefficientUpdate]:
-    """The updates of all KAN layers, by name.
+    """The updates of all KAN layers, by name; raises a ValueError as `update_spectrum`.
 
-    Args:
-        base, tuned: Two models of one architecture, adapted or not.
-        scaled: Whether updates of edges with scales are of coefficient times scale even if no scale changed.
-
-    Raises:
-        ValueError: As `update_spectrum`.
+    With `scaled`, updates of edges with scales are of coefficient times scale even if no scale changed.
     """
     base, tuned = unwrap(base), unwrap(tuned)
     found, other = find_kan_layers(base), find_kan_layers(tuned)
@@ -89,12 +68,12 @@ def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False)
 
 
 def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The coefficients in force, and what the layer multiplies them by, both (out, in, basis [+ 1]) in float64."""
+    """The coefficients in force, and the scales of the layer's edges, both (out, in, basis [+ 1]) in float64."""
     layer, spec, tensor = locate_target(name, module)
     if isinstance(module, LoTRALayer):
         coefficients = module.coefficients_in_force(torch.float64)
     else:
-        coefficients = tensor.read(layer).double().clone()  # what is read may be the parameter itself
+        coefficients = tensor.read(layer).double().clone()  # `read` may return the parameter itself
     scale_name, layout = spec.edge_scale or ("", "")
     scale = get_or_none(layer, scale_name)
     if scale is None:

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What the two files of an adapter say, compared with each other and with the model that the adapter is for."""
 
@@ -24,45 +13,26 @@ from ..families.registry import short_name
 
 
 Shape = tuple[int, ...]
-
-# Lines that an error shows at most.
-_MAX_LINES = 20
+OF_THE_BASE = "to save a part of the base, such as embeddings, name the module in `modules_to_save`"
+TRAINED_ON = "Load it into the base model that it was trained on."
+_MAX_LINES = 20  # that an error shows
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the files of an adapter say. All of it is `None` for an adapter that does not come from a file.
+    """What the files of an adapter say. All of it is `None` for an adapter that does not come from a file."""
 
-    Attributes:
-        layers (`dict[str, dict]`, *optional*): The record of the base: by the name of an adapted layer its `family`,
-            `shape` and `has_residual`, and the hashes of its `grid` and its `parameters`.
-        digest (`str`, *optional*): The digest of the tensors, as the config has it.
-        tensors (`dict[str, tuple[int, ...]]`, *optional*): The shape of each tensor, by its name in the base model.
-
-    Example:
-        >>> checkpoint = Checkpoint(digest="1f")
-        >>> checkpoint.with_tensors({"base_model.model.kan.lotra_core": (2, 2, 2)}, "1f", "folder").tensors
-        {'kan.lotra_core': (2, 2, 2)}
-    """
-
+    # the record of the base by layer: `family`, `shape`, `has_residual`, and the hashes of `grid` and `parameters`
     layers: Mapping[str, Mapping[str, Any]] | None = None
-    digest: str | None = None
-    tensors: Mapping[str, Shape] | None = None
+    digest: str | None = None  # of the tensors, as the config has it
+    tensors: Mapping[str, Shape] | None = None  # the shape of each tensor by its name in the base model
 
     def has_digest(self, digest: str) -> bool:
         """Whether tensors of this digest belong to the config; a config without a digest takes any."""
         return self.digest in (None, digest)
 
     def with_tensors(self, shapes: Mapping[str, Shape], digest: str, folder: str) -> Checkpoint:
-        """The checkpoint with the tensors of a file.
-
-        Args:
-            shapes, digest: What `read_weights` returned for the file.
-            folder (`str`): The folder of the files, for the message.
-
-        Raises:
-            ValueError: The tensors are not those that the config was saved with.
-        """
+        """The checkpoint with the tensors of a file, as `read_weights` returned them, if they belong to the config."""
         if not self.has_digest(digest):
             raise ValueError(
                 f"The config and the tensors in {folder} do not belong together: the file of the tensors was "
@@ -71,11 +41,7 @@ class Checkpoint:
         return replace(self, tensors={short_name(name): shape for name, shape in shapes.items()})
 
     def check_shapes(self, expected: Mapping[str, Shape]) -> None:
-        """Compares the tensors of the file with the shapes that the config gives them.
-
-        Raises:
-            ValueError: A tensor is missing or has another shape.
-        """
+        """Raises a ValueError if a tensor is missing or has another shape than the config gives it."""
         found = self.tensors or {}
         refuse(
             "The tensors of the adapter do not fit its config:",
@@ -87,20 +53,14 @@ class Checkpoint:
         )
 
     def check_names(self, expected: Iterable[str], allowed: Iterable[str]) -> None:
-        """Compares the tensors of the file with those that the adapter has in the model.
+        """Raises a ValueError if the file lacks an expected name, or has one that is neither expected nor allowed.
 
         PEFT would pass over a missing tensor, and write a superfluous one wherever its name leads, into the base too.
-
-        Args:
-            expected (`Iterable[str]`): The names of the adapter's tensors.
-            allowed (`Iterable[str]`): Names that the file may have besides.
-
-        Raises:
-            ValueError: The file lacks one of the expected names, or has a name that is neither expected nor allowed.
         """
         found, expected = set(self.tensors or ()), set(expected)
         wrong = [f"{name} is missing" for name in sorted(expected - found)]
-        wrong += [f"{name} is nothing that this adapter has" for name in sorted(found - expected.union(allowed))]
+        superfluous = sorted(found - expected.union(allowed))
+        wrong += [f"{name} is nothing that this adapter has ({OF_THE_BASE})" for name in superfluous]
         refuse_for_model(wrong)
 
 
@@ -112,12 +72,8 @@ def refuse(headline: str, problems: list[str], remedy: str = "") -> None:
 
 
 def refuse_for_model(problems: list[str]) -> None:
-    """The same for an adapter that was made for another model."""
-    refuse(
-        "The adapter does not fit the model, nothing was loaded:",
-        problems,
-        "Load it into the base model that it was trained on.",
-    )
+    """Raises a ValueError that lists why an adapter does not fit a model, if there are reasons."""
+    refuse("The adapter does not fit the model, nothing was loaded:", problems, TRAINED_ON)
 
 
 def _is_record(value: Any) -> bool:
@@ -140,6 +96,5 @@ def _is_hashes(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(entry, str) for pair in value.items() for entry in pair)
 
 
-# What a field of a config accepts, with the words for it.
-RECORD = (_is_record, "None, or what a saved config has")
-HASHES = (_is_hashes, "None, or what a saved config has")
+# what a field of a config accepts, with the words for it
+RECORD, HASHES = ((check, "None, or what a saved config has") for check in (_is_record, _is_hashes))

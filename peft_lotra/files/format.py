@@ -1,102 +1,75 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The files of an adapter: written so that no interruption mixes two adapters up, and checked when they are read.
 
-A folder holds `adapter_config.json` and `adapter_model.safetensors`. The config carries, under `integrity`, a digest
-of itself and one of the tensors: files that were changed, truncated or exchanged are refused. The digests guard
-against accidents only; whoever can write the files can write fitting digests too (see SECURITY.md).
+The config carries digests of itself and of the tensors: files that were changed, truncated or exchanged are refused.
+The digests guard against accidents only; whoever writes the files can write fitting digests too (see SECURITY.md).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import os
-import re
+import secrets
 import shutil
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from huggingface_hub import file_exists, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from .fingerprint import hash_values
+from .checkpoint import refuse
+from .fingerprint import digest_of, hash_values
 
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 # Far above what an adapter needs (about 100 bytes for each tensor), far below what would hurt to parse.
 MAX_HEADER_BYTES = 8 << 20
 MAX_CONFIG_BYTES = 8 << 20
-MAX_PATTERN_LENGTH = 10_000
-MAX_PATTERN_REPEATS = 4
 
 # The name of the new config while `save_adapter` exchanges the files.
 PENDING_CONFIG = f".{CONFIG_NAME}.next"
 _STAGE = ".saving"
 
 # Fields that may be edited by hand or by tools: they do not change what the adapter computes.
-_NOT_DIGESTED = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "check_base",
-    "inference_mode",
-    "integrity",
-    "peft_type",
-    "peft_version",
-    "revision",
-    "task_type",
-}
+_NOT_DIGESTED = frozenset(
+    "auto_mapping base_model_name_or_path check_base inference_mode integrity peft_type peft_version revision "
+    "task_type".split()
+)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-###########
-# Writing #
-###########
-
-
 def config_digest(values: Mapping[str, Any], defaults: Mapping[str, Any], weights: str | None) -> str:
-    """The digest of a configuration and of the tensors that it belongs to; 32 hexadecimal digits.
-
-    Args:
-        values (`dict`): The configuration. Values that equal their defaults do not count, so that later versions,
-            which have more fields, read older files.
-        defaults (`dict`): The defaults.
-        weights (`str`, *optional*): The digest of the tensors.
-    """
+    """The digest of a configuration and of the digest of its tensors, 32 hexadecimal digits."""
+    # without defaults, so that later versions, which have more fields, read older files
     counted = {
         name: sorted(value) if isinstance(value, set) else value
         for name, value in values.items()
         if name not in _NOT_DIGESTED and value != defaults.get(name)
     }
-    text = json.dumps([counted, weights], sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return digest_of([counted, weights])
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
     """Writes a file in one step: under another name, forced to the disk, and renamed."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
+    # "x" opens nothing that exists: a link of this name would lead to another file
+    file = open(temporary, "x", encoding="utf-8")
+    try:
+        with file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> None:
@@ -141,9 +114,8 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> 
         model.save_pretrained(stage, **kwargs)
         staged = sorted(parent for parent, _, files in os.walk(stage) if files)
         for parent in staged:
-            for name in os.listdir(parent):
-                if os.path.isfile(os.path.join(parent, name)):
-                    _force_to_disk(os.path.join(parent, name))
+            for name in _files(parent):
+                _force_to_disk(os.path.join(parent, name))
         for parent in staged:
             target = os.path.normpath(os.path.join(folder, os.path.relpath(parent, stage)))
             os.makedirs(target, exist_ok=True)
@@ -152,17 +124,21 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> 
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def _files(folder: str) -> list[str]:
+    return [name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name))]
+
+
 def _exchange(source: str, target: str) -> None:
-    files = [name for name in os.listdir(source) if os.path.isfile(os.path.join(source, name))]
-    config = CONFIG_NAME in files
-    if config:
+    """Moves the files of a folder into another one, the config last."""
+    files = _files(source)
+    if CONFIG_NAME in files:
         os.replace(os.path.join(source, CONFIG_NAME), os.path.join(target, PENDING_CONFIG))
         _force_to_disk(target)
     for name in files:
         if name != CONFIG_NAME:
             os.replace(os.path.join(source, name), os.path.join(target, name))
     _force_to_disk(target)
-    if config:
+    if CONFIG_NAME in files:
         os.replace(os.path.join(target, PENDING_CONFIG), os.path.join(target, CONFIG_NAME))
         _force_to_disk(target)
 
@@ -178,36 +154,25 @@ def _force_to_disk(path: str) -> None:
         os.close(handle)
 
 
-###########
-# Reading #
-###########
-
-
 def find_weights(model_id: str, subfolder: str | None, hub_kwargs: Mapping[str, Any]) -> str | None:
-    """The path of the tensors that belong to a config, in a folder or on the Hub, from where they are downloaded.
-
-    Returns:
-        The path, or `None` if there are no tensors at all.
-
-    Raises:
-        ValueError: There is a pickle in their place.
-    """
+    """The path of the tensors of a config, in a folder or downloaded from the Hub, if any; a pickle is refused."""
     folder = os.path.join(model_id, subfolder) if subfolder is not None else model_id
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     pickled = f"`{WEIGHTS_NAME}` at {folder} is a pickle, which runs code when it is loaded"
     remedy = f"Only `{SAFETENSORS_WEIGHTS_NAME}` is loaded: ask its author to save the adapter again."
-    if os.path.exists(path):
+    if os.path.lexists(path):  # a dangling link is a file that cannot be read
         return path
-    if os.path.exists(os.path.join(folder, WEIGHTS_NAME)):
+    if os.path.lexists(os.path.join(folder, WEIGHTS_NAME)):
         raise ValueError(f"{pickled}. {remedy}")
     if os.path.isdir(folder):
         return None
     try:
         return hf_hub_download(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
+    except LocalEntryNotFoundError:  # of the network, which does not say that there are none
+        raise
     except EntryNotFoundError:
         name = WEIGHTS_NAME if subfolder is None else f"{subfolder}/{WEIGHTS_NAME}"
-        where = {key: hub_kwargs.get(key) for key in ("revision", "token")}
-        if file_exists(model_id, name, **where):
+        if file_exists(model_id, name, revision=hub_kwargs.get("revision"), token=hub_kwargs.get("token")):
             raise ValueError(f"{pickled}. {remedy}") from None
         return None
 
@@ -219,17 +184,9 @@ def check_size(config: str) -> None:
 
 
 def read_weights(path: str) -> tuple[dict[str, tuple[int, ...]], str]:
-    """Checks a file of tensors, its header first.
+    """Checks a file of tensors, its header first, and returns the shapes by name and the digest of all contents.
 
-    Args:
-        path (`str`): The file.
-
-    Returns:
-        The shapes of all tensors by name, and the digest of their names, dtypes, shapes and contents.
-
-    Raises:
-        ValueError: The file is no safetensors file, is damaged, or its header is too long; a component of an adapter
-            is not floating, or has values that are not finite.
+    A damaged file, a long header, components that are not floating, and values that are not finite raise a ValueError.
     """
     problem = f"{path} cannot be loaded: "
     size = os.path.getsize(path)
@@ -253,32 +210,9 @@ def read_weights(path: str) -> tuple[dict[str, tuple[int, ...]], str]:
             for name in shapes if not wrong else ():
                 tensor = file.get_tensor(name)
                 digest.update(hash_values({name: tensor}).encode())
-                if ".lotra_" in name and not torch.isfinite(tensor).all():
+                if not torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all():
                     wrong.append(f"{name} has values that are not finite")
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{problem}{error}. It is damaged, or no safetensors file.") from error
-    if wrong:
-        raise ValueError(problem + "\n  " + "\n  ".join(wrong))
+    refuse(problem, wrong)
     return shapes, digest.hexdigest()
-
-
-def check_patterns(patterns: Iterable[str]) -> None:
-    """Refuses regular expressions that may take exponential time; PEFT matches those of a config to layer names.
-
-    Raises:
-        ValueError: A pattern repeats a group, or repeats more than `MAX_PATTERN_REPEATS` times.
-
-    Example:
-        >>> check_patterns([r"layers\\.[01]"])
-    """
-    for pattern in patterns:
-        plain = re.sub(r"\\.|\[\]?[^\]]*\]", "x", pattern)  # without escaped characters and character classes
-        if (
-            len(pattern) > MAX_PATTERN_LENGTH
-            or re.search(r"\)[*+{]", plain)
-            or len(re.findall(r"[*+{]", plain)) > MAX_PATTERN_REPEATS
-        ):
-            raise ValueError(
-                f"The config of the adapter has the pattern {pattern[:100]!r}, which may take forever to match. A "
-                f"pattern from a file must not repeat a group, nor repeat more than {MAX_PATTERN_REPEATS} times."
-            )

@@ -1,27 +1,18 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The Python code of the model card that builds the base of an adapter."""
 
 from __future__ import annotations
 
 import inspect
-import json
+import re
 import sys
 from dataclasses import dataclass
+from keyword import iskeyword
 from pathlib import Path
 from pprint import pformat
+from typing import TypeGuard
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
@@ -36,17 +27,19 @@ _INCIDENTAL = ("_name_or_path", "architectures", "transformers_version", "model_
 
 @dataclass(frozen=True)
 class BaseSource:
-    """Where the base model comes from: its repository, and the module and name of its class, as far as known.
-
-    `code` is Python code that assigns the base to the variable `base`. `auto` says whether `AutoPeftModel` can load
-    the base as well.
-    """
+    """Where the base comes from: its repository, the module and name of its class, and code that sets `base` to it."""
 
     model: str | None
     module: str | None
     name: str | None
     code: str
-    auto: bool
+    auto: bool  # whether AutoPeftModel can load the base as well
+
+
+def literal(text: str) -> str:
+    """Python code of a string. It neither ends the code block of a card nor the part that a card marks."""
+    escaped = text.encode("unicode_escape").decode()
+    return '"' + re.sub('["`<]', lambda found: f"\\x{ord(found[0]):x}", escaped) + '"'
 
 
 def hub_id(name: str | None) -> str | None:
@@ -74,7 +67,7 @@ def _is_repository(name: str) -> bool:
 def source_of_model(
     base: nn.Module, config: LoTRAConfig, base_model: str | None = None, base_code: str | None = None
 ) -> BaseSource:
-    """The source of a base that is in memory; `base_model` and `base_code` are those of `write_model_card`."""
+    """The source of a base in memory."""
     module, name = _import_path(type(base))
     model = base_model or hub_id(getattr(base, "name_or_path", None))
     auto = False
@@ -93,13 +86,11 @@ def source_of_model(
 def source_of_config(
     config: LoTRAConfig, base_model: str | None = None, base_code: str | None = None, written_code: str | None = None
 ) -> BaseSource:
-    """The source of a base as the configuration of the saved adapter describes it.
-
-    `base_model` and `base_code` are those of `write_model_card`. `written_code`, the code in the card that was saved
-    with the adapter, counts less than these two.
-    """
+    """The source of a base by the configuration of the adapter; `written_code` is the code of an earlier card."""
     mapping = config.auto_mapping or {}
     module, name = mapping.get("parent_library"), mapping.get("base_model_class")
+    if not (_is_importable(module) and _is_importable(name) and "." not in name):
+        module = name = None  # the file can have anything, and both go into code
     cls = getattr(sys.modules.get(module), name, None) if module and name else None
     if isinstance(cls, type):
         module, name = _import_path(cls)
@@ -108,6 +99,10 @@ def source_of_config(
     code = base_code or (None if base_model else written_code) or loads or _by_hand(module, name)
     code = code.strip("\n")
     return BaseSource(model, module, name, code, auto=code == loads)
+
+
+def _is_importable(path: object) -> TypeGuard[str]:
+    return isinstance(path, str) and all(part.isidentifier() and not iskeyword(part) for part in path.split("."))
 
 
 def _import_path(cls: type) -> tuple[str, str]:
@@ -121,7 +116,7 @@ def _import_path(cls: type) -> tuple[str, str]:
 
 
 def _from_pretrained(module: str, name: str, model: str, revision: str | None) -> str:
-    arguments = json.dumps(model) + (f", revision={json.dumps(revision)}" if revision else "")
+    arguments = literal(model) + (f", revision={literal(revision)}" if revision else "")
     return f"from {module} import {name}\n\nbase = {name}.from_pretrained({arguments})"
 
 

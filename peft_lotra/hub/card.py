@@ -1,22 +1,10 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The model card of an adapter: what it adapts, how to load it, and what it contains for each layer."""
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
 import os
@@ -32,10 +20,10 @@ from peft import PeftModel, __version__
 from peft.utils import CONFIG_NAME
 
 from ..files.format import write_atomically
-from ..report import TextTable
+from ..report import TextTable, printable
 from ..tuner.config import LoTRAConfig
 from ..tuner.registration import NAME
-from .base_code import BaseSource, check_base_model, hub_id, source_of_config, source_of_model
+from .base_code import BaseSource, check_base_model, hub_id, literal, source_of_config, source_of_model
 from .contents import AdapterRow, adapter_folders, adapter_table, read_adapter, size_cells, table_of_tensors
 
 
@@ -72,20 +60,18 @@ def write_model_card(
 ) -> None:
     """Writes the model card of a LoTRA adapter, README.md, into the folder of the saved adapter.
 
-    The card says how to get the base model, how to load the adapter, and what the adapter contains for each layer.
-    The function replaces the part that it wrote before, between two comments, and the unfilled template of PEFT. It
-    keeps all other text of an existing README.md. Call it after each `save_pretrained`, which removes the tags.
+    The card says how to get the base model, how to load the adapter, and what the adapter contains for each layer. It
+    replaces an earlier card by this function, and the unfilled template of PEFT; all other text of README.md is kept.
+    Call the function after each `save_pretrained`, which removes the tags.
 
     Args:
-        model: The model with the adapter. With None, the card is made from the saved files and keeps the code that
-            builds the base.
+        model: The model with the adapter. With None, the card is made from the files and keeps the code of the base.
         folder: The folder of the saved adapter.
-        repo_id: The repository that the snippet of the card loads the adapter from. By default the snippet loads the
-            folder that it runs in.
+        repo_id: The repository that the snippet loads the adapter from, by default the folder that it runs in.
         revision: The branch of `repo_id`, if it is not the main one.
         base_model: The base model on the Hub, by default the one that the base was loaded from.
-        base_code: Python code that assigns the base to the variable `base`, for a base that `from_pretrained` cannot
-            load from the Hub. By default the code that builds the architecture, if its arguments are known.
+        base_code: Python code that assigns the base to the variable `base`, if `from_pretrained` cannot load it. By
+            default the code that builds the architecture, if its arguments are known.
         tags: Additional tags.
         metrics: Results for the model-index: values by name, for an unnamed data set, or complete results. By default
             the results of the existing card stay.
@@ -123,34 +109,32 @@ def write_model_card(
         config, _ = next(iter(adapters.values()))
         source = source_of_config(config, base_model, base_code, written_code(load_card(folder / README)))
     else:
-        configs = {
-            name: cast(LoTRAConfig, config) for name, config in model.peft_config.items() if config.peft_type == NAME
-        }
-        if not configs:
+        names = [name for name, config in model.peft_config.items() if config.peft_type == NAME]
+        if not names:
             raise ValueError(f"The model has no LoTRA adapter, only {sorted(model.peft_config)}.")
         saved = adapter_folders(folder)
-        tables = {name: adapter_table(model, name) for name in configs if name in saved or not saved}
+        tables = {name: adapter_table(model, name) for name in names if name in saved or not saved}
+        if not tables:
+            raise ValueError(f"{folder} has none of the adapters {names} of the model, only {list(saved)}.")
+        config = cast(LoTRAConfig, model.peft_config[next(iter(tables))])
         base = model.get_base_model()
         problem_type = getattr(getattr(base, "config", None), "problem_type", None)
-        source = source_of_model(base, configs[next(iter(tables))], base_model, base_code)
+        source = source_of_model(base, config, base_model, base_code)
     results = _eval_results(metrics, problem_type)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: save the adapter there first (`model.save_pretrained`).")
     card = load_card(folder / README) or ModelCard("---\n{}\n---\n")
     title = (repo_id or "LoTRA adapter").rpartition("/")[2]
-    _fill_front_matter(_data(card), source, title, tags, results)
-    _replace_section(card, title, _Facts(tables, source, repo_id, revision, _data(card).eval_results).text())
+    data = cast(ModelCardData, card.data)  # huggingface_hub annotates it with a name that is no type
+    _fill_front_matter(data, source, title, tags, results)
+    _replace_section(card, title, _Facts(tables, source, repo_id, revision, data.eval_results).text())
     content = str(card)
     ModelCard(content)  # raises if huggingface_hub would refuse to read the card
     write_atomically(folder / README, content)
 
 
 def load_card(path: Path, origin: str | None = None) -> ModelCard | None:
-    """The card in a file; None if the file does not exist.
-
-    Raises:
-        ValueError: The front matter is broken; the message names `origin`, by default the path.
-    """
+    """The card in a file, or None; the error for broken front matter names `origin`, by default the path."""
     if not path.is_file():
         return None
     try:
@@ -158,7 +142,12 @@ def load_card(path: Path, origin: str | None = None) -> ModelCard | None:
         # ModelCard would read an unclosed front matter as text
         if re.match(r"\s*---\s*\n", content) and len(re.findall(r"^---[ \t\r]*$", content, re.MULTILINE)) < 2:
             raise ValueError("it begins with --- and does not end")
-        return ModelCard(content if content.lstrip().startswith("---") else f"---\n{{}}\n---\n{content}")
+        card = ModelCard(content if content.lstrip().startswith("---") else f"---\n{{}}\n---\n{content}")
+        for name, value in card.data.to_dict().items():
+            known = name in ("tags", "base_model", "metrics")
+            if known and not (isinstance(value, (str, list)) and all(isinstance(it, str) for it in value)):
+                raise ValueError(f"`{name}` is {value!r}, expected a list of strings")
+        return card
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ValueError(f"The front matter of {origin or path} is broken: {error}. Mend it, or delete it.") from error
 
@@ -170,11 +159,7 @@ def written_code(card: ModelCard | None) -> str | None:
 
 
 def combine_cards(here: ModelCard | None, there: ModelCard | None) -> ModelCard | None:
-    """The card of a folder, combined with the card of the repository that the folder is pushed to.
-
-    A card of the folder that a person wrote replaces the card of the repository. A generated card only adds its facts
-    to the card of the repository. Either card may be None.
-    """
+    """The card to push: that of the folder if a person wrote it, else that of the repository with the new facts."""
     if here is None or there is None:
         return here or there
     facts = here.data.to_dict()
@@ -185,10 +170,6 @@ def combine_cards(here: ModelCard | None, there: ModelCard | None) -> ModelCard 
     tags = [*_as_list(old.get("tags")), *_as_list(facts.get("tags"))]
     there.data = ModelCardData(**{**old, **facts, "tags": tags})
     return there
-
-
-def _data(card: ModelCard) -> ModelCardData:
-    return cast(ModelCardData, card.data)  # huggingface_hub annotates it with a name that is no type
 
 
 def _as_list(value: str | Iterable[str] | None) -> list[str]:
@@ -226,10 +207,8 @@ def _replace_section(card: ModelCard, title: str, section: str) -> None:
     if _VERSIONS not in _SECTION.sub("", text):
         section += f"\n\n{_VERSIONS}\n\n- PEFT {__version__}"
     section = f"{_BEGIN}\n\n{section}\n\n{_END}"
-    if _SECTION.search(text):
-        card.text = _SECTION.sub(lambda _: section, text).rstrip() + "\n"
-    else:
-        card.text = f"{text.rstrip()}\n\n{section}\n"
+    text, count = _SECTION.subn(lambda _: section, text)
+    card.text = (text if count else f"{text.rstrip()}\n\n{section}").rstrip() + "\n"
 
 
 @dataclass(frozen=True)
@@ -262,7 +241,7 @@ class _Facts:
         if self.source.auto and self.source.module and self.repo_id and next(iter(self.tables)) == "default":
             paragraphs += ["The base and the adapter in one call (PEFT 0.20 or newer):", self._auto_snippet()]
         if len(self.tables) > 1:
-            names = ", ".join(self.tables)
+            names = ", ".join(map(_plain, self.tables))
             paragraphs.append(f"The adapters here are {names}; all but default are loaded by their `subfolder`.")
         if self.results:
             paragraphs += ["## Results", _markdown(self._results())]
@@ -271,9 +250,9 @@ class _Facts:
     def _arguments(self) -> str:
         """The arguments of `from_pretrained` that name the first adapter."""
         adapter = next(iter(self.tables))
-        revision = f", revision={json.dumps(self.revision)}" if self.revision else ""
-        subfolder = f', subfolder="{adapter}"' if adapter != "default" else ""
-        return json.dumps(self.repo_id or ".") + revision + subfolder
+        revision = f", revision={literal(self.revision)}" if self.revision else ""
+        subfolder = f", subfolder={literal(adapter)}" if adapter != "default" else ""
+        return literal(self.repo_id or ".") + revision + subfolder
 
     def _snippet(self) -> str:
         code = self.source.code
@@ -287,7 +266,7 @@ class _Facts:
 
     def _auto_snippet(self) -> str:
         package = str(self.source.module).partition(".")[0]
-        allowed = "" if package == "transformers" else f', import_allowlist=["{package}"]'
+        allowed = "" if package == "transformers" else f", import_allowlist=[{literal(package)}]"
         return (
             f"```python\nimport peft_lotra  # makes {NAME} known to PEFT\nfrom peft import AutoPeftModel\n\n"
             f"model = AutoPeftModel.from_pretrained({self._arguments()}{allowed})\n```"
@@ -295,27 +274,30 @@ class _Facts:
 
     def _results(self) -> TextTable:
         rows = []
-        for result in self.results or []:
-            value = result.metric_value
-            number = f"{value:.4g}" if isinstance(value, float) else str(value)
-            rows.append([result.metric_name or result.metric_type, number, result.dataset_name])
+        for it in self.results or []:
+            value = it.metric_value
+            number = f"{value:.4g}" if isinstance(value, float) else value
+            rows.append([_plain(cell) for cell in (it.metric_name or it.metric_type, number, it.dataset_name)])
         return TextTable(["metric", ">value", "data"], rows)
 
     def _layers(self) -> TextTable:
         cells = []
         for adapter, rows in self.tables.items():
-            prefix = f"{adapter}: " if len(self.tables) > 1 else ""
-            cells += [[f"{prefix}`{row.name}`", *row.cells(), *size_cells([row])] for row in rows]
+            prefix = f"{_plain(adapter)}: " if len(self.tables) > 1 else ""
+            cells += [[f"{prefix}`{_plain(row.name)}`", *map(_plain, row.cells()), *size_cells([row])] for row in rows]
             cells.append([f"**{prefix}total**", "", "", "", *(f"**{cell}**" for cell in size_cells(rows))])
         return TextTable(["layer", "family", "update (out, in, basis)", "ranks", ">parameters", ">kB"], cells)
 
 
+def _plain(text: object) -> str:
+    """Text of a file for a line of the card: without line breaks, and with escapes for what would be markup."""
+    return re.sub(r"[`|<&\[]", lambda found: f"\\x{ord(found[0]):x}", printable(str(text)))
+
+
 def _markdown(table: TextTable) -> str:
-    titles = [title.removeprefix(">") for title in table.columns]
-    rules = ["--:" if title.startswith(">") else "---" for title in table.columns]
-    rows = ("|".join(f" {cell} " if cell else " " for cell in row) for row in (titles, *table.rows))
-    head, *body = (f"|{row}|" for row in rows)
-    return "\n".join([head, f"|{'|'.join(rules)}|", *body])
+    rules = ["--:" if side == "right" else "---" for side in table.sides]
+    head, *body = ([f" {cell} " if cell else " " for cell in row] for row in (table.titles, *table.rows))
+    return "\n".join(f"|{'|'.join(line)}|" for line in (head, rules, *body))
 
 
 def _eval_results(
@@ -325,16 +307,8 @@ def _eval_results(
         wrong = {k: v for k, v in metrics.items() if not isinstance(v, numbers.Real) or not math.isfinite(v)}
         if wrong:
             raise ValueError(f"`metrics` must map names to finite numbers, got {wrong}.")
-        return [
-            EvalResult(
-                task_type=_TASKS.get(problem_type or "", "other"),
-                dataset_type="unknown",
-                dataset_name="Unknown",
-                metric_type=name,
-                metric_value=float(value),
-            )
-            for name, value in metrics.items()
-        ]
+        task = _TASKS.get(problem_type or "", "other")
+        return [EvalResult(task, "unknown", "Unknown", name, float(value)) for name, value in metrics.items()]
     if not all(isinstance(result, EvalResult) for result in metrics or []):
         raise ValueError(f"`metrics` must be a dict or a list of `huggingface_hub.EvalResult`, got {metrics!r}.")
     return metrics

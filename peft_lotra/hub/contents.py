@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What a saved adapter contains, read without its base model."""
 
@@ -26,10 +15,11 @@ from typing import cast
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..families.registry import short_name
+from ..files.format import check_size
 from ..report import Report, TextTable
 from ..tucker import Tucker
 from ..tuner.config import LoTRAConfig
@@ -41,10 +31,9 @@ from ..tuner.registration import NAME
 class AdapterRow:
     """What an adapter contains for one layer of the base model.
 
-    `shape` and `ranks` are those of the update, (out, in, basis); the residual branch is the last slice of the basis.
-    `norm` is the Frobenius norm of the update, `alpha` included. `parameters` is the number of stored values, and
-    `size` is the number of their bytes. `family`, `shape`, `ranks`, `alpha` and `norm` are None for a module that is
-    saved whole (`modules_to_save`).
+    `parameters` is the number of stored values, and `size` is the number of their bytes. `shape` and `ranks` are those
+    of the update, (out, in, basis); the residual branch is the last slice of the basis. `norm` is the Frobenius norm
+    of the update, `alpha` included. A module that is saved whole (`modules_to_save`) has only a name and sizes.
     """
 
     name: str
@@ -77,7 +66,7 @@ class AdapterContents(Report):
 
     @classmethod
     def of(cls, adapter: str, config: LoTRAConfig, tensors: dict[str, torch.Tensor]) -> AdapterContents:
-        """The contents of an adapter, from its configuration and its tensors (see `read_adapter`)."""
+        """The contents of an adapter, from its configuration and its tensors."""
         rows = table_of_tensors(config, tensors)
         return cls(
             adapter=adapter,
@@ -87,7 +76,8 @@ class AdapterContents(Report):
             dtype=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
             parameters=sum(row.parameters for row in rows),
             bytes=sum(row.size for row in rows),
-            finite=all(bool(tensor.isfinite().all()) for tensor in tensors.values()),
+            # torch knows isfinite of no float8
+            finite=all((t.float() if t.element_size() == 1 else t).isfinite().all().item() for t in tensors.values()),
             layers=rows,
         )
 
@@ -135,11 +125,7 @@ def adapter_table(model: PeftModel, adapter_name: str = "default") -> list[Adapt
 
 
 def table_of_tensors(config: LoTRAConfig, tensors: dict[str, torch.Tensor]) -> list[AdapterRow]:
-    """The contents of an adapter, from its configuration and its tensors as PEFT saves them.
-
-    Raises:
-        ValueError: A layer lacks a component, or its components do not fit each other.
-    """
+    """The contents of an adapter; a ValueError if a layer lacks a component, or has some that do not fit."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in own_tensors(tensors).items():
         name, _, part = key.removeprefix("base_model.model.").rpartition(".")
@@ -147,18 +133,15 @@ def table_of_tensors(config: LoTRAConfig, tensors: dict[str, torch.Tensor]) -> l
     return sorted((_row(config, name, parts) for name, parts in layers.items()), key=_order)
 
 
-def _order(row: AdapterRow) -> tuple:
+def _order(row: AdapterRow) -> tuple[bool, list]:
     # layers.2 before layers.10; neither files nor configurations keep the order of the model
     parts = [(int(part), "") if part.isdecimal() else (-1, part) for part in row.name.split(".")]
     return row.ranks is None, parts
 
 
 def own_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a file without those of other adapters.
-
-    PEFT 0.19 writes the tensors of all adapters of a model into each file; the names of those of other adapters end
-    with the name of the adapter.
-    """
+    """The tensors of a file without those of other adapters."""
+    # PEFT 0.19 writes the tensors of all adapters into each file, the others with the name of the adapter at the end
     other = re.compile(rf".*\.({'|'.join(LoTRALayer.adapter_layer_names)})\..+")
     return {key: tensor for key, tensor in tensors.items() if not other.fullmatch(key)}
 
@@ -176,7 +159,7 @@ def _row(config: LoTRAConfig, name: str, parts: dict[str, torch.Tensor]) -> Adap
     if ranks != update.core.shape:
         shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
         raise ValueError(f"The components of `{name}` do not fit each other: {shapes}.")
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.alpha)
+    _, alpha = config.ranks_and_alpha(name)
     family = ((config.base_layers or {}).get(name) or {}).get("family", "unknown")
     # with orthonormal factors, the norm of the core is that of the whole tensor
     norm = abs(alpha) * update.map(torch.Tensor.double).orthogonal().core.norm().item()
@@ -184,17 +167,7 @@ def _row(config: LoTRAConfig, name: str, parts: dict[str, torch.Tensor]) -> Adap
 
 
 def read_adapter(folder: str | Path) -> tuple[LoTRAConfig, dict[str, torch.Tensor]]:
-    """Reads a LoTRA adapter without a base model, from safetensors only: nothing is unpickled.
-
-    Args:
-        folder: A folder that `save_pretrained` wrote.
-
-    Returns:
-        The configuration, and the tensors on the CPU.
-
-    Raises:
-        ValueError: The folder contains no LoTRA adapter, or a broken one.
-    """
+    """The configuration and the tensors of a saved adapter, from safetensors only; a ValueError if it is broken."""
     folder = Path(folder)
     peft_type = peft_type_of(folder / CONFIG_NAME)
     if peft_type != NAME:
@@ -203,32 +176,28 @@ def read_adapter(folder: str | Path) -> tuple[LoTRAConfig, dict[str, torch.Tenso
     if not weights.is_file():
         raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. (Pickled weights are not read.)")
     try:
-        return cast(LoTRAConfig, PeftConfig.from_pretrained(str(folder))), load_file(weights)
-    except (SafetensorError, TypeError, KeyError) as error:
+        config, tensors = cast(LoTRAConfig, PeftConfig.from_pretrained(str(folder))), load_file(weights)
+        config.resolve({short_name(key): tuple(tensor.shape) for key, tensor in tensors.items()})
+        return config, tensors
+    except (SafetensorError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"The adapter in {folder} is broken: {error}") from error
 
 
 def peft_type_of(path: Path) -> str:
-    """The PEFT method of an adapter_config.json.
-
-    Raises:
-        ValueError: The file does not exist, or is broken.
-    """
+    """The PEFT method of an adapter_config.json; a ValueError if there is no such file, or a broken one."""
     if not path.is_file():
         raise ValueError(f"{path.parent} is no adapter: it has no {path.name}.")
+    check_size(str(path))
     try:
         return json.loads(path.read_text(encoding="utf-8"))["peft_type"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is broken: expected a JSON object with a `peft_type`, got {error!r}.") from error
 
 
 def adapter_folders(folder: str | Path) -> dict[str, Path]:
-    """The adapters that `save_pretrained` wrote into a folder, by name.
-
-    The folder itself is the adapter "default", subfolders are the adapters of their names. Checkpoints of
-    `transformers.Trainer` do not count.
-    """
+    """The folders of the adapters that `save_pretrained` wrote into a folder, by name."""
     folder = Path(folder)
+    # the folder itself has the adapter "default"; checkpoints of transformers.Trainer do not count
     subfolders = (path.parent for path in sorted(folder.glob(f"*/{CONFIG_NAME}")))
     found = {path.name: path for path in subfolders if not re.fullmatch(r"checkpoint-\d+", path.name)}
     return {"default": folder, **found} if (folder / CONFIG_NAME).is_file() else found

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The push of adapters to the Hugging Face Hub: one commit, with the model card."""
 
@@ -60,9 +49,8 @@ def push_to_hub(
 ) -> CommitInfo:
     """Pushes the adapters of a model to the Hugging Face Hub, with a model card that says how to load them.
 
-    Adapters and card are one commit: an error leaves the repository unchanged, except that a new repository may stay,
-    empty. Text that a person wrote in the README.md of the repository is kept (see `write_model_card`), whereas
-    `model.push_to_hub` replaces the card by a generic one. The base model is not pushed.
+    The push is one commit: an error leaves the repository unchanged, or a new one empty. The base model is not pushed.
+    Text that a person wrote in README.md is kept, as by `write_model_card`; `model.push_to_hub` would replace it.
 
     Args:
         model: The model with the adapters, or a folder that `save_pretrained` wrote.
@@ -135,8 +123,8 @@ def _selected(names: list[str] | None, present: Iterable[str], owner: str) -> li
 
 def _check_lotra(model: PeftModel, selected_adapters: list[str] | None) -> None:
     names = _selected(selected_adapters, model.peft_config, "the model")
-    kinds = {name: model.peft_config[name].peft_type for name in names}
-    others = {name: getattr(kind, "value", kind) for name, kind in kinds.items() if kind != NAME}
+    kinds = ((name, model.peft_config[name].peft_type) for name in names)
+    others = {name: getattr(kind, "value", kind) for name, kind in kinds if kind != NAME}
     if others:
         raise ValueError(f"Adapters of other methods are not pushed here: {others}. Use `selected_adapters`.")
 
@@ -183,8 +171,7 @@ class _Target:
     revision: str | None
     token: str | None
     create_pr: bool
-    # set by `look`: whether the repository and the branch exist, the last commit and its files
-    exists: bool = False
+    # set by `look`: whether the branch exists, the last commit if the repository exists, and the files of the commit
     has_branch: bool = False
     head: str | None = None
     files: frozenset[str] = frozenset()
@@ -215,7 +202,7 @@ class _Target:
                 f"`private=True`, but {self.repo_id} exists and is public. Make it private first "
                 "(`HfApi().update_repo_settings`), or push to another repository."
             )
-        self.exists, self.head = True, info.sha
+        self.head = info.sha
         self.files = frozenset(self.api.list_repo_files(self.repo_id, revision=self.head))
 
     def download(self, file: str) -> Path:
@@ -238,7 +225,7 @@ class _Target:
             )
 
     def commit(self, folder: Path, message: str | None) -> CommitInfo:
-        if not self.exists:
+        if self.head is None:
             self.api.create_repo(self.repo_id, private=self.private, exist_ok=True)
         if self.revision and not self.has_branch:
             self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
@@ -267,12 +254,11 @@ def _explained(repo_id: str) -> Iterator[None]:
     try:
         yield
     except HfHubHTTPError as error:
-        status = error.response.status_code
         remedies = {
             401: "The Hub does not accept the token: log in again (`hf auth login`).",
             403: f"The token may not write to {repo_id}: it needs the right to write.",
             412: f"{repo_id} was changed during the push, and nothing was pushed: try again.",
         }
-        if status in remedies:
-            error.append_to_message(f"\n{remedies[status]}")
+        if remedy := remedies.get(error.response.status_code):
+            error.append_to_message(f"\n{remedy}")
         raise

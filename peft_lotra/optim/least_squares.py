@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Sums of squared residuals of a model: their values, and their Jacobian by rows."""
 
@@ -19,19 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import call_with_parameters
-from .recording import recording
+from ..kan.observer import observing
+from .recording import Recorder
 from .row_gradients import row_gradients
 
 
-# Bytes of a chunk of rows: enough for the overhead of its operations to be small, and no more, since fresh memory is
-# slow.
-CHUNK = 2**27
+CHUNK = 2**27  # bytes of a chunk of rows: enough for a small overhead, and no more, since fresh memory is slow
 
 # Rows of a trial by layers: from 65 on KAN layers are evaluated by hand, and a prime tells the tensors that have rows.
 TRIAL_ROWS = 67
@@ -41,36 +30,23 @@ Term = tuple[Callable[..., Tensor], Sequence[Tensor], float]
 
 @dataclass
 class TermPlan:
-    """
-    How the Jacobian of a term is computed; its numbers do not depend on it.
+    """How the Jacobian of a term is computed; its numbers do not depend on it."""
 
-    Attributes:
-        function: of the term, kept here so that no other function gets its `id`.
-        bytes_by_rows: the memory that one more row takes by `torch.func.vmap`.
-        bytes_by_layers: the same by `row_gradients`; None if that way is closed.
-    """
-
-    function: Callable[..., Tensor]
-    bytes_by_rows: int
-    bytes_by_layers: int | None = None
-
-    @property
-    def by_layers(self) -> bool:
-        """Whether to try `row_gradients`, which may still find that it cannot."""
-        return self.bytes_by_layers is not None
+    function: Callable[..., Tensor]  # kept here so that no other function gets its `id`
+    bytes_by_rows: int  # the memory that one more row takes by `torch.func.vmap`
+    bytes_by_layers: int = 0  # the same by `row_gradients`; 0 if the network cannot be recorded
 
     @property
     def row_bytes(self) -> int:
         """The memory that one more row takes."""
-        return self.bytes_by_rows if self.bytes_by_layers is None else self.bytes_by_layers
+        return self.bytes_by_layers or self.bytes_by_rows
+
+
+Plans = dict[tuple, TermPlan]
 
 
 def check_terms(terms: Iterable[Any]) -> list[Term]:
-    """Residual terms with their rows as a tuple and their weight filled in.
-
-    Raises:
-        ValueError: A term is not as `LevenbergMarquardt.step` expects it.
-    """
+    """Residual terms with their rows as a tuple and their weight filled in; a malformed one is a ValueError."""
     checked = []
     for index, term in enumerate(terms):
         if not isinstance(term, Sequence) or len(term) not in (2, 3) or not callable(term[0]):
@@ -101,30 +77,19 @@ def name_term(index: int, function: Callable) -> str:
     return f"residual term {index} ({getattr(function, '__name__', type(function).__name__)})"
 
 
+def _list_modules(names: list[str]) -> str:
+    return f" (here of {', '.join(repr(name) for name in names)})" if names else ""
+
+
 class LeastSquares:
-    """
-    The residuals as a function of the flat vector of the trainable parameters, in float64.
+    """The residuals as a function of the flat vector of the trainable parameters, in float64.
 
-    Each residual is multiplied by sqrt(weight / rows) of its term, so that the loss is the sum of their squares.
-
-    Args:
-        model (`nn.Module`): The model; only `write` changes it.
-        trainable (`dict[str, nn.Parameter]`): Its parameters that vary.
-        terms (`list[Term]`): As `check_terms` returns them.
-        memory (`int`): Bytes that matrices and chunks may take.
-        plans (`dict`): The `plans` of the step before, so that its terms are not measured again.
-
-    Attributes:
-        plans (`dict`): How the Jacobian of each term is computed.
+    Each residual is multiplied by sqrt(weight / rows) of its term, so that the loss is the sum of their squares. Only
+    `write` changes the model. The `plans` of the step before spare its terms another measurement.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        trainable: dict[str, nn.Parameter],
-        terms: list[Term],
-        memory: int,
-        plans: dict[tuple, TermPlan] | None = None,
+        self, model: nn.Module, trainable: dict[str, nn.Parameter], terms: list[Term], memory: int, plans: Plans
     ) -> None:
         self.model = model
         self.trainable = trainable
@@ -138,18 +103,17 @@ class LeastSquares:
         self.sizes = [parameter.numel() for parameter in trainable.values()]
         self.num_parameters = sum(self.sizes)
         self.start = torch.cat([parameter.detach().double().flatten() for parameter in trainable.values()])
-        self.terms = []
+        self.modes = tuple(part.training for part in model.modules())
+        self.terms: list[Term] = []
+        self.plans: Plans = {}
         for function, rows, weight in terms:
             rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
             self.terms.append((function, rows, math.sqrt(weight / len(rows[0]))))
-        known = plans or {}
-        self.plans: dict[tuple, TermPlan] = {}
-        for function, rows, scale in self.terms:
             key = self._key(function, rows)
             if key not in self.plans:
-                self.plans[key] = known[key] if key in known else self._plan(function, rows, scale)
-
-    # Parameters
+                if key not in plans:
+                    self._check_rows(function, rows, 2)
+                self.plans[key] = plans.get(key) or self._plan(function, rows)
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         parts = flat.split(self.sizes)
@@ -166,38 +130,89 @@ class LeastSquares:
         for name, value in self._named(flat).items():
             self.trainable[name].copy_(value)
 
-    # Residuals
+    def _call(self, function: Callable, scale: float, named: dict[str, Tensor], rows: Sequence[Tensor]) -> Tensor:
+        """(n, m) scaled residuals of n rows, with these tensors for the trainable parameters."""
+        evaluate = partial(function, self.model)
+        values = call_with_parameters(self.model, {**self.fixed, **named}, evaluate, tuple(rows), {})
+        n, is_tensor = len(rows[0]), isinstance(values, Tensor)
+        if not is_tensor or not values.is_floating_point() or values.shape[:1] != (n,) or not values.numel():
+            given = f"{values.dtype} of shape {tuple(values.shape)}" if is_tensor else type(values).__name__
+            raise ValueError(
+                f"{self._name(function)} returns {given} for {n} rows, but must return floating point numbers "
+                f"of shape ({n},) or ({n}, m): the residuals of each row, without a mean over rows."
+            )
+        return scale * values.reshape(n, -1).double()
 
-    def _call(
-        self, function: Callable, scale: float, parameters: Tensor | dict[str, Tensor], rows: Iterable[Tensor]
-    ) -> Tensor:
-        """(n, m) scaled residuals of n rows, for a flat vector of parameters or for tensors by name."""
-        rows = tuple(rows)
-        named = parameters if isinstance(parameters, dict) else self._named(parameters)
-        values = call_with_parameters(
-            self.model, {**self.fixed, **named}, lambda *data: function(self.model, *data), rows, {}
-        )
-        return scale * values.reshape(len(rows[0]), -1)
+    def _name(self, function: Callable) -> str:
+        return "The " + name_term([term[0] for term in self.terms].index(function), function)
+
+    @torch.no_grad()
+    def _check_rows(self, function: Callable, rows: Sequence[Tensor], most: int) -> None:
+        """Refuses random residuals, and those of a row that change with the other rows.
+
+        Up to `most` rows are evaluated beside as many others, and beside themselves. Equal shapes make equal rounding.
+        """
+        n = len(rows[0])
+        half = max(1, min(most, n // 2))
+        first, second = [row[:half] for row in rows], [row[-half:] if n < 2 else row[half : 2 * half] for row in rows]
+        buffers = {name: tensor.clone() for name, tensor in self.model.named_buffers()}  # batch normalization writes
+
+        def evaluate(*parts: list[Tensor]) -> Tensor:
+            named = {**buffers, **self.fixed, **self._named(self.start)}
+            return self._call(function, 1.0, named, [torch.cat(row) for row in zip(*parts, strict=True)])
+
+        def differ(values: Tensor, others: Tensor) -> bool:
+            tolerance = 1e-7 * values.nan_to_num(0, 0, 0).abs().max().item() + 1e-10
+            return values.shape != others.shape or not torch.allclose(values, others, 1e-7, tolerance, equal_nan=True)
+
+        before = self._random_state()
+        both = evaluate(first, second)
+        coupled = differ(both[:half], evaluate(first, first)[:half])
+        coupled = coupled or differ(both[half:], evaluate(second, second)[half:])
+        if both.shape[1] % len(both) == 0 and len(evaluate(first)[0]) != both.shape[1]:
+            raise ValueError(
+                f"{self._name(function)} returns {(n, both.shape[1] * n // len(both))} for {n} rows, but must return "
+                f"({n},) or ({n}, m) with a fixed m. Shapes ({n},) and ({n}, 1) make such a square by broadcasting: "
+                "squeeze or unsqueeze one of the two."
+            )
+        training = [(name, part) for name, part in self.model.named_modules() if part.training]
+        if not torch.equal(before, self._random_state()) or (coupled and differ(both, evaluate(first, second))):
+            kinds = [n for n, part in training if getattr(part, "is_random", "Dropout" in type(part).__name__)]
+            raise ValueError(
+                f"{self._name(function)} is random, so that two evaluations differ. Draw before the step and pass the "
+                f"draws as rows, and turn dropout off by `model.eval()`{_list_modules(kinds)}."
+            )
+        if coupled:
+            kinds = [n for n, part in training if "BatchNorm" in type(part).__name__]
+            raise ValueError(
+                f"{self._name(function)} returns residuals of a row that depend on the other rows, but each must "
+                "depend on its own row alone. Give what a residual needs in its row, and put batch normalization into "
+                f"evaluation mode by `model.eval()`{_list_modules(kinds)}."
+            )
+
+    def _random_state(self) -> Tensor:
+        on_gpu = self.start.is_cuda
+        return torch.cuda.get_rng_state(self.start.device) if on_gpu else torch.get_rng_state()
 
     def _leaves(self) -> dict[str, Tensor]:
         return {name: part.detach().requires_grad_() for name, part in self._named(self.start).items()}
 
     def _key(self, function: Callable, rows: Sequence[Tensor]) -> tuple:
         shapes = tuple((row.shape[1:], row.dtype) for row in rows)
-        return id(function), shapes, tuple((name, part.shape) for name, part in self.trainable.items())
+        return id(function), self.modes, shapes, tuple((name, part.shape) for name, part in self.trainable.items())
 
-    def _plan(self, function: Callable, rows: Sequence[Tensor], scale: float) -> TermPlan:
+    def _plan(self, function: Callable, rows: Sequence[Tensor]) -> TermPlan:
         """Measures what autograd keeps for a row, and whether the Jacobian can be computed by layers."""
         leaves = self._leaves()
-        values, one = self._trial(function, rows, scale, 1, leaves)
-        _, two = self._trial(function, rows, scale, 2, leaves)
+        values, one = self._trial(function, rows, 1, leaves)
+        _, two = self._trial(function, rows, 2, leaves)
         gradients = 2 * values.shape[1] * self.num_parameters * 8
         plan = TermPlan(function, 3 * max(1, sum(two) - sum(one)) + gradients)
         if TRIAL_ROWS * plan.row_bytes > self.memory:
             return plan
         try:
-            with recording(leaves.values(), TRIAL_ROWS) as recorder:
-                values, sizes = self._trial(function, rows, scale, TRIAL_ROWS, leaves)
+            with observing(Recorder(leaves.values(), TRIAL_ROWS)) as recorder:
+                values, sizes = self._trial(function, rows, TRIAL_ROWS, leaves)
             if recorder.is_complete(values):
                 kept = sum(size for size in sizes if size % TRIAL_ROWS == 0) // TRIAL_ROWS
                 plan.bytes_by_layers = 3 * max(1, kept) + gradients
@@ -206,18 +221,18 @@ class LeastSquares:
         return plan
 
     def _trial(
-        self, function: Callable, rows: Sequence[Tensor], scale: float, count: int, leaves: dict[str, Tensor]
+        self, function: Callable, rows: Sequence[Tensor], count: int, leaves: dict[str, Tensor]
     ) -> tuple[Tensor, list[int]]:
         """The residuals of the first row `count` times, and the bytes of each tensor that autograd keeps."""
         sizes: list[int] = []
 
         def pack(tensor: Tensor) -> Tensor:
             sizes.append(tensor.numel() * tensor.element_size())
-            return tensor
+            return tensor.detach()  # the tensor itself would hold the graph that holds it
 
         head = [row[:1].expand(count, *row.shape[1:]).contiguous() for row in rows]
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            return self._call(function, scale, leaves, head), sizes
+            return self._call(function, 1.0, leaves, head), sizes
 
     def _rows_at_once(self, plan: TermPlan) -> int:
         return max(1, min(self.memory // 2, CHUNK) // plan.row_bytes)
@@ -232,58 +247,48 @@ class LeastSquares:
     @torch.no_grad()
     def residuals(self, flat: Tensor) -> Tensor:
         """All residuals, (M,)."""
-        return torch.cat([self._call(f, scale, flat, rows).flatten() for f, scale, rows in self.chunks()])
+        named = self._named(flat)
+        return torch.cat([self._call(f, scale, named, rows).flatten() for f, scale, rows in self.chunks()])
 
     def find_not_finite(self, residuals: Tensor) -> str:
         """A message that names the terms whose residuals are NaN or infinite; empty if there are none."""
         bad = ~residuals.isfinite()
         if not bad.any():
             return ""
-        words, first = [], 0
-        rows = [len(term[1][0]) for term in self.terms]
-        per_row = [self._call(f, s, self.start, [r[:1] for r in data]).shape[1] for f, data, s in self.terms]
-        for index, (count, width) in enumerate(zip(rows, per_row, strict=True)):
-            wrong = int(bad[first : first + count * width].sum())
-            first += count * width
-            if wrong:
-                words.append(f"{wrong} of {count * width} in {name_term(index, self.terms[index][0])}")
+        words, first, named = [], 0, self._named(self.start)
+        for index, (function, rows, scale) in enumerate(self.terms):
+            count = len(rows[0]) * self._call(function, scale, named, [row[:1] for row in rows]).shape[1]
+            if wrong := int(bad[first : first + count].sum()):
+                words.append(f"{wrong} of {count} in {name_term(index, function)}")
+            first += count
         return "residuals are NaN or infinite: " + ", ".join(words) + ". The parameters are unchanged."
 
-    # Jacobian
-
     def jacobian(self, function: Callable, scale: float, rows: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-        """
-        The derivatives of the residuals of some rows, (n m, P).
+        """The derivatives of the residuals of some rows, (n m, P), in the first rows of `out` if given.
 
-        By `row_gradients` if KAN layers are all that depends on the parameters; otherwise, for any function, one row
-        at a time by `torch.func.vmap`.
-
-        Args:
-            out: (n m or more, P), whose first rows become the result.
+        They come from `row_gradients` if only KAN layers depend on the parameters, from `torch.func.vmap` otherwise.
         """
         plan = self.plans[self._key(function, rows)]
-        if plan.by_layers:
+        if plan.bytes_by_layers:
             leaves = self._leaves()
-            found = row_gradients(
-                lambda: self._call(function, scale, leaves, rows), list(leaves.values()), len(rows[0]), out
-            )
+            evaluate = partial(self._call, function, scale, leaves, rows)
+            found = row_gradients(evaluate, list(leaves.values()), len(rows[0]), out)
             if found is not None:
                 return found
-            plan.bytes_by_layers = None
+            plan.bytes_by_layers = 0
+            self._check_rows(function, rows, len(rows[0]))
         parts = zip(*(row.split(self._rows_at_once(plan)) for row in rows), strict=True)
         found = torch.cat([self._jacobian_by_rows(function, scale, part) for part in parts])
         return found if out is None else out[: len(found)].copy_(found)
 
     def _jacobian_by_rows(self, function: Callable, scale: float, rows: Sequence[Tensor]) -> Tensor:
         def of_one_row(flat: Tensor, *row: Tensor) -> Tensor:
-            values, pull, *_ = torch.func.vjp(
-                lambda parameters: self._call(function, scale, parameters, [part.unsqueeze(0) for part in row])[0],
-                flat,
-            )
+            one = [part.unsqueeze(0) for part in row]
+            values, pull, *_ = torch.func.vjp(lambda p: self._call(function, scale, self._named(p), one)[0], flat)
             return torch.stack([pull(unit)[0] for unit in torch.eye(len(values)).to(values)])
 
-        in_dims = (None, *[0] * len(rows))
-        return torch.func.vmap(of_one_row, in_dims, randomness="different")(self.start, *rows).flatten(0, 1)
+        of_rows = torch.func.vmap(of_one_row, (None, *[0] * len(rows)), randomness="different")
+        return of_rows(self.start, *rows).flatten(0, 1)
 
     def pull_back(self, vector: Tensor) -> Tensor:
         """J^T vector, (M,) to (P,), by one backward pass."""
@@ -292,9 +297,9 @@ class LeastSquares:
             leaves = self._leaves()
             with torch.enable_grad():
                 values = self._call(function, scale, leaves, rows).flatten()
-            part = vector[first : first + len(values)]
-            first += len(values)
             if values.requires_grad:
+                part = vector[first : first + len(values)]
                 found = torch.autograd.grad(values, list(leaves.values()), part, materialize_grads=True)
                 total += torch.cat([gradient.flatten() for gradient in found])
+            first += len(values)
         return total

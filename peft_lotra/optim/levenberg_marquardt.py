@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Levenberg-Marquardt for adapters, and for any model whose trainable parameters are few enough."""
 
@@ -25,25 +14,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .least_squares import LeastSquares, Term, TermPlan, check_terms
+from .least_squares import LeastSquares, Plans, Term, check_terms
 from .linear_model import LinearModel
 
 
-# The least damping: less is lost in the rounding of the normal equations.
-SMALLEST_DAMPING = 1e-16
+SMALLEST_DAMPING = 1e-16  # less is lost in the rounding of the normal equations
 
 
 @dataclass(frozen=True)
 class LevenbergMarquardtStep:
-    """What one step did.
+    """The record of one step.
 
     Attributes:
-        loss (`float`): The loss of the parameters that the model now has; NaN if it is not finite.
-        damping (`float`): The damping that the next step starts with.
-        accepted (`bool`): Whether the parameters changed.
-        attempts (`int`): How many damped systems were solved.
-        decrease (`float`): The decrease of the loss, as a share of it.
-        reason (`str`): Why the parameters did not change; empty if they did.
+        loss: The loss of the parameters that the model now has; NaN if it is not finite.
+        damping: The damping that the next step starts with.
+        accepted: Whether the parameters changed.
+        attempts: The number of damped systems that were solved.
+        decrease: The decrease of the loss, as a share of the loss.
+        reason: Why the parameters did not change; empty if they did.
     """
 
     loss: float
@@ -55,24 +43,23 @@ class LevenbergMarquardtStep:
 
 
 class LevenbergMarquardt:
-    r"""
-    Trains a model on a sum of squares, sum_t weight_t mean_n |r_t(row_n)|^2, by damped Gauss-Newton steps.
+    r"""Trains a model on a sum of squares, sum_t weight_t mean_n |r_t(row_n)|^2, by damped Gauss-Newton steps.
 
     With all residuals in a vector r, each multiplied by sqrt(weight_t / n_t), and their Jacobian J, a step solves
 
         (J^T J + damping S) step = -J^T r,
 
-    or the same in the space of the residuals if they are fewer than the parameters. S is the diagonal of J^T J,
+    or the same in the space of the residuals if residuals are fewer than parameters. S is the diagonal of J^T J,
     bounded from below. Everything is computed in float64. KANs are differentiated layer by layer, other models row by
     row (docs/notes/optim.md says how, and how to choose).
 
     Args:
-        model (`nn.Module`): Any model; its parameters that require a gradient are trained.
-        damping (`float`): The damping that the first step tries.
-        geodesic (`bool`): Whether steps get a second-order correction (arXiv 1201.5885).
-        floor (`float`): The lower bound of S, as a share of its largest entry.
-        memory (`int`): Bytes that matrices and chunks of rows may take.
-        max_damping (`float`): The damping at which a step gives up.
+        model: Any model; the parameters that require a gradient are trained.
+        damping: The damping that the first step tries.
+        geodesic: Whether steps get a second-order correction (arXiv 1201.5885).
+        floor: The lower bound of S, as a share of its largest entry.
+        memory: Bytes that matrices and chunks of rows may take.
+        max_damping: The damping at which a step gives up.
 
     Raises:
         TypeError: `model` is no `nn.Module`.
@@ -107,15 +94,14 @@ class LevenbergMarquardt:
         self.floor = floor
         self.memory = memory
         self.max_damping = max_damping
-        self._plans: dict[tuple, TermPlan] = {}  # of the last step's terms
+        self._plans: Plans = {}  # of the last step's terms
         self._trainable()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": {}}  # keyed by the `id` of functions
 
     def step(self, terms: Iterable[Term]) -> LevenbergMarquardtStep:
-        """
-        Takes one step. If it is not accepted, the parameters are unchanged bit for bit.
+        """Takes one step. If it is not accepted, the parameters are unchanged bit for bit.
 
         Args:
             terms: Residual terms (function, rows, weight). `function(model, *rows)` is called with any number n of
@@ -123,28 +109,22 @@ class LevenbergMarquardt:
                 `rows` are tensors of equal length; `weight` is a positive number, 1 if left out.
 
         Returns:
-            `LevenbergMarquardtStep`: Not accepted if the residuals are not finite (a warning names the term, the
-            damping stays), or no damping up to `max_damping` makes the loss fall.
+            The record of the step. It is not accepted if the residuals are not finite (a warning names the term, the
+            damping stays), or if no damping up to `max_damping` makes the loss fall.
 
         Raises:
-            ValueError: A term is malformed, or the matrices do not fit into `memory`.
+            ValueError: A term is malformed, random (dropout in training mode), or depends on other rows (batch
+                normalization in training mode), or the matrices do not fit into `memory`.
 
         Example:
-
-        ```py
-        >>> import torch
-        >>> from peft_lotra.kan import KAN, jet
-        >>> from peft_lotra.optim import LevenbergMarquardt
-        >>> def equation(model, x):  # -u'' = 1
-        ...     return jet(model, x)[2][0] + 1
-        >>> def boundary(model, x):  # u(-1) = u(1) = 0
-        ...     return model(x)
-        >>> points, ends = torch.linspace(-1, 1, 20).unsqueeze(1), torch.tensor([[-1.0], [1.0]])
-        >>> record = LevenbergMarquardt(KAN([1, 1])).step([(equation, points), (boundary, ends, 10.0)])
-        >>> record.accepted
-        True
-
-        ```
+            >>> from peft_lotra.kan import KAN, jet
+            >>> def equation(model, x):  # -u'' = 1
+            ...     return jet(model, x)[2][0] + 1
+            >>> def boundary(model, x):  # u(-1) = u(1) = 0
+            ...     return model(x)
+            >>> points, ends = torch.linspace(-1, 1, 20).unsqueeze(1), torch.tensor([[-1.0], [1.0]])
+            >>> LevenbergMarquardt(KAN([1, 1])).step([(equation, points), (boundary, ends, 10.0)]).accepted
+            True
         """
         problem = LeastSquares(self.model, self._trainable(), check_terms(terms), self.memory, self._plans)
         self._plans = problem.plans
@@ -194,20 +174,19 @@ class LevenbergMarquardt:
         callback: Callable[[int, LevenbergMarquardtStep], Any] | None = None,
         progress: bool = True,
     ) -> list[LevenbergMarquardtStep]:
-        """
-        Takes steps until a step is not accepted, or an argument stops it.
+        """Takes steps until a step is not accepted, or an argument stops it.
 
         Args:
-            terms: As for `step`, or a function of the step's number that returns them (new points for each step).
+            terms: As for `step`, or a function of the step's number that returns terms (new points for each step).
             steps: The most steps.
-            target_loss: Stops when the loss is not above it.
+            target_loss: The loss at which to stop.
             tolerance, patience: Stops when `decrease` was below `tolerance` in `patience` steps in a row.
-            max_seconds: Stops when they have passed.
+            max_seconds: The time after which to stop.
             callback: Called with the step's number and its record; stops if it returns True.
             progress: Whether to show a bar.
 
         Returns:
-            `list[LevenbergMarquardtStep]`: One record for each step.
+            One record for each step.
         """
         from tqdm import tqdm
 
@@ -222,9 +201,8 @@ class LevenbergMarquardt:
                 bar.set_postfix(loss=f"{record.loss:.3e}", damping=f"{record.damping:.0e}")
                 slow = slow + 1 if record.decrease < tolerance else 0
                 stop = callback is not None and callback(number, record) is True
-                if stop or not record.accepted or record.loss <= target_loss or slow >= patience:
-                    break
-                if time.monotonic() > end:
+                stop = stop or not record.accepted or record.loss <= target_loss or slow >= patience
+                if stop or time.monotonic() > end:
                     break
         return history
 
@@ -238,8 +216,7 @@ class LevenbergMarquardt:
         return trainable
 
     def _accelerate(self, linear: LinearModel, damping: float, step: Tensor) -> Tensor | None:
-        """The step with half of the second-order correction; None if that is not small beside the step, since the
-        series may then diverge."""
+        """The step with half of the second-order correction; None if that is large, since the series may diverge."""
         second = linear.second_derivative(step)
         correction = linear.solve(damping, second) if second.isfinite().all() else None
         if correction is None or linear.norm(correction) > 0.75 * linear.norm(step):
@@ -248,12 +225,8 @@ class LevenbergMarquardt:
 
 
 def _damping_factor(agreement: float, raised: bool) -> float:
-    """
-    The factor of the damping after a step whose decrease is `agreement` times the predicted one.
-
-    Damping that falls more slowly is worse for KANs, see docs/notes/optim.md. If it was just `raised`, less damping
-    has just failed.
-    """
+    """The factor of the damping after a step whose decrease is `agreement` times the predicted one; if the damping was
+    just `raised`, less damping has just failed. docs/notes/optim.md says why the factors are these."""
     if agreement > 0.75:
         return 0.5 if raised else 0.1
     return 0.5 if agreement > 0.25 else 2.0

@@ -1,22 +1,12 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The linear model of a least-squares problem, and its damped solutions."""
 
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -25,29 +15,16 @@ from .least_squares import LeastSquares
 
 
 class LinearModel:
-    """
-    The linear model r + J step around the present parameters, in the space of the P parameters or of the M residuals,
-    whichever is smaller.
+    """The linear model r + J step around the parameters, in the smaller space of P parameters or M residuals.
 
-    Args:
-        problem: the residuals as a function of the parameters.
-        residuals: r at the present parameters, (M,).
-        floor: the lower bound of the scaling, as a share of its largest entry.
+    Raises a ValueError if the matrix does not fit into the memory of the problem."""
 
-    Attributes:
-        in_residual_space (`bool`): Whether the matrix is that of the residuals.
-        scaling (`Tensor`): S, the diagonal of J^T J bounded from below, (P,).
-        matrix (`Tensor`): J^T J, (P, P), or J S^-1 J^T, (M, M).
-        jacobian (`Tensor`): J, (M, P), if it fits into half of the memory; None otherwise.
-        gradient (`Tensor`): J^T r, (P,).
-        error (`str`): Why it cannot be solved; empty if it can.
-
-    Raises:
-        ValueError: The matrix does not fit into the memory of the problem.
-    """
-
-    jacobian: Tensor | None
-    matrix: Tensor
+    in_residual_space: bool
+    jacobian: Tensor | None  # J, (M, P), if it fits into half of the memory
+    matrix: Tensor  # J^T J, (P, P), or J S^-1 J^T, (M, M)
+    scaling: Tensor  # S, the diagonal of J^T J, (P,); at least `floor` times its largest entry
+    gradient: Tensor  # J^T r, (P,)
+    error: str  # why there is no solution; empty if there is one
 
     def __init__(self, problem: LeastSquares, residuals: Tensor, floor: float) -> None:
         self.problem = problem
@@ -83,7 +60,7 @@ class LinearModel:
             squares = self.matrix.diagonal()
         elif self.jacobian is not None:
             squares = self.jacobian.square().sum(0)
-        # Parameters without any effect get the bound, and are not moved.
+        # parameters without any effect get the bound, and are not moved
         self.scaling = squares.clamp(min=max(floor * squares.max().item(), 1e-300))
         if self.in_residual_space and self.jacobian is not None:
             self.matrix = _gram((self.jacobian / self.scaling.sqrt()).T)
@@ -96,15 +73,13 @@ class LinearModel:
             self.error = "the gradient is zero: no parameter has an effect on the residuals."
 
     def _gram_by_chunks(self, size: int) -> Tensor:
-        """J S^-1 J^T if J itself does not fit: its parts are computed again for each other part."""
+        """J S^-1 J^T if J does not fit: parts of J are computed again for each other part."""
         matrix = self.scaling.new_empty(size, size)
         row = 0
         for number, chunk in enumerate(self.problem.chunks()):
             part = self.problem.jacobian(*chunk) / self.scaling
             column = 0
-            for other_number, other_chunk in enumerate(self.problem.chunks()):
-                if other_number > number:
-                    break
+            for other_chunk in islice(self.problem.chunks(), number + 1):
                 other = self.problem.jacobian(*other_chunk)
                 block = part @ other.T
                 matrix[row : row + len(part), column : column + len(other)] = block
@@ -126,10 +101,9 @@ class LinearModel:
 
     def solve(self, damping: float, residuals: Tensor) -> Tensor | None:
         """-(J^T J + damping S)^-1 J^T residuals, (P,); None if the matrix is singular to rounding."""
-        triangle = self._factor(damping)
-        if triangle is None:
+        if (triangle := self._factor(damping)) is None:
             return None
-        if self.in_residual_space:
+        elif self.in_residual_space:
             step = -self._transposed(_solve(triangle, residuals)) / self.scaling
         else:
             gradient = self.gradient if residuals is self._residuals else self._transposed(residuals)
@@ -149,13 +123,11 @@ class LinearModel:
         return (self.scaling * step.square()).sum().sqrt().item()
 
     def second_derivative(self, step: Tensor) -> Tensor:
-        """The second derivative of the residuals along a step, (M,), by differences over a tenth of it.
-
-        They are differences from the linear model if J is there, otherwise central ones: one more evaluation."""
+        """The second derivative of the residuals along a step, (M,), by differences over a tenth of the step."""
         share = 0.1
         ahead = self.problem.residuals(self.problem.start + share * step)
         if self.jacobian is not None:
-            return 2 * ((ahead - self._residuals) / share - self.jacobian @ step) / share
+            return 2 * ((ahead - self._residuals) / share - self.jacobian @ step) / share  # no second evaluation
         behind = self.problem.residuals(self.problem.start - share * step)
         return (ahead - 2 * self._residuals + behind) / share**2
 
@@ -167,8 +139,7 @@ def _solve(triangle: Tensor, vector: Tensor) -> Tensor:
 
 
 def _gram(matrix: Tensor) -> Tensor:
-    """matrix^T matrix, (n, p) to (p, p), in six strips: only what is on the diagonal or right of it is computed, with
-    58 % of the operations."""
+    """matrix^T matrix, (n, p) to (p, p), in six strips: 58 % of the operations, since the result is symmetric."""
     size = matrix.shape[1]
     gram = matrix.new_empty(size, size)
     width = -(-size // 6)

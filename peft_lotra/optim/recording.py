@@ -1,30 +1,18 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
-"""Records of what passes KAN layers, from which the gradients of single rows are made (`row_gradients.py`).
+"""Records of the inputs and outputs of KAN layers, from which `row_gradients` makes the gradients of single rows.
 
-A residual function is evaluated once, on all rows. The networks of KAN layers that it evaluates, by `jet` or by a
-forward pass, run with their parameters detached, and their outputs are leaves of the function's graph. The records
-lead from gradients in these leaves to gradients in the parameters.
+A residual function is evaluated once, on all rows. The networks of KAN layers in the function run with detached
+parameters, and their outputs are leaves of the function's graph. The records lead from gradients in these leaves to
+gradients in the parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,32 +21,21 @@ from ..kan.basis import UniformGrid
 from ..kan.jets.chain import Stage, stages_of
 from ..kan.jets.derivatives import through_stages
 from ..kan.jets.layers import Jet, evaluate_layer
-from ..kan.observer import observing
 from ..kan.product import needs_plain_operations
 from ..tucker import Update
 
 
-@dataclass
-class LayerRecord:
-    """
-    One evaluation of a KAN layer.
+class LayerRecord(NamedTuple):
+    """One evaluation of a KAN layer."""
 
-    Attributes:
-        stage: the layer, with the coefficients in force.
-        grid: a copy of its grid at that time.
-        inputs: z (N, I), z', z'', weights and only_second, the arguments of `evaluate_layer`.
-        outputs: of a graph that reaches back to the outputs of the record before.
-    """
-
-    stage: Stage
-    grid: UniformGrid
-    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, bool]
-    outputs: Jet
+    stage: Stage  # the layer, with the coefficients in force
+    grid: UniformGrid  # a copy of the grid at that time
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, bool]  # the arguments of `evaluate_layer`
+    outputs: Jet  # of a graph that reaches back to the outputs of the record before
 
 
-@dataclass
-class Chain:
-    """One evaluation of a network: its records, its outputs, and the leaves that the function got instead of them."""
+class Chain(NamedTuple):
+    """One evaluation of a network: the records of its layers, its outputs, and the leaves that replace them."""
 
     records: list[LayerRecord]
     outputs: Jet
@@ -66,85 +43,59 @@ class Chain:
 
 
 class Recorder:
-    """
-    An `Observer` that records the networks that a function evaluates.
+    """An `Observer` that records the networks that a function evaluates on a number of rows.
 
-    Args:
-        parameters: leaves that stand for the trainable parameters. A layer is recorded if its coefficients are these
-            tensors, not copies of them.
-        rows: the number of rows that the function is evaluated on.
-
-    Attributes:
-        chains: the networks evaluated.
-        has_gaps: whether a network used a parameter outside of the recorded layers; the records are then invalid.
+    A layer is recorded if its coefficients are the given parameters (leaves), not copies of them.
     """
 
     def __init__(self, parameters: Iterable[Tensor], rows: int) -> None:
         self.parameters = list(parameters)
         self.rows = rows
         self.chains: list[Chain] = []
-        self.has_gaps = False
+        self.has_gaps = False  # whether a network used a parameter outside of the recorded layers
         self._known = {id(parameter) for parameter in self.parameters}
 
     def can_record(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether a network is recorded at inputs x, with directions or weights `others`."""
-        return (
-            torch.is_grad_enabled()
-            and x.dim() == 2
-            and len(x) == self.rows
-            and not needs_plain_operations(x)
-            and not any(tensor is not None and tensor.requires_grad for tensor in (x, *others))
-        )
+        varies = any(tensor is not None and tensor.requires_grad for tensor in (x, *others))
+        of_rows = x.dim() == 2 and len(x) == self.rows
+        return torch.is_grad_enabled() and of_rows and not varies and not needs_plain_operations(x)
 
     def jet(self, through: Callable[..., Jet], x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet | None:
         """See `Observer`."""
         return self._record(through, x, directions, weights) if self.can_record(x, directions, weights) else None
 
     def value(self, network: nn.Module, x: Tensor) -> Tensor | None:
-        """See `Observer`. A network is not recorded if it draws dropout, or has hooks or a `forward` put on a module,
-        which a forward pass runs, unlike a jet."""
+        """See `Observer`. Dropout, hooks and a `forward` of one module are not recorded: jets do not run them."""
+
+        def changed(part: nn.Module) -> bool:
+            hooks = part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+            return bool(hooks or getattr(part, "is_random", False))
+
         if not self.can_record(x) or torch.nn.modules.module._has_any_global_hook():
             return None
-        for part in network.modules():
-            changed = part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
-            if changed or getattr(part, "is_random", False):
-                return None
-        if (stages := stages_of(network)) is None:
+        if any(map(changed, network.modules())) or (stages := stages_of(network)) is None:
             return None
         return self._record(partial(through_stages, stages, False), x, x.new_empty(0, x.shape[-1]), None).value
 
     def _record(self, through: Callable[..., Jet], *inputs: Tensor | None) -> Jet:
-        """Records the layers that a function of the inputs goes through; returns its outputs, as leaves.
-
-        Inputs and leaves are copies: what the caller writes into its own tensors later must not change the records.
-        """
+        """Records the layers that a function of the inputs goes through; returns its outputs, as leaves."""
         records: list[LayerRecord] = []
+        # the caller may write into its own tensors later
         copies = (None if part is None else part.clone() for part in inputs)
         outputs = through(partial(self._record_layer, records), *copies)
-        if self._reaches_parameters(outputs.parts):
-            self.has_gaps = True  # of a normalization, for example
+        self.has_gaps |= self._reaches_parameters(outputs.parts)  # of a normalization, for example
         leaves = outputs.map(lambda part: part.detach().clone().requires_grad_())
         self.chains.append(Chain(records, outputs, leaves))
         return leaves
 
-    def _record_layer(
-        self,
-        records: list[LayerRecord],
-        stage: Stage,
-        z: Tensor,
-        first: Tensor,
-        second: Tensor | None,
-        weights: Tensor | None,
-        only_second: bool,
-    ) -> Jet:
-        inputs = z, first, second, weights, only_second
+    def _record_layer(self, records: list[LayerRecord], stage: Stage, *inputs: Any) -> Jet:
+        """The outputs of a layer for `inputs` of `evaluate_layer`, with a record if parameters are in the layer."""
         components = [part for update in stage.updates for part in (update.scale, *update.tensor)]
-        coefficients = [*(stage.dense or ()), *components]
-        varying = [part for part in coefficients if isinstance(part, Tensor) and part.requires_grad]
-        if not varying:
-            return evaluate_layer(stage, *inputs)
-        if stage.layer.grid_bounds.requires_grad or any(id(part) not in self._known for part in varying):
+        varying = [p for p in (*(stage.dense or ()), *components) if isinstance(p, Tensor) and p.requires_grad]
+        if varying and (stage.layer.grid_bounds.requires_grad or any(id(part) not in self._known for part in varying)):
             self.has_gaps = True
+        if not varying or self.has_gaps:
             return evaluate_layer(stage, *inputs)
         fixed = stage._replace(
             dense=None if stage.dense is None else (stage.dense[0].detach(), stage.dense[1].detach()),
@@ -152,16 +103,14 @@ class Recorder:
         )
         outputs = evaluate_layer(fixed, *inputs)
         for part in outputs.parts:
-            if not part.requires_grad:
-                part.requires_grad_()
+            part.requires_grad_()
         low, high, *sizes = stage.grid
         records.append(LayerRecord(stage, UniformGrid(low.clone(), high.clone(), *sizes), inputs, outputs))
         return outputs
 
     def _reaches_parameters(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the graphs of the tensors lead to a parameter."""
-        ends = [tensor for tensor in tensors if tensor.requires_grad]
-        if not ends:
+        if not (ends := [tensor for tensor in tensors if tensor.requires_grad]):
             return False
         ones = [torch.ones_like(end) for end in ends]
         found = torch.autograd.grad(ends, self.parameters, ones, retain_graph=True, allow_unused=True)
@@ -170,8 +119,3 @@ class Recorder:
     def is_complete(self, values: Tensor) -> bool:
         """Whether a function's values depend on the parameters by nothing but the chains."""
         return bool(self.chains) and not self.has_gaps and not self._reaches_parameters([values])
-
-
-def recording(parameters: Iterable[Tensor], rows: int) -> AbstractContextManager[Recorder]:
-    """Records what this thread evaluates, see `Recorder`."""
-    return observing(Recorder(parameters, rows))

@@ -1,23 +1,12 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The gradients of single rows of residuals, from one evaluation of all rows and one backward pass.
 
 A KAN layer is linear in its coefficients (O, I, K + 1). With the jet rows phi (S, I, K + 1) of one row of inputs (see
 `kan.jets.layers.jet_rows`) and the gradient g (S, O) in the layer's outputs, the row's gradient in the coefficients is
 sum_s g[s, o] phi[s, i, k]. One backward pass gives the output gradients of all rows (I. Goodfellow, arXiv 1510.01799).
-For a Tucker tensor the products go factor by factor, and nothing of the size of the coefficients is formed.
+For a Tucker tensor the products go factor by factor, without a tensor of the size of the coefficients.
 """
 
 from __future__ import annotations
@@ -28,49 +17,37 @@ import torch
 from torch import Tensor
 
 from ..kan.jets.layers import Jet, jet_rows
+from ..kan.observer import observing
 from ..tucker import Update
-from .recording import Chain, LayerRecord, recording
+from .recording import Chain, LayerRecord, Recorder
 
 
-# Numbers in the largest tensor of a block of rows: near the cache, and enough for the overhead to be small.
-BLOCK = 2**19
-
-# With more values in a row, one row at a time costs less than three backward passes for each.
-MOST_COLUMNS = 64
+BLOCK = 2**19  # numbers in the largest tensor of a block of rows: near the cache, and enough for a small overhead
+MOST_COLUMNS = 64  # with more values in a row, one row at a time costs less than three backward passes for each
 
 
 def row_gradients(
     function: Callable[[], Tensor], parameters: Sequence[Tensor], rows: int, out: Tensor | None = None
 ) -> Tensor | None:
-    """
-    The derivatives of a function's values row by row, if they depend on the parameters by recorded networks alone.
+    """The derivatives (rows m, P) of a function's values (rows, m), in the first rows of `out` if given.
 
-    Args:
-        function: returns values (rows, m), each row by itself. Its model must hold the parameters when it runs.
-        parameters: leaves, of P numbers together.
-        rows: the number of rows.
-        out: (rows m or more, P), whose first rows get the derivatives.
-
-    Returns:
-        The derivatives (rows m, P). None if the values depend on the parameters in another way, or one row on others,
-        or the function fails.
+    None if the values depend on the parameters (leaves, P numbers) not by recorded networks alone, or one row on
+    others, or the function fails.
     """
     try:
-        with torch.enable_grad(), recording(parameters, rows) as recorder:
+        with torch.enable_grad(), observing(Recorder(parameters, rows)) as recorder:
             values = function()
         count = values.shape[1]
         if count > MOST_COLUMNS or not recorder.is_complete(values):
             return None
-        towards = _towards_chains(recorder.chains, values)
-        if towards is None:
+        if (towards := _towards_chains(recorder.chains, values)) is None:
             return None
         records = [pair for chain in recorder.chains for pair in _towards_layers(chain, towards)]
     except Exception:  # an error of the function is met again by the way for any function
         return None
     if out is None:
         out = parameters[0].new_empty(rows * count, sum(parameter.numel() for parameter in parameters))
-    out = out[: rows * count]
-    gradients = out.unflatten(0, (rows, count))
+    gradients = out[: rows * count].unflatten(0, (rows, count))
     size = max(16, BLOCK // max([_numbers_of_row(record) for record, _ in records], default=1))
     for start in range(0, rows, size):
         part = slice(start, min(start + size, rows))
@@ -78,20 +55,17 @@ def row_gradients(
         for record, outputs in records:
             _add_layer(block, record, outputs, part)
         block.finish()
-    return out
+    return out[: rows * count]
 
-
-# Backward to the outputs of layers, all rows at once
 
 Gradients = dict[int, Tensor]  # in a tensor with this id
 
 
 def _towards_chains(chains: list[Chain], values: Tensor) -> list[Gradients] | None:
-    """
-    For each column of the values (n, m), its gradients in the leaves of the chains.
+    """For each column of the values (n, m), the gradients in the leaves of the chains; None if rows are coupled.
 
-    None if a row depends on another one (the function reverses them, say): gradients with a weight for each row are
-    then not the weighted gradients. With powers of two for weights, the two are otherwise equal to the last bit.
+    Gradients with a weight for each row are then not the weighted gradients. With powers of two for weights, the two
+    are otherwise equal to the last bit.
     """
     leaves = [part for chain in chains for part in chain.leaves.parts]
     exponents = torch.randperm(len(values), generator=torch.Generator().manual_seed(0)) % 401 - 200
@@ -104,10 +78,13 @@ def _towards_chains(chains: list[Chain], values: Tensor) -> list[Gradients] | No
             torch.autograd.grad(column, leaves, of_rows, retain_graph=True, allow_unused=True)
             for of_rows in (torch.ones_like(weights), weights)
         )
-        pairs = [(one, other) for one, other in zip(found, weighted, strict=True) if one is not None]
-        if not all(torch.equal(one * weights.unsqueeze(1), other) for one, other in pairs):
-            return None
-        towards.append({id(leaf): one for leaf, one in zip(leaves, found, strict=True) if one is not None})
+        gradients: Gradients = {}
+        for leaf, one, other in zip(leaves, found, weighted, strict=True):
+            if one is not None and not torch.equal(one * weights.unsqueeze(1), other):
+                return None
+            elif one is not None:
+                gradients[id(leaf)] = one
+        towards.append(gradients)
     return towards
 
 
@@ -137,17 +114,13 @@ def _as_rows(outputs: Jet, gradients: Gradients) -> Tensor | None:
     return torch.cat([part if part.dim() == 3 else part.unsqueeze(0) for part in found]).transpose(0, 1)
 
 
-# From the layers to their coefficients, row by row
-
-
 class _RowSums:
     """The gradients (n, m, P) of some rows, as the sum of what layers add."""
 
     def __init__(self, gradients: Tensor, parameters: Sequence[Tensor]) -> None:
         sizes = [parameter.numel() for parameter in parameters]
         self._gradients = dict(zip(map(id, parameters), gradients.split(sizes, dim=-1), strict=True))
-        self._columns = range(gradients.shape[1])
-        self._begun: set[tuple[int, int]] = set()
+        self._missing = {(key, column) for key in self._gradients for column in range(gradients.shape[1])}
 
     def wants(self, parameter: Tensor) -> bool:
         return id(parameter) in self._gradients
@@ -155,22 +128,20 @@ class _RowSums:
     def add(self, parameter: Tensor, column: int, gradient: Tensor) -> None:
         """Adds a gradient (n, ...), whose entries of a row are in the order of the parameter's."""
         target = self._gradients[id(parameter)][:, column].view(gradient.shape)
-        if (id(parameter), column) in self._begun:
-            target += gradient
-        else:
+        if (id(parameter), column) in self._missing:
             target.copy_(gradient)
-            self._begun.add((id(parameter), column))
+            self._missing.remove((id(parameter), column))
+        else:
+            target += gradient
 
     def finish(self) -> None:
         """Writes zeros for the parameters to which nothing was added."""
-        for key, gradient in self._gradients.items():
-            for column in self._columns:
-                if (key, column) not in self._begun:
-                    gradient[:, column].zero_()
+        for key, column in self._missing:
+            self._gradients[key][:, column].zero_()
 
 
 def _numbers_of_row(record: LayerRecord) -> int:
-    """How many numbers the largest tensor of a row has."""
+    """The size of the largest tensor of a row."""
     _, first, _, weights, _ = record.inputs
     outputs, inputs, basis = record.stage.shape
     rows = 1 + len(first) + (len(first) if weights is None else 1)
@@ -181,8 +152,7 @@ def _numbers_of_row(record: LayerRecord) -> int:
 @torch.no_grad()
 def _add_layer(block: _RowSums, record: LayerRecord, outputs: list[Tensor | None], rows: slice) -> None:
     """Adds the gradients of a layer's coefficients for some rows, from those (n, S, O) in its outputs by column."""
-    columns = [(column, of_all[rows]) for column, of_all in enumerate(outputs) if of_all is not None]
-    if not columns:
+    if not (columns := [(column, g[rows]) for column, g in enumerate(outputs) if g is not None]):
         return
     z, first, second, weights, only_second = record.inputs
     first = first.expand(len(first), *z.shape)[:, rows]
@@ -204,7 +174,8 @@ def _add_dense(block: _RowSums, phi: Tensor, spline_weight: Tensor, base_weight:
 
 
 def _add_tucker(block: _RowSums, phi: Tensor, update: Update, columns: list) -> None:
-    """
+    """Adds the gradients of a Tucker update.
+
     With phi (n, S, K, I) contracted by factor_in to v (n, S, ri, K), by both factors to t (n, S, ri, rb), and the
     gradient g by factor_out to f (n, S, ro), by the core too to h (n, S, ri, rb), by all but factor_in to q
     (n, S, K, ri), the gradients are sums over s of

@@ -1,50 +1,57 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Callable
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 from weakref import WeakMethod
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
-from peft.utils.other import get_pattern_key
 
-from ..files.checkpoint import HASHES, RECORD, Checkpoint
+from ..files.checkpoint import HASHES, RECORD, Checkpoint, Shape
 from ..files.fingerprint import digest_of
 from ..files.format import (
     PENDING_CONFIG,
-    check_patterns,
     check_size,
     config_digest,
     find_weights,
     read_weights,
     write_atomically,
 )
+from ..files.patterns import check_lengths, exact_pattern, find_key, pattern_key, refuse_pattern
 from ..tucker import cap_ranks, check_ranks
-from .arguments import BOOL, INDICES, NAMES, NUMBER, NUMBERS, PATTERN, PROBABILITY, START, refuse_names_of_lora
+from .arguments import (
+    BOOL,
+    INDICES,
+    NAMES,
+    NUMBER,
+    NUMBERS,
+    PATTERN,
+    PROBABILITY,
+    START,
+    check_values,
+    compile_patterns,
+    option,
+    patterns_of,
+    refuse_names_of_lora,
+    regexes_of,
+    with_help,
+)
 
 
 ALL_KAN = "all-kan"
 CHECK_BASE = ("error", "warn", "ignore")
+_TARGETING = ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform")
 
 
 @refuse_names_of_lora
+@with_help
 @dataclass
 class LoTRAConfig(PeftConfig):
     """
@@ -87,15 +94,13 @@ class LoTRAConfig(PeftConfig):
         adapt_residual (`bool`):
             Whether the weights of the residual branch are adapted too, as one more slice of the basis mode.
         check_base (`Optional[str]`):
-            What happens when an adapter is loaded into another base than it was saved with. By default (`None`)
-            another grid is an error, since the coefficients would mean other functions, and other coefficients are a
-            warning, since the base may have been trained further. `"error"`, `"warn"` and `"ignore"` hold for both.
-            Another family or shape is always an error. The choice is not saved; it is made when an adapter is loaded:
-            `PeftModel.from_pretrained(base, folder, check_base="error")`.
+            What happens when an adapter is loaded into another base than it was saved with:
+            `PeftModel.from_pretrained(base, folder, check_base="error")`. By default (`None`) another grid is an
+            error, and other coefficients are a warning; `"error"`, `"warn"` and `"ignore"` hold for both. Another
+            family or shape is always an error. The choice is not saved.
         base_layers (`Optional[dict[str, dict]]`):
             Internal. The family and the shape of each adapted layer, and, in a file, the hashes of its grid and its
-            frozen parameters. Filled in when the adapter is created or saved, and compared with the model when the
-            adapter is loaded.
+            frozen parameters. Compared with the model when the adapter is loaded.
         base_digest (`Optional[str]`):
             Internal. In a file, one digest of all `base_layers`.
         integrity (`Optional[dict[str, str]]`):
@@ -112,133 +117,35 @@ class LoTRAConfig(PeftConfig):
         (2, 1.0)
     """
 
-    r: int | tuple[int, int, int] = field(
-        default=4, metadata={"help": "Ranks (out, in, basis) of the update; an int counts for the three modes."}
+    r: int | tuple[int, int, int] = option(4)
+    alpha: float = option(1.0, NUMBER)
+    target_modules: list[str] | set[str] | str | None = option(None, NAMES)
+    exclude_modules: list[str] | set[str] | str | None = option(None, NAMES)
+    layers_to_transform: list[int] | int | None = option(None, INDICES)
+    layers_pattern: list[str] | str | None = option(None, NAMES)
+    rank_pattern: dict = option(dict, PATTERN)
+    alpha_pattern: dict = option(dict, NUMBERS)
+    modules_to_save: list[str] | None = option(None, NAMES)
+    rank_dropout: float = option(0.0, PROBABILITY)
+    module_dropout: float = option(0.0, PROBABILITY)
+    init_weights: bool | Literal["gradient"] = option(True, START)
+    adapt_residual: bool = option(True, BOOL)
+    base_layers: dict[str, dict[str, Any]] | None = option(None, RECORD)
+    check_base: Literal["error", "warn", "ignore"] | None = option(
+        None, (lambda value: value in CHECK_BASE, f"None or one of {CHECK_BASE}")
     )
-    alpha: float = field(
-        default=1.0,
-        metadata={
-            "help": "Factor that the update is multiplied by; unlike in LoRA there is no division by r.",
-            "check": NUMBER,
-        },
-    )
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the KAN layers to adapt (exact or suffixes; a string is a regex). 'all-kan', or None, "
-            "takes every KAN layer that is recognized.",
-            "check": NAMES,
-        },
-    )
-    exclude_modules: list[str] | set[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the modules to leave alone (exact or suffixes; a string is a regex).",
-            "check": NAMES,
-        },
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None,
-        metadata={
-            "help": "Indices of the layers to adapt.",
-            "check": INDICES,
-        },
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the nn.ModuleList that `layers_to_transform` counts in.", "check": NAMES},
-    )
-    rank_pattern: dict = field(
-        default_factory=dict,
-        metadata={
-            "help": "Mapping from layer names or regexes to ranks that differ from `r`.",
-            "check": PATTERN,
-        },
-    )
-    alpha_pattern: dict = field(
-        default_factory=dict,
-        metadata={
-            "help": "Mapping from layer names or regexes to factors that differ from `alpha`.",
-            "check": NUMBERS,
-        },
-    )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Modules apart from the adapted layers that are trained and saved whole.",
-            "check": NAMES,
-        },
-    )
-    rank_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Probability with which each rank component of the out mode is dropped in training.",
-            "check": PROBABILITY,
-        },
-    )
-    module_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Probability with which the adapter of a whole layer is skipped in training.",
-            "check": PROBABILITY,
-        },
-    )
-    init_weights: bool | Literal["gradient"] = field(
-        default=True,
-        metadata={
-            "help": "True: random factors; 'gradient': factors from the gradient that preprocess_lotra gathered; both "
-            "with a zero update. False: a random update (for tests).",
-            "check": START,
-        },
-    )
-    adapt_residual: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether the residual branch is adapted too, as one more slice of the basis mode.",
-            "check": BOOL,
-        },
-    )
-    base_layers: dict[str, dict[str, Any]] | None = field(
-        default=None,
-        metadata={
-            "help": "Internal: family and shape of each adapted layer; filled in when the adapter is created.",
-            "check": RECORD,
-        },
-    )
-    check_base: Literal["error", "warn", "ignore"] | None = field(
-        default=None,
-        metadata={
-            "help": "What to do when the base is not the one that the adapter was saved with: 'error', 'warn' or "
-            "'ignore'; None means an error for another grid and a warning for other coefficients. Not saved.",
-            "check": (lambda value: value in CHECK_BASE, f"None or one of {CHECK_BASE}"),
-        },
-    )
-    base_digest: str | None = field(
-        default=None,
-        metadata={
-            "help": "Internal: in a file, one digest of all `base_layers`.",
-            "check": (lambda value: isinstance(value, str), HASHES[1]),
-        },
-    )
-    integrity: dict[str, str] | None = field(
-        default=None,
-        metadata={
-            "help": "Internal: in a file, digests of the config and of the tensors.",
-            "check": HASHES,
-        },
-    )
+    base_digest: str | None = option(None, (lambda value: isinstance(value, str), HASHES[1]))
+    integrity: dict[str, str] | None = option(None, HASHES)
 
     def __post_init__(self):
         super().__post_init__()
+        from_file = type(self.peft_type) is str  # a copy of a config has the enum
         self.peft_type = PeftType["LOTRA"]
-        for entry in fields(self):
-            self._check(entry)
-        self.target_modules = (
-            set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
-        )
-        self.exclude_modules = (
-            set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
-        )
+        check_values(self)
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
         self.r = check_ranks(self.r)
         self.rank_pattern = {key: check_ranks(r) for key, r in (self.rank_pattern or {}).items()}
         self.alpha_pattern = self.alpha_pattern or {}
@@ -248,48 +155,87 @@ class LoTRAConfig(PeftConfig):
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        # The next three are no fields, so neither saved nor compared.
+        # The next four are no fields, so neither saved nor compared.
         # Adding an adapter writes the names of its layers into `target_modules`; the object may serve another model.
         self.targets_all_kan = self.target_modules in (None, ALL_KAN)
         self.checkpoint = Checkpoint(self.base_layers, (self.integrity or {}).get("weights"))
         self._record_base: WeakMethod | None = None
+        self._unresolved: dict[str, str] = {}
         self._check_integrity()
         self.base_digest = self.integrity = None
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
+        if from_file:
+            self._set_regexes_aside()
+        else:
+            compile_patterns(self)
+        mapping = self.auto_mapping
+        if isinstance(mapping, dict) and mapping.get("parent_library") == "peft_lotra.kan.slim":  # where SlimKAN was
+            self.auto_mapping = {**mapping, "parent_library": "peft_lotra.kan"}
         if self.base_layers is not None:  # the hashes are left to the file
             self.base_layers = {
                 name: {key: layer[key] for key in ("family", "shape", "has_residual")}
                 for name, layer in self.base_layers.items()
             }
 
-    def _check(self, entry: Field) -> None:
-        """Checks the value of a field. What is read from a file can be anything."""
-        value = getattr(self, entry.name)
-        accepts, expected = BOOL if entry.name == "inference_mode" else entry.metadata.get("check", (None, None))
-        may_be_none = entry.default is None or entry.default_factory is not MISSING
-        if accepts is None or (value is None and may_be_none) or (value is not None and accepts(value)):
-            return
-        raise ValueError(f"`{entry.name}` must be {expected}, got {value!r:.200}.")
-
     def __getstate__(self) -> dict[str, Any]:
-        # A weak reference is not pickled, and a copy belongs to no model yet.
+        # a weak reference is not pickled, and a copy belongs to no model yet
         return {**vars(self), "_record_base": None}
 
     def ranks_and_alpha(self, layer_name: str) -> tuple[int | tuple[int, int, int], float]:
         """The ranks of a layer, before they are capped by the sizes of its modes, and its `alpha`."""
-        r_key, alpha_key = (get_pattern_key(list(p), layer_name) for p in (self.rank_pattern, self.alpha_pattern))
+        r_key, alpha_key = (find_key(patterns, layer_name) for patterns in (self.rank_pattern, self.alpha_pattern))
         return self.rank_pattern.get(r_key, self.r), self.alpha_pattern.get(alpha_key, self.alpha)
 
-    #########
-    # Files #
-    #########
+    def _set_regexes_aside(self) -> None:
+        """Takes the regexes out of a config from a file, so that none is ever matched; see `resolve`."""
+        names = {*(self.target_modules or ()), *(self.exclude_modules or ())}  # letters of a string do no harm
+        check_lengths(itertools.chain(*patterns_of(self).values()), names)
+        self._unresolved = regexes_of(self)
+        for field in self._unresolved.keys() & {"alpha_pattern", "modules_to_save"}:
+            refuse_pattern(field, self._unresolved[field])
+        if self._unresolved.keys() & set(_TARGETING):
+            self.target_modules, self.targets_all_kan = set(), False
+            self.exclude_modules = self.layers_pattern = self.layers_to_transform = None
+        if "rank_pattern" in self._unresolved:
+            self.rank_pattern = {}
+
+    def refuse_unresolved(self) -> None:
+        """Raises a ValueError if the config comes from a file with regexes, and the tensors were not read with it."""
+        for field, pattern in self._unresolved.items():
+            refuse_pattern(field, pattern)
+
+    def resolve(self, shapes: Mapping[str, Shape]) -> None:
+        """Replaces regexes, which files of older versions have, by what the names and shapes of the tensors say."""
+        cores = {n.removesuffix(".lotra_core"): shape for n, shape in shapes.items() if n.endswith(".lotra_core")}
+        layers = self.base_layers or cores
+        check_lengths((), {*layers, *cores})
+        if not cores:
+            self.refuse_unresolved()
+        unresolved, self._unresolved = self._unresolved.keys(), {}
+        if unresolved & set(_TARGETING):
+            self.target_modules = exact_pattern(layers)
+            check_lengths([self.target_modules], ())
+        if "rank_pattern" in unresolved:
+            self.rank_pattern = {
+                pattern_key(n): shape for n, shape in cores.items() if len(shape) == 3 and min(shape) > 0
+            }
+
+    def _resolved(self, names: Collection[str]) -> dict[str, Any]:
+        """What a file has in the place of the user's regexes, once the adapted layers are known."""
+        regexes, values = set(regexes_of(self) if names else ()), {}
+        if regexes & set(_TARGETING):
+            values = {**dict.fromkeys(_TARGETING), "target_modules": exact_pattern(names)}
+        for index, (field, default) in enumerate((("rank_pattern", self.r), ("alpha_pattern", self.alpha))):
+            if field in regexes:
+                by_name = {name: self.ranks_and_alpha(name)[index] for name in names}
+                values[field] = {pattern_key(name): value for name, value in by_name.items() if value != default}
+        return values
 
     def record_base_by(self, method: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        """Sets what adds the hashes of the base to `base_layers` when the config is saved.
+        """Sets the bound method, referenced weakly, that adds the hashes of the base to `base_layers` for a file.
 
         PEFT saves the config without passing it the model, so the config needs a way to the model.
-
-        Args:
-            method (`Callable`): A bound method of the model, which is referenced weakly.
         """
         self._record_base = WeakMethod(method)
 
@@ -310,7 +256,8 @@ class LoTRAConfig(PeftConfig):
         os.makedirs(save_directory, exist_ok=True)
         weights = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
         digest = read_weights(weights)[1] if os.path.exists(weights) else None
-        values = self.to_dict()
+        self.refuse_unresolved()
+        values = {**self.to_dict(), **self._resolved(self.base_layers or ())}
         record = self._record_base() if self._record_base is not None else None
         if record is None:  # no model, or one that is gone
             values["base_layers"] = self.checkpoint.layers or self.base_layers
@@ -329,7 +276,7 @@ class LoTRAConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        """Reads the config of an adapter, and checks the file of its tensors before any model is touched.
+        """Reads the config of an adapter, and checks the file of its tensors, before any model is touched.
 
         Args:
             pretrained_model_name_or_path (`str`): A folder, or a repository on the Hub.
@@ -338,15 +285,16 @@ class LoTRAConfig(PeftConfig):
 
         Raises:
             ValueError: There is no config; the config or the tensors are damaged, do not belong together, or are not
-                finite; there is a pickle instead of a safetensors file; a pattern in the config may take forever to
-                match.
+                finite; there is a pickle instead of a safetensors file; a pattern in the config is no name.
         """
         hub_kwargs, own_kwargs, _ = cls._split_kwargs(kwargs)
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         check_size(os.path.join(folder, CONFIG_NAME))
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if not isinstance(config, LoTRAConfig):
-            raise ValueError(f"The adapter in {folder} is of the type {config.peft_type}, and not LOTRA.")
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (TypeError, RecursionError, OverflowError) as error:
+            raise ValueError(f"The config of the adapter in {folder} is broken: {error}") from error
+        assert isinstance(config, LoTRAConfig)
         weights = find_weights(pretrained_model_name_or_path, subfolder, hub_kwargs)
         if weights is not None:
             shapes, digest = read_weights(weights)
@@ -357,14 +305,24 @@ class LoTRAConfig(PeftConfig):
                 config = cls.from_peft_type(**cls.from_json_file(pending))
                 assert isinstance(config, LoTRAConfig)
             config.checkpoint = config.checkpoint.with_tensors(shapes, digest, folder)
+        config.resolve(config.checkpoint.tensors or {})
+        if weights is not None:
             config.checkpoint.check_shapes(config._component_shapes())
         config.check_base = own_kwargs.get("check_base")  # which is no choice of the file's
         if config.check_base not in (None, *CHECK_BASE):
             raise ValueError(f"`check_base` must be None or one of {CHECK_BASE}, got {config.check_base!r}.")
-        patterns = [config.target_modules, config.exclude_modules, *config.rank_pattern, *config.alpha_pattern]
-        lists = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern or []
-        check_patterns([pattern for pattern in (*patterns, *lists) if isinstance(pattern, str)])
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs) -> dict[str, Any]:
+        """The values of a config in a file, which has the type LOTRA."""
+        values = super().from_json_file(path_json_file, **kwargs)
+        if not isinstance(values, dict):
+            raise ValueError(f"{path_json_file} is broken: expected a JSON object, got {values!r:.200}.")
+        kind = values.get("peft_type", "LOTRA")
+        if kind != "LOTRA":
+            raise ValueError(f"The adapter in {path_json_file} is of the type {kind!s:.200}, and not LOTRA.")
+        return {**values, "peft_type": "LOTRA"}
 
     def _component_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes that the components of the recorded layers have by this config, by name."""

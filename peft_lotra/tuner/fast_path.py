@@ -1,30 +1,17 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The fast path of an adapted layer: its formula, evaluated without running the base layer.
 
-A family that says how its basis is evaluated computes basis(x) . (scale * coefficients) + activation(x) . residual +
-bias. In this form the frozen coefficients need no gradient, the update contracts as two thin products, and B-splines
-on a uniform grid are evaluated in closed form, whatever the base layer does.
+The frozen coefficients need no gradient then, the update contracts as two thin products, and B-splines on a uniform
+grid are evaluated in closed form, whatever the base layer does.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,28 +23,26 @@ from ..kan.basis import SPLINE_ORDERS, UniformGrid
 from ..kan.product import needs_plain_operations, spline_product
 from ..tucker import Update
 from .grid_watch import has_hooks
-from .universal_path import add_updates, are_stored
+from .merging import add_updates, are_stored
 
 
-# What formula and layer may differ by, as a share of the largest output. In double precision they must be equal: there
-# an adapted layer starts as its base bit for bit, whatever the family. Only the formula of `KANLinear` is.
+# What formula and layer may differ by, as a share of the largest output: nothing in double precision, where an adapted
+# layer starts as its base bit for bit.
 _TOLERANCE = {torch.float32: 1e-6, torch.float64: 0.0}
 
-# The families and their functions that have raised, and of which a warning was given.
+# Families with the name of a function of theirs that has raised, and was warned about.
 _warned: set[tuple[str, str]] = set()
 
 LowRank = tuple[torch.Tensor, torch.Tensor]  # left (out, r) and right (r, in, basis [+ 1])
 
 
-@dataclass(frozen=True)
-class Formula:
-    """How a layer is evaluated without running it: `formula(base_layer, updates, x)`.
+class Formula(NamedTuple):
+    """basis(x) . (scale * coefficients) + activation(x) . residual + bias: `formula(base_layer, updates, x)`.
 
     Attributes:
-        spec (`KANLayerSpec`): The family of the layer.
-        tensor (`CoefficientTensor`): Where the layer keeps its coefficients.
-        closed_form (`bool`): Whether the basis is evaluated by the family's `splines`, else by its `basis`.
-        leading_shape (`bool`): Whether inputs of any leading shape are taken, and outputs keep it.
+        spec, tensor: The family of the layer, and where the layer keeps its coefficients.
+        closed_form: Whether the basis is evaluated by the family's `splines`, else by its `basis`.
+        leading_shape: Whether inputs of any leading shape are taken, and outputs keep it.
     """
 
     spec: KANLayerSpec
@@ -66,10 +51,7 @@ class Formula:
     leading_shape: bool = False
 
     def accepts(self, base_layer: nn.Module, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether a call of the layer with these updates may be evaluated by the formula.
-
-        What the formula does not accept is left to the base layer, which says what is wrong with its arguments.
-        """
+        """Whether the formula may evaluate a call; if not, the base layer says what is wrong with the arguments."""
         if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
             return False
         x, stored = args[0], list(self.tensor.read_parameters(base_layer).values())
@@ -97,16 +79,16 @@ class Formula:
         total_rank = sum(update.tensor.ranks[0] for update in updates)
         thin = 2 * total_rank * (in_features * basis + out) < out * in_features * basis
         scale = self.spec.scale(base_layer) if self.spec.scale is not None else None
+        parameters: dict[str, torch.Tensor] = {}
         low_rank = None
         if thin and scale is None:
-            coefficients, residual = self.tensor.read_parts(base_layer)
             rights = [tensor._replace(core=factor * tensor.core).expand_inputs() for factor, tensor in updates]
-            if residual is not None:  # an update without the residual branch adds zero to it
+            if self.tensor.has_residual:  # an update without the residual branch adds zero to it
                 rights = [F.pad(right, (0, 1)) if right.shape[-1] == basis else right for right in rights]
             low_rank = torch.cat([tensor.factor_out for _, tensor in updates], dim=1), torch.cat(rights)
         else:
             parameters = add_updates(self.tensor, base_layer, updates)
-            coefficients, residual = self.tensor.read_parts(base_layer, parameters)
+        coefficients, residual = self.tensor.read_parts(base_layer, parameters)
         if scale is not None:
             coefficients = coefficients * scale.unsqueeze(-1)
         y = self.evaluate(base_layer, x.reshape(-1, in_features), coefficients, residual, low_rank)
@@ -120,15 +102,7 @@ class Formula:
         residual: torch.Tensor | None,
         update: LowRank | None,
     ) -> torch.Tensor:
-        """basis(x) . coefficients + activation(x) . residual + bias, with an update of both.
-
-        Args:
-            base_layer (`nn.Module`): The layer that the functions of the family are asked about.
-            x (`torch.Tensor`): (rows, in).
-            coefficients (`torch.Tensor`): (out, in, basis), times the `scale` of the family.
-            residual (`torch.Tensor`, *optional*): (out, in).
-            update (*optional*): left (out, r) and right (r, in, basis [+ 1]), the residual branch last.
-        """
+        """The output (rows, out) for x (rows, in), of scaled coefficients (out, in, basis), with an update of both."""
         spec, basis = self.spec, coefficients.shape[-1]
         of_splines = None if update is None else (update[0], update[1][..., :basis])
         if self.closed_form:
@@ -154,21 +128,14 @@ class Formula:
 def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> Formula | None:
     """The formula that gives what the layer computes, closed form first; `None` if there is none.
 
-    There is none if the family gives neither `splines` nor `basis`, or no `activation` for its residual branch, as for
-    Slim layers; if the layer does not take inputs (rows, in) or has hooks; on the meta device and in half precision.
-    Otherwise formula and layer are compared on points over the grid and around it. The layer is left as it was, and
-    the global random generators do not move.
-
-    Args:
-        base_layer (`nn.Module`): The layer.
-        spec (`KANLayerSpec`): The family of the layer. A function of it that raises, or returns a tensor of another
-            shape or dtype, is named in a warning, once.
-        tensor (`CoefficientTensor`): Where the layer keeps its coefficients.
+    Formula and layer are compared on points over the grid and around it. A function of the family that raises, or
+    returns a tensor of another shape or dtype, is named in a warning. The layer and the global random generators are
+    left as they were.
     """
     coefficients = tensor.get_parameter(base_layer)
     if (
         (spec.basis is None and spec.splines is None)
-        or (tensor.has_residual and spec.activation is None)
+        or (tensor.has_residual and spec.activation is None)  # as for Slim layers
         or coefficients.is_meta
         or coefficients.dtype not in _TOLERANCE
         or has_hooks(base_layer)
@@ -187,17 +154,14 @@ def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientT
                 return None
             if not _can_evaluate(base_layer, formula, points):
                 continue
-            result = formula.evaluate(base_layer, points, *_scaled_parts(base_layer, formula), None)
+            parameters, residual = tensor.read_parts(base_layer)
+            scale = spec.scale(base_layer) if spec.scale is not None else None
+            scaled = parameters if scale is None else parameters * scale.unsqueeze(-1)
+            result = formula.evaluate(base_layer, points, scaled, residual, None)
             if _agree(result, expected):
                 stacked = _run(base_layer, points.unflatten(0, (2, -1)))
-                return Formula(spec, tensor, closed_form, _agree(stacked, result.unflatten(0, (2, -1))))
+                return formula._replace(leading_shape=_agree(stacked, result.unflatten(0, (2, -1))))
     return None
-
-
-def _scaled_parts(base_layer: nn.Module, formula: Formula) -> tuple[torch.Tensor, torch.Tensor | None]:
-    coefficients, residual = formula.tensor.read_parts(base_layer)
-    scale = formula.spec.scale(base_layer) if formula.spec.scale is not None else None
-    return coefficients if scale is None else coefficients * scale.unsqueeze(-1), residual
 
 
 def _run(base_layer: nn.Module, x: torch.Tensor) -> Any:

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Gradients of the coefficient tensors, gathered for `init_weights="gradient"` and for spectra."""
 
@@ -26,7 +15,7 @@ from torch import nn
 from ..families.coefficients import CoefficientTensor
 from ..functional import modes_kept, unwrap
 from .config import LoTRAConfig
-from .initialization import keep_gradients
+from .initialization import GRADIENTS
 from .targets import find_targets
 
 
@@ -65,27 +54,15 @@ def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable
         )
     model = unwrap(model)
     layers = {name: (target.layer, target.coefficients) for name, target in find_targets(config, model).items()}
-    keep_gradients(gather_gradients(layers, model, train_step))
+    GRADIENTS.update(gather_gradients(layers, model, train_step))
 
 
 def gather_gradients(
     layers: dict[str, tuple[nn.Module, CoefficientTensor]], model: nn.Module, train_step: Callable[[], None]
 ) -> dict[nn.Module, torch.Tensor]:
-    """Runs `train_step` and sums the gradients of the layers' coefficients, leaving the model as it was.
+    """Runs `train_step` and sums the gradients of the layers' coefficients (out, in, basis), by layer.
 
-    Only the coefficients require a gradient meanwhile. Each gradient is taken away as soon as it has been accumulated,
-    so that the peak memory is one extra copy of the coefficients.
-
-    Args:
-        layers (`dict[str, tuple[nn.Module, CoefficientTensor]]`): The layers by name.
-        model (`nn.Module`): The model that they are in.
-        train_step (`Callable[[], None]`): Computes a loss and calls `backward()`, for one or more batches.
-
-    Returns:
-        `dict[nn.Module, torch.Tensor]`: (out, in, basis), or (out, in, basis + 1) with the residual branch, by layer.
-
-    Raises:
-        ValueError: No gradient arrived at a layer, or one that is not finite.
+    Each gradient is taken away once it has been accumulated: the peak memory is one extra copy of the coefficients.
     """
     sums: dict[torch.Tensor, torch.Tensor] = {}
 

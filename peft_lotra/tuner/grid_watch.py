@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Notices changes of a base layer on which its adapters, or its formula, depend."""
 
@@ -26,11 +15,9 @@ from ..families.registry import Grid, same_grid
 
 
 class GridWatch:
-    """
-    Answers whether the grid, dtype, device, mode or hooks of a base layer have changed since the last look.
+    """Answers whether the grid, dtype, device, mode or hooks of a base layer have changed since the last look.
 
-    Attributes:
-        changed (`bool`): Whether they have since this flag was last set to `False`.
+    `changed` says whether they have since this flag was last set to `False`.
     """
 
     def __init__(self) -> None:
@@ -42,15 +29,9 @@ class GridWatch:
         return GridWatch, ()  # a copied layer has other tensors
 
     def look(self, layer: nn.Module, grid: Grid, parameter: torch.Tensor) -> bool:
-        """Notes what has changed.
+        """Notes what has changed in a layer with this grid, whose coefficients are this parameter.
 
-        Args:
-            layer (`nn.Module`): The base layer.
-            grid (`dict[str, torch.Tensor | int | float]`): The grid of the layer.
-            parameter (`torch.Tensor`): The parameter of the coefficients.
-
-        Returns:
-            Whether the grid has content that can be compared: a batch of grids under `torch.vmap` has none.
+        Returns whether the grid has content that can be compared: a batch of grids under `torch.vmap` has none.
         """
         state: list[Any] = [parameter.dtype, parameter.device, layer.training, has_hooks(layer)]
         on_accelerator = False
@@ -67,15 +48,12 @@ class GridWatch:
         if state != self._state:
             self._state, self.changed = state, True
             self._equal.clear()
-        elif not on_accelerator:  # writing through `.data` leaves no trace; comparing costs no waiting here
+        elif not on_accelerator:  # writing through `.data` leaves no trace; on an accelerator, comparing would wait
             self._equal.clear()
         return True
 
     def is_equal(self, grid: Grid, recorded: Mapping[str, Any]) -> bool:
-        """Whether the grid, at which `look` has looked, is that of a record, up to casts and devices.
-
-        On an accelerator, a record is compared again only after a change that leaves a trace.
-        """
+        """Whether the grid, at which `look` has looked, is that of a record, up to casts and devices."""
         if id(recorded) not in self._equal:
             if not same_grid(recorded, grid):
                 return False

@@ -1,23 +1,11 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """What the network around adapted layers may do while they are adapted.
 
-Some networks (pykan's MultKAN) rebuild themselves from their own state dict, in which an adapted layer has other
-names. Methods that do so, or move all grids, raise until the adapters are unloaded, before they have changed anything.
-Methods that write a checkpoint write the network with its adapters merged, under the original names. Both kinds are
-shadowed on the instance, and the shadows are removed with the adapters.
+Methods that rebuild the network (pykan's MultKAN), or move all grids, raise until the adapters are unloaded. Methods
+that write a checkpoint write the network with its adapters merged, under the original names. Both kinds are shadowed
+on the instance, and the shadows are removed with the adapters.
 """
 
 from __future__ import annotations
@@ -37,13 +25,7 @@ from .layer import LoTRALayer
 
 
 def guard_network(model: nn.Module, layer_name: str, spec: KANLayerSpec) -> None:
-    """Shadows the methods that the family names, on the innermost module around the layer that has one of them.
-
-    Args:
-        model (`nn.Module`): The model.
-        layer_name (`str`): The name of the adapted layer in it.
-        spec (`KANLayerSpec`): The family of the layer.
-    """
+    """Shadows the methods that the family names, on the innermost module around the layer that has one of them."""
     names = [*spec.network_methods, *spec.checkpoint_methods]
     while names and layer_name:
         layer_name = layer_name.rpartition(".")[0]
@@ -70,10 +52,9 @@ def release_networks(model: nn.Module) -> None:
 
 @contextmanager
 def bare_base(model: nn.Module) -> Iterator[nn.Module]:
-    """The base model as it was before it was adapted: with the base layers in their places, and nothing refused.
+    """The base model as it was: with the base layers in their places, and nothing refused.
 
-    Raises:
-        ValueError: At the end, if a base layer is not in its place any more.
+    Raises a `ValueError` at the end if a base layer is not in its place any more.
     """
     shadows = [(network, dict(_shadows(network))) for network in model.modules() if _shadows(network)]
     try:

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Exchanging the weights of a loaded adapter, in place, so that a compiled model is not compiled again."""
 
@@ -20,21 +9,23 @@ import os
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import PeftType, load_peft_weights
 from torch import nn
 
+from ..files.checkpoint import refuse
 from ..functional import unwrap
 from .config import LoTRAConfig
+from .injection import differ, transaction
 from .layer import lotra_layers
+from .targets import check_base, locate_target
 
 
 @torch.no_grad()
 def hotswap_adapter(
     model: nn.Module, model_name_or_path: str | os.PathLike, adapter_name: str = "default", **kwargs: Any
 ) -> None:
-    """
-    Replaces the weights of a loaded adapter by those of another one of the same layers and ranks.
+    """Replaces the weights of a loaded adapter by those of another one of the same layers and ranks.
 
     The tensors are overwritten in place, so that a model that `torch.compile` compiled is not compiled again. (PEFT's
     own `hotswap_adapter` takes LoRA only.) If the new adapter has another alpha, its core is multiplied by the ratio.
@@ -44,11 +35,11 @@ def hotswap_adapter(
         model ([`PeftModel`]): The model with the loaded adapter, compiled or not.
         model_name_or_path (`str`): The new adapter: a folder, or a repository on the Hub.
         adapter_name (`str`): The name of the adapter to replace; it keeps its name.
-        kwargs: `subfolder`, `revision`, `token`, `cache_dir`, as for `PeftModel.from_pretrained`.
+        kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `check_base`, as for `PeftModel.from_pretrained`.
 
     Raises:
         ValueError: The new adapter is not a LoTRA adapter; there is no adapter of the name; it is merged; or the new
-            one has other layers, families, shapes, ranks or saved modules. Nothing is changed then.
+            one has other layers, families, shapes, ranks, grids or saved modules. Nothing is changed then.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -66,9 +57,9 @@ def hotswap_adapter(
     old = model.peft_config.get(adapter_name)
     if old is None:
         raise ValueError(f"There is no adapter {adapter_name!r} to replace, the model has {list(model.peft_config)}.")
-    new = PeftConfig.from_pretrained(str(model_name_or_path), **kwargs)
-    old = _lotra_config(adapter_name, old)
-    _lotra_config(model_name_or_path, new)
+    if not isinstance(old, LoTRAConfig):
+        kind = PeftType(old.peft_type).value
+        raise ValueError(f"The adapter {adapter_name!r} is of the type {kind}, and not LOTRA.")
     new = LoTRAConfig.from_pretrained(str(model_name_or_path), **kwargs)  # which checks the tensors too
     layers = dict(lotra_layers(unwrap(model)))
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
@@ -79,27 +70,21 @@ def hotswap_adapter(
 
     # detached, but the model's own memory
     current = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    kwargs.pop("check_base", None)
     tensors = load_peft_weights(str(model_name_or_path), device="cpu", **kwargs)
     wrong = _differences(old, new, current, tensors)
-    if wrong:
-        raise ValueError(
-            f"The adapter in {str(model_name_or_path)!r} cannot take the place of {adapter_name!r}, and nothing was "
-            "changed:\n  " + "\n  ".join(wrong) + "\nLoad it beside the other one: "
-            "`model.load_adapter(path, adapter_name=...)`."
-        )
+    headline = f"The adapter in {str(model_name_or_path)!r} cannot take the place of {adapter_name!r}, "
+    remedy = "Load it beside the other one: `model.load_adapter(path, adapter_name=...)`."
+    refuse(f"{headline}and nothing was changed:", wrong, remedy)
+    bare = unwrap(model)
+    check_base(new, bare, {name: locate_target(name, layer) for name, layer in lotra_layers(bare, adapter_name)})
     for name, layer in layers.items():
         key = f"base_model.model.{name}.lotra_core"
         if key in tensors:
             tensors[key] = tensors[key] * (new.ranks_and_alpha(name)[1] / layer.lotra_alpha[adapter_name])
-    for key, tensor in tensors.items():
-        current[key].copy_(tensor)
-
-
-def _lotra_config(name: str | os.PathLike, config: PeftConfig) -> LoTRAConfig:
-    if not isinstance(config, LoTRAConfig):
-        kind = PeftType(config.peft_type).value
-        raise ValueError(f"The adapter {str(name)!r} is of the type {kind}, and not LOTRA.")
-    return config
+    with transaction(model, list(current.values())):
+        for key, tensor in tensors.items():
+            current[key].copy_(tensor)
 
 
 def _differences(
@@ -109,9 +94,9 @@ def _differences(
     wrong = [f"{key} is in the loaded adapter only" for key in current.keys() - tensors.keys()]
     wrong += [f"{key} is in the new adapter only" for key in tensors.keys() - current.keys()]
     wrong += [
-        f"{key}: {tuple(tensor.shape)} in the new adapter, {tuple(current[key].shape)} in the loaded one"
+        f"{key}: {problem}"
         for key, tensor in tensors.items()
-        if key in current and tensor.shape != current[key].shape
+        if key in current and (problem := differ(tensor, current[key], "the new adapter", "the loaded one"))
     ]
     families = {name: layer["family"] for name, layer in (old.base_layers or {}).items()}
     wrong += [

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Teaches `peft_lotra.kan.jet` what PEFT puts around KANs. Importing this module registers it."""
 
@@ -28,31 +17,31 @@ from ..kan.jets.derivatives import register_check
 from .layer import LoTRALayer
 
 
-def _lotra_layer(model: LoTRALayer) -> list[Stage] | None:
+def _only_stage(model: LoTRALayer | ParamWrapper) -> Stage | None:
+    """The stage of the base layer, `None` if the base layer is not a single stage."""
     if model.disable_adapters and model.merged:
         model.unmerge()  # as its forward does
     stages = stages_of(model.base_layer)
-    if stages is None or len(stages) != 1:
-        return None
-    (stage,) = stages
-    return [stage._replace(updates=(*stage.updates, *model.updates_in_force()))]
+    return stages[0] if stages is not None and len(stages) == 1 else None
+
+
+def _lotra_layer(model: LoTRALayer) -> list[Stage] | None:
+    stage = _only_stage(model)
+    return stage and [stage._replace(updates=(*stage.updates, *model.updates_in_force()))]
 
 
 def _lora_on_parameter(model: ParamWrapper) -> list[Stage] | None:
     """PEFT's LoRA on `target_parameters`: its updates are dense."""
-    if model.disable_adapters and model.merged:
-        model.unmerge()  # as its forward does
-    stages = stages_of(model.base_layer)
-    names = ("spline_weight", "base_weight")
-    if stages is None or len(stages) != 1 or stages[0].dense is None or model.parameter_name not in names:
+    stage, names = _only_stage(model), ("spline_weight", "base_weight")
+    if stage is None or stage.dense is None or model.parameter_name not in names:
         return None
-    dense = list(stages[0].dense)
+    dense = list(stage.dense)
     if not (model.merged or model.disable_adapters):
         for adapter in model.active_adapters:
             if adapter in model.lora_A:
                 index = names.index(model.parameter_name)
                 dense[index] = dense[index] + model.get_delta_weight(adapter)
-    return [stages[0]._replace(dense=tuple(dense))]
+    return [stage._replace(dense=tuple(dense))]
 
 
 def _saved_module(wrapper: ModulesToSaveWrapper) -> nn.Module:

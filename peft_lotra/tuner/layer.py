@@ -1,20 +1,9 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,28 +12,28 @@ from torch import nn
 
 from ..families.coefficients import CoefficientTensor
 from ..families.registry import Grid, KANLayerSpec, same_grid
+from ..functional import call_with_parameters
 from ..kan.basis import in_transform
 from ..kan.jets.layers import contract_updates
 from ..kan.layer import KANLinear
-from ..tucker import Tucker, Update, cap_ranks
+from ..tucker import Ranks, Tucker, Update, cap_ranks
 from .config import LoTRAConfig
 from .fast_path import Formula, find_formula
-from .grid_watch import GridWatch
+from .grid_watch import GridWatch, has_hooks
 from .initialization import reset_components, reset_components_from_gradient
 from .locks import LayerLock, exclusively
-from .merging import MergeableLayer
+from .merging import MergeableLayer, add_updates, without_autocast
 from .mixed_batch import MixedBatch, RowNames
 from .stand_in import BaseLayerProxy
-from .universal_path import add_updates, run_base, without_autocast
 
 
 class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
     """
     A KAN layer with LoTRA adapters.
 
-    On the universal path (universal_path.py) the base layer itself runs, with `parameter + delta` as its parameters.
-    That is exact for every family, keeps whatever the layer returns, and needs no knowledge of its basis. Where the
-    family says how its basis is evaluated, the fast path (fast_path.py) computes the same, to rounding, at less cost.
+    The base layer itself runs, with `parameter + update` as its parameters (the universal path), which is exact for
+    every family and keeps whatever the layer returns. A family that says how its basis is evaluated takes the fast
+    path (fast_path.py), which computes the same, to rounding, at less cost.
 
     Attributes that this class does not have are those of the base layer, see [`BaseLayerProxy`].
 
@@ -58,16 +47,11 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         coefficients (`CoefficientTensor`, *optional*): Where the base layer keeps its coefficients, if that is known.
     """
 
-    # A forward pass reads it directly: otherwise `base_layer` and the components go through `__getattr__`.
+    # A forward pass reads it directly: `self.base_layer` would go through `__getattr__`.
     _modules: dict[str, Any]
 
     # All names of layers that may contain (trainable) adapter weights
-    adapter_layer_names: tuple[str, ...] = (
-        "lotra_core",
-        "lotra_factor_out",
-        "lotra_factor_in",
-        "lotra_factor_basis",
-    )
+    adapter_layer_names: tuple[str, ...] = ("lotra_core", "lotra_factor_out", "lotra_factor_in", "lotra_factor_basis")
     # All names of other parameters that may contain adapter-related parameters
     other_param_names: tuple[str, ...] = (
         "lotra_r",
@@ -91,7 +75,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         spec: KANLayerSpec,
         adapter_name: str,
         config: LoTRAConfig,
-        r: int | tuple[int, int, int],
+        r: Ranks,
         alpha: float,
         coefficients: CoefficientTensor | None = None,
         **kwargs,
@@ -109,7 +93,6 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             in_features=coefficients.shape[1],
             # flag to enable/disable casting of input to weight dtype during forward call
             cast_input_dtype_enabled=True,
-            # Mark the weight as unmerged
             _disable_adapters=False,
             merged_adapters=[],
             _active_adapter=adapter_name,
@@ -122,31 +105,12 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         self._look_at_base()
         self.update_layer(adapter_name, r=r, alpha=alpha, config=config, **kwargs)
 
-    ############
-    # Adapters #
-    ############
-
-    def update_layer(
-        self,
-        adapter_name: str,
-        r: int | tuple[int, int, int],
-        alpha: float,
-        config: LoTRAConfig,
-        **kwargs,
-    ) -> None:
-        """Internal function to create a LoTRA adapter
-
-        Args:
-            adapter_name (`str`): Name for the adapter to add.
-            r (`int` or `tuple[int, int, int]`): Ranks (out, in, basis) of the adapter, capped by the modes' sizes.
-            alpha (`float`): Factor that the update is multiplied by.
-            config (`LoTRAConfig`): The adapter configuration for this layer.
-        """
+    def update_layer(self, adapter_name: str, r: Ranks, alpha: float, config: LoTRAConfig, **kwargs) -> None:
+        """Internal function to create a LoTRA adapter, with ranks `r` capped by the sizes of the modes."""
         shape = self.lotra_tensor.shape
         if config.adapt_residual and self.lotra_tensor.has_residual:
             shape = (*shape[:2], shape[2] + 1)
         ranks = cap_ranks(r, shape)
-
         self.lotra_r[adapter_name] = ranks
         self.lotra_alpha[adapter_name] = alpha
         self.lotra_scaling[adapter_name] = alpha
@@ -167,8 +131,6 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             reset_components_from_gradient(*self.get_components(adapter_name), layer=self.get_base_layer())
         else:
             self.reset_lotra_parameters(adapter_name, bool(config.init_weights))
-
-        # Move new weights to device
         self._move_adapter_to_device_of_base_layer(adapter_name)
         # set_adapter goes through all adapters: with it, loading a thousand would take a million steps
         trainable = adapter_name in self.active_adapters and not config.inference_mode
@@ -236,16 +198,8 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         # inkan's layers have one, and PEFT's property would answer without the adapters
         return self.__getattr__("weight")
 
-    ##########
-    # Deltas #
-    ##########
-
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The update that an adapter makes, (out, in, basis), or (out, in, basis + 1) with the residual branch last.
-
-        Args:
-            adapter (`str`): The name of the adapter.
-        """
+        """The update of an adapter, (out, in, basis), or (out, in, basis + 1) with the residual branch last."""
         return self._update(adapter).dense()
 
     def _update(self, adapter: str, dropout: bool = False) -> Update:
@@ -268,10 +222,6 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         adapters = self._adapters_here(self.active_adapters) if self.training else []
         return any(self.lotra_rank_dropout[name] or self.lotra_module_dropout[name] for name in adapters)
 
-    ############
-    # In force #
-    ############
-
     def adapters_in_force(self) -> list[str]:
         """The adapters that a forward pass adds to the base layer: none while they are merged or disabled."""
         return [] if self.merged or self.disable_adapters else self._adapters_here(self.active_adapters)
@@ -281,18 +231,14 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         return [self._update(adapter) for adapter in self.adapters_in_force()]
 
     def parameters_in_force(self) -> dict[str, torch.Tensor]:
-        """The adapted parameters of the base layer, as stored, with the updates in force added.
-
-        Returns:
-            `dict[str, torch.Tensor]`: By parameter name; empty if no adapter is in force.
-        """
+        """The adapted parameters of the base layer, as stored, by name; empty if no adapter is in force."""
         return self._parameters_with(self.updates_in_force())
 
     def coefficients_in_force(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The coefficients of the base layer with the updates in force added; a tensor of its own.
+        """The coefficients of the base layer with the updates in force, added in `dtype`; a tensor of its own.
 
         Args:
-            dtype (`torch.dtype`, *optional*): The dtype to add in; defaults to that of the base layer.
+            dtype (`torch.dtype`, *optional*): Defaults to that of the base layer.
 
         Returns:
             `torch.Tensor`: (out, in, basis), or (out, in, basis + 1) with the residual branch as the last slice.
@@ -300,16 +246,13 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         coefficients = self.lotra_tensor.read(self.get_base_layer()).to(dtype, copy=True)
         updates = self.updates_in_force()
         with without_autocast(updates):
-            for delta in (update.dense().to(dtype) for update in updates):
+            for update in updates:
+                delta = update.dense().to(dtype)
                 coefficients[..., : delta.shape[-1]] += delta
         return coefficients
 
     def _parameters_with(self, updates: Sequence[Update]) -> dict[str, torch.Tensor]:
         return add_updates(self.lotra_tensor, self._modules["base_layer"], updates)
-
-    ########
-    # Grid #
-    ########
 
     def read_grid(self) -> Grid:
         """The state that gives the coefficients of the base layer their meaning, by name."""
@@ -321,8 +264,9 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         return {name: v.detach().clone() if isinstance(v, torch.Tensor) else v for name, v in grid.items()}
 
     def _look_at_base(self, adapters: Iterable[str] = ()) -> None:
-        """Checks the grid, and finds the closed form again if the base layer's grid, dtype, device, mode or hooks have
-        changed. Not inside of `torch.func`, where tensors have no content of their own, nor in a compiled graph.
+        """Checks the grid, and finds the formula again if the grid, dtype, device, mode or hooks have changed.
+
+        Not inside of `torch.func`, where tensors have no content of their own, nor in a compiled graph.
 
         Raises:
             RuntimeError: The grid is not the one that the adapters were made on.
@@ -348,23 +292,17 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         return super().state_dict(*args, **kwargs)
 
-    ###########
-    # Forward #
-    ###########
-
     @exclusively
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
             self._check_forward_args(args, kwargs, adapter_names)
         base_layer = self._modules["base_layer"]
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
+        disabled = self.disable_adapters
+        if disabled and self.merged:
+            self.unmerge()
+        if disabled or self.merged:
             return base_layer(*args, **kwargs)
-        if self.merged:
-            return base_layer(*args, **kwargs)
-
         if adapter_names is None:
             adapters = self._adapters_here(self.active_adapters)
             self._look_at_base(adapters)
@@ -376,34 +314,25 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         return MixedBatch(names, self.lotra_tensor, self._run)(base_layer, updates, *args, **kwargs)
 
     def _run(self, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]) -> Any:
-        path = self._choose_path(updates, args, kwargs)
-        return path(self._modules["base_layer"], updates, *args, **kwargs)
-
-    def _choose_path(self, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]) -> Callable[..., Any]:
-        """How the layer is evaluated with these updates for all rows: `path(base_layer, updates, *args, **kwargs)`."""
+        """Evaluates the layer with these updates for all rows."""
         base_layer, formula = self._modules["base_layer"], self.lotra_formula
-        if updates and type(base_layer) is KANLinear and not self.training and in_transform():
-            return _contracted_path
+        by_rows = type(base_layer) is KANLinear and not self.training and in_transform()
+        if updates and by_rows and not has_hooks(base_layer):
+            # a gradient of the size of the coefficients for each row (`torch.func.vmap`) is avoided
+            return base_layer(*args, **kwargs) + contract_updates(base_layer, list(updates), *args, **kwargs)
         if updates and formula is not None and formula.accepts(base_layer, updates, args, kwargs):
-            return formula
-        return self._universal_path
-
-    def _universal_path(self, base_layer: nn.Module, updates: Sequence[Update], *args: Any, **kwargs: Any) -> Any:
-        return run_base(base_layer, self._parameters_with(updates), args, kwargs)
+            return formula(base_layer, updates, *args)
+        return call_with_parameters(base_layer, self._parameters_with(updates), base_layer, args, kwargs)
 
     def _check_forward_args(self, args: tuple, kwargs: dict, adapter_names: list[str]) -> None:
         """Check if the arguments are compatible with the configs and state of the model"""
         x = args[0] if args else next(iter(kwargs.values()))
         if len(x) != len(adapter_names):
-            msg = (
+            raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {len(x)} respectively."
             )
-            raise ValueError(msg)
-
-        if self.merged:
-            # It is unclear what would be the right thing to do if users pass adapter_names and there are merged
-            # adapters. Therefore, it is better to raise an error in this case.
+        if self.merged:  # it is unclear what would be right
             msg = "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             raise ValueError(msg)
 
@@ -416,8 +345,3 @@ def lotra_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple
     for name, module in model.named_modules():
         if isinstance(module, LoTRALayer) and (adapter is None or adapter in module.lotra_core):
             yield name, module
-
-
-def _contracted_path(base_layer: nn.Module, updates: Sequence[Update], *args: Any, **kwargs: Any) -> Any:
-    """One row at a time (`torch.func.vmap`): a gradient of the size of the coefficients for each row is avoided."""
-    return base_layer(*args, **kwargs) + contract_updates(base_layer, list(updates), *args, **kwargs)

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Locks of adapted layers: one thread at a time exchanges parameters."""
 
@@ -26,11 +15,7 @@ import torch
 
 
 class LayerLock:
-    """A re-entrant lock; a copied, or unpickled, layer gets a new one.
-
-    Attributes:
-        held: The lock itself, a context manager written in C.
-    """
+    """A re-entrant lock; a copied, or unpickled, layer gets a new one. `held` is the lock, which C code takes."""
 
     def __init__(self) -> None:
         self.held = threading.RLock()
@@ -46,10 +31,7 @@ class LayerLock:
 
 
 def exclusively(method: Callable) -> Callable:
-    """Lets one thread at a time run a method of a layer that exchanges parameters, or must not see them exchanged.
-
-    A compiled graph exchanges no parameters and takes no lock.
-    """
+    """Lets one thread at a time run a method of a layer. Compiled graphs exchange no parameters and take no lock."""
 
     @wraps(method)
     def run(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,23 +1,15 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
-"""Merging adapters into their base layer, and back without a trace."""
+"""Coefficients with updates added: for one call, or merged into the base layer, and back without a trace."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from operator import attrgetter
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -27,6 +19,47 @@ from ..families.coefficients import CoefficientTensor
 from ..families.registry import Grid, KANLayerSpec, same_grid
 from ..files.fingerprint import hash_values
 from ..tucker import Tucker, Update
+
+
+def without_autocast(updates: Sequence[Update]) -> Any:
+    """A context in which an update keeps its digits: by autocast it would have three, beside a parameter's seven."""
+    return torch.autocast(updates[0].tensor.core.device.type, enabled=False) if updates else nullcontext()
+
+
+def add_updates(
+    tensor: CoefficientTensor, base_layer: nn.Module, updates: Sequence[Update]
+) -> dict[str, torch.Tensor]:
+    """The adapted parameters, as stored, with the updates added, by name; without those that no update reaches.
+
+    Raises:
+        RuntimeError: A parameter is sharded, and the updates are not, or it is parametrized.
+    """
+    parameters: dict[str, torch.Tensor] = {}
+    with without_autocast(updates):
+        for update in updates:
+            parts = tensor.split(update.dense())
+            stored = are_stored(base_layer, parts)
+            for name, part in parts.items():
+                parameter = parameters[name] if name in parameters else attrgetter(name)(base_layer)
+                in_parts = hasattr(parameter, "placements") != hasattr(part, "placements")  # a DTensor
+                if not stored or in_parts or parameter.shape != part.shape:
+                    raise RuntimeError(
+                        f"`{name}` of the base layer is sharded or parametrized, and its adapters are not. Shard the "
+                        "LoTRALayer, or a module around it (FSDP, fully_shard), but not the base layer inside; remove "
+                        "parametrizations first."
+                    )
+                parameters[name] = torch.add(parameter, part).to(parameter.dtype)
+    return parameters
+
+
+def are_stored(layer: nn.Module, names: Iterable[str]) -> bool:
+    """Whether parameters are stored (by FSDP in `__dict__`), and not computed at each read (parametrizations)."""
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        owner = layer.get_submodule(path) if path else layer
+        if attribute not in owner._parameters and attribute not in owner.__dict__:
+            return False
+    return True
 
 
 class MergeableLayer(nn.Module, BaseTunerLayer):
@@ -54,27 +87,24 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         Merge the active adapter weights into the base weights
 
         Args:
-            safe_merge (`bool`, *optional*):
-                If `True`, the merged weights are checked for NaNs before they replace the base weights.
-            adapter_names (`list[str]`, *optional*):
-                The list of adapter names that should be merged. If `None`, all active adapters will be merged.
-                Defaults to `None`.
+            safe_merge (`bool`, *optional*): Whether to check first that the merged weights are finite.
+            adapter_names (`list[str]`, *optional*): The adapters to merge; defaults to all that are active.
 
         Raises:
             ValueError: `safe_merge`, and the merged weights are not finite. The base weights are unchanged.
         """
-        adapter_names = check_adapters_to_merge(self, adapter_names)
-        if not adapter_names:
-            # no adapter to merge
-            return
-
-        if safe_merge:
+        adapter_names = self._adapters_here(check_adapters_to_merge(self, adapter_names))
+        if adapter_names and safe_merge:
             self.check_safe_merge(adapter_names)
-        for adapter in self._adapters_here(adapter_names):
-            if not self.merged_adapters:
-                self._grid_at_merge = self.copy_grid()
-                if self.keep_base:
-                    self.parameters_before_merge = {n: p.detach().clone() for n, p in self._base_parameters().items()}
+        if adapter_names:
+            self._merge(adapter_names)
+
+    def _merge(self, adapter_names: list[str]) -> None:
+        if not self.merged_adapters:
+            self._grid_at_merge = self.copy_grid()
+            if self.keep_base:
+                self.parameters_before_merge = {n: p.detach().clone() for n, p in self._base_parameters().items()}
+        for adapter in adapter_names:
             scale, components = self._update(adapter)
             self._merged_updates.append(Update(scale, components.map(lambda part: part.detach().clone())))
             self._write(self._with_update(self._base_parameters(), self._merged_updates[-1].dense()))
@@ -83,15 +113,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
             self._hash_of_merged = hash_values(self._base_parameters())
 
     def check_safe_merge(self, adapter_names: list[str] | None = None) -> None:
-        """
-        Check that a merge would produce finite weights only, changing nothing.
-
-        Args:
-            adapter_names (`list[str]`, *optional*): The adapters; defaults to all that are active.
-
-        Raises:
-            ValueError: It would produce others.
-        """
+        """Raises a `ValueError` if a merge of the adapters, or of those active, would produce weights not finite."""
         parameters = self._base_parameters()
         for adapter in self._adapters_here(self.active_adapters if adapter_names is None else adapter_names):
             if adapter in self.merged_adapters:
@@ -104,16 +126,19 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         """
         This method unmerges all merged adapter layers from the base weights.
 
-        The base weights are restored bit for bit from the copy that a merge keeps, of the size of the adapted
-        parameters. After `merge_adapter(keep_base=False)`, or if the merged weights were changed meanwhile, the merged
-        updates are subtracted instead, with rounding errors.
+        The base weights are restored bit for bit from the copy that a merge keeps. After
+        `merge_adapter(keep_base=False)`, or if the merged weights were changed meanwhile, the merged updates are
+        subtracted instead, with rounding errors.
 
         Raises:
             RuntimeError: The grid was moved after the merge: the coefficients multiply other functions.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
+        else:
+            self._unmerge()
+
+    def _unmerge(self) -> None:
         if not same_grid(self._grid_at_merge, self.read_grid()):
             raise RuntimeError(
                 f"The grid of this {self.lotra_spec.family} layer was moved after {self.merged_adapters} had been "

@@ -1,37 +1,26 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Batches in which each row has an adapter of its own: the rows of each adapter run together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..families.coefficients import CoefficientTensor
+from ..functional import call_with_parameters
 from ..tucker import Tucker, Update, reconstruct
-from .universal_path import are_stored, run_base, without_autocast
+from .merging import are_stored, without_autocast
 
 
-# A chunk has a copy of the parameters. That costs about as much as this many rows.
+# A chunk has a copy of the parameters, which costs about as much as this many rows.
 _CHUNK_COST = 16
-# How many basis functions of how many rows are evaluated in one call. More do not stay in the cache, so that several
-# calls are faster than one. A layer of which not even two chunks may share a call runs once for each adapter.
+# How many basis functions of how many rows are evaluated in one call: more do not stay in the cache.
 _MAX_BASIS = 2**17
 # How many numbers all copies of the parameters may have together.
 _MAX_COPIES = 2**24
@@ -56,9 +45,8 @@ class RowNames(list):
     def chunks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The rows in chunks of one length, each of one adapter; a chunk that is too short repeats its last row.
 
-        Returns:
-            The name of each chunk (chunks,), as an index into `distinct`; the rows of each chunk (chunks, length);
-            and the place of each row of the batch among those of all chunks (batch,).
+        Returns the name of each chunk (chunks,), as an index into `distinct`; the rows of each chunk (chunks, length);
+        and the place of each row of the batch among those of all chunks (batch,).
         """
         counts = torch.tensor([len(rows) for rows in self.rows])
         longest = int(counts.max())
@@ -76,34 +64,23 @@ class MixedBatch(NamedTuple):
 
     The cost grows with the adapters in the batch, not with those that are loaded. Small layers run on all rows at
     once, by `torch.vmap` over copies of their parameters; the others run once for each adapter.
-
-    Attributes:
-        names (`RowNames`): The adapter of each row.
-        tensor (`CoefficientTensor`): Where the base layer keeps its coefficients.
-        run (`Callable`): `run(updates, args, kwargs)` runs the layer with the same updates for all rows.
     """
 
     names: RowNames
     tensor: CoefficientTensor
-    run: Callable[[Sequence[Update], tuple, dict[str, Any]], Any]
+    run: Callable[[Sequence[Update], tuple, dict[str, Any]], Any]  # runs the layer with the same updates for all rows
 
     def __call__(self, base_layer: nn.Module, updates: Sequence[Sequence[Update]], *args: Any, **kwargs: Any) -> Any:
-        """
-        Args:
-            base_layer (`nn.Module`): The base layer.
-            updates (`Sequence[Sequence[Update]]`): For each of the distinct names an update, or none for rows that get
-                the base layer.
-            args, kwargs: The arguments of the layer. Tensors whose first dimension is the batch are split.
+        """What the layer returns, in the order of the batch. Tensors whose first dimension is the batch are split.
 
-        Returns:
-            What the layer returns, its rows in the order of the batch.
+        There are `updates` for each of the distinct names, or none for rows that get the base layer.
         """
         if len(updates) == 1 or not any(updates):
             return self.run(updates[0] if updates else [], args, kwargs)
         size = sum(parameter.numel() for parameter in self.tensor.read_parameters(base_layer).values())
         chunks, length = self.names.chunks[1].shape
         at_once = _MAX_BASIS * self.tensor.shape[0] // (size * length)
-        # The parameters that a Slim layer seems to have are computed, and cannot be exchanged.
+        # the parameters that a Slim layer seems to have are computed, and cannot be exchanged
         if at_once >= 2 and size * chunks <= _MAX_COPIES and are_stored(base_layer, self.tensor.parameters):
             try:
                 return _run_together(self, base_layer, updates, args, kwargs, at_once)
@@ -120,7 +97,7 @@ def _run_together(
     kwargs: dict[str, Any],
     at_once: int,
 ) -> Any:
-    """Runs so many chunks in one call. Raises `RuntimeError` where `torch.vmap` does not go through the layer."""
+    """Runs the layer on `at_once` chunks in one call."""
     names = batch.names
     adapters, rows, places = names.chunks
     stacked = _parameters_of_each(batch.tensor, base_layer, updates)
@@ -129,9 +106,11 @@ def _run_together(
         tuple(0 if _is_batch(value, names) else None for value in args),
         {key: 0 if _is_batch(value, names) else None for key, value in kwargs.items()},
     )
-    results = torch.vmap(partial(run_base, base_layer), in_dims=(0, *axes), chunk_size=at_once)(
-        parameters, *_pick(args, kwargs, names, rows)
-    )
+
+    def run(parameters: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
+        return call_with_parameters(base_layer, parameters, base_layer, args, kwargs)
+
+    results = torch.vmap(run, in_dims=(0, *axes), chunk_size=at_once)(parameters, *_pick(args, kwargs, names, rows))
     return _in_order(results, lambda chunks: chunks.flatten(0, 1), rows.numel(), places)
 
 
@@ -175,10 +154,9 @@ def _run_one_by_one(
     results: Any = [
         batch.run(mine, *_pick(args, kwargs, names, rows)) for mine, rows in zip(updates, names.rows, strict=True)
     ]
-    places = torch.cat(names.rows).argsort()
     if isinstance(results[0], tuple):
         results = tuple(map(list, zip(*results, strict=True)))
-    return _in_order(results, torch.cat, len(names), places)
+    return _in_order(results, torch.cat, len(names), torch.cat(names.rows).argsort())
 
 
 def _is_batch(value: Any, names: RowNames) -> bool:
@@ -194,14 +172,11 @@ def _pick(args: tuple, kwargs: dict, names: RowNames, rows: torch.Tensor) -> tup
 
 
 def _in_order(results: Any, join: Callable[[Any], torch.Tensor], rows: int, places: torch.Tensor) -> Any:
-    """Joins results, or each of their parts (pykan returns four), and puts the rows in order.
-
-    A layer that flattens the leading dimensions (ChebyKAN) returns several consecutive rows for each.
-    """
+    """Joins results, or each of their parts (pykan returns four), and puts the rows in order."""
     if isinstance(results, tuple):
         return tuple(_in_order(part, join, rows, places) for part in results)
     result = join(results)
-    per_row = len(result) // rows
+    per_row = len(result) // rows  # several in a layer that flattens the leading dimensions (ChebyKAN)
     if per_row == 1:
         return result[places]
     return result.unflatten(0, (rows, per_row))[places].flatten(0, 1)

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """LoTRA in PEFT's mixed models: different methods on the layers of one model."""
 
@@ -71,12 +60,10 @@ class LoTRAMixedModel(mixed_tuners.MixedModel):
 
 
 def enable_mixed() -> None:
-    """
-    Lets `get_peft_model(..., mixed=True)` and `PeftMixedModel` take LoTRA adapters beside those of other methods.
+    """Lets `get_peft_model(..., mixed=True)` and `PeftMixedModel` take LoTRA adapters beside those of other methods.
 
-    PEFT's mixed models know their methods by name, so this function exchanges five names in `peft.tuners.mixed` and
-    `peft.mixed_model` for the whole process. Importing `peft_lotra` does not do so. What PEFT's mixed models cannot do
-    (saving; `adapter_names`) stays so. A second call does nothing.
+    PEFT's mixed models know their methods by name: five names in `peft.tuners.mixed` and `peft.mixed_model` are
+    exchanged for the whole process. What PEFT's mixed models cannot do (saving; `adapter_names`) stays so.
 
     Raises:
         RuntimeError: This version of PEFT does not have those names. Nothing is changed then.

@@ -1,22 +1,10 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,15 +16,24 @@ from torch import nn
 from ..files.checkpoint import refuse_for_model
 from .config import LoTRAConfig
 from .guards import release_networks
-from .initialization import drop_gradients
-from .injection import create_and_replace, prepare_config, prepare_targets, replace_module, take_out
+from .initialization import GRADIENTS
+from .injection import (
+    create_and_replace,
+    mismatches,
+    prepare_config,
+    prepare_targets,
+    replace_module,
+    select_to_load,
+    select_to_save,
+    take_out,
+    transaction,
+)
 from .layer import LoTRALayer, lotra_layers
-from .loading import mismatches, select_to_load, select_to_save
 from .locks import LayerLock, exclusively_within
 from .mixed_batch import RowNames
 from .slim import SLIM_MERGES, SlimLoTRALayer
 from .targets import Target, record_base
-from .weighted import add_weighted_adapter
+from .weighted import add_weighted_adapter, check_known
 
 
 class LoTRAModel(BaseTuner):
@@ -77,8 +74,8 @@ class LoTRAModel(BaseTuner):
     target_module_mapping: dict[str, Any] = {}
     peft_config: dict[str, LoTRAConfig]
 
-    def __init__(self, *args, **kwargs) -> None:
-        # Set before super().__init__, which injects the first adapter:
+    def __init__(self, model: nn.Module, *args, **kwargs) -> None:
+        # before super().__init__, which injects the first adapter
         # what the parameters of the base required before any adapter, and require again when all are unloaded
         self._requires_grad_of_base: list[tuple[nn.Parameter, bool]] | None = None
         self.lotra_lock = LayerLock()
@@ -86,36 +83,32 @@ class LoTRAModel(BaseTuner):
         self._targets: dict[str, Target] = {}
         # adapters that were injected to be loaded from a file, with what the parameters required before
         self._awaited_adapters: dict[str, list[tuple[nn.Parameter, bool]]] = {}
-        super().__init__(*args, **kwargs)
-
-    #############
-    # Injection #
-    #############
+        with transaction(model):
+            super().__init__(model, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        config = self.peft_config.pop(adapter_name)  # PEFT takes it out after an Exception only
         # other threads may go on with inference
         with ExitStack() as locks:
             for lock in (self.lotra_lock, *(layer.lotra_lock for _, layer in lotra_layers(model))):
                 locks.enter_context(lock)
-            self._inject_adapter(model, adapter_name, *args, **kwargs)
+            with transaction(self):
+                self.peft_config[adapter_name] = config
+                self._inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         if "." in adapter_name:  # what nn.ParameterDict would say, but only when some layers are adapted already
             raise KeyError(f'The adapter name can\'t contain ".", got {adapter_name!r}.')
         peft_config = self.peft_config[adapter_name]
         requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            layers = [layer for _, layer in lotra_layers(model, adapter_name)]
-            # PEFT 0.19 looks only whether any adapter has a layer
-            if not (layers or peft_config.modules_to_save or peft_config.target_modules == DUMMY_TARGET_MODULES):
-                raise ValueError(f"Target modules {peft_config.target_modules} not found in the base model.")
-        except Exception:
-            take_out(self.model, adapter_name, requires_grad)
-            raise
-        finally:
-            self._targets = {}
-        drop_gradients([layer.get_base_layer() for layer in layers])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = [layer for _, layer in lotra_layers(model, adapter_name)]
+        # PEFT 0.19 looks only whether any adapter has a layer
+        if not (layers or peft_config.modules_to_save or peft_config.target_modules == DUMMY_TARGET_MODULES):
+            raise ValueError(f"Target modules {peft_config.target_modules} not found in the base model.")
+        self._targets = {}
+        for layer in layers:
+            GRADIENTS.pop(layer.get_base_layer(), None)
         if self._requires_grad_of_base is None:
             self._requires_grad_of_base = requires_grad
         peft_config.record_base_by(self._record_base)
@@ -138,51 +131,47 @@ class LoTRAModel(BaseTuner):
         self._targets = prepare_targets(peft_config, model)
 
     def _create_and_replace(
-        self,
-        peft_config: LoTRAConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **optional_kwargs,
+        self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
     ) -> None:
         create_and_replace(self, self._targets, peft_config, adapter_name, target, current_key)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         replace_module(self.model, child, new_module)
 
-    ###########
-    # Loading #
-    ###########
-
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args, **kwargs) -> None:
         """Refuses tensors that do not fit before the first of them is loaded. Called by `load_state_dict`."""
-        wrong, loaded = mismatches(self.model, state_dict, f"{prefix}model.")
-        for adapter in wrong.keys() & self._awaited_adapters.keys():
-            # PEFT has injected it only to load it. Take it out, so that the failed attempt changes nothing.
+        wrong, loaded = {}, {name for name in self._awaited_adapters if any(f".{name}" in key for key in state_dict)}
+        try:
+            wrong, loaded = mismatches(self.model, state_dict, f"{prefix}model.")
+            refuse_for_model([problem for problems in wrong.values() for problem in problems])
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            self._awaited_adapters = {key: v for key, v in self._awaited_adapters.items() if key not in loaded}
+        except BaseException:
+            self._give_up(wrong or loaded)
+            raise
+
+    def _give_up(self, adapters: Iterable[str]) -> None:
+        """Takes adapters out that PEFT has injected only to load them, so that the failed attempt changes nothing."""
+        for adapter in self._awaited_adapters.keys() & adapters:
             take_out(self.model, adapter, self._awaited_adapters.pop(adapter))
             del self.peft_config[adapter]
-        if wrong and not self.peft_config and hasattr(self.model, "peft_config"):
+        if not self.peft_config and hasattr(self.model, "peft_config"):
             del self.model.peft_config
-        refuse_for_model([problem for problems in wrong.values() for problem in problems])
-        for adapter in loaded:
-            self._awaited_adapters.pop(adapter, None)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         # From PEFT 0.20 on. For tensors that come without a config, for an adapter that is there.
-        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        return select_to_load(model, adapter_name, state_dict)
+        try:
+            state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            return select_to_load(model, adapter_name, state_dict)
+        except KeyboardInterrupt:
+            for tuner in (module for module in model.modules() if isinstance(module, cls)):
+                tuner._give_up([adapter_name])
+            raise
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         return select_to_save(adapter_name, state_dict)
-
-    ############################
-    # Merging and unloading    #
-    ############################
 
     def merge_adapter(
         self,
@@ -191,8 +180,7 @@ class LoTRAModel(BaseTuner):
         keep_base: bool = True,
         slim: Literal["densify", "truncate"] = "densify",
     ) -> None:
-        """
-        Merges the active adapters, or those named, into the base model; `unmerge_adapter` undoes it.
+        """Merges the active adapters, or those named, into the base model; `unmerge_adapter` undoes it.
 
         Args:
             adapter_names (`list[str]`, *optional*): The adapters.
@@ -207,11 +195,21 @@ class LoTRAModel(BaseTuner):
         self._check_merge(adapter_names, safe_merge)
         for _, layer in lotra_layers(self.model):
             layer.keep_base = keep_base
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        with transaction(self, self._base_parameters()):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Takes the merged adapters out of the base model again."""
+        with transaction(self, self._base_parameters()):
+            super().unmerge_adapter()
+
+    def _base_parameters(self) -> list[nn.Parameter]:
+        return [
+            parameter for _, layer in lotra_layers(self.model) for parameter in layer.get_base_layer().parameters()
+        ]
 
     def merge_and_unload(self, *args, slim: Literal["densify", "truncate"] = "densify", **kwargs) -> nn.Module:
-        """
-        Merges the active adapters, or those named, into the base model, and returns it without a trace of LoTRA.
+        """Merges the active adapters, or those named, into the base model, and returns it without a trace of LoTRA.
 
         Args:
             args, kwargs: As PEFT's (`progressbar`, `safe_merge`, `adapter_names`).
@@ -235,18 +233,14 @@ class LoTRAModel(BaseTuner):
             layer.slim_merge = slim
         return layers
 
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+        else:
+            for _, layer in lotra_layers(self.model):
+                if layer.merged:
+                    layer.unmerge()
+        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         release_networks(self.model)
         # pykan's `fit`, for one, expects its own parameters to be trainable
         for parameter, flag in self._requires_grad_of_base or ():
@@ -256,18 +250,13 @@ class LoTRAModel(BaseTuner):
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raises what a merge would raise, before the first layer is merged."""
         if isinstance(adapter_names, (list, tuple)):
-            self._check_known(adapter_names)
+            check_known(adapter_names, self.peft_config)
         if safe_merge:
             for _, layer in lotra_layers(self.model):
                 layer.check_safe_merge(adapter_names)
 
-    def _check_known(self, adapter_names: list[str]) -> None:
-        unknown = [name for name in adapter_names if name not in self.peft_config]
-        if unknown:
-            raise ValueError(f"Adapter(s) {unknown} not found, the model has {list(self.peft_config)}.")
-
     def set_adapter(self, adapter_name: str | list[str], *args, **kwargs) -> None:
-        self._check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name, self.peft_config)
         super().set_adapter(adapter_name, *args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -276,28 +265,20 @@ class LoTRAModel(BaseTuner):
             raise ValueError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
-        super().delete_adapter(adapter_name)
+        with transaction(self):
+            super().delete_adapter(adapter_name)
 
     add_weighted_adapter = add_weighted_adapter
-
-    #################
-    # Mixed batches #
-    #################
 
     @exclusively_within
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
-        # If adapter_names is passed as an argument, we inject it into the forward arguments.
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            # nothing to do
+        if kwargs.get("adapter_names") is None:
             yield
             return
-
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-
-        adapter_names = RowNames(adapter_names)
+        adapter_names = RowNames(kwargs["adapter_names"])
         # A layer need not have each of the adapters, but a name that no layer has is a typo.
         layers = [layer for _, layer in lotra_layers(self.model)]
         unexpected_adapters = [
@@ -308,19 +289,11 @@ class LoTRAModel(BaseTuner):
         if unexpected_adapters:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected_adapters))}")
 
-        hook_handles = []
-        try:
+        def pass_names(module, args, kwargs):
+            return args, {**kwargs, "adapter_names": adapter_names}
+
+        with ExitStack() as hooks:
             for module in self.modules():
                 if isinstance(module, (LoTRALayer, AuxiliaryTrainingWrapper)):
-                    pre_forward = partial(_adapter_names_pre_forward_hook, adapter_names=adapter_names)
-                    hook_handles.append(module.register_forward_pre_hook(pre_forward, with_kwargs=True))
+                    hooks.callback(module.register_forward_pre_hook(pass_names, with_kwargs=True).remove)
             yield
-        finally:
-            for handle in hook_handles:
-                handle.remove()
-
-
-def _adapter_names_pre_forward_hook(target, args, kwargs, adapter_names):
-    # pre-forward hook to inject the adapter_names argument when using mixed adapter batches inference
-    kwargs["adapter_names"] = adapter_names
-    return args, kwargs

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Carrying adapters over to grids that have moved: the same functions in other coefficients."""
 
@@ -18,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,21 +25,20 @@ from .guards import bare_base
 from .layer import LoTRALayer, lotra_layers
 
 
-# The weight of the points that spread over the whole grid beside the samples, as in `KANLinear.update_grid`.
+# the weight of the points that spread over the whole grid beside the samples, as in `KANLinear.update_grid`.
 _FILL_WEIGHT = 0.01
 
 
 @dataclass(frozen=True)
 class RefitReport(Report):
-    """
-    What `refit_adapters` kept; prints as a table.
+    """What `refit_adapters` kept; prints as a table.
 
-    The update of an adapter is here the function that it adds to the output of the layer, on the samples, without the
-    scales that a family puts on its edges.
+    The update of an adapter is here the function that it adds to the output of the layer on the samples, without the
+    scales of the edges.
 
     Attributes:
-        errors: By layer and adapter, the norm of (the new update - the old one), as a share of the norm of the old
-            one; measured on the adapter as it is stored. Empty if no grid had moved.
+        errors: By layer and adapter, the norm of (the new update as stored - the old one), as a share of the norm of
+            the old one. Empty if no grid had moved.
         projection_errors: The same before the update is brought back to its ranks: what the new grid cannot express.
     """
 
@@ -68,13 +56,11 @@ class RefitReport(Report):
 def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], Any] | None = None) -> RefitReport:
     """Expresses the adapters of all layers whose grid has moved in the new bases.
 
-    The methods that move a grid raise on an adapted layer, since its adapters would then mean other functions. Move
-    the grids of the base layers, `layer.base_layer.update_grid(x)`, and refit; or pass the move.
+    Methods that move the grid of an adapted layer raise: move those of the base layers and refit, or pass the move.
 
-    Each update is projected onto the new basis, one input at a time: by least squares on the inputs of the layer, and
-    with a hundredth of their weight on points spread over the new grid. HOOI brings it back to its ranks, followed by
-    L-BFGS on the error of the functions. The inputs of a layer are those that the layers before it give with the
-    active adapters, already refitted.
+    Each update is projected onto the new basis, one input at a time: by least squares on the inputs of the layer and,
+    with a hundredth of their weight, on points spread over the new grid. HOOI, and L-BFGS on the error of the
+    functions, bring it back to its ranks. The layers before a layer give its inputs, already refitted.
 
     Example:
         >>> from peft import get_peft_model
@@ -112,22 +98,18 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
                 key = name, adapter
                 report.errors[key], report.projection_errors[key] = _refit(name, layer, adapter, x)
 
-    hooks = []
     with _unchanged_on_error(layers), modes_kept(model), torch.no_grad():
-        try:
-            model.eval()
-            if move is not None:
-                with bare_base(model) as base:
-                    move(base)
+        model.eval()
+        if move is not None:
+            with bare_base(model) as base:
+                move(base)
+        with ExitStack() as hooks:
             for name, layer in layers.items():
-                hooks.append(layer.register_forward_pre_hook(partial(refit, name), with_kwargs=True))
+                hooks.callback(layer.register_forward_pre_hook(partial(refit, name), with_kwargs=True).remove)
             if isinstance(inputs, Mapping):
                 model(**inputs)
             else:
                 model(*(inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
-        finally:
-            for hook in hooks:
-                hook.remove()
         left = [
             name
             for name, layer in layers.items()
@@ -219,8 +201,7 @@ def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: torch.Tenso
 
 
 def _spread(layer: LoTRALayer, samples: torch.Tensor) -> torch.Tensor:
-    """Points (n, in) that spread over each input's grid, or over the range of the samples if the grid of the family
-    is no tensor by input."""
+    """Points (n, in) over each input's grid, or over the range of the samples if the grid is no tensor by input."""
     low, high = samples.aminmax(dim=0)
     for value in layer.read_grid().values():
         if isinstance(value, torch.Tensor) and value.dim() == 2 and len(value) == layer.in_features:

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Makes LOTRA a PEFT method. PEFT has no plugin discovery: importing `peft_lotra` is what registers it."""
 
@@ -26,11 +15,7 @@ NAME = "LOTRA"
 
 
 def _peft_type() -> PeftType:
-    """Returns `PeftType.LOTRA`, adding the member if the enumeration does not have it yet.
-
-    `register_peft_method` demands a true member of the enumeration (a bare string assigned to the class is neither
-    iterated nor found by value), and `enum` offers no public way to add one.
-    """
+    """`PeftType.LOTRA`, added if it is not there: `register_peft_method` wants a true member of the enumeration."""
     if NAME in PeftType.__members__:
         return PeftType[NAME]
     member: Any = str.__new__(PeftType, NAME)
@@ -45,18 +30,7 @@ def _peft_type() -> PeftType:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Enters the config and the model of LoTRA in PEFT's mappings.
-
-    A second call (`importlib.reload`, or an import after `sys.modules` was purged) rebinds the mappings to the newest
-    classes.
-
-    Args:
-        config_cls (`type`): The subclass of [`peft.PeftConfig`].
-        model_cls (`type`): The subclass of `peft.tuners.tuners_utils.BaseTuner`.
-
-    Raises:
-        RuntimeError: PEFT, or another plugin, already has a method called LOTRA that is not this package's.
-    """
+    """Enters the config and the model of LoTRA in PEFT's mappings; after a reload, the newest classes."""
     registered = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(NAME)  # pyright: ignore[reportArgumentType]  (members equal their names)
     if registered is None:
         _peft_type()

@@ -1,34 +1,21 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """LoTRA on layers that are Tucker tensors already."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ..families.registry import get_kan_spec
-from ..tucker import Tucker, Update, tucker
+from ..tucker import Tucker, Update, direct_sum, tucker
 from .layer import LoTRALayer
-from .universal_path import without_autocast
+from .merging import without_autocast
 
 
 SLIM_MERGES = ("densify", "truncate")
@@ -38,15 +25,12 @@ class SlimLoTRALayer(LoTRALayer):
     """
     A Slim layer (`SlimKANLinear` or `SlimLayer`) with LoTRA adapters.
 
-    The sum of two Tucker tensors is a Tucker tensor: the factors are concatenated, the core is block-diagonal. The
-    base layer therefore runs with the components of the sum, without any dense tensor. There is no fast path: the
-    families of Slim layers give no formula.
-
-    The sum has more ranks than the base layer. `slim_merge` decides how adapters are merged: "densify" replaces the
-    base layer by its dense equivalent, exactly; "truncate" keeps the layer Slim, at the ranks that it had, by HOOI.
+    The base layer runs with the components of its sum with the updates, a Tucker tensor of more ranks: no dense tensor
+    is built. There is no fast path: the families of Slim layers give no formula.
 
     Attributes:
-        slim_merge (`str`): "densify" or "truncate".
+        slim_merge (`str`): How adapters are merged. "densify" replaces the base layer by its dense equivalent,
+            exactly; "truncate" keeps the layer Slim, at the ranks that it had, by HOOI.
         merge_error (`float`, *optional*): After a truncating merge the norm of the difference between the sum and the
             merged tensor, as a share of the norm of the sum.
     """
@@ -60,15 +44,13 @@ class SlimLoTRALayer(LoTRALayer):
 
     def _components_with(self, updates: Iterable[Update]) -> Tucker:
         """The components of the base layer and the updates together."""
-        base = self.base_layer.components
-        core, *factors = base
-        dtype = core.dtype
+        parts: list[Tucker] = [self.base_layer.components]
+        (basis, _), dtype = parts[0].factor_basis.shape, parts[0].core.dtype
         for scale, tensor in updates:
             # without the residual branch, its slice of the update is zero
-            own, *own_factors = tensor.padded(len(base.factor_basis))
-            core = _block_diagonal(core, (own * scale).to(dtype))
-            factors = [torch.cat([a, b.to(dtype)], dim=1) for a, b in zip(factors, own_factors, strict=True)]
-        return Tucker(core, *factors)
+            tensor = tensor.padded(basis)._replace(core=scale * tensor.core)
+            parts.append(tensor.map(lambda part: part.to(dtype)))
+        return direct_sum(parts)
 
     def _parameters_with(self, updates: Sequence[Update]) -> dict[str, torch.Tensor]:
         if not updates:
@@ -76,49 +58,21 @@ class SlimLoTRALayer(LoTRALayer):
         with without_autocast(updates):
             return self._components_with(updates)._asdict()
 
-    ###########
-    # Merging #
-    ###########
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """
-        Merge the active adapters into the base layer, in the way that `slim_merge` says.
-
-        Args:
-            safe_merge (`bool`, *optional*): Whether to check first that the merged components are finite.
-            adapter_names (`list[str]`, *optional*): The adapters to merge; defaults to all that are active.
-
-        Raises:
-            ValueError: `safe_merge`, and the components are not finite. The base layer is unchanged.
-        """
-        adapter_names = self._adapters_here(check_adapters_to_merge(self, adapter_names))
-        if not adapter_names:
-            # no adapter to merge
-            return
-
-        if safe_merge:
-            self.check_safe_merge(adapter_names)
+    @torch.no_grad()
+    def _merge(self, adapter_names: list[str]) -> None:
         adapter_names = [*self.merged_adapters, *adapter_names]
-        self._restore()
-        with torch.no_grad():
-            merged = self._components_with([self._update(name) for name in adapter_names])
-            if self.slim_merge == "densify":
-                self._put_dense(merged)
-            else:
-                self._put_truncated(merged)
+        self._unmerge()
+        merged = self._components_with([self._update(name) for name in adapter_names])
+        if self.slim_merge == "densify":
+            self._put_dense(merged)
+        else:
+            self._put_truncated(merged)
         self.merged_adapters.extend(adapter_names)
 
     def check_safe_merge(self, adapter_names: list[str] | None = None) -> None:
         for adapter in self._adapters_here(self.active_adapters if adapter_names is None else adapter_names):
             if not all(torch.isfinite(component).all() for component in self.get_components(adapter)):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
-
-    def unmerge(self) -> None:
-        """This method unmerges all merged adapters. The base layer is restored bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self._restore()
 
     def _put_dense(self, merged: Tucker) -> None:
         # kept in a list: as a module, the base layer would be a part of the state dict
@@ -133,14 +87,13 @@ class SlimLoTRALayer(LoTRALayer):
 
     def _put_truncated(self, merged: Tucker) -> None:
         self._before_merge = [component.detach().clone() for component in self.base_layer.components]
-        core, *bases = merged.map(torch.Tensor.double).orthogonal()
-        small, *rotations = tucker(core, self.base_layer.ranks)
-        missed = (core.square().sum() - small.square().sum()).clamp(min=0).sqrt()
-        self.merge_error = (missed / core.norm().clamp(min=1e-300)).item()
-        factors = (basis @ rotation for basis, rotation in zip(bases, rotations, strict=True))
-        self._put(Tucker(small, *factors).balanced())
+        merged = merged.map(torch.Tensor.double).orthogonal()
+        small = merged.truncated(self.base_layer.ranks)
+        missed = (merged.core.square().sum() - small.core.square().sum()).clamp(min=0).sqrt()
+        self.merge_error = (missed / merged.core.norm().clamp(min=1e-300)).item()
+        self._put(small.balanced())
 
-    def _restore(self) -> None:
+    def _unmerge(self) -> None:
         """Restores the base layer as it was before any merge."""
         before = self._before_merge
         if before and isinstance(before[0], nn.Module):
@@ -160,10 +113,3 @@ class SlimLoTRALayer(LoTRALayer):
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
         """Sets the base layer to the best approximation (HOOI) of these coefficients that its ranks allow."""
         self._put(tucker(weight_data, self.base_layer.ranks).balanced())
-
-
-def _block_diagonal(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The core of the sum of two Tucker tensors, (ro, ri, rb) and (so, si, sb) to (ro + so, ri + si, rb + sb)."""
-    before = [size for length in reversed(second.shape) for size in (0, length)]
-    after = [size for length in reversed(first.shape) for size in (length, 0)]
-    return nn.functional.pad(first, before) + nn.functional.pad(second, after)

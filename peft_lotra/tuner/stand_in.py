@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """An adapted layer stands in for its base layer: parents that reach into it find what they look for."""
 
@@ -33,10 +22,9 @@ from .locks import exclusively
 class BaseLayerProxy(nn.Module):
     """Answers attributes that the adapted layer does not have itself from its `base_layer`.
 
-    The adapted parameters, the base layer's properties and its methods see the coefficients in force (base + active
-    adapters): a regularization, or a plot, sees the adapted function, and its gradient reaches the adapters. Methods
-    that change the grid raise while adapters are attached and not merged: they would silently change the adapters'
-    meaning.
+    The adapted parameters, and the properties and methods of the base layer, see the coefficients in force (base +
+    active adapters), and their gradient reaches the adapters. Methods that change the grid, and with it the meaning of
+    the adapters, raise while adapters are attached and not merged.
     """
 
     # what LoTRALayer provides
@@ -67,10 +55,7 @@ class BaseLayerProxy(nn.Module):
     @exclusively
     def _with_parameters_in_force(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Calls a function while the base layer holds the coefficients that are in force."""
-        parameters = self.parameters_in_force()
-        if not parameters:
-            return function(*args, **kwargs)
-        return call_with_parameters(self.base_layer, parameters, function, args, kwargs)
+        return call_with_parameters(self.base_layer, self.parameters_in_force(), function, args, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A parent that sets `layer.grid` or `layer.out_dim` means the base layer. Names with an underscore belong to

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The layers that a configuration adapts: found, located and checked before the first of them is touched."""
 
@@ -25,22 +14,21 @@ from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..families.coefficients import CoefficientTensor
 from ..families.registry import KANLayerSpec, get_kan_spec, known_families, walk_kan_layers
+from ..families.slim import SlimLayer
+from ..files.checkpoint import TRAINED_ON, refuse
 from ..files.fingerprint import Values, hash_all_dtypes, is_same, layer_values
+from ..files.patterns import exact_pattern
+from ..kan.slim_kan import SlimKANLinear
 from .config import LoTRAConfig
-from .layer import LoTRALayer
+from .layer import LoTRALayer, lotra_layers
 
 
 class Target(NamedTuple):
-    """A KAN layer that is to be adapted, or is already.
-
-    Attributes:
-        layer (`nn.Module`): The KAN layer, without adapters.
-        spec (`KANLayerSpec`): Its family.
-        coefficients (`CoefficientTensor`): Where its coefficients are.
-    """
+    """A KAN layer to adapt, or an adapted one, without adapters; its family, and where its coefficients are."""
 
     layer: nn.Module
     spec: KANLayerSpec
@@ -48,12 +36,7 @@ class Target(NamedTuple):
 
 
 def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
-    """The layers of the model that the configuration targets, by name.
-
-    Raises:
-        ValueError: The model is itself a KAN layer, or has none, or none with an index in `layers_to_transform`; or a
-            target is no KAN layer.
-    """
+    """The layers of the model that the configuration targets, by name; a ValueError says why there are none."""
     if get_kan_spec(model) is not None:
         raise ValueError(
             f"The model is itself a KAN layer ({type(model).__name__}), and PEFT adapts layers inside a model. Wrap "
@@ -103,11 +86,7 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
 
 
 def locate_target(name: str, module: nn.Module) -> Target:
-    """The KAN layer that a module of this name is, adapted or not.
-
-    Raises:
-        ValueError: It is not a KAN layer that is known, or not as its family is described.
-    """
+    """The KAN layer that a module of this name is, adapted or not; a ValueError for any other module."""
     layer = module.base_layer if isinstance(module, LoTRALayer) else module
     spec = get_kan_spec(layer)
     if spec is None:
@@ -117,6 +96,33 @@ def locate_target(name: str, module: nn.Module) -> Target:
             "`peft_lotra.register_kan_layer`."
         )
     return Target(layer, spec, spec.locate(layer))
+
+
+def check_parameters(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Refuses coefficients that are computed anew in each forward pass, and those that two layers share."""
+    owners: dict[int, tuple[str, nn.Module]] = {}
+    adapted = {name: Target(m.base_layer, m.lotra_spec, m.lotra_tensor) for name, m in lotra_layers(model)}
+    for name, (layer, _, coefficients) in {**adapted, **targets}.items():
+        if isinstance(layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
+            continue
+        for full_name in coefficients.parameters if config.adapt_residual else (coefficients.name,):
+            path, _, leaf = full_name.rpartition(".")
+            owner = layer.get_submodule(path)
+            computed = leaf not in owner._parameters and owner._forward_pre_hooks  # FSDP's views have no such hook
+            if is_parametrized(owner, leaf) or computed:
+                raise ValueError(
+                    f"`{full_name}` of the layer `{name}` is computed from other parameters in each forward pass "
+                    "(pruning, weight_norm or another reparametrization), so that an adapter of it would have no "
+                    "effect. Remove the reparametrization first: `torch.nn.utils.prune.remove`, "
+                    "`torch.nn.utils.remove_weight_norm` or `torch.nn.utils.parametrize.remove_parametrizations`."
+                )
+            first, other = owners.setdefault(id(owner._parameters.get(leaf, owner)), (name, layer))
+            if other is not layer:
+                raise ValueError(
+                    f"The layers `{first}` and `{name}` share one parameter, `{full_name}`, so that merging would add "
+                    "the updates of both to it. Give each its own copy, or leave one of them out by "
+                    "`exclude_modules`."
+                )
 
 
 def describe_targets(targets: Mapping[str, Target]) -> dict[str, dict[str, Any]]:
@@ -152,9 +158,7 @@ def _read_values(target: Target, module: nn.Module) -> dict[str, Values]:
 def check_base(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
     """Compares the base with the one that an adapter from a file was saved with.
 
-    Raises:
-        ValueError: A layer that the adapter is for is missing or of another family, or its grid is another one and
-            `config.check_base` does not say otherwise.
+    A missing layer and another family are errors, another grid and other parameters as `config.check_base` says.
     """
     recorded, found = config.checkpoint.layers or {}, describe_targets(targets)
     # Another shape is not an error yet: with `ignore_mismatched_sizes` PEFT drops the tensors that do not fit.
@@ -165,11 +169,7 @@ def check_base(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Targ
         for name, layer in recorded.items()
         if name not in found or found[name]["family"] != layer["family"]
     ]
-    if wrong:
-        raise ValueError(
-            "The adapter was made for another model. It is for\n  " + "\n  ".join(wrong) + "\nLoad it into the "
-            "base model that it was trained on."
-        )
+    refuse("The adapter was made for another model. It is for", wrong, TRAINED_ON)
     if config.check_base == "ignore":
         return
     differ: dict[str, list[str]] = {"grid": [], "parameters": []}
@@ -179,18 +179,15 @@ def check_base(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Targ
         for what, values in _read_values(targets[name], model.get_submodule(name)).items():
             if what in layer and is_same(layer[what], values) is False:
                 differ[what].append(name)
-    messages = {
-        "grid": ("grids", "coefficients would mean other functions"),
-        "parameters": ("coefficients", "update would not give the function that it was trained to give"),
-    }
-    for what, names in differ.items():
-        if not names:
+    for what, noun, consequence in (
+        ("grid", "grids", "coefficients would mean other functions"),
+        ("parameters", "coefficients", "update would not give the function that it was trained to give"),
+    ):
+        if not differ[what]:
             continue
-        noun, consequence = messages[what]
         message = (
-            f"The {noun} of the layers {', '.join(names)} are not those that the adapter was saved with: its "
-            f"{consequence}. Load it into the base model that it was trained on. If you know better pass "
-            '`check_base="warn"` or `check_base="ignore"`.'
+            f"The {noun} of the layers {', '.join(differ[what])} are not those that the adapter was saved with: its "
+            f'{consequence}. {TRAINED_ON} If you know better pass `check_base="warn"` or `check_base="ignore"`.'
         )
         if config.check_base == "error" or (config.check_base is None and what == "grid"):
             raise ValueError(message)
@@ -198,11 +195,7 @@ def check_base(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Targ
 
 
 def _has_index(config: LoTRAConfig, name: str) -> bool:
-    """Whether the layer is one of `layers_to_transform`.
-
-    In a KAN the layers are mostly themselves the numbered entries ("layers.0"). PEFT's own rule wants something to
-    follow the number.
-    """
+    """Whether the layer is one of `layers_to_transform`; other than in PEFT's rule, the number may end the name."""
     indices, patterns = config.layers_to_transform, config.layers_pattern
     if indices is None or indices == []:
         return True
@@ -214,23 +207,10 @@ def _has_index(config: LoTRAConfig, name: str) -> bool:
     return False
 
 
-def pattern_key(name: str) -> str:
-    """A key for `rank_pattern` that matches this layer alone; PEFT reads keys as regexes of the end of a name.
-
-    Example:
-        >>> print(pattern_key("layers.0"))
-        ^layers\\.0
-    """
-    return "^" + re.escape(name)
-
-
 def exact_targets(names: Iterable[str], model: nn.Module) -> set[str] | str:
-    """`target_modules` for these layers and no others.
-
-    The result is the set of names, or a regex if PEFT would take the end of another module's name for one of them.
-    """
+    """`target_modules` for these layers alone: a regex if PEFT would take another module's name for one of them."""
     names = set(names)
     suffixes = tuple(f".{name}" for name in names)
     if any(name not in names and name.endswith(suffixes) for name, _ in model.named_modules()):
-        return "|".join(map(re.escape, sorted(names)))
+        return exact_pattern(names)
     return names

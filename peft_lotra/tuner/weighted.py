@@ -1,37 +1,24 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Sums of adapters: a new adapter whose update is, or comes close to, the weighted sum of the updates of others."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 
+from ..files.patterns import pattern_key
 from ..tucker import Ranks, Tucker, check_ranks, direct_sum, triple
 from .config import LoTRAConfig
 from .layer import LoTRALayer, lotra_layers
-from .targets import exact_targets, pattern_key
+from .targets import exact_targets
 
-
-if TYPE_CHECKING:
-    from peft.tuners.tuners_utils import BaseTuner
 
 COMBINATION_TYPES = ("cat", "linear", "svd")
 
@@ -71,12 +58,10 @@ def add_weighted_adapter(
         weights: Their weights, positive or negative.
         adapter_name: The name of the new adapter.
         combination_type: `"cat"`, `"linear"` or `"svd"`.
-        ranks: For `"svd"`, the ranks of the new adapter; by default the largest of the adapters, in each layer and
-            mode.
+        ranks: For `"svd"`, the ranks of the new adapter; by default the largest of the adapters, layer by layer.
 
     Returns:
-        By layer, the norm of (the new update - the sum), as a share of the norm of the sum; measured on the adapter as
-        it is stored. 0 to rounding for `"cat"`.
+        By layer, the norm of (the new update as stored - the sum), as a share of the norm of the sum.
 
     Raises:
         ValueError: An adapter is unknown or has `modules_to_save`, which have no sum; the numbers of adapters and
@@ -85,14 +70,12 @@ def add_weighted_adapter(
     """
     configs = cast("dict[str, LoTRAConfig]", model.peft_config)
     _check(configs, adapters, weights, adapter_name, combination_type, ranks)
-    layers = {
-        name: layer
-        for name, layer in lotra_layers(model.model)
-        if any(adapter in layer.lotra_core for adapter in adapters)
-    }
-    components, sums = {}, {}
-    for name, layer in layers.items():
+    layers, components, sums = {}, {}, {}
+    for name, layer in lotra_layers(model.model):
         here = [(adapter, w) for adapter, w in zip(adapters, weights, strict=True) if adapter in layer.lotra_core]
+        if not here:
+            continue
+        layers[name] = layer
         basis = max(len(layer.lotra_factor_basis[adapter]) for adapter, _ in here)  # without or with a residual slice
         parts = [_read(layer, adapter, weight).padded(basis) for adapter, weight in here]
         sums[name] = torch.stack([part.dense() for part in parts]).sum(0)
@@ -133,20 +116,19 @@ def add_weighted_adapter(
     return errors
 
 
-def _check(
-    configs: dict[str, LoTRAConfig],
-    adapters: list[str],
-    weights: list[float],
-    adapter_name: str,
-    combination_type: str,
-    ranks: Ranks | None,
-) -> None:
+def check_known(adapters: Iterable[str], configs: Mapping[str, object]) -> None:
+    """Raises a ValueError if one of the adapters has no config."""
+    unknown = [adapter for adapter in adapters if adapter not in configs]
+    if unknown:
+        raise ValueError(f"Adapter(s) {unknown} not found, the model has {list(configs)}.")
+
+
+def _check(configs: dict[str, LoTRAConfig], adapters, weights, adapter_name, combination_type, ranks) -> None:
+    """Raises a ValueError for arguments of `add_weighted_adapter` that cannot be used."""
     known = list(configs)
     if not adapters or isinstance(adapters, str):
         raise ValueError(f"`adapters` must be a list of one or more adapter names, got {adapters!r}.")
-    unknown = [adapter for adapter in adapters if adapter not in known]
-    if unknown:
-        raise ValueError(f"Adapter(s) {unknown} not found, the model has {known}.")
+    check_known(adapters, configs)
     if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"`weights` must be one finite number for each of the {len(adapters)} adapters: {weights}.")
     if adapter_name in known or "." in adapter_name:

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """`examples/benchmarks/calls.py`, and the limits on the number of calls."""
 
@@ -39,7 +28,7 @@ def script():
 def test_only_named_functions_of_the_package_count(script) -> None:
     kan, calls = script.count_calls(lambda: [KAN(widths) for widths in ([2, 3], [2, 3, 1])][1])
     assert isinstance(kan, KAN)
-    assert calls["kan/layer.py:__init__"] == 3
+    assert calls["kan/layer.py:reset_parameters"] == 3
     assert not any("<" in name or "torch" in name for name in calls)
 
 

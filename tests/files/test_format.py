@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Files: an interrupted save loses nothing, and what cannot be loaded changes nothing."""
 
@@ -32,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.save_and_load import set_peft_model_state_dict
 
 from peft_lotra import LoTRAConfig, save_adapter
-from peft_lotra.files.format import MAX_HEADER_BYTES, check_patterns, read_weights
+from peft_lotra.files.format import MAX_HEADER_BYTES, read_weights
 from peft_lotra.kan import KAN
 
 
@@ -349,21 +338,20 @@ def test_a_config_that_is_too_long(folder):
         LoTRAConfig.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+", "(a|a)*b", "(.*)*", "(a){3}", r".*.*.*.*.*", "a" * 10_001])
+@pytest.mark.parametrize("pattern", ["(a+)+", "(a|a)*b", "(.*)*", "(a){3}", r".*.*.*.*.*", "a" * 100_001])
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "layers_pattern"])
 def test_patterns_that_may_take_forever(folder, pattern, field):
+    """They are not matched; without them, the layers and ranks are those of the tensors, or the file is refused."""
     value = {pattern: 3} if field == "rank_pattern" else pattern
     changes = {"target_modules": ["body.0"], "layers_to_transform": [0]} if field == "layers_pattern" else {}
     edit_config(folder, integrity=None, base_layers=None, **{**changes, field: value})
-    refused(folder, "may take forever to match")
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [r".*\.layers\.\d+", r"body\..*|tail\.layers\.(0|1)", r"^tail.*\.1$", r"[(*+)]+x", r"\(a\)*", r"(?:a|b)?c"],
-)
-def test_patterns_in_use(pattern):
-    check_patterns([pattern])
+    if len(pattern) > 100:
+        refused(folder, "may take forever")
+    else:
+        config = LoTRAConfig.from_pretrained(folder)
+        assert pattern not in (config.target_modules, config.exclude_modules, config.layers_pattern)
+        assert pattern not in config.rank_pattern
+        PeftModel.from_pretrained(model(), folder)
 
 
 def test_a_task_that_the_model_has_no_methods_for(folder):

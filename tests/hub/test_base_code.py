@@ -1,20 +1,11 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The code of the card that builds the base: the tests run the code."""
 
 from __future__ import annotations
+
+import ast
 
 import pytest
 import torch
@@ -23,7 +14,7 @@ from torch import nn
 from transformers import ViTConfig, ViTModel
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.hub.base_code import check_base_model, hub_id, source_of_config, source_of_model
+from peft_lotra.hub.base_code import check_base_model, hub_id, literal, source_of_config, source_of_model
 from peft_lotra.kan import KAN, KANConfig, KANModel
 
 
@@ -43,6 +34,14 @@ def built(code: str) -> nn.Module:
 
 def shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", 'a"b', "a\\", "a\nb", "```", "<!-- -->", "\x1b[2J", "\u202e", "é", "\U0001f600"]
+)
+def test_literal(text):
+    code = literal(text)
+    assert ast.literal_eval(code) == text and code.isascii() and code.isprintable() and not set("`<") & set(code)
 
 
 class TestHubId:
@@ -142,6 +141,13 @@ class TestSourceOfConfig:
         source = source_of_config(LoTRAConfig())
         assert source.code == "base = ...  # the base model, with the weights that the adapter was trained on"
         assert (source.model, source.module, source.name, source.auto) == (None, None, None, False)
+
+    @pytest.mark.parametrize("key", ["base_model_class", "parent_library"])
+    @pytest.mark.parametrize("value", ["X; print(1)", "X\nimport os", "import", "a..b", "", 3, ["KANModel"]])
+    def test_what_is_no_name_of_a_class(self, config, key, value):
+        config.auto_mapping[key] = value
+        source = source_of_config(config)
+        assert source.code.startswith("base = ...  # the base model,") and source.name is source.module is None
 
     def test_a_class_that_is_not_imported(self, config):
         config.base_model_name_or_path = None

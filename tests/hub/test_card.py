@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The model card beside a folder; `test_push.py` has the cards of the Hub."""
 
@@ -83,7 +72,16 @@ class TestWriteModelCard:
         assert ModelCard.load(tmp_path / "README.md").text.startswith("# Mine\n")
 
     @pytest.mark.parametrize(
-        "text", ["---\ntags: [a\n---\n", "---\n- a\n- b\n---\n", "---\ntags: a\n", "---\nmodel-index: 3\n---\n"]
+        "text",
+        [
+            "---\ntags: [a\n---\n",
+            "---\n- a\n- b\n---\n",
+            "---\ntags: a\n",
+            "---\nmodel-index: 3\n---\n",
+            "---\ntags: 3\n---\n",
+            "---\nbase_model: [3]\n---\n",
+            "---\nmetrics: {a: 1}\n---\n",
+        ],
     )
     @pytest.mark.parametrize("of_files", [False, True])
     def test_broken_front_matter(self, model, tmp_path, text, of_files):
@@ -102,11 +100,26 @@ class TestWriteModelCard:
             write_model_card(model, tmp_path, metrics={"r2": "0.9"})
         assert not list(tmp_path.iterdir())
 
+    def test_a_folder_of_other_adapters(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        (tmp_path / "other").mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (tmp_path / name).rename(tmp_path / "other" / name)
+        with pytest.raises(ValueError, match=r"has none of the adapters \['default'\] of the model, only \['other'\]"):
+            write_model_card(model, tmp_path)
+
     def test_results_by_the_user(self, model, tmp_path):
         result = EvalResult("tabular-regression", "scikit-learn/diabetes", "Diabetes", "r2", 0.5, metric_name="R2")
         write_model_card(model, tmp_path, metrics=[result])
         assert ModelCard.load(tmp_path / "README.md").data.eval_results == [result]
         assert "| R2 | 0.5 | Diabetes |" in (tmp_path / "README.md").read_text()
+
+    def test_results_of_an_old_card_stay_in_their_table(self, model, tmp_path):
+        result = EvalResult("other", "unknown", "a|b\n# Title", "r2", 0.5, metric_name="`x`<b>[y](z)")
+        write_model_card(model, tmp_path, metrics=[result])
+        write_model_card(model, tmp_path)
+        text = (tmp_path / "README.md").read_text()
+        assert r"| \x60x\x60\x3cb>\x5by](z) | 0.5 | a\x7cb\n# Title |" in text and "\n# Title" not in text
 
     def test_the_same_from_the_files(self, model, tmp_path):
         model.save_pretrained(tmp_path)

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """The contents of adapters, in models and in folders."""
 
@@ -24,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_lotra import LoTRAConfig
+from peft_lotra.files.format import MAX_CONFIG_BYTES
 from peft_lotra.hub import adapter_table
 from peft_lotra.hub.contents import (
     AdapterContents,
@@ -112,10 +102,33 @@ class TestReadAdapter:
         with pytest.raises(ValueError, match="Pickled weights are not read"):
             read_adapter(folder)
 
-    @pytest.mark.parametrize("text", ["{", "[]", "{}", "3"])
+    @pytest.mark.parametrize("text", ["{", "[]", "{}", "3", "null", '"LOTRA"', "[" * 100_000, '{"a":' * 100_000])
     def test_broken_configuration(self, folder, text):
         (folder / "adapter_config.json").write_text(text)
         with pytest.raises(ValueError, match="is broken: expected a JSON object with a `peft_type`"):
+            read_adapter(folder)
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("auto_mapping", ["a"]),
+            ("base_model_name_or_path", {"a": 1}),
+            ("revision", 7),
+            ("alpha", 10**400),
+            ("alpha_pattern", {"a{99999999999999999999}": 2.0}),
+            ("alpha_pattern", {"(?i)a": 2.0}),
+            ("alpha_pattern", {"(a+)+$": 2.0}),
+        ],
+    )
+    def test_fields_that_cannot_be_used(self, folder, field, value):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "integrity": None, field: value}))
+        with pytest.raises(ValueError, match="is broken: |may take forever|must be"):
+            read_adapter(folder)
+
+    def test_a_file_that_is_too_long(self, folder):
+        (folder / "adapter_config.json").write_text(" " * (MAX_CONFIG_BYTES + 1))
+        with pytest.raises(ValueError, match="that a config may have"):
             read_adapter(folder)
 
     def test_broken_tensors(self, folder):
@@ -149,6 +162,12 @@ class TestAdapterContents:
             table_of_tensors(config, {**tensors, key: tensors[key][:, :1]})
         with pytest.raises(ValueError, match="has no lotra_factor_in for .* it is not complete"):
             table_of_tensors(config, {name: tensor for name, tensor in tensors.items() if name != key})
+
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool])
+    def test_other_dtypes(self, folder, dtype):
+        config, tensors = read_adapter(folder)
+        first = next(iter(tensors))
+        assert AdapterContents.of("mine", config, {**tensors, first: tensors[first].to(dtype)}).finite
 
     def test_all_dtypes(self, folder):
         config, tensors = read_adapter(folder)

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Adapters that an older version saved (`make.py`) load with the same tensors and give the same outputs.
 
@@ -33,6 +22,9 @@ from legacy_cases import probe as probe_of
 from peft import AutoPeftModel, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from peft_lotra import LoTRAConfig
+from peft_lotra.kan import SlimKAN
 
 
 LEGACY = Path(__file__).parent
@@ -119,6 +111,11 @@ def test_the_class_of_the_base_is_found(name, module):
     assert mapping["parent_library"] == f"peft_lotra.kan.{module}"
     found = getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
     assert isinstance(saved_base(name, LEGACY), found)
+
+
+def test_the_module_that_slim_kan_had_before_is_replaced():
+    mapping = LoTRAConfig.from_pretrained(LEGACY / "slim_kan").auto_mapping
+    assert getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"]) is SlimKAN
 
 
 def test_the_files_name_no_place_and_hold_no_code():

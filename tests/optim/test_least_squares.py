@@ -1,20 +1,10 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 
@@ -187,3 +177,27 @@ def test_what_is_known_of_a_term_is_kept():
     assert [plan.function for plan in optimizer._plans.values()] == [laplacian_and_value]
     for restored in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
         assert restored._plans == {} and restored.step([(laplacian_and_value, points())]).accepted
+
+
+@pytest.mark.parametrize("residual", [fit, laplacian_and_value])
+@pytest.mark.parametrize("kind", ["kan", "adapter"])
+def test_no_tensor_of_a_term_that_is_gone_stays(kind, residual):
+    model = KAN([2, 4, 4, 1], dtype=torch.float64)
+    check_that_no_tensor_stays(adapt(model, r=2) if kind == "adapter" else model, residual)
+
+
+def test_no_tensor_of_a_term_of_another_network_stays():
+    check_that_no_tensor_stays(nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double(), fit)
+
+
+def check_that_no_tensor_stays(model: nn.Module, residual: Callable) -> None:
+    optimizer = LevenbergMarquardt(model)
+    rows = (points(20), torch.zeros(20, 1)) if residual is fit else (points(20),)
+
+    def tensors_after_step() -> int:
+        optimizer.step([(lambda model, *rows: residual(model, *rows), rows)])
+        gc.collect()
+        return sum(type(thing) in (Tensor, nn.Parameter) for thing in gc.get_objects())
+
+    before = [tensors_after_step() for _ in range(3)][-1]
+    assert [tensors_after_step() for _ in range(5)][-1] < before + 5

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -20,14 +9,14 @@ from helpers import adapt
 from torch import nn
 
 from peft_lotra.kan import KAN, jet
-from peft_lotra.kan.observer import current_observer
-from peft_lotra.optim.recording import recording
+from peft_lotra.kan.observer import current_observer, observing
+from peft_lotra.optim.recording import Recorder
 
 
 def test_recorders_are_of_one_thread_and_one_use():
     parameters = [torch.ones(1, requires_grad=True)]
-    with recording(parameters, 3) as outer:
-        with pytest.raises(RuntimeError), recording(parameters, 4) as inner:
+    with observing(Recorder(parameters, 3)) as outer:
+        with pytest.raises(RuntimeError), observing(Recorder(parameters, 4)) as inner:
             assert current_observer() is inner
             raise RuntimeError
         assert current_observer() is outer
@@ -46,7 +35,7 @@ def test_a_network_is_recorded_layer_by_layer():
     model, x = adapt(network()), points()
     usual = jet(model, x)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    with recording(parameters, 7) as recorder:
+    with observing(Recorder(parameters, 7)) as recorder:
         seen = jet(model, x)
         value = model(x)
     for a, e in zip(seen, usual, strict=True):
@@ -59,7 +48,7 @@ def test_a_network_is_recorded_layer_by_layer():
 
 def test_records_keep_the_grid_of_their_time():
     model, x = network(), points()
-    with recording(model.parameters(), 7) as recorder:
+    with observing(Recorder(model.parameters(), 7)) as recorder:
         jet(model, x)
     before = model.layers[0].grid_bounds.clone()
     model.layers[0].grid_bounds.mul_(2)
@@ -71,7 +60,7 @@ def test_records_keep_the_grid_of_their_time():
 def test_what_is_not_recorded_runs_as_usual(change):
     model, x = network(), points()
     x = {"rows": x[:3], "gradient": x.clone().requires_grad_(), "vector": x[0]}.get(change, x)
-    with recording(model.parameters(), 7) as recorder, torch.set_grad_enabled(change != "no_grad"):
+    with observing(Recorder(model.parameters(), 7)) as recorder, torch.set_grad_enabled(change != "no_grad"):
         assert torch.equal(model(x), model.layers[1](model.layers[0](x)))
         jet(model, x)
     assert recorder.chains == []
@@ -80,11 +69,11 @@ def test_what_is_not_recorded_runs_as_usual(change):
 def test_what_the_records_do_not_explain():
     model, x = network(), points()
     other = nn.Parameter(torch.ones((), dtype=torch.float64))
-    with recording([*model.parameters(), other], 7) as recorder:
+    with observing(Recorder([*model.parameters(), other], 7)) as recorder:
         u = model(x)
     assert recorder.is_complete(u) and not recorder.is_complete(u * other)
-    with recording([other], 7) as recorder:  # the layers' coefficients are none of the parameters
+    with observing(Recorder([other], 7)) as recorder:  # the layers' coefficients are none of the parameters
         model(x)
     assert recorder.has_gaps
-    with recording([other], 7) as recorder:
+    with observing(Recorder([other], 7)) as recorder:
         assert not recorder.is_complete(other.expand(7, 1))  # no network was evaluated

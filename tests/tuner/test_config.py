@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -19,10 +8,12 @@ import dataclasses
 import json
 
 import pytest
-from helpers import base, nested
-from peft import PeftConfig, PeftType, get_peft_model
+import torch
+from helpers import base, inputs, nested
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 
 from peft_lotra import LoTRAConfig
+from peft_lotra.tuner.arguments import regexes_of
 
 
 def saved_and_loaded(config, folder):
@@ -116,7 +107,7 @@ def test_lists_of_names_become_sets(field):
         {"r": (2, 3, 4), "rank_pattern": {"layers.0": (1, 2, 3), "x": 5}, "alpha_pattern": {"layers.0": 0.5}},
         {"target_modules": ["layers.1", "layers.0"], "exclude_modules": ["a"], "modules_to_save": ["head"]},
         {"target_modules": "all-kan", "layers_to_transform": [0, 1], "layers_pattern": ["layers", "body"]},
-        {"target_modules": r".*\.0", "alpha": 2.5, "rank_dropout": 0.25, "module_dropout": 0.5},
+        {"target_modules": r"layers\.0|b.1", "alpha": 2.5, "rank_dropout": 0.25, "module_dropout": 0.5},
         {"init_weights": False, "adapt_residual": False, "inference_mode": True},
         {"base_layers": {"layers.0": {"family": "own", "shape": [4, 3, 8], "has_residual": True}}},
     ],
@@ -129,6 +120,63 @@ def test_saving_and_loading_gives_an_equal_config(arguments, tmp_path):
     assert loaded.r == config.r and type(loaded.r) is type(config.r)
     assert loaded.rank_pattern == config.rank_pattern
     assert saved_and_loaded(loaded, tmp_path / "again") == loaded
+
+
+REGEXES = {
+    "targets": {"target_modules": r"(body|tail\.layers)\.\d"},
+    "excluded": {"exclude_modules": r".*\.1"},
+    "indices": {"layers_to_transform": 0, "layers_pattern": "lay[e]rs"},
+    "numbers": {
+        "rank_pattern": {r"body\.\d": 1, "tail.layers.0": (1, 2, 2)},
+        "alpha_pattern": {r"tail.*[02]": 0.5, "body.0": 3.0},
+    },
+}
+
+
+@pytest.mark.parametrize("name", REGEXES)
+def test_a_file_has_what_regexes_of_the_user_stand_for(name, tmp_path):
+    bare, x = nested(), inputs()
+    model = get_peft_model(copy.deepcopy(bare), LoTRAConfig(r=2, init_weights=False, **REGEXES[name])).eval()
+    config = model.peft_config["default"]
+    before = copy.deepcopy(config.to_dict())
+    model.save_pretrained(tmp_path)
+    assert config.to_dict() == {**before, "auto_mapping": config.auto_mapping} and regexes_of(config)
+    loaded = PeftModel.from_pretrained(bare, tmp_path).eval()
+    again = loaded.peft_config["default"]
+    assert not regexes_of(again) and set(again.base_layers) == set(config.base_layers)
+    assert all(again.ranks_and_alpha(name) == config.ranks_and_alpha(name) for name in config.base_layers)
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("name", REGEXES)
+def test_a_file_of_an_older_version_with_regexes(name, tmp_path, monkeypatch):
+    model = get_peft_model(nested(), LoTRAConfig(r=2, init_weights=False, **REGEXES[name])).eval()
+    monkeypatch.setattr(LoTRAConfig, "_resolved", lambda self, names: {})
+    model.save_pretrained(tmp_path)
+    if name == "numbers":
+        with pytest.raises(ValueError, match="`alpha_pattern`.* save it with this one"):
+            LoTRAConfig.from_pretrained(tmp_path)
+        path = tmp_path / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "alpha_pattern": {}, "integrity": None}))
+    loaded = PeftModel.from_pretrained(nested(), tmp_path)
+    tensors, before = (get_peft_model_state_dict(m) for m in (loaded, model))
+    assert tensors.keys() == before.keys() and all(torch.equal(tensors[key], before[key]) for key in before)
+    # without the tensors, nothing says what the regexes stand for
+    with pytest.raises(ValueError, match="may take forever"):
+        get_peft_model(nested(), PeftConfig.from_pretrained(tmp_path))
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="may take forever"):
+        LoTRAConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["alpha", "auto_mapping", "base_model_name_or_path", "revision", "peft_version"])
+def test_absurd_values(field):
+    with pytest.raises(ValueError, match=f"`{field}` must be"):
+        LoTRAConfig(**{field: 10**400})
+
+
+def test_a_string_in_modules_to_save_is_one_name():
+    assert LoTRAConfig(modules_to_save="head").modules_to_save == ["head"]
 
 
 def test_the_file_is_plain_json(tmp_path):

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -21,7 +10,7 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN
-from peft_lotra.tuner.targets import describe_targets, find_targets, locate_target, pattern_key, record_base
+from peft_lotra.tuner.targets import describe_targets, find_targets, locate_target, record_base
 
 
 ALL = ["body.0", "body.1", "tail.layers.0", "tail.layers.1"]
@@ -90,8 +79,3 @@ def test_the_record_has_hashes_of_the_unmerged_base():
     after = record_base(model, layers)
     assert [name for name in before if after[name] != before[name]] == ["body.0"]
     assert record_base(model, {"nowhere": layers["body.0"]}) == {"nowhere": layers["body.0"]}
-
-
-def test_a_pattern_key_matches_its_layer_alone():
-    config = LoTRAConfig(r=4, rank_pattern={pattern_key("layers.0"): 2})
-    assert [config.ranks_and_alpha(name)[0] for name in ("layers.0", "tail.layers.0", "layersx0")] == [2, 4, 4]

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 from __future__ import annotations
 
@@ -124,6 +113,15 @@ def test_vmap_over_rows(family):
     jacobians = vmap(jacrev(lambda row: model(row[None])[0]))(x)
     expected = torch.autograd.functional.jacobian(lambda x: model(x).sum(0), x).transpose(0, 1)
     torch.testing.assert_close(jacobians, expected)
+
+
+@both_kans
+def test_hooks_of_the_base_layers_see_the_adapted_output(family):
+    model = adapt(base(family, torch.float64)).eval()
+    for layer in lotra_layers(model).values():
+        layer.base_layer.register_forward_hook(lambda module, args, y: y.square())
+    x = inputs(7, torch.float64)
+    torch.testing.assert_close(vmap(lambda row: model(row[None])[0])(x), model(x))
 
 
 @both_kans

@@ -1,16 +1,5 @@
 # Copyright 2026 the peft-lotra authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 
 """Derivatives of a KAN with respect to its inputs, pushed through the layers together with the value (jets)."""
 
@@ -112,6 +101,8 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
         raise ValueError(f"`x` has shape {tuple(x.shape)}, but its last dimension must be {expected}.")
     if directions is None:
         directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    if directions.is_complex():
+        raise ValueError(f"`directions` are {directions.dtype}, but must be real: give their `.real`.")
     if directions.dim() != 2 or directions.shape[1] != x.shape[-1] or len(directions) == 0:
         raise ValueError(
             f"`directions` has shape {tuple(directions.shape)}, but must be (D, {x.shape[-1]}): one direction in the "

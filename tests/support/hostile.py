@@ -1,0 +1,223 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Small adapters, files that were tampered with, and what a refused call must leave as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from peft_lotra import LoTRAConfig
+from peft_lotra.kan import KAN
+
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+class TooSlow(BaseException):
+    """Not an Exception, so that no code under test can take it for an error of its own."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TooSlow in the main thread, also from within a regular expression, which looks for signals."""
+    assert threading.current_thread() is threading.main_thread()
+
+    def stop(*_: Any) -> None:
+        raise TooSlow(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Net(nn.Module):
+    """Two KAN layers, `kan.layers.0` and `kan.layers.1`, and a head; the same numbers each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        state = torch.get_rng_state()
+        torch.manual_seed(7)
+        self.kan = KAN([3, 4, 3])
+        self.head = nn.Linear(3, 2)
+        torch.set_rng_state(state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.kan(x))
+
+
+X = torch.linspace(-0.9, 0.9, 15).view(5, 3)
+
+
+def adapted(model: nn.Module | None = None, adapter_name: str = "default", **config: Any) -> PeftModel:
+    """A model whose adapter changes the function, in evaluation mode."""
+    config = {"r": 2, "init_weights": False, **config}
+    return get_peft_model(Net() if model is None else model, LoTRAConfig(**config), adapter_name=adapter_name).eval()
+
+
+def save(path: Path, model: PeftModel | None = None, **config: Any) -> Path:
+    """A folder with an adapter of `Net`, random at each call."""
+    (adapted(**config) if model is None else model).save_pretrained(path)
+    return path
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Edits the config as an author would who writes fitting digests: without the entry, they are not asked for."""
+    path = folder / CONFIG
+    values = {**json.loads(path.read_text()), "integrity": None, **changes}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    edit(tensors)
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    edit_config(folder)
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Everything of a model that a call which fails must leave as it was."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    configs = getattr(model, "peft_config", {})
+    return {
+        "modules": [(name, type(module).__name__, id(module)) for name, module in modules],
+        "parameters": [(name, id(p), p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)],
+        "tensors": {name: tensor.detach().clone() for name, tensor in model.state_dict(keep_vars=True).items()},
+        "training": [module.training for _, module in modules],
+        "attributes": [(name, sorted(vars(module))) for name, module in modules if not _is_tuner(module)],
+        "adapters": [
+            (name, list(module.active_adapters), list(module.merged_adapters), dict(module.lotra_scaling))
+            for name, module in modules
+            if hasattr(module, "lotra_scaling")
+        ],
+        "configs": {
+            name: {f.name: repr(getattr(config, f.name)) for f in dataclasses.fields(config)}
+            for name, config in configs.items()
+        },
+        "active": getattr(model, "active_adapter", None) if isinstance(model, PeftModel) else None,
+    }
+
+
+def _is_tuner(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("peft", "peft_lotra.tuner"))
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """What differs, in words; empty if nothing does."""
+    wrong = [key for key in before if key != "tensors" and before[key] != after[key]]
+    if before["tensors"].keys() != after["tensors"].keys():
+        wrong.append(f"tensors: {sorted(before['tensors'].keys() ^ after['tensors'].keys())[:4]}")
+    else:
+        wrong += [
+            f"{name} was written"
+            for name, tensor in before["tensors"].items()
+            if tensor.dtype != after["tensors"][name].dtype or not _equal(tensor, after["tensors"][name])
+        ]
+    return wrong
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first.nan_to_num(nan=1.25e7), second.nan_to_num(nan=1.25e7))
+
+
+CLEAR = (ValueError, OSError)
+
+
+def outcome(call: Callable[[], Any], *models: nn.Module) -> tuple[BaseException | None, list[str]]:
+    """The exception of a call, if any, and what it changed in the models although it failed."""
+    before = [state_of(model) for model in models]
+    try:
+        call()
+    except BaseException as error:
+        if isinstance(error, TooSlow):
+            raise
+        wrong = [line for old, model in zip(before, models, strict=True) for line in differences(old, state_of(model))]
+        return error, wrong
+    return None, []
+
+
+def assert_refused(call: Callable[[], Any], *models: nn.Module, error: Any = CLEAR, match: str = "") -> BaseException:
+    """That a call fails with a clear exception, whose message has `match`, and changes nothing."""
+    found, wrong = outcome(call, *models)
+    assert found is not None, "not refused"
+    assert not wrong, f"left behind after {type(found).__name__}: {wrong}"
+    assert isinstance(found, error), f"raw {type(found).__name__}: {found}"
+    assert match.lower() in str(found).lower(), f"{match!r} is not in: {found}"
+    return found
+
+
+def assert_load_refused(folder: Path, match: str = "", error: Any = CLEAR, **kwargs: Any) -> None:
+    """That an adapter is refused by a bare model and beside another adapter, and changes neither."""
+    bare = Net()
+    assert_refused(lambda: PeftModel.from_pretrained(bare, folder, **kwargs), bare, error=error, match=match)
+    live = adapted(adapter_name="existing", modules_to_save=["head"])
+    assert_refused(lambda: live.load_adapter(folder, "other", **kwargs), live, error=error, match=match)
+
+
+POINTS = 40  # of the lines of an operation that are tried here, and its last ones; a full run takes all of them
+
+
+def some_of(lines):
+    return sorted(
+        {1 + round(i * (lines - 1) / (POINTS - 1)) for i in range(POINTS)} | set(range(max(1, lines - POINTS), lines))
+    )
+
+
+def interrupted(call, at):
+    """Runs a call with a KeyboardInterrupt at the line of this number; the number of lines it ran.
+
+    Lines of peft_lotra and of PEFT count, those of PEFT only while a function of peft_lotra is running, since what
+    PEFT does by itself no package can undo.
+    """
+    count, depth = 0, 0
+    own, peft = f"{Path(sys.modules['peft_lotra'].__file__).parent}/", f"{Path(sys.modules['peft'].__file__).parent}/"
+
+    def trace(frame, event, argument):
+        nonlocal count, depth
+        filename = frame.f_code.co_filename
+        if event == "call":
+            if filename.startswith(own):
+                depth += 1
+                return trace
+            return trace if filename.startswith(peft) else None
+        if event == "return" and filename.startswith(own):
+            depth -= 1
+        if event == "line" and depth:
+            count += 1
+            if count == at:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def summary(model):
+    """The state, without the identities of objects."""
+    state = state_of(model)
+    state["modules"] = [(name, kind) for name, kind, _ in state["modules"]]
+    state["parameters"] = [(name, flag) for name, _, flag in state["parameters"]]
+    state["tensors"] = {name: tensor.numpy().tobytes() for name, tensor in state["tensors"].items()}
+    return state

@@ -1,0 +1,248 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Cards that are Python, terminals that obey, links that lead elsewhere."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+
+import pytest
+from hostile import CONFIG, WEIGHTS, adapted, edit_config, edit_tensors, save
+from typer.testing import CliRunner
+
+from peft_lotra import LoTRAConfig, save_adapter, write_model_card
+from peft_lotra.cli import app
+from peft_lotra.files.format import write_atomically
+
+
+##########################
+# Cards                  #
+##########################
+
+NAMES = [
+    'x"); import os; os.system("touch pwned"); ("',
+    "x'); print(1); ('",
+    'quote"',
+    "back\\slash",
+    "line\nbreak",
+    "```",
+    "{name}",
+    "\u202ereversed",
+]
+
+
+def programs(folder):
+    """The Python of a card."""
+    return re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+
+
+def calls_of(program):
+    return {ast.unparse(node.func) for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Call)}
+
+
+# the name of a folder is the name of an adapter, and goes into the program
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+@pytest.mark.parametrize("source", ["folder", "model"])
+def test_the_name_of_a_folder(tmp_path, name, source):
+    if source == "model" and "." in name:
+        pytest.skip("no name of an adapter")
+    folder = tmp_path / "adapter"
+    model = adapted(adapter_name="plain")
+    model.save_pretrained(folder)
+    (folder / "plain").rename(folder / name)
+    try:
+        if source == "folder":
+            write_model_card(None, folder)
+        else:
+            model = adapted(adapter_name=name)
+            write_model_card(model, folder)
+    except (ValueError, OSError) as error:
+        assert repr(name)[1:8] in str(error) or name in str(error)
+        return
+    found = programs(folder)
+    assert found
+    for program in found:
+        assert calls_of(program) <= {"PeftModel.from_pretrained", "AutoPeftModel.from_pretrained", "Net"}
+        strings = [node.value for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Constant)]
+        assert name in strings or source == "model"
+
+
+# the class of the base comes from the config, and goes into the program
+@pytest.mark.parametrize("field", ["base_model_class", "parent_library"])
+@pytest.mark.parametrize("value", ["X\nimport os\nos.system('touch pwned')", "X; print(1)", "X`\n```\n# title"])
+def test_the_class_in_the_config(tmp_path, field, value):
+    folder = save(tmp_path / "adapter")
+    mapping = {"base_model_class": "Net", "parent_library": "nets", field: value}
+    edit_config(folder, auto_mapping=mapping, base_model_name_or_path="user/repo")
+    try:
+        write_model_card(None, folder)
+    except ValueError:
+        return
+    found = programs(folder)
+    assert found
+    for program in found:
+        calls = {call for call in calls_of(program) if not call.endswith(".from_pretrained")}
+        assert not calls and "pwned" not in {line.strip() for line in program.splitlines()}
+        imported = [node for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Import)]
+        assert all(alias.name == "peft_lotra" for node in imported for alias in node.names)
+
+
+# names of tensors go into the table of the card
+def test_the_names_of_layers_stay_in_their_table(tmp_path):
+    folder = save(tmp_path / "adapter")
+    hostile = "x`|\n\n# Title\n\n<script>alert(1)</script>"
+
+    def rename(tensors):
+        for key in [key for key in tensors if "kan.layers.0." in key]:
+            tensors[key.replace("kan.layers.0", hostile)] = tensors.pop(key)
+
+    edit_tensors(folder, rename)
+    edit_config(folder, base_layers=None, base_digest=None)
+    try:
+        write_model_card(None, folder)
+    except ValueError:
+        return
+    text = (folder / "README.md").read_text()
+    assert "\n# Title" not in text and "\n<script>" not in text
+
+
+##########################
+# Terminals              #
+##########################
+
+ESCAPES = ["\x1b[2J", "\x1b]0;title\x07", "\x9b31m", "\r", "\x08" * 20, "\u202e", "\x1b]8;;http://x\x1b\\"]
+CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+# a terminal obeys what it is sent
+@pytest.mark.parametrize("escape", ESCAPES, ids=[ascii(escape)[1:9] for escape in ESCAPES])
+@pytest.mark.parametrize("where", ["layer", "family", "base", "class", "adapter", "error"])
+def test_inspect_prints_no_control_characters(tmp_path, escape, where):
+    folder = save(tmp_path / (f"a{escape}b" if where == "adapter" else "a"))
+    if where == "layer":
+
+        def rename(tensors):
+            for key in [key for key in tensors if "kan.layers.0." in key]:
+                tensors[key.replace("kan.layers.0", f"kan{escape}x")] = tensors.pop(key)
+
+        edit_tensors(folder, rename)
+        edit_config(folder, base_layers=None, base_digest=None)
+    elif where == "family":
+        layers = json.loads((folder / CONFIG).read_text())["base_layers"]
+        edit_config(
+            folder,
+            base_layers={name: {**layer, "family": f"own{escape}"} for name, layer in layers.items()},
+            base_digest=None,
+        )
+    elif where == "base":
+        edit_config(folder, base_model_name_or_path=f"user/re{escape}po")
+    elif where == "class":
+        edit_config(folder, auto_mapping={"base_model_class": f"Net{escape}", "parent_library": "nets"})
+    elif where == "error":
+        edit_config(folder, alpha=f"text{escape}")
+    result = CliRunner().invoke(app, ["inspect", str(folder)])
+    assert result.exit_code == (1 if where == "error" else 0)
+    assert not CONTROL.search(result.output), ascii(CONTROL.findall(result.output))
+
+
+# Path("") is ".", which has the adapters of the current folder
+@pytest.mark.parametrize("argument", ["", " "])
+def test_inspect_of_nothing(tmp_path, argument, monkeypatch):
+    monkeypatch.chdir(save(tmp_path / "a"))
+    result = CliRunner().invoke(app, ["inspect", argument])
+    assert result.exit_code in (1, 2) and "kan.layers" not in result.output
+
+
+# an empty name is not the same as none
+def test_inspect_of_no_subfolder(tmp_path):
+    result = CliRunner().invoke(app, ["inspect", str(save(tmp_path / "a")), "--subfolder", ""])
+    assert result.exit_code in (1, 2) and "kan.layers" not in result.output
+
+
+##########################
+# Links                  #
+##########################
+
+
+def save_config(model, folder):
+    model.peft_config["default"].save_pretrained(folder)
+
+
+def save_all(model, folder):
+    save_adapter(model, folder)
+
+
+def save_peft(model, folder):
+    model.save_pretrained(folder)
+
+
+def save_card(model, folder):
+    write_model_card(model, folder)
+
+
+# open(path, "w") would follow the link
+@pytest.mark.parametrize("write", [save_config, save_all, save_peft, save_card])
+@pytest.mark.parametrize("name", [f"{CONFIG}.tmp", ".README.md.new", "README.md.tmp", f".{CONFIG}.next", ".saving"])
+def test_a_link_in_the_place_of_a_temporary_file(tmp_path, write, name):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    model, folder = adapted(), tmp_path / "a"
+    model.save_pretrained(folder)
+    (folder / name).symlink_to(precious)
+    try:
+        write(model, folder)
+    except (ValueError, OSError):
+        pass
+    assert precious.read_text() == "precious" and not precious.is_symlink()
+
+
+# rmtree with ignore_errors leaves the link
+def test_a_link_in_the_place_of_the_stage(tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "a"
+    elsewhere.mkdir()
+    (elsewhere / WEIGHTS).write_text("precious")
+    model = adapted()
+    model.save_pretrained(folder)
+    (folder / ".saving").symlink_to(elsewhere)
+    try:
+        save_adapter(model, folder)
+    except (ValueError, OSError):
+        pass
+    assert (elsewhere / WEIGHTS).read_text() == "precious" and os.listdir(elsewhere) == [WEIGHTS]
+
+
+# a link as the target is replaced, not followed
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_link_in_the_place_of_a_file(tmp_path, name):
+    precious, folder = tmp_path / "precious", tmp_path / "a"
+    precious.write_text("precious")
+    folder.mkdir()
+    (folder / name).symlink_to(precious)
+    save_adapter(adapted(), folder)
+    assert precious.read_text() == "precious"
+    assert LoTRAConfig.from_pretrained(folder).r == 2
+
+
+def test_temporary_files_are_created_exclusively(tmp_path, monkeypatch):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (tmp_path / "a.guessed.tmp").symlink_to(precious)
+    monkeypatch.setattr("peft_lotra.files.format.secrets.token_hex", lambda _: "guessed")
+    with pytest.raises(FileExistsError):
+        write_atomically(tmp_path / "a", "new")
+    assert precious.read_text() == "precious" and set(os.listdir(tmp_path)) == {"precious", "a.guessed.tmp"}
+
+
+def test_a_full_disk_leaves_no_temporary_file(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError("No space left on device")
+
+    (tmp_path / "a").write_text("old")
+    monkeypatch.setattr("peft_lotra.files.format.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "a", "new")
+    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
