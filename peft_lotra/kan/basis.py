@@ -126,13 +126,8 @@ def spline_values(position: torch.Tensor, num_basis: int, spline_order: int, der
     # A compiler decides itself what to keep and what to compute again; and nested `torch.func.jvp` gets the second
     # derivatives of a custom function wrong.
     if torch.compiler.is_compiling() or in_transform():
-        return _evaluate(position, num_basis, spline_order, derivative)
+        return _SplineValues.forward(position, num_basis, spline_order, derivative)
     return _SplineValues.apply(position, num_basis, spline_order, derivative)
-
-
-def _evaluate(position: torch.Tensor, num_basis: int, spline_order: int, derivative: int) -> torch.Tensor:
-    centers = torch.arange(num_basis, dtype=position.dtype, device=position.device) - (spline_order - 1) / 2
-    return cardinal_spline(position.unsqueeze(-1) - centers, spline_order, derivative)
 
 
 def in_transform() -> bool:
@@ -261,7 +256,8 @@ def moments(grid_range: tuple[float, float], grid_size: int, spline_order: int) 
 class _SplineValues(torch.autograd.Function):
     @staticmethod
     def forward(position: torch.Tensor, num_basis: int, spline_order: int, derivative: int) -> torch.Tensor:
-        return _evaluate(position, num_basis, spline_order, derivative)
+        centers = torch.arange(num_basis, dtype=position.dtype, device=position.device) - (spline_order - 1) / 2
+        return cardinal_spline(position.unsqueeze(-1) - centers, spline_order, derivative)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

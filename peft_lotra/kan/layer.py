@@ -30,14 +30,7 @@ class SplineLayer(nn.Module):
     grid_bounds: torch.Tensor
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        grid_size: int,
-        spline_order: int,
-        grid_range: tuple[float, float],
-        device=None,
-        dtype=None,
+        self, in_features: int, out_features: int, grid_size: int, spline_order: int, grid_range, device, dtype
     ) -> None:
         check_grid(grid_size, spline_order)
         for name, size in (("in_features", in_features), ("out_features", out_features)):
@@ -206,10 +199,12 @@ class KANLinear(SplineLayer):
                 f"The samples have shape {tuple(x.shape)}, but must have (..., {self.in_features}) and not be empty."
             )
         samples = rearrange(x, "... i -> (...) i").double()
-        if not samples.isfinite().all():
-            bad = _name_inputs(~samples.isfinite().all(0))
-            raise ValueError(f"The samples of {bad} hold NaN or infinite values; remove them before moving the grid.")
-
+        if bad := (~samples.isfinite().all(0)).nonzero().flatten().tolist():
+            listed = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+            raise ValueError(
+                f"The samples of inputs {listed} ({len(bad)} of {self.in_features}) hold NaN or infinite values; "
+                "remove them before moving the grid."
+            )
         low, high = samples.aminmax(dim=0)
         pad = margin * (high - low)
         # The fit is made for the bounds as they will be stored.
@@ -233,10 +228,3 @@ class KANLinear(SplineLayer):
         refitted = einsum(transfer, self.spline_weight.double(), "i new old, o i old -> o i new")
         self.grid_bounds.copy_(bounds)
         self.spline_weight.copy_(refitted)
-
-
-def _name_inputs(mask: torch.Tensor) -> str:
-    """The inputs in the mask, for an error message: the first eight by index."""
-    index = mask.nonzero().flatten().tolist()
-    listed = ", ".join(map(str, index[:8])) + (", ..." if len(index) > 8 else "")
-    return f"inputs {listed} ({len(index)} of {len(mask)})"

@@ -38,11 +38,8 @@ _kept = threading.local()
 
 
 def workspace(name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """
-    Memory for this call, not initialized, of the dtype and device of `like`.
-
-    On the CPU, up to `KEPT` numbers are those of the thread's last call of that name.
-    """
+    """Memory for this call, not initialized, of the dtype and device of `like`; on the CPU, up to `KEPT` numbers of it
+    are those of the thread's last call of that name."""
     count = math.prod(shape)
     if like.device.type != "cpu" or count > KEPT:
         return like.new_empty(shape)

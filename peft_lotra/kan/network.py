@@ -27,7 +27,7 @@ class LayerStack(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs (..., widths[0]) to outputs (..., widths[-1]); raises `ValueError` for another last dimension."""
+        """Inputs (..., widths[0]) to outputs (..., widths[-1]); raises a `ValueError` for another last dimension."""
         observer = current_observer()
         if observer is not None and (y := observer.value(self, x)) is not None:
             return y

@@ -29,18 +29,14 @@ class Observer(Protocol):
         ...
 
 
-class _State(threading.local):
-    observer: Observer | None = None
-
-
-_state = _State()
+_state = threading.local()
 _O = TypeVar("_O", bound=Observer)
 
 
 @contextmanager
 def observing(observer: _O) -> Iterator[_O]:
     """Makes the observer that of this thread; the one before is back afterwards."""
-    before, _state.observer = _state.observer, observer
+    before, _state.observer = getattr(_state, "observer", None), observer
     try:
         yield observer
     finally:
@@ -49,4 +45,4 @@ def observing(observer: _O) -> Iterator[_O]:
 
 def current_observer() -> Observer | None:
     """The observer of this thread, or None. Compiled graphs have none."""
-    return None if torch.compiler.is_compiling() else _state.observer
+    return None if torch.compiler.is_compiling() else getattr(_state, "observer", None)

@@ -131,16 +131,7 @@ class SlimKANLinear(SplineLayer):
         return self.components._replace(factor_basis=self.factor_basis[-1:]).dense().squeeze(-1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: inputs, shape (..., I), of the dtype of the parameters.
-
-        Returns:
-            Outputs, shape (..., O).
-
-        Raises:
-            ValueError: the last dimension is not I.
-        """
+        """Inputs (..., I) to outputs (..., O); raises a `ValueError` for another last dimension."""
         self._check_input(x)
         rows = x.reshape(-1, self.in_features)
         core, factor_out, factor_in, factor_basis = self.components

@@ -136,7 +136,7 @@ def test_ten_layers_keep_the_variance():
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])
-def test_normalisation_keeps_the_variance_at_any_rank(norm):
+def test_normalization_keeps_the_variance_at_any_rank(norm):
     x = torch.rand(500, 64) * 2 - 1
     net = SlimKAN([64] * 11, (2, 2, 2), norm=norm)
     with torch.no_grad():

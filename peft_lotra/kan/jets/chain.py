@@ -103,13 +103,8 @@ def _slim_layer(layer: SlimKANLinear) -> list[Stage] | None:
 
 
 def _join(modules: Iterable[nn.Module]) -> list[Stage] | None:
-    joined: list[Stage] = []
-    for module in modules:
-        stages = stages_of(module)
-        if stages is None:
-            return None
-        joined += stages
-    return joined or None
+    found = [stages_of(module) for module in modules]
+    return None if None in found else [stage for stages in found for stage in stages or ()] or None
 
 
 register_stages(KANLinear, _dense_layer)

@@ -87,8 +87,15 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
     stages = stages_of(model)
     if stages is None or all(stage.is_norm for stage in stages):
         stages = None
-        check_rows_apart(model)
-        _check_kan(model)
+        for check in (check_rows_apart, *_checks):
+            check(model)
+        if type(model) not in _warned:
+            _warned.add(type(model))
+            warnings.warn(
+                f"`jet` knows no closed form for a {type(model).__name__}, and differentiates it by nested "
+                "`torch.func.jvp`, which is exact but slower.",
+                stacklevel=3,
+            )
     expected = stages[0].in_features if stages else "the model's number of inputs"
     if x.dim() == 0 or (stages and x.shape[-1] != expected):
         raise ValueError(f"`x` has shape {tuple(x.shape)}, but its last dimension must be {expected}.")
@@ -202,21 +209,6 @@ def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tu
     return u, du[:count], full.unflatten(0, (count, count))
 
 
-# Other networks
-
-
-def _check_kan(model: nn.Module) -> None:
-    for check in _checks:
-        check(model)
-    if type(model) not in _warned:
-        _warned.add(type(model))
-        warnings.warn(
-            f"`jet` knows no closed form for a {type(model).__name__}, and differentiates it by nested "
-            "`torch.func.jvp`, which is exact but slower.",
-            stacklevel=4,
-        )
-
-
 def _jet_by_transforms(model: nn.Module, x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet:
     def value(point: Tensor) -> Tensor:
         output = model(point)
@@ -225,11 +217,7 @@ def _jet_by_transforms(model: nn.Module, x: Tensor, directions: Tensor, weights:
     def along(point: Tensor, direction: Tensor) -> tuple[Any, ...]:
         return torch.func.jvp(value, (point,), (direction.expand_as(point),))
 
-    jets = []
-    for direction in directions:
-        results = torch.func.jvp(partial(along, direction=direction), (x,), (direction.expand_as(x),))
-        (u, du), (_, d2u) = results[:2]
-        jets.append((u, du, d2u))
-    values, first, second = zip(*jets, strict=True)
-    second = torch.stack(second)
-    return Jet(values[-1], torch.stack(first), second if weights is None else torch.tensordot(weights, second, 1))
+    jets: list[Any] = [torch.func.jvp(partial(along, direction=v), (x,), (v.expand_as(x),)) for v in directions]
+    second = torch.stack([d2u for _, (_, d2u) in jets])
+    second = second if weights is None else torch.tensordot(weights, second, 1)
+    return Jet(jets[-1][0][0], torch.stack([du for (_, du), _ in jets]), second)

@@ -109,13 +109,10 @@ def contract_updates(layer: Any, updates: list[Update], x: Tensor) -> Tensor:
     return sum(parts[1:], parts[0]).reshape(*x.shape[:-1], -1) if parts else x.new_zeros(())
 
 
-# By operations that autograd differentiates
-
-
 def _by_plain_operations(
     grid: UniformGrid, factored: Sequence[Update], weights: Tensor | None, only_second: bool, z, first, second, weight
 ) -> Jet:
-    """As `LayerJet`, but `weight` may be None, and updates in factored form are added."""
+    """As `LayerJet` by operations that autograd differentiates; `weight` may be None, and updates are added."""
     rows = _jet_rows(grid, z, first, second, weights, only_second)
     if torch.compiler.is_compiling() and weight is not None and not factored:
         # a product for each, so that the rows need not be written into one tensor
@@ -152,9 +149,6 @@ def _features(grid: UniformGrid, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     pairs = zip((values, first * per_unit, second * per_unit.square()), silu_derivatives(z, 2), strict=True)
     f, df, d2f = (torch.cat([part, extra.unsqueeze(0)]) for part, extra in pairs)
     return f, df, d2f
-
-
-# By hand: the same numbers, a fraction of the passes over memory
 
 
 def _by_hand_pays(rows: int, x: Tensor, *others: Tensor | None) -> bool:
@@ -194,9 +188,6 @@ def jet_rows(
         for index, row in enumerate(found):
             rows[part, index].flatten(1).copy_(row().T)
     return rows
-
-
-# Updates, in factored form or dense
 
 
 def _is_contracted(rows: int, shape: tuple[int, int, int], update: Update, by_hand: bool) -> bool:

@@ -120,7 +120,7 @@ def test_weights_that_are_learned(rows):
     torch.testing.assert_close(found, jet(model, x)[2].sum((1, 2)), rtol=1e-10, atol=1e-10)
 
 
-def test_hessian_by_polarisation():
+def test_hessian_by_polarization():
     model, x = network(), points(5)
     u, du, d2u = hessian(model, x)
     expected = torch.stack([torch.func.hessian(model)(row) for row in x])  # (N, O, I, I)
@@ -167,7 +167,7 @@ def test_kan_model():
 
 
 class WrittenOut(nn.Module):
-    """Layer normalisation by elementary operations: torch's own (2.13) has a wrong third derivative, which finite
+    """Layer normalization by elementary operations: torch's own (2.13) has a wrong third derivative, which finite
     differences tell."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
@@ -210,7 +210,7 @@ def test_slim_kan_model_and_a_dense_layer_among_slim_ones():
 
 @pytest.mark.parametrize("collapse", [False, (1.0, 0.0, -2.0)])
 @pytest.mark.parametrize("norm", ["layer", "batch"])
-def test_normalised(norm, collapse):
+def test_normalized(norm, collapse):
     model, x = network(norm=norm), points()
     model(torch.randn(100, 3, dtype=torch.float64))  # moves the running statistics
     model.eval()
