@@ -110,6 +110,8 @@ def _plain(value: Any) -> Any:
         return value.tolist()
     if is_dataclass(value) and not isinstance(value, type):
         return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
+    if isinstance(value, tuple) and (as_dict := getattr(value, "_asdict", None)):  # a NamedTuple
+        return _plain(as_dict())
     if isinstance(value, dict):
         keys = [key if isinstance(key, str) else ".".join(map(str, key)) for key in value]
         return dict(zip(keys, map(_plain, value.values()), strict=True))

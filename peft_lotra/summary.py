@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,8 +17,7 @@ from .report import Report, TextTable
 from .tuner.layer import LoTRALayer, lotra_layers
 
 
-@dataclass(frozen=True)
-class LayerSummary:
+class LayerSummary(NamedTuple):
     """One line of the summary: an adapter of a KAN layer, or a KAN layer without adapters."""
 
     layer: str  # the name of the layer, as `find_kan_layers` gives it and `target_modules` takes it
@@ -51,7 +49,7 @@ class ModelSummary(Report, list[LayerSummary]):
     def as_dict(self) -> dict[str, Any]:
         """The summary in plain values, for JSON."""
         totals = ("all_parameters", "trainable_parameters", "kilobytes")
-        return {"layers": [asdict(line) for line in self], **{name: getattr(self, name) for name in totals}}
+        return {"layers": [line._asdict() for line in self], **{name: getattr(self, name) for name in totals}}
 
     def _table(self) -> TextTable:
         columns = ["layer", "family", ">(out, in, basis)", "adapter", ">ranks", ">trainable", ">kB", ">scale", "state"]
@@ -106,8 +104,7 @@ def model_summary(model: nn.Module) -> ModelSummary:
 
 def _with_adapter(bare: LayerSummary, layer: LoTRALayer, adapter: str) -> LayerSummary:
     components = layer.get_components(adapter)
-    return replace(
-        bare,
+    return bare._replace(
         adapter=adapter,
         ranks=layer.lotra_r[adapter],
         parameters=components.numel(),

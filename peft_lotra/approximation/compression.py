@@ -35,7 +35,7 @@ from .updates import read_coefficients
 _BISECTIONS = 8  # for the smallest budget up to 2 %, if the dense tensors are up to 300 times ranks 1
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class SlimReport(Report):
     """The result of `slim`; prints as a table. Errors are of the factors as stored.
 

@@ -31,7 +31,7 @@ from .spectra import suggest_ranks, weighted_spectrum
 from .updates import CoefficientUpdate, coefficient_updates
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ExtractionReport(Report):
     """What `extract_lotra` kept; prints as a table.
 

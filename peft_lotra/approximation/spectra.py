@@ -27,7 +27,7 @@ from .features import Features
 from .updates import coefficient_updates
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LayerSpectrum:
     """The spectrum of the update, or the gradient, of one layer's coefficient tensor.
 
@@ -55,7 +55,7 @@ class LayerSpectrum:
         return ro * ri * rb + out * ro + in_ * ri + basis * rb
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Spectrum(Report):
     """The spectra of all layers; prints as a table.
 

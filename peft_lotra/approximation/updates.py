@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,8 +19,7 @@ from ..tuner.layer import LoTRALayer
 from ..tuner.targets import locate_target
 
 
-@dataclass(frozen=True)
-class CoefficientUpdate:
+class CoefficientUpdate(NamedTuple):
     """The change of the coefficients (out, in, basis [+ 1]) of one layer by fine-tuning, in float64.
 
     With a `scale`, by which the base layer multiplies its coefficients, the change is of coefficient times scale.

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -223,8 +223,7 @@ def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
     return None
 
 
-@dataclass(frozen=True)
-class FoundKANLayer:
+class FoundKANLayer(NamedTuple):
     """A KAN layer that was recognized in a model.
 
     Attributes:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -110,7 +109,6 @@ class SlimLayer(nn.Module):
         return f"family={self.spec.family}, ranks={self.ranks}"
 
 
-@dataclass(frozen=True)
 class _SlimSpec(KANLayerSpec):
     """The description of `SlimLayer`. The grid is that of the layer inside."""
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from dataclasses import dataclass
 from keyword import iskeyword
 from pathlib import Path
 from pprint import pformat
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
@@ -25,8 +24,7 @@ from ..tuner.config import LoTRAConfig
 _INCIDENTAL = ("_name_or_path", "architectures", "transformers_version", "model_type", "dtype", "torch_dtype")
 
 
-@dataclass(frozen=True)
-class BaseSource:
+class BaseSource(NamedTuple):
     """Where the base comes from: its repository, the module and name of its class, and code that sets `base` to it."""
 
     model: str | None

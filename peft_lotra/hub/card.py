@@ -10,9 +10,8 @@ import numbers
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -211,8 +210,7 @@ def _replace_section(card: ModelCard, title: str, section: str) -> None:
     card.text = (text if count else f"{text.rstrip()}\n\n{section}").rstrip() + "\n"
 
 
-@dataclass(frozen=True)
-class _Facts:
+class _Facts(NamedTuple):
     """The contents of the generated part of a card."""
 
     tables: dict[str, list[AdapterRow]]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -27,8 +27,7 @@ from ..tuner.layer import LoTRALayer
 from ..tuner.registration import NAME
 
 
-@dataclass(frozen=True)
-class AdapterRow:
+class AdapterRow(NamedTuple):
     """What an adapter contains for one layer of the base model.
 
     `parameters` is the number of stored values, and `size` is the number of their bytes. `shape` and `ranks` are those
@@ -50,7 +49,7 @@ class AdapterRow:
         return [str(self.family), str(self.shape), str(self.ranks)] if self.ranks else ["saved whole", "", ""]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class AdapterContents(Report):
     """The contents of one saved adapter, as `peft-lotra inspect` shows them; `bytes` and `parameters` are totals."""
 

@@ -9,8 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,8 +20,7 @@ from .linear_model import LinearModel
 SMALLEST_DAMPING = 1e-16  # less is lost in the rounding of the normal equations
 
 
-@dataclass(frozen=True)
-class LevenbergMarquardtStep:
+class LevenbergMarquardtStep(NamedTuple):
     """The record of one step.
 
     Attributes:

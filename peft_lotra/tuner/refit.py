@@ -29,7 +29,7 @@ from .layer import LoTRALayer, lotra_layers
 _FILL_WEIGHT = 0.01
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class RefitReport(Report):
     """What `refit_adapters` kept; prints as a table.
 
