@@ -30,6 +30,7 @@ from .injection import (
 )
 from .layer import LoTRALayer, lotra_layers
 from .locks import LayerLock, exclusively_within
+from .merging import all_or_nothing
 from .mixed_batch import RowNames
 from .slim import SLIM_MERGES, SlimLoTRALayer
 from .targets import Target, record_base
@@ -195,18 +196,13 @@ class LoTRAModel(BaseTuner):
         self._check_merge(adapter_names, safe_merge)
         for _, layer in lotra_layers(self.model):
             layer.keep_base = keep_base
-        with transaction(self, self._base_parameters()):
+        with all_or_nothing():
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Takes the merged adapters out of the base model again."""
-        with transaction(self, self._base_parameters()):
+        with all_or_nothing():
             super().unmerge_adapter()
-
-    def _base_parameters(self) -> list[nn.Parameter]:
-        return [
-            parameter for _, layer in lotra_layers(self.model) for parameter in layer.get_base_layer().parameters()
-        ]
 
     def merge_and_unload(self, *args, slim: Literal["densify", "truncate"] = "densify", **kwargs) -> nn.Module:
         """Merges the active adapters, or those named, into the base model, and returns it without a trace of LoTRA.
