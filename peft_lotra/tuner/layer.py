@@ -94,7 +94,6 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             # flag to enable/disable casting of input to weight dtype during forward call
             cast_input_dtype_enabled=True,
             _disable_adapters=False,
-            merged_adapters=[],
             _active_adapter=adapter_name,
             _grid_watch=GridWatch(),
         )

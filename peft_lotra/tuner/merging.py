@@ -106,6 +106,10 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
     """
 
     keep_base = True
+    parameters_before_merge: dict[str, torch.Tensor]
+    _merged_updates: list[Update]
+    _grid_at_merge: Grid
+    _hash_of_merged: str | None
     _always_keeps_base = False
 
     # what LoTRALayer provides
@@ -148,7 +152,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
                 grid = self.copy_grid()
             else:
                 kept, grid, merged = self.parameters_before_merge, self._grid_at_merge, [*self._merged_updates, *updates]
-                is_known = self._is_as_merged()  # else the next unmerging has to keep what was changed in between
+                is_known = self._is_as_merged(before)  # else the next unmerging has to keep what was changed in between
                 if is_known:
                     self._restore()
                 self._add(merged if is_known else updates)
@@ -194,8 +198,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
                 "the merged model (`merge_and_unload`), or load the base model and the adapter anew."
             )
         with all_or_nothing() as steps:
-            self._remember(steps)
-            if self._is_as_merged():
+            if self._is_as_merged(self._remember(steps)):
                 self._restore()
             else:
                 if self.parameters_before_merge:
@@ -211,12 +214,10 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
     _subtracted = "with rounding errors"
 
     def _forget_merge(self) -> None:
-        # values that are replaced, and never changed in place: `_remember` keeps references
-        self.parameters_before_merge: dict[str, torch.Tensor] = {}
-        self.merged_adapters = []
-        self._merged_updates: list[Update] = []
-        self._grid_at_merge: Grid = {}
-        self._hash_of_merged: str | None = None
+        # replaced, and never changed in place: `_remember` keeps references
+        vars(self).update(
+            parameters_before_merge={}, merged_adapters=[], _merged_updates=[], _grid_at_merge={}, _hash_of_merged=None
+        )
 
     def _remember(self, steps: _Steps) -> dict[str, torch.Tensor]:
         """Lets the layer be put back as it is now; returns copies of the parameters."""
@@ -239,9 +240,9 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         """Gives the base layer the parameters that it had before the merge."""
         self._write(self.parameters_before_merge)
 
-    def _is_as_merged(self) -> bool:
-        """Whether a copy of the base parameters is kept, and the merged parameters have not changed since."""
-        return self._hash_of_merged is not None and self._hash_of_merged == hash_values(self._base_parameters())
+    def _is_as_merged(self, parameters: Mapping[str, torch.Tensor]) -> bool:
+        """Whether a copy of the base parameters is kept, and these are the merged parameters, unchanged."""
+        return self._hash_of_merged is not None and self._hash_of_merged == hash_values(parameters)
 
     def base_before_merge(self) -> tuple[nn.Module, KANLayerSpec, CoefficientTensor]:
         """The base layer without its adapters, its family, and where it keeps its coefficients.
@@ -261,7 +262,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn, *args, **kwargs):
         # The copy moves, and is cast, with the layer; moving is no change after the merge.
-        unchanged = self._is_as_merged()
+        unchanged = self._is_as_merged(self._base_parameters())
         super()._apply(fn, *args, **kwargs)
         self.parameters_before_merge = {name: fn(value) for name, value in self.parameters_before_merge.items()}
         if unchanged:
@@ -285,7 +286,6 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
                 }
         return parameters
 
-    @torch.no_grad()
     def _write(self, parameters: Mapping[str, torch.Tensor]) -> None:
         stored = self._base_parameters()
         for name, value in parameters.items():
