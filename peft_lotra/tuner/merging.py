@@ -143,24 +143,23 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         updates = [self._update(adapter) for adapter in adapter_names]
         updates = [update._replace(tensor=update.tensor.map(lambda part: part.detach().clone())) for update in updates]
         with all_or_nothing() as steps:
-            # one copy: to undo an unfinished merge, and to unmerge
-            before = self._remember(steps)
-            if not self.merged_adapters:
-                kept = before if self.keep_base or self._always_keeps_base else {}
-                is_known, merged = bool(kept), updates
-                self._add(updates)
-                grid = self.copy_grid()
-            else:
-                kept, grid, merged = self.parameters_before_merge, self._grid_at_merge, [*self._merged_updates, *updates]
-                is_known = self._is_as_merged(before)  # else the next unmerging has to keep what was changed in between
+            kept = before = self._remember(steps)  # one copy undoes an unfinished merge, and unmerges
+            is_known = True
+            if self.merged_adapters:
+                # if not, unmerging has to keep what was changed between the merges
+                kept, is_known = self.parameters_before_merge, self._is_as_merged(before)
                 if is_known:
                     self._restore()
-                self._add(merged if is_known else updates)
+                    updates = [*self._merged_updates, *updates]
+            elif not (self.keep_base or self._always_keeps_base):
+                kept, is_known = {}, False
+            self._prepare_merge()
+            self._add(updates)
             vars(self).update(
                 parameters_before_merge=kept,
                 merged_adapters=[*self.merged_adapters, *adapter_names],
-                _merged_updates=merged,
-                _grid_at_merge=grid,
+                _merged_updates=updates if is_known else [*self._merged_updates, *updates],
+                _grid_at_merge=self._grid_at_merge if self.merged_adapters else self.copy_grid(),
                 _hash_of_merged=hash_values(self._base_parameters()) if is_known else None,
             )
 
@@ -205,13 +204,11 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
                     warnings.warn(
                         f"The coefficients of this {self.lotra_spec.family} layer were changed after "
                         f"{self.merged_adapters} had been merged. The changes are kept, and the updates subtracted, "
-                        f"{self._subtracted}.",
+                        f"with rounding errors.{self._remark_on_changes()}",
                         stacklevel=3,
                     )
                 self._add([Update(-scale, tensor) for scale, tensor in reversed(self._merged_updates)])
             self._forget_merge()
-
-    _subtracted = "with rounding errors"
 
     def _forget_merge(self) -> None:
         # replaced, and never changed in place: `_remember` keeps references
@@ -231,6 +228,13 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         vars(self).update(attributes)
         self._modules["base_layer"] = base_layer
         self._write(parameters)
+
+    def _prepare_merge(self) -> None:
+        """Lets the base layer be one to which updates can be added."""
+
+    def _remark_on_changes(self) -> str:
+        """What the warning says of a layer that was changed while merged."""
+        return ""
 
     def _add(self, updates: Sequence[Update]) -> None:
         """Adds updates to the base layer."""
@@ -274,9 +278,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         return self.lotra_tensor.read_parameters(self.get_base_layer())
 
     @torch.no_grad()
-    def _with_updates(
-        self, parameters: dict[str, torch.Tensor], updates: Sequence[Update]
-    ) -> dict[str, torch.Tensor]:
+    def _with_updates(self, parameters: dict[str, torch.Tensor], updates: Sequence[Update]) -> dict[str, torch.Tensor]:
         with without_autocast(updates):
             for update in updates:
                 parts = self.lotra_tensor.split(update.dense())

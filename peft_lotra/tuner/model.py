@@ -230,10 +230,11 @@ class LoTRAModel(BaseTuner):
         return layers
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+        layers = [layer for _, layer in lotra_layers(self.model)]
         if merge:
             self._check_merge(adapter_names, safe_merge)
         else:
-            for _, layer in lotra_layers(self.model):
+            for layer in layers:
                 if layer.merged:
                     layer.unmerge()
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
@@ -241,6 +242,9 @@ class LoTRAModel(BaseTuner):
         # pykan's `fit`, for one, expects its own parameters to be trainable
         for parameter, flag in self._requires_grad_of_base or ():
             parameter.requires_grad = flag
+        for layer in layers:
+            if isinstance(layer, SlimLoTRALayer):
+                layer.take_over_flags()
         return self.model
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
