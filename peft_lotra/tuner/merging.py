@@ -121,6 +121,8 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
     get_components: Callable[[str], Tucker]
     _adapters_here: Callable[[Iterable[str]], list[str]]
     _update: Callable[[str], Update]
+    _moved_grid: Callable[[str], RuntimeError]
+    lotra_grid: dict[str, Grid]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
@@ -132,6 +134,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: `safe_merge`, and the merged weights are not finite. The base weights are unchanged.
+            RuntimeError: The grid is not the one that an adapter was made on.
         """
         adapter_names = self._adapters_here(check_adapters_to_merge(self, adapter_names))
         if adapter_names and safe_merge:
@@ -140,6 +143,10 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
             self._merge(adapter_names)
 
     def _merge(self, adapter_names: list[str]) -> None:
+        grid = self.read_grid()
+        for adapter in adapter_names:
+            if not same_grid(self.lotra_grid[adapter], grid):
+                raise self._moved_grid(adapter)
         updates = [self._update(adapter) for adapter in adapter_names]
         updates = [update._replace(tensor=update.tensor.map(lambda part: part.detach().clone())) for update in updates]
         with all_or_nothing() as steps:
@@ -266,7 +273,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn, *args, **kwargs):
         # The copy moves, and is cast, with the layer; moving is no change after the merge.
-        unchanged = self._is_as_merged(self._base_parameters())
+        unchanged = self.merged and self._is_as_merged(self._base_parameters())
         super()._apply(fn, *args, **kwargs)
         self.parameters_before_merge = {name: fn(value) for name, value in self.parameters_before_merge.items()}
         if unchanged:

@@ -32,8 +32,8 @@ class SlimLoTRALayer(LoTRALayer):
     The base layer runs with the components of its sum with the updates, a Tucker tensor of more ranks: no dense tensor
     is built. There is no fast path: the families of Slim layers give no formula.
 
-    A merge always keeps the Slim layer, which is small. If a dense equivalent is changed while adapters are merged into
-    it, it stays the base layer, since Slim layers cannot hold every change.
+    A merge always keeps the Slim layer, which is small. If the dense equivalent is changed while adapters are merged
+    into it, it stays the base layer, since a Slim layer cannot hold every change.
 
     Attributes:
         slim_merge (`str`): How adapters are merged. "densify" replaces the base layer by its dense equivalent,
