@@ -299,10 +299,10 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
             self._check_forward_args(args, kwargs, adapter_names)
-        base_layer = self._modules["base_layer"]
         disabled = self.disable_adapters
         if disabled and self.merged:
             self.unmerge()
+        base_layer = self._modules["base_layer"]
         if disabled or self.merged:
             return base_layer(*args, **kwargs)
         if adapter_names is None:

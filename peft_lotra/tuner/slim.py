@@ -97,12 +97,11 @@ class SlimLoTRALayer(LoTRALayer):
         else:
             self._truncate(updates)
 
-    # A tensor that is made in inference mode could never be trained.
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def _densify(self) -> None:
         slim, spec, tensor = self.base_layer, self.lotra_spec, self.lotra_tensor
-        dense = slim.to_dense()
+        # a tensor that is made in inference mode could never be trained
+        with torch.inference_mode(False), torch.autocast(slim.core.device.type, enabled=False):
+            dense = slim.to_dense()
         share_hooks(slim, dense)
         dense_spec = get_kan_spec(dense)
         assert dense_spec is not None
@@ -110,14 +109,16 @@ class SlimLoTRALayer(LoTRALayer):
         self._slim = [slim, spec, tensor]
 
     def _exchange(self, layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> None:
-        """Replaces the base layer. The grids on which the adapters were made are named as in the new one."""
+        """Replaces the base layer. The grids that are recorded are named as in the new one."""
         names = dict(zip(self.read_grid(), spec.read_grid(layer), strict=True))
-        renamed = {id(grid): {names[name]: v for name, v in grid.items()} for grid in self.lotra_grid.values()}
+        records = [self._grid_at_merge, *self.lotra_grid.values()]
+        renamed = {id(grid): {names[name]: value for name, value in grid.items()} for grid in records}
         vars(self).update(
             lotra_spec=spec,
             lotra_tensor=tensor,
             lotra_grid={adapter: renamed[id(grid)] for adapter, grid in self.lotra_grid.items()},
             lotra_formula=None,
+            _grid_at_merge=renamed[id(self._grid_at_merge)],
             _grid_watch=GridWatch(),
         )
         self._modules["base_layer"] = layer.train(self.base_layer.training)
