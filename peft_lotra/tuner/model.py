@@ -189,12 +189,11 @@ class LoTRAModel(BaseTuner):
             keep_base (`bool`):
                 Whether the adapted parameters are kept as they were, so that unmerging restores them bit for bit. It
                 takes their memory once more. Otherwise the update is subtracted, and each cycle of merging and
-                unmerging leaves rounding errors behind.
+                unmerging leaves rounding errors behind. Slim layers are always kept, which takes little.
             slim (`str`): What becomes of Slim layers, see `merge_and_unload`.
         """
-        self._set_slim_merge(slim)
         self._check_merge(adapter_names, safe_merge)
-        for _, layer in lotra_layers(self.model):
+        for layer in self._set_slim_merge(slim).values():
             layer.keep_base = keep_base
         with all_or_nothing():
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -216,17 +215,20 @@ class LoTRAModel(BaseTuner):
         """
         layers = self._set_slim_merge(slim)
         model = super().merge_and_unload(*args, **kwargs)
-        errors = {name: layer.merge_error for name, layer in layers.items() if layer.merge_error is not None}
+        slim_layers = {name: layer for name, layer in layers.items() if isinstance(layer, SlimLoTRALayer)}
+        errors = {name: layer.merge_error for name, layer in slim_layers.items() if layer.merge_error is not None}
         if errors:
             model.merge_errors = errors  # pyright: ignore[reportArgumentType]  (a module takes any attribute)
         return model
 
-    def _set_slim_merge(self, slim: str) -> dict[str, SlimLoTRALayer]:
+    def _set_slim_merge(self, slim: str) -> dict[str, LoTRALayer]:
+        """Says what becomes of Slim layers. Returns all adapted layers, by name."""
         if slim not in SLIM_MERGES:
             raise ValueError(f"`slim` is {slim!r}, but must be one of {SLIM_MERGES}.")
-        layers = {name: layer for name, layer in lotra_layers(self.model) if isinstance(layer, SlimLoTRALayer)}
+        layers = dict(lotra_layers(self.model))
         for layer in layers.values():
-            layer.slim_merge = slim
+            if isinstance(layer, SlimLoTRALayer):
+                layer.slim_merge = slim
         return layers
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
