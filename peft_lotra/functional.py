@@ -73,6 +73,15 @@ def attribute_by(call: Callable, layer: nn.Module, name: str, computed: Collecti
     return partial(call, value) if inspect.ismethod(value) and value.__self__ is layer else value
 
 
+def share_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Gives a module the hooks around the forward and backward pass of the one whose place it takes."""
+    for kind, hooks in vars(old).items():
+        if kind.startswith(("_forward_", "_backward_")) and isinstance(hooks, dict):
+            vars(new)[kind].update(hooks)
+    if old._is_full_backward_hook is not None:
+        new._is_full_backward_hook = old._is_full_backward_hook
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The network inside the wrappers that `torch.compile`, data parallelism and PEFT put around it."""
     inner: Any = model

@@ -22,6 +22,7 @@ from torch import nn
 from ..families.registry import find_kan_layers, known_families
 from ..families.slim import SlimLayer
 from ..files.patterns import pattern_key
+from ..functional import share_hooks
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, warn_capped
 from ..report import Report, TextTable
@@ -162,10 +163,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     model = _copy(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, (SlimKANLinear, SlimLayer)):
-            dense = module.to_dense()
-            if isinstance(module, SlimKANLinear):
-                dense.requires_grad_(module.core.requires_grad)
-            model = _replace(model, name, dense)
+            model = _replace(model, name, module.to_dense())
     for attribute in ("slim_report", "to_dense"):
         model.__dict__.pop(attribute, None)
     return model
@@ -247,7 +245,6 @@ class _Compression:
             layer, spec, _ = locate_target(name, model.get_submodule(name))
             if isinstance(layer, KANLinear):
                 slim_layer = SlimKANLinear.from_components(layer, fitted.balanced())
-                slim_layer.requires_grad_(any(parameter.requires_grad for parameter in layer.parameters()))
             else:
                 slim_layer = SlimLayer(layer, spec, fitted.balanced())
             with torch.no_grad():
@@ -284,9 +281,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     """
     old = model.get_submodule(name)
     if getattr(module, "layer", None) is not old:  # a `SlimLayer` calls the old layer, with the hooks
-        for kind, hooks in vars(old).items():
-            if kind.startswith(("_forward_", "_backward_")) and isinstance(hooks, dict):
-                vars(module)[kind].update(hooks)
+        share_hooks(old, module)
     if not name:
         return module
     for owner in list(model.modules()):

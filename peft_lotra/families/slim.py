@@ -86,6 +86,8 @@ class SlimLayer(nn.Module):
         for name, value in parameters.items():
             owner, _, attribute = name.rpartition(".")
             _, requires_grad = self.removed[name]
+            if self.core.requires_grad != self.removed[self.tensor.name][1]:  # frozen, or released, since then
+                requires_grad = self.core.requires_grad
             value = nn.Parameter(value.contiguous(), requires_grad=requires_grad)
             layer.get_submodule(owner)._parameters[attribute] = value
         return layer

@@ -46,7 +46,9 @@ def hash_values(values: Values, dtype: torch.dtype | None = None) -> str:
         flat = value.detach().reshape(-1)
         for start in range(0, flat.numel(), _CHUNK):
             part = flat[start : start + _CHUNK]
-            part = (part.float() if target != value.dtype else part).to(target).cpu().contiguous()
+            if target != value.dtype:
+                part = part.float().to(target)
+            part = part.cpu().contiguous()
             digest.update(part.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

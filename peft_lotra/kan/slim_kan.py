@@ -173,6 +173,7 @@ _L = TypeVar("_L", bound=SplineLayer)
 def _filled(new: _L, like: SplineLayer, **parameters: torch.Tensor) -> _L:
     """The layer `new`, made on the meta device, with these parameters, and the rest as in `like`."""
     new = new.to_empty(device=like.grid_bounds.device).to(like.grid_bounds.dtype)
+    new.requires_grad_(any(parameter.requires_grad for parameter in like.parameters()))
     with torch.no_grad():
         new.grid_bounds.copy_(like.grid_bounds)
         for name, value in parameters.items():

@@ -94,7 +94,6 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             # flag to enable/disable casting of input to weight dtype during forward call
             cast_input_dtype_enabled=True,
             _disable_adapters=False,
-            merged_adapters=[],
             _active_adapter=adapter_name,
             _grid_watch=GridWatch(),
         )
@@ -279,14 +278,17 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             return
         for adapter in adapters:
             if not self._grid_watch.is_equal(grid, self.lotra_grid[adapter]):
-                raise RuntimeError(
-                    f"The grid of this {spec.family} layer was moved after the adapter {adapter!r} had "
-                    "been attached: its coefficients would mean other functions. Call `peft_lotra.refit_adapters` "
-                    "to carry the adapters over, or move the grid back."
-                )
+                raise self._moved_grid(adapter)
         if self._grid_watch.changed and not in_transform():
             self.lotra_formula = find_formula(base_layer, spec, tensor)
             self._grid_watch.changed = False
+
+    def _moved_grid(self, adapter: str) -> RuntimeError:
+        return RuntimeError(
+            f"The grid of this {self.lotra_spec.family} layer was moved after the adapter {adapter!r} had "
+            "been attached: its coefficients would mean other functions. Call `peft_lotra.refit_adapters` "
+            "to carry the adapters over, or move the grid back."
+        )
 
     @exclusively
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -297,10 +299,10 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
             self._check_forward_args(args, kwargs, adapter_names)
-        base_layer = self._modules["base_layer"]
         disabled = self.disable_adapters
         if disabled and self.merged:
             self.unmerge()
+        base_layer = self._modules["base_layer"]
         if disabled or self.merged:
             return base_layer(*args, **kwargs)
         if adapter_names is None:

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -62,8 +65,40 @@ def are_stored(layer: nn.Module, names: Iterable[str]) -> bool:
     return True
 
 
+class _Steps(list[Callable[[], None]]):
+    """What undoes the merges that were begun."""
+
+
+class _Open(threading.local):
+    # weak: an interruption at the last line of `all_or_nothing` would leave copies of all parameters behind
+    steps: Callable[[], _Steps | None] = staticmethod(lambda: None)
+
+
+_open = _Open()
+
+
+@contextmanager
+def all_or_nothing() -> Iterator[_Steps]:
+    """Undoes all merging and unmerging that this thread does within, if what is done within is not finished."""
+    steps, outer = _Steps(), _open.steps()
+    before = _open.steps
+    try:
+        _open.steps = weakref.ref(steps)
+        yield steps
+        if outer is not None:
+            outer += steps
+    except BaseException:
+        for undo in reversed(steps):
+            undo()
+        raise
+    finally:
+        _open.steps = before
+
+
 class MergeableLayer(nn.Module, BaseTunerLayer):
     """The part of an adapted layer that merges.
+
+    What a merge changes of a layer are values in `__dict__`, the base layer, and the content of `_base_parameters()`.
 
     Attributes:
         keep_base (`bool`): Whether the next merge keeps a copy of the parameters of the base.
@@ -71,6 +106,11 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
     """
 
     keep_base = True
+    parameters_before_merge: dict[str, torch.Tensor]
+    _merged_updates: list[Update]
+    _grid_at_merge: Grid
+    _hash_of_merged: str | None
+    _always_keeps_base = False
 
     # what LoTRALayer provides
     lotra_spec: KANLayerSpec
@@ -81,6 +121,8 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
     get_components: Callable[[str], Tucker]
     _adapters_here: Callable[[Iterable[str]], list[str]]
     _update: Callable[[str], Update]
+    _moved_grid: Callable[[str], RuntimeError]
+    lotra_grid: dict[str, Grid]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
@@ -92,6 +134,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: `safe_merge`, and the merged weights are not finite. The base weights are unchanged.
+            RuntimeError: The grid is not the one that an adapter was made on.
         """
         adapter_names = self._adapters_here(check_adapters_to_merge(self, adapter_names))
         if adapter_names and safe_merge:
@@ -100,25 +143,40 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
             self._merge(adapter_names)
 
     def _merge(self, adapter_names: list[str]) -> None:
-        if not self.merged_adapters:
-            self._grid_at_merge = self.copy_grid()
-            if self.keep_base:
-                self.parameters_before_merge = {n: p.detach().clone() for n, p in self._base_parameters().items()}
+        grid = self.read_grid()
         for adapter in adapter_names:
-            scale, components = self._update(adapter)
-            self._merged_updates.append(Update(scale, components.map(lambda part: part.detach().clone())))
-            self._write(self._with_update(self._base_parameters(), self._merged_updates[-1].dense()))
-            self.merged_adapters.append(adapter)
-        if self.parameters_before_merge:
-            self._hash_of_merged = hash_values(self._base_parameters())
+            if not same_grid(self.lotra_grid[adapter], grid):
+                raise self._moved_grid(adapter)
+        updates = [self._update(adapter) for adapter in adapter_names]
+        updates = [update._replace(tensor=update.tensor.map(lambda part: part.detach().clone())) for update in updates]
+        with all_or_nothing() as steps:
+            kept = before = self._remember(steps)  # one copy undoes an unfinished merge, and unmerges
+            is_known = True
+            if self.merged_adapters:
+                # if not, unmerging has to keep what was changed between the merges
+                kept, is_known = self.parameters_before_merge, self._is_as_merged(before)
+                if is_known:
+                    self._restore()
+                    updates = [*self._merged_updates, *updates]
+            elif not (self.keep_base or self._always_keeps_base):
+                kept, is_known = {}, False
+            self._prepare_merge()
+            self._add(updates)
+            vars(self).update(
+                parameters_before_merge=kept,
+                merged_adapters=[*self.merged_adapters, *adapter_names],
+                _merged_updates=updates if is_known else [*self._merged_updates, *updates],
+                _grid_at_merge=self._grid_at_merge if self.merged_adapters else self.copy_grid(),
+                _hash_of_merged=hash_values(self._base_parameters()) if is_known else None,
+            )
 
     def check_safe_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raises a `ValueError` if a merge of the adapters, or of those active, would produce weights not finite."""
-        parameters = self._base_parameters()
+        parameters = self.lotra_tensor.read_parameters(self.get_base_layer())
         for adapter in self._adapters_here(self.active_adapters if adapter_names is None else adapter_names):
             if adapter in self.merged_adapters:
                 continue
-            parameters = self._with_update(parameters, self._update(adapter).dense())
+            parameters = self._with_updates(parameters, [self._update(adapter)])
             if not all(torch.isfinite(value).all() for value in parameters.values()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
 
@@ -145,31 +203,64 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
                 "merged: subtracting the update from the new coefficients would not give the base function back. Keep "
                 "the merged model (`merge_and_unload`), or load the base model and the adapter anew."
             )
-        parameters = self.parameters_before_merge
-        if not self._is_as_merged():
-            if parameters:
-                warnings.warn(
-                    f"The coefficients of this {self.lotra_spec.family} layer were changed after "
-                    f"{self.merged_adapters} had been merged. The changes are kept, and the updates subtracted, with "
-                    "rounding errors.",
-                    stacklevel=2,
-                )
-            parameters = self._base_parameters()
-            for update in reversed(self._merged_updates):
-                parameters = self._with_update(parameters, -update.dense())
-        self._write(parameters)
-        self.merged_adapters.clear()
-        self._forget_merge()
+        with all_or_nothing() as steps:
+            if self._is_as_merged(self._remember(steps)):
+                self._restore()
+            else:
+                if self.parameters_before_merge:
+                    warnings.warn(
+                        f"The coefficients of this {self.lotra_spec.family} layer were changed after "
+                        f"{self.merged_adapters} had been merged. The changes are kept, and the updates subtracted, "
+                        f"with rounding errors.{self._remark_on_changes()}",
+                        stacklevel=3,
+                    )
+                self._add([Update(-scale, tensor) for scale, tensor in reversed(self._merged_updates)])
+            self._forget_merge()
 
     def _forget_merge(self) -> None:
-        self.parameters_before_merge: dict[str, torch.Tensor] = {}
-        self._merged_updates: list[Update] = []
-        self._grid_at_merge: Grid = {}
-        self._hash_of_merged: str | None = None
+        # replaced, and never changed in place: `_remember` keeps references
+        vars(self).update(
+            parameters_before_merge={}, merged_adapters=[], _merged_updates=[], _grid_at_merge={}, _hash_of_merged=None
+        )
 
-    def _is_as_merged(self) -> bool:
-        """Whether a copy of the base parameters is kept, and the merged parameters have not changed since."""
-        return bool(self.parameters_before_merge) and self._hash_of_merged == hash_values(self._base_parameters())
+    def _remember(self, steps: _Steps) -> dict[str, torch.Tensor]:
+        """Lets the layer be put back as it is now; returns copies of the parameters."""
+        copies = {name: parameter.detach().clone() for name, parameter in self._base_parameters().items()}
+        steps.append(partial(self._put_back, vars(self).copy(), self._modules["base_layer"], copies))
+        return copies
+
+    def _put_back(
+        self, attributes: dict[str, Any], base_layer: nn.Module, parameters: dict[str, torch.Tensor]
+    ) -> None:
+        vars(self).update(attributes)
+        self._modules["base_layer"] = base_layer
+        self._write(parameters)
+
+    def _prepare_merge(self) -> None:
+        """Lets the base layer be one to which updates can be added."""
+
+    def _remark_on_changes(self) -> str:
+        """What the warning says of a layer that was changed while merged."""
+        return ""
+
+    def _add(self, updates: Sequence[Update]) -> None:
+        """Adds updates to the base layer."""
+        self._write(self._with_updates(self._base_parameters(), updates))
+
+    def _restore(self) -> None:
+        """Gives the base layer the parameters that it had before the merge."""
+        self._write(self.parameters_before_merge)
+
+    def _is_as_merged(self, parameters: Mapping[str, torch.Tensor]) -> bool:
+        """Whether a copy of the base parameters is kept, and these are the merged parameters, unchanged."""
+        return self._hash_of_merged is not None and self._hash_of_merged == hash_values(parameters)
+
+    def base_before_merge(self) -> tuple[nn.Module, KANLayerSpec, CoefficientTensor]:
+        """The base layer without its adapters, its family, and where it keeps its coefficients.
+
+        While adapters are merged, `parameters_before_merge` has the values of its parameters.
+        """
+        return self._modules["base_layer"], self.lotra_spec, self.lotra_tensor
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -182,7 +273,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn, *args, **kwargs):
         # The copy moves, and is cast, with the layer; moving is no change after the merge.
-        unchanged = self._is_as_merged()
+        unchanged = self.merged and self._is_as_merged(self._base_parameters())
         super()._apply(fn, *args, **kwargs)
         self.parameters_before_merge = {name: fn(value) for name, value in self.parameters_before_merge.items()}
         if unchanged:
@@ -190,18 +281,21 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         return self
 
     def _base_parameters(self) -> dict[str, torch.Tensor]:
+        """The parameters that a merge writes, by name."""
         return self.lotra_tensor.read_parameters(self.get_base_layer())
 
     @torch.no_grad()
-    def _with_update(self, parameters: dict[str, torch.Tensor], update: torch.Tensor) -> dict[str, torch.Tensor]:
-        parts = self.lotra_tensor.split(update)
-        return {
-            name: torch.add(value, parts[name].to(value.device)).to(value.dtype) if name in parts else value
-            for name, value in parameters.items()
-        }
+    def _with_updates(self, parameters: dict[str, torch.Tensor], updates: Sequence[Update]) -> dict[str, torch.Tensor]:
+        with without_autocast(updates):
+            for update in updates:
+                parts = self.lotra_tensor.split(update.dense())
+                parameters = {
+                    name: torch.add(value, parts[name].to(value.device)).to(value.dtype) if name in parts else value
+                    for name, value in parameters.items()
+                }
+        return parameters
 
-    @torch.no_grad()
-    def _write(self, parameters: dict[str, torch.Tensor]) -> None:
+    def _write(self, parameters: Mapping[str, torch.Tensor]) -> None:
         stored = self._base_parameters()
         for name, value in parameters.items():
             stored[name].data.copy_(value)

@@ -30,6 +30,7 @@ from .injection import (
 )
 from .layer import LoTRALayer, lotra_layers
 from .locks import LayerLock, exclusively_within
+from .merging import all_or_nothing
 from .mixed_batch import RowNames
 from .slim import SLIM_MERGES, SlimLoTRALayer
 from .targets import Target, record_base
@@ -188,25 +189,19 @@ class LoTRAModel(BaseTuner):
             keep_base (`bool`):
                 Whether the adapted parameters are kept as they were, so that unmerging restores them bit for bit. It
                 takes their memory once more. Otherwise the update is subtracted, and each cycle of merging and
-                unmerging leaves rounding errors behind.
+                unmerging leaves rounding errors behind. Slim layers are always kept, which takes little.
             slim (`str`): What becomes of Slim layers, see `merge_and_unload`.
         """
-        self._set_slim_merge(slim)
         self._check_merge(adapter_names, safe_merge)
-        for _, layer in lotra_layers(self.model):
+        for layer in self._set_slim_merge(slim).values():
             layer.keep_base = keep_base
-        with transaction(self, self._base_parameters()):
+        with all_or_nothing():
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Takes the merged adapters out of the base model again."""
-        with transaction(self, self._base_parameters()):
+        with all_or_nothing():
             super().unmerge_adapter()
-
-    def _base_parameters(self) -> list[nn.Parameter]:
-        return [
-            parameter for _, layer in lotra_layers(self.model) for parameter in layer.get_base_layer().parameters()
-        ]
 
     def merge_and_unload(self, *args, slim: Literal["densify", "truncate"] = "densify", **kwargs) -> nn.Module:
         """Merges the active adapters, or those named, into the base model, and returns it without a trace of LoTRA.
@@ -220,24 +215,28 @@ class LoTRAModel(BaseTuner):
         """
         layers = self._set_slim_merge(slim)
         model = super().merge_and_unload(*args, **kwargs)
-        errors = {name: layer.merge_error for name, layer in layers.items() if layer.merge_error is not None}
+        slim_layers = {name: layer for name, layer in layers.items() if isinstance(layer, SlimLoTRALayer)}
+        errors = {name: layer.merge_error for name, layer in slim_layers.items() if layer.merge_error is not None}
         if errors:
             model.merge_errors = errors  # pyright: ignore[reportArgumentType]  (a module takes any attribute)
         return model
 
-    def _set_slim_merge(self, slim: str) -> dict[str, SlimLoTRALayer]:
+    def _set_slim_merge(self, slim: str) -> dict[str, LoTRALayer]:
+        """Says what becomes of Slim layers. Returns all adapted layers, by name."""
         if slim not in SLIM_MERGES:
             raise ValueError(f"`slim` is {slim!r}, but must be one of {SLIM_MERGES}.")
-        layers = {name: layer for name, layer in lotra_layers(self.model) if isinstance(layer, SlimLoTRALayer)}
+        layers = dict(lotra_layers(self.model))
         for layer in layers.values():
-            layer.slim_merge = slim
+            if isinstance(layer, SlimLoTRALayer):
+                layer.slim_merge = slim
         return layers
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+        layers = [layer for _, layer in lotra_layers(self.model)]
         if merge:
             self._check_merge(adapter_names, safe_merge)
         else:
-            for _, layer in lotra_layers(self.model):
+            for layer in layers:
                 if layer.merged:
                     layer.unmerge()
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
@@ -245,6 +244,9 @@ class LoTRAModel(BaseTuner):
         # pykan's `fit`, for one, expects its own parameters to be trainable
         for parameter, flag in self._requires_grad_of_base or ():
             parameter.requires_grad = flag
+        for layer in layers:
+            if isinstance(layer, SlimLoTRALayer):
+                layer.take_over_flags()
         return self.model
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:

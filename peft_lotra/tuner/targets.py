@@ -79,23 +79,23 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     for name in layers:
         if name in chosen.target_modules and check_target_module_exists(chosen, name):  # PEFT knows the excluded ones
             module, (layer, spec) = model.get_submodule(name), layers[name]
-            is_found = layer is (module.base_layer if isinstance(module, LoTRALayer) else module)
-            # otherwise another method has adapted the layer
-            targets[name] = Target(layer, spec, spec.locate(layer)) if is_found else locate_target(name, module)
+            # another module if the layer is adapted
+            targets[name] = Target(layer, spec, spec.locate(layer)) if layer is module else locate_target(name, module)
     return targets
 
 
 def locate_target(name: str, module: nn.Module) -> Target:
     """The KAN layer that a module of this name is, adapted or not; a ValueError for any other module."""
-    layer = module.base_layer if isinstance(module, LoTRALayer) else module
-    spec = get_kan_spec(layer)
+    if isinstance(module, LoTRALayer):
+        return Target(*module.base_before_merge())
+    spec = get_kan_spec(module)
     if spec is None:
         raise ValueError(
             f"Target module `{name}` is a {type(module).__name__}, which is not a KAN layer that LoTRA knows. The "
             f"known families are {', '.join(known_families())}; describe another one with "
             "`peft_lotra.register_kan_layer`."
         )
-    return Target(layer, spec, spec.locate(layer))
+    return Target(module, spec, spec.locate(module))
 
 
 def check_parameters(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
