@@ -260,11 +260,12 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         same = [name for name, recorded in self.lotra_grid.items() if same_grid(recorded, grid)]
         as_merged = self.merged and same_grid(self._grid_at_merge, grid)
         super()._apply(fn, *args, **kwargs)
-        grid = self.copy_grid()
-        self.lotra_grid.update(dict.fromkeys(same, grid))
         self._grid_watch.forget()
-        if as_merged:
-            self._grid_at_merge = grid
+        if not any(isinstance(value, torch.Tensor) and value.is_meta for value in grid.values()):  # `to_empty`
+            grid = self.copy_grid()
+            self.lotra_grid.update(dict.fromkeys(same, grid))
+            if as_merged:
+                self._grid_at_merge = grid
         return self
 
     def read_grid(self) -> Grid:

@@ -58,7 +58,10 @@ def _efficient_kan(s: State) -> DenseLayer:
     scale = 1.0
     if "spline_scaler" in s and "spline_weight" in s:
         scale = torch.cat(
-            [s["spline_scaler"][..., None].expand_as(s["spline_weight"]), torch.ones_like(s["base_weight"])[..., None]],
+            [
+                s["spline_scaler"][..., None].expand_as(s["spline_weight"]),
+                torch.ones_like(s["base_weight"])[..., None],
+            ],
             dim=-1,
         )
     return DenseLayer(_stacked(s, "base_weight", "spline_weight"), _splines_and_silu(s["grid"]), scale)
@@ -77,9 +80,7 @@ def _inkan(s: State) -> DenseLayer:
 def _cheby_kan(s: State) -> DenseLayer:
     tensor = s["cheby_coeffs"].permute(1, 0, 2) if "cheby_coeffs" in s else torch.empty(0)
     orders = s["arange"]
-    return DenseLayer(
-        tensor, lambda x: torch.cos(orders * torch.acos(torch.tanh(x))[..., None]), has_residual=False
-    )
+    return DenseLayer(tensor, lambda x: torch.cos(orders * torch.acos(torch.tanh(x))[..., None]), has_residual=False)
 
 
 def _fast_kan(s: State) -> DenseLayer:

@@ -86,7 +86,11 @@ def read_tensors(content: bytes) -> dict[str, Tensor]:
     for name, entry in header.items():
         if name != "__metadata__" and entry["dtype"] in _DTYPES:
             start, end = entry["data_offsets"]
-            flat = torch.frombuffer(bytearray(data[start:end]), dtype=_DTYPES[entry["dtype"]]) if end > start else torch.empty(0)
+            flat = (
+                torch.frombuffer(bytearray(data[start:end]), dtype=_DTYPES[entry["dtype"]])
+                if end > start
+                else torch.empty(0)
+            )
             tensors[name] = flat.double().view(entry["shape"])
     return tensors
 
@@ -237,8 +241,6 @@ class Doors:
                     setattr(self, kind, None)
                 else:
                     setattr(self, kind, model)
-        if seconds > 1:
-            wrong += f"; took {seconds:.1f} s"
         return ended, wrong, seconds
 
     def _judge(self, error: BaseException) -> tuple[str, str]:
@@ -254,12 +256,18 @@ class Doors:
         return "raw", f"raw {type(error).__name__} at {at}: {str(error)[:150]}"
 
 
-def run(count: int, generate: Callable[[random.Random], Case], seed: int = 0, only: int | None = None) -> dict[str, Any]:
+def run(
+    count: int,
+    generate: Callable[[random.Random], Case],
+    seed: int = 0,
+    only: int | None = None,
+    limit: float = 1.0,
+) -> dict[str, Any]:
     """Sends `count` generated folders through all doors.
 
     Returns:
-        The report: how each door ended, how each kind of damage did, what is wrong, the longest time, in seconds of the
-        processor, and the growth of the peak memory of the process.
+        The report: how each door ended, how each kind of damage did, what is wrong, the longest time, in seconds of
+        the processor, and the growth of the peak memory of the process.
     """
     warnings.simplefilter("ignore")
     doors, ended, by_kind = Doors(), defaultdict(Counter), defaultdict(Counter)
@@ -277,6 +285,11 @@ def run(count: int, generate: Callable[[random.Random], Case], seed: int = 0, on
             results = {}
             for name in Doors.DOORS:
                 results[name], problem, seconds = doors.try_door(name, folder, case)
+                for _ in range(2):
+                    if seconds > limit:  # the machine may have had other things to do
+                        seconds = min(seconds, doors.try_door(name, folder, case)[2])
+                if seconds > limit and name != "load_over":  # whose reading is PEFT's alone
+                    problem += f"; took {seconds:.2f} s"
                 ended[name][results[name]] += 1
                 slowest[name] = max(slowest[name], seconds)
                 if problem:
@@ -285,6 +298,8 @@ def run(count: int, generate: Callable[[random.Random], Case], seed: int = 0, on
             for kind in case.kinds:
                 by_kind[kind.partition(":")[0]][results["load"]] += 1
             refused += results["load"] != "accepted"
+            if index % 500 == 499:
+                print(f"{index + 1:,} cases, {len(wrong)} wrong", flush=True)
     return {
         "cases": count if only is None else 1,
         "seed": seed,
@@ -313,7 +328,7 @@ def memory_limit(mebibytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def main(description: str, generate: Callable[[random.Random], Case]) -> None:
+def main(description: str, generate: Callable[[random.Random], Case], limit: float = 1.0) -> None:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -322,9 +337,11 @@ def main(description: str, generate: Callable[[random.Random], Case]) -> None:
     arguments = parser.parse_args()
     run(1, generate)  # what the libraries map on their first call is not of a file
     with memory_limit(1024):
-        report = run(arguments.count, generate, arguments.seed, arguments.only)
+        report = run(arguments.count, generate, arguments.seed, arguments.only, limit)
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
     for name, counts in report["doors"].items():
         print(f"{name:14} {report['slowest, seconds'][name]:7.3f} s at most   {counts}")
-    print(f"{report['cases']:,} cases, {len(report['wrong'])} wrong; peak memory grew by "
-          f"{report['growth of the peak memory, MiB']} MiB")
+    print(
+        f"{report['cases']:,} cases, {len(report['wrong'])} wrong; peak memory grew by "
+        f"{report['growth of the peak memory, MiB']} MiB"
+    )
