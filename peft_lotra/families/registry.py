@@ -298,14 +298,19 @@ def walk_kan_layers(
 
 
 def same_grid(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
-    """Whether two grids, as `KANLayerSpec.read_grid` gives them, are equal up to casts and devices."""
+    """Whether two grids, as `KANLayerSpec.read_grid` gives them, are equal up to casts and devices.
+
+    A tensor on the meta device, which has no content, equals any other of its shape.
+    """
     if first.keys() != second.keys():
         return False
     for name, value in first.items():
         other = second[name]
         if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
             narrow, wide = sorted((value, other), key=torch.Tensor.element_size)  # compared in the fewer digits
-            if narrow.shape != wide.shape or not torch.equal(narrow, wide.to(narrow)):
+            if narrow.shape != wide.shape:
+                return False
+            if not (narrow.is_meta or wide.is_meta or torch.equal(narrow, wide.to(narrow))):
                 return False
         elif type(value) is not type(other) or value != other:
             return False

@@ -14,7 +14,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from .fingerprint import digest_of, hash_values
 # Far above what an adapter needs (about 100 bytes for each tensor), far below what would hurt to parse.
 MAX_HEADER_BYTES = 8 << 20
 MAX_CONFIG_BYTES = 8 << 20
+MAX_TENSORS = 10_000  # each takes 0.06 ms to check
 
 # The name of the new config while `save_adapter` exchanges the files.
 PENDING_CONFIG = f".{CONFIG_NAME}.next"
@@ -183,13 +184,17 @@ def check_size(config: str) -> None:
         raise ValueError(f"{config} has more than the {MAX_CONFIG_BYTES:,} bytes that a config may have.")
 
 
-def read_weights(path: str) -> tuple[dict[str, tuple[int, ...]], str]:
-    """Checks a file of tensors, its header first, and returns the shapes by name and the digest of all contents.
+@contextlib.contextmanager
+def open_weights(path: str) -> Iterator[Any]:
+    """An open file of tensors (`safetensors.safe_open`), of which the header was checked.
 
-    A damaged file, a long header, components that are not floating, and values that are not finite raise a ValueError.
+    Raises:
+        ValueError: No file, a damaged one, or one with a longer header or more tensors than an adapter needs.
     """
     problem = f"{path} cannot be loaded: "
     size = os.path.getsize(path)
+    if not os.path.isfile(path):  # a pipe would wait for someone who writes into it
+        raise ValueError(f"{problem}it is no file.")
     with open(path, "rb") as file:
         header = int.from_bytes(file.read(8), "little")
     if size < 8 or header > min(size - 8, MAX_HEADER_BYTES):
@@ -199,20 +204,32 @@ def read_weights(path: str) -> tuple[dict[str, tuple[int, ...]], str]:
         )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            slices = {name: file.get_slice(name) for name in sorted(file.keys())}
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            wrong = [
-                f"{name} is of type {slices[name].get_dtype()}, not one of {', '.join(_FLOATS)}"
-                for name in shapes
-                if ".lotra_" in name and slices[name].get_dtype() not in _FLOATS
-            ]
-            digest = hashlib.blake2b(digest_size=16)
-            for name in shapes if not wrong else ():
-                tensor = file.get_tensor(name)
-                digest.update(hash_values({name: tensor}).encode())
-                if not torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all():
-                    wrong.append(f"{name} has values that are not finite")
+            if (count := len(file.keys())) > MAX_TENSORS:
+                raise ValueError(f"{problem}it has {count:,} tensors; at most {MAX_TENSORS:,} are read.")
+            yield file
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{problem}{error}. It is damaged, or no safetensors file.") from error
-    refuse(problem, wrong)
+
+
+def read_weights(path: str) -> tuple[dict[str, tuple[int, ...]], str]:
+    """Checks a file of tensors, and returns the shapes by name and the digest of all contents.
+
+    Raises:
+        ValueError: As `open_weights`; or components are not floating, or values not finite.
+    """
+    with open_weights(path) as file:
+        slices = {name: file.get_slice(name) for name in sorted(file.keys())}
+        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        wrong = [
+            f"{name} is of type {slices[name].get_dtype()}, not one of {', '.join(_FLOATS)}"
+            for name in shapes
+            if ".lotra_" in name and slices[name].get_dtype() not in _FLOATS
+        ]
+        digest = hashlib.blake2b(digest_size=16)
+        for name in shapes if not wrong else ():
+            tensor = file.get_tensor(name)
+            digest.update(hash_values({name: tensor}).encode())
+            if not torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all():
+                wrong.append(f"{name} has values that are not finite")
+    refuse(f"{path} cannot be loaded: ", wrong)
     return shapes, digest.hexdigest()

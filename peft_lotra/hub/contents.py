@@ -16,10 +16,9 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..families.registry import short_name
-from ..files.format import check_size
+from ..files.format import check_size, open_weights
 from ..report import Report, TextTable
 from ..tucker import Tucker
 from ..tuner.config import LoTRAConfig
@@ -175,7 +174,9 @@ def read_adapter(folder: str | Path) -> tuple[LoTRAConfig, dict[str, torch.Tenso
     if not weights.is_file():
         raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. (Pickled weights are not read.)")
     try:
-        config, tensors = cast(LoTRAConfig, PeftConfig.from_pretrained(str(folder))), load_file(weights)
+        config = cast(LoTRAConfig, PeftConfig.from_pretrained(str(folder)))
+        with open_weights(str(weights)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
         config.resolve({short_name(key): tuple(tensor.shape) for key, tensor in tensors.items()})
         return config, tensors
     except (SafetensorError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:

@@ -253,6 +253,20 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
     def _parameters_with(self, updates: Sequence[Update]) -> dict[str, torch.Tensor]:
         return add_updates(self.lotra_tensor, self._modules["base_layer"], updates)
 
+    def _apply(self, fn, *args, **kwargs):
+        # a grid that is cast is rounded, but has not moved
+        grid = self.read_grid()
+        same = [name for name, recorded in self.lotra_grid.items() if same_grid(recorded, grid)]
+        as_merged = self.merged and same_grid(self._grid_at_merge, grid)
+        super()._apply(fn, *args, **kwargs)
+        self._grid_watch.forget()
+        if not any(isinstance(value, torch.Tensor) and value.is_meta for value in grid.values()):  # `to_empty`
+            grid = self.copy_grid()
+            self.lotra_grid.update(dict.fromkeys(same, grid))
+            if as_merged:
+                self._grid_at_merge = grid
+        return self
+
     def read_grid(self) -> Grid:
         """The state that gives the coefficients of the base layer their meaning, by name."""
         return self.lotra_spec.read_grid(self.get_base_layer())

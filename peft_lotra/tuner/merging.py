@@ -26,7 +26,9 @@ from ..tucker import Tucker, Update
 
 def without_autocast(updates: Sequence[Update]) -> Any:
     """A context in which an update keeps its digits: by autocast it would have three, beside a parameter's seven."""
-    return torch.autocast(updates[0].tensor.core.device.type, enabled=False) if updates else nullcontext()
+    if not updates or updates[0].tensor.core.is_meta:  # a device without autocast
+        return nullcontext()
+    return torch.autocast(updates[0].tensor.core.device.type, enabled=False)
 
 
 def add_updates(

@@ -139,6 +139,15 @@ class LoTRAModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         replace_module(self.model, child, new_module)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT puts new parameters into the place of those in half precision, which require a gradient
+        layers = [layer for _, layer in lotra_layers(self.model, adapter_name)]
+        flags = [[part.requires_grad for part in layer.get_components(adapter_name)] for layer in layers]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer, before in zip(layers, flags, strict=True):
+            for part, flag in zip(layer.get_components(adapter_name), before, strict=True):
+                part.requires_grad_(flag)
+
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args, **kwargs) -> None:
         """Refuses tensors that do not fit before the first of them is loaded. Called by `load_state_dict`."""
         wrong, loaded = {}, {name for name in self._awaited_adapters if any(f".{name}" in key for key in state_dict)}
@@ -292,7 +301,10 @@ class LoTRAModel(BaseTuner):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected_adapters))}")
 
         def pass_names(module, args, kwargs):
-            return args, {**kwargs, "adapter_names": adapter_names}
+            names = adapter_names
+            if isinstance(module, AuxiliaryTrainingWrapper):  # rows of adapters without a copy get the base's module
+                names = [name if name in module._get_available_adapters() else "__base__" for name in names]
+            return args, {**kwargs, "adapter_names": names}
 
         with ExitStack() as hooks:
             for module in self.modules():

@@ -22,6 +22,7 @@ from peft.utils.save_and_load import set_peft_model_state_dict
 
 from peft_lotra import LoTRAConfig, save_adapter
 from peft_lotra.files.format import MAX_HEADER_BYTES, read_weights
+from peft_lotra.hub.contents import read_adapter
 from peft_lotra.kan import KAN
 
 
@@ -383,3 +384,21 @@ def test_bad_base_families(tmp_path):
     with pytest.raises(ValueError, match="the model has no such layer"):
         PeftModel.from_pretrained(other, tmp_path)
     assert_same(other, before)
+
+
+@pytest.mark.parametrize(
+    "door", [read_weights, lambda path: read_adapter(os.path.dirname(path))], ids=["load", "inspect"]
+)
+def test_what_is_no_file_of_an_adapter_is_refused_before_it_is_read(tmp_path, door):
+    adapt(KAN([2, 3])).save_pretrained(tmp_path)
+    path = tmp_path / WEIGHTS
+    safetensors.torch.save_file({f"layers.{i}.lotra_core": torch.zeros(1) for i in range(10_001)}, path)
+    with pytest.raises(ValueError, match="10,001 tensors"):
+        door(str(path))
+    path.write_bytes((9 << 20).to_bytes(8, "little") + b"{" + b" " * (9 << 20))
+    with pytest.raises(ValueError, match="header"):
+        door(str(path))
+    path.unlink()
+    os.mkfifo(path)  # nobody writes into it
+    with pytest.raises(ValueError, match="no file|no adapter_model"):
+        door(str(path))

@@ -219,5 +219,9 @@ def summary(model):
     state = state_of(model)
     state["modules"] = [(name, kind) for name, kind, _ in state["modules"]]
     state["parameters"] = [(name, flag) for name, _, flag in state["parameters"]]
-    state["tensors"] = {name: tensor.numpy().tobytes() for name, tensor in state["tensors"].items()}
+    state["tensors"] = {name: _bytes(tensor) for name, tensor in state["tensors"].items()}
     return state
+
+
+def _bytes(tensor):
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()  # numpy has no bfloat16

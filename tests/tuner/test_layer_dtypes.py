@@ -142,3 +142,34 @@ def test_input_dtype_casting_can_be_disabled_as_for_all_tuners():
     y = adapted(x)
     with disable_input_dtype_casting(adapted):
         assert torch.equal(adapted(x), y)
+
+
+@half
+def test_an_adapter_that_is_added_to_a_half_precision_base_does_not_train(dtype):
+    model = adapt(KAN([3, 4, 2]).to(dtype))
+    model.add_adapter("second", LoTRAConfig(r=1))
+    assert not [name for name, p in components(model) if name.endswith(".second") and p.requires_grad]
+    assert all(p.requires_grad and p.dtype == torch.float32 for name, p in components(model) if ".default" in name)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("family", ["own", "efficient-kan", "inkan"])
+def test_a_grid_that_is_cast_has_not_moved(family, merged):
+    """A cast to fewer digits and back rounds the grid, as it rounds the coefficients."""
+    model = adapt(base(family))
+    layer = model.base_model.model.kan.base_layer
+    if family == "own":
+        layer.grid_bounds.mul_(1.2345678)
+        model = adapt(model.unload())
+    x = inputs()
+    if merged:
+        model.merge_adapter()
+    model.to(torch.bfloat16).to(torch.float32)
+    if merged:
+        model.unmerge_adapter()
+    y = model(x)
+    assert torch.isfinite(y).all()
+    (adapted,) = lotra_layers(model).values()
+    layer.get_buffer(adapted.lotra_spec.grid[0]).mul_(1.1)
+    with pytest.raises(RuntimeError, match="grid"):
+        model(x)

@@ -154,3 +154,18 @@ def test_slim_layers(foreign):
 def test_an_empty_batch():
     model = adapt(KAN([3, 4, 2]))
     assert model(torch.empty(0, 3), adapter_names=[]).shape == (0, 2)
+
+
+def test_rows_whose_adapter_has_no_module_of_its_own_get_that_of_the_base():
+    model = adapt(nn.Sequential(KAN([3, 4]), nn.Linear(4, 2)), modules_to_save=["1"])
+    model.add_adapter("without", LoTRAConfig(r=2, init_weights=False))
+    model.base_model.model[1].modules_to_save["default"].weight.data.add_(1)
+    names, x = ["default", "without", "__base__", "without"], torch.rand(4, 3)
+    y = model(x, adapter_names=names)
+    for name, row, expected in zip(names, x, y, strict=True):
+        if name == "__base__":
+            with model.disable_adapter():
+                torch.testing.assert_close(model(row[None])[0], expected)
+        else:
+            model.set_adapter(name)
+            torch.testing.assert_close(model(row[None])[0], expected)
