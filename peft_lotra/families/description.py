@@ -172,6 +172,10 @@ class KANLayerSpec:
         """
         return choose_reading(layer, self.read_grid(layer), self._readings, self._locator(layer))
 
+    def locate_as_described(self, layer: nn.Module) -> CoefficientTensor:
+        """Finds the coefficients of a layer by the patterns alone; a `ValueError` if one does not fit."""
+        return self._locator(layer)(self.parts, self.residual)
+
     def check(self, name: str, layer: nn.Module, tensor: CoefficientTensor) -> None:
         """Raises a `ValueError` if what a layer, of this name in its model, computes contradicts the description."""
         (parameter, _), *others = self.parts
@@ -211,6 +215,17 @@ class KANLayerSpec:
             if value is not None:
                 values[name] = value
         return values
+
+    def basis_or_none(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """The basis functions (batch, in, basis) at x (batch, in), or `None` if the family has none for this layer.
+
+        A `basis` that raises, or returns no tensor, counts as none: the layer may be another version of its library's.
+        """
+        try:
+            value = None if self.basis is None else self.basis(layer, x)
+        except Exception:  # a user's function
+            return None
+        return value if isinstance(value, torch.Tensor) else None
 
     def find_edge_scale(self, layer: nn.Module) -> str | None:
         """The name of the parameter that scales the splines of each edge, or `None` if the layer has none."""

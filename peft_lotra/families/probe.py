@@ -33,7 +33,7 @@ from .coefficients import CoefficientTensor, Described
 
 _NO_EFFECT = 1e-4  # of the largest gradient: rounding
 _EFFECT = 1e-2
-_CURVATURE = 1e-2  # of the change: more than rounding in float32 makes of an affine function
+CURVATURE = 1e-2  # of the change: more than rounding in float32 makes of an affine function
 
 
 class Verdict(NamedTuple):
@@ -348,7 +348,7 @@ def check_description(
                 f"{tuple(tensor.get_parameter(layer).shape)} is not laid out as {pattern!r}: an output, or an input, "
                 f"does not belong to its own slice of the coefficients. {remedy}"
             )
-    if linear and (probe.curvature(tensor) or 0.0) > _CURVATURE:
+    if linear and (probe.curvature(tensor) or 0.0) > CURVATURE:
         names = ", ".join(f"`{parameter}`" for parameter in tensor.parameters)
         raise ValueError(
             f"{layer_name} has an output that is not linear in {names}: a normalization may "
