@@ -157,6 +157,8 @@ def gather_features(
     Layers whose output is not linear in their coefficients have none.
     """
     layers = {name: (layer, spec) for name, (layer, spec) in layers.items() if spec.linear}
+    if not layers:
+        return {}
     received: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     returned: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 

@@ -184,7 +184,7 @@ class KANLayerSpec:
             pattern: partial(locate, ((parameter, pattern), *others), residual)
             for pattern in pattern_variants(tensor.parts[0][0].layout.pattern)
         }
-        check_description(name, layer, self.read_grid(layer), tensor, variants, self.linear)
+        check_description(name, layer, self.read_grid(layer), self._readings, tensor, variants, self.linear)
 
     def _locator(self, layer: nn.Module) -> Callable[..., CoefficientTensor]:
         axes, roles = self.axes_of(layer), (self.kernel, self.groups)

@@ -28,12 +28,12 @@ class KANLayerReport(Report):
         family (`str`): The family of the layer.
         shape (`tuple[int, ...]`): (out, in, basis) or (out, in, basis, kernel) of its coefficients.
         roles (`dict[str, str]`): What each parameter is: `"coefficients"`, `"residual"`, `"edge scale"`, `"bias"`,
-            `"grid"`, `"other"`.
+            `"grid"`, `"constant"` if it is not trained, or `"other"`.
         sizes (`dict[str, int]`): The number of elements of each parameter.
         used (`dict[str, bool] | None`): Whether the output depends on each parameter; `None` if the layer could not be
             run.
         coverage (`float`): The share of the elements, of those parameters that the output depends on and that are no
-            grid, that adapters reach.
+            grid or constant, that adapters reach.
         axes (`str`): What gradients say of the axes.
         linear (`str`): Whether the output is linear in the coefficients.
         fast_path (`str`): Whether adapted layers take the fast path, or why not.
@@ -105,8 +105,8 @@ def check_kan_layer(layer: nn.Module, x: torch.Tensor | None = None) -> KANLayer
         used = probe.reached(list(roles), x, tensor)
     except Exception:  # the layer's, which may want other arguments
         used = None
-    ours = ("coefficients", "residual")
-    counted = [n for n, role in roles.items() if role in ours or (role != "grid" and (used is None or used[n]))]
+    ours, fixed = ("coefficients", "residual"), ("grid", "constant")
+    counted = [n for n, role in roles.items() if role in ours or (role not in fixed and (used is None or used[n]))]
     reached = sum(sizes[name] for name in counted if roles[name] in ours)
     curvature = probe.curvature(tensor)
     linear = "not verified" if curvature is None else "yes" if curvature <= CURVATURE else f"no, by {curvature:.0%}"
@@ -125,7 +125,8 @@ def check_kan_layer(layer: nn.Module, x: torch.Tensor | None = None) -> KANLayer
 
 def _roles(target: Target) -> dict[str, str]:
     layer, spec, tensor = target
-    roles = dict.fromkeys((name for name, _ in layer.named_parameters()), "other")
+    trains = any(parameter.requires_grad for parameter in layer.parameters())  # of a frozen model nothing does
+    roles = {n: "constant" if trains and not p.requires_grad else "other" for n, p in layer.named_parameters()}
     scales = spec.edge_scale[:1] if spec.edge_scale else ()
     for role, names in (("grid", spec.grid), ("bias", filter(None, [spec.bias])), ("edge scale", scales)):
         members = [member for name in names for member in expand_name(layer, name)]
