@@ -245,10 +245,8 @@ def _own(value: torch.Tensor) -> torch.Tensor:
 
 def _blocks(tensor: CoefficientTensor) -> int:
     """The number of blocks that have inputs of their own."""
-    first = tensor.parts[0]
-    if len(first) > 1:
-        return len(first)
-    return math.prod(first[0].lengths[axis] for axis in first[0].layout.groups)
+    first, *others = tensor.parts[0]
+    return 1 + len(others) if others else math.prod(first.lengths[axis] for axis in first.layout.groups)
 
 
 def _size(value: torch.Tensor) -> float:

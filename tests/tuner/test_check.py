@@ -114,7 +114,7 @@ def test_a_function_that_fails_or_disagrees_is_reported_once(changes):
     assert sum("of the KAN family 'radial'" in str(warning.message) for warning in warned) == 1
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_known_families(family):
     layer = FAMILIES[family](3, 4)
