@@ -22,7 +22,7 @@ class LayerSummary(NamedTuple):
 
     layer: str  # the name of the layer, as `find_kan_layers` gives it and `target_modules` takes it
     family: str
-    shape: tuple[int, int, int]  # (out, in, basis) of the coefficient tensor
+    shape: tuple[int, ...]  # (out, in, basis) of the coefficient tensor
     has_residual: bool
     adapter: str | None = None  # `None`, and the fields below empty, for a layer without adapters
     ranks: tuple[int, int, int] | None = None

@@ -18,7 +18,7 @@ from ..kan.basis import UniformGrid
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear
 from . import slim  # noqa: F401  (registers the family of Slim layers)
-from .registry import register_kan_layer
+from .registry import keep_as_built_in, register_kan_layer
 
 
 def _splines_from_knots(layer: Any) -> UniformGrid:
@@ -38,6 +38,11 @@ def _pykan_basis(layer: Any, x: torch.Tensor) -> torch.Tensor:
     from kan.spline import B_batch
 
     return B_batch(x, layer.grid, k=layer.k)
+
+
+def _chebyshev_basis(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    degrees = torch.arange(layer.cheby_coeffs.shape[-1], device=x.device)  # tabkan's layers have no `arange`
+    return torch.cos(degrees * torch.acos(torch.tanh(x)).unsqueeze(-1))
 
 
 register_kan_layer(
@@ -98,7 +103,7 @@ register_kan_layer(
     "cheby-kan",
     matches=lambda m: m.cheby_coeffs.ndim == 3,
     coefficients=("cheby_coeffs", "i o k"),
-    basis=lambda m, x: torch.cos(m.arange * torch.acos(torch.tanh(x)).unsqueeze(-1)),
+    basis=_chebyshev_basis,
 )
 register_kan_layer(
     "fast-kan",  # FasterKAN too, which has no residual branch
@@ -163,3 +168,4 @@ register_kan_layer(
     grid=("grid_bounds", "grid_size", "spline_order"),
     basis=lambda m, x: m.basis(x),
 )
+keep_as_built_in()
