@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import prod
 from operator import attrgetter
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..locks import cached
 from .layout import Layout
 
 
@@ -33,18 +33,18 @@ class CoefficientTensor:
     parameters: Mapping[str, Layout]
     lengths: Mapping[str, int] = field(repr=False)
 
-    @cached_property
+    @cached
     def shape(self) -> tuple[int, int, int]:
         """(out, in, basis), without the residual branch."""
         basis = prod(self.lengths[axis] for axis in self.parameters[self.name].basis)
         return self.lengths["o"], self.lengths["i"], basis
 
-    @cached_property
+    @cached
     def has_residual(self) -> bool:
         """Whether the layer has a residual branch."""
         return len(self.parameters) == 2 or self.parameters[self.name].packed_residual is not None
 
-    @cached_property
+    @cached
     def name(self) -> str:
         """The name of the parameter of the coefficients."""
         return next(iter(self.parameters))

@@ -17,10 +17,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 
 import torch
 from einops import rearrange
+
+from ..locks import cached
 
 
 Dims = tuple[tuple[str, ...], ...]
@@ -41,7 +43,7 @@ class Layout:
     packed_residual: Dims | None = None
     concatenated: int = -1
 
-    @cached_property
+    @cached
     def basis(self) -> tuple[str, ...]:
         """The axes that make up the basis mode."""
         return tuple(axis for dim in self.dims for axis in dim if axis not in ("o", "i"))
@@ -96,7 +98,7 @@ class Layout:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.concatenated)
 
-    @cached_property
+    @cached
     def _blocks(self) -> list[tuple[str, str, tuple[str, ...]]]:
         """The einops expressions of the stored and of the canonical order, and the axes, of each block."""
         blocks = [(self.dims, f"o i ({' '.join(self.basis)})")]

@@ -46,8 +46,9 @@ class GridWatch:
         except RuntimeError:
             return False
         if state != self._state:
-            self._state, self.changed = state, True
+            self.changed = True  # first: a process that is forked in between looks again
             self._equal.clear()
+            self._state = state
         elif not on_accelerator:  # writing through `.data` leaves no trace; on an accelerator, comparing would wait
             self._equal.clear()
         return True

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..families.slim import SlimLayer
 from ..files.checkpoint import OF_THE_BASE, refuse
 from ..kan.slim_kan import SlimKANLinear
+from ..locks import undone_by_a_fork
 from .config import ALL_KAN, LoTRAConfig
 from .guards import guard_network, release_networks
 from .layer import LoTRALayer, lotra_layers
@@ -104,14 +105,16 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 @contextmanager
 def transaction(model: nn.Module, tensors: Sequence[Tensor] = ()) -> Iterator[None]:
-    """Puts a model back as it was, with these of its tensors, if what is done within is not finished."""
+    """Puts a model back as it was, with these of its tensors, if what is done within is not finished.
+
+    A process that another thread forks meanwhile has the model as it was.
+    """
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     contents = [(v, v.copy()) for _, old in attributes for v in old.values() if type(v) in (dict, list, set)]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     values = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    except BaseException:
+
+    def roll_back() -> None:
         for now, before in (*attributes, *contents):
             if _identities(now) != _identities(before):  # other threads may read what has not changed
                 now.clear()
@@ -120,7 +123,13 @@ def transaction(model: nn.Module, tensors: Sequence[Tensor] = ()) -> Iterator[No
             parameter.requires_grad = flag
         for tensor, value in values:
             tensor.data.copy_(value)
-        raise
+
+    with undone_by_a_fork(roll_back):
+        try:
+            yield
+        except BaseException:
+            roll_back()
+            raise
 
 
 def _identities(container: dict | list | set) -> list[int]:

@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..files.checkpoint import refuse_for_model
+from ..locks import LayerLock, exclusively_within, put_back_by
 from .config import LoTRAConfig
 from .guards import release_networks
 from .initialization import GRADIENTS
@@ -29,7 +30,6 @@ from .injection import (
     transaction,
 )
 from .layer import LoTRALayer, lotra_layers
-from .locks import LayerLock, exclusively_within
 from .mixed_batch import RowNames
 from .slim import SLIM_MERGES, SlimLoTRALayer
 from .targets import Target, record_base
@@ -193,9 +193,9 @@ class LoTRAModel(BaseTuner):
         """
         self._set_slim_merge(slim)
         self._check_merge(adapter_names, safe_merge)
-        for _, layer in lotra_layers(self.model):
-            layer.keep_base = keep_base
         with transaction(self, self._base_parameters()):
+            for _, layer in lotra_layers(self.model):
+                layer.keep_base = keep_base
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
@@ -292,8 +292,15 @@ class LoTRAModel(BaseTuner):
         def pass_names(module, args, kwargs):
             return args, {**kwargs, "adapter_names": adapter_names}
 
-        with ExitStack() as hooks:
-            for module in self.modules():
-                if isinstance(module, (LoTRALayer, AuxiliaryTrainingWrapper)):
-                    hooks.callback(module.register_forward_pre_hook(pass_names, with_kwargs=True).remove)
+        takers = [module for module in self.modules() if isinstance(module, (LoTRALayer, AuxiliaryTrainingWrapper))]
+
+        def remove_hooks():
+            for module in takers:
+                for key in [key for key, hook in module._forward_pre_hooks.items() if hook is pass_names]:
+                    del module._forward_pre_hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+        with put_back_by(remove_hooks):
+            for module in takers:
+                module.register_forward_pre_hook(pass_names, with_kwargs=True)
             yield
