@@ -173,11 +173,12 @@ def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Tar
             allowed.update({f"{name}.modules_to_save.{key}" for key in keys} - model.state_dict().keys())
         (expected if name in modules else allowed).update(f"{name}.{key}" for key in keys)
     # PEFT 0.19 saves the components of all adapters, those of the others with their names; they are passed over
-    allowed.update(name for name in config.checkpoint.tensors if _is_of_another_adapter(name))
+    allowed.update(name for name in config.checkpoint.tensors if is_of_another_adapter(name))
     config.checkpoint.check_names(expected, allowed)
 
 
-def _is_of_another_adapter(name: str) -> bool:
+def is_of_another_adapter(name: str) -> bool:
+    """Whether a tensor of a file, of these names, is of an adapter that PEFT 0.19 saved along with the file's own."""
     return name.rpartition(".")[0].endswith(_COMPONENTS)
 
 
@@ -234,7 +235,7 @@ def select_to_load(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
     """The tensors to load into an adapter that exists, without those of others, which PEFT 0.19 saves along."""
     layers = lotra_layers(model, adapter_name)
     own = {f"{name}.{component}.{adapter_name}" for name, _ in layers for component in _COMPONENTS}
-    selected = {name: t for name, t in state_dict.items() if name in own or not _is_of_another_adapter(name)}
+    selected = {name: t for name, t in state_dict.items() if name in own or not is_of_another_adapter(name)}
     base = model.state_dict().keys()
     wrong = [f"{name} is missing" for name in sorted(own - state_dict.keys())]
     for name, tensor in selected.items():
