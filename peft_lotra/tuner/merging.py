@@ -23,7 +23,9 @@ from ..tucker import Tucker, Update
 
 def without_autocast(updates: Sequence[Update]) -> Any:
     """A context in which an update keeps its digits: by autocast it would have three, beside a parameter's seven."""
-    return torch.autocast(updates[0].tensor.core.device.type, enabled=False) if updates else nullcontext()
+    if not updates or updates[0].tensor.core.is_meta:
+        return nullcontext()
+    return torch.autocast(updates[0].tensor.core.device.type, enabled=False)
 
 
 def add_updates(
@@ -110,7 +112,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
             self._write(self._with_update(self._base_parameters(), self._merged_updates[-1].dense()))
             self.merged_adapters.append(adapter)
         if self.parameters_before_merge:
-            self._hash_of_merged = hash_values(self._base_parameters())
+            self._hash_of_merged = self._hash()
 
     def check_safe_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raises a `ValueError` if a merge of the adapters, or of those active, would produce weights not finite."""
@@ -169,7 +171,12 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
 
     def _is_as_merged(self) -> bool:
         """Whether a copy of the base parameters is kept, and the merged parameters have not changed since."""
-        return bool(self.parameters_before_merge) and self._hash_of_merged == hash_values(self._base_parameters())
+        return bool(self.parameters_before_merge) and self._hash_of_merged == self._hash()
+
+    def _hash(self) -> str | None:
+        """A hash of the adapted parameters; `None` on the meta device, where they have no values."""
+        parameters = self._base_parameters()
+        return None if any(value.is_meta for value in parameters.values()) else hash_values(parameters)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -186,7 +193,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         super()._apply(fn, *args, **kwargs)
         self.parameters_before_merge = {name: fn(value) for name, value in self.parameters_before_merge.items()}
         if unchanged:
-            self._hash_of_merged = hash_values(self._base_parameters())
+            self._hash_of_merged = self._hash()
         return self
 
     def _base_parameters(self) -> dict[str, torch.Tensor]:

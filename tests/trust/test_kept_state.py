@@ -249,7 +249,7 @@ def test_survives_inference_mode(subject: Subject) -> None:
 
 
 @cells("inference_mode")
-def test_survives_a_first_call_under_inference_mode(subject: Subject) -> None:
+def test_a_first_call_under_inference_mode(subject: Subject) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, x = subject.make(), inputs(subject.rows, in_features=subject.width)
@@ -348,7 +348,9 @@ def test_survives_functional_call(subject: Subject) -> None:
     own = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     y = torch.func.functional_call(Use(), own, (x,)).detach()
     assert_close(y, expected[: len(y)])
-    other = {name: value * 2 for name, value in own.items()}
+    of_adapters = [name for name in own if "lotra_" in name]  # in some families the grid is a parameter
+    changed = own.keys() - of_adapters if subject.use is merged_and_back else of_adapters or own
+    other = {**own, **{name: own[name] * 2 for name in changed}}
     assert not torch.allclose(torch.func.functional_call(Use(), other, (x,)), y)
     assert describe(model) == before
     assert_close(subject.use(model, x).detach(), expected)
@@ -363,6 +365,7 @@ def test_survives_vmap(subject: Subject) -> None:
     assert_close(subject.use(model, x).detach(), expected)
 
 
+@pytest.mark.slow
 @cells("compile")
 def test_survives_compile(subject: Subject) -> None:
     model, x, expected = prepare(subject)
@@ -379,7 +382,7 @@ def test_survives_compile(subject: Subject) -> None:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         found = torch.autograd.grad(compiled(x).square().sum(), parameters, allow_unused=True)
         for gradient, other in zip([g for g in found if g is not None], gradients, strict=True):
-            assert_close(gradient, other)
+            torch.testing.assert_close(gradient, other, rtol=0, atol=1e-4 * other.abs().max().item())
 
 
 def test_gathered_gradients_of_a_copy_are_asked_for() -> None:
