@@ -9,21 +9,26 @@ import inspect
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import nn
+
+from .locks import IN_PROGRESS, put_back_by
 
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Puts each module of the model back into its mode, training or evaluation, at the end."""
     modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for module, mode in modes:
             module.training = mode
+
+    with put_back_by(restore):
+        yield
 
 
 class _Call(nn.Module):
@@ -48,7 +53,26 @@ def call_with_parameters(
     """
     if not parameters:
         return function(*args, **kwargs)
-    owners = {name: layer.get_submodule(name.rpartition(".")[0]) for name in parameters}
+    owners = {name: layer.get_submodule(path) if (path := name.rpartition(".")[0]) else layer for name in parameters}
+    if torch.compiler.is_compiling():
+        return _exchange_and_call(layer, owners, parameters, function, args, kwargs)
+    before = [_find_entry(owner, name.rpartition(".")[2]) for name, owner in owners.items()]
+    key = object()
+    IN_PROGRESS[key] = get_ident(), partial(_put_back, layer, before, list(parameters.values()))
+    try:
+        return _exchange_and_call(layer, owners, parameters, function, args, kwargs)
+    finally:
+        del IN_PROGRESS[key]
+
+
+def _exchange_and_call(
+    layer: nn.Module,
+    owners: dict[str, nn.Module],
+    parameters: dict[str, torch.Tensor],
+    function: Callable,
+    args: tuple,
+    kwargs: dict,
+) -> Any:
     views = {name: owner for name, owner in owners.items() if name.rpartition(".")[2] in owner.__dict__}
     if views:
         saved = {name: owner.__dict__[name.rpartition(".")[2]] for name, owner in views.items()}
@@ -63,6 +87,24 @@ def call_with_parameters(
         return torch.func.functional_call(layer, parameters, args, kwargs)
     parameters = {f"layer.{name}": value for name, value in parameters.items()}
     return torch.func.functional_call(_Call(layer, function), parameters, args, kwargs)
+
+
+def _find_entry(owner: nn.Module, attribute: str) -> tuple[dict[str, Any], str, Any]:
+    """The dict that holds an attribute of a module, the attribute, and its value."""
+    for entries in (owner._parameters, owner._buffers, owner.__dict__):
+        if attribute in entries:
+            return entries, attribute, entries[attribute]
+    return {}, attribute, None  # which `functional_call` refuses
+
+
+def _put_back(layer: nn.Module, before: list[tuple[dict[str, Any], str, Any]], given: list[torch.Tensor]) -> None:
+    """Puts back what given tensors replace in a layer, also under further names that share it (tied parameters)."""
+    for entries, attribute, value in before:
+        entries[attribute] = value
+    originals = {id(tensor): value for tensor, (_, _, value) in zip(given, before, strict=True)}
+    for module in layer.modules():
+        for entries in (module._parameters, module._buffers):
+            entries.update({name: originals[id(value)] for name, value in entries.items() if id(value) in originals})
 
 
 def attribute_by(call: Callable, layer: nn.Module, name: str, computed: Collection[str]) -> Any:

@@ -23,7 +23,7 @@ MODULES = {
 }
 # a wing imports only from those before it, and none beside it
 ORDER = (
-    ("_version", "functional", "report", "tucker"),
+    ("_version", "functional", "locks", "report", "tucker"),
     ("kan",),
     ("families",),
     ("files",),

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from ..files.patterns import pattern_key
 from ..functional import share_hooks
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, warn_capped
+from ..locks import cached
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, triple, tucker
 from ..tuner.targets import locate_target
@@ -207,7 +208,7 @@ class _Compression:
             with torch.no_grad():
                 self.outputs = model_outputs(self.model, inputs)
 
-    @cached_property
+    @cached
     def spectrum(self) -> Spectrum:
         return weighted_spectrum(self.tensors, self.features)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..locks import cached
 from .layout import Layout, OpenLengthsError, parse_layout, suggest_patterns
 
 
@@ -55,7 +55,7 @@ class CoefficientTensor:
     parts: tuple[tuple[Member, ...], ...]
     separate_residual: bool = False
 
-    @cached_property
+    @cached
     def shape(self) -> tuple[int, ...]:
         """(out, in, basis) or (out, in, basis, kernel), without the residual branch."""
         sizes = self._sizes
@@ -63,7 +63,7 @@ class CoefficientTensor:
         basis = sum(size[2] for size in sizes) - self.has_residual
         return (out, in_, basis, *kernel)
 
-    @cached_property
+    @cached
     def _sizes(self) -> list[tuple[int, ...]]:
         """The canonical shape of each part."""
         return [
@@ -74,28 +74,28 @@ class CoefficientTensor:
             for part in self.parts
         ]
 
-    @cached_property
+    @cached
     def has_residual(self) -> bool:
         """Whether the layer has a residual branch."""
         return self.separate_residual or self.parts[0][0].layout.packed_residual is not None
 
-    @cached_property
+    @cached
     def parameters(self) -> dict[str, Layout]:
         """The layout of each parameter by name, those of the coefficients first."""
         return {member.name: member.layout for part in self.parts for member in part}
 
-    @cached_property
+    @cached
     def names(self) -> tuple[str, ...]:
         """The names of the parameters of the coefficients, without those of the residual branch."""
         parts = self.parts[:-1] if self.separate_residual else self.parts
         return tuple(member.name for part in parts for member in part)
 
-    @cached_property
+    @cached
     def name(self) -> str:
         """The name of the first parameter of the coefficients."""
         return self.parts[0][0].name
 
-    @cached_property
+    @cached
     def lengths(self) -> Mapping[str, int]:
         """The length of each axis, of several members those of the first."""
         return {axis: length for part in self.parts for axis, length in part[0].lengths.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cached_property, partial
+from functools import partial
 from keyword import iskeyword
 from operator import attrgetter
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..kan.basis import UniformGrid
+from ..locks import cached
 from .coefficients import CoefficientTensor, Described, expand_name, get_or_none, locate_coefficients
 from .layout import Layout, parse_layout
 from .probe import check_description, choose_reading, pattern_variants
@@ -190,7 +191,7 @@ class KANLayerSpec:
         axes, roles = self.axes_of(layer), (self.kernel, self.groups)
         return lambda parts, residual: locate_coefficients(layer, self.family, parts, residual, axes, roles)
 
-    @cached_property
+    @cached
     def _readings(self) -> list[tuple[tuple[Described, ...], Described | None]]:
         """Parts and residual branch as described, and with outputs and inputs exchanged in both, or in one of them."""
         parts, residual = self.parts, self.residual

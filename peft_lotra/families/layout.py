@@ -24,11 +24,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import permutations
 
 import torch
 from einops import rearrange
+
+from ..locks import cached
 
 
 Dims = tuple[tuple[str, ...], ...]
@@ -60,12 +62,12 @@ class Layout:
     concatenated: int = -1
     stored_over: tuple[int, ...] | None = None
 
-    @cached_property
+    @cached
     def axes(self) -> tuple[str, ...]:
         """All axes, in the order of the pattern."""
         return tuple(axis for dim in self.dims for axis in dim)
 
-    @cached_property
+    @cached
     def basis(self) -> tuple[str, ...]:
         """The axes that make up the basis mode."""
         return tuple(axis for axis in self.axes if axis not in ("o", "i", *self.groups, *self.kernel))
@@ -142,7 +144,7 @@ class Layout:
         stored = parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.concatenated)
         return stored if self.stored_over is None or shape is None else stored.reshape(shape)
 
-    @cached_property
+    @cached
     def _blocks(self) -> list[tuple[str, str, tuple[str, ...]]]:
         """The einops expressions of the stored and of the canonical order, and the axes, of each block."""
         out = _write([(*self.groups, "o")])

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..functional import attribute_by, call_with_parameters
 from ..kan.slim_kan import SlimKANLinear
+from ..locks import LayerLock, exclusively
 from ..tucker import Tucker
 from .registry import Grid, KANLayerSpec, register
 
@@ -30,6 +31,7 @@ class SlimLayer(nn.Module):
     def __init__(self, layer: nn.Module, spec: KANLayerSpec, components: Tucker) -> None:
         super().__init__()
         self.spec = spec
+        self.lotra_lock = LayerLock()
         self.tensor = spec.locate(layer)
         self.out_features, self.in_features, _ = self.tensor.shape
         coefficients = self.tensor.get_parameter(layer)
@@ -74,10 +76,16 @@ class SlimLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward_with(0.0, *args, **kwargs)
 
+    @exclusively
     def forward_with(self, delta: torch.Tensor | float, *args: Any, **kwargs: Any) -> Any:
         """The output with a dense tensor added to that of the factors."""
         return call_with_parameters(self.layer, self.parameters_in_force(delta), self.layer, args, kwargs)
 
+    @exclusively
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        return super().state_dict(*args, **kwargs)
+
+    @exclusively
     def to_dense(self) -> nn.Module:
         """A layer of the original class that computes the same, up to rounding."""
         layer = copy.deepcopy(self.layer)
@@ -104,6 +112,7 @@ class SlimLayer(nn.Module):
             return partial(_refuse_grid_method, name)
         return attribute_by(self._call, layer, name, self.removed)
 
+    @exclusively
     def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         return call_with_parameters(self.layer, self.parameters_in_force(), function, args, kwargs)
 

@@ -44,6 +44,8 @@ def hash_values(values: Values, dtype: torch.dtype | None = None) -> str:
         target = dtype if dtype in _FEWER_DIGITS.get(value.dtype, ()) else value.dtype
         digest.update(f"{name}:{target}{tuple(value.shape)};".encode())
         flat = value.detach().reshape(-1)
+        if value.is_meta:  # without contents
+            continue
         for start in range(0, flat.numel(), _CHUNK):
             part = flat[start : start + _CHUNK]
             if target != value.dtype:

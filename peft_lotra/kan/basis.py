@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 
+_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue] (no stub)
 SPLINE_ORDERS = range(1, 6)
 
 
@@ -132,12 +133,12 @@ def spline_values(position: torch.Tensor, num_basis: int, spline_order: int, der
 
 def in_transform() -> bool:
     """Whether a transform of `torch.func` is at work."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
 
 
 def is_batched(tensor: torch.Tensor) -> bool:
     """Whether the tensor belongs to `is_grads_batched` of `torch.autograd.grad`, and cannot be written into."""
-    return torch._C._functorch.is_legacy_batchedtensor(tensor)  # pyright: ignore[reportAttributeAccessIssue] (no stub)
+    return _functorch.is_legacy_batchedtensor(tensor)
 
 
 def cardinal_spline(offset: torch.Tensor, spline_order: int, derivative: int = 0) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..families.coefficients import CoefficientTensor, get_or_none
 from ..families.registry import KANLayerSpec, is_built_in
+from ..functional import call_with_parameters
 from ..kan.basis import SPLINE_ORDERS, UniformGrid
 from ..kan.product import needs_plain_operations, spline_product
 from ..tucker import Update
@@ -174,7 +175,7 @@ def _run(base_layer: nn.Module, x: torch.Tensor) -> Any:
     # with copies of the buffers, which a layer may update as it runs
     buffers = {name: buffer.clone() for name, buffer in base_layer.named_buffers()}
     try:
-        return torch.func.functional_call(base_layer, buffers, (x,))
+        return call_with_parameters(base_layer, buffers, base_layer, (x,), {})
     except Exception:  # foreign code, which may raise anything: it wants more arguments, or other shapes
         return None
 

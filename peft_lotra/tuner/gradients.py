@@ -14,6 +14,7 @@ from torch import nn
 
 from ..families.coefficients import CoefficientTensor
 from ..functional import modes_kept, unwrap
+from ..locks import put_back_by, undone_by_a_fork
 from .config import LoTRAConfig
 from .initialization import GRADIENTS
 from .targets import find_targets
@@ -78,7 +79,7 @@ def gather_gradients(
             targets[name, "probe"] = probes[layer]
         else:
             targets |= {(name, parameter): layer.get_parameter(parameter) for parameter in tensor.parameters}
-    with _left_as_it_was(model), ExitStack() as hooks:
+    with _left_as_it_was(model), ExitStack() as hooks, undone_by_a_fork(hooks.close):
         for parameter in model.parameters():
             parameter.requires_grad_(False).grad = None
         for parameter in targets.values():
@@ -110,12 +111,13 @@ def _left_as_it_was(model: nn.Module):
     """Restores gradients, requires_grad, training mode and buffers (running statistics)."""
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        with modes_kept(model):
-            yield
-    finally:
+
+    def restore() -> None:
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad).grad = grad
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
+
+    with put_back_by(restore), modes_kept(model):
+        yield

@@ -31,13 +31,16 @@ class GridWatch:
     def look(self, layer: nn.Module, grid: Grid, parameter: torch.Tensor) -> bool:
         """Notes what has changed in a layer with this grid, whose coefficients are this parameter.
 
-        Returns whether the grid has content that can be compared: a batch of grids under `torch.vmap` has none.
+        Returns whether the grid has content that can be compared: on the meta device, or as a batch of grids under
+        `torch.vmap`, it has none.
         """
         state: list[Any] = [parameter.dtype, parameter.device, layer.training, has_hooks(layer)]
         on_accelerator = False
         try:
             for value in grid.values():
                 if isinstance(value, torch.Tensor):
+                    if value.is_meta:
+                        return False
                     version = None if value.is_inference() else value._version
                     state.append((id(value), version, value.data_ptr()))
                     on_accelerator |= value.device.type != "cpu"
@@ -46,8 +49,9 @@ class GridWatch:
         except RuntimeError:
             return False
         if state != self._state:
-            self._state, self.changed = state, True
+            self.changed = True  # first: a process that is forked in between looks again
             self._equal.clear()
+            self._state = state
         elif not on_accelerator:  # writing through `.data` leaves no trace; on an accelerator, comparing would wait
             self._equal.clear()
         return True

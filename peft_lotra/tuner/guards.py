@@ -21,6 +21,7 @@ from torch import nn
 
 from ..families.registry import KANLayerSpec
 from ..functional import unwrap
+from ..locks import put_back_by
 from .layer import LoTRALayer
 
 
@@ -57,7 +58,12 @@ def bare_base(model: nn.Module) -> Iterator[nn.Module]:
     Raises a `ValueError` at the end if a base layer is not in its place any more.
     """
     shadows = [(network, dict(_shadows(network))) for network in model.modules() if _shadows(network)]
-    try:
+
+    def restore() -> None:
+        for network, methods in shadows:
+            network.__dict__.update(methods)
+
+    with put_back_by(restore):
         with _base_layers_in_place(model) as places:
             release_networks(model)
             yield unwrap(model)
@@ -66,9 +72,6 @@ def bare_base(model: nn.Module) -> Iterator[nn.Module]:
                 raise ValueError(
                     f"The layers {lost} were exchanged for others, to which their adapters do not belong."
                 )
-    finally:
-        for network, methods in shadows:
-            network.__dict__.update(methods)
 
 
 @contextmanager
@@ -80,13 +83,15 @@ def _base_layers_in_place(model: nn.Module) -> Iterator[list[tuple[nn.Module, st
         for name, child in parent._modules.items()
         if isinstance(child, LoTRALayer)
     ]
-    try:
+
+    def restore() -> None:
+        for parent, name, layer in places:
+            setattr(parent, name, layer)
+
+    with put_back_by(restore):
         for parent, name, layer in places:
             setattr(parent, name, layer.base_layer)
         yield places
-    finally:
-        for parent, name, layer in places:
-            setattr(parent, name, layer)
 
 
 def _shadows(network: nn.Module) -> dict[str, partial]:
@@ -116,8 +121,13 @@ def _refuse(network: nn.Module, name: str, argument: str | None, *args: Any, **k
 def _with_adapters_merged(network: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     """Calls a method of the network with its base layers in their places, holding the coefficients in force."""
     stored: list[tuple[nn.Parameter, torch.Tensor]] = []
-    with _base_layers_in_place(network) as places:
-        try:
+
+    def restore() -> None:
+        for parameter, data in reversed(stored):
+            parameter.data = data
+
+    with put_back_by(restore):
+        with _base_layers_in_place(network) as places:
             for _, _, layer in places:
                 with torch.no_grad():
                     values = layer.parameters_in_force()
@@ -126,6 +136,3 @@ def _with_adapters_merged(network: nn.Module, name: str, *args: Any, **kwargs: A
                     stored.append((parameter, parameter.data))
                     parameter.data = value
             return getattr(type(network), name)(network, *args, **kwargs)
-        finally:
-            for parameter, data in reversed(stored):
-                parameter.data = data

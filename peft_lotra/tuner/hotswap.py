@@ -16,7 +16,7 @@ from torch import nn
 from ..files.checkpoint import refuse
 from ..functional import unwrap
 from .config import LoTRAConfig
-from .injection import differ, transaction
+from .injection import differ, is_of_another_adapter, transaction
 from .layer import lotra_layers
 from .targets import check_base, locate_target
 
@@ -69,9 +69,9 @@ def hotswap_adapter(
         )
 
     # detached, but the model's own memory
-    current = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    current = _own(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))
     kwargs.pop("check_base", None)
-    tensors = load_peft_weights(str(model_name_or_path), device="cpu", **kwargs)
+    tensors = _own(load_peft_weights(str(model_name_or_path), device="cpu", **kwargs))
     wrong = _differences(old, new, current, tensors)
     headline = f"The adapter in {str(model_name_or_path)!r} cannot take the place of {adapter_name!r}, "
     remedy = "Load it beside the other one: `model.load_adapter(path, adapter_name=...)`."
@@ -85,6 +85,10 @@ def hotswap_adapter(
     with transaction(model, list(current.values())):
         for key, tensor in tensors.items():
             current[key].copy_(tensor)
+
+
+def _own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not is_of_another_adapter(name)}
 
 
 def _differences(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..families.slim import SlimLayer
 from ..files.checkpoint import OF_THE_BASE, refuse
 from ..kan.slim_kan import SlimKANLinear
+from ..locks import undone_by_a_fork
 from .config import ALL_KAN, LoTRAConfig
 from .guards import guard_network, release_networks
 from .layer import LoTRALayer, lotra_layers
@@ -104,14 +105,16 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 @contextmanager
 def transaction(model: nn.Module, tensors: Sequence[Tensor] = ()) -> Iterator[None]:
-    """Puts a model back as it was, with these of its tensors, if what is done within is not finished."""
+    """Puts a model back as it was, with these of its tensors, if what is done within is not finished.
+
+    A process that another thread forks meanwhile has the model as it was.
+    """
     attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
     contents = [(v, v.copy()) for _, old in attributes for v in old.values() if type(v) in (dict, list, set)]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     values = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    except BaseException:
+
+    def roll_back() -> None:
         for now, before in (*attributes, *contents):
             if _identities(now) != _identities(before):  # other threads may read what has not changed
                 now.clear()
@@ -120,7 +123,13 @@ def transaction(model: nn.Module, tensors: Sequence[Tensor] = ()) -> Iterator[No
             parameter.requires_grad = flag
         for tensor, value in values:
             tensor.data.copy_(value)
-        raise
+
+    with undone_by_a_fork(roll_back):
+        try:
+            yield
+        except BaseException:
+            roll_back()
+            raise
 
 
 def _identities(container: dict | list | set) -> list[int]:
@@ -164,11 +173,12 @@ def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Tar
             allowed.update({f"{name}.modules_to_save.{key}" for key in keys} - model.state_dict().keys())
         (expected if name in modules else allowed).update(f"{name}.{key}" for key in keys)
     # PEFT 0.19 saves the components of all adapters, those of the others with their names; they are passed over
-    allowed.update(name for name in config.checkpoint.tensors if _is_of_another_adapter(name))
+    allowed.update(name for name in config.checkpoint.tensors if is_of_another_adapter(name))
     config.checkpoint.check_names(expected, allowed)
 
 
-def _is_of_another_adapter(name: str) -> bool:
+def is_of_another_adapter(name: str) -> bool:
+    """Whether a tensor of a file, of these names, is of an adapter that PEFT 0.19 saved along with the file's own."""
     return name.rpartition(".")[0].endswith(_COMPONENTS)
 
 
@@ -225,7 +235,7 @@ def select_to_load(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
     """The tensors to load into an adapter that exists, without those of others, which PEFT 0.19 saves along."""
     layers = lotra_layers(model, adapter_name)
     own = {f"{name}.{component}.{adapter_name}" for name, _ in layers for component in _COMPONENTS}
-    selected = {name: t for name, t in state_dict.items() if name in own or not _is_of_another_adapter(name)}
+    selected = {name: t for name, t in state_dict.items() if name in own or not is_of_another_adapter(name)}
     base = model.state_dict().keys()
     wrong = [f"{name} is missing" for name in sorted(own - state_dict.keys())]
     for name, tensor in selected.items():

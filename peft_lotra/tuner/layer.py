@@ -16,12 +16,12 @@ from ..functional import call_with_parameters
 from ..kan.basis import in_transform
 from ..kan.jets.layers import contract_updates
 from ..kan.layer import KANLinear
+from ..locks import LayerLock, exclusively
 from ..tucker import Ranks, Tucker, Update, cap_ranks
 from .config import LoTRAConfig
 from .fast_path import Formula, find_formula
 from .grid_watch import GridWatch, has_hooks
 from .initialization import reset_components, reset_components_from_gradient
-from .locks import LayerLock, exclusively
 from .merging import MergeableLayer, add_updates, without_autocast
 from .mixed_batch import MixedBatch, RowNames
 from .stand_in import BaseLayerProxy

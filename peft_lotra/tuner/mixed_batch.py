@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 
 from ..families.coefficients import CoefficientTensor
 from ..functional import call_with_parameters
+from ..locks import cached
 from ..tucker import Tucker, Update, reconstruct
 from .merging import are_stored, without_autocast
 
@@ -29,19 +29,19 @@ _MAX_COPIES = 2**24
 class RowNames(list):
     """The name of the adapter of each row; the rows are sorted once for all layers."""
 
-    @cached_property
+    @cached
     def distinct(self) -> list[str]:
         """The names that occur, in the order of their first rows."""
         return list(dict.fromkeys(self))
 
-    @cached_property
+    @cached
     def rows(self) -> tuple[torch.Tensor, ...]:
         """The rows (n,) of each of the distinct names, int64."""
         position = {name: index for index, name in enumerate(self.distinct)}
         names = torch.tensor([position[name] for name in self], dtype=torch.int64)
         return names.argsort(stable=True).split(names.bincount().tolist())
 
-    @cached_property
+    @cached
     def chunks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The rows in chunks of one length, each of one adapter; a chunk that is too short repeats its last row.
 

@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..files.checkpoint import refuse_for_model
+from ..locks import LayerLock, exclusively_within, put_back_by
 from .config import LoTRAConfig
 from .guards import release_networks
 from .initialization import GRADIENTS
@@ -29,7 +30,6 @@ from .injection import (
     transaction,
 )
 from .layer import LoTRALayer, lotra_layers
-from .locks import LayerLock, exclusively_within
 from .merging import all_or_nothing
 from .mixed_batch import RowNames
 from .slim import SLIM_MERGES, SlimLoTRALayer
@@ -306,8 +306,15 @@ class LoTRAModel(BaseTuner):
                 names = [name if name in module._get_available_adapters() else "__base__" for name in names]
             return args, {**kwargs, "adapter_names": names}
 
-        with ExitStack() as hooks:
-            for module in self.modules():
-                if isinstance(module, (LoTRALayer, AuxiliaryTrainingWrapper)):
-                    hooks.callback(module.register_forward_pre_hook(pass_names, with_kwargs=True).remove)
+        takers = [module for module in self.modules() if isinstance(module, (LoTRALayer, AuxiliaryTrainingWrapper))]
+
+        def remove_hooks():
+            for module in takers:
+                for key in [key for key, hook in module._forward_pre_hooks.items() if hook is pass_names]:
+                    del module._forward_pre_hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+        with put_back_by(remove_hooks):
+            for module in takers:
+                module.register_forward_pre_hook(pass_names, with_kwargs=True)
             yield

@@ -15,7 +15,7 @@ from torch import nn
 from ..families.coefficients import CoefficientTensor
 from ..families.registry import KANLayerSpec
 from ..functional import attribute_by, call_with_parameters
-from .locks import exclusively
+from ..locks import exclusively
 
 
 class BaseLayerProxy(nn.Module):

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from helpers import adapt
 from residuals import fit, network, problem, terms
 from torch import Tensor, nn
 
+from peft_lotra.kan import KAN
 from peft_lotra.optim import LevenbergMarquardt
 from peft_lotra.optim.levenberg_marquardt import _damping_factor
 
@@ -231,3 +234,33 @@ def test_new_points_for_each_step(capsys):
     LevenbergMarquardt(network()).fit(fresh, 2)
     assert numbers == [0, 1]
     assert "Levenberg-Marquardt: 100%" in capsys.readouterr().err
+
+
+# memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_layers", [True, False])
+def test_terms_seen_for_the_first_time_leave_nothing_behind(by_layers):
+    """A new closure in each step, as of code that draws new points within."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    model = adapt(KAN([2, 4, 1]), r=2)
+    optimizer = LevenbergMarquardt(model)
+    outputs, memory = [], []
+    for number in range(200):
+        points = torch.rand(64, 2, dtype=torch.float64)
+        shift = points.mean().item()
+
+        def residual(model, x, shift=shift):
+            y = model(x) if by_layers else torch.tanh(model(x)) * x[:, :1]
+            outputs.append(weakref.ref(y))
+            return y.squeeze(-1) - x.sum(-1) - shift
+
+        optimizer.step([(residual, points)])
+        del residual
+        if number in (50, 199):
+            memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    gc.collect()
+    assert len(optimizer._plans) == 1 and len(outputs) > 1000
+    assert sum(output() is not None for output in outputs) == 0
+    assert memory[1] - memory[0] < 20 * 2**10  # KiB; 1 MiB for each term would be 150 MiB

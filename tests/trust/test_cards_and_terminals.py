@@ -149,6 +149,28 @@ def test_inspect_prints_no_control_characters(tmp_path, escape, where):
     assert not CONTROL.search(result.output), ascii(CONTROL.findall(result.output))
 
 
+# rich reads [bold], and raises on a [/x] that closes nothing
+@pytest.mark.parametrize("markup", ["[bold]b[/bold]", "[/x]", "[link=x]y", ":smile:"])
+@pytest.mark.parametrize("where", ["layer", "base", "adapter", "class"])
+def test_names_are_no_markup(tmp_path, markup, where):
+    name = f"a{markup.replace('/', '') if where == 'adapter' else markup}b"
+    folder = save(tmp_path / (name if where == "adapter" else "a"))
+    if where == "layer":
+
+        def rename(tensors):
+            for key in [key for key in tensors if "kan.layers.0." in key]:
+                tensors[key.replace("kan.layers.0", name)] = tensors.pop(key)
+
+        edit_tensors(folder, rename)
+        edit_config(folder, base_layers=None, base_digest=None)
+    elif where == "base":
+        edit_config(folder, base_model_name_or_path=f"user/{name}")
+    elif where == "class":
+        edit_config(folder, auto_mapping={"base_model_class": name, "parent_library": "nets"})
+    result = CliRunner().invoke(app, ["inspect", str(folder)])
+    assert result.exit_code == 0 and name in result.output.replace("\n", "")
+
+
 # Path("") is ".", which has the adapters of the current folder
 @pytest.mark.parametrize("argument", ["", " "])
 def test_inspect_of_nothing(tmp_path, argument, monkeypatch):

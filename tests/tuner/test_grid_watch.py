@@ -87,3 +87,8 @@ def test_hooks():
     assert has_hooks(layer)
     handle.remove()
     assert not has_hooks(layer)
+
+
+def test_there_is_nothing_to_compare_on_meta():
+    layer, watch = FAMILIES["efficient-kan"](3, 4), GridWatch()
+    assert look(watch, layer) and not look(watch, layer.to("meta"))
