@@ -279,7 +279,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         super()._apply(fn, *args, **kwargs)
         self.parameters_before_merge = {name: fn(value) for name, value in self.parameters_before_merge.items()}
         if unchanged:
-            self._hash_of_merged = self._hash()
+            self._hash_of_merged = hash_values(self._base_parameters())
         return self
 
     def _base_parameters(self) -> dict[str, torch.Tensor]:
