@@ -163,7 +163,7 @@ def gather_features(
     def note(name: str, layer: nn.Module, args: tuple[Any, ...], y: Any) -> None:
         if args[0].dim() < 2:
             raise ValueError(
-                f"`inputs` of the shape {tuple(inputs.shape)} reach the layer {name!r} as a single sample of the shape "
+                f"`inputs` of the shape {tuple(inputs.shape)} reach the layer {name!r} as one sample of the shape "
                 f"{tuple(args[0].shape)}. Pass a batch of samples."
             )
         received[name].append(args[0].detach().flatten(0, -2))
