@@ -9,7 +9,7 @@ from helpers import adapt
 from torch import nn
 
 import peft_lotra
-from peft_lotra.functional import call_with_parameters, modes_kept, unwrap
+from peft_lotra.functional import call_with_parameters, modes_kept, share_hooks, unwrap
 from peft_lotra.kan import KAN
 
 
@@ -59,3 +59,13 @@ def test_without_parameters_the_function_runs_as_it_is():
 def test_public_names_are_sorted_and_there():
     names = peft_lotra.__all__
     assert names == sorted(set(names)) and all(hasattr(peft_lotra, name) for name in names)
+
+
+def test_shared_hooks_run_and_full_backward_hooks_stay_full():
+    old, new, calls = nn.Linear(2, 2), nn.Linear(2, 2), []
+    old.register_forward_pre_hook(lambda *_: calls.append("before"))
+    old.register_forward_hook(lambda *_, **__: calls.append("after"), with_kwargs=True)
+    old.register_full_backward_hook(lambda _, of_inputs, __: calls.append(len(of_inputs)))
+    share_hooks(old, new)
+    new(torch.ones(1, 2, requires_grad=True)).sum().backward()
+    assert calls == ["before", "after", 1]

@@ -222,7 +222,7 @@ class _Compression:
         best = {name: triple(tensor.shape) for name, tensor in self.tensors.items()}  # which leaves all layers dense
         low = sum(1 + sum(tensor.shape) for tensor in self.tensors.values())
         high = sum(tensor.numel() for tensor in self.tensors.values())
-        for _ in range(_BISECTIONS):
+        for _ in range(_BISECTIONS if low < high else 0):  # of the smallest layers no ranks save anything
             middle = round(math.sqrt(low * high))
             chosen = self.suggest(budget=middle)
             _, report = self.run(chosen)

@@ -88,7 +88,11 @@ class Features:
         # As if each of the features had been seen a little on its own: their number may exceed that of the samples.
         start = torch.einsum("oik,ib,kc->obc", tensor, *factors).flatten(1).T
         gram = z.T @ z
-        ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        ridge = (
+            _RIDGE
+            * gram.diagonal().mean().clamp(min=1e-200)
+            * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        )
         weights = torch.linalg.solve(gram + ridge, z.T @ self.outputs(tensor) + ridge @ start)  # (ri rb, out)
         weights = weights @ self.metric_out  # symmetric
         leading = torch.linalg.svd(z @ weights, full_matrices=False).Vh[: ranks[0]].T
@@ -146,7 +150,7 @@ def model_outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
             "With `inputs`, the model must return a tensor of floating point numbers, or a tuple or dict that begins "
             f"with one, but it returned {type(result).__name__}. Wrap it in a module that does."
         )
-    return first
+    return first.unsqueeze(-1) if first.dim() == 1 else first
 
 
 def gather_features(
@@ -157,6 +161,11 @@ def gather_features(
     returned: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
     def note(name: str, layer: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        if args[0].dim() < 2:
+            raise ValueError(
+                f"`inputs` of the shape {tuple(inputs.shape)} reach the layer {name!r} as one sample of the shape "
+                f"{tuple(args[0].shape)}. Pass a batch of samples."
+            )
         received[name].append(args[0].detach().flatten(0, -2))
         y = first_output(y)
         returned[name].append(y if y.requires_grad else y.requires_grad_())  # the model may be frozen

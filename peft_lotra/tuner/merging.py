@@ -115,6 +115,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
     _always_keeps_base = False
 
     # what LoTRALayer provides
+    _modules: dict[str, Any]
     lotra_spec: KANLayerSpec
     lotra_tensor: CoefficientTensor
     merged_adapters: list[str]

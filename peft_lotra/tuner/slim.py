@@ -44,6 +44,7 @@ class SlimLoTRALayer(LoTRALayer):
 
     slim_merge = "densify"
     merge_error: float | None
+    base_layer: Any
     _always_keeps_base = True
     # The Slim layer, its family and its coefficients after a merge has put the dense equivalent in its place. In a
     # list: as a module it would be a part of the state dict.

@@ -143,7 +143,9 @@ INPUTS = {
     "infinite": torch.full((20, 3), float("inf")),
     "empty": torch.rand(0, 3),
     "single": torch.rand(1, 3),
+    "one dimension": torch.rand(3),
     "constant": torch.full((20, 3), 0.3),
+    "two that are equal": torch.full((2, 3), 0.3),
     "a list": [[0.1, 0.2, 0.3]],
 }
 
@@ -162,3 +164,58 @@ def test_inputs_that_say_nothing(kind, amount):
         assert small(X).isfinite().all()
     error = small.slim_report.model_error
     assert error is None or error == error, "the error is NaN"
+
+
+# once: a budget below that of ranks 1 was asked for
+@pytest.mark.parametrize("inputs", [False, True])
+def test_a_layer_too_small_for_factors(inputs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = slim(KAN([1, 1]), energy=0.9, inputs=torch.rand(20, 1) if inputs else None)
+    assert small.slim_report.dense == ["layers.0"] and small.slim_report.parameters == (9, 9)
+
+
+# once: LinAlgError, since no feature reaches the second layer
+@pytest.mark.parametrize("amount", [{"ranks": 2}, {"energy": 0.9}, {"budget": 300}])
+def test_a_model_that_is_zero(amount):
+    model = plain()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        small = slim(model, inputs=torch.rand(20, 3), **amount)
+        assert not small(X).any()
+
+
+def test_a_model_that_returns_one_number_for_each_sample():
+    class Squeezed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kan = KAN([3, 8, 8])
+
+        def forward(self, x):
+            return self.kan(x).sum(-1)
+
+    small = slim(Squeezed(), energy=0.9, inputs=torch.rand(50, 3))
+    assert small.slim_report.model_error**2 <= 0.1
+
+
+# once: a full backward hook was copied, and did not run
+@pytest.mark.parametrize("make", [plain, foreign])
+def test_backward_hooks_are_kept(make):
+    model = make()
+    layer = next(m for m in model.modules() if any(True for _ in m.parameters(recurse=False)))
+    layer.register_full_backward_hook(Count([]))
+    small = slim(model, ranks=2)
+    for kan, calls in ((small, 1), (small.to_dense(), 2)):
+        kan((X if make is plain else torch.rand(4, 8)).requires_grad_()).sum().backward()
+        assert Count.calls == calls
+
+
+# once: the dense equivalent was free again
+@pytest.mark.parametrize("make", [plain, foreign])
+def test_layers_frozen_since_stay_frozen(make):
+    small = slim(make(), ranks=2)
+    assert all(parameter.requires_grad for parameter in small.to_dense().parameters())
+    dense = small.requires_grad_(False).to_dense()
+    assert not any(parameter.requires_grad for parameter in dense.parameters())
+    assert all(parameter.requires_grad for parameter in small.requires_grad_(True).to_dense().parameters())

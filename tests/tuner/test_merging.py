@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from peft_lotra import LoTRAConfig
 from peft_lotra.families.registry import get_kan_spec
 from peft_lotra.kan import KAN
 from peft_lotra.tucker import Tucker, Update
-from peft_lotra.tuner.merging import add_updates, are_stored
+from peft_lotra.tuner.merging import add_updates, all_or_nothing, are_stored
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -81,6 +84,50 @@ def test_a_parametrized_base_layer_is_refused():
     assert not are_stored(layer, tensor.parameters) and are_stored(layer, ["base_weight"])
     with pytest.raises(RuntimeError, match="`spline_weight` of the base layer is sharded or parametrized"):
         add_updates(tensor, layer, updates)
+
+
+##################
+# All or nothing #
+##################
+
+
+def test_what_is_finished_within_what_is_not_is_undone_with_it():
+    undone = []
+    with contextlib.suppress(KeyboardInterrupt), all_or_nothing() as outer:
+        outer.append(lambda: undone.append("outer"))
+        with all_or_nothing() as inner:
+            inner.append(lambda: undone.append("inner"))
+        assert undone == []
+        raise KeyboardInterrupt
+    assert undone == ["inner", "outer"]
+    with all_or_nothing() as steps:  # by itself again
+        steps.append(lambda: undone.append("finished"))
+    assert len(undone) == 2
+
+
+def test_threads_undo_their_own_merges():
+    models = [adapt(KAN([3, 4, 2])) for _ in range(2)]
+    states = [base_state(model) for model in models]
+    with contextlib.suppress(KeyboardInterrupt), all_or_nothing():
+        models[0].merge_adapter()
+        thread = threading.Thread(target=models[1].merge_adapter)
+        thread.start()
+        thread.join()
+        raise KeyboardInterrupt
+    assert [layer.merged for model in models for layer in lotra_layers(model).values()] == [False] * 2 + [True] * 2
+    assert_base(models[0], states[0])
+    models[1].unmerge_adapter()
+    assert_base(models[1], states[1])
+
+
+def test_no_copy_outlives_a_merge():
+    """What undoes a merge refers to the copy that the layer keeps, and is forgotten with the merge."""
+    model = adapt(KAN([3, 4, 2]))
+    layer = next(iter(lotra_layers(model).values()))
+    model.merge_adapter()
+    copies = [weakref.ref(value) for value in layer.parameters_before_merge.values()]
+    model.unmerge_adapter()
+    assert copies and not any(reference() is not None for reference in copies)
 
 
 ###############
