@@ -74,6 +74,14 @@ class Probe:
         self.layer = layer
         self.grid = [value for value in grid.values() if isinstance(value, torch.Tensor) and value.numel() > 1]
 
+    def can_run(self, tensor: CoefficientTensor) -> bool:
+        """Whether the parameters of the layer are such that it may be run."""
+        try:
+            self._like(tensor)
+        except _Undecided:
+            return False
+        return True
+
     def axes(self, tensor: CoefficientTensor) -> Verdict:
         """Compares the output and the input mode of a reading of the coefficients with what the layer does."""
         try:
@@ -296,6 +304,8 @@ def choose_reading(
     if key in known:
         return locate(*readings[known[key]])
     probe, first = Probe(layer, grid), locate(*readings[0])
+    if not probe.can_run(first):
+        return first
     for place, reading in enumerate(readings):
         try:
             tensor = locate(*reading) if place else first

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, overload
+from dataclasses import fields
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -133,8 +133,7 @@ def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
     return None
 
 
-@dataclass(frozen=True)
-class FoundKANLayer:
+class FoundKANLayer(NamedTuple):
     """A KAN layer that was recognized in a model.
 
     Attributes:
