@@ -33,6 +33,7 @@ from .coefficients import CoefficientTensor, Described
 
 _NO_EFFECT = 1e-4  # of the largest gradient: rounding
 _EFFECT = 1e-2
+_MAX_INPUT = 1 << 22  # elements
 CURVATURE = 1e-2  # of the change: more than rounding in float32 makes of an affine function
 
 
@@ -185,6 +186,8 @@ class Probe:
             shape += [4 * member.lengths[axis] + 3 for axis in member.layout.kernel]
         elif blocks > 1:
             raise _Undecided("the shape of its input is not known")
+        if math.prod(shape) > _MAX_INPUT:
+            raise _Undecided(f"an input {tuple(shape)} would be large")
         low, high = -1.0, 1.0
         if self.grid:
             low = max(grid.min().item() for grid in self.grid)
