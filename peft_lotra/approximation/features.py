@@ -156,7 +156,13 @@ def model_outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 def gather_features(
     model: nn.Module, layers: Mapping[str, tuple[nn.Module, KANLayerSpec]], inputs: torch.Tensor
 ) -> dict[str, Features]:
-    """The features of each layer for inputs of the model; a ValueError if no input reaches one of the layers."""
+    """The features of each layer for inputs of the model; a ValueError if no input reaches one of the layers.
+
+    Layers whose output is not linear in their coefficients have none.
+    """
+    layers = {name: (layer, spec) for name, (layer, spec) in layers.items() if spec.linear}
+    if not layers:
+        return {}
     received: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     returned: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 

@@ -21,10 +21,9 @@ from torch import nn
 from ..functional import unwrap
 from .candidates import KANCandidate, find_candidates
 from .description import REGISTERED as _SPECS
-from .description import Grid, KANLayerSpec, get_registered, spec_from_file
+from .description import Grid as Grid
+from .description import KANLayerSpec, spec_from_file
 
-
-__all__ = ["Grid", "KANLayerSpec", "get_registered"]  # and all that is defined here
 
 _BUILT_IN: dict[str, KANLayerSpec] = {}
 

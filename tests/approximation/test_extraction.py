@@ -319,3 +319,15 @@ def test_a_chebykan_without_a_buffer_of_degrees():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.testing.assert_close(extract_lotra(model, tuned, r=100)(x), tuned(x), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_are_not_linear_are_not_weighted_by_features(monkeypatch):
+    monkeypatch.setitem(registry._SPECS, "broken", registry._SPECS["cheby-kan"])
+    register_kan_layer("broken", matches=ChebyKANLayer, coefficients=("cheby_coeffs", "i o k"), linear=False)
+    model, x = base("cheby-kan", torch.float64), inputs(dtype=torch.float64)
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned.kan.cheby_coeffs.add_(0.1 * torch.randn_like(tuned.kan.cheby_coeffs))
+    extracted = extract_lotra(model, tuned, r=100, inputs=x)
+    assert not extracted.extraction_report.output_errors
+    torch.testing.assert_close(extracted(x), tuned(x), rtol=1e-5, atol=1e-5)

@@ -117,12 +117,8 @@ def case(request):
     register_kan_layer(request.param, matches=cls, **description)
     torch.manual_seed(0)
     layer = cls()
-    width = 4 if cls is Blocks else 3
-    yield (
-        nn.Sequential(nn.Tanh(), layer, nn.Linear(layer(torch.zeros(1, width)).shape[-1], 2)),
-        inputs(9, in_features=width),
-        shape,
-    )
+    x = inputs(9, in_features={Blocks: 4, Flat: 8}.get(cls, 3))
+    yield nn.Sequential(nn.Tanh(), layer, nn.Linear(layer(x).shape[-1], 2)), x, shape
     registry._SPECS.clear()
     registry._SPECS.update(before)
 
