@@ -22,7 +22,16 @@ from .config import ALL_KAN, LoTRAConfig
 from .guards import guard_network, release_networks
 from .layer import LoTRALayer, lotra_layers
 from .slim import SlimLoTRALayer
-from .targets import Target, check_base, check_parameters, describe_targets, find_targets, locate_target
+from .targets import (
+    Target,
+    check_base,
+    check_nesting,
+    check_parameters,
+    describe_targets,
+    find_targets,
+    locate_target,
+    write_targets,
+)
 
 
 _COMPONENTS = LoTRALayer.adapter_layer_names
@@ -40,9 +49,9 @@ def prepare_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     """Finds and checks all targets before the first of them is touched, and writes them into the configuration."""
     _check_task_type(config, model)
     targets = find_targets(config, model)
+    check_nesting(model, targets)
     check_parameters(config, model, targets)
-    if config.targets_all_kan:
-        config.target_modules = set(targets)
+    write_targets(config, model, targets)
     config.base_layers = describe_targets(targets)
     check_base(config, model, targets)
     check_names(config, model, targets)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..families.coefficients import CoefficientTensor
-from ..families.registry import KANLayerSpec, get_kan_spec, known_families, walk_kan_layers
+from ..families.registry import KANLayerSpec, get_kan_spec, known_families, short_name, walk_kan_layers
 from ..families.slim import SlimLayer
 from ..files.checkpoint import TRAINED_ON, refuse
 from ..files.fingerprint import Values, hash_all_dtypes, is_same, layer_values
@@ -49,13 +49,22 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
         )
     if config.targets_all_kan:
         return _find_all_kan(config, model)
-    modules = dict(model.named_modules())
-    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
-    return {
-        name: locate_target(name, module)
-        for name, module in modules.items()
-        if name and not name.startswith(inside) and check_target_module_exists(config, name)
-    }
+    names = [name for name, bare in _names(model) if check_target_module_exists(config, bare)]
+    recorded = config.checkpoint.layers
+    if recorded is not None:  # a file names its layers, and its patterns may match more in this model
+        names = [name for name in names if name in recorded]
+    return {name: locate_target(name, model.get_submodule(name)) for name in names}
+
+
+def _names(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """The names of all modules, now and in the bare model; inside of adapted layers only KAN layers, to be refused."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            inside += (f"{name}.",)
+        is_within = name.startswith(inside)
+        if name and (not is_within or (not name.endswith(".base_layer") and get_kan_spec(module) is not None)):
+            yield name, name.replace(".base_layer", "") if is_within else name
 
 
 def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
@@ -96,6 +105,27 @@ def locate_target(name: str, module: nn.Module) -> Target:
             "`peft_lotra.register_kan_layer`."
         )
     return Target(layer, spec, spec.locate(layer))
+
+
+def check_nesting(model: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Refuses a target inside of another one, inside of an adapted layer, or around one.
+
+    Its adapter would train, but the names in the file would depend on the order in which adapters are attached.
+    """
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name in targets:
+        for other in (*targets, *adapted):
+            if name.startswith(f"{other}."):
+                inner, outer = short_name(name), short_name(other)
+            elif other.startswith(f"{name}.") and not isinstance(model.get_submodule(name), BaseTunerLayer):
+                inner, outer = short_name(other), short_name(name)
+            else:
+                continue
+            raise ValueError(
+                f"`{inner}` is a part of `{outer}`, and both would have adapters: an adapter on a part of an adapted "
+                "layer cannot be loaded again. Leave one of them out: name the layers whole in `target_modules`, or "
+                f"pass `exclude_modules=[{inner!r}]`."
+            )
 
 
 def check_parameters(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
@@ -214,3 +244,11 @@ def exact_targets(names: Iterable[str], model: nn.Module) -> set[str] | str:
     if any(name not in names and name.endswith(suffixes) for name, _ in model.named_modules()):
         return exact_pattern(names)
     return names
+
+
+def write_targets(config: LoTRAConfig, model: nn.Module, targets: Iterable[str]) -> None:
+    """Replaces `target_modules` by exact names, where PEFT would match more modules than these by its rules."""
+    if config.targets_all_kan or config.checkpoint.layers is not None:
+        exact = exact_targets(targets, model)
+        if config.targets_all_kan or isinstance(exact, str):
+            config.target_modules = exact
