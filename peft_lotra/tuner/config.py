@@ -228,7 +228,7 @@ class LoTRAConfig(PeftConfig):
             values = {**dict.fromkeys(_TARGETING), "target_modules": exact_pattern(names)}
         elif self.targets_all_kan and names and isinstance(self.target_modules, str):  # which already says which layers
             values = dict.fromkeys(_TARGETING[1:])
-        elif self.targets_all_kan and names:
+        elif self.targets_all_kan and names and isinstance(self.target_modules, set):
             values = {"target_modules": set(names)}  # PEFT has shortened many names to fewer, common endings
         for index, (field, default) in enumerate((("rank_pattern", self.r), ("alpha_pattern", self.alpha))):
             if field in regexes:
