@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from ..families.slim import SlimLayer
 from ..files.checkpoint import OF_THE_BASE, refuse
+from ..files.format import NORM_STATS
 from ..kan.slim_kan import SlimKANLinear
 from .config import ALL_KAN, LoTRAConfig
 from .guards import guard_network, release_networks
 from .layer import LoTRALayer, lotra_layers
+from .norm_stats import NormStatsTuner, stats_in_place, stored_name
 from .slim import SlimLoTRALayer
 from .targets import (
     Target,
@@ -35,6 +37,7 @@ from .targets import (
 
 
 _COMPONENTS = LoTRALayer.adapter_layer_names
+_NORM_STATS = tuple(stored_name(name) for name in NORM_STATS)
 
 
 def prepare_config(config: LoTRAConfig) -> LoTRAConfig:
@@ -172,13 +175,15 @@ def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Tar
             # what PEFT writes once more for an embedding, and loads nowhere
             allowed.update({f"{name}.modules_to_save.{key}" for key in keys} - model.state_dict().keys())
         (expected if name in modules else allowed).update(f"{name}.{key}" for key in keys)
+    if config.save_norm_stats:
+        allowed.update(map(stored_name, stats_in_place(model)))
     # PEFT 0.19 saves the components of all adapters, those of the others with their names; they are passed over
     allowed.update(name for name in config.checkpoint.tensors if _is_of_another_adapter(name))
     config.checkpoint.check_names(expected, allowed)
 
 
 def _is_of_another_adapter(name: str) -> bool:
-    return name.rpartition(".")[0].endswith(_COMPONENTS)
+    return name.rpartition(".")[0].endswith((*_COMPONENTS, *_NORM_STATS))
 
 
 def mismatches(
@@ -234,13 +239,20 @@ def select_to_load(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
     """The tensors to load into an adapter that exists, without those of others, which PEFT 0.19 saves along."""
     layers = lotra_layers(model, adapter_name)
     own = {f"{name}.{component}.{adapter_name}" for name, _ in layers for component in _COMPONENTS}
-    selected = {name: t for name, t in state_dict.items() if name in own or not _is_of_another_adapter(name)}
+    stats = {name for name in state_dict if name.endswith(tuple(f".{key}.{adapter_name}" for key in _NORM_STATS))}
+    if stats and not any(isinstance(module, NormStatsTuner) for module in model.modules()):
+        raise ValueError(
+            "The adapter has running statistics of normalizations, which only a `PeftModel` keeps apart from those of "
+            "the base: load it by `PeftModel.from_pretrained`. Nothing was loaded."
+        )
+    own_and_stats = own | stats
+    selected = {name: t for name, t in state_dict.items() if name in own_and_stats or not _is_of_another_adapter(name)}
     base = model.state_dict().keys()
     wrong = [f"{name} is missing" for name in sorted(own - state_dict.keys())]
     for name, tensor in selected.items():
         if not torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all():
             wrong.append(f"{_without(adapter_name, name)} has values that are not finite")
-        if name not in own and f".modules_to_save.{adapter_name}." not in name and name in base:
+        if name not in own_and_stats and f".modules_to_save.{adapter_name}." not in name and name in base:
             wrong.append(f"{name} would be written over, which is no part of the adapter ({OF_THE_BASE})")
     refuse("The tensors are not those of the adapter, nothing was loaded:", wrong)
     return selected
@@ -251,14 +263,15 @@ def select_to_save(adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str
 
     PEFT looks for the names of the layers in the model, which the state dict does not have if FSDP wraps the layers.
     """
-    endings = tuple(f".{component}.{adapter_name}" for component in _COMPONENTS)
+    endings = tuple(f".{key}.{adapter_name}" for key in (*_COMPONENTS, *_NORM_STATS))
     # PEFT would go on to write embeddings that were resized, or that `save_embedding_layers` asks for
     for key in [key for key in state_dict if not key.endswith(endings) and ".modules_to_save." not in key]:
         del state_dict[key]
     tensors = {key: value for key, value in state_dict.items() if key.endswith(endings)}
     for key, tensor in tensors.items():
         # FSDP has flat views of what this process holds, fully_shard DTensors
-        whole = tensor.dim() == (3 if ".lotra_core." in key else 2)
+        sizes = {"lotra_core": 3, **dict.fromkeys(_COMPONENTS[1:], 2)}
+        whole = tensor.dim() == sizes.get(key.split(".")[-2], tensor.dim())
         if not whole or hasattr(tensor, "placements") or hasattr(tensor, "local_shards"):
             raise ValueError(
                 f"{key} is a part of a tensor, {tuple(tensor.shape)}, which is spread over several processes. "

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -31,12 +30,13 @@ from .injection import (
 from .layer import LoTRALayer, lotra_layers
 from .locks import LayerLock, exclusively_within
 from .mixed_batch import RowNames
+from .norm_stats import NormStatsTuner, with_adapter
 from .slim import SLIM_MERGES, SlimLoTRALayer
 from .targets import Target, record_base
 from .weighted import add_weighted_adapter, check_known
 
 
-class LoTRAModel(BaseTuner):
+class LoTRAModel(NormStatsTuner):
     """
     Creates a Low Tensor-Rank Adaptation (LoTRA) model from a model that contains Kolmogorov-Arnold (KAN) layers.
 
@@ -163,6 +163,7 @@ class LoTRAModel(BaseTuner):
         # From PEFT 0.20 on. For tensors that come without a config, for an adapter that is there.
         try:
             state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            state_dict = with_adapter(state_dict, adapter_name)
             return select_to_load(model, adapter_name, state_dict)
         except KeyboardInterrupt:
             for tuner in (module for module in model.modules() if isinstance(module, cls)):
@@ -293,6 +294,7 @@ class LoTRAModel(BaseTuner):
             return args, {**kwargs, "adapter_names": adapter_names}
 
         with ExitStack() as hooks:
+            hooks.enter_context(self._norm_stats_for(adapter_names.distinct))
             for module in self.modules():
                 if isinstance(module, (LoTRALayer, AuxiliaryTrainingWrapper)):
                     hooks.callback(module.register_forward_pre_hook(pass_names, with_kwargs=True).remove)
