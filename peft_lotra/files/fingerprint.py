@@ -84,7 +84,11 @@ def layer_values(
     `frozen` has the values before a merge of the parameters that adapters are merged into, `None` if they are unknown.
     """
     grid = spec.read_grid(layer)
-    parameters: dict[str, torch.Tensor] = {n: value for n, value in layer.named_parameters() if n not in grid}
+    parameters: dict[str, torch.Tensor] = {
+        name.replace("original_module.", ""): value  # a part that `modules_to_save` has copied
+        for name, value in layer.named_parameters()
+        if name not in grid and "modules_to_save." not in name
+    }
     adapted = tensor.read_parameters(layer)
     for name, value in adapted.items():
         owner, _, attribute = name.rpartition(".")

@@ -218,3 +218,17 @@ def read_weights(path: str) -> tuple[dict[str, tuple[int, ...]], str]:
         raise ValueError(f"{problem}{error}. It is damaged, or no safetensors file.") from error
     refuse(problem, wrong)
     return shapes, digest.hexdigest()
+
+
+def differ(tensor: torch.Tensor, expected: torch.Tensor, new: str = "the checkpoint", old: str = "the model") -> str:
+    """How a tensor of a file has another shape than that of the model, or a dtype of another kind; empty if not."""
+    if tensor.shape != expected.shape:
+        return f"{tuple(tensor.shape)} in {new}, {tuple(expected.shape)} in {old}"
+    if _kind(tensor.dtype) != _kind(expected.dtype):
+        return f"{tensor.dtype} in {new}, {expected.dtype} in {old}"
+    return ""
+
+
+def _kind(dtype: torch.dtype) -> tuple[bool, ...]:
+    is_float = dtype.is_floating_point
+    return is_float, is_float and dtype.itemsize < 2, dtype.is_complex, dtype == torch.bool

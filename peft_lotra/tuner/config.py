@@ -229,11 +229,14 @@ class LoTRAConfig(PeftConfig):
 
     def _resolved(self, names: Collection[str]) -> dict[str, Any]:
         """What a file has in the place of the user's regexes, once the adapted layers are known."""
-        regexes, values = set(regexes_of(self) if names else ()), {}
+        regexes = set(regexes_of(self) if names else ())
+        values: dict[str, Any] = {}
         if regexes & set(_TARGETING):
             values = {**dict.fromkeys(_TARGETING), "target_modules": exact_pattern(names)}
-        elif self.targets_all_kan and names and isinstance(self.target_modules, str):  # which already says which layers
-            values = dict.fromkeys(_TARGETING[1:])
+        elif (
+            self.targets_all_kan and names and isinstance(self.target_modules, str)
+        ):  # which already says which layers
+            values.update(dict.fromkeys(_TARGETING[1:]))
         elif self.targets_all_kan and names and isinstance(self.target_modules, set):
             values = {"target_modules": set(names)}  # PEFT has shortened many names to fewer, common endings
         for index, (field, default) in enumerate((("rank_pattern", self.r), ("alpha_pattern", self.alpha))):

@@ -58,7 +58,7 @@ def bare_base(model: nn.Module) -> Iterator[nn.Module]:
     """
     shadows = [(network, dict(_shadows(network))) for network in model.modules() if _shadows(network)]
     try:
-        with _base_layers_in_place(model) as places:
+        with base_layers_in_place(model) as places:
             release_networks(model)
             yield unwrap(model)
             lost = [name for parent, name, layer in places if parent._modules.get(name) is not layer.base_layer]
@@ -72,7 +72,7 @@ def bare_base(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def _base_layers_in_place(model: nn.Module) -> Iterator[list[tuple[nn.Module, str, LoTRALayer]]]:
+def base_layers_in_place(model: nn.Module) -> Iterator[list[tuple[nn.Module, str, LoTRALayer]]]:
     """Puts the base layers into the places of the adapted ones: parent, name and adapted layer of each."""
     places = [
         (parent, name, child)
@@ -116,7 +116,7 @@ def _refuse(network: nn.Module, name: str, argument: str | None, *args: Any, **k
 def _with_adapters_merged(network: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     """Calls a method of the network with its base layers in their places, holding the coefficients in force."""
     stored: list[tuple[nn.Parameter, torch.Tensor]] = []
-    with _base_layers_in_place(network) as places:
+    with base_layers_in_place(network) as places:
         try:
             for _, _, layer in places:
                 with torch.no_grad():

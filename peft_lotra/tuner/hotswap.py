@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -14,10 +14,12 @@ from peft.utils import PeftType, load_peft_weights
 from torch import nn
 
 from ..files.checkpoint import refuse
+from ..files.format import differ
 from ..functional import unwrap
 from .config import LoTRAConfig
-from .injection import differ, transaction
+from .injection import transaction
 from .layer import lotra_layers
+from .norm_stats import NormStatsTuner, take_stats, with_adapter
 from .targets import check_base, locate_target
 
 
@@ -72,7 +74,11 @@ def hotswap_adapter(
     current = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     kwargs.pop("check_base", None)
     tensors = load_peft_weights(str(model_name_or_path), device="cpu", **kwargs)
-    wrong = _differences(old, new, current, tensors)
+    tuner, prefix = cast(NormStatsTuner, model.base_model), "base_model.model."
+    take_stats(current := with_adapter(current, adapter_name), prefix)
+    tensors = with_adapter(tensors, adapter_name)
+    stats = take_stats(tensors, prefix).get(adapter_name, {})
+    wrong = _differences(old, new, current, tensors) + tuner.norm_stats_problems(stats)
     headline = f"The adapter in {str(model_name_or_path)!r} cannot take the place of {adapter_name!r}, "
     remedy = "Load it beside the other one: `model.load_adapter(path, adapter_name=...)`."
     refuse(f"{headline}and nothing was changed:", wrong, remedy)
@@ -85,6 +91,7 @@ def hotswap_adapter(
     with transaction(model, list(current.values())):
         for key, tensor in tensors.items():
             current[key].copy_(tensor)
+        tuner.set_norm_stats(adapter_name, stats)
 
 
 def _differences(

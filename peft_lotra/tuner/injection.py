@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from ..families.slim import SlimLayer
 from ..files.checkpoint import OF_THE_BASE, refuse
-from ..files.format import NORM_STATS
+from ..files.format import NORM_STATS, differ
 from ..kan.slim_kan import SlimKANLinear
 from .config import ALL_KAN, LoTRAConfig
 from .guards import guard_network, release_networks
 from .layer import LoTRALayer, lotra_layers
 from .norm_stats import NormStatsTuner, stats_in_place, stored_name
+from .saved_modules import check_saved_modules, name_in_file
 from .slim import SlimLoTRALayer
 from .targets import (
     Target,
@@ -54,6 +55,7 @@ def prepare_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     targets = find_targets(config, model)
     check_nesting(model, targets)
     check_parameters(config, model, targets)
+    check_saved_modules(config, model, targets)
     write_targets(config, model, targets)
     config.base_layers = describe_targets(targets)
     check_base(config, model, targets)
@@ -170,11 +172,12 @@ def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Tar
         keys = []
         if id(module) in adapted:
             keys = _COMPONENTS
-        elif any(name.endswith(ending) for ending in config.modules_to_save or ()):  # PEFT's own rule
+        elif name.replace(".base_layer", "").endswith(tuple(config.modules_to_save or ())):  # PEFT's own rule
             keys = list(getattr(module, "original_module", module).state_dict())
             # what PEFT writes once more for an embedding, and loads nowhere
             allowed.update({f"{name}.modules_to_save.{key}" for key in keys} - model.state_dict().keys())
-        (expected if name in modules else allowed).update(f"{name}.{key}" for key in keys)
+        stored = name_in_file(name, model, targets) if keys is not _COMPONENTS and keys else name
+        (expected if name in modules else allowed).update(f"{stored}.{key}" for key in keys)
     if config.save_norm_stats:
         allowed.update(map(stored_name, stats_in_place(model)))
     # PEFT 0.19 saves the components of all adapters, those of the others with their names; they are passed over
@@ -219,20 +222,6 @@ def _adapter_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor, str]]
                 for key, value in saved.state_dict(keep_vars=True).items():
                     if isinstance(value, Tensor):
                         yield f"{name}.modules_to_save.{adapter}.{key}", adapter, value, ""
-
-
-def differ(tensor: Tensor, expected: Tensor, new: str = "the checkpoint", old: str = "the model") -> str:
-    """How a tensor of a file has another shape than that of the model, or a dtype of another kind; empty if not."""
-    if tensor.shape != expected.shape:
-        return f"{tuple(tensor.shape)} in {new}, {tuple(expected.shape)} in {old}"
-    if _kind(tensor.dtype) != _kind(expected.dtype):
-        return f"{tensor.dtype} in {new}, {expected.dtype} in {old}"
-    return ""
-
-
-def _kind(dtype: torch.dtype) -> tuple[bool, ...]:
-    is_float = dtype.is_floating_point
-    return is_float, is_float and dtype.itemsize < 2, dtype.is_complex, dtype == torch.bool
 
 
 def select_to_load(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

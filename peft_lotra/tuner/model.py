@@ -14,7 +14,7 @@ from torch import nn
 
 from ..files.checkpoint import refuse_for_model
 from .config import LoTRAConfig
-from .guards import release_networks
+from .guards import base_layers_in_place, release_networks
 from .initialization import GRADIENTS
 from .injection import (
     create_and_replace,
@@ -31,6 +31,7 @@ from .layer import LoTRALayer, lotra_layers
 from .locks import LayerLock, exclusively_within
 from .mixed_batch import RowNames
 from .norm_stats import NormStatsTuner, with_adapter
+from .saved_modules import put_saved_modules, saves_inside
 from .slim import SLIM_MERGES, SlimLoTRALayer
 from .targets import Target, record_base
 from .weighted import add_weighted_adapter, check_known
@@ -79,8 +80,10 @@ class LoTRAModel(NormStatsTuner):
         # what the parameters of the base required before any adapter, and require again when all are unloaded
         self._requires_grad_of_base: list[tuple[nn.Parameter, bool]] | None = None
         self.lotra_lock = LayerLock()
-        # the targets of the adapter that is being injected
+        # the targets of the adapter that is being injected, whether modules inside of them are saved, and what to exit
         self._targets: dict[str, Target] = {}
+        self._saves_inside = False
+        self._injection: ExitStack | None = None
         # adapters that were injected to be loaded from a file, with what the parameters required before
         self._awaited_adapters: dict[str, list[tuple[nn.Parameter, bool]]] = {}
         with transaction(model):
@@ -101,7 +104,9 @@ class LoTRAModel(NormStatsTuner):
             raise KeyError(f'The adapter name can\'t contain ".", got {adapter_name!r}.')
         peft_config = self.peft_config[adapter_name]
         requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with ExitStack() as self._injection:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._injection = None
         layers = [layer for _, layer in lotra_layers(model, adapter_name)]
         # PEFT 0.19 looks only whether any adapter has a layer
         if not (layers or peft_config.modules_to_save or peft_config.target_modules == DUMMY_TARGET_MODULES):
@@ -129,6 +134,12 @@ class LoTRAModel(NormStatsTuner):
 
     def _prepare_model(self, peft_config: LoTRAConfig, model: nn.Module) -> None:
         self._targets = prepare_targets(peft_config, model)
+        self._saves_inside = saves_inside(peft_config, self._targets)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        if self._saves_inside and self._injection is not None:  # next, PEFT copies the modules to save
+            self._injection.enter_context(base_layers_in_place(model))
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
@@ -242,6 +253,7 @@ class LoTRAModel(NormStatsTuner):
                 if layer.merged:
                     layer.unmerge()
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        put_saved_modules(self.model)
         release_networks(self.model)
         # pykan's `fit`, for one, expects its own parameters to be trainable
         for parameter, flag in self._requires_grad_of_base or ():

@@ -20,7 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..files.checkpoint import refuse_for_model
-from ..files.format import NORM_STATS
+from ..files.format import NORM_STATS, differ
 
 
 Stats = Mapping[str, Tensor]  # by name in the bare model, "layers.0.bn.running_mean"
@@ -65,7 +65,7 @@ def stored_name(name: str) -> str:
     return f"{path}.{_PREFIX}{key}" if path else f"{_PREFIX}{key}"
 
 
-def _take_stats(state_dict: dict[str, Any], prefix: str) -> dict[str, dict[str, Tensor]]:
+def take_stats(state_dict: dict[str, Any], prefix: str) -> dict[str, dict[str, Tensor]]:
     """Takes running statistics out of a state dict: by adapter, also of adapters with components but no statistics."""
     found: dict[str, dict[str, Tensor]] = {}
     for key in list(state_dict):
@@ -145,16 +145,13 @@ class NormStatsTuner(BaseTuner):
             if name.rpartition(".")[0] in norms and name not in stats
         ]
         for name, value in stats.items():
+            stored = stored_name(name)
             if name not in here:
-                wrong.append(f"{stored_name(name)} is nothing that this adapter has")
-            elif value.shape != here[name].shape:
-                wrong.append(
-                    f"{stored_name(name)}: {tuple(value.shape)} in the checkpoint, {tuple(here[name].shape)} in the model"
-                )
-            elif value.is_floating_point() != here[name].is_floating_point() or value.dtype in _NO_STATS:
-                wrong.append(f"{stored_name(name)}: {value.dtype} in the checkpoint, {here[name].dtype} in the model")
+                wrong.append(f"{stored} is nothing that this adapter has")
+            elif problem := differ(value, here[name]):
+                wrong.append(f"{stored}: {problem}")
             elif not value.isfinite().all() or (not name.endswith("running_mean") and (value < 0).any()):
-                wrong.append(f"{stored_name(name)} has values that are not finite, or a variance below zero")
+                wrong.append(f"{stored} has values that are not finite, or a variance below zero")
         return wrong
 
     def set_norm_stats(self, adapter: str, stats: Stats) -> None:
@@ -207,7 +204,7 @@ class NormStatsTuner(BaseTuner):
         self._place_stats_in_force()
         self._norm_stats = {key: stats for key, stats in self._norm_stats.items() if key != adapter_name}
 
-    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None) -> Any:
         before = self._norm_stats_owner
         # before the modules that `modules_to_save` has copied are in their places
         self._place_norm_stats(self._owner_of_stats(adapter_names or self.active_adapters) if merge else None)
@@ -227,15 +224,12 @@ class NormStatsTuner(BaseTuner):
                     destination[f"{prefix}model.{stored_name(name)}.{adapter}"] = value
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        found = _take_stats(state_dict, f"{prefix}model.")
+        found = take_stats(state_dict, f"{prefix}model.")
         found = {adapter: stats for adapter, stats in found.items() if adapter in self.peft_config}
         refuse_for_model([problem for stats in found.values() for problem in self.norm_stats_problems(stats)])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for adapter, stats in found.items():
             self.set_norm_stats(adapter, stats)
-
-
-_NO_STATS = (torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def _differ(value: Tensor, other: Tensor) -> bool:

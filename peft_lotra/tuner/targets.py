@@ -62,6 +62,8 @@ def _names(model: nn.Module) -> Iterator[tuple[str, str]]:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             inside += (f"{name}.",)
+            yield name, name
+            continue
         is_within = name.startswith(inside)
         if name and (not is_within or (not name.endswith(".base_layer") and get_kan_spec(module) is not None)):
             yield name, name.replace(".base_layer", "") if is_within else name
