@@ -30,6 +30,10 @@ from .merging import add_updates, are_stored
 # layer starts as its base bit for bit.
 _TOLERANCE = {torch.float32: 1e-6, torch.float64: 0.0}
 
+# How far beyond the grid, in half lengths of it, formula and layer are compared: a layer may clamp its inputs there.
+_FAR = (10, 100)
+_ROWS = 48  # in the grid and at each of these distances
+
 # Families with the name of a function of theirs that has raised, and was warned about.
 _warned: set[tuple[str, str]] = set()
 
@@ -128,9 +132,9 @@ class Formula(NamedTuple):
 def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> Formula | None:
     """The formula that gives what the layer computes, closed form first; `None` if there is none.
 
-    Formula and layer are compared on points over the grid and around it. A function of the family that raises, or
-    returns a tensor of another shape or dtype, is named in a warning. The layer and the global random generators are
-    left as they were.
+    Formula and layer are compared on points over the grid, around it, and 10 and 100 times as far out. A function of
+    the family that raises, or returns a tensor of another shape or dtype, is named in a warning. The layer and the
+    global random generators are left as they were.
     """
     coefficients = tensor.get_parameter(base_layer)
     if (
@@ -158,9 +162,14 @@ def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientT
             scale = spec.scale(base_layer) if spec.scale is not None else None
             scaled = parameters if scale is None else parameters * scale.unsqueeze(-1)
             result = formula.evaluate(base_layer, points, scaled, residual, None)
-            if _agree(result, expected):
+            # by distance, since outputs far out are large, and so is what they may differ by
+            if _same_kind(result, expected) and all(map(_agree, result.split(_ROWS), expected.split(_ROWS))):
                 stacked = _run(base_layer, points.unflatten(0, (2, -1)))
-                return formula._replace(leading_shape=_agree(stacked, result.unflatten(0, (2, -1))))
+                expected = result.unflatten(0, (2, -1))
+                takes_any = _same_kind(stacked, expected) and all(
+                    map(_agree, stacked.flatten(0, 1).split(_ROWS), result.split(_ROWS))
+                )
+                return formula._replace(leading_shape=takes_any)
     return None
 
 
@@ -174,12 +183,17 @@ def _run(base_layer: nn.Module, x: torch.Tensor) -> Any:
         return None
 
 
-def _agree(first: Any, second: Any) -> bool:
-    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
+def _same_kind(first: Any, second: Any) -> bool:
+    tensors = isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
+    return tensors and first.shape == second.shape and first.dtype == second.dtype
+
+
+def _agree(first: torch.Tensor, second: torch.Tensor) -> bool:
+    finite = second.isfinite()
+    if not torch.equal(first.isfinite(), finite):
         return False
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    return bool((first - second).abs().max() <= _TOLERANCE[first.dtype] * second.abs().max())
+    first, second = first[finite], second[finite]
+    return not len(second) or bool((first - second).abs().max() <= _TOLERANCE[first.dtype] * second.abs().max())
 
 
 def _can_evaluate(base_layer: nn.Module, formula: Formula, x: torch.Tensor) -> bool:
@@ -246,11 +260,14 @@ def _grid_ends(base_layer: nn.Module, formula: Formula) -> tuple[torch.Tensor, t
 
 
 def _probe_points(low: torch.Tensor, high: torch.Tensor, like: torch.Tensor, width: int) -> torch.Tensor:
-    """Points (48, in) over the grid and a third of its length on either side, other ones for each input."""
+    """Points (rows, in) over the grid and a third of its length on either side, then far out; others for each input."""
     # steps of the golden ratio, so that no input repeats another's points
-    share = torch.arange(48 * width, dtype=torch.float64, device="cpu").mul(0.6180339887498949).frac().view(48, width)
+    rows = _ROWS * (1 + len(_FAR))
+    share = torch.arange(rows * width, dtype=torch.float64, device="cpu").mul(0.6180339887498949).frac()
     low, high = (end.to(dtype=like.dtype, device=like.device).expand(width) for end in (low, high))
-    return torch.lerp(low, high, share.to(low) * 5 / 3 - 1 / 3)
+    sides = torch.tensor([5 / 3, *_FAR], dtype=torch.float64, device="cpu").repeat_interleave(_ROWS)  # in half lengths
+    share = (share.view(rows, width) * 2 - 1) * sides.unsqueeze(1) / 2 + 0.5
+    return torch.lerp(low, high, share.to(low))
 
 
 def addmm(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, update: LowRank | None) -> torch.Tensor:
