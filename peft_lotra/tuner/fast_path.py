@@ -260,7 +260,7 @@ def _grid_ends(base_layer: nn.Module, formula: Formula) -> tuple[torch.Tensor, t
 
 
 def _probe_points(low: torch.Tensor, high: torch.Tensor, like: torch.Tensor, width: int) -> torch.Tensor:
-    """Points (rows, in) over the grid and a third of its length on either side, then far out; others for each input."""
+    """Points (rows, in) over the grid and a third of its length on either side, and then far out."""
     # steps of the golden ratio, so that no input repeats another's points
     rows = _ROWS * (1 + len(_FAR))
     share = torch.arange(rows * width, dtype=torch.float64, device="cpu").mul(0.6180339887498949).frac()
