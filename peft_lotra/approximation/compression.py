@@ -108,16 +108,16 @@ def slim(
         energy: or the share of the squared norm to keep, above 0 and up to 1: of each layer's coefficients, or with
             `inputs` of the deviations of the model's outputs from their mean;
         budget: or the number of parameters for the coefficients of all layers together.
-        inputs: Samples of the model's input, a thousand or so: a tensor, a tuple of arguments, a dict of named ones, or
-            a function of the model that runs it and returns its output. All basis functions of each layer are held
+        inputs: Samples of the model's input, a thousand or so: a tensor, a tuple of arguments, a dict of named ones,
+            or a function of the model that runs it and returns its output. All basis functions of each layer are held
             in memory for them, in float64.
         inplace: Whether the layers of the model itself are exchanged. A model that calls its layers through a closure
             cannot be copied. After an error the model is as it was.
 
     Returns:
         The model, or a copy of it, of the same class, with Slim layers, a [`SlimReport`] as `slim_report`, and
-        `to_dense()`, which returns a copy of the original class. A layer whose factors would take more parameters than the tensor
-        is left dense; the report and a warning name the layer.
+        `to_dense()`, which returns a copy of the original class. A layer whose factors would take more parameters
+        than the tensor is left dense; the report and a warning name the layer.
 
     Raises:
         ValueError: Not one of `ranks`, `energy` and `budget` is given, or one that cannot be; the model has adapters

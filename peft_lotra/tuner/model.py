@@ -29,7 +29,7 @@ from .injection import (
 )
 from .layer import LoTRALayer, lotra_layers
 from .locks import LayerLock, exclusively_within
-from .mixed_batch import RowNames
+from .mixed_batch import RowNames, batch_sizes
 from .norm_stats import NormStatsTuner, with_adapter
 from .saved_modules import put_saved_modules, saves_inside
 from .slim import SLIM_MERGES, SlimLoTRALayer
@@ -302,8 +302,16 @@ class LoTRAModel(NormStatsTuner):
         if unexpected_adapters:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected_adapters))}")
 
+        sizes = batch_sizes([args, {name: value for name, value in kwargs.items() if name != "adapter_names"}])
+        if sizes and len(adapter_names) not in sizes:
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {sizes[0]} respectively."
+            )
+
         def pass_names(module, args, kwargs):
-            return args, {**kwargs, "adapter_names": adapter_names}
+            x = args[0] if args else next(iter(kwargs.values()))
+            return args, {**kwargs, "adapter_names": adapter_names.for_rows(len(x))}
 
         with ExitStack() as hooks:
             hooks.enter_context(self._norm_stats_for(adapter_names.distinct))
