@@ -19,7 +19,7 @@ from ..functional import unwrap
 from .config import LoTRAConfig
 from .injection import transaction
 from .layer import lotra_layers
-from .norm_stats import NormStatsTuner, take_stats, with_adapter
+from .norm_stats import NormStatsTuner, pop_stats
 from .targets import check_base, locate_target
 
 
@@ -74,10 +74,8 @@ def hotswap_adapter(
     current = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     kwargs.pop("check_base", None)
     tensors = load_peft_weights(str(model_name_or_path), device="cpu", **kwargs)
-    tuner, prefix = cast(NormStatsTuner, model.base_model), "base_model.model."
-    take_stats(current := with_adapter(current, adapter_name), prefix)
-    tensors = with_adapter(tensors, adapter_name)
-    stats = take_stats(tensors, prefix).get(adapter_name, {})
+    tuner = cast(NormStatsTuner, model.base_model)
+    _, stats = pop_stats(current), pop_stats(tensors)
     wrong = _differences(old, new, current, tensors) + tuner.norm_stats_problems(stats)
     headline = f"The adapter in {str(model_name_or_path)!r} cannot take the place of {adapter_name!r}, "
     remedy = "Load it beside the other one: `model.load_adapter(path, adapter_name=...)`."

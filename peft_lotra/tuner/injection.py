@@ -204,6 +204,21 @@ def mismatches(
     return wrong, loaded
 
 
+def name_twice(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Adds components of a layer that a model has under several names under each of them; a file may have the first.
+
+    Otherwise PEFT warns that they are missing.
+    """
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LoTRALayer) and names.setdefault(module, name) != name:
+            for component in _COMPONENTS:
+                for adapter in getattr(module, component):
+                    tensor = state_dict.get(f"{prefix}{names[module]}.{component}.{adapter}")
+                    if tensor is not None:
+                        state_dict.setdefault(f"{prefix}{name}.{component}.{adapter}", tensor)
+
+
 def _without(adapter: str, name: str) -> str:
     """The name of a tensor as a file has it."""
     return name.removesuffix(f".{adapter}").replace(f".modules_to_save.{adapter}.", ".")

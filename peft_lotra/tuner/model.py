@@ -19,6 +19,7 @@ from .initialization import GRADIENTS
 from .injection import (
     create_and_replace,
     mismatches,
+    name_twice,
     prepare_config,
     prepare_targets,
     replace_module,
@@ -155,6 +156,7 @@ class LoTRAModel(NormStatsTuner):
         try:
             wrong, loaded = mismatches(self.model, state_dict, f"{prefix}model.")
             refuse_for_model([problem for problems in wrong.values() for problem in problems])
+            name_twice(self.model, state_dict, f"{prefix}model.")
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
             self._awaited_adapters = {key: v for key, v in self._awaited_adapters.items() if key not in loaded}
         except BaseException:

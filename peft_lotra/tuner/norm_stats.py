@@ -68,19 +68,32 @@ def stored_name(name: str) -> str:
 def take_stats(state_dict: dict[str, Any], prefix: str) -> dict[str, dict[str, Tensor]]:
     """Takes running statistics out of a state dict: by adapter, also of adapters with components but no statistics."""
     found: dict[str, dict[str, Tensor]] = {}
-    for key in list(state_dict):
-        path, _, adapter = key.removeprefix(prefix).rpartition(".")
-        path, _, last = path.rpartition(".")
-        if key.startswith(prefix) and (last in _STORED or last == "lotra_core"):
-            own = found.setdefault(adapter, {})
-            if last in _STORED:
-                own[".".join(filter(None, [path, last.removeprefix(_PREFIX)]))] = state_dict.pop(key)
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        name, _, adapter = key.removeprefix(prefix).rpartition(".")
+        if name.endswith((".lotra_core", *_STORED)):
+            found.setdefault(adapter, {})
+        if name.endswith(_STORED):
+            found[adapter][_bare_name(name)] = state_dict.pop(key)
     return found
 
 
+def pop_stats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Takes running statistics out of the tensors of a file."""
+    found = [key for key in tensors if key.endswith(_STORED)]
+    return {_bare_name(key.removeprefix("base_model.model.")): tensors.pop(key) for key in found}
+
+
+def _bare_name(name: str) -> str:
+    path, _, key = name.rpartition(".")
+    return f"{path}.{key.removeprefix(_PREFIX)}" if path else key.removeprefix(_PREFIX)
+
+
 def with_adapter(state_dict: Mapping[str, Tensor], adapter: str) -> dict[str, Tensor]:
-    """The state dict of a file, with the name of the adapter behind those of running statistics."""
-    return {f"{k}.{adapter}" if k.rpartition(".")[2] in _STORED else k: v for k, v in state_dict.items()}
+    """The state dict of a file, with the name of the adapter behind those names that PEFT has not completed.
+
+    These are running statistics, and components under another name of a layer that a model has twice.
+    """
+    return {f"{k}.{adapter}" if k.rpartition(".")[2].startswith(_PREFIX) else k: v for k, v in state_dict.items()}
 
 
 _STORED = tuple(_PREFIX + key for key in NORM_STATS)

@@ -6,11 +6,18 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
 from helpers import adapt, assert_same, inputs, lotra_layers, snapshot
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from stand_ins import FAMILIES, FastKANLayer
 from torch import nn
 
@@ -176,3 +183,41 @@ def test_an_adapter_of_another_method_is_not_put_inside_of_an_adapted_layer(mixe
             model.add_adapter("second", LoraConfig(target_modules=["spline_linear"]))
         else:
             get_peft_model(model.base_model.model, LoraConfig(target_modules=["spline_linear"]))
+
+
+class Tied(nn.Module):
+    """A layer under two names, and in two places, as in KA-GNN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = FAMILIES["own"](3, 3)
+        self.block = nn.ModuleDict({"kan": self.first, "bn": nn.BatchNorm1d(3)})
+        self.head = self.alias = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.alias(self.block["bn"](self.block["kan"](self.first(x))))
+
+
+@pytest.mark.parametrize("config", [{}, {"modules_to_save": ["head"]}, {"target_modules": ["first"]}])
+def test_a_layer_under_two_names(config, tmp_path):
+    model, x = adapt(Tied(), **config), inputs()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()
+    model(x).square().sum().backward()
+    optimizer.step()
+    y = model.eval()(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(Tied(), tmp_path)
+        assert torch.equal(loaded(x), y)
+        loaded.load_adapter(tmp_path, "second")
+        loaded.load_adapter(tmp_path, "second")
+        loaded.set_adapter("second")
+        assert torch.equal(loaded(x), y)
+        missing, unexpected = set_peft_model_state_dict(loaded, get_peft_model_state_dict(model), "second")
+        assert not unexpected and not [name for name in missing if name.endswith(".second")]
+        merged = model.merge_and_unload()
+    assert merged.first is merged.block["kan"] and merged.state_dict().keys() == Tied().state_dict().keys()
+    torch.testing.assert_close(merged(x), y)
