@@ -33,6 +33,7 @@ from .targets import (
     describe_targets,
     find_targets,
     locate_target,
+    warn_of_large_adapters,
     write_targets,
 )
 
@@ -60,6 +61,8 @@ def prepare_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     config.base_layers = describe_targets(targets)
     check_base(config, model, targets)
     check_names(config, model, targets)
+    if config.checkpoint.layers is None:
+        warn_of_large_adapters(config, targets)
     return targets
 
 

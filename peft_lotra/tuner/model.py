@@ -14,6 +14,7 @@ from torch import nn
 
 from ..files.checkpoint import refuse_for_model
 from .config import LoTRAConfig
+from .first_backward import watch_first_backward
 from .guards import base_layers_in_place, release_networks
 from .initialization import GRADIENTS
 from .injection import (
@@ -108,11 +109,13 @@ class LoTRAModel(NormStatsTuner):
         with ExitStack() as self._injection:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._injection = None
-        layers = [layer for _, layer in lotra_layers(model, adapter_name)]
+        by_name = dict(lotra_layers(model, adapter_name))
+        layers = list(by_name.values())
         # PEFT 0.19 looks only whether any adapter has a layer
         if not (layers or peft_config.modules_to_save or peft_config.target_modules == DUMMY_TARGET_MODULES):
             raise ValueError(f"Target modules {peft_config.target_modules} not found in the base model.")
         self._targets = {}
+        watch_first_backward({name: layer.lotra_core[adapter_name] for name, layer in by_name.items()})
         for layer in layers:
             GRADIENTS.pop(layer.get_base_layer(), None)
         if self._requires_grad_of_base is None:

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
+from math import prod
 from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -20,11 +21,15 @@ from ..families.coefficients import CoefficientTensor
 from ..families.registry import KANLayerSpec, get_kan_spec, known_families, short_name, walk_kan_layers
 from ..families.slim import SlimLayer
 from ..files.checkpoint import TRAINED_ON, refuse
-from ..files.fingerprint import Values, hash_all_dtypes, is_same, layer_values
+from ..files.fingerprint import Values, hash_all_dtypes, is_same, layer_values, symbolic_of
 from ..files.patterns import exact_pattern
 from ..kan.slim_kan import SlimKANLinear
+from ..tucker import cap_ranks
 from .config import LoTRAConfig
 from .layer import LoTRALayer, lotra_layers
+
+
+_MAX_CANDIDATES = 5  # that an error shows
 
 
 class Target(NamedTuple):
@@ -76,8 +81,7 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
         raise ValueError(
             "No KAN layer was found in the model. It consists of "
             + ", ".join(f"{name} ({count})" for name, count in types.most_common())
-            + f". The known families are {', '.join(known_families())}. If one of these modules is a KAN layer, "
-            "describe it with `peft_lotra.register_kan_layer`."
+            + f". The known families are {', '.join(known_families())}. {_candidates(model)}"
         )
     chosen = copy(config)
     chosen.target_modules = {name for name in layers if _has_index(config, name)}
@@ -94,6 +98,20 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
             # otherwise another method has adapted the layer
             targets[name] = Target(layer, spec, spec.locate(layer)) if is_found else locate_target(name, module)
     return targets
+
+
+def _candidates(model: nn.Module) -> str:
+    """Which modules may be KAN layers of a family that is not known: those with a parameter of three axes or more."""
+    found = [
+        f"`{name or 'the model itself'}` ({type(module).__name__}: `{parameter}` {tuple(value.shape)})"
+        for name, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.nn.")
+        for parameter, value in module.named_parameters(recurse=False)
+        if value.dim() > 2
+    ]
+    more = ", ..." if len(found) > _MAX_CANDIDATES else ""
+    likely = f"Candidates are {', '.join(found[:_MAX_CANDIDATES])}{more}. " if found else ""
+    return f"{likely}If one of the modules is a KAN layer, describe it with `peft_lotra.register_kan_layer`."
 
 
 def locate_target(name: str, module: nn.Module) -> Target:
@@ -128,6 +146,25 @@ def check_nesting(model: nn.Module, targets: Mapping[str, Target]) -> None:
                 "layer cannot be loaded again. Leave one of them out: name the layers whole in `target_modules`, or "
                 f"pass `exclude_modules=[{inner!r}]`."
             )
+
+
+def warn_of_large_adapters(config: LoTRAConfig, targets: Mapping[str, Target]) -> None:
+    """Warns of the targets whose adapters have more parameters than the coefficients that they adapt."""
+    large = []
+    for name, (_, _, coefficients) in targets.items():
+        out, in_, basis = coefficients.shape
+        shape = (out, in_, basis + (config.adapt_residual and coefficients.has_residual))
+        ranks = cap_ranks(config.ranks_and_alpha(name)[0], shape)
+        size = prod(ranks) + sum(length * rank for length, rank in zip(shape, ranks, strict=True))
+        if size > prod(shape):
+            large.append(f"{name} (ranks {ranks}: {size} instead of {prod(shape)})")
+    if large:
+        shown = ", ".join(large[:_MAX_CANDIDATES]) + (", ..." if len(large) > _MAX_CANDIDATES else "")
+        warnings.warn(
+            f"Adapters have more parameters than the coefficients that they adapt: {shown}. Lower `r`, or the ranks "
+            "of these layers by `rank_pattern`; or train the layers whole.",
+            stacklevel=2,
+        )
 
 
 def check_parameters(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
@@ -175,16 +212,17 @@ def record_base(model: nn.Module, base_layers: Mapping[str, Mapping[str, Any]]) 
     record = {}
     for name, layer in base_layers.items():
         module = modules.get(name)  # FSDP gives other names
-        values = {} if module is None else _read_values(locate_target(name, module), module)
+        values = (
+            {} if module is None else _read_values(locate_target(name, module), module, symbolic_of(modules, name))
+        )
         record[name] = {**layer, **{what: hash_all_dtypes(value) for what, value in values.items()}}
     return record
 
 
-def _read_values(target: Target, module: nn.Module) -> dict[str, Values]:
+def _read_values(target: Target, module: nn.Module, symbolic: nn.Module | None) -> dict[str, Values]:
     """The grid and the parameters of a target as they are without merged adapters; `module` holds the adapters."""
-    if isinstance(module, LoTRALayer) and module.merged:
-        return layer_values(*target, module.parameters_before_merge or None)
-    return layer_values(*target, {})
+    frozen = (module.parameters_before_merge or None) if isinstance(module, LoTRALayer) and module.merged else {}
+    return layer_values(*target, frozen, symbolic)
 
 
 def check_base(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
@@ -205,10 +243,11 @@ def check_base(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Targ
     if config.check_base == "ignore":
         return
     differ: dict[str, list[str]] = {"grid": [], "parameters": []}
+    modules = dict(model.named_modules())
     for name, layer in recorded.items():
         if tuple(layer["shape"]) != tuple(found[name]["shape"]) or not differ.keys() & layer.keys():
             continue
-        for what, values in _read_values(targets[name], model.get_submodule(name)).items():
+        for what, values in _read_values(targets[name], modules[name], symbolic_of(modules, name)).items():
             if what in layer and is_same(layer[what], values) is False:
                 differ[what].append(name)
     for what, noun, consequence in (
