@@ -180,6 +180,9 @@ class NormStatsTuner(BaseTuner):
     @contextmanager
     def _norm_stats_for(self, adapters: Sequence[str]) -> Iterator[None]:
         """Places the statistics for a batch of these adapters, if the same ones hold for all of them."""
+        if not any(self._norm_stats.values()):  # no normalizations, or none of any adapter
+            yield
+            return
         owners = list(dict.fromkeys(self._owner_of_stats([adapter]) for adapter in adapters))
         if len(owners) > 1 and any(owner is not None and self.moved_norm_stats(owner) for owner in owners):
             raise ValueError(

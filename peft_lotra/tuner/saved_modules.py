@@ -30,9 +30,11 @@ _MAX_SHOWN = 12
 
 def check_saved_modules(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
     """Refuses a name in `modules_to_save` that matches no module, or one with coefficients that are adapted."""
+    if not config.modules_to_save:
+        return
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     names += [f"{target}.{part}" for target, part in _parts(targets)]
-    for ending in config.modules_to_save or ():
+    for ending in config.modules_to_save:
         if ending in _ADDED_BY_PEFT.get(config.task_type or "", ()) or any(name.endswith(ending) for name in names):
             continue
         leaves = (name for name, module in model.named_modules() if name and not list(module.children()))
@@ -52,7 +54,7 @@ def check_saved_modules(config: LoTRAConfig, model: nn.Module, targets: Mapping[
 
 def saves_inside(config: LoTRAConfig, targets: Mapping[str, Target]) -> bool:
     """Whether some of `modules_to_save` lie inside of targets."""
-    return any(True for _ in _saved_parts(config, targets))
+    return bool(config.modules_to_save) and any(True for _ in _saved_parts(config, targets))
 
 
 def name_in_file(name: str, model: nn.Module, targets: Mapping[str, Target]) -> str:
