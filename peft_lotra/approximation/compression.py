@@ -28,8 +28,11 @@ from ..kan.slim_kan import SlimKANLinear, warn_capped
 from ..locks import cached
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, triple, tucker
+from ..tuner.injection import transaction
 from ..tuner.targets import locate_target
-from .features import check_inputs, gather_features, model_outputs, relative_error
+from .features import gather_features, relative_error
+from .inputs import Inputs, check_inputs, model_outputs
+from .reach import check_copy, check_exchange, outputs_by
 from .spectra import Spectrum, check_energy, suggest_ranks, weighted_spectrum
 from .updates import read_coefficients
 
@@ -77,7 +80,8 @@ def slim(
     *,
     energy: float | None = None,
     budget: int | None = None,
-    inputs: torch.Tensor | None = None,
+    inputs: Inputs | None = None,
+    inplace: bool = False,
 ) -> nn.Module:
     """Compresses a trained KAN: the coefficient tensor of each layer, with its residual weights, becomes a core and
     three factors, by higher-order orthogonal iteration (HOOI).
@@ -100,24 +104,27 @@ def slim(
         >>> dense = small.to_dense()
 
     Args:
-        model: A network with KAN layers, or one layer, without adapters; it stays unchanged.
+        model: A network with KAN layers, or one layer, without adapters; it stays unchanged if not `inplace`.
         ranks: (ro, ri, rb) for each layer, capped by the sizes of its modes with a warning; or by layer, as
             `suggest_ranks` returns them, others being left dense;
         energy: or the share of the squared norm to keep, above 0 and up to 1: of each layer's coefficients, or with
             `inputs` of the deviations of the model's outputs from their mean;
         budget: or the number of parameters for the coefficients of all layers together.
-        inputs: Samples of the model's input, a thousand or so. All basis functions of each layer are held in memory
-            for them, in float64.
+        inputs: Samples of the model's input, a thousand or so: a tensor, a tuple of arguments, a dict of named ones,
+            or a function of the model that runs it and returns its output. All basis functions of each layer are held
+            in memory for them, in float64.
+        inplace: Whether the layers of the model itself are exchanged. A model that calls its layers through a closure
+            cannot be copied. After an error the model is as it was.
 
     Returns:
-        A copy of the model, of the same class, with Slim layers, a [`SlimReport`] as `slim_report`, and `to_dense()`,
-        which returns a copy of the original class. A layer whose factors would take more parameters than the tensor
-        is left dense; the report and a warning name the layer.
+        The model, or a copy of it, of the same class, with Slim layers, a [`SlimReport`] as `slim_report`, and
+        `to_dense()`, which returns a copy of the original class. A layer whose factors would take more parameters
+        than the tensor is left dense; the report and a warning name the layer.
 
     Raises:
         ValueError: Not one of `ranks`, `energy` and `budget` is given, or one that cannot be; the model has adapters
-            (merge them first), no KAN layer, coefficients that are not finite, or layers that no input reaches;
-                or `inputs` are empty, not finite or all the same.
+            (merge them first), no KAN layer, coefficients that are not finite, layers that no input reaches, or that
+            a closure calls in the place of those exchanged; or `inputs` are empty, not finite or all the same.
         TypeError: With `inputs`, the model returns no tensor, nor a tuple or dict that begins with one.
     """
     if [ranks, energy, budget].count(None) != 2:
@@ -134,14 +141,15 @@ def slim(
         )
     if inputs is not None:
         check_inputs(inputs)
-    compression = _Compression(model, inputs)
-    if ranks is not None:
-        chosen = _resolve_ranks(compression.tensors, ranks)
-    elif energy is not None and inputs is not None:
-        chosen = compression.enough(energy)
-    else:
-        chosen = compression.suggest(energy, budget)
-    small, report = compression.run(chosen)
+    with transaction(model):
+        compression = _Compression(model, inputs, inplace)
+        if ranks is not None:
+            chosen = _resolve_ranks(compression.tensors, ranks)
+        elif energy is not None and inputs is not None:
+            chosen = compression.enough(energy)
+        else:
+            chosen = compression.suggest(energy, budget)
+        small, report = compression.run(chosen, final=True)
     if grown := [name for name in report.dense if name in chosen]:
         hint = " Pass `inputs`: on data there is mostly less to keep." if inputs is None and energy is not None else ""
         warnings.warn(
@@ -153,15 +161,17 @@ def slim(
     return small
 
 
-def to_dense(model: nn.Module) -> nn.Module:
+def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
     """A copy of the model in which every Slim layer has its original class again, and computes the same.
 
+    With `inplace`, the layers of the model itself are exchanged.
+
     Raises:
-        ValueError: The model has adapters.
+        ValueError: The model has adapters, or a copy would call layers of the original through a closure.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model has adapters: merge them first, `model = model.merge_and_unload()`.")
-    model = _copy(model)
+    model = model if inplace else _copy(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, (SlimKANLinear, SlimLayer)):
             model = _replace(model, name, module.to_dense())
@@ -190,8 +200,8 @@ def _resolve_ranks(
 class _Compression:
     """A model, its coefficient tensors (out, in, basis [+ 1]) by layer, and with `inputs` the features of each."""
 
-    def __init__(self, model: nn.Module, inputs: torch.Tensor | None) -> None:
-        self.model, self.inputs = _copy(model), inputs
+    def __init__(self, model: nn.Module, inputs: Inputs | None, inplace: bool) -> None:
+        self.model, self.inputs, self.inplace = model if inplace else _copy(model), inputs, inplace
         layers = {}
         for found in find_kan_layers(self.model):
             layer = self.model.get_submodule(found.name)
@@ -202,6 +212,12 @@ class _Compression:
                 "No KAN layer that could be compressed was found in the model. The known families are "
                 f"{', '.join(known_families())}; describe another one with `peft_lotra.register_kan_layer`."
             )
+        # those that nothing may call any more; in place, the layers themselves
+        self.originals = {name: model.get_submodule(name) for name in layers}
+        if inplace:
+            check_exchange(model, self.originals)
+            if "" in layers:
+                raise ValueError("The model is itself a KAN layer, which cannot be exchanged in place.")
         self.tensors = {name: _read_product(name, layer) for name, (layer, _) in layers.items()}
         self.features = {} if inputs is None else gather_features(self.model, layers, inputs)
         if inputs is not None:
@@ -232,11 +248,16 @@ class _Compression:
                 low = middle
         return best
 
-    def run(self, chosen: Mapping[str, tuple[int, int, int]]) -> tuple[nn.Module, SlimReport]:
-        """A copy of the model in which these layers are Slim, where that saves parameters, and its report."""
-        model = _copy(self.model)
+    def run(self, chosen: Mapping[str, tuple[int, int, int]], final: bool = False) -> tuple[nn.Module, SlimReport]:
+        """The model, or a copy, in which these layers are Slim, where that saves parameters, and its report.
+
+        In place, the layers are put back if this is not the `final` run.
+        """
+        model = self.model if self.inplace else _copy(self.model)
+        places = [(module._modules, dict(module._modules)) for module in model.modules()]
         before = after = sum(tensor.numel() for tensor in self.tensors.values())
         errors, output_errors, dense = {}, {}, []
+        exchanged: dict[str, nn.Module] = {}
         for name, tensor in self.tensors.items():
             if name not in chosen or _cost(chosen[name], tensor.shape) >= tensor.numel():
                 dense.append(name)
@@ -246,8 +267,10 @@ class _Compression:
             layer, spec, _ = locate_target(name, model.get_submodule(name))
             if isinstance(layer, KANLinear):
                 slim_layer = SlimKANLinear.from_components(layer, fitted.balanced())
-            else:
+            else:  # which takes the parameters out of the layer
+                layer = layer if final or not self.inplace else copy.deepcopy(layer)
                 slim_layer = SlimLayer(layer, spec, fitted.balanced())
+            exchanged[name] = slim_layer
             with torch.no_grad():
                 stored = slim_layer.components.map(torch.Tensor.double).dense()
             errors[name] = ((tensor - stored).norm() / tensor.norm().clamp(min=1e-300)).item()
@@ -258,7 +281,12 @@ class _Compression:
         ranks, model_error = {name: chosen[name] for name in errors}, None
         if self.inputs is not None:
             with torch.no_grad():
-                model_error = relative_error(self.outputs, model_outputs(model, self.inputs))
+                y = outputs_by(model, self.inputs, exchanged, self.originals)
+                model_error = relative_error(self.outputs, y)
+        if self.inplace and not final:
+            for modules, own in places:
+                modules.clear()
+                modules.update(own)
         return model, SlimReport(errors, ranks, dense, (before, after), output_errors, model_error)
 
 
@@ -294,6 +322,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 def _copy(model: nn.Module) -> nn.Module:
     """A deep copy, also of networks that keep the activations of their last pass (pykan), which deepcopy refuses."""
+    check_copy(model)
     memo: dict[int, Any] = {}
 
     def visit(value: Any) -> None:

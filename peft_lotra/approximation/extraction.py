@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,8 +24,11 @@ from ..report import Report, TextTable
 from ..tucker import Ranks, Tucker, cap_ranks, tucker, tucker_scaled
 from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer, lotra_layers
+from ..tuner.model import LoTRAModel
+from ..tuner.norm_stats import stats_in_place
 from ..tuner.targets import exact_targets, locate_target
-from .features import Features, check_inputs, gather_features
+from .features import Features, features_of
+from .inputs import Inputs
 from .spectra import suggest_ranks, weighted_spectrum
 from .updates import CoefficientUpdate, coefficient_updates
 
@@ -71,7 +73,7 @@ def extract_lotra(
     energy: float | None = None,
     budget: int | None = None,
     rank_pattern: dict[str, Ranks] | None = None,
-    inputs: torch.Tensor | None = None,
+    inputs: Inputs | None = None,
     adapter_name: str = "default",
 ) -> PeftModel:
     """Makes the LoTRA adapter that comes closest to a full fine-tuning.
@@ -104,8 +106,9 @@ def extract_lotra(
         energy: or the share of the energy to keep in each, above 0 and up to 1,
         budget: or the number of parameters of the adapter, see `suggest_ranks`.
         rank_pattern: Ranks by layer, as in [`LoTRAConfig`]; alone, or with `r` for the others.
-        inputs: Samples of the model's input, for which all basis functions are held in memory in float64. The energy
-            is then that of the layers' outputs.
+        inputs: Samples of the model's input, for which all basis functions are held in memory in float64: a tensor, a
+            tuple of arguments, a dict of named ones, or a function of the model that runs it and returns its output.
+            The energy is then that of the layers' outputs.
         adapter_name: The name of the adapter.
 
     Returns:
@@ -129,7 +132,7 @@ def extract_lotra(
     updates = {name: update for name, update in updates.items() if update.tensor.any()}
     if not updates:
         raise ValueError("The KAN layers have the same coefficients in both models: there is nothing to extract.")
-    features = {} if inputs is None else _gather(tuned, list(updates), inputs)
+    features = {} if inputs is None else features_of(tuned, updates, inputs)
     if energy is not None or budget is not None:
         spectrum = weighted_spectrum({name: update.tensor for name, update in updates.items()}, features)
         rank_pattern = {**suggest_ranks(spectrum, energy=energy, budget=budget)}
@@ -137,6 +140,7 @@ def extract_lotra(
     components = {name: _decompose(update, ranks[name], features.get(name)) for name, update in updates.items()}
 
     model = _attach(base, unwrap(tuned), components, modules_to_save, adapter_name)
+    not_saved = _set_norm_stats(model, dict(_tensors(unwrap(tuned))), not_saved, adapter_name)
     errors, output_errors = _measure(model, updates, features)
     parameters = sum(part.numel() for part in components.values())
     known = None if inputs is None else output_errors
@@ -149,15 +153,6 @@ def extract_lotra(
             stacklevel=2,
         )
     return model
-
-
-def _gather(tuned: nn.Module, names: list[str], inputs: torch.Tensor) -> dict[str, Features]:
-    """The features of the layers of the tuned model."""
-    check_inputs(inputs)
-    if isinstance(tuned, PeftModel):
-        tuned = copy.deepcopy(tuned).merge_and_unload()
-    layers = {name: locate_target(name, tuned.get_submodule(name))[:2] for name in names}
-    return gather_features(tuned, layers, inputs)
 
 
 def _resolve_ranks(
@@ -204,6 +199,17 @@ def _attach(
         module = wrapper.modules_to_save[adapter_name]
         module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
     return model
+
+
+def _set_norm_stats(
+    model: PeftModel, tensors: Mapping[str, torch.Tensor], changed: list[str], adapter_name: str
+) -> list[str]:
+    """Gives the adapter the running statistics that changed inside of KAN layers; what is left of `changed`."""
+    tuner = cast(LoTRAModel, model.base_model)
+    known = stats_in_place(tuner.model)
+    norms = {name.rpartition(".")[0] for name in changed if name in known}
+    tuner.set_norm_stats(adapter_name, {n: tensors[n] for n in known if n.rpartition(".")[0] in norms})
+    return [name for name in changed if name not in known]
 
 
 @torch.no_grad()

@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
-from functools import partial
+import copy
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ..families.registry import KANLayerSpec
-from ..functional import call_with_parameters, modes_kept
+from ..functional import call_with_parameters
 from ..tucker import Tucker, tucker
+from ..tuner.targets import locate_target
+from .inputs import Inputs, check_inputs, model_outputs, observed
 
 
 # The weight of a direction without samples, as a share of the mean over all directions.
@@ -122,39 +124,8 @@ def _square_root(moments: torch.Tensor, ridge: float) -> torch.Tensor:
     return vectors * values.sqrt() @ vectors.T
 
 
-def check_inputs(inputs: object) -> None:
-    """Raises a ValueError for inputs that are not finite, or that are all the same."""
-    given = f"a {type(inputs).__name__}"
-    if isinstance(inputs, torch.Tensor):
-        rows = inputs.flatten(0, -2) if inputs.dim() > 1 else inputs
-        given = f"shape {tuple(inputs.shape)}"
-        if inputs.numel() and inputs.isfinite().all():
-            if (rows != rows[:1]).any():
-                return
-            given += " with a single sample, or many that are equal"
-        elif inputs.numel():
-            given += " with NaN or infinite values"
-    raise ValueError(
-        f"`inputs` must be a tensor of samples that are finite and differ, as the model takes them, got {given}."
-    )
-
-
-def model_outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """The output of the model in evaluation mode; of a tuple or a dict (`ModelOutput`) the first entry."""
-    with modes_kept(model):
-        result = model.eval()(inputs)
-    first = next(iter(result.values())) if isinstance(result, Mapping) else result
-    first = first[0] if isinstance(first, (tuple, list)) and first else first
-    if not isinstance(first, torch.Tensor) or not first.is_floating_point():
-        raise TypeError(
-            "With `inputs`, the model must return a tensor of floating point numbers, or a tuple or dict that begins "
-            f"with one, but it returned {type(result).__name__}. Wrap it in a module that does."
-        )
-    return first.unsqueeze(-1) if first.dim() == 1 else first
-
-
 def gather_features(
-    model: nn.Module, layers: Mapping[str, tuple[nn.Module, KANLayerSpec]], inputs: torch.Tensor
+    model: nn.Module, layers: Mapping[str, tuple[nn.Module, KANLayerSpec]], inputs: Inputs
 ) -> dict[str, Features]:
     """The features of each layer for inputs of the model; a ValueError if no input reaches one of the layers.
 
@@ -166,24 +137,33 @@ def gather_features(
     received: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     returned: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
-    def note(name: str, layer: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-        if args[0].dim() < 2:
+    def note(name: str, x: torch.Tensor, y: Any) -> None:
+        if x.dim() < 2:
             raise ValueError(
-                f"`inputs` of the shape {tuple(inputs.shape)} reach the layer {name!r} as one sample of the shape "
-                f"{tuple(args[0].shape)}. Pass a batch of samples."
+                f"`inputs` reach the layer {name!r} as one sample of the shape {tuple(x.shape)}. Pass a batch."
             )
-        received[name].append(args[0].detach().flatten(0, -2))
+        received[name].append(x.detach().flatten(0, -2))
         y = first_output(y)
         returned[name].append(y if y.requires_grad else y.requires_grad_())  # the model may be frozen
 
-    with ExitStack() as hooks, torch.enable_grad():
-        for name, (layer, _) in layers.items():
-            hooks.enter_context(layer.register_forward_hook(partial(note, name)))
+    with observed({name: layer for name, (layer, _) in layers.items()}, note), torch.enable_grad():
         result = model_outputs(model, inputs)
     if missed := [name for name, xs in received.items() if not xs]:
-        raise ValueError(f"None of `inputs` reaches {missed}: the model's forward pass does not call these layers.")
+        raise ValueError(
+            f"None of `inputs` reaches {missed}: the model's forward pass does not call these layers, or it calls "
+            "others in their place, through references that no copy of the model has."
+        )
     metrics = _metrics(result, returned)
     return {name: Features(*layers[name], torch.cat(xs), metrics.get(name)) for name, xs in received.items()}
+
+
+def features_of(tuned: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, Features]:
+    """The features of layers of a fine-tuned model, adapted or not, for inputs that are checked."""
+    check_inputs(inputs)
+    if isinstance(tuned, PeftModel):
+        tuned = copy.deepcopy(tuned).merge_and_unload()
+    layers = {name: locate_target(name, tuned.get_submodule(name))[:2] for name in names}
+    return gather_features(tuned, layers, inputs)
 
 
 def _metrics(result: torch.Tensor, returned: Mapping[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -23,7 +23,8 @@ from ..tucker import Ranks, cap_ranks, check_ranks, hosvd, triple
 from ..tuner.config import LoTRAConfig
 from ..tuner.gradients import gather_gradients
 from ..tuner.targets import find_targets
-from .features import Features
+from .features import Features, features_of
+from .inputs import Inputs
 from .updates import coefficient_updates
 
 
@@ -144,6 +145,7 @@ def suggest_ranks(
     *,
     energy: float | None = None,
     budget: int | None = None,
+    inputs: Inputs | None = None,
 ) -> dict[str, tuple[int, int, int]]:
     """Ranks for each layer, as the `rank_pattern` of [`LoTRAConfig`].
 
@@ -157,6 +159,8 @@ def suggest_ranks(
         tuned: With a base model, the fine-tuned one.
         energy: The share of the energy to keep in each layer, above 0 and up to 1, with the fewest parameters.
         budget: The number of parameters of all layers together, with the most energy and ranks of at least 1.
+        inputs: With two models, samples of their input, as `extract_lotra` takes them. The energy is then that of the
+            layers' outputs.
 
     Returns:
         (ro, ri, rb) by a regex that matches the layer's name and no other.
@@ -169,12 +173,15 @@ def suggest_ranks(
         raise ValueError(f"Pass one of `energy` and `budget`, got `energy`={energy} and `budget`={budget}.")
     if energy is not None:
         check_energy(energy)
-    if isinstance(base, Spectrum) and tuned is None:
+    if isinstance(base, Spectrum) and tuned is None and inputs is None:
         layers = base.layers
     elif not isinstance(base, Spectrum) and tuned is not None:
-        layers = update_spectrum(base, tuned).layers
+        updates = coefficient_updates(base, tuned, scaled=inputs is not None)
+        changed = [name for name, update in updates.items() if update.tensor.any()]
+        features = {} if inputs is None or not changed else features_of(tuned, changed, inputs)
+        layers = weighted_spectrum({name: update.tensor for name, update in updates.items()}, features).layers
     else:
-        raise ValueError("Pass either a spectrum, or a base model and a tuned one.")
+        raise ValueError("Pass either a spectrum, or a base model and a tuned one (and, if you can, `inputs`).")
     if budget is not None:
         ranks = _allocate(layers, budget)
     else:

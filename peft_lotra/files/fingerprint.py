@@ -3,14 +3,16 @@
 
 """What an adapter was made for: hashes of the grids and the frozen coefficients of its base.
 
-A hash is taken over the bytes of the tensors: a change of one bit shows, on any device. A base that is cast to fewer
-digits is still the same base, so that a record holds one hash for each dtype that its tensors can be cast down to.
+A hash is taken over the bytes of the tensors. A base that is cast to fewer digits is still the same base, so that a
+record holds one hash for each dtype that its tensors can be cast down to. A base that is computed anew, on another
+machine or by other kernels, differs in its last bits: a sketch of the values, which changes little, tells so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +24,10 @@ from ..families.registry import KANLayerSpec
 
 
 _CHUNK = 1 << 22  # elements that are cast and hashed at a time, which bounds the extra memory
+
+_PROJECTIONS = 8  # of a sketch
+_ROW = 2048  # values that have signs of their own; those of the next row are the same, or all opposite
+_ROUNDING = 1e-6  # of the norm: what a base that is computed anew may differ by
 
 # what a floating tensor can be cast down to; the way to half precision leads through float32, as torch's own does.
 _FEWER_DIGITS = {
@@ -56,15 +62,74 @@ def hash_values(values: Values, dtype: torch.dtype | None = None) -> str:
 
 
 def hash_all_dtypes(values: Values) -> dict[str, str]:
-    """The hashes of the values as they are, and as they would be cast down, by dtype; `"exact"` without floats."""
+    """The hashes of the values as they are, and as they would be cast down, by dtype; `"exact"` without floats.
+
+    With floats, the entry `"sketch"` tells values that differ by rounding from others, see `sketch`.
+    """
     own = _widest(values)
     if own is None:
         return {"exact": hash_values(values)}
-    return {_name(dtype): hash_values(values, dtype) for dtype in (own, *_FEWER_DIGITS[own])}
+    hashes = {_name(dtype): hash_values(values, dtype) for dtype in (own, *_FEWER_DIGITS[own])}
+    return {**hashes, "sketch": sketch(values)}
+
+
+def sketch(values: Values) -> str:
+    """What changes little if values change little: a hash of all that is no float, the norm, and projections.
+
+    The projections of all floats, as one vector v, are the sums of v_i s_i for signs s_i that look random: another
+    vector at the distance d from v has projections at distances of about d. (A hash of rounded values would not do:
+    some of many values are always at the edge of being rounded the other way.)
+    """
+    exact = {
+        name: f"{tuple(value.shape)}" if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in values.items()
+    }
+    columns = torch.arange(_PROJECTIONS)
+    signs, norm, sums = _signs(torch.arange(_ROW), columns), 0.0, torch.zeros(_PROJECTIONS, dtype=torch.float64)
+    row = 0
+    for _, value in sorted(values.items()):
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        flat = value.detach().reshape(-1)
+        for start in range(0, flat.numel(), _ROW * _ROW):
+            part = flat[start : start + _ROW * _ROW].cpu().double()
+            rows = torch.nn.functional.pad(part, (0, -len(part) % _ROW)).view(-1, _ROW)
+            sums += ((rows @ signs) * _signs(torch.arange(row, row + len(rows)), columns + _PROJECTIONS)).sum(0)
+            norm, row = norm + part.square().sum().item(), row + len(rows)
+    numbers = ",".join(f"{number:.10e}" for number in (math.sqrt(norm), *sums.tolist()))
+    return f"{hash_values(exact)}:{numbers}"  # pyright: ignore[reportArgumentType]  (hashed by their `repr`)
+
+
+def _signs(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Signs (rows, columns), in float64, that look random and are the same everywhere."""
+    mixed = (rows.unsqueeze(1) * 2654435761 + columns * 2246822519 + 374761393) & 0xFFFFFFFF
+    for factor in (2246822519, 3266489917):
+        mixed = ((mixed ^ (mixed >> 15)) * factor) & 0xFFFFFFFF
+    return (((mixed >> 16) & 1) * 2 - 1).double()
+
+
+def _differs_by_rounding(recorded: str, values: Values) -> bool:
+    """Whether the sketch of values is that recorded, up to a few of the last bits of float32."""
+    try:
+        (before, now) = (
+            (text.split(":")[0], [*map(float, text.split(":")[1].split(","))]) for text in (recorded, sketch(values))
+        )
+    except (ValueError, IndexError):  # a record that was changed
+        return False
+    same = before[0] == now[0] and len(before[1]) == len(now[1])
+    return same and all(abs(a - b) <= _ROUNDING * now[1][0] for a, b in zip(before[1], now[1], strict=True))
 
 
 def is_same(recorded: Mapping[str, str], values: Values) -> bool | None:
-    """Whether the values are those recorded, cast to more or fewer digits or not; `None` if no dtype serves both."""
+    """Whether the values are those recorded, cast to more or fewer digits or not, or differ by rounding alone.
+
+    `None` if no dtype serves both.
+    """
+    same = _is_cast(recorded, values)
+    return _differs_by_rounding(recorded["sketch"], values) if same is False and "sketch" in recorded else same
+
+
+def _is_cast(recorded: Mapping[str, str], values: Values) -> bool | None:
     own = _widest(values)
     if own is None:
         return recorded["exact"] == hash_values(values) if "exact" in recorded else None
@@ -81,14 +146,24 @@ def is_same(recorded: Mapping[str, str], values: Values) -> bool | None:
 
 
 def layer_values(
-    layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, frozen: Mapping[str, torch.Tensor] | None
+    layer: nn.Module,
+    spec: KANLayerSpec,
+    tensor: CoefficientTensor,
+    frozen: Mapping[str, torch.Tensor] | None,
+    symbolic: nn.Module | None = None,
 ) -> dict[str, Values]:
     """The tensors to hash, as far as they can be read: the `"grid"` of a base layer, and all its other `"parameters"`.
 
     `frozen` has the values before a merge of the parameters that adapters are merged into, `None` if they are unknown.
+    `symbolic` is the layer of symbolic functions beside a layer of pykan, whose outputs are added; where functions
+    were set, they count as parameters.
     """
     grid = spec.read_grid(layer)
-    parameters: dict[str, torch.Tensor] = {n: value for n, value in layer.named_parameters() if n not in grid}
+    parameters: dict[str, torch.Tensor] = {
+        name.replace("original_module.", ""): value  # a part that `modules_to_save` has copied
+        for name, value in layer.named_parameters()
+        if name not in grid and "modules_to_save." not in name
+    }
     adapted = tensor.read_parameters(layer)
     for name, value in adapted.items():
         owner, _, attribute = name.rpartition(".")
@@ -98,12 +173,29 @@ def layer_values(
         tensor.join(list(adapted.values()))  # a shard has another shape
     except Exception:
         frozen = None
-    values = {"grid": grid} if frozen is None else {"grid": grid, "parameters": {**parameters, **frozen}}
+    others: dict[str, Any] = _symbolic_values(symbolic) if symbolic is not None else {}
+    values = {"grid": grid} if frozen is None else {"grid": grid, "parameters": {**parameters, **frozen, **others}}
     return {
         what: tensors
         for what, tensors in values.items()
         if not any(value.is_meta or hasattr(value, "placements") for value in _tensors(tensors))
     }
+
+
+def symbolic_of(modules: Mapping[str, nn.Module], name: str) -> nn.Module | None:
+    """The layer of symbolic functions that pykan's networks have beside `act_fun.N`, `None` for all other layers."""
+    parent, _, index = name.rpartition(".")
+    if parent.rpartition(".")[2] != "act_fun":
+        return None
+    return modules.get(f"{parent.removesuffix('act_fun')}symbolic_fun.{index}")
+
+
+def _symbolic_values(layer: nn.Module) -> dict[str, Any]:
+    mask = getattr(layer, "mask", None)
+    if not isinstance(mask, torch.Tensor) or not mask.any():  # without functions, a layer is recorded as ever
+        return {}
+    named = {f"symbolic.{name}": value for name, value in layer.named_parameters()}
+    return {**named, "symbolic.mask": mask, "symbolic.names": repr(getattr(layer, "funs_name", None))}
 
 
 def digest_of(value: Any) -> str:

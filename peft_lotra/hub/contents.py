@@ -18,11 +18,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_sta
 from safetensors import SafetensorError
 
 from ..families.registry import short_name
-from ..files.format import check_size, open_weights
+from ..files.format import NORM_STATS, check_size, open_weights
 from ..report import Report, TextTable
 from ..tucker import Tucker
 from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer
+from ..tuner.norm_stats import stored_name
 from ..tuner.registration import NAME
 
 
@@ -31,7 +32,8 @@ class AdapterRow(NamedTuple):
 
     `parameters` is the number of stored values, and `size` is the number of their bytes. `shape` and `ranks` are those
     of the update, (out, in, basis); the residual branch is the last slice of the basis. `norm` is the Frobenius norm
-    of the update, `alpha` included. A module that is saved whole (`modules_to_save`) has only a name and sizes.
+    of the update, `alpha` included. A module that is saved whole (`modules_to_save`) has only a name and sizes, and so
+    have the running statistics of a normalization, with these words as their `family`.
     """
 
     name: str
@@ -45,7 +47,8 @@ class AdapterRow(NamedTuple):
 
     def cells(self) -> list[str]:
         """Family, shape and ranks as text."""
-        return [str(self.family), str(self.shape), str(self.ranks)] if self.ranks else ["saved whole", "", ""]
+        adapted = [str(self.family), str(self.shape), str(self.ranks)]
+        return adapted if self.ranks else [self.family or "saved whole", "", ""]
 
 
 @dataclass(eq=False)
@@ -140,7 +143,8 @@ def _order(row: AdapterRow) -> tuple[bool, list]:
 def own_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a file without those of other adapters."""
     # PEFT 0.19 writes the tensors of all adapters into each file, the others with the name of the adapter at the end
-    other = re.compile(rf".*\.({'|'.join(LoTRALayer.adapter_layer_names)})\..+")
+    own = (*LoTRALayer.adapter_layer_names, *map(stored_name, NORM_STATS))
+    other = re.compile(rf".*\.({'|'.join(own)})\..+")
     return {key: tensor for key, tensor in tensors.items() if not other.fullmatch(key)}
 
 
@@ -148,7 +152,8 @@ def _row(config: LoTRAConfig, name: str, parts: dict[str, torch.Tensor]) -> Adap
     parameters = sum(tensor.numel() for tensor in parts.values())
     size = sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
     if not any(part in LoTRALayer.adapter_layer_names for part in parts):
-        return AdapterRow(name, None, None, None, None, None, parameters, size)
+        kind = "running statistics" if all(part.startswith("lotra_") for part in parts) else None
+        return AdapterRow(name, kind, None, None, None, None, parameters, size)
     missing = [part for part in LoTRALayer.adapter_layer_names if part not in parts]
     if missing:
         raise ValueError(f"The adapter has no {', '.join(missing)} for `{name}`: it is not complete.")

@@ -93,6 +93,11 @@ class LoTRAConfig(PeftConfig):
             `False` draws an update at random, which is for tests only.
         adapt_residual (`bool`):
             Whether the weights of the residual branch are adapted too, as one more slice of the basis mode.
+        save_norm_stats (`bool`):
+            Whether running statistics (of batch norms, for instance) belong to the adapter: those that it has moved
+            are saved and loaded with it, and those of the base are back while it is disabled, and after `unload`.
+            With several active adapters, the statistics are those of the first. A merged model keeps the adapter's.
+            `False` leaves them to the base, which training then changes.
         check_base (`Optional[str]`):
             What happens when an adapter is loaded into another base than it was saved with:
             `PeftModel.from_pretrained(base, folder, check_base="error")`. By default (`None`) another grid is an
@@ -130,6 +135,7 @@ class LoTRAConfig(PeftConfig):
     module_dropout: float = option(0.0, PROBABILITY)
     init_weights: bool | Literal["gradient"] = option(True, START)
     adapt_residual: bool = option(True, BOOL)
+    save_norm_stats: bool = option(True, BOOL)
     base_layers: dict[str, dict[str, Any]] | None = option(None, RECORD)
     check_base: Literal["error", "warn", "ignore"] | None = option(
         None, (lambda value: value in CHECK_BASE, f"None or one of {CHECK_BASE}")
@@ -223,9 +229,16 @@ class LoTRAConfig(PeftConfig):
 
     def _resolved(self, names: Collection[str]) -> dict[str, Any]:
         """What a file has in the place of the user's regexes, once the adapted layers are known."""
-        regexes, values = set(regexes_of(self) if names else ()), {}
+        regexes = set(regexes_of(self) if names else ())
+        values: dict[str, Any] = {}
         if regexes & set(_TARGETING):
             values = {**dict.fromkeys(_TARGETING), "target_modules": exact_pattern(names)}
+        elif (
+            self.targets_all_kan and names and isinstance(self.target_modules, str)
+        ):  # which already says which layers
+            values.update(dict.fromkeys(_TARGETING[1:]))
+        elif self.targets_all_kan and names and isinstance(self.target_modules, set):
+            values = {"target_modules": set(names)}  # PEFT has shortened many names to fewer, common endings
         for index, (field, default) in enumerate((("rank_pattern", self.r), ("alpha_pattern", self.alpha))):
             if field in regexes:
                 by_name = {name: self.ranks_and_alpha(name)[index] for name in names}
@@ -269,6 +282,8 @@ class LoTRAConfig(PeftConfig):
         if digest is not None:
             values["integrity"]["weights"] = digest
         del values["check_base"]
+        if self.save_norm_stats:  # older versions do not know the field, and read the file
+            del values["save_norm_stats"]
         if kwargs.get("auto_mapping_dict") is not None:
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
         values = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}

@@ -31,6 +31,10 @@ from .merging import add_updates, are_stored
 # layer starts as its base bit for bit.
 _TOLERANCE = {torch.float32: 1e-6, torch.float64: 0.0}
 
+# How far beyond the grid, in half lengths of it, formula and layer are compared: a layer may clamp its inputs there.
+_FAR = (10, 100)
+_ROWS = 48  # in the grid and at each of these distances
+
 # Families with the name of a function of theirs that has raised, and was warned about.
 _warned: set[tuple[str, str]] = set()
 
@@ -129,9 +133,9 @@ class Formula(NamedTuple):
 def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> Formula | None:
     """The formula that gives what the layer computes, closed form first; `None` if there is none.
 
-    Formula and layer are compared on points over the grid and around it. A function of the family that raises, or
-    returns a tensor of another shape or dtype, is named in a warning. The layer and the global random generators are
-    left as they were.
+    Formula and layer are compared on points over the grid, around it, and 10 and 100 times as far out. A function of
+    the family that raises, or returns a tensor of another shape or dtype, is named in a warning. The layer and the
+    global random generators are left as they were.
     """
     coefficients = tensor.get_parameter(base_layer)
     if (
@@ -163,7 +167,8 @@ def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientT
             result = formula.evaluate(base_layer, points, scaled, residual, None)
             if _agree(result, expected):
                 stacked = _run(base_layer, points.unflatten(0, (2, -1)))
-                return formula._replace(leading_shape=_agree(stacked, result.unflatten(0, (2, -1))))
+                takes_any = isinstance(stacked, torch.Tensor) and stacked.shape[:2] == (2, len(points) // 2)
+                return formula._replace(leading_shape=takes_any and _agree(stacked.flatten(0, 1), result))
             share = _difference(result, expected)
     if share is not None and not is_built_in(spec):  # those of this package are known to differ in some versions
         _warn(base_layer, spec, "basis", f"gives, with `activation`, `scale` and `bias`, outputs that {share}")
@@ -180,12 +185,22 @@ def _run(base_layer: nn.Module, x: torch.Tensor) -> Any:
         return None
 
 
-def _agree(first: Any, second: Any) -> bool:
-    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
+def _agree(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two outputs at the points of `_probe_points` are the same, up to rounding.
+
+    They are compared at each distance by itself: outputs far out are large, and so is what they may differ by.
+    """
+    if (
+        first.shape != second.shape
+        or first.dtype != second.dtype
+        or not torch.equal(first.isfinite(), second.isfinite())
+    ):
         return False
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    return bool((first - second).abs().max() <= _TOLERANCE[first.dtype] * second.abs().max())
+    difference, size = (
+        t.nan_to_num(0.0, 0.0, 0.0).abs().view(-1, _ROWS * second.shape[1]).amax(1)
+        for t in (torch.where(first == second, 0, first - second), second)
+    )
+    return bool((difference <= _TOLERANCE[first.dtype] * size).all())
 
 
 def _difference(result: torch.Tensor, expected: torch.Tensor) -> str:
@@ -259,11 +274,14 @@ def _grid_ends(base_layer: nn.Module, formula: Formula) -> tuple[torch.Tensor, t
 
 
 def _probe_points(low: torch.Tensor, high: torch.Tensor, like: torch.Tensor, width: int) -> torch.Tensor:
-    """Points (48, in) over the grid and a third of its length on either side, other ones for each input."""
+    """Points (rows, in) over the grid and a third of its length on either side, and then far out."""
     # steps of the golden ratio, so that no input repeats another's points
-    share = torch.arange(48 * width, dtype=torch.float64, device="cpu").mul(0.6180339887498949).frac().view(48, width)
+    rows = _ROWS * (1 + len(_FAR))
+    share = torch.arange(rows * width, dtype=torch.float64, device="cpu").mul(0.6180339887498949).frac()
     low, high = (end.to(dtype=like.dtype, device=like.device).expand(width) for end in (low, high))
-    return torch.lerp(low, high, share.to(low) * 5 / 3 - 1 / 3)
+    sides = torch.tensor([5 / 3, *_FAR], dtype=torch.float64, device="cpu").repeat_interleave(_ROWS)  # in half lengths
+    share = (share.view(rows, width) * 2 - 1) * sides.unsqueeze(1) / 2 + 0.5
+    return torch.lerp(low, high, share.to(low))
 
 
 def addmm(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, update: LowRank | None) -> torch.Tensor:

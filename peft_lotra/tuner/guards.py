@@ -64,7 +64,7 @@ def bare_base(model: nn.Module) -> Iterator[nn.Module]:
             network.__dict__.update(methods)
 
     with put_back_by(restore):
-        with _base_layers_in_place(model) as places:
+        with base_layers_in_place(model) as places:
             release_networks(model)
             yield unwrap(model)
             lost = [name for parent, name, layer in places if parent._modules.get(name) is not layer.base_layer]
@@ -75,7 +75,7 @@ def bare_base(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def _base_layers_in_place(model: nn.Module) -> Iterator[list[tuple[nn.Module, str, LoTRALayer]]]:
+def base_layers_in_place(model: nn.Module) -> Iterator[list[tuple[nn.Module, str, LoTRALayer]]]:
     """Puts the base layers into the places of the adapted ones: parent, name and adapted layer of each."""
     places = [
         (parent, name, child)
@@ -127,7 +127,7 @@ def _with_adapters_merged(network: nn.Module, name: str, *args: Any, **kwargs: A
             parameter.data = data
 
     with put_back_by(restore):
-        with _base_layers_in_place(network) as places:
+        with base_layers_in_place(network) as places:
             for _, _, layer in places:
                 with torch.no_grad():
                     values = layer.parameters_in_force()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -14,10 +14,12 @@ from peft.utils import PeftType, load_peft_weights
 from torch import nn
 
 from ..files.checkpoint import refuse
+from ..files.format import differ
 from ..functional import unwrap
 from .config import LoTRAConfig
-from .injection import differ, is_of_another_adapter, transaction
+from .injection import is_of_another_adapter, transaction
 from .layer import lotra_layers
+from .norm_stats import NormStatsTuner, pop_stats
 from .targets import check_base, locate_target
 
 
@@ -72,7 +74,9 @@ def hotswap_adapter(
     current = _own(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))
     kwargs.pop("check_base", None)
     tensors = _own(load_peft_weights(str(model_name_or_path), device="cpu", **kwargs))
-    wrong = _differences(old, new, current, tensors)
+    tuner = cast(NormStatsTuner, model.base_model)
+    _, stats = pop_stats(current), pop_stats(tensors)
+    wrong = _differences(old, new, current, tensors) + tuner.norm_stats_problems(stats)
     headline = f"The adapter in {str(model_name_or_path)!r} cannot take the place of {adapter_name!r}, "
     remedy = "Load it beside the other one: `model.load_adapter(path, adapter_name=...)`."
     refuse(f"{headline}and nothing was changed:", wrong, remedy)
@@ -85,6 +89,7 @@ def hotswap_adapter(
     with transaction(model, list(current.values())):
         for key, tensor in tensors.items():
             current[key].copy_(tensor)
+        tuner.set_norm_stats(adapter_name, stats)
 
 
 def _own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

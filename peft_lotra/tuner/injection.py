@@ -17,16 +17,30 @@ from torch import Tensor, nn
 
 from ..families.slim import SlimLayer
 from ..files.checkpoint import OF_THE_BASE, refuse
+from ..files.format import NORM_STATS, differ
 from ..kan.slim_kan import SlimKANLinear
 from ..locks import undone_by_a_fork
 from .config import ALL_KAN, LoTRAConfig
 from .guards import guard_network, release_networks
 from .layer import LoTRALayer, lotra_layers
+from .norm_stats import NormStatsTuner, stats_in_place, stored_name
+from .saved_modules import check_saved_modules, name_in_file
 from .slim import SlimLoTRALayer
-from .targets import Target, check_base, check_parameters, describe_targets, find_targets, locate_target
+from .targets import (
+    Target,
+    check_base,
+    check_nesting,
+    check_parameters,
+    describe_targets,
+    find_targets,
+    locate_target,
+    warn_of_large_adapters,
+    write_targets,
+)
 
 
 _COMPONENTS = LoTRALayer.adapter_layer_names
+_NORM_STATS = tuple(stored_name(name) for name in NORM_STATS)
 
 
 def prepare_config(config: LoTRAConfig) -> LoTRAConfig:
@@ -41,12 +55,15 @@ def prepare_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     """Finds and checks all targets before the first of them is touched, and writes them into the configuration."""
     _check_task_type(config, model)
     targets = find_targets(config, model)
+    check_nesting(model, targets)
     check_parameters(config, model, targets)
-    if config.targets_all_kan:
-        config.target_modules = set(targets)
+    check_saved_modules(config, model, targets)
+    write_targets(config, model, targets)
     config.base_layers = describe_targets(targets)
     check_base(config, model, targets)
     check_names(config, model, targets)
+    if config.checkpoint.layers is None:
+        warn_of_large_adapters(config, targets)
     return targets
 
 
@@ -167,11 +184,14 @@ def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Tar
         keys = []
         if id(module) in adapted:
             keys = _COMPONENTS
-        elif any(name.endswith(ending) for ending in config.modules_to_save or ()):  # PEFT's own rule
+        elif name.replace(".base_layer", "").endswith(tuple(config.modules_to_save or ())):  # PEFT's own rule
             keys = list(getattr(module, "original_module", module).state_dict())
             # what PEFT writes once more for an embedding, and loads nowhere
             allowed.update({f"{name}.modules_to_save.{key}" for key in keys} - model.state_dict().keys())
-        (expected if name in modules else allowed).update(f"{name}.{key}" for key in keys)
+        stored = name_in_file(name, model, targets) if keys is not _COMPONENTS and keys else name
+        (expected if name in modules else allowed).update(f"{stored}.{key}" for key in keys)
+    if config.save_norm_stats:
+        allowed.update(map(stored_name, stats_in_place(model)))
     # PEFT 0.19 saves the components of all adapters, those of the others with their names; they are passed over
     allowed.update(name for name in config.checkpoint.tensors if is_of_another_adapter(name))
     config.checkpoint.check_names(expected, allowed)
@@ -179,7 +199,7 @@ def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Tar
 
 def is_of_another_adapter(name: str) -> bool:
     """Whether a tensor of a file, of these names, is of an adapter that PEFT 0.19 saved along with the file's own."""
-    return name.rpartition(".")[0].endswith(_COMPONENTS)
+    return name.rpartition(".")[0].endswith((*_COMPONENTS, *_NORM_STATS))
 
 
 def mismatches(
@@ -195,6 +215,21 @@ def mismatches(
             if problem := differ(tensor, expected):
                 wrong.setdefault(adapter, []).append(f"{_without(adapter, name)}: {problem}{remark}")
     return wrong, loaded
+
+
+def name_twice(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Adds components of a layer that a model has under several names under each of them; a file may have the first.
+
+    Otherwise PEFT warns that they are missing.
+    """
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LoTRALayer) and names.setdefault(module, name) != name:
+            for component in _COMPONENTS:
+                for adapter in getattr(module, component):
+                    tensor = state_dict.get(f"{prefix}{names[module]}.{component}.{adapter}")
+                    if tensor is not None:
+                        state_dict.setdefault(f"{prefix}{name}.{component}.{adapter}", tensor)
 
 
 def _without(adapter: str, name: str) -> str:
@@ -217,31 +252,24 @@ def _adapter_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor, str]]
                         yield f"{name}.modules_to_save.{adapter}.{key}", adapter, value, ""
 
 
-def differ(tensor: Tensor, expected: Tensor, new: str = "the checkpoint", old: str = "the model") -> str:
-    """How a tensor of a file has another shape than that of the model, or a dtype of another kind; empty if not."""
-    if tensor.shape != expected.shape:
-        return f"{tuple(tensor.shape)} in {new}, {tuple(expected.shape)} in {old}"
-    if _kind(tensor.dtype) != _kind(expected.dtype):
-        return f"{tensor.dtype} in {new}, {expected.dtype} in {old}"
-    return ""
-
-
-def _kind(dtype: torch.dtype) -> tuple[bool, ...]:
-    is_float = dtype.is_floating_point
-    return is_float, is_float and dtype.itemsize < 2, dtype.is_complex, dtype == torch.bool
-
-
 def select_to_load(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors to load into an adapter that exists, without those of others, which PEFT 0.19 saves along."""
     layers = lotra_layers(model, adapter_name)
     own = {f"{name}.{component}.{adapter_name}" for name, _ in layers for component in _COMPONENTS}
-    selected = {name: t for name, t in state_dict.items() if name in own or not is_of_another_adapter(name)}
+    stats = {name for name in state_dict if name.endswith(tuple(f".{key}.{adapter_name}" for key in _NORM_STATS))}
+    if stats and not any(isinstance(module, NormStatsTuner) for module in model.modules()):
+        raise ValueError(
+            "The adapter has running statistics of normalizations, which only a `PeftModel` keeps apart from those of "
+            "the base: load it by `PeftModel.from_pretrained`. Nothing was loaded."
+        )
+    own_and_stats = own | stats
+    selected = {name: t for name, t in state_dict.items() if name in own_and_stats or not is_of_another_adapter(name)}
     base = model.state_dict().keys()
     wrong = [f"{name} is missing" for name in sorted(own - state_dict.keys())]
     for name, tensor in selected.items():
         if not torch.isfinite(tensor.float() if tensor.is_floating_point() else tensor).all():
             wrong.append(f"{_without(adapter_name, name)} has values that are not finite")
-        if name not in own and f".modules_to_save.{adapter_name}." not in name and name in base:
+        if name not in own_and_stats and f".modules_to_save.{adapter_name}." not in name and name in base:
             wrong.append(f"{name} would be written over, which is no part of the adapter ({OF_THE_BASE})")
     refuse("The tensors are not those of the adapter, nothing was loaded:", wrong)
     return selected
@@ -252,14 +280,15 @@ def select_to_save(adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str
 
     PEFT looks for the names of the layers in the model, which the state dict does not have if FSDP wraps the layers.
     """
-    endings = tuple(f".{component}.{adapter_name}" for component in _COMPONENTS)
+    endings = tuple(f".{key}.{adapter_name}" for key in (*_COMPONENTS, *_NORM_STATS))
     # PEFT would go on to write embeddings that were resized, or that `save_embedding_layers` asks for
     for key in [key for key in state_dict if not key.endswith(endings) and ".modules_to_save." not in key]:
         del state_dict[key]
     tensors = {key: value for key, value in state_dict.items() if key.endswith(endings)}
     for key, tensor in tensors.items():
         # FSDP has flat views of what this process holds, fully_shard DTensors
-        whole = tensor.dim() == (3 if ".lotra_core." in key else 2)
+        sizes = {"lotra_core": 3, **dict.fromkeys(_COMPONENTS[1:], 2)}
+        whole = tensor.dim() == sizes.get(key.split(".")[-2], tensor.dim())
         if not whole or hasattr(tensor, "placements") or hasattr(tensor, "local_shards"):
             raise ValueError(
                 f"{key} is a part of a tensor, {tuple(tensor.shape)}, which is spread over several processes. "

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,20 @@ _MAX_COPIES = 2**24
 
 class RowNames(list):
     """The name of the adapter of each row; the rows are sorted once for all layers."""
+
+    def for_rows(self, rows: int) -> RowNames:
+        """The names for a layer with this number of rows: several for each row of the batch, where tokens, patches or
+        channels have been flattened into rows (`x.reshape(batch * tokens, features)`)."""
+        times, rest = divmod(rows, len(self) or 1)
+        if times < 2 or rest:
+            return self
+        if times not in self._longer:
+            self._longer[times] = RowNames(name for name in self for _ in range(times))
+        return self._longer[times]
+
+    @cached
+    def _longer(self) -> dict[int, RowNames]:
+        return {}
 
     @cached
     def distinct(self) -> list[str]:
@@ -57,6 +71,14 @@ class RowNames(list):
             places[rows] = torch.arange(len(rows)) + len(chunks) * length
             chunks += torch.cat([rows, rows[-1:].expand(-len(rows) % length)]).split(length)
         return torch.arange(len(counts)).repeat_interleave(-(-counts // length)), torch.stack(chunks), places
+
+
+def batch_sizes(value: Any) -> list[int]:
+    """The lengths of all tensors among the arguments of a model."""
+    if isinstance(value, torch.Tensor):
+        return [len(value)] if value.dim() else []
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return [size for part in parts for size in batch_sizes(part)]
 
 
 class MixedBatch(NamedTuple):

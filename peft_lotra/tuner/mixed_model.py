@@ -19,13 +19,14 @@ from .guards import release_networks
 from .injection import create_and_replace, prepare_config, prepare_targets, replace_module
 from .layer import LoTRALayer
 from .model import LoTRAModel
+from .norm_stats import NormStatsTuner
 
 
 # what PEFT wires its own methods into by hand
 _WIRED = ("COMPATIBLE_TUNER_TYPES", "Configs", "Layers", "PREFIXES", "MixedModel")
 
 
-class LoTRAMixedModel(mixed_tuners.MixedModel):
+class LoTRAMixedModel(NormStatsTuner, mixed_tuners.MixedModel):
     """PEFT's `MixedModel`, which also takes LoTRA configurations; made by [`enable_mixed`]."""
 
     def _prepare_adapter_config(self, peft_config, model_config):

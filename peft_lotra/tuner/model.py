@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -16,11 +15,13 @@ from torch import nn
 from ..files.checkpoint import refuse_for_model
 from ..locks import LayerLock, exclusively_within, put_back_by
 from .config import LoTRAConfig
-from .guards import release_networks
+from .first_backward import watch_first_backward
+from .guards import base_layers_in_place, release_networks
 from .initialization import GRADIENTS
 from .injection import (
     create_and_replace,
     mismatches,
+    name_twice,
     prepare_config,
     prepare_targets,
     replace_module,
@@ -31,13 +32,15 @@ from .injection import (
 )
 from .layer import LoTRALayer, lotra_layers
 from .merging import all_or_nothing
-from .mixed_batch import RowNames
+from .mixed_batch import RowNames, batch_sizes
+from .norm_stats import NormStatsTuner, with_adapter
+from .saved_modules import put_saved_modules, saves_inside
 from .slim import SLIM_MERGES, SlimLoTRALayer
 from .targets import Target, record_base
 from .weighted import add_weighted_adapter, check_known
 
 
-class LoTRAModel(BaseTuner):
+class LoTRAModel(NormStatsTuner):
     """
     Creates a Low Tensor-Rank Adaptation (LoTRA) model from a model that contains Kolmogorov-Arnold (KAN) layers.
 
@@ -80,8 +83,10 @@ class LoTRAModel(BaseTuner):
         # what the parameters of the base required before any adapter, and require again when all are unloaded
         self._requires_grad_of_base: list[tuple[nn.Parameter, bool]] | None = None
         self.lotra_lock = LayerLock()
-        # the targets of the adapter that is being injected
+        # the targets of the adapter that is being injected, whether modules inside of them are saved, and what to exit
         self._targets: dict[str, Target] = {}
+        self._saves_inside = False
+        self._injection: ExitStack | None = None
         # adapters that were injected to be loaded from a file, with what the parameters required before
         self._awaited_adapters: dict[str, list[tuple[nn.Parameter, bool]]] = {}
         with transaction(model):
@@ -102,12 +107,16 @@ class LoTRAModel(BaseTuner):
             raise KeyError(f'The adapter name can\'t contain ".", got {adapter_name!r}.')
         peft_config = self.peft_config[adapter_name]
         requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = [layer for _, layer in lotra_layers(model, adapter_name)]
+        with ExitStack() as self._injection:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._injection = None
+        by_name = dict(lotra_layers(model, adapter_name))
+        layers = list(by_name.values())
         # PEFT 0.19 looks only whether any adapter has a layer
         if not (layers or peft_config.modules_to_save or peft_config.target_modules == DUMMY_TARGET_MODULES):
             raise ValueError(f"Target modules {peft_config.target_modules} not found in the base model.")
         self._targets = {}
+        watch_first_backward({name: layer.lotra_core[adapter_name] for name, layer in by_name.items()})
         for layer in layers:
             GRADIENTS.pop(layer.get_base_layer(), None)
         if self._requires_grad_of_base is None:
@@ -130,6 +139,12 @@ class LoTRAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: LoTRAConfig, model: nn.Module) -> None:
         self._targets = prepare_targets(peft_config, model)
+        self._saves_inside = saves_inside(peft_config, self._targets)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        if self._saves_inside and self._injection is not None:  # next, PEFT copies the modules to save
+            self._injection.enter_context(base_layers_in_place(model))
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
@@ -154,6 +169,7 @@ class LoTRAModel(BaseTuner):
         try:
             wrong, loaded = mismatches(self.model, state_dict, f"{prefix}model.")
             refuse_for_model([problem for problems in wrong.values() for problem in problems])
+            name_twice(self.model, state_dict, f"{prefix}model.")
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
             self._awaited_adapters = {key: v for key, v in self._awaited_adapters.items() if key not in loaded}
         except BaseException:
@@ -173,6 +189,7 @@ class LoTRAModel(BaseTuner):
         # From PEFT 0.20 on. For tensors that come without a config, for an adapter that is there.
         try:
             state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            state_dict = with_adapter(state_dict, adapter_name)
             return select_to_load(model, adapter_name, state_dict)
         except KeyboardInterrupt:
             for tuner in (module for module in model.modules() if isinstance(module, cls)):
@@ -249,6 +266,7 @@ class LoTRAModel(BaseTuner):
                 if layer.merged:
                     layer.unmerge()
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        put_saved_modules(self.model)
         release_networks(self.model)
         # pykan's `fit`, for one, expects its own parameters to be trainable
         for parameter, flag in self._requires_grad_of_base or ():
@@ -300,8 +318,16 @@ class LoTRAModel(BaseTuner):
         if unexpected_adapters:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unexpected_adapters))}")
 
+        sizes = batch_sizes([args, {name: value for name, value in kwargs.items() if name != "adapter_names"}])
+        if sizes and len(adapter_names) not in sizes:
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {sizes[0]} respectively."
+            )
+
         def pass_names(module, args, kwargs):
-            names = adapter_names
+            x = args[0] if args else next(iter(kwargs.values()))
+            names = adapter_names.for_rows(len(x))
             if isinstance(module, AuxiliaryTrainingWrapper):  # rows of adapters without a copy get the base's module
                 names = [name if name in module._get_available_adapters() else "__base__" for name in names]
             return args, {**kwargs, "adapter_names": names}
@@ -314,7 +340,7 @@ class LoTRAModel(BaseTuner):
                     del module._forward_pre_hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
 
-        with put_back_by(remove_hooks):
+        with self._norm_stats_for(adapter_names.distinct), put_back_by(remove_hooks):
             for module in takers:
                 module.register_forward_pre_hook(pass_names, with_kwargs=True)
             yield

@@ -66,6 +66,7 @@ class BaseLayerProxy(nn.Module):
         if name in self.lotra_spec.grid and not self.merged and self._get_available_adapters():
             _refuse_grid_method(name, sorted(self._get_available_adapters()))
         setattr(base_layer, name, value)
+        self.__dict__["_grid_watch"].changed = True  # what is set may change what the layer computes
 
 
 def _refuse_grid_method(name: str, adapters: list[str], *args: Any, **kwargs: Any) -> None:

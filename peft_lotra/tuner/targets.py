@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
+from math import prod
 from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -23,15 +24,20 @@ from ..families.registry import (
     get_kan_spec,
     get_recorded_spec,
     known_families,
+    short_name,
     walk_kan_layers,
 )
 from ..families.slim import SlimLayer
 from ..files.checkpoint import TRAINED_ON, refuse
-from ..files.fingerprint import Values, hash_all_dtypes, is_same, layer_values
+from ..files.fingerprint import Values, hash_all_dtypes, is_same, layer_values, symbolic_of
 from ..files.patterns import exact_pattern
 from ..kan.slim_kan import SlimKANLinear
+from ..tucker import cap_ranks
 from .config import LoTRAConfig
 from .layer import LoTRALayer, lotra_layers
+
+
+_MAX_CANDIDATES = 5  # that an error shows
 
 
 class Target(NamedTuple):
@@ -56,14 +62,24 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
         )
     if config.targets_all_kan:
         return _find_all_kan(config, model)
-    modules = dict(model.named_modules())
-    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
-    records = config.checkpoint.layers or {}
-    return {
-        name: locate_target(name, module, records.get(name))
-        for name, module in modules.items()
-        if name and not name.startswith(inside) and check_target_module_exists(config, name)
-    }
+    names = [name for name, bare in _names(model) if check_target_module_exists(config, bare)]
+    records = config.checkpoint.layers
+    if records is not None:  # a file names its layers, and its patterns may match more in this model
+        names = [name for name in names if name in records]
+    return {name: locate_target(name, model.get_submodule(name), (records or {}).get(name)) for name in names}
+
+
+def _names(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """The names of all modules, now and in the bare model; inside of adapted layers only KAN layers, to be refused."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            inside += (f"{name}.",)
+            yield name, name
+            continue
+        is_within = name.startswith(inside)
+        if name and (not is_within or (not name.endswith(".base_layer") and get_kan_spec(module) is not None)):
+            yield name, name.replace(".base_layer", "") if is_within else name
 
 
 def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
@@ -73,8 +89,7 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
         raise ValueError(
             "No KAN layer was found in the model. It consists of "
             + ", ".join(f"{name} ({count})" for name, count in types.most_common())
-            + f". The known families are {', '.join(known_families())}. If one of these modules is a KAN layer, "
-            "describe it with `peft_lotra.register_kan_layer`."
+            + f". The known families are {', '.join(known_families())}. {_candidates(model)}"
         )
     chosen = copy(config)
     chosen.target_modules = {name for name in layers if _has_index(config, name)}
@@ -92,6 +107,21 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     return targets
 
 
+def _candidates(model: nn.Module) -> str:
+    """Which modules may be KAN layers of a family that is not known: those with a parameter of three axes or more."""
+    found = [
+        f"`{name or 'the model itself'}` ({type(module).__name__}: `{parameter}` {tuple(value.shape)})"
+        for name, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.nn.")
+        for parameter, value in module.named_parameters(recurse=False)
+        if value.dim() > 2
+    ]
+    more = ", ..." if len(found) > _MAX_CANDIDATES else ""
+    likely = f"Candidates are {', '.join(found[:_MAX_CANDIDATES])}{more}. " if found else ""
+    return f"{likely}If one of the modules is a KAN layer, describe it with `peft_lotra.register_kan_layer`: "
+        "`find_kan_layers(model, candidates=True)` shows a call to paste."
+
+
 def locate_target(name: str, module: nn.Module, record: Mapping[str, Any] | None = None) -> Target:
     """The KAN layer that a module of this name is, adapted or not; a ValueError for any other module.
 
@@ -107,6 +137,46 @@ def locate_target(name: str, module: nn.Module, record: Mapping[str, Any] | None
             "`peft_lotra.register_kan_layer`."
         )
     return Target(module, spec, spec.locate(module))
+
+
+def check_nesting(model: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Refuses a target inside of another one, inside of an adapted layer, or around one.
+
+    Its adapter would train, but the names in the file would depend on the order in which adapters are attached.
+    """
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name in targets:
+        for other in (*targets, *adapted):
+            if name.startswith(f"{other}."):
+                inner, outer = short_name(name), short_name(other)
+            elif other.startswith(f"{name}.") and not isinstance(model.get_submodule(name), BaseTunerLayer):
+                inner, outer = short_name(other), short_name(name)
+            else:
+                continue
+            raise ValueError(
+                f"`{inner}` is a part of `{outer}`, and both would have adapters: an adapter on a part of an adapted "
+                "layer cannot be loaded again. Leave one of them out: name the layers whole in `target_modules`, or "
+                f"pass `exclude_modules=[{inner!r}]`."
+            )
+
+
+def warn_of_large_adapters(config: LoTRAConfig, targets: Mapping[str, Target]) -> None:
+    """Warns of the targets whose adapters have more parameters than the coefficients that they adapt."""
+    large = []
+    for name, (_, _, coefficients) in targets.items():
+        out, in_, basis, *kernel = coefficients.shape
+        shape = (out, in_, basis + (config.adapt_residual and coefficients.has_residual), *kernel)
+        ranks = cap_ranks(config.ranks_and_alpha(name)[0], shape)
+        size = prod(ranks) + sum(length * rank for length, rank in zip(shape, ranks, strict=True))
+        if size > prod(shape):
+            large.append(f"{name} (ranks {ranks}: {size} instead of {prod(shape)})")
+    if large:
+        shown = ", ".join(large[:_MAX_CANDIDATES]) + (", ..." if len(large) > _MAX_CANDIDATES else "")
+        warnings.warn(
+            f"Adapters have more parameters than the coefficients that they adapt: {shown}. Lower `r`, or the ranks "
+            "of these layers by `rank_pattern`; or train the layers whole.",
+            stacklevel=2,
+        )
 
 
 def check_parameters(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
@@ -160,16 +230,17 @@ def record_base(model: nn.Module, base_layers: Mapping[str, Mapping[str, Any]]) 
     record = {}
     for name, layer in base_layers.items():
         module = modules.get(name)  # FSDP gives other names
-        values = {} if module is None else _read_values(locate_target(name, module), module)
+        values = (
+            {} if module is None else _read_values(locate_target(name, module), module, symbolic_of(modules, name))
+        )
         record[name] = {**layer, **{what: hash_all_dtypes(value) for what, value in values.items()}}
     return record
 
 
-def _read_values(target: Target, module: nn.Module) -> dict[str, Values]:
+def _read_values(target: Target, module: nn.Module, symbolic: nn.Module | None) -> dict[str, Values]:
     """The grid and the parameters of a target as they are without merged adapters; `module` holds the adapters."""
-    if isinstance(module, LoTRALayer) and module.merged:
-        return layer_values(*target, module.parameters_before_merge or None)
-    return layer_values(*target, {})
+    frozen = (module.parameters_before_merge or None) if isinstance(module, LoTRALayer) and module.merged else {}
+    return layer_values(*target, frozen, symbolic)
 
 
 def check_base(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
@@ -190,10 +261,11 @@ def check_base(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Targ
     if config.check_base == "ignore":
         return
     differ: dict[str, list[str]] = {"grid": [], "parameters": []}
+    modules = dict(model.named_modules())
     for name, layer in recorded.items():
         if tuple(layer["shape"]) != tuple(found[name]["shape"]) or not differ.keys() & layer.keys():
             continue
-        for what, values in _read_values(targets[name], model.get_submodule(name)).items():
+        for what, values in _read_values(targets[name], modules[name], symbolic_of(modules, name)).items():
             if what in layer and is_same(layer[what], values) is False:
                 differ[what].append(name)
     for what, noun, consequence in (
@@ -231,3 +303,11 @@ def exact_targets(names: Iterable[str], model: nn.Module) -> set[str] | str:
     if any(name not in names and name.endswith(suffixes) for name, _ in model.named_modules()):
         return exact_pattern(names)
     return names
+
+
+def write_targets(config: LoTRAConfig, model: nn.Module, targets: Iterable[str]) -> None:
+    """Replaces `target_modules` by exact names, where PEFT would match more modules than these by its rules."""
+    if config.targets_all_kan or config.checkpoint.layers is not None:
+        exact = exact_targets(targets, model)
+        if config.targets_all_kan or isinstance(exact, str):
+            config.target_modules = exact

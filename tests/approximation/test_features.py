@@ -11,7 +11,8 @@ from helpers import base, snapshot
 from stand_ins import FAMILIES
 from torch import nn
 
-from peft_lotra.approximation.features import Features, gather_features, model_outputs, relative_error
+from peft_lotra.approximation.features import Features, gather_features, relative_error
+from peft_lotra.approximation.inputs import model_outputs
 from peft_lotra.approximation.updates import read_coefficients
 from peft_lotra.families.registry import get_kan_spec
 from peft_lotra.kan import KAN
@@ -134,5 +135,5 @@ def test_errors():
     for output in (None, 3, (), torch.ones(2, dtype=torch.long)):
         wrapped = nn.Identity()
         with pytest.raises(TypeError, match="must return a tensor of floating point numbers"):
-            model_outputs(wrapped, output)
-    assert model_outputs(nn.Identity(), [x, None]) is x
+            model_outputs(wrapped, lambda model, output=output: output)
+    assert model_outputs(nn.Identity(), lambda model: [x, None]) is x

@@ -12,12 +12,13 @@ import warnings
 import pytest
 import torch
 from helpers import adapt, assert_same, base, inputs, lotra_layers, nested, snapshot
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from stand_ins import FAMILIES
 
 from peft_lotra import LoTRAConfig, slim
-from peft_lotra.files.fingerprint import digest_of, hash_all_dtypes, hash_values, is_same
+from peft_lotra.files.fingerprint import digest_of, hash_all_dtypes, hash_values, is_same, sketch
 from peft_lotra.kan import KAN
+from peft_lotra.tuner.targets import record_base
 
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -56,9 +57,10 @@ def test_the_record(tmp_path):
     layer = config["base_layers"]["layers.1"]
     assert (layer["family"], layer["shape"], layer["has_residual"]) == ("peft-lotra", [2, 4, 8], True)
     for what in ("grid", "parameters"):
-        assert list(layer[what]) == ["bfloat16", "float16", "float32"]
-        assert len(set(layer[what].values())) == 3
-        assert all(len(value) == 32 and int(value, 16) >= 0 for value in layer[what].values())
+        assert list(layer[what]) == ["bfloat16", "float16", "float32", "sketch"]
+        assert len(set(layer[what].values())) == 4
+        hashes = [value.split(":")[0] for value in layer[what].values()]
+        assert all(len(value) == 32 and int(value, 16) >= 0 for value in hashes)
     assert config["base_digest"] == digest_of(config["base_layers"]) and len(config["base_digest"]) == 32
     assert "check_base" not in config and set(config["integrity"]) == {"config", "weights"}
 
@@ -111,7 +113,7 @@ def test_hashes_do_not_depend_on_how_the_tensor_is_cut(monkeypatch):
     values = {"a": torch.randn(1000, dtype=torch.float64)}
     whole = hash_all_dtypes(values)
     monkeypatch.setattr("peft_lotra.files.fingerprint._CHUNK", 7)
-    assert hash_all_dtypes(values) == whole and len(whole) == 4
+    assert hash_all_dtypes(values) == whole and len(whole) == 5
 
 
 @pytest.mark.parametrize("before", [torch.float64, torch.float32, *HALVES])
@@ -132,7 +134,10 @@ def test_casts_of_values(before, after):
 def test_a_small_change_is_no_cast():
     values = {"a": torch.randn(1000)}
     nudged = {"a": torch.nextafter(values["a"], torch.tensor(torch.inf))}
-    assert is_same(hash_all_dtypes(values), nudged) is False
+    recorded = hash_all_dtypes(values)
+    assert is_same(recorded, nudged) is True  # the last bits
+    del recorded["sketch"]
+    assert is_same(recorded, nudged) is False
 
 
 ###########
@@ -164,7 +169,7 @@ def test_another_base_is_noticed(family, tmp_path):
     (layer,) = lotra_layers(adapt(copy.deepcopy(model))).values()
     name = next(iter(layer.lotra_tensor.parameters))
     with torch.no_grad():
-        model.kan.get_parameter(name).view(-1)[3] += 1e-6
+        model.kan.get_parameter(name).view(-1)[3] += 1e-4
     with pytest.warns(UserWarning, match="coefficients of the layers kan are not those"):
         PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
     before = snapshot(model)
@@ -352,3 +357,87 @@ def test_a_record_that_was_changed(tmp_path):
 def test_values_of_the_wrong_kind(field, value):
     with pytest.raises(ValueError, match=f"`{field}` must be"):
         LoTRAConfig(**{field: value})
+
+
+def perturbed(values, size):
+    generator = torch.Generator().manual_seed(5)
+    return {
+        name: value * (1 + size * torch.randn(value.shape, generator=generator)).to(value)
+        for name, value in values.items()
+    }
+
+
+@pytest.mark.parametrize("size, expected", [(1e-8, True), (1e-7, True), (1e-4, False), (1e-2, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_last_bits_do_not_count(size, expected, dtype):
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        "a": torch.randn(70, 90, generator=generator, dtype=dtype),
+        "b": torch.randn(5, generator=generator, dtype=dtype),
+    }
+    recorded = hash_all_dtypes(values)
+    for name in values:
+        changed = {**values, name: perturbed(values, size)[name]} if name == "a" else perturbed(values, size)
+        assert bool(is_same(recorded, changed)) is expected
+    del recorded["sketch"]  # as in older files
+    assert is_same(recorded, perturbed(values, 1e-6)) is False
+
+
+def test_a_sketch_is_of_names_shapes_and_numbers_too():
+    values = {"a": torch.linspace(-1, 1, 60), "size": 5, "mask": torch.ones(3, dtype=torch.int64)}
+    first = sketch(values)
+    for change in (
+        {"size": 6},
+        {"a": torch.linspace(-1, 1, 60).view(6, 10)},
+        {"mask": torch.zeros(3, dtype=torch.int64)},
+    ):
+        assert sketch({**values, **change}).split(":")[0] != first.split(":")[0]
+    assert is_same({"float32": "other", "sketch": "damaged"}, values) is False
+    assert is_same({"float32": "other", "sketch": first.replace("e", "x")}, values) is False
+    assert is_same({"float32": "other", "sketch": first}, values) is True
+
+
+def test_a_permutation_and_a_sign_show():
+    values = {"a": torch.randn(9000, generator=torch.Generator().manual_seed(0))}
+    recorded = hash_all_dtypes(values)
+    assert is_same(recorded, {"a": values["a"].flip(0)}) is False
+    assert is_same(recorded, {"a": -values["a"]}) is False
+    assert is_same(recorded, {"a": values["a"].roll(1)}) is False
+    assert is_same(recorded, {"a": values["a"].roll(4096)}) is False
+
+
+def test_a_base_that_is_computed_anew(tmp_path):
+    """As `lstsq` gives it on another machine: no warning, and none of a base that was trained on is missed."""
+    model = nested()
+    adapt(model).save_pretrained(tmp_path)
+    for size, is_warned in ((1e-7, False), (1e-3, True)):
+        other = nested()
+        other.load_state_dict(perturbed({n: p for n, p in nested_state(model).items()}, size), strict=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            PeftModel.from_pretrained(other, tmp_path, **({} if is_warned else {"check_base": "error"}))
+        assert bool([w for w in caught if "not those that the adapter was saved with" in str(w.message)]) == is_warned
+
+
+def nested_state(model):
+    """The parameters of the base, by their names without adapters."""
+    names = ((name.replace(".base_layer", ""), value) for name, value in model.named_parameters())
+    return {name: value.detach() for name, value in names if "lotra_" not in name and not name.endswith("grid")}
+
+
+def test_symbolic_functions_of_pykan(tmp_path):
+    kan = pytest.importorskip("kan")
+
+    def make(function=None):
+        model = kan.KAN(width=[2, 3, 1], grid=3, k=3, seed=0, auto_save=False)
+        if function:
+            model.fix_symbolic(0, 0, 1, function, fit_params_bool=False, verbose=False, log_history=False)
+        return model
+
+    plain, sine, other = (record_base(make(function), {"act_fun.0": {}}) for function in (None, "sin", "exp"))
+    assert plain["act_fun.0"]["parameters"] != sine["act_fun.0"]["parameters"] != other["act_fun.0"]["parameters"]
+    get_peft_model(make("sin"), LoTRAConfig(r=2)).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(make("sin"), tmp_path, check_base="error")
+    for function in ("exp", None):
+        with pytest.raises(ValueError, match=r"coefficients of the layers act_fun\.0 are not those"):
+            PeftModel.from_pretrained(make(function), tmp_path, check_base="error")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 
+import normed
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -175,3 +176,16 @@ class TestAdapterContents:
         save_file({**tensors, first: tensors[first].half()}, folder / "adapter_model.safetensors")
         contents = AdapterContents.of("mine", config, load_file(folder / "adapter_model.safetensors"))
         assert contents.dtype == ["float16", "float32"] and contents.bytes < 4 * contents.parameters
+
+
+def test_running_statistics_have_a_row_of_their_own():
+    model = normed.adapt(modules_to_save=["2.bn"])
+    model.train()
+    model(normed.X)
+    rows = {row.name: row for row in adapter_table(model)}
+    assert list(rows) == ["0", "2", "0.bn", "1", "2.base_layer.bn"]
+    kinds = {name: row.cells()[0] for name, row in rows.items()}
+    assert kinds["0.bn"] == kinds["1"] == "running statistics" and kinds["2.base_layer.bn"] == "saved whole"
+    assert kinds["0"] == "fast-kan"
+    names = ["base_model.model.1.lotra_running_mean", "base_model.model.1.lotra_running_mean.other"]
+    assert list(own_tensors(dict.fromkeys(names, torch.zeros(4)))) == names[:1]

@@ -83,7 +83,10 @@ def contract(folder: Path) -> dict:
     """The configuration, without versions, paths, and the module that the class of the base is imported from."""
     config = json.loads((folder / CONFIG).read_text())
     del config["peft_version"], config["base_model_name_or_path"], config["auto_mapping"]["parent_library"]
-    assert config["integrity"].pop("config")  # a hash of the other fields
+    assert config["integrity"].pop("config") and config.pop("base_digest")  # hashes of the other fields
+    for layer in config["base_layers"].values():
+        for what in ("grid", "parameters"):
+            layer.get(what, {}).pop("sketch", None)  # which older versions did not record
     return config
 
 

@@ -134,9 +134,9 @@ def fail(*args):
         ({"splines": fail, "basis": None}, "`splines` of .* raised ZeroDivisionError"),
         ({"activation": fail}, "`activation` of .* raised ZeroDivisionError"),
         ({"scale": fail}, "`scale` of .* raised ZeroDivisionError"),
-        ({"basis": lambda m, x: x}, r"`basis` of .* returned \(48, 5\), torch.float32 instead of \(48, 5, 8\)"),
-        ({"basis": lambda m, x: m.rbf(x).double()}, r"returned \(48, 5, 8\), torch.float64 instead of"),
-        ({"activation": lambda m, x: None}, r"`activation` of .* returned NoneType instead of \(48, 5\)"),
+        ({"basis": lambda m, x: x}, r"`basis` of .* returned \(144, 5\), torch.float32 instead of \(144, 5, 8\)"),
+        ({"basis": lambda m, x: m.rbf(x).double()}, r"returned \(144, 5, 8\), torch.float64 instead of"),
+        ({"activation": lambda m, x: None}, r"`activation` of .* returned NoneType instead of \(144, 5\)"),
         ({"bias": "spline_linear.weight"}, r"`bias` of .* has the shape \(40, 40\) instead of \(40,\)"),
     ],
 )
@@ -222,3 +222,39 @@ def test_compiles_once_for_all_batch_sizes():
         x = inputs(rows, in_features=5)
         torch.testing.assert_close(compiled(x), model(x))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("bound", [6.0, 60.0])
+def test_a_layer_that_clamps_far_inputs_takes_the_universal_path(bound):
+    class Clamped(type(FAMILIES["efficient-kan"](2, 2))):
+        def forward(self, x):
+            return super().forward(x.clamp(-bound, bound))
+
+    torch.manual_seed(0)
+    model = adapt(as_model(Clamped(5, 4)))
+    (layer,) = lotra_layers(model).values()
+    assert layer.lotra_formula is None
+    x = 200 * inputs(8, in_features=5)
+    expected = universal(model)(x)
+    assert torch.equal(model(x), expected)
+
+
+def test_an_attribute_that_is_set_on_the_adapted_layer_is_noticed():
+    model, layer = adapted("efficient-kan")
+    x = inputs(8, in_features=5)
+    model(x)
+    assert layer.lotra_formula is not None
+    activation = layer.base_activation
+    layer.base_activation = nn.ReLU()
+    torch.testing.assert_close(model(x), universal(model)(x))
+    forward = type(layer.base_layer).forward
+    layer.forward_of_base = None  # an attribute of the adapted layer, since the base layer has none of this name
+    layer.base_layer.bound = 0.1
+    layer.base_layer.forward = lambda x: forward(layer.base_layer, x.clamp(-layer.base_layer.bound, 0.1))
+    layer.bound = 0.2
+    model(x)
+    assert layer.lotra_formula is None
+    del layer.base_layer.forward
+    layer.base_activation = activation
+    model(x)
+    assert layer.lotra_formula is not None

@@ -169,3 +169,61 @@ def test_rows_whose_adapter_has_no_module_of_its_own_get_that_of_the_base():
         else:
             model.set_adapter(name)
             torch.testing.assert_close(model(row[None])[0], expected)
+
+
+class Tokens(nn.Module):
+    """Tokens, flattened into the rows of the KAN layers, as in U-KAN, kan-gpt and TimeKAN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = FAMILIES["efficient-kan"](3, 5), nn.Linear(5, 2)
+        self.second = FAMILIES["cheby-kan"](5, 5)
+
+    def forward(self, x, scale=None):
+        batch, tokens, _ = x.shape
+        y = self.first(x.reshape(batch * tokens, -1))
+        y = self.second(y).view(batch, tokens, -1)
+        return self.head(y.flatten(0, 1)).view(batch, tokens, -1)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("names", [["a", "b", "a", "__base__"], ["b", "b", "a", "a"], ["a"] * 4])
+def test_rows_that_are_a_multiple_of_the_batch(names, together, monkeypatch):
+    if not together:
+        monkeypatch.setattr("peft_lotra.tuner.mixed_batch._MAX_BASIS", 0)
+    model = adapt(Tokens(), adapter_name="a", modules_to_save=["head"])
+    model.add_adapter("b", LoTRAConfig(r=3, init_weights=False, modules_to_save=["head"]))
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["b"].weight.mul_(2)
+    model.eval()
+    x = torch.rand(4, 6, 3)
+    mixed = model(x, adapter_names=names)
+    for row, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                expected = model(x[row : row + 1])
+        else:
+            model.set_adapter(name)
+            expected = model(x[row : row + 1])
+        torch.testing.assert_close(mixed[row : row + 1], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 6, 8])
+def test_names_are_for_the_batch_and_not_for_the_rows_of_a_layer(count):
+    """Two names for four inputs are a mistake, and not names of pairs."""
+    model = adapt(Tokens(), adapter_name="a")
+    with pytest.raises(
+        ValueError, match=f"Length of `adapter_names` should be .*, but got {count} and 4 respectively"
+    ):
+        model(torch.rand(4, 6, 3), adapter_names=["a"] * count)
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        model(x=torch.rand(4, 6, 3), scale=torch.tensor(2.0), adapter_names=["a"] * count)
+
+
+def test_longer_names_are_made_once():
+    names = RowNames(["a", "b"])
+    assert names.for_rows(2) is names and names.for_rows(3) is names and names.for_rows(0) is names
+    longer = names.for_rows(6)
+    assert longer == ["a", "a", "a", "b", "b", "b"] and names.for_rows(6) is longer
+    assert RowNames([]).for_rows(4) == []
