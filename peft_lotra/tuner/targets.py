@@ -118,8 +118,10 @@ def _candidates(model: nn.Module) -> str:
     ]
     more = ", ..." if len(found) > _MAX_CANDIDATES else ""
     likely = f"Candidates are {', '.join(found[:_MAX_CANDIDATES])}{more}. " if found else ""
-    return f"{likely}If one of the modules is a KAN layer, describe it with `peft_lotra.register_kan_layer`: "
+    return (
+        f"{likely}If one of the modules is a KAN layer, describe it with `peft_lotra.register_kan_layer`: "
         "`find_kan_layers(model, candidates=True)` shows a call to paste."
+    )
 
 
 def locate_target(name: str, module: nn.Module, record: Mapping[str, Any] | None = None) -> Target:
