@@ -16,9 +16,10 @@ from torch import nn
 from ..files.checkpoint import refuse
 from ..functional import unwrap
 from .config import LoTRAConfig
-from .injection import differ, transaction
+from .injection import differ
 from .layer import lotra_layers
 from .targets import check_base, locate_target
+from .transaction import change_lock, transaction
 
 
 @torch.no_grad()
@@ -82,7 +83,7 @@ def hotswap_adapter(
         key = f"base_model.model.{name}.lotra_core"
         if key in tensors:
             tensors[key] = tensors[key] * (new.ranks_and_alpha(name)[1] / layer.lotra_alpha[adapter_name])
-    with transaction(model, list(current.values())):
+    with change_lock(model.base_model).held, transaction(model, current.values()):
         for key, tensor in tensors.items():
             current[key].copy_(tensor)
 

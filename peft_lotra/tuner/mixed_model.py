@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Union
 
-from peft import mixed_model
+from peft import PeftConfig, PeftMixedModel, mixed_model
 from peft.mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 from peft.tuners import mixed
 from peft.tuners.mixed import model as mixed_tuners
@@ -19,6 +19,7 @@ from .guards import release_networks
 from .injection import create_and_replace, prepare_config, prepare_targets, replace_module
 from .layer import LoTRALayer
 from .model import LoTRAModel
+from .transaction import enclose, transaction, whole, whole_merge
 
 
 # what PEFT wires its own methods into by hand
@@ -27,6 +28,17 @@ _WIRED = ("COMPATIBLE_TUNER_TYPES", "Configs", "Layers", "PREFIXES", "MixedModel
 
 class LoTRAMixedModel(mixed_tuners.MixedModel):
     """PEFT's `MixedModel`, which also takes LoTRA configurations; made by [`enable_mixed`]."""
+
+    def __init__(self, model: nn.Module, *args, **kwargs) -> None:
+        with transaction(model):
+            super().__init__(model, *args, **kwargs)
+
+    inject_adapter = whole(mixed_tuners.MixedModel.inject_adapter)
+    set_adapter = whole(mixed_tuners.MixedModel.set_adapter)
+    delete_adapter = whole(mixed_tuners.MixedModel.delete_adapter)
+    merge_adapter = whole_merge(mixed_tuners.MixedModel.merge_adapter)
+    unmerge_adapter = whole(mixed_tuners.MixedModel.unmerge_adapter)
+    _enable_adapter_layers = whole(mixed_tuners.MixedModel._enable_adapter_layers)
 
     def _prepare_adapter_config(self, peft_config, model_config):
         if isinstance(peft_config, LoTRAConfig):
@@ -53,6 +65,7 @@ class LoTRAMixedModel(mixed_tuners.MixedModel):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
+    @whole_merge
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         release_networks(model)
@@ -93,4 +106,5 @@ def enable_mixed() -> None:
     mixed_tuners.Layers = (*mixed_tuners.Layers, LoTRALayer)
     mixed_tuners.PREFIXES.append(LoTRAModel.prefix)
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PeftType["LOTRA"]] = LoTRAMixedModel
+    enclose([PeftMixedModel], LoTRAMixedModel, PeftConfig)
     mixed_model.MixedModel = LoTRAMixedModel  # pyright: ignore[reportPrivateImportUsage]  (PEFT uses this name)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -25,14 +25,13 @@ from .injection import (
     replace_module,
     select_to_load,
     select_to_save,
-    take_out,
-    transaction,
 )
 from .layer import LoTRALayer, lotra_layers
 from .locks import LayerLock, exclusively_within
 from .mixed_batch import RowNames
 from .slim import SLIM_MERGES, SlimLoTRALayer
 from .targets import Target, record_base
+from .transaction import change_lock, transaction, whole, whole_merge
 from .weighted import add_weighted_adapter, check_known
 
 
@@ -81,19 +80,15 @@ class LoTRAModel(BaseTuner):
         self.lotra_lock = LayerLock()
         # the targets of the adapter that is being injected
         self._targets: dict[str, Target] = {}
-        # adapters that were injected to be loaded from a file, with what the parameters required before
-        self._awaited_adapters: dict[str, list[tuple[nn.Parameter, bool]]] = {}
         with transaction(model):
             super().__init__(model, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        config = self.peft_config.pop(adapter_name)  # PEFT takes it out after an Exception only
-        # other threads may go on with inference
         with ExitStack() as locks:
-            for lock in (self.lotra_lock, *(layer.lotra_lock for _, layer in lotra_layers(model))):
+            # other threads may go on with inference
+            for lock in (change_lock(self), self.lotra_lock, *(layer.lotra_lock for _, layer in lotra_layers(model))):
                 locks.enter_context(lock)
-            with transaction(self):
-                self.peft_config[adapter_name] = config
+            with transaction(self, objects=[self.peft_config[adapter_name]]):
                 self._inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
@@ -112,8 +107,6 @@ class LoTRAModel(BaseTuner):
         if self._requires_grad_of_base is None:
             self._requires_grad_of_base = requires_grad
         peft_config.record_base_by(self._record_base)
-        if peft_config.checkpoint.layers is not None or peft_config.checkpoint.tensors is not None:
-            self._awaited_adapters[adapter_name] = requires_grad
 
     def _record_base(self, base_layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         return record_base(self.model, base_layers)
@@ -140,39 +133,20 @@ class LoTRAModel(BaseTuner):
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args, **kwargs) -> None:
         """Refuses tensors that do not fit before the first of them is loaded. Called by `load_state_dict`."""
-        wrong, loaded = {}, {name for name in self._awaited_adapters if any(f".{name}" in key for key in state_dict)}
-        try:
-            wrong, loaded = mismatches(self.model, state_dict, f"{prefix}model.")
-            refuse_for_model([problem for problems in wrong.values() for problem in problems])
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-            self._awaited_adapters = {key: v for key, v in self._awaited_adapters.items() if key not in loaded}
-        except BaseException:
-            self._give_up(wrong or loaded)
-            raise
-
-    def _give_up(self, adapters: Iterable[str]) -> None:
-        """Takes adapters out that PEFT has injected only to load them, so that the failed attempt changes nothing."""
-        for adapter in self._awaited_adapters.keys() & adapters:
-            take_out(self.model, adapter, self._awaited_adapters.pop(adapter))
-            del self.peft_config[adapter]
-        if not self.peft_config and hasattr(self.model, "peft_config"):
-            del self.model.peft_config
+        refuse_for_model(mismatches(self.model, state_dict, f"{prefix}model."))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         # From PEFT 0.20 on. For tensors that come without a config, for an adapter that is there.
-        try:
-            state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-            return select_to_load(model, adapter_name, state_dict)
-        except KeyboardInterrupt:
-            for tuner in (module for module in model.modules() if isinstance(module, cls)):
-                tuner._give_up([adapter_name])
-            raise
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return select_to_load(model, adapter_name, state_dict)
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         return select_to_save(adapter_name, state_dict)
 
+    @whole_merge
     def merge_adapter(
         self,
         adapter_names: list[str] | None = None,
@@ -195,19 +169,13 @@ class LoTRAModel(BaseTuner):
         self._check_merge(adapter_names, safe_merge)
         for _, layer in lotra_layers(self.model):
             layer.keep_base = keep_base
-        with transaction(self, self._base_parameters()):
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def unmerge_adapter(self) -> None:
-        """Takes the merged adapters out of the base model again."""
-        with transaction(self, self._base_parameters()):
-            super().unmerge_adapter()
+    unmerge_adapter = whole(BaseTuner.unmerge_adapter)
+    unload = whole(BaseTuner.unload)
+    _enable_adapter_layers = whole(BaseTuner._enable_adapter_layers)
 
-    def _base_parameters(self) -> list[nn.Parameter]:
-        return [
-            parameter for _, layer in lotra_layers(self.model) for parameter in layer.get_base_layer().parameters()
-        ]
-
+    @whole_merge
     def merge_and_unload(self, *args, slim: Literal["densify", "truncate"] = "densify", **kwargs) -> nn.Module:
         """Merges the active adapters, or those named, into the base model, and returns it without a trace of LoTRA.
 
@@ -255,20 +223,21 @@ class LoTRAModel(BaseTuner):
             for _, layer in lotra_layers(self.model):
                 layer.check_safe_merge(adapter_names)
 
+    @whole
     def set_adapter(self, adapter_name: str | list[str], *args, **kwargs) -> None:
         check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name, self.peft_config)
         super().set_adapter(adapter_name, *args, **kwargs)
 
+    @whole
     def delete_adapter(self, adapter_name: str) -> None:
         # newer versions of PEFT check this themselves
         if any(adapter_name in layer.merged_adapters for _, layer in lotra_layers(self.model)):
             raise ValueError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
-        with transaction(self):
-            super().delete_adapter(adapter_name)
+        super().delete_adapter(adapter_name)
 
-    add_weighted_adapter = add_weighted_adapter
+    add_weighted_adapter = whole(add_weighted_adapter)
 
     @exclusively_within
     @contextmanager
