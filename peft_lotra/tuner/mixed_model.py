@@ -12,11 +12,12 @@ from peft.mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 from peft.tuners import mixed
 from peft.tuners.mixed import model as mixed_tuners
 from peft.utils import PeftType
-from torch import nn
+from torch import Tensor, nn
 
+from ..files.checkpoint import refuse_for_model
 from .config import LoTRAConfig
 from .guards import release_networks
-from .injection import create_and_replace, prepare_config, prepare_targets, replace_module
+from .injection import create_and_replace, mismatches, prepare_config, prepare_targets, replace_module
 from .layer import LoTRALayer
 from .model import LoTRAModel
 from .transaction import enclose, transaction, whole, whole_merge
@@ -33,7 +34,17 @@ class LoTRAMixedModel(mixed_tuners.MixedModel):
         with transaction(model):
             super().__init__(model, *args, **kwargs)
 
-    inject_adapter = whole(mixed_tuners.MixedModel.inject_adapter)
+    @whole
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        # PEFT passes the wrapped model for all adapters but the first, and a file has the names in the base
+        model = self.model if isinstance(self.peft_config[adapter_name], LoTRAConfig) else model
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
+        """Refuses tensors that do not fit before the first of them is loaded."""
+        refuse_for_model(mismatches(self.model, state_dict, f"{prefix}model."))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     set_adapter = whole(mixed_tuners.MixedModel.set_adapter)
     delete_adapter = whole(mixed_tuners.MixedModel.delete_adapter)
     merge_adapter = whole_merge(mixed_tuners.MixedModel.merge_adapter)

@@ -167,7 +167,7 @@ def _around_creation(method: Any, config_cls: type) -> Any:
 
 
 def _around_change(method: Any, tuner_cls: type) -> Any:
-    takes_name = method.__name__ == "load_adapter"
+    loads = method.__name__ == "load_adapter"
 
     @wraps(method)
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,8 +175,10 @@ def _around_change(method: Any, tuner_cls: type) -> Any:
         if not isinstance(tuner, tuner_cls):
             return method(self, *args, **kwargs)
         with change_lock(tuner).held:
-            name = kwargs.get("adapter_name", args[1] if len(args) > 1 else None) if takes_name else None
-            written = _tensors_of(tuner, name) if name is not None else ()
+            # of merged layers, since switching unmerges them, and of the adapter, if it is there already
+            written = [*base_parameters(tuner, merged_only=True)]
+            if loads:
+                written += _tensors_of(tuner, kwargs.get("adapter_name", args[1] if len(args) > 1 else None))
             configs = [value for value in (*args, *kwargs.values()) if isinstance(value, PeftConfig)]
             with transaction(self, written, configs):
                 return method(self, *args, **kwargs)
@@ -201,8 +203,8 @@ def _around_loading(method: Any, config_cls: type) -> Any:
     return _marked(from_pretrained, method)
 
 
-def _tensors_of(model: nn.Module, adapter_name: str) -> Iterator[Tensor]:
-    """The tensors of an adapter that is there."""
+def _tensors_of(model: nn.Module, adapter_name: str | None) -> Iterator[Tensor]:
+    """The tensors of an adapter, none if it is not there."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             for attribute in module.adapter_layer_names:

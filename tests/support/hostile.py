@@ -172,7 +172,7 @@ def assert_load_refused(folder: Path, match: str = "", error: Any = CLEAR, **kwa
     assert_refused(lambda: live.load_adapter(folder, "other", **kwargs), live, error=error, match=match)
 
 
-POINTS = 40  # of the lines of an operation that are tried here, and its last ones
+POINTS, LAST = 12, 4  # of the lines of an operation that are tried here, and of its last ones
 ALL_LINES = bool(os.environ.get("LOTRA_ALL_LINES"))
 
 
@@ -180,9 +180,8 @@ def some_of(lines):
     """The lines of an operation that are interrupted: a sample, or all of them if LOTRA_ALL_LINES is set."""
     if ALL_LINES:
         return list(range(1, lines + 1))
-    return sorted(
-        {1 + round(i * (lines - 1) / (POINTS - 1)) for i in range(POINTS)} | set(range(max(1, lines - POINTS), lines))
-    )
+    spread = {1 + round(i * (lines - 1) / (POINTS - 1)) for i in range(POINTS)}
+    return sorted(spread | set(range(max(1, lines - LAST), lines)))
 
 
 def interrupted(call, at):
