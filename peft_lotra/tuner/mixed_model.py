@@ -20,7 +20,7 @@ from .guards import release_networks
 from .injection import create_and_replace, mismatches, prepare_config, prepare_targets, replace_module
 from .layer import LoTRALayer
 from .model import LoTRAModel
-from .transaction import enclose, transaction, whole, whole_merge
+from .transaction import change_lock, configs_among, enclose, transaction, whole, whole_merge
 
 
 # what PEFT wires its own methods into by hand
@@ -31,7 +31,7 @@ class LoTRAMixedModel(mixed_tuners.MixedModel):
     """PEFT's `MixedModel`, which also takes LoTRA configurations; made by [`enable_mixed`]."""
 
     def __init__(self, model: nn.Module, *args, **kwargs) -> None:
-        with transaction(model):
+        with change_lock(self).held, transaction(model, objects=configs_among(args, kwargs)):
             super().__init__(model, *args, **kwargs)
 
     @whole

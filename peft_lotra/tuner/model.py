@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from .locks import LayerLock, exclusively_within
 from .mixed_batch import RowNames
 from .slim import SLIM_MERGES, SlimLoTRALayer
 from .targets import Target, record_base
-from .transaction import change_lock, transaction, whole, whole_merge
+from .transaction import change_lock, configs_among, transaction, whole, whole_merge
 from .weighted import add_weighted_adapter, check_known
 
 
@@ -80,16 +81,16 @@ class LoTRAModel(BaseTuner):
         self.lotra_lock = LayerLock()
         # the targets of the adapter that is being injected
         self._targets: dict[str, Target] = {}
-        with transaction(model):
+        with change_lock(self).held, transaction(model, objects=configs_among(args, kwargs)):
             super().__init__(model, *args, **kwargs)
 
+    @whole
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         with ExitStack() as locks:
             # other threads may go on with inference
-            for lock in (change_lock(self), self.lotra_lock, *(layer.lotra_lock for _, layer in lotra_layers(model))):
+            for lock in (self.lotra_lock, *(layer.lotra_lock for _, layer in lotra_layers(model))):
                 locks.enter_context(lock)
-            with transaction(self, objects=[self.peft_config[adapter_name]]):
-                self._inject_adapter(model, adapter_name, *args, **kwargs)
+            self._inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         if "." in adapter_name:  # what nn.ParameterDict would say, but only when some layers are adapted already
@@ -141,6 +142,20 @@ class LoTRAModel(BaseTuner):
         # From PEFT 0.20 on. For tensors that come without a config, for an adapter that is there.
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return select_to_load(model, adapter_name, state_dict)
+
+    def check_saving(
+        self, selected_adapters: list[str] | None = None, save_embedding_layers: bool | str = "auto"
+    ) -> None:
+        """Raises a ValueError if an adapter, once saved, could not be loaded. Called before anything is written."""
+        for adapter in self.peft_config if selected_adapters is None else selected_adapters:
+            if adapter in self.peft_config:  # PEFT refuses unknown ones
+                self.peft_config[adapter].check_loadable()
+        if save_embedding_layers is True:
+            warnings.warn(
+                "`save_embedding_layers=True` saves nothing: loading would write over the embeddings of the base. To "
+                "train and save a copy of an embedding, name it in `modules_to_save`.",
+                stacklevel=3,
+            )
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):

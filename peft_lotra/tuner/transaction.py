@@ -10,8 +10,10 @@ of PEFT's models that change a model; models without LoTRA pass through.
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from itertools import chain
 from typing import Any
@@ -26,7 +28,8 @@ from .locks import LayerLock
 
 # the methods of PEFT's models that change them, besides those that a tuner has itself
 _DOORS = ("add_adapter", "load_adapter", "set_adapter", "delete_adapter")
-_CONTAINERS = (dict, OrderedDict, list, set)
+_OF_SAVING = ("selected_adapters", "save_embedding_layers")  # the arguments that say what is saved
+_CONTAINERS = frozenset((dict, OrderedDict, list, set))
 
 
 class transaction:
@@ -56,10 +59,10 @@ class transaction:
     def __init__(self, model: nn.Module, tensors: Iterable[Tensor] = (), objects: Sequence[object] = ()) -> None:
         attributes = [(vars(owner), dict(vars(owner))) for owner in chain(model.modules(), objects)]
         contents = [
-            (v, dict(v) if isinstance(v, dict) else v.copy())
+            (value, value.copy() if value else ())
             for _, old in attributes
-            for v in old.values()
-            if type(v) in _CONTAINERS
+            for value in old.values()
+            if type(value) in _CONTAINERS
         ]
         self._containers = [*attributes, *contents]
         self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -79,7 +82,7 @@ class transaction:
                 _restore(now, before)
             elif list(map(id, now)) != list(map(id, before)):
                 now.clear()
-                (now.extend if isinstance(now, list) else now.update)(before)
+                (now.extend if isinstance(now, list) else now.update)(before)  # an empty dict takes ()
         for parameter, flag in self._flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad = flag
@@ -112,7 +115,10 @@ def whole(method: Callable, merges: bool = False) -> Callable:
 
     @wraps(method)
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        with change_lock(self).held, transaction(self, base_parameters(self, merged_only=not merges)):
+        lock = change_lock(self).held
+        if lock._is_owned():  # a part of another change, which is undone as a whole
+            return method(self, *args, **kwargs)
+        with lock, transaction(self, base_parameters(self, merged_only=not merges)):
             return method(self, *args, **kwargs)
 
     return run
@@ -132,6 +138,13 @@ def change_lock(tuner: nn.Module) -> LayerLock:
     return vars(tuner).setdefault("_change_lock", LayerLock())
 
 
+def configs_among(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[PeftConfig]:
+    """The configs among the arguments of a call, which adding an adapter completes."""
+    values = [*args, *kwargs.values()]
+    values += chain.from_iterable(value.values() for value in values if isinstance(value, dict))
+    return [value for value in values if isinstance(value, PeftConfig)]
+
+
 def enclose(model_classes: Iterable[type], tuner_cls: type, config_cls: type) -> None:
     """Puts transactions around the methods of PEFT's model classes, for models with this tuner."""
     for model_cls in model_classes:
@@ -140,6 +153,8 @@ def enclose(model_classes: Iterable[type], tuner_cls: type, config_cls: type) ->
                 setattr(model_cls, name, _around_creation(_bare(method), config_cls))
             elif name in _DOORS:
                 setattr(model_cls, name, _around_change(_bare(method), tuner_cls))
+            elif name == "save_pretrained":
+                setattr(model_cls, name, _around_saving(_bare(method), tuner_cls))
             elif name == "from_pretrained":
                 setattr(model_cls, name, classmethod(_around_loading(_bare(method.__func__), config_cls)))
 
@@ -179,18 +194,29 @@ def _around_change(method: Any, tuner_cls: type) -> Any:
             written = [*base_parameters(tuner, merged_only=True)]
             if loads:
                 written += _tensors_of(tuner, kwargs.get("adapter_name", args[1] if len(args) > 1 else None))
-            configs = [value for value in (*args, *kwargs.values()) if isinstance(value, PeftConfig)]
-            with transaction(self, written, configs):
+            with transaction(self, written, configs_among(args, kwargs)):
                 return method(self, *args, **kwargs)
 
     return _marked(run, method)
 
 
+def _around_saving(method: Any, tuner_cls: type) -> Any:
+    @wraps(method)
+    def save_pretrained(self, save_directory, *args: Any, **kwargs: Any) -> None:
+        tuner = self._modules.get("base_model")
+        if isinstance(tuner, tuner_cls) and not os.path.isfile(save_directory):
+            arguments = inspect.signature(method).bind(self, save_directory, *args, **kwargs).arguments
+            # before PEFT writes tensors over those that are there
+            tuner.check_saving(**{name: arguments[name] for name in _OF_SAVING if name in arguments})
+        method(self, save_directory, *args, **kwargs)
+
+    return _marked(save_pretrained, method)
+
+
 def _around_loading(method: Any, config_cls: type) -> Any:
     @wraps(method)
     def from_pretrained(cls, model, *args: Any, **kwargs: Any) -> Any:
-        configs = [value for value in kwargs.values() if isinstance(value, config_cls)]
-        before = transaction(model, objects=configs)
+        before = transaction(model, objects=configs_among(args, kwargs))
         try:
             return method(cls, model, *args, **kwargs)
         except BaseException:
