@@ -88,6 +88,30 @@ def hotswap_adapter(
             current[key].copy_(tensor)
 
 
+def check_reload(model: nn.Module, adapter_name: str, path: str | os.PathLike, **kwargs: Any) -> None:
+    """Checks the files that are to be loaded into an adapter which is there, of which PEFT reads the tensors alone.
+
+    Raises:
+        ValueError: The files cannot be loaded, or the adapter there has another alpha, base or grid, or is merged.
+    """
+    new = LoTRAConfig.from_pretrained(str(path), **kwargs)
+    layers = dict(lotra_layers(model, adapter_name))
+    wrong = [
+        f"{name}: its alpha is {alpha}, that of the loaded adapter {layer.lotra_alpha[adapter_name]}"
+        for name, layer in layers.items()
+        if (alpha := new.ranks_and_alpha(name)[1]) != layer.lotra_alpha[adapter_name]
+    ]
+    wrong += [
+        f"{name}: the loaded adapter is merged" for name, it in layers.items() if adapter_name in it.merged_adapters
+    ]
+    refuse(
+        f"The adapter in {str(path)!r} cannot be loaded into {adapter_name!r}, and nothing was changed:",
+        wrong,
+        "Unmerge it first, load the file under another name, or call `hotswap_adapter`, which makes up for the alpha.",
+    )
+    check_base(new, model, {name: locate_target(name, layer) for name, layer in layers.items()})
+
+
 def _differences(
     old: LoTRAConfig, new: LoTRAConfig, current: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]
 ) -> list[str]:

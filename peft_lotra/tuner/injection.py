@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -39,13 +40,27 @@ def prepare_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     """Finds and checks all targets before the first of them is touched, and writes them into the configuration."""
     _check_task_type(config, model)
     targets = find_targets(config, model)
-    check_parameters(config, model, targets)
+    check_parameters(config.adapt_residual, model, targets)
     if config.targets_all_kan:
         config.target_modules = set(targets)
     config.base_layers = describe_targets(targets)
     check_base(config, model, targets)
     check_names(config, model, targets)
+    _warn_of_missing_modules(config, model)
     return targets
+
+
+def _warn_of_missing_modules(config: LoTRAConfig, model: nn.Module) -> None:
+    if config.task_type is not None:  # PEFT adds the names that heads may have
+        return
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    missing = [ending for ending in config.modules_to_save or () if not any(name.endswith(ending) for name in names)]
+    if missing:
+        warnings.warn(
+            f"`modules_to_save` has {missing[:20]}, which no module of the model is called: nothing is trained, or "
+            "saved, for them. A name is that of a module, or its end.",
+            stacklevel=2,
+        )
 
 
 def _check_task_type(config: LoTRAConfig, model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from torch import nn
 from ..files.checkpoint import refuse_for_model
 from .config import LoTRAConfig
 from .guards import release_networks
+from .hotswap import check_reload
 from .initialization import GRADIENTS
 from .injection import (
     create_and_replace,
@@ -31,7 +33,7 @@ from .layer import LoTRALayer, lotra_layers
 from .locks import LayerLock, exclusively_within
 from .mixed_batch import RowNames
 from .slim import SLIM_MERGES, SlimLoTRALayer
-from .targets import Target, record_base
+from .targets import Target, check_parameters, record_base
 from .transaction import change_lock, configs_among, transaction, whole, whole_merge
 from .weighted import add_weighted_adapter, check_known
 
@@ -143,6 +145,10 @@ class LoTRAModel(BaseTuner):
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return select_to_load(model, adapter_name, state_dict)
 
+    def check_reload(self, adapter_name: str, path: str | os.PathLike, **kwargs: Any) -> None:
+        """Raises a ValueError if an adapter that is there cannot take the tensors of a file."""
+        check_reload(self.model, adapter_name, path, **kwargs)
+
     def check_saving(
         self, selected_adapters: list[str] | None = None, save_embedding_layers: bool | str = "auto"
     ) -> None:
@@ -234,6 +240,8 @@ class LoTRAModel(BaseTuner):
         """Raises what a merge would raise, before the first layer is merged."""
         if isinstance(adapter_names, (list, tuple)):
             check_known(adapter_names, self.peft_config)
+        # what was pruned, or shared, after it had been adapted
+        check_parameters(any(config.adapt_residual for config in self.peft_config.values()), self.model, {})
         if safe_merge:
             for _, layer in lotra_layers(self.model):
                 layer.check_safe_merge(adapter_names)

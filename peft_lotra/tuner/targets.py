@@ -98,16 +98,22 @@ def locate_target(name: str, module: nn.Module) -> Target:
     return Target(layer, spec, spec.locate(layer))
 
 
-def check_parameters(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
-    """Refuses coefficients that are computed anew in each forward pass, and those that two layers share."""
+def check_parameters(with_residual: bool, model: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Refuses coefficients that are computed anew in each pass, shared by two layers, or not of a floating type."""
     owners: dict[int, tuple[str, nn.Module]] = {}
     adapted = {name: Target(m.base_layer, m.lotra_spec, m.lotra_tensor) for name, m in lotra_layers(model)}
     for name, (layer, _, coefficients) in {**adapted, **targets}.items():
         if isinstance(layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
             continue
-        for full_name in coefficients.parameters if config.adapt_residual else (coefficients.name,):
+        for full_name in coefficients.parameters if with_residual else (coefficients.name,):
             path, _, leaf = full_name.rpartition(".")
             owner = layer.get_submodule(path)
+            dtype = getattr(owner, leaf).dtype
+            if not dtype.is_floating_point or dtype.itemsize < 2:
+                raise ValueError(
+                    f"`{full_name}` of the layer `{name}` is of {dtype}, to which no update can be added. Bring the "
+                    "model to float32, or another floating type of two bytes or more, first."
+                )
             computed = leaf not in owner._parameters and owner._forward_pre_hooks  # FSDP's views have no such hook
             if is_parametrized(owner, leaf) or computed:
                 raise ValueError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
@@ -28,8 +29,10 @@ from .locks import LayerLock
 
 # the methods of PEFT's models that change them, besides those that a tuner has itself
 _DOORS = ("add_adapter", "load_adapter", "set_adapter", "delete_adapter")
+_OF_LOADING = ("model_id", "adapter_name")
 _OF_SAVING = ("selected_adapters", "save_embedding_layers")  # the arguments that say what is saved
 _CONTAINERS = frozenset((dict, OrderedDict, list, set))
+_creating = threading.local()  # `from_file`: whether this thread is in `from_pretrained`, which injects and then loads
 
 
 class transaction:
@@ -183,6 +186,7 @@ def _around_creation(method: Any, config_cls: type) -> Any:
 
 def _around_change(method: Any, tuner_cls: type) -> Any:
     loads = method.__name__ == "load_adapter"
+    hub_arguments = ("subfolder", "revision", "token", "cache_dir", "check_base")
 
     @wraps(method)
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -193,7 +197,13 @@ def _around_change(method: Any, tuner_cls: type) -> Any:
             # of merged layers, since switching unmerges them, and of the adapter, if it is there already
             written = [*base_parameters(tuner, merged_only=True)]
             if loads:
-                written += _tensors_of(tuner, kwargs.get("adapter_name", args[1] if len(args) > 1 else None))
+                path, name = (
+                    kwargs.get(key, value) for key, value in zip(_OF_LOADING, (*args, None, None), strict=False)
+                )
+                written += _tensors_of(tuner, name)
+                if name in tuner.peft_config and not getattr(_creating, "from_file", False):
+                    tuner.check_reload(name, path, **{key: kwargs[key] for key in hub_arguments if key in kwargs})
+                    kwargs.pop("check_base", None)
             with transaction(self, written, configs_among(args, kwargs)):
                 return method(self, *args, **kwargs)
 
@@ -217,6 +227,7 @@ def _around_loading(method: Any, config_cls: type) -> Any:
     @wraps(method)
     def from_pretrained(cls, model, *args: Any, **kwargs: Any) -> Any:
         before = transaction(model, objects=configs_among(args, kwargs))
+        _creating.from_file = True
         try:
             return method(cls, model, *args, **kwargs)
         except BaseException:
@@ -225,6 +236,8 @@ def _around_loading(method: Any, config_cls: type) -> Any:
             if isinstance(present, dict) and any(isinstance(config, config_cls) for config in present.values()):
                 before.undo()
             raise
+        finally:
+            _creating.from_file = False
 
     return _marked(from_pretrained, method)
 
