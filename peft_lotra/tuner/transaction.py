@@ -119,7 +119,8 @@ def whole(method: Callable, merges: bool = False) -> Callable:
     @wraps(method)
     def run(self, *args: Any, **kwargs: Any) -> Any:
         lock = change_lock(self).held
-        if lock._is_owned():  # a part of another change, which is undone as a whole
+        # a part of another change, which is undone as a whole
+        if lock._is_owned():  # pyright: ignore[reportAttributeAccessIssue]
             return method(self, *args, **kwargs)
         with lock, transaction(self, base_parameters(self, merged_only=not merges)):
             return method(self, *args, **kwargs)
@@ -195,7 +196,7 @@ def _around_change(method: Any, tuner_cls: type) -> Any:
             return method(self, *args, **kwargs)
         with change_lock(tuner).held:
             # of merged layers, since switching unmerges them, and of the adapter, if it is there already
-            written = [*base_parameters(tuner, merged_only=True)]
+            written: list[Tensor] = [*base_parameters(tuner, merged_only=True)]
             if loads:
                 path, name = (
                     kwargs.get(key, value) for key, value in zip(_OF_LOADING, (*args, None, None), strict=False)
@@ -242,7 +243,7 @@ def _around_loading(method: Any, config_cls: type) -> Any:
     return _marked(from_pretrained, method)
 
 
-def _tensors_of(model: nn.Module, adapter_name: str | None) -> Iterator[Tensor]:
+def _tensors_of(model: nn.Module, adapter_name: Any) -> Iterator[Tensor]:
     """The tensors of an adapter, none if it is not there."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
