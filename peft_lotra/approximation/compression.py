@@ -28,8 +28,8 @@ from ..kan.slim_kan import SlimKANLinear, warn_capped
 from ..locks import cached
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, triple, tucker
-from ..tuner.injection import transaction
 from ..tuner.targets import locate_target
+from ..tuner.transaction import transaction
 from .features import gather_features, relative_error
 from .inputs import Inputs, check_inputs, model_outputs
 from .reach import check_copy, check_exchange, outputs_by

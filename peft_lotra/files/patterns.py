@@ -36,7 +36,7 @@ def check_lengths(patterns: Iterable[str], names: Collection[str]) -> None:
     if sum(map(len, patterns)) > MAX_PATTERNS_LENGTH:
         raise ValueError(
             f"The patterns of the adapter have more than {MAX_PATTERNS_LENGTH:,} characters together, which may take "
-            "forever to match."
+            "forever to match. Use fewer, or shorter ones: the end of a name matches too."
         )
     if len(names) > MAX_NAMES or any(len(name) > MAX_NAME_LENGTH for name in names):
         raise ValueError(

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from types import SimpleNamespace
 from typing import Any, Literal
 from weakref import WeakMethod
 
@@ -245,6 +246,18 @@ class LoTRAConfig(PeftConfig):
                 values[field] = {pattern_key(name): value for name, value in by_name.items() if value != default}
         return values
 
+    def check_loadable(self) -> dict[str, Any]:
+        """The values of the config in a file, apart from the records; a ValueError if a file may not have them."""
+        self.refuse_unresolved()
+        values = {**self.to_dict(), **self._resolved(self.base_layers or ())}
+        written = SimpleNamespace(**values)
+        if self.base_layers:  # a config of no model may have regexes, which are named when it is loaded
+            for field, pattern in regexes_of(written).items():
+                refuse_pattern(field, pattern)
+        names = {*(values["target_modules"] or ()), *(values["exclude_modules"] or ()), *(self.base_layers or ())}
+        check_lengths(itertools.chain(*patterns_of(written).values()), names)
+        return values
+
     def record_base_by(self, method: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         """Sets the bound method, referenced weakly, that adds the hashes of the base to `base_layers` for a file.
 
@@ -269,8 +282,7 @@ class LoTRAConfig(PeftConfig):
         os.makedirs(save_directory, exist_ok=True)
         weights = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
         digest = read_weights(weights)[1] if os.path.exists(weights) else None
-        self.refuse_unresolved()
-        values = {**self.to_dict(), **self._resolved(self.base_layers or ())}
+        values = self.check_loadable()
         record = self._record_base() if self._record_base is not None else None
         if record is None:  # no model, or one that is gone
             values["base_layers"] = self.checkpoint.layers or self.base_layers

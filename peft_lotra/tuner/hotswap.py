@@ -17,10 +17,11 @@ from ..files.checkpoint import refuse
 from ..files.format import differ
 from ..functional import unwrap
 from .config import LoTRAConfig
-from .injection import is_of_another_adapter, transaction
+from .injection import is_of_another_adapter
 from .layer import lotra_layers
 from .norm_stats import NormStatsTuner, pop_stats
 from .targets import check_base, locate_target
+from .transaction import change_lock, transaction
 
 
 @torch.no_grad()
@@ -86,7 +87,7 @@ def hotswap_adapter(
         key = f"base_model.model.{name}.lotra_core"
         if key in tensors:
             tensors[key] = tensors[key] * (new.ranks_and_alpha(name)[1] / layer.lotra_alpha[adapter_name])
-    with transaction(model, list(current.values())):
+    with change_lock(model.base_model).held, transaction(model, current.values()):
         for key, tensor in tensors.items():
             current[key].copy_(tensor)
         tuner.set_norm_stats(adapter_name, stats)
@@ -94,6 +95,30 @@ def hotswap_adapter(
 
 def _own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not is_of_another_adapter(name)}
+
+
+def check_reload(model: nn.Module, adapter_name: str, path: str | os.PathLike, **kwargs: Any) -> None:
+    """Checks the files that are to be loaded into an adapter which is there, of which PEFT reads the tensors alone.
+
+    Raises:
+        ValueError: The files cannot be loaded, or the adapter there has another alpha, base or grid, or is merged.
+    """
+    new = LoTRAConfig.from_pretrained(str(path), **kwargs)
+    layers = dict(lotra_layers(model, adapter_name))
+    wrong = [
+        f"{name}: its alpha is {alpha}, that of the loaded adapter {layer.lotra_alpha[adapter_name]}"
+        for name, layer in layers.items()
+        if (alpha := new.ranks_and_alpha(name)[1]) != layer.lotra_alpha[adapter_name]
+    ]
+    wrong += [
+        f"{name}: the loaded adapter is merged" for name, it in layers.items() if adapter_name in it.merged_adapters
+    ]
+    refuse(
+        f"The adapter in {str(path)!r} cannot be loaded into {adapter_name!r}, and nothing was changed:",
+        wrong,
+        "Unmerge it first, load the file under another name, or call `hotswap_adapter`, which makes up for the alpha.",
+    )
+    check_base(new, model, {name: locate_target(name, layer) for name, layer in layers.items()})
 
 
 def _differences(

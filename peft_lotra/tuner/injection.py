@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -19,9 +18,8 @@ from ..families.slim import SlimLayer
 from ..files.checkpoint import OF_THE_BASE, refuse
 from ..files.format import NORM_STATS, differ
 from ..kan.slim_kan import SlimKANLinear
-from ..locks import undone_by_a_fork
 from .config import ALL_KAN, LoTRAConfig
-from .guards import guard_network, release_networks
+from .guards import guard_network
 from .layer import LoTRALayer, lotra_layers
 from .norm_stats import NormStatsTuner, stats_in_place, stored_name
 from .saved_modules import check_saved_modules, name_in_file
@@ -56,7 +54,7 @@ def prepare_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     _check_task_type(config, model)
     targets = find_targets(config, model)
     check_nesting(model, targets)
-    check_parameters(config, model, targets)
+    check_parameters(config.adapt_residual, model, targets)
     check_saved_modules(config, model, targets)
     write_targets(config, model, targets)
     config.base_layers = describe_targets(targets)
@@ -120,59 +118,6 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 setattr(module, name, new)
 
 
-@contextmanager
-def transaction(model: nn.Module, tensors: Sequence[Tensor] = ()) -> Iterator[None]:
-    """Puts a model back as it was, with these of its tensors, if what is done within is not finished.
-
-    A process that another thread forks meanwhile has the model as it was.
-    """
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    contents = [(v, v.copy()) for _, old in attributes for v in old.values() if type(v) in (dict, list, set)]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
-
-    def roll_back() -> None:
-        for now, before in (*attributes, *contents):
-            if _identities(now) != _identities(before):  # other threads may read what has not changed
-                now.clear()
-                (now.extend if isinstance(now, list) else now.update)(before)
-        for parameter, flag in flags:
-            parameter.requires_grad = flag
-        for tensor, value in values:
-            tensor.data.copy_(value)
-
-    with undone_by_a_fork(roll_back):
-        try:
-            yield
-        except BaseException:
-            roll_back()
-            raise
-
-
-def _identities(container: dict | list | set) -> list[int]:
-    return [*map(id, container), *map(id, container.values() if isinstance(container, dict) else ())]
-
-
-def take_out(model: nn.Module, adapter_name: str, requires_grad: Sequence[tuple[nn.Parameter, bool]]) -> None:
-    """Undoes the injection of an adapter, as if it had never been tried; parameters require what they did before."""
-    for module in list(model.modules()):
-        if isinstance(module, LoTRALayer) and adapter_name in module.lotra_core:
-            adapters, bare = module.lotra_core, module.base_layer
-        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            adapters, bare = module.modules_to_save, module.original_module
-        else:
-            continue
-        if len(adapters) == 1:
-            replace_module(model, module, bare)
-        elif isinstance(module, LoTRALayer):
-            module.delete_adapter(adapter_name)
-        else:
-            module.delete_adapter(adapter_name, [name for name in module.active_adapters if name != adapter_name])
-    release_networks(model)
-    for parameter, flag in requires_grad:
-        parameter.requires_grad = flag
-
-
 def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
     """Compares the names in a file of tensors with those that the adapter has in this model."""
     if config.checkpoint.tensors is None or getattr(model, "_checkpoint_conversion_mapping", None):
@@ -202,19 +147,13 @@ def is_of_another_adapter(name: str) -> bool:
     return name.rpartition(".")[0].endswith((*_COMPONENTS, *_NORM_STATS))
 
 
-def mismatches(
-    model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str
-) -> tuple[dict[str, list[str]], set[str]]:
-    """What a state dict has in another shape or kind than adapters, in words, by adapter; and the adapters in it."""
-    wrong: dict[str, list[str]] = {}
-    loaded: set[str] = set()
-    for name, adapter, expected, remark in _adapter_tensors(model):
-        tensor = state_dict.get(prefix + name)
-        if isinstance(tensor, Tensor):
-            loaded.add(adapter)
-            if problem := differ(tensor, expected):
-                wrong.setdefault(adapter, []).append(f"{_without(adapter, name)}: {problem}{remark}")
-    return wrong, loaded
+def mismatches(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:
+    """What a state dict has in another shape or kind than adapters, in words."""
+    return [
+        f"{_without(adapter, name)}: {problem}{remark}"
+        for name, adapter, expected, remark in _adapter_tensors(model)
+        if isinstance(tensor := state_dict.get(prefix + name), Tensor) and (problem := differ(tensor, expected))
+    ]
 
 
 def name_twice(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -72,29 +72,39 @@ class _Steps(list[Callable[[], None]]):
 
 
 class _Open(threading.local):
-    # weak: an interruption at the last line of `all_or_nothing` would leave copies of all parameters behind
+    # weak: an interruption at the end of `all_or_nothing` would leave copies of all parameters behind
     steps: Callable[[], _Steps | None] = staticmethod(lambda: None)
 
 
 _open = _Open()
 
 
-@contextmanager
-def all_or_nothing() -> Iterator[_Steps]:
+class all_or_nothing:  # in lower case, as a context manager of contextlib
     """Undoes all merging and unmerging that this thread does within, if what is done within is not finished."""
-    steps, outer = _Steps(), _open.steps()
-    before = _open.steps
-    try:
-        _open.steps = weakref.ref(steps)
-        yield steps
+
+    # A class, since an interruption at the end of the block can keep `__exit__` from being called: what is done stays
+    # done then, whereas a generator would undo it as soon as it is collected.
+    def __init__(self) -> None:
+        self._outer = _open.steps
+        self._steps, self._start = _Steps(), 0
+
+    def __enter__(self) -> _Steps:
+        self._outer = _open.steps
+        outer = _open.steps()
         if outer is not None:
-            outer += steps
-    except BaseException:
-        for undo in reversed(steps):
+            self._steps, self._start = outer, len(outer)
+        _open.steps = weakref.ref(self._steps)
+        return self._steps
+
+    def __exit__(self, error: type[BaseException] | None, *args: Any) -> None:
+        if error is not None:
+            self.undo()
+        _open.steps = self._outer
+
+    def undo(self) -> None:
+        """Undoes what was done within, the last step first."""
+        for undo in reversed(self._steps[self._start :]):
             undo()
-        raise
-    finally:
-        _open.steps = before
 
 
 class MergeableLayer(nn.Module, BaseTunerLayer):

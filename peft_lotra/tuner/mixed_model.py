@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from typing import Union
 
-from peft import mixed_model
+from peft import PeftConfig, PeftMixedModel, mixed_model
 from peft.mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 from peft.tuners import mixed
 from peft.tuners.mixed import model as mixed_tuners
 from peft.utils import PeftType
-from torch import nn
+from torch import Tensor, nn
 
+from ..files.checkpoint import refuse_for_model
 from .config import LoTRAConfig
 from .guards import release_networks
-from .injection import create_and_replace, prepare_config, prepare_targets, replace_module
+from .injection import create_and_replace, mismatches, prepare_config, prepare_targets, replace_module
 from .layer import LoTRALayer
 from .model import LoTRAModel
 from .norm_stats import NormStatsTuner
+from .transaction import change_lock, configs_among, enclose, transaction, whole, whole_merge
 
 
 # what PEFT wires its own methods into by hand
@@ -28,6 +30,27 @@ _WIRED = ("COMPATIBLE_TUNER_TYPES", "Configs", "Layers", "PREFIXES", "MixedModel
 
 class LoTRAMixedModel(NormStatsTuner, mixed_tuners.MixedModel):
     """PEFT's `MixedModel`, which also takes LoTRA configurations; made by [`enable_mixed`]."""
+
+    def __init__(self, model: nn.Module, *args, **kwargs) -> None:
+        with change_lock(self).held, transaction(model, objects=configs_among(args, kwargs)):
+            super().__init__(model, *args, **kwargs)
+
+    @whole
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        # PEFT passes the wrapped model for all adapters but the first, and a file has the names in the base
+        model = self.model if isinstance(self.peft_config[adapter_name], LoTRAConfig) else model
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:
+        """Refuses tensors that do not fit before the first of them is loaded."""
+        refuse_for_model(mismatches(self.model, state_dict, f"{prefix}model."))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    set_adapter = whole(NormStatsTuner.set_adapter)
+    delete_adapter = whole(NormStatsTuner.delete_adapter)
+    merge_adapter = whole_merge(mixed_tuners.MixedModel.merge_adapter)
+    unmerge_adapter = whole(mixed_tuners.MixedModel.unmerge_adapter)
+    _enable_adapter_layers = whole(NormStatsTuner._enable_adapter_layers)
 
     def _prepare_adapter_config(self, peft_config, model_config):
         if isinstance(peft_config, LoTRAConfig):
@@ -54,6 +77,7 @@ class LoTRAMixedModel(NormStatsTuner, mixed_tuners.MixedModel):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
+    @whole_merge
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         release_networks(model)
@@ -94,4 +118,5 @@ def enable_mixed() -> None:
     mixed_tuners.Layers = (*mixed_tuners.Layers, LoTRALayer)
     mixed_tuners.PREFIXES.append(LoTRAModel.prefix)
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING[PeftType["LOTRA"]] = LoTRAMixedModel
+    enclose([PeftMixedModel], LoTRAMixedModel, PeftConfig)
     mixed_model.MixedModel = LoTRAMixedModel  # pyright: ignore[reportPrivateImportUsage]  (PEFT uses this name)

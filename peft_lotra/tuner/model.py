@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -17,6 +19,7 @@ from ..locks import LayerLock, exclusively_within, put_back_by
 from .config import LoTRAConfig
 from .first_backward import watch_first_backward
 from .guards import base_layers_in_place, release_networks
+from .hotswap import check_reload
 from .initialization import GRADIENTS
 from .injection import (
     create_and_replace,
@@ -27,16 +30,14 @@ from .injection import (
     replace_module,
     select_to_load,
     select_to_save,
-    take_out,
-    transaction,
 )
 from .layer import LoTRALayer, lotra_layers
-from .merging import all_or_nothing
 from .mixed_batch import RowNames, batch_sizes
 from .norm_stats import NormStatsTuner, with_adapter
 from .saved_modules import put_saved_modules, saves_inside
 from .slim import SLIM_MERGES, SlimLoTRALayer
-from .targets import Target, record_base
+from .targets import Target, check_parameters, record_base
+from .transaction import change_lock, configs_among, transaction, whole, whole_merge
 from .weighted import add_weighted_adapter, check_known
 
 
@@ -87,20 +88,16 @@ class LoTRAModel(NormStatsTuner):
         self._targets: dict[str, Target] = {}
         self._saves_inside = False
         self._injection: ExitStack | None = None
-        # adapters that were injected to be loaded from a file, with what the parameters required before
-        self._awaited_adapters: dict[str, list[tuple[nn.Parameter, bool]]] = {}
-        with transaction(model):
+        with change_lock(self).held, transaction(model, objects=configs_among(args, kwargs)):
             super().__init__(model, *args, **kwargs)
 
+    @whole
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        config = self.peft_config.pop(adapter_name)  # PEFT takes it out after an Exception only
-        # other threads may go on with inference
         with ExitStack() as locks:
+            # other threads may go on with inference
             for lock in (self.lotra_lock, *(layer.lotra_lock for _, layer in lotra_layers(model))):
                 locks.enter_context(lock)
-            with transaction(self):
-                self.peft_config[adapter_name] = config
-                self._inject_adapter(model, adapter_name, *args, **kwargs)
+            self._inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         if "." in adapter_name:  # what nn.ParameterDict would say, but only when some layers are adapted already
@@ -122,8 +119,6 @@ class LoTRAModel(NormStatsTuner):
         if self._requires_grad_of_base is None:
             self._requires_grad_of_base = requires_grad
         peft_config.record_base_by(self._record_base)
-        if peft_config.checkpoint.layers is not None or peft_config.checkpoint.tensors is not None:
-            self._awaited_adapters[adapter_name] = requires_grad
 
     def _record_base(self, base_layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         return record_base(self.model, base_layers)
@@ -165,41 +160,40 @@ class LoTRAModel(NormStatsTuner):
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args, **kwargs) -> None:
         """Refuses tensors that do not fit before the first of them is loaded. Called by `load_state_dict`."""
-        wrong, loaded = {}, {name for name in self._awaited_adapters if any(f".{name}" in key for key in state_dict)}
-        try:
-            wrong, loaded = mismatches(self.model, state_dict, f"{prefix}model.")
-            refuse_for_model([problem for problems in wrong.values() for problem in problems])
-            name_twice(self.model, state_dict, f"{prefix}model.")
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-            self._awaited_adapters = {key: v for key, v in self._awaited_adapters.items() if key not in loaded}
-        except BaseException:
-            self._give_up(wrong or loaded)
-            raise
-
-    def _give_up(self, adapters: Iterable[str]) -> None:
-        """Takes adapters out that PEFT has injected only to load them, so that the failed attempt changes nothing."""
-        for adapter in self._awaited_adapters.keys() & adapters:
-            take_out(self.model, adapter, self._awaited_adapters.pop(adapter))
-            del self.peft_config[adapter]
-        if not self.peft_config and hasattr(self.model, "peft_config"):
-            del self.model.peft_config
+        refuse_for_model(mismatches(self.model, state_dict, f"{prefix}model."))
+        name_twice(self.model, state_dict, f"{prefix}model.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         # From PEFT 0.20 on. For tensors that come without a config, for an adapter that is there.
-        try:
-            state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-            state_dict = with_adapter(state_dict, adapter_name)
-            return select_to_load(model, adapter_name, state_dict)
-        except KeyboardInterrupt:
-            for tuner in (module for module in model.modules() if isinstance(module, cls)):
-                tuner._give_up([adapter_name])
-            raise
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state_dict = with_adapter(state_dict, adapter_name)
+        return select_to_load(model, adapter_name, state_dict)
+
+    def check_reload(self, adapter_name: str, path: str | os.PathLike, **kwargs: Any) -> None:
+        """Raises a ValueError if an adapter that is there cannot take the tensors of a file."""
+        check_reload(self.model, adapter_name, path, **kwargs)
+
+    def check_saving(
+        self, selected_adapters: list[str] | None = None, save_embedding_layers: bool | str = "auto"
+    ) -> None:
+        """Raises a ValueError if an adapter, once saved, could not be loaded. Called before anything is written."""
+        for adapter in self.peft_config if selected_adapters is None else selected_adapters:
+            if adapter in self.peft_config:  # PEFT refuses unknown ones
+                self.peft_config[adapter].check_loadable()
+        if save_embedding_layers is True:
+            warnings.warn(
+                "`save_embedding_layers=True` saves nothing: loading would write over the embeddings of the base. To "
+                "train and save a copy of an embedding, name it in `modules_to_save`.",
+                stacklevel=3,
+            )
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         return select_to_save(adapter_name, state_dict)
 
+    @whole_merge
     def merge_adapter(
         self,
         adapter_names: list[str] | None = None,
@@ -221,14 +215,13 @@ class LoTRAModel(NormStatsTuner):
         self._check_merge(adapter_names, safe_merge)
         for layer in self._set_slim_merge(slim).values():
             layer.keep_base = keep_base
-        with all_or_nothing():
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def unmerge_adapter(self) -> None:
-        """Takes the merged adapters out of the base model again."""
-        with all_or_nothing():
-            super().unmerge_adapter()
+    unmerge_adapter = whole(NormStatsTuner.unmerge_adapter)
+    unload = whole(NormStatsTuner.unload)
+    _enable_adapter_layers = whole(NormStatsTuner._enable_adapter_layers)
 
+    @whole_merge
     def merge_and_unload(self, *args, slim: Literal["densify", "truncate"] = "densify", **kwargs) -> nn.Module:
         """Merges the active adapters, or those named, into the base model, and returns it without a trace of LoTRA.
 
@@ -280,24 +273,27 @@ class LoTRAModel(NormStatsTuner):
         """Raises what a merge would raise, before the first layer is merged."""
         if isinstance(adapter_names, (list, tuple)):
             check_known(adapter_names, self.peft_config)
+        # what was pruned, or shared, after it had been adapted
+        check_parameters(any(config.adapt_residual for config in self.peft_config.values()), self.model, {})
         if safe_merge:
             for _, layer in lotra_layers(self.model):
                 layer.check_safe_merge(adapter_names)
 
+    @whole
     def set_adapter(self, adapter_name: str | list[str], *args, **kwargs) -> None:
         check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name, self.peft_config)
         super().set_adapter(adapter_name, *args, **kwargs)
 
+    @whole
     def delete_adapter(self, adapter_name: str) -> None:
         # newer versions of PEFT check this themselves
         if any(adapter_name in layer.merged_adapters for _, layer in lotra_layers(self.model)):
             raise ValueError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
-        with transaction(self):
-            super().delete_adapter(adapter_name)
+        super().delete_adapter(adapter_name)
 
-    add_weighted_adapter = add_weighted_adapter
+    add_weighted_adapter = whole(add_weighted_adapter)
 
     @exclusively_within
     @contextmanager

@@ -181,8 +181,8 @@ def warn_of_large_adapters(config: LoTRAConfig, targets: Mapping[str, Target]) -
         )
 
 
-def check_parameters(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
-    """Refuses coefficients that are computed anew in each forward pass, and those that two layers share.
+def check_parameters(with_residual: bool, model: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Refuses coefficients that are computed anew in each pass, shared by two layers, or not of a floating type.
 
     What the layers compute is compared with their descriptions.
     """
@@ -193,9 +193,15 @@ def check_parameters(config: LoTRAConfig, model: nn.Module, targets: Mapping[str
             continue
         if name in targets and not isinstance(model.get_submodule(name), LoTRALayer):
             targets[name].spec.check(name, layer, coefficients)
-        for full_name in coefficients.parameters if config.adapt_residual else coefficients.names:
+        for full_name in coefficients.parameters if with_residual else coefficients.names:
             path, _, leaf = full_name.rpartition(".")
             owner = layer.get_submodule(path)
+            dtype = getattr(owner, leaf).dtype
+            if not dtype.is_floating_point or dtype.itemsize < 2:
+                raise ValueError(
+                    f"`{full_name}` of the layer `{name}` is of {dtype}, to which no update can be added. Bring the "
+                    "model to float32, or another floating type of two bytes or more, first."
+                )
             computed = leaf not in owner._parameters and owner._forward_pre_hooks  # FSDP's views have no such hook
             if is_parametrized(owner, leaf) or computed:
                 raise ValueError(

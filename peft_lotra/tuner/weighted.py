@@ -101,11 +101,7 @@ def add_weighted_adapter(
         init_weights=True,  # "gradient" would ask for a gradient
         base_layers=None,
     )
-    try:
-        model.inject_adapter(model.model, adapter_name)
-    except Exception:
-        del configs[adapter_name]
-        raise
+    model.inject_adapter(model.model, adapter_name)
     errors = {}
     with torch.no_grad():
         for name, total in components.items():

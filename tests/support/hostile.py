@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import sys
 import threading
@@ -171,35 +172,31 @@ def assert_load_refused(folder: Path, match: str = "", error: Any = CLEAR, **kwa
     assert_refused(lambda: live.load_adapter(folder, "other", **kwargs), live, error=error, match=match)
 
 
-POINTS = 40  # of the lines of an operation that are tried here, and its last ones; a full run takes all of them
+POINTS, LAST = 12, 4  # of the lines of an operation that are tried here, and of its last ones
+ALL_LINES = bool(os.environ.get("LOTRA_ALL_LINES"))
 
 
 def some_of(lines):
-    return sorted(
-        {1 + round(i * (lines - 1) / (POINTS - 1)) for i in range(POINTS)} | set(range(max(1, lines - POINTS), lines))
-    )
+    """The lines of an operation that are interrupted: a sample, or all of them if LOTRA_ALL_LINES is set."""
+    if ALL_LINES:
+        return list(range(1, lines + 1))
+    spread = {1 + round(i * (lines - 1) / (POINTS - 1)) for i in range(POINTS)}
+    return sorted(spread | set(range(max(1, lines - LAST), lines)))
 
 
 def interrupted(call, at):
-    """Runs a call with a KeyboardInterrupt at the line of this number; the number of lines it ran.
+    """Runs a call with a KeyboardInterrupt at the line of this number; the number of lines that were run.
 
-    Lines of peft_lotra and of PEFT count, those of PEFT only while a function of peft_lotra is running, since what
-    PEFT does by itself no package can undo.
+    Lines of peft_lotra and of PEFT count, whoever called them.
     """
-    count, depth = 0, 0
-    own, peft = f"{Path(sys.modules['peft_lotra'].__file__).parent}/", f"{Path(sys.modules['peft'].__file__).parent}/"
+    count = 0
+    counted = tuple(f"{Path(sys.modules[name].__file__).parent}/" for name in ("peft_lotra", "peft"))
 
     def trace(frame, event, argument):
-        nonlocal count, depth
-        filename = frame.f_code.co_filename
-        if event == "call":
-            if filename.startswith(own):
-                depth += 1
-                return trace
-            return trace if filename.startswith(peft) else None
-        if event == "return" and filename.startswith(own):
-            depth -= 1
-        if event == "line" and depth:
+        nonlocal count
+        if event == "call" and not frame.f_code.co_filename.startswith(counted):
+            return None
+        if event == "line":
             count += 1
             if count == at:
                 raise KeyboardInterrupt

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import safetensors.torch
 import torch
@@ -152,7 +154,11 @@ def test_saving_writes_no_embeddings_of_the_base(tmp_path, saved_whole, save_emb
     if saved_whole:
         model.embed.weight.data.add_(1.0)
     parameters = [*model.state_dict()]
-    model.save_pretrained(tmp_path, save_embedding_layers=save_embedding_layers)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.save_pretrained(tmp_path, save_embedding_layers=save_embedding_layers)
+    said = [str(warning.message) for warning in caught if "save_embedding_layers" in str(warning.message)]
+    assert (len(said) == 1 and "modules_to_save" in said[0]) == (save_embedding_layers is True)
     assert [*model.state_dict()] == parameters
     names = [name for name in safetensors.torch.load_file(tmp_path / WEIGHTS) if "embed" in name]
     assert bool(names) == bool(saved_whole) and not any("original" in name for name in names)

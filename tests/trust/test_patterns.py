@@ -178,3 +178,22 @@ def test_literals_are_fast(tmp_path, pattern):
     with time_limit(SECONDS):
         assert_refused(lambda: LoTRAConfig.from_pretrained(tmp_path / "a"), error=ValueError)
         read_adapter(tmp_path / "a")
+
+
+UNLOADABLE = {
+    "long": {"alpha_pattern": {f"^{'x' * 900}{i}": 2.0 for i in range(120)}},
+    "long regexes": {"rank_pattern": {f"kan.layers.0|{'x' * 900}{i}": 3 for i in range(120)}},
+    "many modules": {"modules_to_save": ["head", *(f"module_{i}" for i in range(100))]},
+    "a regex of a module": {"modules_to_save": ["head", "h.*"]},
+}
+
+
+@pytest.mark.parametrize("kind", UNLOADABLE)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, kind):
+    """Nor are the tensors: they would be written over those of the adapter that lies there."""
+    save(tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = adapted(**UNLOADABLE[kind])
+    assert_refused(lambda: model.save_pretrained(tmp_path), model, error=ValueError)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    model.save_pretrained(tmp_path, selected_adapters=[])

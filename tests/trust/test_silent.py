@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hostile import Net, X, adapted, assert_refused, differences, save, state_of
+from hostile import WEIGHTS, Net, X, adapted, assert_refused, differences, save, state_of
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import prune
 
@@ -76,6 +77,30 @@ def test_layers_that_share_a_parameter(name):
     torch.testing.assert_close(model(X), y)
 
 
+@pytest.mark.parametrize("change", [pruned, old_weight_norm, new_weight_norm])
+def test_parameters_that_are_computed_later(change):
+    """The forward pass may be right, but a merge would write what the next one computes anew."""
+    model = adapted()
+    change(model.base_model.model.kan.layers[0].base_layer)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        assert_refused(merge, model, error=ValueError, match="spline_weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_coefficients_that_no_update_can_be_added_to(dtype):
+    base = Net()
+    weight = base.kan.layers[0].spline_weight
+    base.kan.layers[0].spline_weight = nn.Parameter((weight * 100).to(dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=f"spline_weight.*{dtype}"):
+        adapted(base)
+    assert not hasattr(base, "peft_config")
+
+
+def test_modules_to_save_that_no_module_is_called():
+    with pytest.warns(UserWarning, match=r"modules_to_save.*'haed'"):
+        adapted(modules_to_save=["haed", "head"])
+
+
 def test_a_layer_in_two_places_shares_nothing_with_another():
     layer = KAN([3, 3]).layers[0]
     model = adapted(nn.Sequential(layer, nn.Tanh(), layer))
@@ -93,6 +118,52 @@ def test_unload_while_merged():
         assert "merged" in str(error)
         return
     assert torch.equal(base(X), Net()(X))
+
+
+##########################
+# Loading over           #
+##########################
+
+
+def test_loading_over_an_adapter_of_another_alpha(tmp_path):
+    """PEFT reads the tensors alone, and they would count with the alpha that is there."""
+    save(tmp_path / "a", alpha=4.0)
+    model = adapted()
+    assert_refused(lambda: model.load_adapter(tmp_path / "a", "default"), model, error=ValueError, match="alpha")
+    hotswap_adapter(model, tmp_path / "a")
+    torch.testing.assert_close(model(X), PeftModel.from_pretrained(Net(), tmp_path / "a")(X))
+
+
+def test_loading_over_an_adapter_of_another_grid(tmp_path):
+    save(tmp_path / "a", adapted(Other(grid_range=(-3, 3))))
+    model = adapted()
+    assert_refused(lambda: model.load_adapter(tmp_path / "a", "default"), model, error=ValueError, match="grid")
+    model.load_adapter(tmp_path / "a", "default", check_base="ignore")
+
+
+def test_loading_over_a_merged_adapter(tmp_path):
+    save(tmp_path / "a")
+    model = adapted()
+    model.merge_adapter()
+    assert_refused(lambda: model.load_adapter(tmp_path / "a", "default"), model, error=ValueError, match="merged")
+
+
+def test_loading_a_pickle_over_an_adapter(tmp_path):
+    tensors = load_file(save(tmp_path / "a") / WEIGHTS)
+    (tmp_path / "a" / WEIGHTS).unlink()
+    torch.save(tensors, tmp_path / "a" / "adapter_model.bin")
+    model = adapted()
+    assert_refused(lambda: model.load_adapter(tmp_path / "a", "default"), model, error=ValueError, match="pickle")
+
+
+def test_loading_the_same_adapter_again(tmp_path):
+    model = adapted(modules_to_save=["head"])
+    y = model(X)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        model.base_model.model.kan.layers[0].lotra_core["default"].zero_()
+    model.load_adapter(str(tmp_path), adapter_name="default")
+    torch.testing.assert_close(model(X), y)
 
 
 ##########################

@@ -1,0 +1,269 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A call that changes a model is done as a whole or not at all: an error, or Ctrl-C, leaves the model as it was.
+
+PEFT injects an adapter, loads its tensors and switches to evaluation in frames of its own, which enclose those of this
+package. Nothing in a tuner can undo what is half done there. `enclose` therefore puts a transaction around the methods
+of PEFT's models that change a model; models without LoTRA pass through.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import wraps
+from itertools import chain
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..locks import IN_PROGRESS, LayerLock
+from .merging import MergeableLayer, all_or_nothing
+
+
+# the methods of PEFT's models that change them, besides those that a tuner has itself
+_DOORS = ("add_adapter", "load_adapter", "set_adapter", "delete_adapter")
+_OF_LOADING = ("model_id", "adapter_name")
+_OF_SAVING = ("selected_adapters", "save_embedding_layers")  # the arguments that say what is saved
+_CONTAINERS = frozenset((dict, OrderedDict, list, set))
+_creating = threading.local()  # `from_file`: whether this thread is in `from_pretrained`, which injects and then loads
+
+
+class transaction:
+    """Puts a model back as it was, with these of its tensors, if what is done within is not finished.
+
+    The attributes of all modules are restored, with the contents of dicts, lists and sets, and which parameters
+    require a gradient. Merges of LoTRA layers are undone. Contents of other tensors are restored if they are named. A
+    process that another thread forks meanwhile has the model as it was.
+
+    Args:
+        model: The model.
+        tensors: Tensors that are written within. They are copied.
+        objects: Other objects with attributes that change within, such as configs.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> try:
+        ...     with transaction(model):
+        ...         model[0] = nn.Tanh()
+        ...         raise KeyboardInterrupt
+        ... except KeyboardInterrupt:
+        ...     print(model[0])
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+
+    # A class, since an interruption at the end of the block can keep `__exit__` from being called: what is done stays
+    # done then, whereas a generator would undo it as soon as it is collected.
+    def __init__(self, model: nn.Module, tensors: Iterable[Tensor] = (), objects: Sequence[object] = ()) -> None:
+        attributes = [(vars(owner), dict(vars(owner))) for owner in chain(model.modules(), objects)]
+        contents = [
+            (value, value.copy() if value else ())
+            for _, old in attributes
+            for value in old.values()
+            if type(value) in _CONTAINERS
+        ]
+        self._merges = all_or_nothing()
+        self._containers = [*attributes, *contents]
+        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._values = [(tensor, tensor.data, tensor.detach().clone()) for tensor in tensors]
+
+    def __enter__(self) -> None:
+        self._merges.__enter__()
+        IN_PROGRESS[self] = threading.get_ident(), self.undo
+
+    def __exit__(self, error: type[BaseException] | None, *args: Any) -> None:
+        if error is not None:
+            self.undo()
+        IN_PROGRESS.pop(self, None)
+        self._merges.__exit__(None)
+
+    def undo(self) -> None:
+        """Puts back what is not as it was when the transaction began."""
+        self._merges.undo()
+        for now, before in self._containers:
+            if isinstance(before, dict):
+                _restore(now, before)
+            elif list(map(id, now)) != list(map(id, before)):
+                now.clear()
+                (now.extend if isinstance(now, list) else now.update)(before)  # an empty dict takes ()
+        for parameter, flag in self._flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad = flag
+        for tensor, data, value in self._values:
+            tensor.data = data
+            tensor.data.copy_(value)
+
+
+def _restore(now: dict, before: dict) -> None:
+    """Restores a dict, entry by entry: other threads may read what has not changed."""
+    for key in [key for key in now if key not in before]:
+        del now[key]
+    for key, value in before.items():
+        if key not in now or now[key] is not value:
+            now[key] = value
+    if list(now) != list(before):
+        now.clear()
+        now.update(before)
+
+
+def base_parameters(model: nn.Module, merged_only: bool) -> Iterator[nn.Parameter]:
+    """The parameters of the base that merging, or, with `merged_only`, unmerging writes in layers of other methods.
+
+    Those of LoTRA undo their merges themselves, see `all_or_nothing`.
+    """
+    for module in model.modules():
+        if not isinstance(module, BaseTunerLayer) or isinstance(module, MergeableLayer):
+            continue
+        if module.merged or not merged_only:
+            yield from module.get_base_layer().parameters()
+
+
+def whole(method: Callable, merges: bool = False) -> Callable:
+    """Makes a method of a tuner one that is done as a whole or not at all, one at a time."""
+
+    @wraps(method)
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        lock = change_lock(self).held
+        # a part of another change, which is undone as a whole
+        if lock._is_owned():  # pyright: ignore[reportAttributeAccessIssue]
+            return method(self, *args, **kwargs)
+        with lock, transaction(self, base_parameters(self, merged_only=not merges)):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+def whole_merge(method: Callable) -> Callable:
+    """`whole` for a method that merges."""
+    return whole(method, merges=True)
+
+
+def change_lock(tuner: nn.Module) -> LayerLock:
+    """The lock that lets one thread at a time change a model.
+
+    Without it, a load that fails would undo what other threads have loaded since it began. The forward pass does not
+    take it, and goes on beside a load.
+    """
+    return vars(tuner).setdefault("_change_lock", LayerLock())
+
+
+def configs_among(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[PeftConfig]:
+    """The configs among the arguments of a call, which adding an adapter completes."""
+    values = [*args, *kwargs.values()]
+    values += chain.from_iterable(value.values() for value in values if isinstance(value, dict))
+    return [value for value in values if isinstance(value, PeftConfig)]
+
+
+def enclose(model_classes: Iterable[type], tuner_cls: type, config_cls: type) -> None:
+    """Puts transactions around the methods of PEFT's model classes, for models with this tuner."""
+    for model_cls in model_classes:
+        for name, method in list(vars(model_cls).items()):
+            if name == "__init__":
+                setattr(model_cls, name, _around_creation(_bare(method), config_cls))
+            elif name in _DOORS:
+                setattr(model_cls, name, _around_change(_bare(method), tuner_cls))
+            elif name == "save_pretrained":
+                setattr(model_cls, name, _around_saving(_bare(method), tuner_cls))
+            elif name == "from_pretrained":
+                setattr(model_cls, name, classmethod(_around_loading(_bare(method.__func__), config_cls)))
+
+
+def _bare(method: Any) -> Any:
+    """The method without a transaction of an earlier import of this package."""
+    return getattr(method, "_without_transaction", method)
+
+
+def _marked(run: Any, method: Any) -> Any:
+    run._without_transaction = method
+    return run
+
+
+def _around_creation(method: Any, config_cls: type) -> Any:
+    @wraps(method)
+    def __init__(self, model, peft_config, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(peft_config, config_cls):
+            method(self, model, peft_config, *args, **kwargs)
+            return
+        with transaction(model, objects=[peft_config]):
+            method(self, model, peft_config, *args, **kwargs)
+
+    return _marked(__init__, method)
+
+
+def _around_change(method: Any, tuner_cls: type) -> Any:
+    loads = method.__name__ == "load_adapter"
+    hub_arguments = ("subfolder", "revision", "token", "cache_dir", "check_base")
+
+    @wraps(method)
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        tuner = self._modules.get("base_model")
+        if not isinstance(tuner, tuner_cls):
+            return method(self, *args, **kwargs)
+        with change_lock(tuner).held:
+            # of merged layers, since switching unmerges them, and of the adapter, if it is there already
+            written: list[Tensor] = [*base_parameters(tuner, merged_only=True)]
+            if loads:
+                path, name = (
+                    kwargs.get(key, value) for key, value in zip(_OF_LOADING, (*args, None, None), strict=False)
+                )
+                written += _tensors_of(tuner, name)
+                if name in tuner.peft_config and not getattr(_creating, "from_file", False):
+                    tuner.check_reload(name, path, **{key: kwargs[key] for key in hub_arguments if key in kwargs})
+                    kwargs.pop("check_base", None)
+            with transaction(self, written, configs_among(args, kwargs)):
+                return method(self, *args, **kwargs)
+
+    return _marked(run, method)
+
+
+def _around_saving(method: Any, tuner_cls: type) -> Any:
+    @wraps(method)
+    def save_pretrained(self, save_directory, *args: Any, **kwargs: Any) -> None:
+        tuner = self._modules.get("base_model")
+        if isinstance(tuner, tuner_cls) and not os.path.isfile(save_directory):
+            arguments = inspect.signature(method).bind(self, save_directory, *args, **kwargs).arguments
+            # before PEFT writes tensors over those that are there
+            tuner.check_saving(**{name: arguments[name] for name in _OF_SAVING if name in arguments})
+        method(self, save_directory, *args, **kwargs)
+
+    return _marked(save_pretrained, method)
+
+
+def _around_loading(method: Any, config_cls: type) -> Any:
+    @wraps(method)
+    def from_pretrained(cls, model, *args: Any, **kwargs: Any) -> Any:
+        before = transaction(model, objects=configs_among(args, kwargs))
+        _creating.from_file = True
+        try:
+            return method(cls, model, *args, **kwargs)
+        except BaseException:
+            present = getattr(model, "peft_config", None)
+            # what other methods leave behind is not for this package to undo
+            if isinstance(present, dict) and any(isinstance(config, config_cls) for config in present.values()):
+                before.undo()
+            raise
+        finally:
+            _creating.from_file = False
+
+    return _marked(from_pretrained, method)
+
+
+def _tensors_of(model: nn.Module, adapter_name: Any) -> Iterator[Tensor]:
+    """The tensors of an adapter, none if it is not there."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            for attribute in module.adapter_layer_names:
+                parts = getattr(module, attribute)
+                if adapter_name in parts:
+                    part = parts[adapter_name]
+                    yield from part.parameters() if isinstance(part, nn.Module) else (part,)
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            saved = module.modules_to_save[adapter_name]
+            yield from chain(saved.parameters(), saved.buffers())
