@@ -73,7 +73,7 @@ class Features:
         weighted = torch.einsum("po,oik,ij,kl->pjl", self.metric_out, tensor, *self.metric_in_basis)
         return weighted / weighted.norm().clamp(min=1e-300)
 
-    def fit(self, tensor: torch.Tensor, ranks: tuple[int, int, int]) -> Tucker:
+    def fit(self, tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
         """A Tucker tensor, with orthonormal factors, that comes close to the layer's outputs by `tensor`.
 
         factor_in and factor_basis are those of the weighted tensor. The core and factor_out are the best ones beside
@@ -152,7 +152,16 @@ def model_outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 def gather_features(
     model: nn.Module, layers: Mapping[str, tuple[nn.Module, KANLayerSpec]], inputs: torch.Tensor
 ) -> dict[str, Features]:
-    """The features of each layer for inputs of the model; a ValueError if no input reaches one of the layers."""
+    """The features of each layer for inputs of the model.
+
+    Raises:
+        ValueError: No input reaches one of the layers, or a layer is a convolution.
+    """
+    if convolutions := [name for name, (layer, spec) in layers.items() if len(spec.locate(layer).shape) > 3]:
+        raise ValueError(
+            f"`inputs` cannot weigh the coefficients of convolutions yet, such as {convolutions[0]!r}: leave `inputs` "
+            "out, so that the coefficients count alike."
+        )
     received: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     returned: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 

@@ -84,7 +84,7 @@ def _is_record(value: Any) -> bool:
         and isinstance(layer.get("family"), str)
         and isinstance(layer.get("has_residual"), bool)
         and isinstance(layer.get("shape"), (list, tuple))
-        and len(layer["shape"]) == 3
+        and len(layer["shape"]) in (3, 4)
         and all(isinstance(size, int) and size > 0 for size in layer["shape"])
         and all(_is_hashes(layer.get(hashes, {})) for hashes in ("grid", "parameters"))
         for name, layer in value.items()
