@@ -121,7 +121,7 @@ class FastKANConvNDLayer(_ConvKAN):
     """
 
     def __init__(
-        self, input_dim, output_dim, kernel_size, groups=1, padding=0, stride=1, ndim: int = 2, grid_size: int = 5
+        self, input_dim, output_dim, kernel_size, groups=1, padding=0, stride=1, ndim: int = 2, grid_size: int = 4
     ) -> None:
         super().__init__(input_dim, output_dim, kernel_size, groups, padding, stride, ndim)
         self.grid_size = grid_size
@@ -182,20 +182,20 @@ CONVOLUTIONS: dict[str, Callable[..., nn.Module]] = {
 
 
 class ConvNet(nn.Module):
-    """Two convolutional KAN layers of one family, and a linear head: images (N, C, ...) to (N, 3)."""
+    """Two convolutional KAN layers of one family, and a linear head: images (N, C, 4, ...) to (N, 3)."""
 
     def __init__(self, family: str, channels: int = 4, groups: int = 1, ndim: int = 2, width: int = 6) -> None:
         super().__init__()
         make = CONVOLUTIONS[family]
         self.first = make(channels, width, 3, groups=groups, padding=1, ndim=ndim)
         self.second = make(width, width, 3, groups=groups, padding=1, ndim=ndim)
-        self.head = nn.Linear(width, 3)
+        self.head = nn.Linear(width * 4**ndim, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.first(x)).flatten(2).mean(-1))
+        return self.head(self.second(self.first(x)).flatten(1))
 
 
 def images(
-    rows: int = 3, channels: int = 4, ndim: int = 2, size: int = 5, dtype: torch.dtype = torch.float32
+    rows: int = 3, channels: int = 4, ndim: int = 2, size: int = 4, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     return (torch.rand(rows, channels, *[size] * ndim) * 2 - 1).to(dtype)

@@ -1,0 +1,382 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Convolutional KANs on shifted images: LoTRA beside PEFT's LoRA and dense deltas, at equal numbers of parameters.
+
+    python examples/convolutions.py                          # scikit-learn's digits, some minutes on one core
+    python examples/convolutions.py --data-dir PATH/TO/mnist # MNIST at 14x14, a folder of IDX files
+    python examples/convolutions.py --quick                  # a few seconds, for CI: says nothing
+
+A network of three convolutional KAN layers (radial basis functions, laid out as torch-conv-kan's FastKANConv2DLayer)
+is trained on images, and adapted with a few hundred labels to the same kind of images rotated by 90 degrees and
+inverted. The methods, each with the head trained too:
+
+* LoTRA, a core and four factors for each layer: out, in, basis and kernel;
+* LoRA of PEFT on `base_conv` and `spline_conv`, which are ordinary `nn.Conv2d`;
+* dense deltas: the weights of whole basis functions, those with the largest gradient, as many as fit;
+* full fine-tuning, and the head alone.
+
+A budget is the number of parameters of LoRA on all convolutions at ranks 1, 2 and 4; the others have at most as many,
+without the head. How each method is set (learning rate; for LoRA which convolutions; for LoTRA the ranks and the
+start) is chosen at the middle budget, on seeds of its own, by the accuracy on images that count nowhere else. Writes
+convolutions.json, .md and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, find_kan_layers, preprocess_lotra
+
+
+torch.set_num_threads(1)  # additional threads slow down such small convolutions
+
+CHANNELS = (1, 8, 16, 16)
+BASIS = 5
+LABELS = 300  # of the shifted images, for adaptation
+LORA_RANKS = (1, 2, 4)
+TUNED_AT = 1  # the index of the budget at which settings are chosen
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+
+SETTINGS: dict[str, list[dict]] = {
+    "LoTRA": [
+        {"basis": basis, "kernel": kernel, "start": start, "lr": lr}
+        for (basis, kernel), start, lr in itertools.product(
+            ((2, 9), (4, 4), (4, 9), (6, 9)), ("random", "gradient"), (1e-2, 3e-2)
+        )
+    ],
+    "LoRA": [
+        {"convolutions": names, "lr": lr}
+        for names, lr in itertools.product(("base_conv|spline_conv", "spline_conv", "base_conv"), RATES)
+    ],
+    "dense deltas": [{"lr": lr} for lr in RATES],
+    "full fine-tuning": [{"lr": lr} for lr in RATES],
+    "head alone": [{"lr": lr} for lr in RATES],
+}
+WITH_BUDGET = ("LoTRA", "LoRA", "dense deltas")
+COLORS = {"LoTRA": "tab:green", "LoRA": "tab:blue", "dense deltas": "tab:orange"}
+
+
+class Gaussians(nn.Module):
+    """exp(-((x - c) / h)^2) for centers c (K) at a distance of h."""
+
+    def __init__(self, low: float, high: float, count: int) -> None:
+        super().__init__()
+        self.grid = nn.Parameter(torch.linspace(low, high, count), requires_grad=False)
+        self.width = (high - low) / (count - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.exp(-(((x[..., None] - self.grid) / self.width) ** 2))
+
+
+class ConvolutionalKANLayer(nn.Module):
+    """A convolution of silu(x), plus one of radial basis functions of the normalized x."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        sizes = {"kernel_size": 3, "stride": stride, "padding": 1, "bias": False}
+        self.base_conv = nn.ModuleList([nn.Conv2d(in_channels, out_channels, **sizes)])
+        self.spline_conv = nn.ModuleList([nn.Conv2d(in_channels * BASIS, out_channels, **sizes)])
+        self.layer_norm = nn.ModuleList([nn.InstanceNorm2d(in_channels)])
+        self.base_activation = nn.SiLU()
+        self.rbf = Gaussians(-2.0, 2.0, BASIS)
+        self.inputdim, self.outdim, self.grid_size, self.groups = in_channels, out_channels, BASIS, 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        functions = self.rbf(self.layer_norm[0](x)).movedim(-1, 2).flatten(1, 2)
+        return self.base_conv[0](self.base_activation(x)) + self.spline_conv[0](functions)
+
+
+class Network(nn.Module):
+    """Images (N, 1, size, size) to the logits (N, 10)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        pairs = zip(itertools.pairwise(CHANNELS), (1, 2, 2), strict=True)
+        self.layers = nn.Sequential(*(ConvolutionalKANLayer(*pair, stride) for pair, stride in pairs))
+        self.head = nn.Linear(CHANNELS[-1] * math.ceil(size / 4) ** 2, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x).flatten(1))
+
+
+class Images(NamedTuple):
+    x: Tensor  # (N, 1, size, size), in [0, 1]
+    y: Tensor  # (N,)
+
+
+class Task(NamedTuple):
+    before: Images  # for the base
+    after: Images  # rotated and inverted, for adaptation
+    test: Images  # rotated and inverted, other images; validation ones in tuning
+    base: nn.Module
+    accuracy_before: float  # of the base on images that are not shifted
+
+
+def load(folder: Path | None) -> Images:
+    """scikit-learn's digits, or MNIST at 14x14."""
+    if folder is None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images, labels = digits.images[:, None] / 16, digits.target
+    else:
+        from slim_images import read_idx
+
+        (path,) = folder.glob("*images*idx3-ubyte*")
+        images = F.avg_pool2d(torch.tensor(read_idx(path)[:, None] / 255), 2)
+        labels = read_idx(path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1")))
+    return Images(torch.tensor(np.asarray(images), dtype=torch.float32), torch.tensor(np.asarray(labels)).long())
+
+
+def shift(x: Tensor) -> Tensor:
+    return 1 - x.rot90(1, (-2, -1))
+
+
+def make_task(images: Images, seed: int, validate: bool, steps: int) -> Task:
+    """A split of the images, a fifth of which is for validation and a fifth for the test, and a trained base."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images.y), generator=generator)
+    fifth = min(len(order) // 5, 1000)
+    train, parts = order[2 * fifth :], (order[:fifth], order[fifth : 2 * fifth])
+    held_out = parts[0 if validate else 1]
+    before = Images(images.x[train], images.y[train])
+    after = Images(shift(before.x[:LABELS]), before.y[:LABELS])
+    test = Images(shift(images.x[held_out]), images.y[held_out])
+    torch.manual_seed(seed)
+    base = Network(images.x.shape[-1])
+    train_on(base, torch.optim.Adam(base.parameters(), lr=3e-3), before, 2 * steps, seed)
+    return Task(before, after, test, base, accuracy(base, Images(images.x[held_out], images.y[held_out])))
+
+
+def train_on(model: nn.Module, optimizer: torch.optim.Optimizer, images: Images, steps: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    model.train()
+    for _ in range(steps):
+        rows = torch.randint(len(images.y), (64,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images.x[rows]), images.y[rows]).backward()
+        optimizer.step()
+        scheduler.step()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Images) -> float:
+    """In percent."""
+    model.eval()
+    return 100 * (model(images.x).argmax(1) == images.y).float().mean().item()
+
+
+def convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
+
+
+def lora_cost(base: nn.Module, names: str = "base_conv|spline_conv") -> int:
+    """The number of parameters of LoRA for each rank."""
+    weights = [conv.weight for name, conv in convolutions(base) if name.split(".")[-2] in names.split("|")]
+    return sum(weight[0].numel() + len(weight) for weight in weights)
+
+
+def lotra_ranks(base: nn.Module, budget: int, basis: int, kernel: int) -> tuple[int, int, int, int]:
+    """The largest equal ranks of outputs and inputs that the budget allows."""
+
+    def cost(r: int) -> int:
+        total = 0
+        for layer in find_kan_layers(base):
+            out, in_, functions, positions = layer.shape
+            sizes = (out, in_, functions + layer.has_residual, positions)
+            ranks = [min(pair) for pair in zip((r, r, basis, kernel), sizes, strict=True)]
+            total += math.prod(ranks) + sum(size * rank for size, rank in zip(sizes, ranks, strict=True))
+        return total
+
+    r = max(r for r in range(1, max(CHANNELS) + 1) if r == 1 or cost(r) <= budget)
+    return r, r, basis, kernel
+
+
+def basis_slices(model: nn.Module) -> Iterator[tuple[nn.Parameter, slice | tuple]]:
+    """The weights of each basis function of each layer, as (parameter, index)."""
+    for name, conv in convolutions(model):
+        if "base_conv" in name:
+            yield conv.weight, (slice(None),)
+        else:
+            yield from ((conv.weight, (slice(None), slice(k, None, BASIS))) for k in range(BASIS))
+
+
+def keep_largest_slices(model: nn.Module, task: Task, budget: int) -> int:
+    """Leaves gradients to the basis functions with the largest mean square gradient that the budget allows."""
+    F.cross_entropy(model(task.after.x), task.after.y).backward()
+    found = [(weight.grad[index].square().mean().item(), weight, index) for weight, index in basis_slices(model)]
+    masks = {weight: torch.zeros_like(weight) for _, weight, _ in found}
+    count = 0
+    for _, weight, index in sorted(found, key=lambda entry: -entry[0]):
+        if count + weight[index].numel() <= budget:
+            masks[weight][index] = 1
+            count += weight[index].numel()
+    for weight, mask in masks.items():
+        weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+    return count
+
+
+def adapt(method: str, setting: dict, task: Task, budget: int, seed: int, steps: int) -> tuple[float, int, str]:
+    """The accuracy of the adapted model, its number of parameters without the head, and its ranks."""
+    torch.manual_seed(seed)
+    model, lr, ranks = copy.deepcopy(task.base), setting["lr"], ""
+    if method == "LoTRA":
+        r = lotra_ranks(model, budget, setting["basis"], setting["kernel"])
+        ranks, start = str(r), "gradient" if setting["start"] == "gradient" else True
+        config = LoTRAConfig(r=r, init_weights=start, modules_to_save=["head"])
+        if start == "gradient":
+            preprocess_lotra(model, config, lambda: F.cross_entropy(model(task.after.x), task.after.y).backward())
+        model = get_peft_model(model, config)
+        optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=lr)
+    else:
+        if method == "LoRA":
+            names = setting["convolutions"]
+            rank = max(budget // lora_cost(model, names), 1)
+            ranks, targets = str(rank), rf".*({names})\.\d+"
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=["head"])
+            model = get_peft_model(model, config)
+        elif method == "head alone":
+            model.layers.requires_grad_(False)
+        elif method == "dense deltas":
+            count = keep_largest_slices(model, task, budget)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    trained = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "head" not in name)
+    train_on(model, optimizer, task.after, steps, seed)
+    return accuracy(model, task.test), count if method == "dense deltas" else trained, ranks
+
+
+def choose(images: Images, args: argparse.Namespace, bar: tqdm) -> tuple[dict[str, dict], dict[str, list]]:
+    """The setting of each method with the best mean accuracy over the tuning seeds, and all of the means."""
+    tasks = [make_task(images, 1000 + seed, True, args.steps) for seed in range(args.tuning_seeds)]
+    chosen, tried = {}, {}
+    for method, settings in SETTINGS.items():
+        means = []
+        for setting in settings[: 2 if args.quick else None]:
+            scores = []
+            for seed, task in enumerate(tasks):
+                budget = LORA_RANKS[TUNED_AT] * lora_cost(task.base)
+                scores.append(adapt(method, setting, task, budget, 1000 + seed, args.steps)[0])
+                bar.update()
+            means.append((float(np.mean(scores)), setting))
+        tried[method] = [{**setting, "accuracy": score} for score, setting in means]
+        chosen[method] = max(means, key=lambda entry: entry[0])[1]
+    return chosen, tried
+
+
+def compare(images: Images, chosen: dict[str, dict], args: argparse.Namespace, bar: tqdm) -> dict:
+    rows: dict[str, dict] = {}
+    bases, before = [], []
+    for seed in range(args.seeds):
+        task = make_task(images, seed, False, args.steps)
+        bases.append(accuracy(task.base, task.test))
+        before.append(task.accuracy_before)
+        for method, rank in itertools.product(SETTINGS, LORA_RANKS):
+            key = f"{method}, budget {rank}" if method in WITH_BUDGET else method
+            if method not in WITH_BUDGET and rank != LORA_RANKS[0]:
+                continue
+            score, count, ranks = adapt(method, chosen[method], task, rank * lora_cost(task.base), seed, args.steps)
+            row = rows.setdefault(key, {"method": method, "parameters": count, "ranks": ranks, "accuracies": []})
+            row["accuracies"].append(score)
+            bar.update()
+    budgets = [rank * lora_cost(Network(images.x.shape[-1])) for rank in LORA_RANKS]
+    return {"base": bases, "base, images as they were": before, "budgets": budgets, "rows": list(rows.values())}
+
+
+def as_text(results: dict) -> str:
+    """The table in Markdown."""
+    chosen = results["chosen"]
+
+    def cells(values: list[float]) -> str:
+        return f"{np.mean(values):.1f} | {' '.join(f'{value:.1f}' for value in values)}"
+
+    lines = ["| method | parameters, without the head | ranks | accuracy % | seeds |", "|---|--:|---|--:|---|"]
+    lines += [f"| base, not adapted | 0 | | {cells(results['base'])} |"]
+    for row in sorted(results["rows"], key=lambda row: row["parameters"]):
+        lines.append(f"| {row['method']} | {row['parameters']:,} | {row['ranks']} | {cells(row['accuracies'])} |")
+    lines += ["", f"The base has {np.mean(results['base, images as they were']):.1f} % on images as they were.", ""]
+    lines += [f"* {method}: {', '.join(f'{k} {v}' for k, v in chosen[method].items())}" for method in chosen]
+    return f"# {results['data']}: rotated by 90 degrees and inverted, {LABELS} labels\n\n" + "\n".join(lines) + "\n"
+
+
+def draw(results: dict, images: Images, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    pictures, axis = figure.subplots(1, 2, width_ratios=(1, 2.6))
+    columns = [torch.cat([x, shift(x)], dim=-1)[0] for x in images.x[:5]]
+    pictures.imshow(torch.cat(columns).numpy(), cmap="gray")
+    pictures.set(xticks=[], yticks=[], title="before and after the shift")
+    for method in WITH_BUDGET:
+        rows = [row for row in results["rows"] if row["method"] == method]
+        counts, means = zip(*((row["parameters"], np.mean(row["accuracies"])) for row in rows), strict=True)
+        axis.plot(counts, means, color=COLORS[method], marker="o", label=method)
+        for row in rows:
+            axis.plot(
+                [row["parameters"]] * len(row["accuracies"]), row["accuracies"], ".", color=COLORS[method], alpha=0.4
+            )
+    for row in results["rows"]:
+        if row["method"] not in WITH_BUDGET:
+            label = row["method"] + (f" ({row['parameters']:,})" if row["parameters"] else "")
+            style = "--" if row["parameters"] else ":"
+            axis.axhline(np.mean(row["accuracies"]), color="0.4", linestyle=style, label=label)
+    axis.set(xscale="log", xlabel="trained parameters, without the head", ylabel="accuracy %")
+    axis.set_title(f"{results['data']}, shifted: mean and seeds")
+    axis.set_xticks(results["budgets"], [f"{budget:,}" for budget in results["budgets"]])
+    axis.minorticks_off()
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="how many runs are averaged (default: 5)")
+    parser.add_argument("--tuning-seeds", type=int, default=2, help="how many runs choose the settings (default: 2)")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each adaptation (default: 200)")
+    parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, instead of the digits")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results"
+    )
+    parser.add_argument("--quick", action="store_true", help="one seed, few steps and settings: to see it run")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.seeds, args.tuning_seeds, args.steps = 1, 1, 3
+
+    start = time.process_time()
+    images = load(args.data_dir)
+    tuned = sum(len(settings[: 2 if args.quick else None]) for settings in SETTINGS.values()) * args.tuning_seeds
+    runs = (len(WITH_BUDGET) * len(LORA_RANKS) + len(SETTINGS) - len(WITH_BUDGET)) * args.seeds
+    with tqdm(total=tuned + runs, unit="run", ncols=100) as bar:
+        chosen, tried = choose(images, args, bar)
+        results = compare(images, chosen, args, bar)
+    data = "digits" if args.data_dir is None else "MNIST, 14x14"
+    setting = {"labels": LABELS, "steps": args.steps, "channels": CHANNELS, "basis": BASIS}
+    results = {"data": data, "setting": setting, "chosen": chosen, **results, "tried": tried}
+    results["seconds"] = round(time.process_time() - start)
+    args.output.mkdir(parents=True, exist_ok=True)
+    name = "convolutions" + ("_mnist" if args.data_dir else "") + ("_quick" if args.quick else "")
+    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.output / f"{name}.md").write_text(as_text(results))
+    draw(results, images, args.output / f"{name}.png")
+    print(as_text(results))
+
+
+if __name__ == "__main__":
+    main()
