@@ -66,8 +66,12 @@ def test_python_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     from peft_lotra.families import registry
 
-    monkeypatch.setattr(registry, "_SPECS", dict(registry._SPECS))  # what a snippet registers goes away with it
-    exec(compile(SET_UP + code, "README.md", "exec"), {"__name__": "readme"})
+    before = dict(registry._SPECS)  # what a snippet registers goes away with it
+    try:
+        exec(compile(SET_UP + code, "README.md", "exec"), {"__name__": "readme"})
+    finally:
+        registry._SPECS.clear()
+        registry._SPECS.update(before)
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:examples|tests)/[\w./-]+\.\w+", README))))

@@ -11,8 +11,6 @@ from itertools import zip_longest
 import torch
 from torch import nn
 
-from ..families.coefficients import get_or_none
-from ..families.layout import parse_layout
 from ..families.registry import find_kan_layers
 from ..functional import unwrap
 from ..tuner.layer import LoTRALayer
@@ -74,10 +72,9 @@ def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch
         coefficients = module.coefficients_in_force(torch.float64)
     else:
         coefficients = tensor.read(layer).double().clone()  # `read` may return the parameter itself
-    scale_name, layout = spec.edge_scale or ("", "")
-    scale = get_or_none(layer, scale_name)
+    scale = spec.read_edge_scale(layer, tensor)
     if scale is None:
         return coefficients, None
     full = torch.ones_like(coefficients)
-    full[..., : tensor.shape[-1]] = parse_layout(layout).to_canonical(scale.double(), tensor.lengths)
+    full[:, :, : tensor.shape[2]] = scale.double()
     return coefficients, full

@@ -1,56 +1,107 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where one layer keeps its coefficients, read and written in the canonical order (out, in, basis)."""
+"""Where one layer keeps its coefficients, read and written in the canonical order (out, in, basis[, kernel])."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from .layout import Layout
+from .layout import Layout, OpenLengthsError, parse_layout, suggest_patterns
+
+
+# A parameter, or with `*` the parameters of a list of modules, and the pattern of each.
+Described = tuple[str, str]
+_SIZES = {
+    "o": "out_features out_channels outdim out_dim output_dim output_size out_planes".split(),
+    "i": "in_features in_channels inputdim in_dim input_dim input_size in_planes".split(),
+}
+
+
+class Member(NamedTuple):
+    """One parameter: its name, layout, axis lengths, stored shape, and shape in the canonical order."""
+
+    name: str
+    layout: Layout
+    lengths: Mapping[str, int]
+    stored: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class CoefficientTensor:
     """Where one layer keeps its coefficients, and how they are read and written as a tensor (out, in, basis).
 
+    The coefficients of a convolution are a tensor (out, in, basis, kernel) with the kernel flattened. Parts are joined
+    along the basis mode, and the members of a part, if it has several, along the output mode. Members that have fewer
+    inputs or basis functions than others are filled up with zeros, which are never written back.
+
     Attributes:
         family: The family of the layer.
-        parameters: The layout of each parameter by name: the coefficients, then the residual weights if they have a
-            parameter of their own. Dotted names reach into sub-modules.
-        lengths: The length of each axis that the layouts name.
+        parts: The members of each part: the coefficients, then the residual weights if they have a parameter of their
+            own. Dotted names reach into sub-modules.
+        separate_residual: Whether the last part is the residual weights.
     """
 
     family: str
-    parameters: Mapping[str, Layout]
-    lengths: Mapping[str, int] = field(repr=False)
+    parts: tuple[tuple[Member, ...], ...]
+    separate_residual: bool = False
 
     @cached_property
-    def shape(self) -> tuple[int, int, int]:
-        """(out, in, basis), without the residual branch."""
-        basis = prod(self.lengths[axis] for axis in self.parameters[self.name].basis)
-        return self.lengths["o"], self.lengths["i"], basis
+    def shape(self) -> tuple[int, ...]:
+        """(out, in, basis) or (out, in, basis, kernel), without the residual branch."""
+        sizes = self._sizes
+        out, in_, _, *kernel = sizes[0]
+        basis = sum(size[2] for size in sizes) - self.has_residual
+        return (out, in_, basis, *kernel)
+
+    @cached_property
+    def _sizes(self) -> list[tuple[int, ...]]:
+        """The canonical shape of each part."""
+        return [
+            (
+                sum(member.shape[0] for member in part),
+                *map(max, zip(*(member.shape[1:] for member in part), strict=True)),
+            )
+            for part in self.parts
+        ]
 
     @cached_property
     def has_residual(self) -> bool:
         """Whether the layer has a residual branch."""
-        return len(self.parameters) == 2 or self.parameters[self.name].packed_residual is not None
+        return self.separate_residual or self.parts[0][0].layout.packed_residual is not None
+
+    @cached_property
+    def parameters(self) -> dict[str, Layout]:
+        """The layout of each parameter by name, those of the coefficients first."""
+        return {member.name: member.layout for part in self.parts for member in part}
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parameters of the coefficients, without those of the residual branch."""
+        parts = self.parts[:-1] if self.separate_residual else self.parts
+        return tuple(member.name for part in parts for member in part)
 
     @cached_property
     def name(self) -> str:
-        """The name of the parameter of the coefficients."""
-        return next(iter(self.parameters))
+        """The name of the first parameter of the coefficients."""
+        return self.parts[0][0].name
+
+    @cached_property
+    def lengths(self) -> Mapping[str, int]:
+        """The length of each axis, of several members those of the first."""
+        return {axis: length for part in self.parts for axis, length in part[0].lengths.items()}
 
     def get_parameter(self, layer: nn.Module) -> torch.Tensor:
-        """The parameter of the coefficients, as stored. Under FSDP it is a plain tensor view."""
+        """The first parameter of the coefficients, as stored. Under FSDP it is a plain tensor view."""
         return attrgetter(self.name)(layer)
 
     def read_parameters(self, layer: nn.Module) -> dict[str, torch.Tensor]:
@@ -58,48 +109,212 @@ class CoefficientTensor:
         return {name: attrgetter(name)(layer) for name in self.parameters}
 
     def read(self, layer: nn.Module, residual: bool = True) -> torch.Tensor:
-        """The coefficients of the layer as (out, in, basis), or (out, in, basis + 1) with the residual branch."""
+        """The coefficients of the layer as (out, in, basis[, kernel]), with the residual branch as the last slice."""
         tensor = self.join(list(self.read_parameters(layer).values()))
-        return tensor if residual else tensor[..., : self.shape[-1]]
+        return tensor if residual else tensor[:, :, : self.shape[2]]
 
     def read_parts(
         self, layer: nn.Module, parameters: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The coefficients (out, in, basis) and the residual weights (out, in), if any; views where layouts allow it.
+        """The coefficients (out, in, basis[, kernel]) and the residual weights (out, in[, kernel]), if any.
 
-        `parameters` replace those of the layer.
+        They are views where layouts allow it. `parameters` replace those of the layer.
         """
-        tensor, *residual = self._canonical({**self.read_parameters(layer), **(parameters or {})}.values())
-        if residual:
-            return tensor, residual[0].squeeze(-1)
-        basis = self.shape[-1]
-        return tensor[..., :basis], tensor[..., basis] if tensor.shape[-1] > basis else None
+        tensors = self._canonical({**self.read_parameters(layer), **(parameters or {})}.values())
+        residual = tensors.pop()[:, :, 0] if self.separate_residual else None
+        tensor = torch.cat(tensors, dim=2) if len(tensors) > 1 else tensors[0]
+        basis = self.shape[2]
+        if residual is None and tensor.shape[2] > basis:
+            return tensor[:, :, :basis], tensor[:, :, basis]
+        return tensor, residual
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """The canonical tensor of parts that are laid out like `parameters`, e.g. of their gradients."""
         tensors = self._canonical(parts)
-        return torch.cat(tensors, dim=-1) if len(tensors) > 1 else tensors[0]
+        return torch.cat(tensors, dim=2) if len(tensors) > 1 else tensors[0]
 
-    def _canonical(self, parts: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        layouts = self.parameters.values()
-        return [layout.to_canonical(part, self.lengths) for layout, part in zip(layouts, parts, strict=True)]
+    def _canonical(self, values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Each part in the canonical order, of the values of all members."""
+        values = iter(values)
+        return [
+            part[0].layout.to_canonical(next(values), part[0].lengths)
+            if len(part) == 1
+            else torch.cat(
+                [_filled(member.layout.to_canonical(next(values), member.lengths), size) for member in part]
+            )
+            for part, size in zip(self.parts, self._sizes, strict=True)
+        ]
 
     def split(self, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """The inverse of `read`: the parts of a canonical tensor, each in the layout of its parameter.
 
         A tensor without the residual slice gives no part for a residual parameter, and zeros where it is packed.
         """
-        basis = self.shape[-1]
-        (name, layout), *residual = self.parameters.items()
-        if layout.packed_residual is not None:
-            if tensor.shape[-1] == basis:
-                tensor = nn.functional.pad(tensor, (0, 1))
-            return {name: layout.from_canonical(tensor, self.lengths)}
-        parts = {name: layout.from_canonical(tensor[..., :basis], self.lengths)}
-        if residual and tensor.shape[-1] > basis:
-            name, layout = residual[0]
-            parts[name] = layout.from_canonical(tensor[..., basis:], self.lengths)
-        return parts
+        parts, values = self.parts, {}
+        if tensor.shape[2] == self.shape[2]:
+            if self.separate_residual:
+                parts = parts[:-1]
+            elif self.has_residual:
+                tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, 1))
+        basis = 0
+        for part, size in zip(parts, self._sizes, strict=False):
+            block = tensor if len(parts) == 1 else tensor[:, :, basis : basis + size[2]]
+            basis += size[2]
+            if len(part) == 1:
+                name, layout, lengths, stored, _ = part[0]
+                values[name] = layout.from_canonical(block, lengths, stored)
+                continue
+            out = 0
+            for name, layout, lengths, stored, shape in part:
+                own = block[out : out + shape[0], : shape[1], : shape[2]]
+                out += shape[0]
+                values[name] = layout.from_canonical(own, lengths, stored)
+        return values
+
+
+def _filled(tensor: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """The tensor with zeros at the end of its inputs and basis functions, up to the size of the part."""
+    missing = [size[mode] - tensor.shape[mode] for mode in (2, 1)]
+    if not any(missing):
+        return tensor
+    return F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, missing[0], 0, missing[1]))
+
+
+def locate_coefficients(
+    layer: nn.Module,
+    family: str,
+    coefficients: Sequence[Described],
+    residual: Described | None,
+    axes: Mapping[str, Any],
+    roles: tuple[str, str],
+) -> CoefficientTensor:
+    """Finds the coefficients of a layer.
+
+    Args:
+        layer: The layer.
+        family: The name of its family.
+        coefficients: Name and pattern of each part; `*` in a name stands for the members of a list.
+        residual: The same of the residual branch; the layer may lack it.
+        axes: The lengths of axes that no shape determines, as numbers, or a list with the number of each member.
+        roles: The axes of the kernel mode, and those of blocks.
+
+    Raises:
+        ValueError: A parameter is missing, or a pattern does not fit it.
+    """
+    described = [(*part, expand_name(layer, part[0])) for part in coefficients]
+    if residual is not None:
+        names = expand_name(layer, residual[0])
+        if any(get_or_none(layer, name) is not None for name in names):
+            described.append((*residual, names))
+    problem = f"{type(layer).__name__} was recognized as a KAN layer of the family {family!r}, but its parameter "
+    counts = {name: len(names) for name, _, names in described if "*" in name}
+    if 0 in counts.values() or len(set(counts.values())) > 1:
+        raise ValueError(f"{problem}lists are not as described. Their numbers of members are {counts}.")
+    count = next(iter(counts.values()), 1)
+    lengths: list[dict[str, int]] = [
+        {axis: value[place] if isinstance(value, (list, tuple)) else value for axis, value in axes.items()}
+        for place in range(count)
+    ]
+    kernel, groups = roles
+    found: dict[str, tuple[Layout, torch.Tensor, int | None]] = {}
+    for name, pattern, names in described:
+        for place, member in enumerate(names):
+            parameter = get_or_none(layer, member)
+            if not isinstance(parameter, torch.Tensor):
+                raise ValueError(f"{problem}`{member}` is not as described. There is no such parameter.")
+            layout = parse_layout(pattern, kernel, groups, parameter.dim())
+            found[member] = layout, parameter, place if "*" in name else None
+            if "*" in name and len(groups.split()) == 1 and not layout.groups:  # the list is the axis of blocks
+                lengths[place].setdefault(groups.strip(), count)
+    _solve(layer, problem, found, lengths)
+    parts = tuple(
+        tuple(
+            Member(
+                member,
+                found[member][0],
+                {axis: lengths[place][axis] for axis in found[member][0].axes},
+                tuple(found[member][1].shape),
+                found[member][0].canonical_shape(lengths[place]),
+            )
+            for place, member in enumerate(names)
+        )
+        for _, _, names in described
+    )
+    kernels = {member.name: member.shape[3:] for part in parts for member in part}
+    if len(set(kernels.values())) > 1:
+        raise ValueError(f"{problem}kernels are not as described. Their sizes must be equal, and are {kernels}.")
+    tensor = CoefficientTensor(family, parts, len(described) > len(coefficients))
+    outer = {part[0].name: size[:2] for part, size in zip(parts, tensor._sizes, strict=True)}
+    if len(set(outer.values())) > 1:
+        raise ValueError(f"{problem}shapes are not as described. (out, in) must be equal, and are {outer}.")
+    return tensor
+
+
+def _solve(
+    layer: nn.Module,
+    problem: str,
+    found: dict[str, tuple[Layout, torch.Tensor, int | None]],
+    lengths: list[dict[str, int]],
+) -> None:
+    """Finds the lengths of all axes, of each member, from the shapes; what one leaves open another may settle."""
+    # The residual weights (out, in) settle what a flattened coefficient pattern leaves open, so they come first.
+    pending = list(reversed(found.items()))
+    while pending:
+        still_open, last = [], None
+        for name, (layout, parameter, place) in pending:
+            try:
+                solved = layout.axis_lengths(parameter.shape, lengths[place or 0])
+            except OpenLengthsError as error:
+                still_open.append((name, (layout, parameter, place)))
+                last = last or error
+            except ValueError as error:
+                hint = _suggestion(layer, layout, parameter, lengths[place or 0])
+                raise ValueError(f"{problem}`{name}` is not as described. {error}{hint}") from error
+            else:
+                for known in lengths if place is None else [lengths[place]]:
+                    known.update(solved | known)
+        if len(still_open) == len(pending):
+            raise ValueError(f"{problem}`{pending[0][0]}` is not as described. {last}") from last
+        pending = still_open
+
+
+def _suggestion(layer: nn.Module, layout: Layout, parameter: torch.Tensor, lengths: Mapping[str, int]) -> str:
+    """The patterns that would fit by the numbers of features that the layer, or another parameter, names."""
+    sizes = {axis: named_size(layer, axis) or lengths.get(axis, 0) for axis in ("o", "i")}
+    kernel = layout.kernel if parameter.dim() - len(layout.kernel) >= 2 else ()
+    fitting = suggest_patterns(parameter.shape, sizes["o"], sizes["i"], kernel)
+    if "..." in layout.pattern and kernel:
+        fitting = [pattern.replace(" ".join(kernel), "...") for pattern in fitting]
+    if not fitting or layout.pattern in fitting:
+        return ""
+    patterns = " or ".join(map(repr, fitting))
+    return f" With {sizes['o']} outputs and {sizes['i']} inputs {patterns} would fit."
+
+
+def named_size(layer: nn.Module, axis: str) -> int | None:
+    """The number of outputs (`"o"`) or inputs (`"i"`) that a layer names itself, by one of the usual attributes."""
+    for name in _SIZES[axis]:
+        value = getattr(layer, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def expand_name(layer: nn.Module, name: str) -> list[str]:
+    """The names of the parameters that a name with `*` stands for; a name without it stands for itself."""
+    before, star, after = name.partition("*")
+    if not star:
+        return [name]
+    owner = get_or_none(layer, before[:-1]) if before else layer
+    members = (
+        owner._parameters or range(len(owner)) if isinstance(owner, nn.ParameterList) else _children(owner, after)
+    )
+    return [full for member in members for full in expand_name(layer, f"{before}{member}{after}")]
+
+
+def _children(owner: Any, after: str) -> Iterator[str]:
+    if isinstance(owner, nn.Module):
+        yield from owner._modules if after else owner._parameters
 
 
 def get_or_none(layer: nn.Module, name: str) -> Any:

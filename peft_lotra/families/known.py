@@ -18,7 +18,7 @@ from ..kan.basis import UniformGrid
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear
 from . import slim  # noqa: F401  (registers the family of Slim layers)
-from .registry import register_kan_layer
+from .registry import keep_as_built_in, register_kan_layer
 
 
 def _splines_from_knots(layer: Any) -> UniformGrid:
@@ -163,3 +163,4 @@ register_kan_layer(
     grid=("grid_bounds", "grid_size", "spline_order"),
     basis=lambda m, x: m.basis(x),
 )
+keep_as_built_in()

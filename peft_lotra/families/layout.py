@@ -3,27 +3,40 @@
 
 """Layouts: how a library stores its coefficients, as an einops pattern, and the canonical order (out, in, basis).
 
-A pattern names the axes of the stored parameter. `o` and `i` are the output and input features; every other name
-belongs to the basis mode, in the order in which it appears. Parentheses flatten axes as in einops. As in einx, a `+`
-inside parentheses concatenates two blocks: the coefficients come first, the residual weights second.
+A pattern names the axes of the stored parameter. `o` and `i` are the output and input features, or channels. The axes
+of the kernel of a convolution are named by `kernel`, or are all those that `...` stands for; they make up a fourth
+mode. An axis of blocks, each with inputs of its own (the groups of a convolution), is named by `groups`; it belongs to
+the output mode, and `i` counts the inputs of one block. Every other name belongs to the basis mode, in the order in
+which it appears; without one the basis has the length one.
 
-    "o i k"      efficient-kan      "t o i g"          FourierKAN: the basis mode is (t g)
-    "o (i k)"    FastKAN            "o ((i k) + i)"    inkan: coefficients and residual weights packed in one
+Parentheses flatten axes as in einops, and `()` is an axis of length one. As in einx, a `+` inside parentheses
+concatenates two blocks: the coefficients come first, the residual weights second. `(i k):2` is a flattened axis that
+is stored over two dimensions.
+
+    "o i k"          efficient-kan    "t o i g"            FourierKAN: the basis mode is (t g)
+    "o (i k)"        FastKAN          "o ((i k) + i)"      inkan: coefficients and residual weights packed in one
+    "o (k i) ..."    convolutions     "o () (i k):2"       ReLU-KAN: a view of (i k), which splits neither i nor k
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
+from itertools import permutations
 
 import torch
 from einops import rearrange
 
 
 Dims = tuple[tuple[str, ...], ...]
+Shape = tuple[int, ...]
+
+
+class OpenLengthsError(ValueError):
+    """A pattern fits, but leaves the length of an axis open."""
 
 
 @dataclass(frozen=True)
@@ -32,50 +45,77 @@ class Layout:
 
     Attributes:
         dims: The axis names of each dimension of the coefficients.
-        packed_residual: The same for residual weights that are packed into the parameter. Its shape differs from that
-            of the coefficients in dimension `concatenated` alone, in which the two are packed.
+        kernel: The axes of the kernel mode.
+        groups: The axes of blocks.
+        packed_residual: As `dims`, for residual weights that are packed into the parameter. Its shape differs from
+            that of the coefficients in dimension `concatenated` alone, in which the two are packed.
+        stored_over: The number of stored dimensions of each dimension, if one of them has several.
     """
 
     pattern: str
     dims: Dims
+    kernel: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
     packed_residual: Dims | None = None
     concatenated: int = -1
+    stored_over: tuple[int, ...] | None = None
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """All axes, in the order of the pattern."""
+        return tuple(axis for dim in self.dims for axis in dim)
 
     @cached_property
     def basis(self) -> tuple[str, ...]:
         """The axes that make up the basis mode."""
-        return tuple(axis for dim in self.dims for axis in dim if axis not in ("o", "i"))
+        return tuple(axis for axis in self.axes if axis not in ("o", "i", *self.groups, *self.kernel))
+
+    def canonical_shape(self, lengths: Mapping[str, int]) -> Shape:
+        """(out, in, basis) or (out, in, basis, kernel), with a packed residual branch."""
+        modes = [*self.groups, "o"], "i", self.basis, *([self.kernel] if self.kernel else [])
+        out, in_, basis, *kernel = (math.prod(lengths[axis] for axis in mode) for mode in modes)
+        return (out, in_, basis + (self.packed_residual is not None), *kernel)
 
     def axis_lengths(self, shape: Sequence[int], known: Mapping[str, int]) -> dict[str, int]:
         """The length of every axis, from the shape of the parameter and the lengths that are known.
 
-        Raises a `ValueError` if the pattern does not fit the shape, or leaves a length open.
+        Raises a `ValueError` if the pattern does not fit the shape, an `OpenLengthsError` if it leaves a length open.
         """
         lengths = dict(known)
         problem = f"Pattern {self.pattern!r} does not fit a parameter of shape {tuple(shape)}: "
-        if len(shape) != len(self.dims):
-            raise ValueError(problem + f"it names {len(self.dims)} dimensions, the parameter has {len(shape)}.")
+        dimensions = sum(self.stored_over or ()) or len(self.dims)
+        if len(shape) != dimensions:
+            raise ValueError(problem + f"it names {dimensions} dimensions, the parameter has {len(shape)}.")
+        shape = self._flattened(shape)
         # An axis on its own may settle one that is flattened with others: simple dimensions first.
         for position in sorted(range(len(shape)), key=lambda p: (p == self.concatenated, len(self.dims[p]))):
             dim, size = self.dims[position], shape[position]
             if self.packed_residual is not None and position == self.concatenated:
                 second = self.packed_residual[position]
                 if any(axis not in lengths for axis in second):
-                    raise ValueError(problem + _open_lengths(second, lengths))
+                    raise OpenLengthsError(problem + _open_lengths(second, lengths))
                 size -= math.prod(lengths[axis] for axis in second)
             unknown = [axis for axis in dim if axis not in lengths]
             if len(unknown) > 1:
-                raise ValueError(problem + _open_lengths(dim, lengths))
+                raise OpenLengthsError(problem + _open_lengths(dim, lengths))
             rest = math.prod(lengths[axis] for axis in dim if axis in lengths)
             if unknown and rest > 0 and size > 0 and size % rest == 0:
                 lengths[unknown[0]] = size // rest
             elif unknown or rest != size:
-                wanted = " * ".join(f"{axis}={lengths.get(axis, '?')}" for axis in dim)
+                wanted = " * ".join(f"{axis}={lengths.get(axis, '?')}" for axis in dim) or "1"
                 raise ValueError(problem + f"dimension {position} would have to be {wanted}, which {size} is not.")
         return lengths
 
+    def _flattened(self, shape: Sequence[int]) -> Shape:
+        if self.stored_over is None:
+            return tuple(shape)
+        sizes = iter(shape)
+        return tuple(math.prod(next(sizes) for _ in range(count)) for count in self.stored_over)
+
     def to_canonical(self, parameter: torch.Tensor, lengths: Mapping[str, int]) -> torch.Tensor:
-        """(stored shape) -> (out, in, basis), with the packed residual weights, if any, as the last basis slice."""
+        """(stored shape) -> (out, in, basis[, kernel]), with packed residual weights, if any, as the last slice."""
+        if self.stored_over is not None:
+            parameter = parameter.reshape(self._flattened(parameter.shape))
         parts: Sequence[torch.Tensor] = [parameter]
         if self.packed_residual is not None:
             blocks = (self.dims, self.packed_residual)
@@ -85,23 +125,31 @@ class Layout:
             rearrange(part, f"{stored} -> {canonical}", **{axis: lengths[axis] for axis in axes})
             for part, (stored, canonical, axes) in zip(parts, self._blocks, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def from_canonical(self, tensor: torch.Tensor, lengths: Mapping[str, int]) -> torch.Tensor:
-        """(out, in, basis) -> (stored shape), the inverse of `to_canonical`; differentiable."""
-        parts = [tensor] if self.packed_residual is None else [tensor[..., :-1], tensor[..., -1:]]
+    def from_canonical(
+        self, tensor: torch.Tensor, lengths: Mapping[str, int], shape: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """(out, in, basis[, kernel]) -> (stored shape), the inverse of `to_canonical`; differentiable.
+
+        `shape` is the stored one, which a layout with `stored_over` needs.
+        """
+        parts = [tensor] if self.packed_residual is None else [tensor[:, :, :-1], tensor[:, :, -1:]]
         parts = [
             rearrange(part, f"{canonical} -> {stored}", **{axis: lengths[axis] for axis in axes})
             for part, (stored, canonical, axes) in zip(parts, self._blocks, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.concatenated)
+        stored = parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.concatenated)
+        return stored if self.stored_over is None or shape is None else stored.reshape(shape)
 
     @cached_property
     def _blocks(self) -> list[tuple[str, str, tuple[str, ...]]]:
         """The einops expressions of the stored and of the canonical order, and the axes, of each block."""
-        blocks = [(self.dims, f"o i ({' '.join(self.basis)})")]
+        out = _write([(*self.groups, "o")])
+        kernel = f" ({' '.join(self.kernel)})" if self.kernel else ""
+        blocks = [(self.dims, f"{out} i ({' '.join(self.basis)}){kernel}")]
         if self.packed_residual is not None:
-            blocks.append((self.packed_residual, "o i ()"))
+            blocks.append((self.packed_residual, f"{out} i (){kernel}"))
         return [(_write(dims), canonical, tuple(axis for dim in dims for axis in dim)) for dims, canonical in blocks]
 
 
@@ -110,44 +158,109 @@ def _open_lengths(axes: Sequence[str], lengths: Mapping[str, int]) -> str:
     return f"the lengths of {unknown} do not follow from it. Give them to register_kan_layer by `axes`."
 
 
-def _write(dims: Dims) -> str:
+def _write(dims: Sequence[tuple[str, ...]]) -> str:
     return " ".join(dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in dims)
 
 
-@cache
-def parse_layout(pattern: str) -> Layout:
-    """Parses a pattern; raises a `ValueError` if it is malformed, or `o` and `i` do not appear exactly once."""
+@lru_cache(1024)
+def parse_layout(pattern: str, kernel: str = "", groups: str = "", dimensions: int | None = None) -> Layout:
+    """Parses a pattern.
+
+    Args:
+        pattern: The pattern of a parameter.
+        kernel, groups: The axes of the kernel mode, and of blocks, separated by spaces. The pattern may lack them.
+        dimensions: The number of dimensions of the parameter, which says how many axes `...` stands for.
+
+    Raises:
+        ValueError: It is malformed, or `o` and `i` do not appear exactly once.
+    """
     problem = f"Pattern {pattern!r} is not a layout of KAN coefficients: "
+    tokens = _split(pattern, problem)
+    kernel_axes = tuple(kernel.split())
+    if tokens.count("...") == 1:
+        count = 2 if dimensions is None else max(dimensions - len(tokens) + 1, 0)
+        rest = tuple(f"kernel{position}" for position in range(count))
+        kernel_axes += rest
+        place = tokens.index("...")
+        tokens[place : place + 1] = rest
     first: list[tuple[str, ...]] = []
     second: list[tuple[str, ...]] = []
+    stored_over: list[int] = []
     concatenated = None
-    for token in _split(pattern, problem):
-        inner = token[1:-1] if token.startswith("(") else token
-        parts = inner.split("+")
+    for token in tokens:
+        token, _, count = token.partition(":") if token.startswith("(") else (token, "", "")
+        parts = token[1:-1].split("+") if token.startswith("(") else [token]
         if len(parts) > 2 or (len(parts) == 2 and concatenated is not None):
             raise ValueError(problem + "at most two blocks can be concatenated, by one `+`.")
         if len(parts) == 2:
             concatenated = len(first)
         names = [tuple(re.sub(r"[()]", " ", part).split()) for part in parts]
-        if not all(name.isidentifier() for part in names for name in part) or not all(names):
+        is_one = len(parts) == 1 and not names[0] and token.startswith("(")
+        if not all(name.isidentifier() for part in names for name in part) or not (all(names) or is_one):
             raise ValueError(problem + f"{token!r} does not consist of axis names.")
         first.append(names[0])
         second.append(names[-1])
+        stored_over.append(int(count or 1))
     for dims in (first, second):
         axes = [axis for dim in dims for axis in dim]
         if len(set(axes)) != len(axes) or not {"o", "i"} <= set(axes):
             raise ValueError(problem + "`o` and `i` must appear once each, and no other axis twice.")
+    # in the order of the pattern
+    named = {axis for dim in first for axis in dim}
+    layout = Layout(
+        pattern,
+        tuple(first),
+        tuple(axis for axis in kernel_axes if axis in named),
+        tuple(axis for axis in groups.split() if axis in named),
+        stored_over=tuple(stored_over) if set(stored_over) != {1} else None,
+    )
     if concatenated is None:
-        return Layout(pattern, tuple(first))
-    layout = Layout(pattern, tuple(first), tuple(second), concatenated)
-    if {axis for dim in second for axis in dim} != {"o", "i"}:
+        return layout
+    if {axis for dim in second for axis in dim} != set(layout.axes) - set(layout.basis) or not layout.basis:
         raise ValueError(problem + "the second block of a `+` is the residual weights, of axes `o` and `i` alone.")
-    return layout
+    values = {**vars(layout), "packed_residual": tuple(second), "concatenated": concatenated}
+    return Layout(**{name: values[name] for name in Layout.__dataclass_fields__})
 
 
 def _split(pattern: str, problem: str) -> list[str]:
     """Splits a pattern into its dimensions: axis names, and groups in parentheses, which may hold such groups."""
-    dimension = r"\((?:[^()]|\([^()]*\))*\)|[^\s()]+"
+    dimension = r"\((?:[^()]|\([^()]*\))*\)(?::[1-9](?!\d))?|[^\s()]+"
     if re.sub(dimension, "", pattern).strip():
         raise ValueError(problem + "its parentheses do not match.")
     return re.findall(dimension, pattern)
+
+
+def suggest_patterns(shape: Sequence[int], out: int, in_: int, kernel: Sequence[str] = ()) -> list[str]:
+    """The patterns that a parameter of this shape may have, in a layer of `out` outputs and `in_` inputs.
+
+    Args:
+        shape: The shape of the parameter.
+        out, in_: The numbers of output and input features.
+        kernel: The names of the last dimensions.
+
+    Example:
+        >>> suggest_patterns((3, 5, 4), out=5, in_=3), suggest_patterns((5, 12), out=5, in_=3)
+        (['i o k'], ['o (i k)'])
+    """
+    return list(dict.fromkeys(_suggested(tuple(shape), out, in_, tuple(kernel))))
+
+
+def _suggested(shape: Shape, out: int, in_: int, kernel: tuple[str, ...]) -> Iterator[str]:
+    sizes = shape[: len(shape) - len(kernel)]
+    if len(sizes) > 8:  # more than there are letters
+        return
+    for first, second in permutations(range(len(sizes)), 2):
+        if sizes[first] == out and sizes[second] == in_:
+            yield _named(sizes, {first: "o", second: "i"}, kernel)
+    for first, second in permutations(range(len(sizes)), 2):
+        if sizes[first] == out and sizes[second] > in_ > 0 and sizes[second] % in_ == 0:
+            yield _named(sizes, {first: "o", second: "(i k)"}, kernel)
+    for place, size in enumerate(sizes):
+        if size == out * in_ and len(sizes) > 1:
+            yield _named(sizes, {place: "(o i)"}, kernel)
+
+
+def _named(sizes: Shape, names: Mapping[int, str], kernel: tuple[str, ...]) -> str:
+    rest = iter("kmnpqrst" if not any("k" in name for name in names.values()) else "mnpqrst")
+    words = [names.get(place) or ("()" if size == 1 else next(rest)) for place, size in enumerate(sizes)]
+    return " ".join([*words, *kernel])

@@ -10,9 +10,8 @@ y[o] = sum_{i,k} A[o,i,k] basis_k(x[i]), plus a residual branch sum_i W[o,i] sil
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from operator import attrgetter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -20,134 +19,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..functional import unwrap
-from ..kan.basis import UniformGrid
-from .coefficients import CoefficientTensor, get_or_none
-from .layout import parse_layout
+from .description import REGISTERED as _SPECS
+from .description import Grid, KANLayerSpec, get_registered, spec_from_file
 
 
-Grid = dict[str, "torch.Tensor | int | float"]
+__all__ = ["Grid", "KANLayerSpec", "get_registered"]  # and all that is defined here
 
-
-@dataclass(frozen=True)
-class KANLayerSpec:
-    """The description of a KAN family, as [`register_kan_layer`] takes it.
-
-    Args:
-        family (`str`): The name under which the family is reported.
-        matches (`type` or `Callable`): The class of the layers, or a predicate on a module. Prefer a predicate on the
-            parameters' names where users copy the file and rename the class.
-        coefficients (`tuple[str, str]`): The parameter of the coefficients (dotted names reach into sub-modules) and
-            its layout as an einops pattern: `o` and `i` are the output and input features, any other axes make up the
-            basis mode in the order in which they appear. `"o i k"`, `"o (i k)"`, `"t o i g"`; `"o ((i k) + i)"` where
-            the residual weights are packed behind the coefficients.
-        residual (`tuple[str, str]`, *optional*): The parameter of the residual branch and its layout, of `o` and `i`.
-            A layer on which it is absent or `None` has no residual branch.
-        grid (`tuple[str, ...]`): The state, tensors and numbers, that gives the coefficients their meaning. A layer
-            may lack some of it.
-        grid_methods (`tuple[str, ...]`): The layer's methods that change that state, or cut or permute the
-            coefficients. They raise while an adapter is attached and not merged.
-        network_methods (`dict[str, str | None]`): Methods of the network around the layer that rebuild it, replace
-            its layers or move their grids. They raise until the adapters are unloaded; where the value is the name of
-            an argument, only if that argument is true.
-        checkpoint_methods (`tuple[str, ...]`): Methods of the network around the layer that save it, with its adapters
-            merged and under its original names.
-        basis (`Callable`, *optional*): `basis(layer, x)` with x (batch, in) returns the basis functions
-            (batch, in, basis). It opens the fast path, basis(x) . (scale * coefficients) + activation(x) . residual +
-            bias, if that is what the layer computes: the two are compared on a few points.
-        splines (`Callable`, *optional*): `splines(layer)` returns the [`UniformGrid`] of the basis, or `None`. The
-            fast path then evaluates the splines in closed form.
-        activation (`Callable`, *optional*): `activation(layer, x)` returns the factors (batch, in) of `residual`.
-        scale (`Callable`, *optional*): `scale(layer)` returns factors (out, in) of the coefficients, or `None`.
-        bias (`str`, *optional*): The parameter that is added to the output. It may be absent or `None`.
-        axes (`Callable`, *optional*): `axes(layer)` returns the lengths of axes that no shape determines, e.g.
-            `{"k": layer.num_grids}` for the layout `"o (i k)"`.
-        edge_scale (`tuple[str, str]`, *optional*): The parameter that scales the splines of each edge, and its layout.
-        refit_basis (`Callable`, *optional*): The basis that `refit_adapters` uses, in families without `basis`.
-
-    Raises:
-        ValueError: A pattern is malformed, or has no basis axis.
-    """
-
-    family: str
-    matches: type[nn.Module] | Callable[[Any], bool]
-    coefficients: tuple[str, str]
-    residual: tuple[str, str] | None = None
-    grid: tuple[str, ...] = ()
-    grid_methods: tuple[str, ...] = ()
-    network_methods: Mapping[str, str | None] = field(default_factory=dict)
-    checkpoint_methods: tuple[str, ...] = ()
-    basis: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
-    splines: Callable[[Any], UniformGrid | None] | None = None
-    activation: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
-    scale: Callable[[Any], torch.Tensor | None] | None = None
-    bias: str | None = None
-    axes: Callable[[Any], Mapping[str, int]] | None = None
-    edge_scale: tuple[str, str] | None = None
-    refit_basis: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        coefficients = parse_layout(self.coefficients[1])
-        if not coefficients.basis:
-            raise ValueError(
-                f"Pattern {self.coefficients[1]!r} of the coefficients of {self.family!r} has no basis axis: name at "
-                "least one axis besides `o` and `i`, e.g. 'o i k'."
-            )
-        for what, described in (("residual weights", self.residual), ("edge scales", self.edge_scale)):
-            if described is not None and parse_layout(described[1]).basis:
-                raise ValueError(
-                    f"Pattern {described[1]!r} of the {what} of {self.family!r} has an axis besides `o` and `i`: "
-                    "expected 'o i' or 'i o'."
-                )
-        if self.residual is not None and coefficients.packed_residual is not None:
-            raise ValueError(
-                f"The coefficients of {self.family!r} already contain the residual weights: drop `residual`."
-            )
-        if isinstance(self.matches, type):  # a predicate in C: each module of a model is asked
-            object.__setattr__(self, "matches", self.matches.__instancecheck__)
-
-    def __reduce__(self):
-        # Predicates may be lambdas, which do not pickle: an unpickled model finds its family in the registry.
-        return _get_registered, (self.family,)
-
-    def locate(self, layer: nn.Module) -> CoefficientTensor:
-        """Finds the coefficients of a layer; raises a `ValueError` if a pattern does not fit its parameter."""
-        described = [(*self.coefficients, get_or_none(layer, self.coefficients[0]))]
-        if self.residual is not None and (residual := get_or_none(layer, self.residual[0])) is not None:
-            described.append((*self.residual, residual))
-        lengths = dict(self.axes(layer)) if self.axes is not None else {}
-        # The residual weights (out, in) settle what a flattened coefficient pattern leaves open, so they come first.
-        for name, pattern, parameter in reversed(described):
-            try:
-                if parameter is None:
-                    raise ValueError("There is no such parameter.")
-                lengths = parse_layout(pattern).axis_lengths(parameter.shape, lengths)
-            except ValueError as error:
-                raise ValueError(
-                    f"{type(layer).__name__} was recognized as a KAN layer of the family {self.family!r}, but its "
-                    f"parameter `{name}` is not as described. {error}"
-                ) from error
-        layouts = {name: parse_layout(pattern) for name, pattern, _ in described}
-        return CoefficientTensor(self.family, layouts, lengths)
-
-    def read_grid(self, layer: nn.Module) -> Grid:
-        """The state that gives the coefficients of a layer their meaning, by name, without what the layer lacks."""
-        values: Grid = {}
-        for name in self.grid:
-            try:
-                value = attrgetter(name)(layer)
-            except AttributeError:
-                continue
-            if value is not None:
-                values[name] = value
-        return values
-
-    def find_edge_scale(self, layer: nn.Module) -> str | None:
-        """The name of the parameter that scales the splines of each edge, or `None` if the layer has none."""
-        name, _ = self.edge_scale or ("", "")
-        return name if isinstance(getattr(layer, name, None), nn.Parameter) else None
-
-
-_SPECS: dict[str, KANLayerSpec] = {}
+_BUILT_IN: dict[str, KANLayerSpec] = {}
 
 
 def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
@@ -162,7 +40,7 @@ def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
 
     Raises:
         TypeError: There is no such field; the message lists the fields.
-        ValueError: A pattern is malformed, or has no basis axis.
+        ValueError: A pattern is malformed, or has axes that it cannot have.
 
     Example:
         >>> import torch
@@ -198,10 +76,36 @@ def register(spec: KANLayerSpec) -> KANLayerSpec:
     return spec
 
 
-def _get_registered(family: str) -> KANLayerSpec:
-    if family not in _SPECS:
-        raise ValueError(f"The KAN family {family!r} is not registered: call `register_kan_layer` for it first.")
-    return _SPECS[family]
+def keep_as_built_in() -> None:
+    """Makes the families that are registered now those that a file need not describe."""
+    _BUILT_IN.update(_SPECS)
+
+
+def describe(spec: KANLayerSpec, layer: nn.Module) -> dict[str, Any]:
+    """The entry of a file that describes the family of a layer; empty for a family that comes with this package."""
+    return {} if _BUILT_IN.get(spec.family) is spec else {"description": spec.describe(layer)}
+
+
+def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KANLayerSpec | None:
+    """The family of a layer of an adapter from a file: as registered, or, if it is not, as the file describes it.
+
+    Args:
+        layer: The layer.
+        record: What the file says of it: its `family` and, if the family is a user's, its `description`.
+
+    Raises:
+        ValueError: The family is neither registered nor described, or the description is damaged.
+    """
+    spec = get_kan_spec(layer)
+    if record is None or (spec is not None and spec.family == record["family"]) or record["family"] in _SPECS:
+        return spec
+    if "description" not in record:
+        raise ValueError(
+            f"The adapter is for layers of the KAN family {record['family']!r}, which is not registered here, and its "
+            "file, of an older version, does not describe it. Call `peft_lotra.register_kan_layer` for it, as the "
+            "author of the adapter did, before the adapter is loaded."
+        )
+    return spec_from_file(record["family"], record["description"])
 
 
 def known_families() -> list[str]:
@@ -230,13 +134,13 @@ class FoundKANLayer:
     Attributes:
         name (`str`): The layer's name in the model, as `target_modules` takes it; `""` if it is the model itself.
         family (`str`): The family it was recognized as.
-        shape (`tuple[int, int, int]`): (out, in, basis) of the coefficient tensor.
+        shape (`tuple[int, ...]`): (out, in, basis) of the coefficient tensor, or (out, in, basis, kernel).
         has_residual (`bool`): Whether the layer has a residual branch, i.e. one more slice of the basis mode.
     """
 
     name: str
     family: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     has_residual: bool
 
 
@@ -288,9 +192,11 @@ def walk_kan_layers(
     if id(module) in seen or isinstance(module, AuxiliaryTrainingWrapper):
         return
     seen.add(id(module))
+    spec = None
     while isinstance(base_layer := module._modules.get("base_layer"), nn.Module):
+        spec = spec or vars(module).get("lotra_spec")  # of a family that may not be registered
         module = base_layer
-    spec = get_kan_spec(module)
+    spec = spec or get_kan_spec(module)
     if spec is not None:
         yield name, module, spec
         return

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..families.description import is_description
 from ..families.registry import short_name
 
 
@@ -22,7 +23,8 @@ _MAX_LINES = 20  # that an error shows
 class Checkpoint:
     """What the files of an adapter say. All of it is `None` for an adapter that does not come from a file."""
 
-    # the record of the base by layer: `family`, `shape`, `has_residual`, and the hashes of `grid` and `parameters`
+    # the record of the base by layer: `family`, `shape`, `has_residual`, the `description` of a user's family, and the
+    # hashes of `grid` and `parameters`
     layers: Mapping[str, Mapping[str, Any]] | None = None
     digest: str | None = None  # of the tensors, as the config has it
     tensors: Mapping[str, Shape] | None = None  # the shape of each tensor by its name in the base model
@@ -87,6 +89,7 @@ def _is_record(value: Any) -> bool:
         and len(layer["shape"]) in (3, 4)
         and all(isinstance(size, int) and size > 0 for size in layer["shape"])
         and all(_is_hashes(layer.get(hashes, {})) for hashes in ("grid", "parameters"))
+        and ("description" not in layer or is_description(layer["description"]))
         for name, layer in value.items()
     )
 

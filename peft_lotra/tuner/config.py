@@ -176,7 +176,7 @@ class LoTRAConfig(PeftConfig):
             self.auto_mapping = {**mapping, "parent_library": "peft_lotra.kan"}
         if self.base_layers is not None:  # the hashes are left to the file
             self.base_layers = {
-                name: {key: layer[key] for key in ("family", "shape", "has_residual")}
+                name: {key: layer[key] for key in ("family", "shape", "has_residual", "description") if key in layer}
                 for name, layer in self.base_layers.items()
             }
 

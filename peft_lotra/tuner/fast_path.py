@@ -134,7 +134,8 @@ def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientT
     """
     coefficients = tensor.get_parameter(base_layer)
     if (
-        (spec.basis is None and spec.splines is None)
+        not spec.linear
+        or (spec.basis is None and spec.splines is None)
         or (tensor.has_residual and spec.activation is None)  # as for Slim layers
         or len(tensor.shape) > 3  # a convolution
         or coefficients.is_meta

@@ -17,7 +17,14 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..families.coefficients import CoefficientTensor
-from ..families.registry import KANLayerSpec, get_kan_spec, known_families, walk_kan_layers
+from ..families.registry import (
+    KANLayerSpec,
+    describe,
+    get_kan_spec,
+    get_recorded_spec,
+    known_families,
+    walk_kan_layers,
+)
 from ..families.slim import SlimLayer
 from ..files.checkpoint import TRAINED_ON, refuse
 from ..files.fingerprint import Values, hash_all_dtypes, is_same, layer_values
@@ -51,8 +58,9 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
         return _find_all_kan(config, model)
     modules = dict(model.named_modules())
     inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    records = config.checkpoint.layers or {}
     return {
-        name: locate_target(name, module)
+        name: locate_target(name, module, records.get(name))
         for name, module in modules.items()
         if name and not name.startswith(inside) and check_target_module_exists(config, name)
     }
@@ -85,10 +93,14 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     return targets
 
 
-def locate_target(name: str, module: nn.Module) -> Target:
-    """The KAN layer that a module of this name is, adapted or not; a ValueError for any other module."""
-    layer = module.base_layer if isinstance(module, LoTRALayer) else module
-    spec = get_kan_spec(layer)
+def locate_target(name: str, module: nn.Module, record: Mapping[str, Any] | None = None) -> Target:
+    """The KAN layer that a module of this name is, adapted or not; a ValueError for any other module.
+
+    `record` is what the file of an adapter says of the layer.
+    """
+    if isinstance(module, LoTRALayer):
+        return Target(module.base_layer, module.lotra_spec, module.lotra_tensor)
+    layer, spec = module, get_recorded_spec(module, record)
     if spec is None:
         raise ValueError(
             f"Target module `{name}` is a {type(module).__name__}, which is not a KAN layer that LoTRA knows. The "
@@ -105,7 +117,7 @@ def check_parameters(config: LoTRAConfig, model: nn.Module, targets: Mapping[str
     for name, (layer, _, coefficients) in {**adapted, **targets}.items():
         if isinstance(layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
             continue
-        for full_name in coefficients.parameters if config.adapt_residual else (coefficients.name,):
+        for full_name in coefficients.parameters if config.adapt_residual else coefficients.names:
             path, _, leaf = full_name.rpartition(".")
             owner = layer.get_submodule(path)
             computed = leaf not in owner._parameters and owner._forward_pre_hooks  # FSDP's views have no such hook
@@ -132,6 +144,7 @@ def describe_targets(targets: Mapping[str, Target]) -> dict[str, dict[str, Any]]
             "family": target.spec.family,
             "shape": list(target.coefficients.shape),
             "has_residual": target.coefficients.has_residual,
+            **describe(target.spec, target.layer),
         }
         for name, target in targets.items()
     }

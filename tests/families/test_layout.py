@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_lotra.families.layout import parse_layout
+from peft_lotra.families.layout import OpenLengthsError, parse_layout, suggest_patterns
 
 
 PATTERNS = {
@@ -90,6 +90,76 @@ def test_packed_residual_weights_are_the_last_slice():
     assert torch.equal(canonical[..., -1], residual)
 
 
+ELEMENTS = {
+    # a pattern, the roles, the shape that is stored, the lengths that are known, and the canonical shape
+    ("o i", "", ""): ((4, 3), {}, (4, 3, 1)),
+    ("o i ()", "", ""): ((4, 3, 1), {}, (4, 3, 1)),
+    ("o () (i k):2", "", ""): ((4, 1, 5, 3), {"i": 3}, (4, 3, 5)),
+    ("o i h w", "h w", ""): ((4, 3, 2, 7), {}, (4, 3, 1, 14)),
+    ("h o (k i) w", "h w", ""): ((2, 4, 15, 7), {"i": 3}, (4, 3, 5, 14)),
+    ("o (i k) ...", "", ""): ((4, 15, 2, 7), {"i": 3}, (4, 3, 5, 14)),
+    ("o i k ...", "", ""): ((4, 3, 5, 7), {}, (4, 3, 5, 7)),
+    ("o i k  ...", "", ""): ((4, 3, 5), {}, (4, 3, 5)),
+    ("g o i k", "", "g"): ((2, 4, 3, 5), {}, (8, 3, 5)),
+    ("g o (k i) ...", "", "g"): ((2, 4, 15, 2, 2, 2), {"i": 3}, (8, 3, 5, 8)),
+    ("(g o) i", "", "g"): ((8, 3), {"g": 2}, (8, 3, 1)),
+    ("(g o) ((i k) + i) h", "h", "g"): ((8, 18, 7), {"g": 2, "i": 3}, (8, 3, 6, 7)),
+}
+
+
+@pytest.mark.parametrize("roles, case", ELEMENTS.items())
+def test_axes_with_a_role(roles, case):
+    pattern, kernel, groups = roles
+    shape, known, canonical = case
+    layout = parse_layout(pattern, kernel, groups, len(shape))
+    lengths = layout.axis_lengths(shape, known)
+    assert layout.canonical_shape(lengths) == canonical
+    stored = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    read = layout.to_canonical(stored, lengths)
+    assert read.shape == canonical and torch.equal(layout.from_canonical(read, lengths, shape), stored)
+    assert sorted(read.flatten().tolist()) == list(range(stored.numel()))
+
+
+def test_elements_of_a_grouped_convolution_land_where_the_pattern_says():
+    g, o, k, i, h, w = torch.meshgrid(*map(torch.arange, (2, 4, 5, 3, 2, 3)), indexing="ij")
+    stored = (((((g * 10 + o) * 10 + k) * 10 + i) * 10 + h) * 10 + w).flatten(2, 3)
+    layout = parse_layout("g o (k i) h w", "h w", "g")
+    read = layout.to_canonical(stored, layout.axis_lengths(stored.shape, {"i": 3}))
+    # output 5 is the second of group 1
+    assert read[5, 2, 4, 5].item() == 114212 and read.shape == (8, 3, 5, 6)
+
+
+def test_a_view_of_two_flattened_axes_mixes_them_as_reshape_does():
+    weight = torch.randn(4, 1, 5, 3)  # ReLU-KAN: x (B, I, K) is reshaped, not transposed, to (B, 1, K, I)
+    layout = parse_layout("o () (i k):2")
+    read = layout.to_canonical(weight, layout.axis_lengths(weight.shape, {"k": 5}))
+    basis = torch.randn(7, 3, 5)
+    expected = torch.einsum("bxhw,oxhw->bo", basis.reshape(7, 1, 5, 3), weight)
+    torch.testing.assert_close(torch.einsum("bik,oik->bo", basis, read), expected)
+
+
+@pytest.mark.parametrize(
+    "shape, sizes, kernel, expected",
+    [
+        ((4, 3, 5), (4, 3), (), ["o i k"]),
+        ((5, 3, 4), (4, 3), (), ["k i o"]),
+        ((3, 3, 5), (3, 3), (), ["o i k", "i o k"]),
+        ((2, 4, 3, 5), (4, 3), (), ["k o i m"]),
+        ((4, 15), (4, 3), (), ["o (i k)"]),
+        ((15, 4), (4, 3), (), ["(i k) o"]),
+        ((12, 5), (4, 3), (), ["(o i) k"]),
+        ((4, 1, 15, 3, 3), (4, 3), ("h", "w"), ["o () (i k) h w"]),
+        ((7, 5), (4, 3), (), []),
+        ((2,) * 12, (2, 2), (), []),
+    ],
+)
+def test_patterns_are_suggested_that_fit(shape, sizes, kernel, expected):
+    assert suggest_patterns(shape, *sizes, kernel) == expected
+    for pattern in expected:
+        lengths = parse_layout(pattern, " ".join(kernel)).axis_lengths(shape, {"o": sizes[0], "i": sizes[1]})
+        assert (lengths["o"], lengths["i"]) == sizes
+
+
 def test_is_differentiable_both_ways():
     layout = parse_layout("o ((i k) + i)")
     stored = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
@@ -109,8 +179,11 @@ def test_is_differentiable_both_ways():
         ("o (i k", "parentheses do not match"),
         ("o i) k", "parentheses do not match"),
         ("o i k-1", "'k-1' does not consist of axis names"),
-        ("o i ...", "'...' does not consist of axis names"),
-        ("o i ()", "'()' does not consist of axis names"),
+        ("o ... i ...", "'...' does not consist of axis names"),
+        ("o (i k):0", "':0' does not consist of axis names"),
+        ("o (i k):12", "':12' does not consist of axis names"),
+        ("o i (+)", "'(+)' does not consist of axis names"),
+        ("o (i + i)", "the residual weights, of axes `o` and `i` alone"),
         ("o i 3", "'3' does not consist of axis names"),
         ("o ((i k) + i + i)", "at most two blocks"),
         ("((o k) + o) ((i j) + i)", "at most two blocks"),
@@ -144,3 +217,11 @@ def test_a_shape_that_does_not_fit(pattern, shape, known, problem):
         parse_layout(pattern).axis_lengths(shape, known)
     assert f"Pattern {pattern!r} does not fit a parameter of shape {shape}" in str(error.value)
     assert problem in str(error.value)
+
+
+def test_only_open_lengths_may_be_settled_by_another_parameter():
+    with pytest.raises(OpenLengthsError):
+        parse_layout("o (i k)").axis_lengths((4, 15), {})
+    with pytest.raises(ValueError) as error:
+        parse_layout("o (i k)").axis_lengths((4, 16), {"i": 3})
+    assert not isinstance(error.value, OpenLengthsError)

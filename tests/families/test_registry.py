@@ -112,11 +112,26 @@ def test_a_foreign_predicate_does_not_disturb_the_known_families(family):
 @pytest.mark.parametrize(
     "changes, problem",
     [
-        ({"coefficients": ("spline_coeffs", "i o")}, "'i o'.*'my-kan' has no basis axis"),
         ({"coefficients": ("spline_coeffs", "i o (k")}, r"'i o \(k'.*parentheses"),
         ({"coefficients": ("spline_coeffs", "a b c")}, "'a b c'.*`o` and `i` must appear once"),
         ({"residual": ("base_coeffs", "o i k")}, "'o i k'.*'my-kan' has an axis besides `o` and `i`"),
         ({"residual": ("base_coeffs", "o o")}, "'o o'.*`o` and `i` must appear once"),
+        ({"residual": ("base_coeffs", "o i h"), "kernel": "h"}, "'i o k', 'o i h' of 'my-kan' do not all .* `h`"),
+        ({"kernel": "k", "residual": ("base_coeffs", "o i")}, "do not all have the axes of the kernel, `k`"),
+        ({"kernel": "h"}, "do not all have the axes of the kernel, `h`"),
+        ({"groups": "g"}, "`groups` of 'my-kan' is 'g'.* must be axes"),
+        ({"groups": "i"}, "`groups` of 'my-kan' is 'i'.* must be axes"),
+        (
+            {"coefficients": [("a", "o ((i k) + i)"), ("b", "o i k")], "residual": None},
+            r"`\+` of 'my-kan' must be that of",
+        ),
+        ({"coefficients": ("a.*", "o ((i k) + i)"), "residual": None}, r"`\+` of 'my-kan' must be that of the only"),
+        ({"coefficients": []}, r"are \[\]. Expected a parameter and its pattern"),
+        ({"coefficients": "spline_coeffs"}, "are 'spline_coeffs'. Expected a parameter and its pattern"),
+        ({"coefficients": ("spline_coeffs",)}, "Expected a parameter and its pattern"),
+        ({"coefficients": [("a", "o i k"), ("a", "o i")]}, "repeat one"),
+        ({"coefficients": ("__class__.a", "o i k")}, "'__class__.a' of 'my-kan' is no name of a parameter"),
+        ({"grid": ("a b",)}, "'a b' of 'my-kan' is no name"),
         ({"coefficients": ("spline_coeffs", "o ((i k) + i)")}, "'my-kan' already contain the residual weights"),
     ],
 )
