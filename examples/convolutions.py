@@ -30,7 +30,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +41,16 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, find_kan_layers, preprocess_lotra
+from peft_lotra import (
+    LoTRAConfig,
+    create_lotra_optimizer,
+    find_kan_layers,
+    gradient_spectrum,
+    preprocess_lotra,
+    register_kan_layer,
+    suggest_ranks,
+)
+from peft_lotra.files.patterns import pattern_key
 
 
 torch.set_num_threads(1)  # additional threads slow down such small convolutions
@@ -55,10 +64,8 @@ RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
 SETTINGS: dict[str, list[dict]] = {
     "LoTRA": [
-        {"basis": basis, "kernel": kernel, "start": start, "lr": lr}
-        for (basis, kernel), start, lr in itertools.product(
-            ((2, 9), (4, 4), (4, 9), (6, 9)), ("random", "gradient"), (1e-2, 3e-2)
-        )
+        {"basis and kernel": ranks, "start": start, "lr": lr}
+        for ranks, start, lr in itertools.product(("suggested", (4, 4), (4, 9)), ("random", "gradient"), (1e-2, 3e-2))
     ],
     "LoRA": [
         {"convolutions": names, "lr": lr}
@@ -69,6 +76,7 @@ SETTINGS: dict[str, list[dict]] = {
     "head alone": [{"lr": lr} for lr in RATES],
 }
 WITH_BUDGET = ("LoTRA", "LoRA", "dense deltas")
+POLICIES = {"random": "width", "gradient": {"core": 0.03, "factor_out": 0.5}}  # as the README recommends
 COLORS = {"LoTRA": "tab:green", "LoRA": "tab:blue", "dense deltas": "tab:orange"}
 
 
@@ -100,6 +108,15 @@ class ConvolutionalKANLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         functions = self.rbf(self.layer_norm[0](x)).movedim(-1, 2).flatten(1, 2)
         return self.base_conv[0](self.base_activation(x)) + self.spline_conv[0](functions)
+
+
+register_kan_layer(
+    "example-convolution",
+    matches=ConvolutionalKANLayer,
+    coefficients=("spline_conv.*.weight", "o (i k) ..."),
+    residual=("base_conv.*.weight", "o i ..."),
+    grid=("rbf.grid",),
+)
 
 
 class Network(nn.Module):
@@ -193,20 +210,30 @@ def lora_cost(base: nn.Module, names: str = "base_conv|spline_conv") -> int:
     return sum(weight[0].numel() + len(weight) for weight in weights)
 
 
-def lotra_ranks(base: nn.Module, budget: int, basis: int, kernel: int) -> tuple[int, int, int, int]:
-    """The largest equal ranks of outputs and inputs that the budget allows."""
+Step = Callable[[], None]
 
-    def cost(r: int) -> int:
-        total = 0
+
+def lotra_ranks(base: nn.Module, budget: int, asked: str | tuple[int, int], step: Step) -> dict[str, tuple[int, ...]]:
+    """The ranks of each layer that the budget allows, as a `rank_pattern`.
+
+    They are suggested by the gradient's spectra, or equal for outputs and inputs beside those of basis and kernel.
+    """
+    if asked == "suggested":
+        return suggest_ranks(gradient_spectrum(base, None, step), budget=budget)
+
+    def at(r: int) -> tuple[int, dict[str, tuple[int, ...]]]:
+        total, pattern = 0, {}
         for layer in find_kan_layers(base):
             out, in_, functions, positions = layer.shape
             sizes = (out, in_, functions + layer.has_residual, positions)
-            ranks = [min(pair) for pair in zip((r, r, basis, kernel), sizes, strict=True)]
+            ranks = tuple(map(min, zip((r, r, *asked), sizes, strict=True)))
             total += math.prod(ranks) + sum(size * rank for size, rank in zip(sizes, ranks, strict=True))
-        return total
+            pattern[pattern_key(layer.name)] = ranks
+        return total, pattern
 
-    r = max(r for r in range(1, max(CHANNELS) + 1) if r == 1 or cost(r) <= budget)
-    return r, r, basis, kernel
+    return max((at(r) for r in range(1, max(CHANNELS) + 1) if r == 1 or at(r)[0] <= budget), key=lambda pair: pair[0])[
+        1
+    ]
 
 
 def basis_slices(model: nn.Module) -> Iterator[tuple[nn.Parameter, slice | tuple]]:
@@ -238,13 +265,21 @@ def adapt(method: str, setting: dict, task: Task, budget: int, seed: int, steps:
     torch.manual_seed(seed)
     model, lr, ranks = copy.deepcopy(task.base), setting["lr"], ""
     if method == "LoTRA":
-        r = lotra_ranks(model, budget, setting["basis"], setting["kernel"])
-        ranks, start = str(r), "gradient" if setting["start"] == "gradient" else True
-        config = LoTRAConfig(r=r, init_weights=start, modules_to_save=["head"])
+        base, start = model, setting["start"]
+
+        def step() -> None:
+            F.cross_entropy(base(task.after.x), task.after.y).backward()
+
+        pattern = lotra_ranks(base, budget, setting["basis and kernel"], step)
+        ranks, init = (
+            " ".join(str(r).replace(" ", "") for r in pattern.values()),
+            start == "gradient" and start or True,
+        )
+        config = LoTRAConfig(rank_pattern=pattern, init_weights=init, modules_to_save=["head"])
         if start == "gradient":
-            preprocess_lotra(model, config, lambda: F.cross_entropy(model(task.after.x), task.after.y).backward())
-        model = get_peft_model(model, config)
-        optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=lr)
+            preprocess_lotra(base, config, step)
+        model = get_peft_model(base, config)
+        optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=lr, policy=POLICIES[start])
     else:
         if method == "LoRA":
             names = setting["convolutions"]
@@ -349,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="how many runs are averaged (default: 5)")
     parser.add_argument("--tuning-seeds", type=int, default=2, help="how many runs choose the settings (default: 2)")
-    parser.add_argument("--steps", type=int, default=200, help="steps of each adaptation (default: 200)")
+    parser.add_argument("--steps", type=int, default=150, help="steps of each adaptation (default: 150)")
     parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, instead of the digits")
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results"

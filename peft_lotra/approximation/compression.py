@@ -198,6 +198,11 @@ class _Compression:
             layer = self.model.get_submodule(found.name)
             if not isinstance(layer, (SlimKANLinear, SlimLayer)):
                 layers[found.name] = locate_target(found.name, layer)[:2]
+        if convolutions := [name for name, (layer, spec) in layers.items() if len(spec.locate(layer).shape) > 3]:
+            raise ValueError(
+                f"`slim` does not compress convolutions, and `{convolutions[0]}` is a convolution. Compress the part "
+                "of the model without them."
+            )
         if not layers:
             raise ValueError(
                 "No KAN layer that could be compressed was found in the model. The known families are "

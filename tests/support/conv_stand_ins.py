@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_lotra import register_kan_layer
+from peft_lotra.families.registry import get_kan_spec
+
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -121,7 +124,7 @@ class FastKANConvNDLayer(_ConvKAN):
     """
 
     def __init__(
-        self, input_dim, output_dim, kernel_size, groups=1, padding=0, stride=1, ndim: int = 2, grid_size: int = 4
+        self, input_dim, output_dim, kernel_size, groups=1, padding=0, stride=1, ndim: int = 2, grid_size: int = 5
     ) -> None:
         super().__init__(input_dim, output_dim, kernel_size, groups, padding, stride, ndim)
         self.grid_size = grid_size
@@ -179,6 +182,38 @@ CONVOLUTIONS: dict[str, Callable[..., nn.Module]] = {
     cls.__name__.removesuffix("NDLayer").lower(): cls
     for cls in (KAGNConvNDLayer, KALNConvNDLayer, KACNConvNDLayer, FastKANConvNDLayer, KANConvNDLayer)
 }
+
+
+_BASE = {"residual": ("base_conv.*.weight", "o i ..."), "groups": "g"}
+_DESCRIPTIONS: dict[type, dict] = {
+    KAGNConvNDLayer: {
+        **_BASE,
+        "coefficients": ("poly_weights", "g o (k i) ..."),
+        "grid": ("beta_weights",),
+        "linear": False,
+    },
+    KALNConvNDLayer: {**_BASE, "coefficients": ("poly_weights", "g o (k i) ..."), "linear": False},
+    KACNConvNDLayer: {
+        "coefficients": ("poly_conv.*.weight", "o (i k) ..."),
+        "groups": "g",
+        "axes": lambda layer: {"k": layer.degree + 1},
+        "linear": False,
+    },
+    FastKANConvNDLayer: {**_BASE, "coefficients": ("spline_conv.*.weight", "o (i k) ..."), "grid": ("rbf.grid",)},
+    KANConvNDLayer: {
+        **_BASE,
+        "coefficients": ("spline_conv.*.weight", "o (i k) ..."),
+        "grid": ("grid",),
+        "linear": False,
+    },
+}
+
+
+def register_missing() -> None:
+    """Describes the stand-ins that the package does not recognize by itself."""
+    for cls, description in _DESCRIPTIONS.items():
+        if get_kan_spec(cls(2, 2, 3)) is None:
+            register_kan_layer(cls.__name__, matches=cls, **description)
 
 
 class ConvNet(nn.Module):

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from conv_stand_ins import CONVOLUTIONS, ConvNet, FastKANConvNDLayer, images
+from conv_stand_ins import CONVOLUTIONS, ConvNet, FastKANConvNDLayer, images, register_missing
 from helpers import lotra_layers
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from peft_lotra import (
     hotswap_adapter,
     preprocess_lotra,
     refit_adapters,
+    slim,
 )
+from peft_lotra.families import registry
 from peft_lotra.hub import adapter_table
 from peft_lotra.kan import KAN, jet
 from peft_lotra.optim import LevenbergMarquardt
@@ -32,6 +34,15 @@ from peft_lotra.tuner.targets import locate_target
 
 
 FAMILIES = list(CONVOLUTIONS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _families():
+    before = dict(registry._SPECS)
+    register_missing()
+    yield
+    registry._SPECS.clear()
+    registry._SPECS.update(before)
 
 
 def net(family: str = "fastkanconv", groups: int = 1, ndim: int = 2) -> ConvNet:
@@ -57,8 +68,7 @@ def train(model: nn.Module, x: Tensor, steps: int = 4) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("ndim", [1, 2, 3])
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups, ndim", [(2, 1), (1, 2), (2, 2), (1, 3)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_life_of_an_adapter(family, groups, ndim, tmp_path):
     base, x = net(family, groups, ndim), images(ndim=ndim)
@@ -257,6 +267,7 @@ def test_weighted_sums(combination):
 
 def test_hotswap(tmp_path):
     first, second, x = adapted(net("kagnconv")), adapted(net("kagnconv")), images()
+    lotra_layers(second)["base_model.model.first"].reset_lotra_parameters("default", init_weights=False)
     second.save_pretrained(tmp_path)
     assert not torch.allclose(first(x), second(x))
     hotswap_adapter(first, tmp_path)
@@ -269,6 +280,7 @@ def test_the_file_is_checked(tmp_path):
         PeftModel.from_pretrained(ConvNet("fastkanconv", width=8), tmp_path)
     row = adapter_table(adapted(net()))[0]
     assert (row.name, row.shape, row.ranks) == ("first", (6, 4, 6, 9), (3, 2, 2, 4))
+    assert row.norm == pytest.approx(adapted(net()).base_model.model.first.get_delta_weight("default").norm().item())
 
 
 def test_levenberg_marquardt_trains_them():
@@ -276,18 +288,21 @@ def test_levenberg_marquardt_trains_them():
     model, x = adapted(net().double(), random=False, r=(1, 1, 1, 2)), images(4, dtype=torch.float64)
     target = torch.randn(4, 3, dtype=torch.float64) * 0.1
 
-    def residuals() -> Tensor:
-        return (model(x) - target).flatten()
+    def residuals(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        return model(x) - target
 
     optimizer = LevenbergMarquardt(model)
-    losses = [float(optimizer.step(residuals)) for _ in range(4)]
-    assert losses[-1] < 0.5 * losses[0]
+    steps = [optimizer.step([(residuals, (x, target))]) for _ in range(4)]
+    assert all(step.accepted for step in steps) and steps[-1].loss < 0.5 * steps[0].loss
 
 
 def test_what_is_not_for_convolutions_says_so():
     model, x = adapted(net()), images()
-    with pytest.raises(TypeError, match="KAN"):
-        jet(model, x)
+    for network in (model, net()):
+        with pytest.raises(TypeError, match="`first`.* is a convolution"):
+            jet(network, x)
+    with pytest.raises(ValueError, match="slim.*`first`.* convolution"):
+        slim(net(), 2)
     layers, grid = lotra_layers(model), model.base_model.model.first.base_layer.rbf.grid
     delta = layers["base_model.model.first"].get_delta_weight("default").clone()
     with pytest.raises(ValueError, match="convolution"):
