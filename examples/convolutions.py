@@ -9,17 +9,16 @@
 
 A network of three convolutional KAN layers (radial basis functions, laid out as torch-conv-kan's FastKANConv2DLayer)
 is trained on images, and adapted with a few hundred labels to the same kind of images rotated by 90 degrees and
-inverted. The methods, each with the head trained too:
+inverted. The methods:
 
-* LoTRA, a core and four factors for each layer: out, in, basis and kernel;
+* LoTRA, a core and four factors (out, in, basis, kernel) for each layer, with ranks by `suggest_ranks`;
 * LoRA of PEFT on `base_conv` and `spline_conv`, which are ordinary `nn.Conv2d`;
 * dense deltas: the weights of whole basis functions, those with the largest gradient, as many as fit;
 * full fine-tuning, and the head alone.
 
-A budget is the number of parameters of LoRA on all convolutions at ranks 1, 2 and 4; the others have at most as many,
-without the head. How each method is set (learning rate; for LoRA which convolutions; for LoTRA the ranks and the
-start) is chosen at the middle budget, on seeds of its own, by the accuracy on images that count nowhere else. Writes
-convolutions.json, .md and .png.
+The first three leave the head as it is, and have at most the parameters of a budget: shares of LoRA of rank 1 on all
+convolutions. How each is set (learning rate; for LoRA which convolutions; for LoTRA the start) is chosen at each
+budget, on seeds of its own, by the accuracy on images that count nowhere else. Writes convolutions.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ import copy
 import itertools
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,13 +43,11 @@ from tqdm import tqdm
 from peft_lotra import (
     LoTRAConfig,
     create_lotra_optimizer,
-    find_kan_layers,
     gradient_spectrum,
     preprocess_lotra,
     register_kan_layer,
     suggest_ranks,
 )
-from peft_lotra.files.patterns import pattern_key
 
 
 torch.set_num_threads(1)  # additional threads slow down such small convolutions
@@ -58,25 +55,21 @@ torch.set_num_threads(1)  # additional threads slow down such small convolutions
 CHANNELS = (1, 8, 16, 16)
 BASIS = 5
 LABELS = 300  # of the shifted images, for adaptation
-LORA_RANKS = (1, 2, 4)
-TUNED_AT = 1  # the index of the budget at which settings are chosen
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+SHARES = (0.2, 0.5, 1, 2)  # of the parameters of LoRA of rank 1 on all convolutions
+RATES = (1e-2, 3e-2, 1e-1)
 
 SETTINGS: dict[str, list[dict]] = {
-    "LoTRA": [
-        {"basis and kernel": ranks, "start": start, "lr": lr}
-        for ranks, start, lr in itertools.product(("suggested", (4, 4), (4, 9)), ("random", "gradient"), (1e-2, 3e-2))
-    ],
+    "LoTRA": [{"start": start, "lr": lr} for start, lr in itertools.product(("random", "gradient"), RATES)],
     "LoRA": [
         {"convolutions": names, "lr": lr}
         for names, lr in itertools.product(("base_conv|spline_conv", "spline_conv", "base_conv"), RATES)
     ],
     "dense deltas": [{"lr": lr} for lr in RATES],
-    "full fine-tuning": [{"lr": lr} for lr in RATES],
+    "full fine-tuning": [{"lr": lr} for lr in (3e-3, 1e-2, 3e-2)],
     "head alone": [{"lr": lr} for lr in RATES],
 }
 WITH_BUDGET = ("LoTRA", "LoRA", "dense deltas")
-POLICIES = {"random": "width", "gradient": {"core": 0.03, "factor_out": 0.5}}  # as the README recommends
+POLICIES = {"random": "width", "gradient": {"core": 0.03, "factor_out": 0.5}}  # of the learning rates
 COLORS = {"LoTRA": "tab:green", "LoRA": "tab:blue", "dense deltas": "tab:orange"}
 
 
@@ -210,32 +203,6 @@ def lora_cost(base: nn.Module, names: str = "base_conv|spline_conv") -> int:
     return sum(weight[0].numel() + len(weight) for weight in weights)
 
 
-Step = Callable[[], None]
-
-
-def lotra_ranks(base: nn.Module, budget: int, asked: str | tuple[int, int], step: Step) -> dict[str, tuple[int, ...]]:
-    """The ranks of each layer that the budget allows, as a `rank_pattern`.
-
-    They are suggested by the gradient's spectra, or equal for outputs and inputs beside those of basis and kernel.
-    """
-    if asked == "suggested":
-        return suggest_ranks(gradient_spectrum(base, None, step), budget=budget)
-
-    def at(r: int) -> tuple[int, dict[str, tuple[int, ...]]]:
-        total, pattern = 0, {}
-        for layer in find_kan_layers(base):
-            out, in_, functions, positions = layer.shape
-            sizes = (out, in_, functions + layer.has_residual, positions)
-            ranks = tuple(map(min, zip((r, r, *asked), sizes, strict=True)))
-            total += math.prod(ranks) + sum(size * rank for size, rank in zip(sizes, ranks, strict=True))
-            pattern[pattern_key(layer.name)] = ranks
-        return total, pattern
-
-    return max((at(r) for r in range(1, max(CHANNELS) + 1) if r == 1 or at(r)[0] <= budget), key=lambda pair: pair[0])[
-        1
-    ]
-
-
 def basis_slices(model: nn.Module) -> Iterator[tuple[nn.Parameter, slice | tuple]]:
     """The weights of each basis function of each layer, as (parameter, index)."""
     for name, conv in convolutions(model):
@@ -260,94 +227,125 @@ def keep_largest_slices(model: nn.Module, task: Task, budget: int) -> int:
     return count
 
 
-def adapt(method: str, setting: dict, task: Task, budget: int, seed: int, steps: int) -> tuple[float, int, str]:
-    """The accuracy of the adapted model, its number of parameters without the head, and its ranks."""
+class Job(NamedTuple):
+    method: str
+    setting: dict
+    budget: int  # of parameters; 0 for the methods without
+    task: Task
+    seed: int
+    steps: int
+
+
+class Outcome(NamedTuple):
+    accuracy: float
+    parameters: int
+    ranks: str
+
+
+def adapt(job: Job) -> Outcome:
+    """One adaptation and its test."""
+    method, setting, budget, task, seed, steps = job
     torch.manual_seed(seed)
-    model, lr, ranks = copy.deepcopy(task.base), setting["lr"], ""
+    base, ranks, policy = copy.deepcopy(task.base), "", {}
+    model: nn.Module = base
     if method == "LoTRA":
-        base, start = model, setting["start"]
 
         def step() -> None:
             F.cross_entropy(base(task.after.x), task.after.y).backward()
 
-        pattern = lotra_ranks(base, budget, setting["basis and kernel"], step)
-        ranks, init = (
-            " ".join(str(r).replace(" ", "") for r in pattern.values()),
-            start == "gradient" and start or True,
-        )
-        config = LoTRAConfig(rank_pattern=pattern, init_weights=init, modules_to_save=["head"])
-        if start == "gradient":
+        pattern = suggest_ranks(gradient_spectrum(base, None, step), budget=budget)
+        ranks = " ".join(str(r).replace(" ", "") for r in pattern.values())
+        config = LoTRAConfig(rank_pattern=pattern, init_weights="gradient" if setting["start"] == "gradient" else True)
+        if setting["start"] == "gradient":
             preprocess_lotra(base, config, step)
         model = get_peft_model(base, config)
-        optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=lr, policy=POLICIES[start])
+        policy = POLICIES[setting["start"]]
+        optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=setting["lr"], policy=policy)
     else:
         if method == "LoRA":
             names = setting["convolutions"]
-            rank = max(budget // lora_cost(model, names), 1)
-            ranks, targets = str(rank), rf".*({names})\.\d+"
-            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=["head"])
-            model = get_peft_model(model, config)
+            rank = budget // lora_cost(base, names)
+            ranks = f"{rank} on {names.replace('|', ' and ')}"
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=rf".*({names})\.\d+")
+            model = get_peft_model(base, config)
         elif method == "head alone":
-            model.layers.requires_grad_(False)
+            base.layers.requires_grad_(False)
         elif method == "dense deltas":
-            count = keep_largest_slices(model, task, budget)
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
-    trained = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "head" not in name)
+            base.head.requires_grad_(False)
+            count = keep_largest_slices(base, task, budget)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=setting["lr"])
+    if method != "dense deltas":
+        count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     train_on(model, optimizer, task.after, steps, seed)
-    return accuracy(model, task.test), count if method == "dense deltas" else trained, ranks
+    return Outcome(accuracy(model, task.test), count, ranks)
 
 
-def choose(images: Images, args: argparse.Namespace, bar: tqdm) -> tuple[dict[str, dict], dict[str, list]]:
-    """The setting of each method with the best mean accuracy over the tuning seeds, and all of the means."""
-    tasks = [make_task(images, 1000 + seed, True, args.steps) for seed in range(args.tuning_seeds)]
-    chosen, tried = {}, {}
-    for method, settings in SETTINGS.items():
-        means = []
-        for setting in settings[: 2 if args.quick else None]:
-            scores = []
-            for seed, task in enumerate(tasks):
-                budget = LORA_RANKS[TUNED_AT] * lora_cost(task.base)
-                scores.append(adapt(method, setting, task, budget, 1000 + seed, args.steps)[0])
-                bar.update()
-            means.append((float(np.mean(scores)), setting))
-        tried[method] = [{**setting, "accuracy": score} for score, setting in means]
-        chosen[method] = max(means, key=lambda entry: entry[0])[1]
-    return chosen, tried
+def budgets_of(base: nn.Module) -> list[int]:
+    return [round(share * lora_cost(base)) for share in SHARES]
 
 
-def compare(images: Images, chosen: dict[str, dict], args: argparse.Namespace, bar: tqdm) -> dict:
-    rows: dict[str, dict] = {}
-    bases, before = [], []
-    for seed in range(args.seeds):
-        task = make_task(images, seed, False, args.steps)
-        bases.append(accuracy(task.base, task.test))
-        before.append(task.accuracy_before)
-        for method, rank in itertools.product(SETTINGS, LORA_RANKS):
-            key = f"{method}, budget {rank}" if method in WITH_BUDGET else method
-            if method not in WITH_BUDGET and rank != LORA_RANKS[0]:
-                continue
-            score, count, ranks = adapt(method, chosen[method], task, rank * lora_cost(task.base), seed, args.steps)
-            row = rows.setdefault(key, {"method": method, "parameters": count, "ranks": ranks, "accuracies": []})
-            row["accuracies"].append(score)
-            bar.update()
-    budgets = [rank * lora_cost(Network(images.x.shape[-1])) for rank in LORA_RANKS]
-    return {"base": bases, "base, images as they were": before, "budgets": budgets, "rows": list(rows.values())}
+def cases(base: nn.Module) -> list[tuple[str, int]]:
+    """Each method with each budget, or with 0."""
+    return [(method, budget) for method in SETTINGS for budget in (budgets_of(base) if method in WITH_BUDGET else [0])]
+
+
+def compare(images: Images, args: argparse.Namespace, run: Callable[[list[Job]], list[Outcome]]) -> dict:
+    """Chooses the settings on tasks of their own, then adapts with them."""
+    tuning = [make_task(images, 1000 + seed, True, args.steps) for seed in range(args.tuning_seeds)]
+    tasks = [make_task(images, seed, False, args.steps) for seed in range(args.seeds)]
+    base = tasks[0].base
+    options = [
+        (case, setting)
+        for case in cases(base)
+        for setting in SETTINGS[case[0]][: 2 if args.quick else None]
+        if case[0] != "LoRA" or lora_cost(base, setting["convolutions"]) <= case[1]
+    ]
+    if args.quick:  # LoRA fits into the smallest budget on these convolutions alone
+        options += [(case, SETTINGS["LoRA"][-1]) for case in cases(base) if case[0] == "LoRA"]
+    seeded = list(enumerate(tuning, 1000))
+    jobs = [Job(m, setting, b, task, seed, args.steps) for (m, b), setting in options for seed, task in seeded]
+    found = [outcome.accuracy for outcome in run(jobs)]
+    means = np.reshape(found, (len(options), -1)).mean(1)
+    tried = [
+        {"method": method, "budget": budget, "setting": setting, "accuracy": float(mean)}
+        for ((method, budget), setting), mean in zip(options, means, strict=True)
+    ]
+    rows = []
+    for method, budget in cases(base):
+        here = [entry for entry in tried if (entry["method"], entry["budget"]) == (method, budget)]
+        setting = max(here, key=lambda entry: entry["accuracy"])["setting"]
+        outcomes = run([Job(method, setting, budget, task, seed, args.steps) for seed, task in enumerate(tasks)])
+        row = {"method": method, "budget": budget, **outcomes[0]._asdict(), "setting": setting}
+        rows.append({**row, "accuracy": [outcome.accuracy for outcome in outcomes]})
+    bases = {"base": [accuracy(task.base, task.test) for task in tasks], "before": [t.accuracy_before for t in tasks]}
+    return {"budgets": budgets_of(base), **bases, "rows": rows, "tried": tried}
 
 
 def as_text(results: dict) -> str:
     """The table in Markdown."""
-    chosen = results["chosen"]
 
     def cells(values: list[float]) -> str:
         return f"{np.mean(values):.1f} | {' '.join(f'{value:.1f}' for value in values)}"
 
-    lines = ["| method | parameters, without the head | ranks | accuracy % | seeds |", "|---|--:|---|--:|---|"]
-    lines += [f"| base, not adapted | 0 | | {cells(results['base'])} |"]
-    for row in sorted(results["rows"], key=lambda row: row["parameters"]):
-        lines.append(f"| {row['method']} | {row['parameters']:,} | {row['ranks']} | {cells(row['accuracies'])} |")
-    lines += ["", f"The base has {np.mean(results['base, images as they were']):.1f} % on images as they were.", ""]
-    lines += [f"* {method}: {', '.join(f'{k} {v}' for k, v in chosen[method].items())}" for method in chosen]
-    return f"# {results['data']}: rotated by 90 degrees and inverted, {LABELS} labels\n\n" + "\n".join(lines) + "\n"
+    lines = [
+        "| budget | method | parameters | ranks | setting | accuracy % | seeds |",
+        "|--:|---|--:|---|---|--:|---|",
+    ]
+    lines += [f"| | base, not adapted | 0 | | | {cells(results['base'])} |"]
+    for row in sorted(results["rows"], key=lambda row: row["budget"]):
+        setting = ", ".join(
+            f"{name} {value:g}" if name == "lr" else f"{value}" for name, value in row["setting"].items()
+        )
+        budget = f"{row['budget']:,}" if row["budget"] else ""
+        cell = (
+            f"| {budget} | {row['method']} | {row['parameters']:,} | {row['ranks']} | {setting.replace('|', ' and ')} "
+        )
+        lines.append(cell + f"| {cells(row['accuracy'])} |")
+    title = f"{results['data']}: rotated by 90 degrees and inverted, {LABELS} labels"
+    note = (
+        f"The base has {np.mean(results['before']):.1f} % on images as they were. Ranks of LoTRA are those of seed 0."
+    )
+    return "\n".join([f"# {title}", "", note, "", *lines]) + "\n"
 
 
 def draw(results: dict, images: Images, path: Path) -> None:
@@ -360,18 +358,15 @@ def draw(results: dict, images: Images, path: Path) -> None:
     pictures.set(xticks=[], yticks=[], title="before and after the shift")
     for method in WITH_BUDGET:
         rows = [row for row in results["rows"] if row["method"] == method]
-        counts, means = zip(*((row["parameters"], np.mean(row["accuracies"])) for row in rows), strict=True)
+        counts, means = zip(*((row["parameters"], np.mean(row["accuracy"])) for row in rows), strict=True)
         axis.plot(counts, means, color=COLORS[method], marker="o", label=method)
         for row in rows:
-            axis.plot(
-                [row["parameters"]] * len(row["accuracies"]), row["accuracies"], ".", color=COLORS[method], alpha=0.4
-            )
-    for row in results["rows"]:
-        if row["method"] not in WITH_BUDGET:
-            label = row["method"] + (f" ({row['parameters']:,})" if row["parameters"] else "")
-            style = "--" if row["parameters"] else ":"
-            axis.axhline(np.mean(row["accuracies"]), color="0.4", linestyle=style, label=label)
-    axis.set(xscale="log", xlabel="trained parameters, without the head", ylabel="accuracy %")
+            count, scores = row["parameters"], row["accuracy"]
+            axis.plot([count] * len(scores), scores, ".", color=COLORS[method], alpha=0.4)
+    for style, row in zip(("--", ":"), [row for row in results["rows"] if not row["budget"]], strict=True):
+        label = f"{row['method']} ({row['parameters']:,})"
+        axis.axhline(np.mean(row["accuracy"]), color="0.4", linestyle=style, label=label)
+    axis.set(xscale="log", xlabel="trained parameters", ylabel="accuracy %")
     axis.set_title(f"{results['data']}, shifted: mean and seeds")
     axis.set_xticks(results["budgets"], [f"{budget:,}" for budget in results["budgets"]])
     axis.minorticks_off()
@@ -389,22 +384,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results"
     )
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     parser.add_argument("--quick", action="store_true", help="one seed, few steps and settings: to see it run")
     args = parser.parse_args(argv)
     if args.quick:
         args.seeds, args.tuning_seeds, args.steps = 1, 1, 3
 
-    start = time.process_time()
     images = load(args.data_dir)
-    tuned = sum(len(settings[: 2 if args.quick else None]) for settings in SETTINGS.values()) * args.tuning_seeds
-    runs = (len(WITH_BUDGET) * len(LORA_RANKS) + len(SETTINGS) - len(WITH_BUDGET)) * args.seeds
-    with tqdm(total=tuned + runs, unit="run", ncols=100) as bar:
-        chosen, tried = choose(images, args, bar)
-        results = compare(images, chosen, args, bar)
+    with tqdm(unit="run", ncols=100) as bar, ProcessPoolExecutor(args.workers) as pool:
+
+        def run(jobs: list[Job]) -> list[Outcome]:
+            outcomes = []
+            for outcome in pool.map(adapt, jobs) if args.workers > 1 else map(adapt, jobs):
+                outcomes.append(outcome)
+                bar.update()
+            return outcomes
+
+        results = compare(images, args, run)
     data = "digits" if args.data_dir is None else "MNIST, 14x14"
     setting = {"labels": LABELS, "steps": args.steps, "channels": CHANNELS, "basis": BASIS}
-    results = {"data": data, "setting": setting, "chosen": chosen, **results, "tried": tried}
-    results["seconds"] = round(time.process_time() - start)
+    results = {"data": data, "setting": setting, **results}
     args.output.mkdir(parents=True, exist_ok=True)
     name = "convolutions" + ("_mnist" if args.data_dir else "") + ("_quick" if args.quick else "")
     (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -16,7 +16,7 @@ from ..functional import call_with_parameters
 from ..kan.basis import in_transform
 from ..kan.jets.layers import contract_updates
 from ..kan.layer import KANLinear
-from ..tucker import KernelTucker, Ranks, Tucker, Update, cap_ranks, tucker_of
+from ..tucker import KernelTucker, Ranks, Tucker, Update, cap_ranks
 from .config import LoTRAConfig
 from .fast_path import Formula, find_formula
 from .grid_watch import GridWatch, has_hooks
@@ -149,7 +149,9 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
     def get_components(self, adapter_name: str) -> Tucker:
         """core (ro, ri, rb [, rk]), factor_out (out, ro), factor_in (in, ri), factor_basis (basis, rb) of an adapter,
         and factor_kernel (kernel, rk) where the layer has a kernel."""
-        return tucker_of(*(self._modules[name][adapter_name] for name in self.adapter_layer_names))
+        names = self.adapter_layer_names
+        kind = Tucker if len(names) == len(Tucker._fields) else KernelTucker
+        return kind(*(self._modules[name][adapter_name] for name in names))
 
     @torch.no_grad()
     def set_components(self, adapter_name: str, components: Tucker) -> None:

@@ -13,6 +13,7 @@ from conv_stand_ins import ConvNet, images, register_missing
 from peft import get_peft_model
 
 from peft_lotra import LoTRAConfig, extract_lotra, gradient_spectrum, model_summary, suggest_ranks, update_spectrum
+from peft_lotra.approximation.features import Features, as_rows
 from peft_lotra.approximation.spectra import cheapest, spectrum_of
 from peft_lotra.families import registry
 from peft_lotra.plotting import plot_edge_functions, plot_spectra
@@ -86,12 +87,37 @@ def test_extraction_finds_the_update(family, groups):
     torch.testing.assert_close(model.eval()(x), expected, atol=1e-3, rtol=1e-3)
 
 
-def test_extraction_by_inputs_is_refused_and_nothing_changes():
-    base, tuned = tuned_pair((2, 1, 3, 2))
-    before = base.state_dict()
-    with pytest.raises(ValueError, match="`inputs`.*convolution.*first"):
+def test_features_are_those_of_all_positions_of_the_kernel():
+    layer, x = ConvNet("fastkanconv").first.double(), images(dtype=torch.float64)
+    _, spec, location = locate_target("first", layer)
+    features, coefficients = Features(layer, spec, x), location.read(layer).detach()
+    assert features.values.shape == (3 * 4 * 4, 4, 6, 9) and [len(m) for m in features.metrics] == [4, 6, 9]
+    torch.testing.assert_close(features.outputs(coefficients), as_rows(layer(x), True).detach())
+    weighted = features.weigh(coefficients)
+    assert weighted.shape == coefficients.shape and weighted.norm() == pytest.approx(1)
+    torch.testing.assert_close(features.fit(coefficients, (6, 4, 6, 9)).dense(), coefficients, atol=1e-2, rtol=0)
+
+
+def test_extraction_by_inputs_keeps_what_shows_in_the_outputs():
+    base, tuned = tuned_pair((6, 4, 5, 8), "fastkanconv", groups=1)
+    x = images(20)
+    errors = []
+    for inputs in (None, x):
+        model = extract_lotra(copy.deepcopy(base), tuned, (3, 2, 2, 4), inputs=inputs).eval()
+        change = (tuned.first(x) - base.first(x)).norm()
+        errors.append(((model.base_model.model.first(x) - tuned.first(x)).norm() / change).item())
+    assert errors[1] < errors[0] and model.extraction_report.output_errors["first"] == pytest.approx(
+        errors[1], rel=0.05
+    )
+
+
+@pytest.mark.parametrize("family, groups, why", [("kagnconv", 1, "bent after the sum"), ("fastkanconv", 2, "groups")])
+def test_extraction_by_inputs_is_refused_where_it_would_be_wrong(family, groups, why):
+    base, tuned = tuned_pair((2, 1, 3, 2), family, groups)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    with pytest.raises(ValueError, match=f"`inputs` cannot weigh .*`first`.*{why}"):
         extract_lotra(base, tuned, 2, inputs=images())
-    assert list(base.state_dict()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
 
 
 def test_pictures_and_summaries():
