@@ -9,6 +9,7 @@ from .approximation.compression import SlimReport, slim, to_dense
 from .approximation.extraction import ExtractionReport, extract_lotra
 from .approximation.spectra import Spectrum, gradient_spectrum, suggest_ranks, update_spectrum
 from .families import known  # noqa: F401  (registers the known families)
+from .families.candidates import KANCandidate
 from .families.registry import FoundKANLayer, KANLayerSpec, find_kan_layers, register_kan_layer
 from .files.format import save_adapter
 from .hub.card import write_model_card
@@ -16,6 +17,7 @@ from .hub.push import push_to_hub
 from .optim.learning_rates import LoTRALearningRates, create_lotra_optimizer, lotra_lr_multipliers
 from .summary import ModelSummary, model_summary
 from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
+from .tuner.check import KANLayerReport, check_kan_layer
 from .tuner.config import LoTRAConfig
 from .tuner.gradients import preprocess_lotra
 from .tuner.hotswap import hotswap_adapter
@@ -29,6 +31,8 @@ from .tuner.registration import register
 __all__ = [
     "ExtractionReport",
     "FoundKANLayer",
+    "KANCandidate",
+    "KANLayerReport",
     "KANLayerSpec",
     "LoTRAConfig",
     "LoTRALayer",
@@ -39,6 +43,7 @@ __all__ = [
     "SlimReport",
     "Spectrum",
     "__version__",
+    "check_kan_layer",
     "create_lotra_optimizer",
     "enable_mixed",
     "extract_lotra",

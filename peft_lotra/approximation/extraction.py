@@ -284,13 +284,13 @@ def _check_same_basis(name: str, layer: nn.Module, other: nn.Module, spec: KANLa
     """Raises a ValueError if the coefficients of the two layers do not multiply the same functions."""
     grids, others = spec.read_grid(layer), spec.read_grid(other)
     differ = [state for state in grids if not same_grid({state: grids[state]}, {state: others.get(state)})]
-    if not differ and spec.basis is not None:
-        _, in_features, _ = spec.locate(layer).shape
-        x = torch.linspace(-1, 1, 9).to(next(layer.parameters()))[:, None].expand(-1, in_features)
+    _, in_features, *_ = spec.locate(layer).shape
+    x = torch.linspace(-1, 1, 9).to(next(layer.parameters()))[:, None].expand(-1, in_features)
+    if not differ and (first := spec.basis_or_none(layer, x)) is not None:
         # with the same parameters: `_compare` reports the changes of those that a basis has (FastKAN's normalization)
         same = {parameter: value.detach() for parameter, value in layer.named_parameters()}
-        first, second = spec.basis(layer, x), call_with_parameters(other, same, partial(spec.basis, other), (x,), {})
-        if first.shape != second.shape or not torch.equal(first, second):
+        second = call_with_parameters(other, same, partial(spec.basis_or_none, other), (x,), {})
+        if second is None or first.shape != second.shape or not torch.equal(first, second):
             differ = ["basis"]
     if differ:
         raise ValueError(

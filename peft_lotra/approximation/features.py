@@ -25,11 +25,6 @@ _RIDGE_OUT = 1e-2  # of the outputs of a layer
 
 _PROBES = 16  # random directions of the model's outputs that are traced back to the layers
 
-_CANNOT_WEIGH = (
-    "`inputs` cannot weigh the coefficients of `{}`, whose output is {}: leave `inputs` out, so that all coefficients "
-    "count alike."
-)
-
 
 class Features:
     """The features (basis functions of inputs) of one layer for inputs x, and the weights of its outputs.
@@ -168,22 +163,24 @@ def model_outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 def gather_features(
     model: nn.Module, layers: Mapping[str, tuple[nn.Module, KANLayerSpec]], inputs: torch.Tensor
 ) -> dict[str, Features]:
-    """The features of each layer for inputs of the model.
+    """The features of each layer for inputs of the model; a ValueError if no input reaches one of the layers.
 
-    Raises:
-        ValueError: No input reaches one of the layers; outputs of a layer are not linear in its coefficients, or its
-            blocks (the groups of a convolution) have features of their own.
+    Layers whose output is not linear in their coefficients have none, nor have convolutions of several groups, each
+    of which has inputs of its own.
     """
+    layers = {name: (layer, spec) for name, (layer, spec) in layers.items() if spec.linear}
+    if not layers:
+        return {}
     shapes = {name: spec.locate(layer).shape for name, (layer, spec) in layers.items()}
-    if bent := [name for name, (_, spec) in layers.items() if not spec.linear]:
-        raise ValueError(_CANNOT_WEIGH.format(bent[0], "normalized or bent after the sum over its basis functions"))
+    grouped: set[str] = set()
     received: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     returned: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
     def note(name: str, layer: nn.Module, args: tuple[Any, ...], y: Any) -> None:
         x, is_convolution = args[0].detach(), len(shapes[name]) > 3
         if is_convolution and x.shape[1] != shapes[name][1]:
-            raise ValueError(_CANNOT_WEIGH.format(name, "of several groups, each with inputs of its own"))
+            grouped.add(name)
+            return
         received[name].append(x if is_convolution else x.flatten(0, -2))
         y = first_output(y)
         returned[name].append(y if y.requires_grad else y.requires_grad_())  # the model may be frozen
@@ -192,10 +189,10 @@ def gather_features(
         for name, (layer, _) in layers.items():
             hooks.enter_context(layer.register_forward_hook(partial(note, name)))
         result = model_outputs(model, inputs)
-    if missed := [name for name, xs in received.items() if not xs]:
+    if missed := [name for name, xs in received.items() if not xs and name not in grouped]:
         raise ValueError(f"None of `inputs` reaches {missed}: the model's forward pass does not call these layers.")
     metrics = _metrics(result, returned, {name for name, shape in shapes.items() if len(shape) > 3})
-    return {name: Features(*layers[name], torch.cat(xs), metrics.get(name)) for name, xs in received.items()}
+    return {name: Features(*layers[name], torch.cat(xs), metrics.get(name)) for name, xs in received.items() if xs}
 
 
 def _metrics(
@@ -204,7 +201,7 @@ def _metrics(
     """Estimates of the sums of J^T J by layer, (out, out), where J are the derivatives of the result in the layer's
     outputs: s^T J has the second moment J^T J for random signs s. Layers without derivatives are left out."""
     metrics: dict[str, torch.Tensor] = {}
-    if not result.requires_grad:
+    if not result.requires_grad or not any(returned.values()):
         return metrics
     names, outputs = zip(*((name, y) for name, ys in returned.items() for y in ys), strict=True)
     generator = torch.Generator().manual_seed(0)

@@ -291,13 +291,19 @@ def _suggestion(layer: nn.Module, layout: Layout, parameter: torch.Tensor, lengt
     return f" With {sizes['o']} outputs and {sizes['i']} inputs {patterns} would fit."
 
 
-def named_size(layer: nn.Module, axis: str) -> int | None:
-    """The number of outputs (`"o"`) or inputs (`"i"`) that a layer names itself, by one of the usual attributes."""
+def named_attribute(layer: nn.Module, axis: str) -> str | None:
+    """The usual attribute by which a layer names the number of its outputs (`"o"`) or inputs (`"i"`), if it does."""
     for name in _SIZES[axis]:
         value = getattr(layer, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
+            return name
     return None
+
+
+def named_size(layer: nn.Module, axis: str) -> int | None:
+    """The number of outputs (`"o"`) or inputs (`"i"`) that a layer names itself."""
+    name = named_attribute(layer, axis)
+    return getattr(layer, name) if name else None
 
 
 def expand_name(layer: nn.Module, name: str) -> list[str]:

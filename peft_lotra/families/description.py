@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property, partial
 from keyword import iskeyword
 from operator import attrgetter
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 from ..kan.basis import UniformGrid
 from .coefficients import CoefficientTensor, Described, expand_name, get_or_none, locate_coefficients
 from .layout import Layout, parse_layout
+from .probe import check_description, choose_reading, pattern_variants
 
 
 Grid = dict[str, "torch.Tensor | int | float"]
@@ -164,9 +166,39 @@ class KANLayerSpec:
         return dict(self.axes(layer) if callable(self.axes) else self.axes or {})
 
     def locate(self, layer: nn.Module) -> CoefficientTensor:
-        """Finds the coefficients of a layer; raises a `ValueError` if a pattern does not fit its parameter."""
-        roles = self.kernel, self.groups
-        return locate_coefficients(layer, self.family, self.parts, self.residual, self.axes_of(layer), roles)
+        """Finds the coefficients of a layer; raises a `ValueError` if a pattern does not fit its parameter.
+
+        If the gradients of the layer say that outputs and inputs are stored in the other order, they are read so.
+        """
+        return choose_reading(layer, self.read_grid(layer), self._readings, self._locator(layer))
+
+    def locate_as_described(self, layer: nn.Module) -> CoefficientTensor:
+        """Finds the coefficients of a layer by the patterns alone; a `ValueError` if one does not fit."""
+        return self._locator(layer)(self.parts, self.residual)
+
+    def check(self, name: str, layer: nn.Module, tensor: CoefficientTensor) -> None:
+        """Raises a `ValueError` if what a layer, of this name in its model, computes contradicts the description."""
+        (parameter, _), *others = self.parts
+        locate, residual = self._locator(layer), self.residual if tensor.separate_residual else None
+        variants = {
+            pattern: partial(locate, ((parameter, pattern), *others), residual)
+            for pattern in pattern_variants(tensor.parts[0][0].layout.pattern)
+        }
+        check_description(name, layer, self.read_grid(layer), self._readings, tensor, variants, self.linear)
+
+    def _locator(self, layer: nn.Module) -> Callable[..., CoefficientTensor]:
+        axes, roles = self.axes_of(layer), (self.kernel, self.groups)
+        return lambda parts, residual: locate_coefficients(layer, self.family, parts, residual, axes, roles)
+
+    @cached_property
+    def _readings(self) -> list[tuple[tuple[Described, ...], Described | None]]:
+        """Parts and residual branch as described, and with outputs and inputs exchanged in both, or in one of them."""
+        parts, residual = self.parts, self.residual
+        other = tuple((name, pattern_variants(pattern)[0]) for name, pattern in parts)
+        other_residual = residual and (residual[0], pattern_variants(residual[1])[0])
+        return list(
+            dict.fromkeys([(parts, residual), (other, residual), (other, other_residual), (parts, other_residual)])
+        )
 
     def read_grid(self, layer: nn.Module) -> Grid:
         """The state that gives the coefficients of a layer their meaning, by name, without what the layer lacks."""
@@ -183,6 +215,17 @@ class KANLayerSpec:
             if value is not None:
                 values[name] = value
         return values
+
+    def basis_or_none(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """The basis functions (batch, in, basis) at x (batch, in), or `None` if the family has none for this layer.
+
+        A `basis` that raises, or returns no tensor, counts as none: the layer may be another version of its library's.
+        """
+        try:
+            value = None if self.basis is None else self.basis(layer, x)
+        except Exception:  # a user's function
+            return None
+        return value if isinstance(value, torch.Tensor) else None
 
     def find_edge_scale(self, layer: nn.Module) -> str | None:
         """The name of the parameter that scales the splines of each edge, or `None` if the layer has none."""

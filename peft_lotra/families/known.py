@@ -40,6 +40,11 @@ def _pykan_basis(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return B_batch(x, layer.grid, k=layer.k)
 
 
+def _chebyshev_basis(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    degrees = torch.arange(layer.cheby_coeffs.shape[-1], device=x.device)  # tabkan's layers have no `arange`
+    return torch.cos(degrees * torch.acos(torch.tanh(x)).unsqueeze(-1))
+
+
 register_kan_layer(
     "qkan-fourier",
     matches=lambda m: m.fourier_weight.ndim == 3 and m.freqs.ndim == 1,
@@ -98,7 +103,7 @@ register_kan_layer(
     "cheby-kan",
     matches=lambda m: m.cheby_coeffs.ndim == 3,
     coefficients=("cheby_coeffs", "i o k"),
-    basis=lambda m, x: torch.cos(m.arange * torch.acos(torch.tanh(x)).unsqueeze(-1)),
+    basis=_chebyshev_basis,
 )
 register_kan_layer(
     "fast-kan",  # FasterKAN too, which has no residual branch

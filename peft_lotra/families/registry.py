@@ -12,13 +12,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..functional import unwrap
+from .candidates import KANCandidate, find_candidates
 from .description import REGISTERED as _SPECS
 from .description import Grid, KANLayerSpec, get_registered, spec_from_file
 
@@ -83,7 +84,12 @@ def keep_as_built_in() -> None:
 
 def describe(spec: KANLayerSpec, layer: nn.Module) -> dict[str, Any]:
     """The entry of a file that describes the family of a layer; empty for a family that comes with this package."""
-    return {} if _BUILT_IN.get(spec.family) is spec else {"description": spec.describe(layer)}
+    return {} if is_built_in(spec) else {"description": spec.describe(layer)}
+
+
+def is_built_in(spec: KANLayerSpec) -> bool:
+    """Whether a family comes with this package."""
+    return _BUILT_IN.get(spec.family) is spec
 
 
 def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KANLayerSpec | None:
@@ -144,11 +150,18 @@ class FoundKANLayer:
     has_residual: bool
 
 
-def find_kan_layers(model: nn.Module) -> list[FoundKANLayer]:
+@overload
+def find_kan_layers(model: nn.Module, candidates: Literal[False] = False) -> list[FoundKANLayer]: ...
+@overload
+def find_kan_layers(model: nn.Module, candidates: Literal[True]) -> list[FoundKANLayer | KANCandidate]: ...
+def find_kan_layers(model: nn.Module, candidates: bool = False) -> Any:
     """Lists the KAN layers of a model, adapted or not, in the order of `model.named_modules()`.
 
     Args:
         model (`nn.Module`): Any model.
+        candidates (`bool`): Whether to list also, behind them, the modules that may be KAN layers of a family that is
+            not known: those with parameters of three axes or more. The attribute `registration` of each is a call to
+            paste, and `is_verified` whether the module, which is run for that, computes what it says.
 
     Raises:
         ValueError: A layer was recognized but a pattern of its family does not fit its parameters.
@@ -160,10 +173,14 @@ def find_kan_layers(model: nn.Module) -> list[FoundKANLayer]:
         [('layers.0', 'peft-lotra', (4, 2, 8)), ('layers.1', 'peft-lotra', (1, 4, 8))]
     """
     found = []
-    for name, layer, spec in walk_kan_layers(unwrap(model)):
+    known: set[int] = set()
+    network = unwrap(model)
+    for name, layer, spec in walk_kan_layers(network):
         tensor = spec.locate(layer)
         found.append(FoundKANLayer(name, spec.family, tensor.shape, tensor.has_residual))
-    return found
+        # an adapted layer is no candidate, nor is anything inside it
+        known |= {id(inner) for inner in (network.get_submodule(name) if name else network).modules()}
+    return [*found, *find_candidates(network, known)] if candidates else found
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:

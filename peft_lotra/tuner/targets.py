@@ -111,12 +111,17 @@ def locate_target(name: str, module: nn.Module, record: Mapping[str, Any] | None
 
 
 def check_parameters(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
-    """Refuses coefficients that are computed anew in each forward pass, and those that two layers share."""
+    """Refuses coefficients that are computed anew in each forward pass, and those that two layers share.
+
+    What the layers compute is compared with their descriptions.
+    """
     owners: dict[int, tuple[str, nn.Module]] = {}
     adapted = {name: Target(m.base_layer, m.lotra_spec, m.lotra_tensor) for name, m in lotra_layers(model)}
     for name, (layer, _, coefficients) in {**adapted, **targets}.items():
         if isinstance(layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
             continue
+        if name in targets and not isinstance(model.get_submodule(name), LoTRALayer):
+            targets[name].spec.check(name, layer, coefficients)
         for full_name in coefficients.parameters if config.adapt_residual else coefficients.names:
             path, _, leaf = full_name.rpartition(".")
             owner = layer.get_submodule(path)

@@ -11,11 +11,13 @@ import pytest
 import torch
 from helpers import adapt, assert_same, base, inputs, lotra_layers, nested, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model
-from stand_ins import FAMILIES
+from stand_ins import FAMILIES, ChebyKANLayer
 
+from peft_lotra import register_kan_layer
 from peft_lotra.approximation.extraction import extract_lotra
 from peft_lotra.approximation.spectra import update_spectrum
 from peft_lotra.approximation.updates import coefficient_updates
+from peft_lotra.families import registry
 from peft_lotra.families.registry import get_kan_spec
 from peft_lotra.kan import KAN
 from peft_lotra.tuner.targets import exact_targets
@@ -279,3 +281,53 @@ def test_inputs_that_do_not_fit_leave_the_base_as_it_was():
         with pytest.raises(ValueError, match=message):
             extract_lotra(model, tuned, r=2, inputs=wrong)
     assert_same(model, before)
+
+
+def raises(layer, x):
+    raise ZeroDivisionError("by hand")
+
+
+@pytest.mark.parametrize("basis", [raises, lambda layer, x: None, lambda layer, x: layer.no_such])
+def test_a_basis_that_raises_is_no_basis(basis, monkeypatch):
+    monkeypatch.setitem(registry._SPECS, "broken", registry._SPECS["cheby-kan"])  # and at the end there is none
+    register_kan_layer("broken", matches=ChebyKANLayer, coefficients=("cheby_coeffs", "i o k"), basis=basis)
+    model = base("cheby-kan", torch.float64)
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned.kan.cheby_coeffs.add_(0.1 * torch.randn_like(tuned.kan.cheby_coeffs))
+    x = inputs(dtype=torch.float64)
+    torch.testing.assert_close(extract_lotra(model, tuned, r=100)(x), tuned(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_chebykan_without_a_buffer_of_degrees():
+    """tabkan computes its polynomials by their recurrence."""
+    model = base("cheby-kan", torch.float32)
+    del model.kan.arange
+
+    class Recurrence(ChebyKANLayer):
+        def forward(self, x):
+            x = torch.tanh(x)
+            values = [torch.ones_like(x), x]
+            while len(values) < self.cheby_coeffs.shape[-1]:
+                values.append(2 * x * values[-1] - values[-2])
+            return torch.einsum("bid,iod->bo", torch.stack(values, -1), self.cheby_coeffs)
+
+    model.kan.__class__ = Recurrence
+    tuned, x = copy.deepcopy(model), inputs()
+    with torch.no_grad():
+        tuned.kan.cheby_coeffs.add_(0.1 * torch.randn_like(tuned.kan.cheby_coeffs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(extract_lotra(model, tuned, r=100)(x), tuned(x), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_are_not_linear_are_not_weighted_by_features(monkeypatch):
+    monkeypatch.setitem(registry._SPECS, "broken", registry._SPECS["cheby-kan"])
+    register_kan_layer("broken", matches=ChebyKANLayer, coefficients=("cheby_coeffs", "i o k"), linear=False)
+    model, x = base("cheby-kan", torch.float64), inputs(dtype=torch.float64)
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned.kan.cheby_coeffs.add_(0.1 * torch.randn_like(tuned.kan.cheby_coeffs))
+    extracted = extract_lotra(model, tuned, r=100, inputs=x)
+    assert not extracted.extraction_report.output_errors
+    torch.testing.assert_close(extracted(x), tuned(x), rtol=1e-5, atol=1e-5)

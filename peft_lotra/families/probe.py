@@ -1,0 +1,390 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a layer does, compared with its description: a few gradients and outputs of a copy that shares its tensors.
+
+For one input x the output before normalizations is z[o] = sum_{i,k} A[o,i,k] phi_k(x[i]), so that the gradient of any
+function of the outputs is d[o] phi_k(x[i]). Three things follow, and are checked.
+
+* The gradient of one output is zero but in its slice of A, or, behind a normalization of the outputs, the gradient is
+  of rank one when it is unfolded along the outputs.
+* If two inputs are exchanged, which no normalization of the inputs notices, the gradient changes in their slices
+  alone, up to a factor for each output.
+* The output is an affine function of A.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import combinations
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from .coefficients import CoefficientTensor, Described
+
+
+_NO_EFFECT = 1e-4  # of the largest gradient: rounding
+_EFFECT = 1e-2
+CURVATURE = 1e-2  # of the change: more than rounding in float32 makes of an affine function
+
+
+class Verdict(NamedTuple):
+    """What a probe found of each axis: `True` as described, `False` not so, `None` not decided.
+
+    An axis that is not as described may also be one that the layer mixes, e.g. by a normalization.
+    """
+
+    outputs: bool | None = None
+    inputs: bool | None = None
+    reason: str = ""  # why nothing was decided
+    contradicted: bool = False  # an output does not depend on its own slice, and does on others
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether an axis is as described, and none is not."""
+        return False not in self[:2] and True in self[:2]
+
+    def __str__(self) -> str:
+        words = {True: "verified", False: "not as described, or mixed", None: "not decided"}
+        if self[:2] == (None, None):
+            return f"not verified: {self.reason or 'all axes have the length one'}"
+        return f"outputs {words[self.outputs]}, inputs {words[self.inputs]}"
+
+
+class Probe:
+    """Runs a copy of a layer that shares its tensors, in evaluation mode, without hooks, on one input.
+
+    Nothing of the layer itself is changed, nor the random generators. Whatever the layer raises ends in
+    `Verdict.reason`.
+
+    Args:
+        layer: The layer.
+        grid: The tensors that say where the basis functions are, to place the input there.
+    """
+
+    def __init__(self, layer: nn.Module, grid: Mapping[str, Any]) -> None:
+        self.layer = layer
+        self.grid = [value for value in grid.values() if isinstance(value, torch.Tensor) and value.numel() > 1]
+
+    def axes(self, tensor: CoefficientTensor) -> Verdict:
+        """Compares the output and the input mode of a reading of the coefficients with what the layer does."""
+        try:
+            with _isolated(self._like(tensor)):
+                return self._axes(tensor)
+        except _Undecided as reason:
+            return Verdict(reason=str(reason))
+        except Exception as error:  # foreign code, which may raise anything: it wants other arguments
+            return Verdict(reason=f"the layer raised {type(error).__name__}: {error!s:.120}")
+
+    def curvature(self, tensor: CoefficientTensor) -> float | None:
+        """How much the output deviates from an affine function of the coefficients, as a share of its change.
+
+        `None` if that cannot be said.
+        """
+        try:
+            with _isolated(self._like(tensor)), torch.no_grad():
+                x = self._input(tensor)
+                values = {name: _own(value) for name, value in tensor.read_parameters(self.layer).items()}
+                generator = torch.Generator().manual_seed(0)
+                steps = {
+                    name: torch.randn(value.shape, generator=generator).to(value) * _size(value)
+                    for name, value in values.items()
+                }
+                outputs = [
+                    self._run({name: value + t * steps[name] for name, value in values.items()}, x) for t in (0, 1, 2)
+                ]
+                change = (outputs[2] - outputs[0]).abs().max()
+                bend = (outputs[2] - 2 * outputs[1] + outputs[0]).abs().max()
+                rounding = 1e3 * torch.finfo(x.dtype).eps * max(y.abs().max().item() for y in outputs)
+                if not torch.isfinite(bend) or change <= rounding:
+                    return None
+                return max(bend.item() - rounding, 0.0) / change.item()
+        except Exception:  # as above
+            return None
+
+    def reached(self, names: Sequence[str], x: torch.Tensor | None, tensor: CoefficientTensor) -> dict[str, bool]:
+        """Whether the output depends on each of these parameters, at x or at an input of the probe's own."""
+        with _isolated(self._like(tensor)):
+            values = {name: _own(self.layer.get_parameter(name)).requires_grad_() for name in names}
+            y = self._run(values, self._input(tensor) if x is None else x)
+            gradients = torch.autograd.grad(y.square().sum(), list(values.values()), allow_unused=True)
+        return {name: g is not None and bool(g.any()) for name, g in zip(names, gradients, strict=True)}
+
+    def _like(self, tensor: CoefficientTensor) -> torch.Tensor:
+        """The first parameter, if the layer can be run."""
+        values = tensor.read_parameters(self.layer)
+        for name, value in values.items():
+            path, _, attribute = name.rpartition(".")
+            if attribute not in self.layer.get_submodule(path)._parameters or hasattr(value, "placements"):
+                raise _Undecided(f"`{name}` is sharded, or computed from other parameters")
+            if value.is_meta or not value.is_floating_point():
+                raise _Undecided(f"`{name}` has no values that could be run: {value.dtype}, {value.device.type}")
+        if any(len(part) > 1 for part in tensor.parts) and len(tensor.shape) == 3:
+            raise _Undecided("the module consists of several layers")
+        return values[tensor.name]
+
+    def _axes(self, tensor: CoefficientTensor) -> Verdict:
+        x = self._input(tensor)
+        out, in_, *_ = tensor.shape
+        values = {n: _own(v).requires_grad_() for n, v in tensor.read_parameters(self.layer).items()}
+        channels = 1 if len(tensor.shape) == 4 else -1
+        y = self._run(values, x)
+        if y.dim() < 2 or y.shape[channels] != out or y.shape[0] != 1:
+            raise _Undecided(f"for an input {tuple(x.shape)} it returns {tuple(y.shape)}, and not {out} outputs")
+        weights = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)).to(y) + 0.5
+
+        def gradient(of: torch.Tensor) -> torch.Tensor:
+            found = torch.autograd.grad(of, list(values.values()), allow_unused=True, retain_graph=True)
+            pairs = zip(found, values.values(), strict=True)
+            return tensor.join([torch.zeros_like(value) if g is None else g for g, value in pairs]).flatten(2)
+
+        whole = gradient((y * weights).sum())
+        if not whole.any() or not whole.isfinite().all():
+            raise _Undecided("the outputs have no finite gradient with respect to its coefficients")
+        outputs = inputs = None
+        contradicted = False
+        if out > 1:
+            place = int(whole.flatten(1).abs().amax(1).argmax())
+            sizes = gradient((y * weights).select(channels, place).sum()).flatten(1).abs().amax(1)
+            own, others = sizes[place].item(), torch.cat([sizes[:place], sizes[place + 1 :]]).max().item()
+            contradicted = own <= _NO_EFFECT * others
+            outputs = others <= _NO_EFFECT * own
+            if not outputs and len(tensor.shape) == 3 and not _is_of_rank_one(whole.transpose(0, 1).flatten(1)):
+                outputs = _is_of_rank_one(whole.flatten(1))
+        if in_ > 2:
+            order = torch.arange(x.shape[channels], device=x.device)
+            order[:2] = order[:2].flip(0)
+            other = x.index_select(channels if channels == 1 else x.dim() - 1, order)
+            y = self._run(values, other)
+            inputs = _changes_in(whole, gradient((y * weights).sum()), 2)
+        return Verdict(outputs, inputs, contradicted=contradicted)
+
+    def _input(self, tensor: CoefficientTensor) -> torch.Tensor:
+        """One input, in the middle of the grid: (1, in), or (1, channels, *sizes) for a convolution."""
+        like = _wide(tensor.get_parameter(self.layer))
+        shape, blocks = [1, tensor.shape[1]], _blocks(tensor)
+        if len(tensor.shape) == 4:
+            member = tensor.parts[0][0]
+            shape[1] *= blocks
+            shape += [4 * member.lengths[axis] + 3 for axis in member.layout.kernel]
+        elif blocks > 1:
+            raise _Undecided("the shape of its input is not known")
+        low, high = -1.0, 1.0
+        if self.grid:
+            low = max(grid.min().item() for grid in self.grid)
+            high = min(grid.max().item() for grid in self.grid)
+            if low >= high:
+                low, high = self.grid[0].min().item(), self.grid[0].max().item()
+        # steps of the golden ratio, without a repetition
+        share = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).mul(0.6180339887498949).frac().view(shape)
+        return (low + (high - low) * (0.25 + 0.5 * share)).to(like)
+
+    def _run(self, values: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        copy = _copy_of(self.layer, {})
+        # in float32 at least, as `values` are
+        for name, value in values.items():
+            path, _, attribute = name.rpartition(".")
+            copy.get_submodule(path)._parameters[attribute] = value  # pyright: ignore[reportArgumentType]
+        y = copy(x)
+        y = y[0] if isinstance(y, (tuple, list)) and y else y
+        if not isinstance(y, torch.Tensor) or not y.is_floating_point():
+            raise _Undecided(f"it returns a {type(y).__name__}")
+        return y
+
+
+class _Undecided(Exception):
+    """Nothing can be said of a layer, with the reason."""
+
+
+def _isolated(like: torch.Tensor) -> ExitStack:
+    """A context in which gradients are computed, and the random generators are put back at the end."""
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(torch.autocast(like.device.type, enabled=False))
+    if "torch._dynamo" in sys.modules:  # flashkan compiles its basis, which would take seconds
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    stack.enter_context(torch.random.fork_rng([like.device] if like.device.type == "cuda" else []))
+    return stack
+
+
+def _copy_of(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """A copy in evaluation mode, without hooks, that shares the parameters and has buffers of its own.
+
+    It is in float32 if the module is in half precision.
+    """
+    if id(module) in made:
+        return made[id(module)]
+    copy = made[id(module)] = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__.update({name: OrderedDict() for name, value in vars(module).items() if name.endswith("_hooks")})
+    copy.__dict__.update(
+        training=False,
+        _parameters={name: None if value is None else _wide(value) for name, value in module._parameters.items()},
+        _buffers={name: None if value is None else _wide(value).clone() for name, value in module._buffers.items()},
+        _modules={n: None if child is None else _copy_of(child, made) for n, child in module._modules.items()},
+    )
+    return copy
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def _own(value: torch.Tensor) -> torch.Tensor:
+    return _wide(value.detach()).clone()
+
+
+def _blocks(tensor: CoefficientTensor) -> int:
+    """The number of blocks that have inputs of their own."""
+    first = tensor.parts[0]
+    if len(first) > 1:
+        return len(first)
+    return math.prod(first[0].lengths[axis] for axis in first[0].layout.groups)
+
+
+def _size(value: torch.Tensor) -> float:
+    return float(value.detach().abs().mean()) or 1.0
+
+
+def _is_of_rank_one(matrix: torch.Tensor) -> bool:
+    """Whether each row (outputs, rest) is a multiple of the largest row."""
+    largest = matrix[matrix.abs().amax(1).argmax()]
+    rest = matrix - torch.outer(matrix @ largest / largest.dot(largest), largest)
+    return bool(rest.abs().max() <= 10 * _NO_EFFECT * matrix.abs().max()) and int((matrix.abs().amax(1) > 0).sum()) > 1
+
+
+def _changes_in(first: torch.Tensor, second: torch.Tensor, count: int) -> bool | None:
+    """Whether two gradients (out, in, rest) differ in the first `count` inputs alone, up to a factor by output."""
+    others, new = first[:, count:].flatten(1), second[:, count:].flatten(1)
+    factors = ((others * new).sum(1) / (others * others).sum(1).clamp(min=1e-30))[:, None, None]
+    change = (second - factors * first).abs()
+    scale = max(first.abs().max().item(), second.abs().max().item())
+    if change.max() <= _EFFECT * scale:
+        return None  # the exchange does not show
+    return bool(change[:, count:].max() <= 10 * _NO_EFFECT * change.max())
+
+
+Reading = tuple[tuple[Described, ...], "Described | None"]
+
+# By class, and by what decides how a layer of it runs: the place of the reading that was verified; layers that passed.
+_VERIFIED: WeakKeyDictionary[type, dict[Any, int]] = WeakKeyDictionary()
+_PASSED: WeakKeyDictionary[type, set[Any]] = WeakKeyDictionary()
+
+
+def choose_reading(
+    layer: nn.Module, grid: Mapping[str, Any], readings: Sequence[Reading], locate: Callable[..., CoefficientTensor]
+) -> CoefficientTensor:
+    """The first reading of the coefficients of a layer, unless it is not verified and a later one is.
+
+    Args:
+        layer: The layer.
+        grid: The state that gives the coefficients their meaning.
+        readings: Parts and residual branch of each reading.
+        locate: Finds the coefficients by them, or raises a `ValueError` if the patterns do not fit.
+
+    Raises:
+        ValueError: The patterns of the first reading do not fit.
+    """
+    known, key = _VERIFIED.setdefault(type(layer), {}), (tuple(readings), *_settings(layer))
+    if key in known:
+        return locate(*readings[known[key]])
+    probe, first = Probe(layer, grid), locate(*readings[0])
+    for place, reading in enumerate(readings):
+        try:
+            tensor = locate(*reading) if place else first
+        except ValueError:
+            continue
+        if probe.axes(tensor).is_verified:
+            known[key] = place
+            return tensor
+    return first
+
+
+def check_description(
+    name: str,
+    layer: nn.Module,
+    grid: Mapping[str, Any],
+    readings: Sequence[Reading],
+    tensor: CoefficientTensor,
+    variants: Mapping[str, Callable[[], CoefficientTensor]],
+    linear: bool,
+) -> None:
+    """Compares the axes of a layer, and whether it is linear, with its description.
+
+    Args:
+        name: The name of the layer in its model.
+        layer: The layer.
+        grid: The state that gives the coefficients their meaning.
+        readings: Those that `choose_reading` chose from.
+        tensor: Where its coefficients are.
+        variants: Other patterns that fit the shape of the parameter; each locates the coefficients by it.
+        linear: Whether the description says that the output is linear in the coefficients.
+
+    Raises:
+        ValueError: The gradients contradict the pattern, or the output is not linear.
+    """
+    passed, settings = _PASSED.setdefault(type(layer), set()), _settings(layer)
+    key = (tensor.family, tuple(tensor.parameters.values()), linear, *settings)
+    if key in passed:
+        return
+    layer_name = f"The layer `{name}` ({type(layer).__name__}, of the KAN family {tensor.family!r})"
+    probe = Probe(layer, grid)
+    was_verified = (tuple(readings), *settings) in _VERIFIED.get(type(layer), {})
+    verdict = Verdict() if was_verified else probe.axes(tensor)
+    if False in verdict[:2]:
+        pattern = tensor.parameters[tensor.name].pattern
+        fitting = [other for other, locate in variants.items() if _is_verified(probe, locate)]
+        if fitting or verdict.contradicted:
+            remedy = f"{' or '.join(map(repr, fitting))} would fit." if fitting else "Correct it."
+            raise ValueError(
+                f"{layer_name} does not compute what its description says. By its gradients `{tensor.name}` "
+                f"{tuple(tensor.get_parameter(layer).shape)} is not laid out as {pattern!r}: an output, or an input, "
+                f"does not belong to its own slice of the coefficients. {remedy}"
+            )
+    if linear and (probe.curvature(tensor) or 0.0) > CURVATURE:
+        names = ", ".join(f"`{parameter}`" for parameter in tensor.parameters)
+        raise ValueError(
+            f"{layer_name} has an output that is not linear in {names}: a normalization may "
+            "follow, or the parameters shape the basis functions. Describe the family by `register_kan_layer(..., "
+            "linear=False)`: without a fast path, everything else works."
+        )
+    passed.add(key)
+
+
+def _is_verified(probe: Probe, locate: Callable[[], CoefficientTensor]) -> bool:
+    try:
+        return probe.axes(locate()).is_verified
+    except ValueError:
+        return False
+
+
+def _settings(layer: nn.Module) -> tuple[Any, ...]:
+    """What decides how a layer of its class runs: shapes and settings."""
+    shapes = tuple((name, tuple(value.shape), value.dtype) for name, value in layer.named_parameters())
+    settings = (item for item in sorted(vars(layer).items()) if isinstance(item[1], (bool, int, float, str)))
+    return shapes, tuple(item for item in settings if item[0] != "training")
+
+
+def pattern_variants(pattern: str) -> list[str]:
+    """The patterns that exchange two axes of this one, or the order within parentheses; `o` and `i` exchanged first.
+
+    Example:
+        >>> pattern_variants("o (i k)")
+        ['i (o k)', 'k (i o)', 'o (k i)']
+    """
+    axes = re.findall(r"\w+", re.sub(r":\d", "", pattern))
+    pairs = sorted(combinations(axes, 2), key=lambda pair: set(pair) != {"o", "i"})
+    return [re.sub(r"\b[^\W\d]\w*", lambda m, pair=pair: _other(m[0], pair), pattern) for pair in pairs]
+
+
+def _other(axis: str, pair: tuple[str, str]) -> str:
+    return pair[1 - pair.index(axis)] if axis in pair else axis

@@ -1,0 +1,146 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Modules that may be KAN layers: the registration that is offered is pasted, and the layer adapted with it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import adapt, relative
+from stand_ins import FAMILIES
+from torch import nn
+
+from peft_lotra import KANCandidate, find_kan_layers, register_kan_layer
+from peft_lotra.families import registry
+from peft_lotra.kan import KANLinear
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    """Families that a test registers are forgotten at its end."""
+    before = dict(registry._SPECS)
+    yield
+    registry._SPECS.clear()
+    registry._SPECS.update(before)
+
+
+class Radial(nn.Module):
+    """(in, basis, out), with residual weights and centers."""
+
+    def __init__(self, i, o, k=5):
+        super().__init__()
+        self.table, self.base = nn.Parameter(torch.randn(i, k, o)), nn.Parameter(torch.randn(i, o))
+        self.register_buffer("centers", torch.linspace(-1, 1, k))
+
+    def forward(self, x):
+        basis = torch.exp(-((x[..., None] - self.centers) ** 2))
+        return torch.einsum("bik,iko->bo", basis, self.table) + torch.tanh(x) @ self.base
+
+
+class Waves(nn.Module):
+    """Two tables, (t, out, in, basis) and (out, in, basis), and a bias."""
+
+    def __init__(self, i, o, k=4):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(2, o, i, k)), nn.Parameter(torch.randn(o, i, 3))
+        self.bias = nn.Parameter(torch.zeros(o))
+
+    def forward(self, x):
+        phases = x[..., None] * torch.arange(1, self.a.shape[-1] + 1)
+        waves = torch.stack([phases.cos(), phases.sin()])
+        powers = x[..., None] ** torch.arange(3)
+        return torch.einsum("tbik,toik->bo", waves, self.a) + torch.einsum("bik,oik->bo", powers, self.b) + self.bias
+
+
+class Convolution(nn.Module):
+    """Powers, degree-major, and a base convolution, in layers of torch."""
+
+    def __init__(self, i, o, k=3):
+        super().__init__()
+        self.in_channels, self.k = i, k
+        self.poly, self.base = nn.Conv2d(i * k, o, 3, padding=1), nn.Conv2d(i, o, 3, padding=1)
+
+    def forward(self, x):
+        return self.poly(torch.cat([torch.tanh(x) ** j for j in range(1, self.k + 1)], 1)) + self.base(torch.relu(x))
+
+
+class Edges(nn.Module):
+    """Functions of their own on each edge: not linear in their centers."""
+
+    def __init__(self, i, o, k=3):
+        super().__init__()
+        self.w, self.mu = nn.Parameter(torch.randn(o, i, k)), nn.Parameter(torch.randn(o, i, k))
+
+    def forward(self, x):
+        return (self.w * torch.exp(-((x[:, None, :, None] - self.mu) ** 2))).sum((2, 3))
+
+
+LAYERS = {
+    "radial": (Radial, '("table", "i k o")', 'residual=("base", "i o")'),
+    "waves": (Waves, '[("a", "k0 o i k3"), ("b", "o i m")]', None),
+    "edges": (Edges, '[("w", "o i k"), ("mu", "o i m")]', "linear=False"),
+}
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (4, 4), (4, 3)])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_registration_is_pasted(kind, sizes):
+    cls, coefficients, other = LAYERS[kind]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, sizes[0]), cls(*sizes), nn.Linear(sizes[1], 2))
+    (candidate,) = find_kan_layers(model, candidates=True)
+    assert isinstance(candidate, KANCandidate) and (candidate.name, candidate.cls) == ("1", cls.__name__)
+    assert candidate.is_verified and f"coefficients={coefficients}," in candidate.registration
+    assert other is None or f"    {other},\n" in candidate.registration
+    exec(candidate.registration, {"register_kan_layer": register_kan_layer})
+    (found,) = find_kan_layers(model, candidates=True)
+    assert (found.name, found.family, found.shape[:2]) == ("1", cls.__name__, sizes[::-1])
+    x = torch.rand(7, 2)
+    before = copy.deepcopy(model)(x)
+    adapted = adapt(model)
+    y = adapted(x)
+    assert relative(y, before) > 1e-3 and relative(adapted.merge_and_unload()(x), y) < 1e-5
+
+
+def test_a_convolution():
+    model = nn.Sequential(Convolution(3, 4), nn.ReLU(), Convolution(4, 4))
+    candidates = find_kan_layers(model, candidates=True)
+    assert [candidate.name for candidate in candidates] == ["0", "2"]
+    for candidate in candidates:
+        assert candidate.is_verified and '("poly.weight", "o (k i) ...")' in candidate.registration
+        assert 'residual=("base.weight", "o i ...")' in candidate.registration
+        assert 'axes=lambda m: {"i": m.in_channels}' in candidate.registration
+    exec(candidates[0].registration, {"register_kan_layer": register_kan_layer})
+    assert [(found.shape, found.has_residual) for found in find_kan_layers(model)] == [
+        ((4, 3, 3, 9), True),
+        ((4, 4, 3, 9), True),
+    ]
+
+
+class Graph(Radial):
+    def forward(self, x, edges):
+        return super().forward(x) + edges.sum()
+
+
+def test_what_cannot_be_run_is_offered_unverified():
+    (candidate,) = find_kan_layers(nn.Sequential(Graph(3, 4)), candidates=True)
+    assert not candidate.is_verified and candidate.parameters == {"table": (3, 5, 4)}
+    assert 'coefficients=("table", "o i k")' in candidate.registration
+    exec(candidate.registration, {"register_kan_layer": register_kan_layer})
+
+
+def test_known_layers_and_those_of_torch_are_no_candidates():
+    known = [FAMILIES[family](3, 4) for family in ("efficient-kan", "fast-kan", "cheby-kan", "fourier-kan")]
+    others = [nn.Conv2d(3, 4, 3), nn.MultiheadAttention(4, 2), nn.LSTM(3, 4), nn.Transformer(8, 2, 1, 1, 8)]
+    model = nn.ModuleList([*known, *others, KANLinear(3, 4)])
+    assert find_kan_layers(model, candidates=True) == find_kan_layers(model)
+    adapted = adapt(nn.Sequential(KANLinear(3, 4), KANLinear(4, 2)))
+    assert len(find_kan_layers(adapted, candidates=True)) == 2
+
+
+def test_one_of_each_kind():
+    model = nn.ModuleList([Radial(3, 4), Radial(3, 4), Radial(4, 4)])
+    assert [candidate.name for candidate in find_kan_layers(model, candidates=True)] == ["0", "2"]

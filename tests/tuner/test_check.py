@@ -1,0 +1,152 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What `check_kan_layer` says of layers, and that it leaves them as they are."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+
+import pytest
+import torch
+from helpers import adapt, inputs
+from stand_ins import FAMILIES, as_model
+from torch import nn
+
+from peft_lotra import KANLayerReport, check_kan_layer, register_kan_layer
+from peft_lotra.families import registry
+from peft_lotra.tuner import fast_path
+
+
+@pytest.fixture(autouse=True)
+def _forget(monkeypatch):
+    """Families that a test registers are forgotten at its end."""
+    before = dict(registry._SPECS)
+    monkeypatch.setattr(fast_path, "_warned", set())
+    yield
+    registry._SPECS.clear()
+    registry._SPECS.update(before)
+
+
+class Radial(nn.Module):
+    def __init__(self, i=3, o=4, k=5):
+        super().__init__()
+        self.table, self.base = nn.Parameter(torch.randn(o, i, k)), nn.Linear(i, o)
+        self.unused, self.gate = nn.Parameter(torch.randn(o, i)), nn.Parameter(torch.ones(o))
+        self.centers = nn.Parameter(torch.linspace(-1, 1, k), requires_grad=False)
+
+    def basis(self, x):
+        return torch.exp(-((x[..., None] - self.centers) ** 2))
+
+    def forward(self, x):
+        return self.gate * (torch.einsum("bik,oik->bo", self.basis(x), self.table) + self.base(x))
+
+
+def register_radial(**changes):
+    description = {
+        "matches": Radial,
+        "coefficients": ("table", "o i k"),
+        "residual": ("base.weight", "o i"),
+        "bias": "base.bias",
+        "grid": ("centers",),
+    }
+    return register_kan_layer("radial", **{**description, **changes})
+
+
+def test_coverage():
+    register_radial()
+    report = check_kan_layer(Radial())
+    assert isinstance(report, KANLayerReport) and report.shape == (4, 3, 5)
+    assert report.roles == {
+        "table": "coefficients",
+        "unused": "other",
+        "gate": "other",
+        "centers": "grid",
+        "base.weight": "residual",
+        "base.bias": "bias",
+    }
+    assert report.used == {name: name != "unused" for name in report.roles}
+    assert report.coverage == (60 + 12) / (60 + 12 + 4 + 4)  # the unused one does not count
+    assert (report.axes, report.linear) == ("outputs verified, inputs verified", "yes")
+    text = str(report)
+    assert re.search("unused +other +12  no\n", text) and "coverage 90.0%" in text
+    assert json.loads(json.dumps(report.as_dict()))["roles"]["table"] == "coefficients"
+
+
+@pytest.mark.parametrize(
+    "changes, verdict",
+    [
+        ({}, "closed: the family gives no `basis`"),
+        ({"basis": lambda m, x: m.basis(x)}, "closed: the family gives no `activation`"),
+        ({"basis": lambda m, x: m.basis(x), "activation": lambda m, x: x}, "open, by the family's `basis`"),
+        (
+            {"basis": lambda m, x: m.nothing(x), "activation": lambda m, x: x},
+            "`basis` of the .* raised AttributeError",
+        ),
+        ({"basis": lambda m, x: m.basis(2 * x), "activation": lambda m, x: x}, "outputs that differ from .* by [1-9]"),
+        (
+            {"basis": lambda m, x: m.basis(x), "activation": lambda m, x: x.tanh()},
+            "outputs that differ from .* by [1-9]",
+        ),
+        ({"linear": False}, "closed: the output is not linear in the coefficients"),
+    ],
+)
+def test_the_verdict_on_the_fast_path_with_the_reason(changes, verdict):
+    register_radial(**changes)
+    assert re.search(verdict, check_kan_layer(Radial()).fast_path)
+
+
+def test_a_bias_that_is_not_described_closes_the_fast_path_with_a_reason():
+    register_radial(bias=None, basis=lambda m, x: m.basis(x), activation=lambda m, x: x)
+    assert "differ from those of the layer" in check_kan_layer(Radial()).fast_path
+
+
+@pytest.mark.parametrize("changes", [{"basis": lambda m, x: m.basis(2 * x)}, {"basis": lambda m, x: m.nothing}])
+def test_a_function_that_fails_or_disagrees_is_reported_once(changes):
+    register_radial(activation=lambda m, x: x, **changes)
+    with pytest.warns(UserWarning, match="`basis` of the KAN family 'radial'") as warned:
+        adapt(as_model(Radial()))
+        adapt(as_model(Radial()))
+        check_kan_layer(Radial())  # says it, but does not warn
+        adapt(as_model(Radial()))
+    assert sum("of the KAN family 'radial'" in str(warning.message) for warning in warned) == 1
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_known_families(family):
+    layer = FAMILIES[family](3, 4)
+    before = copy.deepcopy(layer.state_dict())
+    report = check_kan_layer(layer)
+    assert report.axes == "outputs verified, inputs verified" and report.linear == "yes"
+    assert report.coverage >= 0.85
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_an_adapted_layer_and_an_input_of_the_users():
+    model = adapt(as_model(FAMILIES["efficient-kan"](3, 4)))
+    assert check_kan_layer(model.base_model.model.kan, inputs(5)).family == "efficient-kan"
+    outside = check_kan_layer(model.base_model.model.kan, torch.full((5, 3), 100.0))
+    assert outside.used == {"spline_weight": False, "base_weight": True, "spline_scaler": False}
+
+
+class Graph(Radial):
+    def forward(self, x, edges):
+        return super().forward(x) + edges.sum()
+
+
+def test_a_layer_that_cannot_be_run_is_not_verified():
+    register_radial(matches=Graph)
+    report = check_kan_layer(Graph())
+    assert report.used is None and report.axes.startswith("not verified: the layer raised TypeError")
+    assert report.linear == "not verified" and "?" in str(report)
+
+
+def test_an_unknown_layer_comes_with_a_registration():
+    with pytest.raises(ValueError) as error:
+        check_kan_layer(Radial())
+    assert 'coefficients=("table", "o i k")' in str(error.value)
+    with pytest.raises(ValueError, match="not a KAN layer that LoTRA knows"):
+        check_kan_layer(nn.Linear(3, 4))
