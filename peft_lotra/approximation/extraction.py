@@ -41,7 +41,8 @@ class ExtractionReport(Report):
         parameters: The number of parameters of the adapter, without `modules_to_save`.
         modules_to_save: The modules that changed and are no KAN layers.
         not_saved: The parameters and buffers that changed, and that no adapter can hold.
-        output_errors: With `inputs`, as `errors`, of the change of the layer's outputs.
+        output_errors: With `inputs`, as `errors`, of the change of the layer's outputs, for the layers that `inputs`
+            weigh.
     """
 
     errors: dict[str, float]
@@ -55,7 +56,7 @@ class ExtractionReport(Report):
         outputs = self.output_errors
         rows = [
             [name, str(self.ranks[name]), f"error {error:.2%}"]
-            + ([] if outputs is None else [f"of its outputs {outputs[name]:.2%}"])
+            + ([] if outputs is None else [f"of its outputs {outputs[name]:.2%}" if name in outputs else ""])
             for name, error in self.errors.items()
         ]
         notes = [f"{self.parameters:,} parameters", *(f"saved whole: {name}" for name in self.modules_to_save)]
@@ -105,7 +106,8 @@ def extract_lotra(
         budget: or the number of parameters of the adapter, see `suggest_ranks`.
         rank_pattern: Ranks by layer, as in [`LoTRAConfig`]; alone, or with `r` for the others.
         inputs: Samples of the model's input, for which all basis functions are held in memory in float64. The energy
-            is then that of the layers' outputs.
+            is then that of the layers' outputs. It stays that of the coefficients in layers that bend the sum, or in
+            convolutions of several groups.
         adapter_name: The name of the adapter.
 
     Returns:
