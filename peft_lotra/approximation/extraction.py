@@ -43,11 +43,12 @@ class ExtractionReport(Report):
         parameters: The number of parameters of the adapter, without `modules_to_save`.
         modules_to_save: The modules that changed and are no KAN layers.
         not_saved: The parameters and buffers that changed, and that no adapter can hold.
-        output_errors: With `inputs`, as `errors`, of the change of the layer's outputs.
+        output_errors: With `inputs`, as `errors`, of the change of the layer's outputs, for the layers that `inputs`
+            weigh.
     """
 
     errors: dict[str, float]
-    ranks: dict[str, tuple[int, int, int]]
+    ranks: dict[str, tuple[int, ...]]
     parameters: int
     modules_to_save: list[str]
     not_saved: list[str]
@@ -57,7 +58,7 @@ class ExtractionReport(Report):
         outputs = self.output_errors
         rows = [
             [name, str(self.ranks[name]), f"error {error:.2%}"]
-            + ([] if outputs is None else [f"of its outputs {outputs[name]:.2%}"])
+            + ([] if outputs is None else [f"of its outputs {outputs[name]:.2%}" if name in outputs else ""])
             for name, error in self.errors.items()
         ]
         notes = [f"{self.parameters:,} parameters", *(f"saved whole: {name}" for name in self.modules_to_save)]
@@ -108,7 +109,8 @@ def extract_lotra(
         rank_pattern: Ranks by layer, as in [`LoTRAConfig`]; alone, or with `r` for the others.
         inputs: Samples of the model's input, for which all basis functions are held in memory in float64: a tensor, a
             tuple of arguments, a dict of named ones, or a function of the model that runs it and returns its output.
-            The energy is then that of the layers' outputs.
+            The energy is then that of the layers' outputs. It stays that of the coefficients in layers whose output is
+            not linear in them, or in convolutions of several groups.
         adapter_name: The name of the adapter.
 
     Returns:
@@ -157,7 +159,7 @@ def extract_lotra(
 
 def _resolve_ranks(
     r: Ranks | None, rank_pattern: dict[str, Ranks], updates: Mapping[str, CoefficientUpdate]
-) -> dict[str, tuple[int, int, int]]:
+) -> dict[str, tuple[int, ...]]:
     """The ranks of each layer, as LoTRAModel would take them from a configuration."""
     config = LoTRAConfig(rank_pattern=rank_pattern, r=1 if r is None else r)
     ranks = {}
@@ -169,7 +171,7 @@ def _resolve_ranks(
     return ranks
 
 
-def _decompose(update: CoefficientUpdate, ranks: tuple[int, int, int], features: Features | None) -> Tucker:
+def _decompose(update: CoefficientUpdate, ranks: tuple[int, ...], features: Features | None) -> Tucker:
     """The components of an adapter that comes closest to the update, or to the outputs by it."""
     if update.scale is not None:
         measure = None if features is None else lambda tensor: features.outputs(tensor) @ features.metric_out

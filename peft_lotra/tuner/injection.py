@@ -20,7 +20,7 @@ from ..files.format import NORM_STATS, differ
 from ..kan.slim_kan import SlimKANLinear
 from .config import ALL_KAN, LoTRAConfig
 from .guards import guard_network
-from .layer import LoTRALayer, lotra_layers
+from .layer import COMPONENTS, LoTRALayer, lotra_layers
 from .norm_stats import NormStatsTuner, stats_in_place, stored_name
 from .saved_modules import check_saved_modules, name_in_file
 from .slim import SlimLoTRALayer
@@ -37,7 +37,6 @@ from .targets import (
 )
 
 
-_COMPONENTS = LoTRALayer.adapter_layer_names
 _NORM_STATS = tuple(stored_name(name) for name in NORM_STATS)
 
 
@@ -123,17 +122,17 @@ def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Tar
     if config.checkpoint.tensors is None or getattr(model, "_checkpoint_conversion_mapping", None):
         return  # not from a file, or the names in the file are older ones
     modules = dict(model.named_modules())
-    adapted = {id(modules[name]) for name in targets}
+    adapted = {id(modules[name]): COMPONENTS[: 1 + len(t.coefficients.shape)] for name, t in targets.items()}
     expected, allowed = set(), set()
     for name, module in model.named_modules(remove_duplicate=False):  # a shared layer has several names
         keys = []
         if id(module) in adapted:
-            keys = _COMPONENTS
+            keys = adapted[id(module)]
         elif name.replace(".base_layer", "").endswith(tuple(config.modules_to_save or ())):  # PEFT's own rule
             keys = list(getattr(module, "original_module", module).state_dict())
             # what PEFT writes once more for an embedding, and loads nowhere
             allowed.update({f"{name}.modules_to_save.{key}" for key in keys} - model.state_dict().keys())
-        stored = name_in_file(name, model, targets) if keys is not _COMPONENTS and keys else name
+        stored = name_in_file(name, model, targets) if keys and id(module) not in adapted else name
         (expected if name in modules else allowed).update(f"{stored}.{key}" for key in keys)
     if config.save_norm_stats:
         allowed.update(map(stored_name, stats_in_place(model)))
@@ -144,7 +143,7 @@ def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Tar
 
 def is_of_another_adapter(name: str) -> bool:
     """Whether a tensor of a file, of these names, is of an adapter that PEFT 0.19 saved along with the file's own."""
-    return name.rpartition(".")[0].endswith((*_COMPONENTS, *_NORM_STATS))
+    return name.rpartition(".")[0].endswith((*COMPONENTS, *_NORM_STATS))
 
 
 def mismatches(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:
@@ -164,7 +163,7 @@ def name_twice(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> 
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoTRALayer) and names.setdefault(module, name) != name:
-            for component in _COMPONENTS:
+            for component in module.adapter_layer_names:
                 for adapter in getattr(module, component):
                     tensor = state_dict.get(f"{prefix}{names[module]}.{component}.{adapter}")
                     if tensor is not None:
@@ -181,7 +180,7 @@ def _adapter_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor, str]]
     for name, module in model.named_modules():
         if isinstance(module, LoTRALayer):
             remark = f", whose layer has the shape (out, in, basis) = {module.lotra_tensor.shape}"
-            for component in _COMPONENTS:
+            for component in module.adapter_layer_names:
                 for adapter, parameter in getattr(module, component).items():
                     yield f"{name}.{component}.{adapter}", adapter, parameter, remark
         elif isinstance(module, ModulesToSaveWrapper):
@@ -194,7 +193,7 @@ def _adapter_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor, str]]
 def select_to_load(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors to load into an adapter that exists, without those of others, which PEFT 0.19 saves along."""
     layers = lotra_layers(model, adapter_name)
-    own = {f"{name}.{component}.{adapter_name}" for name, _ in layers for component in _COMPONENTS}
+    own = {f"{name}.{component}.{adapter_name}" for name, layer in layers for component in layer.adapter_layer_names}
     stats = {name for name in state_dict if name.endswith(tuple(f".{key}.{adapter_name}" for key in _NORM_STATS))}
     if stats and not any(isinstance(module, NormStatsTuner) for module in model.modules()):
         raise ValueError(
@@ -219,15 +218,14 @@ def select_to_save(adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str
 
     PEFT looks for the names of the layers in the model, which the state dict does not have if FSDP wraps the layers.
     """
-    endings = tuple(f".{key}.{adapter_name}" for key in (*_COMPONENTS, *_NORM_STATS))
+    endings = tuple(f".{key}.{adapter_name}" for key in (*COMPONENTS, *_NORM_STATS))
     # PEFT would go on to write embeddings that were resized, or that `save_embedding_layers` asks for
     for key in [key for key in state_dict if not key.endswith(endings) and ".modules_to_save." not in key]:
         del state_dict[key]
     tensors = {key: value for key, value in state_dict.items() if key.endswith(endings)}
     for key, tensor in tensors.items():
         # FSDP has flat views of what this process holds, fully_shard DTensors
-        sizes = {"lotra_core": 3, **dict.fromkeys(_COMPONENTS[1:], 2)}
-        whole = tensor.dim() == sizes.get(key.split(".")[-2], tensor.dim())
+        whole = tensor.dim() in ((3, 4) if ".lotra_core." in key else (2,))
         if not whole or hasattr(tensor, "placements") or hasattr(tensor, "local_shards"):
             raise ValueError(
                 f"{key} is a part of a tensor, {tuple(tensor.shape)}, which is spread over several processes. "

@@ -257,7 +257,7 @@ def test_refuses():
     for energy in (0, -0.1, 1.1):
         with pytest.raises(ValueError, match="`energy` must be above 0 and at most 1"):
             slim(model, energy=energy)
-    with pytest.raises(ValueError, match=r"`budget` is 50, but ranks \(1, 1, 1\) in each of the 2 layers take"):
+    with pytest.raises(ValueError, match=r"`budget` is 50, but ranks of 1 in each of the 2 layers take"):
         slim(model, budget=50)
     for ranks in (0, (2, -1, 2), {"layers.0": 0}):
         with pytest.raises(ValueError, match="`ranks` should be a positive integer"):

@@ -57,7 +57,9 @@ def test_ranks(r, expected):
     assert LoTRAConfig(rank_pattern={"layers.0": r}).rank_pattern == {"layers.0": expected}
 
 
-@pytest.mark.parametrize("r", [0, -2, 1.5, True, "4", None, (2, 2), (2, 2, 2, 2), (2, 0, 2), (2, 2, 2.0), []])
+@pytest.mark.parametrize(
+    "r", [0, -2, 1.5, True, "4", None, (2, 2), (2,) * 5, (2, 2, 2, 0), (2, 0, 2), (2, 2, 2.0), []]
+)
 def test_bad_ranks(r):
     with pytest.raises(ValueError, match="`r` should be a positive integer value"):
         LoTRAConfig(r=r)
