@@ -179,12 +179,15 @@ class KANLayerSpec:
 
     def check(self, name: str, layer: nn.Module, tensor: CoefficientTensor) -> None:
         """Raises a `ValueError` if what a layer, of this name in its model, computes contradicts the description."""
-        (parameter, _), *others = self.parts
-        locate, residual = self._locator(layer), self.residual if tensor.separate_residual else None
-        variants = {
-            pattern: partial(locate, ((parameter, pattern), *others), residual)
-            for pattern in pattern_variants(tensor.parts[0][0].layout.pattern)
-        }
+
+        def variants() -> dict[str, Callable[[], CoefficientTensor]]:
+            (parameter, pattern), *others = self.parts
+            residual = self.residual if tensor.separate_residual else None
+            return {
+                other: partial(self._locator(layer), ((parameter, other), *others), residual)
+                for other in pattern_variants(pattern)
+            }
+
         check_description(name, layer, self.read_grid(layer), self._readings, tensor, variants, self.linear)
 
     def _locator(self, layer: nn.Module) -> Callable[..., CoefficientTensor]:

@@ -329,7 +329,7 @@ def check_description(
     grid: Mapping[str, Any],
     readings: Sequence[Reading],
     tensor: CoefficientTensor,
-    variants: Mapping[str, Callable[[], CoefficientTensor]],
+    variants: Callable[[], Mapping[str, Callable[[], CoefficientTensor]]],
     linear: bool,
 ) -> None:
     """Compares the axes of a layer, and whether it is linear, with its description.
@@ -340,7 +340,7 @@ def check_description(
         grid: The state that gives the coefficients their meaning.
         readings: Those that `choose_reading` chose from.
         tensor: Where its coefficients are.
-        variants: Other patterns that fit the shape of the parameter; each locates the coefficients by it.
+        variants: Returns other patterns of the first parameter; each locates the coefficients by it.
         linear: Whether the description says that the output is linear in the coefficients.
 
     Raises:
@@ -356,7 +356,7 @@ def check_description(
     verdict = Verdict() if was_verified else probe.axes(tensor)
     if False in verdict[:2]:
         pattern = tensor.parameters[tensor.name].pattern
-        fitting = [other for other, locate in variants.items() if _is_verified(probe, locate)]
+        fitting = [other for other, locate in variants().items() if _is_verified(probe, locate)]
         if fitting or verdict.contradicted:
             remedy = f"{' or '.join(map(repr, fitting))} would fit." if fitting else "Correct it."
             raise ValueError(
@@ -383,9 +383,10 @@ def _is_verified(probe: Probe, locate: Callable[[], CoefficientTensor]) -> bool:
 
 def _settings(layer: nn.Module) -> tuple[Any, ...]:
     """What decides how a layer of its class runs: shapes and settings."""
-    shapes = tuple((name, tuple(value.shape), value.dtype) for name, value in layer.named_parameters())
-    settings = (item for item in sorted(vars(layer).items()) if isinstance(item[1], (bool, int, float, str)))
-    return shapes, tuple(item for item in settings if item[0] != "training")
+    shapes = [(name, value.shape, value.dtype) for name, value in layer.named_parameters()]
+    settings = [item for item in vars(layer).items() if isinstance(item[1], (bool, int, float, str))]
+    settings.remove(("training", layer.training))
+    return (*shapes, *settings)
 
 
 def pattern_variants(pattern: str) -> list[str]:

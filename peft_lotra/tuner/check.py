@@ -21,7 +21,7 @@ from .fast_path import find_formula
 from .targets import Target, locate_target
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class KANLayerReport(Report):
     """What [`check_kan_layer`] found.
 
