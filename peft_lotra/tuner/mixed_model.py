@@ -17,7 +17,7 @@ from torch import nn
 from .config import LoTRAConfig
 from .guards import release_networks
 from .injection import create_and_replace, prepare_config, prepare_targets, replace_module
-from .layer import LoTRALayer
+from .layer import LoTRALayer, lotra_layers
 from .model import LoTRAModel
 from .norm_stats import NormStatsTuner
 
@@ -43,6 +43,11 @@ class LoTRAMixedModel(NormStatsTuner, mixed_tuners.MixedModel):
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
         if isinstance(config, LoTRAConfig):
             create_and_replace(self, self._targets, config, adapter_name, target, current_key)
+        elif inside := [n for n, _ in lotra_layers(self.model) if current_key.startswith(f"{n}.")]:  # PEFT 0.19
+            raise ValueError(
+                f"`{current_key}` is a part of `{inside[0]}`, and both would have adapters: an adapter on a part of an "
+                "adapted layer cannot be unloaded. Leave it out by `exclude_modules`."
+            )
         else:
             super()._create_and_replace(
                 config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
