@@ -14,11 +14,10 @@ from peft.tuners.mixed import model as mixed_tuners
 from peft.utils import PeftType
 from torch import nn
 
-from ..families.registry import short_name
 from .config import LoTRAConfig
 from .guards import release_networks
 from .injection import create_and_replace, prepare_config, prepare_targets, replace_module
-from .layer import LoTRALayer, lotra_layers
+from .layer import LoTRALayer
 from .model import LoTRAModel
 from .norm_stats import NormStatsTuner
 
@@ -44,12 +43,6 @@ class LoTRAMixedModel(NormStatsTuner, mixed_tuners.MixedModel):
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, **kwargs) -> None:
         if isinstance(config, LoTRAConfig):
             create_and_replace(self, self._targets, config, adapter_name, target, current_key)
-        elif inside := [n for n, _ in lotra_layers(self.model) if short_name(current_key).startswith(f"{n}.")]:
-            # with PEFT 0.19, newer versions pass over it
-            raise ValueError(
-                f"`{short_name(current_key)}` is a part of `{inside[0]}`, and both would have adapters: an adapter on a "
-                "part of an adapted layer cannot be unloaded. Leave it out by `exclude_modules`."
-            )
         else:
             super()._create_and_replace(
                 config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
