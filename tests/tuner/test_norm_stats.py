@@ -9,6 +9,7 @@ import pickle
 import warnings
 from contextlib import suppress
 
+import peft
 import pytest
 import torch
 from hostile import interrupted, some_of
@@ -44,6 +45,9 @@ def same(first, second):
 
 
 BASE = stats(make())
+since_peft_20 = pytest.mark.skipif(
+    peft.__version__ < "0.20", reason="PEFT 0.20 asks the tuner which tensors are its own"
+)
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -248,6 +252,13 @@ def test_loading_over_an_adapter(tmp_path):
     assert same(stats(model.base_model.model), expected)
     hotswap_adapter(model, tmp_path / "still")
     assert same(stats(model.base_model.model), BASE)
+
+
+@since_peft_20
+def test_exchanging_one_of_several_adapters(tmp_path):
+    model = train(adapt())
+    model.save_pretrained(tmp_path / "moved")
+    expected, model = stats(model.base_model.model), adapt()
     model.add_adapter("second", LoTRAConfig(r=2))
     hotswap_adapter(model, tmp_path / "moved", "second")
     assert same(stats(model.base_model.model), BASE)
@@ -362,6 +373,7 @@ def test_extraction_takes_those_inside_of_layers_along(tmp_path):
     assert torch.equal(PeftModel.from_pretrained(make(), tmp_path)(X), model(X))
 
 
+@since_peft_20
 def test_a_model_without_a_tuner_refuses_them(tmp_path):
     """What `inject_adapter_in_model` returns has nothing that could keep those of the base."""
     model = inject_adapter_in_model(LoTRAConfig(r=2), make())
