@@ -253,9 +253,9 @@ class LoTRAConfig(PeftConfig):
         self.refuse_unresolved()
         values = {**self.to_dict(), **self._resolved(self.base_layers or ())}
         written = SimpleNamespace(**values)
-        if self.base_layers:  # a config of no model may have regexes, which are named when it is loaded
-            for field, pattern in regexes_of(written).items():
-                refuse_pattern(field, pattern)
+        regexes = regexes_of(written)
+        if self.base_layers and "modules_to_save" in regexes:  # which has no other form, and a model to be loaded into
+            refuse_pattern("modules_to_save", regexes["modules_to_save"])
         names = {*(values["target_modules"] or ()), *(values["exclude_modules"] or ()), *(self.base_layers or ())}
         check_lengths(itertools.chain(*patterns_of(written).values()), names)
         return values

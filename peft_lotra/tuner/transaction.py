@@ -210,11 +210,10 @@ def _around_change(method: Any, tuner_cls: type) -> Any:
             # of merged layers, since switching unmerges them, and of the adapter, if it is there already
             written: list[Tensor] = [*base_parameters(tuner, merged_only=True)]
             if loads:
-                path, name = (
-                    kwargs.get(key, value) for key, value in zip(_OF_LOADING, (*args, None, None), strict=False)
-                )
+                path, name = map(kwargs.get, _OF_LOADING, (*args, None, None))
                 written += _tensors_of(tuner, name)
-                if name in tuner.peft_config and not getattr(_creating, "from_file", False):
+                reloads = name in tuner.peft_config and not getattr(_creating, "from_file", False)
+                if reloads and hasattr(tuner_cls, "check_reload"):  # PEFT's mixed models have no such
                     tuner.check_reload(name, path, **{key: kwargs[key] for key in hub_arguments if key in kwargs})
                     kwargs.pop("check_base", None)
             with transaction(self, written, configs_among(args, kwargs)):
@@ -227,7 +226,8 @@ def _around_saving(method: Any, tuner_cls: type) -> Any:
     @wraps(method)
     def save_pretrained(self, save_directory, *args: Any, **kwargs: Any) -> None:
         tuner = self._modules.get("base_model")
-        if isinstance(tuner, tuner_cls) and not os.path.isfile(save_directory):
+        checks = isinstance(tuner, tuner_cls) and hasattr(tuner_cls, "check_saving")
+        if checks and not os.path.isfile(save_directory):
             arguments = inspect.signature(method).bind(self, save_directory, *args, **kwargs).arguments
             # before PEFT writes tensors over those that are there
             tuner.check_saving(**{name: arguments[name] for name in _OF_SAVING if name in arguments})
