@@ -225,7 +225,8 @@ def select_to_save(adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str
     tensors = {key: value for key, value in state_dict.items() if key.endswith(endings)}
     for key, tensor in tensors.items():
         # FSDP has flat views of what this process holds, fully_shard DTensors
-        whole = tensor.dim() in ((3, 4) if ".lotra_core." in key else (2,))
+        sizes = {"lotra_core": (3, 4), **dict.fromkeys(COMPONENTS[1:], (2,))}
+        whole = tensor.dim() in sizes.get(key.split(".")[-2], (tensor.dim(),))
         if not whole or hasattr(tensor, "placements") or hasattr(tensor, "local_shards"):
             raise ValueError(
                 f"{key} is a part of a tensor, {tuple(tensor.shape)}, which is spread over several processes. "

@@ -173,6 +173,7 @@ class LoTRAModel(NormStatsTuner):
 
     def check_reload(self, adapter_name: str, path: str | os.PathLike, **kwargs: Any) -> None:
         """Raises a ValueError if an adapter that is there cannot take the tensors of a file."""
+        kwargs.setdefault("check_base", self.peft_config[adapter_name].check_base)
         check_reload(self.model, adapter_name, path, **kwargs)
 
     def check_saving(

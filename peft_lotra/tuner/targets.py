@@ -30,7 +30,7 @@ from ..families.registry import (
 from ..families.slim import SlimLayer
 from ..files.checkpoint import TRAINED_ON, refuse
 from ..files.fingerprint import Values, hash_all_dtypes, is_same, layer_values, symbolic_of
-from ..files.patterns import exact_pattern
+from ..files.patterns import exact_pattern, find_key
 from ..kan.slim_kan import SlimKANLinear
 from ..tucker import cap_ranks
 from .config import LoTRAConfig
@@ -163,9 +163,14 @@ def check_nesting(model: nn.Module, targets: Mapping[str, Target]) -> None:
 
 
 def warn_of_large_adapters(config: LoTRAConfig, targets: Mapping[str, Target]) -> None:
-    """Warns of the targets whose adapters have more parameters than the coefficients that they adapt."""
+    """Warns of the targets whose adapters have more parameters than the coefficients that they adapt.
+
+    Ranks that `rank_pattern` gives to a layer are taken as meant.
+    """
     large = []
     for name, (_, _, coefficients) in targets.items():
+        if find_key(config.rank_pattern, name) is not None:
+            continue
         out, in_, basis, *kernel = coefficients.shape
         shape = (out, in_, basis + (config.adapt_residual and coefficients.has_residual), *kernel)
         ranks = cap_ranks(config.ranks_and_alpha(name)[0], shape)

@@ -13,8 +13,10 @@ from __future__ import annotations
 import inspect
 import os
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from itertools import chain
 from typing import Any
@@ -216,7 +218,7 @@ def _around_change(method: Any, tuner_cls: type) -> Any:
                 if reloads and hasattr(tuner_cls, "check_reload"):  # PEFT's mixed models have no such
                     tuner.check_reload(name, path, **{key: kwargs[key] for key in hub_arguments if key in kwargs})
                     kwargs.pop("check_base", None)
-            with transaction(self, written, configs_among(args, kwargs)):
+            with transaction(self, written, configs_among(args, kwargs)), _clear_json_errors():
                 return method(self, *args, **kwargs)
 
     return _marked(run, method)
@@ -242,7 +244,8 @@ def _around_loading(method: Any, config_cls: type) -> Any:
         before = transaction(model, objects=configs_among(args, kwargs))
         _creating.from_file = True
         try:
-            return method(cls, model, *args, **kwargs)
+            with _clear_json_errors():
+                return method(cls, model, *args, **kwargs)
         except BaseException:
             present = getattr(model, "peft_config", None)
             # what other methods leave behind is not for this package to undo
@@ -253,6 +256,18 @@ def _around_loading(method: Any, config_cls: type) -> Any:
             _creating.from_file = False
 
     return _marked(from_pretrained, method)
+
+
+@contextmanager
+def _clear_json_errors() -> Iterator[None]:
+    """Makes a ValueError of what JSON that is nested too deeply raises, which PEFT reads before this package."""
+    try:
+        yield
+    except RecursionError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals.get("__name__", "").startswith("json."):
+            raise
+        raise ValueError("The adapter_config.json is nested too deeply to be read: it is damaged.") from error
 
 
 def _tensors_of(model: nn.Module, adapter_name: Any) -> Iterator[Tensor]:

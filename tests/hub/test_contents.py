@@ -134,7 +134,7 @@ class TestReadAdapter:
 
     def test_broken_tensors(self, folder):
         (folder / "adapter_model.safetensors").write_bytes(b"no tensors")
-        with pytest.raises(ValueError, match="is broken"):
+        with pytest.raises(ValueError, match="is damaged"):
             read_adapter(folder)
 
 

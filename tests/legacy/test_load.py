@@ -43,7 +43,7 @@ def load(name: str) -> PeftModel:
     return PeftModel.from_pretrained(saved_base(name, LEGACY), LEGACY / name).eval()
 
 
-def check(model: nn.Module, name: str, which: str) -> None:
+def check(model: nn.Module, name: str, which: str, bitwise: bool = True) -> None:
     """Compares the outputs of a model with those of the older version."""
     saved = saved_outputs(name)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def check(model: nn.Module, name: str, which: str) -> None:
     y = y if isinstance(y, Tensor) else y.logits
     dtype = y.dtype
     same_arithmetic = torch.equal(probe_of(dtype), saved["probe"])
-    tolerance = 0.0 if same_arithmetic else ROUNDING[dtype] * saved[which].abs().max().item()
+    tolerance = 0.0 if same_arithmetic and bitwise else ROUNDING[dtype] * saved[which].abs().max().item()
     torch.testing.assert_close(y, saved[which], rtol=0, atol=tolerance)
 
 
@@ -72,7 +72,8 @@ def test_load(name):
 
 @every_case
 def test_merge_and_unload(name):
-    check(load(name).merge_and_unload(), name, "merged")
+    # older versions multiplied the components of a Slim layer and its updates out together, with more rounding
+    check(load(name).merge_and_unload(), name, "merged", bitwise=not name.startswith("slim"))
     bare = load(name).unload()
     check(bare, name, "unloaded")
     if not CASES[name].config.get("modules_to_save"):  # of which PEFT's `unload` keeps the trained copies

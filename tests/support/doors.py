@@ -132,7 +132,7 @@ def _command() -> Any:
     return get_command(app)
 
 
-LIVE = {"alpha": 0.5, "modules_to_save": ["head"], "rank_pattern": {"layers.0": (1, 2, 3)}}  # of the adapter there
+LIVE = {"alpha": 1.5, "modules_to_save": ["head"], "rank_pattern": {"layers.0": (1, 2, 3)}}  # of the adapter there
 
 
 class Doors:
@@ -220,7 +220,7 @@ class Doors:
             seconds = time.process_time() - started
             ended = "accepted"
             if y is not None:
-                if name == "load_over":  # by which PEFT reads no config
+                if name == "load_over":  # whose config stays that of the adapter there
                     expected = expected_output(case.files, LIVE)
                 else:
                     expected = expected_output(case.files) if case.expected is None else case.expected

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import io
 import itertools
 import json
@@ -56,9 +55,7 @@ ROWS = 6
 BF16 = torch.bfloat16
 # largest difference from the reference, relative to the largest output; bfloat16 has three digits
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, BF16: 0.1}
-# TODO(merge): true once h-slim and h-trans are merged; then this constant goes, with what asks for it
-COMPLETE = all(importlib.util.find_spec(f"peft_lotra.tuner.{name}") for name in ("merging", "transaction"))
-KINDS = (*READERS, *(f"slim {family}" for family in SLIM if COMPLETE))
+KINDS = (*READERS, *(f"slim {family}" for family in SLIM))
 operations: Counter[str] = Counter()  # of all sequences of this process
 
 
@@ -629,7 +626,7 @@ class Sequences(RuleBasedStateMachine):
         }
         if not self.dense.disabled:
             choices["merge"] = (lambda m: m.merge_adapter([name]), lambda: self.dense.merge([name]))
-        if new and (COMPLETE or not self.dense.is_merged()):
+        if new:
             choices["add"] = (
                 lambda m: self._add(new, config, seed, m),
                 lambda: (self.dense.unmerge(), self.learn(new, config)),
@@ -638,7 +635,7 @@ class Sequences(RuleBasedStateMachine):
             choices["delete"] = (lambda m: m.delete_adapter(name), lambda: self.dense.adapters.pop(name))
         saved = self.saved[-1] if self.saved else None
         if saved:
-            if self.is_of_the_base(saved) and new and (COMPLETE or not self.dense.is_merged()):
+            if self.is_of_the_base(saved) and new:
                 choices["load"] = (lambda m: m.load_adapter(str(saved.path), new), lambda: self.loaded(new, saved))
             if self.is_of_the_base(saved) and saved.adapter.shapes() == self.dense.adapters[name].shapes():
                 if not self.dense.is_merged(name):

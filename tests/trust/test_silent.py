@@ -97,7 +97,7 @@ def test_coefficients_that_no_update_can_be_added_to(dtype):
 
 
 def test_modules_to_save_that_no_module_is_called():
-    with pytest.warns(UserWarning, match=r"modules_to_save.*'haed'"):
+    with pytest.raises(ValueError, match=r"modules_to_save.*'haed'"):
         adapted(modules_to_save=["haed", "head"])
 
 
