@@ -328,14 +328,14 @@ def _new_folder(name: str) -> Iterator[Path]:
         raise
 
 
-def _ranks(text: str | None) -> int | tuple[int, int, int] | None:
+def _ranks(text: str | None) -> int | tuple[int, ...] | None:
     if text is None:
         return None
     try:
         ranks = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"--rank is {text!r}, expected a number, or three such as 8,8,4.") from None
-    return ranks[0] if len(ranks) == 1 else cast(tuple[int, int, int], ranks)  # extract_lotra checks the length
+    return ranks[0] if len(ranks) == 1 else ranks  # extract_lotra checks the length
 
 
 def _report(info: dict[str, Any], text: str, as_json: bool) -> None:

@@ -44,20 +44,23 @@ def plot_spectra(spectrum: Spectrum, figure: Figure | SubFigure | None = None) -
             f"`spectrum` must be a Spectrum, got {type(spectrum).__name__}: pass `update_spectrum(base, tuned)` or "
             "`gradient_spectrum(model, config, train_step)`."
         )
-    figure = _new_figure((9, 3)) if figure is None else figure
-    axes = figure.subplots(1, 3, sharey=True)
     changed = {name: layer for name, layer in spectrum.layers.items() if layer.norm > 0}
+    modes = max((len(layer.shape) for layer in changed.values()), default=3)
+    figure = _new_figure((3 * modes, 3)) if figure is None else figure
+    axes = figure.subplots(1, modes, sharey=True)
     for mode, axis in enumerate(axes):
         for name, layer in changed.items():
+            if mode >= len(layer.shape):  # of convolutions alone
+                continue
             values = (layer.singular_values[mode] / layer.norm).cpu()
             axis.plot(range(1, len(values) + 1), values, marker=".", label=name or "layer")
-        axis.set(title=f"{('out', 'in', 'basis')[mode]} mode", xlabel="index", yscale="log")
+        axis.set(title=f"{('out', 'in', 'basis', 'kernel')[mode]} mode", xlabel="index", yscale="log")
         axis.grid(alpha=0.25)
     shares = [(values / layer.norm).min().item() for layer in changed.values() for values in layer.singular_values]
     # values that are zero to rounding would press all others together
     axes[0].set(ylim=(max(min(shares, default=0.1) / 1.5, 1e-4), 1.2), ylabel="singular value / norm")
     if changed:
-        axes[-1].legend(fontsize=8)
+        axes[2].legend(fontsize=8)  # where all layers are
     return figure
 
 
@@ -88,7 +91,8 @@ def plot_edge_functions(
         figure: Where to draw; a new one by default.
 
     Raises:
-        ValueError: There is no such KAN layer or edge, or the layer normalizes its inputs together first.
+        ValueError: There is no such KAN layer or edge, the layer is a convolution, or it normalizes its inputs
+            together first.
         ImportError: matplotlib is not installed.
     """
     known = [layer.name for layer in find_kan_layers(model)]
@@ -96,6 +100,11 @@ def plot_edge_functions(
         raise ValueError(f"There is no KAN layer `{layer_name}` in the model, it has {known}.")
     module = find_layer(model, layer_name)
     layer, _, tensor = locate_target(layer_name, module)
+    if len(tensor.shape) > 3:
+        raise ValueError(
+            f"`{layer_name}` is a convolution: an edge has a function for each of {tensor.shape[3]} positions of the "
+            "kernel, and outputs are sums over these. `plot_spectra` draws such layers too."
+        )
     before = tensor.read(layer)
     curves = {"base": before}
     if isinstance(module, LoTRALayer) and module.adapters_in_force():

@@ -24,10 +24,10 @@ class LayerSummary:
 
     layer: str  # the name of the layer, as `find_kan_layers` gives it and `target_modules` takes it
     family: str
-    shape: tuple[int, ...]  # (out, in, basis) of the coefficient tensor
+    shape: tuple[int, ...]  # (out, in, basis), or (out, in, basis, kernel), of the coefficient tensor
     has_residual: bool
     adapter: str | None = None  # `None`, and the fields below empty, for a layer without adapters
-    ranks: tuple[int, int, int] | None = None
+    ranks: tuple[int, ...] | None = None
     parameters: int = 0  # the number of parameters of the adapter
     trainable: int = 0  # the number of parameters of the adapter that require a gradient
     kilobytes: float = 0.0  # the memory of the adapter, in units of 1000 bytes
@@ -57,8 +57,9 @@ class ModelSummary(Report, list[LayerSummary]):
         columns = ["layer", "family", ">(out, in, basis)", "adapter", ">ranks", ">trainable", ">kB", ">scale", "state"]
         rows = []
         for line in self:
-            out_features, in_features, basis = line.shape
-            row = [line.layer, line.family, f"({out_features}, {in_features}, {basis}{'+1' * line.has_residual})"]
+            out_features, in_features, basis, *kernel = line.shape
+            sizes = [out_features, in_features, f"{basis}{'+1' * line.has_residual}", *kernel]
+            row = [line.layer, line.family, f"({', '.join(map(str, sizes))})"]
             if line.adapter is None:
                 rows.append([*row, *["-"] * 5, "not adapted"])
             else:

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Tucker algebra on coefficient tensors (out, in, basis).
+"""Tucker algebra on coefficient tensors (out, in, basis), and (out, in, basis, kernel) of convolutions.
 
 Source: T. G. Kolda, B. W. Bader, "Tensor Decompositions and Applications", SIAM Review 51 (2009), section 4.
 """
@@ -18,8 +18,8 @@ from einops import rearrange
 from torch.nn.functional import pad
 
 
-# What `r` and `ranks` may be: one rank for the three modes, or (out, in, basis).
-Ranks = int | tuple[int, int, int]
+# What `r` and `ranks` may be: one rank for all modes, (out, in, basis), or (out, in, basis, kernel); see `cap_ranks`.
+Ranks = int | tuple[int, ...]
 
 # The cost in `contract` of moving a number, in multiplications: for as many numbers as a cache holds, and for more. To
 # measure it again, time `contract` and `expand_inputs` over rows, sizes and ranks.
@@ -44,30 +44,30 @@ class Tucker(NamedTuple):
     factor_basis: torch.Tensor  # (basis, rb)
 
     @property
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """factor_out, factor_in and factor_basis."""
+    def factors(self) -> tuple[torch.Tensor, ...]:
+        """factor_out, factor_in and factor_basis, then factor_kernel if there is one."""
         return self[1:]
 
     @property
-    def ranks(self) -> tuple[int, int, int]:
-        """(ro, ri, rb)."""
-        return triple(self.core.shape)
+    def ranks(self) -> tuple[int, ...]:
+        """(ro, ri, rb), or (ro, ri, rb, rk)."""
+        return tuple(self.core.shape)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(out, in, basis)."""
-        return triple(len(factor) for factor in self.factors)
+    def shape(self) -> tuple[int, ...]:
+        """(out, in, basis), or (out, in, basis, kernel)."""
+        return tuple(map(len, self.factors))
 
     def numel(self) -> int:
-        """The number of parameters: ro ri rb + out ro + in ri + basis rb."""
+        """The number of parameters: ro ri rb + out ro + in ri + basis rb, or with a kernel ro ri rb rk + ..."""
         return sum(component.numel() for component in self)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Tucker:
         """`function` of each component."""
-        return Tucker(*map(function, self))
+        return self._make(map(function, self))
 
     def dense(self, scale: float | torch.Tensor | None = None) -> torch.Tensor:
-        """The tensor (out, in, basis), multiplied by `scale` if given, in the dtype of the components."""
+        """The dense tensor, multiplied by `scale` if given, in the dtype of the components."""
         components, dtype = self, self.core.dtype
         # float16 and bfloat16 products on the CPU are slow, and some are not implemented
         if self.core.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
@@ -77,7 +77,7 @@ class Tucker(NamedTuple):
 
     def expand_inputs(self) -> torch.Tensor:
         """See the function `expand_inputs`."""
-        return expand_inputs(self.core, self.factor_in, self.factor_basis)
+        return expand_inputs(self.core, *self[2:])
 
     def padded(self, basis: int) -> Tucker:
         """The tensor with zeros up to `basis` slices of the basis mode."""
@@ -88,17 +88,17 @@ class Tucker(NamedTuple):
     def orthogonal(self) -> Tucker:
         """The same tensor with factors of orthonormal columns, and ranks at most the sizes of their modes."""
         bases, triangles = zip(*map(torch.linalg.qr, self.factors), strict=True)
-        return Tucker(_project(self.core, [triangle.T for triangle in triangles]), *bases)
+        return self._make((_project(self.core, [triangle.T for triangle in triangles]), *bases))
 
     @torch.no_grad()
     def balanced(self) -> Tucker:
-        """The same tensor with columns of norm sqrt(out), 1 and sqrt(basis), given factors of orthonormal columns.
+        """The same tensor with columns of norm sqrt(out), 1, sqrt(basis) and 1, given factors of orthonormal columns.
 
         Random starts of adapters have these norms too, and the learning rates suit them.
         """
-        gains = (math.sqrt(len(self.factor_out)), 1.0, math.sqrt(len(self.factor_basis)))
-        factors = [factor * gain for factor, gain in zip(self.factors, gains, strict=True)]
-        return Tucker(self.core / math.prod(gains), *factors)
+        gains = (math.sqrt(len(self.factor_out)), 1.0, math.sqrt(len(self.factor_basis)), 1.0)
+        factors = [factor * gain for factor, gain in zip(self.factors, gains, strict=False)]
+        return self._make((self.core / math.prod(gains), *factors))
 
     def truncated(self, r: Ranks) -> Tucker:
         """The best approximation of ranks at most `r` that HOOI finds, given factors of orthonormal columns.
@@ -106,7 +106,41 @@ class Tucker(NamedTuple):
         The factors of the result are orthonormal too: the squared error is the loss of squared norm of the core.
         """
         core, *rotations = tucker(self.core, cap_ranks(r, self.ranks))
-        return Tucker(core, *(factor @ rotation for factor, rotation in zip(self.factors, rotations, strict=True)))
+        return self._make((core, *(f @ rotation for f, rotation in zip(self.factors, rotations, strict=True))))
+
+
+class KernelTucker(Tucker):
+    """A tensor (out, in, basis, kernel) in Tucker form: a Tucker tensor with one more factor.
+
+    Example:
+        >>> factors = [torch.ones(size, rank) for size, rank in ((6, 2), (5, 1), (4, 3), (9, 2))]
+        >>> tensor = KernelTucker(torch.ones(2, 1, 3, 2), *factors)
+        >>> tensor.ranks, tensor.shape, tensor.dense().shape
+        ((2, 1, 3, 2), (6, 5, 4, 9), torch.Size([6, 5, 4, 9]))
+    """
+
+    __slots__ = ()
+    _fields = (*Tucker._fields, "factor_kernel")
+
+    def __new__(cls, core, factor_out, factor_in, factor_basis, factor_kernel):
+        return tuple.__new__(cls, (core, factor_out, factor_in, factor_basis, factor_kernel))
+
+    @property
+    def factor_kernel(self) -> torch.Tensor:
+        """(kernel, rk)."""
+        return self[4]
+
+    @classmethod
+    def _make(cls, iterable: Iterable[torch.Tensor]) -> KernelTucker:
+        return cls(*iterable)
+
+    def _replace(self, **components: torch.Tensor) -> KernelTucker:
+        return type(self)(**{**self._asdict(), **components})
+
+
+def tucker_of(core: torch.Tensor, *factors: torch.Tensor) -> Tucker:
+    """The Tucker tensor of a core and three or four factors."""
+    return (Tucker if len(factors) == 3 else KernelTucker)(core, *factors)
 
 
 class Update(NamedTuple):
@@ -116,35 +150,45 @@ class Update(NamedTuple):
     tensor: Tucker
 
     def dense(self) -> torch.Tensor:
-        """The update (out, in, basis), or (out, in, basis + 1) with the residual branch as the last slice."""
+        """The update (out, in, basis), or (out, in, basis + 1) with the residual branch as the last slice; with a
+        kernel as the fourth mode where the layer has one."""
         return self.tensor.dense(self.scale)
 
 
-def triple(sizes: Iterable[int]) -> tuple[int, int, int]:
-    """Three sizes as a tuple of three ints."""
-    out, in_, basis = sizes
-    return out, in_, basis
-
-
 def reconstruct(
-    core: torch.Tensor, factor_out: torch.Tensor, factor_in: torch.Tensor, factor_basis: torch.Tensor
+    core: torch.Tensor,
+    factor_out: torch.Tensor,
+    factor_in: torch.Tensor,
+    factor_basis: torch.Tensor,
+    factor_kernel: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The dense tensor (out, in, basis) of a Tucker decomposition; differentiable in all four.
+    """The dense tensor (out, in, basis [, kernel]) of a Tucker decomposition; differentiable in all components.
 
-    The basis mode is expanded first and the output mode last, so that the largest intermediate is (ro, in, basis). All
-    products are of matrices: the result of a batched `torch.matmul` differs in its last digits between tensors that
-    require a gradient and tensors that do not, and a loaded adapter must equal the trained one exactly.
+    The last modes are expanded first and the output mode last, so that the largest intermediate is (ro, in, basis
+    [, kernel]). All products are of matrices: the result of a batched `torch.matmul` differs in its last digits
+    between tensors that require a gradient and tensors that do not, and a loaded adapter must equal the trained one
+    exactly.
     """
-    tensor = factor_out @ expand_inputs(core, factor_in, factor_basis).flatten(1)  # (out, in basis)
-    return tensor.unflatten(1, (len(factor_in), len(factor_basis)))
+    expanded = expand_inputs(core, factor_in, factor_basis, factor_kernel)
+    return (factor_out @ expanded.flatten(1)).unflatten(1, expanded.shape[1:])
 
 
-def expand_inputs(core: torch.Tensor, factor_in: torch.Tensor, factor_basis: torch.Tensor) -> torch.Tensor:
-    """core x2 factor_in x3 factor_basis, (ro, in, basis): the rows that factor_out mixes."""
-    ro = len(core)
-    tensor = core.flatten(0, 1) @ factor_basis.T  # (ro ri, basis)
-    tensor = factor_in @ rearrange(tensor, "(ro ri) k -> ri (ro k)", ro=ro)  # (in, ro basis)
-    return rearrange(tensor, "i (ro k) -> ro i k", ro=ro)
+def expand_inputs(
+    core: torch.Tensor,
+    factor_in: torch.Tensor,
+    factor_basis: torch.Tensor,
+    factor_kernel: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """core x2 factor_in x3 factor_basis [x4 factor_kernel], (ro, in, basis [, kernel]): what factor_out mixes."""
+    ro, ri, rb = core.shape[:3]
+    if factor_kernel is None:
+        tensor = core.flatten(0, 1) @ factor_basis.T  # (ro ri, basis)
+        tensor = factor_in @ rearrange(tensor, "(ro ri) k -> ri (ro k)", ro=ro)  # (in, ro basis)
+        return rearrange(tensor, "i (ro k) -> ro i k", ro=ro)
+    tensor = core.flatten(0, 2) @ factor_kernel.T  # (ro ri rb, kernel)
+    tensor = rearrange(tensor, "(r rb) s -> (r s) rb", rb=rb) @ factor_basis.T  # (ro ri kernel, basis)
+    tensor = factor_in @ rearrange(tensor, "(ro ri s) k -> ri (ro k s)", ro=ro, ri=ri)  # (in, ro basis kernel)
+    return rearrange(tensor, "i (ro k s) -> ro i k s", ro=ro, k=len(factor_basis))
 
 
 def contract(
@@ -179,18 +223,19 @@ def expands_first(rows: int, core: torch.Tensor, factor_in: torch.Tensor, factor
 
 def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
     """The exact sum of Tucker tensors of one shape; the ranks add, since the cores are blocks of one core."""
-    _, ri, rb = (sum(ranks) for ranks in zip(*(tensor.ranks for tensor in tensors), strict=True))
-    blocks, b, c = [], 0, 0
+    totals = [sum(ranks) for ranks in zip(*(tensor.ranks for tensor in tensors), strict=True)]
+    blocks, before = [], [0] * len(totals)
     for tensor in tensors:
-        _, own_ri, own_rb = tensor.ranks
-        blocks.append(pad(tensor.core, (c, rb - c - own_rb, b, ri - b - own_ri)))
-        b, c = b + own_ri, c + own_rb
+        after = [done + rank for done, rank in zip(before, tensor.ranks, strict=True)]
+        margins = [(first, total - last) for first, last, total in zip(before, after, totals, strict=True)]
+        blocks.append(pad(tensor.core, [margin for pair in reversed(margins[1:]) for margin in pair]))
+        before = after
     factors = zip(*(tensor.factors for tensor in tensors), strict=True)
-    return Tucker(torch.cat(blocks), *(torch.cat(columns, dim=1) for columns in factors))
+    return tucker_of(torch.cat(blocks), *(torch.cat(columns, dim=1) for columns in factors))
 
 
 @torch.no_grad()
-def tucker(tensor: torch.Tensor, ranks: tuple[int, int, int]) -> Tucker:
+def tucker(tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
     """The best Tucker approximation that higher-order orthogonal iteration (HOOI) finds, started from the HOSVD.
 
     No rank is above the size of its mode. The factors have orthonormal columns. HOOI runs in float64, and the result
@@ -202,36 +247,35 @@ def tucker(tensor: torch.Tensor, ranks: tuple[int, int, int]) -> Tucker:
     # whatever backend the user of tensorly has set; pyright does not see the attributes that tensorly adds to itself
     backend = tensorly.backend_context("numpy", local_threadsafe=True)  # pyright: ignore[reportAttributeAccessIssue]
     with backend, warnings.catch_warnings():
-        # of a zero tensor, and of ranks above the product of the other two, for which any orthonormal columns will do
+        # of a zero tensor, and of ranks above the product of the others, for which any orthonormal columns will do
         warnings.simplefilter("ignore")
         options = {"init": "svd", "n_iter_max": 20, "tol": 1e-6, "random_state": 0}  # not numpy's global generator
         core, factors = tensorly.decomposition.tucker(array, rank=list(ranks), **options)
-    return Tucker(*(torch.tensor(part, dtype=tensor.dtype, device=tensor.device) for part in (core, *factors)))
+    return tucker_of(*(torch.tensor(part, dtype=tensor.dtype, device=tensor.device) for part in (core, *factors)))
 
 
 @torch.no_grad()
-def hosvd(tensor: torch.Tensor) -> tuple[Tucker, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The exact higher-order singular value decomposition in float64, and the singular values of the three unfoldings.
+def hosvd(tensor: torch.Tensor) -> tuple[Tucker, tuple[torch.Tensor, ...]]:
+    """The exact higher-order singular value decomposition in float64, and the singular values of the unfoldings.
 
-    Each rank is the size of its mode, or the product of the other two if less.
+    Each rank is the size of its mode, or the product of the others if less.
     """
     tensor = tensor.detach().double()
-    unfoldings = [tensor.movedim(mode, 0).flatten(1) for mode in range(3)]
-    out, in_, basis = (torch.linalg.svd(unfolding, full_matrices=False) for unfolding in unfoldings)
-    factors = out.U, in_.U, basis.U
-    return Tucker(_project(tensor, factors), *factors), (out.S, in_.S, basis.S)
+    unfoldings = [tensor.movedim(mode, 0).flatten(1) for mode in range(tensor.dim())]
+    factors, values, _ = zip(*(torch.linalg.svd(part, full_matrices=False) for part in unfoldings), strict=True)
+    return tucker_of(_project(tensor, factors), *factors), values
 
 
 def _project(tensor: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
-    """tensor x1 matrices[0]^T x2 matrices[1]^T x3 matrices[2]^T."""
+    """tensor x1 matrices[0]^T x2 matrices[1]^T x3 matrices[2]^T [x4 matrices[3]^T]."""
     for matrix in matrices:
-        tensor = torch.tensordot(tensor.movedim(0, -1), matrix, 1)  # takes the first mode, puts it last: three in turn
+        tensor = torch.tensordot(tensor.movedim(0, -1), matrix, 1)  # takes the first mode, puts it last: all in turn
     return tensor
 
 
 @torch.enable_grad()
 def fit(start: Tucker, loss: Callable[[torch.Tensor], torch.Tensor], steps: int) -> Tucker:
-    """Minimizes a function of the dense tensor (out, in, basis) by L-BFGS; returns factors of orthonormal columns."""
+    """Minimizes a function of the dense tensor by L-BFGS; returns factors of orthonormal columns."""
     parts = start.map(lambda part: part.detach().clone(memory_format=torch.contiguous_format).requires_grad_())
     optimizer = torch.optim.LBFGS(parts, max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
 
@@ -248,7 +292,7 @@ def fit(start: Tucker, loss: Callable[[torch.Tensor], torch.Tensor], steps: int)
 def tucker_scaled(
     tensor: torch.Tensor,
     scale: torch.Tensor,
-    ranks: tuple[int, int, int],
+    ranks: tuple[int, ...],
     measure: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Tucker:
     """A Tucker tensor T that minimizes ||scale * T - tensor||, or ||measure(scale * T - tensor)||, by L-BFGS.
@@ -274,18 +318,28 @@ def relative_energy(tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 
 
 def check_ranks(r: Ranks, name: str = "r") -> Ranks:
-    """Returns `r`, a list (as of JSON) as a tuple; raises a ValueError if it is no positive int, nor three of them."""
-    ranks = tuple(r) if isinstance(r, (tuple, list)) else (r,)
+    """Returns `r`, a list (as of JSON) as a tuple; a ValueError if it is no positive int, nor 3 or 4 of them."""
+    several = isinstance(r, (tuple, list))
+    ranks = tuple(r) if several else (r,)
     wrong = any(isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0 for rank in ranks)
-    if wrong or len(ranks) != (3 if isinstance(r, (tuple, list)) else 1):
+    if wrong or len(ranks) not in ((3, 4) if several else (1,)):
         raise ValueError(
-            f"`{name}` should be a positive integer value, or three of them for the modes (out, in, basis), but the "
-            f"value passed is {r}"
+            f"`{name}` should be a positive integer value, or three of them for the modes (out, in, basis), or four "
+            f"with the kernel of convolutions, but the value passed is {r}"
         )
-    return triple(ranks) if isinstance(r, (tuple, list)) else r
+    return ranks if several else r
 
 
-def cap_ranks(r: Ranks, shape: Sequence[int]) -> tuple[int, int, int]:
-    """The ranks (ro, ri, rb), an int for the three, none above the size of its mode in the shape (out, in, basis)."""
-    ranks = r if isinstance(r, tuple) else (r, r, r)
-    return triple(min(rank, size) for rank, size in zip(ranks, shape, strict=True))
+def cap_ranks(r: Ranks, shape: Sequence[int]) -> tuple[int, ...]:
+    """The rank of each mode in the shape (out, in, basis [, kernel]), none above the size of the mode.
+
+    An int is for all modes. Three ranks leave the kernel full, since it is small; of four, the last counts only where
+    there is a kernel, so that one `r` serves a network of convolutions and dense layers.
+
+    Example:
+        >>> cap_ranks(4, (16, 8, 5, 9)), cap_ranks((4, 4, 3), (16, 8, 5, 9)), cap_ranks((4, 4, 3, 2), (16, 8, 5))
+        ((4, 4, 4, 4), (4, 4, 3, 9), (4, 4, 3))
+    """
+    ranks = r if isinstance(r, tuple) else (r,) * len(shape)
+    ranks = (*ranks, *shape[len(ranks) :])[: len(shape)]
+    return tuple(min(rank, size) for rank, size in zip(ranks, shape, strict=True))

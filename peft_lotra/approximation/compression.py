@@ -25,7 +25,7 @@ from ..files.patterns import pattern_key
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, warn_capped
 from ..report import Report, TextTable
-from ..tucker import Ranks, cap_ranks, check_ranks, triple, tucker
+from ..tucker import Ranks, cap_ranks, check_ranks, tucker
 from ..tuner.targets import locate_target
 from .features import check_inputs, gather_features, model_outputs, relative_error
 from .spectra import Spectrum, check_energy, suggest_ranks, weighted_spectrum
@@ -49,7 +49,7 @@ class SlimReport(Report):
     """
 
     errors: dict[str, float]
-    ranks: dict[str, tuple[int, int, int]]
+    ranks: dict[str, tuple[int, ...]]
     dense: list[str]
     parameters: tuple[int, int]
     output_errors: dict[str, float] = field(default_factory=dict)
@@ -173,7 +173,7 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 def _resolve_ranks(
     tensors: Mapping[str, torch.Tensor], ranks: Ranks | Mapping[str, Ranks]
-) -> dict[str, tuple[int, int, int]]:
+) -> dict[str, tuple[int, ...]]:
     """The ranks of each layer; a layer that a mapping does not name is left out."""
     if isinstance(ranks, Mapping):
         keys = {name: get_pattern_key(list(ranks), name) for name in tensors}
@@ -198,6 +198,11 @@ class _Compression:
             layer = self.model.get_submodule(found.name)
             if not isinstance(layer, (SlimKANLinear, SlimLayer)):
                 layers[found.name] = locate_target(found.name, layer)[:2]
+        if convolutions := [name for name, (layer, spec) in layers.items() if len(spec.locate(layer).shape) > 3]:
+            raise ValueError(
+                f"`slim` does not compress convolutions, and `{convolutions[0]}` is a convolution. Compress the part "
+                "of the model without them."
+            )
         if not layers:
             raise ValueError(
                 "No KAN layer that could be compressed was found in the model. The known families are "
@@ -213,14 +218,14 @@ class _Compression:
     def spectrum(self) -> Spectrum:
         return weighted_spectrum(self.tensors, self.features)
 
-    def suggest(self, energy: float | None = None, budget: int | None = None) -> dict[str, tuple[int, int, int]]:
+    def suggest(self, energy: float | None = None, budget: int | None = None) -> dict[str, tuple[int, ...]]:
         """The ranks for an energy or a budget by the spectrum."""
         suggested = suggest_ranks(self.spectrum, energy=energy, budget=budget)
         return {name: suggested[pattern_key(name)] for name in self.tensors}
 
-    def enough(self, energy: float) -> dict[str, tuple[int, int, int]]:
+    def enough(self, energy: float) -> dict[str, tuple[int, ...]]:
         """The ranks for the smallest budget that keeps this share of the model's outputs, found by bisection."""
-        best = {name: triple(tensor.shape) for name, tensor in self.tensors.items()}  # which leaves all layers dense
+        best = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}  # which leaves all layers dense
         low = sum(1 + sum(tensor.shape) for tensor in self.tensors.values())
         high = sum(tensor.numel() for tensor in self.tensors.values())
         for _ in range(_BISECTIONS):
@@ -233,7 +238,7 @@ class _Compression:
                 low = middle
         return best
 
-    def run(self, chosen: Mapping[str, tuple[int, int, int]]) -> tuple[nn.Module, SlimReport]:
+    def run(self, chosen: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, SlimReport]:
         """A copy of the model in which these layers are Slim, where that saves parameters, and its report."""
         model = _copy(self.model)
         before = after = sum(tensor.numel() for tensor in self.tensors.values())
@@ -273,7 +278,7 @@ def _read_product(name: str, layer: nn.Module) -> torch.Tensor:
     return tensor.detach()
 
 
-def _cost(ranks: tuple[int, int, int], shape: torch.Size) -> int:
+def _cost(ranks: tuple[int, ...], shape: torch.Size) -> int:
     return math.prod(ranks) + sum(size * rank for size, rank in zip(shape, ranks, strict=True))
 
 

@@ -45,7 +45,7 @@ class ExtractionReport(Report):
     """
 
     errors: dict[str, float]
-    ranks: dict[str, tuple[int, int, int]]
+    ranks: dict[str, tuple[int, ...]]
     parameters: int
     modules_to_save: list[str]
     not_saved: list[str]
@@ -162,7 +162,7 @@ def _gather(tuned: nn.Module, names: list[str], inputs: torch.Tensor) -> dict[st
 
 def _resolve_ranks(
     r: Ranks | None, rank_pattern: dict[str, Ranks], updates: Mapping[str, CoefficientUpdate]
-) -> dict[str, tuple[int, int, int]]:
+) -> dict[str, tuple[int, ...]]:
     """The ranks of each layer, as LoTRAModel would take them from a configuration."""
     config = LoTRAConfig(rank_pattern=rank_pattern, r=1 if r is None else r)
     ranks = {}
@@ -174,7 +174,7 @@ def _resolve_ranks(
     return ranks
 
 
-def _decompose(update: CoefficientUpdate, ranks: tuple[int, int, int], features: Features | None) -> Tucker:
+def _decompose(update: CoefficientUpdate, ranks: tuple[int, ...], features: Features | None) -> Tucker:
     """The components of an adapter that comes closest to the update, or to the outputs by it."""
     if update.scale is not None:
         measure = None if features is None else lambda tensor: features.outputs(tensor) @ features.metric_out

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 
 from ..families.registry import KANLayerSpec
 from ..functional import call_with_parameters, modes_kept
-from ..tucker import Tucker, tucker
+from ..tucker import Tucker, tucker, tucker_of
 
 
 # The weight of a direction without samples, as a share of the mean over all directions.
@@ -26,14 +27,15 @@ _PROBES = 16  # random directions of the model's outputs that are traced back to
 
 
 class Features:
-    """The features (basis functions of inputs) of one layer for inputs x (..., in), and the weights of its outputs.
+    """The features (basis functions of inputs) of one layer for inputs x, and the weights of its outputs.
 
-    The metric (out, out) is the mean of J^T J, where J are the derivatives of the model's outputs with respect to the
-    layer's; by default all outputs count alike.
+    Inputs are (..., in), or (N, in, ...) for a convolution, where each position of the output is a sample and the
+    features are those of all positions of the kernel. The metric (out, out) is the mean of J^T J, where J are the
+    derivatives of the model's outputs with respect to the layer's; by default all outputs count alike.
     """
 
-    values: torch.Tensor  # (samples, in, basis), with the residual function last, in float64
-    metric_in_basis: list[torch.Tensor]  # (in, in) and (basis, basis), square roots of the features' second moments
+    values: torch.Tensor  # (samples, in, basis [, kernel]), with the residual function last, in float64
+    metrics: list[torch.Tensor]  # for in, basis [and kernel], square roots of the features' second moments
     metric_out: torch.Tensor  # (out, out), the square root of the metric
 
     @torch.no_grad()
@@ -41,59 +43,63 @@ class Features:
         self, layer: nn.Module, spec: KANLayerSpec, x: torch.Tensor, metric: torch.Tensor | None = None
     ) -> None:
         location = spec.locate(layer)
-        out, in_features, basis = location.shape
-        basis += location.has_residual
-        x = x.reshape(-1, in_features)
+        out, in_features, basis, *kernel = location.shape
+        shape = (in_features, basis + location.has_residual, *kernel)
+        size = math.prod(shape)
+        if not kernel:
+            x = x.reshape(-1, in_features)
         scale = spec.find_edge_scale(layer)
 
         def run(tensor: torch.Tensor) -> torch.Tensor:
-            parameters = location.split(tensor.view(out, in_features, basis))
+            parameters = location.split(tensor.view(out, *shape))
             if scale is not None:
                 parameters[scale] = torch.ones_like(getattr(layer, scale))
-            return first_output(call_with_parameters(layer, parameters, layer, (x,), {}))
+            return as_rows(first_output(call_with_parameters(layer, parameters, layer, (x,), {})), bool(kernel))
 
         # A layer is linear in its coefficients: unit tensors give the features, one for each output at a time.
         columns = []
-        zeros = location.get_parameter(layer).new_zeros(out, in_features * basis)
+        zeros = location.get_parameter(layer).new_zeros(out, size)
         constant = run(zeros)
-        for start in range(0, in_features * basis, out):
+        for start in range(0, size, out):
             unit = zeros.clone()
-            index = torch.arange(min(out, in_features * basis - start), device=unit.device)
+            index = torch.arange(min(out, size - start), device=unit.device)
             unit[index, start + index] = 1
             columns.append((run(unit) - constant)[:, : len(index)])
-        self.values = torch.cat(columns, dim=1).double().unflatten(1, (in_features, basis))
-        by_mode = self.values.transpose(1, 2).flatten(0, 1), self.values.flatten(0, 1)
-        self.metric_in_basis = [_square_root(rows.T @ rows, _RIDGE) for rows in by_mode]
+        self.values = torch.cat(columns, dim=1).double().unflatten(1, shape)
+        by_mode = [self.values.movedim(mode + 1, -1).flatten(0, -2) for mode in range(len(shape))]
+        self.metrics = [_square_root(rows.T @ rows, _RIDGE) for rows in by_mode]
         self.metric_out = torch.eye(out).to(self.values)
         if metric is not None:
             self.metric_out = _square_root(metric.to(self.values), _RIDGE_OUT)
 
     def weigh(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor (out, in, basis) times the metrics of its modes, of norm 1, so that layers count alike."""
-        weighted = torch.einsum("po,oik,ij,kl->pjl", self.metric_out, tensor, *self.metric_in_basis)
+        """The tensor (out, in, basis [, kernel]) times the metrics of its modes, of norm 1: layers count alike."""
+        equation = "po,oiks,ij,kl,st->pjlt" if tensor.dim() == 4 else "po,oik,ij,kl->pjl"
+        weighted = torch.einsum(equation, self.metric_out, tensor, *self.metrics)
         return weighted / weighted.norm().clamp(min=1e-300)
 
-    def fit(self, tensor: torch.Tensor, ranks: tuple[int, int, int]) -> Tucker:
+    def fit(self, tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
         """A Tucker tensor, with orthonormal factors, that comes close to the layer's outputs by `tensor`.
 
-        factor_in and factor_basis are those of the weighted tensor. The core and factor_out are the best ones beside
-        these two, by reduced rank regression in the metric of the outputs.
+        All factors but factor_out are those of the weighted tensor. The core and factor_out are the best ones beside
+        these, by reduced rank regression in the metric of the outputs.
         """
         _, _, *weighted = tucker(self.weigh(tensor), ranks)
         factors = [
             torch.linalg.qr(torch.linalg.solve(metric, factor)).Q
-            for metric, factor in zip(self.metric_in_basis, weighted, strict=True)
+            for metric, factor in zip(self.metrics, weighted, strict=True)
         ]
-        z = torch.einsum("nik,ib,kc->nbc", self.values, *factors).flatten(1)
+        equation = "niks,ib,kc,sd->nbcd" if len(factors) == 3 else "nik,ib,kc->nbc"
+        z = torch.einsum(equation, self.values, *factors).flatten(1)
         # As if each of the features had been seen a little on its own: their number may exceed that of the samples.
-        start = torch.einsum("oik,ib,kc->obc", tensor, *factors).flatten(1).T
+        start = torch.einsum(equation, tensor, *factors).flatten(1).T
         gram = z.T @ z
         ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        weights = torch.linalg.solve(gram + ridge, z.T @ self.outputs(tensor) + ridge @ start)  # (ri rb, out)
+        weights = torch.linalg.solve(gram + ridge, z.T @ self.outputs(tensor) + ridge @ start)  # (ri rb [rk], out)
         weights = weights @ self.metric_out  # symmetric
         leading = torch.linalg.svd(z @ weights, full_matrices=False).Vh[: ranks[0]].T
         core = (weights @ leading).T.reshape(-1, *ranks[1:])
-        return Tucker(core, torch.linalg.solve(self.metric_out, leading), *factors).orthogonal()
+        return tucker_of(core, torch.linalg.solve(self.metric_out, leading), *factors).orthogonal()
 
     def outputs(self, tensor: torch.Tensor) -> torch.Tensor:
         """(samples, out), the layer's outputs for the samples with these coefficients, without its bias."""
@@ -104,6 +110,11 @@ def relative_error(y: torch.Tensor, other: torch.Tensor) -> float:
     """||y - other|| / ||y - mean(y)|| of outputs (..., out); a large mean would make any error look small."""
     y, other = y.double().flatten(0, -2), other.double().flatten(0, -2)
     return ((y - other).norm() / (y - y.mean(0)).norm().clamp(min=1e-300)).item()
+
+
+def as_rows(y: torch.Tensor, channels_second: bool) -> torch.Tensor:
+    """(rows, features) of a tensor (..., features), or (N, features, ...) of a convolution."""
+    return (y.movedim(1, -1) if channels_second else y).flatten(0, -2)
 
 
 def first_output(y: Any) -> torch.Tensor:
@@ -154,16 +165,23 @@ def gather_features(
 ) -> dict[str, Features]:
     """The features of each layer for inputs of the model; a ValueError if no input reaches one of the layers.
 
-    Layers whose output is not linear in their coefficients have none.
+    Layers whose output is not linear in their coefficients have none, nor have convolutions of several groups, each
+    of which has inputs of its own.
     """
     layers = {name: (layer, spec) for name, (layer, spec) in layers.items() if spec.linear}
     if not layers:
         return {}
+    shapes = {name: spec.locate(layer).shape for name, (layer, spec) in layers.items()}
+    grouped: set[str] = set()
     received: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     returned: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
     def note(name: str, layer: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-        received[name].append(args[0].detach().flatten(0, -2))
+        x, is_convolution = args[0].detach(), len(shapes[name]) > 3
+        if is_convolution and x.shape[1] != shapes[name][1]:
+            grouped.add(name)
+            return
+        received[name].append(x if is_convolution else x.flatten(0, -2))
         y = first_output(y)
         returned[name].append(y if y.requires_grad else y.requires_grad_())  # the model may be frozen
 
@@ -171,17 +189,19 @@ def gather_features(
         for name, (layer, _) in layers.items():
             hooks.enter_context(layer.register_forward_hook(partial(note, name)))
         result = model_outputs(model, inputs)
-    if missed := [name for name, xs in received.items() if not xs]:
+    if missed := [name for name, xs in received.items() if not xs and name not in grouped]:
         raise ValueError(f"None of `inputs` reaches {missed}: the model's forward pass does not call these layers.")
-    metrics = _metrics(result, returned)
-    return {name: Features(*layers[name], torch.cat(xs), metrics.get(name)) for name, xs in received.items()}
+    metrics = _metrics(result, returned, {name for name, shape in shapes.items() if len(shape) > 3})
+    return {name: Features(*layers[name], torch.cat(xs), metrics.get(name)) for name, xs in received.items() if xs}
 
 
-def _metrics(result: torch.Tensor, returned: Mapping[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _metrics(
+    result: torch.Tensor, returned: Mapping[str, list[torch.Tensor]], convolutions: Collection[str]
+) -> dict[str, torch.Tensor]:
     """Estimates of the sums of J^T J by layer, (out, out), where J are the derivatives of the result in the layer's
     outputs: s^T J has the second moment J^T J for random signs s. Layers without derivatives are left out."""
     metrics: dict[str, torch.Tensor] = {}
-    if not result.requires_grad:
+    if not result.requires_grad or not any(returned.values()):
         return metrics
     names, outputs = zip(*((name, y) for name, ys in returned.items() for y in ys), strict=True)
     generator = torch.Generator().manual_seed(0)
@@ -190,6 +210,6 @@ def _metrics(result: torch.Tensor, returned: Mapping[str, list[torch.Tensor]]) -
         gradients = torch.autograd.grad(result, outputs, signs, retain_graph=True, allow_unused=True)
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
-                gradient = gradient.flatten(0, -2).double()
+                gradient = as_rows(gradient, name in convolutions).double()
                 metrics[name] = metrics.get(name, 0) + gradient.T @ gradient
     return {name: metric for name, metric in metrics.items() if metric.isfinite().all() and metric.any()}

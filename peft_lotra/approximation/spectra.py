@@ -3,9 +3,11 @@
 
 """Which ranks an update needs: the spectra of fine-tuning updates and of gradients, and the ranks they suggest.
 
-The spectrum of a tensor is the singular values of the three unfoldings. The energy that the truncated HOSVD keeps, a
-share of the squared norm, is the sum of squares over the leading ro x ri x rb block of the HOSVD's core. HOOI keeps at
-least as much. Source: L. De Lathauwer et al., "A Multilinear Singular Value Decomposition", SIMAX 21 (2000).
+The spectrum of a tensor is the singular values of its unfoldings, one for each mode. The energy that the truncated
+HOSVD keeps, a share of the squared norm, is the sum of squares over the leading block of the HOSVD's core, with the
+ranks as its shape. HOOI keeps at least as much.
+
+Source: L. De Lathauwer et al., "A Multilinear Singular Value Decomposition", SIMAX 21 (2000).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import nn
 from ..files.patterns import pattern_key
 from ..functional import unwrap
 from ..report import Report, TextTable
-from ..tucker import Ranks, cap_ranks, check_ranks, hosvd, triple
+from ..tucker import Ranks, cap_ranks, check_ranks, hosvd
 from ..tuner.config import LoTRAConfig
 from ..tuner.gradients import gather_gradients
 from ..tuner.targets import find_targets
@@ -32,27 +34,26 @@ class LayerSpectrum:
     """The spectrum of the update, or the gradient, of one layer's coefficient tensor.
 
     Attributes:
-        shape: (out, in, basis), the residual slice counted in basis.
+        shape: (out, in, basis) or (out, in, basis, kernel), the residual slice counted in basis.
         norm: The Frobenius norm.
-        singular_values: Those of the unfoldings (out, in basis), (in, out basis) and (basis, out in), falling.
-        energies: (out, in, basis) or smaller: entry (ro - 1, ri - 1, rb - 1) is the share that the truncated HOSVD of
-            ranks (ro, ri, rb) keeps; 1 everywhere for a zero tensor.
+        singular_values: Those of the unfoldings (out, in basis [kernel]), (in, out basis [kernel]) and so on, falling.
+        energies: Of `shape` or smaller: entry (ro - 1, ri - 1, rb - 1 [, rk - 1]) is the share that the truncated
+            HOSVD of ranks (ro, ri, rb [, rk]) keeps; 1 everywhere for a zero tensor.
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     norm: float
-    singular_values: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = field(repr=False)
+    singular_values: tuple[torch.Tensor, ...] = field(repr=False)
     energies: torch.Tensor = field(repr=False)
 
     def energy(self, r: Ranks) -> float:
-        """The share of the energy, 0 to 1, that the truncated HOSVD of ranks `r`, an int or (ro, ri, rb), keeps."""
+        """The share of the energy, 0 to 1, that the truncated HOSVD of ranks `r`, as in [`LoTRAConfig`], keeps."""
         return self.energies[tuple(rank - 1 for rank in cap_ranks(check_ranks(r), self.energies.shape))].item()
 
     def costs(self) -> torch.Tensor:
-        """The number of parameters of an adapter, for each triple of ranks; laid out as `energies`."""
-        ro, ri, rb = torch.meshgrid(*(torch.arange(1, n + 1) for n in self.energies.shape), indexing="ij")
-        out, in_, basis = self.shape
-        return ro * ri * rb + out * ro + in_ * ri + basis * rb
+        """The number of parameters of an adapter, for all ranks; laid out as `energies`."""
+        ranks = torch.meshgrid(*(torch.arange(1, n + 1) for n in self.energies.shape), indexing="ij")
+        return torch.stack(ranks).prod(0) + sum(size * rank for size, rank in zip(self.shape, ranks, strict=True))
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Spectrum(Report):
 
     layers: dict[str, LayerSpectrum]
 
-    def energy(self, r: Ranks | dict[str, tuple[int, int, int]]) -> float:
+    def energy(self, r: Ranks | dict[str, tuple[int, ...]]) -> float:
         """The share of the energy of all layers that ranks, or a `rank_pattern` of `suggest_ranks`, keep together."""
         total = kept = 0.0
         for name, layer in self.layers.items():
@@ -144,7 +145,7 @@ def suggest_ranks(
     *,
     energy: float | None = None,
     budget: int | None = None,
-) -> dict[str, tuple[int, int, int]]:
+) -> dict[str, tuple[int, ...]]:
     """Ranks for each layer, as the `rank_pattern` of [`LoTRAConfig`].
 
     Example:
@@ -159,7 +160,7 @@ def suggest_ranks(
         budget: The number of parameters of all layers together, with the most energy and ranks of at least 1.
 
     Returns:
-        (ro, ri, rb) by a regex that matches the layer's name and no other.
+        (ro, ri, rb), with a kernel (ro, ri, rb, rk), by a regex that matches the layer's name and no other.
 
     Raises:
         ValueError: Not one of `energy` and `budget` is given; the energy is out of range; the budget does not suffice
@@ -188,28 +189,30 @@ def check_energy(energy: float) -> None:
 
 
 def spectrum_of(tensor: torch.Tensor) -> LayerSpectrum:
-    """The spectrum of a tensor (out, in, basis)."""
+    """The spectrum of a tensor (out, in, basis [, kernel])."""
     decomposition, singular_values = hosvd(tensor)
-    squares = decomposition.core.square().cumsum(0).cumsum(1).cumsum(2)
-    total = squares[-1, -1, -1]
+    squares = decomposition.core.square()
+    for mode in range(squares.dim()):
+        squares = squares.cumsum(mode)
+    total = squares.flatten()[-1]
     energies = squares / total if total > 0 else torch.ones_like(squares)
-    return LayerSpectrum(triple(tensor.shape), tensor.double().norm().item(), singular_values, energies)
+    return LayerSpectrum(tuple(tensor.shape), tensor.double().norm().item(), singular_values, energies)
 
 
 def weighted_spectrum(tensors: Mapping[str, torch.Tensor], features: Mapping[str, Features]) -> Spectrum:
-    """The spectrum of tensors (out, in, basis) by layer, weighted by the features where there are any."""
+    """The spectrum of tensors (out, in, basis [, kernel]) by layer, weighted by the features where there are any."""
     weighted = {name: features[name].weigh(t) if name in features else t for name, t in tensors.items()}
     return Spectrum({name: spectrum_of(tensor) for name, tensor in weighted.items()})
 
 
-def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, int, int]:
+def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, ...]:
     """The ranks with the fewest parameters that keep the energy."""
     enough = layer.energies >= energy - 1e-12  # the table is rounded
     costs = torch.where(enough, layer.costs(), torch.iinfo(torch.int64).max)
     return _ranks_at(layer, costs.argmin())
 
 
-def _allocate(layers: dict[str, LayerSpectrum], budget: int) -> dict[str, tuple[int, int, int]]:
+def _allocate(layers: dict[str, LayerSpectrum], budget: int) -> dict[str, tuple[int, ...]]:
     """The ranks that keep the most energy for at most `budget` parameters in all.
 
     Each greedy step raises the ranks of the layer that gains the most energy per parameter. The result is optimal
@@ -220,7 +223,7 @@ def _allocate(layers: dict[str, LayerSpectrum], budget: int) -> dict[str, tuple[
     left = budget - sum(int(costs[0]) for costs, _, _ in frontiers.values())
     if left < 0:
         raise ValueError(
-            f"`budget` is {budget}, but ranks (1, 1, 1) in each of the {len(layers)} layers take {budget - left} "
+            f"`budget` is {budget}, but ranks of 1 in each of the {len(layers)} layers take {budget - left} "
             "parameters already."
         )
     while True:
@@ -239,7 +242,7 @@ def _allocate(layers: dict[str, LayerSpectrum], budget: int) -> dict[str, tuple[
 
 
 def _frontier(layer: LayerSpectrum) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Parameters, energy and flat index of each triple of ranks that keeps more energy than any cheaper one."""
+    """Parameters, energy and flat index of all ranks that keep more energy than any cheaper one."""
     costs, order = layer.costs().flatten().sort(stable=True)
     energies = layer.energies.flatten()[order]
     before = torch.cat([energies.new_tensor([-1.0]), energies.cummax(0).values[:-1]])
@@ -247,5 +250,5 @@ def _frontier(layer: LayerSpectrum) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return costs[better], layer.norm**2 * energies[better], order[better]
 
 
-def _ranks_at(layer: LayerSpectrum, flat_index: torch.Tensor) -> tuple[int, int, int]:
-    return triple(int(index) + 1 for index in torch.unravel_index(flat_index, layer.energies.shape))
+def _ranks_at(layer: LayerSpectrum, flat_index: torch.Tensor) -> tuple[int, ...]:
+    return tuple(int(index) + 1 for index in torch.unravel_index(flat_index, layer.energies.shape))

@@ -19,7 +19,7 @@ from ..tuner.targets import locate_target
 
 @dataclass(frozen=True)
 class CoefficientUpdate:
-    """The change of the coefficients (out, in, basis [+ 1]) of one layer by fine-tuning, in float64.
+    """The change of the coefficients (out, in, basis [+ 1] [, kernel]) of one layer by fine-tuning, in float64.
 
     With a `scale`, by which the base layer multiplies its coefficients, the change is of coefficient times scale.
     """
@@ -66,7 +66,7 @@ def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False)
 
 
 def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The coefficients in force, and the scales of the layer's edges, both (out, in, basis [+ 1]) in float64."""
+    """The coefficients in force and the scales of the layer's edges, (out, in, basis [+ 1] [, kernel]) in float64."""
     layer, spec, tensor = locate_target(name, module)
     if isinstance(module, LoTRALayer):
         coefficients = module.coefficients_in_force(torch.float64)

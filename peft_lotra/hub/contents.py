@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from ..families.registry import short_name
 from ..files.format import check_size
 from ..report import Report, TextTable
-from ..tucker import Tucker
+from ..tucker import tucker_of
 from ..tuner.config import LoTRAConfig
-from ..tuner.layer import LoTRALayer
+from ..tuner.layer import COMPONENTS, LoTRALayer
 from ..tuner.registration import NAME
 
 
@@ -38,8 +38,8 @@ class AdapterRow:
 
     name: str
     family: str | None
-    shape: tuple[int, int, int] | None
-    ranks: tuple[int, int, int] | None
+    shape: tuple[int, ...] | None
+    ranks: tuple[int, ...] | None
     alpha: float | None
     norm: float | None
     parameters: int
@@ -142,19 +142,20 @@ def _order(row: AdapterRow) -> tuple[bool, list]:
 def own_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a file without those of other adapters."""
     # PEFT 0.19 writes the tensors of all adapters into each file, the others with the name of the adapter at the end
-    other = re.compile(rf".*\.({'|'.join(LoTRALayer.adapter_layer_names)})\..+")
+    other = re.compile(rf".*\.({'|'.join(COMPONENTS)})\..+")
     return {key: tensor for key, tensor in tensors.items() if not other.fullmatch(key)}
 
 
 def _row(config: LoTRAConfig, name: str, parts: dict[str, torch.Tensor]) -> AdapterRow:
     parameters = sum(tensor.numel() for tensor in parts.values())
     size = sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
-    if not any(part in LoTRALayer.adapter_layer_names for part in parts):
+    names = [part for part in COMPONENTS if part in parts or part in LoTRALayer.adapter_layer_names]
+    if not any(part in names for part in parts):
         return AdapterRow(name, None, None, None, None, None, parameters, size)
-    missing = [part for part in LoTRALayer.adapter_layer_names if part not in parts]
+    missing = [part for part in names if part not in parts]
     if missing:
         raise ValueError(f"The adapter has no {', '.join(missing)} for `{name}`: it is not complete.")
-    update = Tucker(*(parts[part] for part in LoTRALayer.adapter_layer_names))
+    update = tucker_of(*(parts[part] for part in names))
     ranks = tuple(factor.shape[1] if factor.ndim == 2 else None for factor in update.factors)
     if ranks != update.core.shape:
         shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}

@@ -111,7 +111,7 @@ class SlimKANLinear(SplineLayer):
         self.core.copy_(core * (variance / (core * (core @ gram)).sum()).sqrt() / GAIN_IN)
 
     @property
-    def ranks(self) -> tuple[int, int, int]:
+    def ranks(self) -> tuple[int, ...]:
         """(ro, ri, rb)."""
         return self.components.ranks
 

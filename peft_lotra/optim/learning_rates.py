@@ -17,13 +17,14 @@ from ..families.slim import SlimLayer
 from ..functional import unwrap
 from ..kan.slim_kan import SlimKANLinear
 from ..report import Report, TextTable
+from ..tuner.layer import COMPONENTS as KEYS
 from ..tuner.layer import LoTRALayer
 
 
 Policy = Literal["width", "uniform"] | Mapping[str, float]
 Rule = Literal["adaptive", "sgd"]
 
-COMPONENTS = tuple(name.removeprefix("lotra_") for name in LoTRALayer.adapter_layer_names)
+COMPONENTS = tuple(name.removeprefix("lotra_") for name in KEYS)
 RULES = ("adaptive", "sgd")
 REFERENCE_WIDTH = 16  # at which policy "width" is policy "uniform"
 
@@ -34,7 +35,7 @@ class LoTRALearningRate:
 
     module: str  # the name of the layer, as `find_kan_layers` gives it
     adapter: str  # empty for a Slim layer
-    component: str  # "core", "factor_out", "factor_in" or "factor_basis"
+    component: str  # "core", "factor_out", "factor_in", "factor_basis" or "factor_kernel"
     shape: tuple[int, ...]
     width: int  # the number of outputs for factor_out and of inputs for factor_in, otherwise 0
     multiplier: float
@@ -114,7 +115,7 @@ def lotra_lr_multipliers(
         elif policy == "width":
             multipliers = {"factor_out": math.sqrt(max(narrowest, REFERENCE_WIDTH) / REFERENCE_WIDTH)}
         for adapter, parameters in adapters.items():
-            for component, parameter in zip(COMPONENTS, parameters, strict=True):
+            for component, parameter in zip(COMPONENTS, parameters, strict=False):  # of four, the last is the kernel's
                 if not parameter.requires_grad:
                     continue
                 width, shape = widths.get(component, 0), tuple(parameter.shape)
@@ -141,11 +142,11 @@ def create_lotra_optimizer(
 
     With policy "width", a layer of n_in inputs and n_out outputs trains at lr times
 
-    | component          | Adam and the like         | SGD                   |
-    |--------------------|---------------------------|-----------------------|
-    | core, factor_basis | 1                         | 1                     |
-    | factor_out         | sqrt(16 / max(n_out, 16)) | sqrt(max(m, 16) / 16) |
-    | factor_in          | sqrt(16 / max(n_in, 16))  | 1                     |
+    | component                         | Adam and the like         | SGD                   |
+    |-----------------------------------|---------------------------|-----------------------|
+    | core, factor_basis, factor_kernel | 1                         | 1                     |
+    | factor_out                        | sqrt(16 / max(n_out, 16)) | sqrt(max(m, 16) / 16) |
+    | factor_in                         | sqrt(16 / max(n_in, 16))  | 1                     |
 
     where m is the smallest n_out of the adapted layers. An lr that is good at one width is then good at the others.
     Parameters that are no LoTRA component (`modules_to_save`, biases) train at lr. docs/notes/optim.md derives the
@@ -156,7 +157,7 @@ def create_lotra_optimizer(
         optimizer_cls: A class that takes parameter groups.
         lr: The learning rate that the table multiplies.
         policy: "width" for the table above; "uniform" for lr everywhere; or a dict of multipliers by component
-            ("core", "factor_out", "factor_in", "factor_basis"), 1 for the others.
+            ("core", "factor_out", "factor_in", "factor_basis", "factor_kernel"), 1 for the others.
         rule: Which column of the table counts, "adaptive" or "sgd". By default "sgd" for an optimizer class that is,
             or derives from, one called SGD or ASGD, and "adaptive" for all others.
         kwargs: Passed to the optimizer, e.g. `weight_decay` for every group.

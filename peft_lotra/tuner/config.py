@@ -25,7 +25,7 @@ from ..files.format import (
     write_atomically,
 )
 from ..files.patterns import check_lengths, exact_pattern, find_key, pattern_key, refuse_pattern
-from ..tucker import cap_ranks, check_ranks
+from ..tucker import KernelTucker, Ranks, cap_ranks, check_ranks
 from .arguments import (
     BOOL,
     INDICES,
@@ -58,12 +58,14 @@ class LoTRAConfig(PeftConfig):
     This is the configuration class to store the configuration of a [`LoTRAModel`].
 
     The update of a coefficient tensor (out, in, basis) is `alpha * core x1 factor_out x2 factor_in x3 factor_basis`.
-    Unlike LoRA's, the update is scaled by `alpha` alone: the initialization normalizes it for any rank.
+    A convolutional layer has a fourth mode, the positions of its kernel, and a `factor_kernel`. Unlike LoRA's, the
+    update is scaled by `alpha` alone: the initialization normalizes it for any rank.
 
     Args:
-        r (`int` or `tuple[int, int, int]`):
-            The ranks (out, in, basis) of the update. An int counts for the three modes. A rank above the size of its
-            mode is capped.
+        r (`int` or `tuple[int, ...]`):
+            The ranks (out, in, basis) of the update, or (out, in, basis, kernel), of which the last counts for
+            convolutional layers alone. An int counts for all modes; of three ranks, the kernel has its full rank. A
+            rank above the size of its mode is capped.
         alpha (`float`):
             The factor that the update is multiplied by.
         target_modules (`Optional[Union[list[str], str]]`):
@@ -117,7 +119,7 @@ class LoTRAConfig(PeftConfig):
         (2, 1.0)
     """
 
-    r: int | tuple[int, int, int] = option(4)
+    r: int | tuple[int, ...] = option(4)
     alpha: float = option(1.0, NUMBER)
     target_modules: list[str] | set[str] | str | None = option(None, NAMES)
     exclude_modules: list[str] | set[str] | str | None = option(None, NAMES)
@@ -182,7 +184,7 @@ class LoTRAConfig(PeftConfig):
         # a weak reference is not pickled, and a copy belongs to no model yet
         return {**vars(self), "_record_base": None}
 
-    def ranks_and_alpha(self, layer_name: str) -> tuple[int | tuple[int, int, int], float]:
+    def ranks_and_alpha(self, layer_name: str) -> tuple[Ranks, float]:
         """The ranks of a layer, before they are capped by the sizes of its modes, and its `alpha`."""
         r_key, alpha_key = (find_key(patterns, layer_name) for patterns in (self.rank_pattern, self.alpha_pattern))
         return self.rank_pattern.get(r_key, self.r), self.alpha_pattern.get(alpha_key, self.alpha)
@@ -218,7 +220,7 @@ class LoTRAConfig(PeftConfig):
             check_lengths([self.target_modules], ())
         if "rank_pattern" in unresolved:
             self.rank_pattern = {
-                pattern_key(n): shape for n, shape in cores.items() if len(shape) == 3 and min(shape) > 0
+                pattern_key(n): shape for n, shape in cores.items() if len(shape) in (3, 4) and min(shape) > 0
             }
 
     def _resolved(self, names: Collection[str]) -> dict[str, Any]:
@@ -328,12 +330,11 @@ class LoTRAConfig(PeftConfig):
         """The shapes that the components of the recorded layers have by this config, by name."""
         shapes = {}
         for name, layer in (self.checkpoint.layers or {}).items():
-            out, in_, basis = layer["shape"]
-            sizes = (out, in_, basis + (layer["has_residual"] and self.adapt_residual))
+            out, in_, basis, *kernel = layer["shape"]
+            sizes = (out, in_, basis + (layer["has_residual"] and self.adapt_residual), *kernel)
             ranks = cap_ranks(self.ranks_and_alpha(name)[0], sizes)
-            shapes[f"{name}.lotra_core"] = ranks
-            for component, shape in zip(("out", "in", "basis"), zip(sizes, ranks, strict=True), strict=True):
-                shapes[f"{name}.lotra_factor_{component}"] = shape
+            parts = (ranks, *zip(sizes, ranks, strict=True))
+            shapes |= {f"{name}.lotra_{part}": shape for part, shape in zip(KernelTucker._fields, parts, strict=False)}
         return shapes
 
     def _check_integrity(self) -> None:

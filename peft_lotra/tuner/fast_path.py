@@ -137,6 +137,7 @@ def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientT
         not spec.linear
         or (spec.basis is None and spec.splines is None)
         or (tensor.has_residual and spec.activation is None)  # as for Slim layers
+        or len(tensor.shape) > 3  # a convolution
         or coefficients.is_meta
         or coefficients.dtype not in _TOLERANCE
         or has_hooks(base_layer)

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How the four components of an adapter start: at random, or from the gradient of the coefficient tensors.
+"""How the components of an adapter start: at random, or from the gradient of the coefficient tensors.
 
 Either way factor_out is zero, as LoRA's B, so that the update is zero.
 """
@@ -23,19 +23,26 @@ GRADIENTS: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 @torch.no_grad()
 def reset_components(
-    core: Tensor, factor_out: Tensor, factor_in: Tensor, factor_basis: Tensor, zero_update: bool = True
+    core: Tensor,
+    factor_out: Tensor,
+    factor_in: Tensor,
+    factor_basis: Tensor,
+    *factor_kernel: Tensor,
+    zero_update: bool = True,
 ) -> None:
-    """Draws the four components in place, such that the update has the size of a well-scaled layer's output.
+    """Draws the components in place, such that the update has the size of a well-scaled layer's output.
 
-    factor_in and factor_basis get orthogonal columns, of norm 1 and sqrt(basis): a projected basis function then has
-    the size of a basis function for any width. The core is normal with variance 1 / (ri rb), which keeps that size.
-    factor_out is zero, or normal with variance 1 / ro. Parameters on the meta device are left alone.
+    factor_in, factor_basis and factor_kernel get orthogonal columns, of norm 1, sqrt(basis) and 1: a projected basis
+    function then has the size of a basis function for any width and kernel. The core is normal with variance
+    1 / (ri rb [rk]), which keeps that size. factor_out is zero, or normal with variance 1 / ro. Parameters on the meta
+    device are left alone.
     """
     if core.is_meta:
         return
-    ro, ri, rb = core.shape
-    nn.init.normal_(core, std=1 / math.sqrt(ri * rb))
-    for factor, gain in ((factor_in, 1.0), (factor_basis, math.sqrt(len(factor_basis)))):
+    ro, *inner = core.shape
+    nn.init.normal_(core, std=1 / math.sqrt(math.prod(inner)))
+    gains = (1.0, math.sqrt(len(factor_basis)), 1.0)
+    for factor, gain in zip((factor_in, factor_basis, *factor_kernel), gains, strict=False):
         # the QR decomposition behind it does not exist in half precision
         full = torch.empty_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32))
         factor.copy_(nn.init.orthogonal_(full, gain))
@@ -47,26 +54,31 @@ def reset_components(
 
 @torch.no_grad()
 def reset_components_from_gradient(
-    core: Tensor, factor_out: Tensor, factor_in: Tensor, factor_basis: Tensor, layer: nn.Module
+    core: Tensor,
+    factor_out: Tensor,
+    factor_in: Tensor,
+    factor_basis: Tensor,
+    *factor_kernel: Tensor,
+    layer: nn.Module,
 ) -> None:
     """Sets the components to the directions that the gradient of the layer's coefficients uses most.
 
-    The best Tucker approximation (HOOI) of the gradient gives factor_in and factor_basis, with columns of norm 1 and
-    sqrt(basis). The gradient projected on both unfolds to a matrix (out, ri rb), whose leading ro right singular
-    vectors are the rows of the core. The singular values are dropped, since a step of Adam should be as large for a
-    weak direction as for a strong one.
+    The best Tucker approximation (HOOI) of the gradient gives factor_in, factor_basis and factor_kernel, with columns
+    of norm 1, sqrt(basis) and 1. The gradient projected on them unfolds to a matrix (out, ri rb [rk]), whose leading
+    ro right singular vectors are the rows of the core. The singular values are dropped, since a step of Adam should be
+    as large for a weak direction as for a strong one.
     """
     if layer not in GRADIENTS:
         raise ValueError(
             f'`init_weights="gradient"` needs the gradient of this {type(layer).__name__}: call '
             "`preprocess_lotra(model, config, train_step)` before the adapter is added."
         )
-    gradient = GRADIENTS[layer][..., : len(factor_basis)]
-    ro, ri, rb = core.shape
-    projected, *factors = tucker(gradient, (ro, ri, rb))
-    factor_in.copy_(factors[1])
-    factor_basis.copy_(factors[2] * math.sqrt(len(factor_basis)))
-    rows = torch.linalg.svd(projected.double().flatten(1), full_matrices=False).Vh  # no more than ri rb
-    nn.init.normal_(core, std=1 / math.sqrt(ri * rb))  # rows above ri rb stay random
+    gradient = GRADIENTS[layer][:, :, : len(factor_basis)]
+    projected, _, *factors = tucker(gradient, tuple(core.shape))
+    for factor, value in zip((factor_in, factor_basis, *factor_kernel), factors, strict=True):
+        factor.copy_(value)
+    factor_basis.mul_(math.sqrt(len(factor_basis)))
+    rows = torch.linalg.svd(projected.double().flatten(1), full_matrices=False).Vh  # no more than ri rb [rk]
+    nn.init.normal_(core, std=1 / math.sqrt(math.prod(core.shape[1:])))  # rows above these stay random
     core.flatten(1)[: len(rows)] = rows.to(core)
     nn.init.zeros_(factor_out)

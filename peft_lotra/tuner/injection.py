@@ -20,12 +20,9 @@ from ..files.checkpoint import OF_THE_BASE, refuse
 from ..kan.slim_kan import SlimKANLinear
 from .config import ALL_KAN, LoTRAConfig
 from .guards import guard_network, release_networks
-from .layer import LoTRALayer, lotra_layers
+from .layer import COMPONENTS, LoTRALayer, lotra_layers
 from .slim import SlimLoTRALayer
 from .targets import Target, check_base, check_parameters, describe_targets, find_targets, locate_target
-
-
-_COMPONENTS = LoTRALayer.adapter_layer_names
 
 
 def prepare_config(config: LoTRAConfig) -> LoTRAConfig:
@@ -152,12 +149,12 @@ def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Tar
     if config.checkpoint.tensors is None or getattr(model, "_checkpoint_conversion_mapping", None):
         return  # not from a file, or the names in the file are older ones
     modules = dict(model.named_modules())
-    adapted = {id(modules[name]) for name in targets}
+    adapted = {id(modules[name]): COMPONENTS[: 1 + len(t.coefficients.shape)] for name, t in targets.items()}
     expected, allowed = set(), set()
     for name, module in model.named_modules(remove_duplicate=False):  # a shared layer has several names
         keys = []
         if id(module) in adapted:
-            keys = _COMPONENTS
+            keys = adapted[id(module)]
         elif any(name.endswith(ending) for ending in config.modules_to_save or ()):  # PEFT's own rule
             keys = list(getattr(module, "original_module", module).state_dict())
             # what PEFT writes once more for an embedding, and loads nowhere
@@ -169,7 +166,7 @@ def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Tar
 
 
 def _is_of_another_adapter(name: str) -> bool:
-    return name.rpartition(".")[0].endswith(_COMPONENTS)
+    return name.rpartition(".")[0].endswith(COMPONENTS)
 
 
 def mismatches(
@@ -197,7 +194,7 @@ def _adapter_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor, str]]
     for name, module in model.named_modules():
         if isinstance(module, LoTRALayer):
             remark = f", whose layer has the shape (out, in, basis) = {module.lotra_tensor.shape}"
-            for component in _COMPONENTS:
+            for component in module.adapter_layer_names:
                 for adapter, parameter in getattr(module, component).items():
                     yield f"{name}.{component}.{adapter}", adapter, parameter, remark
         elif isinstance(module, ModulesToSaveWrapper):
@@ -224,7 +221,7 @@ def _kind(dtype: torch.dtype) -> tuple[bool, ...]:
 def select_to_load(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors to load into an adapter that exists, without those of others, which PEFT 0.19 saves along."""
     layers = lotra_layers(model, adapter_name)
-    own = {f"{name}.{component}.{adapter_name}" for name, _ in layers for component in _COMPONENTS}
+    own = {f"{name}.{part}.{adapter_name}" for name, layer in layers for part in layer.adapter_layer_names}
     selected = {name: t for name, t in state_dict.items() if name in own or not _is_of_another_adapter(name)}
     base = model.state_dict().keys()
     wrong = [f"{name} is missing" for name in sorted(own - state_dict.keys())]
@@ -242,14 +239,14 @@ def select_to_save(adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str
 
     PEFT looks for the names of the layers in the model, which the state dict does not have if FSDP wraps the layers.
     """
-    endings = tuple(f".{component}.{adapter_name}" for component in _COMPONENTS)
+    endings = tuple(f".{component}.{adapter_name}" for component in COMPONENTS)
     # PEFT would go on to write embeddings that were resized, or that `save_embedding_layers` asks for
     for key in [key for key in state_dict if not key.endswith(endings) and ".modules_to_save." not in key]:
         del state_dict[key]
     tensors = {key: value for key, value in state_dict.items() if key.endswith(endings)}
     for key, tensor in tensors.items():
         # FSDP has flat views of what this process holds, fully_shard DTensors
-        whole = tensor.dim() == (3 if ".lotra_core." in key else 2)
+        whole = tensor.dim() in ((3, 4) if ".lotra_core." in key else (2,))
         if not whole or hasattr(tensor, "placements") or hasattr(tensor, "local_shards"):
             raise ValueError(
                 f"{key} is a part of a tensor, {tuple(tensor.shape)}, which is spread over several processes. "

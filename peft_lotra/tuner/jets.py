@@ -50,8 +50,14 @@ def _saved_module(wrapper: ModulesToSaveWrapper) -> nn.Module:
 
 
 def check_kan(model: nn.Module) -> None:
-    """Raises a `TypeError` if the model has no KAN layer of a known family."""
-    if not find_kan_layers(model):
+    """Raises a `TypeError` if the model has no KAN layer of a known family, or a convolutional one."""
+    layers = find_kan_layers(model)
+    if convolutions := [layer.name for layer in layers if len(layer.shape) > 3]:
+        raise TypeError(
+            f"`{convolutions[0]}` of the model is a convolution, whose outputs depend on several rows of `x`, and a "
+            "jet takes each row by itself. Differentiate the model by torch.func."
+        )
+    if not layers:
         raise TypeError(
             f"`model` is a {type(model).__name__} without any KAN layer that is known (families: "
             f"{', '.join(known_families())}). Differentiate it by torch.func, or describe its layers by "

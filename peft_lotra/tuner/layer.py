@@ -16,7 +16,7 @@ from ..functional import call_with_parameters
 from ..kan.basis import in_transform
 from ..kan.jets.layers import contract_updates
 from ..kan.layer import KANLinear
-from ..tucker import Ranks, Tucker, Update, cap_ranks
+from ..tucker import KernelTucker, Ranks, Tucker, Update, cap_ranks
 from .config import LoTRAConfig
 from .fast_path import Formula, find_formula
 from .grid_watch import GridWatch, has_hooks
@@ -25,6 +25,10 @@ from .locks import LayerLock, exclusively
 from .merging import MergeableLayer, add_updates, without_autocast
 from .mixed_batch import MixedBatch, RowNames
 from .stand_in import BaseLayerProxy
+
+
+# The components of adapters, as state dicts have them; a layer without a kernel has all but the last.
+COMPONENTS = tuple(f"lotra_{name}" for name in KernelTucker._fields)
 
 
 class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
@@ -42,7 +46,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         spec (`KANLayerSpec`): The family of the layer.
         adapter_name (`str`): The name of the first adapter.
         config (`LoTRAConfig`): The configuration of the first adapter.
-        r (`int` or `tuple[int, int, int]`): The ranks of the first adapter.
+        r (`int` or `tuple[int, ...]`): The ranks of the first adapter.
         alpha (`float`): The scale of the first adapter.
         coefficients (`CoefficientTensor`, *optional*): Where the base layer keeps its coefficients, if that is known.
     """
@@ -50,8 +54,8 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
     # A forward pass reads it directly: `self.base_layer` would go through `__getattr__`.
     _modules: dict[str, Any]
 
-    # All names of layers that may contain (trainable) adapter weights
-    adapter_layer_names: tuple[str, ...] = ("lotra_core", "lotra_factor_out", "lotra_factor_in", "lotra_factor_basis")
+    # All names of layers that may contain (trainable) adapter weights; a layer with a kernel has "lotra_factor_kernel"
+    adapter_layer_names: tuple[str, ...] = COMPONENTS[:-1]
     # All names of other parameters that may contain adapter-related parameters
     other_param_names: tuple[str, ...] = (
         "lotra_r",
@@ -61,7 +65,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         "lotra_module_dropout",
         "lotra_grid",
     )
-    lotra_r: dict[str, tuple[int, int, int]]
+    lotra_r: dict[str, tuple[int, ...]]
     lotra_alpha: dict[str, float]
     lotra_scaling: dict[str, float]
     lotra_rank_dropout: dict[str, float]
@@ -87,6 +91,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             {name: {} for name in self.other_param_names},
             lotra_spec=spec,
             lotra_tensor=coefficients,
+            adapter_layer_names=COMPONENTS[: 1 + len(coefficients.shape)],
             lotra_lock=LayerLock(),
             lotra_formula=None,
             out_features=coefficients.shape[0],
@@ -109,7 +114,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         """Internal function to create a LoTRA adapter, with ranks `r` capped by the sizes of the modes."""
         shape = self.lotra_tensor.shape
         if config.adapt_residual and self.lotra_tensor.has_residual:
-            shape = (*shape[:2], shape[2] + 1)
+            shape = (*shape[:2], shape[2] + 1, *shape[3:])
         ranks = cap_ranks(r, shape)
         self.lotra_r[adapter_name] = ranks
         self.lotra_alpha[adapter_name] = alpha
@@ -142,12 +147,15 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         reset_components(*self.get_components(adapter_name), zero_update=init_weights)
 
     def get_components(self, adapter_name: str) -> Tucker:
-        """core (ro, ri, rb), factor_out (out, ro), factor_in (in, ri) and factor_basis (basis, rb) of an adapter."""
-        return Tucker(*(self._modules[name][adapter_name] for name in self.adapter_layer_names))
+        """core (ro, ri, rb [, rk]), factor_out (out, ro), factor_in (in, ri), factor_basis (basis, rb) of an adapter,
+        and factor_kernel (kernel, rk) where the layer has a kernel."""
+        names = self.adapter_layer_names
+        kind = Tucker if len(names) == len(Tucker._fields) else KernelTucker
+        return kind(*(self._modules[name][adapter_name] for name in names))
 
     @torch.no_grad()
     def set_components(self, adapter_name: str, components: Tucker) -> None:
-        """Overwrites the four components of an adapter, in place."""
+        """Overwrites the components of an adapter, in place."""
         for parameter, value in zip(self.get_components(adapter_name), components, strict=True):
             parameter.data.copy_(value)
 
@@ -186,11 +194,12 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         return parameter.device, parameter.dtype
 
     def get_base_weight(self) -> torch.Tensor:
-        """The coefficients of the base layer, (out, in, basis), with the residual branch as the last slice."""
+        """The coefficients of the base layer, (out, in, basis [, kernel]), with the residual branch as the last slice
+        of the basis mode."""
         return self.lotra_tensor.read(self.get_base_layer()).detach()
 
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
-        """Sets the coefficients of the base layer, (out, in, basis), with the residual branch as the last slice."""
+        """Sets the coefficients of the base layer, laid out as in `get_base_weight`."""
         self._write({name: part.detach() for name, part in self.lotra_tensor.split(weight_data).items()})
 
     @property
@@ -199,7 +208,8 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         return self.__getattr__("weight")
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The update of an adapter, (out, in, basis), or (out, in, basis + 1) with the residual branch last."""
+        """The update of an adapter, (out, in, basis [, kernel]), or (out, in, basis + 1 [, kernel]) with the residual
+        branch as the last slice."""
         return self._update(adapter).dense()
 
     def _update(self, adapter: str, dropout: bool = False) -> Update:
@@ -210,7 +220,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         # Drawn as tensors, not as Python branches: a compiled graph draws anew at each step.
         core = components.core
         if p := self.lotra_rank_dropout[adapter]:
-            kept = torch.rand(len(core), 1, 1, device=core.device) >= p
+            kept = torch.rand(len(core), *[1] * (core.dim() - 1), device=core.device) >= p
             components = components._replace(core=core * kept.to(core.dtype) / (1 - p))
         if p := self.lotra_module_dropout[adapter]:
             scale = scale * (torch.rand((), device=core.device) >= p).to(core.dtype)
@@ -241,14 +251,15 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             dtype (`torch.dtype`, *optional*): Defaults to that of the base layer.
 
         Returns:
-            `torch.Tensor`: (out, in, basis), or (out, in, basis + 1) with the residual branch as the last slice.
+            `torch.Tensor`: (out, in, basis [, kernel]), or (out, in, basis + 1 [, kernel]) with the residual branch
+                as the last slice of the basis mode.
         """
         coefficients = self.lotra_tensor.read(self.get_base_layer()).to(dtype, copy=True)
         updates = self.updates_in_force()
         with without_autocast(updates):
             for update in updates:
                 delta = update.dense().to(dtype)
-                coefficients[..., : delta.shape[-1]] += delta
+                coefficients[:, :, : delta.shape[2]] += delta
         return coefficients
 
     def _parameters_with(self, updates: Sequence[Update]) -> dict[str, torch.Tensor]:

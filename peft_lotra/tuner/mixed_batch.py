@@ -14,7 +14,7 @@ from torch import nn
 
 from ..families.coefficients import CoefficientTensor
 from ..functional import call_with_parameters
-from ..tucker import Tucker, Update, reconstruct
+from ..tucker import Update, reconstruct, tucker_of
 from .merging import are_stored, without_autocast
 
 
@@ -133,14 +133,15 @@ def _parameters_of_each(
 
 
 def _deltas(updates: Sequence[Update]) -> torch.Tensor:
-    """The updates (updates, out, in, basis) of components of the same shapes."""
-    components = Tucker(*map(torch.stack, zip(*(update.tensor for update in updates), strict=True)))
+    """The updates (updates, out, in, basis [, kernel]) of components of the same shapes."""
+    components = tucker_of(*map(torch.stack, zip(*(update.tensor for update in updates), strict=True)))
     # in half precision, which is slow on the CPU, the update would lose its digits
     if components.core.device.type == "cpu" and components.core.itemsize == 2:
         components = components.map(torch.Tensor.float)
     with without_autocast(updates):
         deltas = torch.vmap(reconstruct)(*components)
-        return deltas * deltas.new_tensor([update.scale for update in updates]).view(-1, 1, 1, 1)
+        scales = deltas.new_tensor([update.scale for update in updates])
+        return deltas * scales.view(-1, *[1] * (deltas.dim() - 1))
 
 
 def _run_one_by_one(

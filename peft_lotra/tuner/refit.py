@@ -80,8 +80,9 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
             must not replace them.
 
     Raises:
-        ValueError: Adapters are merged or disabled; the family of a layer offers no basis; `inputs` do not reach a
-            layer whose grid moved; the number of basis functions changed. Nothing is changed then, not even by `move`.
+        ValueError: Adapters are merged or disabled; the family of a layer offers no basis, or the layer is a
+            convolution; `inputs` do not reach a layer whose grid moved; the number of basis functions changed.
+            Nothing is changed then, not even by `move`.
     """
     layers = {short_name(name): layer for name, layer in lotra_layers(model)}
     unusable = [name for name, layer in layers.items() if layer.merged or layer.disable_adapters]
@@ -140,6 +141,11 @@ def _unchanged_on_error(layers: Mapping[str, LoTRALayer]) -> Iterator[None]:
 
 def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple[float, float]:
     """Refits one adapter of one layer; returns the error of the function, and that before truncation."""
+    if len(layer.lotra_tensor.shape) > 3:
+        raise ValueError(
+            f"The grid of the convolution {name} was moved, and its adapters cannot be refitted. Merge them "
+            "before the grid is moved (`merge_and_unload`)."
+        )
     components = _on_cpu(layer.get_components(adapter))
     old = components.dense()
     samples = x.detach().reshape(-1, layer.in_features)

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from ..files.patterns import pattern_key
-from ..tucker import Ranks, Tucker, check_ranks, direct_sum, triple
+from ..tucker import Ranks, Tucker, check_ranks, direct_sum, tucker_of
 from .config import LoTRAConfig
 from .layer import LoTRALayer, lotra_layers
 from .targets import exact_targets
@@ -84,7 +84,7 @@ def add_weighted_adapter(
             continue
         total = direct_sum(parts).orthogonal()
         if combination_type == "svd":
-            largest = triple(max(sizes) for sizes in zip(*(part.ranks for part in parts), strict=True))
+            largest = tuple(map(max, zip(*(part.ranks for part in parts), strict=True)))
             total = total.truncated(largest if ranks is None else check_ranks(ranks))
         components[name] = total.balanced()
 
@@ -170,4 +170,4 @@ def _average(name: str, parts: Sequence[Tucker], weights: Sequence[float]) -> Tu
         )
     cores, *factors = (torch.stack(same) for same in zip(*parts, strict=True))
     shares = cores.new_tensor(weights) / total
-    return Tucker(cores.sum(0), *(torch.tensordot(shares, factor, 1) for factor in factors))
+    return tucker_of(cores.sum(0), *(torch.tensordot(shares, factor, 1) for factor in factors))

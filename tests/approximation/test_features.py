@@ -49,7 +49,7 @@ def test_the_metrics_are_roots_of_second_moments():
     layer, x = KAN([3, 4], dtype=torch.float64).layers[0], points()
     metric = torch.diag(torch.tensor([4.0, 1.0, 0.25, 0.0], dtype=torch.float64))
     features = features_of(layer, x, metric)
-    for root, pattern in zip(features.metric_in_basis, ("nik,njk->ij", "nik,nil->kl"), strict=True):
+    for root, pattern in zip(features.metrics, ("nik,njk->ij", "nik,nil->kl"), strict=True):
         moments = torch.einsum(pattern, features.values, features.values)
         assert (root - root.T).norm() < 1e-12
         assert (root @ root - moments).norm() < 0.01 * moments.norm()
