@@ -147,9 +147,11 @@ def _find_flat(probe: Probe, tensors: Mapping[str, torch.Tensor]) -> _Reading | 
     name, value = max(tensors.items(), key=lambda item: item[1].numel())
     if value.dim() != 2 or 2 * value.numel() < sum(other.numel() for other in tensors.values()):
         return None
-    sizes = {named_size(probe.layer, "i"): None}
-    for other, tensor in probe.layer.named_parameters():
+    sizes = {named_size(probe.layer, "i") or 0: None}
+    for other, tensor in (*probe.layer.named_parameters(), *probe.layer.named_buffers()):
         sizes |= dict.fromkeys(tensor.shape if other != name else ())
+        for size in filter(None, tensor.shape if tensor.dim() == 1 else ()):  # a grid of one point for each function
+            sizes |= dict.fromkeys(length // size for length in value.shape if length % size == 0)
     for inputs in sizes:
         for axis in (1, 0) if inputs else ():
             if value.shape[axis] % inputs or value.shape[axis] // inputs < _FUNCTIONS:
