@@ -46,8 +46,8 @@ class KANLayerSpec:
             several.
         groups (`str`): The axis of blocks that have inputs of their own, e.g. `"g"`. They are a part of the output
             mode, and `i` counts the inputs of one block. The members of a list by `*` are such blocks too.
-        linear (`bool`): Whether the output is linear in the coefficients. If not, there is no fast path, and
-            `extract_lotra` does not weigh by features.
+        linear (`bool`): Whether the output is linear in the coefficients. If not, there is no fast path, and the
+            layers are not weighted by features (`inputs` of `extract_lotra` and `slim`).
         grid (`tuple[str, ...]`): The state, tensors and numbers, that gives the coefficients their meaning. A layer
             may lack some of it.
         grid_methods (`tuple[str, ...]`): The layer's methods that change that state, or cut or permute the

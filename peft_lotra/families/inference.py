@@ -173,7 +173,7 @@ def _find_matrices(probe: Probe, tensors: Mapping[str, torch.Tensor]) -> _Readin
         for pattern in ("o i", "i o"):
             parts: tuple[Described, ...] = tuple((name, pattern) for name in names)
             if _fits(probe, _Reading(parts)):
-                reached = probe.reached(names, None, _Reading(parts).locate(probe.layer))
+                reached = probe.reached(names, _Reading(parts).locate(probe.layer))
                 return _Reading(tuple(part for part in parts if reached[part[0]]))
     return None
 

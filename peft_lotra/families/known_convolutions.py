@@ -51,13 +51,12 @@ register_kan_layer(
     **_BLOCKS,
 )
 register_kan_layer(
-    "gram-conv-2",  # one convolution with groups
-    matches=lambda m: _convolution(m, "poly_conv").groups > 0 and m.degree > 0,
-    coefficients=("poly_conv.weight", "(g o) (i k) ..."),
-    residual=("base_conv.weight", "(g o) i ..."),
-    groups="g",
+    "gram-conv-2",  # one convolution; its groups cut the degrees, so that a layer with groups is no sum of functions
+    matches=lambda m: _convolution(m, "poly_conv").groups == 1 and m.degree > 0,
+    coefficients=("poly_conv.weight", "o (k i) ..."),
+    residual=("base_conv.weight", "o i ..."),
     grid=("beta_weights",),
-    axes=lambda m: {"g": m.poly_conv.groups, "k": m.degree + 1},
+    axes=lambda m: {"k": m.degree + 1},
     linear=False,
 )
 register_kan_layer(

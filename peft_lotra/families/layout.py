@@ -35,6 +35,9 @@ Dims = tuple[tuple[str, ...], ...]
 Shape = tuple[int, ...]
 
 
+_MAX_AXES = 16  # patterns may come from files
+
+
 class OpenLengthsError(ValueError):
     """A pattern fits, but leaves the length of an axis open."""
 
@@ -203,6 +206,8 @@ def parse_layout(pattern: str, kernel: str = "", groups: str = "", dimensions: i
         stored_over.append(int(count or 1))
     for dims in (first, second):
         axes = [axis for dim in dims for axis in dim]
+        if len(axes) > _MAX_AXES:
+            raise ValueError(problem + f"it has {len(axes)} axes, and at most {_MAX_AXES} are possible.")
         if len(set(axes)) != len(axes) or not {"o", "i"} <= set(axes):
             raise ValueError(problem + "`o` and `i` must appear once each, and no other axis twice.")
     # in the order of the pattern

@@ -33,6 +33,7 @@ from .coefficients import CoefficientTensor, Described
 
 _NO_EFFECT = 1e-4  # of the largest gradient: rounding
 _EFFECT = 1e-2
+_MAX_INPUT = 1 << 22  # elements
 CURVATURE = 1e-2  # of the change: more than rounding in float32 makes of an affine function
 
 
@@ -68,11 +69,20 @@ class Probe:
     Args:
         layer: The layer.
         grid: The tensors that say where the basis functions are, to place the input there.
+        args: The arguments of the layer, inputs first; by default one input is made up.
     """
 
-    def __init__(self, layer: nn.Module, grid: Mapping[str, Any]) -> None:
-        self.layer = layer
+    def __init__(self, layer: nn.Module, grid: Mapping[str, Any], args: tuple[Any, ...] = ()) -> None:
+        self.layer, self.args = layer, args
         self.grid = [value for value in grid.values() if isinstance(value, torch.Tensor) and value.numel() > 1]
+
+    def can_run(self, tensor: CoefficientTensor) -> bool:
+        """Whether the parameters of the layer are such that it may be run."""
+        try:
+            self._like(tensor)
+        except _Undecided:
+            return False
+        return True
 
     def axes(self, tensor: CoefficientTensor) -> Verdict:
         """Compares the output and the input mode of a reading of the coefficients with what the layer does."""
@@ -110,11 +120,11 @@ class Probe:
         except Exception:  # as above
             return None
 
-    def reached(self, names: Sequence[str], x: torch.Tensor | None, tensor: CoefficientTensor) -> dict[str, bool]:
-        """Whether the output depends on each of these parameters, at x or at an input of the probe's own."""
+    def reached(self, names: Sequence[str], tensor: CoefficientTensor) -> dict[str, bool]:
+        """Whether the output depends on each of these parameters."""
         with _isolated(self._like(tensor)):
             values = {name: _own(self.layer.get_parameter(name)).requires_grad_() for name in names}
-            y = self._run(values, self._input(tensor) if x is None else x)
+            y = self._run(values, self._input(tensor))
             gradients = torch.autograd.grad(y.square().sum(), list(values.values()), allow_unused=True)
         return {name: g is not None and bool(g.any()) for name, g in zip(names, gradients, strict=True)}
 
@@ -189,7 +199,7 @@ class Probe:
         values = {n: _own(v).requires_grad_() for n, v in tensor.read_parameters(self.layer).items()}
         channels = 1 if len(tensor.shape) == 4 else -1
         y = self._run(values, x)
-        if y.dim() < 2 or y.shape[channels] != out or y.shape[0] != 1:
+        if y.dim() < 2 or y.shape[channels] != out or y.shape[0] != x.shape[0]:
             raise _Undecided(f"for an input {tuple(x.shape)} it returns {tuple(y.shape)}, and not {out} outputs")
         weights = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)).to(y) + 0.5
 
@@ -209,7 +219,7 @@ class Probe:
             own, others = sizes[place].item(), torch.cat([sizes[:place], sizes[place + 1 :]]).max().item()
             contradicted = own <= _NO_EFFECT * others
             outputs = others <= _NO_EFFECT * own
-            if not outputs and len(tensor.shape) == 3 and not _is_of_rank_one(whole.transpose(0, 1).flatten(1)):
+            if not outputs and x.numel() == in_ and not _is_of_rank_one(whole.transpose(0, 1).flatten(1)):
                 outputs = _is_of_rank_one(whole.flatten(1))
         if in_ > 2:
             order = torch.arange(x.shape[channels], device=x.device)
@@ -222,6 +232,8 @@ class Probe:
     def _input(self, tensor: CoefficientTensor) -> torch.Tensor:
         """One input, in the middle of the grid: (1, in), or (1, channels, *sizes) for a convolution."""
         like = _wide(tensor.get_parameter(self.layer))
+        if self.args:
+            return self.args[0].detach().to(like)
         shape, blocks = [1, tensor.shape[1]], _blocks(tensor)
         if len(tensor.shape) == 4:
             member = tensor.parts[0][0]
@@ -229,6 +241,8 @@ class Probe:
             shape += [4 * member.lengths[axis] + 3 for axis in member.layout.kernel]
         elif blocks > 1:
             raise _Undecided("the shape of its input is not known")
+        if math.prod(shape) > _MAX_INPUT:
+            raise _Undecided(f"an input {tuple(shape)} would be large")
         low, high = -1.0, 1.0
         if self.grid:
             low = max(grid.min().item() for grid in self.grid)
@@ -245,7 +259,7 @@ class Probe:
         for name, value in values.items():
             path, _, attribute = name.rpartition(".")
             copy.get_submodule(path)._parameters[attribute] = value  # pyright: ignore[reportArgumentType]
-        y = copy(x)
+        y = copy(x, *self.args[1:])
         y = y[0] if isinstance(y, (tuple, list)) and y else y
         if not isinstance(y, torch.Tensor) or not y.is_floating_point():
             raise _Undecided(f"it returns a {type(y).__name__}")
@@ -297,10 +311,8 @@ def _own(value: torch.Tensor) -> torch.Tensor:
 
 def _blocks(tensor: CoefficientTensor) -> int:
     """The number of blocks that have inputs of their own."""
-    first = tensor.parts[0]
-    if len(first) > 1:
-        return len(first)
-    return math.prod(first[0].lengths[axis] for axis in first[0].layout.groups)
+    first, *others = tensor.parts[0]
+    return 1 + len(others) if others else math.prod(first.lengths[axis] for axis in first.layout.groups)
 
 
 def _size(value: torch.Tensor) -> float:
@@ -357,6 +369,8 @@ def choose_reading(
     if key in known:
         return locate(*readings[known[key]])
     probe, first = Probe(layer, grid), locate(*readings[0])
+    if not probe.can_run(first):
+        return first
     for place, reading in enumerate(readings):
         try:
             tensor = locate(*reading) if place else first

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, overload
+from dataclasses import fields
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -21,11 +21,10 @@ from torch import nn
 from ..functional import unwrap
 from .candidates import KANCandidate, find_candidates
 from .description import REGISTERED as _SPECS
-from .description import Grid, KANLayerSpec, get_registered, spec_from_file
+from .description import Grid as Grid
+from .description import KANLayerSpec, spec_from_file
 from .inference import infer_spec
 
-
-__all__ = ["Grid", "KANLayerSpec", "get_registered"]  # and all that is defined here
 
 _BUILT_IN: dict[str, KANLayerSpec] = {}
 
@@ -137,8 +136,7 @@ def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
     return infer_spec(module)
 
 
-@dataclass(frozen=True)
-class FoundKANLayer:
+class FoundKANLayer(NamedTuple):
     """A KAN layer that was recognized in a model.
 
     Attributes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,13 +65,14 @@ class KANLayerReport(Report):
         return TextTable(["parameter", "role", ">elements", "used"], rows, notes)
 
 
-def check_kan_layer(layer: nn.Module, x: torch.Tensor | None = None) -> KANLayerReport:
+def check_kan_layer(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None = None) -> KANLayerReport:
     """Compares a KAN layer with the description of its family, without changing it.
 
     Args:
         layer (`nn.Module`): A layer, adapted or not.
-        x (`torch.Tensor`, *optional*): An input of the layer, (batch, in) or as it takes it. By default one is made
-            up; layers that take more arguments are not verified.
+        x (`torch.Tensor` or `tuple`, *optional*): An input of the layer as it takes it, e.g. (batch, in), or a tuple
+            of all its arguments, inputs first. By default one input is made up; layers that take more arguments are
+            then not verified.
 
     Returns:
         `KANLayerReport`: It prints as a table, and `as_dict()` has its values.
@@ -98,11 +100,12 @@ def check_kan_layer(layer: nn.Module, x: torch.Tensor | None = None) -> KANLayer
             raise
         raise ValueError(f"{error} It may be described by\n{found[0].registration}") from error
     layer, spec, tensor = target
-    probe = Probe(layer, spec.read_grid(layer))
+    args = x if isinstance(x, tuple) else () if x is None else (x,)
+    probe = Probe(layer, spec.read_grid(layer), args)
     roles = _roles(target)
     sizes = {name: parameter.numel() for name, parameter in layer.named_parameters()}
     try:
-        used = probe.reached(list(roles), x, tensor)
+        used = probe.reached(list(roles), tensor)
     except Exception:  # the layer's, which may want other arguments
         used = None
     ours, fixed = ("coefficients", "residual"), ("grid", "constant")

@@ -230,6 +230,9 @@ DAMAGED = [
     {"coefficients": ["a", "o i k"], "axes": {"k": 1.5}},
     {"coefficients": ["a", "o i k"], "axes": {"k": [2, "3"]}},
     {"coefficients": ["a", "(" * 20_000]},
+    {"coefficients": ["a", "(" * 3_900]},
+    {"coefficients": ["a", "o i (" + "(a)" * 1_200]},
+    {"coefficients": ["a", "o i " + " ".join(f"k{n}" for n in range(700))]},
     {"coefficients": ["a", "o i " + "k" * 5000]},
 ]
 

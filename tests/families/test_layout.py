@@ -184,6 +184,7 @@ def test_is_differentiable_both_ways():
         ("o (i k):12", "':12' does not consist of axis names"),
         ("o i (+)", "'(+)' does not consist of axis names"),
         ("o (i + i)", "the residual weights, of axes `o` and `i` alone"),
+        ("o i " + " ".join(f"k{n}" for n in range(15)), "it has 17 axes"),
         ("o i 3", "'3' does not consist of axis names"),
         ("o ((i k) + i + i)", "at most two blocks"),
         ("((o k) + o) ((i j) + i)", "at most two blocks"),

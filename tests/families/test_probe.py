@@ -271,6 +271,13 @@ def test_tensors_without_values_and_computed_ones_are_not_verified(change):
     assert verdict(layer, "o i k")[:2] == (None, None)
 
 
+def test_no_large_input_is_made():
+    layer = nn.Module()
+    layer.A = nn.Parameter(torch.zeros(1).expand(2, 3, 3000, 3000))  # of a single number
+    _, tensor = described(layer, "o i ...")
+    assert "would be large" in Probe(layer, {}).axes(tensor).reason
+
+
 def test_the_layer_is_left_as_it_was():
     class Noisy(Layer):
         def forward(self, x):

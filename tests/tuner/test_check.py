@@ -114,7 +114,7 @@ def test_a_function_that_fails_or_disagrees_is_reported_once(changes):
     assert sum("of the KAN family 'radial'" in str(warning.message) for warning in warned) == 1
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_known_families(family):
     layer = FAMILIES[family](3, 4)
@@ -142,6 +142,22 @@ def test_a_layer_that_cannot_be_run_is_not_verified():
     report = check_kan_layer(Graph())
     assert report.used is None and report.axes.startswith("not verified: the layer raised TypeError")
     assert report.linear == "not verified" and "?" in str(report)
+    report = check_kan_layer(Graph(), (inputs(5), torch.ones(2, 2)))  # with all its arguments
+    assert report.axes == "outputs verified, inputs verified" and report.linear == "yes" and report.used["table"]
+
+
+class Tokens(Radial):
+    """Takes (batch, tokens, in) alone."""
+
+    def forward(self, x):
+        batch, _, _ = x.shape
+        return super().forward(x.flatten(0, 1)).unflatten(0, (batch, -1))
+
+
+def test_an_input_of_more_axes():
+    register_radial(matches=Tokens)
+    assert check_kan_layer(Tokens()).axes.startswith("not verified: the layer raised ValueError")
+    assert check_kan_layer(Tokens(), inputs(6).unflatten(0, (2, 3))).axes == "outputs verified, inputs verified"
 
 
 def test_an_unknown_layer_comes_with_a_registration():
