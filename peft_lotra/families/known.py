@@ -17,7 +17,7 @@ from torch import nn
 from ..kan.basis import UniformGrid
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear
-from . import slim  # noqa: F401  (registers the family of Slim layers)
+from . import known_convolutions, slim  # noqa: F401  (register families)
 from .registry import keep_as_built_in, register_kan_layer
 
 
@@ -44,6 +44,15 @@ def _chebyshev_basis(layer: Any, x: torch.Tensor) -> torch.Tensor:
     degrees = torch.arange(layer.cheby_coeffs.shape[-1], device=x.device)  # tabkan's layers have no `arange`
     return torch.cos(degrees * torch.acos(torch.tanh(x)).unsqueeze(-1))
 
+
+_PYKAN_LAYER_METHODS = ("update_grid_from_samples", "initialize_grid_from_parent", "get_subset", "swap")
+_PYKAN_NETWORK_METHODS = {
+    "fit": "update_grid",
+    **dict.fromkeys(("update_grid", "update_grid_from_samples", "initialize_grid_from_another_model")),
+    **dict.fromkeys(("initialize_from_another_model", "refine", "copy", "rewind", "perturb")),
+    **dict.fromkeys(("prune", "prune_node", "prune_input", "expand_depth", "expand_width")),
+    **dict.fromkeys(("swap", "auto_swap", "auto_swap_l")),
+}
 
 register_kan_layer(
     "qkan-fourier",
@@ -122,17 +131,44 @@ register_kan_layer(
     coefficients=("coef", "i o k"),
     residual=("scale_base", "i o"),
     grid=("grid",),
-    grid_methods=("update_grid_from_samples", "initialize_grid_from_parent", "get_subset", "swap"),
-    network_methods={
-        "fit": "update_grid",
-        **dict.fromkeys(("update_grid", "update_grid_from_samples", "initialize_grid_from_another_model")),
-        **dict.fromkeys(("initialize_from_another_model", "refine", "copy", "rewind", "perturb")),
-        **dict.fromkeys(("prune", "prune_node", "prune_input", "expand_depth", "expand_width")),
-        **dict.fromkeys(("swap", "auto_swap", "auto_swap_l")),
-    },
+    grid_methods=_PYKAN_LAYER_METHODS,
+    network_methods=_PYKAN_NETWORK_METHODS,
     checkpoint_methods=("saveckpt",),
     edge_scale=("scale_sp", "i o"),
     refit_basis=_pykan_basis,  # no `basis`: the layers also return what each edge gives, which only they compute
+)
+register_kan_layer(
+    "pykan-2024",  # edges in one axis; its later layout is a 3-axis one
+    matches=lambda m: m.coef.ndim == 2 and m.scale_base.ndim == 1 and len(m.coef) == m.in_dim * m.out_dim,
+    coefficients=("coef", "(o i) k"),
+    residual=("scale_base", "(o i)"),
+    grid=("grid",),
+    grid_methods=_PYKAN_LAYER_METHODS,
+    network_methods=_PYKAN_NETWORK_METHODS,
+    edge_scale=("scale_sp", "(o i)"),
+    axes=lambda m: {"o": m.out_dim, "i": m.in_dim},
+)
+register_kan_layer(
+    "relu-kan",
+    matches=lambda m: m.phase_low.ndim == 2 and m.equal_size_conv.weight.ndim == 4,
+    coefficients=("equal_size_conv.weight", "o () (i k):2"),
+    grid=("phase_low", "phase_high", "phase_height"),
+    bias="equal_size_conv.bias",
+    axes=lambda m: {"i": m.phase_low.shape[0]},
+)
+register_kan_layer(
+    "torchkan",  # all layers of a network in one module
+    matches=lambda m: isinstance(m.spline_weights, nn.ParameterList) and isinstance(m.base_weights, nn.ParameterList),
+    coefficients=("spline_weights.*", "o i k"),
+    residual=("base_weights.*", "o i"),
+    linear=False,
+)
+register_kan_layer(
+    "torchkan-polynomials",
+    matches=lambda m: isinstance(m.poly_weights, nn.ParameterList) and isinstance(m.base_weights, nn.ParameterList),
+    coefficients=("poly_weights.*", "o (i k)"),
+    residual=("base_weights.*", "o i"),
+    linear=False,
 )
 register_kan_layer(
     "efficient-kan",  # the delta is put on the raw parameter, not on its product with `spline_scaler`

@@ -23,6 +23,7 @@ from .candidates import KANCandidate, find_candidates
 from .description import REGISTERED as _SPECS
 from .description import Grid as Grid
 from .description import KANLayerSpec, spec_from_file
+from .inference import infer_spec
 
 
 _BUILT_IN: dict[str, KANLayerSpec] = {}
@@ -119,7 +120,10 @@ def known_families() -> list[str]:
 
 
 def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
-    """The family of a module: the `kan_spec` of its class, or the last registered that matches, or `None`."""
+    """The family of a module: the `kan_spec` of its class, or the last registered that matches, or what it computes.
+
+    `None` if it is no KAN layer.
+    """
     own = getattr(type(module), "kan_spec", None)
     if isinstance(own, KANLayerSpec):
         return own
@@ -129,7 +133,7 @@ def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
                 return spec
         except AttributeError:  # a predicate that reads what this module does not have says no
             continue
-    return None
+    return infer_spec(module)
 
 
 class FoundKANLayer(NamedTuple):

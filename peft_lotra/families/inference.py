@@ -1,0 +1,221 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Layers of no registered family that are KAN layers by what they compute.
+
+A layer is taken if its output is y[o] = f_o(sum_{i,k} A[o,i,k] phi_k(x[i])) for a parameter A of its own, where the
+phi_k are at least two different functions of one input each. That is what tells it from the modules that have
+parameters of the same shapes: in a mixture of experts, in attention and in a bilinear map the factor of A[o,i,k] depends
+on other inputs, or is the same function for each k; embeddings do not depend on the input at all. The gradients of a
+copy of the layer say it, so nothing is taken on its name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import permutations
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from .coefficients import CoefficientTensor, Described, get_or_none, locate_coefficients, named_size
+from .description import KANLayerSpec, spec_from_file
+from .probe import CURVATURE, Probe, settings_of
+
+
+FAMILY = "generic"
+_LARGEST = 2**26  # numbers of a parameter that is copied to be probed
+_FUNCTIONS = 2  # that a layer must have at least
+_SMALL = 0.1  # share of the parameters below which factors of the edges are left alone
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+# Modules that are known to be something else; a class of a user that is derived from one of them is so too.
+_OTHERS = (
+    *(nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
+    *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, *_NORMS),
+    nn.modules.conv._ConvNd,
+)
+
+
+class _Reading(NamedTuple):
+    """A hypothesis: the parts of the coefficients, their residual branch, and the number of inputs if it is open."""
+
+    parts: tuple[Described, ...]
+    residual: Described | None = None
+    inputs: int | None = None
+
+    def locate(self, layer: nn.Module) -> CoefficientTensor:
+        axes = {} if self.inputs is None else {"i": self.inputs}
+        return locate_coefficients(layer, FAMILY, self.parts, self.residual, axes, ("", ""))
+
+    def to_spec(self, grid: tuple[str, ...], linear: bool) -> KANLayerSpec:
+        return _spec(*self, grid, linear)
+
+
+@lru_cache(maxsize=1024)
+def _spec(parts: Any, residual: Any, inputs: int | None, grid: tuple[str, ...], linear: bool) -> KANLayerSpec:
+    description = {"coefficients": [list(part) for part in parts], "residual": residual and list(residual)}
+    description |= {"grid": list(grid), "linear": linear, "axes": inputs and {"i": inputs}}
+    return spec_from_file(FAMILY, {name: value for name, value in description.items() if value not in (None, [])})
+
+
+# by class, and by what decides how a layer of it runs
+_INFERRED: WeakKeyDictionary[type, dict[Any, KANLayerSpec | None]] = WeakKeyDictionary()
+
+
+def infer_spec(module: nn.Module) -> KANLayerSpec | None:
+    """The description of a module that is a KAN layer by what it computes, or `None`.
+
+    Args:
+        module: Any module. It is run, as a copy, if it has parameters that may be coefficients and no parts that may
+            be layers of their own.
+    """
+    if isinstance(module, _OTHERS) or type(module).__module__.partition(".")[0] in ("torch", "peft"):
+        return None
+    tensors = _tensors(module)
+    if not tensors or not _takes_one_argument(module):
+        return None
+    known = _INFERRED.setdefault(type(module), {})
+    key = settings_of(module)
+    if key not in known:
+        if any(value.is_meta or hasattr(value, "placements") for value in tensors.values()):
+            return None  # it cannot be run now, and may be later
+        known[key] = _infer(module, tensors)
+    return known[key]
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The trained parameters of a layer; none if it has parts that may be layers of their own."""
+    found: dict[str, torch.Tensor | None] = dict(module._parameters)
+    for name, child in module._modules.items():
+        if isinstance(child, nn.Linear):
+            found[f"{name}.weight"] = child._parameters.get("weight")
+        elif child is None or isinstance(child, _NORMS):
+            continue
+        elif any(value.requires_grad and value.dim() > 1 for value in child.parameters()):
+            return {}
+    return {
+        name: value
+        for name, value in found.items()
+        if value is not None and value.dim() > 1 and value.is_floating_point() and value.numel() <= _LARGEST
+    }
+
+
+def _takes_one_argument(module: nn.Module) -> bool:
+    try:
+        given = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    needed = [p for p in given if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(needed) == 1
+
+
+def _infer(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> KANLayerSpec | None:
+    total = sum(value.numel() for value in tensors.values())
+    buffers = [name for name, value in module.named_buffers() if value.is_floating_point() and "running" not in name]
+    frozen = [name for name, value in module.named_parameters() if not value.requires_grad and name not in tensors]
+    grid = tuple(buffers + frozen)
+    for probe in (Probe(module, {name: get_or_none(module, name) for name in grid}), Probe(module, {})):
+        reading = _find(probe, tensors)
+        if reading is not None:
+            reading = _extend(probe, reading, tensors, total)
+            linear = (probe.curvature(reading.locate(module)) or 0.0) <= CURVATURE
+            return reading.to_spec(grid, linear)
+    return None
+
+
+def _find(probe: Probe, tensors: Mapping[str, torch.Tensor]) -> _Reading | None:
+    """The coefficients alone."""
+    found: _Reading | None = None
+    for name, value in tensors.items():
+        if value.dim() < 3 or "." in name:
+            continue
+        letter = "kmnpqrst"[len(found.parts) % 8] if found else "k"
+        for pattern in _patterns(probe.layer, value.shape, letter):
+            reading = _Reading((*(found.parts if found else ()), (name, pattern)))
+            if _fits(probe, reading):
+                found = reading
+                break
+    return found or _find_flat(probe, tensors) or _find_matrices(probe, tensors)
+
+
+def _find_flat(probe: Probe, tensors: Mapping[str, torch.Tensor]) -> _Reading | None:
+    """Coefficients that are a matrix with one axis of inputs and functions, and the bulk of the layer."""
+    name, value = max(tensors.items(), key=lambda item: item[1].numel())
+    if value.dim() != 2 or 2 * value.numel() < sum(other.numel() for other in tensors.values()):
+        return None
+    sizes = {named_size(probe.layer, "i") or 0: None}
+    for other, tensor in (*probe.layer.named_parameters(), *probe.layer.named_buffers()):
+        sizes |= dict.fromkeys(tensor.shape if other != name else ())
+        for size in filter(None, tensor.shape if tensor.dim() == 1 else ()):  # a grid of one point for each function
+            sizes |= dict.fromkeys(length // size for length in value.shape if length % size == 0)
+    for inputs in sizes:
+        for axis in (1, 0) if inputs else ():
+            if value.shape[axis] % inputs or value.shape[axis] // inputs < _FUNCTIONS:
+                continue
+            for flat in ("(i k)", "(k i)"):
+                pattern = f"o {flat}" if axis else f"{flat} o"
+                if _fits(probe, reading := _Reading(((name, pattern),), None, inputs)):
+                    return reading
+    return None
+
+
+def _find_matrices(probe: Probe, tensors: Mapping[str, torch.Tensor]) -> _Reading | None:
+    """Coefficients that are several matrices (out, in), e.g. the scale, shift and weight of a wavelet of each edge."""
+    own = {name: value for name, value in tensors.items() if value.dim() == 2 and "." not in name}
+    for shape in {value.shape: None for value in own.values()}:
+        names = [name for name, value in own.items() if value.shape == shape]
+        if len(names) < _FUNCTIONS:
+            continue
+        for pattern in ("o i", "i o"):
+            parts: tuple[Described, ...] = tuple((name, pattern) for name in names)
+            if _fits(probe, _Reading(parts)):
+                reached = probe.reached(names, _Reading(parts).locate(probe.layer))
+                return _Reading(tuple(part for part in parts if reached[part[0]]))
+    return None
+
+
+def _extend(probe: Probe, reading: _Reading, tensors: Mapping[str, torch.Tensor], total: int) -> _Reading:
+    """With the residual branch, and with the factors of the edges where they are a large share of the layer."""
+    taken = {name for name, _ in reading.parts}
+    extra: list[Described] = []
+    for name, value in tensors.items():
+        if name in taken or value.dim() != 2:
+            continue
+        for pattern in ("o i", "i o"):
+            joined = reading._replace(residual=(name, pattern))
+            if not _fits(probe, joined):
+                continue
+            if reading.residual is None and probe.is_additive(joined.locate(probe.layer)):
+                reading = joined
+            elif value.numel() > _SMALL * total:
+                extra.append((name, pattern))
+            break
+    return reading._replace(parts=(*reading.parts, *extra))
+
+
+def _fits(probe: Probe, reading: _Reading) -> bool:
+    try:
+        tensor = reading.locate(probe.layer)
+    except ValueError:
+        return False
+    return tensor.shape[2] >= _FUNCTIONS and probe.axes(tensor).is_verified and probe.is_sum_of_functions(tensor)
+
+
+def _patterns(layer: nn.Module, shape: torch.Size, letter: str) -> Iterator[str]:
+    """Layouts of a parameter with each axis on its own, those first that fit the numbers which the layer names."""
+    sizes = named_size(layer, "o"), named_size(layer, "i")
+    places = [place for place, size in enumerate(shape) if size > 1 or shape.count(1) > len(shape) - 3]
+    if len(shape) > 4:
+        return
+    pairs = sorted(
+        permutations(places, 2), key=lambda pair: -sum(shape[p] == s for p, s in zip(pair, sizes, strict=True))
+    )
+    for out, in_ in pairs:
+        words = [f"{letter}{place}" for place in range(len(shape))]
+        words[out], words[in_] = "o", "i"
+        basis = [word for word in words if word.startswith(letter) and word != letter]
+        yield " ".join(letter if word in basis and len(basis) == 1 else word for word in words)

@@ -1,0 +1,123 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The families of convolutional KAN layers that are known from the start. Importing this module registers them.
+
+Their sums are convolutions, of 1, 2 or 3 dimensions: the coefficients have the axes of a kernel besides those of
+outputs, inputs and basis functions. With groups each block of inputs and outputs has coefficients of its own. As in
+known.py a layer is recognized by what it consists of.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .registry import register_kan_layer
+
+
+_BLOCKS = {"groups": "g", "residual": ("base_conv.*.weight", "o i ..."), "linear": False}  # a norm follows the sum
+
+
+def _has_list(layer: Any, name: str) -> bool:
+    """Whether the layer has a list of convolutions, one for each block, and computes its sums with nothing around."""
+    return isinstance(layer._modules.get(name), nn.ModuleList) and "inner_proj" not in layer._modules
+
+
+def _convolution(layer: Any, name: str) -> Any:
+    """A convolution of the layer; an `AttributeError` if it is something else."""
+    found = getattr(layer, name)
+    if not isinstance(found, nn.modules.conv._ConvNd):
+        raise AttributeError(name)
+    return found
+
+
+
+
+register_kan_layer(
+    "gram-conv",  # and Legendre, Jacobi, Bernstein: torch-conv-kan's first versions, with the degrees outside
+    matches=lambda m: "poly_weights" in m._parameters and m.poly_weights.ndim > 3 and _has_list(m, "base_conv"),
+    coefficients=("poly_weights", "g o (k i) ..."),
+    grid=("beta_weights",),
+    **_BLOCKS,
+)
+register_kan_layer(
+    "cheby-conv",
+    matches=lambda m: _has_list(m, "poly_conv") and m.degree > 0,
+    coefficients=("poly_conv.*.weight", "o (i k) ..."),
+    axes=lambda m: {"k": m.degree + 1},
+    grid=("beta_weights",),
+    **_BLOCKS,
+)
+register_kan_layer(
+    "gram-conv-2",  # one convolution; its groups cut the degrees, so that a layer with groups is no sum of functions
+    matches=lambda m: _convolution(m, "poly_conv").groups == 1 and m.degree > 0,
+    coefficients=("poly_conv.weight", "o (k i) ..."),
+    residual=("base_conv.weight", "o i ..."),
+    grid=("beta_weights",),
+    axes=lambda m: {"k": m.degree + 1},
+    linear=False,
+)
+register_kan_layer(
+    "spline-conv",  # B-splines and Gaussians
+    matches=lambda m: _has_list(m, "spline_conv") and _has_list(m, "base_conv"),
+    coefficients=("spline_conv.*.weight", "o (i k) ..."),
+    grid=("grid", "rbf.grid"),
+    **_BLOCKS,
+)
+register_kan_layer(
+    "relu-conv",
+    matches=lambda m: _has_list(m, "relukan_conv") and m.phase_low.ndim > 3,
+    coefficients=("relukan_conv.*.weight", "o (i k) ..."),
+    grid=("phase_low", "phase_high"),
+    **_BLOCKS,
+)
+register_kan_layer(
+    "wav-conv",  # scale and translation of each edge have no kernel: they stay as they are
+    matches=lambda m: _has_list(m, "wavelet_conv") and m.wavelet_conv[0].wavelet_weights.weight.ndim > 2,
+    coefficients=("wavelet_conv.*.wavelet_weights.weight", "o i ..."),
+    grid=("wavelet_conv.*.scale", "wavelet_conv.*.translation"),
+    **_BLOCKS,
+)
+register_kan_layer(
+    "fast-kan-conv",  # U-KAN: the functions outside, other than in torch-conv-kan
+    matches=lambda m: _convolution(m, "spline_conv").groups == 1 and isinstance(m.rbf, nn.Module),
+    coefficients=("spline_conv.weight", "o (k i) ..."),
+    residual=("base_conv.weight", "o i ..."),
+    grid=("rbf.grid",),
+    bias="base_conv.bias",
+    axes=lambda m: {} if hasattr(m, "base_conv") else {"k": m.rbf.grid.numel()},
+)
+register_kan_layer(
+    "convkan",  # on patches: rows (..., groups, in)
+    matches=lambda m: m.spline_weight.ndim == 4 and m.base_weight.ndim == 3 and m.grid.ndim == 3,
+    coefficients=("spline_weight", "g o i k"),
+    residual=("base_weight", "g o i"),
+    edge_scale=("spline_scaler", "g o i"),
+    groups="g",
+    grid=("grid",),
+    grid_methods=("update_grid",),
+)
+register_kan_layer(
+    "kanlib-conv",
+    matches=lambda m: m.coefficients.ndim > 3 and isinstance(m.basis, nn.Module),
+    coefficients=("coefficients", "(g o) i ... k"),
+    residual=("weight_residual", "(g o) i ..."),
+    edge_scale=("weight_spline", "(g o) i ..."),
+    groups="g",
+    grid=("basis.grid",),
+    grid_methods=("update_grid", "refine_grid"),
+    bias="bias_output",
+    axes=lambda m: {"g": m.groups},
+)
+register_kan_layer(
+    "lkan-conv",
+    matches=lambda m: m.coeff.ndim > 4 and m.scale_base.ndim == m.coeff.ndim - 2,
+    coefficients=("coeff", "t (g o) i ... k"),
+    residual=("scale_base", "(g o) i ..."),
+    edge_scale=("scale_spline", "(g o) i ..."),
+    groups="g",
+    bias="bias",
+    axes=lambda m: {"g": m.groups},
+)
