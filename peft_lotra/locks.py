@@ -14,8 +14,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import wraps
-from typing import Any, Generic, TypeVar, overload
+from functools import cached_property, wraps
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -25,8 +25,6 @@ _locks: WeakSet[LayerLock] = WeakSet()
 # By a key of each: the thread that has something in progress, and how to undo it. An `undo` may be called at any point
 # between its entry and its removal, so it writes what was there before, whatever is there now.
 IN_PROGRESS: dict[object, tuple[int, Callable[[], Any]]] = {}
-
-_T = TypeVar("_T")
 
 
 class LayerLock:
@@ -110,22 +108,9 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_start_child)
 
 
-class cached(Generic[_T]):  # in lower case, as `property`
+class cached(cached_property):  # in lower case, as `property`
     """`functools.cached_property` without the lock that it takes up to Python 3.11, which no fork renews."""
 
-    def __init__(self, compute: Callable[[Any], _T]) -> None:
-        self.compute = compute
-        self.__doc__ = compute.__doc__
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    @overload
-    def __get__(self, instance: None, owner: type) -> cached[_T]: ...
-    @overload
-    def __get__(self, instance: object, owner: type | None = None) -> _T: ...
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        if instance is None:
-            return self
-        value = vars(instance)[self.name] = self.compute(instance)
-        return value
+    def __init__(self, func: Callable[[Any], Any]) -> None:
+        super().__init__(func)
+        self.lock = nullcontext()

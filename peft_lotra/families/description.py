@@ -171,7 +171,7 @@ class KANLayerSpec:
 
         If the gradients of the layer say that outputs and inputs are stored in the other order, they are read so.
         """
-        if self._is_of_this_package(layer):
+        if self.is_of_this_package(layer):
             return self.locate_as_described(layer)
         return choose_reading(layer, self.read_grid(layer), self._readings, self._locator(layer))
 
@@ -181,7 +181,7 @@ class KANLayerSpec:
 
     def check(self, name: str, layer: nn.Module, tensor: CoefficientTensor) -> None:
         """Raises a `ValueError` if what a layer, of this name in its model, computes contradicts the description."""
-        if self._is_of_this_package(layer):
+        if self.is_of_this_package(layer):
             return
 
         def variants() -> dict[str, Callable[[], CoefficientTensor]]:
@@ -194,7 +194,7 @@ class KANLayerSpec:
 
         check_description(name, layer, self.read_grid(layer), self._readings, tensor, variants, self.linear)
 
-    def _is_of_this_package(self, layer: nn.Module) -> bool:
+    def is_of_this_package(self, layer: nn.Module) -> bool:
         """Whether the class of a layer comes with its description, which is then not compared with the layer."""
         cls = type(layer)
         is_described = getattr(self.matches, "__self__", None) is cls  # by `__instancecheck__` of the class

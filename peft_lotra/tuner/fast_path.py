@@ -148,6 +148,8 @@ def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientT
         or has_hooks(base_layer)
     ):
         return None
+    if spec.is_of_this_package(base_layer) and "forward" not in vars(base_layer):
+        return Formula(spec, tensor, closed_form=True, leading_shape=True)
     share = None
     devices = [coefficients.device] if coefficients.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.autocast(coefficients.device.type, enabled=False):

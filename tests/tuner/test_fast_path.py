@@ -9,6 +9,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import adapt, inputs, lotra_layers
 from stand_ins import FAMILIES, as_model
 from torch import nn
