@@ -75,12 +75,24 @@ def test_any_sizes(family, sizes):
 
 
 SLIM = {"slim-kan", "slim"}
+OLDER = {
+    "efficient-kan-few",
+    "pykan-2024",
+    "relu-kan",
+    "torchkan",
+    "torchkan-polynomials",
+}  # see test_known_convolutions.py and below
+CONVOLUTIONS = {
+    *("gram-conv", "gram-conv-2", "cheby-conv", "spline-conv", "relu-conv", "wav-conv"),
+    *("fast-kan-conv", "convkan", "kanlib-conv", "lkan-conv"),
+}  # see test_known_convolutions.py
 
 
 def test_every_family_is_covered():
     assert set(FAMILIES) == set(EXPECTED)
     # qkan's Fourier layers, and Slim layers, have their own tests
-    assert set(known_families()) == {name for name, *_ in EXPECTED.values()} | {"qkan-fourier", *SLIM}
+    known = {name for name, *_ in EXPECTED.values()} | {"qkan-fourier", *SLIM, *OLDER, *CONVOLUTIONS}
+    assert set(known_families()) == known
 
 
 def test_layers_without_a_residual_branch():
