@@ -184,7 +184,7 @@ register_kan_layer(
     edge_scale=("spline_scaler", "o i"),
 )
 register_kan_layer(
-    "efficient-kan-few",  # with so few functions `spline_scaler` is a sixth of the layer or more: a part, not a linear one
+    "efficient-kan-few",  # `spline_scaler` is a sixth of the layer or more: a part, and not linear
     matches=lambda m: (
         m.spline_weight.ndim == 3
         and m.spline_weight.shape[2] <= 4
