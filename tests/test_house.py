@@ -41,7 +41,7 @@ PEFT_NAMES = (
     r"peft|Peft\w*|lora_\w+|lotra_\w+|LoTRA\w*|LoRA\w*|\w*modules_to_save|ModulesToSave\w*|base_layer|base_model"
 )
 # tested with another module: what is tested there
-TESTED_ELSEWHERE = {"kan.configuration_kan": "kan.modeling_kan"}
+TESTED_ELSEWHERE = {"kan.configuration_kan": "kan.modeling_kan", "families.functions": "families.inference"}
 
 
 def wing(module: str) -> str:

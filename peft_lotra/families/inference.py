@@ -5,9 +5,9 @@
 
 A layer is taken if its output is y[o] = f_o(sum_{i,k} A[o,i,k] phi_k(x[i])) for a parameter A of its own, where the
 phi_k are at least two different functions of one input each. That is what tells it from the modules that have
-parameters of the same shapes: in a mixture of experts, in attention and in a bilinear map the factor of A[o,i,k] depends
-on other inputs, or is the same function for each k; embeddings do not depend on the input at all. The gradients of a
-copy of the layer say it, so nothing is taken on its name.
+parameters of the same shapes: in a mixture of experts, in attention and in a bilinear map the factor of A[o,i,k]
+depends on other inputs, or is the same function for each k; embeddings do not depend on the input at all. The
+gradients of a copy of the layer say it, so nothing is taken on its name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch import nn
 
 from .coefficients import CoefficientTensor, Described, get_or_none, locate_coefficients, named_size
 from .description import KANLayerSpec, spec_from_file
-from .probe import CURVATURE, Probe, settings_of
+from .functions import FunctionProbe
+from .probe import CURVATURE, settings_of
 
 
 FAMILY = "generic"
@@ -118,7 +119,8 @@ def _infer(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> KANLayerSp
     buffers = [name for name, value in module.named_buffers() if value.is_floating_point() and "running" not in name]
     frozen = [name for name, value in module.named_parameters() if not value.requires_grad and name not in tensors]
     grid = tuple(buffers + frozen)
-    for probe in (Probe(module, {name: get_or_none(module, name) for name in grid}), Probe(module, {})):
+    for places in ({name: get_or_none(module, name) for name in grid}, {}):
+        probe = FunctionProbe(module, places)
         reading = _find(probe, tensors)
         if reading is not None:
             reading = _extend(probe, reading, tensors, total)
@@ -127,7 +129,7 @@ def _infer(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> KANLayerSp
     return None
 
 
-def _find(probe: Probe, tensors: Mapping[str, torch.Tensor]) -> _Reading | None:
+def _find(probe: FunctionProbe, tensors: Mapping[str, torch.Tensor]) -> _Reading | None:
     """The coefficients alone."""
     found: _Reading | None = None
     for name, value in tensors.items():
@@ -142,7 +144,7 @@ def _find(probe: Probe, tensors: Mapping[str, torch.Tensor]) -> _Reading | None:
     return found or _find_flat(probe, tensors) or _find_matrices(probe, tensors)
 
 
-def _find_flat(probe: Probe, tensors: Mapping[str, torch.Tensor]) -> _Reading | None:
+def _find_flat(probe: FunctionProbe, tensors: Mapping[str, torch.Tensor]) -> _Reading | None:
     """Coefficients that are a matrix with one axis of inputs and functions, and the bulk of the layer."""
     name, value = max(tensors.items(), key=lambda item: item[1].numel())
     if value.dim() != 2 or 2 * value.numel() < sum(other.numel() for other in tensors.values()):
@@ -163,7 +165,7 @@ def _find_flat(probe: Probe, tensors: Mapping[str, torch.Tensor]) -> _Reading | 
     return None
 
 
-def _find_matrices(probe: Probe, tensors: Mapping[str, torch.Tensor]) -> _Reading | None:
+def _find_matrices(probe: FunctionProbe, tensors: Mapping[str, torch.Tensor]) -> _Reading | None:
     """Coefficients that are several matrices (out, in), e.g. the scale, shift and weight of a wavelet of each edge."""
     own = {name: value for name, value in tensors.items() if value.dim() == 2 and "." not in name}
     for shape in {value.shape: None for value in own.values()}:
@@ -178,7 +180,7 @@ def _find_matrices(probe: Probe, tensors: Mapping[str, torch.Tensor]) -> _Readin
     return None
 
 
-def _extend(probe: Probe, reading: _Reading, tensors: Mapping[str, torch.Tensor], total: int) -> _Reading:
+def _extend(probe: FunctionProbe, reading: _Reading, tensors: Mapping[str, torch.Tensor], total: int) -> _Reading:
     """With the residual branch, and with the factors of the edges where they are a large share of the layer."""
     taken = {name for name, _ in reading.parts}
     extra: list[Described] = []
@@ -197,7 +199,7 @@ def _extend(probe: Probe, reading: _Reading, tensors: Mapping[str, torch.Tensor]
     return reading._replace(parts=(*reading.parts, *extra))
 
 
-def _fits(probe: Probe, reading: _Reading) -> bool:
+def _fits(probe: FunctionProbe, reading: _Reading) -> bool:
     try:
         tensor = reading.locate(probe.layer)
     except ValueError:

@@ -184,6 +184,21 @@ register_kan_layer(
     edge_scale=("spline_scaler", "o i"),
 )
 register_kan_layer(
+    "efficient-kan-few",  # `spline_scaler` is a sixth of the layer or more: a part, and not linear
+    matches=lambda m: (
+        m.spline_weight.ndim == 3
+        and m.spline_weight.shape[2] <= 4
+        and m.grid.ndim == 2
+        and hasattr(m, "b_splines")
+        and "spline_scaler" in m._parameters
+    ),
+    coefficients=[("spline_weight", "o i k"), ("spline_scaler", "o i")],
+    residual=("base_weight", "o i"),
+    grid=("grid",),
+    grid_methods=("update_grid", "update_grid_from_qkan"),
+    linear=False,
+)
+register_kan_layer(
     "peft-lotra",
     matches=KANLinear,
     coefficients=("spline_weight", "o i k"),

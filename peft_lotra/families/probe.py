@@ -128,58 +128,6 @@ class Probe:
             gradients = torch.autograd.grad(y.square().sum(), list(values.values()), allow_unused=True)
         return {name: g is not None and bool(g.any()) for name, g in zip(names, gradients, strict=True)}
 
-    def is_sum_of_functions(self, tensor: CoefficientTensor) -> bool:
-        """Whether the factors of A are at least two functions of one input each, whatever the other inputs are.
-
-        The other inputs are permuted, which no normalization of the inputs notices. Factors that depend on them, as
-        gates and attention give, change then. If all factors are multiples of one function, the layer is a linear map
-        of it: no KAN layer.
-        """
-        try:
-            with _isolated(self._like(tensor)):
-                x = self._input(tensor)
-                inputs = x.shape[-1]
-                rest = list(range(1, inputs))
-                others = [x[:, [0, *rest[step:], *rest[:step]]] for step in range(1, min(inputs - 1, 5))]
-                if inputs == 2:
-                    others = [torch.stack([x[:, 0], 0.5 * (x[:, 0] + x[:, 1])], dim=1)]
-                first = self._gradient(tensor, x)
-                if any(not _is_parallel(first[:, 0], self._gradient(tensor, other)[:, 0]) for other in others):
-                    return False
-                samples = [first] if inputs > 3 else [first, *(self._gradient(tensor, x * f) for f in (0.3, 0.6, -0.8))]
-                largest = int(first.flatten(1).abs().amax(1).argmax())
-                functions = torch.cat([sample[largest] for sample in samples])  # (inputs, basis)
-                singular = torch.linalg.svdvals(functions.double())
-                return bool(len(singular) > 1 and singular[1] > _EFFECT * _EFFECT * singular[0])
-        except Exception:  # as in `axes`
-            return False
-
-    def is_additive(self, tensor: CoefficientTensor) -> bool:
-        """Whether the factors of the residual weights do not change with the coefficients, up to one of each output."""
-        try:
-            with _isolated(self._like(tensor)):
-                x = self._input(tensor)
-                values = {name: _own(value) for name, value in tensor.read_parameters(self.layer).items()}
-                for name in tensor.names:
-                    noise = torch.randn(values[name].shape, generator=torch.Generator().manual_seed(0))
-                    values[name] += noise.to(values[name]) * _size(values[name])
-                first, second = self._gradient(tensor, x), self._gradient(tensor, x, values)
-                return _is_parallel(first[:, :, -1], second[:, :, -1])
-        except Exception:  # as in `axes`
-            return False
-
-    def _gradient(
-        self, tensor: CoefficientTensor, x: torch.Tensor, values: Mapping[str, torch.Tensor] | None = None
-    ) -> torch.Tensor:
-        """The gradient (out, in, basis) of a weighted sum of the outputs."""
-        read = values or tensor.read_parameters(self.layer)
-        leaves = {name: _own(value).requires_grad_() for name, value in read.items()}
-        y = self._run(leaves, x)
-        weights = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)).to(y) + 0.5
-        found = torch.autograd.grad((y * weights).sum(), list(leaves.values()), allow_unused=True)
-        pairs = zip(found, leaves.values(), strict=True)
-        return tensor.join([torch.zeros_like(value) if g is None else g for g, value in pairs])
-
     def _like(self, tensor: CoefficientTensor) -> torch.Tensor:
         """The first parameter, if the layer can be run."""
         values = tensor.read_parameters(self.layer)
@@ -324,13 +272,6 @@ def _is_of_rank_one(matrix: torch.Tensor) -> bool:
     largest = matrix[matrix.abs().amax(1).argmax()]
     rest = matrix - torch.outer(matrix @ largest / largest.dot(largest), largest)
     return bool(rest.abs().max() <= 10 * _NO_EFFECT * matrix.abs().max()) and int((matrix.abs().amax(1) > 0).sum()) > 1
-
-
-def _is_parallel(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether each row of two matrices is a multiple of the other's."""
-    factors = ((first * second).sum(1) / (first * first).sum(1).clamp(min=1e-30))[:, None]
-    rest = (second - factors * first).abs().max()
-    return bool(rest <= 10 * _NO_EFFECT * max(first.abs().max().item(), second.abs().max().item()))
 
 
 def _changes_in(first: torch.Tensor, second: torch.Tensor, count: int) -> bool | None:

@@ -103,8 +103,10 @@ def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KAN
         ValueError: The family is neither registered nor described, or the description is damaged.
     """
     spec = get_kan_spec(layer)
-    if record is None or (spec is not None and spec.family == record["family"]) or record["family"] in _SPECS:
+    if record is None or (spec is not None and spec.family == record["family"]):
         return spec
+    if recorded := _SPECS.get(record["family"]):  # of an older version, before a family was split
+        return recorded if _matches(recorded, layer) else spec
     if "description" not in record:
         raise ValueError(
             f"The adapter is for layers of the KAN family {record['family']!r}, which is not registered here, and its "
@@ -128,12 +130,16 @@ def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
     if isinstance(own, KANLayerSpec):
         return own
     for spec in reversed(_SPECS.values()):
-        try:
-            if spec.matches(module):
-                return spec
-        except AttributeError:  # a predicate that reads what this module does not have says no
-            continue
+        if _matches(spec, module):
+            return spec
     return infer_spec(module)
+
+
+def _matches(spec: KANLayerSpec, module: nn.Module) -> bool:
+    try:
+        return bool(spec.matches(module))
+    except AttributeError:  # a predicate that reads what this module does not have says no
+        return False
 
 
 class FoundKANLayer(NamedTuple):

@@ -27,6 +27,9 @@ def _forget():
     registry._SPECS.update(before)
 
 
+pytestmark = pytest.mark.usefixtures("no_inference")
+
+
 class Radial(nn.Module):
     """(in, basis, out), with residual weights and centers."""
 

@@ -75,12 +75,24 @@ def test_any_sizes(family, sizes):
 
 
 SLIM = {"slim-kan", "slim"}
+OLDER = {
+    "efficient-kan-few",
+    "pykan-2024",
+    "relu-kan",
+    "torchkan",
+    "torchkan-polynomials",
+}  # see test_known_convolutions.py and below
+CONVOLUTIONS = {
+    *("gram-conv", "gram-conv-2", "cheby-conv", "spline-conv", "relu-conv", "wav-conv"),
+    *("fast-kan-conv", "convkan", "kanlib-conv", "lkan-conv"),
+}  # see test_known_convolutions.py
 
 
 def test_every_family_is_covered():
     assert set(FAMILIES) == set(EXPECTED)
     # qkan's Fourier layers, and Slim layers, have their own tests
-    assert set(known_families()) == {name for name, *_ in EXPECTED.values()} | {"qkan-fourier", *SLIM}
+    known = {name for name, *_ in EXPECTED.values()} | {"qkan-fourier", *SLIM, *OLDER, *CONVOLUTIONS}
+    assert set(known_families()) == known
 
 
 def test_layers_without_a_residual_branch():
@@ -292,3 +304,25 @@ def test_a_residual_branch_of_another_shape(family):
     layer.base_weight = nn.Parameter(torch.randn(5, 3))
     with pytest.raises(ValueError, match=r"`spline_weight` .*'o i k'.*\(4, 3, 8\)"):
         find_kan_layers(as_model(layer))
+
+
+def test_few_functions_have_their_factors_adapted_and_older_files_load(tmp_path, monkeypatch):
+    from peft import PeftModel
+
+    from peft_lotra.families import registry
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(FAMILIES["efficient-kan"](3, 4, grid_size=2, spline_order=1), nn.Linear(4, 2))
+
+    x = inputs()
+    with monkeypatch.context() as before:
+        before.delitem(registry._SPECS, "efficient-kan-few")  # as an older version knew it
+        older = adapt(build())
+        y = older(x)
+        older.save_pretrained(tmp_path)
+    assert get_kan_spec(build()[0]).family == "efficient-kan-few"
+    torch.testing.assert_close(PeftModel.from_pretrained(build(), tmp_path).eval()(x), y)
+    merged = adapt(build()).merge_and_unload()
+    for name in ("spline_weight", "spline_scaler", "base_weight"):
+        assert not torch.equal(merged[0].get_parameter(name), build()[0].get_parameter(name))

@@ -54,7 +54,7 @@ def register_mine(**changes):
 @pytest.mark.parametrize(
     "matches", [MyKANLayer, lambda m: hasattr(m, "spline_coeffs"), lambda m: m.spline_coeffs.ndim == 3]
 )
-def test_the_example_of_the_docstring(matches):
+def test_the_example_of_the_docstring(matches, no_inference):
     model = nn.Sequential(MyKANLayer(3, 5), nn.Linear(5, 5), Derived(5, 2))
     assert find_kan_layers(model) == []
     spec = register_mine(matches=matches)

@@ -160,7 +160,7 @@ def test_an_input_of_more_axes():
     assert check_kan_layer(Tokens(), inputs(6).unflatten(0, (2, 3))).axes == "outputs verified, inputs verified"
 
 
-def test_an_unknown_layer_comes_with_a_registration():
+def test_an_unknown_layer_comes_with_a_registration(no_inference):
     with pytest.raises(ValueError) as error:
         check_kan_layer(Radial())
     assert 'coefficients=("table", "o i k")' in str(error.value)

@@ -1,0 +1,340 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from helpers import relative
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_lotra import LoTRAConfig, find_kan_layers
+from peft_lotra.families.registry import get_kan_spec
+
+
+def powers(x, count):
+    return torch.stack([torch.tanh(x) ** k for k in range(count)], dim=-1)
+
+
+class Polynomials(nn.Module):
+    """The coefficients in any order of axes, under any name."""
+
+    def __init__(self, i, o, k=4, order="iok", residual=None, norm=False, name="things"):
+        super().__init__()
+        self.order, self.i, self.k, self.of = order, i, k, name
+        sizes = {"o": o, "i": i, "k": k}
+        setattr(self, name, nn.Parameter(torch.randn([sizes[axis] for axis in order])))
+        self.base = None if residual is None else nn.Parameter(torch.randn([sizes[axis] for axis in residual]))
+        self.residual, self.norm = residual, nn.LayerNorm(o) if norm else nn.Identity()
+
+    def forward(self, x):
+        y = torch.einsum(f"bik,{self.order}->bo", powers(x, self.k), getattr(self, self.of))
+        if self.base is not None:
+            y = y + torch.einsum(f"bi,{self.residual}->bo", nn.functional.silu(x), self.base)
+        return self.norm(y)
+
+
+class Flat(nn.Module):
+    def __init__(self, i, o, k=4, inner="ik", first=True):
+        super().__init__()
+        self.in_features, self.k, self.inner, self.first = i, k, inner, first
+        self.table = nn.Parameter(torch.randn((o, i * k) if first else (i * k, o)))
+
+    def forward(self, x):
+        basis = powers(x, self.k)
+        flat = (basis if self.inner == "ik" else basis.transpose(1, 2)).flatten(1)
+        return flat @ (self.table.T if self.first else self.table)
+
+
+class Wavelets(nn.Module):
+    """Not linear in scale and shift; `dead` is no part of the sum."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(o, i)), nn.Parameter(torch.zeros(o, i))
+        self.dead, self.weight = nn.Parameter(torch.randn(o, i)), nn.Parameter(torch.randn(o, i))
+
+    def forward(self, x):
+        u = (x[:, None] - self.shift) / self.scale
+        return (self.weight * (u**2 - 1) * torch.exp(-(u**2) / 2)).sum(2)
+
+
+class Scaled(nn.Module):
+    """A factor of each edge beside two functions: a quarter of the layer."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.c, self.s = nn.Parameter(torch.randn(o, i, 2)), nn.Parameter(torch.rand(o, i) + 0.5)
+        self.w = nn.Parameter(torch.randn(o, i))
+
+    def forward(self, x):
+        basis = torch.stack([torch.sin(x), torch.cos(2 * x)], -1)
+        return torch.einsum("bik,oik,oi->bo", basis, self.c, self.s) + torch.tanh(x) @ self.w.T
+
+
+@pytest.mark.parametrize("sizes", [(5, 4), (4, 4), (2, 5), (5, 1)])
+@pytest.mark.parametrize("residual", [None, "oi", "io"])
+@pytest.mark.parametrize("order", ["oik", "iok", "iko", "kio", "oki", "koi"])
+def test_any_order_of_axes(order, residual, sizes):
+    torch.manual_seed(0)
+    layer = Polynomials(*sizes, order=order, residual=residual)
+    tensor = get_kan_spec(layer).locate(layer)
+    assert tensor.shape == (sizes[1], sizes[0], 4) and tensor.has_residual == (residual is not None)
+    expected = layer.things.permute([order.index(axis) for axis in "oik"])
+    assert torch.equal(tensor.read(layer, residual=False), expected)
+    if residual and 1 not in sizes:
+        assert torch.equal(tensor.read(layer)[..., -1], layer.base if residual == "oi" else layer.base.T)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("inner", ["ik", "ki"])
+def test_a_flattened_axis(inner, first):
+    torch.manual_seed(0)
+    layer = Flat(4, 6, inner=inner, first=first)
+    tensor = get_kan_spec(layer).locate(layer)
+    table = layer.table if first else layer.table.T
+    expected = table.unflatten(1, (4, 4))
+    assert torch.equal(tensor.read(layer), expected if inner == "ik" else expected.transpose(1, 2))
+
+
+def test_parts():
+    torch.manual_seed(0)
+    layer = Wavelets(5, 4)
+    spec = get_kan_spec(layer)
+    assert spec.locate(layer).names == ("scale", "shift", "weight") and not spec.linear
+
+
+def test_factors_of_edges_are_a_part_where_they_are_a_large_share():
+    torch.manual_seed(0)
+    layer = Scaled(5, 4)
+    spec = get_kan_spec(layer)
+    assert set(spec.locate(layer).parameters) == {"c", "s", "w"} and spec.residual[0] == "w" and not spec.linear
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda i, o: Polynomials(i, o, residual="oi"),
+        lambda i, o: Polynomials(i, o, order="oik", norm=True),
+        Flat,
+        Wavelets,
+        Scaled,
+    ],
+)
+def test_attach_train_merge_and_reload(make, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(make(3, 6), nn.Tanh(), make(6, 2))
+
+    x = torch.rand(8, 3, generator=torch.Generator().manual_seed(1))
+    model = get_peft_model(build(), LoTRAConfig(r=2))
+    torch.testing.assert_close(model(x), build()(x))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(10):
+        loss = (model(x) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    y = model(x)
+    model.save_pretrained(tmp_path)
+    assert relative(PeftModel.from_pretrained(build(), tmp_path)(x), y) < 1e-5
+    merged = model.merge_and_unload()
+    assert relative(merged(x), y) < 1e-5 and list(merged.state_dict()) == list(build().state_dict())
+
+
+def test_pickle_and_dtypes():
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float64):
+        layer = Polynomials(5, 4).to(dtype)
+        spec = get_kan_spec(layer)
+        assert pickle.loads(pickle.dumps(spec)).parts == spec.parts == (("things", "i o k"),)
+
+
+##########################
+# What is no KAN layer #
+##########################
+
+
+class Experts(nn.Module):
+    def __init__(self, d=6, o=6, count=4, top=None):
+        super().__init__()
+        self.w, self.gate, self.top = nn.Parameter(torch.randn(count, d, o)), nn.Linear(d, count), top
+
+    def forward(self, x):
+        gates = self.gate(x).softmax(-1)
+        if self.top:
+            gates = gates * (gates >= gates.topk(self.top).values[:, -1:])
+        return torch.einsum("bi,eio,be->bo", x, self.w, gates)
+
+
+class UniformExperts(Experts):
+    def forward(self, x):
+        return torch.einsum("bi,eio->bo", x, self.w)
+
+
+class Bilinear(nn.Module):
+    def __init__(self, d=6, o=6):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(o, d, d))
+
+    def forward(self, x):
+        return torch.einsum("bi,oij,bj->bo", x, self.w, x)
+
+
+class Positions(nn.Module):
+    def __init__(self, n=4, d=6):
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(1, n, d))
+
+    def forward(self, x):
+        return x + self.position
+
+
+class Heads(nn.Module):
+    def __init__(self, h=3, d=6):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(h, d, d)) for _ in "qkv")
+
+    def forward(self, x):
+        q, k, v = (torch.einsum("nd,hde->hne", x, w) for w in (self.q, self.k, self.v))
+        return (nn.functional.softmax(q @ k.mT, -1) @ v).mean(0)
+
+
+class ElementwiseHeads(Heads):
+    """Multiplicative interactions of three maps."""
+
+    def forward(self, x):
+        q, k, v = (torch.einsum("nd,hde->hne", x, w) for w in (self.q, self.k, self.v))
+        return (q * k.sigmoid() * v).sum(0)
+
+
+class Gated(nn.Module):
+    def __init__(self, d=6):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(d, d)), nn.Parameter(torch.randn(d, d))
+
+    def forward(self, x):
+        return (x @ self.a.T) * torch.sigmoid(x @ self.b.T)
+
+
+class Maxout(nn.Module):
+    def __init__(self, d=6, o=5, k=3):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(o, d, k))
+
+    def forward(self, x):
+        return torch.einsum("bi,oik->bok", x, self.w).amax(-1)
+
+
+class ScaledConv(nn.Conv1d):
+    def forward(self, x):
+        return nn.functional.conv1d(x, self.weight * 2, self.bias)
+
+
+class OwnConv(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6, 3))
+
+    def forward(self, x):
+        return nn.functional.conv1d(x, self.weight, padding=1)
+
+
+class MLP(nn.Module):
+    def __init__(self, d=6, ratio=4):
+        super().__init__()
+        self.in_features = d
+        self.fc1, self.fc2 = nn.Linear(d, ratio * d), nn.Linear(ratio * d, d)
+
+    def forward(self, x):
+        return self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+class WideMLP(MLP):
+    """The second matrix is most of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc2 = nn.Linear(24, 48)
+
+
+class LowRank(nn.Module):
+    def __init__(self, d=6, r=2):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(r, d)), nn.Parameter(torch.randn(d, r))
+
+    def forward(self, x):
+        return x @ self.a.T @ self.b.T
+
+
+class TwoMatrices(nn.Module):
+    def __init__(self, d=6):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(d, d)), nn.Parameter(torch.randn(d, d))
+
+    def forward(self, x):
+        return x @ (self.a + self.b)
+
+
+class Counter(nn.Module):
+    """Has a state that a run would change."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4, 3))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x
+
+
+OTHERS = [
+    *(Experts, lambda: Experts(top=1), lambda: Experts(top=2), UniformExperts, Bilinear, Positions, Heads),
+    *(
+        ElementwiseHeads,
+        Gated,
+        Maxout,
+        lambda: ScaledConv(6, 6, 3),
+        OwnConv,
+        MLP,
+        WideMLP,
+        LowRank,
+        TwoMatrices,
+        Counter,
+    ),
+    *(lambda: nn.Conv1d(4, 4, 3), lambda: nn.MultiheadAttention(4, 2), lambda: nn.Bilinear(4, 4, 4)),
+    *(lambda: nn.LSTM(4, 4), lambda: nn.TransformerEncoderLayer(8, 2), lambda: nn.GRUCell(4, 4)),
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("make", OTHERS)
+def test_no_kan_layers(make, seed):
+    torch.manual_seed(seed)
+    module = make()
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    assert find_kan_layers(nn.Sequential(module)) == []
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    assert getattr(module, "calls", 0) == 0
+
+
+def test_a_layer_of_several_arguments_and_one_without_values_are_left_alone():
+    class Graph(Polynomials):
+        def forward(self, x, edges):
+            return super().forward(x)
+
+    assert get_kan_spec(Graph(5, 4)) is None
+
+    class Fresh(Polynomials):
+        pass
+
+    assert get_kan_spec(Fresh(5, 4).to("meta")) is None
+    assert get_kan_spec(Fresh(5, 4)).family == "generic"  # it is not remembered as none
+    assert get_kan_spec(Fresh(5, 4).to("meta")).family == "generic"
