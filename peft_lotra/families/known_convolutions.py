@@ -33,8 +33,6 @@ def _convolution(layer: Any, name: str) -> Any:
     return found
 
 
-
-
 register_kan_layer(
     "gram-conv",  # and Legendre, Jacobi, Bernstein: torch-conv-kan's first versions, with the degrees outside
     matches=lambda m: "poly_weights" in m._parameters and m.poly_weights.ndim > 3 and _has_list(m, "base_conv"),

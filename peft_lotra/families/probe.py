@@ -146,7 +146,9 @@ class Probe:
                 first = self._gradient(tensor, x)
                 if any(not _is_parallel(first[:, 0], self._gradient(tensor, other)[:, 0]) for other in others):
                     return False
-                samples = [first] if inputs > 3 else [first, *(self._gradient(tensor, x * f) for f in (0.3, 0.6, -0.8))]
+                samples = (
+                    [first] if inputs > 3 else [first, *(self._gradient(tensor, x * f) for f in (0.3, 0.6, -0.8))]
+                )
                 largest = int(first.flatten(1).abs().amax(1).argmax())
                 functions = torch.cat([sample[largest] for sample in samples])  # (inputs, basis)
                 singular = torch.linalg.svdvals(functions.double())
