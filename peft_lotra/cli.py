@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The command line: peft-lotra inspect | merge | extract | push."""
+"""The command line: peft-lotra find | inspect | merge | extract | push."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from transformers.utils import logging
 
 from ._version import __version__
 from .approximation.extraction import extract_lotra
+from .families.registry import find_kan_layers
 from .hub.base_code import hub_id
 from .hub.card import README, write_model_card
 from .hub.contents import AdapterContents, adapter_folders, read_adapter, table_of_tensors
@@ -132,6 +133,24 @@ def _command(function: Callable) -> Callable:
 def _show_warning(message, category, *args, **kwargs) -> None:
     if issubclass(category, UserWarning):
         _say(f"warning: {message}")
+
+
+@_command
+def find(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="MODULE:CALLABLE that builds a network, also searched in the current folder; or a transformers "
+            "model, as a folder or USER/REPO on the Hub.",
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show the KAN layers of a model, and what else may be one, with a registration to paste."""
+    network = _call_factory(model) if ":" in model and not Path(model).exists() else _load_model(model, None)
+    found = find_kan_layers(network, candidates=True)
+    _report(found.as_dict(), str(found), as_json)
 
 
 @_command
@@ -294,17 +313,17 @@ def _call_factory(factory: str) -> nn.Module:
     """What MODULE:CALLABLE returns; the module is also searched in the current folder."""
     module, _, name = factory.partition(":")
     if not module or not name:
-        raise ValueError(f"--factory is {factory!r}, expected MODULE:CALLABLE, such as my_nets:build.")
+        raise ValueError(f"{factory!r} is no factory, expected MODULE:CALLABLE, such as my_nets:build.")
     sys.path.insert(0, os.getcwd())
     try:
         build = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"--factory {factory} was not found: {error}") from error
+        raise ValueError(f"The factory {factory} was not found: {error}") from error
     finally:
         sys.path.pop(0)
     model = build()
     if not isinstance(model, nn.Module):
-        raise ValueError(f"--factory {factory} returns a {type(model).__name__}, expected a torch.nn.Module.")
+        raise ValueError(f"The factory {factory} returns a {type(model).__name__}, expected a torch.nn.Module.")
     return model
 
 

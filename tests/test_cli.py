@@ -42,6 +42,18 @@ def with_head():
 
 def number():
     return 3
+
+class Unknown(torch.nn.Module):  # of two factors that depend on other inputs: no KAN layer, but nobody can know
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = 2, 3
+        self.table = torch.nn.Parameter(torch.rand(3, 2, 4))
+
+    def forward(self, graph, x):
+        return torch.einsum("oik,bi,bk->bo", self.table, x, graph)
+
+def with_a_candidate():
+    return torch.nn.Sequential(KAN([2, 2]), Unknown())
 """
 
 
@@ -214,7 +226,29 @@ class TestExtract:
         assert "base = KAN([2, 4, 3]" in Path("extracted/README.md").read_text()
 
 
+class TestFind:
+    def test_a_model_on_disk(self, run):
+        text = run("find {}/base").stdout
+        assert "kan.layers.0  peft-lotra     (4, 2, 8)  yes" in text and "kan.layers.1" in text
+
+    def test_a_factory(self, run, made, monkeypatch):
+        monkeypatch.chdir(made)
+        found = json.loads(run("find nets:with_a_candidate --json").stdout)
+        assert [(layer["name"], layer["shape"]) for layer in found["layers"]] == [("0.layers.0", [2, 2, 8])]
+        (candidate,) = found["candidates"]
+        assert candidate["name"] == "1" and candidate["parameters"] == {"table": [3, 2, 4]}
+        assert not candidate["is_verified"] and "register_kan_layer" in candidate["registration"]
+        text = run("find nets:with_a_candidate").stdout
+        assert candidate["registration"] in text and "1, a Unknown, may be a KAN layer (not verified):" in text
+
+    def test_a_model_without_kan_layers(self, run):
+        assert run("find torch.nn:ReLU").stdout == "no KAN layer of a known family\n"
+
+
 ERRORS = {
+    "find {}/nothing/here": "is no folder, and cannot be a repository",
+    "find nowhere:build": "The factory nowhere:build was not found",
+    "find torch:get_num_threads": "returns a int",
     "inspect {}/base": "is no adapter: it has no adapter_config.json",
     "inspect {}": "choose one by --subfolder",
     "inspect {}/training": "is no adapter",

@@ -12,13 +12,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..functional import unwrap
+from ..report import Report, TextTable
 from .candidates import KANCandidate, find_candidates
 from .description import REGISTERED as _SPECS
 from .description import Grid as Grid
@@ -158,10 +159,39 @@ class FoundKANLayer(NamedTuple):
     has_residual: bool
 
 
+_Found = TypeVar("_Found", bound=FoundKANLayer | KANCandidate)
+
+
+class FoundKANLayers(Report, list[_Found]):
+    """What `find_kan_layers` found, a list; prints as a table."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The layers and the candidates in plain values, for JSON."""
+        layers, candidates = self._parts()
+        return {"layers": [it._asdict() for it in layers], "candidates": [it._asdict() for it in candidates]}
+
+    def _parts(self) -> tuple[list[FoundKANLayer], list[KANCandidate]]:
+        layers = [found for found in self if isinstance(found, FoundKANLayer)]
+        return layers, [found for found in self if isinstance(found, KANCandidate)]
+
+    def _table(self) -> TextTable:
+        layers, candidates = self._parts()
+        rows = [
+            [layer.name or "(the model)", layer.family, str(layer.shape), "yes" if layer.has_residual else "no"]
+            for layer in layers
+        ]
+        notes = [] if rows else ["no KAN layer of a known family"]
+        for candidate in candidates:
+            state = "verified by gradients" if candidate.is_verified else "not verified"
+            notes += ["", f"{candidate.name or 'the model'}, a {candidate.cls}, may be a KAN layer ({state}):"]
+            notes += candidate.registration.splitlines()
+        return TextTable(["layer", "family", ">coefficients", "residual"], rows, notes)
+
+
 @overload
-def find_kan_layers(model: nn.Module, candidates: Literal[False] = False) -> list[FoundKANLayer]: ...
+def find_kan_layers(model: nn.Module, candidates: Literal[False] = False) -> FoundKANLayers[FoundKANLayer]: ...
 @overload
-def find_kan_layers(model: nn.Module, candidates: Literal[True]) -> list[FoundKANLayer | KANCandidate]: ...
+def find_kan_layers(model: nn.Module, candidates: Literal[True]) -> FoundKANLayers[FoundKANLayer | KANCandidate]: ...
 def find_kan_layers(model: nn.Module, candidates: bool = False) -> Any:
     """Lists the KAN layers of a model, adapted or not, in the order of `model.named_modules()`.
 
@@ -171,14 +201,19 @@ def find_kan_layers(model: nn.Module, candidates: bool = False) -> Any:
             not known: those with parameters of three axes or more. The attribute `registration` of each is a call to
             paste, and `is_verified` whether the module, which is run for that, computes what it says.
 
+    Returns:
+        A list, which prints as a table, with a registration to paste below it for each candidate.
+
     Raises:
         ValueError: A layer was recognized but a pattern of its family does not fit its parameters.
 
     Example:
         >>> from peft_lotra import find_kan_layers
         >>> from peft_lotra.kan import KAN
-        >>> [(layer.name, layer.family, layer.shape) for layer in find_kan_layers(KAN([2, 4, 1]))]
-        [('layers.0', 'peft-lotra', (4, 2, 8)), ('layers.1', 'peft-lotra', (1, 4, 8))]
+        >>> print(find_kan_layers(KAN([2, 4, 1])))
+        layer     family      coefficients  residual
+        layers.0  peft-lotra     (4, 2, 8)  yes
+        layers.1  peft-lotra     (1, 4, 8)  yes
     """
     found = []
     known: set[int] = set()
@@ -188,7 +223,7 @@ def find_kan_layers(model: nn.Module, candidates: bool = False) -> Any:
         found.append(FoundKANLayer(name, spec.family, tensor.shape, tensor.has_residual))
         # an adapted layer is no candidate, nor is anything inside it
         known |= {id(inner) for inner in (network.get_submodule(name) if name else network).modules()}
-    return [*found, *find_candidates(network, known)] if candidates else found
+    return FoundKANLayers([*found, *find_candidates(network, known)] if candidates else found)
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
