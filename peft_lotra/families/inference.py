@@ -76,6 +76,8 @@ def infer_spec(module: nn.Module) -> KANLayerSpec | None:
     """
     if isinstance(module, _OTHERS) or type(module).__module__.partition(".")[0] in ("torch", "peft"):
         return None
+    if "funs_sympy" in vars(module):  # formulas of pykan's networks, which stand in for the edges of a KAN layer
+        return None
     tensors = _tensors(module)
     if not tensors or not _takes_one_argument(module):
         return None

@@ -338,3 +338,10 @@ def test_a_layer_of_several_arguments_and_one_without_values_are_left_alone():
     assert get_kan_spec(Fresh(5, 4).to("meta")) is None
     assert get_kan_spec(Fresh(5, 4)).family == "generic"  # it is not remembered as none
     assert get_kan_spec(Fresh(5, 4).to("meta")).family == "generic"
+
+
+def test_formulas_of_pykan_are_no_layers():
+    kan = pytest.importorskip("kan")
+    model = kan.KAN(width=[2, 3, 1], grid=3, k=3, seed=0, auto_save=False)
+    model.fix_symbolic(0, 0, 1, "sin", fit_params_bool=False, verbose=False, log_history=False)
+    assert [layer.name for layer in find_kan_layers(model)] == ["act_fun.0", "act_fun.1"]
