@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from functools import wraps
 from itertools import chain
 from typing import Any
+from weakref import WeakMethod, finalize
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -78,12 +79,15 @@ class transaction:
 
     def __enter__(self) -> None:
         self._merges.__enter__()
-        IN_PROGRESS[self] = threading.get_ident(), self.undo
+        # weak: if `__exit__` is not called, a fork long after would undo what has been done since
+        undo, self._key = WeakMethod(self.undo), object()
+        finalize(self, IN_PROGRESS.pop, self._key, None).atexit = False
+        IN_PROGRESS[self._key] = threading.get_ident(), lambda: (method := undo()) and method()
 
     def __exit__(self, error: type[BaseException] | None, *args: Any) -> None:
         if error is not None:
             self.undo()
-        IN_PROGRESS.pop(self, None)
+        IN_PROGRESS.pop(self._key, None)
         self._merges.__exit__(None)
 
     def undo(self) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import threading
 from collections import OrderedDict
@@ -14,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig, LoTRAModel
+from peft_lotra.locks import IN_PROGRESS
 from peft_lotra.tuner.transaction import base_parameters, enclose, transaction
 
 
@@ -109,3 +111,14 @@ def test_one_change_at_a_time():
     adding.join(20)
     assert list(model.peft_config) == ["default", "good"]
     assert all(list(layer.lotra_core) == ["default", "good"] for layer in model.modules() if hasattr(layer, "lotra_r"))
+
+
+def test_a_transaction_that_is_never_left_is_forgotten():
+    """As after Ctrl-C at the end of its block: a later fork must not undo what has been done since."""
+    before = len(IN_PROGRESS)
+    begun = transaction(nested())
+    begun.__enter__()
+    assert len(IN_PROGRESS) == before + 1
+    del begun
+    gc.collect()
+    assert len(IN_PROGRESS) == before
