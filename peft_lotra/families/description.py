@@ -359,6 +359,19 @@ def _from_fields(values: dict[str, Any]) -> KANLayerSpec:
 REGISTERED: dict[str, KANLayerSpec] = {}
 
 
+def matches(spec: KANLayerSpec, module: nn.Module) -> bool:
+    """Whether a family matches a module."""
+    try:
+        return bool(spec.matches(module))
+    except AttributeError:  # a predicate that reads what this module does not have says no
+        return False
+
+
+def registered_spec(module: nn.Module) -> KANLayerSpec | None:
+    """The last registered family that matches a module."""
+    return next((spec for spec in reversed(REGISTERED.values()) if matches(spec, module)), None)
+
+
 def get_registered(family: str) -> KANLayerSpec:
     """The registered family of a name; raises a `ValueError` if there is none."""
     if family not in REGISTERED:

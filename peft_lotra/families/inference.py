@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from .coefficients import CoefficientTensor, Described, get_or_none, locate_coefficients, named_size
-from .description import KANLayerSpec, spec_from_file
+from .description import KANLayerSpec, registered_spec, spec_from_file
 from .functions import FunctionProbe
 from .probe import CURVATURE, settings_of
 
@@ -94,6 +94,8 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """The trained parameters of a layer; none if it has parts that may be layers of their own."""
     found: dict[str, torch.Tensor | None] = dict(module._parameters)
     for name, child in module._modules.items():
+        if child is not None and registered_spec(child) is not None:
+            return {}
         if isinstance(child, nn.Linear):
             found[f"{name}.weight"] = child._parameters.get("weight")
         elif child is None or isinstance(child, _NORMS):

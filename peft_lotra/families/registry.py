@@ -23,7 +23,7 @@ from ..report import Report, TextTable
 from .candidates import KANCandidate, find_candidates
 from .description import REGISTERED as _SPECS
 from .description import Grid as Grid
-from .description import KANLayerSpec, spec_from_file
+from .description import KANLayerSpec, matches, registered_spec, spec_from_file
 from .inference import infer_spec
 
 
@@ -107,7 +107,7 @@ def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KAN
     if record is None or (spec is not None and spec.family == record["family"]):
         return spec
     if recorded := _SPECS.get(record["family"]):  # of an older version, before a family was split
-        return recorded if _matches(recorded, layer) else spec
+        return recorded if matches(recorded, layer) else spec
     if "description" not in record:
         raise ValueError(
             f"The adapter is for layers of the KAN family {record['family']!r}, which is not registered here, and its "
@@ -130,17 +130,7 @@ def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
     own = getattr(type(module), "kan_spec", None)
     if isinstance(own, KANLayerSpec):
         return own
-    for spec in reversed(_SPECS.values()):
-        if _matches(spec, module):
-            return spec
-    return infer_spec(module)
-
-
-def _matches(spec: KANLayerSpec, module: nn.Module) -> bool:
-    try:
-        return bool(spec.matches(module))
-    except AttributeError:  # a predicate that reads what this module does not have says no
-        return False
+    return registered_spec(module) or infer_spec(module)
 
 
 class FoundKANLayer(NamedTuple):

@@ -322,6 +322,8 @@ class LoTRAConfig(PeftConfig):
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (TypeError, RecursionError, OverflowError) as error:
+            if "missing required keys" in str(error):  # PEFT's own words
+                raise
             raise ValueError(f"The config of the adapter in {folder} is broken: {error}") from error
         assert isinstance(config, LoTRAConfig)
         weights = find_weights(pretrained_model_name_or_path, subfolder, hub_kwargs)
@@ -344,14 +346,14 @@ class LoTRAConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs) -> dict[str, Any]:
-        """The values of a config in a file, which has the type LOTRA."""
+        """The values of a config in a file, which has the type LOTRA, or none: PEFT then says that it is missing."""
         values = super().from_json_file(path_json_file, **kwargs)
         if not isinstance(values, dict):
             raise ValueError(f"{path_json_file} is broken: expected a JSON object, got {values!r:.200}.")
         kind = values.get("peft_type", "LOTRA")
         if kind != "LOTRA":
             raise ValueError(f"The adapter in {path_json_file} is of the type {kind!s:.200}, and not LOTRA.")
-        return {**values, "peft_type": "LOTRA"}
+        return values
 
     def _component_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes that the components of the recorded layers have by this config, by name."""

@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig, find_kan_layers
-from peft_lotra.families.registry import get_kan_spec
+from peft_lotra.families import registry
+from peft_lotra.families.registry import KANLayerSpec, get_kan_spec
 
 
 def powers(x, count):
@@ -345,3 +346,30 @@ def test_formulas_of_pykan_are_no_layers():
     model = kan.KAN(width=[2, 3, 1], grid=3, k=3, seed=0, auto_save=False)
     model.fix_symbolic(0, 0, 1, "sin", fit_params_bool=False, verbose=False, log_history=False)
     assert [layer.name for layer in find_kan_layers(model)] == ["act_fun.0", "act_fun.1"]
+
+
+class SplineLinear(nn.Linear):
+    """A KAN layer, of a registered family, that is derived from a linear layer."""
+
+    def forward(self, x):
+        return super().forward(torch.sin(torch.cat([x, 2 * x], dim=-1)))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_model_of_registered_layers_is_no_layer(norm, monkeypatch):
+    monkeypatch.setitem(
+        registry._SPECS,
+        "spline-linear",
+        KANLayerSpec("spline-linear", matches=SplineLinear, coefficients=("weight", "o (k i)"), axes={"k": 2}),
+    )
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.norm = SplineLinear(6, 3), nn.BatchNorm1d(3) if norm else None
+
+        def forward(self, x):
+            return self.norm(self.lin(x)) if norm else self.lin(x)
+
+    model = Model()
+    assert [(layer.name, layer.family) for layer in find_kan_layers(model)] == [("lin", "spline-linear")]
