@@ -3,21 +3,16 @@
 
 """LoTRA: low tensor-rank adaptation of Kolmogorov-Arnold networks, as a PEFT method. Importing it registers it."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import kan
 from ._version import __version__
-from .approximation.compression import SlimReport, slim, to_dense
-from .approximation.extraction import ExtractionReport, extract_lotra
-from .approximation.spectra import Spectrum, gradient_spectrum, suggest_ranks, update_spectrum
 from .families import known  # noqa: F401  (registers the known families)
 from .families.candidates import KANCandidate
 from .families.registry import FoundKANLayer, KANLayerSpec, find_kan_layers, register_kan_layer
 from .files.format import save_adapter
-from .hub.card import write_model_card
-from .hub.push import push_to_hub
-from .optim.learning_rates import LoTRALearningRates, create_lotra_optimizer, lotra_lr_multipliers
-from .summary import ModelSummary, model_summary
 from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
-from .tuner.check import KANLayerReport, check_kan_layer
 from .tuner.config import LoTRAConfig
 from .tuner.gradients import preprocess_lotra
 from .tuner.hotswap import hotswap_adapter
@@ -27,6 +22,16 @@ from .tuner.model import LoTRAModel
 from .tuner.refit import RefitReport, refit_adapters
 from .tuner.registration import register
 
+
+if TYPE_CHECKING:
+    from .approximation.compression import SlimReport, slim, to_dense
+    from .approximation.extraction import ExtractionReport, extract_lotra
+    from .approximation.spectra import Spectrum, gradient_spectrum, suggest_ranks, update_spectrum
+    from .hub.card import write_model_card
+    from .hub.push import push_to_hub
+    from .optim.learning_rates import LoTRALearningRates, create_lotra_optimizer, lotra_lr_multipliers
+    from .summary import ModelSummary, model_summary
+    from .tuner.check import KANLayerReport, check_kan_layer
 
 __all__ = [
     "ExtractionReport",
@@ -64,5 +69,42 @@ __all__ = [
     "write_model_card",
 ]
 
-kan.slim = slim
+# what is imported when it is first used, by name: a quarter of the time of an import
+_LATER = {
+    "ExtractionReport": "approximation.extraction",
+    "KANLayerReport": "tuner.check",
+    "LoTRALearningRates": "optim.learning_rates",
+    "ModelSummary": "summary",
+    "SlimReport": "approximation.compression",
+    "Spectrum": "approximation.spectra",
+    "check_kan_layer": "tuner.check",
+    "create_lotra_optimizer": "optim.learning_rates",
+    "extract_lotra": "approximation.extraction",
+    "gradient_spectrum": "approximation.spectra",
+    "lotra_lr_multipliers": "optim.learning_rates",
+    "model_summary": "summary",
+    "push_to_hub": "hub.push",
+    "slim": "approximation.compression",
+    "suggest_ranks": "approximation.spectra",
+    "to_dense": "approximation.compression",
+    "update_spectrum": "approximation.spectra",
+    "write_model_card": "hub.card",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("approximation", "hub", "optim", "summary"):
+        return import_module(f".{name}", __name__)
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
+
+
+# `peft_lotra.kan.slim`, of which `kan` itself knows nothing
+kan.__dict__["__getattr__"] = lambda name: __getattr__(name if name == "slim" else f"kan.{name}")
 register(config_cls=LoTRAConfig, model_cls=LoTRAModel)

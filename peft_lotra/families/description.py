@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from keyword import iskeyword
@@ -359,17 +359,15 @@ def _from_fields(values: dict[str, Any]) -> KANLayerSpec:
 REGISTERED: dict[str, KANLayerSpec] = {}
 
 
-def matches(spec: KANLayerSpec, module: nn.Module) -> bool:
-    """Whether a family matches a module."""
-    try:
-        return bool(spec.matches(module))
-    except AttributeError:  # a predicate that reads what this module does not have says no
-        return False
-
-
-def registered_spec(module: nn.Module) -> KANLayerSpec | None:
-    """The last registered family that matches a module."""
-    return next((spec for spec in reversed(REGISTERED.values()) if matches(spec, module)), None)
+def registered_spec(module: nn.Module, among: Iterable[KANLayerSpec] | None = None) -> KANLayerSpec | None:
+    """The last registered family that matches a module; or the first one of some families."""
+    for spec in reversed(REGISTERED.values()) if among is None else among:
+        try:
+            if spec.matches(module):
+                return spec
+        except AttributeError:  # a predicate that reads what this module does not have says no
+            continue
+    return None
 
 
 def get_registered(family: str) -> KANLayerSpec:

@@ -23,7 +23,7 @@ from ..report import Report, TextTable
 from .candidates import KANCandidate, find_candidates
 from .description import REGISTERED as _SPECS
 from .description import Grid as Grid
-from .description import KANLayerSpec, matches, registered_spec, spec_from_file
+from .description import KANLayerSpec, registered_spec, spec_from_file
 from .inference import infer_spec
 
 
@@ -107,7 +107,7 @@ def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KAN
     if record is None or (spec is not None and spec.family == record["family"]):
         return spec
     if recorded := _SPECS.get(record["family"]):  # of an older version, before a family was split
-        return recorded if matches(recorded, layer) else spec
+        return registered_spec(layer, [recorded]) or spec
     if "description" not in record:
         raise ValueError(
             f"The adapter is for layers of the KAN family {record['family']!r}, which is not registered here, and its "
