@@ -11,23 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from peft_lotra.families import registry
-
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "convolutions.py"
 
 
-@pytest.fixture
-def families():
-    """Puts the registered families back: the example registers one."""
-    before = dict(registry._SPECS)
-    yield
-    registry._SPECS.clear()
-    registry._SPECS.update(before)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("families")
 def test_the_study_runs_and_keeps_its_budgets(tmp_path):
     spec = importlib.util.spec_from_file_location("convolutions_example", EXAMPLE)
     example = importlib.util.module_from_spec(spec)

@@ -14,17 +14,7 @@ from stand_ins import FAMILIES
 from torch import nn
 
 from peft_lotra import KANCandidate, find_kan_layers, register_kan_layer
-from peft_lotra.families import registry
 from peft_lotra.kan import KANLinear
-
-
-@pytest.fixture(autouse=True)
-def _forget():
-    """Families that a test registers are forgotten at its end."""
-    before = dict(registry._SPECS)
-    yield
-    registry._SPECS.clear()
-    registry._SPECS.update(before)
 
 
 pytestmark = pytest.mark.usefixtures("no_inference")

@@ -22,15 +22,6 @@ from peft_lotra.families.registry import describe, get_kan_spec, get_recorded_sp
 from peft_lotra.kan import KANLinear
 
 
-@pytest.fixture(autouse=True)
-def _forget():
-    """Families that a test registers are forgotten at its end."""
-    before = dict(registry._SPECS)
-    yield
-    registry._SPECS.clear()
-    registry._SPECS.update(before)
-
-
 class Waves(nn.Module):
     """y[o] = sum_{i,k} (A[o,i,k] cos(k x[i]) + B[o,i,k] sin(k x[i])) + W x, with a bias; x is in units of `width`."""
 

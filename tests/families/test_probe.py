@@ -16,18 +16,8 @@ from stand_ins import FAMILIES, as_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig, find_kan_layers, register_kan_layer
-from peft_lotra.families import registry
 from peft_lotra.families.probe import CURVATURE, Probe, pattern_variants
 from peft_lotra.families.registry import KANLayerSpec, get_kan_spec
-
-
-@pytest.fixture(autouse=True)
-def _forget():
-    """Families that a test registers are forgotten at its end."""
-    before = dict(registry._SPECS)
-    yield
-    registry._SPECS.clear()
-    registry._SPECS.update(before)
 
 
 class Layer(nn.Module):

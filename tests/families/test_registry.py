@@ -10,17 +10,7 @@ from stand_ins import FAMILIES, ChebyKANLayer, as_model
 from torch import nn
 
 from peft_lotra import KANLayerSpec, find_kan_layers, register_kan_layer
-from peft_lotra.families import registry
 from peft_lotra.families.registry import get_kan_spec, known_families
-
-
-@pytest.fixture(autouse=True)
-def _forget():
-    """Families that a test registers are forgotten at its end."""
-    before = dict(registry._SPECS)
-    yield
-    registry._SPECS.clear()
-    registry._SPECS.update(before)
 
 
 class MyKANLayer(nn.Module):

@@ -131,5 +131,5 @@ def test_candidates_are_named():
     model = nn.ModuleDict({"layer": Unknown(), "head": nn.Linear(2, 2)})
     with pytest.raises(ValueError, match=r"Candidates are `layer` \(Unknown: `splines` \(4, 3, 7\)\)\. If one of"):
         get_peft_model(model, LoTRAConfig())
-    with pytest.raises(ValueError, match=r"slim-kan\. If one of the modules is a KAN layer, describe it"):
+    with pytest.raises(ValueError, match=r"If one of the modules is a KAN layer, describe it"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoTRAConfig())
