@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -84,8 +85,7 @@ def sketch(values: Values) -> str:
         name: f"{tuple(value.shape)}" if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in values.items()
     }
-    columns = torch.arange(_PROJECTIONS)
-    signs, norm, sums = _signs(torch.arange(_ROW), columns), 0.0, torch.zeros(_PROJECTIONS, dtype=torch.float64)
+    signs, norm, sums = _signs(0, _ROW, 0), 0.0, torch.zeros(_PROJECTIONS, dtype=torch.float64)
     row = 0
     for _, value in sorted(values.items()):
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
@@ -94,14 +94,18 @@ def sketch(values: Values) -> str:
         for start in range(0, flat.numel(), _ROW * _ROW):
             part = flat[start : start + _ROW * _ROW].cpu().double()
             rows = torch.nn.functional.pad(part, (0, -len(part) % _ROW)).view(-1, _ROW)
-            sums += ((rows @ signs) * _signs(torch.arange(row, row + len(rows)), columns + _PROJECTIONS)).sum(0)
+            sums += ((rows @ signs) * _signs(row, row + len(rows), _PROJECTIONS)).sum(0)
             norm, row = norm + part.square().sum().item(), row + len(rows)
     numbers = ",".join(f"{number:.10e}" for number in (math.sqrt(norm), *sums.tolist()))
     return f"{hash_values(exact)}:{numbers}"  # pyright: ignore[reportArgumentType]  (hashed by their `repr`)
 
 
-def _signs(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Signs (rows, columns), in float64, that look random and are the same everywhere."""
+@lru_cache(maxsize=16)  # all layers have the same
+@torch.inference_mode(False)
+def _signs(start: int, end: int, first_column: int) -> torch.Tensor:
+    """Signs (end - start, _PROJECTIONS), in float64, that look random and are the same everywhere."""
+    rows = torch.arange(start, end, device="cpu")
+    columns = torch.arange(first_column, first_column + _PROJECTIONS, device="cpu")
     mixed = (rows.unsqueeze(1) * 2654435761 + columns * 2246822519 + 374761393) & 0xFFFFFFFF
     for factor in (2246822519, 3266489917):
         mixed = ((mixed ^ (mixed >> 15)) * factor) & 0xFFFFFFFF
