@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 
 from .coefficients import CoefficientTensor
-from .probe import _EFFECT, _NO_EFFECT, Probe, _isolated, _own, _size
+from .probe import _EFFECT, _NO_EFFECT, Probe, _gradient_of, _isolated, _own, _size, _weights
 
 
 _SEED = 16180339  # none with which a layer may have been made: the noise would be a multiple of its coefficients
@@ -73,10 +73,7 @@ class FunctionProbe(Probe):
         read = values or tensor.read_parameters(self.layer)
         leaves = {name: _own(value).requires_grad_() for name, value in read.items()}
         y = self._run(leaves, x)
-        weights = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)).to(y) + 0.5
-        found = torch.autograd.grad((y * weights).sum(), list(leaves.values()), allow_unused=True)
-        pairs = zip(found, leaves.values(), strict=True)
-        return tensor.join([torch.zeros_like(value) if g is None else g for g, value in pairs])
+        return _gradient_of((y * _weights(y)).sum(), leaves, tensor)
 
 
 def _is_parallel(first: torch.Tensor, second: torch.Tensor) -> bool:

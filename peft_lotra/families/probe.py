@@ -149,12 +149,10 @@ class Probe:
         y = self._run(values, x)
         if y.dim() < 2 or y.shape[channels] != out or y.shape[0] != x.shape[0]:
             raise _Undecided(f"for an input {tuple(x.shape)} it returns {tuple(y.shape)}, and not {out} outputs")
-        weights = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)).to(y) + 0.5
+        weights = _weights(y)
 
         def gradient(of: torch.Tensor) -> torch.Tensor:
-            found = torch.autograd.grad(of, list(values.values()), allow_unused=True, retain_graph=True)
-            pairs = zip(found, values.values(), strict=True)
-            return tensor.join([torch.zeros_like(value) if g is None else g for g, value in pairs]).flatten(2)
+            return _gradient_of(of, values, tensor, retain_graph=True).flatten(2)
 
         whole = gradient((y * weights).sum())
         if not whole.any() or not whole.isfinite().all():
@@ -255,6 +253,20 @@ def _wide(value: torch.Tensor) -> torch.Tensor:
 
 def _own(value: torch.Tensor) -> torch.Tensor:
     return _wide(value.detach()).clone()
+
+
+def _weights(y: torch.Tensor) -> torch.Tensor:
+    """A weight of each output, none of which is zero."""
+    return torch.rand(y.shape, generator=torch.Generator().manual_seed(1)).to(y) + 0.5
+
+
+def _gradient_of(
+    y: torch.Tensor, values: Mapping[str, torch.Tensor], tensor: CoefficientTensor, retain_graph: bool = False
+) -> torch.Tensor:
+    """The gradient of a number with respect to the parameters, as one canonical tensor."""
+    found = torch.autograd.grad(y, list(values.values()), allow_unused=True, retain_graph=retain_graph)
+    pairs = zip(found, values.values(), strict=True)
+    return tensor.join([torch.zeros_like(value) if g is None else g for g, value in pairs])
 
 
 def _blocks(tensor: CoefficientTensor) -> int:
