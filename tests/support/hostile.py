@@ -26,6 +26,15 @@ from peft_lotra.kan import KAN
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# the fields of a config that take a pattern: the value with it
+FIELDS = {
+    "target_modules": lambda pattern: pattern,
+    "exclude_modules": lambda pattern: pattern,
+    "rank_pattern": lambda pattern: {pattern: 2},
+    "alpha_pattern": lambda pattern: {pattern: 2.0},
+    "layers_pattern": lambda pattern: [pattern],
+    "modules_to_save": lambda pattern: [pattern],
+}
 
 
 class TooSlow(BaseException):

@@ -9,7 +9,7 @@ import random
 import time
 
 import pytest
-from hostile import CONFIG, Net, adapted, assert_refused, edit_config, edit_tensors, outcome, save, time_limit
+from hostile import CONFIG, FIELDS, Net, adapted, assert_refused, edit_config, edit_tensors, outcome, save, time_limit
 from peft import PeftModel
 from typer.testing import CliRunner
 
@@ -24,14 +24,6 @@ HANGING = {
     "optional groups": "(?:.|)" * 60 + "Z",
     "four stars": ".*.*.*.*Z",
     "nested plus": "(a+)+$",
-}
-FIELDS = {
-    "target_modules": lambda pattern: pattern,
-    "exclude_modules": lambda pattern: pattern,
-    "rank_pattern": lambda pattern: {pattern: 2},
-    "alpha_pattern": lambda pattern: {pattern: 2.0},
-    "layers_pattern": lambda pattern: [pattern],
-    "modules_to_save": lambda pattern: [pattern],
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 from hostile import (
     CLEAR,
     CONFIG,
+    FIELDS,
     WEIGHTS,
     Net,
     adapted,
@@ -36,14 +37,6 @@ def folder(tmp_path):
 ##########################
 
 BROKEN = ["(", "[a", "*", "(?P<x", "a{5,1}", "(?<=a+)b", r"\1", "(" * 5000 + ")" * 5000, "a{99999999999999999999}"]
-FIELDS = {
-    "target_modules": lambda pattern: pattern,
-    "exclude_modules": lambda pattern: pattern,
-    "rank_pattern": lambda pattern: {pattern: 2},
-    "alpha_pattern": lambda pattern: {pattern: 2.0},
-    "layers_pattern": lambda pattern: [pattern],
-    "modules_to_save": lambda pattern: [pattern],
-}
 
 
 def fields_with(field, pattern):
