@@ -13,7 +13,7 @@ import torch
 
 # Sizes are in numbers. New memory costs as much as several passes over it, so operations go through blocks of rows and
 # write into the same memory for each. To measure a size again, halve and double it here and run the script that its
-# line names on an idle machine (`layers` is `examples/benchmarks/run.py --only layers`).
+# line names on an idle machine (`layers` is `examples/studies/benchmarks/run.py --only layers`).
 
 # Of the basis (rows x inputs x basis functions) evaluated at a time: fits the second-level cache. `layers`
 EVALUATED = 2**18
@@ -21,16 +21,16 @@ EVALUATED = 2**18
 MULTIPLIED = 2**21
 # Fewest rows that enter a matrix product, and the fewest of a wide layer, whose matrix is larger. `layers`
 MIN_ROWS = (256, 512)
-# Of a block's features in a jet, evaluated by hand. `examples/pde/jet_speed.py`
+# Of a block's features in a jet, evaluated by hand. `examples/studies/pde/jet_speed.py`
 JET_BLOCK = 2**19
-# Of the largest tensor of a block in a jet by plain operations. `examples/pde/jet_speed.py`
+# Of the largest tensor of a block in a jet by plain operations. `examples/studies/pde/jet_speed.py`
 PLAIN_JET_BLOCK = 2**18
-# All of these on other devices than the CPU: only bound the memory. `examples/benchmarks/run.py --device cuda`
+# All of these on other devices than the CPU: only bound the memory. `examples/studies/benchmarks/run.py --device cuda`
 OFF_CPU = 2**26
 # Not a size: up to so many outputs, the product of a jet by hand costs less than plain operations on an update in
-# factored form, where no factor gets a gradient. `examples/pde/jet_speed.py`
+# factored form, where no factor gets a gradient. `examples/studies/pde/jet_speed.py`
 MOST_OUTPUTS_DENSE = 1024
-# Most that a thread keeps of each working memory. `examples/benchmarks/run.py --only layers memory`
+# Most that a thread keeps of each working memory. `examples/studies/benchmarks/run.py --only layers memory`
 KEPT = 2**22
 
 

@@ -20,7 +20,7 @@ from .sparse_product import Gradients, Pair, Points, is_sparse, sparse_gradients
 
 # From so many points for each output, and so many inputs, rows ordered (K, I) save more in the evaluation than the
 # coefficients in that order cost; from so many points, too, the sum of weight and update costs less than a product
-# with both. Series `width` and `batch` of `examples/benchmarks/run.py --only growth`.
+# with both. Series `width` and `batch` of `examples/studies/benchmarks/run.py --only growth`.
 _FORM_FROM = 4
 _FUNCTIONS_FIRST_FROM = 16
 

@@ -36,7 +36,8 @@ class Points(NamedTuple):
 
 
 # From so many basis functions for each one that is not zero at a point, and from so many points, to gather
-# coefficients costs less than the product with all of them. `grid` of `examples/benchmarks/run.py --only growth`.
+# coefficients costs less than the product with all of them. `grid` of
+# `examples/studies/benchmarks/run.py --only growth`.
 _SPARSE_FROM = 5
 _SPARSE_MIN_ROWS = 64
 

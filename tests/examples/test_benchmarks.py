@@ -16,8 +16,8 @@ import torch
 
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "examples" / "benchmarks"
-COMMITTED = sorted((ROOT / "examples" / "results" / "benchmarks").glob("*.json"))
+FOLDER = ROOT / "examples" / "studies" / "benchmarks"
+COMMITTED = sorted((ROOT / "examples" / "studies" / "results" / "benchmarks").glob("*.json"))
 CPU = torch.device("cpu")
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""`examples/benchmarks/calls.py`, and the limits on the number of calls."""
+"""`examples/studies/benchmarks/calls.py`, and the limits on the number of calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from peft_lotra.kan import KAN
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "calls.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "studies" / "benchmarks" / "calls.py"
 LIMITS = {"get_peft_model": 600, "forward": 200}
 
 

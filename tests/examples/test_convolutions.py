@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "convolutions.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "studies" / "convolutions.py"
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""`examples/finetune_accelerate.py`: one process, two, and a sharded model give the same losses."""
+"""`examples/studies/finetune_accelerate.py`: one process, two, and a sharded model give the same losses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune_accelerate.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "studies" / "finetune_accelerate.py"
 TWO = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 FLAGS = ["--epochs", "4", "--gradient-accumulation", "2", "--gradient-checkpointing"]
 
@@ -27,7 +27,7 @@ def launch(tmp_path_factory):
         folder = tmp_path_factory.mktemp("accelerate")
         command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(EXAMPLE), *flags]
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        root = str(EXAMPLE.parents[1])
+        root = str(EXAMPLE.parents[2])
         environment["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
         done = subprocess.run(
             [*command, "--output", str(folder)], capture_output=True, text=True, timeout=240, env=environment

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""`examples/finetune_trainer.py`: checkpoints of the adapter alone, and a resume that continues bit for bit."""
+"""`finetune_trainer.py`: checkpoints of the adapter alone, and a resume that continues bit for bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune_trainer.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "studies" / "finetune_trainer.py"
 OPTIONS = ["--splits", "1", "--steps", "60", "--every", "10"]
 
 # The example in a process that kills itself, between two steps of the adaptation, as no handler can prevent.

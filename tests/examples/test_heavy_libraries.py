@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from peft_lotra import LoTRAConfig, find_kan_layers
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "studies"
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from peft_lotra import LoTRAConfig, find_kan_layers
 
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "kan_vit.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "studies" / "kan_vit.py"
 
 
 @pytest.fixture(scope="module")

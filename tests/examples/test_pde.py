@@ -12,7 +12,7 @@ import pytest
 import torch
 
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "pde"
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "studies" / "pde"
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The data sets of examples/slim_images.py, on small ones in the same formats."""
+"""The data sets of examples/studies/slim_images.py, on small ones in the same formats."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def example():
-    path = Path(__file__).parents[2] / "examples" / "slim_images.py"
+    path = Path(__file__).parents[2] / "examples" / "studies" / "slim_images.py"
     spec = importlib.util.spec_from_file_location("slim_images", path)
     module = importlib.util.module_from_spec(spec)
     threads = torch.get_num_threads()

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Damaged and hostile files through seven doors; the long runs are in `examples/results/`."""
+"""Damaged and hostile files through seven doors; the long runs are in `examples/studies/results/`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A hundred random sequences of operations beside a dense model; the long runs are in `examples/results/`."""
+"""A hundred random sequences of operations beside a dense model; the long runs are in `examples/studies/results/`."""
 
 from __future__ import annotations
 

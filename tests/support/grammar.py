@@ -6,7 +6,7 @@
 A sound adapter of `hostile.Net` is rewritten in one to four places, as an author would who writes fitting digests.
 Each is refused clearly, or computes what its files say. The tests run 200. Ten thousand, with a table and a report:
 
-    PYTHONPATH=. python tests/support/grammar.py --count 10000 --output examples/results/fuzz_configs.json
+    PYTHONPATH=. python tests/support/grammar.py --count 10000 --output examples/studies/results/fuzz_configs.json
 
 With `--patterns`, sound adapters with a generated pattern in one field, each at most 50 ms through any door.
 """

@@ -5,7 +5,7 @@
 
 The tests run 200 mutations. Ten thousand of them, with a table and a report:
 
-    PYTHONPATH=. python tests/support/mutations.py --count 10000 --output examples/results/fuzz_files.json
+    PYTHONPATH=. python tests/support/mutations.py --count 10000 --output examples/studies/results/fuzz_files.json
 """
 
 from __future__ import annotations

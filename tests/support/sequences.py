@@ -5,7 +5,7 @@
 
 The tests run a hundred sequences. More of them, with a table and a report:
 
-    PYTHONPATH=. python tests/support/sequences.py --count 2000 --output examples/results/fuzz_sequences.json
+    PYTHONPATH=. python tests/support/sequences.py --count 2000 --output examples/studies/results/fuzz_sequences.json
 """
 
 from __future__ import annotations

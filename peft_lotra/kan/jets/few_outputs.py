@@ -17,7 +17,8 @@ from ..product import needs_plain_operations
 from .by_hand import plain_gradients
 
 
-# Above so many outputs, the matrix product of `LayerJet` costs less. `examples/pde/jet_speed.py`, with more outputs.
+# Above so many outputs, the matrix product of `LayerJet` costs less. `examples/studies/pde/jet_speed.py`, with more
+# outputs.
 MOST_OUTPUTS = 2
 
 

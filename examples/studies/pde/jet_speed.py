@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Jets beside nested autograd: Laplacian and backward, 2000 points, a [2, 16, 16, 1] KAN, float32, medians of 20.
 
-python examples/pde/jet_speed.py    # a minute, most of it the compiler's
+python examples/studies/pde/jet_speed.py    # a minute, most of it the compiler's
 """
 
 from __future__ import annotations

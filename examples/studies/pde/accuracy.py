@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The accuracy of transfer: the elliptic family, near target, base and adapter by Levenberg-Marquardt, three seeds.
 
-python examples/pde/accuracy.py             # five minutes of one core
-python examples/pde/accuracy.py --quick     # for CI
+python examples/studies/pde/accuracy.py             # five minutes of one core
+python examples/studies/pde/accuracy.py --quick     # for CI
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 
 """Two checkouts of the package, measured side by side: does a change cost time?
 
-    python examples/benchmarks/compare.py ../before                # all cells of ours, this checkout beside the other
-    python examples/benchmarks/compare.py ../before --only layers  # some figures
+    python examples/studies/benchmarks/compare.py ../before  # all cells of ours, beside those of the other checkout
+    python examples/studies/benchmarks/compare.py ../before --only layers  # some figures
 
 Each checkout runs in a process of its own, and the two take their rounds in turn, so that the drift of the machine
 falls on both alike. The figures are those of `run.py`, by the code in this folder, but only of the subjects that the
@@ -31,7 +31,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FIGURES = ("training_step", "layers", "serving")
 CPU = torch.device("cpu")
 

@@ -3,8 +3,8 @@
 
 """A Slim layer beside the dense one: training step, inference and peak memory, in one run.
 
-    python examples/benchmarks/slim_speed.py            # half a minute; threads as torch chooses, or --threads
-    python examples/benchmarks/slim_speed.py --quick    # a small layer, to see that it runs
+    python examples/studies/benchmarks/slim_speed.py  # half a minute; threads as torch chooses, or --threads
+    python examples/studies/benchmarks/slim_speed.py --quick  # a small layer, to see that it runs
 
 Subjects take turns, and medians count; memory is measured in separate processes. A step is a forward pass, a backward
 pass (with the gradient of the input) and an update by Adam.

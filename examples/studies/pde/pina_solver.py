@@ -4,8 +4,8 @@
 """LoTRA inside PINA: the KolmogorovArnoldNetwork of PINA, adapted by the PINN solver and trainer of PINA.
 
     pip install "peft-lotra[examples,pina]"
-    python examples/pde/pina_solver.py             # two minutes on one core, no network
-    python examples/pde/pina_solver.py --quick     # half a minute, a small setting
+    python examples/studies/pde/pina_solver.py  # two minutes on one core, no network
+    python examples/studies/pde/pina_solver.py --quick  # half a minute, a small setting
 
 The network is trained on PINA's Poisson problem, frozen, and adapted to one with another forcing. PINA's solver and
 trainer get a model as before; `get_peft_model` is the only addition. Full fine-tuning of the same base, with the best

@@ -3,8 +3,8 @@
 
 """Writes the section on speed of the README from the committed results, losing cells included.
 
-python examples/benchmarks/readme.py            # writes it between its two markers
-python examples/benchmarks/readme.py --check    # says whether it is as the results have it
+python examples/studies/benchmarks/readme.py            # writes it between its two markers
+python examples/studies/benchmarks/readme.py --check    # says whether it is as the results have it
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from claims import CLAIMS
 from tables import LINEAR, LOSES, OTHER_KANS, find, median, number, ratio, size, table
 
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "examples" / "results" / "benchmarks" / "cpu.json"
-START = "<!-- speed: written by examples/benchmarks/readme.py -->"
+ROOT = Path(__file__).resolve().parents[3]
+RESULTS = ROOT / "examples" / "studies" / "results" / "benchmarks" / "cpu.json"
+START = "<!-- speed: written by examples/studies/benchmarks/readme.py -->"
 END = "<!-- speed: end -->"
 
 
@@ -30,8 +30,9 @@ def section(results: dict) -> str:
     machine = results["training_step"]["machine"]
     return f"""
 Measured side by side on {machine["cpu"]}, {machine["threads"]} threads, torch {machine["versions"]["torch"]}
-([all tables](examples/results/benchmarks/cpu.md), medians and quartiles; `python examples/benchmarks/run.py` repeats
-it, on CUDA too, where we have not run it). {LOSES} marks what we lose, - what was left out.
+([all tables](examples/studies/results/benchmarks/cpu.md), medians and quartiles;
+`python examples/studies/benchmarks/run.py` repeats it, on CUDA too, where we have not run it). {LOSES} marks what we
+lose, - what was left out.
 
 **A training step** with LoTRA, ranks (8, 8, 4): forward, backward and Adam, for one layer whose input needs its
 gradient too. "Frozen" is the base layer's own forward pass and input gradient, the limit; PEFT's LoRA has r=4.
@@ -133,7 +134,7 @@ def targets(results: dict) -> str:
         for claim, value in values.items()
         if value > claim.limit
     ]
-    text = f"Of {len(values)} targets ([listed](examples/results/benchmarks/cpu.md#what-it-is-held-to)) "
+    text = f"Of {len(values)} targets ([listed](examples/studies/results/benchmarks/cpu.md#what-it-is-held-to)) "
     return text + (f"{len(missed)} are missed: {'; '.join(missed)}." if missed else "none is missed.")
 
 

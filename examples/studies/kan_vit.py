@@ -3,7 +3,7 @@
 
 """A vision transformer whose MLPs are KANs, adapted to another kind of scans.
 
-    python examples/kan_vit.py     # a minute or two on two cores, no network
+    python examples/studies/kan_vit.py  # a minute or two on two cores, no network
 
 A small ViT of transformers reads scikit-learn's handwritten digits in 16 patches. The MLP of each of its blocks is a
 KAN, so its layers get inputs (images, patches, features). Then the scans are rotated by 30 degrees, with 384 labels.

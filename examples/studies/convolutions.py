@@ -3,9 +3,9 @@
 
 """Convolutional KANs on shifted images: LoTRA beside PEFT's LoRA and dense deltas, at equal numbers of parameters.
 
-    python examples/convolutions.py                          # scikit-learn's digits, some minutes on one core
-    python examples/convolutions.py --data-dir PATH/TO/mnist # MNIST at 14x14, a folder of IDX files
-    python examples/convolutions.py --quick                  # a few seconds, for CI: says nothing
+    python examples/studies/convolutions.py  # scikit-learn's digits, some minutes on one core
+    python examples/studies/convolutions.py --data-dir PATH/TO/mnist # MNIST at 14x14, a folder of IDX files
+    python examples/studies/convolutions.py --quick  # a few seconds, for CI: says nothing
 
 A network of three convolutional KAN layers (radial basis functions, laid out as torch-conv-kan's FastKANConv2DLayer)
 is trained on images, and adapted with a few hundred labels to the same kind of images rotated by 90 degrees and

@@ -205,7 +205,7 @@ TABLES = {
 
 def report(results: dict) -> str:
     """All tables, with the machine that each figure was measured on."""
-    text = "# Measured by `python examples/benchmarks/run.py`\n"
+    text = "# Measured by `python examples/studies/benchmarks/run.py`\n"
     for name, (title, make) in TABLES.items():
         if name in results:
             figure = results[name]

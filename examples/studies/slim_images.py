@@ -3,10 +3,10 @@
 
 """Images by Slim KANs: a dense KAN beside Slim KANs, a compressed KAN, and peers of as few parameters.
 
-    python examples/slim_images.py                              # scikit-learn's digits, no network, three minutes
-    python examples/slim_images.py --quick                      # one seed, a few epochs, for CI
-    python examples/slim_images.py --data-dir PATH/TO/mnist     # a folder of IDX files, in the format of MNIST
-    python examples/slim_images.py --dataset mnist              # or fashion_mnist, cifar10, from the Hugging Face Hub
+    python examples/studies/slim_images.py  # scikit-learn's digits, no network, three minutes
+    python examples/studies/slim_images.py --quick  # one seed, a few epochs, for CI
+    python examples/studies/slim_images.py --data-dir PATH/TO/mnist  # a folder of IDX files, in the format of MNIST
+    python examples/studies/slim_images.py --dataset mnist  # or fashion_mnist, cifar10, from the Hub
 
 Networks are [pixels, 64, 10] and train for the same epochs on the same batches. The exception is the compressed KAN:
 `slim(dense, ...)` starts from the trained dense KAN and is fine-tuned for one epoch. `--dataset` also takes a

@@ -4,7 +4,7 @@
 """neuralforecast's KAN, trained on early years of a series, adapted to later ones.
 
     pip install -e ".[examples,heavy]"
-    python examples/forecast_neuralforecast.py     # about half a minute, no network
+    python examples/studies/forecast_neuralforecast.py  # about half a minute, no network
 
 The series are the monthly airline passengers of 1949 to 1960, which come with neuralforecast. Its KAN learns the years
 to 1954; LoTRA adapts it, inside neuralforecast's own `fit`, to those from 1955 to 1959; both forecast 1960.

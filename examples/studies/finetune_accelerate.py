@@ -3,9 +3,9 @@
 
 """One training loop for one process, several, or a sharded model: LoTRA with accelerate.
 
-    accelerate launch --cpu examples/finetune_accelerate.py
-    accelerate launch --multi_gpu --num_processes 2 examples/finetune_accelerate.py
-    accelerate launch --multi_gpu --num_processes 2 examples/finetune_accelerate.py --fsdp2
+    accelerate launch --cpu examples/studies/finetune_accelerate.py
+    accelerate launch --multi_gpu --num_processes 2 examples/studies/finetune_accelerate.py
+    accelerate launch --multi_gpu --num_processes 2 examples/studies/finetune_accelerate.py --fsdp2
 
 All three give the same losses (to 1e-5; rounding differs): a batch of 64 rows is split between the processes.
 `--multi_gpu` means several processes on one machine; without GPUs the processes run on the CPU (by gloo, which may

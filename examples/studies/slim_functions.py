@@ -3,8 +3,8 @@
 
 """Functions by Slim KANs: a dense KAN beside Slim KANs of three rank settings on twelve target functions.
 
-    python examples/slim_functions.py            # about five minutes on one core
-    python examples/slim_functions.py --quick    # two functions, a few steps, for CI
+    python examples/studies/slim_functions.py  # about five minutes on one core
+    python examples/studies/slim_functions.py --quick  # two functions, a few steps, for CI
 
 The targets are those of the KAN literature (arXiv 2404.19756): special functions of two variables, the four-variable
 toy, and dimensionless formulas from the Feynman equations, of 2 to 6 variables. All networks are [n, 32, 32, 1] and

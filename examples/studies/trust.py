@@ -3,7 +3,7 @@
 
 """The cost of checks: the fingerprint of a base of 100 million parameters, and the rounding errors of merging.
 
-python examples/trust.py --output examples/results
+python examples/studies/trust.py --output examples/studies/results
 """
 
 from __future__ import annotations

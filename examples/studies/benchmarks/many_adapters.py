@@ -3,8 +3,8 @@
 
 """A thousand adapters on one base: the cost of loading them, and a batch that is served by several of them.
 
-    python examples/benchmarks/many_adapters.py            # about three minutes
-    python examples/benchmarks/many_adapters.py --quick    # a few seconds, for a look
+    python examples/studies/benchmarks/many_adapters.py  # about three minutes
+    python examples/studies/benchmarks/many_adapters.py --quick  # a few seconds, for a look
 
 Loading: LoTRA adapters of a KAN, one by one with `load_adapter(..., low_cpu_mem_usage=True)`, and beside them PEFT's
 own LoRA on a network of as many linear layers, which shows the share of PEFT in the time. Memory: the growth of the

@@ -3,8 +3,8 @@
 
 """Low-rank evidence: full fine-tuning changes the coefficient tensors of KANs by updates of low tensor rank.
 
-    python examples/low_rank_evidence.py                              # about two minutes on one core, no network
-    python examples/low_rank_evidence.py --data-dir PATH/TO/mnist     # one more task: digits to MNIST at 8x8
+    python examples/studies/low_rank_evidence.py  # about two minutes on one core, no network
+    python examples/studies/low_rank_evidence.py --data-dir PATH/TO/mnist  # one more task: digits to MNIST at 8x8
 
 On each task a KAN is trained, and then all of its parameters are fine-tuned on changed data. The script prints the
 share of the energy (squared norm) that tensor ranks (4, 4, 4) keep, of the update and of a random update of its size.

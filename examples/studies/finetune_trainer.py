@@ -3,8 +3,8 @@
 
 """A KAN that predicts the progression of diabetes for one group of patients is adapted to another, by Trainer.
 
-    python examples/finetune_trainer.py              # a minute or two on two cores, no network
-    python examples/finetune_trainer.py --resume     # continues an interrupted run
+    python examples/studies/finetune_trainer.py  # a minute or two on two cores, no network
+    python examples/studies/finetune_trainer.py --resume  # continues an interrupted run
 
 The data are scikit-learn's diabetes patients (442 real ones; age, body mass index, blood pressure and six blood
 values; the disease's progression after a year). A KANModel is trained on the patients of one sex, and adapted to those

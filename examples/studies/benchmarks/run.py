@@ -3,9 +3,9 @@
 
 """Speed and memory of peft-lotra, beside comparable methods and libraries.
 
-    python examples/benchmarks/run.py                          # all figures, below ten minutes on two threads
-    python examples/benchmarks/run.py --only layers memory     # some figures; the others stay as they are in the file
-    python examples/benchmarks/run.py --quick                  # tiny sizes, to see that it runs: says nothing
+    python examples/studies/benchmarks/run.py  # all figures, below ten minutes on two threads
+    python examples/studies/benchmarks/run.py --only layers memory  # some figures; the others stay as they are
+    python examples/studies/benchmarks/run.py --quick  # tiny sizes, to see that it runs: says nothing
 
 The figures: training_step (a), layers (b), memory (c), growth (d), serving (e), import_time (f); each is a module
 beside this one. The subjects of a cell are timed in turn within one process, the threads are pinned, and each time is

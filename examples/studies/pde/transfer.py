@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pre-trains a KAN on one PDE of a family and adapts it to others: the errors and costs of several methods.
 
-    python examples/pde/transfer.py --family allen_cahn              # about 20 minutes of one core
-    python examples/pde/transfer.py --family allen_cahn --quick      # a minute, for CI: says nothing
-    python examples/pde/transfer.py --report                         # the table of all families from what was run
+    python examples/studies/pde/transfer.py --family allen_cahn  # about 20 minutes of one core
+    python examples/studies/pde/transfer.py --family allen_cahn --quick  # a minute, for CI: says nothing
+    python examples/studies/pde/transfer.py --report  # the table of all families from what was run
 
 Each run is stored in the cache and not repeated, so that an interrupted experiment continues. `--seeds`,
 `--targets` and `--methods` choose a part. The results, a table and a picture (reference, base, adapted, error) go to

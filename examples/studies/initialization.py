@@ -3,10 +3,10 @@
 
 """Gradient initialization beside random factors and full fine-tuning, each at its best learning rates.
 
-    python examples/initialization.py                              # a quarter of an hour on one core, no network
-    python examples/initialization.py --data-dir PATH/TO/mnist     # one more shift: digits to MNIST at 8x8
-    python examples/initialization.py --quick                      # a few seconds, for CI: says nothing
-    python examples/initialization.py --only "burgers, middle"     # one part; the others stay in the results
+    python examples/studies/initialization.py  # a quarter of an hour on one core, no network
+    python examples/studies/initialization.py --data-dir PATH/TO/mnist  # one more shift: digits to MNIST at 8x8
+    python examples/studies/initialization.py --quick  # a few seconds, for CI: says nothing
+    python examples/studies/initialization.py --only "burgers, middle"  # one part; the others stay in the results
 
 A KAN is trained, then adapted to a real change of its data with few labels: scikit-learn's digits rotated by 30
 degrees (200 labels), the same with noise (the quickstart's shift), and MNIST brought to 8x8 (500 labels). LoTRA starts
@@ -14,7 +14,7 @@ from random factors or from the gradient (`preprocess_lotra`, one pass over the 
 fine-tuning and both starts get several learning rates, both starts also three ratios of the components' rates. Shown
 is the best mean over the seeds of each, chosen by these same test scores for every method alike, and what the fixed
 setting SETTING gives. The quickstart's shift is repeated on KANs of two other libraries, with few rates. A PDE
-(viscous Burgers, see examples/pde) is a case in which the start from the gradient does not help.
+(viscous Burgers, see examples/studies/pde) is a case in which the start from the gradient does not help.
 Writes initialization.json.
 """
 
@@ -121,14 +121,14 @@ def compare(make: Callable[[int], Task], library: str, args: argparse.Namespace,
 
 
 def pde(target: str, args: argparse.Namespace, bar: tqdm) -> Rows:
-    """The relative error in % on viscous Burgers, by the Adam of examples/pde, from both starts at several rates."""
+    """The relative error in % on viscous Burgers, by the Adam of pde/methods.py, from both starts at several rates."""
     sys.path.insert(0, str(Path(__file__).parent / "pde"))
     import families
     import methods
 
     family = families.FAMILIES["burgers"]
     setting = methods.QUICK if args.quick else methods.Setting(adam_steps=400)
-    rates = {"rates of examples/pde": (methods.LOTRA_LR[target], methods.COMPONENT_RATES)}
+    rates = {"rates of examples/studies/pde": (methods.LOTRA_LR[target], methods.COMPONENT_RATES)}
     rates |= {f"slow core, lr {lr}": (lr, POLICIES["slow core"]) for lr in ((0.01,) if args.quick else (0.01, 0.03))}
     rows: Rows = {}
     for seed in range(args.seeds):

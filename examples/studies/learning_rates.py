@@ -3,9 +3,9 @@
 
 """One learning rate for every width: LoTRA's components trained at rates of their own, beside one rate for all.
 
-    python examples/learning_rates.py            # widths 16 to 512, about half an hour on one core
-    python examples/learning_rates.py --quick    # a few seconds, for CI: says nothing about the rule
-    python examples/learning_rates.py --library efficient-kan    # or pykan: the first task, widths 16 and 64, Adam
+    python examples/studies/learning_rates.py  # widths 16 to 512, about half an hour on one core
+    python examples/studies/learning_rates.py --quick  # a few seconds, for CI: says nothing about the rule
+    python examples/studies/learning_rates.py --library efficient-kan  # or pykan: one task, widths 16 and 64
 
 A random KAN of three layers [n, n, n, n] is adapted to a teacher, which is the same KAN with a rank-3 update of half
 the size of its coefficients in each layer. Every learning rate of a half-decade grid is tried at each width n, with

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A family of adapters on one base: trained at five parameters, served in one batch, interpolated at a sixth.
 
-    python examples/pde/family.py             # two minutes of one core
-    python examples/pde/family.py --quick     # for CI
+    python examples/studies/pde/family.py  # two minutes of one core
+    python examples/studies/pde/family.py --quick  # for CI
 
 Burgers' equation. Each adapter is trained by Levenberg-Marquardt, started from that of the parameter before it, and
 saved: a file of a few kilobytes. Then one batch contains rows of all five (`adapter_names`). For a viscosity between

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cost of an iteration of Levenberg-Marquardt by width, for full fine-tuning and for a LoTRA adapter.
 
-    python examples/pde/cost.py             # widths 16 to 128, some minutes of one core
-    python examples/pde/cost.py --quick     # for CI
+    python examples/studies/pde/cost.py  # widths 16 to 128, some minutes of one core
+    python examples/studies/pde/cost.py --quick  # for CI
 
 Burgers' equation on a [2, n, n, 1] KAN in float64, 1000 collocation points and 225 of boundary and start, ranks
 (8, 8, 4). Each case runs in its own process. Seconds are the CPU time of the second iteration; memory is the peak of

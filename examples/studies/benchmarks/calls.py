@@ -3,7 +3,7 @@
 
 """Counts the calls of the package's own functions: how far a reader, or a debugger, has to travel.
 
-    python examples/benchmarks/calls.py --most 20
+    python examples/studies/benchmarks/calls.py --most 20
 
 Two operations on a [2, 8, 8, 1] KAN are counted: `get_peft_model`, and a forward pass of the adapted model after the
 first one, which fills caches. Frames of comprehensions, generator expressions and lambdas do not count, since Python
