@@ -266,6 +266,20 @@ def hosvd(tensor: torch.Tensor) -> tuple[Tucker, tuple[torch.Tensor, ...]]:
     return tucker_of(_project(tensor, factors), *factors), values
 
 
+@torch.no_grad()
+def truncated_hosvd(tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
+    """The higher-order singular value decomposition truncated to `ranks`, in float64, with orthonormal columns.
+
+    No rank is above the size of its mode. Unlike those of `hosvd`, ranks may be above the product of the others.
+    """
+    tensor = tensor.detach().double()
+    unfoldings = [tensor.movedim(mode, 0).flatten(1) for mode in range(tensor.dim())]
+    # of the Gram matrix all eigenvectors cost little, in ascending order
+    bases = [torch.linalg.eigh(part @ part.T).eigenvectors.flip(1) for part in unfoldings]
+    factors = [basis[:, :rank].contiguous() for basis, rank in zip(bases, ranks, strict=True)]
+    return tucker_of(_project(tensor, factors), *factors)
+
+
 def _project(tensor: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
     """tensor x1 matrices[0]^T x2 matrices[1]^T x3 matrices[2]^T [x4 matrices[3]^T]."""
     for matrix in matrices:

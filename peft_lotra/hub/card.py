@@ -9,7 +9,7 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -105,7 +105,8 @@ def write_model_card(
         if not adapters:
             raise ValueError(f"{folder} is no adapter: it has no {CONFIG_NAME}.")
         tables = {name: table_of_tensors(*adapter) for name, adapter in adapters.items()}
-        config, _ = next(iter(adapters.values()))
+        configs = {name: config for name, (config, _) in adapters.items()}
+        config = next(iter(configs.values()))
         source = source_of_config(config, base_model, base_code, written_code(load_card(folder / README)))
     else:
         names = [name for name, config in model.peft_config.items() if config.peft_type == NAME]
@@ -119,14 +120,16 @@ def write_model_card(
         base = model.get_base_model()
         problem_type = getattr(getattr(base, "config", None), "problem_type", None)
         source = source_of_model(base, config, base_model, base_code)
+        configs = model.peft_config
     results = _eval_results(metrics, problem_type)
+    trained = {name: cast(LoTRAConfig, configs[name]).train for name in tables}
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: save the adapter there first (`model.save_pretrained`).")
     card = load_card(folder / README) or ModelCard("---\n{}\n---\n")
     title = (repo_id or "LoTRA adapter").rpartition("/")[2]
     data = cast(ModelCardData, card.data)  # huggingface_hub annotates it with a name that is no type
     _fill_front_matter(data, source, title, tags, results)
-    _replace_section(card, title, _Facts(tables, source, repo_id, revision, data.eval_results).text())
+    _replace_section(card, title, _Facts(tables, source, repo_id, revision, data.eval_results, trained).text())
     content = str(card)
     ModelCard(content)  # raises if huggingface_hub would refuse to read the card
     write_atomically(folder / README, content)
@@ -218,6 +221,7 @@ class _Facts(NamedTuple):
     repo_id: str | None
     revision: str | None
     results: list[EvalResult] | None
+    trained: Mapping[str, Sequence[str] | str | None]  # by adapter
 
     def text(self) -> str:
         model, name = self.source.model, self.source.name
@@ -243,7 +247,17 @@ class _Facts(NamedTuple):
             paragraphs.append(f"The adapters here are {names}; all but default are loaded by their `subfolder`.")
         if self.results:
             paragraphs += ["## Results", _markdown(self._results())]
-        return "\n\n".join([*paragraphs, "## Layers", _markdown(self._layers())])
+        return "\n\n".join([*paragraphs, "## Layers", _markdown(self._layers()), *self._fixed()])
+
+    def _fixed(self) -> list[str]:
+        """What of the updates is not trained, adapter by adapter."""
+        several = len(self.tables) > 1
+        return [
+            f"{f'Of {_plain(adapter)}, ' if several else ''}{' and '.join(names)} {'are' if len(names) > 1 else 'is'} "
+            "trained; the other components are fixed, and saved with it."
+            for adapter, names in self.trained.items()
+            if names
+        ]
 
     def _arguments(self) -> str:
         """The arguments of `from_pretrained` that name the first adapter."""

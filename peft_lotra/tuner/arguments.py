@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from ..files.patterns import is_literal
+from ..tucker import KernelTucker
 
 
 Check = tuple[Callable[[Any], bool], str]
@@ -73,6 +74,15 @@ def _is_pattern_of_numbers(value: Any) -> bool:
     return _is_pattern(value) and all(map(_is_number, value.values()))
 
 
+def _is_components(value: Any) -> bool:
+    names = [value] if isinstance(value, str) else value
+    return (
+        isinstance(names, (list, tuple, set))
+        and 0 < len(names) == len({name for name in names if isinstance(name, str)})
+        and set(names) <= set(KernelTucker._fields)
+    )
+
+
 def _is_mapping_of_base(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(value.get(key), str | None) for key in ("base_model_class", "parent_library")
@@ -83,7 +93,11 @@ def _is_mapping_of_base(value: Any) -> bool:
 NUMBER: Check = (_is_number, "a finite number")
 PROBABILITY: Check = (lambda value: _is_number(value) and 0.0 <= value < 1.0, "at least 0 and below 1")
 BOOL: Check = (lambda value: isinstance(value, bool), "True or False")
-START: Check = (lambda value: isinstance(value, bool) or value == "gradient", "True, False or 'gradient'")
+START: Check = (
+    lambda value: isinstance(value, bool) or (isinstance(value, str) and value in ("gradient", "hosvd")),
+    "True, False, 'gradient' or 'hosvd'",
+)
+TRAIN: Check = (_is_components, f"None or some of the components {KernelTucker._fields}, at least one, each once")
 NAMES: Check = (_is_name_or_names, "a string or a list of strings")
 INDICES: Check = (_is_index_or_indices, "an index or a list of indices")
 PATTERN: Check = (_is_pattern, "a dict of ranks")

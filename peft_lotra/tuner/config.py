@@ -36,6 +36,7 @@ from .arguments import (
     PATTERN,
     PROBABILITY,
     START,
+    TRAIN,
     check_values,
     compile_patterns,
     option,
@@ -90,10 +91,15 @@ class LoTRAConfig(PeftConfig):
             are scaled up, so that the expected update is unchanged.
         module_dropout (`float`):
             The probability with which the adapter of a whole layer is skipped in a training step.
-        init_weights (`bool` or `"gradient"`):
-            How the adapter starts. `True` draws random factors and `"gradient"` takes them from the gradient that
-            [`preprocess_lotra`] gathered; either way the update is zero, so that the adapted model equals its base.
-            `False` draws an update at random, which is for tests only.
+        init_weights (`bool`, `"gradient"` or `"hosvd"`):
+            How the adapter starts. `True` draws random factors, `"gradient"` takes them from the gradient that
+            [`preprocess_lotra`] gathered, and `"hosvd"` from the leading singular vectors of the base layer's own
+            coefficients; each time the update is zero, so that the adapted model equals its base. `False` draws an
+            update at random, which is for tests only.
+        train (`Optional[list[str]]`):
+            The components that are trained, of `"core"`, `"factor_out"`, `"factor_in"`, `"factor_basis"` and
+            `"factor_kernel"`; `None` (the default) trains all. The others are saved with the adapter, but keep the
+            values that they start with. `train=["core"], init_weights="hosvd"` trains a core on fixed factors.
         adapt_residual (`bool`):
             Whether the weights of the residual branch are adapted too, as one more slice of the basis mode.
         save_norm_stats (`bool`):
@@ -136,7 +142,8 @@ class LoTRAConfig(PeftConfig):
     modules_to_save: list[str] | None = option(None, NAMES)
     rank_dropout: float = option(0.0, PROBABILITY)
     module_dropout: float = option(0.0, PROBABILITY)
-    init_weights: bool | Literal["gradient"] = option(True, START)
+    init_weights: bool | Literal["gradient", "hosvd"] = option(True, START)
+    train: list[str] | tuple[str, ...] | str | None = option(None, TRAIN)
     adapt_residual: bool = option(True, BOOL)
     save_norm_stats: bool = option(True, BOOL)
     base_layers: dict[str, dict[str, Any]] | None = option(None, RECORD)
@@ -158,6 +165,10 @@ class LoTRAConfig(PeftConfig):
         self.r = check_ranks(self.r)
         self.rank_pattern = {key: check_ranks(r) for key, r in (self.rank_pattern or {}).items()}
         self.alpha_pattern = self.alpha_pattern or {}
+        if self.train is not None:
+            named = [self.train] if isinstance(self.train, str) else self.train
+            names = [name for name in KernelTucker._fields if name in named]
+            self.train = None if len(names) == len(KernelTucker._fields) else names
         if isinstance(self.target_modules, str) and self.target_modules != ALL_KAN:
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -195,6 +206,12 @@ class LoTRAConfig(PeftConfig):
         """The ranks of a layer, before they are capped by the sizes of its modes, and its `alpha`."""
         r_key, alpha_key = (find_key(patterns, layer_name) for patterns in (self.rank_pattern, self.alpha_pattern))
         return self.rank_pattern.get(r_key, self.r), self.alpha_pattern.get(alpha_key, self.alpha)
+
+    def frozen_and_zero(self, components: Collection[str]) -> tuple[tuple[str, ...], str]:
+        """Which of the components of a layer are not trained, and which one starts at zero: one that is trained."""
+        frozen = tuple(name for name in components if self.train is not None and name not in self.train)
+        first = ("core", "factor_out") if self.init_weights == "hosvd" else ("factor_out", "core")
+        return frozen, next((name for name in (*first, *components) if name not in frozen), "factor_out")
 
     def _set_regexes_aside(self) -> None:
         """Takes the regexes out of a config from a file, so that none is ever matched; see `resolve`."""
@@ -296,8 +313,11 @@ class LoTRAConfig(PeftConfig):
         if digest is not None:
             values["integrity"]["weights"] = digest
         del values["check_base"]
-        if self.save_norm_stats:  # older versions do not know the field, and read the file
+        # older versions do not know these fields, and read the file
+        if self.save_norm_stats:
             del values["save_norm_stats"]
+        if self.train is None:
+            del values["train"]
         if kwargs.get("auto_mapping_dict") is not None:
             values["auto_mapping"] = kwargs["auto_mapping_dict"]
         values = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}

@@ -21,7 +21,7 @@ from ..tucker import KernelTucker, Ranks, Tucker, Update, cap_ranks
 from .config import LoTRAConfig
 from .fast_path import Formula, find_formula
 from .grid_watch import GridWatch, has_hooks
-from .initialization import reset_components, reset_components_from_gradient
+from .initialization import reset_components, reset_components_from_base, reset_components_from_gradient
 from .merging import MergeableLayer, add_updates, without_autocast
 from .mixed_batch import MixedBatch, RowNames
 from .stand_in import BaseLayerProxy
@@ -64,6 +64,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         "lotra_rank_dropout",
         "lotra_module_dropout",
         "lotra_grid",
+        "lotra_frozen",
     )
     lotra_r: dict[str, tuple[int, ...]]
     lotra_alpha: dict[str, float]
@@ -71,6 +72,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
     lotra_rank_dropout: dict[str, float]
     lotra_module_dropout: dict[str, float]
     lotra_grid: dict[str, Grid]  # the grid that an adapter was made on
+    lotra_frozen: dict[str, tuple[str, ...]]  # the components that are never trained, of adapters that have some
     lotra_formula: Formula | None
 
     def __init__(
@@ -131,19 +133,45 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         for name, size in zip(self.adapter_layer_names, sizes, strict=True):
             self._modules[name][adapter_name] = nn.Parameter(torch.empty(size, dtype=dtype))
 
-        if config.init_weights == "gradient" and config.checkpoint.layers is None:
-            reset_components_from_gradient(*self.get_components(adapter_name), layer=self.get_base_layer())
+        frozen, zero = config.frozen_and_zero([name.removeprefix("lotra_") for name in self.adapter_layer_names])
+        self.lotra_frozen.pop(adapter_name, None)
+        if frozen:
+            self.lotra_frozen[adapter_name] = frozen
+        components = self.get_components(adapter_name)
+        is_new = config.checkpoint.layers is None  # the components of others are loaded next
+        if config.init_weights == "gradient" and is_new:
+            reset_components_from_gradient(*components, layer=self.get_base_layer(), zero=zero)
+        elif config.init_weights == "hosvd" and is_new:
+            reset_components_from_base(components, self._coefficients_before_merge(), zero)
         else:
-            self.reset_lotra_parameters(adapter_name, bool(config.init_weights))
+            reset_components(*components, zero=zero if config.init_weights else None)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         # set_adapter goes through all adapters: with it, loading a thousand would take a million steps
         trainable = adapter_name in self.active_adapters and not config.inference_mode
         for component in self.get_components(adapter_name):
             component.requires_grad_(trainable)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Lets the components that are never trained require no gradient, whatever the state of their adapters."""
+        for adapter, frozen in self.lotra_frozen.items():
+            components = self.get_components(adapter)
+            for name in frozen:
+                getattr(components, name).requires_grad_(False)
+
+    def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """Sets the active adapters, which are trainable apart from the components that their configs do not train."""
+        super().set_adapter(adapter_names, *args, **kwargs)
+        self._freeze()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Lets adapters require a gradient, or not, apart from the components that their configs do not train."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze()
 
     def reset_lotra_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """Draws the components of an adapter anew; with `init_weights` the update is zero."""
-        reset_components(*self.get_components(adapter_name), zero_update=init_weights)
+        reset_components(*self.get_components(adapter_name), zero="factor_out" if init_weights else None)
 
     def get_components(self, adapter_name: str) -> Tucker:
         """core (ro, ri, rb [, rk]), factor_out (out, ro), factor_in (in, ri), factor_basis (basis, rb) of an adapter,
@@ -196,6 +224,18 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         """The coefficients of the base layer, (out, in, basis [, kernel]), with the residual branch as the last slice
         of the basis mode."""
         return self.lotra_tensor.read(self.get_base_layer()).detach()
+
+    def _coefficients_before_merge(self) -> torch.Tensor:
+        """What `get_base_weight` returns while no adapter is merged."""
+        layer, _, tensor = self.base_before_merge()
+        kept = self.parameters_before_merge
+        if self.merged and not kept:
+            raise ValueError(
+                '`init_weights="hosvd"` needs the coefficients of the base, which a merge with `keep_base=False` has '
+                "changed. Call `unmerge_adapter` before the adapter is added."
+            )
+        parameters = {name: kept.get(name, value) for name, value in tensor.read_parameters(layer).items()}
+        return tensor.join(list(parameters.values())).detach()
 
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
         """Sets the coefficients of the base layer, laid out as in `get_base_weight`."""

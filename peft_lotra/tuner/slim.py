@@ -84,6 +84,10 @@ class SlimLoTRALayer(LoTRALayer):
             return layer, spec, tensor
         return super().base_before_merge()
 
+    def _coefficients_before_merge(self) -> torch.Tensor:
+        kept = self.parameters_before_merge
+        return Tucker(**kept).dense() if "core" in kept else super()._coefficients_before_merge()
+
     def _is_kept_slim(self) -> bool:
         """Whether unmerging puts a Slim layer in the place of the dense one."""
         return self.is_dense and "core" in self.parameters_before_merge

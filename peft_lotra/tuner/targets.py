@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from math import prod
+from operator import mul
 from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -32,7 +33,7 @@ from ..files.checkpoint import TRAINED_ON, refuse
 from ..files.fingerprint import Values, hash_all_dtypes, is_same, layer_values, symbolic_of
 from ..files.patterns import exact_pattern, find_key
 from ..kan.slim_kan import SlimKANLinear
-from ..tucker import cap_ranks
+from ..tucker import KernelTucker, cap_ranks
 from .config import LoTRAConfig
 from .layer import LoTRALayer, lotra_layers
 
@@ -163,7 +164,7 @@ def check_nesting(model: nn.Module, targets: Mapping[str, Target]) -> None:
 
 
 def warn_of_large_adapters(config: LoTRAConfig, targets: Mapping[str, Target]) -> None:
-    """Warns of the targets whose adapters have more parameters than the coefficients that they adapt.
+    """Warns of the targets whose adapters train more parameters than the coefficients that they adapt have.
 
     Ranks that `rank_pattern` gives to a layer are taken as meant.
     """
@@ -174,7 +175,9 @@ def warn_of_large_adapters(config: LoTRAConfig, targets: Mapping[str, Target]) -
         out, in_, basis, *kernel = coefficients.shape
         shape = (out, in_, basis + (config.adapt_residual and coefficients.has_residual), *kernel)
         ranks = cap_ranks(config.ranks_and_alpha(name)[0], shape)
-        size = prod(ranks) + sum(length * rank for length, rank in zip(shape, ranks, strict=True))
+        sizes = dict(zip(KernelTucker._fields, (prod(ranks), *map(mul, shape, ranks)), strict=False))
+        frozen, _ = config.frozen_and_zero(sizes)
+        size = sum(size for component, size in sizes.items() if component not in frozen)
         if size > prod(shape):
             large.append(f"{name} (ranks {ranks}: {size} instead of {prod(shape)})")
     if large:

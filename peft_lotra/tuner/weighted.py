@@ -88,6 +88,7 @@ def add_weighted_adapter(
             total = total.truncated(largest if ranks is None else check_ranks(ranks))
         components[name] = total.balanced()
 
+    trained = [configs[adapter].train for adapter in adapters]
     configs[adapter_name] = replace(
         configs[adapters[0]],
         alpha=1.0,
@@ -99,6 +100,7 @@ def add_weighted_adapter(
         layers_pattern=None,
         adapt_residual=any(configs[adapter].adapt_residual for adapter in adapters),
         init_weights=True,  # "gradient" would ask for a gradient
+        train=trained[0] if all(names == trained[0] for names in trained) else None,
         base_layers=None,
     )
     model.inject_adapter(model.model, adapter_name)

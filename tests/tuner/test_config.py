@@ -76,6 +76,13 @@ def test_bad_ranks(r):
         ({"module_dropout": float("nan")}, "`module_dropout`"),
         ({"init_weights": "gaussian"}, "`init_weights` must be .*, got 'gaussian'"),
         ({"init_weights": None}, "`init_weights`"),
+        ({"init_weights": ["hosvd"]}, "`init_weights`"),
+        ({"train": []}, "`train` must be None or some of the components .*'core'.* got \\[\\]"),
+        ({"train": "cores"}, "`train` must be .*, got 'cores'"),
+        ({"train": ["core", "core"]}, "`train`"),
+        ({"train": ["core", ["factor_in"]]}, "`train`"),
+        ({"train": {"core": True}}, "`train`"),
+        ({"train": True}, "`train`"),
         ({"layers_pattern": "layers"}, "`layers_pattern` is specified, `layers_to_transform` must also"),
         ({"target_modules": ".*", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used when"),
         (
@@ -111,6 +118,7 @@ def test_lists_of_names_become_sets(field):
         {"target_modules": "all-kan", "layers_to_transform": [0, 1], "layers_pattern": ["layers", "body"]},
         {"target_modules": r"layers\.0|b.1", "alpha": 2.5, "rank_dropout": 0.25, "module_dropout": 0.5},
         {"init_weights": False, "adapt_residual": False, "inference_mode": True},
+        {"init_weights": "hosvd", "train": ("factor_in", "core")},
         {"base_layers": {"layers.0": {"family": "own", "shape": [4, 3, 8], "has_residual": True}}},
     ],
 )

@@ -309,3 +309,15 @@ def test_what_is_not_for_convolutions_says_so():
         refit_adapters(model, x, move=lambda base: base.first.rbf.grid.data.mul_(1.1))
     assert torch.equal(grid, torch.linspace(-2, 2, 5))
     assert torch.equal(layers["base_model.model.first"].get_delta_weight("default"), delta)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trained_core_on_the_factors_of_the_base(family):
+    model, x = net(family, 2), images()
+    before = model(x)
+    model = adapted(model, init_weights="hosvd", train=["core", "factor_kernel"])
+    torch.testing.assert_close(model(x), before)
+    losses = train(model, x)
+    assert losses[-1] < losses[0]
+    names = {name.split("lotra_")[1].split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {"core", "factor_kernel"}

@@ -26,7 +26,7 @@ def test_the_update_is_zero_by_one_component_alone():
 
 def test_the_update_is_not_zero_on_request():
     parts = new_components()
-    reset_components(*parts, zero_update=False)
+    reset_components(*parts, zero=None)
     assert reconstruct(*parts).count_nonzero() == 9 * 7 * 8
 
 
@@ -43,7 +43,7 @@ def test_the_output_of_a_random_update_has_the_size_of_its_input_at_any_width(wi
     energies = []
     for _ in range(40):
         parts = new_components((16, width, 8), ranks)
-        reset_components(*parts, zero_update=False)
+        reset_components(*parts, zero=None)
         # any features of unit variance will do for basis functions
         features = torch.randn(16, width, 8, dtype=torch.float64)
         output = torch.einsum("bik,oik->bo", features, reconstruct(*parts))
@@ -55,7 +55,7 @@ def test_the_output_of_a_random_update_has_the_size_of_its_input_at_any_width(wi
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_dtypes(dtype):
     parts = new_components(dtype=dtype)
-    reset_components(*parts, zero_update=False)
+    reset_components(*parts, zero=None)
     assert all(part.dtype == dtype and part.isfinite().all() for part in parts)
 
 
