@@ -93,7 +93,7 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("approximation", "hub", "optim", "summary"):
+    if name in ("approximation", "hub", "optim", "pde", "summary"):
         return import_module(f".{name}", __name__)
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,7 +29,7 @@ ORDER = (
     ("files",),
     ("tuner",),
     ("approximation", "optim", "hub", "summary"),
-    ("parametric",),
+    ("parametric", "pde"),
     ("plotting", "cli", ""),
 )
 RANKS = {wing: rank for rank, wings in enumerate(ORDER) for wing in wings}

@@ -15,16 +15,18 @@ from ..basis import UniformGrid
 from ..layer import KANLinear, SplineLayer
 from ..network import LayerStack
 from ..slim_kan import SlimKANLinear
+from .maps import InputMap
 from .norms import Norm, is_norm, norm_size
 
 
 class Stage(NamedTuple):
     """
-    One layer of a chain: a KAN layer, whose coefficients are the sum of `dense` and `updates`, or a normalization.
+    One layer of a chain: a KAN layer, whose coefficients are the sum of `dense` and `updates`, a normalization, or an
+    `InputMap`.
 
     Attributes:
-        dense: spline_weight (O, I, K) and base_weight (O, I), adapters on them included. None for a normalization and
-            for a Slim layer, whose components are the first of `updates`.
+        dense: spline_weight (O, I, K) and base_weight (O, I), adapters on them included. None for a Slim layer, whose
+            components are the first of `updates`, and where there is no KAN layer.
         updates: tensors (O, I, K or K + 1), those of the adapters that a forward pass uses, without dropout.
     """
 
@@ -33,26 +35,26 @@ class Stage(NamedTuple):
     updates: tuple[Update, ...] = ()
 
     @property
-    def is_norm(self) -> bool:
-        """Whether the stage is a normalization."""
-        return not isinstance(self.module, SplineLayer)
+    def is_kan(self) -> bool:
+        """Whether the stage is a KAN layer."""
+        return isinstance(self.module, SplineLayer)
 
     @property
     def layer(self) -> SplineLayer:
-        """The KAN layer of a stage that is no normalization."""
+        """The KAN layer of a stage that is one."""
         assert isinstance(self.module, SplineLayer)
         return self.module
 
     @property
-    def norm(self) -> Norm:
-        """The module of a stage that is a normalization."""
-        assert isinstance(self.module, Norm)
+    def between(self) -> Norm | InputMap:
+        """The module of a stage that is no KAN layer."""
+        assert isinstance(self.module, Norm | InputMap)
         return self.module
 
     @property
     def in_features(self) -> int:
         """The size I of the last dimension of the inputs."""
-        return norm_size(self.norm) if self.is_norm else self.layer.in_features
+        return self.module.in_features if isinstance(self.module, SplineLayer | InputMap) else norm_size(self.between)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -67,6 +69,7 @@ class Stage(NamedTuple):
 
 # `functools.singledispatch` would do this, but `torch.compile` cannot trace it for abstract classes (PEFT's tuners).
 _finders: dict[type, Callable[[Any], list[Stage] | None]] = {}
+_inner: dict[type, Callable[[Any], nn.Module | None]] = {}  # of wrappers
 
 
 def stages_of(model: nn.Module) -> list[Stage] | None:
@@ -90,6 +93,18 @@ def register_stages(cls: type[nn.Module], finder: Callable[[Any], list[Stage] | 
 def register_wrapper(cls: type[nn.Module], inner: Callable[[Any], nn.Module | None]) -> None:
     """Teaches `stages_of` a class of modules that return what `inner(module)`, if not None, makes of their input."""
     register_stages(cls, lambda module: None if (wrapped := inner(module)) is None else stages_of(wrapped))
+    _inner[cls] = inner
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside of wrappers that return what it returns, down to the first module with forward hooks."""
+    while not (model._forward_hooks or model._forward_pre_hooks):
+        inner = next((_inner[cls](model) for cls in type(model).__mro__ if cls in _inner), None)
+        inner = getattr(model, "_orig_mod", None) if inner is None else inner  # of `torch.compile`
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
 
 
 def _dense_layer(layer: KANLinear) -> list[Stage] | None:
@@ -107,6 +122,11 @@ def _join(modules: Iterable[nn.Module]) -> list[Stage] | None:
     return None if None in found else [stage for stages in found for stage in stages or ()] or None
 
 
+def _map(module: InputMap) -> list[Stage] | None:
+    return [Stage(module)] if type(module).forward is InputMap.forward else None
+
+
+register_stages(InputMap, _map)
 register_stages(KANLinear, _dense_layer)
 register_stages(SlimKANLinear, _slim_layer)
 register_stages(LayerStack, lambda net: _join(net.layers) if type(net).forward is LayerStack.forward else None)

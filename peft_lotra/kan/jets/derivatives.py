@@ -14,18 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from ..observer import current_observer
-from .chain import Stage, stages_of
+from .chain import Stage, stages_of, unwrap
 from .layers import Jet, block_size, evaluate_layer
+from .maps import InputMap
 from .norms import check_rows_apart, through_norm
 
 
 _checks: list[Callable[[nn.Module], None]] = []
+_composed: dict[type, Callable[[Any, Tensor, Tensor, Tensor | None], Jet]] = {}
 _warned: set[type] = set()
 
 
 def register_check(check: Callable[[nn.Module], None]) -> None:
     """Makes `jet` call `check`, which raises a `TypeError` if a model without a closed form is no KAN."""
     _checks.append(check)
+
+
+def register_jet(cls: type[nn.Module], composed: Callable[[Any, Tensor, Tensor, Tensor | None], Jet]) -> None:
+    """Teaches `jet` a class of modules that are no chains, but are composed of jets: `composed(module, x, directions,
+    weights)` returns the jet, whose second derivatives are (D, ..., O), or (..., O) with weights (D,)."""
+    _composed[cls] = composed
 
 
 def jet(
@@ -43,7 +51,7 @@ def jet(
 
     Fast for `KAN`, `KANModel`, `SlimKAN`, single layers, `nn.Sequential` of them, normalizations between them
     (`nn.LayerNorm` of the last dimension, batch normalization in evaluation mode), and these with adapters, LoTRA or
-    LoRA on `target_parameters`, in force and without dropout. Other networks with KAN layers (pykan, efficient-kan, a
+    LoRA on `target_parameters`, in force and without dropout, and what `peft_lotra.pde` composes of them. Other networks with KAN layers (pykan, efficient-kan, a
     class of your own, modules with hooks) go through nested `torch.func.jvp`, with a warning for each class.
 
     Args:
@@ -84,8 +92,11 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
     """As `jet`; with `only_second`, value and first derivatives may be None."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"`x` must be a floating point tensor, but is {getattr(x, 'dtype', type(x).__name__)}.")
-    stages = stages_of(model)
-    if stages is None or all(stage.is_norm for stage in stages):
+    inner = unwrap(model)
+    hooked = inner._forward_hooks or inner._forward_pre_hooks
+    composed = None if hooked else next((_composed[cls] for cls in type(inner).__mro__ if cls in _composed), None)
+    stages = None if composed else stages_of(model)
+    if not composed and (stages is None or not any(stage.is_kan for stage in stages)):
         stages = None
         for check in (check_rows_apart, *_checks):
             check(model)
@@ -114,8 +125,10 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
         weights = torch.as_tensor([1.0] * len(directions) if collapse is True else collapse).to(x)
         if weights.shape != (len(directions),):
             raise ValueError(f"`collapse` has {weights.numel()} weights, but there are {len(directions)} directions.")
+    if composed:
+        return composed(inner, x, directions, weights)
     if stages is None:
-        return _jet_by_transforms(model, x, directions, weights)
+        return jet_by_transforms(model, x, directions, weights)
 
     through = partial(through_stages, stages, only_second)
     observer = current_observer()
@@ -136,10 +149,12 @@ def through_stages(
     first = directions.reshape(-1, *[1] * (x.dim() - 1), x.shape[-1])
     second = None  # straight lines
     for left, stage in zip(range(len(stages), 0, -1), stages, strict=True):
-        if stage.is_norm:
-            x, first, second = through_norm(stage.norm, x, first, second, weights)
-        else:
+        if stage.is_kan:
             x, first, second = evaluate(stage, x, first, second, weights, only_second and left == 1)
+        elif isinstance(stage.between, InputMap):
+            x, first, second = stage.between.through(x, first, second, weights)
+        else:
+            x, first, second = through_norm(stage.between, x, first, second, weights)
     assert second is not None
     return Jet(x, first, second if weights is None else second[0])
 
@@ -209,7 +224,9 @@ def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tu
     return u, du[:count], full.unflatten(0, (count, count))
 
 
-def _jet_by_transforms(model: nn.Module, x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet:
+def jet_by_transforms(model: Callable[[Tensor], Any], x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet:
+    """The jet of any function of rows that `torch.func.jvp` differentiates twice."""
+
     def value(point: Tensor) -> Tensor:
         output = model(point)
         return getattr(output, "logits", output)

@@ -43,7 +43,7 @@ def block_size(x: Tensor, stages: list[Stage], directions: int) -> int | None:
     """The number of rows of x (N, I) to take at a time; None for all."""
     if x.device.type != "cpu" or x.dim() != 2 or not _by_hand_pays(len(x), x):
         return None
-    rows, layers = len(x) * (2 + directions), [stage for stage in stages if not stage.is_norm]
+    rows, layers = len(x) * (2 + directions), [stage for stage in stages if stage.is_kan]
     if not any(_is_contracted(rows, stage.shape, update, True) for stage in layers for update in stage.updates):
         return None  # `LayerJet` takes blocks itself
     widest = max(stage.shape[1] * stage.shape[2] for stage in layers)

@@ -17,8 +17,8 @@ def test_the_stages_of_a_network():
     model = network(3, 7, 2, norm="layer")
     first, norm, last = stages_of(nn.Sequential(model))
     assert (first.module, norm.module, last.module) == tuple(model.layers)
-    assert norm.is_norm and norm.in_features == 7 and norm.dense is None
-    assert not first.is_norm and first.in_features == 3 and first.shape == (7, 3, 9)
+    assert not norm.is_kan and norm.in_features == 7 and norm.dense is None
+    assert first.is_kan and first.in_features == 3 and first.shape == (7, 3, 9)
     assert first.dense == (model.layers[0].spline_weight, model.layers[0].base_weight)
     assert torch.equal(torch.stack([first.grid.low, first.grid.high], -1), model.layers[0].grid_bounds)
     assert first.grid[2:] == (5, 3)

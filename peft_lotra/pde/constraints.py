@@ -1,0 +1,207 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Networks that have boundary and initial values exactly, whatever their parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..kan.jets.chain import stages_of
+from ..kan.jets.derivatives import jet, jet_by_transforms, register_jet
+from ..kan.jets.layers import Jet
+
+
+Part = Callable[[Tensor], Tensor] | float
+
+
+class HardConstraint(nn.Module):
+    r"""
+    A network whose values are prescribed where `distance` is zero:
+
+        u(x) = lift(x) + distance(x) kan(x).
+
+    | prescribed | distance | lift |
+    |---|---|---|
+    | u = g on the boundary | 0 on the boundary, its normal derivative not | any extension of g |
+    | u = f at t = 0 | t | f |
+    | u = f and u_t = g at t = 0 | t^2 | f + t g |
+    | u_n = g on a side of a box | not a function of that coordinate | any function with that normal derivative |
+
+    For the last one, the network needs the coordinate with `BoxFeatures(neumann=...)`. Products of distances
+    satisfy several conditions at once; `BoxDistance` makes them for boxes.
+
+    `jet`, `laplacian` and `hessian` use the product rule on the jet of the network, which keeps its closed form, and
+    forward derivatives of `distance` and `lift`. It works on networks with adapters, and adapters can be made on it.
+
+    Args:
+        kan: a network, (..., I) to (..., O).
+        distance: a function of x (..., I) that returns (..., 1) or (..., O), each row by itself, in operations that
+            `torch.func.jvp` differentiates twice; or a module; or a number.
+        lift: the same; zero by default. A network as a lift continues its solution: freeze its parameters.
+
+    Attributes:
+        kan, distance, lift: the arguments.
+
+    Raises:
+        TypeError: `kan` is no module, or `distance` or `lift` can not be called.
+        ValueError: in the forward pass and by `jet`, a part returns another shape than (..., 1) or (..., O).
+
+    Source: I. E. Lagaris et al., "Artificial neural networks for solving ordinary and partial differential equations",
+    IEEE Transactions on Neural Networks 9 (1998); N. Sukumar and A. Srivastava, arXiv 2104.08426.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from peft_lotra.kan import KAN, jet
+    >>> from peft_lotra.pde import HardConstraint
+    >>> u = HardConstraint(KAN([1, 5, 1]), lambda x: 1 - x**2, lift=lambda x: x)  # u(-1) = -1, u(1) = 1
+    >>> u(torch.tensor([[-1.0], [1.0]])).flatten().tolist()
+    [-1.0, 1.0]
+    >>> value, slope, second = jet(u, torch.rand(10, 1))
+
+    ```
+    """
+
+    def __init__(self, kan: nn.Module, distance: Part, lift: Part = 0.0) -> None:
+        super().__init__()
+        if not isinstance(kan, nn.Module):
+            raise TypeError(f"`kan` is {type(kan).__name__}, but must be an nn.Module.")
+        for name, part in (("distance", distance), ("lift", lift)):
+            if not callable(part) and not (isinstance(part, (int, float)) and math.isfinite(part)):
+                raise TypeError(f"`{name}` is {part!r}, but must be a function of x, a module or a finite number.")
+        self.kan = kan
+        self.distance = distance
+        self.lift = lift
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs (..., I) to outputs (..., O)."""
+        values = self.kan(x)
+        values = getattr(values, "logits", values)
+        return self._value("lift", x, values) + self._value("distance", x, values) * values
+
+    def _value(self, name: str, x: Tensor, like: Tensor) -> Tensor:
+        part = getattr(self, name)
+        return _check_shape(name, part(x), like) if callable(part) else like.new_tensor(part)
+
+
+def _check_shape(name: str, value: Tensor, like: Tensor) -> Tensor:
+    """The value, which must broadcast to the network's outputs along the last dimension alone."""
+    if not isinstance(value, Tensor) or value.shape not in (like.shape, (*like.shape[:-1], 1)):
+        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"`{name}` returns {given} where the network returns {tuple(like.shape)}, but must return "
+            f"{(*like.shape[:-1], 1)} or {tuple(like.shape)}: index x as x[..., :1], which keeps the last dimension."
+        )
+    return value
+
+
+def _jet_of_part(
+    model: HardConstraint, name: str, x: Tensor, directions: Tensor, weights: Tensor | None, like: Jet
+) -> Jet:
+    part = getattr(model, name)
+    if not callable(part):
+        zero = like.value.new_zeros(())
+        return Jet(zero + part, zero.expand(len(directions)), zero)
+    if isinstance(part, HardConstraint) or (isinstance(part, nn.Module) and stages_of(part)):
+        found = Jet(*jet(part, x, directions, collapse=False if weights is None else weights))
+    else:
+        found = jet_by_transforms(part, x, directions, weights)
+    _check_shape(name, found.value, like.value)
+    return found
+
+
+def _jet(model: HardConstraint, x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet:
+    """(d n)'' = d'' n + 2 d' n' + d n'', along each direction, or in the weighted sum."""
+    n = Jet(*jet(model.kan, x, directions, collapse=False if weights is None else weights))
+    d, lift = (_jet_of_part(model, name, x, directions, weights, n) for name in ("distance", "lift"))
+
+    def along(part: Tensor) -> Tensor:  # of a constant, too
+        return part if part.dim() > 1 else part.reshape(-1, *[1] * n.value.dim())
+
+    mixed = 2 * along(d.first) * n.first
+    if weights is not None:
+        mixed = torch.tensordot(weights, mixed, 1)
+    first = along(lift.first) + along(d.first) * n.value + d.value * n.first
+    second = lift.second + d.second * n.value + mixed + d.value * n.second
+    return Jet(lift.value + d.value * n.value, first, second)
+
+
+register_jet(HardConstraint, _jet)
+
+
+class BoxDistance(nn.Module):
+    r"""
+    The distance function of sides of a box, for `HardConstraint`: the product over its sides of
+
+        s (one side of a coordinate),   4 s (1 - s) (both sides),   s^2 (a side in `twice`),
+
+    where s in [0, 1] is the distance from the side as a share of the box's width.
+
+    Args:
+        low, high: the ends of the box, I numbers each.
+        sides: pairs (coordinate, end) of an index and "low" or "high"; None for all of them.
+        twice: of these, the sides where the first derivative is prescribed too.
+
+    Raises:
+        ValueError: the box is empty, or a side is not one of its sides.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from peft_lotra.pde import BoxDistance
+    >>> distance = BoxDistance((-1, 0), (1, 1), sides=[(0, "low"), (0, "high"), (1, "low")])  # walls, and t = 0
+    >>> distance(torch.tensor([[0.0, 0.5], [1.0, 0.5], [0.3, 0.0]])).flatten().tolist()
+    [0.5, 0.0, 0.0]
+
+    ```
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self,
+        low: Sequence[float],
+        high: Sequence[float],
+        sides: Sequence[tuple[int, str]] | None = None,
+        twice: Sequence[tuple[int, str]] = (),
+    ) -> None:
+        super().__init__()
+        low_end, high_end = check_box(low, high)
+        self.register_buffer("low", low_end)
+        self.register_buffer("high", high_end)
+        every = [(i, end) for i in range(len(low_end)) for end in ("low", "high")]
+        self.sides = every if sides is None else list(sides)
+        self.twice = list(twice)
+        for name, given, known in (("sides", self.sides, every), ("twice", self.twice, self.sides)):
+            if wrong := [side for side in given if side not in known]:
+                raise ValueError(f"`{name}` has {wrong[0]!r}, which is none of {known}.")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., I) to (..., 1)."""
+        share = (x - self.low.to(x)) / (self.high - self.low).to(x)
+        found = torch.ones_like(x[..., :1])
+        for i in range(len(self.low)):
+            s = share[..., i : i + 1]
+            ends = {end: part for end, part in (("low", s), ("high", 1 - s)) if (i, end) in self.sides}
+            for end, part in ends.items():
+                found = found * (part.square() if (i, end) in self.twice else part)
+            found = found * 4 if len(ends) == 2 else found
+        return found
+
+
+def check_box(low: Sequence[float], high: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The ends of a box as float64 tensors (I,); raises a `ValueError` if it is empty or not finite."""
+    ends = [torch.as_tensor(end, dtype=torch.float64).detach().cpu() for end in (low, high)]
+    if ends[0].dim() != 1 or ends[0].shape != ends[1].shape or not len(ends[0]):
+        raise ValueError(f"`low` is {low} and `high` is {high}, but they must be equally many numbers, at least one.")
+    if not (torch.stack(ends).isfinite().all() and (ends[0] < ends[1]).all()):
+        raise ValueError(f"`low` is {low} and `high` is {high}, but each `low` must be finite and below its `high`.")
+    return ends[0], ends[1]

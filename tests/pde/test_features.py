@@ -1,0 +1,66 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import adapt
+from jet_helpers import assert_same, nested, network
+from torch import nn
+
+from peft_lotra.kan import jet
+from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.pde import BoxFeatures
+
+
+LOW, HIGH = (-1.0, 0.0, 2.0), (3.0, 2.0, 5.0)
+
+
+def box(rows: int = 20) -> torch.Tensor:
+    low, high = torch.tensor(LOW, dtype=torch.float64), torch.tensor(HIGH, dtype=torch.float64)
+    return low + (high - low) * torch.rand(rows, 3, dtype=torch.float64)
+
+
+def test_features_against_the_formula():
+    x = box()
+    x_0, x_1, x_2 = (x[:, i] for i in range(3))
+    angle = 2 * math.pi * (x_0 + 1) / 4
+    expected = [torch.cos(angle), torch.sin(angle), x_1 - 1, -torch.cos(math.pi * (x_2 - 2) / 3)]
+    features = BoxFeatures(LOW, HIGH, periodic=[0], neumann=[2])
+    assert features.out_features == 4
+    torch.testing.assert_close(features(x), torch.stack(expected, 1))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.filterwarnings("error:`jet` knows no closed form")
+def test_jets_and_levenberg_marquardt_in_closed_form(adapted, monkeypatch):
+    model = nn.Sequential(BoxFeatures(LOW, HIGH, periodic=[0], neumann=[2]), network(4, 5, 2))
+    model = adapt(model, r=3) if adapted else model
+    x = box()
+    assert_same(jet(model, x), nested(model, x))
+    directions = torch.randn(2, 3, dtype=torch.float64)
+    u, du, d2u = nested(model, x, directions)
+    assert_same(jet(model, x, directions, collapse=True), (u, du, d2u.sum(0)))
+    monkeypatch.setattr("peft_lotra.optim.least_squares.LeastSquares._jacobian_by_rows", None)
+    history = LevenbergMarquardt(model).fit([(lambda m, x: jet(m, x)[2].sum(0) - 1, x)], 4, progress=False)
+    assert history[-1].loss < history[0].loss
+
+
+def test_periodic_to_the_second_derivative():
+    model = nn.Sequential(BoxFeatures((0,), (5,), periodic=[0]), network(2, 6, 1))
+    parts = jet(model, torch.tensor([[0.3], [5.3], [-4.7]], dtype=torch.float64))
+    for part in parts:
+        values = part.reshape(-1, 3)
+        torch.testing.assert_close(values, values[:, :1].expand_as(values))
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="has 3, but the box has coordinates 0 to 2"):
+        BoxFeatures(LOW, HIGH, periodic=[3])
+    with pytest.raises(ValueError, match="Coordinate 1 is both"):
+        BoxFeatures(LOW, HIGH, periodic=[1], neumann=[1])
+    with pytest.raises(ValueError, match="BoxFeatures expects a last dimension of 3"):
+        BoxFeatures(LOW, HIGH)(torch.rand(4, 2))
