@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class HardConstraint(nn.Module):
         return _check_shape(name, part(x), like) if callable(part) else like.new_tensor(part)
 
 
-def _check_shape(name: str, value: Tensor, like: Tensor) -> Tensor:
+def _check_shape(name: str, value: Any, like: Tensor) -> Tensor:
     """The value, which must broadcast to the network's outputs along the last dimension alone."""
     if not isinstance(value, Tensor) or value.shape not in (like.shape, (*like.shape[:-1], 1)):
         given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

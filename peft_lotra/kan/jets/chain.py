@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -54,7 +54,8 @@ class Stage(NamedTuple):
     @property
     def in_features(self) -> int:
         """The size I of the last dimension of the inputs."""
-        return self.module.in_features if isinstance(self.module, SplineLayer | InputMap) else norm_size(self.between)
+        module = self.module if self.is_kan else self.between
+        return norm_size(module) if isinstance(module, Norm) else cast(int, module.in_features)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -51,8 +51,9 @@ def jet(
 
     Fast for `KAN`, `KANModel`, `SlimKAN`, single layers, `nn.Sequential` of them, normalizations between them
     (`nn.LayerNorm` of the last dimension, batch normalization in evaluation mode), and these with adapters, LoTRA or
-    LoRA on `target_parameters`, in force and without dropout, and what `peft_lotra.pde` composes of them. Other networks with KAN layers (pykan, efficient-kan, a
-    class of your own, modules with hooks) go through nested `torch.func.jvp`, with a warning for each class.
+    LoRA on `target_parameters`, in force and without dropout, and what `peft_lotra.pde` composes of them. Other
+    networks with KAN layers (pykan, efficient-kan, a class of your own, modules with hooks) go through nested
+    `torch.func.jvp`, with a warning for each class.
 
     Args:
         model: maps (..., I) to (..., O), each row by itself.
