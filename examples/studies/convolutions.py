@@ -23,6 +23,9 @@ budget, on seeds of its own, by the accuracy on images that count nowhere else. 
 
 from __future__ import annotations
 
+from study_tools import command_line  # isort: split
+
+
 import argparse
 import copy
 import itertools
@@ -376,16 +379,18 @@ def draw(results: dict, images: Images, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(
+        __doc__,
+        takes="some minutes on one core (MNIST: a quarter of an hour)",
+        writes="convolutions.json, .md and .png",
+        folder=command_line.RESULTS,
+        quick="one seed, few steps and settings: to see it run",
+    )
     parser.add_argument("--seeds", type=int, default=5, help="how many runs are averaged (default: 5)")
     parser.add_argument("--tuning-seeds", type=int, default=2, help="how many runs choose the settings (default: 2)")
     parser.add_argument("--steps", type=int, default=150, help="steps of each adaptation (default: 150)")
     parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, instead of the digits")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results"
-    )
     parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps and settings: to see it run")
     args = parser.parse_args(argv)
     if args.quick:
         args.seeds, args.tuning_seeds, args.steps = 1, 1, 3
@@ -404,7 +409,6 @@ def main(argv: list[str] | None = None) -> None:
     data = "digits" if args.data_dir is None else "MNIST, 14x14"
     setting = {"labels": LABELS, "steps": args.steps, "channels": CHANNELS, "basis": BASIS}
     results = {"data": data, "setting": setting, **results}
-    args.output.mkdir(parents=True, exist_ok=True)
     name = "convolutions" + ("_mnist" if args.data_dir else "") + ("_quick" if args.quick else "")
     (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.output / f"{name}.md").write_text(as_text(results))

@@ -21,10 +21,11 @@ read them rotated by 30 degrees, from 384 labels. Writes the losses, the accurac
 
 from __future__ import annotations
 
-import argparse
+from study_tools import command_line  # isort: split
+
+
 import copy
 import json
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -99,7 +100,12 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(
+        __doc__,
+        takes="half a minute on two cores",
+        writes="results.json and the adapter",
+        folder=command_line.OUTPUT / "accelerate",
+    )
     parser.add_argument("--epochs", type=int, default=10, help="passes over the 384 labels (default: 10)")
     parser.add_argument("--lr", type=float, default=5e-3, help="learning rate (default: 5e-3)")
     parser.add_argument("--fsdp2", action="store_true", help="shard the parameters")
@@ -107,9 +113,6 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="trade time for memory")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "output" / "accelerate", help="folder for the results"
-    )
     args = parser.parse_args()
 
     accelerator = Accelerator(

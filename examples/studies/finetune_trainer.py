@@ -15,7 +15,9 @@ logging to Trackio or TensorBoard if one of them is installed, and a resume that
 
 from __future__ import annotations
 
-import argparse
+from study_tools import command_line  # isort: split
+
+
 import copy
 import json
 import os
@@ -272,17 +274,18 @@ def draw(runs: list[dict], args) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(
+        __doc__,
+        takes="a minute or two on two cores",
+        writes="results.json, finetune_trainer.png, checkpoints and adapters",
+        folder=command_line.OUTPUT / "trainer",
+    )
     parser.add_argument("--splits", type=int, default=5, help="how many random splits of the patients (default: 5)")
     parser.add_argument("--steps", type=int, default=400, help="most steps of each training (default: 400)")
     parser.add_argument("--every", type=int, default=20, help="steps between checkpoints (default: 20)")
     parser.add_argument("--patience", type=int, default=6, help="evaluations without a gain (default: 6)")
     parser.add_argument("--resume", action="store_true", help="go on with what is in the output folder")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "output" / "trainer", help="folder for the results"
-    )
     args = parser.parse_args(arguments)
-    args.output.mkdir(parents=True, exist_ok=True)
     if not args.resume:
         (args.output / "results.json").unlink(missing_ok=True)
     logging.disable_progress_bar()  # of the files that transformers reads and writes

@@ -12,11 +12,12 @@ to 1954; LoTRA adapts it, inside neuralforecast's own `fit`, to those from 1955 
 
 from __future__ import annotations
 
-import argparse
+from study_tools import command_line  # isort: split
+
+
 import copy
 import json
 import logging
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -54,11 +55,15 @@ def make_kan(steps: int) -> KAN:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(
+        __doc__,
+        takes="half a minute on two cores",
+        writes="forecast_neuralforecast.json, .png, and the adapter",
+        folder=command_line.OUTPUT,
+        needs="examples,heavy",
+    )
     parser.add_argument("--steps", type=int, default=200, help="steps of each training (default: 200)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder for the results")
     args = parser.parse_args(arguments)
-    args.output.mkdir(parents=True, exist_ok=True)
     for name in ("lightning.pytorch", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

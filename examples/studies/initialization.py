@@ -14,11 +14,14 @@ from random factors or from the gradient (`preprocess_lotra`, one pass over the 
 fine-tuning and both starts get several learning rates, both starts also three ratios of the components' rates. Shown
 is the best mean over the seeds of each, chosen by these same test scores for every method alike, and what the fixed
 setting SETTING gives. The quickstart's shift is repeated on KANs of two other libraries, with few rates. A PDE
-(viscous Burgers, see examples/studies/pde) is a case in which the start from the gradient does not help.
+(viscous Burgers, see pde/transfer.py) is a case in which the start from the gradient does not help.
 Writes initialization.json.
 """
 
 from __future__ import annotations
+
+from study_tools import command_line  # isort: split
+
 
 import argparse
 import copy
@@ -32,10 +35,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from low_rank_evidence import Task, build, digits_to_mnist, rotated_digits, score
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
+from study_tools.tasks import Task, build, digits_to_mnist, rotated_digits, score
 from torch import nn
 from tqdm import tqdm
 
@@ -121,14 +124,13 @@ def compare(make: Callable[[int], Task], library: str, args: argparse.Namespace,
 
 
 def pde(target: str, args: argparse.Namespace, bar: tqdm) -> Rows:
-    """The relative error in % on viscous Burgers, by the Adam of pde/methods.py, from both starts at several rates."""
+    """The relative error in % on viscous Burgers, by the Adam of the PDE study, from both starts at several rates."""
     sys.path.insert(0, str(Path(__file__).parent / "pde"))
-    import families
-    import methods
+    from problems import families, methods
 
     family = families.FAMILIES["burgers"]
     setting = methods.QUICK if args.quick else methods.Setting(adam_steps=400)
-    rates = {"rates of examples/studies/pde": (methods.LOTRA_LR[target], methods.COMPONENT_RATES)}
+    rates = {"rates of the PDE study": (methods.LOTRA_LR[target], methods.COMPONENT_RATES)}
     rates |= {f"slow core, lr {lr}": (lr, POLICIES["slow core"]) for lr in ((0.01,) if args.quick else (0.01, 0.03))}
     rows: Rows = {}
     for seed in range(args.seeds):
@@ -174,16 +176,19 @@ def show(results: dict[str, Rows]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(
+        __doc__,
+        takes="a quarter of an hour on one core",
+        writes="initialization.json; with --quick initialization_quick.json; bases of the PDE in --cache",
+        folder=command_line.RESULTS,
+        needs="test",
+        quick="one seed, few steps, two parts: to see it run",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many runs are averaged (default: 3)")
     parser.add_argument("--steps", type=int, default=300, help="steps of each adaptation (default: 300)")
     parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, for one more shift")
     parser.add_argument("--only", help="the parts whose names contain this")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft-lotra-pde")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results"
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps, two parts: to see it run")
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.steps = 1, 5
@@ -206,7 +211,6 @@ def main() -> None:
     if args.only is not None:
         parts = {name: part for name, part in parts.items() if args.only in name}
 
-    args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"initialization{'_quick' if args.quick else ''}.json"
     bar = tqdm(unit="run", ncols=100)
     for name, part in parts.items():

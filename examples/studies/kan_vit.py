@@ -13,7 +13,9 @@ LoTRA adapts the KAN layers of the second block (`exclude_modules` leaves the fi
 
 from __future__ import annotations
 
-import argparse
+from study_tools import command_line  # isort: split
+
+
 import copy
 import json
 from pathlib import Path
@@ -126,11 +128,11 @@ def draw(results: dict, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(
+        __doc__, takes="a minute or two on two cores", writes="kan_vit.json and .png", folder=command_line.OUTPUT
+    )
     parser.add_argument("--steps", type=int, default=150, help="steps of each training (default: 150)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output", help="folder for the results")
     args = parser.parse_args(arguments)
-    args.output.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(0)
     plain, rotated, y = load_scans()

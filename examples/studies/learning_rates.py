@@ -16,7 +16,9 @@ a [2, n, n, 1] KAN that has learned one function of two variables, and adapts it
 
 from __future__ import annotations
 
-import argparse
+from study_tools import command_line  # isort: split
+
+
 import copy
 import json
 import math
@@ -26,10 +28,10 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from low_rank_evidence import build
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
+from study_tools.tasks import build
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -241,11 +243,16 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small widths and few steps, to see that it runs")
+    parser = command_line.Parser(
+        __doc__,
+        takes="half an hour on one core; a quarter of an hour for another library",
+        writes="learning_rates.json and .png, with the name of another library added",
+        folder=command_line.RESULTS,
+        needs="test",
+        quick="small widths and few steps: to see it run",
+    )
     parser.add_argument("--library", default="peft-lotra", choices=("peft-lotra", "efficient-kan", "pykan"))
     parser.add_argument("--widest", type=int, default=512, help="leave out the widths above (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
 
     setting = {
@@ -276,7 +283,6 @@ def main() -> None:
     console = Console()
     show_tables(console, rows)
 
-    args.output.mkdir(parents=True, exist_ok=True)
     name = "learning_rates" + ("" if args.library == "peft-lotra" else f"_{args.library}") + "_quick" * args.quick
     results = {
         "setting": {**setting, "ranks": RANKS, "batch": BATCH},

@@ -15,13 +15,12 @@ The folder of --data-dir holds images-idx3-ubyte.gz and labels-idx1-ubyte.gz. Wr
 
 from __future__ import annotations
 
-import argparse
+from study_tools import command_line  # isort: split
+
+
 import copy
-import gzip
 import json
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -29,15 +28,13 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from scipy.ndimage import rotate
-from sklearn.datasets import load_diabetes, load_digits
+from study_tools.tasks import Task, build, diabetes, digits_to_mnist, function_family, rotated_digits, score, train
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from peft_lotra.approximation.extraction import extract_lotra
 from peft_lotra.approximation.spectra import LayerSpectrum, Spectrum, spectrum_of, update_spectrum
-from peft_lotra.kan import KAN
 
 
 matplotlib.use("Agg")
@@ -50,110 +47,6 @@ RANKS = (4, 4, 4)
 SHARE = 0.2  # the parameters of an extracted adapter, as a share of the coefficients
 MORE_STEPS, MORE_LR = 50, 3e-4  # the training of an extracted adapter
 
-Data = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass
-class Task:
-    """Data before and after a change, each (inputs, targets), and the score of a model on the changed data."""
-
-    name: str
-    widths: list[int]
-    before: Data
-    after: Data
-    test: Data
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def rotated_digits(seed: int, angle: float = 45, noise: float = 2, hidden: int = 32) -> Task:
-    """Rotated and noisy scans, 200 of them with labels; at 30 degrees the shift of the quickstart."""
-    images, labels = load_digits(return_X_y=True)
-    images, y = images.reshape(-1, 8, 8), torch.tensor(labels)
-    noises = noise * np.random.default_rng(seed).normal(0, 1, images.shape)
-    plain, rotated = (
-        torch.tensor(scans.clip(0, 16) / 8 - 1, dtype=torch.float32).flatten(1)
-        for scans in (images, rotate(images, angle, axes=(1, 2), reshape=False, order=1) + noises)
-    )
-    order = torch.tensor(np.random.default_rng(seed).permutation(len(y)))
-    test, seen, few = order[:597], order[597:], order[597:797]
-    return Task(
-        "digits, rotated",
-        [64, hidden, 10],
-        (plain[seen], y[seen]),
-        (rotated[few], y[few]),
-        (rotated[test], y[test]),
-        F.cross_entropy,
-    )
-
-
-def digits_to_mnist(seed: int, folder: Path) -> Task:
-    """Scikit-learn's digits, then MNIST brought to 8x8 (its 20x20 box averaged), of which 500 images have labels."""
-    raw = [gzip.decompress((folder / f"{name}-ubyte.gz").read_bytes()) for name in ("images-idx3", "labels-idx1")]
-    images = torch.tensor(np.frombuffer(raw[0], np.uint8, offset=16).reshape(-1, 1, 28, 28).astype(np.float32))
-    y = torch.tensor(np.frombuffer(raw[1], np.uint8, offset=8).astype(np.int64))
-    x = F.adaptive_avg_pool2d(images[:, :, 4:24, 4:24], 8).flatten(1) / 127.5 - 1
-    few = torch.tensor(np.random.default_rng(seed).permutation(8000)[:500])
-    digits, labels = load_digits(return_X_y=True)
-    before = torch.tensor(digits / 8 - 1, dtype=torch.float32), torch.tensor(labels)
-    return Task("digits to MNIST", [64, 48, 10], before, (x[few], y[few]), (x[8000:], y[8000:]), F.cross_entropy)
-
-
-def function_family(seed: int) -> Task:
-    """f(x; a) = exp(sin(a pi x1) + x2^2) / 2 - 1 with a = 1, then with a = 1.3."""
-    x = torch.rand(3000, 2, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    before, after = (((a * torch.pi * x[:, :1]).sin() + x[:, 1:] ** 2).exp() / 2 - 1 for a in (1.0, 1.3))
-    parts = (slice(0, 2000), slice(2000, 3000))
-    return Task(
-        "function family",
-        [2, 32, 32, 1],
-        (x[parts[0]], before[parts[0]]),
-        (x[parts[0]], after[parts[0]]),
-        (x[parts[1]], after[parts[1]]),
-        F.mse_loss,
-    )
-
-
-def diabetes(seed: int) -> Task:
-    """The progression of diabetes for the younger half of the patients, then for 150 of the older half."""
-    x, y = load_diabetes(return_X_y=True)
-    x = torch.tensor((x / x.std(0) / 3).clip(-1, 1), dtype=torch.float32)
-    y = torch.tensor((y - y.mean()) / y.std(), dtype=torch.float32)[:, None]
-    old = x[:, 0] > x[:, 0].median()
-    order = torch.tensor(np.random.default_rng(seed).permutation(int(old.sum())))
-    (x_old, y_old), few, test = (x[old], y[old]), order[:150], order[150:]
-    return Task(
-        "diabetes, older patients",
-        [10, 32, 1],
-        (x[~old], y[~old]),
-        (x_old[few], y_old[few]),
-        (x_old[test], y_old[test]),
-        F.mse_loss,
-    )
-
-
-def train(model: nn.Module, task: Task, data: Data, steps: int, lr: float, bar: tqdm) -> nn.Module:
-    """Trains the trainable parameters by AdamW on batches of 128."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        rows = torch.randint(len(data[0]), (128,))
-        optimizer.zero_grad()
-        task.loss(model(data[0][rows]), data[1][rows]).backward()
-        optimizer.step()
-        scheduler.step()
-        bar.update()
-    return model
-
-
-@torch.no_grad()
-def score(model: nn.Module, task: Task) -> float:
-    """Accuracy in % on the changed data, or the mean squared error."""
-    output = model(task.test[0])
-    if task.loss is F.cross_entropy:
-        return 100 * (output.argmax(1) == task.test[1]).float().mean().item()
-    return task.loss(output, task.test[1]).item()
-
 
 def random_update(spectrum: Spectrum) -> Spectrum:
     """The control: normal random updates, of the same norm in each layer."""
@@ -162,23 +55,6 @@ def random_update(spectrum: Spectrum) -> Spectrum:
         tensor = torch.randn(layer.shape, dtype=torch.float64)
         layers[name] = spectrum_of(tensor * layer.norm / tensor.norm())
     return Spectrum(layers)
-
-
-def build(library: str, widths: list[int]) -> nn.Module:
-    """A KAN of `peft_lotra`, of efficient-kan (qkan's copy of it; without the edges' trainable scales, and with them),
-    or of pykan."""
-    if library == "peft-lotra":
-        return KAN(widths)
-    if library.startswith("efficient-kan"):
-        from qkan.kan import KANLinear
-
-        scales = library.endswith("scales")
-        return nn.Sequential(
-            *(KANLinear(i, o, enable_standalone_scale_spline=scales) for i, o in zip(widths, widths[1:], strict=False))
-        )
-    from kan import KAN as PyKAN
-
-    return PyKAN(widths, grid=5, k=3, auto_save=False, device="cpu").speed()
 
 
 def fine_tune(library: str, task: Task, seed: int, steps: int, bar: tqdm) -> tuple[nn.Module, nn.Module]:
@@ -269,18 +145,20 @@ def summarize(runs: list[dict[str, float]]) -> dict[str, dict[str, float | list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(
+        __doc__,
+        takes="two minutes on one core",
+        writes="low_rank_evidence.json and .png",
+        folder=command_line.RESULTS,
+        needs="test",
+        quick="one seed, 60 steps, our own KAN only: to see it run",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many runs are averaged (default: 3)")
     parser.add_argument("--steps", type=int, default=300, help="steps of each fine-tuning (default: 300)")
     parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, for one more task")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results"
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, 60 steps, our own KAN only: to see it run")
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.steps = 1, 60
-    args.output.mkdir(parents=True, exist_ok=True)
 
     makers = [rotated_digits, function_family, diabetes]
     if args.data_dir is not None:

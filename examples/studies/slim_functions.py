@@ -14,7 +14,9 @@ deviation of the target. Runs that the result file already contains are not repe
 
 from __future__ import annotations
 
-import argparse
+from study_tools import command_line  # isort: split
+
+
 import json
 import math
 import time
@@ -185,17 +187,20 @@ def draw(summary: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line.Parser(
+        __doc__,
+        takes="five minutes on one core",
+        writes="slim_functions.json and .png; what is in the file is not run again",
+        folder=command_line.RESULTS,
+        quick="two functions and few steps: to see it run",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each network (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=800, help="training steps (default: %(default)s)")
     parser.add_argument("--functions", nargs="+", default=list(FUNCTIONS), choices=list(FUNCTIONS), metavar="NAME")
-    parser.add_argument("--quick", action="store_true", help="two functions and few steps, to see that it runs")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     name = "slim_functions"
     if args.quick:
         args.seeds, args.steps, args.functions, name = 1, 20, list(FUNCTIONS)[:2], "slim_functions_quick"
-    args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"{name}.json"
     setting = {"steps": args.steps, "hidden": HIDDEN, "batch": BATCH, "learning_rates": LEARNING_RATES}
 

@@ -16,6 +16,9 @@ folder that `datasets.load_dataset` reads. Of MNIST's 10,000 test images (`--dat
 
 from __future__ import annotations
 
+from study_tools import command_line  # isort: split
+
+
 import argparse
 import gzip
 import json
@@ -275,15 +278,19 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(
+        __doc__,
+        takes="three minutes on one core (MNIST: several times as long)",
+        writes="slim_images_DATA.json and .png; seeds in the file are not run again",
+        folder=command_line.RESULTS,
+        quick="one seed and two epochs: to see it run",
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--dataset", default="digits", help="digits (default), a name on the Hub, or a folder")
     source.add_argument("--data-dir", type=Path, help="a folder with IDX files")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each model (default: %(default)s)")
     parser.add_argument("--epochs", type=int, help="default: 30 for the digits, 6 for others")
     parser.add_argument("--batch", type=int, help="default: 64 for the digits, 256 for others")
-    parser.add_argument("--quick", action="store_true", help="one seed and two epochs, to see that it runs")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     digits = args.data_dir is None and args.dataset == "digits"
     args.epochs = 2 if args.quick else args.epochs or (30 if digits else 6)
@@ -302,7 +309,6 @@ def main() -> None:
     else:
         ranks = [(20, 20, 2), (10, 10, 2)]
     name = "slim_images_" + (data.name if data is not None else "digits") + ("_quick" if args.quick else "")
-    args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / f"{name}.json"
     setting = {"epochs": args.epochs, "batch": args.batch, "learning_rates": LEARNING_RATES, "hidden": HIDDEN}
     setting["fine_tuning_batch"] = FINE_TUNING_BATCH

@@ -8,11 +8,12 @@ python examples/studies/trust.py --output examples/studies/results
 
 from __future__ import annotations
 
-import argparse
+from study_tools import command_line  # isort: split
+
+
 import json
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
 from peft import get_peft_model
@@ -56,10 +57,11 @@ def drift(dtype: torch.dtype, keep_base: bool, cycles: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line.Parser(
+        __doc__, takes="two minutes on one core", writes="trust.json", folder=command_line.RESULTS
+    )
     parser.add_argument("--parameters", type=int, default=100_000_000)
     parser.add_argument("--cycles", type=int, default=1000)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     report: dict[str, object] = {"parameters": arguments.parameters, "cycles": arguments.cycles}
@@ -69,7 +71,6 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16)
         for keep in (True, False)
     }
-    arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "trust.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 

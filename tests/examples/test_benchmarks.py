@@ -38,7 +38,7 @@ def test_subjects_run_in_turn_and_equally_often(benchmark) -> None:
         name: {"_back": lambda: None, "first": lambda name=name: calls.append(name), "second": lambda: None}
         for name in "abc"
     }
-    result = benchmark("measure").interleave(subjects, CPU, seconds=0.0, rounds=(6, 6))
+    result = benchmark("figures.measure").interleave(subjects, CPU, seconds=0.0, rounds=(6, 6))
     assert result["rounds"] == 6 and "skipped" not in result
     timed = [calls[6 + 3 * i : 9 + 3 * i] for i in range(6)]  # after two rounds that do not count
     assert all(sorted(turn) == ["a", "b", "c"] for turn in timed)
@@ -49,7 +49,7 @@ def test_subjects_run_in_turn_and_equally_often(benchmark) -> None:
 
 
 def test_a_subject_that_takes_too_long_is_left_out_with_its_reason(benchmark, monkeypatch) -> None:
-    measure = benchmark("measure")
+    measure = benchmark("figures.measure")
     monkeypatch.setattr(measure, "LIMIT_SECONDS", -1.0)
     result = measure.interleave({"slow": {"run": lambda: None}}, CPU, 0.0)
     assert result["ms"] == {} and "more than" in result["skipped"]["slow"]
@@ -60,41 +60,42 @@ def test_a_subject_that_takes_too_long_is_left_out_with_its_reason(benchmark, mo
     [("pykan", 4096, 256, False), ("pykan", 256, 256, True), ("efficient-kan", 4096, 1024, True)],
 )
 def test_what_needs_too_much_memory_is_left_out_with_its_reason(benchmark, layer, batch, width, fits) -> None:
-    reason = benchmark("subjects").too_large(layer, batch, [width, width])
+    reason = benchmark("figures.subjects").too_large(layer, batch, [width, width])
     assert (reason is None) == fits
     assert fits or "GiB" in reason
 
 
 def test_quartiles(benchmark) -> None:
-    quartiles = benchmark("measure").quartiles
+    quartiles = benchmark("figures.measure").quartiles
     assert quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == [2.0, 3.0, 4.0]
     assert quartiles([7.0]) == [7.0, 7.0, 7.0]
 
 
 def test_peak_memory_sees_what_was_freed_again(benchmark) -> None:
     command = (
-        "import json, measure, torch\n"
+        "import json, torch\n"
+        "from figures import measure\n"
         "step = lambda: [torch.ones(2**24), torch.ones(2**24)] and None\n"
         "print(json.dumps({'mib': measure.peak_memory(step, torch.device('cpu'))}))"
     )
-    mib = benchmark("measure").in_child(["-c", command], threads=1)["mib"]
+    mib = benchmark("figures.measure").in_child(["-c", command], threads=1)["mib"]
     assert 120 < mib < 160
 
 
 def test_a_child_that_fails_says_why(benchmark) -> None:
     with pytest.raises(RuntimeError, match="no such luck"):
-        benchmark("measure").in_child(["-c", "raise ValueError('no such luck')"], threads=1)
+        benchmark("figures.measure").in_child(["-c", "raise ValueError('no such luck')"], threads=1)
 
 
 def test_the_machine_is_described_without_its_names(benchmark) -> None:
-    machine = benchmark("measure").describe_machine(CPU)
+    machine = benchmark("figures.measure").describe_machine(CPU)
     assert machine["versions"]["torch"] == torch.__version__ and machine["threads"] == torch.get_num_threads()
     text = json.dumps(machine)
     assert socket.gethostname() not in text and getpass.getuser() not in text and "/" not in text
 
 
 def test_every_method_trains_what_it_says(benchmark) -> None:
-    subjects = benchmark("subjects")
+    subjects = benchmark("figures.subjects")
     for kan in subjects.KANS:
         counts = {}
         for name, adapt in subjects.METHODS.items():
@@ -129,15 +130,15 @@ def test_a_claim_that_does_not_hold_and_a_cell_that_loses_are_shown(benchmark) -
     times = {"frozen base": 10.0, "LoTRA": 30.0, "full fine-tuning": 20.0, "PEFT LoRA": 40.0}
     row = {"kan": "own KAN", "widths": [1024, 1024], "batch": 1024, "loss": "squared error", "rounds": 5}
     row["ms"] = {name: {"total": [time, time, time]} for name, time in times.items()}
-    claims = benchmark("claims").claims_table({"training_step": {"rows": [row]}})
+    claims = benchmark("figures.claims").claims_table({"training_step": {"rows": [row]}})
     assert claims.count("**no**") == 2 and "yes" not in claims  # 3x the frozen base, 1.5x full fine-tuning
-    steps = benchmark("readme").steps([row])
+    steps = benchmark("page").steps([row])
     assert "1.50 ▲" in steps and "| 0.75 |" in steps
 
 
-def test_the_readme_is_refused_without_its_markers(benchmark) -> None:
+def test_a_page_is_refused_without_its_markers(benchmark) -> None:
     with pytest.raises(ValueError, match="must have the lines"):
-        benchmark("readme").with_section("# A readme\n", {})
+        benchmark("page").with_section("# A page\n", {})
 
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.stem)
@@ -148,9 +149,9 @@ def test_the_committed_tables_are_those_of_the_results(benchmark, file: Path) ->
 
 
 @pytest.mark.parametrize("file", [file for file in COMMITTED if file.stem == "cpu"], ids=lambda file: file.stem)
-def test_the_readme_says_what_the_results_say(benchmark, file: Path) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert benchmark("readme").with_section(readme, json.loads(file.read_text())) == readme
+def test_the_docs_say_what_the_results_say(benchmark, file: Path) -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert benchmark("page").with_section(page, json.loads(file.read_text())) == page
 
 
 def test_two_checkouts_are_compared() -> None:

@@ -30,12 +30,12 @@ def pde(monkeypatch):
 
 def test_unknown_family(pde) -> None:
     with pytest.raises(ValueError, match="no family .navier_stokes.; there are elliptic, "):
-        pde("families").find_family("navier_stokes")
+        pde("problems.families").find_family("navier_stokes")
 
 
 @pytest.mark.parametrize("name", ["elliptic", "allen_cahn", "reaction_diffusion", "burgers"])
 def test_parameter_out_of_range(pde, name) -> None:
-    family = pde("families").find_family(name)
+    family = pde("problems.families").find_family(name)
     low, high = family.bounds
     for parameter in (low - 0.1, high + 0.1, float("nan")):
         with pytest.raises(ValueError, match=f"{family.parameter_name} = .* is out of the range {low} to {high}"):
@@ -45,7 +45,7 @@ def test_parameter_out_of_range(pde, name) -> None:
 @pytest.mark.parametrize("name", ["elliptic", "allen_cahn", "reaction_diffusion", "burgers"])
 def test_references_are_exact_enough(pde, name) -> None:
     """The residuals cannot tell: they are of the network. Twice the resolution does, at the hardest target."""
-    families = pde("families")
+    families = pde("problems.families")
     family = families.find_family(name)
     if name == "elliptic":  # twice the resolution is a dense system of 5000 unknowns
         exact, coarse = (family.solve(family.targets["far"], n) for n in (44, family.resolution))
@@ -55,7 +55,7 @@ def test_references_are_exact_enough(pde, name) -> None:
 
 
 def test_burgers_is_the_cole_hopf_solution(pde) -> None:
-    families = pde("families")
+    families = pde("problems.families")
     family = families.FAMILIES["burgers"]
     exact = families.cole_hopf(family.base)
     ours = family.reference(family.base).reshape(exact.shape).numpy()
@@ -63,7 +63,7 @@ def test_burgers_is_the_cole_hopf_solution(pde) -> None:
 
 
 def test_every_method_has_a_rate_for_every_target(pde) -> None:
-    families, methods = pde("families"), pde("methods")
+    families, methods = pde("problems.families"), pde("problems.methods")
     for method in methods.METHODS.values():
         for family in families.FAMILIES.values():
             rates = [method.rate(family.name, target) for target in family.targets]
@@ -71,7 +71,7 @@ def test_every_method_has_a_rate_for_every_target(pde) -> None:
 
 
 def test_ranks_leave_three_fifths_of_the_parameters(pde) -> None:
-    methods = pde("methods")
+    methods = pde("problems.methods")
     setting = methods.Setting()
     base = methods.new_network(setting, 0)
     total = sum(p.numel() for p in base.parameters())
@@ -83,7 +83,7 @@ def test_ranks_leave_three_fifths_of_the_parameters(pde) -> None:
 
 def test_newton_start(pde, tmp_path) -> None:
     """One step of all parameters, as an adapter: the base stays, the ranks are those asked for, and error is gone."""
-    families, methods = pde("families"), pde("methods")
+    families, methods = pde("problems.families"), pde("problems.methods")
     family, setting = families.FAMILIES["burgers"], methods.QUICK
     parameter = family.targets["near"]
     base = methods.pretrained(family, setting, 0, tmp_path)
@@ -102,7 +102,7 @@ def test_newton_start(pde, tmp_path) -> None:
 
 
 def test_a_run_is_kept(pde, tmp_path, monkeypatch) -> None:
-    families, methods, transfer = pde("families"), pde("methods"), pde("transfer")
+    families, methods, transfer = pde("problems.families"), pde("problems.methods"), pde("transfer")
     family, setting = families.FAMILIES["allen_cahn"], methods.QUICK
     lines = [methods.run(name, family, "near", setting, 0, tmp_path) for name in ("full_adam", "lotra_lm")]
     assert lines[1]["curve"][-1][2] < lines[1]["curve"][0][2]

@@ -12,7 +12,9 @@ versions differ in whether they make frames. The numbers are deterministic, unli
 
 from __future__ import annotations
 
-import argparse
+from figures import command_line  # isort: split
+
+
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -65,7 +67,7 @@ def measure() -> dict[str, Counter[str]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line.Parser(__doc__, takes="five seconds", writes="nothing", folder=None)
     parser.add_argument("--most", type=int, default=10, metavar="N", help="list the N most frequent functions")
     options = parser.parse_args(arguments)
     console = Console(highlight=False)

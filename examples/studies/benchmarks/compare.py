@@ -14,6 +14,9 @@ Two equal checkouts differ by the noise, which `compare.py .` shows.
 
 from __future__ import annotations
 
+from figures import command_line  # isort: split
+
+
 import argparse
 import json
 import os
@@ -25,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from measure import Parts, quartiles, time_parts
+from figures.measure import Parts, quartiles, time_parts
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -38,10 +41,7 @@ CPU = torch.device("cpu")
 
 def make_cells(only: list[str], quick: bool) -> Iterator[tuple[str, dict[str, Parts]]]:
     """A description of each cell, and the subjects in it that the package has a part in."""
-    import layers
-    import serving
-    import subjects
-    import training_step
+    from figures import layers, serving, subjects, training_step
 
     if "training_step" in only:
         for cell in training_step.cells(quick):
@@ -123,7 +123,7 @@ def compare(workers: list[subprocess.Popen], seconds: float, rounds: tuple[int, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(__doc__, takes="ten minutes on two idle cores", writes="nothing", folder=None)
     parser.add_argument("other", type=Path, help="the checkout to compare this one with")
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES))
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs: says nothing")

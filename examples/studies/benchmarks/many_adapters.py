@@ -16,7 +16,9 @@ with few and with all adapters loaded.
 
 from __future__ import annotations
 
-import argparse
+from figures import command_line  # isort: split
+
+
 import copy
 import gc
 import json
@@ -199,16 +201,17 @@ def draw(results: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="30 adapters and 512 rows")
+    parser = command_line.Parser(
+        __doc__,
+        takes="three minutes on one core",
+        writes="many_adapters.json and .png",
+        folder=command_line.RESULTS,
+        quick="30 adapters and 512 rows: to see it run",
+    )
     parts = ["load", "batch"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to run")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parents[1] / "output", help="folder for the results"
-    )
     args = parser.parse_args()
     adapters, rows, seconds = (30, 512, 0.05) if args.quick else (1000, 4096, 0.3)
-    args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "many_adapters.json"
     # a part that is not run keeps its results
     results = json.loads(path.read_text()) if path.exists() else {}

@@ -17,7 +17,9 @@ Needs the KAN libraries of `pip install -e ".[test]"`. Run it on a machine that 
 
 from __future__ import annotations
 
-import argparse
+from figures import command_line  # isort: split
+
+
 import importlib
 import json
 import os
@@ -25,11 +27,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from claims import claims_table
-from measure import describe_machine
+from figures.claims import claims_table
+from figures.measure import describe_machine
+from figures.tables import report
 from rich.console import Console
 from rich.markdown import Markdown
-from tables import report
 from tqdm import tqdm
 
 
@@ -39,7 +41,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
 
 def run_figure(name: str, device: torch.device, quick: bool, bar: tqdm) -> dict:
     """Measures the cells of a figure: {"machine": ..., "rows": [settings and results of each cell]}."""
-    figure = importlib.import_module(name)
+    figure = importlib.import_module(f"figures.{name}")
     machine, rows = describe_machine(device), []
     for cell in figure.cells(quick):
         bar.set_description(f"{name}: {', '.join(map(str, cell.values()))}"[:70])
@@ -71,12 +73,17 @@ def render(results: dict) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, into files of their own")
+    parser = command_line.Parser(
+        __doc__,
+        takes="ten minutes on two idle cores",
+        writes="DEVICE.json and .md",
+        folder=command_line.RESULTS / "benchmarks",
+        needs="test",
+        quick="tiny sizes: to see it run",
+    )
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, help="the figures to measure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="threads on the CPU (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: the committed)")
     args = parser.parse_args(arguments)
 
     torch.set_num_threads(args.threads)
@@ -85,13 +92,12 @@ def main(arguments: list[str] | None = None) -> None:
     file = args.output / f"{device.type}{'_quick' if args.quick else ''}.json"
     results = json.loads(file.read_text()) if file.exists() else {}
 
-    total = sum(len(importlib.import_module(name).cells(args.quick)) for name in args.only)
+    total = sum(len(importlib.import_module(f"figures.{name}").cells(args.quick)) for name in args.only)
     with tqdm(total=total, unit="cell", ncols=120) as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of the compared libraries about themselves
         for name in args.only:
             results[name] = run_figure(name, device, args.quick, bar)
 
-    args.output.mkdir(parents=True, exist_ok=True)
     results = {name: results[name] for name in FIGURES if name in results}
     file.write_text(dump(results))
     file.with_suffix(".md").write_text(render(results), encoding="utf-8")

@@ -12,16 +12,17 @@ pass (with the gradient of the input) and an update by Adam.
 
 from __future__ import annotations
 
-import argparse
+from figures import command_line  # isort: split
+
+
 import json
 import sys
-from pathlib import Path
 
 import torch
-from measure import describe_machine, in_child, interleave, peak_memory
+from figures.measure import describe_machine, in_child, interleave, peak_memory
+from figures.subjects import random_inputs
 from rich.console import Console
 from rich.table import Table
-from subjects import random_inputs
 
 from peft_lotra.kan import KANLinear, SlimKANLinear
 
@@ -95,11 +96,15 @@ def show(console: Console, result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line.Parser(
+        __doc__,
+        takes="half a minute",
+        writes="slim_speed.json",
+        folder=command_line.RESULTS,
+        quick="a small layer: to see it run",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=15.0, help="for the timed rounds (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -115,7 +120,6 @@ def main() -> None:
         **interleave({n: parts(*subject(n, **cell)) for n in names}, CPU, seconds, rounds=(5, 100)),
         "mib": {n: peaks(n, cell, args.threads) for n in names},
     }
-    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     console = Console(width=100)
     show(console, result)

@@ -8,13 +8,16 @@ python examples/studies/pde/accuracy.py --quick     # for CI
 
 from __future__ import annotations
 
-import argparse
+from problems import command_line  # isort: split
+
+
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
-from families import FAMILIES, relative_error
-from methods import METHODS, QUICK, Setting, add_common_arguments, pretrained, train
+from problems.families import FAMILIES, relative_error
+from problems.methods import CACHE, METHODS, QUICK, Setting, pretrained, train
 from rich.console import Console
 
 
@@ -24,8 +27,14 @@ SETTING = Setting(points=2500, lm_steps=30, name="accuracy")  # the network, bas
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_common_arguments(parser)
+    parser = command_line.Parser(
+        __doc__,
+        takes="five minutes on one core",
+        writes="accuracy.json; bases in --cache",
+        folder=command_line.RESULTS / "pde",
+        quick="a tiny setting: to see it run",
+    )
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained bases (default: %(default)s)")
     args = parser.parse_args()
     setting = replace(QUICK, name="accuracy") if args.quick else SETTING
     family = FAMILIES["elliptic"]
@@ -47,7 +56,6 @@ def main() -> None:
         )
     reference_error = None if args.quick else family.reference_error(parameter)
     result = {"setting": asdict(setting), "reference_error": reference_error, "runs": runs}
-    args.output.mkdir(parents=True, exist_ok=True)
     name = "accuracy_quick" if args.quick else "accuracy"
     (args.output / f"{name}.json").write_text(json.dumps(result) + "\n")
 

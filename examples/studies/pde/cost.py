@@ -12,13 +12,15 @@ the process minus its memory before.
 
 from __future__ import annotations
 
+from problems import command_line  # isort: split
+
+
 import argparse
 import json
 import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -36,8 +38,8 @@ def peak() -> int:
 
 def measure(width: int, adapted: bool, points: int) -> dict:
     import torch
-    from families import FAMILIES
     from peft import get_peft_model
+    from problems.families import FAMILIES
 
     from peft_lotra import LoTRAConfig
     from peft_lotra.kan import KAN
@@ -70,10 +72,14 @@ def measure(width: int, adapted: bool, points: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small widths, few points")
+    parser = command_line.Parser(
+        __doc__,
+        takes="some minutes on one core",
+        writes="lm_cost.json",
+        folder=command_line.RESULTS / "pde",
+        quick="small widths, few points: to see it run",
+    )
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "pde")
     args = parser.parse_args()
     if args.case:
         width, adapted, points = map(int, args.case)
@@ -92,7 +98,6 @@ def main() -> None:
             seconds, memory = f"{row['seconds']:.2f}", f"{row['megabytes']:.0f}"
             table.add_row(str(width), row["method"], str(row["parameters"]), seconds, memory)
     Console().print(table)
-    args.output.mkdir(parents=True, exist_ok=True)
     name = "lm_cost_quick" if args.quick else "lm_cost"
     (args.output / f"{name}.json").write_text(json.dumps({"points": points, "ranks": RANKS, "rows": rows}) + "\n")
 

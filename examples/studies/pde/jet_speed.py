@@ -7,12 +7,13 @@ python examples/studies/pde/jet_speed.py    # a minute, most of it the compiler'
 
 from __future__ import annotations
 
-import argparse
+from problems import command_line  # isort: split
+
+
 import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -61,10 +62,15 @@ def measure(threads: int, compiled: bool, repetitions: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line.Parser(
+        __doc__,
+        takes="a minute, most of it the compiler's",
+        writes="jet_speed.json",
+        folder=command_line.RESULTS / "pde",
+        needs="test",
+        quick="few repetitions, without the compiler: to see it run",
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--quick", action="store_true", help="few repetitions, without the compiler")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "pde")
     args = parser.parse_args()
     results = []
     table = Table(title="Laplacian + backward")
@@ -80,7 +86,6 @@ def main() -> None:
                 ratios = [f"{rival / value:.1f}" for rival in rivals]
                 table.add_row(str(threads), name, f"{value:.1f}", *ratios, end_section=name == list(medians)[-1])
     Console().print(table)
-    args.output.mkdir(parents=True, exist_ok=True)
     name = "jet_speed_quick" if args.quick else "jet_speed"
     (args.output / f"{name}.json").write_text(json.dumps(results) + "\n")
 

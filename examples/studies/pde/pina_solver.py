@@ -23,7 +23,9 @@ Two choices make it work, with or without LoTRA:
 
 from __future__ import annotations
 
-import argparse
+from problems import command_line  # isort: split
+
+
 import copy
 import json
 import logging
@@ -230,14 +232,18 @@ def draw(base: nn.Module, adapted: nn.Module, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(
+        __doc__,
+        takes="two minutes on one core",
+        writes="pina_solver.json and .png",
+        folder=command_line.RESULTS / "pde",
+        needs="examples,pina",
+        quick="a tiny setting: to see it run",
+    )
     parser.add_argument("--epochs", type=int, default=400, help="of each training (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="the picture shows the first (default: 0)")
-    parser.add_argument("--quick", action="store_true", help="a tiny setting, to see that it runs")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "pde")
     args = parser.parse_args(arguments)
     epochs, points = (min(args.epochs, 80), 10) if args.quick else (args.epochs, 20)
-    args.output.mkdir(parents=True, exist_ok=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")  # on workers and log intervals that PINA sets
     torch.set_num_threads(1)  # more threads slow down a network of this size

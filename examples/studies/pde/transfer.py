@@ -13,15 +13,17 @@ Each run is stored in the cache and not repeated, so that an interrupted experim
 
 from __future__ import annotations
 
-import argparse
+from problems import command_line  # isort: split
+
+
 import json
 import statistics
 from pathlib import Path
 
 import matplotlib
 import torch
-from families import FAMILIES, GRID, Family, find_family, test_points
-from methods import METHODS, QUICK, Setting, add_common_arguments, pretrained, run, train
+from problems.families import FAMILIES, GRID, Family, find_family, test_points
+from problems.methods import CACHE, METHODS, QUICK, Setting, pretrained, run, train
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -216,13 +218,19 @@ def report(lines: list[dict], output: Path, console: Console, name: str) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line.Parser(
+        __doc__,
+        takes="20 minutes on one core for each family",
+        writes="FAMILY.json, .md, .png and FAMILY_fields.png; with --report transfer.*; runs in --cache",
+        folder=command_line.RESULTS / "pde",
+        quick="a tiny setting: to see it run",
+    )
     parser.add_argument("--family", help=f"one of {', '.join(FAMILIES)}")
     parser.add_argument("--report", action="store_true", help="run nothing; tables and curves of all that was run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--targets", nargs="+", default=["near", "middle", "far"], choices=["near", "middle", "far"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    add_common_arguments(parser)
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained bases (default: %(default)s)")
     args = parser.parse_args()
     console = Console()
     setting = QUICK if args.quick else Setting()

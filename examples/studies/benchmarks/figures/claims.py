@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tables import LINEAR, find, median, table
+from figures.tables import LINEAR, find, median, table
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 
 import torch
-from measure import in_child, quartiles
+from figures.measure import in_child, quartiles
 
 
 TITLE = "Import time"

@@ -1,27 +1,29 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Writes the section on speed of the README from the committed results, losing cells included.
+"""Writes the tables of docs/benchmarks.md from the committed results, losing cells included.
 
-python examples/studies/benchmarks/readme.py            # writes it between its two markers
-python examples/studies/benchmarks/readme.py --check    # says whether it is as the results have it
+python examples/studies/benchmarks/page.py            # writes it between its two markers
+python examples/studies/benchmarks/page.py --check    # says whether it is as the results have it
 """
 
 from __future__ import annotations
 
-import argparse
+from figures import command_line  # isort: split
+
+
 import json
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import fill
 
-from claims import CLAIMS
-from tables import LINEAR, LOSES, OTHER_KANS, find, median, number, ratio, size, table
+from figures.claims import CLAIMS
+from figures.tables import LINEAR, LOSES, OTHER_KANS, find, median, number, ratio, size, table
 
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "examples" / "studies" / "results" / "benchmarks" / "cpu.json"
-START = "<!-- speed: written by examples/studies/benchmarks/readme.py -->"
+START = "<!-- speed: written by examples/studies/benchmarks/page.py -->"
 END = "<!-- speed: end -->"
 
 
@@ -30,7 +32,7 @@ def section(results: dict) -> str:
     machine = results["training_step"]["machine"]
     return f"""
 Measured side by side on {machine["cpu"]}, {machine["threads"]} threads, torch {machine["versions"]["torch"]}
-([all tables](examples/studies/results/benchmarks/cpu.md), medians and quartiles;
+([all tables](all_benchmarks.md), medians and quartiles;
 `python examples/studies/benchmarks/run.py` repeats it, on CUDA too, where we have not run it). {LOSES} marks what we
 lose, - what was left out.
 
@@ -134,24 +136,24 @@ def targets(results: dict) -> str:
         for claim, value in values.items()
         if value > claim.limit
     ]
-    text = f"Of {len(values)} targets ([listed](examples/studies/results/benchmarks/cpu.md#what-it-is-held-to)) "
+    text = f"Of {len(values)} targets ([listed](all_benchmarks.md#what-it-is-held-to)) "
     return text + (f"{len(missed)} are missed: {'; '.join(missed)}." if missed else "none is missed.")
 
 
-def with_section(readme: str, results: dict) -> str:
-    """The README with the section between the markers; raises `ValueError` unless each marker occurs once."""
-    if readme.count(START) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README.md must have the lines `{START}` and `{END}` once each, in this order.")
-    before, rest = readme.split(START)
+def with_section(page: str, results: dict) -> str:
+    """The page with the section between the markers; raises `ValueError` unless each marker occurs once."""
+    if page.count(START) != 1 or page.count(END) != 1:
+        raise ValueError(f"docs/benchmarks.md must have the lines `{START}` and `{END}` once each, in this order.")
+    before, rest = page.split(START)
     _, after = rest.split(END)
     return f"{before}{START}\n{section(results).strip()}\n{END}{after}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(__doc__, takes="a second", writes="nothing", folder=None)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the section is not up to date")
     args = parser.parse_args()
-    file = ROOT / "README.md"
+    file = ROOT / "docs" / "benchmarks.md"
     old = file.read_text(encoding="utf-8")
     new = with_section(old, json.loads(RESULTS.read_text()))
     if args.check:

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import torch
-from measure import interleave
-from subjects import GRID, LAYERS, forward_backward, make_layer, too_large
+from figures.measure import interleave
+from figures.subjects import GRID, LAYERS, forward_backward, make_layer, too_large
 
 
 TITLE = "KAN layer"

@@ -6,7 +6,7 @@
 The domain of all four is the square [-1, 1]^2: two dimensions of space, or space x time, where time t in [0, 1] is
 2 t - 1. A family gives the residual terms that `peft_lotra.optim.LevenbergMarquardt` and Adam minimize, and
 `reference(parameter)`, a solution without KANs: Chebyshev collocation (elliptic), or Fourier collocation in space and
-DOP853 from scipy in time (the others). `python examples/studies/pde/families.py` prints the errors of the references:
+DOP853 from scipy in time (the others). `python examples/studies/pde/references.py` prints the errors of the references:
 the difference to twice the resolution, and for Burgers the difference to the exact Cole-Hopf solution.
 """
 
@@ -307,17 +307,3 @@ FAMILIES = {
         ),
     )
 }
-
-
-def main() -> None:
-    for family in FAMILIES.values():
-        for label, parameter in {"base": family.base, **family.targets}.items():
-            line = f"{family.name:20s}{label:8s}{parameter:<8g}{family.reference_error(parameter):.1e}"
-            if family.name == "burgers":
-                exact, ours = cole_hopf(parameter), _solve(family, parameter, family.resolution)
-                line += f"   Cole-Hopf {np.linalg.norm(ours - exact) / np.linalg.norm(exact):.1e}"
-            print(line)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import torch
-from measure import LIMIT_SECONDS, Parts, interleave, time_parts
-from subjects import (
+from figures.measure import LIMIT_SECONDS, Parts, interleave, time_parts
+from figures.subjects import (
     KANS,
     METHODS,
     count_trainable,

@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from measure import Parts, interleave
+from figures.measure import Parts, interleave
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from subjects import METHODS, make_kan, random_inputs
+from figures.subjects import METHODS, make_kan, random_inputs
 from torch import nn
 
 

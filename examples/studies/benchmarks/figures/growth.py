@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import itertools
 
-import layers
+from figures import layers
 import torch
-from measure import interleave
+from figures.measure import interleave
 from peft import get_peft_model
-from subjects import METHODS, RANKS, make_kan, random_inputs, squared_error, training_step
+from figures.subjects import METHODS, RANKS, make_kan, random_inputs, squared_error, training_step
 
 from peft_lotra import LoTRAConfig
 

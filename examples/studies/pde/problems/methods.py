@@ -9,7 +9,6 @@ error, since wall-clock time would include other users of the machine.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import json
@@ -21,20 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from families import Family, relative_error
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig, extract_lotra
 from peft_lotra.kan import KAN
 from peft_lotra.optim import LevenbergMarquardt, create_lotra_optimizer
+from problems.families import Family, relative_error
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that all experiments on these methods share."""
-    parser.add_argument("--quick", action="store_true", help="a tiny setting, to see that it runs")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "peft-lotra-pde")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "pde")
+CACHE = Path.home() / ".cache" / "peft-lotra-pde"
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import json
 import sys
 
 import torch
-from measure import in_child, peak_memory
-from subjects import (
+from figures.measure import in_child, peak_memory
+from figures.subjects import (
     GRID,
     KANS,
     LAYERS,
@@ -49,7 +49,7 @@ def measure(cell: dict, device: torch.device, quick: bool) -> dict:
     reason = too_large(layer, cell["batch"], [cell["width"], cell["width"]])
     if reason:
         return {"skipped": {layer: reason}}
-    return in_child([__file__, json.dumps(cell), str(device)], torch.get_num_threads())
+    return in_child(["-m", __name__, json.dumps(cell), str(device)], torch.get_num_threads())
 
 
 def run_cell(cell: dict, device: torch.device) -> float:

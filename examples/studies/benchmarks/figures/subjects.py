@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from measure import LIMIT_GIB, Parts
+from figures.measure import LIMIT_GIB, Parts
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 

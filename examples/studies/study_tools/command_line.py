@@ -1,0 +1,92 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The command line of a study: imported before all other packages, so that a missing one is one clear line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+
+STUDIES = Path(__file__).resolve().parents[1]
+RESULTS = STUDIES / "results"  # committed
+OUTPUT = STUDIES / "output"  # ignored by git
+
+# the extra that a package comes with, where it is not `examples`
+EXTRAS = {
+    "pina": "examples,pina",
+    "lightning": "examples,pina",
+    "neuralforecast": "examples,heavy",
+    **dict.fromkeys(("kan", "qkan", "inkan", "flashkan", "datasets", "pandas"), "test"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what the study needs, how long it takes and where it writes; an error is one line.
+
+    Args:
+        doc: The docstring of the script.
+        takes: The time, with the machine it was measured on.
+        writes: The names of the files.
+        folder: The default of `--output`, `RESULTS` or a folder in it, or one in `OUTPUT`; none if it writes no
+            results.
+        needs: The extras of the package.
+        quick: What `--quick` does; there is no such option without. Its default for `--output` is `OUTPUT`, and it
+            never writes to `RESULTS`.
+    """
+
+    def __init__(
+        self, doc: str, takes: str, writes: str, folder: Path | None, needs: str = "examples", quick: str | None = None
+    ) -> None:
+        install = f'needs:  pip install -e ".[{needs}]"'
+        epilog = f"{install}\ntakes:  {takes}\nwrites: {writes}"
+        super().__init__(description=doc, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.folder = folder
+        if folder is None:
+            return
+        shown = folder.relative_to(STUDIES.parents[1])
+        other = f", with --quick {OUTPUT.relative_to(STUDIES.parents[1])}" if quick and folder != OUTPUT else ""
+        self.add_argument("--output", type=Path, help=f"folder for the results (default: {shown}{other})")
+        if quick:
+            self.add_argument("--quick", action="store_true", help=quick)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        found = super().parse_args(args, namespace)
+        if self.folder is None:
+            return found
+        quick = getattr(found, "quick", False)
+        if found.output is None:
+            found.output = OUTPUT if quick else self.folder
+        if quick and found.output.resolve().is_relative_to(RESULTS):
+            self.error(f"--quick does not write to {found.output}, which holds committed results: name another folder")
+        try:
+            found.output.mkdir(parents=True, exist_ok=True)
+            if not os.access(found.output, os.W_OK):
+                raise PermissionError("no permission to write")
+        except OSError as error:
+            self.error(f"--output {found.output}: {error.strerror or error}")
+        return found
+
+
+def one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Tells of a missing package, or of a file that cannot be read or written, in one line; shows others in full."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        install = f'pip install -e ".[{EXTRAS.get(package, "examples")}]"'
+        print(f"{Path(sys.argv[0]).name}: error: {package} is not installed: {install}", file=sys.stderr)
+    elif isinstance(error, OSError) and error.filename:
+        print(f"{Path(sys.argv[0]).name}: error: {error.filename}: {error.strerror}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if Path(sys.argv[0]).resolve().is_relative_to(STUDIES):
+    sys.excepthook = one_line
