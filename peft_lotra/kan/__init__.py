@@ -11,9 +11,11 @@ from typing import Any
 from .basis import bspline_basis
 from .configuration_kan import KANConfig
 from .jets.derivatives import hessian, jet, laplacian
+from .knots import KnotMap
 from .layer import KANLinear
 from .modeling_kan import KANModel
 from .network import KAN
+from .refinement import RefinementReport, refine_grid
 from .slim_kan import SlimKAN, SlimKANLinear
 
 
@@ -24,12 +26,15 @@ __all__ = [
     "KANConfig",
     "KANLinear",
     "KANModel",
+    "KnotMap",
+    "RefinementReport",
     "SlimKAN",
     "SlimKANLinear",
     "bspline_basis",
     "hessian",
     "jet",
     "laplacian",
+    "refine_grid",
     "slim",
 ]
 

@@ -1,0 +1,107 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Knots that are dense where a function is steep: a monotone map of each input in front of uniform grids."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .basis import bspline_basis
+from .jets.maps import InputMap
+
+
+_DEGREE = 4  # of the map: its derivatives up to the third are continuous
+
+
+class KnotMap(InputMap):
+    r"""
+    A layer before a KAN layer that maps each interval [low, high] to itself, so that the uniform grid of the KAN layer
+    has knots where the layer's inputs need them:
+
+        phi(x) = sum_k c_k B_k(x),   c increasing,
+
+    a spline of degree 4, whose slope follows the density: twice the density means half the distance of knots. Outside
+    of the interval the map goes on along its tangent. Everything that is fast on uniform grids (values, jets,
+    Jacobians by layers) stays so, which it would not on a basis of any knots.
+
+    `refine_grid` puts maps in front of layers and keeps the function. A state dict holds the map's coefficients, but
+    the network that loads it must have the map: save the module whole, or call `refine_grid` with a density of the same
+    number of cells before loading.
+
+    Args:
+        low, high: the ends of the intervals, (I,).
+        density: positive numbers (I, C): the relative number of knots wanted in C equal cells of each interval.
+
+    Raises:
+        ValueError: the shapes do not fit, an interval is empty, or a density is not positive and finite.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from peft_lotra.kan import KnotMap
+    >>> steep = torch.tensor([[1.0, 1.0, 8.0, 8.0, 1.0, 1.0]])  # most knots in the middle third of [-1, 1]
+    >>> KnotMap(torch.tensor([-1.0]), torch.tensor([1.0]), steep)(torch.tensor([[-1.0], [-0.3], [1.0]]))
+    tensor([[-1.0000],
+            [-0.6...],
+            [ 1.0000]])
+
+    ```
+    """
+
+    low: Tensor
+    high: Tensor
+    coefficients: Tensor
+
+    def __init__(self, low: Tensor, high: Tensor, density: Tensor) -> None:
+        if density.dim() != 2 or low.shape != density.shape[:1] or high.shape != low.shape or not density.numel():
+            raise ValueError(
+                f"`low` {tuple(low.shape)}, `high` {tuple(high.shape)} and `density` {tuple(density.shape)} must be "
+                "(I,), (I,) and (I, C)."
+            )
+        if not (low < high).all():
+            raise ValueError("Each `low` must be below its `high`.")
+        if not (density.isfinite().all() and (density > 0).all()):
+            raise ValueError("`density` must be finite and above zero.")
+        super().__init__(len(low), range(len(low)))
+        inner = density.double()
+        inner = inner.repeat_interleave(_DEGREE, 1) if inner.shape[1] < _DEGREE else inner
+        # The slope is a spline of degree 3, constant at the ends, where the tangent goes on.
+        steps = inner.unfold(1, _DEGREE, 1).mean(-1)
+        sides = (steps[:, end, None].expand(-1, _DEGREE - 1) for end in (0, -1))
+        steps = torch.cat([next(sides), steps, next(sides)], 1)
+        coefficients = torch.cat([torch.zeros_like(steps[:, :1]), steps.cumsum(1)], 1)
+        self.register_buffer("low", low.detach().clone())
+        self.register_buffer("high", high.detach().clone())
+        self.register_buffer("coefficients", coefficients.to(low))
+        first, last = (
+            (self._basis(end, 0) * self.coefficients).sum(-1, keepdim=True) for end in (self.low, self.high)
+        )
+        share = (self.coefficients - first) / (last - first)
+        self.coefficients.copy_(self.low[:, None] + (self.high - self.low)[:, None] * share)
+
+    def _basis(self, z: Tensor, derivative: int) -> Tensor:
+        cells = self.coefficients.shape[1] - _DEGREE
+        return bspline_basis(z, self.low, self.high, cells, _DEGREE, derivative)
+
+    def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `InputMap`."""
+        inside = torch.clamp(z, self.low.to(z), self.high.to(z))
+        coefficients = self.coefficients.to(z)
+        value, slope, bend = ((self._basis(inside, d) * coefficients).sum(-1) for d in range(3))
+        return value + slope * (z - inside), slope, bend * (inside == z)
+
+    @torch.no_grad()
+    def inverse(self, s: Tensor) -> Tensor:
+        """The points that the map takes to s (..., I), by bisection; s must lie in the intervals."""
+        below, above = (end.to(s).expand_as(s) for end in (self.low, self.high))
+        for _ in range(60):
+            middle = (below + above) / 2
+            high = self(middle) > s
+            below, above = torch.where(high, below, middle), torch.where(high, middle, above)
+        return (below + above) / 2
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, cells={self.coefficients.shape[1] - _DEGREE}"

@@ -1,0 +1,153 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from helpers import adapt
+from jet_helpers import assert_same, nested
+from torch import Tensor, nn
+
+from peft_lotra.kan import KAN, KnotMap, SlimKAN, jet, refine_grid
+from peft_lotra.optim import LevenbergMarquardt
+
+
+def inputs(rows: int = 500, scale: float = 1.0) -> Tensor:
+    return scale * (2 * torch.rand(rows, 2, dtype=torch.float64) - 1)
+
+
+def kan(*widths: int, **kwargs) -> KAN:
+    return KAN(widths or (2, 6, 5, 1), grid_size=6, dtype=torch.float64, **kwargs)
+
+
+def wide(model: nn.Module) -> nn.Module:
+    """Splines that are large beside the residual branch."""
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.spline_weight.mul_(5)
+    return model
+
+
+def inside(model: KAN, x: Tensor) -> KAN:
+    """The model with inner grids that contain all activations."""
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.grid_bounds.copy_(torch.stack([x.amin(0) - 0.1, x.amax(0) + 0.1], -1))
+            x = layer(x)
+    return model
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 5])
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_multiple_keeps_values_and_derivatives(order, factor):
+    x = inputs()
+    model = inside(wide(kan(spline_order=order)), x)
+    before = jet(model, x)
+    report = refine_grid(model, 6 * factor)
+    assert [layer.grid_size for layer in model.layers] == [6 * factor] * 3
+    assert max(report.errors.values()) < 1e-12
+    torch.testing.assert_close(model(x), before[0], rtol=1e-10, atol=1e-12)
+    if order > 2:
+        assert_same(jet(model, x), before, 1e-8)
+
+
+def test_slim_networks_without_samples():
+    x = inputs()
+    model = SlimKAN([2, 6, 1], (4, 2, 3), grid_size=5, dtype=torch.float64)
+    with torch.no_grad():
+        model.layers[1].grid_bounds.copy_(torch.tensor([-9.0, 9.0]))
+    before = model(x)
+    refine_grid(model, 10)
+    torch.testing.assert_close(model(x), before, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="`layers.0` is Slim"):
+        refine_grid(model, 20, x)
+
+
+def test_samples_where_activations_leave_the_grid():
+    """`update_grid` on as many intervals loses what a finer grid keeps."""
+    x = inputs(2000)
+    model = wide(kan())
+    moved = copy.deepcopy(model)
+    before = model(x).detach()
+    report = refine_grid(model, 60, x)
+    assert max(report.outside.values()) > 0.02 and report.outside["0"] == 0
+    error, size = (model(x) - before).abs().max(), before.abs().max()
+    moved.update_grid(x)
+    assert error < 2e-3 * size and error < 0.1 * (moved(x) - before).abs().max()
+    z = x
+    for layer in model.layers:  # all activations are on the new grids
+        low, high = layer.grid_bounds.unbind(-1)
+        assert ((z >= low) & (z <= high)).all()
+        z = layer(z)
+
+
+def test_knots_where_the_function_is_steep():
+    """At equal size, a shock is fitted far better by dense knots; the function is kept when they are moved there."""
+    x = torch.linspace(-1, 1, 400, dtype=torch.float64)[:, None]
+    y = torch.tanh(x / 0.02)
+
+    def fit(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return model(x) - y
+
+    def error(model: nn.Module) -> float:
+        return (model(x) - y).square().mean().sqrt().item()
+
+    density = 1 + 60 * torch.exp(-((torch.linspace(-1, 1, 64).double() / 0.08) ** 2))[None]
+    even, uneven = KAN([1, 1], 24, dtype=torch.float64), KAN([1, 1], 24, dtype=torch.float64)
+    refine_grid(uneven, 24, density=density, tolerance=0.5)
+    assert isinstance(uneven.layers[0], KnotMap)
+    for model in (even, uneven):
+        LevenbergMarquardt(model, 1e-6).fit([(fit, (x, y))], 3, progress=False)
+    assert error(uneven) < 0.05 * error(even)
+    # once more: the map is replaced, and the fit kept
+    refine_grid(uneven, 60, density=density.sqrt(), tolerance=0.05)
+    assert len(uneven.layers) == 2 and error(uneven) < 0.02
+    assert_same(jet(uneven, x), nested(uneven, x), 1e-9)
+
+
+def test_what_is_frozen_and_the_mode_are_kept():
+    model = kan().eval()
+    model.layers[1].base_weight.requires_grad_(False)
+    refine_grid(model, 12)
+    assert not model.layers[1].base_weight.requires_grad and model.layers[1].spline_weight.requires_grad
+    assert not any(part.training for part in model.layers)
+
+
+def test_normalizations_between_layers():
+    x = inputs()
+    model = KAN([2, 5, 1], grid_size=6, norm="batch", dtype=torch.float64)
+    model(x)
+    with pytest.raises(ValueError, match="`layers.1` is BatchNorm"):
+        refine_grid(model, 12)
+    before = model.eval()(x)
+    refine_grid(model, 30, x)
+    torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-3)
+
+
+def test_refusals_change_nothing():
+    x = inputs()
+    model = wide(kan())
+    state = copy.deepcopy(model.state_dict())
+    bad = x.clone()
+    bad[3] = math.nan
+    cases = [
+        (lambda: refine_grid(model, 3), "`layers.0` cannot be kept: on a grid of 3 intervals"),
+        (lambda: refine_grid(model, 0), "`grid_size` is 0"),
+        (lambda: refine_grid(model, 12, bad), "must be .N, I., N >= 1, and finite"),
+        (lambda: refine_grid(model, 12, x[:0]), "`samples` have shape"),
+        (lambda: refine_grid(model, 12, density=torch.ones(3, 5)), "`density` .3, 5. must be"),
+        (lambda: refine_grid(adapt(copy.deepcopy(model)).get_base_model(), 12), "`layers.0` is LoTRALayer"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name])
+    with pytest.raises(TypeError, match="`kan` is Sequential, but must be a KAN"):
+        refine_grid(nn.Sequential(kan()), 12)
