@@ -27,8 +27,8 @@ class KnotMap(InputMap):
     Jacobians by layers) stays so, which it would not on a basis of any knots.
 
     `refine_grid` puts maps in front of layers and keeps the function. A state dict holds the map's coefficients, but
-    the network that loads it must have the map: save the module whole, or call `refine_grid` with a density of the same
-    number of cells before loading.
+    the network that loads it must have the map: save the module whole, or call `refine_grid` with a density of the
+    same number of cells before loading.
 
     Args:
         low, high: the ends of the intervals, (I,).

@@ -51,8 +51,8 @@ def refine_grid(
     r"""
     Gives the layers of a network grids of another size and keeps its function.
 
-    Without samples, the ends of the grids stay. If `grid_size` is a multiple of the old one, the old splines lie in the
-    span of the new ones, and the function is kept to rounding on the grids; otherwise it is the least-squares fit.
+    Without samples, the ends of the grids stay. If `grid_size` is a multiple of the old one, the old splines lie in
+    the span of the new ones, and the function is kept to rounding on the grids; otherwise it is the least-squares fit.
     Beyond the ends of a grid the splines fade out within `spline_order` intervals, which get shorter: if activations
     leave the grids, give samples.
 
@@ -93,8 +93,8 @@ def refine_grid(
     """
     if not isinstance(kan, LayerStack):
         raise TypeError(
-            f"`kan` is {type(kan).__name__}, but must be a KAN or a SlimKAN. Give the network inside of a wrapper, such "
-            "as `model.kan`; merge an adapter first."
+            f"`kan` is {type(kan).__name__}, but must be a KAN or a SlimKAN. Give the network inside of a wrapper, "
+            "such as `model.kan`; merge an adapter first."
         )
     for name, layer in kan.layers.named_children():
         if not (isinstance(layer, SplineLayer | KnotMap) or is_norm(layer)):
@@ -120,7 +120,7 @@ def refine_grid(
         new_map = KnotMap(low, high, density.to(low))
 
     layers, errors, outside = [], {}, {}
-    old_map = kan.layers[0] if isinstance(kan.layers[0], KnotMap) and kan.layers[1] is first else None
+    old_map = before if isinstance(before := kan.layers[0], KnotMap) and kan.layers[1] is first else None
     for name, layer in kan.layers.named_children():
         if isinstance(layer, SplineLayer):
             bounds, outside[name] = _new_bounds(name, layer, samples if layer is not first else None, margin)
@@ -168,7 +168,7 @@ def _new_bounds(name: str, layer: SplineLayer, z: Tensor | None, margin: float) 
 def _refitted(
     layer: SplineLayer, grid_size: int, bounds: Tensor, old_map: KnotMap | None, new_map: KnotMap | None
 ) -> tuple[SplineLayer, float]:
-    """The layer on another grid, and the largest change of an edge's function on it, as a share of the largest value."""
+    """The layer on another grid, and the largest change of its functions there, as a share of the largest value."""
     order = layer.spline_order
     low, high = bounds.double().unbind(-1)
     count = _POINTS * max(grid_size, layer.grid_size)
