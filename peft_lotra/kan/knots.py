@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ class KnotMap(InputMap):
     of the interval the map goes on along its tangent. Everything that is fast on uniform grids (values, jets,
     Jacobians by layers) stays so, which it would not on a basis of any knots.
 
-    `refine_grid` puts maps in front of layers and keeps the function. A state dict holds the map's coefficients, but
+    `refine_grid` puts maps in front of layers and keeps the function. A state dict holds the map's pieces, but
     the network that loads it must have the map: save the module whole, or call `refine_grid` with a density of the
     same number of cells before loading.
 
@@ -53,7 +55,7 @@ class KnotMap(InputMap):
 
     low: Tensor
     high: Tensor
-    coefficients: Tensor
+    pieces: Tensor  # (I, cells, 5): the polynomials in the share of the cell, powers ascending
 
     def __init__(self, low: Tensor, high: Tensor, density: Tensor) -> None:
         if density.dim() != 2 or low.shape != density.shape[:1] or high.shape != low.shape or not density.numel():
@@ -66,31 +68,33 @@ class KnotMap(InputMap):
         if not (density.isfinite().all() and (density > 0).all()):
             raise ValueError("`density` must be finite and above zero.")
         super().__init__(len(low), range(len(low)))
-        inner = density.double()
-        inner = inner.repeat_interleave(_DEGREE, 1) if inner.shape[1] < _DEGREE else inner
-        # The slope is a spline of degree 3, constant at the ends, where the tangent goes on.
-        steps = inner.unfold(1, _DEGREE, 1).mean(-1)
-        sides = (steps[:, end, None].expand(-1, _DEGREE - 1) for end in (0, -1))
-        steps = torch.cat([next(sides), steps, next(sides)], 1)
-        coefficients = torch.cat([torch.zeros_like(steps[:, :1]), steps.cumsum(1)], 1)
         self.register_buffer("low", low.detach().clone())
         self.register_buffer("high", high.detach().clone())
-        self.register_buffer("coefficients", coefficients.to(low))
-        first, last = (
-            (self._basis(end, 0) * self.coefficients).sum(-1, keepdim=True) for end in (self.low, self.high)
-        )
-        share = (self.coefficients - first) / (last - first)
-        self.coefficients.copy_(self.low[:, None] + (self.high - self.low)[:, None] * share)
-
-    def _basis(self, z: Tensor, derivative: int) -> Tensor:
-        cells = self.coefficients.shape[1] - _DEGREE
-        return bspline_basis(z, self.low, self.high, cells, _DEGREE, derivative)
+        # Four cells for each of the density, so that the mean over four that follows is local.
+        steps = density.double().repeat_interleave(_DEGREE, 1).unfold(1, _DEGREE, 1).mean(-1)
+        # The slope is a spline of degree 3, constant at the ends, where the tangent goes on.
+        first, last = (steps[:, end, None].expand(-1, _DEGREE - 1) for end in (0, -1))
+        steps = torch.cat([torch.zeros_like(first[:, :1]), first, steps, last], 1)
+        pieces = _pieces(steps.cumsum(1))
+        start, end = pieces[:, 0, 0], pieces[:, -1].sum(-1)
+        pieces *= ((high - low).double() / (end - start))[:, None, None]
+        pieces[..., 0] += low.double()[:, None] - pieces[:, :1, 0]
+        self.register_buffer("pieces", pieces.to(low))
 
     def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `InputMap`."""
-        inside = torch.clamp(z, self.low.to(z), self.high.to(z))
-        coefficients = self.coefficients.to(z)
-        value, slope, bend = ((self._basis(inside, d) * coefficients).sum(-1) for d in range(3))
+        cells = self.pieces.shape[1]
+        low, high = self.low.to(z), self.high.to(z)
+        inside = torch.clamp(z, low, high)
+        per_unit = cells / (high - low)
+        position = (inside - low) * per_unit
+        cell = position.detach().nan_to_num().long().clamp(0, cells - 1)
+        t = position - cell
+        columns = torch.arange(len(low), device=z.device).expand_as(cell)
+        value = slope = bend = torch.zeros_like(z)
+        for coefficient in self.pieces.to(z)[columns, cell].flip(-1).unbind(-1):  # Horner
+            value, slope, bend = value * t + coefficient, slope * t + value, bend * t + 2 * slope
+        slope, bend = slope * per_unit, bend * per_unit.square()
         return value + slope * (z - inside), slope, bend * (inside == z)
 
     @torch.no_grad()
@@ -104,4 +108,16 @@ class KnotMap(InputMap):
         return (below + above) / 2
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, cells={self.coefficients.shape[1] - _DEGREE}"
+        return f"in_features={self.in_features}, cells={self.pieces.shape[1] // _DEGREE}"
+
+
+def _pieces(coefficients: Tensor) -> Tensor:
+    """The polynomials (I, C, 5) of splines of degree 4 with these coefficients (I, C + 4), on C cells of size 1."""
+    cells = coefficients.shape[1] - _DEGREE
+    start = torch.arange(cells, dtype=torch.float64, device=coefficients.device)
+    taylor = []
+    for power in range(_DEGREE + 1):
+        at = start + 0.5 * (power == _DEGREE)  # the last derivative jumps at the start
+        basis = bspline_basis(at.unsqueeze(-1), 0.0, float(cells), cells, _DEGREE, power).squeeze(1)
+        taylor.append(coefficients @ basis.T / math.factorial(power))
+    return torch.stack(taylor, -1)
