@@ -42,7 +42,8 @@ class CoefficientTensor:
 
     The coefficients of a convolution are a tensor (out, in, basis, kernel) with the kernel flattened. Parts are joined
     along the basis mode, and the members of a part, if it has several, along the output mode. Members that have fewer
-    inputs or basis functions than others are filled up with zeros, which are never written back.
+    inputs or basis functions than others are filled up with zeros, which are never written back. A part that is shared
+    by the outputs, or along the kernel, is repeated, and the mean is written back.
 
     Attributes:
         family: The family of the layer.
@@ -217,12 +218,18 @@ def locate_coefficients(
     ]
     kernel, groups = roles
     found: dict[str, tuple[Layout, torch.Tensor, int | None]] = {}
-    for name, pattern, names in described:
+    first: list[Layout] = []  # those of the first part
+    for position, (name, pattern, names) in enumerate(described):
         for place, member in enumerate(names):
             parameter = get_or_none(layer, member)
             if not isinstance(parameter, torch.Tensor):
                 raise ValueError(f"{problem}`{member}` is not as described. There is no such parameter.")
-            layout = parse_layout(pattern, kernel, groups, parameter.dim())
+            may_share = 0 < position < len(coefficients)
+            layout = parse_layout(pattern, kernel, groups, parameter.dim(), whole=not may_share)
+            if may_share:
+                layout = layout.beside(first[min(place, len(first) - 1)], is_listed="*" in name)
+            elif not position:
+                first.append(layout)
             found[member] = layout, parameter, place if "*" in name else None
             if "*" in name and len(groups.split()) == 1 and not layout.groups:  # the list is the axis of blocks
                 lengths[place].setdefault(groups.strip(), count)
@@ -232,7 +239,7 @@ def locate_coefficients(
             Member(
                 member,
                 found[member][0],
-                {axis: lengths[place][axis] for axis in found[member][0].axes},
+                {axis: lengths[place][axis] for axis in (*found[member][0].axes, *found[member][0].shared)},
                 tuple(found[member][1].shape),
                 found[member][0].canonical_shape(lengths[place]),
             )

@@ -20,7 +20,7 @@ from ..kan.basis import UniformGrid
 from ..locks import cached
 from .coefficients import CoefficientTensor, Described, expand_name, get_or_none, locate_coefficients
 from .layout import Layout, parse_layout
-from .probe import check_description, choose_reading, pattern_variants
+from .probe import check_description, choose_reading, exchange_axes, pattern_variants
 
 
 Grid = dict[str, "torch.Tensor | int | float"]
@@ -40,7 +40,8 @@ class KANLayerSpec:
             sub-modules, `*` stands for the members of a list: `"convs.*.weight"`) and its layout as an einops pattern:
             `o` and `i` are the output and input features, any other axes make up the basis mode in the order in which
             they appear. `"o i k"`, `"o (i k)"`, `"t o i g"`; `"o ((i k) + i)"` where the residual weights are packed
-            behind the coefficients. Several parts are joined along the basis mode. See layout.py.
+            behind the coefficients. Several parts are joined along the basis mode; one after the first may lack `o` or
+            `i`, and is shared by them, and one of a number for each edge is shared along a kernel. See layout.py.
         residual (`tuple[str, str]`, *optional*): The parameter of the residual branch and its layout, of `o` and `i`
             and the axes of `kernel` and `groups`. A layer on which it is absent or `None` has no residual branch.
         kernel (`str`): The axes of the kernel of a convolution, e.g. `"h w"`. A `...` in a pattern is such an axis, or
@@ -108,9 +109,9 @@ class KANLayerSpec:
             return ()
         return (tuple(given),) if any(isinstance(part, str) for part in given) else tuple(map(tuple, given))
 
-    def parse(self, pattern: str) -> Layout:
-        """The layout of a pattern of this family."""
-        return parse_layout(pattern, self.kernel, self.groups)
+    def parse(self, pattern: str, whole: bool = True) -> Layout:
+        """The layout of a pattern of this family; one that is not `whole` may lack `o` or `i`."""
+        return parse_layout(pattern, self.kernel, self.groups, whole=whole)
 
     def _check(self) -> None:
         of_family = f"of {self.family!r}"
@@ -127,7 +128,7 @@ class KANLayerSpec:
         for name in (*names, *self.grid, *filter(None, [self.bias])):
             if not _is_name(name):
                 raise ValueError(f"{name!r} {of_family} is no name of a parameter, e.g. 'spline.weight'.")
-        layouts = [self.parse(pattern) for _, pattern in parts]
+        layouts = [self.parse(pattern, whole=not place) for place, (_, pattern) in enumerate(parts)]
         for what, described in (("residual weights", self.residual), ("edge scales", self.edge_scale)):
             if described is not None and self.parse(described[1]).basis:
                 raise ValueError(
@@ -140,13 +141,18 @@ class KANLayerSpec:
         if packed and (len(parts) > 1 or "*" in names[0]):
             raise ValueError(f"A pattern with `+` {of_family} must be that of the only parameter, without `*`.")
         layouts += [self.parse(self.residual[1])] if self.residual is not None else []
-        kernels = {frozenset(layout.kernel) for layout in layouts}
+        # a part with one number for each edge is shared along the kernel; anything else is rather an error
+        kernels = {
+            frozenset(layout.kernel)
+            for place, layout in enumerate(layouts)
+            if layout.kernel or layout.basis or place in (0, len(parts))
+        }
         if len(kernels) > 1 or set(self.kernel.split()) - set(layouts[0].kernel):
             patterns = ", ".join(repr(layout.pattern) for layout in layouts)
             raise ValueError(
                 f"The patterns {patterns} {of_family} do not all have the axes of the kernel, "
-                f"`{self.kernel or '...'}`. Weights without a kernel cannot be joined with those that have one: leave "
-                "them out."
+                f"`{self.kernel or '...'}`. Weights without a kernel cannot be joined with those that have one, but "
+                "for one number of each edge ('o i'): leave them out."
             )
         listed = {"*" in name for name, _ in parts} == {True}
         unnamed = set(self.groups.split()) - {axis for layout in layouts for axis in layout.groups}
@@ -208,8 +214,8 @@ class KANLayerSpec:
     def _readings(self) -> list[tuple[tuple[Described, ...], Described | None]]:
         """Parts and residual branch as described, and with outputs and inputs exchanged in both, or in one of them."""
         parts, residual = self.parts, self.residual
-        other = tuple((name, pattern_variants(pattern)[0]) for name, pattern in parts)
-        other_residual = residual and (residual[0], pattern_variants(residual[1])[0])
+        other = tuple((name, exchange_axes(pattern)) for name, pattern in parts)
+        other_residual = residual and (residual[0], exchange_axes(residual[1]))
         return list(
             dict.fromkeys([(parts, residual), (other, residual), (other, other_residual), (parts, other_residual)])
         )

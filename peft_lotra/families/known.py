@@ -45,6 +45,7 @@ def _chebyshev_basis(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.cos(degrees * torch.acos(torch.tanh(x)).unsqueeze(-1))
 
 
+_FEW_OUTPUTS = 16  # up to which the phases of ReLU-KAN are more than a tenth of the layer
 _PYKAN_LAYER_METHODS = ("update_grid_from_samples", "initialize_grid_from_parent", "get_subset", "swap")
 _PYKAN_NETWORK_METHODS = {
     "fit": "update_grid",
@@ -127,7 +128,8 @@ register_kan_layer(
 )
 register_kan_layer(
     "pykan",
-    matches=lambda m: m.coef.ndim == 3 and m.scale_base.ndim == 2 and m.scale_sp.ndim == 2,
+    # a copy may lack `scale_base`
+    matches=lambda m: m.coef.ndim == 3 and m.mask.ndim == 2 and m.scale_sp.ndim == 2,
     coefficients=("coef", "i o k"),
     residual=("scale_base", "i o"),
     grid=("grid",),
@@ -156,6 +158,19 @@ register_kan_layer(
     bias="equal_size_conv.bias",
     axes=lambda m: {"i": m.phase_low.shape[0]},
 )
+for _name, _high in (("relu-kan-few", "phase_height"), ("relu-kan-few-high", "phase_high")):
+    register_kan_layer(  # of few outputs: the phases, which all outputs share, are a large share of the layer
+        _name,
+        matches=lambda m, high=_high: (
+            m.phase_low.ndim == 2
+            and m.equal_size_conv.weight.ndim == 4
+            and m.equal_size_conv.out_channels <= _FEW_OUTPUTS
+            and {"phase_low", high} <= m._parameters.keys()
+        ),
+        coefficients=[("equal_size_conv.weight", "o () (i k):2"), ("phase_low", "i k"), (_high, "i k")],
+        axes=lambda m: {"i": m.phase_low.shape[0]},
+        linear=False,
+    )
 register_kan_layer(
     "torchkan",  # all layers of a network in one module
     matches=lambda m: isinstance(m.spline_weights, nn.ParameterList) and isinstance(m.base_weights, nn.ParameterList),

@@ -72,12 +72,28 @@ register_kan_layer(
     **_BLOCKS,
 )
 register_kan_layer(
-    "wav-conv",  # scale and translation of each edge have no kernel: they stay as they are
+    "wav-conv",  # of older files: scale and translation stay as they are
     matches=lambda m: _has_list(m, "wavelet_conv") and m.wavelet_conv[0].wavelet_weights.weight.ndim > 2,
     coefficients=("wavelet_conv.*.wavelet_weights.weight", "o i ..."),
     grid=("wavelet_conv.*.scale", "wavelet_conv.*.translation"),
     **_BLOCKS,
 )
+for _dims in (1, 2, 3):
+    _edges = " ".join(["()", "o", "i", *["()"] * _dims])
+    register_kan_layer(
+        f"wav-conv-{_dims}d",
+        matches=lambda m, dims=_dims: (
+            _has_list(m, "wavelet_conv")
+            and m.wavelet_conv[0].wavelet_weights.weight.ndim == dims + 2
+            and m.wavelet_conv[0].scale.ndim == dims + 3
+        ),
+        coefficients=[
+            ("wavelet_conv.*.wavelet_weights.weight", "o i ..."),
+            ("wavelet_conv.*.scale", _edges),
+            ("wavelet_conv.*.translation", _edges),
+        ],
+        **_BLOCKS,
+    )
 register_kan_layer(
     "fast-kan-conv",  # U-KAN: the functions outside, other than in torch-conv-kan
     matches=lambda m: _convolution(m, "spline_conv").groups == 1 and isinstance(m.rbf, nn.Module),

@@ -11,11 +11,13 @@ which it appears; without one the basis has the length one.
 
 Parentheses flatten axes as in einops, and `()` is an axis of length one. As in einx, a `+` inside parentheses
 concatenates two blocks: the coefficients come first, the residual weights second. `(i k):2` is a flattened axis that
-is stored over two dimensions.
+is stored over two dimensions. A part after the first may lack `o`, `i` or the axes of the kernel: it is shared along
+them. Each edge then has the same values, and an update of the parameter is the mean of what the edges would have.
 
     "o i k"          efficient-kan    "t o i g"            FourierKAN: the basis mode is (t g)
     "o (i k)"        FastKAN          "o ((i k) + i)"      inkan: coefficients and residual weights packed in one
     "o (k i) ..."    convolutions     "o () (i k):2"       ReLU-KAN: a view of (i k), which splits neither i nor k
+                                      "i k"                its phases, of which all outputs have the same
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import permutations
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce, repeat
 
 from ..locks import cached
 
@@ -55,6 +57,7 @@ class Layout:
         packed_residual: As `dims`, for residual weights that are packed into the parameter. Its shape differs from
             that of the coefficients in dimension `concatenated` alone, in which the two are packed.
         stored_over: The number of stored dimensions of each dimension, if one of them has several.
+        shared: The axes that the parameter lacks, and is shared along.
     """
 
     pattern: str
@@ -64,6 +67,7 @@ class Layout:
     packed_residual: Dims | None = None
     concatenated: int = -1
     stored_over: tuple[int, ...] | None = None
+    shared: tuple[str, ...] = ()
 
     @cached
     def axes(self) -> tuple[str, ...]:
@@ -74,6 +78,15 @@ class Layout:
     def basis(self) -> tuple[str, ...]:
         """The axes that make up the basis mode."""
         return tuple(axis for axis in self.axes if axis not in ("o", "i", *self.groups, *self.kernel))
+
+    def beside(self, first: Layout, is_listed: bool = False) -> Layout:
+        """This layout in a family whose first parameter has another one: shared along what that has besides.
+
+        The members of a list, `is_listed`, are blocks, and need no axis of them.
+        """
+        groups = self.groups if is_listed else first.groups
+        missing = tuple(axis for axis in (*groups, "o", "i", *first.kernel) if axis not in self.axes)
+        return replace(self, shared=missing, groups=groups, kernel=first.kernel) if missing else self
 
     def canonical_shape(self, lengths: Mapping[str, int]) -> Shape:
         """(out, in, basis) or (out, in, basis, kernel), with a packed residual branch."""
@@ -126,8 +139,9 @@ class Layout:
             blocks = (self.dims, self.packed_residual)
             sizes = [math.prod(lengths[axis] for axis in dims[self.concatenated]) for dims in blocks]
             parts = parameter.split(sizes, dim=self.concatenated)
+        write = repeat if self.shared else rearrange
         parts = [
-            rearrange(part, f"{stored} -> {canonical}", **{axis: lengths[axis] for axis in axes})
+            write(part, f"{stored} -> {canonical}", **{axis: lengths[axis] for axis in axes})
             for part, (stored, canonical, axes) in zip(parts, self._blocks, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
@@ -137,11 +151,14 @@ class Layout:
     ) -> torch.Tensor:
         """(out, in, basis[, kernel]) -> (stored shape), the inverse of `to_canonical`; differentiable.
 
-        `shape` is the stored one, which a layout with `stored_over` needs.
+        What is stored once is the mean along the axes that it is `shared` along. `shape` is the stored one, which a
+        layout with `stored_over` needs.
         """
         parts = [tensor] if self.packed_residual is None else [tensor[:, :, :-1], tensor[:, :, -1:]]
         parts = [
-            rearrange(part, f"{canonical} -> {stored}", **{axis: lengths[axis] for axis in axes})
+            reduce(part, f"{canonical} -> {stored}", "mean", **{axis: lengths[axis] for axis in axes})
+            if self.shared
+            else rearrange(part, f"{canonical} -> {stored}", **{axis: lengths[axis] for axis in axes})
             for part, (stored, canonical, axes) in zip(parts, self._blocks, strict=True)
         ]
         stored = parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.concatenated)
@@ -155,7 +172,10 @@ class Layout:
         blocks = [(self.dims, f"{out} i ({' '.join(self.basis)}){kernel}")]
         if self.packed_residual is not None:
             blocks.append((self.packed_residual, f"{out} i (){kernel}"))
-        return [(_write(dims), canonical, tuple(axis for dim in dims for axis in dim)) for dims, canonical in blocks]
+        return [
+            (_write(dims), canonical, (*(axis for dim in dims for axis in dim), *self.shared))
+            for dims, canonical in blocks
+        ]
 
 
 def _open_lengths(axes: Sequence[str], lengths: Mapping[str, int]) -> str:
@@ -168,13 +188,16 @@ def _write(dims: Sequence[tuple[str, ...]]) -> str:
 
 
 @lru_cache(1024)
-def parse_layout(pattern: str, kernel: str = "", groups: str = "", dimensions: int | None = None) -> Layout:
+def parse_layout(
+    pattern: str, kernel: str = "", groups: str = "", dimensions: int | None = None, whole: bool = True
+) -> Layout:
     """Parses a pattern.
 
     Args:
         pattern: The pattern of a parameter.
         kernel, groups: The axes of the kernel mode, and of blocks, separated by spaces. The pattern may lack them.
         dimensions: The number of dimensions of the parameter, which says how many axes `...` stands for.
+        whole: Whether the pattern must have `o` and `i`, as that of a first parameter.
 
     Raises:
         ValueError: It is malformed, or `o` and `i` do not appear exactly once.
@@ -210,7 +233,7 @@ def parse_layout(pattern: str, kernel: str = "", groups: str = "", dimensions: i
         axes = [axis for dim in dims for axis in dim]
         if len(axes) > _MAX_AXES:
             raise ValueError(problem + f"it has {len(axes)} axes, and at most {_MAX_AXES} are possible.")
-        if len(set(axes)) != len(axes) or not {"o", "i"} <= set(axes):
+        if len(set(axes)) != len(axes) or (whole and not {"o", "i"} <= set(axes)):
             raise ValueError(problem + "`o` and `i` must appear once each, and no other axis twice.")
     # in the order of the pattern
     named = {axis for dim in first for axis in dim}
@@ -235,6 +258,31 @@ def _split(pattern: str, problem: str) -> list[str]:
     if re.sub(dimension, "", pattern).strip():
         raise ValueError(problem + "its parentheses do not match.")
     return re.findall(dimension, pattern)
+
+
+def axis_patterns(
+    shape: Sequence[int], letter: str = "k", sizes: tuple[int | None, int | None] = (None, None)
+) -> Iterator[str]:
+    """The patterns of a parameter of this shape that have each axis on its own.
+
+    Args:
+        shape: The shape of the parameter.
+        letter: The axis of the basis, or of several what their names begin with.
+        sizes: The numbers of outputs and inputs, if they are known: the patterns that fit them come first.
+
+    Example:
+        >>> list(axis_patterns((3, 5, 1), sizes=(5, 3)))[:2]
+        ['i o ()', 'i () o']
+    """
+    places = range(len(shape))
+    pairs = sorted(
+        permutations(places, 2), key=lambda pair: -sum(shape[p] == s for p, s in zip(pair, sizes, strict=True))
+    )
+    for pair in pairs:
+        names = dict(zip(pair, "oi", strict=True))
+        basis = [place for place in places if place not in names and shape[place] > 1]
+        names |= {place: letter if len(basis) == 1 else f"{letter}{place}" for place in basis}
+        yield " ".join(names.get(place, "()") for place in places)
 
 
 def suggest_patterns(shape: Sequence[int], out: int, in_: int, kernel: Sequence[str] = ()) -> list[str]:

@@ -31,8 +31,8 @@ from torch import nn
 from .coefficients import CoefficientTensor, Described
 
 
-_NO_EFFECT = 1e-4  # of the largest gradient: rounding
-_EFFECT = 1e-2
+NO_EFFECT = 1e-4  # of the largest gradient: rounding
+EFFECT = 1e-2
 _MAX_INPUT = 1 << 22  # elements
 CURVATURE = 1e-2  # of the change: more than rounding in float32 makes of an affine function
 
@@ -87,7 +87,7 @@ class Probe:
     def axes(self, tensor: CoefficientTensor) -> Verdict:
         """Compares the output and the input mode of a reading of the coefficients with what the layer does."""
         try:
-            with _isolated(self._like(tensor)):
+            with isolated(self._like(tensor)):
                 return self._axes(tensor)
         except _Undecided as reason:
             return Verdict(reason=str(reason))
@@ -100,12 +100,12 @@ class Probe:
         `None` if that cannot be said.
         """
         try:
-            with _isolated(self._like(tensor)), torch.no_grad():
+            with isolated(self._like(tensor)), torch.no_grad():
                 x = self._input(tensor)
-                values = {name: _own(value) for name, value in tensor.read_parameters(self.layer).items()}
+                values = {name: own_copy(value) for name, value in tensor.read_parameters(self.layer).items()}
                 generator = torch.Generator().manual_seed(0)
                 steps = {
-                    name: torch.randn(value.shape, generator=generator).to(value) * _size(value)
+                    name: torch.randn(value.shape, generator=generator).to(value) * mean_size(value)
                     for name, value in values.items()
                 }
                 outputs = [
@@ -122,8 +122,8 @@ class Probe:
 
     def reached(self, names: Sequence[str], tensor: CoefficientTensor) -> dict[str, bool]:
         """Whether the output depends on each of these parameters."""
-        with _isolated(self._like(tensor)):
-            values = {name: _own(self.layer.get_parameter(name)).requires_grad_() for name in names}
+        with isolated(self._like(tensor)):
+            values = {name: own_copy(self.layer.get_parameter(name)).requires_grad_() for name in names}
             y = self._run(values, self._input(tensor))
             gradients = torch.autograd.grad(y.square().sum(), list(values.values()), allow_unused=True)
         return {name: g is not None and bool(g.any()) for name, g in zip(names, gradients, strict=True)}
@@ -144,15 +144,15 @@ class Probe:
     def _axes(self, tensor: CoefficientTensor) -> Verdict:
         x = self._input(tensor)
         out, in_, *_ = tensor.shape
-        values = {n: _own(v).requires_grad_() for n, v in tensor.read_parameters(self.layer).items()}
+        values = {n: own_copy(v).requires_grad_() for n, v in tensor.read_parameters(self.layer).items()}
         channels = 1 if len(tensor.shape) == 4 else -1
         y = self._run(values, x)
         if y.dim() < 2 or y.shape[channels] != out or y.shape[0] != x.shape[0]:
             raise _Undecided(f"for an input {tuple(x.shape)} it returns {tuple(y.shape)}, and not {out} outputs")
-        weights = _weights(y)
+        weights = output_weights(y)
 
         def gradient(of: torch.Tensor) -> torch.Tensor:
-            return _gradient_of(of, values, tensor, retain_graph=True).flatten(2)
+            return gradient_of(of, values, tensor, retain_graph=True).flatten(2)
 
         whole = gradient((y * weights).sum())
         if not whole.any() or not whole.isfinite().all():
@@ -163,8 +163,8 @@ class Probe:
             place = int(whole.flatten(1).abs().amax(1).argmax())
             sizes = gradient((y * weights).select(channels, place).sum()).flatten(1).abs().amax(1)
             own, others = sizes[place].item(), torch.cat([sizes[:place], sizes[place + 1 :]]).max().item()
-            contradicted = own <= _NO_EFFECT * others
-            outputs = others <= _NO_EFFECT * own
+            contradicted = own <= NO_EFFECT * others
+            outputs = others <= NO_EFFECT * own
             if not outputs and x.numel() == in_ and not _is_of_rank_one(whole.transpose(0, 1).flatten(1)):
                 outputs = _is_of_rank_one(whole.flatten(1))
         if in_ > 2:
@@ -216,7 +216,7 @@ class _Undecided(Exception):
     """Nothing can be said of a layer, with the reason."""
 
 
-def _isolated(like: torch.Tensor) -> ExitStack:
+def isolated(like: torch.Tensor) -> ExitStack:
     """A context in which gradients are computed, and the random generators are put back at the end."""
     stack = ExitStack()
     stack.enter_context(torch.inference_mode(False))
@@ -251,22 +251,29 @@ def _wide(value: torch.Tensor) -> torch.Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
-def _own(value: torch.Tensor) -> torch.Tensor:
+def own_copy(value: torch.Tensor) -> torch.Tensor:
     return _wide(value.detach()).clone()
 
 
-def _weights(y: torch.Tensor) -> torch.Tensor:
+def output_weights(y: torch.Tensor) -> torch.Tensor:
     """A weight of each output, none of which is zero."""
     return torch.rand(y.shape, generator=torch.Generator().manual_seed(1)).to(y) + 0.5
 
 
-def _gradient_of(
+def gradient_of(
     y: torch.Tensor, values: Mapping[str, torch.Tensor], tensor: CoefficientTensor, retain_graph: bool = False
 ) -> torch.Tensor:
-    """The gradient of a number with respect to the parameters, as one canonical tensor."""
+    """The gradient of a number with respect to the parameters, as one canonical tensor.
+
+    It is zero for parameters that all outputs share, which say nothing of the axes.
+    """
     found = torch.autograd.grad(y, list(values.values()), allow_unused=True, retain_graph=retain_graph)
-    pairs = zip(found, values.values(), strict=True)
-    return tensor.join([torch.zeros_like(value) if g is None else g for g, value in pairs])
+    return tensor.join(
+        [
+            torch.zeros_like(value) if g is None or tensor.parameters[name].shared else g
+            for g, (name, value) in zip(found, values.items(), strict=True)
+        ]
+    )
 
 
 def _blocks(tensor: CoefficientTensor) -> int:
@@ -275,7 +282,7 @@ def _blocks(tensor: CoefficientTensor) -> int:
     return 1 + len(others) if others else math.prod(first.lengths[axis] for axis in first.layout.groups)
 
 
-def _size(value: torch.Tensor) -> float:
+def mean_size(value: torch.Tensor) -> float:
     return float(value.detach().abs().mean()) or 1.0
 
 
@@ -283,7 +290,7 @@ def _is_of_rank_one(matrix: torch.Tensor) -> bool:
     """Whether each row (outputs, rest) is a multiple of the largest row."""
     largest = matrix[matrix.abs().amax(1).argmax()]
     rest = matrix - torch.outer(matrix @ largest / largest.dot(largest), largest)
-    return bool(rest.abs().max() <= 10 * _NO_EFFECT * matrix.abs().max()) and int((matrix.abs().amax(1) > 0).sum()) > 1
+    return bool(rest.abs().max() <= 10 * NO_EFFECT * matrix.abs().max()) and int((matrix.abs().amax(1) > 0).sum()) > 1
 
 
 def _changes_in(first: torch.Tensor, second: torch.Tensor, count: int) -> bool | None:
@@ -292,9 +299,9 @@ def _changes_in(first: torch.Tensor, second: torch.Tensor, count: int) -> bool |
     factors = ((others * new).sum(1) / (others * others).sum(1).clamp(min=1e-30))[:, None, None]
     change = (second - factors * first).abs()
     scale = max(first.abs().max().item(), second.abs().max().item())
-    if change.max() <= _EFFECT * scale:
+    if change.max() <= EFFECT * scale:
         return None  # the exchange does not show
-    return bool(change[:, count:].max() <= 10 * _NO_EFFECT * change.max())
+    return bool(change[:, count:].max() <= 10 * NO_EFFECT * change.max())
 
 
 Reading = tuple[tuple[Described, ...], "Described | None"]
@@ -411,6 +418,16 @@ def pattern_variants(pattern: str) -> list[str]:
     axes = re.findall(r"\w+", re.sub(r":\d", "", pattern))
     pairs = sorted(combinations(axes, 2), key=lambda pair: set(pair) != {"o", "i"})
     return [re.sub(r"\b[^\W\d]\w*", lambda m, pair=pair: _other(m[0], pair), pattern) for pair in pairs]
+
+
+def exchange_axes(pattern: str) -> str:
+    """The pattern with outputs and inputs exchanged.
+
+    Example:
+        >>> exchange_axes("i o k"), exchange_axes("i k")
+        ('o i k', 'o k')
+    """
+    return re.sub(r"\b[oi]\b", lambda m: _other(m[0], ("o", "i")), pattern)
 
 
 def _other(axis: str, pair: tuple[str, str]) -> str:

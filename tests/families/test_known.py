@@ -78,12 +78,13 @@ SLIM = {"slim-kan", "slim"}
 OLDER = {
     "efficient-kan-few",
     "pykan-2024",
-    "relu-kan",
+    *("relu-kan", "relu-kan-few", "relu-kan-few-high"),
     "torchkan",
     "torchkan-polynomials",
 }  # see test_known_convolutions.py and below
 CONVOLUTIONS = {
-    *("gram-conv", "gram-conv-2", "cheby-conv", "spline-conv", "relu-conv", "wav-conv"),
+    *("gram-conv", "gram-conv-2", "cheby-conv", "spline-conv", "relu-conv"),
+    *("wav-conv", "wav-conv-1d", "wav-conv-2d", "wav-conv-3d"),
     *("fast-kan-conv", "convkan", "kanlib-conv", "lkan-conv"),
 }  # see test_known_convolutions.py
 
@@ -326,3 +327,20 @@ def test_few_functions_have_their_factors_adapted_and_older_files_load(tmp_path,
     merged = adapt(build()).merge_and_unload()
     for name in ("spline_weight", "spline_scaler", "base_weight"):
         assert not torch.equal(merged[0].get_parameter(name), build()[0].get_parameter(name))
+
+
+def test_a_copy_of_pykan_without_a_residual_branch():
+    from kan import KANLayer
+
+    class Cut(KANLayer):
+        def __init__(self):
+            super().__init__(3, 4)
+            del self.scale_base
+
+        def forward(self, x):
+            y = torch.einsum("bik,iok->bo", get_kan_spec(self).refit_basis(self, x), self.coef)
+            return y, None, None, None
+
+    layer = Cut()
+    assert get_kan_spec(layer).family == "pykan"
+    assert located(layer).shape == (4, 3, 8) and not located(layer).has_residual

@@ -226,3 +226,26 @@ def test_only_open_lengths_may_be_settled_by_another_parameter():
     with pytest.raises(ValueError) as error:
         parse_layout("o (i k)").axis_lengths((4, 16), {"i": 3})
     assert not isinstance(error.value, OpenLengthsError)
+
+
+@pytest.mark.parametrize(
+    "pattern, first, shared, lengths",
+    [
+        ("i k", "o i m", ("o",), {"o": 4, "i": 3, "k": 5}),
+        ("k", "g o i m", ("g", "o", "i"), {"g": 2, "o": 2, "i": 3, "k": 5}),
+        ("() o i ()", "o i m h w", ("h", "w"), {"o": 4, "i": 3, "h": 2, "w": 2}),
+    ],
+)
+def test_a_part_that_is_shared(pattern, first, shared, lengths):
+    layout = parse_layout(pattern, "h w", "g", whole=False).beside(parse_layout(first, "h w", "g"))
+    assert layout.shared == shared and layout.beside(parse_layout(first, "h w", "g")) == layout
+    stored = torch.randn([lengths.get(name, 1) for name in pattern.split()])
+    values = layout.to_canonical(stored, lengths)
+    assert values.shape == layout.canonical_shape(lengths)
+    torch.testing.assert_close(layout.from_canonical(values, lengths), stored)  # a mean is rounded
+    update = torch.randn(values.shape)
+    # an update of the parameter is the one whose repetition is nearest to what each edge would have
+    rest = update - layout.to_canonical(layout.from_canonical(update, lengths), lengths)
+    torch.testing.assert_close(layout.from_canonical(rest, lengths), torch.zeros_like(stored))
+    with pytest.raises(ValueError, match="`o` and `i` must appear once"):
+        parse_layout("i k")
