@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from itertools import permutations
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,10 +14,11 @@ from torch import nn
 
 from .coefficients import CoefficientTensor, Described, get_or_none, named_attribute
 from .description import KANLayerSpec
+from .layout import axis_patterns
 from .probe import CURVATURE, Probe
 
 
-_MOST = 60  # readings that are tried for a parameter
+_MOST_AXES = 6  # of a parameter, each of which may be that of the outputs or the inputs
 
 
 class KANCandidate(NamedTuple):
@@ -46,20 +46,30 @@ def find_candidates(model: nn.Module, known: set[int]) -> list[KANCandidate]:
         model: The model.
         known: The ids of the modules that are KAN layers, or parts of them.
     """
-    found, seen = [], set()
-    for name, module in model.named_modules():
-        if id(module) in known or type(module).__module__.startswith("torch.nn"):
-            continue
+    found = []
+    for name, module in likely_layers(model, known):
         tensors = _tensors(module)
         large = {n: value for n, value in tensors.items() if value.dim() >= 3}
-        key = type(module), *((n, value.shape) for n, value in tensors.items())
-        if not any(value.dtype.is_floating_point for value in large.values()) or key in seen:
-            continue
-        seen.add(key)
         shapes = {n: tuple(value.shape) for n, value in large.items()}
         registration, is_verified = _describe(module, tensors, large)
         found.append(KANCandidate(name, type(module).__name__, shapes, registration, is_verified))
     return found
+
+
+def likely_layers(model: nn.Module, known: Collection[int] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that have parameters of three axes or more, with their names, one of each class and shape.
+
+    They are not run. `known` are the ids of modules to leave out.
+    """
+    seen = set()
+    for name, module in model.named_modules():
+        if id(module) in known or type(module).__module__.startswith("torch.nn"):
+            continue
+        shapes = [(n, value.shape) for n, value in _tensors(module).items()]
+        key = (type(module), *shapes)
+        if any(len(shape) >= 3 for _, shape in shapes) and key not in seen:
+            seen.add(key)
+            yield name, module
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -90,7 +100,7 @@ def _describe(module: nn.Module, tensors: dict[str, torch.Tensor], large: dict[s
         is_linear = (probe.curvature(_locate(module, parts, residual, axes)) or 0.0) <= CURVATURE
     else:
         name, value = next(iter(large.items()))
-        parts = [(name, next(_patterns(value.shape, False)))]
+        parts = [(name, next(_patterns(value.shape, False), "o i ..."))]
     pairs = [_pair(part) for part in parts]
     names = "".join(f"{json.dumps(name)}, " for name in grid).strip()
     lines = [
@@ -150,17 +160,8 @@ def _fits(probe: Probe, parts: list[Described], residual: Described | None, axes
 
 def _patterns(shape: torch.Size, knows_inputs: bool, letter: str = "k") -> Iterator[str]:
     """Layouts that a parameter of this shape may have, each axis on its own first."""
-    made = 0
-    sizes = list(shape)
-    for first, second in permutations(range(len(sizes)), 2):
-        if len(sizes) > 6 or made == _MOST:
-            return
-        words = ["()" if size == 1 else f"{letter}{place}" for place, size in enumerate(sizes)]
-        words[first], words[second] = "o", "i"
-        basis = [word for word in words if word.startswith(letter)]
-        words = [letter if word in basis and len(basis) == 1 else word for word in words]
-        made += 1
-        yield " ".join(words)
+    if len(shape) <= _MOST_AXES:
+        yield from axis_patterns(shape, letter)
     if knows_inputs:
         yield "o i ..."
         yield f"o i {letter} ..."

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 
 from .coefficients import CoefficientTensor
-from .probe import _EFFECT, _NO_EFFECT, Probe, _gradient_of, _isolated, _own, _size, _weights
+from .probe import EFFECT, NO_EFFECT, Probe, gradient_of, isolated, mean_size, output_weights, own_copy
 
 
 _SEED = 16180339  # none with which a layer may have been made: the noise would be a multiple of its coefficients
@@ -31,7 +31,7 @@ class FunctionProbe(Probe):
         of it: no KAN layer.
         """
         try:
-            with _isolated(self._like(tensor)):
+            with isolated(self._like(tensor)):
                 x = self._input(tensor)
                 inputs = x.shape[-1]
                 rest = list(range(1, inputs))
@@ -47,20 +47,20 @@ class FunctionProbe(Probe):
                 largest = int(first.flatten(1).abs().amax(1).argmax())
                 functions = torch.cat([sample[largest] for sample in samples])  # (inputs, basis)
                 singular = torch.linalg.svdvals(functions.double())
-                return bool(len(singular) > 1 and singular[1] > _EFFECT * _EFFECT * singular[0])
+                return bool(len(singular) > 1 and singular[1] > EFFECT * EFFECT * singular[0])
         except Exception:  # as in `axes`
             return False
 
     def is_additive(self, tensor: CoefficientTensor) -> bool:
         """Whether the factors of the residual weights stay, up to one of each output, if the coefficients change."""
         try:
-            with _isolated(self._like(tensor)):
+            with isolated(self._like(tensor)):
                 x = self._input(tensor)
-                values = {name: _own(value) for name, value in tensor.read_parameters(self.layer).items()}
+                values = {name: own_copy(value) for name, value in tensor.read_parameters(self.layer).items()}
                 generator = torch.Generator().manual_seed(_SEED)
                 for name in tensor.names:
                     noise = torch.randn(values[name].shape, generator=generator)
-                    values[name] += noise.to(values[name]) * _size(values[name])
+                    values[name] += noise.to(values[name]) * mean_size(values[name])
                 first, second = self._gradient(tensor, x), self._gradient(tensor, x, values)
                 return _is_parallel(first[:, :, -1], second[:, :, -1])
         except Exception:  # as in `axes`
@@ -71,13 +71,13 @@ class FunctionProbe(Probe):
     ) -> torch.Tensor:
         """The gradient (out, in, basis) of a weighted sum of the outputs."""
         read = values or tensor.read_parameters(self.layer)
-        leaves = {name: _own(value).requires_grad_() for name, value in read.items()}
+        leaves = {name: own_copy(value).requires_grad_() for name, value in read.items()}
         y = self._run(leaves, x)
-        return _gradient_of((y * _weights(y)).sum(), leaves, tensor)
+        return gradient_of((y * output_weights(y)).sum(), leaves, tensor)
 
 
 def _is_parallel(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether each row of two matrices is a multiple of the other's."""
     factors = ((first * second).sum(1) / (first * first).sum(1).clamp(min=1e-30))[:, None]
     rest = (second - factors * first).abs().max()
-    return bool(rest <= 10 * _NO_EFFECT * max(first.abs().max().item(), second.abs().max().item()))
+    return bool(rest <= 10 * NO_EFFECT * max(first.abs().max().item(), second.abs().max().item()))

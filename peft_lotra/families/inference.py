@@ -13,9 +13,8 @@ gradients of a copy of the layer say it, so nothing is taken on its name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
-from itertools import permutations
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -25,11 +24,13 @@ from torch import nn
 from .coefficients import CoefficientTensor, Described, get_or_none, locate_coefficients, named_size
 from .description import KANLayerSpec, registered_spec, spec_from_file
 from .functions import FunctionProbe
+from .layout import axis_patterns
 from .probe import CURVATURE, settings_of
 
 
 FAMILY = "generic"
 _LARGEST = 2**26  # numbers of a parameter that is copied to be probed
+_MOST_AXES = 4  # of a parameter, each of which may be that of the outputs or the inputs
 _FUNCTIONS = 2  # that a layer must have at least
 _SMALL = 0.1  # share of the parameters below which factors of the edges are left alone
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
@@ -136,11 +137,12 @@ def _infer(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> KANLayerSp
 def _find(probe: FunctionProbe, tensors: Mapping[str, torch.Tensor]) -> _Reading | None:
     """The coefficients alone."""
     found: _Reading | None = None
+    sizes = named_size(probe.layer, "o"), named_size(probe.layer, "i")
     for name, value in tensors.items():
-        if value.dim() < 3 or "." in name:
+        if not 3 <= value.dim() <= _MOST_AXES or "." in name:
             continue
         letter = "kmnpqrst"[len(found.parts) % 8] if found else "k"
-        for pattern in _patterns(probe.layer, value.shape, letter):
+        for pattern in axis_patterns(value.shape, letter, sizes):
             reading = _Reading((*(found.parts if found else ()), (name, pattern)))
             if _fits(probe, reading):
                 found = reading
@@ -209,19 +211,3 @@ def _fits(probe: FunctionProbe, reading: _Reading) -> bool:
     except ValueError:
         return False
     return tensor.shape[2] >= _FUNCTIONS and probe.axes(tensor).is_verified and probe.is_sum_of_functions(tensor)
-
-
-def _patterns(layer: nn.Module, shape: torch.Size, letter: str) -> Iterator[str]:
-    """Layouts of a parameter with each axis on its own, those first that fit the numbers which the layer names."""
-    sizes = named_size(layer, "o"), named_size(layer, "i")
-    places = [place for place, size in enumerate(shape) if size > 1 or shape.count(1) > len(shape) - 3]
-    if len(shape) > 4:
-        return
-    pairs = sorted(
-        permutations(places, 2), key=lambda pair: -sum(shape[p] == s for p, s in zip(pair, sizes, strict=True))
-    )
-    for out, in_ in pairs:
-        words = [f"{letter}{place}" for place in range(len(shape))]
-        words[out], words[in_] = "o", "i"
-        basis = [word for word in words if word.startswith(letter) and word != letter]
-        yield " ".join(letter if word in basis and len(basis) == 1 else word for word in words)

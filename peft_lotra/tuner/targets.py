@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..families.candidates import likely_layers
 from ..families.coefficients import CoefficientTensor
 from ..families.registry import (
     KANLayerSpec,
@@ -112,8 +113,7 @@ def _candidates(model: nn.Module) -> str:
     """Which modules may be KAN layers of a family that is not known: those with a parameter of three axes or more."""
     found = [
         f"`{name or 'the model itself'}` ({type(module).__name__}: `{parameter}` {tuple(value.shape)})"
-        for name, module in model.named_modules()
-        if not type(module).__module__.startswith("torch.nn.")
+        for name, module in likely_layers(model)
         for parameter, value in module.named_parameters(recurse=False)
         if value.dim() > 2
     ]

@@ -76,6 +76,28 @@ class Scaled(nn.Module):
         return torch.einsum("bik,oik,oi->bo", basis, self.c, self.s) + torch.tanh(x) @ self.w.T
 
 
+class SmallNetworks(nn.Module):
+    """A network of one hidden layer for each edge, some axes of which have the length one."""
+
+    def __init__(self, i, o, hidden=3, waves=2):
+        super().__init__()
+        self.w1, self.w2 = nn.Parameter(torch.randn(i, o, hidden, waves)), nn.Parameter(torch.randn(i, o, 1, hidden))
+        self.b1 = nn.Parameter(torch.randn(i, o, hidden))
+
+    def forward(self, x):
+        waves = torch.stack([x, torch.sin(2 * x)], dim=-1)
+        hidden = torch.tanh(torch.einsum("biw,iohw->bioh", waves, self.w1) + self.b1)
+        return torch.einsum("bioh,iolh->bo", hidden, self.w2)
+
+
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_four_axes_of_any_length(outputs):
+    torch.manual_seed(0)
+    layer = SmallNetworks(5, outputs)
+    tensor = get_kan_spec(layer).locate(layer)
+    assert set(tensor.names) == {"w1", "w2", "b1"} and tensor.shape == (outputs, 5, 3 * 2 + 3 + 3)
+
+
 @pytest.mark.parametrize("sizes", [(5, 4), (4, 4), (2, 5), (5, 1)])
 @pytest.mark.parametrize("residual", [None, "oi", "io"])
 @pytest.mark.parametrize("order", ["oik", "iok", "iko", "kio", "oki", "koi"])
