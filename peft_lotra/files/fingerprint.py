@@ -129,7 +129,8 @@ class _Sketch(_Digest):
         part, signs = part.double(), _signs(0, _ROW, 0)
         whole = len(part) - len(part) % _ROW
         self._square_sum += part.dot(part).item()
-        self._projections.append((signs.T @ part[:whole].view(-1, _ROW).T).T)
+        if whole:
+            self._projections.append((signs.T @ part[:whole].view(-1, _ROW).T).T)
         if whole < len(part):  # the last row of a tensor
             self._projections.append(part[whole:].unsqueeze(0) @ signs[: len(part) - whole])
 

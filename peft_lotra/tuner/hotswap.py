@@ -21,7 +21,7 @@ from .injection import is_of_another_adapter
 from .layer import lotra_layers
 from .norm_stats import NormStatsTuner, pop_stats
 from .targets import check_base, locate_target
-from .transaction import change_lock, transaction
+from .transaction import change_lock, is_switched, transaction
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def hotswap_adapter(
         key = f"base_model.model.{name}.lotra_core"
         if key in tensors:
             tensors[key] = tensors[key] * (new.ranks_and_alpha(name)[1] / layer.lotra_alpha[adapter_name])
-    with change_lock(model.base_model).held, transaction(model, current.values()):
+    with change_lock(model.base_model).held, transaction(model, current.values(), changes=is_switched):
         for key, tensor in tensors.items():
             current[key].copy_(tensor)
         tuner.set_norm_stats(adapter_name, stats)

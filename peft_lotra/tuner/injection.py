@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..families.slim import SlimLayer
 from ..files.checkpoint import OF_THE_BASE, refuse
 from ..files.format import NORM_STATS, differ
+from ..functional import modules_of
 from ..kan.slim_kan import SlimKANLinear
 from .config import ALL_KAN, LoTRAConfig
 from .guards import guard_network
@@ -111,7 +112,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
     PEFT's own function would look for `.weight`, and would put one on the KAN layer when an adapter is unloaded.
     """
-    for module in list(model.modules()):
+    for module in modules_of(model):
         for name, child in list(module._modules.items()):  # named_children() leaves out repetitions
             if child is old:
                 setattr(module, name, new)
