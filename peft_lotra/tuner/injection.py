@@ -147,6 +147,11 @@ def is_of_another_adapter(name: str) -> bool:
     return name.rpartition(".")[0].endswith((*COMPONENTS, *_NORM_STATS))
 
 
+def own_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file without those of other adapters."""
+    return {name: tensor for name, tensor in tensors.items() if not is_of_another_adapter(name)}
+
+
 def mismatches(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:
     """What a state dict has in another shape or kind than adapters, in words."""
     return [
