@@ -109,17 +109,13 @@ def adapter_table(model: PeftModel, adapter_name: str = "default") -> list[Adapt
         One row for each layer.
 
     Example:
-
-    ```py
-    >>> from peft import get_peft_model
-    >>> from peft_lotra import LoTRAConfig
-    >>> from peft_lotra.hub import adapter_table
-    >>> from peft_lotra.kan import KAN
-    >>> (row,) = adapter_table(get_peft_model(KAN([2, 8]), LoTRAConfig(r=2)))
-    >>> row.name, row.shape, row.ranks, row.parameters
-    ('layers.0', (8, 2, 9), (2, 2, 2), 46)
-
-    ```
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig
+        >>> from peft_lotra.hub import adapter_table
+        >>> from peft_lotra.kan import KAN
+        >>> (row,) = adapter_table(get_peft_model(KAN([2, 8]), LoTRAConfig(r=2)))
+        >>> row.name, row.shape, row.ranks, row.parameters
+        ('layers.0', (8, 2, 9), (2, 2, 2), 46)
     """
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return table_of_tensors(cast(LoTRAConfig, model.peft_config[adapter_name]), tensors)
