@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Modules and their modes, calls of layers with other parameters, and the network inside of wrappers."""
+"""Calls of layers with other parameters, modes that are kept, and the network inside of wrappers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,7 @@ from torch import nn
 from .locks import IN_PROGRESS, put_back_by
 
 
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """All modules of a model, each once, without the names that `model.modules()` makes up first."""
-    modules, seen = [model], {model}
-    for module in modules:  # which grows
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                modules.append(child)
-    return modules
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue] (no stub)
 
 
 @contextmanager
@@ -40,6 +32,31 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
     with put_back_by(restore):
         yield
+
+
+@contextmanager
+def attributes_kept(model: Callable) -> Iterator[None]:
+    """Puts back the attributes in which modules keep tensors of a transform of `torch.func`, dead after it (pykan)."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    before = [(vars(module), dict(vars(module))) for module in modules]
+    try:
+        yield
+    finally:
+        for entries, kept in before:
+            for name in [name for name, value in entries.items() if value is not kept.get(name)]:
+                if not _is_of_transform(entries[name]):
+                    continue
+                if name in kept:
+                    entries[name] = kept[name]
+                else:
+                    del entries[name]
+
+
+def _is_of_transform(value: Any) -> bool:
+    """Whether a value is a tensor of a transform, or a list of such tensors."""
+    if isinstance(value, torch.Tensor):
+        return _functorch.is_functorch_wrapped_tensor(value)
+    return isinstance(value, (list, tuple)) and any(map(_is_of_transform, value))
 
 
 class _Call(nn.Module):

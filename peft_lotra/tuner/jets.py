@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..families.registry import find_kan_layers, known_families
+from ..families.registry import find_kan_layers
 from ..kan.jets.chain import Stage, register_stages, register_wrapper, stages_of
 from ..kan.jets.derivatives import register_check
 from .layer import LoTRALayer
@@ -49,19 +49,12 @@ def _saved_module(wrapper: ModulesToSaveWrapper) -> nn.Module:
     return wrapper.modules_to_save[active[0]] if active else wrapper.original_module
 
 
-def check_kan(model: nn.Module) -> None:
-    """Raises a `TypeError` if the model has no KAN layer of a known family, or a convolutional one."""
-    layers = find_kan_layers(model)
-    if convolutions := [layer.name for layer in layers if len(layer.shape) > 3]:
+def check_convolutions(model: nn.Module) -> None:
+    """Raises a `TypeError` if the model has a convolutional KAN layer."""
+    if convolutions := [layer.name for layer in find_kan_layers(model) if len(layer.shape) > 3]:
         raise TypeError(
             f"`{convolutions[0]}` of the model is a convolution, whose outputs depend on several rows of `x`, and a "
             "jet takes each row by itself. Differentiate the model by torch.func."
-        )
-    if not layers:
-        raise TypeError(
-            f"`model` is a {type(model).__name__} without any KAN layer that is known (families: "
-            f"{', '.join(known_families())}). Differentiate it by torch.func, or describe its layers by "
-            "`register_kan_layer`."
         )
 
 
@@ -71,4 +64,4 @@ register_wrapper(PeftModel, lambda model: model.get_base_model())
 register_wrapper(PeftMixedModel, lambda model: model.base_model)
 register_wrapper(BaseTuner, lambda tuner: tuner.model)
 register_wrapper(ModulesToSaveWrapper, _saved_module)
-register_check(check_kan)
+register_check(check_convolutions)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Union
 
 from peft import PeftConfig, PeftMixedModel, mixed_model
@@ -22,7 +21,7 @@ from .injection import create_and_replace, mismatches, prepare_config, prepare_t
 from .layer import LoTRALayer
 from .model import LoTRAModel
 from .norm_stats import NormStatsTuner
-from .transaction import change_lock, configs_among, creation, enclose, is_switched, whole
+from .transaction import change_lock, configs_among, enclose, transaction, whole, whole_merge
 
 
 # what PEFT wires its own methods into by hand
@@ -33,7 +32,7 @@ class LoTRAMixedModel(NormStatsTuner, mixed_tuners.MixedModel):
     """PEFT's `MixedModel`, which also takes LoTRA configurations; made by [`enable_mixed`]."""
 
     def __init__(self, model: nn.Module, *args, **kwargs) -> None:
-        with change_lock(self).held, creation(model, configs_among(args, kwargs)):
+        with change_lock(self).held, transaction(model, objects=configs_among(args, kwargs)):
             super().__init__(model, *args, **kwargs)
 
     @whole
@@ -47,11 +46,11 @@ class LoTRAMixedModel(NormStatsTuner, mixed_tuners.MixedModel):
         refuse_for_model(mismatches(self.model, state_dict, f"{prefix}model."))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    set_adapter = whole(NormStatsTuner.set_adapter, is_switched)
+    set_adapter = whole(NormStatsTuner.set_adapter)
     delete_adapter = whole(NormStatsTuner.delete_adapter)
-    merge_adapter = whole(mixed_tuners.MixedModel.merge_adapter, is_switched, merges=True)
-    unmerge_adapter = whole(mixed_tuners.MixedModel.unmerge_adapter, is_switched)
-    _enable_adapter_layers = whole(NormStatsTuner._enable_adapter_layers, is_switched)
+    merge_adapter = whole_merge(mixed_tuners.MixedModel.merge_adapter)
+    unmerge_adapter = whole(mixed_tuners.MixedModel.unmerge_adapter)
+    _enable_adapter_layers = whole(NormStatsTuner._enable_adapter_layers)
 
     def _prepare_adapter_config(self, peft_config, model_config):
         if isinstance(peft_config, LoTRAConfig):
@@ -78,7 +77,7 @@ class LoTRAMixedModel(NormStatsTuner, mixed_tuners.MixedModel):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    @partial(whole, merges=True)
+    @whole_merge
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         release_networks(model)

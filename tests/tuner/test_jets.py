@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conv_stand_ins import FastKANConvNDLayer
 from helpers import adapt
 from jet_helpers import assert_same, nested, network, points
 from peft import LoraConfig, PeftMixedModel, get_peft_model
@@ -114,6 +115,8 @@ def test_hooks_of_a_base_layer_are_not_passed_over(monkeypatch):
         assert_same(jet(model, x), nested(model, x))
 
 
-def test_models_without_kan_layers_are_named():
-    with pytest.raises(TypeError, match=r"Linear without any KAN layer that is known \(families: .*peft-lotra"):
-        jet(nn.Linear(3, 1), points(4).float())
+def test_convolutions_are_refused():
+    model = nn.Sequential(FastKANConvNDLayer(3, 3, 3, padding=1))
+    for _ in range(2):
+        with pytest.raises(TypeError, match="`0` of the model is a convolution"):
+            jet(model, torch.rand(2, 3, 8, 8))

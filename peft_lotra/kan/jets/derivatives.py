@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +19,18 @@ from .chain import Stage, stages_of, unwrap
 from .layers import Jet, block_size, evaluate_layer
 from .maps import InputMap
 from .norms import check_rows_apart, through_norm
+from .transforms import jet_by_transforms
 
 
 _checks: list[Callable[[nn.Module], None]] = []
 _composed: dict[type, Callable[[Any, Tensor, Tensor, Tensor | None], Jet]] = {}
+_checked: WeakSet[nn.Module] = WeakSet()
 _warned: set[type] = set()
 
 
 def register_check(check: Callable[[nn.Module], None]) -> None:
-    """Makes `jet` call `check`, which raises a `TypeError` if a model without a closed form is no KAN."""
+    """Makes `jet` call `check` once for each model without a closed form, which raises a `TypeError` if a row of the
+    model's outputs depends on several rows of its inputs."""
     _checks.append(check)
 
 
@@ -39,7 +43,8 @@ def register_jet(cls: type[nn.Module], composed: Callable[[Any, Tensor, Tensor, 
 def jet(
     model: nn.Module, x: Tensor, directions: Tensor | None = None, *, collapse: bool | Sequence[float] | Tensor = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The value of a KAN and its first and second derivatives along straight lines, in one forward pass.
+    r"""
+    The value of a KAN and its first and second derivatives along straight lines, in one forward pass.
 
     With u(t) = model(x + t v) for each direction v, each layer takes (u, u', u'') to that of its output by
 
@@ -50,35 +55,39 @@ def jet(
 
     Fast for `KAN`, `KANModel`, `SlimKAN`, single layers, `nn.Sequential` of them, normalizations between them
     (`nn.LayerNorm` of the last dimension, batch normalization in evaluation mode), and these with adapters, LoTRA or
-    LoRA on `target_parameters`, in force and without dropout, and what `peft_lotra.pde` composes of them. Other
-    networks with KAN layers (pykan, efficient-kan, a class of your own, modules with hooks) go through nested
-    `torch.func.jvp`, with a warning for each class.
+    LoRA on `target_parameters`, in force and without dropout, and what `peft_lotra.pde` composes of them. Any other
+    module (pykan, efficient-kan, a class of your own around a KAN, modules with hooks) is differentiated by
+    transforms, with a warning for each class.
 
     Args:
-        model: Maps (..., I) to (..., O), each row by itself.
-        x: Points, shape (..., I), usually (N, I).
-        directions: The D directions v, shape (D, I), of any length; by default the I coordinate axes. Derivatives are
+        model: maps (..., I) to (..., O), each row by itself.
+        x: points, shape (..., I), usually (N, I).
+        directions: the D directions v, shape (D, I), of any length; by default the I coordinate axes. Derivatives are
             in the parameter t.
-        collapse: Whether to return the sum of the second derivatives over the directions instead of each of them,
+        collapse: whether to return the sum of the second derivatives over the directions instead of each of them,
             which is faster (collapsed Taylor mode). D numbers make it a weighted sum: (1, 0) for u_xx and no u_tt.
 
     Returns:
         u (..., O), du (D, ..., O) and d2u (D, ..., O), or (..., O) with `collapse`.
 
     Raises:
-        ValueError: `x`, `directions` or `collapse` has a wrong shape, or batch normalization in training mode makes
-            each row depend on the others.
-        TypeError: `model` has no KAN layer, or `x` is not floating point.
+        ValueError: `x`, `directions` or `collapse` has a wrong shape, or the outputs have, or batch normalization in
+            training mode makes each row depend on the others.
+        TypeError: `model` has a convolution with KAN functions, or `x` is not floating point.
 
     Source: A. Griewank and A. Walther, "Evaluating Derivatives" (2008), chapter 13; collapsed Taylor mode, arXiv
     2505.13644.
 
     Example:
-        >>> import torch
-        >>> from peft_lotra.kan import KAN, jet
-        >>> u, du, d2u = jet(KAN([2, 5, 1]), torch.rand(100, 2))  # d2u[0] is d^2 u / d x_0^2
-        >>> tuple(d2u.shape)
-        (2, 100, 1)
+
+    ```py
+    >>> import torch
+    >>> from peft_lotra.kan import KAN, jet
+    >>> u, du, d2u = jet(KAN([2, 5, 1]), torch.rand(100, 2))  # d2u[0] is d^2 u / d x_0^2
+    >>> tuple(d2u.shape)
+    (2, 100, 1)
+
+    ```
     """
     u, du, d2u = _jet(model, x, directions, collapse)
     return u, du, d2u
@@ -94,13 +103,12 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
     stages = None if composed else stages_of(model)
     if not composed and (stages is None or not any(stage.is_kan for stage in stages)):
         stages = None
-        for check in (check_rows_apart, *_checks):
-            check(model)
-        if type(model) not in _warned:
+        _check(model)
+        if not torch.compiler.is_compiling() and type(model) not in _warned:
             _warned.add(type(model))
             warnings.warn(
-                f"`jet` knows no closed form for a {type(model).__name__}, and differentiates it by nested "
-                "`torch.func.jvp`, which is exact but slower.",
+                f"`jet` knows no closed form for a {type(model).__name__}, and differentiates it by transforms of "
+                "`torch.func`, which are exact but slower.",
                 stacklevel=3,
             )
     expected = stages[0].in_features if stages else "the model's number of inputs"
@@ -138,6 +146,15 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
     return Jet(*parts)  # pyright: ignore[reportArgumentType]  (see `Jet`)
 
 
+def _check(model: nn.Module) -> None:
+    check_rows_apart(model)
+    if torch.compiler.is_compiling() or model in _checked:
+        return
+    for check in _checks:
+        check(model)
+    _checked.add(model)
+
+
 def through_stages(
     stages: list[Stage], only_second: bool, evaluate: Callable[..., Jet], x: Tensor, directions: Tensor, weights
 ) -> Jet:
@@ -156,44 +173,54 @@ def through_stages(
 
 
 def laplacian(model: nn.Module, x: Tensor) -> Tensor:
-    """The sum of the second derivatives along the coordinate axes, as in `jet(model, x, collapse=True)`.
+    """
+    The sum of the second derivatives along the coordinate axes, as in `jet(model, x, collapse=True)`.
 
     Args:
-        model, x: As for `jet`, x (..., I).
+        model, x: as for `jet`, x (..., I).
 
     Returns:
         Tensor (..., O).
 
     Raises:
-        ValueError, TypeError: As `jet`.
+        ValueError, TypeError: as `jet`.
 
     Example:
-        >>> import torch
-        >>> from peft_lotra.kan import KAN, laplacian
-        >>> tuple(laplacian(KAN([3, 5, 1]), torch.rand(100, 3)).shape)
-        (100, 1)
+
+    ```py
+    >>> import torch
+    >>> from peft_lotra.kan import KAN, laplacian
+    >>> tuple(laplacian(KAN([3, 5, 1]), torch.rand(100, 3)).shape)
+    (100, 1)
+
+    ```
     """
     return _jet(model, x, None, True, only_second=True)[2]
 
 
 def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """As `jet`, with all mixed second derivatives, by polarization: 2 u_vw = D^2_{v+w} u - D^2_v u - D^2_w u.
+    """
+    As `jet`, with all mixed second derivatives, by polarization: 2 u_vw = D^2_{v+w} u - D^2_v u - D^2_w u.
 
     Args:
-        model, x, directions: As for `jet`. It costs a jet of D (D + 1) / 2 directions.
+        model, x, directions: as for `jet`. It costs a jet of D (D + 1) / 2 directions.
 
     Returns:
         u (..., O), du (D, ..., O) and d2u (D, D, ..., O), which is symmetric; d2u[a, b] is the second derivative along
         directions a and b.
 
     Raises:
-        ValueError, TypeError: As `jet`.
+        ValueError, TypeError: as `jet`.
 
     Example:
-        >>> import torch
-        >>> from peft_lotra.kan import KAN, hessian
-        >>> tuple(hessian(KAN([3, 5, 1]), torch.rand(100, 3))[2].shape)
-        (3, 3, 100, 1)
+
+    ```py
+    >>> import torch
+    >>> from peft_lotra.kan import KAN, hessian
+    >>> tuple(hessian(KAN([3, 5, 1]), torch.rand(100, 3))[2].shape)
+    (3, 3, 100, 1)
+
+    ```
     """
     if directions is None:
         directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
@@ -208,19 +235,3 @@ def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tu
         mixed[a, b] = mixed[b, a] = (value - d2u[a] - d2u[b]) / 2
     full = torch.stack([mixed[a, b] for a in range(count) for b in range(count)])
     return u, du[:count], full.unflatten(0, (count, count))
-
-
-def jet_by_transforms(model: Callable[[Tensor], Any], x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet:
-    """The jet of any function of rows that `torch.func.jvp` differentiates twice."""
-
-    def value(point: Tensor) -> Tensor:
-        output = model(point)
-        return getattr(output, "logits", output)
-
-    def along(point: Tensor, direction: Tensor) -> tuple[Any, ...]:
-        return torch.func.jvp(value, (point,), (direction.expand_as(point),))
-
-    jets: list[Any] = [torch.func.jvp(partial(along, direction=v), (x,), (v.expand_as(x),)) for v in directions]
-    second = torch.stack([d2u for _, (_, d2u) in jets])
-    second = second if weights is None else torch.tensordot(weights, second, 1)
-    return Jet(jets[-1][0][0], torch.stack([du for (_, du), _ in jets]), second)

@@ -327,8 +327,6 @@ def test_directions_of_a_wrong_shape(shape):
 
 
 def test_other_errors():
-    with pytest.raises(TypeError, match="Linear without any KAN layer"):
-        jet(nn.Linear(3, 1), points())
     with pytest.raises(ValueError, match=r"`x` has shape \(40, 2\), but its last dimension must be 3"):
         jet(network(), points(40, 2))
     with pytest.raises(TypeError, match="torch.int64"):
