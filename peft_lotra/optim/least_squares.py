@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..functional import call_with_parameters
 from ..kan.observer import observing
+from .evaluation import evaluating
 from .recording import Recorder
 from .row_gradients import row_gradients
 
@@ -106,7 +107,10 @@ class LeastSquares:
         self.modes = tuple(part.training for part in model.modules())
         self.terms: list[Term] = []
         self.plans: Plans = {}
+        self._marked: dict[int, set[int]] = {}  # by the id of a function, which of its rows require a gradient
         for function, rows, weight in terms:
+            marked = {place for place, row in enumerate(rows) if row.requires_grad}
+            self._marked[id(function)] = self._marked.get(id(function), set()) | marked
             rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
             self.terms.append((function, rows, math.sqrt(weight / len(rows[0]))))
             key = self._key(function, rows)
@@ -131,9 +135,14 @@ class LeastSquares:
             self.trainable[name].copy_(value)
 
     def _call(self, function: Callable, scale: float, named: dict[str, Tensor], rows: Sequence[Tensor]) -> Tensor:
-        """(n, m) scaled residuals of n rows, with these tensors for the trainable parameters."""
+        """(n, m) scaled residuals of n rows, with these tensors for the trainable parameters; with a graph if the
+        function makes one."""
         evaluate = partial(function, self.model)
-        values = call_with_parameters(self.model, {**self.fixed, **named}, evaluate, tuple(rows), {})
+        with evaluating(partial(self._name, function)):
+            given = tuple(row.detach() for row in rows)  # tensors of this call, which the function may mark as well
+            for place in self._marked.get(id(function), ()):
+                given[place].requires_grad_()
+            values = call_with_parameters(self.model, {**self.fixed, **named}, evaluate, given, {})
         n, is_tensor = len(rows[0]), isinstance(values, Tensor)
         if not is_tensor or not values.is_floating_point() or values.shape[:1] != (n,) or not values.numel():
             given = f"{values.dtype} of shape {tuple(values.shape)}" if is_tensor else type(values).__name__
@@ -159,7 +168,7 @@ class LeastSquares:
 
         def evaluate(*parts: list[Tensor]) -> Tensor:
             named = {**buffers, **self.fixed, **self._named(self.start)}
-            return self._call(function, 1.0, named, [torch.cat(row) for row in zip(*parts, strict=True)])
+            return self._call(function, 1.0, named, [torch.cat(row) for row in zip(*parts, strict=True)]).detach()
 
         def differ(values: Tensor, others: Tensor) -> bool:
             tolerance = 1e-7 * values.nan_to_num(0, 0, 0).abs().max().item() + 1e-10
@@ -248,7 +257,7 @@ class LeastSquares:
     def residuals(self, flat: Tensor) -> Tensor:
         """All residuals, (M,)."""
         named = self._named(flat)
-        return torch.cat([self._call(f, scale, named, rows).flatten() for f, scale, rows in self.chunks()])
+        return torch.cat([self._call(f, scale, named, rows).detach().flatten() for f, scale, rows in self.chunks()])
 
     def find_not_finite(self, residuals: Tensor) -> str:
         """A message that names the terms whose residuals are NaN or infinite; empty if there are none."""

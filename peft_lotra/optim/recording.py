@@ -23,6 +23,7 @@ from ..kan.jets.derivatives import through_stages
 from ..kan.jets.layers import Jet, evaluate_layer
 from ..kan.product import needs_plain_operations
 from ..tucker import Update
+from .evaluation import without_modes
 
 
 class LayerRecord(NamedTuple):
@@ -113,7 +114,7 @@ class Recorder:
         if not (ends := [tensor for tensor in tensors if tensor.requires_grad]):
             return False
         ones = [torch.ones_like(end) for end in ends]
-        found = torch.autograd.grad(ends, self.parameters, ones, retain_graph=True, allow_unused=True)
+        found = without_modes(torch.autograd.grad, ends, self.parameters, ones, retain_graph=True, allow_unused=True)
         return any(gradient is not None for gradient in found)
 
     def is_complete(self, values: Tensor) -> bool:
