@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Calls of layers with other parameters, modes that are kept, and the network inside of wrappers."""
+"""Modules and their modes, calls of layers with other parameters, and the network inside of wrappers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ from .locks import IN_PROGRESS, put_back_by
 
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue] (no stub)
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """All modules of a model, each once, without the names that `model.modules()` makes up first."""
+    modules, seen = [model], {model}
+    for module in modules:  # which grows
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                modules.append(child)
+    return modules
 
 
 @contextmanager

@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 def plot_spectra(spectrum: Spectrum, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
     """Draws the singular values of each layer that changed, as shares of its norm, mode by mode; returns the figure.
 
-    Example:
-        >>> from peft_lotra.kan import KAN
-        >>> figure = plot_spectra(update_spectrum(KAN([3, 5, 4]), KAN([3, 5, 4])))
-
     Args:
         spectrum: From `update_spectrum` or `gradient_spectrum`.
         figure: Where to draw; a new one by default.
 
     Raises:
         TypeError: `spectrum` is something else, such as a model.
-        ImportError: matplotlib is not installed.
+        ImportError: Matplotlib is not installed.
+
+    Example:
+        >>> from peft_lotra.kan import KAN
+        >>> figure = plot_spectra(update_spectrum(KAN([3, 5, 4]), KAN([3, 5, 4])))
     """
     if not isinstance(spectrum, Spectrum):
         raise TypeError(
@@ -77,10 +77,6 @@ def plot_edge_functions(
 
     The layer of any family is evaluated, with the coefficients of all other inputs at zero.
 
-    Example:
-        >>> from peft_lotra.kan import KAN
-        >>> figure = plot_edge_functions(KAN([3, 5, 4]), "layers.0", edges=[(0, 1), (4, 2)])
-
     Args:
         model: The model, adapted or not; it stays unchanged.
         layer_name: The name of the layer, as `find_kan_layers` or PEFT gives it.
@@ -93,7 +89,11 @@ def plot_edge_functions(
     Raises:
         ValueError: There is no such KAN layer or edge, the layer is a convolution, or it normalizes its inputs
             together first.
-        ImportError: matplotlib is not installed.
+        ImportError: Matplotlib is not installed.
+
+    Example:
+        >>> from peft_lotra.kan import KAN
+        >>> figure = plot_edge_functions(KAN([3, 5, 4]), "layers.0", edges=[(0, 1), (4, 2)])
     """
     known = [layer.name for layer in find_kan_layers(model)]
     if short_name(layer_name) not in known:

@@ -35,8 +35,12 @@ class LayerSummary(NamedTuple):
 
 
 class ModelSummary(Report, list[LayerSummary]):
-    """The lines of the summary, and the totals of the whole model as `print_trainable_parameters` counts them; prints
-    as a table. The totals of kilobytes count buffers too."""
+    """The result of `model_summary`, a list of [`LayerSummary`]; prints as a table.
+
+    Attributes:
+        all_parameters, trainable_parameters: The parameters of the model, as `print_trainable_parameters` counts them.
+        kilobytes: The memory of the parameters and buffers of the model, in units of 1000 bytes.
+    """
 
     def __init__(self, lines: Iterable[LayerSummary], model: nn.Module) -> None:
         super().__init__(lines)
@@ -76,13 +80,6 @@ class ModelSummary(Report, list[LayerSummary]):
 def model_summary(model: nn.Module) -> ModelSummary:
     """Lists the KAN layers of a model, with their adapters: shapes, ranks, parameters, kilobytes, scale and state.
 
-    Example:
-        >>> from peft_lotra.kan import KAN
-        >>> print(model_summary(KAN([8, 5])))
-        layer     family      (out, in, basis)  adapter  ranks  trainable  kB  scale  state
-        layers.0  peft-lotra       (5, 8, 8+1)  -            -          -   -      -  not adapted
-        360 of 360 parameters trainable (100.00%); adapters 0.0 kB of 1.5 kB
-
     Args:
         model: Any model, adapted or not; also a compiled one.
 
@@ -91,6 +88,13 @@ def model_summary(model: nn.Module) -> ModelSummary:
 
     Raises:
         ValueError: A pattern of the family of a layer does not fit its parameters.
+
+    Example:
+        >>> from peft_lotra.kan import KAN
+        >>> print(model_summary(KAN([8, 5])))
+        layer     family      (out, in, basis)  adapter  ranks  trainable  kB  scale  state
+        layers.0  peft-lotra       (5, 8, 8+1)  -            -          -   -      -  not adapted
+        360 of 360 parameters trainable (100.00%); adapters 0.0 kB of 1.5 kB
     """
     network = unwrap(model)
     layers = dict(lotra_layers(network))

@@ -96,20 +96,13 @@ def slim(
     Where a family multiplies the splines of each edge by a scale (efficient-kan, pykan), coefficient times scale is
     compressed, and the scale is 1 from then on.
 
-    Example:
-        >>> from peft_lotra.kan import KAN
-        >>> small = slim(KAN([20, 16]), (4, 4, 3), inputs=torch.rand(100, 20))
-        >>> small.slim_report.parameters
-        (2880, 219)
-        >>> dense = small.to_dense()
-
     Args:
         model: A network with KAN layers, or one layer, without adapters; it stays unchanged if not `inplace`.
         ranks: (ro, ri, rb) for each layer, capped by the sizes of its modes with a warning; or by layer, as
             `suggest_ranks` returns them, others being left dense;
-        energy: or the share of the squared norm to keep, above 0 and up to 1: of each layer's coefficients, or with
+        energy: Or the share of the squared norm to keep, above 0 and up to 1: of each layer's coefficients, or with
             `inputs` of the deviations of the model's outputs from their mean;
-        budget: or the number of parameters for the coefficients of all layers together.
+        budget: Or the number of parameters for the coefficients of all layers together.
         inputs: Samples of the model's input, a thousand or so: a tensor, a tuple of arguments, a dict of named ones,
             or a function of the model that runs it and returns its output. All basis functions of each layer are held
             in memory for them, in float64.
@@ -126,6 +119,13 @@ def slim(
             (merge them first), no KAN layer, coefficients that are not finite, layers that no input reaches, or that
             a closure calls in the place of those exchanged; or `inputs` are empty, not finite or all the same.
         TypeError: With `inputs`, the model returns no tensor, nor a tuple or dict that begins with one.
+
+    Example:
+        >>> from peft_lotra.kan import KAN
+        >>> small = slim(KAN([20, 16]), (4, 4, 3), inputs=torch.rand(100, 20))
+        >>> small.slim_report.parameters
+        (2880, 219)
+        >>> dense = small.to_dense()
     """
     if [ranks, energy, budget].count(None) != 2:
         raise ValueError(
@@ -162,12 +162,22 @@ def slim(
 
 
 def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """A copy of the model in which every Slim layer has its original class again, and computes the same.
+    """Replaces every Slim layer by a dense one of its original class that computes the same, up to rounding.
 
-    With `inplace`, the layers of the model itself are exchanged.
+    Args:
+        model: A model with Slim layers, without adapters.
+        inplace: Whether to exchange the layers of the model itself, and not of a copy.
+
+    Returns:
+        The model with dense layers.
 
     Raises:
         ValueError: The model has adapters, or a copy would call layers of the original through a closure.
+
+    Example:
+        >>> from peft_lotra.kan import SlimKAN
+        >>> type(to_dense(SlimKAN([8, 4], ranks=2)).layers[0]).__name__
+        'KANLinear'
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model has adapters: merge them first, `model = model.merge_and_unload()`.")

@@ -90,22 +90,12 @@ def extract_lotra(
     Where a family multiplies the splines of each edge by a trainable scale (efficient-kan, pykan), the adapter is
     fitted to coefficient times scale (by L-BFGS). Scales of random signs, as those of efficient-kan, need `inputs`.
 
-    Example:
-        >>> import copy
-        >>> from peft_lotra.kan import KAN
-        >>> base = KAN([3, 5, 4])
-        >>> tuned = copy.deepcopy(base)
-        >>> tuned.layers[0].spline_weight.data[2] += 0.1  # fine-tuning of one of five outputs
-        >>> model = extract_lotra(base, tuned, energy=0.99)
-        >>> model.extraction_report.ranks
-        {'layers.0': (1, 1, 1)}
-
     Args:
         base: The base model, without adapters.
         tuned: The fine-tuned model of the same architecture; adapters that are active count.
         r: The ranks of each layer,
-        energy: or the share of the energy to keep in each, above 0 and up to 1,
-        budget: or the number of parameters of the adapter, see `suggest_ranks`.
+        energy: Or the share of the energy to keep in each, above 0 and up to 1,
+        budget: Or the number of parameters of the adapter, see `suggest_ranks`.
         rank_pattern: Ranks by layer, as in [`LoTRAConfig`]; alone, or with `r` for the others.
         inputs: Samples of the model's input, for which all basis functions are held in memory in float64: a tensor, a
             tuple of arguments, a dict of named ones, or a function of the model that runs it and returns its output.
@@ -121,6 +111,16 @@ def extract_lotra(
             have different architectures or grids, are the same, or are not finite; `base` has adapters; `inputs`
             are empty or not finite, or do not reach a layer.
         TypeError: With `inputs`, the model returns no tensor, tuple or dict that begins with one.
+
+    Example:
+        >>> import copy
+        >>> from peft_lotra.kan import KAN
+        >>> base = KAN([3, 5, 4])
+        >>> tuned = copy.deepcopy(base)
+        >>> tuned.layers[0].spline_weight.data[2] += 0.1  # fine-tuning of one of five outputs
+        >>> model = extract_lotra(base, tuned, energy=0.99)
+        >>> model.extraction_report.ranks
+        {'layers.0': (1, 1, 1)}
     """
     if [energy, budget, r if rank_pattern is None else rank_pattern].count(None) != 2:
         raise ValueError(

@@ -93,6 +93,12 @@ def update_spectrum(base: nn.Module, tuned: nn.Module) -> Spectrum:
     Active adapters count. Where a family multiplies the splines of each edge by a trainable scale (efficient-kan,
     pykan, qkan's FourierKAN) and the scales changed too, the spectrum is that of coefficient times scale.
 
+    Args:
+        base, tuned: Two models of one architecture, adapted or not; both stay unchanged.
+
+    Raises:
+        ValueError: The KAN layers differ in name, family or shape, there are none, or a coefficient is not finite.
+
     Example:
         >>> import copy
         >>> from peft_lotra.kan import KAN
@@ -101,25 +107,12 @@ def update_spectrum(base: nn.Module, tuned: nn.Module) -> Spectrum:
         >>> tuned.layers[0].spline_weight.data[2] += 0.1  # one of five outputs: of rank (1, 1, 1)
         >>> update_spectrum(base, tuned).layers["layers.0"].energy(1) > 0.999
         True
-
-    Args:
-        base, tuned: Two models of one architecture, adapted or not; both stay unchanged.
-
-    Raises:
-        ValueError: The KAN layers differ in name, family or shape, there are none, or a coefficient is not finite.
     """
     return Spectrum({name: spectrum_of(update.tensor) for name, update in coefficient_updates(base, tuned).items()})
 
 
 def gradient_spectrum(model: nn.Module, config: LoTRAConfig | None, train_step: Callable[[], None]) -> Spectrum:
     """The spectrum of the gradient of each KAN layer's coefficients: of the first step of full fine-tuning.
-
-    Example:
-        >>> from peft_lotra.kan import KAN
-        >>> model, x = KAN([3, 5, 4]), torch.rand(10, 3)
-        >>> spectrum = gradient_spectrum(model, None, lambda: model(x).square().sum().backward())
-        >>> [layer.shape for layer in spectrum.layers.values()]
-        [(5, 3, 9), (4, 5, 9)]
 
     Args:
         model: The base model, or a PEFT model; it stays unchanged.
@@ -128,6 +121,13 @@ def gradient_spectrum(model: nn.Module, config: LoTRAConfig | None, train_step: 
 
     Raises:
         ValueError: A target is no KAN layer; no gradient, or one that is not finite, arrived at a layer.
+
+    Example:
+        >>> from peft_lotra.kan import KAN
+        >>> model, x = KAN([3, 5, 4]), torch.rand(10, 3)
+        >>> spectrum = gradient_spectrum(model, None, lambda: model(x).square().sum().backward())
+        >>> [layer.shape for layer in spectrum.layers.values()]
+        [(5, 3, 9), (4, 5, 9)]
     """
     model = unwrap(model)
     config = LoTRAConfig() if config is None else config
@@ -150,11 +150,6 @@ def suggest_ranks(
 ) -> dict[str, tuple[int, ...]]:
     """Ranks for each layer, as the `rank_pattern` of [`LoTRAConfig`].
 
-    Example:
-        >>> spectrum = Spectrum({"kan": spectrum_of(torch.eye(12).view(12, 4, 3))})
-        >>> suggest_ranks(spectrum, budget=60)
-        {'^kan': (3, 1, 3)}
-
     Args:
         base: A spectrum, or a base model.
         tuned: With a base model, the fine-tuned one.
@@ -169,6 +164,11 @@ def suggest_ranks(
     Raises:
         ValueError: Not one of `energy` and `budget` is given; the energy is out of range; the budget does not suffice
             for ranks (1, 1, 1) in each layer; or as `update_spectrum`.
+
+    Example:
+        >>> spectrum = Spectrum({"kan": spectrum_of(torch.eye(12).view(12, 4, 3))})
+        >>> suggest_ranks(spectrum, budget=60)
+        {'^kan': (3, 1, 3)}
     """
     if (energy is None) == (budget is None):
         raise ValueError(f"Pass one of `energy` and `budget`, got `energy`={energy} and `budget`={budget}.")

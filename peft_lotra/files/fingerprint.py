@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -24,10 +24,9 @@ from ..families.coefficients import CoefficientTensor
 from ..families.registry import KANLayerSpec
 
 
-_CHUNK = 1 << 22  # elements that are cast and hashed at a time, which bounds the extra memory
-
 _PROJECTIONS = 8  # of a sketch
 _ROW = 2048  # values that have signs of their own; those of the next row are the same, or all opposite
+_CHUNK = 64 * _ROW  # elements that are cast and hashed at a time: whole rows, and few enough for the cache of a core
 _ROUNDING = 1e-6  # of the norm: what a base that is computed anew may differ by
 
 # what a floating tensor can be cast down to; the way to half precision leads through float32, as torch's own does.
@@ -43,23 +42,9 @@ Values = Mapping[str, "torch.Tensor | int | float"]
 
 def hash_values(values: Values, dtype: torch.dtype | None = None) -> str:
     """The hash, 32 hexadecimal digits, of names, shapes and contents; tensors of more digits are cast first."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(values.items()):
-        if not isinstance(value, torch.Tensor):
-            digest.update(f"{name}={value!r};".encode())
-            continue
-        target = dtype if dtype in _FEWER_DIGITS.get(value.dtype, ()) else value.dtype
-        digest.update(f"{name}:{target}{tuple(value.shape)};".encode())
-        flat = value.detach().reshape(-1)
-        if value.is_meta:  # without contents
-            continue
-        for start in range(0, flat.numel(), _CHUNK):
-            part = flat[start : start + _CHUNK]
-            if target != value.dtype:
-                part = part.float().to(target)
-            part = part.cpu().contiguous()
-            digest.update(part.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    digest = _Digest(dtype)
+    _read(values, [digest])
+    return str(digest)
 
 
 def hash_all_dtypes(values: Values) -> dict[str, str]:
@@ -70,8 +55,9 @@ def hash_all_dtypes(values: Values) -> dict[str, str]:
     own = _widest(values)
     if own is None:
         return {"exact": hash_values(values)}
-    hashes = {_name(dtype): hash_values(values, dtype) for dtype in (own, *_FEWER_DIGITS[own])}
-    return {**hashes, "sketch": sketch(values)}
+    readers = {_name(dtype): _Digest(dtype) for dtype in (own, *_FEWER_DIGITS[own])} | {"sketch": _Sketch()}
+    _read(values, readers.values())
+    return {name: str(reader) for name, reader in readers.items()}
 
 
 def sketch(values: Values) -> str:
@@ -81,23 +67,77 @@ def sketch(values: Values) -> str:
     vector at the distance d from v has projections at distances of about d. (A hash of rounded values would not do:
     some of many values are always at the edge of being rounded the other way.)
     """
-    exact = {
-        name: f"{tuple(value.shape)}" if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in values.items()
-    }
-    signs, norm, sums = _signs(0, _ROW, 0), 0.0, torch.zeros(_PROJECTIONS, dtype=torch.float64)
-    row = 0
-    for _, value in sorted(values.items()):
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+    result = _Sketch()
+    _read(values, [result])
+    return str(result)
+
+
+def _read(values: Values, readers: Collection[_Digest]) -> None:
+    """Lets all readers see names, shapes and contents, in one pass over the contents."""
+    for name, value in sorted(values.items()):
+        for reader in readers:
+            reader.begin(name, value)
+        if not isinstance(value, torch.Tensor) or value.is_meta:  # without contents
             continue
         flat = value.detach().reshape(-1)
-        for start in range(0, flat.numel(), _ROW * _ROW):
-            part = flat[start : start + _ROW * _ROW].cpu().double()
-            rows = torch.nn.functional.pad(part, (0, -len(part) % _ROW)).view(-1, _ROW)
-            sums += ((rows @ signs) * _signs(row, row + len(rows), _PROJECTIONS)).sum(0)
-            norm, row = norm + part.square().sum().item(), row + len(rows)
-    numbers = ",".join(f"{number:.10e}" for number in (math.sqrt(norm), *sums.tolist()))
-    return f"{hash_values(exact)}:{numbers}"  # pyright: ignore[reportArgumentType]  (hashed by their `repr`)
+        for start in range(0, flat.numel(), _CHUNK):
+            part = flat[start : start + _CHUNK].cpu().contiguous()
+            for reader in readers:
+                reader.add(part)
+
+
+class _Digest:
+    """A hash, value by value and part by part; tensors of more digits than `dtype` has are cast to it."""
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self._hash, self._dtype = hashlib.blake2b(digest_size=16), dtype
+
+    def begin(self, name: str, value: torch.Tensor | int | float) -> None:
+        if not isinstance(value, torch.Tensor):
+            self._hash.update(f"{name}={value!r};".encode())
+            return
+        self._target = self._dtype if self._dtype in _FEWER_DIGITS.get(value.dtype, ()) else value.dtype
+        self._hash.update(f"{name}:{self._target}{tuple(value.shape)};".encode())
+
+    def add(self, part: torch.Tensor) -> None:
+        if self._target != part.dtype:
+            part = part.float().to(self._target)
+        self._hash.update(part.view(torch.uint8).numpy().data)
+
+    def __str__(self) -> str:
+        return self._hash.hexdigest()
+
+
+class _Sketch(_Digest):
+    """A sketch, value by value and part by part; its digest is that of all that is no float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._square_sum = 0.0
+        self._projections: list[torch.Tensor] = []  # of each row, on the signs of its values
+
+    def begin(self, name: str, value: torch.Tensor | int | float) -> None:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            self._hash.update(f"{name}={str(tuple(value.shape))!r};".encode())
+        else:
+            super().begin(name, value)
+
+    def add(self, part: torch.Tensor) -> None:
+        if not part.is_floating_point():
+            super().add(part)
+            return
+        part, signs = part.double(), _signs(0, _ROW, 0)
+        whole = len(part) - len(part) % _ROW
+        self._square_sum += part.dot(part).item()
+        if whole:
+            self._projections.append((signs.T @ part[:whole].view(-1, _ROW).T).T)
+        if whole < len(part):  # the last row of a tensor
+            self._projections.append(part[whole:].unsqueeze(0) @ signs[: len(part) - whole])
+
+    def __str__(self) -> str:
+        rows = torch.cat(self._projections or [torch.zeros(0, _PROJECTIONS, dtype=torch.float64)])
+        sums = (rows * _signs(0, len(rows), _PROJECTIONS)).sum(0)
+        return f"{super().__str__()}:" + ",".join(f"{x:.10e}" for x in (math.sqrt(self._square_sum), *sums.tolist()))
 
 
 @lru_cache(maxsize=16)  # all layers have the same

@@ -81,21 +81,17 @@ def write_model_card(
             unchanged.
 
     Example:
-
-    ```py
-    >>> from pathlib import Path
-    >>> from tempfile import TemporaryDirectory
-    >>> from peft import get_peft_model
-    >>> from peft_lotra import LoTRAConfig, write_model_card
-    >>> from peft_lotra.kan import KAN
-    >>> model = get_peft_model(KAN([2, 8, 1]), LoTRAConfig(r=2))
-    >>> with TemporaryDirectory() as folder:
-    ...     model.save_pretrained(folder)
-    ...     write_model_card(model, folder, base_model="user/kan", metrics={"accuracy": 0.853})
-    ...     print("accuracy | 0.853" in Path(folder, "README.md").read_text())
-    True
-
-    ```
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig, write_model_card
+        >>> from peft_lotra.kan import KAN
+        >>> model = get_peft_model(KAN([2, 8, 1]), LoTRAConfig(r=2))
+        >>> with TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     write_model_card(model, folder, base_model="user/kan", metrics={"accuracy": 0.853})
+        ...     print("accuracy | 0.853" in Path(folder, "README.md").read_text())
+        True
     """
     folder = Path(folder)
     check_base_model(base_model)

@@ -18,12 +18,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_sta
 from safetensors import SafetensorError
 
 from ..families.registry import short_name
-from ..files.format import NORM_STATS, check_size, open_weights
+from ..files.format import check_size, open_weights
 from ..report import Report, TextTable
 from ..tucker import tucker_of
 from ..tuner.config import LoTRAConfig
+from ..tuner.injection import own_tensors
 from ..tuner.layer import COMPONENTS, LoTRALayer
-from ..tuner.norm_stats import stored_name
 from ..tuner.registration import NAME
 
 
@@ -109,17 +109,13 @@ def adapter_table(model: PeftModel, adapter_name: str = "default") -> list[Adapt
         One row for each layer.
 
     Example:
-
-    ```py
-    >>> from peft import get_peft_model
-    >>> from peft_lotra import LoTRAConfig
-    >>> from peft_lotra.hub import adapter_table
-    >>> from peft_lotra.kan import KAN
-    >>> (row,) = adapter_table(get_peft_model(KAN([2, 8]), LoTRAConfig(r=2)))
-    >>> row.name, row.shape, row.ranks, row.parameters
-    ('layers.0', (8, 2, 9), (2, 2, 2), 46)
-
-    ```
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig
+        >>> from peft_lotra.hub import adapter_table
+        >>> from peft_lotra.kan import KAN
+        >>> (row,) = adapter_table(get_peft_model(KAN([2, 8]), LoTRAConfig(r=2)))
+        >>> row.name, row.shape, row.ranks, row.parameters
+        ('layers.0', (8, 2, 9), (2, 2, 2), 46)
     """
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return table_of_tensors(cast(LoTRAConfig, model.peft_config[adapter_name]), tensors)
@@ -138,14 +134,6 @@ def _order(row: AdapterRow) -> tuple[bool, list]:
     # layers.2 before layers.10; neither files nor configurations keep the order of the model
     parts = [(int(part), "") if part.isdecimal() else (-1, part) for part in row.name.split(".")]
     return row.ranks is None, parts
-
-
-def own_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a file without those of other adapters."""
-    # PEFT 0.19 writes the tensors of all adapters into each file, the others with the name of the adapter at the end
-    own = (*COMPONENTS, *map(stored_name, NORM_STATS))
-    other = re.compile(rf".*\.({'|'.join(own)})\..+")
-    return {key: tensor for key, tensor in tensors.items() if not other.fullmatch(key)}
 
 
 def _row(config: LoTRAConfig, name: str, parts: dict[str, torch.Tensor]) -> AdapterRow:

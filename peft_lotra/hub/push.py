@@ -26,10 +26,11 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
 
+from ..tuner.injection import own_tensors
 from ..tuner.registration import NAME
 from .base_code import check_base_model, hub_id
 from .card import README, combine_cards, load_card, write_model_card, written_code
-from .contents import adapter_folders, own_tensors, peft_type_of, read_adapter
+from .contents import adapter_folders, peft_type_of, read_adapter
 
 
 def push_to_hub(

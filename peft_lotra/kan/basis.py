@@ -18,13 +18,12 @@ SPLINE_ORDERS = range(1, 6)
 
 
 class UniformGrid(NamedTuple):
-    """
-    The grid of B-splines of degree `spline_order` on `grid_size` equal intervals of [low, high].
+    """The grid of B-splines of degree `spline_order` on `grid_size` equal intervals of [low, high].
 
     Attributes:
-        low, high: ends of the grid, which broadcast to (I,).
-        grid_size: number G of intervals.
-        spline_order: degree p of the splines, 1 to 5.
+        low, high: Ends of the grid, which broadcast to (I,).
+        grid_size: Number G of intervals.
+        spline_order: Degree p of the splines, 1 to 5.
     """
 
     low: torch.Tensor
@@ -62,11 +61,10 @@ def bspline_basis(
     spline_order: int,
     derivative: int = 0,
 ) -> torch.Tensor:
-    r"""
-    The values at `x` of the B-splines of degree `spline_order` = p on `grid_size` = G equal intervals of [low, high],
-    or of their derivatives with respect to `x`.
+    r"""The B-splines on a uniform grid at the points `x`, or their derivatives with respect to `x`.
 
-    With spacing h = (high - low) / G, basis function j = 0 ... G+p-1 is the cardinal B-spline centered on
+    They are of degree p = `spline_order` on G = `grid_size` equal intervals of [low, high]. With spacing
+    h = (high - low) / G, basis function j = 0 ... G+p-1 is the cardinal B-spline centered on
     c_j = low + (j - (p-1)/2) h, with support c_j +- h (p+1)/2. It is evaluated in truncated powers of the distance
     s = |x - c_j| / h to the nearer end of its support,
 
@@ -80,12 +78,12 @@ def bspline_basis(
     Differentiable any number of times; runs under `torch.func` and `torch.compile(fullgraph=True)`.
 
     Args:
-        x: points, shape (..., I), of a floating point dtype. NaN gives NaN; an infinity is outside every support, and
+        x: Points, shape (..., I), of a floating point dtype. NaN gives NaN; an infinity is outside every support, and
             gives zeros with zero gradients.
-        low, high: ends of the grid, numbers or tensors that broadcast to (I,).
-        grid_size: number G of intervals between `low` and `high`.
-        spline_order: degree p of the splines, 1 to 5.
-        derivative: order d of the derivative, from 0 (the values).
+        low, high: Ends of the grid, numbers or tensors that broadcast to (I,).
+        grid_size: Number G of intervals between `low` and `high`.
+        spline_order: Degree p of the splines, 1 to 5.
+        derivative: Order d of the derivative, from 0 (the values).
 
     Returns:
         Tensor of shape (..., I, G + p) and of the dtype of `x`. float16 and bfloat16 are evaluated in float32.
@@ -98,14 +96,10 @@ def bspline_basis(
     functions", Quart. Appl. Math. 4 (1946), with the symmetry M_p(-s) = M_p(s).
 
     Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.kan import bspline_basis
-    >>> bspline_basis(torch.tensor([0.25]), 0, 1, grid_size=2, spline_order=1)
-    tensor([[0.5000, 0.5000, 0.0000]])
-
-    ```
+        >>> import torch
+        >>> from peft_lotra.kan import bspline_basis
+        >>> bspline_basis(torch.tensor([0.25]), 0, 1, grid_size=2, spline_order=1)
+        tensor([[0.5000, 0.5000, 0.0000]])
     """
     check_grid(grid_size, spline_order)
     if not isinstance(derivative, int) or derivative < 0:
@@ -175,8 +169,7 @@ def spline_factors(spline_order: int) -> list[int]:
 
 
 class TruncatedPowers:
-    r"""
-    The truncated powers whose sum is the cardinal spline, see `bspline_basis`.
+    r"""The truncated powers whose sum is the cardinal spline, see `bspline_basis`.
 
     A grid interval is `unit` long, with unit^p = 1 / p!, so that no pass divides by p!: with the distances
     t_m = max(half_width - |offset| - m unit, 0) the spline is  sum_m factors[m] t_m^p.

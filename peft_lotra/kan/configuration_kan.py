@@ -17,25 +17,32 @@ ProblemType = Literal["regression", "single_label_classification", "multi_label_
 
 
 class KANConfig(PretrainedConfig):
-    """
-    Configuration of a `KANModel`.
+    """Configuration of a `KANModel`.
 
     `num_labels`, `id2label` and `label2id` follow from the last width; pass `id2label` to name the labels.
 
     Args:
-        widths: sizes of the input, of each hidden layer and of the output.
-        grid_size: number of intervals of each grid.
-        spline_order: degree of the splines, 1 to 5.
-        grid_range: ends of the grids of a new model.
-        ranks: makes it a Slim KAN: as for `SlimKAN`, (ro, ri, rb) for all layers, or a list with ranks or None for
+        widths: Sizes of the input, of each hidden layer and of the output.
+        grid_size: Number of intervals of each grid.
+        spline_order: Degree of the splines, 1 to 5.
+        grid_range: Ends of the grids of a new model.
+        ranks: Makes it a Slim KAN: as for `SlimKAN`, (ro, ri, rb) for all layers, or a list with ranks or None for
             each. None for a dense KAN.
-        norm: as for `KAN`.
+        norm: As for `KAN`.
         problem_type: "regression", "single_label_classification", "multi_label_classification", or None to tell by
             the labels; see `KANModel.forward`.
-        **kwargs: as for `transformers.PretrainedConfig`.
+        **kwargs: As for `transformers.PretrainedConfig`.
+
+    Attributes:
+        widths, grid_size, spline_order, grid_range, ranks, norm, problem_type: The arguments, lists as tuples.
 
     Raises:
         ValueError: `num_labels` or `id2label` disagree with the last width.
+
+    Example:
+        >>> from peft_lotra.kan import KANConfig
+        >>> KANConfig(widths=[2, 5, 3]).num_labels
+        3
     """
 
     model_type = "kan"

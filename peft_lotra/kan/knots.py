@@ -33,24 +33,20 @@ class KnotMap(InputMap):
     same number of cells before loading.
 
     Args:
-        low, high: the ends of the intervals, (I,).
-        density: positive numbers (I, C): the relative number of knots wanted in C equal cells of each interval.
+        low, high: The ends of the intervals, (I,).
+        density: Positive numbers (I, C): the relative number of knots wanted in C equal cells of each interval.
 
     Raises:
-        ValueError: the shapes do not fit, an interval is empty, or a density is not positive and finite.
+        ValueError: The shapes do not fit, an interval is empty, or a density is not positive and finite.
 
     Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.kan import KnotMap
-    >>> steep = torch.tensor([[1.0, 1.0, 8.0, 8.0, 1.0, 1.0]])  # most knots in the middle third of [-1, 1]
-    >>> KnotMap(torch.tensor([-1.0]), torch.tensor([1.0]), steep)(torch.tensor([[-1.0], [-0.3], [1.0]]))
-    tensor([[-1.0000],
-            [-0.6...],
-            [ 1.0000]])
-
-    ```
+        >>> import torch
+        >>> from peft_lotra.kan import KnotMap
+        >>> steep = torch.tensor([[1.0, 1.0, 8.0, 8.0, 1.0, 1.0]])  # most knots in the middle third of [-1, 1]
+        >>> KnotMap(torch.tensor([-1.0]), torch.tensor([1.0]), steep)(torch.tensor([[-1.0], [-0.3], [1.0]]))
+        tensor([[-1.0000],
+                [-0.6...],
+                [ 1.0000]])
     """
 
     low: Tensor

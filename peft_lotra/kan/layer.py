@@ -84,8 +84,7 @@ class SplineLayer(nn.Module):
 
 
 class KANLinear(SplineLayer):
-    r"""
-    A layer of learnable univariate functions, one on each edge from input i to output o:
+    r"""A layer of learnable univariate functions, one on each edge from input i to output o:
 
         y[o] = sum_i base_weight[o, i] silu(x[i]) + sum_{i,k} spline_weight[o, i, k] B_k(x[i]),
 
@@ -93,33 +92,29 @@ class KANLinear(SplineLayer):
     (and `spline_order` intervals beyond), an edge has its residual branch only.
 
     Args:
-        in_features, out_features: sizes I and O of the last dimension of input and output.
-        grid_size: number of intervals of each grid.
-        spline_order: degree of the splines, 1 to 5.
-        grid_range: ends of the grids of a new layer.
-        device, dtype: as for `torch.nn.Linear`.
+        in_features, out_features: Sizes I and O of the last dimension of input and output.
+        grid_size: Number of intervals of each grid.
+        spline_order: Degree of the splines, 1 to 5.
+        grid_range: Ends of the grids of a new layer.
+        device, dtype: As for `torch.nn.Linear`.
 
     Attributes:
-        spline_weight: parameter (O, I, grid_size + spline_order), the coefficient tensor.
-        base_weight: parameter (O, I), the residual branch.
-        grid_bounds: buffer (I, 2), lower and upper end of each input's grid. It is part of the state,
+        spline_weight: Parameter (O, I, grid_size + spline_order), the coefficient tensor.
+        base_weight: Parameter (O, I), the residual branch.
+        grid_bounds: Buffer (I, 2), lower and upper end of each input's grid. It is part of the state,
             since it gives the coefficients their meaning.
 
     Raises:
-        ValueError: a size, the order or the range cannot be used.
+        ValueError: A size, the order or the range cannot be used.
 
     Source: Liu et al., "KAN: Kolmogorov-Arnold Networks", arXiv 2404.19756, eqs. (2.10) to (2.12), without the
     redundant scale of the splines.
 
     Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.kan import KANLinear
-    >>> KANLinear(2, 3)(torch.rand(10, 2)).shape
-    torch.Size([10, 3])
-
-    ```
+        >>> import torch
+        >>> from peft_lotra.kan import KANLinear
+        >>> KANLinear(2, 3)(torch.rand(10, 2)).shape
+        torch.Size([10, 3])
     """
 
     def __init__(
@@ -140,8 +135,7 @@ class KANLinear(SplineLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """
-        Makes the layer a new one: grids on `grid_range`, and normal weights that keep the variance of the activations.
+        """Draws the weights anew, normal ones that keep the variance of activations, and sets grids on `grid_range`.
 
         For inputs x that are normal with the mean and the variance v of the uniform law on `grid_range`, the weights
         of the two branches have the variances s v / (I sum_k E[B_k(x)^2]) and (1-s) v / (I E[silu(x)^2]). Then
@@ -158,15 +152,14 @@ class KANLinear(SplineLayer):
         nn.init.normal_(self.base_weight, std=math.sqrt((1 - SPLINE_VARIANCE_SHARE) * variance / of_silu))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: inputs, shape (..., I), of the dtype of the weights.
+        """Args:
+            x: Inputs, shape (..., I), of the dtype of the weights.
 
         Returns:
             Outputs, shape (..., O).
 
         Raises:
-            ValueError: the last dimension is not I.
+            ValueError: The last dimension is not I.
         """
         self._check_input(x)
         # On rows, not on the leading shape: the last digits of a batched product depend on what requires a gradient.
@@ -177,19 +170,18 @@ class KANLinear(SplineLayer):
 
     @torch.no_grad()
     def update_grid(self, x: torch.Tensor, margin: float = 0.01) -> None:
-        """
-        Moves each input's grid to the range of the samples, and refits the splines so that the function is kept.
+        """Moves each input's grid to the range of the samples, and refits the splines so that the function is kept.
 
         The new coefficients are the least-squares fit, in float64, of the old splines on the samples and, with a
         hundredth of their weight, on points spread over the new range. The fit is exact where the old splines lie in
         the span of the new basis. An input whose samples do not spread (a pixel that is always black) keeps its grid.
 
         Args:
-            x: samples, shape (..., I), a few thousand. Two float64 bases of all of them must fit into memory.
-            margin: the share of the samples' range that is left free at each end.
+            x: Samples, shape (..., I), a few thousand. Two float64 bases of all of them must fit into memory.
+            margin: The share of the samples' range that is left free at each end.
 
         Raises:
-            ValueError: wrong shape, no samples, values that are not finite, or a `margin` that is negative or not
+            ValueError: Wrong shape, no samples, values that are not finite, or a `margin` that is negative or not
                 finite. The layer is as before then.
         """
         if not (math.isfinite(margin) and margin >= 0):

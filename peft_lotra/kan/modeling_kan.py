@@ -22,10 +22,11 @@ from .slim_kan import SlimKAN, SlimKANLinear
 
 @dataclass
 class KANOutput(ModelOutput):
-    """
-    Args:
-        loss: scalar, None without labels.
-        logits: the network's output, shape (..., widths[-1]); for regression, the predictions.
+    """The output of a [`KANModel`].
+
+    Attributes:
+        loss: Scalar, None without labels.
+        logits: The network's output, shape (..., widths[-1]); for regression, the predictions.
     """
 
     loss: torch.Tensor | None = None
@@ -33,14 +34,24 @@ class KANOutput(ModelOutput):
 
 
 class KANModel(PreTrainedModel):
-    """
-    A `KAN`, or with `ranks` a `SlimKAN`, with what transformers adds to a model: `save_pretrained`, `from_pretrained`,
-    the Hub, `Trainer`.
+    """A `KAN`, or with `ranks` a `SlimKAN`, as a model of transformers: for `save_pretrained`, the Hub and `Trainer`.
 
     Importing this module registers it, so that `AutoConfig` and `AutoModel` find it.
 
+    Args:
+        config: The configuration.
+
     Attributes:
-        kan: the network.
+        kan: The network.
+
+    Raises:
+        ValueError: The configuration has `num_labels` that differ from the last width, or values that `KAN` refuses.
+
+    Example:
+        >>> from peft_lotra.kan import KANConfig, KANModel
+        >>> model = KANModel(KANConfig(widths=(2, 5, 1)))
+        >>> model(torch.zeros(4, 2), labels=torch.ones(4)).logits.shape
+        torch.Size([4, 1])
     """
 
     config_class = KANConfig
@@ -88,10 +99,11 @@ class KANModel(PreTrainedModel):
     def forward(
         self, inputs: torch.Tensor, labels: torch.Tensor | None = None, return_dict: bool | None = None
     ) -> KANOutput | tuple[torch.Tensor, ...]:
-        """
+        """Evaluates the network, and with `labels` the loss.
+
         Args:
-            inputs: shape (..., widths[0]), of the model's dtype.
-            labels: by `config.problem_type`, with the loss,
+            inputs: Shape (..., widths[0]), of the model's dtype.
+            labels: By `config.problem_type`, with the loss,
                 "regression": targets of the shape of the logits, or without a last dimension of 1; squared error;
                 "single_label_classification": indices of classes, shape (...), -100 for none; cross entropy;
                 "multi_label_classification": zeros and ones of the shape of the logits; binary cross entropy.
@@ -103,7 +115,7 @@ class KANModel(PreTrainedModel):
             `KANOutput`, or a tuple of those of its items that are not None.
 
         Raises:
-            ValueError: the shape of inputs or labels does not fit, or the loss cannot be told from the labels.
+            ValueError: The shape of inputs or labels does not fit, or the loss cannot be told from the labels.
         """
         logits = self.kan(inputs)
         loss = None if labels is None else self._loss(logits, labels)

@@ -37,14 +37,16 @@ class LayerStack(nn.Module):
 
 
 class KAN(LayerStack):
-    """
-    A stack of `KANLinear` layers, `self.layers`. It starts with activations of about the same variance at each depth.
+    """A stack of `KANLinear` layers, in which activations start with about the same variance at each depth.
 
     Args:
-        widths: sizes of the input, of each hidden layer and of the output; at least two.
-        grid_size, spline_order, grid_range, device, dtype: as for `KANLinear`, the same in each layer.
-        norm: "batch" or "layer" puts a normalization between the layers (an entry of `self.layers`), whose outputs
-            start with the mean and the variance of the uniform law on `grid_range`.
+        widths: Sizes of the input, of each hidden layer and of the output; at least two.
+        grid_size, spline_order, grid_range, device, dtype: As for `KANLinear`, the same in each layer.
+        norm: "batch" or "layer" puts a normalization between the layers, whose outputs start with the mean and the
+            variance of the uniform law on `grid_range`.
+
+    Attributes:
+        layers: The layers, an `nn.ModuleList`, with the normalizations between them.
 
     Raises:
         ValueError: `widths` are fewer than two or not positive integers, or an argument that `KANLinear` refuses.
@@ -52,14 +54,10 @@ class KAN(LayerStack):
     Source: Liu et al., "KAN: Kolmogorov-Arnold Networks", arXiv 2404.19756, eq. (2.7).
 
     Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.kan import KAN
-    >>> KAN([2, 5, 1])(torch.rand(10, 2)).shape
-    torch.Size([10, 1])
-
-    ```
+        >>> import torch
+        >>> from peft_lotra.kan import KAN
+        >>> KAN([2, 5, 1])(torch.rand(10, 2)).shape
+        torch.Size([10, 1])
     """
 
     def __init__(
@@ -79,15 +77,14 @@ class KAN(LayerStack):
 
     @torch.no_grad()
     def update_grid(self, x: torch.Tensor, margin: float = 0.01) -> None:
-        """
-        Moves the grids of all layers to the samples that reach them, first layer first, and keeps the function.
+        """Moves the grids of all layers to the samples that reach them, first layer first, and keeps the function.
 
         Args:
-            x: samples of the network's input, shape (..., widths[0]).
-            margin: as in `KANLinear.update_grid`.
+            x: Samples of the network's input, shape (..., widths[0]).
+            margin: As in `KANLinear.update_grid`.
 
         Raises:
-            ValueError: as `KANLinear.update_grid`, for the inputs of any layer. All layers are as before then.
+            ValueError: As `KANLinear.update_grid`, for the inputs of any layer. All layers are as before then.
         """
         before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         try:

@@ -34,8 +34,7 @@ def spline_product(
     weight: Tensor,
     update: Pair | None = None,
 ) -> Tensor:
-    r"""
-    y[n, o] = sum_{i,k} W[o, i, k] B_k(x[n, i]), with B_k as in `bspline_basis`, W the weight (O, I, K) or, with an
+    r"""y[n, o] = sum_{i,k} W[o, i, k] B_k(x[n, i]), with B_k as in `bspline_basis`, W the weight (O, I, K) or, with an
     update of left (O, r) and right (r, I, K),  weight + sum_r left[o, r] right[r, i, k].
 
     The basis is evaluated in blocks that fit the cache, and again in the backward pass: nothing of the size (N, I, K)

@@ -25,13 +25,12 @@ _POINTS = 8  # for each interval of the finer grid, on which functions are fitte
 
 @dataclass(frozen=True)
 class RefinementReport:
-    """
-    What a refinement changed.
+    """What a refinement changed.
 
     Attributes:
-        errors: for each KAN layer the largest change of one of its edges' functions on its new grid, as a share of
+        errors: For each KAN layer the largest change of one of its edges' functions on its new grid, as a share of
             the layer's largest value there.
-        outside: for each KAN layer the share of samples that lay outside of the old grid; zeros without samples.
+        outside: For each KAN layer the share of samples that lay outside of the old grid; zeros without samples.
     """
 
     errors: dict[str, float]
@@ -48,8 +47,7 @@ def refine_grid(
     margin: float = 0.02,
     tolerance: float = 1e-2,
 ) -> RefinementReport:
-    r"""
-    Gives the layers of a network grids of another size and keeps its function.
+    r"""Gives the layers of a network grids of another size and keeps its function.
 
     Without samples, the ends of the grids stay. If `grid_size` is a multiple of the old one, the old splines lie in
     the span of the new ones, and the function is kept to rounding on the grids; otherwise it is the least-squares fit.
@@ -62,34 +60,30 @@ def refine_grid(
     The parameters are replaced by new ones: make optimizers afterwards. `LevenbergMarquardt` needs nothing.
 
     Args:
-        kan: a `KAN` or a `SlimKAN`. Slim layers have one basis for all inputs: only without samples and density.
-        grid_size: the number of intervals of each new grid.
-        samples: inputs (N, I) of the network.
-        density: positive numbers (I, C), the relative number of knots wanted in C equal cells of each of the first
+        kan: A `KAN` or a `SlimKAN`. Slim layers have one basis for all inputs: only without samples and density.
+        grid_size: The number of intervals of each new grid.
+        samples: Inputs (N, I) of the network.
+        density: Positive numbers (I, C), the relative number of knots wanted in C equal cells of each of the first
             layer's grids, for a `KnotMap` before that layer. None keeps the map that is there.
-        margin: the share of the activations' range that is left free at each end, with samples.
-        tolerance: the largest error of a layer, see `RefinementReport`, that is accepted.
+        margin: The share of the activations' range that is left free at each end, with samples.
+        tolerance: The largest error of a layer, see `RefinementReport`, that is accepted.
 
     Raises:
         TypeError: `kan` is no `KAN` or `SlimKAN`.
-        ValueError: an argument is out of range; a layer has an adapter or is of an unknown kind; samples are not
+        ValueError: An argument is out of range; a layer has an adapter or is of an unknown kind; samples are not
             finite; the function cannot be kept to `tolerance`. The network is as before then.
 
     Source: W. Boehm, "Inserting new knots into B-spline curves" (1980), for nested grids; C. de Boor, "A Practical
     Guide to Splines" (1978), chapter XII, for the placement of knots.
 
     Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.kan import KAN, refine_grid
-    >>> kan, x = KAN([2, 5, 1], grid_size=4, dtype=torch.float64), 0.5 * torch.rand(100, 2, dtype=torch.float64)
-    >>> before = kan(x)
-    >>> report = refine_grid(kan, 8)
-    >>> kan.layers[0].grid_size, torch.allclose(kan(x), before, atol=1e-6)
-    (8, True)
-
-    ```
+        >>> import torch
+        >>> from peft_lotra.kan import KAN, refine_grid
+        >>> kan, x = KAN([2, 5, 1], grid_size=4, dtype=torch.float64), 0.5 * torch.rand(100, 2, dtype=torch.float64)
+        >>> before = kan(x)
+        >>> report = refine_grid(kan, 8)
+        >>> kan.layers[0].grid_size, torch.allclose(kan(x), before, atol=1e-6)
+        (8, True)
     """
     if not isinstance(kan, LayerStack):
         raise TypeError(

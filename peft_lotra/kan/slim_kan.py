@@ -31,8 +31,7 @@ GAIN_BASIS = 0.3
 
 
 class SlimKANLinear(SplineLayer):
-    r"""
-    A `KANLinear` whose coefficient tensor is a Tucker tensor: its parameters are a core and three factors.
+    r"""A `KANLinear` whose coefficient tensor is a Tucker tensor: its parameters are a core and three factors.
 
     With the residual branch as the last slice of the basis mode, the tensor A (O, I, K + 1), K = `grid_size +
     spline_order`, is  core x1 factor_out x2 factor_in x3 factor_basis:
@@ -43,19 +42,25 @@ class SlimKANLinear(SplineLayer):
     All edges are combinations of the same rb functions f_c. The dense tensor is never built in the forward pass.
 
     Args:
-        in_features, out_features, grid_size, spline_order, grid_range, device, dtype: as for `KANLinear`.
+        in_features, out_features, grid_size, spline_order, grid_range, device, dtype: As for `KANLinear`.
         ranks: (ro, ri, rb) for the modes (out, in, basis), or one number for the three. A rank above the size of its
             mode is capped, with a warning.
 
     Attributes:
-        core: parameter (ro, ri, rb).
-        factor_out, factor_in, factor_basis: parameters (O, ro), (I, ri) and (K + 1, rb).
-        grid_bounds: buffer (I, 2), as in `KANLinear`.
+        core: Parameter (ro, ri, rb).
+        factor_out, factor_in, factor_basis: Parameters (O, ro), (I, ri) and (K + 1, rb).
+        grid_bounds: Buffer (I, 2), as in `KANLinear`.
 
     Raises:
-        ValueError: an argument that `KANLinear` refuses, or ranks that are not positive integers.
+        ValueError: An argument that `KANLinear` refuses, or ranks that are not positive integers.
 
     Source: Gao, Ng and Tan, "Low Tensor-Rank Adaptation of Kolmogorov-Arnold Networks", arXiv 2502.06153, Slim KANs.
+
+    Example:
+        >>> from peft_lotra.kan import SlimKANLinear
+        >>> layer = SlimKANLinear(64, 10, ranks=(5, 8, 3))
+        >>> layer.core.shape, layer(torch.zeros(7, 64)).shape
+        (torch.Size([5, 8, 3]), torch.Size([7, 10]))
     """
 
     def __init__(
@@ -82,8 +87,7 @@ class SlimKANLinear(SplineLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """
-        Makes the layer a new one: grids on `grid_range`, and components that keep the variance of the activations.
+        """Makes the layer a new one: grids on `grid_range`, and components that keep the variance of the activations.
 
         The factors factor_out and factor_in get orthogonal columns of norm sqrt(O) and `GAIN_IN`. The rows of
         factor_basis are normal, and scaled so that the mean square of the functions f_c is `GAIN_BASIS` squared, of
@@ -188,29 +192,29 @@ def _orthogonal(like: torch.Tensor) -> torch.Tensor:
 
 
 class SlimKAN(LayerStack):
-    """
-    A stack of `SlimKANLinear` layers, `self.layers`. Activations start with about the same variance at each depth,
-    unless the ranks are low and the network is deep; `norm` helps there.
+    """A stack of `SlimKANLinear` layers.
+
+    Activations start with about the same variance at each depth, unless the ranks are low and the network is deep;
+    `norm` helps there.
 
     Args:
-        widths, grid_size, spline_order, grid_range, norm, device, dtype: as for `KAN`.
+        widths, grid_size, spline_order, grid_range, norm, device, dtype: As for `KAN`.
         ranks: (ro, ri, rb) or one number, as for `SlimKANLinear`, the same in each layer; or a list with ranks for
             each layer, where None makes a dense `KANLinear`. Ranks above the sizes of a layer's modes are capped, with
             a warning.
 
+    Attributes:
+        layers: The layers, an `nn.ModuleList`, with the normalizations between them.
+
     Raises:
-        ValueError: an argument that `KAN` refuses, ranks that are not positive integers, or a list of them that has
+        ValueError: An argument that `KAN` refuses, ranks that are not positive integers, or a list of them that has
             not one entry for each layer.
 
     Example:
-
-    ```py
-    >>> from peft_lotra.kan import SlimKAN
-    >>> model = SlimKAN([64, 64, 10], ranks=(20, 20, 2))
-    >>> sum(parameter.numel() for parameter in model.parameters())  # KAN([64, 64, 10]) has 42,624
-    5176
-
-    ```
+        >>> from peft_lotra.kan import SlimKAN
+        >>> model = SlimKAN([64, 64, 10], ranks=(20, 20, 2))
+        >>> sum(parameter.numel() for parameter in model.parameters())  # KAN([64, 64, 10]) has 42,624
+        5176
     """
 
     def __init__(

@@ -103,9 +103,11 @@ def _blocks(points: Points) -> list[slice]:
 
 
 def _basis(points: Points, rows: slice, derivative: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """
-    Of the p + 1 basis functions whose support holds a point: their values (R, I, p+1), 0 for those beyond the ends of
-    the basis; their indices i K + k; and the grid interval of each point (R, I), counted from p before the first.
+    """The p + 1 basis functions whose support holds a point.
+
+    Returns:
+        Their values (R, I, p+1), 0 for those beyond the ends of the basis; their indices i K + k; and the grid
+        interval of each point (R, I), counted from p before the first.
     """
     order, num_basis = points.spline_order, points.num_basis
     position = ((points.x[rows] - points.low) * points.scale).clamp_(-order - 1, num_basis + 1)

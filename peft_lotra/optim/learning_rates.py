@@ -48,7 +48,7 @@ class LoTRALearningRate:
 
 
 class LoTRALearningRates(Report, list[LoTRALearningRate]):
-    """The lines of the table, a list."""
+    """The result of `lotra_lr_multipliers`, a list of [`LoTRALearningRate`]; prints as a table."""
 
     def _table(self) -> TextTable:
         rows = [[x.module, x.adapter, x.component, str(x.shape), f"{x.multiplier:.4g}"] for x in self]

@@ -59,6 +59,10 @@ class LevenbergMarquardt:
         memory: Bytes that matrices and chunks of rows may take.
         max_damping: The damping at which a step gives up.
 
+    Attributes:
+        damping: The damping that the next step tries.
+        model, geodesic, floor, memory, max_damping: The arguments.
+
     Raises:
         TypeError: `model` is no `nn.Module`.
         ValueError: No parameter requires a gradient, or an argument is out of range.

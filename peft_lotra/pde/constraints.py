@@ -21,8 +21,7 @@ Part = Callable[[Tensor], Tensor] | float
 
 
 class HardConstraint(nn.Module):
-    r"""
-    A network whose values are prescribed where `distance` is zero:
+    r"""A network whose values are prescribed where `distance` is zero:
 
         u(x) = lift(x) + distance(x) kan(x).
 
@@ -40,33 +39,29 @@ class HardConstraint(nn.Module):
     forward derivatives of `distance` and `lift`. It works on networks with adapters, and adapters can be made on it.
 
     Args:
-        kan: a network, (..., I) to (..., O).
-        distance: a function of x (..., I) that returns (..., 1) or (..., O), each row by itself, in operations that
+        kan: A network, (..., I) to (..., O).
+        distance: A function of x (..., I) that returns (..., 1) or (..., O), each row by itself, in operations that
             `torch.func.jvp` differentiates twice; or a module; or a number.
-        lift: the same; zero by default. A network as a lift continues its solution: freeze its parameters.
+        lift: The same; zero by default. A network as a lift continues its solution: freeze its parameters.
 
     Attributes:
-        kan, distance, lift: the arguments.
+        kan, distance, lift: The arguments.
 
     Raises:
         TypeError: `kan` is no module, or `distance` or `lift` can not be called.
-        ValueError: in the forward pass and by `jet`, a part returns another shape than (..., 1) or (..., O).
+        ValueError: In the forward pass and by `jet`, a part returns another shape than (..., 1) or (..., O).
 
     Source: I. E. Lagaris et al., "Artificial neural networks for solving ordinary and partial differential equations",
     IEEE Transactions on Neural Networks 9 (1998); N. Sukumar and A. Srivastava, arXiv 2104.08426.
 
     Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.kan import KAN, jet
-    >>> from peft_lotra.pde import HardConstraint
-    >>> u = HardConstraint(KAN([1, 5, 1]), lambda x: 1 - x**2, lift=lambda x: x)  # u(-1) = -1, u(1) = 1
-    >>> u(torch.tensor([[-1.0], [1.0]])).flatten().tolist()
-    [-1.0, 1.0]
-    >>> value, slope, second = jet(u, torch.rand(10, 1))
-
-    ```
+        >>> import torch
+        >>> from peft_lotra.kan import KAN, jet
+        >>> from peft_lotra.pde import HardConstraint
+        >>> u = HardConstraint(KAN([1, 5, 1]), lambda x: 1 - x**2, lift=lambda x: x)  # u(-1) = -1, u(1) = 1
+        >>> u(torch.tensor([[-1.0], [1.0]])).flatten().tolist()
+        [-1.0, 1.0]
+        >>> value, slope, second = jet(u, torch.rand(10, 1))
     """
 
     def __init__(self, kan: nn.Module, distance: Part, lift: Part = 0.0) -> None:
@@ -137,31 +132,26 @@ register_jet(HardConstraint, _jet)
 
 
 class BoxDistance(nn.Module):
-    r"""
-    The distance function of sides of a box, for `HardConstraint`: the product over its sides of
+    r"""The distance function of sides of a box, for `HardConstraint`: the product over its sides of
 
         s (one side of a coordinate),   4 s (1 - s) (both sides),   s^2 (a side in `twice`),
 
     where s in [0, 1] is the distance from the side as a share of the box's width.
 
     Args:
-        low, high: the ends of the box, I numbers each.
-        sides: pairs (coordinate, end) of an index and "low" or "high"; None for all of them.
-        twice: of these, the sides where the first derivative is prescribed too.
+        low, high: The ends of the box, I numbers each.
+        sides: Pairs (coordinate, end) of an index and "low" or "high"; None for all of them.
+        twice: Of these, the sides where the first derivative is prescribed too.
 
     Raises:
-        ValueError: the box is empty, or a side is not one of its sides.
+        ValueError: The box is empty, or a side is not one of its sides.
 
     Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.pde import BoxDistance
-    >>> distance = BoxDistance((-1, 0), (1, 1), sides=[(0, "low"), (0, "high"), (1, "low")])  # walls, and t = 0
-    >>> distance(torch.tensor([[0.0, 0.5], [1.0, 0.5], [0.3, 0.0]])).flatten().tolist()
-    [0.5, 0.0, 0.0]
-
-    ```
+        >>> import torch
+        >>> from peft_lotra.pde import BoxDistance
+        >>> distance = BoxDistance((-1, 0), (1, 1), sides=[(0, "low"), (0, "high"), (1, "low")])  # walls, and t = 0
+        >>> distance(torch.tensor([[0.0, 0.5], [1.0, 0.5], [0.3, 0.0]])).flatten().tolist()
+        [0.5, 0.0, 0.0]
     """
 
     low: Tensor

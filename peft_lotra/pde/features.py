@@ -16,8 +16,7 @@ from .constraints import check_box
 
 
 class BoxFeatures(InputMap):
-    r"""
-    A layer before a KAN that maps the coordinates of a box to [-1, 1], the grid of a new KAN.
+    r"""A layer before a KAN that maps the coordinates of a box to [-1, 1], the grid of a new KAN.
 
     With s in [0, 1] the place in the box, a coordinate becomes 2 s - 1; a periodic one becomes two features
     cos(2 pi s), sin(2 pi s), so that the network and all its derivatives are periodic; one with Neumann conditions
@@ -25,32 +24,28 @@ class BoxFeatures(InputMap):
     `LevenbergMarquardt` know the layer in closed form.
 
     Args:
-        low, high: the ends of the box, I numbers each.
-        periodic: the indices of periodic coordinates.
-        neumann: the indices of coordinates with Neumann conditions.
+        low, high: The ends of the box, I numbers each.
+        periodic: The indices of periodic coordinates.
+        neumann: The indices of coordinates with Neumann conditions.
 
     Attributes:
-        out_features: the number of features, I + len(periodic).
+        out_features: The number of features, I + len(periodic).
 
     Raises:
-        ValueError: the box is empty, or an index is out of range or in both lists.
+        ValueError: The box is empty, or an index is out of range or in both lists.
 
     Source: S. Dong and N. Ni, "A method for representing periodic functions and enforcing exactly periodic boundary
     conditions with deep neural networks", arXiv 2007.07442.
 
     Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.kan import KAN, jet
-    >>> from peft_lotra.pde import BoxFeatures
-    >>> features = BoxFeatures((-1, 0), (1, 1), periodic=[0])
-    >>> model = torch.nn.Sequential(features, KAN([features.out_features, 5, 1]))
-    >>> ends = jet(model, torch.tensor([[-1.0, 0.3], [1.0, 0.3]]))
-    >>> all(torch.allclose(part[..., :1, :], part[..., 1:, :], atol=1e-4) for part in ends)
-    True
-
-    ```
+        >>> import torch
+        >>> from peft_lotra.kan import KAN, jet
+        >>> from peft_lotra.pde import BoxFeatures
+        >>> features = BoxFeatures((-1, 0), (1, 1), periodic=[0])
+        >>> model = torch.nn.Sequential(features, KAN([features.out_features, 5, 1]))
+        >>> ends = jet(model, torch.tensor([[-1.0, 0.3], [1.0, 0.3]]))
+        >>> all(torch.allclose(part[..., :1, :], part[..., 1:, :], atol=1e-4) for part in ends)
+        True
     """
 
     low: Tensor

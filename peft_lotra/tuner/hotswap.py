@@ -17,11 +17,11 @@ from ..files.checkpoint import refuse
 from ..files.format import differ
 from ..functional import unwrap
 from .config import LoTRAConfig
-from .injection import is_of_another_adapter
+from .injection import own_tensors
 from .layer import lotra_layers
 from .norm_stats import NormStatsTuner, pop_stats
 from .targets import check_base, locate_target
-from .transaction import change_lock, transaction
+from .transaction import change_lock, is_switched, transaction
 
 
 @torch.no_grad()
@@ -72,9 +72,9 @@ def hotswap_adapter(
         )
 
     # detached, but the model's own memory
-    current = _own(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))
+    current = own_tensors(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))
     kwargs.pop("check_base", None)
-    tensors = _own(load_peft_weights(str(model_name_or_path), device="cpu", **kwargs))
+    tensors = own_tensors(load_peft_weights(str(model_name_or_path), device="cpu", **kwargs))
     tuner = cast(NormStatsTuner, model.base_model)
     _, stats = pop_stats(current), pop_stats(tensors)
     wrong = _differences(old, new, current, tensors) + tuner.norm_stats_problems(stats)
@@ -87,14 +87,10 @@ def hotswap_adapter(
         key = f"base_model.model.{name}.lotra_core"
         if key in tensors:
             tensors[key] = tensors[key] * (new.ranks_and_alpha(name)[1] / layer.lotra_alpha[adapter_name])
-    with change_lock(model.base_model).held, transaction(model, current.values()):
+    with change_lock(model.base_model).held, transaction(model, current.values(), changes=is_switched):
         for key, tensor in tensors.items():
             current[key].copy_(tensor)
         tuner.set_norm_stats(adapter_name, stats)
-
-
-def _own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if not is_of_another_adapter(name)}
 
 
 def check_reload(model: nn.Module, adapter_name: str, path: str | os.PathLike, **kwargs: Any) -> None:

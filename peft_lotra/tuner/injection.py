@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..families.slim import SlimLayer
 from ..files.checkpoint import OF_THE_BASE, refuse
 from ..files.format import NORM_STATS, differ
+from ..functional import modules_of
 from ..kan.slim_kan import SlimKANLinear
 from .config import ALL_KAN, LoTRAConfig
 from .guards import guard_network
@@ -111,7 +112,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
     PEFT's own function would look for `.weight`, and would put one on the KAN layer when an adapter is unloaded.
     """
-    for module in list(model.modules()):
+    for module in modules_of(model):
         for name, child in list(module._modules.items()):  # named_children() leaves out repetitions
             if child is old:
                 setattr(module, name, new)
@@ -144,6 +145,11 @@ def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Tar
 def is_of_another_adapter(name: str) -> bool:
     """Whether a tensor of a file, of these names, is of an adapter that PEFT 0.19 saved along with the file's own."""
     return name.rpartition(".")[0].endswith((*COMPONENTS, *_NORM_STATS))
+
+
+def own_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file without those of other adapters."""
+    return {name: tensor for name, tensor in tensors.items() if not is_of_another_adapter(name)}
 
 
 def mismatches(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Union
 
 from peft import PeftConfig, PeftMixedModel, mixed_model
@@ -21,7 +22,7 @@ from .injection import create_and_replace, mismatches, prepare_config, prepare_t
 from .layer import LoTRALayer
 from .model import LoTRAModel
 from .norm_stats import NormStatsTuner
-from .transaction import change_lock, configs_among, enclose, transaction, whole, whole_merge
+from .transaction import change_lock, configs_among, creation, enclose, is_switched, whole
 
 
 # what PEFT wires its own methods into by hand
@@ -32,7 +33,7 @@ class LoTRAMixedModel(NormStatsTuner, mixed_tuners.MixedModel):
     """PEFT's `MixedModel`, which also takes LoTRA configurations; made by [`enable_mixed`]."""
 
     def __init__(self, model: nn.Module, *args, **kwargs) -> None:
-        with change_lock(self).held, transaction(model, objects=configs_among(args, kwargs)):
+        with change_lock(self).held, creation(model, configs_among(args, kwargs)):
             super().__init__(model, *args, **kwargs)
 
     @whole
@@ -46,11 +47,11 @@ class LoTRAMixedModel(NormStatsTuner, mixed_tuners.MixedModel):
         refuse_for_model(mismatches(self.model, state_dict, f"{prefix}model."))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    set_adapter = whole(NormStatsTuner.set_adapter)
+    set_adapter = whole(NormStatsTuner.set_adapter, is_switched)
     delete_adapter = whole(NormStatsTuner.delete_adapter)
-    merge_adapter = whole_merge(mixed_tuners.MixedModel.merge_adapter)
-    unmerge_adapter = whole(mixed_tuners.MixedModel.unmerge_adapter)
-    _enable_adapter_layers = whole(NormStatsTuner._enable_adapter_layers)
+    merge_adapter = whole(mixed_tuners.MixedModel.merge_adapter, is_switched, merges=True)
+    unmerge_adapter = whole(mixed_tuners.MixedModel.unmerge_adapter, is_switched)
+    _enable_adapter_layers = whole(NormStatsTuner._enable_adapter_layers, is_switched)
 
     def _prepare_adapter_config(self, peft_config, model_config):
         if isinstance(peft_config, LoTRAConfig):
@@ -77,7 +78,7 @@ class LoTRAMixedModel(NormStatsTuner, mixed_tuners.MixedModel):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    @whole_merge
+    @partial(whole, merges=True)
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         release_networks(model)

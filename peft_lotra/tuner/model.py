@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..files.checkpoint import refuse_for_model
+from ..functional import modules_of
 from ..locks import LayerLock, exclusively_within, put_back_by
 from .config import LoTRAConfig
 from .first_backward import watch_first_backward
@@ -37,7 +39,7 @@ from .norm_stats import NormStatsTuner, with_adapter
 from .saved_modules import put_saved_modules, saves_inside
 from .slim import SLIM_MERGES, SlimLoTRALayer
 from .targets import Target, check_parameters, record_base
-from .transaction import change_lock, configs_among, transaction, whole, whole_merge
+from .transaction import change_lock, configs_among, creation, is_switched, whole
 from .weighted import add_weighted_adapter, check_known
 
 
@@ -88,7 +90,7 @@ class LoTRAModel(NormStatsTuner):
         self._targets: dict[str, Target] = {}
         self._saves_inside = False
         self._injection: ExitStack | None = None
-        with change_lock(self).held, transaction(model, objects=configs_among(args, kwargs)):
+        with change_lock(self).held, creation(model, configs_among(args, kwargs)):
             super().__init__(model, *args, **kwargs)
 
     @whole
@@ -194,7 +196,7 @@ class LoTRAModel(NormStatsTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         return select_to_save(adapter_name, state_dict)
 
-    @whole_merge
+    @partial(whole, changes=is_switched, merges=True)
     def merge_adapter(
         self,
         adapter_names: list[str] | None = None,
@@ -218,11 +220,11 @@ class LoTRAModel(NormStatsTuner):
             layer.keep_base = keep_base
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    unmerge_adapter = whole(NormStatsTuner.unmerge_adapter)
+    unmerge_adapter = whole(NormStatsTuner.unmerge_adapter, is_switched)
     unload = whole(NormStatsTuner.unload)
-    _enable_adapter_layers = whole(NormStatsTuner._enable_adapter_layers)
+    _enable_adapter_layers = whole(NormStatsTuner._enable_adapter_layers, is_switched)
 
-    @whole_merge
+    @partial(whole, merges=True)
     def merge_and_unload(self, *args, slim: Literal["densify", "truncate"] = "densify", **kwargs) -> nn.Module:
         """Merges the active adapters, or those named, into the base model, and returns it without a trace of LoTRA.
 
@@ -280,7 +282,7 @@ class LoTRAModel(NormStatsTuner):
             for _, layer in lotra_layers(self.model):
                 layer.check_safe_merge(adapter_names)
 
-    @whole
+    @partial(whole, changes=is_switched)
     def set_adapter(self, adapter_name: str | list[str], *args, **kwargs) -> None:
         check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name, self.peft_config)
         super().set_adapter(adapter_name, *args, **kwargs)
@@ -329,7 +331,7 @@ class LoTRAModel(NormStatsTuner):
                 names = [name if name in module._get_available_adapters() else "__base__" for name in names]
             return args, {**kwargs, "adapter_names": names}
 
-        takers = [module for module in self.modules() if isinstance(module, (LoTRALayer, AuxiliaryTrainingWrapper))]
+        takers = [module for module in modules_of(self) if isinstance(module, (LoTRALayer, AuxiliaryTrainingWrapper))]
 
         def remove_hooks():
             for module in takers:

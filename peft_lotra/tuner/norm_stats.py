@@ -130,7 +130,7 @@ class NormStatsTuner(BaseTuner):
         self._norm_stats, self._norm_stats_owner = stats, adapter
 
     def _place_stats_in_force(self) -> None:
-        if self._norm_stats_held:
+        if self._norm_stats_held or self._norm_stats.get(None) == {}:  # there are none, as of the last injection
             return
         layers = (module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
         disabled = any(layer.disable_adapters for layer in layers)

@@ -62,16 +62,6 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
     with a hundredth of their weight, on points spread over the new grid. HOOI, and L-BFGS on the error of the
     functions, bring it back to its ranks. The layers before a layer give its inputs, already refitted.
 
-    Example:
-        >>> from peft import get_peft_model
-        >>> from peft_lotra import LoTRAConfig
-        >>> from peft_lotra.kan import KAN
-        >>> model = get_peft_model(KAN([2, 5, 1]), LoTRAConfig(r=2, init_weights=False))
-        >>> x = torch.rand(200, 2)
-        >>> report = refit_adapters(model, x, move=lambda kan: kan.layers[0].update_grid(x))
-        >>> list(report.errors)
-        [('layers.0', 'default')]
-
     Args:
         model: The adapted model. Its adapters must not be merged.
         inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments. A few
@@ -83,6 +73,16 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
         ValueError: Adapters are merged or disabled; the family of a layer offers no basis, or the layer is a
             convolution; `inputs` do not reach a layer whose grid moved; the number of basis functions changed.
             Nothing is changed then, not even by `move`.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig
+        >>> from peft_lotra.kan import KAN
+        >>> model = get_peft_model(KAN([2, 5, 1]), LoTRAConfig(r=2, init_weights=False))
+        >>> x = torch.rand(200, 2)
+        >>> report = refit_adapters(model, x, move=lambda kan: kan.layers[0].update_grid(x))
+        >>> list(report.errors)
+        [('layers.0', 'default')]
     """
     layers = {short_name(name): layer for name, layer in lotra_layers(model)}
     unusable = [name for name, layer in layers.items() if layer.merged or layer.disable_adapters]

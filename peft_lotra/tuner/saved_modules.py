@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from ..functional import modules_of
 from .config import LoTRAConfig
 from .targets import Target
 
@@ -67,7 +68,7 @@ def name_in_file(name: str, model: nn.Module, targets: Mapping[str, Target]) -> 
 
 def put_saved_modules(model: nn.Module) -> None:
     """Puts the copies that are in force in the places of the modules that PEFT's `unload` did not reach."""
-    for module in list(model.modules()):
+    for module in modules_of(model):
         for name, child in list(module._modules.items()):
             if isinstance(child, ModulesToSaveWrapper):
                 module._modules[name] = child.unload_and_optionally_merge_module(False, False, None)

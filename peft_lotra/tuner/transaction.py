@@ -16,17 +16,18 @@ import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from itertools import chain
 from typing import Any
-from weakref import WeakMethod, finalize
+from weakref import WeakMethod, finalize, ref
 
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
+from peft import PeftConfig, PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..functional import modules_of
 from ..locks import IN_PROGRESS, LayerLock
 from .merging import MergeableLayer, all_or_nothing
 
@@ -36,7 +37,20 @@ _DOORS = ("add_adapter", "load_adapter", "set_adapter", "delete_adapter")
 _OF_LOADING = ("model_id", "adapter_name")
 _OF_SAVING = ("selected_adapters", "save_embedding_layers")  # the arguments that say what is saved
 _CONTAINERS = frozenset((dict, OrderedDict, list, set))
-_creating = threading.local()  # `from_file`: whether this thread is in `from_pretrained`, which injects and then loads
+_WITH_ADAPTERS = (BaseTunerLayer, AuxiliaryTrainingWrapper, BaseTuner, PeftModel, PeftMixedModel)
+
+
+def is_switched(module: nn.Module) -> bool:
+    """Whether setting, disabling, merging and unmerging adapters changes attributes of a module."""
+    return isinstance(module, _WITH_ADAPTERS) or "running_mean" in module._buffers  # see `NormStatsTuner`
+
+
+class _Thread(threading.local):
+    # the innermost transaction; weak: an interruption at its end must not keep it
+    change: Callable[[], transaction | None] = staticmethod(lambda: None)
+
+
+_thread = _Thread()
 
 
 class transaction:
@@ -50,6 +64,9 @@ class transaction:
         model: The model.
         tensors: Tensors that are written within. They are copied.
         objects: Other objects with attributes that change within, such as configs.
+        changes: Which modules have attributes that change within; all of them by default.
+        begins: Whether the transaction begins at once, or with the first change that is a part of it, see
+            `is_part_of_change`. What happens before is not undone.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2))
@@ -64,8 +81,18 @@ class transaction:
 
     # A class, since an interruption at the end of the block can keep `__exit__` from being called: what is done stays
     # done then, whereas a generator would undo it as soon as it is collected.
-    def __init__(self, model: nn.Module, tensors: Iterable[Tensor] = (), objects: Sequence[object] = ()) -> None:
-        attributes = [(vars(owner), dict(vars(owner))) for owner in chain(model.modules(), objects)]
+    def __init__(
+        self,
+        model: nn.Module,
+        tensors: Iterable[Tensor] = (),
+        objects: Sequence[object] = (),
+        changes: Callable[[nn.Module], bool] | None = None,
+        begins: bool = True,
+    ) -> None:
+        self.model, self._begins = model, begins
+        modules = modules_of(model)
+        owners = chain(modules if changes is None else filter(changes, modules), objects)
+        attributes = [(now := vars(owner), now.copy()) for owner in owners]
         contents = [
             (value, value.copy() if value else ())
             for _, old in attributes
@@ -74,21 +101,32 @@ class transaction:
         ]
         self._merges = all_or_nothing()
         self._containers = [*attributes, *contents]
-        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        parameters = (value for module in modules for value in module._parameters.values() if value is not None)
+        self._flags = [(parameter, parameter.requires_grad) for parameter in parameters]
         self._values = [(tensor, tensor.data, tensor.detach().clone()) for tensor in tensors]
+        self._key: object = None  # in `IN_PROGRESS`, once it has begun
 
     def __enter__(self) -> None:
-        self._merges.__enter__()
-        # weak: if `__exit__` is not called, a fork long after would undo what has been done since
-        undo, self._key = WeakMethod(self.undo), object()
-        finalize(self, IN_PROGRESS.pop, self._key, None).atexit = False
-        IN_PROGRESS[self._key] = threading.get_ident(), lambda: (method := undo()) and method()
+        self._outer, _thread.change = _thread.change, ref(self)
+        if self._begins:
+            self.begin()
+
+    def begin(self) -> None:
+        """Lets what is done from now on be undone."""
+        if self._key is None:
+            self._merges.__enter__()
+            # weak: if `__exit__` is not called, a fork long after would undo what has been done since
+            undo, self._key = WeakMethod(self.undo), object()
+            finalize(self, IN_PROGRESS.pop, self._key, None).atexit = False
+            IN_PROGRESS[self._key] = threading.get_ident(), lambda: (method := undo()) and method()
 
     def __exit__(self, error: type[BaseException] | None, *args: Any) -> None:
-        if error is not None:
-            self.undo()
-        IN_PROGRESS.pop(self._key, None)
-        self._merges.__exit__(None)
+        if self._key is not None:
+            if error is not None:
+                self.undo()
+            IN_PROGRESS.pop(self._key, None)
+            self._merges.__exit__(None)
+        _thread.change = self._outer
 
     def undo(self) -> None:
         """Puts back what is not as it was when the transaction began."""
@@ -124,15 +162,35 @@ def base_parameters(model: nn.Module, merged_only: bool) -> Iterator[nn.Paramete
 
     Those of LoTRA undo their merges themselves, see `all_or_nothing`.
     """
-    for module in model.modules():
+    for module in modules_of(model):
         if not isinstance(module, BaseTunerLayer) or isinstance(module, MergeableLayer):
             continue
         if module.merged or not merged_only:
             yield from module.get_base_layer().parameters()
 
 
-def whole(method: Callable, merges: bool = False) -> Callable:
-    """Makes a method of a tuner one that is done as a whole or not at all, one at a time."""
+def is_part_of_change(*models: nn.Module) -> bool:
+    """Whether this thread is changing one of these models already; that change then undoes all of it."""
+    outer = _thread.change()
+    if outer is None or all(outer.model is not model for model in models):
+        return False
+    outer.begin()
+    return True
+
+
+def creation(model: nn.Module, configs: Sequence[PeftConfig]) -> AbstractContextManager[None]:
+    """A transaction in which a model is wrapped, unless it is a part of another change."""
+    return nullcontext() if is_part_of_change(model) else transaction(model, objects=configs)
+
+
+def whole(method: Callable, changes: Callable[[nn.Module], bool] | None = None, merges: bool = False) -> Callable:
+    """Makes a method of a tuner one that is done as a whole or not at all, one at a time.
+
+    Args:
+        method: The method.
+        changes: Which modules have attributes that it changes; all of them by default.
+        merges: Whether it merges.
+    """
 
     @wraps(method)
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -140,15 +198,10 @@ def whole(method: Callable, merges: bool = False) -> Callable:
         # a part of another change, which is undone as a whole
         if lock._is_owned():  # pyright: ignore[reportAttributeAccessIssue]
             return method(self, *args, **kwargs)
-        with lock, transaction(self, base_parameters(self, merged_only=not merges)):
+        with lock, transaction(self, base_parameters(self, merged_only=not merges), changes=changes):
             return method(self, *args, **kwargs)
 
     return run
-
-
-def whole_merge(method: Callable) -> Callable:
-    """`whole` for a method that merges."""
-    return whole(method, merges=True)
 
 
 def change_lock(tuner: nn.Module) -> LayerLock:
@@ -157,7 +210,7 @@ def change_lock(tuner: nn.Module) -> LayerLock:
     Without it, a load that fails would undo what other threads have loaded since it began. The forward pass does not
     take it, and goes on beside a load.
     """
-    return vars(tuner).setdefault("_change_lock", LayerLock())
+    return vars(tuner).get("_change_lock") or vars(tuner).setdefault("_change_lock", LayerLock())
 
 
 def configs_among(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[PeftConfig]:
@@ -178,7 +231,7 @@ def enclose(model_classes: Iterable[type], tuner_cls: type, config_cls: type) ->
             elif name == "save_pretrained":
                 setattr(model_cls, name, _around_saving(_bare(method), tuner_cls))
             elif name == "from_pretrained":
-                setattr(model_cls, name, classmethod(_around_loading(_bare(method.__func__), config_cls)))
+                setattr(model_cls, name, classmethod(_around_loading(_bare(method.__func__))))
 
 
 def _bare(method: Any) -> Any:
@@ -197,7 +250,7 @@ def _around_creation(method: Any, config_cls: type) -> Any:
         if not isinstance(peft_config, config_cls):
             method(self, model, peft_config, *args, **kwargs)
             return
-        with transaction(model, objects=[peft_config]):
+        with creation(model, [peft_config]):
             method(self, model, peft_config, *args, **kwargs)
 
     return _marked(__init__, method)
@@ -205,12 +258,13 @@ def _around_creation(method: Any, config_cls: type) -> Any:
 
 def _around_change(method: Any, tuner_cls: type) -> Any:
     loads = method.__name__ == "load_adapter"
+    changes = is_switched if method.__name__ == "set_adapter" else None
     hub_arguments = ("subfolder", "revision", "token", "cache_dir", "check_base")
 
     @wraps(method)
     def run(self, *args: Any, **kwargs: Any) -> Any:
         tuner = self._modules.get("base_model")
-        if not isinstance(tuner, tuner_cls):
+        if not isinstance(tuner, tuner_cls) or is_part_of_change(self, tuner.model):
             return method(self, *args, **kwargs)
         with change_lock(tuner).held:
             # of merged layers, since switching unmerges them, and of the adapter, if it is there already
@@ -218,11 +272,12 @@ def _around_change(method: Any, tuner_cls: type) -> Any:
             if loads:
                 path, name = map(kwargs.get, _OF_LOADING, (*args, None, None))
                 written += _tensors_of(tuner, name)
-                reloads = name in tuner.peft_config and not getattr(_creating, "from_file", False)
-                if reloads and hasattr(tuner_cls, "check_reload"):  # PEFT's mixed models have no such
+                if name in tuner.peft_config and hasattr(
+                    tuner_cls, "check_reload"
+                ):  # PEFT's mixed models have no such
                     tuner.check_reload(name, path, **{key: kwargs[key] for key in hub_arguments if key in kwargs})
                     kwargs.pop("check_base", None)
-            with transaction(self, written, configs_among(args, kwargs)), _clear_json_errors():
+            with transaction(self, written, configs_among(args, kwargs), changes), _clear_json_errors():
                 return method(self, *args, **kwargs)
 
     return _marked(run, method)
@@ -242,22 +297,12 @@ def _around_saving(method: Any, tuner_cls: type) -> Any:
     return _marked(save_pretrained, method)
 
 
-def _around_loading(method: Any, config_cls: type) -> Any:
+def _around_loading(method: Any) -> Any:
     @wraps(method)
     def from_pretrained(cls, model, *args: Any, **kwargs: Any) -> Any:
-        before = transaction(model, objects=configs_among(args, kwargs))
-        _creating.from_file = True
-        try:
-            with _clear_json_errors():
-                return method(cls, model, *args, **kwargs)
-        except BaseException:
-            present = getattr(model, "peft_config", None)
-            # what other methods leave behind is not for this package to undo
-            if isinstance(present, dict) and any(isinstance(config, config_cls) for config in present.values()):
-                before.undo()
-            raise
-        finally:
-            _creating.from_file = False
+        # what other methods leave behind is not for this package to undo
+        with transaction(model, objects=configs_among(args, kwargs), begins=False), _clear_json_errors():
+            return method(cls, model, *args, **kwargs)
 
     return _marked(from_pretrained, method)
 

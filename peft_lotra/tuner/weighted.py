@@ -42,16 +42,6 @@ def add_weighted_adapter(
       equal ranks, and is exact only where the factors agree: look at the errors.
     - `"svd"` is the best approximation of the ranks `ranks` that HOOI finds.
 
-    Example:
-        >>> from peft import get_peft_model
-        >>> from peft_lotra import LoTRAConfig
-        >>> from peft_lotra.kan import KAN
-        >>> model = get_peft_model(KAN([8, 9]), LoTRAConfig(r=2, init_weights=False))
-        >>> model.add_adapter("other", LoTRAConfig(r=3, init_weights=False))
-        >>> errors = model.add_weighted_adapter(["default", "other"], [0.7, 0.3], "sum")
-        >>> model.base_model.model.layers[0].lotra_r["sum"], errors["layers.0"] < 1e-6
-        ((5, 5, 5), True)
-
     Args:
         model: The tuner, a [`LoTRAModel`].
         adapters: The adapters to sum up.
@@ -67,6 +57,16 @@ def add_weighted_adapter(
         ValueError: An adapter is unknown or has `modules_to_save`, which have no sum; the numbers of adapters and
             weights differ, or a weight is not finite; the name exists; for `"linear"`, ranks differ or the weights sum
             up to 0; `ranks` without `"svd"`. Nothing is changed then.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig
+        >>> from peft_lotra.kan import KAN
+        >>> model = get_peft_model(KAN([8, 9]), LoTRAConfig(r=2, init_weights=False))
+        >>> model.add_adapter("other", LoTRAConfig(r=3, init_weights=False))
+        >>> errors = model.add_weighted_adapter(["default", "other"], [0.7, 0.3], "sum")
+        >>> model.base_model.model.layers[0].lotra_r["sum"], errors["layers.0"] < 1e-6
+        ((5, 5, 5), True)
     """
     configs = cast("dict[str, LoTRAConfig]", model.peft_config)
     _check(configs, adapters, weights, adapter_name, combination_type, ranks)

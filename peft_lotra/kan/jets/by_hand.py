@@ -16,8 +16,7 @@ from ..memory import JET_BLOCK, OFF_CPU, blocks
 
 
 class LayerJet(torch.autograd.Function):
-    """
-    z (I, N), z' (D, I, N), z'' (D or 1, I, N) or None, and coefficients (O, (K + 1) I) to y, y' and y'', see
+    """z (I, N), z' (D, I, N), z'' (D or 1, I, N) or None, and coefficients (O, (K + 1) I) to y, y' and y'', see
     `evaluate_layer`. The function `plain` of these four does the same by operations that autograd differentiates.
 
     Only the arguments are kept. Features are evaluated in blocks of rows that fit the cache, and again in backward.
@@ -95,8 +94,7 @@ class LayerJet(torch.autograd.Function):
 
 
 class LayerFeatures:
-    """
-    The B-splines of a layer with inputs z (I, N), silu, and the derivatives of both, in blocks of rows.
+    """The B-splines of a layer with inputs z (I, N), silu, and the derivatives of both, in blocks of rows.
 
     Positions are counted in the units of `TruncatedPowers`. The d-th derivatives lack the factor `scales[d]`, (I, 1),
     with which the tensors of inputs are multiplied, since they are smaller.

@@ -20,14 +20,12 @@ from .norms import Norm, is_norm, norm_size
 
 
 class Stage(NamedTuple):
-    """
-    One layer of a chain: a KAN layer, whose coefficients are the sum of `dense` and `updates`, a normalization, or an
-    `InputMap`.
+    """One layer of a chain: a KAN layer with coefficients `dense` plus `updates`, a normalization, or an `InputMap`.
 
     Attributes:
         dense: spline_weight (O, I, K) and base_weight (O, I), adapters on them included. None for a Slim layer, whose
             components are the first of `updates`, and where there is no KAN layer.
-        updates: tensors (O, I, K or K + 1), those of the adapters that a forward pass uses, without dropout.
+        updates: Tensors (O, I, K or K + 1), those of the adapters that a forward pass uses, without dropout.
     """
 
     module: nn.Module

@@ -43,8 +43,7 @@ def register_jet(cls: type[nn.Module], composed: Callable[[Any, Tensor, Tensor, 
 def jet(
     model: nn.Module, x: Tensor, directions: Tensor | None = None, *, collapse: bool | Sequence[float] | Tensor = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""
-    The value of a KAN and its first and second derivatives along straight lines, in one forward pass.
+    r"""The value of a KAN and its first and second derivatives along straight lines, in one forward pass.
 
     With u(t) = model(x + t v) for each direction v, each layer takes (u, u', u'') to that of its output by
 
@@ -60,11 +59,11 @@ def jet(
     transforms, with a warning for each class.
 
     Args:
-        model: maps (..., I) to (..., O), each row by itself.
-        x: points, shape (..., I), usually (N, I).
-        directions: the D directions v, shape (D, I), of any length; by default the I coordinate axes. Derivatives are
+        model: Maps (..., I) to (..., O), each row by itself.
+        x: Points, shape (..., I), usually (N, I).
+        directions: The D directions v, shape (D, I), of any length; by default the I coordinate axes. Derivatives are
             in the parameter t.
-        collapse: whether to return the sum of the second derivatives over the directions instead of each of them,
+        collapse: Whether to return the sum of the second derivatives over the directions instead of each of them,
             which is faster (collapsed Taylor mode). D numbers make it a weighted sum: (1, 0) for u_xx and no u_tt.
 
     Returns:
@@ -79,15 +78,11 @@ def jet(
     2505.13644.
 
     Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.kan import KAN, jet
-    >>> u, du, d2u = jet(KAN([2, 5, 1]), torch.rand(100, 2))  # d2u[0] is d^2 u / d x_0^2
-    >>> tuple(d2u.shape)
-    (2, 100, 1)
-
-    ```
+        >>> import torch
+        >>> from peft_lotra.kan import KAN, jet
+        >>> u, du, d2u = jet(KAN([2, 5, 1]), torch.rand(100, 2))  # d2u[0] is d^2 u / d x_0^2
+        >>> tuple(d2u.shape)
+        (2, 100, 1)
     """
     u, du, d2u = _jet(model, x, directions, collapse)
     return u, du, d2u
@@ -173,54 +168,44 @@ def through_stages(
 
 
 def laplacian(model: nn.Module, x: Tensor) -> Tensor:
-    """
-    The sum of the second derivatives along the coordinate axes, as in `jet(model, x, collapse=True)`.
+    """The sum of the second derivatives along the coordinate axes, as in `jet(model, x, collapse=True)`.
 
     Args:
-        model, x: as for `jet`, x (..., I).
+        model, x: As for `jet`, x (..., I).
 
     Returns:
         Tensor (..., O).
 
     Raises:
-        ValueError, TypeError: as `jet`.
+        ValueError, TypeError: As `jet`.
 
     Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.kan import KAN, laplacian
-    >>> tuple(laplacian(KAN([3, 5, 1]), torch.rand(100, 3)).shape)
-    (100, 1)
-
-    ```
+        >>> import torch
+        >>> from peft_lotra.kan import KAN, laplacian
+        >>> tuple(laplacian(KAN([3, 5, 1]), torch.rand(100, 3)).shape)
+        (100, 1)
     """
     return _jet(model, x, None, True, only_second=True)[2]
 
 
 def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """
-    As `jet`, with all mixed second derivatives, by polarization: 2 u_vw = D^2_{v+w} u - D^2_v u - D^2_w u.
+    """As `jet`, with all mixed second derivatives, by polarization: 2 u_vw = D^2_{v+w} u - D^2_v u - D^2_w u.
 
     Args:
-        model, x, directions: as for `jet`. It costs a jet of D (D + 1) / 2 directions.
+        model, x, directions: As for `jet`. It costs a jet of D (D + 1) / 2 directions.
 
     Returns:
         u (..., O), du (D, ..., O) and d2u (D, D, ..., O), which is symmetric; d2u[a, b] is the second derivative along
         directions a and b.
 
     Raises:
-        ValueError, TypeError: as `jet`.
+        ValueError, TypeError: As `jet`.
 
     Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.kan import KAN, hessian
-    >>> tuple(hessian(KAN([3, 5, 1]), torch.rand(100, 3))[2].shape)
-    (3, 3, 100, 1)
-
-    ```
+        >>> import torch
+        >>> from peft_lotra.kan import KAN, hessian
+        >>> tuple(hessian(KAN([3, 5, 1]), torch.rand(100, 3))[2].shape)
+        (3, 3, 100, 1)
     """
     if directions is None:
         directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)

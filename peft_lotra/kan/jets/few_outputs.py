@@ -28,8 +28,7 @@ def few_outputs(layer: SplineLayer, z: Tensor) -> bool:
 
 
 class FewOutputsJet(torch.autograd.Function):
-    """
-    As `LayerJet`, with the same arguments.
+    """As `LayerJet`, with the same arguments.
 
     An edge phi[o, i] is a polynomial in each grid interval, whose coefficients are gathered for each point: phi and
     three derivatives, (O, I, N), cost a few operations, and nothing has the size of the basis. The backward pass forms

@@ -54,9 +54,9 @@ def block_size(x: Tensor, stages: list[Stage], directions: int) -> int | None:
 def evaluate_layer(
     stage: Stage, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None, only_second: bool = False
 ) -> Jet:
-    """
-    Takes the jet of a KAN layer's inputs, z (..., I), z' (D, ..., I) and z'' (D, ..., I) or None for zeros, to the jet
-    of the outputs, without the first two parts if `only_second`. Dimensions of z' may be one.
+    """The jet of a KAN layer's outputs, from that of its inputs; without its first two parts if `only_second`.
+
+    The inputs are z (..., I), z' (D, ..., I), of which dimensions may be one, and z'' (D, ..., I), or None for zeros.
 
     With `weights` (D,), the first dimension of both second derivatives is one, and has their weighted sum.
     """
@@ -166,9 +166,9 @@ def jet_rows(
     only_second: bool,
     evaluated: int,
 ) -> Tensor:
-    """
-    What multiplies the coefficients of a layer in `evaluate_layer`, whose arguments it has, for the points z (N, I):
-    (N, S, K + 1, I) with S = 1 + D + (D or 1), or the last of these alone.
+    """The factors of a layer's coefficients in `evaluate_layer`, with its arguments, for the points z (N, I).
+
+    They are (N, S, K + 1, I) with S = 1 + D + (D or 1), or the last of these alone.
 
     The second derivative of quadratic splines jumps at the knots. There it must come from the same operations as in
     the jet, which depend on the number of points that the layer was `evaluated` at.

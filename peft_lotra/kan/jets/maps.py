@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 
 class InputMap(nn.Module):
-    """
-    The base of maps that a chain of KAN layers may contain: output j is a function of the input `sources[j]` alone.
+    """The base of maps that a chain of KAN layers may contain: output j is a function of the input `sources[j]` alone.
 
     A subclass gives `evaluate`; `forward` and the jet come from it.
 
     Args:
-        in_features: the number I of inputs.
-        sources: for each of the J outputs the index of its input.
+        in_features: The number I of inputs.
+        sources: For each of the J outputs the index of its input.
     """
 
     sources: Tensor

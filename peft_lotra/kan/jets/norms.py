@@ -42,8 +42,7 @@ def norm_size(module: Norm) -> int:
 def through_norm(
     norm: Norm, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """
-    The jet of the outputs, by operations that autograd differentiates; arguments as for `evaluate_layer`.
+    """The jet of the outputs, by operations that autograd differentiates; arguments as for `evaluate_layer`.
 
     With m = z - mean(z), v = mean(m^2) + eps and s = v^(-1/2), layer normalization is m s; batch normalization in
     evaluation mode is affine.
