@@ -264,13 +264,29 @@ class LeastSquares:
         bad = ~residuals.isfinite()
         if not bad.any():
             return ""
-        words, first, named = [], 0, self._named(self.start)
-        for index, (function, rows, scale) in enumerate(self.terms):
-            count = len(rows[0]) * self._call(function, scale, named, [row[:1] for row in rows]).shape[1]
-            if wrong := int(bad[first : first + count].sum()):
-                words.append(f"{wrong} of {count} in {name_term(index, function)}")
-            first += count
-        return "residuals are NaN or infinite: " + ", ".join(words) + ". The parameters are unchanged."
+        words = []
+        for index, (wrong, (function, rows, _)) in enumerate(zip(bad.split(self._counts()), self.terms, strict=True)):
+            if wrong.any():
+                row = int(wrong.view(len(rows[0]), -1).any(1).nonzero()[0])
+                values = ", ".join(str([round(v, 6) for v in part[row].flatten()[:8].tolist()]) for part in rows)
+                found = f"{int(wrong.sum())} of {len(wrong)} in {name_term(index, function)}"
+                words.append(f"{found}, first in row {row}: {values}")
+        return "residuals are NaN or infinite: " + "; ".join(words) + ". The parameters are unchanged."
+
+    def _counts(self) -> list[int]:
+        """The number of residuals of each term."""
+        named, counts = self._named(self.start), []
+        for function, rows, scale in self.terms:
+            with torch.no_grad():
+                one = self._call(function, scale, named, [row[:1] for row in rows])
+            counts.append(len(rows[0]) * one.shape[1])
+        return counts
+
+    def losses(self, residuals: Tensor) -> tuple[float, ...]:
+        """The part of the loss of each term."""
+        if len(self.terms) == 1:
+            return (residuals.square().sum().item(),)
+        return tuple(part.square().sum().item() for part in residuals.split(self._counts()))
 
     def jacobian(self, function: Callable, scale: float, rows: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """The derivatives of the residuals of some rows, (n m, P), in the first rows of `out` if given.

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .least_squares import LeastSquares, Plans, Term, check_terms
@@ -30,6 +31,8 @@ class LevenbergMarquardtStep(NamedTuple):
         attempts: The number of damped systems that were solved.
         decrease: The decrease of the loss, as a share of the loss.
         reason: Why the parameters did not change; empty if they did.
+        losses: The part of the loss of each term, weight included, in the order of the terms.
+        held_losses: The same of terms that are held out, see `fit`.
     """
 
     loss: float
@@ -38,6 +41,21 @@ class LevenbergMarquardtStep(NamedTuple):
     attempts: int = 0
     decrease: float = 0.0
     reason: str = ""
+    losses: tuple[float, ...] = ()
+    held_losses: tuple[float, ...] = ()
+
+    @property
+    def held_loss(self) -> float:
+        """The loss of all terms that are held out; NaN without any."""
+        return sum(self.held_losses) if self.held_losses else math.nan
+
+
+class _Past(NamedTuple):
+    """The quadratic model of the residuals of former steps, at the parameters that the model now has."""
+
+    matrix: Tensor  # (P, P)
+    gradient: Tensor  # (P,)
+    shapes: tuple  # of the parameters
 
 
 class LevenbergMarquardt:
@@ -56,6 +74,10 @@ class LevenbergMarquardt:
         damping: The damping that the first step tries.
         geodesic: Whether steps get a second-order correction (arXiv 1201.5885).
         floor: The lower bound of S, as a share of its largest entry.
+        forgetting: If steps get new rows each time, the factor from 0 to below 1 by which the residuals of a former
+            step count less after each step (recursive least squares). Steps then fit 1 / (1 - forgetting) times as
+            many rows for the time of one, and do not fit their own rows alone. It is meant for rows that are drawn
+            anew before each step, and keeps a matrix of all parameters; `forget` drops it when the problem changes.
         memory: Bytes that matrices and chunks of rows may take.
         max_damping: The damping at which a step gives up.
 
@@ -67,7 +89,8 @@ class LevenbergMarquardt:
         TypeError: `model` is no `nn.Module`.
         ValueError: No parameter requires a gradient, or an argument is out of range.
 
-    Source: J. J. More, "The Levenberg-Marquardt algorithm" (1978).
+    Source: J. J. More, "The Levenberg-Marquardt algorithm" (1978); for the forgetting factor, L. Ljung and T.
+    Soderstrom, "Theory and Practice of Recursive Identification" (1983).
     """
 
     def __init__(
@@ -77,6 +100,7 @@ class LevenbergMarquardt:
         *,
         geodesic: bool = False,
         floor: float = 1e-3,
+        forgetting: float = 0.0,
         memory: int = 2**30,
         max_damping: float = 1e12,
     ) -> None:
@@ -88,19 +112,27 @@ class LevenbergMarquardt:
                 raise ValueError(f"`{name}` is {value!r}, but must be a finite number above {low}.")
         if floor > 1:
             raise ValueError(f"`floor` is {floor!r}, but must be at most 1.")
+        if not 0 <= forgetting < 1:
+            raise ValueError(f"`forgetting` is {forgetting!r}, but must be at least 0 and below 1.")
         if memory < 2**20:
             raise ValueError(f"`memory` is {memory!r} bytes, but must be at least {2**20} (1 MiB).")
         self.model = model
         self.damping = damping
         self.geodesic = geodesic
         self.floor = floor
+        self.forgetting = forgetting
         self.memory = memory
         self.max_damping = max_damping
         self._plans: Plans = {}  # of the last step's terms
+        self._past: _Past | None = None
         self._trainable()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plans": {}}  # keyed by the `id` of functions
+
+    def forget(self) -> None:
+        """Drops the residuals of former steps, see `forgetting`: after a change of the terms, or of the parameters."""
+        self._past = None
 
     def step(self, terms: Iterable[Term]) -> LevenbergMarquardtStep:
         """Takes one step. If it is not accepted, the parameters are unchanged bit for bit.
@@ -133,12 +165,15 @@ class LevenbergMarquardt:
         residuals = problem.residuals(problem.start)
         if error := problem.find_not_finite(residuals):
             warnings.warn(f"Step refused: {error}", RuntimeWarning, stacklevel=2)
-            return LevenbergMarquardtStep(math.nan, self.damping, False, reason=error)
+            losses = problem.losses(residuals)
+            return LevenbergMarquardtStep(math.nan, self.damping, False, reason=error, losses=losses)
         loss = residuals.square().sum().item()
-        linear = LinearModel(problem, residuals, self.floor)
+        losses = problem.losses(residuals)
+        past = self._known_past(problem)
+        linear = LinearModel(problem, residuals, self.floor, past and past[:2], self.forgetting > 0)
         if error := linear.error:
             warnings.warn(f"Step refused: {error}", RuntimeWarning, stacklevel=2)
-            return LevenbergMarquardtStep(loss, self.damping, False, reason=error)
+            return LevenbergMarquardtStep(loss, self.damping, False, reason=error, losses=losses)
 
         damping, factor, attempts = self.damping, 2.0, 0
         while damping <= self.max_damping:
@@ -149,26 +184,31 @@ class LevenbergMarquardt:
                 step = self._accelerate(linear, damping, step)
             if step is not None:
                 candidate = problem.round(problem.start + step)
-                new_loss = problem.residuals(candidate).square().sum().item()
-                if new_loss < loss:  # not if it is NaN
-                    agreement = (loss - new_loss) / predicted_decrease
+                new_residuals = problem.residuals(candidate)
+                new_loss = new_residuals.square().sum().item()
+                decrease = loss - new_loss - linear.rise_of_past(candidate - problem.start)
+                if new_loss < loss and decrease > 0:  # not if one is NaN
+                    agreement = decrease / predicted_decrease
                     damping *= _damping_factor(agreement, raised=attempts > 1)
                     self.damping = max(damping, SMALLEST_DAMPING)
+                    self._remember(linear, candidate - problem.start, new_residuals, agreement)
                     problem.write(candidate)
-                    return LevenbergMarquardtStep(new_loss, self.damping, True, attempts, 1 - new_loss / loss)
+                    share, losses = 1 - new_loss / loss, problem.losses(new_residuals)
+                    return LevenbergMarquardtStep(new_loss, self.damping, True, attempts, share, losses=losses)
             damping *= factor
             factor *= 2
         reason = (
             f"No damping up to {self.max_damping:g} makes the loss fall below {loss:.6g}: the parameters are at a "
             "minimum to rounding, or the normal equations are singular."
         )
-        return LevenbergMarquardtStep(loss, self.damping, False, attempts, reason=reason)
+        return LevenbergMarquardtStep(loss, self.damping, False, attempts, reason=reason, losses=losses)
 
     def fit(
         self,
         terms: Iterable[Term] | Callable[[int], Iterable[Term]],
         steps: int = 100,
         *,
+        held: Iterable[Term] = (),
         target_loss: float = 0.0,
         tolerance: float = 0.0,
         patience: int = 5,
@@ -181,31 +221,48 @@ class LevenbergMarquardt:
         Args:
             terms: As for `step`, or a function of the step's number that returns terms (new points for each step).
             steps: The most steps.
-            target_loss: The loss at which to stop.
-            tolerance, patience: Stops when `decrease` was below `tolerance` in `patience` steps in a row.
+            held: Terms on other rows, which are evaluated after each step and not trained: a fit of its own rows alone
+                shows there. In the end the model has the parameters of the step with the least held loss.
+            target_loss: The loss at which to stop; the held loss if there are held terms.
+            tolerance, patience: Stops when `decrease` was below `tolerance` in `patience` steps in a row; with held
+                terms, when the held loss had no new minimum in `patience` steps in a row.
             max_seconds: The time after which to stop.
             callback: Called with the step's number and its record; stops if it returns True.
-            progress: Whether to show a bar.
+            progress: Whether to show a bar, with the loss of each term if there are several.
 
         Returns:
             One record for each step.
         """
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
         history: list[LevenbergMarquardtStep] = []
         slow, end = 0, time.monotonic() + max_seconds
         terms = terms if callable(terms) else list(terms)
+        held_terms = check_terms(held) if (held := list(held)) else []
+        best: tuple[float, dict[str, Tensor]] = math.inf, {}
         with tqdm(total=steps, unit="step", desc="Levenberg-Marquardt", disable=not progress) as bar:
             for number in range(steps):
-                record = self.step(terms(number) if callable(terms) else terms)
+                now = list(terms(number)) if callable(terms) else terms
+                record = self.step(now)
+                if held_terms:
+                    record = record._replace(held_losses=self._evaluate(held_terms))
                 history.append(record)
                 bar.update()
-                bar.set_postfix(loss=f"{record.loss:.3e}", damping=f"{record.damping:.0e}")
-                slow = slow + 1 if record.decrease < tolerance else 0
+                bar.set_postfix(_shown(record, now))
+                progressed = record.held_loss < best[0] if held_terms else record.decrease >= tolerance
+                slow = 0 if progressed else slow + 1
+                if held_terms and progressed:
+                    best = record.held_loss, {n: p.detach().clone() for n, p in self._trainable().items()}
+                loss = record.held_loss if held_terms else record.loss
                 stop = callback is not None and callback(number, record) is True
-                stop = stop or not record.accepted or record.loss <= target_loss or slow >= patience
+                stop = stop or not record.accepted or loss <= target_loss or slow >= patience
                 if stop or time.monotonic() > end:
                     break
+        if best[1]:
+            with torch.no_grad():
+                for name, parameter in self._trainable().items():
+                    parameter.copy_(best[1][name])
+            self.forget()
         return history
 
     def _trainable(self) -> dict[str, nn.Parameter]:
@@ -217,6 +274,25 @@ class LevenbergMarquardt:
             )
         return trainable
 
+    def _evaluate(self, terms: list[Term]) -> tuple[float, ...]:
+        """The parts of the loss of terms that are not trained."""
+        problem = LeastSquares(self.model, self._trainable(), terms, self.memory, self._plans)
+        self._plans = {**self._plans, **problem.plans}
+        return problem.losses(problem.residuals(problem.start))
+
+    def _known_past(self, problem: LeastSquares) -> _Past | None:
+        """The residuals of former steps, unless the parameters are others than then."""
+        if self._past is not None and self._past.shapes != _shapes(problem):
+            self._past = None
+        return self._past
+
+    def _remember(self, linear: LinearModel, step: Tensor, residuals: Tensor, agreement: float) -> None:
+        """Takes the residuals of a step to those of former ones; where they are far from linear, they count little."""
+        if self.forgetting:
+            share = self.forgetting * (1.0 if agreement > 0.25 else 0.2)
+            matrix, gradient = linear.after(step, residuals)
+            self._past = _Past(share * matrix, share * gradient, _shapes(linear.problem))
+
     def _accelerate(self, linear: LinearModel, damping: float, step: Tensor) -> Tensor | None:
         """The step with half of the second-order correction; None if that is large, since the series may diverge."""
         second = linear.second_derivative(step)
@@ -224,6 +300,22 @@ class LevenbergMarquardt:
         if correction is None or linear.norm(correction) > 0.75 * linear.norm(step):
             return None
         return step + correction / 2
+
+
+def _shapes(problem: LeastSquares) -> tuple:
+    return tuple((name, parameter.shape) for name, parameter in problem.trainable.items())
+
+
+def _shown(record: LevenbergMarquardtStep, terms: Sequence[Any]) -> dict[str, str]:
+    """What the bar shows: the loss, the loss of each of several terms by the name of its function, and the damping."""
+    shown = {"loss": record.loss}
+    if len(record.losses) > 1:
+        names = [getattr(term[0], "__name__", type(term[0]).__name__) for term in terms]
+        for index, (name, loss) in enumerate(zip(names, record.losses, strict=True)):
+            shown[name if names.count(name) == 1 else f"{name} {index}"] = loss
+    if record.held_losses:
+        shown["held"] = record.held_loss
+    return {**{name: f"{loss:.3e}" for name, loss in shown.items()}, "damping": f"{record.damping:.0e}"}
 
 
 def _damping_factor(agreement: float, raised: bool) -> float:

@@ -24,13 +24,22 @@ class LinearModel:
     matrix: Tensor  # J^T J, (P, P), or J S^-1 J^T, (M, M)
     scaling: Tensor  # S, the diagonal of J^T J, (P,); at least `floor` times its largest entry
     gradient: Tensor  # J^T r, (P,)
+    past: tuple[Tensor, Tensor] | None  # J^T J and J^T r of former residuals, at the parameters; they add to ours
     error: str  # why there is no solution; empty if there is one
 
-    def __init__(self, problem: LeastSquares, residuals: Tensor, floor: float) -> None:
+    def __init__(
+        self,
+        problem: LeastSquares,
+        residuals: Tensor,
+        floor: float,
+        past: tuple[Tensor, Tensor] | None = None,
+        in_parameter_space: bool = False,
+    ) -> None:
         self.problem = problem
+        self.past = past
         self._residuals = residuals
-        self.in_residual_space = len(residuals) < problem.num_parameters
-        size = min(len(residuals), problem.num_parameters)
+        self.in_residual_space = len(residuals) < problem.num_parameters and not in_parameter_space
+        size = len(residuals) if self.in_residual_space else problem.num_parameters
         needed = 2 * size**2 * 8
         if needed > problem.memory:
             raise ValueError(
@@ -57,6 +66,9 @@ class LinearModel:
         if not self.in_residual_space:
             if self.jacobian is not None:
                 self.matrix = _gram(self.jacobian)
+            if past is not None:
+                self.matrix += past[0]
+                self.gradient += past[1]
             squares = self.matrix.diagonal()
         elif self.jacobian is not None:
             squares = self.jacobian.square().sum(0)
@@ -106,7 +118,8 @@ class LinearModel:
         elif self.in_residual_space:
             step = -self._transposed(_solve(triangle, residuals)) / self.scaling
         else:
-            gradient = self.gradient if residuals is self._residuals else self._transposed(residuals)
+            ours = residuals is self._residuals  # those of former steps are in the gradient, and linear
+            gradient = self.gradient if ours else self._transposed(residuals)
             step = -_solve(triangle, gradient)
         return step if step.isfinite().all() else None
 
@@ -117,6 +130,21 @@ class LinearModel:
     def predicted_decrease(self, damping: float, step: Tensor) -> float:
         """The decrease of the sum of squares in the linear model, for the step of this damping."""
         return (damping * self.scaling * step.square() - self.gradient * step).sum().item()
+
+    def rise_of_past(self, step: Tensor) -> float:
+        """What the step adds to the squares of the former residuals."""
+        if self.past is None:
+            return 0.0
+        matrix, gradient = self.past
+        return (step @ (matrix @ step) + 2 * (gradient @ step)).item()
+
+    def after(self, step: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
+        """J^T J and J^T r of all residuals after a step, ours with these values, the former ones by their linear
+        model. This instance is not used afterwards."""
+        gradient = self._transposed(residuals)
+        if self.past is not None:
+            gradient += self.past[1] + self.past[0] @ step
+        return self.matrix, gradient
 
     def norm(self, step: Tensor) -> float:
         """The length of a step in the metric S."""

@@ -122,6 +122,86 @@ def test_plain_networks_and_other_kans():
         assert history[-1].loss < 0.3 * y.square().mean()
 
 
+def test_losses_of_terms():
+    model, data = network(), terms(points=100)
+    record = LevenbergMarquardt(model).fit(data, 3, progress=False)[-1]
+    assert math.isnan(record.held_loss) and sum(record.losses) == pytest.approx(record.loss)
+    for (function, rows, weight), loss in zip(data, record.losses, strict=True):
+        expected = weight * function(model, *rows).square().sum(-1).mean()
+        assert loss == pytest.approx(expected.item())
+
+
+def test_a_fit_of_its_own_rows_alone_ends_with_the_best_held_loss():
+    """24 rows and 300 parameters: the loss falls to nothing, the error between the rows does not."""
+    x, between = (torch.rand(n, 2, dtype=torch.float64) * 2 - 1 for n in (24, 300))
+    y, wanted = (torch.sin(7 * part).prod(1, keepdim=True) for part in (x, between))
+    model, held = network(8), [(fit, (between, wanted))]
+    records = LevenbergMarquardt(model, 1e-6).fit([(fit, (x, y))], 60, held=held, patience=4, progress=False)
+    losses = [entry.held_loss for entry in records]
+    assert len(records) < 60 and losses[-1] > min(losses)
+    assert (model(between) - wanted).square().mean().item() == pytest.approx(min(losses))
+
+
+def test_a_held_loss_stops():
+    data, held = terms(points=400), terms(points=100)
+    records = LevenbergMarquardt(network()).fit(data, 20, held=held, target_loss=50.0, progress=False)
+    assert records[-1].held_loss <= 50.0 < records[-2].held_loss
+
+
+def test_the_bar_shows_the_loss_of_each_term(capsys):
+    LevenbergMarquardt(network()).fit(terms(points=50), 1, held=terms(points=10))
+    shown = capsys.readouterr().err
+    for name in ("loss=", "equation=", "fit=", "held=", "damping="):
+        assert name in shown, name
+    LevenbergMarquardt(network()).fit([*terms(points=50), terms(points=20)[0]], 1)
+    assert "equation 0=" in (shown := capsys.readouterr().err) and "equation 2=" in shown
+
+
+def linear_problem(rows: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(rows, 5, dtype=torch.float64)
+    return x, x @ torch.arange(5.0, dtype=torch.float64)[:, None] + 0.1 * torch.randn(rows, 1, dtype=torch.float64)
+
+
+def test_forgetting_is_recursive_least_squares():
+    """On a linear model, the parameters are those of weighted least squares on all rows so far."""
+    model = nn.Linear(5, 1, bias=False, dtype=torch.float64)
+    optimizer = LevenbergMarquardt(model, 1e-13, floor=1e-6, forgetting=0.5)
+    batches = [linear_problem(4 if number == 1 else 20) for number in range(4)]
+    for batch in batches:
+        assert optimizer.step([(fit, batch)]).accepted
+        optimizer.damping = 1e-13
+    weights = [torch.full((len(x), 1), 0.5 ** (3 - n) / len(x)).double().sqrt() for n, (x, _) in enumerate(batches)]
+    x, y = (torch.cat([w * batch[i] for w, batch in zip(weights, batches, strict=True)]) for i in (0, 1))
+    torch.testing.assert_close(model.weight.T, torch.linalg.lstsq(x, y).solution)
+
+
+def test_forgetting_fits_new_rows_better():
+    """Steps on 100 rows, drawn anew each time, for 230 parameters."""
+    held, losses = terms(points=2000)[:1], {}
+    start = network()
+    for forgetting in (0.0, 0.8):
+        torch.manual_seed(3)
+        model = copy.deepcopy(start)
+        optimizer = LevenbergMarquardt(model, 1e-2, floor=1e-6, forgetting=forgetting)
+        optimizer.fit(lambda number: terms(points=100), 25, progress=False)
+        losses[forgetting] = problem(model, held).residuals(problem(model, held).start).square().sum().item()
+    assert losses[0.8] < losses[0.0]
+
+
+def test_former_steps_are_forgotten_when_the_parameters_change():
+    model = nn.Linear(5, 1, bias=False, dtype=torch.float64)
+    optimizer = LevenbergMarquardt(model, forgetting=0.9)
+    optimizer.step([(fit, linear_problem(20))])
+    assert optimizer._past is not None
+    model.weight = nn.Parameter(torch.zeros(1, 5, dtype=torch.float64))
+    model.bias = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    assert optimizer.step([(fit, linear_problem(20))]).accepted
+    optimizer.forget()
+    assert optimizer._past is None
+    with pytest.raises(ValueError, match="`forgetting` is 1.0, but must be at least 0 and below 1"):
+        LevenbergMarquardt(model, forgetting=1.0)
+
+
 # What goes wrong
 
 
@@ -134,7 +214,8 @@ def test_residuals_that_are_not_finite():
     before = state(model)
     x = torch.tensor([[0.5, 0.0], [-0.5, 0.0], [-0.1, 0.3]], dtype=torch.float64)
     optimizer = LevenbergMarquardt(model)
-    expected = r"residuals are NaN or infinite: 2 of 3 in residual term 2 \(nan_where_negative\)"
+    expected = r"residuals are NaN or infinite: 2 of 3 in residual term 2 \(nan_where_negative\), "
+    expected += r"first in row 1: \[-0.5, 0.0\]. The parameters are unchanged"
     with pytest.warns(RuntimeWarning, match=expected):
         record = optimizer.step([*data, (nan_where_negative, x)])
     assert not record.accepted and math.isnan(record.loss) and "residual term 2" in record.reason
