@@ -1,10 +1,27 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Building blocks for solving PDEs by KANs: exact conditions, points, weights, and continuation."""
+"""Building blocks for solving PDEs by KANs: exact conditions, points, weights, knots, and continuation."""
 
 from .constraints import BoxDistance, HardConstraint
+from .continuation import ContinuationStep, continuation
 from .features import BoxFeatures
+from .points import ResidualSampler, box_points, side_points
+from .steepness import knot_density
+from .weights import ResidualAttention, causal_weights, gradient_weights
 
 
-__all__ = ["BoxDistance", "BoxFeatures", "HardConstraint"]
+__all__ = [
+    "BoxDistance",
+    "BoxFeatures",
+    "ContinuationStep",
+    "HardConstraint",
+    "ResidualAttention",
+    "ResidualSampler",
+    "box_points",
+    "causal_weights",
+    "continuation",
+    "gradient_weights",
+    "knot_density",
+    "side_points",
+]

@@ -1,0 +1,145 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Continuation: a hard problem reached by steps of a parameter from an easy one."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class ContinuationStep(NamedTuple):
+    """
+    One solve of a continuation.
+
+    Attributes:
+        value: the parameter of the PDE.
+        loss: what `solve` returned.
+        accepted: whether the model keeps what was solved.
+    """
+
+    value: float
+    loss: float
+    accepted: bool
+
+
+def continuation(
+    model: nn.Module,
+    solve: Callable[[float], Any],
+    start: float,
+    stop: float,
+    *,
+    target: float = math.inf,
+    prepare: Callable[[float], Any] | None = None,
+    steps: int = 5,
+    shrinkage: float = 2.0,
+    smallest: float = 1e-3,
+    scale: str = "log",
+) -> list[ContinuationStep]:
+    """
+    Trains a model for a PDE at `start`, and from there, step by step, at parameters up to `stop`.
+
+    A solve whose loss is above `target`, or not finite, is taken back, and tried again at a shorter step; after a
+    success the step grows again.
+
+    Args:
+        model: what `solve` trains; its parameters and buffers are taken back after a failure.
+        solve: trains at a parameter and returns the loss, or the history of `LevenbergMarquardt.fit`, whose last loss
+            (the held one, if there is one) counts. It must not change the shapes of the parameters.
+        start, stop: the first and the last parameter.
+        target: the largest loss that is accepted.
+        prepare: called before each solve, and not taken back: the place to call `refine_grid`.
+        steps: the number of equal steps of a path without failures, after the first solve.
+        shrinkage: by which a step is divided after a failure.
+        smallest: the shortest step, as a share of the path.
+        scale: "log" for steps of equal ratio, "linear" for steps of equal length.
+
+    Returns:
+        The record of each solve.
+
+    Raises:
+        ValueError: an argument is out of range.
+        RuntimeError: a solve fails at `start`, or the step gets too short. The model is that of the last success.
+
+    Source: E. L. Allgower and K. Georg, "Introduction to Numerical Continuation Methods" (1990), chapter 6.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from peft_lotra.kan import KAN, jet
+    >>> from peft_lotra.optim import LevenbergMarquardt
+    >>> from peft_lotra.pde import HardConstraint, box_points, continuation
+    >>> model, x = HardConstraint(KAN([1, 4, 1]), lambda x: 1 - x**2).double(), box_points([-1], [1], 40)
+    >>> def solve(viscosity):  # of a boundary layer
+    ...     def equation(model, x):
+    ...         u, du, d2u = jet(model, x)
+    ...         return viscosity * d2u[0] + du[0] + 1
+    ...     return LevenbergMarquardt(model).fit([(equation, x)], 10, progress=False)
+    >>> path = continuation(model, solve, 1.0, 0.1, target=0.1, steps=3)
+    >>> path[-1].value, path[-1].accepted
+    (0.1, True)
+
+    ```
+    """
+    if scale not in ("log", "linear"):
+        raise ValueError(f"`scale` is {scale!r}, but must be 'log' or 'linear'.")
+    if not (math.isfinite(start) and math.isfinite(stop)) or (scale == "log" and not start * stop > 0):
+        raise ValueError(
+            f"`start` is {start} and `stop` {stop}, but must be finite, and of the same sign for equal ratios: take "
+            "scale='linear' otherwise."
+        )
+    if not (isinstance(steps, int) and steps >= 1 and shrinkage > 1 and 0 < smallest <= 1):
+        raise ValueError(
+            f"`steps` is {steps!r}, `shrinkage` {shrinkage} and `smallest` {smallest}, but must be an integer of at "
+            "least 1, above 1, and in (0, 1]."
+        )
+
+    def value_at(share: float) -> float:
+        if share in (0.0, 1.0):
+            return stop if share else start
+        return start * (stop / start) ** share if scale == "log" else start + share * (stop - start)
+
+    path: list[ContinuationStep] = []
+    reached, length = -1.0, 1 / steps  # -1: not even the start
+    while reached < 1.0:
+        share = 0.0 if reached < 0 else min(1.0, reached + length)
+        share = 1.0 if 1.0 - share < 1e-9 or start == stop else share
+        value = value_at(share)
+        if prepare is not None:
+            prepare(value)
+        before = copy.deepcopy(model.state_dict())
+        loss = _last_loss(solve(value))
+        accepted = loss <= target  # not if it is NaN
+        path.append(ContinuationStep(value, loss, accepted))
+        if accepted:
+            reached, length = share, min(1 / steps, length * math.sqrt(shrinkage))
+            continue
+        with torch.no_grad():
+            model.load_state_dict(before)
+        length /= shrinkage
+        if reached < 0 or length < smallest:
+            raise RuntimeError(
+                f"At {value:g} the loss is {loss:.3g}, more than `target` ({target:g}), "
+                + (
+                    "and there is no easier problem: take another `start`, more training, or a larger network."
+                    if reached < 0
+                    else f"after steps down to {length:.1e} of the path. The model is solved at {value_at(reached):g}."
+                )
+            )
+    return path
+
+
+def _last_loss(result: Any) -> float:
+    if not isinstance(result, list):
+        return float(result)
+    if not result:
+        raise ValueError("`solve` returned an empty history, but must return a loss, or a history of at least one step.")
+    held = [entry.held_loss for entry in result]  # of `LevenbergMarquardt.fit`
+    return result[-1].loss if math.isnan(held[-1]) else min(held)

@@ -1,0 +1,213 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Points in boxes and on their sides, and points where the residual is large."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from ..kan.knots import KnotMap
+from .constraints import check_box
+
+
+METHODS = ("sobol", "latin", "uniform")
+
+
+def box_points(
+    low: Sequence[float], high: Sequence[float], count: int, *, method: str = "sobol", seed: int = 0
+) -> Tensor:
+    """
+    Points in a box, float64 (count, I).
+
+    Args:
+        low, high: the ends of the box, I numbers each.
+        count: the number of points.
+        method: "sobol" (scrambled Sobol points), "latin" (a Latin hypercube: one point in each of `count` slices of
+            each coordinate) or "uniform" (independent points).
+        seed: the same seed gives the same points.
+
+    Raises:
+        ValueError: the box is empty, `count` is below 1, or the method is unknown.
+
+    Example:
+
+    ```py
+    >>> from peft_lotra.pde import box_points
+    >>> box_points((-1, 0), (1, 1), 100).shape
+    torch.Size([100, 2])
+
+    ```
+    """
+    low_end, high_end = check_box(low, high)
+    return low_end + (high_end - low_end) * _unit_points(len(low_end), count, method, seed)
+
+
+def _unit_points(size: int, count: int, method: str, seed: int) -> Tensor:
+    if method not in METHODS:
+        raise ValueError(f"`method` is {method!r}, but must be one of {METHODS}.")
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"`count` is {count!r}, but must be an integer of at least 1.")
+    generator = torch.Generator().manual_seed(seed)
+    if method == "sobol":
+        return SobolEngine(size, scramble=True, seed=seed).draw(count, dtype=torch.float64)
+    points = torch.rand(count, size, dtype=torch.float64, generator=generator)
+    if method == "latin":
+        slices = torch.stack([torch.randperm(count, generator=generator) for _ in range(size)], 1)
+        points = (slices + points) / count
+    return points
+
+
+def side_points(
+    low: Sequence[float],
+    high: Sequence[float],
+    count: int,
+    sides: Sequence[tuple[int, str]] | None = None,
+    *,
+    method: str = "sobol",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """
+    Points on sides of a box, and the outward normals there, for conditions that are terms of the loss.
+
+    Args:
+        low, high, method, seed: as for `box_points`.
+        count: the number of points on each side.
+        sides: pairs (coordinate, end) of an index and "low" or "high"; None for all of them.
+
+    Returns:
+        Points and unit normals, float64 (sides count, I) each, side after side.
+
+    Raises:
+        ValueError: as `box_points`, or a side is none of the box.
+
+    Example:
+
+    ```py
+    >>> from peft_lotra.pde import side_points
+    >>> points, normals = side_points((-1, 0), (1, 1), 50, sides=[(0, "low"), (0, "high")])
+    >>> points.shape, normals[0].tolist()
+    (torch.Size([100, 2]), [-1.0, 0.0])
+
+    ```
+    """
+    low_end, high_end = check_box(low, high)
+    every = [(i, end) for i in range(len(low_end)) for end in ("low", "high")]
+    points, normals = [], []
+    for number, side in enumerate(every if sides is None else sides):
+        if side not in every:
+            raise ValueError(f"`sides` has {side!r}, which is none of {every}.")
+        coordinate, end = side
+        found = box_points(low, high, count, method=method, seed=seed + number)
+        found[:, coordinate] = (low_end if end == "low" else high_end)[coordinate]
+        normal = torch.zeros_like(found)
+        normal[:, coordinate] = -1.0 if end == "low" else 1.0
+        points.append(found)
+        normals.append(normal)
+    return torch.cat(points), torch.cat(normals)
+
+
+class ResidualSampler:
+    r"""
+    Collocation points that are drawn anew, some of them where the residual is large.
+
+    Of the `count` points, the share `share` is drawn from `pool` times as many candidates with probability
+    proportional to |r|^power, and the rest is spread evenly over the box. A second set of `count / 4` points, spread
+    evenly, is held out: `fit(..., held=...)` of `LevenbergMarquardt` shows what the residual is between the points.
+
+    Args:
+        low, high: the ends of the box, I numbers each.
+        count: the number of points.
+        share: the share of the points that follow the residual, 0 to 1.
+        power: how strongly they follow it.
+        pool: candidates for each point.
+        seed: each draw takes the next one.
+
+    Raises:
+        ValueError: an argument is out of range, or the residual is not finite or has a wrong shape.
+
+    Source: C. Wu et al., "A comprehensive study of non-adaptive and residual-based adaptive sampling for
+    physics-informed neural networks", arXiv 2207.10289.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from peft_lotra.kan import KAN, laplacian
+    >>> from peft_lotra.pde import ResidualSampler
+    >>> kan, sampler = KAN([2, 5, 1]).double(), ResidualSampler((-1, -1), (1, 1), 200)
+    >>> points, held = sampler.draw(lambda x: laplacian(kan, x) - 1)
+    >>> points.shape, held.shape
+    (torch.Size([200, 2]), torch.Size([50, 2]))
+
+    ```
+    """
+
+    def __init__(
+        self,
+        low: Sequence[float],
+        high: Sequence[float],
+        count: int,
+        *,
+        share: float = 0.3,
+        power: float = 1.0,
+        pool: int = 4,
+        seed: int = 0,
+    ) -> None:
+        self.low, self.high = check_box(low, high)
+        if not isinstance(count, int) or count < 4:
+            raise ValueError(f"`count` is {count!r}, but must be an integer of at least 4.")
+        if not 0 <= share <= 1 or power < 0 or pool < 1:
+            raise ValueError(
+                f"`share` is {share}, `power` {power} and `pool` {pool}, but must be in [0, 1], at least 0 and at "
+                "least 1."
+            )
+        self.count, self.share, self.power, self.pool, self.seed = count, share, power, pool, seed
+
+    @torch.no_grad()
+    def draw(self, residual: Callable[[Tensor], Tensor], knots: KnotMap | None = None) -> tuple[Tensor, Tensor]:
+        """
+        The next points.
+
+        Args:
+            residual: takes points (n, I) to residuals (n,) or (n, m).
+            knots: a map of the box's coordinates. Half of the evenly spread points, and of the candidates, are then
+                spread evenly in its outputs, so that they are dense where the knots are.
+
+        Returns:
+            Points (count, I) and held-out points (count / 4, I), float64.
+        """
+        followed = round(self.share * self.count)
+        spread = self._spread(self.count - followed, knots) if followed < self.count else self.low.new_empty(0, 1)
+        held = self._spread(self.count // 4, None)
+        if not followed:
+            return spread, held
+        candidates = self._spread(self.pool * followed, knots)
+        values = residual(candidates)
+        if values.shape[:1] != (len(candidates),):
+            raise ValueError(
+                f"`residual` returns {tuple(values.shape)} for {len(candidates)} points, but must return the "
+                "residuals of each: (n,) or (n, m)."
+            )
+        size = values.reshape(len(values), -1).norm(dim=1).double()
+        if not size.isfinite().all():
+            where = int((~size.isfinite()).nonzero()[0])
+            raise ValueError(f"`residual` is not finite at {candidates[where].tolist()}.")
+        chance = (size / size.mean()).pow(self.power) if size.any() else torch.ones_like(size)
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = torch.multinomial(chance + 1e-12, followed, generator=generator)
+        return torch.cat([spread.reshape(-1, len(self.low)), candidates[chosen]]), held
+
+    def _spread(self, count: int, knots: KnotMap | None) -> Tensor:
+        self.seed += 1
+        share = SobolEngine(len(self.low), scramble=True, seed=self.seed).draw(count, dtype=torch.float64)
+        if knots is None:
+            return self.low + (self.high - self.low) * share
+        ends = knots.low.double(), knots.high.double()
+        mapped = share.clone()
+        mapped[1::2] = (knots.inverse(torch.lerp(*ends, share[1::2])) - ends[0]) / (ends[1] - ends[0])
+        return self.low + (self.high - self.low) * mapped

@@ -1,0 +1,85 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Where a solution is steep: densities of knots for `peft_lotra.kan.refine_grid`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..kan.jets.derivatives import jet
+from .constraints import check_box
+
+
+_ACROSS = 32  # points in the other coordinates for each point of one
+_ALONG = 4  # points in each cell
+
+
+@torch.no_grad()
+def knot_density(
+    model: nn.Module,
+    low: Sequence[float],
+    high: Sequence[float],
+    cells: int = 64,
+    *,
+    power: float = 1 / 3,
+    share: float = 0.6,
+    seed: int = 0,
+) -> Tensor:
+    r"""
+    The relative number of knots that each cell of each coordinate of a box needs, for `KnotMap`:
+
+        (1 - share) + share m / mean(m),   m = (mean of u_ii^2 over the cell and all other coordinates)^(power / 2).
+
+    Args:
+        model: a network of the coordinates, as for `jet`; of several outputs all count.
+        low, high: the ends of the box, I numbers each.
+        cells: equal cells of each coordinate.
+        power: how strongly the density follows the second derivative.
+        share: the share of the knots that follow it.
+        seed: of the points in the other coordinates.
+
+    Returns:
+        Positive numbers (I, cells) with mean 1, float64.
+
+    Raises:
+        ValueError: the box is empty, an argument is out of range, or the derivatives are not finite.
+
+    Source: C. de Boor, "Good approximation by splines with variable knots II" (1974): knots that make a power of a
+    derivative equal in all intervals.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from peft_lotra.kan import KAN
+    >>> from peft_lotra.pde import knot_density
+    >>> knot_density(KAN([2, 5, 1]).double(), (-1, -1), (1, 1), cells=16).shape
+    torch.Size([2, 16])
+
+    ```
+    """
+    low_end, high_end = check_box(low, high)
+    if not (cells >= 1 and power > 0 and 0 <= share < 1):
+        raise ValueError(
+            f"`cells` is {cells}, `power` {power} and `share` {share}, but must be at least 1, above 0 and in [0, 1)."
+        )
+    engine = torch.quasirandom.SobolEngine(len(low_end), scramble=True, seed=seed)
+    across = low_end + (high_end - low_end) * engine.draw(_ACROSS, dtype=torch.float64)
+    along = (torch.arange(cells * _ALONG, dtype=torch.float64) + 0.5) / (cells * _ALONG)
+    like = next(iter(model.parameters()), low_end)
+    found = []
+    for i, direction in enumerate(torch.eye(len(low_end), dtype=torch.float64)):
+        points = across.repeat(len(along), 1)
+        points[:, i] = (low_end[i] + (high_end[i] - low_end[i]) * along).repeat_interleave(_ACROSS)
+        second = jet(model, points.to(like), direction.unsqueeze(0).to(like))[2][0].double()
+        squares = second.square().sum(-1).view(cells, -1).mean(1)
+        if not squares.isfinite().all():
+            raise ValueError(f"The second derivatives of the model along coordinate {i} are not finite.")
+        bend = squares.pow(power / 2)
+        bend = bend / bend.mean() if bend.any() else torch.ones_like(bend)
+        found.append(1 - share + share * bend)
+    return torch.stack(found)

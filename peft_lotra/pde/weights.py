@@ -1,0 +1,151 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Weights of residuals: small where the solution is steep, later in time, or large where a residual stays large.
+
+A weight multiplies a residual. Evaluate it now and then and give it as one more tensor of rows: then it is constant in
+a step of `LevenbergMarquardt` or of Adam.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..kan.jets.derivatives import jet
+
+
+@torch.no_grad()
+def gradient_weights(model: nn.Module, x: Tensor, scale: float = 0.1, directions: Tensor | None = None) -> Tensor:
+    r"""
+    w = 1 / (1 + scale |grad u|), (n, 1): a shock, whose residual is as large as it is steep, no longer owns the loss.
+
+    Args:
+        model: a network, as for `jet`; of several outputs all derivatives count.
+        x: points (n, I).
+        scale: the inverse of the slope that gives half of the weight.
+        directions: the derivatives that count, (D, I); all coordinates by default.
+
+    Raises:
+        ValueError: `scale` is negative.
+
+    Source: L. Liu et al., "Discontinuity computing using physics-informed neural networks", arXiv 2206.03864.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from peft_lotra.kan import KAN
+    >>> from peft_lotra.pde import gradient_weights
+    >>> gradient_weights(KAN([2, 5, 1]), torch.rand(10, 2)).shape
+    torch.Size([10, 1])
+
+    ```
+    """
+    if not scale >= 0:
+        raise ValueError(f"`scale` is {scale}, but must be at least 0.")
+    slopes = jet(model, x, directions)[1]
+    return 1 / (1 + scale * slopes.square().sum((0, 2)).sqrt().unsqueeze(1))
+
+
+@torch.no_grad()
+def causal_weights(residuals: Tensor, times: Tensor, strictness: float = 1.0, slices: int = 20) -> Tensor:
+    r"""
+    w_i = exp(-strictness / 2 sum of the mean squared residuals of all earlier slices of time), (n, 1).
+
+    A time is trained when all earlier ones are solved. With the square root of the published weight, the weight of a
+    squared residual is the published one.
+
+    Args:
+        residuals: (n,) or (n, m).
+        times: the time of each, (n,) or (n, 1).
+        strictness: how small the residuals must get before later times count.
+        slices: the number of equal slices of the range of times.
+
+    Raises:
+        ValueError: shapes do not fit, values are not finite, or an argument is out of range.
+
+    Source: S. Wang, S. Sankaran and P. Perdikaris, "Respecting causality is all you need for training physics-informed
+    neural networks", arXiv 2203.07404.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from peft_lotra.pde import causal_weights
+    >>> causal_weights(torch.ones(4), torch.tensor([0.0, 0.3, 0.6, 1.0]), slices=2).flatten()
+    tensor([1.0000, 1.0000, 0.6065, 0.6065])
+
+    ```
+    """
+    n, times = len(residuals), times.flatten()
+    if times.shape != (n,) or not n:
+        raise ValueError(f"`times` has {len(times)} entries for {n} residuals, but must have one for each.")
+    if not (strictness >= 0 and slices >= 1):
+        raise ValueError(f"`strictness` is {strictness} and `slices` {slices}, but must be at least 0 and 1.")
+    squares = residuals.reshape(n, -1).square().sum(1)
+    if not (squares.isfinite().all() and times.isfinite().all()):
+        raise ValueError("`residuals` and `times` must be finite.")
+    first, last = times.aminmax()
+    index = (
+        ((times - first) / (last - first).clamp(min=torch.finfo(times.dtype).tiny) * slices)
+        .long()
+        .clamp(max=slices - 1)
+    )
+    count = torch.bincount(index, minlength=slices).clamp(min=1)
+    means = torch.zeros(slices, dtype=squares.dtype, device=squares.device).index_add(0, index, squares) / count
+    before = means.cumsum(0) - means
+    return torch.exp(-strictness / 2 * before)[index].unsqueeze(1)
+
+
+class ResidualAttention:
+    r"""
+    Self-adaptive weights of fixed points: w <- decay w + rate |r| / max |r|, which grow where residuals stay large.
+
+    Args:
+        decay: below 1, so that weights stay below rate / (1 - decay).
+        rate: how fast they follow.
+
+    Attributes:
+        weights: (n, 1) after the first update.
+
+    Raises:
+        ValueError: an argument is out of range, or the number of residuals changed.
+
+    Source: S. J. Anagnostopoulos et al., "Residual-based attention in physics-informed neural networks", arXiv
+    2307.00379.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from peft_lotra.pde import ResidualAttention
+    >>> attention = ResidualAttention(decay=0.5, rate=0.5)
+    >>> attention.update(torch.tensor([1.0, 2.0])).flatten()
+    tensor([0.7500, 1.0000])
+
+    ```
+    """
+
+    def __init__(self, decay: float = 0.9, rate: float = 0.1) -> None:
+        if not (0 <= decay < 1 and rate > 0 and math.isfinite(rate)):
+            raise ValueError(f"`decay` is {decay} and `rate` {rate}, but must be in [0, 1) and above 0.")
+        self.decay, self.rate = decay, rate
+        self.weights: Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, residuals: Tensor) -> Tensor:
+        """Takes residuals (n,) or (n, m) of the points and returns the new weights (n, 1), which start at 1."""
+        size = residuals.reshape(len(residuals), -1).norm(dim=1, keepdim=True)
+        if not size.isfinite().all():
+            raise ValueError(f"`residuals` {int((~size.isfinite()).nonzero()[0, 0])} is not finite.")
+        before = torch.ones_like(size) if self.weights is None else self.weights
+        if before.shape != size.shape:
+            raise ValueError(
+                f"There are {len(size)} residuals, but weights of {len(before)} points: make new weights for "
+                "new points."
+            )
+        self.weights = self.decay * before + self.rate * size / size.max().clamp(min=torch.finfo(size.dtype).tiny)
+        return self.weights

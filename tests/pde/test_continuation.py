@@ -1,0 +1,100 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.pde import continuation
+
+
+class Tracker(nn.Module):
+    """A root that Newton's method finds from a near start only: x^3 = value, with steps that may not be long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def solve(self, value: float, reach: float = 2.1) -> float:
+        with torch.no_grad():
+            if value / self.x.item() ** 3 > reach:
+                self.x.fill_(-7.0)  # lost
+                return math.inf
+            self.x.fill_(value ** (1 / 3))
+        return abs(self.x.item() ** 3 - value)
+
+
+def test_a_path_without_failures_has_equal_ratios():
+    model, seen = Tracker(), []
+    path = continuation(model, model.solve, 1.0, 16.0, target=1e-9, prepare=seen.append, steps=4)
+    torch.testing.assert_close([entry.value for entry in path], [1.0, 2.0, 4.0, 8.0, 16.0])
+    assert seen == [entry.value for entry in path] and path[-1].value == 16.0
+    assert all(entry.accepted for entry in path)
+
+
+def test_a_failure_is_taken_back_and_tried_at_a_shorter_step():
+    model = Tracker()
+    path = continuation(model, model.solve, 1.0, 1000.0, target=1e-9, steps=3)
+    assert not path[1].accepted and path[1].value == pytest.approx(10.0)
+    assert path[2].value < path[1].value
+    taken = [entry.value for entry in path if entry.accepted]
+    assert taken[-1] == 1000.0 and taken == sorted(taken)
+    assert model.x.item() == pytest.approx(10.0)
+
+
+def test_steps_grow_again_after_a_failure():
+    model, failures = Tracker(), []
+
+    def fails_once(value: float) -> float:
+        failures.append(value)
+        return math.inf if len(failures) == 2 else 0.0
+
+    path = continuation(model, fails_once, 0.0, 1.0, scale="linear", steps=2, target=1.0, shrinkage=4.0)
+    lengths = [b.value - a.value for a, b in zip(path[1:-1], path[2:], strict=True) if a.accepted]
+    assert lengths[0] < lengths[1]
+
+
+def test_what_cannot_be_solved():
+    model = Tracker()
+    with pytest.raises(RuntimeError, match="no easier problem"):
+        continuation(model, lambda value: math.nan, 1.0, 2.0, target=1.0)
+    with pytest.raises(RuntimeError, match="The model is solved at 1"):
+        continuation(model, lambda value: model.solve(value, 1.0), 1.0, 2.0, target=1e-9, smallest=0.1)
+    assert model.x.item() == 1.0
+
+
+def test_the_history_of_levenberg_marquardt_counts():
+    model = nn.Linear(1, 1, dtype=torch.float64)
+    x = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None]
+
+    def solve(value: float):
+        term = (lambda model, x: model(x) - value * x, x)
+        return LevenbergMarquardt(model).fit([term], 8, held=[term], progress=False)
+
+    path = continuation(model, solve, 1.0, 3.0, target=1e-6, steps=1)
+    assert [entry.value for entry in path] == [1.0, 3.0] and path[-1].loss < 1e-6
+    assert model.weight.item() == pytest.approx(3.0, abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"start": 0.0}, "`start` is 0.0 and `stop` 2.0"),
+        ({"start": -1.0}, "`start` is -1.0"),
+        ({"start": math.inf}, "must be finite"),
+        ({"scale": "square"}, "`scale` is 'square'"),
+        ({"steps": 0}, "`steps` is 0"),
+        ({"shrinkage": 1.0}, "`shrinkage` 1.0"),
+        ({"smallest": 0.0}, "`smallest` 0.0"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    model = Tracker()
+    with pytest.raises(ValueError, match=message):
+        continuation(model, model.solve, **{"start": 1.0, "stop": 2.0} | arguments)
+    assert model.x.item() == 1.0

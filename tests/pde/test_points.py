@@ -1,0 +1,100 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from peft_lotra.kan import KnotMap
+from peft_lotra.pde import ResidualSampler, box_points, side_points
+
+
+LOW, HIGH = (-1.0, 2.0), (3.0, 2.5)
+BOX = torch.tensor([LOW, HIGH], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", ["sobol", "latin", "uniform"])
+def test_points_fill_the_box(method):
+    x = box_points(LOW, HIGH, 512, method=method, seed=3)
+    assert x.dtype == torch.float64 and ((x >= BOX[0]) & (x <= BOX[1])).all()
+    torch.testing.assert_close(x.mean(0), BOX.mean(0), rtol=0.1, atol=0.05)
+    assert torch.equal(x, box_points(LOW, HIGH, 512, method=method, seed=3))
+    assert not torch.equal(x, box_points(LOW, HIGH, 512, method=method, seed=4))
+
+
+def test_a_latin_hypercube_has_one_point_in_each_slice():
+    x = (box_points(LOW, HIGH, 50, method="latin") - BOX[0]) / (BOX[1] - BOX[0])
+    for coordinate in (50 * x).long().unbind(1):
+        assert sorted(coordinate.tolist()) == list(range(50))
+
+
+def test_sides_and_normals():
+    x, normals = side_points(LOW, HIGH, 20)
+    assert x.shape == normals.shape == (80, 2)
+    for number, (coordinate, end) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        part, normal = x[20 * number :][:20], normals[20 * number :][:20]
+        assert (part[:, coordinate] == BOX[end, coordinate]).all()
+        assert (normal[:, coordinate] == 2 * end - 1).all() and (normal[:, 1 - coordinate] == 0).all()
+        assert part[:, 1 - coordinate].unique().numel() == 20
+    with pytest.raises(ValueError, match=r"`sides` has \(2, 'low'\)"):
+        side_points(LOW, HIGH, 5, [(2, "low")])
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="`count` is 0"):
+        box_points(LOW, HIGH, 0)
+    with pytest.raises(ValueError, match="`method` is 'halton'"):
+        box_points(LOW, HIGH, 5, method="halton")
+    with pytest.raises(ValueError, match="below its `high`"):
+        box_points(HIGH, LOW, 5)
+    with pytest.raises(ValueError, match="`count` is 3"):
+        ResidualSampler(LOW, HIGH, 3)
+    with pytest.raises(ValueError, match="`share` is 2"):
+        ResidualSampler(LOW, HIGH, 8, share=2)
+
+
+def peak(x: torch.Tensor) -> torch.Tensor:
+    return torch.exp(-200 * (x[:, :1] - 1) ** 2)
+
+
+def test_points_follow_the_residual():
+    """As many as the share are drawn around the peak; the others and those held out are spread evenly."""
+    sampler = ResidualSampler(LOW, HIGH, 400, share=0.5, pool=16)
+    x, held = sampler.draw(peak)
+    assert x.shape == (400, 2) and held.shape == (100, 2)
+    near = (x[:, 0] - 1).abs() < 0.2  # a tenth of the box
+    assert 0.5 < near.double().mean() < 0.65
+    assert ((held[:, 0] - 1).abs() < 0.2).double().mean() < 0.2
+    again, _ = sampler.draw(peak)
+    assert not torch.equal(x[:200], again[:200])
+    evenly, _ = ResidualSampler(LOW, HIGH, 400, share=0.0).draw(peak)
+    assert ((evenly[:, 0] - 1).abs() < 0.2).double().mean() == pytest.approx(0.1, abs=0.02)
+    all_of_them, _ = ResidualSampler(LOW, HIGH, 400, share=1.0, pool=16).draw(peak)
+    assert all_of_them.shape == (400, 2) and ((all_of_them[:, 0] - 1).abs() < 0.2).double().mean() > 0.9
+
+
+def test_a_residual_of_zero_spreads_points():
+    x, _ = ResidualSampler(LOW, HIGH, 400, share=1.0).draw(lambda x: torch.zeros(len(x)))
+    torch.testing.assert_close(x.mean(0), BOX.mean(0), rtol=0.1, atol=0.1)
+
+
+def test_half_of_the_points_follow_the_knots():
+    density = torch.ones(2, 40, dtype=torch.float64)
+    density[0, 18:22] = 36  # half of the knots in a tenth of the first coordinate
+    knots = KnotMap(torch.tensor([-1.0, -1.0]), torch.tensor([1.0, 1.0]), density)  # of features in [-1, 1]
+    x, held = ResidualSampler(LOW, HIGH, 800, share=0.0).draw(peak, knots)
+    assert ((x >= BOX[0]) & (x <= BOX[1])).all()
+    middle = ((x[:, 0] - 1).abs() < 0.2).double().mean()
+    assert middle == pytest.approx(0.5 * 0.1 + 0.5 * 0.5 * 1.6, abs=0.06)
+    assert ((held[:, 0] - 1).abs() < 0.2).double().mean() == pytest.approx(0.1, abs=0.04)
+
+
+def test_residuals_that_cannot_be_followed():
+    sampler = ResidualSampler(LOW, HIGH, 40)
+    with pytest.raises(ValueError, match=r"`residual` returns \(\) for 48 points"):
+        sampler.draw(lambda x: x.sum())
+    with pytest.raises(ValueError, match=r"`residual` is not finite at \["):
+        sampler.draw(lambda x: torch.where(x[:, 0] > 1, math.nan, 1.0))

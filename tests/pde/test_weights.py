@@ -1,0 +1,94 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from jet_helpers import nested, network
+from torch import Tensor, nn
+
+from peft_lotra.kan import jet
+from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.pde import ResidualAttention, causal_weights, gradient_weights
+
+
+def test_gradient_weights_against_autograd():
+    model, x = network(2, 5, 2), torch.rand(20, 2, dtype=torch.float64)
+    slopes = nested(model, x)[1]  # (2, 20, 2)
+    expected = 1 / (1 + 0.3 * slopes.square().sum((0, 2)).sqrt())
+    found = gradient_weights(model, x, 0.3)
+    torch.testing.assert_close(found[:, 0], expected)
+    assert not found.requires_grad
+    along = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    expected = 1 / (1 + 0.3 * slopes[0].square().sum(1).sqrt())
+    torch.testing.assert_close(gradient_weights(model, x, 0.3, along)[:, 0], expected)
+    with pytest.raises(ValueError, match="`scale` is -1"):
+        gradient_weights(model, x, -1)
+
+
+def test_causal_weights_against_the_sum():
+    times, r = torch.rand(60, dtype=torch.float64), torch.randn(60, 2, dtype=torch.float64)
+    times[:2] = torch.tensor([0.0, 1.0])
+    found = causal_weights(r, times, strictness=0.4, slices=5)
+    for i in range(60):
+        earlier = 0.0
+        for number in range(min(int(5 * times[i]), 4)):
+            inside = [j for j in range(60) if min(int(5 * times[j]), 4) == number]
+            earlier += sum(r[j].square().sum().item() for j in inside) / max(1, len(inside))
+        assert found[i, 0].square().item() == pytest.approx(math.exp(-0.4 * earlier))
+
+
+def test_self_adaptive_weights_against_the_recursion():
+    attention, expected = ResidualAttention(0.7, 0.2), torch.ones(5, 1, dtype=torch.float64)
+    for _ in range(4):
+        r = torch.randn(5, 1, dtype=torch.float64)
+        expected = 0.7 * expected + 0.2 * r.abs() / r.abs().max()
+        torch.testing.assert_close(attention.update(r), expected)
+    assert attention.weights is not None and (attention.weights <= 1).all()
+    assert torch.isfinite(attention.update(torch.zeros(5))).all()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "levenberg_marquardt"])
+def test_weights_are_rows_of_both_optimizers(optimizer):
+    torch.manual_seed(1)
+    model, x = network(2, 5, 1), torch.rand(80, 2, dtype=torch.float64)
+
+    def equation(model: nn.Module, x: Tensor, w: Tensor) -> Tensor:
+        u, (_, u_t), u_xx = jet(model, x, collapse=(1.0, 0.0))
+        return w * (u_t - u_xx - u)
+
+    ones = torch.ones(len(x), 1, dtype=torch.float64)
+    before = equation(model, x, ones).square().mean().item()
+    attention = ResidualAttention()
+    adam = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(2 if optimizer == "levenberg_marquardt" else 30):
+        r = equation(model, x, ones).detach()
+        w = gradient_weights(model, x) * causal_weights(r, x[:, 1]) * attention.update(r)
+        if optimizer == "adam":
+            adam.zero_grad()
+            equation(model, x, w).square().mean().backward()
+            adam.step()
+        else:
+            LevenbergMarquardt(model).fit([(equation, (x, w))], 3, progress=False)
+    assert equation(model, x, ones).square().mean().item() < before
+
+
+def test_wrong_arguments():
+    r, t = torch.ones(4), torch.linspace(0, 1, 4)
+    with pytest.raises(ValueError, match="`times` has 3 entries for 4 residuals"):
+        causal_weights(r, t[:3])
+    with pytest.raises(ValueError, match="`strictness` is -1.0 and `slices` 20"):
+        causal_weights(r, t, -1.0)
+    with pytest.raises(ValueError, match="must be finite"):
+        causal_weights(r * math.nan, t)
+    with pytest.raises(ValueError, match="`decay` is 1 and `rate` 0.1"):
+        ResidualAttention(1)
+    attention = ResidualAttention()
+    attention.update(r)
+    with pytest.raises(ValueError, match="3 residuals, but weights of 4 points"):
+        attention.update(r[:3])
+    with pytest.raises(ValueError, match="`residuals` 0 is not finite"):
+        attention.update(r * math.nan)
