@@ -140,6 +140,6 @@ def _last_loss(result: Any) -> float:
     if not isinstance(result, list):
         return float(result)
     if not result:
-        raise ValueError("`solve` returned an empty history, but must return a loss, or a history of at least one step.")
+        raise ValueError("`solve` returned an empty history, but must return a loss, or a history with a step.")
     held = [entry.held_loss for entry in result]  # of `LevenbergMarquardt.fit`
     return result[-1].loss if math.isnan(held[-1]) else min(held)
