@@ -22,7 +22,8 @@ from .injection import create_and_replace, mismatches, prepare_config, prepare_t
 from .layer import LoTRALayer
 from .model import LoTRAModel
 from .norm_stats import NormStatsTuner
-from .transaction import change_lock, configs_among, creation, enclose, is_switched, whole
+from .peft_methods import enclose
+from .transaction import change_lock, configs_among, creation, is_switched, whole
 
 
 # what PEFT wires its own methods into by hand

@@ -10,7 +10,7 @@ from typing import Any
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel, mapping
 from peft.utils import PeftType, register_peft_method
 
-from .transaction import enclose
+from .peft_methods import enclose
 
 
 NAME = "LOTRA"

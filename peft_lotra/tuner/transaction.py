@@ -1,22 +1,14 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A call that changes a model is done as a whole or not at all: an error, or Ctrl-C, leaves the model as it was.
-
-PEFT injects an adapter, loads its tensors and switches to evaluation in frames of its own, which enclose those of this
-package. Nothing in a tuner can undo what is half done there. `enclose` therefore puts a transaction around the methods
-of PEFT's models that change a model; models without LoTRA pass through.
-"""
+"""A call that changes a model is done as a whole or not at all: an error, or Ctrl-C, leaves the model as it was."""
 
 from __future__ import annotations
 
-import inspect
-import os
 import threading
-import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from itertools import chain
 from typing import Any
@@ -24,7 +16,7 @@ from weakref import WeakMethod, finalize, ref
 
 from peft import PeftConfig, PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..functional import modules_of
@@ -32,10 +24,6 @@ from ..locks import IN_PROGRESS, LayerLock
 from .merging import MergeableLayer, all_or_nothing
 
 
-# the methods of PEFT's models that change them, besides those that a tuner has itself
-_DOORS = ("add_adapter", "load_adapter", "set_adapter", "delete_adapter")
-_OF_LOADING = ("model_id", "adapter_name")
-_OF_SAVING = ("selected_adapters", "save_embedding_layers")  # the arguments that say what is saved
 _CONTAINERS = frozenset((dict, OrderedDict, list, set))
 _WITH_ADAPTERS = (BaseTunerLayer, AuxiliaryTrainingWrapper, BaseTuner, PeftModel, PeftMixedModel)
 
@@ -218,116 +206,3 @@ def configs_among(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[PeftCo
     values = [*args, *kwargs.values()]
     values += chain.from_iterable(value.values() for value in values if isinstance(value, dict))
     return [value for value in values if isinstance(value, PeftConfig)]
-
-
-def enclose(model_classes: Iterable[type], tuner_cls: type, config_cls: type) -> None:
-    """Puts transactions around the methods of PEFT's model classes, for models with this tuner."""
-    for model_cls in model_classes:
-        for name, method in list(vars(model_cls).items()):
-            if name == "__init__":
-                setattr(model_cls, name, _around_creation(_bare(method), config_cls))
-            elif name in _DOORS:
-                setattr(model_cls, name, _around_change(_bare(method), tuner_cls))
-            elif name == "save_pretrained":
-                setattr(model_cls, name, _around_saving(_bare(method), tuner_cls))
-            elif name == "from_pretrained":
-                setattr(model_cls, name, classmethod(_around_loading(_bare(method.__func__))))
-
-
-def _bare(method: Any) -> Any:
-    """The method without a transaction of an earlier import of this package."""
-    return getattr(method, "_without_transaction", method)
-
-
-def _marked(run: Any, method: Any) -> Any:
-    run._without_transaction = method
-    return run
-
-
-def _around_creation(method: Any, config_cls: type) -> Any:
-    @wraps(method)
-    def __init__(self, model, peft_config, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(peft_config, config_cls):
-            method(self, model, peft_config, *args, **kwargs)
-            return
-        with creation(model, [peft_config]):
-            method(self, model, peft_config, *args, **kwargs)
-
-    return _marked(__init__, method)
-
-
-def _around_change(method: Any, tuner_cls: type) -> Any:
-    loads = method.__name__ == "load_adapter"
-    changes = is_switched if method.__name__ == "set_adapter" else None
-    hub_arguments = ("subfolder", "revision", "token", "cache_dir", "check_base")
-
-    @wraps(method)
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        tuner = self._modules.get("base_model")
-        if not isinstance(tuner, tuner_cls) or is_part_of_change(self, tuner.model):
-            return method(self, *args, **kwargs)
-        with change_lock(tuner).held:
-            # of merged layers, since switching unmerges them, and of the adapter, if it is there already
-            written: list[Tensor] = [*base_parameters(tuner, merged_only=True)]
-            if loads:
-                path, name = map(kwargs.get, _OF_LOADING, (*args, None, None))
-                written += _tensors_of(tuner, name)
-                if name in tuner.peft_config and hasattr(
-                    tuner_cls, "check_reload"
-                ):  # PEFT's mixed models have no such
-                    tuner.check_reload(name, path, **{key: kwargs[key] for key in hub_arguments if key in kwargs})
-                    kwargs.pop("check_base", None)
-            with transaction(self, written, configs_among(args, kwargs), changes), _clear_json_errors():
-                return method(self, *args, **kwargs)
-
-    return _marked(run, method)
-
-
-def _around_saving(method: Any, tuner_cls: type) -> Any:
-    @wraps(method)
-    def save_pretrained(self, save_directory, *args: Any, **kwargs: Any) -> None:
-        tuner = self._modules.get("base_model")
-        checks = isinstance(tuner, tuner_cls) and hasattr(tuner_cls, "check_saving")
-        if checks and not os.path.isfile(save_directory):
-            arguments = inspect.signature(method).bind(self, save_directory, *args, **kwargs).arguments
-            # before PEFT writes tensors over those that are there
-            tuner.check_saving(**{name: arguments[name] for name in _OF_SAVING if name in arguments})
-        method(self, save_directory, *args, **kwargs)
-
-    return _marked(save_pretrained, method)
-
-
-def _around_loading(method: Any) -> Any:
-    @wraps(method)
-    def from_pretrained(cls, model, *args: Any, **kwargs: Any) -> Any:
-        # what other methods leave behind is not for this package to undo
-        with transaction(model, objects=configs_among(args, kwargs), begins=False), _clear_json_errors():
-            return method(cls, model, *args, **kwargs)
-
-    return _marked(from_pretrained, method)
-
-
-@contextmanager
-def _clear_json_errors() -> Iterator[None]:
-    """Makes a ValueError of what JSON that is nested too deeply raises, which PEFT reads before this package."""
-    try:
-        yield
-    except RecursionError as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if not frame.f_globals.get("__name__", "").startswith("json."):
-            raise
-        raise ValueError("The adapter_config.json is nested too deeply to be read: it is damaged.") from error
-
-
-def _tensors_of(model: nn.Module, adapter_name: Any) -> Iterator[Tensor]:
-    """The tensors of an adapter, none if it is not there."""
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            for attribute in module.adapter_layer_names:
-                parts = getattr(module, attribute)
-                if adapter_name in parts:
-                    part = parts[adapter_name]
-                    yield from part.parameters() if isinstance(part, nn.Module) else (part,)
-        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            saved = module.modules_to_save[adapter_name]
-            yield from chain(saved.parameters(), saved.buffers())

@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 
 import pytest
 import torch
 from helpers import adapt, assert_same, nested, snapshot
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, LoTRAModel
+from peft_lotra import LoTRAConfig
 from peft_lotra.locks import IN_PROGRESS
-from peft_lotra.tuner.transaction import base_parameters, enclose, transaction
+from peft_lotra.tuner.transaction import base_parameters, is_part_of_change, transaction
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -44,6 +44,29 @@ def test_what_is_not_finished_is_put_back(error):
     assert model.notes == ["one", "two"]
 
 
+def test_attributes_of_some_modules_and_the_flags_of_all():
+    model = nested()
+    with suppress(KeyError), transaction(model, changes=lambda module: module is model.head):
+        model.note = model.head.note = "changed"
+        model.requires_grad_(False)
+        raise KeyError
+    assert model.note == "changed" and not hasattr(model.head, "note")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_it_may_begin_with_the_first_change_that_is_a_part_of_it():
+    """As in `from_pretrained`, where what other methods leave behind stays."""
+    model = nested()
+    with suppress(KeyError), transaction(model, begins=False):
+        model.note = "of another method"
+        raise KeyError
+    with suppress(KeyError), transaction(model, begins=False):
+        assert is_part_of_change(model) and not is_part_of_change(model.head)
+        model.note = "of this one"
+        raise KeyError
+    assert model.note == "of another method" and not is_part_of_change(model)
+
+
 def test_an_end_that_is_not_reached_undoes_nothing_later():
     """As where Ctrl-C arrives between the block and its end."""
     model = nested()
@@ -64,24 +87,6 @@ def test_the_parameters_that_a_merge_of_another_method_writes():
     assert list(map(id, base_parameters(lora, merged_only=True))) == list(map(id, linear.parameters()))
     model = adapt(nested(), target_modules=["body.0", "body.1"])
     assert not list(base_parameters(model, merged_only=False))
-
-
-def test_models_of_other_methods_pass_through():
-    """What PEFT leaves behind for another method is as without this package."""
-
-    model = get_peft_model(nn.Sequential(OrderedDict(lin=nn.Linear(2, 2))), LoraConfig(target_modules=["lin"]))
-    with pytest.raises(ValueError, match="not found"):
-        model.set_adapter("missing")
-    model.add_adapter("other", LoraConfig(target_modules=["lin"]))
-    model.delete_adapter("other")
-    assert list(model.peft_config) == ["default"] and "_change_lock" not in vars(model.base_model)
-
-
-def test_methods_of_peft_are_enclosed_once():
-    method = PeftModel.load_adapter
-    enclose([PeftModel], LoTRAModel, LoTRAConfig)
-    assert inspect.unwrap(PeftModel.load_adapter) is inspect.unwrap(method) is method.__wrapped__
-    assert "model_id" in inspect.signature(PeftModel.load_adapter).parameters
 
 
 def test_one_change_at_a_time():
