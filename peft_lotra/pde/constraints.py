@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kan.basis import in_transform
 from ..kan.jets.chain import stages_of
 from ..kan.jets.derivatives import jet, jet_by_transforms, register_jet
 from ..kan.jets.layers import Jet
+from .boxes import check_box
+from .features import BoxFeatures
 
 
 Part = Callable[[Tensor], Tensor] | float
@@ -49,7 +52,9 @@ class HardConstraint(nn.Module):
 
     Raises:
         TypeError: `kan` is no module, or `distance` or `lift` can not be called.
-        ValueError: In the forward pass and by `jet`, a part returns another shape than (..., 1) or (..., O).
+        ValueError: `distance` is a `BoxDistance` of another box than the `BoxFeatures` of the network. In the forward
+            pass and by `jet`, a part returns another shape than (..., 1) or (..., O), or x is outside of the box of a
+            `BoxDistance`.
 
     Source: I. E. Lagaris et al., "Artificial neural networks for solving ordinary and partial differential equations",
     IEEE Transactions on Neural Networks 9 (1998); N. Sukumar and A. Srivastava, arXiv 2104.08426.
@@ -71,6 +76,14 @@ class HardConstraint(nn.Module):
         for name, part in (("distance", distance), ("lift", lift)):
             if not callable(part) and not (isinstance(part, (int, float)) and math.isfinite(part)):
                 raise TypeError(f"`{name}` is {part!r}, but must be a function of x, a module or a finite number.")
+        features = next((part for part in kan.modules() if isinstance(part, BoxFeatures)), None)
+        if isinstance(distance, BoxDistance) and features is not None:
+            of_features, of_distance = (torch.stack([part.low, part.high]) for part in (features, distance))
+            if not (of_features.shape == of_distance.shape and torch.allclose(of_features, of_distance)):
+                raise ValueError(
+                    f"`distance` is that of the box {of_distance.tolist()}, but the features of the network are on "
+                    f"{of_features.tolist()}: the conditions would hold elsewhere. Give both the same box."
+                )
         self.kan = kan
         self.distance = distance
         self.lift = lift
@@ -114,6 +127,8 @@ def _jet_of_part(
 
 def _jet(model: HardConstraint, x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet:
     """(d n)'' = d'' n + 2 d' n' + d n'', along each direction, or in the weighted sum."""
+    if isinstance(model.distance, BoxDistance):
+        model.distance.check(x)
     n = Jet(*jet(model.kan, x, directions, collapse=False if weights is None else weights))
     d, lift = (_jet_of_part(model, name, x, directions, weights, n) for name in ("distance", "lift"))
 
@@ -175,8 +190,26 @@ class BoxDistance(nn.Module):
             if wrong := [side for side in given if side not in known]:
                 raise ValueError(f"`{name}` has {wrong[0]!r}, which is none of {known}.")
 
+    def check(self, x: Tensor) -> None:
+        """Raises a `ValueError` if x is outside of the box; not in transforms and compiled, which have no values."""
+        if x.shape[-1:] != self.low.shape:
+            raise ValueError(f"x has shape {tuple(x.shape)}, but the box has {len(self.low)} coordinates.")
+        if torch.compiler.is_compiling() or in_transform() or x.is_meta or not x.numel():
+            return
+        rows = x.detach().reshape(-1, x.shape[-1]).to(self.low)
+        slack = 1e-5 * (self.high - self.low)
+        outside = (rows < self.low - slack) | (rows > self.high + slack)
+        if outside.any():
+            row, i = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"x is outside of the box of the conditions: coordinate {i} of row {row} is {rows[row, i].item():g}, "
+                f"but the box has {self.low[i].item():g} to {self.high[i].item():g}. There are "
+                f"{int(outside.any(1).sum())} such rows of {len(rows)}."
+            )
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., 1)."""
+        self.check(x)
         share = (x - self.low.to(x)) / (self.high - self.low).to(x)
         found = torch.ones_like(x[..., :1])
         for i in range(len(self.low)):
@@ -186,13 +219,3 @@ class BoxDistance(nn.Module):
                 found = found * (part.square() if (i, end) in self.twice else part)
             found = found * 4 if len(ends) == 2 else found
         return found
-
-
-def check_box(low: Sequence[float], high: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The ends of a box as float64 tensors (I,); raises a `ValueError` if it is empty or not finite."""
-    ends = [torch.as_tensor(end, dtype=torch.float64).detach().cpu() for end in (low, high)]
-    if ends[0].dim() != 1 or ends[0].shape != ends[1].shape or not len(ends[0]):
-        raise ValueError(f"`low` is {low} and `high` is {high}, but they must be equally many numbers, at least one.")
-    if not (torch.stack(ends).isfinite().all() and (ends[0] < ends[1]).all()):
-        raise ValueError(f"`low` is {low} and `high` is {high}, but each `low` must be finite and below its `high`.")
-    return ends[0], ends[1]

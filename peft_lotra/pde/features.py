@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kan.jets.maps import InputMap
-from .constraints import check_box
+from .boxes import check_box
 
 
 class BoxFeatures(InputMap):

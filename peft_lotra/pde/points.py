@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from ..kan.knots import KnotMap
-from .constraints import check_box
+from .boxes import check_box
 
 
 METHODS = ("sobol", "latin", "uniform")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kan.jets.derivatives import jet
-from .constraints import check_box
+from .boxes import check_box
 
 
 _ACROSS = 32  # points in the other coordinates for each point of one

@@ -198,8 +198,20 @@ def test_wrong_arguments():
         BoxDistance(*BOX, sides=[(1, "low")], twice=[(1, "high")])
 
 
+def test_conditions_on_another_domain():
+    with pytest.raises(ValueError, match="the features of the network are on .* the conditions would hold elsewhere"):
+        HardConstraint(nn.Sequential(BoxFeatures((0, 0), (1, 1)), network(2, 5, 1)), BoxDistance(*BOX))
+    model, x = HardConstraint(network(2, 5, 1), BoxDistance(*BOX).double()), in_box()
+    x[3, 1] = 2.5
+    for evaluate in (model, lambda x: jet(model, x), lambda x: jet(adapted(model), x)):
+        with pytest.raises(ValueError, match="coordinate 1 of row 3 is 2.5, but the box has 0 to 2. There are 1 such"):
+            evaluate(x)
+    with pytest.raises(ValueError, match="the box has 2 coordinates"):
+        BoxDistance(*BOX)(torch.rand(3, 3))
+
+
 def test_distance_of_a_box_against_the_formula():
     x = points(20, 2)
-    distance = BoxDistance((-2, -1), (2, 3), sides=[(0, "low"), (0, "high"), (1, "high")], twice=[(1, "high")])
-    s, t = (x[:, 0] + 2) / 4, (3 - x[:, 1]) / 4
+    distance = BoxDistance((-2, -1.5), (2, 2.5), sides=[(0, "low"), (0, "high"), (1, "high")], twice=[(1, "high")])
+    s, t = (x[:, 0] + 2) / 4, (2.5 - x[:, 1]) / 4
     torch.testing.assert_close(distance.double()(x)[:, 0], 4 * s * (1 - s) * t**2)
