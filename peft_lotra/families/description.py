@@ -20,7 +20,7 @@ from ..kan.basis import UniformGrid
 from ..locks import cached
 from .coefficients import CoefficientTensor, Described, expand_name, get_or_none, locate_coefficients
 from .layout import Layout, parse_layout
-from .probe import check_description, choose_reading, exchange_axes, pattern_variants
+from .probe import check_description, choose_reading, exchange_axes, note_verified, pattern_variants
 
 
 Grid = dict[str, "torch.Tensor | int | float"]
@@ -199,6 +199,10 @@ class KANLayerSpec:
             }
 
         check_description(name, layer, self.read_grid(layer), self._readings, tensor, variants, self.linear)
+
+    def note_verified(self, layer: nn.Module) -> None:
+        """Spares `locate` and `check` what was found out about a layer otherwise: it computes what is described."""
+        note_verified(layer, self._readings, self.locate_as_described(layer), self.linear)
 
     def is_of_this_package(self, layer: nn.Module) -> bool:
         """Whether the class of a layer comes with its description, which is then not compared with the layer."""

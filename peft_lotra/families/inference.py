@@ -130,14 +130,16 @@ def _infer(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> KANLayerSp
         if reading is not None:
             reading = _extend(probe, reading, tensors, total)
             linear = (probe.curvature(reading.locate(module)) or 0.0) <= CURVATURE
-            return reading.to_spec(grid, linear)
+            spec = reading.to_spec(grid, linear)
+            spec.note_verified(module)
+            return spec
     return None
 
 
 def _find(probe: FunctionProbe, tensors: Mapping[str, torch.Tensor]) -> _Reading | None:
     """The coefficients alone."""
     found: _Reading | None = None
-    sizes = named_size(probe.layer, "o"), named_size(probe.layer, "i")
+    sizes: tuple[int | None, int | None] = named_size(probe.layer, "o"), named_size(probe.layer, "i")
     for name, value in tensors.items():
         if not 3 <= value.dim() <= _MOST_AXES or "." in name:
             continue
@@ -146,6 +148,7 @@ def _find(probe: FunctionProbe, tensors: Mapping[str, torch.Tensor]) -> _Reading
             reading = _Reading((*(found.parts if found else ()), (name, pattern)))
             if _fits(probe, reading):
                 found = reading
+                sizes = reading.locate(probe.layer).shape[:2]  # pyright: ignore[reportAssignmentType]
                 break
     return found or _find_flat(probe, tensors) or _find_matrices(probe, tensors)
 

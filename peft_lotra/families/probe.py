@@ -34,6 +34,7 @@ from .coefficients import CoefficientTensor, Described
 NO_EFFECT = 1e-4  # of the largest gradient: rounding
 EFFECT = 1e-2
 _MAX_INPUT = 1 << 22  # elements
+_ROWS = 32  # outputs of which the gradients are compared
 CURVATURE = 1e-2  # of the change: more than rounding in float32 makes of an affine function
 
 
@@ -172,7 +173,8 @@ class Probe:
             order[:2] = order[:2].flip(0)
             other = x.index_select(channels if channels == 1 else x.dim() - 1, order)
             y = self._run(values, other)
-            inputs = _changes_in(whole, gradient((y * weights).sum()), 2)
+            rows = whole.flatten(1).abs().amax(1).topk(min(out, _ROWS)).indices
+            inputs = _changes_in(whole[rows], gradient((y * weights).sum())[rows], 2)
         return Verdict(outputs, inputs, contradicted=contradicted)
 
     def _input(self, tensor: CoefficientTensor) -> torch.Tensor:
@@ -306,8 +308,9 @@ def _changes_in(first: torch.Tensor, second: torch.Tensor, count: int) -> bool |
 
 Reading = tuple[tuple[Described, ...], "Described | None"]
 
-# By class, and by what decides how a layer of it runs: the place of the reading that was verified; layers that passed.
-_VERIFIED: WeakKeyDictionary[type, dict[Any, int]] = WeakKeyDictionary()
+# By class, and by what decides how a layer of it runs: the place of the chosen reading, and the verdict on it; layers
+# that passed.
+_CHOSEN: WeakKeyDictionary[type, dict[Any, tuple[int, Verdict]]] = WeakKeyDictionary()
 _PASSED: WeakKeyDictionary[type, set[Any]] = WeakKeyDictionary()
 
 
@@ -325,21 +328,39 @@ def choose_reading(
     Raises:
         ValueError: The patterns of the first reading do not fit.
     """
-    known, key = _VERIFIED.setdefault(type(layer), {}), (tuple(readings), *settings_of(layer))
+    known, key = _CHOSEN.setdefault(type(layer), {}), _reading_key(layer, readings)
     if key in known:
-        return locate(*readings[known[key]])
+        return locate(*readings[known[key][0]])
     probe, first = Probe(layer, grid), locate(*readings[0])
     if not probe.can_run(first):
         return first
+    verdicts: list[Verdict] = []
     for place, reading in enumerate(readings):
         try:
             tensor = locate(*reading) if place else first
         except ValueError:
             continue
-        if probe.axes(tensor).is_verified:
-            known[key] = place
+        verdicts.append(probe.axes(tensor))
+        if verdicts[-1].is_verified:
+            known[key] = place, verdicts[-1]
             return tensor
+    if verdicts[0][:2] != (None, None):  # another layer of these shapes may say more
+        known[key] = 0, verdicts[0]
     return first
+
+
+def _reading_key(layer: nn.Module, readings: Sequence[Reading]) -> tuple[Any, ...]:
+    return (tuple(readings), *settings_of(layer))
+
+
+def _check_key(layer: nn.Module, tensor: CoefficientTensor, linear: bool) -> tuple[Any, ...]:
+    return (tensor.family, tuple(tensor.parameters.values()), linear, *settings_of(layer))
+
+
+def note_verified(layer: nn.Module, readings: Sequence[Reading], tensor: CoefficientTensor, linear: bool) -> None:
+    """Takes the first reading of a layer as verified, and the layer as checked, from now on."""
+    _CHOSEN.setdefault(type(layer), {})[_reading_key(layer, readings)] = 0, Verdict(True)
+    _PASSED.setdefault(type(layer), set()).add(_check_key(layer, tensor, linear))
 
 
 def check_description(
@@ -365,14 +386,12 @@ def check_description(
     Raises:
         ValueError: The gradients contradict the pattern, or the output is not linear.
     """
-    passed, settings = _PASSED.setdefault(type(layer), set()), settings_of(layer)
-    key = (tensor.family, tuple(tensor.parameters.values()), linear, *settings)
+    passed, key = _PASSED.setdefault(type(layer), set()), _check_key(layer, tensor, linear)
     if key in passed:
         return
     layer_name = f"The layer `{name}` ({type(layer).__name__}, of the KAN family {tensor.family!r})"
     probe = Probe(layer, grid)
-    was_verified = (tuple(readings), *settings) in _VERIFIED.get(type(layer), {})
-    verdict = Verdict() if was_verified else probe.axes(tensor)
+    _, verdict = _CHOSEN.get(type(layer), {}).get(_reading_key(layer, readings)) or (0, probe.axes(tensor))
     if False in verdict[:2]:
         pattern = tensor.parameters[tensor.name].pattern
         fitting = [other for other, locate in variants().items() if _is_verified(probe, locate)]
