@@ -20,7 +20,7 @@ from ..kan.basis import UniformGrid
 from ..locks import cached
 from .coefficients import CoefficientTensor, Described, expand_name, get_or_none, locate_coefficients
 from .layout import Layout, parse_layout
-from .probe import check_description, choose_reading, exchange_axes, note_verified, pattern_variants
+from .readings import check_description, choose_reading, exchange_axes, note_verified, pattern_variants
 
 
 Grid = dict[str, "torch.Tensor | int | float"]

@@ -25,7 +25,8 @@ from .coefficients import CoefficientTensor, Described, get_or_none, locate_coef
 from .description import KANLayerSpec, registered_spec, spec_from_file
 from .functions import FunctionProbe
 from .layout import axis_patterns
-from .probe import CURVATURE, settings_of
+from .probe import CURVATURE
+from .readings import settings_of
 
 
 FAMILY = "generic"

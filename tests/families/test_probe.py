@@ -16,7 +16,8 @@ from stand_ins import FAMILIES, as_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig, find_kan_layers, register_kan_layer
-from peft_lotra.families.probe import CURVATURE, Probe, pattern_variants
+from peft_lotra.families.probe import CURVATURE, Probe
+from peft_lotra.families.readings import pattern_variants
 from peft_lotra.families.registry import KANLayerSpec, get_kan_spec
 
 

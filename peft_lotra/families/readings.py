@@ -1,0 +1,165 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The readings of a description: the one that a layer computes is chosen, and a description that it contradicts is
+refused. What was found out is kept for all layers of one class, shapes and settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from .coefficients import CoefficientTensor, Described
+from .probe import CURVATURE, Probe, Verdict
+
+
+Reading = tuple[tuple[Described, ...], "Described | None"]
+
+# By class, and by what decides how a layer of it runs: the place of the chosen reading, and the verdict on it; layers
+# that passed.
+_CHOSEN: WeakKeyDictionary[type, dict[Any, tuple[int, Verdict]]] = WeakKeyDictionary()
+_PASSED: WeakKeyDictionary[type, set[Any]] = WeakKeyDictionary()
+
+
+def choose_reading(
+    layer: nn.Module, grid: Mapping[str, Any], readings: Sequence[Reading], locate: Callable[..., CoefficientTensor]
+) -> CoefficientTensor:
+    """The first reading of the coefficients of a layer, unless it is not verified and a later one is.
+
+    Args:
+        layer: The layer.
+        grid: The state that gives the coefficients their meaning.
+        readings: Parts and residual branch of each reading.
+        locate: Finds the coefficients by them, or raises a `ValueError` if the patterns do not fit.
+
+    Raises:
+        ValueError: The patterns of the first reading do not fit.
+    """
+    known, key = _CHOSEN.setdefault(type(layer), {}), _reading_key(layer, readings)
+    if key in known:
+        return locate(*readings[known[key][0]])
+    probe, first = Probe(layer, grid), locate(*readings[0])
+    if not probe.can_run(first):
+        return first
+    verdicts: list[Verdict] = []
+    for place, reading in enumerate(readings):
+        try:
+            tensor = locate(*reading) if place else first
+        except ValueError:
+            continue
+        verdicts.append(probe.axes(tensor))
+        if verdicts[-1].is_verified:
+            known[key] = place, verdicts[-1]
+            return tensor
+    if verdicts[0][:2] != (None, None):  # another layer of these shapes may say more
+        known[key] = 0, verdicts[0]
+    return first
+
+
+def _reading_key(layer: nn.Module, readings: Sequence[Reading]) -> tuple[Any, ...]:
+    return (tuple(readings), *settings_of(layer))
+
+
+def _check_key(layer: nn.Module, tensor: CoefficientTensor, linear: bool) -> tuple[Any, ...]:
+    return (tensor.family, tuple(tensor.parameters.values()), linear, *settings_of(layer))
+
+
+def note_verified(layer: nn.Module, readings: Sequence[Reading], tensor: CoefficientTensor, linear: bool) -> None:
+    """Takes the first reading of a layer as verified, and the layer as checked, from now on."""
+    _CHOSEN.setdefault(type(layer), {})[_reading_key(layer, readings)] = 0, Verdict(True)
+    _PASSED.setdefault(type(layer), set()).add(_check_key(layer, tensor, linear))
+
+
+def check_description(
+    name: str,
+    layer: nn.Module,
+    grid: Mapping[str, Any],
+    readings: Sequence[Reading],
+    tensor: CoefficientTensor,
+    variants: Callable[[], Mapping[str, Callable[[], CoefficientTensor]]],
+    linear: bool,
+) -> None:
+    """Compares the axes of a layer, and whether it is linear, with its description.
+
+    Args:
+        name: The name of the layer in its model.
+        layer: The layer.
+        grid: The state that gives the coefficients their meaning.
+        readings: Those that `choose_reading` chose from.
+        tensor: Where its coefficients are.
+        variants: Returns other patterns of the first parameter; each locates the coefficients by it.
+        linear: Whether the description says that the output is linear in the coefficients.
+
+    Raises:
+        ValueError: The gradients contradict the pattern, or the output is not linear.
+    """
+    passed, key = _PASSED.setdefault(type(layer), set()), _check_key(layer, tensor, linear)
+    if key in passed:
+        return
+    layer_name = f"The layer `{name}` ({type(layer).__name__}, of the KAN family {tensor.family!r})"
+    probe = Probe(layer, grid)
+    _, verdict = _CHOSEN.get(type(layer), {}).get(_reading_key(layer, readings)) or (0, probe.axes(tensor))
+    if False in verdict[:2]:
+        pattern = tensor.parameters[tensor.name].pattern
+        fitting = [other for other, locate in variants().items() if _is_verified(probe, locate)]
+        if fitting or verdict.contradicted:
+            remedy = f"{' or '.join(map(repr, fitting))} would fit." if fitting else "Correct it."
+            raise ValueError(
+                f"{layer_name} does not compute what its description says. By its gradients `{tensor.name}` "
+                f"{tuple(tensor.get_parameter(layer).shape)} is not laid out as {pattern!r}: an output, or an input, "
+                f"does not belong to its own slice of the coefficients. {remedy}"
+            )
+    if linear and (probe.curvature(tensor) or 0.0) > CURVATURE:
+        names = ", ".join(f"`{parameter}`" for parameter in tensor.parameters)
+        raise ValueError(
+            f"{layer_name} has an output that is not linear in {names}: a normalization may "
+            "follow, or the parameters shape the basis functions. Describe the family by `register_kan_layer(..., "
+            "linear=False)`: without a fast path, everything else works."
+        )
+    passed.add(key)
+
+
+def _is_verified(probe: Probe, locate: Callable[[], CoefficientTensor]) -> bool:
+    try:
+        return probe.axes(locate()).is_verified
+    except ValueError:
+        return False
+
+
+def settings_of(layer: nn.Module) -> tuple[Any, ...]:
+    """What decides how a layer of its class runs: shapes and settings."""
+    shapes = [(name, value.shape, value.dtype) for name, value in layer.named_parameters()]
+    settings = [item for item in vars(layer).items() if isinstance(item[1], (bool, int, float, str))]
+    settings.remove(("training", layer.training))
+    return (*shapes, *settings)
+
+
+def pattern_variants(pattern: str) -> list[str]:
+    """The patterns that exchange two axes of this one, or the order within parentheses; `o` and `i` exchanged first.
+
+    Example:
+        >>> pattern_variants("o (i k)")
+        ['i (o k)', 'k (i o)', 'o (k i)']
+    """
+    axes = re.findall(r"\w+", re.sub(r":\d", "", pattern))
+    pairs = sorted(combinations(axes, 2), key=lambda pair: set(pair) != {"o", "i"})
+    return [re.sub(r"\b[^\W\d]\w*", lambda m, pair=pair: _other(m[0], pair), pattern) for pair in pairs]
+
+
+def exchange_axes(pattern: str) -> str:
+    """The pattern with outputs and inputs exchanged.
+
+    Example:
+        >>> exchange_axes("i o k"), exchange_axes("i k")
+        ('o i k', 'o k')
+    """
+    return re.sub(r"\b[oi]\b", lambda m: _other(m[0], ("o", "i")), pattern)
+
+
+def _other(axis: str, pair: tuple[str, str]) -> str:
+    return pair[1 - pair.index(axis)] if axis in pair else axis
