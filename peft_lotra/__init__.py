@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from .hub.card import write_model_card
     from .hub.push import push_to_hub
     from .optim.learning_rates import LoTRALearningRates, create_lotra_optimizer, lotra_lr_multipliers
+    from .parametric import FamilyReport, ParametricAdapter, Prediction
     from .summary import ModelSummary, model_summary
     from .tuner.check import KANLayerReport, check_kan_layer
 
 __all__ = [
     "ExtractionReport",
+    "FamilyReport",
     "FoundKANLayer",
     "KANCandidate",
     "KANLayerReport",
@@ -44,6 +46,8 @@ __all__ = [
     "LoTRALearningRates",
     "LoTRAModel",
     "ModelSummary",
+    "ParametricAdapter",
+    "Prediction",
     "RefitReport",
     "SlimReport",
     "Spectrum",
@@ -72,9 +76,12 @@ __all__ = [
 # what is imported when it is first used, by name: a quarter of the time of an import
 _LATER = {
     "ExtractionReport": "approximation.extraction",
+    "FamilyReport": "parametric",
     "KANLayerReport": "tuner.check",
     "LoTRALearningRates": "optim.learning_rates",
     "ModelSummary": "summary",
+    "ParametricAdapter": "parametric",
+    "Prediction": "parametric",
     "SlimReport": "approximation.compression",
     "Spectrum": "approximation.spectra",
     "check_kan_layer": "tuner.check",
@@ -93,7 +100,7 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("approximation", "hub", "optim", "pde", "summary"):
+    if name in ("approximation", "hub", "optim", "parametric", "pde", "summary"):
         return import_module(f".{name}", __name__)
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,10 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Families of adapters that know their parameter."""
+
+from .adapter import ParametricAdapter, Prediction
+from .report import FamilyReport
+
+
+__all__ = ["FamilyReport", "ParametricAdapter", "Prediction"]

@@ -1,0 +1,200 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The file of a family, and the folder of a run that can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..files.format import open_weights, write_atomically
+from ..tuner.config import LoTRAConfig
+from .members import Member, Point, read, write
+
+
+FILE = "parametric_adapter.safetensors"
+RUN = "run.json"
+_VERSION = "1"
+_ARRAYS = ("modes", "coordinates", "parameters", "indicators")
+
+
+class Contents(NamedTuple):
+    """What the file of a family contains beside the adapter that its members share."""
+
+    vectors: np.ndarray  # (members, P)
+    parameters: list[Point]
+    indicators: list[float]
+    log: list[bool]
+
+
+def modes_of(vectors: np.ndarray, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Orthonormal modes (R, P) and coordinates (members, R): the leading singular vectors, all that are not zero."""
+    left, values, modes = np.linalg.svd(vectors, full_matrices=False)
+    rank = max(1, int((values > values[0] * 1e-14).sum()))
+    rank = rank if most is None else min(rank, most)
+    return modes[:rank], left[:, :rank] * values[:rank]
+
+
+def save_family(model: PeftModel, contents: Contents, path: Path, modes: int | None) -> None:
+    """Writes the file in one step: the shared part, as PEFT saves an adapter, the modes, and the members in them."""
+    dtype = torch.promote_types(next(part.dtype for part in model.parameters() if part.requires_grad), torch.float32)
+    directions, coordinates = modes_of(contents.vectors, modes)
+    arrays = {
+        "modes": torch.from_numpy(directions).to(dtype),
+        "coordinates": torch.from_numpy(coordinates),
+        "parameters": torch.tensor(contents.parameters, dtype=torch.float64),
+        "indicators": torch.tensor(contents.indicators, dtype=torch.float64),
+    }
+    with TemporaryDirectory() as folder:
+        write(model, np.zeros(contents.vectors.shape[1]))
+        model.save_pretrained(folder)
+        shared = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        config = Path(folder, CONFIG_NAME).read_text(encoding="utf-8")
+    tensors = {name: part.contiguous() for name, part in (shared | arrays).items()}
+    metadata = {"format": "pt", "parametric": _VERSION, "config": config, "log": json.dumps(contents.log)}
+    _replace(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load_family(base: nn.Module, path: str | Path, check_base: str) -> tuple[PeftModel, Contents]:
+    """Reads the file of a family, and gives the base its adapter.
+
+    Raises:
+        ValueError: The file is damaged or of another kind, or its family is on another base or grid.
+    """
+    with open_weights(str(path)) as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    if metadata.get("parametric") != _VERSION or not set(_ARRAYS) <= tensors.keys():
+        raise ValueError(f"{path} holds no family that this version can read: it is no file of a ParametricAdapter.")
+    arrays = {name: tensors.pop(name).double().numpy() for name in _ARRAYS}
+    with TemporaryDirectory() as folder:
+        Path(folder, CONFIG_NAME).write_text(metadata.get("config", ""), encoding="utf-8")
+        save_file(tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), {"format": "pt"})
+        try:
+            LoTRAConfig.from_pretrained(folder)  # of no other method
+            model = PeftModel.from_pretrained(base, folder, is_trainable=True, check_base=check_base)
+        except ValueError as error:
+            raise ValueError(str(error).replace(folder, str(path))) from error
+    log = _read_log(metadata)
+    sizes = {name: array.shape for name, array in arrays.items()}
+    members, dim = len(arrays["parameters"]), len(log)
+    expected = {
+        "modes": (*arrays["coordinates"].shape[1:], len(read(model))),
+        "coordinates": (members, *arrays["modes"].shape[:1]),
+        "parameters": (members, dim),
+        "indicators": (members,),
+    }
+    finite = all(np.isfinite(arrays[name]).all() for name in _ARRAYS[:3])
+    if sizes != expected or not members or not finite:
+        raise ValueError(f"{path} is damaged: the members have the shapes {sizes}, expected finite {expected}.")
+    points = [tuple(row) for row in arrays["parameters"].tolist()]
+    return model, Contents(arrays["coordinates"] @ arrays["modes"], points, arrays["indicators"].tolist(), log)
+
+
+def _read_log(metadata: Mapping[str, str]) -> list[bool]:
+    try:
+        log = json.loads(metadata.get("log", ""))
+    except (ValueError, RecursionError):
+        log = None
+    if not isinstance(log, list) or not log or not all(isinstance(flag, bool) for flag in log):
+        raise ValueError("The file of the family is damaged: its entry `log` is no list of booleans.")
+    return log
+
+
+def _replace(path: Path, save: Any) -> None:
+    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
+    try:
+        save(temporary)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+class RunFolder:
+    """The members that a run has fitted, one file each, so that a later run goes on where this one ended.
+
+    Args:
+        folder: The folder, which is made if there is none.
+        record: What the run fits; a folder with another record is refused.
+    """
+
+    def __init__(self, folder: str | os.PathLike, record: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.record = dict(record)
+
+    @contextmanager
+    def opened(self) -> Iterator[dict[tuple[Point, int], Member]]:
+        """Locks the folder, and yields the members in it, by parameter and the number of fits at it before.
+
+        Raises:
+            ValueError: Another run is writing to the folder, or it belongs to another family or other settings.
+        """
+        from filelock import FileLock, Timeout  # a dependency of huggingface_hub
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"Another run is writing to {self.folder}. Wait until it ends, or choose another folder."
+            ) from None
+        try:
+            self._check_record()
+            yield dict(self._members())
+        finally:
+            lock.release()
+
+    def _check_record(self) -> None:
+        path = self.folder / RUN
+        if not path.exists():
+            write_atomically(path, json.dumps(self.record, indent=2, sort_keys=True))
+            return
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is broken: {error}. Choose another folder.") from error
+        if known != self.record:
+            differ = sorted(name for name in {*known, *self.record} if known.get(name) != self.record.get(name))
+            raise ValueError(
+                f"{self.folder} holds members of another family or other settings ({', '.join(differ)} differ). "
+                "Choose another folder, or delete this one."
+            )
+
+    def _members(self) -> Iterator[tuple[tuple[Point, int], Member]]:
+        for path in sorted(self.folder.glob("member-*.safetensors")):
+            try:
+                with open_weights(str(path)) as file:
+                    values = json.loads((file.metadata() or {})["member"])
+                    vector = file.get_tensor("vector").numpy()
+                point = tuple(map(float, values.pop("parameter")))
+                number = int(values.pop("number"))
+                yield (point, number), Member(point, vector, **values)
+            except (ValueError, TypeError, KeyError, SafetensorError) as error:
+                raise ValueError(f"{path} is damaged ({error}): delete it, and it is fitted again.") from error
+
+    def add(self, member: Member, number: int) -> None:
+        """Writes a member, the one of this number at its parameter, in one step."""
+        values = {name: value for name, value in member._asdict().items() if name != "vector"} | {"number": number}
+        name = hashlib.blake2b(json.dumps(member.parameter).encode(), digest_size=8).hexdigest()
+        metadata = {"member": json.dumps(values)}
+        path = self.folder / f"member-{name}-{number}.safetensors"
+        _replace(path, lambda temporary: save_arrays({"vector": member.vector}, temporary, metadata))

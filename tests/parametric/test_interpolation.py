@@ -1,0 +1,64 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peft_lotra.parametric.interpolation import Scale, is_inside, nearest, weights_at
+
+
+def places(count, dim, seed=0):
+    return torch.rand(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_polynomials_are_reproduced_inside_and_outside(dim):
+    points = places(12, dim)
+    values = 1 + points.sum(1) - 2 * points[:, 0] * points[:, -1]
+    for at in (points.mean(0), torch.full((dim,), 1.3, dtype=torch.float64)):
+        assert weights_at(points, at) @ values == pytest.approx((1 + at.sum() - 2 * at[0] * at[-1]).item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("dim, count", [(1, 1), (1, 2), (1, 3), (1, 9), (2, 1), (2, 3), (2, 5), (2, 14), (3, 7)])
+def test_points_themselves_have_their_own_values(dim, count):
+    points = places(count, dim)
+    for index, point in enumerate(points):
+        torch.testing.assert_close(weights_at(points, point), torch.eye(count).double()[index], atol=1e-9, rtol=0)
+
+
+def test_points_on_a_line_of_the_plane():
+    line = torch.linspace(0, 1, 6).double().unsqueeze(1) * torch.tensor([[1.0, 0.5]])
+    weights = weights_at(line, line[2] * 0.5 + line[3] * 0.5)
+    assert weights.sum().item() == pytest.approx(1.0) and weights.isfinite().all()
+
+
+def test_a_smooth_function_is_interpolated_to_high_order():
+    errors = []
+    for count in (9, 17):
+        points = torch.linspace(0, 1, count).double().unsqueeze(1)
+        at = points[:2].mean(0) + points[count // 2] - points[0]
+        errors.append(abs(weights_at(points, at) @ torch.sin(3 * points[:, 0]) - torch.sin(3 * at[0])).item())
+    assert errors[0] < 1e-4 and errors[1] < errors[0] / 10
+
+
+def test_the_hull():
+    square = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    for at, expected in (([0.3, 0.3], True), ([0.5, 0.5], True), ([0.6, 0.6], False), ([-0.01, 0.5], False)):
+        assert is_inside(square, torch.tensor(at, dtype=torch.float64)) is expected
+    line = torch.tensor([[0.2], [0.8]], dtype=torch.float64)
+    assert is_inside(line, line[0]) and is_inside(line, line[1]) and not is_inside(line, line[1] + 1e-6)
+
+
+def test_the_nearest_determine_a_quadratic():
+    points = torch.linspace(0, 1, 5).double().unsqueeze(1)
+    assert nearest(points, torch.tensor([1.2]).double()) == [4, 3, 2]
+    assert len(nearest(places(20, 2), torch.tensor([0.1, 0.2]).double())) == 6
+
+
+def test_scales():
+    scale = Scale([0.01, -1.0], [1.0, 1.0], [True, False])
+    torch.testing.assert_close(scale([(0.1, 0.0)]), torch.full((1, 2), 0.5, dtype=torch.float64))
+    assert scale.inverse(torch.tensor([[0.5, 0.5]], dtype=torch.float64))[0] == pytest.approx((0.1, 0.0))
+    assert Scale([2.0], [2.0], [False])([[2.0]]).tolist() == [[0.0]]  # a range of one parameter

@@ -1,0 +1,94 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A small family with a known solution, whose functions can be sent to other processes."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+from torch import Tensor, nn
+
+from peft_lotra.kan import KAN, jet
+from peft_lotra.optim import LevenbergMarquardt
+
+
+POINTS = torch.linspace(-1, 1, 60, dtype=torch.float64).unsqueeze(1)
+
+
+def equation(model: nn.Module, x: Tensor, c: Tensor) -> Tensor:
+    """u'' + c^2 sin(c x) = 0 for u = (1 - x^2) N, which is zero at both ends."""
+    n, (slope,), second = jet(model, x, collapse=True)
+    return (1 - x**2) * second - 4 * x * slope - 2 * n + c**2 * torch.sin(c * x)
+
+
+def terms_of(c: float) -> list[tuple]:
+    return [(equation, (POINTS, torch.full_like(POINTS, c)))]
+
+
+def solution(n: Tensor, x: Tensor) -> Tensor:
+    """The solution with u(-1) = u(1) = 0 by the values of the network."""
+    return (1 - x**2) * n
+
+
+def exact(c: float, x: Tensor = POINTS) -> Tensor:
+    return torch.sin(c * x) - x * torch.sin(torch.tensor(c, dtype=torch.float64))
+
+
+def error(evaluate, c: float) -> float:
+    with torch.no_grad():
+        return ((solution(evaluate(POINTS), POINTS) - exact(c)).norm() / exact(c).norm()).item()
+
+
+def pretrained(c: float = 3.0, seed: int = 0) -> KAN:
+    torch.manual_seed(seed)
+    base = KAN([1, 4, 1], 6, dtype=torch.float64)
+    LevenbergMarquardt(base, floor=1e-6).fit(terms_of(c), 25, progress=False)
+    return base
+
+
+def equation_of_two(model: nn.Module, x: Tensor, c: Tensor, a: Tensor) -> Tensor:
+    n, (slope,), second = jet(model, x, collapse=True)
+    return (1 - x**2) * second - 4 * x * slope - 2 * n + a * c**2 * torch.sin(c * x)
+
+
+def terms_of_two(parameter: tuple[float, float]) -> list[tuple]:
+    c, a = parameter
+    return [(equation_of_two, (POINTS, torch.full_like(POINTS, c), torch.full_like(POINTS, a)))]
+
+
+def terms_that_fail(c: float) -> list[tuple]:
+    if abs(c - 2.6) < 1e-9:
+        raise ZeroDivisionError("no solution here")
+    return terms_of(c)
+
+
+def terms_counted(c: float) -> list[tuple]:
+    """Writes a line for each evaluation at a parameter into the file of the environment variable."""
+    with open(os.environ["PEFT_LOTRA_COUNTS"], "a") as file:
+        file.write(f"{c!r}\n")
+    return terms_of(c)
+
+
+def terms_that_kill_once(c: float) -> list[tuple]:
+    """Kills the worker, at the first evaluation at one parameter."""
+    mark = os.environ["PEFT_LOTRA_COUNTS"] + ".killed"
+    if abs(c - 3.4) < 1e-9 and not os.path.exists(mark):
+        time.sleep(0.5)  # others may end before
+        open(mark, "w").close()
+        os._exit(9)
+    return terms_counted(c)
+
+
+def train_by_adam(model: nn.Module, c: float) -> None:
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss_of(model, c).backward()
+        optimizer.step()
+
+
+def loss_of(model: nn.Module, c: float) -> Tensor:
+    return (solution(model(POINTS), POINTS) - exact(c)).square().mean()
