@@ -83,10 +83,10 @@ def slim(
     inputs: Inputs | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Compresses a trained KAN: the coefficient tensor of each layer, with its residual weights, becomes a core and
-    three factors, by higher-order orthogonal iteration (HOOI).
+    """Compresses a trained KAN: the coefficient tensor of each layer becomes a core and three factors.
 
-    A `KANLinear` becomes a `SlimKANLinear`, the layer of another family a `SlimLayer` around the rest of the layer.
+    The factors come from higher-order orthogonal iteration (HOOI); residual weights are a part of the tensor. A
+    `KANLinear` becomes a `SlimKANLinear`, the layer of another family a `SlimLayer` around the rest of the layer.
 
     Pass `inputs`, some of the training data, wherever you can. The error that counts is then that of the model's
     outputs on these inputs: trained coefficient tensors are far from low rank, but the functions that they compute on

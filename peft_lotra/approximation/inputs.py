@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Samples for `slim`, `extract_lotra` and `suggest_ranks`: how they run a model, and what the layers do meanwhile."""
+"""Samples for `slim`, `extract_lotra` and `suggest_ranks`: a model's outputs for them, and those of its layers."""
 
 from __future__ import annotations
 

@@ -65,25 +65,22 @@ class LevenbergMarquardt:
 
         (J^T J + damping S) step = -J^T r,
 
-    or the same in the space of the residuals if residuals are fewer than parameters. S is the diagonal of J^T J,
-    bounded from below. Everything is computed in float64. KANs are differentiated layer by layer, other models row by
-    row (docs/notes/optim.md says how, and how to choose).
+    or the same in the space of the residuals if they are fewer than the parameters. S is the diagonal of J^T J,
+    bounded from below. Everything is in float64. docs/notes/optim.md says how J is computed, and what to choose.
 
     Args:
         model: Any model; the parameters that require a gradient are trained.
         damping: The damping that the first step tries.
         geodesic: Whether steps get a second-order correction (arXiv 1201.5885).
         floor: The lower bound of S, as a share of its largest entry.
-        forgetting: If steps get new rows each time, the factor from 0 to below 1 by which the residuals of a former
-            step count less after each step (recursive least squares). Steps then fit 1 / (1 - forgetting) times as
-            many rows for the time of one, and do not fit their own rows alone. It is meant for rows that are drawn
-            anew before each step, and keeps a matrix of all parameters; `forget` drops it when the problem changes.
+        forgetting: The factor, from 0 to below 1, by which residuals of former steps count less after each step
+            (recursive least squares), for rows that are drawn anew before each step. It keeps a matrix of all
+            parameters, which `forget` drops when the problem changes.
         memory: Bytes that matrices and chunks of rows may take.
         max_damping: The damping at which a step gives up.
 
     Attributes:
-        damping: The damping that the next step tries.
-        model, geodesic, floor, memory, max_damping: The arguments.
+        damping: The damping that the next step tries. The other arguments are attributes too.
 
     Raises:
         TypeError: `model` is no `nn.Module`.

@@ -167,7 +167,7 @@ def _solve(triangle: Tensor, vector: Tensor) -> Tensor:
 
 
 def _gram(matrix: Tensor) -> Tensor:
-    """matrix^T matrix, (n, p) to (p, p), in six strips: 58 % of the operations, since the result is symmetric."""
+    """matrix^T matrix, (n, p) to (p, p), in six strips, which leave out most of what the symmetry repeats."""
     size = matrix.shape[1]
     gram = matrix.new_empty(size, size)
     width = -(-size // 6)

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Names adapted layers that the first backward pass does not reach: they would stay as they are without a word."""
+"""A warning of adapters that the first backward pass does not reach, which are not trained."""
 
 from __future__ import annotations
 

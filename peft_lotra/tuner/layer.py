@@ -174,8 +174,12 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         reset_components(*self.get_components(adapter_name), zero="factor_out" if init_weights else None)
 
     def get_components(self, adapter_name: str) -> Tucker:
-        """core (ro, ri, rb [, rk]), factor_out (out, ro), factor_in (in, ri), factor_basis (basis, rb) of an adapter,
-        and factor_kernel (kernel, rk) where the layer has a kernel."""
+        """The components of an adapter.
+
+        Returns:
+            `Tucker`: core (ro, ri, rb [, rk]), factor_out (out, ro), factor_in (in, ri), factor_basis (basis, rb), and
+                factor_kernel (kernel, rk) where the layer has a kernel.
+        """
         names = self.adapter_layer_names
         kind = Tucker if len(names) == len(Tucker._fields) else KernelTucker
         return kind(*(self._modules[name][adapter_name] for name in names))
@@ -221,8 +225,10 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         return parameter.device, parameter.dtype
 
     def get_base_weight(self) -> torch.Tensor:
-        """The coefficients of the base layer, (out, in, basis [, kernel]), with the residual branch as the last slice
-        of the basis mode."""
+        """The coefficients of the base layer, (out, in, basis [, kernel]).
+
+        The residual branch is the last slice of the basis mode.
+        """
         return self.lotra_tensor.read(self.get_base_layer()).detach()
 
     def _coefficients_before_merge(self) -> torch.Tensor:
@@ -247,8 +253,10 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         return self.__getattr__("weight")
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The update of an adapter, (out, in, basis [, kernel]), or (out, in, basis + 1 [, kernel]) with the residual
-        branch as the last slice."""
+        """The update of an adapter, (out, in, basis [, kernel]).
+
+        With `adapt_residual` the basis mode has one more slice, the residual branch.
+        """
         return self._update(adapter).dense()
 
     def _update(self, adapter: str, dropout: bool = False) -> Update:
@@ -392,7 +400,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         return call_with_parameters(base_layer, self._parameters_with(updates), base_layer, args, kwargs)
 
     def _check_forward_args(self, args: tuple, kwargs: dict, adapter_names: list[str]) -> None:
-        """Check if the arguments are compatible with the configs and state of the model"""
+        """Raises a ValueError if the arguments do not fit each other, or the state of the layer."""
         x = args[0] if args else next(iter(kwargs.values()))
         if len(x) != len(adapter_names):
             raise ValueError(

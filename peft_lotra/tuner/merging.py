@@ -139,7 +139,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
-        Merge the active adapter weights into the base weights
+        Merges the active adapters, or those named, into the parameters of the base layer.
 
         Args:
             safe_merge (`bool`, *optional*): Whether to check first that the merged weights are finite.
@@ -195,9 +195,9 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """
-        This method unmerges all merged adapter layers from the base weights.
+        Undoes all merges: the base layer has its own parameters again.
 
-        The base weights are restored bit for bit from the copy that a merge keeps. After
+        They are restored bit for bit from the copy that a merge keeps. After
         `merge_adapter(keep_base=False)`, or if the merged weights were changed meanwhile, the merged updates are
         subtracted instead, with rounding errors.
 
