@@ -272,7 +272,7 @@ def axis_patterns(
 
     Example:
         >>> list(axis_patterns((3, 5, 1), sizes=(5, 3)))[:2]
-        ['i o ()', 'i () o']
+        ['i o ()', 'k o i']
     """
     places = range(len(shape))
     pairs = sorted(

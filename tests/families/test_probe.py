@@ -11,40 +11,14 @@ import random
 import pytest
 import torch
 from helpers import adapt, inputs, relative
+from orders import Layer, OtherCheby
 from peft import PeftModel
 from stand_ins import FAMILIES, as_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, find_kan_layers, register_kan_layer
+from peft_lotra import find_kan_layers, register_kan_layer
 from peft_lotra.families.probe import CURVATURE, Probe
-from peft_lotra.families.readings import pattern_variants
 from peft_lotra.families.registry import KANLayerSpec, get_kan_spec
-
-
-class Layer(nn.Module):
-    """y = after(sum_k A[o,i,k] before(x)[i]^k), with A stored in any order of its axes."""
-
-    def __init__(self, i, o, k=5, order="o i k", before=None, after=None):
-        super().__init__()
-        self.order = order
-        self.A = nn.Parameter(torch.randn([{"o": o, "i": i, "k": k}[axis] for axis in order.split()]))
-        self.before, self.after = before or nn.Identity(), after or nn.Identity()
-
-    def forward(self, x):
-        powers = self.before(x)[..., None] ** torch.arange(self.A.shape[self.order.split().index("k")])
-        return self.after(torch.einsum(f"bik,{self.order.replace(' ', '')}->bo", powers, self.A.type_as(powers)))
-
-
-class OtherCheby(nn.Module):
-    """ChebyKAN as ikan stores it: (out, in, degree + 1)."""
-
-    def __init__(self, i, o, degree=4):
-        super().__init__()
-        self.cheby_coeffs = nn.Parameter(torch.randn(o, i, degree + 1) / i)
-
-    def forward(self, x):
-        angles = torch.tanh(x).clamp(-0.999, 0.999).acos()[..., None] * torch.arange(self.cheby_coeffs.shape[-1])
-        return torch.einsum("bik,oik->bo", angles.cos(), self.cheby_coeffs)
 
 
 def described(layer, pattern, **changes):
@@ -309,58 +283,3 @@ def test_in_any_context(context):
     layer = OtherCheby(4, 4)
     with context():
         assert get_kan_spec(layer).locate(layer).parameters["cheby_coeffs"].pattern == "o i k"
-
-
-def test_layers_of_one_kind_are_run_once():
-    ran = []
-
-    class Counted(OtherCheby):
-        def forward(self, x):
-            ran.append(1)
-            return super().forward(x)
-
-    model = nn.Sequential(*[Counted(4, 4) for _ in range(50)])
-    find_kan_layers(model)
-    once = len(ran)
-    assert 0 < once < 10 and len(find_kan_layers(model)) == 50 and len(ran) == once
-    for layer in model:  # at attach
-        spec = get_kan_spec(layer)
-        spec.check("layer", layer, spec.locate(layer))
-    assert len(ran) < 20
-    once = len(ran)
-    find_kan_layers(nn.Sequential(Counted(4, 4), Counted(4, 5)))
-    assert len(ran) > once  # another shape is another kind
-
-
-def test_a_setting_makes_another_kind_of_layer():
-    class Either(Layer):
-        def __init__(self, transposed):
-            super().__init__(4, 4, 5)
-            self.transposed = transposed
-
-        def forward(self, x):
-            order = "iok" if self.transposed else "oik"
-            return torch.einsum(f"bik,{order}->bo", x[..., None] ** torch.arange(5), self.A)
-
-    register_kan_layer("mine", matches=Either, coefficients=("A", "o i k"))
-    for transposed, pattern in ((False, "o i k"), (True, "i o k"), (False, "o i k")):
-        layer = Either(transposed)
-        assert get_kan_spec(layer).locate(layer).parameters["A"].pattern == pattern
-
-
-def test_an_exchanged_layer_is_reloaded(tmp_path):
-    torch.manual_seed(0)
-    base = as_model(OtherCheby(4, 4))
-    fresh, x = copy.deepcopy(base), inputs(6, in_features=4)
-    model = adapt(base)
-    y = model(x)
-    model.save_pretrained(tmp_path)
-    assert torch.allclose(PeftModel.from_pretrained(fresh, tmp_path)(x), y, atol=1e-6)
-    assert LoTRAConfig.from_pretrained(tmp_path).base_layers["kan"]["shape"] == [4, 4, 5]
-
-
-def test_variants_of_a_pattern():
-    assert pattern_variants("o i k") == ["i o k", "k i o", "o k i"]
-    assert pattern_variants("g o (k i) ...")[0] == "g i (k o) ..."
-    assert pattern_variants("o () (i k):2")[0] == "i () (o k):2"
-    assert pattern_variants("o i") == ["i o"]
