@@ -1,14 +1,14 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""README.md is true: its python runs, and its commands and links name files that exist.
+"""README.md and the pages of docs/ are true: their python runs as it stands, and commands and links name what exists.
 
-Each python snippet runs by itself, in an empty folder, after `SET_UP`, which makes what the text around the snippets
-takes for granted: a trained `kan`, some data, the user's own layer.
+The python snippets of a page run in one process, one after the other, without anything that the page does not show.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -20,83 +20,88 @@ import peft_lotra
 
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
+README = TEXTS["README.md"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+FENCES = [(page, language, code) for page, text in TEXTS.items() for language, code in FENCE.findall(text)]
 # tests/hub/test_push.py runs those that need a Hub, against the stand-in
-PYTHON = [code for language, code in FENCES if language in ("python", "py") and "user/" not in code]
-SHELL = [line for language, code in FENCES if language in ("sh", "bash", "console") for line in code.splitlines()]
+PYTHON = {
+    page: [
+        code
+        for name, language, code in FENCES
+        if name == page and language in ("python", "py") and "user/" not in code
+    ]
+    for page in TEXTS
+}
+SHELL = [(page, line) for page, language, code in FENCES if language in ("sh", "bash") for line in code.splitlines()]
+PROSE = {page: FENCE.sub("", text) for page, text in TEXTS.items()}
+LINKS = sorted(
+    {(page, link) for page, text in PROSE.items() for link in re.findall(r"\]\((?!http|#)([^)\s]+)\)", text)}
+)
 
-SET_UP = """
-import torch
-from peft import PeftModel, get_peft_model
-from peft_lotra import LoTRAConfig
-from peft_lotra.kan import KAN
-from torch import nn
 
-torch.manual_seed(0)
-x, y = torch.rand(16, 2) * 2 - 1, torch.rand(16, 1)
-loss_function = nn.functional.mse_loss
-
-class MyKANLayer(nn.Module):
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        self.spline_coeffs = nn.Parameter(torch.randn(n_in, n_out, 3))
-        self.base_coeffs = nn.Parameter(torch.randn(n_out, n_in))
-
-    def forward(self, x):
-        basis = torch.stack([x, x**2, x**3], -1)
-        return torch.einsum("bik,iok->bo", basis, self.spline_coeffs) + nn.functional.silu(x) @ self.base_coeffs.T
-
-kan = KAN([2, 8, 8, 1])  # the user's trained network
-trained, x_train, f = kan, x, y
-base, tuned = KAN([2, 8, 8, 1]), KAN([2, 8, 8, 1])  # before and after full fine-tuning
-model = get_peft_model(KAN([2, 8, 8, 1]), LoTRAConfig(r=2, init_weights=False), adapter_name="a").eval()
-model.add_adapter("b", LoTRAConfig(r=2, init_weights=False))
-for name in ("a", "b"):
-    model.save_pretrained(".", selected_adapters=[name])  # the folders "a" and "b"
-"""
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+    assert len(README.split()) <= 1200
 
 
 def test_snippets_are_found():
-    assert len(PYTHON) >= 3 and len(SHELL) >= 2
+    assert len(PYTHON["README.md"]) >= 1 and len(SHELL) >= 2
+    assert sum(bool(snippets) for snippets in PYTHON.values()) >= 8
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=[f"snippet-{index}" for index in range(len(PYTHON))])
-def test_python_runs(code, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", [page for page, snippets in PYTHON.items() if snippets])
+def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     from peft_lotra.families import registry
 
     before = dict(registry._SPECS)  # what a snippet registers goes away with it
+    namespace = {"__name__": "page"}
     try:
-        exec(compile(SET_UP + code, "README.md", "exec"), {"__name__": "readme"})
+        for code in PYTHON[page]:
+            exec(compile(code, page, "exec"), namespace)
     finally:
         registry._SPECS.clear()
         registry._SPECS.update(before)
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:examples|tests)/[\w./-]+\.\w+", README))))
-def test_files_that_are_named_exist(path):
-    assert (ROOT / path).is_file()
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=lambda value: value)
+def test_links_lead_somewhere(page, link):
+    assert (ROOT / page).parent.joinpath(link.partition("#")[0]).exists()
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http|#)([^)]+)\)", README))))
-def test_links_lead_somewhere(target):
-    assert (ROOT / target.partition("#")[0]).exists()
-
-
-@pytest.mark.parametrize("line", SHELL)
-def test_commands_are_sound(line):
+@pytest.mark.parametrize(("page", "line"), SHELL, ids=lambda value: value)
+def test_commands_are_sound(page, line):
     subprocess.run(["bash", "-n", "-c", line], check=True)
-    extras = set(re.findall(r"\.\[(\w+)\]", line))
+    extras = {name for found in re.findall(r"\.\[([\w,]+)\]", line) for name in found.split(",")}
     assert extras <= set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE))
-    scripts = re.findall(r"python[\w.]* ((?:examples|tests)/[\w/]+\.py)((?: --?[\w-]+)*)", line)
-    for script, options in scripts:
+    for script, options in re.findall(r"python[\w.]* ((?:examples|tests)/[\w/]+\.py)((?: --?[\w-]+)*)", line):
         text = (ROOT / script).read_text()
         assert all(f'"{option}"' in text for option in re.findall(r"--[\w-]+", options))
 
 
-def test_public_names_that_are_called_exist():
-    called = set(re.findall(r"peft_lotra\.(\w+)", README))
+@pytest.mark.parametrize("page", TEXTS)
+def test_scripts_that_are_named_exist(page):
+    named = set(re.findall(r"(?<!/)\b(?:examples|tests)/[\w./-]+\.py\b", TEXTS[page]))
+    assert {path for path in named if not (ROOT / path).is_file()} == set()
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_public_names_that_are_called_exist(page):
+    called = set(re.findall(r"peft_lotra\.(\w+)", TEXTS[page]))
     submodules = {path.stem for path in (ROOT / "peft_lotra").iterdir()}
     assert called <= submodules | set(peft_lotra.__all__)
     assert sys.modules["peft_lotra"] is peft_lotra
+
+
+def test_each_public_name_has_a_place_in_the_reference():
+    pages = "\n".join(path.read_text() for path in sorted((ROOT / "docs" / "api").glob("*.md")))
+    shown = set(re.findall(r"^::: ([\w.]+)$", pages, flags=re.MULTILINE))
+    public = {f"peft_lotra.{name}" for name in peft_lotra.__all__ if not name.startswith("_")}
+    for wing in ("kan", "optim", "hub", "pde"):
+        module = importlib.import_module(f"peft_lotra.{wing}")
+        public |= {f"peft_lotra.{wing}.{name}" for name in module.__all__}
+    # shown once, where the package has it
+    again = {f"peft_lotra.{wing}.{name}" for wing in ("kan", "optim", "hub") for name in peft_lotra.__all__}
+    assert public - again - shown == set()

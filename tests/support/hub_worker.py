@@ -197,13 +197,13 @@ def push(folder: Path) -> dict:
 
 
 def readme(folder: Path) -> dict:
-    """The README's section about sharing, line by line."""
+    """The section of docs/hub.md about sharing, line by line."""
     from typer.testing import CliRunner
 
     from peft_lotra import cli
     from peft_lotra.kan import KANConfig, KANModel
 
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "hub.md").read_text()
     section = text.split("## Share it\n")[1].split("\n## ")[0]
     pushing, pulling = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert "# ... train ..." in pushing

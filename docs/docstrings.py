@@ -1,0 +1,19 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Docstrings as the package writes them, for the API reference (an extension of griffe)."""
+
+from __future__ import annotations
+
+import re
+
+import griffe
+
+
+class Docstrings(griffe.Extension):
+    """Shows a section "Example" as code, and "[`name`]", PEFT's reference to a name, as the name."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
+        if obj.docstring is not None:
+            text = re.sub(r"\[(`[^`\]]+`)\](?![\[(])", r"\1", obj.docstring.value)
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)

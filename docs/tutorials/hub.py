@@ -1,0 +1,89 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Publish and load
+#
+# Base and adapter go to the Hugging Face Hub and come back. This notebook talks to a stand-in for the Hub that the
+# tests of the package bring along, so it needs no account; with `hf auth login` leave the next cell out.
+
+# %%
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+
+package = Path(importlib.util.find_spec("peft_lotra").origin).parent  # of a clone
+sys.path.append(str(package.parent / "tests" / "support"))
+from hub_server import Hub, HubServer  # noqa: E402
+
+
+server = HubServer(Hub({"hf_user": "user"})).__enter__()
+os.environ |= {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_user", "HF_HUB_DISABLE_XET": "1", "HF_HOME": "hub_cache"}
+
+# %%
+import torch  # noqa: E402
+from peft import AutoPeftModel, get_peft_model  # noqa: E402
+
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, push_to_hub  # noqa: E402
+from peft_lotra.kan import KANConfig, KANModel  # noqa: E402
+
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+
+# %% [markdown]
+# ## The base
+#
+# A `KANModel` is a transformers model: it has `push_to_hub`, and others load it by its name.
+
+# %%
+kan = KANModel(KANConfig(widths=[4, 32, 4]))
+kan.push_to_hub("user/kan")
+
+# %% [markdown]
+# ## The adapter
+#
+# Adapter and model card go up in one commit. Metrics that you give stand in the card.
+
+# %%
+model = get_peft_model(KANModel.from_pretrained("user/kan"), LoTRAConfig(r=4))
+x = torch.rand(256, 4) * 2 - 1
+y = torch.sin(3 * x)
+optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=3e-2)
+for _ in range(100):
+    loss = torch.nn.functional.mse_loss(model(x).logits, y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+commit = push_to_hub(model, "user/kan-sines", metrics={"mse": loss.item()})
+print(commit.commit_url)
+
+# %% [markdown]
+# The card:
+
+# %%
+from huggingface_hub import ModelCard  # noqa: E402
+
+
+print(ModelCard.load("user/kan-sines").content)
+
+# %% [markdown]
+# ## Load it, somewhere else
+#
+# Base and adapter in one call. PEFT imports the class of the base only from packages that it is told to trust.
+
+# %%
+loaded = AutoPeftModel.from_pretrained("user/kan-sines", import_allowlist=["peft_lotra"])
+print("largest difference:", (loaded(x).logits - model(x).logits).abs().max().item())
+server.__exit__()
