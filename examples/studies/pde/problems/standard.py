@@ -1,0 +1,315 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Five standard problems in space and time, or in two space dimensions, each with an independent reference.
+
+A problem is its domain, its exact conditions (distance and lift of `HardConstraint`), its residual, and the parameter
+by which continuation reaches it. Burgers and Allen-Cahn are solved on x >= 0: their data are odd and even, and the
+errors on the half are those on the whole domain. References do not use KANs: the Cole-Hopf integral, Chebyshev
+collocation with Radau, Fourier collocation with DOP853, or the exact solution. `python
+examples/studies/pde/standard.py --references` prints their errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import numpy as np
+import torch
+from numpy.fft import fft, ifft
+from scipy.integrate import solve_ivp
+from scipy.interpolate import BarycentricInterpolator
+from torch import Tensor, nn
+
+from peft_lotra.kan import jet
+from peft_lotra.pde import BoxDistance, BoxFeatures, side_points
+
+
+NX, NT = 256, 101  # the test grid
+WALLS = [(0, "low"), (0, "high")]
+START = (1, "low")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    Attributes:
+        start, stop: the parameter where continuation starts, and that of the problem.
+        residual: (model, x, parameter) to residuals (n, m), without weights.
+        distance, lift: of the exact conditions.
+        solve: the reference at a resolution, (NX, NT) on the whole domain.
+        resolution: what is fine enough.
+        terms: conditions that are terms of the loss.
+        outputs: of the network; the first one is the solution.
+        half: whether the network solves x >= 0 of the symmetric domain [-high, high].
+        seen: whether the recipe was made with it.
+    """
+
+    name: str
+    title: str
+    low: tuple[float, float]
+    high: tuple[float, float]
+    start: float
+    stop: float
+    residual: Callable[[nn.Module, Tensor, float], Tensor]
+    distance: Callable[[Tensor], Tensor]
+    lift: Callable[[Tensor], Tensor]
+    solve: Callable[[int], np.ndarray]
+    resolution: int
+    features: BoxFeatures
+    terms: Callable[[], list[tuple]] = list
+    outputs: int = 1
+    half: bool = False
+    seen: bool = True
+
+    def points(self) -> Tensor:
+        """The test points (n, 2) of the network's domain, x varies slowest."""
+        low = -self.high[0] if self.half else self.low[0]
+        x = torch.linspace(low, self.high[0], NX, dtype=torch.float64)
+        t = torch.linspace(self.low[1], self.high[1], NT, dtype=torch.float64)
+        return torch.cartesian_prod(x[NX // 2 :] if self.half else x, t)
+
+    def reference(self) -> Tensor:
+        """The solution at the test points, (n, 1)."""
+        solution = _solved(self, self.resolution)
+        return torch.from_numpy(solution[NX // 2 :] if self.half else solution).reshape(-1, 1)
+
+    def reference_error(self) -> float:
+        """The relative L2 difference of the reference to that of a resolution of 1.5 times."""
+        coarse, fine = (_solved(self, round(self.resolution * factor)) for factor in (1, 1.5))
+        return float(np.linalg.norm(coarse - fine) / np.linalg.norm(fine))
+
+    @torch.no_grad()
+    def error(self, model: nn.Module) -> float:
+        """The relative L2 error on the test grid."""
+        solution = self.reference()
+        return ((model(self.points())[:, :1] - solution).norm() / solution.norm()).item()
+
+
+@cache
+def _solved(problem: Problem, resolution: int) -> np.ndarray:
+    return problem.solve(resolution)
+
+
+def _axes(low: tuple[float, float], high: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    return np.linspace(low[0], high[0], NX), np.linspace(low[1], high[1], NT)
+
+
+# Burgers' equation: u_t + u u_x = nu u_xx, u(x, 0) = -sin(pi x), u(-1, t) = u(1, t) = 0
+
+
+def burgers(model: nn.Module, x: Tensor, nu: float) -> Tensor:
+    u, (u_x, u_t), u_xx = jet(model, x, collapse=(1.0, 0.0))
+    return u_t + u * u_x - nu * u_xx
+
+
+def cole_hopf(nodes: int) -> np.ndarray:
+    """The exact solution; the Gaussian integral by the trapezoidal rule, which converges exponentially."""
+    nu = 0.01 / math.pi
+    z = np.linspace(-8, 8, nodes)
+    x, t = (axis for axis in _axes((-1, 0), (1, 1)))
+    y = x[:, None, None] - np.sqrt(4 * nu * t)[None, :, None] * z
+    exponent = -np.cos(math.pi * y) / (2 * math.pi * nu) - z**2
+    kernel = np.exp(exponent - exponent.max(-1, keepdims=True))
+    return -(np.sin(math.pi * y) * kernel).sum(-1) / kernel.sum(-1)
+
+
+# Allen-Cahn: u_t = d u_xx + 5 (u - u^3), u(x, 0) = x^2 cos(pi x), u(-1, t) = u(1, t) = -1
+
+
+def allen_cahn(model: nn.Module, x: Tensor, d: float) -> Tensor:
+    u, (_, u_t), u_xx = jet(model, x, collapse=(1.0, 0.0))
+    return u_t - d * u_xx - 5 * (u - u**3)
+
+
+def flux(model: nn.Module, x: Tensor) -> Tensor:
+    """u_x = 0."""
+    return jet(model, x, torch.eye(2, dtype=x.dtype)[:1])[1][0]
+
+
+def middle() -> list[tuple]:
+    """The even solution has no slope at x = 0."""
+    return [(flux, side_points((0, 0), (1, 1), 100, [(0, "low")])[0], 1.0)]
+
+
+def chebyshev(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points cos(pi j / n) and the differentiation matrix (L. N. Trefethen, "Spectral Methods in MATLAB", 6)."""
+    x = np.cos(math.pi * np.arange(n + 1) / n)
+    c = np.r_[2, np.ones(n - 1), 2] * (-1.0) ** np.arange(n + 1)
+    matrix = np.outer(c, 1 / c) / (x[:, None] - x[None] + np.eye(n + 1))
+    return x, matrix - np.diag(matrix.sum(1))
+
+
+def solve_allen_cahn(n: int) -> np.ndarray:
+    d, (nodes, slope) = 1e-4, chebyshev(n)
+    second = (slope @ slope)[1:-1]
+    x, t = _axes((-1, 0), (1, 1))
+    edge = second[:, 0] + second[:, -1]
+
+    def rate(_, u: np.ndarray) -> np.ndarray:
+        return d * (second[:, 1:-1] @ u - edge) + 5 * (u - u**3)
+
+    def jacobian(_, u: np.ndarray) -> np.ndarray:
+        return d * second[:, 1:-1] + np.diag(5 - 15 * u**2)
+
+    start = (nodes**2 * np.cos(math.pi * nodes))[1:-1]
+    found = solve_ivp(rate, (0, 1), start, "Radau", t, jac=jacobian, rtol=1e-7, atol=1e-9).y
+    full = np.vstack([-np.ones(NT), found, -np.ones(NT)])
+    return BarycentricInterpolator(nodes, full)(x)
+
+
+# Helmholtz: u_xx + u_yy + u = q, u = 0 on the boundary, u = sin(pi x) sin(4 pi y)
+
+
+def helmholtz(model: nn.Module, x: Tensor, _: float) -> Tensor:
+    u, _, laplacian = jet(model, x, collapse=True)
+    return laplacian + u - (1 - 17 * math.pi**2) * torch.sin(math.pi * x[:, :1]) * torch.sin(4 * math.pi * x[:, 1:])
+
+
+def exact_helmholtz(_: int) -> np.ndarray:
+    x, y = _axes((-1, -1), (1, 1))
+    return np.sin(math.pi * x)[:, None] * np.sin(4 * math.pi * y)
+
+
+# Korteweg-de Vries: u_t + u u_x + e u_xxx = 0, u(x, 0) = cos(pi x), 2-periodic; a second output w = e u_xx
+
+
+def korteweg_de_vries(model: nn.Module, x: Tensor, e: float) -> Tensor:
+    (values, (slope, rate), second) = jet(model, x, collapse=(1.0, 0.0))
+    u, w = values[:, :1], values[:, 1:]
+    return torch.cat([rate[:, :1] + u * slope[:, :1] + slope[:, 1:], w - e * second[:, :1]], 1)
+
+
+def solve_korteweg_de_vries(n: int) -> np.ndarray:
+    """Fourier collocation; the third derivative by an integrating factor."""
+    e, wave = 0.0025, 1j * math.pi * np.fft.fftfreq(n, 1 / n)
+    wave[n // 2] = 0
+    x, t = _axes((-1, 0), (1, 1))
+
+    def rate(time: float, v: np.ndarray) -> np.ndarray:
+        factor = np.exp(e * wave**3 * time)
+        return -wave / 2 * factor * fft(ifft(v / factor).real ** 2)
+
+    start = fft(np.cos(math.pi * (-1 + 2 * np.arange(n) / n)))
+    found = solve_ivp(rate, (0, 1), start, "DOP853", t, rtol=1e-9, atol=1e-9).y
+    found = found / np.exp(e * wave[:, None] ** 3 * t) / n
+    return (np.exp(np.outer(x + 1, wave)) @ found).real
+
+
+# sine-Gordon: u_tt = u_xx - 20 sin(u), u(x, 0) = 2 sin(pi x) + sin(2 pi x), u_t(x, 0) = 0, u = 0 at x = -1 and 1
+
+
+def sine_gordon(model: nn.Module, x: Tensor, k: float) -> Tensor:
+    u, _, wave = jet(model, x, collapse=(-1.0, 1.0))
+    return wave + k * torch.sin(u)
+
+
+def solve_sine_gordon(n: int) -> np.ndarray:
+    wave = 1j * math.pi * np.fft.fftfreq(n, 1 / n)
+    x, t = _axes((-1, 0), (1, 1))
+
+    def rate(_, state: np.ndarray) -> np.ndarray:
+        u, velocity = np.split(state, 2)
+        return np.r_[velocity, ifft(wave**2 * fft(u)).real - 20 * np.sin(u)]
+
+    nodes = -1 + 2 * np.arange(n) / n
+    start = np.r_[2 * np.sin(math.pi * nodes) + np.sin(2 * math.pi * nodes), np.zeros(n)]
+    found = fft(solve_ivp(rate, (0, 1), start, "DOP853", t, rtol=1e-9, atol=1e-11).y[:n], axis=0) / n
+    return (np.exp(np.outer(x + 1, wave)) @ found).real
+
+
+def _sine(factor: float, times: float, x: Tensor) -> Tensor:
+    return factor * torch.sin(times * math.pi * x[..., :1])
+
+
+def _cosine(x: Tensor) -> Tensor:
+    start = torch.cos(math.pi * x[..., :1])
+    return torch.cat([start, torch.zeros_like(start)], -1)
+
+
+def _since_start(x: Tensor) -> Tensor:
+    """For u, which is given at the start, and for w, which is not."""
+    return torch.cat([x[..., 1:], torch.ones_like(x[..., :1])], -1)
+
+
+UNIT, SQUARE = ((0.0, 0.0), (1.0, 1.0)), ((-1.0, -1.0), (1.0, 1.0))
+EVOLUTION = ((-1.0, 0.0), (1.0, 1.0))
+PROBLEMS = {
+    problem.name: problem
+    for problem in (
+        Problem(
+            "burgers",
+            "Burgers, 0.01/pi",
+            *UNIT,
+            start=0.1,
+            stop=0.01 / math.pi,
+            residual=burgers,
+            distance=BoxDistance(*UNIT, [*WALLS, START]),
+            lift=partial(_sine, -1.0, 1.0),
+            solve=cole_hopf,
+            resolution=2000,
+            features=BoxFeatures(*UNIT),
+            half=True,
+        ),
+        Problem(
+            "allen_cahn",
+            "Allen-Cahn, 1e-4",
+            *UNIT,
+            start=0.02,
+            stop=1e-4,
+            residual=allen_cahn,
+            distance=BoxDistance(*UNIT, [(0, "high"), START]),
+            lift=lambda x: x[..., :1] ** 2 * torch.cos(math.pi * x[..., :1]),
+            solve=solve_allen_cahn,
+            resolution=400,
+            features=BoxFeatures(*UNIT),
+            terms=middle,
+            half=True,
+        ),
+        Problem(
+            "helmholtz",
+            "Helmholtz, (1, 4)",
+            *SQUARE,
+            start=1.0,
+            stop=1.0,
+            residual=helmholtz,
+            distance=BoxDistance(*SQUARE),
+            lift=lambda x: torch.zeros_like(x[..., :1]),
+            solve=exact_helmholtz,
+            resolution=1,
+            features=BoxFeatures(*SQUARE),
+        ),
+        Problem(
+            "korteweg_de_vries",
+            "Korteweg-de Vries, 0.0025",
+            *EVOLUTION,
+            start=0.05,
+            stop=0.0025,
+            residual=korteweg_de_vries,
+            distance=_since_start,
+            lift=_cosine,
+            solve=solve_korteweg_de_vries,
+            resolution=256,
+            features=BoxFeatures(*EVOLUTION, periodic=[0]),
+            outputs=2,
+            seen=False,
+        ),
+        Problem(
+            "sine_gordon",
+            "sine-Gordon, 20",
+            *EVOLUTION,
+            start=1.0,
+            stop=20.0,
+            residual=sine_gordon,
+            distance=BoxDistance(*EVOLUTION, [*WALLS, START], twice=[START]),
+            lift=lambda x: _sine(2.0, 1.0, x) + _sine(1.0, 2.0, x),
+            solve=solve_sine_gordon,
+            resolution=256,
+            features=BoxFeatures(*EVOLUTION),
+            seen=False,
+        ),
+    )
+}
