@@ -9,7 +9,7 @@ in ../old:
     PYTHONPATH=../old:tests/support python tests/legacy/make.py
 
 A folder per case of `legacy_cases.CASES`: the base model, what PEFT saves of the adapter, and `outputs.safetensors`
-with `inputs`, the outputs of the base model and of the adapted, merged and unloaded ones, and `probe`. It is not run
+with `inputs`, and the outputs of the base model and of the adapted, merged and unloaded ones. It is not run
 again: files of a newer version would show nothing.
 """
 
@@ -21,7 +21,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from legacy_cases import BASE, CASES, IO, PRETRAINED, Case, probe, saved_base
+from legacy_cases import BASE, CASES, IO, PRETRAINED, Case, saved_base
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
@@ -72,7 +72,6 @@ def make(name: str, case: Case) -> None:
     found["adapted"] = output(adapted, x)
     found["merged"] = output(copy.deepcopy(adapted).merge_and_unload(), x)
     found["unloaded"] = output(copy.deepcopy(adapted).unload(), x)
-    found["probe"] = probe(case.dtype)
     assert not torch.equal(found["adapted"], found["base"])
     save_file(found, folder / IO)
 

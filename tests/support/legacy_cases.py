@@ -88,13 +88,3 @@ def saved_base(name: str, folder: Path) -> nn.Module:
     model = CASES[name].blank()
     model.load_state_dict(load_file(folder / name / BASE))
     return model
-
-
-def probe(dtype: torch.dtype) -> Tensor:
-    """The last digits of this machine: results of torch alone that differ where its kernels round otherwise."""
-    generator = torch.Generator().manual_seed(0)
-    core, factor, basis = (torch.randn(size, generator=generator).to(dtype) for size in ((2, 6), (6, 4), (4, 8)))
-    product = core @ factor @ basis
-    outer = torch.einsum("ab,cb->ac", product, product)
-    parts = (product, nn.functional.silu(product), product.exp(), product.tanh(), outer)
-    return torch.cat([part.flatten() for part in parts])
