@@ -10,6 +10,7 @@ import numbers
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -174,9 +175,14 @@ def _as_list(value: str | Iterable[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
+@cache
+def _template_lines() -> frozenset[str]:
+    return frozenset(line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines())
+
+
 def _is_unfilled(text: str) -> bool:
     """Whether all lines come from the template of PEFT and transformers."""
-    known = {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()} | {_VERSIONS, ""}
+    known = _template_lines() | {_VERSIONS, ""}
     generated = re.compile(r"- PEFT \S+|.*has been automatically generated\.")
     lines = (line.strip() for line in text.splitlines())
     return all(line in known or generated.fullmatch(line) for line in lines)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import io
 import json
 import os
@@ -108,18 +109,30 @@ def expected_output(files: Files, config: dict[str, Any] | None = None, x: Tenso
     """The output of `Net` with the adapter in these files, in float64, from the files and the formula alone."""
     config = json.loads(files[CONFIG].decode("utf-8-sig")) if config is None else config
     tensors = {name.removeprefix("base_model.model."): t for name, t in read_tensors(files[WEIGHTS]).items()}
-    net, x = Net(), x.double()
-    for index, module in enumerate(net.kan.layers):
-        name = f"kan.layers.{index}"
-        layer: DenseLayer = read_layer("own", module)
+    layers, head = _base()
+    x = x.double()
+    for name, layer in layers.items():
         parts = [tensors.get(f"{name}.lotra_{part}") for part in ("core", "factor_out", "factor_in", "factor_basis")]
         update = torch.zeros_like(layer.tensor)
         if all(part is not None for part in parts):
             delta = _alpha(config, name) * dense(parts)
             update[..., : delta.shape[-1]] += delta
         x = layer(x, update)
-    weight, bias = (tensors.get(f"head.{name}", p.detach().double()) for name, p in net.head.named_parameters())
+    weight, bias = (tensors.get(f"head.{name}", value) for name, value in head.items())
     return x @ weight.T + bias
+
+
+@cache
+def _base() -> tuple[dict[str, DenseLayer], dict[str, Tensor]]:
+    """The layers of `Net`, and the parameters of its head."""
+    net = Net()
+    layers = {f"kan.layers.{index}": read_layer("own", module) for index, module in enumerate(net.kan.layers)}
+    return layers, {name: parameter.detach().double() for name, parameter in net.head.named_parameters()}
+
+
+@cache
+def _base_output() -> Tensor:
+    return Net()(X).detach()
 
 
 # -- the doors ------------------------------------------------------------------------------------------------------
@@ -140,16 +153,18 @@ class Doors:
 
     def __init__(self) -> None:
         self.bare = self.live = None
+        # copies cost less than models that are made anew
+        torch.manual_seed(11)
+        self.sound = Net(), adapted(adapter_name="existing", **LIVE)
+        with torch.no_grad():
+            self.live_output = self.sound[1](X)
 
     def models(self) -> None:
         if self.bare is None:
-            self.bare = Net()
+            self.bare = copy.deepcopy(self.sound[0])
             self.bare_state = state_of(self.bare)
         if self.live is None:
-            torch.manual_seed(11)
-            self.live = adapted(adapter_name="existing", **LIVE)
-            with torch.no_grad():
-                self.live_output = self.live(X)
+            self.live = copy.deepcopy(self.sound[1])
             self.live_state = state_of(self.live)
 
     def load(self, folder: Path) -> Tensor:
@@ -167,7 +182,7 @@ class Doors:
         live, self.live = self.live, None
         live.load_adapter(folder, "existing")
         with live.disable_adapter():
-            assert torch.equal(live(X), Net()(X)), "the base was changed"
+            assert torch.equal(live(X), _base_output()), "the base was changed"
         return live(X)
 
     def hotswap(self, folder: Path) -> Tensor:

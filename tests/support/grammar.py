@@ -228,10 +228,11 @@ def of_tensors(rng: random.Random, config: dict[str, Any], tensors: dict[str, li
 
 def written(tensors: dict[str, list], rng: random.Random, hostile: bool) -> bytes:
     """A safetensors file, with a hostile header or not."""
-    header, data = {"__metadata__": {"format": "pt"}}, b""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, shape, content) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
-        data += content
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + len(content)]}
+        end += len(content)
+    data = b"".join(content for _, _, content in tensors.values())
     kind = (
         rng.choice(["offsets", "metadata", "entry", "length", "padding", "text", "tail", "empty", "twice"])
         if hostile
