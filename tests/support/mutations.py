@@ -15,6 +15,7 @@ from functools import cache
 
 from doors import Case, expected_output, main, sound_files
 from hostile import CONFIG, WEIGHTS
+from torch import Tensor
 
 
 FILES = (WEIGHTS, CONFIG)
@@ -59,19 +60,20 @@ def mutate(content: bytes, rng: random.Random, other: bytes) -> tuple[str, bytes
 
 
 @cache
-def _originals() -> tuple[dict[str, bytes], dict[str, bytes]]:
-    return sound_files(0), sound_files(1)
+def _originals() -> list[tuple[dict[str, bytes], Tensor]]:
+    """Two sound adapters, with what they compute."""
+    return [(files, expected_output(files)) for files in map(sound_files, (0, 1))]
 
 
 def generate(rng: random.Random) -> Case:
     """A sound adapter with one damaged file, or with two."""
-    good, other = _originals()
+    (good, expected), (other, of_other) = _originals()
     files, kinds = dict(good), []
     for name in [rng.choice(FILES)] if rng.random() < 0.9 else FILES:
         kind, files[name] = mutate(good[name], rng, other[name])
         kinds.append(f"{name.split('.')[0].removeprefix('adapter_')}, {kind}")
     # spliced from the front on, both files are those of the other adapter
-    return Case(kinds, files, expected_output(other if files == other else good))
+    return Case(kinds, files, of_other if files == other else expected)
 
 
 if __name__ == "__main__":
