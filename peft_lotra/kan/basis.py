@@ -119,8 +119,8 @@ def bspline_basis(
 def spline_values(position: torch.Tensor, num_basis: int, spline_order: int, derivative: int = 0) -> torch.Tensor:
     """As `bspline_basis`, of positions in grid intervals from the lower end; autograd keeps only the positions."""
     # A compiler decides itself what to keep and what to compute again; and nested `torch.func.jvp` gets the second
-    # derivatives of a custom function wrong.
-    if torch.compiler.is_compiling() or in_transform():
+    # derivatives of a custom function wrong. A traced custom function could not be saved.
+    if torch.compiler.is_compiling() or in_transform() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return _SplineValues.forward(position, num_basis, spline_order, derivative)
     return _SplineValues.apply(position, num_basis, spline_order, derivative)
 

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator, Mapping
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..families.slim import SlimLayer
@@ -39,6 +40,42 @@ from .targets import (
 
 
 _NORM_STATS = tuple(stored_name(name) for name in NORM_STATS)
+
+
+def check_adapter_name(name: str) -> None:
+    """Refuses a name that cannot be that of a parameter, of a folder, or of one adapter among others."""
+    reason = None
+    if "." in name:  # what nn.ParameterDict would say, but only when some layers are adapted already
+        raise KeyError(f'The adapter name can\'t contain ".", got {name!r}.')
+    if not name:
+        reason = "the name is empty"
+    elif name == "__base__":
+        reason = "in `adapter_names` it stands for the base model"
+    elif os.path.isabs(name) or "\0" in name:
+        reason = "adapters are saved in folders of their names"
+    elif any(hasattr(holder(), name) for holder in (nn.ParameterDict, nn.ModuleDict)):
+        reason = "the dicts of torch that hold adapters have a method or an attribute of this name"
+    if reason:
+        raise ValueError(f"An adapter cannot be called {name!r}: {reason}.")
+
+
+def check_name_among_tensors(adapter_name: str, model: nn.Module) -> None:
+    """Refuses a name that is a part of the names of the model's own tensors.
+
+    PEFT, which takes the names of adapters out of the names of tensors to save one, would take too many.
+    """
+    holders: set[nn.Module] = set()
+    taken = adapter_name in (*COMPONENTS, "base_layer", "base_model", "model", "modules_to_save", "original_module")
+    for module in model.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            holders.update(part for key, part in module._modules.items() if key in module.adapter_layer_names and part)
+        names = (module._modules, module._parameters, module._buffers)
+        taken = taken or module not in holders and any(adapter_name in entries for entries in names)
+    if taken:
+        raise ValueError(
+            f"An adapter cannot be called {adapter_name!r}: the model has a module or a parameter of this name, and "
+            "PEFT could not tell their tensors apart when it saves. Choose another `adapter_name`."
+        )
 
 
 def prepare_config(config: LoTRAConfig) -> LoTRAConfig:

@@ -113,6 +113,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, r: Ranks, alpha: float, config: LoTRAConfig, **kwargs) -> None:
         """Internal function to create a LoTRA adapter, with ranks `r` capped by the sizes of the modes."""
+        self._check_scale(alpha)
         shape = self.lotra_tensor.shape
         if config.adapt_residual and self.lotra_tensor.has_residual:
             shape = (*shape[:2], shape[2] + 1, *shape[3:])
@@ -193,12 +194,12 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Sets the scale of an adapter to `scale` times its alpha."""
         if adapter in self.lotra_scaling:
-            self.lotra_scaling[adapter] = scale * self.lotra_alpha[adapter]
+            self.lotra_scaling[adapter] = self._check_scale(scale * self.lotra_alpha[adapter])
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scale of the active adapters."""
         for adapter in self._adapters_here(self.active_adapters):
-            self.lotra_scaling[adapter] *= scale
+            self.lotra_scaling[adapter] = self._check_scale(self.lotra_scaling[adapter] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scale of the active adapters, or sets it back to alpha."""
@@ -206,11 +207,22 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             if scale is None:
                 self.lotra_scaling[adapter] = self.lotra_alpha[adapter]
             else:
-                self.lotra_scaling[adapter] /= scale
+                self.lotra_scaling[adapter] = self._check_scale(self.lotra_scaling[adapter] / scale)
+
+    def _check_scale(self, scale: float) -> float:
+        """Returns a scale that the dtype of the base layer can hold; a `ValueError` for any other."""
+        dtype = self.lotra_tensor.get_parameter(self.get_base_layer()).dtype
+        if not abs(scale) <= torch.finfo(dtype).max:  # nor NaN
+            raise ValueError(
+                f"An update of this {self.lotra_spec.family} layer would be scaled by {scale}, but its {dtype} holds "
+                f"finite numbers up to {torch.finfo(dtype).max:.1e}: the outputs would be infinite or NaN. Choose a "
+                "smaller `alpha` or scale."
+            )
+        return scale
 
     def _adapters_here(self, adapter_names: Iterable[str]) -> list[str]:
-        core = self._modules["lotra_core"]
-        return [name for name in adapter_names if name in core]
+        scaling = self.lotra_scaling
+        return [name for name in adapter_names if name in scaling]
 
     def get_base_layer(self) -> nn.Module:
         """The innermost base layer, under this layer and those of other methods."""
@@ -356,6 +368,15 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             self.lotra_formula = find_formula(base_layer, spec, tensor)
             self._grid_watch.changed = False
 
+    def _check_tracing(self, adapters: Sequence[str]) -> None:
+        """Refuses `torch.jit.trace` where it would raise, or record the sizes of a grid as tensors."""
+        is_tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        if adapters and is_tracing and not self.lotra_spec.is_of_this_package(self._modules["base_layer"]):
+            raise NotImplementedError(
+                f"torch.jit.trace takes adapted {self.lotra_spec.family} layers only once they are merged: "
+                "`model.merge_and_unload()`. Or use `torch.export.export`."
+            )
+
     def _moved_grid(self, adapter: str) -> RuntimeError:
         return RuntimeError(
             f"The grid of this {self.lotra_spec.family} layer was moved after the adapter {adapter!r} had "
@@ -381,6 +402,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         if adapter_names is None:
             adapters = self._adapters_here(self.active_adapters)
             self._look_at_base(adapters)
+            self._check_tracing(adapters)
             return self._run([self._update(name, self.training) for name in adapters], args, kwargs)
         names = adapter_names if isinstance(adapter_names, RowNames) else RowNames(adapter_names)
         adapters = self._adapters_here(names.distinct)

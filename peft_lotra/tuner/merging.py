@@ -21,6 +21,7 @@ from torch import nn
 from ..families.coefficients import CoefficientTensor
 from ..families.registry import Grid, KANLayerSpec, same_grid
 from ..files.fingerprint import hash_values
+from ..locks import exclusively
 from ..tucker import Tucker, Update
 
 
@@ -155,6 +156,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         if adapter_names:
             self._merge(adapter_names)
 
+    @exclusively  # a thread in the forward pass computes with the layer before, or after
     def _merge(self, adapter_names: list[str]) -> None:
         grid = self.read_grid()
         for adapter in adapter_names:
@@ -209,6 +211,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         else:
             self._unmerge()
 
+    @exclusively
     def _unmerge(self) -> None:
         if not same_grid(self._grid_at_merge, self.read_grid()):
             raise RuntimeError(
@@ -225,7 +228,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
                         f"The coefficients of this {self.lotra_spec.family} layer were changed after "
                         f"{self.merged_adapters} had been merged. The changes are kept, and the updates subtracted, "
                         f"with rounding errors.{self._remark_on_changes()}",
-                        stacklevel=3,
+                        stacklevel=4,
                     )
                 self._add([Update(-scale, tensor) for scale, tensor in reversed(self._merged_updates)])
             self._forget_merge()
@@ -242,6 +245,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
         steps.append(partial(self._put_back, vars(self).copy(), self._modules["base_layer"], copies))
         return copies
 
+    @exclusively
     def _put_back(
         self, attributes: dict[str, Any], base_layer: nn.Module, parameters: dict[str, torch.Tensor]
     ) -> None:

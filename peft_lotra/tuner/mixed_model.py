@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from ..files.checkpoint import refuse_for_model
 from .config import LoTRAConfig
 from .guards import release_networks
-from .injection import create_and_replace, mismatches, prepare_config, prepare_targets, replace_module
+from .injection import (
+    check_adapter_name,
+    create_and_replace,
+    mismatches,
+    prepare_config,
+    prepare_targets,
+    replace_module,
+)
 from .layer import LoTRALayer
 from .model import LoTRAModel
 from .norm_stats import NormStatsTuner
@@ -40,7 +47,9 @@ class LoTRAMixedModel(NormStatsTuner, mixed_tuners.MixedModel):
     @whole
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         # PEFT passes the wrapped model for all adapters but the first, and a file has the names in the base
-        model = self.model if isinstance(self.peft_config[adapter_name], LoTRAConfig) else model
+        if isinstance(self.peft_config[adapter_name], LoTRAConfig):
+            check_adapter_name(adapter_name)
+            model = self.model
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:

@@ -24,6 +24,8 @@ from .guards import base_layers_in_place, release_networks
 from .hotswap import check_reload
 from .initialization import GRADIENTS
 from .injection import (
+    check_adapter_name,
+    check_name_among_tensors,
     create_and_replace,
     mismatches,
     name_twice,
@@ -102,8 +104,8 @@ class LoTRAModel(NormStatsTuner):
             self._inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        if "." in adapter_name:  # what nn.ParameterDict would say, but only when some layers are adapted already
-            raise KeyError(f'The adapter name can\'t contain ".", got {adapter_name!r}.')
+        check_adapter_name(adapter_name)
+        check_name_among_tensors(adapter_name, model)
         peft_config = self.peft_config[adapter_name]
         requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         with ExitStack() as self._injection:
@@ -295,6 +297,13 @@ class LoTRAModel(NormStatsTuner):
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
         super().delete_adapter(adapter_name)
+        if not self.peft_config:
+            warnings.warn(
+                f"{adapter_name!r} was the last adapter. PEFT asks for the config of the active adapter in each "
+                "forward pass, which raises a KeyError until another one is added and set active. `unload()` returns "
+                "the base.",
+                stacklevel=3,
+            )
 
     add_weighted_adapter = whole(add_weighted_adapter)
 

@@ -10,10 +10,11 @@ copies those inside too. In a file, their names lead through the base layer: "la
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from ..functional import modules_of
 from .config import LoTRAConfig
@@ -30,7 +31,7 @@ _MAX_SHOWN = 12
 
 
 def check_saved_modules(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
-    """Refuses a name in `modules_to_save` that matches no module, or one with coefficients that are adapted."""
+    """Refuses a name in `modules_to_save` that matches no module, or one that cannot be copied or is adapted."""
     if not config.modules_to_save:
         return
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
@@ -44,6 +45,13 @@ def check_saved_modules(config: LoTRAConfig, model: nn.Module, targets: Mapping[
             f"`modules_to_save` has {ending!r}, which is no module of the model, nor the end of the name of one. Its "
             f"modules are {', '.join(shown[:_MAX_SHOWN])}{', ...' if len(shown) > _MAX_SHOWN else ''}."
         )
+    for name, module in model.named_modules():
+        if name.endswith(tuple(config.modules_to_save)) and (computed := _computed_tensor(module)):
+            raise ValueError(
+                f"`modules_to_save` has `{name}`, which cannot be copied: its `{computed}` is computed from other "
+                "parameters, by pruning (`torch.nn.utils.prune.remove` makes it permanent), `weight_norm` "
+                "(`torch.nn.utils.parametrizations.weight_norm` can be copied), or a hook."
+            )
     for target, part in _saved_parts(config, targets):
         if any(name.startswith(f"{part}.") for name in targets[target].coefficients.parameters):
             raise ValueError(
@@ -51,6 +59,15 @@ def check_saved_modules(config: LoTRAConfig, model: nn.Module, targets: Mapping[
                 "Save it whole, and leave the layer out by `exclude_modules`, or adapt the layer, and leave it out of "
                 "`modules_to_save`."
             )
+
+
+def _computed_tensor(module: nn.Module) -> str | None:
+    """The name of a tensor in a module that is a result of autograd, which `copy.deepcopy` refuses."""
+    for path, part in module.named_modules():
+        for name, value in chain(vars(part).items(), part._buffers.items()):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                return f"{path}.{name}" if path else name
+    return None
 
 
 def saves_inside(config: LoTRAConfig, targets: Mapping[str, Target]) -> bool:
