@@ -215,7 +215,8 @@ def of_tensors(rng: random.Random, config: dict[str, Any], tensors: dict[str, li
         )
         tensors[name] = [dtype, shape, fill * (len(data) // 4) if rng.random() < 0.5 else data[:-4] + fill]
     elif kind == "both ranks":  # that fit each other, and not the config
-        tensors.update({key: [dtype, [1] * len(shape), b"\0\0\0\0"] for key, (dtype, shape, data) in tensors.items()})
+        for key, (dtype, shape, _) in tensors.items():
+            tensors[key] = [dtype, [1] * (len(shape) if isinstance(shape, list) else 1), b"\0\0\0\0"]
     elif kind == "many":
         tensors.update(
             {f"{name}.{index}": ["F32", [1], b"\0" * 4] for index in range(rng.choice([100, 2000, 60_000]))}
