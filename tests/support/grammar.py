@@ -150,6 +150,7 @@ def of_tensors(rng: random.Random, config: dict[str, Any], tensors: dict[str, li
     """Tensors are `[dtype, shape, bytes]` by name."""
     name = rng.choice(sorted(tensors))
     dtype, shape, data = tensors[name]
+    axes = shape if isinstance(shape, list) else []
     where = "base_model.model."
     kind = rng.choice(["rename", "add", "drop", "dtype", "shape", "values", "both ranks", "many", "swap"])
     others = [
@@ -196,9 +197,9 @@ def of_tensors(rng: random.Random, config: dict[str, Any], tensors: dict[str, li
             [],
             [0],
             [-1],
-            [1, *shape],
-            [*shape, 1],
-            shape[::-1],
+            [1, *axes],
+            [*axes, 1],
+            axes[::-1],
             [len(data) // 4],
             [2**31, 2**31, 2**31],
             [2**64],
