@@ -46,8 +46,9 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def attributes_kept(model: Callable) -> Iterator[None]:
-    """Puts back the attributes in which modules keep tensors of a transform of `torch.func`, dead after it (pykan)."""
+def attributes_kept(model: Callable, of_transforms: bool = True) -> Iterator[None]:
+    """Puts back the attributes in which modules keep tensors of a forward pass (pykan), or those of `of_transforms`
+    alone, which are dead after a transform of `torch.func`."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     before = [(vars(module), dict(vars(module))) for module in modules]
     try:
@@ -55,7 +56,7 @@ def attributes_kept(model: Callable) -> Iterator[None]:
     finally:
         for entries, kept in before:
             for name in [name for name, value in entries.items() if value is not kept.get(name)]:
-                if not _is_of_transform(entries[name]):
+                if not _holds_tensor(entries[name], of_transforms):
                     continue
                 if name in kept:
                     entries[name] = kept[name]
@@ -63,11 +64,11 @@ def attributes_kept(model: Callable) -> Iterator[None]:
                     del entries[name]
 
 
-def _is_of_transform(value: Any) -> bool:
-    """Whether a value is a tensor of a transform, or a list of such tensors."""
+def _holds_tensor(value: Any, of_transform: bool) -> bool:
+    """Whether a value is a tensor, or a list with one; or such a one of a transform."""
     if isinstance(value, torch.Tensor):
-        return _functorch.is_functorch_wrapped_tensor(value)
-    return isinstance(value, (list, tuple)) and any(map(_is_of_transform, value))
+        return not of_transform or _functorch.is_functorch_wrapped_tensor(value)
+    return isinstance(value, (list, tuple)) and any(_holds_tensor(part, of_transform) for part in value)
 
 
 class _Call(nn.Module):

@@ -64,6 +64,12 @@ class KANLayerSpec:
             bias, if that is what the layer computes: the two are compared on a few points.
         splines (`Callable`, *optional*): `splines(layer)` returns the [`UniformGrid`] of the basis, or `None`. The
             fast path then evaluates the splines in closed form.
+        derivatives (`Callable`, *optional*): `derivatives(layer, x, highest)` returns a list: the basis functions of x
+            (batch, in) and their derivatives up to the order `highest`, at most 3, each (batch, in, basis). It opens
+            the closed form of `jet`; the derivatives are compared with those that autograd gives of the layer.
+        normalization (`str`, *optional*): The module that normalizes the inputs of the basis functions, and not those
+            of the residual branch, if `derivatives` is given. It may be absent or `None`.
+        edge_mask (`Callable`, *optional*): `edge_mask(layer)` returns factors (out, in) of the whole edges.
         activation (`Callable`, *optional*): `activation(layer, x)` returns the factors (batch, in) of `residual`.
         scale (`Callable`, *optional*): `scale(layer)` returns factors (out, in) of the coefficients, or `None`.
         bias (`str`, *optional*): The parameter that is added to the output. It may be absent or `None`.
@@ -86,6 +92,9 @@ class KANLayerSpec:
     checkpoint_methods: tuple[str, ...] = ()
     basis: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     splines: Callable[[Any], UniformGrid | None] | None = None
+    derivatives: Callable[[Any, torch.Tensor, int], list[torch.Tensor]] | None = None
+    normalization: str | None = None
+    edge_mask: Callable[[Any], torch.Tensor] | None = None
     activation: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     scale: Callable[[Any], torch.Tensor | None] | None = None
     bias: str | None = None

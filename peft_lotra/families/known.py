@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..kan.basis import UniformGrid
+from ..kan.jets import functions
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear
 from . import known_convolutions, slim  # noqa: F401  (register families)
@@ -46,6 +47,20 @@ def _chebyshev_basis(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 _FEW_OUTPUTS = 16  # up to which the phases of ReLU-KAN are more than a tenth of the layer
+
+
+def _pina_derivatives(layer: Any, x: torch.Tensor, highest: int) -> list[torch.Tensor]:
+    spline = layer.spline
+    closed = spline._boundary_interval_idx
+    return functions.spline_derivatives(spline.knots, spline.order - 1, x, highest, closed)
+
+
+def _rbf_derivatives(layer: Any, x: torch.Tensor, highest: int) -> list[torch.Tensor]:
+    if hasattr(layer.rbf, "denominator"):
+        return functions.gaussian_derivatives(layer.rbf.grid, layer.rbf.denominator, x, highest)
+    return functions.bump_derivatives(layer.rbf.grid, x, highest)  # FasterKAN
+
+
 _PYKAN_LAYER_METHODS = ("update_grid_from_samples", "initialize_grid_from_parent", "get_subset", "swap")
 _PYKAN_NETWORK_METHODS = {
     "fit": "update_grid",
@@ -100,20 +115,30 @@ register_kan_layer(
     residual=("base_weight", "o i"),
     grid=("spline._knots",),
     basis=lambda m, x: m.spline.basis(x),
+    derivatives=_pina_derivatives,
     activation=lambda m, x: m.base_function(x),
     bias="bias",
 )
 register_kan_layer(
-    "fourier-kan", matches=lambda m: m.fouriercoeffs.ndim == 4, coefficients=("fouriercoeffs", "t o i g")
+    "fourier-kan",
+    matches=lambda m: m.fouriercoeffs.ndim == 4,
+    coefficients=("fouriercoeffs", "t o i g"),
+    derivatives=lambda m, x, highest: functions.harmonic_derivatives(m.fouriercoeffs.shape[-1], x, highest),
+    bias="bias",
 )
 register_kan_layer(
-    "physicsnemo", matches=lambda m: m.fourier_coeffs.ndim == 4, coefficients=("fourier_coeffs", "t o i g")
+    "physicsnemo",
+    matches=lambda m: m.fourier_coeffs.ndim == 4,
+    coefficients=("fourier_coeffs", "t o i g"),
+    derivatives=lambda m, x, highest: functions.harmonic_derivatives(m.fourier_coeffs.shape[-1], x, highest),
+    bias="bias",
 )
 register_kan_layer(
     "cheby-kan",
     matches=lambda m: m.cheby_coeffs.ndim == 3,
     coefficients=("cheby_coeffs", "i o k"),
     basis=_chebyshev_basis,
+    derivatives=lambda m, x, highest: functions.chebyshev_derivatives(m.cheby_coeffs.shape[-1] - 1, x, highest),
 )
 register_kan_layer(
     "fast-kan",  # FasterKAN too, which has no residual branch
@@ -122,6 +147,8 @@ register_kan_layer(
     residual=("base_linear.weight", "o i"),
     grid=("rbf.grid", "rbf.denominator", "rbf.inv_denominator"),
     basis=lambda m, x: m.rbf(x if m.layernorm is None else m.layernorm(x)),
+    derivatives=_rbf_derivatives,
+    normalization="layernorm",
     activation=lambda m, x: m.base_activation(x),
     bias="base_linear.bias",
     axes=lambda m: {"k": m.rbf.grid.numel()},
@@ -137,6 +164,10 @@ register_kan_layer(
     network_methods=_PYKAN_NETWORK_METHODS,
     checkpoint_methods=("saveckpt",),
     edge_scale=("scale_sp", "i o"),
+    scale=lambda m: m.scale_sp.T,
+    edge_mask=lambda m: m.mask.T,
+    derivatives=lambda m, x, highest: functions.spline_derivatives(m.grid, m.k, x, highest),
+    activation=lambda m, x: m.base_fun(x),
     refit_basis=_pykan_basis,  # no `basis`: the layers also return what each edge gives, which only they compute
 )
 register_kan_layer(
@@ -194,6 +225,7 @@ register_kan_layer(
     grid_methods=("update_grid", "update_grid_from_qkan"),
     basis=lambda m, x: m.b_splines(x),
     splines=_splines_from_knots,
+    derivatives=lambda m, x, highest: functions.spline_derivatives(m.grid, m.spline_order, x, highest),
     activation=lambda m, x: m.base_activation(x),
     scale=lambda m: m.spline_scaler if getattr(m, "enable_standalone_scale_spline", False) else None,
     edge_scale=("spline_scaler", "o i"),

@@ -11,8 +11,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from ..families.jets import find_stages, layer_stage
 from ..families.registry import find_kan_layers
-from ..kan.jets.chain import Stage, register_stages, register_wrapper, stages_of
+from ..kan.jets.chain import Stage, register_finder, register_stages, register_wrapper, stages_of
 from ..kan.jets.derivatives import register_check
 from .layer import LoTRALayer
 
@@ -27,6 +28,10 @@ def _only_stage(model: LoTRALayer | ParamWrapper) -> Stage | None:
 
 def _lotra_layer(model: LoTRALayer) -> list[Stage] | None:
     stage = _only_stage(model)
+    if stage is not None and stage.branches:  # of another library: the updates enter its parameters
+        parameters = model.parameters_in_force()
+        stage = layer_stage(model.get_base_layer(), model.lotra_spec, model.lotra_tensor, parameters)
+        return stage and [stage]
     return stage and [stage._replace(updates=(*stage.updates, *model.updates_in_force()))]
 
 
@@ -58,6 +63,7 @@ def check_convolutions(model: nn.Module) -> None:
         )
 
 
+register_finder(find_stages)
 register_stages(LoTRALayer, _lotra_layer)
 register_stages(ParamWrapper, _lora_on_parameter)
 register_wrapper(PeftModel, lambda model: model.get_base_model())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..basis import TruncatedPowers, UniformGrid, integer_power, silu_derivatives
 from ..memory import JET_BLOCK, OFF_CPU, blocks
+from .functions import Basis, FunctionFeatures
 
 
 class LayerJet(torch.autograd.Function):
@@ -27,7 +28,7 @@ class LayerJet(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, first, second, weight, grid, weights, only_second, plain):
         rows, outputs = z.shape[1], len(weight)
-        features = LayerFeatures(grid, z)
+        features = make_features(grid, z)
         seconds = len(first) if weights is None else 1
         y = dy = None
         if not only_second:
@@ -91,6 +92,11 @@ class LayerJet(torch.autograd.Function):
         if not to_inputs:
             return None, None, None, to_weight, *[None] * 4
         return to_z, to_first, None if second is None else to_second, to_weight, *[None] * 4
+
+
+def make_features(basis: Basis, z: Tensor) -> LayerFeatures | FunctionFeatures:
+    """The functions of a basis, silu included for a uniform grid, for inputs z (I, N)."""
+    return LayerFeatures(basis, z) if isinstance(basis, UniformGrid) else FunctionFeatures(basis, z)
 
 
 class LayerFeatures:
@@ -162,7 +168,14 @@ class JetRows:
     ((K + 1) I, rows), lasts until the next."""
 
     def __init__(
-        self, features: LayerFeatures, block: slice, z, first, second, weights, orders: Sequence[int]
+        self,
+        features: LayerFeatures | FunctionFeatures,
+        block: slice,
+        z,
+        first,
+        second,
+        weights,
+        orders: Sequence[int],
     ) -> None:
         first = first[:, :, block]
         self.found, self.buffer, self.other = features.derivatives(z[:, block], orders)

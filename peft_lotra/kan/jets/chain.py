@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from ...tucker import Update
@@ -15,12 +16,26 @@ from ..basis import UniformGrid
 from ..layer import KANLinear, SplineLayer
 from ..network import LayerStack
 from ..slim_kan import SlimKANLinear
+from .functions import Basis, FunctionBasis
 from .maps import InputMap
 from .norms import Norm, is_norm, norm_size
 
 
+# modules that map each number by itself
+ACTIVATIONS = (nn.Identity, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Softplus, nn.ELU, nn.Mish)
+
+
+class Branch(NamedTuple):
+    """A part of a layer of another library, sum_{i,k} weight[o,i,k] basis_k(x[i]), for normalized x if with a norm."""
+
+    basis: Basis
+    weight: Tensor  # (O, I, K) in force, with adapters and scales
+    norm: Norm | None = None
+
+
 class Stage(NamedTuple):
-    """One layer of a chain: a KAN layer with coefficients `dense` plus `updates`, a normalization, or an `InputMap`.
+    """One layer of a chain: a KAN layer with coefficients `dense` plus `updates`, or one of another library, the sum
+    of `branches` and `bias`; a normalization, an `InputMap`, or an activation.
 
     Attributes:
         dense: spline_weight (O, I, K) and base_weight (O, I), adapters on them included. None for a Slim layer, whose
@@ -31,11 +46,13 @@ class Stage(NamedTuple):
     module: nn.Module
     dense: tuple[Tensor, Tensor] | None = None
     updates: tuple[Update, ...] = ()
+    branches: tuple[Branch, ...] = ()
+    bias: Tensor | None = None
 
     @property
     def is_kan(self) -> bool:
         """Whether the stage is a KAN layer."""
-        return isinstance(self.module, SplineLayer)
+        return isinstance(self.module, SplineLayer) or bool(self.branches)
 
     @property
     def layer(self) -> SplineLayer:
@@ -45,19 +62,31 @@ class Stage(NamedTuple):
 
     @property
     def between(self) -> Norm | InputMap:
-        """The module of a stage that is no KAN layer."""
+        """The module of a stage that is no KAN layer, nor an activation."""
         assert isinstance(self.module, Norm | InputMap)
         return self.module
 
     @property
-    def in_features(self) -> int:
-        """The size I of the last dimension of the inputs."""
+    def is_activation(self) -> bool:
+        """Whether the stage maps each number by itself."""
+        return isinstance(self.module, ACTIVATIONS)
+
+    @property
+    def in_features(self) -> int | None:
+        """The size I of the last dimension of the inputs; None for any."""
+        if self.branches:
+            return self.branches[0].weight.shape[1]
+        if self.is_activation:
+            return None
         module = self.module if self.is_kan else self.between
         return norm_size(module) if isinstance(module, Norm) else cast(int, module.in_features)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(O, I, K + 1), with the residual branch as the last slice."""
+        if self.branches:
+            outputs, inputs, _ = self.branches[0].weight.shape
+            return outputs, inputs, sum(branch.weight.shape[2] for branch in self.branches)
         return self.layer.out_features, self.layer.in_features, self.layer.grid_size + self.layer.spline_order + 1
 
     @property
@@ -68,6 +97,7 @@ class Stage(NamedTuple):
 
 # `functools.singledispatch` would do this, but `torch.compile` cannot trace it for abstract classes (PEFT's tuners).
 _finders: dict[type, Callable[[Any], list[Stage] | None]] = {}
+_others: list[Callable[[nn.Module], list[Stage] | None]] = []
 _inner: dict[type, Callable[[Any], nn.Module | None]] = {}  # of wrappers
 
 
@@ -80,7 +110,19 @@ def stages_of(model: nn.Module) -> list[Stage] | None:
             return _finders[cls](model)
     if isinstance(original := getattr(model, "_orig_mod", None), nn.Module):  # what `torch.compile` returns
         return stages_of(original)
-    return [Stage(model)] if is_norm(model) else None
+    if is_norm(model):
+        return [Stage(model)]
+    return next((found for find in _others if (found := find(model)) is not None), None)
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether the class of a model is one whose stages are known."""
+    return any(cls in _finders for cls in type(model).__mro__)
+
+
+def register_finder(finder: Callable[[nn.Module], list[Stage] | None]) -> None:
+    """Makes `stages_of` ask `finder` about modules of classes that it does not know."""
+    _others.append(finder)
 
 
 def register_stages(cls: type[nn.Module], finder: Callable[[Any], list[Stage] | None]) -> None:
@@ -125,7 +167,21 @@ def _map(module: InputMap) -> list[Stage] | None:
     return [Stage(module)] if type(module).forward is InputMap.forward else None
 
 
+def _linear(module: nn.Linear) -> list[Stage] | None:
+    basis = FunctionBasis(1, _identity)
+    branch = Branch(basis, module.weight.unsqueeze(-1))
+    return [Stage(module, branches=(branch,), bias=module.bias)] if type(module) is nn.Linear else None
+
+
+def _identity(z: Tensor, highest: int) -> list[Tensor]:
+    parts = [z, torch.ones_like(z), torch.zeros_like(z), torch.zeros_like(z)]
+    return [part.unsqueeze(-1) for part in parts[: highest + 1]]
+
+
 register_stages(InputMap, _map)
+register_stages(nn.Linear, _linear)
+for activation in ACTIVATIONS:
+    register_stages(activation, lambda module: [Stage(module)] if type(module) in ACTIVATIONS else None)
 register_stages(KANLinear, _dense_layer)
 register_stages(SlimKANLinear, _slim_layer)
 register_stages(LayerStack, lambda net: _join(net.layers) if type(net).forward is LayerStack.forward else None)

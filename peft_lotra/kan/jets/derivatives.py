@@ -19,7 +19,7 @@ from .chain import Stage, stages_of, unwrap
 from .layers import Jet, block_size, evaluate_layer
 from .maps import InputMap
 from .norms import check_rows_apart, through_norm
-from .transforms import jet_by_transforms
+from .transforms import elementwise_derivatives, jet_by_transforms
 
 
 _checks: list[Callable[[nn.Module], None]] = []
@@ -53,10 +53,12 @@ def jet(
     is differentiable in parameters and inputs, and runs under `torch.func` and `torch.compile(fullgraph=True)`.
 
     Fast for `KAN`, `KANModel`, `SlimKAN`, single layers, `nn.Sequential` of them, normalizations between them
-    (`nn.LayerNorm` of the last dimension, batch normalization in evaluation mode), and these with adapters, LoTRA or
-    LoRA on `target_parameters`, in force and without dropout, and what `peft_lotra.pde` composes of them. Any other
-    module (pykan, efficient-kan, a class of your own around a KAN, modules with hooks) is differentiated by
-    transforms, with a warning for each class.
+    (`nn.LayerNorm` of the last dimension, batch normalization in evaluation mode), `nn.Linear` and activations, these
+    with adapters, LoTRA or LoRA on `target_parameters`, in force and without dropout, and what `peft_lotra.pde`
+    composes of them. So are networks of other libraries whose layers are described with `derivatives` and run one
+    after the other (efficient-kan, FastKAN, ChebyKAN, FourierKAN, PINA, pykan without symbolic functions), once layers
+    and network have been compared with what is described. Any other module (a class of your own that computes more,
+    modules with hooks) is differentiated by transforms, with a warning for each class.
 
     Args:
         model: Maps (..., I) to (..., O), each row by itself.
@@ -106,8 +108,9 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
                 "`torch.func`, which are exact but slower.",
                 stacklevel=3,
             )
-    expected = stages[0].in_features if stages else "the model's number of inputs"
-    if x.dim() == 0 or (stages and x.shape[-1] != expected):
+    sizes = [size for stage in stages or () if (size := stage.in_features) is not None]
+    expected = sizes[0] if sizes else "the model's number of inputs"
+    if x.dim() == 0 or (sizes and x.shape[-1] != expected):
         raise ValueError(f"`x` has shape {tuple(x.shape)}, but its last dimension must be {expected}.")
     if directions is None:
         directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
@@ -159,12 +162,24 @@ def through_stages(
     for left, stage in zip(range(len(stages), 0, -1), stages, strict=True):
         if stage.is_kan:
             x, first, second = evaluate(stage, x, first, second, weights, only_second and left == 1)
+        elif stage.is_activation:
+            x, first, second = _through_activation(stage.module, x, first, second, weights)
         elif isinstance(stage.between, InputMap):
             x, first, second = stage.between.through(x, first, second, weights)
         else:
             x, first, second = through_norm(stage.between, x, first, second, weights)
     assert second is not None
     return Jet(x, first, second if weights is None else second[0])
+
+
+def _through_activation(
+    function: Callable[[Tensor], Tensor], z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, slope, bend = elementwise_derivatives(function, z, 2)
+    square = first.square()
+    square = square if weights is None else torch.tensordot(weights, square, 1).unsqueeze(0)
+    curved = bend * square
+    return y, slope * first, curved if second is None else curved + slope * second
 
 
 def laplacian(model: nn.Module, x: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from ..basis import cardinal_spline, silu_derivatives
-from ..layer import SplineLayer
+from ..basis import UniformGrid, cardinal_spline, silu_derivatives
 from ..product import needs_plain_operations
 from .by_hand import plain_gradients
+from .functions import Basis
 
 
 # Above so many outputs, the matrix product of `LayerJet` costs less. `examples/studies/pde/jet_speed.py`, with more
@@ -22,9 +22,10 @@ from .by_hand import plain_gradients
 MOST_OUTPUTS = 2
 
 
-def few_outputs(layer: SplineLayer, z: Tensor) -> bool:
+def few_outputs(basis: Basis, outputs: int, z: Tensor) -> bool:
     """Whether to take `FewOutputsJet`: not below order 3, where second derivatives jump at the knots."""
-    return layer.out_features <= MOST_OUTPUTS and layer.spline_order >= 3 and not needs_plain_operations(z)
+    is_smooth = isinstance(basis, UniformGrid) and basis.spline_order >= 3
+    return is_smooth and outputs <= MOST_OUTPUTS and not needs_plain_operations(z)
 
 
 class FewOutputsJet(torch.autograd.Function):

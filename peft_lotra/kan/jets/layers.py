@@ -16,9 +16,11 @@ from ...tucker import Update
 from ..basis import UniformGrid, cardinal_derivatives, silu_derivatives
 from ..memory import MOST_OUTPUTS_DENSE, PLAIN_JET_BLOCK
 from ..product import needs_plain_operations
-from .by_hand import JetRows, LayerFeatures, LayerJet
-from .chain import Stage
+from .by_hand import JetRows, LayerJet, make_features
+from .chain import Branch, Stage
 from .few_outputs import FewOutputsJet, few_outputs
+from .functions import Basis
+from .norms import through_norm
 
 
 class Jet(NamedTuple):
@@ -60,6 +62,8 @@ def evaluate_layer(
 
     With `weights` (D,), the first dimension of both second derivatives is one, and has their weighted sum.
     """
+    if stage.branches:
+        return _evaluate_branches(stage, z, first, second, weights, only_second)
     grid, shape, dense = stage.grid, stage.shape, stage.dense
     weight = None if dense is None else torch.cat([dense[0], dense[1].unsqueeze(-1)], dim=-1)
     count = len(first)
@@ -77,20 +81,61 @@ def evaluate_layer(
             weight = delta if weight is None else weight + delta
 
     by_hand = by_hand and not factored and not needs_plain_operations(z, weight)
-    lead = z.shape[:-1]
-    z = z.reshape(-1, shape[1]).T  # rows come last from here on, where all operations run along them
+    return _through(grid, weight, factored, by_hand, z, first, second, weights, only_second)
+
+
+def _evaluate_branches(
+    stage: Stage, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None, only_second: bool
+) -> Jet:
+    """As `evaluate_layer`, for a layer of another library."""
+    varies = weights is not None and weights.requires_grad
+    total: list[Any] = [None, None, None]
+    for branch in stage.branches:
+        inputs = through_branch_norm(branch, z, first, second, weights)
+        rows = z[..., 0].numel() * (2 + len(first))
+        by_hand = not varies and _by_hand_pays(rows, *inputs, branch.weight)
+        by_hand = by_hand and not needs_plain_operations(branch.weight)
+        found = _through(branch.basis, branch.weight, [], by_hand, *inputs, weights, only_second)
+        total = [one if sum_ is None else sum_ + one for sum_, one in zip(total, found, strict=True)]
+    if stage.bias is not None and total[0] is not None:
+        total[0] = total[0] + stage.bias
+    return Jet(*total)
+
+
+def through_branch_norm(
+    branch: Branch, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The jet of the inputs that the functions of a branch get."""
+    return (z, first, second) if branch.norm is None else through_norm(branch.norm, z, first, second, weights)
+
+
+def _through(
+    basis: Basis,
+    weight: Tensor | None,
+    factored: Sequence[Update],
+    by_hand: bool,
+    z,
+    first,
+    second,
+    weights,
+    only_second,
+) -> Jet:
+    """`evaluate_layer` for a weight (O, I, K) in force, and updates that are added in factored form."""
+    outputs = len(weight) if weight is not None else len(factored[0].tensor.factor_out)
+    lead, inputs = z.shape[:-1], z.shape[-1]
+    z = z.reshape(-1, inputs).T  # rows come last from here on, where all operations run along them
     first = _rows_last(first, lead)
     second = None if second is None else _rows_last(second, lead)
     weight = None if weight is None else weight.transpose(1, 2).flatten(1)  # (O, (K + 1) I)
     if by_hand:
-        function = FewOutputsJet if few_outputs(stage.layer, z) else LayerJet
+        function = FewOutputsJet if few_outputs(basis, outputs, z) else LayerJet
         first = first.expand(len(first), *z.shape)
         second = None if second is None else second.expand(len(second), *z.shape)
-        plain = partial(_by_plain_operations, grid, [], weights, False)
-        y = Jet(*function.apply(z, first, second, weight, grid, weights, only_second, plain))
+        plain = partial(_by_plain_operations, basis, [], weights, False)
+        y = Jet(*function.apply(z, first, second, weight, basis, weights, only_second, plain))
     else:
-        y = _by_plain_operations(grid, factored, weights, only_second, z, first, second, weight)
-    return y.map(lambda part: part.mT.reshape(*part.shape[:-2], *lead, shape[0]))
+        y = _by_plain_operations(basis, factored, weights, only_second, z, first, second, weight)
+    return y.map(lambda part: part.mT.reshape(*part.shape[:-2], *lead, outputs))
 
 
 def _rows_last(part: Tensor, lead: torch.Size) -> Tensor:
@@ -110,7 +155,7 @@ def contract_updates(layer: Any, updates: list[Update], x: Tensor) -> Tensor:
 
 
 def _by_plain_operations(
-    grid: UniformGrid, factored: Sequence[Update], weights: Tensor | None, only_second: bool, z, first, second, weight
+    grid: Basis, factored: Sequence[Update], weights: Tensor | None, only_second: bool, z, first, second, weight
 ) -> Jet:
     """As `LayerJet` by operations that autograd differentiates; `weight` may be None, and updates are added."""
     rows = _jet_rows(grid, z, first, second, weights, only_second)
@@ -127,7 +172,7 @@ def _by_plain_operations(
 
 
 def _jet_rows(
-    grid: UniformGrid, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None, only_second: bool
+    grid: Basis, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None, only_second: bool
 ) -> list[Tensor]:
     """What multiplies the coefficients: f, f' z' and f'' z'^2 + f' z'', or the last alone, each (K + 1, I, N)."""
     f, df, d2f = _features(grid, z)
@@ -140,8 +185,11 @@ def _jet_rows(
     return of_second if only_second else [f, *(df * part for part in first), *of_second]
 
 
-def _features(grid: UniformGrid, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The B-splines of a grid at z (I, N) with silu as the last one, (K + 1, I, N), and two derivatives of them."""
+def _features(grid: Basis, z: Tensor) -> tuple[Tensor, ...]:
+    """The functions of a basis at z (I, N), (K, I, N), and two derivatives of them; those of a uniform grid are the
+    B-splines, and silu as the last one."""
+    if not isinstance(grid, UniformGrid):
+        return tuple(grid.evaluate(z, 2))
     per_unit = grid.per_unit.unsqueeze(-1)
     centers = torch.arange(grid.num_basis, dtype=z.dtype, device=z.device) - (grid.spline_order - 1) / 2
     offset = (z - grid.low.unsqueeze(-1)) * per_unit - centers[:, None, None]
@@ -158,7 +206,7 @@ def _by_hand_pays(rows: int, x: Tensor, *others: Tensor | None) -> bool:
 
 @torch.no_grad()
 def jet_rows(
-    grid: UniformGrid,
+    grid: Basis,
     z: Tensor,
     first: Tensor,
     second: Tensor | None,
@@ -176,9 +224,13 @@ def jet_rows(
     z, first, second = z.T, first.expand(len(first), *z.shape).mT, None if second is None else second.mT
     count = len(first)
     seconds = count if weights is None else 1
-    if grid.spline_order < 3 and not _by_hand_pays(evaluated * (1 + count + seconds), z):
+    if (
+        isinstance(grid, UniformGrid)
+        and grid.spline_order < 3
+        and not _by_hand_pays(evaluated * (1 + count + seconds), z)
+    ):
         return torch.stack(_jet_rows(grid, z, first, second, weights, only_second)).permute(3, 0, 1, 2)
-    block = LayerFeatures(grid, z)
+    block = make_features(grid, z)
     rows = z.new_empty(z.shape[1], seconds if only_second else 1 + count + seconds, *block.shape)
     for part in block.blocks(z.shape[1]):
         derivatives = range(1 if only_second else 0, 3 if count else 1)

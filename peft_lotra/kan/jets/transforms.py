@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -97,7 +98,7 @@ class _Rows:
         return part if self.shape is None or len(self.shape) == 1 else part.reshape(*part.shape[:-1], *self.shape)
 
 
-def _vjp(function: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
+def pull_back(function: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
     """The value of a function, a tensor or several, and what takes a gradient in the first of them to one in x.
 
     `torch.func.vjp` where transforms are at work, or a compiler; outside of them autograd, under which hooks of saved
@@ -131,14 +132,14 @@ def _differentiate_rows(model: Callable[[Tensor], Any], x: Tensor, directions: T
 
 def _differentiate(function: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet:
     def slopes(point: Tensor) -> tuple[Tensor, Tensor]:
-        y, pull = _vjp(function, point)
+        y, pull = pull_back(function, point)
         if y.shape[-1] <= MOST_GRADIENTS:
             gradients = [pull(one) for one in _units(y)]
             return torch.stack([torch.stack([g @ v for g in gradients], -1) for v in directions]), y
         push = _transposed(pull, y)
         return torch.stack([push(v.expand_as(point)) for v in directions]), y
 
-    (first, y), pull = _vjp(slopes, x)
+    (first, y), pull = pull_back(slopes, x)
     second = []
     if y.shape[-1] <= MOST_GRADIENTS:
         for d, v in enumerate(directions):
@@ -163,7 +164,27 @@ def _placed(part: Tensor, place: int, count: int) -> Tensor:
 
 def _transposed(pull: Callable[[Tensor], Any], y: Tensor) -> Callable[[Tensor], Any]:
     """What takes a direction to the derivative along it, from what takes a gradient in y to one in the inputs."""
-    return _vjp(pull, torch.zeros_like(y))[1]
+    return pull_back(pull, torch.zeros_like(y))[1]
+
+
+def elementwise_derivatives(function: Callable[[Tensor], Tensor], z: Tensor, highest: int) -> list[Tensor]:
+    """A function that maps each number by itself, and its derivatives up to an order."""
+
+    def slope_of(inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def slope(point: Tensor) -> Tensor:
+            value, pull = pull_back(inner, point)
+            return pull(torch.ones_like(value))
+
+        return slope
+
+    wanted, compiled = torch.is_grad_enabled(), torch.compiler.is_compiling()
+    found = []
+    with nullcontext() if compiled else torch.inference_mode(False), torch.enable_grad():
+        z = z if compiled else _recordable(z)
+        for _ in range(highest + 1):
+            found.append(function(z) if wanted else function(z).detach())
+            function = slope_of(function)
+    return found
 
 
 class ExactNorms(TorchFunctionMode):

@@ -59,9 +59,9 @@ def hooked() -> nn.Module:
         lambda: Doubled([3, 2]),
         lambda: DoubledLayer(3, 2),
         lambda: DoubledSequence(network()),
-        lambda: nn.Sequential(network(), nn.Tanh()),
+        lambda: nn.Sequential(network(), nn.Softmax(-1)),
         lambda: nn.Sequential(),
-        lambda: nn.Linear(3, 2),
+        lambda: nn.Bilinear(3, 3, 2),
         hooked,
         lambda: network(norm="batch").train(),
     ],
@@ -83,7 +83,7 @@ def test_other_modules_are_taught(monkeypatch):
             self.inside = network()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.inside(x)
+            return self.inside(1 * x)
 
     class Halved(nn.Module):
         def __init__(self) -> None:

@@ -1,0 +1,161 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Basis functions of one input with their derivatives: splines of any knots, Gaussians, polynomials, harmonics.
+
+Each returns the values and the derivatives up to the order `highest` (3 at most), in a list. For z of any shape (...),
+a derivative is (..., K), a view of memory in which the K functions come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..basis import UniformGrid
+from ..memory import JET_BLOCK, OFF_CPU, blocks
+
+
+Derivatives = Callable[[Tensor, int], list[Tensor]]  # z (N, I) and `highest` to the derivatives, each (N, I, K)
+
+
+class FunctionBasis(NamedTuple):
+    """K functions of each input, as `derivatives` gives them."""
+
+    size: int
+    derivatives: Derivatives
+
+    def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
+        """The values at z (I, N) and their derivatives, each (K, I, N)."""
+        return [part.permute(2, 1, 0) for part in self.derivatives(z.T, highest)]
+
+
+Basis = UniformGrid | FunctionBasis  # the functions of a uniform grid include silu, as the last
+
+
+class FunctionFeatures:
+    """The functions of a basis for inputs z (I, N) in blocks of rows, with the attributes of `LayerFeatures`."""
+
+    def __init__(self, basis: FunctionBasis, z: Tensor) -> None:
+        self.basis = basis
+        self.shape = (basis.size, len(z))
+        self.scales = dict.fromkeys((1, 2, 3), z.new_ones(1, 1))
+        size = JET_BLOCK if z.device.type == "cpu" else OFF_CPU
+        self.rows = max(128, size // max(1, basis.size * len(z)))
+        self.buffer: Tensor | None = None
+
+    def blocks(self, rows: int) -> list[slice]:
+        """Of about the same size, none above `self.rows`."""
+        count = max(1, -(-rows // self.rows))
+        return blocks(0, rows, max(1, -(-rows // count)))
+
+    def derivatives(self, z: Tensor, orders: Sequence[int]) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+        """The derivatives of these orders at z (I, rows), each (K, I, rows); and two buffers more."""
+        with torch.no_grad():
+            found = self.basis.evaluate(z, max(orders))
+        spare = z.new_empty(2, *self.shape, z.shape[1])
+        return {d: found[d].contiguous() for d in orders}, spare[0], spare[1]
+
+
+def spline_derivatives(
+    knots: Tensor, order: int, z: Tensor, highest: int, closed: Tensor | None = None
+) -> list[Tensor]:
+    """The M - 1 - order B-splines of degree `order` on knots (I, M), for z (..., I), by the Cox-de Boor recursion.
+
+    The derivatives are differences of the splines of lower degree. Terms of knots that coincide are zero. `closed`
+    (I,) names for each input the interval that includes its right end.
+    """
+    x, knots = (
+        z.movedim(-1, 0).unsqueeze(0),
+        knots.T.reshape(-1, len(knots), *[1] * (z.dim() - 1)),
+    )  # (1, I, ...), (M, I, 1)
+    basis = ((knots[:-1] <= x) & (x < knots[1:])).to(z.dtype)
+    if closed is not None:
+        here = torch.arange(len(basis), device=z.device).view(-1, *[1] * (basis.dim() - 1)) == closed.view(
+            1, -1, *[1] * (z.dim() - 1)
+        )
+        basis = torch.where(here & (x == knots[1:]), torch.ones_like(basis), basis)
+    by_degree = [basis]
+    for p in range(1, order + 1):
+        span = knots[p:] - knots[:-p]
+        ramp = (x - knots[:-p]) * _inverse(span)
+        rest = torch.where(span == 0, torch.zeros_like(span), torch.ones_like(span))
+        basis = ramp[:-1] * basis[:-1] + (rest - ramp)[1:] * basis[1:]
+        by_degree.append(basis)
+    found = []
+    for d in range(highest + 1):
+        part = by_degree[max(order - d, 0)] if d <= order else torch.zeros_like(basis)
+        for p in range(order - d + 1, order + 1) if d <= order else ():
+            scaled = part * (p * _inverse(knots[p:] - knots[:-p]))
+            part = scaled[:-1] - scaled[1:]
+        found.append(part)
+    return [part.movedim(1, -1).movedim(0, -1) for part in found]
+
+
+def _inverse(span: Tensor) -> Tensor:
+    return torch.where(span == 0, torch.zeros_like(span), 1 / torch.where(span == 0, torch.ones_like(span), span))
+
+
+def gaussian_derivatives(centers: Tensor, width: Any, z: Tensor, highest: int) -> list[Tensor]:
+    """exp(-((z - c) / width)^2) for centers c (K,)."""
+    s = _offsets(z, centers) / width
+    f = torch.exp(-s.square())
+    found = [f]
+    if highest >= 1:
+        found.append(-2 / width * (s * f))
+    for d in range(2, highest + 1):  # f^(d) = -2 / width (s f^(d-1) + (d-1) / width f^(d-2))
+        found.append(-2 / width * (s * found[-1] + (d - 1) / width * found[-2]))
+    return _functions_last(found)
+
+
+def bump_derivatives(centers: Tensor, z: Tensor, highest: int) -> list[Tensor]:
+    """1 - tanh(z - c)^2 for centers c (K,)."""
+    t = torch.tanh(_offsets(z, centers))
+    s = 1 - t.square()
+    found = [s, -2 * t * s, s * (6 * t.square() - 2), t * s * (16 - 24 * t.square())]
+    return _functions_last(found[: highest + 1])
+
+
+def chebyshev_derivatives(degree: int, z: Tensor, highest: int) -> list[Tensor]:
+    """The Chebyshev polynomials T_0 ... T_degree of tanh(z)."""
+    u = torch.tanh(z)
+    zero, one = torch.zeros_like(u), torch.ones_like(u)
+    rows = [[one], [zero], [zero], [zero]][: highest + 1]
+    if degree:
+        for d, first in enumerate((u, one, zero, zero)[: highest + 1]):
+            rows[d].append(first)
+    for n in range(2, degree + 1):
+        for d in range(highest, -1, -1):  # from the recurrence of T_n, differentiated d times
+            value = 2 * u * rows[d][n - 1] - rows[d][n - 2]
+            rows[d].append(value if d == 0 else value.add(rows[d - 1][n - 1], alpha=2 * d))
+    t = [torch.stack(row) for row in rows]
+    found = [t[0]]
+    if highest >= 1:
+        u1 = 1 - u.square()
+        found.append(t[1] * u1)
+        if highest >= 2:
+            u2 = -2 * u * u1
+            found.append(t[2] * u1.square() + t[1] * u2)
+            if highest >= 3:
+                u3 = -2 * (u1.square() + u * u2)
+                found.append(t[3] * u1**3 + 3 * t[2] * (u1 * u2) + t[1] * u3)
+    return _functions_last(found)
+
+
+def harmonic_derivatives(count: int, z: Tensor, highest: int) -> list[Tensor]:
+    """cos(k z) for k = 1 ... count, and then sin(k z)."""
+    k = torch.arange(1, count + 1, dtype=z.dtype, device=z.device).view(-1, *[1] * z.dim())
+    cosine, sine = torch.cos(k * z), torch.sin(k * z)
+    cycle = [(cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine)]
+    return _functions_last([torch.cat([k**d * part for part in cycle[d]]) for d in range(highest + 1)])
+
+
+def _offsets(z: Tensor, centers: Tensor) -> Tensor:
+    return z - centers.view(-1, *[1] * z.dim())
+
+
+def _functions_last(parts: Sequence[Tensor]) -> list[Tensor]:
+    return [part.movedim(0, -1) for part in parts]
