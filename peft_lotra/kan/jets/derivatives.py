@@ -108,7 +108,7 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
                 "`torch.func`, which are exact but slower.",
                 stacklevel=3,
             )
-    sizes = [size for stage in stages or () if (size := stage.in_features) is not None]
+    sizes = [stage.in_features for stage in stages or () if stage.in_features is not None]
     expected = sizes[0] if sizes else "the model's number of inputs"
     if x.dim() == 0 or (sizes and x.shape[-1] != expected):
         raise ValueError(f"`x` has shape {tuple(x.shape)}, but its last dimension must be {expected}.")
