@@ -3,8 +3,8 @@
 
 """Adapters that an older version saved (`make.py`) load with the same tensors and give the same outputs.
 
-The outputs are compared bit for bit where torch rounds as on the machine that made them. Elsewhere its kernels differ
-in the last digits, with any version of peft_lotra: there, outputs may differ by rounding, and tensors by nothing.
+Tensors are compared bit for bit. The kernels of torch differ in the last digits from machine to machine, with any
+version of peft_lotra: outputs may differ by rounding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from peft_lotra.kan import SlimKAN
 LEGACY = Path(__file__).parent
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # relative differences that the rounding of another machine explains: FlashKAN loses digits; bfloat16 has three
-ROUNDING = {torch.float32: 5e-5, torch.bfloat16: 2e-2}
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
+ROUNDING_OF_FLASHKAN = 5e-5
 
 every_case = pytest.mark.parametrize("name", CASES)
 
@@ -48,7 +49,8 @@ def check(model: nn.Module, name: str, which: str) -> None:
     with torch.no_grad():
         y = model(saved["inputs"])
     y = y if isinstance(y, Tensor) else y.logits
-    torch.testing.assert_close(y, saved[which], rtol=0, atol=ROUNDING[y.dtype] * saved[which].abs().max().item())
+    rounding = ROUNDING_OF_FLASHKAN if name == "flashkan" else ROUNDING[y.dtype]
+    torch.testing.assert_close(y, saved[which], rtol=0, atol=rounding * saved[which].abs().max().item())
 
 
 def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
