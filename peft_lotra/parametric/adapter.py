@@ -42,7 +42,7 @@ class Prediction:
 
     Attributes:
         parameter: The parameter, a number or a tuple.
-        indicator: The root of the loss of the residual terms, NaN if the family has none.
+        indicator: The root of the loss of the residual terms, or what `loss_of` returns; NaN without both.
         extrapolated: Whether the parameter lies outside of the fitted members.
     """
 
@@ -86,7 +86,8 @@ class ParametricAdapter:
         terms_of: `terms_of(c)` returns the residual terms of [`LevenbergMarquardt`] at the parameter c, a number, or a
             tuple for several parameters. Give the same points at each call. Without it, `fit` takes `train`.
         ranks: The ranks of the cores, as `r` of `LoTRAConfig`.
-        loss_of: `loss_of(model, c)` returns the loss that indicates errors where there are no terms.
+        loss_of: `loss_of(model, c)` returns what indicates errors, instead of the root of the loss of the terms: the
+            residual at other points than those that are fitted, or any loss where there are no terms.
         log: Whether the family is smooth in the logarithm of the parameter; one flag, or one for each parameter.
         config: A `LoTRAConfig` for all else (`target_modules`, ...). It trains one component alone.
 

@@ -31,6 +31,9 @@ Point = tuple[float, ...]
 DAMPING = 1e-6
 
 
+_DEATHS = ("KilledWorker", "CommClosedError")  # of Dask, which gives up after several deaths
+
+
 class Member(NamedTuple):
     """A fitted member of a family."""
 
@@ -48,7 +51,7 @@ class Problem:
 
     Attributes:
         terms_of: `terms_of(c)` returns the residual terms at the parameter c.
-        loss_of: `loss_of(model, c)` returns a loss, where there are no terms.
+        loss_of: `loss_of(model, c)` returns the indicator, instead of the terms.
         train: `train(model, c)` trains the model in place, where there are no terms.
         steps, max_steps: The least and the most Levenberg-Marquardt steps of a member.
     """
@@ -75,13 +78,13 @@ class Problem:
         return Member(parameter, vector, predicted, indicator, steps, time.perf_counter() - began)
 
     def indicator(self, model: nn.Module, parameter: Point) -> float:
-        """The root of the loss of the terms, or the loss of `loss_of`; NaN without either."""
-        if self.terms_of is not None:
-            return math.sqrt(loss_of_terms(model, self.terms_of(argument(parameter))))
-        if self.loss_of is None:
+        """The loss of `loss_of`, or else the root of the loss of the terms; NaN without either."""
+        if self.loss_of is not None:
+            with torch.no_grad():
+                return float(self.loss_of(model, argument(parameter)))
+        if self.terms_of is None:
             return math.nan
-        with torch.no_grad():
-            return float(self.loss_of(model, argument(parameter)))
+        return math.sqrt(loss_of_terms(model, self.terms_of(argument(parameter))))
 
 
 def argument(parameter: Point) -> float | Point:
@@ -168,7 +171,9 @@ def fit_all(
         for future in as_completed(futures):
             result = future.result()
             yield (Member if len(result) == len(Member._fields) else Failure)._make(result)
-    except BrokenExecutor as error:
+    except Exception as error:
+        if not isinstance(error, BrokenExecutor) and type(error).__name__ not in _DEATHS:
+            raise
         raise RuntimeError(
             "The workers of `executor` died (out of memory?). With `folder`, what was fitted is kept: call `fit` "
             "again with the same folder and a new executor, and nothing is fitted twice."

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 
@@ -73,9 +74,9 @@ def terms_counted(c: float) -> list[tuple]:
 
 
 def terms_that_kill_once(c: float) -> list[tuple]:
-    """Kills the worker, at the first evaluation at one parameter."""
+    """Kills the worker, not the process of the test, at the first evaluation at 3.4."""
     mark = os.environ["PEFT_LOTRA_COUNTS"] + ".killed"
-    if abs(c - 3.4) < 1e-9 and not os.path.exists(mark):
+    if abs(c - 3.4) < 1e-9 and multiprocessing.parent_process() is not None and not os.path.exists(mark):
         time.sleep(0.5)  # others may end before
         open(mark, "w").close()
         os._exit(9)

@@ -4,7 +4,7 @@
 """Two families of PDEs with exact boundary and initial values inside of the residual, and their references.
 
 Burgers: u = -sin(pi x) + t (1 - x^2) N(x, s), t = (s + 1) / 2. Elliptic: u = (1 - x^2) (1 - y^2) N(x, y). The
-equations and the spectral references are those of examples/studies/pde/families.py.
+equations and the spectral references are those of examples/studies/pde/problems/families.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from peft_lotra.optim import LevenbergMarquardt
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pde"))
-import families  # noqa: E402
+from problems import families  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Problem:
     def terms_of(self, c: float, points: int = 1500, seed: int = 0) -> list[tuple]:
         x = families.sobol(torch.Generator().manual_seed(seed), points)
         return [(self.residual, (x, torch.full_like(x[:, :1], c)))]
+
+    def held_out(self, model: nn.Module, c: float, points: int = 1500) -> float:
+        """The root mean square of the residual at points that no fit has."""
+        x = families.sobol(torch.Generator().manual_seed(12345), points)
+        return self.residual(model, x, torch.full_like(x[:, :1], c)).square().mean().sqrt().item()
 
     def error(self, evaluate: Callable[[Tensor], Tensor], c: float) -> float:
         """The relative L2 error of a network on the test grid."""
@@ -114,6 +119,11 @@ PROBLEMS = {
     "burgers": Problem("burgers", 0.02, 0.06, 0.036, (0.15, 0.07), burgers, burgers_solution),
     "elliptic": Problem("elliptic", 0.2, 1.0, 0.6, (), elliptic, elliptic_solution),
 }
+
+
+def held_out(name: str) -> Callable[[nn.Module, float], float]:
+    """The indicator of a `ParametricAdapter`, picklable."""
+    return PROBLEMS[name].held_out
 
 
 def terms_of(name: str, points: int, seed: int) -> Callable[[float], list[tuple]]:
