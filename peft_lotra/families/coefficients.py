@@ -275,14 +275,32 @@ def _solve(
                 still_open.append((name, (layout, parameter, place)))
                 last = last or error
             except ValueError as error:
+                reason, fits_names = error, not _misfit(layer, layout, parameter)
+                # the parameter that does not fit the sizes which the layer names, rather than the first to notice
+                for other, (own, value, _) in found.items() if fits_names else ():
+                    if misfit := _misfit(layer, own, value):
+                        name, layout, parameter, reason = other, own, value, misfit
+                        break
                 hint = _suggestion(layer, layout, parameter, lengths[place or 0])
-                raise ValueError(f"{problem}`{name}` is not as described. {error}{hint}") from error
+                raise ValueError(f"{problem}`{name}` is not as described. {reason}{hint}") from error
             else:
                 for known in lengths if place is None else [lengths[place]]:
                     known.update(solved | known)
         if len(still_open) == len(pending):
             raise ValueError(f"{problem}`{pending[0][0]}` is not as described. {last}") from last
         pending = still_open
+
+
+def _misfit(layer: nn.Module, layout: Layout, parameter: torch.Tensor) -> ValueError | None:
+    """What a layout has against the numbers of features that the layer names, if anything."""
+    sizes = {axis: size for axis in ("o", "i") if (size := named_size(layer, axis)) is not None}
+    try:
+        layout.axis_lengths(parameter.shape, sizes)
+    except OpenLengthsError:
+        return None
+    except ValueError as error:
+        return error
+    return None
 
 
 def _suggestion(layer: nn.Module, layout: Layout, parameter: torch.Tensor, lengths: Mapping[str, int]) -> str:

@@ -19,12 +19,13 @@ from torch import nn
 from ..kan.basis import UniformGrid
 from ..locks import cached
 from .coefficients import CoefficientTensor, Described, expand_name, get_or_none, locate_coefficients
-from .layout import Layout, parse_layout
+from .layout import Layout, axis_patterns, parse_layout
 from .readings import check_description, choose_reading, exchange_axes, note_verified, pattern_variants
 
 
 Grid = dict[str, "torch.Tensor | int | float"]
 
+_MOST_VARIANTS = 24  # of a pattern that does not hold, which are tried to say what would
 _MAX_CHARACTERS = 4000  # of a description in a file
 
 
@@ -202,9 +203,10 @@ class KANLayerSpec:
         def variants() -> dict[str, Callable[[], CoefficientTensor]]:
             (parameter, pattern), *others = self.parts
             residual = self.residual if tensor.separate_residual else None
+            patterns = [*pattern_variants(pattern), *axis_patterns(tensor.get_parameter(layer).shape)]
             return {
                 other: partial(self._locator(layer), ((parameter, other), *others), residual)
-                for other in pattern_variants(pattern)
+                for other in dict.fromkeys(patterns[:_MOST_VARIANTS])
             }
 
         check_description(name, layer, self.read_grid(layer), self._readings, tensor, variants, self.linear)

@@ -35,9 +35,9 @@ class FunctionProbe(Probe):
                 x = self._input(tensor)
                 inputs = x.shape[-1]
                 rest = list(range(1, inputs))
-                others = [x[:, [0, *rest[step:], *rest[:step]]] for step in range(1, min(inputs - 1, 5))]
+                others = [x[..., [0, *rest[step:], *rest[:step]]] for step in range(1, min(inputs - 1, 5))]
                 if inputs == 2:
-                    others = [torch.stack([x[:, 0], 0.5 * (x[:, 0] + x[:, 1])], dim=1)]
+                    others = [torch.stack([x[..., 0], 0.5 * (x[..., 0] + x[..., 1])], dim=-1)]
                 first = self._gradient(tensor, x)
                 if any(not _is_parallel(first[:, 0], self._gradient(tensor, other)[:, 0]) for other in others):
                     return False

@@ -45,6 +45,7 @@ class Verdict(NamedTuple):
     inputs: bool | None = None
     reason: str = ""  # why nothing was decided
     contradicted: bool = False  # an output does not depend on its own slice, and does on others
+    has_raised: bool = False  # the layer does not take an input of the described size
 
     @property
     def is_verified(self) -> bool:
@@ -73,6 +74,7 @@ class Probe:
     def __init__(self, layer: nn.Module, grid: Mapping[str, Any], args: tuple[Any, ...] = ()) -> None:
         self.layer, self.args = layer, args
         self.grid = [value for value in grid.values() if isinstance(value, torch.Tensor) and value.numel() > 1]
+        self._rows: tuple[int, ...] | None = None  # the axes of the input in front of its features
 
     def can_run(self, tensor: CoefficientTensor) -> bool:
         """Whether the parameters of the layer are such that it may be run."""
@@ -90,7 +92,7 @@ class Probe:
         except _Undecided as reason:
             return Verdict(reason=str(reason))
         except Exception as error:  # foreign code, which may raise anything: it wants other arguments
-            return Verdict(reason=f"the layer raised {type(error).__name__}: {error!s:.120}")
+            return Verdict(reason=f"the layer raised {type(error).__name__}: {error!s:.120}", has_raised=True)
 
     def curvature(self, tensor: CoefficientTensor) -> float | None:
         """How much the output deviates from an affine function of the coefficients, as a share of its change.
@@ -175,11 +177,13 @@ class Probe:
         return Verdict(outputs, inputs, contradicted=contradicted)
 
     def _input(self, tensor: CoefficientTensor) -> torch.Tensor:
-        """One input, in the middle of the grid: (1, in), or (1, channels, *sizes) for a convolution."""
+        """One input, in the middle of the grid: (1, in), (1, 1, in), or (1, channels, *sizes) for a convolution."""
         like = _wide(tensor.get_parameter(self.layer))
         if self.args:
             return self.args[0].detach().to(like)
-        shape, blocks = [1, tensor.shape[1]], _blocks(tensor)
+        if self._rows is None and len(tensor.shape) == 3:
+            self._rows = self._find_rows(tensor)
+        shape, blocks = [*(self._rows or (1,)), tensor.shape[1]], _blocks(tensor)
         if len(tensor.shape) == 4:
             member = tensor.parts[0][0]
             shape[1] *= blocks
@@ -197,6 +201,19 @@ class Probe:
         # steps of the golden ratio, without a repetition
         share = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).mul(0.6180339887498949).frac().view(shape)
         return (low + (high - low) * (0.25 + 0.5 * share)).to(like)
+
+    def _find_rows(self, tensor: CoefficientTensor) -> tuple[int, ...] | None:
+        """The axes in front of the features in an input that the layer takes: some take (batch, tokens, features)."""
+        for rows in ((1,), (1, 1)):
+            try:
+                with torch.no_grad():
+                    self._run({}, torch.zeros(*rows, tensor.shape[1]).to(_wide(tensor.get_parameter(self.layer))))
+            except _Undecided:
+                return rows
+            except Exception:  # as in `axes`; perhaps an input of another size
+                continue
+            return rows
+        return None
 
     def _run(self, values: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         copy = _copy_of(self.layer, {})

@@ -104,15 +104,16 @@ def check_description(
     layer_name = f"The layer `{name}` ({type(layer).__name__}, of the KAN family {tensor.family!r})"
     probe = Probe(layer, grid)
     _, verdict = _CHOSEN.get(type(layer), {}).get(_reading_key(layer, readings)) or (0, probe.axes(tensor))
-    if False in verdict[:2]:
+    if False in verdict[:2] or verdict.has_raised:
         pattern = tensor.parameters[tensor.name].pattern
         fitting = [other for other, locate in variants().items() if _is_verified(probe, locate)]
         if fitting or verdict.contradicted:
             remedy = f"{' or '.join(map(repr, fitting))} would fit." if fitting else "Correct it."
+            slices = "an output, or an input, does not belong to its own slice of the coefficients"
             raise ValueError(
                 f"{layer_name} does not compute what its description says. By its gradients `{tensor.name}` "
-                f"{tuple(tensor.get_parameter(layer).shape)} is not laid out as {pattern!r}: an output, or an input, "
-                f"does not belong to its own slice of the coefficients. {remedy}"
+                f"{tuple(tensor.get_parameter(layer).shape)} is not laid out as {pattern!r}: "
+                f"{verdict.reason if verdict.has_raised else slices}. {remedy}"
             )
     if linear and (probe.curvature(tensor) or 0.0) > CURVATURE:
         names = ", ".join(f"`{parameter}`" for parameter in tensor.parameters)

@@ -90,6 +90,25 @@ class SmallNetworks(nn.Module):
         return torch.einsum("bioh,iolh->bo", hidden, self.w2)
 
 
+class Tokens(Polynomials):
+    """Takes (batch, tokens, features) alone."""
+
+    def forward(self, x):
+        batch, tokens, _ = x.shape
+        return super().forward(x.reshape(batch * tokens, -1)).view(batch, tokens, -1)
+
+
+@pytest.mark.parametrize("inputs", [2, 5])
+def test_a_layer_of_tokens(inputs):
+    torch.manual_seed(0)
+    layer = Tokens(inputs, 4, residual="oi")
+    tensor = get_kan_spec(layer).locate(layer)
+    assert tensor.shape == (4, inputs, 4) and tensor.has_residual
+    model = get_peft_model(nn.Sequential(layer), LoTRAConfig(r=2, init_weights=False))
+    y = model(x := torch.rand(2, 3, inputs))
+    assert relative(model.merge_and_unload()(x), y) < 1e-5
+
+
 @pytest.mark.parametrize("outputs", [1, 4])
 def test_four_axes_of_any_length(outputs):
     torch.manual_seed(0)

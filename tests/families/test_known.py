@@ -303,7 +303,7 @@ def test_a_layer_that_is_not_as_described():
 def test_a_residual_branch_of_another_shape(family):
     layer = FAMILIES[family](3, 4)
     layer.base_weight = nn.Parameter(torch.randn(5, 3))
-    with pytest.raises(ValueError, match=r"`spline_weight` .*'o i k'.*\(4, 3, 8\)"):
+    with pytest.raises(ValueError, match=r"`base_weight` .*'o i'.*\(5, 3\)"):
         find_kan_layers(as_model(layer))
 
 

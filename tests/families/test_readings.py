@@ -104,3 +104,31 @@ def test_a_second_layer_of_a_kind_is_not_run_at_attach(cls):
     once = len(ran)
     get_peft_model(make(), LoTRAConfig(r=2))
     assert 0 < once == len(ran)
+
+
+class Named(Layer):
+    def __init__(self):
+        super().__init__(3, 4, 5)
+        self.in_features, self.out_features = 3, 4
+        self.base, self.phase = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x):
+        return super().forward(torch.sin(x + self.phase.sum(1))) + x @ self.base.T
+
+
+@pytest.mark.parametrize(
+    ("description", "words"),
+    [
+        ({"coefficients": ("A", "k o i")}, ("`A` (4, 3, 5)", "'k o i'", "the layer raised", "'o i k' would fit")),
+        (
+            {"coefficients": ("A", "o i k"), "residual": ("base", "i o")},
+            ("`base`", "'i o'", "(4, 3)", "'o i' would fit"),
+        ),
+        ({"coefficients": [("A", "o i k"), ("phase", "k i")]}, ("`phase`", "'k i'", "(3, 5)", "i=3, which 5 is not")),
+    ],
+)
+def test_a_pattern_that_does_not_fit_is_named_with_what_would(description, words):
+    register_kan_layer("mine", matches=Named, linear=False, **description)
+    with pytest.raises(ValueError) as error:
+        get_peft_model(nn.Sequential(Named()), LoTRAConfig(r=2))
+    assert all(word in str(error.value) for word in words)
