@@ -19,6 +19,7 @@ from ..kan.layer import KANLinear
 from ..locks import LayerLock, exclusively
 from ..tucker import KernelTucker, Ranks, Tucker, Update, cap_ranks
 from .config import LoTRAConfig
+from .exporting import is_tracing, refuse_strict_export, refuse_trace
 from .fast_path import Formula, find_formula
 from .grid_watch import GridWatch, has_hooks
 from .initialization import reset_components, reset_components_from_base, reset_components_from_gradient
@@ -29,17 +30,6 @@ from .stand_in import BaseLayerProxy
 
 # The components of adapters, as state dicts have them; a layer without a kernel has all but the last.
 COMPONENTS = tuple(f"lotra_{name}" for name in KernelTucker._fields)
-
-
-# a base layer that runs with exchanged parameters is exported as the base: seen with 2.7 and 2.8, and not with 2.10
-_STRICT_EXPORT_IS_WRONG = torch.__version__ < "2.10"
-
-
-class StrictExportIsWrong(NotImplementedError):
-    """Before torch 2.10, strict export leaves adapters out: pass `strict=False`, or merge the adapters first.
-
-    The exporter shows the name of this class, and no message.
-    """
 
 
 class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
@@ -375,8 +365,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             RuntimeError: The grid is not the one that the adapters were made on.
         """
         if torch.compiler.is_compiling():
-            if _STRICT_EXPORT_IS_WRONG and torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
-                raise StrictExportIsWrong
+            refuse_strict_export()
             return
         spec, tensor, base_layer = self.lotra_spec, self.lotra_tensor, self._modules["base_layer"]
         grid = spec.read_grid(self.get_base_layer())
@@ -388,15 +377,6 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         if self._grid_watch.changed and not in_transform():
             self.lotra_formula = find_formula(base_layer, spec, tensor)
             self._grid_watch.changed = False
-
-    def _check_tracing(self, adapters: Sequence[str]) -> None:
-        """Refuses `torch.jit.trace` where it would raise, or record the sizes of a grid as tensors."""
-        is_tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        if adapters and is_tracing and not self.lotra_spec.is_of_this_package(self._modules["base_layer"]):
-            raise NotImplementedError(
-                f"torch.jit.trace takes adapted {self.lotra_spec.family} layers only once they are merged: "
-                "`model.merge_and_unload()`. Or use `torch.export.export`."
-            )
 
     def _moved_grid(self, adapter: str) -> RuntimeError:
         return RuntimeError(
@@ -423,7 +403,8 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         if adapter_names is None:
             adapters = self._adapters_here(self.active_adapters)
             self._look_at_base(adapters)
-            self._check_tracing(adapters)
+            if adapters and is_tracing():
+                refuse_trace(self.lotra_spec, self._modules["base_layer"])
             return self._run([self._update(name, self.training) for name in adapters], args, kwargs)
         names = adapter_names if isinstance(adapter_names, RowNames) else RowNames(adapter_names)
         adapters = self._adapters_here(names.distinct)

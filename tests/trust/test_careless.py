@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 
 import pytest
@@ -94,8 +93,7 @@ def test_odd_names(tmp_path, name):
 
 
 ####################################
-# Computed tensors, traces, the    #
-# last adapter                     #
+# Computed tensors, the last one   #
 ####################################
 
 
@@ -116,25 +114,6 @@ def test_modules_to_save_that_cannot_be_copied(kind):
         y = base(X)
         model = get_peft_model(base, LoTRAConfig(r=1, modules_to_save=["head"]))
         assert torch.equal(model(X), y)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_a_trace_is_saved_and_loaded():
-    model = adapted()
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.trace(model, X), file)
-    file.seek(0)
-    x = torch.rand(7, 3) * 2 - 1
-    torch.testing.assert_close(torch.jit.load(file)(x), model(x))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_a_trace_of_another_family_says_what_to_do():
-    model = adapted(nn.Sequential(FAMILIES["efficient-kan"](3, 2)))
-    with pytest.raises(NotImplementedError, match="efficient-kan layers only once they are merged"):
-        torch.jit.trace(model, X)
-    y, merged = model(X), model.merge_and_unload()
-    torch.testing.assert_close(torch.jit.trace(merged, X)(X), y)
 
 
 def test_the_last_adapter_is_deleted():
