@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..files.format import open_weights, write_atomically
+from ..hub.base_code import hub_id
 from ..tuner.config import LoTRAConfig
 from .members import Member, Point, read, write
 
@@ -66,7 +67,9 @@ def save_family(model: PeftModel, contents: Contents, path: Path, modes: int | N
         write(model, np.zeros(contents.vectors.shape[1]))
         model.save_pretrained(folder)
         shared = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
-        config = Path(folder, CONFIG_NAME).read_text(encoding="utf-8")
+        values = json.loads(Path(folder, CONFIG_NAME).read_text(encoding="utf-8"))
+    values["base_model_name_or_path"] = hub_id(values.get("base_model_name_or_path"))  # no folder of this machine
+    config = json.dumps(values)
     tensors = {name: part.contiguous() for name, part in (shared | arrays).items()}
     metadata = {"format": "pt", "parametric": _VERSION, "config": config, "log": json.dumps(contents.log)}
     _replace(path, lambda temporary: save_file(tensors, temporary, metadata))

@@ -155,7 +155,7 @@ def main() -> None:
             prefix = "quick_" if args.quick else ""
             (args.output / f"{prefix}{name}_{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
             print(json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1), flush=True)
-    pattern = "quick_*_*.json" if args.quick else "[!q]*_*.json"
+    pattern = "quick_*_*.json" if args.quick else "[!q]*_[0-9].json"
     results = [json.loads(path.read_text()) for path in sorted(args.output.glob(pattern))]
     draw(results, args.output / ("quick_errors.png" if args.quick else "errors.png"))
 
