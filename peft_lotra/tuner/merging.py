@@ -315,4 +315,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
     def _write(self, parameters: Mapping[str, torch.Tensor]) -> None:
         stored = self._base_parameters()
         for name, value in parameters.items():
-            stored[name].data.copy_(value)
+            parameter = stored[name]
+            if any(step == 0 and size > 1 for step, size in zip(parameter.stride(), parameter.shape, strict=True)):
+                parameter.data = parameter.data.contiguous()  # made by `expand`: its numbers share their memory
+            parameter.data.copy_(value)

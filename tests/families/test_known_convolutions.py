@@ -252,6 +252,18 @@ def test_factors_of_edges_are_shared_along_the_kernel(groups, ndim):
     assert relative(model.merge_and_unload()(x), y) < 1e-5
 
 
+def test_phases_that_share_their_memory_are_merged():
+    layer = ReLUKANLayer(3, 4)  # as torch-conv-kan makes them
+    layer.phase_low = nn.Parameter(torch.linspace(-1.5, 0.5, 5)[None].expand(3, 5))
+    model = get_peft_model(nn.Sequential(layer), LoTRAConfig(r=2, init_weights=False))
+    y = model(x := torch.rand(6, 3) * 2 - 1)
+    model.merge_adapter()
+    assert relative(model(x), y) < 1e-5
+    model.unmerge_adapter()
+    assert relative(model(x), y) < 1e-5
+    assert relative(model.merge_and_unload()(x), y) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["phase_high", "phase_height"])
 def test_phases_that_all_outputs_share(name, tmp_path):
     def build():
