@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput  # pyright: ignore[reportPrivateImpor
 
 from .configuration_kan import KANConfig
 from .jets.chain import register_wrapper
+from .knots import KnotMap
 from .layer import SplineLayer
 from .network import KAN
 from .slim_kan import SlimKAN, SlimKANLinear
@@ -90,8 +91,18 @@ class KANModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """As transformers', after an update of `config.ranks`, which `slim` and `to_dense` change."""
+        """As transformers', after an update of `config.ranks` and `config.grid_size`, which `slim`, `to_dense` and
+        `refine_grid` change; a `ValueError` if the configuration cannot tell the grids."""
         layers = [layer for layer in self.kan.layers if isinstance(layer, SplineLayer)]
+        sizes = {layer.grid_size for layer in layers}
+        if len(sizes) > 1 or any(isinstance(layer, KnotMap) for layer in self.kan.layers):
+            raise ValueError(
+                f"The grids of the layers have {sorted(sizes)} intervals"
+                + (", and a KnotMap is before one of them" if len(sizes) == 1 else "")
+                + ", but a KANConfig has one `grid_size` and even knots. Save the module by `torch.save`."
+            )
+        if sizes:
+            self.config.grid_size = sizes.pop()
         ranks = tuple(layer.ranks if isinstance(layer, SlimKANLinear) else None for layer in layers)
         self.config.ranks = ranks if any(ranks) else None
         super().save_pretrained(*args, **kwargs)

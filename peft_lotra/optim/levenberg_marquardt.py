@@ -19,6 +19,7 @@ from .linear_model import LinearModel
 
 
 SMALLEST_DAMPING = 1e-16  # less is lost in the rounding of the normal equations
+SMALLEST_FORGETTING = 1e-7  # with `forgetting`: less fits the rows of one step alone
 
 
 class LevenbergMarquardtStep(NamedTuple):
@@ -187,7 +188,7 @@ class LevenbergMarquardt:
                 if new_loss < loss and decrease > 0:  # not if one is NaN
                     agreement = decrease / predicted_decrease
                     damping *= _damping_factor(agreement, raised=attempts > 1)
-                    self.damping = max(damping, SMALLEST_DAMPING)
+                    self.damping = max(damping, SMALLEST_FORGETTING if self.forgetting else SMALLEST_DAMPING)
                     self._remember(linear, candidate - problem.start, new_residuals, agreement)
                     problem.write(candidate)
                     share, losses = 1 - new_loss / loss, problem.losses(new_residuals)

@@ -13,7 +13,7 @@ from helpers import adapt
 from jet_helpers import assert_same, nested
 from torch import Tensor, nn
 
-from peft_lotra.kan import KAN, KnotMap, SlimKAN, jet, refine_grid
+from peft_lotra.kan import KAN, KANConfig, KANModel, KnotMap, SlimKAN, jet, refine_grid
 from peft_lotra.optim import LevenbergMarquardt
 
 
@@ -127,6 +127,25 @@ def test_normalizations_between_layers():
     before = model.eval()(x)
     refine_grid(model, 30, x)
     torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-3)
+
+
+def test_adapters_and_levenberg_marquardt_on_a_refined_network():
+    x, model = inputs(200), kan()
+    refine_grid(model, 12, x, density=1 + torch.rand(2, 8, dtype=torch.float64), tolerance=0.5)
+    adapted = adapt(model, random=False, r=3)
+    terms = [(lambda model, x: jet(model, x)[2].sum(0) - 1, x)]
+    losses = [record.loss for record in LevenbergMarquardt(adapted).fit(terms, 4, progress=False)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_transformers_model_is_saved_with_its_grid(tmp_path):
+    model, x = KANModel(KANConfig(widths=[2, 4, 1], grid_size=5)), torch.rand(20, 2)
+    refine_grid(model.kan, 10)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(KANModel.from_pretrained(tmp_path)(x).logits, model(x).logits)
+    refine_grid(model.kan, 10, density=torch.ones(2, 4))
+    with pytest.raises(ValueError, match="a KnotMap is before one of them"):
+        model.save_pretrained(tmp_path)
 
 
 def test_refusals_change_nothing():

@@ -42,8 +42,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 torch.set_num_threads(1)
 
-SMALLEST_DAMPING = 1e-7  # smaller ones fit the points of one step alone
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -53,22 +51,22 @@ class Recipe:
         stages: parameters of the continuation, in equal ratios; a problem without one repeats its own.
         steps: of Levenberg-Marquardt at each parameter.
         last: steps at the last parameter, after the continuation.
-        points, redraw: collocation points during the continuation, drawn anew after so many steps.
-        last_points, forgetting: those of the last steps, drawn anew for each step, and the factor by which
-            Levenberg-Marquardt forgets former points there.
+        points, forgetting: collocation points, drawn anew for each step, and the factor by which Levenberg-Marquardt
+            forgets former ones, during the continuation.
+        last_points, last_forgetting: the same afterwards.
         slope_scale: of `gradient_weights`.
     """
 
     width: int = 8
     grid_size: int = 10
     stages: int = 6
-    steps: int = 8
+    steps: int = 10
     last: int = 60
-    points: int = 2500
-    redraw: int = 4
+    points: int = 1500
+    forgetting: float = 0.3
     last_points: int = 2000
+    last_forgetting: float = 0.8
     slope_scale: float = 0.1
-    forgetting: float = 0.8
 
 
 QUICK = Recipe(width=3, grid_size=4, stages=2, steps=2, last=3, points=150, last_points=200)
@@ -84,7 +82,7 @@ class Run:
         self.kan = KAN(widths, grid_size=recipe.grid_size, dtype=torch.float64)
         self.model = HardConstraint(nn.Sequential(problem.features, self.kan), problem.distance, problem.lift)
         self.sampler = ResidualSampler(problem.low, problem.high, recipe.points, seed=1000 * seed)
-        self.optimizer = LevenbergMarquardt(self.model, floor=1e-6)
+        self.optimizer = LevenbergMarquardt(self.model, floor=1e-6, forgetting=recipe.forgetting)
         self.parameter = math.nan
         self.curve: list[tuple[float, int, float]] = []
         self.steps, self.seconds, self.clock = 0, 0.0, 0.0
@@ -97,11 +95,11 @@ class Run:
             parameter = problem.start * (problem.stop / problem.start) ** share
             if stage and problem.start != problem.stop:
                 self.move_grids()
-            self.fit(parameter, recipe.steps, recipe.redraw)
-        self.optimizer.forgetting = recipe.forgetting
+            self.fit(parameter, recipe.steps)
+        self.optimizer.forgetting = recipe.last_forgetting
         self.sampler.count = recipe.last_points
         for _ in range(3):
-            self.fit(problem.stop, recipe.last // 3, redraw=1)
+            self.fit(problem.stop, recipe.last // 3)
 
     def move_grids(self) -> None:
         """Knots where the solution is steep, and inner grids where the activations are."""
@@ -119,7 +117,7 @@ class Run:
         first = self.kan.layers[0]
         return first if isinstance(first, KnotMap) and not self.problem.features.periodic else None
 
-    def fit(self, parameter: float, steps: int, redraw: int) -> None:
+    def fit(self, parameter: float, steps: int) -> None:
         problem, recipe = self.problem, self.recipe
 
         def residual(model: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
@@ -132,12 +130,10 @@ class Run:
             self.optimizer.forget()  # residuals of another equation
             self.optimizer.damping = min(1e-2, 100 * self.optimizer.damping)
             self.parameter = parameter
-        for step in range(steps):
-            if step % redraw == 0:
-                x, _ = self.sampler.draw(lambda x: residual(self.model, x, weights(x)), self.knots())
-                terms = [(residual, (x, weights(x))), *problem.terms()]
-            record = self.optimizer.step(terms)
-            self.optimizer.damping = min(max(self.optimizer.damping, SMALLEST_DAMPING), 1e3)
+        for _ in range(steps):
+            x, _ = self.sampler.draw(lambda x: residual(self.model, x, weights(x)), self.knots())
+            record = self.optimizer.step([(residual, (x, weights(x))), *problem.terms()])
+            self.optimizer.damping = min(self.optimizer.damping, 1e3)
             self.steps += 1
         self.seconds += time.process_time() - self.clock
         error = problem.error(self.model)
