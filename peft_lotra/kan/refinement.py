@@ -44,6 +44,7 @@ def refine_grid(
     samples: Tensor | None = None,
     *,
     density: Tensor | None = None,
+    exact: bool = False,
     margin: float = 0.02,
     tolerance: float = 1e-2,
 ) -> RefinementReport:
@@ -57,6 +58,10 @@ def refine_grid(
     With samples, the grids of all layers but the first cover the activations of the samples (as `KAN.update_grid`
     makes them do), wherever these lie, and the functions are fitted there.
 
+    With samples and `exact`, the knots stay and new ones are inserted between them; where activations leave a grid, it
+    is extended by whole intervals, at most the `spline_order` on which splines are not zero. The function is then kept
+    to rounding at the samples, and the grids of layers differ in size.
+
     The parameters are replaced by new ones: make optimizers afterwards. `LevenbergMarquardt` needs nothing.
 
     Args:
@@ -65,6 +70,8 @@ def refine_grid(
         samples: Inputs (N, I) of the network.
         density: Positive numbers (I, C), the relative number of knots wanted in C equal cells of each of the first
             layer's grids, for a `KnotMap` before that layer. None keeps the map that is there.
+        exact: Whether grids are extended by whole intervals, rather than moved. `grid_size` must be a multiple of the
+            old ones, and a layer of G intervals that is extended by e gets grid_size (G + e) / G of them.
         margin: The share of the activations' range that is left free at each end, with samples.
         tolerance: The largest error of a layer, see `RefinementReport`, that is accepted.
 
@@ -105,6 +112,8 @@ def refine_grid(
             )
     if samples is not None and not (samples.dim() == 2 and len(samples) and samples.isfinite().all()):
         raise ValueError(f"`samples` have shape {tuple(samples.shape)}, but must be (N, I), N >= 1, and finite.")
+    if exact:
+        _check_exact(kan, grid_size, samples, density)
     first = next(layer for layer in kan.layers if isinstance(layer, SplineLayer))
     new_map = None
     if density is not None:
@@ -117,11 +126,15 @@ def refine_grid(
     old_map = before if isinstance(before := kan.layers[0], KnotMap) and kan.layers[1] is first else None
     for name, layer in kan.layers.named_children():
         if isinstance(layer, SplineLayer):
-            bounds, outside[name] = _new_bounds(name, layer, samples if layer is not first else None, margin)
-            if layer is first and samples is not None:
-                outside[name] = _share_outside(layer, samples)
+            size = grid_size
+            outside[name] = 0.0 if samples is None else _share_outside(layer, samples)
+            if exact:
+                assert samples is not None
+                bounds, size = _extended(name, layer, samples, grid_size)
+            else:
+                bounds = _new_bounds(name, layer, samples if layer is not first else None, margin)
             maps = (old_map, new_map or old_map) if layer is first else (None, None)
-            new, errors[name] = _refitted(layer, grid_size, bounds, *maps)
+            new, errors[name] = _refitted(layer, size, bounds, *maps)
             if not errors[name] <= tolerance:
                 raise ValueError(
                     f"`layers.{name}` cannot be kept: on a grid of {grid_size} intervals its functions change by "
@@ -145,18 +158,44 @@ def _share_outside(layer: SplineLayer, z: Tensor) -> float:
     return ((z < low) | (z > high)).double().mean().item()
 
 
-def _new_bounds(name: str, layer: SplineLayer, z: Tensor | None, margin: float) -> tuple[Tensor, float]:
-    """Ends (I, 2) that cover the activations z (N, I), and the share of these outside of the old grid."""
-    if z is None:
-        return layer.grid_bounds, 0.0
+def _check_exact(kan: LayerStack, grid_size: int, samples: Tensor | None, density: Tensor | None) -> None:
+    if samples is None or density is not None:
+        raise ValueError("`exact` needs `samples`, and no `density`: other knots do not keep the function exactly.")
+    for name, layer in kan.layers.named_children():
+        if isinstance(layer, SplineLayer) and grid_size % layer.grid_size:
+            raise ValueError(
+                f"`grid_size` is {grid_size}, but with `exact` it must be a multiple of the "
+                f"{layer.grid_size} intervals of `layers.{name}`."
+            )
+
+
+def _extended(name: str, layer: SplineLayer, z: Tensor, grid_size: int) -> tuple[Tensor, int]:
+    """Ends (I, 2) of the grids with as many more intervals on each side as cover the activations z, and their size."""
+    _check_finite(name, z)
+    low, high = layer.grid_bounds.unbind(-1)
+    width = (high - low) / layer.grid_size
+    below, above = ((part / width).max().ceil().int().item() for part in (low - z.amin(0), z.amax(0) - high))
+    before, behind = (min(max(0, int(count)), layer.spline_order) for count in (below, above))
+    ends = torch.stack([low - before * width, high + behind * width], -1)
+    return ends, grid_size // layer.grid_size * (layer.grid_size + before + behind)
+
+
+def _check_finite(name: str, z: Tensor) -> None:
     if not z.isfinite().all():
         raise ValueError(f"The inputs of `layers.{name}` are not finite for some samples: remove these.")
+
+
+def _new_bounds(name: str, layer: SplineLayer, z: Tensor | None, margin: float) -> Tensor:
+    """Ends (I, 2) that cover the activations z (N, I)."""
+    if z is None:
+        return layer.grid_bounds
+    _check_finite(name, z)
     low, high = z.aminmax(dim=0)
     pad = margin * (high - low)
     bounds = torch.stack([low - pad, high + pad], -1)
     resolution = torch.finfo(bounds.dtype).eps * bounds.abs().amax(-1)
     wide = bounds.diff(dim=-1).squeeze(-1) > 1e3 * layer.grid_size * resolution
-    return torch.where(wide[:, None], bounds, layer.grid_bounds), _share_outside(layer, z)
+    return torch.where(wide[:, None], bounds, layer.grid_bounds)
 
 
 def _refitted(

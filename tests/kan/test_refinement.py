@@ -86,6 +86,22 @@ def test_samples_where_activations_leave_the_grid():
         z = layer(z)
 
 
+@pytest.mark.parametrize("order", [2, 3])
+def test_exact_where_activations_leave_the_grid(order):
+    """At half an interval beyond the ends and farther, with derivatives, and beyond the splines' supports."""
+    x = inputs(400, 1.3)
+    model = wide(wide(kan(spline_order=order)))
+    before = jet(model, x)
+    plain = copy.deepcopy(model)
+    report = refine_grid(model, 12, x, exact=True)
+    assert report.outside["0"] > 0.2 and report.outside["1"] > 0.1 and max(report.errors.values()) < 1e-11
+    sizes = [layer.grid_size for layer in model.layers]
+    assert sizes[0] == 16 and all(size in range(12, 25, 2) for size in sizes)  # an interval on each side of the first
+    assert_same(jet(model, x), before, 1e-8)
+    refine_grid(plain, 12)
+    assert (plain(x) - before[0]).abs().max() > 1e-3 * before[0].abs().max()
+
+
 def test_knots_where_the_function_is_steep():
     """At equal size, a shock is fitted far better by dense knots; the function is kept when they are moved there."""
     x = torch.linspace(-1, 1, 400, dtype=torch.float64)[:, None]
@@ -160,6 +176,8 @@ def test_refusals_change_nothing():
         (lambda: refine_grid(model, 12, bad), "must be .N, I., N >= 1, and finite"),
         (lambda: refine_grid(model, 12, x[:0]), "`samples` have shape"),
         (lambda: refine_grid(model, 12, density=torch.ones(3, 5)), "`density` .3, 5. must be"),
+        (lambda: refine_grid(model, 12, exact=True), "`exact` needs `samples`"),
+        (lambda: refine_grid(model, 15, x, exact=True), "must be a multiple of the 6 intervals of `layers.0`"),
         (lambda: refine_grid(adapt(copy.deepcopy(model)).get_base_model(), 12), "`layers.0` is LoTRALayer"),
     ]
     for call, message in cases:
