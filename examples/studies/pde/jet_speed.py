@@ -52,6 +52,8 @@ def measure(threads: int, compiled: bool, repetitions: int) -> dict[str, float]:
 
         other = EfficientKAN([2, 16, 16, 1])
         runs[f"{NESTED}, efficient-kan"] = lambda: nested(other, x)
+        if not compiled:
+            runs["jet, efficient-kan"] = lambda: laplacian(other, x)
     except ImportError:
         pass
     for _ in range(2):

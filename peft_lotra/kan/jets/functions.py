@@ -70,7 +70,7 @@ def spline_derivatives(
     """
     x, knots = (
         z.movedim(-1, 0).unsqueeze(0),
-        knots.T.reshape(-1, len(knots), *[1] * (z.dim() - 1)),
+        knots.T.contiguous().view(-1, len(knots), *[1] * (z.dim() - 1)),
     )  # (1, I, ...), (M, I, 1)
     basis = ((knots[:-1] <= x) & (x < knots[1:])).to(z.dtype)
     if closed is not None:
@@ -101,13 +101,13 @@ def _inverse(span: Tensor) -> Tensor:
 
 def gaussian_derivatives(centers: Tensor, width: Any, z: Tensor, highest: int) -> list[Tensor]:
     """exp(-((z - c) / width)^2) for centers c (K,)."""
-    s = _offsets(z, centers) / width
-    f = torch.exp(-s.square())
-    found = [f]
+    offset, rate = _offsets(z, centers), 2 / (width * width)
+    slope = offset * -rate  # of the exponent
+    found = [(offset * slope).mul_(0.5).exp_()]
     if highest >= 1:
-        found.append(-2 / width * (s * f))
-    for d in range(2, highest + 1):  # f^(d) = -2 / width (s f^(d-1) + (d-1) / width f^(d-2))
-        found.append(-2 / width * (s * found[-1] + (d - 1) / width * found[-2]))
+        found.append(slope * found[0])
+    for d in range(2, highest + 1):
+        found.append(torch.addcmul(found[-2] * (-(d - 1) * rate), slope, found[-1]))
     return _functions_last(found)
 
 
@@ -131,7 +131,7 @@ def chebyshev_derivatives(degree: int, z: Tensor, highest: int) -> list[Tensor]:
         for d in range(highest, -1, -1):  # from the recurrence of T_n, differentiated d times
             value = 2 * u * rows[d][n - 1] - rows[d][n - 2]
             rows[d].append(value if d == 0 else value.add(rows[d - 1][n - 1], alpha=2 * d))
-    t = [torch.stack(row) for row in rows]
+    t = [_functions_first(row) for row in rows]
     found = [t[0]]
     if highest >= 1:
         u1 = 1 - u.square()
@@ -150,11 +150,20 @@ def harmonic_derivatives(count: int, z: Tensor, highest: int) -> list[Tensor]:
     k = torch.arange(1, count + 1, dtype=z.dtype, device=z.device).view(-1, *[1] * z.dim())
     cosine, sine = torch.cos(k * z), torch.sin(k * z)
     cycle = [(cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine)]
-    return _functions_last([torch.cat([k**d * part for part in cycle[d]]) for d in range(highest + 1)])
+    return _functions_last(
+        [_functions_first([*(k**d * cycle[d][0]), *(k**d * cycle[d][1])]) for d in range(highest + 1)]
+    )
 
 
 def _offsets(z: Tensor, centers: Tensor) -> Tensor:
     return z - centers.view(-1, *[1] * z.dim())
+
+
+def _functions_first(parts: Sequence[Tensor]) -> Tensor:
+    """The values of functions, each of the shape of z, as one tensor that has the order of z in memory."""
+    if parts[0].dim() == 2 and not parts[0].is_contiguous():
+        return torch.stack([part.mT for part in parts]).mT
+    return torch.stack(list(parts))
 
 
 def _functions_last(parts: Sequence[Tensor]) -> list[Tensor]:

@@ -44,7 +44,7 @@ def through_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The jet of the outputs, by operations that autograd differentiates; arguments as for `evaluate_layer`.
 
-    With m = z - mean(z), v = mean(m^2) + eps and s = v^(-1/2), layer normalization is m s; batch normalization in
+    With m = z - mean(z) and s = (mean(m^2) + eps)^(-1/2), layer normalization is m s; batch normalization in
     evaluation mode is affine.
     """
     first = first.expand(len(first), *z.shape)
@@ -73,10 +73,9 @@ def _normalize(
     def over_directions(x: Tensor) -> Tensor:
         return x if weights is None else torch.tensordot(weights, x, 1).unsqueeze(0)
 
-    m, dm, d2m = (part - mean(part) for part in (z, first, second))
-    v, dv = mean(m.square()) + eps, 2 * mean(m * dm)
-    d2v = 2 * mean(over_directions(dm.square()) + m * d2m)
-    s = torch.rsqrt(v)
-    by_first, by_second = s**3 / -2, 3 * s**5 / 4  # derivatives of s in v
-    ds, d2s = by_first * dv, by_second * over_directions(dv.square()) + by_first * d2v
-    return m * s, dm * s + m * ds, d2m * s + 2 * over_directions(dm * ds) + m * d2s
+    m = z - mean(z)
+    s = torch.rsqrt(mean(m.square()) + eps)
+    y, a, b = m * s, (first - mean(first)) * s, (second - mean(second)) * s
+    c = mean(y * a)  # s' = -s c, and s'' = s e
+    e = over_directions(3 * c.square() - mean(a.square())) - mean(y * b)
+    return y, torch.addcmul(a, y, c, value=-1), torch.addcmul(b - 2 * over_directions(a * c), y, e)
