@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
+import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -131,7 +132,8 @@ class ParametricAdapter:
                 f"`config` trains {config.train or 'all components'}, whose product is not linear in them, so that "
                 'members could not be interpolated. Leave `train` out, or pass `train=["core"]`.'
             )
-        with warnings.catch_warnings():
+        # a tensor that is made in inference mode could never be trained
+        with torch.inference_mode(False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Adapters have more parameters")  # which are shared by many members
             model = cast(PeftModel, get_peft_model(copy.deepcopy(base), config))
         self._set(model, terms_of, loss_of, log)
@@ -218,7 +220,8 @@ class ParametricAdapter:
         points = self._path.distinct(parameters if parameters is not None else cast(tuple, between))
         self._path.spread(points)
         run = RunFolder(folder, self._record()) if folder is not None else None
-        with run.opened() if run is not None else nullcontext({}) as known:
+        opened = run.opened() if run is not None else nullcontext({})
+        with torch.inference_mode(False), torch.enable_grad(), opened as known:
             fitting = Fitting(self.model, self._problem, self._path, executor, run, known, progress)
             if between is None:
                 fitting.walk(points)
@@ -262,15 +265,17 @@ class ParametricAdapter:
             raise ValueError("The family has no residual terms, with which a prediction could be refined.")
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"`steps` is {steps!r}, but must be an int of at least 1.")
-        write(self.model, prediction._vector)
-        take_steps(self.model, list(self._problem.terms_of(prediction.parameter)), steps, steps)
+        with torch.inference_mode(False), torch.enable_grad():
+            write(self.model, prediction._vector)
+            take_steps(self.model, list(self._problem.terms_of(prediction.parameter)), steps, steps)
         return Prediction(self, prediction._point, read(self.model), prediction.extrapolated)
 
     def as_adapter(self, parameter: Parameter, *, steps: int = 0, force: bool = False) -> PeftModel:
         """A PEFT model of its own, with the predicted adapter, refined by `steps` steps: to save, merge or serve."""
         prediction = self.refine(parameter, steps, force=force) if steps else self.predict(parameter, force=force)
-        model = copy.deepcopy(self.model)
-        write(model, prediction._vector)
+        with torch.inference_mode(False):
+            model = copy.deepcopy(self.model)
+            write(model, prediction._vector)
         return model
 
     def save_pretrained(self, folder: str | os.PathLike, *, modes: int | None = None) -> None:

@@ -8,18 +8,23 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from torch import nn
 
 from .choice import RESOLVED, WORSE, blended, candidates, greedy_batch, next_wave, skeleton
+from .interpolation import nearest
 from .members import Failure, Member, Point, Problem, argument, fit_all, write
 from .path import Path
 from .report import FamilyReport
 from .storage import RunFolder
+
+
+EMPTY: Mapping[Point, np.ndarray] = MappingProxyType({})
 
 
 class Fitting:
@@ -92,16 +97,21 @@ class Fitting:
             self.failed[argument(point)] = f"{type(error).__name__}: {error}"
             return math.nan
 
-    def _fit(self, points: Sequence[Point]) -> int:
-        """Fits members at these points; returns how many could be fitted."""
-        return self._fit_from([(point, self.path.vector_at(point)) for point in points])
+    def _start(self, point: Point) -> np.ndarray:
+        """The prediction at a point; outside of the members, the nearest member if that has the smaller indicator."""
+        path, predicted = self.path, self.path.vector_at(point)
+        if not path.members or (path.is_inside(point) and self.problem.train is None):
+            return predicted
+        closest = path.members[nearest(path.places, path.scale(point))[0]].vector
+        return predicted if self._indicator(point, predicted) < self._indicator(point, closest) else closest
 
-    def _fit_from(self, starts: Sequence[tuple[Point, np.ndarray]]) -> int:
-        """Fits members from these starts, or takes those of the folder; returns how many."""
-        names = {point: (point, self.fits[point]) for point, _ in starts}
+    def _fit(self, points: Sequence[Point], starts: Mapping[Point, np.ndarray] = EMPTY) -> int:
+        """Fits members at these points, or takes those of the folder; returns how many."""
+        names = {point: (point, self.fits[point]) for point in points}
         self.fits.update(list(names))
         results = [self.known[name] for name in names.values() if name in self.known]
-        jobs = [job for job in starts if names[job[0]] not in self.known]
+        jobs = [(p, starts[p] if p in starts else self._start(p)) for p in points if names[p] not in self.known]
+        jobs = [job for job in jobs if argument(job[0]) not in self.failed]
         for result in fit_all(self.model, self.problem, jobs, self.executor):
             if isinstance(result, Failure):
                 self.failed[argument(result.parameter)] = result.error
@@ -149,13 +159,13 @@ class Fitting:
 
         Those are members that the walk had to start from far away.
         """
-        path, starts = self.path, []
+        path, starts = self.path, {}
         for member in path.members if len(path.members) > 2 else ():
             if self.fits[member.parameter] == 1:
                 start = path.vector_at(member.parameter, without=member.parameter)
                 if self._indicator(member.parameter, start) < member.indicator:
-                    starts.append((member.parameter, start))
-        self._fit_from(starts)
+                    starts[member.parameter] = start
+        self._fit(list(starts), starts)
 
     def report(self) -> FamilyReport:
         """The members that were added.

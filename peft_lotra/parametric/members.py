@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import call_with_parameters
-from ..optim.least_squares import check_terms
+from ..optim.least_squares import check_terms, name_term
 from ..optim.levenberg_marquardt import LevenbergMarquardt
 
 
@@ -75,6 +75,8 @@ class Problem:
         if not np.isfinite(vector).all():
             raise ValueError("The fitted parameters are not finite.")
         indicator = self.indicator(model, parameter)
+        if not math.isfinite(indicator) and (self.terms_of is not None or self.loss_of is not None):
+            raise ValueError(f"The loss of the fitted member is {indicator}: residuals are NaN or infinite.")
         return Member(parameter, vector, predicted, indicator, steps, time.perf_counter() - began)
 
     def indicator(self, model: nn.Module, parameter: Point) -> float:
@@ -127,9 +129,15 @@ def loss_of_terms(model: nn.Module, terms: Iterable) -> float:
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     exact = {n: t.double() for n, t in state.items() if t.is_floating_point() and t.dtype != torch.float64}
     total = 0.0
-    for function, rows, weight in check_terms(terms):
+    for index, (function, rows, weight) in enumerate(check_terms(terms)):
         rows = tuple(row.double() if row.is_floating_point() else row for row in rows)
         values = call_with_parameters(model, exact, partial(function, model), rows, {})
+        if not isinstance(values, Tensor) or values.shape[:1] != (len(rows[0]),):
+            given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"The {name_term(index, function)} returns {given} for {len(rows[0])} rows, but must return "
+                f"({len(rows[0])},) or ({len(rows[0])}, m): the residuals of each row, without a mean over rows."
+            )
         total += weight * values.double().reshape(len(rows[0]), -1).square().sum(1).mean().item()
     return total
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -273,3 +274,37 @@ def test_a_function_that_fails_at_one_parameter(base):
     alone = ParametricAdapter(base, problems.terms_that_fail, ranks=6)
     with pytest.raises(RuntimeError, match="2.6: ZeroDivisionError"):
         alone.fit([2.6], progress=False)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_fitting_without_grad_mode(base, mode):
+    expected = make(base)
+    expected.fit([2.9, 3.0], progress=False)
+    with mode():
+        family = make(base)
+        family.fit([2.9, 3.0], progress=False)
+        refined, adapter = family.refine(2.95), family.as_adapter(2.95)
+    np.testing.assert_array_equal(family._path.vectors, expected._path.vectors)
+    assert refined.indicator == pytest.approx(expected.refine(2.95).indicator)
+    adapter(problems.POINTS).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:Step refused")
+def test_residuals_that_cannot_be_fitted(base):
+    def averaged(model, x):
+        return model(x).mean()
+
+    def broken(model, x):
+        return model(x) * torch.nan
+
+    for function, words in (
+        (averaged, r"residual term 0 \(averaged\) returns \(\) for 60 rows"),
+        (broken, "NaN or inf"),
+    ):
+        with pytest.raises(RuntimeError, match=f"3.0: ValueError: .*{words}"):
+            ParametricAdapter(base, lambda c, f=function: [(f, problems.POINTS)], ranks=4).fit([3.0], progress=False)
+
+
+def test_a_copied_family_goes_on(family):
+    other = pickle.loads(pickle.dumps(copy.deepcopy(family)))
+    assert other.predict(2.9).indicator == pytest.approx(family.predict(2.9).indicator)
