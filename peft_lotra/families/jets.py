@@ -27,7 +27,7 @@ from ..kan.jets.layers import evaluate_layer
 from ..kan.jets.norms import is_norm
 from ..kan.jets.transforms import elementwise_derivatives, jet_by_transforms
 from .coefficients import CoefficientTensor, get_or_none
-from .description import Grid, KANLayerSpec
+from .description import REGISTERED, Grid, KANLayerSpec
 from .registry import get_kan_spec, same_grid
 
 
@@ -56,6 +56,7 @@ class _Layer(NamedTuple):
 
 
 _layers: WeakKeyDictionary[nn.Module, _Layer | None] = WeakKeyDictionary()
+_asked: WeakKeyDictionary[nn.Module, State] = WeakKeyDictionary()  # which families were asked about a module
 _networks: WeakKeyDictionary[nn.Module, tuple[State, list[nn.Module] | None]] = WeakKeyDictionary()
 
 
@@ -81,7 +82,9 @@ def layer_stage(
 
 
 def _known_layer(module: nn.Module) -> _Layer | None:
-    if module not in _layers:
+    registered = tuple(map(id, REGISTERED.values()))
+    if module not in _layers or _asked.get(module) != registered:  # a family may have been registered since
+        _asked[module] = registered
         spec, known = get_kan_spec(module), None
         if spec is not None and spec.linear and (spec.derivatives is not None or spec.splines is not None):
             try:
@@ -255,7 +258,8 @@ def _network_stages(network: nn.Module) -> list[Stage] | None:
         return None
     kept, units = _networks.get(network, ((), None))
     if not in_transform():
-        state = tuple((id(part), part.training, *_state_of(part)) for part in network.modules())
+        families = tuple(map(id, REGISTERED.values()))
+        state = families, *((id(part), part.training, *_state_of(part)) for part in network.modules())
         if state != kept:
             units = _trace(network)
             _networks[network] = state, units
