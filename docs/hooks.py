@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -32,8 +33,7 @@ def on_config(config):
     config.site_url = urls["Documentation"]
     snippets = config.mdx_configs["pymdownx.snippets"]
     snippets["base_path"] = [str(ROOT / path) for path in snippets["base_path"]]
-    options = config.plugins["mkdocstrings"].config.handlers["python"]["options"]
-    options["extensions"] = [str(ROOT / "docs" / "docstrings.py")]
+    sys.path.append(str(ROOT / "docs"))  # of the extension `reference_docstrings`
     os.chdir(tempfile.mkdtemp(prefix="notebooks"))  # what the notebooks write goes there
     return config
 

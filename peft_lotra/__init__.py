@@ -114,4 +114,7 @@ def __dir__() -> list[str]:
 
 # `peft_lotra.kan.slim`, of which `kan` itself knows nothing
 kan.__dict__["__getattr__"] = lambda name: __getattr__(name if name == "slim" else f"kan.{name}")
+# `save_pretrained` and `push_to_hub` of a model with LoTRA leave the model card of this package
+LoTRAModel.write_card = staticmethod(lambda *args: import_module(".hub.card", __name__).write_card_after_saving(*args))
+LoTRAModel.push = staticmethod(lambda *args, **kwargs: __getattr__("push_to_hub")(*args, **kwargs))
 register(config_cls=LoTRAConfig, model_cls=LoTRAModel)

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The command line: peft-lotra find | inspect | merge | extract | push."""
+"""The command line: peft-lotra find | inspect | merge | extract | slim | card | push."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ try:
 except ImportError as error:
     raise SystemExit(f"peft-lotra needs typer and rich ({error}): pip install typer rich") from error
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from ._version import __version__
+from .approximation.compression import SlimReport
+from .approximation.compression import slim as compress
 from .approximation.extraction import extract_lotra
 from .families.registry import find_kan_layers
 from .hub.base_code import hub_id
@@ -221,6 +224,72 @@ def extract(
         write_model_card(model, new)
     report = model.extraction_report
     _report({"out": out, **asdict(report)}, f"{report}\nadapter: {out}", as_json)
+
+
+@_command
+def slim(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)],
+    out: Out,
+    energy: Annotated[float | None, typer.Option(help="Share of the energy to keep, 0 to 1.")] = None,
+    rank: Annotated[str | None, typer.Option(help="Ranks: a number, or three (out,in,basis), as 8,8,4.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Number of parameters of all coefficients.")] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(help="A .safetensors file with one tensor, a thousand samples of the input. Pass it if you can."),
+    ] = None,
+    factory: Factory = None,
+    as_json: Json = False,
+) -> None:
+    """Compress a trained KAN: the coefficients of each layer become a core and three factors.
+
+    Give one of --energy, --rank and --budget. With --factory, the state dict is that of
+    `slim(build(), ranks=...)` with the ranks that are printed.
+    """
+    if [energy, rank, budget].count(None) != 2:
+        raise typer.BadParameter("Give one of --energy, --rank and --budget.")
+    with _new_folder(out) as new:
+        samples = None if inputs is None else _read_inputs(Path(inputs))
+        dense = _load_model(model, factory)
+        small = compress(dense, ranks=_ranks(rank), energy=energy, budget=budget, inputs=samples)
+        if hasattr(small, "save_pretrained"):
+            cast(PreTrainedModel, small).save_pretrained(new)
+        else:
+            save_model(small, str(new / "model.safetensors"), metadata={"format": "pt"})
+    report = cast(SlimReport, small.slim_report)
+    _report({"out": out, **report.as_dict()}, f"{report}\nSlim model: {out}", as_json)
+
+
+def _read_inputs(path: Path) -> torch.Tensor:
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise ValueError(f"--inputs {path} is no .safetensors file.")
+    tensors = load_file(path)
+    if len(tensors) != 1:
+        raise ValueError(f"--inputs {path} holds {len(tensors)} tensors, expected one: samples of the input.")
+    return next(iter(tensors.values()))
+
+
+@_command
+def card(
+    folder: Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder that `save_pretrained` wrote.")],
+    metric: Annotated[list[str] | None, typer.Option(help="A result, as accuracy=0.85; may be repeated.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="The base model on the Hub, USER/REPO.")] = None,
+    license: Annotated[str | None, typer.Option(help="The license of the adapter, such as apache-2.0.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="An additional tag; may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the model card of a saved adapter, README.md; text by a person stays."""
+    metrics = {}
+    for text in metric or ():
+        name, _, value = text.partition("=")
+        try:
+            metrics[name] = float(value)
+        except ValueError:
+            raise typer.BadParameter(f"--metric is {text!r}, expected NAME=NUMBER, such as accuracy=0.85.") from None
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is no folder here: the card of a repository is written by `peft-lotra push`.")
+    write_model_card(None, folder, base_model=base_model, license=license, tags=tag or (), metrics=metrics or None)
+    path = Path(folder) / README
+    _report({"card": str(path)}, f"card: {path}", as_json)
 
 
 @_command

@@ -355,3 +355,29 @@ def test_typer_is_missing(monkeypatch):
     spec = importlib.util.spec_from_file_location("peft_lotra.cli_without_typer", cli.__file__)
     with pytest.raises(SystemExit, match="pip install typer rich"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_slim_and_card(tmp_path, monkeypatch):
+    from peft import get_peft_model
+    from safetensors.torch import save_file
+    from typer.testing import CliRunner
+
+    from peft_lotra import LoTRAConfig
+    from peft_lotra.kan import KAN, KANConfig, KANModel
+
+    monkeypatch.chdir(tmp_path)
+    KANModel(KANConfig(widths=[8, 16, 4])).save_pretrained("dense")
+    save_file({"x": torch.rand(200, 8)}, "x.safetensors")
+    done = CliRunner().invoke(cli.app, ["slim", "dense", "small", "--energy", "0.9", "--inputs", "x.safetensors"])
+    assert done.exit_code == 0 and KANModel.from_pretrained("small").config.ranks is not None
+    assert CliRunner().invoke(cli.app, ["slim", "dense", "other", "--inputs", "x.safetensors"]).exit_code == 2
+    save_file({"x": torch.rand(2, 8), "y": torch.rand(2, 8)}, "two.safetensors")
+    done = CliRunner().invoke(cli.app, ["slim", "dense", "other", "--rank", "2", "--inputs", "two.safetensors"])
+    assert done.exit_code == 1 and "holds 2 tensors" in done.output and not Path("other").exists()
+
+    get_peft_model(KAN([4, 16, 4]), LoTRAConfig(r=2)).save_pretrained("adapter")
+    done = CliRunner().invoke(cli.app, ["card", "adapter", "--metric", "accuracy=0.8", "--license", "mit"])
+    assert done.exit_code == 0
+    assert "license: mit" in Path("adapter/README.md").read_text()
+    assert CliRunner().invoke(cli.app, ["card", "adapter", "--metric", "accuracy"]).exit_code == 2
+    assert CliRunner().invoke(cli.app, ["card", "nowhere"]).exit_code == 1

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -35,10 +36,23 @@ _END = "<!-- The part that peft_lotra.write_model_card wrote ends here. -->"
 _SECTION = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
 # the code between the imports and the adapter in the snippet of a card
 _BASE_CODE = re.compile(r"from peft import PeftModel\n(.*?)\n\nmodel = PeftModel", re.DOTALL)
+# what this package writes there, which follows the model
+_GENERATED_CODE = re.compile(r"^# now load into `base`|^base = \w+\.from_pretrained\([^()]*\)$", re.MULTILINE)
 # PEFT adds its version to a card that does not have this heading
 _VERSIONS = "### Framework versions"
 # the entries of the front matter of a generated card
 _FACTS = {"library_name", "base_model", "tags", "metrics", "model-index", "pipeline_tag"}
+
+CITATION = """```bibtex
+@article{gao2025lotra,
+  title   = {Low Tensor-Rank Adaptation of {Kolmogorov-Arnold} Networks},
+  author  = {Gao, Yihang and Ng, Michael K. and Tan, Vincent Y. F.},
+  journal = {IEEE Transactions on Signal Processing},
+  volume  = {73},
+  year    = {2025},
+  note    = {arXiv:2502.06153}
+}
+```"""
 
 _TASKS = {
     "regression": "tabular-regression",
@@ -56,13 +70,14 @@ def write_model_card(
     base_model: str | None = None,
     base_code: str | None = None,
     tags: Iterable[str] = (),
-    metrics: dict[str, float] | list[EvalResult] | None = None,
+    metrics: dict[str, float] | dict[str, dict[str, float]] | list[EvalResult] | None = None,
+    license: str | None = None,
 ) -> None:
     """Writes the model card of a LoTRA adapter, README.md, into the folder of the saved adapter.
 
     The card says how to get the base model, how to load the adapter, and what the adapter contains for each layer. It
     replaces an earlier card by this function, and the unfilled template of PEFT; all other text of README.md is kept.
-    Call the function after each `save_pretrained`, which removes the tags.
+    `save_pretrained` calls it without further arguments.
 
     Args:
         model: The model with the adapter. With None, the card is made from the files and keeps the code of the base.
@@ -73,8 +88,10 @@ def write_model_card(
         base_code: Python code that assigns the base to the variable `base`, if `from_pretrained` cannot load it. By
             default the code that builds the architecture, if its arguments are known.
         tags: Additional tags.
-        metrics: Results for the model-index: values by name, for an unnamed data set, or complete results. By default
-            the results of the existing card stay.
+        metrics: Results for the model-index: values by name, for an unnamed data set, such values by adapter, or
+            complete results. By default the results of the existing card stay.
+        license: The identifier of the adapter's license for the front matter, such as "apache-2.0". By default that of
+            the existing card stays.
 
     Raises:
         ValueError: The model has no LoTRA adapter, the folder does not exist (without a model: contains no LoTRA
@@ -118,7 +135,7 @@ def write_model_card(
         problem_type = getattr(getattr(base, "config", None), "problem_type", None)
         source = source_of_model(base, config, base_model, base_code)
         configs = model.peft_config
-    results = _eval_results(metrics, problem_type)
+    results = _eval_results(metrics, problem_type, tables)
     trained = {name: cast(LoTRAConfig, configs[name]).train for name in tables}
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: save the adapter there first (`model.save_pretrained`).")
@@ -126,6 +143,8 @@ def write_model_card(
     title = (repo_id or "LoTRA adapter").rpartition("/")[2]
     data = cast(ModelCardData, card.data)  # huggingface_hub annotates it with a name that is no type
     _fill_front_matter(data, source, title, tags, results)
+    if license is not None:
+        data.license = license
     _replace_section(card, title, _Facts(tables, source, repo_id, revision, data.eval_results, trained).text())
     content = str(card)
     ModelCard(content)  # raises if huggingface_hub would refuse to read the card
@@ -155,6 +174,12 @@ def written_code(card: ModelCard | None) -> str | None:
     """The code that builds the base in a card by `write_model_card`."""
     found = _BASE_CODE.search(card.text) if card else None
     return found and found[1].strip("\n")
+
+
+def write_card_after_saving(model: PeftModel | None, folder: str | os.PathLike) -> None:
+    """What `save_pretrained` leaves: the card, in which code for the base that a person gave stays."""
+    code = written_code(load_card(Path(folder) / README))
+    write_model_card(model, folder, base_code=None if code is None or _GENERATED_CODE.search(code) else code)
 
 
 def combine_cards(here: ModelCard | None, there: ModelCard | None) -> ModelCard | None:
@@ -215,6 +240,15 @@ def _replace_section(card: ModelCard, title: str, section: str) -> None:
     card.text = (text if count else f"{text.rstrip()}\n\n{section}").rstrip() + "\n"
 
 
+def install_line() -> str:
+    """How to install this package: from the repository that its metadata names."""
+    try:
+        urls = dict(url.split(", ", 1) for url in metadata("peft-lotra").get_all("Project-URL") or ())
+    except PackageNotFoundError:
+        urls = {}
+    return f'pip install "peft-lotra @ git+{urls["Repository"]}"' if "Repository" in urls else "pip install peft-lotra"
+
+
 class _Facts(NamedTuple):
     """The contents of the generated part of a card."""
 
@@ -232,7 +266,7 @@ class _Facts(NamedTuple):
             f"An adapter of {base}, a Kolmogorov-Arnold network (KAN), by low tensor-rank adaptation\n"
             "([LoTRA](https://arxiv.org/abs/2502.06153)), a method for [PEFT](https://github.com/huggingface/peft).",
             "## Use it",
-            "```sh\npip install peft-lotra\n```",
+            f"```sh\n{install_line()}\n```",
             self._snippet(),
         ]
         if not model:
@@ -249,7 +283,7 @@ class _Facts(NamedTuple):
             paragraphs.append(f"The adapters here are {names}; all but default are loaded by their `subfolder`.")
         if self.results:
             paragraphs += ["## Results", _markdown(self._results())]
-        return "\n\n".join([*paragraphs, "## Layers", _markdown(self._layers()), *self._fixed()])
+        return "\n\n".join([*paragraphs, "## Layers", _markdown(self._layers()), *self._fixed(), "## Cite", CITATION])
 
     def _fixed(self) -> list[str]:
         """What of the updates is not trained, adapter by adapter."""
@@ -315,9 +349,20 @@ def _markdown(table: TextTable) -> str:
 
 
 def _eval_results(
-    metrics: dict[str, float] | list[EvalResult] | None, problem_type: str | None
+    metrics: dict[str, float] | dict[str, dict[str, float]] | list[EvalResult] | None,
+    problem_type: str | None,
+    adapters: Iterable[str],
 ) -> list[EvalResult] | None:
+    if isinstance(metrics, dict) and metrics and all(isinstance(values, dict) for values in metrics.values()):
+        if unknown := metrics.keys() - set(adapters):
+            raise ValueError(f"`metrics` names the adapters {sorted(unknown)}, the folder has {sorted(adapters)}.")
+        found = {name: _eval_results(cast(dict, values), problem_type, ()) for name, values in metrics.items()}
+        for name, results in found.items():
+            for result in results or ():
+                result.metric_name = f"{name}: {result.metric_type}"
+        return [result for results in found.values() for result in results or ()]
     if isinstance(metrics, dict):
+        metrics = cast(dict[str, float], metrics)
         wrong = {k: v for k, v in metrics.items() if not isinstance(v, numbers.Real) or not math.isfinite(v)}
         if wrong:
             raise ValueError(f"`metrics` must map names to finite numbers, got {wrong}.")

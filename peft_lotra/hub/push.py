@@ -45,13 +45,14 @@ def push_to_hub(
     create_pr: bool = False,
     base_model: str | None = None,
     base_code: str | None = None,
-    metrics: dict[str, float] | list[EvalResult] | None = None,
+    metrics: dict[str, float] | dict[str, dict[str, float]] | list[EvalResult] | None = None,
+    license: str | None = None,
     selected_adapters: list[str] | None = None,
 ) -> CommitInfo:
     """Pushes the adapters of a model to the Hugging Face Hub, with a model card that says how to load them.
 
     The push is one commit: an error leaves the repository unchanged, or a new one empty. The base model is not pushed.
-    Text that a person wrote in README.md is kept, as by `write_model_card`; `model.push_to_hub` would replace it.
+    Text that a person wrote in README.md is kept, as by `write_model_card`. `model.push_to_hub(repo_id)` is the same.
 
     Args:
         model: The model with the adapters, or a folder that `save_pretrained` wrote.
@@ -62,7 +63,7 @@ def push_to_hub(
         commit_message: The first line of the commit.
         tags: Tags besides "lotra", "kan" and "peft-plugin".
         create_pr: Whether to open a pull request instead of committing.
-        base_model, base_code, metrics: As in `write_model_card`.
+        base_model, base_code, metrics, license: As in `write_model_card`.
         selected_adapters: The names of the adapters to push, by default all. "default" goes to the root of the
             repository, each other adapter to a subfolder of its name.
 
@@ -111,6 +112,7 @@ def push_to_hub(
             base_code=base_code or (None if base_model else written_code(here)),
             tags=tags,
             metrics=metrics,
+            license=license,
         )
         return target.commit(folder, commit_message)
 

@@ -277,6 +277,17 @@ class LoTRAConfig(PeftConfig):
         check_lengths(itertools.chain(*patterns_of(written).values()), names)
         return values
 
+    def __repr__(self) -> str:
+        """What was chosen: `r`, and what differs from the defaults. `to_dict()` has everything."""
+        hidden = {"base_layers", "base_digest", "integrity", "auto_mapping", "peft_version", "peft_type"}
+        shown = []
+        for field in fields(self):
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            value = getattr(self, field.name)
+            if field.name == "r" or (field.name not in hidden and value != default):
+                shown.append(f"{field.name}={sorted(value) if isinstance(value, set) else value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     def record_base_by(self, method: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         """Sets the bound method, referenced weakly, that adds the hashes of the base to `base_layers` for a file.
 

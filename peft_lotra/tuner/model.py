@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -82,6 +82,10 @@ class LoTRAModel(NormStatsTuner):
     tuner_layer_cls = LoTRALayer
     target_module_mapping: dict[str, Any] = {}
     peft_config: dict[str, LoTRAConfig]
+    # Hooks, which the package sets, since it imports the hub after this module: `write_card(model, folder)` is called
+    # after each `save_pretrained`, and `push(model, repo_id, ...)` by `push_to_hub`. None: as PEFT does.
+    write_card: Callable[..., None] | None = None
+    push: Callable[..., Any] | None = None
 
     def __init__(self, model: nn.Module, *args, **kwargs) -> None:
         # before super().__init__, which injects the first adapter

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import os
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -52,6 +53,8 @@ def enclose(model_classes: Iterable[type], tuner_cls: type, config_cls: type) ->
                 setattr(model_cls, name, _around_saving(_bare(method), tuner_cls))
             elif name == "from_pretrained":
                 setattr(model_cls, name, classmethod(_around_loading(_bare(method.__func__))))
+        if "save_pretrained" in vars(model_cls):  # not the classes of tasks, which inherit it
+            model_cls.push_to_hub = _instead_of_pushing(_bare(model_cls.push_to_hub), tuner_cls)  # type: ignore[attr-defined]
 
 
 def _bare(method: Any) -> Any:
@@ -107,13 +110,37 @@ def _around_saving(method: Any, tuner_cls: type) -> Any:
     def save_pretrained(self, save_directory, *args: Any, **kwargs: Any) -> None:
         tuner = self._modules.get("base_model")
         checks = isinstance(tuner, tuner_cls) and hasattr(tuner_cls, "check_saving")
+        arguments = inspect.signature(method).bind(self, save_directory, *args, **kwargs).arguments
         if checks and not os.path.isfile(save_directory):
-            arguments = inspect.signature(method).bind(self, save_directory, *args, **kwargs).arguments
             # before PEFT writes tensors over those that are there
             tuner.check_saving(**{name: arguments[name] for name in _OF_SAVING if name in arguments})
         method(self, save_directory, *args, **kwargs)
+        write_card = getattr(tuner_cls, "write_card", None)
+        if not checks or write_card is None or not arguments.get("is_main_process", True):
+            return
+        # tensors that are given are those of a sharded model, whose own are in parts: the card is made from the files
+        sharded = "state_dict" in arguments.get("kwargs", {})
+        try:
+            write_card(None if sharded else self, save_directory)
+        except ValueError as error:
+            warnings.warn(f"The adapter is saved, its model card is not written: {error}", stacklevel=2)
 
     return _marked(save_pretrained, method)
+
+
+def _instead_of_pushing(method: Any, tuner_cls: type) -> Any:
+    @wraps(method)
+    def push_to_hub(self, repo_id, *args: Any, **kwargs: Any) -> Any:
+        push = getattr(tuner_cls, "push", None)
+        if push is None or not isinstance(self._modules.get("base_model"), tuner_cls):
+            return method(self, repo_id, *args, **kwargs)
+        for name in ("max_shard_size", "safe_serialization", "use_temp_dir", "commit_description"):
+            kwargs.pop(name, None)  # of transformers: an adapter is one file
+        if kwargs.get("tags") is None:
+            kwargs.pop("tags", None)
+        return push(self, repo_id, *args, **kwargs)
+
+    return _marked(push_to_hub, method)
 
 
 def _around_loading(method: Any) -> Any:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from huggingface_hub import EvalResult, ModelCard
@@ -171,11 +173,15 @@ class TestWriteModelCard:
 def test_the_code_of_a_card(model, tmp_path):
     code = "import nets\n\nbase = nets.build()"
     model.save_pretrained(tmp_path)
-    assert written_code(None) is None and written_code(load_card(tmp_path / "README.md")) is None
+    assert written_code(None) is None
+    assert "# now load into `base`" in written_code(load_card(tmp_path / "README.md"))
     write_model_card(model, tmp_path, base_code=f"\n{code}\n")
     assert written_code(load_card(tmp_path / "README.md")) == code
     write_model_card(None, tmp_path, metrics={"mse": 0.5})
     assert written_code(load_card(tmp_path / "README.md")) == code
+    model.save_pretrained(tmp_path)  # what a person gave stays
+    card = load_card(tmp_path / "README.md")
+    assert written_code(card) == code and card.data.eval_results[0].metric_value == 0.5
 
 
 class TestLoadCard:
@@ -222,3 +228,31 @@ class TestCombineCards:
         else:
             here.data.license = "apache-2.0"
         assert combine_cards(here, ModelCard(str(self.PERSON))) is here
+
+
+def test_saving_leaves_a_card(model, tmp_path):
+    model.save_pretrained(tmp_path / "a")
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert "## Layers" in text and "[More Information Needed]" not in text and "@article{gao2025lotra" in text
+    assert re.search(r"^pip install .*peft-lotra", text, re.MULTILINE)
+    model.save_pretrained(tmp_path / "b", is_main_process=False)
+    assert not (tmp_path / "b" / "README.md").exists()
+
+
+def test_a_card_that_cannot_be_written_does_not_undo_the_saving(model, tmp_path, monkeypatch):
+    def fail(*args):
+        raise ValueError("no card today")
+
+    monkeypatch.setattr(type(model.base_model), "write_card", staticmethod(fail))
+    with pytest.warns(UserWarning, match="is saved, its model card is not written: no card today"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_license_and_metrics_by_adapter(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    write_model_card(model, tmp_path, license="apache-2.0", metrics={"default": {"accuracy": 0.9}})
+    card = load_card(tmp_path / "README.md")
+    assert card.data.license == "apache-2.0" and "default: accuracy | 0.9" in card.text
+    with pytest.raises(ValueError, match="names the adapters"):
+        write_model_card(model, tmp_path, metrics={"nobody": {"accuracy": 0.9}})

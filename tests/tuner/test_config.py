@@ -236,3 +236,8 @@ def test_the_config_records_the_layers_that_were_adapted(tmp_path):
     }
     model.save_pretrained(tmp_path)
     assert LoTRAConfig.from_pretrained(tmp_path).base_layers == recorded
+
+
+def test_a_config_prints_what_was_chosen():
+    assert repr(LoTRAConfig(r=(4, 4, 2), alpha=2.0)) == "LoTRAConfig(r=(4, 4, 2), alpha=2.0)"
+    assert repr(LoTRAConfig(target_modules=["b", "a"])) == "LoTRAConfig(r=4, target_modules=['a', 'b'])"

@@ -10,10 +10,15 @@ import re
 import griffe
 
 
+# a call and what follows it, up to an empty line
+DOCTEST = re.compile(r"^([ \t]*)>>> .*\n(?:[ \t]*\S.*\n)*", re.MULTILINE)
+
+
 class Docstrings(griffe.Extension):
     """Shows a section "Example" as code, and "[`name`]", PEFT's reference to a name, as the name."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.docstring is not None:
             text = re.sub(r"\[(`[^`\]]+`)\](?![\[(])", r"\1", obj.docstring.value)
+            text = DOCTEST.sub(r"\1```pycon\n\g<0>\1```\n", text + "\n")
             obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
