@@ -1,11 +1,12 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures of the spectra of updates, and of edge functions before and after adaptation; they need matplotlib."""
+"""Pictures of spectra, of edge functions and whole networks before and after, of a training; they need matplotlib."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from .approximation.spectra import Spectrum
 from .families.coefficients import CoefficientTensor
 from .families.registry import find_kan_layers, find_layer, short_name
 from .functional import call_with_parameters
+from .optim.levenberg_marquardt import LevenbergMarquardtStep
 from .tuner.layer import LoTRALayer
 from .tuner.targets import locate_target
 
@@ -134,6 +136,128 @@ def plot_edge_functions(
     return figure
 
 
+@torch.no_grad()
+def plot_network_change(
+    model: nn.Module, most: int = 400, figure: Figure | SubFigure | None = None
+) -> Figure | SubFigure:
+    """Draws a network as a diagram: each edge in the color of how much the active adapters changed it.
+
+    A column of units for the inputs of each KAN layer, and one for the outputs of the last. The change of an edge is
+    the norm of the change of its coefficients as a share of the norm of its coefficients before. Layers that do not
+    follow each other (other sizes) have columns of their own. Of many edges those that changed most are drawn.
+
+    Args:
+        model: The adapted model; it stays unchanged.
+        most: The number of edges that are drawn in each layer, at most.
+        figure: Where to draw; a new one by default.
+
+    Raises:
+        ValueError: The model has no KAN layer with an active adapter, or all of them are convolutions.
+        ImportError: Matplotlib is not installed.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig
+        >>> from peft_lotra.kan import KAN
+        >>> figure = plot_network_change(get_peft_model(KAN([2, 5, 3]), LoTRAConfig(r=2, init_weights=False)))
+    """
+    changes: dict[str, torch.Tensor] = {}
+    for found in find_kan_layers(model):
+        module = find_layer(model, found.name)
+        layer, _, tensor = locate_target(found.name, module)
+        if isinstance(module, LoTRALayer) and module.adapters_in_force() and len(tensor.shape) == 3:
+            before = tensor.read(layer).float()
+            change = (module.coefficients_in_force().float() - before).square().sum(-1).sqrt()
+            norm = before.square().sum(-1).sqrt()
+            changes[found.name] = (change / norm.clamp_min(1e-3 * norm.mean() + 1e-12)).cpu()
+    if not changes:
+        raise ValueError(
+            "The model has no KAN layer with an active adapter (convolutions have no diagram): adapt it by "
+            "`get_peft_model`, and `set_adapter` if none is active."
+        )
+    figure = _new_figure((1.5 + 2.2 * len(changes), 4)) if figure is None else figure
+    axis = figure.subplots()
+    top = max(float(change.max()) for change in changes.values()) or 1.0
+    from matplotlib.collections import LineCollection  # beside Figure, which is there
+
+    columns: list[float] = []  # of inputs and outputs, layer after layer
+    place, units = 0.0, 0
+    for name, change in changes.items():
+        outputs, inputs = change.shape
+        if columns and inputs != units:
+            place += 0.6
+        left, right = _heights(inputs), _heights(outputs)
+        order = change.flatten().argsort()[-most:]  # the largest above the others
+        segments = [[(place, left[int(e) % inputs]), (place + 1, right[int(e) // inputs])] for e in order]
+        lines = LineCollection(segments, cmap="viridis_r", linewidths=1.4)
+        lines.set_array(change.flatten()[order].numpy())
+        lines.set_clim(0, top)
+        axis.add_collection(lines)
+        for x, heights in ((place, left), (place + 1, right)):
+            axis.plot([x] * len(heights), heights, "o", color="0.25", markersize=4, zorder=3)
+        cut = f", {len(order)} of {change.numel()} edges" if len(order) < change.numel() else ""
+        axis.text(place + 0.5, 1.06, f"{name}\n{inputs} to {outputs}{cut}", ha="center", va="bottom", fontsize=8)
+        columns += [place, place + 1]
+        place, units = place + 1, outputs
+    axis.set(xlim=(-0.1, place + 0.1), ylim=(-0.05, 1.05), xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+    figure.colorbar(axis.collections[-1], ax=axis, label="change of an edge, as a share of its size")
+    return figure
+
+
+def _heights(units: int) -> list[float]:
+    """The places of the units of a column, from 1 down to 0."""
+    return [0.5] if units == 1 else torch.linspace(1, 0, units).tolist()
+
+
+def plot_history(
+    history: Sequence[LevenbergMarquardtStep], names: Sequence[str] = (), figure: Figure | SubFigure | None = None
+) -> Figure | SubFigure:
+    """Draws the history of `LevenbergMarquardt.fit`: the loss, its terms, and the damping, step by step.
+
+    Args:
+        history: What `fit` returned.
+        names: The names of the terms, in their order.
+        figure: Where to draw; a new one by default.
+
+    Raises:
+        ValueError: The history is empty, or has another number of terms than `names`.
+        ImportError: Matplotlib is not installed.
+
+    Example:
+        >>> from peft_lotra.kan import KAN
+        >>> from peft_lotra.optim import LevenbergMarquardt
+        >>> x = torch.rand(50, 1)
+        >>> terms = [(lambda model, x, y: model(x) - y, (x, x.sin()), 1.0)]
+        >>> figure = plot_history(LevenbergMarquardt(KAN([1, 4, 1])).fit(terms, steps=3, progress=False), ["data"])
+    """
+    if not history:
+        raise ValueError("`history` is empty: pass what `LevenbergMarquardt(model).fit(terms, steps)` returned.")
+    terms = list(zip(*(step.losses for step in history), strict=False))
+    if names and len(names) != len(terms):
+        raise ValueError(f"`names` are {list(names)}, but the history has {len(terms)} terms.")
+    figure = _new_figure((7, 3)) if figure is None else figure
+    left, right = figure.subplots(1, 2)
+    steps = range(1, len(history) + 1)
+    left.plot(steps, [step.loss for step in history], color="black", label="loss")
+    for index, values in enumerate(terms if len(terms) > 1 else []):
+        left.plot(steps, values, ("--", ":", "-.")[index % 3], label=names[index] if names else f"term {index}")
+    held = [step.held_loss for step in history]
+    if any(value == value for value in held):
+        left.plot(steps, held, color="tab:red", marker=".", label="held out")
+    refused = [(step, entry.loss) for step, entry in zip(steps, history, strict=True) if not entry.accepted]
+    if refused:
+        left.plot(*zip(*refused, strict=True), "x", color="tab:red", label="step refused")
+    left.set(title="The loss falls" if history[-1].loss < history[0].loss else "The loss", yscale="log")
+    left.set(xlabel="step", ylabel="weighted mean square")
+    left.legend(fontsize=8)
+    right.plot(steps, [step.damping for step in history], color="0.4")
+    right.set(title="Damping: low where steps are trusted", xlabel="step", ylabel="damping", yscale="log")
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+    return figure
+
+
 def _choose_edges(edges: int | Sequence[tuple[int, int]], change: torch.Tensor) -> list[tuple[int, int]]:
     """The pairs (output, input) to draw, by how much each edge changed (out, in)."""
     if isinstance(edges, int):
@@ -175,4 +299,13 @@ def _new_figure(size: tuple[float, float]) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Pictures need matplotlib: `pip install peft-lotra[examples]`.") from error
-    return Figure(figsize=size, layout="constrained")  # no pyplot: nothing to close, no window
+
+    class NotebookFigure(Figure):
+        """A figure that notebooks show, without pyplot and its magic."""
+
+        def _repr_png_(self) -> bytes:
+            picture = BytesIO()
+            self.savefig(picture, format="png", dpi=110)
+            return picture.getvalue()
+
+    return NotebookFigure(figsize=size, layout="constrained")  # no pyplot: nothing to close, no window

@@ -7,11 +7,14 @@ import pytest
 import torch
 from helpers import adapt, assert_same, base, inputs, snapshot
 from matplotlib.figure import Figure
+from peft import get_peft_model
 from stand_ins import FAMILIES
 
+from peft_lotra import LoTRAConfig
 from peft_lotra.approximation.spectra import update_spectrum
 from peft_lotra.kan import KAN
-from peft_lotra.plotting import plot_edge_functions, plot_spectra
+from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.plotting import plot_edge_functions, plot_history, plot_network_change, plot_spectra
 
 
 def test_spectra(tmp_path):
@@ -84,3 +87,44 @@ def test_errors():
     assert inputs().shape == (6, 3)
     with pytest.raises(ValueError, match="normalizes them first"):
         plot_edge_functions(normalizing, "kan")
+
+
+def test_the_change_of_a_network(tmp_path):
+    model = get_peft_model(KAN([3, 5, 2]), LoTRAConfig(r=2, init_weights=False))
+    tensor = model.base_model.model.layers[1].get_base_layer().spline_weight
+    before = snapshot(model)
+    figure = plot_network_change(model)
+    assert_same(model, before)
+    first, second = figure.axes[0].collections
+    assert len(first.get_segments()) == 15 and len(second.get_segments()) == 10
+    # the value of the edge of the last segment, from the dense update
+    merged = model.merge_and_unload().layers[1].spline_weight
+    assert merged.shape == tensor.shape and second.get_array().max() > 0
+    figure.savefig(tmp_path / "network.png")
+    assert figure._repr_png_()[:4] == b"\x89PNG"
+
+
+def test_the_edges_that_changed_most_are_drawn():
+    model = get_peft_model(KAN([6, 7]), LoTRAConfig(r=2, init_weights=False))
+    few, all_ = (plot_network_change(model, most).axes[0].collections[0].get_array() for most in (5, 100))
+    assert len(few) == 5 and few.tolist() == all_[-5:].tolist()
+
+
+def test_a_network_without_adapter_has_no_change():
+    with pytest.raises(ValueError, match="no KAN layer with an active adapter"):
+        plot_network_change(KAN([3, 5]))
+
+
+def test_history(tmp_path):
+    x = torch.rand(40, 1)
+    terms = [(lambda model, x, y: model(x) - y, (x, x.sin()), weight) for weight in (1.0, 2.0)]
+    history = LevenbergMarquardt(KAN([1, 4, 1])).fit(terms, steps=4, progress=False)
+    figure = plot_history(history, ["a", "b"])
+    losses = figure.axes[0].lines[0].get_ydata()
+    assert list(losses) == [step.loss for step in history]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()][:3] == ["loss", "a", "b"]
+    figure.savefig(tmp_path / "history.png")
+    with pytest.raises(ValueError, match="2 terms"):
+        plot_history(history, ["a"])
+    with pytest.raises(ValueError, match="is empty"):
+        plot_history([])

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer, find_kan_layers, model_summary
 from peft_lotra.kan import KAN
-from peft_lotra.plotting import plot_edge_functions
+from peft_lotra.plotting import plot_edge_functions, plot_network_change
 
 
 torch.set_num_threads(1)
@@ -72,8 +72,13 @@ model_summary(model)
 # The edge functions that changed most, before and after:
 
 # %%
-figure = plot_edge_functions(model, "layers.0")
-figure
+plot_edge_functions(model, "layers.0")
+
+# %% [markdown]
+# And the network as a whole, each edge in the color of how much it changed:
+
+# %%
+plot_network_change(model)
 
 # %% [markdown]
 # ## Save, load, merge

@@ -26,6 +26,7 @@ from peft import get_peft_model
 from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN, jet
 from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.plotting import plot_history
 
 
 torch.set_num_threads(1)
@@ -86,8 +87,11 @@ print(f"relative error {error(kan, 1.0):.1e}; for the other f, before adapting, 
 # %%
 model = get_peft_model(kan, LoTRAConfig(r=(8, 8, 6), rank_pattern={"layers.2": (1, 4, 6)}))
 model.print_trainable_parameters()
-LevenbergMarquardt(model).fit(terms(1.2), steps=STEPS)
+history = LevenbergMarquardt(model).fit(terms(1.2), steps=STEPS)
 print(f"relative error {error(model, 1.2):.1e}")
+
+# %%
+plot_history(history, ["equation", "rim"])
 
 # %% [markdown]
 # ## Where the error is
