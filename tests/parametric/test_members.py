@@ -67,7 +67,7 @@ def test_a_problem_without_a_loss_has_no_indicator(base):
     assert math.isnan(Problem(train=problems.train_by_adam).indicator(base, (3.0,)))
 
 
-@pytest.mark.parametrize("kind", ["process", "thread", "at once"])
+@pytest.mark.parametrize("kind", [pytest.param("process", marks=pytest.mark.slow), "thread", "at once"])
 def test_executors_fit_the_same_members(base, kind):
     parameters = [2.5, 2.75, 3.0, 3.25, 3.5, 3.4, 3.1, 2.9]
     alone = ParametricAdapter(base, problems.terms_of, ranks=4)

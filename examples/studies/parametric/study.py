@@ -121,20 +121,18 @@ def run(problem: Problem, seed: int, members: int, points: int, unseen: int, ste
 
 def draw(results: list[dict], path: Path) -> None:
     """Error against online milliseconds; without training, and after one step."""
-    figure, axes = plt.subplots(1, len(PROBLEMS), figsize=(11, 4), layout="constrained", squeeze=False)
-    for ax, name in zip(axes[0], PROBLEMS, strict=True):
+    names = sorted({result["problem"] for result in results})
+    figure, axes = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4), layout="constrained", squeeze=False)
+    for ax, name in zip(axes[0], names, strict=True):
         rows = [row for result in results if result["problem"] == name for row in result["rows"]]
         for kind, label in (("predicted", "predicted, no training"), ("one_step", "one step from there")):
             points = [(max(row["milliseconds"][kind], 0.5), row["errors"][kind]) for row in rows]
-            if points:
-                ax.loglog(*zip(*points, strict=True), ".", label=label)
+            ax.loglog(*zip(*points, strict=True), ".", label=label)
         for color, kind in enumerate(("fitted", "nearest", "third_input"), start=2):
-            if rows:
-                level = np.median([row["errors"][kind] for row in rows])
-                ax.axhline(level, color=f"C{color}", lw=1, ls="--", label=f"{kind.replace('_', ' ')}, median")
+            level = np.median([row["errors"][kind] for row in rows])
+            ax.axhline(level, color=f"C{color}", lw=1, ls="--", label=f"{kind.replace('_', ' ')}, median")
         ax.set(title=name, xlabel="online milliseconds (CPU)", ylabel="relative L2 error")
-        if rows:
-            ax.legend(fontsize=8)
+        ax.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
