@@ -13,7 +13,7 @@
 # %% [markdown]
 # # A PDE from zero
 #
-# $-\Delta u + u^3 = f$ on the square, with values on the rim. A KAN solves it; an adapter brings it to another $f$.
+# `-laplacian(u) + u^3 = f` on a square, values on the rim. A KAN solves it, an adapter brings it to another `f`.
 # Needs `pip install -e ".[examples]"` for the pictures.
 
 # %%
@@ -107,4 +107,3 @@ for axis, (name, values) in zip(axes, fields.items(), strict=True):
     picture = axis.imshow(values.view(81, 81).T, extent=(-1, 1, -1, 1), origin="lower", cmap="RdBu_r")
     axis.set(title=name, xlabel="x", ylabel="y")
     figure.colorbar(picture, ax=axis)
-figure
