@@ -59,6 +59,9 @@ def check_adapter_name(name: str) -> None:
         raise ValueError(f"An adapter cannot be called {name!r}: {reason}.")
 
 
+_WRAPPED = ("base_layer", "original_module")  # what a wrapper of PEFT has of the model itself
+
+
 def check_name_among_tensors(adapter_name: str, model: nn.Module) -> None:
     """Refuses a name that is a part of the names of the model's own tensors.
 
@@ -68,7 +71,7 @@ def check_name_among_tensors(adapter_name: str, model: nn.Module) -> None:
     taken = adapter_name in (*COMPONENTS, "base_layer", "base_model", "model", "modules_to_save", "original_module")
     for module in model.modules():
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            holders.update(part for key, part in module._modules.items() if key in module.adapter_layer_names and part)
+            holders.update(part for key, part in module._modules.items() if part and key not in _WRAPPED)
         names = (module._modules, module._parameters, module._buffers)
         taken = taken or module not in holders and any(adapter_name in entries for entries in names)
     if taken:

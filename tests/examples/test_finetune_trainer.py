@@ -38,6 +38,7 @@ def with_killer(self, *args, **kwargs):
 
 Trainer.__init__ = with_killer
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as where Python runs a script
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

@@ -121,7 +121,8 @@ def fitting(rng: random.Random, field: str, config: dict[str, Any]) -> Any:
         }
     if field == "base_layers":
         layers = json.loads(json.dumps(config.get("base_layers") or {}))
-        for layer in layers.values() if isinstance(layers, dict) else ():
+        layers = layers if isinstance(layers, dict) else {}  # an earlier change may have made it anything
+        for layer in (layer for layer in layers.values() if isinstance(layer, dict)):
             layer[rng.choice(["family", "shape", "has_residual", "grid", "parameters", "new"])] = value(rng)
         layers[rng.choice(LAYERS + TEXTS)] = rng.choice(
             [{}, {"family": "slim-kan", "shape": [10**9] * 3, "has_residual": True}, value(rng)]
