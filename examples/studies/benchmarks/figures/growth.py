@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 
-from figures import layers
 import torch
-from figures.measure import interleave
 from peft import get_peft_model
-from figures.subjects import METHODS, RANKS, make_kan, random_inputs, squared_error, training_step
 
+from figures import layers
+from figures.measure import interleave
+from figures.subjects import METHODS, RANKS, make_kan, random_inputs, squared_error, training_step
 from peft_lotra import LoTRAConfig
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 
 import torch
+
 from figures.measure import in_child, quartiles
 
 

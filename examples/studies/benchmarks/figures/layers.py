@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import torch
+
 from figures.measure import interleave
 from figures.subjects import GRID, LAYERS, forward_backward, make_layer, too_large
 

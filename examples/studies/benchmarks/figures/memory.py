@@ -9,6 +9,7 @@ import json
 import sys
 
 import torch
+
 from figures.measure import in_child, peak_memory
 from figures.subjects import (
     GRID,

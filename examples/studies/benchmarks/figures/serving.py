@@ -10,11 +10,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from figures.measure import Parts, interleave
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from figures.subjects import METHODS, make_kan, random_inputs
 from torch import nn
+
+from figures.measure import Parts, interleave
+from figures.subjects import METHODS, make_kan, random_inputs
 
 
 TITLE = "Serving"

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from figures.measure import LIMIT_GIB, Parts
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from figures.measure import LIMIT_GIB, Parts
 from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KANLinear
 

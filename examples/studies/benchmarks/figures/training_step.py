@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import torch
+
 from figures.measure import LIMIT_SECONDS, Parts, interleave, time_parts
 from figures.subjects import (
     KANS,
