@@ -205,7 +205,8 @@ class LoTRAConfig(PeftConfig):
     def ranks_and_alpha(self, layer_name: str) -> tuple[Ranks, float]:
         """The ranks of a layer, before they are capped by the sizes of its modes, and its `alpha`."""
         r_key, alpha_key = (find_key(patterns, layer_name) for patterns in (self.rank_pattern, self.alpha_pattern))
-        return self.rank_pattern.get(r_key, self.r), self.alpha_pattern.get(alpha_key, self.alpha)
+        # torch multiplies by no int above 64 bits
+        return self.rank_pattern.get(r_key, self.r), float(self.alpha_pattern.get(alpha_key, self.alpha))
 
     def frozen_and_zero(self, components: Collection[str]) -> tuple[tuple[str, ...], str]:
         """Which of the components of a layer are not trained, and which one starts at zero: one that is trained."""

@@ -62,17 +62,18 @@ def check_adapter_name(name: str) -> None:
 _WRAPPED = ("base_layer", "original_module")  # what a wrapper of PEFT has of the model itself
 
 
-def check_name_among_tensors(adapter_name: str, model: nn.Module) -> None:
-    """Refuses a name that is a part of the names of the model's own tensors.
+def check_name_among_tensors(adapter_name: str, model: nn.Module, saves_modules: bool) -> None:
+    """Refuses a name that PEFT, which takes the names of adapters out of those of tensors, could take for another.
 
-    PEFT, which takes the names of adapters out of the names of tensors to save one, would take too many.
+    These are the names of parameters and buffers, and, where modules are saved whole, of modules.
     """
     holders: set[nn.Module] = set()
+    saves_modules = saves_modules or any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
     taken = adapter_name in (*COMPONENTS, "base_layer", "base_model", "model", "modules_to_save", "original_module")
     for module in model.modules():
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             holders.update(part for key, part in module._modules.items() if part and key not in _WRAPPED)
-        names = (module._modules, module._parameters, module._buffers)
+        names = (module._parameters, module._buffers, *([module._modules] if saves_modules else []))
         taken = taken or module not in holders and any(adapter_name in entries for entries in names)
     if taken:
         raise ValueError(

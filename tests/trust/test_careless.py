@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -29,6 +30,11 @@ def test_an_alpha_that_the_layer_cannot_hold(alpha, dtype, field):
     base = Net().to(dtype)
     config = {field: alpha if field == "alpha" else {"layers.1": alpha}}
     assert_refused(lambda: adapted(base, **config), base, error=ValueError, match="holds finite numbers up to")
+
+
+def test_an_alpha_above_64_bits():
+    base = Net()  # torch multiplies by no int of this size
+    assert torch.isfinite(adapted(base, alpha=10**30, init_weights=True)(X)).all()
 
 
 def test_an_alpha_of_a_file_that_the_layer_cannot_hold(tmp_path):
@@ -73,8 +79,17 @@ class warning_free:  # in lower case, as pytest.warns
 @pytest.mark.parametrize("name", ["0", "layers", "kan", "head", "weight", "bias", "lotra_core", "base_layer", "model"])
 def test_names_of_modules_and_of_tensors(name):
     base, model = Net(), adapted(modules_to_save=["head"])
-    assert_refused(lambda: adapted(base, name), base, error=ValueError, match="has a module or a parameter of this")
+    new = partial(adapted, base, name, modules_to_save=["head"])
+    assert_refused(new, base, error=ValueError, match="has a module or a parameter of this")
     assert_refused(lambda: model.add_adapter(name, LoTRAConfig(r=1)), model, error=ValueError, match="of this name")
+
+
+@pytest.mark.parametrize("name", ["0", "layers", "kan", "head"])
+def test_names_of_modules_where_none_is_saved_whole(tmp_path, name):
+    model = adapted(adapter_name=name)
+    model.save_pretrained(tmp_path)
+    for again in (name, "default"):
+        assert torch.equal(PeftModel.from_pretrained(Net(), tmp_path / name, adapter_name=again)(X), model(X))
 
 
 @pytest.mark.parametrize("name", ["2", "default ", "é", "a/b", "🦎", "lotra"])
