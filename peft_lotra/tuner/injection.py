@@ -68,9 +68,10 @@ def check_name_among_tensors(adapter_name: str, model: nn.Module, saves_modules:
     These are the names of parameters and buffers, and, where modules are saved whole, of modules.
     """
     holders: set[nn.Module] = set()
-    saves_modules = saves_modules or any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
+    modules = modules_of(model)
+    saves_modules = saves_modules or any(isinstance(module, AuxiliaryTrainingWrapper) for module in modules)
     taken = adapter_name in (*COMPONENTS, "base_layer", "base_model", "model", "modules_to_save", "original_module")
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             holders.update(part for key, part in module._modules.items() if part and key not in _WRAPPED)
         names = (module._parameters, module._buffers, *([module._modules] if saves_modules else []))
