@@ -16,7 +16,7 @@ from .approximation.features import first_output
 from .approximation.spectra import Spectrum
 from .families.coefficients import CoefficientTensor
 from .families.registry import find_kan_layers, find_layer, short_name
-from .functional import call_with_parameters
+from .modules.calls import call_with_parameters
 from .optim.levenberg_marquardt import LevenbergMarquardtStep
 from .tuner.layer import LoTRALayer
 from .tuner.targets import locate_target

@@ -22,10 +22,10 @@ from torch import nn
 from ..families.registry import find_kan_layers, known_families
 from ..families.slim import SlimLayer
 from ..files.patterns import pattern_key
-from ..functional import share_hooks
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, warn_capped
-from ..locks import cached
+from ..modules.calls import share_hooks
+from ..modules.locks import cached
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, tucker
 from ..tuner.targets import locate_target

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..families.registry import KANLayerSpec, find_kan_layers, same_grid
 from ..files.patterns import pattern_key
-from ..functional import call_with_parameters, unwrap
+from ..modules.calls import call_with_parameters, unwrap
 from ..report import Report, TextTable
 from ..tucker import Ranks, Tucker, cap_ranks, tucker, tucker_scaled
 from ..tuner.config import LoTRAConfig

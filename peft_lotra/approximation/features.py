@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..families.registry import KANLayerSpec
-from ..functional import call_with_parameters
+from ..modules.calls import call_with_parameters
 from ..tucker import Tucker, tucker, tucker_of
 from ..tuner.targets import locate_target
 from .inputs import Inputs, check_inputs, model_outputs, observed

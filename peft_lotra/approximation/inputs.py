@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..functional import modes_kept
+from ..modules.calls import modes_kept
 
 
 # a tensor, positional arguments, named ones, or a function that runs the model and returns its output

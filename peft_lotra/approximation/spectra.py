@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..files.patterns import pattern_key
-from ..functional import unwrap
+from ..modules.calls import unwrap
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, hosvd
 from ..tuner.config import LoTRAConfig

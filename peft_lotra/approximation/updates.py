@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..families.registry import find_kan_layers
-from ..functional import unwrap
+from ..modules.calls import unwrap
 from ..tuner.layer import LoTRALayer
 from ..tuner.targets import locate_target
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..locks import cached
+from ..modules.locks import cached
 from .layout import Layout, OpenLengthsError, parse_layout, suggest_patterns
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..kan.basis import UniformGrid
-from ..locks import cached
+from ..modules.locks import cached
 from .coefficients import CoefficientTensor, Described, expand_name, get_or_none, locate_coefficients
 from .layout import Layout, axis_patterns, parse_layout
 from .readings import check_description, choose_reading, exchange_axes, note_verified, pattern_variants

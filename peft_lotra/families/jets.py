@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import attributes_kept, call_with_parameters
 from ..kan.basis import in_transform, silu_derivatives
 from ..kan.jets.chain import Branch, Stage, is_known, stages_of
 from ..kan.jets.functions import FunctionBasis
 from ..kan.jets.layers import evaluate_layer
 from ..kan.jets.norms import is_norm
 from ..kan.jets.transforms import elementwise_derivatives, jet_by_transforms
+from ..modules.calls import attributes_kept, call_with_parameters
 from .coefficients import CoefficientTensor, get_or_none
 from .description import REGISTERED, Grid, KANLayerSpec
 from .registry import get_kan_spec, same_grid

@@ -32,7 +32,7 @@ from itertools import permutations
 import torch
 from einops import rearrange, reduce, repeat
 
-from ..locks import cached
+from ..modules.locks import cached
 
 
 Dims = tuple[tuple[str, ...], ...]

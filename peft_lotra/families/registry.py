@@ -18,7 +18,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..functional import unwrap
+from ..modules.calls import unwrap
 from ..report import Report, TextTable
 from .candidates import KANCandidate, find_candidates
 from .description import REGISTERED as _SPECS

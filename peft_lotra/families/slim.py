@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..functional import attribute_by, call_with_parameters
 from ..kan.slim_kan import SlimKANLinear
-from ..locks import LayerLock, exclusively
+from ..modules.calls import attribute_by, call_with_parameters
+from ..modules.locks import LayerLock, exclusively
 from ..tucker import Tucker
 from .registry import Grid, KANLayerSpec, register
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..families.slim import SlimLayer
-from ..functional import unwrap
 from ..kan.slim_kan import SlimKANLinear
+from ..modules.calls import unwrap
 from ..report import Report, TextTable
 from ..tuner.layer import COMPONENTS as KEYS
 from ..tuner.layer import LoTRALayer

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import call_with_parameters
 from ..kan.observer import observing
+from ..modules.calls import call_with_parameters
 from .evaluation import evaluating
 from .recording import Recorder
 from .row_gradients import row_gradients

@@ -25,7 +25,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from ..files.fingerprint import hash_values
-from ..functional import call_with_parameters
+from ..modules.calls import call_with_parameters
 from ..tucker import Ranks
 from ..tuner.config import LoTRAConfig
 from .fitting import Fitting

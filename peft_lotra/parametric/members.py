@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..functional import call_with_parameters
+from ..modules.calls import call_with_parameters
 from ..optim.least_squares import check_terms, name_term
 from ..optim.levenberg_marquardt import LevenbergMarquardt
 

@@ -19,9 +19,9 @@ from torch import nn
 
 from ..families.coefficients import CoefficientTensor, get_or_none
 from ..families.registry import KANLayerSpec, is_built_in
-from ..functional import call_with_parameters
 from ..kan.basis import SPLINE_ORDERS, UniformGrid
 from ..kan.product import needs_plain_operations, spline_product
+from ..modules.calls import call_with_parameters
 from ..tucker import Update
 from .grid_watch import has_hooks
 from .merging import add_updates, are_stored

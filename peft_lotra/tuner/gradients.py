@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ..families.coefficients import CoefficientTensor
-from ..functional import modes_kept, unwrap
-from ..locks import put_back_by, undone_by_a_fork
+from ..modules.calls import modes_kept, unwrap
+from ..modules.locks import put_back_by, undone_by_a_fork
 from .config import LoTRAConfig
 from .initialization import GRADIENTS
 from .targets import find_targets

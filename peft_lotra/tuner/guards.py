@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from ..families.registry import KANLayerSpec
-from ..functional import unwrap
-from ..locks import put_back_by
+from ..modules.calls import unwrap
+from ..modules.locks import put_back_by
 from .layer import LoTRALayer
 
 

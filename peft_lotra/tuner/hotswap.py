@@ -15,7 +15,7 @@ from torch import nn
 
 from ..files.checkpoint import refuse
 from ..files.format import differ
-from ..functional import unwrap
+from ..modules.calls import unwrap
 from .config import LoTRAConfig
 from .injection import own_tensors
 from .layer import lotra_layers

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..families.slim import SlimLayer
 from ..files.checkpoint import OF_THE_BASE, refuse
 from ..files.format import NORM_STATS, differ
-from ..functional import modules_of
 from ..kan.slim_kan import SlimKANLinear
+from ..modules.calls import modules_of
 from .config import ALL_KAN, LoTRAConfig
 from .guards import guard_network
 from .layer import COMPONENTS, LoTRALayer, lotra_layers

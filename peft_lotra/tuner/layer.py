@@ -12,11 +12,11 @@ from torch import nn
 
 from ..families.coefficients import CoefficientTensor
 from ..families.registry import Grid, KANLayerSpec, same_grid
-from ..functional import call_with_parameters
 from ..kan.basis import in_transform
 from ..kan.jets.layers import contract_updates
 from ..kan.layer import KANLinear
-from ..locks import LayerLock, exclusively
+from ..modules.calls import call_with_parameters
+from ..modules.locks import LayerLock, exclusively
 from ..tucker import KernelTucker, Ranks, Tucker, Update, cap_ranks
 from .config import LoTRAConfig
 from .exporting import is_tracing, refuse_strict_export, refuse_trace

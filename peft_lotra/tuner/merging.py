@@ -21,7 +21,7 @@ from torch import nn
 from ..families.coefficients import CoefficientTensor
 from ..families.registry import Grid, KANLayerSpec, same_grid
 from ..files.fingerprint import hash_values
-from ..locks import exclusively
+from ..modules.locks import exclusively
 from ..tucker import Tucker, Update
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..families.coefficients import CoefficientTensor
-from ..functional import call_with_parameters
-from ..locks import cached
+from ..modules.calls import call_with_parameters
+from ..modules.locks import cached
 from ..tucker import Update, reconstruct, tucker_of
 from .merging import are_stored, without_autocast
 

@@ -16,8 +16,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..files.checkpoint import refuse_for_model
-from ..functional import modules_of
-from ..locks import LayerLock, exclusively_within, put_back_by
+from ..modules.calls import modules_of
+from ..modules.locks import LayerLock, exclusively_within, put_back_by
 from .config import LoTRAConfig
 from .first_backward import watch_first_backward
 from .guards import base_layers_in_place, release_networks

@@ -18,7 +18,7 @@ from einops import einsum
 from torch import nn
 
 from ..families.registry import same_grid, short_name
-from ..functional import call_with_parameters, modes_kept
+from ..modules.calls import call_with_parameters, modes_kept
 from ..report import Report, TextTable
 from ..tucker import Tucker, fit, relative_energy, tucker
 from .guards import bare_base

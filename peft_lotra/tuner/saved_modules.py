@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..functional import modules_of
+from ..modules.calls import modules_of
 from .config import LoTRAConfig
 from .targets import Target
 

@@ -14,8 +14,8 @@ from torch import nn
 from ..families.coefficients import CoefficientTensor
 from ..families.registry import KANLayerSpec, get_kan_spec
 from ..families.slim import SlimLayer
-from ..functional import share_hooks
 from ..kan.slim_kan import SlimKANLinear
+from ..modules.calls import share_hooks
 from ..tucker import Tucker, Update, direct_sum, tucker
 from .grid_watch import GridWatch
 from .layer import LoTRALayer

@@ -14,8 +14,8 @@ from torch import nn
 
 from ..families.coefficients import CoefficientTensor
 from ..families.registry import KANLayerSpec
-from ..functional import attribute_by, call_with_parameters
-from ..locks import exclusively
+from ..modules.calls import attribute_by, call_with_parameters
+from ..modules.locks import exclusively
 
 
 class BaseLayerProxy(nn.Module):

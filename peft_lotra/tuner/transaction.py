@@ -19,8 +19,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..functional import modules_of
-from ..locks import IN_PROGRESS, LayerLock
+from ..modules.calls import modules_of
+from ..modules.locks import IN_PROGRESS, LayerLock
 from .merging import MergeableLayer, all_or_nothing
 
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.locks import IN_PROGRESS
+from peft_lotra.modules.locks import IN_PROGRESS
 from peft_lotra.tuner.transaction import base_parameters, is_part_of_change, transaction
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import vjp
 from torch.overrides import TorchFunctionMode
 
-from ...functional import attributes_kept, call_with_parameters
+from ...modules.calls import attributes_kept, call_with_parameters
 from ..basis import in_transform
 from .layers import Jet
 

@@ -9,8 +9,8 @@ from helpers import adapt
 from torch import nn
 
 import peft_lotra
-from peft_lotra.functional import call_with_parameters, modes_kept, share_hooks, unwrap
 from peft_lotra.kan import KAN
+from peft_lotra.modules.calls import call_with_parameters, modes_kept, share_hooks, unwrap
 
 
 @pytest.mark.parametrize(
