@@ -27,6 +27,7 @@ from .description import KANLayerSpec, registered_spec, spec_from_file
 from .inference import infer_spec
 
 
+PREFIX = "base_model.model."  # that PEFT puts in front of the names of modules
 _BUILT_IN: dict[str, KANLayerSpec] = {}
 
 
@@ -228,7 +229,7 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
 
 def short_name(name: str) -> str:
     """The name that a module has in the base model, without what PEFT puts in front of it."""
-    return name.removeprefix("base_model.model.")
+    return name.removeprefix(PREFIX)
 
 
 def walk_kan_layers(

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ..families.description import is_description
-from ..families.registry import short_name
+from ..families.registry import PREFIX, short_name
 
 
+T = TypeVar("T")
 Shape = tuple[int, ...]
 OF_THE_BASE = "to save a part of the base, such as embeddings, name the module in `modules_to_save`"
 TRAINED_ON = "Load it into the base model that it was trained on."
@@ -40,7 +41,7 @@ class Checkpoint:
                 f"The config and the tensors in {folder} do not belong together: the file of the tensors was "
                 "changed or exchanged, or saving was interrupted. Get both files anew."
             )
-        return replace(self, tensors={short_name(name): shape for name, shape in shapes.items()})
+        return replace(self, tensors=by_short_name(shapes))
 
     def check_shapes(self, expected: Mapping[str, Shape]) -> None:
         """Raises a ValueError if a tensor is missing or has another shape than the config gives it."""
@@ -64,6 +65,18 @@ class Checkpoint:
         superfluous = sorted(found - expected.union(allowed))
         wrong += [f"{name} is nothing that this adapter has ({OF_THE_BASE})" for name in superfluous]
         refuse_for_model(wrong)
+
+
+def by_short_name(tensors: Mapping[str, T]) -> dict[str, T]:
+    """What a file has by the names in the base model; a ValueError if the prefix is in front of some of them only."""
+    bare = sorted(name for name in tensors if not name.startswith(PREFIX))
+    if len(bare) not in (0, len(tensors)):  # one could hide another, and PEFT loads those with the prefix alone
+        refuse(
+            f"These names of tensors do not begin with {PREFIX!r}, as others in the file do:",
+            bare,
+            "The file was changed, or put together out of two. Get it anew.",
+        )
+    return {short_name(name): tensor for name, tensor in tensors.items()}
 
 
 def refuse(headline: str, problems: list[str], remedy: str = "") -> None:

@@ -18,6 +18,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_sta
 from safetensors import SafetensorError
 
 from ..families.registry import short_name
+from ..files.checkpoint import by_short_name
 from ..files.format import check_size, open_weights
 from ..report import Report, TextTable
 from ..tucker import tucker_of
@@ -125,7 +126,7 @@ def table_of_tensors(config: LoTRAConfig, tensors: dict[str, torch.Tensor]) -> l
     """The contents of an adapter; a ValueError if a layer lacks a component, or has some that do not fit."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in own_tensors(tensors).items():
-        name, _, part = key.removeprefix("base_model.model.").rpartition(".")
+        name, _, part = short_name(key).rpartition(".")
         layers.setdefault(name, {})[part] = tensor
     return sorted((_row(config, name, parts) for name, parts in layers.items()), key=_order)
 
@@ -171,7 +172,7 @@ def read_adapter(folder: str | Path) -> tuple[LoTRAConfig, dict[str, torch.Tenso
         config = cast(LoTRAConfig, PeftConfig.from_pretrained(str(folder)))
         with open_weights(str(weights)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-        config.resolve({short_name(key): tuple(tensor.shape) for key, tensor in tensors.items()})
+        config.resolve({name: tuple(tensor.shape) for name, tensor in by_short_name(tensors).items()})
         return config, tensors
     except (SafetensorError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"The adapter in {folder} is broken: {error}") from error

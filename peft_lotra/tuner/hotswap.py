@@ -17,7 +17,7 @@ from ..files.checkpoint import refuse
 from ..files.format import differ
 from ..modules.calls import unwrap
 from .config import LoTRAConfig
-from .injection import own_tensors
+from .injection import check_names, own_tensors
 from .layer import lotra_layers
 from .norm_stats import NormStatsTuner, pop_stats
 from .targets import check_base, locate_target
@@ -93,11 +93,14 @@ def hotswap_adapter(
         tuner.set_norm_stats(adapter_name, stats)
 
 
-def check_reload(model: nn.Module, adapter_name: str, path: str | os.PathLike, **kwargs: Any) -> None:
+def check_reload(
+    model: nn.Module, old: LoTRAConfig, adapter_name: str, path: str | os.PathLike, **kwargs: Any
+) -> None:
     """Checks the files that are to be loaded into an adapter which is there, of which PEFT reads the tensors alone.
 
     Raises:
-        ValueError: The files cannot be loaded, or the adapter there has another alpha, base or grid, or is merged.
+        ValueError: The files cannot be loaded; or the adapter there, whose config is `old`, has other tensors, another
+            alpha, base or grid, or is merged.
     """
     new = LoTRAConfig.from_pretrained(str(path), **kwargs)
     layers = dict(lotra_layers(model, adapter_name))
@@ -114,7 +117,9 @@ def check_reload(model: nn.Module, adapter_name: str, path: str | os.PathLike, *
         wrong,
         "Unmerge it first, load the file under another name, or call `hotswap_adapter`, which makes up for the alpha.",
     )
-    check_base(new, model, {name: locate_target(name, layer) for name, layer in layers.items()})
+    targets = {name: locate_target(name, layer) for name, layer in layers.items()}
+    check_base(new, model, targets)
+    check_names(new.checkpoint, old, model, targets)
 
 
 def _differences(

@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..families.slim import SlimLayer
-from ..files.checkpoint import OF_THE_BASE, refuse
+from ..files.checkpoint import OF_THE_BASE, Checkpoint, refuse
 from ..files.format import NORM_STATS, differ
 from ..kan.slim_kan import SlimKANLinear
 from ..modules.calls import modules_of
@@ -101,7 +101,7 @@ def prepare_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     write_targets(config, model, targets)
     config.base_layers = describe_targets(targets)
     check_base(config, model, targets)
-    check_names(config, model, targets)
+    check_names(config.checkpoint, config, model, targets)
     if config.checkpoint.layers is None:
         warn_of_large_adapters(config, targets)
     return targets
@@ -160,9 +160,9 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 setattr(module, name, new)
 
 
-def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
-    """Compares the names in a file of tensors with those that the adapter has in this model."""
-    if config.checkpoint.tensors is None or getattr(model, "_checkpoint_conversion_mapping", None):
+def check_names(checkpoint: Checkpoint, config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Compares the names in a file of tensors with those that an adapter of this config has in this model."""
+    if checkpoint.tensors is None or getattr(model, "_checkpoint_conversion_mapping", None):
         return  # not from a file, or the names in the file are older ones
     modules = dict(model.named_modules())
     adapted = {id(modules[name]): COMPONENTS[: 1 + len(t.coefficients.shape)] for name, t in targets.items()}
@@ -180,8 +180,8 @@ def check_names(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Tar
     if config.save_norm_stats:
         allowed.update(map(stored_name, stats_in_place(model)))
     # PEFT 0.19 saves the components of all adapters, those of the others with their names; they are passed over
-    allowed.update(name for name in config.checkpoint.tensors if is_of_another_adapter(name))
-    config.checkpoint.check_names(expected, allowed)
+    allowed.update(name for name in checkpoint.tensors if is_of_another_adapter(name))
+    checkpoint.check_names(expected, allowed)
 
 
 def is_of_another_adapter(name: str) -> bool:

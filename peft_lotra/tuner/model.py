@@ -29,6 +29,7 @@ from .injection import (
     create_and_replace,
     mismatches,
     name_twice,
+    own_tensors,
     prepare_config,
     prepare_targets,
     replace_module,
@@ -175,14 +176,15 @@ class LoTRAModel(NormStatsTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         # From PEFT 0.20 on. For tensors that come without a config, for an adapter that is there.
-        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # first without what files of PEFT 0.19 have of other adapters, which may be called like this one
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, own_tensors(state_dict))
         state_dict = with_adapter(state_dict, adapter_name)
         return select_to_load(model, adapter_name, state_dict)
 
     def check_reload(self, adapter_name: str, path: str | os.PathLike, **kwargs: Any) -> None:
         """Raises a ValueError if an adapter that is there cannot take the tensors of a file."""
         kwargs.setdefault("check_base", self.peft_config[adapter_name].check_base)
-        check_reload(self.model, adapter_name, path, **kwargs)
+        check_reload(self.model, self.peft_config[adapter_name], adapter_name, path, **kwargs)
 
     def check_saving(
         self, selected_adapters: list[str] | None = None, save_embedding_layers: bool | str = "auto"

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..families.registry import short_name
 from ..files.checkpoint import refuse_for_model
 from ..files.format import NORM_STATS, differ
 
@@ -80,7 +81,7 @@ def take_stats(state_dict: dict[str, Any], prefix: str) -> dict[str, dict[str, T
 def pop_stats(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Takes running statistics out of the tensors of a file."""
     found = [key for key in tensors if key.endswith(_STORED)]
-    return {_bare_name(key.removeprefix("base_model.model.")): tensors.pop(key) for key in found}
+    return {_bare_name(short_name(key)): tensors.pop(key) for key in found}
 
 
 def _bare_name(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from peft_lotra.files.checkpoint import HASHES, RECORD, Checkpoint, refuse
+from peft_lotra.files.checkpoint import HASHES, RECORD, Checkpoint, by_short_name, refuse
 
 
 SHAPES = {"base_model.model.kan.lotra_core": (2, 2, 2), "base_model.model.head.weight": (3, 1)}
@@ -20,6 +20,14 @@ def test_tensors_of_the_digest_belong_to_the_config():
     assert Checkpoint().with_tensors(SHAPES, "a", "here").tensors is not None
     with pytest.raises(ValueError, match="tensors in here do not belong together"):
         Checkpoint(digest="b").with_tensors(SHAPES, "a", "here")
+
+
+def test_a_prefix_in_front_of_some_names_only():
+    """Otherwise one of two tensors hides the other, and its shape is that of neither file."""
+    assert by_short_name({"a": 1, "b": 2}) == by_short_name({"base_model.model.a": 1, "base_model.model.b": 2})
+    assert by_short_name({"base_model.model.base_model.model.a": 1}) == {"base_model.model.a": 1}
+    with pytest.raises(ValueError, match="(?s)not begin with 'base_model.model.'.*\n  kan.lotra_core\n"):
+        Checkpoint().with_tensors({**SHAPES, "kan.lotra_core": ()}, "a", "here")
 
 
 def test_shapes():

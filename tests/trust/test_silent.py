@@ -7,7 +7,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hostile import WEIGHTS, Net, X, adapted, assert_refused, differences, save, state_of
+from hostile import (
+    WEIGHTS,
+    Net,
+    X,
+    adapted,
+    assert_load_refused,
+    assert_refused,
+    differences,
+    edit_config,
+    edit_tensors,
+    save,
+    state_of,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -164,6 +176,54 @@ def test_loading_the_same_adapter_again(tmp_path):
         model.base_model.model.kan.layers[0].lotra_core["default"].zero_()
     model.load_adapter(str(tmp_path), adapter_name="default")
     torch.testing.assert_close(model(X), y)
+
+
+CORE, BASIS = (f"base_model.model.kan.layers.0.lotra_{part}" for part in ("core", "factor_basis"))
+OTHER_TENSORS = {
+    "a name of this adapter's own": (f"{BASIS} is missing", lambda t: t.update({f"{BASIS}.default": t.pop(BASIS)})),
+    "another layer": ("kan.layers.7.lotra_core", lambda t: t.update({CORE.replace("0", "7"): t[CORE].clone()})),
+    "no head": ("head.bias is missing", lambda t: t.pop("base_model.model.head.bias")),
+    "a module that is not saved": (
+        "kan.layers.1.bias",
+        lambda t: t.update({CORE.replace("0.lotra_core", "1.bias"): t[CORE].clone()}),
+    ),
+    "no prefix": (
+        "kan.layers.0.lotra_core",
+        lambda t: t.update({CORE.removeprefix("base_model.model."): t[CORE].clone()}),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_TENSORS)
+def test_loading_over_an_adapter_of_other_tensors(tmp_path, kind):
+    """The names are compared as they are for an adapter that is not there yet."""
+    folder = save(tmp_path / "a", modules_to_save=["head"])
+    match, change = OTHER_TENSORS[kind]
+    edit_tensors(folder, change)
+    edit_config(folder, base_layers=None, base_digest=None)
+    model = adapted(modules_to_save=["head"])
+    match = match.removeprefix("base_model.model.")
+    assert_refused(lambda: model.load_adapter(folder, "default"), model, error=ValueError, match=match)
+    assert_load_refused(folder, match=match, error=ValueError)
+
+
+def test_loading_over_an_adapter_with_other_saved_modules(tmp_path):
+    for mine, theirs, match in (
+        ({}, {"modules_to_save": ["head"]}, "nothing"),
+        ({"modules_to_save": ["head"]}, {}, "missing"),
+    ):
+        model, folder = adapted(**mine), save(tmp_path / match, **theirs)
+        assert_refused(lambda m=model, f=folder: m.load_adapter(f, "default"), model, error=ValueError, match=match)
+
+
+def test_a_file_with_an_adapter_called_like_the_one_that_is_there(tmp_path):
+    """PEFT 0.19 saves the tensors of all adapters; the file's own count, whatever the others are called."""
+    folder = save(tmp_path / "a", modules_to_save=["head"])
+    expected = PeftModel.from_pretrained(Net(), folder)(X)
+    edit_tensors(folder, lambda tensors: tensors.update({f"{CORE}.default": torch.ones_like(tensors[CORE])}))
+    model = adapted(modules_to_save=["head"])
+    model.load_adapter(folder, "default")
+    torch.testing.assert_close(model(X), expected)
 
 
 ##########################
