@@ -178,7 +178,9 @@ def written_code(card: ModelCard | None) -> str | None:
 
 def write_card_after_saving(model: PeftModel | None, folder: str | os.PathLike) -> None:
     """What `save_pretrained` leaves: the card, in which code for the base that a person gave stays."""
-    code = written_code(load_card(Path(folder) / README))
+    path = Path(folder) / README
+    found = _BASE_CODE.search(path.read_text("utf-8-sig")) if path.is_file() else None
+    code = found and found[1].strip("\n")
     write_model_card(model, folder, base_code=None if code is None or _GENERATED_CODE.search(code) else code)
 
 
@@ -240,6 +242,7 @@ def _replace_section(card: ModelCard, title: str, section: str) -> None:
     card.text = (text if count else f"{text.rstrip()}\n\n{section}").rstrip() + "\n"
 
 
+@cache
 def install_line() -> str:
     """How to install this package: from the repository that its metadata names."""
     try:
