@@ -122,11 +122,28 @@ class Probe:
 
     def reached(self, names: Sequence[str], tensor: CoefficientTensor) -> dict[str, bool]:
         """Whether the output depends on each of these parameters."""
+        found = self._gradients(names, tensor)
+        return {name: g is not None and bool(g.any()) for name, g in found.items()}
+
+    def unused(self, tensor: CoefficientTensor) -> list[str]:
+        """The parameters that the output is not computed from; none if the layer cannot be run."""
+        try:
+            found = self._gradients(list(tensor.read_parameters(self.layer)), tensor)
+        except Exception:  # as above
+            return []
+        return [name for name, g in found.items() if g is None]
+
+    def _gradients(self, names: Sequence[str], tensor: CoefficientTensor) -> dict[str, torch.Tensor | None]:
+        """The gradient of a function of all outputs with respect to each of these parameters, if it enters there."""
         with isolated(self._like(tensor)):
             values = {name: own_copy(self.layer.get_parameter(name)).requires_grad_() for name in names}
             y = self._run(values, self._input(tensor))
-            gradients = torch.autograd.grad(y.square().sum(), list(values.values()), allow_unused=True)
-        return {name: g is not None and bool(g.any()) for name, g in zip(names, gradients, strict=True)}
+            if not y.requires_grad:
+                other = self._run({name: value + 1.0 for name, value in values.items()}, self._input(tensor))
+                if torch.equal(y, other):
+                    return dict.fromkeys(names)
+            found = torch.autograd.grad(y.square().sum(), list(values.values()), allow_unused=True)
+        return dict(zip(names, found, strict=True))
 
     def _like(self, tensor: CoefficientTensor) -> torch.Tensor:
         """The first parameter, if the layer can be run."""

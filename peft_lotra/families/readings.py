@@ -84,7 +84,7 @@ def check_description(
     variants: Callable[[], Mapping[str, Callable[[], CoefficientTensor]]],
     linear: bool,
 ) -> None:
-    """Compares the axes of a layer, and whether it is linear, with its description.
+    """Compares the axes of a layer, whether it uses its coefficients, and is linear in them, with its description.
 
     Args:
         name: The name of the layer in its model.
@@ -96,7 +96,8 @@ def check_description(
         linear: Whether the description says that the output is linear in the coefficients.
 
     Raises:
-        ValueError: The gradients contradict the pattern, or the output is not linear.
+        ValueError: The gradients contradict the pattern, the output does not depend on one of the parameters, or it
+            is not linear.
     """
     passed, key = _PASSED.setdefault(type(layer), set()), _check_key(layer, tensor, linear)
     if key in passed:
@@ -115,6 +116,12 @@ def check_description(
                 f"{tuple(tensor.get_parameter(layer).shape)} is not laid out as {pattern!r}: "
                 f"{verdict.reason if verdict.has_raised else slices}. {remedy}"
             )
+    if unused := probe.unused(tensor):
+        raise ValueError(
+            f"{layer_name} does not use {', '.join(f'`{parameter}`' for parameter in unused)}: its output does not "
+            "depend on it, and an adapter there would do nothing. Describe the family without it "
+            "(`register_kan_layer`), or leave the layer out of `target_modules`."
+        )
     if linear and (probe.curvature(tensor) or 0.0) > CURVATURE:
         names = ", ".join(f"`{parameter}`" for parameter in tensor.parameters)
         raise ValueError(

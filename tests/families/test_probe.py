@@ -148,6 +148,28 @@ def test_a_layer_that_is_not_linear_is_refused_by_name():
         assert part in str(error.value)
 
 
+class Unused(Layer):
+    def __init__(self, *lengths):
+        super().__init__(*lengths)
+        self.B = nn.Parameter(torch.randn_like(self.A))
+        self.bias = nn.Parameter(torch.zeros(lengths[1]))
+
+    def forward(self, x):
+        return super().forward(x) + self.bias
+
+
+@pytest.mark.parametrize("coefficients", [[("A", "o i k"), ("B", "o i k")], [("B", "o i k")]])
+@pytest.mark.parametrize("trained", [True, False])
+def test_coefficients_that_the_output_does_not_depend_on_are_refused_by_name(coefficients, trained):
+    register_kan_layer("mine", matches=Unused, coefficients=coefficients)
+    layer = Unused(4, 3, 4).requires_grad_(trained)
+    before = copy.deepcopy(layer.state_dict())
+    model = as_model(layer)
+    with pytest.raises(ValueError, match=r"`kan` \(Unused, of the KAN family 'mine'\) does not use `B`: its output"):
+        adapt(model)
+    assert model.kan is layer and all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+
+
 def test_described_as_not_linear_everything_but_the_fast_path_works(tmp_path):
     register_wavelets(linear=False, basis=lambda m, x: x[..., None].expand(-1, -1, 3))
     torch.manual_seed(0)
