@@ -19,6 +19,7 @@ from ..modules.calls import call_with_parameters
 from .evaluation import evaluating
 from .recording import Recorder
 from .row_gradients import row_gradients
+from .shards import Shards
 
 
 CHUNK = 2**27  # bytes of a chunk of rows: enough for a small overhead, and no more, since fresh memory is slow
@@ -46,8 +47,9 @@ class TermPlan:
 Plans = dict[tuple, TermPlan]
 
 
-def check_terms(terms: Iterable[Any]) -> list[Term]:
-    """Residual terms with their rows as a tuple and their weight filled in; a malformed one is a ValueError."""
+def check_terms(terms: Iterable[Any], least: int = 1) -> list[Term]:
+    """Residual terms with their rows as a tuple and their weight filled in; a malformed one is a ValueError, and so is
+    one with fewer rows than `least`."""
     checked = []
     for index, term in enumerate(terms):
         if not isinstance(term, Sequence) or len(term) not in (2, 3) or not callable(term[0]):
@@ -60,10 +62,10 @@ def check_terms(terms: Iterable[Any]) -> list[Term]:
         rows = (rows,) if isinstance(rows, Tensor) else tuple(rows)
         if not rows or not all(isinstance(row, Tensor) and row.dim() for row in rows):
             raise ValueError(f"The rows of {name_term(index, function)} must be tensors, at least one.")
-        if len({len(row) for row in rows}) > 1 or len(rows[0]) == 0:
+        if len({len(row) for row in rows}) > 1 or len(rows[0]) < least:
             raise ValueError(
                 f"The rows of {name_term(index, function)} have lengths {[len(row) for row in rows]}, but must be "
-                "equally many, at least one."
+                f"equally many{', at least one' * least}."
             )
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(f"The weight of {name_term(index, function)} is {weight!r}, but must be above 0.")
@@ -86,15 +88,23 @@ class LeastSquares:
     """The residuals as a function of the flat vector of the trainable parameters, in float64.
 
     Each residual is multiplied by sqrt(weight / rows) of its term, so that the loss is the sum of their squares. Only
-    `write` changes the model. The `plans` of the step before spare its terms another measurement.
+    `write` changes the model. The `plans` of the step before spare its terms another measurement. Rows, residuals and
+    Jacobians are those of this process, losses those of all `shards`.
     """
 
     def __init__(
-        self, model: nn.Module, trainable: dict[str, nn.Parameter], terms: list[Term], memory: int, plans: Plans
+        self,
+        model: nn.Module,
+        trainable: dict[str, nn.Parameter],
+        terms: list[Term],
+        memory: int,
+        plans: Plans,
+        shards: Shards | None = None,
     ) -> None:
         self.model = model
         self.trainable = trainable
         self.memory = memory
+        self.shards = shards = shards or Shards()
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.fixed = {
             name: tensor.detach().double()
@@ -108,13 +118,22 @@ class LeastSquares:
         self.terms: list[Term] = []
         self.plans: Plans = {}
         self._marked: dict[int, set[int]] = {}  # by the id of a function, which of its rows require a gradient
-        for function, rows, weight in terms:
+        totals = shards.count_rows(
+            [name_term(index, term[0]) for index, term in enumerate(terms)],
+            [len(rows[0]) for _, rows, _ in terms],
+            [weight for *_, weight in terms],
+            self.start,
+        )
+        shards.run(self._add_terms, terms, totals, plans)
+
+    def _add_terms(self, terms: list[Term], totals: list[int], plans: Plans) -> None:
+        for (function, rows, weight), total in zip(terms, totals, strict=True):
             marked = {place for place, row in enumerate(rows) if row.requires_grad}
             self._marked[id(function)] = self._marked.get(id(function), set()) | marked
             rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
-            self.terms.append((function, rows, math.sqrt(weight / len(rows[0]))))
+            self.terms.append((function, rows, math.sqrt(weight / total)))
             key = self._key(function, rows)
-            if key not in self.plans:
+            if key not in self.plans and len(rows[0]):
                 if key not in plans:
                     self._check_rows(function, rows, 2)
                 self.plans[key] = plans.get(key) or self._plan(function, rows)
@@ -249,7 +268,7 @@ class LeastSquares:
     def chunks(self) -> Iterator[tuple[Callable, float, list[Tensor]]]:
         """(function, scale, rows) of each term, in chunks of as many rows as fit."""
         for function, rows, scale in self.terms:
-            size = self._rows_at_once(self.plans[self._key(function, rows)])
+            size = self._rows_at_once(self.plans[self._key(function, rows)]) if len(rows[0]) else 1
             for first in range(0, len(rows[0]), size):
                 yield function, scale, [row[first : first + size] for row in rows]
 
@@ -257,7 +276,8 @@ class LeastSquares:
     def residuals(self, flat: Tensor) -> Tensor:
         """All residuals, (M,)."""
         named = self._named(flat)
-        return torch.cat([self._call(f, scale, named, rows).detach().flatten() for f, scale, rows in self.chunks()])
+        parts = [self._call(f, scale, named, rows).detach().flatten() for f, scale, rows in self.chunks()]
+        return torch.cat([self.start.new_empty(0), *parts])
 
     def find_not_finite(self, residuals: Tensor) -> str:
         """A message that names the terms whose residuals are NaN or infinite; empty if there are none."""
@@ -277,6 +297,9 @@ class LeastSquares:
         """The number of residuals of each term."""
         named, counts = self._named(self.start), []
         for function, rows, scale in self.terms:
+            if not len(rows[0]):
+                counts.append(0)
+                continue
             with torch.no_grad():
                 one = self._call(function, scale, named, [row[:1] for row in rows])
             counts.append(len(rows[0]) * one.shape[1])
@@ -284,9 +307,12 @@ class LeastSquares:
 
     def losses(self, residuals: Tensor) -> tuple[float, ...]:
         """The part of the loss of each term."""
-        if len(self.terms) == 1:
-            return (residuals.square().sum().item(),)
-        return tuple(part.square().sum().item() for part in residuals.split(self._counts()))
+        parts = [residuals] if len(self.terms) == 1 else residuals.split(self._counts())
+        return tuple(self.shards.sum(torch.stack([part.square().sum() for part in parts])).tolist())
+
+    def loss(self, residuals: Tensor) -> float:
+        """The sum of all squares."""
+        return self.shards.sum(residuals.square().sum()).item()
 
     def jacobian(self, function: Callable, scale: float, rows: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """The derivatives of the residuals of some rows, (n m, P), in the first rows of `out` if given.

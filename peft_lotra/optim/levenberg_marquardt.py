@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .least_squares import LeastSquares, Plans, Term, check_terms
 from .linear_model import LinearModel
+from .shards import Shards
 
 
 SMALLEST_DAMPING = 1e-16  # less is lost in the rounding of the normal equations
@@ -79,6 +80,8 @@ class LevenbergMarquardt:
             parameters, which `forget` drops when the problem changes.
         memory: Bytes that matrices and chunks of rows may take.
         max_damping: The damping at which a step gives up.
+        group: A process group of `torch.distributed`, e.g. `torch.distributed.group.WORLD`, whose processes have the
+            same model and each its own rows of all terms, possibly none. J^T J, J^T r and losses are summed over them.
 
     Attributes:
         damping: The damping that the next step tries. The other arguments are attributes too.
@@ -101,6 +104,7 @@ class LevenbergMarquardt:
         forgetting: float = 0.0,
         memory: int = 2**30,
         max_damping: float = 1e12,
+        group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             kind = type(model).__name__
@@ -121,6 +125,7 @@ class LevenbergMarquardt:
         self.forgetting = forgetting
         self.memory = memory
         self.max_damping = max_damping
+        self._shards = Shards(group)
         self._plans: Plans = {}  # of the last step's terms
         self._past: _Past | None = None
         self._trainable()
@@ -146,7 +151,9 @@ class LevenbergMarquardt:
 
         Raises:
             ValueError: A term is malformed, random (dropout in training mode), or depends on other rows (batch
-                normalization in training mode), or the matrices do not fit into `memory`.
+                normalization in training mode), or the matrices do not fit into `memory`; with `group`, the terms or
+                the parameters differ between the processes, or no process has rows of a term.
+            RuntimeError: A function failed in another process of `group`.
 
         Example:
             >>> from peft_lotra.kan import KAN, jet
@@ -158,15 +165,13 @@ class LevenbergMarquardt:
             >>> LevenbergMarquardt(KAN([1, 1])).step([(equation, points), (boundary, ends, 10.0)]).accepted
             True
         """
-        problem = LeastSquares(self.model, self._trainable(), check_terms(terms), self.memory, self._plans)
+        problem, residuals = self._evaluate(terms)
         self._plans = problem.plans
-        residuals = problem.residuals(problem.start)
-        if error := problem.find_not_finite(residuals):
+        if error := next(filter(None, self._shards.gather(problem.find_not_finite(residuals))), ""):
             warnings.warn(f"Step refused: {error}", RuntimeWarning, stacklevel=2)
             losses = problem.losses(residuals)
             return LevenbergMarquardtStep(math.nan, self.damping, False, reason=error, losses=losses)
-        loss = residuals.square().sum().item()
-        losses = problem.losses(residuals)
+        loss, losses = problem.loss(residuals), problem.losses(residuals)
         past = self._known_past(problem)
         linear = LinearModel(problem, residuals, self.floor, past and past[:2], self.forgetting > 0)
         if error := linear.error:
@@ -182,8 +187,8 @@ class LevenbergMarquardt:
                 step = self._accelerate(linear, damping, step)
             if step is not None:
                 candidate = problem.round(problem.start + step)
-                new_residuals = problem.residuals(candidate)
-                new_loss = new_residuals.square().sum().item()
+                new_residuals = self._shards.run(problem.residuals, candidate)
+                new_loss = problem.loss(new_residuals)
                 decrease = loss - new_loss - linear.rise_of_past(candidate - problem.start)
                 if new_loss < loss and decrease > 0:  # not if one is NaN
                     agreement = decrease / predicted_decrease
@@ -236,14 +241,15 @@ class LevenbergMarquardt:
         history: list[LevenbergMarquardtStep] = []
         slow, end = 0, time.monotonic() + max_seconds
         terms = terms if callable(terms) else list(terms)
-        held_terms = check_terms(held) if (held := list(held)) else []
+        held_terms = self._check(held) if (held := list(held)) else []
+        shards, hidden = self._shards, not (progress and self._shards.is_first)
         best: tuple[float, dict[str, Tensor]] = math.inf, {}
-        with tqdm(total=steps, unit="step", desc="Levenberg-Marquardt", disable=not progress) as bar:
+        with tqdm(total=steps, unit="step", desc="Levenberg-Marquardt", disable=hidden) as bar:
             for number in range(steps):
-                now = list(terms(number)) if callable(terms) else terms
+                now = list(shards.run(terms, number)) if callable(terms) else terms
                 record = self.step(now)
                 if held_terms:
-                    record = record._replace(held_losses=self._evaluate(held_terms))
+                    record = record._replace(held_losses=self._held_losses(held_terms))
                 history.append(record)
                 bar.update()
                 bar.set_postfix(_shown(record, now))
@@ -252,9 +258,9 @@ class LevenbergMarquardt:
                 if held_terms and progressed:
                     best = record.held_loss, {n: p.detach().clone() for n, p in self._trainable().items()}
                 loss = record.held_loss if held_terms else record.loss
-                stop = callback is not None and callback(number, record) is True
+                stop = callback is not None and shards.run(callback, number, record) is True
                 stop = stop or not record.accepted or loss <= target_loss or slow >= patience
-                if stop or time.monotonic() > end:
+                if any(shards.gather(stop or time.monotonic() > end)):
                     break
         if best[1]:
             with torch.no_grad():
@@ -272,11 +278,21 @@ class LevenbergMarquardt:
             )
         return trainable
 
-    def _evaluate(self, terms: list[Term]) -> tuple[float, ...]:
+    def _evaluate(self, terms: Iterable[Term]) -> tuple[LeastSquares, Tensor]:
+        """The least-squares problem of some terms, and its residuals."""
+        terms = self._check(terms)
+        problem = LeastSquares(self.model, self._trainable(), terms, self.memory, self._plans, self._shards)
+        return problem, self._shards.run(problem.residuals, problem.start)
+
+    def _check(self, terms: Iterable[Term]) -> list[Term]:
+        """The terms, checked; a process of several may have no rows."""
+        return self._shards.run(check_terms, terms, int(self._shards.group is None))
+
+    def _held_losses(self, terms: list[Term]) -> tuple[float, ...]:
         """The parts of the loss of terms that are not trained."""
-        problem = LeastSquares(self.model, self._trainable(), terms, self.memory, self._plans)
+        problem, residuals = self._evaluate(terms)
         self._plans = {**self._plans, **problem.plans}
-        return problem.losses(problem.residuals(problem.start))
+        return problem.losses(residuals)
 
     def _known_past(self, problem: LeastSquares) -> _Past | None:
         """The residuals of former steps, unless the parameters are others than then."""
@@ -294,7 +310,7 @@ class LevenbergMarquardt:
     def _accelerate(self, linear: LinearModel, damping: float, step: Tensor) -> Tensor | None:
         """The step with half of the second-order correction; None if that is large, since the series may diverge."""
         second = linear.second_derivative(step)
-        correction = linear.solve(damping, second) if second.isfinite().all() else None
+        correction = linear.solve(damping, second)
         if correction is None or linear.norm(correction) > 0.75 * linear.norm(step):
             return None
         return step + correction / 2

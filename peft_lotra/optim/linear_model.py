@@ -38,7 +38,31 @@ class LinearModel:
         self.problem = problem
         self.past = past
         self._residuals = residuals
+        in_parameter_space = in_parameter_space or problem.shards.group is not None  # where matrices can be summed
         self.in_residual_space = len(residuals) < problem.num_parameters and not in_parameter_space
+        squares = problem.shards.run(self._add_chunks, residuals)
+        if not self.in_residual_space:
+            for part in (self.matrix, self.gradient):
+                problem.shards.sum(part)
+            if past is not None:
+                self.matrix += past[0]
+                self.gradient += past[1]
+            squares = self.matrix.diagonal()
+        # parameters without any effect get the bound, and are not moved
+        self.scaling = squares.clamp(min=max(floor * squares.max().item(), 1e-300))
+        if self.in_residual_space and self.jacobian is not None:
+            self.matrix = _gram((self.jacobian / self.scaling.sqrt()).T)
+        elif self.in_residual_space:
+            self.matrix = self._gram_by_chunks(len(residuals))
+        self._factored: tuple[float, Tensor | None] = (math.nan, None)
+        finite = self.matrix.isfinite().all() and self.gradient.isfinite().all()
+        self.error = "" if finite else "the Jacobian has NaN or infinite entries. The parameters are unchanged."
+        if not self.gradient.any():
+            self.error = "the gradient is zero: no parameter has an effect on the residuals."
+
+    def _add_chunks(self, residuals: Tensor) -> Tensor:
+        """Sums J^T r, and J^T J in the space of parameters, over our rows; returns the diagonal of J^T J otherwise."""
+        problem = self.problem
         size = len(residuals) if self.in_residual_space else problem.num_parameters
         needed = 2 * size**2 * 8
         if needed > problem.memory:
@@ -63,26 +87,11 @@ class LinearModel:
             elif self.jacobian is None:
                 self.matrix += _gram(part)
             first += len(part)
-        if not self.in_residual_space:
-            if self.jacobian is not None:
-                self.matrix = _gram(self.jacobian)
-            if past is not None:
-                self.matrix += past[0]
-                self.gradient += past[1]
-            squares = self.matrix.diagonal()
+        if self.jacobian is not None and not self.in_residual_space:
+            self.matrix = _gram(self.jacobian)
         elif self.jacobian is not None:
             squares = self.jacobian.square().sum(0)
-        # parameters without any effect get the bound, and are not moved
-        self.scaling = squares.clamp(min=max(floor * squares.max().item(), 1e-300))
-        if self.in_residual_space and self.jacobian is not None:
-            self.matrix = _gram((self.jacobian / self.scaling.sqrt()).T)
-        elif self.in_residual_space:
-            self.matrix = self._gram_by_chunks(size)
-        self._factored: tuple[float, Tensor | None] = (math.nan, None)
-        finite = self.matrix.isfinite().all() and self.gradient.isfinite().all()
-        self.error = "" if finite else "the Jacobian has NaN or infinite entries. The parameters are unchanged."
-        if not self.gradient.any():
-            self.error = "the gradient is zero: no parameter has an effect on the residuals."
+        return squares
 
     def _gram_by_chunks(self, size: int) -> Tensor:
         """J S^-1 J^T if J does not fit: parts of J are computed again for each other part."""
@@ -113,19 +122,24 @@ class LinearModel:
 
     def solve(self, damping: float, residuals: Tensor) -> Tensor | None:
         """-(J^T J + damping S)^-1 J^T residuals, (P,); None if the matrix is singular to rounding."""
-        if (triangle := self._factor(damping)) is None:
-            return None
-        elif self.in_residual_space:
+        triangle = self._factor(damping)
+        if self.in_residual_space:
+            if triangle is None:
+                return None
             step = -self._transposed(_solve(triangle, residuals)) / self.scaling
         else:
             ours = residuals is self._residuals  # those of former steps are in the gradient, and linear
             gradient = self.gradient if ours else self._transposed(residuals)
-            step = -_solve(triangle, gradient)
+            step = torch.full_like(gradient, math.nan) if triangle is None else -_solve(triangle, gradient)
+            step = self.problem.shards.of_first(step)
         return step if step.isfinite().all() else None
 
     def _transposed(self, vector: Tensor) -> Tensor:
         """J^T vector."""
-        return self.problem.pull_back(vector) if self.jacobian is None else self.jacobian.T @ vector
+        problem = self.problem
+        if self.jacobian is not None:
+            return problem.shards.sum(self.jacobian.T @ vector)
+        return problem.shards.sum(problem.shards.run(problem.pull_back, vector))
 
     def predicted_decrease(self, damping: float, step: Tensor) -> float:
         """The decrease of the sum of squares in the linear model, for the step of this damping."""
@@ -153,10 +167,11 @@ class LinearModel:
     def second_derivative(self, step: Tensor) -> Tensor:
         """The second derivative of the residuals along a step, (M,), by differences over a tenth of the step."""
         share = 0.1
-        ahead = self.problem.residuals(self.problem.start + share * step)
+        problem = self.problem
+        ahead = problem.shards.run(problem.residuals, problem.start + share * step)
         if self.jacobian is not None:
             return 2 * ((ahead - self._residuals) / share - self.jacobian @ step) / share  # no second evaluation
-        behind = self.problem.residuals(self.problem.start - share * step)
+        behind = problem.shards.run(problem.residuals, problem.start - share * step)
         return (ahead - 2 * self._residuals + behind) / share**2
 
 

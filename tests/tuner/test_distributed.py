@@ -5,50 +5,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from process_groups import start_group
 
 
-WORKER = Path(__file__).parents[1] / "support" / "distributed_worker.py"
 NETWORKS = ("own", "efficient-kan")
 
 pytestmark = pytest.mark.slow
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 @pytest.fixture(scope="module", params=[1, 2], ids=["world-1", "world-2"])
 def ranks(request, tmp_path_factory):
     """What each of the processes of a group found; one group runs everything, since most of its time are imports."""
-    folder, world = tmp_path_factory.mktemp("group"), request.param
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-    env |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(WORKER.parent), str(WORKER.parents[2]), env.get("PYTHONPATH", "")])
-    processes = []
-    try:
-        for rank in range(world):
-            command = [sys.executable, str(WORKER), str(folder / f"{rank}.json")]
-            with open(folder / f"{rank}.log", "w") as log:
-                processes.append(
-                    subprocess.Popen(command, env={**env, "RANK": str(rank)}, stdout=log, stderr=subprocess.STDOUT)
-                )
-        codes = [process.wait(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    logs = [(folder / f"{rank}.log").read_text()[-3000:] for rank in range(world)]
-    assert codes == [0] * world, "\n".join(logs)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+    return start_group("distributed_worker.py", request.param, tmp_path_factory.mktemp("group"))
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp-layers", "fsdp2", "fsdp2-layers"])

@@ -1,0 +1,85 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Levenberg-Marquardt steps whose rows are divided among processes, see `sharded_worker.py`."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from process_groups import start_group
+from residuals import network, terms
+
+from peft_lotra.optim import LevenbergMarquardt
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two processes found."""
+    return start_group("sharded_worker.py", 2, tmp_path_factory.mktemp("group"))
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_a_group_needs_to_be_started():
+    with pytest.raises(ValueError, match="init_process_group"):
+        LevenbergMarquardt(network(), group=object())
+
+
+def test_a_group_of_one_process_is_the_optimizer_alone(group):
+    data = terms()
+    alone = network()
+    shared = copy.deepcopy(alone)
+    first = LevenbergMarquardt(alone).fit(data, 3, progress=False)
+    optimizer = copy.deepcopy(LevenbergMarquardt(shared, group=group))
+    second = optimizer.fit(data, 3, progress=False)
+    np.testing.assert_allclose([r.losses for r in second], [r.losses for r in first], rtol=1e-10)
+    for one, other in zip(optimizer.model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "geodesic", "forgetting", "chunks"])
+def test_shards_end_where_one_process_does(ranks, kind):
+    for found in ranks:
+        for name, alone in found["alone"][kind].items():
+            np.testing.assert_allclose(found["sharded"][kind][name], alone, rtol=1e-10, atol=1e-10)
+    assert ranks[0]["sharded"] == ranks[1]["sharded"]
+
+
+@pytest.mark.slow
+def test_a_shard_may_have_no_rows(ranks):
+    for found in ranks:
+        for name, alone in found["alone"]["plain"].items():
+            np.testing.assert_allclose(found["nothing here"][name], alone, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case, messages",
+    [
+        ("other terms", ["ValueError: All processes must give the same terms"] * 2),
+        ("other weights", ["ValueError: All processes must give the same terms"] * 2),
+        ("other parameters", ["ValueError: The trainable parameters differ"] * 2),
+        ("no rows at all", ["ValueError: The residual term 1 (fit) has no rows in any process"] * 2),
+        (
+            "one fails",
+            ["RuntimeError: Process 1 of the group failed: ZeroDivisionError: on this", "ZeroDivisionError"],
+        ),
+        ("one fails later", ["RuntimeError: Process 1 of the group failed", "ZeroDivisionError: at step 1"]),
+        ("one is not finite", ["residuals are NaN or infinite"] * 2),
+    ],
+)
+def test_what_is_wrong_in_one_process_ends_all(ranks, case, messages):
+    for found, message in zip(ranks, messages, strict=True):
+        assert found["wrong"][case].startswith(message)

@@ -1,0 +1,45 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Groups of processes for tests of `torch.distributed`."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+SUPPORT = Path(__file__).parent
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def start_group(worker: str, world: int, folder: Path) -> list[Any]:
+    """Runs a script of tests/support in `world` processes, and returns what each wrote to the path it was given."""
+    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world)}
+    env |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(SUPPORT), str(SUPPORT.parents[1]), env.get("PYTHONPATH", "")])
+    processes = []
+    try:
+        for rank in range(world):
+            command = [sys.executable, str(SUPPORT / worker), str(folder / f"{rank}.json")]
+            with open(folder / f"{rank}.log", "w") as log:
+                processes.append(
+                    subprocess.Popen(command, env={**env, "RANK": str(rank)}, stdout=log, stderr=subprocess.STDOUT)
+                )
+        codes = [process.wait(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = [(folder / f"{rank}.log").read_text()[-3000:] for rank in range(world)]
+    assert codes == [0] * world, "\n".join(logs)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]

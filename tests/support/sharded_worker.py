@@ -1,0 +1,131 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""One process of a group that `test_shards.py` starts: python sharded_worker.py results.json
+
+Takes Levenberg-Marquardt steps with a part of the rows, and writes what it ends with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from residuals import network, terms
+from torch import Tensor, nn
+
+from peft_lotra.kan import KAN
+from peft_lotra.optim import LevenbergMarquardt
+
+
+Shard = Callable[[Tensor], Tensor]
+
+
+def rows_of(rank: int, world: int) -> Shard:
+    """A third of the rows for the first of two, so that shards are not equal."""
+    return lambda row: row[: len(row) // 3] if rank == 0 and world == 2 else row[len(row) // 3 :]
+
+
+def everything(row: Tensor) -> Tensor:
+    return row
+
+
+def parts(shard: Shard) -> list[tuple]:
+    torch.manual_seed(3)
+    return [(function, tuple(map(shard, rows)), weight) for function, rows, weight in terms(points=240)]
+
+
+def model(seed: int = 0) -> KAN:
+    torch.manual_seed(seed)
+    return network()
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "geodesic": {"geodesic": True},
+    "forgetting": {"forgetting": 0.5},
+    "chunks": {"memory": 2**21},
+}
+
+
+def run(kind: str, shard: Shard, group: Any) -> dict:
+    """Four steps, with rows that are held out."""
+    kan = model()
+    optimizer = LevenbergMarquardt(kan, floor=1e-6, group=group, **KINDS[kind])
+    records = optimizer.fit(parts(shard), 4, held=parts(shard), progress=False)
+    return {
+        "parameters": [value for part in kan.parameters() for value in part.flatten().tolist()],
+        "losses": [record.losses for record in records],
+        "held": [record.held_loss for record in records],
+    }
+
+
+def fails_with(function: Callable[[], Any]) -> str:
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def broken(kan: nn.Module, x: Tensor) -> Tensor:
+    raise ZeroDivisionError("on this shard")
+
+
+def wrong(rank: int, shard: Shard) -> dict[str, str]:
+    """The errors of what processes may do wrong; none of them may hang."""
+    group, (first, second) = dist.group.WORLD, parts(shard)
+
+    def step(kan: nn.Module, given: list[tuple]) -> Any:
+        return LevenbergMarquardt(kan, group=group).step(given)
+
+    def nan(kan: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return kan(x) - y / (0.0 if rank else 1.0)
+
+    def fails_later(number: int) -> list[tuple]:
+        if rank and number:
+            raise ZeroDivisionError("at step 1")
+        return [first, second]
+
+    none = (second[0], tuple(row[:0] for row in second[1]))
+    one_broken = (second[0] if rank == 0 else broken, second[1][:1] if rank else second[1])
+    one_broken[0].__name__ = "fit"
+    return {
+        "other terms": fails_with(lambda: step(model(), [first, second][: 1 + rank])),
+        "other weights": fails_with(lambda: step(model(), [(*second[:2], 1.0 + rank)])),
+        "other parameters": fails_with(lambda: step(model(rank), [first, second])),
+        "no rows at all": fails_with(lambda: step(model(), [first, none])),
+        "one fails": fails_with(lambda: step(model(), [one_broken])),
+        "one fails later": fails_with(
+            lambda: LevenbergMarquardt(model(), group=group).fit(fails_later, 3, progress=False)
+        ),
+        "one is not finite": step(model(), [(nan, second[1])]).reason,
+    }
+
+
+def main(path: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank, world, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    mine = rows_of(rank, world)
+    result = {
+        "alone": {kind: run(kind, everything, None) for kind in KINDS},
+        "sharded": {kind: run(kind, mine, group) for kind in KINDS},
+        "nothing here": run("plain", (lambda row: row[:0]) if rank else everything, group),
+        "wrong": wrong(rank, mine),
+    }
+    with open(path, "w") as file:
+        json.dump(result, file)
+    dist.barrier()
+    # skips the end of the interpreter, where the threads of gloo sometimes abort
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
