@@ -8,4 +8,4 @@ from pathlib import Path
 
 
 STUDIES = Path(__file__).resolve().parents[2] / "examples" / "studies"
-sys.path += [str(STUDIES), str(STUDIES / "pde"), str(STUDIES / "benchmarks")]
+sys.path += [str(STUDIES), str(STUDIES / "pde"), str(STUDIES / "benchmarks"), str(STUDIES / "parametric")]

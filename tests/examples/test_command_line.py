@@ -16,7 +16,9 @@ from study_tools import command_line
 
 
 SCRIPTS = [
-    path for folder in (".", "pde", "benchmarks") for path in sorted((command_line.STUDIES / folder).glob("*.py"))
+    path
+    for folder in (".", "pde", "benchmarks", "parametric")
+    for path in sorted((command_line.STUDIES / folder).glob("*.py"))
 ]
 
 

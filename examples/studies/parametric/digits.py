@@ -12,11 +12,12 @@ with the base, and with an adapter trained at the angle itself.
 
 from __future__ import annotations
 
-import argparse
+from equations import command_line  # isort: split
+
+
 import json
 import statistics
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 from scipy.ndimage import rotate
@@ -87,10 +88,14 @@ def run(seed: int, steps: int, angles: list[float]) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line.Parser(
+        __doc__,
+        takes="about two minutes of one core",
+        writes="digits.json",
+        folder=command_line.RESULTS / "parametric",
+        quick="a tiny setting, to see that it runs",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="a tiny setting, to see that it runs")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "parametric")
     args = parser.parse_args()
     angles = [0.0, 10.0, 20.0] if args.quick else [10.0 * step for step in range(10)]
     rows = [
@@ -99,7 +104,6 @@ def main() -> None:
         for row in run(seed, 5 if args.quick else 60, angles)
     ]
     means = {name: statistics.mean(row[name] for row in rows) for name in ("base", "nearest", "predicted", "trained")}
-    args.output.mkdir(parents=True, exist_ok=True)
     name = "quick_digits.json" if args.quick else "digits.json"
     (args.output / name).write_text(json.dumps({"means": means, "rows": rows}, indent=1) + "\n")
     print({name: f"{100 * value:.1f} %" for name, value in means.items()})

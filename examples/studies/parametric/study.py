@@ -3,30 +3,38 @@
 
 """A family of adapters that knows its parameter: errors at unseen parameters beside the milliseconds that they take.
 
-    python examples/studies/parametric/study.py --problem elliptic     # some minutes of one core for each seed
+    python examples/studies/parametric/study.py --problem elliptic --seeds 0
     python examples/studies/parametric/study.py --quick                # for CI: says nothing
 
 Beside predictions without training and after one step there are the nearest member, as many members on a uniform grid,
-members fitted at the unseen parameters themselves, and one KAN with the parameter as its third input, trained for as
-long as the family. Seconds are CPU time.
+nine adapters of which all components are trained (`free`), linearly interpolated, members fitted at the unseen
+parameters themselves, and one KAN with the parameter as further inputs, trained for as long as the family. Seconds are
+CPU time. What took long is kept in `--kept`, with which a run that was broken off goes on.
 """
 
 from __future__ import annotations
 
-import argparse
+from equations import command_line  # isort: split
+
+
+import copy
 import json
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
-from equations import PROBLEMS, Problem, terms_of
+from equations.pdes import PROBLEMS, Parameter, Problem, as_parameter, as_tuple, terms_of
+from peft import get_peft_model
 from scipy.stats import spearmanr
+from torch import Tensor, nn
 
-from peft_lotra import ParametricAdapter
+from peft_lotra import LoTRAConfig, ParametricAdapter
 from peft_lotra.kan import KAN
 from peft_lotra.optim import LevenbergMarquardt
 
@@ -37,125 +45,222 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 torch.set_num_threads(1)
 
-METHODS = ("nearest", "uniform", "third_input", "predicted", "one_step", "fitted")
+METHODS = ("nearest", "free", "third_input", "uniform", "predicted", "one_step", "fitted")
+LABELS = {"third_input": "parameter as an input", "free": "free adapters", "fitted": "fitted there"}
 
 
 class ThirdInput(KAN):
-    """A KAN of (x, c), with c brought to [-1, 1]."""
+    """A KAN of (x, c), with each parameter brought to [-1, 1]."""
 
     takes_parameter = True
-    low, high = 0.0, 1.0
+    bounds = torch.tensor([[0.0], [1.0]])
 
-    def scaled(self, c: torch.Tensor) -> torch.Tensor:
-        return (2 * c - self.low - self.high) / (self.high - self.low)
+    def scaled(self, c: Tensor) -> Tensor:
+        low, high = self.bounds
+        return (2 * c - low - high) / (high - low)
 
-    def at(self, c: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def at(self, c: Parameter) -> Callable[[Tensor], Tensor]:
         """The network of x alone."""
-        return lambda x: self(torch.cat([x, self.scaled(torch.full_like(x[:, :1], c))], dim=1))
+        point = self.scaled(self.bounds.new_tensor([as_tuple(c)]))
+        return lambda x: self(torch.cat([x, point.expand(len(x), -1)], dim=1))
 
 
 def train_third_input(problem: Problem, points: int, seed: int, seconds: float) -> ThirdInput:
     """Trains one network for all parameters, for as many CPU seconds as the family took."""
     torch.manual_seed(seed)
-    model = ThirdInput([3, 10, 10, 1], 8, dtype=torch.float64)
-    model.low, model.high = problem.low, problem.high
-    ((residual, (x, _)),) = problem.terms_of(problem.base, 2 * points, seed)
-    share = torch.rand(len(x), 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    c = problem.low + share * (problem.high - problem.low)
+    dim = len(problem.low)
+    model = ThirdInput([2 + dim, 10, 10, 1], 8, dtype=torch.float64)
+    model.bounds = torch.tensor([problem.low, problem.high], dtype=torch.float64)
+    ((residual, (x, _)),) = problem.terms_of(as_parameter(problem.base), 2 * points, seed)
+    share = torch.rand(len(x), dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    c = model.bounds[0] + share * (model.bounds[1] - model.bounds[0])
     optimizer, start = LevenbergMarquardt(model, floor=1e-6), time.process_time()
     while time.process_time() - start < seconds and optimizer.step([(residual, (x, c))]).accepted:
         pass
     return model
 
 
-def run(problem: Problem, seed: int, members: int, points: int, unseen: int, steps: int) -> dict:
+class FreeAdapters:
+    """Adapters of which all components are trained, and the base with the linear interpolation of two updates."""
+
+    def __init__(self, base: KAN, problem: Problem, points: int, seed: int, count: int) -> None:
+        self.base, self.known = base, {}
+        for c in problem.spaced(count):
+            torch.manual_seed(seed)
+            model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=8))
+            LevenbergMarquardt(model, floor=1e-6).fit(problem.terms_of(c, points, seed), 10, progress=False)
+            self.known[c] = model.merge_and_unload().state_dict()
+
+    def at(self, c: float) -> nn.Module:
+        below = max((known for known in self.known if known <= c), default=min(self.known))
+        above = min((known for known in self.known if known >= c), default=max(self.known))
+        share = (c - below) / (above - below) if above > below else 0.0
+        model = copy.deepcopy(self.base)
+        model.load_state_dict({n: v.lerp(self.known[above][n], share) for n, v in self.known[below].items()})
+        return model
+
+
+def kept(path: Path, make: Callable[[], Any]) -> tuple[Any, float]:
+    """What a function makes, and the CPU seconds that it took; from a file if an earlier run has made it."""
+    if not path.exists():
+        start = time.process_time()
+        made = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save((made, time.process_time() - start), path)
+    return torch.load(path, weights_only=False)
+
+
+def fitted(base: KAN, problem: Problem, points: int, seed: int, **how: Any) -> ParametricAdapter:
+    family = ParametricAdapter(base, terms_of(problem.name, points, seed), ranks=8, log=problem.log)
+    family.fit(**how, progress=False)
+    return family
+
+
+def errors_at(problem: Problem, c: Parameter, family: ParametricAdapter, others: dict[str, Any]) -> dict:
+    """The errors at one unseen parameter, and the CPU milliseconds that a prediction takes."""
+    low, high = np.array(problem.low), np.array(problem.high)
+    known = np.array([as_tuple(parameter) for parameter in family.parameters])
+    nearest = as_parameter(known[np.abs((known - np.array(as_tuple(c))) / (high - low)).sum(1).argmin()].tolist())
+    begin = time.process_time()
+    prediction = family.predict(c)
+    between = time.process_time()
+    one = family.refine(c)
+    end = time.process_time()
+    evaluated = {
+        "nearest": family.predict(nearest),
+        "uniform": others["uniform"].predict(c, force=True),
+        "third_input": others["third_input"].at(c),
+        "predicted": prediction,
+        "one_step": one,
+        "fitted": family.refine(c, 8),
+    }
+    if "free" in others:
+        evaluated["free"] = others["free"].at(c)
+    return {
+        "c": c,
+        "errors": {name: problem.error(evaluate, c) for name, evaluate in evaluated.items()},
+        "milliseconds": {"predicted": 1e3 * (between - begin), "one_step": 1e3 * (end - between)},
+    }
+
+
+def run(problem: Problem, seed: int, members: int, points: int, unseen: int, steps: int, folder: Path) -> dict:
     """One family, and the errors of all methods at unseen parameters."""
-    base = problem.pretrained(seed, points * 5 // 3, steps)
-    arguments = {"ranks": 8, "log": problem.name == "burgers"}
-    family, uniform = (ParametricAdapter(base, terms_of(problem.name, points, seed), **arguments) for _ in range(2))
-    start = time.process_time()
-    family.fit(between=(problem.low, problem.high), max_members=members, progress=False)
-    offline = time.process_time() - start
+    folder = folder / f"{problem.name}_{seed}"
+    base, _ = kept(folder / "base.pt", lambda: problem.pretrained(seed, points * 5 // 3, steps))
+    between = (as_parameter(problem.low), as_parameter(problem.high))
+    family, offline = kept(
+        folder / "family.pt", lambda: fitted(base, problem, points, seed, between=between, max_members=members)
+    )
     count = len(family.parameters)
-    spaced = np.geomspace if arguments["log"] else np.linspace
-    uniform.fit(spaced(problem.low, problem.high, count).tolist(), progress=False)
-    third = train_third_input(problem, points, seed, offline)
-    rows = []
-    for c in np.random.default_rng(seed).uniform(problem.low, problem.high, unseen).tolist():
-        nearest = min(family.parameters, key=lambda known: abs(known - c))
-        begin = time.process_time()
-        prediction = family.predict(c)
-        between = time.process_time()
-        one = family.refine(c)
-        end = time.process_time()
-        errors = {
-            "nearest": problem.error(family.predict(nearest), c),
-            "uniform": problem.error(uniform.predict(c, force=True), c),
-            "third_input": problem.error(third.at(c), c),
-            "predicted": problem.error(prediction, c),
-            "one_step": problem.error(one, c),
-            "fitted": problem.error(family.refine(c, 8), c),
-        }
-        milliseconds = {"predicted": 1e3 * (between - begin), "one_step": 1e3 * (end - between)}
-        rows.append({"c": c, "indicator": prediction.indicator, "errors": errors, "milliseconds": milliseconds})
-    with tempfile.TemporaryDirectory() as folder:
-        family.save_pretrained(folder)
-        size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-    errors = {name: np.array([row["errors"][name] for row in rows]) for name in METHODS}
-    correlation = spearmanr(errors["predicted"], [row["indicator"] for row in rows])[0]
+
+    def uniform(number: int) -> ParametricAdapter:
+        make = lambda: fitted(base, problem, points, seed, parameters=problem.spaced(number))  # noqa: E731
+        return kept(folder / f"uniform_{number}.pt", make)[0]
+
+    third, _ = kept(folder / "third_input.pt", lambda: train_third_input(problem, points, seed, offline))
+    others = {"uniform": uniform(count), "third_input": third}
+    more = len(problem.low) == 1 and seed == 0  # what takes long, and says the same for other seeds
+    if more:
+        others["free"], _ = kept(folder / "free.pt", lambda: FreeAdapters(base, problem, points, seed, 9))
+    draws = np.random.default_rng(seed).uniform(problem.low, problem.high, (unseen, len(problem.low))).tolist()
+    rows = [
+        kept(folder / f"row_{index}.pt", partial(errors_at, problem, as_parameter(c), family, others))[0]
+        for index, c in enumerate(draws)
+    ]
+    for row in rows:
+        start = time.process_time()
+        row["indicator"] = family.predict(row["c"]).indicator
+        row["milliseconds"]["indicator"] = 1e3 * (time.process_time() - start)
+    errors = {name: np.array([row["errors"][name] for row in rows]) for name in METHODS if name in rows[0]["errors"]}
+    few = {
+        number: float(
+            np.median([problem.error(uniform(number).predict(row["c"], force=True), row["c"]) for row in rows])
+        )
+        for number in (5, 9, 17)
+        if more and number < count
+    }
+    with tempfile.TemporaryDirectory() as place:
+        family.save_pretrained(place)
+        size = sum(path.stat().st_size for path in Path(place).glob("*.safetensors"))
     return {
         "problem": problem.name,
         "seed": seed,
-        "base_error": problem.error(base, problem.base),
+        "base_error": problem.error(base, as_parameter(problem.base)),
         "members": count,
         "coordinates": family.size,
         "bytes_of_a_member": 8 * count,
         "bytes_of_the_file": size,
         "offline_seconds": offline,
         "medians": {name: float(np.median(values)) for name, values in errors.items()},
-        "ratios": {n: np.quantile(errors[n] / errors["fitted"], [0.5, 1.0]).tolist() for n in METHODS[:-1]},
-        "rank_correlation": float(correlation),
+        "worst": {name: float(values.max()) for name, values in errors.items()},
+        "ratios": {n: np.quantile(v / errors["fitted"], [0.5, 1.0]).tolist() for n, v in errors.items()},
+        "medians_of_uniform_members": few,
+        "rank_correlation": float(spearmanr(errors["predicted"], [row["indicator"] for row in rows])[0]),
         "rows": rows,
     }
 
 
 def draw(results: list[dict], path: Path) -> None:
-    """Error against online milliseconds; without training, and after one step."""
+    """Error against online milliseconds, number of members against error, and indicator against error."""
     names = sorted({result["problem"] for result in results})
-    figure, axes = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4), layout="constrained", squeeze=False)
-    for ax, name in zip(axes[0], names, strict=True):
-        rows = [row for result in results if result["problem"] == name for row in result["rows"]]
+    figure, axes = plt.subplots(len(names), 3, figsize=(15, 4 * len(names)), layout="constrained", squeeze=False)
+    for (left, middle, right), name in zip(axes, names, strict=True):
+        found = [result for result in results if result["problem"] == name]
+        rows = [row for result in found for row in result["rows"]]
         for kind, label in (("predicted", "predicted, no training"), ("one_step", "one step from there")):
             points = [(max(row["milliseconds"][kind], 0.5), row["errors"][kind]) for row in rows]
-            ax.loglog(*zip(*points, strict=True), ".", label=label)
-        for color, kind in enumerate(("fitted", "nearest", "third_input"), start=2):
-            level = np.median([row["errors"][kind] for row in rows])
-            ax.axhline(level, color=f"C{color}", lw=1, ls="--", label=f"{kind.replace('_', ' ')}, median")
-        ax.set(title=name, xlabel="online milliseconds (CPU)", ylabel="relative L2 error")
-        ax.legend(fontsize=8)
+            left.loglog(*zip(*points, strict=True), ".", label=label)
+        for color, kind in enumerate(("fitted", "nearest", "free", "third_input"), start=2):
+            values = [row["errors"][kind] for row in rows if kind in row["errors"]]
+            if values:
+                label = f"{LABELS.get(kind, kind)}, median"
+                left.axhline(float(np.median(values)), color=f"C{color}", lw=1, ls="--", label=label)
+        left.set(title=name, xlabel="online milliseconds (CPU)", ylabel="relative L2 error")
+        left.legend(fontsize=8)
+        for result in found:
+            few = {int(n): v for n, v in result["medians_of_uniform_members"].items()}
+            few[result["members"]] = result["medians"]["uniform"]
+            middle.loglog(list(few), list(few.values()), "o-", color="C0", lw=1, label="uniform grid")
+            middle.loglog(result["members"], result["medians"]["predicted"], "s", color="C1", label="greedy")
+            middle.axhline(result["medians"]["fitted"], color="C2", lw=1, ls="--", label="fitted there")
+        middle.set(title="members", xlabel="number of members", ylabel="median error of predictions")
+        handles, labels = middle.get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        middle.legend(unique.values(), unique.keys(), fontsize=8)
+        for result in found:
+            label = f"seed {result['seed']}: rank correlation {result['rank_correlation']:.2f}"
+            points = [(row["indicator"], row["errors"]["predicted"]) for row in result["rows"]]
+            right.loglog(*zip(*points, strict=True), ".", label=label)
+        right.set(title="indicator", xlabel="indicator", ylabel="relative L2 error of the prediction")
+        right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line.Parser(
+        __doc__,
+        takes="about four minutes of one core for each problem and seed",
+        writes="PROBLEM_SEED.json, errors.png",
+        folder=command_line.RESULTS / "parametric",
+        quick="a tiny setting, to see that it runs",
+    )
     parser.add_argument("--problem", choices=list(PROBLEMS), nargs="+", default=list(PROBLEMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--members", type=int, default=32)
-    parser.add_argument("--quick", action="store_true", help="a tiny setting, to see that it runs")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "parametric")
+    parser.add_argument("--kept", type=Path, help="a folder for what took long (default: none is kept)")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
-    for name in args.problem:
-        for seed in args.seeds[:1] if args.quick else args.seeds:
-            sizes = (10, 200, 3, 4) if args.quick else (args.members, 1500, 20, 45)
-            result = run(PROBLEMS[name], seed, *sizes)
-            prefix = "quick_" if args.quick else ""
-            (args.output / f"{prefix}{name}_{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
-            print(json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1), flush=True)
+    prefix = "quick_" if args.quick else ""
+    with tempfile.TemporaryDirectory() as place:
+        for name in args.problem:
+            for seed in args.seeds[:1] if args.quick else args.seeds:
+                sizes = (10, 200, 3, 4) if args.quick else (args.members, 1500, 20, 45)
+                result = run(PROBLEMS[name], seed, *sizes, args.kept or Path(place))
+                (args.output / f"{prefix}{name}_{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
+                print(json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1), flush=True)
     pattern = "quick_*_*.json" if args.quick else "[!q]*_[0-9].json"
     results = [json.loads(path.read_text()) for path in sorted(args.output.glob(pattern))]
-    draw(results, args.output / ("quick_errors.png" if args.quick else "errors.png"))
+    draw(results, args.output / f"{prefix}errors.png")
 
 
 if __name__ == "__main__":
