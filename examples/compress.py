@@ -6,7 +6,6 @@
 import argparse
 
 import torch
-from torch import nn
 
 from peft_lotra import slim
 from peft_lotra.kan import KAN
@@ -16,26 +15,25 @@ def target(x: torch.Tensor) -> torch.Tensor:
     return torch.exp((torch.pi * x[:, :2]).sin().mean(1, keepdim=True) + (x[:, 2:] ** 2).mean(1, keepdim=True)) / 2
 
 
-def train(model: nn.Module, steps: int, lr: float) -> None:
+def train(model: torch.nn.Module, steps: int, lr: float) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         x = torch.rand(256, 4) * 2 - 1
-        loss = nn.functional.mse_loss(model(x), target(x))
+        loss = torch.nn.functional.mse_loss(model(x), target(x))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
 
 
-def error(model: nn.Module) -> str:
+def error(model: torch.nn.Module) -> str:
     with torch.no_grad():
         return f"{100 * (model(x) - target(x)).std() / target(x).std():.2f} %"
 
 
 NOTES = "Needs nothing beside the package; takes 15 seconds on one core; writes nothing."
-parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, epilog=NOTES)
-parser.parse_args()
+argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, epilog=NOTES).parse_args()
 
 torch.set_num_threads(1)  # more threads slow down networks this small
 torch.manual_seed(0)
@@ -45,8 +43,7 @@ train(trained, steps=800, lr=1e-2)
 print(f"dense: {sum(p.numel() for p in trained.parameters()):,} parameters, error {error(trained)}")
 
 small = slim(trained, energy=0.99, inputs=x[:1000])  # the share of the outputs' energy that is kept
-print(small.slim_report)
-print(f"Slim: {sum(p.numel() for p in small.parameters()):,} parameters, error {error(small)}")
+print(f"{small.slim_report}\nSlim: error {error(small)}")
 train(small, steps=600, lr=5e-3)
 print(f"after 600 more steps: error {error(small)}")
 dense = small.to_dense()  # the original class again

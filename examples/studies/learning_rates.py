@@ -8,9 +8,10 @@
     python examples/studies/learning_rates.py --library efficient-kan  # or pykan: one task, widths 16 and 64
 
 A random KAN of three layers [n, n, n, n] is adapted to a teacher, which is the same KAN with a rank-3 update of half
-the size of its coefficients in each layer. Every learning rate of a half-decade grid is tried at each width n, with
-policy "uniform" (one rate) and "width" (see `peft_lotra.optim.create_lotra_optimizer`), by Adam and by SGD. The
-result is the error after 300 steps, divided by the error of the base (1: nothing learned). A second task starts from
+the size of its coefficients in each layer. Every learning rate of a half-decade grid, for SGD of a finer one up to the
+rate at which it diverges, is tried at each width n, with policy "uniform" (one rate) and "width" (see
+`peft_lotra.optim.create_lotra_optimizer`), by Adam and by SGD. The result is the error after 300 steps, divided by the
+error of the base (1: nothing learned). Runs that the result file has are not repeated. A second task starts from
 a [2, n, n, 1] KAN that has learned one function of two variables, and adapts it to another one.
 """
 
@@ -26,11 +27,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
+from study_tools.pictures import STYLES
 from study_tools.tasks import build
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -41,18 +43,15 @@ from peft_lotra.kan import KAN
 from peft_lotra.optim import create_lotra_optimizer
 
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-
 torch.set_num_threads(1)  # additional threads slow down such small matrices
 
 POLICIES = ("uniform", "width")
 OPTIMIZERS = {
     "Adam": (torch.optim.Adam, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]),
-    "SGD": (torch.optim.SGD, [3e-2, 1e-1, 3e-1, 1.0, 3.0]),
+    "SGD": (torch.optim.SGD, [3e-2, 1e-1, 3e-1, 4e-1, 5e-1, 6e-1, 8e-1, 1.0, 3.0]),
 }
 TASKS = {"teacher": ("Adam", "SGD"), "function": ("Adam",)}
+KEYS = ("task", "optimizer", "policy", "width", "lr")  # of a row of the results
 RANKS = 4
 BATCH = 128
 
@@ -136,24 +135,29 @@ def adapt(problem: Problem, optimizer_name: str, policy: str, lr: float, seed: i
     return error if math.isfinite(error) else math.inf
 
 
-def sweep(setting: dict, bar: tqdm) -> list[dict]:
-    """All runs of the setting: task, optimizer, policy, width, lr, and the loss of each seed."""
-    rows = {}
-    for task, optimizers in setting["tasks"].items():
-        for width, seeds in setting["seeds"].items():
-            for seed in range(seeds):
-                problem = make_problem(task, setting["library"], width, seed, setting["steps"])
-                for name in optimizers:
-                    if width > setting["widest"][name]:
-                        continue
-                    for policy in POLICIES:
-                        bar.set_description(f"{task}, {name}, {policy}, width {width}, seed {seed}")
-                        for lr in setting["rates"][name]:
-                            loss = adapt(problem, name, policy, lr, seed)
-                            rows.setdefault((task, name, policy, width, lr), []).append(loss)
-                            bar.update()
-    keys = ("task", "optimizer", "policy", "width", "lr")
-    return [dict(zip(keys, key, strict=True), losses=losses) for key, losses in rows.items()]
+def runs_of(setting: dict) -> list[tuple]:
+    """task, optimizer, policy, width, lr and seed of all runs; the runs of a problem follow each other."""
+    return [
+        (task, name, policy, width, lr, seed)
+        for task, optimizers in setting["tasks"].items()
+        for width, seeds in setting["seeds"].items()
+        for seed in range(seeds)
+        for name in optimizers
+        if width <= setting["widest"][name]
+        for policy in POLICIES
+        for lr in setting["rates"][name]
+    ]
+
+
+def sweep(setting: dict, losses: dict[tuple, float], save: Callable[[], None]) -> None:
+    """Adds the losses of the runs of the setting that are not there yet."""
+    problem, of = None, None
+    for run in tqdm([run for run in runs_of(setting) if run not in losses], unit="run"):
+        task, name, policy, width, lr, seed = run
+        if of != (task, width, seed):
+            problem, of = make_problem(task, setting["library"], width, seed, setting["steps"]), (task, width, seed)
+        losses[run] = adapt(problem, name, policy, lr, seed)
+        save()
 
 
 def mean(losses: list[float]) -> float:
@@ -206,40 +210,48 @@ def show_tables(console: Console, rows: list[dict]) -> None:
 def draw(rows: list[dict], path: Path) -> None:
     """Draws a row of panels per task and optimizer, a panel per policy, and a curve per width."""
     kinds = list(dict.fromkeys((row["task"], row["optimizer"]) for row in rows))
-    titles = {
-        "teacher": "a [n, n, n, n] KAN learns a rank-3 update",
-        "function": "a [2, n, n, 1] KAN learns another function",
-    }
+    titles = {"teacher": "a rank-3 update of a [n, n, n, n] KAN", "function": "another function, a [2, n, n, 1] KAN"}
     figure, axes = plt.subplots(
-        len(kinds), 2, figsize=(10, 3.6 * len(kinds)), sharey="row", squeeze=False, layout="constrained"
-    )
+        len(kinds), 2, figsize=(10, 3.4 * len(kinds) + 0.6), sharex="row", sharey="row", squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
     for (task, optimizer), row in zip(kinds, axes, strict=True):
+        by_policy = {policy: curves(rows, task, optimizer, policy) for policy in POLICIES}
+        everything = [
+            loss for by_width in by_policy.values() for losses in by_width.values() for loss in losses.values()
+        ]
+        top = 3 * max(loss for loss in everything if loss < 3)  # where the runs are drawn that diverged
         for policy, ax in zip(POLICIES, row, strict=True):
-            by_width = curves(rows, task, optimizer, policy)
+            by_width = by_policy[policy]
             colors = plt.colormaps["viridis"](torch.linspace(0, 0.85, len(by_width)).tolist())
-            for color, (width, losses) in zip(colors, by_width.items(), strict=True):
-                shown = {lr: loss for lr, loss in losses.items() if loss < 3}
+            for color, style, (width, losses) in zip(colors, STYLES, by_width.items(), strict=False):
+                good = {lr: loss for lr, loss in sorted(losses.items()) if loss < 3}
+                if not good:
+                    continue
+                worse = [lr for lr in sorted(losses) if lr > max(good)]
                 best = min(losses, key=losses.get)
-                ax.plot(shown.keys(), shown.values(), "o-", color=color, ms=3.5, label=f"n = {width}")
-                ax.plot(best, losses[best], "*", color=color, ms=14)
-            if policy == "width":
-                lr = shared_rate(by_width)
-                ax.axvline(lr, color="gray", lw=1, ls=":", label=f"lr = {lr:g} for all")
+                look = style | {"color": color}
+                ax.plot(good.keys(), good.values(), **look, label=f"n = {width}")
+                ax.plot(best, losses[best], "*", color=color, ms=15, mec="white", zorder=3)
+                if worse:
+                    ax.plot([max(good), worse[0]], [good[max(good)], top], color=color, lw=0.8, ls=":")
+                    ax.plot(worse[0], top, "x", color=color, ms=7, mew=1.5)
+            lr = shared_rate(by_width)
+            worst = max(losses[lr] / min(losses.values()) for losses in by_width.values())
             rule = "one rate for all components" if policy == "uniform" else "a rate for each component"
+            ax.axvline(lr, color="gray", lw=1, ls=":")
             ax.set(xscale="log", yscale="log", xlabel=f"learning rate of {optimizer}")
-            ax.set_title(f'policy "{policy}": {rule}\n{titles[task]}', fontsize=10)
+            ax.set_title(
+                f'{rule} (policy "{policy}"):\n{lr:g} has at most {worst:.2g} times the best error of a width'
+            )
             rates = sorted({lr for losses in by_width.values() for lr in losses})
-            ax.set_xticks(rates, [f"{lr:g}" for lr in rates])
+            ticks = [lr for lr in rates if round(lr / 10 ** math.floor(math.log10(lr) + 1e-9)) in (1, 3)]
+            ax.set_xticks(ticks, [f"{lr:g}" for lr in ticks])
             ax.set_xticks([], minor=True)
-            ax.set_xlim(rates[0] / 1.2, rates[-1] * 1.2)
-            ax.grid(alpha=0.3)
-            ax.legend(fontsize=8)
-        row[0].set_ylabel("error after training / error of the base")
-    figure.suptitle(
-        "Stars: the best learning rate at each width. A curve ends where training diverges in one of the seeds.",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=130)
+            ax.legend(loc="lower left")
+        row[0].set_ylabel(f"{titles[task]}:\nerror after training / error of the base", fontsize=9)
+    figure.suptitle("Stars: the best rate at each width; crosses at the top: training diverges in one of the seeds.")
+    figure.savefig(path)
 
 
 def main() -> None:
@@ -250,6 +262,7 @@ def main() -> None:
         folder=command_line.RESULTS,
         needs="test",
         quick="small widths and few steps: to see it run",
+        redraw=True,
     )
     parser.add_argument("--library", default="peft-lotra", choices=("peft-lotra", "efficient-kan", "pykan"))
     parser.add_argument("--widest", type=int, default=512, help="leave out the widths above (default: %(default)s)")
@@ -266,31 +279,36 @@ def main() -> None:
     }
     if args.library != "peft-lotra":  # slower libraries; pykan is at least ten times slower
         setting |= {"tasks": {"teacher": ("Adam",)}, "seeds": {16: 3, 64: 1}}
-        setting["rates"] = {"Adam": OPTIMIZERS["Adam"][1][2:5]}
+        setting["rates"] = {"Adam": OPTIMIZERS["Adam"][1][1:5]}
     if args.quick:
         setting |= {"steps": 40, "seeds": {16: 1, 32: 1}}
         setting["rates"] = {name: rates[1:4] for name, (_, rates) in OPTIMIZERS.items()}
-
-    total = sum(
-        seeds * len(setting["rates"][name]) * len(POLICIES)
-        for optimizers in setting["tasks"].values()
-        for name in optimizers
-        for width, seeds in setting["seeds"].items()
-        if width <= setting["widest"][name]
-    )
-    with tqdm(total=total, unit="run") as bar:
-        rows = sweep(setting, bar)
-    console = Console()
-    show_tables(console, rows)
-
     name = "learning_rates" + ("" if args.library == "peft-lotra" else f"_{args.library}") + "_quick" * args.quick
-    results = {
-        "setting": {**setting, "ranks": RANKS, "batch": BATCH},
-        "rows": [{**row, "losses": [loss if loss < math.inf else None for loss in row["losses"]]} for row in rows],
-    }
-    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw(rows, args.output / f"{name}.png")
-    console.print(f"written: {args.output / name}.json and .png")
+    path = args.output / f"{name}.json"
+    fixed = {"library": args.library, "steps": setting["steps"], "ranks": RANKS, "batch": BATCH}
+    known = json.loads(path.read_text()) if path.exists() else {"setting": {}, "rows": []}
+    losses = {}
+    if fixed.items() <= known["setting"].items():
+        for row in known["rows"]:
+            for seed, loss in enumerate(row["losses"]):
+                losses[(*(row[key] for key in KEYS), seed)] = math.inf if loss is None else loss
+
+    def rows() -> list[dict]:
+        found: dict[tuple, list[float]] = {}
+        for run in runs_of(setting):
+            if run in losses:
+                found.setdefault(run[:-1], []).append(losses[run])
+        return [dict(zip(KEYS, key, strict=True), losses=values) for key, values in found.items()]
+
+    def save() -> None:
+        finite = [{**row, "losses": [x if x < math.inf else None for x in row["losses"]]} for row in rows()]
+        path.write_text(json.dumps({"setting": setting | fixed, "rows": finite}, indent=1) + "\n")
+
+    if not args.redraw:
+        sweep(setting, losses, save)
+    show_tables(Console(), rows())
+    draw(rows(), path.with_suffix(".png"))
+    print(f"written: {path} and .png")
 
 
 if __name__ == "__main__":

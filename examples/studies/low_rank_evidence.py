@@ -23,22 +23,19 @@ import json
 import warnings
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from study_tools.pictures import BLUE, GRAY, GREEN, ORANGE, RED
 from study_tools.tasks import Task, build, diabetes, digits_to_mnist, function_family, rotated_digits, score, train
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from peft_lotra.approximation.extraction import extract_lotra
-from peft_lotra.approximation.spectra import LayerSpectrum, Spectrum, spectrum_of, update_spectrum
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from peft_lotra.approximation.spectra import Spectrum, spectrum_of, update_spectrum
 
 
 torch.set_num_threads(1)  # additional threads slow down such small matrices
@@ -85,55 +82,78 @@ def extract(base: nn.Module, tuned: nn.Module, task: Task, steps: int, bar: tqdm
     return scores
 
 
-def draw(spectra: dict[str, tuple[Spectrum, Spectrum]], results: dict, path: Path) -> None:
-    """The spectra of each task's largest layer, beside the control's, and the energies and scores."""
-    figure = plt.figure(figsize=(3.2 * len(spectra), 6.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1)
-    top.suptitle("Singular values of the update (solid) and of a random update of the same size (dashed)")
-    axes = top.subplots(1, len(spectra))
-    for axis, (task, pair) in zip(axes, spectra.items(), strict=True):
-        name = max(pair[0].layers, key=lambda key: np.prod(pair[0].layers[key].shape))
-        for spectrum, style in zip(pair, ("-", "--"), strict=True):
-            layer: LayerSpectrum = spectrum.layers[name]
-            for mode, color, values in zip(("out", "in", "basis"), "bgr", layer.singular_values, strict=True):
-                index = np.arange(1, len(values) + 1)
-                axis.plot(index, values / layer.norm, style, color=f"tab:{dict(b='blue', g='green', r='red')[color]}",
-                          label=mode if style == "-" else None)  # fmt: skip
-        axis.set_title(f"{task}\n{name}: {' x '.join(map(str, layer.shape))}", fontsize=9)
-        axis.set(yscale="log", ylim=(3e-3, 1), xlabel="index")
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel("share of the norm")
-    axes[0].legend(title="mode", fontsize=8)
+def largest_layer(update: Spectrum, control: Spectrum) -> dict:
+    """The singular values of the largest layer's update by mode, as shares of its norm, and the control's."""
+    name = max(update.layers, key=lambda key: np.prod(update.layers[key].shape))
+    values = {}
+    for key, spectrum in (("update", update), ("random", control)):
+        layer = spectrum.layers[name]
+        values[key] = [[round(float(v / layer.norm), 5) for v in mode] for mode in layer.singular_values]
+    return {"layer": name, "shape": list(update.layers[name].shape), **values}
 
-    left, right = bottom.subplots(1, 2, width_ratios=[1, 2])
-    position = np.arange(len(spectra))
-    for shift, key, color in ((-0.2, "update", "tab:green"), (0.2, "random", "0.6")):
-        bars = left.bar(
-            position + shift, [100 * results["energy"][task][key]["mean"] for task in spectra], 0.4, color=color
-        )
-        left.bar_label(bars, fmt="%.0f", fontsize=8)
-        bars.set_label(key)
-    left.set_xticks(position, [task.replace(", ", ",\n").replace(" to ", "\nto ") for task in spectra], fontsize=8)
-    left.set(ylabel=f"% of the energy in ranks {RANKS}", ylim=(0, 100))
-    left.legend(fontsize=8)
-    names = list(results["extraction"])
-    position = np.arange(len(names))
-    for shift, key, color in (
-        (-0.32, "base", "0.6"),
-        (-0.16, "without data", "tab:olive"),
-        (0.0, "extracted", "yellowgreen"),
-        (0.16, "trained on", "tab:green"),
-        (0.32, "fine-tuned", "tab:blue"),
+
+def draw(results: dict, path: Path) -> None:
+    """The energies that few ranks hold, the accuracies of the extracted adapters, and the singular values."""
+    energy = results["energy"]
+    figure = plt.figure(figsize=(11, 7.4), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1.25, 1])
+    left, right = top.subplots(1, 2, width_ratios=[1, 1.5])
+    position = np.arange(len(energy))
+    for shift, key, color, hatch, label in (
+        (-0.2, "update", RED, None, "update of full fine-tuning"),
+        (0.2, "random", "0.8", "///", "random update of the same size"),
     ):
-        bars = right.barh(
-            position + shift, [results["extraction"][name][key]["mean"] for name in names], 0.16, color=color
-        )
-        bars.set_label({"trained on": f"and {MORE_STEPS} steps", "without data": "no data"}.get(key, key))
-    right.set_yticks(position, [name.replace(": ", ":\n") for name in names], fontsize=7)
+        heights = [100 * row[key]["mean"] for row in energy.values()]
+        bars = left.bar(position + shift, heights, 0.4, color=color, hatch=hatch, edgecolor="0.3", label=label)
+        left.bar_label(bars, fmt="%.0f", fontsize=8)
+    left.set_xticks(position, [task.replace(", ", ",\n").replace(" to ", "\nto ") for task in energy], fontsize=8)
+    left.set(ylabel="% of the squared norm in tensor ranks (4, 4, 4)", ylim=(0, 64))
+    shares = [100 * row["update"]["mean"] for row in energy.values()]
+    ratios = [row["update"]["mean"] / row["random"]["mean"] for row in energy.values()]
+    left.set_title(
+        f"Ranks (4, 4, 4) hold {min(shares):.0f} to {max(shares):.0f} % of an update,\n"
+        f"{min(ratios):.0f} to {max(ratios):.0f} times as much as of a random one"
+    )
+    left.legend(loc="upper left")
+
+    extraction = results["extraction"]
+    names = list(extraction)
+    for key, color, marker, label in (
+        ("base", GRAY, "x", "before fine-tuning"),
+        ("fine-tuned", "black", "|", "full fine-tuning"),
+        ("without data", ORANGE, "v", "adapter out of its coefficients"),
+        ("extracted", GREEN, "o", "and a few hundred inputs"),
+        ("trained on", BLUE, "^", f"and {MORE_STEPS} steps of training"),
+    ):
+        size = 13 if marker == "|" else 6
+        scores = [extraction[name][key]["mean"] for name in names]
+        right.plot(scores, range(len(names)), ls="", color=color, marker=marker, ms=size, mew=1.5, label=label)
+    right.set_yticks(range(len(names)), [name.replace(": ", ":\n") for name in names], fontsize=8)
     right.invert_yaxis()
     right.set(xlabel="accuracy on the changed data, %", xlim=(0, 100))
-    right.legend(fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    figure.savefig(path, dpi=110)
+    kept = [100 * extraction[name]["gain kept, extracted"]["mean"] for name in names]
+    share = np.mean([extraction[name]["share"]["mean"] for name in names])
+    right.set_title(
+        f"An adapter extracted from the fine-tuned model, of {100 * share:.0f} % of its\n"
+        f"parameters, keeps {min(kept):.1f} to {max(kept):.1f} % of the gain (with inputs)"
+    )
+    right.legend(loc="upper center", bbox_to_anchor=(0.4, -0.13), ncols=3)
+
+    spectra = results["spectra"]
+    bottom.suptitle("Singular values of the update in the largest layer, by mode of its coefficient tensor")
+    for axis, (task, spectrum) in zip(bottom.subplots(1, len(spectra), sharey=True), spectra.items(), strict=True):
+        for key in ("update", "random"):
+            looks = zip(("out", "in", "basis"), (BLUE, GREEN, RED), ("-", "--", "-."), spectrum[key], strict=True)
+            for mode, color, dash, values in looks:
+                color, width = (color, 1.8) if key == "update" else (GRAY, 1)
+                label = f"{key}, mode {mode}"
+                axis.plot(range(1, len(values) + 1), values, color=color, ls=dash, lw=width, label=label)
+        axis.set_title(f"{task}\n{' x '.join(map(str, spectrum['shape']))}", fontsize=9)
+        axis.set(yscale="log", ylim=(1e-2, 1), xlabel="number of the singular value")
+    bottom.axes[0].set_ylabel("singular value / norm of the update")
+    bottom.legend(*bottom.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def summarize(runs: list[dict[str, float]]) -> dict[str, dict[str, float | list[float]]]:
@@ -152,6 +172,7 @@ def main() -> None:
         folder=command_line.RESULTS,
         needs="test",
         quick="one seed, 60 steps, our own KAN only: to see it run",
+        redraw=True,
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many runs are averaged (default: 3)")
     parser.add_argument("--steps", type=int, default=300, help="steps of each fine-tuning (default: 300)")
@@ -159,6 +180,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.steps = 1, 60
+
+    path = args.output / "low_rank_evidence.json"
+    if args.redraw:
+        draw(json.loads(path.read_text()), path.with_suffix(".png"))
+        return
 
     makers = [rotated_digits, function_family, diabetes]
     if args.data_dir is not None:
@@ -178,7 +204,7 @@ def main() -> None:
                 if library == libraries[0]:
                     update = update_spectrum(base, tuned)
                     control = random_update(update)
-                    spectra.setdefault(task.name, (update, control))
+                    spectra.setdefault(task.name, largest_layer(update, control))
                     run = {"update": update.energy(RANKS), "random": control.energy(RANKS)}
                     run |= {f"{name}, update": layer.energy(RANKS) for name, layer in update.layers.items()}
                     run |= {f"{name}, random": layer.energy(RANKS) for name, layer in control.layers.items()}
@@ -192,9 +218,10 @@ def main() -> None:
         "settings": {"ranks": RANKS, "seeds": args.seeds, "steps": args.steps, "share": SHARE, "quick": args.quick},
         "energy": {name: summarize(runs) for name, runs in energies.items()},
         "extraction": {name: summarize(runs) for name, runs in extractions.items()},
+        "spectra": spectra,
     }
-    (args.output / "low_rank_evidence.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw(spectra, results, args.output / "low_rank_evidence.png")
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, path.with_suffix(".png"))
     show(results)
 
 

@@ -24,20 +24,17 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from scipy import special
+from study_tools.pictures import STYLES
 from tqdm import tqdm
 
 from peft_lotra import create_lotra_optimizer
 from peft_lotra.kan import KAN, SlimKAN
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 torch.set_num_threads(1)  # additional threads slow down such small matrices
@@ -169,21 +166,30 @@ def _of_medians(summary: dict, kind: str) -> str:
 
 
 def draw(summary: dict, path: Path) -> None:
-    """Draws the error against the number of parameters, a line for each function."""
-    figure, ax = plt.subplots(figsize=(9, 5.2), layout="constrained")
-    colors = plt.colormaps["tab20"](np.linspace(0, 1, len(summary)))
-    for color, (name, row) in zip(colors, summary.items(), strict=True):
-        points = sorted((parameters, error) for error, parameters in row.values())
-        ax.plot(*zip(*points, strict=True), "o-", color=color, ms=4, lw=1.2, label=name)
-        error, parameters = row["dense"]
-        ax.plot(parameters, error, "s", color=color, ms=8)
-    ax.set(xscale="log", yscale="log", xlabel="parameters", ylabel="RMSE / standard deviation of the target")
-    ax.set_title("Slim KANs (dots: three rank settings) and the dense KAN [n, 32, 32, 1] (squares), same steps")
-    ax.set_xticks([1000, 2000, 4000, 10000], ["1,000", "2,000", "4,000", "10,000"])
+    """Draws the error of each Slim KAN as a multiple of the dense KAN's, a line for each function."""
+    kinds = [kind for kind in next(iter(summary.values())) if kind != "dense"]
+    names = sorted(summary, key=lambda name: summary[name]["slim, ranks 20"][0] / summary[name]["dense"][0])
+    figure, ax = plt.subplots(figsize=(9, 0.34 * len(names) + 2), layout="constrained")
+    for style, kind in zip(STYLES, kinds, strict=False):
+        fewer = median(row["dense"][1] / row[kind][1] for row in summary.values())
+        ratios = [summary[name][kind][0] / summary[name]["dense"][0] for name in names]
+        rank = kind.rpartition(" ")[2]
+        label = f"rank {rank}, {fewer:.1f} times fewer parameters"
+        ax.plot(ratios, range(len(names)), label=label, **{**style, "linestyle": "none"}, ms=7)
+    ax.axvline(1, color="black", lw=1)
+    ax.set_yticks(range(len(names)), [f"{name} ({summary[name]['dense'][0]:.1%})" for name in names])
+    ticks = [0.2, 0.5, 1, 2]
+    ax.set(xscale="log", xlabel="error of the Slim KAN / error of the dense KAN [n, 32, 32, 1], same steps")
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.set_xticks([], minor=True)
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=120)
+    ax.set_ylabel("function (error of the dense KAN)")
+    better = sum(summary[name]["slim, ranks 20"][0] < summary[name]["dense"][0] for name in names)
+    figure.suptitle(
+        f"A Slim KAN of rank 20 has {_of_medians(summary, 'slim, ranks 20')} times the dense KAN's error (ratio of "
+        f"the medians over {len(names)} functions)\nand less than it on {better} of them (left of the line)"
+    )
+    figure.legend(loc="outside lower center", ncols=len(kinds))
+    figure.savefig(path)
 
 
 def main() -> None:
@@ -193,6 +199,7 @@ def main() -> None:
         writes="slim_functions.json and .png; what is in the file is not run again",
         folder=command_line.RESULTS,
         quick="two functions and few steps: to see it run",
+        redraw=True,
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each network (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=800, help="training steps (default: %(default)s)")
@@ -214,7 +221,7 @@ def main() -> None:
         for seed in range(args.seeds)
         for function in args.functions
         for kind in ("dense", *rank_settings(2))
-        if (function, kind, seed) not in done
+        if (function, kind, seed) not in done and not args.redraw
     ]
     for function, kind, seed in tqdm(todo, unit="run"):
         rows.append(run(function, kind, seed, args.steps))

@@ -20,22 +20,36 @@ import json
 import statistics
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from problems.families import FAMILIES, GRID, Family, find_family, test_points
 from problems.methods import CACHE, METHODS, QUICK, Setting, pretrained, run, train
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from study_tools import pictures
 
 
 torch.set_num_threads(1)
 
 RIVAL = "full_adam"  # today's practice
+MAIN = ["full_adam", "lotra_adam", "full_lm", "lotra_lm"]  # the lines of the small picture
+# colors tell the methods, dashes the optimizers
+LINES = {
+    name: {"color": color, "linestyle": "-" if name.endswith("_lm") else "--", "marker": marker, "markersize": 4}
+    for name, color, marker in (
+        ("scratch_adam", pictures.GRAY, "x"),
+        ("full_adam", "black", "s"),
+        ("full_lm", "black", "s"),
+        ("lora_adam", pictures.SKY, "v"),
+        ("lotra_adam", pictures.RED, "o"),
+        ("lotra_lm", pictures.RED, "o"),
+        ("lotra_random_lm", pictures.ORANGE, "P"),
+        ("lotra_uniform_adam", pictures.ORANGE, "D"),
+        ("lotra_small_adam", pictures.GREEN, "^"),
+        ("lotra_small_lm", pictures.GREEN, "^"),
+    )
+}
 
 
 def error_at(curve: list, position: int, limit: float) -> float:
@@ -179,32 +193,46 @@ def draw_fields(family: Family, setting: Setting, cache: Path, path: Path) -> No
     plt.close(figure)
 
 
-def draw_curves(lines: list[dict], path: Path) -> None:
-    """Draws the mean error over the seeds against seconds, a panel for each family and target."""
+def draw_curves(lines: list[dict], targets: list[str], methods: list[str], path: Path) -> None:
+    """Draws the mean error over the seeds against seconds: a row for each family, or for two if the target is one."""
     families = [name for name in FAMILIES if any(line["family"] == name for line in lines)]
-    targets = ("near", "middle", "far")
-    size = (12, 3.2 * len(families))
-    figure, axes = plt.subplots(len(families), 3, figsize=size, squeeze=False, layout="constrained", sharey="row")
-    for family, row in zip(families, axes, strict=True):
-        for target, ax in zip(targets, row, strict=True):
-            for color, method in enumerate(METHODS):
-                runs = [x for x in lines if (x["family"], x["target"], x["method"]) == (family, target, method)]
-                if not runs:
-                    continue
-                points = list(zip(*(x["curve"][1:] for x in runs), strict=False))  # ends with the shortest run
-                seconds = [statistics.mean(s for _, s, _ in point) for point in points]
-                errors = [100 * geometric([e for *_, e in point]) for point in points]
-                style = "-" if method.endswith("_lm") else "--"
-                ax.plot(seconds, errors, style, color=f"C{color}", lw=1.4, label=METHODS[method].title)
-            ax.set(xscale="log", yscale="log", title=f"{family}, {target}")
-            ax.grid(alpha=0.3)
+    panels = [[(family, target) for target in targets] for family in families]
+    if len(targets) == 1 and len(panels) % 2 == 0:
+        panels = [[*first, *second] for first, second in zip(panels[::2], panels[1::2], strict=True)]
+    size = (4 * len(panels[0]), 3.2 * len(panels) + 1)
+    figure, axes = plt.subplots(len(panels), len(panels[0]), figsize=size, squeeze=False, layout="constrained")
+    for (family, target), ax in zip(sum(panels, []), axes.flat, strict=True):
+        for method in methods:
+            runs = [x for x in lines if (x["family"], x["target"], x["method"]) == (family, target, method)]
+            if not runs:
+                continue
+            points = list(zip(*(x["curve"][1:] for x in runs), strict=False))  # ends with the shortest run
+            seconds = [statistics.mean(s for _, s, _ in point) for point in points]
+            errors = [100 * geometric([e for *_, e in point]) for point in points]
+            style = LINES[method] | {"markevery": max(1, len(points) // 8)}
+            ax.plot(seconds, errors, **style, label=METHODS[method].title)
+        parameters = {x["parameter"] for x in lines if (x["family"], x["target"]) == (family, target)}
+        title = f"{family.replace('_', '-')}: {FAMILIES[family].parameter_name} {FAMILIES[family].base:g} to "
+        ax.set(xscale="log", yscale="log", title=title + ", ".join(f"{value:g}" for value in parameters))
+    for row in axes:
         row[0].set_ylabel("relative L2 error, %")
     for ax in axes[-1]:
         ax.set_xlabel("CPU seconds")
     handles = {text: line for ax in axes.flat for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=110)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4 if len(methods) > 4 else 2)
+    figure.suptitle(message_of(lines, targets))
+    figure.savefig(path)
     plt.close(figure)
+
+
+def message_of(lines: list[dict], targets: list[str]) -> str:
+    """What the curves show: the share of the seconds in which the adapter has the rival's error."""
+    rows = [row for row in summarize(lines) if row["method"] == "lotra_lm" and row["target"] in targets]
+    shares = [row["seconds_to_rival"] / row["rival_seconds"] for row in rows if row.get("seconds_to_rival")]
+    if not shares or len(shares) < len(rows):
+        return "Errors of a trained KAN that is brought to another parameter of its PDE"
+    share = f"{100 * min(shares):.0f} to {100 * max(shares):.0f}"
+    return f"LoTRA by Levenberg-Marquardt (LM) has full fine-tuning by Adam's error after {share} % of its seconds"
 
 
 def report(lines: list[dict], output: Path, console: Console, name: str) -> None:
@@ -214,16 +242,24 @@ def report(lines: list[dict], output: Path, console: Console, name: str) -> None
         console.print(table_of(rows, family))
     (output / f"{name}.json").write_text(json.dumps({"rows": rows, "runs": lines}) + "\n")
     (output / f"{name}.md").write_text(f"{headline_of(rows)}\n{markdown_of(rows)}")
-    draw_curves(lines, output / f"{name}.png")
+    draw(lines, output, name)
+
+
+def draw(lines: list[dict], output: Path, name: str) -> None:
+    """A picture of four methods on one target, and one of all."""
+    targets = [target for target in ("near", "middle", "far") if any(x["target"] == target for x in lines)]
+    draw_curves(lines, ["middle"] if "middle" in targets else targets[:1], MAIN, output / f"{name}.png")
+    draw_curves(lines, targets, list(METHODS), output / f"{name}_all.png")
 
 
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
         takes="20 minutes on one core for each family",
-        writes="FAMILY.json, .md, .png and FAMILY_fields.png; with --report transfer.*; runs in --cache",
+        writes="FAMILY.json, .md, .png, _all.png and _fields.png; with --report transfer.*; runs in --cache",
         folder=command_line.RESULTS / "pde",
         quick="a tiny setting: to see it run",
+        redraw=True,
     )
     parser.add_argument("--family", help=f"one of {', '.join(FAMILIES)}")
     parser.add_argument("--report", action="store_true", help="run nothing; tables and curves of all that was run")
@@ -235,6 +271,9 @@ def main() -> None:
     console = Console()
     setting = QUICK if args.quick else Setting()
 
+    if args.redraw:
+        draw(json.loads((args.output / "transfer.json").read_text())["runs"], args.output, "transfer")
+        return
     if args.report:
         lines = [json.loads(path.read_text()) for path in sorted((args.cache / "runs").glob("*.json"))]
         order = [list(group) for group in (FAMILIES, ("near", "middle", "far"), METHODS)]
@@ -243,7 +282,7 @@ def main() -> None:
         report(lines, args.output, console, "transfer")
         return
     if args.family is None:
-        parser.error("give --family or --report")
+        parser.error("give --family, --report or --redraw")
     try:
         family = find_family(args.family)
     except ValueError as error:
@@ -257,7 +296,7 @@ def main() -> None:
     name = f"{family.name}_quick" if args.quick else family.name
     report(lines, args.output, console, name)
     draw_fields(family, setting, args.cache, args.output / f"{name}_fields.png")
-    console.print(f"written: {args.output / name}.json, .md, .png and _fields.png")
+    console.print(f"written: {args.output / name}.json, .md, .png, _all.png and _fields.png")
 
 
 if __name__ == "__main__":

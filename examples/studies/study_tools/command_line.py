@@ -38,10 +38,18 @@ class Parser(argparse.ArgumentParser):
         needs: The extras of the package.
         quick: What `--quick` does; there is no such option without. Its default for `--output` is `OUTPUT`, and it
             never writes to `RESULTS`.
+        redraw: Whether `--redraw` draws the picture of the results that are there.
     """
 
     def __init__(
-        self, doc: str, takes: str, writes: str, folder: Path | None, needs: str = "examples", quick: str | None = None
+        self,
+        doc: str,
+        takes: str,
+        writes: str,
+        folder: Path | None,
+        needs: str = "examples",
+        quick: str | None = None,
+        redraw: bool = False,
     ) -> None:
         install = f'needs:  pip install -e ".[{needs}]"'
         epilog = f"{install}\ntakes:  {takes}\nwrites: {writes}"
@@ -54,6 +62,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--output", type=Path, help=f"folder for the results (default: {shown}{other})")
         if quick:
             self.add_argument("--quick", action="store_true", help=quick)
+        if redraw:
+            self.add_argument("--redraw", action="store_true", help="run nothing: draw the results in --output again")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
