@@ -47,8 +47,8 @@ torch.set_num_threads(1)  # additional threads slow down such small matrices
 
 POLICIES = ("uniform", "width")
 OPTIMIZERS = {
-    "Adam": (torch.optim.Adam, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]),
-    "SGD": (torch.optim.SGD, [3e-2, 1e-1, 3e-1, 4e-1, 5e-1, 6e-1, 8e-1, 1.0, 3.0]),
+    "Adam": (torch.optim.Adam, [2e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]),
+    "SGD": (torch.optim.SGD, [3e-2, 1e-1, 3e-1, 4e-1, 6e-1, 1.0, 3.0]),
 }
 TASKS = {"teacher": ("Adam", "SGD"), "function": ("Adam",)}
 KEYS = ("task", "optimizer", "policy", "width", "lr")  # of a row of the results
@@ -279,10 +279,10 @@ def main() -> None:
     }
     if args.library != "peft-lotra":  # slower libraries; pykan is at least ten times slower
         setting |= {"tasks": {"teacher": ("Adam",)}, "seeds": {16: 3, 64: 1}}
-        setting["rates"] = {"Adam": OPTIMIZERS["Adam"][1][1:5]}
+        setting["rates"] = {"Adam": OPTIMIZERS["Adam"][1][2:6]}
     if args.quick:
         setting |= {"steps": 40, "seeds": {16: 1, 32: 1}}
-        setting["rates"] = {name: rates[1:4] for name, (_, rates) in OPTIMIZERS.items()}
+        setting["rates"] = {name: rates[2:5] for name, (_, rates) in OPTIMIZERS.items()}
     name = "learning_rates" + ("" if args.library == "peft-lotra" else f"_{args.library}") + "_quick" * args.quick
     path = args.output / f"{name}.json"
     fixed = {"library": args.library, "steps": setting["steps"], "ranks": RANKS, "batch": BATCH}

@@ -107,7 +107,7 @@ def draw(results: dict, path: Path) -> None:
         bars = left.bar(position + shift, heights, 0.4, color=color, hatch=hatch, edgecolor="0.3", label=label)
         left.bar_label(bars, fmt="%.0f", fontsize=8)
     left.set_xticks(position, [task.replace(", ", ",\n").replace(" to ", "\nto ") for task in energy], fontsize=8)
-    left.set(ylabel="% of the squared norm in tensor ranks (4, 4, 4)", ylim=(0, 64))
+    left.set(ylabel="% of the squared norm that is held", ylim=(0, 64))
     shares = [100 * row["update"]["mean"] for row in energy.values()]
     ratios = [row["update"]["mean"] / row["random"]["mean"] for row in energy.values()]
     left.set_title(
@@ -137,7 +137,7 @@ def draw(results: dict, path: Path) -> None:
         f"An adapter extracted from the fine-tuned model, of {100 * share:.0f} % of its\n"
         f"parameters, keeps {min(kept):.1f} to {max(kept):.1f} % of the gain (with inputs)"
     )
-    right.legend(loc="upper center", bbox_to_anchor=(0.4, -0.13), ncols=3)
+    right.legend(loc="upper center", bbox_to_anchor=(0.4, -0.2), ncols=3)
 
     spectra = results["spectra"]
     bottom.suptitle("Singular values of the update in the largest layer, by mode of its coefficient tensor")

@@ -22,28 +22,25 @@ from figures import command_line  # isort: split
 import copy
 import gc
 import json
-import platform
 import random
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import psutil
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from study_tools import machine
+from study_tools.pictures import STYLES
 from torch import nn
 from tqdm import tqdm
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 torch.set_num_threads(1)
@@ -178,26 +175,28 @@ def show(console: Console, results: dict) -> None:
 
 def draw(results: dict, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for method, row in results["load"].items():
+    for style, (method, row) in zip(STYLES, results["load"].items(), strict=False):
         times = row["load ms"]
         places = [(i + 0.5) * row["adapters"] / len(times) for i in range(len(times))]
-        left.plot(places, times, marker="o", label=method)
-    left.set(xlabel="adapters that are loaded already", ylabel="ms to load one more", title="load_adapter")
+        left.plot(places, times, **style, label=method)
+    left.set(
+        xlabel="adapters that are loaded already",
+        ylabel="ms to load one more",
+        title="Each adapter that is loaded makes the next one slower",
+    )
     left.set(xlim=(0, None), ylim=(0, None))
     left.legend()
-    for line in results["batch"]["times"]:
+    for style, line in zip(STYLES, results["batch"]["times"], strict=False):
         one = line["ms"]["one adapter"]
         counts = [int(count) for count in line["ms"] if count != "one adapter"]
         label = f"KAN {line['network']}, {line['loaded']:,} loaded"
-        right.plot(counts, [line["ms"][str(count)] / one for count in counts], marker="o", label=label)
+        right.plot(counts, [line["ms"][str(count)] / one for count in counts], **style, label=label)
     right.axhline(1, color="grey", linewidth=0.8)
     right.set(xscale="log", xlabel="different adapters in the batch", ylabel="time / time of one adapter")
-    right.set(ylim=(0, None), title=f"A batch of {results['batch']['rows']:,} rows")
-    right.legend(fontsize=8)
-    for axis in (left, right):
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    right.set(ylim=(0, None), title=f"The price of different adapters in a batch of {results['batch']['rows']:,} rows")
+    right.legend()
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -207,6 +206,7 @@ def main() -> None:
         writes="many_adapters.json and .png",
         folder=command_line.RESULTS,
         quick="30 adapters and 512 rows: to see it run",
+        redraw=True,
     )
     parts = ["load", "batch"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to run")
@@ -215,7 +215,10 @@ def main() -> None:
     path = args.output / "many_adapters.json"
     # a part that is not run keeps its results
     results = json.loads(path.read_text()) if path.exists() else {}
-    results["machine"] = f"{platform.machine()}, 1 thread, torch {torch.__version__}"
+    if args.redraw:
+        draw(results, path.with_suffix(".png"))
+        return
+    results["machine"] = f"1 thread of {machine.describe()}"
 
     if "load" in args.parts:
         with tqdm(total=len(METHODS) * (adapters - 1), unit="adapter", ncols=100, desc="loading") as bar:

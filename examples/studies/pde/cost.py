@@ -24,6 +24,7 @@ import time
 
 from rich.console import Console
 from rich.table import Table
+from study_tools import machine
 
 
 WIDTHS = (16, 32, 64, 128)
@@ -98,8 +99,9 @@ def main() -> None:
             seconds, memory = f"{row['seconds']:.2f}", f"{row['megabytes']:.0f}"
             table.add_row(str(width), row["method"], str(row["parameters"]), seconds, memory)
     Console().print(table)
+    results = {"machine": machine.describe(), "points": points, "ranks": RANKS, "rows": rows}
     name = "lm_cost_quick" if args.quick else "lm_cost"
-    (args.output / f"{name}.json").write_text(json.dumps({"points": points, "ranks": RANKS, "rows": rows}) + "\n")
+    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

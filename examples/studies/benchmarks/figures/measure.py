@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from study_tools.machine import cpu_model
 
 
 # A subject has named parts, which are called one after the other and timed one by one. A part whose name starts with
@@ -167,16 +168,3 @@ def describe_machine(device: torch.device) -> dict:
         "python": platform.python_version(),
         "versions": versions,
     }
-
-
-def cpu_model() -> str:
-    """The name and generation of the processor, if the system tells them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(reversed([tuple(map(str.strip, line.split(":", 1))) for line in lines if ":" in line]))
-    name = fields.get("model name", platform.machine())
-    family = f"family {fields['cpu family']}, model {fields['model']}" if "cpu family" in fields else ""
-    vector = "AVX-512" if "avx512f" in fields.get("flags", "") else "AVX2" if "avx2" in fields.get("flags", "") else ""
-    return ", ".join(filter(None, (name, family, vector)))
