@@ -122,13 +122,18 @@ def plot_edge_functions(
     columns = min(len(edges), 3)
     rows = -(-len(edges) // columns)
     figure = _new_figure((3 * columns, 2.3 * rows)) if figure is None else figure
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    grid = figure.subplots(rows, columns, squeeze=False)
+    axes = grid.flat
     for axis, (o, i) in zip(axes, edges, strict=False):
-        for label, color in zip(curves, ("0.6", "tab:green"), strict=False):
-            axis.plot(x.cpu(), functions[label, i][:, o].float().cpu(), color=color, label=label)
+        for label, color, dash in zip(curves, ("0.5", "tab:green"), ("--", "-"), strict=False):
+            axis.plot(x.cpu(), functions[label, i][:, o].float().cpu(), color=color, ls=dash, label=label)
         axis.set_title(title(o, i), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
+    for axis in grid[:, 0]:
+        axis.set_ylabel("edge function", fontsize=8)
+    for axis in axes[max(0, len(edges) - columns) : len(edges)]:
+        axis.set_xlabel("input", fontsize=8)
     for axis in axes[len(edges) :]:
         axis.remove()
     if len(curves) == 2:

@@ -73,7 +73,6 @@ SETTINGS: dict[str, list[dict]] = {
 }
 WITH_BUDGET = ("LoTRA", "LoRA", "dense deltas")
 POLICIES = {"random": "width", "gradient": {"core": 0.03, "factor_out": 0.5}}  # of the learning rates
-COLORS = {"LoTRA": "tab:green", "LoRA": "tab:blue", "dense deltas": "tab:orange"}
 
 
 class Gaussians(nn.Module):
@@ -353,29 +352,30 @@ def as_text(results: dict) -> str:
 
 def draw(results: dict, images: Images, path: Path) -> None:
     from matplotlib.figure import Figure
+    from study_tools.pictures import STYLES
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     pictures, axis = figure.subplots(1, 2, width_ratios=(1, 2.6))
     columns = [torch.cat([x, shift(x)], dim=-1)[0] for x in images.x[:5]]
     pictures.imshow(torch.cat(columns).numpy(), cmap="gray")
-    pictures.set(xticks=[], yticks=[], title="before and after the shift")
-    for method in WITH_BUDGET:
+    pictures.set(xticks=[], yticks=[], title=f"{results['data']}, before and after the shift")
+    pictures.grid(False)
+    for method, style in zip(WITH_BUDGET, STYLES, strict=False):
         rows = [row for row in results["rows"] if row["method"] == method]
         counts, means = zip(*((row["parameters"], np.mean(row["accuracy"])) for row in rows), strict=True)
-        axis.plot(counts, means, color=COLORS[method], marker="o", label=method)
+        axis.plot(counts, means, **style, label=method)
         for row in rows:
             count, scores = row["parameters"], row["accuracy"]
-            axis.plot([count] * len(scores), scores, ".", color=COLORS[method], alpha=0.4)
+            axis.plot([count] * len(scores), scores, style["marker"], color=style["color"], ms=3, alpha=0.4)
     for style, row in zip(("--", ":"), [row for row in results["rows"] if not row["budget"]], strict=True):
         label = f"{row['method']} ({row['parameters']:,})"
         axis.axhline(np.mean(row["accuracy"]), color="0.4", linestyle=style, label=label)
-    axis.set(xscale="log", xlabel="trained parameters", ylabel="accuracy %")
-    axis.set_title(f"{results['data']}, shifted: mean and seeds")
+    axis.set(xscale="log", xlabel="trained parameters", ylabel="accuracy on the shifted images, %")
+    axis.set_title("LoTRA and LoRA beside full fine-tuning, means and single seeds")
     axis.set_xticks(results["budgets"], [f"{budget:,}" for budget in results["budgets"]])
     axis.minorticks_off()
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    axis.legend()
+    figure.savefig(path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -385,6 +385,7 @@ def main(argv: list[str] | None = None) -> None:
         writes="convolutions.json, .md and .png",
         folder=command_line.RESULTS,
         quick="one seed, few steps and settings: to see it run",
+        redraw=True,
     )
     parser.add_argument("--seeds", type=int, default=5, help="how many runs are averaged (default: 5)")
     parser.add_argument("--tuning-seeds", type=int, default=2, help="how many runs choose the settings (default: 2)")
@@ -395,7 +396,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         args.seeds, args.tuning_seeds, args.steps = 1, 1, 3
 
+    name = "convolutions" + ("_mnist" if args.data_dir else "") + ("_quick" if args.quick else "")
+    path = args.output / f"{name}.json"
     images = load(args.data_dir)
+    if args.redraw:
+        draw(json.loads(path.read_text()), images, path.with_suffix(".png"))
+        return
     with tqdm(unit="run", ncols=100) as bar, ProcessPoolExecutor(args.workers) as pool:
 
         def run(jobs: list[Job]) -> list[Outcome]:
@@ -409,8 +415,7 @@ def main(argv: list[str] | None = None) -> None:
     data = "digits" if args.data_dir is None else "MNIST, 14x14"
     setting = {"labels": LABELS, "steps": args.steps, "channels": CHANNELS, "basis": BASIS}
     results = {"data": data, "setting": setting, **results}
-    name = "convolutions" + ("_mnist" if args.data_dir else "") + ("_quick" if args.quick else "")
-    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=1) + "\n")
     (args.output / f"{name}.md").write_text(as_text(results))
     draw(results, images, args.output / f"{name}.png")
     print(as_text(results))

@@ -85,6 +85,7 @@ def test_bad_arguments_are_one_line(capsys, tmp_path) -> None:
         ("pde/transfer.py", "matplotlib", "examples"),
         ("pde/pina_solver.py", "lightning", "examples,pina"),
         ("forecast_neuralforecast.py", "neuralforecast", "examples,heavy"),
+        ("../quickstart.py", "matplotlib", "examples"),
     ],
 )
 def test_a_missing_package_is_one_line_also_for_help(script, package, extra, tmp_path) -> None:
@@ -95,3 +96,25 @@ def test_a_missing_package_is_one_line_also_for_help(script, package, extra, tmp
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert f"{package} is not installed" in line and f'".[{extra}]"' in line
+
+
+SHORT = [command_line.STUDIES.parent / f"{name}.py" for name in ("adapt", "compress", "own_family", "pde")]
+
+
+@pytest.mark.parametrize("path", SHORT, ids=lambda path: path.stem)
+def test_scripts_to_copy_are_short_and_say_what_they_need(path: Path) -> None:
+    text = path.read_text()
+    assert 25 <= len(text.splitlines()) <= 50
+    (notes,) = (line for line in text.splitlines() if line.startswith("NOTES = "))
+    assert all(word in notes for word in ("eeds", "takes", "writes"))
+
+
+@pytest.mark.parametrize("script", ["adapt.py", "quickstart.py"])
+def test_an_output_that_is_no_folder_is_one_line(script: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    root = str(command_line.STUDIES.parents[1])
+    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(command_line.STUDIES.parent / script), "--output", str(tmp_path / "file" / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1:] == [f"{script}: error: --output {tmp_path}/file/out: Not a directory"]

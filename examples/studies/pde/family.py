@@ -21,19 +21,16 @@ import json
 import tempfile
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from peft import PeftModel, get_peft_model
 from problems.families import FAMILIES, GRID, test_points
 from problems.methods import CACHE, QUICK, Setting, large_config, pretrained
 from rich.console import Console
+from study_tools.pictures import STYLES
 from torch import Tensor
 
 from peft_lotra.optim import LevenbergMarquardt
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 torch.set_num_threads(1)
@@ -97,7 +94,7 @@ def draw(
         reference = FAMILY.reference(value).reshape(GRID, GRID)[:, -1]
         left.plot(line, outputs[name].reshape(GRID, GRID)[:, -1], color=color, label=f"{value:g}: {errors[name]:.1e}")
         left.plot(line[::4], reference[::4], ".", color=color)
-    left.set(title="Burgers' equation at t = 1: five adapters on one base, one batch (dots: reference)", xlabel="x")
+    left.set(title="Burgers, t = 1: five adapters of one base in one batch (dots: reference)", xlabel="x")
     left.set_ylabel("u")
     left.legend(title="viscosity: relative error")
     first, second, value = BETWEEN
@@ -107,14 +104,14 @@ def draw(
         "sum": "both updates, each by half (add_weighted_adapter)",
         "between": "components halfway",
     }
-    for (name, title), style in zip(titles.items(), ("--", "--", "-", "-"), strict=True):
-        distance = (fields[name] - solution).reshape(GRID, GRID).square().mean(1).sqrt()
-        right.semilogy(line, distance.clamp(min=1e-7), style, label=f"{title}: {relative(fields[name], solution):.1e}")
-    right.set(title=f"At viscosity {value:g}, for which no adapter was trained", xlabel="x")
+    for (name, title), style in zip(titles.items(), STYLES, strict=False):
+        distance = (fields[name] - solution).reshape(GRID, GRID).square().mean(1).sqrt().clamp(min=1e-5)
+        label = f"{title}: {relative(fields[name], solution):.1e}"
+        right.semilogy(line, distance, **style | {"markersize": 4, "markevery": 5}, label=label)
+    right.set(title=f"Viscosity {value:g}: no adapter was trained for it, the sum of two serves it", xlabel="x")
     right.set_ylabel("root mean square error over time")
-    right.legend(title="relative error", fontsize=8)
-    right.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    right.legend(title="relative error", loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2)
+    figure.savefig(path)
     plt.close(figure)
 
 

@@ -1,0 +1,72 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The pictures of the studies are drawn again from the committed results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from study_tools import command_line
+
+
+pytest.importorskip("matplotlib")
+
+RESULTS = command_line.RESULTS
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def test_learning_rates(tmp_path: Path) -> None:
+    import learning_rates
+
+    rows = load("learning_rates_pykan")["rows"]
+    for row in rows:  # a run that diverged is drawn, not left out
+        row["losses"] = [float("inf") if loss is None or row["lr"] == 0.1 else loss for loss in row["losses"]]
+    learning_rates.draw(rows, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_learning_rates_that_were_run_are_not_run_again() -> None:
+    import learning_rates
+
+    setting = {"tasks": {"teacher": ("SGD",)}, "seeds": {16: 2, 512: 1}, "widest": {"SGD": 256}, "steps": 1}
+    setting |= {"library": "peft-lotra", "rates": {"SGD": [0.1, 0.2]}}
+    runs = learning_rates.runs_of(setting)
+    assert len(runs) == 8 and {width for _, _, _, width, _, _ in runs} == {16}
+    losses, saved = dict.fromkeys(runs[:-1], 0.5), []
+    learning_rates.sweep(setting, losses, save=lambda: saved.append(len(losses)))
+    assert saved == [8] and [losses[run] for run in runs[:-1]] == [0.5] * 7 and losses[runs[-1]] > 0
+
+
+def test_low_rank_evidence(tmp_path: Path) -> None:
+    import low_rank_evidence
+
+    results = load("low_rank_evidence")
+    low_rank_evidence.draw(results, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    for spectrum in results["spectra"].values():  # of each mode, the shares of the energy sum to 1
+        for mode in (*spectrum["update"], *spectrum["random"]):
+            assert sum(value**2 for value in mode) == pytest.approx(1, abs=1e-3)
+
+
+def test_slim_functions(tmp_path: Path) -> None:
+    import slim_functions
+
+    slim_functions.draw(slim_functions.summarise(load("slim_functions")["rows"]), tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_transfer_has_a_panel_for_each_family(tmp_path: Path) -> None:
+    from importlib import import_module
+
+    transfer = import_module("transfer")
+    runs = [run for run in load("pde/transfer")["runs"] if run["target"] == "middle"]
+    transfer.draw_curves(runs, ["middle"], transfer.MAIN, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    assert "%" in transfer.message_of(runs, ["middle"])
+    assert set(transfer.LINES) == set(transfer.METHODS)
