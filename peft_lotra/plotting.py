@@ -113,7 +113,7 @@ def plot_edge_functions(
         curves["adapted"] = module.coefficients_in_force()
     change = (curves["adapted"] - before if len(curves) == 2 else before).float().square().sum(-1)
     edges = _choose_edges(edges, change)
-    x = torch.linspace(-1, 1, 101) if x is None else x
+    x = torch.linspace(-1, 1, 101, device="cpu") if x is None else x
     functions = {
         (label, i): _functions_of(layer, tensor, coefficients, i, x.to(before))
         for label, coefficients in curves.items()
@@ -212,7 +212,7 @@ def plot_network_change(
 
 def _heights(units: int) -> list[float]:
     """The places of the units of a column, from 1 down to 0."""
-    return [0.5] if units == 1 else torch.linspace(1, 0, units).tolist()
+    return [0.5] if units == 1 else torch.linspace(1, 0, units, device="cpu").tolist()
 
 
 def plot_history(
@@ -226,6 +226,7 @@ def plot_history(
         figure: Where to draw; a new one by default.
 
     Raises:
+        TypeError: `history` is something else.
         ValueError: The history is empty, or has another number of terms than `names`.
         ImportError: Matplotlib is not installed.
 
@@ -236,6 +237,11 @@ def plot_history(
         >>> terms = [(lambda model, x, y: model(x) - y, (x, x.sin()), 1.0)]
         >>> figure = plot_history(LevenbergMarquardt(KAN([1, 4, 1])).fit(terms, steps=3, progress=False), ["data"])
     """
+    if not isinstance(history, Sequence) or not all(isinstance(step, LevenbergMarquardtStep) for step in history):
+        raise TypeError(
+            f"`history` is of type {type(history).__name__}, but must be the list of steps that "
+            "`LevenbergMarquardt(model).fit(terms, steps)` returned."
+        )
     if not history:
         raise ValueError("`history` is empty: pass what `LevenbergMarquardt(model).fit(terms, steps)` returned.")
     terms = list(zip(*(step.losses for step in history), strict=False))

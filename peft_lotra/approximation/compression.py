@@ -24,7 +24,7 @@ from ..families.slim import SlimLayer
 from ..files.patterns import pattern_key
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, warn_capped
-from ..modules.calls import share_hooks
+from ..modules.calls import check_module, share_hooks
 from ..modules.locks import cached
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, tucker
@@ -118,7 +118,8 @@ def slim(
         ValueError: Not one of `ranks`, `energy` and `budget` is given, or one that cannot be; the model has adapters
             (merge them first), no KAN layer, coefficients that are not finite, layers that no input reaches, or that
             a closure calls in the place of those exchanged; or `inputs` are empty, not finite or all the same.
-        TypeError: With `inputs`, the model returns no tensor, nor a tuple or dict that begins with one.
+        TypeError: `model` is no module; or, with `inputs`, it returns no tensor, nor a tuple or dict that begins with
+            one.
 
     Example:
         >>> from peft_lotra.kan import KAN
@@ -127,6 +128,7 @@ def slim(
         (2880, 219)
         >>> dense = small.to_dense()
     """
+    check_module(model)
     if [ranks, energy, budget].count(None) != 2:
         raise ValueError(
             f"Pass one of `ranks`, `energy` and `budget`, got `ranks`={ranks}, `energy`={energy}, `budget`={budget}."
@@ -179,6 +181,7 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
         >>> type(to_dense(SlimKAN([8, 4], ranks=2)).layers[0]).__name__
         'KANLinear'
     """
+    check_module(model)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("The model has adapters: merge them first, `model = model.merge_and_unload()`.")
     model = model if inplace else _copy(model)

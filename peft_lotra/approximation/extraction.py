@@ -19,7 +19,7 @@ from torch import nn
 
 from ..families.registry import KANLayerSpec, find_kan_layers, same_grid
 from ..files.patterns import pattern_key
-from ..modules.calls import call_with_parameters, unwrap
+from ..modules.calls import call_with_parameters, check_module, unwrap
 from ..report import Report, TextTable
 from ..tucker import Ranks, Tucker, cap_ranks, tucker, tucker_scaled
 from ..tuner.config import LoTRAConfig
@@ -110,7 +110,7 @@ def extract_lotra(
         ValueError: Not one of `r`, `energy`, `budget` and `rank_pattern` is given, or one that cannot be; the models
             have different architectures or grids, are the same, or are not finite; `base` has adapters; `inputs`
             are empty or not finite, or do not reach a layer.
-        TypeError: With `inputs`, the model returns no tensor, tuple or dict that begins with one.
+        TypeError: A model is no module; or, with `inputs`, it returns no tensor, tuple or dict that begins with one.
 
     Example:
         >>> import copy
@@ -127,6 +127,8 @@ def extract_lotra(
             "Pass one of `r`, `energy`, `budget` and `rank_pattern` (with or without `r`), got "
             f"`r`={r}, `energy`={energy}, `budget`={budget}, `rank_pattern`={rank_pattern}."
         )
+    check_module(base, "base")
+    check_module(tuned, "tuned")
     if isinstance(base, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise ValueError("`base` has adapters already: pass the bare model, or what `merge_and_unload` returns.")
     modules_to_save, not_saved = _compare(base, unwrap(tuned))
@@ -293,7 +295,7 @@ def _check_same_basis(name: str, layer: nn.Module, other: nn.Module, spec: KANLa
     grids, others = spec.read_grid(layer), spec.read_grid(other)
     differ = [state for state in grids if not same_grid({state: grids[state]}, {state: others.get(state)})]
     _, in_features, *_ = spec.locate(layer).shape
-    x = torch.linspace(-1, 1, 9).to(next(layer.parameters()))[:, None].expand(-1, in_features)
+    x = torch.linspace(-1, 1, 9, device="cpu").to(next(layer.parameters()))[:, None].expand(-1, in_features)
     if not differ and (first := spec.basis_or_none(layer, x)) is not None:
         # with the same parameters: `_compare` reports the changes of those that a basis has (FastKAN's normalization)
         same = {parameter: value.detach() for parameter, value in layer.named_parameters()}

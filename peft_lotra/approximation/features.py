@@ -70,7 +70,7 @@ class Features:
         self.values = torch.cat(columns, dim=1).double().unflatten(1, shape)
         by_mode = [self.values.movedim(mode + 1, -1).flatten(0, -2) for mode in range(len(shape))]
         self.metrics = [_square_root(rows.T @ rows, _RIDGE) for rows in by_mode]
-        self.metric_out = torch.eye(out).to(self.values)
+        self.metric_out = torch.eye(out, device="cpu").to(self.values)
         if metric is not None:
             self.metric_out = _square_root(metric.to(self.values), _RIDGE_OUT)
 
@@ -195,7 +195,7 @@ def _metrics(
     names, outputs = zip(*((name, y) for name, ys in returned.items() for y in ys), strict=True)
     generator = torch.Generator().manual_seed(0)
     for _ in range(_PROBES):
-        signs = torch.randint(0, 2, result.shape, generator=generator).to(result) * 2 - 1
+        signs = torch.randint(0, 2, result.shape, generator=generator, device="cpu").to(result) * 2 - 1
         gradients = torch.autograd.grad(result, outputs, signs, retain_graph=True, allow_unused=True)
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:

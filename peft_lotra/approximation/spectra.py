@@ -53,7 +53,9 @@ class LayerSpectrum:
 
     def costs(self) -> torch.Tensor:
         """The number of parameters of an adapter, for all ranks; laid out as `energies`."""
-        ranks = torch.meshgrid(*(torch.arange(1, n + 1) for n in self.energies.shape), indexing="ij")
+        ranks = torch.meshgrid(
+            *(torch.arange(1, n + 1, device=self.energies.device) for n in self.energies.shape), indexing="ij"
+        )
         return torch.stack(ranks).prod(0) + sum(size * rank for size, rank in zip(self.shape, ranks, strict=True))
 
 

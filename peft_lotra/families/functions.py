@@ -59,7 +59,7 @@ class FunctionProbe(Probe):
                 values = {name: own_copy(value) for name, value in tensor.read_parameters(self.layer).items()}
                 generator = torch.Generator().manual_seed(_SEED)
                 for name in tensor.names:
-                    noise = torch.randn(values[name].shape, generator=generator)
+                    noise = torch.randn(values[name].shape, generator=generator, device="cpu")
                     values[name] += noise.to(values[name]) * mean_size(values[name])
                 first, second = self._gradient(tensor, x), self._gradient(tensor, x, values)
                 return _is_parallel(first[:, :, -1], second[:, :, -1])

@@ -166,7 +166,7 @@ def _state_of(module: nn.Module) -> State:
 
 
 def _forms(layer: Any, spec: KANLayerSpec, grid: Grid) -> Iterator[_Form]:
-    x = torch.linspace(-3, 3, 13, dtype=_dtype_of(layer))
+    x = torch.linspace(-3, 3, 13, dtype=_dtype_of(layer), device=_device_of(layer))
     with torch.no_grad():
         try:
             with_silu = spec.activation is not None and torch.equal(spec.activation(layer, x.clone()), F.silu(x))
@@ -194,12 +194,14 @@ def _agrees(form: _Form, layer: nn.Module, spec: KANLayerSpec, tensor: Coefficie
             if value.is_floating_point():
                 exchanged[name] = value.detach().clone().double()
                 if name not in spec.grid and isinstance(value, nn.Parameter):
-                    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+                    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+                        value.device
+                    )
                     exchanged[name] += noise * max(0.1, exchanged[name].std(correction=0).item())
         x = _points(spec, layer, tensor.shape[1], generator)
 
         def compare() -> bool:
-            directions = torch.randn(2, x.shape[1], generator=generator, dtype=torch.float64).to(x)
+            directions = torch.randn(2, x.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(x)
             expected = jet_by_transforms(layer, x, directions, None)
             found = evaluate_layer(_stage(form, layer, spec, tensor), x, directions[:, None], None, None)
             agree = all(map(_is_close, found, expected, _TOLERANCES[dtype]))
@@ -237,12 +239,12 @@ def _points(spec: KANLayerSpec, layer: nn.Module, width: int, generator: torch.G
     grids = [v.double() for v in spec.read_grid(layer).values() if isinstance(v, Tensor) and v.numel() > 1]
     low = min((grid.min().item() for grid in grids), default=-2.0)
     high = max((grid.max().item() for grid in grids), default=2.0)
-    share = torch.rand(_ROWS, width, generator=generator, dtype=torch.float64) * 1.1 - 0.05
+    share = torch.rand(_ROWS, width, generator=generator, dtype=torch.float64, device="cpu") * 1.1 - 0.05
     return (low + (high - low) * share).to(_device_of(layer))
 
 
 def _few_points(width: int, network: nn.Module) -> Tensor:
-    x = torch.rand(3, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.rand(3, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
     return x.to(_device_of(network), _dtype_of(network))
 
 

@@ -105,7 +105,7 @@ class Probe:
                 values = {name: own_copy(value) for name, value in tensor.read_parameters(self.layer).items()}
                 generator = torch.Generator().manual_seed(0)
                 steps = {
-                    name: torch.randn(value.shape, generator=generator).to(value) * mean_size(value)
+                    name: torch.randn(value.shape, generator=generator, device="cpu").to(value) * mean_size(value)
                     for name, value in values.items()
                 }
                 outputs = [
@@ -216,7 +216,12 @@ class Probe:
             if low >= high:
                 low, high = self.grid[0].min().item(), self.grid[0].max().item()
         # steps of the golden ratio, without a repetition
-        share = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).mul(0.6180339887498949).frac().view(shape)
+        share = (
+            torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
+            .mul(0.6180339887498949)
+            .frac()
+            .view(shape)
+        )
         return (low + (high - low) * (0.25 + 0.5 * share)).to(like)
 
     def _find_rows(self, tensor: CoefficientTensor) -> tuple[int, ...] | None:
@@ -224,7 +229,10 @@ class Probe:
         for rows in ((1,), (1, 1)):
             try:
                 with torch.no_grad():
-                    self._run({}, torch.zeros(*rows, tensor.shape[1]).to(_wide(tensor.get_parameter(self.layer))))
+                    self._run(
+                        {},
+                        torch.zeros(*rows, tensor.shape[1], device="cpu").to(_wide(tensor.get_parameter(self.layer))),
+                    )
             except _Undecided:
                 return rows
             except Exception:  # as in `axes`; perhaps an input of another size
@@ -290,7 +298,7 @@ def own_copy(value: torch.Tensor) -> torch.Tensor:
 
 def output_weights(y: torch.Tensor) -> torch.Tensor:
     """A weight of each output, none of which is zero."""
-    return torch.rand(y.shape, generator=torch.Generator().manual_seed(1)).to(y) + 0.5
+    return torch.rand(y.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(y) + 0.5
 
 
 def gradient_of(

@@ -135,7 +135,7 @@ class _Sketch(_Digest):
             self._projections.append(part[whole:].unsqueeze(0) @ signs[: len(part) - whole])
 
     def __str__(self) -> str:
-        rows = torch.cat(self._projections or [torch.zeros(0, _PROJECTIONS, dtype=torch.float64)])
+        rows = torch.cat(self._projections or [torch.zeros(0, _PROJECTIONS, dtype=torch.float64, device="cpu")])
         sums = (rows * _signs(0, len(rows), _PROJECTIONS)).sum(0)
         return f"{super().__str__()}:" + ",".join(f"{x:.10e}" for x in (math.sqrt(self._square_sum), *sums.tolist()))
 

@@ -104,9 +104,11 @@ class SlimKANLinear(SplineLayer):
         variance, of_functions = moments(self.grid_range, self.grid_size, self.spline_order)
         size, rb = self.factor_basis.shape
         of_splines, of_silu = of_functions.diagonal()[:-1].sum(), of_functions[-1, -1]
-        rows = torch.full((size, 1), GAIN_BASIS * math.sqrt(SPLINE_VARIANCE_SHARE / of_splines), dtype=torch.float64)
+        rows = torch.full(
+            (size, 1), GAIN_BASIS * math.sqrt(SPLINE_VARIANCE_SHARE / of_splines), dtype=torch.float64, device="cpu"
+        )
         rows[-1] = GAIN_BASIS * math.sqrt((1 - SPLINE_VARIANCE_SHARE) / of_silu)
-        factor_basis = rows * torch.randn(size, rb, dtype=torch.float64)
+        factor_basis = rows * torch.randn(size, rb, dtype=torch.float64, device="cpu")
         self.factor_basis.copy_(factor_basis)
         for factor, gain in ((self.factor_out, math.sqrt(self.out_features)), (self.factor_in, GAIN_IN)):
             factor.copy_(_orthogonal(factor) * gain)

@@ -79,9 +79,9 @@ def sparse_gradients(
             slopes, _, _ = _basis(points, rows, derivative=1)
             # Input after input, so that the coefficients of one stay in the cache for all rows: half the time.
             index_by_input, slopes = index.transpose(0, 1), slopes.transpose(0, 1)
-            row_of = torch.arange(len(index)).repeat_interleave(slopes.shape[-1]).repeat(len(slopes))
+            row_of = torch.arange(len(index), device="cpu").repeat_interleave(slopes.shape[-1]).repeat(len(slopes))
             towards_basis = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                gradient[rows], table, index_by_input.flatten(), torch.arange(len(index)), row_of, 0, -1
+                gradient[rows], table, index_by_input.flatten(), torch.arange(len(index), device="cpu"), row_of, 0, -1
             )
             towards_x[rows] = (towards_basis.view_as(slopes) * slopes).sum(-1).t() * points.scale
         if towards_left is not None and thin_table is not None:
@@ -112,13 +112,13 @@ def _basis(points: Points, rows: slice, derivative: int = 0) -> tuple[Tensor, Te
     order, num_basis = points.spline_order, points.num_basis
     position = ((points.x[rows] - points.low) * points.scale).clamp_(-order - 1, num_basis + 1)
     first = position.floor()
-    which = torch.arange(order + 1)
+    which = torch.arange(order + 1, device="cpu")
     offset = (position - first).unsqueeze(-1) - (which - (order - 1) / 2).to(position)
     values = cardinal_spline(offset, order, derivative)
     first = first.nan_to_num_().long()
     index = first.unsqueeze(-1) + which
     values.masked_fill_((index < 0) | (index >= num_basis), 0)
-    index = index.clamp_(0, num_basis - 1) + (torch.arange(position.shape[1]) * num_basis).unsqueeze(-1)
+    index = index.clamp_(0, num_basis - 1) + (torch.arange(position.shape[1], device="cpu") * num_basis).unsqueeze(-1)
     return values, index, first.clamp_(-order, num_basis - 1) + order
 
 
@@ -136,8 +136,10 @@ def _weight_gradient(points: Points, values: Tensor, interval: Tensor, gradient:
     """sum_n gradient[n, o] B_k(x[n, i]) as (O, I K), from sums over the points in each interval of each input."""
     (size, width), order, num_basis = points.x.shape, points.spline_order, points.num_basis
     bins = num_basis + order
-    keys, permutation = (interval.t() + torch.arange(width).unsqueeze(-1) * bins).flatten().sort(stable=True)
-    starts = torch.searchsorted(keys, torch.arange(width * bins))
+    keys, permutation = (
+        (interval.t() + torch.arange(width, device="cpu").unsqueeze(-1) * bins).flatten().sort(stable=True)
+    )
+    starts = torch.searchsorted(keys, torch.arange(width * bins, device="cpu"))
     values = values.transpose(0, 1).flatten(0, 1)[permutation]
     rows = permutation % size
     result = gradient.new_zeros(width, num_basis, gradient.shape[1])

@@ -21,6 +21,13 @@ from .locks import IN_PROGRESS, put_back_by
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue] (no stub)
 
 
+def check_module(model: Any, argument: str = "model") -> None:
+    """Raises a TypeError for what is no module, such as a class, a config, a path or a state dict."""
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"of type {type(model).__name__}"
+        raise TypeError(f"`{argument}` must be a network, a `torch.nn.Module`, but is {given}.")
+
+
 def modules_of(model: nn.Module) -> list[nn.Module]:
     """All modules of a model, each once, without the names that `model.modules()` makes up first."""
     modules, seen = [model], {model}
@@ -165,7 +172,11 @@ def share_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside the wrappers that `torch.compile`, data parallelism and PEFT put around it."""
+    """The network inside the wrappers that `torch.compile`, data parallelism and PEFT put around it.
+
+    Raises a TypeError for what is no module.
+    """
+    check_module(model)
     inner: Any = model
     while True:
         if hasattr(inner, "_orig_mod"):  # torch.compile

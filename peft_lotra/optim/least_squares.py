@@ -336,7 +336,7 @@ class LeastSquares:
         def of_one_row(flat: Tensor, *row: Tensor) -> Tensor:
             one = [part.unsqueeze(0) for part in row]
             values, pull, *_ = torch.func.vjp(lambda p: self._call(function, scale, self._named(p), one)[0], flat)
-            return torch.stack([pull(unit)[0] for unit in torch.eye(len(values)).to(values)])
+            return torch.stack([pull(unit)[0] for unit in torch.eye(len(values), device=values.device).to(values)])
 
         of_rows = torch.func.vmap(of_one_row, (None, *[0] * len(rows)), randomness="different")
         return of_rows(self.start, *rows).flatten(0, 1)

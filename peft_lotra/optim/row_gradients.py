@@ -68,7 +68,7 @@ def _towards_chains(chains: list[Chain], values: Tensor) -> list[Gradients] | No
     are otherwise equal to the last bit.
     """
     leaves = [part for chain in chains for part in chain.leaves.parts]
-    exponents = torch.randperm(len(values), generator=torch.Generator().manual_seed(0)) % 401 - 200
+    exponents = torch.randperm(len(values), generator=torch.Generator().manual_seed(0), device="cpu") % 401 - 200
     weights = torch.ldexp(values.new_ones(len(values)), exponents.to(values.device))
     if not values.requires_grad:
         return [{}] * values.shape[1]

@@ -63,13 +63,13 @@ def _apart(points: Tensor, indices: list[int], priority: Tensor, distance: float
 def skeleton(dim: int) -> Tensor:
     """Coordinates (n, dim) that span the unit cube: the corners, and points between them in one and two dimensions."""
     levels = {1: 9, 2: 3}.get(dim, 2)
-    line = torch.linspace(0, 1, levels, dtype=torch.float64).tolist()
+    line = torch.linspace(0, 1, levels, dtype=torch.float64, device="cpu").tolist()
     points = list(itertools.product(line, repeat=dim))
-    return torch.tensor(points if dim < 3 else [*points, (0.5,) * dim], dtype=torch.float64)
+    return torch.tensor(points if dim < 3 else [*points, (0.5,) * dim], dtype=torch.float64, device="cpu")
 
 
 def candidates(dim: int) -> Tensor:
     """Coordinates (n, dim) at which predictions are checked: a grid in one dimension, Sobol points in more."""
     if dim == 1:
-        return torch.linspace(0, 1, 65, dtype=torch.float64).unsqueeze(1)
+        return torch.linspace(0, 1, 65, dtype=torch.float64, device="cpu").unsqueeze(1)
     return torch.quasirandom.SobolEngine(dim).draw(65 * dim, dtype=torch.float64)[1:]

@@ -133,14 +133,18 @@ class Fitting:
         self.walk(self.path.scale.inverse(skeleton(dim)))
         places, path = candidates(dim), self.path
         points = path.scale.inverse(places)
-        resolved = torch.zeros(len(points), dtype=torch.bool)
+        resolved = torch.zeros(len(points), dtype=torch.bool, device="cpu")
         while path.members:
             self._mend()
             indicators = [self._indicator(point, path.vector_at(point)) for point in points]
-            failed = torch.tensor([argument(point) in self.failed for point in points])
-            fitted = torch.tensor([member.indicator for member in path.members])
-            bounds = torch.full((len(points),), tolerance) if tolerance else blended(places, path.places, fitted)
-            shares = torch.tensor(indicators).nan_to_num(math.inf) / bounds
+            failed = torch.tensor([argument(point) in self.failed for point in points], device="cpu")
+            fitted = torch.tensor([member.indicator for member in path.members], device="cpu")
+            bounds = (
+                torch.full((len(points),), tolerance, device="cpu")
+                if tolerance
+                else blended(places, path.places, fitted)
+            )
+            shares = torch.tensor(indicators, device="cpu").nan_to_num(math.inf) / bounds
             shares[resolved | failed] = 0.0
             self.largest = shares.max().item()
             chosen = greedy_batch(places, shares, path.places, 1.0 if tolerance else WORSE)

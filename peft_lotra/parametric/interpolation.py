@@ -29,8 +29,8 @@ class Scale:
         self.low, self.high = self._raw(low), self._raw(high)
 
     def _raw(self, points: Sequence) -> Tensor:
-        values = torch.tensor(points, dtype=torch.float64)
-        return torch.where(torch.tensor(self.log), values.clamp(min=1e-300).log(), values)
+        values = torch.tensor(points, dtype=torch.float64, device="cpu")
+        return torch.where(torch.tensor(self.log, device="cpu"), values.clamp(min=1e-300).log(), values)
 
     def __call__(self, points: Sequence) -> Tensor:
         """Coordinates (n, dim), or (dim,), of one or more parameters."""
@@ -40,7 +40,7 @@ class Scale:
     def inverse(self, coordinates: Tensor) -> list[tuple[float, ...]]:
         """The parameters of coordinates (n, dim)."""
         raw = self.low + coordinates * (self.high - self.low)
-        return [tuple(row) for row in torch.where(torch.tensor(self.log), raw.exp(), raw).tolist()]
+        return [tuple(row) for row in torch.where(torch.tensor(self.log, device="cpu"), raw.exp(), raw).tolist()]
 
 
 def weights_at(points: Tensor, at: Tensor) -> Tensor:

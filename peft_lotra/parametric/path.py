@@ -29,7 +29,7 @@ class Path:
         self.log: bool | list[bool] = log if isinstance(log, bool) else list(log)
         self.members: list[Member] = []
         self.scale = Scale([0.0], [1.0], [False])
-        self.places = torch.empty(0, 1)  # the coordinates of the members in the range
+        self.places = torch.empty(0, 1, device="cpu")  # the coordinates of the members in the range
 
     @property
     def vectors(self) -> np.ndarray:
@@ -65,7 +65,7 @@ class Path:
         array = np.array([*points, *(member.parameter for member in self.members)])
         dim = array.shape[1]
         self.scale = Scale(array.min(0).tolist(), array.max(0).tolist(), self._flags(dim))
-        self.places = torch.empty(0, dim, dtype=torch.float64)
+        self.places = torch.empty(0, dim, dtype=torch.float64, device="cpu")
         self.add(())
 
     def add(self, members: Iterable[Member]) -> None:

@@ -60,8 +60,8 @@ def save_family(model: PeftModel, contents: Contents, path: Path, modes: int | N
     arrays = {
         "modes": torch.from_numpy(directions).to(dtype),
         "coordinates": torch.from_numpy(coordinates),
-        "parameters": torch.tensor(contents.parameters, dtype=torch.float64),
-        "indicators": torch.tensor(contents.indicators, dtype=torch.float64),
+        "parameters": torch.tensor(contents.parameters, dtype=torch.float64, device="cpu"),
+        "indicators": torch.tensor(contents.indicators, dtype=torch.float64, device="cpu"),
     }
     with TemporaryDirectory() as folder:
         write(model, np.zeros(contents.vectors.shape[1]))

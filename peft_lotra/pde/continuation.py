@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..modules.calls import check_module
+
 
 class ContinuationStep(NamedTuple):
     """
@@ -65,6 +67,7 @@ def continuation(
 
     Raises:
         ValueError: an argument is out of range.
+        TypeError: `model` is no module.
         RuntimeError: a solve fails at `start`, or the step gets too short. The model is that of the last success.
 
     Source: E. L. Allgower and K. Georg, "Introduction to Numerical Continuation Methods" (1990), chapter 6.
@@ -88,6 +91,7 @@ def continuation(
 
     ```
     """
+    check_module(model)
     if scale not in ("log", "linear"):
         raise ValueError(f"`scale` is {scale!r}, but must be 'log' or 'linear'.")
     if not (math.isfinite(start) and math.isfinite(stop)) or (scale == "log" and not start * stop > 0):

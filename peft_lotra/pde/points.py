@@ -55,9 +55,9 @@ def _unit_points(size: int, count: int, method: str, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     if method == "sobol":
         return SobolEngine(size, scramble=True, seed=seed).draw(count, dtype=torch.float64)
-    points = torch.rand(count, size, dtype=torch.float64, generator=generator)
+    points = torch.rand(count, size, dtype=torch.float64, generator=generator, device="cpu")
     if method == "latin":
-        slices = torch.stack([torch.randperm(count, generator=generator) for _ in range(size)], 1)
+        slices = torch.stack([torch.randperm(count, generator=generator, device="cpu") for _ in range(size)], 1)
         points = (slices + points) / count
     return points
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kan.jets.derivatives import jet
+from ..modules.calls import check_module
 from .boxes import check_box
 
 
@@ -47,6 +48,7 @@ def knot_density(
 
     Raises:
         ValueError: the box is empty, an argument is out of range, or the derivatives are not finite.
+        TypeError: `model` is no module.
 
     Source: C. de Boor, "Good approximation by splines with variable knots II" (1974): knots that make a power of a
     derivative equal in all intervals.
@@ -62,6 +64,7 @@ def knot_density(
 
     ```
     """
+    check_module(model)
     low_end, high_end = check_box(low, high)
     if not (cells >= 1 and power > 0 and 0 <= share < 1):
         raise ValueError(
@@ -69,10 +72,10 @@ def knot_density(
         )
     engine = torch.quasirandom.SobolEngine(len(low_end), scramble=True, seed=seed)
     across = low_end + (high_end - low_end) * engine.draw(_ACROSS, dtype=torch.float64)
-    along = (torch.arange(cells * _ALONG, dtype=torch.float64) + 0.5) / (cells * _ALONG)
+    along = (torch.arange(cells * _ALONG, dtype=torch.float64, device="cpu") + 0.5) / (cells * _ALONG)
     like = next(iter(model.parameters()), low_end)
     found = []
-    for i, direction in enumerate(torch.eye(len(low_end), dtype=torch.float64)):
+    for i, direction in enumerate(torch.eye(len(low_end), dtype=torch.float64, device="cpu")):
         points = across.repeat(len(along), 1)
         points[:, i] = (low_end[i] + (high_end[i] - low_end[i]) * along).repeat_interleave(_ACROSS)
         second = jet(model, points.to(like), direction.unsqueeze(0).to(like))[2][0].double()

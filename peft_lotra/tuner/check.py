@@ -15,6 +15,7 @@ from torch import nn
 from ..families.candidates import find_candidates
 from ..families.coefficients import expand_name
 from ..families.probe import CURVATURE, Probe
+from ..modules.calls import check_module
 from ..report import Report, TextTable
 from . import fast_path
 from .fast_path import find_formula
@@ -80,6 +81,7 @@ def check_kan_layer(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None =
     Raises:
         ValueError: The layer is of no known family, or a pattern does not fit. The message has a registration to
             paste, if one can be found.
+        TypeError: `layer` is no module.
 
     Example:
         >>> from peft_lotra.kan import KANLinear
@@ -92,6 +94,7 @@ def check_kan_layer(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None =
         linear: yes
         fast path: open, by splines in closed form
     """
+    check_module(layer, "layer")
     try:
         target = locate_target("", layer)
     except ValueError as error:

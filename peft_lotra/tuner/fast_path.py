@@ -271,8 +271,8 @@ def _grid_ends(base_layer: nn.Module, formula: Formula) -> tuple[torch.Tensor, t
     if spec.basis is None:
         return None
     grids = [grid for grid in spec.read_grid(base_layer).values() if isinstance(grid, torch.Tensor) and grid.numel()]
-    low = torch.stack([grid.min() for grid in grids]).min() if grids else torch.tensor(-2.0)
-    high = torch.stack([grid.max() for grid in grids]).max() if grids else torch.tensor(2.0)
+    low = torch.stack([grid.min() for grid in grids]).min() if grids else torch.tensor(-2.0, device="cpu")
+    high = torch.stack([grid.max() for grid in grids]).max() if grids else torch.tensor(2.0, device="cpu")
     return low, high
 
 

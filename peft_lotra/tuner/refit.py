@@ -18,7 +18,7 @@ from einops import einsum
 from torch import nn
 
 from ..families.registry import same_grid, short_name
-from ..modules.calls import call_with_parameters, modes_kept
+from ..modules.calls import call_with_parameters, check_module, modes_kept
 from ..report import Report, TextTable
 from ..tucker import Tucker, fit, relative_energy, tucker
 from .guards import bare_base
@@ -73,6 +73,7 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
         ValueError: Adapters are merged or disabled; the family of a layer offers no basis, or the layer is a
             convolution; `inputs` do not reach a layer whose grid moved; the number of basis functions changed.
             Nothing is changed then, not even by `move`.
+        TypeError: `model` is no module.
 
     Example:
         >>> from peft import get_peft_model
@@ -84,6 +85,7 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
         >>> list(report.errors)
         [('layers.0', 'default')]
     """
+    check_module(model)
     layers = {short_name(name): layer for name, layer in lotra_layers(model)}
     unusable = [name for name, layer in layers.items() if layer.merged or layer.disable_adapters]
     if unusable:
@@ -150,7 +152,7 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple
     old = components.dense()
     samples = x.detach().reshape(-1, layer.in_features)
     points = torch.cat([samples, _spread(layer, samples)])
-    weight = torch.ones(len(points), 1, 1, dtype=torch.float64)
+    weight = torch.ones(len(points), 1, 1, dtype=torch.float64, device="cpu")
     weight[len(samples) :] = math.sqrt(_FILL_WEIGHT * len(samples) / (len(points) - len(samples)))
     old_basis, new_basis = (_basis(name, layer, grid, points) for grid in (layer.lotra_grid[adapter], {}))
     if old_basis.shape != new_basis.shape:
@@ -213,5 +215,5 @@ def _spread(layer: LoTRALayer, samples: torch.Tensor) -> torch.Tensor:
         if isinstance(value, torch.Tensor) and value.dim() == 2 and len(value) == layer.in_features:
             low, high = value.detach().to(samples).aminmax(dim=1)
             break
-    fill = torch.linspace(0, 1, 4 * layer.lotra_tensor.shape[-1]).to(samples)[:, None]
+    fill = torch.linspace(0, 1, 4 * layer.lotra_tensor.shape[-1], device="cpu").to(samples)[:, None]
     return torch.lerp(low, high, fill)

@@ -14,6 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from ...modules.calls import check_module
 from ..observer import current_observer
 from .chain import Stage, stages_of, unwrap
 from .layers import Jet, block_size, evaluate_layer
@@ -94,6 +95,7 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
     """As `jet`; with `only_second`, value and first derivatives may be None."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"`x` must be a floating point tensor, but is {getattr(x, 'dtype', type(x).__name__)}.")
+    check_module(model)
     inner = unwrap(model)
     hooked = inner._forward_hooks or inner._forward_pre_hooks
     composed = None if hooked else next((_composed[cls] for cls in type(inner).__mro__ if cls in _composed), None)
@@ -124,7 +126,7 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
     directions = directions.to(x)
     weights = None
     if collapse is not False:
-        weights = torch.as_tensor([1.0] * len(directions) if collapse is True else collapse).to(x)
+        weights = torch.as_tensor([1.0] * len(directions) if collapse is True else collapse, device=x.device).to(x)
         if weights.shape != (len(directions),):
             raise ValueError(f"`collapse` has {weights.numel()} weights, but there are {len(directions)} directions.")
     if composed:
