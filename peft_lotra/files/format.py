@@ -14,6 +14,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -75,6 +76,31 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
         raise
 
 
+def make_own(path: str | os.PathLike) -> None:
+    """Puts a copy in the place of a file that is a link, soft or hard, so that writing to it leads nowhere else.
+
+    What is neither a file nor a folder, such as a pipe, is removed.
+    """
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return
+    if stat.S_ISDIR(info.st_mode) or (stat.S_ISREG(info.st_mode) and info.st_nlink == 1):
+        return
+    if not os.path.isfile(path):
+        os.unlink(path)
+        return
+    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
+    try:
+        with open(path, "rb") as file, open(temporary, "xb") as copy:
+            shutil.copyfileobj(file, copy)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
 def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> None:
     """Saves adapters as `model.save_pretrained(folder)` does, but so that an interruption loses nothing.
 
@@ -89,8 +115,8 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> 
         kwargs: As for `PeftModel.save_pretrained`, e.g. `selected_adapters`.
 
     Raises:
-        ValueError: `safe_serialization=False` was passed, `folder` is a file, or what `PeftModel.save_pretrained`
-            raises. The folder is as it was.
+        ValueError: `model` is no PeftModel, `safe_serialization=False` was passed, `folder` is a file, or what
+            `PeftModel.save_pretrained` raises. The folder is as it was.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -102,6 +128,8 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> 
         ...     sorted(os.listdir(folder))
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
+    if not hasattr(model, "peft_config"):
+        raise ValueError(f"`model` is of type {type(model).__name__}, but must be a PeftModel.")
     if not kwargs.get("safe_serialization", True):
         raise ValueError("LoTRA adapters are saved as safetensors only: leave `safe_serialization` out.")
     if os.path.isfile(folder):
@@ -112,7 +140,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> 
     os.makedirs(stage)
     try:
         card = os.path.join(folder, "README.md")
-        if os.path.exists(card):
+        if os.path.isfile(card):
             shutil.copyfile(card, os.path.join(stage, "README.md"))  # PEFT extends the one that is there
         model.save_pretrained(stage, **kwargs)
         staged = sorted(parent for parent, _, files in os.walk(stage) if files)

@@ -112,6 +112,8 @@ def write_model_card(
         True
     """
     folder = Path(folder)
+    if not (model is None or hasattr(model, "peft_config")):
+        raise ValueError(f"`model` is of type {type(model).__name__}, but must be a PeftModel or None.")
     check_base_model(base_model)
     problem_type = None
     if model is None:

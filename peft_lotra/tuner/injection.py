@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -236,6 +237,19 @@ def _adapter_tensors(model: nn.Module) -> Iterator[tuple[str, str, Tensor, str]]
                 for key, value in saved.state_dict(keep_vars=True).items():
                     if isinstance(value, Tensor):
                         yield f"{name}.modules_to_save.{adapter}.{key}", adapter, value, ""
+
+
+def refuse_no_tensors(state_dict: Mapping[Any, Any]) -> None:
+    """Raises a ValueError if a state dict has other entries than dense tensors by name."""
+    wrong = []
+    for name, value in state_dict.items():
+        if not isinstance(name, str):
+            wrong.append(f"{name!r} is no name")
+        elif not isinstance(value, Tensor):
+            wrong.append(f"{name} is of type {type(value).__name__}")
+        elif value.is_meta or value.is_quantized or value.layout != torch.strided:
+            wrong.append(f"{name} is {'without values, on the meta device' if value.is_meta else 'not dense'}")
+    refuse("The state dict must have dense tensors by name, nothing was loaded:", wrong)
 
 
 def select_to_load(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,17 @@ _MAX_COPIES = 2**24
 
 class RowNames(list):
     """The name of the adapter of each row; the rows are sorted once for all layers."""
+
+    @classmethod
+    def of(cls, names: Any) -> RowNames:
+        """The names that a user gives; a ValueError for what is no list of strings."""
+        names = None if isinstance(names, (str, bytes)) or not isinstance(names, Iterable) else cls(names)
+        if names is None or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                "`adapter_names` must be a list with the name of an adapter for each row of the batch, such as "
+                '`["default"] * len(x)`, or "__base__" for none.'
+            )
+        return names
 
     def for_rows(self, rows: int) -> RowNames:
         """The names for a layer with this number of rows: several for each row of the batch, where tokens, patches or
@@ -52,7 +63,7 @@ class RowNames(list):
     def rows(self) -> tuple[torch.Tensor, ...]:
         """The rows (n,) of each of the distinct names, int64."""
         position = {name: index for index, name in enumerate(self.distinct)}
-        names = torch.tensor([position[name] for name in self], dtype=torch.int64)
+        names = torch.tensor([position[name] for name in self], dtype=torch.int64, device="cpu")
         return names.argsort(stable=True).split(names.bincount().tolist())
 
     @cached
@@ -62,15 +73,19 @@ class RowNames(list):
         Returns the name of each chunk (chunks,), as an index into `distinct`; the rows of each chunk (chunks, length);
         and the place of each row of the batch among those of all chunks (batch,).
         """
-        counts = torch.tensor([len(rows) for rows in self.rows])
+        counts = torch.tensor([len(rows) for rows in self.rows], device="cpu")
         longest = int(counts.max())
         lengths = {-(-longest // 2**halvings) for halvings in range(longest.bit_length())}
         length = min(lengths, key=lambda length: int((-(-counts // length)).sum()) * (length + _CHUNK_COST))
-        chunks, places = [], torch.empty(len(self), dtype=torch.int64)
+        chunks, places = [], torch.empty(len(self), dtype=torch.int64, device="cpu")
         for rows in self.rows:
-            places[rows] = torch.arange(len(rows)) + len(chunks) * length
+            places[rows] = torch.arange(len(rows), device="cpu") + len(chunks) * length
             chunks += torch.cat([rows, rows[-1:].expand(-len(rows) % length)]).split(length)
-        return torch.arange(len(counts)).repeat_interleave(-(-counts // length)), torch.stack(chunks), places
+        return (
+            torch.arange(len(counts), device="cpu").repeat_interleave(-(-counts // length)),
+            torch.stack(chunks),
+            places,
+        )
 
 
 def batch_sizes(value: Any) -> list[int]:
@@ -150,7 +165,7 @@ def _parameters_of_each(
         for name, parameter in base.items():
             value = parameter.expand(len(members), *parameter.shape)
             stacked[name].append((value + parts[name]).to(value.dtype) if name in parts else value)
-    order = torch.tensor([index for members in alike.values() for index in members]).argsort()
+    order = torch.tensor([index for members in alike.values() for index in members], device="cpu").argsort()
     return {name: torch.cat(values)[order] for name, values in stacked.items()}
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from peft import PeftMixedModel, PeftModel
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -32,6 +33,7 @@ from .injection import (
     own_tensors,
     prepare_config,
     prepare_targets,
+    refuse_no_tensors,
     replace_module,
     select_to_load,
     select_to_save,
@@ -176,6 +178,7 @@ class LoTRAModel(NormStatsTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         # From PEFT 0.20 on. For tensors that come without a config, for an adapter that is there.
+        refuse_no_tensors(state_dict)
         # first without what files of PEFT 0.19 have of other adapters, which may be called like this one
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, own_tensors(state_dict))
         state_dict = with_adapter(state_dict, adapter_name)
@@ -262,6 +265,12 @@ class LoTRAModel(NormStatsTuner):
         return layers
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+        if isinstance(self.model, (PeftModel, PeftMixedModel)):  # whose configs PEFT fails to take away
+            raise ValueError(
+                "The base of this model is itself a PeftModel, and both have their adapters in the same layers. Merge "
+                "or unload the inner one, `model.get_base_model().merge_and_unload()`. `add_adapter` instead of a "
+                "second `get_peft_model` keeps all adapters in one model."
+            )
         layers = [layer for _, layer in lotra_layers(self.model)]
         if merge:
             self._check_merge(adapter_names, safe_merge)
@@ -321,7 +330,7 @@ class LoTRAModel(NormStatsTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        adapter_names = RowNames(kwargs["adapter_names"])
+        adapter_names = RowNames.of(kwargs["adapter_names"])
         # A layer need not have each of the adapters, but a name that no layer has is a typo.
         layers = [layer for _, layer in lotra_layers(self.model)]
         unexpected_adapters = [

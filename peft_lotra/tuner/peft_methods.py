@@ -20,9 +20,11 @@ from itertools import chain
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..files.format import make_own
 from .transaction import (
     base_parameters,
     change_lock,
@@ -99,7 +101,7 @@ def _around_change(method: Any, tuner_cls: type) -> Any:
                 ):  # PEFT's mixed models have no such
                     tuner.check_reload(name, path, **{key: kwargs[key] for key in _OF_THE_HUB if key in kwargs})
                     kwargs.pop("check_base", None)
-            with transaction(self, written, configs_among(args, kwargs), changes), _clear_json_errors():
+            with transaction(self, written, configs_among(args, kwargs), changes), _clear_config_errors():
                 return method(self, *args, **kwargs)
 
     return _marked(run, method)
@@ -114,6 +116,10 @@ def _around_saving(method: Any, tuner_cls: type) -> Any:
         if checks and not os.path.isfile(save_directory):
             # before PEFT writes tensors over those that are there
             tuner.check_saving(**{name: arguments[name] for name in _OF_SAVING if name in arguments})
+            # PEFT, and older versions of safetensors, open what is there
+            for name in ("", *tuner.peft_config):
+                for file in ("README.md", SAFETENSORS_WEIGHTS_NAME):
+                    make_own(os.path.join(save_directory, name, file))
         method(self, save_directory, *args, **kwargs)
         write_card = getattr(tuner_cls, "write_card", None)
         if not checks or write_card is None or not arguments.get("is_main_process", True):
@@ -147,22 +153,33 @@ def _around_loading(method: Any) -> Any:
     @wraps(method)
     def from_pretrained(cls, model, *args: Any, **kwargs: Any) -> Any:
         # what other methods leave behind is not for this package to undo
-        with transaction(model, objects=configs_among(args, kwargs), begins=False), _clear_json_errors():
+        with transaction(model, objects=configs_among(args, kwargs), begins=False), _clear_config_errors():
             return method(cls, model, *args, **kwargs)
 
     return _marked(from_pretrained, method)
 
 
+_READING = {"peft.peft_model", "peft.mixed_model"}  # besides peft.config
+
+
 @contextmanager
-def _clear_json_errors() -> Iterator[None]:
-    """Makes a ValueError of what JSON that is nested too deeply raises, which PEFT reads before this package."""
+def _clear_config_errors() -> Iterator[None]:
+    """Makes a ValueError of what an adapter_config.json raises in PEFT, which reads it before this package."""
     try:
         yield
-    except RecursionError as error:
+    except (RecursionError, TypeError, KeyError, AttributeError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if not frame.f_globals.get("__name__", "").startswith("json."):
-            raise
-        raise ValueError("The adapter_config.json is nested too deeply to be read: it is damaged.") from error
+        module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if isinstance(error, RecursionError) and module.startswith("json."):
+            raise ValueError("The adapter_config.json is nested too deeply to be read: it is damaged.") from error
+        # the lookup of `peft_type`, which may be of any type
+        is_lookup = module in _READING and (isinstance(error, KeyError) or "unhashable" in str(error))
+        if module == "peft.config" or (is_lookup and function in ("from_pretrained", "load_adapter")):
+            raise ValueError(
+                "The adapter_config.json is not that of an adapter: it must be a JSON object with a `peft_type` that "
+                f'PEFT knows, such as "LOTRA" ({type(error).__name__}: {error}).'
+            ) from error
+        raise
 
 
 def _tensors_of(model: nn.Module, adapter_name: Any) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ import os
 import re
 
 import pytest
-from hostile import CONFIG, WEIGHTS, adapted, edit_config, edit_tensors, save
+from hostile import CONFIG, WEIGHTS, adapted, edit_config, edit_tensors, save, time_limit
 from typer.testing import CliRunner
 
 from peft_lotra import LoTRAConfig, save_adapter, write_model_card
@@ -239,15 +239,34 @@ def test_a_link_in_the_place_of_the_stage(tmp_path):
 
 
 # a link as the target is replaced, not followed
-@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
-def test_a_link_in_the_place_of_a_file(tmp_path, name):
-    precious, folder = tmp_path / "precious", tmp_path / "a"
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "README.md"])
+@pytest.mark.parametrize("save", [save_all, save_peft])
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+@pytest.mark.parametrize("adapter", ["default", "second"])
+def test_a_link_in_the_place_of_a_file(tmp_path, name, save, link, adapter):
+    precious = tmp_path / "precious"
     precious.write_text("precious")
-    folder.mkdir()
-    (folder / name).symlink_to(precious)
-    save_adapter(adapted(), folder)
+    folder = tmp_path / "a" if adapter == "default" else tmp_path / "a" / adapter
+    folder.mkdir(parents=True)
+    getattr(folder / name, link)(precious)
+    save(adapted(adapter_name=adapter), tmp_path / "a")
     assert precious.read_text() == "precious"
     assert LoTRAConfig.from_pretrained(folder).r == 2
+    assert name != "README.md" or "\nprecious\n" in (folder / name).read_text() or adapter == "second"
+
+
+@pytest.mark.parametrize("save", [save_all, save_peft])
+@pytest.mark.parametrize("kind", ["dangling", "pipe", "endless"])
+def test_a_card_that_is_no_file(tmp_path, save, kind):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    if kind == "pipe":
+        os.mkfifo(folder / "README.md")
+    else:
+        (folder / "README.md").symlink_to("/dev/zero" if kind == "endless" else tmp_path / "nowhere")
+    with time_limit(5):
+        save(adapted(), folder)
+    assert "LoTRA" in (folder / "README.md").read_text() and os.listdir(tmp_path) == ["a"]
 
 
 def test_temporary_files_are_created_exclusively(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from hostile import (
     CLEAR,
     CONFIG,
@@ -21,10 +22,15 @@ from hostile import (
     outcome,
     save,
 )
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from typer.testing import CliRunner
 
+import peft_lotra
 from peft_lotra import LoTRAConfig, hotswap_adapter, write_model_card
+from peft_lotra.kan import KAN, jet, laplacian, refine_grid
+from peft_lotra.optim import LevenbergMarquardt
+from peft_lotra.pde import continuation, knot_density
+from peft_lotra.plotting import plot_history, plot_network_change
 
 
 @pytest.fixture
@@ -62,6 +68,9 @@ def test_a_broken_pattern_of_the_user(field):
 
 
 DOORS = {
+    "load": lambda folder: PeftModel.from_pretrained(Net(), folder),
+    "add": lambda folder: adapted().load_adapter(folder, adapter_name="another"),
+    "reload": lambda folder: adapted().load_adapter(folder, adapter_name="default"),
     "config": lambda folder: LoTRAConfig.from_pretrained(folder),
     "hotswap": lambda folder: hotswap_adapter(adapted(), folder),
     "card": lambda folder: write_model_card(None, folder),
@@ -89,6 +98,15 @@ def test_absurd_json(folder, door, content):
     if content == "{}" and door == "config":
         return  # a config of defaults
     assert isinstance(error, CLEAR), f"raw {type(error).__name__}: {error}"
+
+
+# read by PEFT before this package
+@pytest.mark.parametrize("kind", [None, 3, True, "", "NOPE", "lotra", [], {}, ["LOTRA"]], ids=repr)
+@pytest.mark.parametrize("door", ["load", "add"])
+def test_a_type_that_there_is_not(folder, door, kind):
+    edit_config(folder, peft_type=kind)
+    error, _ = outcome(lambda: DOORS[door](folder))
+    assert isinstance(error, ValueError) and "peft_type" in str(error)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
@@ -173,3 +191,73 @@ def test_inspect_says_it_in_words(folder):
     (folder / CONFIG).write_text(json.dumps({"peft_type": "LOTRA", "alpha_pattern": {"(": 1.0}}))
     result = CliRunner().invoke(app, ["inspect", str(folder)])
     assert result.exit_code in (0, 1) and "PatternError" not in result.output and "re.error" not in result.output
+
+
+##########################
+# State dicts            #
+##########################
+
+ENTRIES = {
+    "number": 3,
+    "none": None,
+    "array": torch.zeros(2, 2, 2).numpy(),
+    "meta": torch.zeros(2, 2, 2, device="meta"),
+    "sparse": torch.zeros(2, 2, 2).to_sparse(),
+    "text": "core",
+}
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_entries_of_a_state_dict_that_are_no_tensors(kind):
+    model = adapted()
+    state = get_peft_model_state_dict(model)
+    core = next(name for name in state if "core" in name)
+    assert_refused(lambda: set_peft_model_state_dict(model, {**state, core: ENTRIES[kind]}), model, match="core")
+
+
+def test_a_state_dict_by_numbers():
+    model = adapted()
+    state = dict(enumerate(get_peft_model_state_dict(model).values()))
+    assert_refused(lambda: set_peft_model_state_dict(model, state), model, match="no name")
+
+
+##########################
+# What is no model       #
+##########################
+
+TAKE_A_MODEL = {
+    "slim": lambda model: peft_lotra.slim(model, energy=0.9),
+    "to_dense": peft_lotra.to_dense,
+    "find_kan_layers": peft_lotra.find_kan_layers,
+    "extract_lotra": lambda model: peft_lotra.extract_lotra(model, Net(), 2),
+    "extract_lotra, tuned": lambda model: peft_lotra.extract_lotra(Net(), model, 2),
+    "update_spectrum": lambda model: peft_lotra.update_spectrum(model, Net()),
+    "gradient_spectrum": lambda model: peft_lotra.gradient_spectrum(model, None, lambda: None),
+    "preprocess_lotra": lambda model: peft_lotra.preprocess_lotra(
+        model, LoTRAConfig(init_weights="gradient"), lambda: None
+    ),
+    "model_summary": peft_lotra.model_summary,
+    "check_kan_layer": peft_lotra.check_kan_layer,
+    "create_lotra_optimizer": lambda model: peft_lotra.create_lotra_optimizer(model, torch.optim.Adam, lr=0.01),
+    "hotswap_adapter": lambda model: hotswap_adapter(model, "folder"),
+    "refit_adapters": lambda model: peft_lotra.refit_adapters(model, torch.zeros(2, 3)),
+    "write_model_card": lambda model: write_model_card(model, "folder"),
+    "save_adapter": lambda model: peft_lotra.save_adapter(model, "folder"),
+    "jet": lambda model: jet(model, torch.zeros(2, 3)),
+    "laplacian": lambda model: laplacian(model, torch.zeros(2, 3)),
+    "refine_grid": lambda model: refine_grid(model, 8),
+    "LevenbergMarquardt": LevenbergMarquardt,
+    "plot_network_change": plot_network_change,
+    "plot_history": plot_history,
+    "knot_density": lambda model: knot_density(model, [-1], [1]),
+    "continuation": lambda model: continuation(model, lambda value: None, 1.0, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", TAKE_A_MODEL)
+def test_what_is_no_model(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for thing in (3, "model", KAN, LoTRAConfig(), [Net()], Net().state_dict(), torch.zeros(2)):
+        with pytest.raises((TypeError, ValueError), match="model|base|tuned|layer|history"):
+            TAKE_A_MODEL[name](thing)
+    assert not list(tmp_path.iterdir())

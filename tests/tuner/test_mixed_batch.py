@@ -227,3 +227,15 @@ def test_longer_names_are_made_once():
     longer = names.for_rows(6)
     assert longer == ["a", "a", "a", "b", "b", "b"] and names.for_rows(6) is longer
     assert RowNames([]).for_rows(4) == []
+
+
+@pytest.mark.parametrize("names", ["vvv", b"vvv", None, 3, ["v", None, "v"], [["v"]] * 3, torch.zeros(3)], ids=repr)
+def test_names_that_are_no_list_of_strings(names):
+    model = several(as_model(KANLinear(3, 2)), "vw")
+    x = torch.rand(3, 3)
+    expected = model(x)
+    if names is not None:  # which asks for nothing
+        with pytest.raises(ValueError, match="`adapter_names` must be a list"):
+            model(x, adapter_names=names)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(model(x, adapter_names=("v", "v", "v")), expected)

@@ -340,3 +340,17 @@ def test_a_merged_adapter_is_not_deleted():
     model.delete_adapter("other")
     model.unmerge_adapter()
     assert {name.rpartition(".")[2] for name, _ in components(model)} == {"default"}
+
+
+@pytest.mark.parametrize("leave", ["unload", "merge_and_unload"])
+def test_a_peft_model_inside_of_another_is_left_by_itself(leave):
+    network = KAN([3, 4, 2])
+    x = torch.rand(5, 3)
+    expected = network(x)
+    inner = get_peft_model(network, LoTRAConfig(r=2, init_weights=False), adapter_name="inner")
+    outer = get_peft_model(inner, LoTRAConfig(r=2), adapter_name="outer")
+    before = outer(x)
+    with pytest.raises(ValueError, match="itself a PeftModel"):
+        getattr(outer, leave)()
+    assert torch.equal(outer(x), before)
+    assert torch.equal(outer.get_base_model().unload()(x), expected)
