@@ -95,6 +95,8 @@ for name, angle in tqdm(ANGLES.items()):
     model.save_pretrained("customers")  # customers/anna, customers/ben, ...
 
 # %% [markdown]
+# One repository of the Hub holds them all: see [Hub](../../hub/#customers-of-one-base).
+#
 # ## One batch for all
 
 # %%

@@ -156,6 +156,8 @@ def test_the_section_of_the_readme(pushed):
     found = pushed["readme"]
     assert found["codes"] == [0, 0, 0, 0], found["output"]
     assert found["pushed"] == found["pulled"]
+    (anna, of_anna), (ben, of_ben) = found["customers"].values()
+    assert anna == of_anna != ben == of_ben
 
 
 class TestFailedPush:

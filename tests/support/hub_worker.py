@@ -223,7 +223,24 @@ def readme(folder: Path) -> dict:
     os.chdir(folder / "readme")
     arguments = [command.removeprefix("peft-lotra ").split() for command in commands.splitlines()]
     results = [CliRunner().invoke(cli.app, command) for command in arguments]
+    found["customers"] = customers(text)
     return {**found, "codes": [result.exit_code for result in results], "output": [r.output for r in results]}
+
+
+def customers(text: str) -> dict[str, list]:
+    """The section of docs/hub.md about several adapters of one base: each one's outputs, pushed and pulled."""
+    section = text.split("## Customers of one base\n")[1].split("\n## ")[0]
+    pushing, pulling = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    train = "for n, p in model.named_parameters():\n    if 'lotra_' in n: p.data += 0.1 * torch.randn_like(p)\n"
+    there, here = {}, {}
+    exec(pushing.replace("# ... train each ...", train), there)
+    exec(pulling, here)
+    x, found = torch.rand(4, 4), {}
+    for name in ("anna", "ben"):
+        for model in (there["model"], here["model"]):
+            model.set_adapter(name)
+        found[name] = [model(x).tolist() for model in (there["model"], here["model"])]
+    return found
 
 
 def interrupted(folder: Path) -> dict:
