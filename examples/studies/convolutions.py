@@ -347,7 +347,7 @@ def as_text(results: dict) -> str:
     note = (
         f"The base has {np.mean(results['before']):.1f} % on images as they were. Ranks of LoTRA are those of seed 0."
     )
-    return "\n".join([f"# {title}", "", note, "", *lines]) + "\n"
+    return "\n".join([f"### {title}", "", note, "", *lines]) + "\n"
 
 
 def draw(results: dict, images: Images, path: Path) -> None:
