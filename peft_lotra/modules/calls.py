@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from threading import get_ident
 from typing import Any
 
@@ -50,6 +50,29 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
     with put_back_by(restore):
         yield
+
+
+def set_mode(module: nn.Module, training: bool) -> None:
+    """Sets the mode of a module and of those inside, as `module.train(training)` does.
+
+    In networks whose method `train` is a training loop (pykan of 2024) torch's own takes its place.
+    """
+    if type(module).train is not nn.Module.train and _switches_mode(type(module).train):
+        module.train(training)
+        return
+    module.training = training
+    for child in module.children():
+        set_mode(child, training)
+
+
+@lru_cache(maxsize=256)
+def _switches_mode(train: Callable[..., Any]) -> bool:
+    """Whether a method may be called as torch calls `train`."""
+    _, *parameters = inspect.signature(train).parameters.values()
+    first = next(iter(parameters), None)
+    return first is not None and (
+        first.name == "mode" or isinstance(first.default, bool) or first.kind is first.VAR_POSITIONAL
+    )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..files.checkpoint import refuse_for_model
-from ..modules.calls import modules_of
+from ..modules.calls import modules_of, set_mode
 from ..modules.locks import LayerLock, exclusively_within, put_back_by
 from .config import LoTRAConfig
 from .first_backward import watch_first_backward
@@ -133,6 +133,15 @@ class LoTRAModel(NormStatsTuner):
 
     def _record_base(self, base_layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         return record_base(self.model, base_layers)
+
+    def train(self, mode: bool = True) -> LoTRAModel:
+        """Sets the mode of all modules, also of networks whose own `train` is a training loop."""
+        if not isinstance(mode, bool):
+            raise ValueError(f"The mode is {mode!r}: expected `True` for training, `False` for evaluation.")
+        self.training = mode
+        for child in self.children():
+            set_mode(child, mode)
+        return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a copied, or an unpickled model

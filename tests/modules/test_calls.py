@@ -10,7 +10,7 @@ from torch import nn
 
 import peft_lotra
 from peft_lotra.kan import KAN
-from peft_lotra.modules.calls import call_with_parameters, modes_kept, share_hooks, unwrap
+from peft_lotra.modules.calls import call_with_parameters, modes_kept, set_mode, share_hooks, unwrap
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,50 @@ def test_modes_are_restored_after_an_error():
         model.eval()
         raise KeyError
     assert [module.training for module in model.modules()] == [True, True, False]
+
+
+class Loop(nn.Sequential):
+    def train(self, data, steps=3):
+        raise AssertionError("nobody asked for it")
+
+
+class LoopOfDefaults(nn.Sequential):
+    def train(self, steps=3):
+        raise AssertionError("nobody asked for it")
+
+
+class LoopOfNothing(nn.Sequential):
+    def train(self):
+        raise AssertionError("nobody asked for it")
+
+
+class Frozen(nn.Sequential):
+    """Stays in evaluation mode, but for its last module."""
+
+    def train(self, mode=True):
+        super().train(False)
+        self[-1].train(mode)
+        return self
+
+
+class Passing(Frozen):
+    def train(self, *args):
+        return super().train(*args)
+
+
+@pytest.mark.parametrize("loop", [Loop, LoopOfDefaults, LoopOfNothing])
+def test_the_mode_of_a_model_whose_train_is_a_loop(loop):
+    model = nn.Sequential(loop(nn.Dropout(), loop(nn.Dropout())), nn.Dropout())
+    for mode in (False, True):
+        set_mode(model, mode)
+        assert {module.training for module in model.modules()} == {mode}
+
+
+@pytest.mark.parametrize("frozen", [Frozen, Passing])
+def test_the_mode_of_a_model_that_decides_it_itself(frozen):
+    model = nn.Sequential(frozen(nn.Dropout(), nn.Dropout()))
+    set_mode(model, True)
+    assert [module.training for module in model.modules()] == [True, False, False, True]
 
 
 @pytest.mark.parametrize("view", [False, True], ids=["parameter", "view of FSDP"])

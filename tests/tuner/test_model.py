@@ -276,6 +276,33 @@ def test_the_base_model():
     assert find_kan_layers(model)[0].name == "body.0"
 
 
+class WithLoop(nn.Sequential):
+    """Its `train` is a training loop, as in pykan of 2024."""
+
+    def train(self, dataset, steps=20):
+        raise AssertionError("nobody asked for it")
+
+
+def test_a_network_whose_train_is_a_training_loop(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(WithLoop(KAN([3, 4]), nn.Dropout()))
+
+    x = inputs()
+    model = adapt(build(), init_weights=False)
+    model.eval()
+    assert not any(module.training for module in model.modules())
+    y = model(x)
+    model.save_pretrained(tmp_path)
+    for is_trainable in (False, True):
+        other = PeftModel.from_pretrained(build(), tmp_path, is_trainable=is_trainable)
+        assert {module.training for module in other.modules()} == {is_trainable}
+        torch.testing.assert_close(other.eval()(x), y)
+    assert model.train() is model and all(module.training for module in model.modules())
+    with pytest.raises(ValueError, match="expected `True`"):
+        model.base_model.train("yes")
+
+
 def test_requires_grad_of_the_base_is_restored():
     model = nested()
     model["head"].bias.requires_grad_(False)
