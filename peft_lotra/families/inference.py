@@ -191,9 +191,9 @@ def _find_matrices(probe: FunctionProbe, tensors: Mapping[str, torch.Tensor]) ->
 
 
 def _extend(probe: FunctionProbe, reading: _Reading, tensors: Mapping[str, torch.Tensor], total: int) -> _Reading:
-    """With the residual branch, and with the factors of the edges where they are a large share of the layer."""
+    """With the residual branch, and with the factors of the edges where they are together a large share of it."""
     taken = {name for name, _ in reading.parts}
-    extra: list[Described] = []
+    factors: list[Described] = []
     for name, value in tensors.items():
         if name in taken or value.dim() != 2:
             continue
@@ -203,10 +203,12 @@ def _extend(probe: FunctionProbe, reading: _Reading, tensors: Mapping[str, torch
                 continue
             if reading.residual is None and probe.is_additive(joined.locate(probe.layer)):
                 reading = joined
-            elif value.numel() > _SMALL * total:
-                extra.append((name, pattern))
+            else:
+                factors.append((name, pattern))
             break
-    return reading._replace(parts=(*reading.parts, *extra))
+    if sum(tensors[name].numel() for name, _ in factors) > _SMALL * total:
+        reading = reading._replace(parts=(*reading.parts, *factors))
+    return reading
 
 
 def _fits(probe: FunctionProbe, reading: _Reading) -> bool:

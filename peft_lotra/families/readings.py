@@ -21,9 +21,10 @@ from .probe import CURVATURE, Probe, Verdict
 Reading = tuple[tuple[Described, ...], "Described | None"]
 
 # By class, and by what decides how a layer of it runs: the place of the chosen reading, and the verdict on it; layers
-# that passed.
+# that passed; parameters that are not used.
 _CHOSEN: WeakKeyDictionary[type, dict[Any, tuple[int, Verdict]]] = WeakKeyDictionary()
 _PASSED: WeakKeyDictionary[type, set[Any]] = WeakKeyDictionary()
+_UNUSED: WeakKeyDictionary[type, dict[Any, list[str]]] = WeakKeyDictionary()
 
 
 def choose_reading(
@@ -75,6 +76,17 @@ def note_verified(layer: nn.Module, readings: Sequence[Reading], tensor: Coeffic
     _PASSED.setdefault(type(layer), set()).add(_check_key(layer, tensor, linear))
 
 
+def unused_parameters(layer: nn.Module, grid: Mapping[str, Any], tensor: CoefficientTensor) -> list[str]:
+    """The described parameters that the output of a layer is not computed from; none if it cannot be run."""
+    probe = Probe(layer, grid)
+    if not probe.can_run(tensor):
+        return []  # it may be later
+    known, key = _UNUSED.setdefault(type(layer), {}), _check_key(layer, tensor, False)
+    if key not in known:
+        known[key] = probe.unused(tensor)
+    return known[key]
+
+
 def check_description(
     name: str,
     layer: nn.Module,
@@ -116,7 +128,7 @@ def check_description(
                 f"{tuple(tensor.get_parameter(layer).shape)} is not laid out as {pattern!r}: "
                 f"{verdict.reason if verdict.has_raised else slices}. {remedy}"
             )
-    if unused := probe.unused(tensor):
+    if unused := unused_parameters(layer, grid, tensor):
         raise ValueError(
             f"{layer_name} does not use {', '.join(f'`{parameter}`' for parameter in unused)}: its output does not "
             "depend on it, and an adapter there would do nothing. Describe the family without it "

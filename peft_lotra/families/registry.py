@@ -25,6 +25,7 @@ from .description import REGISTERED as _SPECS
 from .description import Grid as Grid
 from .description import KANLayerSpec, registered_spec, spec_from_file
 from .inference import infer_spec
+from .unused import without_unused
 
 
 PREFIX = "base_model.model."  # that PEFT puts in front of the names of modules
@@ -105,8 +106,13 @@ def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KAN
         ValueError: The family is neither registered nor described, or the description is damaged.
     """
     spec = get_kan_spec(layer)
-    if record is None or (spec is not None and spec.family == record["family"]):
+    if record is None:
         return spec
+    if spec is not None and spec.family == record["family"]:
+        is_given = spec is _SPECS.get(spec.family) or spec is getattr(type(layer), "kan_spec", None)
+        if is_given or record.get("description") in (None, spec.describe(layer)):
+            return spec
+        return spec_from_file(record["family"], record["description"])  # what another version found out
     if recorded := _SPECS.get(record["family"]):  # of an older version, before a family was split
         return registered_spec(layer, [recorded]) or spec
     if "description" not in record:
@@ -131,7 +137,10 @@ def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
     own = getattr(type(module), "kan_spec", None)
     if isinstance(own, KANLayerSpec):
         return own
-    return registered_spec(module) or infer_spec(module)
+    spec = registered_spec(module)
+    if spec is None:
+        return infer_spec(module)
+    return without_unused(spec, module) if is_built_in(spec) else spec
 
 
 class FoundKANLayer(NamedTuple):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pickle
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig, find_kan_layers
-from peft_lotra.families import registry
+from peft_lotra.families import inference, registry
 from peft_lotra.families.registry import KANLayerSpec, get_kan_spec
 
 
@@ -74,6 +75,19 @@ class Scaled(nn.Module):
     def forward(self, x):
         basis = torch.stack([torch.sin(x), torch.cos(2 * x)], -1)
         return torch.einsum("bik,oik,oi->bo", basis, self.c, self.s) + torch.tanh(x) @ self.w.T
+
+
+class ScaledTwice(nn.Module):
+    """A factor of each edge in both branches: a ninth of the layer each."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.w, self.s = nn.Parameter(torch.randn(o, i)), nn.Parameter(torch.rand(o, i) + 0.5)
+        self.c, self.t = nn.Parameter(torch.randn(o, i, 8)), nn.Parameter(torch.rand(o, i) + 0.5)
+
+    def forward(self, x):
+        y = torch.einsum("bik,oik->bo", powers(x, 8), self.c * self.t[..., None])
+        return y + torch.tanh(2 * x) @ (self.w * self.s).T
 
 
 class SmallNetworks(nn.Module):
@@ -156,6 +170,31 @@ def test_factors_of_edges_are_a_part_where_they_are_a_large_share():
     assert set(spec.locate(layer).parameters) == {"c", "s", "w"} and spec.residual[0] == "w" and not spec.linear
 
 
+def test_factors_of_edges_are_parts_where_they_are_together_a_large_share():
+    torch.manual_seed(0)
+    layer = ScaledTwice(5, 4)
+    spec = get_kan_spec(layer)
+    assert spec.residual == ("w", "o i") and set(spec.locate(layer).parameters) == {"c", "s", "t", "w"}
+    assert spec.locate(layer).shape == (4, 5, 8 + 2) and not spec.linear
+
+
+def test_a_file_of_another_version_that_left_parameters_out(tmp_path, monkeypatch):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(ScaledTwice(5, 4))
+
+    x = torch.rand(8, 5)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(inference, "_SMALL", 1.0)
+        earlier.setattr(inference, "_INFERRED", WeakKeyDictionary())
+        model = get_peft_model(build(), LoTRAConfig(r=2, init_weights=False))
+        y = model(x)
+        model.save_pretrained(tmp_path)
+    assert relative(PeftModel.from_pretrained(build(), tmp_path)(x), y) < 1e-6
+    assert relative(PeftModel.from_pretrained(build(), tmp_path).merge_and_unload()(x), y) < 1e-5
+    assert len(get_kan_spec(build()[0]).parts) == 3
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -164,6 +203,7 @@ def test_factors_of_edges_are_a_part_where_they_are_a_large_share():
         Flat,
         Wavelets,
         Scaled,
+        ScaledTwice,
     ],
 )
 def test_attach_train_merge_and_reload(make, tmp_path):
