@@ -18,6 +18,8 @@
 # `pip install -e ".[test]"`.
 
 # %%
+import warnings
+
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
@@ -29,6 +31,7 @@ from tqdm.auto import tqdm
 from peft_lotra import LoTRAConfig, create_lotra_optimizer, hotswap_adapter, model_summary, preprocess_lotra
 
 
+warnings.filterwarnings("ignore", category=FutureWarning)  # of the exporter
 torch.set_num_threads(1)
 torch.manual_seed(0)
 STEPS = 60

@@ -20,6 +20,7 @@
 import importlib.util
 import os
 import sys
+import warnings
 from pathlib import Path
 
 
@@ -39,8 +40,9 @@ from peft_lotra import LoTRAConfig, create_lotra_optimizer, push_to_hub  # noqa:
 from peft_lotra.kan import KANConfig, KANModel  # noqa: E402
 
 
-torch.set_num_threads(1)
+warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers
 torch.manual_seed(0)
+torch.set_num_threads(1)
 
 # %% [markdown]
 # ## The base

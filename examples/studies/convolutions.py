@@ -39,7 +39,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
+from study_tools.pictures import STYLES
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -351,9 +353,6 @@ def as_text(results: dict) -> str:
 
 
 def draw(results: dict, images: Images, path: Path) -> None:
-    from matplotlib.figure import Figure
-    from study_tools.pictures import STYLES
-
     figure = Figure(figsize=(9, 4), layout="constrained")
     pictures, axis = figure.subplots(1, 2, width_ratios=(1, 2.6))
     columns = [torch.cat([x, shift(x)], dim=-1)[0] for x in images.x[:5]]

@@ -15,11 +15,8 @@ import pytest
 from study_tools import command_line
 
 
-SCRIPTS = [
-    path
-    for folder in (".", "pde", "benchmarks", "parametric")
-    for path in sorted((command_line.STUDIES / folder).glob("*.py"))
-]
+# what lies in a folder with an __init__ is no script
+SCRIPTS = [p for p in sorted(command_line.STUDIES.rglob("*.py")) if not (p.parent / "__init__.py").exists()]
 
 
 def make_parser(**options) -> command_line.Parser:
