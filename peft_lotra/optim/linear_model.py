@@ -134,6 +134,11 @@ class LinearModel:
             step = self.problem.shards.of_first(step)
         return step if step.isfinite().all() else None
 
+    def inverse(self, damping: float, columns: Tensor) -> Tensor | None:
+        """(J^T J + damping S)^-1 columns, (P, n), in the space of parameters; None if the matrix is singular."""
+        triangle = self._factor(damping)
+        return None if triangle is None else torch.cholesky_solve(columns, triangle)
+
     def _transposed(self, vector: Tensor) -> Tensor:
         """J^T vector."""
         problem = self.problem

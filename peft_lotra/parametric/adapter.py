@@ -28,6 +28,7 @@ from ..files.fingerprint import hash_values
 from ..modules.calls import call_with_parameters
 from ..tucker import Ranks
 from ..tuner.config import LoTRAConfig
+from .estimate import ErrorEstimates
 from .fitting import Fitting
 from .members import Member, Point, Problem, argument, named, read, take_steps, write
 from .path import Path
@@ -43,7 +44,9 @@ class Prediction:
 
     Attributes:
         parameter: The parameter, a number or a tuple.
-        indicator: The root of the loss of the residual terms, or what `loss_of` returns; NaN without both.
+        indicator: An estimate of the relative error: what one Gauss-Newton step of the whole network, linearized at
+            the nearest member, would change. What `loss_of` returns if given; NaN without both.
+        residual: The root of the loss of the residual terms; NaN without terms.
         extrapolated: Whether the parameter lies outside of the fitted members.
     """
 
@@ -56,10 +59,15 @@ class Prediction:
 
     @property
     def indicator(self) -> float:
-        """Computed at the first access, which takes an evaluation of the residuals."""
+        """Computed at the first access: an evaluation of the residuals, and the first time near a member some more."""
         if self._indicator is None:
-            self._indicator = float(self.apply(self._family._problem.indicator, self._point))
+            self._indicator = self._family._indicate(self)
         return self._indicator
+
+    @property
+    def residual(self) -> float:
+        """Computed at each access."""
+        return float(self.apply(replace(self._family._problem, loss_of=None).indicator, self._point))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs of the base with the predicted adapter."""
@@ -87,8 +95,13 @@ class ParametricAdapter:
         terms_of: `terms_of(c)` returns the residual terms of [`LevenbergMarquardt`] at the parameter c, a number, or a
             tuple for several parameters. Give the same points at each call. Without it, `fit` takes `train`.
         ranks: The ranks of the cores, as `r` of `LoTRAConfig`.
-        loss_of: `loss_of(model, c)` returns what indicates errors, instead of the root of the loss of the terms: the
-            residual at other points than those that are fitted, or any loss where there are no terms.
+        loss_of: `loss_of(model, c)` returns what indicates errors, instead of an estimate: any loss where there are no
+            terms.
+        held_terms_of: The same terms at points that are not fitted, where errors show that fitted points hide:
+            estimates need them.
+        values_of: `values_of(model, c)` returns the values whose error is estimated: the solution at some points. By
+            default they are the outputs at the first rows of the first term; give it where the solution is not the
+            output itself, for instance a product of it that is zero on the boundary.
         log: Whether the family is smooth in the logarithm of the parameter; one flag, or one for each parameter.
         config: A `LoTRAConfig` for all else (`target_modules`, ...). It trains one component alone.
 
@@ -120,10 +133,13 @@ class ParametricAdapter:
         ranks: Ranks = 8,
         *,
         loss_of: Callable[[nn.Module, Any], Any] | None = None,
+        held_terms_of: Callable[[Any], Iterable] | None = None,
+        values_of: Callable[[nn.Module, Any], Tensor] | None = None,
         log: bool | Sequence[bool] = False,
         config: LoTRAConfig | None = None,
     ) -> None:
-        _check_functions(base, terms_of, loss_of)
+        functions = {"terms_of": terms_of, "loss_of": loss_of, "held_terms_of": held_terms_of, "values_of": values_of}
+        _check_functions(base, **functions)
         config = copy.deepcopy(config) if config is not None else LoTRAConfig(r=ranks)
         if config.train is None and config.init_weights is True:
             config = replace(config, train=["core"], init_weights="hosvd")
@@ -136,12 +152,31 @@ class ParametricAdapter:
         with torch.inference_mode(False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Adapters have more parameters")  # which are shared by many members
             model = cast(PeftModel, get_peft_model(copy.deepcopy(base), config))
-        self._set(model, terms_of, loss_of, log)
+        self._set(model, log, **functions)
 
-    def _set(self, model: PeftModel, terms_of: Any, loss_of: Any, log: bool | Sequence[bool]) -> None:
+    def _set(
+        self,
+        model: PeftModel,
+        log: bool | Sequence[bool],
+        terms_of: Any,
+        loss_of: Any,
+        held_terms_of: Any,
+        values_of: Any,
+    ) -> None:
         self.model = model.eval()
         self._problem = Problem(terms_of, loss_of)
         self._path = Path(len(read(model)), log)
+        self._estimates = None
+        if terms_of is not None and loss_of is None:
+            self._estimates = ErrorEstimates(self.model, terms_of, held_terms_of, values_of)
+
+    def _indicate(self, prediction: Prediction) -> float:
+        """The indicator of a prediction."""
+        if self._estimates is None:
+            return float(prediction.apply(self._problem.indicator, prediction._point))
+        nearest = self._path.nearest(prediction._point)
+        estimate = self._estimates.at(prediction._point, prediction._vector, nearest)
+        return prediction.residual if math.isnan(estimate) else estimate
 
     @property
     def parameters(self) -> list[float | tuple[float, ...]]:
@@ -171,13 +206,13 @@ class ParametricAdapter:
 
         The first member is that at which the base itself has the least loss. Others start from the extrapolation of
         their neighbors, outward in strides, and from the interpolation where there are members on all sides. In a
-        range, the corners come first, and then, in rounds, the parameters with the largest indicators.
+        range, the corners come first, and then, in rounds, the parameters with the largest residuals.
 
         Args:
             parameters: The parameters, numbers or tuples.
             between: The lowest and the highest parameter of a range, instead of `parameters`.
-            tolerance: The indicator that predictions may have in the range. By default members are added until they
-                bring it down by a fifth at most.
+            tolerance: The residual (or what `loss_of` returns) that predictions may have in the range. By default
+                members are added until they bring it down by a fifth at most.
             train: `train(model, c)` trains the parameters that require a gradient, in place, instead of the terms.
             steps, max_steps: The least number of Levenberg-Marquardt steps of a member, and the largest, which is
                 taken while steps halve the loss.
@@ -307,6 +342,8 @@ class ParametricAdapter:
         terms_of: Callable[[Any], Iterable] | None = None,
         *,
         loss_of: Callable[[nn.Module, Any], Any] | None = None,
+        held_terms_of: Callable[[Any], Iterable] | None = None,
+        values_of: Callable[[nn.Module, Any], Tensor] | None = None,
         check_base: str = "error",
         **hub_kwargs: Any,
     ) -> ParametricAdapter:
@@ -315,14 +352,16 @@ class ParametricAdapter:
         Args:
             base: The base that it was fitted on. It is copied.
             folder: A folder, or a repository on the Hub.
-            terms_of, loss_of: As for the constructor; they are not saved. Without them indicators are NaN.
+            terms_of, loss_of, held_terms_of, values_of: As for the constructor; they are not saved. Without `terms_of`
+                and `loss_of` indicators are NaN.
             check_base: What happens on another base, `"error"`, `"warn"` or `"ignore"`.
             hub_kwargs: Those of `huggingface_hub.hf_hub_download`, e.g. `revision` and `token`.
 
         Raises:
             ValueError: The file is damaged, or its family is on another base or grid.
         """
-        _check_functions(base, terms_of, loss_of)
+        functions = {"terms_of": terms_of, "loss_of": loss_of, "held_terms_of": held_terms_of, "values_of": values_of}
+        _check_functions(base, **functions)
         path = Folder(folder, FILE)
         if not Folder(folder).is_dir():
             path = Folder(hf_hub_download(str(folder), FILE, **hub_kwargs))
@@ -330,7 +369,7 @@ class ParametricAdapter:
             raise ValueError(f"{folder} holds no family: it has no {FILE}.")
         model, contents = load_family(copy.deepcopy(base), path, check_base)
         family = cls.__new__(cls)
-        family._set(model, terms_of, loss_of, contents.log)
+        family._set(model, contents.log, **functions)
         rows = zip(contents.parameters, contents.vectors, contents.indicators, strict=True)
         members = [Member(point, vector, math.nan, indicator, 0, 0.0) for point, vector, indicator in rows]
         family._path.add(members)
@@ -370,9 +409,9 @@ class ParametricAdapter:
         return {"base": hash_values(state), "log": self._path.log, "coordinates": self.size, **settings}
 
 
-def _check_functions(base: Any, terms_of: Any, loss_of: Any) -> None:
+def _check_functions(base: Any, **functions: Any) -> None:
     if not isinstance(base, nn.Module):
         raise TypeError(f"`base` is a {type(base).__name__}, but must be an nn.Module.")
-    for name, function in (("terms_of", terms_of), ("loss_of", loss_of)):
+    for name, function in functions.items():
         if function is not None and not callable(function):
             raise TypeError(f"`{name}` is a {type(function).__name__}, but must be a function.")

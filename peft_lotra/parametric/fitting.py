@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from .choice import RESOLVED, WORSE, blended, candidates, greedy_batch, next_wave, skeleton
-from .interpolation import nearest
 from .members import Failure, Member, Point, Problem, argument, fit_all, write
 from .path import Path
 from .report import FamilyReport
@@ -102,7 +101,7 @@ class Fitting:
         path, predicted = self.path, self.path.vector_at(point)
         if not path.members or (path.is_inside(point) and self.problem.train is None):
             return predicted
-        closest = path.members[nearest(path.places, path.scale(point))[0]].vector
+        closest = path.nearest(point).vector
         return predicted if self._indicator(point, predicted) < self._indicator(point, closest) else closest
 
     def _fit(self, points: Sequence[Point], starts: Mapping[Point, np.ndarray] = EMPTY) -> int:

@@ -86,7 +86,7 @@ class Problem:
                 return float(self.loss_of(model, argument(parameter)))
         if self.terms_of is None:
             return math.nan
-        return math.sqrt(loss_of_terms(model, self.terms_of(argument(parameter))))
+        return residuals_of(model, self.terms_of(argument(parameter))).norm().item()
 
 
 def argument(parameter: Point) -> float | Point:
@@ -124,11 +124,12 @@ def named(model: nn.Module, vector: np.ndarray) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def loss_of_terms(model: nn.Module, terms: Iterable) -> float:
-    """The loss of residual terms, as `LevenbergMarquardt` has it: in float64, whatever the dtype of the model."""
+def residuals_of(model: nn.Module, terms: Iterable) -> Tensor:
+    """The residuals (M,) of terms, scaled so that the sum of their squares is the loss of `LevenbergMarquardt`; in
+    float64, whatever the dtype of the model."""
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     exact = {n: t.double() for n, t in state.items() if t.is_floating_point() and t.dtype != torch.float64}
-    total = 0.0
+    parts = []
     for index, (function, rows, weight) in enumerate(check_terms(terms)):
         rows = tuple(row.double() if row.is_floating_point() else row for row in rows)
         values = call_with_parameters(model, exact, partial(function, model), rows, {})
@@ -138,8 +139,8 @@ def loss_of_terms(model: nn.Module, terms: Iterable) -> float:
                 f"The {name_term(index, function)} returns {given} for {len(rows[0])} rows, but must return "
                 f"({len(rows[0])},) or ({len(rows[0])}, m): the residuals of each row, without a mean over rows."
             )
-        total += weight * values.double().reshape(len(rows[0]), -1).square().sum(1).mean().item()
-    return total
+        parts.append(math.sqrt(weight / len(rows[0])) * values.double().flatten())
+    return torch.cat(parts)
 
 
 def take_steps(model: nn.Module, terms: Sequence, least: int, most: int) -> int:

@@ -79,6 +79,10 @@ class Path:
         """Whether a parameter lies in the convex hull of the members."""
         return is_inside(self.places, self.scale(point))
 
+    def nearest(self, point: Point) -> Member:
+        """The member whose parameter is nearest."""
+        return self.members[nearest(self.places, self.scale(point))[0]]
+
     def ranges(self) -> list[str]:
         """The range of each parameter, as text."""
         axes = zip(*(member.parameter for member in self.members), strict=True)

@@ -1,0 +1,126 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Estimates of the errors of predictions, by what one Gauss-Newton step of the whole network would change."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..modules.calls import call_with_parameters
+from ..optim.least_squares import LeastSquares, check_terms
+from ..optim.linear_model import LinearModel
+from .members import Member, Point, argument, residuals_of, trainable, write
+
+
+# With less damping the step fits single points, with more it does not reach what is wrong: docs/notes/parametric.md.
+DAMPING = 3e-6
+MEMORY = 2**30  # bytes of a Jacobian and its matrix; a larger network is stepped in a member's coordinates
+VALUES = 128  # values, or random combinations of more, that an error is the norm of
+
+
+class Linearization(NamedTuple):
+    """What a step that removes residuals does to the values, near a member."""
+
+    change: Tensor  # (M, values), from residuals to the change of the values
+    norm: float  # of the values
+
+
+class ErrorEstimates:
+    """The relative errors of predictions, estimated by ||V (J^T J + damping)^-1 J^T r|| / ||values||.
+
+    r are the residuals of a prediction, J their Jacobian in all parameters of the network, of which a member trains
+    few, V that of the values whose error counts. J and V are those of the nearest member, computed once, so that an
+    estimate costs an evaluation of the residuals.
+
+    Args:
+        model: The model with the adapter. It is written to.
+        terms_of: The terms of the fit.
+        held_terms_of: Terms at points to which no member is fitted.
+        values_of: The values whose error counts, by default the outputs at some of the first rows of the first term.
+
+    Source: R. Becker and R. Rannacher, "An optimal control approach to a posteriori error estimation", Acta Numerica
+    2001, for errors as residuals that are weighted by the inverse of the operator.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        terms_of: Callable[[Any], Any],
+        held_terms_of: Callable[[Any], Any] | None = None,
+        values_of: Callable[[nn.Module, Any], Tensor] | None = None,
+    ) -> None:
+        self.model, self.values_of = model, values_of
+        self.functions = [function for function in (terms_of, held_terms_of) if function is not None]
+        self._known: dict[tuple[Point, bytes], Linearization | None] = {}
+
+    def at(self, point: Point, vector: np.ndarray, nearest: Member) -> float:
+        """The estimate for the coordinates at a parameter; NaN if the rows are not what the model takes."""
+        with torch.inference_mode(False), torch.enable_grad():
+            key = (nearest.parameter, nearest.vector.tobytes())
+            if key not in self._known:
+                self._known[key] = self._linearize(nearest.parameter, nearest.vector)
+            write(self.model, vector)
+            residuals = residuals_of(self.model, self._terms(point))
+            found = self._known[key]
+            if found is not None and len(found.change) != len(residuals):  # other points than at the member
+                found = self._linearize(point, vector)
+        return math.nan if found is None else (residuals @ found.change).norm().item() / found.norm
+
+    def _terms(self, point: Point) -> list[Any]:
+        return [term for function in self.functions for term in function(argument(point))]
+
+    def _linearize(self, point: Point, vector: np.ndarray) -> Linearization | None:
+        write(self.model, vector)
+        terms = check_terms(self._terms(point))
+        residuals = residuals_of(self.model, terms)
+        network: nn.Module = copy.deepcopy(self.model).merge_and_unload()
+        for part in network.parameters():
+            part.requires_grad_(part.is_floating_point())
+        count = sum(part.numel() for part in trainable(network).values())
+        if 8 * count * max(count, len(residuals)) > MEMORY // 4:
+            network = self.model
+        values, gradients = self._values(network, point, terms)
+        if values is None:
+            return None
+        problem = LeastSquares(network, trainable(network), terms, MEMORY, {})
+        linear = LinearModel(problem, residuals, 1.0, in_parameter_space=True)
+        steps = linear.inverse(DAMPING, gradients.T)
+        if steps is None or linear.jacobian is None or not steps.isfinite().all():
+            return None
+        return Linearization(linear.jacobian @ steps, values.norm().item())
+
+    def _values(self, network: nn.Module, point: Point, terms: list[Any]) -> tuple[Tensor | None, Tensor]:
+        """The values, or random combinations, and their derivatives (values, P) in the trainable parameters."""
+        state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        exact = {name: part.detach().double() for name, part in state.items() if part.is_floating_point()}
+        leaves = [exact[name].requires_grad_() for name in trainable(network)]
+        if self.values_of is not None:
+            function = partial(self.values_of, network, argument(point))
+            values = call_with_parameters(network, exact, function, (), {})
+        else:
+            rows = terms[0][1][0]
+            rows = rows[:: -(-len(rows) // VALUES)].double()
+            try:
+                values = call_with_parameters(network, exact, network, (rows,), {})
+                values = values.flatten()
+            except Exception:  # the rows are not inputs of the model, and there is no other that is known
+                return None, torch.empty(0)
+        values = values.flatten()
+        if len(values) > VALUES:
+            signs = torch.randint(2, (VALUES, len(values)), generator=torch.Generator().manual_seed(0))
+            values = (2 * signs - 1).to(values) @ values / math.sqrt(VALUES)
+        gradients = []
+        for value in values:
+            found = torch.autograd.grad(value, leaves, retain_graph=True, materialize_grads=True)
+            gradients.append(torch.cat([part.flatten() for part in found]))
+        return values.detach(), torch.stack(gradients)

@@ -1,0 +1,138 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import copy
+
+import family_problems as problems
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from peft_lotra import ParametricAdapter
+from peft_lotra.kan import KAN, jet
+from peft_lotra.parametric import estimate
+
+
+BETWEEN = problems.POINTS[:-1] + 0.4 / 29.5
+
+
+def held_terms_of(c):
+    return [(problems.equation, (BETWEEN, torch.full_like(BETWEEN, c)))]
+
+
+def values_of(model, c):
+    return problems.solution(model(problems.POINTS), problems.POINTS)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return problems.pretrained()
+
+
+@pytest.fixture(scope="module")
+def family(base):
+    """Members far apart, so that some predictions are bad."""
+    family = ParametricAdapter(base, problems.terms_of, ranks=6, held_terms_of=held_terms_of, values_of=values_of)
+    family.fit([2.0, 2.5, 3.0, 3.5, 4.0], progress=False)
+    return family
+
+
+def test_the_indicator_is_about_the_error(family):
+    unseen = np.random.default_rng(0).uniform(2, 4, 12)
+    predictions = [family.predict(c) for c in unseen]
+    ratios = [p.indicator / problems.error(p, c) for p, c in zip(predictions, unseen, strict=True)]
+    assert 0.3 < min(ratios) and max(ratios) < 3 and 0.7 < np.median(ratios) < 1.4
+    assert len(family._estimates._known) <= 5  # one linearization near each member
+
+
+def test_an_extrapolation_has_a_large_indicator(family):
+    forced = family.predict(4.6, force=True)
+    assert forced.indicator == pytest.approx(problems.error(forced, 4.6), rel=0.7)
+    assert forced.residual > 5 * family.predict(3.9).residual
+
+
+def test_no_state_is_left_in_the_model(family):
+    before, first = copy.deepcopy(family.model.state_dict()), family.predict(2.3)
+    values = first(problems.POINTS)
+    assert first.indicator > 0 and torch.equal(first(problems.POINTS), values)
+    after = family.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if "lotra_core" not in name)
+
+
+def test_values_may_be_many_and_modes_are_of_no_effect(family, base):
+    def many(model, c):
+        x = torch.linspace(-1, 1, 999, dtype=torch.float64).unsqueeze(1)
+        return problems.solution(model(x), x)
+
+    other = ParametricAdapter(base, problems.terms_of, ranks=6, held_terms_of=held_terms_of, values_of=many)
+    other.fit([2.0, 2.5, 3.0, 3.5, 4.0], progress=False)
+    with torch.inference_mode():
+        sketched = other.predict(2.2).indicator
+    assert sketched == pytest.approx(family.predict(2.2).indicator, rel=0.4)
+
+
+def test_a_network_too_large_for_a_step_is_stepped_in_coordinates(family, monkeypatch):
+    monkeypatch.setattr(estimate, "MEMORY", 4 * 8 * 60 * 119)
+    other = copy.deepcopy(family)
+    other._estimates._known.clear()
+    assert 0.1 * family.predict(2.2).indicator < other.predict(2.2).indicator < 10 * family.predict(2.2).indicator
+
+
+def test_points_that_change_with_the_parameter(base):
+    def terms_of(c):
+        x = torch.linspace(-1, 1, 60 if c == 3.0 else 70, dtype=torch.float64).unsqueeze(1)
+        return [(problems.equation, (x, torch.full_like(x, c)))]
+
+    family = ParametricAdapter(base, terms_of, ranks=4, values_of=values_of)
+    family.fit([2.8, 3.0, 3.2], progress=False)
+    assert 0 < family.predict(3.02).indicator < 1
+
+
+def test_rows_that_the_model_does_not_take_leave_the_residual(base):
+    def swapped(model, c, x):
+        return problems.equation(model, x, c[:, :1])
+
+    def terms_of(c):
+        x = problems.POINTS
+        return [(swapped, (torch.full((len(x), 3), c, dtype=x.dtype), x))]
+
+    family = ParametricAdapter(base, terms_of, ranks=4)
+    family.fit([2.9, 3.0], progress=False)
+    prediction = family.predict(2.95)
+    assert prediction.indicator == prediction.residual
+
+
+def test_a_float32_model_of_ones_own(base):
+    class Solution(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kan, self.scale = KAN([1, 4, 1]), nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return self.scale * (1 - x**2) * self.kan(x)
+
+    def equation(model, x, c):
+        return jet(model.kan, x)[0] * (1 - x**2) - torch.sin(c * x) * (1 - x**2)
+
+    def terms_of(c):
+        x = problems.POINTS.float()
+        return [(equation, (x, torch.full_like(x, c)))]
+
+    family = ParametricAdapter(Solution(), terms_of, ranks=4)
+    family.fit([2.0, 2.5, 3.0], progress=False)
+    assert 0 < family.predict(2.25).indicator < 1
+
+
+def test_functions_that_fail_are_not_hidden(base):
+    def wrong(model, c):
+        raise ZeroDivisionError("no values")
+
+    family = ParametricAdapter(base, problems.terms_of, ranks=4, values_of=wrong)
+    family.fit([2.9, 3.0], progress=False)
+    with pytest.raises(ZeroDivisionError, match="no values"):
+        _ = family.predict(2.95).indicator
+    with pytest.raises(TypeError, match="`held_terms_of` is a list"):
+        ParametricAdapter(base, problems.terms_of, held_terms_of=[])
