@@ -1,0 +1,37 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Makes the folder `family` that app.py shows: a base trained at one viscosity, and its family of adapters.
+
+python examples/space/fit.py      # about a minute of one core
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from burgers import HIGH, LOW, network, terms_of
+from safetensors.torch import save_file
+
+from peft_lotra import ParametricAdapter
+from peft_lotra.optim import LevenbergMarquardt
+
+
+FOLDER = Path(__file__).parent / "family"
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    base = network()
+    optimizer = LevenbergMarquardt(base, floor=1e-6)
+    for nu, steps in ((0.2, 15), (0.08, 15), (0.045, 40)):
+        optimizer.fit(terms_of(nu, 2500), steps)
+    family = ParametricAdapter(base, terms_of, ranks=8, log=True)
+    print(family.fit(between=(LOW, HIGH), max_members=32))
+    family.save_pretrained(FOLDER)
+    save_file({name: part.contiguous() for name, part in base.state_dict().items()}, FOLDER / "base.safetensors")
+
+
+if __name__ == "__main__":
+    main()
