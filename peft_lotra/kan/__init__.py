@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .basis import bspline_basis
+from .bounding import TanhBound
 from .configuration_kan import KANConfig
 from .jets.derivatives import hessian, jet, laplacian
 from .knots import KnotMap
@@ -30,6 +31,7 @@ __all__ = [
     "RefinementReport",
     "SlimKAN",
     "SlimKANLinear",
+    "TanhBound",
     "bspline_basis",
     "hessian",
     "jet",

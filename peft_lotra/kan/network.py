@@ -12,15 +12,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from .bounding import TanhBound
 from .layer import KANLinear
 from .observer import current_observer
 
 
-Norm = Literal["batch", "layer"] | None
+Norm = Literal["batch", "layer", "tanh"] | None
 
 
 class LayerStack(nn.Module):
-    """The composition of its `layers`, an `nn.ModuleList`; entries between KAN layers are normalizations."""
+    """The composition of its `layers`, an `nn.ModuleList`; entries between KAN layers are normalizations or bounds."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -43,7 +44,8 @@ class KAN(LayerStack):
         widths: Sizes of the input, of each hidden layer and of the output; at least two.
         grid_size, spline_order, grid_range, device, dtype: As for `KANLinear`, the same in each layer.
         norm: "batch" or "layer" puts a normalization between the layers, whose outputs start with the mean and the
-            variance of the uniform law on `grid_range`.
+            variance of the uniform law on `grid_range`; "tanh" puts a `TanhBound` there, so that no activation leaves
+            the grids.
 
     Attributes:
         layers: The layers, an `nn.ModuleList`, with the normalizations between them.
@@ -117,13 +119,16 @@ def pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
 
 def with_norms(layers: Sequence[Any], norm: Norm, device=None, dtype=None) -> list[nn.Module]:
     """The layers, with a normalization after each but the last; raises a `ValueError` for a `norm` that is unknown."""
-    kinds: dict[Norm, Any] = {None: None, "batch": BatchNorm, "layer": nn.LayerNorm}
+    kinds: dict[Norm, Any] = {None: None, "batch": BatchNorm, "layer": nn.LayerNorm, "tanh": TanhBound}
     if norm not in tuple(kinds):
         raise ValueError(f"`norm` is {norm!r}, but must be one of {tuple(kinds)}.")
     if norm is None:
         return list(layers)
     modules = []
     for layer in layers:
+        if norm == "tanh":
+            modules += [layer, TanhBound(layer.out_features, *layer.grid_range)]
+            continue
         module = kinds[norm](layer.out_features, device=device, dtype=dtype)
         low, high = layer.grid_range
         nn.init.constant_(module.weight, (high - low) / math.sqrt(12))

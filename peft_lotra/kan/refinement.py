@@ -13,6 +13,7 @@ from einops import einsum
 from torch import Tensor, nn
 
 from .basis import bspline_basis, check_grid
+from .jets.maps import InputMap
 from .jets.norms import is_norm
 from .knots import KnotMap
 from .layer import KANLinear, SplineLayer
@@ -98,7 +99,7 @@ def refine_grid(
             "such as `model.kan`; merge an adapter first."
         )
     for name, layer in kan.layers.named_children():
-        if not (isinstance(layer, SplineLayer | KnotMap) or is_norm(layer)):
+        if not (isinstance(layer, SplineLayer | InputMap) or is_norm(layer)):
             raise ValueError(
                 f"`layers.{name}` is {type(layer).__name__}, whose grid is not known. If it is an adapter on a KAN "
                 "layer, merge it first (`merge_and_unload`); batch normalization must be in evaluation mode."

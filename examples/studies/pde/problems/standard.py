@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Five standard problems in space and time, or in two space dimensions, each with an independent reference.
+"""Seven standard problems in space and time, or in two space dimensions, each with an independent reference.
 
 A problem is its domain, its exact conditions (distance and lift of `HardConstraint`), its residual, and the parameter
 by which continuation reaches it. Burgers and Allen-Cahn are solved on x >= 0: their data are odd and even, and the
@@ -174,13 +174,14 @@ def exact_helmholtz(_: int) -> np.ndarray:
     return np.sin(math.pi * x)[:, None] * np.sin(4 * math.pi * y)
 
 
-# Korteweg-de Vries: u_t + u u_x + e u_xxx = 0, u(x, 0) = cos(pi x), 2-periodic; a second output w = e u_xx
+# Korteweg-de Vries: u_t + u u_x + e u_xxx = 0, u(x, 0) = cos(pi x), 2-periodic; a second output w = e u_xx, whose
+# equation counts 1 / sqrt(e) times, since sqrt(e) is the length over which the first one differentiates w
 
 
 def korteweg_de_vries(model: nn.Module, x: Tensor, e: float) -> Tensor:
     (values, (slope, rate), second) = jet(model, x, collapse=(1.0, 0.0))
     u, w = values[:, :1], values[:, 1:]
-    return torch.cat([rate[:, :1] + u * slope[:, :1] + slope[:, 1:], w - e * second[:, :1]], 1)
+    return torch.cat([rate[:, :1] + u * slope[:, :1] + slope[:, 1:], (w - e * second[:, :1]) / math.sqrt(e)], 1)
 
 
 def solve_korteweg_de_vries(n: int) -> np.ndarray:
@@ -221,6 +222,49 @@ def solve_sine_gordon(n: int) -> np.ndarray:
     return (np.exp(np.outer(x + 1, wave)) @ found).real
 
 
+# Advection: u_t + c u_x = 0, u(x, 0) = sin(x), 2 pi-periodic; the example of A. Krishnapriyan et al., "Characterizing
+# possible failure modes in physics-informed neural networks", arXiv 2109.01050, at its c = 30
+
+
+def advection(model: nn.Module, x: Tensor, c: float) -> Tensor:
+    _, (u_x, u_t), _ = jet(model, x, collapse=True)
+    return u_t + c * u_x
+
+
+def exact_advection(_: int) -> np.ndarray:
+    x, t = _axes((0, 0), (2 * math.pi, 1))
+    return np.sin(x[:, None] - 30 * t)
+
+
+# Fisher's equation: u_t = 5 u_xx + r u (1 - u), 2 pi-periodic, of the same paper, at its r = 5; the start is its
+# Gaussian of deviation pi / 4 around pi, made periodic
+
+
+def fisher(model: nn.Module, x: Tensor, r: float) -> Tensor:
+    u, (_, u_t), u_xx = jet(model, x, collapse=(1.0, 0.0))
+    return u_t - 5 * u_xx - r * u * (1 - u)
+
+
+def solve_fisher(n: int) -> np.ndarray:
+    wave = 1j * np.fft.fftfreq(n, 1 / n)
+    x, t = _axes((0, 0), (2 * math.pi, 1))
+
+    def rate(_, u: np.ndarray) -> np.ndarray:
+        return 5 * ifft(wave**2 * fft(u)).real + 5 * u * (1 - u)
+
+    start = np.exp(-16 / math.pi**2 * (1 + np.cos(2 * math.pi * np.arange(n) / n)))
+    found = fft(solve_ivp(rate, (0, 1), start, "Radau", t, rtol=1e-8, atol=1e-10).y, axis=0) / n
+    return (np.exp(np.outer(x, wave)) @ found).real
+
+
+def _bump(x: Tensor) -> Tensor:
+    return torch.exp(-16 / math.pi**2 * (1 + torch.cos(x[..., :1])))
+
+
+def _time(x: Tensor) -> Tensor:
+    return x[..., 1:]
+
+
 def _sine(factor: float, times: float, x: Tensor) -> Tensor:
     return factor * torch.sin(times * math.pi * x[..., :1])
 
@@ -237,6 +281,7 @@ def _since_start(x: Tensor) -> Tensor:
 
 UNIT, SQUARE = ((0.0, 0.0), (1.0, 1.0)), ((-1.0, -1.0), (1.0, 1.0))
 EVOLUTION = ((-1.0, 0.0), (1.0, 1.0))
+CIRCLE = ((0.0, 0.0), (2 * math.pi, 1.0))
 PROBLEMS = {
     problem.name: problem
     for problem in (
@@ -295,7 +340,6 @@ PROBLEMS = {
             resolution=256,
             features=BoxFeatures(*EVOLUTION, periodic=[0]),
             outputs=2,
-            seen=False,
         ),
         Problem(
             "sine_gordon",
@@ -309,6 +353,33 @@ PROBLEMS = {
             solve=solve_sine_gordon,
             resolution=256,
             features=BoxFeatures(*EVOLUTION),
+        ),
+        Problem(
+            "advection",
+            "advection, 30",
+            *CIRCLE,
+            start=1.0,
+            stop=30.0,
+            residual=advection,
+            distance=_time,
+            lift=lambda x: torch.sin(x[..., :1]),
+            solve=exact_advection,
+            resolution=1,
+            features=BoxFeatures(*CIRCLE, periodic=[0]),
+            seen=False,
+        ),
+        Problem(
+            "fisher",
+            "Fisher, 5",
+            *CIRCLE,
+            start=1.0,
+            stop=5.0,
+            residual=fisher,
+            distance=_time,
+            lift=_bump,
+            solve=solve_fisher,
+            resolution=64,
+            features=BoxFeatures(*CIRCLE, periodic=[0]),
             seen=False,
         ),
     )
