@@ -74,7 +74,7 @@ class Recipe:
     forgetting: float = 0.3
     settle: int = 20
     settle_points: int = 2000
-    last: int = 24
+    last: int = 12
     last_points: int = 4000
     refined: int = 16
     last_forgetting: float = 0.8
