@@ -17,6 +17,7 @@ import torch
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "studies" / "pde"
 COARSE = {"burgers": 800, "allen_cahn": 120, "helmholtz": 1, "korteweg_de_vries": 128, "sine_gordon": 128}
+COARSE |= {"advection": 1, "fisher": 40}
 
 
 @pytest.fixture
@@ -29,30 +30,33 @@ def study(monkeypatch):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("name", ["helmholtz", "sine_gordon", "burgers"])
+@pytest.mark.parametrize("name", ["helmholtz", "sine_gordon", "burgers", "fisher"])
 def test_references_do_not_change_with_the_resolution(study, name):
     problem = study("problems.standard").PROBLEMS[name]
     fine = problem.solve(round(1.5 * COARSE[name]))
     assert np.linalg.norm(problem.solve(COARSE[name]) - fine) < 1e-5 * np.linalg.norm(fine)
 
 
-@pytest.mark.parametrize("name", ["burgers", "korteweg_de_vries", "sine_gordon"])
+@pytest.mark.parametrize("name", ["burgers", "korteweg_de_vries", "sine_gordon", "advection", "fisher"])
 def test_references_have_small_residuals(study, name):
     """By differences on the test grid, beside the size of the derivative in time, where the solution is smooth."""
     problem = study("problems.standard").PROBLEMS[name]
     u = problem.solve(COARSE[name])
     early = u[:, :20]
-    dx, dt = 2 / (u.shape[0] - 1), 1 / (u.shape[1] - 1)
+    low, high = -problem.high[0] if problem.half else problem.low[0], problem.high[0]
+    dx, dt = (high - low) / (u.shape[0] - 1), 1 / (u.shape[1] - 1)
     u_x, u_t = np.gradient(early, dx, dt, edge_order=2)
     u_xx = np.gradient(u_x, dx, axis=0, edge_order=2)
     left, scale = {
         "burgers": (u_t + early * u_x - problem.stop * u_xx, u_t),
         "korteweg_de_vries": (u_t + early * u_x + problem.stop * np.gradient(u_xx, dx, axis=0), u_t),
+        "advection": (u_t + problem.stop * u_x, u_t),
+        "fisher": (u_t - 5 * u_xx - problem.stop * early * (1 - early), 5 * u_xx),
         "sine_gordon": (np.gradient(u_t, dt, axis=1) - u_xx + problem.stop * np.sin(early), u_xx),
     }[name]
     inner = slice(8, -8), slice(3, -3)
     assert np.abs(left[inner]).max() < 0.05 * np.abs(scale[inner]).max()
-    start = problem.lift(torch.tensor([[x, 0.0] for x in np.linspace(-1, 1, len(u))]))[:, 0].numpy()
+    start = problem.lift(torch.tensor([[x, 0.0] for x in np.linspace(low, high, len(u))]))[:, 0].numpy()
     np.testing.assert_allclose(u[:, 0], start, atol=1e-6)
 
 
@@ -88,6 +92,14 @@ def test_the_study_runs_and_keeps_what_it_has(study, tmp_path, monkeypatch):
     monkeypatch.setattr(standard, "Recipe", lambda: standard.QUICK)
     (tmp_path / "standard.json").write_text(json.dumps(record))
     monkeypatch.setattr(standard.Run, "train", None)
-    monkeypatch.setattr(sys, "argv", [*arguments[:1], *arguments[2:], "--seeds", "0"])
+    monkeypatch.setattr(sys, "argv", [*arguments[:1], *arguments[2:], "--seeds", "1"])
     standard.main()
     assert (tmp_path / "standard.md").exists()
+
+
+def test_a_peer_is_trained_beside(study, tmp_path, monkeypatch):
+    pytest.importorskip("jaxkan")
+    peers = study("problems.peers")
+    lines = []
+    run = peers.train("burgers", "chebyshev", 1, 1.0, lines.append, epochs=50)
+    assert 0 < run["error"] < 2 and run["steps"] == 51 and len(lines) == 1
