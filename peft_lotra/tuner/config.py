@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
+from copy import copy
 from dataclasses import MISSING, asdict, dataclass, fields
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -295,6 +296,10 @@ class LoTRAConfig(PeftConfig):
         PEFT saves the config without passing it the model, so the config needs a way to the model.
         """
         self._record_base = WeakMethod(method)
+
+    def unshared(self) -> LoTRAConfig:
+        """The config itself, or a copy where a model has it already: what an adapter finds is written into it."""
+        return self if self._record_base is None or self._record_base() is None else copy(self)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Saves the config, with a record of the base and the digest of the tensors that lie in the folder.

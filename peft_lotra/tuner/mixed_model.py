@@ -47,8 +47,10 @@ class LoTRAMixedModel(NormStatsTuner, mixed_tuners.MixedModel):
     @whole
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         # PEFT passes the wrapped model for all adapters but the first, and a file has the names in the base
-        if isinstance(self.peft_config[adapter_name], LoTRAConfig):
+        config = self.peft_config[adapter_name]
+        if isinstance(config, LoTRAConfig):
             check_adapter_name(adapter_name)
+            self.peft_config[adapter_name] = config.unshared()
             model = self.model
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 

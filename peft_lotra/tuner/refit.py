@@ -71,7 +71,8 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
 
     Raises:
         ValueError: Adapters are merged or disabled; the family of a layer offers no basis, or the layer is a
-            convolution; `inputs` do not reach a layer whose grid moved; the number of basis functions changed.
+            convolution; `inputs` do not reach a layer whose grid moved, or are not
+            finite there; the number of basis functions changed.
             Nothing is changed then, not even by `move`.
         TypeError: `model` is no module.
 
@@ -147,6 +148,15 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple
         raise ValueError(
             f"The grid of the convolution {name} was moved, and its adapters cannot be refitted. Merge them "
             "before the grid is moved (`merge_and_unload`)."
+        )
+    is_input = isinstance(x, torch.Tensor) and x.is_floating_point() and x.shape[-1:] == (layer.in_features,)
+    if not is_input or not x.numel() or not x.isfinite().all():
+        given = (
+            f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else f"of type {type(x).__name__}"
+        )
+        raise ValueError(
+            f"`inputs` reach the layer {name} as values {given}, but must be finite floating numbers with a last "
+            f"dimension of {layer.in_features}, of one row or more."
         )
     components = _on_cpu(layer.get_components(adapter))
     old = components.dense()

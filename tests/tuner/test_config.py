@@ -208,17 +208,28 @@ def test_keys_of_a_later_version_are_dropped_with_a_warning(tmp_path):
 def test_the_users_config_serves_two_models(target_modules):
     config = LoTRAConfig(r=2, target_modules=target_modules, rank_pattern={"kan": (1, 2, 3)})
     before = copy.deepcopy(config.to_dict())
-    shapes = []
+    shapes, models = [], []
     for model in (base("own"), base("cheby-kan", in_features=2, out_features=7)):
-        adapted = get_peft_model(model, config)
-        assert adapted.peft_config["default"] is config  # as everywhere in PEFT
-        shapes.append(config.base_layers["kan"]["shape"])
-        adapted.add_adapter("other", config)
+        models.append(get_peft_model(model, config))
+        models[-1].add_adapter("other", config)
+        shapes.append(models[-1].peft_config["other"].base_layers["kan"]["shape"])
+    assert models[0].peft_config["default"] is config  # as everywhere in PEFT, for the first of its models
     assert shapes == [[4, 3, 8], [7, 2, 5]]
     # PEFT itself notes in it what the base model is
     noted = ("base_model_name_or_path", "auto_mapping", "peft_version", "task_type", "base_layers", "target_modules")
     after = config.to_dict()
     assert {k: v for k, v in after.items() if k not in noted} == {k: v for k, v in before.items() if k not in noted}
+
+
+def test_models_with_one_config_are_saved_each_as_it_is(tmp_path):
+    config = LoTRAConfig(r=2, init_weights=False)
+    models = {name: get_peft_model(model, config) for name, model in (("a", base("own")), ("b", nested()))}
+    x, expected = inputs(), {}
+    for name, model in models.items():
+        expected[name] = model.eval()(x)
+        model.save_pretrained(tmp_path / name)
+    for name, model in models.items():
+        assert torch.equal(PeftModel.from_pretrained(model.unload(), tmp_path / name)(x), expected[name])
 
 
 def test_all_kan_means_the_layers_of_each_model():

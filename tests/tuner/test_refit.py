@@ -158,6 +158,8 @@ def test_errors_change_nothing():
     unchanged(model, "half-way", x, move=fail, kind=KeyError)
     unchanged(model, "were exchanged", x, move=exchange)
     unchanged(model, "last dimension", inputs(in_features=5), move=move)
+    for odd in (x[:0], x * float("nan"), None, "text"):
+        unchanged(model, "must be finite floating numbers", odd, move=move)
     model(x)
     model.merge_adapter()
     unchanged(model, "merged or disabled", x, move=move)

@@ -75,7 +75,8 @@ def jet(
     Raises:
         ValueError: `x`, `directions` or `collapse` has a wrong shape, or the outputs have, or batch normalization in
             training mode makes each row depend on the others.
-        TypeError: `model` has a convolution with KAN functions, or `x` is not floating point.
+        TypeError: `model` is no module, or has a convolution with KAN functions; `x` is no floating point tensor, or
+            `directions` are no tensor.
 
     Source: A. Griewank and A. Walther, "Evaluating Derivatives" (2008), chapter 13; collapsed Taylor mode, arXiv
     2505.13644.
@@ -116,6 +117,8 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
         raise ValueError(f"`x` has shape {tuple(x.shape)}, but its last dimension must be {expected}.")
     if directions is None:
         directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    if not isinstance(directions, Tensor):
+        raise TypeError(f"`directions` must be a tensor or None, but is of type {type(directions).__name__}.")
     if directions.is_complex():
         raise ValueError(f"`directions` are {directions.dtype}, but must be real: give their `.real`.")
     if directions.dim() != 2 or directions.shape[1] != x.shape[-1] or len(directions) == 0:

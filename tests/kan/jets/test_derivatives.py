@@ -319,3 +319,9 @@ def test_other_errors():
         jet(network(), torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="`collapse` has 2 weights, but there are 3 directions"):
         jet(network(), points(), collapse=(1.0, 0.0))
+
+
+@pytest.mark.parametrize("directions", ["x", [[1.0, 0.0, 0.0]], 1.0])
+def test_directions_that_are_no_tensor(directions):
+    with pytest.raises(TypeError, match="`directions` must be a tensor or None"):
+        jet(KAN([3, 4, 2]), torch.rand(5, 3), directions)
