@@ -76,7 +76,7 @@ def jet(
         ValueError: `x`, `directions` or `collapse` has a wrong shape, or the outputs have, or batch normalization in
             training mode makes each row depend on the others.
         TypeError: `model` is no module, or has a convolution with KAN functions; `x` is no floating point tensor, or
-            `directions` are no tensor.
+            `directions` are no tensor, or `collapse` are no weights.
 
     Source: A. Griewank and A. Walther, "Evaluating Derivatives" (2008), chapter 13; collapsed Taylor mode, arXiv
     2505.13644.
@@ -129,7 +129,10 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
     directions = directions.to(x)
     weights = None
     if collapse is not False:
-        weights = torch.as_tensor([1.0] * len(directions) if collapse is True else collapse, device=x.device).to(x)
+        try:
+            weights = torch.as_tensor([1.0] * len(directions) if collapse is True else collapse, device=x.device).to(x)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"`collapse` must be a bool or a weight of each direction, got {collapse!r}.") from error
         if weights.shape != (len(directions),):
             raise ValueError(f"`collapse` has {weights.numel()} weights, but there are {len(directions)} directions.")
     if composed:

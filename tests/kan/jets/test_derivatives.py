@@ -325,3 +325,9 @@ def test_other_errors():
 def test_directions_that_are_no_tensor(directions):
     with pytest.raises(TypeError, match="`directions` must be a tensor or None"):
         jet(KAN([3, 4, 2]), torch.rand(5, 3), directions)
+
+
+@pytest.mark.parametrize("collapse", [None, "yes", ["a", "b", "c"], [[1.0], [2.0, 3.0]]])
+def test_weights_that_are_no_numbers(collapse):
+    with pytest.raises(TypeError, match="`collapse` must be a bool or a weight of each direction"):
+        jet(KAN([3, 4, 2]), torch.rand(5, 3), collapse=collapse)
