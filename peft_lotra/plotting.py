@@ -16,6 +16,8 @@ from .approximation.features import first_output
 from .approximation.spectra import Spectrum
 from .families.coefficients import CoefficientTensor
 from .families.registry import find_kan_layers, find_layer, short_name
+from .families.slim import SlimLayer
+from .kan.slim_kan import SlimKANLinear
 from .modules.calls import call_with_parameters
 from .optim.levenberg_marquardt import LevenbergMarquardtStep
 from .tuner.layer import LoTRALayer
@@ -98,7 +100,7 @@ def plot_edge_functions(
         >>> figure = plot_edge_functions(KAN([3, 5, 4]), "layers.0", edges=[(0, 1), (4, 2)])
     """
     known = [layer.name for layer in find_kan_layers(model)]
-    if short_name(layer_name) not in known:
+    if not isinstance(layer_name, str) or short_name(layer_name) not in known:
         raise ValueError(f"There is no KAN layer `{layer_name}` in the model, it has {known}.")
     module = find_layer(model, layer_name)
     layer, _, tensor = locate_target(layer_name, module)
@@ -114,6 +116,9 @@ def plot_edge_functions(
     change = (curves["adapted"] - before if len(curves) == 2 else before).float().square().sum(-1)
     edges = _choose_edges(edges, change)
     x = torch.linspace(-1, 1, 101, device="cpu") if x is None else x
+    if not isinstance(x, torch.Tensor) or x.dim() != 1:
+        given = f"of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else f"of type {type(x).__name__}"
+        raise ValueError(f"`x` is {given}, but must be a tensor of the points on the axis, (n,).")
     functions = {
         (label, i): _functions_of(layer, tensor, coefficients, i, x.to(before))
         for label, coefficients in curves.items()
@@ -290,6 +295,8 @@ def _functions_of(
     alone[:, index] = coefficients[:, index]
 
     def run(inputs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        if isinstance(layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
+            return first_output(layer.forward_with(values - tensor.read(layer), inputs))
         return first_output(call_with_parameters(layer, tensor.split(values), layer, (inputs,), {}))
 
     inputs = x[:, None].expand(-1, coefficients.shape[1])

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from peft import get_peft_model
 from stand_ins import FAMILIES
 
-from peft_lotra import LoTRAConfig
+from peft_lotra import LoTRAConfig, slim
 from peft_lotra.approximation.spectra import update_spectrum
 from peft_lotra.kan import KAN
 from peft_lotra.optim import LevenbergMarquardt
@@ -52,6 +52,22 @@ def test_the_functions_sum_up_to_the_output(family):
         assert figure.axes[0].lines[index].get_label() == label
 
 
+# the coefficients of a Slim layer are no parameters that could be exchanged
+@pytest.mark.parametrize("family", ["own", "efficient-kan"])
+def test_a_slim_layer_has_the_functions_of_the_dense_one(family):
+    small = slim(base(family), ranks=(2, 2, 3))
+    dense = small.to_dense()
+    model = adapt(small)
+    edges = [(1, 0), (3, 2)]
+    drawn = [axis.lines for axis in plot_edge_functions(model, "kan", edges).axes]
+    before = plot_edge_functions(dense, "kan", edges).axes
+    after = plot_edge_functions(model.merge_and_unload(), "kan", edges).axes
+    for lines, *others in zip(drawn, before, after, strict=True):
+        for line, axis in zip(lines, others, strict=True):
+            expected = torch.as_tensor(axis.lines[0].get_ydata())
+            torch.testing.assert_close(torch.as_tensor(line.get_ydata()), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_the_edges_that_changed_most_come_first():
     model = adapt(base("own"))
     layer = model.base_model.model.kan
@@ -83,6 +99,11 @@ def test_errors():
         plot_edge_functions(model, "kan", [(4, 0), (0, 0)])
     with pytest.raises(ValueError, match="at least 1"):
         plot_edge_functions(model, "kan", 0)
+    with pytest.raises(ValueError, match="no KAN layer `3`"):
+        plot_edge_functions(model, 3)
+    for x in (inputs(), "points"):
+        with pytest.raises(ValueError, match="must be a tensor of the points on the axis"):
+            plot_edge_functions(model, "kan", x=x)
     normalizing = base("fast-kan")
     assert inputs().shape == (6, 3)
     with pytest.raises(ValueError, match="normalizes them first"):

@@ -44,7 +44,7 @@ def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
 
     Raises:
         TypeError: There is no such field; the message lists the fields.
-        ValueError: A pattern is malformed, or has axes that it cannot have.
+        ValueError: The name is empty or not printable; a pattern is malformed, or has axes that it cannot have.
 
     Example:
         >>> import torch
@@ -66,6 +66,8 @@ def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
     known = [entry.name for entry in fields(KANLayerSpec)]
     for name in description.keys() - set(known):
         raise TypeError(f"register_kan_layer has no field `{name}`. A family is described by {', '.join(known)}.")
+    if not isinstance(family, str) or not family.strip() or not family.isprintable():
+        raise ValueError(f"A family cannot be called {family!r}: its name is a word, such as 'my-kan'.")
     return register(KANLayerSpec(family, **description))
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import sys
@@ -52,6 +53,22 @@ def check_base_model(base_model: str | None) -> None:
             f"`base_model` is {base_model!r}, expected a repository on the Hub such as 'user/kan'. For a base that is "
             "not on the Hub pass `base_code`."
         )
+
+
+def check_base_code(code: str | None) -> None:
+    """Raises a ValueError for what is no Python, or would end the block of the model card that it is written into."""
+    if code is None:
+        return
+    problem = "" if isinstance(code, str) else f"is of type {type(code).__name__}"
+    if not problem and any(line.lstrip().startswith("```") for line in code.splitlines()):
+        problem = "has a line that begins with ```, which ends its block in the model card"
+    if not problem:
+        try:
+            ast.parse(code)
+        except (SyntaxError, ValueError) as error:
+            problem = f"is no Python: {error}"
+    if problem:
+        raise ValueError(f"`base_code` {problem}. Pass Python that assigns the base model to the variable `base`.")
 
 
 def _is_repository(name: str) -> bool:

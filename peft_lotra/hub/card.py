@@ -24,7 +24,15 @@ from ..files.format import write_atomically
 from ..report import TextTable, printable
 from ..tuner.config import LoTRAConfig
 from ..tuner.registration import NAME
-from .base_code import BaseSource, check_base_model, hub_id, literal, source_of_config, source_of_model
+from .base_code import (
+    BaseSource,
+    check_base_code,
+    check_base_model,
+    hub_id,
+    literal,
+    source_of_config,
+    source_of_model,
+)
 from .contents import AdapterRow, adapter_folders, adapter_table, read_adapter, size_cells, table_of_tensors
 
 
@@ -115,6 +123,7 @@ def write_model_card(
     if not (model is None or hasattr(model, "peft_config")):
         raise ValueError(f"`model` is of type {type(model).__name__}, but must be a PeftModel or None.")
     check_base_model(base_model)
+    check_base_code(base_code)
     problem_type = None
     if model is None:
         adapters = {name: read_adapter(path) for name, path in adapter_folders(folder).items()}

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from ..tuner.injection import own_tensors
 from ..tuner.registration import NAME
-from .base_code import check_base_model, hub_id
+from .base_code import check_base_code, check_base_model, hub_id
 from .card import README, combine_cards, load_card, write_model_card, written_code
 from .contents import adapter_folders, peft_type_of, read_adapter
 
@@ -91,6 +91,7 @@ def push_to_hub(
     else:
         raise ValueError(f"`model` is a {type(model).__name__}, expected a PeftModel or the folder of an adapter.")
     check_base_model(base_model)
+    check_base_code(base_code)
     target = _Target(repo_id, private, revision, token, create_pr)
     with _explained(target.repo_id), TemporaryDirectory() as name:
         folder = Path(name)

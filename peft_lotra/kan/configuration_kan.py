@@ -10,7 +10,7 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
-from .network import Norm
+from .network import Norm, pairs
 
 
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
@@ -62,6 +62,7 @@ class KANConfig(PretrainedConfig):
     ) -> None:
         # Tuples, so that a configuration read from JSON, which has lists, equals the one that was written.
         self.widths = tuple(widths)
+        pairs(self.widths)  # which checks them
         self.grid_size = grid_size
         self.spline_order = spline_order
         low, high = grid_range

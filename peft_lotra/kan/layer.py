@@ -183,9 +183,12 @@ class KANLinear(SplineLayer):
         Raises:
             ValueError: Wrong shape, no samples, values that are not finite, or a `margin` that is negative or not
                 finite. The layer is as before then.
+            TypeError: The samples are no tensor.
         """
         if not (math.isfinite(margin) and margin >= 0):
             raise ValueError(f"`margin` is {margin}, but must be a finite number of at least 0.")
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"The samples must be a tensor, but are of type {type(x).__name__}.")
         if x.shape[-1:] != (self.in_features,) or x.numel() == 0:
             raise ValueError(
                 f"The samples have shape {tuple(x.shape)}, but must have (..., {self.in_features}) and not be empty."

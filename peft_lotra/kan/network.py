@@ -94,7 +94,7 @@ class KAN(LayerStack):
                 if hasattr(layer, "update_grid"):  # not normalizations and Slim layers; adapted layers refuse
                     layer.update_grid(x, margin)  # pyright: ignore[reportCallIssue] (torch declares Tensor | Module)
                 x = layer(x)
-        except Exception:
+        except BaseException:  # Ctrl-C too
             self.load_state_dict(before)
             raise
 

@@ -111,11 +111,19 @@ def refine_grid(
                 f"`layers.{name}` is Slim, with one basis for all of its inputs: it can be refined without `samples` "
                 "and `density` alone. Call `to_dense()` first."
             )
-    if samples is not None and not (samples.dim() == 2 and len(samples) and samples.isfinite().all()):
-        raise ValueError(f"`samples` have shape {tuple(samples.shape)}, but must be (N, I), N >= 1, and finite.")
+    first = next(layer for layer in kan.layers if isinstance(layer, SplineLayer))
+    if samples is not None and not isinstance(samples, Tensor):
+        raise TypeError(
+            f"`samples` must be a tensor (N, {first.in_features}), but are of type {type(samples).__name__}."
+        )
+    if samples is not None and not (
+        samples.shape[1:] == (first.in_features,) and len(samples) and samples.isfinite().all()
+    ):
+        raise ValueError(
+            f"`samples` have shape {tuple(samples.shape)}, but must be (N, {first.in_features}), N >= 1, and finite."
+        )
     if exact:
         _check_exact(kan, grid_size, samples, density)
-    first = next(layer for layer in kan.layers if isinstance(layer, SplineLayer))
     new_map = None
     if density is not None:
         if kan.layers[0] is not first and not (isinstance(kan.layers[0], KnotMap) and kan.layers[1] is first):

@@ -52,6 +52,8 @@ def _unit_points(size: int, count: int, method: str, seed: int) -> Tensor:
         raise ValueError(f"`method` is {method!r}, but must be one of {METHODS}.")
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"`count` is {count!r}, but must be an integer of at least 1.")
+    if not hasattr(seed, "__index__"):
+        raise ValueError(f"`seed` is {seed!r}, but must be an integer.")
     generator = torch.Generator().manual_seed(seed)
     if method == "sobol":
         return SobolEngine(size, scramble=True, seed=seed).draw(count, dtype=torch.float64)
@@ -188,6 +190,8 @@ class ResidualSampler:
             return spread, held
         candidates = self._spread(self.pool * followed, knots)
         values = residual(candidates)
+        if not isinstance(values, Tensor):
+            raise TypeError(f"`residual` returns an object of type {type(values).__name__}, but must return a tensor.")
         if values.shape[:1] != (len(candidates),):
             raise ValueError(
                 f"`residual` returns {tuple(values.shape)} for {len(candidates)} points, but must return the "

@@ -242,3 +242,9 @@ def test_a_damaged_description_is_refused_before_the_model_is_touched(saved):
     with pytest.raises(ValueError, match="base_layers"):
         PeftModel.from_pretrained(base, folder)
     assert [type(module) for module in base] == [Waves, nn.Tanh, Waves]
+
+
+@pytest.mark.parametrize("family", ["", " ", 3, None, "a\nb", "\x1b[2J"])
+def test_names_that_no_family_can_have(family):
+    with pytest.raises(ValueError, match="A family cannot be called"):
+        register_kan_layer(family, matches=KANLinear, coefficients=("spline_weight", "o i k"))

@@ -14,7 +14,14 @@ from torch import nn
 from transformers import ViTConfig, ViTModel
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.hub.base_code import check_base_model, hub_id, literal, source_of_config, source_of_model
+from peft_lotra.hub.base_code import (
+    check_base_code,
+    check_base_model,
+    hub_id,
+    literal,
+    source_of_config,
+    source_of_model,
+)
 from peft_lotra.kan import KAN, KANConfig, KANModel
 
 
@@ -153,3 +160,10 @@ class TestSourceOfConfig:
         config.base_model_name_or_path = None
         config.auto_mapping = {"base_model_class": "Net", "parent_library": "my_nets"}
         assert "a my_nets.Net, with the weights" in source_of_config(config).code
+
+
+@pytest.mark.parametrize("code", ["base = (", 3, "base = 1\n```\n# a title", "base = 1\n  ```", "\0", "base ? 1"])
+def test_code_that_would_not_run_in_a_card(code):
+    with pytest.raises(ValueError, match="`base_code` (is|has)"):
+        check_base_code(code)
+    check_base_code("base = 'a ``` b'")

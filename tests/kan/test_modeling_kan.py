@@ -75,6 +75,12 @@ def test_refuses_labels_that_disagree_with_the_widths():
         KANModel(config)
 
 
+@pytest.mark.parametrize("widths", [(), (3,), (3, 0), (3.5, 2), "32"])
+def test_widths_that_no_network_has(widths):
+    with pytest.raises(ValueError, match="widths"):
+        KANConfig(widths=widths)
+
+
 def test_a_new_model_is_a_new_kan():
     config = KANConfig(widths=(3, 5, 2), grid_range=(0.0, 3.0), grid_size=6)
     torch.manual_seed(1)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -78,6 +79,19 @@ def test_update_grid_passes_over_a_dead_unit():
     net.update_grid(torch.randn(100, 3, dtype=torch.float64))
     moved = (net.layers[1].grid_bounds != torch.tensor([-1.0, 1.0])).any(-1)
     assert moved.tolist() == [index != 5 for index in range(8)]
+
+
+def test_update_grid_changes_nothing_on_ctrl_c(monkeypatch):
+    net = KAN([3, 4, 2])
+    before = copy.deepcopy(net.state_dict())
+
+    def interrupted(x, margin):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(net.layers[1], "update_grid", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        net.update_grid(torch.rand(20, 3))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_update_grid_changes_nothing_on_error():

@@ -173,8 +173,9 @@ def test_refusals_change_nothing():
     cases = [
         (lambda: refine_grid(model, 3), "`layers.0` cannot be kept: on a grid of 3 intervals"),
         (lambda: refine_grid(model, 0), "`grid_size` is 0"),
-        (lambda: refine_grid(model, 12, bad), "must be .N, I., N >= 1, and finite"),
+        (lambda: refine_grid(model, 12, bad), "must be .N, 2., N >= 1, and finite"),
         (lambda: refine_grid(model, 12, x[:0]), "`samples` have shape"),
+        (lambda: refine_grid(model, 12, x[:, :1]), "`samples` have shape"),
         (lambda: refine_grid(model, 12, density=torch.ones(3, 5)), "`density` .3, 5. must be"),
         (lambda: refine_grid(model, 12, exact=True), "`exact` needs `samples`"),
         (lambda: refine_grid(model, 15, x, exact=True), "must be a multiple of the 6 intervals of `layers.0`"),
@@ -186,5 +187,7 @@ def test_refusals_change_nothing():
             call()
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name])
+    with pytest.raises(TypeError, match="`samples` must be a tensor"):
+        refine_grid(model, 12, "samples")
     with pytest.raises(TypeError, match="`kan` is Sequential, but must be a KAN"):
         refine_grid(nn.Sequential(kan()), 12)

@@ -52,6 +52,8 @@ def test_wrong_arguments():
         box_points(HIGH, LOW, 5)
     with pytest.raises(ValueError, match="`count` is 3"):
         ResidualSampler(LOW, HIGH, 3)
+    with pytest.raises(ValueError, match="`seed` is 'a'"):
+        box_points(LOW, HIGH, 5, seed="a")
     with pytest.raises(ValueError, match="`share` is 2"):
         ResidualSampler(LOW, HIGH, 8, share=2)
 
@@ -96,5 +98,7 @@ def test_residuals_that_cannot_be_followed():
     sampler = ResidualSampler(LOW, HIGH, 40)
     with pytest.raises(ValueError, match=r"`residual` returns \(\) for 48 points"):
         sampler.draw(lambda x: x.sum())
+    with pytest.raises(TypeError, match="`residual` returns an object of type NoneType"):
+        sampler.draw(lambda x: None)
     with pytest.raises(ValueError, match=r"`residual` is not finite at \["):
         sampler.draw(lambda x: torch.where(x[:, 0] > 1, math.nan, 1.0))

@@ -168,9 +168,10 @@ def _map(module: InputMap) -> list[Stage] | None:
 
 
 def _linear(module: nn.Linear) -> list[Stage] | None:
-    basis = FunctionBasis(1, _identity)
-    branch = Branch(basis, module.weight.unsqueeze(-1))
-    return [Stage(module, branches=(branch,), bias=module.bias)] if type(module) is nn.Linear else None
+    if type(module) is not nn.Linear or "weight" not in module._parameters or module.weight is None:
+        return None  # a subclass, or one whose weight something else computes (a Slim layer, a parametrization)
+    branch = Branch(FunctionBasis(1, _identity), module.weight.unsqueeze(-1))
+    return [Stage(module, branches=(branch,), bias=module.bias)]
 
 
 def _identity(z: Tensor, highest: int) -> list[Tensor]:

@@ -105,3 +105,11 @@ def test_other_modules_are_taught(monkeypatch):
     model, x = nn.Sequential(Wrapper(), Halved()), points(80)
     assert len(stages_of(model)) == 4
     assert_same(jet(model, x), nested(model, x))
+
+
+def test_a_linear_layer_whose_weight_is_taken_out():
+    layer = nn.Linear(3, 2)
+    assert stages_of(layer) is not None
+    del layer.weight
+    layer.weight = None
+    assert stages_of(layer) is None
