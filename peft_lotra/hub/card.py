@@ -124,6 +124,9 @@ def write_model_card(
         raise ValueError(f"`model` is of type {type(model).__name__}, but must be a PeftModel or None.")
     check_base_model(base_model)
     check_base_code(base_code)
+    for name, value in (("repo_id", repo_id), ("revision", revision), ("license", license)):
+        if not (value is None or isinstance(value, str)):
+            raise ValueError(f"`{name}` is {value!r}, but must be a string or None.")
     problem_type = None
     if model is None:
         adapters = {name: read_adapter(path) for name, path in adapter_folders(folder).items()}

@@ -256,3 +256,12 @@ def test_license_and_metrics_by_adapter(model, tmp_path):
     assert card.data.license == "apache-2.0" and "default: accuracy | 0.9" in card.text
     with pytest.raises(ValueError, match="names the adapters"):
         write_model_card(model, tmp_path, metrics={"nobody": {"accuracy": 0.9}})
+
+
+@pytest.mark.parametrize("name", ["repo_id", "revision", "license", "base_code"])
+def test_arguments_that_are_no_strings(model, tmp_path, name):
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match=name):
+        write_model_card(model, tmp_path, **{name: 3})
+    assert (tmp_path / "README.md").read_text() == before
