@@ -114,10 +114,10 @@ class ErrorEstimates:
                 values = call_with_parameters(network, exact, network, (rows,), {})
                 values = values.flatten()
             except Exception:  # the rows are not inputs of the model, and there is no other that is known
-                return None, torch.empty(0)
+                return None, torch.empty(0, device="cpu")
         values = values.flatten()
         if len(values) > VALUES:
-            signs = torch.randint(2, (VALUES, len(values)), generator=torch.Generator().manual_seed(0))
+            signs = torch.randint(2, (VALUES, len(values)), generator=torch.Generator().manual_seed(0), device="cpu")
             values = (2 * signs - 1).to(values) @ values / math.sqrt(VALUES)
         gradients = []
         for value in values:
