@@ -101,8 +101,8 @@ def _alpha(config: dict[str, Any], name: str) -> float:
         for part in re.split(r"(?<!\\)\|", pattern):
             plain = re.sub(r"\\(.)", r"\1", part.removeprefix("^"))
             if name == plain or (not part.startswith("^") and name.endswith(f".{plain}")):
-                return alpha
-    return config.get("alpha", 1.0)
+                return float(alpha)
+    return float(config.get("alpha", 1.0))  # torch multiplies by no int above 64 bits
 
 
 def expected_output(files: Files, config: dict[str, Any] | None = None, x: Tensor = X) -> Tensor:
