@@ -26,7 +26,7 @@ class StrictExportIsWrong(NotImplementedError):
 
 def refuse_strict_export() -> None:
     """Raises in `torch.export.export(..., strict=True)` of a version that exports adapted layers wrongly."""
-    if _STRICT_EXPORT_IS_WRONG and torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
+    if _STRICT_EXPORT_IS_WRONG and torch.compiler.is_dynamo_compiling() and torch.compiler._is_exporting_flag:
         raise StrictExportIsWrong
 
 

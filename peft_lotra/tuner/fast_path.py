@@ -42,7 +42,7 @@ LowRank = tuple[torch.Tensor, torch.Tensor]  # left (out, r) and right (r, in, b
 
 
 class Formula(NamedTuple):
-    """basis(x) . (scale * coefficients) + activation(x) . residual + bias: `formula(base_layer, updates, x)`.
+    """basis(x) . (scale * coefficients) + activation(x) . residual + bias: `formula.output(base_layer, updates, x)`.
 
     Attributes:
         spec, tensor: The family of the layer, and where the layer keeps its coefficients.
@@ -73,7 +73,8 @@ class Formula(NamedTuple):
             and not has_hooks(base_layer)
         )
 
-    def __call__(self, base_layer: nn.Module, updates: Sequence[Update], x: torch.Tensor) -> torch.Tensor:
+    # no `__call__`, property or sum of a generator: up to torch 2.10, compiled code knows them not of tuples
+    def output(self, base_layer: nn.Module, updates: Sequence[Update], x: torch.Tensor) -> torch.Tensor:
         """The output (..., out) of the base layer with the updates for inputs x (..., in).
 
         The thin products cost 2 R (I K + O) multiplications for each row in the backward pass, R the sum of the
@@ -81,7 +82,7 @@ class Formula(NamedTuple):
         O I K.
         """
         out, in_features, basis = self.tensor.shape
-        total_rank = sum(update.tensor.ranks[0] for update in updates)
+        total_rank = sum([update.tensor.core.shape[0] for update in updates])
         thin = 2 * total_rank * (in_features * basis + out) < out * in_features * basis
         scale = self.spec.scale(base_layer) if self.spec.scale is not None else None
         parameters: dict[str, torch.Tensor] = {}

@@ -411,7 +411,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         adapters = self._adapters_here(names.distinct)
         self._look_at_base(adapters)
         updates = [[self._update(name, self.training)] if name in adapters else [] for name in names.distinct]
-        return MixedBatch(names, self.lotra_tensor, self._run)(base_layer, updates, *args, **kwargs)
+        return MixedBatch(names, self.lotra_tensor, self._run).output(base_layer, updates, *args, **kwargs)
 
     def _run(self, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Evaluates the layer with these updates for all rows."""
@@ -421,7 +421,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             # a gradient of the size of the coefficients for each row (`torch.func.vmap`) is avoided
             return base_layer(*args, **kwargs) + contract_updates(base_layer, list(updates), *args, **kwargs)
         if updates and formula is not None and formula.accepts(base_layer, updates, args, kwargs):
-            return formula(base_layer, updates, *args)
+            return formula.output(base_layer, updates, *args)
         return call_with_parameters(base_layer, self._parameters_with(updates), base_layer, args, kwargs)
 
     def _check_forward_args(self, args: tuple, kwargs: dict, adapter_names: list[str]) -> None:

@@ -97,7 +97,7 @@ def batch_sizes(value: Any) -> list[int]:
 
 
 class MixedBatch(NamedTuple):
-    """Runs a layer on a batch whose rows have adapters of their own: `mixed_batch(base_layer, updates, *args)`.
+    """Runs a layer on a batch whose rows have adapters of their own: `mixed_batch.output(base_layer, updates, *args)`.
 
     The cost grows with the adapters in the batch, not with those that are loaded. Small layers run on all rows at
     once, by `torch.vmap` over copies of their parameters; the others run once for each adapter.
@@ -107,7 +107,7 @@ class MixedBatch(NamedTuple):
     tensor: CoefficientTensor
     run: Callable[[Sequence[Update], tuple, dict[str, Any]], Any]  # runs the layer with the same updates for all rows
 
-    def __call__(self, base_layer: nn.Module, updates: Sequence[Sequence[Update]], *args: Any, **kwargs: Any) -> Any:
+    def output(self, base_layer: nn.Module, updates: Sequence[Sequence[Update]], *args: Any, **kwargs: Any) -> Any:
         """What the layer returns, in the order of the batch. Tensors whose first dimension is the batch are split.
 
         There are `updates` for each of the distinct names, or none for rows that get the base layer.
