@@ -76,7 +76,7 @@ def infer_spec(module: nn.Module) -> KANLayerSpec | None:
         module: Any module. It is run, as a copy, if it has parameters that may be coefficients and no parts that may
             be layers of their own.
     """
-    if isinstance(module, _OTHERS) or type(module).__module__.partition(".")[0] in ("torch", "peft"):
+    if isinstance(module, _OTHERS) or _is_torch(module):
         return None
     if "funs_sympy" in vars(module):  # formulas of pykan's networks, which stand in for the edges of a KAN layer
         return None
@@ -93,8 +93,12 @@ def infer_spec(module: nn.Module) -> KANLayerSpec | None:
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The trained parameters of a layer; none if it has parts that may be layers of their own."""
+    """The trained parameters of a layer; none if it has parts that may be layers of their own.
+
+    A part of a user's class, with matrices that are together no larger than the rest, may make the functions.
+    """
     found: dict[str, torch.Tensor | None] = dict(module._parameters)
+    inner: dict[str, torch.Tensor] = {}
     for name, child in module._modules.items():
         if child is not None and registered_spec(child) is not None:
             return {}
@@ -102,13 +106,23 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
             found[f"{name}.weight"] = child._parameters.get("weight")
         elif child is None or isinstance(child, _NORMS):
             continue
-        elif any(value.requires_grad and value.dim() > 1 for value in child.parameters()):
-            return {}
+        elif trained := {n: value for n, value in child.named_parameters() if value.requires_grad and value.dim() > 1}:
+            if _is_torch(child) or any("." in n or value.dim() > 2 for n, value in trained.items()):
+                return {}
+            inner |= {f"{name}.{n}": value for n, value in trained.items()}
+    if sum(value.numel() for value in inner.values()) > sum(
+        value.numel() for value in found.values() if value is not None
+    ):
+        return {}
     return {
         name: value
-        for name, value in found.items()
+        for name, value in (found | inner).items()
         if value is not None and value.dim() > 1 and value.is_floating_point() and value.numel() <= _LARGEST
     }
+
+
+def _is_torch(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] in ("torch", "peft")
 
 
 def _takes_one_argument(module: nn.Module) -> bool:
@@ -129,8 +143,9 @@ def _infer(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> KANLayerSp
         probe = FunctionProbe(module, places)
         reading = _find(probe, tensors)
         if reading is not None:
-            reading = _extend(probe, reading, tensors, total)
-            linear = (probe.curvature(reading.locate(module)) or 0.0) <= CURVATURE
+            parts, reading = reading.parts, _extend(probe, reading, tensors, total)
+            # a product of parameters is not linear in both
+            linear = reading.parts == parts and (probe.curvature(reading.locate(module)) or 0.0) <= CURVATURE
             spec = reading.to_spec(grid, linear)
             spec.note_verified(module)
             return spec
@@ -156,9 +171,14 @@ def _find(probe: FunctionProbe, tensors: Mapping[str, torch.Tensor]) -> _Reading
 
 def _find_flat(probe: FunctionProbe, tensors: Mapping[str, torch.Tensor]) -> _Reading | None:
     """Coefficients that are a matrix with one axis of inputs and functions, and the bulk of the layer."""
-    name, value = max(tensors.items(), key=lambda item: item[1].numel())
-    if value.dim() != 2 or 2 * value.numel() < sum(other.numel() for other in tensors.values()):
-        return None
+    total = sum(value.numel() for value in tensors.values())
+    for name, value in tensors.items():
+        if value.dim() == 2 and 2 * value.numel() >= total and (found := _find_flat_of(probe, name, value)):
+            return found
+    return None
+
+
+def _find_flat_of(probe: FunctionProbe, name: str, value: torch.Tensor) -> _Reading | None:
     sizes = {named_size(probe.layer, "i") or 0: None}
     for other, tensor in (*probe.layer.named_parameters(), *probe.layer.named_buffers()):
         sizes |= dict.fromkeys(tensor.shape if other != name else ())
@@ -191,18 +211,22 @@ def _find_matrices(probe: FunctionProbe, tensors: Mapping[str, torch.Tensor]) ->
 
 
 def _extend(probe: FunctionProbe, reading: _Reading, tensors: Mapping[str, torch.Tensor], total: int) -> _Reading:
-    """With the residual branch, and with the factors of the edges where they are together a large share of it."""
+    """With the residual branch, and with other parameters where they are together a large share of the layer.
+
+    These are factors of the edges, and, shared by the outputs, places and widths of the functions of each input.
+    """
     taken = {name for name, _ in reading.parts}
     factors: list[Described] = []
     for name, value in tensors.items():
         if name in taken or value.dim() != 2:
             continue
-        for pattern in ("o i", "i o"):
-            joined = reading._replace(residual=(name, pattern))
-            if not _fits(probe, joined):
+        for pattern in ("o i", "i o", "i z", "z i"):
+            as_residual = reading._replace(residual=(name, pattern))
+            as_part = reading._replace(parts=(*reading.parts, (name, pattern)))
+            if not _fits(probe, as_part if "z" in pattern else as_residual):
                 continue
-            if reading.residual is None and probe.is_additive(joined.locate(probe.layer)):
-                reading = joined
+            if "o" in pattern and reading.residual is None and probe.is_additive(as_residual.locate(probe.layer)):
+                reading = as_residual
             else:
                 factors.append((name, pattern))
             break

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .registry import register_kan_layer
@@ -94,6 +95,16 @@ for _dims in (1, 2, 3):
         ],
         **_BLOCKS,
     )
+
+
+def _count_functions(layer: Any) -> int:
+    """How many functions of each input a layer has: a copy may have other ones than radial, without their grid."""
+    if (grid := getattr(layer.rbf, "grid", None)) is not None:
+        return grid.numel()
+    with torch.no_grad():
+        return layer.rbf(layer.spline_conv.weight.new_zeros(2, 2, 2)).shape[-1]
+
+
 register_kan_layer(
     "fast-kan-conv",  # U-KAN: the functions outside, other than in torch-conv-kan
     matches=lambda m: _convolution(m, "spline_conv").groups == 1 and isinstance(m.rbf, nn.Module),
@@ -101,7 +112,7 @@ register_kan_layer(
     residual=("base_conv.weight", "o i ..."),
     grid=("rbf.grid",),
     bias="base_conv.bias",
-    axes=lambda m: {} if hasattr(m, "base_conv") else {"k": m.rbf.grid.numel()},
+    axes=lambda m: {} if hasattr(m, "base_conv") else {"k": _count_functions(m)},
 )
 register_kan_layer(
     "convkan",  # on patches: rows (..., groups, in)

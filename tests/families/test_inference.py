@@ -90,6 +90,37 @@ class ScaledTwice(nn.Module):
         return y + torch.tanh(2 * x) @ (self.w * self.s).T
 
 
+class Places(nn.Module):
+    """Trained places and widths of the functions of each input, which the outputs share."""
+
+    def __init__(self, i, count=4, turned=False):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn((count, i) if turned else (i, count)))
+        self.widths, self.turned = nn.Parameter(torch.rand(i) + 0.5), turned
+
+    def functions(self, x):
+        places = self.places.T if self.turned else self.places
+        return torch.exp(-(((x[..., None] - places) * self.widths[:, None]) ** 2))
+
+
+class RadialInside(Places):
+    def __init__(self, i, o, count=4, turned=False):
+        super().__init__(i, count, turned)
+        self.table = nn.Parameter(torch.randn(o, i * count))
+
+    def forward(self, x):
+        return self.functions(x).flatten(1) @ self.table.T
+
+
+class RadialPart(nn.Module):
+    def __init__(self, i, o, count=4):
+        super().__init__()
+        self.of, self.sum = Places(i, count), nn.Linear(i * count, o)
+
+    def forward(self, x):
+        return self.sum(self.of.functions(x).flatten(1))
+
+
 class SmallNetworks(nn.Module):
     """A network of one hidden layer for each edge, some axes of which have the length one."""
 
@@ -178,6 +209,40 @@ def test_factors_of_edges_are_parts_where_they_are_together_a_large_share():
     assert spec.locate(layer).shape == (4, 5, 8 + 2) and not spec.linear
 
 
+@pytest.mark.parametrize(
+    "make, places, pattern",
+    [
+        (RadialInside, "places", "i z"),
+        (lambda i, o: RadialInside(i, o, turned=True), "places", "z i"),
+        (RadialPart, "of.places", "i z"),
+    ],
+)
+def test_places_of_functions_are_a_part_where_they_are_a_large_share(make, places, pattern):
+    torch.manual_seed(0)
+    for outputs in (1, 3):
+        spec = get_kan_spec(layer := make(5, outputs))
+        assert spec.parts[1:] == ((places, pattern),) and not spec.linear
+        assert spec.locate(layer).shape == (outputs, 5, 4 + 4)
+    spec = get_kan_spec(layer := make(5, 20))
+    assert len(spec.parts) == 1 and spec.linear and spec.locate(layer).shape == (20, 5, 4)
+
+
+def test_a_part_that_is_a_network_of_its_own_is_not_looked_into():
+    class Deep(RadialPart):
+        def __init__(self):
+            super().__init__(5, 3)
+            self.of = nn.Sequential(Places(5))  # a layer of torch, or one with parts
+            self.of.functions = self.of[0].functions
+
+    class Large(RadialPart):
+        def __init__(self):
+            super().__init__(5, 3)
+            self.of.more = nn.Parameter(torch.randn(100, 100))
+
+    for layer in (Deep(), Large()):
+        assert get_kan_spec(layer) is None
+
+
 def test_a_file_of_another_version_that_left_parameters_out(tmp_path, monkeypatch):
     def build():
         torch.manual_seed(0)
@@ -204,6 +269,8 @@ def test_a_file_of_another_version_that_left_parameters_out(tmp_path, monkeypatc
         Wavelets,
         Scaled,
         ScaledTwice,
+        RadialInside,
+        RadialPart,
     ],
 )
 def test_attach_train_merge_and_reload(make, tmp_path):

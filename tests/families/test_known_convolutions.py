@@ -20,20 +20,38 @@ from peft_lotra.families.registry import get_kan_spec
 FAMILY = {"kagnconv": "gram-conv", "kalnconv": "gram-conv", "kacnconv": "cheby-conv"}
 
 
+class Gaussians(nn.Module):
+    def __init__(self, count):
+        super().__init__()
+        self.grid = nn.Parameter(torch.linspace(-1, 1, count), requires_grad=False)
+
+    def forward(self, x):
+        return torch.exp(-((x[..., None] - self.grid) ** 2))
+
+
+class Powers(nn.Module):
+    """Functions without a grid: nothing says how many they are."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.degree = count - 1
+
+    def forward(self, x):
+        return torch.stack([x**k for k in range(self.degree + 1)], -1)
+
+
 class FastKANConvLayer(nn.Module):
     """U-KAN's: the Gaussians outside, `spline_conv.weight` (O, (K I), k, k)."""
 
-    def __init__(self, i, o, kernel_size=3, groups=1, padding=1, ndim=2, count=4, base=True):
+    def __init__(self, i, o, kernel_size=3, groups=1, padding=1, ndim=2, count=4, base=True, functions=Gaussians):
         super().__init__()
-        self.rbf = nn.Module()
-        self.rbf.grid = nn.Parameter(torch.linspace(-1, 1, count), requires_grad=False)
+        self.rbf = functions(count)
         self.spline_conv = nn.Conv2d(count * i, o, kernel_size, padding=padding)
         if base:
             self.base_conv = nn.Conv2d(i, o, kernel_size, padding=padding)
 
     def forward(self, x):
-        basis = torch.exp(-((x[:, None] - self.rbf.grid.view(-1, 1, 1, 1)) ** 2)).flatten(1, 2)
-        y = self.spline_conv(basis)
+        y = self.spline_conv(self.rbf(x).movedim(-1, 1).flatten(1, 2))
         return y + self.base_conv(F.silu(x)) if hasattr(self, "base_conv") else y
 
 
@@ -119,9 +137,10 @@ def expect_edges(layer, x, channels):
     return tensor, moved, change(other)
 
 
+@pytest.mark.parametrize("functions", [Gaussians, Powers])
 @pytest.mark.parametrize("base", [True, False])
-def test_fast_kan_of_u_kan(base):
-    layer = FastKANConvLayer(3, 5, base=base)
+def test_fast_kan_of_u_kan(base, functions):
+    layer = FastKANConvLayer(3, 5, base=base, functions=functions)
     assert get_kan_spec(layer).family == "fast-kan-conv"
     tensor, moved, other = expect_edges(layer, torch.rand(2, 3, 5, 5) * 2 - 1, 1)
     assert tensor.shape == (5, 3, 4, 9) and tensor.has_residual == base
