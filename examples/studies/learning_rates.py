@@ -175,8 +175,8 @@ def curves(rows: list[dict], task: str, optimizer: str, policy: str) -> dict[int
 
 def shared_rate(by_width: dict[int, dict[float, float]]) -> float:
     """The rate with the smallest worst case: the largest ratio, over the widths, of its loss to the best loss."""
-    rates = next(iter(by_width.values()))
-    return min(rates, key=lambda lr: max(losses[lr] / min(losses.values()) for losses in by_width.values()))
+    rates = set.intersection(*(set(losses) for losses in by_width.values()))
+    return min(sorted(rates), key=lambda lr: max(losses[lr] / min(losses.values()) for losses in by_width.values()))
 
 
 def show_tables(console: Console, rows: list[dict]) -> None:
@@ -184,7 +184,7 @@ def show_tables(console: Console, rows: list[dict]) -> None:
         uniform = curves(rows, task, optimizer, "uniform")
         for policy in POLICIES:
             by_width = curves(rows, task, optimizer, policy)
-            rates = list(next(iter(by_width.values())))
+            rates = sorted({lr for losses in by_width.values() for lr in losses})
             shared = shared_rate(by_width)
             table = Table(title=f'{task}, {optimizer}, policy "{policy}": loss by learning rate')
             for column in (
@@ -199,7 +199,7 @@ def show_tables(console: Console, rows: list[dict]) -> None:
                 best = min(losses, key=losses.get)
                 table.add_row(
                     str(width),
-                    *(f"{losses[lr]:.2g}" if losses[lr] < 100 else "-" for lr in rates),
+                    *(f"{losses[lr]:.2g}" if losses.get(lr, math.inf) < 100 else "-" for lr in rates),
                     f"{best:g}",
                     f"{losses[shared] / losses[best]:.2f}",
                     f"{losses[shared] / min(uniform[width].values()):.2f}",
