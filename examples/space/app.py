@@ -13,7 +13,6 @@ import io
 import time
 from pathlib import Path
 
-import gradio as gr
 import numpy as np
 import torch
 from burgers import HIGH, LOW, grid, network, residual, solution, terms_of
@@ -22,6 +21,11 @@ from safetensors.torch import load_file
 
 from peft_lotra import ParametricAdapter, Prediction
 
+
+try:
+    import gradio as gr
+except ModuleNotFoundError:
+    raise SystemExit("app.py: error: gradio is not installed: pip install -r requirements.txt") from None
 
 FOLDER = Path(__file__).parent / "family"
 FIELD, RESIDUAL = grid(65), grid(33)  # points of the pictures

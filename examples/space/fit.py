@@ -8,6 +8,8 @@ python examples/space/fit.py      # about a minute of one core
 
 from __future__ import annotations
 
+import argparse
+import tempfile
 from pathlib import Path
 
 import torch
@@ -22,6 +24,15 @@ FOLDER = Path(__file__).parent / "family"
 
 
 def main() -> None:
+    notes = "Needs the package alone; takes a minute on one core; writes the folder --output."
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, epilog=notes)
+    parser.add_argument("--output", type=Path, default=FOLDER)
+    folder = parser.parse_args().output
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        parser.error(f"--output {folder}: {error.strerror}")
     torch.manual_seed(0)
     base = network()
     optimizer = LevenbergMarquardt(base, floor=1e-6)
@@ -29,8 +40,8 @@ def main() -> None:
         optimizer.fit(terms_of(nu, 2500), steps)
     family = ParametricAdapter(base, terms_of, ranks=8, log=True)
     print(family.fit(between=(LOW, HIGH), max_members=32))
-    family.save_pretrained(FOLDER)
-    save_file({name: part.contiguous() for name, part in base.state_dict().items()}, FOLDER / "base.safetensors")
+    family.save_pretrained(folder)
+    save_file({name: part.contiguous() for name, part in base.state_dict().items()}, folder / "base.safetensors")
 
 
 if __name__ == "__main__":

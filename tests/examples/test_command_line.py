@@ -106,7 +106,7 @@ def test_scripts_to_copy_are_short_and_say_what_they_need(path: Path) -> None:
     assert all(word in notes for word in ("eeds", "takes", "writes"))
 
 
-@pytest.mark.parametrize("script", ["adapt.py", "quickstart.py"])
+@pytest.mark.parametrize("script", ["adapt.py", "quickstart.py", "space/fit.py"])
 def test_an_output_that_is_no_folder_is_one_line(script: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     root = str(command_line.STUDIES.parents[1])
@@ -114,4 +114,6 @@ def test_an_output_that_is_no_folder_is_one_line(script: str, tmp_path: Path) ->
     command = [sys.executable, str(command_line.STUDIES.parent / script), "--output", str(tmp_path / "file" / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1:] == [f"{script}: error: --output {tmp_path}/file/out: Not a directory"]
+    assert done.stderr.splitlines()[-1:] == [
+        f"{Path(script).name}: error: --output {tmp_path}/file/out: Not a directory"
+    ]
