@@ -34,7 +34,7 @@ def test_learning_rates(tmp_path: Path) -> None:
 def test_learning_rates_that_were_run_are_not_run_again() -> None:
     import learning_rates
 
-    setting = {"tasks": {"teacher": ("SGD",)}, "seeds": {16: 2, 512: 1}, "widest": {"SGD": 256}, "steps": 1}
+    setting = {"tasks": {"teacher": {"SGD": 256}}, "seeds": {16: 2, 512: 1}, "steps": 1}
     setting |= {"library": "peft-lotra", "rates": {"SGD": [0.1, 0.2]}}
     runs = learning_rates.runs_of(setting)
     assert len(runs) == 8 and {width for _, _, _, width, _, _ in runs} == {16}
