@@ -16,9 +16,7 @@ from .approximation.features import first_output
 from .approximation.spectra import Spectrum
 from .families.coefficients import CoefficientTensor
 from .families.registry import find_kan_layers, find_layer, short_name
-from .families.slim import SlimLayer
-from .kan.slim_kan import SlimKANLinear
-from .modules.calls import call_with_parameters
+from .families.slim import call_with_coefficients
 from .optim.levenberg_marquardt import LevenbergMarquardtStep
 from .tuner.layer import LoTRALayer
 from .tuner.targets import locate_target
@@ -295,9 +293,7 @@ def _functions_of(
     alone[:, index] = coefficients[:, index]
 
     def run(inputs: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        if isinstance(layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
-            return first_output(layer.forward_with(values - tensor.read(layer), inputs))
-        return first_output(call_with_parameters(layer, tensor.split(values), layer, (inputs,), {}))
+        return first_output(call_with_coefficients(layer, tensor, values, inputs))
 
     inputs = x[:, None].expand(-1, coefficients.shape[1])
     others = inputs.flip(0).clone()

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..families.registry import KANLayerSpec
+from ..families.slim import call_with_coefficients
 from ..modules.calls import call_with_parameters
 from ..tucker import Tucker, tucker, tucker_of
 from ..tuner.targets import locate_target
@@ -53,10 +54,13 @@ class Features:
         scale = spec.find_edge_scale(layer)
 
         def run(tensor: torch.Tensor) -> torch.Tensor:
-            parameters = location.split(tensor.view(out, *shape))
-            if scale is not None:
-                parameters[scale] = torch.ones_like(getattr(layer, scale))
-            return as_rows(first_output(call_with_parameters(layer, parameters, layer, (x,), {})), bool(kernel))
+            coefficients = tensor.view(out, *shape)
+            if scale is None:
+                y = call_with_coefficients(layer, location, coefficients, x)
+            else:
+                parameters = {**location.split(coefficients), scale: torch.ones_like(getattr(layer, scale))}
+                y = call_with_parameters(layer, parameters, layer, (x,), {})
+            return as_rows(first_output(y), bool(kernel))
 
         # A layer is linear in its coefficients: unit tensors give the features, one for each output at a time.
         columns = []
@@ -178,6 +182,8 @@ def gather_features(
 def features_of(tuned: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, Features]:
     """The features of layers of a fine-tuned model, adapted or not, for inputs that are checked."""
     check_inputs(inputs)
+    if isinstance(tuned, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        tuned = tuned.module
     if isinstance(tuned, PeftModel):
         tuned = copy.deepcopy(tuned).merge_and_unload()
     layers = {name: locate_target(name, tuned.get_submodule(name))[:2] for name in names}

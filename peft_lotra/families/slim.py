@@ -16,6 +16,7 @@ from ..kan.slim_kan import SlimKANLinear
 from ..modules.calls import attribute_by, call_with_parameters
 from ..modules.locks import LayerLock, exclusively
 from ..tucker import Tucker
+from .coefficients import CoefficientTensor
 from .registry import Grid, KANLayerSpec, register
 
 
@@ -138,3 +139,10 @@ def _refuse_grid_method(name: str, *args: Any, **kwargs: Any) -> None:
         f"`{name}` refits the coefficients one by one, and here they are a Tucker tensor. Move the grid of the dense "
         "model (`to_dense()`), and compress it again with `slim`."
     )
+
+
+def call_with_coefficients(layer: nn.Module, tensor: CoefficientTensor, coefficients: torch.Tensor, *args: Any) -> Any:
+    """Calls a layer with other coefficients, laid out as `tensor.read` gives them; a Slim one's are a product."""
+    if isinstance(layer, (SlimKANLinear, SlimLayer)):
+        return layer.forward_with(coefficients - tensor.read(layer), *args)
+    return call_with_parameters(layer, tensor.split(coefficients), layer, args, {})

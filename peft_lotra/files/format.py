@@ -128,7 +128,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> 
         ...     sorted(os.listdir(folder))
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
-    if not hasattr(model, "peft_config"):
+    if not hasattr(model, "get_base_model"):  # an injected model has not
         raise ValueError(f"`model` is of type {type(model).__name__}, but must be a PeftModel.")
     if not kwargs.get("safe_serialization", True):
         raise ValueError("LoTRA adapters are saved as safetensors only: leave `safe_serialization` out.")

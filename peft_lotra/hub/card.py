@@ -120,7 +120,7 @@ def write_model_card(
         True
     """
     folder = Path(folder)
-    if not (model is None or hasattr(model, "peft_config")):
+    if not (model is None or hasattr(model, "get_base_model")):  # an injected model has not
         raise ValueError(f"`model` is of type {type(model).__name__}, but must be a PeftModel or None.")
     check_base_model(base_model)
     check_base_code(base_code)

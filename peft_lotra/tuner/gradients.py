@@ -17,6 +17,7 @@ from ..modules.calls import modes_kept, unwrap
 from ..modules.locks import put_back_by, undone_by_a_fork
 from .config import LoTRAConfig
 from .initialization import GRADIENTS
+from .layer import lotra_layers
 from .targets import find_targets
 
 
@@ -65,6 +66,12 @@ def gather_gradients(
 
     Each gradient is taken away once it has been accumulated: the peak memory is one extra copy of the coefficients.
     """
+    aside = [n for n, layer in lotra_layers(model) if layer.base_before_merge()[0] is not layer._modules["base_layer"]]
+    if aside:
+        raise ValueError(
+            f"In the places of the Slim layers {aside} are dense ones, with adapters merged, and no gradient reaches "
+            "the former: call `unmerge_adapter` first."
+        )
     sums: dict[torch.Tensor, torch.Tensor] = {}
 
     def take(parameter: torch.Tensor) -> None:

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from helpers import base, snapshot
+from helpers import base, inputs, snapshot
 from stand_ins import FAMILIES
 from torch import nn
 
+from peft_lotra import extract_lotra, slim, suggest_ranks
 from peft_lotra.approximation.features import Features, gather_features, relative_error
 from peft_lotra.approximation.inputs import model_outputs
 from peft_lotra.approximation.updates import read_coefficients
@@ -137,3 +140,20 @@ def test_errors():
         with pytest.raises(TypeError, match="must return a tensor of floating point numbers"):
             model_outputs(wrapped, lambda model, output=output: output)
     assert model_outputs(nn.Identity(), lambda model: [x, None]) is x
+
+
+# the coefficients of a Slim layer are no parameters that could be exchanged
+@pytest.mark.parametrize("family", ["own", "efficient-kan", "cheby-kan"])
+def test_features_of_slim_layers_are_those_of_dense_ones(family):
+    x = inputs(20, torch.float64)
+    small = slim(base(family, torch.float64), ranks=(2, 2, 3))
+    tuned = copy.deepcopy(small)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    dense = small.to_dense(), tuned.to_dense()
+    assert suggest_ranks(small, tuned, budget=40, inputs=x) == suggest_ranks(*dense, budget=40, inputs=x)
+    wrapped = nn.DataParallel(tuned)
+    assert suggest_ranks(small, wrapped, budget=40, inputs=x) == suggest_ranks(*dense, budget=40, inputs=x)
+    model = extract_lotra(small, tuned, 9, inputs=x)
+    torch.testing.assert_close(model(x), tuned(x), atol=1e-5, rtol=1e-4)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig, preprocess_lotra
 from peft_lotra.families.registry import get_kan_spec
-from peft_lotra.kan import KAN, KANLinear
+from peft_lotra.kan import KAN, KANLinear, SlimKAN
 from peft_lotra.tucker import expand_inputs
 
 
@@ -493,3 +493,14 @@ def test_a_config_that_would_not_use_the_gradient_is_refused():
         with pytest.raises(ValueError, match='(?s)`init_weights`.*Pass `LoTRAConfig\\(init_weights="gradient"\\)`'):
             preprocess_lotra(model, LoTRAConfig(init_weights=init_weights), lambda: pytest.fail("called"))
     assert_unchanged(model, before)
+
+
+def test_slim_layers_that_are_merged_into_dense_ones():
+    model = get_peft_model(SlimKAN([3, 4, 2], ranks=2), LoTRAConfig(r=2, init_weights=False))
+    x = torch.rand(5, 3)
+    model.merge_adapter()
+    config = LoTRAConfig(r=2, init_weights="gradient")
+    with pytest.raises(ValueError, match="call `unmerge_adapter` first"):
+        preprocess_lotra(model, config, lambda: model(x).sum().backward())
+    model.unmerge_adapter()
+    preprocess_lotra(model, config, lambda: model(x).sum().backward())
