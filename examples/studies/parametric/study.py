@@ -29,7 +29,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from equations.pdes import PROBLEMS, Parameter, Problem, as_parameter, as_tuple, terms_of
+from equations.pdes import PROBLEMS, Parameter, Problem, as_parameter, as_tuple, family_of
 from peft import get_peft_model
 from scipy.stats import spearmanr
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ def kept(path: Path, make: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def fitted(base: KAN, problem: Problem, points: int, seed: int, **how: Any) -> ParametricAdapter:
-    family = ParametricAdapter(base, terms_of(problem.name, points, seed), ranks=8, log=problem.log)
+    family = family_of(base, problem.name, points, seed)
     family.fit(**how, progress=False)
     return family
 
@@ -128,14 +128,13 @@ def errors_at(problem: Problem, c: Parameter, family: ParametricAdapter, others:
     end = time.process_time()
     evaluated = {
         "nearest": family.predict(nearest),
-        "uniform": others["uniform"].predict(c, force=True),
-        "third_input": others["third_input"].at(c),
         "predicted": prediction,
         "one_step": one,
         "fitted": family.refine(c, 8),
     }
-    if "free" in others:
-        evaluated["free"] = others["free"].at(c)
+    if "uniform" in others:
+        evaluated["uniform"] = others["uniform"].predict(c, force=True)
+    evaluated |= {name: others[name].at(c) for name in ("free", "third_input") if name in others}
     return {
         "c": c,
         "errors": {name: problem.error(evaluate, c) for name, evaluate in evaluated.items()},
@@ -143,7 +142,9 @@ def errors_at(problem: Problem, c: Parameter, family: ParametricAdapter, others:
     }
 
 
-def run(problem: Problem, seed: int, members: int, points: int, unseen: int, steps: int, folder: Path) -> dict:
+def run(
+    problem: Problem, seed: int, members: int, points: int, unseen: int, steps: int, rivals: bool, folder: Path
+) -> dict:
     """One family, and the errors of all methods at unseen parameters."""
     folder = folder / f"{problem.name}_{seed}"
     base, _ = kept(folder / "base.pt", lambda: problem.pretrained(seed, points * 5 // 3, steps))
@@ -157,10 +158,13 @@ def run(problem: Problem, seed: int, members: int, points: int, unseen: int, ste
         make = lambda: fitted(base, problem, points, seed, parameters=problem.spaced(number))  # noqa: E731
         return kept(folder / f"uniform_{number}.pt", make)[0]
 
-    third, _ = kept(folder / "third_input.pt", lambda: train_third_input(problem, points, seed, offline))
-    others = {"uniform": uniform(count), "third_input": third}
-    more = len(problem.low) == 1 and seed == 0  # what takes long, and says the same for other seeds
-    if more:
+    others: dict[str, Any] = {}
+    if rivals:
+        others["uniform"] = uniform(count)
+        others["third_input"], _ = kept(
+            folder / "third_input.pt", lambda: train_third_input(problem, points, seed, offline)
+        )
+    if rivals and len(problem.low) == 1:
         others["free"], _ = kept(folder / "free.pt", lambda: FreeAdapters(base, problem, points, seed, 9))
     draws = np.random.default_rng(seed).uniform(problem.low, problem.high, (unseen, len(problem.low))).tolist()
     rows = [
@@ -177,7 +181,7 @@ def run(problem: Problem, seed: int, members: int, points: int, unseen: int, ste
             np.median([problem.error(uniform(number).predict(row["c"], force=True), row["c"]) for row in rows])
         )
         for number in (5, 9, 17)
-        if more and number < count
+        if "free" in others and number < count
     }
     with tempfile.TemporaryDirectory() as place:
         family.save_pretrained(place)
@@ -203,8 +207,10 @@ def run(problem: Problem, seed: int, members: int, points: int, unseen: int, ste
 def draw(results: list[dict], path: Path) -> None:
     """Error against online milliseconds, number of members against error, and indicator against error."""
     names = sorted({result["problem"] for result in results})
-    figure, axes = plt.subplots(len(names), 3, figsize=(15, 4 * len(names)), layout="constrained", squeeze=False)
-    for (left, middle, right), name in zip(axes, names, strict=True):
+    columns = 2 + any(result.get("medians_of_uniform_members") for result in results)
+    size = (5.5 * columns, 4 * len(names))
+    figure, axes = plt.subplots(len(names), columns, figsize=size, layout="constrained", squeeze=False)
+    for (left, right, *more), name in zip(axes, names, strict=True):
         found = [result for result in results if result["problem"] == name]
         rows = [row for result in found for row in result["rows"]]
         for kind, label in (("predicted", "predicted, no training"), ("one_step", "one step from there")):
@@ -218,21 +224,27 @@ def draw(results: list[dict], path: Path) -> None:
         left.set(title=name, xlabel="online milliseconds (CPU)", ylabel="relative L2 error")
         left.legend(fontsize=8)
         for result in found:
-            few = {int(n): v for n, v in result["medians_of_uniform_members"].items()}
-            few[result["members"]] = result["medians"]["uniform"]
-            middle.loglog(list(few), list(few.values()), "o-", color="C0", lw=1, label="uniform grid")
-            middle.loglog(result["members"], result["medians"]["predicted"], "s", color="C1", label="greedy")
-            middle.axhline(result["medians"]["fitted"], color="C2", lw=1, ls="--", label="fitted there")
-        middle.set(title="members", xlabel="number of members", ylabel="median error of predictions")
-        handles, labels = middle.get_legend_handles_labels()
-        unique = dict(zip(labels, handles, strict=True))
-        middle.legend(unique.values(), unique.keys(), fontsize=8)
-        for result in found:
+            rows = [row for row in result["rows"] if "indicator" in row["milliseconds"]]  # not of earlier versions
             label = f"seed {result['seed']}: rank correlation {result['rank_correlation']:.2f}"
-            points = [(row["indicator"], row["errors"]["predicted"]) for row in result["rows"]]
-            right.loglog(*zip(*points, strict=True), ".", label=label)
+            if rows:
+                points = [(row["indicator"], row["errors"]["predicted"]) for row in rows]
+                right.loglog(*zip(*points, strict=True), ".", label=label)
+        ends = [min(right.get_xlim()[0], right.get_ylim()[0]), max(right.get_xlim()[1], right.get_ylim()[1])]
+        right.plot(ends, ends, color="0.7", lw=1)
         right.set(title="indicator", xlabel="indicator", ylabel="relative L2 error of the prediction")
         right.legend(fontsize=8)
+        for middle in more:
+            for result in found:
+                few = {int(n): v for n, v in result.get("medians_of_uniform_members", {}).items()}
+                if "uniform" in result["medians"]:
+                    few[result["members"]] = result["medians"]["uniform"]
+                    middle.loglog(list(few), list(few.values()), "o-", color="C0", lw=1, label="uniform grid")
+                middle.loglog(result["members"], result["medians"]["predicted"], "s", color="C1", label="greedy")
+                middle.axhline(result["medians"]["fitted"], color="C2", lw=1, ls="--", label="fitted there")
+            middle.set(title="members", xlabel="number of members", ylabel="median error of predictions")
+            handles, labels = middle.get_legend_handles_labels()
+            unique = dict(zip(labels, handles, strict=True))
+            middle.legend(unique.values(), unique.keys(), fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -247,6 +259,9 @@ def main() -> None:
     )
     parser.add_argument("--problem", choices=list(PROBLEMS), nargs="+", default=list(PROBLEMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--rivals", type=int, nargs="*", default=[0], help="seeds with all other methods, which take long"
+    )
     parser.add_argument("--members", type=int, default=32)
     parser.add_argument("--kept", type=Path, help="a folder for what took long (default: none is kept)")
     args = parser.parse_args()
@@ -255,7 +270,8 @@ def main() -> None:
         for name in args.problem:
             for seed in args.seeds[:1] if args.quick else args.seeds:
                 sizes = (10, 200, 3, 4) if args.quick else (args.members, 1500, 20, 45)
-                result = run(PROBLEMS[name], seed, *sizes, args.kept or Path(place))
+                rivals = seed in args.rivals
+                result = run(PROBLEMS[name], seed, *sizes, rivals, args.kept or Path(place))
                 (args.output / f"{prefix}{name}_{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
                 print(json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1), flush=True)
     pattern = "quick_*_*.json" if args.quick else "[!q]*_[0-9].json"

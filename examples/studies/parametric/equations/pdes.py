@@ -19,6 +19,7 @@ import torch
 from problems import families
 from torch import Tensor, nn
 
+from peft_lotra import ParametricAdapter
 from peft_lotra.kan import KAN, jet
 from peft_lotra.optim import LevenbergMarquardt
 
@@ -58,6 +59,11 @@ class Problem:
         with torch.no_grad():
             u = self.solution(x, evaluate(x), as_tuple(c))
         return ((u - reference).norm() / reference.norm()).item()
+
+    def values_of(self, model: nn.Module, c: Parameter) -> Tensor:
+        """The solution at some points, whose error the indicator estimates."""
+        x = families.sobol(torch.Generator().manual_seed(4242), 128)
+        return self.solution(x, model(x), as_tuple(c))
 
     def pretrained(self, seed: int, points: int, steps: int) -> KAN:
         torch.manual_seed(seed)
@@ -186,6 +192,14 @@ PROBLEMS = {
 }
 
 
-def terms_of(name: str, points: int, seed: int) -> Callable[[Parameter], list[tuple]]:
-    """What a `ParametricAdapter` takes, picklable."""
-    return partial(PROBLEMS[name].terms_of, points=points, seed=seed)
+def family_of(base: nn.Module, name: str, points: int, seed: int) -> ParametricAdapter:
+    """A family of adapters, which is picklable; its indicator has two thirds as many points of its own."""
+    problem = PROBLEMS[name]
+    return ParametricAdapter(
+        base,
+        partial(problem.terms_of, points=points, seed=seed),
+        ranks=8,
+        held_terms_of=partial(problem.terms_of, points=points * 2 // 3, seed=seed + 1000),
+        values_of=problem.values_of,
+        log=problem.log,
+    )
