@@ -219,6 +219,17 @@ def name_twice(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> 
                         state_dict.setdefault(f"{prefix}{name}.{component}.{adapter}", tensor)
 
 
+def cast_to_adapters(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Casts floating tensors of a state dict to the dtypes of the adapters, which assigning them would replace.
+
+    PEFT assigns with `low_cpu_mem_usage`: modules that are saved whole would have the dtype of the file.
+    """
+    for name, _, expected, _ in _adapter_tensors(model):
+        tensor = state_dict.get(prefix + name)
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != expected.dtype:
+            state_dict[prefix + name] = tensor.to(expected.dtype)
+
+
 def _without(adapter: str, name: str) -> str:
     """The name of a tensor as a file has it."""
     return name.removesuffix(f".{adapter}").replace(f".modules_to_save.{adapter}.", ".")

@@ -25,6 +25,7 @@ from .guards import base_layers_in_place, release_networks
 from .hotswap import check_reload
 from .initialization import GRADIENTS
 from .injection import (
+    cast_to_adapters,
     check_adapter_name,
     check_name_among_tensors,
     create_and_replace,
@@ -182,6 +183,7 @@ class LoTRAModel(NormStatsTuner):
         """Refuses tensors that do not fit before the first of them is loaded. Called by `load_state_dict`."""
         refuse_for_model(mismatches(self.model, state_dict, f"{prefix}model."))
         name_twice(self.model, state_dict, f"{prefix}model.")
+        cast_to_adapters(self.model, state_dict, f"{prefix}model.")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @classmethod

@@ -133,6 +133,27 @@ def test_unload_while_merged():
 
 
 ##########################
+# Loading                #
+##########################
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_memory_is_saved_without_another_dtype(tmp_path, dtype):
+    """PEFT then puts the tensors of the file into the places of parameters that have the dtype of the base."""
+    folder = save(tmp_path / "a", modules_to_save=["head"])
+    models = [adapted(Net().to(dtype), modules_to_save=["head"]) for _ in range(2)]
+    for model, low in zip(models, (False, True), strict=True):
+        model.load_adapter(folder, "other", low_cpu_mem_usage=low)
+        model.set_adapter("other")
+    first, second = ({n: p for n, p in m.named_parameters() if "other" in n} for m in models)
+    assert {n: p.dtype for n, p in first.items()} == {n: p.dtype for n, p in second.items()}
+    x = X.to(dtype)
+    torch.testing.assert_close(models[1](x), models[0](x), atol=0.02, rtol=0.02)  # components are rounded or not
+    names = ["default", "other", "__base__", "other", "default"]
+    assert models[1](x, adapter_names=names).dtype == dtype
+
+
+##########################
 # Loading over           #
 ##########################
 
