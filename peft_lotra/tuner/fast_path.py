@@ -22,7 +22,7 @@ from ..families.registry import KANLayerSpec, is_built_in
 from ..kan.basis import SPLINE_ORDERS, UniformGrid
 from ..kan.product import needs_plain_operations, spline_product
 from ..modules.calls import call_with_parameters
-from ..tucker import Update
+from ..tucker import Update, expand_inputs
 from .grid_watch import has_hooks
 from .merging import add_updates, are_stored
 
@@ -88,7 +88,7 @@ class Formula(NamedTuple):
         parameters: dict[str, torch.Tensor] = {}
         low_rank = None
         if thin and scale is None:
-            rights = [tensor._replace(core=factor * tensor.core).expand_inputs() for factor, tensor in updates]
+            rights = [expand_inputs(factor * core, *factors) for factor, (core, _, *factors) in updates]
             if self.tensor.has_residual:  # an update without the residual branch adds zero to it
                 rights = [F.pad(right, (0, 1)) if right.shape[-1] == basis else right for right in rights]
             low_rank = torch.cat([tensor.factor_out for _, tensor in updates], dim=1), torch.cat(rights)
