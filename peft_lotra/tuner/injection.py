@@ -204,6 +204,23 @@ def mismatches(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) 
     ]
 
 
+def refuse_without_memory(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+    """Raises a ValueError if tensors would be copied to an adapter on the meta device, where they are lost.
+
+    A base on the meta device is a model without values, of which the adapter is a part.
+    """
+    wrong = []
+    for name, layer in lotra_layers(model):
+        if any(value.is_meta for value in layer.get_base_layer().parameters()):
+            continue
+        for component in layer.adapter_layer_names:
+            for adapter, value in getattr(layer, component).items():
+                if value.is_meta and f"{prefix}{name}.{component}.{adapter}" in state_dict:
+                    wrong.append(f"{name}.{component} of the adapter {adapter!r} is on the meta device")
+    remedy = "Adapters that were made with `low_cpu_mem_usage=True` are loaded with it, too."
+    refuse("The tensors cannot be copied, nothing was loaded:", wrong, remedy)
+
+
 def name_twice(model: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
     """Adds components of a layer that a model has under several names under each of them; a file may have the first.
 

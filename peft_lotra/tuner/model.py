@@ -35,6 +35,7 @@ from .injection import (
     prepare_config,
     prepare_targets,
     refuse_no_tensors,
+    refuse_without_memory,
     replace_module,
     select_to_load,
     select_to_save,
@@ -182,6 +183,8 @@ class LoTRAModel(NormStatsTuner):
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args, **kwargs) -> None:
         """Refuses tensors that do not fit before the first of them is loaded. Called by `load_state_dict`."""
         refuse_for_model(mismatches(self.model, state_dict, f"{prefix}model."))
+        if not args[0].get("assign_to_params_buffers", False):
+            refuse_without_memory(self.model, state_dict, f"{prefix}model.")
         name_twice(self.model, state_dict, f"{prefix}model.")
         cast_to_adapters(self.model, state_dict, f"{prefix}model.")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
