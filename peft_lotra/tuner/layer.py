@@ -132,9 +132,11 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         # Drawn in the base's precision, but not in half of it; _move_adapter_to_device_of_base_layer casts down later.
         of_base = self.lotra_tensor.get_parameter(self.get_base_layer())
         dtype = torch.promote_types(of_base.dtype, torch.float32)
+        # as PEFT's other methods, an adapter has values also where the base has none yet
+        device = "cpu" if of_base.is_meta else of_base.device
         sizes = (ranks, *zip(shape, ranks, strict=True))
         for name, size in zip(self.adapter_layer_names, sizes, strict=True):
-            self._modules[name][adapter_name] = nn.Parameter(torch.empty(size, dtype=dtype, device=of_base.device))
+            self._modules[name][adapter_name] = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
 
         frozen, zero = config.frozen_and_zero([name.removeprefix("lotra_") for name in self.adapter_layer_names])
         self.lotra_frozen.pop(adapter_name, None)

@@ -170,7 +170,8 @@ def test_low_cpu_mem_usage_leaves_the_components_on_the_meta_device():
 def test_what_low_cpu_mem_usage_made_is_not_loaded_without_it(tmp_path):
     adapted = adapt(base("own"))
     adapted.save_pretrained(tmp_path)
-    model = get_peft_model(base("own"), LoTRAConfig(r=adapted.peft_config["default"].r), low_cpu_mem_usage=True)
+    own = copy.deepcopy(adapted).unload()
+    model = get_peft_model(own, LoTRAConfig(r=adapted.peft_config["default"].r), low_cpu_mem_usage=True)
     with pytest.raises(ValueError, match=r"(?s)on the meta device.* are loaded with it"):
         model.load_adapter(tmp_path, "default")
     assert all(parameter.is_meta for _, parameter in components(model))
