@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,12 @@ def test_snippets_are_found():
 @pytest.mark.parametrize("page", [page for page, snippets in PYTHON.items() if snippets])
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if "torchrun" in TEXTS[page]:  # which starts one process here
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
+            monkeypatch.setenv(name, str(value))
     from peft_lotra.families import registry
 
     before = dict(registry._SPECS)  # what a snippet registers goes away with it
