@@ -232,6 +232,7 @@ def draw(results: list[dict], path: Path) -> None:
         ends = [min(right.get_xlim()[0], right.get_ylim()[0]), max(right.get_xlim()[1], right.get_ylim()[1])]
         right.plot(ends, ends, color="0.7", lw=1)
         right.set(title="indicator", xlabel="indicator", ylabel="relative L2 error of the prediction")
+        right.tick_params(axis="x", which="both", rotation=30)
         right.legend(fontsize=8)
         for middle in more:
             for result in found:

@@ -210,7 +210,7 @@ def draw(results: dict, peers: dict, path: Path) -> None:
                 below.semilogy(seconds, errors, "." + style, color=color, label=label if run is found[0] else None)
         below.set(xlabel="CPU s", ylabel="relative L2 error")
         below.grid(alpha=0.3)
-        below.legend()
+        below.legend(loc="lower left", fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
