@@ -32,7 +32,7 @@ class TanhBound(InputMap):
     Example:
         >>> import torch
         >>> from peft_lotra.kan import TanhBound
-        >>> TanhBound(3)(torch.tensor([-9.0, 0.0, 9.0])).tolist()
+        >>> TanhBound(3)(torch.tensor([-99.0, 0.0, 99.0])).tolist()
         [-1.0, 0.0, 1.0]
     """
 

@@ -19,6 +19,8 @@ NAME = "LOTRA"
 def _peft_type() -> PeftType:
     """`PeftType.LOTRA`, added if it is not there: `register_peft_method` wants a true member of the enumeration."""
     if NAME in PeftType.__members__:
+        if not hasattr(PeftType, NAME):  # as whoever added it to the mappings alone left it, from Python 3.12 on
+            type.__setattr__(PeftType, NAME, PeftType[NAME])
         return PeftType[NAME]
     member: Any = str.__new__(PeftType, NAME)
     member._name_ = member._value_ = NAME

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from torch import nn
 
 
 LIBRARY = ["x", "sin", "gaussian"]
+# pykan 0.2.8 executes assignments to local variables, which Python 3.13 (PEP 667) no longer shows to the function
+with_formulas = pytest.mark.skipif(sys.version_info >= (3, 13), reason="pykan's formulas need Python 3.12 or older")
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +144,9 @@ def formula_values(kan: KAN) -> list[float]:
     return [float(expression.subs(dict(zip(names, point, strict=True)))) for point in points]
 
 
-@pytest.mark.parametrize("method", READING)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=with_formulas) if name == "symbolic_formula" else name for name in READING]
+)
 def test_a_method_answers_as_the_merged_network_does(method):
     _, kan, twin = adapted_and_merged()
     plain = network()
@@ -445,6 +450,7 @@ def test_unloading_leaves_a_plain_network(way):
     assert not any("lotra" in type(module).__module__ for module in kan.modules())
 
 
+@with_formulas
 def test_a_life_after_merging():
     model, _ = adapted(random=False)
     model.fit(dataset(), steps=3, update_grid=False)
