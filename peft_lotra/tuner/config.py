@@ -6,7 +6,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import MISSING, asdict, dataclass, fields
 from types import SimpleNamespace
@@ -297,9 +298,25 @@ class LoTRAConfig(PeftConfig):
         """
         self._record_base = WeakMethod(method)
 
-    def unshared(self) -> LoTRAConfig:
-        """The config itself, or a copy where a model has it already: what an adapter finds is written into it."""
-        return self if self._record_base is None or self._record_base() is None else copy(self)
+    @contextmanager
+    def handed_over(self, peft_config: Mapping[str, Any], adapter: str) -> Iterator[None]:
+        """Leaves a copy to the adapters that have this config already: what a new one finds is written into it.
+
+        PEFT wants a model to have the very config that it is given.
+
+        Args:
+            peft_config: The configs of the new adapter's tuner.
+            adapter: Its name there.
+        """
+        method = self._record_base and self._record_base()
+        former = getattr(getattr(method, "__self__", None), "peft_config", {})
+        names = [name for name, it in former.items() if it is self and not (former is peft_config and name == adapter)]
+        former.update(dict.fromkeys(names, copy(self)))
+        try:
+            yield
+        except BaseException:
+            former.update(dict.fromkeys(names, self))
+            raise
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Saves the config, with a record of the base and the digest of the tensors that lie in the folder.

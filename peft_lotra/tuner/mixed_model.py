@@ -50,8 +50,9 @@ class LoTRAMixedModel(NormStatsTuner, mixed_tuners.MixedModel):
         config = self.peft_config[adapter_name]
         if isinstance(config, LoTRAConfig):
             check_adapter_name(adapter_name)
-            self.peft_config[adapter_name] = config.unshared()
-            model = self.model
+            with config.handed_over(self.peft_config, adapter_name):
+                super().inject_adapter(self.model, adapter_name, *args, **kwargs)
+            return
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args, **kwargs) -> None:

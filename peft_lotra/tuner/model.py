@@ -114,10 +114,10 @@ class LoTRAModel(NormStatsTuner):
 
     def _inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         check_adapter_name(adapter_name)
-        peft_config = self.peft_config[adapter_name] = self.peft_config[adapter_name].unshared()
+        peft_config = self.peft_config[adapter_name]
         check_name_among_tensors(adapter_name, model, bool(getattr(peft_config, "modules_to_save", None)))
         requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        with ExitStack() as self._injection:
+        with peft_config.handed_over(self.peft_config, adapter_name), ExitStack() as self._injection:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._injection = None
         by_name = dict(lotra_layers(model, adapter_name))

@@ -213,7 +213,7 @@ def test_the_users_config_serves_two_models(target_modules):
         models.append(get_peft_model(model, config))
         models[-1].add_adapter("other", config)
         shapes.append(models[-1].peft_config["other"].base_layers["kan"]["shape"])
-    assert models[0].peft_config["default"] is config  # as everywhere in PEFT, for the first of its models
+        assert models[-1].peft_config["other"] is config  # as everywhere in PEFT, for the last that was given it
     assert shapes == [[4, 3, 8], [7, 2, 5]]
     # PEFT itself notes in it what the base model is
     noted = ("base_model_name_or_path", "auto_mapping", "peft_version", "task_type", "base_layers", "target_modules")
