@@ -16,7 +16,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 import torch
 from huggingface_hub import file_exists, hf_hub_download
@@ -61,12 +61,19 @@ def config_digest(values: Mapping[str, Any], defaults: Mapping[str, Any], weight
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:
     """Writes a file in one step: under another name, forced to the disk, and renamed."""
+    with _put_in_place(path, "x", encoding="utf-8") as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def _put_in_place(path: str | os.PathLike, mode: str, **kwargs: Any) -> Iterator[IO[Any]]:
+    """A new file that takes the place of another at the end, and is removed after an error."""
     temporary = f"{path}.{secrets.token_hex(8)}.tmp"
     # "x" opens nothing that exists: a link of this name would lead to another file
-    file = open(temporary, "x", encoding="utf-8")
+    file = open(temporary, mode, **kwargs)
     try:
         with file:
-            file.write(text)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -90,15 +97,8 @@ def make_own(path: str | os.PathLike) -> None:
     if not os.path.isfile(path):
         os.unlink(path)
         return
-    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
-    try:
-        with open(path, "rb") as file, open(temporary, "xb") as copy:
-            shutil.copyfileobj(file, copy)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with open(path, "rb") as file, _put_in_place(path, "xb") as copy:
+        shutil.copyfileobj(file, copy)
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> None:
