@@ -186,15 +186,18 @@ def load_card(path: Path, origin: str | None = None) -> ModelCard | None:
 
 def written_code(card: ModelCard | None) -> str | None:
     """The code that builds the base in a card by `write_model_card`."""
-    found = _BASE_CODE.search(card.text) if card else None
+    return _code_in(card.text) if card else None
+
+
+def _code_in(text: str) -> str | None:
+    found = _BASE_CODE.search(text)
     return found and found[1].strip("\n")
 
 
 def write_card_after_saving(model: PeftModel | None, folder: str | os.PathLike) -> None:
     """What `save_pretrained` leaves: the card, in which code for the base that a person gave stays."""
     path = Path(folder) / README
-    found = _BASE_CODE.search(path.read_text("utf-8-sig")) if path.is_file() else None
-    code = found and found[1].strip("\n")
+    code = _code_in(path.read_text("utf-8-sig")) if path.is_file() else None
     write_model_card(model, folder, base_code=None if code is None or _GENERATED_CODE.search(code) else code)
 
 
