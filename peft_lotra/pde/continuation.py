@@ -17,13 +17,12 @@ from ..modules.calls import check_module
 
 
 class ContinuationStep(NamedTuple):
-    """
-    One solve of a continuation.
+    """One solve of a continuation.
 
     Attributes:
-        value: the parameter of the PDE.
-        loss: what `solve` returned.
-        accepted: whether the model keeps what was solved.
+        value: The parameter of the PDE.
+        loss: What `solve` returned.
+        accepted: Whether the model keeps what was solved.
     """
 
     value: float
@@ -44,52 +43,47 @@ def continuation(
     smallest: float = 1e-3,
     scale: str = "log",
 ) -> list[ContinuationStep]:
-    """
-    Trains a model for a PDE at `start`, and from there, step by step, at parameters up to `stop`.
+    """Trains a model for a PDE at `start`, and from there, step by step, at parameters up to `stop`.
 
     A solve whose loss is above `target`, or not finite, is taken back, and tried again at a shorter step; after a
     success the step grows again.
 
     Args:
-        model: what `solve` trains; its parameters and buffers are taken back after a failure.
-        solve: trains at a parameter and returns the loss, or the history of `LevenbergMarquardt.fit`, whose last loss
+        model: What `solve` trains; its parameters and buffers are taken back after a failure.
+        solve: Trains at a parameter and returns the loss, or the history of `LevenbergMarquardt.fit`, whose last loss
             (the held one, if there is one) counts. It must not change the shapes of the parameters.
-        start, stop: the first and the last parameter.
-        target: the largest loss that is accepted.
-        prepare: called before each solve, and not taken back: the place to call `refine_grid`.
-        steps: the number of equal steps of a path without failures, after the first solve.
-        shrinkage: by which a step is divided after a failure.
-        smallest: the shortest step, as a share of the path.
+        start, stop: The first and the last parameter.
+        target: The largest loss that is accepted.
+        prepare: Called before each solve, and not taken back: the place to call `refine_grid`.
+        steps: The number of equal steps of a path without failures, after the first solve.
+        shrinkage: By which a step is divided after a failure.
+        smallest: The shortest step, as a share of the path.
         scale: "log" for steps of equal ratio, "linear" for steps of equal length.
 
     Returns:
         The record of each solve.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: An argument is out of range.
         TypeError: `model` is no module.
-        RuntimeError: a solve fails at `start`, or the step gets too short. The model is that of the last success.
+        RuntimeError: A solve fails at `start`, or the step gets too short. The model is that of the last success.
 
     Source: E. L. Allgower and K. Georg, "Introduction to Numerical Continuation Methods" (1990), chapter 6.
 
     Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.kan import KAN, jet
-    >>> from peft_lotra.optim import LevenbergMarquardt
-    >>> from peft_lotra.pde import HardConstraint, box_points, continuation
-    >>> model, x = HardConstraint(KAN([1, 4, 1]), lambda x: 1 - x**2).double(), box_points([-1], [1], 40)
-    >>> def solve(viscosity):  # of a boundary layer
-    ...     def equation(model, x):
-    ...         u, du, d2u = jet(model, x)
-    ...         return viscosity * d2u[0] + du[0] + 1
-    ...     return LevenbergMarquardt(model).fit([(equation, x)], 10, progress=False)
-    >>> path = continuation(model, solve, 1.0, 0.1, target=0.1, steps=3)
-    >>> path[-1].value, path[-1].accepted
-    (0.1, True)
-
-    ```
+        >>> import torch
+        >>> from peft_lotra.kan import KAN, jet
+        >>> from peft_lotra.optim import LevenbergMarquardt
+        >>> from peft_lotra.pde import HardConstraint, box_points, continuation
+        >>> model, x = HardConstraint(KAN([1, 4, 1]), lambda x: 1 - x**2).double(), box_points([-1], [1], 40)
+        >>> def solve(viscosity):  # of a boundary layer
+        ...     def equation(model, x):
+        ...         u, du, d2u = jet(model, x)
+        ...         return viscosity * d2u[0] + du[0] + 1
+        ...     return LevenbergMarquardt(model).fit([(equation, x)], 10, progress=False)
+        >>> path = continuation(model, solve, 1.0, 0.1, target=0.1, steps=3)
+        >>> path[-1].value, path[-1].accepted
+        (0.1, True)
     """
     check_module(model)
     if scale not in ("log", "linear"):

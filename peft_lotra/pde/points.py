@@ -21,27 +21,22 @@ METHODS = ("sobol", "latin", "uniform")
 def box_points(
     low: Sequence[float], high: Sequence[float], count: int, *, method: str = "sobol", seed: int = 0
 ) -> Tensor:
-    """
-    Points in a box, float64 (count, I).
+    """Points in a box, float64 (count, I).
 
     Args:
-        low, high: the ends of the box, I numbers each.
-        count: the number of points.
+        low, high: The ends of the box, I numbers each.
+        count: The number of points.
         method: "sobol" (scrambled Sobol points), "latin" (a Latin hypercube: one point in each of `count` slices of
             each coordinate) or "uniform" (independent points).
-        seed: the same seed gives the same points.
+        seed: The same seed gives the same points.
 
     Raises:
-        ValueError: the box is empty, `count` is below 1, or the method is unknown.
+        ValueError: The box is empty, `count` is below 1, or the method is unknown.
 
     Example:
-
-    ```py
-    >>> from peft_lotra.pde import box_points
-    >>> box_points((-1, 0), (1, 1), 100).shape
-    torch.Size([100, 2])
-
-    ```
+        >>> from peft_lotra.pde import box_points
+        >>> box_points((-1, 0), (1, 1), 100).shape
+        torch.Size([100, 2])
     """
     low_end, high_end = check_box(low, high)
     return low_end + (high_end - low_end) * _unit_points(len(low_end), count, method, seed)
@@ -73,29 +68,24 @@ def side_points(
     method: str = "sobol",
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """
-    Points on sides of a box, and the outward normals there, for conditions that are terms of the loss.
+    """Points on sides of a box, and the outward normals there, for conditions that are terms of the loss.
 
     Args:
-        low, high, method, seed: as for `box_points`.
-        count: the number of points on each side.
-        sides: pairs (coordinate, end) of an index and "low" or "high"; None for all of them.
+        low, high, method, seed: As for `box_points`.
+        count: The number of points on each side.
+        sides: Pairs (coordinate, end) of an index and "low" or "high"; None for all of them.
 
     Returns:
         Points and unit normals, float64 (sides count, I) each, side after side.
 
     Raises:
-        ValueError: as `box_points`, or a side is none of the box.
+        ValueError: As `box_points`, or a side is none of the box.
 
     Example:
-
-    ```py
-    >>> from peft_lotra.pde import side_points
-    >>> points, normals = side_points((-1, 0), (1, 1), 50, sides=[(0, "low"), (0, "high")])
-    >>> points.shape, normals[0].tolist()
-    (torch.Size([100, 2]), [-1.0, 0.0])
-
-    ```
+        >>> from peft_lotra.pde import side_points
+        >>> points, normals = side_points((-1, 0), (1, 1), 50, sides=[(0, "low"), (0, "high")])
+        >>> points.shape, normals[0].tolist()
+        (torch.Size([100, 2]), [-1.0, 0.0])
     """
     low_end, high_end = check_box(low, high)
     every = [(i, end) for i in range(len(low_end)) for end in ("low", "high")]
@@ -114,39 +104,34 @@ def side_points(
 
 
 class ResidualSampler:
-    r"""
-    Collocation points that are drawn anew, some of them where the residual is large.
+    r"""Collocation points that are drawn anew, some of them where the residual is large.
 
     Of the `count` points, the share `share` is drawn from `pool` times as many candidates with probability
     proportional to |r|^power, and the rest is spread evenly over the box. A second set of `count / 4` points, spread
     evenly, is held out: `fit(..., held=...)` of `LevenbergMarquardt` shows what the residual is between the points.
 
     Args:
-        low, high: the ends of the box, I numbers each.
-        count: the number of points.
-        share: the share of the points that follow the residual, 0 to 1.
-        power: how strongly they follow it.
-        pool: candidates for each point.
-        seed: each draw takes the next one.
+        low, high: The ends of the box, I numbers each.
+        count: The number of points.
+        share: The share of the points that follow the residual, 0 to 1.
+        power: How strongly they follow it.
+        pool: Candidates for each point.
+        seed: Each draw takes the next one.
 
     Raises:
-        ValueError: an argument is out of range, or the residual is not finite or has a wrong shape.
+        ValueError: An argument is out of range, or the residual is not finite or has a wrong shape.
 
     Source: C. Wu et al., "A comprehensive study of non-adaptive and residual-based adaptive sampling for
     physics-informed neural networks", arXiv 2207.10289.
 
     Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.kan import KAN, laplacian
-    >>> from peft_lotra.pde import ResidualSampler
-    >>> kan, sampler = KAN([2, 5, 1]).double(), ResidualSampler((-1, -1), (1, 1), 200)
-    >>> points, held = sampler.draw(lambda x: laplacian(kan, x) - 1)
-    >>> points.shape, held.shape
-    (torch.Size([200, 2]), torch.Size([50, 2]))
-
-    ```
+        >>> import torch
+        >>> from peft_lotra.kan import KAN, laplacian
+        >>> from peft_lotra.pde import ResidualSampler
+        >>> kan, sampler = KAN([2, 5, 1]).double(), ResidualSampler((-1, -1), (1, 1), 200)
+        >>> points, held = sampler.draw(lambda x: laplacian(kan, x) - 1)
+        >>> points.shape, held.shape
+        (torch.Size([200, 2]), torch.Size([50, 2]))
     """
 
     def __init__(
@@ -172,12 +157,11 @@ class ResidualSampler:
 
     @torch.no_grad()
     def draw(self, residual: Callable[[Tensor], Tensor], knots: KnotMap | None = None) -> tuple[Tensor, Tensor]:
-        """
-        The next points.
+        """The next points.
 
         Args:
-            residual: takes points (n, I) to residuals (n,) or (n, m).
-            knots: a map of the box's coordinates. Half of the evenly spread points, and of the candidates, are then
+            residual: Takes points (n, I) to residuals (n,) or (n, m).
+            knots: A map of the box's coordinates. Half of the evenly spread points, and of the candidates, are then
                 spread evenly in its outputs, so that they are dense where the knots are.
 
         Returns:

@@ -30,39 +30,34 @@ def knot_density(
     share: float = 0.6,
     seed: int = 0,
 ) -> Tensor:
-    r"""
-    The relative number of knots that each cell of each coordinate of a box needs, for `KnotMap`:
+    r"""The relative number of knots that each cell of each coordinate of a box needs, for `KnotMap`:
 
         (1 - share) + share m / mean(m),   m = (mean of u_ii^2 over the cell and all other coordinates)^(power / 2).
 
     Args:
-        model: a network of the coordinates, as for `jet`; of several outputs all count.
-        low, high: the ends of the box, I numbers each.
-        cells: equal cells of each coordinate.
-        power: how strongly the density follows the second derivative.
-        share: the share of the knots that follow it.
-        seed: of the points in the other coordinates.
+        model: A network of the coordinates, as for `jet`; of several outputs all count.
+        low, high: The ends of the box, I numbers each.
+        cells: Equal cells of each coordinate.
+        power: How strongly the density follows the second derivative.
+        share: The share of the knots that follow it.
+        seed: Of the points in the other coordinates.
 
     Returns:
         Positive numbers (I, cells) with mean 1, float64.
 
     Raises:
-        ValueError: the box is empty, an argument is out of range, or the derivatives are not finite.
+        ValueError: The box is empty, an argument is out of range, or the derivatives are not finite.
         TypeError: `model` is no module.
 
     Source: C. de Boor, "Good approximation by splines with variable knots II" (1974): knots that make a power of a
     derivative equal in all intervals.
 
     Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.kan import KAN
-    >>> from peft_lotra.pde import knot_density
-    >>> knot_density(KAN([2, 5, 1]).double(), (-1, -1), (1, 1), cells=16).shape
-    torch.Size([2, 16])
-
-    ```
+        >>> import torch
+        >>> from peft_lotra.kan import KAN
+        >>> from peft_lotra.pde import knot_density
+        >>> knot_density(KAN([2, 5, 1]).double(), (-1, -1), (1, 1), cells=16).shape
+        torch.Size([2, 16])
     """
     check_module(model)
     low_end, high_end = check_box(low, high)

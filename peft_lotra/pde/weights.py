@@ -19,14 +19,13 @@ from ..kan.jets.derivatives import jet
 
 @torch.no_grad()
 def gradient_weights(model: nn.Module, x: Tensor, scale: float = 0.1, directions: Tensor | None = None) -> Tensor:
-    r"""
-    w = 1 / (1 + scale |grad u|), (n, 1): a shock, whose residual is as large as it is steep, no longer owns the loss.
+    r"""w = 1 / (1 + scale |grad u|), (n, 1): a shock, with a residual as large as it is steep, owns the loss no longer.
 
     Args:
-        model: a network, as for `jet`; of several outputs all derivatives count.
-        x: points (n, I).
-        scale: the inverse of the slope that gives half of the weight.
-        directions: the derivatives that count, (D, I); all coordinates by default.
+        model: A network, as for `jet`; of several outputs all derivatives count.
+        x: Points (n, I).
+        scale: The inverse of the slope that gives half of the weight.
+        directions: The derivatives that count, (D, I); all coordinates by default.
 
     Raises:
         ValueError: `scale` is negative.
@@ -34,15 +33,11 @@ def gradient_weights(model: nn.Module, x: Tensor, scale: float = 0.1, directions
     Source: L. Liu et al., "Discontinuity computing using physics-informed neural networks", arXiv 2206.03864.
 
     Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.kan import KAN
-    >>> from peft_lotra.pde import gradient_weights
-    >>> gradient_weights(KAN([2, 5, 1]), torch.rand(10, 2)).shape
-    torch.Size([10, 1])
-
-    ```
+        >>> import torch
+        >>> from peft_lotra.kan import KAN
+        >>> from peft_lotra.pde import gradient_weights
+        >>> gradient_weights(KAN([2, 5, 1]), torch.rand(10, 2)).shape
+        torch.Size([10, 1])
     """
     if not scale >= 0:
         raise ValueError(f"`scale` is {scale}, but must be at least 0.")
@@ -52,33 +47,28 @@ def gradient_weights(model: nn.Module, x: Tensor, scale: float = 0.1, directions
 
 @torch.no_grad()
 def causal_weights(residuals: Tensor, times: Tensor, strictness: float = 1.0, slices: int = 20) -> Tensor:
-    r"""
-    w_i = exp(-strictness / 2 sum of the mean squared residuals of all earlier slices of time), (n, 1).
+    r"""w_i = exp(-strictness / 2 sum of the mean squared residuals of all earlier slices of time), (n, 1).
 
     A time is trained when all earlier ones are solved. With the square root of the published weight, the weight of a
     squared residual is the published one.
 
     Args:
         residuals: (n,) or (n, m).
-        times: the time of each, (n,) or (n, 1).
-        strictness: how small the residuals must get before later times count.
-        slices: the number of equal slices of the range of times.
+        times: The time of each, (n,) or (n, 1).
+        strictness: How small the residuals must get before later times count.
+        slices: The number of equal slices of the range of times.
 
     Raises:
-        ValueError: shapes do not fit, values are not finite, or an argument is out of range.
+        ValueError: Shapes do not fit, values are not finite, or an argument is out of range.
 
     Source: S. Wang, S. Sankaran and P. Perdikaris, "Respecting causality is all you need for training physics-informed
     neural networks", arXiv 2203.07404.
 
     Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.pde import causal_weights
-    >>> causal_weights(torch.ones(4), torch.tensor([0.0, 0.3, 0.6, 1.0]), slices=2).flatten()
-    tensor([1.0000, 1.0000, 0.6065, 0.6065])
-
-    ```
+        >>> import torch
+        >>> from peft_lotra.pde import causal_weights
+        >>> causal_weights(torch.ones(4), torch.tensor([0.0, 0.3, 0.6, 1.0]), slices=2).flatten()
+        tensor([1.0000, 1.0000, 0.6065, 0.6065])
     """
     n, times = len(residuals), times.flatten()
     if times.shape != (n,) or not n:
@@ -101,32 +91,27 @@ def causal_weights(residuals: Tensor, times: Tensor, strictness: float = 1.0, sl
 
 
 class ResidualAttention:
-    r"""
-    Self-adaptive weights of fixed points: w <- decay w + rate |r| / max |r|, which grow where residuals stay large.
+    r"""Self-adaptive weights of fixed points: w <- decay w + rate |r| / max |r|, that grow where residuals stay large.
 
     Args:
-        decay: below 1, so that weights stay below rate / (1 - decay).
-        rate: how fast they follow.
+        decay: Below 1, so that weights stay below rate / (1 - decay).
+        rate: How fast they follow.
 
     Attributes:
         weights: (n, 1) after the first update.
 
     Raises:
-        ValueError: an argument is out of range, or the number of residuals changed.
+        ValueError: An argument is out of range, or the number of residuals changed.
 
     Source: S. J. Anagnostopoulos et al., "Residual-based attention in physics-informed neural networks", arXiv
     2307.00379.
 
     Example:
-
-    ```py
-    >>> import torch
-    >>> from peft_lotra.pde import ResidualAttention
-    >>> attention = ResidualAttention(decay=0.5, rate=0.5)
-    >>> attention.update(torch.tensor([1.0, 2.0])).flatten()
-    tensor([0.7500, 1.0000])
-
-    ```
+        >>> import torch
+        >>> from peft_lotra.pde import ResidualAttention
+        >>> attention = ResidualAttention(decay=0.5, rate=0.5)
+        >>> attention.update(torch.tensor([1.0, 2.0])).flatten()
+        tensor([0.7500, 1.0000])
     """
 
     def __init__(self, decay: float = 0.9, rate: float = 0.1) -> None:
