@@ -19,7 +19,7 @@ from ..kan.jets.derivatives import jet
 
 @torch.no_grad()
 def gradient_weights(model: nn.Module, x: Tensor, scale: float = 0.1, directions: Tensor | None = None) -> Tensor:
-    r"""w = 1 / (1 + scale |grad u|), (n, 1): a shock, with a residual as large as it is steep, owns the loss no longer.
+    """w = 1 / (1 + scale |grad u|), (n, 1): a shock, with a residual as large as it is steep, owns the loss no longer.
 
     Args:
         model: A network, as for `jet`; of several outputs all derivatives count.
