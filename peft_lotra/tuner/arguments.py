@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
 from functools import wraps
 from types import MappingProxyType
@@ -144,6 +145,17 @@ def check_values(config: Any) -> None:
         may_be_none = entry.default is None or entry.default_factory is not MISSING
         if check is not None and not (may_be_none if value is None else check[0](value)):
             raise ValueError(f"`{entry.name}` must be {check[1]}, got {value!r:.200}.")
+
+
+@contextmanager
+def clear_errors(folder: str) -> Iterator[None]:
+    """Makes a ValueError of what values of any kind raise in PEFT and in the parser of JSON."""
+    try:
+        yield
+    except (TypeError, RecursionError, OverflowError) as error:
+        if "missing required keys" in str(error):  # PEFT's own words
+            raise
+        raise ValueError(f"The config of the adapter in {folder} is broken: {error}") from error
 
 
 def patterns_of(config: Any) -> dict[str, list[str]]:

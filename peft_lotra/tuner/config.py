@@ -40,6 +40,7 @@ from .arguments import (
     START,
     TRAIN,
     check_values,
+    clear_errors,
     compile_patterns,
     option,
     patterns_of,
@@ -373,12 +374,8 @@ class LoTRAConfig(PeftConfig):
         hub_kwargs, own_kwargs, _ = cls._split_kwargs(kwargs)
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         check_size(os.path.join(folder, CONFIG_NAME))
-        try:
+        with clear_errors(folder):
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except (TypeError, RecursionError, OverflowError) as error:
-            if "missing required keys" in str(error):  # PEFT's own words
-                raise
-            raise ValueError(f"The config of the adapter in {folder} is broken: {error}") from error
         assert isinstance(config, LoTRAConfig)
         weights = find_weights(pretrained_model_name_or_path, subfolder, hub_kwargs)
         if weights is not None:
@@ -387,7 +384,8 @@ class LoTRAConfig(PeftConfig):
             if not config.checkpoint.has_digest(digest) and os.path.isfile(pending):
                 # `save_adapter` was interrupted between its last two steps: this is the config of these tensors
                 check_size(pending)
-                config = cls.from_peft_type(**cls.from_json_file(pending))
+                with clear_errors(folder):
+                    config = cls.from_peft_type(**cls.from_json_file(pending))
                 assert isinstance(config, LoTRAConfig)
             config.checkpoint = config.checkpoint.with_tensors(shapes, digest, folder)
         config.resolve(config.checkpoint.tensors or {})

@@ -20,7 +20,7 @@ import time
 import traceback
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from dense import DenseLayer, dense, read_layer
-from hostile import CLEAR, CONFIG, WEIGHTS, Net, TooSlow, X, adapted, differences, state_of, time_limit
+from hostile import CLEAR, TooSlow, X, differences, state_of, time_limit
 from peft import PeftModel
+from subjects import ALPHA, SUBJECTS, Files, base_output, expected_output, sound_files, with_adapter
 from torch import Tensor
 from typer.main import get_command
 
@@ -39,23 +39,13 @@ from peft_lotra import hotswap_adapter, write_model_card
 
 HUNG = 5.0  # seconds, see `time_limit`
 PLANTED = "pwned"  # the function that hostile strings call
-Files = Mapping[str, "bytes | str"]  # contents by name; a text is what a link leads to, `/` a folder, `|` a pipe
 
 
 class Case(NamedTuple):
     kinds: list[str]  # of damage, in words
     files: Files
     expected: Tensor | None  # the output of an adapter that is accepted; `None` if it is to be read from the files
-
-
-def sound_files(seed: int) -> dict[str, bytes]:
-    """The files of an adapter of `Net` with a head."""
-    torch.manual_seed(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        model = adapted(r=2, alpha=1.5, modules_to_save=["head"], rank_pattern={"layers.0": (1, 2, 3)})
-        model.base_model.model.head.modules_to_save["default"].weight.data += 0.5
-        model.save_pretrained(folder)
-        return {name: Path(folder, name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    subject: str = "plain"  # the model, of `SUBJECTS`
 
 
 def put(files: Files, folder: Path) -> None:
@@ -73,68 +63,6 @@ def put(files: Files, folder: Path) -> None:
             path.write_bytes(content)
 
 
-# -- what an accepted adapter must compute --------------------------------------------------------------------------
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def read_tensors(content: bytes) -> dict[str, Tensor]:
-    """The floating tensors of a safetensors file, in float64."""
-    length = int.from_bytes(content[:8], "little")
-    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
-    tensors = {}
-    for name, entry in header.items():
-        if name != "__metadata__" and entry["dtype"] in _DTYPES:
-            start, end = entry["data_offsets"]
-            flat = (
-                torch.frombuffer(bytearray(data[start:end]), dtype=_DTYPES[entry["dtype"]])
-                if end > start
-                else torch.empty(0)
-            )
-            tensors[name] = flat.double().view(entry["shape"])
-    return tensors
-
-
-def _alpha(config: dict[str, Any], name: str) -> float:
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        for part in re.split(r"(?<!\\)\|", pattern):
-            plain = re.sub(r"\\(.)", r"\1", part.removeprefix("^"))
-            if name == plain or (not part.startswith("^") and name.endswith(f".{plain}")):
-                return float(alpha)
-    return float(config.get("alpha", 1.0))  # torch multiplies by no int above 64 bits
-
-
-def expected_output(files: Files, config: dict[str, Any] | None = None, x: Tensor = X) -> Tensor:
-    """The output of `Net` with the adapter in these files, in float64, from the files and the formula alone."""
-    config = json.loads(files[CONFIG].decode("utf-8-sig")) if config is None else config
-    tensors = {name.removeprefix("base_model.model."): t for name, t in read_tensors(files[WEIGHTS]).items()}
-    layers, head = _base()
-    x = x.double()
-    for name, layer in layers.items():
-        parts = [tensors.get(f"{name}.lotra_{part}") for part in ("core", "factor_out", "factor_in", "factor_basis")]
-        update = torch.zeros_like(layer.tensor)
-        if all(part is not None for part in parts):
-            delta = _alpha(config, name) * dense(parts)
-            update[..., : delta.shape[-1]] += delta
-        x = layer(x, update)
-    weight, bias = (tensors.get(f"head.{name}", value) for name, value in head.items())
-    return x @ weight.T + bias
-
-
-@cache
-def _base() -> tuple[dict[str, DenseLayer], dict[str, Tensor]]:
-    """The layers of `Net`, and the parameters of its head."""
-    net = Net()
-    layers = {f"kan.layers.{index}": read_layer("own", module) for index, module in enumerate(net.kan.layers)}
-    return layers, {name: parameter.detach().double() for name, parameter in net.head.named_parameters()}
-
-
-@cache
-def _base_output() -> Tensor:
-    return Net()(X).detach()
-
-
 # -- the doors ------------------------------------------------------------------------------------------------------
 
 
@@ -145,17 +73,15 @@ def _command() -> Any:
     return get_command(app)
 
 
-LIVE = {"alpha": 1.5, "modules_to_save": ["head"], "rank_pattern": {"layers.0": (1, 2, 3)}}  # of the adapter there
-
-
 class Doors:
     """Sends folders through all doors; the models that it uses are kept until one has changed."""
 
-    def __init__(self) -> None:
+    def __init__(self, subject: str) -> None:
+        self.subject = subject
+        self.live_config = {"alpha": ALPHA, **SUBJECTS[subject].config}
         self.bare = self.live = None
         # copies cost less than models that are made anew
-        torch.manual_seed(11)
-        self.sound = Net(), adapted(adapter_name="existing", **LIVE)
+        self.sound = SUBJECTS[subject].make(), with_adapter(subject, 11, "existing")
         with torch.no_grad():
             self.live_output = self.sound[1](X)
 
@@ -169,7 +95,7 @@ class Doors:
 
     def load(self, folder: Path) -> Tensor:
         bare, self.bare = self.bare, None
-        return PeftModel.from_pretrained(bare, folder)(X)
+        return PeftModel.from_pretrained(bare, folder).eval()(X)
 
     def load_beside(self, folder: Path) -> Tensor:
         live, self.live = self.live, None
@@ -182,7 +108,7 @@ class Doors:
         live, self.live = self.live, None
         live.load_adapter(folder, "existing")
         with live.disable_adapter():
-            assert torch.equal(live(X), _base_output()), "the base was changed"
+            assert torch.equal(live(X), base_output(self.subject).to(X)), "the base was changed"
         return live(X)
 
     def hotswap(self, folder: Path) -> Tensor:
@@ -248,13 +174,15 @@ class Doors:
                 else:
                     setattr(self, kind, model)
         else:
-            wrong = "" if y is None else self._compare(y, case, LIVE if name == "load_over" else None)
+            wrong = "" if y is None else self._compare(y, case, self.live_config if name == "load_over" else None)
         return ended, wrong, seconds
 
     def _compare(self, y: Tensor, case: Case, config: dict[str, Any] | None) -> str:
         """How an output differs from what the files say, by their config or by that of an adapter there."""
         try:
-            expected = expected_output(case.files, config) if config or case.expected is None else case.expected
+            expected = (
+                expected_output(self.subject, case.files, config) if config or case.expected is None else case.expected
+            )
         except Exception as error:  # not of the package
             return f"accepted, but of no output that can be computed from the files: {error!r:.150}"
         size = expected.abs().max().clamp(min=0.1)
@@ -289,19 +217,21 @@ def run(
         the processor, and the growth of the peak memory of the process.
     """
     warnings.simplefilter("ignore")
-    doors, ended, by_kind = Doors(), defaultdict(Counter), defaultdict(Counter)
+    ended, by_kind = defaultdict(Counter), defaultdict(Counter)
     wrong, slowest, refused = [], dict.fromkeys(Doors.DOORS, 0.0), 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "adapter")
-        put(sound_files(0), folder)
-        for name in Doors.DOORS:  # imports what is imported late, fills caches
-            how, problem, _ = doors.try_door(name, folder, Case([], sound_files(0), None))
-            assert (how, problem) == ("accepted", ""), (name, how, problem)
+        by_subject = {subject: Doors(subject) for subject in SUBJECTS}
+        for subject, doors in by_subject.items():  # imports what is imported late, fills caches
+            put(sound_files(subject, 0), folder)
+            for name in Doors.DOORS:
+                how, problem, _ = doors.try_door(name, folder, Case([], sound_files(subject, 0), None, subject))
+                assert (how, problem) == ("accepted", ""), (subject, name, how, problem)
         memory = _peak()
         for index in range(count) if only is None else [only]:
             case = generate(random.Random(f"{seed} {index}"))
             put(case.files, folder)
-            results = {}
+            doors, results = by_subject[case.subject], {}
             for name in Doors.DOORS:
                 results[name], problem, seconds = doors.try_door(name, folder, case)
                 for _ in range(2):
@@ -315,7 +245,7 @@ def run(
                     wrong.append({"index": index, "door": name, "kinds": case.kinds, "what": problem})
                     print(f"{index}, {name}, {'; '.join(case.kinds)[:200]}: {problem}", flush=True)
             for kind in case.kinds:
-                by_kind[kind.partition(":")[0]][results["load"]] += 1
+                by_kind[f"{case.subject}, {kind.partition(':')[0]}"][results["load"]] += 1
             refused += results["load"] != "accepted"
             if index % 500 == 499:
                 print(f"{index + 1:,} cases, {len(wrong)} wrong", flush=True)

@@ -3,8 +3,9 @@
 
 """Hostile adapters from a grammar of fields, types, sizes, patterns, names, headers and dtypes.
 
-A sound adapter of `hostile.Net` is rewritten in one to four places, as an author would who writes fitting digests.
-Each is refused clearly, or computes what its files say. The tests run 200. Ten thousand, with a table and a report:
+A sound adapter of one of `SUBJECTS` is rewritten in one to four places, as an author would who writes fitting digests,
+and now and then further files lie beside its two. Each is refused clearly, or computes what its files say. The tests
+run 200. Ten thousand, with a table and a report:
 
     PYTHONPATH=. python tests/support/grammar.py --count 10000 --output examples/studies/results/fuzz_configs.json
 
@@ -18,10 +19,12 @@ import random
 import sys
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
-from doors import PLANTED, Case, main, sound_files
+from doors import PLANTED, Case, main
 from hostile import CONFIG, WEIGHTS
+from subjects import PENDING, SUBJECTS, sound_files
 
 
 CALL = f'{PLANTED}("x")'
@@ -46,13 +49,20 @@ LAYERS = [
     "1",
     "kan.layers.2",
     "xkan.layers.0",
+    "norm",
+    "dense",
+    "slim",
+    "strip",
+    "waves",
+    "waves.linear",
 ]
 FIELDS = [
     "r", "alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
     "alpha_pattern", "modules_to_save", "rank_dropout", "module_dropout", "init_weights", "adapt_residual",
     "base_layers", "check_base", "base_digest", "integrity", "peft_type", "task_type", "inference_mode", "revision",
     "base_model_name_or_path", "auto_mapping", "peft_version", "bias", "lora_alpha", "use_dora", "megatron_config",
-    "_record_base", "checkpoint", "targets_all_kan", "__class__", "", "runtime_config",
+    "_record_base", "checkpoint", "targets_all_kan", "__class__", "", "runtime_config", "train", "save_norm_stats",
+    "self", "cls", "kwargs", "_unresolved", "description", "lora_dropout", "alphа", "ALPHA", "alpha ",
 ]  # fmt: skip
 NUMBERS = [
     0, 1, -1, 2, 3, 7, 1000, 10**6, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400, 0.0, -0.0, 0.5, 1.0, 1.5, -2.5,
@@ -84,6 +94,49 @@ def pattern(rng: random.Random) -> str:
     if rng.random() < 0.4:
         body = f"({body}){rng.choice(['*', '+', '{1,20}', '?'])}"
     return body * rng.choice([1, 1, 2, 8, 30, 2000]) + rng.choice(["", "$", "Z", "!!"])
+
+
+# of the description of a family
+ASPECTS = [
+    "coefficients", "residual", "edge_scale", "kernel", "groups", "linear", "grid", "grid_methods",
+    "checkpoint_methods", "network_methods", "bias", "axes", "basis", "matches", "family", "splines", "derivatives",
+    "normalization", "__class__", "",
+]  # fmt: skip
+PARAMETERS = [
+    "weights", "filters", "linear.weight", "linear.bias", "width", "linear", "forward", "__class__", "weights.*", "*",
+    "linear.*", "_parameters", "training", "base_layer.weights", "lotra_core", "weights.grad", "weights.data", "0",
+    "linear.weight.__class__", "weіghts", "a." * 2000 + "a",
+]  # fmt: skip
+LAYOUTS = [
+    "o i k", "i o k", "k i o", "o (i k)", "o (k i)", "(o i) k", "(i k) o", "o i", "i o", "o", "i", "k", "o i k h",
+    "o i h k", "i o k h", "o i k h w", "g o i k h", "o ((i k) + i)", "o ((i k) + o)", "o (i k) + i", "... o i",
+    "o i ...", "o i k ...", "1 o i k", "o 1 i k", "o o i", "o i k k", "() o i k", "(o (i k))", "(o", "o)", "+", "o+i",
+    "o i *", "_ o i", " ".join(f"a{i}" for i in range(500)), "(" * 900 + "o i k" + ")" * 900,
+    "o i " + "(k + i) " * 200,
+]  # fmt: skip
+
+
+def of_description(rng: random.Random, description: Any) -> Any:
+    """A description of a family with another aspect."""
+    description = dict(description) if isinstance(description, dict) else {}
+    aspect = rng.choice(ASPECTS)
+    pair = [rng.choice([*PARAMETERS, *TEXTS]), rng.choice([*LAYOUTS, *LAYOUTS, *TEXTS])]
+    fitting = {
+        "coefficients": rng.choice([pair, [pair], [pair] * 2, [["weights", "o (i k)"], pair], [["filters", pair[1]]]]),
+        "kernel": rng.choice(["", "h", "h w", "k", "o", "i", "k h", *TEXTS]),
+        "groups": rng.choice(["", "g", "o", "k", "i g", *TEXTS]),
+        "linear": rng.random() < 0.5,
+        "bias": pair[0],
+        "axes": {rng.choice("koihg"): rng.choice([*NUMBERS, [3], [3, 0], [2] * 50])},
+        "network_methods": {pair[0]: rng.choice([None, *PARAMETERS])},
+        **dict.fromkeys(["grid", "grid_methods", "checkpoint_methods"], pair[:1] * rng.choice([0, 1, 1, 3, 500])),
+    }
+    how = rng.randrange(4)
+    if how == 0:
+        description.pop(aspect, None)
+    else:
+        description[aspect] = value(rng) if how == 1 else fitting.get(aspect, pair)
+    return rng.choice([description] * 20 + [None, [], {}, "o i k"])
 
 
 def value(rng: random.Random, depth: int = 0) -> Any:
@@ -123,11 +176,23 @@ def fitting(rng: random.Random, field: str, config: dict[str, Any]) -> Any:
         layers = json.loads(json.dumps(config.get("base_layers") or {}))
         layers = layers if isinstance(layers, dict) else {}  # an earlier change may have made it anything
         for layer in (layer for layer in layers.values() if isinstance(layer, dict)):
-            layer[rng.choice(["family", "shape", "has_residual", "grid", "parameters", "new"])] = value(rng)
+            if rng.random() < 0.5:
+                layer["description"] = of_description(rng, layer.get("description"))
+            else:
+                layer[rng.choice(["family", "shape", "has_residual", "grid", "parameters", "new"])] = value(rng)
+        if rng.random() < 0.7:
+            return layers
         layers[rng.choice(LAYERS + TEXTS)] = rng.choice(
             [{}, {"family": "slim-kan", "shape": [10**9] * 3, "has_residual": True}, value(rng)]
         )
         return layers
+    if field == "train":
+        components = ["core", "factor_out", "factor_in", "factor_basis", "factor_kernel", *TEXTS]
+        return rng.choice(
+            [components[:4], [rng.choice(components)], [rng.choice(components)] * 2, rng.choice(components)]
+        )
+    if field in ("save_norm_stats", "adapt_residual"):
+        return rng.random() < 0.5
     if field == "auto_mapping":
         return {"base_model_class": rng.choice(TEXTS), "parent_library": rng.choice(TEXTS)}
     if field == "integrity":
@@ -153,14 +218,20 @@ def of_tensors(rng: random.Random, config: dict[str, Any], tensors: dict[str, li
     dtype, shape, data = tensors[name]
     axes = shape if isinstance(shape, list) else []
     where = "base_model.model."
-    kind = rng.choice(["rename", "add", "drop", "dtype", "shape", "values", "both ranks", "many", "swap"])
+    kind = rng.choice(["rename", "add", "drop", "dtype", "shape", "values", "both ranks", "many", "swap", "negative"])
     others = [
         f"{where}kan.layers.0.spline_weight", f"{where}kan.layers.0.base_layer.spline_weight",
         f"{where}kan.layers.0.grid_bounds", f"{where}head.weight", f"{where}head.modules_to_save.existing.weight",
         f"{where}head.original_module.weight", f"{name}.existing", f"{name}.default",
         f"{where}kan.layers.0.lotra_core.existing", f"{where}kan.layers.7.lotra_core", f"{where}lotra_core",
         "lotra_core", f"{where}kan.layers.0.lotra_scaling", f"{name} ", name.upper(), f"{where}{name}",
-        name.removeprefix(where), f"{where}.lotra_core", *TEXTS,
+        name.removeprefix(where), f"{where}.lotra_core", f"{where}norm.lotra_running_mean",
+        f"{where}norm.running_mean",
+        f"{where}norm.lotra_running_var", f"{where}norm.lotra_running_mean.existing", f"{where}lotra_running_mean",
+        f"{where}norm.lotra_num_batches_tracked", f"{where}kan.layers.0.lotra_factor_kernel", f"{where}slim.core",
+        f"{where}slim.factor_basis", f"{where}waves.weights", f"{where}waves.width",
+        f"{where}waves.lotra_factor_kernel",
+        f"{where}strip.filters", f"{where}norm.weight", name.replace("o", "о", 1), name.replace("/", "\\"), *TEXTS,
     ]  # fmt: skip
     if kind == "rename":
         tensors[rng.choice(others)] = tensors.pop(name)
@@ -216,6 +287,12 @@ def of_tensors(rng: random.Random, config: dict[str, Any], tensors: dict[str, li
             [b"\xff\xff\xff\x7f", b"\0\0\x80\x7f", b"\xff\xff\x7f\x7f", b"\1\0\0\0", b"\0\0\0\0", b"\0\0\0\x80"]
         )
         tensors[name] = [dtype, shape, fill * (len(data) // 4) if rng.random() < 0.5 else data[:-4] + fill]
+    elif kind == "negative":  # a variance below zero, for one; numbers in F32
+        tensors[name] = [
+            dtype,
+            shape,
+            b"".join(data[i : i + 3] + bytes([data[i + 3] | 0x80]) for i in range(0, len(data) - 3, 4)),
+        ]
     elif kind == "both ranks":  # that fit each other, and not the config
         for key, (dtype, shape, _) in tensors.items():
             tensors[key] = [dtype, [1] * (len(shape) if isinstance(shape, list) else 1), b"\0\0\0\0"]
@@ -283,10 +360,10 @@ def written(tensors: dict[str, list], rng: random.Random, hostile: bool) -> byte
     return b"" if kind == "empty" else content
 
 
-def text_of(config: Any, rng: random.Random) -> bytes:
+def text_of(config: Any, rng: random.Random, often: bool = False) -> bytes:
     """The JSON of a config, now and then in another form than `json.dumps` writes."""
     text = json.dumps(config)
-    kind = rng.randrange(60)
+    kind = rng.randrange(18 if often else 60)
     forms: dict[int, Callable[[], bytes]] = {
         0: lambda: b"\xef\xbb\xbf" + text.encode(),
         1: lambda: text.encode("utf-16"),
@@ -307,8 +384,8 @@ def text_of(config: Any, rng: random.Random) -> bytes:
 
 
 @cache
-def _sound() -> tuple[str, dict[str, list]]:
-    files = sound_files(0)
+def _sound(subject: str) -> tuple[str, dict[str, list]]:
+    files = sound_files(subject, 0)
     length = int.from_bytes(files[WEIGHTS][:8], "little")
     header, data = json.loads(files[WEIGHTS][8 : 8 + length]), files[WEIGHTS][8 + length :]
     header.pop("__metadata__")
@@ -316,8 +393,44 @@ def _sound() -> tuple[str, dict[str, list]]:
     return files[CONFIG].decode(), tensors
 
 
+# the ninefold of each of nine entries, nine times
+BOMB = "a: &a [x]\n" + "".join(f"{y}: &{y} [{', '.join([f'*{x}'] * 9)}]\n" for x, y in pairwise("abcdefghi"))
+FRONT = [
+    "[1", "a: &a [*a]", "tags: 3\nbase_model: [1]", "- x", "x: !!python/object/apply:os.system ['id']", "tags: [[a]]",
+    "model-index: 3", "model-index:\n- name: x\n  results: [{}]", f"license: {'x' * 10**6}", "metrics: {a: 1}", BOMB,
+    "a: 1\n---\n{}\n---", "datasets: {}", "? [a]\n: b", "a: 2001-01-01", "pipeline_tag: [x]", "library_name: 3",
+]  # fmt: skip
+
+
+def beside(rng: random.Random, subject: str, config: dict[str, Any], files: dict[str, Any]) -> str:
+    """A further file in the folder, of one that loading or writing a card looks for."""
+    name = rng.choice(
+        [PENDING, PENDING, PENDING, "README.md", "README.md", "adapter_model.bin", ".saving", "existing", "other"]
+    )
+    content = rng.choice(["/", "|", "nowhere", name, "/dev/null"])
+    if name == PENDING:
+        if rng.random() < 0.9:
+            content = text_of({**config, "integrity": None}, rng, often=True)
+        if rng.random() < 0.9:  # whose digest is that of other tensors, as after a killed save
+            files[CONFIG] = sound_files(subject, 1)[CONFIG]
+    elif name == "README.md" and rng.random() < 0.8:
+        text = (
+            rng.choice(["", "\ufeff"])
+            + f"---\n{rng.choice(FRONT)}\n---\n" * rng.choice([0, 1, 1, 1])
+            + rng.choice(["", "# [x]", "```python\n" + CALL, "### Framework versions\n", *TEXTS])
+        )
+        content = text.encode("utf-8", "surrogatepass")
+    elif name == "adapter_model.bin" and rng.random() < 0.8:
+        content = b"cos\nsystem\n(S'touch pwned'\ntR."
+        if rng.random() < 0.5:
+            del files[WEIGHTS]
+    files[name] = content
+    return f"beside: {name}"
+
+
 def generate(rng: random.Random) -> Case:
-    text, tensors = _sound()
+    subject = rng.choice(list(SUBJECTS))
+    text, tensors = _sound(subject)
     config, tensors = json.loads(text), dict(tensors)
     if rng.random() < 0.95:
         config["integrity"] = None
@@ -337,7 +450,9 @@ def generate(rng: random.Random) -> Case:
         name = rng.choice([CONFIG, WEIGHTS])
         files[name] = rng.choice(["/", "|", "nowhere", name, "/dev/zero", "/dev/null"])
         kinds.append(f"{name} is {files[name]}")
-    return Case(kinds, files, None)
+    if rng.random() < 0.1:
+        kinds.append(beside(rng, subject, config, files))
+    return Case(kinds, files, None, subject)
 
 
 PATTERNED = {
@@ -352,14 +467,14 @@ PATTERNED = {
 
 def generate_pattern(rng: random.Random) -> Case:
     """A sound adapter with a generated pattern in one field."""
-    text, tensors = _sound()
+    subject = rng.choice(list(SUBJECTS))
+    text, tensors = _sound(subject)
     field, config = rng.choice(sorted(PATTERNED)), {**json.loads(text), "integrity": None}
     config[field] = PATTERNED[field](pattern(rng))
     if field == "layers_pattern":
         config.update(layers_to_transform=[0, 1], target_modules=None)
-    return Case(
-        [f"pattern in {field}"], {CONFIG: json.dumps(config).encode(), WEIGHTS: written(tensors, rng, False)}, None
-    )
+    files = {CONFIG: json.dumps(config).encode(), WEIGHTS: written(tensors, rng, False)}
+    return Case([f"pattern in {field}"], files, None, subject)
 
 
 if __name__ == "__main__":

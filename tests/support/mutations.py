@@ -13,8 +13,9 @@ from __future__ import annotations
 import random
 from functools import cache
 
-from doors import Case, expected_output, main, sound_files
+from doors import Case, main
 from hostile import CONFIG, WEIGHTS
+from subjects import SUBJECTS, expected_output, sound_files
 from torch import Tensor
 
 
@@ -60,20 +61,21 @@ def mutate(content: bytes, rng: random.Random, other: bytes) -> tuple[str, bytes
 
 
 @cache
-def _originals() -> list[tuple[dict[str, bytes], Tensor]]:
+def _originals(subject: str) -> list[tuple[dict[str, bytes], Tensor]]:
     """Two sound adapters, with what they compute."""
-    return [(files, expected_output(files)) for files in map(sound_files, (0, 1))]
+    return [(files, expected_output(subject, files)) for files in (sound_files(subject, seed) for seed in (0, 1))]
 
 
 def generate(rng: random.Random) -> Case:
     """A sound adapter with one damaged file, or with two."""
-    (good, expected), (other, of_other) = _originals()
+    subject = rng.choice(list(SUBJECTS))
+    (good, expected), (other, of_other) = _originals(subject)
     files, kinds = dict(good), []
     for name in [rng.choice(FILES)] if rng.random() < 0.9 else FILES:
         kind, files[name] = mutate(good[name], rng, other[name])
         kinds.append(f"{name.split('.')[0].removeprefix('adapter_')}, {kind}")
     # spliced from the front on, both files are those of the other adapter
-    return Case(kinds, files, of_other if files == other else expected)
+    return Case(kinds, files, of_other if files == other else expected, subject)
 
 
 if __name__ == "__main__":
