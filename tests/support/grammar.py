@@ -53,8 +53,8 @@ LAYERS = [
     "dense",
     "slim",
     "strip",
-    "waves",
-    "waves.linear",
+    "ramps",
+    "ramps.linear",
 ]
 FIELDS = [
     "r", "alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
@@ -229,8 +229,8 @@ def of_tensors(rng: random.Random, config: dict[str, Any], tensors: dict[str, li
         f"{where}norm.running_mean",
         f"{where}norm.lotra_running_var", f"{where}norm.lotra_running_mean.existing", f"{where}lotra_running_mean",
         f"{where}norm.lotra_num_batches_tracked", f"{where}kan.layers.0.lotra_factor_kernel", f"{where}slim.core",
-        f"{where}slim.factor_basis", f"{where}waves.weights", f"{where}waves.width",
-        f"{where}waves.lotra_factor_kernel",
+        f"{where}slim.factor_basis", f"{where}ramps.weights", f"{where}ramps.width",
+        f"{where}ramps.lotra_factor_kernel",
         f"{where}strip.filters", f"{where}norm.weight", name.replace("o", "о", 1), name.replace("/", "\\"), *TEXTS,
     ]  # fmt: skip
     if kind == "rename":

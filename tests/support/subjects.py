@@ -29,8 +29,11 @@ Files = Mapping[str, "bytes | str"]  # contents by name; a text is what a link l
 PENDING = ".adapter_config.json.next"
 
 
-class Waves(nn.Module):
-    """y[o] = sum_{i,k} weights[o,i,k] cos(k x[i] / width) + sum_i linear[o,i] x[i]; of no family that is known."""
+class Ramps(nn.Module):
+    """y[o] = sum_{i,k} weights[o,i,k] tanh(k x[i] / width) + sum_i linear[o,i] x[i]; of no family that is known.
+
+    Cosines would be noise for inputs so large that their rounding errors exceed 1.
+    """
 
     def __init__(self, in_features: int, out_features: int, size: int = 3) -> None:
         super().__init__()
@@ -40,20 +43,20 @@ class Waves(nn.Module):
         self.register_buffer("width", torch.tensor(2.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        waves = (x[..., None] / self.width * torch.arange(1, self.size + 1)).cos()
-        return torch.einsum("bik,oik->bo", waves, self.weights.unflatten(1, (-1, self.size))) + self.linear(x)
+        ramps = (x[..., None] / self.width * torch.arange(1, self.size + 1)).tanh()
+        return torch.einsum("bik,oik->bo", ramps, self.weights.unflatten(1, (-1, self.size))) + self.linear(x)
 
 
 class Strip(nn.Module):
-    """y[o,t] = sum_{i,k,h} filters[o,i,k,h] cos(k x[i,t+h])."""
+    """y[o,t] = sum_{i,k,h} filters[o,i,k,h] tanh(k x[i,t+h])."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.filters = nn.Parameter(torch.randn(out_channels, in_channels, 3, 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        waves = (x.unfold(-1, 2, 1)[:, :, None] * torch.arange(1, 4)[:, None, None]).cos()
-        return torch.einsum("bikth,oikh->bot", waves, self.filters)
+        ramps = (x.unfold(-1, 2, 1)[:, :, None] * torch.arange(1, 4)[:, None, None]).tanh()
+        return torch.einsum("bikth,oikh->bot", ramps, self.filters)
 
 
 class Rich(nn.Module):
@@ -67,13 +70,13 @@ class Rich(nn.Module):
         self.norm = nn.BatchNorm1d(4)
         self.slim = SlimKANLinear(4, 3, ranks=2)
         self.strip = Strip(1, 2)
-        self.waves = Waves(4, 3)
+        self.ramps = Ramps(4, 3)
         self.head = nn.Linear(3, 2)
         torch.set_rng_state(state)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.slim(self.norm(self.dense(x)))
-        return self.head(self.waves(self.strip(y[:, None]).flatten(1)))
+        return self.head(self.ramps(self.strip(y[:, None]).flatten(1)))
 
 
 class Subject(NamedTuple):
@@ -87,7 +90,7 @@ SUBJECTS = {
         Net, ("kan.layers.0", "kan.layers.1"), {"modules_to_save": ["head"], "rank_pattern": {"layers.0": (1, 2, 3)}}
     ),
     "rich": Subject(
-        Rich, ("dense", "slim", "strip", "waves"), {"modules_to_save": ["head"], "rank_pattern": {"waves": (1, 2, 3)}}
+        Rich, ("dense", "slim", "strip", "ramps"), {"modules_to_save": ["head"], "rank_pattern": {"ramps": (1, 2, 3)}}
     ),
 }
 ALPHA = 1.5
@@ -97,8 +100,8 @@ ALPHA = 1.5
 def families() -> Iterator[None]:
     """Registers the families of `Rich` for a while: afterwards only files tell of them."""
     register_kan_layer(
-        "waves",
-        matches=Waves,
+        "ramps",
+        matches=Ramps,
         coefficients=("weights", "o (i k)"),
         residual=("linear.weight", "o i"),
         axes={"k": 3},
@@ -109,7 +112,7 @@ def families() -> Iterator[None]:
     try:
         yield
     finally:
-        for name in ("waves", "strip"):
+        for name in ("ramps", "strip"):
             del registry._SPECS[name]
 
 
@@ -204,12 +207,12 @@ def expected_output(subject: str, files: Files, config: dict[str, Any] | None = 
         x = (x - mean) / (variance + 1e-5).sqrt() * state["norm.weight"] + state["norm.bias"]
         x = run("slim", x)[:, None]
         k = torch.arange(1, 4)
-        waves = (x.unfold(-1, 2, 1)[:, :, None] * k[:, None, None]).cos()
-        x = torch.einsum("bikth,oikh->bot", waves, updated("strip", state["strip.filters"])).flatten(1)
-        weights = state["waves.weights"].unflatten(1, (-1, 3))
-        weights = updated("waves", torch.cat([weights, state["waves.linear.weight"][..., None]], dim=-1))
-        functions = torch.cat([(x[..., None] / state["waves.width"] * k).cos(), x[..., None]], dim=-1)
-        x = torch.einsum("bik,oik->bo", functions, weights) + state["waves.linear.bias"]
+        ramps = (x.unfold(-1, 2, 1)[:, :, None] * k[:, None, None]).tanh()
+        x = torch.einsum("bikth,oikh->bot", ramps, updated("strip", state["strip.filters"])).flatten(1)
+        weights = state["ramps.weights"].unflatten(1, (-1, 3))
+        weights = updated("ramps", torch.cat([weights, state["ramps.linear.weight"][..., None]], dim=-1))
+        functions = torch.cat([(x[..., None] / state["ramps.width"] * k).tanh(), x[..., None]], dim=-1)
+        x = torch.einsum("bik,oik->bo", functions, weights) + state["ramps.linear.bias"]
     weight, bias = (tensors.get(f"head.{name}", state[f"head.{name}"]) for name in ("weight", "bias"))
     return x @ weight.T + bias
 
