@@ -150,11 +150,12 @@ def runs_of(setting: dict) -> list[tuple]:
     ]
 
 
-def sweep(setting: dict, losses: dict[tuple, float], save: Callable[[], None]) -> None:
-    """Adds the losses of the runs of the setting that are not there yet."""
+def sweep(setting: dict, widest: int, losses: dict[tuple, float], save: Callable[[], None]) -> None:
+    """Adds the losses of the runs of the setting, up to a width, that are not there yet."""
     problem, of = None, None
-    for run in tqdm([run for run in runs_of(setting) if run not in losses], unit="run"):
-        task, name, policy, width, lr, seed = run
+    missing = [run for run in runs_of(setting) if run not in losses]
+    for task, name, policy, width, lr, seed in tqdm([run for run in missing if run[3] <= widest], unit="run"):
+        run = (task, name, policy, width, lr, seed)
         if of != (task, width, seed):
             problem, of = make_problem(task, setting["library"], width, seed, setting["steps"]), (task, width, seed)
         losses[run] = adapt(problem, name, policy, lr, seed)
@@ -242,16 +243,15 @@ def draw(rows: list[dict], path: Path) -> None:
             rule = "one rate for all components" if policy == "uniform" else "a rate for each component"
             ax.axvline(lr, color="gray", lw=1, ls=":")
             ax.set(xscale="log", yscale="log", xlabel=f"learning rate of {optimizer}")
-            ax.set_title(
-                f'{rule} (policy "{policy}"):\n{lr:g} has at most {worst:.2g} times the best error of a width'
-            )
+            share = "the best error" if worst == 1 else f"at most {worst:.3g} times the best error"
+            ax.set_title(f'{rule} (policy "{policy}"):\n{lr:g} has {share} of each width')
             rates = sorted({lr for losses in by_width.values() for lr in losses})
             ticks = [
                 lr for lr in rates if round(lr / 10 ** math.floor(math.log10(lr) + 1e-9)) in (1, 3) or lr == rates[0]
             ]
             ax.set_xticks(ticks, [f"{lr:g}" for lr in ticks])
             ax.set_xticks([], minor=True)
-            ax.legend(loc="lower left")
+            ax.legend()  # where it covers least
         row[0].set_ylabel(f"{titles[task]}:\nerror after training / error of the base", fontsize=9)
     figure.suptitle("Stars: the best rate at each width; crosses at the top: training diverges in one of the seeds.")
     figure.savefig(path)
@@ -268,14 +268,14 @@ def main() -> None:
         redraw=True,
     )
     parser.add_argument("--library", default="peft-lotra", choices=("peft-lotra", "efficient-kan", "pykan"))
-    parser.add_argument("--widest", type=int, default=512, help="leave out the widths above (default: %(default)s)")
+    parser.add_argument("--widest", type=int, default=512, help="run no wider networks (default: %(default)s)")
     args = parser.parse_args()
 
     setting = {
         "library": args.library,
         "tasks": TASKS,
         "steps": 300,
-        "seeds": {n: s for n, s in {16: 3, 64: 3, 256: 3, 512: 1}.items() if n <= args.widest},
+        "seeds": {16: 3, 64: 3, 256: 3, 512: 1},
         "rates": {name: rates for name, (_, rates) in OPTIMIZERS.items()},
     }
     if args.library != "peft-lotra":  # slower libraries; pykan is at least ten times slower
@@ -295,8 +295,9 @@ def main() -> None:
                 losses[(*(row[key] for key in KEYS), seed)] = math.inf if loss is None else loss
 
     def rows() -> list[dict]:
+        """Those of the setting, then what else the file has."""
         found: dict[tuple, list[float]] = {}
-        for run in runs_of(setting):
+        for run in dict.fromkeys([*runs_of(setting), *losses]):
             if run in losses:
                 found.setdefault(run[:-1], []).append(losses[run])
         return [dict(zip(KEYS, key, strict=True), losses=values) for key, values in found.items()]
@@ -306,7 +307,7 @@ def main() -> None:
         path.write_text(json.dumps({"setting": setting | fixed, "rows": finite}, indent=1) + "\n")
 
     if not args.redraw:
-        sweep(setting, losses, save)
+        sweep(setting, args.widest, losses, save)
     show_tables(Console(), rows())
     draw(rows(), path.with_suffix(".png"))
     print(f"written: {path} and .png")

@@ -39,8 +39,27 @@ def test_learning_rates_that_were_run_are_not_run_again() -> None:
     runs = learning_rates.runs_of(setting)
     assert len(runs) == 8 and {width for _, _, _, width, _, _ in runs} == {16}
     losses, saved = dict.fromkeys(runs[:-1], 0.5), []
-    learning_rates.sweep(setting, losses, save=lambda: saved.append(len(losses)))
+    learning_rates.sweep(setting, 8, losses, save=lambda: saved.append(len(losses)))
+    assert saved == []  # no network is that narrow
+    learning_rates.sweep(setting, 512, losses, save=lambda: saved.append(len(losses)))
     assert saved == [8] and [losses[run] for run in runs[:-1]] == [0.5] * 7 and losses[runs[-1]] > 0
+
+
+def test_learning_rates_of_few_widths_keep_those_of_the_others(tmp_path: Path, monkeypatch) -> None:
+    import learning_rates
+
+    known = load("learning_rates_pykan")
+    known["rows"] = [row for row in known["rows"] if (row["width"], row["lr"]) != (16, 0.1)]
+    known["rows"].append({**known["rows"][0], "width": 32, "losses": [0.5]})  # of another setting
+    (tmp_path / "learning_rates_pykan.json").write_text(json.dumps(known))
+    monkeypatch.setattr(learning_rates, "adapt", lambda *_: 0.25)
+    monkeypatch.setattr(learning_rates, "make_problem", lambda *_: None)
+    arguments = ["learning_rates.py", "--library", "pykan", "--widest", "16", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    learning_rates.main()
+    written = json.loads((tmp_path / "learning_rates_pykan.json").read_text())["rows"]
+    assert [row for row in known["rows"] if row not in written] == []
+    assert len(written) == len(known["rows"]) + 2  # one for each policy
 
 
 def test_low_rank_evidence(tmp_path: Path) -> None:
