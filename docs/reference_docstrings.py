@@ -6,14 +6,26 @@
 from __future__ import annotations
 
 import re
+import textwrap
 
 import griffe
 
 
 # an argument with its type, in PEFT's way
-TYPED = re.compile(r"^( +\w+) \((.*`.*)\):$", re.MULTILINE)
+TYPED = re.compile(r"^( +\w+) \((.*?`.*?)\):(?= |$)", re.MULTILINE)
+# several of one description
+ATTRIBUTES = re.compile(r"(?<=^Attributes:\n)(?: .*\n?)+", re.MULTILINE)
+NAMES = re.compile(r"^( +\w+(?:, \w+)+)(?=: )", re.MULTILINE)
+ERRORS = re.compile(r"^( +)(\w+Error), (\w+Error)(: .*)$", re.MULTILINE)
+# the attributes of a class in PEFT's way
+LISTED = re.compile(r"^(\*\*Attributes\*\*:\n)((?: .*\n?)+)", re.MULTILINE)
 # a call and what follows it, up to an empty line
 DOCTEST = re.compile(r"^([ \t]*)>>> .*\n(?:[ \t]*\S.*\n)*", re.MULTILINE)
+
+
+def without_spaces(names: re.Match) -> str:
+    """Names with spaces that do not break: griffe takes what follows a space for a type."""
+    return names[0].replace(", ", ",\xa0")
 
 
 class Docstrings(griffe.Extension):
@@ -22,7 +34,10 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.docstring is not None:
             text = re.sub(r"\[(`[^`\]]+`)\](?![\[(])", r"\1", obj.docstring.value)
-            text = TYPED.sub(lambda found: f"{found[1]} ({found[2].replace('`', '')}):", text)
+            text = TYPED.sub(lambda found: f"{found[1]} ({re.sub('[`*]', '', found[2])}):", text)
+            text = ATTRIBUTES.sub(lambda found: NAMES.sub(without_spaces, found[0]), text)
+            text = ERRORS.sub(r"\1\2\4\n\1\3\4", text)
+            text = LISTED.sub(lambda found: f"{found[1]}\n{textwrap.dedent(found[2])}", text)
             text = DOCTEST.sub(r"\1```pycon\n\g<0>\1```\n", text + "\n")
             obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
 

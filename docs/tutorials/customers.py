@@ -135,7 +135,7 @@ print("emil's scans by the slot of anna:", accuracy(model, scans(180)[TEST]))
 merged = model.merge_and_unload()
 torch.onnx.export(merged, (x[:2],), "emil.onnx", dynamo=True, verbose=False)
 
-import onnxruntime  # noqa: E402
+import onnxruntime
 
 
 session = onnxruntime.InferenceSession("emil.onnx")

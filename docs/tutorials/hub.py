@@ -26,18 +26,18 @@ from pathlib import Path
 
 package = Path(importlib.util.find_spec("peft_lotra").origin).parent  # of a clone
 sys.path.append(str(package.parent / "tests" / "support"))
-from hub_server import Hub, HubServer  # noqa: E402
+from hub_server import Hub, HubServer
 
 
 server = HubServer(Hub({"hf_user": "user"})).__enter__()
 os.environ |= {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_user", "HF_HUB_DISABLE_XET": "1", "HF_HOME": "hub_cache"}
 
 # %%
-import torch  # noqa: E402
-from peft import AutoPeftModel, get_peft_model  # noqa: E402
+import torch
+from peft import AutoPeftModel, get_peft_model
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, push_to_hub  # noqa: E402
-from peft_lotra.kan import KANConfig, KANModel  # noqa: E402
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, push_to_hub
+from peft_lotra.kan import KANConfig, KANModel
 
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers
@@ -75,7 +75,7 @@ print(commit.commit_url)
 # The card:
 
 # %%
-from huggingface_hub import ModelCard  # noqa: E402
+from huggingface_hub import ModelCard
 
 
 print(ModelCard.load("user/kan-sines").content)

@@ -23,12 +23,12 @@ import warnings
 
 os.environ["TQDM_DISABLE"] = "1"  # pykan's bars would fill the page
 
-import torch  # noqa: E402
-from kan import KAN, create_dataset  # noqa: E402
-from peft import get_peft_model  # noqa: E402
+import torch
+from kan import KAN, create_dataset
+from peft import get_peft_model
 
-from peft_lotra import LoTRAConfig, find_kan_layers, model_summary  # noqa: E402
-from peft_lotra.plotting import plot_edge_functions  # noqa: E402
+from peft_lotra import LoTRAConfig, find_kan_layers, model_summary
+from peft_lotra.plotting import plot_edge_functions
 
 
 warnings.filterwarnings("ignore", module="kan")
