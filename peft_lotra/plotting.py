@@ -266,7 +266,7 @@ def plot_history(
     left.set(xlabel="step", ylabel="weighted mean square")
     left.legend(fontsize=8)
     right.plot(steps, [step.damping for step in history], color="0.4")
-    right.set(title="Damping: low where steps are trusted", xlabel="step", ylabel="damping", yscale="log")
+    right.set(title="Low damping: trusted steps", xlabel="step", ylabel="damping", yscale="log")
     for axis in (left, right):
         axis.grid(alpha=0.25)
     return figure

@@ -17,6 +17,13 @@ from peft_lotra.optim import LevenbergMarquardt
 from peft_lotra.plotting import plot_edge_functions, plot_history, plot_network_change, plot_spectra
 
 
+def assert_titles_fit(figure: Figure) -> None:
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        extent = axis.title.get_window_extent()
+        assert figure.bbox.x0 <= extent.x0 and extent.x1 <= figure.bbox.x1, axis.get_title()
+
+
 def test_spectra(tmp_path):
     model, tuned = KAN([3, 5, 4]), KAN([3, 5, 4])
     figure = plot_spectra(update_spectrum(model, tuned))
@@ -24,6 +31,7 @@ def test_spectra(tmp_path):
     assert [len(line.get_xdata()) for axis in figure.axes for line in axis.lines] == [5, 4, 3, 5, 9, 9]
     assert all(max(line.get_ydata()) < figure.axes[0].get_ylim()[1] for line in figure.axes[0].lines)
     figure.savefig(tmp_path / "spectra.png")
+    assert_titles_fit(figure)
     whole = Figure()
     part = whole.subfigures(1, 2)[1]
     assert plot_spectra(update_spectrum(model, model), part) is part  # a zero update too
@@ -145,6 +153,7 @@ def test_history(tmp_path):
     assert list(losses) == [step.loss for step in history]
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()][:3] == ["loss", "a", "b"]
     figure.savefig(tmp_path / "history.png")
+    assert_titles_fit(figure)
     with pytest.raises(ValueError, match="2 terms"):
         plot_history(history, ["a"])
     with pytest.raises(ValueError, match="is empty"):

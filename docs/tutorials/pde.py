@@ -106,4 +106,4 @@ figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
 for axis, (name, values) in zip(axes, fields.items(), strict=True):
     picture = axis.imshow(values.view(81, 81).T, extent=(-1, 1, -1, 1), origin="lower", cmap="RdBu_r")
     axis.set(title=name, xlabel="x", ylabel="y")
-    figure.colorbar(picture, ax=axis)
+    figure.colorbar(picture, ax=axis, shrink=0.7)

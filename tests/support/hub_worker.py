@@ -201,7 +201,6 @@ def readme(folder: Path) -> dict:
     from typer.testing import CliRunner
 
     from peft_lotra import cli
-    from peft_lotra.kan import KANConfig, KANModel
 
     text = (Path(__file__).parents[2] / "docs" / "hub.md").read_text()
     section = text.split("## Share it\n")[1].split("\n## ")[0]
@@ -214,7 +213,7 @@ def readme(folder: Path) -> dict:
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
 
-    namespace = {"kan": KANModel(KANConfig(widths=WIDTHS)), "train": train}
+    namespace = {"train": train}
     exec(pushing.replace("# ... train ...", "train(model)"), namespace)
     found = {"pushed": output(namespace["model"])}
     found["pulled"] = run(pulling) if runnable([pulling]) else found["pushed"]
@@ -231,9 +230,10 @@ def customers(text: str) -> dict[str, list]:
     """The section of docs/hub.md about several adapters of one base: each one's outputs, pushed and pulled."""
     section = text.split("## Customers of one base\n")[1].split("\n## ")[0]
     pushing, pulling = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    train = "for n, p in model.named_parameters():\n    if 'lotra_' in n: p.data += 0.1 * torch.randn_like(p)\n"
+    train = "[p.data.add_(0.1 * torch.randn_like(p)) for p in model.parameters() if p.requires_grad]"
+    assert "    # ... train ..." in pushing
     there, here = {}, {}
-    exec(pushing.replace("# ... train each ...", train), there)
+    exec(pushing.replace("# ... train ...", train), there)
     exec(pulling, here)
     x, found = torch.rand(4, 4), {}
     for name in ("anna", "ben"):
