@@ -300,7 +300,8 @@ class _Facts(NamedTuple):
             paragraphs += ["The base and the adapter in one call (PEFT 0.20 or newer):", self._auto_snippet()]
         if len(self.tables) > 1:
             names = ", ".join(map(_plain, self.tables))
-            paragraphs.append(f"The adapters here are {names}; all but default are loaded by their `subfolder`.")
+            but = " but default" if "default" in self.tables else ""
+            paragraphs.append(f"The adapters here are {names}; all{but} are loaded by their `subfolder`.")
         if self.results:
             paragraphs += ["## Results", _markdown(self._results())]
         return "\n\n".join([*paragraphs, "## Layers", _markdown(self._layers()), *self._fixed(), "## Cite", CITATION])

@@ -157,6 +157,15 @@ class TestWriteModelCard:
         assert 'model = PeftModel.from_pretrained(base, "ann/x", revision="v2")\n' in text
         assert ModelCard(text).data.base_model == "ann/kan" and "is not on the Hub" not in text
 
+    def test_which_adapters_lie_in_subfolders(self, model, tmp_path):
+        model.add_adapter("anna", model.peft_config["default"])
+        model.add_adapter("ben", model.peft_config["default"])
+        write_model_card(model, tmp_path)
+        assert "all but default are loaded by their" in (tmp_path / "README.md").read_text()
+        model.delete_adapter("default")
+        write_model_card(model, tmp_path)
+        assert "anna, ben; all are loaded by their" in (tmp_path / "README.md").read_text()
+
     def test_adapters_in_subfolders(self, model, tmp_path):
         model.add_adapter("other", LoTRAConfig(r=1))
         model.save_pretrained(tmp_path, selected_adapters=["other"])
