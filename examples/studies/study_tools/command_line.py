@@ -22,6 +22,8 @@ EXTRAS = {
     "pina": "examples,pina",
     "lightning": "examples,pina",
     "neuralforecast": "examples,heavy",
+    **dict.fromkeys(("jax", "jaxkan", "flax", "optax"), "examples,peers"),
+    "lycoris": "test,peers",
     **dict.fromkeys(("kan", "qkan", "inkan", "flashkan", "datasets", "pandas"), "test"),
 }
 
