@@ -82,6 +82,7 @@ def test_bad_arguments_are_one_line(capsys, tmp_path) -> None:
         ("pde/transfer.py", "matplotlib", "examples"),
         ("pde/pina_solver.py", "lightning", "examples,pina"),
         ("forecast_neuralforecast.py", "neuralforecast", "examples,heavy"),
+        ("beside_lycoris.py", "lycoris", "test,peers"),
         ("../quickstart.py", "matplotlib", "examples"),
     ],
 )

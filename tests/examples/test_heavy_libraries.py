@@ -1,7 +1,8 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""KANs of large libraries, as they are on PyPI: pip install -e ".[test,heavy]", then pytest tests/examples."""
+"""Libraries that the tests do without, as they are on PyPI: pip install -e ".[test,heavy,peers]", then pytest
+tests/examples."""
 
 from __future__ import annotations
 
@@ -84,3 +85,13 @@ def test_pina_solver(tmp_path):
     assert rows["LoTRA"]["error"] < 0.1 * rows["base, other forcing"]["error"]
     assert rows["LoTRA"]["trainable parameters"] < 0.4 * rows["full fine-tuning"]["trainable parameters"]
     assert (tmp_path / "pina_solver_quick.png").stat().st_size > 10_000
+
+
+def test_lycoris(tmp_path, monkeypatch):
+    pytest.importorskip("lycoris")
+    example = load_example(EXAMPLES / "beside_lycoris.py")
+    monkeypatch.setattr("sys.argv", ["beside_lycoris.py", "--quick", "--output", str(tmp_path)])
+    example.main()
+    results = json.loads((tmp_path / "beside_lycoris_quick.json").read_text())
+    assert set(results["modules that create_lycoris wraps"].values()) == {0}
+    assert results["parameters"]["LoKr"] <= results["parameters"]["LoTRA, gradient start"] == 4752
