@@ -188,8 +188,9 @@ def _add_tucker(block: _RowSums, phi: Tensor, update: Update, columns: list) -> 
     v = (phi @ factor_in).mT.contiguous()
     t = v @ factor_basis
     mixing = core.flatten(1)
-    mixed = scale * t.flatten(2) @ mixing.T
-    expanded = (factor_basis @ core.mT).flatten(1)  # (ro, K ri)
+    # what the gradients of other components alone need is left out
+    mixed = scale * t.flatten(2) @ mixing.T if block.wants(factor_out) else t
+    expanded = (factor_basis @ core.mT).flatten(1) if block.wants(factor_in) else core  # (ro, K ri)
     for column, g in columns:
         f = scale * g @ factor_out
         if block.wants(core):
