@@ -40,7 +40,7 @@ class Problem:
         start, stop: the parameter where continuation starts, and that of the problem.
         residual: (model, x, parameter) to residuals (n, m), without weights.
         distance, lift: of the exact conditions.
-        solve: the reference at a resolution, (NX, NT) on the whole domain.
+        solve: the reference at a resolution, for a parameter, (NX, NT) on the whole domain.
         resolution: what is fine enough.
         terms: conditions that are terms of the loss.
         outputs: of the network; the first one is the solution.
@@ -57,7 +57,7 @@ class Problem:
     residual: Callable[[nn.Module, Tensor, float], Tensor]
     distance: Callable[[Tensor], Tensor]
     lift: Callable[[Tensor], Tensor]
-    solve: Callable[[int], np.ndarray]
+    solve: Callable[[int, float], np.ndarray]
     resolution: int
     features: BoxFeatures
     terms: Callable[[], list[tuple]] = list
@@ -91,7 +91,7 @@ class Problem:
 
 @cache
 def _solved(problem: Problem, resolution: int) -> np.ndarray:
-    return problem.solve(resolution)
+    return problem.solve(resolution, problem.stop)
 
 
 def _axes(low: tuple[float, float], high: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
@@ -106,10 +106,10 @@ def burgers(model: nn.Module, x: Tensor, nu: float) -> Tensor:
     return u_t + u * u_x - nu * u_xx
 
 
-def cole_hopf(nodes: int) -> np.ndarray:
+def cole_hopf(nodes: int, nu: float) -> np.ndarray:
     """The exact solution; the Gaussian integral by the trapezoidal rule, which converges exponentially."""
-    nu = 0.01 / math.pi
-    z = np.linspace(-8, 8, nodes)
+    reach = 4 + 0.5 / math.sqrt(nu)  # characteristics are no longer than 1, which is 2 sqrt(nu) z at t = 1
+    z = np.linspace(-reach, reach, nodes)
     x, t = (axis for axis in _axes((-1, 0), (1, 1)))
     y = x[:, None, None] - np.sqrt(4 * nu * t)[None, :, None] * z
     exponent = -np.cos(math.pi * y) / (2 * math.pi * nu) - z**2
@@ -132,7 +132,7 @@ def flux(model: nn.Module, x: Tensor) -> Tensor:
 
 def middle() -> list[tuple]:
     """The even solution has no slope at x = 0."""
-    return [(flux, side_points((0, 0), (1, 1), 100, [(0, "low")])[0], 0.1)]
+    return [(flux, (side_points((0, 0), (1, 1), 100, [(0, "low")])[0],), 0.1)]
 
 
 def chebyshev(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -143,8 +143,8 @@ def chebyshev(n: int) -> tuple[np.ndarray, np.ndarray]:
     return x, matrix - np.diag(matrix.sum(1))
 
 
-def solve_allen_cahn(n: int) -> np.ndarray:
-    d, (nodes, slope) = 1e-4, chebyshev(n)
+def solve_allen_cahn(n: int, d: float) -> np.ndarray:
+    nodes, slope = chebyshev(n)
     second = (slope @ slope)[1:-1]
     x, t = _axes((-1, 0), (1, 1))
     edge = second[:, 0] + second[:, -1]
@@ -161,17 +161,18 @@ def solve_allen_cahn(n: int) -> np.ndarray:
     return BarycentricInterpolator(nodes, full)(x)
 
 
-# Helmholtz: u_xx + u_yy + u = q, u = 0 on the boundary, u = sin(pi x) sin(4 pi y)
+# Helmholtz: u_xx + u_yy + u = q, u = 0 on the boundary, u = sin(pi x) sin(k pi y) with k = 4
 
 
-def helmholtz(model: nn.Module, x: Tensor, _: float) -> Tensor:
+def helmholtz(model: nn.Module, x: Tensor, k: float) -> Tensor:
     u, _, laplacian = jet(model, x, collapse=True)
-    return laplacian + u - (1 - 17 * math.pi**2) * torch.sin(math.pi * x[:, :1]) * torch.sin(4 * math.pi * x[:, 1:])
+    factor = 1 - (1 + k**2) * math.pi**2
+    return laplacian + u - factor * torch.sin(math.pi * x[:, :1]) * torch.sin(k * math.pi * x[:, 1:])
 
 
-def exact_helmholtz(_: int) -> np.ndarray:
+def exact_helmholtz(_: int, k: float) -> np.ndarray:
     x, y = _axes((-1, -1), (1, 1))
-    return np.sin(math.pi * x)[:, None] * np.sin(4 * math.pi * y)
+    return np.sin(math.pi * x)[:, None] * np.sin(k * math.pi * y)
 
 
 # Korteweg-de Vries: u_t + u u_x + e u_xxx = 0, u(x, 0) = cos(pi x), 2-periodic; a second output w = e u_xx, whose
@@ -184,9 +185,9 @@ def korteweg_de_vries(model: nn.Module, x: Tensor, e: float) -> Tensor:
     return torch.cat([rate[:, :1] + u * slope[:, :1] + slope[:, 1:], (w - e * second[:, :1]) / math.sqrt(e)], 1)
 
 
-def solve_korteweg_de_vries(n: int) -> np.ndarray:
+def solve_korteweg_de_vries(n: int, e: float) -> np.ndarray:
     """Fourier collocation; the third derivative by an integrating factor."""
-    e, wave = 0.0025, 1j * math.pi * np.fft.fftfreq(n, 1 / n)
+    wave = 1j * math.pi * np.fft.fftfreq(n, 1 / n)
     wave[n // 2] = 0
     x, t = _axes((-1, 0), (1, 1))
 
@@ -208,13 +209,13 @@ def sine_gordon(model: nn.Module, x: Tensor, k: float) -> Tensor:
     return wave + k * torch.sin(u)
 
 
-def solve_sine_gordon(n: int) -> np.ndarray:
+def solve_sine_gordon(n: int, k: float) -> np.ndarray:
     wave = 1j * math.pi * np.fft.fftfreq(n, 1 / n)
     x, t = _axes((-1, 0), (1, 1))
 
     def rate(_, state: np.ndarray) -> np.ndarray:
         u, velocity = np.split(state, 2)
-        return np.r_[velocity, ifft(wave**2 * fft(u)).real - 20 * np.sin(u)]
+        return np.r_[velocity, ifft(wave**2 * fft(u)).real - k * np.sin(u)]
 
     nodes = -1 + 2 * np.arange(n) / n
     start = np.r_[2 * np.sin(math.pi * nodes) + np.sin(2 * math.pi * nodes), np.zeros(n)]
@@ -231,9 +232,9 @@ def advection(model: nn.Module, x: Tensor, c: float) -> Tensor:
     return u_t + c * u_x
 
 
-def exact_advection(_: int) -> np.ndarray:
+def exact_advection(_: int, c: float) -> np.ndarray:
     x, t = _axes((0, 0), (2 * math.pi, 1))
-    return np.sin(x[:, None] - 30 * t)
+    return np.sin(x[:, None] - c * t)
 
 
 # Fisher's equation: u_t = 5 u_xx + r u (1 - u), 2 pi-periodic, of the same paper, at its r = 5; the start is its
@@ -245,12 +246,12 @@ def fisher(model: nn.Module, x: Tensor, r: float) -> Tensor:
     return u_t - 5 * u_xx - r * u * (1 - u)
 
 
-def solve_fisher(n: int) -> np.ndarray:
+def solve_fisher(n: int, r: float) -> np.ndarray:
     wave = 1j * np.fft.fftfreq(n, 1 / n)
     x, t = _axes((0, 0), (2 * math.pi, 1))
 
     def rate(_, u: np.ndarray) -> np.ndarray:
-        return 5 * ifft(wave**2 * fft(u)).real + 5 * u * (1 - u)
+        return 5 * ifft(wave**2 * fft(u)).real + r * u * (1 - u)
 
     start = np.exp(-16 / math.pi**2 * (1 + np.cos(2 * math.pi * np.arange(n) / n)))
     found = fft(solve_ivp(rate, (0, 1), start, "Radau", t, rtol=1e-8, atol=1e-10).y, axis=0) / n
@@ -318,8 +319,8 @@ PROBLEMS = {
             "helmholtz",
             "Helmholtz, (1, 4)",
             *SQUARE,
-            start=1.0,
-            stop=1.0,
+            start=4.0,
+            stop=4.0,
             residual=helmholtz,
             distance=BoxDistance(*SQUARE),
             lift=lambda x: torch.zeros_like(x[..., :1]),
