@@ -1,0 +1,222 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Follows three standard problems to a harder parameter, which moves the solution: what an adapter saves.
+
+python examples/studies/pde/moving_targets.py                      # all of it: some hours of one core
+python examples/studies/pde/moving_targets.py --widths 32 --seeds 1 --methods full_lm core_lm
+python examples/studies/pde/moving_targets.py --quick              # tiny, to see it run
+
+Burgers goes from a viscosity of 0.01/pi to 0.005/pi, Allen-Cahn from a diffusion of 1e-4 to 2.5e-5, Helmholtz from the
+wave numbers (1, 4) to (1, 5). The bases are trained by the recipe of standard.py; wide ones by fewer steps of it. Each
+method has the same CPU seconds, and its error is recorded all along, so that any time can be read afterwards. What was
+chosen was chosen on seed 0; seeds 1 to 3 are reported. Runs that are in moving_targets.json are not repeated.
+"""
+
+from __future__ import annotations
+
+from problems import command_line  # isort: split
+
+
+import math
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from problems.methods import CACHE
+from problems.moves import EXTRACTED, METHODS, MOVES, QUICK_SETTING, SETTINGS, base_of, run
+from problems.records import Record
+from problems.standard import NT, NX
+from rich.console import Console
+from study_tools import machine, pictures
+
+
+torch.set_num_threads(1)
+
+RIVAL, BEST = "full_lm", "core_lm"
+TITLES = {key: method.title for key, method in METHODS.items()} | {"extracted_lm": EXTRACTED}
+# colors tell what is trained, dashes the optimizers
+LOOKS = {
+    "full": {"color": "black", "marker": "s"},
+    "core": {"color": pictures.RED, "marker": "o"},
+    "equal_core": {"color": pictures.ORANGE, "marker": "P"},
+    "lotra": {"color": pictures.BLUE, "marker": "^"},
+    "lora": {"color": pictures.GREEN, "marker": "v"},
+    "extracted": {"color": pictures.PURPLE, "marker": "*"},
+}
+
+
+def error_at(curve: list, seconds: float) -> float:
+    """The error after some seconds, between recorded ones on the line of its logarithm."""
+    _, times, errors = zip(*curve, strict=True)
+    return math.exp(np.interp(seconds, times, np.log(errors)))
+
+
+def mean_error(runs: list[dict], seconds: float) -> float:
+    """The geometric mean over seeds."""
+    return statistics.geometric_mean(error_at(run["curve"], seconds) for run in runs)
+
+
+def cells(results: dict) -> list[tuple[str, str]]:
+    """(problem, width) in order, of those that have runs."""
+    return [(name, str(width)) for name in MOVES for width in SETTINGS if str(width) in results.get(name, {})]
+
+
+def pairs(runs: dict[str, list[dict]], key: str) -> list[tuple[dict, dict]]:
+    """The runs of a method and of the rival on the same seeds."""
+    rivals = {run["seed"]: run for run in runs.get(RIVAL, [])}
+    return [(run, rivals[run["seed"]]) for run in runs.get(key, []) if run["seed"] in rivals]
+
+
+def ratios(runs: dict[str, list[dict]], key: str) -> list[float]:
+    """For each seed, the error at half of the rival's seconds as a multiple of the rival's lowest one."""
+    return [error_at(a["curve"], b["seconds"] / 2) / lowest(b) for a, b in pairs(runs, key)]
+
+
+def lowest(run: dict) -> float:
+    """Errors move up and down with the points of a step; the rival is read where it is best."""
+    return min(error for *_, error in run["curve"])
+
+
+def markdown(results: dict, limits: dict[str, float]) -> str:
+    lines = [
+        "Relative L2 errors on the 256 x 101 grid, geometric means over the seeds; CPU seconds of one core of a "
+        "machine that others used too. The last ratio is the error at half of the seconds as a multiple of the lowest "
+        "error of all parameters by LM (mean, and each seed).\n",
+        "| problem | width | method | parameters | share | kB | s a step | steps | error at half | at the end | s "
+        "| half / full LM | seeds |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|---|--:|",
+    ]
+    for name, width in cells(results):
+        runs = results[name][width]
+        for key in (key for key in TITLES if key in runs):
+            found, limit = runs[key], limits[width]
+            first = found[0]
+            each = ratios(runs, key)
+            ratio = "-"
+            if each and key not in (RIVAL, "extracted_lm"):
+                ratio = f"{statistics.geometric_mean(each):.2f} ({', '.join(f'{value:.2f}' for value in each)})"
+            half = "-" if key == "extracted_lm" else f"{mean_error(found, limit / 2):.1e}"
+            lines.append(
+                f"| {MOVES[name].title} | {width} | {TITLES[key]} | {first['parameters']:,} | {first['share']:.0%} "
+                f"| {first['bytes'] / 1000:.0f} | {statistics.mean(run['seconds_per_step'] for run in found):.2g} "
+                f"| {statistics.mean(run['curve'][-1][0] for run in found):.0f} | {half} "
+                f"| {statistics.geometric_mean(run['error'] for run in found):.1e} "
+                f"| {statistics.mean(run['seconds'] for run in found):.0f} | {ratio} | {len(found)} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def headline(results: dict, limits: dict[str, float]) -> str:
+    """The table of docs/pde.md: cores at half of the seconds beside all parameters where these are best."""
+    lines = [
+        "| | width | all parameters, LM, lowest error | cores alone, LM, half of the seconds | ratio, by seed "
+        "| their share of the parameters |",
+        "|---|--:|--:|--:|---|--:|",
+    ]
+    for name, width in cells(results):
+        runs = results[name][width]
+        if not (both := pairs(runs, BEST)):
+            continue
+        mean = statistics.geometric_mean
+        rival, ours = mean(lowest(b) for _, b in both), mean(error_at(a["curve"], limits[width] / 2) for a, _ in both)
+        each = ", ".join(f"{a['seed']}: {x:.2f}" for (a, _), x in zip(both, ratios(runs, BEST), strict=True))
+        share = both[0][0]["share"]
+        lines.append(f"| {MOVES[name].title} | {width} | {rival:.1e} | {ours:.1e} | {each} | {share:.0%} |")
+    return "\n".join(lines) + "\n"
+
+
+def message(results: dict, width: str) -> str:
+    """What the cores reach at half of the rival's seconds."""
+    each = [r for name in MOVES if width in results.get(name, {}) for r in ratios(results[name][width], BEST)]
+    shares = [run["share"] for name in results for run in results[name].get(width, {}).get(BEST, [])]
+    if not each:
+        return f"Errors of networks of width {width} that follow their problem"
+    return (
+        f"Width {width}: at half of the seconds, cores on fixed factors ({max(shares):.0%} of the parameters) have "
+        f"{min(each):.1f} to {max(each):.1f} times the lowest error of all parameters"
+    )
+
+
+def draw(results: dict, limits: dict[str, float], width: str, path: Path) -> None:
+    names = [name for name in MOVES if width in results.get(name, {})]
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 4.2), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names, strict=True):
+        for key, found in results[name][width].items():
+            style = {**LOOKS[key.rpartition("_")[0]], "linestyle": "-" if key.endswith("_lm") else "--"}
+            if key == "extracted_lm":
+                seconds = statistics.mean(run["seconds"] for run in found)
+                error = statistics.geometric_mean(run["error"] for run in found)
+                axis.plot(seconds, error, **{**style, "linestyle": "none", "markersize": 9}, label=TITLES[key])
+                continue
+            times = np.linspace(0, min(run["seconds"] for run in found), 17)
+            axis.plot(times, [mean_error(found, t) for t in times], **style, markevery=4, label=TITLES[key])
+        axis.axvline(limits[width] / 2, color=pictures.GRAY, linewidth=1, linestyle=":")
+        axis.set(yscale="log", xlabel="CPU seconds", title=MOVES[name].title)
+    axes[0][0].set_ylabel("relative L2 error")
+    handles = {text: line for ax in axes[0] for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    figure.suptitle(message(results, width))
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def report(record: Record, stem: Path) -> None:
+    found = record.read()
+    limits = {width: setting["seconds"] for width, setting in found["recipe"].items()}
+    stem.with_suffix(".md").write_text(f"{headline(found['results'], limits)}\n{markdown(found['results'], limits)}")
+    widths = [width for _, width in cells(found["results"])]
+    if widths:
+        shown = "32" if "32" in widths else widths[0]
+        draw(found["results"], limits, shown, stem.with_suffix(".png"))
+
+
+def main() -> None:
+    parser = command_line.Parser(
+        __doc__,
+        takes="about 2 hours on one core",
+        writes="moving_targets.json, moving_targets.md, moving_targets.png; bases in --cache",
+        folder=command_line.RESULTS / "pde",
+        quick="a tiny setting: to see it run",
+        redraw=True,
+    )
+    parser.add_argument("--problems", nargs="+", choices=list(MOVES), default=list(MOVES))
+    parser.add_argument("--widths", nargs="+", type=int, choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of the trained bases (default: %(default)s)")
+    args = parser.parse_args()
+    console = Console(width=140)
+    settings = {10: QUICK_SETTING} if args.quick else SETTINGS
+    widths, seeds = ([10], args.seeds[:1]) if args.quick else (args.widths, args.seeds)
+    stem = args.output / ("moving_targets_quick" if args.quick else "moving_targets")
+    recipe = {str(width): asdict(setting) for width, setting in settings.items()}
+    record = Record(stem.with_suffix(".json"), {"recipe": recipe, "grid": [NX, NT], "bases": {}, "results": {}})
+    if args.quick:
+        record.path.unlink(missing_ok=True)
+    jobs = [(width, seed, name) for width in widths for seed in seeds for name in args.problems]
+    for width, seed, name in [] if args.redraw else jobs:
+        missing = [key for key in args.methods if not record.has(seed, "results", name, str(width), key)]
+        if not missing:
+            continue
+        base, curve = base_of(name, settings[width], seed, args.cache, console)
+        seconds, steps, error = curve[-1]
+        if not record.has(seed, "bases", name, str(width)):
+            line = {"seed": seed, "error": error, "seconds": seconds, "steps": steps}
+            record.add(line | {"error_at_target": MOVES[name].error(base)}, "bases", name, str(width))
+        for key in missing:
+            for found, line in run(name, key, base, settings[width], seed).items():
+                record.add(line | {"machine": machine.describe()}, "results", name, str(width), found)
+                console.print(
+                    f"{name}, width {width}, seed {seed}: {TITLES[found]}, error {line['error']:.2e} after "
+                    f"{line['curve'][-1][0]} steps, {line['seconds']:.1f} CPU s"
+                )
+    report(record, stem)
+    console.print(f"written: {stem}.json, .md and .png")
+
+
+if __name__ == "__main__":
+    main()

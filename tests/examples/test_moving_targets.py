@@ -1,0 +1,93 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Transfer to targets that move the solution: ranks keep their budget, references are new, and the study runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "studies" / "pde"
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """A module of the PDE examples, by its name; they import each other as scripts do."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    threads = torch.get_num_threads()
+    yield importlib.import_module
+    torch.set_num_threads(threads)
+    for name in set(sys.modules) - before:
+        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("width", [10, 32, 64])
+def test_adapters_have_two_fifths_of_the_parameters_at_most(study, width) -> None:
+    moves, recipe = study("problems.moves"), study("problems.recipe")
+    setting, problem = moves.SETTINGS[width], moves.PROBLEMS["helmholtz"]
+    base = recipe.constrained(problem, recipe.new_network(problem, setting.base))
+    total = moves.trainable(base)
+    shares = {
+        key: moves.trainable(m.model(base, setting, 0)) / total for key, m in moves.METHODS.items() if m.lr is None
+    }
+    assert shares.pop("full_lm") == 1
+    assert all(0.05 < share <= 0.4 for share in shares.values())
+    assert 0.2 < shares["lora_lm"] <= 0.4  # its ranks are coarse
+    assert shares["equal_core_lm"] == pytest.approx(shares["lotra_lm"], rel=0.1)
+
+
+def test_targets_have_solutions_of_their_own(study) -> None:
+    moves, standard = study("problems.moves"), study("problems.standard")
+    before, after = standard.PROBLEMS["helmholtz"], moves.MOVES["helmholtz"]
+    assert (before.reference() - after.reference()).norm() > after.reference().norm()
+    x = after.points()
+    expected = torch.sin(torch.pi * x[:, :1]) * torch.sin(5 * torch.pi * x[:, 1:])
+    torch.testing.assert_close(after.reference(), expected)
+    burgers = [problem.solve(800, problem.stop) for problem in (standard.PROBLEMS["burgers"], moves.MOVES["burgers"])]
+    slopes = [abs(u[127, -1] - u[128, -1]) for u in burgers]  # across the shock
+    assert slopes[1] > 1.5 * slopes[0]
+
+
+def test_errors_are_read_at_any_time(study) -> None:
+    moving_targets = study("moving_targets")
+    curve = [(0, 0.0, 1.0), (5, 2.0, 0.01), (9, 4.0, 0.001)]
+    assert moving_targets.error_at(curve, 1.0) == pytest.approx(0.1)
+    assert moving_targets.error_at(curve, 9.0) == pytest.approx(0.001)
+    runs = {"full_lm": [{"seed": 1, "seconds": 4.0, "curve": [(0, 0.0, 1.0), (5, 2.0, 0.05), (9, 4.0, 0.2)]}]}
+    runs["core_lm"] = [{"seed": 1, "curve": curve}, {"seed": 2, "curve": curve}]
+    assert moving_targets.ratios(runs, "core_lm") == [pytest.approx(0.2)]  # seed 2 has no rival
+
+
+def test_the_study_runs_and_keeps_what_it_has(study, tmp_path, monkeypatch, capsys) -> None:
+    moving_targets = study("moving_targets")
+    arguments = ["moving_targets.py", "--quick", "--problems", "helmholtz", "--output", str(tmp_path)]
+    arguments += ["--cache", str(tmp_path / "cache")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    moving_targets.main()
+    path = tmp_path / "moving_targets_quick.json"
+    record = json.loads(path.read_text())
+    runs = record["results"]["helmholtz"]["10"]
+    assert set(runs) == {*moving_targets.METHODS, "extracted_lm"} == set(moving_targets.TITLES)
+    for (run,) in runs.values():
+        assert run["error"] > 0 and run["bytes"] > 0 and len(run["curve"]) > 1
+        assert [point[1] for point in run["curve"]] == sorted(point[1] for point in run["curve"])
+    assert runs["core_lm"][0]["parameters"] < runs["full_lm"][0]["parameters"]
+    assert record["bases"]["helmholtz"]["10"][0]["error_at_target"] > 0
+    assert path.with_suffix(".md").read_text().count("Helmholtz") == len(runs) + 1
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    # nothing that is there is run again
+    monkeypatch.setattr(moving_targets, "run", None)
+    monkeypatch.setattr(moving_targets, "SETTINGS", {10: moving_targets.QUICK_SETTING})
+    path.rename(tmp_path / "moving_targets.json")
+    monkeypatch.setattr(sys, "argv", [arguments[0], *arguments[2:], "--seeds", "1", "--widths", "10"])
+    moving_targets.main()
+    assert (tmp_path / "moving_targets.md").exists()
