@@ -22,7 +22,9 @@ MULTIPLIED = 2**21
 # Fewest rows that enter a matrix product, and the fewest of a wide layer, whose matrix is larger. `layers`
 MIN_ROWS = (256, 512)
 # Of a block's features in a jet, evaluated by hand. `examples/studies/pde/jet_speed.py`
-JET_BLOCK = 2**19
+JET_BLOCK = 2**18
+# Of all functions of a part of a block, in the product of its jet rows. `examples/studies/pde/jet_speed.py`
+JET_PART = 2**17
 # Of the largest tensor of a block in a jet by plain operations. `examples/studies/pde/jet_speed.py`
 PLAIN_JET_BLOCK = 2**18
 # All of these on other devices than the CPU: only bound the memory. `examples/studies/benchmarks/run.py --device cuda`

@@ -15,7 +15,7 @@ from stand_ins import FAMILIES
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, SlimKAN, basis, jet, laplacian
-from peft_lotra.kan.jets import few_outputs
+from peft_lotra.kan.jets import splines
 from peft_lotra.kan.memory import _kept
 from peft_lotra.optim import LevenbergMarquardt
 
@@ -26,7 +26,7 @@ def nothing_kept() -> None:
     for name in list(vars(_kept)):
         delattr(_kept, name)
     basis._power_constants.cache_clear()
-    few_outputs._pieces.cache_clear()
+    splines.spline_pieces.cache_clear()
 
 
 def train(model: nn.Module, x: Tensor) -> list[Tensor]:

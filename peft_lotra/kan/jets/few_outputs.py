@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from ..basis import UniformGrid, cardinal_spline, silu_derivatives
+from ..basis import UniformGrid, silu_derivatives
 from ..product import needs_plain_operations
 from .by_hand import plain_gradients
 from .functions import Basis
+from .splines import spline_pieces
 
 
 # Above so many outputs, the matrix product of `LayerJet` costs less. `examples/studies/pde/jet_speed.py`, with more
@@ -52,7 +52,7 @@ class FewOutputsJet(torch.autograd.Function):
 
         splines, base = weight.view(len(weight), -1, inputs).transpose(1, 2).split([grid.grid_size + order, 1], -1)
         windows = nn.functional.pad(splines, (order + 1, order + 2)).unfold(-1, order + 1, 1)
-        pieces = _pieces(order, z.dtype, z.device)
+        pieces = spline_pieces(order, z.dtype, z.device)[0]
         table = torch.einsum("oijl,lq->qoij", windows, pieces).reshape(-1, inputs * intervals)
         gathered = table.index_select(1, index).view(order + 1, -1, *z.shape)
 
@@ -127,18 +127,7 @@ def _weight_gradient(sizes: tuple[int, ...], t: Tensor, index: Tensor, towards: 
     for total, moment in zip(sums, moments.flatten(0, 1), strict=True):
         total.index_add_(0, index, moment.flatten())
     sums = sums.view(order + 1, outputs, inputs, intervals)
-    windows = torch.einsum("qoij,lq->loij", sums, _pieces(order, t.dtype, t.device))
+    windows = torch.einsum("qoij,lq->loij", sums, spline_pieces(order, t.dtype, t.device)[0])
     # entry l of the window of interval j, counted from -order - 1, is basis function j + l
     shifted = [window[..., order + 1 - m :][..., :num_basis] for m, window in enumerate(windows)]
     return sum(shifted[1:], shifted[0])
-
-
-@lru_cache(maxsize=64)
-def _pieces(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The B-splines in a grid interval as polynomials in the distance from the start of the interval: (p + 1, p + 1),
-    powers ascending, the spline that begins first in row 0."""
-    with torch.inference_mode(False):
-        start = (order - 1) / 2 - torch.arange(order + 1, dtype=torch.float64, device="cpu")
-        points = [start] * order + [start + 0.5]  # the last derivative jumps at the start
-        taylor = [cardinal_spline(x, order, q) / math.factorial(q) for q, x in enumerate(points)]
-        return torch.stack(taylor, -1).to(device, dtype)

@@ -9,14 +9,15 @@ a derivative is (..., K), a view of memory in which the K functions come first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..basis import UniformGrid
-from ..memory import JET_BLOCK, OFF_CPU, blocks
+from ..memory import JET_BLOCK, OFF_CPU, workspace
+from .splines import equal_blocks
 
 
 Derivatives = Callable[[Tensor, int], list[Tensor]]  # z (N, I) and `highest` to the derivatives, each (N, I, K)
@@ -37,7 +38,7 @@ Basis = UniformGrid | FunctionBasis  # the functions of a uniform grid include s
 
 
 class FunctionFeatures:
-    """The functions of a basis for inputs z (I, N) in blocks of rows, with the attributes of `LayerFeatures`."""
+    """The functions of a basis for inputs z (I, N) in blocks of rows, with the attributes of `SplineFeatures`."""
 
     def __init__(self, basis: FunctionBasis, z: Tensor) -> None:
         self.basis = basis
@@ -45,19 +46,44 @@ class FunctionFeatures:
         self.scales = dict.fromkeys((1, 2, 3), z.new_ones(1, 1))
         size = JET_BLOCK if z.device.type == "cpu" else OFF_CPU
         self.rows = max(128, size // max(1, basis.size * len(z)))
-        self.buffer: Tensor | None = None
 
-    def blocks(self, rows: int) -> list[slice]:
-        """Of about the same size, none above `self.rows`."""
-        count = max(1, -(-rows // self.rows))
-        return blocks(0, rows, max(1, -(-rows // count)))
-
-    def derivatives(self, z: Tensor, orders: Sequence[int]) -> tuple[dict[int, Tensor], Tensor, Tensor]:
-        """The derivatives of these orders at z (I, rows), each (K, I, rows); and two buffers more."""
+    def evaluate(self, z: Tensor, orders: Sequence[int]) -> list[Tensor]:
+        """The derivatives of these orders at z (I, rows), each (K, I, rows)."""
         with torch.no_grad():
             found = self.basis.evaluate(z, max(orders))
-        spare = z.new_empty(2, *self.shape, z.shape[1])
-        return {d: found[d].contiguous() for d in orders}, spare[0], spare[1]
+        return [found[d].contiguous() for d in orders]
+
+    def parts(
+        self, z: Tensor, orders: Sequence[int], kept: Sequence[Tensor]
+    ) -> Iterator[tuple[slice, DenseFunctions]]:
+        """The functions for blocks of the rows of z (I, N), from what `evaluate` gave for all rows and these orders,
+        if that was kept."""
+        for block in equal_blocks(z.shape[1], self.rows):
+            functions = kept or self.evaluate(z[:, block], orders)
+            yield block, DenseFunctions(dict(zip(orders, functions, strict=True)))
+
+
+class DenseFunctions:
+    """All functions for a block of rows, by order of the derivative (K, I, R); see `LocalSplines`."""
+
+    def __init__(self, functions: dict[int, Tensor]) -> None:
+        self.functions = functions
+        self.like = next(iter(functions.values()))
+
+    def memory(self, name: str, count: int) -> Tensor:
+        """For `count` tensors of the shape of the functions."""
+        return workspace(name, self.like, count, *self.like.shape)
+
+    def matrices(self, rows: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Tensors (K, I, R) as matrices (K I, R), each with its number."""
+        yield from enumerate(row.flatten(0, 1) for row in rows)
+
+    def towards(self, transposed: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+        """The products of (K I, O) and (O, R): (S, K, I, R)."""
+        found = self.memory("towards", len(gradients))
+        for one, gradient in zip(found, gradients, strict=True):
+            torch.mm(transposed, gradient, out=one.flatten(0, 1))
+        return found
 
 
 def spline_derivatives(

@@ -230,15 +230,12 @@ def jet_rows(
         and not _by_hand_pays(evaluated * (1 + count + seconds), z)
     ):
         return torch.stack(_jet_rows(grid, z, first, second, weights, only_second)).permute(3, 0, 1, 2)
-    block = make_features(grid, z)
-    rows = z.new_empty(z.shape[1], seconds if only_second else 1 + count + seconds, *block.shape)
-    for part in block.blocks(z.shape[1]):
-        derivatives = range(1 if only_second else 0, 3 if count else 1)
-        parts = JetRows(block, part, z, first, second, weights, derivatives)
-        found = [] if only_second else [parts.value, *(partial(parts.first, d) for d in range(count))]
-        found += [partial(parts.second, d) for d in range(seconds)]
-        for index, row in enumerate(found):
-            rows[part, index].flatten(1).copy_(row().T)
+    features = make_features(grid, z)
+    rows = z.new_empty(z.shape[1], seconds if only_second else 1 + count + seconds, *features.shape)
+    found = JetRows(features.scales, first, second, weights, (0, 0, seconds) if only_second else (1, count, seconds))
+    for part, functions in features.parts(z, found.orders(False), ()):
+        for index, matrix in found.matrices(functions, part):
+            rows[part, index].flatten(1).copy_(matrix.T)
     return rows
 
 

@@ -1,44 +1,47 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-
 from __future__ import annotations
 
 import pytest
 import torch
+from jet_helpers import network, points
 
-from peft_lotra.kan import KANLinear
+from peft_lotra.kan import KANLinear, jet
 from peft_lotra.kan.basis import bspline_basis
-from peft_lotra.kan.jets.by_hand import JetRows, LayerFeatures
-
-
-@pytest.mark.parametrize("order", range(1, 6))
-def test_features_are_the_derivatives_of_the_basis(order):
-    layer = KANLinear(3, 2, spline_order=order, dtype=torch.float64)
-    z = torch.rand(3, 50, dtype=torch.float64) * 2.4 - 1.2
-    features = LayerFeatures(layer.grid, z)
-    found, *_ = features.derivatives(z, range(4))
-    for d in range(4):
-        scale = features.scales[d] if d else 1
-        basis = bspline_basis(z.T, *layer.grid, derivative=d).permute(2, 1, 0)
-        torch.testing.assert_close(found[d][:-1] * scale, basis, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found[0][-1], torch.nn.functional.silu(z))
-
-
-def test_blocks_hold_all_rows_once():
-    features = LayerFeatures(KANLinear(40, 2).grid, torch.rand(40, 10_000))
-    blocks = features.blocks(10_000)
-    assert len(blocks) > 1 and max(block.stop - block.start for block in blocks) <= features.rows
-    assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(10_000))
-    assert features.blocks(0) == []
+from peft_lotra.kan.jets import splines
+from peft_lotra.kan.jets.by_hand import JetRows
+from peft_lotra.kan.jets.splines import SplineFeatures
 
 
 def test_jet_rows_of_a_weighted_sum():
     layer, z = KANLinear(3, 2, dtype=torch.float64), torch.rand(3, 20, dtype=torch.float64)
     first, second = torch.rand(2, 3, 20, dtype=torch.float64), torch.rand(1, 3, 20, dtype=torch.float64)
     weights = torch.tensor([2.0, -1.0], dtype=torch.float64)
-    rows = JetRows(LayerFeatures(layer.grid, z), slice(0, 20), z, first, second, weights, range(3))
-    df, d2f = (bspline_basis(z.T, *layer.grid, derivative=d).permute(2, 1, 0) for d in (1, 2))
-    expected = d2f * (2 * first[0] ** 2 - first[1] ** 2) + df * second[0]
-    torch.testing.assert_close(rows.second(0).view(9, 3, 20)[:-1], expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(rows.first(1).view(9, 3, 20)[:-1], df * first[1], rtol=1e-9, atol=1e-9)
+    features = SplineFeatures(layer.grid, z)
+    jet_rows = JetRows(features.scales, first, second, weights, (1, 2, 1))
+    ((part, found),) = features.parts(z, jet_rows.orders(False), ())
+    rows = [matrix.clone().view(9, 3, 20)[:-1] for _, matrix in jet_rows.matrices(found, part)]
+    f, df, d2f = (bspline_basis(z.T, *layer.grid, derivative=d).permute(2, 1, 0) for d in range(3))
+    expected = [f, df * first[0], df * first[1], d2f * (2 * first[0] ** 2 - first[1] ** 2) + df * second[0]]
+    torch.testing.assert_close(rows, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (0,), (1,), (2,), (0, 2)])
+@pytest.mark.parametrize("collapse", [False, [1.0, -2.0]])
+@pytest.mark.parametrize("grid_size", [3, 20])
+def test_blocks_give_what_one_block_gives(monkeypatch, grid_size, collapse, wanted):
+    """Features that are kept for the backward pass, and those that are evaluated again."""
+    model, x = network(3, 7, 4, 5, grid_size=grid_size), points(700).requires_grad_()
+    inputs = [x, *model.parameters()]
+
+    def results() -> list[torch.Tensor]:
+        parts = jet(model, x, torch.ones(2, 3, dtype=torch.float64).tril(), collapse=collapse)
+        loss = sum(parts[index].square().sum() for index in wanted)
+        return [*parts, *torch.autograd.grad(loss, inputs)]
+
+    found = results()
+    monkeypatch.setattr(splines, "JET_BLOCK", 0)
+    monkeypatch.setattr(splines, "JET_PART", 0)
+    for a, e in zip(found, results(), strict=True):
+        assert (a - e).abs().max() <= 1e-11 * e.abs().max()

@@ -9,17 +9,7 @@ from jet_helpers import network, points
 from torch import Tensor
 
 from peft_lotra.kan import KANLinear, jet
-from peft_lotra.kan.basis import cardinal_spline
 from peft_lotra.kan.jets import few_outputs
-
-
-@pytest.mark.parametrize("order", range(1, 6))
-def test_pieces_are_the_cardinal_spline(order):
-    pieces = few_outputs._pieces(order, torch.float64, torch.device("cpu"))
-    t = torch.linspace(0.01, 0.99, 7, dtype=torch.float64)
-    for row, piece in enumerate(pieces):
-        value = sum(coefficient * t**power for power, coefficient in enumerate(piece))
-        torch.testing.assert_close(value, cardinal_spline(t + (order - 1) / 2 - row, order))
 
 
 @pytest.mark.parametrize("wanted", [(0, 1, 2), (0,), (1,), (2,)])

@@ -69,10 +69,12 @@ def test_values():
 
 
 def test_blocks_of_features():
-    basis = FunctionBasis(5, CASES["gaussians"])
-    features = FunctionFeatures(basis, points().T)
+    z = points().T
+    features = FunctionFeatures(FunctionBasis(5, CASES["gaussians"]), z)
     features.rows = 3
-    assert [block.stop - block.start for block in features.blocks(7)] == [3, 3, 1]
-    found, *spare = features.derivatives(points().T, (1, 2))
-    assert set(found) == {1, 2} and all(part.shape == (5, 3, 7) and part.is_contiguous() for part in found.values())
-    assert all(part.shape == (5, 3, 7) for part in spare)
+    blocks = list(features.parts(z, [1, 2], ()))
+    assert [block.stop - block.start for block, _ in blocks] == [3, 3, 1]
+    for block, found in blocks:
+        assert list(found.functions) == [1, 2]
+        for part in found.functions.values():
+            assert part.shape == (5, 3, block.stop - block.start) and part.is_contiguous()
