@@ -38,6 +38,10 @@ KEPT = 2**22
 
 _kept = threading.local()
 
+# glibc gives freed memory beyond twice the largest block that was freed (of 32 MiB at most) back to the system, and
+# each page of it costs again when it is next written to. A block of nearly that size, never written to, ends that.
+torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
+
 
 def workspace(name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
     """Memory for this call, not initialized, of the dtype and device of `like`; on the CPU, up to `KEPT` numbers of it

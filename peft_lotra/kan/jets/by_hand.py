@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -62,10 +62,7 @@ class LayerJet(torch.autograd.Function):
                 for index, matrix in jet_rows.matrices(found, part):
                     to_weight.addmm_(matrix, here[index].t())
             if transposed is not None:
-                towards = found.towards(transposed, here)
-                jet_rows.add_input_gradients(
-                    *(r if r is None else r[..., part] for r in results), found, part, towards
-                )
+                jet_rows.add_input_gradients(results, found, part, found.towards(transposed, here))
         return *results, None if to_weight is None else to_weight.t(), *[None] * 4
 
 
@@ -116,16 +113,12 @@ class JetRows:
         return found.matrices([*([functions[0]] if values else []), *rows])
 
     def add_input_gradients(
-        self,
-        to_z: Tensor,
-        to_first: Tensor,
-        to_second: Tensor | None,
-        found: LocalSplines | DenseFunctions,
-        part: slice,
-        towards: Tensor,
+        self, results: Sequence[Tensor | None], found: LocalSplines | DenseFunctions, part: slice, towards: Tensor
     ) -> None:
-        """Adds the gradients in z, z' and z'', from those `towards` the rows, which meet f', f'' and f''' in sums over
-        the functions."""
+        """Adds to `results` the gradients in z, z' and z'', from those `towards` the rows, which meet f', f'' and f'''
+        in sums over the functions."""
+        to_z, to_first, to_second = (None if result is None else result[..., part] for result in results)
+        assert to_z is not None and to_first is not None
         values, firsts, seconds = self.counts
         first, spare = self.first[..., part], found.memory("rows", len(towards))
 

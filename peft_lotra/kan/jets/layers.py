@@ -160,12 +160,14 @@ def _by_plain_operations(
     """As `LayerJet` by operations that autograd differentiates; `weight` may be None, and updates are added."""
     rows = _jet_rows(grid, z, first, second, weights, only_second)
     if torch.compiler.is_compiling() and weight is not None and not factored:
-        # a product for each, so that the rows need not be written into one tensor
-        y = torch.stack([weight @ row.flatten(0, 1) for row in rows])
-    else:
-        stacked = torch.stack(rows)
-        y: Any = 0 if weight is None else weight @ stacked.flatten(1, 2)
-        y = sum((_contract(stacked, update) for update in factored), y)
+        # a product for each, so that the rows need not be written into one tensor, and what is not used is left out
+        y = [weight @ row.flatten(0, 1) for row in rows]
+        if only_second:
+            return Jet(None, None, torch.stack(y))  # pyright: ignore[reportArgumentType]  (see `Jet`)
+        return Jet(y[0], torch.stack(y[1 : 1 + len(first)]), torch.stack(y[1 + len(first) :]))
+    stacked = torch.stack(rows)
+    y: Any = 0 if weight is None else weight @ stacked.flatten(1, 2)
+    y = sum((_contract(stacked, update) for update in factored), y)
     if only_second:
         return Jet(None, None, y)  # pyright: ignore[reportArgumentType]  (see `Jet`)
     return Jet(y[0], y[1 : 1 + len(first)], y[1 + len(first) :])
