@@ -114,7 +114,8 @@ def _command(function: Callable) -> Callable:
     @app.command(name=function.__name__)
     @functools.wraps(function)
     def wrapper(**kwargs):
-        empty = [name for name, value in kwargs.items() if isinstance(value, str) and not value.strip()]
+        given = {name: value if isinstance(value, list) else [value] for name, value in kwargs.items()}
+        empty = [name for name, values in given.items() if any(isinstance(v, str) and not v.strip() for v in values)]
         if empty:  # as from a variable of the shell that is not set
             raise typer.BadParameter(f"{empty[0].upper()} is empty.")
         with warnings.catch_warnings():
@@ -282,7 +283,7 @@ def card(
     for text in metric or ():
         name, _, value = text.partition("=")
         try:
-            metrics[name] = float(value)
+            metrics[name] = float(value if name.strip() else "")
         except ValueError:
             raise typer.BadParameter(f"--metric is {text!r}, expected NAME=NUMBER, such as accuracy=0.85.") from None
     if not Path(folder).is_dir():
@@ -390,7 +391,10 @@ def _call_factory(factory: str) -> nn.Module:
         raise ValueError(f"The factory {factory} was not found: {error}") from error
     finally:
         sys.path.pop(0)
-    model = build()
+    try:
+        model = build()
+    except Exception as error:  # of the user's code
+        raise ValueError(f"The factory {factory} raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"The factory {factory} returns a {type(model).__name__}, expected a torch.nn.Module.")
     return model

@@ -331,15 +331,17 @@ def relative_energy(tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     return tensor.square().sum() / whole.square().sum().clamp(min=1e-300)
 
 
-def check_ranks(r: Ranks, name: str = "r") -> Ranks:
-    """Returns `r`, a list (as of JSON) as a tuple; a ValueError if it is no positive int, nor 3 or 4 of them."""
+def check_ranks(r: Ranks, name: str = "r", kernel: bool = True) -> Ranks:
+    """Returns `r`, a list (as of JSON) as a tuple; a ValueError if it is no positive int, nor 3 of them, or with a
+    `kernel` 4."""
     several = isinstance(r, (tuple, list))
     ranks = tuple(r) if several else (r,)
     wrong = any(isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0 for rank in ranks)
-    if wrong or len(ranks) not in ((3, 4) if several else (1,)):
+    if wrong or len(ranks) not in ((3, 3 + kernel) if several else (1,)):
+        four = ", or four with the kernel of convolutions" * kernel
         raise ValueError(
-            f"`{name}` should be a positive integer value, or three of them for the modes (out, in, basis), or four "
-            f"with the kernel of convolutions, but the value passed is {r}"
+            f"`{name}` should be a positive integer value, or three of them for the modes (out, in, basis){four}, "
+            f"but the value passed is {r}"
         )
     return ranks if several else r
 

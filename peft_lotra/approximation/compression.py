@@ -135,6 +135,8 @@ def slim(
         )
     if energy is not None:
         check_energy(energy)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(f"The model is in a {type(model).__name__}: pass the network inside, `model.module`.")
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if adapted or isinstance(model, PeftModel):
         raise ValueError(
@@ -204,7 +206,7 @@ def _resolve_ranks(
             raise ValueError(f"`ranks` names none of the KAN layers {list(tensors)}: {list(ranks)}.")
     else:
         asked = dict.fromkeys(tensors, ranks)
-    asked = {name: check_ranks(r, "ranks") for name, r in asked.items()}
+    asked = {name: check_ranks(r, "ranks", kernel=False) for name, r in asked.items()}
     chosen = {name: cap_ranks(r, tensors[name].shape) for name, r in asked.items()}
     warn_capped({name: (r, tuple(tensors[name].shape), chosen[name]) for name, r in asked.items()})
     return chosen
@@ -312,6 +314,8 @@ def _read_product(name: str, layer: nn.Module) -> torch.Tensor:
     """Coefficient times scale of the edge: (out, in, basis [+ 1]) in float64."""
     tensor, scale = read_coefficients(name, layer)
     tensor = tensor if scale is None else tensor * scale
+    if tensor.is_meta:
+        raise ValueError(f"`{name}` is on the meta device, and has no coefficients to compress: load them first.")
     if not tensor.isfinite().all():
         raise ValueError(f"The coefficients of `{name}` are not finite.")
     return tensor.detach()

@@ -28,6 +28,8 @@ def check_inputs(inputs: Any) -> None:
     if not isinstance(inputs, (torch.Tensor, tuple, list, Mapping)) and callable(inputs):
         return
     tensors = list(_tensors(inputs))
+    if any(tensor.is_meta or tensor.layout != torch.strided for tensor in tensors):
+        raise ValueError(f"{_EXPECTED}a tensor that is not dense, or without values (on the meta device).")
     given = f"a {type(inputs).__name__}" + (
         f" of shape {tuple(inputs.shape)}" if isinstance(inputs, torch.Tensor) else f" of {len(tensors)} tensors"
     )

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..files.patterns import pattern_key
 from ..modules.calls import unwrap
+from ..modules.checks import as_number
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, hosvd
 from ..tuner.config import LoTRAConfig
@@ -193,8 +194,8 @@ def suggest_ranks(
 
 
 def check_energy(energy: float) -> None:
-    if not 0 < energy <= 1:
-        raise ValueError(f"`energy` must be above 0 and at most 1 (0.95 keeps 95 %), got {energy}.")
+    if not 0 < as_number(energy) <= 1:
+        raise ValueError(f"`energy` must be above 0 and at most 1 (0.95 keeps 95 %), got {energy!r}.")
 
 
 def spectrum_of(tensor: torch.Tensor) -> LayerSpectrum:
@@ -229,11 +230,12 @@ def _allocate(layers: dict[str, LayerSpectrum], budget: int) -> dict[str, tuple[
     """
     frontiers = {name: _frontier(layer) for name, layer in layers.items()}
     at = dict.fromkeys(frontiers, 0)
-    left = budget - sum(int(costs[0]) for costs, _, _ in frontiers.values())
-    if left < 0:
+    least = sum(int(costs[0]) for costs, _, _ in frontiers.values())
+    left = as_number(budget) - least
+    if not left >= 0:
         raise ValueError(
-            f"`budget` is {budget}, but ranks of 1 in each of the {len(layers)} layers take {budget - left} "
-            "parameters already."
+            f"`budget` is {budget!r}, but ranks of 1 in each of the {len(layers)} layers take {least} parameters "
+            "already."
         )
     while True:
         best = (0.0, "", 0)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..families.registry import find_kan_layers
-from ..modules.calls import unwrap
+from ..modules.calls import read_at_rest, unwrap
 from ..tuner.layer import LoTRALayer
 from ..tuner.targets import locate_target
 
@@ -66,12 +66,13 @@ def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False)
 
 def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The coefficients in force and the scales of the layer's edges, (out, in, basis [+ 1] [, kernel]) in float64."""
-    layer, spec, tensor = locate_target(name, module)
-    if isinstance(module, LoTRALayer):
-        coefficients = module.coefficients_in_force(torch.float64)
-    else:
-        coefficients = tensor.read(layer).double().clone()  # `read` may return the parameter itself
-    scale = spec.read_edge_scale(layer, tensor)
+    with read_at_rest(module):
+        layer, spec, tensor = locate_target(name, module)
+        if isinstance(module, LoTRALayer):
+            coefficients = module.coefficients_in_force(torch.float64)
+        else:
+            coefficients = tensor.read(layer).double().clone()  # `read` may return the parameter itself
+        scale = spec.read_edge_scale(layer, tensor)
     if scale is None:
         return coefficients, None
     full = torch.ones_like(coefficients)

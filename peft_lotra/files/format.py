@@ -25,6 +25,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from ..modules.checks import check_path
 from .checkpoint import refuse
 from .fingerprint import digest_of, hash_values
 
@@ -132,6 +133,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> 
         raise ValueError(f"`model` is of type {type(model).__name__}, but must be a PeftModel.")
     if not kwargs.get("safe_serialization", True):
         raise ValueError("LoTRA adapters are saved as safetensors only: leave `safe_serialization` out.")
+    check_path(folder, "folder")
     if os.path.isfile(folder):
         raise ValueError(f"`folder` is {folder}, which is a file. Pass a folder, which is made if there is none.")
     os.makedirs(folder, exist_ok=True)

@@ -21,6 +21,7 @@ from peft import PeftModel, __version__
 from peft.utils import CONFIG_NAME
 
 from ..files.format import write_atomically
+from ..modules.checks import check_path
 from ..report import TextTable, printable
 from ..tuner.config import LoTRAConfig
 from ..tuner.registration import NAME
@@ -119,6 +120,7 @@ def write_model_card(
         ...     print("accuracy | 0.853" in Path(folder, "README.md").read_text())
         True
     """
+    check_path(folder, "folder")
     folder = Path(folder)
     if not (model is None or hasattr(model, "get_base_model")):  # an injected model has not
         raise ValueError(f"`model` is of type {type(model).__name__}, but must be a PeftModel or None.")

@@ -53,6 +53,30 @@ def check_grid(grid_size: int, spline_order: int) -> None:
         raise ValueError(f"`grid_size` is {grid_size!r}, but must be an integer of at least 1 (intervals).")
 
 
+def check_input(x: object, in_features: int, layer: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Raises an error unless `x` is what a layer takes: a floating point tensor (..., in_features), of a dtype.
+
+    A `TypeError` if it is no such tensor, a `ValueError` for another shape or dtype.
+    """
+    name = type(layer).__name__
+    if not isinstance(x, torch.Tensor) or not (x.is_floating_point() or x.dtype == dtype):
+        given = f"a tensor of {x.dtype}" if isinstance(x, torch.Tensor) else f"of type {type(x).__name__}"
+        raise TypeError(
+            f"The input is {given}, but {name} takes a floating point tensor (..., {in_features}): convert it by "
+            "`torch.as_tensor(x, dtype=torch.float32)`, or with the dtype of the model."
+        )
+    if x.shape[-1:] != (in_features,):
+        raise ValueError(
+            f"The input has shape {tuple(x.shape)}, but {name} expects a last dimension of {in_features} "
+            "(`in_features`)."
+        )
+    if dtype is not None and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"The input is of {x.dtype}, but {name} has parameters of {dtype}: cast one of them, by `x.to({dtype})` "
+            f"or `model.to({x.dtype})`."
+        )
+
+
 def bspline_basis(
     x: torch.Tensor,
     low: torch.Tensor | float,
@@ -104,8 +128,9 @@ def bspline_basis(
     check_grid(grid_size, spline_order)
     if not isinstance(derivative, int) or derivative < 0:
         raise ValueError(f"`derivative` is {derivative!r}, but must be an integer of at least 0 (0 gives the values).")
-    if not x.is_floating_point():
-        raise TypeError(f"`x` has dtype {x.dtype}, but the basis needs floating point values; convert it first.")
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        given = f"has dtype {x.dtype}" if isinstance(x, torch.Tensor) else f"is of type {type(x).__name__}"
+        raise TypeError(f"`x` {given}, but the basis needs a tensor of floating point values; convert it first.")
     # A half-precision coordinate would cost more accuracy than half-precision values do.
     dtype = torch.promote_types(x.dtype, torch.float32)
     low, high = (torch.as_tensor(end, dtype=dtype, device=x.device) for end in (low, high))

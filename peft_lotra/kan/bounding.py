@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from ..modules.checks import as_number
 from .jets.maps import InputMap
 
 
@@ -37,7 +36,9 @@ class TanhBound(InputMap):
     """
 
     def __init__(self, in_features: int, low: float = -1.0, high: float = 1.0) -> None:
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        if not isinstance(in_features, int) or in_features < 1:
+            raise ValueError(f"`in_features` is {in_features!r}, but must be an integer of at least 1.")
+        if not as_number(low) < as_number(high):
             raise ValueError(f"`low` is {low} and `high` {high}, but they must be finite, and `low` below `high`.")
         super().__init__(in_features, range(in_features))
         self.low, self.high = float(low), float(high)

@@ -61,12 +61,11 @@ class KANConfig(PretrainedConfig):
         **kwargs,
     ) -> None:
         # Tuples, so that a configuration read from JSON, which has lists, equals the one that was written.
+        pairs(widths)  # which checks them
         self.widths = tuple(widths)
-        pairs(self.widths)  # which checks them
         self.grid_size = grid_size
         self.spline_order = spline_order
-        low, high = grid_range
-        self.grid_range = low, high
+        self.grid_range = _as_tuples(grid_range)
         self.ranks = _as_tuples(ranks)
         self.norm: Norm = norm
         if kwargs.get("id2label") is None and kwargs.get("num_labels") is None:

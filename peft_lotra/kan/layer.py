@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import nn
 
-from .basis import UniformGrid, bspline_basis, check_grid, moments
+from ..modules.checks import as_number
+from .basis import UniformGrid, bspline_basis, check_grid, check_input, moments
 from .product import spline_product
 
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Share of the variance of a new layer's output that comes from its splines; see `KANLinear.reset_parameters`.
 SPLINE_VARIANCE_SHARE = 0.1
@@ -33,12 +37,14 @@ class SplineLayer(nn.Module):
         self, in_features: int, out_features: int, grid_size: int, spline_order: int, grid_range, device, dtype
     ) -> None:
         check_grid(grid_size, spline_order)
+        if dtype is not None and dtype not in _DTYPES:
+            raise ValueError(f"`dtype` is {dtype!r}, but must be one of {_DTYPES}.")
         for name, size in (("in_features", in_features), ("out_features", out_features)):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"`{name}` is {size!r}, but must be an integer of at least 1.")
-        ends = tuple(grid_range)
-        if len(ends) != 2 or not all(map(math.isfinite, ends)) or ends[0] >= ends[1]:
-            raise ValueError(f"`grid_range` is {ends}, but must be two finite numbers, the lower one first.")
+        ends = tuple(grid_range) if isinstance(grid_range, Iterable) else ()
+        if len(ends) != 2 or not as_number(ends[0]) < as_number(ends[1]):
+            raise ValueError(f"`grid_range` is {grid_range!r}, but must be two finite numbers, the lower one first.")
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -66,15 +72,8 @@ class SplineLayer(nn.Module):
 
     def basis(self, x: torch.Tensor) -> torch.Tensor:
         """The basis functions at `x`: (..., I) to (..., I, grid_size + spline_order), see `bspline_basis`."""
-        self._check_input(x)
+        check_input(x, self.in_features, self)
         return bspline_basis(x, *self.grid)
-
-    def _check_input(self, x: torch.Tensor) -> None:
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(
-                f"The input has shape {tuple(x.shape)}, but this layer expects a last dimension of "
-                f"{self.in_features} (`in_features`)."
-            )
 
     def extra_repr(self) -> str:
         return (
@@ -159,9 +158,10 @@ class KANLinear(SplineLayer):
             Outputs, shape (..., O).
 
         Raises:
-            ValueError: The last dimension is not I.
+            TypeError: The inputs are no floating point tensor.
+            ValueError: Their last dimension is not I, or their dtype not that of the weights (but under autocast).
         """
-        self._check_input(x)
+        check_input(x, self.in_features, self, self.spline_weight.dtype)
         # On rows, not on the leading shape: the last digits of a batched product depend on what requires a gradient.
         rows = x.reshape(-1, self.in_features)
         y = spline_product(rows, *self.grid, self.spline_weight)
@@ -185,7 +185,7 @@ class KANLinear(SplineLayer):
                 finite. The layer is as before then.
             TypeError: The samples are no tensor.
         """
-        if not (math.isfinite(margin) and margin >= 0):
+        if not as_number(margin) >= 0:
             raise ValueError(f"`margin` is {margin}, but must be a finite number of at least 0.")
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"The samples must be a tensor, but are of type {type(x).__name__}.")

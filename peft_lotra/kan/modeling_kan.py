@@ -135,6 +135,9 @@ class KANModel(PreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if not isinstance(labels, torch.Tensor) or labels.is_complex():
+            given = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
+            raise ValueError(f"The labels must be a tensor of real numbers, but are {given}.")
         problem_type = self.config.problem_type or self._infer_problem_type(labels)
         if problem_type == "single_label_classification":
             expected = logits.shape[:-1]
@@ -152,6 +155,9 @@ class KANModel(PreTrainedModel):
         if problem_type == "regression":
             return F.mse_loss(logits, labels.to(logits.dtype))
         if problem_type == "single_label_classification":
+            count = logits.shape[-1]
+            if not torch.compiler.is_compiling() and not ((labels == -100) | (labels >= 0) & (labels < count)).all():
+                raise ValueError(f"The labels must be classes from 0 to {count - 1}, or -100 for none.")
             return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long())
         if problem_type == "multi_label_classification":
             return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))

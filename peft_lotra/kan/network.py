@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,7 +28,7 @@ class LayerStack(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs (..., widths[0]) to outputs (..., widths[-1]); raises a `ValueError` for another last dimension."""
+        """Inputs (..., widths[0]) to outputs (..., widths[-1]); raises as `KANLinear.forward`."""
         observer = current_observer()
         if observer is not None and (y := observer.value(self, x)) is not None:
             return y
@@ -106,10 +106,15 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(x.reshape(-1, x.shape[-1])).view_as(x)
 
 
+def is_size(value: Any) -> bool:
+    """Whether a value is an integer of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
     """(in, out) of each layer; raises a `ValueError` unless `widths` are at least two positive integers."""
-    widths = list(widths)
-    if len(widths) < 2 or not all(isinstance(width, int) and width >= 1 for width in widths):
+    widths = list(widths) if isinstance(widths, Iterable) else [widths]
+    if len(widths) < 2 or not all(is_size(width) for width in widths):
         raise ValueError(
             f"`widths` is {widths}, but must be at least two positive integers: the sizes of the input, of each "
             "hidden layer and of the output, such as [2, 16, 1]."
@@ -120,7 +125,7 @@ def pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
 def with_norms(layers: Sequence[Any], norm: Norm, device=None, dtype=None) -> list[nn.Module]:
     """The layers, with a normalization after each but the last; raises a `ValueError` for a `norm` that is unknown."""
     kinds: dict[Norm, Any] = {None: None, "batch": BatchNorm, "layer": nn.LayerNorm, "tanh": TanhBound}
-    if norm not in tuple(kinds):
+    if norm is not None and (not isinstance(norm, str) or norm not in kinds):
         raise ValueError(f"`norm` is {norm!r}, but must be one of {tuple(kinds)}.")
     if norm is None:
         return list(layers)

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import nn
 
 from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, contract, expand_inputs, expands_first
-from .basis import moments
+from .basis import check_input, moments
 from .layer import KANLinear, SplineLayer
 from .network import KAN, LayerStack, Norm, pairs, with_norms
 from .product import spline_product
@@ -75,7 +75,7 @@ class SlimKANLinear(SplineLayer):
         dtype=None,
     ) -> None:
         super().__init__(in_features, out_features, grid_size, spline_order, grid_range, device, dtype)
-        ranks = check_ranks(ranks, "ranks")
+        ranks = check_ranks(ranks, "ranks", kernel=False)
         shape = (out_features, in_features, self.grid.num_basis + 1)
         capped = cap_ranks(ranks, shape)
         warn_capped({f"SlimKANLinear({in_features}, {out_features})": (ranks, shape, capped)})
@@ -137,8 +137,8 @@ class SlimKANLinear(SplineLayer):
         return self.components._replace(factor_basis=self.factor_basis[-1:]).dense().squeeze(-1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs (..., I) to outputs (..., O); raises a `ValueError` for another last dimension."""
-        self._check_input(x)
+        """Inputs (..., I) to outputs (..., O); raises as `KANLinear.forward`."""
+        check_input(x, self.in_features, self, self.core.dtype)
         rows = x.reshape(-1, self.in_features)
         core, factor_out, factor_in, factor_basis = self.components
         residual = F.silu(rows)
@@ -264,8 +264,8 @@ def _ranks_per_layer(ranks: Ranks | Sequence[Ranks | None], layers: int) -> list
                 f"`ranks` has {len(ranks)} entries, but the network has {layers} layers: give (ro, ri, rb) or None "
                 "for each of them, or one (ro, ri, rb) for all."
             )
-        return [None if r is None else check_ranks(r, "ranks") for r in per_layer]
-    return [check_ranks(per_layer, "ranks") for _ in range(layers)]
+        return [None if r is None else check_ranks(r, "ranks", kernel=False) for r in per_layer]
+    return [check_ranks(per_layer, "ranks", kernel=False) for _ in range(layers)]
 
 
 def warn_capped(layers: dict[str, tuple]) -> None:

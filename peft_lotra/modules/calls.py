@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .locks import IN_PROGRESS, put_back_by
 
@@ -26,6 +27,8 @@ def check_module(model: Any, argument: str = "model") -> None:
     if not isinstance(model, nn.Module):
         given = f"the class {model.__name__}" if isinstance(model, type) else f"of type {type(model).__name__}"
         raise TypeError(f"`{argument}` must be a network, a `torch.nn.Module`, but is {given}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"`{argument}` was compiled by `torch.jit`, which hides its layers: pass the network itself.")
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -49,6 +52,26 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
     with put_back_by(restore):
+        yield
+
+
+@contextmanager
+def read_at_rest(model: nn.Module) -> Iterator[None]:
+    """Lets parametrizations be read as in evaluation mode: in training, each read of some changes their buffers
+    (`spectral_norm`)."""
+    lists = [module for module in modules_of(model) if isinstance(module, ParametrizationList)]
+    training = [module for parametrizations in lists for module in modules_of(parametrizations) if module.training]
+    if not training:
+        yield
+        return
+
+    def restore() -> None:
+        for module in training:
+            module.training = True
+
+    with put_back_by(restore):
+        for module in training:
+            module.training = False
         yield
 
 

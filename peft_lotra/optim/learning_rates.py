@@ -182,6 +182,10 @@ def create_lotra_optimizer(
         >>> {group["name"]: group["lr"] for group in optimizer.param_groups}
         {'core': 0.03, 'factor_out/4': 0.03, 'factor_in/64': 0.015, 'factor_basis': 0.03}
     """
+    if not callable(optimizer_cls):
+        raise TypeError(
+            f"`optimizer_cls` is {optimizer_cls!r:.100}, but must be a class of optimizers, such as torch.optim.AdamW."
+        )
     if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not math.isfinite(lr) or lr <= 0:
         raise ValueError(f"`lr` is {lr!r}, but must be a finite number above 0.")
     table = lotra_lr_multipliers(model, policy, optimizer_cls, rule=rule)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..kan.observer import observing
 from ..modules.calls import call_with_parameters
+from ..modules.checks import as_number
 from .evaluation import evaluating
 from .recording import Recorder
 from .row_gradients import row_gradients
@@ -51,6 +52,8 @@ def check_terms(terms: Iterable[Any], least: int = 1) -> list[Term]:
     """Residual terms with their rows as a tuple and their weight filled in; a malformed one is a ValueError, and so is
     one with fewer rows than `least`."""
     checked = []
+    if isinstance(terms, (str, Mapping)) or not isinstance(terms, Iterable):
+        raise ValueError(f"The residual terms are a {type(terms).__name__}, but must be a list of (function, rows).")
     for index, term in enumerate(terms):
         if not isinstance(term, Sequence) or len(term) not in (2, 3) or not callable(term[0]):
             raise ValueError(
@@ -59,15 +62,15 @@ def check_terms(terms: Iterable[Any], least: int = 1) -> list[Term]:
             )
         parts: tuple[Any, ...] = (*term, 1.0)
         function, rows, weight = parts[:3]
-        rows = (rows,) if isinstance(rows, Tensor) else tuple(rows)
-        if not rows or not all(isinstance(row, Tensor) and row.dim() for row in rows):
-            raise ValueError(f"The rows of {name_term(index, function)} must be tensors, at least one.")
+        rows = tuple(rows) if isinstance(rows, Sequence) else (rows,)
+        if not rows or not all(isinstance(row, Tensor) and row.dim() and not row.is_meta for row in rows):
+            raise ValueError(f"The rows of {name_term(index, function)} must be tensors with values, at least one.")
         if len({len(row) for row in rows}) > 1 or len(rows[0]) < least:
             raise ValueError(
                 f"The rows of {name_term(index, function)} have lengths {[len(row) for row in rows]}, but must be "
                 f"equally many{', at least one' * least}."
             )
-        if not (math.isfinite(weight) and weight > 0):
+        if not as_number(weight) > 0:
             raise ValueError(f"The weight of {name_term(index, function)} is {weight!r}, but must be above 0.")
         checked.append((function, rows, float(weight)))
     if not checked:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..modules.checks import as_number
 from .least_squares import LeastSquares, Plans, Term, check_terms
 from .linear_model import LinearModel
 from .shards import Shards
@@ -110,13 +111,13 @@ class LevenbergMarquardt:
             kind = type(model).__name__
             raise TypeError(f"`model` is {kind}, but must be an nn.Module: give the model, not `model.parameters()`.")
         for name, value, low in (("damping", damping, 0), ("floor", floor, 0), ("max_damping", max_damping, damping)):
-            if not (math.isfinite(value) and value > low):
+            if not as_number(value) > low:
                 raise ValueError(f"`{name}` is {value!r}, but must be a finite number above {low}.")
         if floor > 1:
             raise ValueError(f"`floor` is {floor!r}, but must be at most 1.")
-        if not 0 <= forgetting < 1:
+        if not 0 <= as_number(forgetting) < 1:
             raise ValueError(f"`forgetting` is {forgetting!r}, but must be at least 0 and below 1.")
-        if memory < 2**20:
+        if not as_number(memory) >= 2**20:
             raise ValueError(f"`memory` is {memory!r} bytes, but must be at least {2**20} (1 MiB).")
         self.model = model
         self.damping = damping
@@ -276,6 +277,10 @@ class LevenbergMarquardt:
                 "No parameter of the model requires a gradient. Load the adapter with `is_trainable=True`, or "
                 "activate it with `model.set_adapter(name)`."
             )
+        for name, p in trainable.items():
+            if p.is_complex() or p.is_meta:
+                kind = "complex" if p.is_complex() else "on the meta device"
+                raise ValueError(f"The parameter `{name}` is {kind}, and only real numbers are trained: freeze it.")
         return trainable
 
     def _evaluate(self, terms: Iterable[Term]) -> tuple[LeastSquares, Tensor]:

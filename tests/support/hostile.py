@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 import torch
 from peft import PeftModel, get_peft_model
@@ -190,6 +191,17 @@ def assert_refused(call: Callable[[], Any], *models: nn.Module, error: Any = CLE
     assert isinstance(found, error), f"raw {type(found).__name__}: {found}"
     assert match.lower() in str(found).lower(), f"{match!r} is not in: {found}"
     return found
+
+
+WRONG = (TypeError, ValueError)  # what an argument that makes no sense raises
+
+
+def assert_raised_here(call: Callable[[], Any], match: str = ".") -> None:
+    """That a call raises an error of this package, in words that match, and not of what it calls."""
+    with pytest.raises(WRONG, match=match) as caught:
+        call()
+    last = caught.traceback[-1]
+    assert "peft_lotra" in str(last.path) and str(last.statement).strip().startswith("raise"), caught.getrepr()
 
 
 def assert_load_refused(folder: Path, match: str = "", error: Any = CLEAR, **kwargs: Any) -> None:

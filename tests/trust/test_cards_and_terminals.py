@@ -186,6 +186,23 @@ def test_inspect_of_no_subfolder(tmp_path):
     assert result.exit_code in (1, 2) and "kan.layers" not in result.output
 
 
+@pytest.mark.parametrize("argument", [["--tag", " "], ["--metric", "=3"], ["--metric", " =3"]])
+def test_a_card_with_entries_without_a_name(tmp_path, argument):
+    folder = save(tmp_path / "a")
+    before = (folder / "README.md").read_text()
+    result = CliRunner().invoke(app, ["card", str(folder), *argument])
+    assert result.exit_code == 2 and (folder / "README.md").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["raises", "takes", "number", "nothing"])
+def test_a_factory_that_builds_nothing(tmp_path, monkeypatch, name):
+    lines = ["def raises(): return {}['key']", "def takes(x): return x", "number = 3", "def nothing(): return None"]
+    (tmp_path / f"nets_that_{name}.py").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["find", f"nets_that_{name}:{name}"])
+    assert result.exit_code == 1 and f"error: The factory nets_that_{name}:{name} r" in result.output
+
+
 ##########################
 # Links                  #
 ##########################

@@ -94,8 +94,7 @@ def jet(
 
 def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, only_second: bool = False) -> Jet:
     """As `jet`; with `only_second`, value and first derivatives may be None."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"`x` must be a floating point tensor, but is {getattr(x, 'dtype', type(x).__name__)}.")
+    _check_points(x)
     check_module(model)
     inner = unwrap(model)
     hooked = inner._forward_hooks or inner._forward_pre_hooks
@@ -111,6 +110,9 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
                 "`torch.func`, which are exact but slower.",
                 stacklevel=3,
             )
+    parameter = next(model.parameters(), None)
+    if stages and parameter is not None and torch.promote_types(x.dtype, parameter.dtype) != parameter.dtype:
+        raise ValueError(f"`x` is of {x.dtype}, but the model of {parameter.dtype}: cast one of them.")
     sizes = [stage.in_features for stage in stages or () if stage.in_features is not None]
     expected = sizes[0] if sizes else "the model's number of inputs"
     if x.dim() == 0 or (sizes and x.shape[-1] != expected):
@@ -150,6 +152,12 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
     blocks = [through(evaluate_layer, block, directions, weights) for block in x.split(size)]
     parts = (None if parts[0] is None else torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True))
     return Jet(*parts)  # pyright: ignore[reportArgumentType]  (see `Jet`)
+
+
+def _check_points(x: Any) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"`x` must be a floating point tensor, but is {given}.")
 
 
 def _check(model: nn.Module) -> None:
@@ -230,9 +238,10 @@ def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tu
         >>> tuple(hessian(KAN([3, 5, 1]), torch.rand(100, 3))[2].shape)
         (3, 3, 100, 1)
     """
-    if directions is None:
+    _check_points(x)
+    if directions is None and x.dim():
         directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    if directions.dim() != 2:
+    if not isinstance(directions, Tensor) or directions.dim() != 2:
         return jet(model, x, directions)  # which raises
     count = len(directions)
     pairs = [(a, b) for a in range(count) for b in range(a)]

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..basis import check_input
+
 
 class InputMap(nn.Module):
     """The base of maps that a chain of KAN layers may contain: output j is a function of the input `sources[j]` alone.
@@ -33,12 +35,8 @@ class InputMap(nn.Module):
         raise NotImplementedError
 
     def select(self, x: Tensor) -> Tensor:
-        """The input of each output, (..., I) to (..., J); raises a `ValueError` for another last dimension."""
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(
-                f"The input has shape {tuple(x.shape)}, but {type(self).__name__} expects a last dimension of "
-                f"{self.in_features}."
-            )
+        """The input of each output, (..., I) to (..., J); raises as `KANLinear.forward`."""
+        check_input(x, self.in_features, self)
         return x[..., self.sources]
 
     def forward(self, x: Tensor) -> Tensor:
