@@ -115,7 +115,7 @@ class KANLayerSpec:
     def parts(self) -> tuple[Described, ...]:
         """Name and pattern of each part of the coefficients."""
         given: Any = self.coefficients
-        if not isinstance(given, (list, tuple)):
+        if not isinstance(given, (list, tuple)) or not all(isinstance(part, (str, list, tuple)) for part in given):
             return ()
         return (tuple(given),) if any(isinstance(part, str) for part in given) else tuple(map(tuple, given))
 
@@ -125,6 +125,8 @@ class KANLayerSpec:
 
     def _check(self) -> None:
         of_family = f"of {self.family!r}"
+        if not callable(self.matches):
+            raise ValueError(f"`matches` {of_family} is {self.matches!r:.100}, but must be a class or a predicate.")
         parts = self.parts
         pairs = [*parts, *(pair for pair in (self.residual, self.edge_scale) if pair is not None)]
         if not parts or any(len(pair) != 2 or not all(isinstance(text, str) for text in pair) for pair in pairs):

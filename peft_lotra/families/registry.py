@@ -18,7 +18,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..modules.calls import unwrap
+from ..modules.calls import read_at_rest, unwrap
 from ..report import Report, TextTable
 from .candidates import KANCandidate, find_candidates
 from .description import REGISTERED as _SPECS
@@ -220,12 +220,13 @@ def find_kan_layers(model: nn.Module, candidates: bool = False) -> Any:
     found = []
     known: set[int] = set()
     network = unwrap(model)
-    for name, layer, spec in walk_kan_layers(network):
-        tensor = spec.locate(layer)
-        found.append(FoundKANLayer(name, spec.family, tensor.shape, tensor.has_residual))
-        # an adapted layer is no candidate, nor is anything inside it
-        known |= {id(inner) for inner in (network.get_submodule(name) if name else network).modules()}
-    return FoundKANLayers([*found, *find_candidates(network, known)] if candidates else found)
+    with read_at_rest(network):
+        for name, layer, spec in walk_kan_layers(network):
+            tensor = spec.locate(layer)
+            found.append(FoundKANLayer(name, spec.family, tensor.shape, tensor.has_residual))
+            # an adapted layer is no candidate, nor is anything inside it
+            known |= {id(inner) for inner in (network.get_submodule(name) if name else network).modules()}
+        return FoundKANLayers([*found, *find_candidates(network, known)] if candidates else found)
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:

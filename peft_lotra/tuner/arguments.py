@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import MISSING, field, fields
 from functools import wraps
 from types import MappingProxyType
@@ -119,6 +120,8 @@ _AS_MATCHED = {
     "alpha_pattern": r"(.*\.)?({})$",
     "modules_to_save": r"(^|.*\.){}($|\..*)",
 }
+# what `load_adapter` was given, which PEFT does not pass on
+CHECK_BASE_OF_LOAD: ContextVar[str | None] = ContextVar("check_base", default=None)
 _MAX_NAMES = 100  # of `layers_pattern` and `modules_to_save`, each of which PEFT matches with each module
 
 
@@ -156,6 +159,16 @@ def clear_errors(folder: str) -> Iterator[None]:
         if "missing required keys" in str(error):  # PEFT's own words
             raise
         raise ValueError(f"The config of the adapter in {folder} is broken: {error}") from error
+
+
+@contextmanager
+def check_base_of_load(value: str | None) -> Iterator[None]:
+    """Makes `value` the `check_base` of configs that are read meanwhile."""
+    token = CHECK_BASE_OF_LOAD.set(value)
+    try:
+        yield
+    finally:
+        CHECK_BASE_OF_LOAD.reset(token)
 
 
 def patterns_of(config: Any) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from torch import nn
 from ..families.candidates import find_candidates
 from ..families.coefficients import expand_name
 from ..families.probe import CURVATURE, Probe
-from ..modules.calls import check_module
+from ..modules.calls import check_module, read_at_rest
 from ..report import Report, TextTable
 from . import fast_path
 from .fast_path import find_formula
@@ -95,6 +95,11 @@ def check_kan_layer(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None =
         fast path: open, by splines in closed form
     """
     check_module(layer, "layer")
+    with read_at_rest(layer):
+        return _compare(layer, x)
+
+
+def _compare(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None) -> KANLayerReport:
     try:
         target = locate_target("", layer)
     except ValueError as error:

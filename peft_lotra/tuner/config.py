@@ -31,6 +31,7 @@ from ..files.patterns import check_lengths, exact_pattern, find_key, pattern_key
 from ..tucker import KernelTucker, Ranks, cap_ranks, check_ranks
 from .arguments import (
     BOOL,
+    CHECK_BASE_OF_LOAD,
     INDICES,
     NAMES,
     NUMBER,
@@ -391,7 +392,8 @@ class LoTRAConfig(PeftConfig):
         config.resolve(config.checkpoint.tensors or {})
         if weights is not None:
             config.checkpoint.check_shapes(config._component_shapes())
-        config.check_base = own_kwargs.get("check_base")  # which is no choice of the file's
+        # which is no choice of the file's
+        config.check_base = own_kwargs.get("check_base", CHECK_BASE_OF_LOAD.get())
         if config.check_base not in (None, *CHECK_BASE):
             raise ValueError(f"`check_base` must be None or one of {CHECK_BASE}, got {config.check_base!r}.")
         return config

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..families.coefficients import CoefficientTensor
-from ..modules.calls import modes_kept, unwrap
+from ..modules.calls import modes_kept, read_at_rest, unwrap
 from ..modules.locks import put_back_by, undone_by_a_fork
 from .config import LoTRAConfig
 from .initialization import GRADIENTS
@@ -49,13 +49,16 @@ def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable
         >>> policy = {"core": 0.03, "factor_out": 0.5}
         >>> optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2, policy=policy)
     """
+    if not isinstance(config, LoTRAConfig):
+        raise TypeError(f"`config` is of type {type(config).__name__}, but must be a LoTRAConfig.")
     if config.init_weights != "gradient":
         raise ValueError(
             f"`init_weights` of the configuration is {config.init_weights!r}, so that the adapter would not use the "
             'gradient. Pass `LoTRAConfig(init_weights="gradient")`, and make the adapter with the same configuration.'
         )
     model = unwrap(model)
-    layers = {name: (target.layer, target.coefficients) for name, target in find_targets(config, model).items()}
+    with read_at_rest(model):
+        layers = {name: (target.layer, target.coefficients) for name, target in find_targets(config, model).items()}
     GRADIENTS.update(gather_gradients(layers, model, train_step))
 
 
@@ -66,6 +69,8 @@ def gather_gradients(
 
     Each gradient is taken away once it has been accumulated: the peak memory is one extra copy of the coefficients.
     """
+    if not callable(train_step):
+        raise TypeError(f"`train_step` is of type {type(train_step).__name__}, but must be a function.")
     aside = [n for n, layer in lotra_layers(model) if layer.base_before_merge()[0] is not layer._modules["base_layer"]]
     if aside:
         raise ValueError(

@@ -16,6 +16,7 @@ from torch import nn
 from ..files.checkpoint import refuse
 from ..files.format import differ
 from ..modules.calls import unwrap
+from ..modules.checks import check_name, check_path
 from .config import LoTRAConfig
 from .injection import check_names, own_tensors
 from .layer import lotra_layers
@@ -57,6 +58,8 @@ def hotswap_adapter(
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PeftModel):
         raise ValueError(f"`model` is a {type(model).__name__}, but must be a PeftModel with a LoTRA adapter.")
+    check_path(model_name_or_path, "model_name_or_path")
+    check_name(adapter_name)
     old = model.peft_config.get(adapter_name)
     if old is None:
         raise ValueError(f"There is no adapter {adapter_name!r} to replace, the model has {list(model.peft_config)}.")

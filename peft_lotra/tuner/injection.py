@@ -20,7 +20,8 @@ from ..families.slim import SlimLayer
 from ..files.checkpoint import OF_THE_BASE, Checkpoint, refuse
 from ..files.format import NORM_STATS, differ
 from ..kan.slim_kan import SlimKANLinear
-from ..modules.calls import modules_of
+from ..modules.calls import modules_of, read_at_rest
+from ..modules.checks import check_name
 from .config import ALL_KAN, LoTRAConfig
 from .guards import guard_network
 from .layer import COMPONENTS, LoTRALayer, lotra_layers
@@ -32,6 +33,7 @@ from .targets import (
     check_base,
     check_nesting,
     check_parameters,
+    check_trained,
     describe_targets,
     find_targets,
     locate_target,
@@ -45,6 +47,7 @@ _NORM_STATS = tuple(stored_name(name) for name in NORM_STATS)
 
 def check_adapter_name(name: str) -> None:
     """Refuses a name that cannot be that of a parameter, of a folder, or of one adapter among others."""
+    check_name(name)
     reason = None
     if "." in name:  # what nn.ParameterDict would say, but only when some layers are adapted already
         raise KeyError(f'The adapter name can\'t contain ".", got {name!r}.')
@@ -52,7 +55,7 @@ def check_adapter_name(name: str) -> None:
         reason = "the name is empty"
     elif name == "__base__":
         reason = "in `adapter_names` it stands for the base model"
-    elif os.path.isabs(name) or "\0" in name:
+    elif os.path.isabs(name) or "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
         reason = "adapters are saved in folders of their names"
     elif any(hasattr(holder(), name) for holder in (nn.ParameterDict, nn.ModuleDict)):
         reason = "the dicts of torch that hold adapters have a method or an attribute of this name"
@@ -95,9 +98,11 @@ def prepare_config(config: LoTRAConfig) -> LoTRAConfig:
 def prepare_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     """Finds and checks all targets before the first of them is touched, and writes them into the configuration."""
     _check_task_type(config, model)
-    targets = find_targets(config, model)
-    check_nesting(model, targets)
-    check_parameters(config.adapt_residual, model, targets)
+    with read_at_rest(model):
+        targets = find_targets(config, model)
+        check_nesting(model, targets)
+        check_parameters(config.adapt_residual, model, targets)
+        check_trained(config, targets)
     check_saved_modules(config, model, targets)
     write_targets(config, model, targets)
     config.base_layers = describe_targets(targets)

@@ -16,6 +16,7 @@ from ..kan.basis import in_transform
 from ..kan.jets.layers import contract_updates
 from ..kan.layer import KANLinear
 from ..modules.calls import call_with_parameters
+from ..modules.checks import as_number
 from ..modules.locks import LayerLock, exclusively
 from ..tucker import KernelTucker, Ranks, Tucker, Update, cap_ranks
 from .config import LoTRAConfig
@@ -206,12 +207,12 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Sets the scale of an adapter to `scale` times its alpha."""
         if adapter in self.lotra_scaling:
-            self.lotra_scaling[adapter] = self._check_scale(scale * self.lotra_alpha[adapter])
+            self.lotra_scaling[adapter] = self._check_scale(as_number(scale) * self.lotra_alpha[adapter])
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scale of the active adapters."""
         for adapter in self._adapters_here(self.active_adapters):
-            self.lotra_scaling[adapter] = self._check_scale(self.lotra_scaling[adapter] * scale)
+            self.lotra_scaling[adapter] = self._check_scale(self.lotra_scaling[adapter] * as_number(scale))
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scale of the active adapters, or sets it back to alpha."""
@@ -219,7 +220,7 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             if scale is None:
                 self.lotra_scaling[adapter] = self.lotra_alpha[adapter]
             else:
-                self.lotra_scaling[adapter] = self._check_scale(self.lotra_scaling[adapter] / scale)
+                self.lotra_scaling[adapter] = self._check_scale(self.lotra_scaling[adapter] / as_number(scale or None))
 
     def _check_scale(self, scale: float) -> float:
         """Returns a scale that the dtype of the base layer can hold; a `ValueError` for any other."""

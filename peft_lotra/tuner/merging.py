@@ -150,7 +150,7 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
             ValueError: `safe_merge`, and the merged weights are not finite. The base weights are unchanged.
             RuntimeError: The grid is not the one that an adapter was made on.
         """
-        adapter_names = self._adapters_here(check_adapters_to_merge(self, adapter_names))
+        adapter_names = self._adapters_here(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
         if adapter_names and safe_merge:
             self.check_safe_merge(adapter_names)
         if adapter_names:
@@ -188,7 +188,8 @@ class MergeableLayer(nn.Module, BaseTunerLayer):
     def check_safe_merge(self, adapter_names: list[str] | None = None) -> None:
         """Raises a `ValueError` if a merge of the adapters, or of those active, would produce weights not finite."""
         parameters = self.lotra_tensor.read_parameters(self.get_base_layer())
-        for adapter in self._adapters_here(self.active_adapters if adapter_names is None else adapter_names):
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for adapter in self._adapters_here(dict.fromkeys(names)):
             if adapter in self.merged_adapters:
                 continue
             parameters = self._with_updates(parameters, [self._update(adapter)])

@@ -305,7 +305,7 @@ class LoTRAModel(NormStatsTuner):
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raises what a merge would raise, before the first layer is merged."""
-        if isinstance(adapter_names, (list, tuple)):
+        if adapter_names is not None:
             check_known(adapter_names, self.peft_config)
         # what was pruned, or shared, after it had been adapted
         check_parameters(any(config.adapt_residual for config in self.peft_config.values()), self.model, {})

@@ -13,18 +13,22 @@ import inspect
 import os
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from itertools import chain
 from typing import Any
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..files.format import make_own
+from ..modules.calls import check_module
+from ..modules.checks import check_name, check_path
+from .arguments import check_base_of_load
 from .transaction import (
     base_parameters,
     change_lock,
@@ -39,6 +43,12 @@ from .transaction import (
 # the methods that change a model, besides those that a tuner has itself
 _CHANGES = ("add_adapter", "load_adapter", "set_adapter", "delete_adapter")
 _OF_LOADING = ("model_id", "adapter_name")
+_ARGUMENTS = {
+    "load_adapter": _OF_LOADING,
+    "add_adapter": ("adapter_name", "peft_config"),
+    "set_adapter": ("adapter_name",),
+    "delete_adapter": ("adapter_name",),
+}
 _OF_SAVING = ("selected_adapters", "save_embedding_layers")  # the arguments that say what is saved
 _OF_THE_HUB = ("subfolder", "revision", "token", "cache_dir", "check_base")
 
@@ -90,7 +100,9 @@ def _around_change(method: Any, tuner_cls: type) -> Any:
         tuner = self._modules.get("base_model")
         if not isinstance(tuner, tuner_cls) or is_part_of_change(self, tuner.model):
             return method(self, *args, **kwargs)
-        with change_lock(tuner).held:
+        _check_arguments(method.__name__, hasattr(tuner_cls, "check_reload"), args, kwargs)
+        check_base = kwargs.pop("check_base", None) if loads else None
+        with change_lock(tuner).held, check_base_of_load(check_base):
             # of merged layers, since switching unmerges them, and of the adapter, if it is there already
             written: list[Tensor] = [*base_parameters(tuner, merged_only=True)]
             if loads:
@@ -99,12 +111,25 @@ def _around_change(method: Any, tuner_cls: type) -> Any:
                 if name in tuner.peft_config and hasattr(
                     tuner_cls, "check_reload"
                 ):  # PEFT's mixed models have no such
-                    tuner.check_reload(name, path, **{key: kwargs[key] for key in _OF_THE_HUB if key in kwargs})
-                    kwargs.pop("check_base", None)
+                    options = {"check_base": check_base, **kwargs}
+                    tuner.check_reload(name, path, **{key: options[key] for key in _OF_THE_HUB if options.get(key)})
             with transaction(self, written, configs_among(args, kwargs), changes), _clear_config_errors():
                 return method(self, *args, **kwargs)
 
     return _marked(run, method)
+
+
+def _check_arguments(method: str, one_tuner: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises a TypeError for a path, a name or a config of another type, which would be raw errors of PEFT."""
+    names = _ARGUMENTS[method]
+    given = {**dict(zip(names, args, strict=False)), **{name: kwargs[name] for name in names if name in kwargs}}
+    if "model_id" in given:
+        check_path(given["model_id"], "model_id")
+    if "adapter_name" in given and one_tuner:  # mixed models take several
+        check_name(given["adapter_name"])
+    if "peft_config" in given and not isinstance(given["peft_config"], PeftConfig):
+        kind = type(given["peft_config"]).__name__
+        raise TypeError(f"`peft_config` is of type {kind}, but must be a config, such as a LoTRAConfig.")
 
 
 def _around_saving(method: Any, tuner_cls: type) -> Any:
@@ -112,7 +137,14 @@ def _around_saving(method: Any, tuner_cls: type) -> Any:
     def save_pretrained(self, save_directory, *args: Any, **kwargs: Any) -> None:
         tuner = self._modules.get("base_model")
         checks = isinstance(tuner, tuner_cls) and hasattr(tuner_cls, "check_saving")
+        if checks:
+            check_path(save_directory, "save_directory")
         arguments = inspect.signature(method).bind(self, save_directory, *args, **kwargs).arguments
+        if checks and not arguments.get("safe_serialization", True):
+            raise ValueError(
+                "LoTRA adapters are saved as safetensors only, since a pickle is refused when it is loaded: leave "
+                "`safe_serialization` out."
+            )
         if checks and not os.path.isfile(save_directory):
             # before PEFT writes tensors over those that are there
             tuner.check_saving(**{name: arguments[name] for name in _OF_SAVING if name in arguments})
@@ -152,6 +184,8 @@ def _instead_of_pushing(method: Any, tuner_cls: type) -> Any:
 def _around_loading(method: Any) -> Any:
     @wraps(method)
     def from_pretrained(cls, model, *args: Any, **kwargs: Any) -> Any:
+        check_module(model)
+        check_path(args[0] if args else kwargs.get("model_id", ""), "model_id")
         # what other methods leave behind is not for this package to undo
         with transaction(model, objects=configs_among(args, kwargs), begins=False), _clear_config_errors():
             return method(cls, model, *args, **kwargs)

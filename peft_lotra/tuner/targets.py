@@ -227,6 +227,16 @@ def check_parameters(with_residual: bool, model: nn.Module, targets: Mapping[str
                 )
 
 
+def check_trained(config: LoTRAConfig, targets: Mapping[str, Target]) -> None:
+    """Refuses a choice of components that no target has: the adapter would train nothing."""
+    components = {name for target in targets.values() for name in KernelTucker._fields[: 1 + len(target[2].shape)]}
+    if targets and config.train is not None and not components & set(config.train):
+        raise ValueError(
+            f"`train` is {config.train}, but the adapted layers have only the components {sorted(components)}, so "
+            "that nothing would be trained."
+        )
+
+
 def describe_targets(targets: Mapping[str, Target]) -> dict[str, dict[str, Any]]:
     """Family and shape of each target, as `base_layers` of the configuration records them."""
     return {

@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any
 from weakref import WeakMethod, finalize, ref
 
+import torch
 from peft import PeftConfig, PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -46,7 +47,8 @@ class transaction:
 
     The attributes of all modules are restored, with the contents of dicts, lists and sets, and which parameters
     require a gradient. Merges of LoTRA layers are undone. Contents of other tensors are restored if they are named. A
-    process that another thread forks meanwhile has the model as it was.
+    process that another thread forks meanwhile has the model as it was. What is made within can be trained, also
+    under `torch.inference_mode`.
 
     Args:
         model: The model.
@@ -96,6 +98,9 @@ class transaction:
 
     def __enter__(self) -> None:
         self._outer, _thread.change = _thread.change, ref(self)
+        # what is made here is trained later
+        self._mode = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        self._mode.__enter__()
         if self._begins:
             self.begin()
 
@@ -114,6 +119,7 @@ class transaction:
                 self.undo()
             IN_PROGRESS.pop(self._key, None)
             self._merges.__exit__(None)
+        self._mode.__exit__(None, None, None)
         _thread.change = self._outer
 
     def undo(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from ..files.patterns import pattern_key
+from ..modules.checks import as_number, check_name
 from ..tucker import Ranks, Tucker, check_ranks, direct_sum, tucker_of
 from .config import LoTRAConfig
 from .layer import LoTRALayer, lotra_layers
@@ -116,6 +117,8 @@ def add_weighted_adapter(
 
 def check_known(adapters: Iterable[str], configs: Mapping[str, object]) -> None:
     """Raises a ValueError if one of the adapters has no config."""
+    if isinstance(adapters, str) or not isinstance(adapters, Iterable) or any(type(it) is not str for it in adapters):
+        raise ValueError(f"Adapters are named by a list of strings, got {adapters!r:.200}.")
     unknown = [adapter for adapter in adapters if adapter not in configs]
     if unknown:
         raise ValueError(f"Adapter(s) {unknown} not found, the model has {list(configs)}.")
@@ -127,8 +130,10 @@ def _check(configs: dict[str, LoTRAConfig], adapters, weights, adapter_name, com
     if not adapters or isinstance(adapters, str):
         raise ValueError(f"`adapters` must be a list of one or more adapter names, got {adapters!r}.")
     check_known(adapters, configs)
-    if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+    given = list(weights) if isinstance(weights, Iterable) else []
+    if len(given) != len(adapters) or any(math.isnan(as_number(weight)) for weight in given):
         raise ValueError(f"`weights` must be one finite number for each of the {len(adapters)} adapters: {weights}.")
+    check_name(adapter_name)
     if adapter_name in known or "." in adapter_name:
         raise ValueError(
             f"`adapter_name` is {adapter_name!r}, which must not contain a dot nor be one of the adapters that the "

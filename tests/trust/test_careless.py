@@ -16,7 +16,7 @@ from stand_ins import FAMILIES
 from torch import nn
 from torch.nn.utils import prune
 
-from peft_lotra import LoTRAConfig, enable_mixed
+from peft_lotra import LoTRAConfig, enable_mixed, hotswap_adapter
 
 
 ####################################
@@ -157,6 +157,35 @@ def test_an_adapter_that_is_loaded_beside_another_is_not_trained(tmp_path, low, 
 ####################################
 # Merging beside a forward pass    #
 ####################################
+
+
+@pytest.mark.parametrize("what", ["attach", "add", "load", "load beside", "load over", "hotswap"])
+@pytest.mark.parametrize("low", [False, True])
+def test_adapters_made_in_inference_mode_are_trained(tmp_path, what, low):
+    """PEFT's LoRA raises "Inference tensors cannot be saved for backward"."""
+    folder = save(tmp_path, modules_to_save=["head"])
+    base, config = Net(), LoTRAConfig(r=2, modules_to_save=["head"])
+    model = None if what in ("attach", "load") else adapted(base, modules_to_save=["head"])
+    options = {"is_trainable": True, "low_cpu_mem_usage": low}
+    with torch.inference_mode():
+        if what == "attach":
+            model = get_peft_model(base, config)
+        elif what == "add":
+            model.add_adapter("other", config)
+        elif what == "load":
+            model = PeftModel.from_pretrained(base, folder, **options)
+        elif what == "load beside":
+            model.load_adapter(folder, "other", **options)
+        elif what == "load over":
+            model.load_adapter(folder, "default", **options)
+        else:
+            hotswap_adapter(model, folder)
+        if "other" in model.peft_config:
+            model.set_adapter("other")
+        model(X)
+    optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad])
+    model.train()(X).square().sum().backward()
+    optimizer.step()
 
 
 @pytest.mark.parametrize("family", ["own", "efficient-kan"])

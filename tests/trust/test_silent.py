@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from hostile import (
@@ -17,15 +19,24 @@ from hostile import (
     differences,
     edit_config,
     edit_tensors,
+    outcome,
     save,
     state_of,
 )
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import prune
 
-from peft_lotra import hotswap_adapter
+from peft_lotra import (
+    LoTRAConfig,
+    check_kan_layer,
+    find_kan_layers,
+    hotswap_adapter,
+    model_summary,
+    slim,
+    update_spectrum,
+)
 from peft_lotra.kan import KAN
 
 
@@ -68,6 +79,56 @@ def test_computed_parameters_of_the_base(change, residual):
     torch.testing.assert_close(model(X), y)
 
 
+class Counted(nn.Module):
+    """A parametrization that counts how often it was read in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("reads", torch.zeros(()))
+
+    def forward(self, weight):
+        if self.training:
+            self.reads += 1
+        return weight * 1.5
+
+
+def spectral_norm(layer, name):
+    nn.utils.parametrizations.spectral_norm(layer, name)
+
+
+def counted(layer, name):
+    nn.utils.parametrize.register_parametrization(layer, name, Counted())
+
+
+LOOKS = {
+    "attach": lambda model: get_peft_model(model, LoTRAConfig(r=2)),
+    "find": find_kan_layers,
+    "candidates": lambda model: find_kan_layers(model, candidates=True),
+    "check": lambda model: check_kan_layer(model.kan.layers[0]),
+    "spectrum": lambda model: update_spectrum(model, model),
+    "slim": lambda model: slim(model, 2),
+    "summary": model_summary,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("change", [spectral_norm, counted])
+@pytest.mark.parametrize("where", ["kan.layers.0.spline_weight", "kan.layers.1.base_weight", "head.weight"])
+def test_looking_at_a_model_moves_no_buffers(where, change, look):
+    """In training, each read of a parameter with spectral_norm is a step of its power iteration."""
+    base = Net().train()
+    path, _, name = where.rpartition(".")
+    change(base.get_submodule(path), name)
+    before = state_of(base)
+    error, wrong = outcome(lambda: LOOKS[look](base), base)
+    if error is None and look == "attach":
+        after = {name: value for name, value in state_of(base)["tensors"].items() if "parametrizations" in name}
+        assert after and after == {name: before["tensors"][name] for name in after}
+        return
+    assert isinstance(error, ValueError) or (error is None and not differences(before, state_of(base)))
+    assert not wrong
+
+
 @pytest.mark.parametrize("name", ["spline_weight", "base_weight"])
 def test_layers_that_share_a_parameter(name):
     base = Net()
@@ -106,6 +167,21 @@ def test_coefficients_that_no_update_can_be_added_to(dtype):
     with pytest.raises(ValueError, match=f"spline_weight.*{dtype}"):
         adapted(base)
     assert not hasattr(base, "peft_config")
+
+
+def test_components_that_no_layer_has():
+    """The adapter trained nothing."""
+    base = Net()
+    assert_refused(lambda: adapted(base, train=["factor_kernel"]), base, match="nothing would be trained")
+
+
+def test_an_adapter_that_is_named_twice_is_merged_once():
+    model = adapted()
+    y = model(X)
+    model.merge_adapter(["default", "default"])
+    torch.testing.assert_close(model(X), y)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model.merge_and_unload(adapter_names=["default", "default"])(X), y)
 
 
 def test_modules_to_save_that_no_module_is_called():
@@ -172,6 +248,21 @@ def test_loading_over_an_adapter_of_another_grid(tmp_path):
     model = adapted()
     assert_refused(lambda: model.load_adapter(tmp_path / "a", "default"), model, error=ValueError, match="grid")
     model.load_adapter(tmp_path / "a", "default", check_base="ignore")
+
+
+@pytest.mark.parametrize("adapter", ["existing", "other"])
+@pytest.mark.parametrize(("check_base", "match"), [("error", "are not those"), ("maybe", "`check_base` must be")])
+def test_load_adapter_checks_the_base_as_it_is_told(tmp_path, adapter, check_base, match):
+    """PEFT passes `check_base` on in `from_pretrained` alone."""
+    save(tmp_path)
+    base = Net()
+    base.kan.layers[0].spline_weight.data += 0.1
+    model = adapted(base, "existing")
+    load = lambda: model.load_adapter(tmp_path, adapter, check_base=check_base)  # noqa: E731
+    assert_refused(load, model, match=match)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_adapter(tmp_path, adapter, check_base="ignore")
 
 
 def test_loading_over_a_merged_adapter(tmp_path):
