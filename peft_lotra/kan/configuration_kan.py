@@ -65,7 +65,7 @@ class KANConfig(PretrainedConfig):
         self.widths = tuple(widths)
         self.grid_size = grid_size
         self.spline_order = spline_order
-        self.grid_range = _as_tuples(grid_range)
+        self.grid_range: tuple[float, float] = _as_tuples(grid_range)  # pyright: ignore[reportAttributeAccessIssue]
         self.ranks = _as_tuples(ranks)
         self.norm: Norm = norm
         if kwargs.get("id2label") is None and kwargs.get("num_labels") is None:
