@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftMixedModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig, enable_mixed
-from peft_lotra.kan import SlimKAN, jet
+from peft_lotra.kan import KAN, SlimKAN, jet, laplacian
 from peft_lotra.kan.jets import derivatives
 from peft_lotra.kan.jets.chain import stages_of
 
@@ -120,3 +120,14 @@ def test_convolutions_are_refused():
     for _ in range(2):
         with pytest.raises(TypeError, match="`0` of the model is a convolution"):
             jet(model, torch.rand(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_in_half_precision(dtype):
+    """Its adapters are in float32."""
+    model = get_peft_model(KAN([2, 4, 3]).to(dtype), LoTRAConfig(r=2, init_weights=False))
+    x = torch.rand(5, 2, dtype=dtype)
+    u, du, d2u = jet(model, x)
+    torch.testing.assert_close(u, model(x), atol=0.05, rtol=0.05)
+    assert du.dtype == d2u.dtype == dtype
+    assert laplacian(model, x).shape == (5, 3)

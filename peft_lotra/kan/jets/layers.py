@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...tucker import Update
+from ...tucker import Tucker, Update
 from ..basis import UniformGrid, cardinal_derivatives, silu_derivatives
 from ..memory import MOST_OUTPUTS_DENSE, PLAIN_JET_BLOCK
 from ..product import needs_plain_operations
@@ -73,6 +73,9 @@ def evaluate_layer(
     by_hand = by_hand and _by_hand_pays(rows, z, first, second, *(dense or ()))
     factored = []
     for update in stage.updates:
+        if update.tensor.core.dtype != stage.layer.grid_bounds.dtype:  # a base in half precision
+            dtype = stage.layer.grid_bounds.dtype
+            update = update._replace(tensor=Tucker(*(part.to(dtype) for part in update.tensor)))
         if _is_contracted(rows, shape, update, by_hand):
             factored.append(update)
         else:
