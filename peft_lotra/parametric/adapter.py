@@ -97,11 +97,12 @@ class ParametricAdapter:
         ranks: The ranks of the cores, as `r` of `LoTRAConfig`.
         loss_of: `loss_of(model, c)` returns what indicates errors, instead of an estimate: any loss where there are no
             terms.
-        held_terms_of: The same terms at points that are not fitted, where errors show that fitted points hide:
-            estimates need them.
+        held_terms_of: The same terms at points that are not fitted, where errors show that fitted points hide. By
+            default estimates use the terms at points between those of the fit, but for terms with data in their rows,
+            which are not known there.
         values_of: `values_of(model, c)` returns the values whose error is estimated: the solution at some points. By
-            default they are the outputs at the first rows of the first term; give it where the solution is not the
-            output itself, for instance a product of it that is zero on the boundary.
+            default they are the outputs at rows of the first term; give it where the solution is not the output
+            itself, for instance a product of it that is zero on the boundary.
         log: Whether the family is smooth in the logarithm of the parameter; one flag, or one for each parameter.
         config: A `LoTRAConfig` for all else (`target_modules`, ...). It trains one component alone.
 
@@ -253,6 +254,11 @@ class ParametricAdapter:
             raise ValueError("A range is searched by indicators: give `loss_of` to the constructor, or `parameters`.")
         self._problem = replace(self._problem, train=train, steps=steps, max_steps=max_steps)
         points = self._path.distinct(parameters if parameters is not None else cast(tuple, between))
+        if between is not None and max_members < 2 ** len(points[0]):
+            raise ValueError(
+                f"`max_members` is {max_members}, but the corners alone of a range of {len(points[0])} parameters are "
+                f"{2 ** len(points[0])} members."
+            )
         self._path.spread(points)
         run = RunFolder(folder, self._record()) if folder is not None else None
         opened = run.opened() if run is not None else nullcontext({})

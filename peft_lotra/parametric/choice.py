@@ -60,12 +60,19 @@ def _apart(points: Tensor, indices: list[int], priority: Tensor, distance: float
     return chosen
 
 
-def skeleton(dim: int) -> Tensor:
-    """Coordinates (n, dim) that span the unit cube: the corners, and points between them in one and two dimensions."""
+def skeleton(dim: int, most: int) -> Tensor:
+    """Coordinates (n, dim) that span the unit cube: the corners, and points between them in one and two dimensions.
+
+    There are at most `most`, which is at least the number of corners.
+    """
     levels = {1: 9, 2: 3}.get(dim, 2)
+    while levels**dim > most:
+        levels -= 1
     line = torch.linspace(0, 1, levels, dtype=torch.float64, device="cpu").tolist()
     points = list(itertools.product(line, repeat=dim))
-    return torch.tensor(points if dim < 3 else [*points, (0.5,) * dim], dtype=torch.float64, device="cpu")
+    if dim > 2 and len(points) < most:
+        points.append((0.5,) * dim)
+    return torch.tensor(points, dtype=torch.float64, device="cpu")
 
 
 def candidates(dim: int) -> Tensor:

@@ -17,13 +17,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..modules.calls import call_with_parameters
-from ..optim.least_squares import LeastSquares, check_terms
+from ..optim.least_squares import LeastSquares, Term, check_terms
 from ..optim.linear_model import LinearModel
+from .between import PointsBetween, inputs_of
 from .members import Member, Point, argument, residuals_of, trainable, write
 
 
 # With less damping the step fits single points, with more it does not reach what is wrong: docs/notes/parametric.md.
-DAMPING = 3e-6
+DAMPING = 1e-8
 MEMORY = 2**30  # bytes of a Jacobian and its matrix; a larger network is stepped in a member's coordinates
 VALUES = 128  # values, or random combinations of more, that an error is the norm of
 
@@ -45,8 +46,8 @@ class ErrorEstimates:
     Args:
         model: The model with the adapter. It is written to.
         terms_of: The terms of the fit.
-        held_terms_of: Terms at points to which no member is fitted.
-        values_of: The values whose error counts, by default the outputs at some of the first rows of the first term.
+        held_terms_of: Terms at points to which no member is fitted, by default those of the fit between its points.
+        values_of: The values whose error counts, by default the outputs at some of the rows of the first term.
 
     Source: R. Becker and R. Rannacher, "An optimal control approach to a posteriori error estimation", Acta Numerica
     2001, for errors as residuals that are weighted by the inverse of the operator.
@@ -60,7 +61,8 @@ class ErrorEstimates:
         values_of: Callable[[nn.Module, Any], Tensor] | None = None,
     ) -> None:
         self.model, self.values_of = model, values_of
-        self.functions = [function for function in (terms_of, held_terms_of) if function is not None]
+        self.terms_of, self.held_terms_of = terms_of, held_terms_of
+        self._between = PointsBetween()
         self._known: dict[tuple[Point, bytes], Linearization | None] = {}
 
     def at(self, point: Point, vector: np.ndarray, nearest: Member) -> float:
@@ -76,12 +78,16 @@ class ErrorEstimates:
                 found = self._linearize(point, vector)
         return math.nan if found is None else (residuals @ found.change).norm().item() / found.norm
 
-    def _terms(self, point: Point) -> list[Any]:
-        return [term for function in self.functions for term in function(argument(point))]
+    def _terms(self, point: Point) -> list[Term]:
+        terms = list(self.terms_of(argument(point)))
+        if self.held_terms_of is not None:
+            return check_terms([*terms, *self.held_terms_of(argument(point))])
+        terms = check_terms(terms)
+        return [*terms, *self._between.of(terms, partial(_takes, self.model))]
 
     def _linearize(self, point: Point, vector: np.ndarray) -> Linearization | None:
         write(self.model, vector)
-        terms = check_terms(self._terms(point))
+        terms = self._terms(point)
         residuals = residuals_of(self.model, terms)
         network: nn.Module = copy.deepcopy(self.model).merge_and_unload()
         for part in network.parameters():
@@ -99,22 +105,19 @@ class ErrorEstimates:
             return None
         return Linearization(linear.jacobian @ steps, values.norm().item())
 
-    def _values(self, network: nn.Module, point: Point, terms: list[Any]) -> tuple[Tensor | None, Tensor]:
+    def _values(self, network: nn.Module, point: Point, terms: list[Term]) -> tuple[Tensor | None, Tensor]:
         """The values, or random combinations, and their derivatives (values, P) in the trainable parameters."""
-        state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        exact = {name: part.detach().double() for name, part in state.items() if part.is_floating_point()}
+        exact = _in_float64(network)
         leaves = [exact[name].requires_grad_() for name in trainable(network)]
         if self.values_of is not None:
             function = partial(self.values_of, network, argument(point))
             values = call_with_parameters(network, exact, function, (), {})
         else:
-            rows = terms[0][1][0]
-            rows = rows[:: -(-len(rows) // VALUES)].double()
-            try:
-                values = call_with_parameters(network, exact, network, (rows,), {})
-                values = values.flatten()
-            except Exception:  # the rows are not inputs of the model, and there is no other that is known
+            found = inputs_of(terms[0][1], partial(_takes, network))
+            if found is None:  # the rows are not inputs of the model, and there is no other that is known
                 return None, torch.empty(0, device="cpu")
+            inputs = found[0][:: -(-len(found[0]) // VALUES)]
+            values = call_with_parameters(network, exact, network, (inputs,), {})
         values = values.flatten()
         if len(values) > VALUES:
             signs = torch.randint(2, (VALUES, len(values)), generator=torch.Generator().manual_seed(0), device="cpu")
@@ -124,3 +127,17 @@ class ErrorEstimates:
             found = torch.autograd.grad(value, leaves, retain_graph=True, materialize_grads=True)
             gradients.append(torch.cat([part.flatten() for part in found]))
         return values.detach(), torch.stack(gradients)
+
+
+def _in_float64(network: nn.Module) -> dict[str, Tensor]:
+    state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    return {name: part.detach().double() for name, part in state.items() if part.is_floating_point()}
+
+
+@torch.no_grad()
+def _takes(network: nn.Module, inputs: Tensor) -> bool:
+    """Whether a network takes inputs (n, I); what it raises otherwise depends on the network."""
+    try:
+        return isinstance(call_with_parameters(network, _in_float64(network), network, (inputs,), {}), Tensor)
+    except Exception:
+        return False

@@ -129,7 +129,7 @@ class Fitting:
         Without a tolerance, indicators are compared with those of fitted members nearby. What counts is then what a
         new member gained: where that is little, the parameters around it, up to the next members, are resolved.
         """
-        self.walk(self.path.scale.inverse(skeleton(dim)))
+        self.walk(self.path.scale.inverse(skeleton(dim, most)))
         places, path = candidates(dim), self.path
         points = path.scale.inverse(places)
         resolved = torch.zeros(len(points), dtype=torch.bool, device="cpu")

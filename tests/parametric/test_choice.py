@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -40,9 +42,17 @@ def test_sparse_parameters_are_taken_one_after_the_other_outward():
 
 @pytest.mark.parametrize("dim", [2, 3])
 def test_a_box(dim):
-    points = skeleton(dim)
+    points = skeleton(dim, 64)
     assert {tuple(map(float, point)) for point in points} >= {(0.0,) * dim, (1.0,) * dim}
     assert sorted(sum(walk(points, len(points) // 2), [])) == list(range(len(points)))
+
+
+@pytest.mark.parametrize(
+    "dim, most, count", [(1, 64, 9), (1, 4, 4), (1, 2, 2), (2, 9, 9), (2, 8, 4), (3, 9, 9), (3, 8, 8)]
+)
+def test_a_box_of_few_members_has_its_corners(dim, most, count):
+    points = {tuple(map(float, point)) for point in skeleton(dim, most)}
+    assert len(points) == count and points >= set(itertools.product((0.0, 1.0), repeat=dim))
 
 
 def test_the_worst_come_first_and_apart():

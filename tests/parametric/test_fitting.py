@@ -36,9 +36,10 @@ def test_a_search_ends_at_the_tolerance(base):
     assert not family.fit(between=(2.9, 3.1), tolerance=1.0, progress=False)
 
 
-def test_no_more_members_than_allowed(base):
+@pytest.mark.parametrize("most", [4, 10])
+def test_no_more_members_than_allowed(base, most):
     family = ParametricAdapter(base, problems.terms_of, ranks=4)
-    assert len(family.fit(between=(2.0, 4.0), max_members=10, progress=False)) == 10
+    assert len(family.fit(between=(2.0, 4.0), max_members=most, progress=False)) == most
 
 
 def test_a_bad_member_is_fitted_again(base):
