@@ -6,10 +6,11 @@
     python examples/studies/parametric/study.py --problem elliptic --seeds 0
     python examples/studies/parametric/study.py --quick                # for CI: says nothing
 
-Beside predictions without training and after one step there are the nearest member, as many members on a uniform grid,
-nine adapters of which all components are trained (`free`), linearly interpolated, members fitted at the unseen
-parameters themselves, and one KAN with the parameter as further inputs, trained for as long as the family. Seconds are
-CPU time. What took long is kept in `--kept`, with which a run that was broken off goes on.
+Beside predictions without training and after one step there are the nearest member and members fitted at the unseen
+parameters themselves; for the seeds of `--rivals` also as many members on a uniform grid, nine adapters of which all
+components are trained (`free`), linearly interpolated, one KAN with the parameter as further inputs, trained for as
+long as the family, and families of fewer members, chosen greedily and on a grid. Seconds are CPU time. What took long
+is kept in `--kept`, with which a run that was broken off goes on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from equations import command_line  # isort: split
 
 import copy
 import json
+import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,6 +35,7 @@ import torch
 from equations.pdes import PROBLEMS, Parameter, Problem, as_parameter, as_tuple, family_of
 from peft import get_peft_model
 from scipy.stats import spearmanr
+from study_tools import machine
 from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig, ParametricAdapter
@@ -46,7 +50,17 @@ import matplotlib.pyplot as plt  # noqa: E402
 torch.set_num_threads(1)
 
 METHODS = ("nearest", "free", "third_input", "uniform", "predicted", "one_step", "fitted")
-LABELS = {"third_input": "parameter as an input", "free": "free adapters", "fitted": "fitted there"}
+LABELS = {
+    "nearest": "nearest member",
+    "third_input": "parameter as an input",
+    "free": "free adapters, linear",
+}
+TITLES = {
+    "burgers": "Burgers, viscosity 0.02 to 0.06",
+    "burgers_two": "Burgers, viscosity and amplitude",
+    "elliptic": "elliptic, contrast 0.2 to 1",
+}
+MEMBERS = (4, 8, 12, 16, 24, 32)  # of the families that show how many it takes
 
 
 class ThirdInput(KAN):
@@ -116,8 +130,8 @@ def fitted(base: KAN, problem: Problem, points: int, seed: int, **how: Any) -> P
     return family
 
 
-def errors_at(problem: Problem, c: Parameter, family: ParametricAdapter, others: dict[str, Any]) -> dict:
-    """The errors at one unseen parameter, and the CPU milliseconds that a prediction takes."""
+def errors_at(problem: Problem, c: Parameter, family: ParametricAdapter) -> dict:
+    """The errors at one unseen parameter, and the CPU milliseconds that an adapter takes."""
     low, high = np.array(problem.low), np.array(problem.high)
     known = np.array([as_tuple(parameter) for parameter in family.parameters])
     nearest = as_parameter(known[np.abs((known - np.array(as_tuple(c))) / (high - low)).sum(1).argmin()].tolist())
@@ -125,20 +139,14 @@ def errors_at(problem: Problem, c: Parameter, family: ParametricAdapter, others:
     prediction = family.predict(c)
     between = time.process_time()
     one = family.refine(c)
-    end = time.process_time()
-    evaluated = {
-        "nearest": family.predict(nearest),
-        "predicted": prediction,
-        "one_step": one,
-        "fitted": family.refine(c, 8),
-    }
-    if "uniform" in others:
-        evaluated["uniform"] = others["uniform"].predict(c, force=True)
-    evaluated |= {name: others[name].at(c) for name in ("free", "third_input") if name in others}
+    after = time.process_time()
+    there = family.refine(c, 8)
+    seconds = {"predicted": between - begin, "one_step": after - between, "fitted": time.process_time() - after}
+    evaluated = {"nearest": family.predict(nearest), "predicted": prediction, "one_step": one, "fitted": there}
     return {
         "c": c,
         "errors": {name: problem.error(evaluate, c) for name, evaluate in evaluated.items()},
-        "milliseconds": {"predicted": 1e3 * (between - begin), "one_step": 1e3 * (end - between)},
+        "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
     }
 
 
@@ -148,19 +156,20 @@ def run(
     """One family, and the errors of all methods at unseen parameters."""
     folder = folder / f"{problem.name}_{seed}"
     base, _ = kept(folder / "base.pt", lambda: problem.pretrained(seed, points * 5 // 3, steps))
-    between = (as_parameter(problem.low), as_parameter(problem.high))
-    family, offline = kept(
-        folder / "family.pt", lambda: fitted(base, problem, points, seed, between=between, max_members=members)
-    )
+
+    def make(name: str, **how: Any) -> tuple[ParametricAdapter, float]:
+        return kept(folder / f"{name}.pt", lambda: fitted(base, problem, points, seed, **how))
+
+    # its members are those of the smaller families, too
+    between: dict[str, Any] = {"between": (as_parameter(problem.low), as_parameter(problem.high))}
+    between["folder"] = folder / "members"
+    if not (folder / "family.pt").exists():  # so that the seconds are those of all members
+        shutil.rmtree(between["folder"], ignore_errors=True)
+    family, offline = make("family", **between, max_members=members)
     count = len(family.parameters)
-
-    def uniform(number: int) -> ParametricAdapter:
-        make = lambda: fitted(base, problem, points, seed, parameters=problem.spaced(number))  # noqa: E731
-        return kept(folder / f"uniform_{number}.pt", make)[0]
-
     others: dict[str, Any] = {}
     if rivals:
-        others["uniform"] = uniform(count)
+        others["uniform"], _ = make(f"uniform_{count}", parameters=problem.spaced(count))
         others["third_input"], _ = kept(
             folder / "third_input.pt", lambda: train_third_input(problem, points, seed, offline)
         )
@@ -168,27 +177,33 @@ def run(
         others["free"], _ = kept(folder / "free.pt", lambda: FreeAdapters(base, problem, points, seed, 9))
     draws = np.random.default_rng(seed).uniform(problem.low, problem.high, (unseen, len(problem.low))).tolist()
     rows = [
-        kept(folder / f"row_{index}.pt", partial(errors_at, problem, as_parameter(c), family, others))[0]
+        kept(folder / f"row_{index}.pt", partial(errors_at, problem, as_parameter(c), family))[0]
         for index, c in enumerate(draws)
     ]
     for row in rows:
+        at = {name: other.predict if name == "uniform" else other.at for name, other in others.items()}
+        row["errors"] |= {name: problem.error(of(row["c"]), row["c"]) for name, of in at.items()}
         start = time.process_time()
         row["indicator"] = family.predict(row["c"]).indicator
         row["milliseconds"]["indicator"] = 1e3 * (time.process_time() - start)
     errors = {name: np.array([row["errors"][name] for row in rows]) for name in METHODS if name in rows[0]["errors"]}
-    few = {
-        number: float(
-            np.median([problem.error(uniform(number).predict(row["c"], force=True), row["c"]) for row in rows])
-        )
-        for number in (5, 9, 17)
-        if "free" in others and number < count
-    }
+    smaller: dict[str, dict[int, float]] = {"greedy": {}, "uniform": {}}
+    for number in (number for number in MEMBERS if rivals and number < count):
+        greedy = make(f"greedy_{number}", **between, max_members=number)[0]
+        grid = make(f"uniform_{number}", parameters=problem.spaced(number))[0]
+        for kind, few in (("greedy", greedy), ("uniform", grid)):
+            found = [problem.error(few.predict(row["c"]), row["c"]) for row in rows]
+            smaller[kind][len(few.parameters)] = float(np.median(found))
+    if rivals:
+        smaller["greedy"][count] = float(np.median(errors["predicted"]))
+        smaller["uniform"][len(others["uniform"].parameters)] = float(np.median(errors["uniform"]))
     with tempfile.TemporaryDirectory() as place:
         family.save_pretrained(place)
         size = sum(path.stat().st_size for path in Path(place).glob("*.safetensors"))
     return {
         "problem": problem.name,
         "seed": seed,
+        "machine": machine.describe(),
         "base_error": problem.error(base, as_parameter(problem.base)),
         "members": count,
         "coordinates": family.size,
@@ -198,55 +213,92 @@ def run(
         "medians": {name: float(np.median(values)) for name, values in errors.items()},
         "worst": {name: float(values.max()) for name, values in errors.items()},
         "ratios": {n: np.quantile(v / errors["fitted"], [0.5, 1.0]).tolist() for n, v in errors.items()},
-        "medians_of_uniform_members": few,
+        "medians_by_members": smaller,
         "rank_correlation": float(spearmanr(errors["predicted"], [row["indicator"] for row in rows])[0]),
         "rows": rows,
     }
 
 
+def table(results: list[dict]) -> str:
+    """The errors as shares of those of members fitted there, in Markdown, and their medians over the seeds."""
+    names = ("predicted", "one_step", "nearest", "uniform", "free", "third_input")
+    titles = ["predicted", "one step", *(LABELS.get(name, "uniform grid") for name in names[2:])]
+    lines = [
+        "Relative L2 errors at unseen parameters as shares of those of members fitted there (median, worst).\n",
+        f"| problem, seed | members | CPU s | fitted there | {' | '.join(titles)} | rank correlation "
+        "| indicator / error |",
+        "|---|" + "--:|" * (5 + len(names)),
+    ]
+
+    def line(title: str, found: list[dict]) -> str:
+        median = lambda of: statistics.median(map(of, found))  # noqa: E731
+        shares = []
+        for name in names:
+            known = [result["ratios"][name] for result in found if name in result["ratios"]]
+            middle = [statistics.median(values) for values in zip(*known, strict=True)]
+            shares.append(f"{middle[0]:.2f}, {middle[1]:.2g}" if middle else "")
+        estimate = median(
+            lambda r: statistics.median(row["indicator"] / row["errors"]["predicted"] for row in r["rows"])
+        )
+        return (
+            f"| {title} | {median(lambda r: r['members']):g} | {median(lambda r: r['offline_seconds']):.0f} "
+            f"| {median(lambda r: r['medians']['fitted']):.1e} | {' | '.join(shares)} "
+            f"| {median(lambda r: r['rank_correlation']):.2f} | {estimate:.2f} |"
+        )
+
+    for name in sorted({result["problem"] for result in results}):
+        found = [result for result in results if result["problem"] == name]
+        lines += [line(f"{name}, {result['seed']}", [result]) for result in found]
+        if len(found) > 1:
+            lines.append(line(f"{name}, median of {len(found)} seeds", found))
+    machines = sorted({result["machine"] for result in results})
+    return "\n".join([*lines, "", *(f"Machine: {text}.  " for text in machines)]) + "\n"
+
+
 def draw(results: list[dict], path: Path) -> None:
     """Error against online milliseconds, number of members against error, and indicator against error."""
     names = sorted({result["problem"] for result in results})
-    columns = 2 + any(result.get("medians_of_uniform_members") for result in results)
-    size = (5.5 * columns, 4 * len(names))
-    figure, axes = plt.subplots(len(names), columns, figsize=size, layout="constrained", squeeze=False)
-    for (left, right, *more), name in zip(axes, names, strict=True):
+    figure, axes = plt.subplots(len(names), 3, figsize=(16, 5 * len(names)), layout="constrained", squeeze=False)
+    for (left, middle, right), name in zip(axes, names, strict=True):
         found = [result for result in results if result["problem"] == name]
         rows = [row for result in found for row in result["rows"]]
-        for kind, label in (("predicted", "predicted, no training"), ("one_step", "one step from there")):
-            points = [(max(row["milliseconds"][kind], 0.5), row["errors"][kind]) for row in rows]
-            left.loglog(*zip(*points, strict=True), ".", label=label)
-        for color, kind in enumerate(("fitted", "nearest", "free", "third_input"), start=2):
+        here = f"{TITLES[name]}, {len(found)} seed{'s' * (len(found) > 1)}"
+        for color, (kind, label) in enumerate(
+            {"predicted": "predicted, no training", "one_step": "one LM step from there", "fitted": "eight"}.items()
+        ):
+            points = np.array([(max(row["milliseconds"][kind], 0.5), row["errors"][kind]) for row in rows])
+            left.loglog(*points.T, ".", color=f"C{color}", alpha=0.35, ms=5)
+            left.loglog(*np.median(points, axis=0), "o", color=f"C{color}", mec="k", ms=9, label=label)
+        for color, kind in enumerate(("nearest", "free", "third_input"), start=3):
             values = [row["errors"][kind] for row in rows if kind in row["errors"]]
             if values:
-                label = f"{LABELS.get(kind, kind)}, median"
-                left.axhline(float(np.median(values)), color=f"C{color}", lw=1, ls="--", label=label)
-        left.set(title=name, xlabel="online milliseconds (CPU)", ylabel="relative L2 error")
-        left.legend(fontsize=8)
+                left.axhline(float(np.median(values)), color=f"C{color}", lw=1.5, ls="--", label=LABELS[kind])
+        left.set(title=here, xlabel="CPU ms from a new parameter to its adapter", ylabel="relative L2 error")
         for result in found:
-            rows = [row for row in result["rows"] if "indicator" in row["milliseconds"]]  # not of earlier versions
+            for color, kind in ((0, "greedy"), (7, "uniform")):
+                few = {int(number): value for number, value in result["medians_by_members"][kind].items()}
+                few = dict(sorted(few.items()))
+                label = {"greedy": "chosen where predictions are worst", "uniform": "uniform grid"}[kind]
+                middle.loglog(list(few), list(few.values()), "o-", color=f"C{color}", lw=1, ms=4, label=label)
+        there = float(np.median([row["errors"]["fitted"] for row in rows]))
+        middle.axhline(there, color="C2", lw=1.5, ls="--", label="fitted there (eight steps)")
+        middle.set(title="how many members it takes", xlabel="members", ylabel="median error of predictions")
+        middle.set_xticks([4, 8, 16, 32, 64], ["4", "8", "16", "32", "64"])
+        middle.minorticks_off()
+        for result in found:
+            points = [(row["indicator"], row["errors"]["predicted"]) for row in result["rows"]]
             label = f"seed {result['seed']}: rank correlation {result['rank_correlation']:.2f}"
-            if rows:
-                points = [(row["indicator"], row["errors"]["predicted"]) for row in rows]
-                right.loglog(*zip(*points, strict=True), ".", label=label)
+            right.loglog(*zip(*points, strict=True), ".", label=label)
         ends = [min(right.get_xlim()[0], right.get_ylim()[0]), max(right.get_xlim()[1], right.get_ylim()[1])]
-        right.plot(ends, ends, color="0.7", lw=1)
-        right.set(title="indicator", xlabel="indicator", ylabel="relative L2 error of the prediction")
-        right.tick_params(axis="x", which="both", rotation=30)
-        right.legend(fontsize=8)
-        for middle in more:
-            for result in found:
-                few = {int(n): v for n, v in result.get("medians_of_uniform_members", {}).items()}
-                if "uniform" in result["medians"]:
-                    few[result["members"]] = result["medians"]["uniform"]
-                    middle.loglog(list(few), list(few.values()), "o-", color="C0", lw=1, label="uniform grid")
-                middle.loglog(result["members"], result["medians"]["predicted"], "s", color="C1", label="greedy")
-                middle.axhline(result["medians"]["fitted"], color="C2", lw=1, ls="--", label="fitted there")
-            middle.set(title="members", xlabel="number of members", ylabel="median error of predictions")
-            handles, labels = middle.get_legend_handles_labels()
+        right.plot(ends, ends, color="0.7", lw=1, label="equal")
+        right.set(title="does the indicator know?", xlabel="indicator of a prediction", ylabel="its error")
+        for axis in (left, middle, right):
+            handles, labels = axis.get_legend_handles_labels()
             unique = dict(zip(labels, handles, strict=True))
-            middle.legend(unique.values(), unique.keys(), fontsize=8)
-    figure.savefig(path, dpi=110)
+            axis.legend(
+                unique.values(), unique.keys(), fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2
+            )
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
@@ -254,21 +306,22 @@ def main() -> None:
     parser = command_line.Parser(
         __doc__,
         takes="about four minutes of one core for each problem and seed",
-        writes="PROBLEM_SEED.json, errors.png",
+        writes="PROBLEM_SEED.json, study.md, errors.png",
         folder=command_line.RESULTS / "parametric",
         quick="a tiny setting, to see that it runs",
+        redraw=True,
     )
     parser.add_argument("--problem", choices=list(PROBLEMS), nargs="+", default=list(PROBLEMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--rivals", type=int, nargs="*", default=[0], help="seeds with all other methods, which take long"
     )
-    parser.add_argument("--members", type=int, default=32)
+    parser.add_argument("--members", type=int, default=64, help="the most members (default: that of the package)")
     parser.add_argument("--kept", type=Path, help="a folder for what took long (default: none is kept)")
     args = parser.parse_args()
     prefix = "quick_" if args.quick else ""
     with tempfile.TemporaryDirectory() as place:
-        for name in args.problem:
+        for name in () if args.redraw else args.problem:
             for seed in args.seeds[:1] if args.quick else args.seeds:
                 sizes = (10, 200, 3, 4) if args.quick else (args.members, 1500, 20, 45)
                 rivals = seed in args.rivals
@@ -277,6 +330,7 @@ def main() -> None:
                 print(json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1), flush=True)
     pattern = "quick_*_*.json" if args.quick else "[!q]*_[0-9].json"
     results = [json.loads(path.read_text()) for path in sorted(args.output.glob(pattern))]
+    (args.output / f"{prefix}study.md").write_text(table(results))
     draw(results, args.output / f"{prefix}errors.png")
 
 
