@@ -91,3 +91,16 @@ def test_the_study_runs_and_keeps_what_it_has(study, tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", [arguments[0], *arguments[2:], "--seeds", "1", "--widths", "10"])
     moving_targets.main()
     assert (tmp_path / "moving_targets.md").exists()
+
+
+def test_the_tables_have_the_numbers_of_the_results(study, tmp_path) -> None:
+    moving_targets = study("moving_targets")
+    folder = FOLDER.parent / "results" / "pde"
+    record = json.loads((folder / "moving_targets.json").read_text())
+    limits = {width: setting["seconds"] for width, setting in record["recipe"].items()}
+    found = moving_targets.headline(record["results"], limits)
+    assert found in (folder / "moving_targets.md").read_text()
+    assert moving_targets.markdown(record["results"], limits) in (folder / "moving_targets.md").read_text()
+    assert found in (FOLDER.parents[2] / "docs" / "pde.md").read_text()
+    moving_targets.draw(record["results"], limits, "32", tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000

@@ -3,7 +3,7 @@
 
 """Follows three standard problems to a harder parameter, which moves the solution: what an adapter saves.
 
-python examples/studies/pde/moving_targets.py                      # all of it: some hours of one core
+python examples/studies/pde/moving_targets.py                      # all of it: 3 hours of one core
 python examples/studies/pde/moving_targets.py --widths 32 --seeds 1 --methods full_lm core_lm
 python examples/studies/pde/moving_targets.py --quick              # tiny, to see it run
 
@@ -177,7 +177,7 @@ def report(record: Record, stem: Path) -> None:
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
-        takes="about 2 hours on one core",
+        takes="about 3 hours on one core",
         writes="moving_targets.json, moving_targets.md, moving_targets.png; bases in --cache",
         folder=command_line.RESULTS / "pde",
         quick="a tiny setting: to see it run",
