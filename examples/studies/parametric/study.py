@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ TITLES = {
     "burgers_two": "Burgers, viscosity and amplitude",
     "elliptic": "elliptic, contrast 0.2 to 1",
 }
+CHOICES = (("C0", "greedy", "chosen where predictions are worst"), ("C7", "uniform", "uniform grid"))
 MEMBERS = (4, 8, 12, 16, 24, 32)  # of the families that show how many it takes
 
 
@@ -251,20 +253,26 @@ def table(results: list[dict]) -> str:
         lines += [line(f"{name}, {result['seed']}", [result]) for result in found]
         if len(found) > 1:
             lines.append(line(f"{name}, median of {len(found)} seeds", found))
-    machines = sorted({result["machine"] for result in results})
-    return "\n".join([*lines, "", *(f"Machine: {text}.  " for text in machines)]) + "\n"
+    machines = sorted({result["machine"].rpartition(", load ")[0] for result in results})
+    return "\n".join([*lines, "", *(f"Machine: {text}, shared with others." for text in machines)]) + "\n"
 
 
 def draw(results: list[dict], path: Path) -> None:
     """Error against online milliseconds, number of members against error, and indicator against error."""
     names = sorted({result["problem"] for result in results})
-    figure, axes = plt.subplots(len(names), 3, figsize=(16, 5 * len(names)), layout="constrained", squeeze=False)
-    for (left, middle, right), name in zip(axes, names, strict=True):
+    columns = 2 + any(result["medians_by_members"]["greedy"] for result in results)
+    size = (5.4 * columns, 5 * len(names))
+    figure, axes = plt.subplots(len(names), columns, figsize=size, layout="constrained", squeeze=False)
+    for (left, *middles, right), name in zip(axes, names, strict=True):
         found = [result for result in results if result["problem"] == name]
         rows = [row for result in found for row in result["rows"]]
         here = f"{TITLES[name]}, {len(found)} seed{'s' * (len(found) > 1)}"
         for color, (kind, label) in enumerate(
-            {"predicted": "predicted, no training", "one_step": "one LM step from there", "fitted": "eight"}.items()
+            {
+                "predicted": "predicted, no training",
+                "one_step": "one LM step from there",
+                "fitted": "eight steps",
+            }.items()
         ):
             points = np.array([(max(row["milliseconds"][kind], 0.5), row["errors"][kind]) for row in rows])
             left.loglog(*points.T, ".", color=f"C{color}", alpha=0.35, ms=5)
@@ -274,25 +282,24 @@ def draw(results: list[dict], path: Path) -> None:
             if values:
                 left.axhline(float(np.median(values)), color=f"C{color}", lw=1.5, ls="--", label=LABELS[kind])
         left.set(title=here, xlabel="CPU ms from a new parameter to its adapter", ylabel="relative L2 error")
-        for result in found:
-            for color, kind in ((0, "greedy"), (7, "uniform")):
-                few = {int(number): value for number, value in result["medians_by_members"][kind].items()}
-                few = dict(sorted(few.items()))
-                label = {"greedy": "chosen where predictions are worst", "uniform": "uniform grid"}[kind]
-                middle.loglog(list(few), list(few.values()), "o-", color=f"C{color}", lw=1, ms=4, label=label)
-        there = float(np.median([row["errors"]["fitted"] for row in rows]))
-        middle.axhline(there, color="C2", lw=1.5, ls="--", label="fitted there (eight steps)")
-        middle.set(title="how many members it takes", xlabel="members", ylabel="median error of predictions")
-        middle.set_xticks([4, 8, 16, 32, 64], ["4", "8", "16", "32", "64"])
-        middle.minorticks_off()
+        for middle in middles:
+            for result, (color, kind, label) in product(found, CHOICES):
+                few = sorted((int(number), value) for number, value in result["medians_by_members"][kind].items())
+                middle.loglog(*np.array(few).reshape(-1, 2).T, "o-", color=color, lw=1, ms=4, label=label)
+            there = float(np.median([row["errors"]["fitted"] for row in rows]))
+            middle.axhline(there, color="C2", lw=1.5, ls="--", label="fitted there (eight steps)")
+            middle.set(title="how many members it takes", xlabel="members", ylabel="median error of predictions")
+            middle.set_xticks([4, 8, 16, 32, 64], ["4", "8", "16", "32", "64"])
+            middle.minorticks_off()
         for result in found:
             points = [(row["indicator"], row["errors"]["predicted"]) for row in result["rows"]]
             label = f"seed {result['seed']}: rank correlation {result['rank_correlation']:.2f}"
             right.loglog(*zip(*points, strict=True), ".", label=label)
         ends = [min(right.get_xlim()[0], right.get_ylim()[0]), max(right.get_xlim()[1], right.get_ylim()[1])]
         right.plot(ends, ends, color="0.7", lw=1, label="equal")
+        right.xaxis.set_minor_formatter("")
         right.set(title="does the indicator know?", xlabel="indicator of a prediction", ylabel="its error")
-        for axis in (left, middle, right):
+        for axis in (left, *middles, right):
             handles, labels = axis.get_legend_handles_labels()
             unique = dict(zip(labels, handles, strict=True))
             axis.legend(
