@@ -217,6 +217,11 @@ def share_hooks(old: nn.Module, new: nn.Module) -> None:
         new._is_full_backward_hook = old._is_full_backward_hook
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of a module run a graph of `torch.compile`, which keeps the hooks that it was traced with."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The network inside the wrappers that `torch.compile`, data parallelism and PEFT put around it.
 

@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..files.checkpoint import refuse_for_model
-from ..modules.calls import modules_of, set_mode
+from ..modules.calls import is_compiled, modules_of, set_mode
 from ..modules.locks import LayerLock, exclusively_within, put_back_by
 from .config import LoTRAConfig
 from .first_backward import watch_first_backward
@@ -344,6 +344,11 @@ class LoTRAModel(NormStatsTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if not torch.compiler.is_compiling() and any(map(is_compiled, modules_of(self.model))):
+            raise ValueError(
+                "Cannot pass `adapter_names` when a part of the model is compiled, which would not notice them: "
+                "compile the whole model, `torch.compile(model)`."
+            )
         adapter_names = RowNames.of(kwargs["adapter_names"])
         # A layer need not have each of the adapters, but a name that no layer has is a typo.
         layers = [layer for _, layer in lotra_layers(self.model)]

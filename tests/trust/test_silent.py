@@ -175,6 +175,19 @@ def test_components_that_no_layer_has():
     assert_refused(lambda: adapted(base, train=["factor_kernel"]), base, match="nothing would be trained")
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_names_of_adapters_in_a_part_that_is_compiled(in_place):
+    """Compiled code takes no notice of hooks that are new: all rows got the active adapter."""
+    base = Net()
+    if in_place:
+        base.kan.compile(backend="eager")
+    else:
+        base.kan = torch.compile(base.kan, backend="eager")
+    model = adapted(base)
+    model(X)
+    assert_refused(lambda: model(X, adapter_names=["__base__"] * 5), model, match="compile the whole model")
+
+
 def test_an_adapter_that_is_named_twice_is_merged_once():
     model = adapted()
     y = model(X)
