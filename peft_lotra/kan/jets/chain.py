@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -105,14 +105,16 @@ def stages_of(model: nn.Module) -> list[Stage] | None:
     """The stages that `model` is the composition of; None if it has forward hooks, or is not known to be a chain."""
     if model._forward_hooks or model._forward_pre_hooks:
         return None
-    for cls in type(model).__mro__:
-        if cls in _finders:
-            return _finders[cls](model)
+    if (finder := entry_of(_finders, type(model))) is not None:
+        return finder(model)
     if isinstance(original := getattr(model, "_orig_mod", None), nn.Module):  # what `torch.compile` returns
         return stages_of(original)
     if is_norm(model):
         return [Stage(model)]
-    return next((found for find in _others if (found := find(model)) is not None), None)
+    for find in _others:
+        if (found := find(model)) is not None:
+            return found
+    return None
 
 
 def is_known(model: nn.Module) -> bool:
@@ -137,10 +139,19 @@ def register_wrapper(cls: type[nn.Module], inner: Callable[[Any], nn.Module | No
     _inner[cls] = inner
 
 
+def entry_of(registry: Mapping[type, Any], cls: type) -> Any:
+    """The entry of a class, or of the nearest class that it is derived from; None if there is none."""
+    for known in cls.__mro__:  # `next(..., None)` cannot be compiled before torch 2.10
+        if known in registry:
+            return registry[known]
+    return None
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside of wrappers that return what it returns, down to the first module with forward hooks."""
     while not (model._forward_hooks or model._forward_pre_hooks):
-        inner = next((_inner[cls](model) for cls in type(model).__mro__ if cls in _inner), None)
+        find = entry_of(_inner, type(model))
+        inner = None if find is None else find(model)
         inner = getattr(model, "_orig_mod", None) if inner is None else inner  # of `torch.compile`
         if not isinstance(inner, nn.Module):
             break

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...modules.calls import check_module
 from ..observer import current_observer
-from .chain import Stage, stages_of, unwrap
+from .chain import Stage, entry_of, stages_of, unwrap
 from .layers import Jet, block_size, evaluate_layer
 from .maps import InputMap
 from .norms import check_rows_apart, through_norm
@@ -98,7 +98,7 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
     check_module(model)
     inner = unwrap(model)
     hooked = inner._forward_hooks or inner._forward_pre_hooks
-    composed = None if hooked else next((_composed[cls] for cls in type(inner).__mro__ if cls in _composed), None)
+    composed = None if hooked else entry_of(_composed, type(inner))
     stages = None if composed else stages_of(model)
     if not composed and (stages is None or not any(stage.is_kan for stage in stages)):
         stages = None
