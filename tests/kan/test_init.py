@@ -11,6 +11,7 @@ import pickle
 
 import pytest
 import torch
+from helpers import ALLOWED
 from peft import AutoPeftModel, get_peft_model
 from transformers import AutoModel
 
@@ -55,6 +56,6 @@ def test_files_of_adapters_name_the_public_module_and_old_ones_load(library, tmp
     assert config["auto_mapping"] == {"base_model_class": "KANModel", "parent_library": "peft_lotra.kan"}
     config["auto_mapping"]["parent_library"] = library
     file.write_text(json.dumps(config))
-    loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=["peft_lotra"])
+    loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter", **ALLOWED)
     x = torch.rand(5, 2)
     assert torch.equal(loaded(x).logits, model(x).logits)

@@ -10,13 +10,13 @@ version of peft_lotra: outputs may differ by rounding.
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 from pathlib import Path
 
 import peft.auto
 import pytest
 import torch
+from helpers import ALLOWED
 from legacy_cases import BASE, CASES, IO, saved_base
 from peft import AutoPeftModel, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -29,8 +29,8 @@ from peft_lotra.kan import SlimKAN
 LEGACY = Path(__file__).parent
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # relative differences that the rounding of another machine explains: FlashKAN loses digits; bfloat16 has three
-ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
-ROUNDING_OF_FLASHKAN = 5e-5
+ROUNDING = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
+ROUNDING_OF_FLASHKAN = 5e-4
 
 every_case = pytest.mark.parametrize("name", CASES)
 
@@ -98,11 +98,9 @@ def test_saved_again(name, tmp_path):
 
 def test_auto_model(monkeypatch):
     name = "kan_model"
-    parameters = inspect.signature(AutoPeftModel.from_pretrained).parameters
-    allowed = {"import_allowlist": ["peft_lotra"]} if "import_allowlist" in parameters else {}  # PEFT 0.20 or newer
     monkeypatch.chdir(LEGACY)  # the path of the base is relative to it
     monkeypatch.setattr(peft.auto, "check_file_exists_on_hf_hub", lambda **kwargs: False)
-    check(AutoPeftModel.from_pretrained(name, **allowed).eval(), name, "adapted")
+    check(AutoPeftModel.from_pretrained(name, **ALLOWED).eval(), name, "adapted")
 
 
 @pytest.mark.parametrize("name, module", [("kan", "network"), ("kan_model", "modeling_kan")])

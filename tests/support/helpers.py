@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import AutoPeftModel, PeftModel, get_peft_model
 from stand_ins import FAMILIES, as_model
 from torch import Tensor, nn
 
@@ -18,6 +19,10 @@ from peft_lotra.kan import KAN
 
 
 COMPONENTS = ("lotra_core", "lotra_factor_out", "lotra_factor_in", "lotra_factor_basis")
+
+# what `AutoPeftModel.from_pretrained` may import; PEFT before 0.20 imports anything
+_ALLOWS = "import_allowlist" in inspect.signature(AutoPeftModel.from_pretrained).parameters
+ALLOWED: dict[str, Any] = {"import_allowlist": ["peft_lotra"]} if _ALLOWS else {}
 
 # relative differences that rounding explains
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12}
