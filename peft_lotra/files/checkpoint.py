@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ..families.description import is_description
 from ..families.registry import PREFIX, short_name
+from ..tucker import KernelTucker
 
 
 T = TypeVar("T")
@@ -18,6 +19,9 @@ Shape = tuple[int, ...]
 OF_THE_BASE = "to save a part of the base, such as embeddings, name the module in `modules_to_save`"
 TRAINED_ON = "Load it into the base model that it was trained on."
 _MAX_LINES = 20  # that an error shows
+# The buffers of a normalization that are saved behind "lotra_" where an adapter has moved them; the last one counts.
+NORM_STATS = ("running_mean", "running_var", "num_batches_tracked")
+_STORED = tuple(f"lotra_{part}" for part in (*KernelTucker._fields, *NORM_STATS))
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,16 @@ def by_short_name(tensors: Mapping[str, T]) -> dict[str, T]:
             "The file was changed, or put together out of two. Get it anew.",
         )
     return {short_name(name): tensor for name, tensor in tensors.items()}
+
+
+def is_of_another_adapter(name: str) -> bool:
+    """Whether a tensor of a file, of these names, is of an adapter that PEFT 0.19 saved along with the file's own."""
+    return name.rpartition(".")[0].endswith(_STORED)
+
+
+def own_tensors(tensors: Mapping[str, T]) -> dict[str, T]:
+    """The tensors of a file without those of other adapters."""
+    return {name: tensor for name, tensor in tensors.items() if not is_of_another_adapter(name)}
 
 
 def refuse(headline: str, problems: list[str], remedy: str = "") -> None:

@@ -24,9 +24,10 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from ..modules.checks import check_path
-from .checkpoint import refuse
+from .checkpoint import NORM_STATS, is_of_another_adapter, refuse
 from .fingerprint import digest_of, hash_values
 
 
@@ -45,8 +46,6 @@ _NOT_DIGESTED = frozenset(
     "task_type".split()
 )
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# The buffers of a normalization that are saved behind "lotra_" where an adapter has moved them; the last one counts.
-NORM_STATS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def config_digest(values: Mapping[str, Any], defaults: Mapping[str, Any], weights: str | None) -> str:
@@ -241,6 +240,17 @@ def open_weights(path: str) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{problem}{error}. It is damaged, or no safetensors file.") from error
+
+
+def keep_own_tensors(path: str) -> None:
+    """Replaces a file that PEFT 0.19 wrote, with the tensors of all adapters, by one with its own adapter's alone."""
+    with open_weights(path) as file:
+        own = [name for name in file.keys() if not is_of_another_adapter(name)]
+        if len(own) == len(file.keys()):
+            return
+        tensors, metadata = {name: file.get_tensor(name) for name in own}, file.metadata()
+    with _put_in_place(path, "xb") as copy:
+        copy.write(save(tensors, metadata))
 
 
 def read_weights(path: str) -> tuple[dict[str, tuple[int, ...]], str]:

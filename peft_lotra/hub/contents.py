@@ -18,12 +18,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_sta
 from safetensors import SafetensorError
 
 from ..families.registry import short_name
-from ..files.checkpoint import by_short_name
+from ..files.checkpoint import by_short_name, own_tensors
 from ..files.format import check_size, open_weights
 from ..report import Report, TextTable
 from ..tucker import tucker_of
 from ..tuner.config import LoTRAConfig
-from ..tuner.injection import own_tensors
 from ..tuner.layer import COMPONENTS, LoTRALayer
 from ..tuner.registration import NAME
 

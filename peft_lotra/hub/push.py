@@ -24,9 +24,7 @@ from huggingface_hub.errors import (
 )
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
 
-from ..tuner.injection import own_tensors
 from ..tuner.registration import NAME
 from .base_code import check_base_code, check_base_model, hub_id
 from .card import README, combine_cards, load_card, write_model_card, written_code
@@ -147,12 +145,6 @@ def _check_folder(folder: Path, selected_adapters: list[str] | None) -> list[Pat
 def _save_model(model: PeftModel, selected_adapters: list[str] | None, folder: Path) -> None:
     model.save_pretrained(str(folder), selected_adapters=selected_adapters)
     (folder / README).unlink()  # the card by PEFT, which would replace the card of the repository
-    for path in adapter_folders(folder).values():
-        weights = path / SAFETENSORS_WEIGHTS_NAME
-        tensors = load_file(weights)
-        own = own_tensors(tensors)
-        if len(own) < len(tensors):  # only selected adapters are published
-            save_file(own, weights, metadata={"format": "pt"})
 
 
 def _save_files(origin: Path, adapters: list[Path], folder: Path) -> None:

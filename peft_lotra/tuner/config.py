@@ -24,6 +24,7 @@ from ..files.format import (
     check_size,
     config_digest,
     find_weights,
+    keep_own_tensors,
     read_weights,
     write_atomically,
 )
@@ -336,7 +337,10 @@ class LoTRAConfig(PeftConfig):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         os.makedirs(save_directory, exist_ok=True)
         weights = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
-        digest = read_weights(weights)[1] if os.path.exists(weights) else None
+        digest = None
+        if os.path.exists(weights):
+            keep_own_tensors(weights)
+            digest = read_weights(weights)[1]
         values = self.check_loadable()
         record = self._record_base() if self._record_base is not None else None
         if record is None:  # no model, or one that is gone

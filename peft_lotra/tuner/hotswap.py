@@ -13,12 +13,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import PeftType, load_peft_weights
 from torch import nn
 
-from ..files.checkpoint import refuse
+from ..files.checkpoint import own_tensors, refuse
 from ..files.format import differ
 from ..modules.calls import unwrap
 from ..modules.checks import check_name, check_path
 from .config import LoTRAConfig
-from .injection import check_names, own_tensors
+from .injection import check_names
 from .layer import lotra_layers
 from .norm_stats import NormStatsTuner, pop_stats
 from .targets import check_base, locate_target

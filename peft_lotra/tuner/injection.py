@@ -17,8 +17,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..families.slim import SlimLayer
-from ..files.checkpoint import OF_THE_BASE, Checkpoint, refuse
-from ..files.format import NORM_STATS, differ
+from ..files.checkpoint import NORM_STATS, OF_THE_BASE, Checkpoint, is_of_another_adapter, refuse
+from ..files.format import differ
 from ..kan.slim_kan import SlimKANLinear
 from ..modules.calls import modules_of, read_at_rest
 from ..modules.checks import check_name
@@ -188,16 +188,6 @@ def check_names(checkpoint: Checkpoint, config: LoTRAConfig, model: nn.Module, t
     # PEFT 0.19 saves the components of all adapters, those of the others with their names; they are passed over
     allowed.update(name for name in checkpoint.tensors if is_of_another_adapter(name))
     checkpoint.check_names(expected, allowed)
-
-
-def is_of_another_adapter(name: str) -> bool:
-    """Whether a tensor of a file, of these names, is of an adapter that PEFT 0.19 saved along with the file's own."""
-    return name.rpartition(".")[0].endswith((*COMPONENTS, *_NORM_STATS))
-
-
-def own_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file without those of other adapters."""
-    return {name: tensor for name, tensor in tensors.items() if not is_of_another_adapter(name)}
 
 
 def mismatches(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:

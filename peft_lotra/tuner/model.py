@@ -16,7 +16,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..files.checkpoint import refuse_for_model
+from ..files.checkpoint import own_tensors, refuse_for_model
 from ..modules.calls import is_compiled, modules_of, set_mode
 from ..modules.locks import LayerLock, exclusively_within, put_back_by
 from .config import LoTRAConfig
@@ -31,7 +31,6 @@ from .injection import (
     create_and_replace,
     mismatches,
     name_twice,
-    own_tensors,
     prepare_config,
     prepare_targets,
     refuse_no_tensors,

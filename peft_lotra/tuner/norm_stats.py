@@ -20,8 +20,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..families.registry import short_name
-from ..files.checkpoint import refuse_for_model
-from ..files.format import NORM_STATS, differ
+from ..files.checkpoint import NORM_STATS, refuse_for_model
+from ..files.format import differ
 
 
 Stats = Mapping[str, Tensor]  # by name in the bare model, "layers.0.bn.running_mean"

@@ -19,9 +19,11 @@ from killing import count_steps, interrupted_at
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.save_and_load import set_peft_model_state_dict
+from safetensors import safe_open
 
 from peft_lotra import LoTRAConfig, save_adapter
-from peft_lotra.files.format import MAX_HEADER_BYTES, read_weights
+from peft_lotra.files.checkpoint import own_tensors
+from peft_lotra.files.format import MAX_HEADER_BYTES, keep_own_tensors, read_weights
 from peft_lotra.hub.contents import read_adapter
 from peft_lotra.kan import KAN
 
@@ -156,6 +158,36 @@ def test_a_saved_folder(tmp_path):
     assert sorted(os.listdir(tmp_path / "a" / "b")) == sorted(os.listdir(tmp_path / "plain"))
     for name in (CONFIG, WEIGHTS):
         assert (tmp_path / "a" / "b" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_the_tensors_of_other_adapters_are_not_kept(tmp_path):
+    """PEFT 0.19 writes the tensors of all adapters into each file, those of others with their names."""
+    own = ["a.lotra_core", "base_model.model.1.lotra_running_mean", "head.weight"]
+    others = ["a.lotra_core.other", "a.lotra_factor_in.b", "base_model.model.1.lotra_running_mean.other"]
+    values = {name: torch.rand(4) for name in [*own, *others]}
+    assert list(own_tensors(values)) == own
+    path = tmp_path / WEIGHTS
+    safetensors.torch.save_file(values, path, metadata={"format": "pt"})
+    keep_own_tensors(str(path))
+    before = path.read_bytes()
+    with safe_open(path, "pt") as file:
+        assert sorted(file.keys()) == own and file.metadata() == {"format": "pt"}
+        assert all(torch.equal(file.get_tensor(name), values[name]) for name in own)
+    keep_own_tensors(str(path))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [WEIGHTS]
+
+
+def test_each_file_has_the_tensors_of_its_adapter_alone(tmp_path):
+    net = adapt(model())
+    net.add_adapter("other", LoTRAConfig(r=3, init_weights=False))
+    net.save_pretrained(tmp_path)
+    for path in (tmp_path / WEIGHTS, tmp_path / "other" / WEIGHTS):
+        names = list(safetensors.torch.load_file(path))
+        assert names and list(own_tensors(dict.fromkeys(names))) == names
+    again = PeftModel.from_pretrained(model(), tmp_path / "other", adapter_name="other")
+    net.set_adapter("other")
+    x = inputs()
+    assert torch.equal(again.eval()(x), net.eval()(x))
 
 
 def test_what_else_lies_in_the_folder_stays(tmp_path):
