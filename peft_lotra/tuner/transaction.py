@@ -98,8 +98,9 @@ class transaction:
 
     def __enter__(self) -> None:
         self._outer, _thread.change = _thread.change, ref(self)
-        # what is made here is trained later
-        self._mode = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        # what is made here is trained later; a model that was made in inference mode can only be changed in it
+        leaves = torch.is_inference_mode_enabled() and not any(tensor.is_inference() for tensor, _ in self._flags)
+        self._mode = torch.inference_mode(False) if leaves else nullcontext()
         self._mode.__enter__()
         if self._begins:
             self.begin()

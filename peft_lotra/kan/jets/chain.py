@@ -52,7 +52,7 @@ class Stage(NamedTuple):
     @property
     def is_kan(self) -> bool:
         """Whether the stage is a KAN layer."""
-        return isinstance(self.module, SplineLayer) or bool(self.branches)
+        return isinstance(self.module, SplineLayer) or len(self.branches) > 0
 
     @property
     def layer(self) -> SplineLayer:
