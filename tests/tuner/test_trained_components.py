@@ -10,6 +10,7 @@ import json
 
 import pytest
 import torch
+from conv_stand_ins import ConvNet, images
 from helpers import COMPONENTS, adapt, base, components, inputs, lotra_layers, relative
 from peft import PeftMixedModel, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from stand_ins import FAMILIES
@@ -245,10 +246,22 @@ def test_coefficients_that_cannot_be_decomposed():
 
 
 def test_a_layer_without_the_trained_component_keeps_a_zero_update():
-    model = KAN([3, 4], dtype=torch.float64)
-    x, reference = inputs(dtype=torch.float64), copy.deepcopy(model)
+    """Of a convolution and a dense layer, `factor_kernel` is of the convolution alone."""
+    model = ConvNet("fastkanconv").eval()
+    model.head = KAN([96, 3])
     adapted = get_peft_model(model, LoTRAConfig(r=2, train=["factor_kernel"]))
-    assert not trained(adapted) and torch.equal(adapted(x), reference(x))
+    names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert names and all("head" not in name and "factor_kernel" in name for name in names)
+    x = images()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+        own, features = adapted.base_model.model.head, model.second(model.first(x)).flatten(1)
+        changed = own(features)
+        with adapted.disable_adapter():
+            assert torch.equal(own(features), changed)
+            assert not torch.allclose(model.second(model.first(x)).flatten(1), features)
 
 
 def test_loading_tensors_into_an_adapter_with_fixed_factors():
