@@ -89,7 +89,10 @@ def hotswap_adapter(
     for name, layer in layers.items():
         key = f"base_model.model.{name}.lotra_core"
         if key in tensors:
-            tensors[key] = tensors[key] * (new.ranks_and_alpha(name)[1] / layer.lotra_alpha[adapter_name])
+            # in the dtype of the adapter here: that of the file may be coarser
+            tensors[key] = tensors[key].to(current[key].dtype) * (
+                new.ranks_and_alpha(name)[1] / layer.lotra_alpha[adapter_name]
+            )
     with change_lock(model.base_model).held, transaction(model, current.values(), changes=is_switched):
         for key, tensor in tensors.items():
             current[key].copy_(tensor)

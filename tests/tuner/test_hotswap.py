@@ -85,6 +85,19 @@ def test_another_alpha_and_another_scale(folder):
     torch.testing.assert_close(model(X), loaded(X))
 
 
+def test_another_alpha_in_a_file_of_half_precision(folder, tmp_path):
+    """The alpha is made up for in the precision of the adapter here, not of the file."""
+    half = PeftModel.from_pretrained(base(), folder(alpha=1.1)[0])
+    for name, parameter in half.named_parameters():
+        if "lotra_" in name:
+            parameter.data = parameter.data.bfloat16()
+    half.save_pretrained(tmp_path / "half")
+    model = PeftModel.from_pretrained(base(), folder(alpha=0.7)[0])
+    hotswap_adapter(model, tmp_path / "half")
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "half")
+    torch.testing.assert_close(model(X), loaded(X))
+
+
 def test_what_is_saved_after_a_swap(folder, tmp_path):
     first, second = folder(alpha=2.0), folder(alpha=0.5)
     model = PeftModel.from_pretrained(base(), first[0])
