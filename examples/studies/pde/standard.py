@@ -80,7 +80,9 @@ def draw(results: dict, peers: dict, path: Path) -> None:
                 below.semilogy(seconds, errors, "." + style, color=color, label=label if run is found[0] else None)
         below.set(xlabel="CPU s", ylabel="relative L2 error")
         below.grid(alpha=0.3)
-        below.legend(loc="lower left", fontsize=8)
+    known = {line.get_label(): line for below in rows[1] for line in below.get_lines() if line.get_label()[0] != "_"}
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known))
+    figure.suptitle("From zero by one recipe, five seeds: the solutions, and the errors that a minute brings them to")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
