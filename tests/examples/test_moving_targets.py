@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -17,22 +16,9 @@ import torch
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "studies" / "pde"
 
 
-@pytest.fixture
-def study(monkeypatch):
-    """A module of the PDE examples, by its name; they import each other as scripts do."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = set(sys.modules)
-    threads = torch.get_num_threads()
-    yield importlib.import_module
-    torch.set_num_threads(threads)
-    for name in set(sys.modules) - before:
-        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
 @pytest.mark.parametrize("width", [10, 32, 64])
-def test_adapters_have_two_fifths_of_the_parameters_at_most(study, width) -> None:
-    moves, recipe = study("problems.moves"), study("problems.recipe")
+def test_adapters_have_two_fifths_of_the_parameters_at_most(pde, width) -> None:
+    moves, recipe = pde("problems.moves"), pde("problems.recipe")
     setting, problem = moves.SETTINGS[width], moves.PROBLEMS["helmholtz"]
     base = recipe.constrained(problem, recipe.new_network(problem, setting.base))
     total = moves.trainable(base)
@@ -45,8 +31,8 @@ def test_adapters_have_two_fifths_of_the_parameters_at_most(study, width) -> Non
     assert shares["equal_core_lm"] == pytest.approx(shares["lotra_lm"], rel=0.1)
 
 
-def test_targets_have_solutions_of_their_own(study) -> None:
-    moves, standard = study("problems.moves"), study("problems.standard")
+def test_targets_have_solutions_of_their_own(pde) -> None:
+    moves, standard = pde("problems.moves"), pde("problems.standard")
     before, after = standard.PROBLEMS["helmholtz"], moves.MOVES["helmholtz"]
     assert (before.reference() - after.reference()).norm() > after.reference().norm()
     x = after.points()
@@ -57,8 +43,8 @@ def test_targets_have_solutions_of_their_own(study) -> None:
     assert slopes[1] > 1.5 * slopes[0]
 
 
-def test_errors_are_read_at_any_time(study) -> None:
-    moving_targets = study("moving_targets")
+def test_errors_are_read_at_any_time(pde) -> None:
+    moving_targets = pde("moving_targets")
     curve = [(0, 0.0, 1.0), (5, 2.0, 0.01), (9, 4.0, 0.001)]
     assert moving_targets.error_at(curve, 1.0) == pytest.approx(0.1)
     assert moving_targets.error_at(curve, 9.0) == pytest.approx(0.001)
@@ -67,8 +53,8 @@ def test_errors_are_read_at_any_time(study) -> None:
     assert moving_targets.ratios(runs, "core_lm") == [pytest.approx(0.2)]  # seed 2 has no rival
 
 
-def test_the_study_runs_and_keeps_what_it_has(study, tmp_path, monkeypatch, capsys) -> None:
-    moving_targets = study("moving_targets")
+def test_the_study_runs_and_keeps_what_it_has(pde, tmp_path, monkeypatch, capsys) -> None:
+    moving_targets = pde("moving_targets")
     arguments = ["moving_targets.py", "--quick", "--problems", "helmholtz", "--output", str(tmp_path)]
     arguments += ["--cache", str(tmp_path / "cache")]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -93,8 +79,8 @@ def test_the_study_runs_and_keeps_what_it_has(study, tmp_path, monkeypatch, caps
     assert (tmp_path / "moving_targets.md").exists()
 
 
-def test_the_tables_have_the_numbers_of_the_results(study, tmp_path) -> None:
-    moving_targets = study("moving_targets")
+def test_the_tables_have_the_numbers_of_the_results(pde, tmp_path) -> None:
+    moving_targets = pde("moving_targets")
     folder = FOLDER.parent / "results" / "pde"
     record = json.loads((folder / "moving_targets.json").read_text())
     limits = {width: setting["seconds"] for width, setting in record["recipe"].items()}

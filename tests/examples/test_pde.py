@@ -3,29 +3,9 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-
-
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "studies" / "pde"
-
-
-@pytest.fixture
-def pde(monkeypatch):
-    """A module of the PDE examples, by its name; they import each other as scripts do."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    before = set(sys.modules)
-    threads = torch.get_num_threads()
-    yield importlib.import_module
-    torch.set_num_threads(threads)
-    for name in set(sys.modules) - before:
-        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
 
 
 def test_unknown_family(pde) -> None:
