@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -109,10 +110,11 @@ class LeastSquares:
         self.memory = memory
         self.shards = shards = shards or Shards()
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self.fixed = {
-            name: tensor.detach().double()
+        self.fixed = {  # in float64, and none of those that autograd refuses to keep
+            name: tensor.detach().double().clone() if tensor.is_floating_point() else tensor.clone()
             for name, tensor in state.items()
-            if name not in trainable and tensor.is_floating_point() and tensor.dtype != torch.float64
+            if name not in trainable
+            and (tensor.is_inference() or tensor.is_floating_point() and tensor.dtype != torch.float64)
         }
         self.sizes = [parameter.numel() for parameter in trainable.values()]
         self.num_parameters = sum(self.sizes)
@@ -133,7 +135,9 @@ class LeastSquares:
         for (function, rows, weight), total in zip(terms, totals, strict=True):
             marked = {place for place, row in enumerate(rows) if row.requires_grad}
             self._marked[id(function)] = self._marked.get(id(function), set()) | marked
-            rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
+            rows = tuple(  # copies, into which a function may write before it is found out
+                row.detach().to(torch.float64 if row.is_floating_point() else row.dtype, copy=True) for row in rows
+            )
             self.terms.append((function, rows, math.sqrt(weight / total)))
             key = self._key(function, rows)
             if key not in self.plans and len(rows[0]):
@@ -179,7 +183,7 @@ class LeastSquares:
 
     @torch.no_grad()
     def _check_rows(self, function: Callable, rows: Sequence[Tensor], most: int) -> None:
-        """Refuses random residuals, and those of a row that change with the other rows.
+        """Refuses residuals that are random, that change with the other rows, or that write into what they are given.
 
         Up to `most` rows are evaluated beside as many others, and beside themselves. Equal shapes make equal rounding.
         """
@@ -189,8 +193,10 @@ class LeastSquares:
         buffers = {name: tensor.clone() for name, tensor in self.model.named_buffers()}  # batch normalization writes
 
         def evaluate(*parts: list[Tensor]) -> Tensor:
+            together = [torch.cat(row) for row in zip(*parts, strict=True)]
             named = {**buffers, **self.fixed, **self._named(self.start)}
-            return self._call(function, 1.0, named, [torch.cat(row) for row in zip(*parts, strict=True)]).detach()
+            with self._unwritten(function, together):
+                return self._call(function, 1.0, named, together).detach()
 
         def differ(values: Tensor, others: Tensor) -> bool:
             tolerance = 1e-7 * values.nan_to_num(0, 0, 0).abs().max().item() + 1e-10
@@ -219,6 +225,19 @@ class LeastSquares:
                 f"{self._name(function)} returns residuals of a row that depend on the other rows, but each must "
                 "depend on its own row alone. Give what a residual needs in its row, and put batch normalization into "
                 f"evaluation mode by `model.eval()`{_list_modules(kinds)}."
+            )
+
+    @contextmanager
+    def _unwritten(self, function: Callable, rows: Sequence[Tensor]) -> Iterator[None]:
+        """Raises a `ValueError` if rows or trainable parameters are written."""
+        watched = (self.start, *rows)
+        before = [tensor.clone() for tensor in watched]
+        yield
+        pairs = zip(watched, before, strict=True)
+        if not all(torch.equal(*pair) or torch.allclose(*pair, 0, 0, equal_nan=True) for pair in pairs):
+            raise ValueError(
+                f"{self._name(function)} writes into its rows, or into a parameter of the model. Make a new tensor: "
+                "`x = x * 2` for `x *= 2`, and `torch.where` for an assignment to a part."
             )
 
     def _random_state(self) -> Tensor:
@@ -278,9 +297,11 @@ class LeastSquares:
     @torch.no_grad()
     def residuals(self, flat: Tensor) -> Tensor:
         """All residuals, (M,)."""
-        named = self._named(flat)
-        parts = [self._call(f, scale, named, rows).detach().flatten() for f, scale, rows in self.chunks()]
-        return torch.cat([self.start.new_empty(0), *parts])
+        named, parts = self._named(flat), [self.start.new_empty(0)]
+        for function, scale, rows in self.chunks():
+            with self._unwritten(function, rows):
+                parts.append(self._call(function, scale, named, rows).detach().flatten())
+        return torch.cat(parts)
 
     def find_not_finite(self, residuals: Tensor) -> str:
         """A message that names the terms whose residuals are NaN or infinite; empty if there are none."""

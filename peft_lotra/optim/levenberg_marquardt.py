@@ -69,7 +69,8 @@ class LevenbergMarquardt:
         (J^T J + damping S) step = -J^T r,
 
     or the same in the space of the residuals if they are fewer than the parameters. S is the diagonal of J^T J,
-    bounded from below. Everything is in float64. docs/notes/optim.md says how J is computed, and what to choose.
+    bounded from below. Everything is in float64, and outside of `torch.inference_mode`.
+    docs/notes/optim.md says how J is computed, and what to choose.
 
     Args:
         model: Any model; the parameters that require a gradient are trained.
@@ -88,7 +89,7 @@ class LevenbergMarquardt:
         damping: The damping that the next step tries. The other arguments are attributes too.
 
     Raises:
-        TypeError: `model` is no `nn.Module`.
+        TypeError: `model` is no `nn.Module`, or `geodesic` no bool.
         ValueError: No parameter requires a gradient, or an argument is out of range.
 
     Source: J. J. More, "The Levenberg-Marquardt algorithm" (1978); for the forgetting factor, L. Ljung and T.
@@ -113,6 +114,8 @@ class LevenbergMarquardt:
         for name, value, low in (("damping", damping, 0), ("floor", floor, 0), ("max_damping", max_damping, damping)):
             if not as_number(value) > low:
                 raise ValueError(f"`{name}` is {value!r}, but must be a finite number above {low}.")
+        if not isinstance(geodesic, bool):
+            raise TypeError(f"`geodesic` is {geodesic!r:.100}, but must be True or False.")
         if floor > 1:
             raise ValueError(f"`floor` is {floor!r}, but must be at most 1.")
         if not 0 <= as_number(forgetting) < 1:
@@ -138,6 +141,7 @@ class LevenbergMarquardt:
         """Drops the residuals of former steps, see `forgetting`: after a change of the terms, or of the parameters."""
         self._past = None
 
+    @torch.inference_mode(False)
     def step(self, terms: Iterable[Term]) -> LevenbergMarquardtStep:
         """Takes one step. If it is not accepted, the parameters are unchanged bit for bit.
 
@@ -151,9 +155,10 @@ class LevenbergMarquardt:
             damping stays), or if no damping up to `max_damping` makes the loss fall.
 
         Raises:
-            ValueError: A term is malformed, random (dropout in training mode), or depends on other rows (batch
-                normalization in training mode), or the matrices do not fit into `memory`; with `group`, the terms or
-                the parameters differ between the processes, or no process has rows of a term.
+            ValueError: A term is malformed, random (dropout in training mode), depends on other rows (batch
+                normalization in training mode), or writes into its rows or the model's parameters; or the matrices do
+                not fit into `memory`; with `group`, the terms or the parameters differ between the processes, or no
+                process has rows of a term.
             RuntimeError: A function failed in another process of `group`.
 
         Example:
@@ -207,6 +212,7 @@ class LevenbergMarquardt:
         )
         return LevenbergMarquardtStep(loss, self.damping, False, attempts, reason=reason, losses=losses)
 
+    @torch.inference_mode(False)
     def fit(
         self,
         terms: Iterable[Term] | Callable[[int], Iterable[Term]],
@@ -281,6 +287,11 @@ class LevenbergMarquardt:
             if p.is_complex() or p.is_meta:
                 kind = "complex" if p.is_complex() else "on the meta device"
                 raise ValueError(f"The parameter `{name}` is {kind}, and only real numbers are trained: freeze it.")
+            if p.is_inference():
+                raise ValueError(
+                    f"The parameter `{name}` was made under `torch.inference_mode()`, and such tensors cannot be "
+                    "trained: make the model outside of it, or freeze the parameter."
+                )
         return trainable
 
     def _evaluate(self, terms: Iterable[Term]) -> tuple[LeastSquares, Tensor]:

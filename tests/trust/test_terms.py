@@ -54,6 +54,78 @@ def test_residuals_that_depend_on_other_rows(term):
     refused_term(term, small(), term.__name__, "row")
 
 
+def doubles_its_rows(model, x, y):
+    x *= 2
+    return model(x) - y
+
+
+def assigns_a_part(model, x, y):
+    y[y > 0] = 0
+    return model(x) - y
+
+
+def shrinks_a_parameter(model, x, y):
+    with torch.no_grad():
+        model.layers[0].base_weight.mul_(0.9)
+    return model(x) - y
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("term", [doubles_its_rows, assigns_a_part, shrinks_a_parameter])
+def test_terms_that_write_into_what_they_are_given(term, inference):
+    rows, model = ROWS.clone(), small()
+    with torch.inference_mode(inference):
+        refused_term(term, model, term.__name__, "writes into", rows=rows)
+    assert torch.equal(rows, ROWS)
+
+
+def fits(model, x, y):
+    return model(x) - y
+
+
+def bends(model, x, y):
+    return jet(model, x)[2][0] + y
+
+
+@pytest.mark.parametrize("term", [fits, bends])
+@pytest.mark.parametrize(
+    "model",
+    [
+        small,
+        lambda: adapted(KAN([1, 4, 1])),
+        lambda: nn.Sequential(KAN([1, 4, 1]), nn.Linear(1, 1), nn.Softplus()),
+    ],
+    ids=["kan", "adapted", "any"],
+)
+def test_rows_and_steps_under_inference_mode(model, term):
+    model = model()
+    with torch.inference_mode():
+        terms = [(term, (ROWS.clone(), ROWS.sin()))]
+        assert LevenbergMarquardt(model).step(terms).accepted
+        assert len(LevenbergMarquardt(model).fit(terms, 2, held=terms, progress=False)) == 2
+    assert LevenbergMarquardt(model).step(terms).accepted
+    model(ROWS.to(next(model.parameters()))).sum().backward()
+
+
+def test_models_made_under_inference_mode():
+    with torch.inference_mode():
+        model = small()
+    with pytest.raises(ValueError, match="`layers.0.*inference_mode.*make the model outside"):
+        LevenbergMarquardt(model)
+    inner = KAN([1, 4, 1])
+    refused_term(centered, nn.Sequential(model.requires_grad_(False), inner), "centered", "row")
+    assert LevenbergMarquardt(nn.Sequential(model, inner)).step([(fits, (ROWS, ROWS.sin()))]).accepted
+
+
+def test_a_term_that_writes_into_its_own_tensors(recwarn):
+    def residual(model, x, y):
+        x = x * 2
+        x *= 0.5
+        return model(x).sub_(y)
+
+    assert LevenbergMarquardt(small()).step([(residual, (ROWS, ROWS.sin()))]).accepted and not recwarn
+
+
 class Batch(nn.Module):
     """Not a KAN of this package alone, so that no records tell."""
 
