@@ -65,6 +65,7 @@ def check_input(x: object, in_features: int, layer: torch.nn.Module, dtype: torc
             f"The input is {given}, but {name} takes a floating point tensor (..., {in_features}): convert it by "
             "`torch.as_tensor(x, dtype=torch.float32)`, or with the dtype of the model."
         )
+    check_dense(x)
     if x.shape[-1:] != (in_features,):
         raise ValueError(
             f"The input has shape {tuple(x.shape)}, but {name} expects a last dimension of {in_features} "
@@ -75,6 +76,14 @@ def check_input(x: object, in_features: int, layer: torch.nn.Module, dtype: torc
             f"The input is of {x.dtype}, but {name} has parameters of {dtype}: cast one of them, by `x.to({dtype})` "
             f"or `model.to({x.dtype})`."
         )
+
+
+def check_dense(x: torch.Tensor) -> None:
+    """Raises a `TypeError` for a sparse or nested tensor."""
+    if x.is_nested:
+        raise TypeError("The input is nested, but must be dense: `torch.nested.to_padded_tensor(x, 0.0)`.")
+    if x.layout != torch.strided:
+        raise TypeError(f"The input is of layout {x.layout}, but must be dense: `x.to_dense()`.")
 
 
 def bspline_basis(

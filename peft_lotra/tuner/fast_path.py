@@ -62,6 +62,8 @@ class Formula(NamedTuple):
         x, stored = args[0], list(self.tensor.read_parameters(base_layer).values())
         return (
             x.dim() > 0
+            and x.layout == torch.strided
+            and not x.is_nested
             and (x.dim() == 2 or self.leading_shape)
             and x.shape[-1] == self.tensor.shape[1]
             and x.dtype == stored[0].dtype

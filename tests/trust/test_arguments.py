@@ -71,6 +71,9 @@ INPUTS = {
     "complex": torch.zeros(2, 3, dtype=torch.complex64),
     "last dimension": torch.zeros(2, 5),
     "no dimension": torch.tensor(1.0),
+    "sparse": torch.zeros(2, 3).to_sparse(),
+    "sparse rows": torch.zeros(2, 3).to_sparse_csr(),
+    "nested": torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(1, 3)]),
 }
 DTYPES = [torch.float64, torch.float16, torch.bfloat16]
 
@@ -199,6 +202,11 @@ def test_a_budget_beyond_all_integers():
 @pytest.mark.parametrize("name", ["damping", "floor", "forgetting", "memory", "max_damping"])
 def test_numbers_of_levenberg_marquardt(name, value):
     refused(lambda: LevenbergMarquardt(BASE, **{name: value}), name)
+
+
+@pytest.mark.parametrize("value", [None, 1, "yes", torch.tensor(True)], ids=repr)
+def test_switches_of_levenberg_marquardt(value):
+    refused(lambda: LevenbergMarquardt(BASE, geodesic=value), "geodesic")
 
 
 def residual(model, x):

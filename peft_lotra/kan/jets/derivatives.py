@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...modules.calls import check_module
+from ..basis import check_dense
 from ..observer import current_observer
 from .chain import Stage, entry_of, stages_of, unwrap
 from .layers import Jet, block_size, evaluate_layer
@@ -158,6 +159,7 @@ def _check_points(x: Any) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"`x` must be a floating point tensor, but is {given}.")
+    check_dense(x)
 
 
 def _check(model: nn.Module) -> None:
