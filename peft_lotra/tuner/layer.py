@@ -20,7 +20,7 @@ from ..modules.checks import as_number
 from ..modules.locks import LayerLock, exclusively
 from ..tucker import KernelTucker, Ranks, Tucker, Update, cap_ranks
 from .config import LoTRAConfig
-from .exporting import is_tracing, refuse_strict_export, refuse_trace
+from .exporting import is_tracing, refuse_trace
 from .fast_path import Formula, find_formula
 from .grid_watch import GridWatch, has_hooks
 from .initialization import reset_components, reset_components_from_base, reset_components_from_gradient
@@ -369,7 +369,6 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             RuntimeError: The grid is not the one that the adapters were made on.
         """
         if torch.compiler.is_compiling():
-            refuse_strict_export()
             return
         spec, tensor, base_layer = self.lotra_spec, self.lotra_tensor, self._modules["base_layer"]
         grid = spec.read_grid(self.get_base_layer())

@@ -11,8 +11,6 @@ from hostile import X, adapted
 from stand_ins import FAMILIES
 from torch import nn
 
-from peft_lotra.tuner import exporting
-
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_trace_is_saved_and_loaded():
@@ -33,11 +31,9 @@ def test_a_trace_of_another_family_says_what_to_do():
     torch.testing.assert_close(torch.jit.trace(merged, X)(X), y)
 
 
+@pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("family", ["own", "fourier-kan"])
-def test_strict_export_of_old_versions_is_refused(monkeypatch, family):
+def test_an_export_has_the_adapters(family, strict):
     model = adapted(nn.Sequential(FAMILIES[family](3, 2)))
-    monkeypatch.setattr(exporting, "_STRICT_EXPORT_IS_WRONG", True)
-    with pytest.raises(Exception, match="StrictExportIsWrong"):
-        torch.export.export(model, (X,), strict=True)
-    exported = torch.export.export(model, (X,), strict=False).module()
+    exported = torch.export.export(model, (X,), strict=strict).module()
     torch.testing.assert_close(exported(X), model(X))
