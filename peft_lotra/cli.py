@@ -48,6 +48,8 @@ from .hub.card import README, write_model_card
 from .hub.contents import AdapterContents, adapter_folders, read_adapter, table_of_tensors
 from .hub.push import push_to_hub
 from .kan import modeling_kan  # noqa: F401  (registers KANModel with AutoModel)
+from .parametric.report import FamilyContents
+from .parametric.storage import FILE
 from .report import printable
 
 
@@ -62,6 +64,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 main = app  # the entry point
+_FILES = (README, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, FILE)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of ADAPTER on the Hub.")]
@@ -159,7 +162,10 @@ def find(
 
 @_command
 def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False) -> None:
-    """Show the layers of an adapter, their ranks, parameters and sizes, and the norm of each update."""
+    """Show the layers, ranks, sizes and norms of an adapter, or the members of a family (ParametricAdapter)."""
+    if (path := _folder(adapter, revision) / FILE).is_file():
+        family = FamilyContents(path)
+        return _report(family.as_dict(), f"Family of LoTRA adapters {printable(adapter)}\n\n{family}", as_json)
     contents = AdapterContents.of(adapter, *read_adapter(_one_adapter(adapter, revision, subfolder)))
     info = contents.as_dict()
     for row in info["layers"]:  # JSON has neither NaN nor infinity
@@ -219,7 +225,7 @@ def extract(
     if [energy, rank, budget].count(None) != 2:
         raise typer.BadParameter("Give one of --energy, --rank and --budget.")
     with _new_folder(out) as new:
-        models = [_load_model(source, factory) for source in (base, tuned)]
+        models = (_load_model(source, factory) for source in (base, tuned))
         model = extract_lotra(*models, r=_ranks(rank), energy=energy, budget=budget)
         model.save_pretrained(str(new))
         write_model_card(model, new)
@@ -318,30 +324,36 @@ def push(
         base_model=base_model,
         tags=tag or (),
     )
-    url = info.pr_url or info.commit_url
-    _report({"repo": repo, "commit": info.oid, "url": url}, f"pushed {adapter}: {url}", as_json)
+    found = {"repo": repo, "commit": info.oid, "url": info.pr_url or info.commit_url}
+    _report(found, f"pushed {adapter}: {found['url']}", as_json)
 
 
-def _adapter_folder(source: str, revision: str | None = None) -> Path:
-    """The folder of adapters; a repository is downloaded."""
+def _folder(source: str, revision: str | None = None) -> Path:
+    """The folder of adapters, or of a family of them; a repository is downloaded."""
     folder = Path(source)
     if not folder.exists():
         if hub_id(source) is None:
             raise ValueError(f"{source} is no folder, and cannot be a repository on the Hub (USER/REPO) either.")
-        files = [start + name for start in ("", "*/") for name in (README, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+        files = [start + name for start in ("", "*/") for name in _FILES]
         try:
             folder = Path(snapshot_download(source, revision=revision, allow_patterns=files))
         except RepositoryNotFoundError as error:
             raise ValueError(
-                f"{source} is neither a folder here nor a repository on the Hub that you may read. (For a private one "
-                "log in by `hf auth login`.)"
+                f"{source} is neither a folder here nor a repository on the Hub that you may read (`hf auth login`)."
             ) from error
         except LocalEntryNotFoundError as error:
             raise ValueError(f"{source} is no folder here, and the Hub cannot be asked: {error}") from error
     elif revision is not None:
         raise ValueError(f"--revision is for adapters on the Hub, and {source} is a folder here.")
+    return folder
+
+
+def _adapter_folder(source: str, revision: str | None = None) -> Path:
+    """The folder of adapters, at least one."""
+    folder = _folder(source, revision)
     if not adapter_folders(folder):
-        raise ValueError(f"{source} is no adapter: it has no {CONFIG_NAME}.")
+        why = "is a family of them (ParametricAdapter)" if (folder / FILE).is_file() else f"has no {CONFIG_NAME}"
+        raise ValueError(f"{source} is no adapter: it {why}.")
     return folder
 
 
@@ -431,8 +443,7 @@ def _ranks(text: str | None) -> int | tuple[int, ...] | None:
 
 
 def _report(info: dict[str, Any], text: str, as_json: bool) -> None:
-    text = "\n".join(map(printable, text.split("\n")))
-    print(json.dumps(info, indent=2, allow_nan=False) if as_json else text)
+    print(json.dumps(info, indent=2, allow_nan=False) if as_json else "\n".join(map(printable, text.split("\n"))))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from typer.testing import CliRunner
 
 import peft_lotra
-from peft_lotra import LoTRAConfig, cli
+from peft_lotra import LoTRAConfig, ParametricAdapter, cli
 from peft_lotra.kan import KAN, KANConfig, KANModel
 
 
@@ -106,6 +106,11 @@ def made(tmp_path_factory) -> Path:
             save_file(content, folder / name / "adapter_model.safetensors")
     (folder / "no-tensors" / "adapter_model.bin").write_bytes(b"pickled")
     shutil.copytree(folder / "adapter", folder / "training" / "checkpoint-10")
+    family = ParametricAdapter(KANModel.from_pretrained(folder / "base"), ranks=2)
+    family.fit([1.0, 2.0], train=lambda model, c: None, progress=False)
+    family.save_pretrained(folder / "family")
+    (folder / "bad-family").mkdir()
+    (folder / "bad-family" / "parametric_adapter.safetensors").write_bytes(b"no family")
     (folder / "no-json").mkdir()
     (folder / "no-json" / "adapter_config.json").write_text("{")
     return folder
@@ -150,6 +155,13 @@ class TestInspect:
         assert "NaN" in run("inspect {}/nan").stdout
         info = json.loads(run("inspect {}/nan --json").stdout)
         assert not info["finite"] and info["layers"][0]["norm"] is None
+
+    def test_a_family(self, run, made):
+        out = run("inspect {}/family").stdout
+        assert "2 members of 16 coordinates" in out and "kan.layers.0 (2, 2, 2)" in out
+        info = json.loads(run("inspect {}/family --json").stdout)
+        assert info["members"] == [{"parameter": [c], "indicator": None} for c in (1.0, 2.0)] and not any(info["log"])
+        assert info["bytes"] == (made / "family/parametric_adapter.safetensors").stat().st_size
 
 
 class TestMerge:
@@ -256,6 +268,8 @@ ERRORS = {
     "inspect {}/lora": "holds a LORA adapter",
     "inspect {}/no-tensors": "has no adapter_model.safetensors",
     "inspect {}/bytes": "is damaged",
+    "inspect {}/bad-family": "is damaged",
+    "merge {}/base {}/family out": "is a family of them (ParametricAdapter)",
     "inspect {}/half": "has no lotra_factor_out",
     "inspect {}/misfit": "do not fit each other",
     "inspect {}/no-json": "is broken",

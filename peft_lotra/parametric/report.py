@@ -10,12 +10,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import ModelCard
 from peft import PeftModel
 
+from ..hub.contents import AdapterContents, read_adapter
 from ..report import Report, TextTable
 from .members import Member, Point, argument
-from .storage import Contents, modes_of
+from .storage import Contents, modes_of, opened_family
 
 
 class FamilyReport(Report, list[Member]):
@@ -59,6 +61,44 @@ class FamilyReport(Report, list[Member]):
 
 def _text(point: Point) -> str:
     return ", ".join(f"{value:g}" for value in point)
+
+
+class FamilyContents(Report):
+    """The contents of a saved family, as `peft-lotra inspect` shows them.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with opened_family(path) as (folder, self.contents):
+            shared = AdapterContents.of(str(path), *read_adapter(folder))
+        self.layers = [row for row in shared.layers if row.ranks]
+        self.bytes = path.stat().st_size
+
+    def _table(self) -> TextTable:
+        norms = np.linalg.norm(self.contents.vectors, axis=1)
+        members = zip(self.contents.parameters, self.contents.indicators, norms, strict=True)
+        rows = [[_text(point), f"{indicator:.2e}", f"{norm:.3g}"] for point, indicator, norm in members]
+        layers = ", ".join(f"{row.name} {row.ranks}" for row in self.layers)
+        notes = [
+            f"{len(rows)} members of {self.contents.vectors.shape[1]:,} coordinates, {self.bytes / 1000:.1f} kB",
+            f"adapted layers, with their ranks (out, in, basis): {layers}",
+        ]
+        return TextTable(["parameter", ">fitted", ">norm"], rows, notes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The contents in plain values, for JSON, without the coordinates of the members."""
+        rows = zip(self.contents.parameters, self.contents.indicators, strict=True)
+        members = [
+            {"parameter": list(point), "indicator": value if math.isfinite(value) else None} for point, value in rows
+        ]
+        layers = [
+            {"name": row.name, "family": row.family, "shape": row.shape, "ranks": row.ranks} for row in self.layers
+        ]
+        coordinates = self.contents.vectors.shape[1]
+        sizes = {"coordinates": coordinates, "bytes": self.bytes}
+        return {"members": members, "log": self.contents.log, **sizes, "layers": layers}
 
 
 def card_of(model: PeftModel, contents: Contents, path: Path) -> ModelCard:

@@ -75,11 +75,12 @@ def save_family(model: PeftModel, contents: Contents, path: Path, modes: int | N
     _replace(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def load_family(base: nn.Module, path: str | Path, check_base: str) -> tuple[PeftModel, Contents]:
-    """Reads the file of a family, and gives the base its adapter.
+@contextmanager
+def opened_family(path: str | Path) -> Iterator[tuple[Path, Contents]]:
+    """Yields a folder with the adapter that the members of a file share, as PEFT saves one, and the members.
 
     Raises:
-        ValueError: The file is damaged or of another kind, or its family is on another base or grid.
+        ValueError: The file is damaged or of another kind.
     """
     with open_weights(str(path)) as file:
         metadata = file.metadata() or {}
@@ -87,28 +88,42 @@ def load_family(base: nn.Module, path: str | Path, check_base: str) -> tuple[Pef
     if metadata.get("parametric") != _VERSION or not set(_ARRAYS) <= tensors.keys():
         raise ValueError(f"{path} holds no family that this version can read: it is no file of a ParametricAdapter.")
     arrays = {name: tensors.pop(name).double().numpy() for name in _ARRAYS}
-    with TemporaryDirectory() as folder:
-        Path(folder, CONFIG_NAME).write_text(metadata.get("config", ""), encoding="utf-8")
-        save_file(tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), {"format": "pt"})
-        try:
-            LoTRAConfig.from_pretrained(folder)  # of no other method
-            model = PeftModel.from_pretrained(base, folder, is_trainable=True, check_base=check_base)
-        except ValueError as error:
-            raise ValueError(str(error).replace(folder, str(path))) from error
     log = _read_log(metadata)
     sizes = {name: array.shape for name, array in arrays.items()}
-    members, dim = len(arrays["parameters"]), len(log)
+    members = len(arrays["parameters"])
     expected = {
-        "modes": (*arrays["coordinates"].shape[1:], len(read(model))),
+        "modes": (*arrays["coordinates"].shape[1:], *arrays["modes"].shape[1:]),
         "coordinates": (members, *arrays["modes"].shape[:1]),
-        "parameters": (members, dim),
+        "parameters": (members, len(log)),
         "indicators": (members,),
     }
     finite = all(np.isfinite(arrays[name]).all() for name in _ARRAYS[:3])
-    if sizes != expected or not members or not finite:
+    if sizes != expected or arrays["modes"].ndim != 2 or not members or not finite:
         raise ValueError(f"{path} is damaged: the members have the shapes {sizes}, expected finite {expected}.")
     points = [tuple(row) for row in arrays["parameters"].tolist()]
-    return model, Contents(arrays["coordinates"] @ arrays["modes"], points, arrays["indicators"].tolist(), log)
+    with TemporaryDirectory() as folder:
+        Path(folder, CONFIG_NAME).write_text(metadata.get("config", ""), encoding="utf-8")
+        save_file(tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), {"format": "pt"})
+        contents = Contents(arrays["coordinates"] @ arrays["modes"], points, arrays["indicators"].tolist(), log)
+        try:
+            yield Path(folder), contents
+        except ValueError as error:
+            raise ValueError(str(error).replace(folder, str(path))) from error
+
+
+def load_family(base: nn.Module, path: str | Path, check_base: str) -> tuple[PeftModel, Contents]:
+    """Reads the file of a family, and gives the base its adapter.
+
+    Raises:
+        ValueError: The file is damaged or of another kind, or its family is on another base or grid.
+    """
+    with opened_family(path) as (folder, contents):
+        LoTRAConfig.from_pretrained(str(folder))  # of no other method
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True, check_base=check_base)
+        size = len(read(model))
+        if contents.vectors.shape[1] != size:
+            raise ValueError(f"{path} is damaged: members have {contents.vectors.shape[1]} coordinates, not {size}.")
+    return model, contents
 
 
 def _read_log(metadata: Mapping[str, str]) -> list[bool]:
