@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -266,21 +266,23 @@ def draw(results: list[dict], path: Path) -> None:
     for (left, *middles, right), name in zip(axes, names, strict=True):
         found = [result for result in results if result["problem"] == name]
         rows = [row for result in found for row in result["rows"]]
-        here = f"{TITLES[name]}, {len(found)} seed{'s' * (len(found) > 1)}"
-        for color, (kind, label) in enumerate(
-            {
-                "predicted": "predicted, no training",
-                "one_step": "one LM step from there",
-                "fitted": "eight steps",
-            }.items()
+        here = f"{TITLES[name]}: milliseconds do for seconds"
+        for color, (marker, kind, label) in enumerate(
+            [
+                ("o", "predicted", "predicted, no training"),
+                ("s", "one_step", "one LM step from there"),
+                ("^", "fitted", "eight steps"),
+            ]
         ):
             points = np.array([(max(row["milliseconds"][kind], 0.5), row["errors"][kind]) for row in rows])
-            left.loglog(*points.T, ".", color=f"C{color}", alpha=0.35, ms=5)
-            left.loglog(*np.median(points, axis=0), "o", color=f"C{color}", mec="k", ms=9, label=label)
-        for color, kind in enumerate(("nearest", "free", "third_input"), start=3):
+            left.loglog(*points.T, marker, color=f"C{color}", alpha=0.35, ms=3)
+            left.loglog(
+                *np.median(points, axis=0), marker, color=f"C{color}", mec="k", ms=10, label=f"{label}: median"
+            )
+        for color, (style, kind) in enumerate((("--", "nearest"), (":", "free"), ("-.", "third_input")), start=3):
             values = [row["errors"][kind] for row in rows if kind in row["errors"]]
             if values:
-                left.axhline(float(np.median(values)), color=f"C{color}", lw=1.5, ls="--", label=LABELS[kind])
+                left.axhline(float(np.median(values)), color=f"C{color}", lw=1.5, ls=style, label=LABELS[kind])
         left.set(title=here, xlabel="CPU ms from a new parameter to its adapter", ylabel="relative L2 error")
         for middle in middles:
             for result, (color, kind, label) in product(found, CHOICES):
@@ -288,17 +290,19 @@ def draw(results: list[dict], path: Path) -> None:
                 middle.loglog(*np.array(few).reshape(-1, 2).T, "o-", color=color, lw=1, ms=4, label=label)
             there = float(np.median([row["errors"]["fitted"] for row in rows]))
             middle.axhline(there, color="C2", lw=1.5, ls="--", label="fitted there (eight steps)")
-            middle.set(title="how many members it takes", xlabel="members", ylabel="median error of predictions")
+            middle.set(title="more members, smaller errors", xlabel="members", ylabel="median error of predictions")
             middle.set_xticks([4, 8, 16, 32, 64], ["4", "8", "16", "32", "64"])
             middle.minorticks_off()
-        for result in found:
+        for marker, result in zip(cycle("os^Dv"), found, strict=False):
             points = [(row["indicator"], row["errors"]["predicted"]) for row in result["rows"]]
             label = f"seed {result['seed']}: rank correlation {result['rank_correlation']:.2f}"
-            right.loglog(*zip(*points, strict=True), ".", label=label)
+            right.loglog(*zip(*points, strict=True), marker, ms=4, label=label)
         ends = [min(right.get_xlim()[0], right.get_ylim()[0]), max(right.get_xlim()[1], right.get_ylim()[1])]
         right.plot(ends, ends, color="0.7", lw=1, label="equal")
         right.xaxis.set_minor_formatter("")
-        right.set(title="does the indicator know?", xlabel="indicator of a prediction", ylabel="its error")
+        right.set(
+            title="the estimate knows the error", xlabel="estimated error of a prediction", ylabel="its true error"
+        )
         for axis in (left, *middles, right):
             handles, labels = axis.get_legend_handles_labels()
             unique = dict(zip(labels, handles, strict=True))
