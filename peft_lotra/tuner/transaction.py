@@ -26,6 +26,7 @@ from .merging import MergeableLayer, all_or_nothing
 
 
 _CONTAINERS = frozenset((dict, OrderedDict, list, set))
+_REGISTRATION = ("register_parameter", "register_buffer")  # which PEFT exchanges while it makes empty adapters
 _WITH_ADAPTERS = (BaseTunerLayer, AuxiliaryTrainingWrapper, BaseTuner, PeftModel, PeftMixedModel)
 
 
@@ -48,7 +49,7 @@ class transaction:
     The attributes of all modules are restored, with the contents of dicts, lists and sets, and which parameters
     require a gradient. Merges of LoTRA layers are undone. Contents of other tensors are restored if they are named. A
     process that another thread forks meanwhile has the model as it was. What is made within can be trained, also
-    under `torch.inference_mode`.
+    under `torch.inference_mode`. Methods of `nn.Module` that PEFT exchanges for the time of a load are torch's again.
 
     Args:
         model: The model.
@@ -94,6 +95,7 @@ class transaction:
         parameters = (value for module in modules for value in module._parameters.values() if value is not None)
         self._flags = [(parameter, parameter.requires_grad) for parameter in parameters]
         self._values = [(tensor, tensor.data, tensor.detach().clone()) for tensor in tensors]
+        self._registration = {name: getattr(nn.Module, name) for name in _REGISTRATION}
         self._key: object = None  # in `IN_PROGRESS`, once it has begun
 
     def __enter__(self) -> None:
@@ -138,6 +140,10 @@ class transaction:
         for tensor, data, value in self._values:
             tensor.data = data
             tensor.data.copy_(value)
+        for name, method in self._registration.items():
+            # interrupted in its last line, PEFT leaves its own, which puts all modules of the process on "meta"
+            if getattr(nn.Module, name) is not method and method.__module__ == nn.Module.__module__:
+                setattr(nn.Module, name, method)
 
 
 def _restore(now: dict, before: dict) -> None:

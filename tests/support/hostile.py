@@ -139,6 +139,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
             for name, config in configs.items()
         },
         "active": getattr(model, "active_adapter", None) if isinstance(model, PeftModel) else None,
+        "registration": [nn.Module.register_parameter.__module__, nn.Module.register_buffer.__module__],
     }
 
 

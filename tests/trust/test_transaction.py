@@ -9,6 +9,7 @@ LOTRA_ALL_LINES=1 python -m pytest tests/trust/test_transaction.py -k ctrl_c
 
 from __future__ import annotations
 
+import inspect
 import sys
 from contextlib import suppress
 
@@ -32,6 +33,8 @@ from hostile import (
     summary,
 )
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.utils import integrations
+from torch import nn
 
 from peft_lotra import LoTRAConfig, enable_mixed, hotswap_adapter
 
@@ -204,6 +207,29 @@ def test_ctrl_c(tmp_path, name):
     folder = save(tmp_path / "a", modules_to_save=["head"])
     merged = "unmerge" in name or "while merged" in name
     interrupt_everywhere(lambda: start(merged), lambda model: OPERATIONS[name](model, folder))
+
+
+def test_ctrl_c_where_peft_puts_torch_back(tmp_path):
+    folder = save(tmp_path / "a")
+    code = integrations._init_on_device.__wrapped__.__code__
+    lines, first = inspect.getsourcelines(code)
+    at = first + lines.index("        nn.Module.register_parameter = old_register_parameter\n")
+
+    def trace(frame, event, argument):
+        if frame.f_code is code and event == "line" and frame.f_lineno == at:
+            raise KeyboardInterrupt
+        return trace
+
+    model = adapted()
+    before = summary(model)
+    sys.settrace(trace)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model.load_adapter(folder, "other", low_cpu_mem_usage=True)
+    finally:
+        sys.settrace(None)
+    assert summary(model) == before
+    assert not nn.Linear(2, 2).weight.is_meta
 
 
 CREATIONS = {
