@@ -20,7 +20,7 @@ from .by_hand import JetRows, LayerJet, make_features
 from .chain import Branch, Stage
 from .few_outputs import FewOutputsJet, few_outputs
 from .functions import Basis
-from .norms import through_norm
+from .norms import rows_last, through_norm
 
 
 class Jet(NamedTuple):
@@ -127,8 +127,8 @@ def _through(
     outputs = len(weight) if weight is not None else len(factored[0].tensor.factor_out)
     lead, inputs = z.shape[:-1], z.shape[-1]
     z = z.reshape(-1, inputs).T  # rows come last from here on, where all operations run along them
-    first = _rows_last(first, lead)
-    second = None if second is None else _rows_last(second, lead)
+    first = rows_last(first, lead)
+    second = None if second is None else rows_last(second, lead)
     weight = None if weight is None else weight.transpose(1, 2).flatten(1)  # (O, (K + 1) I)
     if by_hand:
         function = FewOutputsJet if few_outputs(basis, outputs, z) else LayerJet
@@ -139,14 +139,6 @@ def _through(
     else:
         y = _by_plain_operations(basis, factored, weights, only_second, z, first, second, weight)
     return y.map(lambda part: part.mT.reshape(*part.shape[:-2], *lead, outputs))
-
-
-def _rows_last(part: Tensor, lead: torch.Size) -> Tensor:
-    """(D, ..., I), where (...) may be ones, to (D, I, N) or (D, I, 1)."""
-    rows = part.shape[1:-1].numel()
-    if rows > 1:
-        part, rows = part.expand(len(part), *lead, part.shape[-1]), lead.numel()
-    return part.reshape(len(part), rows, part.shape[-1]).mT
 
 
 def contract_updates(layer: Any, updates: list[Update], x: Tensor) -> Tensor:

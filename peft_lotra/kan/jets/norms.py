@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from ..network import BatchNorm
+from ..product import needs_plain_operations
+from .norm_by_hand import LayerNormJet
 
 
 Norm = nn.LayerNorm | nn.BatchNorm1d
@@ -42,40 +46,73 @@ def norm_size(module: Norm) -> int:
 def through_norm(
     norm: Norm, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The jet of the outputs, by operations that autograd differentiates; arguments as for `evaluate_layer`.
+    """The jet of the outputs; arguments as for `evaluate_layer`.
 
-    With m = z - mean(z) and s = (mean(m^2) + eps)^(-1/2), layer normalization is m s; batch normalization in
-    evaluation mode is affine.
+    Of layer normalization see `LayerNormJet`; batch normalization in evaluation mode is affine.
     """
-    first = first.expand(len(first), *z.shape)
-    if second is None:
-        second = torch.zeros_like(first if weights is None else first[:1])
     scale: Tensor | None = norm.weight  # with the bias None, if not affine
     shift: Tensor | None = norm.bias
     if isinstance(norm, nn.LayerNorm):
-        y, dy, d2y = _normalize(z, first, second, weights, norm.eps)
-    else:
-        assert norm.running_mean is not None and norm.running_var is not None  # see `is_norm`
-        y, dy, d2y = z - norm.running_mean, first, second
-        deviation = torch.rsqrt(norm.running_var + norm.eps)
-        scale = deviation if scale is None else deviation * scale
-    if scale is not None:
-        y, dy, d2y = y * scale, dy * scale, d2y * scale
-    return y if shift is None else y + shift, dy, d2y
+        y, dy, d2y = _through_layer_norm(norm.eps, scale, z, first, second, weights)
+        return y if shift is None else y + shift, dy, d2y
+    assert norm.running_mean is not None and norm.running_var is not None  # see `is_norm`
+    first, second = _filled(z, first, second, weights)
+    deviation = torch.rsqrt(norm.running_var + norm.eps)
+    scale = deviation if scale is None else deviation * scale
+    y = (z - norm.running_mean) * scale
+    return y if shift is None else y + shift, first * scale, second * scale
+
+
+def rows_last(part: Tensor, lead: torch.Size) -> Tensor:
+    """(D, ..., I), where (...) may be ones, to (D, I, N) or (D, I, 1)."""
+    rows = part.shape[1:-1].numel()
+    if rows > 1:
+        part, rows = part.expand(len(part), *lead, part.shape[-1]), lead.numel()
+    return part.reshape(len(part), rows, part.shape[-1]).mT
+
+
+def _filled(z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """z' for each row, and zeros for a z'' that is None."""
+    first = first.expand(len(first), *z.shape)
+    return first, torch.zeros_like(first if weights is None else first[:1]) if second is None else second
+
+
+def _through_layer_norm(
+    eps: float, scale: Tensor | None, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    by_hand = z[..., 0].numel() > 64 and not (weights is not None and weights.requires_grad)
+    if not by_hand or needs_plain_operations(z, first, second, scale):
+        return _normalize(eps, weights, z, first, second, scale)
+    lead = z.shape[:-1]
+    inputs = z.reshape(-1, z.shape[-1]).T, rows_last(first, lead), None if second is None else rows_last(second, lead)
+    found = LayerNormJet.apply(*inputs, scale, weights, eps, partial(_rows_last_normalize, eps, weights))
+    y, dy, d2y = (part.mT.reshape(*part.shape[:-2], *lead, z.shape[-1]) for part in found)
+    return y, dy, d2y
+
+
+def _rows_last_normalize(
+    eps: float, weights: Tensor | None, z: Tensor, first: Tensor, second: Tensor | None, scale: Tensor | None
+) -> list[Tensor]:
+    second = None if second is None else second.mT
+    return [part.mT for part in _normalize(eps, weights, z.mT, first.mT, second, scale)]
 
 
 def _normalize(
-    z: Tensor, first: Tensor, second: Tensor, weights: Tensor | None, eps: float
+    eps: float, weights: Tensor | None, z: Tensor, first: Tensor, second: Tensor | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `LayerNormJet`, with rows first, by operations that autograd differentiates."""
+
     def mean(x: Tensor) -> Tensor:
         return x.mean(-1, keepdim=True)
 
     def over_directions(x: Tensor) -> Tensor:
         return x if weights is None else torch.tensordot(weights, x, 1).unsqueeze(0)
 
+    first, second = _filled(z, first, second, weights)
     m = z - mean(z)
     s = torch.rsqrt(mean(m.square()) + eps)
-    y, a, b = m * s, (first - mean(first)) * s, (second - mean(second)) * s
-    c = mean(y * a)  # s' = -s c, and s'' = s e
-    e = over_directions(3 * c.square() - mean(a.square())) - mean(y * b)
-    return y, torch.addcmul(a, y, c, value=-1), torch.addcmul(b - 2 * over_directions(a * c), y, e)
+    n, a, b = m * s, (first - mean(first)) * s, (second - mean(second)) * s
+    c = mean(n * a)  # s' = -s c, and s'' = s e
+    e = over_directions(3 * c.square() - mean(a.square())) - mean(n * b)
+    y, dy, d2y = n, torch.addcmul(a, n, c, value=-1), torch.addcmul(b - 2 * over_directions(a * c), n, e)
+    return (y, dy, d2y) if scale is None else (y * scale, dy * scale, d2y * scale)
