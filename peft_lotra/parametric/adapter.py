@@ -98,8 +98,8 @@ class ParametricAdapter:
         loss_of: `loss_of(model, c)` returns what indicates errors, instead of an estimate: any loss where there are no
             terms.
         held_terms_of: The same terms at points that are not fitted, where errors show that fitted points hide. By
-            default estimates use the terms at points between those of the fit, but for terms with data in their rows,
-            which are not known there.
+            default estimates use the terms at points between those of the fit, where smooth data in rows are
+            interpolated; terms with other data have none.
         values_of: `values_of(model, c)` returns the values whose error is estimated: the solution at some points. By
             default they are the outputs at rows of the first term; give it where the solution is not the output
             itself, for instance a product of it that is zero on the boundary.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -63,6 +64,7 @@ class ErrorEstimates:
         self.model, self.values_of = model, values_of
         self.terms_of, self.held_terms_of = terms_of, held_terms_of
         self._between = PointsBetween()
+        self._is_blind = self._has_warned = False
         self._known: dict[tuple[Point, bytes], Linearization | None] = {}
 
     def at(self, point: Point, vector: np.ndarray, nearest: Member) -> float:
@@ -83,7 +85,9 @@ class ErrorEstimates:
         if self.held_terms_of is not None:
             return check_terms([*terms, *self.held_terms_of(argument(point))])
         terms = check_terms(terms)
-        return [*terms, *self._between.of(terms, partial(_takes, self.model))]
+        between = self._between.of(terms, partial(_takes, self.model))
+        self._is_blind = not between
+        return [*terms, *between]
 
     def _linearize(self, point: Point, vector: np.ndarray) -> Linearization | None:
         write(self.model, vector)
@@ -93,6 +97,14 @@ class ErrorEstimates:
         for part in network.parameters():
             part.requires_grad_(part.is_floating_point())
         count = sum(part.numel() for part in trainable(network).values())
+        if self._is_blind and len(residuals) < count and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"Indicators of this family may miss most of the error: a network of {count} parameters can fit each "
+                f"of its {len(residuals)} residuals, and nothing is known between their points. Give `held_terms_of`, "
+                "the same terms at other points.",
+                stacklevel=5,
+            )
         if 8 * count * max(count, len(residuals)) > MEMORY // 4:
             network = self.model
         values, gradients = self._values(network, point, terms)

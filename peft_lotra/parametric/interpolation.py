@@ -44,7 +44,7 @@ class Scale:
 
 
 def weights_at(points: Tensor, at: Tensor) -> Tensor:
-    """The weights (m,) of values at m points (m, dim) in their interpolation at a place (dim,).
+    """The weights (m,) of values at m points (m, dim) in their interpolation at a place (dim,), or (m, n) at n places.
 
     A polyharmonic spline with the polynomial of highest degree, up to 2, that the points determine: in one dimension a
     natural quintic spline. Polynomials of that degree are reproduced, also outside of the points.
@@ -58,12 +58,13 @@ def weights_at(points: Tensor, at: Tensor) -> Tensor:
             break
     power = 2 * degree + 1
     size = count + tail.shape[1]
-    matrix, right = points.new_zeros(size, size), points.new_empty(size)
+    matrix, places = points.new_zeros(size, size), at.reshape(-1, points.shape[1])
     matrix[:count, :count] = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") ** power
     matrix[:count, count:], matrix[count:, :count] = tail, tail.T
-    right[:count] = (points - at).norm(dim=1) ** power
-    right[count:] = _monomials(at.unsqueeze(0), degree)[0]
-    return torch.linalg.solve(matrix, right)[:count]
+    distances = torch.cdist(points, places, compute_mode="donot_use_mm_for_euclid_dist")
+    right = torch.cat([distances**power, _monomials(places, degree).T])
+    weights = torch.linalg.solve(matrix, right)[:count]
+    return weights if at.dim() > 1 else weights.squeeze(1)
 
 
 def _monomials(points: Tensor, degree: int) -> Tensor:

@@ -32,7 +32,28 @@ def points(*rows, width):
 def test_between_neighbors_on_a_line():
     ((x, c),) = points(LINE, torch.full((20, 1), 0.5), width=1)
     assert torch.cdist(x, LINE).min() > 0.2 * (LINE[1] - LINE[0])  # never at a point of the fit
-    assert len(x) == 20 and torch.cdist(x, x).fill_diagonal_(1).min() > 1e-3 and (c == 0.5).all()
+    assert len(x) == 38 and torch.cdist(x, x).fill_diagonal_(1).min() > 1e-3 and (c == 0.5).all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_gap_between_random_points_is_left(seed):
+    line = torch.rand(60, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).sort(dim=0).values
+    ((x,),) = points(line[torch.randperm(60, generator=torch.Generator().manual_seed(seed))], width=1)
+    widths = line.diff(dim=0).flatten()
+    for gap in widths.topk(40).indices:
+        assert ((x > line[gap] + 0.2 * widths[gap]) & (x < line[gap + 1] - 0.2 * widths[gap])).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_smooth_data_are_interpolated(dtype):
+    def source(x):
+        return torch.sin(3 * x[:, 0]) * torch.cos(2 * x[:, 1]), x.sum(1, keepdim=True).expand(-1, 3).unsqueeze(1) ** 2
+
+    twice = torch.cat([PLANE, PLANE[:3]]).to(dtype)  # the same place again is of no effect
+    ((x, *data),) = points(twice, *source(twice), width=2)
+    for found, expected in zip(data, source(x), strict=True):
+        assert found.dtype == dtype and found.shape == expected.shape
+        assert (found - expected).norm() < 2e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("rows", [(PLANE, PARAMETER), (PLANE[:, :1], PLANE[:, 1:], PARAMETER), (PARAMETER, PLANE)])
@@ -71,7 +92,9 @@ def test_points_of_a_grid(side):
 @pytest.mark.parametrize(
     "rows, width",
     [
-        ((PLANE, torch.rand(200, 1)), 2),  # a right-hand side
+        ((PLANE, torch.rand(200, 1)), 2),  # noise
+        ((PLANE, (PLANE[:, :1] > 0.2).double()), 2),  # a jump
+        ((PLANE, torch.arange(200)), 2),
         ((LINE[:2],), 1),  # the ends of an interval
         ((PLANE,), 3),  # the network takes something else
         ((torch.rand(20, 1, 4, 4),), 16),
@@ -84,13 +107,13 @@ def test_where_no_points_are_known(rows, width):
 def test_many_points_have_fewer_between(monkeypatch):
     monkeypatch.setattr(between, "MOST", 50)
     ((x, c),) = points(PLANE, PARAMETER, width=2)
-    assert len(x) == len(c) == 50
+    assert 50 < len(x) == len(c) <= 150
 
 
 def test_neighbors_are_searched_once_and_again_for_other_points(monkeypatch):
     calls = []
-    search = between._pairs
-    monkeypatch.setattr(between, "_pairs", lambda inputs: calls.append(1) or search(inputs))
+    search = between._find_gaps
+    monkeypatch.setattr(between, "_find_gaps", lambda inputs: calls.append(1) or search(inputs))
     known = PointsBetween()
     for rows in (LINE, LINE.clone(), LINE[:-1]):
         known.of([(residual, (rows,), 1.0)], takes(1))

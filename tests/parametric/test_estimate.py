@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 
 import family_problems as problems
 import numpy as np
@@ -118,12 +120,13 @@ def test_rows_that_the_model_does_not_take_leave_the_residual(base):
     family = ParametricAdapter(base, terms_of, ranks=4)
     family.fit([2.9, 3.0], progress=False)
     prediction = family.predict(2.95)
-    assert prediction.indicator == prediction.residual
+    with pytest.warns(UserWarning, match="nothing is known between"):
+        assert prediction.indicator == prediction.residual
 
 
 def test_few_points_do_not_hide_the_error():
     """Members that fit each of 40 points, and are wrong between them."""
-    x = torch.rand(40, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
+    x = torch.rand(40, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2 - 1
 
     def terms_of(c):
         return [(problems.equation, (x, torch.full_like(x, c)))]
@@ -135,6 +138,58 @@ def test_few_points_do_not_hide_the_error():
     family.fit([2.6, 2.8, 3.0, 3.2], progress=False)
     prediction = family.predict(2.9)
     assert 0.3 < prediction.indicator / problems.error(prediction, 2.9) < 3
+
+
+def screened(model, x, c, source):
+    """-c u'' + u = f for u = (1 - x^2) N, with f as a row."""
+    n, (slope,), second = jet(model, x, collapse=True)
+    return -c * ((1 - x**2) * second - 4 * x * slope - 2 * n) + (1 - x**2) * n - source
+
+
+def test_random_points_and_data_do_not_hide_the_error():
+    """60 random points with wide gaps, and fewer of them than parameters; the right-hand side comes as a row."""
+    x = torch.rand(60, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2 - 1
+
+    def terms_of(c):
+        return [(screened, (x, torch.full_like(x, c), torch.cos(math.pi / 2 * x)))]
+
+    torch.manual_seed(0)
+    base = KAN([1, 4, 1], 6, dtype=torch.float64)
+    LevenbergMarquardt(base, floor=1e-6).fit(terms_of(0.1), 25, progress=False)
+    family = ParametricAdapter(base, terms_of, ranks=6, values_of=values_of, log=True)
+    family.fit([0.03, 0.06, 0.12, 0.3], progress=False)
+    unseen = np.geomspace(0.031, 0.29, 20)
+    predictions = [family.predict(float(c)) for c in unseen]
+    grid = problems.POINTS
+    exact = [torch.cos(math.pi / 2 * grid) / (1 + c * math.pi**2 / 4) for c in unseen]
+    errors = [
+        ((problems.solution(p(grid), grid) - u).norm() / u.norm()).item()
+        for p, u in zip(predictions, exact, strict=True)
+    ]
+    indicators = [p.indicator for p in predictions]
+    assert np.corrcoef(np.argsort(np.argsort(errors)), np.argsort(np.argsort(indicators)))[0, 1] > 0.8
+    assert 0.5 < np.median(np.array(indicators) / errors) < 2
+
+
+def test_blind_indicators_warn_once():
+    def noisy(model, x, c, data):
+        return problems.equation(model, x, c) + data
+
+    data = torch.randn(60, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def terms_of(c):
+        return [(noisy, (problems.POINTS, torch.full_like(problems.POINTS, c), data))]
+
+    base = KAN([1, 4, 1], 6, dtype=torch.float64)
+    family, told = (ParametricAdapter(base, terms_of, ranks=4, held_terms_of=held) for held in (None, held_terms_of))
+    for one in (family, told):
+        one.fit([2.5, 3.0], progress=False)
+    with pytest.warns(UserWarning, match="80 parameters can fit each of its 60 residuals.*`held_terms_of`") as warned:
+        assert family.predict(2.6).indicator > 0 and family.predict(2.9).indicator > 0
+    assert len(warned) == 1 and warned[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert told.predict(2.6).indicator > 0
 
 
 def test_a_float32_model_of_ones_own(base):
