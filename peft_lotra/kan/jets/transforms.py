@@ -38,7 +38,9 @@ def jet_by_transforms(model: Callable[[Tensor], Any], x: Tensor, directions: Ten
         with torch.enable_grad():
             found = _differentiate_rows(model, x, directions, weights)
         return found if wanted else found.map(Tensor.detach)
-    with torch.inference_mode(False), torch.enable_grad(), attributes_kept(model):
+    # compiled code, such as flashkan's basis, has no second derivatives, and is run as it was written
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.inference_mode(False), torch.enable_grad(), attributes_kept(model), eager:
         x, directions = _recordable(x), _recordable(directions)
         weights = None if weights is None else _recordable(weights)
         if isinstance(model, nn.Module):

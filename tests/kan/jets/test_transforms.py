@@ -23,6 +23,28 @@ def inside(rows: int = 6) -> Tensor:
     return torch.rand(rows, 2, dtype=torch.float64) * 0.9 + 0.05
 
 
+class Compiled(nn.Module):
+    """A module that compiles a part of itself, as flashkan does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kan = KAN([2, 3, 2], dtype=torch.float64)
+        self.function = torch.compile(lambda x: torch.tanh(x).square(), backend="aot_eager")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.kan(x))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_module_that_compiles_a_part(adapted):
+    model, x = adapt(Compiled(), r=2) if adapted else Compiled(), inside()
+    found = jet(model, x)
+    found[2].square().sum().backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    with torch.compiler.set_stance("force_eager"):
+        assert_same(found, nested(model, x))
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("name", FOREIGN)
 def test_any_module_in_any_mode(name, adapted):
