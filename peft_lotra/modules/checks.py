@@ -1,11 +1,12 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Arguments of users: numbers, paths and names."""
+"""Arguments of users: numbers, functions, paths and names."""
 
 from __future__ import annotations
 
 import math
+import operator
 import os
 from typing import Any
 
@@ -17,6 +18,34 @@ def as_number(value: Any) -> float:
     except (TypeError, ValueError, OverflowError, RuntimeError):  # None, a list, 10**400, several numbers in a tensor
         return math.nan
     return number if math.isfinite(number) else math.nan
+
+
+def check_count(value: Any, argument: str, low: int = 1) -> int:
+    """The value as an int; raises a `ValueError` unless it is an integer, of Python or numpy, of at least `low`."""
+    try:
+        count = None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor on the meta device
+        count = None
+    if count is None or count < low:
+        raise ValueError(f"`{argument}` is {value!r:.100}, but must be an integer of at least {low}.")
+    return count
+
+
+def check_seed(value: Any) -> int:
+    """The value as an int; raises a `ValueError` unless it can be the seed of a generator of torch."""
+    try:
+        seed = operator.index(value)
+    except TypeError:
+        seed = None
+    if seed is None or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"`seed` is {value!r:.100}, but must be an integer of 64 bits.")
+    return seed
+
+
+def check_function(value: Any, argument: str) -> None:
+    """Raises a `TypeError` unless a value can be called."""
+    if not callable(value):
+        raise TypeError(f"`{argument}` is {value!r:.100}, but must be a function.")
 
 
 def check_path(path: Any, argument: str) -> None:

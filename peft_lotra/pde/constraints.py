@@ -16,7 +16,8 @@ from ..kan.basis import in_transform
 from ..kan.jets.chain import stages_of
 from ..kan.jets.derivatives import jet, jet_by_transforms, register_jet
 from ..kan.jets.layers import Jet
-from .boxes import check_box
+from ..modules.checks import as_number
+from .boxes import check_box, check_known, check_sides
 from .features import BoxFeatures
 
 
@@ -74,8 +75,10 @@ class HardConstraint(nn.Module):
         if not isinstance(kan, nn.Module):
             raise TypeError(f"`kan` is {type(kan).__name__}, but must be an nn.Module.")
         for name, part in (("distance", distance), ("lift", lift)):
-            if not callable(part) and not (isinstance(part, (int, float)) and math.isfinite(part)):
-                raise TypeError(f"`{name}` is {part!r}, but must be a function of x, a module or a finite number.")
+            if not callable(part) and math.isnan(as_number(part)):
+                raise TypeError(
+                    f"`{name}` is {part!r:.100}, but must be a function of x, a module or a finite number."
+                )
         features = next((part for part in kan.modules() if isinstance(part, BoxFeatures)), None)
         if isinstance(distance, BoxDistance) and features is not None:
             of_features, of_distance = (torch.stack([part.low, part.high]) for part in (features, distance))
@@ -85,13 +88,15 @@ class HardConstraint(nn.Module):
                     f"{of_features.tolist()}: the conditions would hold elsewhere. Give both the same box."
                 )
         self.kan = kan
-        self.distance = distance
-        self.lift = lift
+        self.distance = distance if callable(distance) else float(distance)
+        self.lift = lift if callable(lift) else float(lift)
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs (..., I) to outputs (..., O)."""
         values = self.kan(x)
         values = getattr(values, "logits", values)
+        if not isinstance(values, Tensor):
+            raise TypeError(f"`kan` returns an object of type {type(values).__name__}, but must return a tensor.")
         return self._value("lift", x, values) + self._value("distance", x, values) * values
 
     def _value(self, name: str, x: Tensor, like: Tensor) -> Tensor:
@@ -183,15 +188,13 @@ class BoxDistance(nn.Module):
         low_end, high_end = check_box(low, high)
         self.register_buffer("low", low_end)
         self.register_buffer("high", high_end)
-        every = [(i, end) for i in range(len(low_end)) for end in ("low", "high")]
-        self.sides = every if sides is None else list(sides)
-        self.twice = list(twice)
-        for name, given, known in (("sides", self.sides, every), ("twice", self.twice, self.sides)):
-            if wrong := [side for side in given if side not in known]:
-                raise ValueError(f"`{name}` has {wrong[0]!r}, which is none of {known}.")
+        self.sides = check_sides(sides, len(low_end))
+        self.twice = check_known(twice, self.sides, "twice")
 
     def check(self, x: Tensor) -> None:
         """Raises a `ValueError` if x is outside of the box; not in transforms and compiled, which have no values."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x is of type {type(x).__name__}, but must be a tensor (..., {len(self.low)}).")
         if x.shape[-1:] != self.low.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}, but the box has {len(self.low)} coordinates.")
         if torch.compiler.is_compiling() or in_transform() or x.is_meta or not x.numel():

@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..modules.calls import check_module
+from ..modules.checks import as_number, check_count, check_function
 
 
 class ContinuationStep(NamedTuple):
@@ -46,7 +47,7 @@ def continuation(
     """Trains a model for a PDE at `start`, and from there, step by step, at parameters up to `stop`.
 
     A solve whose loss is above `target`, or not finite, is taken back, and tried again at a shorter step; after a
-    success the step grows again.
+    success the step grows again. One that raises is taken back too.
 
     Args:
         model: What `solve` trains; its parameters and buffers are taken back after a failure.
@@ -88,16 +89,24 @@ def continuation(
     check_module(model)
     if scale not in ("log", "linear"):
         raise ValueError(f"`scale` is {scale!r}, but must be 'log' or 'linear'.")
-    if not (math.isfinite(start) and math.isfinite(stop)) or (scale == "log" and not start * stop > 0):
+    for name, function in (("solve", solve), ("prepare", prepare)):
+        if function is not None or name == "solve":
+            check_function(function, name)
+    ends = as_number(start), as_number(stop)
+    if any(map(math.isnan, ends)) or (scale == "log" and not ends[0] * ends[1] > 0):
         raise ValueError(
-            f"`start` is {start} and `stop` {stop}, but must be finite, and of the same sign for equal ratios: take "
-            "scale='linear' otherwise."
+            f"`start` is {start!r:.100} and `stop` {stop!r:.100}, but must be finite, and of the same sign for "
+            "equal ratios: take scale='linear' otherwise."
         )
-    if not (isinstance(steps, int) and steps >= 1 and shrinkage > 1 and 0 < smallest <= 1):
+    start, stop = ends
+    steps = check_count(steps, "steps")
+    if not (as_number(shrinkage) > 1 and 0 < as_number(smallest) <= 1):
         raise ValueError(
-            f"`steps` is {steps!r}, `shrinkage` {shrinkage} and `smallest` {smallest}, but must be an integer of at "
-            "least 1, above 1, and in (0, 1]."
+            f"`steps` is {steps}, `shrinkage` {shrinkage!r:.100} and `smallest` {smallest!r:.100}, but must be an "
+            "integer of at least 1, above 1, and in (0, 1]."
         )
+    if target != math.inf and math.isnan(as_number(target)):
+        raise ValueError(f"`target` is {target!r:.100}, but must be a number, the largest loss that is accepted.")
 
     def value_at(share: float) -> float:
         if share in (0.0, 1.0):
@@ -113,14 +122,17 @@ def continuation(
         if prepare is not None:
             prepare(value)
         before = copy.deepcopy(model.state_dict())
-        loss = _last_loss(solve(value))
+        try:
+            loss = _last_loss(solve(value))
+        except BaseException:  # Ctrl-C too
+            model.load_state_dict(before)
+            raise
         accepted = loss <= target  # not if it is NaN
         path.append(ContinuationStep(value, loss, accepted))
         if accepted:
             reached, length = share, min(1 / steps, length * math.sqrt(shrinkage))
             continue
-        with torch.no_grad():
-            model.load_state_dict(before)
+        model.load_state_dict(before)
         length /= shrinkage
         if reached < 0 or length < smallest:
             raise RuntimeError(
@@ -135,8 +147,15 @@ def continuation(
 
 
 def _last_loss(result: Any) -> float:
-    if not isinstance(result, list):
+    if isinstance(result, Tensor) and result.numel() == 1:
+        result = result.item()
+    if isinstance(result, Real):
         return float(result)
+    if not isinstance(result, list) or not all(hasattr(entry, "held_loss") for entry in result):
+        raise TypeError(
+            f"`solve` returned {result!r:.100}, but must return the loss, a number, or the history of "
+            "`LevenbergMarquardt.fit`."
+        )
     if not result:
         raise ValueError("`solve` returned an empty history, but must return a loss, or a history with a step.")
     held = [entry.held_loss for entry in result]  # of `LevenbergMarquardt.fit`

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,10 +61,7 @@ class BoxFeatures(InputMap):
     ) -> None:
         low_end, high_end = check_box(low, high)
         count = len(low_end)
-        if wrong := [i for i in (*periodic, *neumann) if i not in range(count)]:
-            raise ValueError(
-                f"`periodic` or `neumann` has {wrong[0]!r}, but the box has coordinates 0 to {count - 1}."
-            )
+        periodic, neumann = (_indices(given, count) for given in (periodic, neumann))
         if both := set(periodic) & set(neumann):
             raise ValueError(f"Coordinate {min(both)} is both `periodic` and `neumann`, which exclude each other.")
         kinds = []
@@ -71,7 +69,7 @@ class BoxFeatures(InputMap):
             kinds += [(i, "cos"), (i, "sin")] if i in periodic else [(i, "even" if i in neumann else "linear")]
         super().__init__(count, [i for i, _ in kinds])
         self.out_features = len(kinds)
-        self.periodic, self.neumann = sorted(periodic), sorted(neumann)
+        self.periodic, self.neumann = periodic, neumann
         self.register_buffer("low", low_end)
         self.register_buffer("high", high_end)
         # each feature is linear, or amplitude cos(rate s + phase)
@@ -96,3 +94,15 @@ class BoxFeatures(InputMap):
 
     def extra_repr(self) -> str:
         return f"low={self.low.tolist()}, high={self.high.tolist()}, periodic={self.periodic}, neumann={self.neumann}"
+
+
+def _indices(given: Any, count: int) -> list[int]:
+    """The given indices of coordinates, each once."""
+    if not isinstance(given, Iterable):
+        raise TypeError(f"`periodic` and `neumann` must be lists of indices, such as [0], but one is {given!r:.100}.")
+    given = list(given)
+    if wrong := [i for i in given if isinstance(i, bool) or i not in range(count)]:
+        raise ValueError(
+            f"`periodic` or `neumann` has {wrong[0]!r:.100}, but the box has coordinates 0 to {count - 1}."
+        )
+    return sorted({int(i) for i in given})

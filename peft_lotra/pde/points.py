@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from ..kan.knots import KnotMap
-from .boxes import check_box
+from ..modules.checks import as_number, check_count, check_function, check_seed
+from .boxes import check_box, check_sides
 
 
 METHODS = ("sobol", "latin", "uniform")
 
 
+@torch.inference_mode(False)  # a tensor made in that mode is of no use in training
 def box_points(
     low: Sequence[float], high: Sequence[float], count: int, *, method: str = "sobol", seed: int = 0
 ) -> Tensor:
@@ -45,10 +47,7 @@ def box_points(
 def _unit_points(size: int, count: int, method: str, seed: int) -> Tensor:
     if method not in METHODS:
         raise ValueError(f"`method` is {method!r}, but must be one of {METHODS}.")
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"`count` is {count!r}, but must be an integer of at least 1.")
-    if not hasattr(seed, "__index__"):
-        raise ValueError(f"`seed` is {seed!r}, but must be an integer.")
+    count, seed = check_count(count, "count"), check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     if method == "sobol":
         return SobolEngine(size, scramble=True, seed=seed).draw(count, dtype=torch.float64)
@@ -59,6 +58,7 @@ def _unit_points(size: int, count: int, method: str, seed: int) -> Tensor:
     return points
 
 
+@torch.inference_mode(False)
 def side_points(
     low: Sequence[float],
     high: Sequence[float],
@@ -88,18 +88,16 @@ def side_points(
         (torch.Size([100, 2]), [-1.0, 0.0])
     """
     low_end, high_end = check_box(low, high)
-    every = [(i, end) for i in range(len(low_end)) for end in ("low", "high")]
     points, normals = [], []
-    for number, side in enumerate(every if sides is None else sides):
-        if side not in every:
-            raise ValueError(f"`sides` has {side!r}, which is none of {every}.")
-        coordinate, end = side
-        found = box_points(low, high, count, method=method, seed=seed + number)
+    for number, (coordinate, end) in enumerate(check_sides(sides, len(low_end))):
+        found = box_points(low, high, count, method=method, seed=check_seed(seed) + number)
         found[:, coordinate] = (low_end if end == "low" else high_end)[coordinate]
         normal = torch.zeros_like(found)
         normal[:, coordinate] = -1.0 if end == "low" else 1.0
         points.append(found)
         normals.append(normal)
+    if not points:
+        raise ValueError("`sides` is empty, but must name at least one side; None stands for all of them.")
     return torch.cat(points), torch.cat(normals)
 
 
@@ -146,15 +144,15 @@ class ResidualSampler:
         seed: int = 0,
     ) -> None:
         self.low, self.high = check_box(low, high)
-        if not isinstance(count, int) or count < 4:
-            raise ValueError(f"`count` is {count!r}, but must be an integer of at least 4.")
-        if not 0 <= share <= 1 or power < 0 or pool < 1:
+        if not (0 <= as_number(share) <= 1 and as_number(power) >= 0):
             raise ValueError(
-                f"`share` is {share}, `power` {power} and `pool` {pool}, but must be in [0, 1], at least 0 and at "
-                "least 1."
+                f"`share` is {share!r:.100} and `power` {power!r:.100}, but must be in [0, 1], and finite and at "
+                "least 0."
             )
-        self.count, self.share, self.power, self.pool, self.seed = count, share, power, pool, seed
+        self.count, self.pool = check_count(count, "count", low=4), check_count(pool, "pool")
+        self.share, self.power, self.seed = float(share), float(power), check_seed(seed)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def draw(self, residual: Callable[[Tensor], Tensor], knots: KnotMap | None = None) -> tuple[Tensor, Tensor]:
         """The next points.
@@ -167,13 +165,30 @@ class ResidualSampler:
         Returns:
             Points (count, I) and held-out points (count / 4, I), float64.
         """
+        check_function(residual, "residual")
+        if knots is not None and (not isinstance(knots, KnotMap) or knots.in_features != len(self.low)):
+            raise ValueError(f"`knots` is {knots!r:.60}, but must be a KnotMap of {len(self.low)} coordinates.")
+        seed = self.seed
+        try:
+            return self._draw(residual, knots)
+        except BaseException:  # the next draw is then what this one would have been
+            self.seed = seed
+            raise
+
+    def _draw(self, residual: Callable[[Tensor], Tensor], knots: KnotMap | None) -> tuple[Tensor, Tensor]:
         followed = round(self.share * self.count)
         spread = self._spread(self.count - followed, knots) if followed < self.count else self.low.new_empty(0, 1)
         held = self._spread(self.count // 4, None)
         if not followed:
             return spread, held
         candidates = self._spread(self.pool * followed, knots)
-        values = residual(candidates)
+        try:
+            values = residual(candidates.clone())  # which it may write into
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            with torch.enable_grad():  # derivatives by `torch.autograd.grad`
+                values = residual(candidates.clone())
         if not isinstance(values, Tensor):
             raise TypeError(f"`residual` returns an object of type {type(values).__name__}, but must return a tensor.")
         if values.shape[:1] != (len(candidates),):
@@ -181,11 +196,17 @@ class ResidualSampler:
                 f"`residual` returns {tuple(values.shape)} for {len(candidates)} points, but must return the "
                 "residuals of each: (n,) or (n, m)."
             )
-        size = values.reshape(len(values), -1).norm(dim=1).double()
+        if values.is_complex():
+            raise TypeError("`residual` returns complex numbers, but must return real ones: take `abs()`.")
+        values = values.detach() if values.is_floating_point() else values.double()
+        size = values.reshape(len(values), -1).norm(dim=1, dtype=torch.promote_types(values.dtype, torch.float32))
+        size = size.double()
         if not size.isfinite().all():
             where = int((~size.isfinite()).nonzero()[0])
             raise ValueError(f"`residual` is not finite at {candidates[where].tolist()}.")
         chance = (size / size.mean()).pow(self.power) if size.any() else torch.ones_like(size)
+        if not chance.isfinite().all():  # a large power
+            chance = (size / size.max()).pow(self.power)
         generator = torch.Generator().manual_seed(self.seed)
         chosen = torch.multinomial(chance + 1e-12, followed, generator=generator)
         return torch.cat([spread.reshape(-1, len(self.low)), candidates[chosen]]), held

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..kan.jets.derivatives import jet
 from ..modules.calls import check_module
+from ..modules.checks import as_number, check_count, check_seed
 from .boxes import check_box
 
 
@@ -19,6 +20,7 @@ _ACROSS = 32  # points in the other coordinates for each point of one
 _ALONG = 4  # points in each cell
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def knot_density(
     model: nn.Module,
@@ -61,11 +63,12 @@ def knot_density(
     """
     check_module(model)
     low_end, high_end = check_box(low, high)
-    if not (cells >= 1 and power > 0 and 0 <= share < 1):
+    cells = check_count(cells, "cells")
+    if not (as_number(power) > 0 and 0 <= as_number(share) < 1):
         raise ValueError(
-            f"`cells` is {cells}, `power` {power} and `share` {share}, but must be at least 1, above 0 and in [0, 1)."
+            f"`power` is {power!r:.100} and `share` {share!r:.100}, but must be finite and above 0, and in [0, 1)."
         )
-    engine = torch.quasirandom.SobolEngine(len(low_end), scramble=True, seed=seed)
+    engine = torch.quasirandom.SobolEngine(len(low_end), scramble=True, seed=check_seed(seed))
     across = low_end + (high_end - low_end) * engine.draw(_ACROSS, dtype=torch.float64)
     along = (torch.arange(cells * _ALONG, dtype=torch.float64, device="cpu") + 0.5) / (cells * _ALONG)
     like = next(iter(model.parameters()), low_end)
@@ -74,7 +77,7 @@ def knot_density(
         points = across.repeat(len(along), 1)
         points[:, i] = (low_end[i] + (high_end[i] - low_end[i]) * along).repeat_interleave(_ACROSS)
         second = jet(model, points.to(like), direction.unsqueeze(0).to(like))[2][0].double()
-        squares = second.square().sum(-1).view(cells, -1).mean(1)
+        squares = second.square().reshape(len(points), -1).sum(-1).view(cells, -1).mean(1)
         if not squares.isfinite().all():
             raise ValueError(f"The second derivatives of the model along coordinate {i} are not finite.")
         bend = squares.pow(power / 2)

@@ -9,14 +9,16 @@ a step of `LevenbergMarquardt` or of Adam.
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kan.jets.derivatives import jet
+from ..modules.checks import as_number, check_count
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def gradient_weights(model: nn.Module, x: Tensor, scale: float = 0.1, directions: Tensor | None = None) -> Tensor:
     """w = 1 / (1 + scale |grad u|), (n, 1): a shock, with a residual as large as it is steep, owns the loss no longer.
@@ -39,12 +41,25 @@ def gradient_weights(model: nn.Module, x: Tensor, scale: float = 0.1, directions
         >>> gradient_weights(KAN([2, 5, 1]), torch.rand(10, 2)).shape
         torch.Size([10, 1])
     """
-    if not scale >= 0:
-        raise ValueError(f"`scale` is {scale}, but must be at least 0.")
-    slopes = jet(model, x, directions)[1]
+    if not as_number(scale) >= 0:
+        raise ValueError(f"`scale` is {scale!r:.100}, but must be finite and at least 0.")
+    if isinstance(x, Tensor) and x.dim() != 2:
+        raise ValueError(f"`x` has shape {tuple(x.shape)}, but must be (n, I).")
+    slopes = jet(model, x, directions)[1].unsqueeze(-1).flatten(2)  # of a model that returns (n,), too
     return 1 / (1 + scale * slopes.square().sum((0, 2)).sqrt().unsqueeze(1))
 
 
+def _real(values: Any, argument: str) -> Tensor:
+    """A tensor of real numbers, one or more for each row, in float32 at least."""
+    if not isinstance(values, Tensor) or values.is_complex():
+        given = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"`{argument}` is {given}, but must be a tensor of real numbers.")
+    if not values.dim() or not values.numel():
+        raise ValueError(f"`{argument}` has shape {tuple(values.shape)}, but must have one or more rows.")
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+@torch.inference_mode(False)
 @torch.no_grad()
 def causal_weights(residuals: Tensor, times: Tensor, strictness: float = 1.0, slices: int = 20) -> Tensor:
     r"""w_i = exp(-strictness / 2 sum of the mean squared residuals of all earlier slices of time), (n, 1).
@@ -70,11 +85,12 @@ def causal_weights(residuals: Tensor, times: Tensor, strictness: float = 1.0, sl
         >>> causal_weights(torch.ones(4), torch.tensor([0.0, 0.3, 0.6, 1.0]), slices=2).flatten()
         tensor([1.0000, 1.0000, 0.6065, 0.6065])
     """
-    n, times = len(residuals), times.flatten()
-    if times.shape != (n,) or not n:
+    residuals, times = _real(residuals, "residuals"), _real(times, "times").flatten()
+    n, slices = len(residuals), check_count(slices, "slices")
+    if times.shape != (n,):
         raise ValueError(f"`times` has {len(times)} entries for {n} residuals, but must have one for each.")
-    if not (strictness >= 0 and slices >= 1):
-        raise ValueError(f"`strictness` is {strictness} and `slices` {slices}, but must be at least 0 and 1.")
+    if not as_number(strictness) >= 0:
+        raise ValueError(f"`strictness` is {strictness!r:.100}, but must be finite and at least 0.")
     squares = residuals.reshape(n, -1).square().sum(1)
     if not (squares.isfinite().all() and times.isfinite().all()):
         raise ValueError("`residuals` and `times` must be finite.")
@@ -115,14 +131,18 @@ class ResidualAttention:
     """
 
     def __init__(self, decay: float = 0.9, rate: float = 0.1) -> None:
-        if not (0 <= decay < 1 and rate > 0 and math.isfinite(rate)):
-            raise ValueError(f"`decay` is {decay} and `rate` {rate}, but must be in [0, 1) and above 0.")
-        self.decay, self.rate = decay, rate
+        if not (0 <= as_number(decay) < 1 and as_number(rate) > 0):
+            raise ValueError(
+                f"`decay` is {decay!r:.100} and `rate` {rate!r:.100}, but must be in [0, 1), and finite and above 0."
+            )
+        self.decay, self.rate = float(decay), float(rate)
         self.weights: Tensor | None = None
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, residuals: Tensor) -> Tensor:
         """Takes residuals (n,) or (n, m) of the points and returns the new weights (n, 1), which start at 1."""
+        residuals = _real(residuals, "residuals")
         size = residuals.reshape(len(residuals), -1).norm(dim=1, keepdim=True)
         if not size.isfinite().all():
             raise ValueError(f"`residuals` {int((~size.isfinite()).nonzero()[0, 0])} is not finite.")
@@ -133,4 +153,4 @@ class ResidualAttention:
                 "new points."
             )
         self.weights = self.decay * before + self.rate * size / size.max().clamp(min=torch.finfo(size.dtype).tiny)
-        return self.weights
+        return self.weights.clone()  # which may be written into
