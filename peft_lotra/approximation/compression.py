@@ -165,6 +165,7 @@ def slim(
     return small
 
 
+@torch.inference_mode(False)  # parameters made in that mode could not be trained
 def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Replaces every Slim layer by a dense one of its original class that computes the same, up to rounding.
 

@@ -87,6 +87,7 @@ class SlimLayer(nn.Module):
         return super().state_dict(*args, **kwargs)
 
     @exclusively
+    @torch.inference_mode(False)
     def to_dense(self) -> nn.Module:
         """A layer of the original class that computes the same, up to rounding."""
         layer = copy.deepcopy(self.layer)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,10 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor, nn
 
-from .basis import bspline_basis, check_grid
+from ..modules.calls import share_hooks
+from ..modules.checks import as_number
+from ..tucker import Tucker
+from .basis import bspline_basis, check_dense, check_grid
 from .jets.maps import InputMap
 from .jets.norms import is_norm
 from .knots import KnotMap
@@ -38,6 +42,7 @@ class RefinementReport:
     outside: dict[str, float]
 
 
+@torch.inference_mode(False)  # parameters made in that mode could not be trained
 @torch.no_grad()
 def refine_grid(
     kan: LayerStack,
@@ -98,7 +103,16 @@ def refine_grid(
             f"`kan` is {type(kan).__name__}, but must be a KAN or a SlimKAN. Give the network inside of a wrapper, "
             "such as `model.kan`; merge an adapter first."
         )
+    if len(set(kan.layers)) < len(kan.layers):
+        raise ValueError("A layer is in `kan.layers` more than once: it has one grid. Make copies of it first.")
+    if not as_number(margin) >= 0 or not (tolerance == math.inf or as_number(tolerance) > 0):
+        raise ValueError(
+            f"`margin` is {margin!r:.100} and `tolerance` {tolerance!r:.100}, but must be finite and at least 0, and "
+            "above 0."
+        )
     for name, layer in kan.layers.named_children():
+        if isinstance(layer, SplineLayer):
+            _check_plain(name, layer)
         if not (isinstance(layer, SplineLayer | InputMap) or is_norm(layer)):
             raise ValueError(
                 f"`layers.{name}` is {type(layer).__name__}, whose grid is not known. If it is an adapter on a KAN "
@@ -116,11 +130,14 @@ def refine_grid(
         raise TypeError(
             f"`samples` must be a tensor (N, {first.in_features}), but are of type {type(samples).__name__}."
         )
+    if samples is not None:
+        check_dense(samples)
     if samples is not None and not (
-        samples.shape[1:] == (first.in_features,) and len(samples) and samples.isfinite().all()
+        not samples.is_meta and samples.shape[1:] == (first.in_features,) and len(samples) and samples.isfinite().all()
     ):
         raise ValueError(
-            f"`samples` have shape {tuple(samples.shape)}, but must be (N, {first.in_features}), N >= 1, and finite."
+            f"`samples` have shape {tuple(samples.shape)}, but must be (N, {first.in_features}), N >= 1, and finite, "
+            "and not on the meta device."
         )
     if exact:
         _check_exact(kan, grid_size, samples, density)
@@ -128,6 +145,8 @@ def refine_grid(
     if density is not None:
         if kan.layers[0] is not first and not (isinstance(kan.layers[0], KnotMap) and kan.layers[1] is first):
             raise ValueError("`density` needs a network whose first layer, but for a KnotMap, is a KAN layer.")
+        if not isinstance(density, Tensor):
+            raise TypeError(f"`density` must be a tensor, but is of type {type(density).__name__}.")
         low, high = first.grid_bounds.unbind(-1)
         new_map = KnotMap(low, high, density.to(low))
 
@@ -160,6 +179,20 @@ def refine_grid(
         samples = None if samples is None else layer(samples)
     kan.layers = nn.ModuleList(layer for layer in layers if layer is not None)
     return RefinementReport(errors, outside)
+
+
+def _check_plain(name: str, layer: SplineLayer) -> None:
+    """Refuses layers of which only a part would be found in the new ones."""
+    plain = type(layer) in (KANLinear, SlimKANLinear)
+    names = {"spline_weight", "base_weight"} if isinstance(layer, KANLinear) else set(Tucker._fields)
+    if not plain or {part for part, _ in layer.named_parameters()} != names:
+        raise ValueError(
+            f"`layers.{name}` is {type(layer).__name__}, with parameters or computations of its own (weight "
+            "normalization, pruning, a subclass), which a layer on a new grid would not have. Remove these first, by "
+            "`torch.nn.utils.parametrize.remove_parametrizations` for instance."
+        )
+    if layer.grid_bounds.is_meta:
+        raise ValueError(f"`layers.{name}` is on the meta device, without values: load its parameters first.")
 
 
 def _share_outside(layer: SplineLayer, z: Tensor) -> float:
@@ -250,4 +283,5 @@ def _refitted(
     old_values = einsum(old_weight, old_basis, "o i k, i n k -> o i n") + base * F.silu(before).T
     new_values = einsum(new_weight, new_basis, "o i k, i n k -> o i n") + base * F.silu(s).T
     size = old_values.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    share_hooks(layer, new)
     return new.train(layer.training), ((new_values - old_values).abs().max() / size).item()

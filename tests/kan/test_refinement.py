@@ -13,7 +13,7 @@ from helpers import adapt
 from jet_helpers import assert_same, nested
 from torch import Tensor, nn
 
-from peft_lotra.kan import KAN, KANConfig, KANModel, KnotMap, SlimKAN, jet, refine_grid
+from peft_lotra.kan import KAN, KANConfig, KANLinear, KANModel, KnotMap, SlimKAN, jet, refine_grid
 from peft_lotra.optim import LevenbergMarquardt
 
 
@@ -191,3 +191,69 @@ def test_refusals_change_nothing():
         refine_grid(model, 12, "samples")
     with pytest.raises(TypeError, match="`kan` is Sequential, but must be a KAN"):
         refine_grid(nn.Sequential(kan()), 12)
+
+
+@pytest.mark.parametrize("make", [lambda: KAN([2, 3, 1]), lambda: SlimKAN([6, 8, 4], 2)])
+def test_under_inference_mode(make):
+    """The parameters could not be trained."""
+    model = make()
+    with torch.inference_mode():
+        refine_grid(model, 10)
+    x = torch.rand(5, model.layers[0].in_features)
+    model(x).sum().backward()
+
+
+def test_hooks_are_kept():
+    calls, model = [], KAN([2, 3, 1])
+    model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    refine_grid(model, 10)
+    model(torch.rand(3, 2))
+    assert calls == [1]
+
+
+class Doubled(KANLinear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["parametrization", "hook", "subclass", "parameter", "twice", "meta"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_layers_that_would_lose_a_part(kind):
+    """The layer on the new grid was another function, without a word."""
+    model = KAN([2, 2, 2], device="meta" if kind == "meta" else None)
+    if kind == "parametrization":
+        nn.utils.parametrizations.weight_norm(model.layers[0], "spline_weight")
+    elif kind == "hook":
+        nn.utils.weight_norm(model.layers[0], "spline_weight")
+    elif kind == "subclass":
+        model.layers[0] = Doubled(2, 2)
+    elif kind == "parameter":
+        model.layers[0].gain = nn.Parameter(torch.ones(()))
+    elif kind == "twice":
+        model.layers[1] = model.layers[0]
+    before = list(model.layers)
+    with pytest.raises(ValueError, match="of its own|more than once|meta device"):
+        refine_grid(model, 10)
+    assert list(model.layers) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"margin": math.nan},
+        {"margin": -1.0},
+        {"margin": "x"},
+        {"tolerance": None},
+        {"tolerance": math.nan},
+        {"density": [[1.0]]},
+        {"samples": torch.rand(9, 2, device="meta")},
+        {"samples": torch.rand(9, 2).to_sparse()},
+    ],
+    ids=str,
+)
+def test_arguments_of_another_kind(arguments):
+    model = KAN([2, 3, 1])
+    before = list(model.layers)
+    with pytest.raises((TypeError, ValueError), match=f"{next(iter(arguments))}|dense"):
+        refine_grid(model, 10, **arguments)
+    assert list(model.layers) == before

@@ -12,9 +12,10 @@ import pytest
 import torch
 from helpers import base as model_of_family
 from hostile import CLEAR, X
+from stand_ins import FAMILIES
 from torch import nn
 
-from peft_lotra import slim
+from peft_lotra import slim, to_dense
 from peft_lotra.kan import KAN
 
 
@@ -219,3 +220,12 @@ def test_layers_frozen_since_stay_frozen(make):
     dense = small.requires_grad_(False).to_dense()
     assert not any(parameter.requires_grad for parameter in dense.parameters())
     assert all(parameter.requires_grad for parameter in small.requires_grad_(True).to_dense().parameters())
+
+
+@pytest.mark.parametrize("family", ["own", "efficient-kan"])
+def test_dense_layers_made_in_inference_mode_are_trained(family):
+    small = slim(nn.Sequential(FAMILIES[family](8, 8), nn.Linear(8, 2)), 2)
+    with torch.inference_mode():
+        dense, layer = to_dense(small), small[0].to_dense()
+    dense(torch.rand(3, 8)).sum().backward()
+    layer(torch.rand(3, 8)).sum().backward()
