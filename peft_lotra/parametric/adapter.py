@@ -22,10 +22,12 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..files.fingerprint import hash_values
 from ..modules.calls import call_with_parameters
+from ..modules.checks import as_number, check_count, check_function, check_path
 from ..tucker import Ranks
 from ..tuner.config import LoTRAConfig
 from .estimate import ErrorEstimates
@@ -141,7 +143,16 @@ class ParametricAdapter:
     ) -> None:
         functions = {"terms_of": terms_of, "loss_of": loss_of, "held_terms_of": held_terms_of, "values_of": values_of}
         _check_functions(base, **functions)
+        if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+            raise ValueError("`base` has adapters already: pass the bare model, or what `merge_and_unload` returns.")
+        if config is not None and not isinstance(config, LoTRAConfig):
+            raise TypeError(f"`config` is of type {type(config).__name__}, but must be a LoTRAConfig.")
         config = copy.deepcopy(config) if config is not None else LoTRAConfig(r=ranks)
+        if config.modules_to_save:
+            raise ValueError(
+                f"`config` has `modules_to_save` ({', '.join(config.modules_to_save)}), whole modules, which a family "
+                "of updates cannot have: members would start from modules that are zero."
+            )
         if config.train is None and config.init_weights is True:
             config = replace(config, train=["core"], init_weights="hosvd")
         if len(config.train or ()) != 1:
@@ -235,17 +246,27 @@ class ParametricAdapter:
         """
         if (parameters is None) == (between is None):
             raise ValueError("Give either `parameters`, a list, or `between`, the bounds of a range.")
-        if between is not None and len(tuple(between)) != 2:
-            raise ValueError(f"`between` is {between!r}, but must be (lowest, highest).")
-        if tolerance is not None and (between is None or not tolerance > 0):
-            raise ValueError(f"`tolerance` is {tolerance!r}, but must be above 0, and is for a range (`between`).")
+        for name, given in (("parameters", parameters), ("between", between)):
+            if given is not None and (isinstance(given, (str, bytes)) or not isinstance(given, Iterable)):
+                raise TypeError(f"`{name}` is {given!r:.100}, but must be a list of numbers, or of tuples of them.")
+        between = None if between is None else cast(tuple, tuple(between))
+        if between is not None and (len(between) != 2 or len(self._path.distinct(between)) != 2):
+            raise ValueError(f"`between` is {between!r:.100}, but must be (lowest, highest), two parameters.")
+        if tolerance is not None and (between is None or not as_number(tolerance) > 0):
+            raise ValueError(f"`tolerance` is {tolerance!r:.50}, but must be above 0, and is for a range (`between`).")
         for name, value, low in (
             ("steps", steps, 1),
             ("max_steps", max_steps, steps),
             ("max_members", max_members, 1),
         ):
             if type(value) is not int or value < low:
-                raise ValueError(f"`{name}` is {value!r}, but must be an int of at least {low}.")
+                raise ValueError(f"`{name}` is {value!r:.100}, but must be an int of at least {low}.")
+        if executor is not None and not hasattr(executor, "submit"):
+            raise TypeError(f"`executor` is {executor!r:.100}, but must be an executor of `concurrent.futures`.")
+        if folder is not None:
+            check_path(folder, "folder")
+        if train is not None:
+            check_function(train, "train")
         if (train is None) == (self._problem.terms_of is None):
             raise ValueError(
                 "Members are fitted to residual terms (`terms_of` of the constructor) or by `train`: give one of them."
@@ -301,11 +322,10 @@ class ParametricAdapter:
         Raises:
             ValueError: As `predict`, or the family has no terms.
         """
+        steps = check_count(steps, "steps")
         prediction = self.predict(parameter, force=force)
         if self._problem.terms_of is None:
             raise ValueError("The family has no residual terms, with which a prediction could be refined.")
-        if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"`steps` is {steps!r}, but must be an int of at least 1.")
         with torch.inference_mode(False), torch.enable_grad():
             write(self.model, prediction._vector)
             take_steps(self.model, list(self._problem.terms_of(prediction.parameter)), steps, steps)
@@ -313,6 +333,7 @@ class ParametricAdapter:
 
     def as_adapter(self, parameter: Parameter, *, steps: int = 0, force: bool = False) -> PeftModel:
         """A PEFT model of its own, with the predicted adapter, refined by `steps` steps: to save, merge or serve."""
+        steps = check_count(steps, "steps", low=0)
         prediction = self.refine(parameter, steps, force=force) if steps else self.predict(parameter, force=force)
         with torch.inference_mode(False):
             model = copy.deepcopy(self.model)
@@ -333,8 +354,8 @@ class ParametricAdapter:
         """
         if not self._path.members:
             raise ValueError("The family has no members yet: call `fit` before it is saved.")
-        if modes is not None and (not isinstance(modes, int) or modes < 1):
-            raise ValueError(f"`modes` is {modes!r}, but must be None or an int of at least 1.")
+        modes = None if modes is None else check_count(modes, "modes")
+        check_path(folder, "folder")
         folder = Folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_family(self.model, self._contents(), folder / FILE, modes)
@@ -368,6 +389,7 @@ class ParametricAdapter:
         """
         functions = {"terms_of": terms_of, "loss_of": loss_of, "held_terms_of": held_terms_of, "values_of": values_of}
         _check_functions(base, **functions)
+        check_path(folder, "folder")
         path = Folder(folder, FILE)
         if not Folder(folder).is_dir():
             path = Folder(hf_hub_download(str(folder), FILE, **hub_kwargs))

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -68,7 +69,8 @@ class Problem:
         write(model, start)
         predicted, steps = self.indicator(model, parameter), 0
         if self.train is not None:
-            self.train(model, argument(parameter))
+            with _frozen_parts_kept(model):
+                self.train(model, argument(parameter))
         elif self.terms_of is not None:
             steps = take_steps(model, list(self.terms_of(argument(parameter))), self.steps, self.max_steps)
         vector = read(model)
@@ -87,6 +89,30 @@ class Problem:
         if self.terms_of is None:
             return math.nan
         return residuals_of(model, self.terms_of(argument(parameter))).norm().item()
+
+
+@contextmanager
+def _frozen_parts_kept(model: nn.Module) -> Iterator[None]:
+    """Puts the model into evaluation mode at the end, and refuses changes of what all members share: its other tensors
+    are put back then."""
+    coordinates = trainable(model)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shared = {name: (part, part.detach().clone()) for name, part in state.items() if name not in coordinates}
+    try:
+        yield
+    finally:
+        model.eval()
+        for name, part in model.named_parameters():
+            part.requires_grad_(name in coordinates)
+        changed = [name for name, (part, before) in shared.items() if not torch.equal(part, before)]
+        with torch.no_grad():
+            for name in changed:
+                shared[name][0].copy_(shared[name][1])
+    if changed:
+        raise ValueError(
+            f"`train` changed {', '.join(changed[:4])}, which all members of the family share. Train the parameters "
+            "that require a gradient, and leave the model in evaluation mode if it has running statistics."
+        )
 
 
 def argument(parameter: Point) -> float | Point:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..modules.checks import as_number
 from .interpolation import Scale, is_inside, nearest, weights_at
 from .members import Member, Point, argument
 
@@ -26,7 +27,10 @@ class Path:
 
     def __init__(self, size: int, log: bool | Sequence[bool]) -> None:
         self.size = size
-        self.log: bool | list[bool] = log if isinstance(log, bool) else list(log)
+        flags = list(log) if isinstance(log, Sequence) else [log]
+        if not flags or not all(isinstance(flag, bool) for flag in flags):
+            raise ValueError(f"`log` is {log!r:.100}, but must be True or False, or a list of these, one a parameter.")
+        self.log: bool | list[bool] = log if isinstance(log, bool) else flags
         self.members: list[Member] = []
         self.scale = Scale([0.0], [1.0], [False])
         self.places = torch.empty(0, 1, device="cpu")  # the coordinates of the members in the range
@@ -39,12 +43,12 @@ class Path:
     def point(self, parameter: Any, dim: int | None = None) -> Point:
         """A parameter as a tuple of numbers; a ValueError if it is none, or of another dimension."""
         try:
-            point = tuple(map(float, (parameter,) if np.ndim(parameter) == 0 else tuple(parameter)))
-        except (TypeError, ValueError):
+            point = tuple(map(as_number, (parameter,) if np.ndim(parameter) == 0 else tuple(parameter)))
+        except (TypeError, ValueError, RuntimeError):  # a ragged list, a tensor on the meta device
             point = ()
         known = dim or (None if isinstance(self.log, bool) else len(self.log))
-        if not point or not all(map(math.isfinite, point)) or len(point) != (known or len(point)):
-            raise ValueError(f"The parameter {parameter!r} must be {known or 'one or more'} finite numbers.")
+        if not point or any(map(math.isnan, point)) or len(point) != (known or len(point)):
+            raise ValueError(f"The parameter {parameter!r:.100} must be {known or 'one or more'} finite numbers.")
         if any(flag and value <= 0 for flag, value in zip(self._flags(len(point)), point, strict=True)):
             raise ValueError(f"The parameter {parameter!r} must be above 0, since the family is in its logarithm.")
         return point

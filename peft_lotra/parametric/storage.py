@@ -27,7 +27,7 @@ from torch import nn
 from ..files.format import open_weights, write_atomically
 from ..hub.base_code import hub_id
 from ..tuner.config import LoTRAConfig
-from .members import Member, Point, read, write
+from .members import Member, Point, named, read, write
 
 
 FILE = "parametric_adapter.safetensors"
@@ -87,6 +87,8 @@ def opened_family(path: str | Path) -> Iterator[tuple[Path, Contents]]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     if metadata.get("parametric") != _VERSION or not set(_ARRAYS) <= tensors.keys():
         raise ValueError(f"{path} holds no family that this version can read: it is no file of a ParametricAdapter.")
+    if kinds := sorted({str(tensors[name].dtype) for name in _ARRAYS} - {"torch.float32", "torch.float64"}):
+        raise ValueError(f"{path} is damaged: the members are of {', '.join(kinds)}, expected float64 or float32.")
     arrays = {name: tensors.pop(name).double().numpy() for name in _ARRAYS}
     log = _read_log(metadata)
     sizes = {name: array.shape for name, array in arrays.items()}
@@ -101,6 +103,12 @@ def opened_family(path: str | Path) -> Iterator[tuple[Path, Contents]]:
     if sizes != expected or arrays["modes"].ndim != 2 or not members or not finite:
         raise ValueError(f"{path} is damaged: the members have the shapes {sizes}, expected finite {expected}.")
     points = [tuple(row) for row in arrays["parameters"].tolist()]
+    low = arrays["parameters"].min(0).tolist()
+    if len(set(points)) < members or any(flag and value <= 0 for flag, value in zip(log, low, strict=True)):
+        raise ValueError(
+            f"{path} is damaged: parameters {points!r:.200} must differ, and be above 0 where the family is in their "
+            f"logarithm ({log})."
+        )
     with TemporaryDirectory() as folder:
         Path(folder, CONFIG_NAME).write_text(metadata.get("config", ""), encoding="utf-8")
         save_file(tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), {"format": "pt"})
@@ -123,6 +131,9 @@ def load_family(base: nn.Module, path: str | Path, check_base: str) -> tuple[Pef
         size = len(read(model))
         if contents.vectors.shape[1] != size:
             raise ValueError(f"{path} is damaged: members have {contents.vectors.shape[1]} coordinates, not {size}.")
+        for vector, parameter in zip(contents.vectors, contents.parameters, strict=True):
+            if not all(part.isfinite().all() for part in named(model, vector).values()):
+                raise ValueError(f"{path} is damaged: the member at {parameter} is beyond the dtype of the model.")
     return model, contents
 
 
@@ -188,7 +199,9 @@ class RunFolder:
             return
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            if not isinstance(known, dict):
+                raise ValueError(f"expected a JSON object, got {known!r:.100}")
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is broken: {error}. Choose another folder.") from error
         if known != self.record:
             differ = sorted(name for name in {*known, *self.record} if known.get(name) != self.record.get(name))
@@ -205,9 +218,16 @@ class RunFolder:
                     vector = file.get_tensor("vector").numpy()
                 point = tuple(map(float, values.pop("parameter")))
                 number = int(values.pop("number"))
-                yield (point, number), Member(point, vector, **values)
-            except (ValueError, TypeError, KeyError, SafetensorError) as error:
+                steps = int(values.pop("steps"))
+                member = Member(point, vector, steps=steps, **{name: float(value) for name, value in values.items()})
+                size = self.record.get("coordinates", vector.size)
+                if vector.shape != (size,) or vector.dtype != np.float64:
+                    raise ValueError(f"{vector.dtype} {vector.shape} for {size} coordinates")
+                if not (np.isfinite(vector).all() and np.isfinite(point).all()):
+                    raise ValueError("it is not finite")
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError) as error:
                 raise ValueError(f"{path} is damaged ({error}): delete it, and it is fitted again.") from error
+            yield (point, number), member
 
     def add(self, member: Member, number: int) -> None:
         """Writes a member, the one of this number at its parameter, in one step."""

@@ -240,6 +240,10 @@ def test_a_family_in_another_process(family, tmp_path):
         ({"parameters": [1.0, (1.0, 2.0)]}, "of one dimension"),
         ({"parameters": ["a"]}, "finite numbers"),
         ({"parameters": [float("nan")]}, "finite numbers"),
+        ({"parameters": ["1.5"]}, "finite numbers"),
+        ({"parameters": [10**400]}, "finite numbers"),
+        ({"between": (1.0, 1.0)}, "lowest, highest"),
+        ({"between": (1.0, 2.0), "tolerance": "x"}, "`tolerance` is 'x'"),
         ({"parameters": [1.0], "train": problems.train_by_adam}, "give one of them"),
     ],
 )
@@ -248,6 +252,76 @@ def test_wrong_arguments_of_fit(base, arguments, message):
     with pytest.raises(ValueError, match=message):
         family.fit(**arguments, progress=False)
     assert family.parameters == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"parameters": 5}, {"parameters": "12"}, {"parameters": b"12"}, {"between": 5}, {"executor": 3}, {"folder": 3}],
+    ids=str,
+)
+def test_arguments_of_fit_of_another_kind(base, arguments):
+    """Text was read letter by letter: "12" fitted members at 1 and 2."""
+    family = make(base)
+    with pytest.raises(TypeError, match=f"`{next(iter(arguments))}` is"):
+        family.fit(**{"parameters": None if "between" in arguments else [1.0]} | arguments, progress=False)
+    assert family.parameters == []
+
+
+@pytest.mark.parametrize("log", ["x", 1, None, [], [1]], ids=repr)
+def test_log_that_is_no_flag(base, log):
+    with pytest.raises(ValueError, match="`log` is"):
+        make(base, log)
+
+
+class Headed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kan, self.head = KAN([1, 4, 3]), nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.head(self.kan(x))
+
+
+def test_what_no_family_can_have(base):
+    """Modules that are saved whole started from zero, and the adapter of a model was dropped."""
+    with pytest.raises(ValueError, match=r"`modules_to_save` \(head\)"):
+        ParametricAdapter(Headed(), problems.terms_of, config=LoTRAConfig(r=2, modules_to_save=["head"]))
+    adapted = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2))
+    for model in (adapted, adapted.base_model.model):
+        with pytest.raises(ValueError, match="`base` has adapters already"):
+            make(model)
+    with pytest.raises(TypeError, match="`config` is of type int"):
+        make(base, config=3)
+
+
+@pytest.mark.parametrize("wrong", ["base", "statistics"])
+def test_training_that_changes_what_members_share(wrong):
+    """The base was another one afterwards, for all members."""
+
+    def train(model, c):
+        if wrong == "statistics":
+            model.train()(torch.rand(20, 1) + 5)
+        else:
+            model.requires_grad_(True)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(1)
+
+    norm = nn.BatchNorm1d(1)
+    family = ParametricAdapter(nn.Sequential(KAN([1, 4, 1]), norm), ranks=2)
+    before = {name: tensor.clone() for name, tensor in family.model.state_dict().items() if "lotra" not in name}
+    with pytest.raises(RuntimeError, match="`train` changed .*, which all members of the family share"):
+        family.fit([1.0, 2.0], train=train, progress=False)
+    assert all(torch.equal(family.model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert {name.split(".")[-2] for name, p in family.model.named_parameters() if p.requires_grad} == {"lotra_core"}
+
+
+def test_training_that_leaves_dropout_on():
+    """Predictions were random then."""
+    family = ParametricAdapter(nn.Sequential(KAN([1, 4, 4]), nn.Dropout(0.5)), ranks=2)
+    family.fit([1.0, 2.0], train=lambda model, c: model.train(), progress=False)
+    x, prediction = torch.rand(9, 1), family.predict(1.5)
+    assert torch.equal(prediction(x), prediction(x))
 
 
 def test_other_wrong_arguments(base, tmp_path):
@@ -265,8 +339,20 @@ def test_other_wrong_arguments(base, tmp_path):
     family.fit([3.0], progress=False)
     with pytest.raises(ValueError, match="`modes` is 0"):
         family.save_pretrained(tmp_path, modes=0)
-    with pytest.raises(ValueError, match="`steps` is 0"):
-        family.refine(3.0, 0)
+    for steps in (0, True, "x", 1.0):
+        with pytest.raises(ValueError, match="`steps` is"):
+            family.refine(3.0, steps)
+    for steps in (-1, None, 0.0):
+        with pytest.raises(ValueError, match="`steps` is"):
+            family.as_adapter(3.0, steps=steps)
+    for folder in (3, None):
+        with pytest.raises(TypeError, match="`folder` is"):
+            family.save_pretrained(folder)
+        with pytest.raises(TypeError, match="`folder` is"):
+            ParametricAdapter.from_pretrained(base, folder)
+    for parameter in ("3.0", b"3.0", 10**400, torch.tensor(3.0, device="meta")):
+        with pytest.raises(ValueError, match="finite numbers"):
+            family.predict(parameter)
     assert family.predict(3.0).indicator < 1
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import family_problems as problems
 import numpy as np
@@ -93,6 +94,40 @@ def test_damaged_files_of_a_run(base, tmp_path, damage):
         make(base).fit(PARAMETERS, folder=tmp_path, progress=False)
 
 
+@pytest.mark.parametrize("content", ["[]", "null", "[" * 100_000], ids=["list", "null", "deep"])
+@pytest.mark.parametrize("where", ["run", "member"])
+def test_records_that_are_no_objects(tmp_path, where, content):
+    folder = RunFolder(tmp_path, {"coordinates": 4})
+    with folder.opened():
+        if where == "run":
+            (tmp_path / RUN).write_text(content)
+        else:
+            save_file({"vector": torch.zeros(4)}, tmp_path / "member-1-0.safetensors", {"member": content})
+    with pytest.raises(ValueError, match="is broken|is damaged"), folder.opened():
+        pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vector": np.full(4, np.nan)},
+        {"vector": np.arange(4)},
+        {"vector": np.zeros((1, 4))},
+        {"parameter": (math.nan,)},
+        {"indicator": "x"},
+        {"steps": None},
+    ],
+    ids=str,
+)
+def test_members_that_no_fit_has_written(tmp_path, change):
+    """They were taken as they were, and predictions were NaN."""
+    folder = RunFolder(tmp_path, {"coordinates": 4})
+    with folder.opened():
+        folder.add(Member((1.0,), np.zeros(4), 0.5, 0.25, 3, 0.5)._replace(**change), 0)
+    with pytest.raises(ValueError, match="is damaged .*: delete it"), folder.opened():
+        pass
+
+
 def test_members_are_written_in_one_step(tmp_path):
     folder = RunFolder(tmp_path, {"a": 1})
     member = Member((1.5, 2.0), np.arange(4.0), float("nan"), 0.25, 3, 0.5)
@@ -124,6 +159,11 @@ def rewrite(path, change):
         (lambda t, m: t.update(modes=t["modes"][:, :-1].contiguous()), "damaged"),
         (lambda t, m: t.update(coordinates=t["coordinates"] * torch.nan), "damaged"),
         (lambda t, m: t.update(parameters=t["parameters"].repeat(1, 2)), "damaged"),
+        (lambda t, m: t["parameters"].fill_(3.0), "must differ"),
+        (lambda t, m: (m.update(log="[true]"), t["parameters"].sub_(9)), "above 0"),
+        (lambda t, m: t.update(parameters=t["parameters"].long()), "of torch.int64"),
+        (lambda t, m: t.update(coordinates=t["coordinates"].bfloat16()), "of torch.bfloat16"),
+        (lambda t, m: (t["coordinates"].mul_(1e200), t["modes"].mul_(1e200)), "beyond the dtype"),
         (lambda t, m: m.update(log="1"), "`log`"),
         (lambda t, m: m.update(config="{"), "parametric_adapter|JSON|broken|property"),
         (lambda t, m: m.update(config=json.dumps({"peft_type": "LORA"})), "LORA"),
