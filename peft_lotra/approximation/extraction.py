@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ..tuner.layer import LoTRALayer, lotra_layers
 from ..tuner.model import LoTRAModel
 from ..tuner.norm_stats import stats_in_place
 from ..tuner.targets import exact_targets, locate_target
+from ..tuner.transaction import transaction
 from .features import Features, features_of
 from .inputs import Inputs
 from .spectra import suggest_ranks, weighted_spectrum
@@ -143,9 +145,10 @@ def extract_lotra(
     ranks = _resolve_ranks(r, rank_pattern or {}, updates)
     components = {name: _decompose(update, ranks[name], features.get(name)) for name, update in updates.items()}
 
-    model = _attach(base, unwrap(tuned), components, modules_to_save, adapter_name)
-    not_saved = _set_norm_stats(model, dict(_tensors(unwrap(tuned))), not_saved, adapter_name)
-    errors, output_errors = _measure(model, updates, features)
+    with transaction(base):
+        model = _attach(base, unwrap(tuned), components, modules_to_save, adapter_name)
+        not_saved = _set_norm_stats(model, dict(_tensors(unwrap(tuned))), not_saved, adapter_name)
+        errors, output_errors = _measure(model, updates, features)
     parameters = sum(part.numel() for part in components.values())
     known = None if inputs is None else output_errors
     report = ExtractionReport(errors, ranks, parameters, modules_to_save, not_saved, known)
@@ -258,11 +261,17 @@ def _compare(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
         for parameter in [*tensor.parameters, (spec.edge_scale or ("",))[0]]
     }
     modules, not_saved = dict.fromkeys([]), []
+    modules_of_base = [name for name, _ in base.named_modules(remove_duplicate=False)]
     for name in before:
         if name in explained or torch.equal(before[name], after[name].to(before[name])):
             continue
         owner = name.rpartition(".")[0]
-        related = any(f"{layer}.".startswith(f"{owner}.") or owner.startswith(f"{layer}.") for layer in layers)
+        # PEFT copies all modules whose names end with this one
+        copied = [module for module in modules_of_base if owner and module.endswith(owner)]
+        related = any(
+            f"{layer}.".startswith(f"{module}.") or module.startswith(f"{layer}.")
+            for layer, module in itertools.product(layers, copied)
+        )
         containers = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # PEFT cannot wrap these
         if owner and not related and not isinstance(base.get_submodule(owner), containers):
             modules[owner] = None

@@ -62,6 +62,7 @@ def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable
     GRADIENTS.update(gather_gradients(layers, model, train_step))
 
 
+@torch.inference_mode(False)  # gradients are wanted here, whatever the mode around
 def gather_gradients(
     layers: dict[str, tuple[nn.Module, CoefficientTensor]], model: nn.Module, train_step: Callable[[], None]
 ) -> dict[nn.Module, torch.Tensor]:
@@ -100,7 +101,8 @@ def gather_gradients(
         for layer, probe in probes.items():
             layer.__dict__["forward"] = partial(layer.forward_with, probe)
             hooks.callback(layer.__dict__.pop, "forward")
-        train_step()
+        with torch.enable_grad():
+            train_step()
 
     gradients = {}
     for name, (layer, tensor) in layers.items():

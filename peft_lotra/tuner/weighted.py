@@ -80,6 +80,7 @@ def add_weighted_adapter(
         basis = max(len(layer.lotra_factor_basis[adapter]) for adapter, _ in here)  # without or with a residual slice
         parts = [_read(layer, adapter, weight).padded(basis) for adapter, weight in here]
         sums[name] = torch.stack([part.dense() for part in parts]).sum(0)
+        _check_size(name, [sums[name]], layer, weights)
         if combination_type == "linear":
             components[name] = _average(name, parts, [weight for _, weight in here])
             continue
@@ -89,6 +90,8 @@ def add_weighted_adapter(
             total = total.truncated(largest if ranks is None else check_ranks(ranks))
         components[name] = total.balanced()
 
+    for name, total in components.items():
+        _check_size(name, total, layers[name], weights)
     trained = [configs[adapter].train for adapter in adapters]
     configs[adapter_name] = replace(
         configs[adapters[0]],
@@ -155,6 +158,17 @@ def _read(layer: LoTRALayer, adapter: str, weight: float) -> Tucker:
     """The components of one adapter in float64, the core multiplied by the weight and the scale of the adapter."""
     components = layer.get_components(adapter).map(lambda part: part.detach().double())
     return components._replace(core=weight * layer.lotra_scaling[adapter] * components.core)
+
+
+def _check_size(name: str, tensors: Iterable[torch.Tensor], layer: LoTRALayer, weights: Sequence[float]) -> None:
+    """Raises a ValueError if a sum is beyond the numbers of the dtype that it is kept in."""
+    dtype = next(iter(layer.lotra_core.values())).dtype
+    largest = torch.finfo(dtype).max
+    if not all((tensor.abs() <= largest).all() for tensor in tensors):
+        raise ValueError(
+            f"The sum of the adapters at `{name}` with the weights {list(weights)} is beyond {dtype}, which holds "
+            f"finite numbers up to {largest:.3g}: take smaller weights."
+        )
 
 
 def _average(name: str, parts: Sequence[Tucker], weights: Sequence[float]) -> Tucker:

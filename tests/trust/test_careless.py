@@ -16,7 +16,7 @@ from stand_ins import FAMILIES
 from torch import nn
 from torch.nn.utils import prune
 
-from peft_lotra import LoTRAConfig, enable_mixed, hotswap_adapter
+from peft_lotra import LoTRAConfig, enable_mixed, gradient_spectrum, hotswap_adapter, preprocess_lotra
 
 
 ####################################
@@ -53,6 +53,26 @@ def test_a_scale_that_the_layer_cannot_hold(scale):
     ):
         if scale == 1e39 or call.__code__.co_names[0] != "unscale_layer":
             assert_refused(call, model, error=ValueError, match="would be scaled by")
+
+
+@pytest.mark.parametrize("weight", [1e39, 1e308])
+@pytest.mark.parametrize("kind", ["cat", "linear", "svd"])
+def test_weights_whose_sum_the_layer_cannot_hold(kind, weight):
+    """The adapter was made, and its outputs were NaN."""
+    model = adapted()
+    model.add_adapter("other", LoTRAConfig(r=2, init_weights=False))
+    call = partial(model.base_model.add_weighted_adapter, ["default", "other"], [weight, weight], "sum", kind)
+    assert_refused(call, model, error=ValueError, match="is beyond torch.float32")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_gathered_in_any_mode(mode):
+    model, config = Net(), LoTRAConfig(r=2, init_weights="gradient")
+    with mode():
+        preprocess_lotra(model, config, lambda: model(X).square().sum().backward())
+        spectrum = gradient_spectrum(model, None, lambda: model(X).square().sum().backward())
+    assert len(spectrum.layers) == 2
+    get_peft_model(model, config)(X).sum().backward()
 
 
 ####################################
