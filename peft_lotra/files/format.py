@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
@@ -31,6 +32,12 @@ from .checkpoint import NORM_STATS, is_of_another_adapter, refuse
 from .fingerprint import digest_of, hash_values
 
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
 # Far above what an adapter needs (about 100 bytes for each tensor), far below what would hurt to parse.
 MAX_HEADER_BYTES = 8 << 20
 MAX_CONFIG_BYTES = 8 << 20
@@ -39,6 +46,7 @@ MAX_TENSORS = 10_000  # each takes 0.06 ms to check
 # The name of the new config while `save_adapter` exchanges the files.
 PENDING_CONFIG = f".{CONFIG_NAME}.next"
 _STAGE = ".saving"
+WAIT_SECONDS = 60  # of a save for another one into the same folder
 
 # Fields that may be edited by hand or by tools: they do not change what the adapter computes.
 _NOT_DIGESTED = frozenset(
@@ -86,19 +94,26 @@ def _put_in_place(path: str | os.PathLike, mode: str, **kwargs: Any) -> Iterator
 def make_own(path: str | os.PathLike) -> None:
     """Puts a copy in the place of a file that is a link, soft or hard, so that writing to it leads nowhere else.
 
-    What is neither a file nor a folder, such as a pipe, is removed.
+    What is neither a file nor a folder, such as a pipe, is removed. A folder is a ValueError.
     """
+    refuse_folder(path)
     try:
         info = os.lstat(path)
     except OSError:
         return
-    if stat.S_ISDIR(info.st_mode) or (stat.S_ISREG(info.st_mode) and info.st_nlink == 1):
+    if stat.S_ISREG(info.st_mode) and info.st_nlink == 1:
         return
     if not os.path.isfile(path):
         os.unlink(path)
         return
     with open(path, "rb") as file, _put_in_place(path, "xb") as copy:
         shutil.copyfileobj(file, copy)
+
+
+def refuse_folder(path: str | os.PathLike) -> None:
+    """Raises a ValueError if there is a folder where a file is to be written."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        raise ValueError(f"{path} is a folder, where a file is to be written: move it away, or save elsewhere.")
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> None:
@@ -111,7 +126,8 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> 
 
     Args:
         model (`PeftModel`): The model.
-        folder (`str`): The folder. It needs room for the old files and the new ones, and one writer at a time.
+        folder (`str`): The folder. It needs room for the old files and the new ones. Other calls that
+            write to it are waited for.
         kwargs: As for `PeftModel.save_pretrained`, e.g. `selected_adapters`.
 
     Raises:
@@ -136,7 +152,42 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> 
     if os.path.isfile(folder):
         raise ValueError(f"`folder` is {folder}, which is a file. Pass a folder, which is made if there is none.")
     os.makedirs(folder, exist_ok=True)
-    stage = os.path.join(folder, _STAGE)
+    with _only_writer(folder):
+        _save_by_stage(model, folder, os.path.join(folder, _STAGE), kwargs)
+
+
+@contextlib.contextmanager
+def _only_writer(folder: str | os.PathLike) -> Iterator[None]:
+    """Waits for others that save into the folder: of two at once each removes the other's stage.
+
+    The lock is on the folder itself, so that no file is left, and ends with the process. Windows has none.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle, end = os.open(folder, os.O_RDONLY), time.monotonic() + WAIT_SECONDS
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise ValueError(
+                        f"Another save into {folder} has been going on for {WAIT_SECONDS} s: wait until it ends, or "
+                        "choose another folder."
+                    ) from None
+                time.sleep(0.01)
+            except OSError:  # a file system without locks
+                break
+        yield
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # which children have too, if they were forked meanwhile
+    finally:
+        os.close(handle)
+
+
+def _save_by_stage(model: PeftModel, folder: str | os.PathLike, stage: str, kwargs: Mapping[str, Any]) -> None:
     shutil.rmtree(stage, ignore_errors=True)  # of a save that was killed
     os.makedirs(stage)
     try:
@@ -147,6 +198,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> 
         staged = sorted(parent for parent, _, files in os.walk(stage) if files)
         for parent in staged:
             for name in _files(parent):
+                refuse_folder(os.path.normpath(os.path.join(folder, os.path.relpath(parent, stage), name)))
                 _force_to_disk(os.path.join(parent, name))
         for parent in staged:
             target = os.path.normpath(os.path.join(folder, os.path.relpath(parent, stage)))

@@ -72,7 +72,7 @@ def check_terms(terms: Iterable[Any], least: int = 1) -> list[Term]:
                 f"equally many{', at least one' * least}."
             )
         if not as_number(weight) > 0:
-            raise ValueError(f"The weight of {name_term(index, function)} is {weight!r}, but must be above 0.")
+            raise ValueError(f"The weight of {name_term(index, function)} is {weight!r:.100}, but must be above 0.")
         checked.append((function, rows, float(weight)))
     if not checked:
         raise ValueError("There are no residual terms.")

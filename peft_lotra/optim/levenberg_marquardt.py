@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..modules.checks import as_number
+from ..modules.checks import as_number, check_count
 from .least_squares import LeastSquares, Plans, Term, check_terms
 from .linear_model import LinearModel
 from .shards import Shards
@@ -246,6 +246,7 @@ class LevenbergMarquardt:
         from tqdm.auto import tqdm
 
         history: list[LevenbergMarquardtStep] = []
+        steps = check_count(steps, "steps", low=0)
         slow, end = 0, time.monotonic() + max_seconds
         terms = terms if callable(terms) else list(terms)
         held_terms = self._check(held) if (held := list(held)) else []

@@ -21,9 +21,10 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from yaml import YAMLError
 
 from ..files.format import make_own
 from ..modules.calls import check_module
@@ -61,6 +62,8 @@ def enclose(model_classes: Iterable[type], tuner_cls: type, config_cls: type) ->
                 setattr(model_cls, name, _around_creation(_bare(method), config_cls))
             elif name in _CHANGES:
                 setattr(model_cls, name, _around_change(_bare(method), tuner_cls))
+            elif name == "create_or_update_model_card":
+                setattr(model_cls, name, _around_card(_bare(method), tuner_cls))
             elif name == "save_pretrained":
                 setattr(model_cls, name, _around_saving(_bare(method), tuner_cls))
             elif name == "from_pretrained":
@@ -150,7 +153,7 @@ def _around_saving(method: Any, tuner_cls: type) -> Any:
             tuner.check_saving(**{name: arguments[name] for name in _OF_SAVING if name in arguments})
             # PEFT, and older versions of safetensors, open what is there
             for name in ("", *tuner.peft_config):
-                for file in ("README.md", SAFETENSORS_WEIGHTS_NAME):
+                for file in ("README.md", CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
                     make_own(os.path.join(save_directory, name, file))
         method(self, save_directory, *args, **kwargs)
         write_card = getattr(tuner_cls, "write_card", None)
@@ -164,6 +167,22 @@ def _around_saving(method: Any, tuner_cls: type) -> Any:
             warnings.warn(f"The adapter is saved, its model card is not written: {error}", stacklevel=2)
 
     return _marked(save_pretrained, method)
+
+
+def _around_card(method: Any, tuner_cls: type) -> Any:
+    @wraps(method)
+    def create_or_update_model_card(self, output_dir) -> None:
+        try:
+            method(self, output_dir)
+        except (
+            ValueError,
+            TypeError,
+            YAMLError,
+        ):  # the card that is there cannot be read: no reason not to save the adapter
+            if not isinstance(self._modules.get("base_model"), tuner_cls):
+                raise
+
+    return _marked(create_or_update_model_card, method)
 
 
 def _instead_of_pushing(method: Any, tuner_cls: type) -> Any:

@@ -204,6 +204,11 @@ def test_numbers_of_levenberg_marquardt(name, value):
     refused(lambda: LevenbergMarquardt(BASE, **{name: value}), name)
 
 
+@pytest.mark.parametrize("steps", [-1, 2.5, "x", None, True], ids=repr)
+def test_steps_of_levenberg_marquardt(steps):
+    refused(lambda: LevenbergMarquardt(BASE).fit([(residual, X)], steps, progress=False), "`steps` is")
+
+
 @pytest.mark.parametrize("value", [None, 1, "yes", torch.tensor(True)], ids=repr)
 def test_switches_of_levenberg_marquardt(value):
     refused(lambda: LevenbergMarquardt(BASE, geodesic=value), "geodesic")

@@ -9,9 +9,12 @@ import ast
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hostile import CONFIG, WEIGHTS, adapted, edit_config, edit_tensors, save, time_limit
+import torch
+from hostile import CONFIG, WEIGHTS, Net, X, adapted, edit_config, edit_tensors, save, time_limit
+from peft import PeftModel
 from typer.testing import CliRunner
 
 from peft_lotra import LoTRAConfig, save_adapter, write_model_card
@@ -305,3 +308,54 @@ def test_a_full_disk_leaves_no_temporary_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_atomically(tmp_path / "a", "new")
     assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+UNREADABLE = [b"\xff\xfe\0bad", b"---\ntags: [x\nfoo: : :\n---\nmine", b"---\n3\n---\n"]
+
+
+@pytest.mark.parametrize("content", UNREADABLE, ids=range(3))
+@pytest.mark.parametrize("save", [PeftModel.save_pretrained, save_adapter])
+def test_a_card_that_cannot_be_read(tmp_path, save, content):
+    """It was a raw error, and nothing was saved."""
+    (tmp_path / "README.md").write_bytes(content)
+    model = adapted()
+    with pytest.warns(UserWarning, match="The adapter is saved, its model card is not written"):
+        save(model, tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(Net(), tmp_path)(X), model(X))
+    assert (tmp_path / "README.md").read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["README.md", "adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("save", [PeftModel.save_pretrained, save_adapter])
+def test_a_folder_in_the_place_of_a_file_to_write(tmp_path, save, name):
+    """The other files were written, or half exchanged, before the error."""
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != name}
+    (tmp_path / name).unlink()
+    (tmp_path / name / "inside").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"{name} is a folder, where a file is to be written"):
+        save(adapted(alpha=2.0), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_several_save_into_one_folder(tmp_path):
+    """Each removed the files that another one was writing."""
+    models = [adapted(alpha=float(alpha)) for alpha in range(1, 5)]
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(save_adapter, model, tmp_path) for model in models * 3]:
+            done.result()
+    y = PeftModel.from_pretrained(Net(), tmp_path)(X)
+    assert any(torch.equal(y, model(X)) for model in models)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_save_that_never_ends(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr("peft_lotra.files.format.WAIT_SECONDS", 0)
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="Another save into"):
+        save_adapter(adapted(), tmp_path)
+    os.close(handle)
+    save_adapter(adapted(), tmp_path)
