@@ -14,6 +14,7 @@ from math import prod
 from operator import mul
 from typing import Any, NamedTuple
 
+from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -91,7 +92,7 @@ def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
         raise ValueError(
             "No KAN layer was found in the model. It consists of "
             + ", ".join(f"{name} ({count})" for name, count in types.most_common())
-            + f". The known families are {', '.join(known_families())}. {_candidates(model)}"
+            + f". {_candidates(model)} The known families are {', '.join(known_families())}."
         )
     chosen = copy(config)
     chosen.target_modules = {name for name in layers if _has_index(config, name)}
@@ -283,7 +284,12 @@ def check_base(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Targ
         for name, layer in recorded.items()
         if name not in found or found[name]["family"] != layer["family"]
     ]
-    refuse("The adapter was made for another model. It is for", wrong, TRAINED_ON)
+    beside = (
+        f"The model is a {type(model).__name__}, which has adapters already: `model.unload()` returns its base, and "
+        '`model.load_adapter(folder, adapter_name="other")` adds an adapter.'
+    )
+    has_adapters = isinstance(model, (PeftModel, PeftMixedModel))
+    refuse("The adapter was made for another model. It is for", wrong, beside if has_adapters else TRAINED_ON)
     if config.check_base == "ignore":
         return
     differ: dict[str, list[str]] = {"grid": [], "parameters": []}
@@ -302,11 +308,14 @@ def check_base(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Targ
             continue
         message = (
             f"The {noun} of the layers {', '.join(differ[what])} are not those that the adapter was saved with: its "
-            f'{consequence}. {TRAINED_ON} If you know better pass `check_base="warn"` or `check_base="ignore"`.'
+            f"{consequence}. {TRAINED_ON}"
         )
         if config.check_base == "error" or (config.check_base is None and what == "grid"):
-            raise ValueError(message)
-        warnings.warn(message, stacklevel=2)
+            raise ValueError(f'{message} If you know better pass `check_base="warn"` or `check_base="ignore"`.')
+        warnings.warn(
+            f'{message} It is loaded here all the same: `check_base="error"` refuses it, `"ignore"` is silent.',
+            stacklevel=2,
+        )
 
 
 def _has_index(config: LoTRAConfig, name: str) -> bool:

@@ -206,6 +206,13 @@ def test_another_family(tmp_path):
     assert "kan: a peft-lotra layer, the model has a efficient-kan layer" in message.replace("an eff", "a eff")
 
 
+def test_a_model_that_has_an_adapter_already(tmp_path):
+    saved(tmp_path, KAN([3, 4, 2]))
+    model = adapt(KAN([3, 4, 2]))
+    with pytest.raises(ValueError, match=r"a PeftModel, which has adapters already: `model.unload\(\)`"):
+        PeftModel.from_pretrained(model, tmp_path)
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_layer_that_the_model_does_not_have(tmp_path, adapted):
     saved(tmp_path, KAN([3, 4, 4, 2]), r=1)
