@@ -97,9 +97,10 @@ def test_the_study_runs_and_keeps_what_it_has(study, tmp_path, monkeypatch):
     assert (tmp_path / "standard.md").exists()
 
 
-def test_a_peer_is_trained_beside(study, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["burgers", "allen_cahn", "helmholtz"])
+def test_a_peer_is_trained_beside(study, name):
     pytest.importorskip("jaxkan")
     peers = study("problems.peers")
     lines = []
-    run = peers.train("burgers", "chebyshev", 1, 1.0, lines.append, epochs=50)
+    run = peers.train(name, "chebyshev", 1, 1.0, lines.append, epochs=50)
     assert 0 < run["error"] < 2 and run["steps"] == 51 and len(lines) == 1

@@ -78,7 +78,7 @@ def train(
     x, t = (np.linspace(low, high, count) for low, high, count in _test_axes(problem))
     grid = np.stack(np.meshgrid(x, t, indexing="ij"), -1).reshape(-1, 2)
     grid = jnp.asarray(grid if name == "helmholtz" else grid[:, ::-1])
-    reference = problem.solve(problem.resolution).reshape(-1, 1)
+    reference = problem.solve(problem.resolution, problem.stop).reshape(-1, 1)
 
     def error() -> float:
         return float(np.linalg.norm(np.asarray(model(grid)) - reference) / np.linalg.norm(reference))
