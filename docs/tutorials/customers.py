@@ -15,7 +15,8 @@
 #
 # A classifier of efficient-kan layers (here qkan's copy of them) reads digits. Five customers have scanners of their
 # own, so each gets an adapter. They are served in one batch, exchanged in place, and exported. Needs
-# `pip install -e ".[test]"`.
+# `pip install -e ".[examples]" qkan`, and for the export `onnxscript onnxruntime`. (efficient-kan itself is not on
+# PyPI.)
 
 # %%
 import warnings

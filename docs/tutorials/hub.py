@@ -14,7 +14,9 @@
 # # Publish and load
 #
 # Base and adapter go to the Hugging Face Hub and come back. This notebook talks to a stand-in for the Hub that the
-# tests of the package bring along, so it needs no account; with `hf auth login` leave the next cell out.
+# tests of the package bring along, so it needs no account, but a clone that is installed by `pip install -e`. Run the
+# next cell before anything imports peft or huggingface_hub, which remember the address of the Hub. To use your own
+# account, log in by `hf auth login` and leave the cell out.
 
 # %%
 import importlib.util
@@ -29,6 +31,8 @@ sys.path.append(str(package.parent / "tests" / "support"))
 from hub_server import Hub, HubServer
 
 
+if "huggingface_hub" in sys.modules:
+    raise RuntimeError("Restart the kernel: huggingface_hub was imported, and would go to the real Hub.")
 server = HubServer(Hub({"hf_user": "user"})).__enter__()
 os.environ |= {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_user", "HF_HUB_DISABLE_XET": "1", "HF_HOME": "hub_cache"}
 

@@ -14,8 +14,8 @@
 # # pykan: fit, adapt, look, merge, formula
 #
 # A [pykan](https://github.com/KindXiaoming/pykan) network is adapted by its own `fit`. Needs
-# `pip install -e ".[test]"`. pykan's formulas need Python 3.12 or older: with a newer Python the last cell leaves its
-# formula out.
+# `pip install -e ".[examples]" pykan pandas` (pykan does not declare what it imports). pykan's formulas need Python
+# 3.12 or older: with a newer Python the last cell leaves its formula out.
 
 # %%
 import os
