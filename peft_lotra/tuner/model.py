@@ -49,6 +49,10 @@ from .transaction import change_lock, configs_among, creation, is_switched, whol
 from .weighted import add_weighted_adapter, check_known
 
 
+# what a state dict notes beside the version of the module
+_MERGED = "lotra_merged_adapters"
+
+
 class LoTRAModel(NormStatsTuner):
     """
     Creates a Low Tensor-Rank Adaptation (LoTRA) model from a model that contains Kolmogorov-Arnold (KAN) layers.
@@ -179,8 +183,27 @@ class LoTRAModel(NormStatsTuner):
             for part, flag in zip(layer.get_components(adapter_name), before, strict=True):
                 part.requires_grad_(flag)
 
+    def _merged(self) -> list[str]:
+        return sorted({name for _, layer in lotra_layers(self.model) for name in layer.merged_adapters})
+
+    def _save_to_state_dict(self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)  # which `torch.save` and `copy.deepcopy` keep
+        if metadata is not None:
+            metadata.setdefault(prefix[:-1], {})[_MERGED] = self._merged()
+
+    def _check_merged(self, of_state: list[str] | None) -> None:
+        """Refuses the state of another merge, whose updates would count twice, or not at all."""
+        if of_state is not None and of_state != self._merged():
+            raise ValueError(
+                f"The state dict is that of a model with the adapters {of_state} merged, and this one has "
+                f"{self._merged()} merged, so that updates would count twice, or not at all. Call `merge_adapter` or "
+                "`unmerge_adapter` before, so that both agree."
+            )
+
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args, **kwargs) -> None:
         """Refuses tensors that do not fit before the first of them is loaded. Called by `load_state_dict`."""
+        self._check_merged(args[0].get(_MERGED))
         refuse_for_model(mismatches(self.model, state_dict, f"{prefix}model."))
         if not args[0].get("assign_to_params_buffers", False):
             refuse_without_memory(self.model, state_dict, f"{prefix}model.")

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import warnings
 
 import pytest
@@ -390,3 +392,29 @@ def test_hotswap_of_the_same_base(tmp_path, recwarn):
 def test_hotswap_of_another_grid_on_purpose(tmp_path):
     save(tmp_path / "a", adapted(Other(grid_range=(-3, 3))))
     hotswap_adapter(adapted(), tmp_path / "a", check_base="ignore")
+
+
+####################################
+# State dicts                      #
+####################################
+
+
+def saved_and_read(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, saved_and_read])
+@pytest.mark.parametrize("merged", [True, False])
+def test_the_state_of_a_model_that_is_merged_otherwise(way, merged):
+    """The update counted twice, or not until the model was unmerged."""
+    first, second, y = adapted(), adapted(), None
+    (first if merged else second).merge_adapter()
+    state, y = way(first.state_dict()), first(X)
+    assert_refused(lambda: second.load_state_dict(state), second, error=ValueError, match="before, so that both agree")
+    (second.merge_adapter if merged else second.unmerge_adapter)()
+    second.load_state_dict(state)
+    assert torch.equal(second(X), y)
+    second.load_state_dict({name: tensor.clone() for name, tensor in state.items()})  # which does not say it
