@@ -405,7 +405,10 @@ class LoTRAConfig(PeftConfig):
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs) -> dict[str, Any]:
         """The values of a config in a file, which has the type LOTRA, or none: PEFT then says that it is missing."""
-        values = super().from_json_file(path_json_file, **kwargs)
+        try:
+            values = super().from_json_file(path_json_file, **kwargs)
+        except ValueError as error:  # of the parser, which does not name the file
+            raise ValueError(f"{path_json_file} is broken, it must be JSON in UTF-8: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path_json_file} is broken: expected a JSON object, got {values!r:.200}.")
         kind = values.get("peft_type", "LOTRA")

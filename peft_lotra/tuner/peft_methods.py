@@ -220,9 +220,14 @@ def _clear_config_errors() -> Iterator[None]:
     """Makes a ValueError of what an adapter_config.json raises in PEFT, which reads it before this package."""
     try:
         yield
-    except (RecursionError, TypeError, KeyError, AttributeError) as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        module, function = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+    except (RecursionError, TypeError, KeyError, AttributeError, ValueError) as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        module, function = frames[-1].f_globals.get("__name__", ""), frames[-1].f_code.co_name
+        if isinstance(error, ValueError):  # a byte order mark, another encoding, numbers of thousands of digits
+            in_parser = module.partition(".")[0] in ("json", "codecs")
+            if in_parser and any(frame.f_globals.get("__name__") == "peft.config" for frame in frames):
+                raise ValueError(f"The adapter_config.json is broken, it must be JSON in UTF-8: {error}") from error
+            raise
         if isinstance(error, RecursionError) and module.startswith("json."):
             raise ValueError("The adapter_config.json is nested too deeply to be read: it is damaged.") from error
         # the lookup of `peft_type`, which may be of any type

@@ -115,6 +115,19 @@ def test_absurd_json_after_an_interrupted_save(folder, tmp_path, door, content):
     assert (error is None and content in ("{}", '{"cls": 1}')) or isinstance(error, CLEAR), f"raw {error!r}"
 
 
+@pytest.mark.parametrize("kind", ["byte order mark", "UTF-16", "cut off", "digits"])
+@pytest.mark.parametrize("door", [door for door in DOORS if door != "card"])
+def test_a_config_that_no_parser_reads(folder, door, kind):
+    """The error was that of the parser, which names no file: "line 1 column 1"."""
+    text = (folder / CONFIG).read_text()
+    if kind == "digits":
+        text = text.replace('"r": 2', '"r": ' + "9" * 5000)
+    encoding = {"byte order mark": "utf-8-sig", "UTF-16": "utf-16"}.get(kind, "utf-8")
+    (folder / CONFIG).write_text(text[:-9] if kind == "cut off" else text, encoding=encoding)
+    error, _ = outcome(lambda: DOORS[door](folder))
+    assert type(error) is ValueError and CONFIG in str(error) and "JSON in UTF-8" in str(error)
+
+
 # read by PEFT before this package
 @pytest.mark.parametrize("kind", [None, 3, True, "", "NOPE", "lotra", [], {}, ["LOTRA"]], ids=repr)
 @pytest.mark.parametrize("door", ["load", "add"])
