@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..modules.checks import as_number, check_count
+from ..modules.checks import as_number, check_count, check_function
 from .least_squares import LeastSquares, Plans, Term, check_terms
 from .linear_model import LinearModel
 from .shards import Shards
@@ -247,14 +247,20 @@ class LevenbergMarquardt:
 
         history: list[LevenbergMarquardtStep] = []
         steps = check_count(steps, "steps", low=0)
+        limits = {"target_loss": target_loss, "tolerance": tolerance, "patience": patience, "max_seconds": max_seconds}
+        for name, value in limits.items():
+            if math.isnan(as_number(value)) and not (isinstance(value, float) and math.isinf(value)):
+                raise ValueError(f"`{name}` is {value!r:.100}, but must be a number.")
+        if callback is not None:
+            check_function(callback, "callback")
         slow, end = 0, time.monotonic() + max_seconds
-        terms = terms if callable(terms) else list(terms)
-        held_terms = self._check(held) if (held := list(held)) else []
+        terms = terms if callable(terms) else _listed(terms)
+        held_terms = self._check(held) if (held := _listed(held)) else []
         shards, hidden = self._shards, not (progress and self._shards.is_first)
         best: tuple[float, dict[str, Tensor]] = math.inf, {}
         with tqdm(total=steps, unit="step", desc="Levenberg-Marquardt", disable=hidden) as bar:
             for number in range(steps):
-                now = list(shards.run(terms, number)) if callable(terms) else terms
+                now: Any = _listed(shards.run(terms, number)) if callable(terms) else terms
                 record = self.step(now)
                 if held_terms:
                     record = record._replace(held_losses=self._held_losses(held_terms))
@@ -335,6 +341,11 @@ class LevenbergMarquardt:
 
 def _shapes(problem: LeastSquares) -> tuple:
     return tuple((name, parameter.shape) for name, parameter in problem.trainable.items())
+
+
+def _listed(terms: Any) -> Any:
+    """A list of terms that may be asked for once only; what cannot be asked is refused where terms are checked."""
+    return list(terms) if isinstance(terms, Iterable) else terms
 
 
 def _shown(record: LevenbergMarquardtStep, terms: Sequence[Any]) -> dict[str, str]:

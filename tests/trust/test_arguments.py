@@ -209,6 +209,20 @@ def test_steps_of_levenberg_marquardt(steps):
     refused(lambda: LevenbergMarquardt(BASE).fit([(residual, X)], steps, progress=False), "`steps` is")
 
 
+@pytest.mark.parametrize("value", ["x", None, math.nan, [1]], ids=repr)
+@pytest.mark.parametrize("name", ["target_loss", "tolerance", "patience", "max_seconds", "callback", "held", "terms"])
+def test_arguments_of_a_fit(name, value):
+    """They were found out after a step, which the model kept."""
+    if name in ("callback", "held") and value is None:
+        return
+    model = copy.deepcopy(BASE)
+    arguments = {"terms": [(residual, X)], "steps": 3, "progress": False, name: value}
+    refused(lambda: LevenbergMarquardt(model).fit(**arguments), "term" if name in ("held", "terms") else name)
+    if name == "terms":
+        refused(lambda: LevenbergMarquardt(model).fit(lambda number: value, 3, progress=False), "term")
+    assert all(map(torch.equal, model.parameters(), BASE.parameters()))
+
+
 @pytest.mark.parametrize("value", [None, 1, "yes", torch.tensor(True)], ids=repr)
 def test_switches_of_levenberg_marquardt(value):
     refused(lambda: LevenbergMarquardt(BASE, geodesic=value), "geodesic")
