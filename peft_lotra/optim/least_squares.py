@@ -195,7 +195,7 @@ class LeastSquares:
         def evaluate(*parts: list[Tensor]) -> Tensor:
             together = [torch.cat(row) for row in zip(*parts, strict=True)]
             named = {**buffers, **self.fixed, **self._named(self.start)}
-            with self._unwritten(function, together):
+            with self._unwritten(function, self.start, *together):
                 return self._call(function, 1.0, named, together).detach()
 
         def differ(values: Tensor, others: Tensor) -> bool:
@@ -228,12 +228,11 @@ class LeastSquares:
             )
 
     @contextmanager
-    def _unwritten(self, function: Callable, rows: Sequence[Tensor]) -> Iterator[None]:
-        """Raises a `ValueError` if rows or trainable parameters are written."""
-        watched = (self.start, *rows)
-        before = [tensor.clone() for tensor in watched]
+    def _unwritten(self, function: Callable, *given: Tensor) -> Iterator[None]:
+        """Raises a `ValueError` if what a function is given, the trainable parameters and its rows, is written."""
+        before = [tensor.clone() for tensor in given]
         yield
-        pairs = zip(watched, before, strict=True)
+        pairs = zip(given, before, strict=True)
         if not all(torch.equal(*pair) or torch.allclose(*pair, 0, 0, equal_nan=True) for pair in pairs):
             raise ValueError(
                 f"{self._name(function)} writes into its rows, or into a parameter of the model. Make a new tensor: "
@@ -299,7 +298,7 @@ class LeastSquares:
         """All residuals, (M,)."""
         named, parts = self._named(flat), [self.start.new_empty(0)]
         for function, scale, rows in self.chunks():
-            with self._unwritten(function, rows):
+            with self._unwritten(function, flat, *rows):
                 parts.append(self._call(function, scale, named, rows).detach().flatten())
         return torch.cat(parts)
 

@@ -79,6 +79,19 @@ def test_terms_that_write_into_what_they_are_given(term, inference):
     assert torch.equal(rows, ROWS)
 
 
+def test_a_term_that_writes_into_a_candidate():
+    """Not when it is first seen, but where a step is tried."""
+    calls = []
+
+    def late(model, x, y):
+        calls.append(len(x))
+        if calls.count(len(ROWS)) == 3:  # after the residuals and the Jacobian
+            return shrinks_a_parameter(model, x, y)
+        return model(x) - y
+
+    refused_term(late, small(), "late", "writes into")
+
+
 def fits(model, x, y):
     return model(x) - y
 
