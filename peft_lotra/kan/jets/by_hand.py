@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..basis import UniformGrid
+from ..product import needs_plain_operations
 from .functions import Basis, DenseFunctions, FunctionFeatures
 from .splines import LocalSplines, SplineFeatures
 
@@ -64,6 +65,11 @@ class LayerJet(torch.autograd.Function):
             if transposed is not None:
                 jet_rows.add_input_gradients(results, found, part, found.towards(transposed, here))
         return *results, None if to_weight is None else to_weight.t(), *[None] * 4
+
+
+def by_hand_pays(rows: int, x: Tensor, *others: Tensor | None) -> bool:
+    """Not for a few rows, and not in transforms or compiled, which need plain operations."""
+    return rows > 64 and not needs_plain_operations(x, *others)
 
 
 def make_features(basis: Basis, z: Tensor) -> SplineFeatures | FunctionFeatures:

@@ -16,7 +16,7 @@ from ...tucker import Tucker, Update
 from ..basis import UniformGrid, cardinal_derivatives, silu_derivatives
 from ..memory import MOST_OUTPUTS_DENSE, PLAIN_JET_BLOCK
 from ..product import needs_plain_operations
-from .by_hand import JetRows, LayerJet, make_features
+from .by_hand import JetRows, LayerJet, by_hand_pays, make_features
 from .chain import Branch, Stage
 from .few_outputs import FewOutputsJet, few_outputs
 from .functions import Basis
@@ -43,7 +43,7 @@ class Jet(NamedTuple):
 
 def block_size(x: Tensor, stages: list[Stage], directions: int) -> int | None:
     """The number of rows of x (N, I) to take at a time; None for all."""
-    if x.device.type != "cpu" or x.dim() != 2 or not _by_hand_pays(len(x), x):
+    if x.device.type != "cpu" or x.dim() != 2 or not by_hand_pays(len(x), x):
         return None
     rows, layers = len(x) * (2 + directions), [stage for stage in stages if stage.is_kan]
     if not any(_is_contracted(rows, stage.shape, update, True) for stage in layers for update in stage.updates):
@@ -70,7 +70,7 @@ def evaluate_layer(
     rows = z[..., 0].numel() * (1 + count + (count if weights is None else 1))
     # `LayerJet` takes weights and grids for constants
     by_hand = not any(part is not None and part.requires_grad for part in (weights, stage.layer.grid_bounds))
-    by_hand = by_hand and _by_hand_pays(rows, z, first, second, *(dense or ()))
+    by_hand = by_hand and by_hand_pays(rows, z, first, second, *(dense or ()))
     factored = []
     for update in stage.updates:
         if update.tensor.core.dtype != stage.layer.grid_bounds.dtype:  # a base in half precision
@@ -96,7 +96,7 @@ def _evaluate_branches(
     for branch in stage.branches:
         inputs = through_branch_norm(branch, z, first, second, weights)
         rows = z[..., 0].numel() * (2 + len(first))
-        by_hand = not varies and _by_hand_pays(rows, *inputs, branch.weight)
+        by_hand = not varies and by_hand_pays(rows, *inputs, branch.weight)
         by_hand = by_hand and not needs_plain_operations(branch.weight)
         found = _through(branch.basis, branch.weight, [], by_hand, *inputs, weights, only_second)
         total = [one if sum_ is None else sum_ + one for sum_, one in zip(total, found, strict=True)]
@@ -196,11 +196,6 @@ def _features(grid: Basis, z: Tensor) -> tuple[Tensor, ...]:
     return f, df, d2f
 
 
-def _by_hand_pays(rows: int, x: Tensor, *others: Tensor | None) -> bool:
-    """Not for a few rows, and not in transforms or compiled, which need plain operations."""
-    return rows > 64 and not needs_plain_operations(x, *others)
-
-
 @torch.no_grad()
 def jet_rows(
     grid: Basis,
@@ -224,7 +219,7 @@ def jet_rows(
     if (
         isinstance(grid, UniformGrid)
         and grid.spline_order < 3
-        and not _by_hand_pays(evaluated * (1 + count + seconds), z)
+        and not by_hand_pays(evaluated * (1 + count + seconds), z)
     ):
         return torch.stack(_jet_rows(grid, z, first, second, weights, only_second)).permute(3, 0, 1, 2)
     features = make_features(grid, z)

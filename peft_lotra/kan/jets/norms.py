@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..network import BatchNorm
-from ..product import needs_plain_operations
+from .by_hand import by_hand_pays
 from .norm_by_hand import LayerNormJet
 
 
@@ -80,8 +80,8 @@ def _filled(z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | N
 def _through_layer_norm(
     eps: float, scale: Tensor | None, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    by_hand = z[..., 0].numel() > 64 and not (weights is not None and weights.requires_grad)
-    if not by_hand or needs_plain_operations(z, first, second, scale):
+    varies = weights is not None and weights.requires_grad
+    if varies or not by_hand_pays(z[..., 0].numel(), z, first, second, scale):
         return _normalize(eps, weights, z, first, second, scale)
     lead = z.shape[:-1]
     inputs = z.reshape(-1, z.shape[-1]).T, rows_last(first, lead), None if second is None else rows_last(second, lead)
