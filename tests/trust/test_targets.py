@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import warnings
 
-import peft
 import pytest
 import torch
 from helpers import adapt, assert_same, inputs, lotra_layers, snapshot
@@ -176,9 +175,7 @@ def test_an_adapter_of_another_method_inside_of_a_target(mixed):
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_an_adapter_of_another_method_is_not_put_inside_of_an_adapted_layer(mixed):
-    """PEFT passes over modules inside of adapted layers (mixed models of PEFT 0.19 without an error)."""
-    if mixed and peft.__version__ < "0.20":
-        pytest.skip("no error in PEFT 0.19")
+    """PEFT passes over modules inside of adapted layers."""
     enable_mixed()
     model = get_peft_model(nest(), LoTRAConfig(target_modules=["0"]), mixed=mixed)
     with pytest.raises(ValueError, match="excluded|not found in the base model|is a part of"):

@@ -9,7 +9,6 @@ import pickle
 import warnings
 from contextlib import suppress
 
-import peft
 import pytest
 import torch
 from hostile import interrupted, some_of
@@ -45,9 +44,6 @@ def same(first, second):
 
 
 BASE = stats(make())
-since_peft_20 = pytest.mark.skipif(
-    peft.__version__ < "0.20", reason="PEFT 0.20 asks the tuner which tensors are its own"
-)
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -254,7 +250,6 @@ def test_loading_over_an_adapter(tmp_path):
     assert same(stats(model.base_model.model), BASE)
 
 
-@since_peft_20
 def test_exchanging_one_of_several_adapters(tmp_path):
     model = train(adapt())
     model.save_pretrained(tmp_path / "moved")
@@ -373,7 +368,6 @@ def test_extraction_takes_those_inside_of_layers_along(tmp_path):
     assert torch.equal(PeftModel.from_pretrained(make(), tmp_path)(X), model(X))
 
 
-@since_peft_20
 def test_a_model_without_a_tuner_refuses_them(tmp_path):
     """What `inject_adapter_in_model` returns has nothing that could keep those of the base."""
     model = inject_adapter_in_model(LoTRAConfig(r=2), make())

@@ -8,7 +8,6 @@ import copy
 import pytest
 import torch
 from helpers import adapt, base, components, inputs, lotra_layers
-from packaging.version import Version
 from torch.func import functional_call, grad, jacrev, vmap
 
 from peft_lotra.kan import KAN
@@ -62,7 +61,6 @@ def test_compiled_by_inductor(family):
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(Version(torch.__version__) < Version("2.10"), reason="torch 2.8 breaks the graph there")
 @pytest.mark.parametrize("name", ["rank_dropout", "module_dropout"])
 def test_compiled_dropout_is_drawn_at_each_step(name):
     model = adapt(base("own"), **{name: 0.5}).train()
