@@ -68,10 +68,10 @@ class FewOutputsJet(torch.autograd.Function):
         square = square if weights is None else square.sum(0, keepdim=True)
 
         *value, first_phi, second_phi, third_phi = phi
-        d2y = torch.einsum("oin,din->don", second_phi, square)
+        d2y = _over_inputs(second_phi, square)
         if second is not None:
-            d2y += torch.einsum("oin,din->don", first_phi, second)
-        y, dy = (None, None) if only_second else (value[0].sum(1), torch.einsum("oin,din->don", first_phi, first))
+            d2y += _over_inputs(first_phi, second)
+        y, dy = (None, None) if only_second else (value[0].sum(1), _over_inputs(first_phi, first))
         ctx.save_for_backward(z, first, second, weight, weights)
         ctx.set_materialize_grads(False)
         ctx.plain, ctx.sizes = plain, (order, grid.grid_size + order, intervals)
@@ -88,27 +88,45 @@ class FewOutputsJet(torch.autograd.Function):
         none = torch.zeros_like(first_phi)
         towards = [none if grad_y is None else grad_y.unsqueeze(1).expand_as(first_phi), none, none]
         if grad_dy is not None:
-            towards[1] = torch.einsum("don,din->oin", grad_dy, first)
+            towards[1] = _over_directions(grad_dy, first)
         if grad_d2y is not None:
             if second is not None:
-                towards[1] = towards[1] + torch.einsum("don,din->oin", grad_d2y, second)
-            towards[2] = torch.einsum("don,din->oin", grad_d2y, square)
+                towards[1] = towards[1] + _over_directions(grad_d2y, second)
+            towards[2] = _over_directions(grad_d2y, square)
         to_z = to_first = to_second = to_weight = None
         if any(ctx.needs_input_grad[:3]):
             to_z = (towards[0] * first_phi).addcmul_(towards[1], second_phi).addcmul_(towards[2], third_phi).sum(0)
             to_first = torch.zeros_like(first, memory_format=torch.contiguous_format)
             if grad_dy is not None:
-                to_first += torch.einsum("don,oin->din", grad_dy, first_phi)
+                to_first += _over_outputs(grad_dy, first_phi)
             if grad_d2y is not None:
-                to_first += torch.einsum("don,oin->din", grad_d2y, second_phi) * weighted * 2
+                to_first += _over_outputs(grad_d2y, second_phi) * weighted * 2
             if second is not None and grad_d2y is not None:
-                to_second = torch.einsum("don,oin->din", grad_d2y, first_phi)
+                to_second = _over_outputs(grad_d2y, first_phi)
         if ctx.needs_input_grad[3]:
             terms = [(g * r).sum(-1) for g, r in zip(towards, residual[:3], strict=True)]
             to_base = terms[0] + terms[1] + terms[2]
             to_weight = _weight_gradient(ctx.sizes, t, index, [g * scale**d for d, g in enumerate(towards)])
             to_weight = torch.cat([to_weight, to_base.unsqueeze(-1)], dim=-1).transpose(1, 2).flatten(1)
         return to_z, to_first, to_second, to_weight, *[None] * 4
+
+
+# Sums of products, for few outputs and directions. `torch.einsum` would multiply a small matrix for each row.
+
+
+def _over_inputs(phi: Tensor, z: Tensor) -> Tensor:
+    """(O, I, N) and (D, I, N) to (D, O, N)."""
+    return (phi * z.unsqueeze(1)).sum(2)
+
+
+def _over_directions(y: Tensor, z: Tensor) -> Tensor:
+    """(D, O, N) and (D, I, N) to (O, I, N)."""
+    return (y.unsqueeze(2) * z.unsqueeze(1)).sum(0)
+
+
+def _over_outputs(y: Tensor, phi: Tensor) -> Tensor:
+    """(D, O, N) and (O, I, N) to (D, I, N)."""
+    return (y.unsqueeze(2) * phi).sum(1)
 
 
 def _weight_gradient(sizes: tuple[int, ...], t: Tensor, index: Tensor, towards: list[Tensor]) -> Tensor:
@@ -124,9 +142,7 @@ def _weight_gradient(sizes: tuple[int, ...], t: Tensor, index: Tensor, towards: 
             moment.addcmul_(towards[d], powers[q - d], value=math.perm(q, d))
     outputs, inputs = towards[0].shape[:2]
     sums = t.new_zeros((order + 1) * outputs, inputs * intervals)
-    for total, moment in zip(sums, moments.flatten(0, 1), strict=True):
-        total.index_add_(0, index, moment.flatten())
-    sums = sums.view(order + 1, outputs, inputs, intervals)
+    sums = sums.index_add_(1, index, moments.view(len(sums), -1)).view(order + 1, outputs, inputs, intervals)
     windows = torch.einsum("qoij,lq->loij", sums, spline_pieces(order, t.dtype, t.device)[0])
     # entry l of the window of interval j, counted from -order - 1, is basis function j + l
     shifted = [window[..., order + 1 - m :][..., :num_basis] for m, window in enumerate(windows)]

@@ -41,7 +41,7 @@ class SplineFeatures:
         for each part of the rows the places of the splines in the memory of `LocalSplines`."""
         order, num_basis = self.grid.spline_order, self.grid.num_basis
         position = (z - self.grid.low.unsqueeze(-1)) * self.scales[1]
-        position.clamp_(-order - 1, num_basis + 1)  # constant zero beyond
+        position.clamp_(-order - 1, num_basis)  # constant zero beyond
         start = position.floor()
         t = position.sub_(start)
         powers = workspace("powers", z, order + 1, *z.shape)
@@ -53,16 +53,14 @@ class SplineFeatures:
         for d, part in zip(orders, found, strict=True):
             torch.mm(pieces[d], powers.flatten(1), out=part[:-1].flatten(1))
             torch.div(residual[d], self.scales[d], out=part[-1]) if d else part[-1].copy_(residual[0])
-        # Rows among those of the functions: the first takes what lies below the grid, and silu's, which is written
-        # later, what lies above it.
-        for q in range(order + 1):
-            torch.add(start, q + 1, out=powers[q])
-        rows = powers.clamp_(0, num_basis + 1).nan_to_num_().long()
+        rows = start.nan_to_num_().long().add_(order + 1)  # of the first function, in `LocalSplines.dense`
+        following = torch.arange(order + 1, device=z.device).unsqueeze(-1)
         places = []
         for part in equal_blocks(z.shape[1], self.rows_of_part):
             size = len(z) * (part.stop - part.start)
             columns = torch.arange(size, device=z.device).view(len(z), -1)
-            places.append(torch.add(columns, rows[..., part], alpha=size).flatten())
+            first = torch.add(columns, rows[:, part], alpha=size).flatten()
+            places.append(torch.add(first, following, alpha=size).flatten())
         return [*found, *places]
 
     def parts(self, z: Tensor, orders: Sequence[int], kept: Sequence[Tensor]) -> Iterator[tuple[slice, LocalSplines]]:
@@ -91,7 +89,10 @@ class LocalSplines:
     def __init__(self, features: SplineFeatures, functions: dict[int, Tensor], places: Tensor) -> None:
         self.functions, self.places = functions, places
         self.like = next(iter(functions.values()))
-        self.dense = workspace("dense", self.like, features.shape[0] + 1, *self.like.shape[1:])
+        # All functions, and before and after them rows for splines that are not on the grid.
+        self.outside, count = features.grid.spline_order + 1, features.shape[0]
+        self.dense = workspace("dense", self.like, count + 2 * self.outside - 1, *self.like.shape[1:])
+        self.all = self.dense[self.outside : self.outside + count]
 
     def memory(self, name: str, count: int) -> Tensor:
         """For `count` tensors of the shape of the functions."""
@@ -99,17 +100,19 @@ class LocalSplines:
 
     def matrices(self, rows: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Tensors (p + 2, I, R) as matrices ((K + 1) I, R), each with its number and to be used before the next."""
-        flat, matrix = self.dense.zero_().view(-1), self.dense[1:].flatten(0, 1)
+        self.all.zero_()
+        flat, matrix = self.dense.view(-1), self.all.flatten(0, 1)
         for number, row in enumerate(rows):
             flat.scatter_(0, self.places, row[:-1].reshape(-1))
-            self.dense[-1].copy_(row[-1])
+            self.all[-1].copy_(row[-1])
             yield number, matrix
 
     def towards(self, transposed: Tensor, gradients: Sequence[Tensor]) -> Tensor:
         """The products of ((K + 1) I, O) and (O, R) at the places of the functions: (S, p + 2, I, R)."""
         found = self.memory("towards", len(gradients))
-        self.dense[0].zero_()
-        flat, matrix, silu = self.dense.view(-1), self.dense[1:].flatten(0, 1), self.dense[-1]
+        self.dense[: self.outside].zero_()
+        self.dense[self.outside + len(self.all) :].zero_()
+        flat, matrix, silu = self.dense.view(-1), self.all.flatten(0, 1), self.all[-1]
         for one, gradient in zip(found, gradients, strict=True):
             torch.mm(transposed, gradient, out=matrix)
             one[-1].copy_(silu)
