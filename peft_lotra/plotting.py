@@ -1,13 +1,17 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures of spectra, of edge functions and whole networks before and after, of a training; they need matplotlib."""
+"""Pictures of spectra, of edge functions and whole networks before and after, of a training; they need matplotlib.
+
+The numbers behind the picture of a network, `edge_changes`, do not.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +21,9 @@ from .approximation.spectra import Spectrum
 from .families.coefficients import CoefficientTensor
 from .families.registry import find_kan_layers, find_layer, short_name
 from .families.slim import call_with_coefficients
+from .modules.checks import check_count
 from .optim.levenberg_marquardt import LevenbergMarquardtStep
+from .report import Report, TextTable
 from .tuner.layer import LoTRALayer
 from .tuner.targets import locate_target
 
@@ -144,6 +150,100 @@ def plot_edge_functions(
     return figure
 
 
+class EdgeChange(NamedTuple):
+    """How much the active adapters changed an edge of a KAN layer, the function from one input to one output."""
+
+    layer: str  # the name of the layer, as `find_kan_layers` gives it
+    output: int
+    input: int
+    change: float  # the norm of the change of the edge's coefficients
+    share: float  # the change as a share of the norm of the coefficients before
+
+
+@dataclass(eq=False)
+class EdgeChanges(Report):
+    """The result of `edge_changes`; prints as a table of the ten edges that changed most.
+
+    Attributes:
+        change: |A' - A| of each edge, a tensor (out, in) on the CPU by the name of the layer.
+        share: |A' - A| / |A|, laid out in the same way.
+    """
+
+    change: dict[str, torch.Tensor]
+    share: dict[str, torch.Tensor]
+
+    def most(self, count: int = 10) -> list[EdgeChange]:
+        """The edges of all layers with the largest `share`, `count` at most, the largest first.
+
+        Raises:
+            ValueError: `count` is no integer of at least 1.
+        """
+        count = check_count(count, "count")
+        edges = []
+        for name, share in self.share.items():
+            for edge in share.flatten().topk(min(count, share.numel())).indices.tolist():
+                o, i = divmod(edge, share.shape[1])
+                edges.append(EdgeChange(name, o, i, self.change[name][o, i].item(), share[o, i].item()))
+        # NaN, of an adapter that diverged, is the largest, as for `topk`
+        return sorted(edges, key=lambda edge: (edge.share != edge.share, edge.share), reverse=True)[:count]
+
+    def _table(self) -> TextTable:
+        rows = [[e.layer, str(e.output), str(e.input), f"{e.change:.3g}", f"{e.share:.1%}"] for e in self.most()]
+        count = sum(share.numel() for share in self.share.values())
+        cut = f"the {len(rows)} of {count:,} edges that changed most; `most(n)` lists n"
+        return TextTable(["layer", ">output", ">input", ">change", ">share"], rows, [cut] if len(rows) < count else [])
+
+
+@torch.no_grad()
+def edge_changes(model: nn.Module) -> EdgeChanges:
+    """How much the active adapters changed each edge, |A' - A| and |A' - A| / |A|: what `plot_network_change` draws.
+
+    A are the edge's coefficients before, A[o, i, :] with the residual branch, and A' those with all active adapters.
+    For an edge that was almost zero, a thousandth of the layer's mean |A| takes the place of its |A|.
+
+    Args:
+        model: The adapted model; it stays unchanged.
+
+    Returns:
+        `change` and `share`, tensors (out, in) by layer, of the layers with an active adapter; `most(n)` lists edges.
+            Adapters that are merged or disabled do not count, and convolutions have no such edges.
+
+    Raises:
+        ValueError: The model has no KAN layer with an active adapter, or all of them are convolutions.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig
+        >>> from peft_lotra.kan import KAN
+        >>> changes = edge_changes(get_peft_model(KAN([2, 5, 3]), LoTRAConfig(r=2, init_weights=False)))
+        >>> {name: tuple(share.shape) for name, share in changes.share.items()}
+        {'layers.0': (5, 2), 'layers.1': (3, 5)}
+        >>> first, second = changes.most(2)
+        >>> first.share == changes.share[first.layer][first.output, first.input].item() >= second.share
+        True
+    """
+    changes = EdgeChanges({}, {})
+    found = [layer.name for layer in find_kan_layers(model)]
+    for name in found:
+        module = find_layer(model, name)
+        layer, _, tensor = locate_target(name, module)
+        if isinstance(module, LoTRALayer) and module.adapters_in_force() and len(tensor.shape) == 3:
+            before = tensor.read(layer)
+            before = before.to(torch.promote_types(before.dtype, torch.float32))
+            change = (module.coefficients_in_force(before.dtype) - before).square().sum(-1).sqrt()
+            size = before.square().sum(-1).sqrt()
+            changes.change[name] = change.cpu()
+            changes.share[name] = (change / size.clamp_min(1e-3 * size.mean() + 1e-12)).cpu()
+    if not changes.share:
+        raise ValueError(
+            "The model has no KAN layer with an active adapter (convolutions do not count: they have no edges). Its "
+            f"KAN layers: {', '.join(found[:5]) or 'none'}{', ...' * (len(found) > 5)}. Adapt it by `get_peft_model` "
+            "with a LoTRAConfig. Adapters that are merged, disabled or not active do not count: call "
+            "`unmerge_adapter`, `enable_adapter_layers` or `set_adapter`."
+        )
+    return changes
+
+
 @torch.no_grad()
 def plot_network_change(
     model: nn.Module, most: int = 400, figure: Figure | SubFigure | None = None
@@ -151,8 +251,8 @@ def plot_network_change(
     """Draws a network as a diagram: each edge in the color of how much the active adapters changed it.
 
     A column of units for the inputs of each KAN layer, and one for the outputs of the last. The change of an edge is
-    the norm of the change of its coefficients as a share of the norm of its coefficients before. Layers that do not
-    follow each other (other sizes) have columns of their own. Of many edges those that changed most are drawn.
+    its `share`, as `edge_changes` computes it. Layers that do not follow each other (other sizes) have columns of
+    their own. Of many edges those that changed most are drawn.
 
     Args:
         model: The adapted model; it stays unchanged.
@@ -160,7 +260,7 @@ def plot_network_change(
         figure: Where to draw; a new one by default.
 
     Raises:
-        ValueError: The model has no KAN layer with an active adapter, or all of them are convolutions.
+        ValueError: As `edge_changes`; or `most` is no integer of at least 1.
         ImportError: Matplotlib is not installed.
 
     Example:
@@ -169,20 +269,8 @@ def plot_network_change(
         >>> from peft_lotra.kan import KAN
         >>> figure = plot_network_change(get_peft_model(KAN([2, 5, 3]), LoTRAConfig(r=2, init_weights=False)))
     """
-    changes: dict[str, torch.Tensor] = {}
-    for found in find_kan_layers(model):
-        module = find_layer(model, found.name)
-        layer, _, tensor = locate_target(found.name, module)
-        if isinstance(module, LoTRALayer) and module.adapters_in_force() and len(tensor.shape) == 3:
-            before = tensor.read(layer).float()
-            change = (module.coefficients_in_force().float() - before).square().sum(-1).sqrt()
-            norm = before.square().sum(-1).sqrt()
-            changes[found.name] = (change / norm.clamp_min(1e-3 * norm.mean() + 1e-12)).cpu()
-    if not changes:
-        raise ValueError(
-            "The model has no KAN layer with an active adapter (convolutions have no diagram): adapt it by "
-            "`get_peft_model`, and `set_adapter` if none is active."
-        )
+    most = check_count(most, "most")
+    changes = edge_changes(model).share
     figure = _new_figure((1.5 + 2.2 * len(changes), 4)) if figure is None else figure
     axis = figure.subplots()
     top = max(float(change.max()) for change in changes.values()) or 1.0

@@ -3,18 +3,28 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from helpers import adapt, assert_same, base, inputs, snapshot
+from helpers import adapt, assert_same, base, inputs, nested, snapshot
 from matplotlib.figure import Figure
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from stand_ins import FAMILIES
 
 from peft_lotra import LoTRAConfig, slim
 from peft_lotra.approximation.spectra import update_spectrum
 from peft_lotra.kan import KAN
 from peft_lotra.optim import LevenbergMarquardt
-from peft_lotra.plotting import plot_edge_functions, plot_history, plot_network_change, plot_spectra
+from peft_lotra.plotting import (
+    edge_changes,
+    plot_edge_functions,
+    plot_history,
+    plot_network_change,
+    plot_spectra,
+)
+from peft_lotra.tuner.targets import locate_target
 
 
 def assert_titles_fit(figure: Figure) -> None:
@@ -118,17 +128,138 @@ def test_errors():
         plot_edge_functions(normalizing, "kan")
 
 
+##########################
+# Changes of edges       #
+##########################
+
+
+def coefficients(model, name="kan"):
+    layer, _, tensor = locate_target(name, model.get_submodule(name))
+    return tensor.read(layer).detach().clone()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_changes_are_those_of_the_coefficients(family):
+    model = base(family)
+    before = coefficients(model)
+    model = adapt(model)
+    state = snapshot(model)
+    changes = edge_changes(model)
+    assert_same(model, state)
+    change = (coefficients(model.merge_and_unload()) - before).norm(dim=2)
+    torch.testing.assert_close(changes.change, {"kan": change}, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(changes.share, {"kan": change / before.norm(dim=2)}, atol=1e-4, rtol=1e-3)
+    assert changes.share["kan"].shape == (4, 3) and not changes.share["kan"].requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_changes_in_other_dtypes(dtype):
+    model = adapt(base("own", dtype))
+    change = edge_changes(model).change["kan"]
+    delta = model.base_model.model.kan.get_delta_weight("default").detach().to(change.dtype)
+    assert change.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(change, delta.norm(dim=2), rtol=1e-5, atol=1e-6)
+
+
+def test_an_edge_that_was_zero_has_a_finite_share():
+    model = KAN([2, 3])
+    with torch.no_grad():
+        model.layers[0].spline_weight[1, 0] = 0
+        model.layers[0].base_weight[1, 0] = 0
+    size = coefficients(model, "layers.0").norm(dim=2)
+    changes = edge_changes(adapt(model))
+    change, share = changes.change["layers.0"][1, 0], changes.share["layers.0"][1, 0]
+    assert share.item() == pytest.approx((change / (size.mean() / 1000)).item(), rel=1e-4)
+
+
+def test_changes_of_the_adapters_in_force():
+    model = adapt(nested(), adapter_name="first", target_modules=["body.0", "body.1"])
+    model.add_adapter("second", LoTRAConfig(r=2, target_modules=["body.1", "tail.layers.0"], init_weights=False))
+    assert list(edge_changes(model).share) == ["body.0", "body.1"]
+    model.set_adapter("second")
+    assert list(edge_changes(model).share) == ["body.1", "tail.layers.0"]
+    model.base_model.set_adapter(["first", "second"])
+    layer = model.base_model.model.body[1]
+    both = sum(layer.get_delta_weight(adapter).norm(dim=2) for adapter in ("first", "second"))
+    together = edge_changes(model)
+    assert list(together.share) == ["body.0", "body.1", "tail.layers.0"]
+    assert (together.change["body.1"] < both).all()
+    delta = sum(layer.get_delta_weight(adapter) for adapter in ("first", "second")).detach()
+    torch.testing.assert_close(together.change["body.1"], delta.norm(dim=2))
+    model.merge_adapter()
+    for look in (edge_changes, plot_network_change):
+        with pytest.raises(ValueError, match="no KAN layer with an active adapter.*`unmerge_adapter`"):
+            look(model)
+    model.unmerge_adapter()
+    torch.testing.assert_close(edge_changes(model).share, together.share)
+    for look in (edge_changes, plot_network_change):
+        with model.disable_adapter(), pytest.raises(ValueError, match="`enable_adapter_layers`"):
+            look(model)
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(edge_changes(compiled).share, together.share)
+
+
+def test_an_adapter_that_is_new_changed_nothing():
+    changes = edge_changes(adapt(base("own"), random=False))
+    assert not changes.change["kan"].any() and {edge.share for edge in changes.most(99)} == {0.0}
+
+
+def test_the_edges_that_changed_most():
+    changes = edge_changes(get_peft_model(KAN([6, 7, 2]), LoTRAConfig(r=2, init_weights=False)))
+    edges = changes.most(99)
+    assert len({edge[:3] for edge in edges}) == len(edges) == 6 * 7 + 7 * 2 and len(changes.most()) == 10
+    assert [edge.share for edge in edges] == sorted((edge.share for edge in edges), reverse=True)
+    assert changes.most(7) == edges[:7]
+    for edge in edges:
+        assert edge.change == changes.change[edge.layer][edge.output, edge.input].item()
+        assert edge.share == changes.share[edge.layer][edge.output, edge.input].item()
+    changes.share["layers.1"][1, 4] = torch.nan
+    assert changes.most(2)[0][:3] == ("layers.1", 1, 4) and changes.most(2)[1] == edges[0]
+    for count in (0, -1, 2.5, None, "all"):
+        with pytest.raises(ValueError, match="`count` is .*an integer of at least 1"):
+            changes.most(count)
+
+
+def test_the_table_of_changes():
+    changes = edge_changes(get_peft_model(KAN([6, 7, 2]), LoTRAConfig(r=2, init_weights=False)))
+    first = changes.most(1)[0]
+    console = Console(width=120, color_system=None)
+    with console.capture() as capture:
+        console.print(changes)
+    for shown in (str(changes), capture.get(), changes._repr_html_()):
+        for expected in (first.layer, "share", f"{first.share:.1%}", "the 10 of 56 edges that changed most"):
+            assert expected in shown
+    assert "edges that changed most" not in str(edge_changes(adapt(KAN([2, 3]))))  # all are listed
+    values = json.loads(json.dumps(changes.as_dict()))
+    assert values["share"]["layers.1"][0][3] == changes.share["layers.1"][0, 3].item()
+
+
+@pytest.mark.parametrize("look", [edge_changes, plot_network_change])
+def test_a_network_without_adapter_has_no_change(look):
+    mixed = torch.nn.Sequential(KAN([3, 5]), torch.nn.Linear(5, 2))
+    for model, names in (
+        (KAN([3, 5]), "layers.0"),
+        (get_peft_model(mixed, LoraConfig(target_modules=["1"])), "0.layers.0"),
+        (torch.nn.Linear(2, 3), "none"),
+    ):
+        with pytest.raises(ValueError, match=f"no KAN layer with an active adapter.*Its KAN layers: {names}\\."):
+            look(model)
+
+
 def test_the_change_of_a_network(tmp_path):
     model = get_peft_model(KAN([3, 5, 2]), LoTRAConfig(r=2, init_weights=False))
-    tensor = model.base_model.model.layers[1].get_base_layer().spline_weight
     before = snapshot(model)
     figure = plot_network_change(model)
     assert_same(model, before)
     first, second = figure.axes[0].collections
     assert len(first.get_segments()) == 15 and len(second.get_segments()) == 10
-    # the value of the edge of the last segment, from the dense update
-    merged = model.merge_and_unload().layers[1].spline_weight
-    assert merged.shape == tensor.shape and second.get_array().max() > 0
+    shares = edge_changes(model).share
+    for lines, share in zip((first, second), shares.values(), strict=True):
+        assert lines.get_array().tolist() == share.flatten().sort().values.tolist()
+    # the last segment, above the others, is the edge that changed most: unit 0 is at the top
+    output, input_ = divmod(int(shares["layers.0"].argmax()), 3)
+    assert second.get_clim() == (0, max(share.max().item() for share in shares.values()))
+    assert first.get_segments()[-1].tolist() == [[0, 1 - input_ / 2], [1, 1 - output / 4]]
     figure.savefig(tmp_path / "network.png")
     assert figure._repr_png_()[:4] == b"\x89PNG"
 
@@ -137,11 +268,9 @@ def test_the_edges_that_changed_most_are_drawn():
     model = get_peft_model(KAN([6, 7]), LoTRAConfig(r=2, init_weights=False))
     few, all_ = (plot_network_change(model, most).axes[0].collections[0].get_array() for most in (5, 100))
     assert len(few) == 5 and few.tolist() == all_[-5:].tolist()
-
-
-def test_a_network_without_adapter_has_no_change():
-    with pytest.raises(ValueError, match="no KAN layer with an active adapter"):
-        plot_network_change(KAN([3, 5]))
+    for most in (0, -3, 2.5, "all"):
+        with pytest.raises(ValueError, match="`most` is .*an integer of at least 1"):
+            plot_network_change(model, most)
 
 
 def test_history(tmp_path):

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer, find_kan_layers, model_summary
 from peft_lotra.kan import KAN
-from peft_lotra.plotting import plot_edge_functions, plot_network_change
+from peft_lotra.plotting import edge_changes, plot_edge_functions, plot_network_change
 
 
 torch.set_num_threads(1)
@@ -79,6 +79,12 @@ plot_edge_functions(model, "layers.0")
 
 # %%
 plot_network_change(model)
+
+# %% [markdown]
+# The same as numbers; `edge_changes(model).share["layers.0"]` has those of all edges, `(out, in)`:
+
+# %%
+edge_changes(model)
 
 # %% [markdown]
 # ## Save, load, merge

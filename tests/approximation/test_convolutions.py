@@ -16,7 +16,7 @@ from peft_lotra import LoTRAConfig, extract_lotra, gradient_spectrum, model_summ
 from peft_lotra.approximation.features import Features, as_rows
 from peft_lotra.approximation.spectra import cheapest, spectrum_of
 from peft_lotra.families import registry
-from peft_lotra.plotting import plot_edge_functions, plot_spectra
+from peft_lotra.plotting import edge_changes, plot_edge_functions, plot_network_change, plot_spectra
 from peft_lotra.tucker import hosvd, tucker_of
 from peft_lotra.tuner.layer import lotra_layers
 from peft_lotra.tuner.targets import locate_target
@@ -128,6 +128,10 @@ def test_pictures_and_summaries():
     assert all(len(axis.lines) == 1 for axis in figure.axes)
     with pytest.raises(ValueError, match="`first` is a convolution"):
         plot_edge_functions(base, "first")
-    summary = model_summary(get_peft_model(base, LoTRAConfig(r=(2, 1, 2, 3))))
+    model = get_peft_model(base, LoTRAConfig(r=(2, 1, 2, 3)))
+    for look in (edge_changes, plot_network_change):
+        with pytest.raises(ValueError, match="convolutions do not count.*Its KAN layers: first"):
+            look(model)
+    summary = model_summary(model)
     assert summary[0].shape == (6, 2, 4, 9) and summary[0].ranks == (2, 1, 2, 3)
     assert "(6, 2, 4+1, 9)" in str(summary)

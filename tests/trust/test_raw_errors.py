@@ -30,7 +30,7 @@ from peft_lotra import LoTRAConfig, hotswap_adapter, write_model_card
 from peft_lotra.kan import KAN, jet, laplacian, refine_grid
 from peft_lotra.optim import LevenbergMarquardt
 from peft_lotra.pde import continuation, knot_density
-from peft_lotra.plotting import plot_history, plot_network_change
+from peft_lotra.plotting import edge_changes, plot_history, plot_network_change
 
 
 @pytest.fixture
@@ -275,6 +275,7 @@ TAKE_A_MODEL = {
     "laplacian": lambda model: laplacian(model, torch.zeros(2, 3)),
     "refine_grid": lambda model: refine_grid(model, 8),
     "LevenbergMarquardt": LevenbergMarquardt,
+    "edge_changes": edge_changes,
     "plot_network_change": plot_network_change,
     "plot_history": plot_history,
     "knot_density": lambda model: knot_density(model, [-1], [1]),
