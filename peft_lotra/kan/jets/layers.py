@@ -18,7 +18,7 @@ from ..memory import MOST_OUTPUTS_DENSE, PLAIN_JET_BLOCK
 from ..product import needs_plain_operations
 from .by_hand import JetRows, LayerJet, by_hand_pays, make_features
 from .chain import Branch, Stage
-from .few_outputs import FewOutputsJet, few_outputs
+from .few_outputs import MOST_OUTPUTS, FewOutputsJet, few_outputs
 from .functions import Basis
 from .norms import rows_last, through_norm
 
@@ -156,7 +156,11 @@ def _by_plain_operations(
     rows = _jet_rows(grid, z, first, second, weights, only_second)
     if torch.compiler.is_compiling() and weight is not None and not factored:
         # a product for each, so that the rows need not be written into one tensor, and what is not used is left out
-        y = [weight @ row.flatten(0, 1) for row in rows]
+        if len(weight) <= MOST_OUTPUTS:  # a sum that the compiler forms together with the rows
+            each = weight.unflatten(1, rows[0].shape[:2]).unsqueeze(-1)
+            y = [torch.stack([(one * row).sum((0, 1)) for one in each]) for row in rows]
+        else:
+            y = [weight @ row.flatten(0, 1) for row in rows]
         if only_second:
             return Jet(None, None, torch.stack(y))  # pyright: ignore[reportArgumentType]  (see `Jet`)
         return Jet(y[0], torch.stack(y[1 : 1 + len(first)]), torch.stack(y[1 + len(first) :]))
