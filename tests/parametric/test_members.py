@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import multiprocessing
+import os
 import sys
 from collections import Counter
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -21,7 +22,7 @@ from peft_lotra.optim import LevenbergMarquardt
 from peft_lotra.parametric.members import Problem, argument, named, read, residuals_of, take_steps, write
 
 
-MANY = 17  # with 100 it takes some minutes
+MANY = int(os.environ.get("LOTRA_MEMBERS", "17"))  # with 100 it takes some minutes
 
 
 class InOnePlace(Executor):

@@ -292,7 +292,7 @@ def draw(results: list[dict], path: Path) -> None:
             middle.axhline(there, color="C2", lw=1.5, ls="--", label="fitted there (eight steps)")
             middle.set(title="more members, smaller errors", xlabel="members", ylabel="median error of predictions")
             middle.set_xticks([4, 8, 16, 32, 64], ["4", "8", "16", "32", "64"])
-            middle.minorticks_off()
+            middle.xaxis.set_tick_params(which="minor", bottom=False, labelbottom=False)
         for marker, result in zip(cycle("os^Dv"), found, strict=False):
             points = [(row["indicator"], row["errors"]["predicted"]) for row in result["rows"]]
             label = f"seed {result['seed']}: rank correlation {result['rank_correlation']:.2f}"
