@@ -24,6 +24,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..files.fingerprint import hash_values
 from ..files.format import open_weights, write_atomically
 from ..hub.base_code import hub_id
 from ..tuner.config import LoTRAConfig
@@ -72,6 +73,7 @@ def save_family(model: PeftModel, contents: Contents, path: Path, modes: int | N
     config = json.dumps(values)
     tensors = {name: part.contiguous() for name, part in (shared | arrays).items()}
     metadata = {"format": "pt", "parametric": _VERSION, "config": config, "log": json.dumps(contents.log)}
+    metadata["members"] = _hash(arrays, contents.log)
     _replace(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -89,8 +91,10 @@ def opened_family(path: str | Path) -> Iterator[tuple[Path, Contents]]:
         raise ValueError(f"{path} holds no family that this version can read: it is no file of a ParametricAdapter.")
     if kinds := sorted({str(tensors[name].dtype) for name in _ARRAYS} - {"torch.float32", "torch.float64"}):
         raise ValueError(f"{path} is damaged: the members are of {', '.join(kinds)}, expected float64 or float32.")
-    arrays = {name: tensors.pop(name).double().numpy() for name in _ARRAYS}
-    log = _read_log(metadata)
+    stored, log = {name: tensors.pop(name) for name in _ARRAYS}, _read_log(metadata)
+    if metadata.get("members") not in (None, _hash(stored, log)):  # None: written before there was a hash
+        raise ValueError(f"{path} is damaged: its members are not those that were saved. Get the file anew.")
+    arrays = {name: part.double().numpy() for name, part in stored.items()}
     sizes = {name: array.shape for name, array in arrays.items()}
     members = len(arrays["parameters"])
     expected = {
@@ -135,6 +139,10 @@ def load_family(base: nn.Module, path: str | Path, check_base: str) -> tuple[Pef
             if not all(part.isfinite().all() for part in named(model, vector).values()):
                 raise ValueError(f"{path} is damaged: the member at {parameter} is beyond the dtype of the model.")
     return model, contents
+
+
+def _hash(arrays: Mapping[str, torch.Tensor], log: list[bool]) -> str:
+    return hash_values({**arrays, **{f"log.{index}": int(flag) for index, flag in enumerate(log)}})
 
 
 def _read_log(metadata: Mapping[str, str]) -> list[bool]:

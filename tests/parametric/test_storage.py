@@ -10,6 +10,7 @@ import family_problems as problems
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from peft_lotra import ParametricAdapter
@@ -141,10 +142,9 @@ def test_members_are_written_in_one_step(tmp_path):
 
 
 def rewrite(path, change):
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         metadata = dict(file.metadata())
+    del metadata["members"]  # as in files without a hash, so that what reads the members has to notice
     tensors = load_file(path)
     change(tensors, metadata)
     save_file(tensors, path, metadata)
@@ -176,4 +176,21 @@ def test_damaged_files_of_a_family(base, tmp_path, change, words):
     family.save_pretrained(tmp_path)
     rewrite(tmp_path / FILE, change)
     with pytest.raises(ValueError, match=words):
+        ParametricAdapter.from_pretrained(base, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["coordinates", "modes", "parameters", "indicators", "log"])
+def test_members_that_were_changed_are_noticed(base, tmp_path, name):
+    family = make(base)
+    family.fit(PARAMETERS, progress=False)
+    family.save_pretrained(tmp_path)
+    with safe_open(tmp_path / FILE, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tmp_path / FILE)
+    if name == "log":
+        metadata["log"] = "[true]"
+    else:
+        tensors[name].view(-1)[0] += 1e-3
+    save_file(tensors, tmp_path / FILE, metadata)
+    with pytest.raises(ValueError, match="members are not those that were saved"):
         ParametricAdapter.from_pretrained(base, tmp_path)
