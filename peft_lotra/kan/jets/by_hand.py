@@ -79,11 +79,11 @@ def make_features(basis: Basis, z: Tensor) -> SplineFeatures | FunctionFeatures:
 
 class JetRows:
     """What multiplies the coefficients in a jet: `counts` (V, D or 0, S) are the numbers of rows f, f' z' and
-    f'' z'^2 + f' z''. Derivatives lack the factors `scales`, see `SplineFeatures`."""
+    f'' z'^2 + f' z''. Derivatives lack the factors `scales`, if there are any, see `SplineFeatures`."""
 
     def __init__(
         self,
-        scales: dict[int, Tensor],
+        scales: dict[int, Tensor] | None,
         first: Tensor,
         second: Tensor | None,
         weights: Tensor | None,
@@ -93,9 +93,12 @@ class JetRows:
         self.weighted = first if weights is None else first * weights[:, None, None]
         square = self.weighted * first
         self.square = square if weights is None else square.sum(0, keepdim=True)
-        self.scaled_first = (first * scales[1]).unsqueeze(1)
-        self.scaled_square = (self.square * scales[2]).unsqueeze(1)
-        self.scaled_second = None if second is None else (second * scales[1]).unsqueeze(1)
+        self.scaled_first = self._scaled(first, 1).unsqueeze(1)
+        self.scaled_square = self._scaled(self.square, 2).unsqueeze(1)
+        self.scaled_second = None if second is None else self._scaled(second, 1).unsqueeze(1)
+
+    def _scaled(self, x: Tensor, order: int) -> Tensor:
+        return x if self.scales is None else x * self.scales[order]
 
     def orders(self, gradients: bool) -> list[int]:
         """Those of the derivatives that `matrices` needs, and `add_input_gradients` if it will be called."""
@@ -130,7 +133,7 @@ class JetRows:
 
         def sums(start: int, stop: int, order: int) -> Tensor:
             products = torch.mul(towards[start:stop], found.functions[order], out=spare[start:stop])
-            return products.sum(1).mul_(self.scales[order])
+            return self._scaled(products.sum(1), order)
 
         stop = values + firsts + (0 if self.second is None else seconds)
         of_value, of_first, of_second = sums(0, stop, 1).tensor_split([values, values + firsts])

@@ -72,18 +72,18 @@ class FewOutputsJet(torch.autograd.Function):
         if second is not None:
             d2y += _over_inputs(first_phi, second)
         y, dy = (None, None) if only_second else (value[0].sum(1), _over_inputs(first_phi, first))
-        ctx.save_for_backward(z, first, second, weight, weights)
+        kept = scale, t, index, first_phi, second_phi, third_phi, weighted, square
+        ctx.save_for_backward(z, first, second, weight, *kept, *residual)
         ctx.set_materialize_grads(False)
         ctx.plain, ctx.sizes = plain, (order, grid.grid_size + order, intervals)
-        ctx.kept = scale, t, index, first_phi, second_phi, third_phi, weighted, square, residual
         return y, dy, d2y
 
     @staticmethod
     def backward(ctx, grad_y, grad_dy, grad_d2y):  # pyright: ignore[reportIncompatibleMethodOverride] (*grad_outputs)
-        z, first, second, weight, _ = ctx.saved_tensors
+        z, first, second, weight, *kept = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *plain_gradients(ctx, (grad_y, grad_dy, grad_d2y)), *[None] * 4
-        scale, t, index, first_phi, second_phi, third_phi, weighted, square, residual = ctx.kept
+        scale, t, index, first_phi, second_phi, third_phi, weighted, square, *residual = kept
         # the gradients towards phi and its derivatives, (O, I, N)
         none = torch.zeros_like(first_phi)
         towards = [none if grad_y is None else grad_y.unsqueeze(1).expand_as(first_phi), none, none]

@@ -43,7 +43,7 @@ class FunctionFeatures:
     def __init__(self, basis: FunctionBasis, z: Tensor) -> None:
         self.basis = basis
         self.shape = (basis.size, len(z))
-        self.scales: dict[int, Tensor] = dict.fromkeys((1, 2, 3), z.new_ones(1, 1))
+        self.scales = None
         size = JET_BLOCK if z.device.type == "cpu" else OFF_CPU
         self.rows = max(128, size // max(1, basis.size * len(z)))
 

@@ -8,7 +8,7 @@ import torch
 from jet_helpers import network, points
 from torch import Tensor
 
-from peft_lotra.kan import KANLinear, jet
+from peft_lotra.kan import KAN, KANLinear, jet
 from peft_lotra.kan.jets import few_outputs
 
 
@@ -40,3 +40,19 @@ def test_few_outputs_far_from_the_grid():
     parts = [part.reshape(-1, 120)[:, :3] for part in jet(layer, x)]
     assert all(part[:, 0].isfinite().all() for part in parts)
     assert parts[0][:, 2].isnan().all()
+
+
+def test_autograd_frees_all_that_is_kept():
+    """A loss that is kept after its backward pass, as in a list of losses, keeps its graph, but no tensors in it."""
+    u, _, second = jet(KAN([2, 8, 1]), torch.rand(200, 2), collapse=True)
+    nodes, found = [(u + second).sum().grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in found:
+            continue
+        found.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        for name, value in getattr(node, "__dict__", {}).items():
+            parts = value if isinstance(value, tuple | list) else [value]
+            assert not any(isinstance(part, torch.Tensor) for part in parts), (type(node).__name__, name)
+    assert any("FewOutputs" in type(node).__name__ for node in found)
