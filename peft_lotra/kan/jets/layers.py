@@ -19,8 +19,9 @@ from ..product import needs_plain_operations
 from .by_hand import JetRows, LayerJet, by_hand_pays, make_features
 from .chain import Branch, Stage
 from .few_outputs import MOST_OUTPUTS, FewOutputsJet, few_outputs
-from .functions import Basis
+from .functions import Basis, FunctionBasis
 from .norms import rows_last, through_norm
+from .one_function import OneFunctionJet
 
 
 class Jet(NamedTuple):
@@ -131,7 +132,7 @@ def _through(
     second = None if second is None else rows_last(second, lead)
     weight = None if weight is None else weight.transpose(1, 2).flatten(1)  # (O, (K + 1) I)
     if by_hand:
-        function = FewOutputsJet if few_outputs(basis, outputs, z) else LayerJet
+        function = _function(basis, outputs, z)
         first = first.expand(len(first), *z.shape)
         second = None if second is None else second.expand(len(second), *z.shape)
         plain = partial(_by_plain_operations, basis, [], weights, False)
@@ -139,6 +140,12 @@ def _through(
     else:
         y = _by_plain_operations(basis, factored, weights, only_second, z, first, second, weight)
     return y.map(lambda part: part.mT.reshape(*part.shape[:-2], *lead, outputs))
+
+
+def _function(basis: Basis, outputs: int, z: Tensor) -> type[torch.autograd.Function]:
+    if isinstance(basis, FunctionBasis) and basis.size == 1:
+        return OneFunctionJet
+    return FewOutputsJet if few_outputs(basis, outputs, z) else LayerJet
 
 
 def contract_updates(layer: Any, updates: list[Update], x: Tensor) -> Tensor:
