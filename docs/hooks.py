@@ -34,6 +34,7 @@ def on_config(config):
     snippets = config.mdx_configs["pymdownx.snippets"]
     snippets["base_path"] = [str(ROOT / path) for path in snippets["base_path"]]
     sys.path.append(str(ROOT / "docs"))  # of the extension `reference_docstrings`
+    os.environ["TQDM_DISABLE"] = "1"  # bars would fill the pages
     os.chdir(tempfile.mkdtemp(prefix="notebooks"))  # what the notebooks write goes there
     return config
 

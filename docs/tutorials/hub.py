@@ -19,24 +19,21 @@
 # account, log in by `hf auth login` and leave the cell out.
 
 # %%
-import importlib.util
-import os
 import sys
-import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 
-package = Path(importlib.util.find_spec("peft_lotra").origin).parent  # of a clone
-sys.path.append(str(package.parent / "tests" / "support"))
-from hub_server import Hub, HubServer
+clone = Path(find_spec("peft_lotra").origin).parents[1]
+sys.path.append(f"{clone}/tests/support")
+from hub_server import start_hub
 
 
-if "huggingface_hub" in sys.modules:
-    raise RuntimeError("Restart the kernel: huggingface_hub was imported, and would go to the real Hub.")
-server = HubServer(Hub({"hf_user": "user"})).__enter__()
-os.environ |= {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_user", "HF_HUB_DISABLE_XET": "1", "HF_HOME": "hub_cache"}
+start_hub("user")
 
 # %%
+import warnings
+
 import torch
 from peft import AutoPeftModel, get_peft_model
 
@@ -92,4 +89,3 @@ print(ModelCard.load("user/kan-sines").content)
 # %%
 loaded = AutoPeftModel.from_pretrained("user/kan-sines", import_allowlist=["peft_lotra"])
 print("largest difference:", (loaded(x).logits - model(x).logits).abs().max().item())
-server.__exit__()

@@ -11,78 +11,98 @@
 # ---
 
 # %% [markdown]
-# # pykan: fit, adapt, look, merge, formula
+# # pykan: adapt to a second data set
 #
-# A [pykan](https://github.com/KindXiaoming/pykan) network is adapted by its own `fit`. Needs
-# `pip install -e ".[examples]" pykan pandas` (pykan does not declare what it imports). pykan's formulas need Python
-# 3.12 or older: with a newer Python the last cell leaves its formula out.
+# A [pykan](https://github.com/KindXiaoming/pykan) network fits one data set. An adapter fits a second one, and
+# pictures show which edges changed. Needs `pip install -e ".[examples]" pykan pandas` (pykan does not declare what it
+# imports). The code down to *Further* is one script, which runs for half a
+# minute.
+#
+# ## Fit
+#
+# A data set is a dict of `train_input`, `train_label`, `test_input` and `test_label`. `fit` and `evaluate` are those
+# of pykan.
 
 # %%
-import os
-import sys
-import warnings
-
-
-os.environ["TQDM_DISABLE"] = "1"  # pykan's bars would fill the page
-
 import torch
 from kan import KAN, create_dataset
 from peft import get_peft_model
 
-from peft_lotra import LoTRAConfig, find_kan_layers, model_summary
-from peft_lotra.plotting import plot_edge_functions
+from peft_lotra import LoTRAConfig
+from peft_lotra.plotting import plot_edge_functions, plot_network_change
 
 
-warnings.filterwarnings("ignore", module="kan")
-torch.set_num_threads(1)
-torch.manual_seed(0)
-STEPS = 20
+def data(sign):
+    def formula(x):
+        a, b = x[:, [0]], x[:, [1]]
+        return torch.exp(torch.sin(torch.pi * a) + sign * b**2) / 3
+
+    return create_dataset(formula, train_num=300)
 
 
-@torch.no_grad()
-def loss_of(network, dataset):
-    return float((network(dataset["test_input"]) - dataset["test_label"]).square().mean().sqrt())
-
-
-# %% [markdown]
-# ## Fit
-
-# %%
-old = create_dataset(lambda x: torch.exp(torch.sin(torch.pi * x[:, [0]]) + x[:, [1]] ** 2) / 3, n_var=2, train_num=300)
-new = create_dataset(lambda x: torch.exp(torch.sin(torch.pi * x[:, [0]]) - x[:, [1]] ** 2) / 3, n_var=2, train_num=300)
-network = KAN(width=[2, 5, 1], grid=5, k=3, seed=0, auto_save=False)
-network.fit(old, opt="LBFGS", steps=STEPS, log=STEPS)
-print(f"old task {loss_of(network, old):.4f}, new task {loss_of(network, new):.4f}")
-find_kan_layers(network)
+old, new = data(1), data(-1)
+kan = KAN(width=[2, 5, 1], grid=5, auto_save=False)
+kan.fit(old, steps=20)
+print("old data:", kan.evaluate(old)["test_loss"])
+print("new data, before adapting:", kan.evaluate(new)["test_loss"])
 
 # %% [markdown]
 # ## Adapt
 #
-# `get_peft_model` puts the adapter into pykan's own layers, so pykan's `fit` trains it. `update_grid=False`, since a
-# grid that moves would change what the adapter means. The last layer is small: lower ranks do.
+# The adapter goes into pykan's layers, so `fit` trains it. `update_grid=False` is needed: a grid that moves would
+# change what the adapter means. The last layer has one output, so lower ranks do.
 
 # %%
-model = get_peft_model(network, LoTRAConfig(r=(3, 2, 3), rank_pattern={"act_fun.1": (1, 2, 2)}))
-pykan = model.get_base_model()
-pykan.fit(new, opt="LBFGS", steps=STEPS, log=STEPS, update_grid=False)
-print(f"adapted, new task {loss_of(pykan, new):.4f}")
-model_summary(model)
+config = LoTRAConfig(r=(3, 2, 3), rank_pattern={"act_fun.1": (1, 2, 2)})
+model = get_peft_model(kan, config)
+model.fit(new, steps=20, update_grid=False)
+print("new data, adapted:", model.evaluate(new)["test_loss"])
 
 # %% [markdown]
 # ## What changed
+#
+# The edge functions of the first layer that changed most, before and after:
 
 # %%
-plot_edge_functions(model, "act_fun.0")
+edges = plot_edge_functions(model, "act_fun.0")
+edges.savefig("edges.png")
+edges
 
 # %% [markdown]
-# ## Merge, and the formula
-#
-# While adapted, `prune`, `refine` and other calls that rebuild the network raise. After the merge it is pykan's
-# network again, and everything works, its symbolic functions too.
+# Each edge in the color of how much it changed:
 
 # %%
+network = plot_network_change(model)
+network.savefig("network.png")
+network
+
+# %% [markdown]
+# ## Further: what is adapted
+#
+# The layers of the network that are recognized, and what the adapter has in each.
+
+# %%
+from peft_lotra import find_kan_layers, model_summary
+
+
+find_kan_layers(model)
+
+# %%
+model_summary(model)
+
+# %% [markdown]
+# ## Further: merge, and the formula
+#
+# While adapted, `prune`, `refine` and other calls that rebuild the network raise. After the merge it is pykan's
+# network again, and everything works, its symbolic functions too. pykan's formulas need Python 3.12 or older: with a
+# newer Python this cell leaves its formula out.
+
+# %%
+import sys
+
+
 merged = model.merge_and_unload()
-print(type(merged).__name__, f"new task {loss_of(merged, new):.4f}")
+print(type(merged).__name__, "on new data:", merged.evaluate(new)["test_loss"])
 if sys.version_info < (3, 13):
     merged.fix_symbolic(0, 1, 0, "x^2", verbose=False)
     print("edge (0, 1, 0) is now", merged.symbolic_fun[0].funs_name[0][1])

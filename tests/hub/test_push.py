@@ -260,3 +260,24 @@ class TestCommandsOnTheHub:
         assert result["code"] == 1 and result["stdout"] == ""
         assert result["stderr"].startswith(message) and result["stderr"].count("\n") == 1
         assert not list(folder.glob("*not-written*"))
+
+
+def test_the_hub_of_the_tutorials():
+    code = """
+from hub_server import start_hub
+
+start_hub("user")
+from huggingface_hub import create_repo, list_repo_files
+
+create_repo("user/kan")
+print(list_repo_files("user/kan"))
+try:
+    start_hub("user")
+except RuntimeError as error:
+    print(error)
+"""
+    env = os.environ | {"PYTHONPATH": str(WORKER.parent)}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    files, error = result.stdout.splitlines()
+    assert files == "['.gitattributes']" and error.startswith("Restart Python")

@@ -4,8 +4,9 @@
 """A stand-in for the Hugging Face Hub, spoken to over HTTP: what pushing and pulling models asks of the real one.
 
 Set HF_ENDPOINT to `HubServer.url` and HF_HUB_DISABLE_XET=1 before huggingface_hub is imported, so in a process of its
-own. The answers (status, headers, bodies) follow the real Hub: 404 and 401 with X-Error-Code, safetensors as LFS
-whatever their size, commits as NDJSON, 412 when the parent of a commit is no longer the head.
+own; `start_hub` does it for the process that calls it. The answers (status, headers, bodies) follow the real Hub: 404
+and 401 with X-Error-Code, safetensors as LFS whatever their size, commits as NDJSON, 412 when the parent of a commit
+is no longer the head.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from tempfile import TemporaryDirectory
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -102,6 +106,21 @@ class HubServer(ThreadingHTTPServer):
     def __exit__(self, *args) -> None:
         self.shutdown()
         self.server_close()
+
+
+def start_hub(user: str) -> None:
+    """Starts a Hub for this process, which is logged in as `user`. It ends with the process, as does its cache.
+
+    Raises:
+        RuntimeError: huggingface_hub is imported, and would go to the real Hub.
+    """
+    if "huggingface_hub" in sys.modules:
+        raise RuntimeError("Restart Python or the kernel: huggingface_hub was imported, and would go to the real Hub.")
+    server = HubServer(Hub({"hf_user": user}))
+    server.cache = TemporaryDirectory(prefix="hub")  # kept as long as the server
+    os.environ |= {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_user", "HF_HOME": server.cache.name}
+    os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    server.__enter__()
 
 
 class _Error(Exception):
