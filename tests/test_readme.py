@@ -47,6 +47,17 @@ def test_the_readme_is_short():
     assert len(README.split()) <= 1200
 
 
+@pytest.mark.parametrize("task", ["pykan", "customers", "pde"])
+def test_a_task_is_short(task):
+    """Minutes from the first word of the README to the last that is typed: 200 words are read in one, 40 typed."""
+    before, link, _ = README.partition(f"](docs/tutorials/{task}.py)")
+    page = (ROOT / "docs" / "tutorials" / f"{task}.py").read_text().partition("# ## Further")[0]
+    typed = [line for line in page.splitlines() if not line.startswith("#")]
+    read = [line for line in page.splitlines() if line.startswith("#")]
+    assert link and len(" ".join(typed).split()) > 50
+    assert len(" ".join([before, *read]).split()) / 200 + len(" ".join(typed).split()) / 40 <= 12.5
+
+
 def test_snippets_are_found():
     assert len(PYTHON["README.md"]) >= 1 and len(SHELL) >= 2
     assert sum(bool(snippets) for snippets in PYTHON.values()) >= 8
