@@ -62,6 +62,47 @@ def test_learning_rates_of_few_widths_keep_those_of_the_others(tmp_path: Path, m
     assert len(written) == len(known["rows"]) + 2  # one for each policy
 
 
+def lines_of(axis) -> set:
+    """The dashes and widths of the lines of a field."""
+    found = set()
+    for lines in axis.collections[1:]:  # the first are the colors
+        if any(len(path.vertices) for path in lines.get_paths()):
+            ((_, dashes),), (width,) = lines.get_linestyles(), set(lines.get_linewidths())
+            found.add(("solid" if dashes is None else "dashed", width))
+    return found
+
+
+def test_the_sign_of_a_field_is_in_its_lines() -> None:
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from study_tools import pictures
+
+    x, y = np.meshgrid(np.linspace(0, 1, 40), np.linspace(0, 1, 30), indexing="ij")
+    wave = np.sin(2 * np.pi * x) * np.sin(np.pi * y)  # above zero on the left half, zero along all sides
+    noise = 1e-3 * np.random.default_rng(0).standard_normal(x.shape)
+    figure, axes = plt.subplots(1, 4)
+    extent = (0, 1, 0, 1)
+    above, below, both = (
+        pictures.draw_field(ax, f, extent) for ax, f in zip(axes, (y, -y, wave + noise), strict=False)
+    )
+    pictures.draw_field(axes[3], noise, extent, limit=1.0)
+    thin, heavy = 0.8, 1.8
+    assert [lines_of(ax) for ax in axes] == [
+        {("solid", thin)},
+        {("dashed", thin)},
+        {("solid", thin), ("dashed", thin), ("solid", heavy)},
+        set(),
+    ]
+    (zero,) = axes[2].collections[-1].get_segments()  # none along the sides
+    assert abs(zero[:, 0] - 0.5).mean() < 0.05 and np.ptp(zero[:, 1]) > 0.8
+    pictures.field_bar(figure, both, axes[2])
+    bar = figure.axes[-1]
+    dashed = [lines.get_linestyles()[0][1] is not None for lines in bar.collections if hasattr(lines, "get_segments")]
+    assert dashed[-5:] == [True, True, False, False, False]  # from below
+    assert above.norm.vmax == -below.norm.vmin == 1.0
+    plt.close(figure)
+
+
 def test_low_rank_evidence(tmp_path: Path) -> None:
     import low_rank_evidence
 

@@ -34,7 +34,7 @@ import time
 import warnings
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
@@ -49,13 +49,10 @@ from pina.weighting import ScalarWeighting
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from study_tools import pictures
 from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig, find_kan_layers
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 # An error e on the boundary goes on into the square at about its size, a residual r of the equation as r / (2 pi^2),
@@ -213,21 +210,22 @@ def draw(base: nn.Module, adapted: nn.Module, path: Path) -> None:
         (before - expected, "other forcing: base network - reference"),
         (after - expected, "other forcing: LoTRA - reference"),
     )
-    points = test_points()
-    x, y = (points.extract([name]).tensor.reshape(RESOLUTION, RESOLUTION) for name in ("x", "y"))
     for axis, (field, title) in zip(axes.flat, panels, strict=True):
-        limit = (field if title.endswith("- reference") else expected).abs().max().item()
-        field = field.reshape(RESOLUTION, RESOLUTION)
-        image = axis.pcolormesh(x, y, field, cmap="RdBu_r", vmin=-limit, vmax=limit, shading="gouraud")
-        figure.colorbar(image, ax=axis)
-        axis.set_title(title, fontsize=10)
+        limit = None if title.endswith("- reference") else expected.abs().max().item()
+        field = field.reshape(RESOLUTION, RESOLUTION)  # x varies slowest in `test_points`
+        mesh = pictures.draw_field(axis, field, (0, 1, 0, 1), limit)
+        pictures.field_bar(figure, mesh, axis)
+        axis.set_title(title)
         axis.set_aspect("equal")
     for axis in axes[-1]:
         axis.set_xlabel("x")
     for axis in axes[:, 0]:
         axis.set_ylabel("y")
-    figure.suptitle("PINA's KAN in PINA's PINN solver: the solution of a Poisson problem, adapted to another forcing")
-    figure.savefig(path, dpi=110)
+    figure.suptitle(
+        "PINA's KAN in PINA's PINN solver: the solution of a Poisson problem, adapted to another forcing"
+        f"\nOne run. {pictures.FIELD_LINES}"
+    )
+    figure.savefig(path)
     plt.close(figure)
 
 

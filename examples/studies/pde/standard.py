@@ -25,17 +25,14 @@ import statistics
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from problems.recipe import QUICK, Recipe, Run
 from problems.records import Record
 from problems.standard import NT, NX, PROBLEMS
 from rich.console import Console
 from rich.table import Table
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from study_tools import pictures
 
 
 torch.set_num_threads(1)
@@ -61,29 +58,41 @@ def table(results: dict, peers: dict) -> Table:
 
 
 def draw(results: dict, peers: dict, path: Path) -> None:
-    """The references (above), and the error beside the CPU seconds of each run (below)."""
-    figure, rows = plt.subplots(2, len(results), figsize=(3.4 * len(results), 6), layout="constrained", squeeze=False)
-    for axis, below, (name, runs) in zip(*rows, results.items(), strict=True):
+    """The reference of each problem, and below it the error beside the CPU seconds of each run."""
+    columns = min(len(results), 4)
+    blocks = -(-len(results) // columns)
+    size = (2.9 * columns, 5 * blocks + 0.8)
+    figure, grid = plt.subplots(2 * blocks, columns, figsize=size, layout="constrained", squeeze=False)
+    places = [
+        pair for above, below in zip(grid[::2], grid[1::2], strict=True) for pair in zip(above, below, strict=True)
+    ]
+    for axis, below in places[len(results) :]:
+        axis.remove()
+        below.remove()
+    lines = {"ours": pictures.STYLES[0]}
+    for (axis, below), (name, runs) in zip(places, results.items(), strict=False):
         problem = PROBLEMS[name]
-        shown = problem.reference().reshape(-1, NT)
         extent = (problem.low[1], problem.high[1], problem.low[0], problem.high[0])
-        image = axis.imshow(shown, origin="lower", aspect="auto", extent=extent, cmap="viridis")
-        figure.colorbar(image, ax=axis)
-        axis.set(title=problem.title, xlabel="t" if problem.name != "helmholtz" else "y", ylabel="x")
-        lines = [("ours", "C0", "-", runs)]
-        lines += [
-            (f"jaxKAN {kind}", f"C{i + 1}", "--", found) for i, (kind, found) in enumerate(peers.get(name, {}).items())
-        ]
-        for label, color, style, found in lines:
+        pictures.field_bar(figure, pictures.draw_field(axis, problem.reference().reshape(-1, NT).T, extent), axis)
+        axis.set(
+            title=problem.title.replace(", ", "\n", 1), xlabel="t" if problem.name != "helmholtz" else "y", ylabel="x"
+        )
+        for label, found in {
+            "ours": runs,
+            **{f"jaxKAN {kind}": found for kind, found in peers.get(name, {}).items()},
+        }.items():
+            style = lines.setdefault(label, pictures.STYLES[len(lines)]) | {"markersize": 3.5, "linewidth": 1}
             for run in found:
                 seconds, _, errors = zip(*run["curve"], strict=True)
-                below.semilogy(seconds, errors, "." + style, color=color, label=label if run is found[0] else None)
+                below.semilogy(seconds, errors, **style, label=label if run is found[0] else None)
         below.set(xlabel="CPU s", ylabel="relative L2 error")
-        below.grid(alpha=0.3)
-    known = {line.get_label(): line for below in rows[1] for line in below.get_lines() if line.get_label()[0] != "_"}
+    known = {line.get_label(): line for _, below in places for line in below.get_lines() if line.get_label()[0] != "_"}
     figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known))
-    figure.suptitle("From zero by one recipe, five seeds: the solutions, and the errors that a minute brings them to")
-    figure.savefig(path, dpi=100)
+    figure.suptitle(
+        "From zero by one recipe, five seeds: the solutions, and the errors that a minute brings them to\n"
+        + pictures.FIELD_LINES
+    )
+    figure.savefig(path)
     plt.close(figure)
 
 

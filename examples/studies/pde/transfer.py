@@ -4,6 +4,7 @@
 
     python examples/studies/pde/transfer.py --family allen_cahn  # about 20 minutes of one core
     python examples/studies/pde/transfer.py --family allen_cahn --quick  # a minute, for CI: says nothing
+    python examples/studies/pde/transfer.py --family allen_cahn --fields  # its picture alone, from one run: 3 minutes
     python examples/studies/pde/transfer.py --report  # the table of all families from what was run
 
 Each run is stored in the cache and not repeated, so that an interrupted experiment continues. `--seeds`,
@@ -162,34 +163,38 @@ def headline_of(rows: list[dict]) -> str:
 
 
 def draw_fields(family: Family, setting: Setting, cache: Path, path: Path) -> None:
-    """Draws reference, base, adapted network and error for each target."""
+    """Draws reference, base, adapted network and error for each target, of one run (seed 0)."""
     base = pretrained(family, setting, 0, cache)
-    figure, axes = plt.subplots(len(family.targets), 4, figsize=(13, 3.1 * len(family.targets)), layout="constrained")
-    labels = ("x", "y") if family.name == "elliptic" else ("x", "t")
+    size = (10.5, 2.4 * len(family.targets) + 0.6)
+    shared = {"sharex": True, "sharey": True, "layout": "constrained"}
+    figure, axes = plt.subplots(len(family.targets), 4, figsize=size, **shared)
+    low, label = (-1, "y") if family.name == "elliptic" else (0, "t")
     for row, (target, parameter) in zip(axes, family.targets.items(), strict=True):
         model, curve = train(METHODS["lotra_lm"], family, target, parameter, base, setting, 0)
         with torch.no_grad():
-            values = [family.reference(parameter), base(test_points()), model(test_points())]
-        bound = values[0].abs().max().item()
-        values.append(values[2] - values[0])
+            fields = [family.reference(parameter), base(test_points()), model(test_points())]
+        fields = [field.reshape(GRID, GRID) for field in fields]
         titles = (
             "reference",
             f"base, error {100 * curve[0][2]:.2g} %",
-            f"LoTRA + LM, error {100 * curve[-1][2]:.2g} %",
+            f"LoTRA by LM, error {100 * curve[-1][2]:.2g} %",
+            "LoTRA - reference",
         )
-        for ax, value, title in zip(row, values, (*titles, "LoTRA - reference"), strict=True):
-            limit = bound if ax is not row[-1] else value.abs().max().item()
-            extent = (-1, 1, -1, 1) if family.name == "elliptic" else (-1, 1, 0, 1)
-            field = value.reshape(GRID, GRID).T
-            image = ax.imshow(
-                field, origin="lower", extent=extent, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit
-            )
-            figure.colorbar(image, ax=ax)
-            ax.set_title(title, fontsize=10)
-            ax.set_xlabel(labels[0])
-        row[0].set_ylabel(f"{target}: {family.parameter_name} = {parameter:g}\n{labels[1]}")
-    figure.suptitle(f"{family.name}: {family.title}; base at {family.parameter_name} = {family.base:g}")
-    figure.savefig(path, dpi=110)
+        for axis, title in zip(row, titles, strict=True):
+            axis.set_title(title)
+        bound = max(field.abs().max().item() for field in fields)
+        meshes = [pictures.draw_field(ax, x, (-1, 1, low, 1), bound) for ax, x in zip(row, fields, strict=False)]
+        pictures.field_bar(figure, meshes[0], row[:3])
+        pictures.field_bar(figure, pictures.draw_field(row[3], fields[2] - fields[0], (-1, 1, low, 1)), row[3])
+        row[0].set_ylabel(f"{target}: {family.parameter_name} = {parameter:g}\n{label}")
+    for axis in axes[-1]:
+        axis.set_xlabel("x")
+    name = family.name.replace("_", "-").title()
+    figure.suptitle(
+        f"{name}, {family.title}: the base, at {family.parameter_name} = {family.base:g}, is brought to three others\n"
+        f"One run. {pictures.FIELD_LINES}"
+    )
+    figure.savefig(path)
     plt.close(figure)
 
 
@@ -263,6 +268,7 @@ def main() -> None:
     )
     parser.add_argument("--family", help=f"one of {', '.join(FAMILIES)}")
     parser.add_argument("--report", action="store_true", help="run nothing; tables and curves of all that was run")
+    parser.add_argument("--fields", action="store_true", help="draw the fields of --family alone: three minutes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--targets", nargs="+", default=["near", "middle", "far"], choices=["near", "middle", "far"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
@@ -287,13 +293,16 @@ def main() -> None:
         family = find_family(args.family)
     except ValueError as error:
         parser.error(str(error))
+    name = f"{family.name}_quick" if args.quick else family.name
+    if args.fields:
+        draw_fields(family, setting, args.cache, args.output / f"{name}_fields.png")
+        return
     seeds = args.seeds[:1] if args.quick else args.seeds
     jobs = [(seed, target, method) for seed in seeds for target in args.targets for method in args.methods]
     lines = [
         run(method, family, target, setting, seed, args.cache)
         for seed, target, method in track(jobs, description=family.name, console=console)
     ]
-    name = f"{family.name}_quick" if args.quick else family.name
     report(lines, args.output, console, name)
     draw_fields(family, setting, args.cache, args.output / f"{name}_fields.png")
     console.print(f"written: {args.output / name}.json, .md, .png, _all.png and _fields.png")

@@ -288,7 +288,7 @@ PROBLEMS = {
     for problem in (
         Problem(
             "burgers",
-            "Burgers, 0.01/pi",
+            "Burgers, viscosity 0.01/pi",
             *UNIT,
             start=0.1,
             stop=0.01 / math.pi,
@@ -302,7 +302,7 @@ PROBLEMS = {
         ),
         Problem(
             "allen_cahn",
-            "Allen-Cahn, 1e-4",
+            "Allen-Cahn, diffusion 1e-4",
             *UNIT,
             start=0.02,
             stop=1e-4,
@@ -317,7 +317,7 @@ PROBLEMS = {
         ),
         Problem(
             "helmholtz",
-            "Helmholtz, (1, 4)",
+            "Helmholtz, waves (1, 4)",
             *SQUARE,
             start=4.0,
             stop=4.0,
@@ -330,7 +330,7 @@ PROBLEMS = {
         ),
         Problem(
             "korteweg_de_vries",
-            "Korteweg-de Vries, 0.0025",
+            "Korteweg-de Vries, dispersion 0.0025",
             *EVOLUTION,
             start=0.05,
             stop=0.0025,
@@ -344,7 +344,7 @@ PROBLEMS = {
         ),
         Problem(
             "sine_gordon",
-            "sine-Gordon, 20",
+            "sine-Gordon, force 20",
             *EVOLUTION,
             start=1.0,
             stop=20.0,
@@ -357,7 +357,7 @@ PROBLEMS = {
         ),
         Problem(
             "advection",
-            "advection, 30",
+            "advection, speed 30",
             *CIRCLE,
             start=1.0,
             stop=30.0,
@@ -371,7 +371,7 @@ PROBLEMS = {
         ),
         Problem(
             "fisher",
-            "Fisher, 5",
+            "Fisher, growth 5",
             *CIRCLE,
             start=1.0,
             stop=5.0,
