@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
@@ -35,6 +36,8 @@ def on_config(config):
     snippets["base_path"] = [str(ROOT / path) for path in snippets["base_path"]]
     sys.path.append(str(ROOT / "docs"))  # of the extension `reference_docstrings`
     os.environ["TQDM_DISABLE"] = "1"  # bars would fill the pages
+    sys.path.append(str(ROOT / "tests" / "support"))
+    importlib.import_module("hub_server").start_hub("user")  # where the notebooks push to
     os.chdir(tempfile.mkdtemp(prefix="notebooks"))  # what the notebooks write goes there
     return config
 

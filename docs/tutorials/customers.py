@@ -14,28 +14,16 @@
 # # efficient-kan: five customers on one base
 #
 # A classifier of efficient-kan layers (here qkan's copy of them) reads digits. Five customers have scanners of their
-# own, so each gets an adapter. One batch serves all of them, and one repository of the Hub holds them. Needs `pip
-# install -e ".[examples]" qkan`. (efficient-kan itself is not on PyPI.) The code down to *Further* is one script,
-# which runs for half a minute.
+# own, so each gets an adapter. One batch serves all of them, and one repository of the Hub holds them. Needs
+# `pip install -e ".[examples]" qkan`. (efficient-kan itself is not on PyPI.)
 #
-# ## A Hub to push to
+# The code down to *Further* is one script, which runs for half a minute. No account is needed: a clone has a stand-in
+# for the Hub among its tests, and this runs a script that pushes to it:
 #
-# This starts a stand-in for the Hub, which a clone has among its tests, so no account is needed. It must run before
-# peft or huggingface_hub is imported. For your own account, log in by `hf auth login`, leave this cell out, and write
-# your name in place of `user` below.
-
-# %%
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
-
-clone = Path(find_spec("peft_lotra").origin).parents[1]
-sys.path.append(f"{clone}/tests/support")
-from hub_server import start_hub
-
-
-start_hub("user")
+#     python PATH/TO/THE/CLONE/tests/support/hub_server.py customers.py
+#
+# For your own account, log in by `hf auth login`, write your name for `user`, and run `python customers.py`. In a
+# notebook the first cell of [Publish and load](../hub/) starts the stand-in.
 
 # %% [markdown]
 # ## The base
@@ -44,7 +32,7 @@ start_hub("user")
 
 # %%
 import torch
-from huggingface_hub import list_repo_files, upload_file
+from huggingface_hub import upload_file
 from peft import get_peft_model
 from qkan.kan import KANLinear
 from scipy.ndimage import rotate
@@ -55,8 +43,8 @@ from peft_lotra import LoTRAConfig, create_lotra_optimizer, push_to_hub
 
 
 torch.manual_seed(0)
-images, labels = shuffle(*load_digits(return_X_y=True), random_state=0)
-images, y = images.reshape(-1, 8, 8), torch.tensor(labels)
+images, y = shuffle(*load_digits(return_X_y=True), random_state=0)
+images, y = images.reshape(-1, 8, 8), torch.tensor(y)
 
 
 def scans(angle):
@@ -84,10 +72,11 @@ torch.save(kan.state_dict(), "base.pt")
 
 # %%
 angles = {"anna": -40, "ben": -20, "cleo": 20, "dora": 40, "emil": 180}
-model = get_peft_model(kan, LoTRAConfig(r=(8, 8, 4)), adapter_name="anna")
+config = LoTRAConfig(r=(8, 8, 4))
+model = get_peft_model(kan, config, adapter_name="anna")
 for name, angle in angles.items():
     if name != "anna":
-        model.add_adapter(name, LoTRAConfig(r=(8, 8, 4)))
+        model.add_adapter(name, config)
     model.set_adapter(name)
     optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=2e-2)
     train(model, optimizer, scans(angle)[500:700], y[500:700])
@@ -95,17 +84,15 @@ for name, angle in angles.items():
 # %% [markdown]
 # ## One batch for all
 #
-# 500 test scans of each customer. In evaluation mode `adapter_names` takes a name for each row.
+# 500 test scans of each customer. In evaluation mode `adapter_names` takes a name for each row. What is printed is the
+# accuracy for each customer.
 
 # %%
 model.eval()
 x = torch.cat([scans(angle)[:500] for angle in angles.values()])
 rows = [name for name in angles for _ in range(500)]
 right = model(x, adapter_names=rows).argmax(1) == y[:500].repeat(5)
-metrics = {}
-for name, part in zip(angles, right.split(500), strict=True):
-    metrics[name] = {"accuracy": part.double().mean().item()}
-print(metrics)
+print(right.view(5, 500).double().mean(1))
 
 # %% [markdown]
 # ## Push
@@ -114,8 +101,7 @@ print(metrics)
 # and stands in the card. The weights of the base go beside them as a file.
 
 # %%
-repo = "user/customers"
-base_code = """
+code = """
 import torch
 from huggingface_hub import hf_hub_download
 from qkan.kan import KANLinear
@@ -123,9 +109,10 @@ from qkan.kan import KANLinear
 base = torch.nn.Sequential(KANLinear(64, 32), KANLinear(32, 10))
 base.load_state_dict(torch.load(hf_hub_download("user/customers", "base.pt")))
 """
-push_to_hub(model, repo, base_code=base_code, metrics=metrics)
-upload_file(path_or_fileobj="base.pt", path_in_repo="base.pt", repo_id=repo)
-print(list_repo_files(repo))
+repo = "user/customers"
+push_to_hub(model, repo, base_code=code)
+url = upload_file(path_or_fileobj="base.pt", path_in_repo="base.pt", repo_id=repo)
+print(url)
 
 # %% [markdown]
 # ## Further: load them, somewhere else
@@ -134,13 +121,15 @@ print(list_repo_files(repo))
 # makes of these scans.
 
 # %%
+from huggingface_hub import list_repo_files
 from peft import PeftModel
 
 from peft_lotra import model_summary
 
 
+print(list_repo_files(repo))
 scope = {}
-exec(base_code, scope)
+exec(code, scope)
 served = PeftModel.from_pretrained(scope["base"], repo, subfolder="anna", adapter_name="anna")
 for name in list(angles)[1:]:
     served.load_adapter(repo, subfolder=name, adapter_name=name)
@@ -148,7 +137,7 @@ served.eval()
 difference = served(x, adapter_names=rows) - model(x, adapter_names=rows)
 print("largest difference:", difference.abs().max().item())
 right = served(x, adapter_names=["__base__"] * 2500).argmax(1) == y[:500].repeat(5)
-print("without adapters:", right.view(5, 500).double().mean(1).tolist())
+print("without adapters:", right.view(5, 500).double().mean(1))
 model_summary(served)
 
 # %% [markdown]

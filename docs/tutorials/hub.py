@@ -29,7 +29,7 @@ sys.path.append(f"{clone}/tests/support")
 from hub_server import start_hub
 
 
-start_hub("user")
+hub = start_hub("user")
 
 # %%
 import warnings

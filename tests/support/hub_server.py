@@ -7,6 +7,10 @@ Set HF_ENDPOINT to `HubServer.url` and HF_HUB_DISABLE_XET=1 before huggingface_h
 own; `start_hub` does it for the process that calls it. The answers (status, headers, bodies) follow the real Hub: 404
 and 401 with X-Error-Code, safetensors as LFS whatever their size, commits as NDJSON, 412 when the parent of a commit
 is no longer the head.
+
+    python tests/support/hub_server.py SCRIPT [ARGUMENTS]
+
+runs a script with such a Hub, where it is logged in as "user", and shows what the Hub has at the end.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -108,7 +113,7 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
 
-def start_hub(user: str) -> None:
+def start_hub(user: str) -> Hub:
     """Starts a Hub for this process, which is logged in as `user`. It ends with the process, as does its cache.
 
     Raises:
@@ -120,7 +125,7 @@ def start_hub(user: str) -> None:
     server.cache = TemporaryDirectory(prefix="hub")  # kept as long as the server
     os.environ |= {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_user", "HF_HOME": server.cache.name}
     os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    server.__enter__()
+    return server.__enter__().hub
 
 
 class _Error(Exception):
@@ -388,3 +393,14 @@ class _Handler(BaseHTTPRequestHandler):
             answer["pullRequestUrl"] = f"{self.server.url}/{repo}/discussions/{number}"
         oid = found.commit(ref, header["summary"], files)
         self.send(200, {**answer, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo}/commit/{oid}"})
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit("usage: python hub_server.py SCRIPT [ARGUMENTS]")
+    hub = start_hub("user")
+    del sys.argv[0]
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    for name, repo in hub.repos.items():
+        print(f"{name} on the stand-in for the Hub:", *sorted(repo.files("main")), sep="\n    ")
