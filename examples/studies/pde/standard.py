@@ -84,8 +84,10 @@ def draw(results: dict, peers: dict, path: Path) -> None:
             style = lines.setdefault(label, pictures.STYLES[len(lines)]) | {"markersize": 3.5, "linewidth": 1}
             for run in found:
                 seconds, _, errors = zip(*run["curve"], strict=True)
-                below.semilogy(seconds, errors, **style, label=label if run is found[0] else None)
+                below.loglog(seconds, errors, **style, label=label if run is found[0] else None)
         below.set(xlabel="CPU s", ylabel="relative L2 error")
+        below.xaxis.set_major_formatter("{x:g}")
+        below.xaxis.set_minor_formatter("")
     known = {line.get_label(): line for _, below in places for line in below.get_lines() if line.get_label()[0] != "_"}
     figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known))
     figure.suptitle(
