@@ -13,6 +13,9 @@ import griffe
 
 # an argument with its type, in PEFT's way
 TYPED = re.compile(r"^( +\w+) \((.*?`.*?)\):(?= |$)", re.MULTILINE)
+# a result with its type, in PEFT's way, which the signature has; a class has no result
+RESULT = re.compile(r"^(Returns:\n +)`[\w.]+`: ", re.MULTILINE)
+OF_CLASS = re.compile(r"^Returns:\n(?: .*\n?)+\n*", re.MULTILINE)
 # several of one description
 ATTRIBUTES = re.compile(r"(?<=^Attributes:\n)(?: .*\n?)+", re.MULTILINE)
 NAMES = re.compile(r"^( +\w+(?:, \w+)+)(?=: )", re.MULTILINE)
@@ -35,6 +38,7 @@ class Docstrings(griffe.Extension):
         if obj.docstring is not None:
             text = re.sub(r"\[(`[^`\]]+`)\](?![\[(])", r"\1", obj.docstring.value)
             text = TYPED.sub(lambda found: f"{found[1]} ({re.sub('[`*]', '', found[2])}):", text)
+            text = OF_CLASS.sub("", text) if obj.is_class else RESULT.sub(r"\1", text)
             text = ATTRIBUTES.sub(lambda found: NAMES.sub(without_spaces, found[0]), text)
             text = ERRORS.sub(r"\1\2\4\n\1\3\4", text)
             text = LISTED.sub(lambda found: f"{found[1]}\n{textwrap.dedent(found[2])}", text)

@@ -151,13 +151,21 @@ def plot_edge_functions(
 
 
 class EdgeChange(NamedTuple):
-    """How much the active adapters changed an edge of a KAN layer, the function from one input to one output."""
+    """How much the active adapters changed an edge of a KAN layer, the function from one input to one output.
 
-    layer: str  # the name of the layer, as `find_kan_layers` gives it
+    Attributes:
+        layer: The name of the layer, as `find_kan_layers` gives it.
+        output: The unit that it goes to, counted from 0.
+        input: The unit that it comes from, counted from 0.
+        change: The norm of the change of the edge's coefficients.
+        share: The change as a share of the norm of the coefficients before.
+    """
+
+    layer: str
     output: int
     input: int
-    change: float  # the norm of the change of the edge's coefficients
-    share: float  # the change as a share of the norm of the coefficients before
+    change: float
+    share: float
 
 
 @dataclass(eq=False)
@@ -190,7 +198,7 @@ class EdgeChanges(Report):
     def _table(self) -> TextTable:
         rows = [[e.layer, str(e.output), str(e.input), f"{e.change:.3g}", f"{e.share:.1%}"] for e in self.most()]
         count = sum(share.numel() for share in self.share.values())
-        cut = f"the {len(rows)} of {count:,} edges that changed most; `most(n)` lists n"
+        cut = f"the {len(rows)} of {count:,} edges that changed most"
         return TextTable(["layer", ">output", ">input", ">change", ">share"], rows, [cut] if len(rows) < count else [])
 
 

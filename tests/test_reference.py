@@ -15,13 +15,13 @@ griffe = pytest.importorskip("griffe")
 PATH = Path(__file__).parents[1] / "docs" / "reference_docstrings.py"
 
 
-def sections(text: str) -> dict:
-    """The sections of a class with this docstring, by kind."""
+def sections(text: str, kind: str = "Class") -> dict:
+    """The sections of a class, or a function, with this docstring, by kind."""
     spec = importlib.util.spec_from_file_location(PATH.stem, PATH)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    shown = griffe.Class("Shown")
+    shown = getattr(griffe, kind)("Shown")
     shown.docstring = griffe.Docstring(text, parent=shown)
     module.Docstrings().on_object(obj=shown)
     return {part.kind.value: part.value for part in griffe.parse_google(shown.docstring, warnings=False)}
@@ -50,6 +50,14 @@ def test_attributes_in_the_way_of_peft_are_a_list() -> None:
         "text"
     ]
     assert "**Attributes**:\n\n- **model** -- The model.\n- **config**" in text
+
+
+def test_a_result_has_its_type_once() -> None:
+    text = "It is.\n\nReturns:\n    `dict`: By name.\n\nRaises:\n    ValueError: It is wrong.\n"
+    assert [part.description for part in sections(text, "Function")["returns"]] == ["By name."]
+    assert sections(text).keys() == {"text", "raises"}  # of a class
+    kept = sections("It is.\n\nReturns:\n    `shape` and `rank`: both.\n", "Function")["returns"][0]
+    assert kept.description.endswith("both.")
 
 
 def test_an_example_is_code() -> None:

@@ -76,10 +76,9 @@ def push_to_hub(
         HfHubHTTPError: The Hub refuses the push.
 
     Example:
-
-    ```py
-    push_to_hub(model, "user/kan-rotated", base_model="user/kan", metrics={"accuracy": 0.853})
-    ```
+        ```python
+        push_to_hub(model, "user/kan-rotated", base_model="user/kan", metrics={"accuracy": 0.853})
+        ```
     """
     if isinstance(model, PeftModel):
         _check_lotra(model, selected_adapters)

@@ -83,7 +83,7 @@ class LoTRAModel(NormStatsTuner):
 
     **Attributes**:
         - **model** ([`torch.nn.Module`]) -- The model to be adapted.
-        - **peft_config** ([`LoTRAConfig`]): The configuration of the LoTRA model.
+        - **peft_config** ([`LoTRAConfig`]) -- The configuration of the LoTRA model.
     """
 
     prefix: str = "lotra_"
