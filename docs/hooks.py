@@ -25,6 +25,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = "examples/studies/results/"
 # `../examples/pde.py` in a page leads from its file on GitHub to the file, and is none of the pages of the site
 OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:examples|tests|peft_lotra|docs/notes|[A-Z]+[\w.]*|pyproject)[^)\s]*)\)")
+# what nbconvert adds for widgets
+WIDGETS = re.compile(
+    r"<script>\s*\(function\(\) \{\s*function addWidgetsRenderer.*?</script>"
+    r'|<script type="application/vnd\.jupyter\.widget.*?</script>',
+    re.DOTALL,
+)
 
 
 def on_config(config):
@@ -48,6 +54,16 @@ def on_files(files, config):
         name = path.relative_to(ROOT / RESULTS).as_posix()
         files.append(File.generated(config, f"assets/results/{name}", abs_src_path=str(path)))
     return files
+
+
+def on_page_content(html, page, config, files):
+    """Pictures of results, which a page shows small, lead to themselves."""
+    return re.sub(r'(<img [^>]*src="([^"]*assets/results/[^"]+)"[^>]*>)', r'<a href="\2">\1</a>', html)
+
+
+def on_post_page(output, page, config):
+    """Notebooks load nothing from elsewhere: their bars are in no page."""
+    return WIDGETS.sub("", output)
 
 
 def on_page_markdown(markdown, page, config, files):
