@@ -231,8 +231,9 @@ def draw(runs: list[dict], means: dict, images, path: Path) -> None:
             row.imshow(image[test[i]].view(8, 8), cmap="Greys")
             row.set(xticks=[], yticks=[])
         colors = {name: "tab:green" if guess[i] == digit else "tab:red" for name, guess in guesses.items()}
-        axes[1, digit].set_xlabel(f"LoTRA: {guesses['LoTRA'][i]}", color=colors["LoTRA"], fontsize=11)
-        axes[1, digit].set_title(f"base: {guesses['base'][i]}", color=colors["base"], fontsize=11)
+        texts = {name: f"{name}: {guess[i]}{'' if guess[i] == digit else ' ✗'}" for name, guess in guesses.items()}
+        axes[1, digit].set_xlabel(texts["LoTRA"], color=colors["LoTRA"], fontsize=11)
+        axes[1, digit].set_title(texts["base"], color=colors["base"], fontsize=11)
     axes[0, 0].set_ylabel("trained on")
     axes[1, 0].set_ylabel("now coming in")
     top.suptitle("The scanner changes, and the base model fails", fontsize=13)

@@ -61,7 +61,7 @@ TITLES = {
     "burgers_two": "Burgers, viscosity and amplitude",
     "elliptic": "elliptic, contrast 0.2 to 1",
 }
-CHOICES = (("C0", "greedy", "chosen where predictions are worst"), ("C7", "uniform", "uniform grid"))
+CHOICES = (("C0o-", "greedy", "chosen where predictions are worst"), ("C7s:", "uniform", "uniform grid"))
 MEMBERS = (4, 8, 12, 16, 24, 32)  # of the families that show how many it takes
 
 
@@ -285,9 +285,9 @@ def draw(results: list[dict], path: Path) -> None:
                 left.axhline(float(np.median(values)), color=f"C{color}", lw=1.5, ls=style, label=LABELS[kind])
         left.set(title=here, xlabel="CPU ms from a new parameter to its adapter", ylabel="relative L2 error")
         for middle in middles:
-            for result, (color, kind, label) in product(found, CHOICES):
+            for result, (style, kind, label) in product(found, CHOICES):
                 few = sorted((int(number), value) for number, value in result["medians_by_members"][kind].items())
-                middle.loglog(*np.array(few).reshape(-1, 2).T, "o-", color=color, lw=1, ms=4, label=label)
+                middle.loglog(*np.array(few).reshape(-1, 2).T, style, lw=1, ms=4, label=label)
             there = float(np.median([row["errors"]["fitted"] for row in rows]))
             middle.axhline(there, color="C2", lw=1.5, ls="--", label="fitted there (eight steps)")
             middle.set(title="more members, smaller errors", xlabel="members", ylabel="median error of predictions")

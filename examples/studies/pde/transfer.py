@@ -19,6 +19,7 @@ from problems import command_line  # isort: split
 
 import json
 import statistics
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -225,7 +226,7 @@ def draw_curves(lines: list[dict], targets: list[str], methods: list[str], path:
         ax.set_xlabel("CPU seconds")
     handles = {text: line for ax in axes.flat for line, text in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4 if len(methods) > 4 else 2)
-    figure.suptitle(message_of(lines, targets))
+    figure.suptitle(textwrap.fill(message_of(lines, targets), int(11 * size[0])))
     figure.savefig(path)
     plt.close(figure)
 
@@ -237,7 +238,9 @@ def message_of(lines: list[dict], targets: list[str]) -> str:
     if not shares or len(shares) < len(rows):
         return "Errors of a trained KAN that is brought to another parameter of its PDE"
     share = f"{100 * min(shares):.0f} to {100 * max(shares):.0f}"
-    return f"LoTRA by Levenberg-Marquardt (LM) has full fine-tuning by Adam's error after {share} % of its seconds"
+    return (
+        f"LoTRA by Levenberg-Marquardt (LM) has the error of full fine-tuning by Adam after {share} % of its seconds"
+    )
 
 
 def report(lines: list[dict], output: Path, console: Console, name: str) -> None:
