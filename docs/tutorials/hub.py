@@ -52,7 +52,7 @@ torch.set_num_threads(1)
 
 # %%
 kan = KANModel(KANConfig(widths=[4, 32, 4]))
-kan.push_to_hub("user/kan")
+print(kan.push_to_hub("user/kan").commit_url)
 
 # %% [markdown]
 # ## The adapter

@@ -116,7 +116,9 @@ with torch.no_grad():
 fields["error"] = fields["adapted"] - fields["solution"]
 figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
 for axis, (name, values) in zip(axes, fields.items(), strict=True):
-    picture = axis.imshow(values.view(81, 81).T, extent=(-1, 1, -1, 1), origin="lower", cmap="RdBu_r")
+    field, most = values.view(81, 81).T, values.abs().max()
+    picture = axis.imshow(field, "RdBu_r", extent=(-1, 1, -1, 1), origin="lower", vmin=-most, vmax=most)
+    axis.contour(line, line, field, 5, colors="black", linewidths=0.7)  # dashed below zero
     axis.set(title=name, xlabel="x", ylabel="t")
     figure.colorbar(picture, ax=axis, shrink=0.7)
 
