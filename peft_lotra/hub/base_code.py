@@ -80,9 +80,13 @@ def _is_repository(name: str) -> bool:
 
 
 def source_of_model(
-    base: nn.Module, config: LoTRAConfig, base_model: str | None = None, base_code: str | None = None
+    base: nn.Module,
+    config: LoTRAConfig,
+    base_model: str | None = None,
+    base_code: str | None = None,
+    written_code: str | None = None,
 ) -> BaseSource:
-    """The source of a base in memory."""
+    """The source of a base in memory; `written_code` is the code of an earlier card, for what cannot be built."""
     module, name = _import_path(type(base))
     model = base_model or hub_id(getattr(base, "name_or_path", None))
     auto = False
@@ -94,7 +98,8 @@ def source_of_model(
         where = f"those of {model} on the Hub" if model else "which are not on the Hub"
         built = _same_architecture(base)
         todo = f"# now load into `base` the weights that the adapter was trained on, {where}"
-        code = f"{built}\n{todo}" if built else _by_hand(module, name)
+        code = f"{built}\n{todo}" if built else (None if base_model else written_code) or _by_hand(module, name)
+        code = code.strip("\n")
     return BaseSource(model, module, name, code, auto)
 
 

@@ -10,6 +10,7 @@ import numbers
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
@@ -89,7 +90,8 @@ def write_model_card(
     `save_pretrained` calls it without further arguments.
 
     Args:
-        model: The model with the adapter. With None, the card is made from the files and keeps the code of the base.
+        model: The model with the adapter; other adapters in the folder are listed, too. With None, the card is made
+            from the files and keeps the code of the base.
         folder: The folder of the saved adapter.
         repo_id: The repository that the snippet loads the adapter from, by default the folder that it runs in.
         revision: The branch of `repo_id`, if it is not the main one.
@@ -149,8 +151,12 @@ def write_model_card(
         config = cast(LoTRAConfig, model.peft_config[next(iter(tables))])
         base = model.get_base_model()
         problem_type = getattr(getattr(base, "config", None), "problem_type", None)
-        source = source_of_model(base, config, base_model, base_code)
-        configs = model.peft_config
+        source = source_of_model(base, config, base_model, base_code, written_code(load_card(folder / README)))
+        configs = dict(model.peft_config)
+        for name in [name for name in saved if name not in tables]:
+            with suppress(ValueError):  # of another method, or broken
+                configs[name], tensors = read_adapter(saved[name])
+                tables[name] = table_of_tensors(cast(LoTRAConfig, configs[name]), tensors)
     results = _eval_results(metrics, problem_type, tables)
     trained = {name: cast(LoTRAConfig, configs[name]).train for name in tables}
     if not folder.is_dir():
@@ -158,6 +164,10 @@ def write_model_card(
     card = load_card(folder / README) or ModelCard("---\n{}\n---\n")
     title = (repo_id or "LoTRA adapter").rpartition("/")[2]
     data = cast(ModelCardData, card.data)  # huggingface_hub annotates it with a name that is no type
+    if results and isinstance(metrics, dict) and all(isinstance(values, dict) for values in metrics.values()):
+        others = tables.keys() - metrics.keys()
+        kept = [old for old in data.eval_results or () if (old.metric_name or "").partition(": ")[0] in others]
+        results = [*kept, *results]
     _fill_front_matter(data, source, title, tags, results)
     if license is not None:
         data.license = license

@@ -9,10 +9,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, ModelCard, get_token, hf_hub_download
@@ -50,7 +50,8 @@ def push_to_hub(
     """Pushes the adapters of a model to the Hugging Face Hub, with a model card that says how to load them.
 
     The push is one commit: an error leaves the repository unchanged, or a new one empty. The base model is not pushed.
-    Text that a person wrote in README.md is kept, as by `write_model_card`. `model.push_to_hub(repo_id)` is the same.
+    Text that a person wrote in README.md is kept, as by `write_model_card`. Adapters of other names in the repository
+    stay, and the card lists them. `model.push_to_hub(repo_id)` is the same.
 
     Args:
         model: The model with the adapters, or a folder that `save_pretrained` wrote.
@@ -101,6 +102,7 @@ def push_to_hub(
         card = combine_cards(here, target.load_card())
         if card is not None:
             card.save(folder / README)
+        others = target.copy_other_adapters(folder)
         write_model_card(
             model if isinstance(model, PeftModel) else None,
             folder,
@@ -112,6 +114,8 @@ def push_to_hub(
             metrics=metrics,
             license=license,
         )
+        for path in others:  # which are there, and stay as they are
+            path.unlink()
         return target.commit(folder, commit_message)
 
 
@@ -207,6 +211,24 @@ class _Target:
         if README not in self.files:
             return None
         return load_card(self.download(README), f"{README} in {self.repo_id}")
+
+    def copy_other_adapters(self, folder: Path) -> list[Path]:
+        """Copies the adapters of the repository that a push leaves as they are, for the card; returns their files."""
+        copied = []
+        for config_file in sorted(file for file in self.files if PurePosixPath(file).name == CONFIG_NAME):
+            place = PurePosixPath(config_file).parent
+            files = [(place / name).as_posix() for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
+            if len(place.parts) > 1 or (folder / config_file).exists() or not self.files.issuperset(files):
+                continue
+            with suppress(ValueError):  # of another method, or broken: no subject of this card
+                if peft_type_of(self.download(config_file)) == NAME:
+                    there = [self.download(file) for file in files]
+                    read_adapter(there[0].parent)
+                    (folder / place).mkdir(exist_ok=True)
+                    copied += [
+                        Path(shutil.copyfile(path, folder / file)) for path, file in zip(there, files, strict=True)
+                    ]
+        return copied
 
     def check_adapter(self, config_file: str) -> None:
         """Raises a ValueError if the repository has an adapter of another method at this path."""

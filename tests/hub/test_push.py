@@ -276,3 +276,51 @@ def test_a_hub_that_is_started_too_late_is_refused():
     env = os.environ | {"PYTHONPATH": str(WORKER.parent)}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert "RuntimeError: Restart Python" in result.stderr
+
+
+LATER = """
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from peft import PeftModel, get_peft_model
+from peft_lotra import LoTRAConfig, push_to_hub
+from peft_lotra.kan import KANLinear
+
+base = torch.nn.Sequential(KANLinear(3, 4), KANLinear(4, 2))
+config = LoTRAConfig(r=2, init_weights=False)
+model = get_peft_model(base, config, adapter_name="anna")
+model.add_adapter("ben", config)
+push_to_hub(model, "user/all", base_code="base = make()  # mine", metrics={"anna": {"mse": 0.25}, "ben": {"mse": 0.5}})
+base = model.unload()
+
+api = HfApi()
+for name in ("broken", "other"):  # what no card of ours is about
+    text = b'{"peft_type": "LORA"}' if name == "other" else b"{"
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        api.upload_file(path_or_fileobj=text, path_in_repo=f"{name}/{file}", repo_id="user/all")
+before = set(api.list_repo_files("user/all"))
+
+fay = get_peft_model(base, config, adapter_name="fay")
+push_to_hub(fay, "user/all", metrics={"fay": {"mse": 0.125}})
+added = set(api.list_repo_files("user/all")) - before
+assert added == {"fay/adapter_config.json", "fay/adapter_model.safetensors"}, added
+card = Path(hf_hub_download("user/all", "README.md")).read_text()
+base = fay.unload()
+loaded = PeftModel.from_pretrained(base, "user/all", subfolder="anna", adapter_name="anna")
+push_to_hub(loaded, "user/all")  # again, without metrics: nothing is lost
+again = Path(hf_hub_download("user/all", "README.md")).read_text()
+for text in (card, again):
+    assert all(f"{name}: `0`" in text for name in ("anna", "ben", "fay")), text
+    assert "base = make()  # mine" in text and "base = ..." not in text, text
+    assert all(f"{name}: mse" in text for name in ("anna", "ben", "fay")), text
+    assert "broken" not in text and "other:" not in text, text
+"""
+
+
+def test_an_adapter_that_is_added_later(tmp_path):
+    """The card lists those that were there, with their results and the code of the base; their files stay."""
+    (tmp_path / "later.py").write_text(LATER)
+    command = [sys.executable, str(WORKER.with_name("hub_server.py")), str(tmp_path / "later.py")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
