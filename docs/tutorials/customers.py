@@ -101,15 +101,15 @@ print(right.view(5, 500).double().mean(1))
 # and stands in the card. The weights of the base go beside them as a file.
 
 # %%
-code = """
+repo = "user/customers"
+code = f"""
 import torch
 from huggingface_hub import hf_hub_download
 from qkan.kan import KANLinear
 
 base = torch.nn.Sequential(KANLinear(64, 32), KANLinear(32, 10))
-base.load_state_dict(torch.load(hf_hub_download("user/customers", "base.pt")))
+base.load_state_dict(torch.load(hf_hub_download("{repo}", "base.pt")))
 """
-repo = "user/customers"
 push_to_hub(model, repo, base_code=code)
 url = upload_file(path_or_fileobj="base.pt", path_in_repo="base.pt", repo_id=repo)
 print(url)

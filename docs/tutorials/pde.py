@@ -82,7 +82,8 @@ print(f"v = 0.15, before adapting: error {error(kan, 0.15):.3%}")
 # ## A new parameter
 #
 # The same equation with another `v`. The optimizer trains what requires a gradient, which is the adapter. The last
-# layer has one output, so lower ranks do.
+# layer has one output, so lower ranks do. From v = 0.1 this gets below 0.1 % for 0.02 to 0.2; farther away it takes
+# more steps, and 1.0 stays above. Without a known solution the loss says it: 1e-6 is good here, 1e-3 is not.
 
 # %%
 config = LoTRAConfig(r=(8, 8, 6), rank_pattern={"layers.2": (1, 4, 6)})

@@ -29,7 +29,7 @@ from kan import KAN, create_dataset
 from peft import get_peft_model
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.plotting import plot_edge_functions, plot_network_change
+from peft_lotra.plotting import edge_changes, plot_edge_functions, plot_network_change
 
 
 def data(sign):
@@ -61,7 +61,7 @@ print("new data, adapted:", model.evaluate(new)["test_loss"])
 # %% [markdown]
 # ## What changed
 #
-# The edge functions of the first layer that changed most, before and after:
+# For each input of the first layer, the edge function that changed most, before and after:
 
 # %%
 edges = plot_edge_functions(model, "act_fun.0")
@@ -69,11 +69,14 @@ edges.savefig("edges.png")
 edges
 
 # %% [markdown]
-# Each edge in the color of how much it changed:
+# Each edge in the color of how much its coefficients changed, as a share of them; input and unit 0 are on top. A shift
+# by a constant counts, and an edge that was almost zero changes by much: look at its function, above. The same as
+# numbers:
 
 # %%
 network = plot_network_change(model)
 network.savefig("network.png")
+print(edge_changes(model))
 network
 
 # %% [markdown]
