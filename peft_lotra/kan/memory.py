@@ -26,7 +26,7 @@ JET_BLOCK = 2**19
 # Of all functions of a part of a block, in the product of its jet rows. `examples/studies/pde/jet_speed.py`
 JET_PART = 2**19
 # Of the largest tensor of a block in a jet by plain operations. `examples/studies/pde/jet_speed.py`
-PLAIN_JET_BLOCK = 2**19
+PLAIN_JET_BLOCK = 2**18
 # All of these on other devices than the CPU: only bound the memory. `examples/studies/benchmarks/run.py --device cuda`
 OFF_CPU = 2**26
 # Not a size: up to so many outputs, the product of a jet by hand costs less than plain operations on an update in
