@@ -72,6 +72,14 @@ def by_hand_pays(rows: int, x: Tensor, *others: Tensor | None) -> bool:
     return rows > 64 and not needs_plain_operations(x, *others)
 
 
+def weighted_square(first: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """z' (D, I, N) times the weights, and z'^2, or the weighted sum (1, I, N) of it."""
+    if weights is None:
+        return first, first * first
+    weighted = first * weights[:, None, None]
+    return weighted, (weighted * first).sum(0, keepdim=True)
+
+
 def make_features(basis: Basis, z: Tensor) -> SplineFeatures | FunctionFeatures:
     """The functions of a basis, silu included for a uniform grid, for inputs z (I, N)."""
     return SplineFeatures(basis, z) if isinstance(basis, UniformGrid) else FunctionFeatures(basis, z)
@@ -90,9 +98,7 @@ class JetRows:
         counts: tuple[int, ...],
     ) -> None:
         self.scales, self.first, self.second, self.counts = scales, first, second, counts
-        self.weighted = first if weights is None else first * weights[:, None, None]
-        square = self.weighted * first
-        self.square = square if weights is None else square.sum(0, keepdim=True)
+        self.weighted, self.square = weighted_square(first, weights)
         self.scaled_first = self._scaled(first, 1).unsqueeze(1)
         self.scaled_square = self._scaled(self.square, 2).unsqueeze(1)
         self.scaled_second = None if second is None else self._scaled(second, 1).unsqueeze(1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..basis import UniformGrid, silu_derivatives
 from ..product import needs_plain_operations
-from .by_hand import plain_gradients
+from .by_hand import plain_gradients, weighted_square
 from .functions import Basis
 from .splines import spline_pieces
 
@@ -63,9 +63,7 @@ class FewOutputsJet(torch.autograd.Function):
             for power in range(order - 1, d - 1, -1):
                 value = torch.addcmul(gathered[power] * math.perm(power, d), value, t)
             phi.append((value.mul_(scale**d) if d else value).addcmul_(base, residual[d]))
-        weighted = first if weights is None else first * weights[:, None, None]
-        square = weighted * first
-        square = square if weights is None else square.sum(0, keepdim=True)
+        weighted, square = weighted_square(first, weights)
 
         *value, first_phi, second_phi, third_phi = phi
         d2y = _over_inputs(second_phi, square)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .by_hand import plain_gradients
+from .by_hand import plain_gradients, weighted_square
 
 
 class OneFunctionJet(torch.autograd.Function):
@@ -22,9 +22,7 @@ class OneFunctionJet(torch.autograd.Function):
         to_inputs = any(ctx.needs_input_grad[:3])
         with torch.no_grad():
             found = [part[0] for part in basis.evaluate(z, 3 if to_inputs else 2)]
-        weighted = first if weights is None else first * weights[:, None, None]
-        square = weighted * first
-        square = square if weights is None else square.sum(0, keepdim=True)
+        weighted, square = weighted_square(first, weights)
         start = 0 if only_second else 1 + count
         rows = z.new_empty(len(z), start + len(square), z.shape[1])
         by_part = rows.transpose(0, 1)
