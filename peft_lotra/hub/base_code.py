@@ -91,7 +91,7 @@ def source_of_model(
     model = base_model or hub_id(getattr(base, "name_or_path", None))
     auto = False
     if base_code is not None:
-        code = base_code.strip("\n")
+        code = base_code
     elif model and hasattr(base, "from_pretrained"):
         code, auto = _from_pretrained(module, name, model, config.revision), True
     else:
@@ -99,8 +99,7 @@ def source_of_model(
         built = _same_architecture(base)
         todo = f"# now load into `base` the weights that the adapter was trained on, {where}"
         code = f"{built}\n{todo}" if built else (None if base_model else written_code) or _by_hand(module, name)
-        code = code.strip("\n")
-    return BaseSource(model, module, name, code, auto)
+    return BaseSource(model, module, name, code.strip("\n"), auto)
 
 
 def source_of_config(

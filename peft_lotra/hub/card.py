@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeGuard, cast
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -164,7 +164,7 @@ def write_model_card(
     card = load_card(folder / README) or ModelCard("---\n{}\n---\n")
     title = (repo_id or "LoTRA adapter").rpartition("/")[2]
     data = cast(ModelCardData, card.data)  # huggingface_hub annotates it with a name that is no type
-    if results and isinstance(metrics, dict) and all(isinstance(values, dict) for values in metrics.values()):
+    if results and _is_by_adapter(metrics):
         others = tables.keys() - metrics.keys()
         kept = [old for old in data.eval_results or () if (old.metric_name or "").partition(": ")[0] in others]
         results = [*kept, *results]
@@ -381,12 +381,17 @@ def _markdown(table: TextTable) -> str:
     return "\n".join(f"|{'|'.join(line)}|" for line in (head, rules, *body))
 
 
+def _is_by_adapter(metrics: object) -> TypeGuard[dict[str, dict[str, float]]]:
+    """Whether metrics are values by adapter, and not values by name or results."""
+    return isinstance(metrics, dict) and bool(metrics) and all(isinstance(values, dict) for values in metrics.values())
+
+
 def _eval_results(
     metrics: dict[str, float] | dict[str, dict[str, float]] | list[EvalResult] | None,
     problem_type: str | None,
     adapters: Iterable[str],
 ) -> list[EvalResult] | None:
-    if isinstance(metrics, dict) and metrics and all(isinstance(values, dict) for values in metrics.values()):
+    if _is_by_adapter(metrics):
         if unknown := metrics.keys() - set(adapters):
             raise ValueError(f"`metrics` names the adapters {sorted(unknown)}, the folder has {sorted(adapters)}.")
         found = {name: _eval_results(cast(dict, values), problem_type, ()) for name, values in metrics.items()}

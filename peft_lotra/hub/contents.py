@@ -188,10 +188,15 @@ def peft_type_of(path: Path) -> str:
         raise ValueError(f"{path} is broken: expected a JSON object with a `peft_type`, got {error!r}.") from error
 
 
+def is_checkpoint(name: str) -> bool:
+    """Whether a folder is a checkpoint of transformers.Trainer, which does not count as an adapter of its folder."""
+    return re.fullmatch(r"checkpoint-\d+", name) is not None
+
+
 def adapter_folders(folder: str | Path) -> dict[str, Path]:
     """The folders of the adapters that `save_pretrained` wrote into a folder, by name."""
     folder = Path(folder)
-    # the folder itself has the adapter "default"; checkpoints of transformers.Trainer do not count
+    # the folder itself has the adapter "default"
     subfolders = (path.parent for path in sorted(folder.glob(f"*/{CONFIG_NAME}")))
-    found = {path.name: path for path in subfolders if not re.fullmatch(r"checkpoint-\d+", path.name)}
+    found = {path.name: path for path in subfolders if not is_checkpoint(path.name)}
     return {"default": folder, **found} if (folder / CONFIG_NAME).is_file() else found

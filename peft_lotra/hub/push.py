@@ -28,7 +28,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from ..tuner.registration import NAME
 from .base_code import check_base_code, check_base_model, hub_id
 from .card import README, combine_cards, load_card, write_model_card, written_code
-from .contents import adapter_folders, peft_type_of, read_adapter
+from .contents import adapter_folders, is_checkpoint, peft_type_of, read_adapter
 
 
 def push_to_hub(
@@ -217,17 +217,18 @@ class _Target:
         copied = []
         for config_file in sorted(file for file in self.files if PurePosixPath(file).name == CONFIG_NAME):
             place = PurePosixPath(config_file).parent
-            files = [(place / name).as_posix() for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)]
-            if len(place.parts) > 1 or (folder / config_file).exists() or not self.files.issuperset(files):
+            weights_file = (place / SAFETENSORS_WEIGHTS_NAME).as_posix()
+            here = len(place.parts) <= 1 and not is_checkpoint(place.name) and weights_file in self.files
+            if not here or (folder / config_file).exists():
                 continue
             with suppress(ValueError):  # of another method, or broken: no subject of this card
-                if peft_type_of(self.download(config_file)) == NAME:
-                    there = [self.download(file) for file in files]
-                    read_adapter(there[0].parent)
+                config = self.download(config_file)
+                if peft_type_of(config) == NAME:
+                    weights = self.download(weights_file)
+                    read_adapter(config.parent)
                     (folder / place).mkdir(exist_ok=True)
-                    copied += [
-                        Path(shutil.copyfile(path, folder / file)) for path, file in zip(there, files, strict=True)
-                    ]
+                    for path, file in ((config, config_file), (weights, weights_file)):
+                        copied.append(Path(shutil.copyfile(path, folder / file)))
         return copied
 
     def check_adapter(self, config_file: str) -> None:
