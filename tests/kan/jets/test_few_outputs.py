@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from jet_helpers import network, points
+from stand_ins import FAMILIES
 from torch import Tensor
 
 from peft_lotra.kan import KAN, KANLinear, jet
@@ -32,6 +33,25 @@ def test_few_outputs(monkeypatch, order, outputs, weights, wanted):
     monkeypatch.setattr(few_outputs, "MOST_OUTPUTS", 0)
     for a, e in zip(found, results(), strict=True):
         assert (a - e).abs().max() <= 1e-10 * e.abs().max()
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+@pytest.mark.parametrize("name", ["fast-kan", "cheby-kan", "efficient-kan-old"])
+def test_functions_of_other_libraries(monkeypatch, name, outputs):
+    """Those whose basis is no grid, and the same where they would need more memory."""
+    hidden, last = FAMILIES[name](3, 7), FAMILIES[name](7, outputs)
+    model, x = torch.nn.Sequential(hidden, last).double(), points(100).requires_grad_()
+    inputs = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+
+    def results() -> list[Tensor]:
+        parts = jet(model, x, collapse=True)
+        return [*parts, *torch.autograd.grad(sum(part.square().sum() for part in parts), inputs, allow_unused=True)]
+
+    found = results()
+    monkeypatch.setattr(few_outputs, "JET_BLOCK", 0)
+    for a, e in zip(found, results(), strict=True):
+        assert (a is None) == (e is None)
+        assert a is None or (a - e).abs().max() <= 1e-10 * e.abs().max()
 
 
 def test_few_outputs_far_from_the_grid():
