@@ -53,18 +53,23 @@ def spline_product(
 
 def needs_plain_operations(x: Tensor, *others: Tensor | float | None) -> bool:
     """Whether operations that write into memory must give way to those that all of torch knows."""
-    tensors = [x, *(value for value in others if isinstance(value, Tensor))]
-    return (
+    if (
         torch.compiler.is_compiling()  # which fuses them itself
         or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage] (documented, not exported)
         or x.is_meta
         or torch.is_autocast_enabled(x.device.type)
         or in_transform()
-        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
-        or any(tensor.dtype != x.dtype for tensor in tensors)
         or x.dtype not in (torch.float32, torch.float64)
-        or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-    )
+    ):
+        return True
+    for tensor in (x, *others):
+        if isinstance(tensor, Tensor) and (
+            type(tensor) not in (Tensor, torch.nn.Parameter)
+            or tensor.dtype != x.dtype
+            or forward_ad.unpack_dual(tensor).tangent is not None
+        ):
+            return True
+    return False
 
 
 class _SplineProduct(torch.autograd.Function):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +30,8 @@ class LayerJet(torch.autograd.Function):
         count, seconds = len(first), len(first) if weights is None else 1
         counts = (0, 0, seconds) if only_second else (1, count, seconds)
         features = make_features(grid, z)
-        jet_rows = JetRows(features.scales, first, second, weights, counts)
-        to_inputs = any(ctx.needs_input_grad[:3])
-        ctx.orders, kept = jet_rows.orders(to_inputs), ()
+        jet_rows = JetRows(directional(features.scale, first, second, weights), counts)
+        ctx.orders, kept = jet_rows.orders(any(ctx.needs_input_grad[:3])), ()
         if any(ctx.needs_input_grad) and z.shape[1] <= features.rows:
             kept = features.evaluate(z, ctx.orders)
         results = [z.new_empty(number, len(weight), z.shape[1]) for number in counts]
@@ -39,7 +39,7 @@ class LayerJet(torch.autograd.Function):
         for part, found in features.parts(z, ctx.orders if kept else jet_rows.orders(False), kept):
             for index, matrix in jet_rows.matrices(found, part):
                 torch.mm(weight, matrix, out=each[index][:, part])
-        ctx.save_for_backward(z, first, second, weight, weights, *kept)
+        ctx.save_for_backward(z, first, second, weight, weights, *(jet_rows.parts if kept else [None] * 4), *kept)
         ctx.set_materialize_grads(False)
         ctx.features, ctx.plain = features, plain
         return (None, None, results[2]) if only_second else (results[0][0], *results[1:])
@@ -47,6 +47,7 @@ class LayerJet(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, grad_dy, grad_d2y):  # pyright: ignore[reportIncompatibleMethodOverride] (*grad_outputs)
         z, first, second, weight, weights, *kept = ctx.saved_tensors
+        parts, kept = Directional(*kept[:4]), kept[4:]
         if torch.is_grad_enabled():
             return *plain_gradients(ctx, (grad_y, grad_dy, grad_d2y)), *[None] * 4
         grads = [() if grad_y is None else (grad_y,), *(() if g is None else g for g in (grad_dy, grad_d2y))]
@@ -56,7 +57,8 @@ class LayerJet(torch.autograd.Function):
         transposed = weight.t().contiguous() if to_inputs else None
         # Transposed: the product that gives it so takes less time.
         to_weight = torch.zeros_like(weight.t()) if ctx.needs_input_grad[3] else None
-        jet_rows = JetRows(ctx.features.scales, first, second, weights, tuple(map(len, grads)))
+        parts = parts if kept else directional(ctx.features.scale, first, second, weights)
+        jet_rows = JetRows(parts, tuple(map(len, grads)))
         for part, found in ctx.features.parts(z, ctx.orders, kept):
             here = [gradient[:, part] for gradient in each]
             if to_weight is not None:
@@ -64,6 +66,8 @@ class LayerJet(torch.autograd.Function):
                     to_weight.addmm_(matrix, here[index].t())
             if transposed is not None:
                 jet_rows.add_input_gradients(results, found, part, found.towards(transposed, here))
+        if (scale := ctx.features.scale) is not None:
+            results = [None if result is None else result.mul_(scale) for result in results]
         return *results, None if to_weight is None else to_weight.t(), *[None] * 4
 
 
@@ -77,7 +81,10 @@ def weighted_square(first: Tensor, weights: Tensor | None) -> tuple[Tensor, Tens
     if weights is None:
         return first, first * first
     weighted = first * weights[:, None, None]
-    return weighted, (weighted * first).sum(0, keepdim=True)
+    square = weighted[:1] * first[:1]
+    for one, other in zip(weighted[1:], first[1:], strict=True):
+        square[0].addcmul_(one, other)
+    return weighted, square
 
 
 def make_features(basis: Basis, z: Tensor) -> SplineFeatures | FunctionFeatures:
@@ -85,26 +92,30 @@ def make_features(basis: Basis, z: Tensor) -> SplineFeatures | FunctionFeatures:
     return SplineFeatures(basis, z) if isinstance(basis, UniformGrid) else FunctionFeatures(basis, z)
 
 
+class Directional(NamedTuple):
+    """The derivatives that enter a layer: z' (D, I, N), z'' (D or 1, I, N) or None, z' times the weights, and z'^2 or
+    the weighted sum of it, (1, I, N)."""
+
+    first: Tensor
+    second: Tensor | None
+    weighted: Tensor
+    square: Tensor
+
+
+def directional(scale: Tensor | None, first: Tensor, second: Tensor | None, weights: Tensor | None) -> Directional:
+    """Those of the inputs times `scale` (I, 1), the unit in which the functions are differentiated."""
+    if scale is not None:
+        first, second = first * scale, None if second is None else second * scale
+    return Directional(first, second, *weighted_square(first, weights))
+
+
 class JetRows:
     """What multiplies the coefficients in a jet: `counts` (V, D or 0, S) are the numbers of rows f, f' z' and
-    f'' z'^2 + f' z''. Derivatives lack the factors `scales`, if there are any, see `SplineFeatures`."""
+    f'' z'^2 + f' z''."""
 
-    def __init__(
-        self,
-        scales: dict[int, Tensor] | None,
-        first: Tensor,
-        second: Tensor | None,
-        weights: Tensor | None,
-        counts: tuple[int, ...],
-    ) -> None:
-        self.scales, self.first, self.second, self.counts = scales, first, second, counts
-        self.weighted, self.square = weighted_square(first, weights)
-        self.scaled_first = self._scaled(first, 1).unsqueeze(1)
-        self.scaled_square = self._scaled(self.square, 2).unsqueeze(1)
-        self.scaled_second = None if second is None else self._scaled(second, 1).unsqueeze(1)
-
-    def _scaled(self, x: Tensor, order: int) -> Tensor:
-        return x if self.scales is None else x * self.scales[order]
+    def __init__(self, parts: Directional, counts: tuple[int, ...]) -> None:
+        self.parts, self.counts = parts, counts
+        self.first, self.second, self.weighted, self.square = parts
 
     def orders(self, gradients: bool) -> list[int]:
         """Those of the derivatives that `matrices` needs, and `add_input_gradients` if it will be called."""
@@ -120,11 +131,11 @@ class JetRows:
         values, firsts, seconds = self.counts
         functions, rows = found.functions, found.memory("rows", firsts + seconds)
         if firsts:
-            torch.mul(functions[1], self.scaled_first[..., part], out=rows[:firsts])
+            torch.mul(functions[1], self.first[..., part].unsqueeze(1), out=rows[:firsts])
         if seconds:
-            torch.mul(functions[2], self.scaled_square[..., part], out=rows[firsts:])
-            if self.scaled_second is not None:
-                rows[firsts:].addcmul_(functions[1], self.scaled_second[..., part])
+            torch.mul(functions[2], self.square[..., part].unsqueeze(1), out=rows[firsts:])
+            if self.second is not None:
+                rows[firsts:].addcmul_(functions[1], self.second[..., part].unsqueeze(1))
         return found.matrices([*([functions[0]] if values else []), *rows])
 
     def add_input_gradients(
@@ -135,11 +146,15 @@ class JetRows:
         to_z, to_first, to_second = (None if result is None else result[..., part] for result in results)
         assert to_z is not None and to_first is not None
         values, firsts, seconds = self.counts
-        first, spare = self.first[..., part], found.memory("rows", len(towards))
+        first = self.first[..., part]
 
         def sums(start: int, stop: int, order: int) -> Tensor:
-            products = torch.mul(towards[start:stop], found.functions[order], out=spare[start:stop])
-            return self._scaled(products.sum(1), order)
+            each = zip(towards[start:stop].unbind(1), found.functions[order], strict=True)
+            gradient, function = next(each)
+            total = gradient * function
+            for gradient, function in each:
+                total.addcmul_(gradient, function)
+            return total
 
         stop = values + firsts + (0 if self.second is None else seconds)
         of_value, of_first, of_second = sums(0, stop, 1).tensor_split([values, values + firsts])

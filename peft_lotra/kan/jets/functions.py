@@ -43,7 +43,7 @@ class FunctionFeatures:
     def __init__(self, basis: FunctionBasis, z: Tensor) -> None:
         self.basis = basis
         self.shape = (basis.size, len(z))
-        self.scales = None
+        self.scale = None
         size = JET_BLOCK if z.device.type == "cpu" else OFF_CPU
         self.rows = max(128, size // max(1, basis.size * len(z)))
 
@@ -127,13 +127,17 @@ def _inverse(span: Tensor) -> Tensor:
 
 def gaussian_derivatives(centers: Tensor, width: Any, z: Tensor, highest: int) -> list[Tensor]:
     """exp(-((z - c) / width)^2) for centers c (K,)."""
-    offset, rate = _offsets(z, centers), 2 / (width * width)
-    slope = offset * -rate  # of the exponent
-    found = [(offset * slope).mul_(0.5).exp_()]
+    half, rate = _offsets(z / 2, centers / 2), 2 / (width * width)
+    slope = half * (-2 * rate)  # of the exponent
+    value = (half * slope).exp_()
+    found = [value]
     if highest >= 1:
-        found.append(slope * found[0])
-    for d in range(2, highest + 1):
-        found.append(torch.addcmul(found[-2] * (-(d - 1) * rate), slope, found[-1]))
+        found.append(slope * value)
+    if highest >= 2:
+        square = slope * slope
+        found.append((square - rate).mul_(value))
+        if highest >= 3:
+            found.append(square.sub_(3 * rate).mul_(found[1]))
     return _functions_last(found)
 
 

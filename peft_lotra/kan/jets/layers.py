@@ -16,11 +16,11 @@ from ...tucker import Tucker, Update
 from ..basis import UniformGrid, cardinal_derivatives, silu_derivatives
 from ..memory import MOST_OUTPUTS_DENSE, PLAIN_JET_BLOCK
 from ..product import needs_plain_operations
-from .by_hand import JetRows, LayerJet, by_hand_pays, make_features
+from .by_hand import JetRows, LayerJet, by_hand_pays, directional, make_features
 from .chain import Branch, Stage
 from .few_outputs import MOST_OUTPUTS, FewOutputsJet, few_outputs
 from .functions import Basis, FunctionBasis
-from .norms import rows_last, through_norm
+from .norms import rows_first, rows_last, through_norm
 from .one_function import OneFunctionJet
 
 
@@ -66,7 +66,7 @@ def evaluate_layer(
     if stage.branches:
         return _evaluate_branches(stage, z, first, second, weights, only_second)
     grid, shape, dense = stage.grid, stage.shape, stage.dense
-    weight = None if dense is None else torch.cat([dense[0], dense[1].unsqueeze(-1)], dim=-1)
+    weight = None if dense is None else torch.cat([dense[0].mT, dense[1].unsqueeze(1)], dim=1).mT
     count = len(first)
     rows = z[..., 0].numel() * (1 + count + (count if weights is None else 1))
     # `LayerJet` takes weights and grids for constants
@@ -84,7 +84,7 @@ def evaluate_layer(
             delta = nn.functional.pad(delta, (0, shape[-1] - delta.shape[-1]))  # for the residual branch
             weight = delta if weight is None else weight + delta
 
-    by_hand = by_hand and not factored and not needs_plain_operations(z, weight)
+    by_hand = by_hand and not factored and not (stage.updates and needs_plain_operations(z, weight))
     return _through(grid, weight, factored, by_hand, z, first, second, weights, only_second)
 
 
@@ -98,7 +98,6 @@ def _evaluate_branches(
         inputs = through_branch_norm(branch, z, first, second, weights)
         rows = z[..., 0].numel() * (2 + len(first))
         by_hand = not varies and by_hand_pays(rows, *inputs, branch.weight)
-        by_hand = by_hand and not needs_plain_operations(branch.weight)
         found = _through(branch.basis, branch.weight, [], by_hand, *inputs, weights, only_second)
         total = [one if sum_ is None else sum_ + one for sum_, one in zip(total, found, strict=True)]
     if stage.bias is not None and total[0] is not None:
@@ -127,7 +126,7 @@ def _through(
     """`evaluate_layer` for a weight (O, I, K) in force, and updates that are added in factored form."""
     outputs = len(weight) if weight is not None else len(factored[0].tensor.factor_out)
     lead, inputs = z.shape[:-1], z.shape[-1]
-    z = z.reshape(-1, inputs).T  # rows come last from here on, where all operations run along them
+    z = (z if len(lead) == 1 else z.reshape(-1, inputs)).mT  # rows come last from here on, for all operations
     first = rows_last(first, lead)
     second = None if second is None else rows_last(second, lead)
     weight = None if weight is None else weight.transpose(1, 2).flatten(1)  # (O, (K + 1) I)
@@ -139,7 +138,7 @@ def _through(
         y = Jet(*function.apply(z, first, second, weight, basis, weights, only_second, plain))
     else:
         y = _by_plain_operations(basis, factored, weights, only_second, z, first, second, weight)
-    return y.map(lambda part: part.mT.reshape(*part.shape[:-2], *lead, outputs))
+    return y.map(lambda part: rows_first(part, lead))
 
 
 def _function(basis: Basis, outputs: int, z: Tensor) -> type[torch.autograd.Function]:
@@ -235,7 +234,8 @@ def jet_rows(
         return torch.stack(_jet_rows(grid, z, first, second, weights, only_second)).permute(3, 0, 1, 2)
     features = make_features(grid, z)
     rows = z.new_empty(z.shape[1], seconds if only_second else 1 + count + seconds, *features.shape)
-    found = JetRows(features.scales, first, second, weights, (0, 0, seconds) if only_second else (1, count, seconds))
+    parts = directional(features.scale, first, second, weights)
+    found = JetRows(parts, (0, 0, seconds) if only_second else (1, count, seconds))
     for part, functions in features.parts(z, found.orders(False), ()):
         for index, matrix in found.matrices(functions, part):
             rows[part, index].flatten(1).copy_(matrix.T)

@@ -30,11 +30,13 @@ class LayerNormJet(torch.autograd.Function):
         parts[1 : 1 + count] = first
         parts[1 + count :] = 0 if second is None else second
         parts -= parts.mean(1, keepdim=True)
-        s = torch.rsqrt(parts[0].square().mean(0) + eps)
+        spare = parts * parts[0]
+        means = spare.mean(1)  # of the products with m
+        s = torch.rsqrt(means[0] + eps)
         parts *= s
+        means *= s * s
         n, a, b = parts[0], parts[1 : 1 + count], parts[1 + count :]
-        spare = parts[1:] * n
-        c, with_b = spare.mean(1).split([count, len(b)])
+        c, with_b = means[1:].split([count, len(b)])
         e = _over_directions(3 * c.square() - torch.mul(a, a, out=spare[:count]).mean(1), weights) - with_b
         results = torch.empty_like(parts)
         results[0] = n

@@ -65,10 +65,17 @@ def through_norm(
 
 def rows_last(part: Tensor, lead: torch.Size) -> Tensor:
     """(D, ..., I), where (...) may be ones, to (D, I, N) or (D, I, 1)."""
+    if len(lead) == 1:  # the usual one, without operations that would leave all as it is
+        return part.mT
     rows = part.shape[1:-1].numel()
     if rows > 1:
         part, rows = part.expand(len(part), *lead, part.shape[-1]), lead.numel()
     return part.reshape(len(part), rows, part.shape[-1]).mT
+
+
+def rows_first(part: Tensor, lead: torch.Size) -> Tensor:
+    """(..., I, N) to (..., *lead, I)."""
+    return part.mT if len(lead) == 1 else part.mT.reshape(*part.shape[:-2], *lead, part.shape[-2])
 
 
 def _filled(z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -84,9 +91,10 @@ def _through_layer_norm(
     if varies or not by_hand_pays(z[..., 0].numel(), z, first, second, scale):
         return _normalize(eps, weights, z, first, second, scale)
     lead = z.shape[:-1]
-    inputs = z.reshape(-1, z.shape[-1]).T, rows_last(first, lead), None if second is None else rows_last(second, lead)
+    flat = z if len(lead) == 1 else z.reshape(-1, z.shape[-1])
+    inputs = flat.mT, rows_last(first, lead), None if second is None else rows_last(second, lead)
     found = LayerNormJet.apply(*inputs, scale, weights, eps, partial(_rows_last_normalize, eps, weights))
-    y, dy, d2y = (part.mT.reshape(*part.shape[:-2], *lead, z.shape[-1]) for part in found)
+    y, dy, d2y = (rows_first(part, lead) for part in found)
     return y, dy, d2y
 
 

@@ -44,12 +44,16 @@ class OneFunctionJet(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *plain_gradients(ctx, gradients), *[None] * 4
         start = ctx.start
-        g = z.new_zeros(len(weight), rows.shape[1], z.shape[1])
-        by_part = g.transpose(0, 1)
-        places = (slice(0, 1), slice(1, start), slice(start, None))
-        for place, gradient in zip(places, gradients, strict=True):
-            if gradient is not None:
-                by_part[place] = gradient
+        counts = (min(start, 1), max(start - 1, 0), rows.shape[1] - start)
+        g = torch.cat(
+            [
+                z.new_zeros(len(weight), count, z.shape[1])
+                if part is None
+                else part.reshape(count, *part.shape[-2:]).transpose(0, 1)
+                for count, part in zip(counts, gradients, strict=True)
+            ],
+            dim=1,
+        )
         to_weight = g.flatten(1) @ rows.flatten(1).T if ctx.needs_input_grad[3] else None
         if not any(ctx.needs_input_grad[:3]):
             return None, None, None, to_weight, *[None] * 4

@@ -20,18 +20,18 @@ class SplineFeatures:
     """The B-splines of a layer with inputs z (I, N), silu, and the derivatives of both.
 
     At a point only the p + 1 splines whose support holds it are evaluated, as polynomials in its distance from the
-    start of its grid interval. Positions are in grid intervals: d-th derivatives lack the factor `scales[d]`, (I, 1),
-    with which the tensors of inputs are multiplied, since they are smaller.
+    start of its grid interval. Derivatives are in positions, whose unit is a grid interval.
 
     Attributes:
         shape: (K + 1, I).
+        scale: Grid intervals per unit of the inputs, (I, 1); None where derivatives are in the inputs.
         rows: How many rows are evaluated at a time.
     """
 
     def __init__(self, grid: UniformGrid, z: Tensor) -> None:
         self.grid = grid
         self.shape = (grid.num_basis + 1, len(z))
-        self.scales = {d: grid.per_unit.unsqueeze(-1) ** d for d in (1, 2, 3)}
+        self.scale = grid.per_unit.unsqueeze(-1)
         block, part = (JET_BLOCK, JET_PART) if z.device.type == "cpu" else (OFF_CPU, OFF_CPU)
         self.rows = max(128, block // ((grid.spline_order + 2) * len(z)))
         self.rows_of_part = max(128, part // ((grid.num_basis + 2) * len(z)))
@@ -40,27 +40,26 @@ class SplineFeatures:
         """The derivatives of these orders at z (I, rows), each (p + 2, I, rows) with silu as the last function; and
         for each part of the rows the places of the splines in the memory of `LocalSplines`."""
         order, num_basis = self.grid.spline_order, self.grid.num_basis
-        position = (z - self.grid.low.unsqueeze(-1)) * self.scales[1]
+        position = (z - self.grid.low.unsqueeze(-1)).mul_(self.scale)
         position.clamp_(-order - 1, num_basis)  # constant zero beyond
         start = position.floor()
-        t = position.sub_(start)
         powers = workspace("powers", z, order + 1, *z.shape)
         powers[0] = 1
-        for q in range(order):
+        t = torch.sub(position, start, out=powers[1])
+        for q in range(1, order):
             torch.mul(powers[q], t, out=powers[q + 1])
-        pieces, residual = spline_pieces(order, z.dtype, z.device), silu_derivatives(z, max(orders))
+        pieces, silu = spline_pieces(order, z.dtype, z.device), silu_derivatives(z, max(orders))
         found = z.new_empty(len(orders), order + 2, *z.shape)
         for d, part in zip(orders, found, strict=True):
             torch.mm(pieces[d], powers.flatten(1), out=part[:-1].flatten(1))
-            torch.div(residual[d], self.scales[d], out=part[-1]) if d else part[-1].copy_(residual[0])
+            torch.div(silu[d], self.scale**d, out=part[-1]) if d else part[-1].copy_(silu[0])
         rows = start.nan_to_num_().long().add_(order + 1)  # of the first function, in `LocalSplines.dense`
-        following = torch.arange(order + 1, device=z.device).unsqueeze(-1)
         places = []
         for part in equal_blocks(z.shape[1], self.rows_of_part):
             size = len(z) * (part.stop - part.start)
-            columns = torch.arange(size, device=z.device).view(len(z), -1)
-            first = torch.add(columns, rows[:, part], alpha=size).flatten()
-            places.append(torch.add(first, following, alpha=size).flatten())
+            following = torch.arange(0, size * (order + 1), size, device=z.device).unsqueeze(-1)
+            first = torch.arange(size, device=z.device).add_(rows[:, part].flatten(), alpha=size)
+            places.append(torch.add(first, following).flatten())
         return [*found, *places]
 
     def parts(self, z: Tensor, orders: Sequence[int], kept: Sequence[Tensor]) -> Iterator[tuple[slice, LocalSplines]]:

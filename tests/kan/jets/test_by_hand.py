@@ -10,7 +10,7 @@ from jet_helpers import network, points
 from peft_lotra.kan import KANLinear, jet
 from peft_lotra.kan.basis import bspline_basis
 from peft_lotra.kan.jets import splines
-from peft_lotra.kan.jets.by_hand import JetRows
+from peft_lotra.kan.jets.by_hand import JetRows, directional
 from peft_lotra.kan.jets.splines import SplineFeatures
 
 
@@ -19,7 +19,7 @@ def test_jet_rows_of_a_weighted_sum():
     first, second = torch.rand(2, 3, 20, dtype=torch.float64), torch.rand(1, 3, 20, dtype=torch.float64)
     weights = torch.tensor([2.0, -1.0], dtype=torch.float64)
     features = SplineFeatures(layer.grid, z)
-    jet_rows = JetRows(features.scales, first, second, weights, (1, 2, 1))
+    jet_rows = JetRows(directional(features.scale, first, second, weights), (1, 2, 1))
     ((part, found),) = features.parts(z, jet_rows.orders(False), ())
     rows = [matrix.clone().view(9, 3, 20)[:-1] for _, matrix in jet_rows.matrices(found, part)]
     f, df, d2f = (bspline_basis(z.T, *layer.grid, derivative=d).permute(2, 1, 0) for d in range(3))
