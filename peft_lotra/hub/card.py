@@ -131,7 +131,7 @@ def write_model_card(
     for name, value in (("repo_id", repo_id), ("revision", revision), ("license", license)):
         if not (value is None or isinstance(value, str)):
             raise ValueError(f"`{name}` is {value!r}, but must be a string or None.")
-    problem_type = None
+    problem_type, before = None, load_card(folder / README)
     if model is None:
         adapters = {name: read_adapter(path) for name, path in adapter_folders(folder).items()}
         if not adapters:
@@ -139,7 +139,7 @@ def write_model_card(
         tables = {name: table_of_tensors(*adapter) for name, adapter in adapters.items()}
         configs = {name: config for name, (config, _) in adapters.items()}
         config = next(iter(configs.values()))
-        source = source_of_config(config, base_model, base_code, written_code(load_card(folder / README)))
+        source = source_of_config(config, base_model, base_code, written_code(before))
     else:
         names = [name for name, config in model.peft_config.items() if config.peft_type == NAME]
         if not names:
@@ -151,7 +151,7 @@ def write_model_card(
         config = cast(LoTRAConfig, model.peft_config[next(iter(tables))])
         base = model.get_base_model()
         problem_type = getattr(getattr(base, "config", None), "problem_type", None)
-        source = source_of_model(base, config, base_model, base_code, written_code(load_card(folder / README)))
+        source = source_of_model(base, config, base_model, base_code, written_code(before))
         configs = dict(model.peft_config)
         for name in [name for name in saved if name not in tables]:
             with suppress(ValueError):  # of another method, or broken
@@ -161,7 +161,7 @@ def write_model_card(
     trained = {name: cast(LoTRAConfig, configs[name]).train for name in tables}
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: save the adapter there first (`model.save_pretrained`).")
-    card = load_card(folder / README) or ModelCard("---\n{}\n---\n")
+    card = before or ModelCard("---\n{}\n---\n")
     title = (repo_id or "LoTRA adapter").rpartition("/")[2]
     data = cast(ModelCardData, card.data)  # huggingface_hub annotates it with a name that is no type
     if results and _is_by_adapter(metrics):

@@ -12,10 +12,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from glob import escape
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, ModelCard, get_token, hf_hub_download
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    get_token,
+    hf_hub_download,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalTokenNotFoundError,
@@ -161,6 +171,13 @@ def _save_files(origin: Path, adapters: list[Path], folder: Path) -> None:
         shutil.copyfile(origin / README, folder / README)
 
 
+def _is_lotra(config: Path) -> bool:
+    try:
+        return peft_type_of(config) == NAME
+    except ValueError:  # broken
+        return False
+
+
 @dataclass
 class _Target:
     """The destination of a push, and its present state."""
@@ -214,22 +231,30 @@ class _Target:
 
     def copy_other_adapters(self, folder: Path) -> list[Path]:
         """Copies the adapters of the repository that a push leaves as they are, for the card; returns their files."""
+        candidates = []
+        for config in sorted(file for file in self.files if PurePosixPath(file).name == CONFIG_NAME):
+            place = PurePosixPath(config).parent
+            weights = (place / SAFETENSORS_WEIGHTS_NAME).as_posix()
+            here = len(place.parts) <= 1 and not is_checkpoint(place.name) and weights in self.files
+            if here and not (folder / config).exists():
+                candidates.append((config, weights))
+        found = self.download_all([config for config, _ in candidates])
+        ours = [pair for pair in candidates if _is_lotra(found / pair[0])]
+        self.download_all([weights for _, weights in ours])
         copied = []
-        for config_file in sorted(file for file in self.files if PurePosixPath(file).name == CONFIG_NAME):
-            place = PurePosixPath(config_file).parent
-            weights_file = (place / SAFETENSORS_WEIGHTS_NAME).as_posix()
-            here = len(place.parts) <= 1 and not is_checkpoint(place.name) and weights_file in self.files
-            if not here or (folder / config_file).exists():
-                continue
-            with suppress(ValueError):  # of another method, or broken: no subject of this card
-                config = self.download(config_file)
-                if peft_type_of(config) == NAME:
-                    weights = self.download(weights_file)
-                    read_adapter(config.parent)
-                    (folder / place).mkdir(exist_ok=True)
-                    for path, file in ((config, config_file), (weights, weights_file)):
-                        copied.append(Path(shutil.copyfile(path, folder / file)))
+        for pair in ours:
+            with suppress(ValueError):  # a broken one: no subject of this card
+                read_adapter((found / pair[0]).parent)
+                (folder / pair[0]).parent.mkdir(exist_ok=True)
+                copied += [Path(shutil.copyfile(found / file, folder / file)) for file in pair]
         return copied
+
+    def download_all(self, files: list[str]) -> Path:
+        """The folder with these files, which are downloaded side by side."""
+        if not files:
+            return Path()
+        patterns = [escape(file) for file in files]
+        return Path(snapshot_download(self.repo_id, revision=self.head, token=self.token, allow_patterns=patterns))
 
     def check_adapter(self, config_file: str) -> None:
         """Raises a ValueError if the repository has an adapter of another method at this path."""
