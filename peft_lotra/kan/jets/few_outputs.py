@@ -42,10 +42,10 @@ class FewOutputsJet(torch.autograd.Function):
         (phi, *derivatives), kept = ctx.edges.evaluate(basis, z, weight)
         first_phi, second_phi, _ = derivatives
         weighted, square = weighted_square(first, weights)
-        d2y = _over_inputs(second_phi, square)
+        d2y = _sum_of_inputs(second_phi, square)
         if second is not None:
-            d2y += _over_inputs(first_phi, second)
-        y, dy = (None, None) if only_second else (phi.sum(1), _over_inputs(first_phi, first))
+            d2y += _sum_of_inputs(first_phi, second)
+        y, dy = (None, None) if only_second else (phi.sum(1), _sum_of_inputs(first_phi, first))
         ctx.save_for_backward(z, first, second, weight, *derivatives, weighted, square, *kept)
         ctx.set_materialize_grads(False)
         ctx.plain = plain
@@ -61,21 +61,21 @@ class FewOutputsJet(torch.autograd.Function):
         none = torch.zeros_like(first_phi)
         towards = [none if grad_y is None else grad_y.unsqueeze(1).expand_as(first_phi), none, none]
         if grad_dy is not None:
-            towards[1] = _over_directions(grad_dy, first)
+            towards[1] = _from_outputs(grad_dy, first)
         if grad_d2y is not None:
             if second is not None:
-                towards[1] = towards[1] + _over_directions(grad_d2y, second)
-            towards[2] = _over_directions(grad_d2y, square)
+                towards[1] = towards[1] + _from_outputs(grad_d2y, second)
+            towards[2] = _from_outputs(grad_d2y, square)
         to_z = to_first = to_second = to_weight = None
         if any(ctx.needs_input_grad[:3]):
             to_z = (towards[0] * first_phi).addcmul_(towards[1], second_phi).addcmul_(towards[2], third_phi).sum(0)
             to_first = torch.zeros_like(first, memory_format=torch.contiguous_format)
             if grad_dy is not None:
-                to_first += _over_outputs(grad_dy, first_phi)
+                to_first += _to_inputs(grad_dy, first_phi)
             if grad_d2y is not None:
-                to_first.addcmul_(_over_outputs(grad_d2y, second_phi), weighted, value=2)
+                to_first.addcmul_(_to_inputs(grad_d2y, second_phi), weighted, value=2)
             if second is not None and grad_d2y is not None:
-                to_second = _over_outputs(grad_d2y, first_phi)
+                to_second = _to_inputs(grad_d2y, first_phi)
         if ctx.needs_input_grad[3]:
             to_weight = ctx.edges.gradient(kept, towards)
         return to_z, to_first, to_second, to_weight, *[None] * 4
@@ -84,16 +84,16 @@ class FewOutputsJet(torch.autograd.Function):
 # Sums of products, for few outputs and directions. `torch.einsum` would multiply a small matrix for each row.
 
 
-def _over_inputs(phi: Tensor, z: Tensor) -> Tensor:
+def _sum_of_inputs(phi: Tensor, z: Tensor) -> Tensor:
     """(O, I, N) and (D, I, N) to (D, O, N)."""
     return (phi * z.unsqueeze(1)).sum(2)
 
 
-def _over_directions(y: Tensor, z: Tensor) -> Tensor:
+def _from_outputs(y: Tensor, z: Tensor) -> Tensor:
     """(D, O, N) and (D, I, N) to (O, I, N)."""
     return (y.unsqueeze(2) * z.unsqueeze(1)).sum(0)
 
 
-def _over_outputs(y: Tensor, phi: Tensor) -> Tensor:
+def _to_inputs(y: Tensor, phi: Tensor) -> Tensor:
     """(D, O, N) and (O, I, N) to (D, I, N)."""
     return (y.unsqueeze(2) * phi).sum(1)

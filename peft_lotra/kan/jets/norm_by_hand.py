@@ -37,7 +37,7 @@ class LayerNormJet(torch.autograd.Function):
         means *= s * s
         n, a, b = parts[0], parts[1 : 1 + count], parts[1 + count :]
         c, with_b = means[1:].split([count, len(b)])
-        e = _over_directions(3 * c.square() - torch.mul(a, a, out=spare[:count]).mean(1), weights) - with_b
+        e = _sum_of_directions(3 * c.square() - torch.mul(a, a, out=spare[:count]).mean(1), weights) - with_b
         results = torch.empty_like(parts)
         results[0] = n
         torch.addcmul(a, n, c.unsqueeze(1), value=-1, out=results[1 : 1 + count])
@@ -56,9 +56,10 @@ class LayerNormJet(torch.autograd.Function):
         _, first, second, scale, weights, parts, s, c, e, results = ctx.saved_tensors
         count, size = len(first), parts.shape[1]
         g = torch.cat([gradients[0].unsqueeze(0), *gradients[1:]])
-        to_scale = None
+        to_scale = (g * results).sum((0, 2)) if ctx.needs_input_grad[3] else None
+        if not any(ctx.needs_input_grad[:3]):
+            return None, None, None, to_scale, None, None, None
         if scale is not None:
-            to_scale = (g * results).sum((0, 2)) if ctx.needs_input_grad[3] else None
             g *= scale.unsqueeze(-1)
         n, a, b = parts[0], parts[1 : 1 + count], parts[1 + count :]
         gn, ga, gb = g[0], g[1 : 1 + count], g[1 + count :]
@@ -79,13 +80,13 @@ class LayerNormJet(torch.autograd.Function):
         return gn, ga, None if second is None else gb, to_scale, None, None, None
 
 
-def _over_directions(x: Tensor, weights: Tensor | None) -> Tensor:
+def _sum_of_directions(x: Tensor, weights: Tensor | None) -> Tensor:
     """The weighted sum of (D, N), (1, N); without weights each by itself."""
     return x if weights is None else (weights @ x).unsqueeze(0)
 
 
 def _share(x: Tensor, weights: Tensor | None) -> Tensor:
-    """What `_over_directions` makes of gradients (1, N), or products of these (D, N): (D, N)."""
+    """What `_sum_of_directions` makes of gradients (1, N), or products of these (D, N): (D, N)."""
     return x if weights is None else x * weights.unsqueeze(-1)
 
 
