@@ -39,37 +39,36 @@ class SplineEdges(NamedTuple):
         position = (z - grid.low.unsqueeze(-1)).mul_(scale)
         position.clamp_(-order - 1, self.num_basis + 1)  # constant zero beyond
         start = position.floor()
-        t = position.sub_(start).div_(scale)  # the distance from the start of the interval
+        t = position.sub_(start)  # the distance from the start of the interval, in intervals
         begins = torch.arange(order + 1, inputs * intervals, intervals, device=z.device).unsqueeze(-1)
         index = start.nan_to_num_().long().add_(begins).flatten()
 
         splines, base = weight.view(len(weight), -1, inputs).transpose(1, 2).split([self.num_basis, 1], -1)
         windows = nn.functional.pad(splines, (order + 1, order + 2)).unfold(-1, order + 1, 1)
         pieces = spline_pieces(order, z.dtype, z.device)[0]
-        powers = scale ** torch.arange(order + 1, device=z.device).view(-1, 1, 1, 1)  # from grid intervals to units
-        table = (pieces.T @ windows.permute(3, 0, 1, 2).flatten(1)).view(order + 1, -1, inputs, intervals) * powers
-        gathered = table.view(-1, inputs * intervals).index_select(1, index).view(order + 1, -1, *z.shape)
+        table = (pieces.T @ windows.permute(3, 0, 1, 2).flatten(1)).view(-1, inputs * intervals)
+        gathered = table.index_select(1, index).view(order + 1, -1, *z.shape)
 
         silu = silu_derivatives(z, 3)
-        factored = (part if d < 2 else part * math.factorial(d) for d, part in enumerate(taylor(gathered, t, 3)))
-        phi = [torch.addcmul(part, base, extra) for part, extra in zip(factored, silu, strict=True)]
-        return phi, [powers, t, index, *silu[:3]]
+        value, *derivatives = taylor(gathered, t, 3)
+        derivatives = [part * (math.factorial(d) * scale**d) for d, part in enumerate(derivatives, 1)]
+        phi = [torch.addcmul(part, base, extra) for part, extra in zip([value, *derivatives], silu, strict=True)]
+        return phi, [scale, t, index, *silu[:3]]
 
     def gradient(self, kept: Sequence[Tensor], towards: Sequence[Tensor]) -> Tensor:
         """(O, (K + 1) I), from those towards phi and its first two derivatives, (O, I, N)."""
-        powers, t, index, *silu = kept
+        scale, t, index, *silu = kept
         to_base = (towards[0] * silu[0]).addcmul_(towards[1], silu[1]).addcmul_(towards[2], silu[2])
         outputs, inputs = to_base.shape[:2]
         moments = t.new_empty(self.order + 1, *to_base.shape)  # sum_d towards[d] (t^q)^(d), each from the one before
         moments[0] = towards[0]
-        of_first, of_second = towards[1], towards[2] * 2
+        of_first, of_second = towards[1] * scale, towards[2] * (2 * scale**2)
         for q in range(1, self.order + 1):
             torch.addcmul(of_first, moments[q - 1], t, out=moments[q])
             if q < self.order:
                 of_first, of_second = torch.addcmul(of_second, of_first, t), of_second * t
         sums = t.new_zeros((self.order + 1) * outputs, inputs * self.intervals)
-        sums = sums.index_add_(1, index, moments.view(len(sums), -1))
-        sums = (sums.view(self.order + 1, outputs, inputs, self.intervals) * powers).flatten(1)
+        sums = sums.index_add_(1, index, moments.view(len(sums), -1)).view(self.order + 1, -1)
         windows = (spline_pieces(self.order, t.dtype, t.device)[0] @ sums).view(-1, outputs, inputs, self.intervals)
         # entry l of the window of interval j, counted from -order - 1, is basis function j + l
         shifted = [window[..., self.order + 1 - m :][..., : self.num_basis] for m, window in enumerate(windows)]
