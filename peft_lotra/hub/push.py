@@ -239,22 +239,24 @@ class _Target:
             if here and not (folder / config).exists():
                 candidates.append((config, weights))
         found = self.download_all([config for config, _ in candidates])
-        ours = [pair for pair in candidates if _is_lotra(found / pair[0])]
-        self.download_all([weights for _, weights in ours])
+        ours = [pair for pair in candidates if _is_lotra(found[pair[0]])]
+        found |= self.download_all([weights for _, weights in ours])
         copied = []
         for pair in ours:
             with suppress(ValueError):  # a broken one: no subject of this card
-                read_adapter((found / pair[0]).parent)
+                read_adapter(found[pair[0]].parent)
                 (folder / pair[0]).parent.mkdir(exist_ok=True)
-                copied += [Path(shutil.copyfile(found / file, folder / file)) for file in pair]
+                copied += [Path(shutil.copyfile(found[file], folder / file)) for file in pair]
         return copied
 
-    def download_all(self, files: list[str]) -> Path:
-        """The folder with these files, which are downloaded side by side."""
+    def download_all(self, files: list[str]) -> dict[str, Path]:
+        """Where these files are, which are downloaded side by side."""
         if not files:
-            return Path()
+            return {}
         patterns = [escape(file) for file in files]
-        return Path(snapshot_download(self.repo_id, revision=self.head, token=self.token, allow_patterns=patterns))
+        folder = Path(snapshot_download(self.repo_id, revision=self.head, token=self.token, allow_patterns=patterns))
+        # it returns what it has where the Hub does not answer
+        return {file: folder / file if (folder / file).is_file() else self.download(file) for file in files}
 
     def check_adapter(self, config_file: str) -> None:
         """Raises a ValueError if the repository has an adapter of another method at this path."""

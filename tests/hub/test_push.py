@@ -285,6 +285,7 @@ import torch
 from huggingface_hub import HfApi, hf_hub_download
 from peft import PeftModel, get_peft_model
 from peft_lotra import LoTRAConfig, push_to_hub
+from peft_lotra.hub import push
 from peft_lotra.kan import KANLinear
 
 base = torch.nn.Sequential(KANLinear(3, 4), KANLinear(4, 2))
@@ -310,7 +311,12 @@ base = fay.unload()
 loaded = PeftModel.from_pretrained(base, "user/all", subfolder="anna", adapter_name="anna")
 push_to_hub(loaded, "user/all")  # again, without metrics: nothing is lost
 again = Path(hf_hub_download("user/all", "README.md")).read_text()
-for text in (card, again):
+# what the download of several files returns where the Hub does not answer: a folder without them
+push.snapshot_download = lambda *_, **__: Path("nothing").absolute()
+push_to_hub(loaded, "user/all", tags=["third"])
+third = Path(hf_hub_download("user/all", "README.md")).read_text()
+assert "- third" in third
+for text in (card, again, third):
     assert all(f"{name}: `0`" in text for name in ("anna", "ben", "fay")), text
     assert "base = make()  # mine" in text and "base = ..." not in text, text
     assert all(f"{name}: mse" in text for name in ("anna", "ben", "fay")), text
