@@ -45,6 +45,7 @@ class _Form(NamedTuple):
     grid: Grid
     on_uniform_grid: bool
     with_silu: bool  # in the residual branch
+    reads: tuple[str, ...] = ()  # the layer's tensors that its functions depend on, as parameters in an activation
 
 
 class _Layer(NamedTuple):
@@ -103,6 +104,7 @@ def _stage(
     parameters: Mapping[str, Tensor] | None = None,
 ) -> Stage:
     coefficients, residual = tensor.read_parts(layer, dict(parameters or {}))
+    read = tuple(value for name in form.reads if isinstance(value := get_or_none(layer, name), Tensor))
     scale = None if spec.scale is None else spec.scale(layer)
     if scale is not None:
         coefficients = coefficients * scale.unsqueeze(-1)
@@ -119,11 +121,11 @@ def _stage(
         branches.append(Branch(grid, torch.cat([coefficients, last.unsqueeze(-1)], -1)))
     else:
         assert spec.derivatives is not None
-        basis = FunctionBasis(coefficients.shape[2], partial(spec.derivatives, layer))
+        basis = FunctionBasis(coefficients.shape[2], partial(spec.derivatives, layer), read)
         branches.append(Branch(basis, coefficients, get_or_none(layer, spec.normalization or "")))
     if residual is not None and not (form.on_uniform_grid and form.with_silu):
         derivatives = _silu if form.with_silu else partial(_activation, spec, layer)
-        branches.append(Branch(FunctionBasis(1, derivatives), residual.unsqueeze(-1)))
+        branches.append(Branch(FunctionBasis(1, derivatives, read), residual.unsqueeze(-1)))
     bias = get_or_none(layer, spec.bias or "")
     return Stage(layer, branches=tuple(branches), bias=None if bias is None else bias.flatten())
 
@@ -147,12 +149,15 @@ def _form(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> _F
         known = _layers[layer] = _Layer(spec, tensor, {})
     if layer._forward_hooks or layer._forward_pre_hooks:
         return None
-    state = (tensor.get_parameter(layer).dtype, *_state_of(layer))
-    grid, (compared, form) = spec.read_grid(layer), known.forms.get(state, ({}, None))
+    grid = spec.read_grid(layer)
+    trained = any(isinstance(value, Tensor) and value.requires_grad for value in grid.values())
+    state = (tensor.get_parameter(layer).dtype, trained, *_state_of(layer))
+    compared, form = known.forms.get(state, ({}, None))
     if in_transform() or (state in known.forms and same_grid(compared, grid)):
         return form
     copied = {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in grid.items()}
-    found = next((form for form in _forms(layer, spec, copied) if _agrees(form, layer, spec, tensor)), None)
+    found = next((form for form in _forms(layer, spec, copied, trained) if _agrees(form, layer, spec, tensor)), None)
+    found = None if found is None else found._replace(reads=_read_by_functions(found, layer, spec, tensor))
     if len(known.forms) > 8:  # states that come and go
         known.forms.clear()
     known.forms[state] = copied, found
@@ -165,14 +170,15 @@ def _state_of(module: nn.Module) -> State:
     return plain, tuple(map(id, module._modules.values())), id(vars(module).get("forward"))
 
 
-def _forms(layer: Any, spec: KANLayerSpec, grid: Grid) -> Iterator[_Form]:
+def _forms(layer: Any, spec: KANLayerSpec, grid: Grid, trained: bool) -> Iterator[_Form]:
+    """Those to try; a grid that is trained has a gradient for each of its knots, and not for its ends alone."""
     x = torch.linspace(-3, 3, 13, dtype=_dtype_of(layer), device=_device_of(layer))
     with torch.no_grad():
         try:
             with_silu = spec.activation is not None and torch.equal(spec.activation(layer, x.clone()), F.silu(x))
         except Exception:  # a user's function
             with_silu = False
-    if spec.splines is not None:
+    if spec.splines is not None and not trained:
         yield _Form(grid, True, with_silu)
     if spec.derivatives is not None:
         yield _Form(grid, False, with_silu)
@@ -211,6 +217,27 @@ def _agrees(form: _Form, layer: nn.Module, spec: KANLayerSpec, tensor: Coefficie
             return call_with_parameters(layer, exchanged, compare, (), {})
         except Exception:  # foreign code, which may raise anything
             return False
+
+
+def _read_by_functions(
+    form: _Form, layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor
+) -> tuple[str, ...]:
+    """The names of the tensors of a layer that its functions have a gradient towards."""
+    named = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    with torch.inference_mode(False), torch.enable_grad():
+        copies = {k: v.detach().clone().double().requires_grad_() for k, v in named.items() if v.is_floating_point()}
+        x = _points(spec, layer, tensor.shape[1], torch.Generator().manual_seed(0))
+
+        def values() -> list[Tensor]:
+            bases = [branch.basis for branch in _stage(form, layer, spec, tensor).branches]
+            found = [basis.derivatives(x, 0)[0].sum() for basis in bases if isinstance(basis, FunctionBasis)]
+            return [part for part in found if part.requires_grad]
+
+        found = call_with_parameters(layer, copies, values, (), {})
+        if not found:
+            return ()
+        gradients = torch.autograd.grad(found, list(copies.values()), allow_unused=True)
+    return tuple(name for name, gradient in zip(copies, gradients, strict=True) if gradient is not None)
 
 
 def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -208,3 +209,37 @@ def test_layers_are_compared_once():
     model, x = efficient(), inside(40).float()
     assert count_calls(model, lambda: jet(model, x)) > 0
     assert count_calls(model, lambda: jet(model, x)) == 0
+
+
+@pytest.mark.parametrize("rows", [10, 100])  # by operations, and by hand
+@pytest.mark.parametrize("name", ["centers", "knots", "activation"])
+def test_functions_that_are_learned(name, rows):
+    """Centers, knots and activations that are trained have the gradients of the layer's own forward pass."""
+    if name == "centers":
+        layer, path = FastKANLayer(2, 3, use_layernorm=False), "rbf.grid"
+    elif name == "knots":
+        layer, path = OldEfficientKANLayer(2, 3), "grid"
+    else:
+        layer, path = OldEfficientKANLayer(2, 3, base_activation=nn.PReLU), "base_activation.weight"
+    layer = layer.double()
+    x = inside(rows)
+    jet(layer, x)  # which looks at the layer before anything is trained
+    learned = operator.attrgetter(path)(layer).requires_grad_()
+    expected = nested(layer, x)
+    for found, part in zip(jet(layer, x), expected, strict=True):
+        gradients = [
+            torch.autograd.grad((f * f).sum(), learned, retain_graph=True, materialize_grads=True, allow_unused=True)[
+                0
+            ]
+            for f in (found, part)
+        ]
+        assert (gradients[0] - gradients[1]).abs().max() <= 1e-9 * max(1e-6, gradients[1].abs().max())
+
+
+def test_centers_that_change_before_the_backward_pass():
+    layer, x = FastKANLayer(2, 3), inside(100).float().requires_grad_()
+    loss = sum(part.sum() for part in jet(layer, x))
+    with torch.no_grad():
+        layer.rbf.grid.add_(0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..basis import UniformGrid
+from ..basis import UniformGrid, is_batched
 from ..product import needs_plain_operations
-from .functions import Basis, DenseFunctions, FunctionFeatures
+from .functions import Basis, DenseFunctions, FunctionFeatures, tensors_of
 from .splines import LocalSplines, SplineFeatures
 
 
@@ -34,21 +34,23 @@ class LayerJet(torch.autograd.Function):
         ctx.orders, kept = jet_rows.orders(any(ctx.needs_input_grad[:3])), ()
         if any(ctx.needs_input_grad) and z.shape[1] <= features.rows:
             kept = features.evaluate(z, ctx.orders)
-        results = [z.new_empty(number, len(weight), z.shape[1]) for number in counts]
-        each = [part for group in results for part in group]
+        value = None if only_second else z.new_empty(len(weight), z.shape[1])  # no view: it may be changed in place
+        results = [z.new_empty(number, len(weight), z.shape[1]) for number in counts[1:]]
+        each = [*([] if value is None else [value]), *results[0], *results[1]]
         for part, found in features.parts(z, ctx.orders if kept else jet_rows.orders(False), kept):
             for index, matrix in jet_rows.matrices(found, part):
                 torch.mm(weight, matrix, out=each[index][:, part])
-        ctx.save_for_backward(z, first, second, weight, weights, *(jet_rows.parts if kept else [None] * 4), *kept)
+        parts = jet_rows.parts if kept else [None] * len(jet_rows.parts)
+        ctx.save_for_backward(z, first, second, weight, weights, *parts, *kept, *tensors_of(grid))
         ctx.set_materialize_grads(False)
-        ctx.features, ctx.plain = features, plain
-        return (None, None, results[2]) if only_second else (results[0][0], *results[1:])
+        ctx.features, ctx.plain, ctx.kept = features, plain, len(kept)
+        return (None, None, results[1]) if only_second else (value, *results)
 
     @staticmethod
     def backward(ctx, grad_y, grad_dy, grad_d2y):  # pyright: ignore[reportIncompatibleMethodOverride] (*grad_outputs)
         z, first, second, weight, weights, *kept = ctx.saved_tensors
-        parts, kept = Directional(*kept[:4]), kept[4:]
-        if torch.is_grad_enabled():
+        parts, kept = Directional(*kept[:4]), kept[4 : 4 + ctx.kept]
+        if needs_plain_gradients(grad_y, grad_dy, grad_d2y):
             return *plain_gradients(ctx, (grad_y, grad_dy, grad_d2y)), *[None] * 4
         grads = [() if grad_y is None else (grad_y,), *(() if g is None else g for g in (grad_dy, grad_d2y))]
         each = [part for group in grads for part in group]
@@ -176,14 +178,21 @@ class JetRows:
                     to_z.addcmul_(one, other)
 
 
+def needs_plain_gradients(*grads: Tensor | None) -> bool:
+    """Whether gradients are differentiated again, or belong to `is_grads_batched`."""
+    return torch.is_grad_enabled() or any(grad is not None and is_batched(grad) for grad in grads)
+
+
 def plain_gradients(ctx, grads: Iterable[Tensor | None]) -> list[Tensor | None]:
     """The gradients as differentiable functions of the inputs and of `grads`."""
     inputs = ctx.saved_tensors[:4]
     needed = ctx.needs_input_grad[:4]
-    pairs = [(y, grad) for y, grad in zip(ctx.plain(*inputs), grads, strict=True) if grad is not None]
-    if not pairs:
-        return [None] * 4
-    wanted = [part for part, asked in zip(inputs, needed, strict=True) if asked]
-    outputs, given = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True, allow_unused=True))
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        pairs = [(y, grad) for y, grad in zip(ctx.plain(*inputs), grads, strict=True) if grad is not None]
+        if not pairs:
+            return [None] * 4
+        wanted = [part for part, asked in zip(inputs, needed, strict=True) if asked]
+        outputs, given = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=differentiable, allow_unused=True))
     return [next(found) if asked else None for asked in needed]

@@ -11,9 +11,9 @@ from torch import Tensor
 from ..basis import UniformGrid
 from ..memory import JET_BLOCK
 from ..product import needs_plain_operations
-from .by_hand import plain_gradients, weighted_square
+from .by_hand import needs_plain_gradients, plain_gradients, weighted_square
 from .edges import FunctionEdges, SplineEdges
-from .functions import Basis
+from .functions import Basis, tensors_of
 
 
 # Above so many outputs, the matrix product of `LayerJet` costs less. `examples/studies/pde/jet_speed.py`, with more
@@ -46,15 +46,15 @@ class FewOutputsJet(torch.autograd.Function):
         if second is not None:
             d2y += _sum_of_inputs(first_phi, second)
         y, dy = (None, None) if only_second else (phi.sum(1), _sum_of_inputs(first_phi, first))
-        ctx.save_for_backward(z, first, second, weight, *derivatives, weighted, square, *kept)
+        ctx.save_for_backward(z, first, second, weight, *derivatives, weighted, square, *kept, *tensors_of(basis))
         ctx.set_materialize_grads(False)
-        ctx.plain = plain
+        ctx.plain, ctx.kept = plain, len(kept)
         return y, dy, d2y
 
     @staticmethod
     def backward(ctx, grad_y, grad_dy, grad_d2y):  # pyright: ignore[reportIncompatibleMethodOverride] (*grad_outputs)
         z, first, second, weight, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if needs_plain_gradients(grad_y, grad_dy, grad_d2y):
             return *plain_gradients(ctx, (grad_y, grad_dy, grad_d2y)), *[None] * 4
         first_phi, second_phi, third_phi, weighted, square, *kept = kept
         # the gradients towards phi and its derivatives, (O, I, N)
@@ -77,7 +77,7 @@ class FewOutputsJet(torch.autograd.Function):
             if second is not None and grad_d2y is not None:
                 to_second = _to_inputs(grad_d2y, first_phi)
         if ctx.needs_input_grad[3]:
-            to_weight = ctx.edges.gradient(kept, towards)
+            to_weight = ctx.edges.gradient(kept[: ctx.kept], towards)
         return to_z, to_first, to_second, to_weight, *[None] * 4
 
 

@@ -24,10 +24,11 @@ Derivatives = Callable[[Tensor, int], list[Tensor]]  # z (N, I) and `highest` to
 
 
 class FunctionBasis(NamedTuple):
-    """K functions of each input, as `derivatives` gives them."""
+    """K functions of each input, as `derivatives` gives them, with the tensors besides z that these depend on."""
 
     size: int
     derivatives: Derivatives
+    tensors: tuple[Tensor, ...] = ()
 
     def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
         """The values at z (I, N) and their derivatives, each (K, I, N)."""
@@ -35,6 +36,12 @@ class FunctionBasis(NamedTuple):
 
 
 Basis = UniformGrid | FunctionBasis  # the functions of a uniform grid include silu, as the last
+
+
+def tensors_of(basis: Basis) -> list[Tensor]:
+    """Those that the functions depend on besides the inputs, for `save_for_backward`, which tells if they change."""
+    tensors = (basis.low, basis.high) if isinstance(basis, UniformGrid) else basis.tensors
+    return [tensor for tensor in tensors if not tensor.is_inference()]  # which cannot be saved
 
 
 class FunctionFeatures:
@@ -133,11 +140,10 @@ def gaussian_derivatives(centers: Tensor, width: Any, z: Tensor, highest: int) -
     found = [value]
     if highest >= 1:
         found.append(slope * value)
-    if highest >= 2:
-        square = slope * slope
-        found.append((square - rate).mul_(value))
-        if highest >= 3:
-            found.append(square.sub_(3 * rate).mul_(found[1]))
+    for d in range(2, highest + 1):
+        part, factor = slope * found[-1], (d - 1) * rate
+        is_learned = isinstance(factor, Tensor)
+        found.append(part.sub_(found[-2] * factor) if is_learned else part.sub_(found[-2], alpha=factor))
     return _functions_last(found)
 
 

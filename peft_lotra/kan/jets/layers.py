@@ -19,7 +19,7 @@ from ..product import needs_plain_operations
 from .by_hand import JetRows, LayerJet, by_hand_pays, directional, make_features
 from .chain import Branch, Stage
 from .few_outputs import MOST_OUTPUTS, FewOutputsJet, few_outputs
-from .functions import Basis, FunctionBasis
+from .functions import Basis, FunctionBasis, tensors_of
 from .norms import rows_first, rows_last, through_norm
 from .one_function import OneFunctionJet
 
@@ -71,7 +71,7 @@ def evaluate_layer(
     rows = z[..., 0].numel() * (1 + count + (count if weights is None else 1))
     # `LayerJet` takes weights and grids for constants
     by_hand = not any(part is not None and part.requires_grad for part in (weights, stage.layer.grid_bounds))
-    by_hand = by_hand and by_hand_pays(rows, z, first, second, *(dense or ()))
+    by_hand = by_hand and by_hand_pays(rows, z, first, second, weights, *(dense or ()))
     factored = []
     for update in stage.updates:
         if update.tensor.core.dtype != stage.layer.grid_bounds.dtype:  # a base in half precision
@@ -97,9 +97,12 @@ def _evaluate_branches(
     for branch in stage.branches:
         inputs = through_branch_norm(branch, z, first, second, weights)
         rows = z[..., 0].numel() * (2 + len(first))
-        by_hand = not varies and by_hand_pays(rows, *inputs, branch.weight)
+        by_hand = not varies and by_hand_pays(rows, *inputs, branch.weight, weights)
+        by_hand = by_hand and not any(tensor.requires_grad for tensor in tensors_of(branch.basis))
         found = _through(branch.basis, branch.weight, [], by_hand, *inputs, weights, only_second)
         total = [one if sum_ is None else sum_ + one for sum_, one in zip(total, found, strict=True)]
+    if len(stage.branches) == 1 and stage.branches[0].weight.shape[2] == 1:  # views, which cannot be changed in place
+        total = [None if part is None else part.clone() for part in total]
     if stage.bias is not None and total[0] is not None:
         total[0] = total[0] + stage.bias
     return Jet(*total)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from .by_hand import plain_gradients, weighted_square
+from .by_hand import needs_plain_gradients, plain_gradients, weighted_square
+from .functions import tensors_of
 
 
 class OneFunctionJet(torch.autograd.Function):
@@ -33,7 +34,7 @@ class OneFunctionJet(torch.autograd.Function):
         if second is not None:
             by_part[start:].addcmul_(found[1], second)
         y = (weight @ rows.flatten(1)).view(len(weight), -1, z.shape[1]).transpose(0, 1)
-        ctx.save_for_backward(z, first, second, weight, rows, weighted, square, *found[1:])
+        ctx.save_for_backward(z, first, second, weight, rows, weighted, square, *found[1:], *tensors_of(basis))
         ctx.set_materialize_grads(False)
         ctx.plain, ctx.start = plain, start
         return (None, None, y) if only_second else (y[0], y[1:start], y[start:])
@@ -41,7 +42,7 @@ class OneFunctionJet(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         z, first, second, weight, rows, weighted, square, *found = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if needs_plain_gradients(*gradients):
             return *plain_gradients(ctx, gradients), *[None] * 4
         start = ctx.start
         counts = (min(start, 1), max(start - 1, 0), rows.shape[1] - start)
@@ -58,7 +59,7 @@ class OneFunctionJet(torch.autograd.Function):
         if not any(ctx.needs_input_grad[:3]):
             return None, None, None, to_weight, *[None] * 4
         towards = (weight.T @ g.flatten(1)).view_as(rows).transpose(0, 1)
-        slope, bend, jerk = found
+        slope, bend, jerk, *_ = found
         of_second = towards[start:]
         to_second = None if second is None else slope * of_second
         bent = bend * of_second

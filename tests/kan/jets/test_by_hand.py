@@ -45,3 +45,35 @@ def test_blocks_give_what_one_block_gives(monkeypatch, grid_size, collapse, want
     monkeypatch.setattr(splines, "JET_PART", 0)
     for a, e in zip(found, results(), strict=True):
         assert (a - e).abs().max() <= 1e-11 * e.abs().max()
+
+
+@pytest.mark.parametrize("outputs", [1, 3])  # by edges, and by all functions
+def test_a_grid_that_changes_before_the_backward_pass(outputs):
+    """As in the layer's own forward pass, an error, and no gradient of another grid."""
+    model, x = network(2, 4, outputs), points(100, 2).requires_grad_()
+    loss = sum(part.square().mean() for part in jet(model, x))
+    model.update_grid(x.detach())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_gradients_of_several_losses_at_once(outputs):
+    model, x = network(2, 4, outputs), points(100, 2)
+
+    def total(x):
+        return torch.stack([part.square().sum() for part in jet(model, x)])
+
+    expected = torch.autograd.functional.jacobian(total, x)
+    found = torch.autograd.functional.jacobian(total, x, vectorize=True)
+    assert (found - expected).abs().max() <= 1e-11 * expected.abs().max()
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("part", range(3))
+def test_results_can_be_changed_in_place(outputs, part):
+    model, x = network(2, 4, outputs), points(100, 2).requires_grad_()
+    loss = (2 * jet(model, x)[part]).sum()
+    (expected,) = torch.autograd.grad(loss, x)
+    (found,) = torch.autograd.grad(jet(model, x)[part].mul_(2).sum(), x)
+    torch.testing.assert_close(found, expected)

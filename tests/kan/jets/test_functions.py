@@ -78,3 +78,9 @@ def test_blocks_of_features():
         assert list(found.functions) == [1, 2]
         for part in found.functions.values():
             assert part.shape == (5, 3, block.stop - block.start) and part.is_contiguous()
+
+
+def test_gaussians_far_away():
+    z = torch.tensor([[1e19], [0.0]], dtype=torch.float32)
+    for part in functions.gaussian_derivatives(CENTERS.float(), 0.4, z, 2):
+        assert not part[0].any() and part[1].isfinite().all()
