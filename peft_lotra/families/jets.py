@@ -194,16 +194,12 @@ def _agrees(form: _Form, layer: nn.Module, spec: KANLayerSpec, tensor: Coefficie
     if dtype not in _TOLERANCES or tensor.get_parameter(layer).is_meta:
         return False
     generator = torch.Generator().manual_seed(0)
-    exchanged: dict[str, Tensor] = {}
     with torch.inference_mode(False), torch.no_grad():
-        for name, value in (*layer.named_parameters(), *layer.named_buffers()):
-            if value.is_floating_point():
-                exchanged[name] = value.detach().clone().double()
-                if name not in spec.grid and isinstance(value, nn.Parameter):
-                    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(
-                        value.device
-                    )
-                    exchanged[name] += noise * max(0.1, exchanged[name].std(correction=0).item())
+        exchanged = _in_float64(layer)
+        for name, value in layer.named_parameters():
+            if name in exchanged and name not in spec.grid:
+                noise = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu")
+                exchanged[name] += noise.to(value.device) * max(0.1, exchanged[name].std(correction=0).item())
         x = _points(spec, layer, tensor.shape[1], generator)
 
         def compare() -> bool:
@@ -219,13 +215,18 @@ def _agrees(form: _Form, layer: nn.Module, spec: KANLayerSpec, tensor: Coefficie
             return False
 
 
+def _in_float64(layer: nn.Module) -> dict[str, Tensor]:
+    """Copies of the floating point tensors of a layer, by name."""
+    named = (*layer.named_parameters(), *layer.named_buffers())
+    return {name: value.detach().clone().double() for name, value in named if value.is_floating_point()}
+
+
 def _read_by_functions(
     form: _Form, layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor
 ) -> tuple[str, ...]:
     """The names of the tensors of a layer that its functions have a gradient towards."""
-    named = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
     with torch.inference_mode(False), torch.enable_grad():
-        copies = {k: v.detach().clone().double().requires_grad_() for k, v in named.items() if v.is_floating_point()}
+        copies = {name: value.requires_grad_() for name, value in _in_float64(layer).items()}
         x = _points(spec, layer, tensor.shape[1], torch.Generator().manual_seed(0))
 
         def values() -> list[Tensor]:

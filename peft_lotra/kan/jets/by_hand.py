@@ -30,7 +30,8 @@ class LayerJet(torch.autograd.Function):
         count, seconds = len(first), len(first) if weights is None else 1
         counts = (0, 0, seconds) if only_second else (1, count, seconds)
         features = make_features(grid, z)
-        jet_rows = JetRows(directional(features.scale, first, second, weights), counts)
+        directions = directional(features.scale, first, second, weights)
+        jet_rows = JetRows(directions, counts)
         ctx.orders, kept = jet_rows.orders(any(ctx.needs_input_grad[:3])), ()
         if any(ctx.needs_input_grad) and z.shape[1] <= features.rows:
             kept = features.evaluate(z, ctx.orders)
@@ -40,8 +41,8 @@ class LayerJet(torch.autograd.Function):
         for part, found in features.parts(z, ctx.orders if kept else jet_rows.orders(False), kept):
             for index, matrix in jet_rows.matrices(found, part):
                 torch.mm(weight, matrix, out=each[index][:, part])
-        parts = jet_rows.parts if kept else [None] * len(jet_rows.parts)
-        ctx.save_for_backward(z, first, second, weight, weights, *parts, *kept, *tensors_of(grid))
+        directions = directions if kept else [None] * len(directions)
+        ctx.save_for_backward(z, first, second, weight, weights, *directions, *kept, *tensors_of(grid))
         ctx.set_materialize_grads(False)
         ctx.features, ctx.plain, ctx.kept = features, plain, len(kept)
         return (None, None, results[1]) if only_second else (value, *results)
@@ -49,7 +50,7 @@ class LayerJet(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, grad_dy, grad_d2y):  # pyright: ignore[reportIncompatibleMethodOverride] (*grad_outputs)
         z, first, second, weight, weights, *kept = ctx.saved_tensors
-        parts, kept = Directional(*kept[:4]), kept[4 : 4 + ctx.kept]
+        directions, kept = Directional(*kept[:4]), kept[4 : 4 + ctx.kept]
         if needs_plain_gradients(grad_y, grad_dy, grad_d2y):
             return *plain_gradients(ctx, (grad_y, grad_dy, grad_d2y)), *[None] * 4
         grads = [() if grad_y is None else (grad_y,), *(() if g is None else g for g in (grad_dy, grad_d2y))]
@@ -59,8 +60,8 @@ class LayerJet(torch.autograd.Function):
         transposed = weight.t().contiguous() if to_inputs else None
         # Transposed: the product that gives it so takes less time.
         to_weight = torch.zeros_like(weight.t()) if ctx.needs_input_grad[3] else None
-        parts = parts if kept else directional(ctx.features.scale, first, second, weights)
-        jet_rows = JetRows(parts, tuple(map(len, grads)))
+        directions = directions if kept else directional(ctx.features.scale, first, second, weights)
+        jet_rows = JetRows(directions, tuple(map(len, grads)))
         for part, found in ctx.features.parts(z, ctx.orders, kept):
             here = [gradient[:, part] for gradient in each]
             if to_weight is not None:
@@ -115,9 +116,9 @@ class JetRows:
     """What multiplies the coefficients in a jet: `counts` (V, D or 0, S) are the numbers of rows f, f' z' and
     f'' z'^2 + f' z''."""
 
-    def __init__(self, parts: Directional, counts: tuple[int, ...]) -> None:
-        self.parts, self.counts = parts, counts
-        self.first, self.second, self.weighted, self.square = parts
+    def __init__(self, directions: Directional, counts: tuple[int, ...]) -> None:
+        self.first, self.second, self.weighted, self.square = directions
+        self.counts = counts
 
     def orders(self, gradients: bool) -> list[int]:
         """Those of the derivatives that `matrices` needs, and `add_input_gradients` if it will be called."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..basis import UniformGrid, silu_derivatives
 from .functions import FunctionBasis
-from .splines import spline_pieces
+from .splines import grid_intervals, spline_pieces
 
 
 class SplineEdges(NamedTuple):
@@ -36,12 +36,8 @@ class SplineEdges(NamedTuple):
         needs."""
         order, inputs, intervals = self.order, len(z), self.intervals
         scale = grid.per_unit.unsqueeze(-1)
-        position = (z - grid.low.unsqueeze(-1)).mul_(scale)
-        position.clamp_(-order - 1, self.num_basis + 1)  # constant zero beyond
-        start = position.floor()
-        t = position.sub_(start)  # the distance from the start of the interval, in intervals
-        begins = torch.arange(order + 1, inputs * intervals, intervals, device=z.device).unsqueeze(-1)
-        index = start.nan_to_num_().long().add_(begins).flatten()
+        t, index = grid_intervals(grid, scale, z)
+        index = index.add_(torch.arange(0, inputs * intervals, intervals, device=z.device).unsqueeze(-1)).flatten()
 
         splines, base = weight.view(len(weight), -1, inputs).transpose(1, 2).split([self.num_basis, 1], -1)
         windows = nn.functional.pad(splines, (order + 1, order + 2)).unfold(-1, order + 1, 1)

@@ -20,7 +20,7 @@ from .by_hand import JetRows, LayerJet, by_hand_pays, directional, make_features
 from .chain import Branch, Stage
 from .few_outputs import MOST_OUTPUTS, FewOutputsJet, few_outputs
 from .functions import Basis, FunctionBasis, tensors_of
-from .norms import rows_first, rows_last, through_norm
+from .norms import all_rows_last, rows_first, through_norm
 from .one_function import OneFunctionJet
 
 
@@ -69,9 +69,7 @@ def evaluate_layer(
     weight = None if dense is None else torch.cat([dense[0].mT, dense[1].unsqueeze(1)], dim=1).mT
     count = len(first)
     rows = z[..., 0].numel() * (1 + count + (count if weights is None else 1))
-    # `LayerJet` takes weights and grids for constants
-    by_hand = not any(part is not None and part.requires_grad for part in (weights, stage.layer.grid_bounds))
-    by_hand = by_hand and by_hand_pays(rows, z, first, second, weights, *(dense or ()))
+    by_hand = _goes_by_hand(grid, rows, weights, z, first, second, *(dense or ()))
     factored = []
     for update in stage.updates:
         if update.tensor.core.dtype != stage.layer.grid_bounds.dtype:  # a base in half precision
@@ -88,17 +86,24 @@ def evaluate_layer(
     return _through(grid, weight, factored, by_hand, z, first, second, weights, only_second)
 
 
+def _goes_by_hand(basis: Basis, rows: int, weights: Tensor | None, z: Tensor, *others: Tensor | None) -> bool:
+    """Whether a function with a backward pass by hand pays, and is right: it takes weights and what the functions
+    depend on for constants."""
+    if not by_hand_pays(rows, z, *others, weights):
+        return False
+    constants = tensors_of(basis) if weights is None else [weights, *tensors_of(basis)]
+    return not any(tensor.requires_grad for tensor in constants)
+
+
 def _evaluate_branches(
     stage: Stage, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None, only_second: bool
 ) -> Jet:
     """As `evaluate_layer`, for a layer of another library."""
-    varies = weights is not None and weights.requires_grad
     total: list[Any] = [None, None, None]
     for branch in stage.branches:
         inputs = through_branch_norm(branch, z, first, second, weights)
         rows = z[..., 0].numel() * (2 + len(first))
-        by_hand = not varies and by_hand_pays(rows, *inputs, branch.weight, weights)
-        by_hand = by_hand and not any(tensor.requires_grad for tensor in tensors_of(branch.basis))
+        by_hand = _goes_by_hand(branch.basis, rows, weights, *inputs, branch.weight)
         found = _through(branch.basis, branch.weight, [], by_hand, *inputs, weights, only_second)
         total = [one if sum_ is None else sum_ + one for sum_, one in zip(total, found, strict=True)]
     if len(stage.branches) == 1 and stage.branches[0].weight.shape[2] == 1:  # views, which cannot be changed in place
@@ -128,10 +133,8 @@ def _through(
 ) -> Jet:
     """`evaluate_layer` for a weight (O, I, K) in force, and updates that are added in factored form."""
     outputs = len(weight) if weight is not None else len(factored[0].tensor.factor_out)
-    lead, inputs = z.shape[:-1], z.shape[-1]
-    z = (z if len(lead) == 1 else z.reshape(-1, inputs)).mT  # rows come last from here on, for all operations
-    first = rows_last(first, lead)
-    second = None if second is None else rows_last(second, lead)
+    lead = z.shape[:-1]
+    z, first, second = all_rows_last(z, first, second)  # all operations run along them
     weight = None if weight is None else weight.transpose(1, 2).flatten(1)  # (O, (K + 1) I)
     if by_hand:
         function = _function(basis, outputs, z)

@@ -73,6 +73,13 @@ def rows_last(part: Tensor, lead: torch.Size) -> Tensor:
     return part.reshape(len(part), rows, part.shape[-1]).mT
 
 
+def all_rows_last(z: Tensor, first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """z (..., I), z' and z'' (D, ..., I) with rows last, as by `rows_last`."""
+    lead = z.shape[:-1]
+    flat = z if len(lead) == 1 else z.reshape(-1, z.shape[-1])
+    return flat.mT, rows_last(first, lead), None if second is None else rows_last(second, lead)
+
+
 def rows_first(part: Tensor, lead: torch.Size) -> Tensor:
     """(..., I, N) to (..., *lead, I)."""
     return part.mT if len(lead) == 1 else part.mT.reshape(*part.shape[:-2], *lead, part.shape[-2])
@@ -90,11 +97,10 @@ def _through_layer_norm(
     varies = weights is not None and weights.requires_grad
     if varies or not by_hand_pays(z[..., 0].numel(), z, first, second, scale):
         return _normalize(eps, weights, z, first, second, scale)
-    lead = z.shape[:-1]
-    flat = z if len(lead) == 1 else z.reshape(-1, z.shape[-1])
-    inputs = flat.mT, rows_last(first, lead), None if second is None else rows_last(second, lead)
-    found = LayerNormJet.apply(*inputs, scale, weights, eps, partial(_rows_last_normalize, eps, weights))
-    y, dy, d2y = (rows_first(part, lead) for part in found)
+    found = LayerNormJet.apply(
+        *all_rows_last(z, first, second), scale, weights, eps, partial(_rows_last_normalize, eps, weights)
+    )
+    y, dy, d2y = (rows_first(part, z.shape[:-1]) for part in found)
     return y, dy, d2y
 
 

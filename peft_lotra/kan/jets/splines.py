@@ -39,13 +39,10 @@ class SplineFeatures:
     def evaluate(self, z: Tensor, orders: Sequence[int]) -> list[Tensor]:
         """The derivatives of these orders at z (I, rows), each (p + 2, I, rows) with silu as the last function; and
         for each part of the rows the places of the splines in the memory of `LocalSplines`."""
-        order, num_basis = self.grid.spline_order, self.grid.num_basis
-        position = (z - self.grid.low.unsqueeze(-1)).mul_(self.scale)
-        position.clamp_(-order - 1, num_basis)  # constant zero beyond
-        start = position.floor()
+        order = self.grid.spline_order
         powers = workspace("powers", z, order + 1, *z.shape)
         powers[0] = 1
-        t = torch.sub(position, start, out=powers[1])
+        t, rows = grid_intervals(self.grid, self.scale, z, out=powers[1])  # rows of the first, in `LocalSplines.dense`
         for q in range(1, order):
             torch.mul(powers[q], t, out=powers[q + 1])
         pieces, silu = spline_pieces(order, z.dtype, z.device), silu_derivatives(z, max(orders))
@@ -53,7 +50,6 @@ class SplineFeatures:
         for d, part in zip(orders, found, strict=True):
             torch.mm(pieces[d], powers.flatten(1), out=part[:-1].flatten(1))
             torch.div(silu[d], self.scale**d, out=part[-1]) if d else part[-1].copy_(silu[0])
-        rows = start.nan_to_num_().long().add_(order + 1)  # of the first function, in `LocalSplines.dense`
         places = []
         for part in equal_blocks(z.shape[1], self.rows_of_part):
             size = len(z) * (part.stop - part.start)
@@ -71,6 +67,16 @@ class SplineFeatures:
             for part, places in zip(parts, functions[len(orders) :], strict=True):
                 here = {d: one[..., part] for d, one in zip(orders, functions, strict=False)}
                 yield slice(block.start + part.start, block.start + part.stop), LocalSplines(self, here, places)
+
+
+def grid_intervals(grid: UniformGrid, scale: Tensor, z: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """For z (I, N), the distance from the start of its grid interval, in intervals, and the number of that, which is
+    that of the first spline there, counted from p + 1 of them before the grid. Beyond, where all are zero, it is the
+    last; `scale` (I, 1) are the intervals per unit."""
+    position = (z - grid.low.unsqueeze(-1)).mul_(scale)
+    position.clamp_(-grid.spline_order - 1, grid.num_basis)
+    start = position.floor()
+    return torch.sub(position, start, out=out), start.nan_to_num_().long().add_(grid.spline_order + 1)
 
 
 def equal_blocks(rows: int, most: int) -> list[slice]:
