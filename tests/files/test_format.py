@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Files: an interrupted save loses nothing, and what cannot be loaded changes nothing."""
+"""Files: what cannot be loaded changes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import pytest
 import safetensors.torch
 import torch
 from helpers import adapt, assert_same, base, inputs, lotra_layers, nested, snapshot
-from killing import count_steps, interrupted_at
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.save_and_load import set_peft_model_state_dict
@@ -77,78 +76,6 @@ def edit_config(folder, **changes):
 ################
 # Interruption #
 ################
-
-
-def old_and_new():
-    """Adapters of equal shapes, so that only their contents tell them apart."""
-    models = {}
-    for seed, name in enumerate(("old", "new")):
-        bare = model()
-        torch.manual_seed(seed)
-        models[name] = adapt(bare, r=1)
-        models[name].add_adapter("second", LoTRAConfig(r=2, init_weights=False))
-    return models
-
-
-def outcome_of(folder, models, x, adapter):
-    """Which adapter a folder holds: "old" or "new"; or the error."""
-    try:
-        loaded = PeftModel.from_pretrained(model(), folder)(x)
-    except ValueError as error:
-        return "nothing" if "Can't find 'adapter_config.json'" in str(error) else str(error)
-    for adapted in models.values():
-        adapted.set_adapter(adapter)
-    return next(name for name, adapted in models.items() if torch.equal(adapted(x), loaded))
-
-
-@pytest.mark.parametrize("how, existing", [("kill", True), ("full", True), ("kill", False)])
-def test_an_interrupted_save_leaves_the_old_adapter_or_the_new_one(tmp_path, how, existing):
-    models, x = old_and_new(), inputs()
-    if existing:
-        save_adapter(models["old"], tmp_path / "start")
-    else:
-        (tmp_path / "start").mkdir()
-    folder, found = tmp_path / "folder", set()
-
-    def save():
-        save_adapter(models["new"], folder)
-
-    shutil.copytree(tmp_path / "start", folder)
-    steps = count_steps(save, folder)
-    # of what is done beside, every fourth
-    chosen = [step for step, path in enumerate(steps) if ".saving" not in path or step % 4 == 0]
-    for step in chosen:
-        shutil.rmtree(folder)
-        shutil.copytree(tmp_path / "start", folder)
-        interrupted_at(step, save, folder, how)
-        paths = (("default", folder), ("second", folder / "second"))
-        found.add(tuple(outcome_of(path, models, x, adapter) for adapter, path in paths))
-        if step % 12 == 0:  # the next save sweeps up
-            save()
-            assert outcome_of(folder, models, x, "default") == "new"
-            assert sorted(os.listdir(folder)) == ["README.md", CONFIG, WEIGHTS, "second"]
-    before = "old" if existing else "nothing"
-    assert len(steps) > 60 and len(chosen) > 25 and found == {(before, before), ("new", before), ("new", "new")}
-
-
-def test_an_interrupted_save_of_pefts_own_never_loads_wrongly(tmp_path):
-    """PEFT writes over the old tensors: they are lost, but what is left is not taken for an adapter."""
-    models, x = old_and_new(), inputs()
-    models["old"].save_pretrained(tmp_path / "start", selected_adapters=["default"])
-    folder, outcomes = tmp_path / "folder", []
-
-    def save():
-        models["new"].save_pretrained(folder, selected_adapters=["default"])
-
-    shutil.copytree(tmp_path / "start", folder)
-    for step in range(len(count_steps(save, folder))):
-        shutil.rmtree(folder)
-        shutil.copytree(tmp_path / "start", folder)
-        interrupted_at(step, save, folder, "kill")
-        outcomes.append(outcome_of(folder, models, x, "default"))
-    refused = [outcome for outcome in outcomes if outcome not in ("old", "new")]
-    assert {"old"} < set(outcomes) and len(refused) > 2
-    assert all("do not belong together" in message or "damaged" in message for message in refused)
 
 
 def test_a_saved_folder(tmp_path):
