@@ -13,11 +13,14 @@ import torch
 from torch import nn
 
 from .coefficients import CoefficientTensor, Described, get_or_none, named_attribute
-from .description import KANLayerSpec
+from .description import REGISTERED, KANLayerSpec
+from .inference import OTHERS
 from .layout import axis_patterns
-from .probe import CURVATURE, Probe
+from .probe import Probe
 
 
+# whose modules with large parameters are attention, experts and the like
+_LIBRARIES = {"torch", "torchvision", "transformers", "timm", "diffusers", "peft"}
 _MOST_AXES = 6  # of a parameter, each of which may be that of the outputs or the inputs
 
 
@@ -63,13 +66,44 @@ def likely_layers(model: nn.Module, known: Collection[int] = ()) -> Iterator[tup
     """
     seen = set()
     for name, module in model.named_modules():
-        if id(module) in known or type(module).__module__.startswith("torch.nn"):
+        if id(module) in known or type(module).__module__.startswith(("torch.nn", "torch.jit")):
             continue
         shapes = [(n, value.shape) for n, value in _tensors(module).items()]
         key = (type(module), *shapes)
         if any(len(shape) >= 3 for _, shape in shapes) and key not in seen:
             seen.add(key)
             yield name, module
+
+
+def left_out(model: nn.Module, found_names: Collection[str]) -> list[str]:
+    """The names of modules that look like KAN layers and are not among those found; nothing is run.
+
+    These are modules of a user with own parameters of three axes, or with one that is named as in a known kind of
+    layer. An axis of length one in front is that of a batch: position embeddings and class tokens.
+    """
+    known = {id(inner) for name in found_names for inner in model.get_submodule(name).modules()}
+    names = {name for spec in REGISTERED.values() for name, _ in spec.parts} - {"weight", "scale", "coefficients"}
+    return [
+        name
+        for name, module in model.named_modules()
+        if id(module) not in known
+        and not isinstance(module, (*OTHERS, torch.jit.ScriptModule))
+        and type(module).__module__.partition(".")[0] not in _LIBRARIES
+        and any(
+            value is not None and (key in names or (value.dim() > 2 and len(value) > 1))
+            for key, value in module._parameters.items()
+        )
+    ]
+
+
+def no_layer_message(model: nn.Module) -> str:
+    """Why there is nothing to adapt in a model without KAN layers, in less than 400 characters."""
+    likely = [f"`{name[-30:]}` ({type(model.get_submodule(name)).__name__:.20})" for name in left_out(model, ())[:3]]
+    return (
+        f"No KAN layer was found in the model{'; candidates are ' if likely else ''}{', '.join(likely)}. "
+        "Functions shared by all outputs (KAT, GR-KAN) take plain LoRA on their linear layers. "
+        "`find_kan_layers(model, candidates=True)` shows how to describe other layers."
+    )
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -93,11 +127,11 @@ def _describe(module: nn.Module, tensors: dict[str, torch.Tensor], large: dict[s
     grid += [name for name, value in tensors.items() if not value.requires_grad and value.dim() < 3]
     probe = Probe(module, {name: get_or_none(module, name) for name in grid})
     axis = named_attribute(module, "i")
-    axes = {"i": getattr(module, axis)} if axis else {}
+    axes = {"i": int(getattr(module, axis))} if axis else {}
     parts, residual = _find(probe, tensors, large, axes)
     is_verified, is_linear = bool(parts), True
     if is_verified:
-        is_linear = (probe.curvature(_locate(module, parts, residual, axes)) or 0.0) <= CURVATURE
+        is_linear = probe.is_linear(_locate(module, parts, residual, axes))
     else:
         name, value = next(iter(large.items()))
         parts = [(name, next(_patterns(value.shape, False), "o i ..."))]

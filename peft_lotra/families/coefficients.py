@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from numbers import Integral
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -14,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..modules.locks import cached
-from .layout import Layout, OpenLengthsError, parse_layout, suggest_patterns
+from .layout import Layout, OpenLengthsError, parse_layout
 
 
 # A parameter, or with `*` the parameters of a list of modules, and the pattern of each.
@@ -56,7 +57,7 @@ class CoefficientTensor:
     parts: tuple[tuple[Member, ...], ...]
     separate_residual: bool = False
 
-    @cached
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """(out, in, basis) or (out, in, basis, kernel), without the residual branch."""
         sizes = self._sizes
@@ -64,7 +65,7 @@ class CoefficientTensor:
         basis = sum(size[2] for size in sizes) - self.has_residual
         return (out, in_, basis, *kernel)
 
-    @cached
+    @cached_property
     def _sizes(self) -> list[tuple[int, ...]]:
         """The canonical shape of each part."""
         return [
@@ -75,28 +76,28 @@ class CoefficientTensor:
             for part in self.parts
         ]
 
-    @cached
+    @cached_property
     def has_residual(self) -> bool:
         """Whether the layer has a residual branch."""
         return self.separate_residual or self.parts[0][0].layout.packed_residual is not None
 
-    @cached
+    @cached_property
     def parameters(self) -> dict[str, Layout]:
         """The layout of each parameter by name, those of the coefficients first."""
         return {member.name: member.layout for part in self.parts for member in part}
 
-    @cached
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The names of the parameters of the coefficients, without those of the residual branch."""
         parts = self.parts[:-1] if self.separate_residual else self.parts
         return tuple(member.name for part in parts for member in part)
 
-    @cached
+    @cached_property
     def name(self) -> str:
         """The name of the first parameter of the coefficients."""
         return self.parts[0][0].name
 
-    @cached
+    @cached_property
     def lengths(self) -> Mapping[str, int]:
         """The length of each axis, of several members those of the first."""
         return {axis: length for part in self.parts for axis, length in part[0].lengths.items()}
@@ -279,10 +280,9 @@ def _solve(
                 # the parameter that does not fit the sizes which the layer names, rather than the first to notice
                 for other, (own, value, _) in found.items() if fits_names else ():
                     if misfit := _misfit(layer, own, value):
-                        name, layout, parameter, reason = other, own, value, misfit
+                        name, reason = other, misfit
                         break
-                hint = _suggestion(layer, layout, parameter, lengths[place or 0])
-                raise ValueError(f"{problem}`{name}` is not as described. {reason}{hint}") from error
+                raise ValueError(f"{problem}`{name}` is not as described. {reason}") from error
             else:
                 for known in lengths if place is None else [lengths[place]]:
                     known.update(solved | known)
@@ -303,24 +303,11 @@ def _misfit(layer: nn.Module, layout: Layout, parameter: torch.Tensor) -> ValueE
     return None
 
 
-def _suggestion(layer: nn.Module, layout: Layout, parameter: torch.Tensor, lengths: Mapping[str, int]) -> str:
-    """The patterns that would fit by the numbers of features that the layer, or another parameter, names."""
-    sizes = {axis: named_size(layer, axis) or lengths.get(axis, 0) for axis in ("o", "i")}
-    kernel = layout.kernel if parameter.dim() - len(layout.kernel) >= 2 else ()
-    fitting = suggest_patterns(parameter.shape, sizes["o"], sizes["i"], kernel)
-    if "..." in layout.pattern and kernel:
-        fitting = [pattern.replace(" ".join(kernel), "...") for pattern in fitting]
-    if not fitting or layout.pattern in fitting:
-        return ""
-    patterns = " or ".join(map(repr, fitting))
-    return f" With {sizes['o']} outputs and {sizes['i']} inputs {patterns} would fit."
-
-
 def named_attribute(layer: nn.Module, axis: str) -> str | None:
     """The usual attribute by which a layer names the number of its outputs (`"o"`) or inputs (`"i"`), if it does."""
     for name in _SIZES[axis]:
         value = getattr(layer, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0:  # of numpy too
             return name
     return None
 
@@ -328,7 +315,7 @@ def named_attribute(layer: nn.Module, axis: str) -> str | None:
 def named_size(layer: nn.Module, axis: str) -> int | None:
     """The number of outputs (`"o"`) or inputs (`"i"`) that a layer names itself."""
     name = named_attribute(layer, axis)
-    return getattr(layer, name) if name else None
+    return int(getattr(layer, name)) if name else None
 
 
 def expand_name(layer: nn.Module, name: str) -> list[str]:

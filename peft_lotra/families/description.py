@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from functools import partial
+from functools import cached_property, partial
 from keyword import iskeyword
+from numbers import Number
 from operator import attrgetter
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 from torch import nn
 
 from ..kan.basis import UniformGrid
-from ..modules.locks import cached
 from .coefficients import CoefficientTensor, Described, expand_name, get_or_none, locate_coefficients
 from .layout import Layout, axis_patterns, parse_layout
 from .readings import check_description, choose_reading, exchange_axes, note_verified, pattern_variants
@@ -181,8 +181,9 @@ class KANLayerSpec:
         return get_registered, (self.family,)
 
     def axes_of(self, layer: nn.Module) -> dict[str, Any]:
-        """The lengths of axes of a layer that no shape determines."""
-        return dict(self.axes(layer) if callable(self.axes) else self.axes or {})
+        """The lengths of axes of a layer that no shape determines, as plain integers."""
+        axes = self.axes(layer) if callable(self.axes) else self.axes or {}
+        return {axis: list(map(int, v)) if hasattr(v, "__len__") else int(v) for axis, v in axes.items()}
 
     def locate(self, layer: nn.Module) -> CoefficientTensor:
         """Finds the coefficients of a layer; raises a `ValueError` if a pattern does not fit its parameter.
@@ -227,7 +228,7 @@ class KANLayerSpec:
         axes, roles = self.axes_of(layer), (self.kernel, self.groups)
         return lambda parts, residual: locate_coefficients(layer, self.family, parts, residual, axes, roles)
 
-    @cached
+    @cached_property
     def _readings(self) -> list[tuple[tuple[Described, ...], Described | None]]:
         """Parts and residual branch as described, and with outputs and inputs exchanged in both, or in one of them."""
         parts, residual = self.parts, self.residual
@@ -250,7 +251,8 @@ class KANLayerSpec:
                 )
                 continue
             if value is not None:
-                values[name] = value
+                is_numpy = isinstance(value, Number) and hasattr(value, "item")
+                values[name] = value.item() if is_numpy else value  # pyright: ignore  (narrowed to Number)
         return values
 
     def basis_or_none(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
@@ -288,7 +290,7 @@ class KANLayerSpec:
             if entry.name in _CHECKS and entry.name != "axes" and value != default:
                 values[entry.name] = value
         if axes := self.axes_of(layer):
-            values["axes"] = {axis: list(map(int, v)) if hasattr(v, "__len__") else int(v) for axis, v in axes.items()}
+            values["axes"] = axes
         return json.loads(json.dumps(values))  # lists instead of tuples, as a file gives them back
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -25,7 +24,6 @@ from .coefficients import CoefficientTensor, Described, get_or_none, locate_coef
 from .description import KANLayerSpec, registered_spec, spec_from_file
 from .functions import FunctionProbe
 from .layout import axis_patterns
-from .probe import CURVATURE
 from .readings import settings_of
 
 
@@ -36,7 +34,7 @@ _FUNCTIONS = 2  # that a layer must have at least
 _SMALL = 0.1  # share of the parameters below which factors of the edges are left alone
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 # Modules that are known to be something else; a class of a user that is derived from one of them is so too.
-_OTHERS = (
+OTHERS = (
     *(nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
     *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, *_NORMS),
     nn.modules.conv._ConvNd,
@@ -55,14 +53,9 @@ class _Reading(NamedTuple):
         return locate_coefficients(layer, FAMILY, self.parts, self.residual, axes, ("", ""))
 
     def to_spec(self, grid: tuple[str, ...], linear: bool) -> KANLayerSpec:
-        return _spec(*self, grid, linear)
-
-
-@lru_cache(maxsize=1024)
-def _spec(parts: Any, residual: Any, inputs: int | None, grid: tuple[str, ...], linear: bool) -> KANLayerSpec:
-    description = {"coefficients": [list(part) for part in parts], "residual": residual and list(residual)}
-    description |= {"grid": list(grid), "linear": linear, "axes": inputs and {"i": inputs}}
-    return spec_from_file(FAMILY, {name: value for name, value in description.items() if value not in (None, [])})
+        description = {"coefficients": [*map(list, self.parts)], "residual": self.residual and list(self.residual)}
+        description |= {"grid": list(grid), "linear": linear, "axes": self.inputs and {"i": self.inputs}}
+        return spec_from_file(FAMILY, {name: value for name, value in description.items() if value not in (None, [])})
 
 
 # by class, and by what decides how a layer of it runs
@@ -76,7 +69,7 @@ def infer_spec(module: nn.Module) -> KANLayerSpec | None:
         module: Any module. It is run, as a copy, if it has parameters that may be coefficients and no parts that may
             be layers of their own.
     """
-    if isinstance(module, _OTHERS) or _is_torch(module):
+    if isinstance(module, OTHERS) or _is_torch(module):
         return None
     if "funs_sympy" in vars(module):  # formulas of pykan's networks, which stand in for the edges of a KAN layer
         return None
@@ -145,7 +138,7 @@ def _infer(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> KANLayerSp
         if reading is not None:
             parts, reading = reading.parts, _extend(probe, reading, tensors, total)
             # a product of parameters is not linear in both
-            linear = reading.parts == parts and (probe.curvature(reading.locate(module)) or 0.0) <= CURVATURE
+            linear = reading.parts == parts and probe.is_linear(reading.locate(module))
             spec = reading.to_spec(grid, linear)
             spec.note_verified(module)
             return spec
@@ -184,6 +177,8 @@ def _find_flat_of(probe: FunctionProbe, name: str, value: torch.Tensor) -> _Read
         sizes |= dict.fromkeys(tensor.shape if other != name else ())
         for size in filter(None, tensor.shape if tensor.dim() == 1 else ()):  # a grid of one point for each function
             sizes |= dict.fromkeys(length // size for length in value.shape if length % size == 0)
+    if any(isinstance(child, nn.Linear) and child.in_features == 1 for child in probe.layer.children()):
+        sizes.pop(1, None)  # a perceptron of one input is such a sum too
     for inputs in sizes:
         for axis in (1, 0) if inputs else ():
             if value.shape[axis] % inputs or value.shape[axis] // inputs < _FUNCTIONS:

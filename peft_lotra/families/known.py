@@ -253,7 +253,7 @@ register_kan_layer(
     grid=("grid_bounds", "grid_size", "spline_order"),
     grid_methods=("update_grid",),
     basis=lambda m, x: m.basis(x),
-    splines=lambda m: UniformGrid(m.grid_bounds[:, 0], m.grid_bounds[:, 1], m.grid_size, m.spline_order),
+    splines=lambda m: UniformGrid(*m.grid_bounds.unbind(-1), m.grid_size, m.spline_order),  # pyright: ignore
     activation=lambda m, x: nn.functional.silu(x),
 )
 # The parameters of Slim layers are Tucker components; described here are the tensors that the components make. An

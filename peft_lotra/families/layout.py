@@ -26,13 +26,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import permutations
 
 import torch
 from einops import rearrange, reduce, repeat
-
-from ..modules.locks import cached
 
 
 Dims = tuple[tuple[str, ...], ...]
@@ -69,12 +67,12 @@ class Layout:
     stored_over: tuple[int, ...] | None = None
     shared: tuple[str, ...] = ()
 
-    @cached
+    @cached_property
     def axes(self) -> tuple[str, ...]:
         """All axes, in the order of the pattern."""
         return tuple(axis for dim in self.dims for axis in dim)
 
-    @cached
+    @cached_property
     def basis(self) -> tuple[str, ...]:
         """The axes that make up the basis mode."""
         return tuple(axis for axis in self.axes if axis not in ("o", "i", *self.groups, *self.kernel))
@@ -132,6 +130,8 @@ class Layout:
 
     def to_canonical(self, parameter: torch.Tensor, lengths: Mapping[str, int]) -> torch.Tensor:
         """(stored shape) -> (out, in, basis[, kernel]), with packed residual weights, if any, as the last slice."""
+        if self._is_canonical:  # einops takes as long as the arithmetic of a small layer
+            return parameter if parameter.dim() == 3 else parameter.unsqueeze(2)
         if self.stored_over is not None:
             parameter = parameter.reshape(self._flattened(parameter.shape))
         parts: Sequence[torch.Tensor] = [parameter]
@@ -154,6 +154,8 @@ class Layout:
         What is stored once is the mean along the axes that it is `shared` along. `shape` is the stored one, which a
         layout with `stored_over` needs.
         """
+        if self._is_canonical:
+            return tensor if len(self.dims) == 3 else tensor.squeeze(2)
         parts = [tensor] if self.packed_residual is None else [tensor[:, :, :-1], tensor[:, :, -1:]]
         parts = [
             reduce(part, f"{canonical} -> {stored}", "mean", **{axis: lengths[axis] for axis in axes})
@@ -164,7 +166,14 @@ class Layout:
         stored = parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.concatenated)
         return stored if self.stored_over is None or shape is None else stored.reshape(shape)
 
-    @cached
+    @cached_property
+    def _is_canonical(self) -> bool:
+        """Whether the parameter is stored as "o i k" or "o i"."""
+        plain = not (self.packed_residual or self.shared or self.kernel or self.groups or self.stored_over)
+        axes = len(self.dims) < 4 and all(len(dim) == 1 for dim in self.dims)
+        return plain and axes and self.dims[:2] == (("o",), ("i",))
+
+    @cached_property
     def _blocks(self) -> list[tuple[str, str, tuple[str, ...]]]:
         """The einops expressions of the stored and of the canonical order, and the axes, of each block."""
         out = _write([(*self.groups, "o")])
@@ -283,39 +292,3 @@ def axis_patterns(
         basis = [place for place in places if place not in names and shape[place] > 1]
         names |= {place: letter if len(basis) == 1 else f"{letter}{place}" for place in basis}
         yield " ".join(names.get(place, "()") for place in places)
-
-
-def suggest_patterns(shape: Sequence[int], out: int, in_: int, kernel: Sequence[str] = ()) -> list[str]:
-    """The patterns that a parameter of this shape may have, in a layer of `out` outputs and `in_` inputs.
-
-    Args:
-        shape: The shape of the parameter.
-        out, in_: The numbers of output and input features.
-        kernel: The names of the last dimensions.
-
-    Example:
-        >>> suggest_patterns((3, 5, 4), out=5, in_=3), suggest_patterns((5, 12), out=5, in_=3)
-        (['i o k'], ['o (i k)'])
-    """
-    return list(dict.fromkeys(_suggested(tuple(shape), out, in_, tuple(kernel))))
-
-
-def _suggested(shape: Shape, out: int, in_: int, kernel: tuple[str, ...]) -> Iterator[str]:
-    sizes = shape[: len(shape) - len(kernel)]
-    if len(sizes) > 8:  # more than there are letters
-        return
-    for first, second in permutations(range(len(sizes)), 2):
-        if sizes[first] == out and sizes[second] == in_:
-            yield _named(sizes, {first: "o", second: "i"}, kernel)
-    for first, second in permutations(range(len(sizes)), 2):
-        if sizes[first] == out and sizes[second] > in_ > 0 and sizes[second] % in_ == 0:
-            yield _named(sizes, {first: "o", second: "(i k)"}, kernel)
-    for place, size in enumerate(sizes):
-        if size == out * in_ and len(sizes) > 1:
-            yield _named(sizes, {place: "(o i)"}, kernel)
-
-
-def _named(sizes: Shape, names: Mapping[int, str], kernel: tuple[str, ...]) -> str:
-    rest = iter("kmnpqrst" if not any("k" in name for name in names.values()) else "mnpqrst")
-    words = [names.get(place) or ("()" if size == 1 else next(rest)) for place, size in enumerate(sizes)]
-    return " ".join([*words, *kernel])

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..modules.calls import settled
 from .coefficients import CoefficientTensor
 
 
@@ -101,24 +102,28 @@ class Probe:
         """
         try:
             with isolated(self._like(tensor)), torch.no_grad():
-                x = self._input(tensor)
+                x = self._input(tensor, rows=2)
                 values = {name: own_copy(value) for name, value in tensor.read_parameters(self.layer).items()}
                 generator = torch.Generator().manual_seed(0)
                 steps = {
                     name: torch.randn(value.shape, generator=generator, device="cpu").to(value) * mean_size(value)
                     for name, value in values.items()
                 }
-                outputs = [
-                    self._run({name: value + t * steps[name] for name, value in values.items()}, x) for t in (0, 1, 2)
-                ]
-                change = (outputs[2] - outputs[0]).abs().max()
-                bend = (outputs[2] - 2 * outputs[1] + outputs[0]).abs().max()
-                rounding = 1e3 * torch.finfo(x.dtype).eps * max(y.abs().max().item() for y in outputs)
-                if not torch.isfinite(bend) or change <= rounding:
+                # so far that a ReLU behind the sum is met on both sides
+                low, middle, high = (
+                    self._run({name: value + t * steps[name] for name, value in values.items()}, x) for t in (-2, 0, 2)
+                )
+                change, bend = (high - low).abs().max(), (high - 2 * middle + low).abs().max()
+                rounding = 1e3 * torch.finfo(x.dtype).eps * max(y.abs().max().item() for y in (low, middle, high))
+                if not torch.isfinite(bend) or max(change, bend) <= rounding:
                     return None
-                return max(bend.item() - rounding, 0.0) / change.item()
+                return max(bend.item() - rounding, 0.0) / max(change, bend).item()
         except Exception:  # as above
             return None
+
+    def is_linear(self, tensor: CoefficientTensor) -> bool:
+        """Whether the output is an affine function of the coefficients, or it cannot be said."""
+        return (self.curvature(tensor) or 0.0) <= CURVATURE
 
     def reached(self, names: Sequence[str], tensor: CoefficientTensor) -> dict[str, bool]:
         """Whether the output depends on each of these parameters."""
@@ -193,14 +198,19 @@ class Probe:
             inputs = _changes_in(whole[rows], gradient((y * weights).sum())[rows], 2)
         return Verdict(outputs, inputs, contradicted=contradicted)
 
-    def _input(self, tensor: CoefficientTensor) -> torch.Tensor:
-        """One input, in the middle of the grid: (1, in), (1, 1, in), or (1, channels, *sizes) for a convolution."""
+    def _input(self, tensor: CoefficientTensor, rows: int = 1) -> torch.Tensor:
+        """One input, in the middle of the grid: (1, in), (1, 1, in), or (1, channels, *sizes) for a convolution.
+
+        It has `rows` * `rows` rows if a layer that is no convolution takes them.
+        """
         like = _wide(tensor.get_parameter(self.layer))
         if self.args:
             return self.args[0].detach().to(like)
         if self._rows is None and len(tensor.shape) == 3:
             self._rows = self._find_rows(tensor)
         shape, blocks = [*(self._rows or (1,)), tensor.shape[1]], _blocks(tensor)
+        if len(tensor.shape) == 3:
+            shape[:-1] = [rows] * (len(shape) - 1) if len(shape) == 3 else [rows * rows]
         if len(tensor.shape) == 4:
             member = tensor.parts[0][0]
             shape[1] *= blocks
@@ -276,7 +286,7 @@ def _copy_of(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     """
     if id(module) in made:
         return made[id(module)]
-    copy = made[id(module)] = object.__new__(type(module))
+    copy = made[id(module)] = object.__new__(settled(type(module), tuple(module._parameters)))
     copy.__dict__.update(module.__dict__)
     copy.__dict__.update({name: OrderedDict() for name, value in vars(module).items() if name.endswith("_hooks")})
     copy.__dict__.update(

@@ -9,22 +9,26 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+from numbers import Number
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from ..modules.calls import modules_of
 from .coefficients import CoefficientTensor, Described
-from .probe import CURVATURE, Probe, Verdict
+from .probe import Probe, Verdict
 
 
 Reading = tuple[tuple[Described, ...], "Described | None"]
 
+_SETTINGS = (str, FunctionType, BuiltinFunctionType, Number)  # Number: of numpy too
+
 # By class, and by what decides how a layer of it runs: the place of the chosen reading, and the verdict on it; layers
-# that passed; parameters that are not used.
+# that passed.
 _CHOSEN: WeakKeyDictionary[type, dict[Any, tuple[int, Verdict]]] = WeakKeyDictionary()
 _PASSED: WeakKeyDictionary[type, set[Any]] = WeakKeyDictionary()
-_UNUSED: WeakKeyDictionary[type, dict[Any, list[str]]] = WeakKeyDictionary()
 
 
 def choose_reading(
@@ -76,17 +80,6 @@ def note_verified(layer: nn.Module, readings: Sequence[Reading], tensor: Coeffic
     _PASSED.setdefault(type(layer), set()).add(_check_key(layer, tensor, linear))
 
 
-def unused_parameters(layer: nn.Module, grid: Mapping[str, Any], tensor: CoefficientTensor) -> list[str]:
-    """The described parameters that the output of a layer is not computed from; none if it cannot be run."""
-    probe = Probe(layer, grid)
-    if not probe.can_run(tensor):
-        return []  # it may be later
-    known, key = _UNUSED.setdefault(type(layer), {}), _check_key(layer, tensor, False)
-    if key not in known:
-        known[key] = probe.unused(tensor)
-    return known[key]
-
-
 def check_description(
     name: str,
     layer: nn.Module,
@@ -128,13 +121,13 @@ def check_description(
                 f"{tuple(tensor.get_parameter(layer).shape)} is not laid out as {pattern!r}: "
                 f"{verdict.reason if verdict.has_raised else slices}. {remedy}"
             )
-    if unused := unused_parameters(layer, grid, tensor):
+    if unused := probe.unused(tensor):
         raise ValueError(
             f"{layer_name} does not use {', '.join(f'`{parameter}`' for parameter in unused)}: its output does not "
             "depend on it, and an adapter there would do nothing. Describe the family without it "
             "(`register_kan_layer`), or leave the layer out of `target_modules`."
         )
-    if linear and (probe.curvature(tensor) or 0.0) > CURVATURE:
+    if linear and not probe.is_linear(tensor):
         names = ", ".join(f"`{parameter}`" for parameter in tensor.parameters)
         raise ValueError(
             f"{layer_name} has an output that is not linear in {names}: a normalization may "
@@ -152,11 +145,17 @@ def _is_verified(probe: Probe, locate: Callable[[], CoefficientTensor]) -> bool:
 
 
 def settings_of(layer: nn.Module) -> tuple[Any, ...]:
-    """What decides how a layer of its class runs: shapes and settings."""
-    shapes = [(name, value.shape, value.dtype) for name, value in layer.named_parameters()]
-    settings = [item for item in vars(layer).items() if isinstance(item[1], (bool, int, float, str))]
-    settings.remove(("training", layer.training))
-    return (*shapes, *settings)
+    """What decides how a layer of its class runs: shapes, settings, and the modules inside."""
+    key: list[Any] = []
+    for module in modules_of(layer):
+        key += [type(module)] if module is not layer else []
+        key += [(name, value.shape, value.dtype) for name, value in module._parameters.items() if value is not None]
+        key += [
+            (name, getattr(value, "__qualname__", value))  # of a function its name
+            for name, value in vars(module).items()
+            if isinstance(value, _SETTINGS) and name != "training"
+        ]
+    return tuple(key)
 
 
 def pattern_variants(pattern: str) -> list[str]:

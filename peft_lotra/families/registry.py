@@ -24,8 +24,8 @@ from .candidates import KANCandidate, find_candidates
 from .description import REGISTERED as _SPECS
 from .description import Grid as Grid
 from .description import KANLayerSpec, registered_spec, spec_from_file
+from .deviations import as_computed
 from .inference import infer_spec
-from .unused import without_unused
 
 
 PREFIX = "base_model.model."  # that PEFT puts in front of the names of modules
@@ -142,7 +142,7 @@ def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
     spec = registered_spec(module)
     if spec is None:
         return infer_spec(module)
-    return without_unused(spec, module) if is_built_in(spec) else spec
+    return as_computed(spec, module) if is_built_in(spec) else spec
 
 
 class FoundKANLayer(NamedTuple):
@@ -244,6 +244,9 @@ def short_name(name: str) -> str:
     return name.removeprefix(PREFIX)
 
 
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
+
+
 def walk_kan_layers(
     module: nn.Module, name: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, nn.Module, KANLayerSpec]]:
@@ -252,14 +255,15 @@ def walk_kan_layers(
     KAN layers inside of KAN layers, and those in the copies that PEFT's `modules_to_save` makes, are left out.
     """
     seen = set() if seen is None else seen
-    if id(module) in seen or isinstance(module, AuxiliaryTrainingWrapper):
+    if id(module) in seen or isinstance(module, (AuxiliaryTrainingWrapper, torch.jit.ScriptModule)):
         return
     seen.add(id(module))
     spec = None
     while isinstance(base_layer := module._modules.get("base_layer"), nn.Module):
         spec = spec or vars(module).get("lotra_spec")  # of a family that may not be registered
         module = base_layer
-    spec = spec or get_kan_spec(module)
+    if type(module) not in _CONTAINERS:
+        spec = spec or get_kan_spec(module)
     if spec is not None:
         yield name, module, spec
         return

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,8 +14,7 @@ import torch
 from torch import nn
 
 from ..kan.slim_kan import SlimKANLinear
-from ..modules.calls import attribute_by, call_with_parameters
-from ..modules.locks import LayerLock, exclusively
+from ..modules.calls import LayerLock, attribute_by, call_with_parameters
 from ..tucker import Tucker
 from .coefficients import CoefficientTensor
 from .registry import Grid, KANLayerSpec, register
@@ -66,7 +66,7 @@ class SlimLayer(nn.Module):
         last = self.factor_basis[self.tensor.shape[-1] :]
         return self.components._replace(factor_basis=last).dense().squeeze(-1) if len(last) else None
 
-    def parameters_in_force(self, delta: torch.Tensor | float = 0.0) -> dict[str, torch.Tensor]:
+    def effective_parameters(self, delta: torch.Tensor | float = 0.0) -> dict[str, torch.Tensor]:
         """The parameters, as the layer stores them, of the tensor of the factors plus `delta`, of the same shape."""
         parameters = self.tensor.split(self.components.dense() + delta)
         if self.scale is not None:
@@ -77,22 +77,17 @@ class SlimLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward_with(0.0, *args, **kwargs)
 
-    @exclusively
     def forward_with(self, delta: torch.Tensor | float, *args: Any, **kwargs: Any) -> Any:
         """The output with a dense tensor added to that of the factors."""
-        return call_with_parameters(self.layer, self.parameters_in_force(delta), self.layer, args, kwargs)
+        with nullcontext() if torch.compiler.is_compiling() else self.lotra_lock:
+            return call_with_parameters(self.layer, self.effective_parameters(delta), self.layer, args, kwargs)
 
-    @exclusively
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        return super().state_dict(*args, **kwargs)
-
-    @exclusively
     @torch.inference_mode(False)
     def to_dense(self) -> nn.Module:
         """A layer of the original class that computes the same, up to rounding."""
         layer = copy.deepcopy(self.layer)
         with torch.no_grad():
-            parameters = self.parameters_in_force()
+            parameters = self.effective_parameters()
         for name, value in parameters.items():
             owner, _, attribute = name.rpartition(".")
             _, requires_grad = self.removed[name]
@@ -114,9 +109,9 @@ class SlimLayer(nn.Module):
             return partial(_refuse_grid_method, name)
         return attribute_by(self._call, layer, name, self.removed)
 
-    @exclusively
     def _call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        return call_with_parameters(self.layer, self.parameters_in_force(), function, args, kwargs)
+        with self.lotra_lock:
+            return call_with_parameters(self.layer, self.effective_parameters(), function, args, kwargs)
 
     def extra_repr(self) -> str:
         return f"family={self.spec.family}, ranks={self.ranks}"

@@ -287,23 +287,3 @@ def test_what_does_not_fit_together(shapes, description, parts):
         KANLayerSpec("mine", nn.Module, **description).locate(module(**shapes))
     for part in ("Module was recognized as a KAN layer of the family 'mine'", *parts):
         assert part in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "sizes, shape, pattern, fitting",
-    [
-        ({"in_features": 3, "out_features": 4}, (3, 4, 5), "o i k", "With 4 outputs and 3 inputs 'i o k' would fit"),
-        ({"inputdim": 3, "outdim": 4}, (4, 15), "o i k", "'o (i k)' would fit"),
-        ({"in_channels": 3, "out_channels": 4}, (4, 15, 3, 3), "o i k h w", "'o (i k) h w' would fit"),
-        ({"in_channels": 3, "out_channels": 4}, (3, 4, 5, 3), "o i k ...", "'i o k ...' would fit"),
-        ({"in_features": 7, "out_features": 4}, (3, 4, 5), "o i k m", None),
-    ],
-)
-def test_the_error_names_the_pattern_that_would_fit(sizes, shape, pattern, fitting):
-    layer = module(W=shape)
-    vars(layer).update(sizes)
-    kernel = "h w" if " h w" in pattern else ""
-    axes = {"o": layer.__dict__.get("out_features", 4), "i": 3}
-    with pytest.raises(ValueError) as error:
-        KANLayerSpec("mine", nn.Module, ("W", pattern), kernel=kernel, axes=axes).locate(layer)
-    assert (fitting or "(3, 4, 5)") in str(error.value) and (fitting or "would fit" not in str(error.value))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_lotra.families.layout import OpenLengthsError, parse_layout, suggest_patterns
+from peft_lotra.families.layout import OpenLengthsError, parse_layout
 
 
 PATTERNS = {
@@ -136,28 +136,6 @@ def test_a_view_of_two_flattened_axes_mixes_them_as_reshape_does():
     basis = torch.randn(7, 3, 5)
     expected = torch.einsum("bxhw,oxhw->bo", basis.reshape(7, 1, 5, 3), weight)
     torch.testing.assert_close(torch.einsum("bik,oik->bo", basis, read), expected)
-
-
-@pytest.mark.parametrize(
-    "shape, sizes, kernel, expected",
-    [
-        ((4, 3, 5), (4, 3), (), ["o i k"]),
-        ((5, 3, 4), (4, 3), (), ["k i o"]),
-        ((3, 3, 5), (3, 3), (), ["o i k", "i o k"]),
-        ((2, 4, 3, 5), (4, 3), (), ["k o i m"]),
-        ((4, 15), (4, 3), (), ["o (i k)"]),
-        ((15, 4), (4, 3), (), ["(i k) o"]),
-        ((12, 5), (4, 3), (), ["(o i) k"]),
-        ((4, 1, 15, 3, 3), (4, 3), ("h", "w"), ["o () (i k) h w"]),
-        ((7, 5), (4, 3), (), []),
-        ((2,) * 12, (2, 2), (), []),
-    ],
-)
-def test_patterns_are_suggested_that_fit(shape, sizes, kernel, expected):
-    assert suggest_patterns(shape, *sizes, kernel) == expected
-    for pattern in expected:
-        lengths = parse_layout(pattern, " ".join(kernel)).axis_lengths(shape, {"o": sizes[0], "i": sizes[1]})
-        assert (lengths["o"], lengths["i"]) == sizes
 
 
 def test_is_differentiable_both_ways():

@@ -122,7 +122,7 @@ class Named(Layer):
         ({"coefficients": ("A", "k o i")}, ("`A` (4, 3, 5)", "'k o i'", "the layer raised", "'o i k' would fit")),
         (
             {"coefficients": ("A", "o i k"), "residual": ("base", "i o")},
-            ("`base`", "'i o'", "(4, 3)", "'o i' would fit"),
+            ("`base`", "'i o'", "(4, 3)"),
         ),
         ({"coefficients": [("A", "o i k"), ("phase", "k i")]}, ("`phase`", "'k i'", "(3, 5)", "i=3, which 5 is not")),
     ],

@@ -1,0 +1,306 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Which modules are taken for KAN layers, and which are not."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from stand_ins import ChebyKANLayer, FastKANLayer, OldEfficientKANLayer
+from torch import nn
+
+from peft_lotra import LoTRAConfig, find_kan_layers, register_kan_layer
+from peft_lotra.families.candidates import left_out, no_layer_message
+from peft_lotra.kan import KAN, KANLinear
+
+
+def check_adapted(make, x, **config):
+    """Attaches, trains, saves, reloads and merges an adapter."""
+
+    def base():
+        torch.manual_seed(0)
+        return make().eval()
+
+    model = get_peft_model(base(), LoTRAConfig(**{"r": 2, **config}))
+    torch.testing.assert_close(model(x), base()(x))
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+    y = model.eval()(x)
+    assert not torch.allclose(y, base()(x), atol=1e-4)
+    return model, y, base
+
+
+def check_files(model, y, base, x, folder):
+    model.save_pretrained(folder)
+    torch.testing.assert_close(PeftModel.from_pretrained(base(), folder).eval()(x), y)
+    torch.testing.assert_close(model.merge_and_unload()(x), y, atol=1e-5, rtol=1e-4)
+
+
+class Attention(nn.Module):
+    """The structure of timm's."""
+
+    def __init__(self, dim, heads, fused=True, proj=True):
+        super().__init__()
+        self.num_heads, self.fused = heads, fused
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim) if proj else nn.Identity()
+
+    def forward(self, x, mask=None):
+        shape = (*x.shape[:2], 3, self.num_heads, -1)
+        q, k, v = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            y = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("proj", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("sizes", [(384, 6), (192, 3), (64, 4), (16, 4), (8, 2), (8, 8)])
+def test_attention_is_no_layer(sizes, fused, proj):
+    assert find_kan_layers(nn.Sequential(Attention(*sizes, fused, proj))) == []
+
+
+class TwoLinear(nn.Module):
+    def __init__(self, sizes, between):
+        super().__init__()
+        self.first, self.second = nn.Linear(*sizes[:2]), nn.Linear(*sizes[1:])
+        self.between = between
+
+    def forward(self, x):
+        return self.second(self.between(self.first(x)))
+
+
+@pytest.mark.parametrize("sizes", [(4, 8, 3), (4, 4, 4), (8, 32, 8), (1, 8, 3), (2, 8, 2), (3, 12, 6)])
+@pytest.mark.parametrize("between", [nn.Identity(), nn.GELU(), nn.Tanh()])
+def test_linear_layers_in_a_row_are_no_layer(sizes, between):
+    assert find_kan_layers(nn.Sequential(TwoLinear(sizes, between))) == []
+
+
+class Powers(nn.Module):
+    """A layer that nobody described."""
+
+    def __init__(self, i, o, after=None):
+        super().__init__()
+        self.in_features, self.out_features = np.prod((i,)), np.int64(o)
+        self.w, self.after = nn.Parameter(torch.randn(o, i, 4)), after or nn.Identity()
+
+    def forward(self, x):
+        powers = torch.tanh(x)[..., None] ** torch.arange(4)
+        return self.after(torch.einsum("...ik,oik->...o", powers, self.w))
+
+
+class FlatPowers(Powers):
+    def __init__(self, i, o):
+        super().__init__(i, o)
+        self.w = nn.Parameter(self.w.detach().flatten(1))
+
+    def forward(self, x):
+        return (torch.tanh(x)[..., None] ** torch.arange(4)).flatten(-2) @ self.w.T
+
+
+def test_the_modules_inside_make_another_kind_of_layer():
+    for after in (nn.Identity(), nn.Sigmoid(), nn.Softmax(-1), nn.ReLU()):
+        (found,) = find_kan_layers(nn.Sequential(Powers(3, 4, after)))
+        assert found.shape == (4, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Powers,
+        FlatPowers,
+        lambda i, o: OldEfficientKANLayer(np.int64(i), np.int64(o)),
+        lambda i, o: FastKANLayer(np.int64(i), np.int64(o), num_grids=np.int64(5)),
+        lambda i, o: ChebyKANLayer(np.int64(i), np.int64(o), np.int64(4)),
+    ],
+)
+def test_sizes_of_numpy(make, tmp_path):
+    x = torch.rand(6, 3)
+    adapted = check_adapted(lambda: nn.Sequential(make(3, 4)), x, r=(np.int64(2),) * 3)
+    check_files(*adapted, x, tmp_path)
+
+
+def test_numpy_in_a_description(tmp_path):
+    register_kan_layer("flat", matches=FlatPowers, coefficients=("w", "o (i k)"), axes=lambda m: {"i": m.in_features})
+    model = get_peft_model(
+        nn.Sequential(FlatPowers(3, 4)), LoTRAConfig(r=np.int64(2), rank_pattern={"0": np.int64(1)})
+    )
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["rank_pattern"], config["base_layers"]["0"]["shape"]) == (2, {"0": 1}, [4, 3, 4])
+    assert config["base_layers"]["0"]["description"]["axes"] == {"i": 3}
+
+
+def test_ranks_are_plain():
+    config = LoTRAConfig(r=[np.int64(2)] * 3, rank_pattern={"a": (np.int64(1), 2, np.int32(3))})
+    assert [type(rank) for rank in (*config.r, *config.rank_pattern["a"])] == [int] * 6
+    for wrong in (True, np.bool_(True), 0, 2.0, np.float64(2), "2", (1, 2)):
+        with pytest.raises(ValueError, match="`r` should be"):
+            LoTRAConfig(r=wrong)
+
+
+class Moved(Powers):
+    def forward(self, x):
+        self.w = nn.Parameter(self.w.to(x.device))
+        return super().forward(x)
+
+
+class MovedItself(Powers):
+    def forward(self, x):
+        self.w = self.w.to(x.device)
+        return super().forward(x)
+
+
+class MovedData(Powers):
+    def forward(self, x):
+        self.w.data = self.w.data.to(x.device)
+        return super().forward(x)
+
+
+class MovedSplines(OldEfficientKANLayer):
+    def forward(self, x):
+        self.spline_weight = nn.Parameter(self.spline_weight.to(x.device))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("cls", [Moved, MovedItself, MovedData, MovedSplines])
+def test_parameters_that_forward_assigns(cls, tmp_path):
+    x = torch.rand(6, 3)
+    adapted = check_adapted(lambda: nn.Sequential(cls(3, 4)), x)
+    assert type(adapted[0].base_model.model[0].get_base_layer()) is cls
+    check_files(*adapted, x, tmp_path)
+
+
+def scripted():
+    return nn.Sequential(torch.jit.script(nn.Linear(3, 3)), KANLinear(3, 4))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_modules_of_torchscript_are_passed_over():
+    assert [layer.name for layer in find_kan_layers(scripted(), candidates=True)] == ["1"]
+    assert find_kan_layers(nn.Sequential(torch.jit.trace(nn.Linear(3, 3), torch.rand(2, 3)))) == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_layers_beside_modules_of_torchscript_are_adapted():
+    check_adapted(scripted, torch.rand(6, 3))
+
+
+class NormedOwn(KANLinear):
+    def __init__(self, i, o):
+        super().__init__(i, o)
+        self.norm = nn.LayerNorm(o)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+class BoundedOwn(KANLinear):
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+class RectifiedOwn(KANLinear):
+    def forward(self, x):
+        return torch.relu(super().forward(x)) + 0.1
+
+
+class NormedSplines(OldEfficientKANLayer):
+    def forward(self, x):
+        return nn.functional.layer_norm(super().forward(x), (4,))
+
+
+class BoundedSplines(OldEfficientKANLayer):
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+class RectifiedSplines(OldEfficientKANLayer):
+    def forward(self, x):
+        return torch.relu(super().forward(x)) + 0.1
+
+
+@pytest.mark.parametrize("cls", [NormedOwn, BoundedOwn, RectifiedOwn, NormedSplines, BoundedSplines, RectifiedSplines])
+def test_what_follows_the_sum_is_no_obstacle(cls, tmp_path):
+    x = torch.rand(6, 3)
+    family = "peft-lotra" if issubclass(cls, KANLinear) else "efficient-kan"
+    (found,) = find_kan_layers(nn.Sequential(cls(3, 4)))
+    assert (found.family, found.shape, found.has_residual) == (family, (4, 3, 8), True)
+    adapted = check_adapted(lambda: nn.Sequential(cls(3, 4)), x)
+    check_files(*adapted, x, tmp_path)
+
+
+def test_a_subclass_that_is_linear_stays_of_its_kind():
+    class Named(KANLinear):
+        pass
+
+    model = get_peft_model(nn.Sequential(Named(3, 4)), LoTRAConfig(r=2))
+    assert model.base_model.model[0].lotra_spec.linear
+
+
+class Experts(nn.Module):
+    def __init__(self, name="w"):
+        super().__init__()
+        self.register_parameter(name, nn.Parameter(torch.randn(4, 6, 5)))
+
+    def forward(self, x, y):
+        return x
+
+
+def test_the_message_without_layers():
+    plain = no_layer_message(nn.Sequential(nn.Linear(2, 2), nn.Conv2d(2, 2, 3)))
+    assert plain.startswith("No KAN layer was found") and "candidates are" not in plain
+    assert "KAT, GR-KAN" in plain and "find_kan_layers(model, candidates=True)" in plain
+    layers = [type("Experts" * 9, (Experts,), {})() for _ in range(5)]
+    message = no_layer_message(nn.ModuleDict({f"{'block' * 9}{place}": layer for place, layer in enumerate(layers)}))
+    assert message.count("(Experts") == 3 and max(len(plain), len(message)) < 400
+
+
+class Encoder(nn.Module):
+    """Without KAN layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.position, self.token = nn.Parameter(torch.zeros(1, 17, 8)), nn.Parameter(torch.zeros(1, 1, 8))
+        self.blocks = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.Conv1d(8, 8, 3), nn.LSTM(8, 8)])
+        self.own = type("Own", (nn.Conv2d,), {})(3, 8, 4)
+
+
+def test_what_was_left_out():
+    damaged = OldEfficientKANLayer(3, 4)
+    damaged.spline_weight = nn.Parameter(torch.randn(4, 24))
+    model = nn.ModuleList([KANLinear(3, 4), Encoder(), Experts(), damaged])
+    found = [layer.name for layer in find_kan_layers(model)]
+    assert found == ["0"] and left_out(model, found) == ["2", "3"]
+
+
+def test_nothing_is_left_out_of_transformers():
+    from transformers import GPT2Config, GPT2Model, ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    assert left_out(ViTModel(ViTConfig(**sizes)), ()) == []
+    assert left_out(GPT2Model(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20)), ()) == []
+
+
+def test_sizes_of_numpy_in_our_own_layers(tmp_path):
+    """As `np.prod(space.shape)` gives them in reinforcement learning."""
+    torch.manual_seed(0)
+    base = KAN([np.prod((1, 3)), np.int64(4), 2])
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    model = get_peft_model(base, LoTRAConfig(r=np.int64(2), init_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    other = KAN([3, 4, 2])
+    other.load_state_dict(state)
+    x = torch.rand(5, 3)
+    assert torch.equal(PeftModel.from_pretrained(other, tmp_path)(x), model(x))
