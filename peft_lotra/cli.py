@@ -1,52 +1,38 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The command line: peft-lotra find | inspect | merge | extract | slim | card | push."""
+"""The command line: peft-lotra find | inspect | merge | extract | slim."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import json
 import math
 import os
-import re
-import secrets
-import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
-
-try:
-    import typer
-except ImportError as error:
-    raise SystemExit(f"peft-lotra needs typer and rich ({error}): pip install typer rich") from error
-
-import torch
+import typer
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, load_model, save_model
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 from ._version import __version__
-from .approximation.compression import SlimReport
 from .approximation.compression import slim as compress
 from .approximation.extraction import extract_lotra
 from .families.registry import find_kan_layers
-from .hub.base_code import hub_id
-from .hub.card import README, write_model_card
+from .hub.card import write_model_card
 from .hub.contents import AdapterContents, adapter_folders, read_adapter, table_of_tensors
-from .hub.push import push_to_hub
 from .kan import modeling_kan  # noqa: F401  (registers KANModel with AutoModel)
 from .parametric.report import FamilyContents
 from .parametric.storage import FILE
@@ -64,26 +50,33 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 main = app  # the entry point
-_FILES = (README, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, FILE)
+
+
+def _ranks(text: str) -> int | tuple[int, ...]:
+    ranks = tuple(map(int, text.split(",")))
+    return ranks[0] if len(ranks) == 1 else ranks
+
+
+def _option(text: str, **kwargs: Any) -> Any:
+    return typer.Option(help=text, **kwargs)
+
+
+def _argument(text: str) -> Any:
+    return typer.Argument(help=text)
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of ADAPTER on the Hub.")]
-Subfolder = Annotated[str | None, typer.Option(help="Subfolder of ADAPTER: the name of one that is not `default`.")]
-Factory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODULE:CALLABLE",
-        help="Builds the network of a model that is not a transformers model; the model is then a .safetensors file "
-        "of the state dict. The module is also searched in the current folder.",
-    ),
-]
-Adapter = Annotated[
-    str, typer.Argument(metavar="ADAPTER", help="A folder that `save_pretrained` wrote, or USER/REPO on the Hub.")
-]
-Out = Annotated[str, typer.Argument(metavar="OUT", help="The folder to write. It must not exist, or be empty.")]
-_MODEL = (
-    "A transformers model such as KANModel, as a folder or USER/REPO on the Hub; with --factory a .safetensors file."
-)
+Revision = Annotated[str | None, _option("Branch, tag or commit of ADAPTER on the Hub.")]
+Subfolder = Annotated[str | None, _option("Subfolder of ADAPTER: the name of one that is not `default`.")]
+Energy = Annotated[float | None, _option("Share of the energy to keep, 0 to 1.")]
+Rank = Annotated[Any, _option("Ranks: a number, or three (out,in,basis), as 8,8,4.", parser=_ranks, metavar="RANKS")]
+Budget = Annotated[int | None, _option("Number of parameters of the result.")]
+Inputs = Annotated[str | None, _option("A .safetensors file with one tensor, a thousand samples of the input.")]
+Factory = Annotated[str | None, _option("MODULE:CALLABLE that builds the network of a .safetensors state dict.")]
+Adapter = Annotated[str, _argument("A folder that `save_pretrained` wrote, or USER/REPO on the Hub.")]
+Model = Annotated[str, _argument("A transformers model, folder or USER/REPO; with --factory a .safetensors file.")]
+Network = Annotated[str, _argument("MODULE:CALLABLE that builds a network, or a transformers model as elsewhere.")]
+Out = Annotated[str, _argument("The folder to write. It must not exist, or be empty.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -92,12 +85,11 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")]
+
+
 @app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
+def _options(version: Version = False) -> None:
     # no progress bars and no log messages of the libraries
     disable_progress_bars()
     logging.disable_progress_bar()
@@ -106,9 +98,7 @@ def _options(
 
 def _say(text: str) -> None:
     """Prints a message on stderr, as one line."""
-    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    line = re.sub(r"(?<![.:;,!?])\n", "; ", "\n".join(lines)).replace("\n", " ")
-    print(printable(line), file=sys.stderr)
+    print(printable(" ".join(text.split())), file=sys.stderr)
 
 
 def _command(function: Callable) -> Callable:
@@ -117,16 +107,15 @@ def _command(function: Callable) -> Callable:
     @app.command(name=function.__name__)
     @functools.wraps(function)
     def wrapper(**kwargs):
-        given = {name: value if isinstance(value, list) else [value] for name, value in kwargs.items()}
-        empty = [name for name, values in given.items() if any(isinstance(v, str) and not v.strip() for v in values)]
-        if empty:  # as from a variable of the shell that is not set
-            raise typer.BadParameter(f"{empty[0].upper()} is empty.")
+        for name, value in kwargs.items():
+            if isinstance(value, str) and not value.strip():  # as from a variable of the shell that is not set
+                raise typer.BadParameter(f"{name.upper()} is empty.")
+        if [kwargs.get(name) for name in ("energy", "rank", "budget")].count(None) != 2 and "energy" in kwargs:
+            raise typer.BadParameter("Give one of --energy, --rank and --budget.")
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = lambda text, kind, *_: issubclass(kind, UserWarning) and _say(f"warning: {text}")
             try:
                 return function(**kwargs)
-            except typer.BadParameter:
-                raise
             except Exception as error:
                 if os.environ.get("PEFT_LOTRA_DEBUG"):
                     raise
@@ -137,23 +126,8 @@ def _command(function: Callable) -> Callable:
     return wrapper
 
 
-def _show_warning(message, category, *args, **kwargs) -> None:
-    if issubclass(category, UserWarning):
-        _say(f"warning: {message}")
-
-
 @_command
-def find(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="MODULE:CALLABLE that builds a network, also searched in the current folder; or a transformers "
-            "model, as a folder or USER/REPO on the Hub.",
-        ),
-    ],
-    as_json: Json = False,
-) -> None:
+def find(model: Network, as_json: Json = False) -> None:
     """Show the KAN layers of a model, and what else may be one, with a registration to paste."""
     network = _call_factory(model) if ":" in model and not Path(model).exists() else _load_model(model, None)
     found = find_kan_layers(network, candidates=True)
@@ -165,7 +139,7 @@ def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = 
     """Show the layers, ranks, sizes and norms of an adapter, or the members of a family (ParametricAdapter)."""
     if (path := _folder(adapter, revision) / FILE).is_file():
         family = FamilyContents(path)
-        return _report(family.as_dict(), f"Family of LoTRA adapters {printable(adapter)}\n\n{family}", as_json)
+        return _report(family.as_dict(), f"Family of LoTRA adapters {adapter}\n\n{family}", as_json)
     contents = AdapterContents.of(adapter, *read_adapter(_one_adapter(adapter, revision, subfolder)))
     info = contents.as_dict()
     for row in info["layers"]:  # JSON has neither NaN nor infinity
@@ -176,7 +150,7 @@ def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = 
 
 @_command
 def merge(
-    base: Annotated[str, typer.Argument(metavar="BASE", help=_MODEL)],
+    base: Model,
     adapter: Adapter,
     out: Out,
     factory: Factory = None,
@@ -188,62 +162,50 @@ def merge(
 
     Saves the merged model, which has the class of BASE and no trace of the adapter.
     """
-    with _new_folder(out) as new:
-        folder = _one_adapter(adapter, revision, subfolder)
-        config, tensors = read_adapter(folder)
-        model = PeftModel.from_pretrained(_load_model(base, factory), str(folder))
-        merged = cast(Callable[..., nn.Module], model.merge_and_unload)(safe_merge=True)
-        if hasattr(merged, "save_pretrained"):
-            cast(PreTrainedModel, merged).save_pretrained(new)
-        else:
-            save_model(merged, str(new / "model.safetensors"), metadata={"format": "pt"})
-    rows = table_of_tensors(config, tensors)
+    _check_new(out)
+    folder = _one_adapter(adapter, revision, subfolder)
+    rows = table_of_tensors(*read_adapter(folder))
+    model: Any = PeftModel.from_pretrained(_load_model(base, factory), str(folder))
+    merged = model.merge_and_unload(safe_merge=True)
+    _save(merged, out)
     layers, replaced = ([row.name for row in rows if bool(row.ranks) is adapted] for adapted in (True, False))
-    also = f" and replaced {printable(', '.join(replaced))}" if replaced else ""
-    _report(
-        {"out": out, "class": type(merged).__name__, "merged": layers, "replaced": replaced},
-        f"merged {len(layers)} layers of {adapter} into a {type(merged).__name__}{also}: {out}",
-        as_json,
-    )
+    text = f"merged {len(layers)} layers of {adapter} into a {type(merged).__name__}: {out}"
+    text += f"\nreplaced: {', '.join(replaced)}" if replaced else ""
+    _report({"out": out, "class": type(merged).__name__, "merged": layers, "replaced": replaced}, text, as_json)
 
 
 @_command
 def extract(
-    base: Annotated[str, typer.Argument(metavar="BASE", help=_MODEL)],
-    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="BASE after full fine-tuning, in the same form.")],
+    base: Model,
+    tuned: Model,
     out: Out,
-    energy: Annotated[float | None, typer.Option(help="Share of each update's energy to keep, 0 to 1.")] = None,
-    rank: Annotated[str | None, typer.Option(help="Ranks: a number, or three (out,in,basis), as 8,8,4.")] = None,
-    budget: Annotated[int | None, typer.Option(help="Number of parameters of the adapter.")] = None,
+    energy: Energy = None,
+    rank: Rank = None,
+    budget: Budget = None,
     factory: Factory = None,
     as_json: Json = False,
 ) -> None:
-    """Make an adapter from a base model before and after full fine-tuning.
+    """Make an adapter from a model before (BASE) and after (TUNED) full fine-tuning.
 
     Give one of --energy, --rank and --budget.
     """
-    if [energy, rank, budget].count(None) != 2:
-        raise typer.BadParameter("Give one of --energy, --rank and --budget.")
-    with _new_folder(out) as new:
-        models = (_load_model(source, factory) for source in (base, tuned))
-        model = extract_lotra(*models, r=_ranks(rank), energy=energy, budget=budget)
-        model.save_pretrained(str(new))
-        write_model_card(model, new)
+    _check_new(out)
+    models = (_load_model(source, factory) for source in (base, tuned))
+    model = extract_lotra(*models, r=rank, energy=energy, budget=budget)
+    model.save_pretrained(out)
+    write_model_card(model, out)
     report = model.extraction_report
     _report({"out": out, **asdict(report)}, f"{report}\nadapter: {out}", as_json)
 
 
 @_command
 def slim(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)],
+    model: Model,
     out: Out,
-    energy: Annotated[float | None, typer.Option(help="Share of the energy to keep, 0 to 1.")] = None,
-    rank: Annotated[str | None, typer.Option(help="Ranks: a number, or three (out,in,basis), as 8,8,4.")] = None,
-    budget: Annotated[int | None, typer.Option(help="Number of parameters of all coefficients.")] = None,
-    inputs: Annotated[
-        str | None,
-        typer.Option(help="A .safetensors file with one tensor, a thousand samples of the input. Pass it if you can."),
-    ] = None,
+    energy: Energy = None,
+    rank: Rank = None,
+    budget: Budget = None,
+    inputs: Inputs = None,
     factory: Factory = None,
     as_json: Json = False,
 ) -> None:
@@ -252,114 +214,29 @@ def slim(
     Give one of --energy, --rank and --budget. With --factory, the state dict is that of
     `slim(build(), ranks=...)` with the ranks that are printed.
     """
-    if [energy, rank, budget].count(None) != 2:
-        raise typer.BadParameter("Give one of --energy, --rank and --budget.")
-    with _new_folder(out) as new:
-        samples = None if inputs is None else _read_inputs(Path(inputs))
-        dense = _load_model(model, factory)
-        small = compress(dense, ranks=_ranks(rank), energy=energy, budget=budget, inputs=samples)
-        if hasattr(small, "save_pretrained"):
-            cast(PreTrainedModel, small).save_pretrained(new)
-        else:
-            save_model(small, str(new / "model.safetensors"), metadata={"format": "pt"})
-    report = cast(SlimReport, small.slim_report)
-    _report({"out": out, **report.as_dict()}, f"{report}\nSlim model: {out}", as_json)
+    _check_new(out)
+    samples = load_file(inputs) if inputs else {"none": None}
+    if len(samples) != 1:
+        raise ValueError(f"--inputs {inputs} holds {len(samples)} tensors, expected one: samples of the input.")
+    (x,), dense = samples.values(), _load_model(model, factory)
+    small: Any = compress(dense, ranks=rank, energy=energy, budget=budget, inputs=x)
+    _save(small, out)
+    _report({"out": out, **small.slim_report.as_dict()}, f"{small.slim_report}\nSlim model: {out}", as_json)
 
 
-def _read_inputs(path: Path) -> torch.Tensor:
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise ValueError(f"--inputs {path} is no .safetensors file.")
-    tensors = load_file(path)
-    if len(tensors) != 1:
-        raise ValueError(f"--inputs {path} holds {len(tensors)} tensors, expected one: samples of the input.")
-    return next(iter(tensors.values()))
-
-
-@_command
-def card(
-    folder: Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder that `save_pretrained` wrote.")],
-    metric: Annotated[list[str] | None, typer.Option(help="A result, as accuracy=0.85; may be repeated.")] = None,
-    base_model: Annotated[str | None, typer.Option(help="The base model on the Hub, USER/REPO.")] = None,
-    license: Annotated[str | None, typer.Option(help="The license of the adapter, such as apache-2.0.")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="An additional tag; may be repeated.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Write the model card of a saved adapter, README.md; text by a person stays."""
-    metrics = {}
-    for text in metric or ():
-        name, _, value = text.partition("=")
-        try:
-            metrics[name] = float(value if name.strip() else "")
-        except ValueError:
-            raise typer.BadParameter(f"--metric is {text!r}, expected NAME=NUMBER, such as accuracy=0.85.") from None
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is no folder here: the card of a repository is written by `peft-lotra push`.")
-    write_model_card(None, folder, base_model=base_model, license=license, tags=tag or (), metrics=metrics or None)
-    path = Path(folder) / README
-    _report({"card": str(path)}, f"card: {path}", as_json)
-
-
-@_command
-def push(
-    adapter: Adapter,
-    repo: Annotated[
-        str, typer.Argument(metavar="REPO", help="The repository to push to, USER/REPO; created if it does not exist.")
-    ],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="The branch of REPO to commit to; created if missing.")] = None,
-    message: Annotated[str | None, typer.Option(help="The message of the commit.")] = None,
-    pull_request: Annotated[bool, typer.Option("--pr", help="Open a pull request instead.")] = False,
-    base_model: Annotated[str | None, typer.Option(help="The base model on the Hub, USER/REPO.")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="An additional tag; may be repeated.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Push a saved adapter to the Hub, in one commit, with a model card that says how to load it."""
-    info = push_to_hub(
-        _adapter_folder(adapter),
-        repo,
-        private=private or None,
-        revision=revision,
-        commit_message=message,
-        create_pr=pull_request,
-        base_model=base_model,
-        tags=tag or (),
-    )
-    found = {"repo": repo, "commit": info.oid, "url": info.pr_url or info.commit_url}
-    _report(found, f"pushed {adapter}: {found['url']}", as_json)
-
-
-def _folder(source: str, revision: str | None = None) -> Path:
+def _folder(source: str, revision: str | None) -> Path:
     """The folder of adapters, or of a family of them; a repository is downloaded."""
-    folder = Path(source)
-    if not folder.exists():
-        if hub_id(source) is None:
-            raise ValueError(f"{source} is no folder, and cannot be a repository on the Hub (USER/REPO) either.")
-        files = [start + name for start in ("", "*/") for name in _FILES]
-        try:
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=files))
-        except RepositoryNotFoundError as error:
-            raise ValueError(
-                f"{source} is neither a folder here nor a repository on the Hub that you may read (`hf auth login`)."
-            ) from error
-        except LocalEntryNotFoundError as error:
-            raise ValueError(f"{source} is no folder here, and the Hub cannot be asked: {error}") from error
-    elif revision is not None:
-        raise ValueError(f"--revision is for adapters on the Hub, and {source} is a folder here.")
-    return folder
-
-
-def _adapter_folder(source: str, revision: str | None = None) -> Path:
-    """The folder of adapters, at least one."""
-    folder = _folder(source, revision)
-    if not adapter_folders(folder):
-        why = "is a family of them (ParametricAdapter)" if (folder / FILE).is_file() else f"has no {CONFIG_NAME}"
-        raise ValueError(f"{source} is no adapter: it {why}.")
-    return folder
+    if Path(source).exists():
+        return Path(source)
+    files = [start + name for start in ("", "*/") for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, FILE)]
+    return Path(snapshot_download(source, revision=revision, allow_patterns=files))
 
 
 def _one_adapter(source: str, revision: str | None, subfolder: str | None) -> Path:
     """The folder of one adapter of a source."""
-    found = adapter_folders(_adapter_folder(source, revision))
+    found = adapter_folders(_folder(source, revision))
+    if not found:
+        raise ValueError(f"{source} is no adapter: it has no {CONFIG_NAME}.")
     name = subfolder or ("default" if "default" in found or len(found) > 1 else next(iter(found)))
     if name not in found:
         raise ValueError(f"{source} has no adapter `{name}`, only {list(found)}: choose one by --subfolder.")
@@ -368,78 +245,43 @@ def _one_adapter(source: str, revision: str | None, subfolder: str | None) -> Pa
 
 def _load_model(source: str, factory: str | None) -> nn.Module:
     """Loads a model by its name on the command line, from safetensors only."""
-    path = Path(source)
     if factory is not None:
         model = _call_factory(factory)
-        if path.suffix != ".safetensors" or not path.is_file():
-            raise ValueError(f"With --factory, {path} must be a .safetensors file with the state dict of the network.")
-        try:
-            load_model(model, source)
-        except RuntimeError as error:
-            raise ValueError(f"{source} is no state dict of what {factory} builds: {error}") from error
+        load_model(model, source)
         return model
-    if path.is_file():
+    if Path(source).is_file():
         raise ValueError(f"{source} is a file: say by --factory MODULE:CALLABLE what network it belongs to.")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{source} is no model: it has no config.json.")
-    if not path.exists() and hub_id(source) is None:
-        raise ValueError(f"{source} is no folder, and cannot be a repository on the Hub (USER/REPO) either.")
     # with the configuration, since AutoModel would load an adapter as a model
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    return AutoModel.from_pretrained(
-        source, config=config, dtype="auto", use_safetensors=True, trust_remote_code=False
-    )
+    options: dict[str, Any] = {"trust_remote_code": False}
+    config = AutoConfig.from_pretrained(source, **options)
+    return AutoModel.from_pretrained(source, config=config, dtype="auto", use_safetensors=True, **options)
 
 
 def _call_factory(factory: str) -> nn.Module:
     """What MODULE:CALLABLE returns; the module is also searched in the current folder."""
     module, _, name = factory.partition(":")
-    if not module or not name:
-        raise ValueError(f"{factory!r} is no factory, expected MODULE:CALLABLE, such as my_nets:build.")
     sys.path.insert(0, os.getcwd())
     try:
-        build = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"The factory {factory} was not found: {error}") from error
+        model = getattr(importlib.import_module(module), name)()
+    except Exception as error:  # of the user's code
+        raise ValueError(f"The factory {factory} failed ({type(error).__name__}: {error}).") from error
     finally:
         sys.path.pop(0)
-    try:
-        model = build()
-    except Exception as error:  # of the user's code
-        raise ValueError(f"The factory {factory} raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"The factory {factory} returns a {type(model).__name__}, expected a torch.nn.Module.")
     return model
 
 
-@contextlib.contextmanager
-def _new_folder(name: str) -> Iterator[Path]:
-    """A temporary folder beside the one of this name. It is renamed at the end, and removed on an error."""
-    out = Path(name).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+def _check_new(out: str) -> None:
+    if os.path.exists(out) and not (os.path.isdir(out) and not os.listdir(out)):
         raise ValueError(f"{out} exists already: choose another name, or remove it.")
-    if not out.parent.is_dir():
-        raise ValueError(f"{out.parent} is no folder: make it first.")
-    new = out.with_name(f".{out.name}-{secrets.token_hex(8)}")
-    new.mkdir()
-    try:
-        yield new
-        if out.exists():
-            out.rmdir()
-        new.rename(out)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
 
 
-def _ranks(text: str | None) -> int | tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        ranks = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"--rank is {text!r}, expected a number, or three such as 8,8,4.") from None
-    return ranks[0] if len(ranks) == 1 else ranks  # extract_lotra checks the length
+def _save(model: Any, out: str) -> None:
+    if hasattr(model, "save_pretrained"):
+        return model.save_pretrained(out)
+    os.makedirs(out, exist_ok=True)
+    save_model(model, os.path.join(out, "model.safetensors"), metadata={"format": "pt"})
 
 
 def _report(info: dict[str, Any], text: str, as_json: bool) -> None:

@@ -1,43 +1,45 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a saved adapter contains, read without its base model."""
+"""The contents of a saved adapter, read from its two files, without its base model."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from ..families.registry import short_name
-from ..files.checkpoint import by_short_name, own_tensors
-from ..files.format import check_size, open_weights
 from ..report import Report, TextTable
-from ..tucker import tucker_of
-from ..tuner.config import LoTRAConfig
-from ..tuner.layer import COMPONENTS, LoTRALayer
-from ..tuner.registration import NAME
+from ..tucker import KernelTucker, tucker_of
+
+
+COLUMNS = ["layer", "kind", "update (out, in, basis)", "ranks", ">alpha", ">norm", ">parameters", ">kB"]
+_COMPONENTS = tuple(f"lotra_{part}" for part in KernelTucker._fields)
+_BASE = "base_model_name_or_path"
+_PREFIX = "base_model.model."  # by PEFT, in front of the names in the base model
 
 
 class AdapterRow(NamedTuple):
-    """What an adapter contains for one layer of the base model.
+    """The contents of an adapter for one layer of the base model.
 
-    `parameters` is the number of stored values, and `size` is the number of their bytes. `shape` and `ranks` are those
-    of the update, (out, in, basis); the residual branch is the last slice of the basis. `norm` is the Frobenius norm
-    of the update, `alpha` included. A module that is saved whole (`modules_to_save`) has only a name and sizes, and so
-    have the running statistics of a normalization, with these words as their `family`.
+    `shape` and `ranks` are those of the update, (out, in, basis), where the residual branch is the last slice of the
+    basis; `norm` is the Frobenius norm of the update, `alpha` included. `parameters` is the number of stored values,
+    `size` that of their bytes. A module that is saved whole (`modules_to_save`) has only a name and sizes.
     """
 
     name: str
-    family: str | None
+    kind: str | None
     shape: tuple[int, ...] | None
     ranks: tuple[int, ...] | None
     alpha: float | None
@@ -46,17 +48,23 @@ class AdapterRow(NamedTuple):
     size: int
 
     def cells(self) -> list[str]:
-        """Family, shape and ranks as text."""
-        adapted = [str(self.family), str(self.shape), str(self.ranks)]
-        return adapted if self.ranks else [self.family or "saved whole", "", ""]
+        """The text of the columns after the name."""
+        if self.ranks is None:
+            return ["saved whole", *4 * [""], *size_cells([self])]
+        numbers = [f"{self.alpha:g}", f"{self.norm:.3g}"]
+        return [str(self.kind), str(self.shape), str(self.ranks), *numbers, *size_cells([self])]
+
+
+def size_cells(rows: Sequence[AdapterRow]) -> list[str]:
+    """The number of parameters of the rows and their size in kB (1,000 bytes), as text."""
+    return [f"{sum(row.parameters for row in rows):,}", f"{sum(row.size for row in rows) / 1000:.1f}"]
 
 
 @dataclass(eq=False)
 class AdapterContents(Report):
-    """The contents of one saved adapter, as `peft-lotra inspect` shows them; `bytes` and `parameters` are totals."""
+    """The contents of a saved adapter, which `peft-lotra inspect` shows; `bytes` and `parameters` are totals."""
 
     adapter: str
-    peft_type: str
     base_model: str | None
     base_class: str | None
     dtype: list[str]
@@ -66,36 +74,20 @@ class AdapterContents(Report):
     layers: list[AdapterRow]
 
     @classmethod
-    def of(cls, adapter: str, config: LoTRAConfig, tensors: dict[str, torch.Tensor]) -> AdapterContents:
+    def of(cls, adapter: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> AdapterContents:
         """The contents of an adapter, from its configuration and its tensors."""
         rows = table_of_tensors(config, tensors)
-        return cls(
-            adapter=adapter,
-            peft_type=NAME,
-            base_model=config.base_model_name_or_path,
-            base_class=(config.auto_mapping or {}).get("base_model_class"),
-            dtype=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}),
-            parameters=sum(row.parameters for row in rows),
-            bytes=sum(row.size for row in rows),
-            # torch knows isfinite of no float8
-            finite=all((t.float() if t.element_size() == 1 else t).isfinite().all().item() for t in tensors.values()),
-            layers=rows,
-        )
+        base, base_class = config.get(_BASE), (config.get("auto_mapping") or {})
+        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+        finite = all(tensor.float().isfinite().all().item() for tensor in tensors.values())
+        totals = sum(row.parameters for row in rows), sum(row.size for row in rows)
+        return cls(adapter, base, base_class.get("base_model_class"), dtypes, *totals, finite, rows)
 
     def _table(self) -> TextTable:
-        rows = []
-        for row in self.layers:
-            numbers = [f"{row.alpha:g}", f"{row.norm:.3g}"] if row.ranks else ["", ""]
-            rows.append([row.name, *row.cells(), *numbers, *size_cells([row])])
+        rows = [[row.name, *row.cells()] for row in self.layers]
         rows.append(["total", *5 * [""], *size_cells(self.layers)])
         notes = [] if self.finite else ["The adapter is broken: it has values that are NaN or infinite."]
-        columns = ["layer", "family", "update (out, in, basis)", "ranks", ">alpha", ">norm", ">parameters", ">kB"]
-        return TextTable(columns, rows, notes)
-
-
-def size_cells(rows: Sequence[AdapterRow]) -> list[str]:
-    """The number of parameters of the rows and their size in kB (1,000 bytes), as text."""
-    return [f"{sum(row.parameters for row in rows):,}", f"{sum(row.size for row in rows) / 1000:.1f}"]
+        return TextTable(COLUMNS, rows, notes)
 
 
 def adapter_table(model: PeftModel, adapter_name: str = "default") -> list[AdapterRow]:
@@ -118,85 +110,79 @@ def adapter_table(model: PeftModel, adapter_name: str = "default") -> list[Adapt
         ('layers.0', (8, 2, 9), (2, 2, 2), 46)
     """
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return table_of_tensors(cast(LoTRAConfig, model.peft_config[adapter_name]), tensors)
+    # the configuration has the kinds of layers only once it was saved
+    specs = {name: getattr(module, "lotra_spec", None) for name, module in model.get_base_model().named_modules()}
+    kinds = {name: {"family": spec.family} for name, spec in specs.items() if spec is not None}
+    return table_of_tensors({**model.peft_config[adapter_name].to_dict(), "base_layers": kinds}, tensors)
 
 
-def table_of_tensors(config: LoTRAConfig, tensors: dict[str, torch.Tensor]) -> list[AdapterRow]:
-    """The contents of an adapter; a ValueError if a layer lacks a component, or has some that do not fit."""
+def table_of_tensors(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> list[AdapterRow]:
+    """One row for each layer; a ValueError if a layer lacks a component, or has some that do not fit."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in own_tensors(tensors).items():
-        name, _, part = short_name(key).rpartition(".")
+    for key, tensor in tensors.items():
+        name, _, part = key.removeprefix(_PREFIX).rpartition(".")
         layers.setdefault(name, {})[part] = tensor
-    return sorted((_row(config, name, parts) for name, parts in layers.items()), key=_order)
+    # layers.2 before layers.10, and modules that are saved whole at the end
+    try:
+        rows = [_row(config, name, parts) for name, parts in layers.items()]
+    except (AttributeError, TypeError, RuntimeError, OverflowError, re.error) as error:
+        raise ValueError(f"The files of the adapter are broken, or do not fit each other: {error}") from error
+    return sorted(rows, key=lambda row: (row.ranks is None, re.sub(r"\d+", lambda n: n[0].zfill(9), row.name)))
 
 
-def _order(row: AdapterRow) -> tuple[bool, list]:
-    # layers.2 before layers.10; neither files nor configurations keep the order of the model
-    parts = [(int(part), "") if part.isdecimal() else (-1, part) for part in row.name.split(".")]
-    return row.ranks is None, parts
-
-
-def _row(config: LoTRAConfig, name: str, parts: dict[str, torch.Tensor]) -> AdapterRow:
+def _row(config: Mapping[str, Any], name: str, parts: Mapping[str, torch.Tensor]) -> AdapterRow:
     parameters = sum(tensor.numel() for tensor in parts.values())
     size = sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
-    names = [part for part in COMPONENTS if part in parts or part in LoTRALayer.adapter_layer_names]
-    if not any(part in names for part in parts):
-        kind = "running statistics" if all(part.startswith("lotra_") for part in parts) else None
-        return AdapterRow(name, kind, None, None, None, None, parameters, size)
-    missing = [part for part in names if part not in parts]
-    if missing:
+    if not parts.keys() & set(_COMPONENTS):
+        return AdapterRow(name, None, None, None, None, None, parameters, size)
+    if missing := [part for part in _COMPONENTS[:4] if part not in parts]:
         raise ValueError(f"The adapter has no {', '.join(missing)} for `{name}`: it is not complete.")
-    update = tucker_of(*(parts[part] for part in names))
-    ranks = tuple(factor.shape[1] if factor.ndim == 2 else None for factor in update.factors)
-    if ranks != update.core.shape:
-        shapes = {part: tuple(tensor.shape) for part, tensor in parts.items()}
-        raise ValueError(f"The components of `{name}` do not fit each other: {shapes}.")
-    _, alpha = config.ranks_and_alpha(name)
-    family = ((config.base_layers or {}).get(name) or {}).get("family", "unknown")
-    # with orthonormal factors, the norm of the core is that of the whole tensor
-    norm = abs(alpha) * update.map(torch.Tensor.double).orthogonal().core.norm().item()
-    return AdapterRow(name, family, update.shape, update.ranks, alpha, norm, parameters, size)
+    update = tucker_of(*(parts[part].double() for part in _COMPONENTS if part in parts))
+    patterns: Any = config.get("alpha_pattern") or {}
+    alpha = float(patterns.get(get_pattern_key(patterns, name), config.get("alpha", 1.0)))
+    kind = ((config.get("base_layers") or {}).get(name) or {}).get("family", "unknown")
+    # once the factors are orthonormal, the norm of the core is that of the whole tensor
+    norm = abs(alpha) * update.orthogonal().core.norm().item()
+    return AdapterRow(name, kind, update.shape, update.ranks, alpha, norm, parameters, size)
 
 
-def read_adapter(folder: str | Path) -> tuple[LoTRAConfig, dict[str, torch.Tensor]]:
-    """The configuration and the tensors of a saved adapter, from safetensors only; a ValueError if it is broken."""
-    folder = Path(folder)
-    peft_type = peft_type_of(folder / CONFIG_NAME)
-    if peft_type != NAME:
-        raise ValueError(f"{folder} holds a {peft_type} adapter, and not one of LoTRA.")
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
+def read_adapter(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The configuration and the tensors of a saved adapter, from JSON and safetensors only.
+
+    Raises:
+        ValueError: It is no LoTRA adapter, or its files are broken.
+    """
+    path, weights = Path(folder, CONFIG_NAME), Path(folder, SAFETENSORS_WEIGHTS_NAME)
+    if not path.is_file():
+        raise ValueError(f"{folder} is no adapter: it has no {CONFIG_NAME}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config["peft_type"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is broken: expected a JSON object with a `peft_type`, got {error!r}.") from error
+    if kind != "LOTRA":
+        raise ValueError(f"{folder} holds a {kind} adapter, and not one of LoTRA.")
+    if not (isinstance(config.get("auto_mapping") or {}, dict) and isinstance(config.get(_BASE) or "", str)):
+        raise ValueError(f"{path} is broken: `auto_mapping` must be an object, and `{_BASE}` a string.")
     if not weights.is_file():
         raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. (Pickled weights are not read.)")
     try:
-        config = cast(LoTRAConfig, PeftConfig.from_pretrained(str(folder)))
-        with open_weights(str(weights)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-        config.resolve({name: tuple(tensor.shape) for name, tensor in by_short_name(tensors).items()})
-        return config, tensors
-    except (SafetensorError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"The adapter in {folder} is broken: {error}") from error
+        return config, load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is damaged, or no safetensors file: {error}") from error
 
 
-def peft_type_of(path: Path) -> str:
-    """The PEFT method of an adapter_config.json; a ValueError if there is no such file, or a broken one."""
-    if not path.is_file():
-        raise ValueError(f"{path.parent} is no adapter: it has no {path.name}.")
-    check_size(str(path))
+def adapter_folders(folder: str | os.PathLike) -> dict[str, Path]:
+    """The folders of the adapters that `save_pretrained` wrote into a folder, by name; "default" has no subfolder."""
+    # the checkpoints of transformers.Trainer are former states of the adapter, and hidden folders are being written
+    paths = (path.parent for path in sorted(Path(folder).glob(f"*/{SAFETENSORS_WEIGHTS_NAME}")))
+    paths = (path for path in paths if not re.match(r"checkpoint-\d+$|\.", path.name))
+    found = {path.name: path for path in paths if not _is_of_another_method(path)}
+    return {"default": Path(folder), **found} if Path(folder, CONFIG_NAME).is_file() else found
+
+
+def _is_of_another_method(folder: Path) -> bool:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["peft_type"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} is broken: expected a JSON object with a `peft_type`, got {error!r}.") from error
-
-
-def is_checkpoint(name: str) -> bool:
-    """Whether a folder is a checkpoint of transformers.Trainer, which does not count as an adapter of its folder."""
-    return re.fullmatch(r"checkpoint-\d+", name) is not None
-
-
-def adapter_folders(folder: str | Path) -> dict[str, Path]:
-    """The folders of the adapters that `save_pretrained` wrote into a folder, by name."""
-    folder = Path(folder)
-    # the folder itself has the adapter "default"
-    subfolders = (path.parent for path in sorted(folder.glob(f"*/{CONFIG_NAME}")))
-    found = {path.name: path for path in subfolders if not is_checkpoint(path.name)}
-    return {"default": folder, **found} if (folder / CONFIG_NAME).is_file() else found
+        return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["peft_type"] != "LOTRA"
+    except (OSError, ValueError, TypeError, KeyError):  # broken, which who reads it says
+        return False
