@@ -1,0 +1,74 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""An adapter is loaded into the base that it was made for."""
+
+import warnings
+
+import pytest
+import torch
+from behaving import KINDS, X, adapted, layers, net, same, state
+from peft import PeftModel
+
+from peft_lotra.kan import KAN
+
+
+@pytest.fixture
+def folder(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def changed(name, factor):
+    """The base with other numbers in its second layer."""
+    base = net()
+    getattr(base.kan.layers[1], name).data.mul_(factor)
+    return base
+
+
+def refused(base, folder, word, **kwargs):
+    before = state(base)
+    with pytest.raises(ValueError, match=word):
+        PeftModel.from_pretrained(base, folder, **kwargs)
+    assert same(state(base), before) and not layers(base)
+
+
+@pytest.mark.parametrize("base", [net(hidden=5), net(grid_size=6), KAN([3, 4])])
+def test_another_architecture(folder, base):
+    refused(base, folder, "layers")
+    adapted(KINDS["fast-kan"]()).save_pretrained(folder / "fast")
+    refused(KINDS["faster-kan"](), folder / "fast", "kan")
+    model = adapted()
+    before, y = state(model), model(X)
+    adapted(net(hidden=5)).save_pretrained(folder / "wide")
+    with pytest.raises(ValueError, match="kan.layers.0"):
+        model.load_adapter(folder / "wide", "wide")
+    assert same(state(model), before) and torch.equal(model(X), y) and list(model.peft_config) == ["default"]
+
+
+def test_a_renamed_parent(folder):
+    """Recorded layers that are absent are paired in order with those of the same kind and shape."""
+    y = PeftModel.from_pretrained(net(), folder).base_model.model.kan(X)
+    with pytest.warns(UserWarning, match="other names"):
+        model = PeftModel.from_pretrained(torch.nn.Sequential(net().kan), folder)
+    assert torch.equal(model(X), y)
+
+
+def loaded_silently(base, folder, check_base):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return len(layers(PeftModel.from_pretrained(base, folder, check_base=check_base))) == 2
+
+
+def test_another_grid(folder):
+    refused(changed("grid_bounds", 1.5), folder, "grid")
+    refused(changed("grid_bounds", 1.5), folder, "grid", check_base="error")
+    assert loaded_silently(changed("grid_bounds", 1.5), folder, "ignore")
+    assert all(loaded_silently(net(), folder, check_base) for check_base in (None, "error", "warn", "ignore"))
+
+
+def test_other_coefficients(folder):
+    with pytest.warns(UserWarning, match="kan.layers.1"):
+        assert len(layers(PeftModel.from_pretrained(changed("spline_weight", 1.1), folder))) == 2
+    refused(changed("spline_weight", 1.1), folder, "kan.layers.1", check_base="error")
+    assert loaded_silently(changed("spline_weight", 1.1), folder, "ignore")

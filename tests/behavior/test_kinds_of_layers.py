@@ -1,0 +1,83 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The life of an adapter on each kind of layer: attached, trained, saved, loaded, merged, unmerged."""
+
+import copy
+
+import pytest
+import torch
+from behaving import CONVS, KINDS, X, adapted, apart, layers, same, state
+from conv_stand_ins import ConvNet, images
+from peft import PeftModel, get_peft_model
+from stand_ins import FAMILIES, as_model
+from torch import nn
+
+from peft_lotra import LoTRAConfig, find_kan_layers
+from peft_lotra.kan import KAN, KANLinear, SlimKAN, SlimKANLinear
+
+
+def subclass(name):
+    layer = FAMILIES[name](3, 4)
+    layer.__class__ = type("Renamed", (type(layer),), {})
+    return as_model(layer)
+
+
+def pykan():
+    from kan import KAN
+
+    return KAN(width=[3, 4, 2], grid=3, k=3, auto_save=False, device="cpu").speed()
+
+
+MODELS = {
+    **{name: (make, X) for name, make in KINDS.items()},
+    **{name: (make, images(channels=2, size=5)) for name, make in CONVS.items()},
+    "grouped convolution": (lambda: ConvNet("kagnconv", groups=2), images()),
+    "convolution in 1d": (lambda: ConvNet("fastkanconv", ndim=1), images(ndim=1)),
+    "slim": (lambda: as_model(SlimKANLinear(3, 4, ranks=2)), X),
+    "slim network": (lambda: SlimKAN([3, 5, 4], ranks=2), X),
+    "network": (lambda: KAN([3, 5, 4], norm="layer"), X),
+    "network of pykan": (pykan, X),
+    **{f"subclass of {name}": (lambda name=name: subclass(name), X) for name in ("own", "efficient-kan")},
+    "beside others": (lambda: nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), KANLinear(3, 2)), X),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_life(kind, tmp_path):
+    make, x = MODELS[kind]
+    base = make()
+    fresh, before, found = copy.deepcopy(base), state(base), find_kan_layers(base)
+    model = get_peft_model(base, LoTRAConfig(r=2))
+    assert found and set(layers(model)) == {f"base_model.model.{layer.name}" for layer in found}
+    start = state(model)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    moved = {name.split(".")[-2] for name, tensor in state(model).items() if not torch.equal(tensor, start[name])}
+    parts = {"lotra_core", "lotra_factor_out", "lotra_factor_in", "lotra_factor_basis"}
+    assert moved == (parts | {"lotra_factor_kernel"} if "conv" in kind else parts)
+    y = model.eval()(x).detach()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(fresh, tmp_path).eval()(x), y)
+    with model.disable_adapter():
+        plain = model(x).detach()
+    assert apart(y, plain) > 1e-4
+    model.merge_adapter()
+    assert apart(model(x), y) < 1e-4
+    model.unmerge_adapter()
+    assert torch.equal(model(x), y)
+    base = model.unload()
+    assert same(state(base), before) and not layers(base) and apart(base(x), plain) < 1e-6
+
+
+def test_a_convolution():
+    model, x = adapted(CONVS["fastkanconv"](), r=(2, 2, 3, 4)), images(channels=2, size=5)
+    (layer,) = layers(model).values()
+    assert layer.lotra_factor_kernel["default"].shape == (9, 4) and layer.lotra_r["default"] == (2, 2, 3, 4)
+    with model.disable_adapter():
+        plain = model(x)
+    mixed, y = model(x, adapter_names=["default", "__base__", "default"]), model(x)
+    assert apart(mixed, torch.stack([y[0], plain[1], y[2]])) < 1e-5

@@ -1,0 +1,94 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The base is frozen, and so are the running statistics of its norms, unless they are in `modules_to_save`."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from behaving import X, adapted
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file
+from stand_ins import OldEfficientKANLayer
+from torch import nn
+
+from peft_lotra import LoTRAConfig
+from peft_lotra.kan import KANLinear
+
+
+class NormedLayer(OldEfficientKANLayer):
+    """A copy of efficient-kan's layer that normalizes its inputs."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.norm = nn.BatchNorm1d(self.in_features)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(KANLinear(3, 4), nn.BatchNorm1d(4), NormedLayer(4, 4), nn.InstanceNorm1d(4), nn.Dropout(0.1))
+
+
+def statistics(model):
+    return {name: value.clone() for name, value in model.named_buffers() if "running" in name or "num_batches" in name}
+
+
+def train(model):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, 0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(X * 3).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("attach", [get_peft_model, lambda base, config: inject_adapter_in_model(config, base)])
+def test_they_do_not_move(attach):
+    model = attach(network(), LoTRAConfig(r=2))
+    before = statistics(model)
+    train(model)  # without a call of `train()`
+    if isinstance(model, PeftModel):
+        model.eval()
+        train(model.train())
+        assert [module.training for module in model.modules() if isinstance(module, nn.Dropout)] == [True]
+    after = statistics(model)
+    assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_in_modules_to_save(tmp_path):
+    base = network()
+    other = copy.deepcopy(base)  # `network()` again may be rounded otherwise (lstsq)
+    model = get_peft_model(base, LoTRAConfig(r=2, modules_to_save=["1", "norm"])).train()
+    train(model)
+    model.eval()
+    moved = [name for name, value in statistics(model).items() if name.endswith("running_mean") and value.any()]
+    assert len([name for name in moved if "modules_to_save" in name]) == 2 and len(moved) == 2
+    y = model(X)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(other, tmp_path).eval()
+    assert torch.equal(loaded(X), y)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(X), y)
+    assert isinstance(merged[2].norm, nn.BatchNorm1d)
+
+
+def test_files_of_earlier_versions():
+    """Their running statistics become those of the norms."""
+    folder = Path(__file__).parents[1] / "legacy" / "norm_stats"
+    base = nn.Sequential(KANLinear(3, 4), nn.BatchNorm1d(4), KANLinear(4, 2)).eval()
+    base.load_state_dict(load_file(folder / "base.safetensors"))
+    model = PeftModel.from_pretrained(base, folder)
+    saved = load_file(folder / "outputs.safetensors")
+    torch.testing.assert_close(model(saved["inputs"]), saved["adapted"])
+
+
+def test_a_norm_without_statistics_is_left_alone():
+    norm = nn.BatchNorm1d(3, track_running_stats=False)
+    model = adapted(nn.Sequential(norm, KANLinear(3, 2))).train()
+    assert norm.training
+    model(X)

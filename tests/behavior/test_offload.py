@@ -1,0 +1,31 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Models whose parameters accelerate keeps elsewhere."""
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from behaving import KINDS, X, adapted, net
+from torch import nn
+
+
+@pytest.mark.parametrize("kind", ["own", "efficient-kan", "fast-kan", "cheby-kan"])
+@pytest.mark.parametrize("offload", [cpu_offload, "disk"])
+def test_the_same_outputs(kind, offload, tmp_path):
+    torch.manual_seed(0)
+    model = adapted(net() if kind == "own" else nn.Sequential(KINDS[kind]()))
+    with torch.no_grad():
+        y = model(X)
+        with model.disable_adapter():
+            base = model(X)
+        if offload == "disk":
+            disk_offload(model, str(tmp_path), execution_device="cpu")
+        else:
+            offload(model, execution_device="cpu")
+        assert any(parameter.is_meta for parameter in model.parameters())
+        for _ in range(2):
+            torch.testing.assert_close(model(X), y)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(X), base)
+        assert not torch.allclose(y, base)

@@ -1,0 +1,90 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What is saved is what is loaded."""
+
+import pytest
+import torch
+from behaving import X, adapted, add, apart, layers, net, same, state
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+
+def components(model):
+    return {name: tensor for name, tensor in state(model).items() if "lotra_" in name}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_same_bits(dtype, tmp_path):
+    model = adapted(net().to(dtype), rank_pattern={"layers.1": (1, 2, 3)}, alpha_pattern={"layers.0": 0.5}, alpha=2.0)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(net().to(dtype), tmp_path).eval()
+    assert same(components(loaded), components(model))
+    found = [(layer.lotra_r["default"], layer.lotra_alpha["default"]) for layer in layers(loaded).values()]
+    assert found == [((2, 3, 4), 0.5), ((1, 2, 3), 2.0)]
+    assert loaded(X.to(dtype)).dtype == dtype and torch.equal(loaded(X.to(dtype)), model(X.to(dtype)))
+    low = PeftModel.from_pretrained(net().to(dtype), tmp_path, low_cpu_mem_usage=True).eval()
+    assert same(components(low), components(model)) and apart(low(X.to(dtype)), model(X.to(dtype))) < 1e-6
+
+
+def test_the_file_has_only_the_adapter(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(tensors) == 8 and all(".lotra_" in name for name in tensors)
+    assert sum(t.numel() for t in tensors.values()) == model.get_nb_trainable_parameters()[0]
+    with pytest.raises(ValueError, match="safe"):
+        model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
+    assert not list(tmp_path.rglob("*.bin"))
+
+
+def test_several_adapters_in_one_folder(tmp_path):
+    model = adapted()
+    add(model, "other")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(net(), tmp_path)
+    loaded.load_adapter(tmp_path / "other", "other")
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        loaded.set_adapter(name)
+        assert torch.equal(loaded.eval()(X), model(X))
+    model.save_pretrained(tmp_path / "selected", selected_adapters=["other"])
+    assert {path.name for path in (tmp_path / "selected").iterdir()} - {"README.md"} == {"other"}
+
+
+@pytest.mark.parametrize("train", [None, ["core"]])
+def test_is_trainable(train, tmp_path):
+    adapted(train=train).save_pretrained(tmp_path)
+    frozen = PeftModel.from_pretrained(net(), tmp_path)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    loaded = PeftModel.from_pretrained(net(), tmp_path, is_trainable=True)
+    trained = {name for name, p in loaded.named_parameters() if p.requires_grad}
+    assert trained == {name for name in components(loaded) if not train or "lotra_core" in name}
+
+
+def test_modules_to_save(tmp_path):
+    model = adapted(modules_to_save=["head"])
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["default"].weight += 1
+    model.save_pretrained(tmp_path)
+    assert any("head" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    loaded = PeftModel.from_pretrained(net(), tmp_path).eval()
+    assert torch.equal(loaded(X), model(X))
+    with loaded.disable_adapter():
+        assert apart(loaded(X), net()(X)) < 1e-6
+
+
+def test_state_dicts():
+    model, other = adapted(), adapted()
+    tensors, before = get_peft_model_state_dict(model), state(other)
+    assert len(tensors) == 8 and not any("default" in name for name in tensors)
+    nan = {name: tensor * torch.nan for name, tensor in tensors.items()}
+    with pytest.raises(ValueError, match="not finite"):
+        set_peft_model_state_dict(other, nan)
+    assert same(state(other), before)
+    result = set_peft_model_state_dict(other, {name: t for name, t in tensors.items() if "layers.1" in name})
+    assert any("layers.0.lotra_core" in key for key in result.missing_keys)  # a part is loaded, the rest reported
+    changed = {name for name, value in state(other).items() if not torch.equal(value, before[name])}
+    assert changed and all("layers.1" in name for name in changed)
+    set_peft_model_state_dict(other, tensors)
+    assert torch.equal(other(X), model(X))

@@ -1,0 +1,60 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Threads serve different adapters while another one is exchanged, and one more is loaded."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from behaving import KINDS, X, adapted, add, net
+from torch import nn
+
+from peft_lotra import hotswap_adapter
+
+
+def several(kind):
+    return net() if kind == "own" else nn.Sequential(KINDS[kind](), nn.Tanh(), nn.Linear(4, 3), KINDS[kind]())
+
+
+@pytest.mark.parametrize("kind", ["own", "fast-kan", "cheby-kan"])
+def test_no_answer_is_wrong(kind, tmp_path):
+    torch.manual_seed(0)
+    model = adapted(several(kind))
+    for index in range(4):
+        add(model, f"a{index}")
+    files = [tmp_path / name for name in ("first", "second")]
+    for file in files:
+        torch.manual_seed(int(file.name == "second"))
+        other = adapted(several(kind))
+        other.load_state_dict({n: v for n, v in model.state_dict().items() if "lotra" not in n}, strict=False)
+        other.save_pretrained(file)
+    rows = [["default"] * len(X)] + [[f"a{index}"] * len(X) for index in range(4)]
+    rows.append([f"a{index % 4}" for index in range(len(X))])
+    with torch.no_grad():
+        right = [[] for _ in rows]
+        for file in files:
+            hotswap_adapter(model, file)
+            for index, names in enumerate(rows):
+                right[index].append(model(X, adapter_names=names))
+
+        def serve(index, count=100):
+            names = rows[index]
+            with torch.no_grad():
+                answers = [model(X, adapter_names=names) for _ in range(count)]
+            return sum(not any(torch.equal(y, known) for known in right[index]) for y in answers)
+
+        def swap():
+            for count in range(40):
+                hotswap_adapter(model, files[count % 2])
+            return 0
+
+        def load():
+            for count in range(20):
+                model.load_adapter(files[0], f"loaded{count}")
+            return 0
+
+        with ThreadPoolExecutor(8) as threads:
+            jobs = [threads.submit(serve, index) for index in range(len(rows))]
+            jobs += [threads.submit(swap), threads.submit(load)]
+            assert [job.result() for job in jobs] == [0] * len(jobs)

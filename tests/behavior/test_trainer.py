@@ -1,0 +1,57 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Trainer of transformers trains, saves and resumes adapters."""
+
+import torch
+from behaving import same, state
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from peft_lotra import LoTRAConfig, create_lotra_optimizer
+from peft_lotra.kan import KANConfig, KANModel
+
+
+X = torch.linspace(-0.9, 0.9, 48).view(16, 3)
+DATA = [{"inputs": x, "labels": x.prod()} for x in X]
+OPTIONS = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "remove_unused_columns": False}
+OPTIONS |= {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 8}
+
+
+def kan():
+    torch.manual_seed(3)
+    return KANModel(KANConfig(widths=(3, 4, 1), problem_type="regression"))
+
+
+def trainer(folder, **options):
+    model = get_peft_model(kan(), LoTRAConfig(r=2))
+    optimizer = create_lotra_optimizer(model, torch.optim.AdamW, lr=1e-2)
+    options = {"args": TrainingArguments(str(folder), **OPTIONS, **options), "optimizers": (optimizer, None)}
+    return Trainer(model=model, train_dataset=DATA, eval_dataset=DATA, **options)
+
+
+def loaded(folder):
+    return PeftModel.from_pretrained(kan(), folder).eval()(X).logits
+
+
+def test_checkpoints_are_adapters_and_resume_to_the_same_bits(tmp_path):
+    whole = trainer(tmp_path)
+    whole.train()
+    folder = tmp_path / "checkpoint-4"
+    assert (folder / "adapter_model.safetensors").exists() and not (folder / "model.safetensors").exists()
+    assert torch.equal(loaded(folder), whole.model.eval()(X).logits)
+    again = trainer(tmp_path)
+    start = state(again.model)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 4
+    assert same(state(again.model), state(whole.model)) and not same(state(again.model), start)
+
+
+def test_the_best_model_at_the_end(tmp_path):
+    # the best is here the one with the largest loss, which is not the last
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    run = trainer(tmp_path, eval_strategy="steps", eval_steps=2, **best)
+    run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-2")
+    y = run.model.eval()(X).logits
+    assert torch.equal(loaded(tmp_path / "checkpoint-2"), y) and not torch.equal(loaded(tmp_path / "checkpoint-4"), y)

@@ -1,0 +1,71 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Training moves the adapter alone."""
+
+import pytest
+import torch
+from behaving import KINDS, X, adapted, apart, net, same, state
+from peft import get_peft_model
+from torch.utils.checkpoint import checkpoint
+
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, lotra_lr_multipliers
+
+
+Y = torch.stack([X.prod(dim=1), X.sum(dim=1).sin()], dim=1)
+
+
+def train(model, steps=3, optimizer_cls=torch.optim.AdamW):
+    """The losses of some steps, and the names of what they changed."""
+    optimizer, start, losses = create_lotra_optimizer(model, optimizer_cls, lr=2e-2), state(model), []
+    for _ in range(steps):
+        loss = torch.nn.functional.mse_loss(model(X)[:, :2], Y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {name for name, tensor in state(model).items() if not torch.equal(tensor, start[name])}
+
+
+@pytest.mark.parametrize("kind", ["net", "efficient-kan", "pykan", "fast-kan"])
+@pytest.mark.parametrize("optimizer_cls", [torch.optim.AdamW, torch.optim.SGD])
+def test_the_loss_falls_and_the_base_stays(kind, optimizer_cls):
+    base = net() if kind == "net" else KINDS[kind]()
+    before, model = state(base), get_peft_model(base, LoTRAConfig(r=2))
+    losses, moved = train(model, 30, optimizer_cls)
+    assert losses[-1] < 0.99 * losses[0]
+    assert moved == {name for name in model.state_dict() if "lotra_" in name}
+    assert same(state(model.unload()), before)
+
+
+def test_only_the_active_adapter_and_its_modules_are_trained():
+    model = get_peft_model(net(), LoTRAConfig(r=2))
+    model.add_adapter("other", LoTRAConfig(r=2, modules_to_save=["head"]))
+    model.set_adapter("other")
+    moved = train(model)[1]
+    assert any("head.modules_to_save.other" in name for name in moved)
+    assert all(name.endswith(".other") or "head.modules_to_save.other" in name for name in moved)
+
+
+def test_learning_rates_by_component():
+    model = get_peft_model(net(hidden=32), LoTRAConfig(r=2))
+    parts = {"core", "factor_out", "factor_in", "factor_basis"}
+    assert {rate.component for rate in lotra_lr_multipliers(model)} == parts
+    assert len({group["lr"] for group in create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2).param_groups}) > 1
+    uniform = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2, policy="uniform")
+    assert {group["lr"] for group in uniform.param_groups} == {1e-2}
+
+
+def gradients(run):
+    torch.manual_seed(1)
+    model = adapted().train()
+    run(model).float().square().mean().backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_gradient_checkpointing_and_autocast():
+    expected = gradients(lambda model: model(X))
+    assert len(expected) == 8 and same(gradients(lambda model: checkpoint(model, X, use_reentrant=False)), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = gradients(lambda model: model(X))
+    assert all(apart(rough[name], gradient) < 0.3 for name, gradient in expected.items())
