@@ -11,16 +11,15 @@ from ._version import __version__
 from .families import known  # noqa: F401  (registers the known families)
 from .families.candidates import KANCandidate
 from .families.registry import FoundKANLayer, KANLayerSpec, find_kan_layers, register_kan_layer
-from .files.format import save_adapter
 from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
 from .tuner.config import LoTRAConfig
 from .tuner.gradients import preprocess_lotra
 from .tuner.hotswap import hotswap_adapter
 from .tuner.layer import LoTRALayer
-from .tuner.mixed_model import enable_mixed
 from .tuner.model import LoTRAModel
 from .tuner.refit import RefitReport, refit_adapters
 from .tuner.registration import register
+from .tuner.saving import save_adapter
 
 
 if TYPE_CHECKING:
@@ -54,7 +53,6 @@ __all__ = [
     "__version__",
     "check_kan_layer",
     "create_lotra_optimizer",
-    "enable_mixed",
     "extract_lotra",
     "find_kan_layers",
     "gradient_spectrum",
@@ -102,6 +100,11 @@ _LATER = {
 def __getattr__(name: str) -> Any:
     if name in ("approximation", "hub", "optim", "parametric", "pde", "summary"):
         return import_module(f".{name}", __name__)
+    if name == "enable_mixed":
+        raise AttributeError(
+            "`enable_mixed` is gone, since it patched PEFT. Adapt the KAN layers by LoTRA, then inject the other "
+            'method under another name: `inject_adapter_in_model(LoraConfig(...), model.get_base_model(), "lora")`.'
+        )
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{_LATER[name]}", __name__), name)
@@ -114,7 +117,4 @@ def __dir__() -> list[str]:
 
 # `peft_lotra.kan.slim`, of which `kan` itself knows nothing
 kan.__dict__["__getattr__"] = lambda name: __getattr__(name if name == "slim" else f"kan.{name}")
-# `save_pretrained` and `push_to_hub` of a model with LoTRA leave the model card of this package
-LoTRAModel.write_card = staticmethod(lambda *args: import_module(".hub.card", __name__).write_card_after_saving(*args))
-LoTRAModel.push = staticmethod(lambda *args, **kwargs: __getattr__("push_to_hub")(*args, **kwargs))
 register(config_cls=LoTRAConfig, model_cls=LoTRAModel)

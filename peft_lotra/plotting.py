@@ -115,8 +115,8 @@ def plot_edge_functions(
         )
     before = tensor.read(layer)
     curves = {"base": before}
-    if isinstance(module, LoTRALayer) and module.adapters_in_force():
-        curves["adapted"] = module.coefficients_in_force()
+    if isinstance(module, LoTRALayer) and module.applied_updates():
+        curves["adapted"] = module.effective_coefficients()
     change = (curves["adapted"] - before if len(curves) == 2 else before).float().square().sum(-1)
     edges = _choose_edges(edges, change)
     x = torch.linspace(-1, 1, 101, device="cpu") if x is None else x
@@ -235,10 +235,10 @@ def edge_changes(model: nn.Module) -> EdgeChanges:
     for name in found:
         module = find_layer(model, name)
         layer, _, tensor = locate_target(name, module)
-        if isinstance(module, LoTRALayer) and module.adapters_in_force() and len(tensor.shape) == 3:
+        if isinstance(module, LoTRALayer) and module.applied_updates() and len(tensor.shape) == 3:
             before = tensor.read(layer)
             before = before.to(torch.promote_types(before.dtype, torch.float32))
-            change = (module.coefficients_in_force(before.dtype) - before).square().sum(-1).sqrt()
+            change = (module.effective_coefficients(before.dtype) - before).square().sum(-1).sqrt()
             size = before.square().sum(-1).sqrt()
             changes.change[name] = change.cpu()
             changes.share[name] = (change / size.clamp_min(1e-3 * size.mean() + 1e-12)).cpu()

@@ -9,8 +9,10 @@ Source: T. G. Kolda, B. W. Bader, "Tensor Decompositions and Applications", SIAM
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -182,9 +184,10 @@ def expand_inputs(
     """core x2 factor_in x3 factor_basis [x4 factor_kernel], (ro, in, basis [, kernel]): what factor_out mixes."""
     ro, ri, rb = core.shape[:3]
     if factor_kernel is None:
-        tensor = core.flatten(0, 1) @ factor_basis.T  # (ro ri, basis)
-        tensor = factor_in @ rearrange(tensor, "(ro ri) k -> ri (ro k)", ro=ro)  # (in, ro basis)
-        return rearrange(tensor, "i (ro k) -> ro i k", ro=ro)
+        # by torch's own views: einops takes as long as the products of a small layer
+        tensor = (core.flatten(0, 1) @ factor_basis.T).unflatten(0, (ro, ri))  # (ro, ri, basis)
+        tensor = factor_in @ tensor.transpose(0, 1).flatten(1)  # (in, ro basis)
+        return tensor.unflatten(1, (ro, -1)).transpose(0, 1)
     tensor = core.flatten(0, 2) @ factor_kernel.T  # (ro ri rb, kernel)
     tensor = rearrange(tensor, "(r rb) s -> (r s) rb", rb=rb) @ factor_basis.T  # (ro ri kernel, basis)
     tensor = factor_in @ rearrange(tensor, "(ro ri s) k -> ri (ro k s)", ro=ro, ri=ri)  # (in, ro basis kernel)
@@ -332,18 +335,20 @@ def relative_energy(tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 
 
 def check_ranks(r: Ranks, name: str = "r", kernel: bool = True) -> Ranks:
-    """Returns `r`, a list (as of JSON) as a tuple; a ValueError if it is no positive int, nor 3 of them, or with a
-    `kernel` 4."""
+    """Returns `r` as plain integers, a list (as of JSON) as a tuple; a ValueError if it is no positive integer, nor 3
+    of them, or with a `kernel` 4."""
     several = isinstance(r, (tuple, list))
-    ranks = tuple(r) if several else (r,)
-    wrong = any(isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0 for rank in ranks)
-    if wrong or len(ranks) not in ((3, 3 + kernel) if several else (1,)):
+    try:
+        ranks = tuple(0 if isinstance(rank, bool) else operator.index(rank) for rank in (r if several else (r,)))
+    except TypeError:
+        ranks = ()
+    if len(ranks) not in ((3, 3 + kernel) if several else (1,)) or min(ranks) <= 0:
         four = ", or four with the kernel of convolutions" * kernel
         raise ValueError(
             f"`{name}` should be a positive integer value, or three of them for the modes (out, in, basis){four}, "
             f"but the value passed is {r}"
         )
-    return ranks if several else r
+    return ranks if several else min(ranks)
 
 
 def cap_ranks(r: Ranks, shape: Sequence[int]) -> tuple[int, ...]:
@@ -359,3 +364,19 @@ def cap_ranks(r: Ranks, shape: Sequence[int]) -> tuple[int, ...]:
     ranks = r if isinstance(r, tuple) else (r,) * len(shape)
     ranks = (*ranks, *shape[len(ranks) :])[: len(shape)]
     return tuple(min(rank, size) for rank, size in zip(ranks, shape, strict=True))
+
+
+def default_ranks(shape: Sequence[int]) -> tuple[int, ...]:
+    """The largest ranks up to 4 of a tensor of this shape that take fewer numbers than it has.
+
+    The rank of the basis is lowered first, then those of the kernel, the inputs and the outputs; each is at least 1.
+
+    Example:
+        >>> default_ranks((16, 16, 9)), default_ranks((5, 2, 9)), default_ranks((1, 5, 9))
+        ((4, 4, 4), (4, 2, 3), (1, 4, 1))
+    """
+    ranks = [min(4, size) for size in shape]
+    for mode in (mode for mode in (2, 3, 1, 0) if mode < len(shape)):
+        while ranks[mode] > 1 and math.prod(ranks) + sum(map(mul, shape, ranks)) >= math.prod(shape):
+            ranks[mode] -= 1
+    return tuple(ranks)

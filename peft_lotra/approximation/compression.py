@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,15 +21,13 @@ from torch import nn
 
 from ..families.registry import find_kan_layers, known_families
 from ..families.slim import SlimLayer
-from ..files.patterns import pattern_key
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, warn_capped
 from ..modules.calls import check_module, share_hooks
-from ..modules.locks import cached
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, tucker
+from ..tuner.config import pattern_key
 from ..tuner.targets import locate_target
-from ..tuner.transaction import transaction
 from .features import gather_features, relative_error
 from .inputs import Inputs, check_inputs, model_outputs
 from .reach import check_copy, check_exchange, outputs_by
@@ -145,15 +143,14 @@ def slim(
         )
     if inputs is not None:
         check_inputs(inputs)
-    with transaction(model):
-        compression = _Compression(model, inputs, inplace)
-        if ranks is not None:
-            chosen = _resolve_ranks(compression.tensors, ranks)
-        elif energy is not None and inputs is not None:
-            chosen = compression.enough(energy)
-        else:
-            chosen = compression.suggest(energy, budget)
-        small, report = compression.run(chosen, final=True)
+    compression = _Compression(model, inputs, inplace)
+    if ranks is not None:
+        chosen = _resolve_ranks(compression.tensors, ranks)
+    elif energy is not None and inputs is not None:
+        chosen = compression.enough(energy)
+    else:
+        chosen = compression.suggest(energy, budget)
+    small, report = compression.run(chosen, final=True)
     if grown := [name for name in report.dense if name in chosen]:
         hint = " Pass `inputs`: on data there is mostly less to keep." if inputs is None and energy is not None else ""
         warnings.warn(
@@ -245,7 +242,7 @@ class _Compression:
             with torch.no_grad():
                 self.outputs = model_outputs(self.model, inputs)
 
-    @cached
+    @cached_property
     def spectrum(self) -> Spectrum:
         return weighted_spectrum(self.tensors, self.features)
 
@@ -272,10 +269,22 @@ class _Compression:
     def run(self, chosen: Mapping[str, tuple[int, ...]], final: bool = False) -> tuple[nn.Module, SlimReport]:
         """The model, or a copy, in which these layers are Slim, where that saves parameters, and its report.
 
-        In place, the layers are put back if this is not the `final` run.
+        In place, the layers are put back after an error, and if this is not the `final` run.
         """
-        model = self.model if self.inplace else _copy(self.model)
-        places = [(module._modules, dict(module._modules)) for module in model.modules()]
+        if not self.inplace:
+            return self._exchange(_copy(self.model), chosen)
+        places = [(module._modules, dict(module._modules)) for module in self.model.modules()]
+        is_done = False
+        try:
+            result = self._exchange(self.model, chosen)
+            is_done = final
+            return result
+        finally:
+            for modules, own in () if is_done else places:
+                modules.clear()
+                modules.update(own)
+
+    def _exchange(self, model: nn.Module, chosen: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, SlimReport]:
         before = after = sum(tensor.numel() for tensor in self.tensors.values())
         errors, output_errors, dense = {}, {}, []
         exchanged: dict[str, nn.Module] = {}
@@ -288,8 +297,8 @@ class _Compression:
             layer, spec, _ = locate_target(name, model.get_submodule(name))
             if isinstance(layer, KANLinear):
                 slim_layer = SlimKANLinear.from_components(layer, fitted.balanced())
-            else:  # which takes the parameters out of the layer
-                layer = layer if final or not self.inplace else copy.deepcopy(layer)
+            else:  # which takes the parameters out of a layer, here of one that shares them with the original
+                layer = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
                 slim_layer = SlimLayer(layer, spec, fitted.balanced())
             exchanged[name] = slim_layer
             with torch.no_grad():
@@ -304,10 +313,6 @@ class _Compression:
             with torch.no_grad():
                 y = outputs_by(model, self.inputs, exchanged, self.originals)
                 model_error = relative_error(self.outputs, y)
-        if self.inplace and not final:
-            for modules, own in places:
-                modules.clear()
-                modules.update(own)
         return model, SlimReport(errors, ranks, dense, (before, after), output_errors, model_error)
 
 

@@ -19,16 +19,12 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
 from ..families.registry import KANLayerSpec, find_kan_layers, same_grid
-from ..files.patterns import pattern_key
 from ..modules.calls import call_with_parameters, check_module, unwrap
 from ..report import Report, TextTable
 from ..tucker import Ranks, Tucker, cap_ranks, tucker, tucker_scaled
-from ..tuner.config import LoTRAConfig
+from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.layer import LoTRALayer, lotra_layers
-from ..tuner.model import LoTRAModel
-from ..tuner.norm_stats import stats_in_place
 from ..tuner.targets import exact_targets, locate_target
-from ..tuner.transaction import transaction
 from .features import Features, features_of
 from .inputs import Inputs
 from .spectra import suggest_ranks, weighted_spectrum
@@ -145,10 +141,8 @@ def extract_lotra(
     ranks = _resolve_ranks(r, rank_pattern or {}, updates)
     components = {name: _decompose(update, ranks[name], features.get(name)) for name, update in updates.items()}
 
-    with transaction(base):
-        model = _attach(base, unwrap(tuned), components, modules_to_save, adapter_name)
-        not_saved = _set_norm_stats(model, dict(_tensors(unwrap(tuned))), not_saved, adapter_name)
-        errors, output_errors = _measure(model, updates, features)
+    model = _attach(base, unwrap(tuned), components, modules_to_save, adapter_name)
+    errors, output_errors = _measure(model, updates, features)
     parameters = sum(part.numel() for part in components.values())
     known = None if inputs is None else output_errors
     report = ExtractionReport(errors, ranks, parameters, modules_to_save, not_saved, known)
@@ -206,17 +200,6 @@ def _attach(
         module = wrapper.modules_to_save[adapter_name]
         module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
     return model
-
-
-def _set_norm_stats(
-    model: PeftModel, tensors: Mapping[str, torch.Tensor], changed: list[str], adapter_name: str
-) -> list[str]:
-    """Gives the adapter the running statistics that changed inside of KAN layers; what is left of `changed`."""
-    tuner = cast(LoTRAModel, model.base_model)
-    known = stats_in_place(tuner.model)
-    norms = {name.rpartition(".")[0] for name in changed if name in known}
-    tuner.set_norm_stats(adapter_name, {n: tensors[n] for n in known if n.rpartition(".")[0] in norms})
-    return [name for name in changed if name not in known]
 
 
 @torch.no_grad()

@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..files.patterns import pattern_key
 from ..modules.calls import unwrap
 from ..modules.checks import as_number
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, hosvd
-from ..tuner.config import LoTRAConfig
+from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.gradients import gather_gradients
 from ..tuner.targets import find_targets
 from .features import Features, features_of

@@ -69,7 +69,7 @@ def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch
     with read_at_rest(module):
         layer, spec, tensor = locate_target(name, module)
         if isinstance(module, LoTRALayer):
-            coefficients = module.coefficients_in_force(torch.float64)
+            coefficients = module.effective_coefficients(torch.float64)
         else:
             coefficients = tensor.read(layer).double().clone()  # `read` may return the parameter itself
         scale = spec.read_edge_scale(layer, tensor)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import nn
 
-from ..modules.checks import as_number
+from ..modules.checks import as_number, check_count
 from .basis import UniformGrid, bspline_basis, check_grid, check_input, moments
 from .product import spline_product
 
@@ -39,9 +39,7 @@ class SplineLayer(nn.Module):
         check_grid(grid_size, spline_order)
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"`dtype` is {dtype!r}, but must be one of {_DTYPES}.")
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"`{name}` is {size!r}, but must be an integer of at least 1.")
+        in_features, out_features = check_count(in_features, "in_features"), check_count(out_features, "out_features")
         ends = tuple(grid_range) if isinstance(grid_range, Iterable) else ()
         if len(ends) != 2 or not as_number(ends[0]) < as_number(ends[1]):
             raise ValueError(f"`grid_range` is {grid_range!r}, but must be two finite numbers, the lower one first.")

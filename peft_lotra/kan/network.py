@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -108,7 +109,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 def is_size(value: Any) -> bool:
     """Whether a value is an integer of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1  # numpy's integers too
 
 
 def pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
@@ -119,6 +120,7 @@ def pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
             f"`widths` is {widths}, but must be at least two positive integers: the sizes of the input, of each "
             "hidden layer and of the output, such as [2, 16, 1]."
         )
+    widths = list(map(int, widths))
     return list(zip(widths[:-1], widths[1:], strict=True))
 
 

@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dis import get_instructions
 from functools import lru_cache, partial
-from threading import get_ident
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
-
-from .locks import IN_PROGRESS, put_back_by
 
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue] (no stub)
@@ -46,13 +45,11 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Puts each module of the model back into its mode, training or evaluation, at the end."""
     modes = [(module, module.training) for module in model.modules()]
-
-    def restore() -> None:
+    try:
+        yield
+    finally:
         for module, mode in modes:
             module.training = mode
-
-    with put_back_by(restore):
-        yield
 
 
 @contextmanager
@@ -61,18 +58,25 @@ def read_at_rest(model: nn.Module) -> Iterator[None]:
     (`spectral_norm`)."""
     lists = [module for module in modules_of(model) if isinstance(module, ParametrizationList)]
     training = [module for parametrizations in lists for module in modules_of(parametrizations) if module.training]
-    if not training:
-        yield
-        return
-
-    def restore() -> None:
-        for module in training:
-            module.training = True
-
-    with put_back_by(restore):
+    try:
         for module in training:
             module.training = False
         yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def freeze_norms(model: nn.Module) -> None:
+    """Puts norms with running statistics into evaluation mode, but those that PEFT's `modules_to_save` trains."""
+    modules = [module for module in modules_of(model) if not isinstance(module, torch.jit.ScriptModule)]
+    saved: set[nn.Module] = set()
+    for module in modules:
+        if isinstance(copies := module._modules.get("modules_to_save"), nn.ModuleDict):
+            saved.update(copies.modules())
+    for module in modules:
+        if module.training and module not in saved and module._buffers.get("running_mean") is not None:
+            module.training = False
 
 
 def set_mode(module: nn.Module, training: bool) -> None:
@@ -124,6 +128,22 @@ def _holds_tensor(value: Any, of_transform: bool) -> bool:
     return isinstance(value, (list, tuple)) and any(_holds_tensor(part, of_transform) for part in value)
 
 
+class LayerLock:
+    """A re-entrant lock around temporary parameter swaps; a copied, or unpickled, layer gets a new one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *args: Any) -> None:
+        self._lock.release()
+
+    def __reduce__(self):
+        return LayerLock, ()
+
+
 class _Call(nn.Module):
     """A function called as a module, so that `functional_call` can exchange the parameters of `layer` around it."""
 
@@ -134,6 +154,51 @@ class _Call(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
+
+
+class _Settled(nn.Module):
+    """Passes over the assignment of a parameter to itself, e.g. `self.w = nn.Parameter(self.w.to(x.device))`.
+
+    It would take the place of the tensor that was put in, without its graph.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        now = self._parameters.get(name)
+        if now is None or not isinstance(value, torch.Tensor) or not _is_same(value, now):
+            super().__setattr__(name, value)
+
+
+def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    try:
+        return first is second or first.is_set_to(second)
+    except RuntimeError:  # on the meta device, or in `vmap`
+        return False
+
+
+@lru_cache(maxsize=256)
+def settled(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The class, settled if one of its methods, besides the constructor, assigns one of these parameters."""
+    methods = [m for base in cls.__mro__[: cls.__mro__.index(nn.Module)] for m in vars(base).values()]
+    functions = [inspect.unwrap(m) for m in methods if inspect.isfunction(m) and m.__name__ != "__init__"]
+    codes = [function.__code__ for function in functions if inspect.isfunction(function)]
+    assigned = {step.argval for code in codes for step in get_instructions(code) if step.opname == "STORE_ATTR"}
+    if issubclass(cls, _Settled) or assigned.isdisjoint(names):
+        return cls
+    return type(cls.__name__, (_Settled, cls), {"__module__": cls.__module__})
+
+
+@contextmanager
+def _all_settled(modules: Collection[nn.Module]) -> Iterator[None]:
+    before = [(module, type(module)) for module in modules]
+    try:
+        for module, cls in before:
+            if (new := settled(cls, tuple(module._parameters))) is not cls:
+                module.__class__ = new
+        yield
+    finally:
+        for module, cls in before:
+            if type(module) is not cls:
+                module.__class__ = cls
 
 
 def call_with_parameters(
@@ -147,25 +212,6 @@ def call_with_parameters(
     if not parameters:
         return function(*args, **kwargs)
     owners = {name: layer.get_submodule(path) if (path := name.rpartition(".")[0]) else layer for name in parameters}
-    if torch.compiler.is_compiling():
-        return _exchange_and_call(layer, owners, parameters, function, args, kwargs)
-    before = [_find_entry(owner, name.rpartition(".")[2]) for name, owner in owners.items()]
-    key = object()
-    IN_PROGRESS[key] = get_ident(), partial(_put_back, layer, before, list(parameters.values()))
-    try:
-        return _exchange_and_call(layer, owners, parameters, function, args, kwargs)
-    finally:
-        del IN_PROGRESS[key]
-
-
-def _exchange_and_call(
-    layer: nn.Module,
-    owners: dict[str, nn.Module],
-    parameters: dict[str, torch.Tensor],
-    function: Callable,
-    args: tuple,
-    kwargs: dict,
-) -> Any:
     views = {name: owner for name, owner in owners.items() if name.rpartition(".")[2] in owner.__dict__}
     if views:
         saved = {name: owner.__dict__[name.rpartition(".")[2]] for name, owner in views.items()}
@@ -176,28 +222,11 @@ def _exchange_and_call(
         finally:
             for name, owner in views.items():
                 owner.__dict__[name.rpartition(".")[2]] = saved[name]
-    if function is layer:
-        return torch.func.functional_call(layer, parameters, args, kwargs)
-    parameters = {f"layer.{name}": value for name, value in parameters.items()}
-    return torch.func.functional_call(_Call(layer, function), parameters, args, kwargs)
-
-
-def _find_entry(owner: nn.Module, attribute: str) -> tuple[dict[str, Any], str, Any]:
-    """The dict that holds an attribute of a module, the attribute, and its value."""
-    for entries in (owner._parameters, owner._buffers, owner.__dict__):
-        if attribute in entries:
-            return entries, attribute, entries[attribute]
-    return {}, attribute, None  # which `functional_call` refuses
-
-
-def _put_back(layer: nn.Module, before: list[tuple[dict[str, Any], str, Any]], given: list[torch.Tensor]) -> None:
-    """Puts back what given tensors replace in a layer, also under further names that share it (tied parameters)."""
-    for entries, attribute, value in before:
-        entries[attribute] = value
-    originals = {id(tensor): value for tensor, (_, _, value) in zip(given, before, strict=True)}
-    for module in layer.modules():
-        for entries in (module._parameters, module._buffers):
-            entries.update({name: originals[id(value)] for name, value in entries.items() if id(value) in originals})
+    module = layer
+    if function is not layer:
+        module, parameters = _Call(layer, function), {f"layer.{name}": value for name, value in parameters.items()}
+    with nullcontext() if torch.compiler.is_compiling() else _all_settled(owners.values()):
+        return torch.func.functional_call(module, parameters, args, kwargs)
 
 
 def attribute_by(call: Callable, layer: nn.Module, name: str, computed: Collection[str]) -> Any:

@@ -89,7 +89,7 @@ class LevenbergMarquardt:
         damping: The damping that the next step tries. The other arguments are attributes too.
 
     Raises:
-        TypeError: `model` is no `nn.Module`, or `geodesic` no bool.
+        TypeError: `model` is no `nn.Module`, `geodesic` no bool, or an argument is unknown (`lr`).
         ValueError: No parameter requires a gradient, or an argument is out of range.
 
     Source: J. J. More, "The Levenberg-Marquardt algorithm" (1978); for the forgetting factor, L. Ljung and T.
@@ -107,7 +107,12 @@ class LevenbergMarquardt:
         memory: int = 2**30,
         max_damping: float = 1e12,
         group: Any = None,
+        **others: Any,
     ) -> None:
+        if others:
+            hint = " Steps have no learning rate: pass `damping`; the larger it is, the shorter is the first step."
+            names = " and ".join(f"`{name}`" for name in others)
+            raise TypeError(f"LevenbergMarquardt takes no argument {names}.{hint if 'lr' in others else ''}")
         if not isinstance(model, nn.Module):
             kind = type(model).__name__
             raise TypeError(f"`model` is {kind}, but must be an nn.Module: give the model, not `model.parameters()`.")

@@ -25,7 +25,6 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..files.fingerprint import hash_values
 from ..modules.calls import call_with_parameters
 from ..modules.checks import as_number, check_count, check_function, check_path
 from ..tucker import Ranks
@@ -35,7 +34,7 @@ from .fitting import Fitting
 from .members import Member, Point, Problem, argument, named, read, take_steps, write
 from .path import Path
 from .report import FamilyReport, card_of
-from .storage import FILE, Contents, RunFolder, load_family, save_family
+from .storage import FILE, Contents, RunFolder, digest, load_family, save_family
 
 
 Parameter = float | Sequence[float]
@@ -434,7 +433,7 @@ class ParametricAdapter:
         state = {name: tensor for name, tensor in self.model.state_dict().items() if isinstance(tensor, Tensor)}
         kind = "train" if self._problem.train is not None else "terms"
         settings = {"kind": kind, "steps": self._problem.steps, "max_steps": self._problem.max_steps}
-        return {"base": hash_values(state), "log": self._path.log, "coordinates": self.size, **settings}
+        return {"base": digest(state), "log": self._path.log, "coordinates": self.size, **settings}
 
 
 def _check_functions(base: Any, **functions: Any) -> None:

@@ -93,9 +93,7 @@ class FamilyContents(Report):
         members = [
             {"parameter": list(point), "indicator": value if math.isfinite(value) else None} for point, value in rows
         ]
-        layers = [
-            {"name": row.name, "family": row.family, "shape": row.shape, "ranks": row.ranks} for row in self.layers
-        ]
+        layers = [{"name": row.name, "kind": row.kind, "shape": row.shape, "ranks": row.ranks} for row in self.layers]
         coordinates = self.contents.vectors.shape[1]
         sizes = {"coordinates": coordinates, "bytes": self.bytes}
         return {"members": members, "log": self.contents.log, **sizes, "layers": layers}

@@ -19,13 +19,11 @@ import numpy as np
 import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..files.fingerprint import hash_values
-from ..files.format import open_weights, write_atomically
 from ..hub.base_code import hub_id
 from ..tuner.config import LoTRAConfig
 from .members import Member, Point, named, read, write
@@ -73,7 +71,7 @@ def save_family(model: PeftModel, contents: Contents, path: Path, modes: int | N
     config = json.dumps(values)
     tensors = {name: part.contiguous() for name, part in (shared | arrays).items()}
     metadata = {"format": "pt", "parametric": _VERSION, "config": config, "log": json.dumps(contents.log)}
-    metadata["members"] = _hash(arrays, contents.log)
+    metadata["sha256"] = digest({**arrays, "log": torch.tensor(contents.log)})
     _replace(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -92,7 +90,8 @@ def opened_family(path: str | Path) -> Iterator[tuple[Path, Contents]]:
     if kinds := sorted({str(tensors[name].dtype) for name in _ARRAYS} - {"torch.float32", "torch.float64"}):
         raise ValueError(f"{path} is damaged: the members are of {', '.join(kinds)}, expected float64 or float32.")
     stored, log = {name: tensors.pop(name) for name in _ARRAYS}, _read_log(metadata)
-    if metadata.get("members") not in (None, _hash(stored, log)):  # None: written before there was a hash
+    sha256 = digest({**stored, "log": torch.tensor(log)})
+    if metadata.get("sha256") not in (None, sha256):  # None: of an earlier version
         raise ValueError(f"{path} is damaged: its members are not those that were saved. Get the file anew.")
     arrays = {name: part.double().numpy() for name, part in stored.items()}
     sizes = {name: array.shape for name, array in arrays.items()}
@@ -130,7 +129,9 @@ def load_family(base: nn.Module, path: str | Path, check_base: str) -> tuple[Pef
         ValueError: The file is damaged or of another kind, or its family is on another base or grid.
     """
     with opened_family(path) as (folder, contents):
-        LoTRAConfig.from_pretrained(str(folder))  # of no other method
+        config = LoTRAConfig.from_pretrained(str(folder))
+        if not isinstance(config, LoTRAConfig):
+            raise ValueError(f"{path} is damaged: its adapter is of the method {config.peft_type}, not LOTRA.")
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=True, check_base=check_base)
         size = len(read(model))
         if contents.vectors.shape[1] != size:
@@ -141,8 +142,25 @@ def load_family(base: nn.Module, path: str | Path, check_base: str) -> tuple[Pef
     return model, contents
 
 
-def _hash(arrays: Mapping[str, torch.Tensor], log: list[bool]) -> str:
-    return hash_values({**arrays, **{f"log.{index}": int(flag) for index, flag in enumerate(log)}})
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The SHA-256 of the names and contents of tensors."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(
+            name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    return found.hexdigest()
+
+
+@contextmanager
+def open_weights(path: str) -> Iterator[Any]:
+    """A safetensors file; a ValueError if there is none, or a damaged one."""
+    try:
+        file = safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+    with file as opened:
+        yield opened
 
 
 def _read_log(metadata: Mapping[str, str]) -> list[bool]:
@@ -203,7 +221,7 @@ class RunFolder:
     def _check_record(self) -> None:
         path = self.folder / RUN
         if not path.exists():
-            write_atomically(path, json.dumps(self.record, indent=2, sort_keys=True))
+            _replace(path, lambda it: Path(it).write_text(json.dumps(self.record, indent=2, sort_keys=True)))
             return
         try:
             known = json.loads(path.read_text(encoding="utf-8"))

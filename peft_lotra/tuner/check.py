@@ -17,8 +17,8 @@ from ..families.coefficients import expand_name
 from ..families.probe import CURVATURE, Probe
 from ..modules.calls import check_module, read_at_rest
 from ..report import Report, TextTable
-from . import fast_path
-from .fast_path import find_formula
+from . import fused
+from .fused import find_formula
 from .targets import Target, locate_target
 
 
@@ -149,24 +149,20 @@ def _roles(target: Target) -> dict[str, str]:
 
 def _fast_path(target: Target) -> str:
     layer, spec, tensor = target
-    told = set(fast_path._warned)
-    fast_path._warned -= {pair for pair in told if pair[0] == spec.family}
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            formula = find_formula(layer, spec, tensor)
-    finally:
-        fast_path._warned |= told
+    fused._warned.discard(spec.family)  # so that it warns again
+    fused._FOUND.pop(type(layer), None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        formula = find_formula(layer, spec, tensor)
     if formula is not None:
         return "open, by splines in closed form" if formula.closed_form else "open, by the family's `basis`"
     if caught:
-        return f"closed: {str(caught[0].message).partition(' Without it')[0]}"
-    if not spec.linear:
-        return "closed: the output is not linear in the coefficients"
-    if spec.basis is None and spec.splines is None:
-        return "closed: the family gives no `basis`"
-    if tensor.has_residual and spec.activation is None:
-        return "closed: the family gives no `activation`"
-    if tensor.get_parameter(layer).dtype not in (torch.float32, torch.float64):
-        return f"closed: in {tensor.get_parameter(layer).dtype} it would not be exact"
-    return "closed: the formula of the family does not give, to rounding, what the layer computes"
+        return f"closed: {str(caught[0].message).partition(' Adapted layers')[0]}"
+    is_short = spec.basis is None and spec.splines is None or (tensor.has_residual and spec.activation is None)
+    reasons = {
+        "the output is not linear in the coefficients": not spec.linear,
+        "the family gives no `basis`, or no `activation`": is_short,
+        "it needs float32 or float64": tensor.get_parameter(layer).dtype not in (torch.float32, torch.float64),
+        "the formula of the family does not give, to rounding, what the layer computes": True,
+    }
+    return f"closed: {next(reason for reason, holds in reasons.items() if holds)}"

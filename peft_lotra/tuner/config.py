@@ -3,62 +3,119 @@
 
 from __future__ import annotations
 
-import itertools
-import json
+import hashlib
+import inspect
+import math
+import numbers
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from copy import copy
-from dataclasses import MISSING, asdict, dataclass, fields
-from types import SimpleNamespace
-from typing import Any, Literal
-from weakref import WeakMethod
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import wraps
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils.other import get_pattern_key
 
-from ..files.checkpoint import HASHES, RECORD, Checkpoint, Shape
-from ..files.fingerprint import digest_of
-from ..files.format import (
-    PENDING_CONFIG,
-    check_size,
-    config_digest,
-    find_weights,
-    keep_own_tensors,
-    read_weights,
-    write_atomically,
-)
-from ..files.patterns import check_lengths, exact_pattern, find_key, pattern_key, refuse_pattern
-from ..tucker import KernelTucker, Ranks, cap_ranks, check_ranks
-from .arguments import (
-    BOOL,
-    CHECK_BASE_OF_LOAD,
-    INDICES,
-    NAMES,
-    NUMBER,
-    NUMBERS,
-    PATTERN,
-    PROBABILITY,
-    START,
-    TRAIN,
-    check_values,
-    clear_errors,
-    compile_patterns,
-    option,
-    patterns_of,
-    refuse_names_of_lora,
-    regexes_of,
-    with_help,
-)
+from ..families.coefficients import CoefficientTensor
+from ..hub.card import write_card
+from ..tucker import KernelTucker, Ranks, cap_ranks, check_ranks, default_ranks
 
 
 ALL_KAN = "all-kan"
 CHECK_BASE = ("error", "warn", "ignore")
-_TARGETING = ("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform")
+
+Config = TypeVar("Config", bound=type)
+
+# What users of LoRA may pass, and what LoTRA has instead.
+_NAMES_IN_LORA = {
+    **dict.fromkeys(("rank", "ranks", "lora_r"), "The ranks are `r`, an int or (out, in, basis)."),
+    "lora_alpha": "The scale is `alpha`. LoTRA does not divide it by the rank: pass `alpha = lora_alpha / r`.",
+    **dict.fromkeys(("dropout", "lora_dropout"), "Pass `rank_dropout` (components) or `module_dropout` (layers)."),
+    "init_lora_weights": "How an adapter starts is `init_weights`.",
+    "use_rslora": "LoTRA scales the update by `alpha` alone, for any rank: leave it out.",
+    "bias": "LoTRA adapts no biases: leave it out, or train whole modules by `modules_to_save`.",
+    "target_parameters": "LoTRA finds the parameters of a KAN layer itself: name the layers in `target_modules`.",
+    "save_norm_stats": "Running statistics are frozen with the base: name norms to train in `modules_to_save`.",
+}
+# Entries that files of earlier versions have and that mean nothing any more.
+_FORMER_ENTRIES = ("integrity", "base_digest", "save_norm_stats")
 
 
-@refuse_names_of_lora
-@with_help
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, (list, tuple, set)) and all(type(it) is str for it in value))
+
+
+def _listed(value: Any) -> list:
+    return list(value) if isinstance(value, (list, tuple, set)) else [value]
+
+
+_KNOWN = set(KernelTucker._fields)
+_NAMES = (_are_names, "a string or a list of strings")
+_SHARE = (lambda value: _is_number(value) and 0 <= value < 1, "at least 0 and below 1")
+# What a field may be, with the words for it; None is allowed where it is the default.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "alpha": (_is_number, "a finite number"),
+    "rank_pattern": (lambda value: isinstance(value, dict) and _are_names(list(value)), "a dict of ranks by name"),
+    "alpha_pattern": (
+        lambda value: isinstance(value, dict) and _are_names(list(value)) and all(map(_is_number, value.values())),
+        "a dict of finite numbers by name",
+    ),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"), _NAMES),
+    "layers_to_transform": (
+        lambda value: all(type(i) is int for i in _listed(value)),
+        "an index or a list of indices",
+    ),
+    **dict.fromkeys(("rank_dropout", "module_dropout"), _SHARE),
+    "init_weights": (
+        lambda value: type(value) is bool or value in ("gradient", "hosvd"),
+        "True, False, 'gradient' or 'hosvd'",
+    ),
+    "train": (lambda value: bool(value) and set(_listed(value)) <= _KNOWN, f"some of {KernelTucker._fields}"),
+    "adapt_residual": (lambda value: type(value) is bool, "True or False"),
+    "check_base": (lambda value: value in CHECK_BASE, f"None or one of {CHECK_BASE}"),
+    "base_layers": (
+        lambda value: isinstance(value, dict) and all(isinstance(v, dict) and "family" in v for v in value.values()),
+        "a dict of dicts with a `family`",
+    ),
+}
+
+
+class Source(NamedTuple):
+    """Where a config was read from: the folder or repository, and what locates the file there."""
+
+    path: str
+    subfolder: str | None
+    hub_kwargs: dict[str, Any]
+    ignore_mismatched_sizes: bool
+
+
+def _help_from_docstring(cls: Config) -> Config:
+    """Gives each field the help that the docstring of the class has for it, and LoRA's argument names a hint."""
+    texts = dict(re.findall(r"^ {4}(\w+) \(.*\):\n((?: {8}.*\n)+)", inspect.cleandoc(cls.__doc__ or ""), re.MULTILINE))
+    for entry in fields(cls):
+        if entry.name in texts:
+            entry.metadata = MappingProxyType({"help": " ".join(texts[entry.name].split())})
+    init = cls.__init__
+
+    @wraps(init)  # PEFT reads the signature
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs.keys() & _NAMES_IN_LORA.keys():
+            # PEFT looks for the first half of this text when it drops unknown entries of a file
+            raise TypeError(f"LoTRAConfig got an unexpected keyword argument {name!r}. {_NAMES_IN_LORA[name]}")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_help_from_docstring
 @dataclass
 class LoTRAConfig(PeftConfig):
     """
@@ -69,10 +126,11 @@ class LoTRAConfig(PeftConfig):
     update is scaled by `alpha` alone: the initialization normalizes it for any rank.
 
     Args:
-        r (`int` or `tuple[int, ...]`):
+        r (`Optional[Union[int, tuple[int, ...]]]`):
             The ranks (out, in, basis) of the update, or (out, in, basis, kernel), of which the last counts for
             convolutional layers alone. An int counts for all modes; of three ranks, the kernel has its full rank. A
-            rank above the size of its mode is capped.
+            rank above the size of its mode is capped. `None` takes for each layer the largest ranks up to 4 that
+            have fewer numbers than its coefficients.
         alpha (`float`):
             The factor that the update is multiplied by.
         target_modules (`Optional[Union[list[str], str]]`):
@@ -90,7 +148,8 @@ class LoTRAConfig(PeftConfig):
         alpha_pattern (`dict`):
             The mapping from layer names or regexes to factors that differ from `alpha`.
         modules_to_save (`Optional[list[str]]`):
-            The modules apart from the adapted layers that are trained and saved whole, for instance a new head.
+            The modules apart from the adapted layers that are trained and saved whole, for instance a new head, or a
+            batch norm, whose running statistics are frozen otherwise.
         rank_dropout (`float`):
             The probability with which each rank component of the out mode is dropped in a training step. The others
             are scaled up, so that the expected update is unchanged.
@@ -107,344 +166,155 @@ class LoTRAConfig(PeftConfig):
             values that they start with. `train=["core"], init_weights="hosvd"` trains a core on fixed factors.
         adapt_residual (`bool`):
             Whether the weights of the residual branch are adapted too, as one more slice of the basis mode.
-        save_norm_stats (`bool`):
-            Whether running statistics (of batch norms, for instance) belong to the adapter: those that it has moved
-            are saved and loaded with it, and those of the base are back while it is disabled, and after `unload`.
-            With several active adapters, the statistics are those of the first. A merged model keeps the adapter's.
-            `False` leaves them to the base, which training then changes.
         check_base (`Optional[str]`):
             What happens when an adapter is loaded into another base than it was saved with:
             `PeftModel.from_pretrained(base, folder, check_base="error")`. By default (`None`) another grid is an
             error, and other coefficients are a warning; `"error"`, `"warn"` and `"ignore"` hold for both. Another
-            family or shape is always an error. The choice is not saved.
+            kind of layer or shape is always an error. The choice is not saved.
         base_layers (`Optional[dict[str, dict]]`):
-            Internal. The family and the shape of each adapted layer, and, in a file, the hashes of its grid and its
-            frozen parameters. Compared with the model when the adapter is loaded.
-        base_digest (`Optional[str]`):
-            Internal. In a file, one digest of all `base_layers`.
-        integrity (`Optional[dict[str, str]]`):
-            Internal. In a file, the digests of the config and of the tensors. Remove the entry from a file that was
-            changed on purpose.
+            Internal. In a file, the kind, shape, grid and parameters of each adapted layer, which are compared with
+            the model when the adapter is loaded.
+        weights_sha256 (`Optional[str]`):
+            Internal. In a file, the SHA-256 of the tensors; another one is a warning.
 
     Raises:
         TypeError: An argument is unknown. For arguments of LoRA, the message names the one to use.
-        ValueError: A value cannot be used, or the config comes from a file that was changed after it was saved.
+        ValueError: A value cannot be used.
 
     Example:
         >>> from peft_lotra import LoTRAConfig
-        >>> LoTRAConfig(r=(4, 4, 3), rank_pattern={"layers.0": 2}).ranks_and_alpha("layers.0")
+        >>> LoTRAConfig(r=(4, 4, 3), rank_pattern={"layers.0": 2}).ranks_and_alpha("layers.0", (8, 8, 8))
         (2, 1.0)
     """
 
-    r: int | tuple[int, ...] = option(4)
-    alpha: float = option(1.0, NUMBER)
-    target_modules: list[str] | set[str] | str | None = option(None, NAMES)
-    exclude_modules: list[str] | set[str] | str | None = option(None, NAMES)
-    layers_to_transform: list[int] | int | None = option(None, INDICES)
-    layers_pattern: list[str] | str | None = option(None, NAMES)
-    rank_pattern: dict = option(dict, PATTERN)
-    alpha_pattern: dict = option(dict, NUMBERS)
-    modules_to_save: list[str] | None = option(None, NAMES)
-    rank_dropout: float = option(0.0, PROBABILITY)
-    module_dropout: float = option(0.0, PROBABILITY)
-    init_weights: bool | Literal["gradient", "hosvd"] = option(True, START)
-    train: list[str] | tuple[str, ...] | str | None = option(None, TRAIN)
-    adapt_residual: bool = option(True, BOOL)
-    save_norm_stats: bool = option(True, BOOL)
-    base_layers: dict[str, dict[str, Any]] | None = option(None, RECORD)
-    check_base: Literal["error", "warn", "ignore"] | None = option(
-        None, (lambda value: value in CHECK_BASE, f"None or one of {CHECK_BASE}")
-    )
-    base_digest: str | None = option(None, (lambda value: isinstance(value, str), HASHES[1]))
-    integrity: dict[str, str] | None = option(None, HASHES)
+    r: int | tuple[int, ...] | None = None
+    alpha: float = 1.0
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict = field(default_factory=dict)
+    alpha_pattern: dict = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    init_weights: bool | Literal["gradient", "hosvd"] = True
+    train: list[str] | tuple[str, ...] | str | None = None
+    adapt_residual: bool = True
+    check_base: Literal["error", "warn", "ignore"] | None = None
+    base_layers: dict[str, dict[str, Any]] | None = None
+    weights_sha256: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        from_file = type(self.peft_type) is str  # a copy of a config has the enum
         self.peft_type = PeftType["LOTRA"]
-        check_values(self)
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
-        self.r = check_ranks(self.r)
-        self.rank_pattern = {key: check_ranks(r) for key, r in (self.rank_pattern or {}).items()}
+        self._check_values()
+        self.r = None if self.r is None else check_ranks(self.r)
+        self.rank_pattern = {key: check_ranks(r, "rank_pattern") for key, r in (self.rank_pattern or {}).items()}
         self.alpha_pattern = self.alpha_pattern or {}
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), (list, tuple)):
+                setattr(self, name, set(value))
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
         if self.train is not None:
-            named = [self.train] if isinstance(self.train, str) else self.train
-            names = [name for name in KernelTucker._fields if name in named]
-            self.train = None if len(names) == len(KernelTucker._fields) else names
+            self.train = [name for name in KernelTucker._fields if name in _listed(self.train)]
+        # No fields, so neither saved nor compared. PEFT writes the names that it finds into `target_modules`, and the
+        # object may serve another model.
+        self.targets_all_kan = self.target_modules in (None, ALL_KAN)
+        self.source: Source | None = None
+        self.renamed: dict[str, str] = {}  # the names in the model of the layers that a file names
+        self.default_ranks: dict[str, Ranks] = {}  # of each layer that `r=None` chose, which a save writes
+        self.record: dict[str, dict[str, Any]] | None = None
+
+    def _check_values(self) -> None:
+        """Raises a ValueError for the first field whose value cannot be used."""
+        optional = {entry.name for entry in fields(self) if entry.default in (None, MISSING)}
+        for name, (is_right, expected) in _RULES.items():
+            value = getattr(self, name)
+            if not (name in optional if value is None else is_right(value)):
+                raise ValueError(f"`{name}` must be {expected}, got {value!r:.200}.")
         if isinstance(self.target_modules, str) and self.target_modules != ALL_KAN:
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        # The next four are no fields, so neither saved nor compared.
-        # Adding an adapter writes the names of its layers into `target_modules`; the object may serve another model.
-        self.targets_all_kan = self.target_modules in (None, ALL_KAN)
-        self.checkpoint = Checkpoint(self.base_layers, (self.integrity or {}).get("weights"))
-        self._record_base: WeakMethod | None = None
-        self._unresolved: dict[str, str] = {}
-        self._check_integrity()
-        self.base_digest = self.integrity = None
-        if isinstance(self.modules_to_save, str):
-            self.modules_to_save = [self.modules_to_save]
-        if from_file:
-            self._set_regexes_aside()
-        else:
-            compile_patterns(self)
-        mapping = self.auto_mapping
-        if isinstance(mapping, dict) and mapping.get("parent_library") == "peft_lotra.kan.slim":  # where SlimKAN was
-            self.auto_mapping = {**mapping, "parent_library": "peft_lotra.kan"}
-        if self.base_layers is not None:  # the hashes are left to the file
-            self.base_layers = {
-                name: {key: layer[key] for key in ("family", "shape", "has_residual", "description") if key in layer}
-                for name, layer in self.base_layers.items()
-            }
+        for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+            patterns = getattr(self, name)
+            for pattern in [patterns] if isinstance(patterns, str) else patterns if isinstance(patterns, dict) else ():
+                try:
+                    re.compile(pattern)
+                except (re.error, RecursionError, OverflowError) as error:
+                    raise ValueError(f"`{name}` has {pattern[:100]!r}, which is no regex: {error}.") from error
 
-    def __getstate__(self) -> dict[str, Any]:
-        # a weak reference is not pickled, and a copy belongs to no model yet
-        return {**vars(self), "_record_base": None}
+    def ranks_and_alpha(self, name: str, shape: tuple[int, ...]) -> tuple[Ranks, float]:
+        """The ranks of a layer of this name and shape (out, in, basis [, kernel]), not yet capped, and its `alpha`."""
+        ranks = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), name), self.alpha)
+        return default_ranks(shape) if ranks is None else ranks, float(alpha)
 
-    def ranks_and_alpha(self, layer_name: str) -> tuple[Ranks, float]:
-        """The ranks of a layer, before they are capped by the sizes of its modes, and its `alpha`."""
-        r_key, alpha_key = (find_key(patterns, layer_name) for patterns in (self.rank_pattern, self.alpha_pattern))
-        # torch multiplies by no int above 64 bits
-        return self.rank_pattern.get(r_key, self.r), float(self.alpha_pattern.get(alpha_key, self.alpha))
+    def component_shapes(self, name: str, tensor: CoefficientTensor) -> dict[str, tuple[int, ...]]:
+        """The shapes of the components of a layer, whose name may decide its ranks."""
+        out, in_, basis, *kernel = tensor.shape
+        shape = (out, in_, basis + (self.adapt_residual and tensor.has_residual), *kernel)
+        ranks = cap_ranks(self.ranks_and_alpha(name, shape)[0], shape)
+        return dict(zip(KernelTucker._fields, (ranks, *zip(shape, ranks, strict=True)), strict=False))
 
-    def frozen_and_zero(self, components: Collection[str]) -> tuple[tuple[str, ...], str]:
+    def frozen_and_zero(self, components: Iterable[str]) -> tuple[tuple[str, ...], str]:
         """Which of the components of a layer are not trained, and which one starts at zero: one that is trained."""
         frozen = tuple(name for name in components if self.train is not None and name not in self.train)
         first = ("core", "factor_out") if self.init_weights == "hosvd" else ("factor_out", "core")
         return frozen, next((name for name in (*first, *components) if name not in frozen), "factor_out")
 
-    def _set_regexes_aside(self) -> None:
-        """Takes the regexes out of a config from a file, so that none is ever matched; see `resolve`."""
-        names = {*(self.target_modules or ()), *(self.exclude_modules or ())}  # letters of a string do no harm
-        check_lengths(itertools.chain(*patterns_of(self).values()), names)
-        self._unresolved = regexes_of(self)
-        for field in self._unresolved.keys() & {"alpha_pattern", "modules_to_save"}:
-            refuse_pattern(field, self._unresolved[field])
-        if self._unresolved.keys() & set(_TARGETING):
-            self.target_modules, self.targets_all_kan = set(), False
-            self.exclude_modules = self.layers_pattern = self.layers_to_transform = None
-        if "rank_pattern" in self._unresolved:
-            self.rank_pattern = {}
-
-    def refuse_unresolved(self) -> None:
-        """Raises a ValueError if the config comes from a file with regexes, and the tensors were not read with it."""
-        for field, pattern in self._unresolved.items():
-            refuse_pattern(field, pattern)
-
-    def resolve(self, shapes: Mapping[str, Shape]) -> None:
-        """Replaces regexes, which files of older versions have, by what the names and shapes of the tensors say."""
-        cores = {n.removesuffix(".lotra_core"): shape for n, shape in shapes.items() if n.endswith(".lotra_core")}
-        layers = self.base_layers or cores
-        check_lengths((), {*layers, *cores})
-        if not cores:
-            self.refuse_unresolved()
-        unresolved, self._unresolved = self._unresolved.keys(), {}
-        if unresolved & set(_TARGETING):
-            self.target_modules = exact_pattern(layers)
-            check_lengths([self.target_modules], ())
-        if "rank_pattern" in unresolved:
-            self.rank_pattern = {
-                pattern_key(n): shape for n, shape in cores.items() if len(shape) in (3, 4) and min(shape) > 0
-            }
-
-    def _resolved(self, names: Collection[str]) -> dict[str, Any]:
-        """What a file has in the place of the user's regexes, once the adapted layers are known."""
-        regexes = set(regexes_of(self) if names else ())
-        values: dict[str, Any] = {}
-        if regexes & set(_TARGETING):
-            values = {**dict.fromkeys(_TARGETING), "target_modules": exact_pattern(names)}
-        elif (
-            self.targets_all_kan and names and isinstance(self.target_modules, str)
-        ):  # which already says which layers
-            values.update(dict.fromkeys(_TARGETING[1:]))
-        elif self.targets_all_kan and names and isinstance(self.target_modules, set):
-            values = {"target_modules": set(names)}  # PEFT has shortened many names to fewer, common endings
-        for index, (field, default) in enumerate((("rank_pattern", self.r), ("alpha_pattern", self.alpha))):
-            if field in regexes:
-                by_name = {name: self.ranks_and_alpha(name)[index] for name in names}
-                values[field] = {pattern_key(name): value for name, value in by_name.items() if value != default}
-        return values
-
-    def check_loadable(self) -> dict[str, Any]:
-        """The values of the config in a file, apart from the records; a ValueError if a file may not have them."""
-        self.refuse_unresolved()
-        values = {**self.to_dict(), **self._resolved(self.base_layers or ())}
-        written = SimpleNamespace(**values)
-        regexes = regexes_of(written)
-        if self.base_layers and "modules_to_save" in regexes:  # which has no other form, and a model to be loaded into
-            refuse_pattern("modules_to_save", regexes["modules_to_save"])
-        names = {*(values["target_modules"] or ()), *(values["exclude_modules"] or ()), *(self.base_layers or ())}
-        check_lengths(itertools.chain(*patterns_of(written).values()), names)
-        return values
-
-    def __repr__(self) -> str:
-        """What was chosen: `r`, and what differs from the defaults. `to_dict()` has everything."""
-        hidden = {"base_layers", "base_digest", "integrity", "auto_mapping", "peft_version", "peft_type"}
-        shown = []
-        for field in fields(self):
-            default = field.default if field.default_factory is MISSING else field.default_factory()
-            value = getattr(self, field.name)
-            if field.name == "r" or (field.name not in hidden and value != default):
-                shown.append(f"{field.name}={sorted(value) if isinstance(value, set) else value!r}")
-        return f"{type(self).__name__}({', '.join(shown)})"
-
-    def record_base_by(self, method: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        """Sets the bound method, referenced weakly, that adds the hashes of the base to `base_layers` for a file.
-
-        PEFT saves the config without passing it the model, so the config needs a way to the model.
-        """
-        self._record_base = WeakMethod(method)
-
-    @contextmanager
-    def handed_over(self, peft_config: Mapping[str, Any], adapter: str) -> Iterator[None]:
-        """Leaves a copy to the adapters that have this config already: what a new one finds is written into it.
-
-        PEFT wants a model to have the very config that it is given.
-
-        Args:
-            peft_config: The configs of the new adapter's tuner.
-            adapter: Its name there.
-        """
-        method = self._record_base and self._record_base()
-        former = getattr(getattr(method, "__self__", None), "peft_config", {})
-        names = [name for name, it in former.items() if it is self and not (former is peft_config and name == adapter)]
-        former.update(dict.fromkeys(names, copy(self)))
-        try:
-            yield
-        except BaseException:
-            former.update(dict.fromkeys(names, self))
-            raise
-
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Saves the config, with a record of the base and the digest of the tensors that lie in the folder.
-
-        The file is replaced in one step; `save_adapter` replaces config and tensors in one.
-
-        Args:
-            save_directory (`str`): The folder, which is made if there is none.
-
-        Raises:
-            AssertionError: It is a file.
-            ValueError: The tensors in the folder are damaged, or not finite.
-        """
-        if os.path.isfile(save_directory):
-            raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
-        os.makedirs(save_directory, exist_ok=True)
-        weights = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
-        digest = None
-        if os.path.exists(weights):
-            keep_own_tensors(weights)
-            digest = read_weights(weights)[1]
-        values = self.check_loadable()
-        record = self._record_base() if self._record_base is not None else None
-        if record is None:  # no model, or one that is gone
-            values["base_layers"] = self.checkpoint.layers or self.base_layers
-        elif self.base_layers is not None:
-            values["base_layers"] = record(self.base_layers)
-        if values["base_layers"] is not None:
-            values["base_digest"] = digest_of(values["base_layers"])
-        values["integrity"] = {"config": self._digest(values, digest)}
-        if digest is not None:
-            values["integrity"]["weights"] = digest
-        del values["check_base"]
-        # older versions do not know these fields, and read the file
-        if self.save_norm_stats:
-            del values["save_norm_stats"]
-        if self.train is None:
-            del values["train"]
-        if kwargs.get("auto_mapping_dict") is not None:
-            values["auto_mapping"] = kwargs["auto_mapping_dict"]
-        values = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
-        write_atomically(os.path.join(save_directory, CONFIG_NAME), json.dumps(values, indent=2, sort_keys=True))
-
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
-        """Reads the config of an adapter, and checks the file of its tensors, before any model is touched.
-
-        Args:
-            pretrained_model_name_or_path (`str`): A folder, or a repository on the Hub.
-            subfolder (`str`, *optional*): The folder in it.
-            kwargs: Those of `huggingface_hub.hf_hub_download`, and `check_base`.
-
-        Raises:
-            ValueError: There is no config; the config or the tensors are damaged, do not belong together, or are not
-                finite; there is a pickle instead of a safetensors file; a pattern in the config is no name.
-        """
-        hub_kwargs, own_kwargs, _ = cls._split_kwargs(kwargs)
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        check_size(os.path.join(folder, CONFIG_NAME))
-        with clear_errors(folder):
-            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        assert isinstance(config, LoTRAConfig)
-        weights = find_weights(pretrained_model_name_or_path, subfolder, hub_kwargs)
-        if weights is not None:
-            shapes, digest = read_weights(weights)
-            pending = os.path.join(folder, PENDING_CONFIG)
-            if not config.checkpoint.has_digest(digest) and os.path.isfile(pending):
-                # `save_adapter` was interrupted between its last two steps: this is the config of these tensors
-                check_size(pending)
-                with clear_errors(folder):
-                    config = cls.from_peft_type(**cls.from_json_file(pending))
-                assert isinstance(config, LoTRAConfig)
-            config.checkpoint = config.checkpoint.with_tensors(shapes, digest, folder)
-        config.resolve(config.checkpoint.tensors or {})
-        if weights is not None:
-            config.checkpoint.check_shapes(config._component_shapes())
-        # which is no choice of the file's
-        config.check_base = own_kwargs.get("check_base", CHECK_BASE_OF_LOAD.get())
-        if config.check_base not in (None, *CHECK_BASE):
-            raise ValueError(f"`check_base` must be None or one of {CHECK_BASE}, got {config.check_base!r}.")
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        hub_kwargs, class_kwargs, others = cls._split_kwargs(kwargs)
+        config = super().from_pretrained(
+            os.fspath(pretrained_model_name_or_path), subfolder=subfolder, **hub_kwargs, **class_kwargs
+        )
+        if isinstance(config, LoTRAConfig):
+            config.source = Source(
+                os.fspath(pretrained_model_name_or_path),
+                subfolder,
+                hub_kwargs,
+                bool(others.get("ignore_mismatched_sizes", False)),
+            )
         return config
 
     @classmethod
-    def from_json_file(cls, path_json_file: str, **kwargs) -> dict[str, Any]:
-        """The values of a config in a file, which has the type LOTRA, or none: PEFT then says that it is missing."""
-        try:
-            values = super().from_json_file(path_json_file, **kwargs)
-        except ValueError as error:  # of the parser, which does not name the file
-            raise ValueError(f"{path_json_file} is broken, it must be JSON in UTF-8: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path_json_file} is broken: expected a JSON object, got {values!r:.200}.")
-        kind = values.get("peft_type", "LOTRA")
-        if kind != "LOTRA":
-            raise ValueError(f"The adapter in {path_json_file} is of the type {kind!s:.200}, and not LOTRA.")
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        kwargs = super().check_kwargs(**kwargs)
+        mapping = kwargs.get("auto_mapping")
+        if isinstance(mapping, dict) and mapping.get("parent_library") == "peft_lotra.kan.slim":  # where SlimKAN was
+            kwargs["auto_mapping"] = {**mapping, "parent_library": "peft_lotra.kan"}
+        return {name: value for name, value in kwargs.items() if name not in _FORMER_ENTRIES}
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        del values["check_base"]  # a choice of who loads
+        # sets have another order in each process
+        values.update({name: sorted(value) for name, value in values.items() if isinstance(value, set)})
+        by_default = {"^" + re.escape(name): ranks for name, ranks in self.default_ranks.items()}
+        values["rank_pattern"] = {**by_default, **values["rank_pattern"]}
+        values["base_layers"] = self.base_layers if self.record is None else self.record
         return values
 
-    def _component_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes that the components of the recorded layers have by this config, by name."""
-        shapes = {}
-        for name, layer in (self.checkpoint.layers or {}).items():
-            out, in_, basis, *kernel = layer["shape"]
-            sizes = (out, in_, basis + (layer["has_residual"] and self.adapt_residual), *kernel)
-            ranks = cap_ranks(self.ranks_and_alpha(name)[0], sizes)
-            parts = (ranks, *zip(sizes, ranks, strict=True))
-            shapes |= {f"{name}.lotra_{part}": shape for part, shape in zip(KernelTucker._fields, parts, strict=False)}
-        return shapes
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes adapter_config.json, with the SHA-256 of the tensors beside it, and the model card."""
+        weights = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
+        if os.path.isfile(weights):
+            with open(weights, "rb") as file:
+                self.weights_sha256 = hashlib.sha256(file.read()).hexdigest()
+        super().save_pretrained(save_directory, **kwargs)
+        write_card(save_directory)
 
-    def _check_integrity(self) -> None:
-        if self.integrity is not None and self.integrity.get("config") != self._digest(
-            asdict(self), self.checkpoint.digest
-        ):
-            raise ValueError(
-                "The config of the adapter was changed after it was saved, or it was saved by a later version of this "
-                "package: its digest does not fit. If you changed it on purpose remove its entry `integrity`; "
-                "otherwise get the file anew."
-            )
-        if self.base_digest is not None and self.base_layers and self.base_digest != digest_of(self.base_layers):
-            raise ValueError(
-                "`base_digest` does not fit `base_layers`: the config of the adapter was changed after it was saved. "
-                "Get the file anew."
-            )
 
-    def _digest(self, values: dict[str, Any], weights: str | None) -> str:
-        defaults = {
-            entry.name: entry.default if entry.default_factory is MISSING else entry.default_factory()
-            for entry in fields(self)
-        }
-        return config_digest(values, defaults, weights)
+def pattern_key(name: str) -> str:
+    """A key of `rank_pattern` that matches this layer alone; PEFT reads keys as regexes of the end of a name."""
+    return "^" + re.escape(name)
+
+
+def exact_pattern(names: Mapping[str, Any] | set[str]) -> str:
+    """A regex for `target_modules` that matches these names alone."""
+    return "|".join(map(re.escape, sorted(names)))

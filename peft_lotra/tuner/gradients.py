@@ -14,7 +14,6 @@ from torch import nn
 
 from ..families.coefficients import CoefficientTensor
 from ..modules.calls import modes_kept, read_at_rest, unwrap
-from ..modules.locks import put_back_by, undone_by_a_fork
 from .config import LoTRAConfig
 from .initialization import GRADIENTS
 from .layer import lotra_layers
@@ -52,10 +51,7 @@ def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable
     if not isinstance(config, LoTRAConfig):
         raise TypeError(f"`config` is of type {type(config).__name__}, but must be a LoTRAConfig.")
     if config.init_weights != "gradient":
-        raise ValueError(
-            f"`init_weights` of the configuration is {config.init_weights!r}, so that the adapter would not use the "
-            'gradient. Pass `LoTRAConfig(init_weights="gradient")`, and make the adapter with the same configuration.'
-        )
+        raise ValueError(f"`init_weights` of the configuration is {config.init_weights!r}, but must be 'gradient'.")
     model = unwrap(model)
     with read_at_rest(model):
         layers = {name: (target.layer, target.coefficients) for name, target in find_targets(config, model).items()}
@@ -72,12 +68,8 @@ def gather_gradients(
     """
     if not callable(train_step):
         raise TypeError(f"`train_step` is of type {type(train_step).__name__}, but must be a function.")
-    aside = [n for n, layer in lotra_layers(model) if layer.base_before_merge()[0] is not layer._modules["base_layer"]]
-    if aside:
-        raise ValueError(
-            f"In the places of the Slim layers {aside} are dense ones, with adapters merged, and no gradient reaches "
-            "the former: call `unmerge_adapter` first."
-        )
+    if any(layer.merged for _, layer in lotra_layers(model)):
+        raise ValueError("Adapters are merged into the model: call `unmerge_adapter` first.")
     sums: dict[torch.Tensor, torch.Tensor] = {}
 
     def take(parameter: torch.Tensor) -> None:
@@ -92,7 +84,7 @@ def gather_gradients(
             targets[name, "probe"] = probes[layer]
         else:
             targets |= {(name, parameter): layer.get_parameter(parameter) for parameter in tensor.parameters}
-    with _left_as_it_was(model), ExitStack() as hooks, undone_by_a_fork(hooks.close):
+    with _left_as_it_was(model), ExitStack() as hooks:
         for parameter in model.parameters():
             parameter.requires_grad_(False).grad = None
         for parameter in targets.values():
@@ -109,10 +101,7 @@ def gather_gradients(
         names = ["probe"] if layer in probes else list(tensor.parameters)
         missing = [n for n in names if targets[name, n] not in sums]
         if missing:
-            raise ValueError(
-                f"No gradient arrived at {missing} of `{name}`: `train_step` must call `backward()` on a loss that "
-                "depends on this layer."
-            )
+            raise ValueError(f"No gradient arrived at {missing} of `{name}`: `train_step` must call `backward()`.")
         parts = [sums[targets[name, n]] for n in names]
         if not all(part.isfinite().all() for part in parts):
             raise ValueError(f"The gradient of `{name}` is not finite: look at the loss and the data of `train_step`.")
@@ -126,12 +115,12 @@ def _left_as_it_was(model: nn.Module):
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
-    def restore() -> None:
+    try:
+        with modes_kept(model):
+            yield
+    finally:
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad).grad = grad
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-
-    with put_back_by(restore), modes_kept(model):
-        yield

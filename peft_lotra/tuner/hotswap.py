@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Exchanging the weights of a loaded adapter, in place, so that a compiled model is not compiled again."""
+"""Exchanging the weights of a loaded adapter while the model serves."""
 
 from __future__ import annotations
 
@@ -9,41 +9,47 @@ import os
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import PeftType, load_peft_weights
+from peft import PeftModel
 from torch import nn
+from torch.nn.functional import pad
 
-from ..files.checkpoint import own_tensors, refuse
-from ..files.format import differ
 from ..modules.calls import unwrap
-from ..modules.checks import check_name, check_path
-from .config import LoTRAConfig
-from .injection import check_names
-from .layer import lotra_layers
-from .norm_stats import NormStatsTuner, pop_stats
-from .targets import check_base, locate_target
-from .transaction import change_lock, is_switched, transaction
+from ..modules.checks import check_path
+from . import base_record
+from .config import LoTRAConfig, Source, pattern_key
+from .layer import LoTRALayer, lotra_layers
+from .model import LoTRAModel
+from .saving import check_tensors, read_tensors
+from .targets import Target
 
 
+@torch.inference_mode(False)  # or the new parameters could not be trained, and compiled code would be compiled anew
 @torch.no_grad()
 def hotswap_adapter(
-    model: nn.Module, model_name_or_path: str | os.PathLike, adapter_name: str = "default", **kwargs: Any
+    model: nn.Module,
+    model_name_or_path: str | os.PathLike,
+    adapter_name: str = "default",
+    target_rank: int | None = None,
+    **kwargs: Any,
 ) -> None:
-    """Replaces the weights of a loaded adapter by those of another one of the same layers and ranks.
+    """Replaces the weights of a loaded adapter by those of another one of the same layers.
 
-    The tensors are overwritten in place, so that a model that `torch.compile` compiled is not compiled again. (PEFT's
-    own `hotswap_adapter` takes LoRA only.) If the new adapter has another alpha, its core is multiplied by the ratio.
-    The scale that `set_scale` set and the dropouts are kept.
+    All tensors are read and checked first, and exchanged at once: another thread's forward pass gives the answer of
+    the old adapter or of the new one. A compiled model is not compiled again where ranks stay the same. (PEFT's own
+    `hotswap_adapter` takes LoRA only.) The scale that `set_scale` set and the dropouts are kept; where the new adapter
+    has another alpha, its core is multiplied by the ratio.
 
     Args:
         model ([`PeftModel`]): The model with the loaded adapter, compiled or not.
         model_name_or_path (`str`): The new adapter: a folder, or a repository on the Hub.
         adapter_name (`str`): The name of the adapter to replace; it keeps its name.
+        target_rank (`int`, *optional*): The rank of all modes up to which components are filled with zeros, so that
+            adapters of lower ranks fit too.
         kwargs: `subfolder`, `revision`, `token`, `cache_dir`, `check_base`, as for `PeftModel.from_pretrained`.
 
     Raises:
         ValueError: The new adapter is not a LoTRA adapter; there is no adapter of the name; it is merged; or the new
-            one has other layers, families, shapes, ranks, grids or saved modules. Nothing is changed then.
+            one has other layers, shapes, ranks, grids or saved modules. Nothing is changed then.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -56,95 +62,79 @@ def hotswap_adapter(
         ...     hotswap_adapter(model, folder)
     """
     model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, PeftModel):
-        raise ValueError(f"`model` is a {type(model).__name__}, but must be a PeftModel with a LoTRA adapter.")
     check_path(model_name_or_path, "model_name_or_path")
-    check_name(adapter_name)
-    old = model.peft_config.get(adapter_name)
-    if old is None:
-        raise ValueError(f"There is no adapter {adapter_name!r} to replace, the model has {list(model.peft_config)}.")
-    if not isinstance(old, LoTRAConfig):
-        kind = PeftType(old.peft_type).value
-        raise ValueError(f"The adapter {adapter_name!r} is of the type {kind}, and not LOTRA.")
-    new = LoTRAConfig.from_pretrained(str(model_name_or_path), **kwargs)  # which checks the tensors too
-    layers = dict(lotra_layers(unwrap(model)))
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, LoTRAModel):
+        raise ValueError(f"`model` is a {type(model).__name__}, but must be a PeftModel with a LoTRA adapter.")
+    tuner = model.base_model
+    if adapter_name not in tuner.peft_config:
+        raise ValueError(f"There is no adapter {adapter_name!r} to replace, the model has {list(tuner.peft_config)}.")
+    old = tuner.peft_config[adapter_name]
+    new = LoTRAConfig.from_pretrained(str(model_name_or_path), **kwargs)
+    if not isinstance(new, LoTRAConfig):
+        kind = getattr(new.peft_type, "value", new.peft_type)
+        raise ValueError(f"The adapter at {model_name_or_path} is of the type {kind}, not LOTRA.")
+    layers = dict(lotra_layers(unwrap(model), adapter_name))
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(f"The adapter {adapter_name!r} is merged: call `model.unmerge_adapter()` first.")
+    if set(new.base_layers or {}) != set(layers) or new.modules_to_save != old.modules_to_save:
         raise ValueError(
-            f"The adapter {adapter_name!r} is merged, so that replacing it would change nothing until it is unmerged, "
-            "and unmerging would subtract the wrong update. Call `model.unmerge_adapter()` first."
+            f"The new adapter has the layers {list(new.base_layers or {})} and saves {new.modules_to_save}, the other "
+            f"{list(layers)} and {old.modules_to_save}. Load it beside the other: `model.load_adapter(...)`."
         )
+    targets = {name: Target(*layer.base_before_merge()) for name, layer in layers.items()}
+    merged = {name: layer.parameters_before_merge() for name, layer in layers.items()}
+    base_record.check_base(new.base_layers or {}, targets, merged, new.check_base)
+    tensors = read_tensors(cast(Source, new.source), new.weights_sha256)
+    check_tensors(tensors, new, unwrap(model), targets)
+    swapped = {
+        name: _components(tensors, name, layer, adapter_name, new, target_rank) for name, layer in layers.items()
+    }
+    saved = {key: value for key, value in tensors.items() if ".lotra_" not in key}
 
-    # detached, but the model's own memory
-    current = own_tensors(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))
-    kwargs.pop("check_base", None)
-    tensors = own_tensors(load_peft_weights(str(model_name_or_path), device="cpu", **kwargs))
-    tuner = cast(NormStatsTuner, model.base_model)
-    _, stats = pop_stats(current), pop_stats(tensors)
-    wrong = _differences(old, new, current, tensors) + tuner.norm_stats_problems(stats)
-    headline = f"The adapter in {str(model_name_or_path)!r} cannot take the place of {adapter_name!r}, "
-    remedy = "Load it beside the other one: `model.load_adapter(path, adapter_name=...)`."
-    refuse(f"{headline}and nothing was changed:", wrong, remedy)
-    bare = unwrap(model)
-    check_base(new, bare, {name: locate_target(name, layer) for name, layer in lotra_layers(bare, adapter_name)})
+    # Passes that go on read the former components here; they look here after they have read the present ones.
+    tuner.replaced.update({(id(layer), adapter_name): layer.get_components(adapter_name) for layer in layers.values()})
     for name, layer in layers.items():
-        key = f"base_model.model.{name}.lotra_core"
-        if key in tensors:
-            # in the dtype of the adapter here: that of the file may be coarser
-            tensors[key] = tensors[key].to(current[key].dtype) * (
-                new.ranks_and_alpha(name)[1] / layer.lotra_alpha[adapter_name]
-            )
-    with change_lock(model.base_model).held, transaction(model, current.values(), changes=is_switched):
-        for key, tensor in tensors.items():
-            current[key].copy_(tensor)
-        tuner.set_norm_stats(adapter_name, stats)
+        for component, part in zip(layer.adapter_layer_names, swapped[name], strict=True):
+            former = layer._modules[component][adapter_name]
+            layer._modules[component][adapter_name] = nn.Parameter(part, requires_grad=former.requires_grad)
+        layer.lotra_r[adapter_name] = tuple(swapped[name][0].shape)
+    for key, value in saved.items():
+        place, _, leaf = key.removeprefix("base_model.model.").rpartition(".")
+        own = model.state_dict(keep_vars=True)[f"base_model.model.{place}.modules_to_save.{adapter_name}.{leaf}"]
+        own.data.copy_(value)
+    tuner.replaced = {}
+    if target_rank is not None:  # or a file that is saved later would have other ranks than its tensors
+        ranks = {pattern_key(name): layer.lotra_r[adapter_name] for name, layer in layers.items()}
+        old.rank_pattern = {**ranks, **{key: r for key, r in old.rank_pattern.items() if key not in ranks}}
 
 
-def check_reload(
-    model: nn.Module, old: LoTRAConfig, adapter_name: str, path: str | os.PathLike, **kwargs: Any
-) -> None:
-    """Checks the files that are to be loaded into an adapter which is there, of which PEFT reads the tensors alone.
-
-    Raises:
-        ValueError: The files cannot be loaded; or the adapter there, whose config is `old`, has other tensors, another
-            alpha, base or grid, or is merged.
-    """
-    new = LoTRAConfig.from_pretrained(str(path), **kwargs)
-    layers = dict(lotra_layers(model, adapter_name))
-    wrong = [
-        f"{name}: its alpha is {alpha}, that of the loaded adapter {layer.lotra_alpha[adapter_name]}"
-        for name, layer in layers.items()
-        if (alpha := new.ranks_and_alpha(name)[1]) != layer.lotra_alpha[adapter_name]
+def _components(
+    tensors: dict[str, torch.Tensor],
+    name: str,
+    layer: LoTRALayer,
+    adapter: str,
+    config: LoTRAConfig,
+    target_rank: int | None,
+) -> list[torch.Tensor]:
+    """The new components of a layer, filled up to the ranks there, in their dtype and on their device."""
+    present = layer.get_components(adapter)
+    parts = [
+        tensors[f"base_model.model.{name}.{component}"].to(present.core) for component in layer.adapter_layer_names
     ]
-    wrong += [
-        f"{name}: the loaded adapter is merged" for name, it in layers.items() if adapter_name in it.merged_adapters
-    ]
-    refuse(
-        f"The adapter in {str(path)!r} cannot be loaded into {adapter_name!r}, and nothing was changed:",
-        wrong,
-        "Unmerge it first, load the file under another name, or call `hotswap_adapter`, which makes up for the alpha.",
-    )
-    targets = {name: locate_target(name, layer) for name, layer in layers.items()}
-    check_base(new, model, targets)
-    check_names(new.checkpoint, old, model, targets)
-
-
-def _differences(
-    old: LoTRAConfig, new: LoTRAConfig, current: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]
-) -> list[str]:
-    """Why the tensors cannot take the places of the current ones."""
-    wrong = [f"{key} is in the loaded adapter only" for key in current.keys() - tensors.keys()]
-    wrong += [f"{key} is in the new adapter only" for key in tensors.keys() - current.keys()]
-    wrong += [
-        f"{key}: {problem}"
-        for key, tensor in tensors.items()
-        if key in current and (problem := differ(tensor, current[key], "the new adapter", "the loaded one"))
-    ]
-    families = {name: layer["family"] for name, layer in (old.base_layers or {}).items()}
-    wrong += [
-        f"{name}: a {layer['family']} layer in the new adapter, a {families[name]} layer in the loaded one"
-        for name, layer in (new.base_layers or {}).items()
-        if families.get(name, layer["family"]) != layer["family"]
-    ]
-    if any(alpha == 0 for alpha in (old.alpha, *old.alpha_pattern.values())):
-        wrong.append("the loaded adapter has the alpha 0, which no core can make up for")
-    return sorted(wrong)
+    ranks, sizes = parts[0].shape, [list(map(len, it[1:])) for it in (parts, present)]
+    wanted = tuple(present.core.shape)
+    if target_rank is not None:
+        wanted = tuple(min(target_rank, len(factor)) for factor in present[1:])
+    is_larger = any(rank > there for rank, there in zip(ranks, wanted, strict=True))
+    if sizes[0] != sizes[1] or is_larger or (target_rank is None and tuple(ranks) != wanted):
+        raise ValueError(
+            f"`{name}` has the sizes {sizes[0]} and ranks {tuple(ranks)} in the new adapter, {sizes[1]} and {wanted} "
+            "here. Pass `target_rank`, or load it beside the other: `model.load_adapter(...)`."
+        )
+    missing = [w - r for r, w in zip(ranks, wanted, strict=True)]
+    core = pad(parts[0], [n for m in reversed(missing) for n in (0, m)])
+    alpha = layer.lotra_alpha[adapter]
+    if not alpha:
+        raise ValueError(f"`{name}` has the alpha 0 in the loaded adapter, which no core can make up for.")
+    core = core * (config.ranks_and_alpha(name, layer.lotra_tensor.shape)[1] / alpha)
+    return [core, *(pad(factor, (0, m)) for factor, m in zip(parts[1:], missing, strict=True))]

@@ -14,53 +14,75 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..tucker import KernelTucker, Tucker, truncated_hosvd, tucker
+from ..tucker import Tucker, truncated_hosvd, tucker
 
 
 # What preprocess_lotra gathered, until an adapter starts from it; not on the layers, so that the base is not touched.
 GRADIENTS: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
-@torch.no_grad()
-def reset_components(
-    core: Tensor,
-    factor_out: Tensor,
-    factor_in: Tensor,
-    factor_basis: Tensor,
-    *factor_kernel: Tensor,
-    zero: str | None = "factor_out",
+def initialize(
+    components: Tucker, start: bool | str, zero: str, layer: nn.Module, coefficients: Tensor | None = None
 ) -> None:
-    """Draws the components in place, such that the update has the size of a well-scaled layer's output.
+    """Fills the components of an adapter in place; those on the meta device are left alone.
+
+    Args:
+        components: The components.
+        start: `init_weights` of the configuration.
+        zero: The component that is zero, so that the update is; none with `start=False`.
+        layer: The base layer, whose gradient `start="gradient"` uses.
+        coefficients: (out, in, basis [, kernel]) of the base layer, which `start="hosvd"` uses.
+    """
+    if components.core.is_meta:
+        return
+    check_start(start, layer, coefficients)
+    if start == "gradient":
+        _from_gradient(components, zero, layer)
+    elif start == "hosvd":
+        assert coefficients is not None
+        _from_base(components, coefficients)
+    else:
+        _at_random(components, draw_out=not start or zero != "factor_out")
+    if start:
+        nn.init.zeros_(getattr(components, zero))
+
+
+def check_start(start: bool | str, layer: nn.Module, coefficients: Tensor | None) -> None:
+    """Raises a ValueError if an adapter of this layer cannot start so."""
+    if start == "gradient" and layer not in GRADIENTS:
+        raise ValueError(
+            f'`init_weights="gradient"` needs the gradient of this {type(layer).__name__}: call '
+            "`preprocess_lotra(model, config, train_step)` before the adapter is added."
+        )
+    if start == "hosvd" and (coefficients is None or coefficients.is_meta or not coefficients.isfinite().all()):
+        state = "not finite" if coefficients is not None and not coefficients.is_meta else "on the meta device"
+        raise ValueError(
+            f'`init_weights="hosvd"` decomposes the coefficients of the base layers, but those of one are {state}. '
+            "Load the weights of the base before the adapter is added, or pass `init_weights=True`."
+        )
+
+
+@torch.no_grad()
+def _at_random(components: Tucker, draw_out: bool) -> None:
+    """Draws the components such that the update has the size of a well-scaled layer's output.
 
     factor_in, factor_basis and factor_kernel get orthogonal columns, of norm 1, sqrt(basis) and 1: a projected basis
     function then has the size of a basis function for any width and kernel. The core is normal with variance
-    1 / (ri rb [rk]), which keeps that size, and factor_out with variance 1 / ro. The component `zero` is zero.
-    Parameters on the meta device are left alone.
+    1 / (ri rb [rk]), which keeps that size, and factor_out with variance 1 / ro.
     """
-    if core.is_meta:
-        return
-    ro, *inner = core.shape
-    nn.init.normal_(core, std=1 / math.sqrt(math.prod(inner)))
-    gains = (1.0, math.sqrt(len(factor_basis)), 1.0)
-    for factor, gain in zip((factor_in, factor_basis, *factor_kernel), gains, strict=False):
+    core, factor_out, *inner = components
+    nn.init.normal_(core, std=1 / math.sqrt(math.prod(core.shape[1:])))
+    gains = (1.0, math.sqrt(len(components.factor_basis)), 1.0)
+    for factor, gain in zip(inner, gains, strict=False):
         # the QR decomposition behind it does not exist in half precision
         full = torch.empty_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32))
         factor.copy_(nn.init.orthogonal_(full, gain))
-    if zero != "factor_out":  # a component that is zero anyway takes no random numbers
-        nn.init.normal_(factor_out, std=1 / math.sqrt(ro))
-    _set_zero((core, factor_out, factor_in, factor_basis, *factor_kernel), zero)
+    if draw_out:  # a component that is zero anyway takes no random numbers
+        nn.init.normal_(factor_out, std=1 / math.sqrt(len(core)))
 
 
 @torch.no_grad()
-def reset_components_from_gradient(
-    core: Tensor,
-    factor_out: Tensor,
-    factor_in: Tensor,
-    factor_basis: Tensor,
-    *factor_kernel: Tensor,
-    layer: nn.Module,
-    zero: str = "factor_out",
-) -> None:
+def _from_gradient(components: Tucker, zero: str, layer: nn.Module) -> None:
     """Sets the components to the directions that the gradient of the layer's coefficients uses most.
 
     The best Tucker approximation (HOOI) of the gradient gives factor_in, factor_basis and factor_kernel, with columns
@@ -70,57 +92,30 @@ def reset_components_from_gradient(
 
     Where factor_out is not trained, another component is `zero`, and factor_out comes from the approximation too.
     """
-    if layer not in GRADIENTS:
-        raise ValueError(
-            f'`init_weights="gradient"` needs the gradient of this {type(layer).__name__}: call '
-            "`preprocess_lotra(model, config, train_step)` before the adapter is added."
-        )
-    gradient = GRADIENTS[layer][:, :, : len(factor_basis)]
+    core, factor_out, *inner = components
+    gradient = GRADIENTS[layer][:, :, : len(components.factor_basis)]
     projected, out, *factors = tucker(gradient, tuple(core.shape))
-    for factor, value in zip((factor_in, factor_basis, *factor_kernel), factors, strict=True):
+    for factor, value in zip(inner, factors, strict=True):
         factor.copy_(value)
-    factor_basis.mul_(math.sqrt(len(factor_basis)))
+    components.factor_basis.mul_(math.sqrt(len(components.factor_basis)))
     if zero != "factor_out":
         factor_out.copy_(out).mul_(math.sqrt(len(factor_out)))
         core.copy_(projected * (math.sqrt(len(core)) / projected.norm().clamp(min=1e-30)))
-        _set_zero((core, factor_out, factor_in, factor_basis, *factor_kernel), zero)
         return
     rows = torch.linalg.svd(projected.double().flatten(1), full_matrices=False).Vh  # no more than ri rb [rk]
     nn.init.normal_(core, std=1 / math.sqrt(math.prod(core.shape[1:])))  # rows above these stay random
     core.flatten(1)[: len(rows)] = rows.to(core)
-    nn.init.zeros_(factor_out)
 
 
 @torch.no_grad()
-def reset_components_from_base(components: Tucker, coefficients: Tensor, zero: str = "core") -> None:
-    """Sets the components to the truncated HOSVD of the layer's coefficients, apart from the one that is `zero`.
+def _from_base(components: Tucker, coefficients: Tensor) -> None:
+    """Sets the components to the truncated HOSVD of the layer's coefficients.
 
-    Args:
-        components: The components, columns of whose factors get the norms sqrt(out), 1, sqrt(basis) and 1.
-        coefficients: (out, in, basis [, kernel]) of the base layer, of any dtype.
-        zero: The component that is zero.
-
-    Raises:
-        ValueError: The coefficients are on the meta device, or not finite.
+    Columns of the factors get the norms sqrt(out), 1, sqrt(basis) and 1.
 
     Source: Y. Gao, K. C. Cheung and M. K. Ng, "SVD-PINNs", arXiv 2211.08760, for matrices.
     """
-    if components.core.is_meta:
-        return
-    if coefficients.is_meta or not coefficients.double().isfinite().all():
-        state = "on the meta device" if coefficients.is_meta else "not finite"
-        raise ValueError(
-            f'`init_weights="hosvd"` decomposes the coefficients of the base layers, but those of one are {state}. '
-            "Load the weights of the base before the adapter is added, or pass `init_weights=True`."
-        )
     ranks = tuple(components.core.shape)
     values = truncated_hosvd(coefficients[:, :, : len(components.factor_basis)], ranks).balanced()
     for component, value in zip(components, values, strict=True):
         component.copy_(value)
-    _set_zero(components, zero)
-
-
-def _set_zero(components: tuple[Tensor, ...], zero: str | None) -> None:
-    for name, component in zip(KernelTucker._fields, components, strict=False):
-        if name == zero:
-            nn.init.zeros_(component)

@@ -29,10 +29,10 @@ def _only_stage(model: LoTRALayer | ParamWrapper) -> Stage | None:
 def _lotra_layer(model: LoTRALayer) -> list[Stage] | None:
     stage = _only_stage(model)
     if stage is not None and stage.branches:  # of another library: the updates enter its parameters
-        parameters = model.parameters_in_force()
+        parameters = model.effective_parameters()
         stage = layer_stage(model.get_base_layer(), model.lotra_spec, model.lotra_tensor, parameters)
         return stage and [stage]
-    return stage and [stage._replace(updates=(*stage.updates, *model.updates_in_force()))]
+    return stage and [stage._replace(updates=(*stage.updates, *model.applied_updates()))]
 
 
 def _lora_on_parameter(model: ParamWrapper) -> list[Stage] | None:

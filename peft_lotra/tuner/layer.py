@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..families.coefficients import CoefficientTensor
@@ -15,46 +21,36 @@ from ..families.registry import Grid, KANLayerSpec, same_grid
 from ..kan.basis import in_transform
 from ..kan.jets.layers import contract_updates
 from ..kan.layer import KANLinear
-from ..modules.calls import call_with_parameters
+from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms
 from ..modules.checks import as_number
-from ..modules.locks import LayerLock, exclusively
-from ..tucker import KernelTucker, Ranks, Tucker, Update, cap_ranks
+from ..tucker import KernelTucker, Tucker, Update
 from .config import LoTRAConfig
-from .exporting import is_tracing, refuse_trace
-from .fast_path import Formula, find_formula
-from .grid_watch import GridWatch, has_hooks
-from .initialization import reset_components, reset_components_from_base, reset_components_from_gradient
-from .merging import MergeableLayer, add_updates, without_autocast
-from .mixed_batch import MixedBatch, RowNames
-from .stand_in import BaseLayerProxy
+from .fused import Formula, find_formula, runs_more_than_its_class
+from .initialization import initialize
+from .parameters import check_scale, check_stored, gradients_kept, loaded, refuse_grid_change, without_autocast
+from .rows import ForwardPass, current_pass, names_of_rows, run_by_name
 
 
 # The components of adapters, as state dicts have them; a layer without a kernel has all but the last.
 COMPONENTS = tuple(f"lotra_{name}" for name in KernelTucker._fields)
 
 
-class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
+class LoTRALayer(nn.Module, BaseTunerLayer):
     """
     A KAN layer with LoTRA adapters.
 
-    The base layer itself runs, with `parameter + update` as its parameters (the universal path), which is exact for
-    every family and keeps whatever the layer returns. A family that says how its basis is evaluated takes the fast
-    path (fast_path.py), which computes the same, to rounding, at less cost.
+    The base layer itself runs with `parameter + update` as its parameters, which is exact for every kind of layer and
+    keeps whatever the layer returns. Where the kind says how its basis is evaluated, the output is computed by its
+    formula instead (fused.py).
 
-    Attributes that this class does not have are those of the base layer, see [`BaseLayerProxy`].
+    Attributes that this class does not have are those of the base layer, with the updates of the active adapters.
 
     Args:
         base_layer (`nn.Module`): The KAN layer.
-        spec (`KANLayerSpec`): The family of the layer.
-        adapter_name (`str`): The name of the first adapter.
-        config (`LoTRAConfig`): The configuration of the first adapter.
-        r (`int` or `tuple[int, ...]`): The ranks of the first adapter.
-        alpha (`float`): The scale of the first adapter.
-        coefficients (`CoefficientTensor`, *optional*): Where the base layer keeps its coefficients, if that is known.
+        spec (`KANLayerSpec`): The description of its kind.
+        tensor (`CoefficientTensor`): Where the base layer keeps its coefficients.
+        name (`str`): The name of the layer in its model, for messages.
     """
-
-    # A forward pass reads it directly: `self.base_layer` would go through `__getattr__`.
-    _modules: dict[str, Any]
 
     # All names of layers that may contain (trainable) adapter weights; a layer with a kernel has "lotra_factor_kernel"
     adapter_layer_names: tuple[str, ...] = COMPONENTS[:-1]
@@ -65,127 +61,81 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         "lotra_scaling",
         "lotra_rank_dropout",
         "lotra_module_dropout",
-        "lotra_grid",
-        "lotra_frozen",
     )
     lotra_r: dict[str, tuple[int, ...]]
     lotra_alpha: dict[str, float]
     lotra_scaling: dict[str, float]
     lotra_rank_dropout: dict[str, float]
     lotra_module_dropout: dict[str, float]
-    lotra_grid: dict[str, Grid]  # the grid that an adapter was made on
-    lotra_frozen: dict[str, tuple[str, ...]]  # the components that are never trained, of adapters that have some
-    lotra_formula: Formula | None
+    keep_base = True  # whether a merge keeps a copy of the parameters that it changes
+    _modules: dict[str, Any]
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        spec: KANLayerSpec,
-        adapter_name: str,
-        config: LoTRAConfig,
-        r: Ranks,
-        alpha: float,
-        coefficients: CoefficientTensor | None = None,
-        **kwargs,
+        self, base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, name: str = "", **kwargs: Any
     ) -> None:
         super().__init__()
-        coefficients = coefficients or spec.locate(base_layer)
-        # past `__setattr__`, which decides for each name whether it is one of the base layer
+        # past `__setattr__`, which passes on what the base layer has
         vars(self).update(
-            {name: {} for name in self.other_param_names},
+            {entry: {} for entry in self.other_param_names},
+            lotra_name=name,
             lotra_spec=spec,
-            lotra_tensor=coefficients,
-            adapter_layer_names=COMPONENTS[: 1 + len(coefficients.shape)],
-            lotra_lock=LayerLock(),
-            lotra_formula=None,
-            out_features=coefficients.shape[0],
-            in_features=coefficients.shape[1],
-            # flag to enable/disable casting of input to weight dtype during forward call
-            cast_input_dtype_enabled=True,
+            lotra_tensor=tensor,
+            adapter_layer_names=COMPONENTS[: 1 + len(tensor.shape)],
+            frozen_peft_weight_names={},
+            out_features=tensor.shape[0],
+            in_features=tensor.shape[1],
+            cast_input_dtype_enabled=True,  # PEFT switches it
+            merged_adapters=[],
             _disable_adapters=False,
-            _active_adapter=adapter_name,
-            _grid_watch=GridWatch(),
+            _active_adapter=[],
+            _lock=LayerLock(),
+            _before_merge={},
+            _formulas={},
+            _base_type=type(base_layer),
+            _grid_state=None,
+            _has_seen_inputs=False,
         )
-        self._forget_merge()
-        for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict({}))
-        self.base_layer = base_layer
-        self._look_at_base()
-        self.update_layer(adapter_name, r=r, alpha=alpha, config=config, **kwargs)
+        for component in self.adapter_layer_names:
+            self._modules[component] = nn.ParameterDict({})
+        self._modules["base_layer"] = base_layer
+        self.lotra_grid = self.copy_grid()
+        self._find_formula(tensor.get_parameter(base_layer), is_new=True)
 
-    def update_layer(self, adapter_name: str, r: Ranks, alpha: float, config: LoTRAConfig, **kwargs) -> None:
-        """Internal function to create a LoTRA adapter, with ranks `r` capped by the sizes of the modes."""
-        self._check_scale(alpha)
-        shape = self.lotra_tensor.shape
-        if config.adapt_residual and self.lotra_tensor.has_residual:
-            shape = (*shape[:2], shape[2] + 1, *shape[3:])
-        ranks = cap_ranks(r, shape)
-        self.lotra_r[adapter_name] = ranks
-        self.lotra_alpha[adapter_name] = alpha
-        self.lotra_scaling[adapter_name] = alpha
-        self.lotra_rank_dropout[adapter_name] = config.rank_dropout
-        self.lotra_module_dropout[adapter_name] = config.module_dropout
-        grid = self.copy_grid()
-        # one record serves all adapters that were made on the same grid
-        known = (other for other in self.lotra_grid.values() if same_grid(other, grid))
-        self.lotra_grid[adapter_name] = next(known, grid)
-        self._grid_watch.forget()
-        # Drawn in the base's precision, but not in half of it; _move_adapter_to_device_of_base_layer casts down later.
-        of_base = self.lotra_tensor.get_parameter(self.get_base_layer())
-        dtype = torch.promote_types(of_base.dtype, torch.float32)
-        # as PEFT's other methods, an adapter has values also where the base has none yet
-        device = "cpu" if of_base.is_meta else of_base.device
-        sizes = (ranks, *zip(shape, ranks, strict=True))
-        for name, size in zip(self.adapter_layer_names, sizes, strict=True):
-            self._modules[name][adapter_name] = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
-
-        frozen, zero = config.frozen_and_zero([name.removeprefix("lotra_") for name in self.adapter_layer_names])
-        self.lotra_frozen.pop(adapter_name, None)
+    def update_layer(self, adapter_name: str, config: LoTRAConfig, is_loaded: bool = False) -> None:
+        """Adds an adapter; the values of one that `is_loaded` come from a file."""
+        shapes = config.component_shapes(self.lotra_name, self.lotra_tensor)
+        _, alpha = config.ranks_and_alpha(self.lotra_name, self.lotra_tensor.shape)
+        values = (shapes["core"], alpha, alpha, config.rank_dropout, config.module_dropout)
+        for entry, value in zip(self.other_param_names, values, strict=True):
+            getattr(self, entry)[adapter_name] = value
+        # drawn in the base's precision, but not in half of it; `_move_adapter_to_device_of_base_layer` casts later
+        stored = self.lotra_tensor.get_parameter(self.get_base_layer())
+        dtype = torch.promote_types(stored.dtype, torch.float32)
+        # an adapter has values also where the base has none yet
+        device = "cpu" if stored.is_meta else stored.device
+        for name, shape in shapes.items():
+            part = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+            self._modules[f"lotra_{name}"][adapter_name] = part
+        frozen, zero = config.frozen_and_zero(shapes)
         if frozen:
-            self.lotra_frozen[adapter_name] = frozen
-        components = self.get_components(adapter_name)
-        is_new = config.checkpoint.layers is None  # the components of others are loaded next
-        if config.init_weights == "gradient" and is_new:
-            reset_components_from_gradient(*components, layer=self.get_base_layer(), zero=zero)
-        elif config.init_weights == "hosvd" and is_new:
-            reset_components_from_base(components, self._coefficients_before_merge(), zero)
-        else:
-            reset_components(*components, zero=zero if config.init_weights else None)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        # set_adapter goes through all adapters: with it, loading a thousand would take a million steps
+            self.frozen_peft_weight_names[adapter_name] = tuple(f"lotra_{name}" for name in frozen)
+        start = bool(config.init_weights) if is_loaded else config.init_weights
+        coefficients = self._coefficients_before_merge() if start == "hosvd" else None
+        initialize(self.get_components(adapter_name), start, zero, self.get_base_layer(), coefficients)
+        if stored.is_meta or stored.dtype != dtype:
+            self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._active_adapter = self._active_adapter or [adapter_name]
+        # `set_adapter` would go through all adapters, a million steps for a thousand
         trainable = adapter_name in self.active_adapters and not config.inference_mode
         for component in self.get_components(adapter_name):
             component.requires_grad_(trainable)
-        self._freeze()
+        self._freeze_non_trainable_peft_weights(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT puts new parameters into the places of those that are cast, which require a gradient
-        here = bool(self._adapters_here([adapter_name]))
-        flags = [component.requires_grad for component in self.get_components(adapter_name)] if here else []
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        for component, flag in zip(self.get_components(adapter_name) if here else (), flags, strict=True):
-            component.requires_grad_(flag)
+        with gradients_kept([self] if adapter_name in self.lotra_r else [], adapter_name):
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
-    def _freeze(self) -> None:
-        """Lets the components that are never trained require no gradient, whatever the state of their adapters."""
-        for adapter, frozen in self.lotra_frozen.items():
-            components = self.get_components(adapter)
-            for name in frozen:
-                getattr(components, name).requires_grad_(False)
-
-    def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
-        """Sets the active adapters, which are trainable apart from the components that their configs do not train."""
-        super().set_adapter(adapter_names, *args, **kwargs)
-        self._freeze()
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Lets adapters require a gradient, or not, apart from the components that their configs do not train."""
-        super().set_requires_grad(adapter_names, requires_grad)
-        self._freeze()
-
-    def reset_lotra_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """Draws the components of an adapter anew; with `init_weights` the update is zero."""
-        reset_components(*self.get_components(adapter_name), zero="factor_out" if init_weights else None)
+    # --- what an adapter is ---
 
     def get_components(self, adapter_name: str) -> Tucker:
         """The components of an adapter.
@@ -194,9 +144,9 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             `Tucker`: core (ro, ri, rb [, rk]), factor_out (out, ro), factor_in (in, ri), factor_basis (basis, rb), and
                 factor_kernel (kernel, rk) where the layer has a kernel.
         """
-        names = self.adapter_layer_names
-        kind = Tucker if len(names) == len(Tucker._fields) else KernelTucker
-        return kind(*(self._modules[name][adapter_name] for name in names))
+        modules = self._modules
+        parts = [getattr(modules[name], adapter_name) for name in self.adapter_layer_names]
+        return Tucker(*parts) if len(parts) == 4 else KernelTucker(*parts)
 
     @torch.no_grad()
     def set_components(self, adapter_name: str, components: Tucker) -> None:
@@ -204,38 +154,12 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         for parameter, value in zip(self.get_components(adapter_name), components, strict=True):
             parameter.data.copy_(value)
 
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Sets the scale of an adapter to `scale` times its alpha."""
-        if adapter in self.lotra_scaling:
-            self.lotra_scaling[adapter] = self._check_scale(as_number(scale) * self.lotra_alpha[adapter])
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The update of an adapter, (out, in, basis [, kernel]).
 
-    def scale_layer(self, scale: float) -> None:
-        """Multiplies the scale of the active adapters."""
-        for adapter in self._adapters_here(self.active_adapters):
-            self.lotra_scaling[adapter] = self._check_scale(self.lotra_scaling[adapter] * as_number(scale))
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divides the scale of the active adapters, or sets it back to alpha."""
-        for adapter in self._adapters_here(self.active_adapters):
-            if scale is None:
-                self.lotra_scaling[adapter] = self.lotra_alpha[adapter]
-            else:
-                self.lotra_scaling[adapter] = self._check_scale(self.lotra_scaling[adapter] / as_number(scale or None))
-
-    def _check_scale(self, scale: float) -> float:
-        """Returns a scale that the dtype of the base layer can hold; a `ValueError` for any other."""
-        dtype = self.lotra_tensor.get_parameter(self.get_base_layer()).dtype
-        if not abs(scale) <= torch.finfo(dtype).max:  # nor NaN
-            raise ValueError(
-                f"An update of this {self.lotra_spec.family} layer would be scaled by {scale}, but its {dtype} holds "
-                f"finite numbers up to {torch.finfo(dtype).max:.1e}: the outputs would be infinite or NaN. Choose a "
-                "smaller `alpha` or scale."
-            )
-        return scale
-
-    def _adapters_here(self, adapter_names: Iterable[str]) -> list[str]:
-        scaling = self.lotra_scaling
-        return [name for name in adapter_names if name in scaling]
+        With `adapt_residual` the basis mode has one more slice, the residual branch.
+        """
+        return self.update_of(adapter).dense()
 
     def get_base_layer(self) -> nn.Module:
         """The innermost base layer, under this layer and those of other methods."""
@@ -244,11 +168,6 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
             layer = inner
         return layer
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
-        # PEFT looks for `.weight`, which KAN layers do not have (or, inkan, only by accident)
-        parameter = self.lotra_tensor.get_parameter(base_layer)
-        return parameter.device, parameter.dtype
-
     def get_base_weight(self) -> torch.Tensor:
         """The coefficients of the base layer, (out, in, basis [, kernel]).
 
@@ -256,36 +175,45 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
         """
         return self.lotra_tensor.read(self.get_base_layer()).detach()
 
-    def _coefficients_before_merge(self) -> torch.Tensor:
-        """What `get_base_weight` returns while no adapter is merged."""
-        layer, _, tensor = self.base_before_merge()
-        kept = self.parameters_before_merge
-        if self.merged and not kept:
-            raise ValueError(
-                '`init_weights="hosvd"` needs the coefficients of the base, which a merge with `keep_base=False` has '
-                "changed. Call `unmerge_adapter` before the adapter is added."
-            )
-        parameters = {name: kept.get(name, value) for name, value in tensor.read_parameters(layer).items()}
-        return tensor.join(list(parameters.values())).detach()
-
     def set_base_weight(self, weight_data: torch.Tensor) -> None:
         """Sets the coefficients of the base layer, laid out as in `get_base_weight`."""
-        self._write({name: part.detach() for name, part in self.lotra_tensor.split(weight_data).items()})
+        self._write(self.lotra_tensor.split(weight_data))
 
-    @property
-    def weight(self) -> torch.Tensor:
-        # inkan's layers have one, and PEFT's property would answer without the adapters
-        return self.__getattr__("weight")
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
+        # PEFT looks for `.weight`, which KAN layers do not have (or, inkan, only by accident)
+        parameter = self.lotra_tensor.get_parameter(base_layer)
+        return parameter.device, parameter.dtype
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The update of an adapter, (out, in, basis [, kernel]).
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Sets the scale of an adapter to `scale` times its alpha."""
+        if adapter in self.lotra_scaling:
+            self.lotra_scaling[adapter] = self._check_scale(as_number(scale) * self.lotra_alpha[adapter])
 
-        With `adapt_residual` the basis mode has one more slice, the residual branch.
-        """
-        return self._update(adapter).dense()
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scale of the active adapters."""
+        for adapter in self._here(self.active_adapters):
+            self.lotra_scaling[adapter] = self._check_scale(self.lotra_scaling[adapter] * as_number(scale))
 
-    def _update(self, adapter: str, dropout: bool = False) -> Update:
-        """The update that an adapter makes; with `dropout` rank and module dropout are drawn for a training step."""
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the scale of the active adapters, or sets it back to alpha."""
+        for adapter in self._here(self.active_adapters):
+            value = (
+                self.lotra_alpha[adapter]
+                if scale is None
+                else self.lotra_scaling[adapter] / (as_number(scale) or math.nan)
+            )
+            self.lotra_scaling[adapter] = self._check_scale(value)
+
+    def _check_scale(self, scale: float) -> float:
+        """Returns a scale that the dtype of the base layer can hold; a `ValueError` for any other."""
+        check_scale(self.lotra_name, scale, self.lotra_tensor.get_parameter(self.get_base_layer()).dtype)
+        return scale
+
+    def _here(self, adapter_names: Iterable[str]) -> list[str]:
+        return [name for name in adapter_names if name in self.lotra_scaling]
+
+    def update_of(self, adapter: str, dropout: bool = False) -> Update:
+        """The update that an adapter makes; with `dropout`, rank and module dropout are drawn for a training step."""
         components, scale = self.get_components(adapter), self.lotra_scaling[adapter]
         if not dropout:
             return Update(scale, components)
@@ -301,142 +229,342 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
     @property
     def is_random(self) -> bool:
         """Whether a forward pass draws rank or module dropout."""
-        adapters = self._adapters_here(self.active_adapters) if self.training else []
+        adapters = self._here(self.active_adapters) if self.training else []
         return any(self.lotra_rank_dropout[name] or self.lotra_module_dropout[name] for name in adapters)
 
-    def adapters_in_force(self) -> list[str]:
-        """The adapters that a forward pass adds to the base layer: none while they are merged or disabled."""
-        return [] if self.merged or self.disable_adapters else self._adapters_here(self.active_adapters)
+    def applied_updates(self) -> list[Update]:
+        """The updates that a forward pass adds to the base layer: none while they are merged or disabled."""
+        names = [] if self.merged or self.disable_adapters else self._here(self.active_adapters)
+        return [self.update_of(name) for name in names]
 
-    def updates_in_force(self) -> list[Update]:
-        """The updates of the adapters in force, without dropout."""
-        return [self._update(adapter) for adapter in self.adapters_in_force()]
+    def effective_parameters(self) -> dict[str, torch.Tensor]:
+        """The adapted parameters of the base layer with the applied updates, as stored, by name."""
+        return self._parameters_with(self.applied_updates())
 
-    def parameters_in_force(self) -> dict[str, torch.Tensor]:
-        """The adapted parameters of the base layer, as stored, by name; empty if no adapter is in force."""
-        return self._parameters_with(self.updates_in_force())
-
-    def coefficients_in_force(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The coefficients of the base layer with the updates in force, added in `dtype`; a tensor of its own.
-
-        Args:
-            dtype (`torch.dtype`, *optional*): Defaults to that of the base layer.
+    def effective_coefficients(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The coefficients of the base layer with the applied updates, added in `dtype`; a tensor of its own.
 
         Returns:
             `torch.Tensor`: (out, in, basis [, kernel]), or (out, in, basis + 1 [, kernel]) with the residual branch
                 as the last slice of the basis mode.
         """
         coefficients = self.lotra_tensor.read(self.get_base_layer()).to(dtype, copy=True)
-        updates = self.updates_in_force()
-        with without_autocast(updates):
-            for update in updates:
-                delta = update.dense().to(dtype)
+        with without_autocast(coefficients):
+            for update in self.applied_updates():
+                delta = update.dense().to(coefficients.dtype)
                 coefficients[:, :, : delta.shape[2]] += delta
         return coefficients
 
     def _parameters_with(self, updates: Sequence[Update]) -> dict[str, torch.Tensor]:
-        return add_updates(self.lotra_tensor, self._modules["base_layer"], updates)
-
-    def _apply(self, fn, *args, **kwargs):
-        # a grid that is cast is rounded, but has not moved
-        grid = self.read_grid()
-        same = [name for name, recorded in self.lotra_grid.items() if same_grid(recorded, grid)]
-        as_merged = self.merged and same_grid(self._grid_at_merge, grid)
-        super()._apply(fn, *args, **kwargs)
-        self._grid_watch.forget()
-        if not any(isinstance(value, torch.Tensor) and value.is_meta for value in grid.values()):  # `to_empty`
-            grid = self.copy_grid()
-            self.lotra_grid.update(dict.fromkeys(same, grid))
-            if as_merged:
-                self._grid_at_merge = grid
-        return self
-
-    def read_grid(self) -> Grid:
-        """The state that gives the coefficients of the base layer their meaning, by name."""
-        return self.lotra_spec.read_grid(self.get_base_layer())
-
-    def copy_grid(self) -> Grid:
-        """A copy of `read_grid()`."""
-        grid = self.read_grid()
-        return {name: v.detach().clone() if isinstance(v, torch.Tensor) else v for name, v in grid.items()}
-
-    def _look_at_base(self, adapters: Iterable[str] = ()) -> None:
-        """Checks the grid, and finds the formula again if the grid, dtype, device, mode or hooks have changed.
-
-        Not inside of `torch.func`, where tensors have no content of their own, nor in a compiled graph.
+        """The parameters of the base layer that the updates reach, as stored, with the updates added, by name.
 
         Raises:
-            RuntimeError: The grid is not the one that the adapters were made on.
+            RuntimeError: A parameter is sharded, and the updates are not.
         """
-        if torch.compiler.is_compiling():
-            return
-        spec, tensor, base_layer = self.lotra_spec, self.lotra_tensor, self._modules["base_layer"]
-        grid = spec.read_grid(self.get_base_layer())
-        if not self._grid_watch.look(base_layer, grid, tensor.get_parameter(base_layer)):
-            return
-        for adapter in adapters:
-            if not self._grid_watch.is_equal(grid, self.lotra_grid[adapter]):
-                raise self._moved_grid(adapter)
-        if self._grid_watch.changed and not in_transform():
-            self.lotra_formula = find_formula(base_layer, spec, tensor)
-            self._grid_watch.changed = False
+        parameters: dict[str, torch.Tensor] = {}
+        if not updates:
+            return parameters
+        base_layer = self.get_base_layer()
+        with without_autocast(updates[0].tensor.core):
+            for update in updates:
+                for name, part in self.lotra_tensor.split(update.dense()).items():
+                    stored = parameters[name] if name in parameters else attrgetter(name)(base_layer)
+                    path, _, leaf = name.rpartition(".")
+                    owner = base_layer.get_submodule(path) if path else base_layer
+                    fits = stored.shape == part.shape and hasattr(stored, "placements") == hasattr(part, "placements")
+                    if not fits or not (leaf in owner._parameters or leaf in vars(owner)):
+                        raise RuntimeError(
+                            f"`{name}` of `{self.lotra_name}` is sharded or parametrized, and its adapters are not. "
+                            "Shard the LoTRALayer, or a module around it, but not the base layer inside."
+                        )
+                    parameters[name] = torch.add(stored, part).to(stored.dtype)
+        return parameters
 
-    def _moved_grid(self, adapter: str) -> RuntimeError:
-        return RuntimeError(
-            f"The grid of this {self.lotra_spec.family} layer was moved after the adapter {adapter!r} had "
-            "been attached: its coefficients would mean other functions. Call `peft_lotra.refit_adapters` "
-            "to carry the adapters over, or move the grid back."
+    # --- the grid ---
+
+    def copy_grid(self) -> Grid:
+        grid = self.lotra_spec.read_grid(self.get_base_layer())
+        return {name: v.detach().clone() if isinstance(v, torch.Tensor) else v for name, v in grid.items()}
+
+    def check_grid(self) -> None:
+        """Raises a RuntimeError if the grid is not the one that the adapters were made on."""
+        grid = self.lotra_spec.read_grid(self.get_base_layer())
+        # comparing contents would wait for an accelerator
+        state = tuple(
+            (id(v), v._version)
+            for v in grid.values()
+            if isinstance(v, torch.Tensor) and v.device.type != "cpu" and not v.is_inference()
         )
-
-    @exclusively
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        return super().state_dict(*args, **kwargs)
-
-    @exclusively
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is not None:
-            self._check_forward_args(args, kwargs, adapter_names)
-        disabled = self.disable_adapters
-        if disabled and self.merged:
-            self.unmerge()
-        base_layer = self._modules["base_layer"]
-        if disabled or self.merged:
-            return base_layer(*args, **kwargs)
-        if adapter_names is None:
-            adapters = self._adapters_here(self.active_adapters)
-            self._look_at_base(adapters)
-            if adapters and is_tracing():
-                refuse_trace(self.lotra_spec, self._modules["base_layer"])
-            return self._run([self._update(name, self.training) for name in adapters], args, kwargs)
-        names = adapter_names if isinstance(adapter_names, RowNames) else RowNames(adapter_names)
-        adapters = self._adapters_here(names.distinct)
-        self._look_at_base(adapters)
-        updates = [[self._update(name, self.training)] if name in adapters else [] for name in names.distinct]
-        return MixedBatch(names, self.lotra_tensor, self._run).output(base_layer, updates, *args, **kwargs)
-
-    def _run(self, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Evaluates the layer with these updates for all rows."""
-        base_layer, formula = self._modules["base_layer"], self.lotra_formula
-        by_rows = type(base_layer) is KANLinear and not self.training and in_transform()
-        if updates and by_rows and not has_hooks(base_layer):
-            # a gradient of the size of the coefficients for each row (`torch.func.vmap`) is avoided
-            return base_layer(*args, **kwargs) + contract_updates(base_layer, list(updates), *args, **kwargs)
-        if updates and formula is not None and formula.accepts(base_layer, updates, args, kwargs):
-            return formula.output(base_layer, updates, *args)
-        return call_with_parameters(base_layer, self._parameters_with(updates), base_layer, args, kwargs)
-
-    def _check_forward_args(self, args: tuple, kwargs: dict, adapter_names: list[str]) -> None:
-        """Raises a ValueError if the arguments do not fit each other, or the state of the layer."""
-        x = args[0] if args else next(iter(kwargs.values()))
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
+        if self._grid_state is None and any(
+            isinstance(v, torch.Tensor) and v.is_meta for v in self.lotra_grid.values()
+        ):
+            self.lotra_grid = self.copy_grid()  # there were no values when the adapters were attached
+        if state and state == self._grid_state:
+            return
+        if not same_grid(self.lotra_grid, grid):
+            raise RuntimeError(
+                f"The grid of `{self.lotra_name}` ({self.lotra_spec.family}) was moved after its adapters had been "
+                "attached, which gives them another meaning. Move it back, or carry them over by "
+                "`peft_lotra.refit_adapters(model, inputs, move)`."
             )
-        if self.merged:  # it is unclear what would be right
+        if state != self._grid_state:
+            self._grid_state = state
+
+    def _warn_of_far_inputs(self, x: Any) -> None:
+        """Warns once if most of the first inputs lie further from the grid than it is long."""
+        self._has_seen_inputs = True
+        ends = [
+            grid.aminmax(dim=1)
+            for grid in self.lotra_grid.values()
+            if isinstance(grid, torch.Tensor) and grid.dim() == 2 and len(grid) == self.in_features
+        ]
+        if not ends or not isinstance(x, torch.Tensor) or x.shape[-1:] != (self.in_features,) or x.is_meta:
+            return
+        low, high = ends[0]
+        if ((x.detach() - (low + high) / 2).abs() > 1.5 * (high - low)).double().mean() > 0.5:
+            warnings.warn(
+                f"Most inputs of `{self.lotra_name}` lie far outside of its grid, from {low.min():.3g} to "
+                f"{high.max():.3g}, where splines are zero. Scale the inputs to the grid.",
+                stacklevel=2,
+            )
+
+    # --- the forward pass ---
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "forward" in vars(self._modules["lotra_core"]):  # a hook of accelerate, to load what it has offloaded
+            with loaded(self):
+                return self.forward(*args, **kwargs)
+        names = kwargs.pop("adapter_names", None)
+        current = current_pass()
+        if names is None and current is not None:
+            names = current.names
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        if names is not None and self.merged_adapters:
             msg = "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             raise ValueError(msg)
+        if self._disable_adapters or self.merged_adapters:
+            return self._call_base([], args, kwargs)
+        if not (torch.compiler.is_compiling() or in_transform()):  # where tensors have no content
+            self.check_grid()
+            if not self._has_seen_inputs:
+                self._warn_of_far_inputs(args[0] if args else None)
+        if names is None:
+            return self._run(self.active_adapters, current, args, kwargs)
+        names = names_of_rows(names, args[0] if args else next(iter(kwargs.values())), self.lotra_name, current)
+        return run_by_name(names, lambda name, args, kwargs: self._run([name], current, args, kwargs), args, kwargs)
+
+    def _run(self, adapters: Iterable[str], current: ForwardPass | None, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Evaluates the layer with these adapters, those of them that it has, for all rows."""
+        updates = [self.update_of(name, self.training) for name in adapters if name in self.lotra_scaling]
+        if current is not None and current.replaced:  # read after the components were, see `hotswap_adapter`
+            names = self._here(adapters)
+            former = [current.replaced.get((id(self), name)) for name in names]
+            updates = [u if f is None else u._replace(tensor=f) for u, f in zip(updates, former, strict=True)]
+        base_layer = self._modules["base_layer"]
+        if updates:
+            by_rows = type(base_layer) is KANLinear and not self.training and in_transform()
+            if by_rows and not runs_more_than_its_class(base_layer):
+                # a gradient of the size of the coefficients for each row (`torch.func.vmap`) is avoided
+                return base_layer(*args, **kwargs) + contract_updates(base_layer, updates, *args, **kwargs)
+            stored = self.lotra_tensor.get_parameter(base_layer)
+            formula = self._find_formula(stored)
+            if formula is not None and formula.accepts(base_layer, stored, updates, args, kwargs):
+                return formula.output(base_layer, updates, *args)
+        return self._call_base(updates, args, kwargs)
+
+    def _call_base(self, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Runs the base layer with the updates added to its parameters, one thread at a time."""
+        base_layer = self._modules["base_layer"]
+        if torch.compiler.is_compiling():
+            return call_with_parameters(base_layer, self._parameters_with(updates), base_layer, args, kwargs)
+        with self._lock, loaded(self) if updates else nullcontext():
+            return call_with_parameters(base_layer, self._parameters_with(updates), base_layer, args, kwargs)
+
+    def _find_formula(self, stored: torch.Tensor, is_new: bool = False) -> Formula | None:
+        """The formula of the base layer in its present mode and dtype, found in its first eager pass."""
+        base_layer = self._modules["base_layer"]
+        key = (base_layer.training, stored.dtype)
+        if type(base_layer) is not self._base_type:  # FSDP has wrapped it
+            return None
+        if key not in self._formulas:
+            if not is_new and (torch.compiler.is_compiling() or in_transform()):
+                return None
+            self._formulas[key] = find_formula(base_layer, self.lotra_spec, self.lotra_tensor)
+        return self._formulas[key]
+
+    # --- merging ---
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Merges the active adapters, or those named, into the parameters of the base layer.
+
+        Args:
+            safe_merge (`bool`, *optional*): Whether to check first that the merged weights are finite.
+            adapter_names (`list[str]`, *optional*): The adapters to merge; defaults to all that are active.
+
+        Raises:
+            ValueError: `safe_merge`, and the merged weights are not finite. The base weights are unchanged.
+            RuntimeError: The grid is not the one that the adapters were made on.
+        """
+        names = self._here(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
+        if names:
+            self.check_grid()
+        self.check_finite(names if safe_merge else ())
+        self._merge(names)
+
+    def _merge(self, names: list[str]) -> None:
+        if names:
+            with self._lock, torch.no_grad():
+                if not self.merged_adapters and self.keep_base:
+                    self._before_merge = {n: value.detach().clone() for n, value in self._base_parameters().items()}
+                self._add([self.update_of(name) for name in names])
+                self.merged_adapters = [*self.merged_adapters, *names]
+
+    def check_merge(self, adapter_names: Iterable[str], safe_merge: bool = False) -> None:
+        """Raises what `merge` would raise, and a ValueError for parameters that are computed from others."""
+        if names := self._here(adapter_names):  # a grid may move once all is merged
+            self.check_grid()
+            base_layer = self.get_base_layer()
+            for parameter in self.lotra_tensor.parameters if "core" not in base_layer._parameters else ():
+                check_stored(self.lotra_name, base_layer, parameter)
+            self.check_finite(names if safe_merge else ())
+
+    @torch.no_grad()
+    def check_finite(self, adapter_names: Iterable[str]) -> None:
+        """Raises a ValueError that names the first of the adapters whose sum with the base is not finite."""
+        updates: list[Update] = []
+        for name in adapter_names:
+            updates.append(self.update_of(name))
+            values = (updates[-1].dense(), *self._parameters_with(updates).values())  # a Slim layer has components
+            if not all(value.isfinite().all() for value in values):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+
+    def unmerge(self) -> None:
+        """
+        Undoes all merges: the base layer has its own parameters again, bit for bit from the copy that a merge keeps.
+
+        After `merge_adapter(keep_base=False)` the updates are subtracted instead, with rounding errors.
+
+        Raises:
+            RuntimeError: The grid was moved after the merge: the coefficients multiply other functions.
+        """
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.check_grid()
+        with self._lock, torch.no_grad():
+            if self._before_merge:
+                self._restore()
+            else:
+                self._add([Update(-scale, tensor) for scale, tensor in map(self.update_of, self.merged_adapters)])
+            self._before_merge, self.merged_adapters = {}, []
+
+    def _base_parameters(self) -> dict[str, torch.Tensor]:
+        """The parameters that a merge changes, by name."""
+        return self.lotra_tensor.read_parameters(self.get_base_layer())
+
+    def _add(self, updates: Sequence[Update]) -> None:
+        self._write(self._parameters_with(updates))
+
+    def _restore(self) -> None:
+        self._write(self._before_merge)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, torch.Tensor]) -> None:
+        base_layer = self.get_base_layer()
+        for name, value in values.items():
+            parameter = attrgetter(name)(base_layer)
+            if 0 in parameter.stride():  # an expanded one, whose rows share their memory
+                parameter.data = value.to(parameter, copy=True)
+            else:
+                parameter.data.copy_(value)
+
+    def _coefficients_before_merge(self) -> torch.Tensor:
+        parameters = {**self.lotra_tensor.read_parameters(self.get_base_layer()), **self._before_merge}
+        return self.lotra_tensor.join(list(parameters.values())).detach()
+
+    def base_before_merge(self) -> tuple[nn.Module, KANLayerSpec, CoefficientTensor]:
+        """The base layer without its adapters, its kind, and where it keeps its coefficients."""
+        return self._modules["base_layer"], self.lotra_spec, self.lotra_tensor
+
+    def parameters_before_merge(self) -> dict[str, torch.Tensor]:
+        """The parameters that merged adapters have changed, as they were, by name."""
+        return self._before_merge
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, with the adapters merged or not, and with the trained copies of modules inside of it."""
+        if merge:
+            self.keep_base = False
+            self._merge(self._here(dict.fromkeys(check_adapters_to_merge(self, adapter_names))))  # which was checked
+        base_layer = self.get_base_layer()
+        for module in list(base_layer.modules()):
+            for name, child in list(module._modules.items()):
+                if isinstance(child, ModulesToSaveWrapper):
+                    module._modules[name] = child.unload_and_optionally_merge_module(False, False, None)
+        return base_layer
+
+    # --- the module ---
+
+    def train(self, mode: bool = True) -> LoTRALayer:
+        super().train(mode)
+        freeze_norms(self)
+        return self
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> LoTRALayer:
+        grid = self.lotra_spec.read_grid(self.get_base_layer())
+        # a grid that is cast is rounded, but has not moved; one on the meta device has no values yet
+        is_same = same_grid(self.lotra_grid, grid) and not any(
+            isinstance(value, torch.Tensor) and value.is_meta for value in grid.values()
+        )
+        super()._apply(fn, *args, **kwargs)
+        self._before_merge = {name: fn(value) for name, value in self._before_merge.items()}
+        if is_same:
+            self.lotra_grid = self.copy_grid()
+        self._grid_state = None
+        return self
+
+    @property
+    def weight(self) -> torch.Tensor:
+        # inkan's layers have one, and PEFT's property would answer without the adapters
+        return self.__getattr__("weight")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # networks of other libraries read attributes of their layers
+            if "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+        base_layer = self._modules["base_layer"]
+        if name in self.lotra_spec.grid_methods and not self.merged and self.lotra_r:
+            getattr(base_layer, name)  # an AttributeError if the base layer does not have it either
+            return partial(refuse_grid_change, name)
+        return attribute_by(self._with_effective_parameters, base_layer, name, self.lotra_tensor.parameters)
+
+    def _with_effective_parameters(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """Calls a function while the base layer has the updates of the applied adapters."""
+        with self._lock:
+            return call_with_parameters(self.base_layer, self.effective_parameters(), function, args, kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A parent that sets `layer.grid` means the base layer. Names with an underscore belong to frameworks
+        # (accelerate, FSDP), which set them on each module for themselves.
+        base_layer = self.__dict__.get("_modules", {}).get("base_layer")
+        own = (self.__dict__, *(self.__dict__.get(kind, {}) for kind in ("_parameters", "_buffers", "_modules")))
+        if (
+            base_layer is None
+            or name.startswith("_")
+            or any(name in entries for entries in own)
+            or hasattr(type(self), name)
+            or not hasattr(base_layer, name)
+        ):
+            super().__setattr__(name, value)
+            return
+        if name in self.lotra_spec.grid and not self.merged and self.lotra_r:
+            refuse_grid_change(name)
+        setattr(base_layer, name, value)
 
     def __repr__(self) -> str:
         return "lotra." + super().__repr__()
@@ -445,5 +573,5 @@ class LoTRALayer(MergeableLayer, BaseLayerProxy, BaseTunerLayer):
 def lotra_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, LoTRALayer]]:
     """The adapted layers of a model with their names, or those of them that have the adapter."""
     for name, module in model.named_modules():
-        if isinstance(module, LoTRALayer) and (adapter is None or adapter in module.lotra_core):
+        if isinstance(module, LoTRALayer) and (adapter is None or adapter in module.lotra_r):
             yield name, module

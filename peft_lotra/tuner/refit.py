@@ -90,17 +90,16 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
     layers = {short_name(name): layer for name, layer in lotra_layers(model)}
     unusable = [name for name, layer in layers.items() if layer.merged or layer.disable_adapters]
     if unusable:
-        raise ValueError(
-            f"The adapters of the layers {unusable} are merged or disabled: unmerge or enable them first."
-        )
+        raise ValueError(f"The adapters of {unusable} are merged or disabled: unmerge or enable them first.")
     report = RefitReport({}, {})
 
     def refit(name: str, layer: LoTRALayer, args: tuple, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        for adapter in layer.lotra_core:
-            if not same_grid(layer.lotra_grid[adapter], layer.read_grid()):
-                key = name, adapter
-                report.errors[key], report.projection_errors[key] = _refit(name, layer, adapter, x)
+        if not is_moved(layer):
+            return
+        for adapter in layer.lotra_r:
+            report.errors[name, adapter], report.projection_errors[name, adapter] = _refit(name, layer, adapter, x)
+        layer.lotra_grid = layer.copy_grid()
 
     with _unchanged_on_error(layers), modes_kept(model), torch.no_grad():
         model.eval()
@@ -114,26 +113,27 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
                 model(**inputs)
             else:
                 model(*(inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
-        left = [
-            name
-            for name, layer in layers.items()
-            if not all(same_grid(grid, layer.read_grid()) for grid in layer.lotra_grid.values())
-        ]
+        left = [name for name, layer in layers.items() if is_moved(layer)]
         if left:
             raise ValueError(f"The grids of the layers {left} have moved, but `inputs` do not reach them.")
     return report
+
+
+def is_moved(layer: LoTRALayer) -> bool:
+    """Whether the grid is not the one that the adapters were made on."""
+    return not same_grid(layer.lotra_grid, layer.lotra_spec.read_grid(layer.get_base_layer()))
 
 
 @contextmanager
 def _unchanged_on_error(layers: Mapping[str, LoTRALayer]) -> Iterator[None]:
     """Puts all tensors and grids of the layers back if an error is raised."""
     tensors = {t: t.detach().clone() for layer in layers.values() for t in layer.state_dict(keep_vars=True).values()}
-    grids = {name: (dict(layer.lotra_grid), layer.read_grid()) for name, layer in layers.items()}
+    grids = {name: (layer.lotra_grid, layer.lotra_spec.read_grid(layer.base_layer)) for name, layer in layers.items()}
     try:
         yield
     except BaseException:
         for name, (at_creation, grid) in grids.items():
-            layers[name].lotra_grid.update(at_creation)
+            layers[name].lotra_grid = at_creation
             for attribute, value in grid.items():
                 owner, _, leaf = attribute.rpartition(".")
                 setattr(layers[name].base_layer.get_submodule(owner), leaf, value)
@@ -145,18 +145,12 @@ def _unchanged_on_error(layers: Mapping[str, LoTRALayer]) -> Iterator[None]:
 def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple[float, float]:
     """Refits one adapter of one layer; returns the error of the function, and that before truncation."""
     if len(layer.lotra_tensor.shape) > 3:
-        raise ValueError(
-            f"The grid of the convolution {name} was moved, and its adapters cannot be refitted. Merge them "
-            "before the grid is moved (`merge_and_unload`)."
-        )
+        raise ValueError(f"`{name}` is a convolution, which cannot be refitted: merge before its grid is moved.")
     is_input = isinstance(x, torch.Tensor) and x.is_floating_point() and x.shape[-1:] == (layer.in_features,)
     if not is_input or not x.numel() or not x.isfinite().all():
-        given = (
-            f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else f"of type {type(x).__name__}"
-        )
+        given = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
         raise ValueError(
-            f"`inputs` reach the layer {name} as values {given}, but must be finite floating numbers with a last "
-            f"dimension of {layer.in_features}, of one row or more."
+            f"`inputs` reach `{name}` as {given}, but must be finite floating numbers (rows, {layer.in_features})."
         )
     components = _on_cpu(layer.get_components(adapter))
     old = components.dense()
@@ -164,12 +158,10 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple
     points = torch.cat([samples, _spread(layer, samples)])
     weight = torch.ones(len(points), 1, 1, dtype=torch.float64, device="cpu")
     weight[len(samples) :] = math.sqrt(_FILL_WEIGHT * len(samples) / (len(points) - len(samples)))
-    old_basis, new_basis = (_basis(name, layer, grid, points) for grid in (layer.lotra_grid[adapter], {}))
+    old_basis, new_basis = (_basis(name, layer, grid, points) for grid in (layer.lotra_grid, {}))
     if old_basis.shape != new_basis.shape:
-        raise ValueError(
-            f"The layer {name} had {old_basis.shape[-1]} basis functions for each input and has {new_basis.shape[-1]} "
-            "now: an adapter has as many as its base had. Merge the adapters before changing their number."
-        )
+        numbers = f"{old_basis.shape[-1]} basis functions for each input and has {new_basis.shape[-1]}"
+        raise ValueError(f"`{name}` had {numbers} now: merge adapters before their number changes.")
     weighted = (weight * new_basis).transpose(0, 1)  # (in, points, basis)
     transfer = torch.linalg.lstsq(weighted, (weight * old_basis).transpose(0, 1)).solution
     metric = torch.linalg.qr(weighted)[1]  # brings the coefficients of an edge to the values of its function
@@ -190,15 +182,15 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple
     start = tucker(projected, components.ranks)
     fitted = fit(start, lambda tensor: relative_energy(edge_functions(tensor - projected), wanted), steps=100)
     layer.set_components(adapter, fitted.balanced())
-    layer.lotra_grid[adapter] = layer.copy_grid()
     stored = _on_cpu(layer.get_components(adapter)).dense()
 
-    count = len(samples)
-    before = einsum(old_basis[:count], old, "n i k, o i k -> n o")
-    norm = before.norm().item()
-    misses = [einsum(new_basis[:count], d, "n i k, o i k -> n o") - before for d in (stored, projected)]
-    error, projection_error = (miss.norm().item() / norm if norm else miss.norm().item() for miss in misses)
-    return error, projection_error
+    def outputs(basis: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        return einsum(basis[: len(samples)], tensor, "n i k, o i k -> n o")
+
+    before = outputs(old_basis, old)
+    misses = [(outputs(new_basis, found) - before).norm().item() for found in (stored, projected)]
+    norm = before.norm().item() or 1.0
+    return misses[0] / norm, misses[1] / norm
 
 
 def _on_cpu(components: Tucker) -> Tucker:
@@ -210,10 +202,7 @@ def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: torch.Tenso
     base, spec = layer.base_layer, layer.lotra_spec
     function = spec.refit_basis or spec.basis
     if function is None:
-        raise ValueError(
-            f"The family {spec.family!r} of the layer {name} offers no basis: give one to `register_kan_layer` by "
-            "`basis`, or merge the adapters before the grid is moved."
-        )
+        raise ValueError(f"`{name}`, a {spec.family} layer, has no `basis`: register one, or merge before the move.")
     tensors = {key: value.to(x.device) for key, value in grid.items() if isinstance(value, torch.Tensor)}
     return call_with_parameters(base, tensors, lambda: function(base, x), (), {}).double().cpu()
 
@@ -221,7 +210,7 @@ def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: torch.Tenso
 def _spread(layer: LoTRALayer, samples: torch.Tensor) -> torch.Tensor:
     """Points (n, in) over each input's grid, or over the range of the samples if the grid is no tensor by input."""
     low, high = samples.aminmax(dim=0)
-    for value in layer.read_grid().values():
+    for value in layer.lotra_spec.read_grid(layer.get_base_layer()).values():
         if isinstance(value, torch.Tensor) and value.dim() == 2 and len(value) == layer.in_features:
             low, high = value.detach().to(samples).aminmax(dim=1)
             break

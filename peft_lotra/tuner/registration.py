@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel, mapping
+from peft import mapping
 from peft.utils import PeftType, register_peft_method
-
-from .peft_methods import enclose
 
 
 NAME = "LOTRA"
@@ -34,26 +32,17 @@ def _peft_type() -> PeftType:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Enters the config and the model of LoTRA in PEFT's mappings; after a reload, the newest classes.
-
-    The methods of PEFT's models that change a model become transactions for models with LoTRA, see `enclose`.
-    """
+    """Enters the config and the model of LoTRA in PEFT's mappings; after a reload, the newest classes."""
     registered = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(NAME)  # pyright: ignore[reportArgumentType]  (members equal their names)
     if registered is None:
         _peft_type()
         register_peft_method(name=NAME.lower(), prefix=model_cls.prefix, config_cls=config_cls, model_cls=model_cls)
-        enclose(_model_classes(), model_cls, config_cls)
         return
     ours, theirs = ((cls.__module__, cls.__qualname__) for cls in (config_cls, registered))
     if ours != theirs:
         raise RuntimeError(
-            f"PEFT already has a method {NAME}, registered by {theirs[0]}.{theirs[1]}. Two methods cannot share the "
-            "name: import only one of the two packages in a process."
+            f"PEFT already has a method {NAME}, registered by {theirs[0]}.{theirs[1]}. Import only one of the two "
+            "packages in a process."
         )
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[_peft_type()] = config_cls
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[_peft_type()] = model_cls
-    enclose(_model_classes(), model_cls, config_cls)
-
-
-def _model_classes() -> set[type]:
-    return {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}

@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 
-from ..files.patterns import pattern_key
-from ..modules.checks import as_number, check_name
+from ..modules.checks import as_number
 from ..tucker import Ranks, Tucker, check_ranks, direct_sum, tucker_of
-from .config import LoTRAConfig
+from .config import LoTRAConfig, pattern_key
 from .layer import LoTRALayer, lotra_layers
 from .targets import exact_targets
 
@@ -31,6 +30,7 @@ def add_weighted_adapter(
     adapter_name: str,
     combination_type: Literal["cat", "linear", "svd"] = "cat",
     ranks: Ranks | None = None,
+    **of_lora: Any,
 ) -> dict[str, float]:
     """Adds an adapter that sums up others with weights.
 
@@ -70,15 +70,18 @@ def add_weighted_adapter(
         ((5, 5, 5), True)
     """
     configs = cast("dict[str, LoTRAConfig]", model.peft_config)
+    if of_lora:
+        raise TypeError(f"{sorted(of_lora)} are LoRA's. LoTRA combines by {COMBINATION_TYPES}, and `ranks`.")
     _check(configs, adapters, weights, adapter_name, combination_type, ranks)
     layers, components, sums = {}, {}, {}
     for name, layer in lotra_layers(model.model):
-        here = [(adapter, w) for adapter, w in zip(adapters, weights, strict=True) if adapter in layer.lotra_core]
+        here = [(adapter, w) for adapter, w in zip(adapters, weights, strict=True) if adapter in layer.lotra_r]
         if not here:
             continue
         layers[name] = layer
-        basis = max(len(layer.lotra_factor_basis[adapter]) for adapter, _ in here)  # without or with a residual slice
-        parts = [_read(layer, adapter, weight).padded(basis) for adapter, weight in here]
+        parts = [_read(layer, adapter, weight) for adapter, weight in here]
+        basis = max(len(part.factor_basis) for part in parts)  # without or with a residual slice
+        parts = [part.padded(basis) for part in parts]
         sums[name] = torch.stack([part.dense() for part in parts]).sum(0)
         _check_size(name, [sums[name]], layer, weights)
         if combination_type == "linear":
@@ -129,29 +132,18 @@ def check_known(adapters: Iterable[str], configs: Mapping[str, object]) -> None:
 
 def _check(configs: dict[str, LoTRAConfig], adapters, weights, adapter_name, combination_type, ranks) -> None:
     """Raises a ValueError for arguments of `add_weighted_adapter` that cannot be used."""
-    known = list(configs)
-    if not adapters or isinstance(adapters, str):
-        raise ValueError(f"`adapters` must be a list of one or more adapter names, got {adapters!r}.")
     check_known(adapters, configs)
     given = list(weights) if isinstance(weights, Iterable) else []
-    if len(given) != len(adapters) or any(math.isnan(as_number(weight)) for weight in given):
-        raise ValueError(f"`weights` must be one finite number for each of the {len(adapters)} adapters: {weights}.")
-    check_name(adapter_name)
-    if adapter_name in known or "." in adapter_name:
-        raise ValueError(
-            f"`adapter_name` is {adapter_name!r}, which must not contain a dot nor be one of the adapters that the "
-            f"model has: {known}. Choose another name, or delete that adapter first (`delete_adapter`)."
-        )
+    if not adapters or len(given) != len(adapters) or any(math.isnan(as_number(weight)) for weight in given):
+        raise ValueError(f"`weights` must be a finite number for each of one or more adapters: {weights}, {adapters}.")
+    if adapter_name in configs:
+        raise ValueError(f"`adapter_name` is {adapter_name!r}, which the model has already: choose another name.")
     if combination_type not in COMBINATION_TYPES:
         raise ValueError(f"`combination_type` must be one of {COMBINATION_TYPES}, got {combination_type!r}.")
     if ranks is not None and combination_type != "svd":
         raise ValueError(f'`ranks` are for `combination_type="svd"`, got {ranks} for {combination_type!r}.')
-    whole = [adapter for adapter in adapters if configs[adapter].modules_to_save]
-    if whole:
-        raise ValueError(
-            f"Adapter(s) {whole} have `modules_to_save`, whole modules that cannot be summed up. Merge one adapter "
-            "into the base model instead (`merge_and_unload`)."
-        )
+    if whole := [adapter for adapter in adapters if configs[adapter].modules_to_save]:
+        raise ValueError(f"Adapter(s) {whole} have `modules_to_save`, which have no sum: use `merge_and_unload`.")
 
 
 def _read(layer: LoTRALayer, adapter: str, weight: float) -> Tucker:
@@ -165,26 +157,15 @@ def _check_size(name: str, tensors: Iterable[torch.Tensor], layer: LoTRALayer, w
     dtype = next(iter(layer.lotra_core.values())).dtype
     largest = torch.finfo(dtype).max
     if not all((tensor.abs() <= largest).all() for tensor in tensors):
-        raise ValueError(
-            f"The sum of the adapters at `{name}` with the weights {list(weights)} is beyond {dtype}, which holds "
-            f"finite numbers up to {largest:.3g}: take smaller weights."
-        )
+        raise ValueError(f"The sum at `{name}` with the weights {list(weights)} is beyond {dtype}: take smaller ones.")
 
 
 def _average(name: str, parts: Sequence[Tucker], weights: Sequence[float]) -> Tucker:
     """The factors averaged by weight, with the sum of the cores, which are weighted already."""
-    shapes = [part.ranks for part in parts]
-    total = sum(weights)
-    if len(set(shapes)) > 1:
-        raise ValueError(
-            f'`combination_type="linear"` averages components, but the ranks at `{name}` differ: {shapes}. Use "cat" '
-            'or "svd".'
-        )
-    if total == 0:
-        raise ValueError(
-            f'`combination_type="linear"` is an average, but the weights at `{name}` sum up to 0: {weights}. Use '
-            '"cat" or "svd".'
-        )
+    shapes, total = [part.ranks for part in parts], sum(weights)
+    if len(set(shapes)) > 1 or total == 0:
+        problem = f"the weights sum up to 0: {weights}" if total == 0 else f"the ranks differ: {shapes}"
+        raise ValueError(f'`combination_type="linear"` is an average, but at `{name}` {problem}. Use "cat" or "svd".')
     cores, *factors = (torch.stack(same) for same in zip(*parts, strict=True))
     shares = cores.new_tensor(weights) / total
     return tucker_of(cores.sum(0), *(torch.tensordot(shares, factor, 1) for factor in factors))

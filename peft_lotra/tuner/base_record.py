@@ -1,0 +1,129 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The record of the base that an adapter was made for, and its comparison with the model that it is loaded into."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..families.registry import describe
+from .layer import LoTRALayer
+from .targets import Target
+
+
+_PROJECTIONS = 8
+_ROW = 2048  # values that have signs of their own; those of the next row are the same, or all opposite
+# What a base that is cast, or computed anew, may differ by, as a share of its norm.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+def record_layer(layer: LoTRALayer) -> dict[str, Any]:
+    """Kind, shape, grid and parameters of a base layer, as `base_layers` of a file has them."""
+    base_layer, spec, tensor = layer.base_before_merge()
+    known = {
+        "family": spec.family,
+        "shape": list(tensor.shape),
+        "has_residual": tensor.has_residual,
+        **describe(spec, base_layer),
+    }
+    return {**known, **_sketches(Target(base_layer, spec, tensor), layer.parameters_before_merge())}
+
+
+def _sketches(target: Target, before_merge: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
+    """The sketches of the grid and of all other parameters of a layer, of those that have values here."""
+    layer, spec, _ = target
+    grid = spec.read_grid(layer)
+    parameters = {
+        name.replace("original_module.", ""): value  # of a part that `modules_to_save` has copied
+        for name, value in layer.named_parameters()
+        if name not in grid and "modules_to_save." not in name
+    }
+    found = {"grid": grid, "parameters": {**parameters, **before_merge}}
+    return {what: sketch(values) for what, values in found.items() if all(map(_is_whole, values.values()))}
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether a value can be read here: no tensor on the meta device, nor a shard."""
+    return not isinstance(value, torch.Tensor) or not (value.is_meta or hasattr(value, "placements"))
+
+
+@torch.no_grad()
+def sketch(values: Mapping[str, Any]) -> list[float]:
+    """The norm of all numbers and eight random projections of them: close values have close sketches."""
+    square_sum, sums = 0.0, torch.zeros(_PROJECTIONS, dtype=torch.float64, device="cpu")
+    for place, (_, value) in enumerate(sorted(values.items())):
+        flat = torch.as_tensor(value, device="cpu").detach().flatten().cpu()
+        flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+        square_sum += flat.norm().item() ** 2
+        rows = torch.nn.functional.pad(flat, (0, -len(flat) % _ROW)).view(-1, _ROW)
+        projected = (rows @ _signs(0, _ROW).to(rows.dtype)).double()
+        # signs by tensor, too, so that exchanged tensors differ
+        sums += (projected * _signs(place * 4096, place * 4096 + len(rows))).sum(0)
+    return [square_sum**0.5, *sums.tolist()]
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _signs(start: int, end: int) -> torch.Tensor:
+    """Signs (end - start, _PROJECTIONS) that look random and are the same everywhere."""
+    rows, columns = (torch.arange(*ends, device="cpu") for ends in ((start, end), (_PROJECTIONS,)))
+    mixed = (rows.unsqueeze(1) * 2654435761 + columns * 2246822519 + 374761393) & 0xFFFFFFFF
+    for factor in (2246822519, 3266489917):
+        mixed = ((mixed ^ (mixed >> 15)) * factor) & 0xFFFFFFFF
+    return (((mixed >> 16) & 1) * 2 - 1).double()
+
+
+def check_base(
+    recorded: Mapping[str, Mapping[str, Any]],
+    found: Mapping[str, Target],
+    before_merge: Mapping[str, Mapping[str, torch.Tensor]],
+    choice: str | None,
+    is_reshaped: bool = False,
+) -> None:
+    """Compares the base with the one that an adapter was saved with.
+
+    Args:
+        recorded: `base_layers` of the file, by the names of layers in this model.
+        found: The layers of this model.
+        before_merge: The parameters that merged adapters have changed, by layer.
+        choice: `check_base` of the configuration.
+        is_reshaped: Whether layers may have other shapes (`ignore_mismatched_sizes`).
+
+    Raises:
+        ValueError: A layer is missing, of another kind or shape, or its grid is another one.
+    """
+    differ: dict[str, list[str]] = {"grid": [], "parameters": []}
+    for name, record in recorded.items():
+        family, shape = record.get("family"), tuple(record.get("shape", ()))
+        expected = f"it was saved with a {family} layer {shape} at `{name}`"
+        if name not in found:
+            raise ValueError(f"The adapter is for another model: {expected}, and this model has none there.")
+        target = found[name]
+        if family != target.spec.family or (shape and shape != tuple(target.coefficients.shape) and not is_reshaped):
+            here = f"a {target.spec.family} layer {tuple(target.coefficients.shape)}"
+            raise ValueError(f"The adapter is for another base: {expected}, and this model has {here}.")
+        sketches = {} if choice == "ignore" else _sketches(target, before_merge.get(name, {}))
+        dtype = target.coefficients.get_parameter(target.layer).dtype
+        for what, now in sketches.items():
+            if isinstance(record.get(what), list) and shape == tuple(target.coefficients.shape):
+                before, scale = record[what], max(now[0], 1e-12) * _ROUNDING.get(dtype, 2e-2)
+                if len(before) != len(now) or any(abs(a - b) > 4 * scale for a, b in zip(before, now, strict=True)):
+                    differ[what].append(name)
+    for what, consequence in (
+        ("grid", "coefficients mean other functions"),
+        ("parameters", "update is added to others"),
+    ):
+        if differ[what]:
+            message = (
+                f"The {what} of {', '.join(differ[what])} in this base are not those that the adapter was saved with: "
+                f"its {consequence}."
+            )
+            if choice == "error" or (choice is None and what == "grid"):
+                raise ValueError(f'{message} Load the base that it was trained on, or pass `check_base="ignore"`.')
+            warnings.warn(f'{message} `check_base="error"` refuses such a base, `"ignore"` is silent.', stacklevel=2)

@@ -1,0 +1,121 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a forward pass carries to all layers: the adapter of each row, and the adapters that were hotswapped meanwhile.
+
+It travels in a `ContextVar`, so that each thread has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..tucker import Tucker
+
+
+Replaced = dict[tuple[int, str], Tucker]  # the former components, by the id of a layer and adapter
+
+
+class ForwardPass(NamedTuple):
+    """The names of the adapters of the rows, None if all rows have the active ones; what a hotswap replaced; and the
+    names of more rows, by their number, once their order was seen."""
+
+    names: tuple[str, ...] | None
+    replaced: Replaced
+    longer: dict[int, Sequence[str]]
+
+
+# set by `LoTRAModel` around each forward pass
+FORWARD_PASS: ContextVar[ForwardPass | None] = ContextVar("lotra_forward_pass", default=None)
+
+
+def current_pass() -> ForwardPass | None:
+    """The forward pass that this thread is in; None in compiled graphs."""
+    return None if torch.compiler.is_compiling() else FORWARD_PASS.get()
+
+
+def check_names(names: Any) -> tuple[str, ...]:
+    """The names of adapters of rows as a tuple; a ValueError for what is no list of strings."""
+    found = () if isinstance(names, (str, bytes)) or not isinstance(names, Iterable) else tuple(names)
+    if not found or not all(isinstance(name, str) for name in found):
+        raise ValueError(
+            '`adapter_names` must be a list with the name of an adapter for each row, such as `["default"] * len(x)`, '
+            f'or "__base__" for none, got {names!r:.100}.'
+        )
+    return found
+
+
+def pass_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A forward pre-hook of PEFT's `modules_to_save` wrappers, which take the names of the rows as an argument."""
+    found = current_pass()
+    if found is not None and found.names is not None:
+        kwargs = {**kwargs, "adapter_names": list(found.names)}
+    return args, kwargs
+
+
+def names_of_rows(names: Sequence[str], x: Any, layer: str, current: ForwardPass | None) -> Sequence[str]:
+    """The name of the adapter of each row that a layer gets.
+
+    A layer may get several rows for each row of the batch. Their order is known if they are a view of a contiguous
+    tensor (batch, ..., in), and in the layers behind one that gets such a view.
+
+    Raises:
+        ValueError: The number of rows is another, and their order is not known.
+    """
+    if not isinstance(x, torch.Tensor) or x.dim() == 0 or len(x) == len(names):
+        return names
+    if current is not None and len(x) in current.longer:
+        return current.longer[len(x)]
+    times, rest = divmod(len(x), len(names))
+    whole = x._base  # perhaps of more rows than the batch has
+    is_known = len(set(names)) == 1 or (
+        whole is not None
+        and whole.dim() > 2
+        and x.numel() == len(names) * whole[0].numel()
+        and x.is_contiguous()
+        and whole.is_contiguous()
+    )
+    if rest or not is_known:
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} and {len(x)} respectively, in `{layer}`. Let it have inputs (batch, ..., in), or call the "
+            "model for the rows of each adapter."
+        )
+    longer = [name for name in names for _ in range(times)]
+    if current is not None:
+        current.longer[len(x)] = longer
+    return longer
+
+
+def run_by_name(names: Sequence[str], run: Callable[[str, tuple, dict], Any], args: tuple, kwargs: dict) -> Any:
+    """Runs the rows of each name by themselves; returns the outputs in the order of the batch."""
+    rows = {name: [i for i, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
+    if len(rows) == 1:
+        return run(names[0], args, kwargs)
+
+    def pick(value: Any, index: torch.Tensor) -> Any:
+        is_batch = isinstance(value, torch.Tensor) and value.dim() and len(value) == len(names)
+        return value[index.to(value.device)] if is_batch else value
+
+    results = []
+    for name, places in rows.items():
+        index = torch.tensor(places, device="cpu")
+        picked = {key: pick(value, index) for key, value in kwargs.items()}
+        results.append(run(name, tuple(pick(value, index) for value in args), picked))
+    order = torch.tensor([place for places in rows.values() for place in places], device="cpu").argsort()
+    return _join(results, order)
+
+
+def _join(results: Sequence[Any], order: torch.Tensor) -> Any:
+    """Joins results, or each of their parts (pykan returns four), and puts the rows in order."""
+    if isinstance(results[0], tuple):
+        return tuple(_join(parts, order) for parts in zip(*results, strict=True))
+    joined = torch.cat(list(results))
+    per_row = len(joined) // len(order)  # several where a layer flattens the leading dimensions (ChebyKAN)
+    rows = joined.unflatten(0, (len(order), per_row))[order.to(joined.device)]
+    return rows.flatten(0, 1)

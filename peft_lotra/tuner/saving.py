@@ -1,0 +1,259 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The tensors of an adapter: read and checked before a model is touched, checked before they are saved."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn, strided
+
+from ..modules.checks import check_path
+from .config import LoTRAConfig, Source
+from .layer import COMPONENTS, LoTRALayer, lotra_layers
+from .targets import Target
+
+
+PREFIX = "base_model.model."  # that PEFT puts in front of the names of modules
+_FORMER_STATS = (".lotra_running_mean", ".lotra_running_var", ".lotra_num_batches_tracked")
+
+
+def read_tensors(source: Source, sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, by name; warns if their SHA-256 is not the one given.
+
+    Raises:
+        ValueError: There is no adapter_model.safetensors, or it is damaged. A pickle is not read.
+    """
+    folder = os.path.join(source.path, source.subfolder) if source.subfolder else source.path
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    missing = f"The adapter at {folder} has no {SAFETENSORS_WEIGHTS_NAME}, and pickled weights are not loaded."
+    if not os.path.isfile(path):
+        if os.path.isdir(folder):
+            raise ValueError(f"{missing} Save the adapter again.")
+        try:
+            path = hf_hub_download(
+                source.path, SAFETENSORS_WEIGHTS_NAME, subfolder=source.subfolder, **source.hub_kwargs
+            )
+        except EntryNotFoundError as error:
+            raise ValueError(f"{missing} Ask its author to save it again.") from error
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        tensors = load(content)
+    except (SafetensorError, TypeError, KeyError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Save or download the adapter again.") from error
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        warnings.warn(f"{path} was changed after it had been saved: it has another SHA-256.", stacklevel=2)
+    return tensors
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor],
+    config: LoTRAConfig,
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    is_reshaped: bool = False,
+) -> None:
+    """Compares the tensors of a file with those that an adapter of this configuration has in this model.
+
+    Raises:
+        ValueError: A tensor is missing, belongs to no adapter, or has another shape or dtype, or values not finite.
+    """
+    expected: dict[str, tuple[int, ...] | None] = {
+        f"{PREFIX}{name}.lotra_{component}": shape
+        for name, target in targets.items()
+        for component, shape in config.component_shapes(name, target.coefficients).items()
+    }
+    for name, key, value in saved_tensors(config, model, targets):  # None: integers, such as a number of batches
+        expected[f"{PREFIX}{name}.{key}"] = tuple(value.shape) if value.is_floating_point() else None
+    wrong = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
+    for name, tensor in tensors.items():
+        shape = expected.get(name)
+        if name not in expected:
+            if not name.endswith(_FORMER_STATS):
+                wrong.append(f"{name} belongs to no adapter of this model")
+        elif shape is not None and tuple(tensor.shape) != shape and not is_reshaped:
+            wrong.append(f"{name} has the shape {tuple(tensor.shape)} instead of {shape}")
+        elif shape is not None and (not tensor.is_floating_point() or tensor.itemsize < 2):
+            wrong.append(f"{name} is of {tensor.dtype}")
+    refuse("The file is not that of an adapter of this model", [*wrong, *_not_finite(tensors)])
+
+
+def saved_tensors(config: LoTRAConfig, model: nn.Module, targets: Iterable[str]) -> Iterator[tuple[str, str, Tensor]]:
+    """The tensors of `modules_to_save`: the name of the module in a file, the name in the module, the tensor."""
+    endings = tuple(config.modules_to_save or ())
+    for name, module in model.named_modules() if endings else ():
+        bare = name.replace(".base_layer", "").replace(".original_module", "")
+        if not bare.endswith(endings) or ".modules_to_save" in name or name.endswith(".original_module"):
+            continue
+        original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+        target = next((t for t in targets if bare.startswith(f"{t}.")), None)
+        stored = bare if target is None else f"{target}.base_layer{bare.removeprefix(target)}"
+        for key, value in original.state_dict().items():
+            yield stored, key, value
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [
+        f"{name} has values that are not finite"
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.float().isfinite().all()
+    ]
+
+
+def refuse(headline: str, wrong: list[str]) -> None:
+    """Raises a ValueError if something is wrong, which names the first three."""
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{headline}: {'; '.join(sorted(wrong)[:3])}{more}. Nothing was changed.")
+
+
+def prepare_for_load(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The tensors to load into an adapter that exists, by their names in the model.
+
+    Running statistics in files of earlier versions become those of the norms. Layers that a model has under several
+    names are given under each.
+
+    Raises:
+        ValueError: A tensor is no tensor of an adapter, or has values that are not finite.
+    """
+    wrong = [
+        f"{name} has no values"
+        for name, tensor in state_dict.items()
+        if not (
+            isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == strided and not tensor.is_meta
+        )
+    ]
+    refuse("The state dict is not that of an adapter", wrong or _not_finite(state_dict))
+    found, others = {}, []
+    for name, tensor in state_dict.items():
+        end = next((end for end in _FORMER_STATS if end + "." in name or name.endswith(end)), None)
+        if end is not None:
+            name = name.rpartition(end)[0] + end.replace("lotra_", "")
+        elif ".lotra_" not in name and ".modules_to_save." not in name:
+            others.append(name)
+        found[name] = tensor
+    of_base = model.state_dict().keys() & others if others else ()
+    refuse("The state dict is not that of an adapter", [f"{name} is a parameter of the base" for name in of_base])
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LoTRALayer) and names.setdefault(module, name) != name:
+            for component in module.adapter_layer_names:
+                if (key := f"{names[module]}.{component}.{adapter_name}") in found:
+                    found.setdefault(f"{name}.{component}.{adapter_name}", found[key])
+    return found
+
+
+def mismatches(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:
+    """The components in a state dict that have another shape than those of the model, in words."""
+    wrong, layers = [], dict(lotra_layers(model))
+    for key, tensor in state_dict.items():
+        name, component, adapter = ("..." + key.removeprefix(prefix)).rsplit(".", 2)
+        parts: Any = layers[name[3:]]._modules.get(component) if name[3:] in layers else None
+        if isinstance(parts, nn.ParameterDict) and adapter in parts and parts[adapter].shape != tensor.shape:
+            wrong.append(f"{key} has the shape {tuple(tensor.shape)} instead of {tuple(parts[adapter].shape)}")
+    return wrong
+
+
+def select_to_save(adapter_name: str, state_dict: dict[str, Tensor], saves: bool, is_empty: bool) -> dict[str, Tensor]:
+    """The components of an adapter in the state dict of a model; what is of the base is taken out of the dict.
+
+    Raises:
+        ValueError: With `saves`, in `save_pretrained`: the model has no layer with the adapter (`is_empty`), a tensor
+            is spread over several processes, or has values that are not finite.
+    """
+    endings = tuple(f".{component}.{adapter_name}" for component in COMPONENTS)
+    # PEFT would go on to write embeddings that were resized, or that `save_embedding_layers` asks for
+    for key in [key for key in state_dict if not key.endswith(endings) and ".modules_to_save." not in key]:
+        del state_dict[key]
+    tensors = {key: value for key, value in state_dict.items() if key.endswith(endings)}
+    if saves:
+        if is_empty:
+            raise ValueError(
+                "The model has no LoTRA layers, so that nothing was saved: they were merged or unloaded. Save before "
+                "`merge_and_unload`, or save the model that it returns."
+            )
+        for key, tensor in tensors.items():
+            dims = (3, 4) if key.endswith(f".lotra_core.{adapter_name}") else (2,)
+            if tensor.dim() not in dims or hasattr(tensor, "placements") or hasattr(tensor, "local_shards"):
+                raise ValueError(
+                    f"{key} is spread over several processes. Gather whole tensors, by "
+                    "`get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))`, and pass them as "
+                    "`save_pretrained(folder, state_dict=...)`."
+                )
+        own = {key: value for key, value in state_dict.items() if f".{adapter_name}" in key}
+        refuse(f"The adapter {adapter_name!r} is not saved", _not_finite(own))
+    return tensors
+
+
+def is_saving() -> bool:
+    """Whether the caller's caller was called by `save_pretrained` of PEFT; a ValueError if that writes a pickle."""
+    frame: Any = sys._getframe(1)
+    for _ in range(4):
+        if frame is not None and frame.f_code.co_name == "save_pretrained":
+            if not frame.f_locals.get("safe_serialization", True):
+                raise ValueError("LoTRA adapters are saved as safetensors only: leave `safe_serialization` out.")
+            return True
+        frame = frame and frame.f_back
+    return False
+
+
+def save_adapter(model: PeftModel, folder: str | os.PathLike, **kwargs: Any) -> None:
+    """Saves adapters as `model.save_pretrained(folder)` does, but so that an interruption loses nothing.
+
+    The files are written into a folder beside, and moved one by one, tensors first. If the process is killed, the
+    adapter there is the old one or the new one; between the two moves its SHA-256 does not fit, which is a warning.
+
+    Args:
+        model (`PeftModel`): The model.
+        folder (`str`): The folder. It needs room for the old files and the new ones.
+        kwargs: As for `PeftModel.save_pretrained`, e.g. `selected_adapters`.
+
+    Raises:
+        ValueError: `model` is no PeftModel, `folder` is a file, or what `PeftModel.save_pretrained` raises. The folder
+            is as it was.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig, save_adapter
+        >>> from peft_lotra.kan import KAN
+        >>> with TemporaryDirectory() as folder:
+        ...     save_adapter(get_peft_model(KAN([2, 4, 1]), LoTRAConfig(r=2)), folder)
+        ...     sorted(os.listdir(folder))
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
+    """
+    if not hasattr(model, "get_base_model"):  # an injected model has not
+        raise ValueError(f"`model` is of type {type(model).__name__}, but must be a PeftModel.")
+    check_path(folder, "folder")
+    if os.path.isfile(folder):
+        raise ValueError(f"`folder` is {folder}, which is a file. Pass a folder, which is made if there is none.")
+    parent = os.path.dirname(os.path.abspath(folder))
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=parent) as stage:  # on the same disk
+        card = os.path.join(folder, "README.md")
+        if os.path.isfile(card):
+            shutil.copyfile(card, os.path.join(stage, "README.md"))  # which may be a user's
+        model.save_pretrained(stage, **kwargs)
+        for place, _, files in os.walk(stage):
+            target = os.path.normpath(os.path.join(folder, os.path.relpath(place, stage)))
+            os.makedirs(target, exist_ok=True)
+            for name in sorted(files, key=lambda name: name == CONFIG_NAME):
+                with open(os.path.join(place, name), "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(os.path.join(place, name), os.path.join(target, name))
