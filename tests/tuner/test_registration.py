@@ -1,17 +1,16 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
+"""Importing peft_lotra registers a method of PEFT, and changes nothing else."""
+
 from __future__ import annotations
 
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from helpers import adapt, inputs
+from helpers import adapt
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -66,51 +65,6 @@ def test_the_mappings():
     assert all(kind in PEFT_TYPE_TO_CONFIG_MAPPING for kind in PeftType)
 
 
-USE = """
-def use(LoTRAConfig):
-    from peft import PeftType, get_peft_model, mapping
-    from peft_lotra.kan import KAN
-    assert list(PeftType).count("LOTRA") == 1
-    assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["LOTRA"] is LoTRAConfig
-    model = get_peft_model(KAN([2, 3, 1]), LoTRAConfig(r=2))
-    assert type(model.base_model) is mapping.PEFT_TYPE_TO_TUNER_MAPPING["LOTRA"]
-    assert model.get_nb_trainable_parameters()[0] > 0
-"""
-
-
-def test_reload():
-    run(
-        USE
-        + """
-import importlib, sys
-import peft_lotra
-for _ in range(3):
-    importlib.reload(peft_lotra)
-    use(peft_lotra.LoTRAConfig)
-for name in [name for name in sys.modules if name.startswith("peft_lotra.")]:
-    importlib.reload(sys.modules[name])
-importlib.reload(peft_lotra)
-use(peft_lotra.LoTRAConfig)
-"""
-    )
-
-
-def test_import_after_a_purge_of_the_modules():
-    run(
-        USE
-        + """
-import sys
-import peft_lotra
-first = peft_lotra.LoTRAConfig
-for name in [name for name in sys.modules if name.partition(".")[0] == "peft_lotra"]:
-    del sys.modules[name]
-import peft_lotra
-assert peft_lotra.LoTRAConfig is not first
-use(peft_lotra.LoTRAConfig)
-"""
-    )
-
-
 def test_a_foreign_method_of_the_same_name_is_left_in_its_place():
     run("""
 from dataclasses import dataclass
@@ -138,60 +92,8 @@ assert list(PeftType).count("LOTRA") == 1
 """)
 
 
-def test_a_member_that_somebody_else_added_is_used():
-    run(
-        USE
-        + """
-from peft import PeftType
-member = str.__new__(PeftType, "LOTRA")
-member._name_ = member._value_ = "LOTRA"
-PeftType._member_names_.append("LOTRA")
-PeftType._member_map_["LOTRA"] = PeftType._value2member_map_["LOTRA"] = member
-import peft_lotra
-use(peft_lotra.LoTRAConfig)
-"""
-    )
-
-
-def test_a_pickled_config_loads_in_a_fresh_process(tmp_path):
-    config = LoTRAConfig(r=(2, 3, 4), target_modules=["kan"])
-    (tmp_path / "config").write_bytes(pickle.dumps(config))
-    code = (
-        "import pickle, sys; c = pickle.load(open(sys.argv[1], 'rb')); print(c.r, c.target_modules, c.peft_type.value)"
-    )
-    assert run(code, tmp_path / "config").split("\n")[0] == "(2, 3, 4) {'kan'} LOTRA"
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """A folder with an adapter, its base model's state dict, and what the adapted model computes."""
-    model = KAN([3, 5, 2])
-    torch.save(model.state_dict(), tmp_path / "base.pt")
-    adapted = adapt(model)
-    adapted.save_pretrained(tmp_path / "adapter")
-    x = inputs()
-    torch.save([x, adapted(x).detach()], tmp_path / "data.pt")
-    return tmp_path
-
-
-@pytest.mark.parametrize("statement", ["import peft_lotra", "from peft_lotra.kan import KAN"])
-def test_an_adapter_loads_in_a_fresh_process(saved, statement):
-    code = """
-import sys, torch
-from peft import PeftModel
-STATEMENT
-from peft_lotra.kan import KAN
-folder = sys.argv[1]
-base = KAN([3, 5, 2])
-base.load_state_dict(torch.load(f"{folder}/base.pt"))
-x, y = torch.load(f"{folder}/data.pt")
-model = PeftModel.from_pretrained(base, f"{folder}/adapter")
-print((model(x) - y).abs().max().item())
-"""
-    assert run(code.replace("STATEMENT", statement), saved) == "0.0\n"
-
-
-def test_without_the_import_peft_does_not_know_the_method(saved):
+def test_without_the_import_peft_does_not_know_the_method(tmp_path):
+    adapt(KAN([3, 5, 2])).save_pretrained(tmp_path)
     run(
         """
 import sys
@@ -205,5 +107,59 @@ else:
 import peft_lotra
 assert type(PeftConfig.from_pretrained(sys.argv[1])) is peft_lotra.LoTRAConfig
 """,
-        saved / "adapter",
+        tmp_path,
     )
+
+
+def test_nothing_of_peft_torch_or_transformers_is_patched():
+    run("""
+import sys, tempfile
+import peft, torch, transformers
+from peft.tuners import tuners_utils
+from transformers import PreTrainedModel, Trainer
+
+
+def snapshot():
+    kinds = [PreTrainedModel, Trainer, torch.nn.Module, torch.Tensor, torch.nn.Parameter, torch.optim.Optimizer]
+    modules = [torch, torch.nn, torch.func, torch.nn.utils, torch.utils.data, torch.overrides, transformers]
+    for name, module in sorted(sys.modules.items()):
+        if name.split(".")[0] in ("peft", "accelerate", "safetensors", "huggingface_hub"):
+            modules.append(module)
+            kinds += [value for value in vars(module).values() if isinstance(value, type)]
+    owners = ("peft", "torch", "transformers", "accelerate", "safetensors", "huggingface_hub")
+    kinds = [kind for kind in kinds if kind.__module__.split(".")[0] in owners and kind is not peft.PeftType]
+    found = {}
+    for thing in (*modules, *kinds):
+        for name, value in vars(thing).items():
+            # modules that are imported later, what classes cache, and what transformers sets on torch's
+            others = ("__warningregistry__", "_abc_impl", "__doc__", "smart_apply")
+            if not isinstance(value, type(sys)) and name not in others:
+                found[repr(thing), name] = value
+    return found
+
+
+assert "peft_lotra" not in sys.modules
+before = snapshot()
+import peft_lotra
+from peft_lotra.kan import KAN, KANConfig, KANModel
+
+base = KANModel(KANConfig(widths=[3, 4, 2], norm="batch"))
+model = peft.get_peft_model(base, peft_lotra.LoTRAConfig(r=2, init_weights=False))
+model(torch.zeros(2, 3), adapter_names=["default", "__base__"]) if not model.training else model(torch.zeros(2, 3))
+with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    peft_lotra.save_adapter(model, folder)
+    base = model.unload()
+    model = peft.PeftModel.from_pretrained(base, folder)
+    model.load_adapter(folder, "other")
+    peft_lotra.hotswap_adapter(model, folder)
+model.eval()(torch.zeros(2, 3), adapter_names=["default", "other"])
+model.merge_adapter()
+model.unmerge_adapter()
+model.merge_and_unload()
+after = snapshot()
+changed = [key for key in before if key not in after or after[key] is not before[key]]
+added = [key for key in after if key not in before and key[0] in {owner for owner, _ in before}]
+assert not changed, changed
+assert not [key for key in added if not isinstance(after[key], type) and not key[1].startswith("__")], added
+""")

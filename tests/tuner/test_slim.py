@@ -1,6 +1,8 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
+"""LoTRA on Slim layers, whose coefficients are Tucker tensors already."""
+
 from __future__ import annotations
 
 import copy
@@ -11,23 +13,15 @@ from helpers import relative
 from peft import PeftModel, get_peft_model
 from stand_ins import FAMILIES, as_model
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, lotra_lr_multipliers, preprocess_lotra, slim
-from peft_lotra.kan import KAN, SlimKAN, SlimKANLinear
-from peft_lotra.tuner.gradients import gather_gradients
-from peft_lotra.tuner.slim import SlimLoTRALayer
-from peft_lotra.tuner.targets import locate_target
+from peft_lotra import LoTRAConfig, LoTRALayer, create_lotra_optimizer, preprocess_lotra, slim
 
 
 RANKS = (5, 6, 3)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=["own", "efficient-kan", "pykan", "cheby-kan"])
 def small(request):
+    torch.manual_seed(0)
     return slim(as_model(FAMILIES[request.param](12, 10)).eval(), RANKS)
 
 
@@ -40,28 +34,26 @@ def adapted(model, **config):
 
 
 def tensor_of(model):
-    layer, _, tensor = locate_target("kan", model.kan)
-    return tensor.read(layer)
+    """The coefficients of the layer `kan`."""
+    return adapted(model).base_model.model.kan.get_base_weight()
 
 
 @pytest.mark.parametrize("adapt_residual", [True, False])
-def test_the_equivalent_tensor_is_adapted(small, adapt_residual, tmp_path):
-    x = points()
-    model = adapted(small, adapt_residual=adapt_residual)
+def test_the_equivalent_tensor_is_adapted(small, adapt_residual):
+    x, model = points(), adapted(small, adapt_residual=adapt_residual)
     layer = model.base_model.model.kan
-    assert isinstance(layer, SlimLoTRALayer)
-    y = model(x)
+    assert isinstance(layer, LoTRALayer)
+    y, delta = model(x), layer.get_delta_weight("default")
     dense = model.merge_and_unload()
-    expected = tensor_of(small)
-    delta = layer.get_delta_weight("default")
+    assert type(dense.kan) is type(small.to_dense().kan) and not hasattr(dense, "merge_errors")
+    expected = tensor_of(small).clone()
     expected[..., : delta.shape[-1]] += delta
     torch.testing.assert_close(tensor_of(dense), expected)
     assert relative(dense(x), y) < 1e-5
 
 
 def test_starts_as_the_base_trains_and_is_saved(small, tmp_path):
-    x = points()
-    model = get_peft_model(copy.deepcopy(small), LoTRAConfig(r=2))
+    x, model = points(), get_peft_model(copy.deepcopy(small), LoTRAConfig(r=2))
     assert relative(model(x), small(x)) < 1e-6
     optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2)
     before = {n: p.clone() for n, p in model.named_parameters() if "lotra_" not in n}
@@ -79,31 +71,39 @@ def test_starts_as_the_base_trains_and_is_saved(small, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["densify", "truncate"])
-def test_merging_and_back(small, way):
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_merging_and_back(small, way, keep_base):
     x, model = points(), adapted(small)
     model.add_adapter("other", LoTRAConfig(r=2, init_weights=False))
-    y = model(x)
-    layer = model.base_model.model.kan
-    model.merge_adapter(slim=way)
+    y, layer = model(x), model.base_model.model.kan
+    model.merge_adapter(slim=way, keep_base=keep_base)
     if way == "densify":
         assert relative(model(x), y) < 1e-5 and layer.merge_error is None
     else:
         assert relative(model(x), y) > 1e-3 and 0 < layer.merge_error < 1
+    with model.disable_adapter():
+        assert torch.equal(model(x), small(x))
     model.unmerge_adapter()
     assert torch.equal(model(x), y)
     model.merge_adapter(["default", "other"], slim=way)
+    both = model(x)
     model.unmerge_adapter()
     assert torch.equal(model(x), y)
-    with pytest.warns(UserWarning, match="Already unmerged"):
-        layer.unmerge()
+    for name in ("default", "other"):  # one after the other
+        model.merge_adapter([name], slim=way)
+    assert way == "truncate" or relative(model(x), both) < 1e-6
+    model.unmerge_adapter()
+    assert torch.equal(model(x), y)
 
 
-def test_densify_gives_the_original_class(small):
-    x, model = points(), adapted(small)
-    y = model(x)
-    merged = model.merge_and_unload()
-    assert type(merged.kan) is type(small.to_dense().kan) and not hasattr(merged, "merge_errors")
-    assert relative(merged(x), y) < 1e-5
+def test_copied_and_cast_while_merged(small):
+    model, x = adapted(small), points()
+    y = model.double()(x.double())
+    model.merge_adapter()
+    model = copy.deepcopy(model).float().double()
+    model.unmerge_adapter()
+    assert relative(model(x.double()), y) < 1e-6
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
 
 
 def test_truncate_keeps_the_ranks_and_reports_the_error(small):
@@ -121,60 +121,45 @@ def test_refuses_an_unknown_way_and_broken_adapters(small):
     model = adapted(small)
     with pytest.raises(ValueError, match="`slim` is 'round', but must be one of"):
         model.merge_and_unload(slim="round")
-    layer = model.base_model.model.kan
     with torch.no_grad():
-        layer.lotra_core["default"].fill_(torch.nan)
-    with pytest.raises(ValueError, match="NaNs detected"):
-        model.merge_and_unload(safe_merge=True)
+        model.base_model.model.kan.lotra_core["default"].fill_(torch.nan)
+    for way in ("densify", "truncate"):
+        with pytest.raises(ValueError, match="NaNs detected"):
+            model.merge_and_unload(safe_merge=True, slim=way)
 
 
 def test_dropout_and_base_weight(small):
-    x = points()
-    model = adapted(small, rank_dropout=0.5, module_dropout=0.5).train()
-    outputs = torch.stack([model(x) for _ in range(8)])
-    assert outputs.std(0).max() > 0
+    x, model = points(), adapted(small, rank_dropout=0.5, module_dropout=0.5).train()
+    assert torch.stack([model(x) for _ in range(8)]).std(0).max() > 0
     layer = model.base_model.model.kan
     layer.set_base_weight(2 * layer.get_base_weight())
     torch.testing.assert_close(layer.get_base_weight(), 2 * tensor_of(small), rtol=1e-3, atol=1e-4)
 
 
-def test_gradient_of_the_equivalent_tensor(small):
-    x, gradients = points(), []
+@pytest.mark.parametrize("start", ["gradient", "hosvd"])
+def test_starts_that_look_at_the_base(small, start):
+    """They are those of the dense layer of the same coefficients."""
+    x, y, spans = points(), None, []
     for model in (small, small.to_dense()):
-        layer, _, tensor = locate_target("kan", model.kan)
-        gathered = gather_gradients({"kan": (layer, tensor)}, model, lambda m=model: m(x).square().sum().backward())
-        gradients.append(gathered[layer])
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
-    assert "forward" not in small.kan.__dict__
-    config = LoTRAConfig(r=(3, 3, 2), init_weights="gradient")
-    preprocess_lotra(small, config, lambda: small(x).square().sum().backward())
-    y = small(x)
-    assert relative(get_peft_model(small, config)(x), y) < 1e-6
+        config = LoTRAConfig(r=(10, 3, 99), init_weights=start)
+        if start == "gradient":
+            preprocess_lotra(model, config, lambda model=model: model(x).square().sum().backward())
+        y = model(x)
+        tuned = get_peft_model(model, config)
+        assert relative(tuned(x), y) < 1e-5
+        factor = tuned.base_model.model.kan.lotra_factor_in["default"].detach()
+        spans.append(factor @ torch.linalg.pinv(factor))
+    torch.testing.assert_close(*spans, rtol=0, atol=1e-3)
 
 
-def test_learning_rates_of_slim_layers():
-    net = SlimKAN([64, 32, 10], (8, 8, 3), norm="batch")
-    table = lotra_lr_multipliers(net)
-    assert len(table) == 8
-    by_name = {(line.module, line.component): line.multiplier for line in table}
-    assert by_name["layers.0", "factor_in"] == 0.5 and by_name["layers.0", "core"] == 1
-    optimizer = create_lotra_optimizer(net, torch.optim.Adam, lr=1e-2)
-    groups = {group["name"]: group for group in optimizer.param_groups}
-    assert set(groups) == {
-        *("core", "factor_basis", "factor_out/32", "factor_in/64", "factor_out/10", "factor_in/32", "other")
-    }
-    assert groups["factor_in/64"]["lr"] == 5e-3
-    assert sum(len(group["params"]) for group in groups.values()) == len(list(net.parameters()))
-    # under an adapter the Slim components are frozen, and none of the table
-    model = get_peft_model(SlimKAN([64, 32, 10], (8, 8, 3)), LoTRAConfig(r=2))
-    assert {line.adapter for line in lotra_lr_multipliers(model)} == {"default"}
-    with pytest.raises(ValueError, match="no LoTRA layer, and no Slim one"):
-        create_lotra_optimizer(KAN([3, 2]), torch.optim.Adam, lr=1e-2)
-
-
-def test_one_layer_of_a_slim_kan():
-    net = SlimKAN([12, 10, 3], (3, 3, 3))
-    model = get_peft_model(net, LoTRAConfig(target_modules=["layers.0"], r=2, init_weights=False))
-    merged = model.merge_and_unload()
-    assert type(merged) is SlimKAN
-    assert [isinstance(layer, SlimKANLinear) for layer in merged.layers] == [False, True]
+@pytest.mark.parametrize("trainable", [True, False])
+def test_unloading_frees_what_was_free(small, trainable):
+    base = copy.deepcopy(small).requires_grad_(trainable)
+    model = get_peft_model(base, LoTRAConfig(r=2, init_weights=False))
+    model.merge_adapter()
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "lotra_" not in n)
+    merged = copy.deepcopy(model).merge_and_unload()
+    model.unmerge_adapter()
+    for unloaded in (merged, copy.deepcopy(model).merge_and_unload(slim="truncate"), model.unload()):
+        free = {p.requires_grad for n, p in unloaded.named_parameters() if "grid" not in n}
+        assert free == {trainable}

@@ -1,14 +1,14 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
+"""Adapted models under torch.compile, torch.func and repeated differentiation."""
 
-import copy
+from __future__ import annotations
 
 import pytest
 import torch
 from helpers import adapt, base, components, inputs, lotra_layers
-from torch.func import functional_call, grad, jacrev, vmap
+from torch.func import functional_call, vmap
 
 from peft_lotra.kan import KAN
 
@@ -36,29 +36,6 @@ def test_compiled_forward_and_backward(family, training):
     for name, parameter in components(model):
         torch.testing.assert_close(parameter.grad, gradients[name])
     assert all(parameter.grad is None for name, parameter in model.named_parameters() if "lotra_" not in name)
-
-
-@both_kans
-def test_compiled_after_a_switch_a_merge_and_without_adapters(family):
-    model = adapt(base(family))
-    x = inputs()
-    compiled = in_one_graph(model)
-    y = model(x)
-    torch.testing.assert_close(compiled(x), y)
-    with model.disable_adapter():
-        torch.testing.assert_close(compiled(x), model(x))
-        assert not torch.allclose(compiled(x), y)
-    model.merge_adapter()
-    torch.testing.assert_close(compiled(x), y)
-
-
-@pytest.mark.slow
-@both_kans
-def test_compiled_by_inductor(family):
-    model = adapt(base(family))
-    x = inputs()
-    torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["rank_dropout", "module_dropout"])
@@ -105,17 +82,6 @@ def test_a_loss_on_derivatives_trains_the_adapter(family):
 
 
 @both_kans
-def test_vmap_over_rows(family):
-    model = adapt(base(family, torch.float64))
-    x = inputs(7, torch.float64)
-    rows = vmap(lambda row: model(row[None])[0])(x)
-    torch.testing.assert_close(rows, model(x))
-    jacobians = vmap(jacrev(lambda row: model(row[None])[0]))(x)
-    expected = torch.autograd.functional.jacobian(lambda x: model(x).sum(0), x).transpose(0, 1)
-    torch.testing.assert_close(jacobians, expected)
-
-
-@both_kans
 def test_hooks_of_the_base_layers_see_the_adapted_output(family):
     model = adapt(base(family, torch.float64)).eval()
     for layer in lotra_layers(model).values():
@@ -124,52 +90,9 @@ def test_hooks_of_the_base_layers_see_the_adapted_output(family):
     torch.testing.assert_close(vmap(lambda row: model(row[None])[0])(x), model(x))
 
 
-@both_kans
-def test_gradients_of_each_row(family):
-    model = adapt(base(family, torch.float64))
-    x = inputs(5, torch.float64)
-    values = {name: value.detach() for name, value in components(model)}
-
-    def loss(values, row):
-        return functional_call(model, values, (row[None],)).square().sum()
-
-    of_rows = vmap(grad(loss), in_dims=(None, 0))(values, x)
-    for position, row in enumerate(x):
-        model.zero_grad()
-        model(row[None]).square().sum().backward()
-        for name, parameter in components(model):
-            torch.testing.assert_close(of_rows[name][position], parameter.grad)
-
-
-@both_kans
-def test_an_ensemble_of_adapters(family):
-    """Several adapters' components, stacked, run in one call."""
-    model = adapt(base(family, torch.float64))
-    x = inputs(5, torch.float64)
-    stacked = {name: torch.stack([value.detach(), 2 * value.detach()]) for name, value in components(model)}
-    both = vmap(lambda values: functional_call(model, values, (x,)))(stacked)
-    for position in range(2):
-        values = {name: value[position] for name, value in stacked.items()}
-        torch.testing.assert_close(both[position], functional_call(model, values, (x,)))
-    assert not torch.allclose(both[0], both[1])
-
-
 def test_derivatives_in_forward_mode():
     model = adapt(KAN([3, 4, 2], dtype=torch.float64))
     x, direction = inputs(4, torch.float64), inputs(4, torch.float64)
     _, forward = torch.func.jvp(model, (x,), (direction,))
     _, backward = torch.autograd.functional.jvp(model, x, direction)
     torch.testing.assert_close(forward, backward)
-
-
-@both_kans
-def test_a_failed_call_leaves_the_model_as_it_was(family):
-    model = adapt(base(family))
-    before = copy.deepcopy(model.state_dict())
-    layers = lotra_layers(model)
-    parameters = {name: parameter for name, parameter in model.named_parameters()}
-    with pytest.raises((AssertionError, RuntimeError, ValueError)):
-        model(torch.randn(2, 5))
-    assert lotra_layers(model) == layers
-    for name, parameter in model.named_parameters():
-        assert parameter is parameters[name] and torch.equal(parameter, before[name])

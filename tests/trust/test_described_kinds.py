@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
-from helpers import adapt, inputs, relative
+from helpers import inputs, relative
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -27,8 +26,6 @@ from peft_lotra import (
     to_dense,
     update_spectrum,
 )
-from peft_lotra.families import registry
-from peft_lotra.families.slim import SlimLayer
 
 
 def powers(x, count):
@@ -63,32 +60,6 @@ class Blocks(nn.Module):
         return y + torch.einsum("bgi,goi->bgo", x, self.base.view(2, -1, self.base.shape[1])).flatten(1)
 
 
-class Chain(nn.Module):
-    """Three layers of different sizes in one module, as torchkan has them."""
-
-    def __init__(self, sizes=(3, 5, 4, 2)):
-        super().__init__()
-        pairs = list(zip(sizes, sizes[1:], [4, 5, 4], strict=False))
-        self.weights = nn.ParameterList(torch.randn(o, i, k) / i for i, o, k in pairs)
-        self.bases = nn.ParameterList(torch.randn(o, i) / i for i, o, k in pairs)
-
-    def forward(self, x):
-        for weight, base in zip(self.weights, self.bases, strict=True):
-            x = torch.tanh(torch.einsum("bik,oik->bo", powers(x, weight.shape[-1]), weight) + x @ base.T)
-        return x
-
-
-class Flat(nn.Module):
-    """One weight for each edge, and no basis."""
-
-    def __init__(self, i=8, o=9):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(i, o))
-
-    def forward(self, x):
-        return torch.tanh(x) @ self.weight
-
-
 LAYERS = {
     "parts": (
         Parts,
@@ -100,27 +71,18 @@ LAYERS = {
         {"coefficients": ("weight", "g o i k"), "residual": ("base", "(g o) i"), "groups": "g"},
         (6, 2, 4),
     ),
-    "chain": (
-        Chain,
-        {"coefficients": ("weights.*", "o i k"), "residual": ("bases.*", "o i"), "linear": False},
-        (11, 5, 5),
-    ),
-    "flat": (Flat, {"coefficients": ("weight", "i o")}, (9, 8, 1)),
 }
 
 
 @pytest.fixture(params=LAYERS)
 def case(request):
-    """A model with a layer of a registered family, inputs, and the canonical shape."""
+    """A model with a layer of a registered kind, inputs, and the canonical shape."""
     cls, description, shape = LAYERS[request.param]
-    before = dict(registry._SPECS)
     register_kan_layer(request.param, matches=cls, **description)
     torch.manual_seed(0)
     layer = cls()
-    x = inputs(9, in_features={Blocks: 4, Flat: 8}.get(cls, 3))
-    yield nn.Sequential(nn.Tanh(), layer, nn.Linear(layer(x).shape[-1], 2)), x, shape
-    registry._SPECS.clear()
-    registry._SPECS.update(before)
+    x = inputs(9, in_features={Blocks: 4}.get(cls, 3))
+    return nn.Sequential(nn.Tanh(), layer, nn.Linear(layer(x).shape[-1], 2)), x, shape
 
 
 def trained(model, x, steps=5, lr=0.03):
@@ -141,28 +103,16 @@ def test_from_the_start_to_the_merge(case, tmp_path):
     assert torch.equal(model(x), before)
     y = trained(model, x)(x).detach()
     assert relative(y, before) > 1e-3
-    with model.disable_adapter():
-        assert torch.equal(model(x), before)
     model.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path)(x), y)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(x), y)
+    model.add_adapter("b", LoTRAConfig(r=2, init_weights=False))
+    rows = model.eval()(x, adapter_names=["default", "b", "__base__"] * 3)
+    torch.testing.assert_close(rows[::3], y[::3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rows[2::3], before[2::3], rtol=1e-4, atol=1e-5)
     model.merge_adapter()
     assert relative(model(x), y) < 1e-5
     model.unmerge_adapter()
     assert all(torch.equal(p, q) for p, q in zip(fresh.parameters(), model.unload().parameters(), strict=True))
-
-
-def test_rows_of_different_adapters(case):
-    base, x, _ = case
-    model = adapt(base)
-    model.add_adapter("b", LoTRAConfig(r=2, init_weights=False))
-    model.eval()
-    names = ["default", "b", "__base__"] * 3
-    y = model(x, adapter_names=names)
-    for name in ("default", "b"):
-        model.set_adapter(name)
-        rows = [row for row, other in enumerate(names) if other == name]
-        torch.testing.assert_close(y[rows], model(x)[rows], rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_start_spectra_and_extraction(case):
@@ -187,7 +137,7 @@ def test_gradient_start_spectra_and_extraction(case):
 def test_slim(case):
     base, x, shape = case
     compressed = slim(base, ranks=(2, 2, 2))
-    assert isinstance(compressed[1], SlimLayer) and find_kan_layers(compressed)[0].shape == shape
+    assert find_kan_layers(compressed)[0].shape == shape
     dense = to_dense(compressed)
     assert type(dense[1]) is type(base[1]) and relative(dense(x), compressed(x)) < 1e-5
     assert {n: p.shape for n, p in dense.named_parameters()} == {n: p.shape for n, p in base.named_parameters()}

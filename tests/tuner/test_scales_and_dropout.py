@@ -1,0 +1,118 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Scales of adapters, and rank and module dropout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import adapt, base, inputs, lotra_layers, relative
+
+from peft_lotra import LoTRAConfig
+from peft_lotra.kan import KAN
+
+
+def layer_of(model):
+    (layer,) = lotra_layers(model).values()
+    return layer
+
+
+def update(model, x):
+    """What the active adapters change."""
+    with torch.no_grad(), model.disable_adapter():
+        before = model(x)
+    return model(x).detach() - before
+
+
+def test_set_scale():
+    model = adapt(base("own", torch.float64), alpha=2.0)
+    x = inputs(dtype=torch.float64)
+    layer, full = layer_of(model), update(model, x)
+    for scale in (0.5, 0.0, 1.0):  # of alpha, not of the last scale
+        layer.set_scale("default", scale)
+        torch.testing.assert_close(update(model, x), scale * full, rtol=0, atol=1e-12)
+    layer.set_scale("unknown", 7.0)
+    torch.testing.assert_close(update(model, x), full, rtol=0, atol=1e-12)
+    layer.set_scale("default", 0.25)
+    y = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), y, rtol=0, atol=1e-12)
+
+
+def test_scale_and_unscale_the_active_adapters():
+    model = adapt(base("own", torch.float64), alpha=2.0)
+    model.add_adapter("second", LoTRAConfig(r=2, init_weights=False))
+    x = inputs(dtype=torch.float64)
+    layer, first = layer_of(model), update(model, x)
+    model.set_adapter("second")
+    second = update(model, x)
+    model.set_adapter("default")
+
+    def is_now(expected):
+        torch.testing.assert_close(update(model, x), expected, rtol=0, atol=1e-12)
+
+    for call, factor in ((layer.scale_layer, 3.0), (layer.scale_layer, 0.5), (layer.unscale_layer, 0.5)):
+        call(factor)
+    is_now(3 * first)
+    layer.unscale_layer()
+    is_now(first)
+    layer.scale_layer(4.0)
+    model.set_adapter("second")
+    is_now(second)
+    model.set_adapter("default")
+    is_now(4 * first)
+
+
+@pytest.mark.parametrize("scale", [1e39, float("inf"), float("nan"), "x", None])
+def test_scales_that_the_layer_cannot_hold(scale):
+    model, x = adapt(base("own")), inputs()
+    layer, y = layer_of(model), model(x)
+    for call in (lambda: layer.set_scale("default", scale), lambda: layer.scale_layer(scale)):
+        with pytest.raises(ValueError, match="would be scaled by"):
+            call()
+    with pytest.raises(ValueError, match="would be scaled by"):
+        layer.unscale_layer(0)
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("family", ["own", "fast-kan", "inkan"])
+@pytest.mark.parametrize("name", ["rank_dropout", "module_dropout"])
+def test_no_dropout_in_evaluation_and_in_merging(family, name):
+    torch.manual_seed(3)
+    plain = adapt(base(family))
+    torch.manual_seed(3)
+    model, x = adapt(base(family), **{name: 0.5}), inputs()
+    y = model(x)
+    assert torch.equal(y, plain(x))
+    model.train().merge_adapter()
+    assert relative(model(x), y) <= 1e-6  # merged with all components, whatever the mode
+
+
+def draws(model, x, n):
+    with torch.no_grad():
+        return torch.stack([model.train()(x) for _ in range(n)])
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5])
+def test_rank_dropout_keeps_the_expected_update(p):
+    model = adapt(base("own"), r=(3, 2, 2), rank_dropout=p)
+    x = inputs(2)
+    change = update(model, x)
+    results = draws(model, x, 1500)
+    with model.disable_adapter():
+        mean = (results - model(x)).mean(0)
+    assert relative(mean, change) < 0.1
+    # each of the three components is there or is not
+    assert 2 < len(results.flatten(1).mul(1e4).round().unique(dim=0)) <= 2**3
+
+
+def test_module_dropout_skips_the_whole_adapter_of_each_layer():
+    model, x = adapt(base("own"), module_dropout=0.25), inputs(2)
+    full = model(x)
+    with model.disable_adapter():
+        bare = model(x)
+    results = draws(model, x, 400)
+    is_full, is_bare = (torch.isclose(results, y).flatten(1).all(1) for y in (full, bare))
+    assert (is_full ^ is_bare).all() and 0.68 < is_full.float().mean() < 0.82
+    both = adapt(KAN([3, 4, 2]), module_dropout=0.5)
+    assert len(draws(both, x, 60).flatten(1).mul(1e4).round().unique(dim=0)) == 4
