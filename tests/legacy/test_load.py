@@ -9,8 +9,10 @@ version of peft_lotra: outputs may differ by rounding.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
+import warnings
 from pathlib import Path
 
 import peft.auto
@@ -77,23 +79,38 @@ def test_merge_and_unload(name):
         assert_same_tensors(bare.state_dict(), saved_base(name, LEGACY).state_dict())
 
 
-def contract(folder: Path) -> dict:
-    """The configuration, without versions, paths, and the module that the class of the base is imported from."""
-    config = json.loads((folder / CONFIG).read_text())
-    del config["peft_version"], config["base_model_name_or_path"], config["auto_mapping"]["parent_library"]
-    assert config["integrity"].pop("config") and config.pop("base_digest")  # hashes of the other fields
-    for layer in config["base_layers"].values():
-        for what in ("grid", "parameters"):
-            layer.get(what, {}).pop("sketch", None)  # which older versions did not record
-    return config
+# what only files of older versions have, what only newer files have, and what says where and by whom it was saved
+OLDER, NEWER = {"integrity", "base_digest", "save_norm_stats"}, {"train", "weights_sha256"}
+PLACES = {"peft_version", "base_model_name_or_path", "auto_mapping"}
+
+
+def contract(config: dict) -> dict:
+    """The meaning of a configuration: without records of other versions, and with the kinds and shapes of layers."""
+    layers = config["base_layers"]
+    kinds = {n: {what: layers[n][what] for what in ("family", "shape", "has_residual")} for n in layers}
+    entries = {name: value for name, value in config.items() if name not in OLDER | NEWER | PLACES}
+    return {**entries, "base_layers": kinds}
 
 
 @every_case
 def test_saved_again(name, tmp_path):
     load(name).save_pretrained(tmp_path)
-    assert contract(tmp_path) == contract(LEGACY / name)
+    older, newer = (json.loads((folder / CONFIG).read_text()) for folder in (LEGACY / name, tmp_path))
+    assert contract(newer) == contract(older)
+    assert not OLDER & newer.keys() and newer.keys() - older.keys() <= NEWER and newer["train"] is None
+    classes = [config["auto_mapping"]["base_model_class"] for config in (newer, older)]
+    assert classes[0] == classes[1]
+    for layer in newer["base_layers"].values():
+        for what in ("grid", "parameters"):  # were hashes
+            assert len(layer[what]) == 9 and all(isinstance(value, float) for value in layer[what])
+    assert newer["weights_sha256"] == hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
     assert_same_tensors(load_file(tmp_path / WEIGHTS), load_file(LEGACY / name / WEIGHTS))
-    check(PeftModel.from_pretrained(saved_base(name, LEGACY), tmp_path).eval(), name, "adapted")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = PeftModel.from_pretrained(saved_base(name, LEGACY), tmp_path, check_base="error").eval()
+    check(again, name, "adapted")
+    again.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / CONFIG).read_text()) == newer
 
 
 def test_auto_model(monkeypatch):

@@ -300,7 +300,9 @@ def test_training_that_changes_what_members_share(wrong):
 
     def train(model, c):
         if wrong == "statistics":
-            model.train()(torch.rand(20, 1) + 5)
+            for module in model.modules():  # `model.train()` would not, since norms of a base are frozen
+                module.training = True
+            model(torch.rand(20, 1) + 5)
         else:
             model.requires_grad_(True)
             with torch.no_grad():
