@@ -259,7 +259,8 @@ def adapt(job: Job) -> Outcome:
 
         pattern = suggest_ranks(gradient_spectrum(base, None, step), budget=budget)
         ranks = " ".join(str(r).replace(" ", "") for r in pattern.values())
-        config = LoTRAConfig(rank_pattern=pattern, init_weights="gradient" if setting["start"] == "gradient" else True)
+        start = "gradient" if setting["start"] == "gradient" else True
+        config = LoTRAConfig(r=4, rank_pattern=pattern, init_weights=start)
         if setting["start"] == "gradient":
             preprocess_lotra(base, config, step)
         model = get_peft_model(base, config)

@@ -107,7 +107,7 @@ def scratch(base: KAN, setting: Setting, seed: int) -> nn.Module:
 
 
 def large_config(setting: Setting) -> LoTRAConfig:
-    return LoTRAConfig(rank_pattern={f"layers.{i}": ranks for i, ranks in enumerate(setting.large)})
+    return LoTRAConfig(r=4, rank_pattern={f"layers.{i}": ranks for i, ranks in enumerate(setting.large)})
 
 
 def lotra(base: KAN, setting: Setting, seed: int) -> nn.Module:
