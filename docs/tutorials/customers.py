@@ -97,7 +97,7 @@ print(right.view(5, 500).double().mean(1))
 # %% [markdown]
 # ## Push
 #
-# One commit has all adapters, each in a folder of its name, and a model card. `base_code` says how to make the base,
+# One push has all adapters, each in a folder of its name, and a model card. `base_code` says how to make the base,
 # and stands in the card. The weights of the base go beside them as a file.
 
 # %%

@@ -57,7 +57,7 @@ print(kan.push_to_hub("user/kan").commit_url)
 # %% [markdown]
 # ## The adapter
 #
-# Adapter and model card go up in one commit. Metrics that you give stand in the card.
+# Adapter and model card go up together. Metrics that you give stand in the card.
 
 # %%
 model = get_peft_model(KANModel.from_pretrained("user/kan"), LoTRAConfig(r=4))
