@@ -10,14 +10,14 @@ from typing import Any, Literal
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ..families.slim import SlimLayer
 from ..kan.slim_kan import SlimKANLinear
 from ..modules.calls import freeze_norms, is_compiled, modules_of, read_at_rest, set_mode
 from . import base_record
-from .config import ALL_KAN, LoTRAConfig
+from .config import ALL_KAN, LoTRAConfig, pattern_key
 from .guards import base_layers_in_place, guard_network, release_networks
 from .initialization import GRADIENTS
 from .layer import LoTRALayer, lotra_layers
@@ -129,6 +129,10 @@ class LoTRAModel(BaseTuner):
         if recorded is not None:
             peft_config.renamed = dict(zip(recorded, targets, strict=True))
             merged = {name: layer.parameters_before_merge() for name, layer in lotra_layers(model)}
+            for old, new in peft_config.renamed.items():
+                for pattern in (peft_config.rank_pattern, peft_config.alpha_pattern):
+                    if old != new and (key := get_pattern_key(list(pattern), old)) in pattern:
+                        pattern[pattern_key(new)] = pattern.pop(key) if key == pattern_key(old) else pattern[key]
             by_name = {peft_config.renamed[name]: record for name, record in recorded.items()}
             base_record.check_base(by_name, targets, merged, peft_config.check_base, reshaped)
         if source is not None:

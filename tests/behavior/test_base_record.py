@@ -48,10 +48,16 @@ def test_another_architecture(folder, base):
 
 def test_a_renamed_parent(folder):
     """Recorded layers that are absent are paired in order with those of the same kind and shape."""
-    y = PeftModel.from_pretrained(net(), folder).base_model.model.kan(X)
-    with pytest.warns(UserWarning, match="other names"):
-        model = PeftModel.from_pretrained(torch.nn.Sequential(net().kan), folder)
-    assert torch.equal(model(X), y)
+    ranks = {"kan.layers.0": (1, 2, 3)}
+    for number, config in enumerate(({}, {"rank_pattern": ranks}, {"r": None})):
+        saved = folder / str(number)
+        adapted(**config).save_pretrained(saved)
+        y = PeftModel.from_pretrained(net(), saved).base_model.model.kan(X)
+        with pytest.warns(UserWarning, match="other names"):
+            model = PeftModel.from_pretrained(torch.nn.Sequential(net().kan), saved)
+        assert torch.equal(model(X), y)
+        model.save_pretrained(saved / "again")
+        assert torch.equal(PeftModel.from_pretrained(torch.nn.Sequential(net().kan), saved / "again")(X), y)
 
 
 def loaded_silently(base, folder, check_base):
