@@ -89,6 +89,7 @@ def left_out(model: nn.Module, found_names: Collection[str]) -> list[str]:
         if id(module) not in known
         and not isinstance(module, (*OTHERS, torch.jit.ScriptModule))
         and type(module).__module__.partition(".")[0] not in _LIBRARIES
+        and type(module).__name__ != "Symbolic_KANLayer"  # pykan's formulas beside each layer
         and any(
             value is not None and (key in names or (value.dim() > 2 and len(value) > 1))
             for key, value in module._parameters.items()

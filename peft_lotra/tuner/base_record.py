@@ -32,7 +32,11 @@ def record_layer(layer: LoTRALayer) -> dict[str, Any]:
         "has_residual": tensor.has_residual,
         **describe(spec, base_layer),
     }
-    return {**known, **_sketches(Target(base_layer, spec, tensor), layer.parameters_before_merge())}
+    before_merge = layer.parameters_before_merge()
+    sketches = _sketches(Target(base_layer, spec, tensor), before_merge)
+    if layer.merged and not before_merge and base_layer is layer.get_base_layer():
+        sketches.pop("parameters", None)  # `keep_base=False`: those of the base are lost
+    return {**known, **sketches}
 
 
 def _sketches(target: Target, before_merge: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:

@@ -211,7 +211,9 @@ class LoTRAConfig(PeftConfig):
         self._check_values()
         self.r = None if self.r is None else check_ranks(self.r)
         self.rank_pattern = {key: check_ranks(r, "rank_pattern") for key, r in (self.rank_pattern or {}).items()}
-        self.alpha_pattern = self.alpha_pattern or {}
+        for name in ("alpha", "rank_dropout", "module_dropout"):
+            setattr(self, name, float(getattr(self, name)))  # numpy's have no JSON
+        self.alpha_pattern = {key: float(alpha) for key, alpha in (self.alpha_pattern or {}).items()}
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))

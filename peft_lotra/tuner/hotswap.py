@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -15,12 +15,10 @@ from torch.nn.functional import pad
 
 from ..modules.calls import unwrap
 from ..modules.checks import check_path
-from . import base_record
-from .config import LoTRAConfig, Source, pattern_key
+from .config import LoTRAConfig, pattern_key
 from .layer import LoTRALayer, lotra_layers
-from .model import LoTRAModel
-from .saving import check_tensors, read_tensors
-from .targets import Target
+from .model import LoTRAModel, read_checked
+from .targets import find_targets
 
 
 @torch.inference_mode(False)  # or the new parameters could not be trained, and compiled code would be compiled anew
@@ -37,7 +35,8 @@ def hotswap_adapter(
     All tensors are read and checked first, and exchanged at once: another thread's forward pass gives the answer of
     the old adapter or of the new one. A compiled model is not compiled again where ranks stay the same. (PEFT's own
     `hotswap_adapter` takes LoRA only.) The scale that `set_scale` set and the dropouts are kept; where the new adapter
-    has another alpha, its core is multiplied by the ratio.
+    has another alpha, its core is multiplied by the ratio. The components are new parameters: an optimizer has to be
+    built anew.
 
     Args:
         model ([`PeftModel`]): The model with the loaded adapter, compiled or not.
@@ -61,13 +60,15 @@ def hotswap_adapter(
         ...     other.save_pretrained(folder)
         ...     hotswap_adapter(model, folder)
     """
-    model = getattr(model, "_orig_mod", model)
+    model = model if isinstance(model, PeftModel) else getattr(model, "_orig_mod", model)
     check_path(model_name_or_path, "model_name_or_path")
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, LoTRAModel):
         raise ValueError(f"`model` is a {type(model).__name__}, but must be a PeftModel with a LoTRA adapter.")
     tuner = model.base_model
     if adapter_name not in tuner.peft_config:
         raise ValueError(f"There is no adapter {adapter_name!r} to replace, the model has {list(tuner.peft_config)}.")
+    if target_rank is not None and (not isinstance(target_rank, int) or target_rank < 1):
+        raise ValueError(f"`target_rank` must be a positive int, got {target_rank!r:.100}.")
     old = tuner.peft_config[adapter_name]
     new = LoTRAConfig.from_pretrained(str(model_name_or_path), **kwargs)
     if not isinstance(new, LoTRAConfig):
@@ -76,16 +77,13 @@ def hotswap_adapter(
     layers = dict(lotra_layers(unwrap(model), adapter_name))
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"The adapter {adapter_name!r} is merged: call `model.unmerge_adapter()` first.")
-    if set(new.base_layers or {}) != set(layers) or new.modules_to_save != old.modules_to_save:
+    targets = find_targets(new, unwrap(model)) if new.base_layers else {}
+    if set(targets) != set(layers) or set(new.modules_to_save or ()) != set(old.modules_to_save or ()):
         raise ValueError(
-            f"The new adapter has the layers {list(new.base_layers or {})} and saves {new.modules_to_save}, the other "
+            f"The new adapter has the layers {list(targets)} and saves {new.modules_to_save}, the other "
             f"{list(layers)} and {old.modules_to_save}. Load it beside the other: `model.load_adapter(...)`."
         )
-    targets = {name: Target(*layer.base_before_merge()) for name, layer in layers.items()}
-    merged = {name: layer.parameters_before_merge() for name, layer in layers.items()}
-    base_record.check_base(new.base_layers or {}, targets, merged, new.check_base)
-    tensors = read_tensors(cast(Source, new.source), new.weights_sha256)
-    check_tensors(tensors, new, unwrap(model), targets)
+    tensors = read_checked(new, unwrap(model), targets)
     swapped = {
         name: _components(tensors, name, layer, adapter_name, new, target_rank) for name, layer in layers.items()
     }

@@ -103,6 +103,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: LoTRAConfig, is_loaded: bool = False) -> None:
         """Adds an adapter; the values of one that `is_loaded` come from a file."""
+        if not self.lotra_r and not same_grid(self.lotra_grid, self.copy_grid()):  # moved while there was no adapter
+            self.grid_is_new()
         shapes = config.component_shapes(self.lotra_name, self.lotra_tensor)
         _, alpha = config.ranks_and_alpha(self.lotra_name, self.lotra_tensor.shape)
         values = (shapes["core"], alpha, alpha, config.rank_dropout, config.module_dropout)
@@ -282,6 +284,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     # --- the grid ---
 
+    def grid_is_new(self) -> None:
+        """Takes the present grid for that of the adapters; on it, the layer may have another formula."""
+        self.lotra_grid, self._grid_state, self._formulas = self.copy_grid(), None, {}
+
     def copy_grid(self) -> Grid:
         grid = self.lotra_spec.read_grid(self.get_base_layer())
         return {name: v.detach().clone() if isinstance(v, torch.Tensor) else v for name, v in grid.items()}
@@ -291,7 +297,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         grid = self.lotra_spec.read_grid(self.get_base_layer())
         # comparing contents would wait for an accelerator
         state = tuple(
-            (id(v), v._version)
+            (id(v), v._version, v.data_ptr())
             for v in grid.values()
             if isinstance(v, torch.Tensor) and v.device.type != "cpu" and not v.is_inference()
         )

@@ -34,7 +34,15 @@ from .saving import (
     select_to_save,
 )
 from .slim import SlimLoTRALayer, check_slim_merge
-from .targets import Target, check_targets, exact_targets, find_targets, locate_target, warn_of_large_adapters
+from .targets import (
+    Target,
+    bare_name,
+    check_targets,
+    exact_targets,
+    find_targets,
+    locate_target,
+    warn_of_large_adapters,
+)
 from .weighted import add_weighted_adapter, check_known
 
 
@@ -107,7 +115,7 @@ class LoTRAModel(BaseTuner):
         for target in self._targets.values():
             GRADIENTS.pop(target.layer, None)
         for module in modules_of(model):
-            if isinstance(module, AuxiliaryTrainingWrapper) and not module._forward_pre_hooks:
+            if isinstance(module, AuxiliaryTrainingWrapper) and pass_names not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(pass_names, with_kwargs=True)
         self._targets, self._parents = {}, {}
         freeze_norms(model)
@@ -124,22 +132,10 @@ class LoTRAModel(BaseTuner):
         with read_at_rest(model):
             self._targets = targets = find_targets(peft_config, model)
             check_targets(peft_config, model, targets)
-        source, recorded = peft_config.source, peft_config.base_layers
-        reshaped = source is not None and source.ignore_mismatched_sizes
-        if recorded is not None:
-            peft_config.renamed = dict(zip(recorded, targets, strict=True))
-            merged = {name: layer.parameters_before_merge() for name, layer in lotra_layers(model)}
-            for old, new in peft_config.renamed.items():
-                for pattern in (peft_config.rank_pattern, peft_config.alpha_pattern):
-                    if old != new and (key := get_pattern_key(list(pattern), old)) in pattern:
-                        pattern[pattern_key(new)] = pattern.pop(key) if key == pattern_key(old) else pattern[key]
-            by_name = {peft_config.renamed[name]: record for name, record in recorded.items()}
-            base_record.check_base(by_name, targets, merged, peft_config.check_base, reshaped)
-        if source is not None:
-            tensors = read_tensors(source, peft_config.weights_sha256)
-            check_tensors(_renamed(tensors, peft_config.renamed), peft_config, model, targets, reshaped)
-        else:
+        recorded = peft_config.base_layers
+        if recorded is None and peft_config.source is None:
             warn_of_large_adapters(peft_config, targets)
+        read_checked(peft_config, model, targets)
         if recorded is not None or peft_config.targets_all_kan:
             peft_config.target_modules = exact_targets(targets, model)
         peft_config.source, self._parents = None, _parents(model)
@@ -188,7 +184,7 @@ class LoTRAModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         is_peft_model = hasattr(model, "get_base_model")
         base = model.get_base_model() if is_peft_model else model
-        layers = {_bare_name(name): layer for name, layer in lotra_layers(base, adapter_name)}
+        layers = {bare_name(name): layer for name, layer in lotra_layers(base, adapter_name)}
         saves = is_saving()
         is_empty = saves and not layers and config.target_modules != DUMMY_TARGET_MODULES
         tensors = select_to_save(adapter_name, state_dict, saves, is_empty)
@@ -355,18 +351,30 @@ def _check_adapter_name(name: Any) -> None:
         )
 
 
-def _bare_name(name: str) -> str:
-    """The name of a layer without what torch.compile and FSDP put into it."""
-    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
+def read_checked(config: LoTRAConfig, model: nn.Module, targets: dict[str, Target]) -> dict[str, torch.Tensor]:
+    """Compares an adapter from a file with a model; returns its tensors by the names there, none without a file."""
+    source, recorded = config.source, config.base_layers or {}
+    is_reshaped = source is not None and source.ignore_mismatched_sizes
+    if recorded:
+        config.renamed = dict(zip(recorded, targets, strict=True))
+        for old, new in config.renamed.items():
+            for pattern in (config.rank_pattern, config.alpha_pattern):
+                if old != new and (key := get_pattern_key(list(pattern), old)) in pattern:
+                    pattern[pattern_key(new)] = pattern.pop(key) if key == pattern_key(old) else pattern[key]
+        merged = {name: layer.parameters_before_merge() for name, layer in lotra_layers(model)}
+        by_name = {config.renamed[name]: record for name, record in recorded.items()}
+        base_record.check_base(by_name, targets, merged, config.check_base, is_reshaped)
+    if source is None:
+        return {}
+    tensors = _renamed(read_tensors(source, config.weights_sha256), config.renamed)
+    check_tensors(tensors, config, model, targets, is_reshaped)
+    return tensors
 
 
 def _renamed(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
     """The tensors of a file with the names that its layers have in this model."""
-    if all(old == new for old, new in names.items()):
-        return tensors
     renamed = {}
     for key, tensor in tensors.items():
-        layer, _, component = key.removeprefix("base_model.model.").rpartition(".")
-        prefix = key[: len(key) - len(layer) - len(component) - 1]
-        renamed[f"{prefix}{names[layer]}.{component}" if layer in names else key] = tensor
+        layer, _, component = bare_name(key.removeprefix("base_model.model.")).rpartition(".")
+        renamed[f"base_model.model.{names[layer]}.{component}" if layer in names else key] = tensor
     return renamed

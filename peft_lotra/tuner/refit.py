@@ -99,7 +99,7 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
             return
         for adapter in layer.lotra_r:
             report.errors[name, adapter], report.projection_errors[name, adapter] = _refit(name, layer, adapter, x)
-        layer.lotra_grid = layer.copy_grid()
+        layer.grid_is_new()
 
     with _unchanged_on_error(layers), modes_kept(model), torch.no_grad():
         model.eval()

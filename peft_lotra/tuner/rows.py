@@ -54,7 +54,8 @@ def pass_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
     """A forward pre-hook of PEFT's `modules_to_save` wrappers, which take the names of the rows as an argument."""
     found = current_pass()
     if found is not None and found.names is not None:
-        kwargs = {**kwargs, "adapter_names": list(found.names)}
+        own: Any = module.modules_to_save  # an adapter without a copy has the base's module
+        kwargs = {**kwargs, "adapter_names": [name if name in own else "__base__" for name in found.names]}
     return args, kwargs
 
 

@@ -116,17 +116,20 @@ def _has_index(config: LoTRAConfig, name: str) -> bool:
 def _find_recorded(recorded: Mapping[str, Mapping[str, Any]], model: nn.Module) -> dict[str, Target]:
     """The layers that a file names, by the names that they have in this model.
 
-    Names that are absent, as after a parent was renamed, are paired in order with layers of the same kind and shape.
+    Names that are absent, as after a parent was renamed, are paired with layers of the same kind and shape: with those
+    whose names end alike, or in order.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found = {n: locate_target(n, modules[n], record) for n, record in recorded.items() if n in modules}
-    absent = [name for name in recorded if name not in modules]
+    absent = sorted((name for name in recorded if name not in modules), key=_in_order)
     others = walk_kan_layers(model) if absent else ()
     free = [(name, spec, spec.locate(layer)) for name, layer, spec in others if name not in recorded]
     pairs = {}
     for name in absent:
         kind = recorded[name].get("family"), tuple(recorded[name].get("shape", ()))
-        match = next((it for it in free if (it[1].family, tuple(it[2].shape)) == kind), None)
+        alike = [it for it in free if (it[1].family, tuple(it[2].shape)) == kind]
+        match = next((it for it in alike if f".{it[0]}".endswith(f".{name}") or name.endswith(f".{it[0]}")), None)
+        match = match or next(iter(alike), None)
         if match is None:
             raise ValueError(
                 f"The adapter is for another model: it was saved with a {kind[0]} layer {kind[1]} at `{name}`, and "
@@ -134,10 +137,19 @@ def _find_recorded(recorded: Mapping[str, Mapping[str, Any]], model: nn.Module) 
             )
         free.remove(match)
         pairs[name] = match[0]
-    if pairs:
-        renamed = ", ".join(f"`{old}` as `{new}`" for old, new in pairs.items())
+    if renamed := ", ".join(f"`{old}` as `{new}`" for old, new in pairs.items() if bare_name(new) != old):
         warnings.warn(f"Layers of the adapter have other names in this model: it takes {renamed}.", stacklevel=2)
     return {pairs.get(n, n): found[n] if n in found else locate_target(n, modules[pairs[n]]) for n in recorded}
+
+
+def _in_order(name: str) -> list[str | int]:
+    """A key that sorts `layers.2` before `layers.10`: the entries of a file are sorted as strings."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def bare_name(name: str) -> str:
+    """The name of a layer without what torch.compile and FSDP put into it."""
+    return name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
 
 
 def locate_target(name: str, module: nn.Module, record: Mapping[str, Any] | None = None) -> Target:

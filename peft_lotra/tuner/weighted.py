@@ -110,7 +110,11 @@ def add_weighted_adapter(
         train=trained[0] if all(names == trained[0] for names in trained) else None,
         base_layers=None,
     )
-    model.inject_adapter(model.model, adapter_name)
+    try:
+        model.inject_adapter(model.model, adapter_name)
+    except Exception:
+        del configs[adapter_name]
+        raise
     errors = {}
     with torch.no_grad():
         for name, total in components.items():

@@ -3,6 +3,7 @@
 
 """An adapter is loaded into the base that it was made for."""
 
+import copy
 import warnings
 
 import pytest
@@ -60,10 +61,39 @@ def test_a_renamed_parent(folder):
         assert torch.equal(PeftModel.from_pretrained(torch.nn.Sequential(net().kan), saved / "again")(X), y)
 
 
-def loaded_silently(base, folder, check_base):
+@pytest.mark.parametrize("other", [torch.nn.DataParallel, torch.nn.Sequential, torch.nn.ModuleList])
+def test_a_renamed_parent_of_many_layers(tmp_path, other):
+    """A file has `10.layers.0` before `2.layers.0`."""
+    base = torch.nn.Sequential(*[KAN([4, 4]) for _ in range(12)])
+    adapted(copy.deepcopy(base)).save_pretrained(tmp_path)
+    before = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    changed = torch.nn.Module()
+    changed.net = other(base)
+    with pytest.warns(UserWarning, match="other names"):
+        after = PeftModel.from_pretrained(changed if other is torch.nn.ModuleList else changed.net, tmp_path)
+    pairs = list(zip(layers(before).values(), layers(after).values(), strict=True))
+    assert len(pairs) == 12 and all(same(state(old), state(new)) for old, new in pairs)
+
+
+def test_a_compiled_base(tmp_path):
+    """The names of a file are those of the base itself."""
+    base = KAN([3, 4])
+    adapted(torch.compile(copy.deepcopy(base))).save_pretrained(tmp_path)
+    for loaded in (copy.deepcopy(base), torch.compile(copy.deepcopy(base))):
+        assert loaded_silently(loaded, tmp_path, "error", 1)
+
+
+def test_a_base_that_a_merge_has_not_kept(tmp_path):
+    model, base = adapted(), net()
+    model.merge_adapter(keep_base=False)
+    model.save_pretrained(tmp_path)
+    assert loaded_silently(base, tmp_path, "error")
+
+
+def loaded_silently(base, folder, check_base, number=2):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return len(layers(PeftModel.from_pretrained(base, folder, check_base=check_base))) == 2
+        return len(layers(PeftModel.from_pretrained(base, folder, check_base=check_base))) == number
 
 
 def test_another_grid(folder):

@@ -3,6 +3,7 @@
 
 """What a LoTRAConfig says, and where it goes."""
 
+import numpy as np
 import pytest
 import torch
 from behaving import X, adapted, layers, net
@@ -32,6 +33,13 @@ def test_alpha():
         dense = torch.einsum("abc,oa,ib,kc->oik", *first.get_components("default"))
         torch.testing.assert_close(first.get_delta_weight("default"), alpha * dense)
         assert second.lotra_alpha["default"] == 3
+
+
+def test_numbers_of_numpy(tmp_path):
+    config = {"alpha": np.float32(2), "alpha_pattern": {"layers.1": np.float64(3)}, "rank_dropout": np.float32(0.5)}
+    adapted(**config).save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert (loaded.alpha, loaded.alpha_pattern, loaded.rank_dropout) == (2, {"layers.1": 3}, 0.5)
 
 
 NAMES = [("all-kan", "01"), (["0", "1"], "01"), (["layers.0"], "0"), (r".*layers\.1", "1"), (None, "01")]

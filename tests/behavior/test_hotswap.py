@@ -6,8 +6,10 @@
 import pytest
 import torch
 from behaving import X, adapted, add, apart, net, same, state
+from peft import PeftModel
 
 from peft_lotra import hotswap_adapter
+from peft_lotra.kan import KAN
 
 
 def test_the_weights_are_replaced(tmp_path):
@@ -24,6 +26,32 @@ def test_lower_ranks_are_filled_up(tmp_path):
     hotswap_adapter(model, tmp_path, target_rank=3)
     assert apart(model(X), other(X)) < 1e-6
     assert model.base_model.model.kan.layers[0].lotra_r["default"] == (3, 3, 3)
+
+
+def test_layers_that_were_renamed(tmp_path):
+    """A file fits the model that it was loaded into under other names, in whatever order."""
+    adapted(r=2, modules_to_save=["head", "norm"], base=headed("kan")).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="other names"):
+        model = PeftModel.from_pretrained(headed("backbone"), tmp_path)
+    model.peft_config["default"].modules_to_save = ["norm", "head"]
+    before = state(model)
+    with pytest.warns(UserWarning, match="other names"):
+        hotswap_adapter(model, tmp_path)
+    assert same(state(model), before)
+
+
+def headed(name):
+    model = torch.nn.Module()
+    model.add_module(name, KAN([3, 4]))
+    model.head, model.norm = torch.nn.Linear(4, 2), torch.nn.BatchNorm1d(2)
+    return model
+
+
+@pytest.mark.parametrize("target_rank", [0, -1, "4", (4, 4, 4)])
+def test_a_wrong_target_rank(tmp_path, target_rank):
+    adapted().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="positive int"):
+        hotswap_adapter(adapted(), tmp_path, target_rank=target_rank)
 
 
 def test_one_of_several_and_another_alpha(tmp_path):
@@ -51,3 +79,12 @@ def test_what_is_refused(tmp_path, config, word):
     with pytest.raises(ValueError, match=word):
         hotswap_adapter(model, tmp_path, "nobody" if word == "nobody" else "default")
     assert same(state(model), before) and torch.equal(model(X), y)
+
+
+def test_a_compiled_base(tmp_path):
+    model = adapted(torch.compile(net()))
+    y = model(X)
+    model.save_pretrained(tmp_path)
+    other = adapted(torch.compile(net()))
+    hotswap_adapter(other, tmp_path)
+    assert torch.equal(other(X), y)

@@ -45,3 +45,17 @@ def test_what_is_refused(names, word):
     with pytest.raises(ValueError, match=word):
         model(X, adapter_names=names)
     assert torch.equal(model(X), y)
+
+
+def test_an_adapter_without_a_head_of_its_own():
+    model = adapted(modules_to_save=["head"])
+    model.base_model.model.head.register_forward_pre_hook(lambda module, args: None)  # a user's
+    add(model, "other")
+    with torch.no_grad():
+        model.base_model.model.head.modules_to_save["default"].weight.mul_(2)
+    names = ["default", "other"] * 4
+    mixed = model(X, adapter_names=names)
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        rows = [row for row, other in enumerate(names) if other == name]
+        assert apart(mixed[rows], model(X)[rows]) < 1e-5

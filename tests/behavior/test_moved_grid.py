@@ -3,9 +3,11 @@
 
 """A grid that moves under an adapter is noticed."""
 
+import copy
+
 import pytest
 import torch
-from behaving import KINDS, X, adapted, apart, layers, net, same, state
+from behaving import KINDS, X, adapted, add, apart, layers, net, same, state
 
 from peft_lotra import refit_adapters
 
@@ -47,3 +49,27 @@ def test_refit_carries_over(kind):
     assert apart(model(x), y) < 0.1 and not same(state(model), before)
     after = state(model)
     assert not refit_adapters(model, x).errors and same(state(model), after)
+
+
+def test_refit_forgets_the_formula_of_the_former_grid():
+    """The spline of a layer with uniform knots is computed by a formula, which others do not have."""
+    x = torch.rand(300, 3) * 1.8 - 0.9
+    model = adapted(KINDS["efficient-kan"]())
+    model.train()
+    model(x)
+    refit_adapters(model, x, move=lambda base: base.kan.update_grid(x))
+    merged = copy.deepcopy(model)
+    merged.merge_adapter()
+    assert apart(merged(x), model.train()(x)) < 1e-5
+
+
+def test_a_grid_that_moves_while_there_is_no_adapter():
+    model = adapted(KINDS["efficient-kan"]())
+    (layer,) = layers(model).values()
+    model.delete_adapter("default")
+    layer.base_layer.update_grid(X)
+    add(model, "new")
+    model.set_adapter("new")
+    y = model(X)
+    model.merge_adapter()
+    assert apart(model(X), y) < 1e-5

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -304,3 +305,10 @@ def test_sizes_of_numpy_in_our_own_layers(tmp_path):
     other.load_state_dict(state)
     x = torch.rand(5, 3)
     assert torch.equal(PeftModel.from_pretrained(other, tmp_path)(x), model(x))
+
+
+def test_no_layer_of_pykan_is_called_unknown():
+    pykan = pytest.importorskip("kan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(pykan.KAN(width=[3, 4, 2], auto_save=False), LoTRAConfig())

@@ -99,3 +99,11 @@ def test_scales(model):
     assert layer.lotra_scaling["default"] == 1
     layer.unscale_layer()
     assert layer.lotra_scaling["default"] == 2 and torch.equal(layer(x) - base(x), update)
+
+
+@pytest.mark.parametrize("name", ["a.b", "__base__"])
+def test_a_sum_without_a_possible_name(model, name):
+    before = list(model.peft_config)
+    with pytest.raises((ValueError, KeyError), match=name):
+        model.base_model.add_weighted_adapter(["default"], [1.0], name)
+    assert list(model.peft_config) == before
