@@ -414,9 +414,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             RuntimeError: The grid is not the one that the adapters were made on.
         """
         names = self._here(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
-        if names:
-            self.check_grid()
-        self.check_finite(names if safe_merge else ())
+        self.check_merge(names, safe_merge)
         self._merge(names)
 
     def _merge(self, names: list[str]) -> None:
@@ -427,20 +425,17 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 self._add([self.update_of(name) for name in names])
                 self.merged_adapters = [*self.merged_adapters, *names]
 
+    @torch.no_grad()
     def check_merge(self, adapter_names: Iterable[str], safe_merge: bool = False) -> None:
         """Raises what `merge` would raise, and a ValueError for parameters that are computed from others."""
-        if names := self._here(adapter_names):  # a grid may move once all is merged
-            self.check_grid()
-            base_layer = self.get_base_layer()
-            for parameter in self.lotra_tensor.parameters if "core" not in base_layer._parameters else ():
-                check_stored(self.lotra_name, base_layer, parameter)
-            self.check_finite(names if safe_merge else ())
-
-    @torch.no_grad()
-    def check_finite(self, adapter_names: Iterable[str]) -> None:
-        """Raises a ValueError that names the first of the adapters whose sum with the base is not finite."""
+        names, base_layer = self._here(adapter_names), self.get_base_layer()
+        if not names:  # a grid may move once all is merged
+            return
+        self.check_grid()
+        for parameter in self.lotra_tensor.parameters if "core" not in base_layer._parameters else ():
+            check_stored(self.lotra_name, base_layer, parameter)
         updates: list[Update] = []
-        for name in adapter_names:
+        for name in names if safe_merge else ():
             updates.append(self.update_of(name))
             values = (updates[-1].dense(), *self._parameters_with(updates).values())  # a Slim layer has components
             if not all(value.isfinite().all() for value in values):

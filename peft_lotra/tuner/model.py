@@ -313,17 +313,14 @@ class LoTRAModel(BaseTuner):
         layers = [layer for _, layer in lotra_layers(self.model)]
         if not merge and any(layer.merged for layer in layers):
             self.unmerge_adapter()
-        former: dict[LoTRALayer, Any] = {
-            layer: layer.base_before_merge()[0] for layer in layers if isinstance(layer, SlimLoTRALayer)
-        }
+        slims = [(layer, layer.base_before_merge()[0]) for layer in layers if isinstance(layer, SlimLoTRALayer)]
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         release_networks(model)
         for parameter, flag in self._requires_grad_of_base:
             parameter.requires_grad_(flag)
-        for layer, slim in former.items():
-            if layer.base_layer is not slim:
-                for name, parameter in slim.to_dense().named_parameters():  # as trainable as the Slim layer was
-                    layer.get_base_layer().get_parameter(name).requires_grad_(parameter.requires_grad)
+        for layer, slim in slims:  # a dense layer in its place is as trainable
+            for parameter in layer.base_layer.parameters() if layer.base_layer is not slim else ():
+                parameter.requires_grad_(any(it.requires_grad for it in slim.parameters()))
         return model
 
     add_weighted_adapter = add_weighted_adapter
