@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.functional import pad
 
+from ..families.registry import PREFIX, short_name
 from ..modules.calls import unwrap
 from ..modules.checks import check_path
 from .config import LoTRAConfig, pattern_key
@@ -97,8 +98,8 @@ def hotswap_adapter(
             layer._modules[component][adapter_name] = nn.Parameter(part, requires_grad=former.requires_grad)
         layer.lotra_r[adapter_name] = tuple(swapped[name][0].shape)
     for key, value in saved.items():
-        place, _, leaf = key.removeprefix("base_model.model.").rpartition(".")
-        own = model.state_dict(keep_vars=True)[f"base_model.model.{place}.modules_to_save.{adapter_name}.{leaf}"]
+        place, _, leaf = short_name(key).rpartition(".")
+        own = model.state_dict(keep_vars=True)[f"{PREFIX}{place}.modules_to_save.{adapter_name}.{leaf}"]
         own.data.copy_(value)
     tuner.replaced = {}
     if target_rank is not None:  # or a file that is saved later would have other ranks than its tensors
@@ -116,9 +117,7 @@ def _components(
 ) -> list[torch.Tensor]:
     """The new components of a layer, filled up to the ranks there, in their dtype and on their device."""
     present = layer.get_components(adapter)
-    parts = [
-        tensors[f"base_model.model.{name}.{component}"].to(present.core) for component in layer.adapter_layer_names
-    ]
+    parts = [tensors[f"{PREFIX}{name}.{component}"].to(present.core) for component in layer.adapter_layer_names]
     ranks, sizes = parts[0].shape, [list(map(len, it[1:])) for it in (parts, present)]
     wanted = tuple(present.core.shape)
     if target_rank is not None:

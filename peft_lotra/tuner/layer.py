@@ -103,8 +103,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: LoTRAConfig, is_loaded: bool = False) -> None:
         """Adds an adapter; the values of one that `is_loaded` come from a file."""
-        if not self.lotra_r and not same_grid(self.lotra_grid, self.copy_grid()):  # moved while there was no adapter
-            self.grid_is_new()
         shapes = config.component_shapes(self.lotra_name, self.lotra_tensor)
         _, alpha = config.ranks_and_alpha(self.lotra_name, self.lotra_tensor.shape)
         values = (shapes["core"], alpha, alpha, config.rank_dropout, config.module_dropout)

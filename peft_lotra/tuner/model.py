@@ -13,6 +13,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
+from ..families.registry import PREFIX, short_name
 from ..families.slim import SlimLayer
 from ..kan.slim_kan import SlimKANLinear
 from ..modules.calls import freeze_norms, is_compiled, modules_of, read_at_rest, set_mode
@@ -99,7 +100,7 @@ class LoTRAModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         _check_adapter_name(adapter_name)
         for name, key, _ in saved_tensors(self.peft_config[adapter_name], model, ()):
-            if adapter_name in f"base_model.model.{name}.{key}".split("."):
+            if adapter_name in f"{PREFIX}{name}.{key}".split("."):
                 raise ValueError(
                     f"An adapter that saves `{name}.{key}` cannot be called {adapter_name!r}: PEFT takes the names of "
                     "adapters out of those of tensors. Choose another name."
@@ -155,6 +156,8 @@ class LoTRAModel(BaseTuner):
             self._replace_module(parent, target_name, target, former)
             if spec.network_methods or spec.checkpoint_methods:
                 guard_network(self.model, current_key, spec)
+        elif not target.lotra_r:
+            target.grid_is_new()  # it may have moved while there was no adapter
         target.update_layer(adapter_name, peft_config, is_loaded=peft_config.base_layers is not None)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -191,7 +194,7 @@ class LoTRAModel(BaseTuner):
         seen: set[nn.Module] = set()
         for name, module in base.named_modules(remove_duplicate=False):
             if module in seen and isinstance(module, LoTRALayer):  # in several places, saved once
-                prefix = f"{'base_model.model.' * is_peft_model}{name}.lotra_"
+                prefix = f"{PREFIX * is_peft_model}{name}.lotra_"
                 tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}
             seen.add(module)
         if saves:  # PEFT writes the configuration after the tensors
@@ -268,7 +271,7 @@ class LoTRAModel(BaseTuner):
             slim (`str`): What becomes of Slim layers, see `merge_and_unload`.
         """
         self._prepare_merge(adapter_names, safe_merge, slim, keep_base)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        super().merge_adapter(adapter_names=adapter_names)  # what `safe_merge` asks for was checked
 
     def merge_and_unload(
         self,
@@ -313,14 +316,17 @@ class LoTRAModel(BaseTuner):
         layers = [layer for _, layer in lotra_layers(self.model)]
         if not merge and any(layer.merged for layer in layers):
             self.unmerge_adapter()
-        slims = [(layer, layer.base_before_merge()[0]) for layer in layers if isinstance(layer, SlimLoTRALayer)]
+        former: dict[LoTRALayer, Any] = {
+            layer: layer.base_before_merge()[0] for layer in layers if isinstance(layer, SlimLoTRALayer)
+        }
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         release_networks(model)
         for parameter, flag in self._requires_grad_of_base:
             parameter.requires_grad_(flag)
-        for layer, slim in slims:  # a dense layer in its place is as trainable
-            for parameter in layer.base_layer.parameters() if layer.base_layer is not slim else ():
-                parameter.requires_grad_(any(it.requires_grad for it in slim.parameters()))
+        for layer, slim in former.items():
+            if layer.base_layer is not slim:
+                for name, parameter in slim.to_dense().named_parameters():  # as trainable as the Slim layer was
+                    layer.get_base_layer().get_parameter(name).requires_grad_(parameter.requires_grad)
         return model
 
     add_weighted_adapter = add_weighted_adapter
@@ -372,6 +378,6 @@ def _renamed(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[st
     """The tensors of a file with the names that its layers have in this model."""
     renamed = {}
     for key, tensor in tensors.items():
-        layer, _, component = bare_name(key.removeprefix("base_model.model.")).rpartition(".")
-        renamed[f"base_model.model.{names[layer]}.{component}" if layer in names else key] = tensor
+        layer, _, component = bare_name(short_name(key)).rpartition(".")
+        renamed[f"{PREFIX}{names[layer]}.{component}" if layer in names else key] = tensor
     return renamed

@@ -23,13 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn, strided
 
+from ..families.registry import PREFIX
 from ..modules.checks import check_path
 from .config import LoTRAConfig, Source
 from .layer import COMPONENTS, LoTRALayer, lotra_layers
 from .targets import Target
 
 
-PREFIX = "base_model.model."  # that PEFT puts in front of the names of modules
 _FORMER_STATS = (".lotra_running_mean", ".lotra_running_var", ".lotra_num_batches_tracked")
 
 
