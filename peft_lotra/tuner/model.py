@@ -25,6 +25,7 @@ from .layer import LoTRALayer, lotra_layers
 from .parameters import gradients_kept
 from .rows import FORWARD_PASS, ForwardPass, Replaced, check_names, pass_names
 from .saving import (
+    check_state_dict,
     check_tensors,
     is_saving,
     mismatches,
@@ -207,6 +208,7 @@ class LoTRAModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        check_state_dict(state_dict)
         state_dict = _renamed(state_dict, config.renamed)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return prepare_for_load(state_dict, model, adapter_name)

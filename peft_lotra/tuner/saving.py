@@ -123,15 +123,8 @@ def refuse(headline: str, wrong: list[str]) -> None:
         raise ValueError(f"{headline}: {'; '.join(sorted(wrong)[:3])}{more}. Nothing was changed.")
 
 
-def prepare_for_load(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """The tensors to load into an adapter that exists, by their names in the model.
-
-    Running statistics in files of earlier versions become those of the norms. Layers that a model has under several
-    names are given under each.
-
-    Raises:
-        ValueError: A tensor is no tensor of an adapter, or has values that are not finite.
-    """
+def check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError if an entry is no tensor, or has values that are not finite."""
     wrong = [
         f"{name} has no values"
         for name, tensor in state_dict.items()
@@ -140,6 +133,17 @@ def prepare_for_load(state_dict: Mapping[str, Tensor], model: nn.Module, adapter
         )
     ]
     refuse("The state dict is not that of an adapter", wrong or _not_finite(state_dict))
+
+
+def prepare_for_load(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The tensors to load into an adapter that exists, by their names in the model.
+
+    Running statistics in files of earlier versions become those of the norms. Layers that a model has under several
+    names are given under each.
+
+    Raises:
+        ValueError: A tensor is a parameter of the base.
+    """
     found, others = {}, []
     for name, tensor in state_dict.items():
         end = next((end for end in _FORMER_STATS if end + "." in name or name.endswith(end)), None)
