@@ -6,11 +6,10 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import kan
 from ._version import __version__
-from .families import known  # noqa: F401  (registers the known families)
-from .families.candidates import KANCandidate
-from .families.registry import FoundKANLayer, KANLayerSpec, find_kan_layers, register_kan_layer
+from .layers import known  # noqa: F401  (registers the known families)
+from .layers.candidates import KANCandidate
+from .layers.registry import FoundKANLayer, KANLayerSpec, find_kan_layers, register_kan_layer
 from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
 from .tuner.config import LoTRAConfig
 from .tuner.gradients import preprocess_lotra
@@ -23,9 +22,9 @@ from .tuner.saving import save_adapter
 
 
 if TYPE_CHECKING:
-    from .approximation.compression import SlimReport, slim, to_dense
-    from .approximation.extraction import ExtractionReport, extract_lotra
-    from .approximation.spectra import Spectrum, gradient_spectrum, suggest_ranks, update_spectrum
+    from .compress.compression import SlimReport, slim, to_dense
+    from .compress.extraction import ExtractionReport, extract_lotra
+    from .compress.spectra import Spectrum, gradient_spectrum, suggest_ranks, update_spectrum
     from .hub.card import write_model_card
     from .hub.push import push_to_hub
     from .optim.learning_rates import LoTRALearningRates, create_lotra_optimizer, lotra_lr_multipliers
@@ -73,32 +72,32 @@ __all__ = [
 
 # what is imported when it is first used, by name: a quarter of the time of an import
 _LATER = {
-    "ExtractionReport": "approximation.extraction",
+    "ExtractionReport": "compress.extraction",
     "FamilyReport": "parametric",
     "KANLayerReport": "tuner.check",
     "LoTRALearningRates": "optim.learning_rates",
     "ModelSummary": "summary",
     "ParametricAdapter": "parametric",
     "Prediction": "parametric",
-    "SlimReport": "approximation.compression",
-    "Spectrum": "approximation.spectra",
+    "SlimReport": "compress.compression",
+    "Spectrum": "compress.spectra",
     "check_kan_layer": "tuner.check",
     "create_lotra_optimizer": "optim.learning_rates",
-    "extract_lotra": "approximation.extraction",
-    "gradient_spectrum": "approximation.spectra",
+    "extract_lotra": "compress.extraction",
+    "gradient_spectrum": "compress.spectra",
     "lotra_lr_multipliers": "optim.learning_rates",
     "model_summary": "summary",
     "push_to_hub": "hub.push",
-    "slim": "approximation.compression",
-    "suggest_ranks": "approximation.spectra",
-    "to_dense": "approximation.compression",
-    "update_spectrum": "approximation.spectra",
+    "slim": "compress.compression",
+    "suggest_ranks": "compress.spectra",
+    "to_dense": "compress.compression",
+    "update_spectrum": "compress.spectra",
     "write_model_card": "hub.card",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("approximation", "hub", "optim", "parametric", "pde", "summary"):
+    if name in ("compress", "hub", "optim", "parametric", "pde", "summary"):
         return import_module(f".{name}", __name__)
     if name == "enable_mixed":
         raise AttributeError(
@@ -115,6 +114,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_LATER})
 
 
-# `peft_lotra.kan.slim`, of which `kan` itself knows nothing
-kan.__dict__["__getattr__"] = lambda name: __getattr__(name if name == "slim" else f"kan.{name}")
 register(config_cls=LoTRAConfig, model_cls=LoTRAModel)

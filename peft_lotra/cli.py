@@ -28,12 +28,12 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 from ._version import __version__
-from .approximation.compression import slim as compress
-from .approximation.extraction import extract_lotra
-from .families.registry import find_kan_layers
+from .compress.compression import slim as compress
+from .compress.extraction import extract_lotra
 from .hub.card import write_model_card
 from .hub.contents import AdapterContents, adapter_folders, read_adapter, table_of_tensors
 from .kan import modeling_kan  # noqa: F401  (registers KANModel with AutoModel)
+from .layers.registry import find_kan_layers
 from .parametric.report import FamilyContents
 from .parametric.storage import FILE
 from .report import printable

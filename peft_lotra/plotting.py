@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from .approximation.features import first_output
-from .approximation.spectra import Spectrum
-from .families.coefficients import CoefficientTensor
-from .families.registry import find_kan_layers, find_layer, short_name
-from .families.slim import call_with_coefficients
+from .compress.features import first_output
+from .compress.spectra import Spectrum
+from .layers.coefficients import CoefficientTensor
+from .layers.registry import find_kan_layers, find_layer, short_name
+from .layers.slim import call_with_coefficients
 from .modules.checks import check_count
 from .optim.levenberg_marquardt import LevenbergMarquardtStep
 from .report import Report, TextTable

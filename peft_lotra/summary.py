@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .families.registry import find_kan_layers
+from .layers.registry import find_kan_layers
 from .modules.calls import unwrap
 from .report import Report, TextTable
 from .tuner.layer import LoTRALayer, lotra_layers

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from peft_lotra.families import registry
+from peft_lotra.layers import registry
 
 
 # Workers of pytest-xdist share the cores: with a thread for each core in each of them, they wait for each other.
@@ -37,4 +37,4 @@ def _forget() -> Iterator[None]:
 @pytest.fixture
 def no_inference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the families that are inferred: for what happens to layers of no known family."""
-    monkeypatch.setattr("peft_lotra.families.registry.infer_spec", lambda module: None)
+    monkeypatch.setattr("peft_lotra.layers.registry.infer_spec", lambda module: None)

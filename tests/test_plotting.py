@@ -14,7 +14,7 @@ from rich.console import Console
 from stand_ins import FAMILIES
 
 from peft_lotra import LoTRAConfig, slim
-from peft_lotra.approximation.spectra import update_spectrum
+from peft_lotra.compress.spectra import update_spectrum
 from peft_lotra.kan import KAN
 from peft_lotra.optim import LevenbergMarquardt
 from peft_lotra.plotting import (

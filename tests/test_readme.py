@@ -72,7 +72,7 @@ def test_python_runs(page, tmp_path, monkeypatch):
             port = free.getsockname()[1]
         for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port)):
             monkeypatch.setenv(name, str(value))
-    from peft_lotra.families import registry
+    from peft_lotra.layers import registry
 
     before = dict(registry._SPECS)  # what a snippet registers goes away with it
     namespace = {"__name__": "page"}

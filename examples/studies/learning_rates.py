@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from peft_lotra import LoTRAConfig, find_kan_layers
-from peft_lotra.families.registry import get_kan_spec
 from peft_lotra.kan import KAN
+from peft_lotra.layers.registry import get_kan_spec
 from peft_lotra.optim import create_lotra_optimizer
 
 

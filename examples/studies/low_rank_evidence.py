@@ -34,8 +34,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from peft_lotra.approximation.extraction import extract_lotra
-from peft_lotra.approximation.spectra import Spectrum, spectrum_of, update_spectrum
+from peft_lotra.compress.extraction import extract_lotra
+from peft_lotra.compress.spectra import Spectrum, spectrum_of, update_spectrum
 
 
 torch.set_num_threads(1)  # additional threads slow down such small matrices

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .basis import bspline_basis
 from .bounding import TanhBound
 from .configuration_kan import KANConfig
-from .jets.derivatives import hessian, jet, laplacian
 from .knots import KnotMap
 from .layer import KANLinear
 from .modeling_kan import KANModel
@@ -20,7 +19,8 @@ from .refinement import RefinementReport, refine_grid
 from .slim_kan import SlimKAN, SlimKANLinear
 
 
-slim: Callable[..., Any]  # `peft_lotra.slim`, set by the package: it compresses the layers of any library
+if TYPE_CHECKING:
+    from ..derivatives.api import hessian, jet, laplacian
 
 __all__ = [
     "KAN",
@@ -37,8 +37,16 @@ __all__ = [
     "jet",
     "laplacian",
     "refine_grid",
-    "slim",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("hessian", "jet", "laplacian"):  # derivatives/ imports this package
+        return getattr(import_module("peft_lotra.derivatives.api"), name)
+    if name == "slim":
+        raise AttributeError("`peft_lotra.kan.slim` is gone: use `peft_lotra.slim`, the same function.")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 # Files of adapters name the module of the base's class: the public one, whose inside may move.
 for _model in (KAN, KANModel, SlimKAN):

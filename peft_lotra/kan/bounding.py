@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..modules.checks import as_number
-from .jets.maps import InputMap
+from .input_map import InputMap
 
 
 class TanhBound(InputMap):

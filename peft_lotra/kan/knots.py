@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .basis import bspline_basis
-from .jets.maps import InputMap
+from .input_map import InputMap
 
 
 _DEGREE = 4  # of the map: its derivatives up to the third are continuous

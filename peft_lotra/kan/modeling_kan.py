@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput  # pyright: ignore[reportPrivateImportUsage] (documented, not exported)
 
 from .configuration_kan import KANConfig
-from .jets.chain import register_wrapper
 from .knots import KnotMap
 from .layer import SplineLayer
 from .network import KAN
@@ -179,6 +178,5 @@ class KANModel(PreTrainedModel):
         )
 
 
-register_wrapper(KANModel, lambda model: model.kan if type(model).forward is KANModel.forward else None)
 AutoConfig.register("kan", KANConfig, exist_ok=True)
 AutoModel.register(KANConfig, KANModel, exist_ok=True)

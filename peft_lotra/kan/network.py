@@ -142,3 +142,12 @@ def with_norms(layers: Sequence[Any], norm: Norm, device=None, dtype=None) -> li
         nn.init.constant_(module.bias, (low + high) / 2)
         modules += [layer, module]
     return modules[:-1]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """True if the module normalizes the last dimension of each row, whatever the other rows are."""
+    if type(module) is nn.LayerNorm:
+        return len(module.normalized_shape) == 1
+    if not isinstance(module, nn.BatchNorm1d) or type(module) not in (BatchNorm, nn.BatchNorm1d):
+        return False
+    return not module.training and module.track_running_stats

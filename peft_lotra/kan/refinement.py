@@ -17,11 +17,10 @@ from ..modules.calls import share_hooks
 from ..modules.checks import as_number
 from ..tucker import Tucker
 from .basis import bspline_basis, check_dense, check_grid
-from .jets.maps import InputMap
-from .jets.norms import is_norm
+from .input_map import InputMap
 from .knots import KnotMap
 from .layer import KANLinear, SplineLayer
-from .network import LayerStack
+from .network import LayerStack, is_norm
 from .slim_kan import SlimKANLinear
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 
-from ..kan.jets.transforms import ExactNorms
+from ..derivatives.torch_fallback import ExactNorms
 
 
 # What torch says if a tensor cannot be differentiated, and if a function cannot run by `torch.func.vmap`.

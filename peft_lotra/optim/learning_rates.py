@@ -13,8 +13,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..families.slim import SlimLayer
 from ..kan.slim_kan import SlimKANLinear
+from ..layers.slim import SlimLayer
 from ..modules.calls import unwrap
 from ..report import Report, TextTable
 from ..tuner.layer import COMPONENTS as KEYS

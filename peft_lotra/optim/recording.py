@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..derivatives.api import through_stages
+from ..derivatives.layers import Jet, evaluate_layer
+from ..derivatives.stages import Stage, stages_of
 from ..kan.basis import UniformGrid
-from ..kan.jets.chain import Stage, stages_of
-from ..kan.jets.derivatives import through_stages
-from ..kan.jets.layers import Jet, evaluate_layer
 from ..kan.product import needs_plain_operations
 from ..tucker import Update
 from .evaluation import without_modes

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..kan.jets.layers import Jet, jet_rows
+from ..derivatives.layers import Jet, jet_rows
 from ..kan.observer import observing
 from ..tucker import Update
 from .recording import Chain, LayerRecord, Recorder

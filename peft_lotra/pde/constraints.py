@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..derivatives.api import jet, jet_by_transforms, register_jet
+from ..derivatives.layers import Jet
+from ..derivatives.stages import stages_of
 from ..kan.basis import in_transform
-from ..kan.jets.chain import stages_of
-from ..kan.jets.derivatives import jet, jet_by_transforms, register_jet
-from ..kan.jets.layers import Jet
 from ..modules.checks import as_number
 from .boxes import check_box, check_known, check_sides
 from .features import BoxFeatures

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kan.jets.maps import InputMap
+from ..kan.input_map import InputMap
 from .boxes import check_box
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..kan.jets.derivatives import jet
+from ..derivatives.api import jet
 from ..modules.calls import check_module
 from ..modules.checks import as_number, check_count, check_seed
 from .boxes import check_box

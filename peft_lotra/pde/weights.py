@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kan.jets.derivatives import jet
+from ..derivatives.api import jet
 from ..modules.checks import as_number, check_count
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..families.registry import describe
+from ..layers.registry import describe
 from .layer import LoTRALayer
 from .targets import Target
 

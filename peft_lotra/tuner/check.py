@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..families.candidates import find_candidates
-from ..families.coefficients import expand_name
-from ..families.probe import CURVATURE, Probe
+from ..layers.candidates import find_candidates
+from ..layers.coefficients import expand_name
+from ..layers.probe import CURVATURE, Probe
 from ..modules.calls import check_module, read_at_rest
 from ..report import Report, TextTable
 from . import fused

@@ -19,8 +19,8 @@ from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
 
-from ..families.coefficients import CoefficientTensor
 from ..hub.card import write_card
+from ..layers.coefficients import CoefficientTensor
 from ..tucker import KernelTucker, Ranks, cap_ranks, check_ranks, default_ranks
 
 

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..families.coefficients import CoefficientTensor, get_or_none
-from ..families.registry import KANLayerSpec, is_built_in
 from ..kan.basis import SPLINE_ORDERS, UniformGrid
 from ..kan.product import spline_product
+from ..layers.coefficients import CoefficientTensor, get_or_none
+from ..layers.registry import KANLayerSpec, is_built_in
 from ..modules.calls import call_with_parameters
 from ..tucker import Update, expand_inputs
 

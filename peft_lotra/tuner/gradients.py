@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..families.coefficients import CoefficientTensor
+from ..layers.coefficients import CoefficientTensor
 from ..modules.calls import modes_kept, read_at_rest, unwrap
 from .config import LoTRAConfig
 from .initialization import GRADIENTS

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from ..families.registry import KANLayerSpec
+from ..layers.registry import KANLayerSpec
 from ..modules.calls import unwrap
 from .layer import LoTRALayer, lotra_layers
 from .parameters import refuse_grid_change

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.functional import pad
 
-from ..families.registry import PREFIX, short_name
+from ..layers.registry import PREFIX, short_name
 from ..modules.calls import unwrap
 from ..modules.checks import check_path
 from .config import LoTRAConfig, pattern_key

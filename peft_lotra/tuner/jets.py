@@ -11,10 +11,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..families.jets import find_stages, layer_stage
-from ..families.registry import find_kan_layers
-from ..kan.jets.chain import Stage, register_finder, register_stages, register_wrapper, stages_of
-from ..kan.jets.derivatives import register_check
+from ..derivatives.api import register_check
+from ..derivatives.stages import Stage, register_finder, register_stages, register_wrapper, stages_of
+from ..layers.jets import find_stages, layer_stage
+from ..layers.registry import find_kan_layers
 from .layer import LoTRALayer
 
 

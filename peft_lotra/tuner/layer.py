@@ -16,11 +16,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..families.coefficients import CoefficientTensor
-from ..families.registry import Grid, KANLayerSpec, same_grid
+from ..derivatives.layers import contract_updates
 from ..kan.basis import in_transform
-from ..kan.jets.layers import contract_updates
 from ..kan.layer import KANLinear
+from ..layers.coefficients import CoefficientTensor
+from ..layers.registry import Grid, KANLayerSpec, same_grid
 from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms
 from ..modules.checks import as_number
 from ..tucker import KernelTucker, Tucker, Update

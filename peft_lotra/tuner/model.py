@@ -13,9 +13,9 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
-from ..families.registry import PREFIX, short_name
-from ..families.slim import SlimLayer
 from ..kan.slim_kan import SlimKANLinear
+from ..layers.registry import PREFIX, short_name
+from ..layers.slim import SlimLayer
 from ..modules.calls import freeze_norms, is_compiled, modules_of, read_at_rest, set_mode
 from . import base_record
 from .config import ALL_KAN, LoTRAConfig, pattern_key

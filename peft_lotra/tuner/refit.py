@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import nn
 
-from ..families.registry import same_grid, short_name
+from ..layers.registry import same_grid, short_name
 from ..modules.calls import call_with_parameters, check_module, modes_kept
 from ..report import Report, TextTable
 from ..tucker import Tucker, fit, relative_energy, tucker

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn, strided
 
-from ..families.registry import PREFIX
+from ..layers.registry import PREFIX
 from ..modules.checks import check_path
 from .config import LoTRAConfig, Source
 from .layer import COMPONENTS, LoTRALayer, lotra_layers

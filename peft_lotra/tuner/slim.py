@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..families.coefficients import CoefficientTensor
-from ..families.registry import KANLayerSpec, get_kan_spec
+from ..layers.coefficients import CoefficientTensor
+from ..layers.registry import KANLayerSpec, get_kan_spec
 from ..modules.calls import share_hooks
 from ..tucker import Tucker, Update, direct_sum, tucker
 from .layer import LoTRALayer

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
-from ..families.candidates import left_out, no_layer_message
-from ..families.coefficients import CoefficientTensor
-from ..families.registry import KANLayerSpec, get_kan_spec, get_recorded_spec, walk_kan_layers
-from ..families.slim import SlimLayer
 from ..kan.slim_kan import SlimKANLinear
+from ..layers.candidates import left_out, no_layer_message
+from ..layers.coefficients import CoefficientTensor
+from ..layers.registry import KANLayerSpec, get_kan_spec, get_recorded_spec, walk_kan_layers
+from ..layers.slim import SlimLayer
 from ..tucker import KernelTucker
 from .config import LoTRAConfig, exact_pattern
 from .initialization import check_start

@@ -16,8 +16,8 @@ from stand_ins import ChebyKANLayer, FastKANLayer, OldEfficientKANLayer
 from torch import nn
 
 from peft_lotra import LoTRAConfig, find_kan_layers, register_kan_layer
-from peft_lotra.families.candidates import left_out, no_layer_message
 from peft_lotra.kan import KAN, KANLinear
+from peft_lotra.layers.candidates import left_out, no_layer_message
 
 
 def check_adapted(make, x, **config):

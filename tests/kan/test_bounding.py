@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from peft_lotra.derivatives.torch_fallback import jet_by_transforms
 from peft_lotra.kan import KAN, TanhBound, jet, refine_grid
-from peft_lotra.kan.jets.transforms import jet_by_transforms
 
 
 @pytest.fixture(autouse=True)

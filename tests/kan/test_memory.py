@@ -17,8 +17,8 @@ from helpers import adapt, base, inputs
 from stand_ins import FAMILIES
 from torch import Tensor, nn
 
+from peft_lotra.derivatives import splines
 from peft_lotra.kan import KAN, SlimKAN, basis, jet, laplacian
-from peft_lotra.kan.jets import splines
 from peft_lotra.kan.memory import _kept
 from peft_lotra.optim import LevenbergMarquardt
 

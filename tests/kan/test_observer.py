@@ -8,8 +8,8 @@ import threading
 import pytest
 import torch
 
+from peft_lotra.derivatives.layers import evaluate_layer
 from peft_lotra.kan import KAN, jet
-from peft_lotra.kan.jets.layers import evaluate_layer
 from peft_lotra.kan.observer import current_observer, observing
 
 

@@ -83,7 +83,7 @@ def test_rows_are_left_as_they_are():
 
 
 def test_gradients_through_normalizations_are_right():
-    """By torch alone they are not: `peft_lotra.kan.jets.transforms.ExactNorms`."""
+    """By torch alone they are not: `peft_lotra.derivatives.torch_fallback.ExactNorms`."""
     losses = []
     for function in (by_jet, by_autograd):
         torch.manual_seed(0)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_lotra import register_kan_layer
-from peft_lotra.families.registry import get_kan_spec
+from peft_lotra.layers.registry import get_kan_spec
 
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -1,0 +1,302 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A LoTRA adapter out of two checkpoints: a base model, and what full fine-tuning made of it."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from torch import nn
+
+from ..layers.registry import KANLayerSpec, find_kan_layers, same_grid
+from ..modules.calls import call_with_parameters, check_module, unwrap
+from ..report import Report, TextTable
+from ..tucker import Ranks, Tucker, cap_ranks, tucker, tucker_scaled
+from ..tuner.config import LoTRAConfig, pattern_key
+from ..tuner.layer import LoTRALayer, lotra_layers
+from ..tuner.targets import exact_targets, locate_target
+from .features import Features, features_of
+from .inputs import Inputs
+from .spectra import suggest_ranks, weighted_spectrum
+from .updates import CoefficientUpdate, coefficient_updates
+
+
+@dataclass(eq=False)
+class ExtractionReport(Report):
+    """What `extract_lotra` kept; prints as a table.
+
+    Attributes:
+        errors: By layer, ||update - stored adapter|| / ||update||.
+        ranks: By layer, (ro, ri, rb).
+        parameters: The number of parameters of the adapter, without `modules_to_save`.
+        modules_to_save: The modules that changed and are no KAN layers.
+        not_saved: The parameters and buffers that changed, and that no adapter can hold.
+        output_errors: With `inputs`, as `errors`, of the change of the layer's outputs, for the layers that `inputs`
+            weigh.
+    """
+
+    errors: dict[str, float]
+    ranks: dict[str, tuple[int, ...]]
+    parameters: int
+    modules_to_save: list[str]
+    not_saved: list[str]
+    output_errors: dict[str, float] | None = None
+
+    def _table(self) -> TextTable:
+        outputs = self.output_errors
+        rows = [
+            [name, str(self.ranks[name]), f"error {error:.2%}"]
+            + ([] if outputs is None else [f"of its outputs {outputs[name]:.2%}" if name in outputs else ""])
+            for name, error in self.errors.items()
+        ]
+        notes = [f"{self.parameters:,} parameters", *(f"saved whole: {name}" for name in self.modules_to_save)]
+        notes += [f"changed, but not saved: {name}" for name in self.not_saved]
+        return TextTable(["", "", ">"] if outputs is None else ["", "", ">", ">"], rows, notes)
+
+
+def extract_lotra(
+    base: nn.Module,
+    tuned: nn.Module,
+    r: Ranks | None = None,
+    *,
+    energy: float | None = None,
+    budget: int | None = None,
+    rank_pattern: dict[str, Ranks] | None = None,
+    inputs: Inputs | None = None,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Makes the LoTRA adapter that comes closest to a full fine-tuning.
+
+    Closest means in the coefficients, by HOOI, or with `inputs` in the outputs of the layers. Pass `inputs` where you
+    can, a few hundred samples without labels: most of the change of the coefficients hardly shows in the outputs,
+    since the inputs of a layer are correlated.
+
+    Like `get_peft_model`, the function adapts `base` in place. After an error `base` is unchanged. Layers that did not
+    change get no adapter. Other modules that changed go into `modules_to_save`. A warning names parameters that no
+    adapter can hold: of KAN layers besides their coefficients, of modules that contain KAN layers.
+
+    Where a family multiplies the splines of each edge by a trainable scale (efficient-kan, pykan), the adapter is
+    fitted to coefficient times scale (by L-BFGS). Scales of random signs, as those of efficient-kan, need `inputs`.
+
+    Args:
+        base: The base model, without adapters.
+        tuned: The fine-tuned model of the same architecture; adapters that are active count.
+        r: The ranks of each layer,
+        energy: Or the share of the energy to keep in each, above 0 and up to 1,
+        budget: Or the number of parameters of the adapter, see `suggest_ranks`.
+        rank_pattern: Ranks by layer, as in [`LoTRAConfig`]; alone, or with `r` for the others.
+        inputs: Samples of the model's input, for which all basis functions are held in memory in float64: a tensor, a
+            tuple of arguments, a dict of named ones, or a function of the model that runs it and returns its output.
+            The energy is then that of the layers' outputs. It stays that of the coefficients in layers whose output is
+            not linear in them, or in convolutions of several groups.
+        adapter_name: The name of the adapter.
+
+    Returns:
+        The adapted base. Its attribute `extraction_report` is an [`ExtractionReport`].
+
+    Raises:
+        ValueError: Not one of `r`, `energy`, `budget` and `rank_pattern` is given, or one that cannot be; the models
+            have different architectures or grids, are the same, or are not finite; `base` has adapters; `inputs`
+            are empty or not finite, or do not reach a layer.
+        TypeError: A model is no module; or, with `inputs`, it returns no tensor, tuple or dict that begins with one.
+
+    Example:
+        >>> import copy
+        >>> from peft_lotra.kan import KAN
+        >>> base = KAN([3, 5, 4])
+        >>> tuned = copy.deepcopy(base)
+        >>> tuned.layers[0].spline_weight.data[2] += 0.1  # fine-tuning of one of five outputs
+        >>> model = extract_lotra(base, tuned, energy=0.99)
+        >>> model.extraction_report.ranks
+        {'layers.0': (1, 1, 1)}
+    """
+    if [energy, budget, r if rank_pattern is None else rank_pattern].count(None) != 2:
+        raise ValueError(
+            "Pass one of `r`, `energy`, `budget` and `rank_pattern` (with or without `r`), got "
+            f"`r`={r}, `energy`={energy}, `budget`={budget}, `rank_pattern`={rank_pattern}."
+        )
+    check_module(base, "base")
+    check_module(tuned, "tuned")
+    if isinstance(base, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise ValueError("`base` has adapters already: pass the bare model, or what `merge_and_unload` returns.")
+    modules_to_save, not_saved = _compare(base, unwrap(tuned))
+    updates = coefficient_updates(base, tuned, scaled=inputs is not None)
+    updates = {name: update for name, update in updates.items() if update.tensor.any()}
+    if not updates:
+        raise ValueError("The KAN layers have the same coefficients in both models: there is nothing to extract.")
+    features = {} if inputs is None else features_of(tuned, updates, inputs)
+    if energy is not None or budget is not None:
+        spectrum = weighted_spectrum({name: update.tensor for name, update in updates.items()}, features)
+        rank_pattern = {**suggest_ranks(spectrum, energy=energy, budget=budget)}
+    ranks = _resolve_ranks(r, rank_pattern or {}, updates)
+    components = {name: _decompose(update, ranks[name], features.get(name)) for name, update in updates.items()}
+
+    model = _attach(base, unwrap(tuned), components, modules_to_save, adapter_name)
+    errors, output_errors = _measure(model, updates, features)
+    parameters = sum(part.numel() for part in components.values())
+    known = None if inputs is None else output_errors
+    report = ExtractionReport(errors, ranks, parameters, modules_to_save, not_saved, known)
+    model.__dict__["extraction_report"] = report
+    if not_saved:
+        warnings.warn(
+            f"The fine-tuning also changed {', '.join(not_saved)}, which a LoTRA adapter cannot hold: the adapted "
+            "model has them as in the base model.",
+            stacklevel=2,
+        )
+    return model
+
+
+def _resolve_ranks(
+    r: Ranks | None, rank_pattern: dict[str, Ranks], updates: Mapping[str, CoefficientUpdate]
+) -> dict[str, tuple[int, ...]]:
+    """The ranks of each layer, as LoTRAModel would take them from a configuration."""
+    config = LoTRAConfig(rank_pattern=rank_pattern, r=1 if r is None else r)
+    ranks = {}
+    for name, update in updates.items():
+        key = get_pattern_key(list(config.rank_pattern), name)
+        if key not in config.rank_pattern and r is None:
+            raise ValueError(f"`rank_pattern` has no ranks for `{name}`, and `r` is not given: {list(rank_pattern)}.")
+        ranks[name] = cap_ranks(config.rank_pattern.get(key, config.r), update.tensor.shape)
+    return ranks
+
+
+def _decompose(update: CoefficientUpdate, ranks: tuple[int, ...], features: Features | None) -> Tucker:
+    """The components of an adapter that comes closest to the update, or to the outputs by it."""
+    if update.scale is not None:
+        measure = None if features is None else lambda tensor: features.outputs(tensor) @ features.metric_out
+        fitted = tucker_scaled(update.tensor, update.scale, ranks, measure)
+    else:
+        fitted = tucker(update.tensor, ranks) if features is None else features.fit(update.tensor, ranks)
+    return fitted.balanced()
+
+
+@torch.no_grad()
+def _attach(
+    base: nn.Module, tuned: nn.Module, components: dict[str, Tucker], modules_to_save: list[str], adapter_name: str
+) -> PeftModel:
+    """Adapts the base with these components, and with the modules of the tuned model that are saved whole."""
+    targets = exact_targets(list(components), base)
+    config = LoTRAConfig(
+        target_modules=targets if isinstance(targets, str) else sorted(targets),
+        rank_pattern={pattern_key(name): part.ranks for name, part in components.items()},
+        modules_to_save=modules_to_save or None,
+    )
+    model = cast(PeftModel, get_peft_model(base, config, adapter_name=adapter_name))
+    for name, layer in lotra_layers(base):
+        layer.set_components(adapter_name, components[name])
+    tensors = dict(_tensors(tuned))
+    for name in modules_to_save:
+        wrapper = cast(ModulesToSaveWrapper, base.get_submodule(name))
+        module = wrapper.modules_to_save[adapter_name]
+        module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
+    return model
+
+
+@torch.no_grad()
+def _measure(
+    model: PeftModel, updates: Mapping[str, CoefficientUpdate], features: Mapping[str, Features]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The errors of the stored adapter: of the updates, and of the outputs where there are features."""
+    layers = dict(lotra_layers(unwrap(model)))
+    errors, output_errors = {}, {}
+    for name, update in updates.items():
+        (adapter_name,) = layers[name].lotra_core
+        missed = update.missed(layers[name].get_delta_weight(adapter_name))
+        errors[name] = (missed.norm() / update.tensor.norm()).item()
+        if name in features:
+            change, lost = map(features[name].outputs, (update.tensor, missed))
+            output_errors[name] = (lost.norm() / change.norm()).item()
+    return errors, output_errors
+
+
+def _compare(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
+    """The other modules that changed and can be saved whole, and the tensors that changed and cannot be saved."""
+    before, after = dict(_tensors(base)), dict(_tensors(tuned))
+    for name in [*before, *after]:
+        first, second = (tuple(part[name].shape) if name in part else "absent" for part in (before, after))
+        if first != second:
+            raise ValueError(
+                f"The models have different architectures. Their first difference is `{name}`: {first} in the base "
+                f"model, {second} in the tuned one."
+            )
+    for which, tensors in (("base", before), ("tuned", after)):
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"`{name}` of the {which} model is not finite: NaN or infinite values were found.")
+
+    layers = {layer.name: locate_target(layer.name, base.get_submodule(layer.name)) for layer in find_kan_layers(base)}
+    for name, (layer, spec, _) in layers.items():
+        _check_same_basis(name, layer, locate_target(name, tuned.get_submodule(name))[0], spec)
+    # the scales of the edges are part of the update
+    explained = {
+        f"{name}.{parameter}"
+        for name, (_, spec, tensor) in layers.items()
+        for parameter in [*tensor.parameters, (spec.edge_scale or ("",))[0]]
+    }
+    modules, not_saved = dict.fromkeys([]), []
+    modules_of_base = [name for name, _ in base.named_modules(remove_duplicate=False)]
+    for name in before:
+        if name in explained or torch.equal(before[name], after[name].to(before[name])):
+            continue
+        owner = name.rpartition(".")[0]
+        # PEFT copies all modules whose names end with this one
+        copied = [module for module in modules_of_base if owner and module.endswith(owner)]
+        related = any(
+            f"{layer}.".startswith(f"{module}.") or module.startswith(f"{layer}.")
+            for layer, module in itertools.product(layers, copied)
+        )
+        containers = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # PEFT cannot wrap these
+        if owner and not related and not isinstance(base.get_submodule(owner), containers):
+            modules[owner] = None
+        else:
+            not_saved.append(name)
+    inside = tuple(f"{owner}." for owner in modules)
+    return [owner for owner in modules if not owner.startswith(inside)], not_saved
+
+
+def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """All parameters and buffers in force, without LoTRA's updates, by name in the bare model."""
+    if isinstance(module, ModulesToSaveWrapper):
+        active = [] if module.disable_adapters else module.active_adapters
+        module = module.modules_to_save[active[0]] if active else module.original_module
+    if isinstance(module, LoTRALayer):
+        module = module.base_layer
+    if isinstance(module, BaseTunerLayer):
+        raise ValueError(
+            f"`{prefix[:-1]}` of the tuned model has an adapter of another method ({type(module).__module__}): merge "
+            "it first (`merge_and_unload`)."
+        )
+    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        yield prefix + name, tensor
+    for name, child in module.named_children():
+        yield from _tensors(child, f"{prefix}{name}.")
+
+
+def _check_same_basis(name: str, layer: nn.Module, other: nn.Module, spec: KANLayerSpec) -> None:
+    """Raises a ValueError if the coefficients of the two layers do not multiply the same functions."""
+    grids, others = spec.read_grid(layer), spec.read_grid(other)
+    differ = [state for state in grids if not same_grid({state: grids[state]}, {state: others.get(state)})]
+    _, in_features, *_ = spec.locate(layer).shape
+    x = torch.linspace(-1, 1, 9, device="cpu").to(next(layer.parameters()))[:, None].expand(-1, in_features)
+    if not differ and (first := spec.basis_or_none(layer, x)) is not None:
+        # with the same parameters: `_compare` reports the changes of those that a basis has (FastKAN's normalization)
+        same = {parameter: value.detach() for parameter, value in layer.named_parameters()}
+        second = call_with_parameters(other, same, partial(spec.basis_or_none, other), (x,), {})
+        if second is None or first.shape != second.shape or not torch.equal(first, second):
+            differ = ["basis"]
+    if differ:
+        raise ValueError(
+            f"The {differ[0]} of `{name}` differs between the models: their coefficients multiply different "
+            "functions, and the difference of the coefficients means nothing. Fine-tune without moving the grids "
+            "(no `update_grid`), or move those of the base model first, and fine-tune from there."
+        )

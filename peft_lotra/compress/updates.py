@@ -1,0 +1,80 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The changes of the coefficients of a network by fine-tuning."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..layers.registry import find_kan_layers
+from ..modules.calls import read_at_rest, unwrap
+from ..tuner.layer import LoTRALayer
+from ..tuner.targets import locate_target
+
+
+class CoefficientUpdate(NamedTuple):
+    """The change of the coefficients (out, in, basis [+ 1] [, kernel]) of one layer by fine-tuning, in float64.
+
+    With a `scale`, by which the base layer multiplies its coefficients, the change is of coefficient times scale.
+    """
+
+    tensor: torch.Tensor
+    scale: torch.Tensor | None = None
+
+    def missed(self, delta: torch.Tensor) -> torch.Tensor:
+        """The difference of the update and a change of the base model's coefficients."""
+        delta = delta.to(self.tensor)
+        return self.tensor - (delta if self.scale is None else self.scale * delta)
+
+
+@torch.no_grad()
+def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False) -> dict[str, CoefficientUpdate]:
+    """The updates of all KAN layers, by name; raises a ValueError as `update_spectrum`.
+
+    With `scaled`, updates of edges with scales are of coefficient times scale even if no scale changed.
+    """
+    base, tuned = unwrap(base), unwrap(tuned)
+    found, other = find_kan_layers(base), find_kan_layers(tuned)
+    for first, second in zip_longest(found, other):
+        if first != second:
+            raise ValueError(
+                f"The models have different architectures. Their first KAN layer that differs: {first} in the base "
+                f"model, {second} in the tuned one."
+            )
+    if not found:
+        raise ValueError("No KAN layer was found in the models, see `find_kan_layers` and `register_kan_layer`.")
+    updates = {}
+    for name in (layer.name for layer in found):
+        before, scale = read_coefficients(name, base.get_submodule(name))
+        after, new_scale = read_coefficients(name, tuned.get_submodule(name))
+        after = after.to(before)
+        for which, tensor in (("base", before), ("tuned", after)):
+            if not tensor.isfinite().all():
+                raise ValueError(f"The coefficients of `{name}` in the {which} model are not finite.")
+        updates[name] = CoefficientUpdate(after - before)
+        if scale is not None and new_scale is not None:
+            new_scale = new_scale.to(before)
+            if scaled or not torch.equal(scale, new_scale):
+                updates[name] = CoefficientUpdate(new_scale * after - scale * before, scale)
+    return updates
+
+
+def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The coefficients in force and the scales of the layer's edges, (out, in, basis [+ 1] [, kernel]) in float64."""
+    with read_at_rest(module):
+        layer, spec, tensor = locate_target(name, module)
+        if isinstance(module, LoTRALayer):
+            coefficients = module.effective_coefficients(torch.float64)
+        else:
+            coefficients = tensor.read(layer).double().clone()  # `read` may return the parameter itself
+        scale = spec.read_edge_scale(layer, tensor)
+    if scale is None:
+        return coefficients, None
+    full = torch.ones_like(coefficients)
+    full[:, :, : tensor.shape[2]] = scale.double()
+    return coefficients, full

@@ -1,0 +1,256 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Derivatives of a KAN with respect to its inputs, pushed through the layers together with the value (jets)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from ..kan.basis import check_dense
+from ..kan.input_map import InputMap
+from ..kan.observer import current_observer
+from ..modules.calls import check_module
+from .layers import Jet, block_size, evaluate_layer
+from .norms import check_rows_apart, through_norm
+from .stages import Stage, entry_of, stages_of, unwrap
+from .torch_fallback import elementwise_derivatives, jet_by_transforms
+
+
+_checks: list[Callable[[nn.Module], None]] = []
+_composed: dict[type, Callable[[Any, Tensor, Tensor, Tensor | None], Jet]] = {}
+_checked: WeakSet[nn.Module] = WeakSet()
+_warned: set[type] = set()
+
+
+def register_check(check: Callable[[nn.Module], None]) -> None:
+    """Makes `jet` call `check` once for each model without a closed form, which raises a `TypeError` if a row of the
+    model's outputs depends on several rows of its inputs."""
+    _checks.append(check)
+
+
+def register_jet(cls: type[nn.Module], composed: Callable[[Any, Tensor, Tensor, Tensor | None], Jet]) -> None:
+    """Teaches `jet` a class of modules that are no chains, but are composed of jets: `composed(module, x, directions,
+    weights)` returns the jet, whose second derivatives are (D, ..., O), or (..., O) with weights (D,)."""
+    _composed[cls] = composed
+
+
+def jet(
+    model: nn.Module, x: Tensor, directions: Tensor | None = None, *, collapse: bool | Sequence[float] | Tensor = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The value of a KAN and its first and second derivatives along straight lines, in one forward pass.
+
+    With u(t) = model(x + t v) for each direction v, each layer takes (u, u', u'') to that of its output by
+
+        y = A b(z),   y' = A [b'(z) z'],   y'' = A [b''(z) z'^2 + b'(z) z''],
+
+    where b are the basis functions and the residual function, whose derivatives are known in closed form. The result
+    is differentiable in parameters and inputs, and runs under `torch.func` and `torch.compile(fullgraph=True)`.
+
+    Fast for `KAN`, `KANModel`, `SlimKAN`, single layers, `nn.Sequential` of them, normalizations between them
+    (`nn.LayerNorm` of the last dimension, batch normalization in evaluation mode), `nn.Linear` and activations, these
+    with adapters, LoTRA or LoRA on `target_parameters`, in force and without dropout, and what `peft_lotra.pde`
+    composes of them. So are networks of other libraries whose layers are described with `derivatives` and run one
+    after the other (efficient-kan, FastKAN, ChebyKAN, FourierKAN, PINA, pykan without symbolic functions), once layers
+    and network have been compared with what is described. Any other module (a class of your own that computes more,
+    modules with hooks) is differentiated by transforms, with a warning for each class.
+
+    Args:
+        model: Maps (..., I) to (..., O), each row by itself.
+        x: Points, shape (..., I), usually (N, I).
+        directions: The D directions v, shape (D, I), of any length; by default the I coordinate axes. Derivatives are
+            in the parameter t.
+        collapse: Whether to return the sum of the second derivatives over the directions instead of each of them,
+            which is faster (collapsed Taylor mode). D numbers make it a weighted sum: (1, 0) for u_xx and no u_tt.
+
+    Returns:
+        u (..., O), du (D, ..., O) and d2u (D, ..., O), or (..., O) with `collapse`.
+
+    Raises:
+        ValueError: `x`, `directions` or `collapse` has a wrong shape, or the outputs have, or batch normalization in
+            training mode makes each row depend on the others.
+        TypeError: `model` is no module, or has a convolution with KAN functions; `x` is no floating point tensor, or
+            `directions` are no tensor, or `collapse` are no weights.
+
+    Source: A. Griewank and A. Walther, "Evaluating Derivatives" (2008), chapter 13; collapsed Taylor mode, arXiv
+    2505.13644.
+
+    Example:
+        >>> import torch
+        >>> from peft_lotra.kan import KAN, jet
+        >>> u, du, d2u = jet(KAN([2, 5, 1]), torch.rand(100, 2))  # d2u[0] is d^2 u / d x_0^2
+        >>> tuple(d2u.shape)
+        (2, 100, 1)
+    """
+    u, du, d2u = _jet(model, x, directions, collapse)
+    return u, du, d2u
+
+
+def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, only_second: bool = False) -> Jet:
+    """As `jet`; with `only_second`, value and first derivatives may be None."""
+    _check_points(x)
+    check_module(model)
+    inner = unwrap(model)
+    hooked = inner._forward_hooks or inner._forward_pre_hooks
+    composed = None if hooked else entry_of(_composed, type(inner))
+    stages = None if composed else stages_of(model)
+    if not composed and (stages is None or not any(stage.is_kan for stage in stages)):
+        stages = None
+        _check(model)
+        if not torch.compiler.is_compiling() and type(model) not in _warned:
+            _warned.add(type(model))
+            warnings.warn(
+                f"`jet` knows no closed form for a {type(model).__name__}, and differentiates it by transforms of "
+                "`torch.func`, which are exact but slower.",
+                stacklevel=3,
+            )
+    parameter = next(model.parameters(), None)
+    if stages and parameter is not None and torch.promote_types(x.dtype, parameter.dtype) != parameter.dtype:
+        raise ValueError(f"`x` is of {x.dtype}, but the model of {parameter.dtype}: cast one of them.")
+    sizes = [stage.in_features for stage in stages or () if stage.in_features is not None]
+    expected = sizes[0] if sizes else "the model's number of inputs"
+    if x.dim() == 0 or (sizes and x.shape[-1] != expected):
+        raise ValueError(f"`x` has shape {tuple(x.shape)}, but its last dimension must be {expected}.")
+    if directions is None:
+        directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    if not isinstance(directions, Tensor):
+        raise TypeError(f"`directions` must be a tensor or None, but is of type {type(directions).__name__}.")
+    if directions.is_complex():
+        raise ValueError(f"`directions` are {directions.dtype}, but must be real: give their `.real`.")
+    if directions.dim() != 2 or directions.shape[1] != x.shape[-1] or len(directions) == 0:
+        raise ValueError(
+            f"`directions` has shape {tuple(directions.shape)}, but must be (D, {x.shape[-1]}): one direction in the "
+            "space of inputs in each row, at least one."
+        )
+    directions = directions.to(x)
+    weights = None
+    if collapse is not False:
+        try:
+            weights = torch.as_tensor([1.0] * len(directions) if collapse is True else collapse, device=x.device).to(x)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"`collapse` must be a bool or a weight of each direction, got {collapse!r}.") from error
+        if weights.shape != (len(directions),):
+            raise ValueError(f"`collapse` has {weights.numel()} weights, but there are {len(directions)} directions.")
+    if composed:
+        return composed(inner, x, directions, weights)
+    if stages is None:
+        return jet_by_transforms(model, x, directions, weights)
+
+    through = partial(through_stages, stages, only_second)
+    observer = current_observer()
+    if observer is not None and (found := observer.jet(through, x, directions, weights)) is not None:
+        return Jet(*found)
+    size = block_size(x, stages, len(directions))
+    if size is None:
+        return through(evaluate_layer, x, directions, weights)
+    blocks = [through(evaluate_layer, block, directions, weights) for block in x.split(size)]
+    parts = (None if parts[0] is None else torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True))
+    return Jet(*parts)  # pyright: ignore[reportArgumentType]  (see `Jet`)
+
+
+def _check_points(x: Any) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"`x` must be a floating point tensor, but is {given}.")
+    check_dense(x)
+
+
+def _check(model: nn.Module) -> None:
+    check_rows_apart(model)
+    if torch.compiler.is_compiling() or model in _checked:
+        return
+    for check in _checks:
+        check(model)
+    _checked.add(model)
+
+
+def through_stages(
+    stages: list[Stage], only_second: bool, evaluate: Callable[..., Jet], x: Tensor, directions: Tensor, weights
+) -> Jet:
+    """The jet of a chain at x (..., I), whose KAN layers `evaluate` evaluates as `evaluate_layer` does."""
+    first = directions.reshape(-1, *[1] * (x.dim() - 1), x.shape[-1])
+    second = None  # straight lines
+    for left, stage in zip(range(len(stages), 0, -1), stages, strict=True):
+        if stage.is_kan:
+            x, first, second = evaluate(stage, x, first, second, weights, only_second and left == 1)
+        elif stage.is_activation:
+            x, first, second = _through_activation(stage.module, x, first, second, weights)
+        elif isinstance(stage.between, InputMap):
+            x, first, second = stage.between.through(x, first, second, weights)
+        else:
+            x, first, second = through_norm(stage.between, x, first, second, weights)
+    assert second is not None
+    return Jet(x, first, second if weights is None else second[0])
+
+
+def _through_activation(
+    function: Callable[[Tensor], Tensor], z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, slope, bend = elementwise_derivatives(function, z, 2)
+    square = first.square()
+    square = square if weights is None else torch.tensordot(weights, square, 1).unsqueeze(0)
+    curved = bend * square
+    return y, slope * first, curved if second is None else curved + slope * second
+
+
+def laplacian(model: nn.Module, x: Tensor) -> Tensor:
+    """The sum of the second derivatives along the coordinate axes, as in `jet(model, x, collapse=True)`.
+
+    Args:
+        model, x: As for `jet`, x (..., I).
+
+    Returns:
+        Tensor (..., O).
+
+    Raises:
+        ValueError, TypeError: As `jet`.
+
+    Example:
+        >>> import torch
+        >>> from peft_lotra.kan import KAN, laplacian
+        >>> tuple(laplacian(KAN([3, 5, 1]), torch.rand(100, 3)).shape)
+        (100, 1)
+    """
+    return _jet(model, x, None, True, only_second=True)[2]
+
+
+def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """As `jet`, with all mixed second derivatives, by polarization: 2 u_vw = D^2_{v+w} u - D^2_v u - D^2_w u.
+
+    Args:
+        model, x, directions: As for `jet`. It costs a jet of D (D + 1) / 2 directions.
+
+    Returns:
+        u (..., O), du (D, ..., O) and d2u (D, D, ..., O), which is symmetric; d2u[a, b] is the second derivative along
+        directions a and b.
+
+    Raises:
+        ValueError, TypeError: As `jet`.
+
+    Example:
+        >>> import torch
+        >>> from peft_lotra.kan import KAN, hessian
+        >>> tuple(hessian(KAN([3, 5, 1]), torch.rand(100, 3))[2].shape)
+        (3, 3, 100, 1)
+    """
+    _check_points(x)
+    if directions is None and x.dim():
+        directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    if not isinstance(directions, Tensor) or directions.dim() != 2:
+        return jet(model, x, directions)  # which raises
+    count = len(directions)
+    pairs = [(a, b) for a in range(count) for b in range(a)]
+    sums = [directions[a] + directions[b] for a, b in pairs]
+    u, du, d2u = jet(model, x, torch.stack([*directions, *sums]) if count else directions)
+    mixed = {(a, a): d2u[a] for a in range(count)}
+    for (a, b), value in zip(pairs, d2u[count:], strict=True):
+        mixed[a, b] = mixed[b, a] = (value - d2u[a] - d2u[b]) / 2
+    full = torch.stack([mixed[a, b] for a in range(count) for b in range(count)])
+    return u, du[:count], full.unflatten(0, (count, count))

@@ -1,0 +1,206 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Basis functions of one input with their derivatives: splines of any knots, Gaussians, polynomials, harmonics.
+
+Each returns the values and the derivatives up to the order `highest` (3 at most), in a list. For z of any shape (...),
+a derivative is (..., K), a view of memory in which the K functions come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kan.basis import UniformGrid
+from ..kan.memory import JET_BLOCK, OFF_CPU, workspace
+from .splines import equal_blocks
+
+
+Derivatives = Callable[[Tensor, int], list[Tensor]]  # z (N, I) and `highest` to the derivatives, each (N, I, K)
+
+
+class FunctionBasis(NamedTuple):
+    """K functions of each input, as `derivatives` gives them, with the tensors besides z that these depend on."""
+
+    size: int
+    derivatives: Derivatives
+    tensors: tuple[Tensor, ...] = ()
+
+    def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
+        """The values at z (I, N) and their derivatives, each (K, I, N)."""
+        return [part.permute(2, 1, 0) for part in self.derivatives(z.T, highest)]
+
+
+Basis = UniformGrid | FunctionBasis  # the functions of a uniform grid include silu, as the last
+
+
+def tensors_of(basis: Basis) -> list[Tensor]:
+    """Those that the functions depend on besides the inputs, for `save_for_backward`, which tells if they change."""
+    tensors = (basis.low, basis.high) if isinstance(basis, UniformGrid) else basis.tensors
+    return [tensor for tensor in tensors if not tensor.is_inference()]  # which cannot be saved
+
+
+class FunctionFeatures:
+    """The functions of a basis for inputs z (I, N) in blocks of rows, with the attributes of `SplineFeatures`."""
+
+    def __init__(self, basis: FunctionBasis, z: Tensor) -> None:
+        self.basis = basis
+        self.shape = (basis.size, len(z))
+        self.scale = None
+        size = JET_BLOCK if z.device.type == "cpu" else OFF_CPU
+        self.rows = max(128, size // max(1, basis.size * len(z)))
+
+    def evaluate(self, z: Tensor, orders: Sequence[int]) -> list[Tensor]:
+        """The derivatives of these orders at z (I, rows), each (K, I, rows)."""
+        with torch.no_grad():
+            found = self.basis.evaluate(z, max(orders))
+        return [found[d].contiguous() for d in orders]
+
+    def parts(
+        self, z: Tensor, orders: Sequence[int], kept: Sequence[Tensor]
+    ) -> Iterator[tuple[slice, DenseFunctions]]:
+        """The functions for blocks of the rows of z (I, N), from what `evaluate` gave for all rows and these orders,
+        if that was kept."""
+        for block in equal_blocks(z.shape[1], self.rows):
+            functions = kept or self.evaluate(z[:, block], orders)
+            yield block, DenseFunctions(dict(zip(orders, functions, strict=True)))
+
+
+class DenseFunctions:
+    """All functions for a block of rows, by order of the derivative (K, I, R); see `LocalSplines`."""
+
+    def __init__(self, functions: dict[int, Tensor]) -> None:
+        self.functions = functions
+        self.like = next(iter(functions.values()))
+
+    def memory(self, name: str, count: int) -> Tensor:
+        """For `count` tensors of the shape of the functions."""
+        return workspace(name, self.like, count, *self.like.shape)
+
+    def matrices(self, rows: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Tensors (K, I, R) as matrices (K I, R), each with its number."""
+        yield from enumerate(row.flatten(0, 1) for row in rows)
+
+    def towards(self, transposed: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+        """The products of (K I, O) and (O, R): (S, K, I, R)."""
+        found = self.memory("towards", len(gradients))
+        for one, gradient in zip(found, gradients, strict=True):
+            torch.mm(transposed, gradient, out=one.flatten(0, 1))
+        return found
+
+
+def spline_derivatives(
+    knots: Tensor, order: int, z: Tensor, highest: int, closed: Tensor | None = None
+) -> list[Tensor]:
+    """The M - 1 - order B-splines of degree `order` on knots (I, M), for z (..., I), by the Cox-de Boor recursion.
+
+    The derivatives are differences of the splines of lower degree. Terms of knots that coincide are zero. `closed`
+    (I,) names for each input the interval that includes its right end.
+    """
+    x, knots = (
+        z.movedim(-1, 0).unsqueeze(0),
+        knots.T.contiguous().view(-1, len(knots), *[1] * (z.dim() - 1)),
+    )  # (1, I, ...), (M, I, 1)
+    basis = ((knots[:-1] <= x) & (x < knots[1:])).to(z.dtype)
+    if closed is not None:
+        here = torch.arange(len(basis), device=z.device).view(-1, *[1] * (basis.dim() - 1)) == closed.view(
+            1, -1, *[1] * (z.dim() - 1)
+        )
+        basis = torch.where(here & (x == knots[1:]), torch.ones_like(basis), basis)
+    by_degree = [basis]
+    for p in range(1, order + 1):
+        span = knots[p:] - knots[:-p]
+        ramp = (x - knots[:-p]) * _inverse(span)
+        rest = torch.where(span == 0, torch.zeros_like(span), torch.ones_like(span))
+        basis = ramp[:-1] * basis[:-1] + (rest - ramp)[1:] * basis[1:]
+        by_degree.append(basis)
+    found = []
+    for d in range(highest + 1):
+        part = by_degree[max(order - d, 0)] if d <= order else torch.zeros_like(basis)
+        for p in range(order - d + 1, order + 1) if d <= order else ():
+            scaled = part * (p * _inverse(knots[p:] - knots[:-p]))
+            part = scaled[:-1] - scaled[1:]
+        found.append(part)
+    return [part.movedim(1, -1).movedim(0, -1) for part in found]
+
+
+def _inverse(span: Tensor) -> Tensor:
+    return torch.where(span == 0, torch.zeros_like(span), 1 / torch.where(span == 0, torch.ones_like(span), span))
+
+
+def gaussian_derivatives(centers: Tensor, width: Any, z: Tensor, highest: int) -> list[Tensor]:
+    """exp(-((z - c) / width)^2) for centers c (K,)."""
+    half, rate = _offsets(z / 2, centers / 2), 2 / (width * width)
+    slope = half * (-2 * rate)  # of the exponent
+    value = (half * slope).exp_()
+    found = [value]
+    if highest >= 1:
+        found.append(slope * value)
+    for d in range(2, highest + 1):
+        part, factor = slope * found[-1], (d - 1) * rate
+        is_learned = isinstance(factor, Tensor)
+        found.append(part.sub_(found[-2] * factor) if is_learned else part.sub_(found[-2], alpha=factor))
+    return _functions_last(found)
+
+
+def bump_derivatives(centers: Tensor, z: Tensor, highest: int) -> list[Tensor]:
+    """1 - tanh(z - c)^2 for centers c (K,)."""
+    t = torch.tanh(_offsets(z, centers))
+    s = 1 - t.square()
+    found = [s, -2 * t * s, s * (6 * t.square() - 2), t * s * (16 - 24 * t.square())]
+    return _functions_last(found[: highest + 1])
+
+
+def chebyshev_derivatives(degree: int, z: Tensor, highest: int) -> list[Tensor]:
+    """The Chebyshev polynomials T_0 ... T_degree of tanh(z)."""
+    u = torch.tanh(z)
+    zero, one = torch.zeros_like(u), torch.ones_like(u)
+    rows = [[one], [zero], [zero], [zero]][: highest + 1]
+    if degree:
+        for d, first in enumerate((u, one, zero, zero)[: highest + 1]):
+            rows[d].append(first)
+    for n in range(2, degree + 1):
+        for d in range(highest, -1, -1):  # from the recurrence of T_n, differentiated d times
+            value = 2 * u * rows[d][n - 1] - rows[d][n - 2]
+            rows[d].append(value if d == 0 else value.add(rows[d - 1][n - 1], alpha=2 * d))
+    t = [_functions_first(row) for row in rows]
+    found = [t[0]]
+    if highest >= 1:
+        u1 = 1 - u.square()
+        found.append(t[1] * u1)
+        if highest >= 2:
+            u2 = -2 * u * u1
+            found.append(t[2] * u1.square() + t[1] * u2)
+            if highest >= 3:
+                u3 = -2 * (u1.square() + u * u2)
+                found.append(t[3] * u1**3 + 3 * t[2] * (u1 * u2) + t[1] * u3)
+    return _functions_last(found)
+
+
+def harmonic_derivatives(count: int, z: Tensor, highest: int) -> list[Tensor]:
+    """cos(k z) for k = 1 ... count, and then sin(k z)."""
+    k = torch.arange(1, count + 1, dtype=z.dtype, device=z.device).view(-1, *[1] * z.dim())
+    cosine, sine = torch.cos(k * z), torch.sin(k * z)
+    cycle = [(cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine)]
+    return _functions_last(
+        [_functions_first([*(k**d * cycle[d][0]), *(k**d * cycle[d][1])]) for d in range(highest + 1)]
+    )
+
+
+def _offsets(z: Tensor, centers: Tensor) -> Tensor:
+    return z - centers.view(-1, *[1] * z.dim())
+
+
+def _functions_first(parts: Sequence[Tensor]) -> Tensor:
+    """The values of functions, each of the shape of z, as one tensor that has the order of z in memory."""
+    if parts[0].dim() == 2 and not parts[0].is_contiguous():
+        return torch.stack([part.mT for part in parts]).mT
+    return torch.stack(list(parts))
+
+
+def _functions_last(parts: Sequence[Tensor]) -> list[Tensor]:
+    return [part.movedim(0, -1) for part in parts]

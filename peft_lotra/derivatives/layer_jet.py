@@ -1,0 +1,199 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a dense KAN layer makes of a jet, as one operation with a hand-written backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kan.basis import UniformGrid, is_batched
+from ..kan.product import needs_plain_operations
+from .bases import Basis, DenseFunctions, FunctionFeatures, tensors_of
+from .splines import LocalSplines, SplineFeatures
+
+
+class LayerJet(torch.autograd.Function):
+    """z (I, N), z' (D, I, N), z'' (D or 1, I, N) or None, and coefficients (O, (K + 1) I) to y, y' and y'', see
+    `evaluate_layer`. The function `plain` of these four does the same by operations that autograd differentiates.
+
+    Features are evaluated in blocks of rows that fit the cache. If there is but one block, its features are kept for
+    the backward pass; otherwise only the arguments are, and features are evaluated again.
+    """
+
+    @staticmethod
+    def forward(ctx, z, first, second, weight, grid, weights, only_second, plain):
+        count, seconds = len(first), len(first) if weights is None else 1
+        counts = (0, 0, seconds) if only_second else (1, count, seconds)
+        features = make_features(grid, z)
+        directions = directional(features.scale, first, second, weights)
+        jet_rows = JetRows(directions, counts)
+        ctx.orders, kept = jet_rows.orders(any(ctx.needs_input_grad[:3])), ()
+        if any(ctx.needs_input_grad) and z.shape[1] <= features.rows:
+            kept = features.evaluate(z, ctx.orders)
+        value = None if only_second else z.new_empty(len(weight), z.shape[1])  # no view: it may be changed in place
+        results = [z.new_empty(number, len(weight), z.shape[1]) for number in counts[1:]]
+        each = [*([] if value is None else [value]), *results[0], *results[1]]
+        for part, found in features.parts(z, ctx.orders if kept else jet_rows.orders(False), kept):
+            for index, matrix in jet_rows.matrices(found, part):
+                torch.mm(weight, matrix, out=each[index][:, part])
+        directions = directions if kept else [None] * len(directions)
+        ctx.save_for_backward(z, first, second, weight, weights, *directions, *kept, *tensors_of(grid))
+        ctx.set_materialize_grads(False)
+        ctx.features, ctx.plain, ctx.kept = features, plain, len(kept)
+        return (None, None, results[1]) if only_second else (value, *results)
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_dy, grad_d2y):  # pyright: ignore[reportIncompatibleMethodOverride] (*grad_outputs)
+        z, first, second, weight, weights, *kept = ctx.saved_tensors
+        directions, kept = Directional(*kept[:4]), kept[4 : 4 + ctx.kept]
+        if needs_plain_gradients(grad_y, grad_dy, grad_d2y):
+            return *plain_gradients(ctx, (grad_y, grad_dy, grad_d2y)), *[None] * 4
+        grads = [() if grad_y is None else (grad_y,), *(() if g is None else g for g in (grad_dy, grad_d2y))]
+        each = [part for group in grads for part in group]
+        to_inputs = any(ctx.needs_input_grad[:3])
+        results = [torch.zeros_like(p) if to_inputs and p is not None else None for p in (z, first, second)]
+        transposed = weight.t().contiguous() if to_inputs else None
+        # Transposed: the product that gives it so takes less time.
+        to_weight = torch.zeros_like(weight.t()) if ctx.needs_input_grad[3] else None
+        directions = directions if kept else directional(ctx.features.scale, first, second, weights)
+        jet_rows = JetRows(directions, tuple(map(len, grads)))
+        for part, found in ctx.features.parts(z, ctx.orders, kept):
+            here = [gradient[:, part] for gradient in each]
+            if to_weight is not None:
+                for index, matrix in jet_rows.matrices(found, part):
+                    to_weight.addmm_(matrix, here[index].t())
+            if transposed is not None:
+                jet_rows.add_input_gradients(results, found, part, found.towards(transposed, here))
+        if (scale := ctx.features.scale) is not None:
+            results = [None if result is None else result.mul_(scale) for result in results]
+        return *results, None if to_weight is None else to_weight.t(), *[None] * 4
+
+
+def by_hand_pays(rows: int, x: Tensor, *others: Tensor | None) -> bool:
+    """Not for a few rows, and not in transforms or compiled, which need plain operations."""
+    return rows > 64 and not needs_plain_operations(x, *others)
+
+
+def weighted_square(first: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """z' (D, I, N) times the weights, and z'^2, or the weighted sum (1, I, N) of it."""
+    if weights is None:
+        return first, first * first
+    weighted = first * weights[:, None, None]
+    square = weighted[:1] * first[:1]
+    for one, other in zip(weighted[1:], first[1:], strict=True):
+        square[0].addcmul_(one, other)
+    return weighted, square
+
+
+def make_features(basis: Basis, z: Tensor) -> SplineFeatures | FunctionFeatures:
+    """The functions of a basis, silu included for a uniform grid, for inputs z (I, N)."""
+    return SplineFeatures(basis, z) if isinstance(basis, UniformGrid) else FunctionFeatures(basis, z)
+
+
+class Directional(NamedTuple):
+    """The derivatives that enter a layer: z' (D, I, N), z'' (D or 1, I, N) or None, z' times the weights, and z'^2 or
+    the weighted sum of it, (1, I, N)."""
+
+    first: Tensor
+    second: Tensor | None
+    weighted: Tensor
+    square: Tensor
+
+
+def directional(scale: Tensor | None, first: Tensor, second: Tensor | None, weights: Tensor | None) -> Directional:
+    """Those of the inputs times `scale` (I, 1), the unit in which the functions are differentiated."""
+    if scale is not None:
+        first, second = first * scale, None if second is None else second * scale
+    return Directional(first, second, *weighted_square(first, weights))
+
+
+class JetRows:
+    """What multiplies the coefficients in a jet: `counts` (V, D or 0, S) are the numbers of rows f, f' z' and
+    f'' z'^2 + f' z''."""
+
+    def __init__(self, directions: Directional, counts: tuple[int, ...]) -> None:
+        self.first, self.second, self.weighted, self.square = directions
+        self.counts = counts
+
+    def orders(self, gradients: bool) -> list[int]:
+        """Those of the derivatives that `matrices` needs, and `add_input_gradients` if it will be called."""
+        values, firsts, seconds = map(bool, self.counts)
+        if gradients:
+            wanted = (values, True, firsts or seconds, seconds)
+        else:
+            wanted = (values, firsts or (seconds and self.second is not None), seconds)
+        return [d for d, one in enumerate(wanted) if one]
+
+    def matrices(self, found: LocalSplines | DenseFunctions, part: slice) -> Iterator[tuple[int, Tensor]]:
+        """The rows as matrices ((K + 1) I, R), each with its number and to be used before the next."""
+        values, firsts, seconds = self.counts
+        functions, rows = found.functions, found.memory("rows", firsts + seconds)
+        if firsts:
+            torch.mul(functions[1], self.first[..., part].unsqueeze(1), out=rows[:firsts])
+        if seconds:
+            torch.mul(functions[2], self.square[..., part].unsqueeze(1), out=rows[firsts:])
+            if self.second is not None:
+                rows[firsts:].addcmul_(functions[1], self.second[..., part].unsqueeze(1))
+        return found.matrices([*([functions[0]] if values else []), *rows])
+
+    def add_input_gradients(
+        self, results: Sequence[Tensor | None], found: LocalSplines | DenseFunctions, part: slice, towards: Tensor
+    ) -> None:
+        """Adds to `results` the gradients in z, z' and z'', from those `towards` the rows, which meet f', f'' and f'''
+        in sums over the functions."""
+        to_z, to_first, to_second = (None if result is None else result[..., part] for result in results)
+        assert to_z is not None and to_first is not None
+        values, firsts, seconds = self.counts
+        first = self.first[..., part]
+
+        def sums(start: int, stop: int, order: int) -> Tensor:
+            each = zip(towards[start:stop].unbind(1), found.functions[order], strict=True)
+            gradient, function = next(each)
+            total = gradient * function
+            for gradient, function in each:
+                total.addcmul_(gradient, function)
+            return total
+
+        stop = values + firsts + (0 if self.second is None else seconds)
+        of_value, of_first, of_second = sums(0, stop, 1).tensor_split([values, values + firsts])
+        if values:
+            to_z += of_value[0]
+        if firsts:
+            to_first += of_first
+        if firsts or seconds:
+            by_first, by_second = sums(values, len(towards), 2).tensor_split([firsts])
+            for one, other in zip(by_first, first, strict=False):
+                to_z.addcmul_(one, other)
+        if seconds:
+            to_first.addcmul_(by_second, self.weighted[..., part], value=2)
+            for one, other in zip(sums(values + firsts, len(towards), 3), self.square[..., part], strict=True):
+                to_z.addcmul_(one, other)
+            if self.second is not None and to_second is not None:
+                to_second += of_second
+                for one, other in zip(by_second, self.second[..., part], strict=True):
+                    to_z.addcmul_(one, other)
+
+
+def needs_plain_gradients(*grads: Tensor | None) -> bool:
+    """Whether gradients are differentiated again, or belong to `is_grads_batched`."""
+    return torch.is_grad_enabled() or any(grad is not None and is_batched(grad) for grad in grads)
+
+
+def plain_gradients(ctx, grads: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """The gradients as differentiable functions of the inputs and of `grads`."""
+    inputs = ctx.saved_tensors[:4]
+    needed = ctx.needs_input_grad[:4]
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        pairs = [(y, grad) for y, grad in zip(ctx.plain(*inputs), grads, strict=True) if grad is not None]
+        if not pairs:
+            return [None] * 4
+        wanted = [part for part, asked in zip(inputs, needed, strict=True) if asked]
+        outputs, given = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=differentiable, allow_unused=True))
+    return [next(found) if asked else None for asked in needed]

@@ -1,0 +1,240 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Jets of any module, by transforms of `torch.func`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import vjp
+from torch.overrides import TorchFunctionMode
+
+from ..kan.basis import in_transform
+from ..modules.calls import attributes_kept, call_with_parameters
+from .layers import Jet
+
+
+# Up to so many outputs a gradient of each costs less than derivatives along directions; docs/notes/jets.md.
+MOST_GRADIENTS = 2
+
+
+def jet_by_transforms(model: Callable[[Tensor], Any], x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet:
+    """
+    As `jet`, for a module or a function that maps each row by itself, whatever it consists of.
+
+    All derivatives are taken in reverse mode, which is right for every operation that can be differentiated twice, and
+    for custom functions (forward mode in forward mode is not). Gradients are recorded meanwhile, since some backward
+    passes can be differentiated only then; if none is wanted, parameters enter as constants.
+    """
+    wanted = torch.is_grad_enabled()  # `inference_mode(False)` enables it
+    if torch.compiler.is_compiling():
+        with torch.enable_grad():
+            found = _differentiate_rows(model, x, directions, weights)
+        return found if wanted else found.map(Tensor.detach)
+    # compiled code, such as flashkan's basis, has no second derivatives, and is run as it was written
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.inference_mode(False), torch.enable_grad(), attributes_kept(model), eager:
+        x, directions = _recordable(x), _recordable(directions)
+        weights = None if weights is None else _recordable(weights)
+        if isinstance(model, nn.Module):
+            model = _with_recordable_tensors(model, as_constants=not wanted)
+        found = _differentiate_rows(model, x, directions, weights)
+        return found if wanted else found.map(Tensor.detach)
+
+
+def _recordable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made in inference mode, which no graph can hold."""
+    return tensor.clone() if not in_transform() and tensor.is_inference() else tensor
+
+
+def _with_recordable_tensors(model: nn.Module, as_constants: bool) -> Callable[[Tensor], Any]:
+    """The model with copies of what was made in inference mode, or with all its parameters as constants."""
+    exchanged = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        other = _recordable(tensor.detach() if as_constants and tensor.requires_grad else tensor)
+        if other is not tensor:
+            exchanged[name] = other
+    return partial(_call, model, exchanged) if exchanged else model
+
+
+def _call(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Any:
+    return call_with_parameters(model, parameters, model, (x,), {})
+
+
+class _Rows:
+    """A function whose outputs, (...), (..., O) or (..., *S) for inputs (..., I), are (..., O) here.
+
+    Attributes:
+        shape: the shape of an output row.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        self.function = function
+        self.shape: torch.Size | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with ExactNorms():
+            output = self.function(x)
+        output = getattr(output, "logits", output)
+        if isinstance(output, tuple):  # a layer of pykan
+            output = output[0]
+        lead = x.shape[:-1]
+        if not isinstance(output, Tensor) or output.shape[: len(lead)] != lead:
+            given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"The model returns {given} for `x` of shape {tuple(x.shape)}, but must return (..., O) for (..., I): "
+                "a row of outputs for each row of inputs."
+            )
+        self.shape = output.shape[len(lead) :]
+        return output.reshape(*lead, self.shape.numel())
+
+    def restore(self, part: Tensor) -> Tensor:
+        """A part (..., O) of a jet in the shape of the function's outputs."""
+        return part if self.shape is None or len(self.shape) == 1 else part.reshape(*part.shape[:-1], *self.shape)
+
+
+def pull_back(function: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    """The value of a function, a tensor or several, and what takes a gradient in the first of them to one in x.
+
+    `torch.func.vjp` where transforms are at work, or a compiler; outside of them autograd, under which hooks of saved
+    tensors and all custom functions run.
+    """
+    if in_transform() or torch.compiler.is_compiling():
+
+        def first_and_all(point: Tensor) -> tuple[Tensor, Any]:
+            found = function(point)
+            return (found[0] if isinstance(found, tuple) else found), found
+
+        _, pull, found = vjp(first_and_all, x, has_aux=True)  # pyright: ignore[reportAssignmentType] (by `has_aux`)
+        return found, lambda gradient: pull(gradient)[0]
+    x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+    found = function(x)
+    y = found[0] if isinstance(found, tuple) else found
+
+    def pull_recorded(gradient: Tensor) -> Tensor:
+        if not y.requires_grad:
+            return torch.zeros_like(x)
+        grad = torch.autograd.grad
+        return grad(y, x, gradient, create_graph=True, allow_unused=True, materialize_grads=True)[0]
+
+    return found, pull_recorded
+
+
+def _differentiate_rows(model: Callable[[Tensor], Any], x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet:
+    rows = _Rows(model)
+    return _differentiate(rows, x, directions, weights).map(rows.restore)
+
+
+def _differentiate(function: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet:
+    def slopes(point: Tensor) -> tuple[Tensor, Tensor]:
+        y, pull = pull_back(function, point)
+        if y.shape[-1] <= MOST_GRADIENTS:
+            gradients = [pull(one) for one in _units(y)]
+            return torch.stack([torch.stack([g @ v for g in gradients], -1) for v in directions]), y
+        push = _transposed(pull, y)
+        return torch.stack([push(v.expand_as(point)) for v in directions]), y
+
+    (first, y), pull = pull_back(slopes, x)
+    second = []
+    if y.shape[-1] <= MOST_GRADIENTS:
+        for d, v in enumerate(directions):
+            gradients = [pull(_placed(one, d, len(directions))) for one in _units(y)]
+            second.append(torch.stack([g @ v for g in gradients], -1))
+    else:
+        push = _transposed(pull, first)
+        second = [push(v.expand_as(x))[d] for d, v in enumerate(directions)]
+    stacked = torch.stack(second)
+    return Jet(y, first, stacked if weights is None else torch.tensordot(weights, stacked, 1))
+
+
+def _units(y: Tensor) -> list[Tensor]:
+    """For each column of y (..., O), ones there and zeros elsewhere."""
+    return [one.expand_as(y) for one in torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)]
+
+
+def _placed(part: Tensor, place: int, count: int) -> Tensor:
+    """(count, ...), zeros but for `part` at a place."""
+    return torch.stack([part if d == place else torch.zeros_like(part) for d in range(count)])
+
+
+def _transposed(pull: Callable[[Tensor], Any], y: Tensor) -> Callable[[Tensor], Any]:
+    """What takes a direction to the derivative along it, from what takes a gradient in y to one in the inputs."""
+    return pull_back(pull, torch.zeros_like(y))[1]
+
+
+def elementwise_derivatives(function: Callable[[Tensor], Tensor], z: Tensor, highest: int) -> list[Tensor]:
+    """A function that maps each number by itself, and its derivatives up to an order."""
+
+    def slope_of(inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def slope(point: Tensor) -> Tensor:
+            value, pull = pull_back(inner, point)
+            return pull(torch.ones_like(value))
+
+        return slope
+
+    wanted, compiled = torch.is_grad_enabled(), torch.compiler.is_compiling()
+    found = []
+    with nullcontext() if compiled else torch.inference_mode(False), torch.enable_grad():
+        z = z if compiled else _recordable(z)
+        for _ in range(highest + 1):
+            found.append(function(z) if wanted else function(z).detach())
+            function = slope_of(function)
+    return found
+
+
+class ExactNorms(TorchFunctionMode):
+    """
+    Evaluates layer and instance normalization by operations whose derivatives of any order are right.
+
+    In torch 2.13, the fused ones are wrong in second derivatives by forward mode in forward mode, and by any mode in
+    third derivatives, which are the gradients of a second-order residual.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return _DECOMPOSED.get(func, func)(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    input: Tensor,  # the names of torch's functions
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    y = _normalize(input, tuple(range(-len(normalized_shape), 0)), eps)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats or running_mean is not None:
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    y = _normalize(input, tuple(range(2, input.dim())), eps)
+    affine = (-1, *[1] * (input.dim() - 2))
+    y = y if weight is None else y * weight.view(affine)
+    return y if bias is None else y + bias.view(affine)
+
+
+def _normalize(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
+    centered = x - x.mean(axes, keepdim=True)
+    return centered * torch.rsqrt(centered.square().mean(axes, keepdim=True) + eps)
+
+
+_DECOMPOSED = {F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm, F.instance_norm: _instance_norm}

@@ -1,0 +1,56 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Layers without trained parameters, each of whose outputs is a function of one input with known derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .basis import check_input
+
+
+class InputMap(nn.Module):
+    """The base of maps that a chain of KAN layers may contain: output j is a function of the input `sources[j]` alone.
+
+    A subclass gives `evaluate`; `forward` and the jet come from it.
+
+    Args:
+        in_features: The number I of inputs.
+        sources: For each of the J outputs the index of its input.
+    """
+
+    sources: Tensor
+
+    def __init__(self, in_features: int, sources: Sequence[int]) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.register_buffer("sources", torch.as_tensor(sources, dtype=torch.long), persistent=False)
+
+    def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The outputs (..., J) with their first and second derivatives, each in its own input z (..., J)."""
+        raise NotImplementedError
+
+    def select(self, x: Tensor) -> Tensor:
+        """The input of each output, (..., I) to (..., J); raises as `KANLinear.forward`."""
+        check_input(x, self.in_features, self)
+        return x[..., self.sources]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Inputs (..., I) to outputs (..., J)."""
+        return self.evaluate(self.select(x))[0]
+
+    def through(
+        self, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The jet of the outputs; arguments as for `evaluate_layer`. y'' = f'' z'^2 + f' z''."""
+        value, slope, bend = self.evaluate(self.select(z))
+        along = self.select(first)
+        square = along.square()
+        if weights is not None:
+            square = torch.tensordot(weights, square, 1).unsqueeze(0)
+        curved = bend * square
+        return value, slope * along, curved if second is None else curved + slope * self.select(second)

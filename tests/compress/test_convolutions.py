@@ -1,0 +1,137 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Spectra, extraction and reports of convolutional KAN layers, of four modes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conv_stand_ins import ConvNet, images, register_missing
+from peft import get_peft_model
+
+from peft_lotra import LoTRAConfig, extract_lotra, gradient_spectrum, model_summary, suggest_ranks, update_spectrum
+from peft_lotra.compress.features import Features, as_rows
+from peft_lotra.compress.spectra import cheapest, spectrum_of
+from peft_lotra.layers import registry
+from peft_lotra.plotting import edge_changes, plot_edge_functions, plot_network_change, plot_spectra
+from peft_lotra.tucker import hosvd, tucker_of
+from peft_lotra.tuner.layer import lotra_layers
+from peft_lotra.tuner.targets import locate_target
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _families():
+    before = dict(registry._SPECS)
+    register_missing(known=True)
+    yield
+    registry._SPECS.clear()
+    registry._SPECS.update(before)
+
+
+def tuned_pair(ranks: tuple[int, ...], family: str = "kagnconv", groups: int = 2) -> tuple[ConvNet, ConvNet]:
+    """A network, and a copy whose first layer has an update of these ranks."""
+    base = ConvNet(family, groups=groups).eval()
+    tuned = copy.deepcopy(base)
+    location = locate_target("first", tuned.first).coefficients
+    tensor = location.read(tuned.first).detach()
+    factors = [torch.randn(size, rank) for size, rank in zip(tensor.shape, ranks, strict=True)]
+    update = tucker_of(torch.randn(ranks), *factors).dense(0.1)
+    with torch.no_grad():
+        for name, value in location.split(tensor + update).items():
+            tuned.first.get_parameter(name).copy_(value)
+    return base, tuned
+
+
+def test_spectra_have_four_modes():
+    spectrum = update_spectrum(*tuned_pair((2, 1, 3, 2)))
+    layer = spectrum.layers["first"]
+    assert layer.shape == (6, 2, 5, 9) and len(layer.singular_values) == 4
+    assert layer.energy((2, 1, 3, 2)) == pytest.approx(1) and layer.energy((2, 1, 3)) == pytest.approx(1)
+    assert layer.energy((2, 1, 3, 1)) < 0.999
+    costs = layer.costs()
+    assert costs[1, 0, 2, 1] == 2 * 1 * 3 * 2 + 6 * 2 + 2 * 1 + 5 * 3 + 9 * 2
+    assert "6 x 2 x 5 x 9" in str(spectrum) and str(cheapest(layer, 0.95)) in str(spectrum)
+
+
+def test_the_energies_are_those_of_the_truncated_hosvd():
+    tensor = torch.randn(5, 4, 3, 4, dtype=torch.float64)
+    spectrum, (core, *factors) = spectrum_of(tensor), hosvd(tensor)[0]
+    for ranks in ((1, 1, 1, 1), (3, 2, 2, 3), (5, 4, 3, 4)):
+        leading = [factor[:, :rank] for factor, rank in zip(factors, ranks, strict=True)]
+        truncated = tucker_of(core[tuple(map(slice, ranks))], *leading).dense()
+        kept = 1 - ((tensor - truncated).norm() / tensor.norm()).square().item()
+        assert spectrum.energy(ranks) == pytest.approx(kept)
+
+
+def test_suggested_ranks_are_for_four_modes_and_keep_a_budget():
+    base, tuned = tuned_pair((2, 1, 3, 2))
+    assert suggest_ranks(base, tuned, energy=0.9999)["^first"] == (2, 1, 3, 2)
+    x = images()
+    spectrum = gradient_spectrum(base, None, lambda: base(x).square().sum().backward())
+    for budget in (100, 300):
+        pattern = suggest_ranks(spectrum, budget=budget)
+        model = get_peft_model(copy.deepcopy(base), LoTRAConfig(rank_pattern=pattern))
+        assert 0.7 * budget < model.get_nb_trainable_parameters()[0] <= budget
+
+
+@pytest.mark.parametrize("family, groups", [("kagnconv", 2), ("fastkanconv", 1), ("kacnconv", 2)])
+def test_extraction_finds_the_update(family, groups):
+    base, tuned = tuned_pair((2, 1, 3, 2), family, groups)
+    x = images()
+    expected = tuned(x)
+    model = extract_lotra(base, tuned, energy=0.99999)
+    assert model.extraction_report.ranks == {"first": (2, 1, 3, 2)}
+    assert model.extraction_report.errors["first"] < 1e-4
+    torch.testing.assert_close(model.eval()(x), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_features_are_those_of_all_positions_of_the_kernel():
+    layer, x = ConvNet("fastkanconv").first.double(), images(dtype=torch.float64)
+    _, spec, location = locate_target("first", layer)
+    features, coefficients = Features(layer, spec, x), location.read(layer).detach()
+    assert features.values.shape == (3 * 4 * 4, 4, 6, 9) and [len(m) for m in features.metrics] == [4, 6, 9]
+    torch.testing.assert_close(features.outputs(coefficients), as_rows(layer(x), True).detach())
+    weighted = features.weigh(coefficients)
+    assert weighted.shape == coefficients.shape and weighted.norm() == pytest.approx(1)
+    torch.testing.assert_close(features.fit(coefficients, (6, 4, 6, 9)).dense(), coefficients, atol=1e-2, rtol=0)
+
+
+def test_extraction_by_inputs_keeps_what_shows_in_the_outputs():
+    base, tuned = tuned_pair((6, 4, 5, 8), "fastkanconv", groups=1)
+    x = images(20)
+    errors = []
+    for inputs in (None, x):
+        model = extract_lotra(copy.deepcopy(base), tuned, (3, 2, 2, 4), inputs=inputs).eval()
+        change = (tuned.first(x) - base.first(x)).norm()
+        errors.append(((model.base_model.model.first(x) - tuned.first(x)).norm() / change).item())
+    assert errors[1] < errors[0] and model.extraction_report.output_errors["first"] == pytest.approx(
+        errors[1], rel=0.05
+    )
+
+
+@pytest.mark.parametrize("family, groups", [("kagnconv", 1), ("fastkanconv", 2)])
+def test_inputs_do_not_weigh_what_is_bent_after_the_sum_or_has_groups(family, groups):
+    base, tuned = tuned_pair((3, 2, 3, 4), family, groups)
+    alike, weighed = (extract_lotra(copy.deepcopy(base), tuned, 2, inputs=x) for x in (None, images()))
+    (first,), (second,) = (list(lotra_layers(model)) for model in (alike, weighed))
+    assert torch.equal(first[1].get_delta_weight("default"), second[1].get_delta_weight("default"))
+    assert "first" in str(weighed.extraction_report)
+
+
+def test_pictures_and_summaries():
+    base, tuned = tuned_pair((2, 1, 3, 2))
+    figure = plot_spectra(update_spectrum(base, tuned))
+    assert [axis.get_title() for axis in figure.axes] == ["out mode", "in mode", "basis mode", "kernel mode"]
+    assert all(len(axis.lines) == 1 for axis in figure.axes)
+    with pytest.raises(ValueError, match="`first` is a convolution"):
+        plot_edge_functions(base, "first")
+    model = get_peft_model(base, LoTRAConfig(r=(2, 1, 2, 3)))
+    for look in (edge_changes, plot_network_change):
+        with pytest.raises(ValueError, match="convolutions do not count.*Its KAN layers: first"):
+            look(model)
+    summary = model_summary(model)
+    assert summary[0].shape == (6, 2, 4, 9) and summary[0].ranks == (2, 1, 2, 3)
+    assert "(6, 2, 4+1, 9)" in str(summary)

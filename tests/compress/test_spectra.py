@@ -1,0 +1,187 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import adapt, assert_same, base, inputs, lotra_layers, nested, snapshot
+from peft import get_peft_model
+from stand_ins import FAMILIES
+
+from peft_lotra import LoTRAConfig, find_kan_layers
+from peft_lotra.compress.spectra import Spectrum, gradient_spectrum, spectrum_of, suggest_ranks, update_spectrum
+from peft_lotra.kan import KAN
+from peft_lotra.tucker import reconstruct, tucker
+
+
+def tucker_tensor(shape=(9, 7, 8), ranks=(3, 2, 4)) -> torch.Tensor:
+    factors = [torch.randn(size, rank, dtype=torch.float64) for size, rank in zip(shape, ranks, strict=True)]
+    return reconstruct(torch.randn(ranks, dtype=torch.float64), *factors)
+
+
+def perturbed(model: torch.nn.Module) -> torch.nn.Module:
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in find_kan_layers(model):
+            for parameter in model.get_submodule(layer.name).parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter) * parameter.requires_grad)
+    return model
+
+
+def test_the_energy_is_that_of_the_projection():
+    tensor = torch.randn(6, 5, 4, dtype=torch.float64)
+    layer = spectrum_of(tensor)
+    for ranks in ((1, 1, 1), (2, 3, 1), (6, 5, 4), (4, 2, 3)):
+        projected = tensor
+        for mode, rank in enumerate(ranks):
+            left = torch.linalg.svd(tensor.movedim(mode, 0).flatten(1), full_matrices=False)[0][:, :rank]
+            projected = torch.tensordot(left @ left.T, projected, ([1], [mode])).movedim(0, mode)
+        kept = (projected.norm() / tensor.norm()).square().item()
+        assert layer.energy(ranks) == pytest.approx(kept, abs=1e-12)
+        # HOOI keeps at least as much
+        assert 1 - ((tucker(tensor, ranks).dense() - tensor).norm() / tensor.norm()).square() >= kept - 1e-9
+    assert layer.energy(100) == pytest.approx(1)
+    assert spectrum_of(torch.zeros(3, 2, 2)).energies.min() == 1
+
+
+def test_singular_values():
+    tensor = torch.randn(6, 5, 4)
+    for mode, values in enumerate(spectrum_of(tensor).singular_values):
+        torch.testing.assert_close(values, torch.linalg.svdvals(tensor.double().movedim(mode, 0).flatten(1)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_update_of_an_adapter_has_its_ranks(family):
+    model = base(family, torch.float64, 6, 7)
+    ranks = (2, 3, 4)
+    adapted = adapt(copy.deepcopy(model), r=ranks).double().train()  # no dropout in what is read
+    before = snapshot(adapted)
+    spectrum = update_spectrum(model, adapted)
+    assert_same(adapted, before)
+    layer = spectrum.layers["kan"]
+    (lotra,) = lotra_layers(adapted).values()
+    assert layer.shape == lotra.get_delta_weight("default").shape
+    assert layer.energy(ranks) == pytest.approx(1, abs=1e-12)
+    assert suggest_ranks(spectrum, energy=1.0) == {"^kan": ranks}
+    # merged or not is the same
+    merged = update_spectrum(model, adapted.merge_and_unload())
+    assert merged.layers["kan"].norm == pytest.approx(layer.norm)
+
+
+def test_energy_mode_finds_the_cheapest_ranks():
+    spectrum = Spectrum({"a": spectrum_of(torch.randn(5, 4, 3)), "b": spectrum_of(tucker_tensor())})
+    for energy in (0.3, 0.8, 0.95, 1.0):
+        for name, ranks in suggest_ranks(spectrum, energy=energy).items():
+            layer = spectrum.layers[name[1:]]
+            cost = layer.costs()[tuple(r - 1 for r in ranks)]
+            assert layer.energy(ranks) >= energy - 1e-9
+            assert not (layer.energies[layer.costs() < cost] >= energy).any()
+    assert suggest_ranks(spectrum, energy=1.0)["^b"] == (3, 2, 4)
+
+
+def test_budget_mode_is_near_the_best_and_never_above_the_budget():
+    layers = {"a": spectrum_of(torch.randn(5, 4, 3)), "b": spectrum_of(3 * tucker_tensor((6, 5, 4), (2, 2, 2)))}
+    spectrum = Spectrum(layers)
+    least = sum(1 + sum(layer.shape) for layer in layers.values())
+    last = 0.0
+    for budget in range(least, 130, 7):
+        ranks = suggest_ranks(spectrum, budget=budget)
+        costs = {name: layer.costs()[tuple(r - 1 for r in ranks["^" + name])] for name, layer in layers.items()}
+        assert sum(costs.values()) <= budget
+        kept = spectrum.energy(ranks)
+        total = sum(layer.norm**2 for layer in layers.values())
+        flat = [(layer.costs().flatten(), layer.norm**2 * layer.energies.flatten()) for layer in layers.values()]
+        (cost_a, energy_a), (cost_b, energy_b) = flat
+        possible = cost_a[:, None] + cost_b <= budget
+        best = torch.where(possible, energy_a[:, None] + energy_b, 0).max().item() / total
+        assert kept >= best - 0.1
+        last = max(last, kept)
+    assert last > 0.95
+
+
+def test_a_layer_that_did_not_change_gets_the_least():
+    model = KAN([3, 5, 4])
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned.layers[1].spline_weight.add_(torch.randn_like(tuned.layers[1].spline_weight))
+    for wish in ({"energy": 0.9}, {"budget": 150}):
+        ranks = suggest_ranks(model, tuned, **wish)
+        assert ranks[r"^layers\.0"] == (1, 1, 1) != ranks[r"^layers\.1"]
+
+
+def test_the_config_takes_the_ranks_and_each_layer_gets_its_own():
+    model = nested()
+    ranks = suggest_ranks(model, perturbed(model), budget=400)
+    adapted = get_peft_model(model, LoTRAConfig(rank_pattern=ranks))
+    layers = lotra_layers(adapted.base_model.model)
+    # PEFT reads "body.0" as the end of a name: none must take another one's ranks
+    assert {"^" + name.replace(".", r"\."): layer.lotra_r["default"] for name, layer in layers.items()} == ranks
+    assert sum(p.numel() for n, p in adapted.named_parameters() if "lotra_" in n) <= 400
+
+
+@pytest.mark.parametrize("family", ["own", "efficient-kan", "pykan", "inkan", "fast-kan"])
+def test_gradient_spectrum(family):
+    model = base(family, torch.float64)
+    x = inputs(dtype=torch.float64)
+    before = snapshot(model)
+    spectrum = gradient_spectrum(model, None, lambda: model(x).square().sum().backward())
+    assert_same(model, before)
+    tensor = find_kan_layers(model)[0]
+    assert spectrum.layers["kan"].shape == (*tensor.shape[:2], tensor.shape[2] + tensor.has_residual)
+    assert spectrum.layers["kan"].norm > 0
+    config = LoTRAConfig(adapt_residual=False)
+    spectrum = gradient_spectrum(model, config, lambda: model(x).square().sum().backward())
+    assert spectrum.layers["kan"].shape == tensor.shape and config.target_modules is None
+
+
+def test_the_summary_names_layers_and_energies():
+    model = KAN([3, 5, 4])
+    text = str(update_spectrum(model, perturbed(model)))
+    assert "layers.0" in text and "5 x 3 x 9" in text and "energy in (4, 4, 4)" in text
+
+
+@pytest.mark.parametrize("scale", ["spline_scaler", "scale_sp"])
+def test_scales_of_edges_are_part_of_the_update(scale):
+    model = base("efficient-kan" if scale == "spline_scaler" else "pykan")
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        getattr(tuned.kan, scale).mul_(1.5)
+    layer = update_spectrum(model, tuned).layers["kan"]
+    assert layer.norm > 0 and layer.energies[..., -1].max() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({}, "one of `energy` and `budget`"),
+        ({"energy": 0.9, "budget": 100}, "one of `energy` and `budget`"),
+        ({"energy": 0.0}, "above 0 and at most 1"),
+        ({"energy": 1.1}, "above 0 and at most 1"),
+        ({"energy": float("nan")}, "above 0 and at most 1"),
+        ({"budget": 36}, "2 layers take 37"),
+    ],
+)
+def test_bad_wishes(kwargs, message):
+    model = KAN([3, 5, 4])
+    spectrum = update_spectrum(model, perturbed(model))
+    with pytest.raises(ValueError, match=message):
+        suggest_ranks(spectrum, **kwargs)
+
+
+def test_bad_models():
+    model = KAN([3, 5, 4])
+    with pytest.raises(ValueError, match=r"layers\.1.*\(4, 5, 8\).*\(6, 5, 8\)"):
+        update_spectrum(model, KAN([3, 5, 6]))
+    with pytest.raises(ValueError, match=r"layers\.2.* None"):
+        update_spectrum(KAN([3, 5, 4, 4]), model)
+    with pytest.raises(ValueError, match="No KAN layer"):
+        update_spectrum(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="either a spectrum"):
+        suggest_ranks(model, energy=0.9)
+    broken = copy.deepcopy(model)
+    broken.layers[0].base_weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"`layers\.0` in the tuned model are not finite"):
+        update_spectrum(model, broken)

@@ -1,0 +1,86 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The derivatives of basis functions, beside those by autograd."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from peft_lotra.derivatives import bases as functions
+from peft_lotra.derivatives.bases import FunctionBasis, FunctionFeatures
+from peft_lotra.kan import bspline_basis
+
+
+KNOTS = torch.cat([torch.linspace(-1, 1, 12), torch.tensor([1.0, 1.0])]).double().pow(3).repeat(3, 1)
+CENTERS = torch.linspace(-1, 1, 5, dtype=torch.float64)
+CASES = {
+    "splines, knots that coincide": partial(functions.spline_derivatives, KNOTS, 3),
+    "quadratic splines": partial(functions.spline_derivatives, KNOTS, 2),
+    "quintic splines": partial(functions.spline_derivatives, KNOTS, 5),
+    "gaussians": partial(functions.gaussian_derivatives, CENTERS, 0.4),
+    "bumps": partial(functions.bump_derivatives, CENTERS),
+    "chebyshev": partial(functions.chebyshev_derivatives, 6),
+    "constant": partial(functions.chebyshev_derivatives, 0),
+    "harmonics": partial(functions.harmonic_derivatives, 4),
+}
+
+
+def points() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(7, 3, dtype=torch.float64, generator=generator) * 2.2 - 1.1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_derivative_is_that_of_the_one_before(name):
+    z = points().requires_grad_()
+    found = CASES[name](z, 3)
+    assert [len(CASES[name](z, highest)) for highest in range(4)] == [1, 2, 3, 4]
+    for lower, higher in zip(found, found[1:], strict=False):
+        assert lower.shape == higher.shape == (7, 3, lower.shape[-1])
+        for k in range(lower.shape[-1]):
+            slope = torch.zeros_like(z)
+            if lower.requires_grad:
+                (slope,) = torch.autograd.grad(
+                    lower[..., k].sum(), z, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+            torch.testing.assert_close(higher[..., k], slope, rtol=1e-9, atol=1e-9)
+
+
+def test_values():
+    z, order, size = points(), 3, 6
+    step = 2 / size
+    knots = -1 + step * torch.arange(-order, size + order + 1, dtype=torch.float64).repeat(3, 1)
+    for d, found in enumerate(functions.spline_derivatives(knots, order, z, 3)):
+        torch.testing.assert_close(found, bspline_basis(z, -1, 1, size, order, derivative=d), rtol=1e-10, atol=1e-9)
+    clamped = torch.tensor([-1.0] * 4 + [0.0] + [1.0] * 4, dtype=torch.float64).repeat(3, 1)
+    end = torch.ones(1, 3, dtype=torch.float64)
+    assert not functions.spline_derivatives(clamped, 3, end, 0)[0].any()
+    last = functions.spline_derivatives(clamped, 3, end, 0, torch.full((3,), 4))[0]  # the right end belongs to it
+    assert torch.equal(last, torch.eye(5, dtype=torch.float64)[4].expand(1, 3, 5))
+    torch.testing.assert_close(
+        functions.chebyshev_derivatives(6, z, 0)[0], torch.cos(torch.arange(7) * torch.tanh(z).acos().unsqueeze(-1))
+    )
+    torch.testing.assert_close(functions.harmonic_derivatives(2, z, 0)[0][..., 3], torch.sin(2 * z))
+
+
+def test_blocks_of_features():
+    z = points().T
+    features = FunctionFeatures(FunctionBasis(5, CASES["gaussians"]), z)
+    features.rows = 3
+    blocks = list(features.parts(z, [1, 2], ()))
+    assert [block.stop - block.start for block, _ in blocks] == [3, 3, 1]
+    for block, found in blocks:
+        assert list(found.functions) == [1, 2]
+        for part in found.functions.values():
+            assert part.shape == (5, 3, block.stop - block.start) and part.is_contiguous()
+
+
+def test_gaussians_far_away():
+    z = torch.tensor([[1e19], [0.0]], dtype=torch.float32)
+    for part in functions.gaussian_derivatives(CENTERS.float(), 0.4, z, 2):
+        assert not part[0].any() and part[1].isfinite().all()

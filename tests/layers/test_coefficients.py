@@ -1,0 +1,289 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Where a layer keeps its coefficients: reading, writing and parts, in every layout."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from stand_ins import FAMILIES
+from torch import nn
+
+from peft_lotra import KANLayerSpec
+from peft_lotra.layers.coefficients import get_or_none
+from peft_lotra.layers.registry import get_kan_spec
+
+
+def located(family):
+    torch.manual_seed(0)
+    layer = FAMILIES[family](3, 4)
+    return layer, get_kan_spec(layer).locate(layer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_are_those_of_the_whole(family):
+    layer, tensor = located(family)
+    whole = tensor.read(layer)
+    assert whole.shape == (*tensor.shape[:2], tensor.shape[2] + tensor.has_residual)
+    coefficients, residual = tensor.read_parts(layer)
+    assert torch.equal(coefficients, tensor.read(layer, residual=False))
+    assert torch.equal(coefficients, whole[..., : tensor.shape[2]])
+    assert (residual is not None) == tensor.has_residual
+    assert residual is None or torch.equal(residual, whole[..., -1])
+    assert tensor.get_parameter(layer) is tensor.read_parameters(layer)[tensor.name]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_split_is_the_inverse_of_join(family):
+    layer, tensor = located(family)
+    whole = torch.randn(tensor.read(layer).shape)
+    parts = tensor.split(whole)
+    assert {name: part.shape for name, part in parts.items()} == {
+        name: part.shape for name, part in tensor.read_parameters(layer).items()
+    }
+    assert torch.equal(tensor.join(list(parts.values())), whole)
+    coefficients, _ = tensor.read_parts(layer, parts)  # in the place of the layer's own
+    assert torch.equal(coefficients, whole[..., : tensor.shape[2]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_update_without_the_residual_slice_leaves_the_residual_weights(family):
+    layer, tensor = located(family)
+    parts = tensor.split(torch.ones(tensor.shape))
+    whole = torch.zeros(tensor.read(layer).shape)
+    whole[..., : tensor.shape[2]] = 1
+    stored = [parts.get(name, torch.zeros_like(value)) for name, value in tensor.read_parameters(layer).items()]
+    assert torch.equal(tensor.join(stored), whole)
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda tensor: pickle.loads(pickle.dumps(tensor))])
+def test_copies(copy_of):
+    layer, tensor = located("inkan")
+    expected = tensor.read(layer)
+    copied = copy_of(tensor)
+    assert copied == tensor and torch.equal(copied.read(layer), expected)
+
+
+def test_get_or_none():
+    layer, _ = located("fast-kan")
+    assert get_or_none(layer, "spline_linear.weight") is layer.spline_linear.weight
+    assert get_or_none(layer, "spline_linear.no.such") is None
+
+
+##########################
+# Parts, lists and roles #
+##########################
+
+
+def module(**shapes):
+    """A module with parameters of these shapes; a list of shapes makes a ParameterList, a dict a submodule."""
+    result = nn.Module()
+    for name, shape in shapes.items():
+        if isinstance(shape, dict):
+            result.add_module(name, module(**shape))
+        elif isinstance(shape, list):
+            made = [module(**s) if isinstance(s, dict) else nn.Parameter(torch.randn(s)) for s in shape]
+            result.add_module(name, (nn.ModuleList if isinstance(shape[0], dict) else nn.ParameterList)(made))
+        else:
+            result.register_parameter(name, nn.Parameter(torch.randn(shape)))
+    return result
+
+
+# what is stored, its description, the canonical shape, whether there is a residual branch
+DESCRIBED = {
+    "three parts": (
+        {"scale": (4, 3), "translation": (4, 3), "wavelet_weights": (4, 3)},
+        {"coefficients": [(name, "o i") for name in ("scale", "translation", "wavelet_weights")]},
+        (4, 3, 3),
+        False,
+    ),
+    "parts of several axes, with a residual": (
+        {"W1": (3, 4, 2, 5), "W2": (4, 3, 7), "base": (3, 4)},
+        {"coefficients": [("W1", "i o h s"), ("W2", "o i n")], "residual": ("base", "i o")},
+        (4, 3, 17),
+        True,
+    ),
+    "one part without a basis": ({"W": (4, 3)}, {"coefficients": ("W", "o i")}, (4, 3, 1), False),
+    "axes of length one": (
+        {"W": (4, 1, 5, 3)},
+        {"coefficients": ("W", "o () (i k):2"), "axes": {"k": 5}},
+        (4, 3, 5),
+        False,
+    ),
+    "blocks": (
+        {"spline_weight": (2, 4, 3, 5), "base_weight": (2, 4, 3)},
+        {"coefficients": ("spline_weight", "g o i k"), "residual": ("base_weight", "g o i"), "groups": "g"},
+        (8, 3, 5),
+        True,
+    ),
+    "a convolution of two groups": (
+        {"poly_weights": (2, 4, 15, 3, 3), "base_conv": [{"weight": (4, 3, 3, 3)}, {"weight": (4, 3, 3, 3)}]},
+        {
+            "coefficients": ("poly_weights", "g o (k i) ..."),
+            "residual": ("base_conv.*.weight", "o i ..."),
+            "groups": "g",
+        },
+        (8, 3, 5, 9),
+        True,
+    ),
+    "a list of convolutions beside a grouped one": (
+        {"spline_conv": [{"weight": (4, 15, 3)}, {"weight": (4, 15, 3)}], "base_conv": {"weight": (8, 3, 3)}},
+        {
+            "coefficients": ("spline_conv.*.weight", "o (i k) h"),
+            "residual": ("base_conv.weight", "(g o) i h"),
+            "kernel": "h",
+            "groups": "g",
+        },
+        (8, 3, 5, 3),
+        True,
+    ),
+    "several layers in one module": (
+        {"spline_weights": [(4, 3, 5), (2, 4, 6), (1, 2, 5)], "base_weights": [(4, 3), (2, 4), (1, 2)]},
+        {"coefficients": ("spline_weights.*", "o i k"), "residual": ("base_weights.*", "o i")},
+        (7, 4, 6),
+        True,
+    ),
+    "flattened lists": (
+        {"poly_weights": [(4, 15), (2, 20)], "extra": [(4, 3, 2), (2, 4, 2)], "base_weights": [(4, 3), (2, 4)]},
+        {"coefficients": [("poly_weights.*", "o (i k)"), ("extra.*", "o i m")], "residual": ("base_weights.*", "o i")},
+        (6, 4, 7),
+        True,
+    ),
+    "lists of lists": (
+        {"heads": [{"layers": [{"w": (2, 3, 5)}, {"w": (2, 3, 5)}]}, {"layers": [{"w": (1, 3, 5)}]}]},
+        {"coefficients": ("heads.*.layers.*.w", "o i k")},
+        (5, 3, 5),
+        False,
+    ),
+    "a residual packed behind a kernel": (
+        {"weight": (4, 18, 3)},
+        {"coefficients": ("weight", "o ((i k) + i) h"), "kernel": "h", "axes": {"i": 3}},
+        (4, 3, 5, 3),
+        True,
+    ),
+    "lengths by member": (
+        {"weights": [(4, 15), (2, 20)]},
+        {"coefficients": ("weights.*", "o (i k)"), "axes": {"i": [3, 4]}},
+        (6, 4, 5),
+        False,
+    ),
+}
+
+
+@pytest.fixture(params=DESCRIBED)
+def described(request):
+    shapes, description, shape, residual = DESCRIBED[request.param]
+    layer = module(**shapes)
+    return layer, KANLayerSpec("mine", nn.Module, **description).locate(layer), shape, residual
+
+
+def test_the_canonical_shape_of_a_description(described):
+    layer, tensor, shape, residual = described
+    assert tensor.shape == shape and tensor.has_residual == residual
+    whole = tensor.read(layer)
+    assert whole.shape == (*shape[:2], shape[2] + residual, *shape[3:])
+    # each number of the layer appears once, the rest is filled up with zeros
+    stored = torch.cat([p.flatten() for p in layer.parameters()])
+    assert torch.equal(whole[whole != 0].sort().values, stored.sort().values)
+    assert set(tensor.parameters) == {name for name, _ in layer.named_parameters()}
+    assert set(tensor.names) == {name for name in tensor.parameters if not name.startswith("base")}
+
+
+def test_a_round_trip_is_exact_bit_for_bit(described):
+    layer, tensor, shape, residual = described
+    parts = tensor.split(tensor.read(layer))
+    assert {*parts} == {*tensor.parameters}
+    for name, part in parts.items():
+        assert torch.equal(part, layer.get_parameter(name)) and part.shape == layer.get_parameter(name).shape
+    # what is written into the padding is not written back
+    update = torch.randn_like(tensor.read(layer))
+    written = tensor.join(list(tensor.split(update).values()))
+    assert torch.equal(written, update.where(tensor.read(layer) != 0, 0))
+    coefficients, own_residual = tensor.read_parts(layer, parts)
+    assert torch.equal(coefficients, tensor.read(layer, residual=False))
+    assert (own_residual is not None) == residual
+    assert own_residual is None or torch.equal(own_residual, tensor.read(layer)[:, :, -1])
+
+
+def test_without_the_residual_slice(described):
+    layer, tensor, shape, residual = described
+    parts = tensor.split(torch.ones(shape))
+    packed = tensor.has_residual and not tensor.separate_residual
+    assert {*parts} == {*tensor.names}
+    values = [parts.get(name, torch.zeros_like(p)) for name, p in tensor.read_parameters(layer).items()]
+    if residual:
+        assert not tensor.join(values)[:, :, -1].any() and (not packed or len(parts) == 1)
+
+
+def test_gradients_flow_both_ways(described):
+    layer, tensor, *_ = described
+    update = torch.randn(tensor.read(layer).shape, requires_grad=True)
+    sum(part.sum() for part in tensor.split(update).values()).backward()
+    assert torch.equal(update.grad, (tensor.read(layer) != 0).float())
+    tensor.read(layer).sum().backward()
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in layer.parameters())
+
+
+def test_layouts_that_allow_it_are_views():
+    layer = module(W=(3, 4, 5), base=(4, 3))
+    tensor = KANLayerSpec("mine", nn.Module, ("W", "i o k"), ("base", "o i")).locate(layer)
+    coefficients, residual = tensor.read_parts(layer)
+    assert coefficients.data_ptr() == layer.W.data_ptr() and residual.data_ptr() == layer.base.data_ptr()
+
+
+def test_members_keep_their_place():
+    layer = module(weights=[(2, 3, 5), (1, 2, 4)])
+    whole = KANLayerSpec("mine", nn.Module, ("weights.*", "o i k")).locate(layer).read(layer)
+    assert torch.equal(whole[:2], layer.weights[0]) and torch.equal(whole[2:, :2, :4], layer.weights[1])
+    assert not whole[2, 2].any() and not whole[2, :, 4].any()
+
+
+def test_a_list_without_a_residual_branch():
+    layer = module(weights=[(2, 3, 5)])
+    tensor = KANLayerSpec("mine", nn.Module, ("weights.*", "o i k"), ("base.*", "o i")).locate(layer)
+    assert not tensor.has_residual and tensor.shape == (2, 3, 5)
+
+
+@pytest.mark.parametrize(
+    "shapes, description, parts",
+    [
+        (
+            {"a": [(2, 3, 5)], "b": [(2, 3), (2, 3)]},
+            {"coefficients": [("a.*", "o i k"), ("b.*", "o i")]},
+            ["'a.*': 1, 'b.*': 2"],
+        ),
+        ({"a": (2, 3)}, {"coefficients": ("b.*", "o i k")}, ["'b.*': 0"]),
+        ({"a": [{"v": (2, 3)}]}, {"coefficients": ("a.*.w", "o i")}, ["`a.0.w`", "no such parameter"]),
+        ({"a": (2, 3, 5), "b": (2, 4)}, {"coefficients": [("a", "o i k"), ("b", "o i")]}, ["`a`", "i=4", "(2, 3, 5)"]),
+        (
+            {"a": [(2, 3, 5), (1, 4, 5)], "b": (3, 4, 5)},
+            {"coefficients": [("a.*", "o i k"), ("b", "o i m")]},
+            ["`a.1`", "o=3", "(1, 4, 5)"],
+        ),
+        (
+            {"a": [(4, 3, 5, 3), (4, 3, 5, 1)]},
+            {"coefficients": ("a.*", "o i k ...")},
+            ["kernels are not as described", "{'a.0': (3,), 'a.1': (1,)}"],
+        ),
+        (
+            {"a": [(4, 3, 5), (2, 3, 5)], "b": (4, 3, 1)},
+            {"coefficients": [("b", "o i n"), ("a.*", "o i k")]},
+            ["shapes are not as described", "{'b': (4, 3), 'a.0': (6, 3)}"],
+        ),
+        (
+            {"a": (4, 3, 5, 3), "b": (4, 3, 1)},
+            {"coefficients": ("a", "o i k h"), "residual": ("b", "o i h"), "kernel": "h"},
+            ["`a`", "h=1", "'o i k h'", "(4, 3, 5, 3)"],
+        ),
+        ({"a": (4, 15)}, {"coefficients": ("a", "o (i k)")}, ["`a`", "lengths of i, k do not follow", "`axes`"]),
+    ],
+)
+def test_what_does_not_fit_together(shapes, description, parts):
+    with pytest.raises(ValueError) as error:
+        KANLayerSpec("mine", nn.Module, **description).locate(module(**shapes))
+    for part in ("Module was recognized as a KAN layer of the family 'mine'", *parts):
+        assert part in str(error.value)

@@ -1,0 +1,248 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a file says of a family, and adapters that are loaded by it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from helpers import adapt, inputs
+from peft import PeftModel
+from torch import nn
+
+from peft_lotra import KANLayerSpec, find_kan_layers, register_kan_layer
+from peft_lotra.kan import KANLinear
+from peft_lotra.layers import registry
+from peft_lotra.layers.description import is_description, spec_from_file
+from peft_lotra.layers.registry import describe, get_kan_spec, get_recorded_spec
+
+
+class Waves(nn.Module):
+    """y[o] = sum_{i,k} (A[o,i,k] cos(k x[i]) + B[o,i,k] sin(k x[i])) + W x, with a bias; x is in units of `width`."""
+
+    def __init__(self, in_features=3, out_features=4, size=5):
+        super().__init__()
+        self.cosines = nn.Parameter(torch.randn(out_features, in_features * size))
+        self.sines = nn.ParameterList([torch.randn(out_features, in_features, size)])
+        self.linear = nn.Linear(in_features, out_features)
+        self.size = size
+        self.register_buffer("width", torch.tensor(2.0))
+
+    def forward(self, x):
+        phases = x[..., None] / self.width * torch.arange(self.size)
+        cosines = torch.einsum("bik,oik->bo", phases.cos(), self.cosines.view(-1, x.shape[-1], self.size))
+        return cosines + torch.einsum("bik,oik->bo", phases.sin(), self.sines[0]) + self.linear(x)
+
+    def widen(self):
+        self.width.mul_(2)
+
+
+def register_waves(**changes):
+    description = {
+        "matches": Waves,
+        "coefficients": [("cosines", "o (i k)"), ("sines.*", "o i n")],
+        "residual": ("linear.weight", "o i"),
+        "grid": ("width",),
+        "grid_methods": ("widen",),
+        "axes": lambda m: {"k": m.size},
+        "bias": "linear.bias",
+        "basis": lambda m, x: torch.cat(
+            [w(x[..., None] / m.width * torch.arange(m.size)) for w in (torch.cos, torch.sin)], dim=-1
+        ),
+        "activation": lambda m, x: x,
+    }
+    return register_kan_layer("waves", **{**description, **changes})
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(Waves(), nn.Tanh(), Waves(4, 2, size=3))
+
+
+def test_a_description_holds_no_functions_and_comes_back():
+    spec, layer = register_waves(), Waves()
+    description = json.loads(json.dumps(spec.describe(layer)))
+    assert description == {
+        "coefficients": [["cosines", "o (i k)"], ["sines.*", "o i n"]],
+        "residual": ["linear.weight", "o i"],
+        "grid": ["width"],
+        "grid_methods": ["widen"],
+        "axes": {"k": 5},
+        "bias": "linear.bias",
+    }
+    read = spec_from_file("waves", description)
+    assert read.locate(layer) == spec.locate(layer) and read.describe(layer) == description
+    assert not read.matches(layer) and read.basis is None
+    for other in (copy.deepcopy(read), pickle.loads(pickle.dumps(read))):
+        assert other.describe(layer) == description
+
+
+def test_roles_and_flags_are_described():
+    spec = KANLayerSpec(
+        "mine",
+        nn.Module,
+        ("a", "g o i k h"),
+        kernel="h",
+        groups="g",
+        linear=False,
+        edge_scale=("b", "o i"),
+        network_methods={"fit": "update_grid", "prune": None},
+        checkpoint_methods=("save",),
+    )
+    read = spec_from_file("mine", spec.describe(nn.Module()))
+    for name in "coefficients kernel groups linear edge_scale network_methods checkpoint_methods".split():
+        assert getattr(read, name) == getattr(spec, name)
+
+
+def test_families_that_come_with_the_package_are_not_described():
+    layer = KANLinear(3, 4)
+    assert describe(get_kan_spec(layer), layer) == {}
+    spec = register_kan_layer("peft-lotra", matches=KANLinear, coefficients=("spline_weight", "o i k"))
+    assert describe(spec, layer) == {"description": {"coefficients": ["spline_weight", "o i k"]}}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with an adapter of a registered family, whose registration is gone, and the outputs with it."""
+    register_waves()
+    model = adapt(net())
+    x = inputs()
+    y = model(x).detach()
+    model.save_pretrained(tmp_path)
+    del registry._SPECS["waves"]
+    return tmp_path, x, y
+
+
+def test_an_adapter_is_loaded_without_the_registration(saved):
+    folder, x, y = saved
+    base = net()
+    before = base(x)
+    model = PeftModel.from_pretrained(base, folder)
+    assert torch.allclose(model(x), y, atol=1e-5)
+    layer = model.base_model.model[0]
+    assert [(found.name, found.family, found.shape) for found in find_kan_layers(model)] == [
+        ("0", "waves", (4, 3, 10)),
+        ("2", "waves", (2, 4, 6)),
+    ]
+    with pytest.raises(RuntimeError, match="widen"):
+        layer.widen()
+    model.merge_adapter()
+    assert torch.allclose(model(x), y, atol=1e-5)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(x), before)
+
+
+def test_it_is_saved_again_and_a_second_one_is_loaded_beside_it(saved, tmp_path):
+    folder, x, y = saved
+    model = PeftModel.from_pretrained(net(), folder)
+    model.save_pretrained(tmp_path / "again")
+    model.load_adapter(tmp_path / "again", "second")
+    model.set_adapter("second")
+    assert torch.allclose(model(x), y, atol=1e-5)
+    first, second = (json.loads((path / "adapter_config.json").read_text()) for path in (folder, tmp_path / "again"))
+    assert first["base_layers"] == second["base_layers"]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.allclose(other(x), y, atol=1e-5)
+    assert torch.allclose(model.merge_and_unload()(x), y, atol=1e-5)
+
+
+def test_with_the_registration_its_functions_are_used(saved):
+    folder, x, y = saved
+    register_waves()
+    model = PeftModel.from_pretrained(net(), folder)
+    assert model.base_model.model[0].lotra_spec is registry._SPECS["waves"]
+    assert torch.allclose(model(x), y, atol=1e-5)
+
+
+def test_a_moved_grid_is_noticed_without_the_registration(saved):
+    folder, *_ = saved
+    base = net()
+    base[0].widen()
+    with pytest.raises(ValueError, match="The grid of 0 in this base are not those"):
+        PeftModel.from_pretrained(base, folder)
+
+
+def edit(folder, change):
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for layer in config["base_layers"].values():
+        change(layer)
+    path.write_text(json.dumps(config))
+
+
+def test_without_a_description_the_missing_family_is_named(saved):
+    folder, *_ = saved
+    edit(folder, lambda layer: layer.pop("description"))
+    with pytest.raises(ValueError, match="family 'waves', which is not registered.*register_kan_layer"):
+        PeftModel.from_pretrained(net(), folder)
+    with pytest.raises(ValueError, match="family 'waves', which is not registered"):
+        get_recorded_spec(Waves(), {"family": "waves"})
+
+
+def test_a_layer_that_is_not_as_the_file_describes(saved):
+    folder, *_ = saved
+    base = net()
+    base[0] = nn.Linear(3, 4)
+    with pytest.raises(ValueError, match="Linear was recognized as a KAN layer of the family 'waves'"):
+        PeftModel.from_pretrained(base, folder)
+
+
+DAMAGED = [
+    None,
+    [],
+    {},
+    {"coefficients": "cosines"},
+    {"coefficients": ["cosines"]},
+    {"coefficients": ["cosines", "o (i k"]},
+    {"coefficients": ["cosines", "o k"]},
+    {"coefficients": ["__class__.__init__", "o i k"]},
+    {"coefficients": ["a b", "o i k"]},
+    {"coefficients": [["a", "o i k"]] * 2},
+    {"coefficients": ["a", 3]},
+    {"coefficients": ["a", "o i k"], "matches": "x"},
+    {"coefficients": ["a", "o i k"], "basis": "lambda m, x: x"},
+    {"coefficients": ["a", "o i k"], "linear": "no"},
+    {"coefficients": ["a", "o i k"], "kernel": 3},
+    {"coefficients": ["a", "o i k"], "kernel": "h"},
+    {"coefficients": ["a", "o i k"], "grid": ["__dict__"]},
+    {"coefficients": ["a", "o i k"], "grid": "grid"},
+    {"coefficients": ["a", "o i k"], "grid_methods": ["__call__"]},
+    {"coefficients": ["a", "o i k"], "network_methods": {"__init__": None}},
+    {"coefficients": ["a", "o i k"], "network_methods": {"fit": 1}},
+    {"coefficients": ["a", "o i k"], "axes": {"k": 0}},
+    {"coefficients": ["a", "o i k"], "axes": {"k": 1.5}},
+    {"coefficients": ["a", "o i k"], "axes": {"k": [2, "3"]}},
+    {"coefficients": ["a", "(" * 20_000]},
+    {"coefficients": ["a", "(" * 3_900]},
+    {"coefficients": ["a", "o i (" + "(a)" * 1_200]},
+    {"coefficients": ["a", "o i " + " ".join(f"k{n}" for n in range(700))]},
+    {"coefficients": ["a", "o i " + "k" * 5000]},
+]
+
+
+@pytest.mark.parametrize("description", DAMAGED, ids=range(len(DAMAGED)))
+def test_damaged_descriptions(description):
+    assert not is_description(description)
+    with pytest.raises(ValueError, match="of the family 'mine' is broken|of 'mine'|Pattern"):
+        spec_from_file("mine", description)
+
+
+def test_a_damaged_description_is_refused_before_the_model_is_touched(saved):
+    folder, *_ = saved
+    edit(folder, lambda layer: layer["description"].update(coefficients=["__class__", "o i k"]))
+    base = net()
+    with pytest.raises(ValueError, match="'__class__' of 'waves' is no name"):
+        PeftModel.from_pretrained(base, folder)
+    assert [type(module) for module in base] == [Waves, nn.Tanh, Waves]
+
+
+@pytest.mark.parametrize("family", ["", " ", 3, None, "a\nb", "\x1b[2J"])
+def test_names_that_no_family_can_have(family):
+    with pytest.raises(ValueError, match="A family cannot be called"):
+        register_kan_layer(family, matches=KANLinear, coefficients=("spline_weight", "o i k"))

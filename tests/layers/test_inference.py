@@ -1,0 +1,523 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import pickle
+from weakref import WeakKeyDictionary
+
+import pytest
+import torch
+from helpers import relative
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_lotra import LoTRAConfig, find_kan_layers
+from peft_lotra.layers import inference, registry
+from peft_lotra.layers.registry import KANLayerSpec, get_kan_spec
+
+
+def powers(x, count):
+    return torch.stack([torch.tanh(x) ** k for k in range(count)], dim=-1)
+
+
+class Polynomials(nn.Module):
+    """The coefficients in any order of axes, under any name."""
+
+    def __init__(self, i, o, k=4, order="iok", residual=None, norm=False, name="things"):
+        super().__init__()
+        self.order, self.i, self.k, self.of = order, i, k, name
+        sizes = {"o": o, "i": i, "k": k}
+        setattr(self, name, nn.Parameter(torch.randn([sizes[axis] for axis in order])))
+        self.base = None if residual is None else nn.Parameter(torch.randn([sizes[axis] for axis in residual]))
+        self.residual, self.norm = residual, nn.LayerNorm(o) if norm else nn.Identity()
+
+    def forward(self, x):
+        y = torch.einsum(f"bik,{self.order}->bo", powers(x, self.k), getattr(self, self.of))
+        if self.base is not None:
+            y = y + torch.einsum(f"bi,{self.residual}->bo", nn.functional.silu(x), self.base)
+        return self.norm(y)
+
+
+class Flat(nn.Module):
+    def __init__(self, i, o, k=4, inner="ik", first=True):
+        super().__init__()
+        self.in_features, self.k, self.inner, self.first = i, k, inner, first
+        self.table = nn.Parameter(torch.randn((o, i * k) if first else (i * k, o)))
+
+    def forward(self, x):
+        basis = powers(x, self.k)
+        flat = (basis if self.inner == "ik" else basis.transpose(1, 2)).flatten(1)
+        return flat @ (self.table.T if self.first else self.table)
+
+
+class Wavelets(nn.Module):
+    """Not linear in scale and shift; `dead` is no part of the sum."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(o, i)), nn.Parameter(torch.zeros(o, i))
+        self.dead, self.weight = nn.Parameter(torch.randn(o, i)), nn.Parameter(torch.randn(o, i))
+
+    def forward(self, x):
+        u = (x[:, None] - self.shift) / self.scale
+        return (self.weight * (u**2 - 1) * torch.exp(-(u**2) / 2)).sum(2)
+
+
+class Scaled(nn.Module):
+    """A factor of each edge beside two functions: a quarter of the layer."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.c, self.s = nn.Parameter(torch.randn(o, i, 2)), nn.Parameter(torch.rand(o, i) + 0.5)
+        self.w = nn.Parameter(torch.randn(o, i))
+
+    def forward(self, x):
+        basis = torch.stack([torch.sin(x), torch.cos(2 * x)], -1)
+        return torch.einsum("bik,oik,oi->bo", basis, self.c, self.s) + torch.tanh(x) @ self.w.T
+
+
+class ScaledTwice(nn.Module):
+    """A factor of each edge in both branches: a ninth of the layer each."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.w, self.s = nn.Parameter(torch.randn(o, i)), nn.Parameter(torch.rand(o, i) + 0.5)
+        self.c, self.t = nn.Parameter(torch.randn(o, i, 8)), nn.Parameter(torch.rand(o, i) + 0.5)
+
+    def forward(self, x):
+        y = torch.einsum("bik,oik->bo", powers(x, 8), self.c * self.t[..., None])
+        return y + torch.tanh(2 * x) @ (self.w * self.s).T
+
+
+class Places(nn.Module):
+    """Trained places and widths of the functions of each input, which the outputs share."""
+
+    def __init__(self, i, count=4, turned=False):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn((count, i) if turned else (i, count)))
+        self.widths, self.turned = nn.Parameter(torch.rand(i) + 0.5), turned
+
+    def functions(self, x):
+        places = self.places.T if self.turned else self.places
+        return torch.exp(-(((x[..., None] - places) * self.widths[:, None]) ** 2))
+
+
+class RadialInside(Places):
+    def __init__(self, i, o, count=4, turned=False):
+        super().__init__(i, count, turned)
+        self.table = nn.Parameter(torch.randn(o, i * count))
+
+    def forward(self, x):
+        return self.functions(x).flatten(1) @ self.table.T
+
+
+class RadialPart(nn.Module):
+    def __init__(self, i, o, count=4):
+        super().__init__()
+        self.of, self.sum = Places(i, count), nn.Linear(i * count, o)
+
+    def forward(self, x):
+        return self.sum(self.of.functions(x).flatten(1))
+
+
+class SmallNetworks(nn.Module):
+    """A network of one hidden layer for each edge, some axes of which have the length one."""
+
+    def __init__(self, i, o, hidden=3, waves=2):
+        super().__init__()
+        self.w1, self.w2 = nn.Parameter(torch.randn(i, o, hidden, waves)), nn.Parameter(torch.randn(i, o, 1, hidden))
+        self.b1 = nn.Parameter(torch.randn(i, o, hidden))
+
+    def forward(self, x):
+        waves = torch.stack([x, torch.sin(2 * x)], dim=-1)
+        hidden = torch.tanh(torch.einsum("biw,iohw->bioh", waves, self.w1) + self.b1)
+        return torch.einsum("bioh,iolh->bo", hidden, self.w2)
+
+
+class Tokens(Polynomials):
+    """Takes (batch, tokens, features) alone."""
+
+    def forward(self, x):
+        batch, tokens, _ = x.shape
+        return super().forward(x.reshape(batch * tokens, -1)).view(batch, tokens, -1)
+
+
+@pytest.mark.parametrize("inputs", [2, 5])
+def test_a_layer_of_tokens(inputs):
+    torch.manual_seed(0)
+    layer = Tokens(inputs, 4, residual="oi")
+    tensor = get_kan_spec(layer).locate(layer)
+    assert tensor.shape == (4, inputs, 4) and tensor.has_residual
+    model = get_peft_model(nn.Sequential(layer), LoTRAConfig(r=2, init_weights=False))
+    y = model(x := torch.rand(2, 3, inputs))
+    assert relative(model.merge_and_unload()(x), y) < 1e-5
+
+
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_four_axes_of_any_length(outputs):
+    torch.manual_seed(0)
+    layer = SmallNetworks(5, outputs)
+    tensor = get_kan_spec(layer).locate(layer)
+    assert set(tensor.names) == {"w1", "w2", "b1"} and tensor.shape == (outputs, 5, 3 * 2 + 3 + 3)
+
+
+@pytest.mark.parametrize("sizes", [(5, 4), (4, 4), (2, 5), (5, 1)])
+@pytest.mark.parametrize("residual", [None, "oi", "io"])
+@pytest.mark.parametrize("order", ["oik", "iok", "iko", "kio", "oki", "koi"])
+def test_any_order_of_axes(order, residual, sizes):
+    torch.manual_seed(0)
+    layer = Polynomials(*sizes, order=order, residual=residual)
+    tensor = get_kan_spec(layer).locate(layer)
+    assert tensor.shape == (sizes[1], sizes[0], 4) and tensor.has_residual == (residual is not None)
+    expected = layer.things.permute([order.index(axis) for axis in "oik"])
+    assert torch.equal(tensor.read(layer, residual=False), expected)
+    if residual and 1 not in sizes:
+        assert torch.equal(tensor.read(layer)[..., -1], layer.base if residual == "oi" else layer.base.T)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("inner", ["ik", "ki"])
+def test_a_flattened_axis(inner, first):
+    torch.manual_seed(0)
+    layer = Flat(4, 6, inner=inner, first=first)
+    tensor = get_kan_spec(layer).locate(layer)
+    table = layer.table if first else layer.table.T
+    expected = table.unflatten(1, (4, 4))
+    assert torch.equal(tensor.read(layer), expected if inner == "ik" else expected.transpose(1, 2))
+
+
+def test_parts():
+    torch.manual_seed(0)
+    layer = Wavelets(5, 4)
+    spec = get_kan_spec(layer)
+    assert spec.locate(layer).names == ("scale", "shift", "weight") and not spec.linear
+
+
+def test_factors_of_edges_are_a_part_where_they_are_a_large_share():
+    torch.manual_seed(0)
+    layer = Scaled(5, 4)
+    spec = get_kan_spec(layer)
+    assert set(spec.locate(layer).parameters) == {"c", "s", "w"} and spec.residual[0] == "w" and not spec.linear
+
+
+def test_factors_of_edges_are_parts_where_they_are_together_a_large_share():
+    torch.manual_seed(0)
+    layer = ScaledTwice(5, 4)
+    spec = get_kan_spec(layer)
+    assert spec.residual == ("w", "o i") and set(spec.locate(layer).parameters) == {"c", "s", "t", "w"}
+    assert spec.locate(layer).shape == (4, 5, 8 + 2) and not spec.linear
+
+
+@pytest.mark.parametrize(
+    "make, places, pattern",
+    [
+        (RadialInside, "places", "i z"),
+        (lambda i, o: RadialInside(i, o, turned=True), "places", "z i"),
+        (RadialPart, "of.places", "i z"),
+    ],
+)
+def test_places_of_functions_are_a_part_where_they_are_a_large_share(make, places, pattern):
+    torch.manual_seed(0)
+    for outputs in (1, 3):
+        spec = get_kan_spec(layer := make(5, outputs))
+        assert spec.parts[1:] == ((places, pattern),) and not spec.linear
+        assert spec.locate(layer).shape == (outputs, 5, 4 + 4)
+    spec = get_kan_spec(layer := make(5, 20))
+    assert len(spec.parts) == 1 and spec.linear and spec.locate(layer).shape == (20, 5, 4)
+
+
+def test_a_part_that_is_a_network_of_its_own_is_not_looked_into():
+    class Deep(RadialPart):
+        def __init__(self):
+            super().__init__(5, 3)
+            self.of = nn.Sequential(Places(5))  # a layer of torch, or one with parts
+            self.of.functions = self.of[0].functions
+
+    class Large(RadialPart):
+        def __init__(self):
+            super().__init__(5, 3)
+            self.of.more = nn.Parameter(torch.randn(100, 100))
+
+    for layer in (Deep(), Large()):
+        assert get_kan_spec(layer) is None
+
+
+def test_a_file_of_another_version_that_left_parameters_out(tmp_path, monkeypatch):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(ScaledTwice(5, 4))
+
+    x = torch.rand(8, 5)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(inference, "_SMALL", 1.0)
+        earlier.setattr(inference, "_INFERRED", WeakKeyDictionary())
+        model = get_peft_model(build(), LoTRAConfig(r=2, init_weights=False))
+        y = model(x)
+        model.save_pretrained(tmp_path)
+    assert relative(PeftModel.from_pretrained(build(), tmp_path)(x), y) < 1e-6
+    assert relative(PeftModel.from_pretrained(build(), tmp_path).merge_and_unload()(x), y) < 1e-5
+    assert len(get_kan_spec(build()[0]).parts) == 3
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda i, o: Polynomials(i, o, residual="oi"),
+        lambda i, o: Polynomials(i, o, order="oik", norm=True),
+        Flat,
+        Wavelets,
+        Scaled,
+        ScaledTwice,
+        RadialInside,
+        RadialPart,
+    ],
+)
+def test_attach_train_merge_and_reload(make, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(make(3, 6), nn.Tanh(), make(6, 2))
+
+    x = torch.rand(8, 3, generator=torch.Generator().manual_seed(1))
+    model = get_peft_model(build(), LoTRAConfig(r=2))
+    torch.testing.assert_close(model(x), build()(x))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(10):
+        loss = (model(x) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    y = model(x)
+    model.save_pretrained(tmp_path)
+    assert relative(PeftModel.from_pretrained(build(), tmp_path)(x), y) < 1e-5
+    merged = model.merge_and_unload()
+    assert relative(merged(x), y) < 1e-5 and list(merged.state_dict()) == list(build().state_dict())
+
+
+def test_pickle_and_dtypes():
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float64):
+        layer = Polynomials(5, 4).to(dtype)
+        spec = get_kan_spec(layer)
+        assert pickle.loads(pickle.dumps(spec)).parts == spec.parts == (("things", "i o k"),)
+
+
+##########################
+# What is no KAN layer #
+##########################
+
+
+class Experts(nn.Module):
+    def __init__(self, d=6, o=6, count=4, top=None):
+        super().__init__()
+        self.w, self.gate, self.top = nn.Parameter(torch.randn(count, d, o)), nn.Linear(d, count), top
+
+    def forward(self, x):
+        gates = self.gate(x).softmax(-1)
+        if self.top:
+            gates = gates * (gates >= gates.topk(self.top).values[:, -1:])
+        return torch.einsum("bi,eio,be->bo", x, self.w, gates)
+
+
+class UniformExperts(Experts):
+    def forward(self, x):
+        return torch.einsum("bi,eio->bo", x, self.w)
+
+
+class Bilinear(nn.Module):
+    def __init__(self, d=6, o=6):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(o, d, d))
+
+    def forward(self, x):
+        return torch.einsum("bi,oij,bj->bo", x, self.w, x)
+
+
+class Positions(nn.Module):
+    def __init__(self, n=4, d=6):
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(1, n, d))
+
+    def forward(self, x):
+        return x + self.position
+
+
+class Heads(nn.Module):
+    def __init__(self, h=3, d=6):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(h, d, d)) for _ in "qkv")
+
+    def forward(self, x):
+        q, k, v = (torch.einsum("nd,hde->hne", x, w) for w in (self.q, self.k, self.v))
+        return (nn.functional.softmax(q @ k.mT, -1) @ v).mean(0)
+
+
+class ElementwiseHeads(Heads):
+    """Multiplicative interactions of three maps."""
+
+    def forward(self, x):
+        q, k, v = (torch.einsum("nd,hde->hne", x, w) for w in (self.q, self.k, self.v))
+        return (q * k.sigmoid() * v).sum(0)
+
+
+class Gated(nn.Module):
+    def __init__(self, d=6):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(d, d)), nn.Parameter(torch.randn(d, d))
+
+    def forward(self, x):
+        return (x @ self.a.T) * torch.sigmoid(x @ self.b.T)
+
+
+class Maxout(nn.Module):
+    def __init__(self, d=6, o=5, k=3):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(o, d, k))
+
+    def forward(self, x):
+        return torch.einsum("bi,oik->bok", x, self.w).amax(-1)
+
+
+class ScaledConv(nn.Conv1d):
+    def forward(self, x):
+        return nn.functional.conv1d(x, self.weight * 2, self.bias)
+
+
+class OwnConv(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6, 3))
+
+    def forward(self, x):
+        return nn.functional.conv1d(x, self.weight, padding=1)
+
+
+class MLP(nn.Module):
+    def __init__(self, d=6, ratio=4):
+        super().__init__()
+        self.in_features = d
+        self.fc1, self.fc2 = nn.Linear(d, ratio * d), nn.Linear(ratio * d, d)
+
+    def forward(self, x):
+        return self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+class WideMLP(MLP):
+    """The second matrix is most of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc2 = nn.Linear(24, 48)
+
+
+class LowRank(nn.Module):
+    def __init__(self, d=6, r=2):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(r, d)), nn.Parameter(torch.randn(d, r))
+
+    def forward(self, x):
+        return x @ self.a.T @ self.b.T
+
+
+class TwoMatrices(nn.Module):
+    def __init__(self, d=6):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(d, d)), nn.Parameter(torch.randn(d, d))
+
+    def forward(self, x):
+        return x @ (self.a + self.b)
+
+
+class Counter(nn.Module):
+    """Has a state that a run would change."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4, 3))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x
+
+
+OTHERS = [
+    *(Experts, lambda: Experts(top=1), lambda: Experts(top=2), UniformExperts, Bilinear, Positions, Heads),
+    *(
+        ElementwiseHeads,
+        Gated,
+        Maxout,
+        lambda: ScaledConv(6, 6, 3),
+        OwnConv,
+        MLP,
+        WideMLP,
+        LowRank,
+        TwoMatrices,
+        Counter,
+    ),
+    *(lambda: nn.Conv1d(4, 4, 3), lambda: nn.MultiheadAttention(4, 2), lambda: nn.Bilinear(4, 4, 4)),
+    *(lambda: nn.LSTM(4, 4), lambda: nn.TransformerEncoderLayer(8, 2), lambda: nn.GRUCell(4, 4)),
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("make", OTHERS)
+def test_no_kan_layers(make, seed):
+    torch.manual_seed(seed)
+    module = make()
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    assert find_kan_layers(nn.Sequential(module)) == []
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    assert getattr(module, "calls", 0) == 0
+
+
+def test_a_layer_of_several_arguments_and_one_without_values_are_left_alone():
+    class Graph(Polynomials):
+        def forward(self, x, edges):
+            return super().forward(x)
+
+    assert get_kan_spec(Graph(5, 4)) is None
+
+    class Fresh(Polynomials):
+        pass
+
+    assert get_kan_spec(Fresh(5, 4).to("meta")) is None
+    assert get_kan_spec(Fresh(5, 4)).family == "generic"  # it is not remembered as none
+    assert get_kan_spec(Fresh(5, 4).to("meta")).family == "generic"
+
+
+def test_formulas_of_pykan_are_no_layers():
+    kan = pytest.importorskip("kan")
+    model = kan.KAN(width=[2, 3, 1], grid=3, k=3, seed=0, auto_save=False)
+    model.fix_symbolic(0, 0, 1, "sin", fit_params_bool=False, verbose=False, log_history=False)
+    assert [layer.name for layer in find_kan_layers(model)] == ["act_fun.0", "act_fun.1"]
+
+
+class SplineLinear(nn.Linear):
+    """A KAN layer, of a registered family, that is derived from a linear layer."""
+
+    def forward(self, x):
+        return super().forward(torch.sin(torch.cat([x, 2 * x], dim=-1)))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_model_of_registered_layers_is_no_layer(norm, monkeypatch):
+    monkeypatch.setitem(
+        registry._SPECS,
+        "spline-linear",
+        KANLayerSpec("spline-linear", matches=SplineLinear, coefficients=("weight", "o (k i)"), axes={"k": 2}),
+    )
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.norm = SplineLinear(6, 3), nn.BatchNorm1d(3) if norm else None
+
+        def forward(self, x):
+            return self.norm(self.lin(x)) if norm else self.lin(x)
+
+    model = Model()
+    assert [(layer.name, layer.family) for layer in find_kan_layers(model)] == [("lin", "spline-linear")]

@@ -1,0 +1,245 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Closed forms of jets of other libraries' layers and networks."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import pytest
+import torch
+from foreign import Loop, efficient, make_foreign, pykan
+from helpers import adapt
+from jet_helpers import assert_same, nested
+from stand_ins import FAMILIES, FasterKANLayer, FastKANLayer, OldEfficientKANLayer, as_model
+from torch import Tensor, nn
+
+from peft_lotra import register_kan_layer
+from peft_lotra.derivatives import bases as functions
+from peft_lotra.derivatives.stages import stages_of
+from peft_lotra.derivatives.torch_fallback import ExactNorms
+from peft_lotra.kan import KAN, jet, laplacian
+from peft_lotra.layers.jets import find_stages
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:`jet` knows no closed form", "ignore:Adapters have more", "ignore:std")
+
+CLOSED = "own efficient-kan efficient-kan-no-scaler efficient-kan-old pykan fast-kan faster-kan cheby-kan fourier-kan"
+CLOSED = [*CLOSED.split(), "physicsnemo", "pina"]
+
+
+def inside(rows: int = 6, size: int = 2) -> Tensor:
+    return torch.rand(rows, size, dtype=torch.float64) * 0.9 + 0.05
+
+
+def check(model: nn.Module, x: Tensor) -> None:
+    """The jet and its gradients, those of the parameters and of x."""
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    x = x.clone().requires_grad_()
+    assert stages_of(model)
+    found = jet(model, x)
+    with ExactNorms():
+        expected = nested(model, x)
+        assert_same(found, expected, 1e-9)
+        gradients = [
+            torch.autograd.grad(
+                sum(part.square().sum() for part in parts), parameters, allow_unused=True, materialize_grads=True
+            )
+            for parts in (found, expected)
+        ]
+    largest = max(gradient.abs().max() for gradient in gradients[1])
+    for name, a, e in zip(names, *gradients, strict=True):
+        assert (a - e).abs().max() <= 1e-9 * largest, name
+    assert_same((laplacian(model, x),), (expected[2].sum(0),), 1e-9)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("name", CLOSED)
+def test_layers(name, adapted):
+    torch.manual_seed(0)
+    model = as_model(FAMILIES[name](3, 2)).double()
+    model = adapt(model) if adapted else model
+    for rows in (4, 40):  # plain operations, by hand
+        check(model, inside(rows, 3))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    "name", ["efficient-kan", "pykan", "fast-kan", "cheby-kan", "fourier-kan", "pina", "tanh", "mlp"]
+)
+def test_networks(name, adapted):
+    model = make_foreign(name)
+    model = adapt(model) if adapted and name != "mlp" else model
+    check(model, inside(40))
+    stages = stages_of(model)
+    by_rows = torch.func.vmap(lambda row: jet(model, row[None])[2])(inside(3))
+    assert stages and by_rows.shape == (3, 2, 1, 1)
+
+
+def test_grids_that_move():
+    """Uneven knots, and back to even ones."""
+    model = efficient().float()
+    x = inside(40).float()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert [type(stage.branches[0].basis).__name__ for stage in stages_of(model)] == ["UniformGrid"] * 2
+    for layer in model.layers:
+        layer.grid += 0.1 * torch.rand(layer.grid.shape).sort(-1).values
+    assert [type(stage.branches[0].basis).__name__ for stage in stages_of(model)] == ["FunctionBasis"] * 2
+    assert_same(jet(model, x), nested(model, x), 1e-4)
+    check(model.double(), inside(40))
+    model.float().load_state_dict(before)
+    assert_same(jet(model, x), nested(model, x), 1e-4)
+
+
+class Gained(Loop):
+    gain = 1.0
+    power = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.power == 2:
+            y = y**2
+        return y if self.gain == 1 else self.gain * y
+
+
+def test_containers_that_compute_more_are_no_chain():
+    model, x = Gained(*make_foreign("fast-kan").layers), inside()
+    assert stages_of(model)
+    model.gain = 2.0
+    assert stages_of(model) is None
+    assert_same(jet(model, x), nested(model, x))
+    model.gain, model.power = 1.0, 2
+    assert_same(jet(model, x), nested(model, x))
+    model.power = 1
+    assert stages_of(model)
+    model.layers[0].register_forward_hook(lambda module, args, output: 2 * output)
+    assert_same(jet(model, x), nested(model, x))
+    assert stages_of(nn.Sequential(*model.layers)) is None
+
+
+def test_layers_that_compute_more_have_no_closed_form():
+    class Biased(OldEfficientKANLayer):
+        def __init__(self, *args) -> None:
+            super().__init__(*args)
+            self.bias = nn.Parameter(torch.zeros(()))  # as yet without effect
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.bias
+
+    model = nn.Sequential(Biased(2, 3)).double()
+    assert find_stages(model[0]) is None
+    x = inside()
+    assert_same(jet(model, x), nested(model, x))
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 1, 2, 3])
+def test_wrong_derivatives_of_a_users_family_are_not_used(wrong):
+    class Sines(nn.Module):
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__()
+            self.sine_weights = nn.Parameter(torch.randn(outputs, inputs, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            angles = x.unsqueeze(-1) * torch.arange(1, 4)
+            return torch.einsum("nik,oik->no", angles.sin(), self.sine_weights)
+
+    def derivatives(layer: nn.Module, x: Tensor, highest: int) -> list[Tensor]:
+        found = [part[..., 3:] for part in functions.harmonic_derivatives(3, x, highest)]
+        return [1.001 * part if d == wrong else part for d, part in enumerate(found)]
+
+    model, x = Loop(Sines(2, 3), Sines(3, 1)).double(), inside(40)
+    assert stages_of(model) is None
+    register_kan_layer("sines", matches=Sines, coefficients=("sine_weights", "o i k"), derivatives=derivatives)
+    assert (stages_of(model) is None) == (wrong is not None)
+    assert_same(jet(model, x), nested(model, x))
+
+
+def test_pykan_with_products_or_symbols_has_no_closed_form():
+    from kan import KAN as PyKAN
+
+    x = inside().float()
+    model = PyKAN(width=[2, [1, 1], 1], auto_save=False, seed=0)
+    assert stages_of(model) is None
+    assert_same(jet(model, x), nested(model, x), 1e-3)
+    model = pykan()
+    acts = model(x) is not None and model.acts
+    assert stages_of(model) and model.acts is acts
+    model.fix_symbolic(0, 0, 0, "sin", fit_params_bool=False, verbose=False)
+    assert stages_of(model) is None
+    assert_same(jet(model, x), nested(model, x), 1e-3)
+
+
+def test_pykan_with_trained_nodes():
+    model = pykan(affine_trainable=True).double()
+    with torch.no_grad():
+        for part in (*model.node_scale, *model.subnode_bias):
+            part += torch.rand_like(part)
+    check(model, inside(40))
+
+
+def test_parts_of_other_libraries_among_ours():
+    model = nn.Sequential(KAN([2, 3]), nn.LayerNorm(3), FasterKANLayer(3, 2), nn.SiLU(), nn.Linear(2, 1)).double()
+    check(model, inside(40))
+
+
+def test_looking_leaves_no_trace():
+    model = Loop(FastKANLayer(2, 3), FastKANLayer(3, 1)).train()
+    before = torch.get_rng_state()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    assert stages_of(model)
+    assert torch.equal(before, torch.get_rng_state()) and model.training
+    assert not any(part._forward_hooks for part in model.modules())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.layers[0].spline_linear.parameters())
+
+
+def count_calls(model: nn.Module, function: Callable) -> int:
+    calls = []
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: calls.append(args))
+    try:
+        function()
+    finally:
+        handle.remove()
+    return len(calls)
+
+
+def test_layers_are_compared_once():
+    model, x = efficient(), inside(40).float()
+    assert count_calls(model, lambda: jet(model, x)) > 0
+    assert count_calls(model, lambda: jet(model, x)) == 0
+
+
+@pytest.mark.parametrize("rows", [10, 100])  # by operations, and by hand
+@pytest.mark.parametrize("name", ["centers", "knots", "activation"])
+def test_functions_that_are_learned(name, rows):
+    """Centers, knots and activations that are trained have the gradients of the layer's own forward pass."""
+    if name == "centers":
+        layer, path = FastKANLayer(2, 3, use_layernorm=False), "rbf.grid"
+    elif name == "knots":
+        layer, path = OldEfficientKANLayer(2, 3), "grid"
+    else:
+        layer, path = OldEfficientKANLayer(2, 3, base_activation=nn.PReLU), "base_activation.weight"
+    layer = layer.double()
+    x = inside(rows)
+    jet(layer, x)  # which looks at the layer before anything is trained
+    learned = operator.attrgetter(path)(layer).requires_grad_()
+    expected = nested(layer, x)
+    for found, part in zip(jet(layer, x), expected, strict=True):
+        gradients = [
+            torch.autograd.grad((f * f).sum(), learned, retain_graph=True, materialize_grads=True, allow_unused=True)[
+                0
+            ]
+            for f in (found, part)
+        ]
+        assert (gradients[0] - gradients[1]).abs().max() <= 1e-9 * max(1e-6, gradients[1].abs().max())
+
+
+def test_centers_that_change_before_the_backward_pass():
+    layer, x = FastKANLayer(2, 3), inside(100).float().requires_grad_()
+    loss = sum(part.sum() for part in jet(layer, x))
+    with torch.no_grad():
+        layer.rbf.grid.add_(0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

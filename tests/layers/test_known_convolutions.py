@@ -1,0 +1,341 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The layouts of convolutional layers, compared with what the stand-ins compute."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conv_stand_ins import CONVOLUTIONS, ConvNet, images
+from helpers import relative
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_lotra import LoTRAConfig, find_kan_layers
+from peft_lotra.layers.registry import get_kan_spec
+
+
+FAMILY = {"kagnconv": "gram-conv", "kalnconv": "gram-conv", "kacnconv": "cheby-conv"}
+
+
+class Gaussians(nn.Module):
+    def __init__(self, count):
+        super().__init__()
+        self.grid = nn.Parameter(torch.linspace(-1, 1, count), requires_grad=False)
+
+    def forward(self, x):
+        return torch.exp(-((x[..., None] - self.grid) ** 2))
+
+
+class Powers(nn.Module):
+    """Functions without a grid: nothing says how many they are."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.degree = count - 1
+
+    def forward(self, x):
+        return torch.stack([x**k for k in range(self.degree + 1)], -1)
+
+
+class FastKANConvLayer(nn.Module):
+    """U-KAN's: the Gaussians outside, `spline_conv.weight` (O, (K I), k, k)."""
+
+    def __init__(self, i, o, kernel_size=3, groups=1, padding=1, ndim=2, count=4, base=True, functions=Gaussians):
+        super().__init__()
+        self.rbf = functions(count)
+        self.spline_conv = nn.Conv2d(count * i, o, kernel_size, padding=padding)
+        if base:
+            self.base_conv = nn.Conv2d(i, o, kernel_size, padding=padding)
+
+    def forward(self, x):
+        y = self.spline_conv(self.rbf(x).movedim(-1, 1).flatten(1, 2))
+        return y + self.base_conv(F.silu(x)) if hasattr(self, "base_conv") else y
+
+
+class GroupedKANLinear(nn.Module):
+    """convkan's, on rows (..., groups, in); no splines but Gaussians."""
+
+    def __init__(self, i=3, o=4, groups=2, count=5):
+        super().__init__()
+        self.register_buffer("grid", torch.linspace(-1, 1, count).expand(groups, i, count).contiguous())
+        self.base_weight = nn.Parameter(torch.randn(groups, o, i))
+        self.spline_weight = nn.Parameter(torch.randn(groups, o, i, count))
+        self.spline_scaler = nn.Parameter(torch.rand(groups, o, i) + 0.5)
+
+    def forward(self, x):
+        basis = torch.exp(-((x[..., None] - self.grid) ** 2))
+        weights = self.spline_weight * self.spline_scaler[..., None]
+        return torch.einsum("...gik,goik->...go", basis, weights) + torch.einsum(
+            "...gi,goi->...go", F.silu(x), self.base_weight
+        )
+
+
+class KANLibConv2d(nn.Module):
+    def __init__(self, i=4, o=6, groups=2, count=3):
+        super().__init__()
+        self.groups, self.basis = groups, nn.Module()
+        self.basis.register_buffer("grid", torch.linspace(-1, 1, count))
+        self.coefficients = nn.Parameter(torch.randn(o, i // groups, 3, 3, count))
+        self.weight_spline = nn.Parameter(torch.ones(o, i // groups, 3, 3))
+        self.weight_residual = nn.Parameter(torch.randn(o, i // groups, 3, 3))
+        self.bias_output = nn.Parameter(torch.zeros(o))
+
+    def forward(self, x):
+        y = F.conv2d(F.silu(x), self.weight_residual, self.bias_output, padding=1, groups=self.groups)
+        for k, center in enumerate(self.basis.grid):
+            weight = self.coefficients[..., k] * self.weight_spline
+            y = y + F.conv2d(torch.exp(-((x - center) ** 2)), weight, padding=1, groups=self.groups)
+        return y
+
+
+class GramConv2(nn.Module):
+    """One convolution of all degrees, the degrees outside."""
+
+    def __init__(self, i=3, o=5, degree=3):
+        super().__init__()
+        self.degree, self.beta_weights = degree, nn.Parameter(torch.randn(degree + 1))
+        self.poly_conv = nn.Conv2d((degree + 1) * i, o, 3, padding=1, bias=False)
+        self.base_conv = nn.Conv2d(i, o, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        basis = torch.cat([torch.tanh(x) ** k * (1 + self.beta_weights[k] ** 2) for k in range(self.degree + 1)], 1)
+        return F.silu(self.poly_conv(basis) + self.base_conv(F.silu(x)))
+
+
+def expect_edges(layer, x, channels):
+    """Adding to one edge (o, i) of the canonical tensor moves output o alone, and only as far as input i goes."""
+    tensor = get_kan_spec(layer).locate(layer)
+    values = tensor.read(layer).detach()
+    for name, part in tensor.split(values).items():
+        torch.testing.assert_close(part, layer.get_parameter(name).detach())  # a mean is rounded
+    delta = torch.zeros_like(values)
+    delta[-2, 1] = torch.randn(delta[-2, 1].shape)
+    blocks = len(tensor.parts[0]) * max(tensor.lengths.get("g", 1) if len(tensor.parts[0]) == 1 else 1, 1)
+    own = (values.shape[0] - 2) // (values.shape[0] // blocks) * tensor.shape[1] + 1  # the input, of all blocks
+    before = [p.detach().clone() for p in layer.parameters()]
+
+    def change(x):
+        with torch.no_grad():
+            y = layer(x)
+            for name, part in tensor.split(delta).items():
+                layer.get_parameter(name).add_(part)
+            z = layer(x)
+            for parameter, value in zip(layer.parameters(), before, strict=True):
+                parameter.copy_(value)
+        return (z - y).movedim(channels, -1).flatten(0, -2)
+
+    moved = change(x)
+    assert (moved.abs().amax(0) > 1e-4).nonzero().flatten().tolist() == [values.shape[0] - 2]
+    other = x.clone()
+    flat = other.movedim(channels, -1) if channels == 1 else other.flatten(-2)
+    rest = [place for place in range(flat.shape[-1]) if place != own]
+    flat[..., rest] = flat[..., rest].roll(1, -1) * 0.9
+    other = flat.movedim(-1, channels) if channels == 1 else flat.view_as(x)
+    return tensor, moved, change(other)
+
+
+@pytest.mark.parametrize("functions", [Gaussians, Powers])
+@pytest.mark.parametrize("base", [True, False])
+def test_fast_kan_of_u_kan(base, functions):
+    layer = FastKANConvLayer(3, 5, base=base, functions=functions)
+    assert get_kan_spec(layer).family == "fast-kan-conv"
+    tensor, moved, other = expect_edges(layer, torch.rand(2, 3, 5, 5) * 2 - 1, 1)
+    assert tensor.shape == (5, 3, 4, 9) and tensor.has_residual == base
+    torch.testing.assert_close(moved, other)
+
+
+def test_groups_on_patches():
+    layer = GroupedKANLinear()
+    assert get_kan_spec(layer).family == "convkan"
+    tensor = get_kan_spec(layer).locate(layer)
+    assert tensor.shape == (8, 3, 5) and tensor.has_residual
+    assert torch.equal(
+        tensor.read(layer), torch.cat([layer.spline_weight, layer.base_weight[..., None]], -1).flatten(0, 1)
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_kanlib(groups):
+    layer = KANLibConv2d(groups=groups)
+    assert get_kan_spec(layer).family == "kanlib-conv"
+    tensor, moved, other = expect_edges(layer, torch.rand(2, 4, 5, 5) * 2 - 1, 1)
+    assert tensor.shape == (6, 4 // groups, 3, 9) and tensor.has_residual
+    torch.testing.assert_close(moved, other)
+
+
+def test_one_convolution_of_all_degrees():
+    layer = GramConv2()
+    assert get_kan_spec(layer).family == "gram-conv-2"
+    tensor, *_ = expect_edges(layer, torch.rand(2, 3, 5, 5) * 2 - 1, 1)
+    assert tensor.shape == (5, 3, 4, 9) and tensor.has_residual
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_torch_conv_kan(kind, groups, ndim):
+    layer = CONVOLUTIONS[kind](4, 6, 3, groups=groups, padding=1, ndim=ndim).eval()
+    assert get_kan_spec(layer).family == FAMILY.get(kind, "spline-conv")
+    tensor, *_ = expect_edges(layer, images(2, 4, ndim), 1)
+    assert tensor.shape[:2] == (6, 4 // groups) and tensor.shape[3] == 3**ndim
+    assert tensor.has_residual == (kind != "kacnconv")
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_attach_merge_and_reload(kind, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return ConvNet(kind, groups=2).eval()
+
+    x = images()
+    model = get_peft_model(build(), LoTRAConfig(r=2, init_weights=False)).eval()
+    assert [layer.name for layer in find_kan_layers(model)] == ["first", "second"]
+    y = model(x)
+    model.save_pretrained(tmp_path)
+    assert relative(PeftModel.from_pretrained(build(), tmp_path).eval()(x), y) < 1e-5
+    assert relative(model.merge_and_unload()(x), y) < 1e-5
+
+
+class OldPykanLayer(nn.Module):
+    """pykan's of 2024: one row of `coef` for each edge, outputs outside."""
+
+    def __init__(self, i=3, o=4, count=5):
+        super().__init__()
+        self.in_dim, self.out_dim = i, o
+        self.grid = nn.Parameter(torch.linspace(-1, 1, count).repeat(o * i, 1), requires_grad=False)
+        self.coef, self.scale_base = nn.Parameter(torch.randn(o * i, count)), nn.Parameter(torch.randn(o * i))
+        self.scale_sp = nn.Parameter(torch.ones(o * i))
+
+    def forward(self, x):
+        rows = x.repeat(1, self.out_dim)  # (batch, o i)
+        y = (torch.exp(-((rows[..., None] - self.grid) ** 2)) * self.coef).sum(-1) * self.scale_sp
+        y = (y + F.silu(rows) * self.scale_base).view(len(x), self.out_dim, self.in_dim)
+        return y.sum(2), y, y, y
+
+
+class ReLUKANLayer(nn.Module):
+    """Its basis (batch, i, k) is reshaped, not transposed, for a convolution of kernel (k, i)."""
+
+    def __init__(self, i=3, o=4, count=5, name="phase_high"):
+        super().__init__()
+        self.name = name
+        self.phase_low = nn.Parameter(torch.linspace(-1.5, 0.5, count).repeat(i, 1))
+        self.register_parameter(name, nn.Parameter(self.phase_low.detach() + 1.2))
+        self.equal_size_conv = nn.Conv2d(1, o, (count, i))
+
+    def forward(self, x):
+        x = x[..., None]
+        basis = (torch.relu(x - self.phase_low) * torch.relu(getattr(self, self.name) - x)) ** 2
+        i, count = self.phase_low.shape
+        return self.equal_size_conv(basis.reshape(len(x), 1, count, i)).flatten(1)
+
+
+class WavKANConvNDLayer(nn.Module):
+    """A scale and a translation of each edge, without axes of the kernel, in a list of one block for each group."""
+
+    def __init__(self, i, o, groups=1, ndim=2):
+        super().__init__()
+        self.groups, conv = groups, (nn.Conv1d, nn.Conv2d, nn.Conv3d)[ndim - 1]
+        i, o = i // groups, o // groups
+        self.base_conv = nn.ModuleList([conv(i, o, 3, padding=1, bias=False) for _ in range(groups)])
+        self.wavelet_conv = nn.ModuleList()
+        for _ in range(groups):
+            block = nn.Module()
+            block.scale = nn.Parameter(torch.ones(1, o, i, *[1] * ndim))
+            block.translation = nn.Parameter(torch.randn(1, o, i, *[1] * ndim) / 4)
+            block.wavelet_weights = conv(o * i, o, 3, padding=1, groups=o, bias=False)
+            self.wavelet_conv.append(block)
+
+    def forward(self, x):
+        outputs = []
+        for own, base, block in zip(x.chunk(self.groups, 1), self.base_conv, self.wavelet_conv, strict=True):
+            u = (own.unsqueeze(1) - block.translation) / block.scale
+            outputs.append(
+                base(F.silu(own)) + block.wavelet_weights(((1 - u**2) * torch.exp(-(u**2) / 2)).flatten(1, 2))
+            )
+        return torch.cat(outputs, 1)
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_factors_of_edges_are_shared_along_the_kernel(groups, ndim):
+    layer = WavKANConvNDLayer(4, 6, groups, ndim)
+    assert get_kan_spec(layer).family == f"wav-conv-{ndim}d"
+    tensor, *_ = expect_edges(layer, images(2, 4, ndim), 1)
+    assert tensor.shape == (6, 4 // groups, 3, 3**ndim) and tensor.has_residual
+    model = get_peft_model(nn.Sequential(layer), LoTRAConfig(r=2, init_weights=False))
+    y = model(x := images(2, 4, ndim))
+    assert relative(model.merge_and_unload()(x), y) < 1e-5
+
+
+def test_phases_that_share_their_memory_are_merged():
+    layer = ReLUKANLayer(3, 4)  # as torch-conv-kan makes them
+    layer.phase_low = nn.Parameter(torch.linspace(-1.5, 0.5, 5)[None].expand(3, 5))
+    model = get_peft_model(nn.Sequential(layer), LoTRAConfig(r=2, init_weights=False))
+    y = model(x := torch.rand(6, 3) * 2 - 1)
+    model.merge_adapter()
+    assert relative(model(x), y) < 1e-5
+    model.unmerge_adapter()
+    assert relative(model(x), y) < 1e-5
+    assert relative(model.merge_and_unload()(x), y) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["phase_high", "phase_height"])
+def test_phases_that_all_outputs_share(name, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(ReLUKANLayer(3, 4, name=name))
+
+    layer = build()[0]
+    tensor = get_kan_spec(layer).locate(layer)
+    values = tensor.read(layer)
+    assert tensor.shape == (4, 3, 15) and not tensor.has_residual
+    assert torch.equal(values[2, :, 5:10], layer.phase_low)
+    parts = tensor.split(torch.arange(4.0)[:, None, None].expand(values.shape))
+    assert torch.equal(parts[name], torch.full((3, 5), 1.5))  # the mean of the outputs
+    model = get_peft_model(build(), LoTRAConfig(r=2))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    x = torch.rand(6, 3) * 2 - 1
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    y = model(x)
+    model.save_pretrained(tmp_path)
+    assert relative(PeftModel.from_pretrained(build(), tmp_path)(x), y) < 1e-5
+    merged = model.merge_and_unload()
+    assert relative(merged(x), y) < 1e-5
+    before = build().state_dict()
+    assert {key for key, value in merged.state_dict().items() if not torch.equal(value, before[key])} == {
+        *("0.phase_low", f"0.{name}", "0.equal_size_conv.weight"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "family", "residual"),
+    [(OldPykanLayer, "pykan-2024", True), (lambda: ReLUKANLayer(3, 20), "relu-kan", False)],
+)
+def test_layouts_in_one_axis(make, family, residual):
+    layer = make()
+    spec = get_kan_spec(layer)
+    tensor = spec.locate(layer)
+    assert spec.family == family and tensor.shape[1:] == (3, 5) and tensor.has_residual == residual
+    x = torch.rand(6, 3) * 2 - 1
+    delta = torch.zeros_like(tensor.read(layer))
+    delta[2, 1] = 1.0
+
+    def output(x):
+        y = layer(x)
+        return y[0] if isinstance(y, tuple) else y
+
+    with torch.no_grad():
+        others = x[:, [2, 1, 0]]
+        before = output(x), output(others)
+        for name, part in tensor.split(delta).items():
+            layer.get_parameter(name).add_(part)
+        first, second = (output(z) - y for z, y in zip((x, others), before, strict=True))
+    assert (first.abs().amax(0) > 1e-4).nonzero().flatten().tolist() == [2]
+    torch.testing.assert_close(first, second)

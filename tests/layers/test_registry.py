@@ -1,0 +1,177 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import adapt, inputs, relative
+from stand_ins import FAMILIES, ChebyKANLayer, as_model
+from torch import nn
+
+from peft_lotra import KANLayerSpec, find_kan_layers, register_kan_layer
+from peft_lotra.layers.registry import get_kan_spec, known_families
+
+
+class MyKANLayer(nn.Module):
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.spline_coeffs = nn.Parameter(torch.randn(in_features, out_features, 4))
+        self.base_coeffs = nn.Parameter(torch.randn(out_features, in_features))
+        self.register_buffer("centers", torch.linspace(-1, 1, 4))
+
+    def forward(self, x):
+        basis = torch.exp(-((x[..., None] - self.centers) ** 2))
+        return torch.einsum("bik,iok->bo", basis, self.spline_coeffs) + x.relu() @ self.base_coeffs.T
+
+    def move(self):
+        self.centers.mul_(2)
+
+
+class Derived(MyKANLayer):
+    pass
+
+
+def register_mine(**changes):
+    description = {
+        "matches": MyKANLayer,
+        "coefficients": ("spline_coeffs", "i o k"),
+        "residual": ("base_coeffs", "o i"),
+    }
+    return register_kan_layer("my-kan", **{**description, **changes})
+
+
+@pytest.mark.parametrize(
+    "matches", [MyKANLayer, lambda m: hasattr(m, "spline_coeffs"), lambda m: m.spline_coeffs.ndim == 3]
+)
+def test_the_example_of_the_docstring(matches, no_inference):
+    model = nn.Sequential(MyKANLayer(3, 5), nn.Linear(5, 5), Derived(5, 2))
+    assert find_kan_layers(model) == []
+    spec = register_mine(matches=matches)
+    assert isinstance(spec, KANLayerSpec) and spec.family == "my-kan" == known_families()[-1]
+    found = [(layer.name, layer.family, layer.shape, layer.has_residual) for layer in find_kan_layers(model)]
+    assert found == [("0", "my-kan", (5, 3, 4), True), ("2", "my-kan", (2, 5, 4), True)]
+
+    x = inputs()
+    before = model(x)
+    adapted = adapt(model, random=False)
+    assert torch.equal(adapted(x), before)
+    adapted.train()
+    adapted(x).square().mean().backward()
+    assert all(p.grad is not None for name, p in adapted.named_parameters() if "lotra_factor_out" in name)
+    merged = adapt(adapted.unload())
+    y = merged(x)
+    assert relative(y, before) > 1e-2
+    assert relative(merged.merge_and_unload()(x), y) < 1e-6
+
+
+def test_without_a_residual_branch():
+    register_mine(residual=None)
+    (layer,) = find_kan_layers(as_model(MyKANLayer(3, 5)))
+    assert layer.shape == (5, 3, 4) and not layer.has_residual
+
+
+def test_grid_methods_are_refused_while_adapted():
+    register_mine(grid=("centers",), grid_methods=("move",))
+    model = adapt(as_model(MyKANLayer(3, 5)))
+    with pytest.raises(RuntimeError, match="`move`.*[Mm]erge"):
+        model.base_model.model.kan.move()
+    model.merge_and_unload().kan.move()
+
+
+def test_the_last_registered_is_asked_first():
+    layer = ChebyKANLayer(3, 4, degree=2)
+    assert get_kan_spec(layer).family == "cheby-kan"
+    register_kan_layer("mine", matches=ChebyKANLayer, coefficients=("cheby_coeffs", "i o k"))
+    assert get_kan_spec(layer).family == "mine"
+    register_kan_layer("mine-too", matches=ChebyKANLayer, coefficients=("cheby_coeffs", "i o k"))
+    assert get_kan_spec(layer).family == "mine-too"
+    # a known name is replaced, and is the last one then
+    register_kan_layer("cheby-kan", matches=ChebyKANLayer, coefficients=("cheby_coeffs", "i o k"))
+    assert get_kan_spec(layer).family == "cheby-kan"
+    assert known_families().count("cheby-kan") == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_foreign_predicate_does_not_disturb_the_known_families(family):
+    register_kan_layer("picky", matches=lambda m: m.no_such_attribute > 3, coefficients=("weight", "o i k"))
+    model = as_model(FAMILIES[family](3, 4))
+    assert [layer.name for layer in find_kan_layers(model)] == ["kan"]
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"coefficients": ("spline_coeffs", "i o (k")}, r"'i o \(k'.*parentheses"),
+        ({"coefficients": ("spline_coeffs", "a b c")}, "'a b c'.*`o` and `i` must appear once"),
+        ({"residual": ("base_coeffs", "o i k")}, "'o i k'.*'my-kan' has an axis besides `o` and `i`"),
+        ({"residual": ("base_coeffs", "o o")}, "'o o'.*`o` and `i` must appear once"),
+        ({"residual": ("base_coeffs", "o i h"), "kernel": "h"}, "'i o k', 'o i h' of 'my-kan' do not all .* `h`"),
+        ({"kernel": "k", "residual": ("base_coeffs", "o i")}, "do not all have the axes of the kernel, `k`"),
+        ({"kernel": "h"}, "do not all have the axes of the kernel, `h`"),
+        ({"groups": "g"}, "`groups` of 'my-kan' is 'g'.* must be axes"),
+        ({"groups": "i"}, "`groups` of 'my-kan' is 'i'.* must be axes"),
+        (
+            {"coefficients": [("a", "o ((i k) + i)"), ("b", "o i k")], "residual": None},
+            r"`\+` of 'my-kan' must be that of",
+        ),
+        ({"coefficients": ("a.*", "o ((i k) + i)"), "residual": None}, r"`\+` of 'my-kan' must be that of the only"),
+        ({"coefficients": []}, r"are \[\]. Expected a parameter and its pattern"),
+        ({"coefficients": "spline_coeffs"}, "are 'spline_coeffs'. Expected a parameter and its pattern"),
+        ({"coefficients": ("spline_coeffs",)}, "Expected a parameter and its pattern"),
+        ({"coefficients": [("a", "o i k"), ("a", "o i")]}, "repeat one"),
+        ({"coefficients": ("__class__.a", "o i k")}, "'__class__.a' of 'my-kan' is no name of a parameter"),
+        ({"grid": ("a b",)}, "'a b' of 'my-kan' is no name"),
+        ({"coefficients": ("spline_coeffs", "o ((i k) + i)")}, "'my-kan' already contain the residual weights"),
+    ],
+)
+def test_bad_patterns(changes, problem):
+    before = known_families()
+    with pytest.raises(ValueError, match=problem):
+        register_mine(**changes)
+    assert known_families() == before
+
+
+@pytest.mark.parametrize("fields", [{"basys": None}, {"_grid": ()}])
+def test_an_unknown_field_is_named_with_the_known_ones(fields):
+    before = known_families()
+    (name,) = fields
+    with pytest.raises(TypeError, match=f"no field `{name}`.* family, matches, coefficients, residual,.* edge_scale"):
+        register_mine(**fields)
+    assert known_families() == before
+
+
+def test_a_description_is_checked_and_matches_as_a_registered_one_does():
+    spec = KANLayerSpec("mine", MyKANLayer, ("spline_coeffs", "i o k"), edge_scale=("base_coeffs", "o i"))
+    assert spec.matches(Derived(3, 5)) and not spec.matches(nn.Linear(3, 5))
+    assert spec.find_edge_scale(MyKANLayer(3, 5)) == "base_coeffs" and spec.find_edge_scale(nn.Linear(3, 5)) is None
+    with pytest.raises(ValueError, match="'o i k' of the edge scales of 'mine' has an axis besides"):
+        KANLayerSpec("mine", MyKANLayer, ("spline_coeffs", "i o k"), edge_scale=("base_coeffs", "o i k"))
+
+
+def test_a_class_that_carries_its_description_is_not_matched_by_others():
+    class Carrier(ChebyKANLayer):
+        kan_spec = KANLayerSpec("carried", nn.Module, ("cheby_coeffs", "i o k"))
+
+    layer = Carrier(3, 4, degree=2)
+    register_kan_layer("greedy", matches=ChebyKANLayer, coefficients=("cheby_coeffs", "i o k"))
+    assert get_kan_spec(layer).family == "carried" and "carried" not in known_families()
+
+
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        ({"coefficients": ("spline_coeffs", "i o (k g)")}, ["`spline_coeffs`", "'i o (k g)'", "(3, 5, 4)", "`axes`"]),
+        ({"coefficients": ("spline_coeffs", "i o k g")}, ["`spline_coeffs`", "'i o k g'", "(3, 5, 4)"]),
+        ({"coefficients": ("spline_coeffs", "o i k")}, ["`spline_coeffs`", "'o i k'", "(3, 5, 4)"]),
+        ({"residual": ("base_coeffs", "i o")}, ["'i o k'", "(3, 5, 4)"]),
+        ({"coefficients": ("spline_weights", "i o k")}, ["`spline_weights`", "no such parameter"]),
+        ({"axes": lambda m: {"k": 7}}, ["k=7", "'i o k'", "(3, 5, 4)"]),
+    ],
+)
+def test_a_pattern_that_does_not_fit_the_layer(changes, parts):
+    register_mine(**changes)
+    with pytest.raises(ValueError) as error:
+        find_kan_layers(as_model(MyKANLayer(3, 5)))
+    for part in ("MyKANLayer", "'my-kan'", *parts):
+        assert part in str(error.value)
