@@ -28,8 +28,8 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 from ._version import __version__
-from .compress.compression import slim as compress
-from .compress.extraction import extract_lotra
+from .compress.extract import extract_lotra
+from .compress.slim import slim as compress
 from .hub.card import write_model_card
 from .hub.contents import AdapterContents, adapter_folders, read_adapter, table_of_tensors
 from .kan import modeling_kan  # noqa: F401  (registers KANModel with AutoModel)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from .compress.features import first_output
+from .compress.data_weights import first_output
 from .compress.spectra import Spectrum
 from .layers.coefficients import CoefficientTensor
 from .layers.registry import find_kan_layers, find_layer, short_name

@@ -25,9 +25,8 @@ from ..tucker import Ranks, cap_ranks, check_ranks, hosvd
 from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.gradients import gather_gradients
 from ..tuner.targets import find_targets
-from .features import Features, features_of
-from .inputs import Inputs
-from .updates import coefficient_updates
+from .data_weights import DataWeights, Inputs, gather_weights
+from .updates import coefficient_updates, merged
 
 
 @dataclass(eq=False)
@@ -181,8 +180,8 @@ def suggest_ranks(
     elif not isinstance(base, Spectrum) and tuned is not None:
         updates = coefficient_updates(base, tuned, scaled=inputs is not None)
         changed = [name for name, update in updates.items() if update.tensor.any()]
-        features = {} if inputs is None or not changed else features_of(tuned, changed, inputs)
-        layers = weighted_spectrum({name: update.tensor for name, update in updates.items()}, features).layers
+        weights = {} if inputs is None else gather_weights(merged(tuned), changed, inputs)
+        layers = weighted_spectrum({name: update.tensor for name, update in updates.items()}, weights).layers
     else:
         raise ValueError("Pass either a spectrum, or a base model and a tuned one (and, if you can, `inputs`).")
     if budget is not None:
@@ -208,9 +207,9 @@ def spectrum_of(tensor: torch.Tensor) -> LayerSpectrum:
     return LayerSpectrum(tuple(tensor.shape), tensor.double().norm().item(), singular_values, energies)
 
 
-def weighted_spectrum(tensors: Mapping[str, torch.Tensor], features: Mapping[str, Features]) -> Spectrum:
-    """The spectrum of tensors (out, in, basis [, kernel]) by layer, weighted by the features where there are any."""
-    weighted = {name: features[name].weigh(t) if name in features else t for name, t in tensors.items()}
+def weighted_spectrum(tensors: Mapping[str, torch.Tensor], weights: Mapping[str, DataWeights]) -> Spectrum:
+    """The spectrum of tensors (out, in, basis [, kernel]) by layer, weighted by data where there is any."""
+    weighted = {name: weights[name].weigh(t) if name in weights else t for name, t in tensors.items()}
     return Spectrum({name: spectrum_of(tensor) for name, tensor in weighted.items()})
 
 

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ..layers.registry import find_kan_layers
@@ -30,6 +32,13 @@ class CoefficientUpdate(NamedTuple):
         """The difference of the update and a change of the base model's coefficients."""
         delta = delta.to(self.tensor)
         return self.tensor - (delta if self.scale is None else self.scale * delta)
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The network inside of wrappers, with active adapters merged in a copy; the model stays unchanged."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else unwrap(model)
 
 
 @torch.no_grad()

@@ -111,7 +111,6 @@ CALLS = {
     "energy": lambda: slim(BASE, energy="x"),
     "budget": lambda: extract_lotra(copy.deepcopy(BASE), KAN([3, 4, 2]), budget=math.nan),
     "meta": lambda: slim(KAN([6, 8, 4], device="meta"), 2),
-    r"model\.module": lambda: slim(nn.DataParallel(KAN([6, 8, 4])), 2),
     "margin": lambda: KAN([3, 2]).update_grid(X, "x"),
     "damping": lambda: LevenbergMarquardt(BASE, damping=None),
     "`steps` is": lambda: LevenbergMarquardt(BASE).fit([(residual, X)], 2.5, progress=False),

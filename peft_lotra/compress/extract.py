@@ -1,15 +1,13 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A LoTRA adapter out of two checkpoints: a base model, and what full fine-tuning made of it."""
+"""A LoTRA adapter from two checkpoints: a base model and its full fine-tuning."""
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -18,17 +16,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
-from ..layers.registry import KANLayerSpec, find_kan_layers, same_grid
-from ..modules.calls import call_with_parameters, check_module, unwrap
+from ..layers.registry import find_kan_layers, same_grid
+from ..modules.calls import check_module
 from ..report import Report, TextTable
 from ..tucker import Ranks, Tucker, cap_ranks, tucker, tucker_scaled
 from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.layer import LoTRALayer, lotra_layers
 from ..tuner.targets import exact_targets, locate_target
-from .features import Features, features_of
-from .inputs import Inputs
+from .data_weights import DataWeights, Inputs, error_rows, gather_weights
 from .spectra import suggest_ranks, weighted_spectrum
-from .updates import CoefficientUpdate, coefficient_updates
+from .updates import CoefficientUpdate, coefficient_updates, merged
 
 
 @dataclass(eq=False)
@@ -41,8 +38,8 @@ class ExtractionReport(Report):
         parameters: The number of parameters of the adapter, without `modules_to_save`.
         modules_to_save: The modules that changed and are no KAN layers.
         not_saved: The parameters and buffers that changed, and that no adapter can hold.
-        output_errors: With `inputs`, as `errors`, of the change of the layer's outputs, for the layers that `inputs`
-            weigh.
+        output_errors: With `inputs`, ||change of the layer's outputs - that by the adapter|| / ||change||, by layer;
+            layers whose output is not linear in their coefficients have none.
     """
 
     errors: dict[str, float]
@@ -50,18 +47,12 @@ class ExtractionReport(Report):
     parameters: int
     modules_to_save: list[str]
     not_saved: list[str]
-    output_errors: dict[str, float] | None = None
+    output_errors: dict[str, float] = field(default_factory=dict)
 
     def _table(self) -> TextTable:
-        outputs = self.output_errors
-        rows = [
-            [name, str(self.ranks[name]), f"error {error:.2%}"]
-            + ([] if outputs is None else [f"of its outputs {outputs[name]:.2%}" if name in outputs else ""])
-            for name, error in self.errors.items()
-        ]
         notes = [f"{self.parameters:,} parameters", *(f"saved whole: {name}" for name in self.modules_to_save)]
         notes += [f"changed, but not saved: {name}" for name in self.not_saved]
-        return TextTable(["", "", ">"] if outputs is None else ["", "", ">", ">"], rows, notes)
+        return TextTable(["", "", ">", ">"], error_rows(self.errors, self.ranks, self.output_errors), notes)
 
 
 def extract_lotra(
@@ -129,23 +120,23 @@ def extract_lotra(
     check_module(tuned, "tuned")
     if isinstance(base, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise ValueError("`base` has adapters already: pass the bare model, or what `merge_and_unload` returns.")
-    modules_to_save, not_saved = _compare(base, unwrap(tuned))
+    tuned = merged(tuned)
+    modules_to_save, not_saved = _compare(base, tuned)
     updates = coefficient_updates(base, tuned, scaled=inputs is not None)
     updates = {name: update for name, update in updates.items() if update.tensor.any()}
     if not updates:
         raise ValueError("The KAN layers have the same coefficients in both models: there is nothing to extract.")
-    features = {} if inputs is None else features_of(tuned, updates, inputs)
+    weights = {} if inputs is None else gather_weights(tuned, updates, inputs)
     if energy is not None or budget is not None:
-        spectrum = weighted_spectrum({name: update.tensor for name, update in updates.items()}, features)
+        spectrum = weighted_spectrum({name: update.tensor for name, update in updates.items()}, weights)
         rank_pattern = {**suggest_ranks(spectrum, energy=energy, budget=budget)}
     ranks = _resolve_ranks(r, rank_pattern or {}, updates)
-    components = {name: _decompose(update, ranks[name], features.get(name)) for name, update in updates.items()}
+    components = {name: _decompose(update, ranks[name], weights.get(name)) for name, update in updates.items()}
 
-    model = _attach(base, unwrap(tuned), components, modules_to_save, adapter_name)
-    errors, output_errors = _measure(model, updates, features)
+    model = _attach(base, tuned, components, modules_to_save, adapter_name)
     parameters = sum(part.numel() for part in components.values())
-    known = None if inputs is None else output_errors
-    report = ExtractionReport(errors, ranks, parameters, modules_to_save, not_saved, known)
+    report = ExtractionReport({}, ranks, parameters, modules_to_save, not_saved)
+    _measure(report, dict(lotra_layers(base)), updates, weights)
     model.__dict__["extraction_report"] = report
     if not_saved:
         warnings.warn(
@@ -170,13 +161,13 @@ def _resolve_ranks(
     return ranks
 
 
-def _decompose(update: CoefficientUpdate, ranks: tuple[int, ...], features: Features | None) -> Tucker:
-    """The components of an adapter that comes closest to the update, or to the outputs by it."""
+def _decompose(update: CoefficientUpdate, ranks: tuple[int, ...], weights: DataWeights | None) -> Tucker:
+    """The components of the adapter that comes closest to the update, or to the outputs by it."""
     if update.scale is not None:
-        measure = None if features is None else lambda tensor: features.outputs(tensor) @ features.metric_out
+        measure = None if weights is None else lambda tensor: weights.outputs(tensor) @ weights.root_out
         fitted = tucker_scaled(update.tensor, update.scale, ranks, measure)
     else:
-        fitted = tucker(update.tensor, ranks) if features is None else features.fit(update.tensor, ranks)
+        fitted = tucker(update.tensor, ranks) if weights is None else weights.fit(update.tensor, ranks)
     return fitted.balanced()
 
 
@@ -184,7 +175,7 @@ def _decompose(update: CoefficientUpdate, ranks: tuple[int, ...], features: Feat
 def _attach(
     base: nn.Module, tuned: nn.Module, components: dict[str, Tucker], modules_to_save: list[str], adapter_name: str
 ) -> PeftModel:
-    """Adapts the base with these components, and with the modules of the tuned model that are saved whole."""
+    """Adapts the base with these components, and with copies of modules of the tuned model."""
     targets = exact_targets(list(components), base)
     config = LoTRAConfig(
         target_modules=targets if isinstance(targets, str) else sorted(targets),
@@ -194,66 +185,63 @@ def _attach(
     model = cast(PeftModel, get_peft_model(base, config, adapter_name=adapter_name))
     for name, layer in lotra_layers(base):
         layer.set_components(adapter_name, components[name])
-    tensors = dict(_tensors(tuned))
     for name in modules_to_save:
         wrapper = cast(ModulesToSaveWrapper, base.get_submodule(name))
-        module = wrapper.modules_to_save[adapter_name]
-        module.load_state_dict({key: tensors[f"{name}.{key}"] for key in module.state_dict()})
+        wrapper.modules_to_save[adapter_name].load_state_dict(tuned.get_submodule(name).state_dict())
     return model
 
 
 @torch.no_grad()
 def _measure(
-    model: PeftModel, updates: Mapping[str, CoefficientUpdate], features: Mapping[str, Features]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """The errors of the stored adapter: of the updates, and of the outputs where there are features."""
-    layers = dict(lotra_layers(unwrap(model)))
-    errors, output_errors = {}, {}
+    report: ExtractionReport,
+    layers: Mapping[str, LoTRALayer],
+    updates: Mapping[str, CoefficientUpdate],
+    weights: Mapping[str, DataWeights],
+) -> None:
+    """Adds the errors of the stored adapter to the report: of the updates, and of the outputs by layer with data."""
     for name, update in updates.items():
         (adapter_name,) = layers[name].lotra_core
         missed = update.missed(layers[name].get_delta_weight(adapter_name))
-        errors[name] = (missed.norm() / update.tensor.norm()).item()
-        if name in features:
-            change, lost = map(features[name].outputs, (update.tensor, missed))
-            output_errors[name] = (lost.norm() / change.norm()).item()
-    return errors, output_errors
+        report.errors[name] = (missed.norm() / update.tensor.norm()).item()
+        if name in weights:
+            change, lost = map(weights[name].outputs, (update.tensor, missed))
+            report.output_errors[name] = (lost.norm() / change.norm()).item()
 
 
 def _compare(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
-    """The other modules that changed and can be saved whole, and the tensors that changed and cannot be saved."""
-    before, after = dict(_tensors(base)), dict(_tensors(tuned))
+    """The other modules that changed and can be saved, and the tensors that changed and cannot be saved."""
+    before, after = base.state_dict(), tuned.state_dict()
     for name in [*before, *after]:
-        first, second = (tuple(part[name].shape) if name in part else "absent" for part in (before, after))
+        first, second = (tuple(state[name].shape) if name in state else "absent" for state in (before, after))
         if first != second:
             raise ValueError(
                 f"The models have different architectures. Their first difference is `{name}`: {first} in the base "
                 f"model, {second} in the tuned one."
             )
-    for which, tensors in (("base", before), ("tuned", after)):
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"`{name}` of the {which} model is not finite: NaN or infinite values were found.")
-
-    layers = {layer.name: locate_target(layer.name, base.get_submodule(layer.name)) for layer in find_kan_layers(base)}
-    for name, (layer, spec, _) in layers.items():
-        _check_same_basis(name, layer, locate_target(name, tuned.get_submodule(name))[0], spec)
-    # the scales of the edges are part of the update
-    explained = {
-        f"{name}.{parameter}"
-        for name, (_, spec, tensor) in layers.items()
-        for parameter in [*tensor.parameters, (spec.edge_scale or ("",))[0]]
-    }
-    modules, not_saved = dict.fromkeys([]), []
+    layers = [layer.name for layer in find_kan_layers(base)]
+    explained = set()
+    for name in layers:
+        layer, spec, tensor = locate_target(name, base.get_submodule(name))
+        grids, others = spec.read_grid(layer), spec.read_grid(tuned.get_submodule(name))
+        if differ := [key for key in grids if not same_grid({key: grids[key]}, {key: others.get(key)})]:
+            raise ValueError(
+                f"The {differ[0]} of `{name}` differs between the models, so that their coefficients multiply "
+                "different functions. Fine-tune without moving the grids (no `update_grid`), or move those of the "
+                "base model first, and fine-tune from there."
+            )
+        # the scales of the edges are part of the update, and the components of a Slim layer are its coefficients
+        parts = [*tensor.parameters, *(spec.edge_scale or ())[:1], *getattr(layer, "components", Tucker)._fields]
+        explained |= {f"{name}.{part}".lstrip(".") for part in parts}
     modules_of_base = [name for name, _ in base.named_modules(remove_duplicate=False)]
-    for name in before:
-        if name in explained or torch.equal(before[name], after[name].to(before[name])):
+    modules, not_saved = dict.fromkeys([]), []
+    for name, value in before.items():
+        if name in explained or torch.equal(value, after[name].to(value)):
             continue
         owner = name.rpartition(".")[0]
-        # PEFT copies all modules whose names end with this one
-        copied = [module for module in modules_of_base if owner and module.endswith(owner)]
+        # PEFT copies all modules whose names end with this one: none may be a part of a KAN layer, or contain one
+        copied = [f"{module}." for module in modules_of_base if owner and module.endswith(owner)]
         related = any(
-            f"{layer}.".startswith(f"{module}.") or module.startswith(f"{layer}.")
-            for layer, module in itertools.product(layers, copied)
+            f"{layer}.".startswith(module) or module.startswith(f"{layer}.") for layer in layers for module in copied
         )
         containers = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # PEFT cannot wrap these
         if owner and not related and not isinstance(base.get_submodule(owner), containers):
@@ -262,41 +250,3 @@ def _compare(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
             not_saved.append(name)
     inside = tuple(f"{owner}." for owner in modules)
     return [owner for owner in modules if not owner.startswith(inside)], not_saved
-
-
-def _tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """All parameters and buffers in force, without LoTRA's updates, by name in the bare model."""
-    if isinstance(module, ModulesToSaveWrapper):
-        active = [] if module.disable_adapters else module.active_adapters
-        module = module.modules_to_save[active[0]] if active else module.original_module
-    if isinstance(module, LoTRALayer):
-        module = module.base_layer
-    if isinstance(module, BaseTunerLayer):
-        raise ValueError(
-            f"`{prefix[:-1]}` of the tuned model has an adapter of another method ({type(module).__module__}): merge "
-            "it first (`merge_and_unload`)."
-        )
-    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        yield prefix + name, tensor
-    for name, child in module.named_children():
-        yield from _tensors(child, f"{prefix}{name}.")
-
-
-def _check_same_basis(name: str, layer: nn.Module, other: nn.Module, spec: KANLayerSpec) -> None:
-    """Raises a ValueError if the coefficients of the two layers do not multiply the same functions."""
-    grids, others = spec.read_grid(layer), spec.read_grid(other)
-    differ = [state for state in grids if not same_grid({state: grids[state]}, {state: others.get(state)})]
-    _, in_features, *_ = spec.locate(layer).shape
-    x = torch.linspace(-1, 1, 9, device="cpu").to(next(layer.parameters()))[:, None].expand(-1, in_features)
-    if not differ and (first := spec.basis_or_none(layer, x)) is not None:
-        # with the same parameters: `_compare` reports the changes of those that a basis has (FastKAN's normalization)
-        same = {parameter: value.detach() for parameter, value in layer.named_parameters()}
-        second = call_with_parameters(other, same, partial(spec.basis_or_none, other), (x,), {})
-        if second is None or first.shape != second.shape or not torch.equal(first, second):
-            differ = ["basis"]
-    if differ:
-        raise ValueError(
-            f"The {differ[0]} of `{name}` differs between the models: their coefficients multiply different "
-            "functions, and the difference of the coefficients means nothing. Fine-tune without moving the grids "
-            "(no `update_grid`), or move those of the base model first, and fine-tune from there."
-        )

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Slim KANs out of trained ones: `slim` brings the coefficient tensors of any KAN into Tucker form."""
+"""Compression of trained KANs: `slim` brings the coefficient tensors of any KAN into Tucker form."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -23,14 +24,12 @@ from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, warn_capped
 from ..layers.registry import find_kan_layers, known_families
 from ..layers.slim import SlimLayer
-from ..modules.calls import check_module, share_hooks
+from ..modules.calls import share_hooks, unwrap
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, tucker
 from ..tuner.config import pattern_key
 from ..tuner.targets import locate_target
-from .features import gather_features, relative_error
-from .inputs import Inputs, check_inputs, model_outputs
-from .reach import check_copy, check_exchange, outputs_by
+from .data_weights import Inputs, error_rows, gather_weights, model_outputs, recorded_calls, relative_error
 from .spectra import Spectrum, check_energy, suggest_ranks, weighted_spectrum
 from .updates import read_coefficients
 
@@ -59,17 +58,12 @@ class SlimReport(Report):
     model_error: float | None = None
 
     def _table(self) -> TextTable:
-        rows = [
-            [name, str(self.ranks[name]), f"error {error:.2%}"]
-            + ([f"of outputs {self.output_errors[name]:.2%}"] if self.output_errors else [])
-            for name, error in self.errors.items()
-        ]
         notes = [f"{name}  left dense: its factors would take more parameters" for name in self.dense]
         if self.model_error is not None:
             notes.append(f"error of the model's outputs {self.model_error:.2%}")
         before, after = self.parameters
         notes.append(f"{after:,} parameters, {before:,} before ({before / after:.1f}x)")
-        return TextTable(["", "", ">", ">"] if self.output_errors else ["", "", ">"], rows, notes)
+        return TextTable(["", "", ">", ">"], error_rows(self.errors, self.ranks, self.output_errors), notes)
 
 
 def slim(
@@ -83,15 +77,17 @@ def slim(
 ) -> nn.Module:
     """Compresses a trained KAN: the coefficient tensor of each layer becomes a core and three factors.
 
-    The factors come from higher-order orthogonal iteration (HOOI); residual weights are a part of the tensor. A
-    `KANLinear` becomes a `SlimKANLinear`, the layer of another family a `SlimLayer` around the rest of the layer.
+        A (out, in, basis)  ~  core x1 factor_out x2 factor_in x3 factor_basis
+
+    The factors come from higher-order orthogonal iteration (HOOI); residual weights are a slice of the tensor. A
+    `KANLinear` becomes a `SlimKANLinear`, the layer of another library a `SlimLayer` around the rest of the layer.
 
     Pass `inputs`, some of the training data, wherever you can. The error that counts is then that of the model's
     outputs on these inputs: trained coefficient tensors are far from low rank, but the functions that they compute on
-    data mostly are not. The coefficients are then weighted by the second moments of the features, and by J^T J of the
-    outputs as in the Gauss-Newton matrix.
+    data mostly are not. The coefficients are then weighted by the second moments of the basis functions, and by J^T J
+    of the outputs as in the Gauss-Newton matrix.
 
-    Where a family multiplies the splines of each edge by a scale (efficient-kan, pykan), coefficient times scale is
+    Where a library multiplies the splines of each edge by a scale (efficient-kan, pykan), coefficient times scale is
     compressed, and the scale is 1 from then on.
 
     Args:
@@ -102,10 +98,11 @@ def slim(
             `inputs` of the deviations of the model's outputs from their mean;
         budget: Or the number of parameters for the coefficients of all layers together.
         inputs: Samples of the model's input, a thousand or so: a tensor, a tuple of arguments, a dict of named ones,
-            or a function of the model that runs it and returns its output. All basis functions of each layer are held
-            in memory for them, in float64.
-        inplace: Whether the layers of the model itself are exchanged. A model that calls its layers through a closure
-            cannot be copied. After an error the model is as it was.
+            or a function of the model that runs it and returns its output. The basis functions of all layers at these
+            samples are kept in memory in float64.
+        inplace: Whether the layers of the model itself are exchanged, instead of those of a copy. A model that keeps
+            functions which call its layers (`self.mlp = lambda x: ...`) cannot be copied. After an error the model is
+            as it was.
 
     Returns:
         The model, or a copy of it, of the same class, with Slim layers, a [`SlimReport`] as `slim_report`, and
@@ -114,8 +111,8 @@ def slim(
 
     Raises:
         ValueError: Not one of `ranks`, `energy` and `budget` is given, or one that cannot be; the model has adapters
-            (merge them first), no KAN layer, coefficients that are not finite, layers that no input reaches, or that
-            a closure calls in the place of those exchanged; or `inputs` are empty, not finite or all the same.
+            (merge them first), no KAN layer, convolutions, or coefficients that are not finite; it keeps functions
+            which call its layers; no input reaches a layer; or `inputs` are not finite or all the same.
         TypeError: `model` is no module; or, with `inputs`, it returns no tensor, nor a tuple or dict that begins with
             one.
 
@@ -126,38 +123,29 @@ def slim(
         (2880, 219)
         >>> dense = small.to_dense()
     """
-    check_module(model)
     if [ranks, energy, budget].count(None) != 2:
         raise ValueError(
             f"Pass one of `ranks`, `energy` and `budget`, got `ranks`={ranks}, `energy`={energy}, `budget`={budget}."
         )
     if energy is not None:
         check_energy(energy)
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ValueError(f"The model is in a {type(model).__name__}: pass the network inside, `model.module`.")
-    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    if adapted or isinstance(model, PeftModel):
-        raise ValueError(
-            f"The model has adapters ({', '.join(adapted[:3]) or type(model).__name__}): merge them first, "
-            "`model = model.merge_and_unload()`."
-        )
-    if inputs is not None:
-        check_inputs(inputs)
-    compression = _Compression(model, inputs, inplace)
+    model = _without_adapters(model)
+    compression = _Compression(model if inplace else _copy(model), inputs)
     if ranks is not None:
         chosen = _resolve_ranks(compression.tensors, ranks)
     elif energy is not None and inputs is not None:
-        chosen = compression.enough(energy)
+        chosen = compression.ranks_for(energy)
     else:
         chosen = compression.suggest(energy, budget)
-    small, report = compression.run(chosen, final=True)
+    layers, report = compression.compress(chosen)
     if grown := [name for name in report.dense if name in chosen]:
         hint = " Pass `inputs`: on data there is mostly less to keep." if inputs is None and energy is not None else ""
         warnings.warn(
             f"Left dense, since their factors would take more parameters: {', '.join(grown)}.{hint}", stacklevel=2
         )
+    small = _exchange(compression.model, layers)
     small.__dict__["slim_report"] = report
-    if not isinstance(small, (SlimKANLinear, SlimLayer)):  # which have the method
+    if not isinstance(small, (SlimKANLinear, SlimLayer)):  # they have the method
         small.__dict__["to_dense"] = partial(to_dense, small)
     return small
 
@@ -168,29 +156,38 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
 
     Args:
         model: A model with Slim layers, without adapters.
-        inplace: Whether to exchange the layers of the model itself, and not of a copy.
+        inplace: Whether to exchange the layers of the model itself, instead of those of a copy.
 
     Returns:
         The model with dense layers.
 
     Raises:
-        ValueError: The model has adapters, or a copy would call layers of the original through a closure.
+        ValueError: The model has adapters, or cannot be copied, as for `slim`.
 
     Example:
         >>> from peft_lotra.kan import SlimKAN
         >>> type(to_dense(SlimKAN([8, 4], ranks=2)).layers[0]).__name__
         'KANLinear'
     """
-    check_module(model)
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError("The model has adapters: merge them first, `model = model.merge_and_unload()`.")
+    model = _without_adapters(model)
     model = model if inplace else _copy(model)
-    for name, module in list(model.named_modules()):
+    dense = {}
+    for module in model.modules():
         if isinstance(module, (SlimKANLinear, SlimLayer)):
-            model = _replace(model, name, module.to_dense())
+            dense[module] = module.to_dense()
+            share_hooks(module, dense[module])
+    model = _exchange(model, dense)
     for attribute in ("slim_report", "to_dense"):
         model.__dict__.pop(attribute, None)
     return model
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """The network inside of wrappers; raises a ValueError if it has adapters."""
+    network = unwrap(model)
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+        raise ValueError("The model has adapters: merge them first, `model = model.merge_and_unload()`.")
+    return network
 
 
 def _resolve_ranks(
@@ -199,131 +196,121 @@ def _resolve_ranks(
     """The ranks of each layer; a layer that a mapping does not name is left out."""
     if isinstance(ranks, Mapping):
         keys = {name: get_pattern_key(list(ranks), name) for name in tensors}
-        asked = {name: ranks[key] for name, key in keys.items() if key in ranks}
-        if not asked:
+        given = {name: ranks[key] for name, key in keys.items() if key in ranks}
+        if not given:
             raise ValueError(f"`ranks` names none of the KAN layers {list(tensors)}: {list(ranks)}.")
     else:
-        asked = dict.fromkeys(tensors, ranks)
-    asked = {name: check_ranks(r, "ranks", kernel=False) for name, r in asked.items()}
-    chosen = {name: cap_ranks(r, tensors[name].shape) for name, r in asked.items()}
-    warn_capped({name: (r, tuple(tensors[name].shape), chosen[name]) for name, r in asked.items()})
-    return chosen
+        given = dict.fromkeys(tensors, ranks)
+    given = {name: check_ranks(r, "ranks", kernel=False) for name, r in given.items()}
+    capped = {name: cap_ranks(r, tensors[name].shape) for name, r in given.items()}
+    warn_capped({name: (r, tuple(tensors[name].shape), capped[name]) for name, r in given.items()})
+    return capped
 
 
 class _Compression:
-    """A model, its coefficient tensors (out, in, basis [+ 1]) by layer, and with `inputs` the features of each."""
+    """A model, its coefficient tensors (out, in, basis [+ 1]) by layer, and with `inputs` the data weights of each."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs | None, inplace: bool) -> None:
-        self.model, self.inputs, self.inplace = model if inplace else _copy(model), inputs, inplace
-        layers = {}
-        for found in find_kan_layers(self.model):
-            layer = self.model.get_submodule(found.name)
-            if not isinstance(layer, (SlimKANLinear, SlimLayer)):
-                layers[found.name] = locate_target(found.name, layer)[:2]
-        if convolutions := [name for name, (layer, spec) in layers.items() if len(spec.locate(layer).shape) > 3]:
-            raise ValueError(
-                f"`slim` does not compress convolutions, and `{convolutions[0]}` is a convolution. Compress the part "
-                "of the model without them."
-            )
-        if not layers:
+    def __init__(self, model: nn.Module, inputs: Inputs | None) -> None:
+        self.model, self.inputs = model, inputs
+        self.layers = {found.name: model.get_submodule(found.name) for found in find_kan_layers(model)}
+        for name, layer in list(self.layers.items()):
+            if isinstance(layer, (SlimKANLinear, SlimLayer)):
+                del self.layers[name]
+            elif len(locate_target(name, layer).coefficients.shape) > 3:
+                raise ValueError(
+                    f"`slim` does not compress convolutions, and `{name}` is a convolution. Compress the part of the "
+                    "model without them."
+                )
+        if not self.layers:
             raise ValueError(
                 "No KAN layer that could be compressed was found in the model. The known families are "
                 f"{', '.join(known_families())}; describe another one with `peft_lotra.register_kan_layer`."
             )
-        # those that nothing may call any more; in place, the layers themselves
-        self.originals = {name: model.get_submodule(name) for name in layers}
-        if inplace:
-            check_exchange(model, self.originals)
-            if "" in layers:
-                raise ValueError("The model is itself a KAN layer, which cannot be exchanged in place.")
-        self.tensors = {name: _read_product(name, layer) for name, (layer, _) in layers.items()}
-        self.features = {} if inputs is None else gather_features(self.model, layers, inputs)
+        self.tensors = {name: _read_product(name, layer) for name, layer in self.layers.items()}
+        self.weights = {} if inputs is None else gather_weights(model, self.layers, inputs)
         if inputs is not None:
             with torch.no_grad():
-                self.outputs = model_outputs(self.model, inputs)
+                self.outputs = model_outputs(model, inputs)
 
     @cached_property
     def spectrum(self) -> Spectrum:
-        return weighted_spectrum(self.tensors, self.features)
+        return weighted_spectrum(self.tensors, self.weights)
 
     def suggest(self, energy: float | None = None, budget: int | None = None) -> dict[str, tuple[int, ...]]:
         """The ranks for an energy or a budget by the spectrum."""
         suggested = suggest_ranks(self.spectrum, energy=energy, budget=budget)
         return {name: suggested[pattern_key(name)] for name in self.tensors}
 
-    def enough(self, energy: float) -> dict[str, tuple[int, ...]]:
+    def ranks_for(self, energy: float) -> dict[str, tuple[int, ...]]:
         """The ranks for the smallest budget that keeps this share of the model's outputs, found by bisection."""
-        best = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}  # which leaves all layers dense
+        best = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}  # leaves all layers dense
         low = sum(1 + sum(tensor.shape) for tensor in self.tensors.values())
         high = sum(tensor.numel() for tensor in self.tensors.values())
         for _ in range(_BISECTIONS if low < high else 0):  # of the smallest layers no ranks save anything
             middle = round(math.sqrt(low * high))
             chosen = self.suggest(budget=middle)
-            _, report = self.run(chosen)
-            if 1 - min(report.model_error or 0.0, 2.0) ** 2 >= energy:  # the square of any error may overflow
+            error = self.compress(chosen)[1].model_error or 0.0
+            if 1 - min(error, 2.0) ** 2 >= energy:  # the square of any error may overflow
                 high, best = middle, chosen
             else:
                 low = middle
         return best
 
-    def run(self, chosen: Mapping[str, tuple[int, ...]], final: bool = False) -> tuple[nn.Module, SlimReport]:
-        """The model, or a copy, in which these layers are Slim, where that saves parameters, and its report.
-
-        In place, the layers are put back after an error, and if this is not the `final` run.
-        """
-        if not self.inplace:
-            return self._exchange(_copy(self.model), chosen)
-        places = [(module._modules, dict(module._modules)) for module in self.model.modules()]
-        is_done = False
-        try:
-            result = self._exchange(self.model, chosen)
-            is_done = final
-            return result
-        finally:
-            for modules, own in () if is_done else places:
-                modules.clear()
-                modules.update(own)
-
-    def _exchange(self, model: nn.Module, chosen: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, SlimReport]:
-        before = after = sum(tensor.numel() for tensor in self.tensors.values())
-        errors, output_errors, dense = {}, {}, []
-        exchanged: dict[str, nn.Module] = {}
+    def compress(self, ranks: Mapping[str, tuple[int, ...]]) -> tuple[dict[nn.Module, nn.Module], SlimReport]:
+        """Slim layers by the dense ones whose places they take, where they save parameters, and their report."""
+        before = sum(tensor.numel() for tensor in self.tensors.values())
+        report = SlimReport({}, {}, [], (before, before))
+        exchanged: dict[nn.Module, nn.Module] = {}
         for name, tensor in self.tensors.items():
-            if name not in chosen or _cost(chosen[name], tensor.shape) >= tensor.numel():
-                dense.append(name)
+            if name not in ranks or _cost(ranks[name], tensor.shape) >= tensor.numel():
+                report.dense.append(name)
                 continue
-            features = self.features.get(name)
-            fitted = tucker(tensor, chosen[name]) if features is None else features.fit(tensor, chosen[name])
-            layer, spec, _ = locate_target(name, model.get_submodule(name))
+            weights = self.weights.get(name)
+            fitted = tucker(tensor, ranks[name]) if weights is None else weights.fit(tensor, ranks[name])
+            layer, spec, _ = locate_target(name, self.layers[name])
             if isinstance(layer, KANLinear):
                 slim_layer = SlimKANLinear.from_components(layer, fitted.balanced())
-            else:  # which takes the parameters out of a layer, here of one that shares them with the original
-                layer = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
-                slim_layer = SlimLayer(layer, spec, fitted.balanced())
-            exchanged[name] = slim_layer
+                share_hooks(layer, slim_layer)
+            else:  # a SlimLayer takes the parameters out of a layer: here out of a copy that shares them
+                shared = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
+                slim_layer = SlimLayer(shared, spec, fitted.balanced())
+            exchanged[self.layers[name]] = slim_layer
             with torch.no_grad():
                 stored = slim_layer.components.map(torch.Tensor.double).dense()
-            errors[name] = ((tensor - stored).norm() / tensor.norm().clamp(min=1e-300)).item()
-            if features is not None:
-                output_errors[name] = relative_error(features.outputs(tensor), features.outputs(stored))
-            after += slim_layer.components.numel() - tensor.numel()
-            model = _replace(model, name, slim_layer)
-        ranks, model_error = {name: chosen[name] for name in errors}, None
+            report.ranks[name] = ranks[name]
+            report.errors[name] = ((tensor - stored).norm() / tensor.norm().clamp(min=1e-300)).item()
+            if weights is not None:
+                report.output_errors[name] = relative_error(weights.outputs(tensor), weights.outputs(stored))
+            report.parameters = before, report.parameters[1] + slim_layer.components.numel() - tensor.numel()
         if self.inputs is not None:
-            with torch.no_grad():
-                y = outputs_by(model, self.inputs, exchanged, self.originals)
-                model_error = relative_error(self.outputs, y)
-        return model, SlimReport(errors, ranks, dense, (before, after), output_errors, model_error)
+            report.model_error = relative_error(self.outputs, self._outputs_with(exchanged))
+        return exchanged, report
+
+    @torch.no_grad()
+    def _outputs_with(self, exchanged: Mapping[nn.Module, nn.Module]) -> torch.Tensor:
+        """The outputs of the model with these layers, which it then has no more."""
+        names = {name: exchanged[layer] for name, layer in self.layers.items() if layer in exchanged}
+        called: set[str] = set()
+        model = _exchange(self.model, exchanged)
+        try:
+            with recorded_calls(names, lambda name, x, y: called.add(name)):
+                y = model_outputs(model, self.inputs)
+        finally:
+            _exchange(self.model, {new: old for old, new in exchanged.items()})
+        if missed := [name for name in names if name not in called]:
+            raise ValueError(
+                f"The model does not call the Slim layers {missed} that were put in: a function, a list or a global "
+                "holds the original ones. Let it look them up in their module when it is called."
+            )
+        return y
 
 
 def _read_product(name: str, layer: nn.Module) -> torch.Tensor:
     """Coefficient times scale of the edge: (out, in, basis [+ 1]) in float64."""
     tensor, scale = read_coefficients(name, layer)
     tensor = tensor if scale is None else tensor * scale
-    if tensor.is_meta:
-        raise ValueError(f"`{name}` is on the meta device, and has no coefficients to compress: load them first.")
-    if not tensor.isfinite().all():
-        raise ValueError(f"The coefficients of `{name}` are not finite.")
+    if tensor.is_meta or not tensor.isfinite().all():
+        raise ValueError(f"The coefficients of `{name}` are not finite, or not loaded (on the meta device).")
     return tensor.detach()
 
 
@@ -331,26 +318,17 @@ def _cost(ranks: tuple[int, ...], shape: torch.Size) -> int:
     return math.prod(ranks) + sum(size * rank for size, rank in zip(shape, ranks, strict=True))
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """The model with another module, which gets the hooks, in all places of the one under a name.
-
-    The module itself if the name is that of the model.
-    """
-    old = model.get_submodule(name)
-    if getattr(module, "layer", None) is not old:  # a `SlimLayer` calls the old layer, with the hooks
-        share_hooks(old, module)
-    if not name:
-        return module
+def _exchange(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """The model with other layers in all places of the keys; the other layer, if the model is a key itself."""
     for owner in list(model.modules()):
         for attribute, part in owner._modules.items():
-            if part is old:
-                owner._modules[attribute] = module
-    return model
+            if part is not None and part in layers:
+                owner._modules[attribute] = layers[part]
+    return layers.get(model, model)
 
 
 def _copy(model: nn.Module) -> nn.Module:
     """A deep copy, also of networks that keep the activations of their last pass (pykan), which deepcopy refuses."""
-    check_copy(model)
     memo: dict[int, Any] = {}
 
     def visit(value: Any) -> None:
@@ -359,8 +337,17 @@ def _copy(model: nn.Module) -> nn.Module:
         elif isinstance(value, (list, tuple)):
             for item in value:
                 visit(item)
+        elif isinstance(value, FunctionType) and any(map(_has_kan_layers, value.__closure__ or ())):
+            raise ValueError(
+                "The model keeps a function that holds KAN layers (`self.mlp = lambda x: ...`): a copy of the model "
+                "would go on calling the original layers. Pass `inplace=True`, or make the function a method."
+            )
 
     for module in model.modules():
         for value in vars(module).values():
             visit(value)
     return copy.deepcopy(model, memo)
+
+
+def _has_kan_layers(cell: Any) -> bool:
+    return isinstance(cell.cell_contents, nn.Module) and bool(find_kan_layers(cell.cell_contents))
