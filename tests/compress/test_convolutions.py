@@ -116,7 +116,7 @@ def test_pictures_and_summaries():
             call()
     model = get_peft_model(base, LoTRAConfig(r=(2, 1, 2, 3)))
     for look in (edge_changes, plot_network_change):
-        with pytest.raises(ValueError, match="convolutions do not count.*Its KAN layers: first"):
+        with pytest.raises(ValueError, match="nor do convolutions.*KAN layers: first"):
             look(model)
     summary = model_summary(model)
     assert summary[0].shape == (6, 2, 4, 9) and summary[0].ranks == (2, 1, 2, 3)
