@@ -139,15 +139,15 @@ def gather_weights(model: nn.Module, names: Iterable[str], inputs: Inputs) -> di
     targets = {name: locate_target(name, model.get_submodule(name)) for name in names}
     layers = {name: (layer, spec) for name, (layer, spec, _) in targets.items() if spec.linear}
     kernels = {name for name in layers if len(targets[name][2].shape) > 3}
-    grouped: set[str] = set()
+    called: set[str] = set()
     received: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     returned: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
     def record(name: str, x: torch.Tensor, y: Any) -> None:
         if x.dim() < 2:
             raise ValueError(f"`inputs` reach `{name}` as one sample of shape {tuple(x.shape)}: pass a batch.")
-        if name in kernels and x.shape[1] != targets[name][2].shape[1]:
-            grouped.add(name)
+        called.add(name)
+        if name in kernels and x.shape[1] != targets[name][2].shape[1]:  # of several groups
             return
         received[name].append(x.detach() if name in kernels else x.detach().flatten(0, -2))
         y = first_output(y)
@@ -155,7 +155,7 @@ def gather_weights(model: nn.Module, names: Iterable[str], inputs: Inputs) -> di
 
     with recorded_calls({name: layer for name, (layer, _) in layers.items()}, record), torch.enable_grad():
         result = model_outputs(model, inputs)
-    if missed := [name for name, xs in received.items() if not xs and name not in grouped]:
+    if missed := [name for name in layers if name not in called]:
         raise ValueError(
             f"None of `inputs` reaches {missed}: the forward pass does not call these layers, or calls the layers of "
             "another model in their place (a function that holds them is not copied with a model)."
@@ -217,9 +217,8 @@ def model_outputs(model: nn.Module, inputs: Inputs) -> torch.Tensor:
         first = next(iter(first.values() if isinstance(first, Mapping) else first))
     if not isinstance(first, torch.Tensor) or not first.is_floating_point():
         raise TypeError(
-            "With `inputs`, the model must return a tensor of floating point numbers, or a tuple or dict that begins "
-            f"with one, but it returned {type(result).__name__}. Pass a function that runs the model and returns such "
-            "a tensor."
+            "With `inputs`, the model must return a floating point tensor, or a tuple or dict that begins with one, "
+            f"but it returned {type(result).__name__}. Pass a function that runs the model and returns such a tensor."
         )
     return first.unsqueeze(-1) if first.dim() == 1 else first
 

@@ -24,7 +24,7 @@ from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.layer import LoTRALayer, lotra_layers
 from ..tuner.targets import exact_targets, locate_target
 from .data_weights import DataWeights, Inputs, error_rows, gather_weights
-from .spectra import suggest_ranks, weighted_spectrum
+from .spectra import choose_ranks, weighted_spectra
 from .updates import CoefficientUpdate, coefficient_updates, merged
 
 
@@ -37,7 +37,7 @@ class ExtractionReport(Report):
         ranks: By layer, (ro, ri, rb).
         parameters: The number of parameters of the adapter, without `modules_to_save`.
         modules_to_save: The modules that changed and are no KAN layers.
-        not_saved: The parameters and buffers that changed, and that no adapter can hold.
+        not_saved: The parameters and buffers that changed and that no adapter can hold.
         output_errors: With `inputs`, ||change of the layer's outputs - that by the adapter|| / ||change||, by layer;
             layers whose output is not linear in their coefficients have none.
     """
@@ -76,7 +76,7 @@ def extract_lotra(
     change get no adapter. Other modules that changed go into `modules_to_save`. A warning names parameters that no
     adapter can hold: of KAN layers besides their coefficients, of modules that contain KAN layers.
 
-    Where a family multiplies the splines of each edge by a trainable scale (efficient-kan, pykan), the adapter is
+    Where a library multiplies the splines of each edge by a trainable scale (efficient-kan, pykan), the adapter is
     fitted to coefficient times scale (by L-BFGS). Scales of random signs, as those of efficient-kan, need `inputs`.
 
     Args:
@@ -86,10 +86,10 @@ def extract_lotra(
         energy: Or the share of the energy to keep in each, above 0 and up to 1,
         budget: Or the number of parameters of the adapter, see `suggest_ranks`.
         rank_pattern: Ranks by layer, as in [`LoTRAConfig`]; alone, or with `r` for the others.
-        inputs: Samples of the model's input, for which all basis functions are held in memory in float64: a tensor, a
-            tuple of arguments, a dict of named ones, or a function of the model that runs it and returns its output.
-            The energy is then that of the layers' outputs. It stays that of the coefficients in layers whose output is
-            not linear in them, or in convolutions of several groups.
+        inputs: Samples of the model's input: a tensor, a tuple of arguments, a dict of named ones, or a function of
+            the model that runs it and returns its output. The basis functions of all layers at these samples are kept
+            in memory in float64. The energy is then that of the layers' outputs; in layers whose output is not linear
+            in their coefficients, and in convolutions of several groups, it stays that of the coefficients.
         adapter_name: The name of the adapter.
 
     Returns:
@@ -97,8 +97,8 @@ def extract_lotra(
 
     Raises:
         ValueError: Not one of `r`, `energy`, `budget` and `rank_pattern` is given, or one that cannot be; the models
-            have different architectures or grids, are the same, or are not finite; `base` has adapters; `inputs`
-            are empty or not finite, or do not reach a layer.
+            have different architectures or grids, the same coefficients, or coefficients that are not finite; `base`
+            has adapters; `inputs` are not finite or all the same, or reach no layer.
         TypeError: A model is no module; or, with `inputs`, it returns no tensor, tuple or dict that begins with one.
 
     Example:
@@ -127,10 +127,11 @@ def extract_lotra(
     if not updates:
         raise ValueError("The KAN layers have the same coefficients in both models: there is nothing to extract.")
     weights = {} if inputs is None else gather_weights(tuned, updates, inputs)
-    if energy is not None or budget is not None:
-        spectrum = weighted_spectrum({name: update.tensor for name, update in updates.items()}, weights)
-        rank_pattern = {**suggest_ranks(spectrum, energy=energy, budget=budget)}
-    ranks = _resolve_ranks(r, rank_pattern or {}, updates)
+    if energy is None and budget is None:
+        ranks = _resolve_ranks(r, rank_pattern or {}, updates)
+    else:
+        spectra = weighted_spectra({name: update.tensor for name, update in updates.items()}, weights)
+        ranks = choose_ranks(spectra, energy, budget)
     components = {name: _decompose(update, ranks[name], weights.get(name)) for name, update in updates.items()}
 
     model = _attach(base, tuned, components, modules_to_save, adapter_name)

@@ -27,10 +27,9 @@ from ..layers.slim import SlimLayer
 from ..modules.calls import share_hooks, unwrap
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, tucker
-from ..tuner.config import pattern_key
 from ..tuner.targets import locate_target
 from .data_weights import Inputs, error_rows, gather_weights, model_outputs, recorded_calls, relative_error
-from .spectra import Spectrum, check_energy, suggest_ranks, weighted_spectrum
+from .spectra import LayerSpectrum, check_energy, choose_ranks, weighted_spectra
 from .updates import read_coefficients
 
 
@@ -136,7 +135,7 @@ def slim(
     elif energy is not None and inputs is not None:
         chosen = compression.ranks_for(energy)
     else:
-        chosen = compression.suggest(energy, budget)
+        chosen = choose_ranks(compression.spectra, energy, budget)
     layers, report = compression.compress(chosen)
     if grown := [name for name in report.dense if name in chosen]:
         hint = " Pass `inputs`: on data there is mostly less to keep." if inputs is None and energy is not None else ""
@@ -212,15 +211,13 @@ class _Compression:
 
     def __init__(self, model: nn.Module, inputs: Inputs | None) -> None:
         self.model, self.inputs = model, inputs
-        self.layers = {found.name: model.get_submodule(found.name) for found in find_kan_layers(model)}
-        for name, layer in list(self.layers.items()):
-            if isinstance(layer, (SlimKANLinear, SlimLayer)):
-                del self.layers[name]
-            elif len(locate_target(name, layer).coefficients.shape) > 3:
-                raise ValueError(
-                    f"`slim` does not compress convolutions, and `{name}` is a convolution. Compress the part of the "
-                    "model without them."
-                )
+        self.layers: dict[str, nn.Module] = {}
+        for found in find_kan_layers(model):
+            layer = model.get_submodule(found.name)
+            if len(found.shape) > 3:
+                raise ValueError(f"`{found.name}` is a convolution: compress the part of the model without them.")
+            if not isinstance(layer, (SlimKANLinear, SlimLayer)):
+                self.layers[found.name] = layer
         if not self.layers:
             raise ValueError(
                 "No KAN layer that could be compressed was found in the model. The known families are "
@@ -233,13 +230,8 @@ class _Compression:
                 self.outputs = model_outputs(model, inputs)
 
     @cached_property
-    def spectrum(self) -> Spectrum:
-        return weighted_spectrum(self.tensors, self.weights)
-
-    def suggest(self, energy: float | None = None, budget: int | None = None) -> dict[str, tuple[int, ...]]:
-        """The ranks for an energy or a budget by the spectrum."""
-        suggested = suggest_ranks(self.spectrum, energy=energy, budget=budget)
-        return {name: suggested[pattern_key(name)] for name in self.tensors}
+    def spectra(self) -> dict[str, LayerSpectrum]:
+        return weighted_spectra(self.tensors, self.weights)
 
     def ranks_for(self, energy: float) -> dict[str, tuple[int, ...]]:
         """The ranks for the smallest budget that keeps this share of the model's outputs, found by bisection."""
@@ -248,7 +240,7 @@ class _Compression:
         high = sum(tensor.numel() for tensor in self.tensors.values())
         for _ in range(_BISECTIONS if low < high else 0):  # of the smallest layers no ranks save anything
             middle = round(math.sqrt(low * high))
-            chosen = self.suggest(budget=middle)
+            chosen = choose_ranks(self.spectra, budget=middle)
             error = self.compress(chosen)[1].model_error or 0.0
             if 1 - min(error, 2.0) ** 2 >= energy:  # the square of any error may overflow
                 high, best = middle, chosen
@@ -283,18 +275,18 @@ class _Compression:
                 report.output_errors[name] = relative_error(weights.outputs(tensor), weights.outputs(stored))
             report.parameters = before, report.parameters[1] + slim_layer.components.numel() - tensor.numel()
         if self.inputs is not None:
-            report.model_error = relative_error(self.outputs, self._outputs_with(exchanged))
+            report.model_error = relative_error(self.outputs, self._outputs_with(exchanged, self.inputs))
         return exchanged, report
 
     @torch.no_grad()
-    def _outputs_with(self, exchanged: Mapping[nn.Module, nn.Module]) -> torch.Tensor:
-        """The outputs of the model with these layers, which it then has no more."""
+    def _outputs_with(self, exchanged: Mapping[nn.Module, nn.Module], inputs: Inputs) -> torch.Tensor:
+        """The outputs of the model with these layers, which are taken out again."""
         names = {name: exchanged[layer] for name, layer in self.layers.items() if layer in exchanged}
         called: set[str] = set()
         model = _exchange(self.model, exchanged)
         try:
             with recorded_calls(names, lambda name, x, y: called.add(name)):
-                y = model_outputs(model, self.inputs)
+                y = model_outputs(model, inputs)
         finally:
             _exchange(self.model, {new: old for old, new in exchanged.items()})
         if missed := [name for name in names if name not in called]:

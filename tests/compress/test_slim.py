@@ -169,8 +169,8 @@ def test_forms_of_inputs(given):
         (X[:0], r"shapes \[\(0, 6\)\]"),
         (X[:1], r"shapes \[\(1, 6\)\]"),
         (X[0], "`layers.0` as one sample"),
-        (lambda model: 3, "must return a tensor of floating point .* it returned int"),
-        (lambda model: model(X).long(), "must return a tensor of floating point"),
+        (lambda model: 3, "must return a floating point tensor.* it returned int"),
+        (lambda model: model(X).long(), "must return a floating point tensor"),
     ],
 )
 def test_wrong_inputs(given, message):
