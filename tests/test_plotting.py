@@ -162,35 +162,28 @@ def test_the_edges_that_changed_most():
     for edge in edges:
         assert edge.change == changes.change[edge.layer][edge.output, edge.input].item()
         assert edge.share == changes.share[edge.layer][edge.output, edge.input].item()
-    changes.share["layers.1"][1, 4] = torch.nan
-    assert changes.most(2)[0][:3] == ("layers.1", 1, 4) and changes.most(2)[1] == edges[0]
     with pytest.raises(ValueError, match="`count` is 0, but must be an integer of at least 1"):
         changes.most(0)
-
-
-def test_the_table_of_changes():
-    changes = edge_changes(get_peft_model(KAN([6, 7, 2]), LoTRAConfig(r=2, init_weights=False)))
-    first = changes.most(1)[0]
-    for expected in (first.layer, "share", f"{first.share:.1%}", "the 10 of 56 edges that changed most"):
+    for expected in (edges[0].layer, "share", f"{edges[0].share:.1%}", "the 10 of 56 edges that changed most"):
         assert expected in str(changes)
     assert "edges that changed most" not in str(edge_changes(adapt(KAN([2, 3]))))  # all are listed
     values = json.loads(json.dumps(changes.as_dict()))
     assert values["share"]["layers.1"][0][3] == changes.share["layers.1"][0, 3].item()
+    changes.share["layers.1"][1, 4] = torch.nan  # an adapter that diverged
+    assert changes.most(2)[0][:3] == ("layers.1", 1, 4) and changes.most(2)[1] == edges[0]
 
 
-@pytest.mark.parametrize("look", [edge_changes, plot_network_change])
-def test_a_network_without_adapter_has_no_change(look):
+def test_a_network_without_adapter_has_no_change():
     mixed = torch.nn.Sequential(KAN([3, 5]), torch.nn.Linear(5, 2))
     for model, names in (
-        (KAN([3, 5]), "layers.0"),
         (get_peft_model(mixed, LoraConfig(target_modules=["1"])), "0.layers.0"),
         (torch.nn.Linear(2, 3), "none"),
     ):
         with pytest.raises(ValueError, match=f"no dense KAN layer with an active adapter.*Its KAN layers: {names}\\."):
-            look(model)
+            plot_network_change(model)
 
 
-def test_the_change_of_a_network(tmp_path):
+def test_the_change_of_a_network():
     model = get_peft_model(KAN([3, 5, 2]), LoTRAConfig(r=2, init_weights=False))
     before = snapshot(model)
     figure = plot_network_change(model)
@@ -204,7 +197,6 @@ def test_the_change_of_a_network(tmp_path):
     output, input_ = divmod(int(shares["layers.0"].argmax()), 3)
     assert second.get_clim() == (0, max(share.max().item() for share in shares.values()))
     assert first.get_segments()[-1].tolist() == [[0, 1 - input_ / 2], [1, 1 - output / 4]]
-    figure.savefig(tmp_path / "network.png")
     assert figure._repr_png_()[:4] == b"\x89PNG"
 
 
