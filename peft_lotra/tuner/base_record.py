@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from ..layers.registry import describe
-from .layer import LoTRALayer
-from .targets import Target
+from .layer import LoTRALayer, Target
 
 
 _PROJECTIONS = 8
@@ -25,18 +24,15 @@ _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2, tor
 
 def record_layer(layer: LoTRALayer) -> dict[str, Any]:
     """Kind, shape, grid and parameters of a base layer, as `base_layers` of a file has them."""
-    base_layer, spec, tensor = layer.base_before_merge()
-    known = {
+    target = layer.base_before_merge()
+    base_layer, spec, tensor = target
+    return {
         "family": spec.family,
         "shape": list(tensor.shape),
         "has_residual": tensor.has_residual,
         **describe(spec, base_layer),
+        **_sketches(target, layer.parameters_before_merge()),
     }
-    before_merge = layer.parameters_before_merge()
-    sketches = _sketches(Target(base_layer, spec, tensor), before_merge)
-    if layer.merged and not before_merge and base_layer is layer.get_base_layer():
-        sketches.pop("parameters", None)  # `keep_base=False`: those of the base are lost
-    return {**known, **sketches}
 
 
 def _sketches(target: Target, before_merge: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 import numbers
 import os
@@ -12,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import wraps
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from peft.config import PeftConfig
@@ -97,11 +95,7 @@ class Source(NamedTuple):
 
 
 def _help_from_docstring(cls: Config) -> Config:
-    """Gives each field the help that the docstring of the class has for it, and LoRA's argument names a hint."""
-    texts = dict(re.findall(r"^ {4}(\w+) \(.*\):\n((?: {8}.*\n)+)", inspect.cleandoc(cls.__doc__ or ""), re.MULTILINE))
-    for entry in fields(cls):
-        if entry.name in texts:
-            entry.metadata = MappingProxyType({"help": " ".join(texts[entry.name].split())})
+    """Gives LoRA's argument names a hint."""
     init = cls.__init__
 
     @wraps(init)  # PEFT reads the signature
@@ -242,13 +236,6 @@ class LoTRAConfig(PeftConfig):
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-            patterns = getattr(self, name)
-            for pattern in [patterns] if isinstance(patterns, str) else patterns if isinstance(patterns, dict) else ():
-                try:
-                    re.compile(pattern)
-                except (re.error, RecursionError, OverflowError) as error:
-                    raise ValueError(f"`{name}` has {pattern[:100]!r}, which is no regex: {error}.") from error
 
     def ranks_and_alpha(self, name: str, shape: tuple[int, ...]) -> tuple[Ranks, float]:
         """The ranks of a layer of this name and shape (out, in, basis [, kernel]), not yet capped, and its `alpha`."""

@@ -26,8 +26,7 @@ from torch import Tensor, nn, strided
 from ..layers.registry import PREFIX
 from ..modules.checks import check_path
 from .config import LoTRAConfig, Source
-from .layer import COMPONENTS, LoTRALayer, lotra_layers
-from .targets import Target
+from .layer import COMPONENTS, LoTRALayer, Target, lotra_layers
 
 
 _FORMER_STATS = (".lotra_running_mean", ".lotra_running_var", ".lotra_num_batches_tracked")
