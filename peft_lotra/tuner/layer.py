@@ -192,16 +192,16 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scale of the active adapters."""
-        for adapter in self._here(self.active_adapters):
+        for adapter in self._present(self.active_adapters):
             self.lotra_scaling[adapter] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scale of the active adapters, or sets it back to alpha."""
-        for adapter in self._here(self.active_adapters):
+        for adapter in self._present(self.active_adapters):
             alpha, present = self.lotra_alpha[adapter], self.lotra_scaling[adapter]
             self.lotra_scaling[adapter] = alpha if scale is None else present / scale
 
-    def _here(self, adapter_names: Iterable[str]) -> list[str]:
+    def _present(self, adapter_names: Iterable[str]) -> list[str]:
         return [name for name in adapter_names if name in self.lotra_scaling]
 
     def update_of(self, adapter: str, dropout: bool = False) -> Update:
@@ -221,12 +221,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     @property
     def is_random(self) -> bool:
         """Whether a forward pass draws rank or module dropout."""
-        adapters = self._here(self.active_adapters) if self.training else []
+        adapters = self._present(self.active_adapters) if self.training else []
         return any(self.lotra_rank_dropout[name] or self.lotra_module_dropout[name] for name in adapters)
 
     def applied_updates(self) -> list[Update]:
         """The updates that a forward pass adds to the base layer: none while they are merged or disabled."""
-        names = [] if self.merged or self.disable_adapters else self._here(self.active_adapters)
+        names = [] if self.merged or self.disable_adapters else self._present(self.active_adapters)
         return [self.update_of(name) for name in names]
 
     def effective_parameters(self) -> dict[str, torch.Tensor]:
@@ -354,7 +354,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """Evaluates the layer with these adapters, those of them that it has, for all rows."""
         updates = [self.update_of(name, self.training) for name in adapters if name in self.lotra_scaling]
         if current is not None and current.replaced:  # read after the components were, see `hotswap_adapter`
-            names = self._here(adapters)
+            names = self._present(adapters)
             former = [current.replaced.get((id(self), name)) for name in names]
             updates = [u if f is None else u._replace(tensor=f) for u, f in zip(updates, former, strict=True)]
         base_layer = self._modules["base_layer"]
@@ -403,7 +403,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             ValueError: `safe_merge`, and the merged weights are not finite. The base weights are unchanged.
             RuntimeError: The grid is not the one that the adapters were made on.
         """
-        names = self._here(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
+        names = self._present(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
         self.check_merge(names, safe_merge)
         self._merge(names)
 
@@ -418,7 +418,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def check_merge(self, adapter_names: Iterable[str], safe_merge: bool = False) -> None:
         """Raises what `merge` would raise, and a ValueError for parameters that are computed from others."""
-        names, base_layer = self._here(adapter_names), self.get_base_layer()
+        names, base_layer = self._present(adapter_names), self.get_base_layer()
         if not names:  # a grid may move once all is merged
             return
         self.check_grid()
@@ -483,7 +483,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     ) -> nn.Module:
         """The base layer, with the adapters merged or not, and with the trained copies of modules inside of it."""
         if merge:
-            self._merge(self._here(dict.fromkeys(check_adapters_to_merge(self, adapter_names))))  # which was checked
+            self._merge(
+                self._present(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
+            )  # which was checked
         base_layer = self.get_base_layer()
         for module in list(base_layer.modules()):
             for name, child in list(module._modules.items()):

@@ -30,8 +30,8 @@ from .saving import (
     is_saving,
     mismatches,
     prepare_for_load,
+    raise_if_any,
     read_tensors,
-    refuse,
     saved_tensors,
     select_to_save,
 )
@@ -196,7 +196,7 @@ class LoTRAModel(BaseTuner):
                 tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}
             seen.add(module)
         if saves:  # PEFT writes the configuration after the tensors
-            config.record = {name: base_record.record_layer(layer) for name, layer in layers.items()}
+            config.base_record = {name: base_record.record_layer(layer) for name, layer in layers.items()}
             if config.r is None:  # the configuration may serve other models too
                 config.default_ranks = {name: layer.lotra_r[adapter_name] for name, layer in layers.items()}
         return tensors
@@ -206,14 +206,14 @@ class LoTRAModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         check_state_dict(state_dict)
-        state_dict = _renamed(state_dict, config.renamed)
+        state_dict = _renamed(state_dict, config.names_in_model)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return prepare_for_load(state_dict, model, adapter_name)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        refuse("The tensors do not fit the adapters", mismatches(self.model, state_dict, f"{prefix}model."))
+        raise_if_any("The tensors do not fit the adapters", mismatches(self.model, state_dict, f"{prefix}model."))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # --- the forward pass ---
@@ -317,17 +317,17 @@ def read_checked(config: LoTRAConfig, model: nn.Module, targets: dict[str, Targe
     source, recorded = config.source, config.base_layers or {}
     is_reshaped = source is not None and source.ignore_mismatched_sizes
     if recorded:
-        config.renamed = dict(zip(recorded, targets, strict=True))
-        for old, new in config.renamed.items():
+        config.names_in_model = dict(zip(recorded, targets, strict=True))
+        for old, new in config.names_in_model.items():
             for pattern in (config.rank_pattern, config.alpha_pattern):
                 if old != new and (key := get_pattern_key(list(pattern), old)) in pattern:
                     pattern[pattern_key(new)] = pattern.pop(key) if key == pattern_key(old) else pattern[key]
         merged = {name: layer.parameters_before_merge() for name, layer in lotra_layers(model)}
-        by_name = {config.renamed[name]: record for name, record in recorded.items()}
+        by_name = {config.names_in_model[name]: record for name, record in recorded.items()}
         base_record.check_base(by_name, targets, merged, config.check_base, is_reshaped)
     if source is None:
         return {}
-    tensors = _renamed(read_tensors(source, config.weights_sha256), config.renamed)
+    tensors = _renamed(read_tensors(source, config.weights_sha256), config.names_in_model)
     check_tensors(tensors, config, model, targets, is_reshaped)
     return tensors
 
