@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from peft import PeftMixedModel, PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
@@ -17,19 +18,35 @@ from ..layers.registry import find_kan_layers
 from .layer import LoTRALayer
 
 
-def _lotra_layer(model: LoTRALayer) -> list[Stage] | None:
-    """The stage of an adapted layer; None if its base layer is not a single stage."""
+def _only_stage(model: LoTRALayer | ParamWrapper) -> Stage | None:
+    """The stage of the base layer, `None` if the base layer is not a single stage."""
     if model.disable_adapters and model.merged:
         model.unmerge()  # as its forward does
     stages = stages_of(model.base_layer)
-    if stages is None or len(stages) != 1:
-        return None
-    stage: Stage | None = stages[0]
-    if stage.branches:  # of another library: the updates enter its parameters
+    return stages[0] if stages is not None and len(stages) == 1 else None
+
+
+def _lotra_layer(model: LoTRALayer) -> list[Stage] | None:
+    stage = _only_stage(model)
+    if stage is not None and stage.branches:  # of another library: the updates enter its parameters
         parameters = model.effective_parameters()
         stage = layer_stage(model.get_base_layer(), model.lotra_spec, model.lotra_tensor, parameters)
         return stage and [stage]
-    return [stage._replace(updates=(*stage.updates, *model.applied_updates()))]
+    return stage and [stage._replace(updates=(*stage.updates, *model.applied_updates()))]
+
+
+def _lora_on_parameter(model: ParamWrapper) -> list[Stage] | None:
+    """PEFT's LoRA on `target_parameters`: its updates are dense."""
+    stage, names = _only_stage(model), ("spline_weight", "base_weight")
+    if stage is None or stage.dense is None or model.parameter_name not in names:
+        return None
+    dense = list(stage.dense)
+    if not (model.merged or model.disable_adapters):
+        for adapter in model.active_adapters:
+            if adapter in model.lora_A:
+                index = names.index(model.parameter_name)
+                dense[index] = dense[index] + model.get_delta_weight(adapter)
+    return [stage._replace(dense=tuple(dense))]
 
 
 def _saved_module(wrapper: ModulesToSaveWrapper) -> nn.Module:
@@ -48,6 +65,7 @@ def check_convolutions(model: nn.Module) -> None:
 
 register_finder(find_stages)
 register_stages(LoTRALayer, _lotra_layer)
+register_stages(ParamWrapper, _lora_on_parameter)
 register_wrapper(PeftModel, lambda model: model.get_base_model())
 register_wrapper(PeftMixedModel, lambda model: model.base_model)
 register_wrapper(BaseTuner, lambda tuner: tuner.model)

@@ -19,7 +19,8 @@ def register(config_cls: type, model_cls: type) -> None:
     mappings: list[dict[Any, Any]] = [mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING]
     former = mappings[0].get(NAME, config_cls)  # a member of PeftType equals its name
     if former.__module__ != config_cls.__module__:
-        raise RuntimeError(f"PEFT already has a method {NAME}, of {former.__module__}: import only one of the two.")
+        name = f"{former.__module__}.{former.__qualname__}"
+        raise RuntimeError(f"PEFT already has a method {NAME}, registered by {name}: import only one of the two.")
     if NAME not in PeftType.__members__:  # `register_peft_method` wants a true member of the enumeration
         member: Any = str.__new__(PeftType, NAME)
         member._name_ = member._value_ = NAME

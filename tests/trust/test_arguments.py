@@ -15,7 +15,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from torch import nn
 
 import peft_lotra
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, extract_lotra, hotswap_adapter, preprocess_lotra, slim
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, extract_lotra, hotswap_adapter, slim
 from peft_lotra.kan import (
     KAN,
     KANConfig,
@@ -123,8 +123,6 @@ CALLS = {
     "optimizer_cls": lambda: create_lotra_optimizer(adapt(KAN([3, 2])), "adam", lr=0.1),
     "folder": lambda: peft_lotra.save_adapter(adapt(KAN([3, 2])), None),
     "model_name_or_path": lambda: hotswap_adapter(adapt(KAN([3, 2])), None),
-    "train_step": lambda: preprocess_lotra(KAN([3, 2]), LoTRAConfig(init_weights="gradient"), 3),
-    "config": lambda: preprocess_lotra(KAN([3, 2]), None, print),
     "matches": lambda: peft_lotra.register_kan_layer("x", matches=3, coefficients=("weight", "o i k")),
     "coefficients": lambda: peft_lotra.register_kan_layer("x", matches=nn.Linear, coefficients=(1, 2)),
     "`low`": lambda: box_points("a", [1.0], 3),
