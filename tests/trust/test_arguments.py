@@ -15,13 +15,8 @@ from peft import get_peft_model
 from torch import nn
 
 import peft_lotra
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, extract_lotra, hotswap_adapter, preprocess_lotra, slim
-from peft_lotra.kan import (
-    KAN,
-    KANLinear,
-    SlimKAN,
-    jet,
-)
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, extract_lotra, hotswap_adapter, slim
+from peft_lotra.kan import KAN, KANLinear, SlimKAN, jet
 from peft_lotra.optim import LevenbergMarquardt
 from peft_lotra.pde import (
     BoxFeatures,
@@ -88,8 +83,6 @@ CALLS = {
     "term": lambda: LevenbergMarquardt(BASE).step(residual),
     "optimizer_cls": lambda: create_lotra_optimizer(adapt(KAN([3, 2])), "adam", lr=0.1),
     "model_name_or_path": lambda: hotswap_adapter(adapt(KAN([3, 2])), None),
-    "train_step": lambda: preprocess_lotra(KAN([3, 2]), LoTRAConfig(init_weights="gradient"), 3),
-    "config": lambda: preprocess_lotra(KAN([3, 2]), None, print),
     "coefficients": lambda: peft_lotra.register_kan_layer("x", matches=nn.Linear, coefficients=(1, 2)),
     "`count`": lambda: box_points([0], [1], 2.5),
     "`sides`": lambda: side_points([0], [1], 3, [(0, "left")]),
