@@ -45,8 +45,8 @@ class Prediction:
 
     Attributes:
         parameter: The parameter, a number or a tuple.
-        indicator: An estimate of the relative error: what one Gauss-Newton step of the whole network, linearized at
-            the nearest member, would change. What `loss_of` returns if given; NaN without both.
+        indicator: An estimate of the relative error, the change by one Gauss-Newton step of the whole network that is
+            linearized at the nearest member; with `loss_of` the loss; NaN without terms and loss.
         residual: The root of the loss of the residual terms; NaN without terms.
         extrapolated: Whether the parameter lies outside of the fitted members.
     """
@@ -101,11 +101,10 @@ class ParametricAdapter:
         terms_of: `terms_of(c)` returns the residual terms of [`LevenbergMarquardt`] at the parameter c, a number, or a
             tuple for several parameters. Give the same points at each call. Without it, `fit` takes `train`.
         ranks: The ranks of the cores, as `r` of `LoTRAConfig`.
-        loss_of: `loss_of(model, c)` returns what indicates errors, instead of an estimate: any loss where there are no
-            terms.
-        held_terms_of: The same terms at points that are not fitted, where errors show that fitted points hide. By
-            default estimates use the terms at points between those of the fit, where smooth data in rows are
-            interpolated; terms with other data have none.
+        loss_of: `loss_of(model, c)` returns the indicator, instead of the estimate: any loss where there are no terms.
+        held_terms_of: The same terms at held-out points, where errors show that fitted points hide. By default they
+            lie between the points of the fit, and smooth data in rows are interpolated; terms with other data have
+            none.
         values_of: `values_of(model, c)` returns the values whose error is estimated: the solution at some points. By
             default they are the outputs at rows of the first term; give it where the solution is not the output
             itself, for instance a product of it that is zero on the boundary.
@@ -113,7 +112,7 @@ class ParametricAdapter:
         config: A `LoTRAConfig` for all else (`target_modules`, ...). It trains one component alone.
 
     Raises:
-        TypeError: `base` is no `nn.Module`, or `terms_of` or `loss_of` no function.
+        TypeError: `base` is no `nn.Module`, or an argument that must be a function is none.
         ValueError: The model has no KAN layer, or `config` trains several components, whose updates do not add up.
 
     Source: J. S. Hesthaven, G. Rozza and B. Stamm, "Certified Reduced Basis Methods for Parametrized Partial
@@ -208,8 +207,8 @@ class ParametricAdapter:
         Args:
             parameters: The parameters, numbers or tuples.
             between: The lowest and the highest parameter of a range, instead of `parameters`.
-            tolerance: The residual (or what `loss_of` returns) that predictions may have in the range. By default
-                members are added until they bring it down by a fifth at most.
+            tolerance: The largest residual (or loss of `loss_of`) of predictions in the range. By default members are
+                added until new ones lower it by a fifth at most.
             train: `train(model, c)` trains the parameters that require a gradient, in place, instead of the terms.
             steps, max_steps: The least number of Levenberg-Marquardt steps of a member, and the largest, which is
                 taken while steps halve the loss.
@@ -217,8 +216,8 @@ class ParametricAdapter:
             executor: An executor of `concurrent.futures` for the fits, by default none: this process. Functions must
                 be picklable, and processes started by "spawn" or "forkserver". `Client.get_executor()` of Dask is one.
             folder: A folder with a file for each fitted member, whose fit is skipped if the file is there. Members of
-                another base, or of other numbers of steps, have other files. The terms are not compared: give another
-                folder for other terms.
+                another base, or with other numbers of steps, have other files. Give another folder for other terms,
+                which are not compared.
             progress: Whether to show a bar.
 
         Returns:
@@ -341,8 +340,8 @@ class ParametricAdapter:
             folder: A folder, or a repository on the Hub.
             terms_of, loss_of, held_terms_of, values_of: As for the constructor; they are not saved. Without `terms_of`
                 and `loss_of` indicators are NaN.
-            check_base: What happens on another base, `"error"`, `"warn"` or `"ignore"`.
-            hub_kwargs: Those of `huggingface_hub.hf_hub_download`, e.g. `revision` and `token`.
+            check_base: The reaction to another base, `"error"`, `"warn"` or `"ignore"`.
+            hub_kwargs: Arguments of `huggingface_hub.hf_hub_download`, e.g. `revision` and `token`.
 
         Raises:
             ValueError: The file is damaged, or its family is on another base or grid.

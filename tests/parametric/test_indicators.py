@@ -17,7 +17,6 @@ import torch
 from peft_lotra import ParametricAdapter
 from peft_lotra.kan import KAN, jet
 from peft_lotra.optim import LevenbergMarquardt
-from peft_lotra.parametric import estimate
 
 
 BETWEEN = problems.POINTS[:-1] + 0.4 / 29.5
@@ -61,13 +60,6 @@ def test_the_indicator_is_about_the_error(family):
     predictions = [family.predict(c) for c in unseen]
     ratios = [p.indicator / problems.error(p, c) for p, c in zip(predictions, unseen, strict=True)]
     assert 0.2 < min(ratios) and max(ratios) < 6 and 0.6 < np.median(ratios) < 1.6
-
-
-def test_a_network_too_large_for_a_step_is_stepped_in_coordinates(base, family, monkeypatch):
-    monkeypatch.setattr(estimate, "MEMORY", 4 * 8 * 60 * 119)
-    other = ParametricAdapter(base, problems.terms_of, ranks=6, held_terms_of=held_terms_of, values_of=values_of)
-    other.fit([2.0, 2.5, 3.0, 3.5, 4.0], progress=False)
-    assert 0.1 * family.predict(2.2).indicator < other.predict(2.2).indicator < 10 * family.predict(2.2).indicator
 
 
 def test_points_that_change_with_the_parameter(base):

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from peft_lotra.parametric.interpolation import MemberSpace, is_inside, weights_at
-from peft_lotra.parametric.members import Member
+from peft_lotra.parametric.interpolation import is_inside, weights_at
 
 
 def places(count, dim, seed=0):
@@ -45,36 +43,3 @@ def test_the_hull():
         assert is_inside(square, torch.tensor(at, dtype=torch.float64)) is expected
     line = torch.tensor([[0.2], [0.8]], dtype=torch.float64)
     assert is_inside(line, line[0]) and is_inside(line, line[1]) and not is_inside(line, line[1] + 1e-6)
-
-
-def space_of(*members, log=False):
-    space = MemberSpace(2, log)
-    space.spread([point for point, _ in members])
-    space.add(Member(point, np.array(vector), 1.0, 0.1, 3, 0.0) for point, vector in members)
-    return space
-
-
-def test_places_in_a_range():
-    space = MemberSpace(2, [True, False])
-    space.spread([(0.01, -1.0), (1.0, 1.0)])
-    torch.testing.assert_close(space.places_of([(0.1, 0.0)]), torch.full((1, 2), 0.5, dtype=torch.float64))
-    assert space.points_at(torch.tensor([[0.5, 0.5]]).double())[0] == pytest.approx((0.1, 0.0))
-    assert space_of(((2.0,), [0.0, 0.0])).places.tolist() == [[0.0]]  # a range of one parameter
-
-
-def test_coordinates_between_and_outside_of_members():
-    space = space_of(*(((c,), [c, c * c]) for c in (1.0, 2.0, 3.0)))
-    np.testing.assert_allclose(space.vector_at((1.5,)), [1.5, 2.25])
-    np.testing.assert_allclose(space.vector_at((4.0,)), [4.0, 16.0])
-    np.testing.assert_allclose(space.vector_at((2.0,), without=(2.0,)), [2.0, 5.0])  # the line through the others
-    assert space.is_inside((3.0,)) and not space.is_inside((3.1,)) and space.nearest((2.6,)).parameter == (3.0,)
-    assert not MemberSpace(3, False).vector_at((1.0,)).any()
-
-
-@pytest.mark.parametrize("parameter", [1, 1.5, np.float32(2.0), [3.0], (4,), torch.tensor(2.5)])
-def test_points(parameter):
-    space = space_of(((1.0,), [0.0, 0.0]))
-    assert space.point(parameter) == (float(np.ravel(parameter)[0]),)
-    for wrong in (None, float("inf"), (), (1.0, 2.0)):
-        with pytest.raises(ValueError, match="1 finite numbers"):
-            space.point(wrong)
