@@ -232,6 +232,8 @@ class ParametricAdapter:
             raise ValueError("Give either `parameters`, a list, or `between`, the bounds of a range.")
         given = cast(Iterable, parameters if between is None else between)
         points = list(dict.fromkeys(map(self._space.point, given)))
+        if not points:
+            raise ValueError("`parameters` is empty, but must have at least one parameter.")
         if between is not None and len(points) != 2:
             raise ValueError(f"`between` is {between!r:.100}, but must be (lowest, highest), two parameters.")
         if (train is None) == (self._problem.terms_of is None):
@@ -240,8 +242,8 @@ class ParametricAdapter:
             raise ValueError("A range is searched by indicators: give `loss_of` to the constructor, or `parameters`.")
         if between is not None:
             max_members = check_count(max_members, "max_members", low=2 ** len(points[0]))  # the corners of the range
-        self._problem = replace(self._problem, train=train, steps=steps, max_steps=max_steps)
         self._space.spread(points)
+        self._problem = replace(self._problem, train=train, steps=steps, max_steps=max_steps)
         with torch.inference_mode(False), torch.enable_grad():
             known = {} if folder is None else KnownMembers(folder, self.model, self._problem)
             bar = tqdm(unit="member", desc="ParametricAdapter", disable=not progress)

@@ -42,7 +42,7 @@ class MemberSpace:
         dim = self.log.numel() if self.log.dim() else self.places.shape[1] if self.members else len(point)
         if not point or len(point) != dim or not np.isfinite(point).all():
             raise ValueError(f"The parameter {parameter!r:.100} must be {dim or 'one or more'} finite numbers.")
-        if (self.log & (torch.tensor(point, device="cpu") <= 0)).any():
+        if (self.log & torch.tensor([value <= 0 for value in point], device="cpu")).any():
             raise ValueError(f"The parameter {parameter!r} must be above 0, since the family is in its logarithm.")
         return point
 
