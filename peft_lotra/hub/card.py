@@ -79,8 +79,8 @@ def write_model_card(
     """Writes the model card of saved LoTRA adapters, README.md, into their folder.
 
     The card says how to build the base and load the adapter, and lists the layers of the first adapter. It replaces an
-    earlier card by this function, and PEFT's template. Other text in README.md stays above it. `save_pretrained` keeps
-    the arguments of the last call.
+    earlier card by this function, and PEFT's template; other text in README.md stays. A later `save_pretrained` keeps
+    `base_model`, `base_code`, `tags`, `metrics` and `license`, which are in the front matter.
 
     Args:
         model: The model, from which the code of the base is made; None if it is not in memory.

@@ -114,7 +114,7 @@ def _jet(model: HardConstraint, x: Tensor, directions: Tensor, weights: Tensor |
     if isinstance(model.distance, BoxDistance):
         model.distance.check(x)
 
-    def jet_of(module: nn.Module) -> Jet:
+    def jet_of(module: Any) -> Jet:
         return Jet(*jet(module, x, directions, collapse=False if weights is None else weights))
 
     def jet_of_part(name: str) -> Jet:
