@@ -30,8 +30,7 @@ from transformers.utils import logging
 from ._version import __version__
 from .compress.extract import extract_lotra
 from .compress.slim import slim as compress
-from .hub.card import write_model_card
-from .hub.contents import AdapterContents, adapter_folders, read_adapter, table_of_tensors
+from .hub.contents import AdapterContents, adapter_folders, read_adapter
 from .kan import modeling_kan  # noqa: F401  (registers KANModel with AutoModel)
 from .layers.registry import find_kan_layers
 from .parametric.storage import FILE, read_family
@@ -56,26 +55,18 @@ def _ranks(text: str) -> int | tuple[int, ...]:
     return ranks[0] if len(ranks) == 1 else ranks
 
 
-def _option(text: str, **kwargs: Any) -> Any:
-    return typer.Option(help=text, **kwargs)
-
-
-def _argument(text: str) -> Any:
-    return typer.Argument(help=text)
-
-
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Revision = Annotated[str | None, _option("Branch, tag or commit of ADAPTER on the Hub.")]
-Subfolder = Annotated[str | None, _option("Subfolder of ADAPTER: the name of one that is not `default`.")]
-Energy = Annotated[float | None, _option("Share of the energy to keep, 0 to 1.")]
-Rank = Annotated[Any, _option("Ranks: a number, or three (out,in,basis), as 8,8,4.", parser=_ranks, metavar="RANKS")]
-Budget = Annotated[int | None, _option("Number of parameters of the result.")]
-Inputs = Annotated[str | None, _option("A .safetensors file with one tensor, a thousand samples of the input.")]
-Factory = Annotated[str | None, _option("MODULE:CALLABLE that builds the network of a .safetensors state dict.")]
-Adapter = Annotated[str, _argument("A folder that `save_pretrained` wrote, or USER/REPO on the Hub.")]
-Model = Annotated[str, _argument("A transformers model, folder or USER/REPO; with --factory a .safetensors file.")]
-Network = Annotated[str, _argument("MODULE:CALLABLE that builds a network, or a transformers model as elsewhere.")]
-Out = Annotated[str, _argument("The folder to write. It must not exist, or be empty.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of ADAPTER on the Hub.")]
+Subfolder = Annotated[str | None, typer.Option(help="Name of the adapter, if it is not `default`: its subfolder.")]
+Energy = Annotated[float | None, typer.Option(help="Share of the energy to keep, 0 to 1.")]
+Rank = Annotated[Any, typer.Option(help="Ranks: a number, or out,in,basis.", parser=_ranks, metavar="RANKS")]
+Budget = Annotated[int | None, typer.Option(help="Number of parameters of the result.")]
+Inputs = Annotated[str | None, typer.Option(help="A .safetensors file with one tensor: samples of the input.")]
+Factory = Annotated[str | None, typer.Option(help="MODULE:CALLABLE that builds the network of a state dict.")]
+Adapter = Annotated[str, typer.Argument(help="A folder that `save_pretrained` wrote, or USER/REPO on the Hub.")]
+Model = Annotated[str, typer.Argument(help="Folder or USER/REPO of a transformers model; or .safetensors, --factory.")]
+Network = Annotated[str, typer.Argument(help="MODULE:CALLABLE that builds a network; or a transformers model.")]
+Out = Annotated[str, typer.Argument(help="The folder to write. It must not exist, or be empty.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -96,7 +87,7 @@ def _options(version: Version = False) -> None:
 
 
 def _say(text: str) -> None:
-    """Prints a message on stderr, as one line."""
+    """Prints a message as one line on stderr."""
     print(printable(" ".join(text.split())), file=sys.stderr)
 
 
@@ -106,9 +97,6 @@ def _command(function: Callable) -> Callable:
     @app.command(name=function.__name__)
     @functools.wraps(function)
     def wrapper(**kwargs):
-        for name, value in kwargs.items():
-            if isinstance(value, str) and not value.strip():  # as from a variable of the shell that is not set
-                raise typer.BadParameter(f"{name.upper()} is empty.")
         if [kwargs.get(name) for name in ("energy", "rank", "budget")].count(None) != 2 and "energy" in kwargs:
             raise typer.BadParameter("Give one of --energy, --rank and --budget.")
         with warnings.catch_warnings():
@@ -127,7 +115,7 @@ def _command(function: Callable) -> Callable:
 
 @_command
 def find(model: Network, as_json: Json = False) -> None:
-    """Show the KAN layers of a model, and what else may be one, with a registration to paste."""
+    """Show the KAN layers of a model, and modules that may be KAN layers, with a registration to paste."""
     network = _call_factory(model) if ":" in model and not Path(model).exists() else _load_model(model, None)
     found = find_kan_layers(network, candidates=True)
     _report(found.as_dict(), str(found), as_json)
@@ -163,7 +151,7 @@ def merge(
     """
     _check_new(out)
     folder = _one_adapter(adapter, revision, subfolder)
-    rows = table_of_tensors(*read_adapter(folder))
+    rows = AdapterContents.of(adapter, *read_adapter(folder)).layers
     model: Any = PeftModel.from_pretrained(_load_model(base, factory), str(folder))
     merged = model.merge_and_unload(safe_merge=True)
     _save(merged, out)
@@ -192,7 +180,6 @@ def extract(
     models = (_load_model(source, factory) for source in (base, tuned))
     model = extract_lotra(*models, r=rank, energy=energy, budget=budget)
     model.save_pretrained(out)
-    write_model_card(model, out)
     report = model.extraction_report
     _report({"out": out, **asdict(report)}, f"{report}\nadapter: {out}", as_json)
 
@@ -214,11 +201,8 @@ def slim(
     `slim(build(), ranks=...)` with the ranks that are printed.
     """
     _check_new(out)
-    samples = load_file(inputs) if inputs else {"none": None}
-    if len(samples) != 1:
-        raise ValueError(f"--inputs {inputs} holds {len(samples)} tensors, expected one: samples of the input.")
-    (x,), dense = samples.values(), _load_model(model, factory)
-    small: Any = compress(dense, ranks=rank, energy=energy, budget=budget, inputs=x)
+    (x,) = load_file(inputs).values() if inputs else (None,)
+    small: Any = compress(_load_model(model, factory), ranks=rank, energy=energy, budget=budget, inputs=x)
     _save(small, out)
     _report({"out": out, **small.slim_report.as_dict()}, f"{small.slim_report}\nSlim model: {out}", as_json)
 
@@ -236,7 +220,7 @@ def _one_adapter(source: str, revision: str | None, subfolder: str | None) -> Pa
     found = adapter_folders(_folder(source, revision))
     if not found:
         raise ValueError(f"{source} is no adapter: it has no {CONFIG_NAME}.")
-    name = subfolder or ("default" if "default" in found or len(found) > 1 else next(iter(found)))
+    name = subfolder or (next(iter(found)) if len(found) == 1 else "default")
     if name not in found:
         raise ValueError(f"{source} has no adapter `{name}`, only {list(found)}: choose one by --subfolder.")
     return found[name]
@@ -249,30 +233,27 @@ def _load_model(source: str, factory: str | None) -> nn.Module:
         load_model(model, source)
         return model
     if Path(source).is_file():
-        raise ValueError(f"{source} is a file: say by --factory MODULE:CALLABLE what network it belongs to.")
-    # with the configuration, since AutoModel would load an adapter as a model
-    options: dict[str, Any] = {"trust_remote_code": False}
-    config = AutoConfig.from_pretrained(source, **options)
-    return AutoModel.from_pretrained(source, config=config, dtype="auto", use_safetensors=True, **options)
+        raise ValueError(f"{source} is a file: give by --factory MODULE:CALLABLE the network that it belongs to.")
+    # without the configuration, AutoModel would load an adapter as a model
+    options: dict[str, Any] = {"config": AutoConfig.from_pretrained(source, trust_remote_code=False), "dtype": "auto"}
+    return AutoModel.from_pretrained(source, **options, use_safetensors=True, trust_remote_code=False)
 
 
 def _call_factory(factory: str) -> nn.Module:
-    """What MODULE:CALLABLE returns; the module is also searched in the current folder."""
+    """The network that MODULE:CALLABLE returns; the module may lie in the current folder."""
     module, _, name = factory.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
         model = getattr(importlib.import_module(module), name)()
-    except Exception as error:  # of the user's code
+    except Exception as error:
         raise ValueError(f"The factory {factory} failed ({type(error).__name__}: {error}).") from error
-    finally:
-        sys.path.pop(0)
     if not isinstance(model, nn.Module):
         raise ValueError(f"The factory {factory} returns a {type(model).__name__}, expected a torch.nn.Module.")
     return model
 
 
 def _check_new(out: str) -> None:
-    if os.path.exists(out) and not (os.path.isdir(out) and not os.listdir(out)):
+    if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
         raise ValueError(f"{out} exists already: choose another name, or remove it.")
 
 

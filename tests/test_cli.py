@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -96,20 +95,15 @@ def test_inspect(run, made):
     assert [it["parameter"] for it in json.loads(run("inspect {}/family --json").stdout)["members"]] == [[1.0], [2.0]]
 
 
-CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-@pytest.mark.parametrize("escape", ["\x1b[2J", "\x1b]0;title\x07", "\r", "\x9b31m", "\u202e"], ids=ascii)
-def test_names_print_without_control_characters(tmp_path, escape):
-    """Those of the layers, the base, and in errors: a terminal obeys what it is sent."""
+def test_names_print_without_control_characters(tmp_path):
     get_peft_model(KAN([2, 1]), LoTRAConfig(r=1)).save_pretrained(tmp_path)
     weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
-    save_file({k.replace("layers.0", f"kan{escape}x"): v for k, v in load_file(weights).items()}, weights)
-    values = json.loads(config.read_text()) | {"base_model_name_or_path": f"user/re{escape}po"}
-    for code, peft_type in ((0, "LOTRA"), (1, f"LO{escape}RA")):
+    save_file({k.replace("layers.0", "kan\x1b[2Jx"): v for k, v in load_file(weights).items()}, weights)
+    values = json.loads(config.read_text()) | {"base_model_name_or_path": "user/re\u202epo"}
+    for code, peft_type in ((0, "LOTRA"), (1, "LO\x9b31mRA")):
         config.write_text(json.dumps(values | {"peft_type": peft_type}))
         result = CliRunner().invoke(cli.app, ["inspect", str(tmp_path)])
-        assert result.exit_code == code and not CONTROL.search(result.output), ascii(result.output)
+        assert result.exit_code == code and result.output.replace("\n", "").isprintable(), ascii(result.output)
 
 
 @pytest.mark.parametrize("subfolder", ["", "second"])
@@ -173,7 +167,7 @@ ERRORS = {
     "merge {}/other {}/adapter out": "The adapter is for another base",
     "merge {}/base {}/nan out": "not finite",
     "merge {}/base {}/adapter {}/tuned": "exists already",
-    "merge {}/base.safetensors {}/adapter out": "say by --factory",
+    "merge {}/base.safetensors {}/adapter out": "give by --factory",
     "extract {}/base {}/base out --energy 0.9": "nothing to extract",
 }
 
@@ -186,7 +180,7 @@ def test_an_error_is_one_line_and_nothing_is_written(run, command, message):
 
 
 USAGE = ["extract {}/base {}/tuned out", "extract {}/base {}/tuned out --rank 2 --energy 0.9", "merge {}/base"]
-USAGE += ["extract {}/base {}/tuned out --rank a,b", "inspect ' '", "inspect {}/adapter --subfolder ''", "push a b"]
+USAGE += ["extract {}/base {}/tuned out --rank a,b", "push a b"]
 
 
 @pytest.mark.parametrize("command", USAGE)
@@ -194,10 +188,9 @@ def test_wrong_usage(run, command):
     assert "Traceback" not in run(command, code=2).output and os.listdir() == []
 
 
-def test_as_a_program(made, tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "peft_lotra.cli"]
-    result = subprocess.run([*command, "inspect", str(made / "base")], capture_output=True, text=True, env=env)
+def test_as_a_program(made):
+    command = [sys.executable, "-m", "peft_lotra.cli", "inspect", str(made / "base")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(cli.__file__).parents[1])
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr == f"error: {made / 'base'} is no adapter: it has no adapter_config.json.\n"
     assert CliRunner().invoke(cli.app, ["--version"]).stdout.strip() == peft_lotra.__version__

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import subprocess
 import sys
 
@@ -22,9 +24,16 @@ def test_every_public_name_is_there(name):
     assert getattr(peft_lotra, name) is not None and name in dir(peft_lotra)
 
 
-def test_names_are_sorted_and_known_to_type_checkers():
+def test_names_are_sorted():
     assert peft_lotra.__all__ == sorted(peft_lotra.__all__, key=lambda name: (not name[0].isupper(), name))
-    assert peft_lotra._LATER.keys() <= set(peft_lotra.__all__)
+
+
+@pytest.mark.parametrize(("name", "text"), peft_lotra._GONE.items())
+def test_a_name_that_is_gone(name, text):
+    with pytest.raises(AttributeError, match=f"`peft_lotra.{name}` is gone"):
+        getattr(peft_lotra, name)
+    if module := re.search("import it from `(.*)`", text):
+        assert getattr(importlib.import_module(module[1]), name)
 
 
 def test_an_unknown_name():
@@ -36,10 +45,9 @@ def test_an_unknown_name():
         exec("from peft_lotra import nothing")
 
 
-def test_what_an_import_leaves_for_later():
-    code = "import sys, peft_lotra; print([m for m in ('optim', 'compress', 'pde', 'summary') if {}])"
-    assert run(code.format("f'peft_lotra.{m}' in sys.modules")) == "[]"
-    code = "import peft_lotra; print({})"
-    assert run(code.format("peft_lotra.optim.LevenbergMarquardt.__name__")) == "LevenbergMarquardt"
-    assert run(code.format("peft_lotra.pde.HardConstraint.__name__")) == "HardConstraint"
-    assert run("from peft_lotra import *; print(push_to_hub.__name__)") == "push_to_hub"
+def test_modules_that_are_imported_at_their_first_use():
+    later = ("optim", "compress", "pde", "summary", "parametric", "plotting")
+    code = f"import sys, peft_lotra; print([m for m in {later} if 'peft_lotra.' + m in sys.modules])"
+    assert run(code) == "[]"
+    names = "optim.LevenbergMarquardt, peft_lotra.pde.HardConstraint, peft_lotra.plotting.plot_spectra"
+    assert run(f"import peft_lotra; peft_lotra.{names}; from peft_lotra import *; print(push_to_hub.__name__)")

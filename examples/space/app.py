@@ -19,7 +19,8 @@ from burgers import HIGH, LOW, grid, network, residual, solution, terms_of
 from PIL import Image
 from safetensors.torch import load_file
 
-from peft_lotra import ParametricAdapter, Prediction
+from peft_lotra import ParametricAdapter
+from peft_lotra.parametric import Prediction
 
 
 try:

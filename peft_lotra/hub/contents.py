@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,6 @@ from ..tucker import KernelTucker, tucker_of
 
 COLUMNS = ["layer", "kind", "update (out, in, basis)", "ranks", ">alpha", ">norm", ">parameters", ">kB"]
 _COMPONENTS = tuple(f"lotra_{part}" for part in KernelTucker._fields)
-_BASE = "base_model_name_or_path"
 _PREFIX = "base_model.model."  # by PEFT, in front of the names in the base model
 
 
@@ -34,8 +33,8 @@ class AdapterRow(NamedTuple):
     """The contents of an adapter for one layer of the base model.
 
     `shape` and `ranks` are those of the update, (out, in, basis), where the residual branch is the last slice of the
-    basis; `norm` is the Frobenius norm of the update, `alpha` included. `parameters` is the number of stored values,
-    `size` that of their bytes. A module that is saved whole (`modules_to_save`) has only a name and sizes.
+    basis; `norm` is its Frobenius norm times `alpha`. `parameters` is the number of stored values, `size` that of
+    bytes. A module of `modules_to_save` has only a name and sizes.
     """
 
     name: str
@@ -50,14 +49,13 @@ class AdapterRow(NamedTuple):
     def cells(self) -> list[str]:
         """The text of the columns after the name."""
         if self.ranks is None:
-            return ["saved whole", *4 * [""], *size_cells([self])]
-        numbers = [f"{self.alpha:g}", f"{self.norm:.3g}"]
-        return [str(self.kind), str(self.shape), str(self.ranks), *numbers, *size_cells([self])]
+            return ["saved copy", *4 * [""], *_size_cells(self.parameters, self.size)]
+        update = [str(self.kind), str(self.shape), str(self.ranks), f"{self.alpha:g}", f"{self.norm:.3g}"]
+        return [*update, *_size_cells(self.parameters, self.size)]
 
 
-def size_cells(rows: Sequence[AdapterRow]) -> list[str]:
-    """The number of parameters of the rows and their size in kB (1,000 bytes), as text."""
-    return [f"{sum(row.parameters for row in rows):,}", f"{sum(row.size for row in rows) / 1000:.1f}"]
+def _size_cells(parameters: int, size: int) -> list[str]:
+    return [f"{parameters:,}", f"{size / 1000:.1f}"]
 
 
 @dataclass(eq=False)
@@ -77,7 +75,7 @@ class AdapterContents(Report):
     def of(cls, adapter: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> AdapterContents:
         """The contents of an adapter, from its configuration and its tensors."""
         rows = table_of_tensors(config, tensors)
-        base, base_class = config.get(_BASE), (config.get("auto_mapping") or {})
+        base, base_class = config.get("base_model_name_or_path"), config.get("auto_mapping") or {}
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
         finite = all(tensor.float().isfinite().all().item() for tensor in tensors.values())
         totals = sum(row.parameters for row in rows), sum(row.size for row in rows)
@@ -85,13 +83,13 @@ class AdapterContents(Report):
 
     def _table(self) -> TextTable:
         rows = [[row.name, *row.cells()] for row in self.layers]
-        rows.append(["total", *5 * [""], *size_cells(self.layers)])
+        rows.append(["total", *5 * [""], *_size_cells(self.parameters, self.bytes)])
         notes = [] if self.finite else ["The adapter is broken: it has values that are NaN or infinite."]
         return TextTable(COLUMNS, rows, notes)
 
 
 def adapter_table(model: PeftModel, adapter_name: str = "default") -> list[AdapterRow]:
-    """The contents of an adapter of a model: its layers by name, then the modules that are saved whole.
+    """The contents of an adapter of a model: its layers by name, then its modules of `modules_to_save`.
 
     Args:
         model: A model with LoTRA adapters.
@@ -117,16 +115,13 @@ def adapter_table(model: PeftModel, adapter_name: str = "default") -> list[Adapt
 
 
 def table_of_tensors(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> list[AdapterRow]:
-    """One row for each layer; a ValueError if a layer lacks a component, or has some that do not fit."""
+    """One row for each layer, and then for each module of `modules_to_save`."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.removeprefix(_PREFIX).rpartition(".")
         layers.setdefault(name, {})[part] = tensor
-    # layers.2 before layers.10, and modules that are saved whole at the end
-    try:
-        rows = [_row(config, name, parts) for name, parts in layers.items()]
-    except (AttributeError, TypeError, RuntimeError, OverflowError, re.error) as error:
-        raise ValueError(f"The files of the adapter are broken, or do not fit each other: {error}") from error
+    rows = [_row(config, name, parts) for name, parts in layers.items()]
+    # layers.2 before layers.10
     return sorted(rows, key=lambda row: (row.ranks is None, re.sub(r"\d+", lambda n: n[0].zfill(9), row.name)))
 
 
@@ -135,8 +130,6 @@ def _row(config: Mapping[str, Any], name: str, parts: Mapping[str, torch.Tensor]
     size = sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
     if not parts.keys() & set(_COMPONENTS):
         return AdapterRow(name, None, None, None, None, None, parameters, size)
-    if missing := [part for part in _COMPONENTS[:4] if part not in parts]:
-        raise ValueError(f"The adapter has no {', '.join(missing)} for `{name}`: it is not complete.")
     update = tucker_of(*(parts[part].double() for part in _COMPONENTS if part in parts))
     patterns: Any = config.get("alpha_pattern") or {}
     alpha = float(patterns.get(get_pattern_key(patterns, name), config.get("alpha", 1.0)))
@@ -153,36 +146,24 @@ def read_adapter(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, t
         ValueError: It is no LoTRA adapter, or its files are broken.
     """
     path, weights = Path(folder, CONFIG_NAME), Path(folder, SAFETENSORS_WEIGHTS_NAME)
-    if not path.is_file():
-        raise ValueError(f"{folder} is no adapter: it has no {CONFIG_NAME}.")
+    for file in (path, weights):
+        if not file.is_file():
+            raise ValueError(f"{folder} is no adapter: it has no {file.name}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config["peft_type"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} is broken: expected a JSON object with a `peft_type`, got {error!r}.") from error
+        kind, tensors = config["peft_type"], load_file(weights)
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ValueError(f"The files in {folder} are broken: {error!r}.") from error
     if kind != "LOTRA":
         raise ValueError(f"{folder} holds a {kind} adapter, and not one of LoTRA.")
-    if not (isinstance(config.get("auto_mapping") or {}, dict) and isinstance(config.get(_BASE) or "", str)):
-        raise ValueError(f"{path} is broken: `auto_mapping` must be an object, and `{_BASE}` a string.")
-    if not weights.is_file():
-        raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}. (Pickled weights are not read.)")
-    try:
-        return config, load_file(weights)
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is damaged, or no safetensors file: {error}") from error
+    return config, tensors
 
 
 def adapter_folders(folder: str | os.PathLike) -> dict[str, Path]:
-    """The folders of the adapters that `save_pretrained` wrote into a folder, by name; "default" has no subfolder."""
-    # the checkpoints of transformers.Trainer are former states of the adapter, and hidden folders are being written
-    paths = (path.parent for path in sorted(Path(folder).glob(f"*/{SAFETENSORS_WEIGHTS_NAME}")))
-    paths = (path for path in paths if not re.match(r"checkpoint-\d+$|\.", path.name))
-    found = {path.name: path for path in paths if not _is_of_another_method(path)}
-    return {"default": Path(folder), **found} if Path(folder, CONFIG_NAME).is_file() else found
-
-
-def _is_of_another_method(folder: Path) -> bool:
-    try:
-        return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["peft_type"] != "LOTRA"
-    except (OSError, ValueError, TypeError, KeyError):  # broken, which who reads it says
-        return False
+    """The folders of the LoTRA adapters that `save_pretrained` wrote into a folder, by name, "default" first."""
+    found = {"default": Path(folder)} if Path(folder, CONFIG_NAME).is_file() else {}
+    for path in sorted(Path(folder).glob(f"*/{CONFIG_NAME}")):
+        # not the checkpoints of transformers.Trainer, nor adapters of other methods
+        if not re.match(r"checkpoint-\d+$|\.", path.parent.name) and '"LOTRA"' in path.read_text(encoding="utf-8"):
+            found[path.parent.name] = path.parent
+    return found

@@ -17,11 +17,11 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .base_code import hub_id
-from .card import README, is_generated, load_card, write_model_card, written_code
+from .card import README, is_generated, load_card, write_model_card
 from .contents import adapter_folders
 
 
-_FILES = {README, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}
+_FILES = [README, f"*{CONFIG_NAME}", f"*{SAFETENSORS_WEIGHTS_NAME}"]
 
 
 def push_to_hub(
@@ -75,33 +75,25 @@ def push_to_hub(
         if isinstance(model, PeftModel):
             model.save_pretrained(folder, selected_adapters=selected_adapters)
         else:
-            shutil.copytree(model, folder, ignore=_others, dirs_exist_ok=True)
+            unwanted = shutil.ignore_patterns("checkpoint-*", ".*", "*.pt", "*.bin")
+            shutil.copytree(model, folder, ignore=unwanted, dirs_exist_ok=True)
         for path in adapter_folders(folder).values():
-            _set_base(path / CONFIG_NAME, card.get("base_model"))
+            config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+            # no path of this machine
+            config["base_model_name_or_path"] = card.get("base_model") or hub_id(config["base_model_name_or_path"])
+            (path / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         here = load_card(readme)
-        facts = {"license": here.data.license, "tags": here.data.tags, "metrics": here.data.eval_results}
+        known = {"license": here.data.license, "tags": here.data.tags, "metrics": here.data.eval_results}
+        known |= {"base_code": here.data.get("base_code"), "revision": None if create_pr else revision}
         if is_generated(here.text) and api.file_exists(repo_id, README, revision=branch):
             shutil.copyfile(api.hf_hub_download(repo_id, README, revision=branch), readme)
-        card = {**facts, "base_code": written_code(here), "revision": None if create_pr else revision, **card}
-        write_model_card(model if isinstance(model, PeftModel) else None, folder, repo_id=repo_id, **card)
+        write_model_card(model if isinstance(model, PeftModel) else None, folder, repo_id=repo_id, **{**known, **card})
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise ValueError(f"`private=True`, but {repo_id} exists and is public. Make it private first.")
         if revision and not branch:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        message = commit_message or "Upload LoTRA adapter"
+        files, message = {"folder_path": folder, "allow_patterns": _FILES}, commit_message or "Upload LoTRA adapter"
         return api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision, create_pr=create_pr
+            repo_id=repo_id, **files, commit_message=message, revision=revision, create_pr=create_pr
         )
-
-
-def _others(folder: str, names: list[str]) -> set[str]:
-    """The files of a training that do not belong to its adapters."""
-    return set(names) - _FILES - adapter_folders(folder).keys()
-
-
-def _set_base(path: Path, base_model: str | None) -> None:
-    """Writes the base model into the configuration of an adapter, and removes the name of a local folder."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base_model or hub_id(config.get("base_model_name_or_path"))
-    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")

@@ -20,6 +20,17 @@ def as_number(value: Any) -> float:
     return number if math.isfinite(number) else math.nan
 
 
+def check_number(value: Any, argument: str, interval: str) -> float:
+    """The value as a float; raises a `ValueError` unless it is finite and in an interval such as "[0, 1)"."""
+    number = as_number(value)
+    low, high = map(float, interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    if not (above and below):
+        raise ValueError(f"`{argument}` is {value!r:.100}, but must be a number in {interval}.")
+    return number
+
+
 def check_count(value: Any, argument: str, low: int = 1) -> int:
     """The value as an int; raises a `ValueError` unless it is an integer, of Python or numpy, of at least `low`."""
     try:

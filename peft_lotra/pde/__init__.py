@@ -5,9 +5,9 @@
 
 from .constraints import BoxDistance, HardConstraint
 from .continuation import ContinuationStep, continuation
+from .density import knot_density
 from .features import BoxFeatures
 from .points import ResidualSampler, box_points, side_points
-from .steepness import knot_density
 from .weights import ResidualAttention, causal_weights, gradient_weights
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Networks that have boundary and initial values exactly, whatever their parameters."""
+"""Networks whose boundary and initial values are exact for all parameters."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from ..derivatives.api import jet, jet_by_transforms, register_jet
 from ..derivatives.layers import Jet
 from ..derivatives.stages import stages_of
 from ..kan.basis import in_transform
+from ..modules.calls import check_module
 from ..modules.checks import as_number
-from .boxes import check_box, check_known, check_sides
+from .boxes import Side, check_box, check_sides, sides_of_box
 from .features import BoxFeatures
 
 
@@ -44,18 +45,18 @@ class HardConstraint(nn.Module):
 
     Args:
         kan: A network, (..., I) to (..., O).
-        distance: A function of x (..., I) that returns (..., 1) or (..., O), each row by itself, in operations that
-            `torch.func.jvp` differentiates twice; or a module; or a number.
+        distance: A number, or a function or module, x (..., I) to (..., 1) or (..., O), row by row, that
+            `torch.func.jvp` differentiates twice.
         lift: The same; zero by default. A network as a lift continues its solution: freeze its parameters.
 
     Attributes:
         kan, distance, lift: The arguments.
 
     Raises:
-        TypeError: `kan` is no module, or `distance` or `lift` can not be called.
+        TypeError: `kan` is no module, or `distance` or `lift` is neither a function nor a finite number.
         ValueError: `distance` is a `BoxDistance` of another box than the `BoxFeatures` of the network. In the forward
-            pass and by `jet`, a part returns another shape than (..., 1) or (..., O), or x is outside of the box of a
-            `BoxDistance`.
+            pass and by `jet`: `distance` or `lift` returns another shape than (..., 1) or (..., O), or x is outside
+            of the box.
 
     Source: I. E. Lagaris et al., "Artificial neural networks for solving ordinary and partial differential equations",
     IEEE Transactions on Neural Networks 9 (1998); N. Sukumar and A. Srivastava, arXiv 2104.08426.
@@ -72,21 +73,16 @@ class HardConstraint(nn.Module):
 
     def __init__(self, kan: nn.Module, distance: Part, lift: Part = 0.0) -> None:
         super().__init__()
-        if not isinstance(kan, nn.Module):
-            raise TypeError(f"`kan` is {type(kan).__name__}, but must be an nn.Module.")
+        check_module(kan, "kan")
         for name, part in (("distance", distance), ("lift", lift)):
             if not callable(part) and math.isnan(as_number(part)):
-                raise TypeError(
-                    f"`{name}` is {part!r:.100}, but must be a function of x, a module or a finite number."
-                )
-        features = next((part for part in kan.modules() if isinstance(part, BoxFeatures)), None)
-        if isinstance(distance, BoxDistance) and features is not None:
-            of_features, of_distance = (torch.stack([part.low, part.high]) for part in (features, distance))
-            if not (of_features.shape == of_distance.shape and torch.allclose(of_features, of_distance)):
-                raise ValueError(
-                    f"`distance` is that of the box {of_distance.tolist()}, but the features of the network are on "
-                    f"{of_features.tolist()}: the conditions would hold elsewhere. Give both the same box."
-                )
+                raise TypeError(f"`{name}` is {part!r:.100}, but must be a function of x, a module or a number.")
+        boxes = [part for part in (*kan.modules(), distance) if isinstance(part, (BoxFeatures, BoxDistance))]
+        ends = {(*part.low.float().tolist(), *part.high.float().tolist()) for part in boxes}
+        if isinstance(distance, BoxDistance) and len(ends) > 1:
+            raise ValueError(
+                f"The network's features and `distance` have different boxes, {ends}: give both the same."
+            )
         self.kan = kan
         self.distance = distance if callable(distance) else float(distance)
         self.lift = lift if callable(lift) else float(lift)
@@ -95,8 +91,6 @@ class HardConstraint(nn.Module):
         """Inputs (..., I) to outputs (..., O)."""
         values = self.kan(x)
         values = getattr(values, "logits", values)
-        if not isinstance(values, Tensor):
-            raise TypeError(f"`kan` returns an object of type {type(values).__name__}, but must return a tensor.")
         return self._value("lift", x, values) + self._value("distance", x, values) * values
 
     def _value(self, name: str, x: Tensor, like: Tensor) -> Tensor:
@@ -106,7 +100,7 @@ class HardConstraint(nn.Module):
 
 def _check_shape(name: str, value: Any, like: Tensor) -> Tensor:
     """The value, which must broadcast to the network's outputs along the last dimension alone."""
-    if not isinstance(value, Tensor) or value.shape not in (like.shape, (*like.shape[:-1], 1)):
+    if getattr(value, "shape", None) not in (like.shape, (*like.shape[:-1], 1)):
         given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"`{name}` returns {given} where the network returns {tuple(like.shape)}, but must return "
@@ -115,35 +109,29 @@ def _check_shape(name: str, value: Any, like: Tensor) -> Tensor:
     return value
 
 
-def _jet_of_part(
-    model: HardConstraint, name: str, x: Tensor, directions: Tensor, weights: Tensor | None, like: Jet
-) -> Jet:
-    part = getattr(model, name)
-    if not callable(part):
-        zero = like.value.new_zeros(())
-        return Jet(zero + part, zero.expand(len(directions)), zero)
-    if isinstance(part, HardConstraint) or (isinstance(part, nn.Module) and stages_of(part)):
-        found = Jet(*jet(part, x, directions, collapse=False if weights is None else weights))
-    else:
-        found = jet_by_transforms(part, x, directions, weights)
-    _check_shape(name, found.value, like.value)
-    return found
-
-
 def _jet(model: HardConstraint, x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet:
     """(d n)'' = d'' n + 2 d' n' + d n'', along each direction, or in the weighted sum."""
     if isinstance(model.distance, BoxDistance):
         model.distance.check(x)
-    n = Jet(*jet(model.kan, x, directions, collapse=False if weights is None else weights))
-    d, lift = (_jet_of_part(model, name, x, directions, weights, n) for name in ("distance", "lift"))
 
-    def along(part: Tensor) -> Tensor:  # of a constant, too
-        return part if part.dim() > 1 else part.reshape(-1, *[1] * n.value.dim())
+    def jet_of(module: Any) -> Jet:
+        return Jet(*jet(module, x, directions, collapse=False if weights is None else weights))
 
-    mixed = 2 * along(d.first) * n.first
+    def jet_of_part(name: str) -> Jet:
+        part = getattr(model, name)
+        if not callable(part):
+            return Jet(torch.full_like(n.value, part), torch.zeros_like(n.first), torch.zeros_like(n.second))
+        closed = isinstance(part, HardConstraint) or (isinstance(part, nn.Module) and stages_of(part))
+        found = jet_of(part) if closed else jet_by_transforms(part, x, directions, weights)
+        _check_shape(name, found.value, n.value)
+        return found
+
+    n = jet_of(model.kan)
+    d, lift = jet_of_part("distance"), jet_of_part("lift")
+    mixed = 2 * d.first * n.first
     if weights is not None:
         mixed = torch.tensordot(weights, mixed, 1)
-    first = along(lift.first) + along(d.first) * n.value + d.value * n.first
+    first = lift.first + d.first * n.value + d.value * n.first
     second = lift.second + d.second * n.value + mixed + d.value * n.second
     return Jet(lift.value + d.value * n.value, first, second)
 
@@ -152,11 +140,12 @@ register_jet(HardConstraint, _jet)
 
 
 class BoxDistance(nn.Module):
-    r"""The distance function of sides of a box, for `HardConstraint`: the product over its sides of
+    r"""The distance function of sides of a box, for `HardConstraint`: the product over coordinates of
 
-        s (one side of a coordinate),   4 s (1 - s) (both sides),   s^2 (a side in `twice`),
+        s            for one of its sides,
+        4 s (1 - s)  for both,
 
-    where s in [0, 1] is the distance from the side as a share of the box's width.
+    where s in [0, 1] is the distance from the side as a share of the box's width. Sides in `twice` have s^2 for s.
 
     Args:
         low, high: The ends of the box, I numbers each.
@@ -181,44 +170,39 @@ class BoxDistance(nn.Module):
         self,
         low: Sequence[float],
         high: Sequence[float],
-        sides: Sequence[tuple[int, str]] | None = None,
-        twice: Sequence[tuple[int, str]] = (),
+        sides: Sequence[Side] | None = None,
+        twice: Sequence[Side] = (),
     ) -> None:
         super().__init__()
         low_end, high_end = check_box(low, high)
         self.register_buffer("low", low_end)
         self.register_buffer("high", high_end)
-        self.sides = check_sides(sides, len(low_end))
-        self.twice = check_known(twice, self.sides, "twice")
+        self.sides = check_sides(sides, sides_of_box(len(low_end)))
+        self.twice = check_sides(twice, self.sides, "twice")
+        self.scale = 4 ** sum((i, "low") in self.sides and (i, "high") in self.sides for i in range(len(low_end)))
 
     def check(self, x: Tensor) -> None:
-        """Raises a `ValueError` if x is outside of the box; not in transforms and compiled, which have no values."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x is of type {type(x).__name__}, but must be a tensor (..., {len(self.low)}).")
+        """Raises a `ValueError` if x is outside of the box, except in transforms and compiled functions."""
         if x.shape[-1:] != self.low.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}, but the box has {len(self.low)} coordinates.")
-        if torch.compiler.is_compiling() or in_transform() or x.is_meta or not x.numel():
+        if torch.compiler.is_compiling() or in_transform() or x.is_meta:
             return
-        rows = x.detach().reshape(-1, x.shape[-1]).to(self.low)
+        rows = x.detach().reshape(-1, len(self.low)).to(self.low)
         slack = 1e-5 * (self.high - self.low)
-        outside = (rows < self.low - slack) | (rows > self.high + slack)
-        if outside.any():
-            row, i = outside.nonzero()[0].tolist()
+        outside = ((rows < self.low - slack) | (rows > self.high + slack)).nonzero()
+        if len(outside):
+            row, i = outside[0].tolist()
             raise ValueError(
                 f"x is outside of the box of the conditions: coordinate {i} of row {row} is {rows[row, i].item():g}, "
-                f"but the box has {self.low[i].item():g} to {self.high[i].item():g}. There are "
-                f"{int(outside.any(1).sum())} such rows of {len(rows)}."
+                f"but the box has {self.low[i].item():g} to {self.high[i].item():g}."
             )
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to (..., 1)."""
         self.check(x)
         share = (x - self.low.to(x)) / (self.high - self.low).to(x)
-        found = torch.ones_like(x[..., :1])
-        for i in range(len(self.low)):
-            s = share[..., i : i + 1]
-            ends = {end: part for end, part in (("low", s), ("high", 1 - s)) if (i, end) in self.sides}
-            for end, part in ends.items():
-                found = found * (part.square() if (i, end) in self.twice else part)
-            found = found * 4 if len(ends) == 2 else found
+        found = torch.full_like(x[..., :1], self.scale)
+        for i, end in self.sides:
+            s = share[..., i : i + 1] if end == "low" else 1 - share[..., i : i + 1]
+            found = found * (s.square() if (i, end) in self.twice else s)
         return found

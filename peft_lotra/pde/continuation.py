@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Continuation: a hard problem reached by steps of a parameter from an easy one."""
+"""Continuation: from an easy problem to a hard one by steps of a parameter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..modules.calls import check_module
-from ..modules.checks import as_number, check_count, check_function
+from ..modules.checks import check_count, check_function, check_number
 
 
 class ContinuationStep(NamedTuple):
@@ -23,7 +23,7 @@ class ContinuationStep(NamedTuple):
     Attributes:
         value: The parameter of the PDE.
         loss: What `solve` returned.
-        accepted: Whether the model keeps what was solved.
+        accepted: Whether the model keeps the result.
     """
 
     value: float
@@ -46,18 +46,18 @@ def continuation(
 ) -> list[ContinuationStep]:
     """Trains a model for a PDE at `start`, and from there, step by step, at parameters up to `stop`.
 
-    A solve whose loss is above `target`, or not finite, is taken back, and tried again at a shorter step; after a
-    success the step grows again. One that raises is taken back too.
+    A solve whose loss is above `target` or NaN is undone and tried again at a shorter step; after a success the step
+    grows again. An exception undoes the solve too.
 
     Args:
-        model: What `solve` trains; its parameters and buffers are taken back after a failure.
-        solve: Trains at a parameter and returns the loss, or the history of `LevenbergMarquardt.fit`, whose last loss
-            (the held one, if there is one) counts. It must not change the shapes of the parameters.
+        model: The network that `solve` trains; its parameters and buffers are restored after a failure.
+        solve: Trains at a parameter of the PDE and returns the loss, or the history of `LevenbergMarquardt.fit`: its
+            last loss, or its lowest held loss. It must not change the shapes of the network's parameters.
         start, stop: The first and the last parameter.
         target: The largest loss that is accepted.
-        prepare: Called before each solve, and not taken back: the place to call `refine_grid`.
+        prepare: Called with the parameter before each solve, and not undone: the place for `refine_grid`.
         steps: The number of equal steps of a path without failures, after the first solve.
-        shrinkage: By which a step is divided after a failure.
+        shrinkage: The divisor of a step after a failure.
         smallest: The shortest step, as a share of the path.
         scale: "log" for steps of equal ratio, "linear" for steps of equal length.
 
@@ -89,28 +89,15 @@ def continuation(
     check_module(model)
     if scale not in ("log", "linear"):
         raise ValueError(f"`scale` is {scale!r}, but must be 'log' or 'linear'.")
-    for name, function in (("solve", solve), ("prepare", prepare)):
-        if function is not None or name == "solve":
-            check_function(function, name)
-    ends = as_number(start), as_number(stop)
-    if any(map(math.isnan, ends)) or (scale == "log" and not ends[0] * ends[1] > 0):
-        raise ValueError(
-            f"`start` is {start!r:.100} and `stop` {stop!r:.100}, but must be finite, and of the same sign for "
-            "equal ratios: take scale='linear' otherwise."
-        )
-    start, stop = ends
-    steps = check_count(steps, "steps")
-    if not (as_number(shrinkage) > 1 and 0 < as_number(smallest) <= 1):
-        raise ValueError(
-            f"`steps` is {steps}, `shrinkage` {shrinkage!r:.100} and `smallest` {smallest!r:.100}, but must be an "
-            "integer of at least 1, above 1, and in (0, 1]."
-        )
-    if target != math.inf and math.isnan(as_number(target)):
-        raise ValueError(f"`target` is {target!r:.100}, but must be a number, the largest loss that is accepted.")
+    check_function(solve, "solve")
+    steps, target = check_count(steps, "steps"), float(target)
+    start, stop = check_number(start, "start", "(-inf, inf)"), check_number(stop, "stop", "(-inf, inf)")
+    if scale == "log" and not start * stop > 0:
+        raise ValueError(f"`start` {start} and `stop` {stop} must have the same sign: else take scale='linear'.")
+    shrinkage = check_number(shrinkage, "shrinkage", "(1, inf)")
+    smallest = check_number(smallest, "smallest", "(0, 1]")
 
     def value_at(share: float) -> float:
-        if share in (0.0, 1.0):
-            return stop if share else start
         return start * (stop / start) ** share if scale == "log" else start + share * (stop - start)
 
     path: list[ContinuationStep] = []
@@ -118,7 +105,7 @@ def continuation(
     while reached < 1.0:
         share = 0.0 if reached < 0 else min(1.0, reached + length)
         share = 1.0 if 1.0 - share < 1e-9 or start == stop else share
-        value = value_at(share)
+        value = stop if share == 1.0 else value_at(share)
         if prepare is not None:
             prepare(value)
         before = copy.deepcopy(model.state_dict())
@@ -135,28 +122,16 @@ def continuation(
         model.load_state_dict(before)
         length /= shrinkage
         if reached < 0 or length < smallest:
-            raise RuntimeError(
-                f"At {value:g} the loss is {loss:.3g}, more than `target` ({target:g}), "
-                + (
-                    "and there is no easier problem: take another `start`, more training, or a larger network."
-                    if reached < 0
-                    else f"after steps down to {length:.1e} of the path. The model is solved at {value_at(reached):g}."
-                )
-            )
+            solved = f"It is solved at {value_at(reached):g}." if reached >= 0 else "Train longer, or start elsewhere."
+            raise RuntimeError(f"At {value:g} the loss is {loss:.3g}, more than `target` ({target:g}). {solved}")
     return path
 
 
 def _last_loss(result: Any) -> float:
-    if isinstance(result, Tensor) and result.numel() == 1:
-        result = result.item()
-    if isinstance(result, Real):
-        return float(result)
-    if not isinstance(result, list) or not all(hasattr(entry, "held_loss") for entry in result):
-        raise TypeError(
-            f"`solve` returned {result!r:.100}, but must return the loss, a number, or the history of "
-            "`LevenbergMarquardt.fit`."
-        )
-    if not result:
-        raise ValueError("`solve` returned an empty history, but must return a loss, or a history with a step.")
-    held = [entry.held_loss for entry in result]  # of `LevenbergMarquardt.fit`
-    return result[-1].loss if math.isnan(held[-1]) else min(held)
+    """The loss of a solve, from what `solve` returned."""
+    if isinstance(result, list) and result and hasattr(result[-1], "held_loss"):  # of `LevenbergMarquardt.fit`
+        held = [step.held_loss for step in result]
+        return result[-1].loss if math.isnan(held[-1]) else min(held)
+    if not isinstance(result, (Real, Tensor)):
+        raise TypeError(f"`solve` returned {result!r:.100}, but must return the loss or a history.")
+    return float(result)

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -16,13 +15,18 @@ from ..kan.input_map import InputMap
 from .boxes import check_box
 
 
-class BoxFeatures(InputMap):
-    r"""A layer before a KAN that maps the coordinates of a box to [-1, 1], the grid of a new KAN.
+# cos(pi (turns s + phase / 2)) for s in [0, 1], by (turns, phase): integers, which are exact in every dtype
+_COSINE, _SINE, _EVEN, _LINEAR = (2, 0), (2, -1), (1, 2), (0, 0)
 
-    With s in [0, 1] the place in the box, a coordinate becomes 2 s - 1; a periodic one becomes two features
-    cos(2 pi s), sin(2 pi s), so that the network and all its derivatives are periodic; one with Neumann conditions
-    becomes -cos(pi s), so that the derivative of the network is zero at both ends. `jet` and
-    `LevenbergMarquardt` know the layer in closed form.
+
+class BoxFeatures(InputMap):
+    r"""A layer before a KAN that maps the coordinates of a box to [-1, 1], the grid of a new KAN:
+
+        2 s - 1                        for a coordinate with s in [0, 1] across the box,
+        cos(2 pi s), sin(2 pi s)       for a periodic one: the network and all derivatives are periodic,
+        -cos(pi s)                     for one with Neumann conditions: the network's derivative is 0 at both ends.
+
+    `jet` and `LevenbergMarquardt` know the layer in closed form.
 
     Args:
         low, high: The ends of the box, I numbers each.
@@ -51,6 +55,7 @@ class BoxFeatures(InputMap):
 
     low: Tensor
     high: Tensor
+    waves: Tensor
 
     def __init__(
         self,
@@ -61,48 +66,32 @@ class BoxFeatures(InputMap):
     ) -> None:
         low_end, high_end = check_box(low, high)
         count = len(low_end)
-        periodic, neumann = (_indices(given, count) for given in (periodic, neumann))
+        for name, indices in (("periodic", periodic), ("neumann", neumann)):
+            if wrong := [i for i in indices if i not in range(count)]:
+                raise ValueError(f"`{name}` has {wrong[0]!r:.100}, but the box has coordinates 0 to {count - 1}.")
         if both := set(periodic) & set(neumann):
             raise ValueError(f"Coordinate {min(both)} is both `periodic` and `neumann`, which exclude each other.")
-        kinds = []
+        features = []
         for i in range(count):
-            kinds += [(i, "cos"), (i, "sin")] if i in periodic else [(i, "even" if i in neumann else "linear")]
-        super().__init__(count, [i for i, _ in kinds])
-        self.out_features = len(kinds)
-        self.periodic, self.neumann = periodic, neumann
+            waves = [_COSINE, _SINE] if i in periodic else [_EVEN if i in neumann else _LINEAR]
+            features += [(i, wave) for wave in waves]
+        super().__init__(count, [i for i, _ in features])
+        self.out_features = len(features)
+        self.periodic, self.neumann = sorted(set(periodic)), sorted(set(neumann))
         self.register_buffer("low", low_end)
         self.register_buffer("high", high_end)
-        # each feature is linear, or amplitude cos(rate s + phase)
-        waves = {"cos": (2 * math.pi, 0.0), "sin": (2 * math.pi, -math.pi / 2), "even": (math.pi, math.pi)}
-        self._waves = [waves.get(kind) for _, kind in kinds]
+        self.register_buffer("waves", torch.tensor([wave for _, wave in features]), persistent=False)
 
     def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `InputMap`."""
         low, width = self.low[self.sources].to(z), (self.high - self.low)[self.sources].to(z)
-        s = (z - low) / width
-        columns = []
-        for j, wave in enumerate(self._waves):
-            at, per_unit = s[..., j], 1 / width[j]
-            if wave is None:
-                columns.append((2 * at - 1, 2 * per_unit.expand_as(at), torch.zeros_like(at)))
-                continue
-            rate, phase = wave
-            cosine, sine = torch.cos(rate * at + phase), torch.sin(rate * at + phase)
-            columns.append((cosine, -rate * per_unit * sine, -((rate * per_unit) ** 2) * cosine))
-        value, slope, bend = (torch.stack(parts, -1) for parts in zip(*columns, strict=True))
-        return value, slope, bend
+        turns, phase = self.waves.to(z).unbind(1)
+        s, rate = (z - low) / width, math.pi * turns
+        angle = rate * s + math.pi / 2 * phase
+        cosine, linear = torch.cos(angle), turns == 0
+        value = torch.where(linear, 2 * s - 1, cosine)
+        slope = torch.where(linear, 2.0, -rate * torch.sin(angle)) / width
+        return value, slope, -((rate / width) ** 2) * cosine
 
     def extra_repr(self) -> str:
         return f"low={self.low.tolist()}, high={self.high.tolist()}, periodic={self.periodic}, neumann={self.neumann}"
-
-
-def _indices(given: Any, count: int) -> list[int]:
-    """The given indices of coordinates, each once."""
-    if not isinstance(given, Iterable):
-        raise TypeError(f"`periodic` and `neumann` must be lists of indices, such as [0], but one is {given!r:.100}.")
-    given = list(given)
-    if wrong := [i for i in given if isinstance(i, bool) or i not in range(count)]:
-        raise ValueError(
-            f"`periodic` or `neumann` has {wrong[0]!r:.100}, but the box has coordinates 0 to {count - 1}."
-        )
-    return sorted({int(i) for i in given})

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from ..kan.knots import KnotMap
-from ..modules.checks import as_number, check_count, check_function, check_seed
-from .boxes import check_box, check_sides
+from ..modules.checks import check_count, check_function, check_number, check_seed
+from .boxes import Side, check_box, check_sides, sides_of_box
+from .weights import residual_norms
 
 
 METHODS = ("sobol", "latin", "uniform")
@@ -41,21 +42,18 @@ def box_points(
         torch.Size([100, 2])
     """
     low_end, high_end = check_box(low, high)
-    return low_end + (high_end - low_end) * _unit_points(len(low_end), count, method, seed)
-
-
-def _unit_points(size: int, count: int, method: str, seed: int) -> Tensor:
     if method not in METHODS:
         raise ValueError(f"`method` is {method!r}, but must be one of {METHODS}.")
-    count, seed = check_count(count, "count"), check_seed(seed)
+    count, seed, size = check_count(count, "count"), check_seed(seed), len(low_end)
     generator = torch.Generator().manual_seed(seed)
     if method == "sobol":
-        return SobolEngine(size, scramble=True, seed=seed).draw(count, dtype=torch.float64)
-    points = torch.rand(count, size, dtype=torch.float64, generator=generator, device="cpu")
+        share = SobolEngine(size, scramble=True, seed=seed).draw(count, dtype=torch.float64)
+    else:
+        share = torch.rand(count, size, dtype=torch.float64, generator=generator, device="cpu")
     if method == "latin":
         slices = torch.stack([torch.randperm(count, generator=generator, device="cpu") for _ in range(size)], 1)
-        points = (slices + points) / count
-    return points
+        share = (slices + share) / count
+    return low_end + (high_end - low_end) * share
 
 
 @torch.inference_mode(False)
@@ -63,7 +61,7 @@ def side_points(
     low: Sequence[float],
     high: Sequence[float],
     count: int,
-    sides: Sequence[tuple[int, str]] | None = None,
+    sides: Sequence[Side] | None = None,
     *,
     method: str = "sobol",
     seed: int = 0,
@@ -89,15 +87,13 @@ def side_points(
     """
     low_end, high_end = check_box(low, high)
     points, normals = [], []
-    for number, (coordinate, end) in enumerate(check_sides(sides, len(low_end))):
-        found = box_points(low, high, count, method=method, seed=check_seed(seed) + number)
+    for number, (coordinate, end) in enumerate(check_sides(sides, sides_of_box(len(low_end)))):
+        found = box_points(low, high, count, method=method, seed=seed + number)
         found[:, coordinate] = (low_end if end == "low" else high_end)[coordinate]
         normal = torch.zeros_like(found)
         normal[:, coordinate] = -1.0 if end == "low" else 1.0
         points.append(found)
         normals.append(normal)
-    if not points:
-        raise ValueError("`sides` is empty, but must name at least one side; None stands for all of them.")
     return torch.cat(points), torch.cat(normals)
 
 
@@ -114,7 +110,7 @@ class ResidualSampler:
         share: The share of the points that follow the residual, 0 to 1.
         power: How strongly they follow it.
         pool: Candidates for each point.
-        seed: Each draw takes the next one.
+        seed: Each draw changes it.
 
     Raises:
         ValueError: An argument is out of range, or the residual is not finite or has a wrong shape.
@@ -144,16 +140,10 @@ class ResidualSampler:
         seed: int = 0,
     ) -> None:
         self.low, self.high = check_box(low, high)
-        if not (0 <= as_number(share) <= 1 and as_number(power) >= 0):
-            raise ValueError(
-                f"`share` is {share!r:.100} and `power` {power!r:.100}, but must be in [0, 1], and finite and at "
-                "least 0."
-            )
-        self.count, self.pool = check_count(count, "count", low=4), check_count(pool, "pool")
-        self.share, self.power, self.seed = float(share), float(power), check_seed(seed)
+        self.count, self.pool, self.seed = check_count(count, "count", low=4), check_count(pool, "pool"), seed
+        self.share, self.power = check_number(share, "share", "[0, 1]"), check_number(power, "power", "[0, inf)")
 
     @torch.inference_mode(False)
-    @torch.no_grad()
     def draw(self, residual: Callable[[Tensor], Tensor], knots: KnotMap | None = None) -> tuple[Tensor, Tensor]:
         """The next points.
 
@@ -166,57 +156,24 @@ class ResidualSampler:
             Points (count, I) and held-out points (count / 4, I), float64.
         """
         check_function(residual, "residual")
-        if knots is not None and (not isinstance(knots, KnotMap) or knots.in_features != len(self.low)):
-            raise ValueError(f"`knots` is {knots!r:.60}, but must be a KnotMap of {len(self.low)} coordinates.")
-        seed = self.seed
-        try:
-            return self._draw(residual, knots)
-        except BaseException:  # the next draw is then what this one would have been
-            self.seed = seed
-            raise
-
-    def _draw(self, residual: Callable[[Tensor], Tensor], knots: KnotMap | None) -> tuple[Tensor, Tensor]:
         followed = round(self.share * self.count)
-        spread = self._spread(self.count - followed, knots) if followed < self.count else self.low.new_empty(0, 1)
-        held = self._spread(self.count // 4, None)
-        if not followed:
-            return spread, held
-        candidates = self._spread(self.pool * followed, knots)
-        try:
-            values = residual(candidates.clone())  # which it may write into
-        except RuntimeError as error:
-            if "does not require grad" not in str(error):
-                raise
-            with torch.enable_grad():  # derivatives by `torch.autograd.grad`
-                values = residual(candidates.clone())
-        if not isinstance(values, Tensor):
-            raise TypeError(f"`residual` returns an object of type {type(values).__name__}, but must return a tensor.")
-        if values.shape[:1] != (len(candidates),):
-            raise ValueError(
-                f"`residual` returns {tuple(values.shape)} for {len(candidates)} points, but must return the "
-                "residuals of each: (n,) or (n, m)."
-            )
-        if values.is_complex():
-            raise TypeError("`residual` returns complex numbers, but must return real ones: take `abs()`.")
-        values = values.detach() if values.is_floating_point() else values.double()
-        size = values.reshape(len(values), -1).norm(dim=1, dtype=torch.promote_types(values.dtype, torch.float32))
-        size = size.double()
-        if not size.isfinite().all():
-            where = int((~size.isfinite()).nonzero()[0])
-            raise ValueError(f"`residual` is not finite at {candidates[where].tolist()}.")
-        chance = (size / size.mean()).pow(self.power) if size.any() else torch.ones_like(size)
-        if not chance.isfinite().all():  # a large power
-            chance = (size / size.max()).pow(self.power)
-        generator = torch.Generator().manual_seed(self.seed)
-        chosen = torch.multinomial(chance + 1e-12, followed, generator=generator)
-        return torch.cat([spread.reshape(-1, len(self.low)), candidates[chosen]]), held
+        points = self._spread(self.count - followed, self.seed + 1, knots)
+        held = self._spread(self.count // 4, self.seed + 2, None)
+        if followed:
+            candidates = self._spread(self.pool * followed, self.seed + 3, knots)
+            size = residual_norms(residual(candidates), "residual", candidates).double()
+            chance = (size / size.max().clamp(min=torch.finfo(size.dtype).tiny)).pow(self.power)
+            generator = torch.Generator().manual_seed(self.seed + 3)
+            chosen = torch.multinomial(chance + 1e-12, followed, generator=generator)
+            points = torch.cat([points, candidates.detach()[chosen]])
+        self.seed += 3
+        return points, held
 
-    def _spread(self, count: int, knots: KnotMap | None) -> Tensor:
-        self.seed += 1
-        share = SobolEngine(len(self.low), scramble=True, seed=self.seed).draw(count, dtype=torch.float64)
-        if knots is None:
-            return self.low + (self.high - self.low) * share
-        ends = knots.low.double(), knots.high.double()
-        mapped = share.clone()
-        mapped[1::2] = (knots.inverse(torch.lerp(*ends, share[1::2])) - ends[0]) / (ends[1] - ends[0])
-        return self.low + (self.high - self.low) * mapped
+    def _spread(self, count: int, seed: int, knots: KnotMap | None) -> Tensor:
+        if not count:
+            return self.low.new_empty(0, len(self.low))
+        share = SobolEngine(len(self.low), scramble=True, seed=seed).draw(count, dtype=torch.float64)
+        if knots is not None:
+            ends = knots.low.double(), knots.high.double()
+            share[1::2] = (knots.inverse(torch.lerp(*ends, share[1::2])) - ends[0]) / (ends[1] - ends[0])
+        return self.low + (self.high - self.low) * share

@@ -88,13 +88,3 @@ def test_a_run_stops_early_and_keeps_its_best_adapter(tmp_path):
     result = json.loads((tmp_path / "results.json").read_text())[0]["LoTRA"]
     errors = [error for _, error in result["evaluations"]]
     assert result["steps"] < 400 and min(errors) not in errors[-2:]
-
-
-def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
-    example = load_example()
-    options = ["--splits", "1", "--steps", "10", "--every", "5", "--output", str(tmp_path)]
-    example.main(options)
-    before = (tmp_path / "results.json").read_text()
-    monkeypatch.setattr(example, "Trainer", None)
-    example.main([*options, "--resume"])
-    assert (tmp_path / "results.json").read_text() == before

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 
 import pytest
@@ -14,7 +13,6 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig, write_model_card
-from peft_lotra.hub.base_code import literal
 from peft_lotra.kan import KAN, KANConfig, KANModel
 
 
@@ -30,12 +28,6 @@ def code_of(base, folder, adapter_config=None, from_files=False, **kwargs) -> st
     path.write_text(json.dumps(json.loads(path.read_text()) | (adapter_config or {})))
     write_model_card(None if from_files else model, folder, **kwargs)
     return code_in(folder)
-
-
-@pytest.mark.parametrize("text", ["plain", 'a"b', "a\\", "a\nb", "```", "<!-- -->", "\x1b[2J", "\u202e", "é"])
-def test_literal(text):
-    code = literal(text)
-    assert ast.literal_eval(code) == text and code.isascii() and code.isprintable() and not set("`<") & set(code)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"grid_size": 4, "spline_order": 2, "grid_range": (0.0, 2.0)}])
@@ -79,19 +71,16 @@ def test_the_code_of_the_user_stays(tmp_path):
     assert "mine()" not in code_in(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["base_model_class", "parent_library"])
-@pytest.mark.parametrize("value", ["X; print(1)", "X\nimport os", "X`\n```\n# title", "import", "a..b", "", 3])
-def test_a_class_that_would_be_code(tmp_path, key, value):
-    mapping = {"base_model_class": "KANModel", "parent_library": "nets", key: value}
-    code = code_of(KAN([2, 1]), tmp_path, {"auto_mapping": mapping}, True, base_model="ann/kan")
-    assert "base = ...  # the base model," in code
+@pytest.mark.parametrize("value", ["X; print(1)", "X\nimport os", "X`\n```\n# title", "a..b", "", 3])
+def test_a_class_that_would_be_code(tmp_path, value):
+    mapping = {"base_model_class": value, "parent_library": "nets"}
+    code = code_of(KAN([2, 1]), tmp_path, {"auto_mapping": mapping}, True)
+    assert "base = ...  # a torch.nn.Module," in code
 
 
-@pytest.mark.parametrize("code", ["base = (", "base = 1\n```\n# a title", "base = 1\n  ```", "base ? 1"])
-def test_code_that_would_not_run_in_a_card(tmp_path, code):
+def test_code_that_is_no_python(tmp_path):
     get_peft_model(KAN([2, 1]), LoTRAConfig(r=2)).save_pretrained(tmp_path)
     before = (tmp_path / "README.md").read_text()
-    with pytest.raises((ValueError, SyntaxError)):
-        write_model_card(None, tmp_path, base_code=code)
+    with pytest.raises(SyntaxError):
+        write_model_card(None, tmp_path, base_code="base = (")
     assert (tmp_path / "README.md").read_text() == before
-    write_model_card(None, tmp_path, base_code="base = 'a ``` b'")

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_adapter_table(tmp_path):
         assert row.shape == tuple(delta.shape) and row.ranks == (1, 2, 3)
         assert row.norm == pytest.approx(delta.norm().item(), rel=1e-6)
         assert row.size == 4 * row.parameters == 4 * (6 + row.shape[0] + 2 * row.shape[1] + 3 * row.shape[2])
-    assert rows["head"].ranks is None and rows["head"].parameters == 4 and "saved whole" in rows["head"].cells()
+    assert rows["head"].ranks is None and rows["head"].parameters == 4 and "saved copy" in rows["head"].cells()
     model.save_pretrained(tmp_path)
     assert table_of_tensors(*read_adapter(tmp_path)) == list(rows.values())
     deep = get_peft_model(KAN([2] * 13), LoTRAConfig(r=1))
@@ -45,9 +45,10 @@ def test_adapter_table(tmp_path):
 
 def test_adapter_folders(folder):
     assert adapter_folders(folder) == {"default": folder}
+    lora = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+    lora.save_pretrained(folder / "lora")
     for name in ("other", "checkpoint-10", "checkpoint-best", ".saving"):
-        (folder / name).mkdir()
-        (folder / name / "adapter_model.safetensors").write_text("{}")
+        shutil.copytree(folder, folder / name, ignore=lambda *_: ["lora", "other", "checkpoint-10", "checkpoint-best"])
     assert list(adapter_folders(str(folder))) == ["default", "checkpoint-best", "other"]
     assert adapter_folders(folder / "nothing") == {}
 
@@ -62,9 +63,6 @@ def test_what_is_read(folder):
     assert "(4, 2, 9)" in first and total.split() == ["total", "69", "0.3"]
     broken = {name: tensor * float("nan") for name, tensor in tensors.items()}
     assert "NaN or infinite" in str(AdapterContents.of("mine", config, broken))
-    key = next(key for key in tensors if key.endswith("lotra_factor_in"))
-    with pytest.raises(ValueError, match="has no lotra_factor_in for .* it is not complete"):
-        table_of_tensors(config, {name: tensor for name, tensor in tensors.items() if name != key})
 
 
 def test_no_adapter(tmp_path):
@@ -77,13 +75,14 @@ def test_no_adapter(tmp_path):
 
 
 def test_broken_files(folder):
+    for text in ("{", "[]", "{}"):
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match="The files in .* are broken"):
+            read_adapter(folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LOTRA"}')
     (folder / "adapter_model.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="The files in .* are broken"):
         read_adapter(folder)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(ValueError, match="Pickled weights are not read"):
+    with pytest.raises(ValueError, match="is no adapter: it has no adapter_model.safetensors"):
         read_adapter(folder)
-    for text in ("{", "[]", json.dumps({}), '"LOTRA"', "[" * 100_000):
-        (folder / "adapter_config.json").write_text(text)
-        with pytest.raises(ValueError, match="is broken: expected a JSON object with a `peft_type`"):
-            read_adapter(folder)

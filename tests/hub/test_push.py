@@ -1,145 +1,190 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pushes to a stand-in for the Hub, and loads by other processes."""
+"""Cards, texts, errors and commands on a stand-in for the Hub; `behavior/test_hub.py` has the way there and back."""
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from hub_server import Hub, HubServer
+from behaving import python
 from huggingface_hub import ModelCard
 
-import peft_lotra
 
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+from hub_server import start_hub
+hub = start_hub("user")
+import json, re, torch
+from pathlib import Path
+from huggingface_hub import HfApi
+from peft import LoraConfig, get_peft_model
+from typer.testing import CliRunner
+from behaving import X, adapted
+from peft_lotra import cli, push_to_hub, write_model_card
+from peft_lotra.kan import KAN, KANConfig, KANModel
 
-WORKER = Path(__file__).parents[1] / "support" / "hub_worker.py"
+def text(repo, name="README.md", revision="main"):
+    return hub.repos[repo].files(revision)[name].content.decode()
+
+def on_base(source="user/kan"):
+    return adapted(KANModel.from_pretrained(source))
+
+def logits(model):
+    found = model(X)
+    return getattr(found, "logits", found)
+
+def snippet_runs(model, repo):
+    (code,) = re.findall(r"```python\\n(.*?)```", text(repo), re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    return torch.equal(logits(scope["model"].eval()), logits(model))
+
+def error(*args, **kwargs):
+    try:
+        push_to_hub(*args, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+KANModel(KANConfig(widths=(3, 8, 2))).push_to_hub("user/kan")
+public = on_base()
+push_to_hub(public, "user/public", metrics={"r2": 0.9}, tags=["digits"], commit_message="first")
+push_to_hub(on_base(), "user/public", revision="v2")
+found = {"public": snippet_runs(public, "user/public"), "card": text("user/public")}
+found["v2"] = text("user/public", revision="v2")
+found["request"] = push_to_hub(on_base(), "user/public", create_pr=True).pr_url
+found["refs"] = sorted(hub.repos["user/public"].refs)
+
+code = "import torch\\nfrom peft_lotra.kan import KAN\\n\\ntorch.manual_seed(3)\\nbase = KAN([3, 8, 2])"
+scope = {}
+exec(code, scope)
+own = adapted(scope["base"])
+push_to_hub(own, "user/own", base_code=code)
+push_to_hub(own, "own")
+found["own"] = snippet_runs(own, "user/own")
+
+KANModel.from_pretrained("user/kan").save_pretrained("kan")
+push_to_hub(on_base("kan"), "user/here")
+found["here"] = [text("user/here", name) for name in ("README.md", "adapter_config.json")]
+
+HfApi().create_repo("user/kept")
+mine = "---\\nlicense: mit\\ntags:\\n- mine\\n---\\n\\n# My adapter\\n\\nIt reads scans.\\n"
+HfApi().upload_file(path_or_fileobj=mine.encode(), path_in_repo="README.md", repo_id="user/kept")
+push_to_hub(public, "user/kept")
+push_to_hub(public, "user/kept", metrics={"r2": 0.5})
+found["kept"] = text("user/kept")
+
+public.save_pretrained("adapter")
+write_model_card(public, "adapter", metrics={"r2": 0.25}, license="mit")
+Path("adapter/optimizer.pt").write_bytes(b"not wanted")
+public.save_pretrained("adapter/checkpoint-10")
+push_to_hub("adapter", "user/folder")
+push_to_hub("adapter", "user/kept", revision="again")
+found["folder"], found["again"] = sorted(hub.repos["user/folder"].files("main")), text("user/kept", revision="again")
+
+lora = get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 2)), LoraConfig(target_modules=["0"]))
+found["errors"] = {
+    "public": error(public, "user/public", private=True),
+    "base_model": error(public, "user/new", base_model="/home/ann/kan"),
+    "metrics": error(public, "user/new", metrics={"r2": float("nan")}),
+    "argument": error(public, "user/new", licence="mit"),
+    "lora": error(lora, "user/new"),
+    "no adapter": error("kan", "user/new"),
+}
+found["repos"] = sorted(hub.repos)
+
+def command(*args):
+    result = CliRunner().invoke(cli.app, list(args))
+    return result.exit_code, result.stdout, result.stderr
+
+found["inspect"] = command("inspect", "user/public", "--json")
+found["merge"] = command("merge", "user/kan", "user/public", "merged", "--revision", "v2")
+found["missing"], found["kan"] = command("inspect", "user/nothing"), command("inspect", "user/kan")
+print(json.dumps(found))
+"""
 
 
 @pytest.fixture(scope="module")
-def hub() -> Hub:
-    return Hub({"hf_ann": "ann", "hf_user": "user"})
+def found(tmp_path_factory):
+    return json.loads(python(SCRIPT, tmp_path_factory.mktemp("hub")).splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("hub")
+@pytest.mark.parametrize("name", ["public", "own"])
+def test_the_code_of_the_card_loads_the_adapter(found, name):
+    assert found[name] is True
 
 
-def client(step: str, hub: Hub, folder: Path, token: str = "hf_ann") -> dict:
-    """Runs a step of the worker in a process of its own, with an empty cache."""
-    with HubServer(hub) as server:
-        env = os.environ | {"HF_ENDPOINT": server.url, "HF_TOKEN": token, "HF_HOME": str(folder / f"cache-{step}")}
-        env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
-        env["PYTHONPATH"] = str(Path(peft_lotra.__file__).parents[1])
-        command = [sys.executable, str(WORKER), step, str(folder)]
-        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads((folder / f"{step}.json").read_text())
+def test_the_card(found):
+    card = ModelCard(found["card"])
+    assert card.data.library_name == "peft" and card.data.base_model == "user/kan"
+    assert {"base_model:adapter:user/kan", "digits", "kan", "lotra", "peft-plugin"} <= set(card.data.tags)
+    assert card.data.eval_results[0].metric_value == 0.9 and "| r2 | 0.9 | Unknown |" in card.text
+    assert re.search(r"\| `\S*layers.0` \| peft-lotra \| \(8, 3, 9\) \| \(2, 3, 4\) \| 1 \|", card.text)
+    assert 'revision="v2"' in found["v2"]
 
 
-@pytest.fixture(scope="module")
-def pushed(hub, folder) -> dict:
-    return client("push", hub, folder)
+def test_a_pull_request(found):
+    assert found["request"].endswith("/user/public/discussions/1")
+    assert found["refs"] == ["main", "refs/pr/1", "v2"]
 
 
-@pytest.fixture(scope="module")
-def pulled(hub, folder, pushed) -> dict:
-    return client("pull", hub, folder)
+def test_no_folder_of_this_machine_is_named(found):
+    readme, config = found["here"]
+    assert ModelCard(readme).data.base_model is None and json.loads(config)["base_model_name_or_path"] is None
+    assert "/" not in readme.split("PeftModel.from_pretrained(base, ")[1].split(")")[0].replace("user/here", "")
 
 
-def card(hub: Hub, repo: str, revision: str = "main") -> ModelCard:
-    return ModelCard(hub.repos[repo].files(revision)["README.md"].content.decode())
+@pytest.mark.parametrize(("name", "value"), [("kept", 0.5), ("again", 0.25)])
+def test_the_text_of_a_person_is_kept(found, name, value):
+    card = ModelCard(found[name])
+    assert card.text.startswith("\n# My adapter\n\nIt reads scans.\n") and card.text.count("## Use it") == 1
+    assert card.data.license == "mit" and {"mine", "lotra"} <= set(card.data.tags)
+    assert card.data.eval_results[0].metric_value == value
 
 
-@pytest.mark.parametrize("what", ["public", "v2", "private", "named", "several", "other", "plain", "folder", "kept"])
-def test_another_process_loads_the_same(pushed, pulled, what):
-    assert pulled["outputs"][what] == pushed["outputs"][what]
-    same = [name for name, output in pushed["outputs"].items() if output == pushed["outputs"][what]]
-    assert len(same) == 1 or {*same} == {"public", "folder", "kept"}
+def test_a_folder_is_pushed_without_other_files(found):
+    assert found["folder"] == [".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
-def test_files_and_commits(hub, pushed):
-    repo = hub.repos["ann/public"]
-    files = repo.files("main")
-    assert set(files) == {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
-    assert [message for message, _ in repo.commits.values()][:2] == ["initial commit", "first"]
-    assert pushed["again"] == repo.refs["main"] and set(repo.refs) == {"main", "v2", "refs/pr/1"}
-    assert pushed["pull request"].endswith("/ann/public/discussions/1")
-    assert {name for name, it in hub.repos.items() if it.private} == {"ann/private"}
-    both = {"adapter_config.json", "adapter_model.safetensors"}
-    assert set(hub.repos["ann/one"].files("main")) - {".gitattributes"} == {"README.md", *(f"other/{f}" for f in both)}
-    assert set(hub.repos["ann/folder"].files("main")) - {".gitattributes"} == {"README.md", *both}
+ERRORS = {
+    "public": "ValueError: .* exists and is public",
+    "base_model": "HFValidationError: .*/home/ann/kan",
+    "metrics": "ValueError: `metrics",
+    "argument": "TypeError: .*licence",
+    "lora": "ValueError: .* holds a LORA adapter",
+    "no adapter": "ValueError: `model` is kan, expected a PeftModel or the folder of a saved adapter",
+}
 
 
-def test_no_folder_of_this_machine_is_named(hub, pushed, folder):
-    for file in ("README.md", "adapter_config.json"):
-        assert str(folder).encode() not in hub.repos["ann/here"].files("main")[file].content
-    assert card(hub, "ann/here").data.base_model is None
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_push_that_fails_leaves_nothing(found, case):
+    assert re.match(ERRORS[case], found["errors"][case], re.DOTALL) and "user/new" not in found["repos"]
 
 
-def test_the_card(hub, pushed):
-    found = card(hub, "ann/public")
-    assert found.data.library_name == "peft" and found.data.base_model == "ann/kan"
-    assert {"base_model:adapter:ann/kan", "digits", "kan", "lotra", "peft-plugin"} <= set(found.data.tags)
-    assert found.data.eval_results[0].metric_value == 0.9 and "| r2 | 0.9 | Unknown |" in found.text
-    assert "| `layers.0` | peft-lotra | (8, 3, 9) | (2, 2, 2) | 1 |" in found.text.replace("`kan.", "`")
-    assert 'revision="v2"' in card(hub, "ann/public", "v2").text
-
-
-def test_the_text_of_a_person_is_kept(hub, pushed):
-    for revision, value in (("main", 0.5), ("again", 0.25)):
-        found = card(hub, "ann/kept", revision)
-        assert found.text.startswith("\n# My adapter\n\nIt reads scans.\n") and found.text.count("## Use it") == 1
-        assert found.data.license == "mit" and {"mine", "lotra"} <= set(found.data.tags)
-        assert found.data.eval_results[0].metric_value == value
-
-
-@pytest.mark.parametrize(
-    ("what", "error", "message"),
-    [
-        ("public", "ValueError", "exists and is public"),
-        ("foreign", "HfHubHTTPError", "403"),
-        ("base_model", "HFValidationError", "/home/ann/kan"),
-        ("metrics", "ValueError", "finite numbers"),
-        ("selected", "ValueError", "nobody"),
-        ("argument", "TypeError", "licence"),
-        ("lora", "ValueError", "holds a LORA adapter"),
-        ("no model", "ValueError", "expected a PeftModel or the folder of a saved adapter"),
-        ("no adapter", "ValueError", "expected a PeftModel or the folder of a saved adapter"),
-    ],
-)
-def test_a_push_that_fails_leaves_nothing(hub, pushed, what, error, message):
-    kind, text = pushed["errors"][what]
-    assert kind == error and message in text
-    assert not {"ann/new", "bob/public"} & set(hub.repos)
-
-
-def test_commands_on_the_hub(pushed, pulled):
-    code, out, _ = pulled["commands"]["inspect"]
-    assert code == 0 and json.loads(out)["base_model"] == "ann/kan"
-    assert "(2, 2, 2)" in pulled["commands"]["inspect named"][1]  # the only one, though not the default
-    assert pulled["commands"]["merge"][0] == 0
-    torch.testing.assert_close(torch.tensor(pulled["outputs"]["merged"]), torch.tensor(pushed["outputs"]["v2"]))
-    for what in ("missing", "no adapter"):
-        code, out, err = pulled["commands"][what]
+def test_commands_on_the_hub(found):
+    code, out, _ = found["inspect"]
+    assert code == 0 and json.loads(out)["base_model"] == "user/kan" and found["merge"][0] == 0
+    for code, out, err in (found["missing"], found["kan"]):
         assert code == 1 and out == "" and err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_the_python_of_the_docs(tmp_path):
-    found = client("docs", Hub({"hf_user": "user"}), tmp_path, "hf_user")
-    assert found["pushed"] == found["pulled"]
+    push, pull = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "hub.md").read_text(), re.DOTALL)[:2]
+    train = "[p.data.add_(0.1) for p in model.parameters() if p.requires_grad]\npushed = model"
+    same = "import torch\nx = torch.rand(4, 3)\nprint(torch.equal(model(x).logits, pushed.eval()(x).logits))"
+    assert "# ... train ..." in push
+    script = 'from hub_server import start_hub\nstart_hub("user")\n' + push.replace("# ... train ...", train) + pull
+    assert python(script + same, tmp_path).splitlines()[-1] == "True"
 
 
 def test_a_script_with_a_hub_of_its_own(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import sys, huggingface_hub\nhuggingface_hub.create_repo(sys.argv[1])\n")
-    command = [sys.executable, str(WORKER.with_name("hub_server.py")), str(script), "user/kan"]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "hub_server.py"), str(script), "user/kan"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.stdout == "user/kan on the stand-in for the Hub:\n    .gitattributes\n", result.stderr

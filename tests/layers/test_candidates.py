@@ -13,8 +13,9 @@ from helpers import adapt, relative
 from stand_ins import FAMILIES
 from torch import nn
 
-from peft_lotra import KANCandidate, find_kan_layers, register_kan_layer
+from peft_lotra import find_kan_layers, register_kan_layer
 from peft_lotra.kan import KANLinear
+from peft_lotra.layers.candidates import KANCandidate
 
 
 pytestmark = pytest.mark.usefixtures("no_inference")

@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 from stand_ins import FAMILIES, FastKANLayer, PINAKANBlock, as_model
 from torch import nn
 
-from peft_lotra import FoundKANLayer, find_kan_layers
+from peft_lotra import find_kan_layers
 from peft_lotra.kan import KANLinear, bspline_basis
-from peft_lotra.layers.registry import get_kan_spec, known_families
+from peft_lotra.layers.registry import FoundKANLayer, get_kan_spec, known_families
 
 
 # family, size of the basis, has a residual branch; for layers of 3 inputs and 4 outputs

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from helpers import adapt
 from jet_helpers import assert_same, nested, network
 from torch import nn
 
@@ -34,27 +33,15 @@ def test_features_against_the_formula():
     torch.testing.assert_close(features(x), torch.stack(expected, 1))
 
 
-@pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.filterwarnings("error:`jet` knows no closed form")
-def test_jets_and_levenberg_marquardt_in_closed_form(adapted, monkeypatch):
-    model = nn.Sequential(BoxFeatures(LOW, HIGH, periodic=[0], neumann=[2]), network(4, 5, 2))
-    model = adapt(model, r=3) if adapted else model
-    x = box()
+def test_jets_and_levenberg_marquardt():
+    model, x = nn.Sequential(BoxFeatures(LOW, HIGH, periodic=[0], neumann=[2]), network(4, 5, 2)), box()
     assert_same(jet(model, x), nested(model, x))
     directions = torch.randn(2, 3, dtype=torch.float64)
     u, du, d2u = nested(model, x, directions)
     assert_same(jet(model, x, directions, collapse=True), (u, du, d2u.sum(0)))
-    monkeypatch.setattr("peft_lotra.optim.least_squares.LeastSquares._jacobian_by_rows", None)
     history = LevenbergMarquardt(model).fit([(lambda m, x: jet(m, x)[2].sum(0) - 1, x)], 4, progress=False)
     assert history[-1].loss < history[0].loss
-
-
-def test_periodic_to_the_second_derivative():
-    model = nn.Sequential(BoxFeatures((0,), (5,), periodic=[0]), network(2, 6, 1))
-    parts = jet(model, torch.tensor([[0.3], [5.3], [-4.7]], dtype=torch.float64))
-    for part in parts:
-        values = part.reshape(-1, 3)
-        torch.testing.assert_close(values, values[:, :1].expand_as(values))
 
 
 def test_wrong_arguments():

@@ -25,8 +25,6 @@ def test_gradient_weights_against_autograd():
     along = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     expected = 1 / (1 + 0.3 * slopes[0].square().sum(1).sqrt())
     torch.testing.assert_close(gradient_weights(model, x, 0.3, along)[:, 0], expected)
-    with pytest.raises(ValueError, match="`scale` is -1"):
-        gradient_weights(model, x, -1)
 
 
 def test_causal_weights_against_the_sum():
@@ -76,19 +74,19 @@ def test_weights_are_rows_of_both_optimizers(optimizer):
     assert equation(model, x, ones).square().mean().item() < before
 
 
-def test_wrong_arguments():
-    r, t = torch.ones(4), torch.linspace(0, 1, 4)
-    with pytest.raises(ValueError, match="`times` has 3 entries for 4 residuals"):
-        causal_weights(r, t[:3])
-    with pytest.raises(ValueError, match="`strictness` is -1.0"):
-        causal_weights(r, t, -1.0)
-    with pytest.raises(ValueError, match="must be finite"):
-        causal_weights(r * math.nan, t)
-    with pytest.raises(ValueError, match="`decay` is 1 and `rate` 0.1"):
-        ResidualAttention(1)
-    attention = ResidualAttention()
-    attention.update(r)
-    with pytest.raises(ValueError, match="3 residuals, but weights of 4 points"):
-        attention.update(r[:3])
-    with pytest.raises(ValueError, match="`residuals` 0 is not finite"):
-        attention.update(r * math.nan)
+R, T = torch.ones(4), torch.linspace(0, 1, 4)
+WRONG = {
+    "`scale` is -1": lambda: gradient_weights(network(2, 1), torch.rand(4, 2), -1),
+    "`times` has 3 entries for 4 residuals": lambda: causal_weights(R, T[:3]),
+    "`strictness` is -1.0": lambda: causal_weights(R, T, -1.0),
+    "`residuals` is not finite at row 0": lambda: causal_weights(R * math.nan, T),
+    "`times` must be finite": lambda: causal_weights(R, T / 0),
+    r"`decay` is 1, but must be a number in \[0, 1\)": lambda: ResidualAttention(1),
+    "`residuals` is not finite": lambda: ResidualAttention().update(R * math.nan),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments(message):
+    with pytest.raises(ValueError, match=message):
+        WRONG[message]()

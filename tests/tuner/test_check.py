@@ -15,7 +15,8 @@ from helpers import adapt, inputs
 from stand_ins import FAMILIES, as_model
 from torch import nn
 
-from peft_lotra import KANLayerReport, check_kan_layer, register_kan_layer
+from peft_lotra import check_kan_layer, register_kan_layer
+from peft_lotra.tuner.check import KANLayerReport
 
 
 class Radial(nn.Module):

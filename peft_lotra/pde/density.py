@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where a solution is steep: densities of knots for `peft_lotra.kan.refine_grid`."""
+"""Densities of knots for `peft_lotra.kan.refine_grid`: high where a solution bends."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..derivatives.api import jet
 from ..modules.calls import check_module
-from ..modules.checks import as_number, check_count, check_seed
+from ..modules.checks import check_count, check_number, check_seed
 from .boxes import check_box
 
 
-_ACROSS = 32  # points in the other coordinates for each point of one
-_ALONG = 4  # points in each cell
+_ALONG = 4  # points in each cell of a coordinate
+_ACROSS = 32  # points in the other coordinates for each of these
 
 
 @torch.inference_mode(False)
@@ -64,10 +64,7 @@ def knot_density(
     check_module(model)
     low_end, high_end = check_box(low, high)
     cells = check_count(cells, "cells")
-    if not (as_number(power) > 0 and 0 <= as_number(share) < 1):
-        raise ValueError(
-            f"`power` is {power!r:.100} and `share` {share!r:.100}, but must be finite and above 0, and in [0, 1)."
-        )
+    power, share = check_number(power, "power", "(0, inf)"), check_number(share, "share", "[0, 1)")
     engine = torch.quasirandom.SobolEngine(len(low_end), scramble=True, seed=check_seed(seed))
     across = low_end + (high_end - low_end) * engine.draw(_ACROSS, dtype=torch.float64)
     along = (torch.arange(cells * _ALONG, dtype=torch.float64, device="cpu") + 0.5) / (cells * _ALONG)
@@ -76,11 +73,11 @@ def knot_density(
     for i, direction in enumerate(torch.eye(len(low_end), dtype=torch.float64, device="cpu")):
         points = across.repeat(len(along), 1)
         points[:, i] = (low_end[i] + (high_end[i] - low_end[i]) * along).repeat_interleave(_ACROSS)
-        second = jet(model, points.to(like), direction.unsqueeze(0).to(like))[2][0].double()
-        squares = second.square().reshape(len(points), -1).sum(-1).view(cells, -1).mean(1)
-        if not squares.isfinite().all():
+        bends = jet(model, points.to(like), direction.unsqueeze(0).to(like))[2].double()
+        means = bends.square().view(cells, _ALONG * _ACROSS, -1).sum(-1).mean(1)
+        if not means.isfinite().all():
             raise ValueError(f"The second derivatives of the model along coordinate {i} are not finite.")
-        bend = squares.pow(power / 2)
-        bend = bend / bend.mean() if bend.any() else torch.ones_like(bend)
-        found.append(1 - share + share * bend)
+        density = means.pow(power / 2)
+        density = density / density.mean() if density.any() else torch.ones_like(density)
+        found.append(1 - share + share * density)
     return torch.stack(found)

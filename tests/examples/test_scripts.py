@@ -1,0 +1,82 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The command line of the studies, calls of a forward pass, and the Space; `.ci/examples` runs the scripts."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from study_tools import command_line
+
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = ROOT / "examples" / "studies"
+# modules in a folder with an __init__ are no scripts
+SCRIPTS = [path for path in sorted(STUDIES.rglob("*.py")) if not (path.parent / "__init__.py").exists()]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_each_study_says_what_it_needs_and_takes_and_writes(path):
+    tree = ast.parse(path.read_text())
+    first = next(node for node in tree.body[1:] if not getattr(node, "module", "").startswith("__future__"))
+    assert ast.unparse(first).endswith("import command_line")  # before packages that may be missing
+    assert "command_line.Parser" in [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+@pytest.mark.parametrize("name", ["adapt", "compress", "own_family", "pde"])
+def test_scripts_to_copy_are_short(name):
+    text = (ROOT / "examples" / f"{name}.py").read_text()
+    assert len(text.splitlines()) <= 50 and "\nNOTES = " in text
+
+
+@pytest.mark.parametrize("folder", [".", "pde", "new"])
+def test_quick_results_never_replace_committed_ones(folder, capsys):
+    fields = {"takes": "a minute", "writes": "a.json", "folder": command_line.RESULTS, "quick": "little"}
+    with pytest.raises(SystemExit):
+        command_line.Parser("A study.", **fields).parse_args(
+            ["--quick", "--output", str(command_line.RESULTS / folder)]
+        )
+    assert "committed results" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "package", "extra"),
+    [
+        ("pde/pina_solver.py", "lightning", "examples,pina"),
+        ("../quickstart.py", "matplotlib", "examples"),
+    ],
+)
+def test_a_missing_package_is_one_line(script, package, extra, tmp_path):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('none', name='{package}')")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, str(STUDIES / script), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and f"{package} is not installed" in line and f'".[{extra}]"' in line
+
+
+def test_a_forward_pass_has_few_calls():
+    import calls
+
+    counts = calls.measure()
+    assert counts["get_peft_model"].total() <= 600 and counts["forward"].total() <= 200
+
+
+def test_the_family_of_the_space_loads_and_predicts():
+    import burgers
+    from safetensors.torch import load_file
+
+    from peft_lotra import ParametricAdapter
+
+    space, base = ROOT / "examples" / "space", burgers.network()
+    base.load_state_dict(load_file(space / "family" / "base.safetensors"))
+    family = ParametricAdapter.from_pretrained(base, space / "family", burgers.terms_of)
+    assert family.predict(0.045).indicator < 1
+    header = (space / "README.md").read_text().split("---")[1]
+    assert all(entry in header for entry in ("sdk: gradio", "app_file: app.py", "license: apache-2.0"))

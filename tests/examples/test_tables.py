@@ -1,0 +1,67 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Tables, pages and pictures are made again from the committed results of the studies."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from study_tools import command_line
+
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = command_line.RESULTS
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def test_benchmarks():
+    text = (RESULTS / "benchmarks" / "cpu.md").read_text(encoding="utf-8")
+    assert importlib.import_module("run").render(load("benchmarks/cpu")) == text
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert importlib.import_module("page").with_section(page, load("benchmarks/cpu")) == page
+
+
+def moving_targets(path: Path) -> None:
+    study, record = importlib.import_module("moving_targets"), load("pde/moving_targets")
+    limits = {width: setting["seconds"] for width, setting in record["recipe"].items()}
+    text = (RESULTS / "pde" / "moving_targets.md").read_text()
+    headline = study.headline(record["results"], limits)
+    assert headline in text and study.markdown(record["results"], limits) in text
+    assert headline in (ROOT / "docs" / "pde.md").read_text()
+    study.draw(record["results"], limits, "32", path)
+
+
+def learning_rates(path: Path) -> None:
+    rows = load("learning_rates_pykan")["rows"]
+    for row in rows:  # a run that diverged
+        row["losses"] = [float("inf") if loss is None else loss for loss in row["losses"]]
+    importlib.import_module("learning_rates").draw(rows, path)
+
+
+def low_rank_evidence(path: Path) -> None:
+    importlib.import_module("low_rank_evidence").draw(load("low_rank_evidence"), path)
+
+
+def slim_functions(path: Path) -> None:
+    study = importlib.import_module("slim_functions")
+    study.draw(study.summarise(load("slim_functions")["rows"]), path)
+
+
+def transfer(path: Path) -> None:
+    study = importlib.import_module("transfer")
+    runs = [run for run in load("pde/transfer")["runs"] if run["target"] == "middle"]
+    study.draw_curves(runs, ["middle"], study.MAIN, path)
+
+
+@pytest.mark.parametrize("draw", [moving_targets, learning_rates, low_rank_evidence, slim_functions, transfer])
+def test_pictures(draw, tmp_path):
+    pytest.importorskip("matplotlib")
+    draw(tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
