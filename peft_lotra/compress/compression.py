@@ -21,7 +21,7 @@ from torch import nn
 
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, warn_capped
-from ..layers.registry import find_kan_layers, known_families
+from ..layers.registry import find_kan_layers, known_kinds
 from ..layers.slim import SlimLayer
 from ..modules.calls import check_module, share_hooks
 from ..report import Report, TextTable
@@ -228,7 +228,7 @@ class _Compression:
         if not layers:
             raise ValueError(
                 "No KAN layer that could be compressed was found in the model. The known families are "
-                f"{', '.join(known_families())}; describe another one with `peft_lotra.register_kan_layer`."
+                f"{', '.join(known_kinds())}; describe another one with `peft_lotra.register_kan_layer`."
             )
         # those that nothing may call any more; in place, the layers themselves
         self.originals = {name: model.get_submodule(name) for name in layers}

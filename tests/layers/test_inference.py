@@ -1,10 +1,11 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
+"""Layers of no registered kind: which are taken for KAN layers, with which layout, and which are not."""
+
 from __future__ import annotations
 
 import pickle
-from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from helpers import relative
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, find_kan_layers
-from peft_lotra.layers import inference, registry
-from peft_lotra.layers.registry import KANLayerSpec, get_kan_spec
+from peft_lotra import LoTRAConfig, find_kan_layers, register_kan_layer
+from peft_lotra.layers import registry
+from peft_lotra.layers.registry import get_kan_spec
 
 
 def powers(x, count):
@@ -145,7 +146,6 @@ class Tokens(Polynomials):
 
 @pytest.mark.parametrize("inputs", [2, 5])
 def test_a_layer_of_tokens(inputs):
-    torch.manual_seed(0)
     layer = Tokens(inputs, 4, residual="oi")
     tensor = get_kan_spec(layer).locate(layer)
     assert tensor.shape == (4, inputs, 4) and tensor.has_residual
@@ -156,7 +156,6 @@ def test_a_layer_of_tokens(inputs):
 
 @pytest.mark.parametrize("outputs", [1, 4])
 def test_four_axes_of_any_length(outputs):
-    torch.manual_seed(0)
     layer = SmallNetworks(5, outputs)
     tensor = get_kan_spec(layer).locate(layer)
     assert set(tensor.names) == {"w1", "w2", "b1"} and tensor.shape == (outputs, 5, 3 * 2 + 3 + 3)
@@ -166,7 +165,6 @@ def test_four_axes_of_any_length(outputs):
 @pytest.mark.parametrize("residual", [None, "oi", "io"])
 @pytest.mark.parametrize("order", ["oik", "iok", "iko", "kio", "oki", "koi"])
 def test_any_order_of_axes(order, residual, sizes):
-    torch.manual_seed(0)
     layer = Polynomials(*sizes, order=order, residual=residual)
     tensor = get_kan_spec(layer).locate(layer)
     assert tensor.shape == (sizes[1], sizes[0], 4) and tensor.has_residual == (residual is not None)
@@ -179,7 +177,6 @@ def test_any_order_of_axes(order, residual, sizes):
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("inner", ["ik", "ki"])
 def test_a_flattened_axis(inner, first):
-    torch.manual_seed(0)
     layer = Flat(4, 6, inner=inner, first=first)
     tensor = get_kan_spec(layer).locate(layer)
     table = layer.table if first else layer.table.T
@@ -187,26 +184,16 @@ def test_a_flattened_axis(inner, first):
     assert torch.equal(tensor.read(layer), expected if inner == "ik" else expected.transpose(1, 2))
 
 
-def test_parts():
-    torch.manual_seed(0)
-    layer = Wavelets(5, 4)
+@pytest.mark.parametrize(
+    ("make", "coefficients", "residual"),
+    [(Wavelets, "scale shift weight", None), (Scaled, "c s", "w"), (ScaledTwice, "c s t", "w")],
+)
+def test_parts_and_factors_of_edges_that_are_a_large_share(make, coefficients, residual):
+    layer = make(5, 4)
     spec = get_kan_spec(layer)
-    assert spec.locate(layer).names == ("scale", "shift", "weight") and not spec.linear
-
-
-def test_factors_of_edges_are_a_part_where_they_are_a_large_share():
-    torch.manual_seed(0)
-    layer = Scaled(5, 4)
-    spec = get_kan_spec(layer)
-    assert set(spec.locate(layer).parameters) == {"c", "s", "w"} and spec.residual[0] == "w" and not spec.linear
-
-
-def test_factors_of_edges_are_parts_where_they_are_together_a_large_share():
-    torch.manual_seed(0)
-    layer = ScaledTwice(5, 4)
-    spec = get_kan_spec(layer)
-    assert spec.residual == ("w", "o i") and set(spec.locate(layer).parameters) == {"c", "s", "t", "w"}
-    assert spec.locate(layer).shape == (4, 5, 8 + 2) and not spec.linear
+    tensor = spec.locate(layer)
+    assert tensor.names == tuple(coefficients.split()) and not spec.linear
+    assert spec.residual == (residual and (residual, "o i"))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +205,6 @@ def test_factors_of_edges_are_parts_where_they_are_together_a_large_share():
     ],
 )
 def test_places_of_functions_are_a_part_where_they_are_a_large_share(make, places, pattern):
-    torch.manual_seed(0)
     for outputs in (1, 3):
         spec = get_kan_spec(layer := make(5, outputs))
         assert spec.parts[1:] == ((places, pattern),) and not spec.linear
@@ -243,66 +229,44 @@ def test_a_part_that_is_a_network_of_its_own_is_not_looked_into():
         assert get_kan_spec(layer) is None
 
 
-def test_a_file_of_another_version_that_left_parameters_out(tmp_path, monkeypatch):
+def test_a_file_of_another_version_that_left_parameters_out(tmp_path):
     def build():
         torch.manual_seed(0)
         return nn.Sequential(ScaledTwice(5, 4))
 
     x = torch.rand(8, 5)
-    with monkeypatch.context() as earlier:
-        earlier.setattr(inference, "_SMALL", 1.0)
-        earlier.setattr(inference, "_INFERRED", WeakKeyDictionary())
-        model = get_peft_model(build(), LoTRAConfig(r=2, init_weights=False))
-        y = model(x)
-        model.save_pretrained(tmp_path)
+    described = {"coefficients": ("c", "o i k"), "residual": ("w", "o i"), "linear": False}
+    register_kan_layer("generic", matches=ScaledTwice, **described)
+    model = get_peft_model(build(), LoTRAConfig(r=2, init_weights=False))
+    y = model(x)
+    model.save_pretrained(tmp_path)
+    del registry._SPECS["generic"]
     assert relative(PeftModel.from_pretrained(build(), tmp_path)(x), y) < 1e-6
-    assert relative(PeftModel.from_pretrained(build(), tmp_path).merge_and_unload()(x), y) < 1e-5
     assert len(get_kan_spec(build()[0]).parts) == 3
 
 
 @pytest.mark.parametrize(
-    "make",
-    [
-        lambda i, o: Polynomials(i, o, residual="oi"),
-        lambda i, o: Polynomials(i, o, order="oik", norm=True),
-        Flat,
-        Wavelets,
-        Scaled,
-        ScaledTwice,
-        RadialInside,
-        RadialPart,
-    ],
+    "make", [lambda i, o: Polynomials(i, o, residual="oi", norm=o > 2), Flat, Wavelets, ScaledTwice, RadialPart]
 )
-def test_attach_train_merge_and_reload(make, tmp_path):
+def test_attach_merge_and_reload(make, tmp_path):
     def build():
         torch.manual_seed(0)
         return nn.Sequential(make(3, 6), nn.Tanh(), make(6, 2))
 
-    x = torch.rand(8, 3, generator=torch.Generator().manual_seed(1))
-    model = get_peft_model(build(), LoTRAConfig(r=2))
-    torch.testing.assert_close(model(x), build()(x))
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
-    losses = []
-    for _ in range(10):
-        loss = (model(x) - 1).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    x = torch.rand(8, 3)
+    model = get_peft_model(build(), LoTRAConfig(r=2, init_weights=False))
     y = model(x)
+    assert relative(y, build()(x)) > 1e-3
     model.save_pretrained(tmp_path)
     assert relative(PeftModel.from_pretrained(build(), tmp_path)(x), y) < 1e-5
     merged = model.merge_and_unload()
     assert relative(merged(x), y) < 1e-5 and list(merged.state_dict()) == list(build().state_dict())
 
 
-def test_pickle_and_dtypes():
-    torch.manual_seed(0)
-    for dtype in (torch.bfloat16, torch.float64):
-        layer = Polynomials(5, 4).to(dtype)
-        spec = get_kan_spec(layer)
-        assert pickle.loads(pickle.dumps(spec)).parts == spec.parts == (("things", "i o k"),)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_pickle_and_dtypes(dtype):
+    spec = get_kan_spec(Polynomials(5, 4).to(dtype))
+    assert pickle.loads(pickle.dumps(spec)).parts == spec.parts == (("things", "i o k"),)
 
 
 ##########################
@@ -431,47 +395,20 @@ class TwoMatrices(nn.Module):
         return x @ (self.a + self.b)
 
 
-class Counter(nn.Module):
-    """Has a state that a run would change."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(4, 4, 3))
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return x
-
-
 OTHERS = [
     *(Experts, lambda: Experts(top=1), lambda: Experts(top=2), UniformExperts, Bilinear, Positions, Heads),
-    *(
-        ElementwiseHeads,
-        Gated,
-        Maxout,
-        lambda: ScaledConv(6, 6, 3),
-        OwnConv,
-        MLP,
-        WideMLP,
-        LowRank,
-        TwoMatrices,
-        Counter,
-    ),
+    *(ElementwiseHeads, Gated, Maxout, lambda: ScaledConv(6, 6, 3), OwnConv, MLP, WideMLP, LowRank, TwoMatrices),
     *(lambda: nn.Conv1d(4, 4, 3), lambda: nn.MultiheadAttention(4, 2), lambda: nn.Bilinear(4, 4, 4)),
     *(lambda: nn.LSTM(4, 4), lambda: nn.TransformerEncoderLayer(8, 2), lambda: nn.GRUCell(4, 4)),
 ]
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("make", OTHERS)
-def test_no_kan_layers(make, seed):
-    torch.manual_seed(seed)
+def test_no_kan_layers(make):
     module = make()
     state = {name: value.clone() for name, value in module.state_dict().items()}
     assert find_kan_layers(nn.Sequential(module)) == []
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
-    assert getattr(module, "calls", 0) == 0
 
 
 def test_a_layer_of_several_arguments_and_one_without_values_are_left_alone():
@@ -479,12 +416,10 @@ def test_a_layer_of_several_arguments_and_one_without_values_are_left_alone():
         def forward(self, x, edges):
             return super().forward(x)
 
-    assert get_kan_spec(Graph(5, 4)) is None
-
     class Fresh(Polynomials):
         pass
 
-    assert get_kan_spec(Fresh(5, 4).to("meta")) is None
+    assert get_kan_spec(Graph(5, 4)) is None and get_kan_spec(Fresh(5, 4).to("meta")) is None
     assert get_kan_spec(Fresh(5, 4)).family == "generic"  # it is not remembered as none
     assert get_kan_spec(Fresh(5, 4).to("meta")).family == "generic"
 
@@ -504,12 +439,8 @@ class SplineLinear(nn.Linear):
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_a_model_of_registered_layers_is_no_layer(norm, monkeypatch):
-    monkeypatch.setitem(
-        registry._SPECS,
-        "spline-linear",
-        KANLayerSpec("spline-linear", matches=SplineLinear, coefficients=("weight", "o (k i)"), axes={"k": 2}),
-    )
+def test_a_model_of_registered_layers_is_no_layer(norm):
+    register_kan_layer("spline-linear", matches=SplineLinear, coefficients=("weight", "o (k i)"), axes={"k": 2})
 
     class Model(nn.Module):
         def __init__(self):

@@ -1,6 +1,8 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
+"""Patterns: the axes of a stored parameter in the canonical order and back."""
+
 from __future__ import annotations
 
 import pytest
@@ -8,21 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_lotra.layers.layout import OpenLengthsError, parse_layout
-
-
-PATTERNS = {
-    "o i k": (4, 3, 5),
-    "i o k": (3, 4, 5),
-    "k i o": (5, 3, 4),
-    "o (i k)": (4, 15),
-    "(k i) o": (15, 4),
-    "t o i g": (2, 4, 3, 5),
-    "(o i) t g": (12, 2, 5),
-    "o ((i k) + i)": (4, 18),
-    "((i k) + i) o": (18, 4),
-    "(i k + i) o": (18, 4),
-}
+from peft_lotra.layers.layout import parse_layout
 
 
 @st.composite
@@ -61,14 +49,6 @@ def test_canonical_and_back(stored):
     assert layout.axis_lengths(shape, lengths) == lengths
 
 
-@pytest.mark.parametrize("pattern, shape", PATTERNS.items())
-def test_lengths_follow_from_the_shape(pattern, shape):
-    known = {"i": 3} if "(" in pattern else {}
-    lengths = parse_layout(pattern).axis_lengths(shape, known)
-    expected = {"o": 4, "i": 3, "k": 5, "g": 5, "t": 2}
-    assert lengths == {axis: expected[axis] for axis in lengths} and {"o", "i"} < set(lengths)
-
-
 def test_an_element_lands_where_the_pattern_says():
     o, i, t, g = torch.meshgrid(*(torch.arange(size) for size in (4, 3, 2, 5)), indexing="ij")
     value = ((o * 10 + i) * 10 + t) * 10 + g
@@ -79,15 +59,6 @@ def test_an_element_lands_where_the_pattern_says():
         # the basis axes keep the order in which the pattern names them
         expected = canonical if layout.basis == ("t", "g") else value.transpose(-1, -2).flatten(-2)
         assert torch.equal(layout.to_canonical(value.permute(order), lengths), expected)
-
-
-def test_packed_residual_weights_are_the_last_slice():
-    layout = parse_layout("o ((i k) + i)")
-    coefficients, residual = torch.randn(4, 3, 5), torch.randn(4, 3)
-    stored = torch.cat([coefficients.flatten(1), residual], dim=1)
-    canonical = layout.to_canonical(stored, layout.axis_lengths(stored.shape, {"i": 3}))
-    assert torch.equal(canonical[..., :-1], coefficients)
-    assert torch.equal(canonical[..., -1], residual)
 
 
 ELEMENTS = {
@@ -151,25 +122,15 @@ def test_is_differentiable_both_ways():
     "pattern, problem",
     [
         ("o k", "`o` and `i` must appear once each"),
-        ("o i i k", "`o` and `i` must appear once each"),
         ("o i k k", "no other axis twice"),
-        ("", "`o` and `i` must appear once each"),
         ("o (i k", "parentheses do not match"),
-        ("o i) k", "parentheses do not match"),
         ("o i k-1", "'k-1' does not consist of axis names"),
         ("o ... i ...", "'...' does not consist of axis names"),
         ("o (i k):0", "':0' does not consist of axis names"),
-        ("o (i k):12", "':12' does not consist of axis names"),
-        ("o i (+)", "'(+)' does not consist of axis names"),
         ("o (i + i)", "the residual weights, of axes `o` and `i` alone"),
-        ("o i " + " ".join(f"k{n}" for n in range(15)), "it has 17 axes"),
-        ("o i 3", "'3' does not consist of axis names"),
         ("o ((i k) + i + i)", "at most two blocks"),
-        ("((o k) + o) ((i j) + i)", "at most two blocks"),
         ("o ((i k) + )", "does not consist of axis names"),
-        ("o ((i k) + j)", "`o` and `i` must appear once each"),
         ("o ((i k) + (i k))", "the residual weights, of axes `o` and `i` alone"),
-        ("k o (i + i)", "the residual weights, of axes `o` and `i` alone"),
     ],
 )
 def test_malformed_patterns(pattern, problem):
@@ -183,11 +144,9 @@ def test_malformed_patterns(pattern, problem):
     [
         ("o i k", (4, 3), {}, "it names 3 dimensions, the parameter has 2"),
         ("o i k", (4, 3, 5), {"k": 6}, "dimension 2 would have to be k=6, which 5 is not"),
-        ("o i k", (4, 3, 0), {}, "dimension 2 would have to be k=?, which 0 is not"),
         ("o (i k)", (4, 16), {"i": 3}, "dimension 1 would have to be i=3 * k=?, which 16 is not"),
         ("o (i k)", (4, 15), {}, "the lengths of i, k do not follow from it"),
         ("o ((i k) + i)", (4, 18), {}, "the lengths of i do not follow from it"),
-        ("o ((i k) + i)", (4, 17), {"i": 3}, "i=3 * k=?, which 14 is not"),
         ("o ((i k) + i)", (4, 3), {"i": 3}, "i=3 * k=?, which 0 is not"),
     ],
 )
@@ -196,14 +155,6 @@ def test_a_shape_that_does_not_fit(pattern, shape, known, problem):
         parse_layout(pattern).axis_lengths(shape, known)
     assert f"Pattern {pattern!r} does not fit a parameter of shape {shape}" in str(error.value)
     assert problem in str(error.value)
-
-
-def test_only_open_lengths_may_be_settled_by_another_parameter():
-    with pytest.raises(OpenLengthsError):
-        parse_layout("o (i k)").axis_lengths((4, 15), {})
-    with pytest.raises(ValueError) as error:
-        parse_layout("o (i k)").axis_lengths((4, 16), {"i": 3})
-    assert not isinstance(error.value, OpenLengthsError)
 
 
 @pytest.mark.parametrize(
