@@ -226,7 +226,7 @@ def locate_coefficients(
             if not isinstance(parameter, torch.Tensor):
                 raise ValueError(f"{problem}`{member}` is not as described. There is no such parameter.")
             may_share = 0 < position < len(coefficients)
-            layout = parse_layout(pattern, kernel, groups, parameter.dim(), whole=not may_share)
+            layout = parse_layout(pattern, kernel, groups, parameter.dim(), may_share)
             if may_share:
                 layout = layout.beside(first[min(place, len(first) - 1)], is_listed="*" in name)
             elif not position:

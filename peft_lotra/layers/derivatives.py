@@ -9,9 +9,9 @@ other with nothing between them. Everything else is differentiated by transforms
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -103,29 +103,22 @@ def _stage(
         coefficients = coefficients * scale.unsqueeze(-1)
     tensors = tuple(value for value in spec.read_grid(layer).values() if isinstance(value, Tensor))
     if form.on_uniform_grid:
-        assert spec.splines is not None
-        grid = spec.splines(layer)
-        assert grid is not None
+        grid = cast(Any, spec.splines)(layer)
         last = residual if form.with_silu and residual is not None else torch.zeros_like(coefficients[:, :, 0])
         branches = [Branch(grid, torch.cat([coefficients, last.unsqueeze(-1)], -1))]
     else:
-        assert spec.derivatives is not None
-        basis = FunctionBasis(coefficients.shape[2], partial(spec.derivatives, layer), tensors)
+        basis = FunctionBasis(coefficients.shape[2], partial(cast(Any, spec.derivatives), layer), tensors)
         branches = [Branch(basis, coefficients, get_or_none(layer, spec.normalization or ""))]
     if residual is not None and not (form.on_uniform_grid and form.with_silu):
-        derivatives = _silu if form.with_silu else partial(_activation, spec, layer)
+        of_others = partial(elementwise_derivatives, partial(cast(Any, spec.activation), layer))
+        derivatives = partial(_unsqueezed, silu_derivatives if form.with_silu else of_others)
         branches.append(Branch(FunctionBasis(1, derivatives, tensors), residual.unsqueeze(-1)))
     bias = get_or_none(layer, spec.bias or "")
     return Stage(layer, branches=tuple(branches), bias=None if bias is None else bias.flatten())
 
 
-def _silu(z: Tensor, highest: int) -> list[Tensor]:
-    return [part.unsqueeze(-1) for part in silu_derivatives(z, highest)]
-
-
-def _activation(spec: KANLayerSpec, layer: nn.Module, z: Tensor, highest: int) -> list[Tensor]:
-    assert spec.activation is not None
-    return [part.unsqueeze(-1) for part in elementwise_derivatives(partial(spec.activation, layer), z, highest)]
+def _unsqueezed(derivatives: Callable[[Tensor, int], list[Tensor]], z: Tensor, highest: int) -> list[Tensor]:
+    return [part.unsqueeze(-1) for part in derivatives(z, highest)]
 
 
 # Whether a layer is as described
@@ -167,7 +160,7 @@ def _state_of(module: nn.Module) -> State:
 
 
 def _forms(layer: Any, spec: KANLayerSpec) -> Iterator[_Form]:
-    x = torch.linspace(-3, 3, 13, dtype=_dtype_of(layer), device=_device_of(layer))
+    x = _like(layer, torch.linspace(-3, 3, 13, device="cpu"))
     with torch.no_grad():
         try:
             with_silu = spec.activation is not None and torch.equal(spec.activation(layer, x.clone()), F.silu(x))
@@ -215,10 +208,9 @@ def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 def _third_derivatives_agree(spec: KANLayerSpec, layer: nn.Module, x: Tensor) -> bool:
     """Whether the third derivatives, which gradients need, are those of the second ones."""
-    assert spec.derivatives is not None
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        *_, second, third = spec.derivatives(layer, point, 3)
+        *_, second, third = cast(Any, spec.derivatives)(layer, point, 3)
         if not second.requires_grad:
             return not third.any()
         slopes = [
@@ -234,15 +226,12 @@ def _points(spec: KANLayerSpec, layer: nn.Module, width: int, generator: torch.G
     low = min((grid.min().item() for grid in grids), default=-2.0)
     high = max((grid.max().item() for grid in grids), default=2.0)
     share = torch.rand(_ROWS, width, generator=generator, dtype=torch.float64, device="cpu") * 1.1 - 0.05
-    return (low + (high - low) * share).to(_device_of(layer))
+    return _like(layer, low + (high - low) * share).double()
 
 
-def _dtype_of(layer: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in layer.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _device_of(layer: nn.Module) -> torch.device:
-    return next((p.device for p in layer.parameters()), torch.device("cpu"))
+def _like(module: nn.Module, x: Tensor) -> Tensor:
+    """x on the device and in the dtype of the parameters of a module."""
+    return x.to(next((p for p in module.parameters() if p.is_floating_point()), x))
 
 
 # Whether a network is the composition of its layers
@@ -283,7 +272,7 @@ def _trace(network: nn.Module) -> list[nn.Module] | None:
     width = next(size for stage in stages if (size := stage.in_features) is not None)
     with torch.inference_mode(False), torch.no_grad(), attributes_kept(network, of_transforms=False):
         x = torch.rand(3, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
-        last: Any = x.to(_device_of(network), _dtype_of(network))
+        last: Any = _like(network, x)
         handles = [unit.register_forward_hook(record) for unit in units]
         try:
             events.append((network, network(last), None))
@@ -293,16 +282,7 @@ def _trace(network: nn.Module) -> list[nn.Module] | None:
             for handle in handles:
                 handle.remove()
     for _, given, returned in events:
-        if not _is_same(given, last):
+        if given is not last:
             return None
         last = returned
     return [module for module, *_ in events[:-1]]
-
-
-def _is_same(tensor: Any, other: Any) -> bool:
-    """Whether two tensors are one, or views of all of the same memory."""
-    return tensor is other or (
-        isinstance(tensor, Tensor)
-        and isinstance(other, Tensor)
-        and (tensor.data_ptr(), tensor.shape, tensor.stride()) == (other.data_ptr(), other.shape, other.stride())
-    )

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..kan.basis import UniformGrid
 from .coefficients import CoefficientTensor, Described, expand_name, get_or_none, locate_coefficients
-from .layout import Layout, parse_layout
+from .layout import parse_layout
 
 
 Grid = dict[str, "torch.Tensor | int | float"]
@@ -104,7 +104,7 @@ class KANLayerSpec:
 
     def __post_init__(self) -> None:
         self._check()
-        if isinstance(self.matches, type):  # a predicate in C: each module of a model is asked
+        if isinstance(self.matches, type):  # a predicate in C: it is called for each module of a model
             object.__setattr__(self, "matches", self.matches.__instancecheck__)
 
     @property
@@ -114,10 +114,6 @@ class KANLayerSpec:
         if not isinstance(given, (list, tuple)) or not all(isinstance(part, (str, list, tuple)) for part in given):
             return ()
         return (tuple(given),) if any(isinstance(part, str) for part in given) else tuple(map(tuple, given))
-
-    def parse(self, pattern: str, whole: bool = True) -> Layout:
-        """The layout of a pattern of this kind of layer; one that is not `whole` may lack `o` or `i`."""
-        return parse_layout(pattern, self.kernel, self.groups, whole=whole)
 
     def _check(self) -> None:
         kind, parts = f"of {self.family!r}", self.parts
@@ -136,9 +132,10 @@ class KANLayerSpec:
         for name in (*names, *self.grid, *methods, *filter(None, [self.bias])):
             if not isinstance(name, str) or not re.fullmatch(r"(?!__)\w+(\.(\*|(?!__)\w+))*|\*", name):
                 raise ValueError(f"{name!r} {kind} is no name of an attribute, e.g. 'spline.weight'.")
-        layouts = [self.parse(pattern, whole=not place) for place, (_, pattern) in enumerate(parts)]
+        roles = self.kernel, self.groups
+        layouts = [parse_layout(pattern, *roles, may_share=place > 0) for place, (_, pattern) in enumerate(parts)]
         for role, described in (("residual weights", self.residual), ("edge scales", self.edge_scale)):
-            if described is not None and self.parse(described[1]).basis:
+            if described is not None and parse_layout(described[1], *roles).basis:
                 raise ValueError(
                     f"Pattern {described[1]!r} of the {role} {kind} has an axis besides `o` and `i`, `kernel` and "
                     "`groups`. Expected e.g. 'o i'."

@@ -148,8 +148,8 @@ class Layout:
     ) -> torch.Tensor:
         """(out, in, basis[, kernel]) -> (stored shape), the inverse of `to_canonical`; differentiable.
 
-        What is stored once is the mean along the axes that it is `shared` along. `shape` is the stored one, which a
-        layout with `stored_over` needs.
+        Along the axes in `shared` the mean is stored. `shape` is the stored shape, which a layout with `stored_over`
+        needs.
         """
         if self._is_canonical:
             return tensor if len(self.dims) == 3 else tensor.squeeze(2)
@@ -195,15 +195,15 @@ def _write(dims: Sequence[tuple[str, ...]]) -> str:
 
 @lru_cache(1024)
 def parse_layout(
-    pattern: str, kernel: str = "", groups: str = "", dimensions: int | None = None, whole: bool = True
+    pattern: str, kernel: str = "", groups: str = "", dimensions: int | None = None, may_share: bool = False
 ) -> Layout:
     """Parses a pattern.
 
     Args:
         pattern: The pattern of a parameter.
         kernel, groups: The axes of the kernel mode, and of blocks, separated by spaces. The pattern may lack them.
-        dimensions: The number of dimensions of the parameter, which says how many axes `...` stands for.
-        whole: Whether the pattern must have `o` and `i`, as that of a first parameter.
+        dimensions: The number of dimensions of the parameter, for the number of axes in `...`.
+        may_share: Whether the pattern may lack `o` or `i`, as those of later parts.
 
     Raises:
         ValueError: It is malformed, or `o` and `i` do not appear exactly once.
@@ -239,7 +239,7 @@ def parse_layout(
         raise ValueError(problem + "at most two blocks can be concatenated, by one `+`.")
     for dims in (first, second):
         axes = [axis for dim in dims for axis in dim]
-        if len(set(axes)) != len(axes) or (whole and not {"o", "i"} <= set(axes)):
+        if len(set(axes)) != len(axes) or not (may_share or {"o", "i"} <= set(axes)):
             raise ValueError(problem + "`o` and `i` must appear once each, and no other axis twice.")
     named = {axis for dim in first for axis in dim}
     layout = Layout(

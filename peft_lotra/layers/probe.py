@@ -48,7 +48,7 @@ class Undecided(Exception):
 
 
 def remembered(layer: nn.Module, question: tuple[Any, ...], find: Callable[[], T]) -> T:
-    """What `find` returns, computed once for all layers of the same class, shapes, settings and inner modules."""
+    """The result of `find`, computed once for all layers of the same class, shapes, settings and inner modules."""
     known, key = _FOUND.setdefault(type(layer), {}), [*question]
     for module in modules_of(layer):
         key += [type(module)] if module is not layer else []
@@ -132,15 +132,14 @@ class Probe:
         try:
             values = self.values(tensor)
             with isolated(values[tensor.name]), torch.no_grad():
-                x = self._input(tensor, rows=2)
-                generator = torch.Generator().manual_seed(0)
+                x, generator = self._input(tensor, rows=2), torch.Generator().manual_seed(0)
+                # so far that a ReLU behind the sum is met on both sides
                 steps = {
-                    name: torch.randn(value.shape, generator=generator, device="cpu").to(value) * _mean_size(value)
+                    name: 2 * torch.randn(value.shape, generator=generator, device="cpu").to(value) * _mean_size(value)
                     for name, value in values.items()
                 }
-                # so far that a ReLU behind the sum is met on both sides
                 low, middle, high = (
-                    self._run({name: value + t * steps[name] for name, value in values.items()}, x) for t in (-2, 0, 2)
+                    self._run({n: v + t * steps[n] for n, v in values.items()}, x) for t in (-1, 0, 1)
                 )
                 change, bend = (high - low).abs().max(), (high - 2 * middle + low).abs().max()
                 rounding = 1e3 * torch.finfo(x.dtype).eps * max(y.abs().max().item() for y in (low, middle, high))
@@ -207,27 +206,27 @@ class Probe:
         found = torch.autograd.grad(_weighted(y, tensor), [*values.values()], allow_unused=True, retain_graph=True)
         if strict and not all(g is not None and g.any() for g in found):
             return Verdict(False)
-        whole = _joined(found, values, tensor)
-        if not whole.any() or not whole.isfinite().all():
+        gradient = _joined(found, values, tensor)
+        if not gradient.any() or not gradient.isfinite().all():
             raise Undecided("the outputs have no finite gradient with respect to its coefficients")
         outputs = inputs = None
         contradiction = ""
         if out > 1:
             other = _gradient_of(_weighted(y, tensor, 2), values, tensor)
-            if _is_parallel(whole.reshape(1, 1, -1), other.reshape(1, 1, -1)):  # as behind a softmax of two outputs
-                other = whole[whole.flatten(1).abs().amax(1).argmax()].expand_as(whole)
-            outputs = _is_parallel(whole, other)
+            if _is_parallel(gradient.reshape(1, 1, -1), other.reshape(1, 1, -1)):  # as behind a softmax of two outputs
+                other = gradient[_largest(gradient)].expand_as(gradient)
+            outputs = _is_parallel(gradient, other)
             if not outputs and x.numel() == in_:  # else a norm, or several rows, may mix them
                 contradiction = "an output does not depend on its own slice of the coefficients alone"
-        samples = [whole]
+        samples = [gradient]
         for kept, other in () if outputs is False else _halves(x) if strict else _exchanged(x, channels):
             samples.append(_gradient_of(_weighted(self._run(values, other), tensor), values, tensor))
-            change = _change(whole, samples[-1], kept)
-            if change.max() <= _EFFECT * max(whole.abs().max(), samples[-1].abs().max()):
+            change = _change(gradient, samples[-1], kept)
+            if change.max() <= _EFFECT * max(gradient.abs().max(), samples[-1].abs().max()):
                 continue  # it does not show
             inputs = bool(change[:, kept].max() <= 10 * _NO_EFFECT * change.max())
             if not inputs:
-                if _is_elsewhere(whole, samples[-1]):
+                if _is_elsewhere(gradient, samples[-1]):
                     contradiction = "an input changes other slices of the coefficients than its own"
                 break
         if strict and in_ <= 2 and inputs:
@@ -240,9 +239,8 @@ class Probe:
         """Whether the gradients of an input, at several values of it, are of rank two at least."""
         if x.shape[-1] <= 3:
             samples = [*samples, *(self._gradient(tensor, x * factor) for factor in (0.3, 0.6, -0.8))]
-        largest = int(samples[0].flatten(1).abs().amax(1).argmax())
-        functions = torch.stack([sample[largest, :_ROWS] for sample in samples], dim=1)
-        singular = torch.linalg.svdvals(functions.double())
+        row = _largest(samples[0])
+        singular = torch.linalg.svdvals(torch.stack([sample[row, :_ROWS] for sample in samples], dim=1).double())
         return bool((singular[:, 1:2] > _EFFECT * _EFFECT * singular.max()).any())
 
     @torch.no_grad()
@@ -290,14 +288,12 @@ class Probe:
             self._rows = self._find_rows(tensor, tensor.shape[1])
         first, *others = tensor.parts[0]
         blocks = 1 + len(others) if others else math.prod([first.lengths[axis] for axis in first.layout.groups])
-        shape = [*(self._rows or (1,)), tensor.shape[1]]
-        if len(tensor.shape) == 3:
-            shape[:-1] = [rows] * (len(shape) - 1) if len(shape) == 3 else [rows * rows]
         if len(tensor.shape) == 4:
-            shape[1] *= blocks
-            shape += [4 * first.lengths[axis] + 3 for axis in first.layout.kernel]
+            shape = [1, blocks * tensor.shape[1], *(4 * first.lengths[axis] + 3 for axis in first.layout.kernel)]
         elif blocks > 1:
             raise Undecided("the shape of its input is not known")
+        else:
+            shape = [*([rows, rows] if self._rows == (1, 1) else [rows * rows]), tensor.shape[1]]
         if math.prod(shape) > _MAX_INPUT:
             raise Undecided(f"an input {tuple(shape)} would be large")
         low, high = -1.0, 1.0
@@ -306,23 +302,21 @@ class Probe:
             high = min(grid.max().item() for grid in self.grid)
             if low >= high:
                 low, high = self.grid[0].min().item(), self.grid[0].max().item()
-        # steps of the golden ratio, without a repetition
         steps = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
-        share = steps.mul(0.6180339887498949).frac().view(shape)
+        share = (steps * 0.6180339887498949).frac().view(shape)  # of the golden ratio, without a repetition
         return (low + (high - low) * (0.25 + 0.5 * share)).to(like)
 
     def _find_rows(self, tensor: CoefficientTensor, size: int) -> tuple[int, ...] | None:
         """The axes in front of `size` features in an input that the layer takes: some take tokens."""
-        like = _wide(tensor.get_parameter(self.layer))
         for rows in ((1,), (1, 1)):
             try:
                 with torch.no_grad():
-                    self._run({}, torch.zeros(*rows, size, device="cpu").to(like))
+                    self._run({}, torch.zeros(*rows, size, device="cpu").to(_wide(tensor.get_parameter(self.layer))))
+                return rows
             except Undecided:
                 return rows
             except Exception:  # as in `axes`; perhaps an input of another size
                 continue
-            return rows
         return None
 
     def _run(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -428,6 +422,11 @@ def _halves(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
             yield kept, other
 
 
+def _largest(gradient: Tensor) -> int:
+    """The output with the largest gradient."""
+    return int(gradient.flatten(1).abs().amax(1).argmax())
+
+
 def _change(first: Tensor, second: Tensor, kept: slice) -> Tensor:
     """The difference of two gradients (out, in, rest), up to the factor of each output that fits some inputs best."""
     # the smaller of two rows is a multiple of the larger: a ReLU may have made it zero
@@ -448,7 +447,8 @@ def _is_elsewhere(first: Tensor, second: Tensor) -> bool:
 
     A layer that mixes inputs changes all of it, but for a constant basis function.
     """
-    row = int(first.flatten(1).abs().amax(1).argmax())
+    row = _largest(first)
     ratios = (second[row] / first[row])[first[row] != 0][:512]
-    stays = ((ratios[:, None] - ratios).abs() <= 10 * _NO_EFFECT * ratios.abs()).double().mean(1)
+    is_near = (ratios[:, None] - ratios).abs() <= 10 * _NO_EFFECT * ratios.abs()
+    stays = (is_near & (ratios != 0)).double().mean(1)  # splines end
     return bool(stays.max() > max(0.3, 1.4 / first.shape[2]))

@@ -162,27 +162,31 @@ _Found = TypeVar("_Found", bound=FoundKANLayer | KANCandidate)
 class FoundKANLayers(Report, list[_Found]):
     """The result of `find_kan_layers`: a list that prints as a table."""
 
+    @property
+    def candidates(self) -> list[KANCandidate]:
+        """The modules that may be KAN layers."""
+        return [found for found in self if isinstance(found, KANCandidate)]
+
+    @property
+    def layers(self) -> list[FoundKANLayer]:
+        """The KAN layers."""
+        return [found for found in self if isinstance(found, FoundKANLayer)]
+
     def as_dict(self) -> dict[str, Any]:
         """The layers and the candidates in plain values, for JSON."""
-        layers, candidates = self._parts()
-        return {"layers": [it._asdict() for it in layers], "candidates": [it._asdict() for it in candidates]}
-
-    def _parts(self) -> tuple[list[FoundKANLayer], list[KANCandidate]]:
-        layers = [found for found in self if isinstance(found, FoundKANLayer)]
-        return layers, [found for found in self if isinstance(found, KANCandidate)]
+        return {name: [it._asdict() for it in getattr(self, name)] for name in ("layers", "candidates")}
 
     def _table(self) -> TextTable:
-        layers, candidates = self._parts()
         rows = [
             [layer.name or "(the model)", layer.family, str(layer.shape), "yes" if layer.has_residual else "no"]
-            for layer in layers
+            for layer in self.layers
         ]
         notes = [] if rows else ["no KAN layer of a known kind"]
-        for candidate in candidates:
+        for candidate in self.candidates:
             state = "verified by gradients" if candidate.is_verified else "not verified"
             notes += ["", f"{candidate.name or 'the model'}, a {candidate.cls}, may be a KAN layer ({state}):"]
             notes += candidate.registration.splitlines()
-        return TextTable(["layer", "family", ">coefficients", "residual"], rows, notes)
+        return TextTable(["layer", "kind", ">coefficients", "residual"], rows, notes)
 
 
 @overload
@@ -208,7 +212,7 @@ def find_kan_layers(model: nn.Module, candidates: bool = False) -> Any:
         >>> from peft_lotra import find_kan_layers
         >>> from peft_lotra.kan import KAN
         >>> print(find_kan_layers(KAN([2, 4, 1])))
-        layer     family      coefficients  residual
+        layer     kind        coefficients  residual
         layers.0  peft-lotra     (4, 2, 8)  yes
         layers.1  peft-lotra     (1, 4, 8)  yes
     """

@@ -160,14 +160,14 @@ def _fast_path(target: Target) -> str:
         warnings.simplefilter("always")
         formula = find_formula(layer, spec, tensor)
     if formula is not None:
-        return "open, by splines in closed form" if formula.closed_form else "open, by the family's `basis`"
+        return "open, by splines in closed form" if formula.closed_form else "open, by the kind's `basis`"
     if caught:
         return f"closed: {str(caught[0].message).partition(' Adapted layers')[0]}"
     is_short = spec.basis is None and spec.splines is None or (tensor.has_residual and spec.activation is None)
     reasons = {
         "the output is not linear in the coefficients": not spec.linear,
-        "the family gives no `basis`, or no `activation`": is_short,
+        "the kind has no `basis`, or no `activation`": is_short,
         "it needs float32 or float64": tensor.get_parameter(layer).dtype not in (torch.float32, torch.float64),
-        "the formula of the family does not give, to rounding, what the layer computes": True,
+        "the formula of the kind differs from the output of the layer by more than rounding": True,
     }
     return f"closed: {next(reason for reason, holds in reasons.items() if holds)}"

@@ -13,7 +13,7 @@ import torch
 from helpers import adapt, inputs, relative
 from orders import Layer, OtherCheby
 from peft import PeftModel, get_peft_model
-from stand_ins import FAMILIES, as_model
+from stand_ins import FAMILIES, OldEfficientKANLayer, as_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig, check_kan_layer, find_kan_layers, register_kan_layer
@@ -175,6 +175,24 @@ def test_layers_around_the_sum_do_not_hide_the_order(norms):
         assert (check_kan_layer(layer).axes == "outputs verified, inputs verified") == (pattern == "o i k")
     with pytest.raises(ValueError, match="'i o k', since an output does not depend on its own slice"):
         adapt(as_model(layer))
+
+
+class MixedSplines(OldEfficientKANLayer):
+    def __init__(self):
+        super().__init__(5, 4)
+        self.mix = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return super().forward(self.mix(x))
+
+
+@pytest.mark.parametrize("make", [lambda: Layer(5, 4, 5, before=nn.Linear(5, 5)), MixedSplines])
+def test_a_layer_that_mixes_its_inputs_is_not_verified_and_attached(make):
+    layer = make()
+    name = "A" if isinstance(layer, Layer) else "spline_weight"
+    register_kan_layer("mine", matches=type(layer), coefficients=(name, "o i k"))
+    assert check_kan_layer(layer).axes == "outputs verified, inputs not as described, or mixed"
+    adapt(as_model(layer))
 
 
 class Flat(Layer):

@@ -108,7 +108,7 @@ def test_kinds_that_come_with_the_package_are_not_described():
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder with an adapter of a registered family, whose registration is gone, and the outputs with it."""
+    """A folder with an adapter of a registered kind, whose registration is gone, and the outputs with it."""
     register_waves()
     model = adapt(net())
     x = inputs()
@@ -150,14 +150,6 @@ def test_it_is_saved_again_and_a_second_one_is_loaded_beside_it(saved, tmp_path)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.allclose(other(x), y, atol=1e-5)
     assert torch.allclose(model.merge_and_unload()(x), y, atol=1e-5)
-
-
-def test_with_the_registration_its_functions_are_used(saved):
-    folder, x, y = saved
-    register_waves()
-    model = PeftModel.from_pretrained(net(), folder)
-    assert model.base_model.model[0].lotra_spec is registry._SPECS["waves"]
-    assert torch.allclose(model(x), y, atol=1e-5)
 
 
 def test_a_moved_grid_is_noticed_without_the_registration(saved):

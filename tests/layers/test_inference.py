@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 import torch
 from helpers import relative
@@ -161,7 +159,7 @@ def test_four_axes_of_any_length(outputs):
     assert set(tensor.names) == {"w1", "w2", "b1"} and tensor.shape == (outputs, 5, 3 * 2 + 3 + 3)
 
 
-@pytest.mark.parametrize("sizes", [(5, 4), (4, 4), (2, 5), (5, 1)])
+@pytest.mark.parametrize("sizes", [(4, 4), (2, 5), (5, 1)])
 @pytest.mark.parametrize("residual", [None, "oi", "io"])
 @pytest.mark.parametrize("order", ["oik", "iok", "iko", "kio", "oki", "koi"])
 def test_any_order_of_axes(order, residual, sizes):
@@ -263,143 +261,63 @@ def test_attach_merge_and_reload(make, tmp_path):
     assert relative(merged(x), y) < 1e-5 and list(merged.state_dict()) == list(build().state_dict())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_pickle_and_dtypes(dtype):
-    spec = get_kan_spec(Polynomials(5, 4).to(dtype))
-    assert pickle.loads(pickle.dumps(spec)).parts == spec.parts == (("things", "i o k"),)
+class Formula(nn.Module):
+    """A module of parameters of some shapes that computes a function of itself and x."""
 
-
-##########################
-# What is no KAN layer #
-##########################
-
-
-class Experts(nn.Module):
-    def __init__(self, d=6, o=6, count=4, top=None):
+    def __init__(self, function, shapes):
         super().__init__()
-        self.w, self.gate, self.top = nn.Parameter(torch.randn(count, d, o)), nn.Linear(d, count), top
+        self.function = function
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
 
     def forward(self, x):
-        gates = self.gate(x).softmax(-1)
-        if self.top:
-            gates = gates * (gates >= gates.topk(self.top).values[:, -1:])
-        return torch.einsum("bi,eio,be->bo", x, self.w, gates)
+        return self.function(self, x)
 
 
-class UniformExperts(Experts):
-    def forward(self, x):
-        return torch.einsum("bi,eio->bo", x, self.w)
+def gates(m, x, top=4):
+    gates = (x @ m.gate.T).softmax(-1)
+    return gates * (gates >= gates.topk(top).values[:, -1:])
 
 
-class Bilinear(nn.Module):
-    def __init__(self, d=6, o=6):
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(o, d, d))
-
-    def forward(self, x):
-        return torch.einsum("bi,oij,bj->bo", x, self.w, x)
+def heads(m, x):
+    return (torch.einsum("nd,hde->hne", x, w) for w in (m.q, m.k, m.v))
 
 
-class Positions(nn.Module):
-    def __init__(self, n=4, d=6):
-        super().__init__()
-        self.position = nn.Parameter(torch.randn(1, n, d))
-
-    def forward(self, x):
-        return x + self.position
+def attention(m, x):
+    q, k, v = heads(m, x)
+    return ((q @ k.mT).softmax(-1) @ v).mean(0)
 
 
-class Heads(nn.Module):
-    def __init__(self, h=3, d=6):
-        super().__init__()
-        self.q, self.k, self.v = (nn.Parameter(torch.randn(h, d, d)) for _ in "qkv")
-
-    def forward(self, x):
-        q, k, v = (torch.einsum("nd,hde->hne", x, w) for w in (self.q, self.k, self.v))
-        return (nn.functional.softmax(q @ k.mT, -1) @ v).mean(0)
+def product_of_heads(m, x):
+    q, k, v = heads(m, x)
+    return (q * k.sigmoid() * v).sum(0)
 
 
-class ElementwiseHeads(Heads):
-    """Multiplicative interactions of three maps."""
-
-    def forward(self, x):
-        q, k, v = (torch.einsum("nd,hde->hne", x, w) for w in (self.q, self.k, self.v))
-        return (q * k.sigmoid() * v).sum(0)
-
-
-class Gated(nn.Module):
-    def __init__(self, d=6):
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.randn(d, d)), nn.Parameter(torch.randn(d, d))
-
-    def forward(self, x):
-        return (x @ self.a.T) * torch.sigmoid(x @ self.b.T)
-
-
-class Maxout(nn.Module):
-    def __init__(self, d=6, o=5, k=3):
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(o, d, k))
-
-    def forward(self, x):
-        return torch.einsum("bi,oik->bok", x, self.w).amax(-1)
-
-
-class ScaledConv(nn.Conv1d):
-    def forward(self, x):
-        return nn.functional.conv1d(x, self.weight * 2, self.bias)
-
-
-class OwnConv(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(6, 6, 3))
-
-    def forward(self, x):
-        return nn.functional.conv1d(x, self.weight, padding=1)
-
-
-class MLP(nn.Module):
-    def __init__(self, d=6, ratio=4):
-        super().__init__()
-        self.in_features = d
-        self.fc1, self.fc2 = nn.Linear(d, ratio * d), nn.Linear(ratio * d, d)
-
-    def forward(self, x):
-        return self.fc2(nn.functional.gelu(self.fc1(x)))
-
-
-class WideMLP(MLP):
-    """The second matrix is most of it."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc2 = nn.Linear(24, 48)
-
-
-class LowRank(nn.Module):
-    def __init__(self, d=6, r=2):
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.randn(r, d)), nn.Parameter(torch.randn(d, r))
-
-    def forward(self, x):
-        return x @ self.a.T @ self.b.T
-
-
-class TwoMatrices(nn.Module):
-    def __init__(self, d=6):
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.randn(d, d)), nn.Parameter(torch.randn(d, d))
-
-    def forward(self, x):
-        return x @ (self.a + self.b)
-
-
+EXPERTS = {"w": (4, 6, 6), "gate": (4, 6)}
+HEADS = dict.fromkeys("qkv", (3, 6, 6))
+TWO = {"a": (6, 6), "b": (6, 6)}
+FORMULAS = {
+    "experts": (lambda m, x: torch.einsum("bi,eio,be->bo", x, m.w, gates(m, x)), EXPERTS),
+    "one expert": (lambda m, x: torch.einsum("bi,eio,be->bo", x, m.w, gates(m, x, 1)), EXPERTS),
+    "two experts": (lambda m, x: torch.einsum("bi,eio,be->bo", x, m.w, gates(m, x, 2)), EXPERTS),
+    "ensemble": (lambda m, x: torch.einsum("bi,eio->bo", x, m.w), EXPERTS),
+    "bilinear": (lambda m, x: torch.einsum("bi,oij,bj->bo", x, m.w, x), {"w": (6, 6, 6)}),
+    "positions": (lambda m, x: x + m.w, {"w": (1, 4, 6)}),
+    "attention": (attention, HEADS),
+    "product of heads": (product_of_heads, HEADS),
+    "gated": (lambda m, x: (x @ m.a.T) * torch.sigmoid(x @ m.b.T), TWO),
+    "sum of matrices": (lambda m, x: x @ (m.a + m.b), TWO),
+    "maxout": (lambda m, x: torch.einsum("bi,oik->bok", x, m.w).amax(-1), {"w": (5, 6, 3)}),
+    "convolution": (lambda m, x: nn.functional.conv1d(x, m.w, padding=1), {"w": (6, 6, 3)}),
+    "low rank": (lambda m, x: x @ m.a.T @ m.b.T, {"a": (2, 6), "b": (6, 2)}),
+    "perceptron": (lambda m, x: nn.functional.gelu(x @ m.a.T) @ m.b.T, {"a": (24, 6), "b": (6, 24)}),
+    "wide perceptron": (lambda m, x: nn.functional.gelu(x @ m.a.T) @ m.b.T, {"a": (24, 6), "b": (48, 24)}),
+}
 OTHERS = [
-    *(Experts, lambda: Experts(top=1), lambda: Experts(top=2), UniformExperts, Bilinear, Positions, Heads),
-    *(ElementwiseHeads, Gated, Maxout, lambda: ScaledConv(6, 6, 3), OwnConv, MLP, WideMLP, LowRank, TwoMatrices),
+    *(lambda name=name: type(name, (Formula,), {})(*FORMULAS[name]) for name in FORMULAS),
     *(lambda: nn.Conv1d(4, 4, 3), lambda: nn.MultiheadAttention(4, 2), lambda: nn.Bilinear(4, 4, 4)),
     *(lambda: nn.LSTM(4, 4), lambda: nn.TransformerEncoderLayer(8, 2), lambda: nn.GRUCell(4, 4)),
+    lambda: type("ScaledConv", (nn.Conv1d,), {"forward": lambda m, x: nn.functional.conv1d(x, 2 * m.weight)})(6, 6, 3),
 ]
 
 

@@ -66,9 +66,9 @@ def test_coverage():
 @pytest.mark.parametrize(
     "changes, verdict",
     [
-        ({}, "closed: the family gives no `basis`"),
-        ({"basis": lambda m, x: m.basis(x)}, "closed: the family gives no `basis`, or no `activation`"),
-        ({"basis": lambda m, x: m.basis(x), "activation": lambda m, x: x}, "open, by the family's `basis`"),
+        ({}, "closed: the kind has no `basis`"),
+        ({"basis": lambda m, x: m.basis(x)}, "closed: the kind has no `basis`, or no `activation`"),
+        ({"basis": lambda m, x: m.basis(x), "activation": lambda m, x: x}, "open, by the kind's `basis`"),
         (
             {"basis": lambda m, x: m.nothing(x), "activation": lambda m, x: x},
             "`basis` of the .* raised AttributeError",
