@@ -226,7 +226,8 @@ class Probe:
                 continue  # it does not show
             inputs = bool(change[:, kept].max() <= 10 * _NO_EFFECT * change.max())
             if not inputs:
-                if _is_elsewhere(gradient, samples[-1]):
+                row = _largest(change[:, kept])
+                if _is_elsewhere(gradient[row], samples[-1][row], tensor.shape[2]):
                     contradiction = "an input changes other slices of the coefficients than its own"
                 break
         if strict and in_ <= 2 and inputs:
@@ -442,13 +443,12 @@ def _is_parallel(first: Tensor, second: Tensor) -> bool:
     return bool(_change(first, second, slice(None)).max() <= 10 * _NO_EFFECT * first.abs().max())
 
 
-def _is_elsewhere(first: Tensor, second: Tensor) -> bool:
+def _is_elsewhere(first: Tensor, second: Tensor, basis: int) -> bool:
     """Whether a large share of the gradient of one output stays, though not where the pattern says.
 
-    A layer that mixes inputs changes all of it, but for a constant basis function.
+    A layer that mixes inputs changes all of it, but for a constant function of `basis` functions.
     """
-    row = _largest(first)
-    ratios = (second[row] / first[row])[first[row] != 0][:512]
+    ratios = (second / first)[first != 0][:512]
     is_near = (ratios[:, None] - ratios).abs() <= 10 * _NO_EFFECT * ratios.abs()
     stays = (is_near & (ratios != 0)).double().mean(1)  # splines end
-    return bool(stays.max() > max(0.3, 1.4 / first.shape[2]))
+    return bool(stays.max() > max(0.3, 1.4 / basis))
