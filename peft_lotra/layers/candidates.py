@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .coefficients import named_attribute
+from .coefficients import named_attribute, named_size
 from .description import REGISTERED, KANLayerSpec
 from .inference import OTHERS, infer_spec
 from .layout import axis_patterns
 from .probe import Probe
 
 
-# whose modules with large parameters are attention, experts and the like
+# libraries whose modules with large parameters are attention, experts and the like
 _LIBRARIES = {"torch", "torchvision", "transformers", "timm", "diffusers", "peft"}
 
 
@@ -74,11 +74,11 @@ def describe_layer(module: nn.Module) -> tuple[str, bool] | None:
 
 def _convolutions(module: nn.Module, kernels: Mapping[str, torch.Tensor]) -> Iterator[KANLayerSpec]:
     """The verified descriptions of a module whose coefficients are the kernel of a convolution."""
-    axis = named_attribute(module, "i")
-    for name in kernels if axis else ():
+    inputs = named_size(module, "i")
+    for name in kernels if inputs else ():
         residuals = [(other, "o i ...") for other in kernels if other != name]
         for pattern, residual in product(("o (i k) ...", "o (k i) ...", "o i k ..."), [*residuals, None]):
-            spec = KANLayerSpec("", nn.Module, (name, pattern), residual, axes={"i": int(getattr(module, axis))})
+            spec = KANLayerSpec("", nn.Module, (name, pattern), residual, axes={"i": inputs})
             try:
                 tensor = spec.locate(module)
             except ValueError:

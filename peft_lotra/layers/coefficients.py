@@ -236,12 +236,12 @@ def locate_coefficients(
                 lengths[place].setdefault(groups.strip(), count)
     _solve(problem, found, lengths)
 
-    def member(name: str, place: int) -> Member:
+    def located(name: str, place: int) -> Member:
         layout, parameter, _ = found[name]
         own = {axis: lengths[place][axis] for axis in (*layout.axes, *layout.shared)}
         return Member(name, layout, own, tuple(parameter.shape), layout.canonical_shape(own))
 
-    parts = tuple(tuple(member(name, place) for place, name in enumerate(names)) for _, _, names in described)
+    parts = tuple(tuple(located(name, place) for place, name in enumerate(names)) for _, _, names in described)
     tensor = CoefficientTensor(family, parts, len(described) > len(coefficients))
     kernels = {member.name: member.shape[3:] for part in parts for member in part}
     outer = {part[0].name: size[:2] for part, size in zip(parts, tensor._sizes, strict=True)}

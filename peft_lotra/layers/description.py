@@ -171,12 +171,9 @@ class KANLayerSpec:
     def read_grid(self, layer: nn.Module) -> Grid:
         """The state that gives the coefficients of a layer their meaning, by name, without missing entries."""
         names = [member for name in self.grid for member in expand_name(layer, name)]
-        values = {name: get_or_none(layer, name) for name in names}
-        return {
-            name: value.item() if isinstance(value, Number) and hasattr(value, "item") else value  # of numpy
-            for name, value in values.items()
-            if value is not None
-        }
+        values: dict[str, Any] = {name: get_or_none(layer, name) for name in names}
+        is_numpy = {name: isinstance(value, Number) and hasattr(value, "item") for name, value in values.items()}
+        return {n: value.item() if is_numpy[n] else value for n, value in values.items() if value is not None}
 
     def basis_or_none(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """The basis functions (batch, in, basis) at x (batch, in), or `None` without a `basis` that works."""
@@ -226,7 +223,9 @@ def spec_from_file(family: str, description: Mapping[str, Any]) -> KANLayerSpec:
     for name, value in description.items():
         if name not in _IN_FILES or not isinstance(value, _IN_FILES[name]):
             raise ValueError(f"{problem}`{name}` is {value!r:.200}.")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in description.items()}
+    values: dict[str, Any] = {
+        n: tuple(value) if isinstance(value, list) else value for n, value in description.items()
+    }
     return KANLayerSpec(family, _matches_nothing, **values)
 
 

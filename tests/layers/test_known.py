@@ -108,6 +108,11 @@ def test_the_basis_of_a_family_is_what_its_coefficients_multiply(family):
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-10)
 
 
+def test_an_adapted_layer_of_inkan_is_one_graph():
+    model, x = adapt(base("inkan")), inputs()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
+
+
 @pytest.mark.parametrize("scaler", [True, False])
 def test_qkan_fourier(scaler):
     from qkan.fourier_kan import FourierKANLinear
