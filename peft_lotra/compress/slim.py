@@ -22,7 +22,7 @@ from torch import nn
 
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear, warn_capped
-from ..layers.registry import find_kan_layers, known_families
+from ..layers.registry import find_kan_layers, known_kinds
 from ..layers.slim import SlimLayer
 from ..modules.calls import share_hooks, unwrap
 from ..report import Report, TextTable
@@ -221,7 +221,7 @@ class _Compression:
         if not self.layers:
             raise ValueError(
                 "No KAN layer that could be compressed was found in the model. The known families are "
-                f"{', '.join(known_families())}; describe another one with `peft_lotra.register_kan_layer`."
+                f"{', '.join(known_kinds())}; describe another one with `peft_lotra.register_kan_layer`."
             )
         self.tensors = {name: _read_product(name, layer) for name, layer in self.layers.items()}
         self.weights = {} if inputs is None else gather_weights(model, self.layers, inputs)

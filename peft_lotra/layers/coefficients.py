@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -47,7 +47,7 @@ class CoefficientTensor:
     by the outputs, or along the kernel, is repeated, and the mean is written back.
 
     Attributes:
-        family: The family of the layer.
+        family: The kind of the layer.
         parts: The members of each part: the coefficients, then the residual weights if they have a parameter of their
             own. Dotted names reach into sub-modules.
         separate_residual: Whether the last part is the residual weights.
@@ -194,7 +194,7 @@ def locate_coefficients(
 
     Args:
         layer: The layer.
-        family: The name of its family.
+        family: The name of its kind.
         coefficients: Name and pattern of each part; `*` in a name stands for the members of a list.
         residual: The same of the residual branch; the layer may lack it.
         axes: The lengths of axes that no shape determines, as numbers, or a list with the number of each member.
@@ -208,7 +208,7 @@ def locate_coefficients(
         names = expand_name(layer, residual[0])
         if any(get_or_none(layer, name) is not None for name in names):
             described.append((*residual, names))
-    problem = f"{type(layer).__name__} was recognized as a KAN layer of the family {family!r}, but its parameter "
+    problem = f"{type(layer).__name__} was recognized as a KAN layer of the kind {family!r}, but its parameter "
     counts = {name: len(names) for name, _, names in described if "*" in name}
     if 0 in counts.values() or len(set(counts.values())) > 1:
         raise ValueError(f"{problem}lists are not as described. Their numbers of members are {counts}.")
@@ -226,7 +226,7 @@ def locate_coefficients(
             if not isinstance(parameter, torch.Tensor):
                 raise ValueError(f"{problem}`{member}` is not as described. There is no such parameter.")
             may_share = 0 < position < len(coefficients)
-            layout = parse_layout(pattern, kernel, groups, parameter.dim(), whole=not may_share)
+            layout = parse_layout(pattern, kernel, groups, parameter.dim(), may_share)
             if may_share:
                 layout = layout.beside(first[min(place, len(first) - 1)], is_listed="*" in name)
             elif not position:
@@ -234,39 +234,28 @@ def locate_coefficients(
             found[member] = layout, parameter, place if "*" in name else None
             if "*" in name and len(groups.split()) == 1 and not layout.groups:  # the list is the axis of blocks
                 lengths[place].setdefault(groups.strip(), count)
-    _solve(layer, problem, found, lengths)
-    parts = tuple(
-        tuple(
-            Member(
-                member,
-                found[member][0],
-                {axis: lengths[place][axis] for axis in (*found[member][0].axes, *found[member][0].shared)},
-                tuple(found[member][1].shape),
-                found[member][0].canonical_shape(lengths[place]),
-            )
-            for place, member in enumerate(names)
-        )
-        for _, _, names in described
-    )
-    kernels = {member.name: member.shape[3:] for part in parts for member in part}
-    if len(set(kernels.values())) > 1:
-        raise ValueError(f"{problem}kernels are not as described. Their sizes must be equal, and are {kernels}.")
+    _solve(problem, found, lengths)
+
+    def located(name: str, place: int) -> Member:
+        layout, parameter, _ = found[name]
+        own = {axis: lengths[place][axis] for axis in (*layout.axes, *layout.shared)}
+        return Member(name, layout, own, tuple(parameter.shape), layout.canonical_shape(own))
+
+    parts = tuple(tuple(located(name, place) for place, name in enumerate(names)) for _, _, names in described)
     tensor = CoefficientTensor(family, parts, len(described) > len(coefficients))
+    kernels = {member.name: member.shape[3:] for part in parts for member in part}
     outer = {part[0].name: size[:2] for part, size in zip(parts, tensor._sizes, strict=True)}
-    if len(set(outer.values())) > 1:
-        raise ValueError(f"{problem}shapes are not as described. (out, in) must be equal, and are {outer}.")
+    for sizes, of in ((kernels, "the kernel"), (outer, "(out, in)")):
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"{problem}shapes are not as described. Those of {of} must be equal, and are {sizes}.")
     return tensor
 
 
 def _solve(
-    layer: nn.Module,
-    problem: str,
-    found: dict[str, tuple[Layout, torch.Tensor, int | None]],
-    lengths: list[dict[str, int]],
+    problem: str, found: dict[str, tuple[Layout, torch.Tensor, int | None]], lengths: list[dict[str, int]]
 ) -> None:
-    """Finds the lengths of all axes, of each member, from the shapes; what one leaves open another may settle."""
-    # The residual weights (out, in) settle what a flattened coefficient pattern leaves open, so they come first.
-    pending = list(reversed(found.items()))
+    """Finds the lengths of all axes of each member. If one parameter leaves them open, another may settle them."""
+    pending = list(found.items())
     while pending:
         still_open, last = [], None
         for name, (layout, parameter, place) in pending:
@@ -276,31 +265,15 @@ def _solve(
                 still_open.append((name, (layout, parameter, place)))
                 last = last or error
             except ValueError as error:
-                reason, fits_names = error, not _misfit(layer, layout, parameter)
-                # the parameter that does not fit the sizes which the layer names, rather than the first to notice
-                for other, (own, value, _) in found.items() if fits_names else ():
-                    if misfit := _misfit(layer, own, value):
-                        name, reason = other, misfit
-                        break
-                raise ValueError(f"{problem}`{name}` is not as described. {reason}") from error
+                (first, (other, value, _)), *_ = found.items()
+                beside = f" `{first}` {tuple(value.shape)} is described as {other.pattern!r}." if first != name else ""
+                raise ValueError(f"{problem}`{name}` is not as described. {error}{beside}") from error
             else:
                 for known in lengths if place is None else [lengths[place]]:
                     known.update(solved | known)
         if len(still_open) == len(pending):
             raise ValueError(f"{problem}`{pending[0][0]}` is not as described. {last}") from last
         pending = still_open
-
-
-def _misfit(layer: nn.Module, layout: Layout, parameter: torch.Tensor) -> ValueError | None:
-    """What a layout has against the numbers of features that the layer names, if anything."""
-    sizes = {axis: size for axis in ("o", "i") if (size := named_size(layer, axis)) is not None}
-    try:
-        layout.axis_lengths(parameter.shape, sizes)
-    except OpenLengthsError:
-        return None
-    except ValueError as error:
-        return error
-    return None
 
 
 def named_attribute(layer: nn.Module, axis: str) -> str | None:
@@ -324,15 +297,12 @@ def expand_name(layer: nn.Module, name: str) -> list[str]:
     if not star:
         return [name]
     owner = get_or_none(layer, before[:-1]) if before else layer
-    members = (
-        owner._parameters or range(len(owner)) if isinstance(owner, nn.ParameterList) else _children(owner, after)
-    )
+    if not isinstance(owner, nn.Module):
+        return []
+    members = owner._modules if after else owner._parameters
+    if not members and isinstance(owner, nn.ParameterList):  # sharded: plain tensors
+        members = range(len(owner))
     return [full for member in members for full in expand_name(layer, f"{before}{member}{after}")]
-
-
-def _children(owner: Any, after: str) -> Iterator[str]:
-    if isinstance(owner, nn.Module):
-        yield from owner._modules if after else owner._parameters
 
 
 def get_or_none(layer: nn.Module, name: str) -> Any:

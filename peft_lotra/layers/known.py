@@ -1,10 +1,10 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The families that are known from the start. Importing this module registers them.
+"""The kinds of layers that are known from the start. Importing this module registers them.
 
-Families are recognized by what their layers consist of, since users copy the files and rename the classes. A predicate
-that reads what a module does not have says no.
+Layers are recognized by their attributes, since users copy the files and rename the classes. A predicate that reads a
+missing attribute says no.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..derivatives import bases
 from ..kan.basis import UniformGrid
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear
-from . import known_convolutions, slim  # noqa: F401  (register families)
+from . import known_convolutions, slim  # noqa: F401  (register kinds)
 from .registry import keep_as_built_in, register_kan_layer
 
 
@@ -164,11 +164,7 @@ register_kan_layer(
     network_methods=_PYKAN_NETWORK_METHODS,
     checkpoint_methods=("saveckpt",),
     edge_scale=("scale_sp", "i o"),
-    scale=lambda m: m.scale_sp.T,
-    edge_mask=lambda m: m.mask.T,
-    derivatives=lambda m, x, highest: bases.spline_derivatives(m.grid, m.k, x, highest),
-    activation=lambda m, x: m.base_fun(x),
-    refit_basis=_pykan_basis,  # no `basis`: the layers also return what each edge gives, which only they compute
+    basis=_pykan_basis,  # without `activation` no fast path: the layers also return the value of each edge
 )
 register_kan_layer(
     "pykan-2024",  # edges in one axis; its later layout is a 3-axis one

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The families of convolutional KAN layers that are known from the start. Importing this module registers them.
+"""The kinds of convolutional KAN layers that are known from the start. Importing this module registers them.
 
 Their sums are convolutions, of 1, 2 or 3 dimensions: the coefficients have the axes of a kernel besides those of
 outputs, inputs and basis functions. With groups each block of inputs and outputs has coefficients of its own. As in

@@ -37,9 +37,6 @@ Dims = tuple[tuple[str, ...], ...]
 Shape = tuple[int, ...]
 
 
-_MAX_AXES = 16  # patterns may come from files
-
-
 class OpenLengthsError(ValueError):
     """A pattern fits, but leaves the length of an axis open."""
 
@@ -78,9 +75,9 @@ class Layout:
         return tuple(axis for axis in self.axes if axis not in ("o", "i", *self.groups, *self.kernel))
 
     def beside(self, first: Layout, is_listed: bool = False) -> Layout:
-        """This layout in a family whose first parameter has another one: shared along what that has besides.
+        """This layout beside that of the first parameter: it is shared along the axes that only the first has.
 
-        The members of a list, `is_listed`, are blocks, and need no axis of them.
+        The members of a list, `is_listed`, are the blocks, and need no axis of blocks.
         """
         groups = self.groups if is_listed else first.groups
         missing = tuple(axis for axis in (*groups, "o", "i", *first.kernel) if axis not in self.axes)
@@ -89,7 +86,7 @@ class Layout:
     def canonical_shape(self, lengths: Mapping[str, int]) -> Shape:
         """(out, in, basis) or (out, in, basis, kernel), with a packed residual branch."""
         modes = [*self.groups, "o"], "i", self.basis, *([self.kernel] if self.kernel else [])
-        out, in_, basis, *kernel = (math.prod(lengths[axis] for axis in mode) for mode in modes)
+        out, in_, basis, *kernel = (math.prod([lengths[axis] for axis in mode]) for mode in modes)
         return (out, in_, basis + (self.packed_residual is not None), *kernel)
 
     def axis_lengths(self, shape: Sequence[int], known: Mapping[str, int]) -> dict[str, int]:
@@ -110,11 +107,11 @@ class Layout:
                 second = self.packed_residual[position]
                 if any(axis not in lengths for axis in second):
                     raise OpenLengthsError(problem + _open_lengths(second, lengths))
-                size -= math.prod(lengths[axis] for axis in second)
+                size -= math.prod([lengths[axis] for axis in second])
             unknown = [axis for axis in dim if axis not in lengths]
             if len(unknown) > 1:
                 raise OpenLengthsError(problem + _open_lengths(dim, lengths))
-            rest = math.prod(lengths[axis] for axis in dim if axis in lengths)
+            rest = math.prod([lengths[axis] for axis in dim if axis in lengths])
             if unknown and rest > 0 and size > 0 and size % rest == 0:
                 lengths[unknown[0]] = size // rest
             elif unknown or rest != size:
@@ -126,7 +123,7 @@ class Layout:
         if self.stored_over is None:
             return tuple(shape)
         sizes = iter(shape)
-        return tuple(math.prod(next(sizes) for _ in range(count)) for count in self.stored_over)
+        return tuple(math.prod([next(sizes) for _ in range(count)]) for count in self.stored_over)
 
     def to_canonical(self, parameter: torch.Tensor, lengths: Mapping[str, int]) -> torch.Tensor:
         """(stored shape) -> (out, in, basis[, kernel]), with packed residual weights, if any, as the last slice."""
@@ -137,7 +134,7 @@ class Layout:
         parts: Sequence[torch.Tensor] = [parameter]
         if self.packed_residual is not None:
             blocks = (self.dims, self.packed_residual)
-            sizes = [math.prod(lengths[axis] for axis in dims[self.concatenated]) for dims in blocks]
+            sizes = [math.prod([lengths[axis] for axis in dims[self.concatenated]]) for dims in blocks]
             parts = parameter.split(sizes, dim=self.concatenated)
         write = repeat if self.shared else rearrange
         parts = [
@@ -151,8 +148,8 @@ class Layout:
     ) -> torch.Tensor:
         """(out, in, basis[, kernel]) -> (stored shape), the inverse of `to_canonical`; differentiable.
 
-        What is stored once is the mean along the axes that it is `shared` along. `shape` is the stored one, which a
-        layout with `stored_over` needs.
+        Along the axes in `shared` the mean is stored. `shape` is the stored shape, which a layout with `stored_over`
+        needs.
         """
         if self._is_canonical:
             return tensor if len(self.dims) == 3 else tensor.squeeze(2)
@@ -198,22 +195,25 @@ def _write(dims: Sequence[tuple[str, ...]]) -> str:
 
 @lru_cache(1024)
 def parse_layout(
-    pattern: str, kernel: str = "", groups: str = "", dimensions: int | None = None, whole: bool = True
+    pattern: str, kernel: str = "", groups: str = "", dimensions: int | None = None, may_share: bool = False
 ) -> Layout:
     """Parses a pattern.
 
     Args:
         pattern: The pattern of a parameter.
         kernel, groups: The axes of the kernel mode, and of blocks, separated by spaces. The pattern may lack them.
-        dimensions: The number of dimensions of the parameter, which says how many axes `...` stands for.
-        whole: Whether the pattern must have `o` and `i`, as that of a first parameter.
+        dimensions: The number of dimensions of the parameter, for the number of axes in `...`.
+        may_share: Whether the pattern may lack `o` or `i`, as those of later parts.
 
     Raises:
         ValueError: It is malformed, or `o` and `i` do not appear exactly once.
     """
     problem = f"Pattern {pattern!r} is not a layout of KAN coefficients: "
-    tokens = _split(pattern, problem)
-    kernel_axes = tuple(kernel.split())
+    # axis names, and groups in parentheses, which may hold such groups
+    dimension = r"\((?:[^()]|\([^()]*\))*\)(?::[1-9](?!\d))?|[^\s()]+"
+    tokens, kernel_axes = re.findall(dimension, pattern), tuple(kernel.split())
+    if re.sub(dimension, "", pattern).strip():
+        raise ValueError(problem + "its parentheses do not match.")
     if tokens.count("...") == 1:
         count = 2 if dimensions is None else max(dimensions - len(tokens) + 1, 0)
         rest = tuple(f"kernel{position}" for position in range(count))
@@ -223,50 +223,37 @@ def parse_layout(
     first: list[tuple[str, ...]] = []
     second: list[tuple[str, ...]] = []
     stored_over: list[int] = []
-    concatenated = None
-    for token in tokens:
+    packed_at = []
+    for place, token in enumerate(tokens):
         token, _, count = token.partition(":") if token.startswith("(") else (token, "", "")
-        parts = token[1:-1].split("+") if token.startswith("(") else [token]
-        if len(parts) > 2 or (len(parts) == 2 and concatenated is not None):
-            raise ValueError(problem + "at most two blocks can be concatenated, by one `+`.")
-        if len(parts) == 2:
-            concatenated = len(first)
-        names = [tuple(re.sub(r"[()]", " ", part).split()) for part in parts]
-        is_one = len(parts) == 1 and not names[0] and token.startswith("(")
-        if not all(name.isidentifier() for part in names for name in part) or not (all(names) or is_one):
+        blocks = token[1:-1].split("+") if token.startswith("(") else [token]
+        packed_at += [place] * (len(blocks) - 1)
+        names = [tuple(re.sub(r"[()]", " ", block).split()) for block in blocks]
+        is_one = len(blocks) == 1 and not names[0] and token.startswith("(")
+        if not all(name.isidentifier() for block in names for name in block) or not (all(names) or is_one):
             raise ValueError(problem + f"{token!r} does not consist of axis names.")
         first.append(names[0])
         second.append(names[-1])
         stored_over.append(int(count or 1))
+    if len(packed_at) > 1:
+        raise ValueError(problem + "at most two blocks can be concatenated, by one `+`.")
     for dims in (first, second):
         axes = [axis for dim in dims for axis in dim]
-        if len(axes) > _MAX_AXES:
-            raise ValueError(problem + f"it has {len(axes)} axes, and at most {_MAX_AXES} are possible.")
-        if len(set(axes)) != len(axes) or (whole and not {"o", "i"} <= set(axes)):
+        if len(set(axes)) != len(axes) or not (may_share or {"o", "i"} <= set(axes)):
             raise ValueError(problem + "`o` and `i` must appear once each, and no other axis twice.")
-    # in the order of the pattern
     named = {axis for dim in first for axis in dim}
     layout = Layout(
         pattern,
         tuple(first),
-        tuple(axis for axis in kernel_axes if axis in named),
+        tuple(axis for axis in kernel_axes if axis in named),  # in the order of the pattern
         tuple(axis for axis in groups.split() if axis in named),
         stored_over=tuple(stored_over) if set(stored_over) != {1} else None,
     )
-    if concatenated is None:
+    if not packed_at:
         return layout
-    if {axis for dim in second for axis in dim} != set(layout.axes) - set(layout.basis) or not layout.basis:
+    if {axis for dim in second for axis in dim} != named - set(layout.basis) or not layout.basis:
         raise ValueError(problem + "the second block of a `+` is the residual weights, of axes `o` and `i` alone.")
-    values = {**vars(layout), "packed_residual": tuple(second), "concatenated": concatenated}
-    return Layout(**{name: values[name] for name in Layout.__dataclass_fields__})
-
-
-def _split(pattern: str, problem: str) -> list[str]:
-    """Splits a pattern into its dimensions: axis names, and groups in parentheses, which may hold such groups."""
-    dimension = r"\((?:[^()]|\([^()]*\))*\)(?::[1-9](?!\d))?|[^\s()]+"
-    if re.sub(dimension, "", pattern).strip():
-        raise ValueError(problem + "its parentheses do not match.")
-    return re.findall(dimension, pattern)
+    return replace(layout, packed_residual=tuple(second), concatenated=packed_at[0])
 
 
 def axis_patterns(

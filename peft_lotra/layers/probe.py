@@ -1,16 +1,15 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a layer does, compared with its description: a few gradients and outputs of a copy that shares its tensors.
+"""Whether a layer computes y = f(sum_{i,k} A[o,i,k] phi_k(x[i])), by gradients of a copy that shares its tensors.
 
-For one input x the output before normalizations is z[o] = sum_{i,k} A[o,i,k] phi_k(x[i]), so that the gradient of any
-function of the outputs is d[o] phi_k(x[i]). Three things follow, and are checked.
+The gradient of any function of the outputs with respect to A[o,i,k] is then d[o] phi_k(x[i]). Three things follow, and
+are checked.
 
-* The gradient of one output is zero but in its slice of A, or, behind a normalization of the outputs, the gradient is
-  of rank one when it is unfolded along the outputs.
-* If two inputs are exchanged, which no normalization of the inputs notices, the gradient changes in their slices
-  alone, up to a factor for each output.
-* The output is an affine function of A.
+* With other weights of the outputs the gradient stays, up to a factor for each output, whatever f is.
+* If other inputs are permuted, which no normalization of the inputs notices, the gradient in the slice of an input
+  stays, up to a factor for each output.
+* The output is an affine function of A, if f is.
 """
 
 from __future__ import annotations
@@ -18,35 +17,62 @@ from __future__ import annotations
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from numbers import Number
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..modules.calls import settled
+from ..modules.calls import modules_of, settled
 from .coefficients import CoefficientTensor
 
 
-NO_EFFECT = 1e-4  # of the largest gradient: rounding
-EFFECT = 1e-2
-_MAX_INPUT = 1 << 22  # elements
-_ROWS = 32  # outputs of which the gradients are compared
+_NO_EFFECT = 1e-4  # of the largest gradient: rounding
+_EFFECT = 1e-2
 CURVATURE = 1e-2  # of the change: more than rounding in float32 makes of an affine function
+_MAX_INPUT = 1 << 22  # elements
+_ROWS = 32  # outputs, or inputs, of which the gradients are compared
+_SEED = 16180339  # of no layer: its noise would be a multiple of coefficients that were made with the same seed
+_SETTINGS = (str, FunctionType, BuiltinFunctionType, Number)  # Number: of numpy too
+_FOUND: WeakKeyDictionary[type, dict[Any, Any]] = WeakKeyDictionary()
+
+T = TypeVar("T")
+
+
+class Undecided(Exception):
+    """Nothing can be said about a layer now; the message is the reason."""
+
+
+def remembered(layer: nn.Module, question: tuple[Any, ...], find: Callable[[], T]) -> T:
+    """The result of `find`, computed once for all layers of the same class, shapes, settings and inner modules."""
+    known, key = _FOUND.setdefault(type(layer), {}), [*question]
+    for module in modules_of(layer):
+        key += [type(module)] if module is not layer else []
+        key += [(name, value.shape, value.dtype) for name, value in module._parameters.items() if value is not None]
+        key += [
+            (name, getattr(value, "__qualname__", value))  # of a function its name
+            for name, value in vars(module).items()
+            if isinstance(value, _SETTINGS) and name != "training"
+        ]
+    if tuple(key) not in known:
+        known[tuple(key)] = find()
+    return known[tuple(key)]
 
 
 class Verdict(NamedTuple):
-    """What a probe found of each axis: `True` as described, `False` not so, `None` not decided.
+    """Whether the output and the input axis are as described: `True`, `False`, or `None` if that was not decided.
 
-    An axis that is not as described may also be one that the layer mixes, e.g. by a normalization.
+    `False` alone is no contradiction: a layer may mix outputs, or inputs, e.g. by a normalization.
     """
 
     outputs: bool | None = None
     inputs: bool | None = None
     reason: str = ""  # why nothing was decided
-    contradicted: bool = False  # an output does not depend on its own slice, and does on others
-    has_raised: bool = False  # the layer does not take an input of the described size
+    contradiction: str = ""  # why no layer that mixes outputs or inputs computes this either
 
     @property
     def is_verified(self) -> bool:
@@ -63,142 +89,195 @@ class Verdict(NamedTuple):
 class Probe:
     """Runs a copy of a layer that shares its tensors, in evaluation mode, without hooks, on one input.
 
-    Nothing of the layer itself is changed, nor the random generators. Whatever the layer raises ends in
-    `Verdict.reason`.
+    The layer and the random generators are left as they are. Errors of the layer end in `Verdict.reason`.
 
     Args:
         layer: The layer.
-        grid: The tensors that say where the basis functions are, to place the input there.
+        grid: The tensors that say where the basis functions are; the input is placed there.
         args: The arguments of the layer, inputs first; by default one input is made up.
     """
 
     def __init__(self, layer: nn.Module, grid: Mapping[str, Any], args: tuple[Any, ...] = ()) -> None:
         self.layer, self.args = layer, args
-        self.grid = [value for value in grid.values() if isinstance(value, torch.Tensor) and value.numel() > 1]
+        self.grid = [value for value in grid.values() if isinstance(value, Tensor) and value.numel() > 1]
         self._rows: tuple[int, ...] | None = None  # the axes of the input in front of its features
 
-    def can_run(self, tensor: CoefficientTensor) -> bool:
-        """Whether the parameters of the layer are such that it may be run."""
-        try:
-            self._like(tensor)
-        except _Undecided:
-            return False
-        return True
+    def axes(self, tensor: CoefficientTensor, strict: bool = False) -> Verdict:
+        """Compares the output and the input axis of the coefficients with the gradients of the layer.
 
-    def axes(self, tensor: CoefficientTensor) -> Verdict:
-        """Compares the output and the input mode of a reading of the coefficients with what the layer does."""
-        try:
-            with isolated(self._like(tensor)):
-                return self._axes(tensor)
-        except _Undecided as reason:
-            return Verdict(reason=str(reason))
-        except Exception as error:  # foreign code, which may raise anything: it wants other arguments
-            return Verdict(reason=f"the layer raised {type(error).__name__}: {error!s:.120}", has_raised=True)
-
-    def curvature(self, tensor: CoefficientTensor) -> float | None:
-        """How much the output deviates from an affine function of the coefficients, as a share of its change.
-
-        `None` if that cannot be said.
+        With `strict`, for a layer that nobody described, each parameter must have an effect, and the factors of A must
+        be at least two functions of one input each, whatever the other inputs are: gates and attention change with
+        these, and a single function makes the layer a linear map.
         """
         try:
-            with isolated(self._like(tensor)), torch.no_grad():
-                x = self._input(tensor, rows=2)
-                values = {name: own_copy(value) for name, value in tensor.read_parameters(self.layer).items()}
-                generator = torch.Generator().manual_seed(0)
+            with isolated(self.values(tensor)[tensor.name]):
+                verdict = self._axes(tensor, strict)
+                if strict and verdict.is_verified and not self._is_nonlinear_map_of_rows(tensor):
+                    return Verdict(False)
+                return verdict
+        except Undecided as reason:
+            return Verdict(reason=str(reason))
+        except Exception as error:  # foreign code, which may raise anything: it wants other arguments
+            _, in_, *rest = tensor.shape
+            others = [size for size in (tensor.shape[0], *rest[:1]) if size != in_ and not self.args and not rest[1:]]
+            taken = next((size for size in others if not strict and self._find_rows(tensor, size)), None)
+            why = f"it takes inputs of {taken} features, and not of {in_}" if taken else ""
+            return Verdict(reason=f"the layer raised {type(error).__name__}: {error!s:.120}", contradiction=why)
+
+    def curvature(self, tensor: CoefficientTensor) -> float | None:
+        """The deviation of the output from an affine function of the coefficients, as a share of its change.
+
+        `None` if that is not known.
+        """
+        try:
+            values = self.values(tensor)
+            with isolated(values[tensor.name]), torch.no_grad():
+                x, generator = self._input(tensor, rows=2), torch.Generator().manual_seed(0)
+                # so far that a ReLU behind the sum is met on both sides
                 steps = {
-                    name: torch.randn(value.shape, generator=generator, device="cpu").to(value) * mean_size(value)
+                    name: 2 * torch.randn(value.shape, generator=generator, device="cpu").to(value) * _mean_size(value)
                     for name, value in values.items()
                 }
-                # so far that a ReLU behind the sum is met on both sides
                 low, middle, high = (
-                    self._run({name: value + t * steps[name] for name, value in values.items()}, x) for t in (-2, 0, 2)
+                    self._run({n: v + t * steps[n] for n, v in values.items()}, x) for t in (-1, 0, 1)
                 )
                 change, bend = (high - low).abs().max(), (high - 2 * middle + low).abs().max()
                 rounding = 1e3 * torch.finfo(x.dtype).eps * max(y.abs().max().item() for y in (low, middle, high))
                 if not torch.isfinite(bend) or max(change, bend) <= rounding:
                     return None
                 return max(bend.item() - rounding, 0.0) / max(change, bend).item()
-        except Exception:  # as above
+        except Exception:  # as in `axes`
             return None
 
     def is_linear(self, tensor: CoefficientTensor) -> bool:
-        """Whether the output is an affine function of the coefficients, or it cannot be said."""
+        """Whether the output is an affine function of the coefficients, or that is not known."""
         return (self.curvature(tensor) or 0.0) <= CURVATURE
 
-    def reached(self, names: Sequence[str], tensor: CoefficientTensor) -> dict[str, bool]:
-        """Whether the output depends on each of these parameters."""
-        found = self._gradients(names, tensor)
-        return {name: g is not None and bool(g.any()) for name, g in found.items()}
-
-    def unused(self, tensor: CoefficientTensor) -> list[str]:
-        """The parameters that the output is not computed from; none if the layer cannot be run."""
-        try:
-            found = self._gradients(list(tensor.read_parameters(self.layer)), tensor)
-        except Exception:  # as above
-            return []
-        return [name for name, g in found.items() if g is None]
-
-    def _gradients(self, names: Sequence[str], tensor: CoefficientTensor) -> dict[str, torch.Tensor | None]:
-        """The gradient of a function of all outputs with respect to each of these parameters, if it enters there."""
-        with isolated(self._like(tensor)):
-            values = {name: own_copy(self.layer.get_parameter(name)).requires_grad_() for name in names}
+    def reached(self, names: Sequence[str], tensor: CoefficientTensor) -> dict[str, bool | None]:
+        """Whether the output has a gradient towards each of these parameters; `None` if it is not computed from it."""
+        with isolated(self.values(tensor)[tensor.name]):
+            values = {name: _own_copy(self.layer.get_parameter(name)).requires_grad_() for name in names}
             y = self._run(values, self._input(tensor))
             if not y.requires_grad:
                 other = self._run({name: value + 1.0 for name, value in values.items()}, self._input(tensor))
                 if torch.equal(y, other):
                     return dict.fromkeys(names)
-            found = torch.autograd.grad(y.square().sum(), list(values.values()), allow_unused=True)
-        return dict(zip(names, found, strict=True))
+            found = torch.autograd.grad(y.square().sum(), [*values.values()], allow_unused=True)
+        return {name: None if g is None else bool(g.any()) for name, g in zip(names, found, strict=True)}
 
-    def _like(self, tensor: CoefficientTensor) -> torch.Tensor:
-        """The first parameter, if the layer can be run."""
+    def unused(self, tensor: CoefficientTensor) -> list[str]:
+        """The parameters of the coefficients that the output is not computed from; none if the layer cannot run."""
+        try:
+            return [
+                name for name, is_reached in self.reached([*tensor.parameters], tensor).items() if is_reached is None
+            ]
+        except Exception:  # as in `axes`
+            return []
+
+    def is_additive(self, tensor: CoefficientTensor) -> bool:
+        """Whether the gradient of the residual weights stays, up to a factor for each output, under a change of A."""
+        with isolated(self.values(tensor)[tensor.name]):
+            x = self._input(tensor)
+            first, second = (
+                self._gradient(tensor, x, values)[:, :, -1:] for values in (self.values(tensor), self._moved(tensor))
+            )
+            return _is_parallel(first, second)
+
+    def values(self, tensor: CoefficientTensor) -> dict[str, Tensor]:
+        """Copies of the parameters, in float32 at least; an `Undecided` if the layer cannot be run."""
         values = tensor.read_parameters(self.layer)
         for name, value in values.items():
             path, _, attribute = name.rpartition(".")
             if attribute not in self.layer.get_submodule(path)._parameters or hasattr(value, "placements"):
-                raise _Undecided(f"`{name}` is sharded, or computed from other parameters")
+                raise Undecided(f"`{name}` is sharded, or computed from other parameters")
             if value.is_meta or not value.is_floating_point():
-                raise _Undecided(f"`{name}` has no values that could be run: {value.dtype}, {value.device.type}")
+                raise Undecided(f"`{name}` has no values that could be run: {value.dtype}, {value.device.type}")
         if any(len(part) > 1 for part in tensor.parts) and len(tensor.shape) == 3:
-            raise _Undecided("the module consists of several layers")
-        return values[tensor.name]
+            raise Undecided("the module consists of several layers")
+        return {name: _own_copy(value) for name, value in values.items()}
 
-    def _axes(self, tensor: CoefficientTensor) -> Verdict:
-        x = self._input(tensor)
+    def _axes(self, tensor: CoefficientTensor, strict: bool) -> Verdict:
+        x, values = self._input(tensor), {n: v.requires_grad_() for n, v in self.values(tensor).items()}
         out, in_, *_ = tensor.shape
-        values = {n: own_copy(v).requires_grad_() for n, v in tensor.read_parameters(self.layer).items()}
         channels = 1 if len(tensor.shape) == 4 else -1
         y = self._run(values, x)
         if y.dim() < 2 or y.shape[channels] != out or y.shape[0] != x.shape[0]:
-            raise _Undecided(f"for an input {tuple(x.shape)} it returns {tuple(y.shape)}, and not {out} outputs")
-        weights = output_weights(y)
-
-        def gradient(of: torch.Tensor) -> torch.Tensor:
-            return gradient_of(of, values, tensor, retain_graph=True).flatten(2)
-
-        whole = gradient((y * weights).sum())
-        if not whole.any() or not whole.isfinite().all():
-            raise _Undecided("the outputs have no finite gradient with respect to its coefficients")
+            raise Undecided(f"for an input {tuple(x.shape)} it returns {tuple(y.shape)}, and not {out} outputs")
+        found = torch.autograd.grad(_weighted(y, tensor), [*values.values()], allow_unused=True, retain_graph=True)
+        if strict and not all(g is not None and g.any() for g in found):
+            return Verdict(False)
+        gradient = _joined(found, values, tensor)
+        if not gradient.any() or not gradient.isfinite().all():
+            raise Undecided("the outputs have no finite gradient with respect to its coefficients")
         outputs = inputs = None
-        contradicted = False
+        contradiction = ""
         if out > 1:
-            place = int(whole.flatten(1).abs().amax(1).argmax())
-            sizes = gradient((y * weights).select(channels, place).sum()).flatten(1).abs().amax(1)
-            own, others = sizes[place].item(), torch.cat([sizes[:place], sizes[place + 1 :]]).max().item()
-            contradicted = own <= NO_EFFECT * others
-            outputs = others <= NO_EFFECT * own
-            if not outputs and x.numel() == in_ and not _is_of_rank_one(whole.transpose(0, 1).flatten(1)):
-                outputs = _is_of_rank_one(whole.flatten(1))
-        if in_ > 2:
-            order = torch.arange(x.shape[channels], device=x.device)
-            order[:2] = order[:2].flip(0)
-            other = x.index_select(channels if channels == 1 else x.dim() - 1, order)
-            y = self._run(values, other)
-            rows = whole.flatten(1).abs().amax(1).topk(min(out, _ROWS)).indices
-            inputs = _changes_in(whole[rows], gradient((y * weights).sum())[rows], 2)
-        return Verdict(outputs, inputs, contradicted=contradicted)
+            other = _gradient_of(_weighted(y, tensor, 2), values, tensor)
+            if _is_parallel(gradient.reshape(1, 1, -1), other.reshape(1, 1, -1)):  # as behind a softmax of two outputs
+                other = gradient[_largest(gradient)].expand_as(gradient)
+            outputs = _is_parallel(gradient, other)
+            if not outputs and x.numel() == in_:  # else a norm, or several rows, may mix them
+                contradiction = "an output does not depend on its own slice of the coefficients alone"
+        samples = [gradient]
+        for kept, other in () if outputs is False else _halves(x) if strict else _exchanged(x, channels):
+            samples.append(_gradient_of(_weighted(self._run(values, other), tensor), values, tensor))
+            change = _change(gradient, samples[-1], kept)
+            if change.max() <= _EFFECT * max(gradient.abs().max(), samples[-1].abs().max()):
+                continue  # it does not show
+            inputs = bool(change[:, kept].max() <= 10 * _NO_EFFECT * change.max())
+            if not inputs:
+                row = _largest(change[:, kept])
+                if _is_elsewhere(gradient[row], samples[-1][row], tensor.shape[2]):
+                    contradiction = "an input changes other slices of the coefficients than its own"
+                break
+        if strict and in_ <= 2 and inputs:
+            inputs = None  # of two inputs a permutation says little
+        if strict and outputs is not False and inputs is not False:
+            inputs = inputs if self._are_several_functions(tensor, x, samples) else False
+        return Verdict(outputs, inputs, contradiction=contradiction)
 
-    def _input(self, tensor: CoefficientTensor, rows: int = 1) -> torch.Tensor:
+    def _are_several_functions(self, tensor: CoefficientTensor, x: Tensor, samples: list[Tensor]) -> bool:
+        """Whether the gradients of an input, at several values of it, are of rank two at least."""
+        if x.shape[-1] <= 3:
+            samples = [*samples, *(self._gradient(tensor, x * factor) for factor in (0.3, 0.6, -0.8))]
+        row = _largest(samples[0])
+        singular = torch.linalg.svdvals(torch.stack([sample[row, :_ROWS] for sample in samples], dim=1).double())
+        return bool((singular[:, 1:2] > _EFFECT * _EFFECT * singular.max()).any())
+
+    @torch.no_grad()
+    def _is_nonlinear_map_of_rows(self, tensor: CoefficientTensor) -> bool:
+        """Whether each row of the output depends on its own row of the input alone, and not by an affine map.
+
+        With one row attention is linear in its values. A normalization of two outputs leaves their signs, which may be
+        constant.
+        """
+        x = self._input(tensor, rows=2)
+        rows = x.view(4, -1)
+        if rows.shape[1] > 1:  # that a normalization of the inputs does not make the same
+            rows[2] = rows[0].roll(1)
+        rows[1] = (rows[0] + rows[2]) / 2
+        values = self._moved(tensor)
+        y = self._run(values, x).flatten(0, -2)
+        rows[3] = rows[0]
+        other = self._run(values, x).flatten(0, -2)
+        rounding = 1e3 * torch.finfo(y.dtype).eps * y.abs().max()
+        is_affine = (y[0] - 2 * y[1] + y[2]).abs().max() <= rounding < (y[0] - y[2]).abs().max()
+        return bool(len(y) == 4 and (y - other)[:3].abs().max() <= rounding and not is_affine)
+
+    def _moved(self, tensor: CoefficientTensor) -> dict[str, Tensor]:
+        """The parameters with other coefficients, none of which is zero: larger ones, since widths are positive."""
+        values, generator = self.values(tensor), torch.Generator().manual_seed(_SEED)
+        for name in tensor.names:
+            noise = torch.rand(values[name].shape, generator=generator, device="cpu")
+            values[name] += noise.to(values[name]) * _mean_size(values[name])
+        return values
+
+    def _gradient(self, tensor: CoefficientTensor, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The gradient of a weighted sum of the outputs at x, in the canonical order."""
+        leaves = {name: value.requires_grad_() for name, value in (values or self.values(tensor)).items()}
+        return _gradient_of(_weighted(self._run(leaves, x), tensor), leaves, tensor)
+
+    def _input(self, tensor: CoefficientTensor, rows: int = 1) -> Tensor:
         """One input, in the middle of the grid: (1, in), (1, 1, in), or (1, channels, *sizes) for a convolution.
 
         It has `rows` * `rows` rows if a layer that is no convolution takes them.
@@ -207,67 +286,53 @@ class Probe:
         if self.args:
             return self.args[0].detach().to(like)
         if self._rows is None and len(tensor.shape) == 3:
-            self._rows = self._find_rows(tensor)
-        shape, blocks = [*(self._rows or (1,)), tensor.shape[1]], _blocks(tensor)
-        if len(tensor.shape) == 3:
-            shape[:-1] = [rows] * (len(shape) - 1) if len(shape) == 3 else [rows * rows]
+            self._rows = self._find_rows(tensor, tensor.shape[1])
+        first, *others = tensor.parts[0]
+        blocks = 1 + len(others) if others else math.prod([first.lengths[axis] for axis in first.layout.groups])
         if len(tensor.shape) == 4:
-            member = tensor.parts[0][0]
-            shape[1] *= blocks
-            shape += [4 * member.lengths[axis] + 3 for axis in member.layout.kernel]
+            shape = [1, blocks * tensor.shape[1], *(4 * first.lengths[axis] + 3 for axis in first.layout.kernel)]
         elif blocks > 1:
-            raise _Undecided("the shape of its input is not known")
+            raise Undecided("the shape of its input is not known")
+        else:
+            shape = [*([rows, rows] if self._rows == (1, 1) else [rows * rows]), tensor.shape[1]]
         if math.prod(shape) > _MAX_INPUT:
-            raise _Undecided(f"an input {tuple(shape)} would be large")
+            raise Undecided(f"an input {tuple(shape)} would be large")
         low, high = -1.0, 1.0
         if self.grid:
             low = max(grid.min().item() for grid in self.grid)
             high = min(grid.max().item() for grid in self.grid)
             if low >= high:
                 low, high = self.grid[0].min().item(), self.grid[0].max().item()
-        # steps of the golden ratio, without a repetition
-        share = (
-            torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
-            .mul(0.6180339887498949)
-            .frac()
-            .view(shape)
-        )
+        steps = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
+        share = (steps * 0.6180339887498949).frac().view(shape)  # of the golden ratio, without a repetition
         return (low + (high - low) * (0.25 + 0.5 * share)).to(like)
 
-    def _find_rows(self, tensor: CoefficientTensor) -> tuple[int, ...] | None:
-        """The axes in front of the features in an input that the layer takes: some take (batch, tokens, features)."""
+    def _find_rows(self, tensor: CoefficientTensor, size: int) -> tuple[int, ...] | None:
+        """The axes in front of `size` features in an input that the layer takes: some take tokens."""
         for rows in ((1,), (1, 1)):
             try:
                 with torch.no_grad():
-                    self._run(
-                        {},
-                        torch.zeros(*rows, tensor.shape[1], device="cpu").to(_wide(tensor.get_parameter(self.layer))),
-                    )
-            except _Undecided:
+                    self._run({}, torch.zeros(*rows, size, device="cpu").to(_wide(tensor.get_parameter(self.layer))))
+                return rows
+            except Undecided:
                 return rows
             except Exception:  # as in `axes`; perhaps an input of another size
                 continue
-            return rows
         return None
 
-    def _run(self, values: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def _run(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
         copy = _copy_of(self.layer, {})
-        # in float32 at least, as `values` are
         for name, value in values.items():
             path, _, attribute = name.rpartition(".")
             copy.get_submodule(path)._parameters[attribute] = value  # pyright: ignore[reportArgumentType]
         y = copy(x, *self.args[1:])
         y = y[0] if isinstance(y, (tuple, list)) and y else y
-        if not isinstance(y, torch.Tensor) or not y.is_floating_point():
-            raise _Undecided(f"it returns a {type(y).__name__}")
+        if not isinstance(y, Tensor) or not y.is_floating_point():
+            raise Undecided(f"it returns a {type(y).__name__}")
         return y
 
 
-class _Undecided(Exception):
-    """Nothing can be said of a layer, with the reason."""
-
-
-def isolated(like: torch.Tensor) -> ExitStack:
+def isolated(like: Tensor) -> ExitStack:
     """A context in which gradients are computed, and the random generators are put back at the end."""
     stack = ExitStack()
     stack.enter_context(torch.inference_mode(False))
@@ -298,58 +363,92 @@ def _copy_of(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     return copy
 
 
-def _wide(value: torch.Tensor) -> torch.Tensor:
+def _wide(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
-def own_copy(value: torch.Tensor) -> torch.Tensor:
+def _own_copy(value: Tensor) -> Tensor:
     return _wide(value.detach()).clone()
 
 
-def output_weights(y: torch.Tensor) -> torch.Tensor:
-    """A weight of each output, none of which is zero."""
-    return torch.rand(y.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(y) + 0.5
-
-
-def gradient_of(
-    y: torch.Tensor, values: Mapping[str, torch.Tensor], tensor: CoefficientTensor, retain_graph: bool = False
-) -> torch.Tensor:
-    """The gradient of a number with respect to the parameters, as one canonical tensor.
-
-    It is zero for parameters that all outputs share, which say nothing of the axes.
-    """
-    found = torch.autograd.grad(y, list(values.values()), allow_unused=True, retain_graph=retain_graph)
-    return tensor.join(
-        [
-            torch.zeros_like(value) if g is None or tensor.parameters[name].shared else g
-            for g, (name, value) in zip(found, values.items(), strict=True)
-        ]
-    )
-
-
-def _blocks(tensor: CoefficientTensor) -> int:
-    """The number of blocks that have inputs of their own."""
-    first, *others = tensor.parts[0]
-    return 1 + len(others) if others else math.prod(first.lengths[axis] for axis in first.layout.groups)
-
-
-def mean_size(value: torch.Tensor) -> float:
+def _mean_size(value: Tensor) -> float:
     return float(value.detach().abs().mean()) or 1.0
 
 
-def _is_of_rank_one(matrix: torch.Tensor) -> bool:
-    """Whether each row (outputs, rest) is a multiple of the largest row."""
-    largest = matrix[matrix.abs().amax(1).argmax()]
-    rest = matrix - torch.outer(matrix @ largest / largest.dot(largest), largest)
-    return bool(rest.abs().max() <= 10 * NO_EFFECT * matrix.abs().max()) and int((matrix.abs().amax(1) > 0).sum()) > 1
+def _weighted(y: Tensor, tensor: CoefficientTensor, seed: int = 1) -> Tensor:
+    """A sum of the outputs with weights, none of which is zero; `seed` changes them by a factor for each output."""
+    y = y.movedim(1, -1) if len(tensor.shape) == 4 else y
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(y.shape, generator=generator, device="cpu") - 0.5
+    weights += weights.sign()  # of both signs: else the sum over a kernel's places hides what changes at each
+    factors = torch.rand(y.shape[-1], generator=generator.manual_seed(seed), device="cpu") + 0.5
+    return (y * (weights * factors).to(y)).sum()
 
 
-def _changes_in(first: torch.Tensor, second: torch.Tensor, count: int) -> bool | None:
-    """Whether two gradients (out, in, rest) differ in the first `count` inputs alone, up to a factor by output."""
-    others, new = first[:, count:].flatten(1), second[:, count:].flatten(1)
-    factors = ((others * new).sum(1) / (others * others).sum(1).clamp(min=1e-30))[:, None, None]
-    change = (second - factors * first).abs()
-    scale = max(first.abs().max().item(), second.abs().max().item())
-    if change.max() <= EFFECT * scale:
-        return None  # the exchange does not show
-    return bool(change[:, count:].max() <= 10 * NO_EFFECT * change.max())
+def _gradient_of(y: Tensor, values: Mapping[str, Tensor], tensor: CoefficientTensor) -> Tensor:
+    """The gradient of a number with respect to the parameters, as one tensor (out, in, rest)."""
+    return _joined(torch.autograd.grad(y, [*values.values()], allow_unused=True, retain_graph=True), values, tensor)
+
+
+def _joined(gradients: Sequence[Tensor | None], values: Mapping[str, Tensor], tensor: CoefficientTensor) -> Tensor:
+    """Gradients as one tensor (out, in, rest). They are zero for parameters that all outputs share."""
+    parts = [
+        torch.zeros_like(value) if g is None or tensor.parameters[name].shared else g
+        for g, (name, value) in zip(gradients, values.items(), strict=True)
+    ]
+    return tensor.join(parts).flatten(2)
+
+
+def _exchanged(x: Tensor, channels: int) -> Iterator[tuple[slice, Tensor]]:
+    """x with its first two inputs, or channels, exchanged, and the inputs that stay."""
+    order = torch.arange(x.shape[channels], device=x.device)
+    order[:2] = order[:2].flip(0)
+    if len(order) > 2:
+        yield slice(2, None), x.index_select(channels % x.dim(), order)
+
+
+def _halves(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """x with one half of the inputs changed as no normalization notices, and the inputs that stay."""
+    count = x.shape[-1]
+    half = max(1, count // 2)
+    for kept, rest in ((slice(half), slice(half, None)), (slice(count - half, None), slice(count - half))):
+        before = x[..., rest]
+        if before.shape[-1] > 1:
+            changed = [before.roll(step, -1) for step in range(1, min(before.shape[-1], 3))]
+        else:
+            changed = [x[..., kept] + factor * (before - x[..., kept]) for factor in (0.5, 1.5, 2.5) if count > 1]
+        for values in changed:
+            other = x.clone()
+            other[..., rest] = values
+            yield kept, other
+
+
+def _largest(gradient: Tensor) -> int:
+    """The output with the largest gradient."""
+    return int(gradient.flatten(1).abs().amax(1).argmax())
+
+
+def _change(first: Tensor, second: Tensor, kept: slice) -> Tensor:
+    """The difference of two gradients (out, in, rest), up to the factor of each output that fits some inputs best."""
+    # the smaller of two rows is a multiple of the larger: a ReLU may have made it zero
+    swap = (first[:, kept].flatten(1).norm(dim=1) < second[:, kept].flatten(1).norm(dim=1))[:, None, None]
+    first, second = torch.where(swap, second, first), torch.where(swap, first, second)
+    old, new = first[:, kept].flatten(1), second[:, kept].flatten(1)
+    factors = ((old * new).sum(1) / (old * old).sum(1).clamp(min=1e-30))[:, None, None]
+    return (second - factors * first).abs()
+
+
+def _is_parallel(first: Tensor, second: Tensor) -> bool:
+    """Whether two gradients (out, in, rest) are equal up to a factor for each output."""
+    return bool(_change(first, second, slice(None)).max() <= 10 * _NO_EFFECT * first.abs().max())
+
+
+def _is_elsewhere(first: Tensor, second: Tensor, basis: int) -> bool:
+    """Whether a large share of the gradient of one output stays, though not where the pattern says.
+
+    A layer that mixes inputs changes all of it, but for a constant function of `basis` functions.
+    """
+    ratios = (second / first)[first != 0][:512]
+    is_near = (ratios[:, None] - ratios).abs() <= 10 * _NO_EFFECT * ratios.abs()
+    stays = (is_near & (ratios != 0)).double().mean(1)  # splines end
+    return bool(stays.max() > max(0.3, 1.4 / basis))

@@ -1,9 +1,9 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The KAN families: where each library keeps its coefficients, and how a new one is described.
+"""The registered kinds of KAN layers, and the search for layers in a model.
 
-KAN libraries differ in the name and the axis order of a parameter, not in kind: every layer maps x (..., in) to
+Libraries differ in the name and the axis order of a parameter: every layer maps x (..., in) to
 y[o] = sum_{i,k} A[o,i,k] basis_k(x[i]), plus a residual branch sum_i W[o,i] silu(x[i]) in most of them.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
@@ -21,10 +20,10 @@ from torch import nn
 from ..modules.calls import read_at_rest, unwrap
 from ..report import Report, TextTable
 from .candidates import KANCandidate, find_candidates
+from .compare import as_computed
 from .description import REGISTERED as _SPECS
 from .description import Grid as Grid
 from .description import KANLayerSpec, registered_spec, spec_from_file
-from .deviations import as_computed
 from .inference import infer_spec
 
 
@@ -33,17 +32,17 @@ _BUILT_IN: dict[str, KANLayerSpec] = {}
 
 
 def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
-    """Teaches LoTRA a family of KAN layers, which is asked first. A known name is replaced.
+    """Registers a kind of KAN layer; later registrations take precedence. One of the same name is replaced.
 
     Args:
-        family (`str`): The name under which the family is reported.
+        family (`str`): The name of the kind of layer.
         **description: The other fields of [`KANLayerSpec`]; `matches` and `coefficients` are required.
 
     Returns:
         `KANLayerSpec`: The description.
 
     Raises:
-        TypeError: There is no such field; the message lists the fields.
+        TypeError: A field does not exist, or a required one is missing.
         ValueError: The name is empty or not printable; a pattern is malformed, or has axes that it cannot have.
 
     Example:
@@ -63,11 +62,8 @@ def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
         >>> spec.locate(MyKANLayer()).shape
         (5, 3, 4)
     """
-    known = [entry.name for entry in fields(KANLayerSpec)]
-    for name in description.keys() - set(known):
-        raise TypeError(f"register_kan_layer has no field `{name}`. A family is described by {', '.join(known)}.")
     if not isinstance(family, str) or not family.strip() or not family.isprintable():
-        raise ValueError(f"A family cannot be called {family!r}: its name is a word, such as 'my-kan'.")
+        raise ValueError(f"A kind of layer cannot be called {family!r}. Its name is a word, such as 'my-kan'.")
     return register(KANLayerSpec(family, **description))
 
 
@@ -76,63 +72,62 @@ register_kan_layer.__signature__ = inspect.signature(KANLayerSpec)  # pyright: i
 
 
 def register(spec: KANLayerSpec) -> KANLayerSpec:
-    """Registers a description, as the one that is asked first."""
+    """Registers a description, before all others."""
     _SPECS.pop(spec.family, None)
     _SPECS[spec.family] = spec
     return spec
 
 
 def keep_as_built_in() -> None:
-    """Makes the families that are registered now those that a file need not describe."""
+    """Makes the kinds that are registered now those of this package, which files name without a description."""
     _BUILT_IN.update(_SPECS)
 
 
 def describe(spec: KANLayerSpec, layer: nn.Module) -> dict[str, Any]:
-    """The entry of a file that describes the family of a layer; empty for a family that comes with this package."""
+    """The entry of a file that describes the kind of a layer; empty for a kind of this package."""
     return {} if is_built_in(spec) else {"description": spec.describe(layer)}
 
 
 def is_built_in(spec: KANLayerSpec) -> bool:
-    """Whether a family comes with this package."""
+    """Whether a kind of layer comes with this package."""
     return _BUILT_IN.get(spec.family) is spec
 
 
 def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KANLayerSpec | None:
-    """The family of a layer of an adapter from a file: as registered, or, if it is not, as the file describes it.
+    """The kind of a layer of an adapter from a file: as registered, else as the file describes it.
 
     Args:
         layer: The layer.
-        record: What the file says of it: its `family` and, if the family is a user's, its `description`.
+        record: The entry of the layer: its `family` and, for a kind of a user, its `description`.
 
     Raises:
-        ValueError: The family is neither registered nor described, or the description is damaged.
+        ValueError: The kind is neither registered nor described, or the description is damaged.
     """
     spec = get_kan_spec(layer)
     if record is None:
         return spec
-    if spec is not None and spec.family == record["family"]:
-        is_given = spec is _SPECS.get(spec.family) or spec is getattr(type(layer), "kan_spec", None)
-        if is_given or record.get("description") in (None, spec.describe(layer)):
-            return spec
-        return spec_from_file(record["family"], record["description"])  # what another version found out
-    if recorded := _SPECS.get(record["family"]):  # of an older version, before a family was split
+    name, description = record["family"], record.get("description")
+    if spec is not None and spec.family == name:
+        is_given = spec is _SPECS.get(name) or spec is getattr(type(layer), "kan_spec", None)
+        # the reading of another version may differ from that of this one
+        return spec if is_given or description in (None, spec.describe(layer)) else spec_from_file(name, description)
+    if recorded := _SPECS.get(name):  # of an older version, before a kind was split
         return registered_spec(layer, [recorded]) or spec
-    if "description" not in record:
+    if description is None:
         raise ValueError(
-            f"The adapter is for layers of the KAN family {record['family']!r}, which is not registered here, and its "
-            "file, of an older version, does not describe it. Call `peft_lotra.register_kan_layer` for it, as the "
-            "author of the adapter did, before the adapter is loaded."
+            f"The adapter is for KAN layers of the kind {name!r}, which its file does not describe. Call "
+            "`peft_lotra.register_kan_layer` for it before the adapter is loaded."
         )
-    return spec_from_file(record["family"], record["description"])
+    return spec_from_file(name, description)
 
 
-def known_families() -> list[str]:
-    """The names of all registered families, in the order of registration."""
+def known_kinds() -> list[str]:
+    """The names of all registered kinds of layers, in the order of registration."""
     return list(_SPECS)
 
 
 def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
-    """The family of a module: the `kan_spec` of its class, or the last registered that matches, or what it computes.
+    """The kind of a module: the `kan_spec` of its class, the last registered match, or one by its gradients.
 
     `None` if it is no KAN layer.
     """
@@ -150,7 +145,7 @@ class FoundKANLayer(NamedTuple):
 
     Attributes:
         name (`str`): The layer's name in the model, as `target_modules` takes it; `""` if it is the model itself.
-        family (`str`): The family it was recognized as.
+        family (`str`): Its kind, e.g. `"efficient-kan"`.
         shape (`tuple[int, ...]`): (out, in, basis) of the coefficient tensor, or (out, in, basis, kernel).
         has_residual (`bool`): Whether the layer has a residual branch, i.e. one more slice of the basis mode.
     """
@@ -165,29 +160,33 @@ _Found = TypeVar("_Found", bound=FoundKANLayer | KANCandidate)
 
 
 class FoundKANLayers(Report, list[_Found]):
-    """What `find_kan_layers` found, a list; prints as a table."""
+    """The result of `find_kan_layers`: a list that prints as a table."""
+
+    @property
+    def candidates(self) -> list[KANCandidate]:
+        """The modules that may be KAN layers."""
+        return [found for found in self if isinstance(found, KANCandidate)]
+
+    @property
+    def layers(self) -> list[FoundKANLayer]:
+        """The KAN layers."""
+        return [found for found in self if isinstance(found, FoundKANLayer)]
 
     def as_dict(self) -> dict[str, Any]:
         """The layers and the candidates in plain values, for JSON."""
-        layers, candidates = self._parts()
-        return {"layers": [it._asdict() for it in layers], "candidates": [it._asdict() for it in candidates]}
-
-    def _parts(self) -> tuple[list[FoundKANLayer], list[KANCandidate]]:
-        layers = [found for found in self if isinstance(found, FoundKANLayer)]
-        return layers, [found for found in self if isinstance(found, KANCandidate)]
+        return {name: [it._asdict() for it in getattr(self, name)] for name in ("layers", "candidates")}
 
     def _table(self) -> TextTable:
-        layers, candidates = self._parts()
         rows = [
             [layer.name or "(the model)", layer.family, str(layer.shape), "yes" if layer.has_residual else "no"]
-            for layer in layers
+            for layer in self.layers
         ]
-        notes = [] if rows else ["no KAN layer of a known family"]
-        for candidate in candidates:
+        notes = [] if rows else ["no KAN layer of a known kind"]
+        for candidate in self.candidates:
             state = "verified by gradients" if candidate.is_verified else "not verified"
             notes += ["", f"{candidate.name or 'the model'}, a {candidate.cls}, may be a KAN layer ({state}):"]
             notes += candidate.registration.splitlines()
-        return TextTable(["layer", "family", ">coefficients", "residual"], rows, notes)
+        return TextTable(["layer", "kind", ">coefficients", "residual"], rows, notes)
 
 
 @overload
@@ -199,21 +198,21 @@ def find_kan_layers(model: nn.Module, candidates: bool = False) -> Any:
 
     Args:
         model (`nn.Module`): Any model.
-        candidates (`bool`): Whether to list also, behind them, the modules that may be KAN layers of a family that is
-            not known: those with parameters of three axes or more. The attribute `registration` of each is a call to
-            paste, and `is_verified` whether the module, which is run for that, computes what it says.
+        candidates (`bool`): Whether to add the modules that may be KAN layers of an unknown kind: those with
+            parameters of three axes or more. The attribute `registration` of each is a call to paste, and
+            `is_verified` says whether the module, which is run for that, computes what the call says.
 
     Returns:
-        A list, which prints as a table, with a registration to paste below it for each candidate.
+        A list that prints as a table, with the registrations of the candidates below it.
 
     Raises:
-        ValueError: A layer was recognized but a pattern of its family does not fit its parameters.
+        ValueError: A layer was recognized but a pattern of its kind does not fit its parameters.
 
     Example:
         >>> from peft_lotra import find_kan_layers
         >>> from peft_lotra.kan import KAN
         >>> print(find_kan_layers(KAN([2, 4, 1])))
-        layer     family      coefficients  residual
+        layer     kind        coefficients  residual
         layers.0  peft-lotra     (4, 2, 8)  yes
         layers.1  peft-lotra     (1, 4, 8)  yes
     """
@@ -250,7 +249,7 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn
 def walk_kan_layers(
     module: nn.Module, name: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, nn.Module, KANLayerSpec]]:
-    """The KAN layers of a model (of adapted layers the base layers) with their names and families.
+    """The KAN layers of a model (of adapted layers the base layers) with their names and kinds.
 
     KAN layers inside of KAN layers, and those in the copies that PEFT's `modules_to_save` makes, are left out.
     """
@@ -260,7 +259,7 @@ def walk_kan_layers(
     seen.add(id(module))
     spec = None
     while isinstance(base_layer := module._modules.get("base_layer"), nn.Module):
-        spec = spec or vars(module).get("lotra_spec")  # of a family that may not be registered
+        spec = spec or vars(module).get("lotra_spec")  # of a kind that may not be registered
         module = base_layer
     if type(module) not in _CONTAINERS:
         spec = spec or get_kan_spec(module)

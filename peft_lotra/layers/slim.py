@@ -114,7 +114,7 @@ class SlimLayer(nn.Module):
             return call_with_parameters(self.layer, self.effective_parameters(), function, args, kwargs)
 
     def extra_repr(self) -> str:
-        return f"family={self.spec.family}, ranks={self.ranks}"
+        return f"kind={self.spec.family}, ranks={self.ranks}"
 
 
 class _SlimSpec(KANLayerSpec):

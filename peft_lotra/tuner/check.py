@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What LoTRA reaches of a KAN layer, and whether its description is what the layer computes."""
+"""A report on a KAN layer: the role of each parameter, and whether the layer computes what its description says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers.candidates import find_candidates
+from ..layers.candidates import describe_layer
 from ..layers.coefficients import expand_name
 from ..layers.probe import CURVATURE, Probe
 from ..modules.calls import check_module, read_at_rest
@@ -23,21 +23,22 @@ from .targets import locate_target
 
 @dataclass(eq=False)
 class KANLayerReport(Report):
-    """What [`check_kan_layer`] found.
+    """The report of [`check_kan_layer`].
 
     Attributes:
-        family (`str`): The family of the layer.
+        family (`str`): The kind of the layer.
         shape (`tuple[int, ...]`): (out, in, basis) or (out, in, basis, kernel) of its coefficients.
-        roles (`dict[str, str]`): What each parameter is: `"coefficients"`, `"residual"`, `"edge scale"`, `"bias"`,
+        roles (`dict[str, str]`): The role of each parameter: `"coefficients"`, `"residual"`, `"edge scale"`, `"bias"`,
             `"grid"`, `"constant"` if it is not trained, or `"other"`.
         sizes (`dict[str, int]`): The number of elements of each parameter.
         used (`dict[str, bool] | None`): Whether the output depends on each parameter; `None` if the layer could not be
             run.
         coverage (`float`): The share of the elements, of those parameters that the output depends on and that are no
             grid or constant, that adapters reach.
-        axes (`str`): What gradients say of the axes.
+        axes (`str`): Whether the gradients of the layer agree with the axes of the description.
         linear (`str`): Whether the output is linear in the coefficients.
         fast_path (`str`): Whether adapted layers take the fast path, or why not.
+        hint (`str`): A registration that agrees with the gradients, if the description does not.
     """
 
     family: str
@@ -49,6 +50,7 @@ class KANLayerReport(Report):
     axes: str
     linear: str
     fast_path: str
+    hint: str = ""
 
     def _table(self) -> TextTable:
         words = {True: "yes", False: "no", None: "?"}
@@ -61,12 +63,13 @@ class KANLayerReport(Report):
             f"axes: {self.axes}",
             f"linear: {self.linear}",
             f"fast path: {self.fast_path}",
+            *(["a description that fits:", *self.hint.splitlines()] if self.hint else []),
         ]
         return TextTable(["parameter", "role", ">elements", "used"], rows, notes)
 
 
 def check_kan_layer(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None = None) -> KANLayerReport:
-    """Compares a KAN layer with the description of its family, without changing it.
+    """Compares a KAN layer with the description of its kind, without changing it.
 
     Args:
         layer (`nn.Module`): A layer, adapted or not.
@@ -78,8 +81,8 @@ def check_kan_layer(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None =
         `KANLayerReport`: It prints as a table, and `as_dict()` has its values.
 
     Raises:
-        ValueError: The layer is of no known family, or a pattern does not fit. The message has a registration to
-            paste, if one can be found.
+        ValueError: The layer is of no known kind, or a pattern does not fit. The message has a registration to
+            paste, if there is one.
         TypeError: `layer` is no module.
 
     Example:
@@ -102,17 +105,16 @@ def _compare(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None) -> KANL
     try:
         target = locate_target("", layer)
     except ValueError as error:
-        found = [candidate for candidate in find_candidates(layer, set()) if not candidate.name]
-        if not found:
-            raise
-        raise ValueError(f"{error} It may be described by\n{found[0].registration}") from error
+        if hint := describe_layer(layer):
+            raise ValueError(f"{error} It may be described by\n{hint[0]}") from error
+        raise
     layer, spec, tensor = target
     args = x if isinstance(x, tuple) else () if x is None else (x,)
     probe = Probe(layer, spec.read_grid(layer), args)
     roles = _roles(target)
     sizes = {name: parameter.numel() for name, parameter in layer.named_parameters()}
     try:
-        used = probe.reached(list(roles), tensor)
+        used = {name: bool(is_reached) for name, is_reached in probe.reached(list(roles), tensor).items()}
     except Exception:  # the layer's, which may want other arguments
         used = None
     ours, fixed = ("coefficients", "residual"), ("grid", "constant")
@@ -120,6 +122,8 @@ def _compare(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None) -> KANL
     reached = sum(sizes[name] for name in counted if roles[name] in ours)
     curvature = probe.curvature(tensor)
     linear = "not verified" if curvature is None else "yes" if curvature <= CURVATURE else f"no, by {curvature:.0%}"
+    verdict = probe.axes(tensor)
+    hint, fits = (verdict.contradiction and describe_layer(layer)) or ("", False)
     return KANLayerReport(
         family=spec.family,
         shape=tensor.shape,
@@ -127,9 +131,10 @@ def _compare(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None) -> KANL
         sizes=sizes,
         used=used,
         coverage=reached / max(sum(sizes[name] for name in counted), 1),
-        axes=str(probe.axes(tensor)),
+        axes=verdict.contradiction or str(verdict),
         linear=linear if spec.linear else f"{linear} (described as not linear)",
         fast_path=_fast_path(target),
+        hint=hint if fits else "",
     )
 
 
@@ -150,4 +155,4 @@ def _fast_path(target: Target) -> str:
     formula = find_formula(*target)
     if formula is None:
         return "closed: the base layer runs"
-    return "open, by splines in closed form" if formula.closed_form else "open, by the family's `basis`"
+    return "open, by splines in closed form" if formula.closed_form else "open, by the kind's `basis`"

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..derivatives.api import register_check
 from ..derivatives.stages import Stage, register_finder, register_stages, register_wrapper, stages_of
-from ..layers.jets import find_stages, layer_stage
+from ..layers.derivatives import find_stages, layer_stage
 from ..layers.registry import find_kan_layers
 from .layer import LoTRALayer
 

@@ -200,7 +200,7 @@ def _on_cpu(components: Tucker) -> Tucker:
 def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
     """The basis functions (points, in, basis) of a layer at x (points, in), on a grid that may not be its own."""
     base, spec = layer.base_layer, layer.lotra_spec
-    function = spec.refit_basis or spec.basis
+    function = spec.basis
     if function is None:
         raise ValueError(f"`{name}`, a {spec.family} layer, has no `basis`: register one, or merge before the move.")
     tensors = {key: value.to(x.device) for key, value in grid.items() if isinstance(value, torch.Tensor)}

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.candidates import left_out, no_layer_message
+from ..layers.compare import check_layer
 from ..layers.registry import get_kan_spec, get_recorded_spec, walk_kan_layers
 from ..layers.slim import SlimLayer
 from .config import LoTRAConfig, exact_pattern
@@ -161,7 +162,7 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, T
         if isinstance(layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
             continue
         if name in targets and name not in adapted:
-            spec.check(name, layer, coefficients)
+            check_layer(name, layer, spec, coefficients)
         for full_name in coefficients.parameters if config.adapt_residual else coefficients.names:
             path, _, leaf = full_name.rpartition(".")
             owner = layer.get_submodule(path)

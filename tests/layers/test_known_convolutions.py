@@ -8,12 +8,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conv_stand_ins import CONVOLUTIONS, ConvNet, images
+from conv_stand_ins import CONVOLUTIONS, images
 from helpers import relative
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, find_kan_layers
+from peft_lotra import LoTRAConfig
 from peft_lotra.layers.registry import get_kan_spec
 
 
@@ -184,21 +184,6 @@ def test_torch_conv_kan(kind, groups, ndim):
     assert tensor.has_residual == (kind != "kacnconv")
 
 
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_attach_merge_and_reload(kind, tmp_path):
-    def build():
-        torch.manual_seed(0)
-        return ConvNet(kind, groups=2).eval()
-
-    x = images()
-    model = get_peft_model(build(), LoTRAConfig(r=2, init_weights=False)).eval()
-    assert [layer.name for layer in find_kan_layers(model)] == ["first", "second"]
-    y = model(x)
-    model.save_pretrained(tmp_path)
-    assert relative(PeftModel.from_pretrained(build(), tmp_path).eval()(x), y) < 1e-5
-    assert relative(model.merge_and_unload()(x), y) < 1e-5
-
-
 class OldPykanLayer(nn.Module):
     """pykan's of 2024: one row of `coef` for each edge, outputs outside."""
 
@@ -266,21 +251,6 @@ def test_factors_of_edges_are_shared_along_the_kernel(groups, ndim):
     assert get_kan_spec(layer).family == f"wav-conv-{ndim}d"
     tensor, *_ = expect_edges(layer, images(2, 4, ndim), 1)
     assert tensor.shape == (6, 4 // groups, 3, 3**ndim) and tensor.has_residual
-    model = get_peft_model(nn.Sequential(layer), LoTRAConfig(r=2, init_weights=False))
-    y = model(x := images(2, 4, ndim))
-    assert relative(model.merge_and_unload()(x), y) < 1e-5
-
-
-def test_phases_that_share_their_memory_are_merged():
-    layer = ReLUKANLayer(3, 4)  # as torch-conv-kan makes them
-    layer.phase_low = nn.Parameter(torch.linspace(-1.5, 0.5, 5)[None].expand(3, 5))
-    model = get_peft_model(nn.Sequential(layer), LoTRAConfig(r=2, init_weights=False))
-    y = model(x := torch.rand(6, 3) * 2 - 1)
-    model.merge_adapter()
-    assert relative(model(x), y) < 1e-5
-    model.unmerge_adapter()
-    assert relative(model(x), y) < 1e-5
-    assert relative(model.merge_and_unload()(x), y) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["phase_high", "phase_height"])
@@ -296,14 +266,8 @@ def test_phases_that_all_outputs_share(name, tmp_path):
     assert torch.equal(values[2, :, 5:10], layer.phase_low)
     parts = tensor.split(torch.arange(4.0)[:, None, None].expand(values.shape))
     assert torch.equal(parts[name], torch.full((3, 5), 1.5))  # the mean of the outputs
-    model = get_peft_model(build(), LoTRAConfig(r=2))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    x = torch.rand(6, 3) * 2 - 1
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(x).square().sum().backward()
-        optimizer.step()
-    y = model(x)
+    model = get_peft_model(build(), LoTRAConfig(r=2, init_weights=False))
+    y = model(x := torch.rand(6, 3) * 2 - 1)
     model.save_pretrained(tmp_path)
     assert relative(PeftModel.from_pretrained(build(), tmp_path)(x), y) < 1e-5
     merged = model.merge_and_unload()

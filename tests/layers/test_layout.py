@@ -1,6 +1,8 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
+"""Patterns: the axes of a stored parameter in the canonical order and back."""
+
 from __future__ import annotations
 
 import pytest
@@ -8,21 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_lotra.layers.layout import OpenLengthsError, parse_layout
-
-
-PATTERNS = {
-    "o i k": (4, 3, 5),
-    "i o k": (3, 4, 5),
-    "k i o": (5, 3, 4),
-    "o (i k)": (4, 15),
-    "(k i) o": (15, 4),
-    "t o i g": (2, 4, 3, 5),
-    "(o i) t g": (12, 2, 5),
-    "o ((i k) + i)": (4, 18),
-    "((i k) + i) o": (18, 4),
-    "(i k + i) o": (18, 4),
-}
+from peft_lotra.layers.layout import parse_layout
 
 
 @st.composite
@@ -61,14 +49,6 @@ def test_canonical_and_back(stored):
     assert layout.axis_lengths(shape, lengths) == lengths
 
 
-@pytest.mark.parametrize("pattern, shape", PATTERNS.items())
-def test_lengths_follow_from_the_shape(pattern, shape):
-    known = {"i": 3} if "(" in pattern else {}
-    lengths = parse_layout(pattern).axis_lengths(shape, known)
-    expected = {"o": 4, "i": 3, "k": 5, "g": 5, "t": 2}
-    assert lengths == {axis: expected[axis] for axis in lengths} and {"o", "i"} < set(lengths)
-
-
 def test_an_element_lands_where_the_pattern_says():
     o, i, t, g = torch.meshgrid(*(torch.arange(size) for size in (4, 3, 2, 5)), indexing="ij")
     value = ((o * 10 + i) * 10 + t) * 10 + g
@@ -79,45 +59,6 @@ def test_an_element_lands_where_the_pattern_says():
         # the basis axes keep the order in which the pattern names them
         expected = canonical if layout.basis == ("t", "g") else value.transpose(-1, -2).flatten(-2)
         assert torch.equal(layout.to_canonical(value.permute(order), lengths), expected)
-
-
-def test_packed_residual_weights_are_the_last_slice():
-    layout = parse_layout("o ((i k) + i)")
-    coefficients, residual = torch.randn(4, 3, 5), torch.randn(4, 3)
-    stored = torch.cat([coefficients.flatten(1), residual], dim=1)
-    canonical = layout.to_canonical(stored, layout.axis_lengths(stored.shape, {"i": 3}))
-    assert torch.equal(canonical[..., :-1], coefficients)
-    assert torch.equal(canonical[..., -1], residual)
-
-
-ELEMENTS = {
-    # a pattern, the roles, the shape that is stored, the lengths that are known, and the canonical shape
-    ("o i", "", ""): ((4, 3), {}, (4, 3, 1)),
-    ("o i ()", "", ""): ((4, 3, 1), {}, (4, 3, 1)),
-    ("o () (i k):2", "", ""): ((4, 1, 5, 3), {"i": 3}, (4, 3, 5)),
-    ("o i h w", "h w", ""): ((4, 3, 2, 7), {}, (4, 3, 1, 14)),
-    ("h o (k i) w", "h w", ""): ((2, 4, 15, 7), {"i": 3}, (4, 3, 5, 14)),
-    ("o (i k) ...", "", ""): ((4, 15, 2, 7), {"i": 3}, (4, 3, 5, 14)),
-    ("o i k ...", "", ""): ((4, 3, 5, 7), {}, (4, 3, 5, 7)),
-    ("o i k  ...", "", ""): ((4, 3, 5), {}, (4, 3, 5)),
-    ("g o i k", "", "g"): ((2, 4, 3, 5), {}, (8, 3, 5)),
-    ("g o (k i) ...", "", "g"): ((2, 4, 15, 2, 2, 2), {"i": 3}, (8, 3, 5, 8)),
-    ("(g o) i", "", "g"): ((8, 3), {"g": 2}, (8, 3, 1)),
-    ("(g o) ((i k) + i) h", "h", "g"): ((8, 18, 7), {"g": 2, "i": 3}, (8, 3, 6, 7)),
-}
-
-
-@pytest.mark.parametrize("roles, case", ELEMENTS.items())
-def test_axes_with_a_role(roles, case):
-    pattern, kernel, groups = roles
-    shape, known, canonical = case
-    layout = parse_layout(pattern, kernel, groups, len(shape))
-    lengths = layout.axis_lengths(shape, known)
-    assert layout.canonical_shape(lengths) == canonical
-    stored = torch.arange(torch.Size(shape).numel()).reshape(shape)
-    read = layout.to_canonical(stored, lengths)
-    assert read.shape == canonical and torch.equal(layout.from_canonical(read, lengths, shape), stored)
-    assert sorted(read.flatten().tolist()) == list(range(stored.numel()))
 
 
 def test_elements_of_a_grouped_convolution_land_where_the_pattern_says():
@@ -138,38 +79,19 @@ def test_a_view_of_two_flattened_axes_mixes_them_as_reshape_does():
     torch.testing.assert_close(torch.einsum("bik,oik->bo", basis, read), expected)
 
 
-def test_is_differentiable_both_ways():
-    layout = parse_layout("o ((i k) + i)")
-    stored = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
-    lengths = layout.axis_lengths(stored.shape, {"i": 2})
-    assert torch.autograd.gradcheck(lambda p: layout.to_canonical(p, lengths), stored)
-    canonical = layout.to_canonical(stored, lengths).detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda c: layout.from_canonical(c, lengths), canonical)
-
-
 @pytest.mark.parametrize(
     "pattern, problem",
     [
         ("o k", "`o` and `i` must appear once each"),
-        ("o i i k", "`o` and `i` must appear once each"),
         ("o i k k", "no other axis twice"),
-        ("", "`o` and `i` must appear once each"),
         ("o (i k", "parentheses do not match"),
-        ("o i) k", "parentheses do not match"),
         ("o i k-1", "'k-1' does not consist of axis names"),
         ("o ... i ...", "'...' does not consist of axis names"),
         ("o (i k):0", "':0' does not consist of axis names"),
-        ("o (i k):12", "':12' does not consist of axis names"),
-        ("o i (+)", "'(+)' does not consist of axis names"),
         ("o (i + i)", "the residual weights, of axes `o` and `i` alone"),
-        ("o i " + " ".join(f"k{n}" for n in range(15)), "it has 17 axes"),
-        ("o i 3", "'3' does not consist of axis names"),
         ("o ((i k) + i + i)", "at most two blocks"),
-        ("((o k) + o) ((i j) + i)", "at most two blocks"),
         ("o ((i k) + )", "does not consist of axis names"),
-        ("o ((i k) + j)", "`o` and `i` must appear once each"),
         ("o ((i k) + (i k))", "the residual weights, of axes `o` and `i` alone"),
-        ("k o (i + i)", "the residual weights, of axes `o` and `i` alone"),
     ],
 )
 def test_malformed_patterns(pattern, problem):
@@ -183,11 +105,9 @@ def test_malformed_patterns(pattern, problem):
     [
         ("o i k", (4, 3), {}, "it names 3 dimensions, the parameter has 2"),
         ("o i k", (4, 3, 5), {"k": 6}, "dimension 2 would have to be k=6, which 5 is not"),
-        ("o i k", (4, 3, 0), {}, "dimension 2 would have to be k=?, which 0 is not"),
         ("o (i k)", (4, 16), {"i": 3}, "dimension 1 would have to be i=3 * k=?, which 16 is not"),
         ("o (i k)", (4, 15), {}, "the lengths of i, k do not follow from it"),
         ("o ((i k) + i)", (4, 18), {}, "the lengths of i do not follow from it"),
-        ("o ((i k) + i)", (4, 17), {"i": 3}, "i=3 * k=?, which 14 is not"),
         ("o ((i k) + i)", (4, 3), {"i": 3}, "i=3 * k=?, which 0 is not"),
     ],
 )
@@ -196,14 +116,6 @@ def test_a_shape_that_does_not_fit(pattern, shape, known, problem):
         parse_layout(pattern).axis_lengths(shape, known)
     assert f"Pattern {pattern!r} does not fit a parameter of shape {shape}" in str(error.value)
     assert problem in str(error.value)
-
-
-def test_only_open_lengths_may_be_settled_by_another_parameter():
-    with pytest.raises(OpenLengthsError):
-        parse_layout("o (i k)").axis_lengths((4, 15), {})
-    with pytest.raises(ValueError) as error:
-        parse_layout("o (i k)").axis_lengths((4, 16), {"i": 3})
-    assert not isinstance(error.value, OpenLengthsError)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +127,7 @@ def test_only_open_lengths_may_be_settled_by_another_parameter():
     ],
 )
 def test_a_part_that_is_shared(pattern, first, shared, lengths):
-    layout = parse_layout(pattern, "h w", "g", whole=False).beside(parse_layout(first, "h w", "g"))
+    layout = parse_layout(pattern, "h w", "g", may_share=True).beside(parse_layout(first, "h w", "g"))
     assert layout.shared == shared and layout.beside(parse_layout(first, "h w", "g")) == layout
     stored = torch.randn([lengths.get(name, 1) for name in pattern.split()])
     values = layout.to_canonical(stored, lengths)

@@ -123,12 +123,6 @@ class OldEfficientKANLayer(nn.Module):
         self.grid.copy_(torch.cat([left, inner, right]).T)
         self.spline_weight.copy_(self.curve2coeff(x, curves))
 
-    def regularization_loss(self, regularize_activation: float = 1.0, regularize_entropy: float = 1.0) -> Tensor:
-        size = self.spline_weight.abs().mean(-1)
-        total = size.sum()
-        share = size / total
-        return regularize_activation * total - regularize_entropy * (share * share.log()).sum()
-
 
 class _RadialBasisFunction(nn.Module):
     def __init__(self, grid_min: float, grid_max: float, num_grids: int, denominator: float | None = None) -> None:
@@ -190,15 +184,6 @@ class FastKANLayer(nn.Module):
         normalized = self.layernorm(x) if self.layernorm is not None and use_layernorm else x
         y = self.spline_linear(self.rbf(normalized).flatten(-2))
         return y + self.base_linear(self.base_activation(x)) if self.use_base_update else y
-
-    def plot_curve(
-        self, input_index: int, output_index: int, num_pts: int = 1000, num_extrapolate_bins: int = 2
-    ) -> tuple[Tensor, Tensor]:
-        """Points (x, y) of one edge function, without its residual branch."""
-        size, margin = self.rbf.num_grids, num_extrapolate_bins * self.rbf.denominator
-        weight = self.spline_linear.weight[output_index, input_index * size : (input_index + 1) * size]
-        x = torch.linspace(self.rbf.grid_min - margin, self.rbf.grid_max + margin, num_pts).to(weight)
-        return x, self.rbf(x) @ weight
 
 
 class FasterKANLayer(nn.Module):

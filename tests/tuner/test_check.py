@@ -68,7 +68,7 @@ def test_coverage():
     "changes, verdict",
     [
         ({}, "closed: the base layer runs"),
-        ({"basis": lambda m, x: m.basis(x), "activation": lambda m, x: x}, "open, by the family's `basis`"),
+        ({"basis": lambda m, x: m.basis(x), "activation": lambda m, x: x}, "open, by the kind's `basis`"),
         ({"basis": lambda m, x: m.basis(2 * x), "activation": lambda m, x: x}, "closed: the base layer runs"),
     ],
 )

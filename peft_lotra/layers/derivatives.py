@@ -1,0 +1,288 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Layers and networks of other libraries as chains of stages, for the closed form of `peft_lotra.kan.jet`.
+
+A layer is compared with its description, values and derivatives. A network is run once: its stages must follow each
+other with nothing between them. Everything else is differentiated by transforms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..derivatives.bases import FunctionBasis
+from ..derivatives.layers import evaluate_layer
+from ..derivatives.stages import Branch, Stage, is_known, stages_of
+from ..derivatives.torch_fallback import elementwise_derivatives, jet_by_transforms
+from ..kan.basis import in_transform, silu_derivatives
+from ..kan.network import is_norm
+from ..modules.calls import attributes_kept, call_with_parameters
+from .coefficients import CoefficientTensor, get_or_none
+from .description import REGISTERED, Grid, KANLayerSpec
+from .registry import get_kan_spec, same_grid
+
+
+# Largest differences of value, first and second derivatives, as a share of the largest: the rounding of float32 in
+# knots that the closed form of a uniform grid does not see, and of float64.
+_TOLERANCES = {torch.float32: (1e-6, 1e-5, 1e-4), torch.float64: (1e-11, 1e-10, 1e-9)}
+_ROWS = 12  # of a comparison
+
+State = tuple[Any, ...]
+
+
+class _Form(NamedTuple):
+    """A way to compute a layer."""
+
+    on_uniform_grid: bool
+    with_silu: bool  # in the residual branch
+
+
+class _Layer(NamedTuple):
+    """A KAN layer, and for each of its states the grid and the form that agree, `None` if there is none."""
+
+    spec: KANLayerSpec
+    tensor: CoefficientTensor
+    forms: dict[State, tuple[Grid, _Form | None]]
+
+
+_layers: WeakKeyDictionary[nn.Module, tuple[State, _Layer | None]] = WeakKeyDictionary()
+_networks: WeakKeyDictionary[nn.Module, tuple[State, list[nn.Module] | None]] = WeakKeyDictionary()
+
+
+def find_stages(module: nn.Module) -> list[Stage] | None:
+    """The stages of a layer, or of a network, of another library; `None` if it is no chain of known stages."""
+    if torch.compiler.is_compiling():
+        return None
+    known = _known_layer(module)
+    if known is not None:
+        stage = layer_stage(module, known.spec, known.tensor)
+        return None if stage is None else [stage]
+    found = [stages_of(unit) for unit in _units_in_a_row(module)]
+    return None if not found or None in found else [stage for stages in found for stage in stages or ()]
+
+
+def layer_stage(
+    layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, parameters: Mapping[str, Tensor] | None = None
+) -> Stage | None:
+    """A layer as a stage, with `parameters` in the places of its own; `None` without a closed form."""
+    form = None if torch.compiler.is_compiling() else _form(layer, spec, tensor)
+    return None if form is None else _stage(form, layer, spec, tensor, parameters)
+
+
+def _known_layer(module: nn.Module) -> _Layer | None:
+    registered, known = tuple(map(id, REGISTERED.values())), None
+    if module in _layers and _layers[module][0] == registered:
+        return _layers[module][1]
+    spec = get_kan_spec(module)
+    if spec is not None and spec.linear and (spec.derivatives is not None or spec.splines is not None):
+        try:
+            known = _Layer(spec, spec.locate(module), {})
+        except ValueError:  # it is no such layer
+            pass
+    _layers[module] = registered, known
+    return known
+
+
+def _stage(
+    form: _Form,
+    layer: Any,
+    spec: KANLayerSpec,
+    tensor: CoefficientTensor,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> Stage:
+    coefficients, residual = tensor.read_parts(layer, dict(parameters or {}))
+    if spec.scale is not None and (scale := spec.scale(layer)) is not None:
+        coefficients = coefficients * scale.unsqueeze(-1)
+    tensors = tuple(value for value in spec.read_grid(layer).values() if isinstance(value, Tensor))
+    if form.on_uniform_grid:
+        grid = cast(Any, spec.splines)(layer)
+        last = residual if form.with_silu and residual is not None else torch.zeros_like(coefficients[:, :, 0])
+        branches = [Branch(grid, torch.cat([coefficients, last.unsqueeze(-1)], -1))]
+    else:
+        basis = FunctionBasis(coefficients.shape[2], partial(cast(Any, spec.derivatives), layer), tensors)
+        branches = [Branch(basis, coefficients, get_or_none(layer, spec.normalization or ""))]
+    if residual is not None and not (form.on_uniform_grid and form.with_silu):
+        of_others = partial(elementwise_derivatives, partial(cast(Any, spec.activation), layer))
+        derivatives = partial(_unsqueezed, silu_derivatives if form.with_silu else of_others)
+        branches.append(Branch(FunctionBasis(1, derivatives, tensors), residual.unsqueeze(-1)))
+    bias = get_or_none(layer, spec.bias or "")
+    return Stage(layer, branches=tuple(branches), bias=None if bias is None else bias.flatten())
+
+
+def _unsqueezed(derivatives: Callable[[Tensor, int], list[Tensor]], z: Tensor, highest: int) -> list[Tensor]:
+    return [part.unsqueeze(-1) for part in derivatives(z, highest)]
+
+
+# Whether a layer is as described
+
+
+def _form(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> _Form | None:
+    """The form that agrees with the layer. In transforms nothing can be compared: it is the one found before."""
+    known = _known_layer(layer)
+    if known is None or known.spec is not spec:
+        known = _Layer(spec, tensor, {})
+        _layers[layer] = tuple(map(id, REGISTERED.values())), known
+    if layer._forward_hooks or layer._forward_pre_hooks or _trains_functions(layer, spec, tensor):
+        return None
+    grid = spec.read_grid(layer)
+    state = (tensor.get_parameter(layer).dtype, *_state_of(layer))
+    compared, form = known.forms.get(state, ({}, None))
+    if in_transform() or (state in known.forms and same_grid(compared, grid)):
+        return form
+    found = next((form for form in _forms(layer, spec) if _agrees(form, layer, spec, tensor)), None)
+    if len(known.forms) > 8:  # states that come and go
+        known.forms.clear()
+    copied = {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in grid.items()}
+    known.forms[state] = copied, found
+    return found
+
+
+def _trains_functions(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> bool:
+    """Whether tensors that may shape the functions, e.g. knots, are trained: the closed form has no gradient there."""
+    others = {*tensor.parameters, spec.bias, (spec.edge_scale or ("",))[0]}
+    named = (*layer.named_parameters(), *layer.named_buffers())
+    norm = f"{spec.normalization}."
+    return any(v.requires_grad and name not in others and not name.startswith(norm) for name, v in named)
+
+
+def _state_of(module: nn.Module) -> State:
+    """The comparable part of what a forward pass may depend on besides tensors."""
+    plain = tuple((name, v) for name, v in vars(module).items() if isinstance(v, (bool, int, float, str, type(None))))
+    return plain, tuple(map(id, module._modules.values())), id(vars(module).get("forward"))
+
+
+def _forms(layer: Any, spec: KANLayerSpec) -> Iterator[_Form]:
+    x = _like(layer, torch.linspace(-3, 3, 13, device="cpu"))
+    with torch.no_grad():
+        try:
+            with_silu = spec.activation is not None and torch.equal(spec.activation(layer, x.clone()), F.silu(x))
+        except Exception:  # a user's function
+            with_silu = False
+    if spec.splines is not None:
+        yield _Form(True, with_silu)
+    if spec.derivatives is not None:
+        yield _Form(False, with_silu)
+
+
+def _agrees(form: _Form, layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> bool:
+    """Compares stage and layer in float64, at random parameters, so that each has its effect."""
+    dtype = tensor.get_parameter(layer).dtype
+    if dtype not in _TOLERANCES or tensor.get_parameter(layer).is_meta:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.no_grad():
+        named = (*layer.named_parameters(), *layer.named_buffers())
+        exchanged = {name: v.detach().clone().double() for name, v in named if v.is_floating_point()}
+        for name, value in layer.named_parameters():
+            if name in exchanged and name not in spec.grid:
+                noise = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu")
+                exchanged[name] += noise.to(value.device) * max(0.1, exchanged[name].std(correction=0).item())
+        x = _points(spec, layer, tensor.shape[1], generator)
+        directions = torch.randn(2, x.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(x)
+
+        def compare() -> bool:
+            expected = jet_by_transforms(layer, x, directions, None)
+            found = evaluate_layer(_stage(form, layer, spec, tensor), x, directions[:, None], None, None)
+            agree = all(map(_is_close, found, expected, _TOLERANCES[dtype]))
+            return agree and (form.on_uniform_grid or _third_derivatives_agree(spec, layer, x))
+
+        try:
+            return call_with_parameters(layer, exchanged, compare, (), {})
+        except Exception:  # foreign code, which may raise anything
+            return False
+
+
+def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return found.shape == expected.shape and bool(
+        (found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-3)
+    )
+
+
+def _third_derivatives_agree(spec: KANLayerSpec, layer: nn.Module, x: Tensor) -> bool:
+    """Whether the third derivatives, which gradients need, are those of the second ones."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        *_, second, third = cast(Any, spec.derivatives)(layer, point, 3)
+        if not second.requires_grad:
+            return not third.any()
+        slopes = [
+            torch.autograd.grad(part.sum(), point, retain_graph=True, materialize_grads=True)[0]
+            for part in second.unbind(-1)
+        ]
+    return all(map(_is_close, third.unbind(-1), slopes, [1e-9] * len(slopes)))
+
+
+def _points(spec: KANLayerSpec, layer: nn.Module, width: int, generator: torch.Generator) -> Tensor:
+    """Points (rows, in) over the grid, and somewhat beyond."""
+    grids = [v.double() for v in spec.read_grid(layer).values() if isinstance(v, Tensor) and v.numel() > 1]
+    low = min((grid.min().item() for grid in grids), default=-2.0)
+    high = max((grid.max().item() for grid in grids), default=2.0)
+    share = torch.rand(_ROWS, width, generator=generator, dtype=torch.float64, device="cpu") * 1.1 - 0.05
+    return _like(layer, low + (high - low) * share).double()
+
+
+def _like(module: nn.Module, x: Tensor) -> Tensor:
+    """x on the device and in the dtype of the parameters of a module."""
+    return x.to(next((p for p in module.parameters() if p.is_floating_point()), x))
+
+
+# Whether a network is the composition of its layers
+
+
+def _units_in_a_row(network: nn.Module) -> list[nn.Module]:
+    """The stages of a network that is their composition; empty for any other network."""
+    kept, units = _networks.get(network, ((), None))
+    if network._modules and not in_transform():
+        kinds = tuple(map(id, REGISTERED.values()))
+        state = kinds, *((id(part), part.training, *_state_of(part)) for part in network.modules())
+        if state != kept:
+            units = _trace(network)
+            _networks[network] = state, units
+    return units or []
+
+
+def _units(module: nn.Module) -> Iterator[nn.Module]:
+    """The parts of a network that are stages, outermost first."""
+    for child in module.children():
+        if is_known(child) or is_norm(child) or _known_layer(child) is not None:
+            yield child
+        else:
+            yield from _units(child)
+
+
+def _trace(network: nn.Module) -> list[nn.Module] | None:
+    """The parts that run one after the other, each on the output of the one before, itself; `None` otherwise."""
+    units = list(dict.fromkeys(_units(network)))
+    stages = [stage for unit in units for stage in stages_of(unit) or ()]
+    if not any(stage.is_kan for stage in stages):
+        return None
+    events: list[tuple[nn.Module, Any, Any]] = []
+
+    def record(module: nn.Module, args: tuple, output: Any) -> None:
+        events.append((module, args[0] if len(args) == 1 else None, output))
+
+    width = next(size for stage in stages if (size := stage.in_features) is not None)
+    with torch.inference_mode(False), torch.no_grad(), attributes_kept(network, of_transforms=False):
+        x = torch.rand(3, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+        last: Any = _like(network, x)
+        handles = [unit.register_forward_hook(record) for unit in units]
+        try:
+            events.append((network, network(last), None))
+        except Exception:  # foreign code: another width, or more arguments
+            return None
+        finally:
+            for handle in handles:
+                handle.remove()
+    for _, given, returned in events:
+        if given is not last:
+            return None
+        last = returned
+    return [module for module, *_ in events[:-1]]

@@ -1,0 +1,386 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Descriptions and layers: a user's must agree, that of a known kind follows the layer, and nothing is changed."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from helpers import adapt, inputs, relative
+from orders import Layer, OtherCheby
+from peft import PeftModel, get_peft_model
+from stand_ins import FAMILIES, OldEfficientKANLayer, as_model
+from torch import nn
+
+from peft_lotra import LoTRAConfig, check_kan_layer, find_kan_layers, register_kan_layer
+from peft_lotra.layers.registry import get_kan_spec
+
+
+ORDERS = ["o i k", "i o k", "o k i", "k i o", "i k o", "k o i"]
+
+
+def register(layer, pattern, **changes):
+    register_kan_layer("mine", matches=type(layer), coefficients=("A", pattern), **changes)
+
+
+def pattern_of(layer):
+    return next(iter(get_kan_spec(layer).locate(layer).parameters.values())).pattern
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (4, 4), (5, 1)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_known_kinds_are_as_described_and_linear(family, sizes):
+    report = check_kan_layer(FAMILIES[family](*sizes))
+    assert "not" not in report.axes.replace("not decided", "") and report.linear == "yes" and not report.hint
+
+
+# A layer of a known kind that stores (out, in) the other way
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (4, 4), (2, 2), (4, 3), (1, 3), (3, 1)])
+def test_a_chebykan_of_the_other_order_is_read_in_its_order(sizes, tmp_path):
+    i, o = sizes
+    model = as_model(OtherCheby(i, o))
+    fresh, x = copy.deepcopy(model), inputs(6, in_features=i)
+    (found,) = find_kan_layers(model)
+    assert (found.family, found.shape) == ("cheby-kan", (o, i, 5))
+    assert torch.equal(get_kan_spec(model.kan).locate(model.kan).read(model.kan), model.kan.cheby_coeffs)
+    adapted = adapt(model)
+    y = adapted(x)
+    adapted.save_pretrained(tmp_path)
+    assert torch.allclose(PeftModel.from_pretrained(fresh, tmp_path)(x), y, atol=1e-6)
+    assert relative(adapted.merge_and_unload()(x), y) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "context", [torch.enable_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_in_any_precision_and_context(dtype, context):
+    with context():
+        assert pattern_of(OtherCheby(4, 4).to(dtype)) == "o i k"
+
+
+def test_layers_of_one_kind_are_run_once():
+    ran = []
+
+    class Counted(OtherCheby):
+        def forward(self, x):
+            ran.append(1)
+            return super().forward(x)
+
+    model = nn.Sequential(*[Counted(4, 4) for _ in range(50)])
+    find_kan_layers(model)
+    once = len(ran)
+    assert once > 0 and len(find_kan_layers(model)) == 50 and len(ran) == once
+    get_peft_model(model, LoTRAConfig(r=2))
+    attached = len(ran)
+    get_peft_model(nn.Sequential(Counted(4, 4)), LoTRAConfig(r=2))
+    assert len(ran) == attached
+    find_kan_layers(nn.Sequential(Counted(4, 4), Counted(4, 5)))
+    assert len(ran) > attached  # another shape is another kind
+
+
+# A layer of a known kind that no longer uses all of its parameters
+
+
+class Copy(nn.Module):
+    """Looks like a layer of efficient-kan, whose parameters are not all used."""
+
+    def __init__(self, i, o, count=6, uses=("base", "scale")):
+        super().__init__()
+        self.in_features, self.out_features, self.uses = i, o, " ".join(uses)
+        self.spline_weight = nn.Parameter(torch.randn(o, i, count))
+        self.base_weight, self.spline_scaler = nn.Parameter(torch.randn(o, i)), nn.Parameter(torch.rand(o, i) + 0.5)
+        self.register_buffer("grid", torch.linspace(-2, 2, count).expand(i, -1).clone())
+
+    def b_splines(self, x):
+        return torch.exp(-((x[..., None] - self.grid) ** 2))
+
+    def forward(self, x):
+        weight = self.spline_weight
+        if "scale" in self.uses:
+            weight = weight * self.spline_scaler[..., None]
+        y = torch.einsum("bik,oik->bo", self.b_splines(x), weight)
+        return y + nn.functional.silu(x) @ self.base_weight.T if "base" in self.uses else y
+
+    def update_grid(self):
+        self.grid.mul_(2)
+
+
+@pytest.mark.parametrize("count", [6, 3])  # kinds with `spline_scaler` as a factor, and as a part
+@pytest.mark.parametrize("uses", [("base", "scale"), ("base",), ("scale",), ()])
+def test_parameters_that_a_copy_no_longer_uses_are_left_out(uses, count, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(Copy(4, 5, count, uses), Copy(5, 2, count, uses))
+
+    expected = {"spline_weight"} | ({"base_weight"} if "base" in uses else set())
+    if count == 3 and "scale" in uses:
+        expected.add("spline_scaler")
+    spec = get_kan_spec(build()[0])
+    tensor = spec.locate(build()[0])
+    assert set(tensor.parameters) == expected and tensor.has_residual == ("base" in uses)
+    assert spec.family.startswith("efficient-kan")
+    x = torch.rand(8, 4)
+    model = get_peft_model(build(), LoTRAConfig(r=2, init_weights=False))
+    with pytest.raises(RuntimeError, match="update_grid"):
+        model.base_model.model[0].update_grid()
+    y = model(x)
+    model.save_pretrained(tmp_path)
+    assert relative(PeftModel.from_pretrained(build(), tmp_path)(x), y) < 1e-5
+    merged = model.merge_and_unload()
+    assert relative(merged(x), y) < 1e-5 and type(merged[0]) is Copy
+    for name in {"base_weight", "spline_scaler"} - expected:
+        assert torch.equal(merged[0].get_parameter(name), build()[0].get_parameter(name))
+
+
+def test_a_layer_that_cannot_be_run_is_as_described_until_it_can():
+    assert get_kan_spec(Copy(4, 7, uses=()).to("meta")).residual is not None
+    assert get_kan_spec(Copy(4, 7, uses=())).residual is None
+
+
+# What a user describes
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_only_the_order_in_which_it_is_stored_is_verified(order):
+    layer = Layer(5, 5, 5, order)  # where no size gives it away
+    for other in ORDERS:
+        register(layer, other)
+        report = check_kan_layer(layer)
+        assert (report.axes == "outputs verified, inputs verified") == (other == order)
+        assert (f'coefficients=("A", "{order}")' in str(report)) == (other != order)
+
+
+NORMS = {
+    "a layer norm of the inputs": {"before": nn.LayerNorm(5)},
+    "a layer norm of the outputs": {"after": nn.LayerNorm(5)},
+    "an activation": {"after": nn.SiLU()},
+    "a batch norm": {"before": nn.BatchNorm1d(5), "after": nn.BatchNorm1d(5)},
+    "both": {"before": nn.Sequential(nn.LayerNorm(5), nn.Tanh()), "after": nn.Sequential(nn.LayerNorm(5), nn.SiLU())},
+    "a linear map": {"after": nn.Linear(5, 5)},
+}
+
+
+@pytest.mark.parametrize("norms", NORMS)
+def test_layers_around_the_sum_do_not_hide_the_order(norms):
+    layer = Layer(5, 5, 5, **NORMS[norms])
+    for pattern in ("o i k", "i o k"):
+        register(layer, pattern, linear=False)
+        assert (check_kan_layer(layer).axes == "outputs verified, inputs verified") == (pattern == "o i k")
+    with pytest.raises(ValueError, match="'i o k', since an output does not depend on its own slice"):
+        adapt(as_model(layer))
+
+
+class MixedSplines(OldEfficientKANLayer):
+    def __init__(self):
+        super().__init__(5, 4)
+        self.mix = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return super().forward(self.mix(x))
+
+
+@pytest.mark.parametrize("make", [lambda: Layer(5, 4, 5, before=nn.Linear(5, 5)), MixedSplines])
+def test_a_layer_that_mixes_its_inputs_is_not_verified_and_attached(make):
+    layer = make()
+    name = "A" if isinstance(layer, Layer) else "spline_weight"
+    register_kan_layer("mine", matches=type(layer), coefficients=(name, "o i k"))
+    assert check_kan_layer(layer).axes == "outputs verified, inputs not as described, or mixed"
+    adapt(as_model(layer))
+
+
+class Flat(Layer):
+    def __init__(self, i=4, o=3, k=4):
+        super().__init__(i, o, k)
+        self.A, self.in_features = nn.Parameter(torch.randn(o, i * k)), i
+
+    def forward(self, x):
+        return (x[:, None, :] ** torch.arange(4.0)[:, None]).flatten(1) @ self.A.T
+
+
+class Convolution(nn.Module):
+    """Powers of x, degree-major, in one convolution, with groups in a list."""
+
+    def __init__(self, i=6, o=8, k=3, groups=2):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(i // groups * k, o // groups, 3, bias=False) for _ in range(groups))
+        self.k = k
+
+    def forward(self, x):
+        blocks = x.chunk(len(self.convs), dim=1)
+        return torch.cat(
+            [c(torch.cat([b**j for j in range(self.k)], 1)) for c, b in zip(self.convs, blocks, strict=True)], 1
+        )
+
+
+class Named(Layer):
+    """A layer with residual weights."""
+
+    def __init__(self):
+        super().__init__(3, 4, 5)
+        self.base, self.unused = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4, 3, 2))
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.base.T
+
+
+class Wavelets(nn.Module):
+    """Wav-KAN: y[o] = sum_i w[o,i] psi((x[i] - t[o,i]) / s[o,i]), with a batch norm."""
+
+    def __init__(self, i=3, o=4):
+        super().__init__()
+        self.scale, self.translation = nn.Parameter(torch.ones(o, i)), nn.Parameter(torch.zeros(o, i))
+        self.A, self.bn = nn.Parameter(torch.randn(o, i)), nn.BatchNorm1d(o)
+
+    def forward(self, x):
+        u = (x[:, None] - self.translation) / self.scale
+        return self.bn((self.A * (1 - u**2) * torch.exp(-(u**2) / 2)).sum(-1))
+
+
+PARTS = [(name, "o i") for name in ("scale", "translation", "A")]
+
+
+@pytest.mark.parametrize(
+    ("layer", "right", "wrong", "words"),
+    [
+        (Layer(5, 5, 5, "o k i"), ("A", "o k i"), {"coefficients": ("A", "o i k")}, "`A` .5, 5, 5. is not laid out"),
+        (Layer(3, 4, 5), ("A", "o i k"), {"coefficients": ("A", "k o i")}, "inputs of 3 features, and not of 5"),
+        (Layer(3, 4, 5), ("A", "o i k"), {"coefficients": ("A", "i o k")}, "inputs of 3 features, and not of 4"),
+        (Flat(), ("A", "o (k i)"), {"coefficients": ("A", "o (i k)"), "axes": {"i": 4}}, "changes other slices"),
+        (
+            Convolution(),
+            ("convs.*.weight", "o (k i) ..."),
+            {"coefficients": ("convs.*.weight", "o (i k) ..."), "axes": {"k": 3}},
+            "an input changes other slices",
+        ),
+        (Named(), ("A", "o i k"), {"residual": ("base", "i o")}, "`base` is not as described.*'i o'.*(4, 3)"),
+        (Named(), ("A", "o i k"), {"coefficients": ("B", "o i k")}, "`B` is not as described. There is no such"),
+        (Named(), ("A", "o i k"), {"coefficients": [("A", "o i k"), ("unused", "o i z")]}, "does not use `unused`"),
+        (Wavelets(), PARTS, {"linear": True}, "not linear in `scale`, `translation`, `A`.*linear=False"),
+    ],
+)
+def test_a_contradiction_is_refused_by_name(layer, right, wrong, words):
+    described = {"coefficients": right, "linear": isinstance(layer, (Layer, Convolution))}
+    described |= {"axes": {"k": 3}} if isinstance(layer, Convolution) else {}
+    described |= {"axes": {"i": 4}} if isinstance(layer, Flat) else {}
+    register_kan_layer("mine", matches=type(layer), **{**described, **wrong})
+    before = copy.deepcopy(layer.state_dict())
+    model = as_model(layer)
+    with pytest.raises(ValueError, match=words) as error:
+        adapt(model)
+    assert type(layer).__name__ in str(error.value) and "'mine'" in str(error.value)
+    assert model.kan is layer and all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
+    register_kan_layer("mine", matches=type(layer), **described)
+    adapt(model)
+
+
+def test_described_as_not_linear_everything_but_the_fast_path_works(tmp_path):
+    basis = lambda m, x: x[..., None].expand(-1, -1, 3)  # noqa: E731
+    register_kan_layer("mine", matches=Wavelets, coefficients=PARTS, linear=False, basis=basis)
+    base = as_model(Wavelets()).eval()
+    fresh, x = copy.deepcopy(base), inputs(6)
+    model = adapt(base)
+    y = model(x)
+    model.save_pretrained(tmp_path)
+    assert torch.allclose(PeftModel.from_pretrained(fresh, tmp_path)(x), y, atol=1e-6)
+    assert torch.allclose(model.merge_and_unload()(x), y, atol=1e-5)
+
+
+def test_a_setting_makes_another_kind_of_layer():
+    class Either(Layer):
+        def __init__(self, transposed):
+            super().__init__(4, 4, 5)
+            self.transposed = transposed
+
+        def forward(self, x):
+            order = "iok" if self.transposed else "oik"
+            return torch.einsum(f"bik,{order}->bo", x[..., None] ** torch.arange(5), self.A)
+
+    register(Either(True), "o i k")
+    adapt(as_model(Either(False)))
+    with pytest.raises(ValueError, match="is not laid out as 'o i k'"):
+        adapt(as_model(Either(True)))
+
+
+# Layers that cannot be run
+
+
+class Graph(Layer):
+    def forward(self, x, edges):
+        return super().forward(x) + edges.sum()
+
+
+class Windows(Layer):
+    def forward(self, x):
+        return {"y": super().forward(x)}
+
+
+class Fails(Layer):
+    def forward(self, x):
+        raise AssertionError("rows")
+
+
+class NoGradient(Layer):
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
+class NaNs(Layer):
+    def forward(self, x):
+        return super().forward(x) * torch.nan
+
+
+@pytest.mark.parametrize("kind", [Graph, Windows, Fails, NoGradient, NaNs])
+def test_layers_that_cannot_be_called_are_not_verified_and_attached(kind):
+    layer = kind(5, 5, 5)
+    register(layer, "o i k")
+    assert check_kan_layer(layer).axes.startswith("not verified: ")
+    assert adapt(as_model(layer)).base_model.model.kan.lotra_tensor.shape == (5, 5, 5)
+
+
+def test_large_inputs_and_parameters_without_values_are_not_verified():
+    layer = Layer(2, 2, 2)
+    layer.A = nn.Parameter(torch.zeros(1).expand(2, 3, 3000, 3000))  # of a single number
+    register(layer, "o i ...")
+    assert "would be large" in check_kan_layer(layer).axes
+    register(layer, "o i k")
+    assert check_kan_layer(Layer(5, 5, 5).to("meta")).axes.startswith("not verified: `A` has no values")
+    computed = nn.utils.parametrizations.weight_norm(Layer(5, 5, 5), "A")
+    register_kan_layer("computed", matches=type(computed), coefficients=("A", "o i k"))
+    assert find_kan_layers(as_model(computed))[0].shape == (5, 5, 5)
+
+
+def test_the_layer_is_left_as_it_was():
+    class Noisy(Layer):
+        def forward(self, x):
+            self.last = x
+            self.calls = getattr(self, "calls", 0) + 1
+            return nn.functional.dropout(super().forward(x), training=self.training) + 0 * torch.rand(())
+
+    norms = {"before": nn.BatchNorm1d(5), "after": nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5))}
+    layer = Noisy(5, 5, 5, **norms).train()
+    layer.before.eval()
+    layer.A.requires_grad_(False)
+    layer.before.weight.grad = torch.ones(5)
+    ran = []
+    layer.register_forward_hook(lambda *args: ran.append(1))
+    layer.after.register_forward_pre_hook(lambda *args: ran.append(1))
+
+    def state():
+        modules = [
+            (m.training, len(m._forward_hooks), len(m._forward_pre_hooks), set(vars(m))) for m in layer.modules()
+        ]
+        flags = [(p.requires_grad, p.grad is None, p._version) for p in layer.parameters()]
+        return modules, flags, [b._version for b in layer.buffers()], random.getstate(), torch.get_rng_state().tolist()
+
+    before, tensors = state(), copy.deepcopy(layer.state_dict())
+    register(layer, "o i k")
+    assert check_kan_layer(layer).axes == "outputs verified, inputs verified"
+    assert state() == before and not ran
+    assert all(torch.equal(value, tensors[name]) for name, value in layer.state_dict().items())
