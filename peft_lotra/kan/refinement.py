@@ -183,7 +183,7 @@ def refine_grid(
 def _check_plain(name: str, layer: SplineLayer) -> None:
     """Refuses layers of which only a part would be found in the new ones."""
     plain = type(layer) in (KANLinear, SlimKANLinear)
-    names = {"spline_weight", "base_weight"} if isinstance(layer, KANLinear) else set(Tucker._fields)
+    names = {"spline_weight", "base_weight"} if isinstance(layer, KANLinear) else set(Tucker._fields[:4])
     if not plain or {part for part, _ in layer.named_parameters()} != names:
         raise ValueError(
             f"`layers.{name}` is {type(layer).__name__}, with parameters or computations of its own (weight "

@@ -20,7 +20,7 @@ from ..layers.candidates import left_out, no_layer_message
 from ..layers.coefficients import CoefficientTensor
 from ..layers.registry import KANLayerSpec, get_kan_spec, get_recorded_spec, walk_kan_layers
 from ..layers.slim import SlimLayer
-from ..tucker import KernelTucker
+from ..tucker import Tucker
 from .config import LoTRAConfig, exact_pattern
 from .initialization import check_start
 from .layer import LoTRALayer, lotra_layers
@@ -198,7 +198,7 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, T
             start = config.init_weights
             check_start(start, layer, coefficients.read(layer).detach() if start == "hosvd" else None)
     sizes = {name: 1 + len(target.coefficients.shape) for name, target in targets.items()}
-    components = {component for size in sizes.values() for component in KernelTucker._fields[:size]}
+    components = {component for size in sizes.values() for component in Tucker._fields[:size]}
     if targets and config.train is not None and not components & set(config.train):
         raise ValueError(f"`train` is {config.train}, but the layers have only the components {sorted(components)}.")
     if not config.modules_to_save:
