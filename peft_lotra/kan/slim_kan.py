@@ -166,7 +166,7 @@ class SlimKANLinear(SplineLayer):
     def to_dense(self) -> KANLinear:
         """The `KANLinear` that computes the same, up to rounding."""
         shape = (self.in_features, self.out_features, self.grid_size, self.spline_order, self.grid_range)
-        return _filled(
+        return filled(
             KANLinear(*shape, device="meta"), self, spline_weight=self.spline_weight, base_weight=self.base_weight
         )
 
@@ -175,7 +175,7 @@ class SlimKANLinear(SplineLayer):
         """The Slim layer with components (O, I, K + 1) on the grids, the dtype and the device of a dense layer."""
         shape = (layer.grid_size, layer.spline_order, layer.grid_range)
         slim = cls(layer.in_features, layer.out_features, components.ranks, *shape, device="meta")
-        return _filled(slim, layer, **components._asdict())
+        return filled(slim, layer, **components._asdict())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ranks={self.ranks}"
@@ -184,7 +184,7 @@ class SlimKANLinear(SplineLayer):
 _L = TypeVar("_L", bound=SplineLayer)
 
 
-def _filled(new: _L, like: SplineLayer, **parameters: torch.Tensor) -> _L:
+def filled(new: _L, like: SplineLayer, **parameters: torch.Tensor) -> _L:
     """The layer `new`, made on the meta device, with these parameters, and the rest as in `like`."""
     new = new.to_empty(device=like.grid_bounds.device).to(like.grid_bounds.dtype)
     new.requires_grad_(any(parameter.requires_grad for parameter in like.parameters()))
@@ -239,10 +239,19 @@ class SlimKAN(LayerStack):
         dtype=None,
     ) -> None:
         sizes = pairs(widths)
+        if isinstance(ranks, (list, tuple)) and any(r is None or isinstance(r, (list, tuple)) for r in ranks):
+            per_layer = ranks
+        else:  # a list of three integers counts for all layers, as a tuple does
+            per_layer = [check_ranks(ranks, "ranks", kernel=False)] * len(sizes)  # pyright: ignore[reportArgumentType]
+        if len(per_layer) != len(sizes):
+            raise ValueError(
+                f"`ranks` has {len(per_layer)} entries, but the network has {len(sizes)} layers: give (ro, ri, rb) or "
+                "None for each of them, or one (ro, ri, rb) for all."
+            )
         arguments = (grid_size, spline_order, grid_range, device, dtype)
         layers = [
             KANLinear(*size, *arguments) if r is None else SlimKANLinear(*size, r, *arguments)
-            for size, r in zip(sizes, _ranks_per_layer(ranks, len(sizes)), strict=True)
+            for size, r in zip(sizes, per_layer, strict=True)
         ]
         super().__init__(with_norms(layers, norm, device, dtype))
 
@@ -254,18 +263,6 @@ class SlimKAN(LayerStack):
             layer.to_dense() if isinstance(layer, SlimKANLinear) else copy.deepcopy(layer) for layer in self.layers
         )
         return kan.train(self.training)
-
-
-def _ranks_per_layer(ranks: Ranks | Sequence[Ranks | None], layers: int) -> list[Ranks | None]:
-    """The ranks of each layer; a list of three integers counts for all of them, as a tuple does."""
-    if isinstance(ranks, (list, tuple)) and any(r is None or isinstance(r, (list, tuple)) for r in ranks):
-        if len(ranks) != layers:
-            raise ValueError(
-                f"`ranks` has {len(ranks)} entries, but the network has {layers} layers: give (ro, ri, rb) or None "
-                "for each of them, or one (ro, ri, rb) for all."
-            )
-        return list(ranks)  # pyright: ignore[reportReturnType] (each layer checks its own)
-    return [check_ranks(ranks, "ranks", kernel=False)] * layers  # pyright: ignore[reportArgumentType]
 
 
 def warn_capped(layers: dict[str, tuple]) -> None:

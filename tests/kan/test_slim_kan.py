@@ -104,17 +104,6 @@ def test_ten_layers_keep_the_variance():
     assert 0.5 < torch.stack(ratios).median() < 2 and 0.2 < min(ratios) and max(ratios) < 5
 
 
-@pytest.mark.parametrize("norm", ["batch", "layer"])
-def test_normalization_keeps_the_variance_at_any_rank(norm):
-    x = torch.rand(500, 64) * 2 - 1
-    net = SlimKAN([64] * 11, (2, 2, 2), norm=norm)
-    with torch.no_grad():
-        for layer in net.layers:
-            x = layer(x)
-            assert isinstance(layer, SlimKANLinear) or 0.5 < 3 * x.var() < 1.5
-    assert net(torch.randn(2, 3, 64)).shape == (2, 3, 64)
-
-
 def test_to_dense():
     layer = SlimKANLinear(5, 4, (3, 2, 6), grid_size=4, spline_order=2, grid_range=(0, 2), dtype=torch.float64)
     with torch.no_grad():
@@ -137,19 +126,6 @@ def test_network_to_dense(norm):
     dense.update_grid(x)
 
 
-def test_trains():
-    x = torch.rand(256, 2) * 2 - 1
-    y = torch.sin(3 * x[:, :1]) * x[:, 1:]
-    net = SlimKAN([2, 8, 1], [(6, 2, 4), (1, 6, 4)])
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2)
-    for _ in range(200):
-        loss = (net(x) - y).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.02 * y.var()
-
-
 def test_ranks_above_the_modes_are_capped_with_a_warning():
     with pytest.warns(UserWarning, match=r"SlimKANLinear\(4, 3\): \(3, 3, 100\) for \(3, 4, 9\), made \(3, 3, 9\)"):
         assert SlimKANLinear(4, 3, (3, 3, 100)).ranks == (3, 3, 9)
@@ -161,9 +137,6 @@ def test_ranks_above_the_modes_are_capped_with_a_warning():
 def test_refuses_ranks(ranks):
     with pytest.raises(ValueError, match="`ranks` should be a positive integer"):
         SlimKAN([4, 5, 2], ranks)
-
-
-def test_refuses_ranks_of_another_number_of_layers():
     with pytest.raises(ValueError, match="`ranks` has 3 entries, but the network has 2 layers"):
         SlimKAN([4, 5, 2], [(2, 2, 2), None, None])
 
