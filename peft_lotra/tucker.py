@@ -11,28 +11,30 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from operator import mul
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch.nn.functional import pad
 
 
 # What `r` and `ranks` may be: one rank for all modes, (out, in, basis), or (out, in, basis, kernel); see `cap_ranks`.
 Ranks = int | tuple[int, ...]
 
-# The cost in `contract` of moving a number, in multiplications: for as many numbers as a cache holds, and for more. To
-# measure it again, time `contract` and `expand_inputs` over rows, sizes and ranks.
-_COPY_COSTS = (64, 300)
-_CACHED = 2**20
-
 _UNSEEN = 1e-3  # the weight in `tucker_scaled` of the tensor itself beside the measured values
 
 
-class Tucker(NamedTuple):
-    """A tensor (out, in, basis) in Tucker form: core x1 factor_out x2 factor_in x3 factor_basis (n-mode products).
+class Tucker(tuple):
+    """A tensor (out, in, basis), or (out, in, basis, kernel) for a convolution, in Tucker form, the n-mode products
+
+        core x1 factor_out x2 factor_in x3 factor_basis [x4 factor_kernel].
+
+    It is the tuple of these components, in this order.
+
+    Args:
+        components: core (ro, ri, rb [, rk]), factor_out (out, ro), factor_in (in, ri), factor_basis (basis, rb), and
+            with a kernel factor_kernel (kernel, rk).
 
     Example:
         >>> tensor = Tucker(torch.ones(2, 1, 3), torch.ones(6, 2), torch.ones(5, 1), torch.ones(4, 3))
@@ -40,14 +42,32 @@ class Tucker(NamedTuple):
         ((2, 1, 3), (6, 5, 4), 35, torch.Size([6, 5, 4]))
     """
 
-    core: torch.Tensor  # (ro, ri, rb)
-    factor_out: torch.Tensor  # (out, ro)
-    factor_in: torch.Tensor  # (in, ri)
-    factor_basis: torch.Tensor  # (basis, rb)
+    # not a NamedTuple, whose number of components is fixed
+    __slots__ = ()
+    _fields = ("core", "factor_out", "factor_in", "factor_basis", "factor_kernel")
+    core = property(lambda self: self[0])
+    factor_out = property(lambda self: self[1])
+    factor_in = property(lambda self: self[2])
+    factor_basis = property(lambda self: self[3])
+    factor_kernel = property(lambda self: self[4])
+
+    def __new__(cls, *components: torch.Tensor) -> Tucker:
+        return super().__new__(cls, components)
+
+    def __getnewargs__(self) -> tuple[torch.Tensor, ...]:  # copies and pickles call `__new__` with these
+        return tuple(self)
+
+    def _asdict(self) -> dict[str, torch.Tensor]:
+        """The components by name."""
+        return dict(zip(self._fields, self, strict=False))
+
+    def _replace(self, **components: torch.Tensor) -> Tucker:
+        """The tensor with some components in place of its own."""
+        return Tucker(*{**self._asdict(), **components}.values())
 
     @property
     def factors(self) -> tuple[torch.Tensor, ...]:
-        """factor_out, factor_in and factor_basis, then factor_kernel if there is one."""
+        """All components but the core."""
         return self[1:]
 
     @property
@@ -66,7 +86,7 @@ class Tucker(NamedTuple):
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Tucker:
         """`function` of each component."""
-        return self._make(map(function, self))
+        return Tucker(*map(function, self))
 
     def dense(self, scale: float | torch.Tensor | None = None) -> torch.Tensor:
         """The dense tensor, multiplied by `scale` if given, in the dtype of the components."""
@@ -77,20 +97,15 @@ class Tucker(NamedTuple):
         tensor = reconstruct(*components)
         return (tensor if scale is None else scale * tensor).to(dtype)
 
-    def expand_inputs(self) -> torch.Tensor:
-        """See the function `expand_inputs`."""
-        return expand_inputs(self.core, *self[2:])
-
     def padded(self, basis: int) -> Tucker:
         """The tensor with zeros up to `basis` slices of the basis mode."""
-        missing = basis - len(self.factor_basis)
-        return self._replace(factor_basis=pad(self.factor_basis, (0, 0, 0, missing)))
+        return self._replace(factor_basis=pad(self.factor_basis, (0, 0, 0, basis - len(self.factor_basis))))
 
     @torch.no_grad()
     def orthogonal(self) -> Tucker:
         """The same tensor with factors of orthonormal columns, and ranks at most the sizes of their modes."""
         bases, triangles = zip(*map(torch.linalg.qr, self.factors), strict=True)
-        return self._make((_project(self.core, [triangle.T for triangle in triangles]), *bases))
+        return Tucker(reconstruct(self.core, *triangles), *bases)
 
     @torch.no_grad()
     def balanced(self) -> Tucker:
@@ -100,7 +115,7 @@ class Tucker(NamedTuple):
         """
         gains = (math.sqrt(len(self.factor_out)), 1.0, math.sqrt(len(self.factor_basis)), 1.0)
         factors = [factor * gain for factor, gain in zip(self.factors, gains, strict=False)]
-        return self._make((self.core / math.prod(gains), *factors))
+        return Tucker(self.core / math.prod(gains), *factors)
 
     def truncated(self, r: Ranks) -> Tucker:
         """The best approximation of ranks at most `r` that HOOI finds, given factors of orthonormal columns.
@@ -108,41 +123,7 @@ class Tucker(NamedTuple):
         The factors of the result are orthonormal too: the squared error is the loss of squared norm of the core.
         """
         core, *rotations = tucker(self.core, cap_ranks(r, self.ranks))
-        return self._make((core, *(f @ rotation for f, rotation in zip(self.factors, rotations, strict=True))))
-
-
-class KernelTucker(Tucker):
-    """A tensor (out, in, basis, kernel) in Tucker form: a Tucker tensor with one more factor.
-
-    Example:
-        >>> factors = [torch.ones(size, rank) for size, rank in ((6, 2), (5, 1), (4, 3), (9, 2))]
-        >>> tensor = KernelTucker(torch.ones(2, 1, 3, 2), *factors)
-        >>> tensor.ranks, tensor.shape, tensor.dense().shape
-        ((2, 1, 3, 2), (6, 5, 4, 9), torch.Size([6, 5, 4, 9]))
-    """
-
-    __slots__ = ()
-    _fields = (*Tucker._fields, "factor_kernel")
-
-    def __new__(cls, core, factor_out, factor_in, factor_basis, factor_kernel):
-        return tuple.__new__(cls, (core, factor_out, factor_in, factor_basis, factor_kernel))
-
-    @property
-    def factor_kernel(self) -> torch.Tensor:
-        """(kernel, rk)."""
-        return self[4]
-
-    @classmethod
-    def _make(cls, iterable: Iterable[torch.Tensor]) -> KernelTucker:
-        return cls(*iterable)
-
-    def _replace(self, **components: torch.Tensor) -> KernelTucker:
-        return type(self)(**{**self._asdict(), **components})
-
-
-def tucker_of(core: torch.Tensor, *factors: torch.Tensor) -> Tucker:
-    """The Tucker tensor of a core and three or four factors."""
-    return (Tucker if len(factors) == 3 else KernelTucker)(core, *factors)
+        return Tucker(core, *(f @ rotation for f, rotation in zip(self.factors, rotations, strict=True)))
 
 
 class Update(NamedTuple):
@@ -157,68 +138,25 @@ class Update(NamedTuple):
         return self.tensor.dense(self.scale)
 
 
-def reconstruct(
-    core: torch.Tensor,
-    factor_out: torch.Tensor,
-    factor_in: torch.Tensor,
-    factor_basis: torch.Tensor,
-    factor_kernel: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The dense tensor (out, in, basis [, kernel]) of a Tucker decomposition; differentiable in all components.
+def reconstruct(core: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+    """The dense tensor of a core and a factor for each of its modes; differentiable in all components.
 
     The last modes are expanded first and the output mode last, so that the largest intermediate is (ro, in, basis
     [, kernel]). All products are of matrices: the result of a batched `torch.matmul` differs in its last digits
     between tensors that require a gradient and tensors that do not, and a loaded adapter must equal the trained one
     exactly.
     """
-    expanded = expand_inputs(core, factor_in, factor_basis, factor_kernel)
-    return (factor_out @ expanded.flatten(1)).unflatten(1, expanded.shape[1:])
+    tensor = core
+    for factor in reversed(factors):  # each takes the last mode, and puts it first
+        tensor = (factor @ tensor.movedim(-1, 0).flatten(1)).unflatten(1, tensor.shape[:-1])
+    return tensor
 
 
-def expand_inputs(
-    core: torch.Tensor,
-    factor_in: torch.Tensor,
-    factor_basis: torch.Tensor,
-    factor_kernel: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """core x2 factor_in x3 factor_basis [x4 factor_kernel], (ro, in, basis [, kernel]): what factor_out mixes."""
-    ro, ri, rb = core.shape[:3]
-    if factor_kernel is None:
-        return torch.bmm(factor_in.expand(ro, -1, -1), core) @ factor_basis.T
-    tensor = core.flatten(0, 2) @ factor_kernel.T  # (ro ri rb, kernel)
-    tensor = rearrange(tensor, "(r rb) s -> (r s) rb", rb=rb) @ factor_basis.T  # (ro ri kernel, basis)
-    tensor = factor_in @ rearrange(tensor, "(ro ri s) k -> ri (ro k s)", ro=ro, ri=ri)  # (in, ro basis kernel)
-    return rearrange(tensor, "i (ro k s) -> ro i k s", ro=ro, k=len(factor_basis))
-
-
-def contract(
-    basis: torch.Tensor,
-    residual: torch.Tensor,
-    core: torch.Tensor,
-    factor_out: torch.Tensor,
-    factor_in: torch.Tensor,
-    factor_basis: torch.Tensor,
-) -> torch.Tensor:
-    """The output (rows, out) of a layer whose coefficients are a Tucker tensor, from the values of the basis functions
-    (rows, in, basis) and of the residual function (rows, in), to which the last row of factor_basis belongs.
-
-    factor_in meets the basis functions first, which suits few rows. All products are of matrices, see `reconstruct`.
-    """
-    functions = basis.shape[-1]
-    matrix = (core.flatten(0, 1) @ factor_basis.T).unflatten(0, core.shape[:2])  # (ro, ri, basis + 1)
-    z = rearrange(basis, "n i k -> (n k) i") @ factor_in
-    z = rearrange(z, "(n k) b -> n (b k)", k=functions) @ matrix[..., :-1].flatten(1).T
-    z = z + residual @ factor_in @ matrix[..., -1].T
-    return z @ factor_out.T
-
-
-def expands_first(rows: int, core: torch.Tensor, factor_in: torch.Tensor, factor_basis: torch.Tensor) -> bool:
-    """Whether `expand_inputs`, with a product that keeps no values of basis functions, is faster than `contract`."""
-    ro, ri, _ = core.shape
-    size = len(factor_in)
-    cached = rows * size * len(factor_basis) <= _CACHED
-    copies = size * (_COPY_COSTS[0] if cached else _COPY_COSTS[1])
-    return size * ro * (ri + rows) <= rows * (size * ri + ri * ro + copies)
+def expand_inputs(core: torch.Tensor, factor_in: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+    """core x2 factor_in x3 factor_basis [x4 factor_kernel], (ro, in, basis [, kernel]); no factor_out."""
+    if len(factors) == 1:  # half the operations, for small layers
+        return torch.bmm(factor_in.expand(len(core), -1, -1), core) @ factors[0].T
+    return reconstruct(core, factor_in, *factors).movedim(-1, 0)
 
 
 def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
@@ -231,7 +169,7 @@ def direct_sum(tensors: Sequence[Tucker]) -> Tucker:
         blocks.append(pad(tensor.core, [margin for pair in reversed(margins[1:]) for margin in pair]))
         before = after
     factors = zip(*(tensor.factors for tensor in tensors), strict=True)
-    return tucker_of(torch.cat(blocks), *(torch.cat(columns, dim=1) for columns in factors))
+    return Tucker(torch.cat(blocks), *(torch.cat(columns, dim=1) for columns in factors))
 
 
 @torch.no_grad()
@@ -251,7 +189,7 @@ def tucker(tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
         warnings.simplefilter("ignore")
         options = {"init": "svd", "n_iter_max": 20, "tol": 1e-6, "random_state": 0}  # not numpy's global generator
         core, factors = tensorly.decomposition.tucker(array, rank=list(ranks), **options)
-    return tucker_of(*(torch.tensor(part, dtype=tensor.dtype, device=tensor.device) for part in (core, *factors)))
+    return Tucker(*(torch.tensor(part, dtype=tensor.dtype, device=tensor.device) for part in (core, *factors)))
 
 
 @torch.no_grad()
@@ -263,7 +201,7 @@ def hosvd(tensor: torch.Tensor) -> tuple[Tucker, tuple[torch.Tensor, ...]]:
     tensor = tensor.detach().double()
     unfoldings = [tensor.movedim(mode, 0).flatten(1) for mode in range(tensor.dim())]
     factors, values, _ = zip(*(torch.linalg.svd(part, full_matrices=False) for part in unfoldings), strict=True)
-    return tucker_of(_project(tensor, factors), *factors), values
+    return Tucker(reconstruct(tensor, *(factor.T for factor in factors)), *factors), values
 
 
 @torch.no_grad()
@@ -277,14 +215,7 @@ def truncated_hosvd(tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
     # of the Gram matrix all eigenvectors cost little, in ascending order
     bases = [torch.linalg.eigh(part @ part.T).eigenvectors.flip(1) for part in unfoldings]
     factors = [basis[:, :rank].contiguous() for basis, rank in zip(bases, ranks, strict=True)]
-    return tucker_of(_project(tensor, factors), *factors)
-
-
-def _project(tensor: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
-    """tensor x1 matrices[0]^T x2 matrices[1]^T x3 matrices[2]^T [x4 matrices[3]^T]."""
-    for matrix in matrices:
-        tensor = torch.tensordot(tensor.movedim(0, -1), matrix, 1)  # takes the first mode, puts it last: all in turn
-    return tensor
+    return Tucker(reconstruct(tensor, *(factor.T for factor in factors)), *factors)
 
 
 @torch.enable_grad()

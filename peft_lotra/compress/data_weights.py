@@ -19,7 +19,7 @@ from torch import nn
 from ..layers.registry import KANLayerSpec
 from ..layers.slim import call_with_coefficients
 from ..modules.calls import call_with_parameters, modes_kept
-from ..tucker import Tucker, tucker, tucker_of
+from ..tucker import Tucker, tucker
 from ..tuner.targets import locate_target
 
 
@@ -87,7 +87,7 @@ class DataWeights:
 
     def weigh(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor (out, in, basis [, kernel]) times the roots of its modes, of norm 1: layers count alike."""
-        weighted = tucker_of(tensor, self.root_out, *self.roots).dense()
+        weighted = Tucker(tensor, self.root_out, *self.roots).dense()
         return weighted / weighted.norm().clamp(min=1e-300)
 
     def fit(self, tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
@@ -111,7 +111,7 @@ class DataWeights:
         weights = weights @ self.root_out  # symmetric
         leading = torch.linalg.svd(z @ weights, full_matrices=False).Vh[: ranks[0]].T
         core = (weights @ leading).T.reshape(-1, *ranks[1:])
-        return tucker_of(core, torch.linalg.solve(self.root_out, leading), *factors).orthogonal()
+        return Tucker(core, torch.linalg.solve(self.root_out, leading), *factors).orthogonal()
 
     def outputs(self, tensor: torch.Tensor) -> torch.Tensor:
         """(samples, out), the layer's outputs for the samples with these coefficients, without its bias."""

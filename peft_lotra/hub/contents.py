@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..report import Report, TextTable
-from ..tucker import KernelTucker, tucker_of
+from ..tucker import Tucker
 
 
 COLUMNS = ["layer", "kind", "update (out, in, basis)", "ranks", ">alpha", ">norm", ">parameters", ">kB"]
-_COMPONENTS = tuple(f"lotra_{part}" for part in KernelTucker._fields)
+_COMPONENTS = tuple(f"lotra_{part}" for part in Tucker._fields)
 _PREFIX = "base_model.model."  # by PEFT, in front of the names in the base model
 
 
@@ -130,7 +130,7 @@ def _row(config: Mapping[str, Any], name: str, parts: Mapping[str, torch.Tensor]
     size = sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
     if not parts.keys() & set(_COMPONENTS):
         return AdapterRow(name, None, None, None, None, None, parameters, size)
-    update = tucker_of(*(parts[part].double() for part in _COMPONENTS if part in parts))
+    update = Tucker(*(parts[part].double() for part in _COMPONENTS if part in parts))
     patterns: Any = config.get("alpha_pattern") or {}
     alpha = float(patterns.get(get_pattern_key(patterns, name), config.get("alpha", 1.0)))
     kind = ((config.get("base_layers") or {}).get(name) or {}).get("family", "unknown")

@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .basis import bspline_basis
-from .bounding import TanhBound
 from .configuration_kan import KANConfig
+from .input_map import TanhBound
 from .knots import KnotMap
 from .layer import KANLinear
 from .modeling_kan import KANModel
@@ -43,8 +43,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in ("hessian", "jet", "laplacian"):  # derivatives/ imports this package
         return getattr(import_module("peft_lotra.derivatives.api"), name)
-    if name == "slim":
-        raise AttributeError("`peft_lotra.kan.slim` is gone: use `peft_lotra.slim`, the same function.")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

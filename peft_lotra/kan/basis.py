@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+
+from ..modules.checks import check_count
 
 
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue] (no stub)
@@ -31,6 +31,12 @@ class UniformGrid(NamedTuple):
     grid_size: int
     spline_order: int
 
+    @classmethod
+    def between(cls, bounds: torch.Tensor, grid_size: int, spline_order: int) -> UniformGrid:
+        """The grid with the ends `bounds` (I, 2)."""
+        low, high = bounds.unbind(-1)
+        return cls(low, high, grid_size, spline_order)
+
     @property
     def num_basis(self) -> int:
         """Number K = G + p of basis functions."""
@@ -44,28 +50,17 @@ class UniformGrid(NamedTuple):
 
 def check_grid(grid_size: int, spline_order: int) -> None:
     """Raises a `ValueError` unless a grid of `grid_size` intervals can carry splines of this order."""
-    if not isinstance(spline_order, int) or spline_order not in SPLINE_ORDERS:
-        raise ValueError(
-            f"`spline_order` is {spline_order!r}, but must be an integer from {SPLINE_ORDERS[0]} (piecewise linear) "
-            f"to {SPLINE_ORDERS[-1]}; 3 gives cubic splines."
-        )
-    if not isinstance(grid_size, int) or grid_size < 1:
-        raise ValueError(f"`grid_size` is {grid_size!r}, but must be an integer of at least 1 (intervals).")
+    check_count(grid_size, "grid_size")
+    if check_count(spline_order, "spline_order") not in SPLINE_ORDERS:
+        raise ValueError(f"`spline_order` is {spline_order}, but must be from 1 (piecewise linear) to 5; 3 is cubic.")
 
 
 def check_input(x: object, in_features: int, layer: torch.nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Raises an error unless `x` is what a layer takes: a floating point tensor (..., in_features), of a dtype.
-
-    A `TypeError` if it is no such tensor, a `ValueError` for another shape or dtype.
-    """
+    """Raises a `TypeError` unless `x` is a floating point tensor, a `ValueError` for another shape or dtype."""
     name = type(layer).__name__
-    if not isinstance(x, torch.Tensor) or not (x.is_floating_point() or x.dtype == dtype):
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         given = f"a tensor of {x.dtype}" if isinstance(x, torch.Tensor) else f"of type {type(x).__name__}"
-        raise TypeError(
-            f"The input is {given}, but {name} takes a floating point tensor (..., {in_features}): convert it by "
-            "`torch.as_tensor(x, dtype=torch.float32)`, or with the dtype of the model."
-        )
-    check_dense(x)
+        raise TypeError(f"The input is {given}, but {name} takes a floating point tensor (..., {in_features}).")
     if x.shape[-1:] != (in_features,):
         raise ValueError(
             f"The input has shape {tuple(x.shape)}, but {name} expects a last dimension of {in_features} "
@@ -135,11 +130,9 @@ def bspline_basis(
         tensor([[0.5000, 0.5000, 0.0000]])
     """
     check_grid(grid_size, spline_order)
-    if not isinstance(derivative, int) or derivative < 0:
-        raise ValueError(f"`derivative` is {derivative!r}, but must be an integer of at least 0 (0 gives the values).")
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        given = f"has dtype {x.dtype}" if isinstance(x, torch.Tensor) else f"is of type {type(x).__name__}"
-        raise TypeError(f"`x` {given}, but the basis needs a tensor of floating point values; convert it first.")
+    check_count(derivative, "derivative", low=0)
+    if not x.is_floating_point():
+        raise TypeError(f"`x` has dtype {x.dtype}, but the basis needs floating point values; convert it first.")
     # A half-precision coordinate would cost more accuracy than half-precision values do.
     dtype = torch.promote_types(x.dtype, torch.float32)
     low, high = (torch.as_tensor(end, dtype=dtype, device=x.device) for end in (low, high))
@@ -184,59 +177,14 @@ def cardinal_spline(offset: torch.Tensor, spline_order: int, derivative: int = 0
     return -total * offset.sign() if derivative % 2 else total
 
 
-def cardinal_derivatives(offset: torch.Tensor, spline_order: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`cardinal_spline` and its first two derivatives, from powers that the three share."""
-    totals = [torch.zeros_like(offset)] * 3
-    distance = (spline_order + 1) / 2 - offset.abs()
-    for m, factor in enumerate(spline_factors(spline_order)):
-        positive = torch.relu(distance - m)
-        powers = [torch.zeros_like(offset), (positive > 0).to(offset.dtype), positive]  # t^p / p!, p = -1, 0, 1
-        for p in range(2, spline_order + 1):
-            powers.append(powers[-1] * positive / p)
-        totals = [total.add(power, alpha=factor) for total, power in zip(totals, powers[:-4:-1], strict=True)]
-    return totals[0], -totals[1] * offset.sign(), totals[2]
+def cardinal_derivatives(offset: torch.Tensor, spline_order: int) -> tuple[torch.Tensor, ...]:
+    """`cardinal_spline` and its first two derivatives."""
+    return tuple(cardinal_spline(offset, spline_order, derivative) for derivative in range(3))
 
 
 def spline_factors(spline_order: int) -> list[int]:
     """(-1)^m binom(p+1, m) for m = 0 ... p/2, the factors of the truncated powers."""
     return [(-1) ** m * math.comb(spline_order + 1, m) for m in range(spline_order // 2 + 1)]
-
-
-class TruncatedPowers:
-    r"""The truncated powers whose sum is the cardinal spline, see `bspline_basis`.
-
-    A grid interval is `unit` long, with unit^p = 1 / p!, so that no pass divides by p!: with the distances
-    t_m = max(half_width - |offset| - m unit, 0) the spline is  sum_m factors[m] t_m^p.
-    """
-
-    def __init__(self, spline_order: int, num_basis: int, like: torch.Tensor) -> None:
-        self.factors = spline_factors(spline_order)
-        constants = _power_constants(spline_order, num_basis, like.dtype, like.device)
-        self.unit, self.half_width, self.centers = constants
-
-    def distances(self, offsets: torch.Tensor, others: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The t_m, in the memory of `offsets`, which holds |offset|, and of `others`."""
-        found = [torch.sub(self.half_width, offsets, out=offsets).relu_()]
-        for buffer in others:
-            found.append(torch.sub(found[-1], self.unit, out=buffer).relu_())
-        return found
-
-    def sum_into(self, out: torch.Tensor, powers: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The weighted sum of the powers; `out` may be the first of them."""
-        total = powers[0]
-        for factor, power in zip(self.factors[1:], powers[1:], strict=True):
-            total = torch.add(total, power, alpha=factor, out=out)
-        return total if total is out else out.copy_(total)
-
-
-@lru_cache(maxsize=64)
-def _power_constants(
-    spline_order: int, num_basis: int, dtype: torch.dtype, device: torch.device
-) -> tuple[float, torch.Tensor, torch.Tensor]:
-    unit = math.factorial(spline_order) ** (-1 / spline_order)
-    with torch.inference_mode(False):  # see `workspace`
-        centers = (torch.arange(num_basis, dtype=dtype, device=device) - (spline_order - 1) / 2) * unit
-        return unit, torch.tensor((spline_order + 1) / 2 * unit, dtype=dtype, device=device), centers
 
 
 def integer_power(x: torch.Tensor, n: int, out: torch.Tensor) -> torch.Tensor:
@@ -266,6 +214,30 @@ def silu_derivatives(x: torch.Tensor, highest: int) -> list[torch.Tensor]:
                 third = torch.addcmul(first, first, first, value=-6)
                 found.append(torch.addcmul(second * 3, x, third))
     return found
+
+
+def change_of_basis(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """Old basis functions as combinations of new ones, by least squares: (I, K', K).
+
+    Args:
+        new, old: Values of the new and the old functions at the same points, (N, I, K') and (N, I, K), multiplied by
+            the square roots of the points' weights.
+    """
+    return torch.linalg.lstsq(new.transpose(0, 1), old.transpose(0, 1)).solution
+
+
+def spread_points(
+    samples: torch.Tensor, low: torch.Tensor, high: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The samples (N, I) and `count` points spread over [low, high]; the roots of their weights (N + count, 1, 1).
+
+    The points that are spread have a hundredth of the weight of the samples: enough to settle coefficients where no
+    sample lies, too little to disturb a fit elsewhere.
+    """
+    spread = torch.linspace(0, 1, count, dtype=samples.dtype, device=samples.device)[:, None]
+    weight = samples.new_ones(len(samples) + count, 1, 1)
+    weight[len(samples) :] = math.sqrt(0.01 * len(samples) / count)
+    return torch.cat([samples, torch.lerp(low, high, spread)]), weight
 
 
 def moments(grid_range: tuple[float, float], grid_size: int, spline_order: int) -> tuple[float, torch.Tensor]:

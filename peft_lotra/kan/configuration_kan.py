@@ -71,10 +71,6 @@ class KANConfig(PretrainedConfig):
         if kwargs.get("id2label") is None and kwargs.get("num_labels") is None:
             kwargs["num_labels"] = self.widths[-1]
         super().__init__(problem_type=problem_type, **kwargs)
-        self.check_num_labels()
-
-    def check_num_labels(self) -> None:
-        """Raises a `ValueError` unless there is one label for each output."""
         if self.num_labels != self.widths[-1]:
             raise ValueError(
                 f"`num_labels` (the length of `id2label`) is {self.num_labels}, but the last of `widths` = "

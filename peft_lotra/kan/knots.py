@@ -37,7 +37,6 @@ class KnotMap(InputMap):
         density: Positive numbers (I, C): the relative number of knots wanted in C equal cells of each interval.
 
     Raises:
-        TypeError: An argument is no floating point tensor.
         ValueError: The shapes do not fit, an interval is empty, or a density is not positive and finite.
 
     Example:
@@ -55,19 +54,13 @@ class KnotMap(InputMap):
     pieces: Tensor  # (I, cells, 5): the polynomials in the share of the cell, powers ascending
 
     def __init__(self, low: Tensor, high: Tensor, density: Tensor) -> None:
-        for name, value in (("low", low), ("high", high), ("density", density)):
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                given = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"`{name}` must be a floating point tensor, but is {given}.")
-        if density.dim() != 2 or low.shape != density.shape[:1] or high.shape != low.shape or not density.numel():
+        if density.dim() != 2 or not low.shape == high.shape == density.shape[:1] or not density.numel():
             raise ValueError(
                 f"`low` {tuple(low.shape)}, `high` {tuple(high.shape)} and `density` {tuple(density.shape)} must be "
                 "(I,), (I,) and (I, C)."
             )
-        if not (low < high).all():
-            raise ValueError("Each `low` must be below its `high`.")
-        if not (density.isfinite().all() and (density > 0).all()):
-            raise ValueError("`density` must be finite and above zero.")
+        if not ((low < high).all() and density.isfinite().all() and (density > 0).all()):
+            raise ValueError("Each `low` must be below its `high`, and `density` must be finite and above zero.")
         super().__init__(len(low), range(len(low)))
         self.register_buffer("low", low.detach().clone())
         self.register_buffer("high", high.detach().clone())

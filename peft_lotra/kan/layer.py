@@ -14,31 +14,25 @@ from einops import einsum, rearrange
 from torch import nn
 
 from ..modules.checks import as_number, check_count
-from .basis import UniformGrid, bspline_basis, check_grid, check_input, moments
+from .basis import UniformGrid, bspline_basis, change_of_basis, check_grid, check_input, moments, spread_points
 from .product import spline_product
 
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
 # Share of the variance of a new layer's output that comes from its splines; see `KANLinear.reset_parameters`.
 SPLINE_VARIANCE_SHARE = 0.1
-
-# Weight of the points that `update_grid` adds, as a share of the weight of the samples: enough to settle the
-# coefficients where no sample lies, too little to disturb the fit elsewhere.
-_FILL_WEIGHT = 0.01
 
 
 class SplineLayer(nn.Module):
     """The sizes and the grids of a KAN layer, dense or Slim; the arguments are those of `KANLinear`."""
 
     grid_bounds: torch.Tensor
+    spline_weight: torch.Tensor
+    base_weight: torch.Tensor
 
     def __init__(
         self, in_features: int, out_features: int, grid_size: int, spline_order: int, grid_range, device, dtype
     ) -> None:
         check_grid(grid_size, spline_order)
-        if dtype is not None and dtype not in _DTYPES:
-            raise ValueError(f"`dtype` is {dtype!r}, but must be one of {_DTYPES}.")
         in_features, out_features = check_count(in_features, "in_features"), check_count(out_features, "out_features")
         ends = tuple(grid_range) if isinstance(grid_range, Iterable) else ()
         if len(ends) != 2 or not as_number(ends[0]) < as_number(ends[1]):
@@ -58,8 +52,19 @@ class SplineLayer(nn.Module):
     @property
     def grid(self) -> UniformGrid:
         """The grids, as the buffer `grid_bounds` holds them."""
-        low, high = self.grid_bounds.unbind(-1)
-        return UniformGrid(low, high, self.grid_size, self.spline_order)
+        return UniformGrid.between(self.grid_bounds, self.grid_size, self.spline_order)
+
+    def covering(self, samples: torch.Tensor, margin: float) -> torch.Tensor:
+        """Ends (I, 2) of grids that cover the samples (N, I), with this share of their range free at each end.
+
+        An input whose samples do not spread (a pixel that is always black) keeps its grid.
+        """
+        low, high = samples.double().aminmax(dim=0)
+        pad = margin * (high - low)
+        bounds = torch.stack([low - pad, high + pad], dim=-1).to(self.grid_bounds.dtype)
+        # An interval must be wider than the spacing of the numbers there, or the basis is noise.
+        resolution = torch.finfo(bounds.dtype).eps * bounds.double().abs().amax(-1, keepdim=True)
+        return torch.where(bounds.double().diff() > self.grid_size * resolution, bounds, self.grid_bounds)
 
     @property
     def knots(self) -> torch.Tensor:
@@ -181,43 +186,25 @@ class KANLinear(SplineLayer):
         Raises:
             ValueError: Wrong shape, no samples, values that are not finite, or a `margin` that is negative or not
                 finite. The layer is as before then.
-            TypeError: The samples are no tensor.
         """
         if not as_number(margin) >= 0:
             raise ValueError(f"`margin` is {margin}, but must be a finite number of at least 0.")
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"The samples must be a tensor, but are of type {type(x).__name__}.")
         if x.shape[-1:] != (self.in_features,) or x.numel() == 0:
             raise ValueError(
                 f"The samples have shape {tuple(x.shape)}, but must have (..., {self.in_features}) and not be empty."
             )
         samples = rearrange(x, "... i -> (...) i").double()
         if bad := (~samples.isfinite().all(0)).nonzero().flatten().tolist():
-            listed = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
             raise ValueError(
-                f"The samples of inputs {listed} ({len(bad)} of {self.in_features}) hold NaN or infinite values; "
+                f"The samples of inputs {bad[:8]} ({len(bad)} of {self.in_features}) hold NaN or infinite values; "
                 "remove them before moving the grid."
             )
-        low, high = samples.aminmax(dim=0)
-        pad = margin * (high - low)
-        # The fit is made for the bounds as they will be stored.
-        bounds = torch.stack([low - pad, high + pad], dim=-1).to(self.grid_bounds.dtype)
-        # An interval must be wider than the spacing of the numbers there, or the basis is noise.
-        resolution = torch.finfo(bounds.dtype).eps * bounds.double().abs().amax(-1)
-        wide = bounds.double().diff(dim=-1).squeeze(-1) > self.grid_size * resolution
-        bounds = torch.where(wide[:, None], bounds, self.grid_bounds)
-        new_low, new_high = bounds.double().unbind(-1)
-
-        fill = torch.linspace(0, 1, 4 * self.grid.num_basis, dtype=torch.float64, device=x.device)[:, None]
-        points = torch.cat([samples, torch.lerp(new_low, new_high, fill)])
-        weight = torch.ones(len(points), 1, 1, dtype=torch.float64, device=x.device)
-        weight[len(samples) :] = math.sqrt(_FILL_WEIGHT * len(samples) / len(fill))
-        new_basis = weight * bspline_basis(points, new_low, new_high, self.grid_size, self.spline_order)
-        old_low, old_high = self.grid_bounds.double().unbind(-1)
-        old_basis = weight * bspline_basis(points, old_low, old_high, self.grid_size, self.spline_order)
-
+        bounds = self.covering(samples, margin)
+        # The fit is made for the bounds as they are stored.
+        old, new = (UniformGrid.between(ends.double(), *self.grid[2:]) for ends in (self.grid_bounds, bounds))
+        points, weight = spread_points(samples, new.low, new.high, 4 * new.num_basis)
         # Each old basis function in terms of the new ones: the cost does not depend on the number of outputs.
-        transfer = torch.linalg.lstsq(new_basis.transpose(0, 1), old_basis.transpose(0, 1)).solution
+        transfer = change_of_basis(weight * bspline_basis(points, *new), weight * bspline_basis(points, *old))
         refitted = einsum(transfer, self.spline_weight.double(), "i new old, o i old -> o i new")
         self.grid_bounds.copy_(bounds)
         self.spline_weight.copy_(refitted)

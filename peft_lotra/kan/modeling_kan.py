@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput  # pyright: ignore[reportPrivateImportUsage] (documented, not exported)
 
-from .configuration_kan import KANConfig
+from .configuration_kan import KANConfig, ProblemType
 from .knots import KnotMap
 from .layer import SplineLayer
 from .network import KAN
@@ -45,7 +46,7 @@ class KANModel(PreTrainedModel):
         kan: The network.
 
     Raises:
-        ValueError: The configuration has `num_labels` that differ from the last width, or values that `KAN` refuses.
+        ValueError: The configuration has values that `KAN` refuses.
 
     Example:
         >>> from peft_lotra.kan import KANConfig, KANModel
@@ -59,7 +60,6 @@ class KANModel(PreTrainedModel):
     main_input_name = "inputs"
 
     def __init__(self, config: KANConfig) -> None:
-        config.check_num_labels()
         super().__init__(config)
         arguments = (config.grid_size, config.spline_order, config.grid_range, config.norm)
         if config.ranks is None:
@@ -96,12 +96,10 @@ class KANModel(PreTrainedModel):
         sizes = {layer.grid_size for layer in layers}
         if len(sizes) > 1 or any(isinstance(layer, KnotMap) for layer in self.kan.layers):
             raise ValueError(
-                f"The grids of the layers have {sorted(sizes)} intervals"
-                + (", and a KnotMap is before one of them" if len(sizes) == 1 else "")
-                + ", but a KANConfig has one `grid_size` and even knots. Save the module by `torch.save`."
+                f"A KANConfig has one `grid_size` and no KnotMap, but the grids of the layers have {sorted(sizes)} "
+                "intervals, or a KnotMap is before one. Save the module by `torch.save`."
             )
-        if sizes:
-            self.config.grid_size = sizes.pop()
+        self.config.grid_size = sizes.pop() if sizes else self.config.grid_size
         ranks = tuple(layer.ranks if isinstance(layer, SlimKANLinear) else None for layer in layers)
         self.config.ranks = ranks if any(ranks) else None
         super().save_pretrained(*args, **kwargs)
@@ -134,10 +132,9 @@ class KANModel(PreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if not isinstance(labels, torch.Tensor) or labels.is_complex():
-            given = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
-            raise ValueError(f"The labels must be a tensor of real numbers, but are {given}.")
         problem_type = self.config.problem_type or self._infer_problem_type(labels)
+        if problem_type not in get_args(ProblemType):
+            raise ValueError(f"`config.problem_type` is {problem_type!r}, but must be one of {get_args(ProblemType)}.")
         if problem_type == "single_label_classification":
             expected = logits.shape[:-1]
         elif problem_type == "regression" and logits.shape[-1] == 1 and labels.shape == logits.shape[:-1]:
@@ -150,32 +147,20 @@ class KANModel(PreTrainedModel):
                 f"The labels have shape {tuple(labels.shape)}, but {problem_type} with this input expects "
                 f"{tuple(expected)}."
             )
-
-        if problem_type == "regression":
-            return F.mse_loss(logits, labels.to(logits.dtype))
         if problem_type == "single_label_classification":
-            count = logits.shape[-1]
-            if not torch.compiler.is_compiling() and not ((labels == -100) | (labels >= 0) & (labels < count)).all():
-                raise ValueError(f"The labels must be classes from 0 to {count - 1}, or -100 for none.")
             return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long())
-        if problem_type == "multi_label_classification":
-            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        raise ValueError(
-            f"`config.problem_type` is {problem_type!r}, expected 'regression', 'single_label_classification' or "
-            "'multi_label_classification'."
-        )
+        loss = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
+        return loss(logits, labels.to(logits.dtype))
 
     def _infer_problem_type(self, labels: torch.Tensor) -> str:
         if self.config.num_labels == 1:
             return "regression"
-        if labels.dtype == torch.bool:
-            return "multi_label_classification"
-        if not labels.is_floating_point():
-            return "single_label_classification"
-        raise ValueError(
-            f"Labels of dtype {labels.dtype} for {self.config.num_labels} outputs may mean regression or several "
-            "labels at once. Set `config.problem_type` to 'regression' or 'multi_label_classification'."
-        )
+        if labels.is_floating_point():
+            raise ValueError(
+                f"Labels of dtype {labels.dtype} for {self.config.num_labels} outputs may mean regression or several "
+                "labels at once. Set `config.problem_type` to 'regression' or 'multi_label_classification'."
+            )
+        return "multi_label_classification" if labels.dtype == torch.bool else "single_label_classification"
 
 
 AutoConfig.register("kan", KANConfig, exist_ok=True)

@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Sequence
-from numbers import Integral
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from .bounding import TanhBound
+from ..modules.checks import check_count
+from .input_map import TanhBound
 from .layer import KANLinear
 from .observer import current_observer
 
@@ -89,15 +90,12 @@ class KAN(LayerStack):
         Raises:
             ValueError: As `KANLinear.update_grid`, for the inputs of any layer. All layers are as before then.
         """
-        before = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        try:
-            for layer in self.layers:
-                if hasattr(layer, "update_grid"):  # not normalizations and Slim layers; adapted layers refuse
-                    layer.update_grid(x, margin)  # pyright: ignore[reportCallIssue] (torch declares Tensor | Module)
-                x = layer(x)
-        except BaseException:  # Ctrl-C too
-            self.load_state_dict(before)
-            raise
+        moved = copy.deepcopy(self.layers)
+        for layer in moved:
+            if hasattr(layer, "update_grid"):  # not normalizations and Slim layers; adapted layers refuse
+                layer.update_grid(x, margin)  # pyright: ignore[reportCallIssue] (torch declares Tensor | Module)
+            x = layer(x)
+        self.layers.load_state_dict(moved.state_dict())
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -107,40 +105,37 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(x.reshape(-1, x.shape[-1])).view_as(x)
 
 
-def is_size(value: Any) -> bool:
-    """Whether a value is an integer of at least 1."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1  # numpy's integers too
-
-
 def pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
     """(in, out) of each layer; raises a `ValueError` unless `widths` are at least two positive integers."""
-    widths = list(widths) if isinstance(widths, Iterable) else [widths]
-    if len(widths) < 2 or not all(is_size(width) for width in widths):
+    try:
+        sizes = [check_count(width, "widths") for width in widths]
+    except (TypeError, ValueError):
+        sizes = []
+    if len(sizes) < 2:
         raise ValueError(
             f"`widths` is {widths}, but must be at least two positive integers: the sizes of the input, of each "
             "hidden layer and of the output, such as [2, 16, 1]."
         )
-    widths = list(map(int, widths))
-    return list(zip(widths[:-1], widths[1:], strict=True))
+    return list(zip(sizes[:-1], sizes[1:], strict=True))
 
 
 def with_norms(layers: Sequence[Any], norm: Norm, device=None, dtype=None) -> list[nn.Module]:
     """The layers, with a normalization after each but the last; raises a `ValueError` for a `norm` that is unknown."""
-    kinds: dict[Norm, Any] = {None: None, "batch": BatchNorm, "layer": nn.LayerNorm, "tanh": TanhBound}
-    if norm is not None and (not isinstance(norm, str) or norm not in kinds):
-        raise ValueError(f"`norm` is {norm!r}, but must be one of {tuple(kinds)}.")
+    if norm not in (None, "batch", "layer", "tanh"):
+        raise ValueError(f"`norm` is {norm!r}, but must be None, 'batch', 'layer' or 'tanh'.")
     if norm is None:
         return list(layers)
     modules = []
     for layer in layers:
-        if norm == "tanh":
-            modules += [layer, TanhBound(layer.out_features, *layer.grid_range)]
-            continue
-        module = kinds[norm](layer.out_features, device=device, dtype=dtype)
         low, high = layer.grid_range
-        nn.init.constant_(module.weight, (high - low) / math.sqrt(12))
-        nn.init.constant_(module.bias, (low + high) / 2)
-        modules += [layer, module]
+        if norm == "tanh":
+            between = TanhBound(layer.out_features, low, high)
+        else:
+            kind = BatchNorm if norm == "batch" else nn.LayerNorm
+            between = kind(layer.out_features, device=device, dtype=dtype)
+            nn.init.constant_(between.weight, (high - low) / math.sqrt(12))
+            nn.init.constant_(between.bias, (low + high) / 2)
+        modules += [layer, between]
     return modules[:-1]
 
 

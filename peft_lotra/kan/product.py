@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .basis import TruncatedPowers, bspline_basis, in_transform, integer_power, is_batched, spline_values
+from .basis import bspline_basis, in_transform, integer_power, is_batched, spline_factors, spline_values
 from .memory import EVALUATED, MIN_ROWS, MULTIPLIED, OFF_CPU, blocks, workspace
 from .sparse_product import Gradients, Pair, Points, is_sparse, sparse_gradients, sparse_product
 
@@ -78,58 +80,171 @@ class _SplineProduct(torch.autograd.Function):
         points = Points(x, low, scale, weight.shape[-1], spline_order)
         ctx.save_for_backward(x, low, scale, weight, left, right)
         ctx.spline_order = spline_order
-        product = sparse_product if is_sparse(points) else _dense_product
-        return product(points, weight, None if left is None else (left, right))
+        update = None if left is None else (left, right)
+        return (
+            sparse_product(points, weight, update) if is_sparse(points) else _Dense(points, weight, update).product()
+        )
 
     @staticmethod
     def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride] (torch declares *grad_outputs)
         x, low, scale, weight, left, right = ctx.saved_tensors
         points = Points(x, low, scale, weight.shape[-1], ctx.spline_order)
+        update, needed = None if left is None else (left, right), (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
         if torch.is_grad_enabled() or is_batched(gradient):  # by `create_graph`, or by `is_grads_batched`
-            gradients = _differentiable_gradients
+            results = _differentiable_gradients(points, weight, update, gradient, needed)
+        elif is_sparse(points):
+            results = sparse_gradients(points, weight, update, gradient, needed)
         else:
-            gradients = sparse_gradients if is_sparse(points) else _dense_gradients
-        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
-        results = gradients(points, weight, None if left is None else (left, right), gradient, needed)
+            results = _Dense(points, weight, update).gradients(weight.shape, gradient, needed)
         return results[0], None, None, None, *results[1:]
 
 
 def _differentiable_gradients(
     points: Points, weight: Tensor, update: Pair | None, gradient: Tensor, needed: Sequence[bool]
 ) -> Gradients:
-    """The gradients in operations that can be differentiated again."""
-    towards_x = towards_weight = towards_left = towards_right = None
-    if needed[0]:
-        slopes = spline_values(points.position, points.num_basis, points.spline_order, derivative=1)
-        towards = gradient @ weight.flatten(1)
-        towards = towards if update is None else towards + gradient @ update[0] @ update[1].flatten(1)
-        towards_x = (towards.view_as(slopes) * slopes).sum(-1) * points.scale
-    if any(needed[1:]):
+    """As `_Dense.gradients`, in operations that can be differentiated again."""
+    with torch.enable_grad():
         basis = spline_values(points.position, points.num_basis, points.spline_order).flatten(1)
-        if needed[1]:
-            towards_weight = (gradient.t() @ basis).view_as(weight)
-        if update is not None:
-            left, right = update
-            towards_left = gradient.t() @ (basis @ right.flatten(1).t()) if needed[2] else None
-            towards_right = ((gradient @ left).t() @ basis).view_as(right) if needed[3] else None
-    return towards_x, towards_weight, towards_left, towards_right
+        y = basis @ weight.flatten(1).t()
+        y = y if update is None else y + basis @ update[1].flatten(1).t() @ update[0].t()
+    tensors = (points.x, weight, *(update or (None, None)))
+    inputs: list[Any] = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=torch.is_grad_enabled()))
+    return tuple(next(found) if need else None for need in needed)
 
 
-class _Evaluator:
-    """Evaluates up to `rows` rows of the basis, and of its slopes, in the same memory; `functions_first` orders a row
-    (K, I), so that operations between a number for each input and all basis functions run along the inputs."""
+@lru_cache(maxsize=64)
+def _power_constants(
+    spline_order: int, num_basis: int, dtype: torch.dtype, device: torch.device
+) -> tuple[float, Tensor, Tensor]:
+    """The length of a grid interval with unit^p = 1 / p!, half the width of a support, and the centers (K,)."""
+    unit = math.factorial(spline_order) ** (-1 / spline_order)
+    with torch.inference_mode(False):  # see `workspace`
+        centers = (torch.arange(num_basis, dtype=dtype, device=device) - (spline_order - 1) / 2) * unit
+        return unit, torch.tensor((spline_order + 1) / 2 * unit, dtype=dtype, device=device), centers
 
-    def __init__(self, points: Points, rows: int, functions_first: bool) -> None:
-        inputs = points.x.shape[1]
-        self.points = points
-        self.functions_first = functions_first
-        self.powers = TruncatedPowers(points.spline_order, points.num_basis, points.x)
-        self.scale = points.scale * self.powers.unit
-        self.centers = self.powers.centers if functions_first else self.powers.centers.repeat(inputs)
-        buffers = 1 + 2 * len(self.powers.factors)
-        self.scratch = workspace("scratch", points.x, buffers, min(rows, len(points.x)), inputs * points.num_basis)
+
+class _Dense:
+    """The product, by blocks of rows of the whole basis.
+
+    The truncated powers of `bspline_basis` are those of t_m = max(half_width - |offset| - m unit, 0), in a unit of
+    length in which no pass divides by p!. Many rows are ordered (K, I) instead of (I, K), so that operations between a
+    number for each input and all basis functions run along the inputs.
+    """
+
+    def __init__(self, points: Points, weight: Tensor, update: Pair | None) -> None:
+        self.points, (size, inputs) = points, points.x.shape
+        many = size >= _FORM_FROM * len(weight)
+        self.functions_first = many and inputs >= _FUNCTIONS_FIRST_FROM
+        self.matrix = self._as_matrix(weight)  # (O, I K): the weight, or its sum with the update
+        self.left: Any = None if update is None else update[0]
+        self.right: Any = None if update is None else self._as_matrix(update[1])
+        self.is_separate = update is not None and not many
+        if update is not None and many:
+            self.matrix = torch.addmm(self.matrix, self.left, self.right)
+
+        # How many rows of the basis are evaluated at a time, and how many enter a matrix product.
+        self.width = max(1, inputs * points.num_basis)
+        evaluated, multiplied, fewest = EVALUATED, MULTIPLIED, min(max(MIN_ROWS[0], self.width // 16), MIN_ROWS[1])
+        if points.x.device.type != "cpu":
+            evaluated, multiplied, fewest = OFF_CPU, OFF_CPU, 1
+        self.evaluated = max(1, min(evaluated // self.width, size))
+        self.multiplied = max(1, min(max(fewest, multiplied // self.width), size))
+
+        self.factors = spline_factors(points.spline_order)
+        constants = _power_constants(points.spline_order, points.num_basis, points.x.dtype, points.x.device)
+        self.unit, self.half_width, centers = constants
+        self.scale = points.scale * self.unit
+        self.centers = centers if self.functions_first else centers.repeat(inputs)
+        self.scratch = workspace("scratch", points.x, 1 + 2 * len(self.factors), self.evaluated, self.width)
+
+    def _as_matrix(self, tensor: Tensor) -> Tensor:
+        """A tensor (O or r, I, K) as a matrix, in the order of the basis' rows."""
+        return (tensor.transpose(1, 2) if self.functions_first else tensor).flatten(1)
+
+    def _as_tensor(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """The matrix as the tensor of this shape (O or r, I, K)."""
+        if self.functions_first:
+            return matrix.unflatten(1, (shape[2], shape[1])).transpose(1, 2)
+        return matrix.view(shape)
+
+    def product(self) -> Tensor:
+        """The product (N, O)."""
+        x = self.points.x
+        result = x.new_empty(len(x), len(self.matrix))
+        buffer = workspace("values", x, self.multiplied, self.width)
+        for rows in blocks(0, len(x), self.multiplied):
+            basis = buffer[: rows.stop - rows.start]
+            for part in blocks(rows.start, rows.stop, self.evaluated):
+                self._evaluate(part, out=basis[part.start - rows.start : part.stop - rows.start])
+            torch.mm(basis, self.matrix.t(), out=result[rows])
+            if self.is_separate:
+                result[rows].addmm_(basis @ self.right.t(), self.left.t())
+        return result
+
+    def gradients(self, weight_shape: torch.Size, gradient: Tensor, needed: Sequence[bool]) -> Gradients:
+        """The gradients of x, weight, left and right; None where not needed."""
+        x, left = self.points.x, self.left
+        grad_buffer = workspace("gradients", x, self.multiplied, self.width) if needed[0] else None
+        values_buffer = workspace("values", x, self.multiplied, self.width)
+        grad_x = torch.empty_like(x) if needed[0] else None
+        # Transposed: the product that gives it so takes less time.
+        grad_matrix = x.new_zeros(self.width, len(self.matrix)) if needed[1] else None
+        grad_left = torch.zeros_like(left) if left is not None and needed[2] else None
+        grad_right = torch.zeros_like(self.right) if left is not None and needed[3] else None
+        for rows in blocks(0, len(x), self.multiplied):
+            given = gradient[rows]
+            thin: Any = None if left is None else given @ left
+            if grad_buffer is not None:
+                grad_basis = torch.mm(given, self.matrix, out=grad_buffer[: len(given)])
+                if self.is_separate:
+                    grad_basis.addmm_(thin, self.right)
+            for part in blocks(rows.start, rows.stop, self.evaluated):
+                here = slice(part.start - rows.start, part.stop - rows.start)
+                if grad_x is not None:
+                    out = values_buffer[here] if any(needed[1:]) else None
+                    self._differentiate(part, grad_basis[here], grad_x[part], out)
+                else:
+                    self._evaluate(part, values_buffer[here])
+            values = values_buffer[: len(given)]
+            if grad_left is not None:
+                grad_left.addmm_(given.t(), values @ self.right.t())
+            if grad_right is not None:
+                grad_right.addmm_(thin.t(), values)
+            if grad_matrix is not None:
+                grad_matrix.addmm_(values.t(), given)
+        grad_weight = None if grad_matrix is None else self._as_tensor(grad_matrix.t().contiguous(), weight_shape)
+        if grad_right is not None:
+            grad_right = self._as_tensor(grad_right, torch.Size([len(grad_right), *weight_shape[1:]]))
+        return grad_x, grad_weight, grad_left, grad_right
+
+    def _evaluate(self, rows: slice, out: Tensor) -> None:
+        """Writes the basis functions (R, I K) at rows of the points."""
+        first, *others = self.scratch[: len(self.factors), : len(out)]
+        distances = self._distances(self._offsets_into(first, rows).abs_(), others)
+        self._sum_into(out, [integer_power(t, self.points.spline_order, out=t) for t in distances])
+
+    def _differentiate(self, rows: slice, grad_basis: Tensor, out: Tensor, values: Tensor | None) -> None:
+        """Writes the gradient of the points (R, I) into `out`, and the basis functions into `values`, if given.
+
+        `grad_basis` (R, I K), the gradient of the basis functions, is overwritten.
+        """
+        count, order = len(self.factors), self.points.spline_order
+        offsets, first, *scratch = self.scratch[:, : len(out)]
+        self._offsets_into(offsets, rows)
+        distances = self._distances(torch.abs(offsets, out=first), scratch[: count - 1])
+        pairs = zip(distances, scratch[count - 1 :], strict=True)
+        powers = [integer_power(t, order - 1, out=buffer) for t, buffer in pairs]
+        if values is not None:
+            self._sum_into(values, [t.mul_(power) for t, power in zip(distances, powers, strict=True)])
+        # M_p rises up to its center, and falls from there.
+        grad_basis.mul_(self._sum_into(powers[0], powers).copysign_(offsets))
+        split = (self.points.num_basis, -1) if self.functions_first else (-1, self.points.num_basis)
+        torch.sum(grad_basis.unflatten(1, split), dim=1 if self.functions_first else 2, out=out)
+        out.mul_(self.scale * -order)
 
     def _offsets_into(self, out: Tensor, rows: slice) -> Tensor:
+        """Writes the offsets of the points from the centers."""
         position = (self.points.x[rows] - self.points.low) * self.scale
         if self.functions_first:
             split = out.unflatten(1, (self.points.num_basis, -1))
@@ -138,127 +253,16 @@ class _Evaluator:
         out.unflatten(1, (-1, self.points.num_basis)).copy_(position.unsqueeze(-1))
         return out.sub_(self.centers)  # a row: subtracting while broadcasting both is slower
 
-    def values(self, rows: slice, out: Tensor) -> None:
-        """Writes the basis functions (R, I K) at rows of the points."""
-        first, *others = self.scratch[: len(self.powers.factors), : len(out)]
-        distances = self.powers.distances(self._offsets_into(first, rows).abs_(), others)
-        self.powers.sum_into(out, [integer_power(t, self.points.spline_order, out=t) for t in distances])
+    def _distances(self, offsets: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
+        """The t_m, in the memory of `offsets`, which holds |offset|, and of `others`."""
+        found = [torch.sub(self.half_width, offsets, out=offsets).relu_()]
+        for buffer in others:
+            found.append(torch.sub(found[-1], self.unit, out=buffer).relu_())
+        return found
 
-    def gradients(self, rows: slice, towards: Tensor, out: Tensor, values: Tensor | None) -> None:
-        """Writes into `out` (R, I) the gradient towards the points, from `towards` (R, I K), the gradient towards the
-        basis functions, which is overwritten; and into `values`, if given, the basis functions."""
-        count, order = len(self.powers.factors), self.points.spline_order
-        offsets, first, *scratch = self.scratch[:, : len(out)]
-        self._offsets_into(offsets, rows)
-        distances = self.powers.distances(torch.abs(offsets, out=first), scratch[: count - 1])
-        pairs = zip(distances, scratch[count - 1 :], strict=True)
-        powers = [integer_power(t, order - 1, out=buffer) for t, buffer in pairs]
-        if values is not None:
-            self.powers.sum_into(values, [t.mul_(power) for t, power in zip(distances, powers, strict=True)])
-        # M_p rises up to its center, and falls from there.
-        towards.mul_(self.powers.sum_into(powers[0], powers).copysign_(offsets))
-        split = (self.points.num_basis, -1) if self.functions_first else (-1, self.points.num_basis)
-        torch.sum(towards.unflatten(1, split), dim=1 if self.functions_first else 2, out=out)
-        out.mul_(self.scale * -order)
-
-
-class _Arrangement(NamedTuple):
-    """How the product is formed, from the coefficients as matrices in the order of the basis' rows."""
-
-    functions_first: bool
-    matrix: Tensor  # (O, I K): the weight, or its sum with the update
-    update: Pair | None  # (O, r) and (r, I K)
-    separate: Pair | None  # the update, if `matrix` is without it
-
-    def restore(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        """The matrix as a tensor of (O or r, I, K)."""
-        if self.functions_first:
-            return matrix.unflatten(1, (shape[2], shape[1])).transpose(1, 2)
-        return matrix.view(shape)
-
-
-def _arrange(points: Points, weight: Tensor, update: Pair | None) -> _Arrangement:
-    many = len(points.x) >= _FORM_FROM * len(weight)
-    functions_first = many and points.x.shape[1] >= _FUNCTIONS_FIRST_FROM
-    order = (0, 2, 1) if functions_first else (0, 1, 2)
-    matrix = weight.permute(order).flatten(1)
-    if update is not None:
-        update = update[0], update[1].permute(order).flatten(1)
-        if many:
-            matrix = torch.addmm(matrix, *update)
-    return _Arrangement(functions_first, matrix, update, None if many else update)
-
-
-def _block_sizes(points: Points) -> tuple[int, int]:
-    """How many rows of the basis are evaluated at a time, and how many enter a matrix product."""
-    width = max(1, points.x.shape[1] * points.num_basis)
-    if points.x.device.type != "cpu":
-        return max(1, OFF_CPU // width), max(1, OFF_CPU // width)
-    fewest = min(max(MIN_ROWS[0], width // 16), MIN_ROWS[1])
-    return max(1, EVALUATED // width), max(fewest, MULTIPLIED // width)
-
-
-def _dense_product(points: Points, weight: Tensor, update: Pair | None) -> Tensor:
-    """The product (N, O), by blocks of the whole basis."""
-    arrangement = _arrange(points, weight, update)
-    size = len(points.x)
-    evaluated, multiplied = _block_sizes(points)
-    evaluator = _Evaluator(points, evaluated, arrangement.functions_first)
-    result = points.x.new_empty(size, len(weight))
-    buffer = workspace("values", points.x, min(multiplied, size), points.x.shape[1] * points.num_basis)
-    for rows in blocks(0, size, multiplied):
-        basis = buffer[: rows.stop - rows.start]
-        for part in blocks(rows.start, rows.stop, evaluated):
-            evaluator.values(part, out=basis[part.start - rows.start : part.stop - rows.start])
-        torch.mm(basis, arrangement.matrix.t(), out=result[rows])
-        if arrangement.separate is not None:
-            left, right = arrangement.separate
-            result[rows].addmm_(basis @ right.t(), left.t())
-    return result
-
-
-def _dense_gradients(
-    points: Points, weight: Tensor, update: Pair | None, gradient: Tensor, needed: Sequence[bool]
-) -> Gradients:
-    """The gradients towards x, weight, left and right, of those that are needed."""
-    arrangement = _arrange(points, weight, update)
-    left, right = arrangement.update or (None, None)
-    size = len(points.x)
-    evaluated, multiplied = _block_sizes(points)
-    evaluator = _Evaluator(points, evaluated, arrangement.functions_first)
-    width = points.x.shape[1] * points.num_basis
-    towards_buffer = workspace("gradients", points.x, min(multiplied, size), width) if needed[0] else None
-    # The thin products take the values at once; the product with the gradient takes more rows at a time.
-    values_buffer = workspace("values", points.x, min(multiplied if needed[1] else evaluated, size), width)
-    towards_x = torch.empty_like(points.x) if needed[0] else None
-    # Transposed: the product that gives it so takes less time.
-    towards_matrix = points.x.new_zeros(width, len(weight)) if needed[1] else None
-    towards_left = torch.zeros_like(left) if left is not None and needed[2] else None
-    towards_right = torch.zeros_like(right) if right is not None and needed[3] else None
-    for rows in blocks(0, size, multiplied):
-        given = gradient[rows]
-        thin = None if left is None else given @ left
-        if towards_buffer is not None:
-            towards = towards_buffer[: len(given)]
-            torch.mm(given, arrangement.matrix, out=towards)
-            if arrangement.separate is not None and thin is not None:
-                towards.addmm_(thin, arrangement.separate[1])
-        for part in blocks(rows.start, rows.stop, evaluated):
-            here = slice(part.start - rows.start, part.stop - rows.start)
-            values = values_buffer[here if needed[1] else slice(part.stop - part.start)]
-            if towards_x is not None:
-                evaluator.gradients(part, towards[here], towards_x[part], values if any(needed[1:]) else None)
-            else:
-                evaluator.values(part, values)
-            if towards_left is not None and right is not None:
-                towards_left.addmm_(given[here].t(), values @ right.t())
-            if towards_right is not None and thin is not None:
-                towards_right.addmm_(thin[here].t(), values)
-        if towards_matrix is not None:
-            towards_matrix.addmm_(values_buffer[: len(given)].t(), given)
-    towards_weight = None
-    if towards_matrix is not None:
-        towards_weight = arrangement.restore(towards_matrix.t().contiguous(), weight.shape)
-    if update is not None and towards_right is not None:
-        towards_right = arrangement.restore(towards_right, update[1].shape)
-    return towards_x, towards_weight, towards_left, towards_right
+    def _sum_into(self, out: Tensor, powers: Sequence[Tensor]) -> Tensor:
+        """The weighted sum of the powers; `out` may be the first of them."""
+        total = powers[0]
+        for factor, power in zip(self.factors[1:], powers[1:], strict=True):
+            total = torch.add(total, power, alpha=factor, out=out)
+        return total if total is out else out.copy_(total)

@@ -9,14 +9,14 @@ import copy
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, contract, expand_inputs, expands_first
+from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, expand_inputs
 from .basis import check_input, moments
 from .layer import KANLinear, SplineLayer
 from .network import KAN, LayerStack, Norm, pairs, with_norms
@@ -28,6 +28,10 @@ from .product import spline_product
 SPLINE_VARIANCE_SHARE = 0.05
 GAIN_IN = 0.3
 GAIN_BASIS = 0.3
+
+# Rows from which `spline_product` costs less than a product of `factor_in` with the basis: measured at widths of 64 to
+# 512, ranks of (8, 8, 4) to (32, 32, 6). `examples/studies/benchmarks/slim_speed.py`
+_EXPAND_FROM = 64
 
 
 class SlimKANLinear(SplineLayer):
@@ -141,12 +145,15 @@ class SlimKANLinear(SplineLayer):
         check_input(x, self.in_features, self, self.core.dtype)
         rows = x.reshape(-1, self.in_features)
         core, factor_out, factor_in, factor_basis = self.components
-        residual = F.silu(rows)
-        if expands_first(len(rows), core, factor_in, factor_basis):
+        if len(rows) >= _EXPAND_FROM:
             z = spline_product(rows, *self.grid, expand_inputs(core, factor_in, factor_basis[:-1]))
-            y = (z + residual @ factor_in @ (core @ factor_basis[-1]).T) @ factor_out.T
+            z = z + F.silu(rows) @ factor_in @ (core @ factor_basis[-1]).T
         else:
-            y = contract(self.basis(rows), residual, *self.components)
+            functions = torch.cat([self.basis(rows), F.silu(rows).unsqueeze(-1)], -1)
+            z = rearrange(functions, "n i k -> (n k) i") @ factor_in
+            matrix = (core.flatten(0, 1) @ factor_basis.T).unflatten(0, core.shape[:2])  # (ro, ri, K + 1)
+            z = rearrange(z, "(n k) r -> n (k r)", k=len(factor_basis)) @ matrix.transpose(1, 2).flatten(1).T
+        y = z @ factor_out.T
         return y.view(*x.shape[:-1], self.out_features)
 
     def forward_with(self, delta: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -159,7 +166,7 @@ class SlimKANLinear(SplineLayer):
     def to_dense(self) -> KANLinear:
         """The `KANLinear` that computes the same, up to rounding."""
         shape = (self.in_features, self.out_features, self.grid_size, self.spline_order, self.grid_range)
-        return _filled(
+        return filled(
             KANLinear(*shape, device="meta"), self, spline_weight=self.spline_weight, base_weight=self.base_weight
         )
 
@@ -168,7 +175,7 @@ class SlimKANLinear(SplineLayer):
         """The Slim layer with components (O, I, K + 1) on the grids, the dtype and the device of a dense layer."""
         shape = (layer.grid_size, layer.spline_order, layer.grid_range)
         slim = cls(layer.in_features, layer.out_features, components.ranks, *shape, device="meta")
-        return _filled(slim, layer, **components._asdict())
+        return filled(slim, layer, **components._asdict())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ranks={self.ranks}"
@@ -177,7 +184,7 @@ class SlimKANLinear(SplineLayer):
 _L = TypeVar("_L", bound=SplineLayer)
 
 
-def _filled(new: _L, like: SplineLayer, **parameters: torch.Tensor) -> _L:
+def filled(new: _L, like: SplineLayer, **parameters: torch.Tensor) -> _L:
     """The layer `new`, made on the meta device, with these parameters, and the rest as in `like`."""
     new = new.to_empty(device=like.grid_bounds.device).to(like.grid_bounds.dtype)
     new.requires_grad_(any(parameter.requires_grad for parameter in like.parameters()))
@@ -232,20 +239,21 @@ class SlimKAN(LayerStack):
         dtype=None,
     ) -> None:
         sizes = pairs(widths)
-        per_layer = _ranks_per_layer(ranks, len(sizes))
-        layers, capped = [], {}
-        for index, ((n_in, n_out), asked) in enumerate(zip(sizes, per_layer, strict=True)):
-            arguments = (grid_size, spline_order, grid_range, device, dtype)
-            if asked is None:
-                layers.append(KANLinear(n_in, n_out, *arguments))
-                continue
-            shape = (n_out, n_in, grid_size + spline_order + 1)
-            got = cap_ranks(asked, shape)
-            # with a normalization between them, the layers are every second entry
-            capped[f"layers.{index if norm is None else 2 * index}"] = (asked, shape, got)
-            layers.append(SlimKANLinear(n_in, n_out, got, *arguments))
+        if isinstance(ranks, (list, tuple)) and any(r is None or isinstance(r, (list, tuple)) for r in ranks):
+            per_layer = ranks
+        else:  # a list of three integers counts for all layers, as a tuple does
+            per_layer = [check_ranks(ranks, "ranks", kernel=False)] * len(sizes)  # pyright: ignore[reportArgumentType]
+        if len(per_layer) != len(sizes):
+            raise ValueError(
+                f"`ranks` has {len(per_layer)} entries, but the network has {len(sizes)} layers: give (ro, ri, rb) or "
+                "None for each of them, or one (ro, ri, rb) for all."
+            )
+        arguments = (grid_size, spline_order, grid_range, device, dtype)
+        layers = [
+            KANLinear(*size, *arguments) if r is None else SlimKANLinear(*size, r, *arguments)
+            for size, r in zip(sizes, per_layer, strict=True)
+        ]
         super().__init__(with_norms(layers, norm, device, dtype))
-        warn_capped(capped)
 
     @torch.inference_mode(False)
     def to_dense(self) -> KAN:
@@ -255,19 +263,6 @@ class SlimKAN(LayerStack):
             layer.to_dense() if isinstance(layer, SlimKANLinear) else copy.deepcopy(layer) for layer in self.layers
         )
         return kan.train(self.training)
-
-
-def _ranks_per_layer(ranks: Ranks | Sequence[Ranks | None], layers: int) -> list[Ranks | None]:
-    """The ranks of each layer; a list of three integers counts for all of them, as a tuple does."""
-    per_layer: Any = ranks
-    if isinstance(ranks, (list, tuple)) and any(r is None or isinstance(r, (list, tuple)) for r in ranks):
-        if len(ranks) != layers:
-            raise ValueError(
-                f"`ranks` has {len(ranks)} entries, but the network has {layers} layers: give (ro, ri, rb) or None "
-                "for each of them, or one (ro, ri, rb) for all."
-            )
-        return [None if r is None else check_ranks(r, "ranks", kernel=False) for r in per_layer]
-    return [check_ranks(per_layer, "ranks", kernel=False) for _ in range(layers)]
 
 
 def warn_capped(layers: dict[str, tuple]) -> None:

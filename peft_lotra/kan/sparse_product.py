@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from .memory import EVALUATED, blocks
 
 
 Pair = tuple[Tensor, Tensor]  # left (O, r) and right (r, I, K) of an update
-Gradients = tuple[Tensor | None, ...]  # towards x, weight, left and right
+Gradients = tuple[Tensor | None, ...]  # of x, weight, left and right
 
 
 class Points(NamedTuple):
@@ -35,10 +35,10 @@ class Points(NamedTuple):
         return (self.x - self.low) * self.scale
 
 
-# From so many basis functions for each one that is not zero at a point, and from so many points, to gather
-# coefficients costs less than the product with all of them. `grid` of
-# `examples/studies/benchmarks/run.py --only growth`.
-_SPARSE_FROM = 5
+# Gathering coefficients costs less than the product with all of them from so many basis functions for each one that is
+# not zero at a point, and from so many points. Orders 1, 3 and 5 break even at 20 to 60 intervals, the fewer the wider
+# the layer. `grid` of `examples/studies/benchmarks/run.py --only growth`.
+_SPARSE_FROM = 10
 _SPARSE_MIN_ROWS = 64
 
 
@@ -55,51 +55,48 @@ def is_sparse(points: Points) -> bool:
 def sparse_product(points: Points, weight: Tensor, update: Pair | None) -> Tensor:
     """The product (N, O); see `spline_product`."""
     table = _table(weight, update)
-    result = points.x.new_empty(len(points.x), len(weight))
-    for rows in _blocks(points):
-        values, index, _ = _basis(points, rows)
-        result[rows] = _gathered_sum(table, index, values)
-    return result
+    return torch.cat([_gathered_sum(table, index, values) for _, values, index, _ in _blocks(points)])
 
 
 def sparse_gradients(
     points: Points, weight: Tensor, update: Pair | None, gradient: Tensor, needed: Sequence[bool]
 ) -> Gradients:
-    """The gradients towards x, weight, left and right, of those that are needed."""
+    """The gradients of x, weight, left and right; None where not needed."""
     gradient = gradient.contiguous()
     left, right = update or (None, None)
-    towards_x = torch.empty_like(points.x) if needed[0] else None
-    towards_left = torch.zeros_like(left) if left is not None and needed[2] else None
+    grad_x = torch.empty_like(points.x) if needed[0] else None
+    grad_left = torch.zeros_like(left) if left is not None and needed[2] else None
     table = _table(weight, update) if needed[0] else None
     thin_table = right.flatten(1).t().contiguous() if right is not None and needed[2] else None
     found = []
-    for rows in _blocks(points):
-        values, index, interval = _basis(points, rows)
-        if towards_x is not None:
+    for rows, values, index, interval in _blocks(points):
+        if grad_x is not None:
             slopes, _, _ = _basis(points, rows, derivative=1)
             # Input after input, so that the coefficients of one stay in the cache for all rows: half the time.
             index_by_input, slopes = index.transpose(0, 1), slopes.transpose(0, 1)
             row_of = torch.arange(len(index), device="cpu").repeat_interleave(slopes.shape[-1]).repeat(len(slopes))
-            towards_basis = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad_basis = torch.ops.aten._embedding_bag_per_sample_weights_backward(
                 gradient[rows], table, index_by_input.flatten(), torch.arange(len(index), device="cpu"), row_of, 0, -1
             )
-            towards_x[rows] = (towards_basis.view_as(slopes) * slopes).sum(-1).t() * points.scale
-        if towards_left is not None and thin_table is not None:
-            towards_left.addmm_(gradient[rows].t(), _gathered_sum(thin_table, index, values))
+            grad_x[rows] = (grad_basis.view_as(slopes) * slopes).sum(-1).t() * points.scale
+        if grad_left is not None and thin_table is not None:
+            grad_left.addmm_(gradient[rows].t(), _gathered_sum(thin_table, index, values))
         found.append((values, interval))
-    towards_weight = towards_right = None
+    grad_weight = grad_right = None
     if needed[1] or needed[3]:
         values, interval = (torch.cat(tensors) for tensors in zip(*found, strict=True))
         if needed[1]:
-            towards_weight = _weight_gradient(points, values, interval, gradient).view_as(weight)
+            grad_weight = _weight_gradient(points, values, interval, gradient).view_as(weight)
         if left is not None and right is not None and needed[3]:
-            towards_right = _weight_gradient(points, values, interval, gradient @ left).view_as(right)
-    return towards_x, towards_weight, towards_left, towards_right
+            grad_right = _weight_gradient(points, values, interval, gradient @ left).view_as(right)
+    return grad_x, grad_weight, grad_left, grad_right
 
 
-def _blocks(points: Points) -> list[slice]:
+def _blocks(points: Points) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Blocks of rows, each with the results of `_basis`."""
     width = points.x.shape[1] * (points.spline_order + 1)
-    return blocks(0, len(points.x), max(1, EVALUATED // width))
+    for rows in blocks(0, len(points.x), max(1, EVALUATED // width)):
+        yield rows, *_basis(points, rows)
 
 
 def _basis(points: Points, rows: slice, derivative: int = 0) -> tuple[Tensor, Tensor, Tensor]:

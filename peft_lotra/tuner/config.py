@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 
 from ..hub.card import write_card
 from ..layers.coefficients import CoefficientTensor
-from ..tucker import KernelTucker, Ranks, cap_ranks, check_ranks, default_ranks
+from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, default_ranks
 
 
 ALL_KAN = "all-kan"
@@ -54,7 +54,7 @@ def _listed(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
-_KNOWN = set(KernelTucker._fields)
+_KNOWN = set(Tucker._fields)
 _NAMES = (_are_names, "a string or a list of strings")
 _SHARE = (lambda value: _is_number(value) and 0 <= value < 1, "at least 0 and below 1")
 # What a field may be, with the words for it; None is allowed where it is the default.
@@ -70,7 +70,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: type(value) is bool or value in ("gradient", "hosvd"),
         "True, False, 'gradient' or 'hosvd'",
     ),
-    "train": (lambda value: bool(value) and set(_listed(value)) <= _KNOWN, f"some of {KernelTucker._fields}"),
+    "train": (lambda value: bool(value) and set(_listed(value)) <= _KNOWN, f"some of {Tucker._fields}"),
     "check_base": (lambda value: value in CHECK_BASE, f"None or one of {CHECK_BASE}"),
     "base_layers": (
         lambda value: isinstance(value, dict) and all(isinstance(v, dict) and "family" in v for v in value.values()),
@@ -208,7 +208,7 @@ class LoTRAConfig(PeftConfig):
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
         if self.train is not None:
-            self.train = [name for name in KernelTucker._fields if name in _listed(self.train)]
+            self.train = [name for name in Tucker._fields if name in _listed(self.train)]
         # No fields, so neither saved nor compared. PEFT writes the names that it finds into `target_modules`, and the
         # object may serve another model.
         self.targets_all_kan = self.target_modules in (None, ALL_KAN)
@@ -242,7 +242,7 @@ class LoTRAConfig(PeftConfig):
         out, in_, basis, *kernel = tensor.shape
         shape = (out, in_, basis + (self.adapt_residual and tensor.has_residual), *kernel)
         ranks = cap_ranks(self.ranks_and_alpha(name, shape)[0], shape)
-        return dict(zip(KernelTucker._fields, (ranks, *zip(shape, ranks, strict=True)), strict=False))
+        return dict(zip(Tucker._fields, (ranks, *zip(shape, ranks, strict=True)), strict=False))
 
     def frozen_and_zero(self, components: Iterable[str]) -> tuple[tuple[str, ...], str]:
         """Which of the components of a layer are not trained, and which one starts at zero: one that is trained."""

@@ -21,7 +21,7 @@ from ..kan.layer import KANLinear
 from ..layers.coefficients import CoefficientTensor
 from ..layers.registry import Grid, KANLayerSpec, same_grid
 from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms
-from ..tucker import KernelTucker, Tucker, Update
+from ..tucker import Tucker, Update
 from .config import LoTRAConfig
 from .fused import Formula, find_formula, runs_more_than_its_class
 from .initialization import initialize
@@ -30,7 +30,7 @@ from .rows import ForwardPass, current_pass, names_of_rows, run_by_name
 
 
 # The components of adapters, as state dicts have them; a layer without a kernel has all but the last.
-COMPONENTS = tuple(f"lotra_{name}" for name in KernelTucker._fields)
+COMPONENTS = tuple(f"lotra_{name}" for name in Tucker._fields)
 
 
 class Target(NamedTuple):
@@ -151,7 +151,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """
         modules = self._modules
         parts = [getattr(modules[name], adapter_name) for name in self.adapter_layer_names]
-        return Tucker(*parts) if len(parts) == 4 else KernelTucker(*parts)
+        return Tucker(*parts)
 
     @torch.no_grad()
     def set_components(self, adapter_name: str, components: Tucker) -> None:

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from ..modules.checks import as_number
-from ..tucker import Ranks, Tucker, check_ranks, direct_sum, tucker_of
+from ..tucker import Ranks, Tucker, check_ranks, direct_sum
 from .config import LoTRAConfig, pattern_key
 from .layer import LoTRALayer, lotra_layers
 from .targets import exact_targets
@@ -161,4 +161,4 @@ def _average(name: str, parts: Sequence[Tucker], weights: Sequence[float]) -> Tu
         raise ValueError(f'`combination_type="linear"` is an average, but at `{name}` {problem}. Use "cat" or "svd".')
     cores, *factors = (torch.stack(same) for same in zip(*parts, strict=True))
     shares = cores.new_tensor(weights) / total
-    return tucker_of(cores.sum(0), *(torch.tensordot(shares, factor, 1) for factor in factors))
+    return Tucker(cores.sum(0), *(torch.tensordot(shares, factor, 1) for factor in factors))

@@ -23,7 +23,7 @@ from peft_lotra import (
 )
 from peft_lotra.layers import registry
 from peft_lotra.plotting import edge_changes, plot_edge_functions, plot_network_change, plot_spectra
-from peft_lotra.tucker import tucker_of
+from peft_lotra.tucker import Tucker
 from peft_lotra.tuner.layer import lotra_layers
 from peft_lotra.tuner.targets import locate_target
 
@@ -44,7 +44,7 @@ def tuned_pair(ranks: tuple[int, ...], family: str = "kagnconv", groups: int = 2
     location = locate_target("first", tuned.first).coefficients
     tensor = location.read(tuned.first).detach()
     factors = [torch.randn(size, rank) for size, rank in zip(tensor.shape, ranks, strict=True)]
-    update = tucker_of(torch.randn(ranks), *factors).dense(0.1)
+    update = Tucker(torch.randn(ranks), *factors).dense(0.1)
     with torch.no_grad():
         for name, value in location.split(tensor + update).items():
             tuned.first.get_parameter(name).copy_(value)

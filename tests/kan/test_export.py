@@ -11,8 +11,6 @@ from helpers import adapt, base, inputs, relative
 from stand_ins import FAMILIES
 from torch import Tensor, nn
 
-from peft_lotra.kan import KAN
-
 
 def program(model: nn.Module) -> torch.export.ExportedProgram:
     """The model as a graph, for any number of rows."""
@@ -33,10 +31,6 @@ def outside() -> Tensor:
     return torch.cat([inputs(7), torch.tensor([[3.0, -1.5, 1.0], [-1.0, 1e4, 0.0]])])
 
 
-def merged(model: nn.Module) -> nn.Module:
-    return adapt(copy.deepcopy(model)).merge_and_unload()
-
-
 def onnx_session(model: nn.Module, path):
     """The model in ONNX, for any number of rows, as onnxruntime runs it."""
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -50,7 +44,7 @@ def onnx_session(model: nn.Module, path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_merged_kan_is_exported_as_its_base_is(family: str) -> None:
     model = base(family).eval()
-    deployed = merged(model)
+    deployed = adapt(copy.deepcopy(model)).merge_and_unload()
     plain, exported = program(model), program(deployed)
     assert operations(exported) == operations(plain)
     assert shapes(exported) == shapes(plain)
@@ -77,31 +71,3 @@ def test_onnx_computes_the_same(family: str, merge: bool, tmp_path) -> None:
     for x in (inputs(6), outside()):
         (y,) = session.run(None, {"x": x.numpy()})
         assert relative(torch.from_numpy(y), model(x).detach()) < 1e-5
-
-
-def test_a_saved_program_of_a_merged_network_computes_the_same(tmp_path) -> None:
-    network = adapt(KAN([3, 8, 2])).merge_and_unload()
-    torch.export.save(program(network), tmp_path / "kan.pt2")
-    exported = torch.export.load(tmp_path / "kan.pt2").module()
-    x = outside()
-    assert torch.allclose(exported(x), network(x), rtol=1e-6, atol=1e-6)
-
-
-def test_merged_inference_is_the_base_and_nothing_else() -> None:
-    network = KAN([3, 8, 2])
-    deployed = merged(network)
-    assert [(name, type(module)) for name, module in deployed.named_modules()] == [
-        (name, type(module)) for name, module in network.named_modules()
-    ]
-    assert [(name, tensor.shape, tensor.dtype) for name, tensor in deployed.state_dict().items()] == [
-        (name, tensor.shape, tensor.dtype) for name, tensor in network.state_dict().items()
-    ]
-    for module in deployed.modules():
-        assert not any(
-            (
-                module._forward_hooks,
-                module._forward_pre_hooks,
-                "forward" in vars(module),
-                any("lotra" in name for name in vars(module)),
-            )
-        )

@@ -1,6 +1,8 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
+"""Maps of each input by itself: those of users, KnotMap and TanhBound."""
+
 from __future__ import annotations
 
 import pytest
@@ -8,9 +10,11 @@ import torch
 from jet_helpers import assert_same, nested, network, points
 from torch import Tensor, nn
 
-from peft_lotra.derivatives.stages import stages_of
-from peft_lotra.kan import jet
+from peft_lotra.kan import KAN, KnotMap, TanhBound, jet, refine_grid
 from peft_lotra.kan.input_map import InputMap
+
+
+LOW, HIGH = torch.tensor([-1.0, 0.0], dtype=torch.float64), torch.tensor([1.0, 4.0], dtype=torch.float64)
 
 
 class Waves(InputMap):
@@ -24,9 +28,13 @@ class Waves(InputMap):
         return torch.sin(z + phase), torch.cos(z + phase), -torch.sin(z + phase)
 
 
+def uneven(cells: int = 20) -> KnotMap:
+    return KnotMap(LOW, HIGH, torch.rand(2, cells, dtype=torch.float64) * 9 + 1)
+
+
 @pytest.mark.filterwarnings("error:`jet` knows no closed form")
 @pytest.mark.parametrize("shape", [(5, 2), (2, 3, 2), (2,)])
-def test_first_in_a_chain_and_between_layers(shape):
+def test_jets_of_a_map_first_in_a_chain_and_between_layers(shape):
     model = nn.Sequential(Waves(), network(3, 4, 2), Waves(), network(3, 4, 1))
     x = points(30, 2)[: torch.Size(shape[:-1]).numel()].reshape(shape)
     u, du, d2u = nested(model, x)
@@ -34,14 +42,63 @@ def test_first_in_a_chain_and_between_layers(shape):
     assert_same(jet(model, x, collapse=True), (u, du, d2u.sum(0)))
 
 
-def test_a_subclass_that_computes_something_else_is_no_stage():
-    class Doubled(Waves):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
+@pytest.mark.filterwarnings("error:`jet` knows no closed form")
+def test_jets_of_knot_maps_inside_and_outside_of_the_interval():
+    model = nn.Sequential(uneven(), network(2, 4, 1))
+    x = torch.rand(60, 2, dtype=torch.float64) * 6 - 1.5
+    assert_same(jet(model, x), nested(model, x))
 
-    assert stages_of(Waves()) and stages_of(Doubled()) is None
+
+def test_an_even_density_is_the_identity():
+    x = torch.randn(40, 2, dtype=torch.float64) * 3
+    torch.testing.assert_close(KnotMap(LOW, HIGH, torch.ones(2, 7))(x), x)
 
 
-def test_wrong_shape():
+@pytest.mark.parametrize("cells", [1, 3, 20])
+def test_knot_maps_are_monotone_onto_the_interval_and_twice_differentiable(cells):
+    knots = uneven(cells)
+    torch.testing.assert_close(knots(torch.stack([LOW, HIGH])), torch.stack([LOW, HIGH]))
+    x = torch.linspace(-2, 6, 1001, dtype=torch.float64)[:, None].expand(-1, 2)
+    assert (knots(x).diff(dim=0) > 0).all()
+    for end in (LOW, HIGH):
+        below, above = (knots.evaluate((end + shift).unsqueeze(0)) for shift in (-1e-9, 1e-9))
+        for a, b in zip(below, above, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    x = LOW + (HIGH - LOW) * torch.rand(30, 2, dtype=torch.float64)
+    torch.testing.assert_close(knots.inverse(knots(x)), x)
+
+
+def test_the_slope_of_a_knot_map_follows_the_density():
+    step = torch.ones(2, 60, dtype=torch.float64)
+    step[:, 30:] = 4  # four times as many knots in the upper half
+    _, slope, _ = KnotMap(LOW, HIGH, step).evaluate(torch.stack([LOW, HIGH]))
+    torch.testing.assert_close(slope[1] / slope[0], torch.full_like(LOW, 4))
+
+
+def test_bounded_activations_stay_on_the_grids_and_have_closed_jets():
+    net = KAN([2, 6, 6, 1], grid_size=4, spline_order=5, grid_range=(-1, 3), norm="tanh", dtype=torch.float64)
+    with torch.no_grad():
+        net.layers[0].spline_weight.mul_(50)  # far beyond the grid of the next layer
+    x = 4 * torch.rand(200, 2, dtype=torch.float64) - 1
+    first = net.layers[1](net.layers[0](x))
+    assert net.layers[0](x).abs().max() > 5 and first.min() >= -1 and first.max() <= 3
+    assert_same(jet(net, x), nested(net, x))
+    before = net(x)
+    refine_grid(net, 8, x, exact=True)
+    assert [net.layers[i].grid_size for i in (0, 2)] == [8, 8]  # not extended
+    torch.testing.assert_close(net(x), before)
+
+
+def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"shape \(4, 3\), but Waves expects a last dimension of 2"):
         Waves()(torch.rand(4, 3))
+    with pytest.raises(ValueError, match=r"`density` \(3, 4\) must be"):
+        KnotMap(LOW, HIGH, torch.ones(3, 4))
+    with pytest.raises(ValueError, match="below its `high`"):
+        KnotMap(HIGH, LOW, torch.ones(2, 4))
+    for value in (0.0, torch.inf, torch.nan):
+        with pytest.raises(ValueError, match="`density` must be finite and above zero"):
+            KnotMap(LOW, HIGH, torch.full((2, 4), value))
+    for ends in ((1.0, 1.0), (0.0, torch.inf)):
+        with pytest.raises(ValueError, match="`low` is"):
+            TanhBound(3, *ends)

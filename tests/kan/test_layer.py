@@ -35,13 +35,8 @@ def state(layer):
     return {name: tensor.clone() for name, tensor in layer.state_dict().items()}
 
 
-def assert_same_state(layer, before):
-    for name, tensor in layer.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-
-
 @pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
-def test_equals_efficient_kan_inside_the_grid(order):
+def test_equals_efficient_kan_inside_the_grid_and_the_sum_over_edges(order):
     theirs = EfficientKANLinear(4, 3, spline_order=order)
     ours = KANLinear(4, 3, spline_order=order)
     with torch.no_grad():
@@ -50,11 +45,7 @@ def test_equals_efficient_kan_inside_the_grid(order):
     x = torch.rand(50, 4) * 1.99 - 0.995
     torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=5e-6)
     torch.testing.assert_close(ours.knots, theirs.grid)
-
-
-def test_equals_the_sum_over_edges():
-    layer = KANLinear(3, 2, dtype=torch.float64)
-    x = torch.randn(5, 3, dtype=torch.float64)
+    layer, x = ours.double(), torch.randn(5, 4, dtype=torch.float64)
     expected = torch.einsum("oik,bik->bo", layer.spline_weight, layer.basis(x)) + F.silu(x) @ layer.base_weight.T
     torch.testing.assert_close(layer(x), expected)
 
@@ -83,26 +74,11 @@ def test_dtypes(dtype):
     layer = KANLinear(3, 2, dtype=dtype)
     assert {tensor.dtype for tensor in layer.state_dict().values()} == {dtype}
     assert layer(torch.randn(4, 3, dtype=dtype)).dtype == dtype
-    converted = KANLinear(3, 2).to(dtype)
-    assert converted(torch.randn(4, 3, dtype=dtype)).dtype == dtype
-
-
-def test_autocast():
-    layer = KANLinear(3, 2)
-    x = torch.randn(8, 3)
+    converted, x = KANLinear(3, 2).to(dtype), torch.randn(4, 3)
+    assert converted(x.to(dtype)).dtype == dtype
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x)
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.02)
-
-
-def test_state_dict_keeps_the_grid():
-    layer = smooth_layer()
-    layer.update_grid(3 * torch.randn(100, 3, dtype=torch.float64))
-    other = KANLinear(3, 4, dtype=torch.float64)
-    other.load_state_dict(layer.state_dict())
-    x = torch.randn(20, 3, dtype=torch.float64)
-    assert torch.equal(other(x), layer(x))
+        y = converted.float()(x)
+    torch.testing.assert_close(y.float(), converted(x), rtol=0.05, atol=0.02)
 
 
 @pytest.mark.parametrize("grid_range", [(-1, 1), (0, 1), (-3, 5)])
@@ -142,7 +118,7 @@ def test_update_grid_moves_each_grid_to_its_samples():
     torch.testing.assert_close(layer.knots[:, -layer.spline_order - 1], layer.grid_bounds[:, 1])
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("order", [1, 3, 5])
 def test_update_grid_changes_nothing_when_the_grid_stays(order):
     layer = KANLinear(3, 4, spline_order=order, dtype=torch.float64)
     before = state(layer)
@@ -153,52 +129,38 @@ def test_update_grid_changes_nothing_when_the_grid_stays(order):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 2e-3), (torch.float32, 2e-3), (torch.bfloat16, 5e-2)])
-@pytest.mark.parametrize("leading", [(400,), (4, 100)])
-def test_update_grid_keeps_a_smooth_function(dtype, tolerance, leading):
+def test_update_grid_keeps_a_smooth_function(dtype, tolerance):
     layer = smooth_layer(dtype, grid_size=8)
-    x = (0.9 * torch.rand(*leading, 3) - 0.6).to(dtype)
+    x = (0.9 * torch.rand(4, 100, 3) - 0.6).to(dtype)
     before = layer(x).double()
     layer.update_grid(x)
-    assert layer.spline_weight.dtype == dtype
     assert (layer(x).double() - before).abs().max() < tolerance * before.abs().max()
-
-
-def test_update_grid_with_few_samples_is_determined():
-    layer = smooth_layer()
-    x = torch.tensor([[-0.9, -0.8, -1.0], [0.8, 0.9, 1.0]], dtype=torch.float64)
-    between = torch.rand(50, 3, dtype=torch.float64) * 1.6 - 0.8
-    before = layer(between)
-    layer.update_grid(x)
-    assert (layer(between) - before).abs().max() < 0.05 * before.abs().max()
+    other = KANLinear(3, 4, grid_size=8, dtype=dtype)
+    other.load_state_dict(layer.state_dict())  # the grid too
+    assert torch.equal(other(x), layer(x))
 
 
 @pytest.mark.parametrize(
-    "spoil, message",
+    "spoil, margin, message",
     [
-        (lambda x: x[:, :2], r"shape \(50, 2\)"),
-        (lambda x: x[:0], r"shape \(0, 3\)"),
-        (lambda x: x / (x != x[0, 2]), r"inputs 2 \(1 of 3\) hold NaN or infinite"),
-        (lambda x: x.index_fill(1, torch.tensor(0), torch.nan), r"inputs 0 \(1 of 3\) hold NaN"),
+        (lambda x: x[:, :2], 0.01, r"shape \(50, 2\)"),
+        (lambda x: x[:0], 0.01, r"shape \(0, 3\)"),
+        (lambda x: x / (x != x[0, 2]), 0.01, r"inputs \[2\] \(1 of 3\) hold NaN or infinite"),
+        (lambda x: x, -0.1, "`margin` is"),
+        (lambda x: x, float("nan"), "`margin` is"),
     ],
 )
-def test_update_grid_refuses_and_changes_nothing(spoil, message):
+def test_update_grid_refuses_and_changes_nothing(spoil, margin, message):
     layer = KANLinear(3, 4)
     before = state(layer)
     with pytest.raises(ValueError, match=message):
-        layer.update_grid(spoil(torch.randn(50, 3)))
-    assert_same_state(layer, before)
+        layer.update_grid(spoil(torch.randn(50, 3)), margin)
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        pytest.param(lambda x: torch.zeros_like(x), id="constant"),
-        pytest.param(lambda x: torch.full_like(x, 7.3), id="constant outside the grid"),
-        pytest.param(lambda x: 0.3 + x * torch.finfo(x.dtype).eps / 10, id="too narrow"),
-        pytest.param(lambda x: 1e6 * (1 + x * torch.finfo(x.dtype).eps), id="too narrow for numbers so large"),
-    ],
-)
+@pytest.mark.parametrize("spoil", [lambda x: 7.3 + 0 * x, lambda x: 1e6 * (1 + x * torch.finfo(x.dtype).eps)])
 def test_update_grid_keeps_the_grid_of_an_input_that_does_not_spread(spoil, dtype, tolerance):
     layer = KANLinear(3, 4, dtype=dtype)
     before = state(layer)
@@ -212,20 +174,6 @@ def test_update_grid_keeps_the_grid_of_an_input_that_does_not_spread(spoil, dtyp
     assert difference.abs().max() < tolerance * function.abs().max()
     others = torch.stack(x[:, [0, 2]].aminmax(dim=0), dim=-1)
     torch.testing.assert_close(layer.grid_bounds[[0, 2]], others)
-
-
-def test_update_grid_with_one_sample_changes_nothing():
-    layer = KANLinear(3, 4, dtype=torch.float64)
-    before = state(layer)
-    layer.update_grid(torch.randn(1, 3, dtype=torch.float64))
-    assert torch.equal(layer.grid_bounds, before["grid_bounds"])
-    torch.testing.assert_close(layer.spline_weight, before["spline_weight"], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("margin", [-0.1, float("nan"), float("inf")])
-def test_update_grid_refuses_a_margin(margin):
-    with pytest.raises(ValueError, match="`margin` is"):
-        KANLinear(3, 4).update_grid(torch.randn(50, 3), margin)
 
 
 @pytest.mark.parametrize(
@@ -259,19 +207,7 @@ def test_extreme_inputs_concern_their_rows_alone(grid_size):
     assert torch.equal(x.grad.isfinite().all(1), finite)
 
 
-def test_inputs_that_are_not_contiguous():
-    layer, row, columns = KANLinear(32, 8), torch.rand(1, 32), torch.rand(32, 300)
-    torch.testing.assert_close(layer(row.expand(300, 32)), layer(row.repeat(300, 1)))
-    torch.testing.assert_close(layer(columns.t()), layer(columns.t().contiguous()))
-
-
 @pytest.mark.parametrize("shape", [(5, 2), (4,), ()])
 def test_refuses_a_wrong_last_dimension(shape):
     with pytest.raises(ValueError, match=r"shape .* last dimension of 3"):
         KANLinear(3, 2)(torch.zeros(shape))
-
-
-def test_repr():
-    assert repr(KANLinear(3, 2)) == (
-        "KANLinear(in_features=3, out_features=2, grid_size=5, spline_order=3, grid_range=(-1, 1))"
-    )

@@ -1,6 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
+"""Networks that are evaluated and trained in any order: nothing that is kept between calls changes a result."""
 
 from __future__ import annotations
 
@@ -17,19 +18,7 @@ from helpers import adapt, base, inputs
 from stand_ins import FAMILIES
 from torch import Tensor, nn
 
-from peft_lotra.derivatives import splines
-from peft_lotra.kan import KAN, SlimKAN, basis, jet, laplacian
-from peft_lotra.kan.memory import _kept
-from peft_lotra.optim import LevenbergMarquardt
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept() -> None:
-    """Each test starts as a new thread does: what is kept is what the test evaluates first."""
-    for name in list(vars(_kept)):
-        delattr(_kept, name)
-    basis._power_constants.cache_clear()
-    splines.spline_pieces.cache_clear()
+from peft_lotra.kan import KAN, SlimKAN
 
 
 def train(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -38,18 +27,25 @@ def train(model: nn.Module, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
 
 
-def evaluate(model: nn.Module, x: Tensor) -> Tensor:
+def evaluate(model: Callable, x: Tensor) -> Tensor:
     with torch.inference_mode():
         return model(x).clone()
 
 
+def in_a_new_thread(work: Callable, count: int = 1) -> None:
+    """Runs it where nothing is kept yet."""
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "dense": lambda: KAN([3, 8, 4]),
-    "wide": lambda: KAN([20, 8, 4]),
     "sparse": lambda: KAN([3, 8, 4], grid_size=64),
     "slim": lambda: SlimKAN([3, 8, 4], ranks=(2, 2, 2)),
     "normalized": lambda: KAN([3, 8, 4], norm="batch").eval(),
-    "float64": lambda: KAN([3, 8, 4]).double(),
     **{f"adapted {name}": lambda name=name: adapt(base(name)) for name in FAMILIES},
     "adapted, sparse": lambda: adapt(KAN([3, 8, 4], grid_size=64)),
     "adapted, slim": lambda: adapt(SlimKAN([3, 8, 4], ranks=(2, 2, 2)), r=2),
@@ -59,49 +55,17 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("rows", [6, 200])
 def test_training_and_evaluation_under_inference_mode_in_any_order(name: str, rows: int) -> None:
-    model = MODELS[name]()
-    width = 20 if name == "wide" else 3
-    x = inputs(rows, next(model.parameters()).dtype, width)
-    first = evaluate(model, x)  # the memory is allocated here
-    gradients = train(model, x)
-    again = evaluate(model, x)
-    assert torch.equal(first, again)
-    for before, after in zip(gradients, train(model, x), strict=True):
-        assert torch.equal(before, after)
-    with torch.no_grad():
-        assert torch.equal(model(x), first)
-    twin = copy.deepcopy(model)
-    assert torch.equal(evaluate(twin, x), first)
-    for before, after in zip(gradients, train(twin, x), strict=True):
-        assert torch.equal(before, after)
+    model, x, equal = MODELS[name](), inputs(rows), []
 
+    def work() -> None:
+        first = evaluate(model, x)  # the memory is allocated here
+        gradients = train(model, x)
+        for same in (model, copy.deepcopy(model)):
+            equal.append(torch.equal(evaluate(same, x), first))
+            equal.extend(map(torch.equal, train(same, x), gradients))
 
-@pytest.mark.parametrize("outputs", [1, 4])
-@pytest.mark.parametrize("function", [lambda m, x: jet(m, x)[2], laplacian])
-def test_jets_under_inference_mode_then_trained(function: Callable, outputs: int) -> None:
-    model, x = KAN([3, 8, outputs]).double(), inputs(200, torch.float64)
-    first = evaluate(lambda x: function(model, x), x)
-    second = function(model, x)
-    torch.testing.assert_close(second, first, rtol=0, atol=0)
-    second.square().sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    assert torch.equal(evaluate(lambda x: function(model, x), x), first)
-
-
-@pytest.mark.parametrize("grid_size", [5, 64])
-def test_levenberg_marquardt_between_evaluations(grid_size: int) -> None:
-    model, x = adapt(KAN([3, 6, 1], grid_size=grid_size)), inputs(100)
-    optimizer = LevenbergMarquardt(model)
-
-    def residual(model: nn.Module, x: Tensor) -> Tensor:
-        return (model(x) + 0.1 * laplacian(model, x)).squeeze(-1) - x.sum(-1)
-
-    evaluate(model, x)
-    first = optimizer.step([(residual, x)])
-    evaluate(lambda x: laplacian(model, x), x)
-    second = optimizer.step([(residual, x)])
-    assert first.accepted and second.accepted
-    assert second.loss < first.loss
+    in_a_new_thread(work)
+    assert equal and all(equal)
 
 
 @pytest.mark.parametrize("grid_size", [5, 64])
@@ -119,21 +83,10 @@ def test_threads_have_memory_of_their_own() -> None:
     model, x = KAN([20, 30, 20]), inputs(2000, in_features=20)
     expected = train(model, x)
     found: list[list[Tensor]] = []
-
-    def work() -> None:
-        for _ in range(5):
-            evaluate(model, x)
-            found.append(train(model, x))
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_a_new_thread(lambda: [found.append(train(model, x)) for _ in range(5)], count=4)
     assert len(found) == 20
     for gradients in found:
-        for gradient, other in zip(gradients, expected, strict=True):
-            torch.testing.assert_close(gradient, other)
+        torch.testing.assert_close(gradients, expected)
 
 
 FAULTS = """

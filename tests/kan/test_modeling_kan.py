@@ -38,14 +38,9 @@ def test_config_round_trip(tmp_path):
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is KANConfig
+    assert KANConfig(widths=(2, 3)) == KANConfig(widths=[2, 3]) != KANConfig(widths=(2, 5, 3))
     for field in ("widths", "grid_size", "spline_order", "grid_range", "problem_type", "id2label"):
         assert getattr(loaded, field) == getattr(config, field)
-
-
-def test_config_defaults_and_comparison():
-    assert KANModel(KANConfig())(torch.zeros(4, 2)).logits.shape == (4, 1)
-    assert KANConfig(widths=(2, 3)) == KANConfig(widths=[2, 3])
-    assert KANConfig(widths=(2, 3)) != KANConfig(widths=(2, 5, 3))
 
 
 @pytest.mark.parametrize("outputs", [1, 2, 3])
@@ -53,15 +48,10 @@ def test_num_labels_follows_the_last_width(outputs, tmp_path):
     config = KANConfig(widths=(4, outputs))
     assert config.num_labels == outputs
     assert config.id2label == {i: f"LABEL_{i}" for i in range(outputs)}
-    config.save_pretrained(tmp_path)
-    assert KANConfig.from_pretrained(tmp_path).num_labels == outputs
-
-
-def test_labels_keep_their_names(tmp_path):
-    config = KANConfig(widths=(4, 2), id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1})
+    config = KANConfig(widths=(4, outputs), id2label={i: f"name {i}" for i in range(outputs)})
     config.save_pretrained(tmp_path)
     loaded = KANConfig.from_pretrained(tmp_path)
-    assert loaded.id2label == {0: "cat", 1: "dog"} and loaded.num_labels == 2
+    assert loaded.num_labels == outputs and loaded.id2label == config.id2label
 
 
 def test_refuses_labels_that_disagree_with_the_widths():
@@ -69,16 +59,6 @@ def test_refuses_labels_that_disagree_with_the_widths():
         KANConfig(widths=(4, 2), num_labels=5)
     with pytest.raises(ValueError, match="`num_labels`.* is 3, .* is 2"):
         KANConfig(widths=(4, 2), id2label={0: "a", 1: "b", 2: "c"})
-    config = KANConfig(widths=(4, 2))
-    config.num_labels = 3
-    with pytest.raises(ValueError, match="`num_labels`.* is 3, .* is 2"):
-        KANModel(config)
-
-
-@pytest.mark.parametrize("widths", [(), (3,), (3, 0), (3.5, 2), "32"])
-def test_widths_that_no_network_has(widths):
-    with pytest.raises(ValueError, match="widths"):
-        KANConfig(widths=widths)
 
 
 def test_a_new_model_is_a_new_kan():
@@ -91,11 +71,10 @@ def test_a_new_model_is_a_new_kan():
     assert 0.05 < model(x).logits.var() < 5
 
 
-@pytest.mark.parametrize("auto", [KANModel, AutoModel])
-def test_save_and_load_are_exact(tmp_path, auto):
+def test_save_and_load_are_exact(tmp_path):
     model = moved_model()
     model.save_pretrained(tmp_path)
-    loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is KANModel
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert_same_state(loaded, model)
@@ -110,12 +89,6 @@ def test_other_dtypes(tmp_path, dtype):
     loaded = KANModel.from_pretrained(tmp_path, dtype=dtype)
     assert_same_state(loaded, model)
     assert loaded(torch.randn(4, 3, dtype=dtype), torch.randn(4, 2, dtype=dtype) > 0).loss.dtype == dtype
-
-
-def test_float32_loads_into_float64(tmp_path):
-    model = moved_model()
-    model.save_pretrained(tmp_path)
-    assert_same_state(KANModel.from_pretrained(tmp_path, dtype=torch.float64), model.double())
 
 
 @pytest.mark.parametrize("missing", ["spline_weight", "base_weight", "grid_bounds"])
@@ -141,7 +114,9 @@ def test_regression_loss_of_one_output(shape, problem_type):
     x, y = torch.randn(6, 3), torch.randn(shape)
     output = model(x, labels=y)
     torch.testing.assert_close(output.loss, F.mse_loss(output.logits, y.reshape(6, 1)))
-    assert model.config.problem_type == problem_type
+    assert list(model(x).keys()) == ["logits"]
+    loss, logits = model(x, y, return_dict=False)
+    assert torch.equal(logits, output.logits) and torch.equal(loss, output.loss)
 
 
 def test_regression_loss_of_several_outputs():
@@ -178,23 +153,16 @@ def test_refuses_labels():
     model.config.problem_type = "regression"
     with pytest.raises(ValueError, match=r"labels have shape \(6,\).* expects \(6, 4\)"):
         model(x, labels=torch.randn(6))
+    model.config.problem_type = "ranking"
+    with pytest.raises(ValueError, match="`config.problem_type` is 'ranking'"):
+        model(x, labels=torch.randn(6))
 
 
-def test_output_forms():
-    model = KANModel(KANConfig(widths=(3, 1)))
-    x, y = torch.randn(6, 3), torch.randn(6)
-    assert list(model(x).keys()) == ["logits"]
-    loss, logits = model(x, y, return_dict=False)
-    assert torch.equal(logits, model(x).logits) and loss.ndim == 0
-    assert len(model(x, return_dict=False)) == 1
-
-
-@pytest.mark.parametrize("problem_type", ["regression", "single_label_classification"])
-def test_trainer(tmp_path, problem_type):
-    model = KANModel(KANConfig(widths=(3, 5, 2), problem_type=problem_type))
+def test_trainer(tmp_path):
+    model = KANModel(KANConfig(widths=(3, 5, 2)))
     before = model.kan.layers[0].spline_weight.clone()
     inputs = torch.randn(16, 3)
-    labels = inputs[:, :2] if problem_type == "regression" else (inputs[:, 0] > 0).long()
+    labels = (inputs[:, 0] > 0).long()
     data = [{"inputs": x, "labels": y} for x, y in zip(inputs, labels, strict=True)]
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=8, report_to=[], use_cpu=True

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 
@@ -62,15 +61,6 @@ def test_update_grid_gives_each_layer_what_reaches_it():
         x = layer(x)
 
 
-def test_update_grid_keeps_the_function():
-    net = KAN([3, 8, 2], grid_size=10, dtype=torch.float64)
-    x = 1.5 * torch.rand(1000, 3, dtype=torch.float64) - 0.75
-    before = net(x)
-    net.update_grid(x)
-    # The splines of a new network are rough, and not in the span of the new basis.
-    assert (net(x) - before).std() < 0.1 * before.std()
-
-
 def test_update_grid_passes_over_a_dead_unit():
     net = KAN([3, 8, 2], dtype=torch.float64)
     with torch.no_grad():
@@ -81,45 +71,21 @@ def test_update_grid_passes_over_a_dead_unit():
     assert moved.tolist() == [index != 5 for index in range(8)]
 
 
-def test_update_grid_changes_nothing_on_ctrl_c(monkeypatch):
-    net = KAN([3, 4, 2])
-    before = copy.deepcopy(net.state_dict())
-
-    def interrupted(x, margin):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(net.layers[1], "update_grid", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        net.update_grid(torch.rand(20, 3))
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-
-
 def test_update_grid_changes_nothing_on_error():
     net = KAN([3, 8, 2])
     with torch.no_grad():
         net.layers[0].base_weight[5] = torch.inf  # of the second layer's inputs
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    with pytest.raises(ValueError, match=r"inputs 5 \(1 of 8\) hold NaN or infinite"):
+    with pytest.raises(ValueError, match=r"inputs \[5\] \(1 of 8\) hold NaN or infinite"):
         net.update_grid(torch.randn(100, 3))
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
 
-def test_meta_device():
-    net = KAN([3, 8, 2], device="meta")
-    assert all(tensor.is_meta for tensor in net.state_dict().values())
-    assert net(torch.zeros(5, 3, device="meta")).shape == (5, 2)
-
-
-@pytest.mark.parametrize("widths", [[], [3], [3, 0], [3, 2.0], [3, -1, 2]])
+@pytest.mark.parametrize("widths", [[], [3], [3, 0], [3, 2.0], 3, "32"])
 def test_refuses_widths(widths):
     with pytest.raises(ValueError, match="`widths` is .* at least two positive integers"):
         KAN(widths)
-
-
-def test_refuses_a_wrong_last_dimension():
-    with pytest.raises(ValueError, match=r"shape \(4, 2\).* 3 \(`in_features`\)"):
-        KAN([3, 2])(torch.zeros(4, 2))
 
 
 def test_kan_itself_does_not_import_peft():

@@ -51,8 +51,8 @@ def assert_close(result, expected, tolerance):
 
 
 # 0 to few points, and grids on both sides of where coefficients are gathered
-@pytest.mark.parametrize("order, grid_size", [*itertools.product(range(1, 6), (1, 5)), (1, 30), (3, 40), (5, 64)])
-@pytest.mark.parametrize("points", [0, 1, 5, 200])
+@pytest.mark.parametrize("order, grid_size", [*itertools.product(range(1, 6), (5, 64)), (3, 1)])
+@pytest.mark.parametrize("points", [0, 1, 200])
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_value_and_gradients(order, grid_size, points, rank, dtype, tolerance):
@@ -72,13 +72,10 @@ def test_value_and_gradients(order, grid_size, points, rank, dtype, tolerance):
 @pytest.mark.parametrize("order, grid_size", [(1, 5), (2, 4), (3, 5), (4, 1), (3, 40)])
 @pytest.mark.parametrize("points", [9, 300])
 @pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("contiguous", [True, False])
-def test_many_inputs_and_coefficients_of_any_strides(order, grid_size, points, rank, contiguous):
+def test_many_inputs_and_coefficients_of_any_strides(order, grid_size, points, rank):
     x, *rest, weight, update = case(order, grid_size, points, rank, torch.float32, in_features=40)
-    tensors = leaves(x, weight, update)
-    if not contiguous:
-        tensors = [tensor.detach().mT.contiguous().mT.requires_grad_() for tensor in tensors]
-        assert not any(tensor.is_contiguous() for tensor in tensors)
+    tensors = [tensor.detach().mT.contiguous().mT.requires_grad_() for tensor in leaves(x, weight, update)]
+    assert not any(tensor.is_contiguous() for tensor in tensors)
     x, weight, *update = tensors
     arguments = x, *rest, weight, tuple(update) or None
     y, expected = spline_product(*arguments), reference(*arguments)
@@ -105,14 +102,9 @@ def test_what_needs_no_gradient_gets_none(grid_size, frozen):
             assert_close(tensor.grad, gradient, 1e-4)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_double_backward(rank):
-    x, *ends, weight, update = case(3, 4, 3, rank, torch.float64, in_features=2, out_features=3)
-
-    def function(x, weight, *update):
-        return spline_product(x, *ends, weight, update or None)
-
-    assert gradgradcheck(function, leaves(x, weight, update))
+def test_double_backward():
+    x, *ends, weight, update = case(3, 4, 3, 2, torch.float64, in_features=2, out_features=3)
+    assert gradgradcheck(lambda x, w, *update: spline_product(x, *ends, w, update), leaves(x, weight, update))
 
 
 def test_torch_func_and_forward_mode():
@@ -158,19 +150,6 @@ def test_points_that_are_not_finite_or_far_away(grid_size):
     basis = bspline_basis(x[1:], -1, 1, grid_size, 3)
     torch.testing.assert_close(y[1:], torch.einsum("nik,oik->no", basis, layer.spline_weight), rtol=1e-4, atol=1e-5)
     assert not y[3].any()
-
-
-@pytest.mark.parametrize("grid_size", [5, 40])
-def test_inputs_that_are_not_contiguous(grid_size):
-    layer = KANLinear(3, 4, grid_size=grid_size)
-    x = torch.rand(3, 100).t()
-    torch.testing.assert_close(layer(x), layer(x.contiguous()))
-    row = torch.rand(1, 3)
-    torch.testing.assert_close(layer(row.expand(100, 3)), layer(row).expand(100, 4))
-    y = layer(x)
-    weight, expanded = layer.spline_weight, torch.ones(1, 1).expand_as(y)
-    (gradient,) = torch.autograd.grad(y, weight, expanded, retain_graph=True)
-    torch.testing.assert_close(gradient, torch.autograd.grad(y, weight, expanded.contiguous())[0])
 
 
 def test_nothing_of_the_size_of_the_basis_is_kept():

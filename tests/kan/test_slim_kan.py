@@ -3,56 +3,34 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 
 from peft_lotra.kan import KAN, KANConfig, KANLinear, KANModel, SlimKAN, SlimKANLinear
-from peft_lotra.tucker import expands_first
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-def dense_tensor(layer):
-    return torch.einsum("abc,oa,ib,kc->oik", *layer.components)
+def by_edges(layer, x):
+    """The sum over edges, with the coefficient tensor as it is defined."""
+    tensor = torch.einsum("abc,oa,ib,kc->oik", *layer.components)
+    return torch.einsum("oik,bik->bo", tensor[..., :-1], layer.basis(x)) + F.silu(x) @ tensor[..., -1].T
 
 
 @pytest.mark.parametrize("ranks", [(3, 2, 4), (1, 1, 1), (6, 5, 9), (2, 5, 3)])
-@pytest.mark.parametrize("rows", [1, 7, 300])
-@pytest.mark.parametrize("expands", [True, False])
-def test_equals_the_sum_over_edges_in_either_order(ranks, rows, expands, monkeypatch):
-    monkeypatch.setattr(sys.modules[SlimKANLinear.__module__], "expands_first", lambda *_: expands)
-    layer = SlimKANLinear(5, 6, ranks, dtype=torch.float64)
-    x = torch.randn(rows, 5, dtype=torch.float64)
-    tensor = dense_tensor(layer)
-    expected = torch.einsum("oik,bik->bo", tensor[..., :-1], layer.basis(x)) + F.silu(x) @ tensor[..., -1].T
+@pytest.mark.parametrize("rows", [0, 1, 7, 300])  # few rows and many go different ways
+def test_equals_the_sum_over_edges(ranks, rows):
+    layer, x = SlimKANLinear(5, 6, ranks, dtype=torch.float64), torch.randn(rows, 5, dtype=torch.float64)
+    x.requires_grad_()
+    expected = by_edges(layer, x)
     torch.testing.assert_close(layer(x), expected)
-    torch.testing.assert_close(layer.spline_weight, tensor[..., :-1])
-    torch.testing.assert_close(layer.base_weight, tensor[..., -1])
-
-
-@pytest.mark.parametrize("expands", [True, False])
-def test_gradients_of_the_components(expands, monkeypatch):
-    monkeypatch.setattr(sys.modules[SlimKANLinear.__module__], "expands_first", lambda *_: expands)
-    layer, x = SlimKANLinear(5, 6, (3, 2, 4)), torch.randn(300, 5, requires_grad=True)
-    tensor = dense_tensor(layer)
-    expected = torch.einsum("oik,bik->bo", tensor[..., :-1], layer.basis(x)) + F.silu(x) @ tensor[..., -1].T
-    inputs, direction = [x, *layer.components], torch.randn(300, 6)
+    inputs, direction = [x, *layer.components], torch.randn_like(expected)
     gradients = torch.autograd.grad(layer(x), inputs, direction)
-    torch.testing.assert_close(gradients, torch.autograd.grad(expected, inputs, direction), rtol=1e-4, atol=1e-3)
-
-
-def test_few_rows_meet_factor_in_first():
-    components = SlimKANLinear(512, 512, (32, 32, 6)).components
-    core, _, factor_in, factor_basis = components
-    expands = [expands_first(rows, core, factor_in, factor_basis) for rows in (1, 8, 128, 1024)]
-    assert expands == [False, False, True, True]
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, inputs, direction))
+    dense = torch.einsum("oik,bik->bo", layer.spline_weight, layer.basis(x)) + F.silu(x) @ layer.base_weight.T
+    torch.testing.assert_close(dense, expected)
+    leading = x.view(-1, 1, 5)
+    torch.testing.assert_close(layer(leading).view_as(expected), expected)
 
 
 def test_its_parameters_are_core_and_factors():
@@ -63,21 +41,13 @@ def test_its_parameters_are_core_and_factors():
     assert layer.ranks == (3, 2, 4)
 
 
-@pytest.mark.parametrize("leading", [(), (0,), (4,), (2, 3)])
-def test_leading_shapes(leading):
-    layer = SlimKANLinear(3, 2, 2)
-    x = torch.randn(*leading, 3)
-    assert layer(x).shape == (*leading, 2)
-    torch.testing.assert_close(layer(x).reshape(-1, 2), layer(x.reshape(-1, 3)))
-
-
-@pytest.mark.parametrize("expands", [True, False])
-def test_transforms_and_compile(expands, monkeypatch):
-    monkeypatch.setattr(sys.modules[SlimKANLinear.__module__], "expands_first", lambda *_: expands)
+@pytest.mark.parametrize("rows", [6, 80])
+def test_transforms_and_second_derivatives(rows):
     layer = SlimKANLinear(3, 2, 2, dtype=torch.float64)
-    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(rows, 3, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
-    assert torch.autograd.gradcheck(layer, x) and torch.autograd.gradgradcheck(layer, x)
+    assert torch.autograd.gradcheck(layer, x, fast_mode=True)
+    assert torch.autograd.gradgradcheck(layer, x, fast_mode=True)
 
 
 def test_compiles_once_for_all_batch_sizes_of_an_order():
@@ -85,7 +55,7 @@ def test_compiles_once_for_all_batch_sizes_of_an_order():
     counter = torch._dynamo.testing.CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
-    for rows in (64, 100, 128, 200, 333, 1000):
+    for rows in (64, 100, 333, 1000):
         x = torch.randn(rows, 40)
         torch.testing.assert_close(compiled(x), layer(x))
     assert counter.frame_count == 1
@@ -99,8 +69,9 @@ def test_dtypes(dtype):
     assert layer.to_dense().spline_weight.dtype == dtype
 
 
-def test_autocast():
-    layer, x = SlimKANLinear(3, 2, 2), torch.randn(8, 3)
+@pytest.mark.parametrize("rows", [8, 80])
+def test_autocast(rows):
+    layer, x = SlimKANLinear(3, 2, 2), torch.randn(rows, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
     torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.02)
@@ -121,30 +92,16 @@ def test_a_new_layer_keeps_the_variance(grid_range):
     variance = (high - low) ** 2 / 12
     x = (low + high) / 2 + variance**0.5 * torch.randn(1000, 256)
     with torch.no_grad():
-        ratio = layer(x).square().mean() / variance
-    assert 0.5 < ratio < 2
+        assert 0.5 < layer(x).square().mean() / variance < 2
 
 
 def test_ten_layers_keep_the_variance():
-    x = torch.rand(2000, 128) * 2 - 1
-    ratios = []
+    x, ratios = torch.rand(2000, 128) * 2 - 1, []
     for seed in range(5):
         torch.manual_seed(seed)
         with torch.no_grad():
             ratios.append(SlimKAN([128] * 11, (32, 32, 4))(x).var() / x.var())
     assert 0.5 < torch.stack(ratios).median() < 2 and 0.2 < min(ratios) and max(ratios) < 5
-
-
-@pytest.mark.parametrize("norm", ["batch", "layer"])
-def test_normalization_keeps_the_variance_at_any_rank(norm):
-    x = torch.rand(500, 64) * 2 - 1
-    net = SlimKAN([64] * 11, (2, 2, 2), norm=norm)
-    with torch.no_grad():
-        for layer in net.layers:
-            x = layer(x)
-            if not isinstance(layer, SlimKANLinear):
-                assert 0.5 < 3 * x.var() < 1.5
-    assert net(torch.randn(2, 3, 64)).shape == (2, 3, 64)
 
 
 def test_to_dense():
@@ -161,52 +118,27 @@ def test_to_dense():
 @pytest.mark.parametrize("norm", [None, "batch"])
 def test_network_to_dense(norm):
     net = SlimKAN([3, 6, 2], [(2, 3, 4), None], norm=norm).eval()
+    assert type(net.layers[-1]) is KANLinear  # None in the list of ranks
     dense = net.to_dense()
     assert type(dense) is KAN and not any(isinstance(module, SlimKANLinear) for module in dense.modules())
     x = torch.randn(5, 3)
     torch.testing.assert_close(dense(x), net(x))
     dense.update_grid(x)
-    assert [type(layer).__name__ for layer in net.layers][-1] == "KANLinear"  # None in the list of ranks
-
-
-def test_trains():
-    x = torch.rand(256, 2) * 2 - 1
-    y = torch.sin(3 * x[:, :1]) * x[:, 1:]
-    net = SlimKAN([2, 8, 1], [(6, 2, 4), (1, 6, 4)])
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2)
-    for _ in range(200):
-        loss = (net(x) - y).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.02 * y.var()
 
 
 def test_ranks_above_the_modes_are_capped_with_a_warning():
     with pytest.warns(UserWarning, match=r"SlimKANLinear\(4, 3\): \(3, 3, 100\) for \(3, 4, 9\), made \(3, 3, 9\)"):
         assert SlimKANLinear(4, 3, (3, 3, 100)).ranks == (3, 3, 9)
-    with pytest.warns(UserWarning, match=r"layers\.1: 4 for \(2, 5, 9\), made \(2, 4, 4\)$") as warned:
-        net = SlimKAN([4, 5, 2], 4)
-    assert len(warned) == 1 and [layer.ranks for layer in net.layers] == [(4, 4, 4), (2, 4, 4)]
+    with pytest.warns(UserWarning, match=r"SlimKANLinear\(5, 2\): 4 for \(2, 5, 9\), made \(2, 4, 4\)$"):
+        assert [layer.ranks for layer in SlimKAN([4, 5, 2], 4).layers] == [(4, 4, 4), (2, 4, 4)]
 
 
-@pytest.mark.parametrize("ranks", [0, -1, 2.0, (4, 4), (4, 0, 4), None, [(2, 2, 2), (2, 0, 2)]])
+@pytest.mark.parametrize("ranks", [0, 2.0, (4, 4), (4, 0, 4), (4, 4, 4, 4), None, [(2, 2, 2), (2, 0, 2)]])
 def test_refuses_ranks(ranks):
     with pytest.raises(ValueError, match="`ranks` should be a positive integer"):
         SlimKAN([4, 5, 2], ranks)
-
-
-def test_refuses_arguments():
     with pytest.raises(ValueError, match="`ranks` has 3 entries, but the network has 2 layers"):
         SlimKAN([4, 5, 2], [(2, 2, 2), None, None])
-    with pytest.raises(ValueError, match="`widths` is"):
-        SlimKAN([4], 2)
-    with pytest.raises(ValueError, match="`norm` is 'group'"):
-        SlimKAN([4, 5, 2], 2, norm="group")
-    with pytest.raises(ValueError, match="`grid_size` is 0"):
-        SlimKANLinear(4, 5, 2, grid_size=0)
-    with pytest.raises(ValueError, match=r"shape .* last dimension of 3"):
-        SlimKANLinear(3, 2, 1)(torch.zeros(5, 2))
 
 
 # A new model needs no warning about the ranks that were capped when it was first made
@@ -218,8 +150,6 @@ def test_model_is_saved_as_its_factors(ranks, norm, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = KANModel.from_pretrained(tmp_path)
     assert loaded.config.ranks == ((2, 3, 4), model.kan.layers[-1].ranks if ranks[-1] else None)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
     x = torch.randn(20, 40)
     assert torch.equal(loaded(x).logits, model(x).logits)
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
