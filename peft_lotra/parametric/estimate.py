@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..modules.calls import call_with_parameters
 from ..optim.least_squares import LeastSquares, Term, check_terms
-from ..optim.linear_model import LinearModel
+from ..optim.normal_equations import LinearModel
 from .between import PointsBetween, inputs_of
 from .members import Member, Point, argument, residuals_of, trainable, write
 

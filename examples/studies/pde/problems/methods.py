@@ -242,7 +242,7 @@ def train(
         if method.newton:
             model = newton_start(base, model, terms)
             record(1)
-        optimizer = LevenbergMarquardt(model, floor=1e-6, geodesic=adapted)
+        optimizer = LevenbergMarquardt(model, floor=1e-6)
         for step in range(len(curve), setting.lm_steps + 1):
             accepted = optimizer.step(terms).accepted
             record(step)
