@@ -91,7 +91,8 @@ def check_terms(terms: Iterable[Any], least: int = 1) -> list[Term]:
                 f"Residual term {index} is {type(term).__name__}, but must be (function, rows), or with a weight "
                 "behind: (function, rows, weight)."
             )
-        function, rows, weight = (*term, 1.0)[:3]
+        parts: tuple[Any, ...] = (*term, 1.0)
+        function, rows, weight = parts[:3]
         rows = tuple(rows) if isinstance(rows, Sequence) else (rows,)
         if not rows or not all(isinstance(row, Tensor) and row.dim() and not row.is_meta for row in rows):
             raise ValueError(f"The rows of {name_term(index, function)} must be tensors with values, at least one.")

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_lotra.kan import KAN, jet, memory
 from peft_lotra.optim import LevenbergMarquardt
-from peft_lotra.optim.least_squares import LeastSquares, check_terms
+from peft_lotra.optim.least_squares import LeastSquares
 
 
 def points(rows: int = 70) -> Tensor:
@@ -59,12 +59,6 @@ def test_malformed_terms(term, message):
         LevenbergMarquardt(deep_network()).step([])
 
 
-def test_terms_are_completed():
-    x = points(3)
-    ((function, rows, weight),) = check_terms([(fit, x)])
-    assert function is fit and rows == (x,) and weight == 1.0
-
-
 # Residuals and parameters
 
 
@@ -73,25 +67,6 @@ def test_the_loss_is_the_sum_of_the_weighted_means():
     least_squares = problem(model, data)
     loss = sum(weight * function(model, *rows).square().mean() for function, rows, weight in data)
     torch.testing.assert_close(least_squares.residuals(least_squares.start).square().sum(), loss)
-
-
-def test_values_are_rounded_and_written_as_the_model_stores_them():
-    model = KAN([2, 3, 1])
-    least_squares = problem(model, [(fit, (points(4), torch.zeros(4, 1)))])
-    third = torch.full_like(least_squares.start, 1 / 3)
-    rounded = least_squares.round(third)
-    assert rounded.dtype == torch.float64 and not torch.equal(rounded, third)
-    least_squares.write(third)
-    stored = torch.cat([parameter.flatten() for parameter in model.parameters()])
-    assert torch.equal(stored.double(), rounded)
-
-
-def test_terms_that_are_not_finite_are_named():
-    least_squares = problem(deep_network(), terms(points=20))
-    residuals = least_squares.residuals(least_squares.start)
-    assert least_squares.find_not_finite(residuals) == ""
-    residuals[20:23] = torch.nan
-    assert "3 of 40 in residual term 1 (fit)" in least_squares.find_not_finite(residuals)
 
 
 # The Jacobian, chunk by chunk
@@ -138,18 +113,6 @@ def test_chunks_and_a_place_for_the_result():
         first += len(found)
     torch.testing.assert_close(place[:first], expected)
     assert place[first:].isnan().all() and len(place[first:]) == 6
-
-
-def test_rows_that_do_not_fit_are_not_tried():
-    """One row is a cloud of points: the memory asked for is enough for a few of them, not for those of a trial."""
-    seen = []
-
-    def mean_of_cloud(model: nn.Module, x: Tensor) -> Tensor:
-        seen.append(len(x))
-        return model(x).mean((1, 2))
-
-    least_squares_of(network(), mean_of_cloud, torch.rand(3, 400, 2, dtype=torch.float64), memory=2**22)
-    assert max(seen) <= 2
 
 
 def test_a_term_is_tried_once():

@@ -126,11 +126,3 @@ def test_what_cannot_run_is_named_with_its_cure(function, message):
         steps(model, function, torch.zeros(6, 2, dtype=torch.float64) + 0.2)
     assert all(map(torch.equal, before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
-
-
-def test_other_errors_are_the_functions_own():
-    def function(model: nn.Module, x: Tensor) -> Tensor:
-        raise RuntimeError("out of ideas")
-
-    with pytest.raises(RuntimeError, match="out of ideas"):
-        steps(KAN([2, 1]), function, rows())

@@ -236,9 +236,6 @@ def train(
         started = time.process_time()
 
     if method.lr is None:
-        # The second-order correction pays for an adapter, which starts near a solution. With all parameters free, the
-        # correction is so large beside the step that the damping stays high and the fit stalls.
-        adapted = isinstance(model, PeftModel)
         if method.newton:
             model = newton_start(base, model, terms)
             record(1)
