@@ -9,6 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -139,7 +140,7 @@ class LevenbergMarquardt:
 
     @torch.inference_mode(False)
     def step(self, terms: Iterable[Term]) -> LevenbergMarquardtStep:
-        """Takes one step. If it is not accepted, the parameters are unchanged bit for bit.
+        """Takes one step. The parameters of a step that is not accepted are unchanged bit for bit.
 
         Args:
             terms: Residual terms (function, rows, weight). `function(model, *rows)` is called with any number n of
@@ -242,7 +243,7 @@ class LevenbergMarquardt:
         steps = check_count(steps, "steps", low=0)
         limits = {"target_loss": target_loss, "tolerance": tolerance, "patience": patience, "max_seconds": max_seconds}
         for name, value in limits.items():
-            if math.isnan(as_number(value)) and not (isinstance(value, float) and math.isinf(value)):
+            if not isinstance(value, Real) or math.isnan(value):
                 raise ValueError(f"`{name}` is {value!r:.100}, but must be a number.")
         if callback is not None:
             check_function(callback, "callback")

@@ -151,20 +151,6 @@ def test_a_layer_used_twice():
     check(model, several)
 
 
-def test_what_has_no_effect():
-    model = nn.Sequential(network())
-    model.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
-
-    def residual(model: nn.Module, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            constant = jet(model, x)[0]
-        return jet(model, x)[1][0] - constant + jet(model, x)[0].detach()
-
-    check(model, residual)
-    problem = least_squares_of(model, lambda model, x: model(x).detach())
-    assert not problem.jacobian(*next(problem.chunks())).any()
-
-
 def outputs_in_place(model: nn.Module, x: Tensor) -> Tensor:
     u, du, d2u = jet(model, x, collapse=True)
     with torch.no_grad():
