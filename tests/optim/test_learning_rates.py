@@ -77,13 +77,6 @@ def test_the_table_prints():
     assert lines[2].split() == ["layers.0", "default", "factor_out", "(256,", "2)", "0.25"]
 
 
-def test_one_group_for_each_component_and_width():
-    model = get_peft_model(KAN([32, 32, 32, 48]), LoTRAConfig(r=2))
-    groups = groups_of(create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2))
-    sizes = {name: len(group["params"]) for name, group in groups.items()}
-    assert sizes == {"core": 3, "factor_out/32": 2, "factor_out/48": 1, "factor_in/32": 3, "factor_basis": 3}
-
-
 def test_every_trainable_parameter_is_in_one_group_and_no_other_one():
     model = adapt(nested(), modules_to_save=["head"])
     next(model.base_model.model["tail"].layers[0].lotra_core.parameters()).requires_grad_(False)

@@ -59,16 +59,6 @@ def test_malformed_terms(term, message):
         LevenbergMarquardt(deep_network()).step([])
 
 
-# Residuals and parameters
-
-
-def test_the_loss_is_the_sum_of_the_weighted_means():
-    model, data = deep_network(), terms()
-    least_squares = problem(model, data)
-    loss = sum(weight * function(model, *rows).square().mean() for function, rows, weight in data)
-    torch.testing.assert_close(least_squares.residuals(least_squares.start).square().sum(), loss)
-
-
 # The Jacobian, chunk by chunk
 
 

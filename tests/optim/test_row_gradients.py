@@ -136,12 +136,6 @@ def test_rows(rows):
     check(network(), equation, points(rows))
 
 
-def test_other_arguments():
-    target, index = torch.randn(ROWS, 2), torch.arange(ROWS)
-    check(network(), lambda model, x, y, i: (model(x) - y) * i.unsqueeze(1), points(), target, index)
-    check(network(), lambda model, x: model(x)[:, 0])
-
-
 def test_a_layer_used_twice():
     for residual, by_layers in ((equation, True), (value, False)):  # nothing is known of a forward pass of others
         layer = KANLinear(2, 2, dtype=torch.float64)
