@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..kan.basis import check_dense
 from ..kan.input_map import InputMap
-from ..kan.observer import current_observer
+from ..kan.recording_hook import current_hook
 from ..modules.calls import check_module
 from .layers import Jet, block_size, evaluate_layer
 from .norms import check_rows_apart, through_norm
@@ -144,8 +144,8 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
         return jet_by_transforms(model, x, directions, weights)
 
     through = partial(through_stages, stages, only_second)
-    observer = current_observer()
-    if observer is not None and (found := observer.jet(through, x, directions, weights)) is not None:
+    hook = current_hook()
+    if hook is not None and (found := hook.jet(through, x, directions, weights)) is not None:
         return Jet(*found)
     size = block_size(x, stages, len(directions))
     if size is None:

@@ -16,7 +16,7 @@ from torch import nn
 from ..modules.checks import check_count
 from .input_map import TanhBound
 from .layer import KANLinear
-from .observer import current_observer
+from .recording_hook import current_hook
 
 
 Norm = Literal["batch", "layer", "tanh"] | None
@@ -31,8 +31,8 @@ class LayerStack(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (..., widths[0]) to outputs (..., widths[-1]); raises as `KANLinear.forward`."""
-        observer = current_observer()
-        if observer is not None and (y := observer.value(self, x)) is not None:
+        hook = current_hook()
+        if hook is not None and (y := hook.value(self, x)) is not None:
             return y
         for layer in self.layers:
             x = layer(x)

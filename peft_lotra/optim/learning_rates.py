@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
 from ..modules.calls import unwrap
+from ..modules.checks import as_number, check_function
 from ..report import Report, TextTable
 from ..tuner.layer import COMPONENTS as KEYS
 from ..tuner.layer import LoTRALayer
@@ -88,7 +89,17 @@ def lotra_lr_multipliers(
         layers.0           factor_in     (64, 2)    0.5
         layers.0           factor_basis  (9, 2)     1
     """
-    multipliers = _check_policy(policy)
+    multipliers = dict(policy) if isinstance(policy, Mapping) else {}
+    if not isinstance(policy, Mapping) and policy not in ("width", "uniform"):
+        raise ValueError(
+            f'`policy` is {policy!r:.100}, but must be "width", "uniform", or multipliers of some of {COMPONENTS}.'
+        )
+    for component, multiplier in multipliers.items():
+        if component not in COMPONENTS or not as_number(multiplier) >= 0:
+            raise ValueError(
+                f"`policy` has the multiplier {multiplier!r:.100} for {component!r}, but needs numbers of at least 0, "
+                f"and the components are {COMPONENTS}."
+            )
     if rule is None:  # the name counts, also of classes that follow torch.optim.SGD without deriving from it
         names = {cls.__name__ for cls in getattr(optimizer_cls, "__mro__", ())}
         rule = "sgd" if names & {"SGD", "ASGD"} else "adaptive"
@@ -97,12 +108,7 @@ def lotra_lr_multipliers(
 
     kinds = (LoTRALayer, SlimKANLinear, SlimLayer)
     layers = {name: part for name, part in unwrap(model).named_modules() if isinstance(part, kinds)}
-    if not layers:
-        raise ValueError(
-            f"The {type(model).__name__} has no LoTRA layer, and no Slim one. Adapt it first: "
-            "`model = get_peft_model(model, LoTRAConfig(...))`."
-        )
-    narrowest = min(layer.out_features for layer in layers.values())
+    narrowest = min((layer.out_features for layer in layers.values()), default=0)
     table = LoTRALearningRates()
     for name, layer in layers.items():
         if isinstance(layer, LoTRALayer):
@@ -119,12 +125,13 @@ def lotra_lr_multipliers(
                 if not parameter.requires_grad:
                     continue
                 width, shape = widths.get(component, 0), tuple(parameter.shape)
-                multiplier = multipliers.get(component, 1.0)
+                multiplier = float(multipliers.get(component, 1.0))
                 table.append(LoTRALearningRate(name, adapter, component, shape, width, multiplier, parameter))
     if not table:
         raise ValueError(
-            "No LoTRA component requires a gradient, and no Slim one. Load the adapter with `is_trainable=True`, or "
-            "activate it with `model.set_adapter(name)`."
+            f"No component of a LoTRA or Slim layer of the {type(model).__name__} requires a gradient. Adapt it by "
+            "`get_peft_model(model, LoTRAConfig(...))`, load the adapter with `is_trainable=True`, or activate it by "
+            "`model.set_adapter(name)`."
         )
     return table
 
@@ -182,12 +189,9 @@ def create_lotra_optimizer(
         >>> {group["name"]: group["lr"] for group in optimizer.param_groups}
         {'core': 0.03, 'factor_out/4': 0.03, 'factor_in/64': 0.015, 'factor_basis': 0.03}
     """
-    if not callable(optimizer_cls):
-        raise TypeError(
-            f"`optimizer_cls` is {optimizer_cls!r:.100}, but must be a class of optimizers, such as torch.optim.AdamW."
-        )
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not math.isfinite(lr) or lr <= 0:
-        raise ValueError(f"`lr` is {lr!r}, but must be a finite number above 0.")
+    check_function(optimizer_cls, "optimizer_cls")
+    if not as_number(lr) > 0:
+        raise ValueError(f"`lr` is {lr!r:.100}, but must be a finite number above 0.")
     table = lotra_lr_multipliers(model, policy, optimizer_cls, rule=rule)
     groups: dict[str, dict[str, Any]] = {}
     for line in table:
@@ -198,24 +202,3 @@ def create_lotra_optimizer(
     if others:
         groups["other"] = {"name": "other", "params": others, "lr": lr}
     return optimizer_cls(list(groups.values()), lr=lr, **kwargs)
-
-
-def _check_policy(policy: str | Mapping[str, float]) -> dict[str, float]:
-    """The multipliers that the policy names; none for "width" and "uniform"."""
-    if isinstance(policy, Mapping):
-        for component, multiplier in policy.items():
-            if component not in COMPONENTS:
-                raise ValueError(f"`policy` names the component {component!r}, but the components are {COMPONENTS}.")
-            number = isinstance(multiplier, (int, float)) and not isinstance(multiplier, bool)
-            if not number or not math.isfinite(multiplier) or multiplier < 0:
-                raise ValueError(
-                    f"`policy` has the multiplier {multiplier!r} for {component!r}, but it must be a finite number of "
-                    "at least 0."
-                )
-        return {component: float(multiplier) for component, multiplier in policy.items()}
-    if policy not in ("width", "uniform"):
-        raise ValueError(
-            f'`policy` is {policy!r}, but must be "width", "uniform", or a dict with a multiplier for some of the '
-            f"components {COMPONENTS}."
-        )
-    return {}

@@ -9,17 +9,20 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..modules.calls import check_module
 from ..modules.checks import as_number, check_count, check_function
 from .least_squares import LeastSquares, Plans, Term, check_terms
-from .linear_model import LinearModel
+from .normal_equations import LinearModel
 from .shards import Shards
 
 
+LARGEST_DAMPING = 1e12  # at which a step gives up
 SMALLEST_DAMPING = 1e-16  # less is lost in the rounding of the normal equations
 SMALLEST_FORGETTING = 1e-7  # with `forgetting`: less fits the rows of one step alone
 
@@ -54,7 +57,7 @@ class LevenbergMarquardtStep(NamedTuple):
 
 
 class _Past(NamedTuple):
-    """The quadratic model of the residuals of former steps, at the parameters that the model now has."""
+    """The quadratic model of the residuals of former steps, at the parameters of the model."""
 
     matrix: Tensor  # (P, P)
     gradient: Tensor  # (P,)
@@ -75,13 +78,11 @@ class LevenbergMarquardt:
     Args:
         model: Any model; the parameters that require a gradient are trained.
         damping: The damping that the first step tries.
-        geodesic: Whether steps get a second-order correction (arXiv 1201.5885).
         floor: The lower bound of S, as a share of its largest entry.
         forgetting: The factor, from 0 to below 1, by which residuals of former steps count less after each step
             (recursive least squares), for rows that are drawn anew before each step. It keeps a matrix of all
             parameters, which `forget` drops when the problem changes.
         memory: Bytes that matrices and chunks of rows may take.
-        max_damping: The damping at which a step gives up.
         group: A process group of `torch.distributed`, e.g. `torch.distributed.group.WORLD`, whose processes have the
             same model and each its own rows of all terms, possibly none. J^T J, J^T r and losses are summed over them.
 
@@ -89,7 +90,7 @@ class LevenbergMarquardt:
         damping: The damping that the next step tries. The other arguments are attributes too.
 
     Raises:
-        TypeError: `model` is no `nn.Module`, `geodesic` no bool, or an argument is unknown (`lr`).
+        TypeError: `model` is no `nn.Module`, or an argument is unknown (`lr`).
         ValueError: No parameter requires a gradient, or an argument is out of range.
 
     Source: J. J. More, "The Levenberg-Marquardt algorithm" (1978); for the forgetting factor, L. Ljung and T.
@@ -101,39 +102,30 @@ class LevenbergMarquardt:
         model: nn.Module,
         damping: float = 1e-2,
         *,
-        geodesic: bool = False,
         floor: float = 1e-3,
         forgetting: float = 0.0,
         memory: int = 2**30,
-        max_damping: float = 1e12,
         group: Any = None,
         **others: Any,
     ) -> None:
         if others:
+            names = ", ".join(f"`{name}`" for name in others)
             hint = " Steps have no learning rate: pass `damping`; the larger it is, the shorter is the first step."
-            names = " and ".join(f"`{name}`" for name in others)
             raise TypeError(f"LevenbergMarquardt takes no argument {names}.{hint if 'lr' in others else ''}")
-        if not isinstance(model, nn.Module):
-            kind = type(model).__name__
-            raise TypeError(f"`model` is {kind}, but must be an nn.Module: give the model, not `model.parameters()`.")
-        for name, value, low in (("damping", damping, 0), ("floor", floor, 0), ("max_damping", max_damping, damping)):
-            if not as_number(value) > low:
-                raise ValueError(f"`{name}` is {value!r}, but must be a finite number above {low}.")
-        if not isinstance(geodesic, bool):
-            raise TypeError(f"`geodesic` is {geodesic!r:.100}, but must be True or False.")
-        if floor > 1:
-            raise ValueError(f"`floor` is {floor!r}, but must be at most 1.")
-        if not 0 <= as_number(forgetting) < 1:
-            raise ValueError(f"`forgetting` is {forgetting!r}, but must be at least 0 and below 1.")
-        if not as_number(memory) >= 2**20:
-            raise ValueError(f"`memory` is {memory!r} bytes, but must be at least {2**20} (1 MiB).")
+        check_module(model)
+        for name, value, is_valid, wanted in (
+            ("damping", damping, as_number(damping) > 0, "a finite number above 0"),
+            ("floor", floor, 0 < as_number(floor) <= 1, "above 0 and at most 1"),
+            ("forgetting", forgetting, 0 <= as_number(forgetting) < 1, "at least 0 and below 1"),
+            ("memory", memory, as_number(memory) >= 2**20, f"at least {2**20} bytes (1 MiB)"),
+        ):
+            if not is_valid:
+                raise ValueError(f"`{name}` is {value!r:.100}, but must be {wanted}.")
         self.model = model
         self.damping = damping
-        self.geodesic = geodesic
         self.floor = floor
         self.forgetting = forgetting
         self.memory = memory
-        self.max_damping = max_damping
         self._shards = Shards(group)
         self._plans: Plans = {}  # of the last step's terms
         self._past: _Past | None = None
@@ -148,7 +140,7 @@ class LevenbergMarquardt:
 
     @torch.inference_mode(False)
     def step(self, terms: Iterable[Term]) -> LevenbergMarquardtStep:
-        """Takes one step. If it is not accepted, the parameters are unchanged bit for bit.
+        """Takes one step. The parameters of a step that is not accepted are unchanged bit for bit.
 
         Args:
             terms: Residual terms (function, rows, weight). `function(model, *rows)` is called with any number n of
@@ -157,13 +149,12 @@ class LevenbergMarquardt:
 
         Returns:
             The record of the step. It is not accepted if the residuals are not finite (a warning names the term, the
-            damping stays), or if no damping up to `max_damping` makes the loss fall.
+            damping stays), or if no damping makes the loss fall.
 
         Raises:
-            ValueError: A term is malformed, random (dropout in training mode), depends on other rows (batch
-                normalization in training mode), or writes into its rows or the model's parameters; or the matrices do
-                not fit into `memory`; with `group`, the terms or the parameters differ between the processes, or no
-                process has rows of a term.
+            ValueError: A term is malformed, random (dropout in training mode), or depends on other rows (batch
+                normalization in training mode); or the matrices do not fit into `memory`; with `group`, the terms or
+                the parameters differ between the processes, or no process has rows of a term.
             RuntimeError: A function failed in another process of `group`.
 
         Example:
@@ -177,32 +168,30 @@ class LevenbergMarquardt:
             True
         """
         problem, residuals = self._evaluate(terms)
-        self._plans = problem.plans
-        if error := next(filter(None, self._shards.gather(problem.find_not_finite(residuals))), ""):
-            warnings.warn(f"Step refused: {error}", RuntimeWarning, stacklevel=2)
-            losses = problem.losses(residuals)
-            return LevenbergMarquardtStep(math.nan, self.damping, False, reason=error, losses=losses)
-        loss, losses = problem.loss(residuals), problem.losses(residuals)
-        past = self._known_past(problem)
-        linear = LinearModel(problem, residuals, self.floor, past and past[:2], self.forgetting > 0)
-        if error := linear.error:
+        self._plans, losses = problem.plans, problem.losses(residuals)
+        if self._past is not None and self._past.shapes != problem.shapes:
+            self.forget()
+        error = next(filter(None, self._shards.gather(problem.find_not_finite(residuals))), "")
+        loss = math.nan if error else problem.loss(residuals)
+        if not error:
+            past = self._past and self._past[:2]
+            linear = LinearModel(problem, residuals, self.floor, past, in_parameter_space=self.forgetting > 0)
+            error = linear.error
+        if error:
             warnings.warn(f"Step refused: {error}", RuntimeWarning, stacklevel=2)
             return LevenbergMarquardtStep(loss, self.damping, False, reason=error, losses=losses)
 
         damping, factor, attempts = self.damping, 2.0, 0
-        while damping <= self.max_damping:
+        while damping <= LARGEST_DAMPING:
             attempts += 1
-            step = linear.solve(damping, residuals)
-            predicted_decrease = math.nan if step is None else linear.predicted_decrease(damping, step)
-            if step is not None and self.geodesic:
-                step = self._accelerate(linear, damping, step)
+            step = linear.solve(damping)
             if step is not None:
                 candidate = problem.round(problem.start + step)
                 new_residuals = self._shards.run(problem.residuals, candidate)
                 new_loss = problem.loss(new_residuals)
                 decrease = loss - new_loss - linear.rise_of_past(candidate - problem.start)
                 if new_loss < loss and decrease > 0:  # not if one is NaN
-                    agreement = decrease / predicted_decrease
+                    agreement = decrease / linear.predicted_decrease(damping, step)
                     damping *= _damping_factor(agreement, raised=attempts > 1)
                     self.damping = max(damping, SMALLEST_FORGETTING if self.forgetting else SMALLEST_DAMPING)
                     self._remember(linear, candidate - problem.start, new_residuals, agreement)
@@ -212,7 +201,7 @@ class LevenbergMarquardt:
             damping *= factor
             factor *= 2
         reason = (
-            f"No damping up to {self.max_damping:g} makes the loss fall below {loss:.6g}: the parameters are at a "
+            f"No damping up to {LARGEST_DAMPING:g} makes the loss fall below {loss:.6g}: the parameters are at a "
             "minimum to rounding, or the normal equations are singular."
         )
         return LevenbergMarquardtStep(loss, self.damping, False, attempts, reason=reason, losses=losses)
@@ -254,18 +243,18 @@ class LevenbergMarquardt:
         steps = check_count(steps, "steps", low=0)
         limits = {"target_loss": target_loss, "tolerance": tolerance, "patience": patience, "max_seconds": max_seconds}
         for name, value in limits.items():
-            if math.isnan(as_number(value)) and not (isinstance(value, float) and math.isinf(value)):
+            if not isinstance(value, Real) or math.isnan(value):
                 raise ValueError(f"`{name}` is {value!r:.100}, but must be a number.")
         if callback is not None:
             check_function(callback, "callback")
         slow, end = 0, time.monotonic() + max_seconds
-        terms = terms if callable(terms) else _listed(terms)
-        held_terms = self._check(held) if (held := _listed(held)) else []
+        terms = terms if callable(terms) else list(terms)
+        held_terms = self._check(held) if (held := list(held)) else []
         shards, hidden = self._shards, not (progress and self._shards.is_first)
         best: tuple[float, dict[str, Tensor]] = math.inf, {}
         with tqdm(total=steps, unit="step", desc="Levenberg-Marquardt", disable=hidden) as bar:
             for number in range(steps):
-                now: Any = _listed(shards.run(terms, number)) if callable(terms) else terms
+                now = list(shards.run(terms, number)) if callable(terms) else terms
                 record = self.step(now)
                 if held_terms:
                     record = record._replace(held_losses=self._held_losses(held_terms))
@@ -299,11 +288,6 @@ class LevenbergMarquardt:
             if p.is_complex() or p.is_meta:
                 kind = "complex" if p.is_complex() else "on the meta device"
                 raise ValueError(f"The parameter `{name}` is {kind}, and only real numbers are trained: freeze it.")
-            if p.is_inference():
-                raise ValueError(
-                    f"The parameter `{name}` was made under `torch.inference_mode()`, and such tensors cannot be "
-                    "trained: make the model outside of it, or freeze the parameter."
-                )
         return trainable
 
     def _evaluate(self, terms: Iterable[Term]) -> tuple[LeastSquares, Tensor]:
@@ -322,44 +306,21 @@ class LevenbergMarquardt:
         self._plans = {**self._plans, **problem.plans}
         return problem.losses(residuals)
 
-    def _known_past(self, problem: LeastSquares) -> _Past | None:
-        """The residuals of former steps, unless the parameters are others than then."""
-        if self._past is not None and self._past.shapes != _shapes(problem):
-            self._past = None
-        return self._past
-
     def _remember(self, linear: LinearModel, step: Tensor, residuals: Tensor, agreement: float) -> None:
-        """Takes the residuals of a step to those of former ones; where they are far from linear, they count little."""
+        """Adds this step's residuals to the running sum, with a small weight if the linear model was poor."""
         if self.forgetting:
             share = self.forgetting * (1.0 if agreement > 0.25 else 0.2)
             matrix, gradient = linear.after(step, residuals)
-            self._past = _Past(share * matrix, share * gradient, _shapes(linear.problem))
-
-    def _accelerate(self, linear: LinearModel, damping: float, step: Tensor) -> Tensor | None:
-        """The step with half of the second-order correction; None if that is large, since the series may diverge."""
-        second = linear.second_derivative(step)
-        correction = linear.solve(damping, second)
-        if correction is None or linear.norm(correction) > 0.75 * linear.norm(step):
-            return None
-        return step + correction / 2
-
-
-def _shapes(problem: LeastSquares) -> tuple:
-    return tuple((name, parameter.shape) for name, parameter in problem.trainable.items())
-
-
-def _listed(terms: Any) -> Any:
-    """A list of terms that may be asked for once only; what cannot be asked is refused where terms are checked."""
-    return list(terms) if isinstance(terms, Iterable) else terms
+            self._past = _Past(share * matrix, share * gradient, linear.problem.shapes)
 
 
 def _shown(record: LevenbergMarquardtStep, terms: Sequence[Any]) -> dict[str, str]:
-    """What the bar shows: the loss, the loss of each of several terms by the name of its function, and the damping."""
+    """The losses that the bar shows, by the names of the functions if there are several, and the damping."""
     shown = {"loss": record.loss}
-    if len(record.losses) > 1:
+    if len(terms) > 1:
         names = [getattr(term[0], "__name__", type(term[0]).__name__) for term in terms]
-        for index, (name, loss) in enumerate(zip(names, record.losses, strict=True)):
-            shown[name if names.count(name) == 1 else f"{name} {index}"] = loss
+        names = [name if names.count(name) == 1 else f"{name} {index}" for index, name in enumerate(names)]
+        shown.update(zip(names, record.losses, strict=True))
     if record.held_losses:
         shown["held"] = record.held_loss
     return {**{name: f"{loss:.3e}" for name, loss in shown.items()}, "damping": f"{record.damping:.0e}"}

@@ -4,26 +4,28 @@
 """The gradients of single rows of residuals, from one evaluation of all rows and one backward pass.
 
 A KAN layer is linear in its coefficients (O, I, K + 1). With the jet rows phi (S, I, K + 1) of one row of inputs (see
-`kan.jets.layers.jet_rows`) and the gradient g (S, O) in the layer's outputs, the row's gradient in the coefficients is
-sum_s g[s, o] phi[s, i, k]. One backward pass gives the output gradients of all rows (I. Goodfellow, arXiv 1510.01799).
-For a Tucker tensor the products go factor by factor, without a tensor of the size of the coefficients.
+`derivatives.layers.jet_rows`) and the gradient g (S, O) in the layer's outputs, the row's gradient in the coefficients
+is sum_s g[s, o] phi[s, i, k]. One backward pass gives the output gradients of all rows (I. Goodfellow, arXiv
+1510.01799). For a Tucker tensor the products go factor by factor, without a tensor of the size of the coefficients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..derivatives.layers import Jet, jet_rows
-from ..kan.observer import observing
+from ..kan.recording_hook import recording
 from ..tucker import Update
-from .recording import Chain, LayerRecord, Recorder
+from .layer_records import LayerRecord, NetworkRecord, Recorder
 
 
 BLOCK = 2**19  # numbers in the largest tensor of a block of rows: near the cache, and enough for a small overhead
-MOST_COLUMNS = 64  # with more values in a row, one row at a time costs less than three backward passes for each
+MOST_COLUMNS = 64  # with more values in a row, one row at a time costs less than a backward pass for each value
+
+Gradients = dict[int, Tensor]  # by the `id` of a tensor
 
 
 def row_gradients(
@@ -31,82 +33,59 @@ def row_gradients(
 ) -> Tensor | None:
     """The derivatives (rows m, P) of a function's values (rows, m), in the first rows of `out` if given.
 
-    None if the values depend on the parameters (leaves, P numbers) not by recorded networks alone, or one row on
-    others, or the function fails.
+    The value of a row must depend on that row alone. None if the values depend on the parameters (leaves, P numbers)
+    by anything but the recorded layers of KANs.
     """
-    try:
-        with torch.enable_grad(), observing(Recorder(parameters, rows)) as recorder:
-            values = function()
-        count = values.shape[1]
-        if count > MOST_COLUMNS or not recorder.is_complete(values):
-            return None
-        if (towards := _towards_chains(recorder.chains, values)) is None:
-            return None
-        records = [pair for chain in recorder.chains for pair in _towards_layers(chain, towards)]
-    except Exception:  # an error of the function is met again by the way for any function
+    with torch.enable_grad(), recording(Recorder(parameters, rows)) as recorder:
+        values = function()
+    count = values.shape[1]
+    if not recorder.networks or count > MOST_COLUMNS:
         return None
+    by_column = []
+    for column in values.unbind(1):
+        if (found := _layer_gradients(recorder.networks, column, parameters)) is None:
+            return None
+        by_column.append(found)
+    layers = [layer for network in recorder.networks for layer in network.layers]
+    towards = [[_stacked(layer.outputs, found) for found in by_column] for layer in layers]
     if out is None:
         out = parameters[0].new_empty(rows * count, sum(parameter.numel() for parameter in parameters))
-    gradients = out[: rows * count].unflatten(0, (rows, count))
-    size = max(16, BLOCK // max([_numbers_of_row(record) for record, _ in records], default=1))
+    gradients = out[: rows * count].zero_().unflatten(0, (rows, count))
+    sizes = [parameter.numel() for parameter in parameters]
+    size = max(16, BLOCK // max(map(_numbers_of_row, layers), default=1))
     for start in range(0, rows, size):
         part = slice(start, min(start + size, rows))
-        block = _RowSums(gradients[part], parameters)
-        for record, outputs in records:
-            _add_layer(block, record, outputs, part)
-        block.finish()
+        block = dict(zip(map(id, parameters), gradients[part].split(sizes, dim=-1), strict=True))
+        for layer, outputs in zip(layers, towards, strict=True):
+            _add_layer(block, layer, outputs, part)
     return out[: rows * count]
 
 
-Gradients = dict[int, Tensor]  # in a tensor with this id
+def _layer_gradients(networks: list[NetworkRecord], column: Tensor, parameters: Sequence[Tensor]) -> Gradients | None:
+    """The gradients of a column of values (n,) in the outputs of the layers; None if it depends on the parameters by
+    anything else."""
+    leaves = [part for network in networks for part in network.leaves.parts]
+    outputs = [part for network in networks for part in network.outputs.parts]
+    inner = [part for network in networks for layer in network.layers for part in layer.outputs.parts]
+    found = _differentiate([(column, torch.ones_like(column))], leaves, parameters)
+    if found is None or (found := _differentiate(zip(outputs, found, strict=True), inner, parameters)) is None:
+        return None
+    return {id(part): gradient for part, gradient in zip(inner, found, strict=True) if gradient is not None}
 
 
-def _towards_chains(chains: list[Chain], values: Tensor) -> list[Gradients] | None:
-    """For each column of the values (n, m), the gradients in the leaves of the chains; None if rows are coupled.
-
-    Gradients with a weight for each row are then not the weighted gradients. With powers of two for weights, the two
-    are otherwise equal to the last bit.
-    """
-    leaves = [part for chain in chains for part in chain.leaves.parts]
-    exponents = torch.randperm(len(values), generator=torch.Generator().manual_seed(0), device="cpu") % 401 - 200
-    weights = torch.ldexp(values.new_ones(len(values)), exponents.to(values.device))
-    if not values.requires_grad:
-        return [{}] * values.shape[1]
-    towards = []
-    for column in values.unbind(1):
-        found, weighted = (
-            torch.autograd.grad(column, leaves, of_rows, retain_graph=True, allow_unused=True)
-            for of_rows in (torch.ones_like(weights), weights)
-        )
-        gradients: Gradients = {}
-        for leaf, one, other in zip(leaves, found, weighted, strict=True):
-            if one is not None and not torch.equal(one * weights.unsqueeze(1), other):
-                return None
-            elif one is not None:
-                gradients[id(leaf)] = one
-        towards.append(gradients)
-    return towards
+def _differentiate(
+    pairs: Iterable[tuple[Tensor, Tensor | None]], inputs: list[Tensor], parameters: Sequence[Tensor]
+) -> Sequence[Tensor | None] | None:
+    """Takes gradients in outputs, given as pairs, to gradients in inputs; None if a parameter has a gradient too."""
+    pairs = [(output, gradient) for output, gradient in pairs if output.requires_grad and gradient is not None]
+    if not pairs:
+        return [None] * len(inputs)
+    outputs, gradients = zip(*pairs, strict=True)
+    found = torch.autograd.grad(outputs, [*inputs, *parameters], gradients, retain_graph=True, allow_unused=True)
+    return None if any(part is not None for part in found[len(inputs) :]) else found[: len(inputs)]
 
 
-def _towards_layers(chain: Chain, towards: list[Gradients]) -> list[tuple[LayerRecord, list[Tensor | None]]]:
-    """The records of a chain, each with the gradients (n, S, O) in its outputs for each column; None for zero."""
-    inner = [part for record in chain.records for part in record.outputs.parts]
-    by_column: list[Gradients] = []
-    for gradients in towards:
-        ends = [
-            (part, gradients[id(leaf)])
-            for part, leaf in zip(chain.outputs.parts, chain.leaves.parts, strict=True)
-            if part.requires_grad and id(leaf) in gradients
-        ]
-        found: Sequence[Tensor | None] = [None] * len(inner)
-        if ends and inner:
-            outputs, given = zip(*ends, strict=True)
-            found = torch.autograd.grad(outputs, inner, given, retain_graph=True, allow_unused=True)
-        by_column.append({id(part): one for part, one in zip(inner, found, strict=True) if one is not None})
-    return [(record, [_as_rows(record.outputs, g) for g in by_column]) for record in chain.records]
-
-
-def _as_rows(outputs: Jet, gradients: Gradients) -> Tensor | None:
+def _stacked(outputs: Jet, gradients: Gradients) -> Tensor | None:
     """The gradients in the parts of a jet together, (n, S, O); None for zero."""
     if not any(id(part) in gradients for part in outputs.parts):
         return None
@@ -114,30 +93,11 @@ def _as_rows(outputs: Jet, gradients: Gradients) -> Tensor | None:
     return torch.cat([part if part.dim() == 3 else part.unsqueeze(0) for part in found]).transpose(0, 1)
 
 
-class _RowSums:
-    """The gradients (n, m, P) of some rows, as the sum of what layers add."""
-
-    def __init__(self, gradients: Tensor, parameters: Sequence[Tensor]) -> None:
-        sizes = [parameter.numel() for parameter in parameters]
-        self._gradients = dict(zip(map(id, parameters), gradients.split(sizes, dim=-1), strict=True))
-        self._missing = {(key, column) for key in self._gradients for column in range(gradients.shape[1])}
-
-    def wants(self, parameter: Tensor) -> bool:
-        return id(parameter) in self._gradients
-
-    def add(self, parameter: Tensor, column: int, gradient: Tensor) -> None:
-        """Adds a gradient (n, ...), whose entries of a row are in the order of the parameter's."""
-        target = self._gradients[id(parameter)][:, column].view(gradient.shape)
-        if (id(parameter), column) in self._missing:
-            target.copy_(gradient)
-            self._missing.remove((id(parameter), column))
-        else:
-            target += gradient
-
-    def finish(self) -> None:
-        """Writes zeros for the parameters to which nothing was added."""
-        for key, column in self._missing:
-            self._gradients[key][:, column].zero_()
+def _add(block: Gradients, parameter: Tensor, column: int, gradient: Tensor) -> None:
+    """Adds a gradient (n, ...) in a parameter, in the order of its entries, to a block (n, m, numel) of the result."""
+    if id(parameter) in block:
+        target = block[id(parameter)][:, column].view(gradient.shape)
+        target += gradient
 
 
 def _numbers_of_row(record: LayerRecord) -> int:
@@ -150,7 +110,7 @@ def _numbers_of_row(record: LayerRecord) -> int:
 
 
 @torch.no_grad()
-def _add_layer(block: _RowSums, record: LayerRecord, outputs: list[Tensor | None], rows: slice) -> None:
+def _add_layer(block: Gradients, record: LayerRecord, outputs: list[Tensor | None], rows: slice) -> None:
     """Adds the gradients of a layer's coefficients for some rows, from those (n, S, O) in its outputs by column."""
     if not (columns := [(column, g[rows]) for column, g in enumerate(outputs) if g is not None]):
         return
@@ -158,22 +118,22 @@ def _add_layer(block: _RowSums, record: LayerRecord, outputs: list[Tensor | None
     first = first.expand(len(first), *z.shape)[:, rows]
     second = None if second is None else second[:, rows]
     phi = jet_rows(record.grid, z[rows], first, second, weights, only_second, len(z))
-    if record.stage.dense is not None and any(map(block.wants, record.stage.dense)):
+    if record.stage.dense is not None and any(id(part) in block for part in record.stage.dense):
         _add_dense(block, phi, *record.stage.dense, columns)
     for update in record.stage.updates:
-        if any(map(block.wants, update.tensor)):
+        if any(id(part) in block for part in update.tensor):
             _add_tucker(block, phi, update, columns)
 
 
-def _add_dense(block: _RowSums, phi: Tensor, spline_weight: Tensor, base_weight: Tensor, columns: list) -> None:
+def _add_dense(block: Gradients, phi: Tensor, spline_weight: Tensor, base_weight: Tensor, columns: list) -> None:
     for column, g in columns:
         gradient = (g.mT @ phi.flatten(2)).unflatten(-1, phi.shape[2:])  # (n, O, K + 1, I)
         for parameter, part in ((spline_weight, gradient[:, :, :-1].mT), (base_weight, gradient[:, :, -1])):
-            if block.wants(parameter):
-                block.add(parameter, column, part)
+            if id(parameter) in block:
+                _add(block, parameter, column, part)
 
 
-def _add_tucker(block: _RowSums, phi: Tensor, update: Update, columns: list) -> None:
+def _add_tucker(block: Gradients, phi: Tensor, update: Update, columns: list) -> None:
     """Adds the gradients of a Tucker update.
 
     With phi (n, S, K, I) contracted by factor_in to v (n, S, ri, K), by both factors to t (n, S, ri, rb), and the
@@ -189,17 +149,17 @@ def _add_tucker(block: _RowSums, phi: Tensor, update: Update, columns: list) -> 
     t = v @ factor_basis
     mixing = core.flatten(1)
     # what the gradients of other components alone need is left out
-    mixed = scale * t.flatten(2) @ mixing.T if block.wants(factor_out) else t
-    expanded = (factor_basis @ core.mT).flatten(1) if block.wants(factor_in) else core  # (ro, K ri)
+    mixed = scale * t.flatten(2) @ mixing.T if id(factor_out) in block else t
+    expanded = (factor_basis @ core.mT).flatten(1) if id(factor_in) in block else core  # (ro, K ri)
     for column, g in columns:
         f = scale * g @ factor_out
-        if block.wants(core):
-            block.add(core, column, (f.mT @ t.flatten(2)).unflatten(-1, core.shape[1:]))
-        if block.wants(factor_out):
-            block.add(factor_out, column, g.mT @ mixed)
-        if block.wants(factor_in):
+        if id(core) in block:
+            _add(block, core, column, (f.mT @ t.flatten(2)).unflatten(-1, core.shape[1:]))
+        if id(factor_out) in block:
+            _add(block, factor_out, column, g.mT @ mixed)
+        if id(factor_in) in block:
             q = (f @ expanded).view(len(f), -1, core.shape[1])
-            block.add(factor_in, column, phi.flatten(1, 2).mT @ q)
-        if block.wants(factor_basis):
+            _add(block, factor_in, column, phi.flatten(1, 2).mT @ q)
+        if id(factor_basis) in block:
             h = (f @ mixing).view(len(f), -1, core.shape[2])
-            block.add(factor_basis, column, v.flatten(1, 2).mT @ h)
+            _add(block, factor_basis, column, v.flatten(1, 2).mT @ h)

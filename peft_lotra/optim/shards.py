@@ -23,18 +23,11 @@ class Shards:
     """
 
     def __init__(self, group: Any = None) -> None:
-        if group is not None and (not dist.is_available() or not dist.is_initialized()):
-            raise ValueError("`group` needs a process group: call `torch.distributed.init_process_group` before.")
-        if group is not None and dist.get_rank(group) < 0:
-            raise ValueError("`group` does not contain this process.")
         self.group = group
+        self.is_first = group is None or dist.get_rank(group) == 0
 
     def __deepcopy__(self, memo: dict) -> Shards:
         return self  # of a group there is one
-
-    @property
-    def is_first(self) -> bool:
-        return self.group is None or dist.get_rank(self.group) == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Replaces a tensor by the sum over the processes, in place."""
@@ -86,16 +79,13 @@ class Shards:
             return list(rows)
         digest = hashlib.blake2b(start.cpu().numpy().tobytes()).hexdigest()
         found = self.gather((list(zip(names, weights, strict=True)), digest, list(rows)))
-        if any(terms != found[0][0] for terms, _, _ in found):
-            given = "; ".join(f"process {rank}: {terms}" for rank, (terms, _, _) in enumerate(found))
-            raise ValueError(
-                f"All processes must give the same terms in the same order, with rows of their own: {given}"
-            )
-        if any(other != digest for _, other, _ in found):
-            raise ValueError(
-                "The trainable parameters differ between the processes. Give all of them the same model: seed it "
-                "equally, or load it from one file."
-            )
+        for rank, (terms, other, _) in enumerate(found):
+            if (terms, other) != found[0][:2]:
+                what = f"trainable parameters of process {rank}" if terms == found[0][0] else f"terms {terms}"
+                raise ValueError(
+                    f"The {what} differ from those of process 0. Give all processes the same model (the same seed or "
+                    f"file) and the same terms in the same order, with rows of their own: {found[0][0]}"
+                )
         totals = [sum(counts) for counts in zip(*(counts for _, _, counts in found), strict=True)]
         for name, total in zip(names, totals, strict=True):
             if not total:

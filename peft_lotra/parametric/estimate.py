@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..optim.least_squares import LeastSquares, Term, check_terms
-from ..optim.linear_model import LinearModel
+from ..optim.normal_equations import LinearModel
 from .held_out import HeldOutPoints, inputs_of
 from .members import Member, Point, argument, residuals_of, trainable, write
 

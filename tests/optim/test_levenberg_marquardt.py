@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
-import weakref
 
 import pytest
 import torch
@@ -14,9 +12,7 @@ from helpers import adapt
 from residuals import fit, network, problem, terms
 from torch import Tensor, nn
 
-from peft_lotra.kan import KAN
 from peft_lotra.optim import LevenbergMarquardt
-from peft_lotra.optim.levenberg_marquardt import _damping_factor
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -40,46 +36,6 @@ def test_linear_least_squares_in_one_step():
     torch.testing.assert_close(torch.cat([model.weight, model.bias[:, None]], 1).T, best)
     assert record.accepted
     assert record.loss == pytest.approx(((ones @ best - y).square().sum() / 30).item())
-
-
-@pytest.mark.parametrize("points", [60, 800])  # in the space of residuals, of parameters
-def test_chunks_do_not_change_the_step(monkeypatch, points):
-    data, whole = terms(points=points), network()
-    chunked = copy.deepcopy(whole)
-    LevenbergMarquardt(whole).step(data)
-    monkeypatch.setattr("peft_lotra.optim.least_squares.CHUNK", 2**17)
-    rows = [len(chunk[2][0]) for chunk in problem(chunked, data).chunks()]
-    assert len(rows) > 3 and sum(rows) == points + 40
-    LevenbergMarquardt(chunked).step(data)
-    for a, e in zip(chunked.parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-10)
-
-
-def test_geodesic_acceleration_goes_further():
-    """Rosenbrock's valley, where the second-order correction follows the bend."""
-
-    class Point(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.at = nn.Parameter(torch.tensor([-1.2, 1.0], dtype=torch.float64))
-
-    def rosenbrock(model: nn.Module, one: Tensor) -> Tensor:
-        x, y = model.at
-        return torch.stack([10 * (y - x**2) * one, (1 - x) * one], dim=-1)
-
-    steps = {}
-    for geodesic in (False, True):
-        model = Point()
-        history = LevenbergMarquardt(model, 1.0, geodesic=geodesic).fit(
-            [(rosenbrock, torch.ones(1, dtype=torch.float64))], 200, target_loss=1e-20, progress=False
-        )
-        torch.testing.assert_close(model.at, torch.ones(2, dtype=torch.float64))
-        steps[geodesic] = len(history)
-    assert steps[True] < steps[False]
-
-
-def test_damping_is_not_tried_again_where_it_has_just_failed():
-    assert _damping_factor(0.9, raised=False) < _damping_factor(0.9, raised=True) < 1 < _damping_factor(0.1, False)
 
 
 # Models
@@ -111,17 +67,6 @@ def test_float32_models_are_stepped_in_double():
     assert record.loss == pytest.approx(stored.residuals(stored.start).square().sum().item(), rel=1e-12)
 
 
-def test_plain_networks_and_other_kans():
-    from qkan.kan import KAN as EfficientKAN
-
-    x = torch.rand(80, 2) * 2 - 1
-    y = x.prod(1, keepdim=True)
-    mlp = nn.Sequential(nn.Linear(2, 10), nn.Tanh(), nn.Linear(10, 1))
-    for model in (mlp, EfficientKAN([2, 4, 1]), adapt(EfficientKAN([2, 4, 1]), random=False)):
-        history = LevenbergMarquardt(model).fit([(fit, (x, y))], 12, progress=False)
-        assert history[-1].loss < 0.3 * y.square().mean()
-
-
 def test_losses_of_terms():
     model, data = network(), terms(points=100)
     record = LevenbergMarquardt(model).fit(data, 3, progress=False)[-1]
@@ -140,12 +85,6 @@ def test_a_fit_of_its_own_rows_alone_ends_with_the_best_held_loss():
     losses = [entry.held_loss for entry in records]
     assert len(records) < 60 and losses[-1] > min(losses)
     assert (model(between) - wanted).square().mean().item() == pytest.approx(min(losses))
-
-
-def test_a_held_loss_stops():
-    data, held = terms(points=400), terms(points=100)
-    records = LevenbergMarquardt(network()).fit(data, 20, held=held, target_loss=50.0, progress=False)
-    assert records[-1].held_loss <= 50.0 < records[-2].held_loss
 
 
 def test_the_bar_shows_the_loss_of_each_term(capsys):
@@ -175,31 +114,20 @@ def test_forgetting_is_recursive_least_squares():
     torch.testing.assert_close(model.weight.T, torch.linalg.lstsq(x, y).solution)
 
 
-def test_forgetting_fits_new_rows_better():
-    """Steps on 100 rows, drawn anew each time, for 230 parameters."""
-    held, losses = terms(points=2000)[:1], {}
-    start = network()
-    for forgetting in (0.0, 0.8):
-        torch.manual_seed(3)
-        model = copy.deepcopy(start)
-        optimizer = LevenbergMarquardt(model, 1e-2, floor=1e-6, forgetting=forgetting)
-        optimizer.fit(lambda number: terms(points=100), 25, progress=False)
-        losses[forgetting] = problem(model, held).residuals(problem(model, held).start).square().sum().item()
-    assert losses[0.8] < losses[0.0]
-
-
 def test_former_steps_are_forgotten_when_the_parameters_change():
     model = nn.Linear(5, 1, bias=False, dtype=torch.float64)
     optimizer = LevenbergMarquardt(model, forgetting=0.9)
     optimizer.step([(fit, linear_problem(20))])
-    assert optimizer._past is not None
     model.weight = nn.Parameter(torch.zeros(1, 5, dtype=torch.float64))
     model.bias = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     assert optimizer.step([(fit, linear_problem(20))]).accepted
+    new = linear_problem(20)
+    optimizer.damping = 1e-13
     optimizer.forget()
-    assert optimizer._past is None
-    with pytest.raises(ValueError, match="`forgetting` is 1.0, but must be at least 0 and below 1"):
-        LevenbergMarquardt(model, forgetting=1.0)
+    optimizer.step([(fit, new)])
+    ones = torch.cat([new[0], torch.ones_like(new[1])], 1)
+    best = torch.linalg.lstsq(ones, new[1]).solution
+    torch.testing.assert_close(torch.cat([model.weight, model.bias[:, None]], 1).T, best)
 
 
 # What goes wrong
@@ -225,25 +153,6 @@ def test_residuals_that_are_not_finite():
     assert optimizer.step(data).accepted
 
 
-def test_jacobian_that_is_not_finite():
-    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
-    nn.init.zeros_(model.weight)
-    with pytest.warns(RuntimeWarning, match="Jacobian has NaN or infinite entries"):
-        record = LevenbergMarquardt(model).step([(lambda m, x: m(x).abs().sqrt() + 1, torch.ones(3, 1))])
-    assert not record.accepted
-    assert model.weight == 0
-
-
-def test_candidates_that_are_not_finite_are_not_taken():
-    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
-    nn.init.constant_(model.weight, 0.1)
-    history = LevenbergMarquardt(model, 1e-9).fit(
-        [(lambda m, x: m(x).log() + 5, torch.ones(1, 1))], 50, progress=False
-    )
-    assert history[0].attempts > 0 and math.isfinite(history[-1].loss)
-    torch.testing.assert_close(model.weight.item(), math.exp(-5), rtol=1e-6, atol=0)
-
-
 def test_singular_equations_and_a_clear_stop():
     """Two parameters that do the same, then a minimum that nothing improves."""
 
@@ -265,29 +174,22 @@ def test_singular_equations_and_a_clear_stop():
     assert_unchanged(model, before)
 
 
-def test_no_effect():
-    model = network()
-    with pytest.warns(RuntimeWarning, match="no parameter has an effect"):
-        record = LevenbergMarquardt(model).step([(lambda m, x: 0 * m(x) + 1, torch.rand(3, 2).double())])
-    assert not record.accepted
-
-
 def test_too_many_parameters_for_the_memory():
     model, data = network(12), terms(points=1500)
     count = sum(p.numel() for p in model.parameters())
-    with pytest.raises(ValueError, match=rf"{count} trainable parameters and 1540 residuals .* 36 MiB are needed"):
+    with pytest.raises(ValueError, match=rf"{count} trainable parameters and 1540 residuals need .* MiB"):
         LevenbergMarquardt(model, memory=2**24).step(data)
 
 
 def test_arguments():
     model = network()
-    for wrong in ({"damping": 0.0}, {"damping": math.nan}, {"floor": 0.0}, {"floor": 2.0}, {"memory": 1000}):
+    for wrong in ({"damping": 0.0}, {"damping": math.nan}, {"floor": 2.0}, {"forgetting": 1.0}, {"memory": 1000}):
         with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is"):
             LevenbergMarquardt(model, **wrong)
-    with pytest.raises(TypeError, match="`model` is generator, but must be an nn.Module"):
+    with pytest.raises(TypeError, match="`model` must be a network"):
         LevenbergMarquardt(model.parameters())
     for wrong, match in (
-        ({"lr": 1e-3, "betas": (0.9, 0.99)}, "`lr` and `betas`. Steps .* `damping`"),
+        ({"lr": 1e-3, "betas": (0.9, 0.99)}, "`lr`, `betas`. Steps .* `damping`"),
         ({"foo": 1}, "`foo`.$"),
     ):
         with pytest.raises(TypeError, match=f"LevenbergMarquardt takes no argument {match}"):
@@ -309,45 +211,3 @@ def test_stopping_rules():
     assert len(optimizer.fit(data, 9, target_loss=1e9, progress=False)) == 1
     assert len(optimizer.fit(data, 9, tolerance=1.0, patience=2, progress=False)) == 2
     assert len(optimizer.fit(data, 9, max_seconds=0.0, progress=False)) == 1
-
-
-def test_new_points_for_each_step(capsys):
-    numbers = []
-
-    def fresh(number: int) -> list[tuple]:
-        numbers.append(number)
-        return terms()
-
-    LevenbergMarquardt(network()).fit(fresh, 2)
-    assert numbers == [0, 1]
-    assert "Levenberg-Marquardt: 100%" in capsys.readouterr().err
-
-
-# memory
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("by_layers", [True, False])
-def test_terms_seen_for_the_first_time_leave_nothing_behind(by_layers):
-    """A new closure in each step, as of code that draws new points within."""
-    resource = pytest.importorskip("resource")  # not on Windows
-    model = adapt(KAN([2, 4, 1]), r=2)
-    optimizer = LevenbergMarquardt(model)
-    outputs, memory = [], []
-    for number in range(200):
-        points = torch.rand(64, 2, dtype=torch.float64)
-        shift = points.mean().item()
-
-        def residual(model, x, shift=shift):
-            y = model(x) if by_layers else torch.tanh(model(x)) * x[:, :1]
-            outputs.append(weakref.ref(y))
-            return y.squeeze(-1) - x.sum(-1) - shift
-
-        optimizer.step([(residual, points)])
-        del residual
-        if number in (50, 199):
-            memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    gc.collect()
-    assert len(optimizer._plans) == 1 and len(outputs) > 1000
-    assert sum(output() is not None for output in outputs) == 0
-    assert memory[1] - memory[0] < 20 * 2**10  # KiB; 1 MiB for each term would be 150 MiB

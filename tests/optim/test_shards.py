@@ -49,7 +49,7 @@ def test_a_group_of_one_process_is_the_optimizer_alone(group):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["plain", "geodesic", "forgetting", "chunks"])
+@pytest.mark.parametrize("kind", ["plain", "forgetting", "chunks"])
 def test_shards_end_where_one_process_does(ranks, kind):
     for found in ranks:
         for name, alone in found["alone"][kind].items():
@@ -68,9 +68,9 @@ def test_a_shard_may_have_no_rows(ranks):
 @pytest.mark.parametrize(
     "case, messages",
     [
-        ("other terms", ["ValueError: All processes must give the same terms"] * 2),
-        ("other weights", ["ValueError: All processes must give the same terms"] * 2),
-        ("other parameters", ["ValueError: The trainable parameters differ"] * 2),
+        ("other terms", ["ValueError: The terms "] * 2),
+        ("other weights", ["ValueError: The terms "] * 2),
+        ("other parameters", ["ValueError: The trainable parameters of process 1 differ"] * 2),
         ("no rows at all", ["ValueError: The residual term 1 (fit) has no rows in any process"] * 2),
         (
             "one fails",

@@ -48,7 +48,6 @@ def model(seed: int = 0) -> KAN:
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "geodesic": {"geodesic": True},
     "forgetting": {"forgetting": 0.5},
     "chunks": {"memory": 2**21},
 }

@@ -51,7 +51,7 @@ def train_family(base: torch.nn.Module, setting: Setting, folder: Path, console:
     model = get_peft_model(copy.deepcopy(base), large_config(setting))
     for name, value in VALUES.items():
         terms = FAMILY.terms(value, torch.Generator().manual_seed(1), setting.points)
-        history = LevenbergMarquardt(model, floor=1e-6, geodesic=True).fit(terms, setting.lm_steps)
+        history = LevenbergMarquardt(model, floor=1e-6).fit(terms, setting.lm_steps)
         model.save_pretrained(folder / name)
         size = (folder / name / "adapter_model.safetensors").stat().st_size
         console.print(f"{name}: loss {history[-1].loss:.1e}, {size / 1000:.1f} kB in float64")

@@ -236,13 +236,10 @@ def train(
         started = time.process_time()
 
     if method.lr is None:
-        # The second-order correction pays for an adapter, which starts near a solution. With all parameters free, the
-        # correction is so large beside the step that the damping stays high and the fit stalls.
-        adapted = isinstance(model, PeftModel)
         if method.newton:
             model = newton_start(base, model, terms)
             record(1)
-        optimizer = LevenbergMarquardt(model, floor=1e-6, geodesic=adapted)
+        optimizer = LevenbergMarquardt(model, floor=1e-6)
         for step in range(len(curve), setting.lm_steps + 1):
             accepted = optimizer.step(terms).accepted
             record(step)

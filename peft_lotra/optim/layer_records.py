@@ -1,0 +1,99 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Records of the inputs and outputs of KAN layers, from which `row_gradients` computes the gradients of single rows.
+
+A residual function is evaluated once, on all rows. The KANs in it run with detached parameters, and their outputs are
+leaves of the function's graph. The records lead from gradients in these leaves to gradients in the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..derivatives.api import through_stages
+from ..derivatives.layers import Jet, evaluate_layer
+from ..derivatives.stages import Stage, stages_of
+from ..kan.basis import UniformGrid
+from ..kan.product import needs_plain_operations
+from ..tucker import Update
+
+
+class LayerRecord(NamedTuple):
+    """One evaluation of a KAN layer."""
+
+    stage: Stage  # the layer with its coefficients
+    grid: UniformGrid  # a copy
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, bool]  # the arguments of `evaluate_layer`
+    outputs: Jet  # of a graph that starts at the outputs of the layer before
+
+
+class NetworkRecord(NamedTuple):
+    """One evaluation of a network."""
+
+    layers: list[LayerRecord]
+    outputs: Jet
+    leaves: Jet  # copies of the outputs, which the residual function gets
+
+
+class Recorder:
+    """A `RecordingHook` that records the networks that are evaluated at n = `rows` inputs.
+
+    A layer is recorded if its coefficients are among the given parameters. All others run with their graphs.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], rows: int) -> None:
+        self.rows = rows
+        self.networks: list[NetworkRecord] = []
+        self._known = {id(parameter) for parameter in parameters}
+
+    def jet(self, through: Callable[..., Jet], x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet | None:
+        """See `RecordingHook`."""
+        return self._record(through, x, directions, weights) if self._can_record(x, directions, weights) else None
+
+    def value(self, network: nn.Module, x: Tensor) -> Tensor | None:
+        """See `RecordingHook`. Networks with dropout, hooks, or a replaced `forward` are not recorded."""
+
+        def changed(part: nn.Module) -> bool:
+            hooks = part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+            return bool(hooks or getattr(part, "is_random", False))
+
+        if not self._can_record(x) or torch.nn.modules.module._has_any_global_hook():
+            return None
+        if any(map(changed, network.modules())) or (stages := stages_of(network)) is None:
+            return None
+        return self._record(partial(through_stages, stages, False), x, x.new_empty(0, x.shape[-1]), None).value
+
+    def _can_record(self, x: Tensor, *others: Tensor | None) -> bool:
+        varies = any(tensor is not None and tensor.requires_grad for tensor in (x, *others))
+        of_rows = x.dim() == 2 and len(x) == self.rows
+        return torch.is_grad_enabled() and of_rows and not varies and not needs_plain_operations(x)
+
+    def _record(self, through: Callable[..., Jet], *inputs: Tensor | None) -> Jet:
+        layers: list[LayerRecord] = []
+        outputs = through(partial(self._record_layer, layers), *inputs)
+        leaves = outputs.map(lambda part: part.detach().clone().requires_grad_())
+        self.networks.append(NetworkRecord(layers, outputs, leaves))
+        return leaves
+
+    def _record_layer(self, layers: list[LayerRecord], stage: Stage, *inputs: Any) -> Jet:
+        """As `evaluate_layer`; appends a record if all trained coefficients of the layer are known."""
+        components = [part for update in stage.updates for part in (update.scale, *update.tensor)]
+        trained = [p for p in (*(stage.dense or ()), *components) if isinstance(p, Tensor) and p.requires_grad]
+        if not trained or any(id(part) not in self._known for part in trained):
+            return evaluate_layer(stage, *inputs)
+        fixed = stage._replace(
+            dense=None if stage.dense is None else (stage.dense[0].detach(), stage.dense[1].detach()),
+            updates=tuple(Update(scale, tensor.map(Tensor.detach)) for scale, tensor in stage.updates),
+        )
+        outputs = evaluate_layer(fixed, *inputs)
+        for part in outputs.parts:
+            part.requires_grad_()
+        low, high, *sizes = stage.grid
+        layers.append(LayerRecord(stage, UniformGrid(low.clone(), high.clone(), *sizes), inputs, outputs))
+        return outputs

@@ -1,0 +1,169 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The linear model of a least-squares problem, and its damped solutions by the normal equations."""
+
+from __future__ import annotations
+
+import math
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from .least_squares import LeastSquares
+
+
+class LinearModel:
+    """The linear model r + J step around the parameters, in the smaller space of P parameters or M residuals.
+
+    Attributes:
+        jacobian: J, (M, P), if it fits into half of the memory; else None.
+        matrix: J^T J, (P, P), or J S^-1 J^T, (M, M).
+        scaling: S, (P,), the diagonal of J^T J, at least `floor` times its largest entry.
+        gradient: J^T r, (P,).
+        past: J^T J and J^T r of former residuals, at the parameters; they add to ours.
+        error: Why there is no solution; empty if there is one.
+
+    Raises:
+        ValueError: The matrix does not fit into the memory of the problem.
+    """
+
+    def __init__(
+        self,
+        problem: LeastSquares,
+        residuals: Tensor,
+        floor: float,
+        past: tuple[Tensor, Tensor] | None = None,
+        in_parameter_space: bool = False,
+    ) -> None:
+        self.problem = problem
+        self.past = past
+        self.residuals = residuals
+        in_parameter_space = in_parameter_space or problem.shards.group is not None  # where matrices can be summed
+        self.in_residual_space = len(residuals) < problem.num_parameters and not in_parameter_space
+        size = len(residuals) if self.in_residual_space else problem.num_parameters
+        squares = problem.shards.run(self._add_chunks, size)
+        if not self.in_residual_space:
+            for index, part in enumerate((self.matrix, self.gradient)):
+                problem.shards.sum(part)
+                if past is not None:
+                    part += past[index]
+            squares = self.matrix.diagonal()
+        # parameters without any effect get the bound, and are not moved
+        self.scaling = squares.clamp(min=max(floor * squares.max().item(), 1e-300))
+        if self.in_residual_space and self.jacobian is not None:
+            _add_gram(self.matrix, (self.jacobian / self.scaling.sqrt()).T)
+        elif self.in_residual_space:
+            self._gram_by_chunks()
+        finite = self.matrix.isfinite().all() and self.gradient.isfinite().all()
+        self.error = "" if finite else "the Jacobian has NaN or infinite entries. The parameters are unchanged."
+        if not self.gradient.any():
+            self.error = "the gradient is zero: no parameter has an effect on the residuals."
+
+    def _add_chunks(self, size: int) -> Tensor:
+        """Sums J^T r, and J^T J in the space of parameters, over our rows; returns the diagonal of J^T J otherwise."""
+        problem, residuals = self.problem, self.residuals
+        needed = 2 * size**2 * 8
+        if needed > problem.memory:
+            raise ValueError(
+                f"{problem.num_parameters} trainable parameters and {len(residuals)} residuals need "
+                f"{needed / 2**20:.0f} MiB, but `memory` is {problem.memory / 2**20:.0f} MiB. Give more, train fewer "
+                "parameters (an adapter), or use fewer rows."
+            )
+        self.gradient, squares = torch.zeros_like(problem.start), torch.zeros_like(problem.start)
+        self.matrix = residuals.new_zeros(size, size)
+        fits = len(residuals) * problem.num_parameters * 8 <= problem.memory // 2
+        self.jacobian = residuals.new_empty(len(residuals), problem.num_parameters) if fits else None
+        first = 0
+        for chunk in problem.chunks():
+            part = problem.jacobian(*chunk, out=None if self.jacobian is None else self.jacobian[first:])
+            self.gradient.addmv_(part.T, residuals[first : first + len(part)])
+            if self.in_residual_space:
+                squares += part.square().sum(0)
+            else:
+                _add_gram(self.matrix, part)
+            first += len(part)
+        return squares
+
+    def _gram_by_chunks(self) -> None:
+        """J S^-1 J^T if J does not fit: parts of J are computed again for each other part."""
+        row = 0
+        for number, chunk in enumerate(self.problem.chunks()):
+            part = self.problem.jacobian(*chunk) / self.scaling
+            column = 0
+            for other_chunk in islice(self.problem.chunks(), number + 1):
+                other = self.problem.jacobian(*other_chunk)
+                block = part @ other.T
+                self.matrix[row : row + len(part), column : column + len(other)] = block
+                self.matrix[column : column + len(other), row : row + len(part)] = block.T
+                column += len(other)
+            row += len(part)
+
+    def _factor(self, damping: float) -> Tensor | None:
+        """The Cholesky factor of the damped matrix; None if it is singular to rounding."""
+        diagonal = self.matrix.diagonal()
+        undamped = diagonal.clone()
+        diagonal += damping if self.in_residual_space else damping * self.scaling
+        triangle, failed = torch.linalg.cholesky_ex(self.matrix)
+        diagonal.copy_(undamped)
+        return None if failed else triangle
+
+    def solve(self, damping: float) -> Tensor | None:
+        """-(J^T J + damping S)^-1 J^T r, (P,); None if the matrix is singular to rounding."""
+        triangle = self._factor(damping)
+        if self.in_residual_space:
+            if triangle is None:
+                return None
+            step = -self._transposed(_solve(triangle, self.residuals)) / self.scaling
+        else:
+            nan = torch.full_like(self.gradient, math.nan)
+            step = self.problem.shards.of_first(nan if triangle is None else -_solve(triangle, self.gradient))
+        return step if step.isfinite().all() else None
+
+    def inverse(self, damping: float, columns: Tensor) -> Tensor | None:
+        """(J^T J + damping S)^-1 columns, (P, n), in the space of parameters; None if the matrix is singular."""
+        triangle = self._factor(damping)
+        return None if triangle is None else torch.cholesky_solve(columns, triangle)
+
+    def _transposed(self, vector: Tensor) -> Tensor:
+        """J^T vector."""
+        shards = self.problem.shards
+        if self.jacobian is not None:
+            return shards.sum(self.jacobian.T @ vector)
+        return shards.sum(shards.run(self.problem.pull_back, vector))
+
+    def predicted_decrease(self, damping: float, step: Tensor) -> float:
+        """The decrease of the sum of squares in the linear model, for the step of this damping."""
+        return (damping * self.scaling * step.square() - self.gradient * step).sum().item()
+
+    def rise_of_past(self, step: Tensor) -> float:
+        """The increase of the sum of squares of the former residuals by a step."""
+        if self.past is None:
+            return 0.0
+        matrix, gradient = self.past
+        return (step @ (matrix @ step) + 2 * (gradient @ step)).item()
+
+    def after(self, step: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
+        """J^T J and J^T r of all residuals after a step: ours with these values, the former ones by their linear
+        model. This instance is not used afterwards."""
+        gradient = self._transposed(residuals)
+        if self.past is not None:
+            gradient += self.past[1] + self.past[0] @ step
+        return self.matrix, gradient
+
+
+def _solve(triangle: Tensor, vector: Tensor) -> Tensor:
+    """(L L^T)^-1 vector; unlike `torch.cholesky_solve`, without a copy of L."""
+    half = torch.linalg.solve_triangular(triangle, vector.unsqueeze(1), upper=False)
+    return torch.linalg.solve_triangular(triangle.mT, half, upper=True).squeeze(1)
+
+
+def _add_gram(gram: Tensor, matrix: Tensor) -> None:
+    """Adds matrix^T matrix, of (n, p), to (p, p), in six strips, which leave out most of what the symmetry repeats."""
+    size = matrix.shape[1]
+    width = max(1, -(-size // 6))
+    for first in range(0, size, width):
+        strip = matrix[:, first : first + width].T @ matrix[:, first:]
+        gram[first : first + width, first:] += strip
+        gram[first + width :, first : first + width] += strip[:, width:].T
