@@ -9,6 +9,7 @@ a derivative is (..., K), a view of memory in which the K functions come first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class FunctionFeatures:
     def __init__(self, basis: FunctionBasis, z: Tensor) -> None:
         self.basis = basis
         self.shape = (basis.size, len(z))
-        self.scale = None
+        self.scale, self.few_outputs = None, False
         size = JET_BLOCK if z.device.type == "cpu" else OFF_CPU
         self.rows = max(128, size // max(1, basis.size * len(z)))
 
@@ -158,27 +159,18 @@ def bump_derivatives(centers: Tensor, z: Tensor, highest: int) -> list[Tensor]:
 def chebyshev_derivatives(degree: int, z: Tensor, highest: int) -> list[Tensor]:
     """The Chebyshev polynomials T_0 ... T_degree of tanh(z)."""
     u = torch.tanh(z)
-    zero, one = torch.zeros_like(u), torch.ones_like(u)
-    rows = [[one], [zero], [zero], [zero]][: highest + 1]
-    if degree:
-        for d, first in enumerate((u, one, zero, zero)[: highest + 1]):
-            rows[d].append(first)
-    for n in range(2, degree + 1):
-        for d in range(highest, -1, -1):  # from the recurrence of T_n, differentiated d times
-            value = 2 * u * rows[d][n - 1] - rows[d][n - 2]
-            rows[d].append(value if d == 0 else value.add(rows[d - 1][n - 1], alpha=2 * d))
-    t = [_functions_first(row) for row in rows]
-    found = [t[0]]
-    if highest >= 1:
-        u1 = 1 - u.square()
-        found.append(t[1] * u1)
-        if highest >= 2:
-            u2 = -2 * u * u1
-            found.append(t[2] * u1.square() + t[1] * u2)
-            if highest >= 3:
-                u3 = -2 * (u1.square() + u * u2)
-                found.append(t[3] * u1**3 + 3 * t[2] * (u1 * u2) + t[1] * u3)
-    return _functions_last(found)
+    slope = 1 - u.square()
+    bend = -2 * u * slope
+    of_u = [u, slope, bend, -2 * (slope.square() + u * bend)]
+    zeros = torch.zeros_like(u)
+    rows = [[torch.ones_like(u) if d == 0 else zeros] for d in range(highest + 1)]
+    for n in range(1, degree + 1):
+        for d in range(highest + 1):  # T_n = 2 u T_{n-1} - T_{n-2}, differentiated d times
+            value = zeros if n == 1 else -rows[d][n - 2]
+            for e in range(d + 1):
+                value = torch.addcmul(value, of_u[e], rows[d - e][n - 1], value=min(n, 2) * math.comb(d, e))
+            rows[d].append(value)
+    return _functions_last([_functions_first(row) for row in rows])
 
 
 def harmonic_derivatives(count: int, z: Tensor, highest: int) -> list[Tensor]:

@@ -31,7 +31,7 @@ class LayerRecord(NamedTuple):
 
     stage: Stage  # the layer, with the coefficients in force
     grid: UniformGrid  # a copy of the grid at that time
-    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, bool]  # the arguments of `evaluate_layer`
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # the arguments of `evaluate_layer`
     outputs: Jet  # of a graph that reaches back to the outputs of the record before
 
 
@@ -77,7 +77,7 @@ class Recorder:
             return None
         if any(map(changed, network.modules())) or (stages := stages_of(network)) is None:
             return None
-        return self._record(partial(through_stages, stages, False), x, x.new_empty(0, x.shape[-1]), None).value
+        return self._record(partial(through_stages, stages), x, x.new_empty(0, x.shape[-1]), None).value
 
     def _record(self, through: Callable[..., Jet], *inputs: Tensor | None) -> Jet:
         """Records the layers that a function of the inputs goes through; returns its outputs, as leaves."""
