@@ -42,8 +42,8 @@ def jet(
 
     Fast for `KAN`, `KANModel`, `SlimKAN`, single layers, `nn.Sequential` of them, normalizations between them
     (`nn.LayerNorm` of the last dimension, batch normalization in evaluation mode), `nn.Linear` and activations, these
-    with adapters, LoTRA or LoRA on `target_parameters`, in force and without dropout, and what `peft_lotra.pde`
-    composes of them. So are networks of other libraries whose layers are described with `derivatives` and run one
+    with adapters (LoTRA, or LoRA on `target_parameters`) without dropout, and what `peft_lotra.pde` composes of
+    them. So are networks of other libraries whose layers are described with `derivatives` and run one
     after the other (efficient-kan, FastKAN, ChebyKAN, FourierKAN, PINA, pykan without symbolic functions), once layers
     and network have been compared with what is described. Any other module (a class of your own that computes more,
     modules with hooks) is differentiated by transforms, with a warning for each class.

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kan.basis import UniformGrid
-from ..kan.memory import JET_BLOCK, OFF_CPU, workspace
-from .splines import equal_blocks
+from ..kan.memory import JET_BLOCK, OFF_CPU, blocks, workspace
 
 
 Derivatives = Callable[[Tensor, int], list[Tensor]]  # z (N, I) and `highest` to the derivatives, each (N, I, K)
@@ -40,7 +39,7 @@ Basis = UniformGrid | FunctionBasis  # the functions of a uniform grid include s
 
 
 def tensors_of(basis: Basis) -> list[Tensor]:
-    """Those that the functions depend on besides the inputs, for `save_for_backward`, which tells if they change."""
+    """The tensors that the functions depend on besides the inputs, for `save_for_backward`, which notices changes."""
     tensors = (basis.low, basis.high) if isinstance(basis, UniformGrid) else basis.tensors
     return [tensor for tensor in tensors if not tensor.is_inference()]  # which cannot be saved
 
@@ -69,6 +68,12 @@ class FunctionFeatures:
         for block in equal_blocks(z.shape[1], self.rows):
             functions = kept or self.evaluate(z[:, block], orders)
             yield block, DenseFunctions(dict(zip(orders, functions, strict=True)))
+
+
+def equal_blocks(rows: int, most: int) -> list[slice]:
+    """Slices of `rows`, of about the same size, none above `most`."""
+    count = max(1, -(-rows // most))
+    return blocks(0, rows, max(1, -(-rows // count)))
 
 
 class DenseFunctions:

@@ -1,11 +1,12 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a dense KAN layer makes of a jet, as one operation with a hand-written backward pass."""
+"""The jet of a dense KAN layer, as one operation with a backward pass of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +17,21 @@ from .bases import Basis, DenseFunctions, FunctionFeatures, tensors_of
 from .splines import LocalSplines, SplineFeatures
 
 
-# Up to so many outputs, coefficients are gathered. `examples/studies/pde/jet_speed.py`, with more outputs.
-MOST_OUTPUTS = 2
+# Up to so many outputs, coefficients are gathered; docs/notes/jets.md.
+MOST_OUTPUTS = 3
+
+Directions = tuple[Tensor, Tensor | None, Tensor, Tensor]  # see `directional`
 
 
 class LayerJet(torch.autograd.Function):
-    """z (I, N), z' (D, I, N), z'' (D or 1, I, N) or None, and coefficients (O, (K + 1) I) to y, y' and y'', see
-    `evaluate_layer`. The function `plain` of these four does the same by operations that autograd differentiates.
+    """Maps z (I, N), z' (D, I, N), z'' (D or 1, I, N) or None, and coefficients (O, (K + 1) I) to y, y' and y'' (see
+    `evaluate_layer`). The function `plain` of these four does the same by operations that autograd differentiates.
 
-    Features are evaluated in blocks of rows that fit the cache. If there is but one block, its features are kept for
-    the backward pass; otherwise only the arguments are, and features are evaluated again.
+    The functions of the basis are evaluated in blocks of points that fit the cache. One block is kept for the
+    backward pass; of several, only the arguments are, and the functions are evaluated again.
+
+    With few outputs the functions on the edges, phi[o, i] = sum_k w[o, i, k] b_k, take the place of the basis: they
+    are fewer than the basis functions. The coefficients w are gathered at each point.
     """
 
     @staticmethod
@@ -58,7 +64,7 @@ class LayerJet(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, grad_dy, grad_d2y):  # pyright: ignore[reportIncompatibleMethodOverride] (*grad_outputs)
         z, first, second, weight, weights, *saved = ctx.saved_tensors
-        directions, on_edges = saved[:4], saved[4 : 4 + ctx.on_edges]
+        on_edges = saved[4 : 4 + ctx.on_edges]
         kept = saved[4 + ctx.on_edges :][: ctx.kept]
         if needs_plain_gradients(grad_y, grad_dy, grad_d2y):
             return *plain_gradients(ctx, (grad_y, grad_dy, grad_d2y)), *[None] * 3
@@ -68,27 +74,27 @@ class LayerJet(torch.autograd.Function):
         results = [torch.zeros_like(p) if to_inputs and p is not None else None for p in (z, first, second)]
         # Transposed: the product that gives it so takes less time.
         to_weight = torch.zeros_like(weight.t()) if ctx.needs_input_grad[3] else None
-        directions = directions if kept else directional(ctx.features.scale, first, second, weights)
+        directions: Any = saved[:4] if kept else directional(ctx.features.scale, first, second, weights)
         jet_rows = JetRows(directions, tuple(map(len, grads)))
         for part, found in ctx.features.parts(z, ctx.orders, kept):
             here = [gradient[:, part] for gradient in each]
-            rows = [] if to_weight is None else jet_rows.rows(found, part)
             if not ctx.features.few_outputs:
-                for number, matrix in found.matrices(rows):
-                    to_weight.addmm_(matrix, here[number].t())
+                if to_weight is not None:
+                    for number, matrix in found.matrices(jet_rows.rows(found, part)):
+                        to_weight.addmm_(matrix, here[number].t())
                 if to_inputs:
                     jet_rows.add_input_gradients(results, found, part, found.towards(weight.t(), here))
                 continue
             if to_weight is not None:
+                rows = jet_rows.rows(found, part)
                 for output in range(len(weight)):
                     summed = torch.zeros_like(rows[0])
                     for row, gradient in zip(rows, here, strict=True):
                         summed.addcmul_(row, gradient[output])
                     to_weight[:, output] += found.sums(summed)
             if to_inputs:
-                edges = (
-                    DenseFunctions(dict(zip(ctx.orders, on_edges, strict=True))) if on_edges else _edges(weight, found)
-                )
+                kept_edges = dict(zip(ctx.orders, on_edges, strict=False))
+                edges = DenseFunctions(kept_edges) if kept_edges else _edges(weight, found)
                 towards = torch.stack(here).unsqueeze(2).expand(-1, -1, len(z), -1)
                 jet_rows.add_input_gradients(results, edges, part, towards)
         if (scale := ctx.features.scale) is not None:
@@ -97,7 +103,7 @@ class LayerJet(torch.autograd.Function):
 
 
 def by_hand_pays(rows: int, x: Tensor, *others: Tensor | None) -> bool:
-    """Not for a few rows, and not in transforms or compiled, which need plain operations."""
+    """True for more than a few rows, outside of transforms and compilation, which need plain operations."""
     return rows > 64 and not needs_plain_operations(x, *others)
 
 
@@ -106,9 +112,7 @@ def make_features(basis: Basis, z: Tensor, few_outputs: bool = False) -> SplineF
     return SplineFeatures(basis, z, few_outputs) if isinstance(basis, UniformGrid) else FunctionFeatures(basis, z)
 
 
-def directional(
-    scale: Tensor | None, first: Tensor, second: Tensor | None, weights: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def directional(scale: Tensor | None, first: Tensor, second: Tensor | None, weights: Tensor | None) -> Directions:
     """The derivatives that enter a layer, in inputs times `scale` (I, 1), the unit in which the functions are
     differentiated: z' (D, I, N), z'' (D or 1, I, N) or None, z' times the weights, and z'^2 or its weighted sum."""
     if scale is not None:
@@ -123,21 +127,16 @@ def directional(
 
 
 class JetRows:
-    """What multiplies the coefficients in a jet: `counts` (V, D or 0, S) are the numbers of rows f, f' z' and
+    """The factors of the coefficients in a jet, which are `counts` (1 or 0, D or 0, S) rows f, f' z' and
     f'' z'^2 + f' z''."""
 
-    def __init__(self, directions: tuple[Tensor, Tensor | None, Tensor, Tensor], counts: tuple[int, ...]) -> None:
+    def __init__(self, directions: Directions, counts: tuple[int, ...]) -> None:
         self.first, self.second, self.weighted, self.square = directions
         self.counts = counts
 
     def orders(self, gradients: bool) -> list[int]:
-        """Those of the derivatives that `matrices` needs, and `add_input_gradients` if it will be called."""
-        values, firsts, seconds = map(bool, self.counts)
-        if gradients:
-            wanted = (values, True, firsts or seconds, seconds)
-        else:
-            wanted = (values, firsts or (seconds and self.second is not None), seconds)
-        return [d for d, one in enumerate(wanted) if one]
+        """The orders of the derivatives that `rows` needs, and `add_input_gradients` if it will be called."""
+        return list(range((3 if self.counts[2] else 1) + gradients))
 
     def rows(self, found: LocalSplines | DenseFunctions, part: slice) -> list[Tensor]:
         """The rows for the functions of a part of the points, each of their shape."""
@@ -189,15 +188,15 @@ class JetRows:
                     to_z.addcmul_(one, other)
 
 
-def _edges(weight: Tensor, found: LocalSplines) -> DenseFunctions:
+def _edges(weight: Tensor, found: LocalSplines | DenseFunctions) -> DenseFunctions:
     """The functions phi[o, i] on the edges, (O, I, R), in the place of the splines that they are sums of."""
     units = torch.eye(len(weight), dtype=weight.dtype, device=weight.device).unsqueeze(-1)
-    local = found.towards(weight.t(), units)  # the coefficients of the splines at each point, (O, p + 2, I, R)
+    local = found.towards(weight.t(), [*units])  # the coefficients of the splines at each point, (O, p + 2, I, R)
     return DenseFunctions({d: (local * functions).sum(1) for d, functions in found.functions.items()})
 
 
 def needs_plain_gradients(*grads: Tensor | None) -> bool:
-    """Whether gradients are differentiated again, or belong to `is_grads_batched`."""
+    """True if gradients are differentiated again, or belong to `is_grads_batched`."""
     return torch.is_grad_enabled() or any(grad is not None and is_batched(grad) for grad in grads)
 
 

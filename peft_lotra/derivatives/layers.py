@@ -19,7 +19,7 @@ from ..tucker import Tucker, Update
 from .bases import Basis, tensors_of
 from .layer_jet import MOST_OUTPUTS, JetRows, LayerJet, by_hand_pays, directional, make_features
 from .norms import all_rows_last, rows_first, through_norm
-from .stages import Branch, Stage
+from .stages import Stage
 
 
 class Jet(NamedTuple):
@@ -82,8 +82,7 @@ def evaluate_layer(stage: Stage, z: Tensor, first: Tensor, second: Tensor | None
 
 
 def _goes_by_hand(basis: Basis, rows: int, weights: Tensor | None, z: Tensor, *others: Tensor | None) -> bool:
-    """Whether a function with a backward pass by hand pays, and is right: it takes weights and what the functions
-    depend on for constants."""
+    """True if `LayerJet` is faster, and right: the weights and the tensors that functions depend on are constants."""
     if not by_hand_pays(rows, z, *others, weights):
         return False
     constants = tensors_of(basis) if weights is None else [weights, *tensors_of(basis)]
@@ -92,25 +91,16 @@ def _goes_by_hand(basis: Basis, rows: int, weights: Tensor | None, z: Tensor, *o
 
 def _evaluate_branches(stage: Stage, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None) -> Jet:
     """As `evaluate_layer`, for a layer of another library."""
-    total: list[Any] = [None, None, None]
+    found: list[Any] = []
     for branch in stage.branches:
-        inputs = through_branch_norm(branch, z, first, second, weights)
+        inputs = z, first, second
+        if branch.norm is not None:
+            inputs = through_norm(branch.norm, *inputs, weights)
         rows = z[..., 0].numel() * (2 + len(first))
         by_hand = _goes_by_hand(branch.basis, rows, weights, *inputs, branch.weight)
-        found = _through(branch.basis, branch.weight, [], by_hand, *inputs, weights)
-        total = [one if sum_ is None else sum_ + one for sum_, one in zip(total, found, strict=True)]
-    if len(stage.branches) == 1 and stage.branches[0].weight.shape[2] == 1:  # views, which cannot be changed in place
-        total = [part.clone() for part in total]
-    if stage.bias is not None:
-        total[0] = total[0] + stage.bias
-    return Jet(*total)
-
-
-def through_branch_norm(
-    branch: Branch, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The jet of the inputs that the functions of a branch get."""
-    return (z, first, second) if branch.norm is None else through_norm(branch.norm, z, first, second, weights)
+        found.append(_through(branch.basis, branch.weight, [], by_hand, *inputs, weights))
+    y, dy, d2y = (sum(parts[1:], parts[0]) for parts in zip(*found, strict=True))
+    return Jet(y if stage.bias is None else y + stage.bias, dy, d2y)
 
 
 def _through(
@@ -123,7 +113,7 @@ def _through(
     second,
     weights,
 ) -> Jet:
-    """`evaluate_layer` for a weight (O, I, K) in force, and updates that are added in factored form."""
+    """`evaluate_layer` for a weight (O, I, K), and updates that are added in factored form."""
     lead = z.shape[:-1]
     z, first, second = all_rows_last(z, first, second)  # all operations run along them
     weight = None if weight is None else weight.transpose(1, 2).flatten(1)  # (O, (K + 1) I)
@@ -138,7 +128,7 @@ def _through(
 
 
 def contract_updates(layer: Any, updates: list[Update], x: Tensor) -> Tensor:
-    """What updates add to the output of a KAN layer, (..., O)."""
+    """The sum of the updates' outputs (..., O) for the inputs x of a KAN layer."""
     features = torch.cat([layer.basis(x), nn.functional.silu(x).unsqueeze(-1)], dim=-1)
     features = features.reshape(1, -1, *features.shape[-2:]).permute(0, 3, 2, 1)
     parts = [_contract(features, update)[0].T for update in updates]
@@ -165,7 +155,7 @@ def _by_plain_operations(
 
 
 def _jet_rows(grid: Basis, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None) -> list[Tensor]:
-    """What multiplies the coefficients: f, f' z' and f'' z'^2 + f' z'', or the last alone, each (K + 1, I, N)."""
+    """The factors of the coefficients: f, f' z' and f'' z'^2 + f' z'', each (K + 1, I, N)."""
     f, df, d2f = _features(grid, z)
     square = first.square()
     if weights is not None:
@@ -226,7 +216,7 @@ def jet_rows(
 
 
 def _is_contracted(rows: int, shape: tuple[int, int, int], update: Update, by_hand: bool) -> bool:
-    """Whether an update stays in factored form; `by_hand` is whether `LayerJet` can be taken."""
+    """True if an update stays in factored form; `by_hand` is true if `LayerJet` can be taken."""
     trained = torch.is_grad_enabled() and any(part.requires_grad for part in update.tensor)
     if by_hand and not trained and shape[0] <= MOST_OUTPUTS_DENSE:
         return False

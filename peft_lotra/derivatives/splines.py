@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..kan.basis import UniformGrid, cardinal_spline, silu_derivatives
-from ..kan.memory import JET_BLOCK, JET_PART, OFF_CPU, blocks, workspace
+from ..kan.memory import JET_BLOCK, JET_PART, OFF_CPU, workspace
+from .bases import DenseFunctions, equal_blocks
 
 
 class SplineFeatures:
@@ -80,30 +81,20 @@ def grid_intervals(grid: UniformGrid, scale: Tensor, z: Tensor, out: Tensor | No
     return torch.sub(position, start, out=out), start.nan_to_num_().long().add_(grid.spline_order + 1)
 
 
-def equal_blocks(rows: int, most: int) -> list[slice]:
-    """Slices of `rows`, of about the same size, none above `most`."""
-    count = max(1, -(-rows // most))
-    return blocks(0, rows, max(1, -(-rows // count)))
-
-
-class LocalSplines:
+class LocalSplines(DenseFunctions):
     """The functions that are not zero, for a part of the rows, by order of the derivative (p + 2, I, R).
 
     For a matrix product they are put at their places among all functions.
     """
 
     def __init__(self, features: SplineFeatures, functions: dict[int, Tensor], places: Tensor) -> None:
-        self.functions, self.places = functions, places
-        self.like = next(iter(functions.values()))
+        super().__init__(functions)
+        self.places = places
         # All functions, and before and after them rows for splines that are not on the grid.
         self.outside, count = features.grid.spline_order + 1, features.shape[0]
         width = 1 if features.few_outputs else self.like.shape[-1]
         self.dense = workspace("dense", self.like, count + 2 * self.outside - 1, self.like.shape[1], width)
         self.all = self.dense[self.outside : self.outside + count]
-
-    def memory(self, name: str, count: int) -> Tensor:
-        """For `count` tensors of the shape of the functions."""
-        return workspace(name, self.like, count, *self.like.shape)
 
     def matrices(self, rows: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Tensors (p + 2, I, R) as matrices ((K + 1) I, R), each with its number and to be used before the next."""

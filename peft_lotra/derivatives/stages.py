@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A network as a chain of stages: its KAN layers and normalizations, each with the coefficients in force."""
+"""A network as a chain of stages: KAN layers with their coefficients, normalizations, activations, input maps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Branch(NamedTuple):
     """A part of a layer of another library, sum_{i,k} weight[o,i,k] basis_k(x[i]), for normalized x if with a norm."""
 
     basis: Basis
-    weight: Tensor  # (O, I, K) in force, with adapters and scales
+    weight: Tensor  # (O, I, K), with adapters and scales
     norm: Norm | None = None
 
 
@@ -42,7 +42,7 @@ class Stage(NamedTuple):
     Attributes:
         dense: spline_weight (O, I, K) and base_weight (O, I), adapters on them included. None for a Slim layer, whose
             components are the first of `updates`, and where there is no KAN layer.
-        updates: Tensors (O, I, K or K + 1), those of the adapters that a forward pass uses, without dropout.
+        updates: The updates (O, I, K or K + 1) of the adapters that a forward pass uses, without dropout.
     """
 
     module: Any
@@ -53,7 +53,7 @@ class Stage(NamedTuple):
 
     @property
     def is_kan(self) -> bool:
-        """Whether the stage is a KAN layer."""
+        """True if the stage is a KAN layer."""
         return isinstance(self.module, SplineLayer) or len(self.branches) > 0
 
     @property
@@ -63,7 +63,7 @@ class Stage(NamedTuple):
 
     @property
     def is_activation(self) -> bool:
-        """Whether the stage maps each number by itself."""
+        """True if the stage maps each number by itself."""
         return isinstance(self.module, ACTIVATIONS)
 
     @property
@@ -90,7 +90,17 @@ class Stage(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """How `jet` treats the modules of a class; see `register`."""
+    """How `jet` treats the modules of a class.
+
+    Attributes:
+        stages: Returns the stages that a module without hooks is the composition of, or None. It must check
+            `type(module).forward` if derived classes may compute something else.
+        inner: For wrappers: the module that computes the wrapper's outputs, or None.
+        jet: `jet(module, x, directions, weights)` returns the jet of a module that is no chain of stages. Its second
+            derivatives are (D, ..., O), or (..., O) with weights (D,).
+        check: Raises a `TypeError` if a row of a module's outputs depends on several rows of its inputs. It is called
+            once for each module without stages.
+    """
 
     stages: Callable[[Any], list[Stage] | None] | None = None
     inner: Callable[[Any], nn.Module | None] | None = None
@@ -102,27 +112,10 @@ class Entry(NamedTuple):
 _entries: dict[type, Entry] = {}
 
 
-def register(
-    cls: type[nn.Module],
-    stages: Callable[[Any], list[Stage] | None] | None = None,
-    *,
-    inner: Callable[[Any], nn.Module | None] | None = None,
-    jet: Callable[[Any, Tensor, Tensor, Tensor | None], Any] | None = None,
-    check: Callable[[nn.Module], None] | None = None,
-) -> None:
-    """Teaches `jet` a class of modules, and the classes derived from it that are not registered themselves.
-
-    Args:
-        cls: The class; `nn.Module` for modules of all other classes.
-        stages: Returns the stages that a module without hooks is the composition of, or None. It must check
-            `type(module).forward` if derived classes may compute something else.
-        inner: For wrappers: the module that computes the wrapper's outputs, or None.
-        jet: `jet(module, x, directions, weights)` returns the jet of a module that is no chain of stages. Its second
-            derivatives are (D, ..., O), or (..., O) with weights (D,).
-        check: Raises a `TypeError` if a row of a module's outputs depends on several rows of its inputs. It is called
-            once for each module without stages.
-    """
-    _entries[cls] = Entry(stages, inner, jet, check)
+def register(cls: type[nn.Module], entry: Entry) -> None:
+    """Teaches `jet` a class of modules, and the classes derived from it that are not registered themselves. The entry
+    of `nn.Module` is that of all other classes."""
+    _entries[cls] = entry
 
 
 def entry_of(cls: type) -> Entry:
@@ -195,16 +188,16 @@ def _identity(z: Tensor, highest: int) -> list[Tensor]:
     return [part.unsqueeze(-1) for part in parts[: highest + 1]]
 
 
-register(KANLinear, _dense_layer)
-register(SlimKANLinear, _slim_layer)
-register(LayerStack, lambda net: join_stages(net.layers) if type(net).forward is LayerStack.forward else None)
-register(KANModel, inner=lambda model: model.kan if type(model).forward is KANModel.forward else None)
-register(InputMap, lambda module: [Stage(module)] if type(module).forward is InputMap.forward else None)
-register(nn.Linear, _linear)
-register(nn.Sequential, lambda net: join_stages(net) if type(net) is nn.Sequential else None)
+register(KANLinear, Entry(_dense_layer))
+register(SlimKANLinear, Entry(_slim_layer))
+register(LayerStack, Entry(lambda net: join_stages(net.layers) if type(net).forward is LayerStack.forward else None))
+register(KANModel, Entry(inner=lambda model: model.kan if type(model).forward is KANModel.forward else None))
+register(InputMap, Entry(lambda module: [Stage(module)] if type(module).forward is InputMap.forward else None))
+register(nn.Linear, Entry(_linear))
+register(nn.Sequential, Entry(lambda net: join_stages(net) if type(net) is nn.Sequential else None))
 for cls in ACTIVATIONS:
-    register(cls, lambda module: [Stage(module)] if type(module) in ACTIVATIONS else None)
+    register(cls, Entry(lambda module: [Stage(module)] if type(module) in ACTIVATIONS else None))
 for cls in (nn.LayerNorm, nn.BatchNorm1d):
-    register(cls, lambda module: [Stage(module)] if is_norm(module) else None)
+    register(cls, Entry(lambda module: [Stage(module)] if is_norm(module) else None))
 for cls in (nn.DataParallel, nn.parallel.DistributedDataParallel):
-    register(cls, inner=lambda wrapper: wrapper.module)
+    register(cls, Entry(inner=lambda wrapper: wrapper.module))

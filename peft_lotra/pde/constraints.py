@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..derivatives.api import jet, jet_by_transforms
 from ..derivatives.layers import Jet
-from ..derivatives.stages import register, stages_of
+from ..derivatives.stages import Entry, register, stages_of
 from ..kan.basis import in_transform
 from ..modules.checks import as_number
 from .boxes import check_box, check_known, check_sides
@@ -148,7 +148,7 @@ def _jet(model: HardConstraint, x: Tensor, directions: Tensor, weights: Tensor |
     return Jet(lift.value + d.value * n.value, first, second)
 
 
-register(HardConstraint, jet=_jet)
+register(HardConstraint, Entry(jet=_jet))
 
 
 class BoxDistance(nn.Module):

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..derivatives.stages import Stage, register, stages_of
+from ..derivatives.stages import Entry, Stage, register, stages_of
 from ..layers.jets import find_stages, layer_stage
 from ..layers.registry import find_kan_layers
 from .layer import LoTRALayer
@@ -62,10 +62,10 @@ def check_convolutions(model: nn.Module) -> None:
         )
 
 
-register(nn.Module, find_stages, check=check_convolutions)
-register(LoTRALayer, _lotra_layer)
-register(ParamWrapper, _lora_on_parameter)
-register(PeftModel, inner=lambda model: model.get_base_model())
-register(PeftMixedModel, inner=lambda model: model.base_model)
-register(BaseTuner, inner=lambda tuner: tuner.model)
-register(ModulesToSaveWrapper, inner=_saved_module)
+register(nn.Module, Entry(find_stages, check=check_convolutions))
+register(LoTRALayer, Entry(_lotra_layer))
+register(ParamWrapper, Entry(_lora_on_parameter))
+register(PeftModel, Entry(inner=lambda model: model.get_base_model()))
+register(PeftMixedModel, Entry(inner=lambda model: model.base_model))
+register(BaseTuner, Entry(inner=lambda tuner: tuner.model))
+register(ModulesToSaveWrapper, Entry(inner=_saved_module))

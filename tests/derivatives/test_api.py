@@ -254,22 +254,18 @@ def test_directions_of_a_wrong_shape(shape):
             function(network(), points(), torch.zeros(shape, dtype=torch.float64))
 
 
-def test_other_errors():
-    with pytest.raises(ValueError, match=r"`x` has shape \(40, 2\), but its last dimension must be 3"):
-        jet(network(), points(40, 2))
-    with pytest.raises(TypeError, match="torch.int64"):
-        jet(network(), torch.zeros(2, 3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="`collapse` has 2 weights, but there are 3 directions"):
-        jet(network(), points(), collapse=(1.0, 0.0))
-
-
-@pytest.mark.parametrize("directions", ["x", [[1.0, 0.0, 0.0]], 1.0])
-def test_directions_that_are_no_tensor(directions):
-    with pytest.raises(TypeError, match="`directions` must be a tensor or None"):
-        jet(KAN([3, 4, 2]), torch.rand(5, 3), directions)
-
-
-@pytest.mark.parametrize("collapse", [None, "yes", ["a", "b", "c"], [[1.0], [2.0, 3.0]]])
-def test_weights_that_are_no_numbers(collapse):
-    with pytest.raises(TypeError, match="`collapse` must be a bool or a weight of each direction"):
-        jet(KAN([3, 4, 2]), torch.rand(5, 3), collapse=collapse)
+@pytest.mark.parametrize(
+    ("x", "given", "error", "message"),
+    [
+        (points(40, 2), {}, ValueError, r"`x` has shape \(40, 2\), but its last dimension must be 3"),
+        (torch.zeros(2, 3, dtype=torch.int64), {}, TypeError, "torch.int64"),
+        ("x", {}, TypeError, "`x` must be a floating point tensor"),
+        (points(), {"collapse": (1.0, 0.0)}, ValueError, "has 2 weights, but there are 3 directions"),
+        (points(), {"collapse": None}, TypeError, "`collapse` must be a bool or a weight of each direction"),
+        (points(), {"collapse": ["a", "b", "c"]}, TypeError, "`collapse` must be a bool or a weight"),
+        (points(), {"directions": [[1.0, 0.0, 0.0]]}, TypeError, "`directions` must be a tensor or None"),
+    ],
+)
+def test_wrong_arguments(x, given, error, message):
+    with pytest.raises(error, match=message):
+        jet(network(), x, **given)

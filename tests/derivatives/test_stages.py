@@ -9,25 +9,8 @@ from jet_helpers import assert_same, nested, network, points
 from torch import Tensor, nn
 
 from peft_lotra.derivatives import stages
-from peft_lotra.derivatives.stages import register, stages_of
-from peft_lotra.kan import KAN, KANLinear, SlimKAN, jet
-
-
-def test_the_stages_of_a_network():
-    model = network(3, 7, 2, norm="layer")
-    first, norm, last = stages_of(nn.Sequential(model))
-    assert (first.module, norm.module, last.module) == tuple(model.layers)
-    assert not norm.is_kan and norm.in_features == 7 and norm.dense is None
-    assert first.is_kan and first.in_features == 3 and first.shape == (7, 3, 9)
-    assert first.dense == (model.layers[0].spline_weight, model.layers[0].base_weight)
-
-
-def test_slim_layers_are_an_update_of_nothing():
-    model = SlimKAN([3, 7, 2], ranks=(2, 2, 2))
-    for stage, layer in zip(stages_of(model), model.layers, strict=True):
-        assert stage.dense is None and len(stage.updates) == 1
-        dense = torch.cat([layer.spline_weight, layer.base_weight.unsqueeze(-1)], -1)
-        torch.testing.assert_close(stage.updates[0].dense(), dense)
+from peft_lotra.derivatives.stages import Entry, register, stages_of
+from peft_lotra.kan import KAN, KANLinear, jet
 
 
 class Doubled(KAN):
@@ -103,13 +86,13 @@ class Halved(nn.Module):
 def test_registered_modules(monkeypatch):
     monkeypatch.setattr(stages, "_entries", dict(stages._entries))
     assert stages_of(Wrapper()) is None
-    register(Wrapper, inner=lambda wrapper: wrapper.inside)
+    register(Wrapper, Entry(inner=lambda wrapper: wrapper.inside))
 
     def halved(module):
         (stage,) = stages_of(module.layer)
         return [stage._replace(dense=tuple(part / 2 for part in stage.dense))]
 
-    register(Halved, halved)
+    register(Halved, Entry(halved))
     model, x = nn.Sequential(Wrapper(), Halved()), points(80)
     assert len(stages_of(model)) == 4
     assert_same(jet(model, x), nested(model, x))
