@@ -99,8 +99,10 @@ def _evaluate_branches(stage: Stage, z: Tensor, first: Tensor, second: Tensor | 
         rows = z[..., 0].numel() * (2 + len(first))
         by_hand = _goes_by_hand(branch.basis, rows, weights, *inputs, branch.weight)
         found.append(_through(branch.basis, branch.weight, [], by_hand, *inputs, weights))
-    y, dy, d2y = (sum(parts[1:], parts[0]) for parts in zip(*found, strict=True))
-    return Jet(y if stage.bias is None else y + stage.bias, dy, d2y)
+    total: list[Any] = [sum(parts[1:], parts[0]) for parts in zip(*found, strict=True)]
+    if stage.bias is not None:
+        total[0] = total[0] + stage.bias
+    return Jet(*total)
 
 
 def _through(
