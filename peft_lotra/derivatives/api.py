@@ -20,26 +20,12 @@ from ..kan.recording_hook import current_hook
 from ..modules.calls import check_module
 from .layers import Jet, block_size, evaluate_layer
 from .norms import check_rows_apart, through_norm
-from .stages import Stage, entry_of, stages_of, unwrap
+from .stages import Stage, composed_jet, entry_of, stages_of
 from .torch_fallback import elementwise_derivatives, jet_by_transforms
 
 
-_checks: list[Callable[[nn.Module], None]] = []
-_composed: dict[type, Callable[[Any, Tensor, Tensor, Tensor | None], Jet]] = {}
 _checked: WeakSet[nn.Module] = WeakSet()
 _warned: set[type] = set()
-
-
-def register_check(check: Callable[[nn.Module], None]) -> None:
-    """Makes `jet` call `check` once for each model without a closed form, which raises a `TypeError` if a row of the
-    model's outputs depends on several rows of its inputs."""
-    _checks.append(check)
-
-
-def register_jet(cls: type[nn.Module], composed: Callable[[Any, Tensor, Tensor, Tensor | None], Jet]) -> None:
-    """Teaches `jet` a class of modules that are no chains, but are composed of jets: `composed(module, x, directions,
-    weights)` returns the jet, whose second derivatives are (D, ..., O), or (..., O) with weights (D,)."""
-    _composed[cls] = composed
 
 
 def jet(
@@ -56,8 +42,8 @@ def jet(
 
     Fast for `KAN`, `KANModel`, `SlimKAN`, single layers, `nn.Sequential` of them, normalizations between them
     (`nn.LayerNorm` of the last dimension, batch normalization in evaluation mode), `nn.Linear` and activations, these
-    with adapters, LoTRA or LoRA on `target_parameters`, in force and without dropout, and what `peft_lotra.pde`
-    composes of them. So are networks of other libraries whose layers are described with `derivatives` and run one
+    with adapters (LoTRA, or LoRA on `target_parameters`) without dropout, and what `peft_lotra.pde` composes of
+    them. So are networks of other libraries whose layers are described with `derivatives` and run one
     after the other (efficient-kan, FastKAN, ChebyKAN, FourierKAN, PINA, pykan without symbolic functions), once layers
     and network have been compared with what is described. Any other module (a class of your own that computes more,
     modules with hooks) is differentiated by transforms, with a warning for each class.
@@ -90,16 +76,16 @@ def jet(
         (2, 100, 1)
     """
     u, du, d2u = _jet(model, x, directions, collapse)
-    return u, du, d2u
+    return u, du, d2u  # no `Jet`, which `torch.func.vmap` would want in `out_dims`
 
 
-def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, only_second: bool = False) -> Jet:
-    """As `jet`; with `only_second`, value and first derivatives may be None."""
-    _check_points(x)
+def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any) -> Jet:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"`x` must be a floating point tensor, but is {given}.")
+    check_dense(x)
     check_module(model)
-    inner = unwrap(model)
-    hooked = inner._forward_hooks or inner._forward_pre_hooks
-    composed = None if hooked else entry_of(_composed, type(inner))
+    composed = composed_jet(model)
     stages = None if composed else stages_of(model)
     if not composed and (stages is None or not any(stage.is_kan for stage in stages)):
         stages = None
@@ -114,9 +100,9 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
     parameter = next(model.parameters(), None)
     if stages and parameter is not None and torch.promote_types(x.dtype, parameter.dtype) != parameter.dtype:
         raise ValueError(f"`x` is of {x.dtype}, but the model of {parameter.dtype}: cast one of them.")
-    sizes = [stage.in_features for stage in stages or () if stage.in_features is not None]
-    expected = sizes[0] if sizes else "the model's number of inputs"
-    if x.dim() == 0 or (sizes and x.shape[-1] != expected):
+    size = next((stage.in_features for stage in stages or () if stage.in_features is not None), None)
+    if x.dim() == 0 or size not in (None, x.shape[-1]):
+        expected = size or "the model's number of inputs"
         raise ValueError(f"`x` has shape {tuple(x.shape)}, but its last dimension must be {expected}.")
     if directions is None:
         directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
@@ -139,53 +125,45 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any, 
         if weights.shape != (len(directions),):
             raise ValueError(f"`collapse` has {weights.numel()} weights, but there are {len(directions)} directions.")
     if composed:
-        return composed(inner, x, directions, weights)
+        return composed(x, directions, weights)
     if stages is None:
         return jet_by_transforms(model, x, directions, weights)
 
-    through = partial(through_stages, stages, only_second)
+    through = partial(through_stages, stages)
     hook = current_hook()
     if hook is not None and (found := hook.jet(through, x, directions, weights)) is not None:
         return Jet(*found)
-    size = block_size(x, stages, len(directions))
-    if size is None:
+    rows = block_size(x, stages, len(directions))
+    if rows is None:
         return through(evaluate_layer, x, directions, weights)
-    blocks = [through(evaluate_layer, block, directions, weights) for block in x.split(size)]
-    parts = (None if parts[0] is None else torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True))
-    return Jet(*parts)  # pyright: ignore[reportArgumentType]  (see `Jet`)
-
-
-def _check_points(x: Any) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"`x` must be a floating point tensor, but is {given}.")
-    check_dense(x)
+    blocks = [through(evaluate_layer, block, directions, weights) for block in x.split(rows)]
+    return Jet(*(torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True)))
 
 
 def _check(model: nn.Module) -> None:
     check_rows_apart(model)
     if torch.compiler.is_compiling() or model in _checked:
         return
-    for check in _checks:
+    if (check := entry_of(nn.Module).check) is not None:
         check(model)
     _checked.add(model)
 
 
 def through_stages(
-    stages: list[Stage], only_second: bool, evaluate: Callable[..., Jet], x: Tensor, directions: Tensor, weights
+    stages: list[Stage], evaluate: Callable[..., Jet], x: Tensor, directions: Tensor, weights: Tensor | None
 ) -> Jet:
     """The jet of a chain at x (..., I), whose KAN layers `evaluate` evaluates as `evaluate_layer` does."""
     first = directions.reshape(-1, *[1] * (x.dim() - 1), x.shape[-1])
     second = None  # straight lines
-    for left, stage in zip(range(len(stages), 0, -1), stages, strict=True):
+    for stage in stages:
         if stage.is_kan:
-            x, first, second = evaluate(stage, x, first, second, weights, only_second and left == 1)
+            x, first, second = evaluate(stage, x, first, second, weights)
         elif stage.is_activation:
             x, first, second = _through_activation(stage.module, x, first, second, weights)
-        elif isinstance(stage.between, InputMap):
-            x, first, second = stage.between.through(x, first, second, weights)
+        elif isinstance(stage.module, InputMap):
+            x, first, second = stage.module.through(x, first, second, weights)
         else:
-            x, first, second = through_norm(stage.between, x, first, second, weights)
+            x, first, second = through_norm(stage.module, x, first, second, weights)
     assert second is not None
     return Jet(x, first, second if weights is None else second[0])
 
@@ -218,7 +196,7 @@ def laplacian(model: nn.Module, x: Tensor) -> Tensor:
         >>> tuple(laplacian(KAN([3, 5, 1]), torch.rand(100, 3)).shape)
         (100, 1)
     """
-    return _jet(model, x, None, True, only_second=True)[2]
+    return jet(model, x, collapse=True)[2]
 
 
 def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,8 +218,7 @@ def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tu
         >>> tuple(hessian(KAN([3, 5, 1]), torch.rand(100, 3))[2].shape)
         (3, 3, 100, 1)
     """
-    _check_points(x)
-    if directions is None and x.dim():
+    if directions is None and isinstance(x, Tensor) and x.dim():
         directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     if not isinstance(directions, Tensor) or directions.dim() != 2:
         return jet(model, x, directions)  # which raises

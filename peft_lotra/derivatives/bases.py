@@ -9,6 +9,7 @@ a derivative is (..., K), a view of memory in which the K functions come first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kan.basis import UniformGrid
-from ..kan.memory import JET_BLOCK, OFF_CPU, workspace
-from .splines import equal_blocks
+from ..kan.memory import JET_BLOCK, OFF_CPU, blocks, workspace
 
 
 Derivatives = Callable[[Tensor, int], list[Tensor]]  # z (N, I) and `highest` to the derivatives, each (N, I, K)
@@ -39,7 +39,7 @@ Basis = UniformGrid | FunctionBasis  # the functions of a uniform grid include s
 
 
 def tensors_of(basis: Basis) -> list[Tensor]:
-    """Those that the functions depend on besides the inputs, for `save_for_backward`, which tells if they change."""
+    """The tensors that the functions depend on besides the inputs, for `save_for_backward`, which notices changes."""
     tensors = (basis.low, basis.high) if isinstance(basis, UniformGrid) else basis.tensors
     return [tensor for tensor in tensors if not tensor.is_inference()]  # which cannot be saved
 
@@ -50,7 +50,7 @@ class FunctionFeatures:
     def __init__(self, basis: FunctionBasis, z: Tensor) -> None:
         self.basis = basis
         self.shape = (basis.size, len(z))
-        self.scale = None
+        self.scale, self.few_outputs = None, False
         size = JET_BLOCK if z.device.type == "cpu" else OFF_CPU
         self.rows = max(128, size // max(1, basis.size * len(z)))
 
@@ -68,6 +68,12 @@ class FunctionFeatures:
         for block in equal_blocks(z.shape[1], self.rows):
             functions = kept or self.evaluate(z[:, block], orders)
             yield block, DenseFunctions(dict(zip(orders, functions, strict=True)))
+
+
+def equal_blocks(rows: int, most: int) -> list[slice]:
+    """Slices of `rows`, of about the same size, none above `most`."""
+    count = max(1, -(-rows // most))
+    return blocks(0, rows, max(1, -(-rows // count)))
 
 
 class DenseFunctions:
@@ -158,27 +164,18 @@ def bump_derivatives(centers: Tensor, z: Tensor, highest: int) -> list[Tensor]:
 def chebyshev_derivatives(degree: int, z: Tensor, highest: int) -> list[Tensor]:
     """The Chebyshev polynomials T_0 ... T_degree of tanh(z)."""
     u = torch.tanh(z)
-    zero, one = torch.zeros_like(u), torch.ones_like(u)
-    rows = [[one], [zero], [zero], [zero]][: highest + 1]
-    if degree:
-        for d, first in enumerate((u, one, zero, zero)[: highest + 1]):
-            rows[d].append(first)
-    for n in range(2, degree + 1):
-        for d in range(highest, -1, -1):  # from the recurrence of T_n, differentiated d times
-            value = 2 * u * rows[d][n - 1] - rows[d][n - 2]
-            rows[d].append(value if d == 0 else value.add(rows[d - 1][n - 1], alpha=2 * d))
-    t = [_functions_first(row) for row in rows]
-    found = [t[0]]
-    if highest >= 1:
-        u1 = 1 - u.square()
-        found.append(t[1] * u1)
-        if highest >= 2:
-            u2 = -2 * u * u1
-            found.append(t[2] * u1.square() + t[1] * u2)
-            if highest >= 3:
-                u3 = -2 * (u1.square() + u * u2)
-                found.append(t[3] * u1**3 + 3 * t[2] * (u1 * u2) + t[1] * u3)
-    return _functions_last(found)
+    slope = 1 - u.square()
+    bend = -2 * u * slope
+    of_u = [u, slope, bend, -2 * (slope.square() + u * bend)]
+    zeros = torch.zeros_like(u)
+    rows = [[torch.ones_like(u) if d == 0 else zeros] for d in range(highest + 1)]
+    for n in range(1, degree + 1):
+        for d in range(highest + 1):  # T_n = 2 u T_{n-1} - T_{n-2}, differentiated d times
+            value = zeros if n == 1 else -rows[d][n - 2]
+            for e in range(d + 1):
+                value = torch.addcmul(value, of_u[e], rows[d - e][n - 1], value=min(n, 2) * math.comb(d, e))
+            rows[d].append(value)
+    return _functions_last([_functions_first(row) for row in rows])
 
 
 def harmonic_derivatives(count: int, z: Tensor, highest: int) -> list[Tensor]:

@@ -1,12 +1,12 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a dense KAN layer makes of a jet, as one operation with a hand-written backward pass."""
+"""The jet of a dense KAN layer, as one operation with a backward pass of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,120 +17,129 @@ from .bases import Basis, DenseFunctions, FunctionFeatures, tensors_of
 from .splines import LocalSplines, SplineFeatures
 
 
-class LayerJet(torch.autograd.Function):
-    """z (I, N), z' (D, I, N), z'' (D or 1, I, N) or None, and coefficients (O, (K + 1) I) to y, y' and y'', see
-    `evaluate_layer`. The function `plain` of these four does the same by operations that autograd differentiates.
+# Up to so many outputs, coefficients are gathered; docs/notes/jets.md.
+MOST_OUTPUTS = 3
 
-    Features are evaluated in blocks of rows that fit the cache. If there is but one block, its features are kept for
-    the backward pass; otherwise only the arguments are, and features are evaluated again.
+Directions = tuple[Tensor, Tensor | None, Tensor, Tensor]  # see `directional`
+
+
+class LayerJet(torch.autograd.Function):
+    """Maps z (I, N), z' (D, I, N), z'' (D or 1, I, N) or None, and coefficients (O, (K + 1) I) to y, y' and y'' (see
+    `evaluate_layer`). The function `plain` of these four does the same by operations that autograd differentiates.
+
+    The functions of the basis are evaluated in blocks of points that fit the cache. One block is kept for the
+    backward pass; of several, only the arguments are, and the functions are evaluated again.
+
+    With few outputs the functions on the edges, phi[o, i] = sum_k w[o, i, k] b_k, take the place of the basis: they
+    are fewer than the basis functions. The coefficients w are gathered at each point.
     """
 
     @staticmethod
-    def forward(ctx, z, first, second, weight, grid, weights, only_second, plain):
-        count, seconds = len(first), len(first) if weights is None else 1
-        counts = (0, 0, seconds) if only_second else (1, count, seconds)
-        features = make_features(grid, z)
+    def forward(ctx, z, first, second, weight, basis, weights, plain):
+        counts = (1, len(first), len(first) if weights is None else 1)
+        features = make_features(basis, z, len(weight) <= MOST_OUTPUTS)
         directions = directional(features.scale, first, second, weights)
         jet_rows = JetRows(directions, counts)
-        ctx.orders, kept = jet_rows.orders(any(ctx.needs_input_grad[:3])), ()
+        ctx.orders, kept, on_edges = jet_rows.orders(any(ctx.needs_input_grad[:3])), (), ()
         if any(ctx.needs_input_grad) and z.shape[1] <= features.rows:
             kept = features.evaluate(z, ctx.orders)
-        value = None if only_second else z.new_empty(len(weight), z.shape[1])  # no view: it may be changed in place
-        results = [z.new_empty(number, len(weight), z.shape[1]) for number in counts[1:]]
-        each = [*([] if value is None else [value]), *results[0], *results[1]]
+        value = z.new_empty(len(weight), z.shape[1])  # no view, so that it may be changed in place
+        first_y, second_y = (z.new_empty(number, *value.shape) for number in counts[1:])
+        each = [value, *first_y, *second_y]
         for part, found in features.parts(z, ctx.orders if kept else jet_rows.orders(False), kept):
-            for index, matrix in jet_rows.matrices(found, part):
-                torch.mm(weight, matrix, out=each[index][:, part])
+            if features.few_outputs:
+                edges = _edges(weight, found)
+                for row, result in zip(jet_rows.rows(edges, part), each, strict=True):
+                    torch.sum(row, 1, out=result[:, part])
+                on_edges = edges.functions.values() if kept else ()
+            else:
+                for number, matrix in found.matrices(jet_rows.rows(found, part)):
+                    torch.mm(weight, matrix, out=each[number][:, part])
         directions = directions if kept else [None] * len(directions)
-        ctx.save_for_backward(z, first, second, weight, weights, *directions, *kept, *tensors_of(grid))
+        ctx.save_for_backward(z, first, second, weight, weights, *directions, *on_edges, *kept, *tensors_of(basis))
         ctx.set_materialize_grads(False)
-        ctx.features, ctx.plain, ctx.kept = features, plain, len(kept)
-        return (None, None, results[1]) if only_second else (value, *results)
+        ctx.features, ctx.plain, ctx.kept, ctx.on_edges = features, plain, len(kept), len(on_edges)
+        return value, first_y, second_y
 
     @staticmethod
     def backward(ctx, grad_y, grad_dy, grad_d2y):  # pyright: ignore[reportIncompatibleMethodOverride] (*grad_outputs)
-        z, first, second, weight, weights, *kept = ctx.saved_tensors
-        directions, kept = Directional(*kept[:4]), kept[4 : 4 + ctx.kept]
+        z, first, second, weight, weights, *saved = ctx.saved_tensors
+        on_edges = saved[4 : 4 + ctx.on_edges]
+        kept = saved[4 + ctx.on_edges :][: ctx.kept]
         if needs_plain_gradients(grad_y, grad_dy, grad_d2y):
-            return *plain_gradients(ctx, (grad_y, grad_dy, grad_d2y)), *[None] * 4
+            return *plain_gradients(ctx, (grad_y, grad_dy, grad_d2y)), *[None] * 3
         grads = [() if grad_y is None else (grad_y,), *(() if g is None else g for g in (grad_dy, grad_d2y))]
         each = [part for group in grads for part in group]
         to_inputs = any(ctx.needs_input_grad[:3])
         results = [torch.zeros_like(p) if to_inputs and p is not None else None for p in (z, first, second)]
-        transposed = weight.t().contiguous() if to_inputs else None
         # Transposed: the product that gives it so takes less time.
         to_weight = torch.zeros_like(weight.t()) if ctx.needs_input_grad[3] else None
-        directions = directions if kept else directional(ctx.features.scale, first, second, weights)
+        directions: Any = saved[:4] if kept else directional(ctx.features.scale, first, second, weights)
         jet_rows = JetRows(directions, tuple(map(len, grads)))
         for part, found in ctx.features.parts(z, ctx.orders, kept):
             here = [gradient[:, part] for gradient in each]
+            if not ctx.features.few_outputs:
+                if to_weight is not None:
+                    for number, matrix in found.matrices(jet_rows.rows(found, part)):
+                        to_weight.addmm_(matrix, here[number].t())
+                if to_inputs:
+                    jet_rows.add_input_gradients(results, found, part, found.towards(weight.t(), here))
+                continue
             if to_weight is not None:
-                for index, matrix in jet_rows.matrices(found, part):
-                    to_weight.addmm_(matrix, here[index].t())
-            if transposed is not None:
-                jet_rows.add_input_gradients(results, found, part, found.towards(transposed, here))
+                rows = jet_rows.rows(found, part)
+                for output in range(len(weight)):
+                    summed = torch.zeros_like(rows[0])
+                    for row, gradient in zip(rows, here, strict=True):
+                        summed.addcmul_(row, gradient[output])
+                    to_weight[:, output] += found.sums(summed)
+            if to_inputs:
+                kept_edges = dict(zip(ctx.orders, on_edges, strict=False))
+                edges = DenseFunctions(kept_edges) if kept_edges else _edges(weight, found)
+                towards = torch.stack(here).unsqueeze(2).expand(-1, -1, len(z), -1)
+                jet_rows.add_input_gradients(results, edges, part, towards)
         if (scale := ctx.features.scale) is not None:
             results = [None if result is None else result.mul_(scale) for result in results]
-        return *results, None if to_weight is None else to_weight.t(), *[None] * 4
+        return *results, None if to_weight is None else to_weight.t(), *[None] * 3
 
 
 def by_hand_pays(rows: int, x: Tensor, *others: Tensor | None) -> bool:
-    """Not for a few rows, and not in transforms or compiled, which need plain operations."""
+    """True for more than a few rows, outside of transforms and compilation, which need plain operations."""
     return rows > 64 and not needs_plain_operations(x, *others)
 
 
-def weighted_square(first: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """z' (D, I, N) times the weights, and z'^2, or the weighted sum (1, I, N) of it."""
+def make_features(basis: Basis, z: Tensor, few_outputs: bool = False) -> SplineFeatures | FunctionFeatures:
+    """The functions of a basis, silu included for a uniform grid, for inputs z (I, N)."""
+    return SplineFeatures(basis, z, few_outputs) if isinstance(basis, UniformGrid) else FunctionFeatures(basis, z)
+
+
+def directional(scale: Tensor | None, first: Tensor, second: Tensor | None, weights: Tensor | None) -> Directions:
+    """The derivatives that enter a layer, in inputs times `scale` (I, 1), the unit in which the functions are
+    differentiated: z' (D, I, N), z'' (D or 1, I, N) or None, z' times the weights, and z'^2 or its weighted sum."""
+    if scale is not None:
+        first, second = first * scale, None if second is None else second * scale
     if weights is None:
-        return first, first * first
+        return first, second, first, first * first
     weighted = first * weights[:, None, None]
     square = weighted[:1] * first[:1]
     for one, other in zip(weighted[1:], first[1:], strict=True):
         square[0].addcmul_(one, other)
-    return weighted, square
-
-
-def make_features(basis: Basis, z: Tensor) -> SplineFeatures | FunctionFeatures:
-    """The functions of a basis, silu included for a uniform grid, for inputs z (I, N)."""
-    return SplineFeatures(basis, z) if isinstance(basis, UniformGrid) else FunctionFeatures(basis, z)
-
-
-class Directional(NamedTuple):
-    """The derivatives that enter a layer: z' (D, I, N), z'' (D or 1, I, N) or None, z' times the weights, and z'^2 or
-    the weighted sum of it, (1, I, N)."""
-
-    first: Tensor
-    second: Tensor | None
-    weighted: Tensor
-    square: Tensor
-
-
-def directional(scale: Tensor | None, first: Tensor, second: Tensor | None, weights: Tensor | None) -> Directional:
-    """Those of the inputs times `scale` (I, 1), the unit in which the functions are differentiated."""
-    if scale is not None:
-        first, second = first * scale, None if second is None else second * scale
-    return Directional(first, second, *weighted_square(first, weights))
+    return first, second, weighted, square
 
 
 class JetRows:
-    """What multiplies the coefficients in a jet: `counts` (V, D or 0, S) are the numbers of rows f, f' z' and
+    """The factors of the coefficients in a jet, which are `counts` (1 or 0, D or 0, S) rows f, f' z' and
     f'' z'^2 + f' z''."""
 
-    def __init__(self, directions: Directional, counts: tuple[int, ...]) -> None:
+    def __init__(self, directions: Directions, counts: tuple[int, ...]) -> None:
         self.first, self.second, self.weighted, self.square = directions
         self.counts = counts
 
     def orders(self, gradients: bool) -> list[int]:
-        """Those of the derivatives that `matrices` needs, and `add_input_gradients` if it will be called."""
-        values, firsts, seconds = map(bool, self.counts)
-        if gradients:
-            wanted = (values, True, firsts or seconds, seconds)
-        else:
-            wanted = (values, firsts or (seconds and self.second is not None), seconds)
-        return [d for d, one in enumerate(wanted) if one]
+        """The orders of the derivatives that `rows` needs, and `add_input_gradients` if it will be called."""
+        return list(range((3 if self.counts[2] else 1) + gradients))
 
-    def matrices(self, found: LocalSplines | DenseFunctions, part: slice) -> Iterator[tuple[int, Tensor]]:
-        """The rows as matrices ((K + 1) I, R), each with its number and to be used before the next."""
+    def rows(self, found: LocalSplines | DenseFunctions, part: slice) -> list[Tensor]:
+        """The rows for the functions of a part of the points, each of their shape."""
         values, firsts, seconds = self.counts
         functions, rows = found.functions, found.memory("rows", firsts + seconds)
         if firsts:
@@ -139,7 +148,7 @@ class JetRows:
             torch.mul(functions[2], self.square[..., part].unsqueeze(1), out=rows[firsts:])
             if self.second is not None:
                 rows[firsts:].addcmul_(functions[1], self.second[..., part].unsqueeze(1))
-        return found.matrices([*([functions[0]] if values else []), *rows])
+        return [*([functions[0]] if values else []), *rows]
 
     def add_input_gradients(
         self, results: Sequence[Tensor | None], found: LocalSplines | DenseFunctions, part: slice, towards: Tensor
@@ -179,8 +188,15 @@ class JetRows:
                     to_z.addcmul_(one, other)
 
 
+def _edges(weight: Tensor, found: LocalSplines | DenseFunctions) -> DenseFunctions:
+    """The functions phi[o, i] on the edges, (O, I, R), in the place of the splines that they are sums of."""
+    units = torch.eye(len(weight), dtype=weight.dtype, device=weight.device).unsqueeze(-1)
+    local = found.towards(weight.t(), [*units])  # the coefficients of the splines at each point, (O, p + 2, I, R)
+    return DenseFunctions({d: (local * functions).sum(1) for d, functions in found.functions.items()})
+
+
 def needs_plain_gradients(*grads: Tensor | None) -> bool:
-    """Whether gradients are differentiated again, or belong to `is_grads_batched`."""
+    """True if gradients are differentiated again, or belong to `is_grads_batched`."""
     return torch.is_grad_enabled() or any(grad is not None and is_batched(grad) for grad in grads)
 
 

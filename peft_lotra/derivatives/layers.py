@@ -16,30 +16,27 @@ from ..kan.basis import UniformGrid, cardinal_derivatives, silu_derivatives
 from ..kan.memory import MOST_OUTPUTS_DENSE, PLAIN_JET_BLOCK
 from ..kan.product import needs_plain_operations
 from ..tucker import Tucker, Update
-from .bases import Basis, FunctionBasis, tensors_of
-from .few_outputs import MOST_OUTPUTS, FewOutputsJet, few_outputs
-from .layer_jet import JetRows, LayerJet, by_hand_pays, directional, make_features
+from .bases import Basis, tensors_of
+from .layer_jet import MOST_OUTPUTS, JetRows, LayerJet, by_hand_pays, directional, make_features
 from .norms import all_rows_last, rows_first, through_norm
-from .one_function import OneFunctionJet
-from .stages import Branch, Stage
+from .stages import Stage
 
 
 class Jet(NamedTuple):
     """A value with first and second derivatives along D directions."""
 
-    value: Tensor  # (..., O); None where the second derivatives alone are wanted
-    first: Tensor  # (D, ..., O); None where the second derivatives alone are wanted
+    value: Tensor  # (..., O)
+    first: Tensor  # (D, ..., O)
     second: Tensor  # (D, ..., O), or the weighted sum of them: (1, ..., O), and (..., O) for a network
 
     @property
     def parts(self) -> list[Tensor]:
-        """Those that are not None."""
-        return [part for part in self if part is not None]
+        """The three tensors."""
+        return list(self)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Jet:
-        """`function` of each part that is not None."""
-        parts: list[Any] = [None if part is None else function(part) for part in self]
-        return Jet(*parts)
+        """`function` of each part."""
+        return Jet(*map(function, self))
 
 
 def block_size(x: Tensor, stages: list[Stage], directions: int) -> int | None:
@@ -54,17 +51,15 @@ def block_size(x: Tensor, stages: list[Stage], directions: int) -> int | None:
     return None if size >= len(x) else -(-len(x) // -(-len(x) // size))  # blocks of about equal size
 
 
-def evaluate_layer(
-    stage: Stage, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None, only_second: bool = False
-) -> Jet:
-    """The jet of a KAN layer's outputs, from that of its inputs; without its first two parts if `only_second`.
+def evaluate_layer(stage: Stage, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None) -> Jet:
+    """The jet of a KAN layer's outputs, from that of its inputs.
 
     The inputs are z (..., I), z' (D, ..., I), of which dimensions may be one, and z'' (D, ..., I), or None for zeros.
 
     With `weights` (D,), the first dimension of both second derivatives is one, and has their weighted sum.
     """
     if stage.branches:
-        return _evaluate_branches(stage, z, first, second, weights, only_second)
+        return _evaluate_branches(stage, z, first, second, weights)
     grid, shape, dense = stage.grid, stage.shape, stage.dense
     weight = None if dense is None else torch.cat([dense[0].mT, dense[1].unsqueeze(1)], dim=1).mT
     count = len(first)
@@ -83,41 +78,31 @@ def evaluate_layer(
             weight = delta if weight is None else weight + delta
 
     by_hand = by_hand and not factored and not (stage.updates and needs_plain_operations(z, weight))
-    return _through(grid, weight, factored, by_hand, z, first, second, weights, only_second)
+    return _through(grid, weight, factored, by_hand, z, first, second, weights)
 
 
 def _goes_by_hand(basis: Basis, rows: int, weights: Tensor | None, z: Tensor, *others: Tensor | None) -> bool:
-    """Whether a function with a backward pass by hand pays, and is right: it takes weights and what the functions
-    depend on for constants."""
+    """True if `LayerJet` is faster, and right: the weights and the tensors that functions depend on are constants."""
     if not by_hand_pays(rows, z, *others, weights):
         return False
     constants = tensors_of(basis) if weights is None else [weights, *tensors_of(basis)]
     return not any(tensor.requires_grad for tensor in constants)
 
 
-def _evaluate_branches(
-    stage: Stage, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None, only_second: bool
-) -> Jet:
+def _evaluate_branches(stage: Stage, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None) -> Jet:
     """As `evaluate_layer`, for a layer of another library."""
-    total: list[Any] = [None, None, None]
+    found: list[Any] = []
     for branch in stage.branches:
-        inputs = through_branch_norm(branch, z, first, second, weights)
+        inputs = z, first, second
+        if branch.norm is not None:
+            inputs = through_norm(branch.norm, *inputs, weights)
         rows = z[..., 0].numel() * (2 + len(first))
         by_hand = _goes_by_hand(branch.basis, rows, weights, *inputs, branch.weight)
-        found = _through(branch.basis, branch.weight, [], by_hand, *inputs, weights, only_second)
-        total = [one if sum_ is None else sum_ + one for sum_, one in zip(total, found, strict=True)]
-    if len(stage.branches) == 1 and stage.branches[0].weight.shape[2] == 1:  # views, which cannot be changed in place
-        total = [None if part is None else part.clone() for part in total]
-    if stage.bias is not None and total[0] is not None:
+        found.append(_through(branch.basis, branch.weight, [], by_hand, *inputs, weights))
+    total: list[Any] = [sum(parts[1:], parts[0]) for parts in zip(*found, strict=True)]
+    if stage.bias is not None:
         total[0] = total[0] + stage.bias
     return Jet(*total)
-
-
-def through_branch_norm(
-    branch: Branch, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The jet of the inputs that the functions of a branch get."""
-    return (z, first, second) if branch.norm is None else through_norm(branch.norm, z, first, second, weights)
 
 
 def _through(
@@ -129,32 +114,23 @@ def _through(
     first,
     second,
     weights,
-    only_second,
 ) -> Jet:
-    """`evaluate_layer` for a weight (O, I, K) in force, and updates that are added in factored form."""
-    outputs = len(weight) if weight is not None else len(factored[0].tensor.factor_out)
+    """`evaluate_layer` for a weight (O, I, K), and updates that are added in factored form."""
     lead = z.shape[:-1]
     z, first, second = all_rows_last(z, first, second)  # all operations run along them
     weight = None if weight is None else weight.transpose(1, 2).flatten(1)  # (O, (K + 1) I)
     if by_hand:
-        function = _function(basis, outputs, z)
         first = first.expand(len(first), *z.shape)
         second = None if second is None else second.expand(len(second), *z.shape)
-        plain = partial(_by_plain_operations, basis, [], weights, False)
-        y = Jet(*function.apply(z, first, second, weight, basis, weights, only_second, plain))
+        plain = partial(_by_plain_operations, basis, [], weights)
+        y = Jet(*LayerJet.apply(z, first, second, weight, basis, weights, plain))
     else:
-        y = _by_plain_operations(basis, factored, weights, only_second, z, first, second, weight)
+        y = _by_plain_operations(basis, factored, weights, z, first, second, weight)
     return y.map(lambda part: rows_first(part, lead))
 
 
-def _function(basis: Basis, outputs: int, z: Tensor) -> type[torch.autograd.Function]:
-    if isinstance(basis, FunctionBasis) and basis.size == 1:
-        return OneFunctionJet
-    return FewOutputsJet if few_outputs(basis, outputs, z) else LayerJet
-
-
 def contract_updates(layer: Any, updates: list[Update], x: Tensor) -> Tensor:
-    """What updates add to the output of a KAN layer, (..., O)."""
+    """The sum of the updates' outputs (..., O) for the inputs x of a KAN layer."""
     features = torch.cat([layer.basis(x), nn.functional.silu(x).unsqueeze(-1)], dim=-1)
     features = features.reshape(1, -1, *features.shape[-2:]).permute(0, 3, 2, 1)
     parts = [_contract(features, update)[0].T for update in updates]
@@ -162,10 +138,10 @@ def contract_updates(layer: Any, updates: list[Update], x: Tensor) -> Tensor:
 
 
 def _by_plain_operations(
-    grid: Basis, factored: Sequence[Update], weights: Tensor | None, only_second: bool, z, first, second, weight
+    grid: Basis, factored: Sequence[Update], weights: Tensor | None, z, first, second, weight
 ) -> Jet:
     """As `LayerJet` by operations that autograd differentiates; `weight` may be None, and updates are added."""
-    rows = _jet_rows(grid, z, first, second, weights, only_second)
+    rows = _jet_rows(grid, z, first, second, weights)
     if torch.compiler.is_compiling() and weight is not None and not factored:
         # a product for each, so that the rows need not be written into one tensor, and what is not used is left out
         if len(weight) <= MOST_OUTPUTS:  # a sum that the compiler forms together with the rows
@@ -173,21 +149,15 @@ def _by_plain_operations(
             y = [torch.stack([(one * row).sum((0, 1)) for one in each]) for row in rows]
         else:
             y = [weight @ row.flatten(0, 1) for row in rows]
-        if only_second:
-            return Jet(None, None, torch.stack(y))  # pyright: ignore[reportArgumentType]  (see `Jet`)
         return Jet(y[0], torch.stack(y[1 : 1 + len(first)]), torch.stack(y[1 + len(first) :]))
     stacked = torch.stack(rows)
     y: Any = 0 if weight is None else weight @ stacked.flatten(1, 2)
     y = sum((_contract(stacked, update) for update in factored), y)
-    if only_second:
-        return Jet(None, None, y)  # pyright: ignore[reportArgumentType]  (see `Jet`)
     return Jet(y[0], y[1 : 1 + len(first)], y[1 + len(first) :])
 
 
-def _jet_rows(
-    grid: Basis, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None, only_second: bool
-) -> list[Tensor]:
-    """What multiplies the coefficients: f, f' z' and f'' z'^2 + f' z'', or the last alone, each (K + 1, I, N)."""
+def _jet_rows(grid: Basis, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None) -> list[Tensor]:
+    """The factors of the coefficients: f, f' z' and f'' z'^2 + f' z'', each (K + 1, I, N)."""
     f, df, d2f = _features(grid, z)
     square = first.square()
     if weights is not None:
@@ -195,7 +165,7 @@ def _jet_rows(
     of_second = [d2f * part for part in square]
     if second is not None:
         of_second = [one + df * part for one, part in zip(of_second, second, strict=True)]
-    return of_second if only_second else [f, *(df * part for part in first), *of_second]
+    return [f, *(df * part for part in first), *of_second]
 
 
 def _features(grid: Basis, z: Tensor) -> tuple[Tensor, ...]:
@@ -219,12 +189,11 @@ def jet_rows(
     first: Tensor,
     second: Tensor | None,
     weights: Tensor | None,
-    only_second: bool,
     evaluated: int,
 ) -> Tensor:
     """The factors of a layer's coefficients in `evaluate_layer`, with its arguments, for the points z (N, I).
 
-    They are (N, S, K + 1, I) with S = 1 + D + (D or 1), or the last of these alone.
+    They are (N, S, K + 1, I) with S = 1 + D + (D or 1).
 
     The second derivative of quadratic splines jumps at the knots. There it must come from the same operations as in
     the jet, which depend on the number of points that the layer was `evaluated` at.
@@ -237,19 +206,19 @@ def jet_rows(
         and grid.spline_order < 3
         and not by_hand_pays(evaluated * (1 + count + seconds), z)
     ):
-        return torch.stack(_jet_rows(grid, z, first, second, weights, only_second)).permute(3, 0, 1, 2)
+        return torch.stack(_jet_rows(grid, z, first, second, weights)).permute(3, 0, 1, 2)
     features = make_features(grid, z)
-    rows = z.new_empty(z.shape[1], seconds if only_second else 1 + count + seconds, *features.shape)
+    rows = z.new_empty(z.shape[1], 1 + count + seconds, *features.shape)
     parts = directional(features.scale, first, second, weights)
-    found = JetRows(parts, (0, 0, seconds) if only_second else (1, count, seconds))
+    found = JetRows(parts, (1, count, seconds))
     for part, functions in features.parts(z, found.orders(False), ()):
-        for index, matrix in found.matrices(functions, part):
+        for index, matrix in functions.matrices(found.rows(functions, part)):
             rows[part, index].flatten(1).copy_(matrix.T)
     return rows
 
 
 def _is_contracted(rows: int, shape: tuple[int, int, int], update: Update, by_hand: bool) -> bool:
-    """Whether an update stays in factored form; `by_hand` is whether `LayerJet` can be taken."""
+    """True if an update stays in factored form; `by_hand` is true if `LayerJet` can be taken."""
     trained = torch.is_grad_enabled() and any(part.requires_grad for part in update.tensor)
     if by_hand and not trained and shape[0] <= MOST_OUTPUTS_DENSE:
         return False

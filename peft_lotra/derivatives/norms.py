@@ -5,13 +5,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
-
-from .layer_jet import by_hand_pays
-from .norm_by_hand import LayerNormJet
 
 
 Norm = nn.LayerNorm | nn.BatchNorm1d
@@ -36,21 +31,51 @@ def norm_size(module: Norm) -> int:
 def through_norm(
     norm: Norm, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The jet of the outputs; arguments as for `evaluate_layer`.
+    """The jet of the outputs of a normalization; arguments as for `evaluate_layer`.
 
-    Of layer normalization see `LayerNormJet`; batch normalization in evaluation mode is affine.
+    Batch normalization in evaluation mode is affine. Layer normalization is n = m s with m = z - mean(z) and
+    s = (mean(m^2) + eps)^(-1/2), so that with the mean c of m m'
+
+        n' = m' s + m s',                 s' = -s^3 c,
+        n'' = m'' s + 2 m' s' + m s'',    s'' = 3 s^5 c^2 - s^3 (mean(m'^2) + mean(m m'')).
     """
-    scale: Tensor | None = norm.weight  # with the bias None, if not affine
-    shift: Tensor | None = norm.bias
+    lead = z.shape[:-1]
+    z, first, second = all_rows_last(z, first, second)
+    first = first.expand(len(first), *z.shape)
+    if second is None:
+        second = torch.zeros_like(first if weights is None else first[:1])
+    scale, shift = (None if part is None else part.unsqueeze(-1) for part in (norm.weight, norm.bias))
     if isinstance(norm, nn.LayerNorm):
-        y, dy, d2y = _through_layer_norm(norm.eps, scale, z, first, second, weights)
-        return y if shift is None else y + shift, dy, d2y
-    assert norm.running_mean is not None and norm.running_var is not None  # see `is_norm`
-    first, second = _filled(z, first, second, weights)
-    deviation = torch.rsqrt(norm.running_var + norm.eps)
-    scale = deviation if scale is None else deviation * scale
-    y = (z - norm.running_mean) * scale
-    return y if shift is None else y + shift, first * scale, second * scale
+        y, dy, d2y = _normalize(norm.eps, z, first, second, weights)
+    else:
+        assert norm.running_mean is not None and norm.running_var is not None  # see `is_norm`
+        s = torch.rsqrt(norm.running_var + norm.eps).unsqueeze(-1)
+        y, dy, d2y = (z - norm.running_mean.unsqueeze(-1)) * s, first * s, second * s
+    if scale is not None:
+        y, dy, d2y = y * scale, dy * scale, d2y * scale
+    y, dy, d2y = (rows_first(part, lead) for part in (y if shift is None else y + shift, dy, d2y))
+    return y, dy, d2y
+
+
+def _normalize(
+    eps: float, z: Tensor, first: Tensor, second: Tensor, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The jet of layer normalization without scale and shift, for z (I, N), z' (D, I, N) and z'' (D or 1, I, N)."""
+    sizes = [1, len(first), len(second)]
+    parts = torch.cat([z.unsqueeze(0), first, second])
+    parts = parts - parts.mean(1, keepdim=True)
+    m, dm, _ = parts.split(sizes)
+    variance, c, of_second = (parts * m).mean(1, keepdim=True).split(sizes)
+    s = torch.rsqrt(variance + eps)
+    ds = -(s**3) * c
+    squares = 3 * s**5 * c.square() - s**3 * dm.square().mean(1, keepdim=True)
+    mixed = 2 * dm * ds if weights is None else dm * (2 * weights[:, None, None] * ds)
+    if weights is not None:
+        squares, mixed = torch.tensordot(weights, squares, 1).unsqueeze(0), mixed.sum(0, keepdim=True)
+    y, slopes = (parts * s).split([1, len(first) + len(second)])
+    slopes = torch.addcmul(slopes, m, torch.cat([ds, squares - s**3 * of_second]))
+    dy, d2y = slopes.split(sizes[1:])
+    return y.squeeze(0), dy, d2y + mixed
 
 
 def rows_last(part: Tensor, lead: torch.Size) -> Tensor:
@@ -73,50 +98,3 @@ def all_rows_last(z: Tensor, first: Tensor, second: Tensor | None) -> tuple[Tens
 def rows_first(part: Tensor, lead: torch.Size) -> Tensor:
     """(..., I, N) to (..., *lead, I)."""
     return part.mT if len(lead) == 1 else part.mT.reshape(*part.shape[:-2], *lead, part.shape[-2])
-
-
-def _filled(z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """z' for each row, and zeros for a z'' that is None."""
-    first = first.expand(len(first), *z.shape)
-    return first, torch.zeros_like(first if weights is None else first[:1]) if second is None else second
-
-
-def _through_layer_norm(
-    eps: float, scale: Tensor | None, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    varies = weights is not None and weights.requires_grad
-    if varies or not by_hand_pays(z[..., 0].numel(), z, first, second, scale):
-        return _normalize(eps, weights, z, first, second, scale)
-    found = LayerNormJet.apply(
-        *all_rows_last(z, first, second), scale, weights, eps, partial(_rows_last_normalize, eps, weights)
-    )
-    y, dy, d2y = (rows_first(part, z.shape[:-1]) for part in found)
-    return y, dy, d2y
-
-
-def _rows_last_normalize(
-    eps: float, weights: Tensor | None, z: Tensor, first: Tensor, second: Tensor | None, scale: Tensor | None
-) -> list[Tensor]:
-    second = None if second is None else second.mT
-    return [part.mT for part in _normalize(eps, weights, z.mT, first.mT, second, scale)]
-
-
-def _normalize(
-    eps: float, weights: Tensor | None, z: Tensor, first: Tensor, second: Tensor | None, scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `LayerNormJet`, with rows first, by operations that autograd differentiates."""
-
-    def mean(x: Tensor) -> Tensor:
-        return x.mean(-1, keepdim=True)
-
-    def over_directions(x: Tensor) -> Tensor:
-        return x if weights is None else torch.tensordot(weights, x, 1).unsqueeze(0)
-
-    first, second = _filled(z, first, second, weights)
-    m = z - mean(z)
-    s = torch.rsqrt(mean(m.square()) + eps)
-    n, a, b = m * s, (first - mean(first)) * s, (second - mean(second)) * s
-    c = mean(n * a)  # s' = -s c, and s'' = s e
-    e = over_directions(3 * c.square() - mean(a.square())) - mean(n * b)
-    y, dy, d2y = n, torch.addcmul(a, n, c, value=-1), torch.addcmul(b - 2 * over_directions(a * c), n, e)
-    return (y, dy, d2y) if scale is None else (y * scale, dy * scale, d2y * scale)

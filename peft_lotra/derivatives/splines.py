@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..kan.basis import UniformGrid, cardinal_spline, silu_derivatives
-from ..kan.memory import JET_BLOCK, JET_PART, OFF_CPU, blocks, workspace
+from ..kan.memory import JET_BLOCK, JET_PART, OFF_CPU, workspace
+from .bases import DenseFunctions, equal_blocks
 
 
 class SplineFeatures:
@@ -28,13 +29,13 @@ class SplineFeatures:
         rows: How many rows are evaluated at a time.
     """
 
-    def __init__(self, grid: UniformGrid, z: Tensor) -> None:
-        self.grid = grid
+    def __init__(self, grid: UniformGrid, z: Tensor, few_outputs: bool = False) -> None:
+        self.grid, self.few_outputs = grid, few_outputs
         self.shape = (grid.num_basis + 1, len(z))
         self.scale = grid.per_unit.unsqueeze(-1)
         block, part = (JET_BLOCK, JET_PART) if z.device.type == "cpu" else (OFF_CPU, OFF_CPU)
         self.rows = max(128, block // ((grid.spline_order + 2) * len(z)))
-        self.rows_of_part = max(128, part // ((grid.num_basis + 2) * len(z)))
+        self.rows_of_part = self.rows if self.few_outputs else max(128, part // ((grid.num_basis + 2) * len(z)))
 
     def evaluate(self, z: Tensor, orders: Sequence[int]) -> list[Tensor]:
         """The derivatives of these orders at z (I, rows), each (p + 2, I, rows) with silu as the last function; and
@@ -52,10 +53,11 @@ class SplineFeatures:
             torch.div(silu[d], self.scale**d, out=part[-1]) if d else part[-1].copy_(silu[0])
         places = []
         for part in equal_blocks(z.shape[1], self.rows_of_part):
-            size = len(z) * (part.stop - part.start)
-            following = torch.arange(0, size * (order + 1), size, device=z.device).unsqueeze(-1)
-            first = torch.arange(size, device=z.device).add_(rows[:, part].flatten(), alpha=size)
-            places.append(torch.add(first, following).flatten())
+            width = 1 if self.few_outputs else part.stop - part.start
+            start = torch.arange(len(z) * width, device=z.device).view(-1, width)
+            first = start + rows[:, part] * start.numel()
+            following = torch.arange(order + 1, device=z.device) * start.numel()
+            places.append((first.flatten() + following.unsqueeze(-1)).flatten())
         return [*found, *places]
 
     def parts(self, z: Tensor, orders: Sequence[int], kept: Sequence[Tensor]) -> Iterator[tuple[slice, LocalSplines]]:
@@ -79,29 +81,20 @@ def grid_intervals(grid: UniformGrid, scale: Tensor, z: Tensor, out: Tensor | No
     return torch.sub(position, start, out=out), start.nan_to_num_().long().add_(grid.spline_order + 1)
 
 
-def equal_blocks(rows: int, most: int) -> list[slice]:
-    """Slices of `rows`, of about the same size, none above `most`."""
-    count = max(1, -(-rows // most))
-    return blocks(0, rows, max(1, -(-rows // count)))
-
-
-class LocalSplines:
+class LocalSplines(DenseFunctions):
     """The functions that are not zero, for a part of the rows, by order of the derivative (p + 2, I, R).
 
     For a matrix product they are put at their places among all functions.
     """
 
     def __init__(self, features: SplineFeatures, functions: dict[int, Tensor], places: Tensor) -> None:
-        self.functions, self.places = functions, places
-        self.like = next(iter(functions.values()))
+        super().__init__(functions)
+        self.places = places
         # All functions, and before and after them rows for splines that are not on the grid.
         self.outside, count = features.grid.spline_order + 1, features.shape[0]
-        self.dense = workspace("dense", self.like, count + 2 * self.outside - 1, *self.like.shape[1:])
+        width = 1 if features.few_outputs else self.like.shape[-1]
+        self.dense = workspace("dense", self.like, count + 2 * self.outside - 1, self.like.shape[1], width)
         self.all = self.dense[self.outside : self.outside + count]
-
-    def memory(self, name: str, count: int) -> Tensor:
-        """For `count` tensors of the shape of the functions."""
-        return workspace(name, self.like, count, *self.like.shape)
 
     def matrices(self, rows: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Tensors (p + 2, I, R) as matrices ((K + 1) I, R), each with its number and to be used before the next."""
@@ -111,6 +104,13 @@ class LocalSplines:
             flat.scatter_(0, self.places, row[:-1].reshape(-1))
             self.all[-1].copy_(row[-1])
             yield number, matrix
+
+    def sums(self, row: Tensor) -> Tensor:
+        """The sums of a tensor (p + 2, I, R) over the points, ((K + 1) I,), with few outputs."""
+        self.all.zero_()
+        self.dense.view(-1).scatter_add_(0, self.places, row[:-1].reshape(-1))
+        self.all[-1, :, 0] = row[-1].sum(-1)
+        return self.all.flatten()
 
     def towards(self, transposed: Tensor, gradients: Sequence[Tensor]) -> Tensor:
         """The products of ((K + 1) I, O) and (O, R) at the places of the functions: (S, p + 2, I, R)."""

@@ -1,12 +1,13 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A network as a chain of stages: its KAN layers and normalizations, each with the coefficients in force."""
+"""A network as a chain of stages: KAN layers with their coefficients, normalizations, activations, input maps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Branch(NamedTuple):
     """A part of a layer of another library, sum_{i,k} weight[o,i,k] basis_k(x[i]), for normalized x if with a norm."""
 
     basis: Basis
-    weight: Tensor  # (O, I, K) in force, with adapters and scales
+    weight: Tensor  # (O, I, K), with adapters and scales
     norm: Norm | None = None
 
 
@@ -41,10 +42,10 @@ class Stage(NamedTuple):
     Attributes:
         dense: spline_weight (O, I, K) and base_weight (O, I), adapters on them included. None for a Slim layer, whose
             components are the first of `updates`, and where there is no KAN layer.
-        updates: Tensors (O, I, K or K + 1), those of the adapters that a forward pass uses, without dropout.
+        updates: The updates (O, I, K or K + 1) of the adapters that a forward pass uses, without dropout.
     """
 
-    module: nn.Module
+    module: Any
     dense: tuple[Tensor, Tensor] | None = None
     updates: tuple[Update, ...] = ()
     branches: tuple[Branch, ...] = ()
@@ -52,24 +53,17 @@ class Stage(NamedTuple):
 
     @property
     def is_kan(self) -> bool:
-        """Whether the stage is a KAN layer."""
+        """True if the stage is a KAN layer."""
         return isinstance(self.module, SplineLayer) or len(self.branches) > 0
 
     @property
     def layer(self) -> SplineLayer:
-        """The KAN layer of a stage that is one."""
-        assert isinstance(self.module, SplineLayer)
-        return self.module
-
-    @property
-    def between(self) -> Norm | InputMap:
-        """The module of a stage that is no KAN layer, nor an activation."""
-        assert isinstance(self.module, Norm | InputMap)
+        """The module of a KAN layer of this package."""
         return self.module
 
     @property
     def is_activation(self) -> bool:
-        """Whether the stage maps each number by itself."""
+        """True if the stage maps each number by itself."""
         return isinstance(self.module, ACTIVATIONS)
 
     @property
@@ -79,8 +73,7 @@ class Stage(NamedTuple):
             return self.branches[0].weight.shape[1]
         if self.is_activation:
             return None
-        module = self.module if self.is_kan else self.between
-        return norm_size(module) if isinstance(module, Norm) else cast(int, module.in_features)
+        return norm_size(self.module) if isinstance(self.module, Norm) else self.module.in_features
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -96,68 +89,81 @@ class Stage(NamedTuple):
         return self.layer.grid
 
 
+class Entry(NamedTuple):
+    """How `jet` treats the modules of a class.
+
+    Attributes:
+        stages: Returns the stages that a module without hooks is the composition of, or None. It must check
+            `type(module).forward` if derived classes may compute something else.
+        inner: For wrappers: the module that computes the wrapper's outputs, or None.
+        jet: `jet(module, x, directions, weights)` returns the jet of a module that is no chain of stages. Its second
+            derivatives are (D, ..., O), or (..., O) with weights (D,).
+        check: Raises a `TypeError` if a row of a module's outputs depends on several rows of its inputs. It is called
+            once for each module without stages.
+    """
+
+    stages: Callable[[Any], list[Stage] | None] | None = None
+    inner: Callable[[Any], nn.Module | None] | None = None
+    jet: Callable[[Any, Tensor, Tensor, Tensor | None], Any] | None = None
+    check: Callable[[nn.Module], None] | None = None
+
+
 # `functools.singledispatch` would do this, but `torch.compile` cannot trace it for abstract classes (PEFT's tuners).
-_finders: dict[type, Callable[[Any], list[Stage] | None]] = {}
-_others: list[Callable[[nn.Module], list[Stage] | None]] = []
-_inner: dict[type, Callable[[Any], nn.Module | None]] = {}  # of wrappers
+_entries: dict[type, Entry] = {}
 
 
-def stages_of(model: nn.Module) -> list[Stage] | None:
-    """The stages that `model` is the composition of; None if it has forward hooks, or is not known to be a chain."""
-    if model._forward_hooks or model._forward_pre_hooks:
-        return None
-    if (finder := entry_of(_finders, type(model))) is not None:
-        return finder(model)
-    if isinstance(original := getattr(model, "_orig_mod", None), nn.Module):  # what `torch.compile` returns
-        return stages_of(original)
-    if is_norm(model):
-        return [Stage(model)]
-    for find in _others:
-        if (found := find(model)) is not None:
-            return found
-    return None
+def register(cls: type[nn.Module], entry: Entry) -> None:
+    """Teaches `jet` a class of modules, and the classes derived from it that are not registered themselves. The entry
+    of `nn.Module` is that of all other classes."""
+    _entries[cls] = entry
+
+
+def entry_of(cls: type) -> Entry:
+    """The entry of a class, or of the nearest class that it is derived from."""
+    for known in cls.__mro__:
+        if known in _entries:
+            return _entries[known]
+    return Entry()
 
 
 def is_known(model: nn.Module) -> bool:
-    """Whether the class of a model is one whose stages are known."""
-    return any(cls in _finders for cls in type(model).__mro__)
-
-
-def register_finder(finder: Callable[[nn.Module], list[Stage] | None]) -> None:
-    """Makes `stages_of` ask `finder` about modules of classes that it does not know."""
-    _others.append(finder)
-
-
-def register_stages(cls: type[nn.Module], finder: Callable[[Any], list[Stage] | None]) -> None:
-    """Teaches `stages_of` a class: `finder` returns the stages of a module without hooks, or None; it must check
-    `type(module).forward` if subclasses may compute something else."""
-    _finders[cls] = finder
-
-
-def register_wrapper(cls: type[nn.Module], inner: Callable[[Any], nn.Module | None]) -> None:
-    """Teaches `stages_of` a class of modules that return what `inner(module)`, if not None, makes of their input."""
-    register_stages(cls, lambda module: None if (wrapped := inner(module)) is None else stages_of(wrapped))
-    _inner[cls] = inner
-
-
-def entry_of(registry: Mapping[type, Any], cls: type) -> Any:
-    """The entry of a class, or of the nearest class that it is derived from; None if there is none."""
-    for known in cls.__mro__:  # `next(..., None)` cannot be compiled before torch 2.10
-        if known in registry:
-            return registry[known]
-    return None
+    """True if the class of the model, or one that it is derived from, is registered."""
+    return any(cls in _entries for cls in type(model).__mro__ if cls is not nn.Module)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside of wrappers that return what it returns, down to the first module with forward hooks."""
-    while not (model._forward_hooks or model._forward_pre_hooks):
-        find = entry_of(_inner, type(model))
-        inner = None if find is None else find(model)
-        inner = getattr(model, "_orig_mod", None) if inner is None else inner  # of `torch.compile`
-        if not isinstance(inner, nn.Module):
+    while not _has_hooks(model):
+        inner = entry_of(type(model)).inner
+        found = getattr(model, "_orig_mod", None) if inner is None else inner(model)  # of `torch.compile`
+        if not isinstance(found, nn.Module):
             break
-        model = inner
+        model = found
     return model
+
+
+def stages_of(model: nn.Module) -> list[Stage] | None:
+    """The stages that the model is the composition of; None if it has forward hooks, or is not known to be a chain."""
+    model = unwrap(model)
+    stages = None if _has_hooks(model) else entry_of(type(model)).stages
+    return None if stages is None else stages(model)
+
+
+def composed_jet(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Any] | None:
+    """The `jet` that the model inside of wrappers is registered with, as a function of the other arguments."""
+    model = unwrap(model)
+    function = None if _has_hooks(model) else entry_of(type(model)).jet
+    return None if function is None else partial(function, model)
+
+
+def join_stages(modules: Iterable[nn.Module]) -> list[Stage] | None:
+    """The stages of modules that run one after the other; None if those of one are not known, or there are none."""
+    found = [stages_of(module) for module in modules]
+    return None if None in found else [stage for stages in found for stage in stages or ()] or None
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    return bool(model._forward_hooks or model._forward_pre_hooks)
 
 
 def _dense_layer(layer: KANLinear) -> list[Stage] | None:
@@ -168,15 +174,6 @@ def _dense_layer(layer: KANLinear) -> list[Stage] | None:
 def _slim_layer(layer: SlimKANLinear) -> list[Stage] | None:
     plain = type(layer).forward is SlimKANLinear.forward
     return [Stage(layer, updates=(Update(1.0, layer.components),))] if plain else None
-
-
-def _join(modules: Iterable[nn.Module]) -> list[Stage] | None:
-    found = [stages_of(module) for module in modules]
-    return None if None in found else [stage for stages in found for stage in stages or ()] or None
-
-
-def _map(module: InputMap) -> list[Stage] | None:
-    return [Stage(module)] if type(module).forward is InputMap.forward else None
 
 
 def _linear(module: nn.Linear) -> list[Stage] | None:
@@ -191,16 +188,16 @@ def _identity(z: Tensor, highest: int) -> list[Tensor]:
     return [part.unsqueeze(-1) for part in parts[: highest + 1]]
 
 
-register_stages(InputMap, _map)
-register_stages(nn.Linear, _linear)
-for activation in ACTIVATIONS:
-    register_stages(activation, lambda module: [Stage(module)] if type(module) in ACTIVATIONS else None)
-register_stages(KANLinear, _dense_layer)
-register_stages(SlimKANLinear, _slim_layer)
-register_stages(LayerStack, lambda net: _join(net.layers) if type(net).forward is LayerStack.forward else None)
-register_stages(nn.Sequential, lambda net: _join(net) if type(net) is nn.Sequential else None)
-register_wrapper(nn.parallel.DistributedDataParallel, lambda wrapper: wrapper.module)
-register_wrapper(nn.DataParallel, lambda wrapper: wrapper.module)
-
-
-register_wrapper(KANModel, lambda model: model.kan if type(model).forward is KANModel.forward else None)
+register(KANLinear, Entry(_dense_layer))
+register(SlimKANLinear, Entry(_slim_layer))
+register(LayerStack, Entry(lambda net: join_stages(net.layers) if type(net).forward is LayerStack.forward else None))
+register(KANModel, Entry(inner=lambda model: model.kan if type(model).forward is KANModel.forward else None))
+register(InputMap, Entry(lambda module: [Stage(module)] if type(module).forward is InputMap.forward else None))
+register(nn.Linear, Entry(_linear))
+register(nn.Sequential, Entry(lambda net: join_stages(net) if type(net) is nn.Sequential else None))
+for cls in ACTIVATIONS:
+    register(cls, Entry(lambda module: [Stage(module)] if type(module) in ACTIVATIONS else None))
+for cls in (nn.LayerNorm, nn.BatchNorm1d):
+    register(cls, Entry(lambda module: [Stage(module)] if is_norm(module) else None))
+for cls in (nn.DataParallel, nn.parallel.DistributedDataParallel):
+    register(cls, Entry(inner=lambda wrapper: wrapper.module))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -61,11 +60,7 @@ def _with_recordable_tensors(model: nn.Module, as_constants: bool) -> Callable[[
         other = _recordable(tensor.detach() if as_constants and tensor.requires_grad else tensor)
         if other is not tensor:
             exchanged[name] = other
-    return partial(_call, model, exchanged) if exchanged else model
-
-
-def _call(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Any:
-    return call_with_parameters(model, parameters, model, (x,), {})
+    return (lambda x: call_with_parameters(model, exchanged, model, (x,), {})) if exchanged else model
 
 
 class _Rows:
@@ -101,7 +96,7 @@ class _Rows:
 
 
 def pull_back(function: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
-    """The value of a function, a tensor or several, and what takes a gradient in the first of them to one in x.
+    """The value of a function, a tensor or several, and the map of a gradient in the first of them to one in x.
 
     `torch.func.vjp` where transforms are at work, or a compiler; outside of them autograd, under which hooks of saved
     tensors and all custom functions run.
@@ -165,7 +160,7 @@ def _placed(part: Tensor, place: int, count: int) -> Tensor:
 
 
 def _transposed(pull: Callable[[Tensor], Any], y: Tensor) -> Callable[[Tensor], Any]:
-    """What takes a direction to the derivative along it, from what takes a gradient in y to one in the inputs."""
+    """The map of a direction to the derivative along it, from that of a gradient in y to one in the inputs."""
     return pull_back(pull, torch.zeros_like(y))[1]
 
 

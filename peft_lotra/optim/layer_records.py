@@ -29,7 +29,7 @@ class LayerRecord(NamedTuple):
 
     stage: Stage  # the layer with its coefficients
     grid: UniformGrid  # a copy
-    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, bool]  # the arguments of `evaluate_layer`
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # the arguments of `evaluate_layer`
     outputs: Jet  # of a graph that starts at the outputs of the layer before
 
 
@@ -67,7 +67,7 @@ class Recorder:
             return None
         if any(map(changed, network.modules())) or (stages := stages_of(network)) is None:
             return None
-        return self._record(partial(through_stages, stages, False), x, x.new_empty(0, x.shape[-1]), None).value
+        return self._record(partial(through_stages, stages), x, x.new_empty(0, x.shape[-1]), None).value
 
     def _can_record(self, x: Tensor, *others: Tensor | None) -> bool:
         varies = any(tensor is not None and tensor.requires_grad for tensor in (x, *others))

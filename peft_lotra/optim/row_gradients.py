@@ -102,7 +102,7 @@ def _add(block: Gradients, parameter: Tensor, column: int, gradient: Tensor) -> 
 
 def _numbers_of_row(record: LayerRecord) -> int:
     """The size of the largest tensor of a row."""
-    _, first, _, weights, _ = record.inputs
+    _, first, _, weights = record.inputs
     outputs, inputs, basis = record.stage.shape
     rows = 1 + len(first) + (len(first) if weights is None else 1)
     dense = any(part.requires_grad for part in record.stage.dense or ())
@@ -114,10 +114,10 @@ def _add_layer(block: Gradients, record: LayerRecord, outputs: list[Tensor | Non
     """Adds the gradients of a layer's coefficients for some rows, from those (n, S, O) in its outputs by column."""
     if not (columns := [(column, g[rows]) for column, g in enumerate(outputs) if g is not None]):
         return
-    z, first, second, weights, only_second = record.inputs
+    z, first, second, weights = record.inputs
     first = first.expand(len(first), *z.shape)[:, rows]
     second = None if second is None else second[:, rows]
-    phi = jet_rows(record.grid, z[rows], first, second, weights, only_second, len(z))
+    phi = jet_rows(record.grid, z[rows], first, second, weights, len(z))
     if record.stage.dense is not None and any(id(part) in block for part in record.stage.dense):
         _add_dense(block, phi, *record.stage.dense, columns)
     for update in record.stage.updates:

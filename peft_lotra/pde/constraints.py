@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..derivatives.api import jet, jet_by_transforms, register_jet
+from ..derivatives.api import jet, jet_by_transforms
 from ..derivatives.layers import Jet
-from ..derivatives.stages import stages_of
+from ..derivatives.stages import Entry, register, stages_of
 from ..kan.basis import in_transform
 from ..modules.calls import check_module
 from ..modules.checks import as_number
@@ -136,7 +136,7 @@ def _jet(model: HardConstraint, x: Tensor, directions: Tensor, weights: Tensor |
     return Jet(lift.value + d.value * n.value, first, second)
 
 
-register_jet(HardConstraint, _jet)
+register(HardConstraint, Entry(jet=_jet))
 
 
 class BoxDistance(nn.Module):

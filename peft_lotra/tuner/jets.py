@@ -11,8 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..derivatives.api import register_check
-from ..derivatives.stages import Stage, register_finder, register_stages, register_wrapper, stages_of
+from ..derivatives.stages import Entry, Stage, register, stages_of
 from ..layers.derivatives import find_stages, layer_stage
 from ..layers.registry import find_kan_layers
 from .layer import LoTRALayer
@@ -63,11 +62,10 @@ def check_convolutions(model: nn.Module) -> None:
         )
 
 
-register_finder(find_stages)
-register_stages(LoTRALayer, _lotra_layer)
-register_stages(ParamWrapper, _lora_on_parameter)
-register_wrapper(PeftModel, lambda model: model.get_base_model())
-register_wrapper(PeftMixedModel, lambda model: model.base_model)
-register_wrapper(BaseTuner, lambda tuner: tuner.model)
-register_wrapper(ModulesToSaveWrapper, _saved_module)
-register_check(check_convolutions)
+register(nn.Module, Entry(find_stages, check=check_convolutions))
+register(LoTRALayer, Entry(_lotra_layer))
+register(ParamWrapper, Entry(_lora_on_parameter))
+register(PeftModel, Entry(inner=lambda model: model.get_base_model()))
+register(PeftMixedModel, Entry(inner=lambda model: model.base_model))
+register(BaseTuner, Entry(inner=lambda tuner: tuner.model))
+register(ModulesToSaveWrapper, Entry(inner=_saved_module))

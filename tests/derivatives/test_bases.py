@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from peft_lotra.derivatives import bases as functions
-from peft_lotra.derivatives.bases import FunctionBasis, FunctionFeatures
 from peft_lotra.kan import bspline_basis
 
 
@@ -66,18 +65,6 @@ def test_values():
         functions.chebyshev_derivatives(6, z, 0)[0], torch.cos(torch.arange(7) * torch.tanh(z).acos().unsqueeze(-1))
     )
     torch.testing.assert_close(functions.harmonic_derivatives(2, z, 0)[0][..., 3], torch.sin(2 * z))
-
-
-def test_blocks_of_features():
-    z = points().T
-    features = FunctionFeatures(FunctionBasis(5, CASES["gaussians"]), z)
-    features.rows = 3
-    blocks = list(features.parts(z, [1, 2], ()))
-    assert [block.stop - block.start for block, _ in blocks] == [3, 3, 1]
-    for block, found in blocks:
-        assert list(found.functions) == [1, 2]
-        for part in found.functions.values():
-            assert part.shape == (5, 3, block.stop - block.start) and part.is_contiguous()
 
 
 def test_gaussians_far_away():

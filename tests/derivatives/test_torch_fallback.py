@@ -119,21 +119,6 @@ def test_models_made_in_inference_mode():
     assert_same(jet(model, x), found)
 
 
-def test_no_graph_is_built_where_none_is_wanted():
-    kept = []
-
-    class Observed(Hard):
-        def forward(self, x: Tensor) -> Tensor:
-            kept.append([p.requires_grad for p in self.parameters()])
-            return super().forward(x)
-
-    model = Observed(network(2, 3, 1))
-    with torch.no_grad():
-        jet(model, inside())
-    assert kept and not any(kept[-1])
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
-
-
 def test_modules_keep_no_tensors_of_a_transform():
     model, x = pykan(symbolic_enabled=False), inside().float()
     expected = model(x)
