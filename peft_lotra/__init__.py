@@ -22,6 +22,7 @@ from .tuner.saving import save_adapter
 
 
 if TYPE_CHECKING:
+    from .bank.bank import AdapterBank
     from .compress.compression import SlimReport, slim, to_dense
     from .compress.extraction import ExtractionReport, extract_lotra
     from .compress.spectra import Spectrum, gradient_spectrum, suggest_ranks, update_spectrum
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .tuner.check import KANLayerReport, check_kan_layer
 
 __all__ = [
+    "AdapterBank",
     "ExtractionReport",
     "FamilyReport",
     "FoundKANLayer",
@@ -72,6 +74,7 @@ __all__ = [
 
 # what is imported when it is first used, by name: a quarter of the time of an import
 _LATER = {
+    "AdapterBank": "bank",
     "ExtractionReport": "compress.extraction",
     "FamilyReport": "parametric",
     "KANLayerReport": "tuner.check",
