@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
-from ..kan.row_product import RowProduct, RowUpdates
+from ..kan.row_product import PackedTucker, RowProduct, RowUpdates
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.coefficients import CoefficientTensor, get_or_none
+from ..tucker import Update
 from .fused import Formula
 
 
@@ -59,3 +63,24 @@ def output_by_row(
     bias = get_or_none(base_layer, spec.bias or "")
     y = y if bias is None else y + bias
     return y.view(*x.shape[:-1], y.shape[1])
+
+
+def updates_by_name(
+    names: Sequence[str], tensor: CoefficientTensor, like: Tensor, update_of: Callable[[str], Update | None]
+) -> RowUpdates | None:
+    """The updates of rows with these names; None if all rows have the same, or none."""
+    distinct, index = _numbered(tuple(names))
+    updates = [update_of(name) for name in distinct] if len(distinct) > 1 else []
+    ranks = [update.tensor.ranks for update in updates if update is not None]
+    if not ranks:
+        return None
+    form = PackedTucker(full_shape(tensor), tuple(map(max, *ranks)) if len(ranks) > 1 else ranks[0])
+    return RowUpdates(form.pack(updates, like), index, form)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _numbered(names: tuple[str, ...]) -> tuple[list[str], Tensor]:
+    """The names, each once, and for each row the place of its name among them."""
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    return list(places), torch.tensor([places[name] for name in names], device="cpu")
