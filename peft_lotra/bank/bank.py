@@ -27,6 +27,10 @@ from .storage import Content, export_adapter, read_bank, write_bank
 from .store import Form, Store
 
 
+# Rows of removed adapters that are not written to yet: passes that have begun may read them.
+_SPARE = 64
+
+
 class AdapterBank:
     r"""
     The LoTRA adapters of one base, thousands of them, side by side as rows of one matrix.
@@ -168,14 +172,15 @@ class AdapterBank:
         try:
             updates = read_adapter(adapter, self.base, adapter_name, alpha, check_base, self._known)
         except (ValueError, TypeError, OSError) as error:
-            raise type(error)(f"The adapter {name!r} was not added: {error}") from error
+            raise ValueError(f"The adapter {name!r} was not added: {error}") from error
         device = self.store.packed.device
         updates = {n: it._replace(tensor=it.tensor.map(lambda part: part.to(device))) for n, it in updates.items()}
         form: Form = {layer: (it.tensor.ranks, it.tensor.shape[2]) for layer, it in updates.items()}
         forms = {layer: PackedTucker(self._shapes[layer], it.tensor.ranks) for layer, it in updates.items()}
         with self._lock, torch.inference_mode(False), torch.no_grad():
             store = self.store.with_forms(forms)
-            row = self._free.pop(0) if self._free else len(self._rows) + 1
+            used = 1 + len(self._rows) + len(self._free)
+            row = self._free.pop(0) if len(self._free) > _SPARE else used
             if row >= len(store.packed):
                 store = store.with_capacity(max(4, 1 << row.bit_length()))
                 self._form_of = _resized(self._form_of, len(store.packed))

@@ -3,7 +3,6 @@
 
 """Which adapters a bank takes, what it does with their numbers, and its files."""
 
-import copy
 import json
 
 import pytest
@@ -13,8 +12,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from peft_lotra import AdapterBank, LoTRAConfig
-from peft_lotra.kan import KAN, SlimKAN
+from peft_lotra import AdapterBank
+from peft_lotra.kan import SlimKAN
 
 
 def answer(bank, name, base=None):
@@ -35,6 +34,21 @@ def test_folders_models_and_state_dicts(tmp_path):
     for name in bank.names:
         assert apart(answer(bank, name), expected) < 2e-6
     assert AdapterBank.from_folders(net(), {"x": tmp_path / "anna"}).names == ["x"]
+
+
+def test_a_folder_whose_configuration_is_damaged(tmp_path):
+    adapted(net()).save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="'anna' was not added"):
+        AdapterBank(net()).add("anna", tmp_path)
+
+
+def test_rows_of_removed_adapters_are_used_again():
+    bank, model = AdapterBank(net()), adapted(net())
+    state = get_peft_model_state_dict(model)
+    for _ in range(300):
+        bank.add("a", state, replace=True)
+    assert len(bank.store.packed) <= 128 and apart(answer(bank, "a"), model(X)) < 2e-6
 
 
 def test_removed_replaced_and_compacted():
@@ -89,7 +103,7 @@ def test_an_adapter_that_does_not_fit(adapter, word):
     bank = AdapterBank(net())
     bank.add("first", adapted(net()))
     before = answer(bank, "first")
-    with pytest.raises((ValueError, TypeError), match=word) as raised:
+    with pytest.raises(ValueError, match=word) as raised:
         bank.add("anna", adapter())
     assert "anna" in str(raised.value)
     assert bank.names == ["first"] and torch.equal(answer(bank, "first"), before)
@@ -230,5 +244,4 @@ def test_a_peft_model_as_base():
     bank.add("a", model)
     assert apart(answer(bank, "a"), expected) < 2e-6
     assert torch.equal(model(X), expected)
-    assert LoTRAConfig().r is None and copy.deepcopy(bank).names == ["a"]
-    assert apart(answer(bank, "__base__"), KAN.forward(net().kan, X) @ net().head.weight.T + net().head.bias) < 2e-6
+    assert apart(answer(bank, "__base__"), net()(X)) < 2e-6
