@@ -87,7 +87,7 @@ class BankLayer(LoTRALayer):
             parts = [part[0].to(stored) for part in form.unpack(packed[row : row + 1])]
             return self._call_base([Update(1.0, tucker_of(*parts))] if row else [], args, kwargs)
 
-        return run_by_name(index.tolist(), run, args, kwargs)
+        return run_by_name(index.tolist(), run, args, kwargs)  # pyright: ignore[reportArgumentType]  (any names)
 
 
 class SlimBankLayer(BankLayer, SlimLoTRALayer):

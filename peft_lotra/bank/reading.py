@@ -65,13 +65,13 @@ def read_adapter(
         alphas = {name: config.ranks_and_alpha(name, it.coefficients.shape)[1] for name, it in targets.items()}
         found = {name: Update(alphas[name], _components(tensors, name, target)) for name, target in targets.items()}
     elif isinstance(adapter, PeftModel):
-        adapter_name = adapter_name or adapter.active_adapter
-        layers = dict(lotra_layers(adapter.get_base_model(), adapter_name))
-        if not layers or adapter.peft_config[adapter_name].modules_to_save:
-            raise ValueError(f"the model has no LoTRA layers with an adapter {adapter_name!r}, or it saves modules.")
-        record = {name: record_layer(layer) for name, layer in layers.items()}
+        name: Any = adapter_name or adapter.active_adapter
+        layers = dict(lotra_layers(adapter.get_base_model(), name))
+        if not layers or getattr(adapter.peft_config[name], "modules_to_save", None):
+            raise ValueError(f"the model has no LoTRA layers with an adapter {name!r}, or it saves modules.")
+        record = {place: record_layer(layer) for place, layer in layers.items()}
         targets, names = match_layers(record, base, "ignore" if record in known else check_base)
-        found = {names[name]: layer.update_of(adapter_name) for name, layer in layers.items()}
+        found = {names[place]: layer.update_of(name) for place, layer in layers.items()}
         check_state_dict({f"{name}.{place}": p for name, it in found.items() for place, p in enumerate(it.tensor)})
     elif isinstance(adapter, Mapping):
         check_state_dict(adapter)

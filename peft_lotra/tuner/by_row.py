@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +33,10 @@ def output_by_row(
     `updates.index` has an entry for each row of the batch; a layer may get inputs (batch, ..., in).
     """
     is_slim = type(base_layer) is SlimKANLinear and len(args) == 1 and not kwargs
-    if not (is_slim or (formula is not None and formula.accepts(base_layer, stored, (), args, kwargs))):
+    of_base: Any = base_layer(*args) if is_slim else None  # first, since it checks x
+    if not is_slim and (formula is None or not formula.accepts(base_layer, stored, (), args, kwargs)):
         return None
     x = args[0]
-    of_base = base_layer(x) if formula is None else None  # first, since it checks x
     rows = x.reshape(-1, updates.form.shape[1])
     times = x.shape[1:-1].numel()
     if times != 1:
@@ -43,7 +44,7 @@ def output_by_row(
     if formula is None:
         product = RowProduct(None, updates, None, has_residual=True)
         y = product.of_splines(rows, base_layer.grid, nn.functional.silu(rows))  # pyright: ignore
-        return of_base + y.view(*x.shape[:-1], y.shape[1])
+        return of_base + y.view_as(of_base)
     spec, tensor = formula.spec, formula.tensor
     coefficients, residual = tensor.read_parts(base_layer)
     scale = spec.scale(base_layer) if spec.scale is not None else None
