@@ -54,7 +54,7 @@ class BankLayer(LoTRALayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         is_traced = torch.compiler.is_compiling()
         traced = self.lotra_bank.traced_rows  # not None inside of a compiled `BankModel`
-        rows = traced if is_traced and traced is not None else _rows_of_pass()
+        rows = traced if is_traced and traced is not None else _rows_of_pass()  # pyright: ignore[reportCallIssue]
         if traced is not None and not is_traced and rows is None:
             raise RuntimeError(
                 "A compiled model with a bank must be one graph: pass `fullgraph=True` to find the break."

@@ -102,8 +102,8 @@ def read_bank(folder: str | os.PathLike, mapped: bool, skip_damaged: bool) -> Co
 
 def _checksums(packed: Tensor) -> Tensor:
     """The CRC-32 of the bytes of each row."""
-    rows = packed.view(torch.uint8).numpy() if packed.numel() else packed.new_zeros(len(packed), 0).numpy()
-    return torch.tensor([zlib.crc32(row) for row in rows], dtype=torch.int64)
+    rows = packed.view(torch.uint8) if packed.numel() else torch.zeros(len(packed), 0, dtype=torch.uint8)
+    return torch.tensor([zlib.crc32(row) for row in rows.numpy()], dtype=torch.int64)
 
 
 def export_adapter(

@@ -78,6 +78,16 @@ def test_half_precision_in_memory():
     assert bank.store.packed.dtype == torch.bfloat16 and bank.to("cpu") is bank
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_empty_bank_and_one_of_half_precision_in_files(tmp_path, dtype):
+    bank = AdapterBank(net(), dtype=dtype)
+    bank.save(tmp_path)
+    assert torch.equal(answer(AdapterBank.load(net(), tmp_path), "__base__"), net()(X))
+    bank.add("a", adapted(net()))
+    bank.save(tmp_path)
+    assert torch.equal(answer(AdapterBank.load(net(), tmp_path), "a"), answer(bank, "a"))
+
+
 def damaged(model, change):
     tensors = get_peft_model_state_dict(model)
     name = next(iter(tensors))
