@@ -13,7 +13,7 @@ from behaving import CONVS, KINDS, X, adapted, apart, net, same, state
 from torch import nn
 
 from peft_lotra import AdapterBank
-from peft_lotra.kan import KAN, SlimKAN
+from peft_lotra.kan import KAN, KANLinear, SlimKAN
 
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
@@ -62,17 +62,10 @@ def test_each_row_as_by_itself(kind, dtype):
         assert apart(model(x), alone["__base__"](x)) < TOLERANCE[dtype]
 
 
-def test_pykan():
-    pytest.importorskip("kan")
-    bank, alone = several(KINDS["pykan"]())
-    model = bank.attach()
-    with torch.no_grad():
-        assert apart(model(X, adapter_names=NAMES), one_by_one(alone, NAMES, X)) < 2e-6
-
-
-def test_convolutions():
-    bank, alone = several(next(iter(CONVS.values()))())
-    model, x = bank.attach(), torch.rand(8, 2, 5, 5)
+@pytest.mark.parametrize("kind", ["pykan", next(iter(CONVS))])
+def test_kinds_that_run_once_for_each_adapter(kind):
+    bank, alone = several(KINDS[kind]() if kind in KINDS else CONVS[kind]())
+    model, x = bank.attach(), X if kind in KINDS else torch.rand(8, 2, 5, 5)
     with torch.no_grad():
         assert apart(model(x, adapter_names=NAMES), one_by_one(alone, NAMES, x)) < 2e-6
 
@@ -263,16 +256,8 @@ def test_a_grid_that_moves_while_attached():
         model(X, adapter_names=NAMES)
 
 
-def test_layers_that_are_used_twice():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first = KAN([3, 3]).layers[0]
-            self.second = self.first
-
-        def forward(self, x):
-            return self.second(self.first(x))
-
-    bank, alone = several(Twice())
+def test_a_layer_that_is_used_twice():
+    layer = KANLinear(3, 3)
+    bank, alone = several(nn.Sequential(layer, layer))
     with torch.no_grad():
         assert apart(bank.attach()(X, adapter_names=NAMES), one_by_one(alone, NAMES, X)) < 2e-6
