@@ -23,8 +23,8 @@ from .tuner.saving import save_adapter
 
 if TYPE_CHECKING:
     from .bank.bank import AdapterBank
-    from .compress.compression import SlimReport, slim, to_dense
-    from .compress.extraction import ExtractionReport, extract_lotra
+    from .compress.extract import ExtractionReport, extract_lotra
+    from .compress.slim import SlimReport, slim, to_dense
     from .compress.spectra import Spectrum, gradient_spectrum, suggest_ranks, update_spectrum
     from .hub.card import write_model_card
     from .hub.push import push_to_hub
@@ -75,25 +75,25 @@ __all__ = [
 # what is imported when it is first used, by name: a quarter of the time of an import
 _LATER = {
     "AdapterBank": "bank",
-    "ExtractionReport": "compress.extraction",
+    "ExtractionReport": "compress.extract",
     "FamilyReport": "parametric",
     "KANLayerReport": "tuner.check",
     "LoTRALearningRates": "optim.learning_rates",
     "ModelSummary": "summary",
     "ParametricAdapter": "parametric",
     "Prediction": "parametric",
-    "SlimReport": "compress.compression",
+    "SlimReport": "compress.slim",
     "Spectrum": "compress.spectra",
     "check_kan_layer": "tuner.check",
     "create_lotra_optimizer": "optim.learning_rates",
-    "extract_lotra": "compress.extraction",
+    "extract_lotra": "compress.extract",
     "gradient_spectrum": "compress.spectra",
     "lotra_lr_multipliers": "optim.learning_rates",
     "model_summary": "summary",
     "push_to_hub": "hub.push",
-    "slim": "compress.compression",
+    "slim": "compress.slim",
     "suggest_ranks": "compress.spectra",
-    "to_dense": "compress.compression",
+    "to_dense": "compress.slim",
     "update_spectrum": "compress.spectra",
     "write_model_card": "hub.card",
 }

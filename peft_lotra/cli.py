@@ -28,14 +28,13 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
 from ._version import __version__
-from .compress.compression import slim as compress
-from .compress.extraction import extract_lotra
+from .compress.extract import extract_lotra
+from .compress.slim import slim as compress
 from .hub.card import write_model_card
 from .hub.contents import AdapterContents, adapter_folders, read_adapter, table_of_tensors
 from .kan import modeling_kan  # noqa: F401  (registers KANModel with AutoModel)
 from .layers.registry import find_kan_layers
-from .parametric.report import FamilyContents
-from .parametric.storage import FILE
+from .parametric.storage import FILE, read_family
 from .report import printable
 
 
@@ -138,7 +137,7 @@ def find(model: Network, as_json: Json = False) -> None:
 def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False) -> None:
     """Show the layers, ranks, sizes and norms of an adapter, or the members of a family (ParametricAdapter)."""
     if (path := _folder(adapter, revision) / FILE).is_file():
-        family = FamilyContents(path)
+        family = read_family(path)
         return _report(family.as_dict(), f"Family of LoTRA adapters {adapter}\n\n{family}", as_json)
     contents = AdapterContents.of(adapter, *read_adapter(_one_adapter(adapter, revision, subfolder)))
     info = contents.as_dict()

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures of spectra, of edge functions and whole networks before and after, of a training; they need matplotlib.
+"""Pictures of spectra, edge functions, changes of a network and trainings; they need matplotlib.
 
 The numbers behind the picture of a network, `edge_changes`, do not.
 """
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from .compress.features import first_output
+from .compress.data_weights import first_output
 from .compress.spectra import Spectrum
 from .layers.coefficients import CoefficientTensor
-from .layers.registry import find_kan_layers, find_layer, short_name
+from .layers.registry import find_kan_layers, find_layer
 from .layers.slim import call_with_coefficients
 from .modules.checks import check_count
 from .optim.levenberg_marquardt import LevenbergMarquardtStep
@@ -48,27 +48,24 @@ def plot_spectra(spectrum: Spectrum, figure: Figure | SubFigure | None = None) -
         >>> figure = plot_spectra(update_spectrum(KAN([3, 5, 4]), KAN([3, 5, 4])))
     """
     if not isinstance(spectrum, Spectrum):
-        raise TypeError(
-            f"`spectrum` must be a Spectrum, got {type(spectrum).__name__}: pass `update_spectrum(base, tuned)` or "
-            "`gradient_spectrum(model, config, train_step)`."
-        )
+        given = type(spectrum).__name__
+        raise TypeError(f"`spectrum` must be a Spectrum, as `update_spectrum(base, tuned)` returns, got {given}.")
     changed = {name: layer for name, layer in spectrum.layers.items() if layer.norm > 0}
     modes = max((len(layer.shape) for layer in changed.values()), default=3)
     figure = _new_figure((3 * modes, 3)) if figure is None else figure
     axes = figure.subplots(1, modes, sharey=True)
     for mode, axis in enumerate(axes):
         for name, layer in changed.items():
-            if mode >= len(layer.shape):  # of convolutions alone
-                continue
-            values = (layer.singular_values[mode] / layer.norm).cpu()
-            axis.plot(range(1, len(values) + 1), values, marker=".", label=name or "layer")
+            if mode < len(layer.shape):  # dense layers have no kernel
+                values = (layer.singular_values[mode] / layer.norm).cpu()
+                axis.plot(range(1, len(values) + 1), values, marker=".", label=name or "layer")
         axis.set(title=f"{('out', 'in', 'basis', 'kernel')[mode]} mode", xlabel="index", yscale="log")
         axis.grid(alpha=0.25)
     shares = [(values / layer.norm).min().item() for layer in changed.values() for values in layer.singular_values]
     # values that are zero to rounding would press all others together
     axes[0].set(ylim=(max(min(shares, default=0.1) / 1.5, 1e-4), 1.2), ylabel="singular value / norm")
     if changed:
-        axes[2].legend(fontsize=8)  # where all layers are
+        axes[2].legend(fontsize=8)  # all layers have this mode
     return figure
 
 
@@ -96,22 +93,19 @@ def plot_edge_functions(
 
     Raises:
         ValueError: There is no such KAN layer or edge, the layer is a convolution, or it normalizes its inputs
-            together first.
+            together.
         ImportError: Matplotlib is not installed.
 
     Example:
         >>> from peft_lotra.kan import KAN
         >>> figure = plot_edge_functions(KAN([3, 5, 4]), "layers.0", edges=[(0, 1), (4, 2)])
     """
-    known = [layer.name for layer in find_kan_layers(model)]
-    if not isinstance(layer_name, str) or short_name(layer_name) not in known:
-        raise ValueError(f"There is no KAN layer `{layer_name}` in the model, it has {known}.")
     module = find_layer(model, layer_name)
     layer, _, tensor = locate_target(layer_name, module)
     if len(tensor.shape) > 3:
         raise ValueError(
-            f"`{layer_name}` is a convolution: an edge has a function for each of {tensor.shape[3]} positions of the "
-            "kernel, and outputs are sums over these. `plot_spectra` draws such layers too."
+            f"`{layer_name}` is a convolution, whose edges have a function for each position of the kernel. "
+            "`plot_spectra` draws such layers."
         )
     before = tensor.read(layer)
     curves = {"base": before}
@@ -119,10 +113,7 @@ def plot_edge_functions(
         curves["adapted"] = module.effective_coefficients()
     change = (curves["adapted"] - before if len(curves) == 2 else before).float().square().sum(-1)
     edges = _choose_edges(edges, change)
-    x = torch.linspace(-1, 1, 101, device="cpu") if x is None else x
-    if not isinstance(x, torch.Tensor) or x.dim() != 1:
-        given = f"of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else f"of type {type(x).__name__}"
-        raise ValueError(f"`x` is {given}, but must be a tensor of the points on the axis, (n,).")
+    x = torch.linspace(-1, 1, 101, device="cpu") if x is None else x.flatten()
     functions = {
         (label, i): _functions_of(layer, tensor, coefficients, i, x.to(before))
         for label, coefficients in curves.items()
@@ -131,20 +122,17 @@ def plot_edge_functions(
     columns = min(len(edges), 3)
     rows = -(-len(edges) // columns)
     figure = _new_figure((3 * columns, 2.3 * rows)) if figure is None else figure
-    grid = figure.subplots(rows, columns, squeeze=False)
-    axes = grid.flat
+    axes = figure.subplots(rows, columns, squeeze=False).flat
     for axis, (o, i) in zip(axes, edges, strict=False):
         for label, color, dash in zip(curves, ("0.5", "tab:green"), ("--", "-"), strict=False):
             axis.plot(x.cpu(), functions[label, i][:, o].float().cpu(), color=color, ls=dash, label=label)
         axis.set_title(title(o, i), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
-    for axis in grid[:, 0]:
-        axis.set_ylabel("edge function", fontsize=8)
-    for axis in axes[max(0, len(edges) - columns) : len(edges)]:
-        axis.set_xlabel("input", fontsize=8)
     for axis in axes[len(edges) :]:
         axis.remove()
+    figure.supxlabel("input", fontsize=8)
+    figure.supylabel("edge function", fontsize=8)
     if len(curves) == 2:
         axes[0].legend(fontsize=8)
     return figure
@@ -244,10 +232,9 @@ def edge_changes(model: nn.Module) -> EdgeChanges:
             changes.share[name] = (change / size.clamp_min(1e-3 * size.mean() + 1e-12)).cpu()
     if not changes.share:
         raise ValueError(
-            "The model has no KAN layer with an active adapter (convolutions do not count: they have no edges). Its "
-            f"KAN layers: {', '.join(found[:5]) or 'none'}{', ...' * (len(found) > 5)}. Adapt it by `get_peft_model` "
-            "with a LoTRAConfig. Adapters that are merged, disabled or not active do not count: call "
-            "`unmerge_adapter`, `enable_adapter_layers` or `set_adapter`."
+            "The model has no dense KAN layer with an active adapter. Adapters that are merged (`unmerge_adapter`), "
+            "disabled (`enable_adapter_layers`) or not active (`set_adapter`) do not count, nor do convolutions. Its "
+            f"KAN layers: {', '.join(found) or 'none'}."
         )
     return changes
 
@@ -284,11 +271,10 @@ def plot_network_change(
     top = max(float(change.max()) for change in changes.values()) or 1.0
     from matplotlib.collections import LineCollection  # beside Figure, which is there
 
-    columns: list[float] = []  # of inputs and outputs, layer after layer
-    place, units = 0.0, 0
+    place, units = 0.0, None
     for name, change in changes.items():
         outputs, inputs = change.shape
-        if columns and inputs != units:
+        if units not in (None, inputs):  # does not follow the layer before
             place += 0.6
         left, right = _heights(inputs), _heights(outputs)
         order = change.flatten().argsort()[-most:]  # the largest above the others
@@ -301,7 +287,6 @@ def plot_network_change(
             axis.plot([x] * len(heights), heights, "o", color="0.25", markersize=4, zorder=3)
         cut = f", {len(order)} of {change.numel()} edges" if len(order) < change.numel() else ""
         axis.text(place + 0.5, 1.06, f"{name}\n{inputs} to {outputs}{cut}", ha="center", va="bottom", fontsize=8)
-        columns += [place, place + 1]
         place, units = place + 1, outputs
     axis.set(xlim=(-0.1, place + 0.1), ylim=(-0.05, 1.05), xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
@@ -325,8 +310,7 @@ def plot_history(
         figure: Where to draw; a new one by default.
 
     Raises:
-        TypeError: `history` is something else.
-        ValueError: The history is empty, or has another number of terms than `names`.
+        ValueError: `history` is something else or empty, or has another number of terms than `names`.
         ImportError: Matplotlib is not installed.
 
     Example:
@@ -336,13 +320,8 @@ def plot_history(
         >>> terms = [(lambda model, x, y: model(x) - y, (x, x.sin()), 1.0)]
         >>> figure = plot_history(LevenbergMarquardt(KAN([1, 4, 1])).fit(terms, steps=3, progress=False), ["data"])
     """
-    if not isinstance(history, Sequence) or not all(isinstance(step, LevenbergMarquardtStep) for step in history):
-        raise TypeError(
-            f"`history` is of type {type(history).__name__}, but must be the list of steps that "
-            "`LevenbergMarquardt(model).fit(terms, steps)` returned."
-        )
-    if not history:
-        raise ValueError("`history` is empty: pass what `LevenbergMarquardt(model).fit(terms, steps)` returned.")
+    if not isinstance(history, Sequence) or not history or not isinstance(history[0], LevenbergMarquardtStep):
+        raise ValueError("`history` must be the list of steps that `LevenbergMarquardt.fit` returned, and not empty.")
     terms = list(zip(*(step.losses for step in history), strict=False))
     if names and len(names) != len(terms):
         raise ValueError(f"`names` are {list(names)}, but the history has {len(terms)} terms.")
@@ -350,8 +329,9 @@ def plot_history(
     left, right = figure.subplots(1, 2)
     steps = range(1, len(history) + 1)
     left.plot(steps, [step.loss for step in history], color="black", label="loss")
+    labels = names or [f"term {index}" for index in range(len(terms))]
     for index, values in enumerate(terms if len(terms) > 1 else []):
-        left.plot(steps, values, ("--", ":", "-.")[index % 3], label=names[index] if names else f"term {index}")
+        left.plot(steps, values, ("--", ":", "-.")[index % 3], label=labels[index])
     held = [step.held_loss for step in history]
     if any(value == value for value in held):
         left.plot(steps, held, color="tab:red", marker=".", label="held out")
@@ -371,13 +351,12 @@ def plot_history(
 def _choose_edges(edges: int | Sequence[tuple[int, int]], change: torch.Tensor) -> list[tuple[int, int]]:
     """The pairs (output, input) to draw, by how much each edge changed (out, in)."""
     if isinstance(edges, int):
-        if edges < 1:
-            raise ValueError(f"`edges` must be at least 1, or a list of pairs (output, input), got {edges}.")
-        inputs = change.amax(0).topk(min(edges, change.shape[1])).indices.tolist()
+        count = min(check_count(edges, "edges"), change.shape[1])
+        inputs = change.amax(0).topk(count).indices.tolist()
         return [(int(change[:, i].argmax()), i) for i in inputs]
-    wrong = [edge for edge in edges if not all(0 <= index < size for index, size in zip(edge, change.shape))]  # noqa: B905
-    if wrong or not edges:
-        raise ValueError(f"`edges` must be pairs (output, input) below {tuple(change.shape)}, got {wrong or edges}.")
+    outputs, inputs = change.shape
+    if not edges or not all(0 <= o < outputs and 0 <= i < inputs for o, i in edges):
+        raise ValueError(f"`edges` must be pairs (output, input) below {tuple(change.shape)}, got {edges}.")
     return list(edges)
 
 
@@ -398,8 +377,7 @@ def _functions_of(
     functions = run(inputs, alone) - run(inputs, zero)
     if not torch.allclose(functions, run(others, alone) - run(others, zero), rtol=1e-3, atol=1e-5):
         raise ValueError(
-            f"The outputs of this {tensor.family} layer depend on its inputs together (it normalizes them first): "
-            "there are no functions of one input to draw."
+            f"This {tensor.family} layer has no functions of one input to draw: it normalizes its inputs together."
         )
     return functions
 

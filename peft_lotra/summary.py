@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a model consists of: one line for each adapter of each KAN layer."""
+"""The summary of a model: one line for each adapter of each KAN layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from .layers.registry import find_kan_layers
 from .modules.calls import unwrap
 from .report import Report, TextTable
-from .tuner.layer import LoTRALayer, lotra_layers
+from .tuner.layer import lotra_layers
 
 
 class LayerSummary(NamedTuple):
@@ -44,37 +44,34 @@ class ModelSummary(Report, list[LayerSummary]):
 
     def __init__(self, lines: Iterable[LayerSummary], model: nn.Module) -> None:
         super().__init__(lines)
-        # by identity: a layer that the model uses in several places is there once
-        parameters = list(model.parameters())
+        parameters = list(model.parameters())  # a layer that the model uses in several places counts once
         self.all_parameters = sum(parameter.numel() for parameter in parameters)
         self.trainable_parameters = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         self.kilobytes = _kilobytes([*parameters, *model.buffers()])
 
     def as_dict(self) -> dict[str, Any]:
         """The summary in plain values, for JSON."""
-        totals = ("all_parameters", "trainable_parameters", "kilobytes")
-        return {"layers": [line._asdict() for line in self], **{name: getattr(self, name) for name in totals}}
+        return {"layers": [line._asdict() for line in self], **vars(self)}
 
     def _table(self) -> TextTable:
         columns = ["layer", "family", ">(out, in, basis)", "adapter", ">ranks", ">trainable", ">kB", ">scale", "state"]
         rows = []
         for line in self:
-            out_features, in_features, basis, *kernel = line.shape
-            sizes = [out_features, in_features, f"{basis}{'+1' * line.has_residual}", *kernel]
-            row = [line.layer, line.family, f"({', '.join(map(str, sizes))})"]
+            sizes = list(map(str, line.shape))
+            sizes[2] += "+1" * line.has_residual
+            row = [line.layer, line.family, f"({', '.join(sizes)})"]
             if line.adapter is None:
                 rows.append([*row, *["-"] * 5, "not adapted"])
-            else:
-                trainable = f"{line.trainable:,} / {line.parameters:,}"
-                state = ", ".join(name for name in ("active", "merged") if getattr(line, name)) or "inactive"
-                numbers = [str(line.ranks), trainable, f"{line.kilobytes:.1f}", f"{line.scale:g}"]
-                rows.append([*row, line.adapter, *numbers, state])
+                continue
+            state = ", ".join(name for name in ("active", "merged") if getattr(line, name)) or "inactive"
+            numbers = [f"{line.trainable:,} / {line.parameters:,}", f"{line.kilobytes:.1f}", f"{line.scale:g}"]
+            rows.append([*row, line.adapter, str(line.ranks), *numbers, state])
         share = self.trainable_parameters / max(self.all_parameters, 1)
-        totals = (
+        note = (
             f"{self.trainable_parameters:,} of {self.all_parameters:,} parameters trainable ({share:.2%}); adapters "
             f"{sum(line.kilobytes for line in self):,.1f} kB of {self.kilobytes:,.1f} kB"
         )
-        return TextTable(columns, rows, [totals])
+        return TextTable(columns, rows, [note])
 
 
 def model_summary(model: nn.Module) -> ModelSummary:
@@ -97,28 +94,21 @@ def model_summary(model: nn.Module) -> ModelSummary:
         360 of 360 parameters trainable (100.00%); adapters 0.0 kB of 1.5 kB
     """
     network = unwrap(model)
-    layers = dict(lotra_layers(network))
+    adapted = dict(lotra_layers(network))
     lines = []
     for found in find_kan_layers(network):
-        bare = LayerSummary(found.name, found.family, found.shape, found.has_residual)
-        layer = layers.get(found.name)
-        adapters = [] if layer is None else [_with_adapter(bare, layer, adapter) for adapter in layer.lotra_core]
-        lines += adapters or [bare]
+        layer = adapted.get(found.name)
+        if layer is None or not layer.lotra_r:
+            lines.append(LayerSummary(*found))
+            continue
+        for adapter, ranks in layer.lotra_r.items():
+            parts = layer.get_components(adapter)
+            trainable = sum(part.numel() for part in parts if part.requires_grad)
+            numbers = (parts.numel(), trainable, _kilobytes(parts), float(layer.lotra_scaling[adapter]))
+            active = adapter in layer.active_adapters and not layer.disable_adapters
+            merged = adapter in layer.merged_adapters
+            lines.append(LayerSummary(*found, adapter, ranks, *numbers, active, merged))
     return ModelSummary(lines, model)
-
-
-def _with_adapter(bare: LayerSummary, layer: LoTRALayer, adapter: str) -> LayerSummary:
-    components = layer.get_components(adapter)
-    return bare._replace(
-        adapter=adapter,
-        ranks=layer.lotra_r[adapter],
-        parameters=components.numel(),
-        trainable=sum(component.numel() for component in components if component.requires_grad),
-        kilobytes=_kilobytes(components),
-        scale=float(layer.lotra_scaling[adapter]),
-        active=adapter in layer.active_adapters and not layer.disable_adapters,
-        merged=adapter in layer.merged_adapters,
-    )
 
 
 def _kilobytes(tensors: Iterable[torch.Tensor]) -> float:

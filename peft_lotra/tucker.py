@@ -184,10 +184,7 @@ def expand_inputs(
     """core x2 factor_in x3 factor_basis [x4 factor_kernel], (ro, in, basis [, kernel]): what factor_out mixes."""
     ro, ri, rb = core.shape[:3]
     if factor_kernel is None:
-        # by torch's own views: einops takes as long as the products of a small layer
-        tensor = (core.flatten(0, 1) @ factor_basis.T).unflatten(0, (ro, ri))  # (ro, ri, basis)
-        tensor = factor_in @ tensor.transpose(0, 1).flatten(1)  # (in, ro basis)
-        return tensor.unflatten(1, (ro, -1)).transpose(0, 1)
+        return torch.bmm(factor_in.expand(ro, -1, -1), core) @ factor_basis.T
     tensor = core.flatten(0, 2) @ factor_kernel.T  # (ro ri rb, kernel)
     tensor = rearrange(tensor, "(r rb) s -> (r s) rb", rb=rb) @ factor_basis.T  # (ro ri kernel, basis)
     tensor = factor_in @ rearrange(tensor, "(ro ri s) k -> ri (ro k s)", ro=ro, ri=ri)  # (in, ro basis kernel)

@@ -7,31 +7,16 @@ import json
 
 import pytest
 import torch
-from helpers import adapt, assert_same, base, inputs, nested, snapshot
+from helpers import adapt, assert_same, base, nested, snapshot
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from stand_ins import FAMILIES
 
-from peft_lotra import LoTRAConfig, slim
-from peft_lotra.compress.spectra import update_spectrum
+from peft_lotra import LoTRAConfig, slim, update_spectrum
 from peft_lotra.kan import KAN
 from peft_lotra.optim import LevenbergMarquardt
-from peft_lotra.plotting import (
-    edge_changes,
-    plot_edge_functions,
-    plot_history,
-    plot_network_change,
-    plot_spectra,
-)
+from peft_lotra.plotting import edge_changes, plot_edge_functions, plot_history, plot_network_change, plot_spectra
 from peft_lotra.tuner.targets import locate_target
-
-
-def assert_titles_fit(figure: Figure) -> None:
-    figure.draw_without_rendering()
-    for axis in figure.axes:
-        extent = axis.title.get_window_extent()
-        assert figure.bbox.x0 <= extent.x0 and extent.x1 <= figure.bbox.x1, axis.get_title()
 
 
 def test_spectra(tmp_path):
@@ -41,11 +26,8 @@ def test_spectra(tmp_path):
     assert [len(line.get_xdata()) for axis in figure.axes for line in axis.lines] == [5, 4, 3, 5, 9, 9]
     assert all(max(line.get_ydata()) < figure.axes[0].get_ylim()[1] for line in figure.axes[0].lines)
     figure.savefig(tmp_path / "spectra.png")
-    assert_titles_fit(figure)
-    whole = Figure()
-    part = whole.subfigures(1, 2)[1]
+    part = Figure().subfigures(1, 2)[1]
     assert plot_spectra(update_spectrum(model, model), part) is part  # a zero update too
-    whole.savefig(tmp_path / "part.png")
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "fast-kan"])
@@ -56,11 +38,9 @@ def test_the_functions_sum_up_to_the_output(family):
     edges = [(2, i) for i in range(3)]
     figure = plot_edge_functions(model, "kan", edges, x)
     assert_same(model, before)
-    outputs = {}
-    with torch.no_grad():
-        outputs["adapted"] = model(x[:, None].expand(-1, 3))[0, 2]
-        with model.disable_adapter():
-            outputs["base"] = model(x[:, None].expand(-1, 3))[0, 2]
+    with torch.no_grad(), model.disable_adapter():
+        outputs = {"base": model(x[:, None].expand(-1, 3))[0, 2]}
+    outputs["adapted"] = model(x[:, None].expand(-1, 3))[0, 2]
     layer = model.base_model.model.kan
     biases = [p for n, p in layer.base_layer.named_parameters() if n.endswith("bias") and p.numel() == 4]
     for index, label in enumerate(("base", "adapted")):
@@ -70,67 +50,45 @@ def test_the_functions_sum_up_to_the_output(family):
         assert figure.axes[0].lines[index].get_label() == label
 
 
-# the coefficients of a Slim layer are no parameters that could be exchanged
 @pytest.mark.parametrize("family", ["own", "efficient-kan"])
 def test_a_slim_layer_has_the_functions_of_the_dense_one(family):
-    small = slim(base(family), ranks=(2, 2, 3))
-    dense = small.to_dense()
-    model = adapt(small)
-    edges = [(1, 0), (3, 2)]
-    drawn = [axis.lines for axis in plot_edge_functions(model, "kan", edges).axes]
-    before = plot_edge_functions(dense, "kan", edges).axes
-    after = plot_edge_functions(model.merge_and_unload(), "kan", edges).axes
-    for lines, *others in zip(drawn, before, after, strict=True):
-        for line, axis in zip(lines, others, strict=True):
-            expected = torch.as_tensor(axis.lines[0].get_ydata())
-            torch.testing.assert_close(torch.as_tensor(line.get_ydata()), expected, atol=1e-5, rtol=1e-4)
+    model = adapt(slim(base(family), ranks=(2, 2, 3)))
+    drawn = [axis.lines[1].get_ydata() for axis in plot_edge_functions(model, "kan", [(1, 0), (3, 2)]).axes]
+    merged = plot_edge_functions(model.merge_and_unload(), "kan", [(1, 0), (3, 2)]).axes
+    for y, axis in zip(drawn, merged, strict=True):
+        torch.testing.assert_close(*map(torch.as_tensor, (y, axis.lines[0].get_ydata())), atol=1e-5, rtol=1e-4)
 
 
-def test_the_edges_that_changed_most_come_first():
+def test_which_edges_are_drawn():
     model = adapt(base("own"))
     layer = model.base_model.model.kan
     with torch.no_grad():
         layer.lotra_factor_in["default"].copy_(torch.tensor([[0.1] * 3, [3.0] * 3, [1.0] * 3]))
-    titles = [axis.get_title() for axis in plot_edge_functions(model, "kan", 2, title="{0} {1}".format).axes]
-    assert [title.split()[1] for title in titles] == ["1", "2"]
-    assert len(plot_edge_functions(model, "kan").axes) == 3  # there are no more inputs
+    for name in ("kan", "base_model.model.kan"):  # as PEFT writes it
+        titles = [axis.get_title() for axis in plot_edge_functions(model, name, 2, title="{0} {1}".format).axes]
+        assert [title.split()[1] for title in titles] == ["1", "2"]
+    figure = plot_edge_functions(model, "kan", x=torch.rand(7, 1))
+    assert len(figure.axes) == 3  # one for each input
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [7, 7]
+    assert len(plot_edge_functions(base("own"), "kan", 1).axes[0].lines) == 1  # no adapter
 
 
-def test_names_as_peft_writes_them():
-    model = adapt(base("own"))
-    lines = [plot_edge_functions(model, name, 1).axes[0].lines for name in ("kan", "base_model.model.kan")]
-    assert [line.get_ydata().tolist() for line in lines[0]] == [line.get_ydata().tolist() for line in lines[1]]
-
-
-def test_a_bare_model_has_one_curve():
-    figure = plot_edge_functions(base("own"), "kan", 1)
-    assert len(figure.axes[0].lines) == 1
-
-
-def test_errors():
-    model = base("own")
-    with pytest.raises(ValueError, match=r"no KAN layer `head`.*\['kan'\]"):
-        plot_edge_functions(model, "head")
-    with pytest.raises(TypeError, match=r"must be a Spectrum, got Single:.*`update_spectrum\(base, tuned\)`"):
-        plot_spectra(model)
-    with pytest.raises(ValueError, match=r"below \(4, 3\), got \[\(4, 0\)\]"):
-        plot_edge_functions(model, "kan", [(4, 0), (0, 0)])
-    with pytest.raises(ValueError, match="at least 1"):
-        plot_edge_functions(model, "kan", 0)
-    with pytest.raises(ValueError, match="no KAN layer `3`"):
-        plot_edge_functions(model, 3)
-    for x in (inputs(), "points"):
-        with pytest.raises(ValueError, match="must be a tensor of the points on the axis"):
-            plot_edge_functions(model, "kan", x=x)
-    normalizing = base("fast-kan")
-    assert inputs().shape == (6, 3)
-    with pytest.raises(ValueError, match="normalizes them first"):
-        plot_edge_functions(normalizing, "kan")
-
-
-##########################
-# Changes of edges       #
-##########################
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: plot_edge_functions(base("own"), "head"), "no module 'head'.*'kan'"),
+        (lambda: plot_edge_functions(nested(), "head"), "`head` is a Linear, which is not a KAN layer"),
+        (lambda: plot_spectra(base("own")), r"must be a Spectrum, as `update_spectrum\(base, tuned\)` returns"),
+        (lambda: plot_edge_functions(base("own"), "kan", [(4, 0), (0, 0)]), r"below \(4, 3\), got \[\(4, 0\)"),
+        (lambda: plot_edge_functions(base("own"), "kan", 0), "`edges` is 0, but must be an integer of at least 1"),
+        (lambda: plot_edge_functions(base("fast-kan"), "kan"), "normalizes its inputs together"),
+        (lambda: plot_history([]), "`history` must be the list of steps"),
+        (lambda: plot_history(KAN([1, 1])), "`history` must be the list of steps"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
 
 
 def coefficients(model, name="kan"):
@@ -149,7 +107,7 @@ def test_changes_are_those_of_the_coefficients(family):
     change = (coefficients(model.merge_and_unload()) - before).norm(dim=2)
     torch.testing.assert_close(changes.change, {"kan": change}, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(changes.share, {"kan": change / before.norm(dim=2)}, atol=1e-4, rtol=1e-3)
-    assert changes.share["kan"].shape == (4, 3) and not changes.share["kan"].requires_grad
+    assert changes.share["kan"].shape == (4, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -180,28 +138,19 @@ def test_changes_of_the_adapters_in_force():
     assert list(edge_changes(model).share) == ["body.1", "tail.layers.0"]
     model.base_model.set_adapter(["first", "second"])
     layer = model.base_model.model.body[1]
-    both = sum(layer.get_delta_weight(adapter).norm(dim=2) for adapter in ("first", "second"))
     together = edge_changes(model)
     assert list(together.share) == ["body.0", "body.1", "tail.layers.0"]
-    assert (together.change["body.1"] < both).all()
     delta = sum(layer.get_delta_weight(adapter) for adapter in ("first", "second")).detach()
     torch.testing.assert_close(together.change["body.1"], delta.norm(dim=2))
     model.merge_adapter()
-    for look in (edge_changes, plot_network_change):
-        with pytest.raises(ValueError, match="no KAN layer with an active adapter.*`unmerge_adapter`"):
-            look(model)
+    with pytest.raises(ValueError, match="`unmerge_adapter`"):
+        edge_changes(model)
     model.unmerge_adapter()
     torch.testing.assert_close(edge_changes(model).share, together.share)
-    for look in (edge_changes, plot_network_change):
-        with model.disable_adapter(), pytest.raises(ValueError, match="`enable_adapter_layers`"):
-            look(model)
+    with model.disable_adapter(), pytest.raises(ValueError, match="`enable_adapter_layers`"):
+        edge_changes(model)
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(edge_changes(compiled).share, together.share)
-
-
-def test_an_adapter_that_is_new_changed_nothing():
-    changes = edge_changes(adapt(base("own"), random=False))
-    assert not changes.change["kan"].any() and {edge.share for edge in changes.most(99)} == {0.0}
 
 
 def test_the_edges_that_changed_most():
@@ -213,40 +162,28 @@ def test_the_edges_that_changed_most():
     for edge in edges:
         assert edge.change == changes.change[edge.layer][edge.output, edge.input].item()
         assert edge.share == changes.share[edge.layer][edge.output, edge.input].item()
-    changes.share["layers.1"][1, 4] = torch.nan
-    assert changes.most(2)[0][:3] == ("layers.1", 1, 4) and changes.most(2)[1] == edges[0]
-    for count in (0, -1, 2.5, None, "all"):
-        with pytest.raises(ValueError, match="`count` is .*an integer of at least 1"):
-            changes.most(count)
-
-
-def test_the_table_of_changes():
-    changes = edge_changes(get_peft_model(KAN([6, 7, 2]), LoTRAConfig(r=2, init_weights=False)))
-    first = changes.most(1)[0]
-    console = Console(width=120, color_system=None)
-    with console.capture() as capture:
-        console.print(changes)
-    for shown in (str(changes), capture.get(), changes._repr_html_()):
-        for expected in (first.layer, "share", f"{first.share:.1%}", "the 10 of 56 edges that changed most"):
-            assert expected in shown
+    with pytest.raises(ValueError, match="`count` is 0, but must be an integer of at least 1"):
+        changes.most(0)
+    for expected in (edges[0].layer, "share", f"{edges[0].share:.1%}", "the 10 of 56 edges that changed most"):
+        assert expected in str(changes)
     assert "edges that changed most" not in str(edge_changes(adapt(KAN([2, 3]))))  # all are listed
     values = json.loads(json.dumps(changes.as_dict()))
     assert values["share"]["layers.1"][0][3] == changes.share["layers.1"][0, 3].item()
+    changes.share["layers.1"][1, 4] = torch.nan  # an adapter that diverged
+    assert changes.most(2)[0][:3] == ("layers.1", 1, 4) and changes.most(2)[1] == edges[0]
 
 
-@pytest.mark.parametrize("look", [edge_changes, plot_network_change])
-def test_a_network_without_adapter_has_no_change(look):
+def test_a_network_without_adapter_has_no_change():
     mixed = torch.nn.Sequential(KAN([3, 5]), torch.nn.Linear(5, 2))
     for model, names in (
-        (KAN([3, 5]), "layers.0"),
         (get_peft_model(mixed, LoraConfig(target_modules=["1"])), "0.layers.0"),
         (torch.nn.Linear(2, 3), "none"),
     ):
-        with pytest.raises(ValueError, match=f"no KAN layer with an active adapter.*Its KAN layers: {names}\\."):
-            look(model)
+        with pytest.raises(ValueError, match=f"no dense KAN layer with an active adapter.*Its KAN layers: {names}\\."):
+            plot_network_change(model)
 
 
-def test_the_change_of_a_network(tmp_path):
+def test_the_change_of_a_network():
     model = get_peft_model(KAN([3, 5, 2]), LoTRAConfig(r=2, init_weights=False))
     before = snapshot(model)
     figure = plot_network_change(model)
@@ -260,17 +197,15 @@ def test_the_change_of_a_network(tmp_path):
     output, input_ = divmod(int(shares["layers.0"].argmax()), 3)
     assert second.get_clim() == (0, max(share.max().item() for share in shares.values()))
     assert first.get_segments()[-1].tolist() == [[0, 1 - input_ / 2], [1, 1 - output / 4]]
-    figure.savefig(tmp_path / "network.png")
     assert figure._repr_png_()[:4] == b"\x89PNG"
 
 
-def test_the_edges_that_changed_most_are_drawn():
+def test_of_many_edges_those_that_changed_most_are_drawn():
     model = get_peft_model(KAN([6, 7]), LoTRAConfig(r=2, init_weights=False))
     few, all_ = (plot_network_change(model, most).axes[0].collections[0].get_array() for most in (5, 100))
     assert len(few) == 5 and few.tolist() == all_[-5:].tolist()
-    for most in (0, -3, 2.5, "all"):
-        with pytest.raises(ValueError, match="`most` is .*an integer of at least 1"):
-            plot_network_change(model, most)
+    with pytest.raises(ValueError, match="`most` is 2.5, but must be an integer of at least 1"):
+        plot_network_change(model, 2.5)
 
 
 def test_history(tmp_path):
@@ -282,8 +217,5 @@ def test_history(tmp_path):
     assert list(losses) == [step.loss for step in history]
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()][:3] == ["loss", "a", "b"]
     figure.savefig(tmp_path / "history.png")
-    assert_titles_fit(figure)
     with pytest.raises(ValueError, match="2 terms"):
         plot_history(history, ["a"])
-    with pytest.raises(ValueError, match="is empty"):
-        plot_history([])

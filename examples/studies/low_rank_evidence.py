@@ -34,7 +34,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from peft_lotra.compress.extraction import extract_lotra
+from peft_lotra.compress.extract import extract_lotra
 from peft_lotra.compress.spectra import Spectrum, spectrum_of, update_spectrum
 
 

@@ -38,7 +38,7 @@ def match_layers(
     config = LoTRAConfig(base_layers=dict(record), check_base=check_base)  # pyright: ignore[reportArgumentType]
     targets = find_targets(config, base)
     read_checked(config, base, targets)
-    return targets, config.renamed
+    return targets, dict(zip(record, targets, strict=True))
 
 
 def read_adapter(

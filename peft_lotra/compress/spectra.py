@@ -25,9 +25,8 @@ from ..tucker import Ranks, cap_ranks, check_ranks, hosvd
 from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.gradients import gather_gradients
 from ..tuner.targets import find_targets
-from .features import Features, features_of
-from .inputs import Inputs
-from .updates import coefficient_updates
+from .data_weights import DataWeights, Inputs, gather_weights
+from .updates import coefficient_updates, merged
 
 
 @dataclass(eq=False)
@@ -174,22 +173,26 @@ def suggest_ranks(
     """
     if (energy is None) == (budget is None):
         raise ValueError(f"Pass one of `energy` and `budget`, got `energy`={energy} and `budget`={budget}.")
-    if energy is not None:
-        check_energy(energy)
     if isinstance(base, Spectrum) and tuned is None and inputs is None:
         layers = base.layers
     elif not isinstance(base, Spectrum) and tuned is not None:
         updates = coefficient_updates(base, tuned, scaled=inputs is not None)
         changed = [name for name, update in updates.items() if update.tensor.any()]
-        features = {} if inputs is None or not changed else features_of(tuned, changed, inputs)
-        layers = weighted_spectrum({name: update.tensor for name, update in updates.items()}, features).layers
+        weights = {} if inputs is None else gather_weights(merged(tuned), changed, inputs)
+        layers = weighted_spectra({name: update.tensor for name, update in updates.items()}, weights)
     else:
         raise ValueError("Pass either a spectrum, or a base model and a tuned one (and, if you can, `inputs`).")
-    if budget is not None:
-        ranks = _allocate(layers, budget)
-    else:
-        ranks = {name: cheapest(layer, energy or 1.0) for name, layer in layers.items()}
-    return {pattern_key(name): r for name, r in ranks.items()}
+    return {pattern_key(name): r for name, r in choose_ranks(layers, energy, budget).items()}
+
+
+def choose_ranks(
+    layers: Mapping[str, LayerSpectrum], energy: float | None = None, budget: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The ranks of each layer for an energy or for a budget."""
+    if energy is None:
+        return _allocate(layers, budget)
+    check_energy(energy)
+    return {name: cheapest(layer, energy) for name, layer in layers.items()}
 
 
 def check_energy(energy: float) -> None:
@@ -208,10 +211,12 @@ def spectrum_of(tensor: torch.Tensor) -> LayerSpectrum:
     return LayerSpectrum(tuple(tensor.shape), tensor.double().norm().item(), singular_values, energies)
 
 
-def weighted_spectrum(tensors: Mapping[str, torch.Tensor], features: Mapping[str, Features]) -> Spectrum:
-    """The spectrum of tensors (out, in, basis [, kernel]) by layer, weighted by the features where there are any."""
-    weighted = {name: features[name].weigh(t) if name in features else t for name, t in tensors.items()}
-    return Spectrum({name: spectrum_of(tensor) for name, tensor in weighted.items()})
+def weighted_spectra(
+    tensors: Mapping[str, torch.Tensor], weights: Mapping[str, DataWeights]
+) -> dict[str, LayerSpectrum]:
+    """The spectra of tensors (out, in, basis [, kernel]) by layer, weighted by data where there is any."""
+    weighted = {name: weights[name].weigh(t) if name in weights else t for name, t in tensors.items()}
+    return {name: spectrum_of(tensor) for name, tensor in weighted.items()}
 
 
 def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, ...]:
@@ -221,7 +226,7 @@ def cheapest(layer: LayerSpectrum, energy: float) -> tuple[int, ...]:
     return _ranks_at(layer, costs.argmin())
 
 
-def _allocate(layers: dict[str, LayerSpectrum], budget: int) -> dict[str, tuple[int, ...]]:
+def _allocate(layers: Mapping[str, LayerSpectrum], budget: int | None) -> dict[str, tuple[int, ...]]:
     """The ranks that keep the most energy for at most `budget` parameters in all.
 
     Each greedy step raises the ranks of the layer that gains the most energy per parameter. The result is optimal

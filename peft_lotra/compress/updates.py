@@ -1,14 +1,16 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The changes of the coefficients of a network by fine-tuning."""
+"""Changes of the coefficients of a network by fine-tuning."""
 
 from __future__ import annotations
 
+import copy
 from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ..layers.registry import find_kan_layers
@@ -20,16 +22,21 @@ from ..tuner.targets import locate_target
 class CoefficientUpdate(NamedTuple):
     """The change of the coefficients (out, in, basis [+ 1] [, kernel]) of one layer by fine-tuning, in float64.
 
-    With a `scale`, by which the base layer multiplies its coefficients, the change is of coefficient times scale.
+    With a `scale`, that of the base layer's edges, it is the change of coefficient times scale.
     """
 
     tensor: torch.Tensor
     scale: torch.Tensor | None = None
 
     def missed(self, delta: torch.Tensor) -> torch.Tensor:
-        """The difference of the update and a change of the base model's coefficients."""
+        """The update minus that by a change `delta` of the base model's coefficients."""
         delta = delta.to(self.tensor)
         return self.tensor - (delta if self.scale is None else self.scale * delta)
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The network inside of wrappers, of a PEFT model a copy with its active adapters merged."""
+    return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else unwrap(model)
 
 
 @torch.no_grad()
@@ -65,7 +72,10 @@ def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False)
 
 
 def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The coefficients in force and the scales of the layer's edges, (out, in, basis [+ 1] [, kernel]) in float64."""
+    """The coefficients, with active adapters, and the scales of the edges, (out, in, basis [+ 1] [, kernel]), float64.
+
+    The scales are `None` for a layer without them, and 1 for the residual branch.
+    """
     with read_at_rest(module):
         layer, spec, tensor = locate_target(name, module)
         if isinstance(module, LoTRALayer):

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Modules and their modes, calls of layers with other parameters, and the network inside of wrappers."""
+"""Modes of modules, calls of layers with other parameters, and the network inside of wrappers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIs
 
 
 def check_module(model: Any, argument: str = "model") -> None:
-    """Raises a TypeError for what is no module, such as a class, a config, a path or a state dict."""
+    """Raises a TypeError unless a value is a module, not compiled by `torch.jit`."""
     if not isinstance(model, nn.Module):
         given = f"the class {model.__name__}" if isinstance(model, type) else f"of type {type(model).__name__}"
         raise TypeError(f"`{argument}` must be a network, a `torch.nn.Module`, but is {given}.")
@@ -31,14 +31,8 @@ def check_module(model: Any, argument: str = "model") -> None:
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
-    """All modules of a model, each once, without the names that `model.modules()` makes up first."""
-    modules, seen = [model], {model}
-    for module in modules:  # which grows
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                modules.append(child)
-    return modules
+    """All modules of a model, each once."""
+    return list(model.modules())
 
 
 @contextmanager
@@ -54,21 +48,16 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def read_at_rest(model: nn.Module) -> Iterator[None]:
-    """Lets parametrizations be read as in evaluation mode: in training, each read of some changes their buffers
-    (`spectral_norm`)."""
-    lists = [module for module in modules_of(model) if isinstance(module, ParametrizationList)]
-    training = [module for parametrizations in lists for module in modules_of(parametrizations) if module.training]
-    try:
-        for module in training:
-            module.training = False
+    """Puts parametrizations into evaluation mode: in training, reading `spectral_norm` changes its buffers."""
+    with modes_kept(model):
+        for module in modules_of(model):
+            if isinstance(module, ParametrizationList):
+                module.eval()
         yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def freeze_norms(model: nn.Module) -> None:
-    """Puts norms with running statistics into evaluation mode, but those that PEFT's `modules_to_save` trains."""
+    """Puts norms with running statistics into evaluation mode, except those that `modules_to_save` trains."""
     modules = [module for module in modules_of(model) if not isinstance(module, torch.jit.ScriptModule)]
     saved: set[nn.Module] = set()
     for module in modules:
@@ -82,9 +71,10 @@ def freeze_norms(model: nn.Module) -> None:
 def set_mode(module: nn.Module, training: bool) -> None:
     """Sets the mode of a module and of those inside, as `module.train(training)` does.
 
-    In networks whose method `train` is a training loop (pykan of 2024) torch's own takes its place.
+    A method `train` without an argument `mode` is a training loop (pykan of 2024) and is not called.
     """
-    if type(module).train is not nn.Module.train and _switches_mode(type(module).train):
+    train = type(module).train
+    if train is not nn.Module.train and "mode" in inspect.signature(train).parameters:
         module.train(training)
         return
     module.training = training
@@ -92,20 +82,12 @@ def set_mode(module: nn.Module, training: bool) -> None:
         set_mode(child, training)
 
 
-@lru_cache(maxsize=256)
-def _switches_mode(train: Callable[..., Any]) -> bool:
-    """Whether a method may be called as torch calls `train`."""
-    _, *parameters = inspect.signature(train).parameters.values()
-    first = next(iter(parameters), None)
-    return first is not None and (
-        first.name == "mode" or isinstance(first.default, bool) or first.kind is first.VAR_POSITIONAL
-    )
-
-
 @contextmanager
 def attributes_kept(model: Callable, of_transforms: bool = True) -> Iterator[None]:
-    """Puts back the attributes in which modules keep tensors of a forward pass (pykan), or those of `of_transforms`
-    alone, which are dead after a transform of `torch.func`."""
+    """Restores the attributes in which modules keep tensors of a forward pass (pykan).
+
+    With `of_transforms`, only tensors of a `torch.func` transform, which cannot be used after it.
+    """
     modules = model.modules() if isinstance(model, nn.Module) else ()
     before = [(vars(module), dict(vars(module))) for module in modules]
     try:
@@ -122,7 +104,7 @@ def attributes_kept(model: Callable, of_transforms: bool = True) -> Iterator[Non
 
 
 def _holds_tensor(value: Any, of_transform: bool) -> bool:
-    """Whether a value is a tensor, or a list with one; or such a one of a transform."""
+    """Whether a value is a tensor, or a list with one; with `of_transform`, one of a `torch.func` transform."""
     if isinstance(value, torch.Tensor):
         return not of_transform or _functorch.is_functorch_wrapped_tensor(value)
     return isinstance(value, (list, tuple)) and any(_holds_tensor(part, of_transform) for part in value)
@@ -157,9 +139,9 @@ class _Call(nn.Module):
 
 
 class _Settled(nn.Module):
-    """Passes over the assignment of a parameter to itself, e.g. `self.w = nn.Parameter(self.w.to(x.device))`.
+    """Ignores assignments of a parameter to itself, such as `self.w = nn.Parameter(self.w.to(x.device))`.
 
-    It would take the place of the tensor that was put in, without its graph.
+    They would replace the tensor of `call_with_parameters` by one without a graph.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -177,7 +159,7 @@ def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 @lru_cache(maxsize=256)
 def settled(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """The class, settled if one of its methods, besides the constructor, assigns one of these parameters."""
+    """The class; a subclass of `_Settled` if a method other than the constructor assigns one of these parameters."""
     methods = [m for base in cls.__mro__[: cls.__mro__.index(nn.Module)] for m in vars(base).values()]
     functions = [inspect.unwrap(m) for m in methods if inspect.isfunction(m) and m.__name__ != "__init__"]
     codes = [function.__code__ for function in functions if inspect.isfunction(function)]
@@ -206,22 +188,22 @@ def call_with_parameters(
 ) -> Any:
     """Calls a function while tensors replace parameters of a layer.
 
-    `torch.func.functional_call` exchanges the entries of `_parameters`. FSDP (the first one) puts views of its flat
-    parameter into `__dict__`, where they hide those entries: the views are exchanged instead.
+    FSDP1 puts views of its flat parameter into `__dict__`, where they hide the parameters: the views are replaced
+    instead.
     """
     if not parameters:
         return function(*args, **kwargs)
-    owners = {name: layer.get_submodule(path) if (path := name.rpartition(".")[0]) else layer for name in parameters}
-    views = {name: owner for name, owner in owners.items() if name.rpartition(".")[2] in owner.__dict__}
+    owners = {name: layer.get_submodule(name.rpartition(".")[0]) for name in parameters}
+    views = {name: vars(owner) for name, owner in owners.items() if name.rpartition(".")[2] in vars(owner)}
     if views:
-        saved = {name: owner.__dict__[name.rpartition(".")[2]] for name, owner in views.items()}
+        before = {name: entries[name.rpartition(".")[2]] for name, entries in views.items()}
         try:
-            for name, owner in views.items():
-                owner.__dict__[name.rpartition(".")[2]] = parameters[name]
+            for name, entries in views.items():
+                entries[name.rpartition(".")[2]] = parameters[name]
             return function(*args, **kwargs)
         finally:
-            for name, owner in views.items():
-                owner.__dict__[name.rpartition(".")[2]] = saved[name]
+            for name, entries in views.items():
+                entries[name.rpartition(".")[2]] = before[name]
     module = layer
     if function is not layer:
         module, parameters = _Call(layer, function), {f"layer.{name}": value for name, value in parameters.items()}
@@ -230,7 +212,7 @@ def call_with_parameters(
 
 
 def attribute_by(call: Callable, layer: nn.Module, name: str, computed: Collection[str]) -> Any:
-    """An attribute of a layer; `call` reads the `computed` ones and the properties, and runs the methods."""
+    """An attribute of a layer: `call` evaluates `computed` names and properties, and runs methods."""
     if name in computed or isinstance(inspect.getattr_static(type(layer), name, None), property):
         return call(getattr, layer, name)
     value = getattr(layer, name)
@@ -238,7 +220,7 @@ def attribute_by(call: Callable, layer: nn.Module, name: str, computed: Collecti
 
 
 def share_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Gives a module the hooks around the forward and backward pass of the one whose place it takes."""
+    """Copies the forward and backward hooks of a module to the one that replaces it."""
     for kind, hooks in vars(old).items():
         if kind.startswith(("_forward_", "_backward_")) and isinstance(hooks, dict):
             vars(new)[kind].update(hooks)
@@ -247,14 +229,15 @@ def share_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether calls of a module run a graph of `torch.compile`, which keeps the hooks that it was traced with."""
+    """Whether calls of a module run a graph of `torch.compile`, which ignores later hooks."""
     return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside the wrappers that `torch.compile`, data parallelism and PEFT put around it.
+    """The network inside the wrappers of `torch.compile`, data parallelism and PEFT.
 
-    Raises a TypeError for what is no module.
+    Raises:
+        TypeError: `model` is no module.
     """
     check_module(model)
     inner: Any = model

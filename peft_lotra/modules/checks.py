@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Arguments of users: numbers, functions, paths and names."""
+"""Checks of arguments: numbers, functions and paths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def as_number(value: Any) -> float:
-    """A finite number, or one in a tensor, as a float; NaN, of which no comparison is true, for anything else."""
+    """A finite number, or a tensor with one, as a float; NaN for anything else, so that every comparison is false."""
     try:
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # None, a list, 10**400, several numbers in a tensor
@@ -49,12 +49,6 @@ def check_function(value: Any, argument: str) -> None:
 
 
 def check_path(path: Any, argument: str) -> None:
-    """Raises a `TypeError` unless a value can be that of a path, or of a repository on the Hub."""
+    """Raises a `TypeError` unless a value is a path or the name of a repository on the Hub."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"`{argument}` is {path!r:.100}, but must be a path: a string or a `pathlib.Path`.")
-
-
-def check_name(name: Any, argument: str = "adapter_name") -> None:
-    """Raises a `TypeError` unless a value is a string."""
-    if not isinstance(name, str):
-        raise TypeError(f"`{argument}` is {name!r:.100}, but must be a string.")

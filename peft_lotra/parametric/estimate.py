@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Estimates of the errors of predictions, by what one Gauss-Newton step of the whole network would change."""
+"""Estimates of the errors of predictions, by the change that one Gauss-Newton step of the whole network makes."""
 
 from __future__ import annotations
 
@@ -9,34 +9,27 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..modules.calls import call_with_parameters
 from ..optim.least_squares import LeastSquares, Term, check_terms
 from ..optim.linear_model import LinearModel
-from .between import PointsBetween, inputs_of
+from .held_out import HeldOutPoints, inputs_of
 from .members import Member, Point, argument, residuals_of, trainable, write
 
 
-# With less damping the step fits single points, with more it does not reach what is wrong: docs/notes/parametric.md.
+# With less damping the step fits single points, with more it does not reach the error: docs/notes/parametric.md.
 DAMPING = 1e-8
 MEMORY = 2**30  # bytes of a Jacobian and its matrix; a larger network is stepped in a member's coordinates
 VALUES = 128  # values, or random combinations of more, that an error is the norm of
 
 
-class Linearization(NamedTuple):
-    """What a step that removes residuals does to the values, near a member."""
-
-    change: Tensor  # (M, values), from residuals to the change of the values
-    norm: float  # of the values
-
-
+@dataclass
 class ErrorEstimates:
     """The relative errors of predictions, estimated by ||V (J^T J + damping)^-1 J^T r|| / ||values||.
 
@@ -44,7 +37,7 @@ class ErrorEstimates:
     few, V that of the values whose error counts. J and V are those of the nearest member, computed once, so that an
     estimate costs an evaluation of the residuals.
 
-    Args:
+    Attributes:
         model: The model with the adapter. It is written to.
         terms_of: The terms of the fit.
         held_terms_of: Terms at points to which no member is fitted, by default those of the fit between its points.
@@ -54,102 +47,76 @@ class ErrorEstimates:
     2001, for errors as residuals that are weighted by the inverse of the operator.
     """
 
-    def __init__(
-        self,
-        model: PeftModel,
-        terms_of: Callable[[Any], Any],
-        held_terms_of: Callable[[Any], Any] | None = None,
-        values_of: Callable[[nn.Module, Any], Tensor] | None = None,
-    ) -> None:
-        self.model, self.values_of = model, values_of
-        self.terms_of, self.held_terms_of = terms_of, held_terms_of
-        self._between = PointsBetween()
-        self._is_blind = self._has_warned = False
-        self._known: dict[tuple[Point, bytes], Linearization | None] = {}
+    model: PeftModel
+    terms_of: Callable[[Any], Any]
+    held_terms_of: Callable[[Any], Any] | None
+    values_of: Callable[[nn.Module, Any], Tensor] | None
+    _held_out: HeldOutPoints = field(default_factory=HeldOutPoints)
+    _changes: dict[tuple[Point, bytes], Tensor | None] = field(default_factory=dict)  # of the members
 
     def at(self, point: Point, vector: np.ndarray, nearest: Member) -> float:
-        """The estimate for the coordinates at a parameter; NaN if the rows are not what the model takes."""
+        """The estimate for the coordinates at a parameter; NaN if the rows of the terms are no inputs of the model."""
+        key = (nearest.parameter, nearest.vector.tobytes())
         with torch.inference_mode(False), torch.enable_grad():
-            key = (nearest.parameter, nearest.vector.tobytes())
-            if key not in self._known:
-                self._known[key] = self._linearize(nearest.parameter, nearest.vector)
+            if key not in self._changes:
+                self._changes[key] = self._change(nearest.parameter, nearest.vector)
             write(self.model, vector)
-            residuals = residuals_of(self.model, self._terms(point))
-            found = self._known[key]
-            if found is not None and len(found.change) != len(residuals):  # other points than at the member
-                found = self._linearize(point, vector)
-        return math.nan if found is None else (residuals @ found.change).norm().item() / found.norm
+            residuals = residuals_of(self.model, self._terms(point)[0])
+            change = self._changes[key]
+            if change is not None and len(change) != len(residuals):  # other points than at the member
+                change = self._change(point, vector)
+        return math.nan if change is None else (residuals @ change).norm().item()
 
-    def _terms(self, point: Point) -> list[Term]:
-        terms = list(self.terms_of(argument(point)))
+    def _terms(self, point: Point) -> tuple[list[Term], bool]:
+        """The terms of the fit and those at other points, and whether there are other points."""
+        terms = check_terms(self.terms_of(argument(point)))
         if self.held_terms_of is not None:
-            return check_terms([*terms, *self.held_terms_of(argument(point))])
-        terms = check_terms(terms)
-        between = self._between.of(terms, partial(_takes, self.model))
-        self._is_blind = not between
-        return [*terms, *between]
+            held = check_terms(self.held_terms_of(argument(point)))
+        else:
+            held = self._held_out.of(terms, self.model)
+        return [*terms, *held], bool(held)
 
-    def _linearize(self, point: Point, vector: np.ndarray) -> Linearization | None:
+    def _change(self, point: Point, vector: np.ndarray) -> Tensor | None:
+        """The linear map (M, values) from residuals to the relative change of the values by the step; None without."""
         write(self.model, vector)
-        terms = self._terms(point)
+        terms, has_held = self._terms(point)
         residuals = residuals_of(self.model, terms)
         network: nn.Module = copy.deepcopy(self.model).merge_and_unload()
         for part in network.parameters():
             part.requires_grad_(part.is_floating_point())
         count = sum(part.numel() for part in trainable(network).values())
-        if self._is_blind and len(residuals) < count and not self._has_warned:
-            self._has_warned = True
+        if not has_held and len(residuals) < count:
             warnings.warn(
                 f"Indicators of this family may miss most of the error: a network of {count} parameters can fit each "
                 f"of its {len(residuals)} residuals, and nothing is known between their points. Give `held_terms_of`, "
                 "the same terms at other points.",
-                stacklevel=5,
+                stacklevel=4,
             )
         if 8 * count * max(count, len(residuals)) > MEMORY // 4:
-            network = self.model
-        values, gradients = self._values(network, point, terms)
+            network = copy.deepcopy(self.model)
+        network.double()
+        values = self._values(network, point, terms)
         if values is None:
             return None
+        leaves = list(trainable(network).values())
+        gradients = [torch.autograd.grad(v, leaves, retain_graph=True, materialize_grads=True) for v in values]
+        flat = torch.stack([torch.cat([part.flatten() for part in parts]) for parts in gradients])
         problem = LeastSquares(network, trainable(network), terms, MEMORY, {})
         linear = LinearModel(problem, residuals, 1.0, in_parameter_space=True)
-        steps = linear.inverse(DAMPING, gradients.T)
-        if steps is None or linear.jacobian is None or not steps.isfinite().all():
+        steps = linear.inverse(DAMPING, flat.T)
+        if steps is None or linear.jacobian is None:
             return None
-        return Linearization(linear.jacobian @ steps, values.norm().item())
+        return linear.jacobian @ steps / values.detach().norm()
 
-    def _values(self, network: nn.Module, point: Point, terms: list[Term]) -> tuple[Tensor | None, Tensor]:
-        """The values, or random combinations, and their derivatives (values, P) in the trainable parameters."""
-        exact = _in_float64(network)
-        leaves = [exact[name].requires_grad_() for name in trainable(network)]
+    def _values(self, network: nn.Module, point: Point, terms: list[Term]) -> Tensor | None:
+        """The values whose error counts, or random combinations of them; None if they are not known."""
         if self.values_of is not None:
-            function = partial(self.values_of, network, argument(point))
-            values = call_with_parameters(network, exact, function, (), {})
+            values = self.values_of(network, argument(point)).flatten()
+        elif (found := inputs_of(terms[0][1], network)) is not None:
+            values = network(found[0][:: -(-len(found[0]) // VALUES)]).flatten()
         else:
-            found = inputs_of(terms[0][1], partial(_takes, network))
-            if found is None:  # the rows are not inputs of the model, and there is no other that is known
-                return None, torch.empty(0, device="cpu")
-            inputs = found[0][:: -(-len(found[0]) // VALUES)]
-            values = call_with_parameters(network, exact, network, (inputs,), {})
-        values = values.flatten()
+            return None
         if len(values) > VALUES:
             signs = torch.randint(2, (VALUES, len(values)), generator=torch.Generator().manual_seed(0), device="cpu")
             values = (2 * signs - 1).to(values) @ values / math.sqrt(VALUES)
-        gradients = []
-        for value in values:
-            found = torch.autograd.grad(value, leaves, retain_graph=True, materialize_grads=True)
-            gradients.append(torch.cat([part.flatten() for part in found]))
-        return values.detach(), torch.stack(gradients)
-
-
-def _in_float64(network: nn.Module) -> dict[str, Tensor]:
-    state = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    return {name: part.detach().double() for name, part in state.items() if part.is_floating_point()}
-
-
-@torch.no_grad()
-def _takes(network: nn.Module, inputs: Tensor) -> bool:
-    """Whether a network takes inputs (n, I); what it raises otherwise depends on the network."""
-    try:
-        return isinstance(call_with_parameters(network, _in_float64(network), network, (inputs,), {}), Tensor)
-    except Exception:
-        return False
+        return values

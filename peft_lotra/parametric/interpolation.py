@@ -1,46 +1,98 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Interpolation between the fitted members of a family: the weight of each at a parameter."""
+"""Interpolation between the fitted members of a family."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .members import Member, Point
 
 
 _INSIDE = 1e-9  # of the extent of the members: rounding at the ends of the range
 
 
-class Scale:
-    """Brings parameters (dim,) to coordinates in [0, 1] by the bounds of a range, or their logarithms.
+class MemberSpace:
+    """The members of a family, whose coordinates are interpolated.
+
+    Places are parameters, or their logarithms, scaled to [0, 1] by their range.
 
     Args:
-        low, high: The bounds of the range in each dimension.
-        log: Whether the dimension is scaled by the logarithm.
+        size: The number of coordinates of a member.
+        log: Whether a parameter is scaled by its logarithm; one flag for all, or one for each.
     """
 
-    def __init__(self, low: Sequence[float], high: Sequence[float], log: Sequence[bool]) -> None:
-        self.log = list(log)
-        self.low, self.high = self._raw(low), self._raw(high)
+    def __init__(self, size: int, log: bool | Sequence[bool]) -> None:
+        self.size, self.log = size, torch.tensor(log, dtype=torch.bool, device="cpu")
+        self.members: list[Member] = []
+        self.places = torch.empty(0, 1, device="cpu")  # of the members
+        self._low = self._extent = torch.zeros(1, device="cpu")
 
-    def _raw(self, points: Sequence) -> Tensor:
+    def point(self, parameter: Any) -> Point:
+        """The parameter as a tuple, of as many numbers as those of the members."""
+        point = tuple(np.asarray(parameter, dtype=np.float64).reshape(-1).tolist())
+        dim = self.log.numel() if self.log.dim() else self.places.shape[1] if self.members else len(point)
+        if not point or len(point) != dim or not np.isfinite(point).all():
+            raise ValueError(f"The parameter {parameter!r:.100} must be {dim or 'one or more'} finite numbers.")
+        if (self.log & torch.tensor([value <= 0 for value in point], device="cpu")).any():
+            raise ValueError(f"The parameter {parameter!r} must be above 0, since the family is in its logarithm.")
+        return point
+
+    def spread(self, points: Sequence[Point]) -> None:
+        """Sets the range of parameters to that of these points and the members."""
+        raw = self._raw([*points, *(member.parameter for member in self.members)])
+        self._low, self._extent = raw.amin(0), raw.amax(0) - raw.amin(0)
+        self.add(())
+
+    def add(self, members: Iterable[Member]) -> None:
+        """Adds members; those of known parameters are replaced."""
+        merged = {member.parameter: member for member in [*self.members, *members]}
+        self.members = [merged[point] for point in sorted(merged)]
+        if self.members:
+            self.places = self.places_of([member.parameter for member in self.members])
+
+    def _raw(self, points: Sequence[Point]) -> Tensor:
         values = torch.tensor(points, dtype=torch.float64, device="cpu")
-        return torch.where(torch.tensor(self.log, device="cpu"), values.clamp(min=1e-300).log(), values)
+        return torch.where(self.log, values.clamp(min=1e-300).log(), values)
 
-    def __call__(self, points: Sequence) -> Tensor:
-        """Coordinates (n, dim), or (dim,), of one or more parameters."""
-        extent = self.high - self.low
-        return (self._raw(points) - self.low) / torch.where(extent > 0, extent, torch.ones_like(extent))
+    def places_of(self, points: Sequence[Point]) -> Tensor:
+        """The places (n, dim) of parameters."""
+        return (self._raw(points) - self._low) / self._extent.where(self._extent > 0, 1.0)
 
-    def inverse(self, coordinates: Tensor) -> list[tuple[float, ...]]:
-        """The parameters of coordinates (n, dim)."""
-        raw = self.low + coordinates * (self.high - self.low)
-        return [tuple(row) for row in torch.where(torch.tensor(self.log, device="cpu"), raw.exp(), raw).tolist()]
+    def points_at(self, places: Tensor) -> list[Point]:
+        """The parameters at places (n, dim)."""
+        raw = self._low + places * self._extent
+        return [tuple(row) for row in torch.where(self.log, raw.exp(), raw).tolist()]
+
+    def is_inside(self, point: Point) -> bool:
+        """Whether a parameter lies in the convex hull of the members."""
+        return is_inside(self.places, self.places_of([point])[0])
+
+    def nearest(self, point: Point) -> Member:
+        """The member whose parameter is nearest."""
+        return self.members[nearest(self.places, self.places_of([point])[0])[0]]
+
+    def vector_at(self, point: Point, without: Point | None = None) -> np.ndarray:
+        """The interpolated coordinates (P,); outside of the members extrapolated from the nearest.
+
+        The member at `without` is left out.
+        """
+        used = [index for index, member in enumerate(self.members) if member.parameter != without]
+        if not used:
+            return np.zeros(self.size)
+        at, places = self.places_of([point])[0], self.places[used]
+        if not is_inside(places, at):
+            used = [used[index] for index in nearest(places, at)]
+        weights = weights_at(self.places[used], at).numpy()
+        return np.einsum("m,mp->p", weights, np.stack([self.members[index].vector for index in used]))
 
 
 def weights_at(points: Tensor, at: Tensor) -> Tensor:
@@ -75,7 +127,7 @@ def _monomials(points: Tensor, degree: int) -> Tensor:
 
 
 def nearest(points: Tensor, at: Tensor) -> list[int]:
-    """The points that an extrapolation uses: as many of the nearest as determine a quadratic polynomial."""
+    """The nearest points, as many as determine a quadratic polynomial, in order of their distance."""
     most = math.comb(points.shape[1] + 2, 2)
     distances = (points - at).norm(dim=1)
     return sorted(range(len(points)), key=lambda index: (distances[index].item(), index))[:most]

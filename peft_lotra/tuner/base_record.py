@@ -13,30 +13,26 @@ from typing import Any
 import torch
 
 from ..layers.registry import describe
-from .layer import LoTRALayer
-from .targets import Target
+from .layer import LoTRALayer, Target
 
 
 _PROJECTIONS = 8
-_ROW = 2048  # values that have signs of their own; those of the next row are the same, or all opposite
+_ROW_LENGTH = 2048  # values that have signs of their own; those of the next row are the same, or all opposite
 # What a base that is cast, or computed anew, may differ by, as a share of its norm.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 def record_layer(layer: LoTRALayer) -> dict[str, Any]:
     """Kind, shape, grid and parameters of a base layer, as `base_layers` of a file has them."""
-    base_layer, spec, tensor = layer.base_before_merge()
-    known = {
+    target = layer.base_before_merge()
+    base_layer, spec, tensor = target
+    return {
         "family": spec.family,
         "shape": list(tensor.shape),
         "has_residual": tensor.has_residual,
         **describe(spec, base_layer),
+        **_sketches(target, layer.parameters_before_merge()),
     }
-    before_merge = layer.parameters_before_merge()
-    sketches = _sketches(Target(base_layer, spec, tensor), before_merge)
-    if layer.merged and not before_merge and base_layer is layer.get_base_layer():
-        sketches.pop("parameters", None)  # `keep_base=False`: those of the base are lost
-    return {**known, **sketches}
 
 
 def _sketches(target: Target, before_merge: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
@@ -65,8 +61,8 @@ def sketch(values: Mapping[str, Any]) -> list[float]:
         flat = torch.as_tensor(value, device="cpu").detach().flatten().cpu()
         flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
         square_sum += flat.norm().item() ** 2
-        rows = torch.nn.functional.pad(flat, (0, -len(flat) % _ROW)).view(-1, _ROW)
-        projected = (rows @ _signs(0, _ROW).to(rows.dtype)).double()
+        rows = torch.nn.functional.pad(flat, (0, -len(flat) % _ROW_LENGTH)).view(-1, _ROW_LENGTH)
+        projected = (rows @ _signs(0, _ROW_LENGTH).to(rows.dtype)).double()
         # signs by tensor, too, so that exchanged tensors differ
         sums += (projected * _signs(place * 4096, place * 4096 + len(rows))).sum(0)
     return [square_sum**0.5, *sums.tolist()]

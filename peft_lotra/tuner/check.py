@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,9 @@ from ..layers.coefficients import expand_name
 from ..layers.probe import CURVATURE, Probe
 from ..modules.calls import check_module, read_at_rest
 from ..report import Report, TextTable
-from . import fused
 from .fused import find_formula
-from .targets import Target, locate_target
+from .layer import Target
+from .targets import locate_target
 
 
 @dataclass(eq=False)
@@ -148,21 +147,7 @@ def _roles(target: Target) -> dict[str, str]:
 
 
 def _fast_path(target: Target) -> str:
-    layer, spec, tensor = target
-    fused._warned.discard(spec.family)  # so that it warns again
-    fused._FOUND.pop(type(layer), None)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        formula = find_formula(layer, spec, tensor)
-    if formula is not None:
-        return "open, by splines in closed form" if formula.closed_form else "open, by the family's `basis`"
-    if caught:
-        return f"closed: {str(caught[0].message).partition(' Adapted layers')[0]}"
-    is_short = spec.basis is None and spec.splines is None or (tensor.has_residual and spec.activation is None)
-    reasons = {
-        "the output is not linear in the coefficients": not spec.linear,
-        "the family gives no `basis`, or no `activation`": is_short,
-        "it needs float32 or float64": tensor.get_parameter(layer).dtype not in (torch.float32, torch.float64),
-        "the formula of the family does not give, to rounding, what the layer computes": True,
-    }
-    return f"closed: {next(reason for reason, holds in reasons.items() if holds)}"
+    formula = find_formula(*target)
+    if formula is None:
+        return "closed: the base layer runs"
+    return "open, by splines in closed form" if formula.closed_form else "open, by the family's `basis`"

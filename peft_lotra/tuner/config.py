@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 import numbers
 import os
@@ -12,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import wraps
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from peft.config import PeftConfig
@@ -62,23 +60,17 @@ _SHARE = (lambda value: _is_number(value) and 0 <= value < 1, "at least 0 and be
 # What a field may be, with the words for it; None is allowed where it is the default.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha": (_is_number, "a finite number"),
-    "rank_pattern": (lambda value: isinstance(value, dict) and _are_names(list(value)), "a dict of ranks by name"),
     "alpha_pattern": (
         lambda value: isinstance(value, dict) and _are_names(list(value)) and all(map(_is_number, value.values())),
         "a dict of finite numbers by name",
     ),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"), _NAMES),
-    "layers_to_transform": (
-        lambda value: all(type(i) is int for i in _listed(value)),
-        "an index or a list of indices",
-    ),
     **dict.fromkeys(("rank_dropout", "module_dropout"), _SHARE),
     "init_weights": (
         lambda value: type(value) is bool or value in ("gradient", "hosvd"),
         "True, False, 'gradient' or 'hosvd'",
     ),
     "train": (lambda value: bool(value) and set(_listed(value)) <= _KNOWN, f"some of {KernelTucker._fields}"),
-    "adapt_residual": (lambda value: type(value) is bool, "True or False"),
     "check_base": (lambda value: value in CHECK_BASE, f"None or one of {CHECK_BASE}"),
     "base_layers": (
         lambda value: isinstance(value, dict) and all(isinstance(v, dict) and "family" in v for v in value.values()),
@@ -96,12 +88,8 @@ class Source(NamedTuple):
     ignore_mismatched_sizes: bool
 
 
-def _help_from_docstring(cls: Config) -> Config:
-    """Gives each field the help that the docstring of the class has for it, and LoRA's argument names a hint."""
-    texts = dict(re.findall(r"^ {4}(\w+) \(.*\):\n((?: {8}.*\n)+)", inspect.cleandoc(cls.__doc__ or ""), re.MULTILINE))
-    for entry in fields(cls):
-        if entry.name in texts:
-            entry.metadata = MappingProxyType({"help": " ".join(texts[entry.name].split())})
+def _with_hints(cls: Config) -> Config:
+    """Adds to the error of an unknown argument, where it is one of LoRA's, which one LoTRA has instead."""
     init = cls.__init__
 
     @wraps(init)  # PEFT reads the signature
@@ -115,7 +103,7 @@ def _help_from_docstring(cls: Config) -> Config:
     return cls
 
 
-@_help_from_docstring
+@_with_hints
 @dataclass
 class LoTRAConfig(PeftConfig):
     """
@@ -225,9 +213,9 @@ class LoTRAConfig(PeftConfig):
         # object may serve another model.
         self.targets_all_kan = self.target_modules in (None, ALL_KAN)
         self.source: Source | None = None
-        self.renamed: dict[str, str] = {}  # the names in the model of the layers that a file names
+        self.names_in_model: dict[str, str] = {}  # the names in the model of the layers that a file names
         self.default_ranks: dict[str, Ranks] = {}  # of each layer that `r=None` chose, which a save writes
-        self.record: dict[str, dict[str, Any]] | None = None
+        self.base_record: dict[str, dict[str, Any]] | None = None
 
     def _check_values(self) -> None:
         """Raises a ValueError for the first field whose value cannot be used."""
@@ -242,13 +230,6 @@ class LoTRAConfig(PeftConfig):
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-            patterns = getattr(self, name)
-            for pattern in [patterns] if isinstance(patterns, str) else patterns if isinstance(patterns, dict) else ():
-                try:
-                    re.compile(pattern)
-                except (re.error, RecursionError, OverflowError) as error:
-                    raise ValueError(f"`{name}` has {pattern[:100]!r}, which is no regex: {error}.") from error
 
     def ranks_and_alpha(self, name: str, shape: tuple[int, ...]) -> tuple[Ranks, float]:
         """The ranks of a layer of this name and shape (out, in, basis [, kernel]), not yet capped, and its `alpha`."""
@@ -299,7 +280,7 @@ class LoTRAConfig(PeftConfig):
         values.update({name: sorted(value) for name, value in values.items() if isinstance(value, set)})
         by_default = {"^" + re.escape(name): ranks for name, ranks in self.default_ranks.items()}
         values["rank_pattern"] = {**by_default, **values["rank_pattern"]}
-        values["base_layers"] = self.base_layers if self.record is None else self.record
+        values["base_layers"] = self.base_layers if self.base_record is None else self.base_record
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

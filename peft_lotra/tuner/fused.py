@@ -9,7 +9,6 @@ grid are evaluated in closed form.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,20 +20,18 @@ from torch import nn
 from ..kan.basis import SPLINE_ORDERS, UniformGrid
 from ..kan.product import spline_product
 from ..layers.coefficients import CoefficientTensor, get_or_none
-from ..layers.registry import KANLayerSpec, is_built_in
+from ..layers.registry import KANLayerSpec
 from ..modules.calls import call_with_parameters
 from ..tucker import Update, expand_inputs
+from .parameters import without_autocast
 
-
-LowRank = tuple[torch.Tensor, torch.Tensor]  # left (out, r) and right (r, in, basis [+ 1])
 
 # What formula and layer may differ by, as a share of the largest output. In float64 an adapted layer starts as its
 # base bit for bit.
 _TOLERANCE = {torch.float32: 1e-6, torch.float64: 0.0}
 _ROWS = 48  # points at which formula and layer are compared
-# The formula that was found, by class, and by what decides how a layer of it runs.
-_FOUND: WeakKeyDictionary[type, dict[Any, Formula | None]] = WeakKeyDictionary()
-_warned: set[str] = set()  # kinds of layers whose registered functions were found wrong
+# The formula that was found, by class, and by what decides how a layer of it runs: in closed form or not.
+_known_formulas: WeakKeyDictionary[type, dict[Any, list[bool]]] = WeakKeyDictionary()
 
 
 class Formula(NamedTuple):
@@ -43,13 +40,11 @@ class Formula(NamedTuple):
     Attributes:
         spec, tensor: The kind of the layer, and where it keeps its coefficients.
         closed_form: Whether the basis is evaluated by the kind's `splines`, else by its `basis`.
-        leading_shape: Whether inputs of any leading shape are taken, and outputs keep it; None if it is not known.
     """
 
     spec: KANLayerSpec
     tensor: CoefficientTensor
     closed_form: bool
-    leading_shape: bool | None = None
 
     def accepts(
         self,
@@ -65,7 +60,8 @@ class Formula(NamedTuple):
             return False
         if hasattr(stored, "placements") or torch.is_autocast_enabled(x.device.type):  # a DTensor
             return False
-        fits = x.shape[-1:] == self.tensor.shape[1:2] and (x.dim() == 2 or bool(self.leading_shape))
+        # layers of other libraries may flatten the leading dimensions
+        fits = x.shape[-1:] == self.tensor.shape[1:2] and (x.dim() == 2 or self.spec.is_of_this_package(base_layer))
         same = x.dtype == stored.dtype and all(update.tensor.core.dtype == x.dtype for update in updates)
         return fits and same and not runs_more_than_its_class(base_layer)
 
@@ -80,24 +76,24 @@ class Formula(NamedTuple):
         out, in_features, basis = self.tensor.shape
         coefficients, residual = self.tensor.read_parts(base_layer)
         scale = self.spec.scale(base_layer) if self.spec.scale is not None else None
-        pairs = [
-            (left, expand_inputs(core if isinstance(factor, float) and factor == 1.0 else factor * core, *factors))
-            for factor, (core, left, *factors) in updates
-        ]
-        rank, low_rank = sum([left.shape[1] for left, _ in pairs]), None
-        if scale is None and 2 * rank * (in_features * basis + out) < out * in_features * basis:
-            if self.tensor.has_residual:  # an update without the residual branch adds zero to it
-                pairs = [(left, F.pad(r, (0, 1)) if r.shape[-1] == basis else r) for left, r in pairs]
-            low_rank = torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs])
-        else:
-            for left, right in pairs:
-                flat = right[..., :basis].flatten(1)
-                coefficients = torch.addmm(coefficients.flatten(1), left, flat).view(out, in_features, basis)
-                if residual is not None and right.shape[-1] > basis:
-                    residual = torch.addmm(residual, left, right[..., basis])
+        lefts, rights = [], []
+        for factor, (core, left, *factors) in updates:
+            right = expand_inputs(core if isinstance(factor, float) and factor == 1.0 else factor * core, *factors)
+            lefts.append(left)
+            # an update without the residual branch adds zero to it
+            rights.append(right if residual is None or right.shape[-1] > basis else F.pad(right, (0, 1)))
+        left, right = (
+            torch.cat(parts, dim) if len(parts) > 1 else parts[0] for parts, dim in ((lefts, 1), (rights, 0))
+        )
+        right, *of_residual = (right,) if residual is None else right.split([basis, 1], dim=-1)
+        update = (left, right, *(part.squeeze(-1) for part in of_residual))
+        if scale is not None or 2 * len(right) * (in_features * basis + out) >= out * in_features * basis:
+            coefficients = torch.addmm(coefficients.flatten(1), left, right.flatten(1)).view(self.tensor.shape)
+            residual = residual if residual is None else torch.addmm(residual, left, update[2])
+            update = ()
         if scale is not None:
             coefficients = coefficients * scale.unsqueeze(-1)
-        y = self.evaluate(base_layer, x.reshape(-1, in_features), coefficients, residual, low_rank)
+        y = self.evaluate(base_layer, x.reshape(-1, in_features), coefficients, residual, update)
         return y.view(*x.shape[:-1], out)
 
     def evaluate(
@@ -106,26 +102,37 @@ class Formula(NamedTuple):
         x: torch.Tensor,
         coefficients: torch.Tensor,
         residual: torch.Tensor | None,
-        update: LowRank | None,
+        update: tuple[torch.Tensor, ...] = (),
     ) -> torch.Tensor:
-        """The output (rows, out) for x (rows, in), of scaled coefficients (out, in, basis), with an update of both."""
-        spec, basis = self.spec, coefficients.shape[-1]
-        of_splines = None if update is None else (update[0], update[1][..., :basis])
+        """The output (rows, out) for x (rows, in).
+
+        Args:
+            base_layer: The layer.
+            x: The inputs.
+            coefficients: (out, in, basis), multiplied by the scale of the layer.
+            residual: The weights (out, in) of the residual branch, if there is one.
+            update: Left (out, r) and right (r, in, basis) of an update of the coefficients, and right (r, in) of the
+                residual branch.
+        """
+        spec = self.spec
+        left, right, right_residual = (*update, None, None, None)[:3]
         if self.closed_form:
             assert spec.splines is not None
             grid = spec.splines(base_layer)
             assert grid is not None
-            y = spline_product(x, *grid, coefficients, of_splines)
+            y = spline_product(x, *grid, coefficients, None if left is None or right is None else (left, right))
         else:
             assert spec.basis is not None
             functions = spec.basis(base_layer, x).flatten(1)
-            y = functions.new_zeros(functions.shape[0], len(coefficients))  # `len` would fix the batch of an export
-            flat = None if of_splines is None else (of_splines[0], of_splines[1].flatten(1))
-            y = addmm(y, functions, coefficients.flatten(1), flat)
+            y = F.linear(functions, coefficients.flatten(1))
+            if left is not None and right is not None:
+                y = torch.addmm(y, F.linear(functions, right.flatten(1)), left.t())
         if residual is not None:
             assert spec.activation is not None
-            of_residual = None if update is None else (update[0], update[1][..., -1])
-            y = addmm(y, spec.activation(base_layer, x), residual, of_residual)
+            activation = spec.activation(base_layer, x)
+            y = torch.addmm(y, activation, residual.t())  # a weight without gradient costs none in the backward pass
+            if left is not None and right_residual is not None:
+                y = torch.addmm(y, F.linear(activation, right_residual), left.t())
         bias = get_or_none(base_layer, spec.bias or "")
         return y if bias is None else y + bias
 
@@ -139,83 +146,55 @@ def runs_more_than_its_class(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> Formula | None:
-    """The formula that gives what the layer computes in its present mode; `None` if there is none.
+    """The formula that gives what the layer computes in its present mode; None if there is none.
 
     It is found once for layers of a class, shapes and settings, closed form first, and compared with each layer. The
     layer and the random generators are left as they were.
     """
     stored = tensor.get_parameter(base_layer)
-    described = spec.basis is not None or spec.splines is not None
-    described = described and not (tensor.has_residual and spec.activation is None)  # as for Slim layers
-    is_dense = spec.linear and not tensor.shape[3:]
-    if not (described and is_dense) or stored.is_meta or stored.dtype not in _TOLERANCE:
+    is_described = (spec.basis or spec.splines) and (spec.activation or not tensor.has_residual)  # not Slim layers
+    if not is_described or not spec.linear or tensor.shape[3:] or stored.is_meta or stored.dtype not in _TOLERANCE:
         return None
     if runs_more_than_its_class(base_layer):
         return None
     if spec.is_of_this_package(base_layer):
-        return Formula(spec, tensor, closed_form=True, leading_shape=True)
+        return Formula(spec, tensor, closed_form=True)
     grid = spec.read_grid(base_layer)
     shapes = [value.shape if isinstance(value, torch.Tensor) else value for value in grid.values()]
-    key = (spec.family, tensor.shape, base_layer.training, stored.dtype, *shapes)
-    known = _FOUND.setdefault(type(base_layer), {})
-    tried = [known[key]] if key in known else [Formula(spec, tensor, closed) for closed in (True, False)]
-    devices = [stored.device] if stored.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.autocast(stored.device.type, enabled=False):
-        found = (_verified(it._replace(spec=spec, tensor=tensor), base_layer) for it in tried if it is not None)
-        formula = next((it for it in found if it is not None), None)
-    known.setdefault(key, formula)
-    return formula
+    key = (spec.basis, spec.splines, tensor.shape, base_layer.training, stored.dtype, *shapes)
+    known = _known_formulas.setdefault(type(base_layer), {})
+    tried = known[key] if key in known else (True, False)
+    with torch.random.fork_rng([stored.device] if stored.is_cuda else []), without_autocast(stored):
+        found = [closed for closed in tried if _is_right(Formula(spec, tensor, closed), base_layer)][:1]
+    known.setdefault(key, found)
+    return Formula(spec, tensor, *found) if found else None
 
 
-def _verified(formula: Formula, base_layer: nn.Module) -> Formula | None:
-    """The formula, if it gives what the layer computes at points over the grid and around it."""
-    spec, tensor = formula.spec, formula.tensor
-    coefficients, residual = tensor.read_parts(base_layer)
+def _is_right(formula: Formula, base_layer: nn.Module) -> bool:
+    """True if the formula gives what the layer computes at points over the grid and around it."""
+    spec = formula.spec
+    coefficients, residual = formula.tensor.read_parts(base_layer)
     try:
         ends = _grid_ends(base_layer, formula)
         if ends is None:
-            return None
+            return False
         points = _probe_points(*ends, coefficients)
         # with copies of the buffers, which a layer may update as it runs
         buffers = {name: buffer.clone() for name, buffer in base_layer.named_buffers()}
         expected = call_with_parameters(base_layer, buffers, base_layer, (points,), {})
-    except Exception:  # foreign code, which wants more arguments, or other shapes
-        return None
-    try:
         scale = spec.scale(base_layer) if spec.scale is not None else None
         scaled = coefficients if scale is None else coefficients * scale.unsqueeze(-1)
-        result = formula.evaluate(base_layer, points, scaled, residual, None)
-        problem = None if _agree(result, expected) else "does not give what the layer computes"
-    except Exception as error:  # foreign code
-        problem = f"raised {type(error).__name__}: {error}"
-    if problem is None and formula.leading_shape is None:
-        try:
-            stacked = call_with_parameters(base_layer, buffers, base_layer, (points.unflatten(0, (2, -1)),), {})
-            return formula._replace(leading_shape=_agree(stacked.flatten(0, 1), expected))
-        except Exception:  # it takes two dimensions alone
-            return formula._replace(leading_shape=False)
-    if problem is None:
-        return formula
-    if not formula.closed_form and not is_built_in(spec) and spec.family not in _warned:
-        _warned.add(spec.family)
-        warnings.warn(
-            f"`basis` of the kind of layer {spec.family!r}, with its `activation`, `scale` and `bias`, {problem}. "
-            "Adapted layers run their base layer, which may be slower: correct it in `register_kan_layer`.",
-            stacklevel=2,
-        )
-    return None
-
-
-def _agree(first: Any, second: Any) -> bool:
-    if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)):
+        result = formula.evaluate(base_layer, points, scaled, residual)
+    except Exception:  # foreign code, which wants more arguments, or other shapes
         return False
-    if first.shape != second.shape or first.dtype != second.dtype or not torch.isfinite(second).all():
+    if not isinstance(expected, torch.Tensor) or (result.shape, result.dtype) != (expected.shape, expected.dtype):
         return False
-    return bool((first - second).abs().max() <= _TOLERANCE[first.dtype] * second.abs().max())
+    error = (result - expected).abs().max()
+    return bool(error <= _TOLERANCE[result.dtype] * expected.abs().max()) and bool(expected.isfinite().all())
 
 
 def _grid_ends(base_layer: nn.Module, formula: Formula) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Both ends of the grid, as numbers or (in,), or `None` if the basis of this layer cannot be evaluated so."""
+    """Both ends of the grid, as numbers or (in,); None if the basis of this layer cannot be evaluated so."""
     spec = formula.spec
     if formula.closed_form:
         splines = spec.splines(base_layer) if spec.splines is not None else None
@@ -236,11 +215,3 @@ def _probe_points(low: Any, high: Any, coefficients: torch.Tensor) -> torch.Tens
     device = coefficients.device
     low, high = (torch.as_tensor(end, device=device).to(coefficients).expand(width) for end in (low, high))
     return torch.lerp(low, high, (share.view(_ROWS, width) * 3 - 1).to(coefficients))
-
-
-def addmm(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, update: LowRank | None) -> torch.Tensor:
-    """y (N, O) + x (N, I) times (weight (O, I) + left (O, r) right (r, I))^T. A weight without gradient costs none."""
-    if update is None:
-        return torch.addmm(y, x, weight.t())
-    left, right = update
-    return torch.addmm(y, x, weight.t()) + F.linear(F.linear(x, right), left)

@@ -48,8 +48,6 @@ def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable
         >>> policy = {"core": 0.03, "factor_out": 0.5}
         >>> optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2, policy=policy)
     """
-    if not isinstance(config, LoTRAConfig):
-        raise TypeError(f"`config` is of type {type(config).__name__}, but must be a LoTRAConfig.")
     if config.init_weights != "gradient":
         raise ValueError(f"`init_weights` of the configuration is {config.init_weights!r}, but must be 'gradient'.")
     model = unwrap(model)
@@ -66,8 +64,6 @@ def gather_gradients(
 
     Each gradient is taken away once it has been accumulated: the peak memory is one extra copy of the coefficients.
     """
-    if not callable(train_step):
-        raise TypeError(f"`train_step` is of type {type(train_step).__name__}, but must be a function.")
     if any(layer.merged for _, layer in lotra_layers(model)):
         raise ValueError("Adapters are merged into the model: call `unmerge_adapter` first.")
     sums: dict[torch.Tensor, torch.Tensor] = {}

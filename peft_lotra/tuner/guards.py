@@ -52,29 +52,20 @@ def release_networks(model: nn.Module) -> None:
 
 @contextmanager
 def bare_base(model: nn.Module) -> Iterator[nn.Module]:
-    """The base model as it was: with the base layers in their places, and nothing refused.
-
-    Raises a `ValueError` at the end if a base layer is not in its place any more.
-    """
-    guards = [(network, _guards(network)) for network in model.modules() if _guards(network)]
-    places = base_layers_in_place(model)
-    release_networks(model)
+    """The base model as it was: with the base layers in their places, and nothing refused."""
+    guards = [(network, found) for network in model.modules() if (found := _guards(network))]
     try:
-        yield unwrap(model)
-        lost = [
-            layer.lotra_name for parent, name, layer in places if parent._modules.get(name) is not layer.base_layer
-        ]
-        if lost:
-            raise ValueError(f"The layers {lost} were exchanged for others, to which their adapters do not belong.")
+        with base_layers_in_place(model):
+            release_networks(model)
+            yield unwrap(model)
     finally:
-        for parent, name, layer in places:
-            parent._modules[name] = layer
         for network, methods in guards:
             network.__dict__.update(methods)
 
 
-def base_layers_in_place(model: nn.Module) -> list[tuple[nn.Module, str, LoTRALayer]]:
-    """Puts the base layers into the places of the adapted ones; returns parent, name and adapted layer of each."""
+@contextmanager
+def base_layers_in_place(model: nn.Module) -> Iterator[None]:
+    """Puts the base layers into the places of the adapted ones for a while."""
     places = [
         (parent, name, child)
         for parent in model.modules()
@@ -83,7 +74,11 @@ def base_layers_in_place(model: nn.Module) -> list[tuple[nn.Module, str, LoTRALa
     ]
     for parent, name, layer in places:
         parent._modules[name] = layer.base_layer
-    return places
+    try:
+        yield
+    finally:
+        for parent, name, layer in places:
+            parent._modules[name] = layer
 
 
 def _guards(network: nn.Module) -> dict[str, partial]:
@@ -111,11 +106,9 @@ def _with_adapters_merged(network: nn.Module, name: str, *args: Any, **kwargs: A
     layers = [layer for _, layer in lotra_layers(network) if not (layer.merged or layer.disable_adapters)]
     for layer in layers:
         layer.merge()
-    places = base_layers_in_place(network)
     try:
-        return getattr(type(network), name)(network, *args, **kwargs)
+        with base_layers_in_place(network):
+            return getattr(type(network), name)(network, *args, **kwargs)
     finally:
-        for parent, child, layer in places:
-            parent._modules[child] = layer
         for layer in layers:
             layer.unmerge() if layer.merged else None

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -22,18 +21,25 @@ from ..kan.layer import KANLinear
 from ..layers.coefficients import CoefficientTensor
 from ..layers.registry import Grid, KANLayerSpec, same_grid
 from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms
-from ..modules.checks import as_number
 from ..tucker import KernelTucker, Tucker, Update
 from .by_row import output_by_row, updates_by_name
 from .config import LoTRAConfig
 from .fused import Formula, find_formula, runs_more_than_its_class
 from .initialization import initialize
-from .parameters import check_scale, check_stored, gradients_kept, loaded, refuse_grid_change, without_autocast
+from .parameters import check_stored, gradients_kept, loaded, refuse_grid_change, without_autocast
 from .rows import ForwardPass, current_pass, names_of_rows, run_by_name
 
 
 # The components of adapters, as state dicts have them; a layer without a kernel has all but the last.
 COMPONENTS = tuple(f"lotra_{name}" for name in KernelTucker._fields)
+
+
+class Target(NamedTuple):
+    """A KAN layer without adapters; its kind, and where its coefficients are."""
+
+    layer: nn.Module
+    spec: KANLayerSpec
+    coefficients: CoefficientTensor
 
 
 class LoTRALayer(nn.Module, BaseTunerLayer):
@@ -68,7 +74,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     lotra_scaling: dict[str, float]
     lotra_rank_dropout: dict[str, float]
     lotra_module_dropout: dict[str, float]
-    keep_base = True  # whether a merge keeps a copy of the parameters that it changes
     _modules: dict[str, Any]
 
     def __init__(
@@ -176,10 +181,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """
         return self.lotra_tensor.read(self.get_base_layer()).detach()
 
-    def set_base_weight(self, weight_data: torch.Tensor) -> None:
-        """Sets the coefficients of the base layer, laid out as in `get_base_weight`."""
-        self._write(self.lotra_tensor.split(weight_data))
-
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
         # PEFT looks for `.weight`, which KAN layers do not have (or, inkan, only by accident)
         parameter = self.lotra_tensor.get_parameter(base_layer)
@@ -188,29 +189,20 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Sets the scale of an adapter to `scale` times its alpha."""
         if adapter in self.lotra_scaling:
-            self.lotra_scaling[adapter] = self._check_scale(as_number(scale) * self.lotra_alpha[adapter])
+            self.lotra_scaling[adapter] = scale * self.lotra_alpha[adapter]
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the scale of the active adapters."""
-        for adapter in self._here(self.active_adapters):
-            self.lotra_scaling[adapter] = self._check_scale(self.lotra_scaling[adapter] * as_number(scale))
+        for adapter in self._present(self.active_adapters):
+            self.lotra_scaling[adapter] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the scale of the active adapters, or sets it back to alpha."""
-        for adapter in self._here(self.active_adapters):
-            value = (
-                self.lotra_alpha[adapter]
-                if scale is None
-                else self.lotra_scaling[adapter] / (as_number(scale) or math.nan)
-            )
-            self.lotra_scaling[adapter] = self._check_scale(value)
+        for adapter in self._present(self.active_adapters):
+            alpha, present = self.lotra_alpha[adapter], self.lotra_scaling[adapter]
+            self.lotra_scaling[adapter] = alpha if scale is None else present / scale
 
-    def _check_scale(self, scale: float) -> float:
-        """Returns a scale that the dtype of the base layer can hold; a `ValueError` for any other."""
-        check_scale(self.lotra_name, scale, self.lotra_tensor.get_parameter(self.get_base_layer()).dtype)
-        return scale
-
-    def _here(self, adapter_names: Iterable[str]) -> list[str]:
+    def _present(self, adapter_names: Iterable[str]) -> list[str]:
         return [name for name in adapter_names if name in self.lotra_scaling]
 
     def update_of(self, adapter: str, dropout: bool = False) -> Update:
@@ -230,12 +222,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     @property
     def is_random(self) -> bool:
         """Whether a forward pass draws rank or module dropout."""
-        adapters = self._here(self.active_adapters) if self.training else []
+        adapters = self._present(self.active_adapters) if self.training else []
         return any(self.lotra_rank_dropout[name] or self.lotra_module_dropout[name] for name in adapters)
 
     def applied_updates(self) -> list[Update]:
         """The updates that a forward pass adds to the base layer: none while they are merged or disabled."""
-        names = [] if self.merged or self.disable_adapters else self._here(self.active_adapters)
+        names = [] if self.merged or self.disable_adapters else self._present(self.active_adapters)
         return [self.update_of(name) for name in names]
 
     def effective_parameters(self) -> dict[str, torch.Tensor]:
@@ -392,7 +384,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """The updates of those of the adapters that the layer has, as they were when the pass began."""
         updates = [self.update_of(name, self.training) for name in adapters if name in self.lotra_scaling]
         if current is not None and current.replaced:  # read after the components were, see `hotswap_adapter`
-            names = self._here(adapters)
+            names = self._present(adapters)
             former = [current.replaced.get((id(self), name)) for name in names]
             updates = [u if f is None else u._replace(tensor=f) for u, f in zip(updates, former, strict=True)]
         return updates
@@ -431,14 +423,14 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             ValueError: `safe_merge`, and the merged weights are not finite. The base weights are unchanged.
             RuntimeError: The grid is not the one that the adapters were made on.
         """
-        names = self._here(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
+        names = self._present(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
         self.check_merge(names, safe_merge)
         self._merge(names)
 
     def _merge(self, names: list[str]) -> None:
         if names:
             with self._lock, torch.no_grad():
-                if not self.merged_adapters and self.keep_base:
+                if not self.merged_adapters:
                     self._before_merge = {n: value.detach().clone() for n, value in self._base_parameters().items()}
                 self._add([self.update_of(name) for name in names])
                 self.merged_adapters = [*self.merged_adapters, *names]
@@ -446,7 +438,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def check_merge(self, adapter_names: Iterable[str], safe_merge: bool = False) -> None:
         """Raises what `merge` would raise, and a ValueError for parameters that are computed from others."""
-        names, base_layer = self._here(adapter_names), self.get_base_layer()
+        names, base_layer = self._present(adapter_names), self.get_base_layer()
         if not names:  # a grid may move once all is merged
             return
         self.check_grid()
@@ -463,8 +455,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """
         Undoes all merges: the base layer has its own parameters again, bit for bit from the copy that a merge keeps.
 
-        After `merge_adapter(keep_base=False)` the updates are subtracted instead, with rounding errors.
-
         Raises:
             RuntimeError: The grid was moved after the merge: the coefficients multiply other functions.
         """
@@ -473,10 +463,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             return
         self.check_grid()
         with self._lock, torch.no_grad():
-            if self._before_merge:
-                self._restore()
-            else:
-                self._add([Update(-scale, tensor) for scale, tensor in map(self.update_of, self.merged_adapters)])
+            self._restore()
             self._before_merge, self.merged_adapters = {}, []
 
     def _base_parameters(self) -> dict[str, torch.Tensor]:
@@ -503,9 +490,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         parameters = {**self.lotra_tensor.read_parameters(self.get_base_layer()), **self._before_merge}
         return self.lotra_tensor.join(list(parameters.values())).detach()
 
-    def base_before_merge(self) -> tuple[nn.Module, KANLayerSpec, CoefficientTensor]:
-        """The base layer without its adapters, its kind, and where it keeps its coefficients."""
-        return self._modules["base_layer"], self.lotra_spec, self.lotra_tensor
+    def base_before_merge(self) -> Target:
+        """The base layer without its adapters."""
+        return Target(self._modules["base_layer"], self.lotra_spec, self.lotra_tensor)
 
     def parameters_before_merge(self) -> dict[str, torch.Tensor]:
         """The parameters that merged adapters have changed, as they were, by name."""
@@ -516,8 +503,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     ) -> nn.Module:
         """The base layer, with the adapters merged or not, and with the trained copies of modules inside of it."""
         if merge:
-            self.keep_base = False
-            self._merge(self._here(dict.fromkeys(check_adapters_to_merge(self, adapter_names))))  # which was checked
+            self._merge(
+                self._present(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
+            )  # which was checked
         base_layer = self.get_base_layer()
         for module in list(base_layer.modules()):
             for name, child in list(module._modules.items()):

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -30,12 +30,12 @@ from .saving import (
     is_saving,
     mismatches,
     prepare_for_load,
+    raise_if_any,
     read_tensors,
-    refuse,
     saved_tensors,
     select_to_save,
 )
-from .slim import SlimLoTRALayer, check_slim_merge
+from .slim import SlimLoTRALayer
 from .targets import (
     Target,
     bare_name,
@@ -93,7 +93,7 @@ class LoTRAModel(BaseTuner):
         # before super().__init__, which injects the first adapter
         self._targets: dict[str, Target] = {}
         self._parents: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # of all modules, while layers are replaced
-        self._places: list[tuple[nn.Module, str, LoTRALayer]] = []  # while PEFT copies modules inside of KAN layers
+        self._injection = ExitStack()  # closed when an adapter has been injected
         self._requires_grad_of_base: list[tuple[nn.Parameter, bool]] = []
         self.replaced: Replaced = {}  # see `hotswap_adapter`
         super().__init__(model, *args, **kwargs)
@@ -107,12 +107,8 @@ class LoTRAModel(BaseTuner):
                     "adapters out of those of tensors. Choose another name."
                 )
         requires_grad = self._requires_grad_of_base or [(it, it.requires_grad) for it in model.parameters()]
-        try:
+        with self._injection:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        finally:
-            for parent, name, layer in self._places:
-                parent._modules[name] = layer
-            self._places = []
         self._requires_grad_of_base = requires_grad
         for target in self._targets.values():
             GRADIENTS.pop(target.layer, None)
@@ -169,7 +165,8 @@ class LoTRAModel(BaseTuner):
         super()._mark_only_adapters_as_trainable(model)
         config = next(reversed(self.peft_config.values()))
         if any(".base_layer." in f"{name}." for name, _, _ in saved_tensors(config, model, dict(lotra_layers(model)))):
-            self._places = base_layers_in_place(model)  # next, PEFT copies the modules to save
+            # next, PEFT copies the modules to save, also those inside of KAN layers
+            self._injection.enter_context(base_layers_in_place(model))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         with gradients_kept([layer for _, layer in lotra_layers(self.model, adapter_name)], adapter_name):
@@ -199,7 +196,7 @@ class LoTRAModel(BaseTuner):
                 tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}
             seen.add(module)
         if saves:  # PEFT writes the configuration after the tensors
-            config.record = {name: base_record.record_layer(layer) for name, layer in layers.items()}
+            config.base_record = {name: base_record.record_layer(layer) for name, layer in layers.items()}
             if config.r is None:  # the configuration may serve other models too
                 config.default_ranks = {name: layer.lotra_r[adapter_name] for name, layer in layers.items()}
         return tensors
@@ -209,22 +206,20 @@ class LoTRAModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         check_state_dict(state_dict)
-        state_dict = _renamed(state_dict, config.renamed)
+        state_dict = _renamed(state_dict, config.names_in_model)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return prepare_for_load(state_dict, model, adapter_name)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        refuse("The tensors do not fit the adapters", mismatches(self.model, state_dict, f"{prefix}model."))
+        raise_if_any("The tensors do not fit the adapters", mismatches(self.model, state_dict, f"{prefix}model."))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # --- the forward pass ---
 
     def train(self, mode: bool = True) -> LoTRAModel:
         """Sets the mode of all modules but frozen norms, also of networks whose own `train` is a training loop."""
-        if not isinstance(mode, bool):
-            raise ValueError(f"The mode is {mode!r}: expected `True` for training, `False` for evaluation.")
         self.training = mode
         for child in self.children():
             set_mode(child, mode)
@@ -254,81 +249,45 @@ class LoTRAModel(BaseTuner):
 
     # --- merging ---
 
-    def merge_adapter(
-        self,
-        adapter_names: list[str] | None = None,
-        safe_merge: bool = False,
-        keep_base: bool = True,
-        slim: Literal["densify", "truncate"] = "densify",
-    ) -> None:
-        """Merges the active adapters, or those named, into the base model; `unmerge_adapter` undoes it.
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges the active adapters, or those named, into the base model; `unmerge_adapter` undoes it bit for bit.
 
         Args:
             adapter_names (`list[str]`, *optional*): The adapters.
             safe_merge (`bool`): Whether to check first that the merged weights are finite.
-            keep_base (`bool`):
-                Whether the adapted parameters are kept as they were, so that unmerging restores them bit for bit. It
-                takes their memory once more. Otherwise the update is subtracted, and each cycle of merging and
-                unmerging leaves rounding errors behind. Slim layers are always kept, which takes little.
-            slim (`str`): What becomes of Slim layers, see `merge_and_unload`.
         """
-        self._prepare_merge(adapter_names, safe_merge, slim, keep_base)
+        self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names)  # what `safe_merge` asks for was checked
 
-    def merge_and_unload(
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool = False) -> None:
+        """Checks all layers before the first is merged."""
+        check_known(adapter_names or (), self.peft_config)
+        for _, layer in lotra_layers(self.model):
+            names = [n for n in adapter_names or layer.active_adapters if n not in layer.merged_adapters]
+            layer.check_merge(names, safe_merge)
+
+    def _unload_and_optionally_merge(
         self,
+        merge: bool = True,
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-        slim: Literal["densify", "truncate"] = "densify",
     ) -> nn.Module:
-        """Merges the active adapters, or those named, into the base model, and returns it without a trace of LoTRA.
-
-        Args:
-            progressbar, safe_merge, adapter_names: As PEFT's.
-            slim (`"densify"` or `"truncate"`):
-                What becomes of Slim layers, whose ranks an adapter adds to: a dense layer, exactly; or a Slim layer of
-                the ranks that it had, by HOOI. The errors of that are in the attribute `merge_errors` of the model
-                that is returned, by layer, as shares of the norm of the merged coefficient tensors.
-        """
-        layers = self._prepare_merge(adapter_names, safe_merge, slim)
-        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
-        errors = {name: error for name, layer in layers.items() if (error := getattr(layer, "merge_error", None))}
-        if errors:
-            model.merge_errors = errors  # pyright: ignore[reportArgumentType]  (a module takes any attribute)
-        return model
-
-    def _prepare_merge(
-        self, adapter_names: list[str] | None, safe_merge: bool, slim: str, keep_base: bool = True
-    ) -> dict[str, LoTRALayer]:
-        """Checks all layers before the first is merged; returns them by name."""
-        check_slim_merge(slim)
-        check_known(adapter_names or (), self.peft_config)
-        layers = dict(lotra_layers(self.model))
-        for layer in layers.values():
-            names = [n for n in adapter_names or layer.active_adapters if n not in layer.merged_adapters]
-            layer.check_merge(names, safe_merge)
-        for layer in layers.values():
-            layer.keep_base = keep_base
-            if isinstance(layer, SlimLoTRALayer):
-                layer.slim_merge = slim
-        return layers
-
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        layers = [layer for _, layer in lotra_layers(self.model)]
-        if not merge and any(layer.merged for layer in layers):
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        elif any(layer.merged for _, layer in lotra_layers(self.model)):
             self.unmerge_adapter()
-        former: dict[LoTRALayer, Any] = {
-            layer: layer.base_before_merge()[0] for layer in layers if isinstance(layer, SlimLoTRALayer)
-        }
-        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        slims = [
+            (layer, layer.base_before_merge().layer)
+            for _, layer in lotra_layers(self.model)
+            if isinstance(layer, SlimLoTRALayer)
+        ]
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         release_networks(model)
         for parameter, flag in self._requires_grad_of_base:
             parameter.requires_grad_(flag)
-        for layer, slim in former.items():
-            if layer.base_layer is not slim:
-                for name, parameter in slim.to_dense().named_parameters():  # as trainable as the Slim layer was
-                    layer.get_base_layer().get_parameter(name).requires_grad_(parameter.requires_grad)
+        for layer, slim in slims:  # a dense layer in its place is as trainable
+            layer.base_layer.requires_grad_(any(part.requires_grad for part in slim.parameters()))
         return model
 
     add_weighted_adapter = add_weighted_adapter
@@ -345,14 +304,11 @@ def _parents(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
 
 
 def _check_adapter_name(name: Any) -> None:
-    """Raises an error for a name that cannot be that of a parameter, or that stands for the base model."""
-    if not isinstance(name, str):
-        raise TypeError(f"`adapter_name` is {name!r:.100}, but must be a string.")
-    if "." in name:  # what nn.ParameterDict would say, but only when some layers are adapted already
-        raise KeyError(f'The adapter name can\'t contain ".", got {name!r}.')
-    if not name or name == "__base__" or any(hasattr(holder(), name) for holder in (nn.ParameterDict, nn.ModuleDict)):
+    """Raises a ValueError for a name that cannot be that of a parameter, or that stands for the base model."""
+    is_reserved = isinstance(name, str) and any(hasattr(it(), name) for it in (nn.ParameterDict, nn.ModuleDict))
+    if not isinstance(name, str) or not name or "." in name or name == "__base__" or is_reserved:
         raise ValueError(
-            f"An adapter cannot be called {name!r}, which torch or PEFT use otherwise. Choose another name."
+            f"An adapter cannot be called {name!r:.100}: take a string without dots that torch does not use."
         )
 
 
@@ -361,17 +317,17 @@ def read_checked(config: LoTRAConfig, model: nn.Module, targets: dict[str, Targe
     source, recorded = config.source, config.base_layers or {}
     is_reshaped = source is not None and source.ignore_mismatched_sizes
     if recorded:
-        config.renamed = dict(zip(recorded, targets, strict=True))
-        for old, new in config.renamed.items():
+        config.names_in_model = dict(zip(recorded, targets, strict=True))
+        for old, new in config.names_in_model.items():
             for pattern in (config.rank_pattern, config.alpha_pattern):
                 if old != new and (key := get_pattern_key(list(pattern), old)) in pattern:
                     pattern[pattern_key(new)] = pattern.pop(key) if key == pattern_key(old) else pattern[key]
         merged = {name: layer.parameters_before_merge() for name, layer in lotra_layers(model)}
-        by_name = {config.renamed[name]: record for name, record in recorded.items()}
+        by_name = {config.names_in_model[name]: record for name, record in recorded.items()}
         base_record.check_base(by_name, targets, merged, config.check_base, is_reshaped)
     if source is None:
         return {}
-    tensors = _renamed(read_tensors(source, config.weights_sha256), config.renamed)
+    tensors = _renamed(read_tensors(source, config.weights_sha256), config.names_in_model)
     check_tensors(tensors, config, model, targets, is_reshaped)
     return tensors
 

@@ -14,12 +14,6 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 
-def check_scale(name: str, scale: float, dtype: torch.dtype) -> None:
-    """Raises a ValueError for a scale that the dtype of a layer of this name cannot hold."""
-    if not abs(scale) <= torch.finfo(dtype).max:  # nor NaN
-        raise ValueError(f"The update of `{name}` would be scaled by {scale}, which {dtype} cannot hold.")
-
-
 def check_stored(name: str, layer: nn.Module, parameter: str) -> None:
     """Raises a ValueError for a parameter that is computed from others; FSDP's views have no such hook."""
     path, _, leaf = parameter.rpartition(".")

@@ -14,35 +14,21 @@ from peft.utils import PeftType, register_peft_method
 NAME = "LOTRA"
 
 
-def _peft_type() -> PeftType:
-    """`PeftType.LOTRA`, added if it is not there: `register_peft_method` wants a true member of the enumeration."""
-    if NAME in PeftType.__members__:
-        if not hasattr(PeftType, NAME):  # as whoever added it to the mappings alone left it, from Python 3.12 on
-            type.__setattr__(PeftType, NAME, PeftType[NAME])
-        return PeftType[NAME]
-    member: Any = str.__new__(PeftType, NAME)
-    member._name_ = member._value_ = NAME
-    member._sort_order_ = len(PeftType._member_names_)
-    member.__objclass__ = PeftType
-    PeftType._member_names_.append(NAME)
-    PeftType._member_map_[NAME] = member
-    PeftType._value2member_map_[NAME] = member
-    type.__setattr__(PeftType, NAME, member)  # EnumType.__setattr__ refuses to touch members
-    return member
-
-
 def register(config_cls: type, model_cls: type) -> None:
     """Enters the config and the model of LoTRA in PEFT's mappings; after a reload, the newest classes."""
-    registered = mapping.PEFT_TYPE_TO_CONFIG_MAPPING.get(NAME)  # pyright: ignore[reportArgumentType]  (members equal their names)
-    if registered is None:
-        _peft_type()
-        register_peft_method(name=NAME.lower(), prefix=model_cls.prefix, config_cls=config_cls, model_cls=model_cls)
-        return
-    ours, theirs = ((cls.__module__, cls.__qualname__) for cls in (config_cls, registered))
-    if ours != theirs:
-        raise RuntimeError(
-            f"PEFT already has a method {NAME}, registered by {theirs[0]}.{theirs[1]}. Import only one of the two "
-            "packages in a process."
-        )
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[_peft_type()] = config_cls
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[_peft_type()] = model_cls
+    mappings: list[dict[Any, Any]] = [mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING]
+    former = mappings[0].get(NAME, config_cls)  # a member of PeftType equals its name
+    if former.__module__ != config_cls.__module__:
+        name = f"{former.__module__}.{former.__qualname__}"
+        raise RuntimeError(f"PEFT already has a method {NAME}, registered by {name}: import only one of the two.")
+    if NAME not in PeftType.__members__:  # `register_peft_method` wants a true member of the enumeration
+        member: Any = str.__new__(PeftType, NAME)
+        member._name_ = member._value_ = NAME
+        member._sort_order_ = len(PeftType._member_names_)
+        member.__objclass__ = PeftType
+        PeftType._member_names_.append(NAME)
+        PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
+        type.__setattr__(PeftType, NAME, member)  # EnumType.__setattr__ refuses to touch members
+    for entries in mappings:
+        entries.pop(NAME, None)
+    register_peft_method(name=NAME.lower(), prefix=model_cls.prefix, config_cls=config_cls, model_cls=model_cls)

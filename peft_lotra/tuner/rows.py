@@ -22,12 +22,17 @@ Replaced = dict[tuple[int, str], Tucker]  # the former components, by the id of 
 
 
 class ForwardPass(NamedTuple):
-    """The names of the adapters of the rows, None if all rows have the active ones; what a hotswap replaced; and the
-    names of more rows, by their number, once their order was seen."""
+    """What a forward pass carries to all layers.
+
+    Attributes:
+        names: The adapter of each row; None if all rows have the active ones.
+        replaced: The components that a hotswap has replaced meanwhile.
+        repeated_names: The names for layers that get several rows for each of the batch, by the number of rows.
+    """
 
     names: tuple[str, ...] | None
     replaced: Replaced
-    longer: dict[int, Sequence[str]]
+    repeated_names: dict[int, Sequence[str]]
 
 
 # set by `LoTRAModel` around each forward pass
@@ -70,8 +75,8 @@ def names_of_rows(names: Sequence[str], x: Any, layer: str, current: ForwardPass
     """
     if not isinstance(x, torch.Tensor) or x.dim() == 0 or len(x) == len(names):
         return names
-    if current is not None and len(x) in current.longer:
-        return current.longer[len(x)]
+    if current is not None and len(x) in current.repeated_names:
+        return current.repeated_names[len(x)]
     times, rest = divmod(len(x), len(names))
     whole = x._base  # perhaps of more rows than the batch has
     is_known = len(set(names)) == 1 or (
@@ -87,10 +92,10 @@ def names_of_rows(names: Sequence[str], x: Any, layer: str, current: ForwardPass
             f"{len(names)} and {len(x)} respectively, in `{layer}`. Let it have inputs (batch, ..., in), or call the "
             "model for the rows of each adapter."
         )
-    longer = [name for name in names for _ in range(times)]
+    repeated_names = [name for name in names for _ in range(times)]
     if current is not None:
-        current.longer[len(x)] = longer
-    return longer
+        current.repeated_names[len(x)] = repeated_names
+    return repeated_names
 
 
 def run_by_name(names: Sequence[str], run: Callable[[str, tuple, dict], Any], args: tuple, kwargs: dict) -> Any:

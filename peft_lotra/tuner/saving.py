@@ -26,8 +26,7 @@ from torch import Tensor, nn, strided
 from ..layers.registry import PREFIX
 from ..modules.checks import check_path
 from .config import LoTRAConfig, Source
-from .layer import COMPONENTS, LoTRALayer, lotra_layers
-from .targets import Target
+from .layer import COMPONENTS, LoTRALayer, Target, lotra_layers
 
 
 _FORMER_STATS = (".lotra_running_mean", ".lotra_running_var", ".lotra_num_batches_tracked")
@@ -91,7 +90,7 @@ def check_tensors(
             wrong.append(f"{name} has the shape {tuple(tensor.shape)} instead of {shape}")
         elif shape is not None and (not tensor.is_floating_point() or tensor.itemsize < 2):
             wrong.append(f"{name} is of {tensor.dtype}")
-    refuse("The file is not that of an adapter of this model", [*wrong, *_not_finite(tensors)])
+    raise_if_any("The file is not that of an adapter of this model", [*wrong, *_not_finite(tensors)])
 
 
 def saved_tensors(config: LoTRAConfig, model: nn.Module, targets: Iterable[str]) -> Iterator[tuple[str, str, Tensor]]:
@@ -116,7 +115,7 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def refuse(headline: str, wrong: list[str]) -> None:
+def raise_if_any(headline: str, wrong: list[str]) -> None:
     """Raises a ValueError if something is wrong, which names the first three."""
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -132,7 +131,7 @@ def check_state_dict(state_dict: Mapping[str, Tensor]) -> None:
             isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == strided and not tensor.is_meta
         )
     ]
-    refuse("The state dict is not that of an adapter", wrong or _not_finite(state_dict))
+    raise_if_any("The state dict is not that of an adapter", wrong or _not_finite(state_dict))
 
 
 def prepare_for_load(state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -153,7 +152,9 @@ def prepare_for_load(state_dict: Mapping[str, Tensor], model: nn.Module, adapter
             others.append(name)
         found[name] = tensor
     of_base = model.state_dict().keys() & others if others else ()
-    refuse("The state dict is not that of an adapter", [f"{name} is a parameter of the base" for name in of_base])
+    raise_if_any(
+        "The state dict is not that of an adapter", [f"{name} is a parameter of the base" for name in of_base]
+    )
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoTRALayer) and names.setdefault(module, name) != name:
@@ -201,7 +202,7 @@ def select_to_save(adapter_name: str, state_dict: dict[str, Tensor], saves: bool
                     "`save_pretrained(folder, state_dict=...)`."
                 )
         own = {key: value for key, value in state_dict.items() if f".{adapter_name}" in key}
-        refuse(f"The adapter {adapter_name!r} is not saved", _not_finite(own))
+        raise_if_any(f"The adapter {adapter_name!r} is not saved", _not_finite(own))
     return tensors
 
 

@@ -14,17 +14,9 @@ from torch import nn
 from ..layers.coefficients import CoefficientTensor
 from ..layers.registry import KANLayerSpec, get_kan_spec
 from ..modules.calls import share_hooks
-from ..tucker import Tucker, Update, direct_sum, tucker
-from .layer import LoTRALayer
+from ..tucker import Tucker, Update, direct_sum
+from .layer import LoTRALayer, Target
 from .parameters import without_autocast
-
-
-SLIM_MERGES = ("densify", "truncate")
-
-
-def check_slim_merge(slim: str) -> None:
-    if slim not in SLIM_MERGES:
-        raise ValueError(f"`slim` is {slim!r}, but must be one of {SLIM_MERGES}.")
 
 
 class SlimLoTRALayer(LoTRALayer):
@@ -32,22 +24,15 @@ class SlimLoTRALayer(LoTRALayer):
     A Slim layer (`SlimKANLinear` or `SlimLayer`) with LoTRA adapters.
 
     The base layer runs with the components of its sum with the updates, a Tucker tensor of more ranks: no dense tensor
-    is built.
-
-    Attributes:
-        slim_merge (`str`): How adapters are merged. "densify" replaces the base layer by its dense equivalent,
-            exactly; "truncate" keeps the layer Slim, at the ranks that it had, by HOOI.
-        merge_error (`float`, *optional*): After a truncating merge the norm of the difference between the sum and the
-            merged tensor, as a share of the norm of the sum.
+    is built. A merge replaces the base layer by its dense equivalent, exactly.
     """
 
-    slim_merge = "densify"
     base_layer: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # The Slim layer, its kind and its coefficients while its dense equivalent is in its place, in a tuple: as a
         # module it would be a part of the state dict.
-        vars(self).update(_slim=None, merge_error=None)
+        vars(self)["_slim"] = None
         super().__init__(*args, **kwargs)
 
     def _components_with(self, updates: Sequence[Update]) -> Tucker:
@@ -69,7 +54,7 @@ class SlimLoTRALayer(LoTRALayer):
     def _base_parameters(self) -> dict[str, torch.Tensor]:
         return super()._base_parameters() if self._slim is not None else self.base_layer.components._asdict()
 
-    def base_before_merge(self) -> tuple[nn.Module, KANLayerSpec, CoefficientTensor]:
+    def base_before_merge(self) -> Target:
         return self._slim or super().base_before_merge()
 
     def parameters_before_merge(self) -> dict[str, torch.Tensor]:
@@ -79,19 +64,7 @@ class SlimLoTRALayer(LoTRALayer):
         kept = self._before_merge
         return Tucker(**kept).dense() if "core" in kept else super()._coefficients_before_merge()
 
-    def _merge(self, names: list[str]) -> None:
-        self.keep_base = True  # a Slim layer is small
-        super()._merge(names)
-
     def _add(self, updates: Sequence[Update]) -> None:
-        if self.slim_merge == "truncate" and self._slim is None:
-            with without_autocast(updates[0].tensor.core):
-                merged = self._components_with(updates).map(torch.Tensor.double).orthogonal()
-                small = merged.truncated(self.base_layer.ranks)
-            missed = (merged.core.square().sum() - small.core.square().sum()).clamp(min=0).sqrt()
-            self.merge_error = (missed / merged.core.norm().clamp(min=1e-300)).item()
-            self._write(small.balanced()._asdict())
-            return
         if self._slim is None:
             slim = self.base_before_merge()
             # a tensor that is made in inference mode could never be trained
@@ -109,7 +82,6 @@ class SlimLoTRALayer(LoTRALayer):
             slim, self._slim = self._slim, None
             self._exchange(*slim)
         self._write(self._before_merge)
-        self.merge_error = None
 
     def _exchange(self, layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> None:
         """Replaces the base layer; the grid that is recorded is named as in the new one."""
@@ -129,10 +101,3 @@ class SlimLoTRALayer(LoTRALayer):
         if self._slim is not None:
             self._slim[0]._apply(fn, *args, **kwargs)
         return self
-
-    def set_base_weight(self, weight_data: torch.Tensor) -> None:
-        """Sets the base layer to the best approximation (HOOI) of these coefficients that its ranks allow."""
-        if self._slim is not None:
-            super().set_base_weight(weight_data)
-        else:
-            self._write(tucker(weight_data, self.base_layer.ranks).balanced()._asdict())

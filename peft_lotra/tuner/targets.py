@@ -10,29 +10,19 @@ import warnings
 from collections.abc import Iterable, Mapping
 from copy import copy
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.candidates import left_out, no_layer_message
-from ..layers.coefficients import CoefficientTensor
-from ..layers.registry import KANLayerSpec, get_kan_spec, get_recorded_spec, walk_kan_layers
+from ..layers.registry import get_kan_spec, get_recorded_spec, walk_kan_layers
 from ..layers.slim import SlimLayer
-from ..tucker import KernelTucker
 from .config import LoTRAConfig, exact_pattern
 from .initialization import check_start
-from .layer import LoTRALayer, lotra_layers
-from .parameters import check_scale, check_stored
-
-
-class Target(NamedTuple):
-    """A KAN layer to adapt, or an adapted one, without adapters; its kind, and where its coefficients are."""
-
-    layer: nn.Module
-    spec: KANLayerSpec
-    coefficients: CoefficientTensor
+from .layer import LoTRALayer, Target, lotra_layers
+from .parameters import check_stored
 
 
 def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
@@ -41,11 +31,15 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
         raise ValueError(
             '`target_modules="all-linear"` takes linear layers, which LoTRA does not adapt: leave it out.'
         )
+    if get_kan_spec(model) is not None:
+        raise ValueError(
+            f"The model is itself a KAN layer ({type(model).__name__}), and PEFT adapts layers inside a model. Wrap "
+            "it, e.g. in `torch.nn.Sequential(layer)`."
+        )
     if config.base_layers is not None:  # from a file
         return _find_recorded(config.base_layers, model)
     if config.targets_all_kan:
         return _find_all_kan(config, model)
-    _refuse_layer(model, get_kan_spec(model) is not None)
     found: dict[str, Target] = {}
     for name, module in model.named_modules():
         is_inside = any(name.startswith(f"{other}.") for other in found)
@@ -65,17 +59,8 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     return found
 
 
-def _refuse_layer(model: nn.Module, is_layer: bool) -> None:
-    if is_layer:
-        raise ValueError(
-            f"The model is itself a KAN layer ({type(model).__name__}), and PEFT adapts layers inside a model. Wrap "
-            "it, e.g. in `torch.nn.Sequential(layer)`."
-        )
-
-
 def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     layers = {name: (layer, spec) for name, layer, spec in walk_kan_layers(model)}
-    _refuse_layer(model, "" in layers)
     if not layers:
         raise ValueError(no_layer_message(model))
     chosen = copy(config)
@@ -158,7 +143,7 @@ def locate_target(name: str, module: nn.Module, record: Mapping[str, Any] | None
     `record` is what the file of an adapter says of the layer.
     """
     if isinstance(module, LoTRALayer):
-        return Target(*module.base_before_merge())
+        return module.base_before_merge()
     spec = get_recorded_spec(module, record)
     if spec is None:
         raise ValueError(
@@ -171,7 +156,7 @@ def locate_target(name: str, module: nn.Module, record: Mapping[str, Any] | None
 def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
     """Raises a ValueError for targets that cannot be adapted as the configuration says."""
     owners: dict[int, tuple[str, nn.Module]] = {}
-    adapted = {name: Target(*layer.base_before_merge()) for name, layer in lotra_layers(model)}
+    adapted = {name: layer.base_before_merge() for name, layer in lotra_layers(model)}
     for name, (layer, spec, coefficients) in {**adapted, **targets}.items():
         if isinstance(layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
             continue
@@ -192,15 +177,10 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, T
                     f"`{first}` and `{name}` share the parameter `{full_name}`, so that merging would add both "
                     "updates to it. Give each its own copy, or leave one out by `exclude_modules`."
                 )
-    for name, (layer, _, coefficients) in targets.items():
-        check_scale(name, config.ranks_and_alpha(name, coefficients.shape)[1], coefficients.get_parameter(layer).dtype)
+    for layer, _, coefficients in targets.values():
         if config.base_layers is None:  # else the components come from a file
             start = config.init_weights
             check_start(start, layer, coefficients.read(layer).detach() if start == "hosvd" else None)
-    sizes = {name: 1 + len(target.coefficients.shape) for name, target in targets.items()}
-    components = {component for size in sizes.values() for component in KernelTucker._fields[:size]}
-    if targets and config.train is not None and not components & set(config.train):
-        raise ValueError(f"`train` is {config.train}, but the layers have only the components {sorted(components)}.")
     if not config.modules_to_save:
         return
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
@@ -220,12 +200,10 @@ def warn_of_large_adapters(config: LoTRAConfig, targets: Mapping[str, Target]) -
     """Warns of the targets whose explicit `r` gives more trained parameters than the coefficients that it adapts."""
     large = []
     for name, target in targets.items() if config.r is not None else ():
-        shapes = config.component_shapes(name, target.coefficients)
-        frozen, _ = config.frozen_and_zero(shapes)
-        size = sum(prod(shape) for component, shape in shapes.items() if component not in frozen)
-        whole = prod(shape[0] for component, shape in shapes.items() if component != "core")
-        if size > whole and config.ranks_and_alpha(name, target.coefficients.shape)[0] == config.r:
-            large.append(f"{name} (ranks {shapes['core']}: {size} instead of {whole})")
+        core, *factors = config.component_shapes(name, target.coefficients).values()
+        size, dense = prod(core) + sum(map(prod, factors)), prod(rows for rows, _ in factors)
+        if size > dense and config.train is None and not config.rank_pattern:
+            large.append(f"{name} (ranks {core}: {size} instead of {dense})")
     if large:
         warnings.warn(
             f"Adapters have more parameters than the coefficients that they adapt: {', '.join(large[:5])}. Lower `r`, "

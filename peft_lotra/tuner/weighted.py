@@ -83,7 +83,6 @@ def add_weighted_adapter(
         basis = max(len(part.factor_basis) for part in parts)  # without or with a residual slice
         parts = [part.padded(basis) for part in parts]
         sums[name] = torch.stack([part.dense() for part in parts]).sum(0)
-        _check_size(name, [sums[name]], layer, weights)
         if combination_type == "linear":
             components[name] = _average(name, parts, [weight for _, weight in here])
             continue
@@ -93,8 +92,6 @@ def add_weighted_adapter(
             total = total.truncated(largest if ranks is None else check_ranks(ranks))
         components[name] = total.balanced()
 
-    for name, total in components.items():
-        _check_size(name, total, layers[name], weights)
     trained = [configs[adapter].train for adapter in adapters]
     configs[adapter_name] = replace(
         configs[adapters[0]],
@@ -154,14 +151,6 @@ def _read(layer: LoTRALayer, adapter: str, weight: float) -> Tucker:
     """The components of one adapter in float64, the core multiplied by the weight and the scale of the adapter."""
     components = layer.get_components(adapter).map(lambda part: part.detach().double())
     return components._replace(core=weight * layer.lotra_scaling[adapter] * components.core)
-
-
-def _check_size(name: str, tensors: Iterable[torch.Tensor], layer: LoTRALayer, weights: Sequence[float]) -> None:
-    """Raises a ValueError if a sum is beyond the numbers of the dtype that it is kept in."""
-    dtype = next(iter(layer.lotra_core.values())).dtype
-    largest = torch.finfo(dtype).max
-    if not all((tensor.abs() <= largest).all() for tensor in tensors):
-        raise ValueError(f"The sum at `{name}` with the weights {list(weights)} is beyond {dtype}: take smaller ones.")
 
 
 def _average(name: str, parts: Sequence[Tucker], weights: Sequence[float]) -> Tucker:

@@ -83,9 +83,9 @@ def test_a_compiled_base(tmp_path):
         assert loaded_silently(loaded, tmp_path, "error", 1)
 
 
-def test_a_base_that_a_merge_has_not_kept(tmp_path):
+def test_saved_while_merged(tmp_path):
     model, base = adapted(), net()
-    model.merge_adapter(keep_base=False)
+    model.merge_adapter()
     model.save_pretrained(tmp_path)
     assert loaded_silently(base, tmp_path, "error")
 

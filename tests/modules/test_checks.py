@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from peft_lotra.modules.checks import as_number, check_name, check_path
+from peft_lotra.modules.checks import as_number, check_path
 
 
 @pytest.mark.parametrize("value", [2, 2.0, True + 1, np.float32(2), np.int64(2), torch.tensor(2), torch.tensor([2.0])])
@@ -27,12 +27,9 @@ def test_what_is_no_number(value):
     assert math.isnan(as_number(value)) and not as_number(value) > 0
 
 
-def test_paths_and_names():
+def test_paths():
     for path in ("folder", Path("folder")):
         check_path(path, "folder")
     for path in (None, 3, ["folder"], b"folder"):
         with pytest.raises(TypeError, match="`folder` is .* must be a path"):
             check_path(path, "folder")
-    check_name("default")
-    with pytest.raises(TypeError, match="`adapter_name` is 3"):
-        check_name(3)

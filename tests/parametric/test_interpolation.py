@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_lotra.parametric.interpolation import Scale, is_inside, nearest, weights_at
+from peft_lotra.parametric.interpolation import is_inside, weights_at
 
 
 def places(count, dim, seed=0):
@@ -28,12 +28,6 @@ def test_points_themselves_have_their_own_values(dim, count):
         torch.testing.assert_close(weights_at(points, point), torch.eye(count).double()[index], atol=1e-9, rtol=0)
 
 
-def test_points_on_a_line_of_the_plane():
-    line = torch.linspace(0, 1, 6).double().unsqueeze(1) * torch.tensor([[1.0, 0.5]])
-    weights = weights_at(line, line[2] * 0.5 + line[3] * 0.5)
-    assert weights.sum().item() == pytest.approx(1.0) and weights.isfinite().all()
-
-
 def test_a_smooth_function_is_interpolated_to_high_order():
     errors = []
     for count in (9, 17):
@@ -49,16 +43,3 @@ def test_the_hull():
         assert is_inside(square, torch.tensor(at, dtype=torch.float64)) is expected
     line = torch.tensor([[0.2], [0.8]], dtype=torch.float64)
     assert is_inside(line, line[0]) and is_inside(line, line[1]) and not is_inside(line, line[1] + 1e-6)
-
-
-def test_the_nearest_determine_a_quadratic():
-    points = torch.linspace(0, 1, 5).double().unsqueeze(1)
-    assert nearest(points, torch.tensor([1.2]).double()) == [4, 3, 2]
-    assert len(nearest(places(20, 2), torch.tensor([0.1, 0.2]).double())) == 6
-
-
-def test_scales():
-    scale = Scale([0.01, -1.0], [1.0, 1.0], [True, False])
-    torch.testing.assert_close(scale([(0.1, 0.0)]), torch.full((1, 2), 0.5, dtype=torch.float64))
-    assert scale.inverse(torch.tensor([[0.5, 0.5]], dtype=torch.float64))[0] == pytest.approx((0.1, 0.0))
-    assert Scale([2.0], [2.0], [False])([[2.0]]).tolist() == [[0.0]]  # a range of one parameter

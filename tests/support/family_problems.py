@@ -5,10 +5,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import time
-
 import torch
 from torch import Tensor, nn
 
@@ -64,23 +60,6 @@ def terms_that_fail(c: float) -> list[tuple]:
     if abs(c - 2.6) < 1e-9:
         raise ZeroDivisionError("no solution here")
     return terms_of(c)
-
-
-def terms_counted(c: float) -> list[tuple]:
-    """Writes a line for each evaluation at a parameter into the file of the environment variable."""
-    with open(os.environ["PEFT_LOTRA_COUNTS"], "a") as file:
-        file.write(f"{c!r}\n")
-    return terms_of(c)
-
-
-def terms_that_kill_once(c: float) -> list[tuple]:
-    """Kills the worker, not the process of the test, at the first evaluation at 3.4."""
-    mark = os.environ["PEFT_LOTRA_COUNTS"] + ".killed"
-    if abs(c - 3.4) < 1e-9 and multiprocessing.parent_process() is not None and not os.path.exists(mark):
-        time.sleep(0.5)  # others may end before
-        open(mark, "w").close()
-        os._exit(9)
-    return terms_counted(c)
 
 
 def train_by_adam(model: nn.Module, c: float) -> None:

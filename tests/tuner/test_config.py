@@ -14,16 +14,10 @@ import pickle
 import pytest
 import torch
 from helpers import base, inputs, lotra_layers, nested
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN
-
-
-def test_every_field_has_its_help_text():
-    inherited = {field.name for field in dataclasses.fields(PeftConfig)}
-    own = [field for field in dataclasses.fields(LoTRAConfig) if field.name not in inherited]
-    assert len(own) > 10 and all(field.metadata["help"] for field in own)
 
 
 def test_the_constructor_is_that_of_a_dataclass():
@@ -41,9 +35,6 @@ def test_modes_of_arguments():
     assert LoTRAConfig(r=[1, 2, 3], rank_pattern={"x": [1, 2, 3]}).rank_pattern == {"x": (1, 2, 3)}
     with pytest.raises(ValueError, match="`layers_transform`|`layers_to_transform` cannot be used when"):
         LoTRAConfig(target_modules=".*", layers_to_transform=[0])
-    for field in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-        with pytest.raises(ValueError, match=f"`{field}`.* no regex"):
-            LoTRAConfig(**{field: {"(": 1} if "pattern" in field else "("})
 
 
 REGEXES = {

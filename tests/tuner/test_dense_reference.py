@@ -92,15 +92,6 @@ def test_merge_and_unload_leaves_no_trace(family):
     assert relative(merged(x), y) <= ROUNDING[torch.float32]
 
 
-@every_family
-def test_get_and_set_base_weight(family):
-    layer = layer_of(adapt(base(family)))
-    before = layer.get_base_weight().clone()
-    assert not layer.get_base_weight().requires_grad
-    layer.set_base_weight(2 * before)
-    assert torch.equal(layer.get_base_weight(), 2 * before)
-
-
 def test_the_layer_itself():
     model = adapt(base("own"), r=(2, 3, 100), alpha=1.5, rank_dropout=0.25)
     layer = layer_of(model)

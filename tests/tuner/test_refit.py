@@ -8,7 +8,6 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import adapt, assert_same, base, inputs, lotra_layers, nested, snapshot
-from torch import nn
 
 from peft_lotra import LoTRAConfig, refit_adapters
 from peft_lotra.kan import KAN
@@ -115,11 +114,7 @@ def test_errors_change_nothing():
         move(kan)
         raise KeyError("half-way")
 
-    def exchange(kan):
-        kan.layers[0] = nn.Identity()
-
     unchanged(model, "half-way", x, move=fail, kind=KeyError)
-    unchanged(model, "were exchanged", x, move=exchange)
     unchanged(model, "rows, 3", inputs(in_features=5), move=move)
     for odd in (x[:0], x * float("nan"), None, "text"):
         unchanged(model, "must be finite floating numbers", odd, move=move)

@@ -78,7 +78,6 @@ REFUSED = {
     "everything excluded": (nested, {"exclude_modules": ".*"}, "xclude"),
     "nothing to save": (nested, {"modules_to_save": ["haed", "head"]}, "`modules_to_save` has 'haed'"),
     "a bare layer": (lambda: FAMILIES["own"](3, 4), {}, "itself a KAN layer.*Wrap it"),
-    "a large alpha": (nested, {"alpha_pattern": {"layers.1": 1e39}}, "`tail.layers.1` would be scaled by"),
 }
 
 

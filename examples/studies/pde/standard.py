@@ -5,6 +5,7 @@
 
 python examples/studies/pde/standard.py                      # 35 runs, about a minute of one core each
 python examples/studies/pde/standard.py --problems burgers --seeds 1
+python examples/studies/pde/standard.py --mlp                # a tanh MLP by the same recipe and steps
 python examples/studies/pde/standard.py --peers              # jaxKAN (extra `peers`) for as many seconds as ours took
 python examples/studies/pde/standard.py --references         # errors of the reference solutions
 python examples/studies/pde/standard.py --quick              # tiny, to see it run
@@ -38,6 +39,14 @@ from study_tools import pictures
 torch.set_num_threads(1)
 
 
+MLP = "mlp"
+
+
+def label_of(method: str) -> str:
+    """What tables and pictures call a method."""
+    return {"ours": "KAN", MLP: "tanh MLP 3 x 25"}.get(method, f"jaxKAN {method}")
+
+
 def table(results: dict, peers: dict) -> Table:
     found = Table(title="Relative L2 error on the 256 x 101 grid")
     for column in ("problem", "method", "seen", "seeds", "median", "best", "worst", "CPU s"):
@@ -48,7 +57,7 @@ def table(results: dict, peers: dict) -> Table:
             problem = PROBLEMS[name]
             found.add_row(
                 problem.title if method == "ours" else "",
-                method if method == "ours" else f"jaxKAN {method}",
+                label_of(method),
                 "" if method != "ours" else "yes" if problem.seen else "no",
                 str(len(runs)),
                 *(f"{value:.1e}" for value in (statistics.median(errors), min(errors), max(errors))),
@@ -69,7 +78,7 @@ def draw(results: dict, peers: dict, path: Path) -> None:
     for axis, below in places[len(results) :]:
         axis.remove()
         below.remove()
-    lines = {"ours": pictures.STYLES[0]}
+    lines = {"KAN": pictures.STYLES[0]}
     for (axis, below), (name, runs) in zip(places, results.items(), strict=False):
         problem = PROBLEMS[name]
         extent = (problem.low[1], problem.high[1], problem.low[0], problem.high[0])
@@ -77,10 +86,8 @@ def draw(results: dict, peers: dict, path: Path) -> None:
         axis.set(
             title=problem.title.replace(", ", "\n", 1), xlabel="t" if problem.name != "helmholtz" else "y", ylabel="x"
         )
-        for label, found in {
-            "ours": runs,
-            **{f"jaxKAN {kind}": found for kind, found in peers.get(name, {}).items()},
-        }.items():
+        for method, found in {"ours": runs, **peers.get(name, {})}.items():
+            label = label_of(method)
             style = lines.setdefault(label, pictures.STYLES[len(lines)]) | {"markersize": 3.5, "linewidth": 1}
             for run in found:
                 seconds, _, errors = zip(*run["curve"], strict=True)
@@ -109,6 +116,7 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--references", action="store_true", help="print the errors of the references, and stop")
+    parser.add_argument("--mlp", action="store_true", help="run an MLP by the same recipe")
     parser.add_argument("--peers", action="store_true", help="run jaxKAN for the median seconds of our runs")
     parser.add_argument("--peers-to-the-end", metavar="PROBLEM", help="run jaxKAN's splines for all of its epochs")
     args = parser.parse_args()
@@ -121,22 +129,25 @@ def main() -> None:
     stem = args.output / ("standard_quick" if args.quick else "standard")
     empty = {"recipe": asdict(recipe), "grid": [NX, NT], "results": {}, "peers": {}}
     record = Record(stem.with_suffix(".json"), empty)
-    if args.quick:
+    if args.quick and not args.mlp:
         record.path.unlink(missing_ok=True)
     if args.peers or args.peers_to_the_end:
         run_peers(args, record, console)
     else:
+        if args.mlp and (missing := [name for name in args.problems if name not in record.read()["results"]]):
+            raise SystemExit(f"There is no run of {missing[0]} in {record.path}: run the study without --mlp first.")
         for seed in args.seeds[:1] if args.quick else args.seeds:
             for name in args.problems:
-                if record.has(seed, "results", name):
+                place = ("peers", name, MLP) if args.mlp else ("results", name)
+                if record.has(seed, *place):
                     continue
-                run = Run(PROBLEMS[name], recipe, seed, console)
+                run = Run(PROBLEMS[name], recipe, seed, console, args.mlp)
                 run.train()
                 seconds, steps, error = run.curve[-1]
                 record.add(
                     {"seed": seed, "error": error, "seconds": seconds, "steps": steps, "curve": run.curve}
-                    | {"parameters": sum(p.numel() for p in run.kan.parameters())},
-                    *("results", name),
+                    | {"parameters": sum(p.numel() for p in run.network.parameters())},
+                    *place,
                 )
     found = record.read()
     results = {name: found["results"][name] for name in PROBLEMS if name in found["results"]}

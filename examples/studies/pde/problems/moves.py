@@ -119,7 +119,7 @@ def base_of(name: str, setting: Setting, seed: int, cache: Path, console: Consol
         run.train()
         cache.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".part{os.getpid()}")
-        torch.save((run.kan, run.curve), part)
+        torch.save((run.network, run.curve), part)
         part.replace(path)
     kan, curve = torch.load(path, weights_only=False)  # of our own cache: grids and knots are in the module
     return constrained(PROBLEMS[name], kan), curve

@@ -77,17 +77,17 @@ class Collocation:
 
         self.residual = residual  # one object, for which Levenberg-Marquardt plans once
 
-    def terms(self, kan: nn.Module) -> list[tuple]:
-        """The next terms; `kan` is the network in the model, whose knots the points follow."""
-        x, _ = self.sampler.draw(lambda x: self.residual(self.model, x, self._weights(x)), self._knots(kan))
+    def terms(self, network: nn.Module) -> list[tuple]:
+        """The next terms; `network` is the one in the model, whose knots the points follow."""
+        x, _ = self.sampler.draw(lambda x: self.residual(self.model, x, self._weights(x)), self._knots(network))
         return [(self.residual, (x, self._weights(x)), 1.0), *self.problem.terms()]
 
     def _weights(self, x: Tensor) -> Tensor:
         return gradient_weights(self.model, x, self.slope_scale)
 
-    def _knots(self, kan: nn.Module) -> KnotMap | None:
+    def _knots(self, network: nn.Module) -> KnotMap | None:
         """The map of the knots, if it is one of the box's coordinates."""
-        first = kan.layers[0]
+        first = next(iter(network.children() if isinstance(network, nn.Sequential) else network.layers))
         return first if isinstance(first, KnotMap) and not self.problem.features.periodic else None
 
 
@@ -96,19 +96,34 @@ def new_network(problem: Problem, recipe: Recipe) -> KAN:
     return KAN(widths, recipe.grid_size, recipe.spline_order, norm="tanh", dtype=torch.float64)
 
 
+def new_mlp(problem: Problem) -> nn.Sequential:
+    """The rival: a tanh network of three layers of 25, about as many parameters as the KAN has."""
+    widths = [problem.features.out_features, 25, 25, 25, problem.outputs]
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+        linear = nn.Linear(fan_in, fan_out, dtype=torch.float64)
+        nn.init.xavier_normal_(linear.weight)
+        nn.init.uniform_(linear.bias, -1, 1)
+        layers += [linear, nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
 def constrained(problem: Problem, kan: nn.Module) -> HardConstraint:
     """The network with the exact conditions of the problem."""
     return HardConstraint(nn.Sequential(problem.features, kan), problem.distance, problem.lift)
 
 
 class Run:
-    """One training; `curve` has the CPU seconds, the steps and the error after each stage."""
+    """One training; `curve` has the CPU seconds, the steps and the error after each stage.
 
-    def __init__(self, problem: Problem, recipe: Recipe, seed: int, console: Console) -> None:
+    With `mlp`, of an MLP: the same points, stages and steps, but no knots to move and no grid to refine.
+    """
+
+    def __init__(self, problem: Problem, recipe: Recipe, seed: int, console: Console, mlp: bool = False) -> None:
         torch.manual_seed(seed)
-        self.problem, self.recipe, self.seed, self.console = problem, recipe, seed, console
-        self.kan = new_network(problem, recipe)
-        self.model = constrained(problem, self.kan)
+        self.problem, self.recipe, self.seed, self.console, self.mlp = problem, recipe, seed, console, mlp
+        self.network: nn.Module = new_mlp(problem) if mlp else new_network(problem, recipe)
+        self.model = constrained(problem, self.network)
         self.sampler = ResidualSampler(problem.low, problem.high, recipe.points, seed=1000 * seed)
         self.optimizer = LevenbergMarquardt(self.model, floor=1e-6, forgetting=recipe.forgetting, memory=2**32)
         self.parameter = self.first_loss = math.nan
@@ -121,7 +136,7 @@ class Run:
         self.clock = time.process_time()
         if problem.start != problem.stop:
             for stage in range(recipe.stages):
-                if stage:
+                if stage and not self.mlp:
                     self.move_knots()
                 share = stage / (recipe.stages - 1)
                 self.fit(problem.start * (problem.stop / problem.start) ** share, recipe.steps, recipe.most)
@@ -134,7 +149,8 @@ class Run:
             return
         self.sampler.count = recipe.last_points
         samples = problem.features(box_points(problem.low, problem.high, 2000, seed=self.seed))
-        refine_grid(self.kan, recipe.refined, samples, exact=True)
+        if not self.mlp:
+            refine_grid(self.network, recipe.refined, samples, exact=True)
         self.optimizer.forget()
         for _ in range(3):
             self.fit(problem.stop, recipe.last // 3)
@@ -147,7 +163,7 @@ class Run:
         for j, i in enumerate(features.sources.tolist()):
             if i not in features.periodic:
                 density[j] = of_coordinates[i]
-        refine_grid(self.kan, self.recipe.grid_size, density=density, tolerance=math.inf)
+        refine_grid(self.network, self.recipe.grid_size, density=density, tolerance=math.inf)
 
     def fit(self, parameter: float, steps: int, most: int = 0) -> None:
         recipe = self.recipe
@@ -160,7 +176,7 @@ class Run:
         for step in range(max(steps, most)):
             if step >= steps and loss < recipe.target * self.first_loss:
                 break
-            record = self.optimizer.step(points.terms(self.kan))
+            record = self.optimizer.step(points.terms(self.network))
             self.optimizer.damping = min(self.optimizer.damping, 1e3)
             self.steps += 1
             loss = record.loss
@@ -169,8 +185,9 @@ class Run:
         self.seconds += time.process_time() - self.clock
         error = self.problem.error(self.model)
         self.curve.append((self.seconds, self.steps, error))
+        kind = "MLP" if self.mlp else f"grid {self.network.layers[-1].grid_size}"
         self.console.print(
-            f"{self.problem.name} seed {self.seed}: parameter {parameter:.3g}, grid {self.kan.layers[-1].grid_size}, "
-            f"loss {loss:.1e}, error {error:.2e} after {self.steps} steps, {self.seconds:.1f} CPU s"
+            f"{self.problem.name} seed {self.seed}: parameter {parameter:.3g}, {kind}, loss {loss:.1e}, "
+            f"error {error:.2e} after {self.steps} steps, {self.seconds:.1f} CPU s"
         )
         self.clock = time.process_time()

@@ -1,0 +1,274 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Weights of coefficients by data: the basis functions at a layer's inputs, and how much each of its outputs counts.
+
+`slim`, `extract_lotra` and `suggest_ranks` use them if they are given `inputs`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers.registry import KANLayerSpec
+from ..layers.slim import call_with_coefficients
+from ..modules.calls import call_with_parameters, modes_kept
+from ..tucker import Tucker, tucker, tucker_of
+from ..tuner.targets import locate_target
+
+
+# a tensor, positional arguments, named ones, or a function that runs the model and returns its output
+Inputs = torch.Tensor | tuple | list | Mapping[str, Any] | Callable[[nn.Module], Any]
+
+# The weight of a direction without samples, as a share of the mean over all directions.
+_RIDGE = 1e-3  # of the basis functions
+_RIDGE_OUT = 1e-2  # of the outputs of a layer
+
+_PROBES = 16  # random directions of the model's outputs whose gradients reach the layers
+
+
+class DataWeights:
+    """The basis functions of one layer at its inputs x, and the weights of its outputs.
+
+    Inputs are (..., in), or (N, in, ...) for a convolution: there each position of the output is a sample, with the
+    values at all positions of the kernel.
+
+    Args:
+        layer: The layer, linear in its coefficients.
+        spec: The description of its kind.
+        x: The inputs.
+        metric: (out, out), the sum of J^T J over the samples, where J are the derivatives of the model's outputs with
+            respect to the layer's; by default all outputs of the layer count alike.
+    """
+
+    values: torch.Tensor  # (samples, in, basis [, kernel]), with the residual function last, in float64
+    roots: list[torch.Tensor]  # for in, basis [and kernel], square roots of the second moments of the values
+    root_out: torch.Tensor  # (out, out), the square root of the metric
+
+    @torch.no_grad()
+    def __init__(
+        self, layer: nn.Module, spec: KANLayerSpec, x: torch.Tensor, metric: torch.Tensor | None = None
+    ) -> None:
+        location = spec.locate(layer)
+        out, in_features, basis, *kernel = location.shape
+        shape = (in_features, basis + location.has_residual, *kernel)
+        x = x if kernel else x.reshape(-1, in_features)
+        scale = spec.find_edge_scale(layer)
+
+        def run(tensor: torch.Tensor) -> torch.Tensor:
+            coefficients = tensor.view(out, *shape)
+            if scale is None:
+                y = call_with_coefficients(layer, location, coefficients, x)
+            else:
+                parameters = {**location.split(coefficients), scale: torch.ones_like(getattr(layer, scale))}
+                y = call_with_parameters(layer, parameters, layer, (x,), {})
+            return as_rows(first_output(y), bool(kernel))
+
+        # A layer is linear in its coefficients: unit tensors give the values, one for each output at a time.
+        columns = []
+        zeros = location.get_parameter(layer).new_zeros(out, math.prod(shape))
+        constant = run(zeros)
+        for start in range(0, zeros.shape[1], out):
+            unit = zeros.clone()
+            unit[:, start : start + out].fill_diagonal_(1)
+            columns.append((run(unit) - constant)[:, : zeros.shape[1] - start])
+        self.values = torch.cat(columns, dim=1).double().unflatten(1, shape)
+        by_mode = [self.values.movedim(mode + 1, -1).flatten(0, -2) for mode in range(len(shape))]
+        self.roots = [_square_root(rows.T @ rows, _RIDGE) for rows in by_mode]
+        self.root_out = torch.eye(out, device="cpu").to(self.values)
+        if metric is not None:
+            self.root_out = _square_root(metric.to(self.values), _RIDGE_OUT)
+
+    def weigh(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor (out, in, basis [, kernel]) times the roots of its modes, of norm 1: layers count alike."""
+        weighted = tucker_of(tensor, self.root_out, *self.roots).dense()
+        return weighted / weighted.norm().clamp(min=1e-300)
+
+    def fit(self, tensor: torch.Tensor, ranks: tuple[int, ...]) -> Tucker:
+        """A Tucker tensor, with orthonormal factors, that comes close to the layer's outputs by `tensor`.
+
+        All factors but factor_out are those of the weighted tensor. The core and factor_out are the best ones beside
+        these, by reduced rank regression in the metric of the outputs.
+        """
+        _, _, *weighted = tucker(self.weigh(tensor), ranks)
+        factors = [
+            torch.linalg.qr(torch.linalg.solve(root, factor)).Q
+            for root, factor in zip(self.roots, weighted, strict=True)
+        ]
+        equation = "niks,ib,kc,sd->nbcd" if len(factors) == 3 else "nik,ib,kc->nbc"
+        z = torch.einsum(equation, self.values, *factors).flatten(1)
+        # As if each basis function had been seen a little on its own: there may be more of them than samples.
+        start = torch.einsum(equation, tensor, *factors).flatten(1).T
+        gram = z.T @ z
+        ridge = torch.eye(len(gram), device="cpu").to(gram) * _RIDGE * gram.diagonal().mean().clamp(min=1e-200)
+        weights = torch.linalg.solve(gram + ridge, z.T @ self.outputs(tensor) + ridge @ start)  # (ri rb [rk], out)
+        weights = weights @ self.root_out  # symmetric
+        leading = torch.linalg.svd(z @ weights, full_matrices=False).Vh[: ranks[0]].T
+        core = (weights @ leading).T.reshape(-1, *ranks[1:])
+        return tucker_of(core, torch.linalg.solve(self.root_out, leading), *factors).orthogonal()
+
+    def outputs(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(samples, out), the layer's outputs for the samples with these coefficients, without its bias."""
+        return self.values.flatten(1) @ tensor.flatten(1).T
+
+
+def _square_root(moments: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The symmetric square root of second moments, with a share of their mean added in every direction."""
+    values, vectors = torch.linalg.eigh(moments)
+    values = values.clamp(min=0) + ridge * values.clamp(min=0).mean().clamp(min=1e-300)
+    return vectors * values.sqrt() @ vectors.T
+
+
+def gather_weights(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, DataWeights]:
+    """The data weights of layers of a model without adapters, by name.
+
+    Layers whose output is not linear in their coefficients have none, nor have convolutions of several groups, each
+    of which has inputs of its own.
+
+    Raises:
+        ValueError: The inputs are not finite, or all the same, or none reaches one of the layers.
+        TypeError: The model returns no tensor.
+    """
+    _check_inputs(inputs)
+    targets = {name: locate_target(name, model.get_submodule(name)) for name in names}
+    layers = {name: (layer, spec) for name, (layer, spec, _) in targets.items() if spec.linear}
+    kernels = {name for name in layers if len(targets[name][2].shape) > 3}
+    called: set[str] = set()
+    received: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    returned: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+
+    def record(name: str, x: torch.Tensor, y: Any) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"`inputs` reach `{name}` as one sample of shape {tuple(x.shape)}: pass a batch.")
+        called.add(name)
+        if name in kernels and x.shape[1] != targets[name][2].shape[1]:  # of several groups
+            return
+        received[name].append(x.detach() if name in kernels else x.detach().flatten(0, -2))
+        y = first_output(y)
+        returned[name].append(y if y.requires_grad else y.requires_grad_())  # the model may be frozen
+
+    with recorded_calls({name: layer for name, (layer, _) in layers.items()}, record), torch.enable_grad():
+        result = model_outputs(model, inputs)
+    if missed := [name for name in layers if name not in called]:
+        raise ValueError(
+            f"None of `inputs` reaches {missed}: the forward pass does not call these layers, or calls the layers of "
+            "another model in their place (a function that holds them is not copied with a model)."
+        )
+    metrics = _metrics(result, returned, kernels)
+    return {name: DataWeights(*layers[name], torch.cat(xs), metrics.get(name)) for name, xs in received.items() if xs}
+
+
+def _metrics(
+    result: torch.Tensor, returned: Mapping[str, list[torch.Tensor]], kernels: set[str]
+) -> dict[str, torch.Tensor]:
+    """Estimates of the sums of J^T J by layer, (out, out), where J are the derivatives of the result in the layer's
+    outputs: s^T J has the second moment J^T J for random signs s. Layers without derivatives are left out."""
+    metrics: dict[str, torch.Tensor] = {}
+    if not result.requires_grad or not any(returned.values()):
+        return metrics
+    names, outputs = zip(*((name, y) for name, ys in returned.items() for y in ys), strict=True)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(_PROBES):
+        signs = torch.randint(0, 2, result.shape, generator=generator, device="cpu").to(result) * 2 - 1
+        gradients = torch.autograd.grad(result, outputs, signs, retain_graph=True, allow_unused=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None:
+                gradient = as_rows(gradient, name in kernels).double()
+                metrics[name] = metrics.get(name, 0) + gradient.T @ gradient
+    return {name: metric for name, metric in metrics.items() if metric.isfinite().all() and metric.any()}
+
+
+def _check_inputs(inputs: Any) -> None:
+    """Raises a ValueError for inputs that are not finite, or all the same; a function of the model passes."""
+    if callable(inputs):
+        return
+    values = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+    values = inputs.values() if isinstance(inputs, Mapping) else values
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError("`inputs` have NaN or infinite values.")
+    samples = [tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.view(-1) for tensor in tensors]
+    if not any((rows != rows[:1]).any() for rows in samples):
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        raise ValueError(
+            f"`inputs` must be samples that differ: a tensor, a tuple of arguments, a dict of named ones, or a "
+            f"function that runs the model. Got {type(inputs).__name__} with tensors of shapes {shapes}."
+        )
+
+
+def model_outputs(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """The output of the model in evaluation mode; of a tuple or a dict (`ModelOutput`) the first entry."""
+    with modes_kept(model):
+        model.eval()
+        if isinstance(inputs, Mapping):
+            result = model(**inputs)
+        elif isinstance(inputs, (tuple, list)):
+            result = model(*inputs)
+        else:
+            result = model(inputs) if isinstance(inputs, torch.Tensor) else inputs(model)
+    first = result
+    while isinstance(first, (tuple, list, Mapping)) and first:
+        first = next(iter(first.values() if isinstance(first, Mapping) else first))
+    if not isinstance(first, torch.Tensor) or not first.is_floating_point():
+        raise TypeError(
+            "With `inputs`, the model must return a floating point tensor, or a tuple or dict that begins with one, "
+            f"but it returned {type(result).__name__}. Pass a function that runs the model and returns such a tensor."
+        )
+    return first.unsqueeze(-1) if first.dim() == 1 else first
+
+
+@contextmanager
+def recorded_calls(
+    layers: Mapping[str, nn.Module], record: Callable[[str, torch.Tensor, Any], None]
+) -> Iterator[None]:
+    """Calls `record(name, x, y)` with the first argument and the output of each call of a layer.
+
+    Unlike a hook, it also sees calls of `layer.forward`, as Convolutional-KANs makes them.
+    """
+
+    def recorded(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            y = forward(*args, **kwargs)
+            record(name, args[0] if args else next(iter(kwargs.values())), y)
+            return y
+
+        return run
+
+    before = [(vars(layer), vars(layer).get("forward")) for layer in layers.values()]
+    try:
+        for name, layer in layers.items():
+            vars(layer)["forward"] = recorded(name, layer.forward)
+        yield
+    finally:
+        for attributes, forward in before:
+            attributes.pop("forward") if forward is None else attributes.update(forward=forward)
+
+
+def relative_error(y: torch.Tensor, other: torch.Tensor) -> float:
+    """||y - other|| / ||y - mean(y)|| of outputs (..., out); a large mean would make any error look small."""
+    y, other = y.double().flatten(0, -2), other.double().flatten(0, -2)
+    return ((y - other).norm() / (y - y.mean(0)).norm().clamp(min=1e-300)).item()
+
+
+def error_rows(
+    errors: Mapping[str, float], ranks: Mapping[str, tuple[int, ...]], output_errors: Mapping[str, float]
+) -> list[list[str]]:
+    """The rows of a report by layer: ranks, error, and with data the error of the outputs."""
+    of_outputs = {name: f"of outputs {error:.2%}" for name, error in output_errors.items()}
+    return [[name, str(ranks[name]), f"error {error:.2%}", of_outputs.get(name, "")] for name, error in errors.items()]
+
+
+def as_rows(y: torch.Tensor, channels_second: bool) -> torch.Tensor:
+    """(rows, features) of a tensor (..., features), or (N, features, ...) of a convolution."""
+    return (y.movedim(1, -1) if channels_second else y).flatten(0, -2)
+
+
+def first_output(y: Any) -> torch.Tensor:
+    """The output of a layer; pykan's layers return (y, preacts, postacts, postspline)."""
+    return y[0] if isinstance(y, tuple) else y

@@ -1,0 +1,253 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A LoTRA adapter from two checkpoints: a base model and its full fine-tuning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from torch import nn
+
+from ..layers.registry import find_kan_layers, same_grid
+from ..modules.calls import check_module
+from ..report import Report, TextTable
+from ..tucker import Ranks, Tucker, cap_ranks, tucker, tucker_scaled
+from ..tuner.config import LoTRAConfig, pattern_key
+from ..tuner.layer import LoTRALayer, lotra_layers
+from ..tuner.targets import exact_targets, locate_target
+from .data_weights import DataWeights, Inputs, error_rows, gather_weights
+from .spectra import choose_ranks, weighted_spectra
+from .updates import CoefficientUpdate, coefficient_updates, merged
+
+
+@dataclass(eq=False)
+class ExtractionReport(Report):
+    """What `extract_lotra` kept; prints as a table.
+
+    Attributes:
+        errors: By layer, ||update - stored adapter|| / ||update||.
+        ranks: By layer, (ro, ri, rb).
+        parameters: The number of parameters of the adapter, without `modules_to_save`.
+        modules_to_save: The modules that changed and are no KAN layers.
+        not_saved: The parameters and buffers that changed and that no adapter can hold.
+        output_errors: With `inputs`, ||change of the layer's outputs - that by the adapter|| / ||change||, by layer;
+            layers whose output is not linear in their coefficients have none.
+    """
+
+    errors: dict[str, float]
+    ranks: dict[str, tuple[int, ...]]
+    parameters: int
+    modules_to_save: list[str]
+    not_saved: list[str]
+    output_errors: dict[str, float] = field(default_factory=dict)
+
+    def _table(self) -> TextTable:
+        notes = [f"{self.parameters:,} parameters", *(f"saved whole: {name}" for name in self.modules_to_save)]
+        notes += [f"changed, but not saved: {name}" for name in self.not_saved]
+        return TextTable(["", "", ">", ">"], error_rows(self.errors, self.ranks, self.output_errors), notes)
+
+
+def extract_lotra(
+    base: nn.Module,
+    tuned: nn.Module,
+    r: Ranks | None = None,
+    *,
+    energy: float | None = None,
+    budget: int | None = None,
+    rank_pattern: dict[str, Ranks] | None = None,
+    inputs: Inputs | None = None,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Makes the LoTRA adapter that comes closest to a full fine-tuning.
+
+    Closest means in the coefficients, by HOOI, or with `inputs` in the outputs of the layers. Pass `inputs` where you
+    can, a few hundred samples without labels: most of the change of the coefficients hardly shows in the outputs,
+    since the inputs of a layer are correlated.
+
+    Like `get_peft_model`, the function adapts `base` in place. After an error `base` is unchanged. Layers that did not
+    change get no adapter. Other modules that changed go into `modules_to_save`. A warning names parameters that no
+    adapter can hold: of KAN layers besides their coefficients, of modules that contain KAN layers.
+
+    Where a library multiplies the splines of each edge by a trainable scale (efficient-kan, pykan), the adapter is
+    fitted to coefficient times scale (by L-BFGS). Scales of random signs, as those of efficient-kan, need `inputs`.
+
+    Args:
+        base: The base model, without adapters.
+        tuned: The fine-tuned model of the same architecture; adapters that are active count.
+        r: The ranks of each layer,
+        energy: Or the share of the energy to keep in each, above 0 and up to 1,
+        budget: Or the number of parameters of the adapter, see `suggest_ranks`.
+        rank_pattern: Ranks by layer, as in [`LoTRAConfig`]; alone, or with `r` for the others.
+        inputs: Samples of the model's input: a tensor, a tuple of arguments, a dict of named ones, or a function of
+            the model that runs it and returns its output. The basis functions of all layers at these samples are kept
+            in memory in float64. The energy is then that of the layers' outputs; in layers whose output is not linear
+            in their coefficients, and in convolutions of several groups, it stays that of the coefficients.
+        adapter_name: The name of the adapter.
+
+    Returns:
+        The adapted base. Its attribute `extraction_report` is an [`ExtractionReport`].
+
+    Raises:
+        ValueError: Not one of `r`, `energy`, `budget` and `rank_pattern` is given, or one that cannot be; the models
+            have different architectures or grids, the same coefficients, or coefficients that are not finite; `base`
+            has adapters; `inputs` are not finite or all the same, or reach no layer.
+        TypeError: A model is no module; or, with `inputs`, it returns no tensor, tuple or dict that begins with one.
+
+    Example:
+        >>> import copy
+        >>> from peft_lotra.kan import KAN
+        >>> base = KAN([3, 5, 4])
+        >>> tuned = copy.deepcopy(base)
+        >>> tuned.layers[0].spline_weight.data[2] += 0.1  # fine-tuning of one of five outputs
+        >>> model = extract_lotra(base, tuned, energy=0.99)
+        >>> model.extraction_report.ranks
+        {'layers.0': (1, 1, 1)}
+    """
+    if [energy, budget, r if rank_pattern is None else rank_pattern].count(None) != 2:
+        raise ValueError(
+            "Pass one of `r`, `energy`, `budget` and `rank_pattern` (with or without `r`), got "
+            f"`r`={r}, `energy`={energy}, `budget`={budget}, `rank_pattern`={rank_pattern}."
+        )
+    check_module(base, "base")
+    check_module(tuned, "tuned")
+    if isinstance(base, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise ValueError("`base` has adapters already: pass the bare model, or what `merge_and_unload` returns.")
+    tuned = merged(tuned)
+    modules_to_save, not_saved = _compare(base, tuned)
+    updates = coefficient_updates(base, tuned, scaled=inputs is not None)
+    updates = {name: update for name, update in updates.items() if update.tensor.any()}
+    if not updates:
+        raise ValueError("The KAN layers have the same coefficients in both models: there is nothing to extract.")
+    weights = {} if inputs is None else gather_weights(tuned, updates, inputs)
+    if energy is None and budget is None:
+        ranks = _resolve_ranks(r, rank_pattern or {}, updates)
+    else:
+        spectra = weighted_spectra({name: update.tensor for name, update in updates.items()}, weights)
+        ranks = choose_ranks(spectra, energy, budget)
+    components = {name: _decompose(update, ranks[name], weights.get(name)) for name, update in updates.items()}
+
+    model = _attach(base, tuned, components, modules_to_save, adapter_name)
+    parameters = sum(part.numel() for part in components.values())
+    report = ExtractionReport({}, ranks, parameters, modules_to_save, not_saved)
+    _measure(report, dict(lotra_layers(base)), updates, weights)
+    model.__dict__["extraction_report"] = report
+    if not_saved:
+        warnings.warn(
+            f"The fine-tuning also changed {', '.join(not_saved)}, which a LoTRA adapter cannot hold: the adapted "
+            "model has them as in the base model.",
+            stacklevel=2,
+        )
+    return model
+
+
+def _resolve_ranks(
+    r: Ranks | None, rank_pattern: dict[str, Ranks], updates: Mapping[str, CoefficientUpdate]
+) -> dict[str, tuple[int, ...]]:
+    """The ranks of each layer, as LoTRAModel would take them from a configuration."""
+    config = LoTRAConfig(rank_pattern=rank_pattern, r=1 if r is None else r)
+    ranks = {}
+    for name, update in updates.items():
+        key = get_pattern_key(list(config.rank_pattern), name)
+        if key not in config.rank_pattern and r is None:
+            raise ValueError(f"`rank_pattern` has no ranks for `{name}`, and `r` is not given: {list(rank_pattern)}.")
+        ranks[name] = cap_ranks(config.rank_pattern.get(key, config.r), update.tensor.shape)
+    return ranks
+
+
+def _decompose(update: CoefficientUpdate, ranks: tuple[int, ...], weights: DataWeights | None) -> Tucker:
+    """The components of the adapter that comes closest to the update, or to the outputs by it."""
+    if update.scale is not None:
+        measure = None if weights is None else lambda tensor: weights.outputs(tensor) @ weights.root_out
+        fitted = tucker_scaled(update.tensor, update.scale, ranks, measure)
+    else:
+        fitted = tucker(update.tensor, ranks) if weights is None else weights.fit(update.tensor, ranks)
+    return fitted.balanced()
+
+
+@torch.no_grad()
+def _attach(
+    base: nn.Module, tuned: nn.Module, components: dict[str, Tucker], modules_to_save: list[str], adapter_name: str
+) -> PeftModel:
+    """Adapts the base with these components, and with copies of modules of the tuned model."""
+    targets = exact_targets(list(components), base)
+    config = LoTRAConfig(
+        target_modules=targets if isinstance(targets, str) else sorted(targets),
+        rank_pattern={pattern_key(name): part.ranks for name, part in components.items()},
+        modules_to_save=modules_to_save or None,
+    )
+    model = cast(PeftModel, get_peft_model(base, config, adapter_name=adapter_name))
+    for name, layer in lotra_layers(base):
+        layer.set_components(adapter_name, components[name])
+    for name in modules_to_save:
+        wrapper = cast(ModulesToSaveWrapper, base.get_submodule(name))
+        wrapper.modules_to_save[adapter_name].load_state_dict(tuned.get_submodule(name).state_dict())
+    return model
+
+
+@torch.no_grad()
+def _measure(
+    report: ExtractionReport,
+    layers: Mapping[str, LoTRALayer],
+    updates: Mapping[str, CoefficientUpdate],
+    weights: Mapping[str, DataWeights],
+) -> None:
+    """Adds the errors of the stored adapter to the report: of the updates, and of the outputs by layer with data."""
+    for name, update in updates.items():
+        (adapter_name,) = layers[name].lotra_core
+        missed = update.missed(layers[name].get_delta_weight(adapter_name))
+        report.errors[name] = (missed.norm() / update.tensor.norm()).item()
+        if name in weights:
+            change, lost = map(weights[name].outputs, (update.tensor, missed))
+            report.output_errors[name] = (lost.norm() / change.norm()).item()
+
+
+def _compare(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:
+    """The other modules that changed and can be saved, and the tensors that changed and cannot be saved."""
+    before, after = base.state_dict(), tuned.state_dict()
+    for name in [*before, *after]:
+        first, second = (tuple(state[name].shape) if name in state else "absent" for state in (before, after))
+        if first != second:
+            raise ValueError(
+                f"The models have different architectures. Their first difference is `{name}`: {first} in the base "
+                f"model, {second} in the tuned one."
+            )
+    layers = [layer.name for layer in find_kan_layers(base)]
+    explained = set()
+    for name in layers:
+        layer, spec, tensor = locate_target(name, base.get_submodule(name))
+        grids, others = spec.read_grid(layer), spec.read_grid(tuned.get_submodule(name))
+        if differ := [key for key in grids if not same_grid({key: grids[key]}, {key: others.get(key)})]:
+            raise ValueError(
+                f"The {differ[0]} of `{name}` differs between the models, so that their coefficients multiply "
+                "different functions. Fine-tune without moving the grids (no `update_grid`), or move those of the "
+                "base model first, and fine-tune from there."
+            )
+        # the scales of the edges are part of the update, and the components of a Slim layer are its coefficients
+        parts = [*tensor.parameters, *(spec.edge_scale or ())[:1], *getattr(layer, "components", Tucker)._fields]
+        explained |= {f"{name}.{part}".lstrip(".") for part in parts}
+    modules_of_base = [name for name, _ in base.named_modules(remove_duplicate=False)]
+    modules, not_saved = dict.fromkeys([]), []
+    for name, value in before.items():
+        if name in explained or torch.equal(value, after[name].to(value)):
+            continue
+        owner = name.rpartition(".")[0]
+        # PEFT copies all modules whose names end with this one: none may be a part of a KAN layer, or contain one
+        copied = [f"{module}." for module in modules_of_base if owner and module.endswith(owner)]
+        related = any(
+            f"{layer}.".startswith(module) or module.startswith(f"{layer}.") for layer in layers for module in copied
+        )
+        containers = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # PEFT cannot wrap these
+        if owner and not related and not isinstance(base.get_submodule(owner), containers):
+            modules[owner] = None
+        else:
+            not_saved.append(name)
+    inside = tuple(f"{owner}." for owner in modules)
+    return [owner for owner in modules if not owner.startswith(inside)], not_saved

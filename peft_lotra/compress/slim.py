@@ -1,0 +1,345 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Compression of trained KANs: `slim` brings the coefficient tensors of any KAN into Tucker form."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from types import FunctionType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from ..kan.layer import KANLinear
+from ..kan.slim_kan import SlimKANLinear, warn_capped
+from ..layers.registry import find_kan_layers, known_families
+from ..layers.slim import SlimLayer
+from ..modules.calls import share_hooks, unwrap
+from ..report import Report, TextTable
+from ..tucker import Ranks, cap_ranks, check_ranks, tucker
+from ..tuner.targets import locate_target
+from .data_weights import Inputs, error_rows, gather_weights, model_outputs, recorded_calls, relative_error
+from .spectra import LayerSpectrum, check_energy, choose_ranks, weighted_spectra
+from .updates import read_coefficients
+
+
+_BISECTIONS = 8  # for the smallest budget up to 2 %, if the dense tensors are up to 300 times ranks 1
+
+
+@dataclass(eq=False)
+class SlimReport(Report):
+    """The result of `slim`; prints as a table. Errors are of the factors as stored.
+
+    Attributes:
+        errors: By layer, ||coefficients - factors|| / ||coefficients||, with the residual weights.
+        ranks: By layer, (ro, ri, rb).
+        dense: The layers that stay dense, since factors would take more parameters.
+        parameters: The number of coefficients of the KAN layers, before and after.
+        output_errors: With `inputs`, by layer, the error of the outputs as a share of the deviations from their mean.
+        model_error: With `inputs`, the same of the whole model, its square at most 1 - `energy`.
+    """
+
+    errors: dict[str, float]
+    ranks: dict[str, tuple[int, ...]]
+    dense: list[str]
+    parameters: tuple[int, int]
+    output_errors: dict[str, float] = field(default_factory=dict)
+    model_error: float | None = None
+
+    def _table(self) -> TextTable:
+        notes = [f"{name}  left dense: its factors would take more parameters" for name in self.dense]
+        if self.model_error is not None:
+            notes.append(f"error of the model's outputs {self.model_error:.2%}")
+        before, after = self.parameters
+        notes.append(f"{after:,} parameters, {before:,} before ({before / after:.1f}x)")
+        return TextTable(["", "", ">", ">"], error_rows(self.errors, self.ranks, self.output_errors), notes)
+
+
+def slim(
+    model: nn.Module,
+    ranks: Ranks | Mapping[str, Ranks] | None = None,
+    *,
+    energy: float | None = None,
+    budget: int | None = None,
+    inputs: Inputs | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Compresses a trained KAN: the coefficient tensor of each layer becomes a core and three factors.
+
+        A (out, in, basis)  ~  core x1 factor_out x2 factor_in x3 factor_basis
+
+    The factors come from higher-order orthogonal iteration (HOOI); residual weights are a slice of the tensor. A
+    `KANLinear` becomes a `SlimKANLinear`, the layer of another library a `SlimLayer` around the rest of the layer.
+
+    Pass `inputs`, some of the training data, wherever you can. The error that counts is then that of the model's
+    outputs on these inputs: trained coefficient tensors are far from low rank, but the functions that they compute on
+    data mostly are not. The coefficients are then weighted by the second moments of the basis functions, and by J^T J
+    of the outputs as in the Gauss-Newton matrix.
+
+    Where a library multiplies the splines of each edge by a scale (efficient-kan, pykan), coefficient times scale is
+    compressed, and the scale is 1 from then on.
+
+    Args:
+        model: A network with KAN layers, or one layer, without adapters; it stays unchanged if not `inplace`.
+        ranks: (ro, ri, rb) for each layer, capped by the sizes of its modes with a warning; or by layer, as
+            `suggest_ranks` returns them, others being left dense;
+        energy: Or the share of the squared norm to keep, above 0 and up to 1: of each layer's coefficients, or with
+            `inputs` of the deviations of the model's outputs from their mean;
+        budget: Or the number of parameters for the coefficients of all layers together.
+        inputs: Samples of the model's input, a thousand or so: a tensor, a tuple of arguments, a dict of named ones,
+            or a function of the model that runs it and returns its output. The basis functions of all layers at these
+            samples are kept in memory in float64.
+        inplace: Whether the layers of the model itself are exchanged, instead of those of a copy. A model that keeps
+            functions which call its layers (`self.mlp = lambda x: ...`) cannot be copied. After an error the model is
+            as it was.
+
+    Returns:
+        The model, or a copy of it, of the same class, with Slim layers, a [`SlimReport`] as `slim_report`, and
+        `to_dense()`, which returns a copy of the original class. A layer whose factors would take more parameters
+        than the tensor is left dense; the report and a warning name the layer.
+
+    Raises:
+        ValueError: Not one of `ranks`, `energy` and `budget` is given, or one that cannot be; the model has adapters
+            (merge them first), no KAN layer, convolutions, or coefficients that are not finite; it keeps functions
+            which call its layers; no input reaches a layer; or `inputs` are not finite or all the same.
+        TypeError: `model` is no module; or, with `inputs`, it returns no tensor, nor a tuple or dict that begins with
+            one.
+
+    Example:
+        >>> from peft_lotra.kan import KAN
+        >>> small = slim(KAN([20, 16]), (4, 4, 3), inputs=torch.rand(100, 20))
+        >>> small.slim_report.parameters
+        (2880, 219)
+        >>> dense = small.to_dense()
+    """
+    if [ranks, energy, budget].count(None) != 2:
+        raise ValueError(
+            f"Pass one of `ranks`, `energy` and `budget`, got `ranks`={ranks}, `energy`={energy}, `budget`={budget}."
+        )
+    if energy is not None:
+        check_energy(energy)
+    model = _without_adapters(model)
+    compression = _Compression(model if inplace else _copy(model), inputs)
+    if ranks is not None:
+        chosen = _resolve_ranks(compression.tensors, ranks)
+    elif energy is not None and inputs is not None:
+        chosen = compression.ranks_for(energy)
+    else:
+        chosen = choose_ranks(compression.spectra, energy, budget)
+    layers, report = compression.compress(chosen)
+    if grown := [name for name in report.dense if name in chosen]:
+        hint = " Pass `inputs`: on data there is mostly less to keep." if inputs is None and energy is not None else ""
+        warnings.warn(
+            f"Left dense, since their factors would take more parameters: {', '.join(grown)}.{hint}", stacklevel=2
+        )
+    small = _exchange(compression.model, layers)
+    small.__dict__["slim_report"] = report
+    if not isinstance(small, (SlimKANLinear, SlimLayer)):  # they have the method
+        small.__dict__["to_dense"] = partial(to_dense, small)
+    return small
+
+
+@torch.inference_mode(False)  # parameters made in that mode could not be trained
+def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Replaces every Slim layer by a dense one of its original class that computes the same, up to rounding.
+
+    Args:
+        model: A model with Slim layers, without adapters.
+        inplace: Whether to exchange the layers of the model itself, instead of those of a copy.
+
+    Returns:
+        The model with dense layers.
+
+    Raises:
+        ValueError: The model has adapters, or cannot be copied, as for `slim`.
+
+    Example:
+        >>> from peft_lotra.kan import SlimKAN
+        >>> type(to_dense(SlimKAN([8, 4], ranks=2)).layers[0]).__name__
+        'KANLinear'
+    """
+    model = _without_adapters(model)
+    model = model if inplace else _copy(model)
+    dense = {}
+    for module in model.modules():
+        if isinstance(module, (SlimKANLinear, SlimLayer)):
+            dense[module] = module.to_dense()
+            share_hooks(module, dense[module])
+    model = _exchange(model, dense)
+    for attribute in ("slim_report", "to_dense"):
+        model.__dict__.pop(attribute, None)
+    return model
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """The network inside of wrappers; raises a ValueError if it has adapters."""
+    network = unwrap(model)
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+        raise ValueError("The model has adapters: merge them first, `model = model.merge_and_unload()`.")
+    return network
+
+
+def _resolve_ranks(
+    tensors: Mapping[str, torch.Tensor], ranks: Ranks | Mapping[str, Ranks]
+) -> dict[str, tuple[int, ...]]:
+    """The ranks of each layer; a layer that a mapping does not name is left out."""
+    if isinstance(ranks, Mapping):
+        keys = {name: get_pattern_key(list(ranks), name) for name in tensors}
+        given = {name: ranks[key] for name, key in keys.items() if key in ranks}
+        if not given:
+            raise ValueError(f"`ranks` names none of the KAN layers {list(tensors)}: {list(ranks)}.")
+    else:
+        given = dict.fromkeys(tensors, ranks)
+    given = {name: check_ranks(r, "ranks", kernel=False) for name, r in given.items()}
+    capped = {name: cap_ranks(r, tensors[name].shape) for name, r in given.items()}
+    warn_capped({name: (r, tuple(tensors[name].shape), capped[name]) for name, r in given.items()})
+    return capped
+
+
+class _Compression:
+    """A model, its coefficient tensors (out, in, basis [+ 1]) by layer, and with `inputs` the data weights of each."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs | None) -> None:
+        self.model, self.inputs = model, inputs
+        self.layers: dict[str, nn.Module] = {}
+        for found in find_kan_layers(model):
+            layer = model.get_submodule(found.name)
+            if len(found.shape) > 3:
+                raise ValueError(f"`{found.name}` is a convolution: compress the part of the model without them.")
+            if not isinstance(layer, (SlimKANLinear, SlimLayer)):
+                self.layers[found.name] = layer
+        if not self.layers:
+            raise ValueError(
+                "No KAN layer that could be compressed was found in the model. The known families are "
+                f"{', '.join(known_families())}; describe another one with `peft_lotra.register_kan_layer`."
+            )
+        self.tensors = {name: _read_product(name, layer) for name, layer in self.layers.items()}
+        self.weights = {} if inputs is None else gather_weights(model, self.layers, inputs)
+        if inputs is not None:
+            with torch.no_grad():
+                self.outputs = model_outputs(model, inputs)
+
+    @cached_property
+    def spectra(self) -> dict[str, LayerSpectrum]:
+        return weighted_spectra(self.tensors, self.weights)
+
+    def ranks_for(self, energy: float) -> dict[str, tuple[int, ...]]:
+        """The ranks for the smallest budget that keeps this share of the model's outputs, found by bisection."""
+        best = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}  # leaves all layers dense
+        low = sum(1 + sum(tensor.shape) for tensor in self.tensors.values())
+        high = sum(tensor.numel() for tensor in self.tensors.values())
+        for _ in range(_BISECTIONS if low < high else 0):  # of the smallest layers no ranks save anything
+            middle = round(math.sqrt(low * high))
+            chosen = choose_ranks(self.spectra, budget=middle)
+            error = self.compress(chosen)[1].model_error or 0.0
+            if 1 - min(error, 2.0) ** 2 >= energy:  # the square of any error may overflow
+                high, best = middle, chosen
+            else:
+                low = middle
+        return best
+
+    def compress(self, ranks: Mapping[str, tuple[int, ...]]) -> tuple[dict[nn.Module, nn.Module], SlimReport]:
+        """Slim layers by the dense ones whose places they take, where they save parameters, and their report."""
+        before = sum(tensor.numel() for tensor in self.tensors.values())
+        report = SlimReport({}, {}, [], (before, before))
+        exchanged: dict[nn.Module, nn.Module] = {}
+        for name, tensor in self.tensors.items():
+            if name not in ranks or _cost(ranks[name], tensor.shape) >= tensor.numel():
+                report.dense.append(name)
+                continue
+            weights = self.weights.get(name)
+            fitted = tucker(tensor, ranks[name]) if weights is None else weights.fit(tensor, ranks[name])
+            layer, spec, _ = locate_target(name, self.layers[name])
+            if isinstance(layer, KANLinear):
+                slim_layer = SlimKANLinear.from_components(layer, fitted.balanced())
+                share_hooks(layer, slim_layer)
+            else:  # a SlimLayer takes the parameters out of a layer: here out of a copy that shares them
+                shared = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
+                slim_layer = SlimLayer(shared, spec, fitted.balanced())
+            exchanged[self.layers[name]] = slim_layer
+            with torch.no_grad():
+                stored = slim_layer.components.map(torch.Tensor.double).dense()
+            report.ranks[name] = ranks[name]
+            report.errors[name] = ((tensor - stored).norm() / tensor.norm().clamp(min=1e-300)).item()
+            if weights is not None:
+                report.output_errors[name] = relative_error(weights.outputs(tensor), weights.outputs(stored))
+            report.parameters = before, report.parameters[1] + slim_layer.components.numel() - tensor.numel()
+        if self.inputs is not None:
+            report.model_error = relative_error(self.outputs, self._outputs_with(exchanged, self.inputs))
+        return exchanged, report
+
+    @torch.no_grad()
+    def _outputs_with(self, exchanged: Mapping[nn.Module, nn.Module], inputs: Inputs) -> torch.Tensor:
+        """The outputs of the model with these layers, which are taken out again."""
+        names = {name: exchanged[layer] for name, layer in self.layers.items() if layer in exchanged}
+        called: set[str] = set()
+        model = _exchange(self.model, exchanged)
+        try:
+            with recorded_calls(names, lambda name, x, y: called.add(name)):
+                y = model_outputs(model, inputs)
+        finally:
+            _exchange(self.model, {new: old for old, new in exchanged.items()})
+        if missed := [name for name in names if name not in called]:
+            raise ValueError(
+                f"The model does not call the Slim layers {missed} that were put in: a function, a list or a global "
+                "holds the original ones. Let it look them up in their module when it is called."
+            )
+        return y
+
+
+def _read_product(name: str, layer: nn.Module) -> torch.Tensor:
+    """Coefficient times scale of the edge: (out, in, basis [+ 1]) in float64."""
+    tensor, scale = read_coefficients(name, layer)
+    tensor = tensor if scale is None else tensor * scale
+    if tensor.is_meta or not tensor.isfinite().all():
+        raise ValueError(f"The coefficients of `{name}` are not finite, or not loaded (on the meta device).")
+    return tensor.detach()
+
+
+def _cost(ranks: tuple[int, ...], shape: torch.Size) -> int:
+    return math.prod(ranks) + sum(size * rank for size, rank in zip(shape, ranks, strict=True))
+
+
+def _exchange(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """The model with other layers in all places of the keys; the other layer, if the model is a key itself."""
+    for owner in list(model.modules()):
+        for attribute, part in owner._modules.items():
+            if part is not None and part in layers:
+                owner._modules[attribute] = layers[part]
+    return layers.get(model, model)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of networks that keep the activations of their last pass (pykan), which deepcopy refuses."""
+    memo: dict[int, Any] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+            memo[id(value)] = value.detach().clone()
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item)
+        elif isinstance(value, FunctionType) and any(map(_has_kan_layers, value.__closure__ or ())):
+            raise ValueError(
+                "The model keeps a function that holds KAN layers (`self.mlp = lambda x: ...`): a copy of the model "
+                "would go on calling the original layers. Pass `inplace=True`, or make the function a method."
+            )
+
+    for module in model.modules():
+        for value in vars(module).values():
+            visit(value)
+    return copy.deepcopy(model, memo)
+
+
+def _has_kan_layers(cell: Any) -> bool:
+    return isinstance(cell.cell_contents, nn.Module) and bool(find_kan_layers(cell.cell_contents))

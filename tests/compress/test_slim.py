@@ -1,0 +1,349 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_same, inputs, relative, snapshot
+from peft import get_peft_model
+from stand_ins import FAMILIES, as_model
+from torch import nn
+
+from peft_lotra import LoTRAConfig, slim, to_dense, update_spectrum
+from peft_lotra.kan import KAN, KANConfig, KANLinear, KANModel, SlimKANLinear
+from peft_lotra.layers.slim import SlimLayer
+
+
+RANKS = (5, 6, 3)
+X = torch.rand(60, 6, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def base(family):
+    return as_model(FAMILIES[family](12, 10)).eval()
+
+
+def points(rows=6):
+    return inputs(rows, in_features=12)
+
+
+def norm(model):
+    """The norm of the coefficients, times the scales of the edges, of the layer `kan`."""
+    zero = copy.deepcopy(model)
+    for parameter in zero.parameters():
+        parameter.data *= not parameter.requires_grad
+    return update_spectrum(zero, model).layers["kan"].norm
+
+
+def output_error(y, other):
+    return ((y - other).norm() / (y - y.mean(0)).norm()).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_layer(family):
+    model, x = base(family), points()
+    state, y = snapshot(model), model(x)
+    small = slim(model, RANKS)
+    layer = small.kan
+    assert isinstance(layer, SlimKANLinear if family == "own" else SlimLayer) and layer.ranks == RANKS
+    assert sum(p.numel() for p in small.parameters()) < 0.5 * sum(p.numel() for p in model.parameters())
+    assert not any(name.endswith(("coef", "spline_weight", "coeffs", "scaler")) for name in small.state_dict())
+    dense = small.to_dense()
+    assert type(dense.kan) is type(model.kan) and dense.state_dict().keys() == model.state_dict().keys()
+    assert relative(dense(x), small(x)) < 1e-5
+    assert [p.requires_grad for p in dense.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert_same(model, state)
+    missed = update_spectrum(model, dense).layers["kan"].norm
+    assert small.slim_report.errors["kan"] == pytest.approx(missed / norm(model), rel=1e-4)
+
+    # it trains on
+    optimizer = torch.optim.Adam([p for p in small.parameters() if p.requires_grad], lr=5e-3)
+    losses = []
+    for _ in range(40):
+        losses.append((small(x) - y.detach()).square().mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0] and relative(small.to_dense()(x), small(x)) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_the_energy_of_a_low_rank_tensor_keeps_the_function(family):
+    model, x = base(family), points()
+    model = slim(model, (3, 3, 2)).to_dense()
+    small = slim(model, energy=1 - 1e-9)
+    assert all(rank <= most for rank, most in zip(small.slim_report.ranks["kan"], (3, 3, 2), strict=True))
+    assert relative(small(x), model(x)) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["own", "pykan", "fast-kan", "efficient-kan", "inkan", "fourier-kan"])
+def test_with_inputs_the_outputs_are_met_better(family):
+    model, x = base(family), points(200)
+    x[:, 3:] = x[:, :3].repeat(1, 3)  # less to keep than the coefficients have
+    small = slim(model, energy=0.99, inputs=x)
+    error = small.slim_report.output_errors["kan"]
+    assert error == pytest.approx(output_error(model(x), small(x)), rel=1e-3, abs=1e-5)
+    assert error <= 0.1 + 1e-3 and f"of outputs {error:.2%}" in str(small.slim_report)
+    assert relative(small(x), model(x)) < relative(slim(model, small.slim_report.ranks)(x), model(x))
+    assert slim(model, budget=150, inputs=x).slim_report.parameters[1] <= 150
+
+
+@torch.no_grad()
+def test_reported_errors_are_those_of_the_outputs():
+    model, x = KAN([12, 10, 6]), points(300)
+    small = slim(model, energy=0.95, inputs=x)
+    h = x
+    for name, layer, little in zip(("layers.0", "layers.1"), model.layers, small.layers, strict=True):
+        error = output_error(layer(h), little(h))
+        assert small.slim_report.output_errors[name] == pytest.approx(error, rel=1e-4)
+        h = layer(h)
+    error = output_error(h, small(x))
+    assert small.slim_report.model_error == pytest.approx(error, rel=1e-4) and error**2 <= 0.05
+    assert f"error of the model's outputs {error:.2%}" in str(small.slim_report)
+
+
+def test_outputs_that_later_layers_do_not_use_are_not_kept():
+    model, x = KAN([12, 10, 6]).requires_grad_(False), points(300)
+    model.layers[1].spline_weight[:, 3:] = 0
+    model.layers[1].base_weight[:, 3:] = 0
+    report = slim(model, {"layers.0": (3, 12, 9)}, inputs=x).slim_report
+    assert report.output_errors["layers.0"] > 0.3 and report.model_error < 0.1
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_inputs_reach_each_layer_in_evaluation_mode():
+    model = KAN([20, 16, 8], norm="batch")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    small = slim(model, (4, 4, 3), inputs=torch.randn(5, 7, 20))
+    assert list(small.slim_report.output_errors) == ["layers.0", "layers.2"] and small.training
+    for name, tensor in small.state_dict().items():
+        assert name not in before or torch.equal(tensor, before[name]), name
+    model.unused = KAN([3, 2])
+    with pytest.raises(ValueError, match=r"None of `inputs` reaches \['unused\.layers\.0'\]"):
+        slim(model, (2, 2, 2), inputs=torch.randn(5, 20))
+
+
+class SpaceTime(nn.Module):
+    """A network of two inputs that calls `layer.forward`, as Convolutional-KANs does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = KAN([6, 8]).layers[0], KAN([8, 4]).layers[0]
+
+    def forward(self, x, t):
+        return self.second.forward(x=self.first.forward(torch.cat([x, t], 1)))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [X[:, :4], X[:, 4:]],
+        {"x": X[:, :4], "t": X[:, 4:]},
+        lambda model: model(X[:, :4], X[:, 4:]),
+        lambda model: {"logits": (model(X[:, :4], X[:, 4:]), None)},
+        lambda model: torch.cat([model(x[:, :4], x[:, 4:]) for x in X.split(25)]),
+    ],
+)
+def test_forms_of_inputs(given):
+    model = SpaceTime()
+    report, expected = (slim(model, 3, inputs=i).slim_report for i in (given, (X[:, :4], X[:, 4:])))
+    assert report.model_error == pytest.approx(expected.model_error, rel=1e-4) and 0 < report.model_error < 1
+    assert report.output_errors == pytest.approx(expected.output_errors, rel=1e-4)
+    assert "forward" not in vars(model.first)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("text", "samples that differ.*Got str"),
+        ([], "Got list"),
+        ((torch.ones(3, 2), torch.ones(3, 1)), r"Got tuple with tensors of shapes \[\(3, 2\), \(3, 1\)\]"),
+        ({"x": X, "t": X / 0}, "NaN or infinite"),
+        (X[:0], r"shapes \[\(0, 6\)\]"),
+        (X[:1], r"shapes \[\(1, 6\)\]"),
+        (X[0], "`layers.0` as one sample"),
+        (lambda model: 3, "must return a floating point tensor.* it returned int"),
+        (lambda model: model(X).long(), "must return a floating point tensor"),
+    ],
+)
+def test_wrong_inputs(given, message):
+    model = KAN([6, 8, 4])
+    before = snapshot(model)
+    with pytest.raises((ValueError, TypeError), match=message):
+        slim(model, energy=0.9, inputs=given, inplace=True)
+    assert_same(model, before)
+
+
+def test_energy_budget_and_ranks_by_layer():
+    model = KAN([20, 16, 8])
+    assert all(error <= 0.5**0.5 + 1e-6 for error in slim(model, energy=0.5).slim_report.errors.values())
+    small = slim(model, budget=900)
+    before, after = small.slim_report.parameters
+    assert (before, after) == tuple(sum(p.numel() for p in m.parameters()) for m in (model, small)) and after <= 900
+    assert f"{after:,} parameters, {before:,} before" in str(small.slim_report)
+    small = slim(model, {"layers.0": (4, 4, 3)})
+    assert [type(layer) for layer in small.layers] == [SlimKANLinear, KANLinear]
+    assert small.slim_report.dense == ["layers.1"] and "layers.1  left dense" in str(small.slim_report)
+
+
+def test_warnings_of_layers_left_dense_and_of_capped_ranks():
+    with pytest.warns(UserWarning, match=r"Left dense, .*: layers\.1\."):
+        small = slim(KAN([20, 16, 1]), [8, 8, 8])
+    assert small.slim_report.dense == ["layers.1"] and list(small.slim_report.errors) == ["layers.0"]
+    with pytest.warns(UserWarning, match="Left dense, .* Pass `inputs`"):
+        assert slim(KAN([20, 16, 8]), energy=0.99).slim_report.parameters == (4032, 4032)
+    with pytest.warns(UserWarning, match=r"capped. layers\.0: \(3, 4, 50\) for \(16, 20, 9\), made \(3, 4, 9\)"):
+        slim(KAN([20, 16]), (3, 4, 50))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("family", ["own", "cheby-kan"])
+def test_one_layer(family, inplace):
+    layer, x = FAMILIES[family](12, 10), points(100)
+    small = slim(layer, RANKS, inputs=x, inplace=inplace)
+    assert isinstance(small, SlimKANLinear if family == "own" else SlimLayer)
+    assert small.slim_report.ranks == {"": RANKS} and relative(to_dense(small)(x), small(x)) < 1e-5
+    assert type(to_dense(small)) is type(layer)
+
+
+def test_kan_model(tmp_path):
+    model = KANModel(KANConfig(widths=(20, 16, 3))).eval()
+    model.kan.update_grid(torch.randn(50, 20))
+    small = slim(model, {"kan.layers.0": (4, 4, 3)})
+    small.save_pretrained(tmp_path)
+    loaded = KANModel.from_pretrained(tmp_path)
+    assert loaded.config.ranks == ((4, 4, 3), None)
+    x = torch.randn(5, 20)
+    assert torch.equal(loaded(x).logits, small(x).logits)
+    to_dense(loaded).save_pretrained(tmp_path)
+    assert KANModel.from_pretrained(tmp_path).config.ranks is None
+
+
+@pytest.mark.parametrize("given", [None, points()])
+def test_pykan_network(given):
+    from kan import MultKAN
+
+    model, x = MultKAN(width=[12, 10, 3], device="cpu", auto_save=False, symbolic_enabled=False), points()
+    model(x)  # leaves activations behind, which deepcopy refuses
+    small = slim(model, RANKS[::-1], inputs=given)
+    copied = copy.deepcopy(small)
+    y = small(x)
+    assert torch.equal(copied(x), y) and relative(small.to_dense()(x), y) < 1e-5
+    assert small.act_fun[0].coef.shape == model.act_fun[0].coef.shape
+    with pytest.raises(RuntimeError, match="`update_grid_from_samples` refits the coefficients"):
+        small.act_fun[0].update_grid_from_samples(x)
+
+
+@pytest.mark.parametrize("family", ["own", "efficient-kan"])
+def test_hooks_run_once(family):
+    model, calls = nn.Sequential(FAMILIES[family](12, 10), FAMILIES[family](10, 10)), []
+    model[0].register_forward_hook(lambda *_: calls.append(0))
+    for made in (small := slim(model, RANKS), to_dense(small)):
+        calls.clear()
+        made(points())
+        assert calls == [0]
+
+
+class Block(nn.Module):
+    """A block whose `mlpf` is a method, or holds the layers in a function, as minGPT's does."""
+
+    def __init__(self, how, family="own"):
+        super().__init__()
+        self.mlp = nn.ModuleDict({"c_fc": FAMILIES[family](6, 12), "c_proj": FAMILIES[family](12, 6)})
+        m, first = self.mlp, self.mlp["c_fc"]
+        functions = {"closure": lambda x: m["c_proj"](m["c_fc"](x)), "layer": lambda x: m["c_proj"](first(x))}
+        self.mlpf = functions.get(how, self.run)
+
+    def run(self, x):
+        return self.mlp["c_proj"](self.mlp["c_fc"](x))
+
+    def forward(self, x):
+        return x + self.mlpf(x)
+
+
+@pytest.mark.parametrize("given", [None, X])
+@pytest.mark.parametrize("how", ["closure", "layer"])
+def test_a_model_whose_copy_would_call_the_original_is_refused(how, given):
+    model = Block(how)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="keeps a function that holds KAN layers.*inplace=True"):
+        slim(model, (2, 2, 2), inputs=given)
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("options", [{"ranks": (4, 4, 3)}, {"energy": 0.9}, {"budget": 300}])
+@pytest.mark.parametrize("how", ["closure", "method"])
+@pytest.mark.parametrize("family", ["own", "efficient-kan"])
+def test_in_place(family, how, options):
+    model = Block(how, family)
+    y, names = model(X).detach(), model.state_dict().keys()
+    small = slim(model, inputs=X, inplace=True, **options)
+    report = small.slim_report
+    assert (
+        small is model and report.errors and report.model_error == pytest.approx(output_error(y, small(X)), rel=1e-3)
+    )
+    dense = small.to_dense(inplace=True)
+    assert dense is model and dense.state_dict().keys() == names and not hasattr(dense, "slim_report")
+    assert output_error(y, dense(X)) == pytest.approx(report.model_error, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["own", "efficient-kan"])
+@pytest.mark.parametrize("options", [{"ranks": 2}, {"energy": 0.9}])
+def test_slim_layers_that_are_not_called_are_refused(family, options):
+    model = Block("layer", family)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"does not call the Slim layers \['mlp.c_fc'\]"):
+        slim(model, inputs=X, inplace=True, **options)
+    assert_same(model, before)
+
+
+def test_functions_without_layers_are_no_obstacle():
+    model, dropout = nn.Sequential(KAN([6, 8, 6])), nn.Dropout(0.0)
+    model.after = lambda x: dropout(x)
+    assert slim(model, 3, inputs=X).slim_report.errors.keys() == {"0.layers.0", "0.layers.1"}
+
+
+def test_a_model_in_a_wrapper_is_its_network():
+    model = nn.DataParallel(KAN([12, 10, 6]))
+    small = slim(model, 2)
+    assert type(small) is KAN and type(small.layers[0]) is SlimKANLinear and type(model.module.layers[0]) is KANLinear
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({}, "Pass one of `ranks`, `energy` and `budget`"),
+        ({"ranks": 2, "energy": 0.5}, "Pass one of"),
+        ({"energy": 0.5, "budget": 500}, "Pass one of"),
+        ({"energy": 0}, "`energy` must be above 0 and at most 1"),
+        ({"energy": 1.1}, "`energy` must be above 0 and at most 1"),
+        ({"budget": 50}, "`budget` is 50, but ranks of 1 in each of the 2 layers take"),
+        ({"ranks": 0}, "`ranks` should be a positive integer"),
+        ({"ranks": {"layers.0": 0}}, "`ranks` should be a positive integer"),
+        ({"ranks": {"elsewhere": 2}}, "`ranks` names none of the KAN layers"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        slim(KAN([20, 16, 8]), **arguments)
+
+
+def test_wrong_models():
+    model = get_peft_model(KAN([20, 16, 8]), LoTRAConfig(r=2))
+    for which in (model, model.base_model, model.base_model.model):
+        for call in (lambda: slim(which, 2), lambda: to_dense(which)):  # noqa: B023
+            with pytest.raises(ValueError, match="has adapters: merge them first"):
+                call()
+    with pytest.raises(ValueError, match="No KAN layer that could be compressed"):
+        slim(nn.Linear(2, 2), 2)
+    model = KAN([20, 16, 8])
+    model.layers[1].base_weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match=r"coefficients of `layers\.1` are not finite"):
+        slim(model, 2)

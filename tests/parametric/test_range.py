@@ -1,0 +1,47 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The parameters that a fit chooses in a range."""
+
+from __future__ import annotations
+
+import itertools
+
+import family_problems as problems
+import numpy as np
+import pytest
+
+from peft_lotra import ParametricAdapter
+from peft_lotra.kan import KAN
+
+
+def test_a_search_ends_at_the_tolerance():
+    family = ParametricAdapter(problems.pretrained(), problems.terms_of, ranks=6)
+    report = family.fit(between=(2.9, 3.1), tolerance=1.0, progress=False)
+    assert report.largest <= 1 and 9 <= len(report) < 30 and "in the range" in str(report)
+    assert max(family.predict(c).residual for c in np.linspace(2.9, 3.1, 65)) <= 1.0
+    assert not family.fit(between=(2.9, 3.1), tolerance=1.0, progress=False)
+
+
+def chosen(loss_of, most, low=0.0, high=1.0):
+    """The members of a family with given losses, which nothing trains."""
+    family = ParametricAdapter(KAN([1, 2, 1]), ranks=2, loss_of=lambda model, c: loss_of(c))
+    family.fit(between=(low, high), tolerance=1.0, train=lambda *_: None, max_members=most, progress=False)
+    return family.parameters
+
+
+@pytest.mark.parametrize("most", [2, 4, 12])
+def test_no_more_members_than_allowed(most):
+    parameters = chosen(lambda c: 2.0, most)
+    assert len(parameters) == most and parameters[0] == 0.0 and parameters[-1] == 1.0
+
+
+def test_members_are_added_where_predictions_are_worst():
+    added = set(chosen(lambda c: 9 - 10 * c if c < 0.4 else 0.5, 12)) - set(np.linspace(0, 1, 9).tolist())
+    assert len(added) == 3 and max(added) < 0.125
+
+
+def test_the_corners_of_a_range_of_several_parameters():
+    corners = [*itertools.product((0.0, 1.0), (0.0, 1.0), (1.0, 2.0))]
+    assert chosen(lambda c: 0.5, 8, (0.0, 0.0, 1.0), (1.0, 1.0, 2.0)) == corners
+    assert len(chosen(lambda c: 0.5, 9, (0.0, 0.0), (1.0, 1.0))) == 9
