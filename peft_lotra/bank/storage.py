@@ -86,7 +86,7 @@ def read_bank(folder: str | os.PathLike, mapped: bool, skip_damaged: bool) -> Co
     if mapped:
         return Content(Store(packed, layers), names, forms, form_of, record)
     packed, form_of = packed.clone(), form_of.clone()  # or all of the file stays mapped, and changes with it
-    right = (_checksums(packed) == crc32) & packed.isfinite().all(1) & (form_of >= 0) & (form_of < len(forms))
+    right = (_checksums(packed) == crc32) & _are_finite(packed) & (form_of >= 0) & (form_of < len(forms))
     if not right[0]:
         raise ValueError(f"{path} is damaged: the row of the base is not zero. Save or download the bank again.")
     if right.all():
@@ -98,6 +98,11 @@ def read_bank(folder: str | os.PathLike, mapped: bool, skip_damaged: bool) -> Co
     warnings.warn(f"{message} They are left out.", stacklevel=3)
     names = [name for name, is_right in zip(names, right[1:].tolist(), strict=True) if is_right]
     return Content(Store(packed[right], layers), names, forms, form_of[right], record)
+
+
+def _are_finite(packed: Tensor) -> Tensor:
+    """Whether all numbers of each row are finite, by blocks of rows, whose memory is used again."""
+    return torch.cat([block.isfinite().all(1) for block in packed.split(1024)])
 
 
 def _checksums(packed: Tensor) -> Tensor:
