@@ -21,6 +21,7 @@ from .tuner.saving import save_adapter
 
 
 if TYPE_CHECKING:
+    from .bank.bank import AdapterBank
     from .compress.extract import extract_lotra
     from .compress.slim import slim, to_dense
     from .compress.spectra import gradient_spectrum, suggest_ranks, update_spectrum
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .tuner.check import check_kan_layer
 
 __all__ = [
+    "AdapterBank",
     "KANLayerSpec",
     "LoTRAConfig",
     "LoTRALayer",
@@ -61,6 +63,7 @@ __all__ = [
 
 # names that are imported at their first use, which saves a quarter of the time of an import
 _LATER = {
+    "AdapterBank": "bank",
     "LoTRALearningRates": "optim.learning_rates",
     "ParametricAdapter": "parametric",
     "check_kan_layer": "tuner.check",

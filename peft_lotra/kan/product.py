@@ -124,107 +124,42 @@ def _power_constants(
         return unit, torch.tensor((spline_order + 1) / 2 * unit, dtype=dtype, device=device), centers
 
 
-class _Dense:
-    """The product, by blocks of rows of the whole basis.
+def block_sizes(points: Points) -> tuple[int, int]:
+    """How many rows of the basis are evaluated at a time, and how many enter a matrix product."""
+    size, inputs = points.x.shape
+    width = max(1, inputs * points.num_basis)
+    evaluated, multiplied, fewest = EVALUATED, MULTIPLIED, min(max(MIN_ROWS[0], width // 16), MIN_ROWS[1])
+    if points.x.device.type != "cpu":
+        evaluated, multiplied, fewest = OFF_CPU, OFF_CPU, 1
+    return max(1, min(evaluated // width, size)), max(1, min(max(fewest, multiplied // width), size))
+
+
+class Evaluator:
+    """The whole basis at up to `rows` points at a time, in the same memory.
 
     The truncated powers of `bspline_basis` are those of t_m = max(half_width - |offset| - m unit, 0), in a unit of
-    length in which no pass divides by p!. Many rows are ordered (K, I) instead of (I, K), so that operations between a
-    number for each input and all basis functions run along the inputs.
+    length in which no pass divides by p!. With `functions_first` a row is ordered (K, I) instead of (I, K), so that
+    operations between a number for each input and all basis functions run along the inputs.
     """
 
-    def __init__(self, points: Points, weight: Tensor, update: Pair | None) -> None:
-        self.points, (size, inputs) = points, points.x.shape
-        many = size >= _FORM_FROM * len(weight)
-        self.functions_first = many and inputs >= _FUNCTIONS_FIRST_FROM
-        self.matrix = self._as_matrix(weight)  # (O, I K): the weight, or its sum with the update
-        self.left: Any = None if update is None else update[0]
-        self.right: Any = None if update is None else self._as_matrix(update[1])
-        self.is_separate = update is not None and not many
-        if update is not None and many:
-            self.matrix = torch.addmm(self.matrix, self.left, self.right)
-
-        # How many rows of the basis are evaluated at a time, and how many enter a matrix product.
+    def __init__(self, points: Points, rows: int, functions_first: bool) -> None:
+        self.points, self.functions_first = points, functions_first
+        inputs = points.x.shape[1]
         self.width = max(1, inputs * points.num_basis)
-        evaluated, multiplied, fewest = EVALUATED, MULTIPLIED, min(max(MIN_ROWS[0], self.width // 16), MIN_ROWS[1])
-        if points.x.device.type != "cpu":
-            evaluated, multiplied, fewest = OFF_CPU, OFF_CPU, 1
-        self.evaluated = max(1, min(evaluated // self.width, size))
-        self.multiplied = max(1, min(max(fewest, multiplied // self.width), size))
-
         self.factors = spline_factors(points.spline_order)
         constants = _power_constants(points.spline_order, points.num_basis, points.x.dtype, points.x.device)
         self.unit, self.half_width, centers = constants
         self.scale = points.scale * self.unit
-        self.centers = centers if self.functions_first else centers.repeat(inputs)
-        self.scratch = workspace("scratch", points.x, 1 + 2 * len(self.factors), self.evaluated, self.width)
+        self.centers = centers if functions_first else centers.repeat(inputs)
+        self.scratch = workspace("scratch", points.x, 1 + 2 * len(self.factors), rows, self.width)
 
-    def _as_matrix(self, tensor: Tensor) -> Tensor:
-        """A tensor (O or r, I, K) as a matrix, in the order of the basis' rows."""
-        return (tensor.transpose(1, 2) if self.functions_first else tensor).flatten(1)
-
-    def _as_tensor(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        """The matrix as the tensor of this shape (O or r, I, K)."""
-        if self.functions_first:
-            return matrix.unflatten(1, (shape[2], shape[1])).transpose(1, 2)
-        return matrix.view(shape)
-
-    def product(self) -> Tensor:
-        """The product (N, O)."""
-        x = self.points.x
-        result = x.new_empty(len(x), len(self.matrix))
-        buffer = workspace("values", x, self.multiplied, self.width)
-        for rows in blocks(0, len(x), self.multiplied):
-            basis = buffer[: rows.stop - rows.start]
-            for part in blocks(rows.start, rows.stop, self.evaluated):
-                self._evaluate(part, out=basis[part.start - rows.start : part.stop - rows.start])
-            torch.mm(basis, self.matrix.t(), out=result[rows])
-            if self.is_separate:
-                result[rows].addmm_(basis @ self.right.t(), self.left.t())
-        return result
-
-    def gradients(self, weight_shape: torch.Size, gradient: Tensor, needed: Sequence[bool]) -> Gradients:
-        """The gradients of x, weight, left and right; None where not needed."""
-        x, left = self.points.x, self.left
-        grad_buffer = workspace("gradients", x, self.multiplied, self.width) if needed[0] else None
-        values_buffer = workspace("values", x, self.multiplied, self.width)
-        grad_x = torch.empty_like(x) if needed[0] else None
-        # Transposed: the product that gives it so takes less time.
-        grad_matrix = x.new_zeros(self.width, len(self.matrix)) if needed[1] else None
-        grad_left = torch.zeros_like(left) if left is not None and needed[2] else None
-        grad_right = torch.zeros_like(self.right) if left is not None and needed[3] else None
-        for rows in blocks(0, len(x), self.multiplied):
-            given = gradient[rows]
-            thin: Any = None if left is None else given @ left
-            if grad_buffer is not None:
-                grad_basis = torch.mm(given, self.matrix, out=grad_buffer[: len(given)])
-                if self.is_separate:
-                    grad_basis.addmm_(thin, self.right)
-            for part in blocks(rows.start, rows.stop, self.evaluated):
-                here = slice(part.start - rows.start, part.stop - rows.start)
-                if grad_x is not None:
-                    out = values_buffer[here] if any(needed[1:]) else None
-                    self._differentiate(part, grad_basis[here], grad_x[part], out)
-                else:
-                    self._evaluate(part, values_buffer[here])
-            values = values_buffer[: len(given)]
-            if grad_left is not None:
-                grad_left.addmm_(given.t(), values @ self.right.t())
-            if grad_right is not None:
-                grad_right.addmm_(thin.t(), values)
-            if grad_matrix is not None:
-                grad_matrix.addmm_(values.t(), given)
-        grad_weight = None if grad_matrix is None else self._as_tensor(grad_matrix.t().contiguous(), weight_shape)
-        if grad_right is not None:
-            grad_right = self._as_tensor(grad_right, torch.Size([len(grad_right), *weight_shape[1:]]))
-        return grad_x, grad_weight, grad_left, grad_right
-
-    def _evaluate(self, rows: slice, out: Tensor) -> None:
+    def evaluate(self, rows: slice, out: Tensor) -> None:
         """Writes the basis functions (R, I K) at rows of the points."""
         first, *others = self.scratch[: len(self.factors), : len(out)]
         distances = self._distances(self._offsets_into(first, rows).abs_(), others)
         self._sum_into(out, [integer_power(t, self.points.spline_order, out=t) for t in distances])
 
-    def _differentiate(self, rows: slice, grad_basis: Tensor, out: Tensor, values: Tensor | None) -> None:
+    def differentiate(self, rows: slice, grad_basis: Tensor, out: Tensor, values: Tensor | None) -> None:
         """Writes the gradient of the points (R, I) into `out`, and the basis functions into `values`, if given.
 
         `grad_basis` (R, I K), the gradient of the basis functions, is overwritten.
@@ -266,3 +201,79 @@ class _Dense:
         for factor, power in zip(self.factors[1:], powers[1:], strict=True):
             total = torch.add(total, power, alpha=factor, out=out)
         return total if total is out else out.copy_(total)
+
+
+class _Dense(Evaluator):
+    """The product, by blocks of rows of the whole basis. Many rows are ordered (K, I)."""
+
+    def __init__(self, points: Points, weight: Tensor, update: Pair | None) -> None:
+        size, inputs = points.x.shape
+        self.evaluated, self.multiplied = block_sizes(points)
+        many = size >= _FORM_FROM * len(weight)
+        super().__init__(points, self.evaluated, many and inputs >= _FUNCTIONS_FIRST_FROM)
+        self.matrix = self._as_matrix(weight)  # (O, I K): the weight, or its sum with the update
+        self.left: Any = None if update is None else update[0]
+        self.right: Any = None if update is None else self._as_matrix(update[1])
+        self.is_separate = update is not None and not many
+        if update is not None and many:
+            self.matrix = torch.addmm(self.matrix, self.left, self.right)
+
+    def _as_matrix(self, tensor: Tensor) -> Tensor:
+        """A tensor (O or r, I, K) as a matrix, in the order of the basis' rows."""
+        return (tensor.transpose(1, 2) if self.functions_first else tensor).flatten(1)
+
+    def _as_tensor(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """The matrix as the tensor of this shape (O or r, I, K)."""
+        if self.functions_first:
+            return matrix.unflatten(1, (shape[2], shape[1])).transpose(1, 2)
+        return matrix.view(shape)
+
+    def product(self) -> Tensor:
+        """The product (N, O)."""
+        x = self.points.x
+        result = x.new_empty(len(x), len(self.matrix))
+        buffer = workspace("values", x, self.multiplied, self.width)
+        for rows in blocks(0, len(x), self.multiplied):
+            basis = buffer[: rows.stop - rows.start]
+            for part in blocks(rows.start, rows.stop, self.evaluated):
+                self.evaluate(part, out=basis[part.start - rows.start : part.stop - rows.start])
+            torch.mm(basis, self.matrix.t(), out=result[rows])
+            if self.is_separate:
+                result[rows].addmm_(basis @ self.right.t(), self.left.t())
+        return result
+
+    def gradients(self, weight_shape: torch.Size, gradient: Tensor, needed: Sequence[bool]) -> Gradients:
+        """The gradients of x, weight, left and right; None where not needed."""
+        x, left = self.points.x, self.left
+        grad_buffer = workspace("gradients", x, self.multiplied, self.width) if needed[0] else None
+        values_buffer = workspace("values", x, self.multiplied, self.width)
+        grad_x = torch.empty_like(x) if needed[0] else None
+        # Transposed: the product that gives it so takes less time.
+        grad_matrix = x.new_zeros(self.width, len(self.matrix)) if needed[1] else None
+        grad_left = torch.zeros_like(left) if left is not None and needed[2] else None
+        grad_right = torch.zeros_like(self.right) if left is not None and needed[3] else None
+        for rows in blocks(0, len(x), self.multiplied):
+            given = gradient[rows]
+            thin: Any = None if left is None else given @ left
+            if grad_buffer is not None:
+                grad_basis = torch.mm(given, self.matrix, out=grad_buffer[: len(given)])
+                if self.is_separate:
+                    grad_basis.addmm_(thin, self.right)
+            for part in blocks(rows.start, rows.stop, self.evaluated):
+                here = slice(part.start - rows.start, part.stop - rows.start)
+                if grad_x is not None:
+                    out = values_buffer[here] if any(needed[1:]) else None
+                    self.differentiate(part, grad_basis[here], grad_x[part], out)
+                else:
+                    self.evaluate(part, values_buffer[here])
+            values = values_buffer[: len(given)]
+            if grad_left is not None:
+                grad_left.addmm_(given.t(), values @ self.right.t())
+            if grad_right is not None:
+                grad_right.addmm_(thin.t(), values)
+            if grad_matrix is not None:
+                grad_matrix.addmm_(values.t(), given)
+        grad_weight = None if grad_matrix is None else self._as_tensor(grad_matrix.t().contiguous(), weight_shape)
+        if grad_right is not None:
+            grad_right = self._as_tensor(grad_right, torch.Size([len(grad_right), *weight_shape[1:]]))
+        return grad_x, grad_weight, grad_left, grad_right

@@ -22,6 +22,7 @@ from ..layers.coefficients import CoefficientTensor
 from ..layers.registry import Grid, KANLayerSpec, same_grid
 from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms
 from ..tucker import Tucker, Update
+from .by_row import output_by_row, updates_by_name
 from .config import LoTRAConfig
 from .fused import Formula, find_formula, runs_more_than_its_class
 from .initialization import initialize
@@ -348,15 +349,25 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if names is None:
             return self._run(self.active_adapters, current, args, kwargs)
         names = names_of_rows(names, args[0] if args else next(iter(kwargs.values())), self.lotra_name, current)
+        y = None if in_transform() else self._output_by_row(names, current, args, kwargs)
+        if y is not None:
+            return y
         return run_by_name(names, lambda name, args, kwargs: self._run([name], current, args, kwargs), args, kwargs)
+
+    def _output_by_row(
+        self, names: Sequence[str], current: ForwardPass | None, args: tuple, kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """The output of the rows of all names at once; None if it has to be that of each name by itself."""
+        stored, tensor = self.lotra_tensor.get_parameter(self.get_base_layer()), self.lotra_tensor
+        updates = updates_by_name(names, tensor, stored, lambda name: next(iter(self._updates([name], current)), None))
+        base_layer = self._modules["base_layer"]
+        if updates is None:
+            return None
+        return output_by_row(base_layer, self._find_formula(stored), stored, updates, args, kwargs)
 
     def _run(self, adapters: Iterable[str], current: ForwardPass | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Evaluates the layer with these adapters, those of them that it has, for all rows."""
-        updates = [self.update_of(name, self.training) for name in adapters if name in self.lotra_scaling]
-        if current is not None and current.replaced:  # read after the components were, see `hotswap_adapter`
-            names = self._present(adapters)
-            former = [current.replaced.get((id(self), name)) for name in names]
-            updates = [u if f is None else u._replace(tensor=f) for u, f in zip(updates, former, strict=True)]
+        updates = self._updates(adapters, current)
         base_layer = self._modules["base_layer"]
         if updates:
             by_rows = type(base_layer) is KANLinear and not self.training and in_transform()
@@ -368,6 +379,15 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             if formula is not None and formula.accepts(base_layer, stored, updates, args, kwargs):
                 return formula.output(base_layer, updates, *args)
         return self._call_base(updates, args, kwargs)
+
+    def _updates(self, adapters: Iterable[str], current: ForwardPass | None) -> list[Update]:
+        """The updates of those of the adapters that the layer has, as they were when the pass began."""
+        updates = [self.update_of(name, self.training) for name in adapters if name in self.lotra_scaling]
+        if current is not None and current.replaced:  # read after the components were, see `hotswap_adapter`
+            names = self._present(adapters)
+            former = [current.replaced.get((id(self), name)) for name in names]
+            updates = [u if f is None else u._replace(tensor=f) for u, f in zip(updates, former, strict=True)]
+        return updates
 
     def _call_base(self, updates: Sequence[Update], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Runs the base layer with the updates added to its parameters, one thread at a time."""

@@ -1,0 +1,215 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A batch whose rows have different adapters, and ten thousand adapters in one file: what `AdapterBank` costs.
+
+    python examples/studies/benchmarks/bank.py  # about two minutes
+    python examples/studies/benchmarks/bank.py --quick  # a few seconds, for a look
+
+Batches: 4,096 rows over a number of different adapters of a bank, by their names and by their numbers, and over
+adapters of a `PeftModel` by `adapter_names`, beside the same rows with one adapter of a `PeftModel`. All run in turn,
+so that another load of the machine meets all alike; the numbers are medians.
+
+Files: adapters are added to a bank, saved, and loaded, read or mapped; the memory is what the process grows by.
+"""
+
+from __future__ import annotations
+
+from figures import command_line  # isort: split
+
+
+import copy
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+from peft import get_peft_model, get_peft_model_state_dict
+from rich.console import Console
+from study_tools import machine
+from torch import nn
+
+from peft_lotra import AdapterBank, LoTRAConfig
+from peft_lotra.kan import KAN
+
+
+WIDTHS = [4, 32, 32, 1]
+DISTINCT = [16, 256, 4096]
+OF_PEFT = [16, 64]
+
+
+def config() -> LoTRAConfig:
+    return LoTRAConfig(r=2, init_weights=False)
+
+
+def efficient_kan(widths: list[int]) -> nn.Module:
+    from qkan.kan import KANLinear  # its copy of efficient-kan, which is not on PyPI
+
+    return nn.Sequential(*(KANLinear(n_in, n_out) for n_in, n_out in zip(widths[:-1], widths[1:], strict=True)))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "KAN [4, 32, 32, 1]": lambda: KAN(WIDTHS),
+    "KAN [8, 16, 16, 4]": lambda: KAN([8, 16, 16, 4]),
+    "efficient-kan [4, 32, 32, 1]": lambda: efficient_kan(WIDTHS),
+}
+
+
+def random_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The components of an adapter, drawn anew."""
+    return {key: 0.3 * torch.randn_like(value) for key, value in state.items()}
+
+
+def medians(functions: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """The median ms of each function; all run in turn."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times["one adapter"]) < 5:
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+@torch.no_grad()
+def measure_batches(make: Callable[[], nn.Module], rows: int, seconds: float) -> dict[str, float]:
+    torch.manual_seed(0)
+    base = make()
+    model = get_peft_model(copy.deepcopy(base), config(), adapter_name="a0").eval()
+    for place in range(1, max(OF_PEFT)):
+        model.add_adapter(f"a{place}", config())
+    bank, state = AdapterBank(base), get_peft_model_state_dict(model, adapter_name="a0")
+    for place in range(max(DISTINCT)):
+        bank.add(f"a{place}", random_state(state))
+    served = bank.attach().eval()
+    x = torch.rand(rows, first_width(base)) * 2 - 1
+    functions: dict[str, Callable[[], object]] = {"one adapter": lambda: model(x), "the base": lambda: base(x)}
+    for count in DISTINCT:
+        places = torch.randperm(rows) % count
+        names = [f"a{place}" for place in places.tolist()]
+        ids = bank.ids(names)
+        functions[f"bank, {count}, by name"] = lambda names=names: served(x, adapter_names=names)
+        functions[f"bank, {count}, by number"] = lambda ids=ids: served(x, ids=ids)
+    for count in OF_PEFT:
+        names = [f"a{place}" for place in (torch.randperm(rows) % count).tolist()]
+        functions[f"PeftModel, {count}"] = lambda names=names: model(x, adapter_names=names)
+    return medians(functions, seconds)
+
+
+def first_width(base: nn.Module) -> int:
+    return next(module.in_features for module in base.modules() if hasattr(module, "in_features"))
+
+
+def measure_files(adapters: int) -> dict[str, float]:
+    torch.manual_seed(0)
+    base = KAN(WIDTHS)
+    model = get_peft_model(copy.deepcopy(base), config())
+    bank, times, state = AdapterBank(base), [], get_peft_model_state_dict(model)
+    for place in range(adapters):
+        drawn = random_state(state)
+        start = time.perf_counter()
+        bank.add(f"customer {place}", drawn)
+        times.append(1e3 * (time.perf_counter() - start))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/one")
+        of_folder = []
+        for place in range(20):
+            start = time.perf_counter()
+            bank.add(f"folder {place}", f"{folder}/one")
+            of_folder.append(1e3 * (time.perf_counter() - start))
+        start = time.perf_counter()
+        bank.save(folder)
+        saved = time.perf_counter() - start
+        torch.save(base, f"{folder}/base.pt")
+        loaded = {
+            how: json.loads(subprocess.check_output([sys.executable, __file__, "--load", folder, how]))
+            for how in ("read", "mapped")
+        }
+    first, last = times[: min(100, adapters // 2)], times[-min(100, adapters // 2) :]
+    return {
+        "adapters": adapters,
+        "add ms, median of the first 100": statistics.median(first),
+        "add ms, median of the last 100": statistics.median(last),
+        "add ms, mean": statistics.mean(times),
+        "add ms, most (a growth)": max(times),
+        "add a folder ms, median": statistics.median(of_folder),
+        "save s": saved,
+        **{f"{how}: {name}": value for how, found in loaded.items() for name, value in found.items()},
+    }
+
+
+def load(folder: str, how: str) -> None:
+    """Loads a bank in a process of its own, and prints what that took."""
+    base = torch.load(f"{folder}/base.pt", weights_only=False)
+    with tempfile.TemporaryDirectory() as empty:  # what is imported when it is first used
+        AdapterBank(base).save(empty)
+        AdapterBank.load(base, empty)
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    start = time.perf_counter()
+    bank = AdapterBank.load(base, folder, mapped=how == "mapped")
+    seconds = time.perf_counter() - start
+    gc.collect()
+    grown = psutil.Process().memory_info().rss - before
+    size = bank.store.packed.numel() * bank.store.packed.element_size()
+    print(json.dumps({"load s": seconds, "memory / tensors": grown / size, "kB per adapter": size / 1e3 / len(bank)}))
+
+
+def table(results: dict) -> str:
+    """The results as Markdown."""
+    columns = list(results["batches"])
+    lines = [
+        f"{results['rows']:,} rows, r=2, multiples of one adapter (ms in the first line). {results['machine']}.",
+        "",
+        "| | " + " | ".join(columns) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for name in results["batches"][columns[0]]:
+        cells = []
+        for times in results["batches"].values():
+            one = times["one adapter"]
+            cells.append(f"{one:.1f} ms" if name == "one adapter" else f"{times[name] / one:.2f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", f"Adapters of a KAN {WIDTHS} in one file:", "", "| | |", "|---|---:|"]
+    lines += [f"| {name} | {value:,.3g} |" for name, value in results["files"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--load"]:
+        load(*sys.argv[2:])
+        return
+    parser = command_line.Parser(
+        __doc__,
+        takes="two minutes on two cores",
+        writes="bank.json and .md",
+        folder=command_line.RESULTS,
+        quick="512 rows and 300 adapters: to see it run",
+    )
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows, seconds, adapters = (512, 0.1, 300) if args.quick else (4096, 10.0, 10_000)
+    results = {
+        "machine": f"{args.threads} threads of {machine.describe()}",
+        "rows": rows,
+        "batches": {name: measure_batches(make, rows, seconds) for name, make in MODELS.items()},
+        "files": measure_files(adapters),
+    }
+    (args.output / "bank.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = table(results)
+    (args.output / "bank.md").write_text(text)
+    Console(width=150).print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,352 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kan.row_product import PackedTucker
+from ..kan.slim_kan import SlimKANLinear
+from ..layers.slim import SlimLayer
+from ..modules.calls import LayerLock, modules_of, unwrap
+from ..tuner.base_record import record_layer
+from ..tuner.by_row import full_shape
+from ..tuner.config import LoTRAConfig
+from ..tuner.layer import lotra_layers
+from ..tuner.rows import ForwardPass, check_names
+from ..tuner.targets import Target, find_targets
+from .layer import ROWS, BankLayer, BankModel, Rows, SlimBankLayer
+from .reading import Adapter, match_layers, read_adapter
+from .storage import Content, export_adapter, read_bank, write_bank
+from .store import Form, Store
+
+
+# Rows of removed adapters that are not written to yet: passes that have begun may read them.
+_SPARE = 64
+
+
+class AdapterBank:
+    r"""
+    The LoTRA adapters of one base, thousands of them, side by side as rows of one matrix.
+
+    A batch whose rows have different adapters takes one evaluation of the base: an adapted layer computes
+
+        y[n, o] = sum_{i,k} (A[o, i, k] + D_n[o, i, k]) f_k(x[n, i]),  D_n = core x1 factor_out x2 factor_in x3
+        factor_basis, the update of the adapter of row n,
+
+    where the functions f_k and the part of A are computed once, and that of D_n from the components of each row.
+    Layers whose kind has no `basis` (pykan, convolutions) run once for each adapter in the batch. Lower ranks are
+    filled with zeros, which is exact. Adapters that save modules are not taken.
+
+    Args:
+        base (`nn.Module`): The model that the adapters are for. It is not changed.
+        dtype (`torch.dtype`, *optional*): The dtype in which adapters are stored, e.g. `torch.bfloat16`; by default
+            that of the base, but at least float32.
+
+    Raises:
+        ValueError: The base has no KAN layers, or merged adapters.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import AdapterBank, LoTRAConfig
+        >>> from peft_lotra.kan import KAN
+        >>> base = KAN([2, 4, 1])
+        >>> bank = AdapterBank(base)
+        >>> bank.add("anna", get_peft_model(KAN([2, 4, 1]), LoTRAConfig(r=2)), check_base="ignore")
+        >>> model = bank.attach(base)
+        >>> model(torch.rand(2, 2), adapter_names=["anna", "__base__"]).shape, bank.names
+        (torch.Size([2, 1]), ['anna'])
+    """
+
+    def __init__(self, base: nn.Module, dtype: torch.dtype | None = None) -> None:
+        self.base = unwrap(base)
+        _check_unmerged(self.base)
+        targets = find_targets(LoTRAConfig(), self.base)
+        self.record = {name: record_layer(_bank_layer(name, target, self)) for name, target in targets.items()}
+        self._shapes = {name: full_shape(target.coefficients) for name, target in targets.items()}
+        target = next(iter(targets.values()))
+        stored = target.coefficients.get_parameter(target.layer)
+        self.store = Store.empty(dtype or torch.promote_types(stored.dtype, torch.float32))
+        self.traced_rows: Rows | None = None  # the rows of the pass that a compiler traces
+        self._rows: dict[str, int] = {}  # of the matrix, by name
+        self._forms: list[Form] = [{}]
+        self._form_of = torch.zeros(1, dtype=torch.int32)  # the place in `_forms` of each row, -1 if it is free
+        self._free: list[int] = []
+        self._known: list[Any] = []  # records of bases that agreed with this one
+        self._attached: list[tuple[nn.Module, str, nn.Module]] = []
+        self.is_mapped = False
+        self._lock = LayerLock()
+
+    @classmethod
+    def from_folders(
+        cls,
+        base: nn.Module,
+        folders: Mapping[str, Any] | Iterable[Any],
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> AdapterBank:
+        """A bank of saved adapters: `folders` by the names of the adapters, or paths whose last parts are the names.
+
+        `kwargs` are those of `add`.
+        """
+        bank = cls(base, dtype)
+        if not isinstance(folders, Mapping):
+            folders = {str(folder).replace("\\", "/").rstrip("/").rpartition("/")[2]: folder for folder in folders}
+        for name, folder in folders.items():
+            bank.add(name, folder, **kwargs)
+        return bank
+
+    # --- the adapters ---
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the adapters, in the order in which they were added."""
+        return list(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __repr__(self) -> str:
+        rows, width = self.store.packed.shape
+        dtype, device = self.store.packed.dtype, self.store.packed.device
+        return f"AdapterBank({len(self)} adapters of {width} numbers, room for {rows - 1}, {dtype}, {device})"
+
+    def ids(self, names: Sequence[str]) -> Tensor:
+        """The numbers of adapters, (rows,) int64, on the device of the bank; -1 for `"__base__"`.
+
+        An adapter keeps its number until it is removed or replaced, or `compact` is called.
+
+        Raises:
+            ValueError: A name is unknown; the message has the first three.
+        """
+        return self._index(names) - 1
+
+    def _index(self, names: Sequence[str]) -> Tensor:
+        rows = self._rows
+        found = [0 if name == "__base__" else rows.get(name, -1) for name in check_names(names)]
+        if -1 in found:
+            unknown = [name for name in dict.fromkeys(names) if name != "__base__" and name not in rows]
+            raise ValueError(f"The bank has no adapter {', '.join(map(repr, unknown[:3]))} ({len(unknown)} unknown).")
+        return torch.tensor(found, device=self.store.packed.device)
+
+    def add(
+        self,
+        name: str,
+        adapter: Adapter,
+        *,
+        adapter_name: str | None = None,
+        alpha: float = 1.0,
+        replace: bool = False,
+        check_base: str | None = "error",
+    ) -> None:
+        """Adds an adapter; on an error the bank is as before.
+
+        Args:
+            name (`str`): Its name in the bank.
+            adapter: A folder or a repository that `save_pretrained` wrote, a PeftModel, or a state dict as
+                `get_peft_model_state_dict` returns it.
+            adapter_name (`str`, *optional*): Which adapter of a PeftModel; by default the active one.
+            alpha (`float`): The factor of the update, of a state dict alone: it has none.
+            replace (`bool`): Whether an adapter of this name may be replaced. Passes that have begun go on with it.
+            check_base (`str`, *optional*): As in `LoTRAConfig`. A state dict says nothing of its base.
+
+        Raises:
+            ValueError: The name is known, or the adapter is of another base, grid or kind of layer, or damaged.
+        """
+        if not isinstance(name, str) or not name or name == "__base__":
+            raise ValueError(f"The name of an adapter must be a string other than '__base__', got {name!r:.100}.")
+        if name in self._rows and not replace:
+            raise ValueError(f"The bank has an adapter {name!r} already. Pass `replace=True`, or another name.")
+        if self.is_mapped:
+            raise ValueError("The adapters are mapped from a file: load the bank without `mapped` to add to it.")
+        try:
+            updates = read_adapter(adapter, self.base, adapter_name, alpha, check_base, self._known)
+        except (ValueError, TypeError, OSError) as error:
+            raise ValueError(f"The adapter {name!r} was not added: {error}") from error
+        device = self.store.packed.device
+        updates = {n: it._replace(tensor=it.tensor.map(lambda part: part.to(device))) for n, it in updates.items()}
+        form: Form = {layer: (it.tensor.ranks, it.tensor.shape[2]) for layer, it in updates.items()}
+        forms = {layer: PackedTucker(self._shapes[layer], it.tensor.ranks) for layer, it in updates.items()}
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            store = self.store.with_forms(forms)
+            used = 1 + len(self._rows) + len(self._free)
+            row = self._free.pop(0) if len(self._free) > _SPARE else used
+            if row >= len(store.packed):
+                store = store.with_capacity(max(4, 1 << row.bit_length()))
+                self._form_of = _resized(self._form_of, len(store.packed))
+            store.packed[row] = store.pack(updates)
+            if form not in self._forms:
+                self._forms.append(form)
+            self._form_of[row] = self._forms.index(form)
+            self.store = store
+            if name in self._rows:
+                self._release(self._rows[name])
+            self._rows[name] = row
+
+    def remove(self, name: str) -> None:
+        """Removes an adapter. Its number may be given to another one."""
+        if name not in self._rows:
+            raise ValueError(f"The bank has no adapter {name!r} to remove.")
+        with self._lock:
+            self._release(self._rows.pop(name))
+
+    def _release(self, row: int) -> None:
+        self._form_of[row] = -1
+        self._free.append(row)
+
+    def compact(self) -> None:
+        """Gives back the memory of removed adapters, and of the room for more; adapters get new numbers."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            rows = [0, *self._rows.values()]
+            self.store, self._form_of = self.store.select(rows), self._form_of[rows]
+            self._rows, self._free = {name: row for row, name in enumerate(self._rows, 1)}, []
+
+    def to(self, device: torch.device | str) -> AdapterBank:
+        """Moves the adapters to a device; those of each row are taken to that of the layer in each pass."""
+        self.store = self.store._replace(packed=self.store.packed.to(device))
+        return self
+
+    # --- files ---
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes all adapters into one file, adapter_bank.safetensors, with a table of their names."""
+        rows = [0, *self._rows.values()]
+        write_bank(folder, Content(self.store.select(rows), self.names, self._forms, self._form_of[rows], self.record))
+
+    @classmethod
+    def load(
+        cls,
+        base: nn.Module,
+        folder: str | os.PathLike,
+        dtype: torch.dtype | None = None,
+        mapped: bool = False,
+        skip_damaged: bool = False,
+        check_base: str | None = "error",
+    ) -> AdapterBank:
+        """Reads a bank that `save` wrote.
+
+        Args:
+            base (`nn.Module`): The model that the adapters are for.
+            folder (`str`): The folder.
+            dtype (`torch.dtype`, *optional*): As of a new bank; by default that of the file.
+            mapped (`bool`): Whether adapters stay in the file until they are used, for banks larger than memory: the
+                operating system keeps those that were used last. They are not checked, and none can be added.
+            skip_damaged (`bool`): Whether damaged adapters are left out, with a warning, instead of an error.
+            check_base (`str`, *optional*): As in `LoTRAConfig`.
+
+        Raises:
+            ValueError: There is no bank in the folder, it is damaged (the message has the names), or of another base.
+        """
+        content = read_bank(folder, mapped, skip_damaged)
+        bank = cls(base, content.store.packed.dtype if mapped or dtype is None else dtype)
+        _, names = match_layers(content.record, bank.base, check_base)
+        forms = {names[name]: form for name, form in content.store.forms.items()}
+        if any(form.shape != bank._shapes[name] for name, form in forms.items()):
+            raise ValueError(f"The bank in {folder} is damaged: its layers have other shapes than its base.")
+        packed = content.store.packed.to(bank.store.packed.dtype)
+        bank.store, bank._form_of = Store(packed, forms), content.form_of
+        bank._rows = {name: row for row, name in enumerate(content.names, 1)}
+        bank._forms = [{names[name]: it for name, it in form.items()} for form in content.forms]
+        bank.is_mapped = mapped
+        return bank
+
+    def export(self, name: str, folder: str | os.PathLike) -> None:
+        """Writes one adapter as a folder that `PeftModel.from_pretrained` loads; its alpha is in the cores."""
+        if name not in self._rows:
+            raise ValueError(f"The bank has no adapter {name!r} to export.")
+        row = self._rows[name]
+        components = self.store.components(row, self._forms[int(self._form_of[row])])
+        export_adapter(folder, components, self.record, self.base)
+
+    # --- serving ---
+
+    def attach(self, model: nn.Module | None = None, needs_adapters: bool = False) -> BankModel:
+        """Puts the bank into a model, by default its base, until `detach`.
+
+        The KAN layers of the model get another module around them; adapters of PEFT that the model has take no part.
+
+        Args:
+            model (`nn.Module`, *optional*): A model with the layers of the base.
+            needs_adapters (`bool`): Whether a call without adapters is an error; otherwise it is the base's.
+
+        Returns:
+            `BankModel`: It takes the arguments of the model, and `adapter_names=`, a name for each row, or `ids=`.
+
+        Raises:
+            ValueError: The bank is attached, the model has merged adapters, or it is another base.
+        """
+        network = unwrap(self.base if model is None else model)
+        if self._attached:
+            raise ValueError("The bank is attached to a model: call `detach()` first.")
+        _check_unmerged(network)
+        targets, names = match_layers(self.record, network, "error")
+        layers = {network.get_submodule(there): _bank_layer(own, targets[there], self) for own, there in names.items()}
+        for module in modules_of(network):
+            for key, child in module._modules.items():
+                if child in layers:
+                    self._attached.append((module, key, child))
+        for module, key, child in self._attached:
+            module._modules[key] = layers[child].train(child.training)
+        return BankModel(network, self, needs_adapters)
+
+    def detach(self) -> None:
+        """Takes the bank out of the model that it is attached to, which is as before."""
+        for module, key, child in self._attached:
+            module._modules[key] = child
+        self._attached = []
+
+    @contextmanager
+    def rows(self, rows: Sequence[str] | Sequence[int] | Tensor) -> Iterator[None]:
+        """A context in which the rows that adapted layers get have these adapters, names or numbers.
+
+        For models that change the order of rows on their way, and for calls of a part of a model.
+
+        Raises:
+            ValueError: A name is unknown, or a number belongs to no adapter.
+        """
+        are_ids = isinstance(rows, Tensor) or (len(rows) > 0 and isinstance(rows[0], int))
+        index = self._check_ids(torch.as_tensor(rows)) if are_ids else self._index(rows)  # pyright: ignore
+        # the store is read last: what is added meanwhile is in it
+        token = ROWS.set(Rows(self, self.store, index, ForwardPass(None, {}, {})))
+        try:
+            yield
+        finally:
+            ROWS.reset(token)
+
+    def _check_ids(self, ids: Tensor) -> Tensor:
+        if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"`ids` must be integers (rows,), got {ids.dtype} of the shape {tuple(ids.shape)}.")
+        index = ids.to(torch.int64) + 1
+        inside = (index >= 0) & (index < len(self._form_of))
+        used = inside.cpu() & (self._form_of[index.clamp(0, len(self._form_of) - 1).cpu()] >= 0)
+        if not bool(used.all()):
+            wrong = ids.cpu()[~used].unique()[:3].tolist()
+            raise ValueError(f"No adapter has the number {', '.join(map(str, wrong))}. `bank.ids(names)` has them.")
+        return index
+
+
+def _bank_layer(name: str, target: Target, bank: AdapterBank) -> BankLayer:
+    layer_cls = SlimBankLayer if isinstance(target.layer, (SlimKANLinear, SlimLayer)) else BankLayer
+    layer = layer_cls(*target, name)
+    vars(layer)["lotra_bank"] = bank
+    target.coefficients.read_parts(target.layer)  # computes cached properties, which a compiler cannot
+    return layer
+
+
+def _check_unmerged(network: nn.Module) -> None:
+    if merged := [name for name, layer in lotra_layers(network) if layer.merged]:
+        raise ValueError(f"The adapters of {', '.join(merged[:3])} are merged: call `unmerge_adapter()` first.")
+
+
+def _resized(form_of: Tensor, size: int) -> Tensor:
+    return torch.cat([form_of, form_of.new_full((size - len(form_of),), -1)])

@@ -1,0 +1,131 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What stands in a model while a bank is attached to it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..kan.row_product import RowUpdates
+from ..tucker import Tucker, Update
+from ..tuner.by_row import output_by_row
+from ..tuner.layer import LoTRALayer
+from ..tuner.rows import ForwardPass, names_of_rows, run_by_name
+from ..tuner.slim import SlimLoTRALayer
+from .store import Store
+
+
+class Rows(NamedTuple):
+    """The adapters of the rows of a forward pass.
+
+    Attributes:
+        bank: The bank, an object of any type, whose layers they are for.
+        store: The adapters of the bank when the pass began.
+        index: (N,), the row of `store` for each row of the batch; None in a traced pass of the base.
+        order: What is known about the order of more rows than the batch has.
+    """
+
+    bank: Any
+    store: Store
+    index: Tensor | None
+    order: ForwardPass | None
+
+
+# set around each forward pass, so that each thread has its own
+ROWS: ContextVar[Rows | None] = ContextVar("lotra_bank_rows", default=None)
+
+
+@torch.compiler.disable
+def _rows_of_pass() -> Rows | None:
+    return ROWS.get()
+
+
+class BankLayer(LoTRALayer):
+    """A KAN layer whose rows have the adapters of a bank; without rows it is its base layer."""
+
+    lotra_bank: Any  # set by the bank
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        is_traced = torch.compiler.is_compiling()
+        traced = self.lotra_bank.traced_rows  # not None inside of a compiled `BankModel`
+        rows = traced if is_traced and traced is not None else _rows_of_pass()  # pyright: ignore[reportCallIssue]
+        if traced is not None and not is_traced and rows is None:
+            raise RuntimeError(
+                "A compiled model with a bank must be one graph: pass `fullgraph=True` to find the break."
+            )
+        if rows is None or rows.bank is not self.lotra_bank or self.lotra_name not in rows.store.forms:
+            return super().forward(*args, **kwargs)
+        index = rows.index
+        if index is None:
+            return super().forward(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not is_traced:
+            self.check_grid()
+            if len(x) != len(index):
+                places = names_of_rows(range(len(index)), x, self.lotra_name, rows.order)  # pyright: ignore
+                index = index[torch.tensor(places, device=index.device)]
+        base_layer = self._modules["base_layer"]
+        stored = self.lotra_tensor.get_parameter(base_layer)
+        form, packed = rows.store.forms[self.lotra_name], rows.store.columns()[self.lotra_name]
+        updates = RowUpdates(packed, index, form)
+        y = output_by_row(base_layer, self._find_formula(stored), stored, updates, args, kwargs)
+        if y is not None:
+            return y
+        if is_traced:
+            raise RuntimeError(
+                f"`{self.lotra_name}` ({self.lotra_spec.family}) runs once for each adapter, which a graph cannot do. "
+                "Give its kind `basis` in `register_kan_layer`, or call the model that is not compiled."
+            )
+
+        def run(row: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+            parts = [part[0].to(stored) for part in form.unpack(packed[row : row + 1])]
+            return self._call_base([Update(1.0, Tucker(*parts))] if row else [], args, kwargs)
+
+        return run_by_name(index.tolist(), run, args, kwargs)  # pyright: ignore[reportArgumentType]  (any names)
+
+
+class SlimBankLayer(BankLayer, SlimLoTRALayer):
+    """The same of a Slim layer."""
+
+
+class BankModel(nn.Module):
+    """A model whose rows have the adapters of a bank, see `AdapterBank.attach`.
+
+    Attributes:
+        model (`nn.Module`): The model.
+        bank (`AdapterBank`): The bank.
+    """
+
+    def __init__(self, model: nn.Module, bank: Any, needs_adapters: bool) -> None:
+        super().__init__()
+        self.model, self.bank, self.needs_adapters = model, bank, needs_adapters
+
+    def forward(self, *args: Any, adapter_names: Any = None, ids: Any = None, **kwargs: Any) -> Any:
+        """The output of the model.
+
+        Args:
+            adapter_names (`list[str]`): The adapter of each row, `"__base__"` for none.
+            ids (`torch.Tensor`): The same by number, (rows,) int64, -1 for none; see `AdapterBank.ids`.
+        """
+        given = [rows for rows in (adapter_names, ids) if rows is not None]
+        if len(given) == 2 or (self.needs_adapters and not given):
+            raise ValueError(
+                f"`adapter_names` and `ids` name the adapter of each row: pass one of them, got {len(given)}."
+            )
+        bank = self.bank
+        if not torch.compiler.is_compiling():
+            with bank.rows(given[0]) if given else nullcontext():
+                return self.model(*args, **kwargs)
+        if adapter_names is not None:
+            raise ValueError("A compiled model takes `ids`, not `adapter_names`: pass `ids=bank.ids(names)`.")
+        bank.traced_rows = Rows(bank, bank.store, None if ids is None else ids + 1, None)
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            bank.traced_rows = None

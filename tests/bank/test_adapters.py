@@ -1,0 +1,257 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Which adapters a bank takes, what it does with their numbers, and its files."""
+
+import json
+
+import pytest
+import torch
+from behaving import X, adapted, apart, net, python
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from peft_lotra import AdapterBank
+from peft_lotra.kan import SlimKAN
+
+
+def answer(bank, name, base=None):
+    with torch.no_grad():
+        y = bank.attach(base)(X, adapter_names=[name] * len(X))
+    bank.detach()
+    return y
+
+
+def test_folders_models_and_state_dicts(tmp_path):
+    model = adapted(net(), alpha=0.5)
+    expected = model(X).detach()
+    model.save_pretrained(tmp_path / "anna")
+    bank = AdapterBank.from_folders(net(), [tmp_path / "anna"])
+    bank.add("ben", model)
+    bank.add("cleo", get_peft_model_state_dict(model), alpha=0.5)
+    assert bank.names == ["anna", "ben", "cleo"] and len(bank) == 3 and "ben" in bank and "dora" not in bank
+    for name in bank.names:
+        assert apart(answer(bank, name), expected) < 2e-6
+    assert AdapterBank.from_folders(net(), {"x": tmp_path / "anna"}).names == ["x"]
+
+
+def test_a_folder_whose_configuration_is_damaged(tmp_path):
+    adapted(net()).save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="'anna' was not added"):
+        AdapterBank(net()).add("anna", tmp_path)
+
+
+def test_rows_of_removed_adapters_are_used_again():
+    bank, model = AdapterBank(net()), adapted(net())
+    state = get_peft_model_state_dict(model)
+    for _ in range(300):
+        bank.add("a", state, replace=True)
+    assert len(bank.store.packed) <= 128 and apart(answer(bank, "a"), model(X)) < 2e-6
+
+
+def test_removed_replaced_and_compacted():
+    bank, models = AdapterBank(net()), [adapted(net()) for _ in range(3)]
+    for count in range(6):
+        bank.add(f"a{count}", models[count % 2])
+    with pytest.raises(ValueError, match="already"):
+        bank.add("a1", models[2])
+    ids = bank.ids(["a5", "__base__"]).tolist()
+    bank.add("a1", models[2], replace=True)
+    bank.remove("a0")
+    bank.add("new", models[2])
+    assert bank.ids(["a5", "__base__"]).tolist() == ids and len(bank) == 6
+    bank.remove("a2")
+    bank.compact()
+    assert bank.ids(bank.names).tolist() == [0, 1, 2, 3, 4]
+    for name, model in {"a1": 2, "new": 2, "a3": 1, "a4": 0, "a5": 1}.items():
+        assert apart(answer(bank, name), models[model](X)) < 2e-6
+    with pytest.raises(ValueError, match="'a0' to remove"):
+        bank.remove("a0")
+
+
+def test_half_precision_in_memory():
+    bank, model = AdapterBank(net(), dtype=torch.bfloat16), adapted(net())
+    bank.add("a", model)
+    assert 1e-6 < apart(answer(bank, "a"), model(X)) < 2e-2
+    assert bank.store.packed.dtype == torch.bfloat16 and bank.to("cpu") is bank
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_empty_bank_and_one_of_half_precision_in_files(tmp_path, dtype):
+    bank = AdapterBank(net(), dtype=dtype)
+    bank.save(tmp_path)
+    assert torch.equal(answer(AdapterBank.load(net(), tmp_path), "__base__"), net()(X))
+    bank.add("a", adapted(net()))
+    bank.save(tmp_path)
+    assert torch.equal(answer(AdapterBank.load(net(), tmp_path), "a"), answer(bank, "a"))
+
+
+def damaged(model, change):
+    tensors = get_peft_model_state_dict(model)
+    name = next(iter(tensors))
+    return change(tensors, name) or tensors
+
+
+@pytest.mark.parametrize(
+    ("adapter", "word"),
+    [
+        (lambda: adapted(net(seed=8)), "parameters of kan.layers.0"),
+        (lambda: adapted(net(grid_size=4)), "another base"),
+        (lambda: adapted(SlimKAN([3, 6, 4], ranks=2)), "another model"),
+        (lambda: adapted(net(), modules_to_save=["head"]), "saves modules"),
+        (lambda: net(), "must be a PeftModel"),
+        (lambda: damaged(adapted(net()), lambda it, name: dict(list(it.items())[1:])), "missing"),
+        (lambda: damaged(adapted(net()), lambda it, name: it.update({name: it[name] * torch.nan})), "not finite"),
+        (lambda: damaged(adapted(net()), lambda it, name: it.update({name: it[name][:1]})), "do not make a tensor"),
+        (lambda: damaged(adapted(net()), lambda it, name: it.update(other=it[name])), "other"),
+        (lambda: "no such folder", "anna"),
+    ],
+)
+def test_an_adapter_that_does_not_fit(adapter, word):
+    bank = AdapterBank(net())
+    bank.add("first", adapted(net()))
+    before = answer(bank, "first")
+    with pytest.raises(ValueError, match=word) as raised:
+        bank.add("anna", adapter())
+    assert "anna" in str(raised.value)
+    assert bank.names == ["first"] and torch.equal(answer(bank, "first"), before)
+
+
+def test_a_moved_grid(tmp_path):
+    other = net()
+    other.kan.layers[1].grid_bounds.mul_(1.1)
+    adapted(other).save_pretrained(tmp_path)
+    bank = AdapterBank(net())
+    with pytest.raises(ValueError, match="grid of kan.layers.1"):
+        bank.add("anna", tmp_path)
+    bank.add("anna", tmp_path, check_base="ignore")
+
+
+@pytest.mark.parametrize("name", ["", "__base__", 3])
+def test_names_that_are_none(name):
+    with pytest.raises(ValueError, match="name of an adapter"):
+        AdapterBank(net()).add(name, adapted(net()))
+
+
+def filled(tmp_path):
+    models = {f"customer {count}": adapted(net(), r=count + 1) for count in range(3)}
+    models["splines"] = adapted(net(), adapt_residual=False, target_modules=["layers.1"])
+    bank = AdapterBank(net())
+    for name, model in models.items():
+        bank.add(name, model)
+    bank.remove("customer 1")
+    del models["customer 1"]
+    bank.save(tmp_path)
+    return models
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_saved_and_loaded(tmp_path, mapped):
+    models = filled(tmp_path)
+    bank = AdapterBank.load(net(), tmp_path, mapped=mapped)
+    assert bank.names == list(models)
+    for name, model in models.items():
+        assert apart(answer(bank, name), model(X)) < 2e-6
+    if mapped:
+        with pytest.raises(ValueError, match="mapped"):
+            bank.add("more", models["splines"])
+    else:
+        bank.add("more", models["splines"])
+        assert torch.equal(answer(bank, "more"), answer(bank, "splines"))
+    (file,) = tmp_path.iterdir()
+    assert file.name == "adapter_bank.safetensors"
+
+
+def test_exported_for_peft(tmp_path):
+    models = filled(tmp_path)
+    bank = AdapterBank.load(net(), tmp_path)
+    for name, model in models.items():
+        bank.export(name, tmp_path / name)
+        loaded = PeftModel.from_pretrained(net(), tmp_path / name).eval()
+        assert apart(loaded(X), model(X)) < 2e-6
+        former, found = (get_peft_model_state_dict(it) for it in (model, loaded))
+        assert {key: part.shape for key, part in former.items()} == {key: part.shape for key, part in found.items()}
+    with pytest.raises(ValueError, match="'nobody' to export"):
+        bank.export("nobody", tmp_path / "x")
+
+
+def test_a_damaged_adapter_is_named(tmp_path):
+    filled(tmp_path)
+    file = tmp_path / "adapter_bank.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors["adapters"][2, 3] += 1
+    save_file(tensors, file, metadata=metadata)
+    with pytest.raises(ValueError, match=r"damaged adapters: 'customer 2' \(1 of 3\)"):
+        AdapterBank.load(net(), tmp_path)
+    with pytest.warns(UserWarning, match="'customer 2'"):
+        bank = AdapterBank.load(net(), tmp_path, skip_damaged=True)
+    assert bank.names == ["customer 0", "splines"]
+
+
+@pytest.mark.parametrize("what", ["cut", "no table", "a name too many", "not there", "another base"])
+def test_a_file_that_is_no_bank(tmp_path, what):
+    filled(tmp_path)
+    file = tmp_path / "adapter_bank.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    if what == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif what == "no table":
+        save_file(tensors, file)
+    elif what == "a name too many":
+        table = json.loads(metadata["adapter_bank"])
+        table["names"].append("more")
+        save_file(tensors, file, metadata={"adapter_bank": json.dumps(table)})
+    elif what == "not there":
+        file.unlink()
+    with pytest.raises(ValueError, match="damaged|There is no|parameters of"):
+        AdapterBank.load(net(seed=8) if what == "another base" else net(), tmp_path)
+
+
+def test_the_memory_of_a_mapped_bank(tmp_path):
+    """100 MB that are mapped take little memory until they are used; loaded, 1.2 times at most."""
+    script = """
+import psutil, torch
+from peft import get_peft_model, get_peft_model_state_dict
+from peft_lotra import AdapterBank, LoTRAConfig
+from peft_lotra.kan import KAN
+base = KAN([4, 32, 1])
+state = get_peft_model_state_dict(get_peft_model(KAN([4, 32, 1]), LoTRAConfig(r=8)))
+bank = AdapterBank(base)
+bank.add("a", state)
+bank._rows = {f"a{n}": 1 for n in range(30_000)}
+bank.save("bank")
+size = 30_001 * bank.store.packed.shape[1] * 4
+del bank
+for mapped in (True, False):
+    before = psutil.Process().memory_info().rss
+    bank = AdapterBank.load(base, "bank", mapped=mapped)
+    print((psutil.Process().memory_info().rss - before) / size)
+    del bank
+"""
+    mapped, loaded = map(float, python(script, tmp_path).split())
+    assert mapped < 0.3 and loaded < 1.25
+
+
+def test_a_base_without_kan_layers_or_merged():
+    with pytest.raises(ValueError, match="KAN"):
+        AdapterBank(torch.nn.Linear(2, 2))
+    model = adapted(net())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        AdapterBank(model)
+
+
+def test_a_peft_model_as_base():
+    model = adapted(net())
+    bank, expected = AdapterBank(model), model(X).detach()
+    bank.add("a", model)
+    assert apart(answer(bank, "a"), expected) < 2e-6
+    assert torch.equal(model(X), expected)
+    assert apart(answer(bank, "__base__"), net()(X)) < 2e-6

@@ -1,0 +1,263 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Rows of one batch with adapters of a bank: the answers of each adapter by itself."""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from behaving import CONVS, KINDS, X, adapted, apart, net, same, state
+from torch import nn
+
+from peft_lotra import AdapterBank
+from peft_lotra.kan import KAN, KANLinear, SlimKAN
+
+
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
+NAMES = ["a", "__base__", "b", "c", "b", "__base__", "a", "c"]
+# unequal ranks, an alpha, no residual branch
+SETTINGS = {"a": {"alpha": 0.7}, "b": {"r": (4, 1, 2)}, "c": {"r": 1, "adapt_residual": False}}
+
+
+def several(base, **changes):
+    """A bank with an adapter of each setting, and for each name the model that has that adapter alone."""
+    bank, alone = AdapterBank(base, **changes), {"__base__": copy.deepcopy(base)}
+    for name, config in SETTINGS.items():
+        alone[name] = adapted(copy.deepcopy(base), **config)
+        if next(base.parameters()).dtype == torch.float64:
+            alone[name].double()
+        bank.add(name, alone[name])
+    return bank, alone
+
+
+@torch.no_grad()
+def one_by_one(alone, names, x):
+    return torch.stack([alone[name](x)[row] for row, name in enumerate(names)])
+
+
+MODELS = {
+    "own": lambda: KAN([3, 5, 4]),
+    "large grid": lambda: KAN([3, 17, 2], grid_size=30),
+    "no splines": lambda: KINDS["fast-kan"](),
+    "slim": lambda: SlimKAN([3, 5, 4], ranks=(2, 2, 3)),
+    **{name: KINDS[name] for name in ("efficient-kan-old", "cheby-kan", "fourier-kan")},
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", MODELS)
+def test_each_row_as_by_itself(kind, dtype):
+    base = MODELS[kind]().to(dtype).eval()
+    bank, alone = several(base)
+    model, x = bank.attach(), X.to(dtype)
+    expected = one_by_one(alone, NAMES, x)
+    with torch.no_grad():
+        y = model(x, adapter_names=NAMES)
+        assert apart(y, expected) < TOLERANCE[dtype]
+        assert apart(alone["a"](x), alone["b"](x)) > 1e-3
+        assert torch.equal(model(x, ids=bank.ids(NAMES)), y)
+        assert apart(model(x), alone["__base__"](x)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kind", ["pykan", next(iter(CONVS))])
+def test_kinds_that_run_once_for_each_adapter(kind):
+    bank, alone = several(KINDS[kind]() if kind in KINDS else CONVS[kind]())
+    model, x = bank.attach(), X if kind in KINDS else torch.rand(8, 2, 5, 5)
+    with torch.no_grad():
+        assert apart(model(x, adapter_names=NAMES), one_by_one(alone, NAMES, x)) < 2e-6
+
+
+def test_many_rows_and_a_gradient():
+    base = KAN([3, 33, 2])
+    bank, alone = several(base)
+    model, x = bank.attach(), torch.rand(2500, 3, requires_grad=True)
+    names = [("a", "b", "c", "__base__")[n] for n in torch.randint(4, (2500,)).tolist()]
+    y = model(x, adapter_names=names)
+    expected = {name: own(x) for name, own in alone.items()}
+    assert apart(y, torch.stack([expected[name][row] for row, name in enumerate(names)])) < 2e-6
+    (found,) = torch.autograd.grad(y.sum(), x)
+    sums = sum((own * torch.tensor([[name == other] for other in names])).sum() for name, own in expected.items())
+    assert apart(found, torch.autograd.grad(sums, x)[0]) < 1e-5
+    with torch.no_grad():
+        assert apart(model(x, adapter_names=names), y) < 2e-6
+
+
+def test_adapters_of_some_layers():
+    base = net()
+    bank, alone = AdapterBank(base), {"__base__": copy.deepcopy(base)}
+    for name, layer in (("a", "kan.layers.0"), ("b", "kan.layers.1")):
+        alone[name] = adapted(copy.deepcopy(base), target_modules=[layer])
+        bank.add(name, alone[name])
+    model, names = bank.attach(), ["a", "b", "__base__", "b"] * 2
+    with torch.no_grad():
+        assert apart(model(X, adapter_names=names), one_by_one(alone, names, X)) < 2e-6
+
+
+def test_rows_behind_leading_dimensions_and_in_another_order():
+    base = KAN([3, 5, 2])
+    bank, alone = several(base)
+    model, x = bank.attach(), torch.rand(4, 6, 3)
+    names = ["a", "b", "__base__", "c"]
+    with torch.no_grad():
+        expected = one_by_one(alone, names, x)
+        assert apart(model(x, adapter_names=names), expected) < 2e-6
+        assert apart(model(x.view(-1, 3), adapter_names=names).view(4, 6, 2), expected) < 2e-6  # a view
+        with bank.rows(names * 6):
+            turned = model(x.transpose(0, 1).reshape(-1, 3)).view(6, 4, 2)
+        assert apart(turned.transpose(0, 1), expected) < 2e-6
+        with bank.rows((bank.ids(names) + 0).tolist() * 6):
+            assert torch.equal(model(x.transpose(0, 1).reshape(-1, 3)).view(6, 4, 2), turned)
+        with pytest.raises(ValueError, match="layers.0"):
+            model(x.transpose(0, 1).reshape(-1, 3), adapter_names=names)
+
+
+def test_threads_have_their_own_rows():
+    bank, alone = several(net())
+    model = bank.attach()
+    rows = [[name] * 8 for name in ("a", "b", "c")] + [NAMES]
+    expected = [one_by_one(alone, names, X) for names in rows]
+
+    @torch.no_grad()
+    def serve(place):
+        return sum(apart(model(X, adapter_names=rows[place]), expected[place]) > 1e-6 for _ in range(60))
+
+    def change():
+        for count in range(40):  # grows, and replaces
+            bank.add(f"more{count}", alone["b"])
+            bank.add("other", alone["c"], replace=True)
+            bank.remove(f"more{count}")
+        return 0
+
+    with ThreadPoolExecutor(5) as threads:
+        jobs = [threads.submit(serve, place) for place in range(len(rows))] + [threads.submit(change)]
+        assert [job.result() for job in jobs] == [0] * 5
+
+
+def test_compiled_once_for_all_adapters():
+    base, graphs = KAN([3, 5, 2]), []
+    bank, alone = several(base)
+    model = bank.attach()
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    with torch.no_grad():
+        for count in range(12):
+            bank.add(f"more{count}", alone["b"])
+            ids = torch.randint(-1, len(bank), (8,))
+            assert apart(compiled(X, ids=ids), model(X, ids=ids)) < 2e-6
+        bank.remove("a")
+        bank.add("d", alone["c"])
+        ids = bank.ids(["d"] * 8)
+        assert apart(compiled(X, ids=ids), alone["c"](X)) < 2e-6
+    assert len(graphs) <= 3  # capacities 4, 8, 16
+
+
+def test_exported_with_ids_as_an_input():
+    bank, alone = several(KAN([3, 4, 2]))
+    model = bank.attach()
+    rows = torch.export.Dim("rows", min=2, max=64)
+    shapes = {"args": ({0: rows},), "ids": {0: rows}}
+    program = torch.export.export(model, (X,), {"ids": bank.ids(NAMES)}, dynamic_shapes=shapes)
+    names = ["c", "b", "a", "__base__"]
+    with torch.no_grad():
+        assert apart(program.module()(X[:4], ids=bank.ids(names)), one_by_one(alone, names, X)) < 2e-6
+
+
+def test_onnx(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    bank, alone = several(KAN([3, 4, 2]))
+    file = tmp_path / "bank.onnx"
+    torch.onnx.export(bank.attach(), (X,), file, kwargs={"ids": bank.ids(NAMES)}, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(str(file))
+    names = NAMES[::-1]
+    values = dict(zip([it.name for it in session.get_inputs()], (X.numpy(), bank.ids(names).numpy()), strict=True))
+    (found,) = session.run(None, values)
+    assert apart(torch.tensor(found), one_by_one(alone, names, X)) < 1e-5
+
+
+def test_kinds_without_functions_in_graphs():
+    bank, alone = several(KINDS["fourier-kan"]())
+    model = bank.attach()
+    with pytest.raises(RuntimeError, match="basis"):
+        torch.export.export(model, (X,), {"ids": bank.ids(NAMES)})
+    with pytest.raises(RuntimeError, match="basis"):
+        torch.compile(model, backend="eager")(X, ids=bank.ids(NAMES))
+    with torch.no_grad():
+        assert apart(model(X, ids=bank.ids(NAMES)), one_by_one(alone, NAMES, X)) < 2e-6
+
+
+def test_a_compiled_part_of_the_model():
+    base = net()
+    bank, alone = several(base)
+    model = bank.attach()
+    base.kan.compile(backend="eager")
+    with torch.no_grad():
+        assert apart(model(X, adapter_names=NAMES), one_by_one(alone, NAMES, X)) < 2e-6
+        assert apart(model(X), alone["__base__"](X)) < 2e-6
+
+
+def test_detached_as_before():
+    base = net()
+    before, modules = state(base), list(base.modules())
+    bank, alone = several(base)
+    model = bank.attach()
+    assert model.kan is base.kan if hasattr(model, "kan") else model.model is base
+    with pytest.raises(ValueError, match="detach"):
+        bank.attach()
+    bank.add("d", alone["a"])  # while attached
+    copied = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        assert torch.equal(copied(X, adapter_names=["d"] * 8), model(X, adapter_names=["a"] * 8))
+    bank.detach()
+    assert same(state(base), before) and list(base.modules()) == modules
+    assert bank.attach(copy.deepcopy(base)) is not None
+
+
+def test_what_a_call_refuses():
+    bank, alone = several(net())
+    model = bank.attach(needs_adapters=True)
+    for rows in ({}, {"adapter_names": NAMES, "ids": bank.ids(NAMES)}):
+        with pytest.raises(ValueError, match="`adapter_names` and `ids`"):
+            model(X, **rows)
+    for names, word in ((["nobody"] * 8, "nobody"), ("a", "list"), (NAMES[:7], "[Ll]ength")):
+        with pytest.raises(ValueError, match=word):
+            model(X, adapter_names=names)
+    bank.remove("b")
+    for ids, word in (([3] * 8, "3"), ([-2] * 8, "-2"), ([1] * 8, "1"), ([0.5] * 8, "integers")):
+        with pytest.raises(ValueError, match=word):
+            model(X, ids=torch.tensor(ids))
+    with torch.no_grad():  # nothing was left behind
+        assert apart(model(X, adapter_names=["a"] * 8), alone["a"](X)) < 2e-6
+
+
+@pytest.mark.parametrize("what", ["merged", "another base", "a moved grid"])
+def test_what_attaching_refuses(what):
+    bank, alone = several(net())
+    model = alone["a"] if what == "merged" else net(seed=8) if what == "another base" else net()
+    if what == "merged":
+        model.merge_adapter()
+    if what == "a moved grid":
+        model.kan.layers[0].grid_bounds += 1
+    before = state(model)
+    with pytest.raises(ValueError, match=f"{what.split()[-1]}|parameters of"):
+        bank.attach(model)
+    assert same(state(model), before)
+    assert bank.attach() is not None
+
+
+def test_a_grid_that_moves_while_attached():
+    base = net()
+    bank, _ = several(base)
+    model = bank.attach()
+    base.kan.layers[0].update_grid(X)
+    with pytest.raises(RuntimeError, match="grid of `kan.layers.0`"):
+        model(X, adapter_names=NAMES)
+
+
+def test_a_layer_that_is_used_twice():
+    layer = KANLinear(3, 3)
+    bank, alone = several(nn.Sequential(layer, layer))
+    with torch.no_grad():
+        assert apart(bank.attach()(X, adapter_names=NAMES), one_by_one(alone, NAMES, X)) < 2e-6
