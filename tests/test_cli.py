@@ -113,7 +113,7 @@ def test_merge(run, made, subfolder):
     assert "merged 2 layers" in run(f"merge {{}}/base {{}}/adapter out{option}").stdout
     merged = KANModel.from_pretrained("out")
     model = PeftModel.from_pretrained(KANModel.from_pretrained(made / "base"), made / "adapter" / subfolder)
-    torch.testing.assert_close(output(merged), output(model), rtol=0, atol=1e-6)
+    torch.testing.assert_close(output(merged), output(model), rtol=0, atol=5e-6)
     assert not any("lotra" in name for name in merged.state_dict())
 
 

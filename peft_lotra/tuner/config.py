@@ -60,6 +60,7 @@ _SHARE = (lambda value: _is_number(value) and 0 <= value < 1, "at least 0 and be
 # What a field may be, with the words for it; None is allowed where it is the default.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha": (_is_number, "a finite number"),
+    "rank_pattern": (lambda value: isinstance(value, dict), "a dict of ranks by name"),
     "alpha_pattern": (
         lambda value: isinstance(value, dict) and _are_names(list(value)) and all(map(_is_number, value.values())),
         "a dict of finite numbers by name",

@@ -62,7 +62,7 @@ class SlimLoTRALayer(LoTRALayer):
 
     def _coefficients_before_merge(self) -> torch.Tensor:
         kept = self._before_merge
-        return Tucker(**kept).dense() if "core" in kept else super()._coefficients_before_merge()
+        return Tucker(*kept.values()).dense() if "core" in kept else super()._coefficients_before_merge()
 
     def _add(self, updates: Sequence[Update]) -> None:
         if self._slim is None:

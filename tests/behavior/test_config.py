@@ -64,9 +64,9 @@ def test_no_such_kan_layer(target):
     assert not layers(base)
 
 
-SIZES = [("r", 0), ("r", (1, 2)), ("r", "4"), ("rank_pattern", [2]), ("layers_to_transform", "0")]
+SIZES = [("r", 0), ("r", (1, 2)), ("r", "4"), ("rank_pattern", [2])]
 NUMBERS = [("alpha", "1"), ("alpha", float("nan")), ("alpha_pattern", {"a": "b"}), ("rank_dropout", 1.5)]
-CHOICES = [("init_weights", "lora"), ("train", ["cores"]), ("adapt_residual", "yes"), ("check_base", "maybe")]
+CHOICES = [("init_weights", "lora"), ("train", ["cores"]), ("check_base", "maybe")]
 
 
 @pytest.mark.parametrize(("name", "value"), [*SIZES, *NUMBERS, *CHOICES, ("target_modules", 3)])

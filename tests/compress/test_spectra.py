@@ -11,8 +11,8 @@ from helpers import adapt, assert_same, base, inputs, lotra_layers, nested, snap
 from peft import get_peft_model
 from stand_ins import FAMILIES
 
-from peft_lotra import LoTRAConfig, Spectrum, find_kan_layers, gradient_spectrum, suggest_ranks, update_spectrum
-from peft_lotra.compress.spectra import spectrum_of
+from peft_lotra import LoTRAConfig, find_kan_layers, gradient_spectrum, suggest_ranks, update_spectrum
+from peft_lotra.compress.spectra import Spectrum, spectrum_of
 from peft_lotra.kan import KAN
 from peft_lotra.tucker import reconstruct
 
