@@ -62,7 +62,9 @@ class SlimLoTRALayer(LoTRALayer):
 
     def _coefficients_before_merge(self) -> torch.Tensor:
         kept = self._before_merge
-        return Tucker(**kept).dense() if "core" in kept else super()._coefficients_before_merge()
+        if "core" not in kept:
+            return super()._coefficients_before_merge()
+        return Tucker(*(kept[name] for name in Tucker._fields if name in kept)).dense()
 
     def _add(self, updates: Sequence[Update]) -> None:
         if self._slim is None:
