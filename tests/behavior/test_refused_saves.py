@@ -37,6 +37,17 @@ def test_a_model_that_was_merged_away(tmp_path):
     assert content(tmp_path)["adapter_model.safetensors"] == before["adapter_model.safetensors"]
 
 
+def test_a_part_of_a_tensor(tmp_path):
+    """FSDP spreads tensors over processes."""
+    model = adapted()
+    tensors = model.state_dict()
+    key = "base_model.model.kan.layers.1.lotra_factor_in.default"
+    tensors[key] = tensors[key].flatten()[:5]  # as FSDP's views
+    with pytest.raises(ValueError, match=r"layers.1.lotra_factor_in.default is spread over several processes"):
+        model.save_pretrained(tmp_path / "adapter", state_dict=tensors)
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.json"))
+
+
 def test_a_save_of_parts_by_hand(tmp_path):
     """Tensors that were edited after the save load with a warning."""
     from safetensors.torch import load_file, save_file

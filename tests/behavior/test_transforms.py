@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Adapted models under torch.func, copies, casts."""
+"""Adapted models under torch.func, repeated differentiation and copies."""
 
 import copy
 import io
@@ -9,7 +9,9 @@ import pickle
 
 import pytest
 import torch
-from behaving import KINDS, X, adapted, add, apart, net, same, state
+from behaving import KINDS, X, adapted, add, apart, layers, net, same, state
+from helpers import components
+from stand_ins import FAMILIES, as_model
 from torch.func import functional_call, grad, jacrev, vmap
 
 
@@ -38,17 +40,40 @@ def test_transforms(kind):
 
 @kinds
 def test_twice_backward(kind):
+    model = adapted(as_model(FAMILIES[kind](2, 2)).double(), r=2)
+    names, values = zip(*components(model), strict=True)
+
+    def function(x, *values):
+        return functional_call(model, dict(zip(names, values, strict=True)), (x,))
+
+    arguments = (XD[:2, :2].clone().requires_grad_(), *(value.detach().requires_grad_() for value in values))
+    assert torch.autograd.gradcheck(function, arguments)
+    assert torch.autograd.gradgradcheck(function, arguments)
+
+
+@kinds
+def test_a_loss_on_derivatives_trains_the_adapter(kind):
+    """As a PINN does it: the loss is made of the second derivatives by the input."""
     model, x = adapted(KINDS[kind]().double()), XD.clone().requires_grad_()
-    core = next(p for name, p in model.named_parameters() if "lotra_core" in name)
+    (first,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    torch.autograd.grad(first.sum(), x, create_graph=True)[0].square().mean().backward()
+    for name, parameter in components(model):
+        assert parameter.grad.isfinite().all() and parameter.grad.any(), name
 
-    def square(**kwargs):
-        return torch.autograd.grad(model(x).sum(), x, **kwargs)[0].square().sum()
 
-    (found,) = torch.autograd.grad(square(create_graph=True), core)
-    core.data[0, 0, 0] += 1e-5
-    above = square()
-    core.data[0, 0, 0] -= 2e-5
-    torch.testing.assert_close(found[0, 0, 0], (above - square()) / 2e-5, rtol=1e-4, atol=1e-6)
+@kinds
+def test_hooks_of_the_base_layers_see_the_adapted_output(kind):
+    model = adapted(KINDS[kind]().double())
+    for layer in layers(model).values():
+        layer.base_layer.register_forward_hook(lambda module, args, y: y.square())
+    torch.testing.assert_close(vmap(lambda row: model(row[None])[0])(XD), model(XD))
+
+
+def test_derivatives_in_forward_mode():
+    model, direction = adapted().double(), torch.randn_like(XD)
+    _, forward = torch.func.jvp(model, (XD,), (direction,))
+    _, backward = torch.autograd.functional.jvp(model, XD, direction)
+    torch.testing.assert_close(forward, backward)
 
 
 def saved(model):

@@ -13,11 +13,6 @@ from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN
 
 
-def layer_of(model):
-    (layer,) = lotra_layers(model).values()
-    return layer
-
-
 def update(model, x):
     """What the active adapters change."""
     with torch.no_grad(), model.disable_adapter():
@@ -28,7 +23,7 @@ def update(model, x):
 def test_set_scale():
     model = adapt(base("own", torch.float64), alpha=2.0)
     x = inputs(dtype=torch.float64)
-    layer, full = layer_of(model), update(model, x)
+    (layer,), full = lotra_layers(model).values(), update(model, x)
     for scale in (0.5, 0.0, 1.0):  # of alpha, not of the last scale
         layer.set_scale("default", scale)
         torch.testing.assert_close(update(model, x), scale * full, rtol=0, atol=1e-12)
@@ -43,7 +38,7 @@ def test_scale_and_unscale_the_active_adapters():
     model = adapt(base("own", torch.float64), alpha=2.0)
     model.add_adapter("second", LoTRAConfig(r=2, init_weights=False))
     x = inputs(dtype=torch.float64)
-    layer, first = layer_of(model), update(model, x)
+    (layer,), first = lotra_layers(model).values(), update(model, x)
     model.set_adapter("second")
     second = update(model, x)
     model.set_adapter("default")
@@ -65,13 +60,9 @@ def test_scale_and_unscale_the_active_adapters():
 
 @pytest.mark.parametrize("family", ["own", "fast-kan", "inkan"])
 @pytest.mark.parametrize("name", ["rank_dropout", "module_dropout"])
-def test_no_dropout_in_evaluation_and_in_merging(family, name):
-    torch.manual_seed(3)
-    plain = adapt(base(family))
-    torch.manual_seed(3)
+def test_no_dropout_in_merging(family, name):
     model, x = adapt(base(family), **{name: 0.5}), inputs()
     y = model(x)
-    assert torch.equal(y, plain(x))
     model.train().merge_adapter()
     assert relative(model(x), y) <= 1e-6  # merged with all components, whatever the mode
 
@@ -81,9 +72,8 @@ def draws(model, x, n):
         return torch.stack([model.train()(x) for _ in range(n)])
 
 
-@pytest.mark.parametrize("p", [0.25, 0.5])
-def test_rank_dropout_keeps_the_expected_update(p):
-    model = adapt(base("own"), r=(3, 2, 2), rank_dropout=p)
+def test_rank_dropout_keeps_the_expected_update():
+    model = adapt(base("own"), r=(3, 2, 2), rank_dropout=0.25)
     x = inputs(2)
     change = update(model, x)
     results = draws(model, x, 1500)
