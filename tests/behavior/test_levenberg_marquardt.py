@@ -5,7 +5,7 @@
 
 import pytest
 import torch
-from behaving import KINDS, X, net, same, state
+from behaving import KINDS, X, net, state
 from peft import get_peft_model
 
 from peft_lotra import LoTRAConfig
@@ -32,13 +32,3 @@ def test_the_loss_falls_and_the_base_stays(kind, train):
     assert losses[-1] == pytest.approx((residual(model, XD, Y).square().sum() / len(XD)).item())
     moved = {name for name, tensor in state(model).items() if not torch.equal(tensor, start[name])}
     assert moved == {name for name in start if ("lotra_core" if train else "lotra_") in name}
-
-
-def test_what_is_refused():
-    model = get_peft_model(net().double(), LoTRAConfig(r=2))
-    before = state(model)
-    with pytest.warns(RuntimeWarning):
-        assert not LevenbergMarquardt(model).step([(residual, (XD, Y * torch.nan))]).accepted
-    assert same(state(model), before)
-    with pytest.raises(ValueError, match="gradient"):
-        LevenbergMarquardt(model.requires_grad_(False))

@@ -9,7 +9,7 @@ from behaving import KINDS, X, adapted, apart, net, same, state
 from peft import get_peft_model
 from torch.utils.checkpoint import checkpoint
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, lotra_lr_multipliers
+from peft_lotra import LoTRAConfig, create_lotra_optimizer
 
 
 Y = torch.stack([X.prod(dim=1), X.sum(dim=1).sin()], dim=1)
@@ -45,15 +45,6 @@ def test_only_the_active_adapter_and_its_modules_are_trained():
     moved = train(model)[1]
     assert any("head.modules_to_save.other" in name for name in moved)
     assert all(name.endswith(".other") or "head.modules_to_save.other" in name for name in moved)
-
-
-def test_learning_rates_by_component():
-    model = get_peft_model(net(hidden=32), LoTRAConfig(r=2))
-    parts = {"core", "factor_out", "factor_in", "factor_basis"}
-    assert {rate.component for rate in lotra_lr_multipliers(model)} == parts
-    assert len({group["lr"] for group in create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2).param_groups}) > 1
-    uniform = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2, policy="uniform")
-    assert {group["lr"] for group in uniform.param_groups} == {1e-2}
 
 
 def gradients(run):

@@ -4,7 +4,7 @@
 """LoTRA on the KAN layers and PEFT's LoRA on a linear head, as docs/serving.md has it."""
 
 import torch
-from behaving import X, adapted, net
+from behaving import X, adapted, layers, net
 from peft import LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
@@ -55,3 +55,10 @@ def test_both_are_merged():
     y, merged = model(X), model.merge_and_unload()
     torch.testing.assert_close(merged(X), y)
     assert type(merged.head) is nn.Linear and not any(isinstance(m, LoTRALayer | LoraLayer) for m in merged.modules())
+
+
+def test_lora_before_lotra():
+    base = inject_adapter_in_model(LoraConfig(target_modules=["head"], init_lora_weights=False), net())
+    before = base(X)
+    model = adapted(base, init_weights=True)
+    assert torch.equal(model(X), before) and len(layers(model)) == 2

@@ -77,21 +77,6 @@ def test_gradients_are_those_of_the_dense_reference(family):
         torch.testing.assert_close(getattr(layer, name)["default"].grad, value.grad)
 
 
-@every_family
-def test_merge_and_unload_leaves_no_trace(family):
-    model = base(family)
-    kan, keys, shown = model.kan, list(model.state_dict()), repr(model)
-    trainable = [(name, p.requires_grad) for name, p in model.named_parameters()]
-    attributes = [(name, sorted(vars(module))) for name, module in model.named_modules()]
-    adapted, x = adapt(model), inputs()
-    y = adapted(x)
-    merged = adapted.merge_and_unload(safe_merge=True)
-    assert merged is model and merged.kan is kan and list(merged.state_dict()) == keys and repr(merged) == shown
-    assert [(name, p.requires_grad) for name, p in merged.named_parameters()] == trainable
-    assert [(name, sorted(vars(module))) for name, module in merged.named_modules() if name] == attributes[1:]
-    assert relative(merged(x), y) <= ROUNDING[torch.float32]
-
-
 def test_the_layer_itself():
     model = adapt(base("own"), r=(2, 3, 100), alpha=1.5, rank_dropout=0.25)
     layer = layer_of(model)
@@ -102,7 +87,7 @@ def test_the_layer_itself():
     assert repr(layer).startswith("lotra.LoTRALayer") and type(layer.get_base_layer()).__name__ == "KANLinear"
 
 
-@pytest.mark.parametrize("width", [8, 64, 512])
+@pytest.mark.parametrize("width", [8, 512])
 def test_the_output_of_a_random_update_has_the_size_of_a_basis_function_at_any_width(width):
     energies = []
     for _ in range(20):

@@ -17,7 +17,6 @@ from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN
 
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
 half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 
@@ -25,18 +24,12 @@ def dtypes(model):
     return {parameter.dtype for _, parameter in components(model)}
 
 
-def low_precision(family, dtype):
-    model = base(family, dtype)
-    x = inputs(dtype=dtype)
-    return model, x, model(x)
-
-
 @pytest.mark.parametrize("family", ["own", "efficient-kan", "pykan", "fast-kan", "inkan"])
 @half
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_half_precision_bases(family, dtype, autocast_adapter_dtype, tmp_path):
-    model, x, before = low_precision(family, dtype)
-    config = LoTRAConfig(r=2, init_weights=False)
+    model, x = base(family, dtype), inputs(dtype=dtype)
+    before, config = model(x), LoTRAConfig(r=2, init_weights=False)
     fresh = copy.deepcopy(model)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype).eval()
     assert dtypes(adapted) == {torch.float32 if autocast_adapter_dtype else dtype}
@@ -64,21 +57,17 @@ def test_training_computes_what_evaluation_does(dtype, autocast_adapter_dtype):
     assert torch.equal(adapted.train()(x), adapted.eval()(x))
 
 
-@pytest.mark.parametrize("family", ["own", "pykan"])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
-def test_float64_bases_have_float64_adapters(family, autocast_adapter_dtype, tmp_path):
-    model = base(family, torch.float64)
-    fresh = copy.deepcopy(model)
-    config = LoTRAConfig(r=2, init_weights=False)
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
-    adapted.add_adapter("other", config, autocast_adapter_dtype=autocast_adapter_dtype)
-    assert dtypes(adapted) == {torch.float64}
+def test_float64_bases_have_float64_adapters(autocast_adapter_dtype, tmp_path):
+    model, config = base("own", torch.float64), LoTRAConfig(r=2, init_weights=False)
+    fresh, options = copy.deepcopy(model), {"autocast_adapter_dtype": autocast_adapter_dtype}
+    adapted = get_peft_model(model, config, **options)
+    adapted.add_adapter("other", config, **options)
     adapted.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(fresh, tmp_path, autocast_adapter_dtype=autocast_adapter_dtype)
-    assert dtypes(loaded) == {torch.float64}
+    assert dtypes(adapted) == dtypes(PeftModel.from_pretrained(fresh, tmp_path, **options)) == {torch.float64}
 
 
-@every_family
+@pytest.mark.parametrize("family", FAMILIES)
 def test_autocast(family):
     """Under autocast the adapted layer computes what its merged base computes, from a delta in full precision."""
     model = base(family)
