@@ -13,8 +13,8 @@ from peft import PeftModel, get_peft_model
 from stand_ins import FAMILIES, as_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, find_kan_layers
-from peft_lotra.kan import KAN, KANLinear, SlimKAN, SlimKANLinear
+from peft_lotra import LoTRAConfig, find_kan_layers, slim
+from peft_lotra.kan import KAN, KANLinear, SlimKAN
 
 
 def subclass(name):
@@ -37,7 +37,10 @@ MODELS = {
         for name in CONVOLUTIONS
         for sizes in ({"groups": 2, "ndim": 1}, {"groups": 2, "ndim": 2}, {"ndim": 3})
     },
-    "slim": (lambda: as_model(SlimKANLinear(3, 4, ranks=2)), X),
+    **{
+        f"slim {name}": (lambda name=name: slim(as_model(FAMILIES[name](3, 4)), 2), X)
+        for name in ("own", "efficient-kan", "pykan", "cheby-kan")
+    },
     "slim network": (lambda: SlimKAN([3, 5, 4], ranks=2), X),
     "network": (lambda: KAN([3, 5, 4], norm="layer"), X),
     "network of pykan": (pykan, X),

@@ -6,10 +6,10 @@
 import pytest
 import torch
 from behaving import X, adapted, add, apart, layers, net, same, state
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from peft_lotra import LoTRAConfig, save_adapter
+from peft_lotra import save_adapter
 
 
 def components(model):
@@ -139,16 +139,3 @@ def test_a_save_of_parts_by_hand(tmp_path):
     with pytest.warns(UserWarning, match="changed"):
         loaded = PeftModel.from_pretrained(net(), tmp_path)
     assert not torch.equal(loaded(X), model(X))
-
-
-@pytest.mark.parametrize("name", ["head", "weight", "model"])
-def test_a_name_that_files_could_not_have(name):
-    """PEFT would write `head.head.weight` as `weight`."""
-    base, model = net(), adapted(modules_to_save=["head"])
-    config = LoTRAConfig(r=2, modules_to_save=["head"])
-    with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
-        get_peft_model(base, config, adapter_name=name)
-    assert same(state(base), state(net()))
-    with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
-        model.add_adapter(name, config)
-    assert list(model.peft_config) == ["default"]

@@ -37,25 +37,24 @@ def test_set_scale():
 def test_scale_and_unscale_the_active_adapters():
     model = adapt(base("own", torch.float64), alpha=2.0)
     model.add_adapter("second", LoTRAConfig(r=2, init_weights=False))
-    x = inputs(dtype=torch.float64)
-    (layer,), first = lotra_layers(model).values(), update(model, x)
-    model.set_adapter("second")
-    second = update(model, x)
-    model.set_adapter("default")
+    x, full = inputs(dtype=torch.float64), {}
+    (layer,) = lotra_layers(model).values()
+    for name in ("second", "default"):
+        model.set_adapter(name)
+        full[name] = update(model, x)
 
-    def is_now(expected):
-        torch.testing.assert_close(update(model, x), expected, rtol=0, atol=1e-12)
+    def check(name, scale):
+        model.set_adapter(name)
+        torch.testing.assert_close(update(model, x), scale * full[name], rtol=0, atol=1e-12)
 
     for call, factor in ((layer.scale_layer, 3.0), (layer.scale_layer, 0.5), (layer.unscale_layer, 0.5)):
         call(factor)
-    is_now(3 * first)
+    check("default", 3)
     layer.unscale_layer()
-    is_now(first)
+    check("default", 1)
     layer.scale_layer(4.0)
-    model.set_adapter("second")
-    is_now(second)
-    model.set_adapter("default")
-    is_now(4 * first)
+    check("second", 1)
+    check("default", 4)
 
 
 @pytest.mark.parametrize("family", ["own", "fast-kan", "inkan"])

@@ -120,14 +120,20 @@ def test_layers_are_found_under_adapters():
         assert found == [("kan.layers.0", (6, 3, 8)), ("kan.layers.1", (4, 6, 8))]
 
 
-@pytest.mark.parametrize("name", ["", "__base__", "keys", "training", "with.dot", 3])
-def test_names_that_no_adapter_can_have(name):
+NAMES = [(name, "") for name in ("", "__base__", "keys", "training", "with.dot", 3)]
+# PEFT would write `head.head.weight` as `weight`
+NAMES += [(name, f"cannot be called '{name}'") for name in ("head", "weight", "model")]
+
+
+@pytest.mark.parametrize(("name", "words"), NAMES)
+def test_names_that_no_adapter_can_have(name, words):
+    config = LoTRAConfig(r=1, modules_to_save=["head"])
     for model, attach in (
-        (KAN([3, 4]), lambda model: get_peft_model(model, LoTRAConfig(r=1), adapter_name=name)),
-        (adapted(), lambda model: model.add_adapter(name, LoTRAConfig(r=1))),
+        (net(), lambda model: get_peft_model(model, config, adapter_name=name)),
+        (adapted(modules_to_save=["head"]), lambda model: model.add_adapter(name, config)),
     ):
         before = snapshot(model)
-        with pytest.raises((ValueError, KeyError, TypeError)):
+        with pytest.raises((ValueError, KeyError, TypeError), match=words):
             attach(model)
         assert_same(model, before)
 
