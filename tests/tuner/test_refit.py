@@ -161,6 +161,14 @@ def test_a_buffer_is_assigned():
     assert torch.equal(model(X), y)
 
 
+def test_update_grid_of_an_adapted_network():
+    model = adapted()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="refit_adapters"):
+        model.base_model.model.kan.update_grid(X / 2)
+    assert_same(model, before)
+
+
 def test_a_grid_that_moves_while_there_is_no_adapter():
     model = adapted(base("efficient-kan"))
     (layer,) = layers(model).values()
