@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -182,6 +183,7 @@ def cardinal_derivatives(offset: torch.Tensor, spline_order: int) -> tuple[torch
     return tuple(cardinal_spline(offset, spline_order, derivative) for derivative in range(3))
 
 
+@lru_cache(maxsize=16)
 def spline_factors(spline_order: int) -> list[int]:
     """(-1)^m binom(p+1, m) for m = 0 ... p/2, the factors of the truncated powers."""
     return [(-1) ** m * math.comb(spline_order + 1, m) for m in range(spline_order // 2 + 1)]

@@ -124,12 +124,13 @@ def _power_constants(
         return unit, torch.tensor((spline_order + 1) / 2 * unit, dtype=dtype, device=device), centers
 
 
-def block_sizes(points: Points) -> tuple[int, int]:
-    """How many rows of the basis are evaluated at a time, and how many enter a matrix product."""
-    size, inputs = points.x.shape
-    width = max(1, inputs * points.num_basis)
+@lru_cache(maxsize=256)
+def block_sizes(shape: torch.Size, num_basis: int, device: torch.device) -> tuple[int, int]:
+    """How many rows of the basis of points (N, I) are evaluated at a time, and how many enter a matrix product."""
+    size, inputs = shape
+    width = max(1, inputs * num_basis)
     evaluated, multiplied, fewest = EVALUATED, MULTIPLIED, min(max(MIN_ROWS[0], width // 16), MIN_ROWS[1])
-    if points.x.device.type != "cpu":
+    if device.type != "cpu":
         evaluated, multiplied, fewest = OFF_CPU, OFF_CPU, 1
     return max(1, min(evaluated // width, size)), max(1, min(max(fewest, multiplied // width), size))
 
@@ -208,7 +209,7 @@ class _Dense(Evaluator):
 
     def __init__(self, points: Points, weight: Tensor, update: Pair | None) -> None:
         size, inputs = points.x.shape
-        self.evaluated, self.multiplied = block_sizes(points)
+        self.evaluated, self.multiplied = block_sizes(points.x.shape, points.num_basis, points.x.device)
         many = size >= _FORM_FROM * len(weight)
         super().__init__(points, self.evaluated, many and inputs >= _FUNCTIONS_FIRST_FROM)
         self.matrix = self._as_matrix(weight)  # (O, I K): the weight, or its sum with the update

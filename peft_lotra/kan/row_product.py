@@ -127,7 +127,7 @@ class RowProduct(NamedTuple):
             return self.of_functions(splines if residual is None else torch.cat([splines, residual.unsqueeze(1)], 1))
         inputs, splines = x.shape[1], grid.num_basis
         points = Points(x, grid.low, grid.per_unit, splines, grid.spline_order)
-        step = min(max(_MIN_ROWS, block_sizes(points)[0]), max(1, len(x)))
+        step = min(max(_MIN_ROWS, block_sizes(x.shape, splines, x.device)[0]), max(1, len(x)))
         evaluator = Evaluator(points, step, functions_first=True)
         buffer = workspace("values", x, step, (splines + (residual is not None)) * inputs)
         result = x.new_empty(len(x), self.updates.form.shape[0])

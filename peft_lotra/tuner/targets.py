@@ -32,15 +32,11 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
         raise ValueError(
             '`target_modules="all-linear"` takes linear layers, which LoTRA does not adapt: leave it out.'
         )
-    if get_kan_spec(model) is not None:
-        raise ValueError(
-            f"The model is itself a KAN layer ({type(model).__name__}), and PEFT adapts layers inside a model. Wrap "
-            "it, e.g. in `torch.nn.Sequential(layer)`."
-        )
     if config.base_layers is not None:  # from a file
         return _find_recorded(config.base_layers, model)
     if config.targets_all_kan:
         return _find_all_kan(config, model)
+    _check_inside(model, get_kan_spec(model) is None)
     found: dict[str, Target] = {}
     for name, module in model.named_modules():
         is_inside = any(name.startswith(f"{other}.") for other in found)
@@ -60,8 +56,17 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     return found
 
 
+def _check_inside(model: nn.Module, are_inside: bool) -> None:
+    if not are_inside:
+        raise ValueError(
+            f"The model is itself a KAN layer ({type(model).__name__}), and PEFT adapts layers inside a model. Wrap "
+            "it, e.g. in `torch.nn.Sequential(layer)`."
+        )
+
+
 def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     layers = {name: (layer, spec) for name, layer, spec in walk_kan_layers(model)}
+    _check_inside(model, "" not in layers)
     if not layers:
         raise ValueError(no_layer_message(model))
     chosen = copy(config)

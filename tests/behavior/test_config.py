@@ -1,15 +1,41 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a LoTRAConfig says, and where it goes."""
+"""What a LoTRAConfig says, where it goes, and the ranks without `r`."""
+
+import copy
+import dataclasses
+import inspect
+import json
+import pickle
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from behaving import X, adapted, layers, net
-from peft import PeftConfig, get_peft_model
+from behaving import adapted, layers
+from helpers import inputs, nested
+from peft import PeftConfig, PeftModel, get_peft_model
 
 from peft_lotra import LoTRAConfig
+from peft_lotra.kan import KAN
+
+
+def test_the_constructor_is_that_of_a_dataclass():
+    config = LoTRAConfig(r=3, alpha=2.0)
+    names = [field.name for field in dataclasses.fields(LoTRAConfig)]
+    assert list(inspect.signature(LoTRAConfig).parameters) == names
+    copies = [dataclasses.replace(config), copy.copy(config), copy.deepcopy(config)]
+    copies += [pickle.loads(pickle.dumps(config)), LoTRAConfig(**dataclasses.asdict(config))]
+    assert all(other == config and other is not config for other in copies)
+
+
+def test_modes_of_arguments():
+    assert LoTRAConfig(target_modules=["a", "b", "a"]).target_modules == {"a", "b"}
+    assert LoTRAConfig(modules_to_save="head").modules_to_save == ["head"]
+    assert LoTRAConfig(r=[1, 2, 3], rank_pattern={"x": [1, 2, 3]}).rank_pattern == {"x": (1, 2, 3)}
+    with pytest.raises(ValueError, match="`layers_transform`|`layers_to_transform` cannot be used when"):
+        LoTRAConfig(target_modules=".*", layers_to_transform=[0])
 
 
 def ranks(**config):
@@ -22,16 +48,12 @@ def test_ranks():
     assert ranks(r=100) == {"0": (6, 3, 9), "1": (4, 6, 9)}  # capped by the sizes
     for pattern in ("layers.1", r".*\.1"):
         assert ranks(r=2, rank_pattern={pattern: (1, 2, 3)}) == {"0": (2, 2, 2), "1": (1, 2, 3)}
-    first = next(iter(layers(adapted(r=(1, 2, 3))).values())).get_components("default")
-    assert [tuple(p.shape) for p in first] == [(1, 2, 3), (6, 1), (3, 2), (9, 3)]
 
 
 def test_alpha():
     for alpha in (1.0, 4.0):
         first, second = layers(adapted(alpha=alpha, alpha_pattern={"layers.1": 3.0})).values()
         assert first.lotra_scaling["default"] == first.lotra_alpha["default"] == alpha
-        dense = torch.einsum("abc,oa,ib,kc->oik", *first.get_components("default"))
-        torch.testing.assert_close(first.get_delta_weight("default"), alpha * dense)
         assert second.lotra_alpha["default"] == 3
 
 
@@ -42,29 +64,7 @@ def test_numbers_of_numpy(tmp_path):
     assert (loaded.alpha, loaded.alpha_pattern, loaded.rank_dropout) == (2, {"layers.1": 3}, 0.5)
 
 
-NAMES = [("all-kan", "01"), (["0", "1"], "01"), (["layers.0"], "0"), (r".*layers\.1", "1"), (None, "01")]
-TARGETS = [("target_modules", value, expected) for value, expected in NAMES]
-OTHERS = [
-    ("exclude_modules", ["layers.0"], "1"),
-    ("exclude_modules", r".*\.1", "0"),
-    ("layers_to_transform", [1], "1"),
-]
-
-
-@pytest.mark.parametrize(("name", "value", "expected"), [*TARGETS, *OTHERS])
-def test_which_layers(name, value, expected):
-    assert "".join(ranks(**{name: value})) == expected
-
-
-@pytest.mark.parametrize("target", ["head", "nothing"])
-def test_no_such_kan_layer(target):
-    base = net()
-    with pytest.raises(ValueError, match=target):
-        get_peft_model(base, LoTRAConfig(target_modules=[target]))
-    assert not layers(base)
-
-
-SIZES = [("r", 0), ("r", (1, 2)), ("r", "4"), ("rank_pattern", [2])]
+SIZES = [("r", 0), ("r", (1, 2)), ("r", "4")]
 NUMBERS = [("alpha", "1"), ("alpha", float("nan")), ("alpha_pattern", {"a": "b"}), ("rank_dropout", 1.5)]
 CHOICES = [("init_weights", "lora"), ("train", ["cores"]), ("check_base", "maybe")]
 
@@ -97,14 +97,89 @@ def test_saved_and_loaded(tmp_path):
         assert {name: getattr(loaded, name) for name in config} == config
 
 
-def test_the_residual_is_left_alone():
-    merged, base = adapted(adapt_residual=False).merge_and_unload().kan.layers[0], net().kan.layers[0]
-    assert merged.base_weight.equal(base.base_weight) and not merged.spline_weight.equal(base.spline_weight)
+REGEXES = {
+    "targets": {"target_modules": r"(body|tail\.layers)\.\d"},
+    "excluded": {"exclude_modules": r".*\.1"},
+    "indices": {"layers_to_transform": 0, "layers_pattern": "lay[e]rs"},
+    "numbers": {
+        "rank_pattern": {r"body\.\d": 1, "tail.layers.0": (1, 2, 2)},
+        "alpha_pattern": {r"tail.*[02]": 0.5, "body.0": 3.0},
+    },
+    "default ranks": {"r": None},
+}
 
 
-@pytest.mark.parametrize("name", ["rank_dropout", "module_dropout"])
-def test_dropout_is_for_training_alone(name):
-    model = adapted(**{name: 0.5})
-    assert model(X).equal(model(X))
-    model.train()
-    assert len({tuple(model(X).flatten().tolist()) for _ in range(20)}) > 1
+@pytest.mark.parametrize("name", REGEXES)
+def test_regexes_mean_the_same_after_loading(name, tmp_path):
+    bare, x = nested(), inputs()
+    model = adapted(copy.deepcopy(bare), **{"r": 2, **REGEXES[name]})
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(bare, tmp_path).eval()
+    assert torch.equal(loaded(x), model(x))
+    found = [[layer.lotra_r for layer in layers(m).values()] for m in (model, loaded)]
+    assert found[0] == found[1]
+
+
+def test_keys_of_lora_and_of_other_versions_are_dropped_with_a_warning(tmp_path):
+    LoTRAConfig(r=3).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    others = {"lora_alpha": 8, "from_the_future": 1}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **others, "integrity": "x", "base_digest": None}))
+    with pytest.warns(UserWarning, match="'from_the_future', 'lora_alpha'"):
+        assert LoTRAConfig.from_pretrained(tmp_path).r == 3
+
+
+@pytest.mark.parametrize("r", [2, None])
+@pytest.mark.parametrize("target_modules", [None, ["layers.0"], r"layers\.\d"])
+def test_one_config_for_several_models(r, target_modules, tmp_path):
+    config = LoTRAConfig(r=r, target_modules=target_modules, init_weights=False)
+    bases = {"a": KAN([9, 8, 2]), "b": KAN([3, 3, 9])}
+    models = {name: get_peft_model(copy.deepcopy(model), config).eval() for name, model in bases.items()}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    for name, model in bases.items():
+        x = torch.rand(4, model.layers[0].in_features)
+        assert torch.equal(PeftModel.from_pretrained(model, tmp_path / name)(x), models[name](x))
+
+
+@pytest.mark.parametrize("widths", [[2, 5, 1], [2, 8, 8, 1], [64, 32], [1, 1]])
+def test_fewer_numbers(widths, tmp_path):
+    kan = KAN(widths)
+    state = {name: value.clone() for name, value in kan.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(kan, LoTRAConfig(init_weights=False))
+    for layer in layers(model).values():
+        ranks, size = layer.lotra_r["default"], layer.get_base_weight().numel()
+        assert max(ranks) <= 4 and min(ranks) >= 1
+        assert layer.get_components("default").numel() < size or ranks == (1, 1, 1)
+        if widths == [64, 32]:
+            assert ranks == (4, 4, 4)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+    assert sorted(map(tuple, saved.values())) == sorted(layer.lotra_r["default"] for layer in layers(model).values())
+    base = KAN(widths)
+    base.load_state_dict(state)
+    x = torch.rand(4, widths[0])
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x), model.eval()(x))
+
+
+def test_an_explicit_rank_stays():
+    with pytest.warns(UserWarning, match="more parameters"):
+        model = get_peft_model(KAN([2, 5, 1]), LoTRAConfig(r=4))
+    assert [layer.lotra_r["default"] for layer in layers(model).values()] == [(4, 2, 4), (1, 4, 4)]
+
+
+def test_inputs_far_outside_of_the_grid():
+    model = get_peft_model(KAN([2, 5, 1]), LoTRAConfig())
+    with pytest.warns(UserWarning, match="layers.0.*outside"):
+        model(torch.full((8, 2), 50.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.full((8, 2), 50.0))  # once
+        get_peft_model(KAN([2, 5, 1]), LoTRAConfig())(torch.rand(8, 2) * 2 - 1)
+
+
+def test_a_typo_among_targets():
+    with pytest.warns(UserWarning, match="layer.1"):
+        get_peft_model(KAN([2, 5, 1]), LoTRAConfig(target_modules=["layers.0", "layer.1"]))

@@ -1,31 +1,127 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""An adapter takes the place of another one."""
+"""An adapter takes the place of another one, while the model serves."""
+
+import copy
 
 import pytest
 import torch
-from behaving import X, adapted, add, apart, net, same, state
-from peft import PeftModel
+from behaving import X, adapted, add, apart, layers, net, same, state
+from helpers import assert_same, snapshot
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
-from peft_lotra import hotswap_adapter
+from peft_lotra import LoTRAConfig, hotswap_adapter
 from peft_lotra.kan import KAN
 
 
-def test_the_weights_are_replaced(tmp_path):
+@pytest.fixture
+def save(tmp_path):
+    """Saves an adapter, and returns its folder and its outputs."""
+
+    def save(model=None, **config):
+        model = adapted(**config) if model is None else model
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        model.save_pretrained(folder)
+        return folder, model(X).detach()
+
+    return save
+
+
+def loaded(folder, base=None):
+    return PeftModel.from_pretrained(net() if base is None else base, folder).eval()
+
+
+def test_the_weights_are_replaced(save):
     model, other = adapted(), adapted()
-    other.save_pretrained(tmp_path)
-    y = model(X)
-    hotswap_adapter(model, tmp_path)
-    assert same(state(model), state(other)) and torch.equal(model(X), other(X)) and not torch.equal(model(X), y)
+    y, (folder, expected) = model(X), save(other)
+    hotswap_adapter(model, folder)
+    assert same(state(model), state(other)) and torch.equal(model(X), expected) and not torch.equal(model(X), y)
 
 
-def test_lower_ranks_are_filled_up(tmp_path):
-    model, other = adapted(r=3), adapted(r=2)
-    other.save_pretrained(tmp_path)
-    hotswap_adapter(model, tmp_path, target_rank=3)
-    assert apart(model(X), other(X)) < 1e-6
-    assert model.base_model.model.kan.layers[0].lotra_r["default"] == (3, 3, 3)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_is_not_compiled_again(save, in_place):
+    base = KAN([3, 5, 2])
+    first, second, third = (save(base=copy.deepcopy(base), alpha=alpha) for alpha in (1.0, 1.0, 0.5))
+    model, graphs = loaded(first[0], base), []
+    torch._dynamo.reset()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    if in_place:
+        model.compile(backend=backend, fullgraph=True)
+        compiled = model
+    else:
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(X), first[1])
+        for folder, expected in (second, third, first):
+            hotswap_adapter(compiled, folder)
+            torch.testing.assert_close(compiled(X), expected)
+    assert len(graphs) == 1
+
+
+def test_a_compiled_base(save):
+    folder, y = save(base=torch.compile(net()))
+    other = adapted(torch.compile(net()))
+    hotswap_adapter(other, folder)
+    assert torch.equal(other(X), y)
+
+
+def test_lower_ranks_are_filled_up_and_saved(save):
+    model, (folder, expected) = adapted(r=2), save(r=(3, 2, 1))
+    hotswap_adapter(model, folder, target_rank=4)
+    assert apart(model(X), expected) < 1e-6
+    assert next(iter(layers(model).values())).lotra_r["default"] == (4, 3, 4)
+    assert torch.equal(loaded(save(model)[0])(X), model(X))
+
+
+def test_another_alpha_and_another_scale(save):
+    first, second = save(alpha=2.0), save(alpha=0.5, alpha_pattern={"layers.1": 3.0})
+    model = loaded(first[0])
+    add(model, "other", r=(2, 3, 4), alpha=0.7)
+    hotswap_adapter(model, second[0], "other")
+    assert torch.equal(model(X), first[1])  # the other adapters stay
+    hotswap_adapter(model, second[0])
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        torch.testing.assert_close(model(X), second[1])
+    model.set_adapter("default")
+    torch.testing.assert_close(loaded(save(model)[0])(X), second[1])
+    again = loaded(second[0])
+    for swapped in (model, again):
+        for layer in layers(swapped).values():
+            layer.set_scale("default", 0.3)
+    torch.testing.assert_close(model(X), again(X))
+
+
+def test_files_and_models_in_half_precision(save):
+    folder, expected = save(alpha=1.1)
+    half = loaded(folder)
+    for name, parameter in half.named_parameters():
+        if "lotra_" in name:
+            parameter.data = parameter.data.bfloat16()
+    half_folder, _ = save(half)
+    model = loaded(save(alpha=0.7)[0])
+    hotswap_adapter(model, half_folder)  # the alpha is made up for in the precision of the adapter here
+    torch.testing.assert_close(model(X), loaded(half_folder)(X))
+    model = get_peft_model(net().bfloat16(), LoTRAConfig(r=(2, 3, 4)), autocast_adapter_dtype=False).eval()
+    hotswap_adapter(model, folder)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(model(X.bfloat16()).float(), expected, rtol=0.05, atol=0.1)
+
+
+def test_saved_modules_are_replaced_too(save):
+    config = {"target_modules": ["layers.0"], "modules_to_save": ["head"]}
+    first, other = save(**config), net()
+    nn.init.ones_(other.head.weight)
+    second = save(base=other, **config)
+    model = loaded(first[0])
+    hotswap_adapter(model, second[0])
+    torch.testing.assert_close(model(X), second[1])
 
 
 def test_layers_that_were_renamed(tmp_path):
@@ -47,44 +143,48 @@ def headed(name):
     return model
 
 
-@pytest.mark.parametrize("target_rank", [0, -1, "4", (4, 4, 4)])
-def test_a_wrong_target_rank(tmp_path, target_rank):
-    adapted().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="positive int"):
-        hotswap_adapter(adapted(), tmp_path, target_rank=target_rank)
-
-
-def test_one_of_several_and_another_alpha(tmp_path):
-    model, other = adapted(), adapted(alpha=3.0)
-    other.save_pretrained(tmp_path)
-    add(model, "second", r=(2, 3, 4), alpha=0.5)
-    first = model(X)
-    hotswap_adapter(model, tmp_path, "second")
-    assert torch.equal(model(X), first)
-    model.set_adapter("second")
-    assert apart(model(X), other(X)) < 1e-5
-
-
 OTHERS = [{"r": 2}, {"target_modules": ["layers.1"]}, {"adapt_residual": False}, {"base": net(hidden=5)}]
 REFUSED = [*[(other, "layers.0") for other in OTHERS], ({"modules_to_save": ["head"]}, "head")]
 
 
-@pytest.mark.parametrize(("config", "word"), [*REFUSED, ({}, "nobody"), ({}, "merged")])
-def test_what_is_refused(tmp_path, config, word):
-    adapted(**config).save_pretrained(tmp_path)
-    model = adapted()
+@pytest.mark.parametrize(
+    ("config", "word"), [*REFUSED, *[({}, word) for word in ("nobody", "merged", "positive int")]]
+)
+def test_what_is_refused(save, config, word):
+    (folder, _), model = save(**config), adapted()
     if word == "merged":
         model.merge_adapter()
-    before, y = state(model), model(X)
-    with pytest.raises(ValueError, match=word):
-        hotswap_adapter(model, tmp_path, "nobody" if word == "nobody" else "default")
-    assert same(state(model), before) and torch.equal(model(X), y)
+    before = snapshot(model)
+    for target_rank in (0, "4", (4, 4, 4)) if word == "positive int" else (None,):
+        with pytest.raises(ValueError, match=word):
+            hotswap_adapter(model, folder, "nobody" if word == "nobody" else "default", target_rank=target_rank)
+    assert_same(model, before)
 
 
-def test_a_compiled_base(tmp_path):
-    model = adapted(torch.compile(net()))
-    y = model(X)
-    model.save_pretrained(tmp_path)
-    other = adapted(torch.compile(net()))
-    hotswap_adapter(other, tmp_path)
-    assert torch.equal(other(X), y)
+def test_another_grid_or_base(save):
+    base = net()
+    base.kan.layers[0].grid_bounds.mul_(1.5)
+    (folder, _), model = save(base=base), adapted()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="grid"):
+        hotswap_adapter(model, folder)
+    assert_same(model, before)
+    hotswap_adapter(model, folder, check_base="ignore")
+    other = net()
+    other.kan.layers[0].spline_weight.data.add_(1)
+    with pytest.warns(UserWarning, match="parameters"):
+        hotswap_adapter(model, save(base=other)[0])
+
+
+def test_no_lotra_adapter(save, tmp_path):
+    (folder, _), model = save(), adapted()
+    lora = get_peft_model(nn.Sequential(nn.Linear(3, 2)), LoraConfig(target_modules=["0"]))
+    lora.save_pretrained(tmp_path / "lora")
+    before = snapshot(model)
+    for other, words in ((tmp_path, "Can't find 'adapter_config.json'"), (tmp_path / "lora", "LORA")):
+        with pytest.raises(ValueError, match=words):
+            hotswap_adapter(model, other)
+    for other in (lora, net()):
+        with pytest.raises(ValueError, match="must be a PeftModel with a LoTRA adapter"):
+            hotswap_adapter(other, folder)
+    assert_same(model, before)

@@ -6,7 +6,6 @@
 import json
 
 import pytest
-import yaml
 from behaving import python
 
 
@@ -21,16 +20,9 @@ from peft_lotra import hotswap_adapter, push_to_hub
 def comes_back(model, repo, **kwargs):
     return torch.equal(PeftModel.from_pretrained(net(), repo, **kwargs).eval()(X), model(X))
 
-def error(*args, **kwargs):
-    try:
-        push_to_hub(*args, **kwargs)
-    except Exception as error:
-        return type(error).__name__
-
 model, second, several, other = (adapted() for _ in range(4))
-push_to_hub(model, "user/one", tags=["mine"], metrics={"r2": 0.5})
-files = hub.repos["user/one"].files("main")
-found = {"files": sorted(files), "card": files["README.md"].content.decode(), "pushed": comes_back(model, "user/one")}
+push_to_hub(model, "user/one")
+found = {"pushed": comes_back(model, "user/one")}
 push_to_hub(second, "user/one", revision="v2")
 found["revision"] = comes_back(second, "user/one", revision="v2") and comes_back(model, "user/one")
 model.push_to_hub("user/method")
@@ -44,9 +36,6 @@ add(several, "other")
 push_to_hub(several, "user/several")
 several.set_adapter("other")
 found["several"] = comes_back(several, "user/several", subfolder="other")
-before = len(hub.repos["user/one"].commits)
-found["errors"] = [error(net(), "user/one"), error(model, "ann/one"), error(model, "user/x", selected_adapters=["x"])]
-found["unchanged"] = before == len(hub.repos["user/one"].commits)
 print(json.dumps(found))
 """
 
@@ -56,18 +45,6 @@ def found(tmp_path_factory):
     return json.loads(python(SCRIPT, tmp_path_factory.mktemp("hub")).splitlines()[-1])
 
 
-def test_files_and_card(found):
-    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= set(found["files"])
-    _, front, text = found["card"].split("---\n", 2)
-    data = yaml.safe_load(front)
-    assert data["library_name"] == "peft" and "mine" in data["tags"] and "0.5" in found["card"]
-    assert "import peft_lotra" in text and "user/one" in text
-
-
-@pytest.mark.parametrize("way", ["pushed", "revision", "method", "folder", "hotswap", "several", "unchanged"])
+@pytest.mark.parametrize("way", ["pushed", "revision", "method", "folder", "hotswap", "several"])
 def test_what_comes_back(found, way):
     assert found[way] is True
-
-
-def test_what_is_refused(found):
-    assert all(name and name.endswith("Error") for name in found["errors"])

@@ -8,13 +8,13 @@ import copy
 import pytest
 import torch
 from behaving import CONVS, KINDS, X, adapted, apart, layers, same, state
-from conv_stand_ins import ConvNet, images
+from conv_stand_ins import CONVOLUTIONS, ConvNet, images
 from peft import PeftModel, get_peft_model
 from stand_ins import FAMILIES, as_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, find_kan_layers
-from peft_lotra.kan import KAN, KANLinear, SlimKAN, SlimKANLinear
+from peft_lotra import LoTRAConfig, find_kan_layers, slim
+from peft_lotra.kan import KAN, KANLinear, SlimKAN
 
 
 def subclass(name):
@@ -32,9 +32,15 @@ def pykan():
 MODELS = {
     **{name: (make, X) for name, make in KINDS.items()},
     **{name: (make, images(channels=2, size=5)) for name, make in CONVS.items()},
-    "grouped convolution": (lambda: ConvNet("kagnconv", groups=2), images()),
-    "convolution in 1d": (lambda: ConvNet("fastkanconv", ndim=1), images(ndim=1)),
-    "slim": (lambda: as_model(SlimKANLinear(3, 4, ranks=2)), X),
+    **{
+        f"{name}, {sizes}": (lambda name=name, sizes=sizes: ConvNet(name, **sizes), images(ndim=sizes["ndim"]))
+        for name in CONVOLUTIONS
+        for sizes in ({"groups": 2, "ndim": 1}, {"groups": 2, "ndim": 2}, {"ndim": 3})
+    },
+    **{
+        f"slim {name}": (lambda name=name: slim(as_model(FAMILIES[name](3, 4)), 2), X)
+        for name in ("own", "efficient-kan", "pykan", "cheby-kan")
+    },
     "slim network": (lambda: SlimKAN([3, 5, 4], ranks=2), X),
     "network": (lambda: KAN([3, 5, 4], norm="layer"), X),
     "network of pykan": (pykan, X),

@@ -6,35 +6,41 @@
 import pytest
 import torch
 from behaving import CONVS, KINDS, X, adapted, add, apart, layers, net, same, state
+from helpers import assert_same, components, nested, snapshot
+from torch.nn.utils import prune
+
+from peft_lotra.kan import KAN
 
 
 def base_state(model):
     return {name: tensor for name, tensor in state(model).items() if "lotra_" not in name}
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unmerging_gives_the_base_back(dtype):
-    model, x = adapted(net().to(dtype)), X.to(dtype)
-    before, y = base_state(model), model(x)
-    weights = [layer.get_base_weight() + layer.get_delta_weight("default") for layer in layers(model).values()]
-    weights = [weight.to(dtype) for weight in weights]
-    for _ in range(2):
-        model.merge_adapter()
-        torch.testing.assert_close([layer.get_base_weight() for layer in layers(model).values()], weights)
-        assert apart(model(x), y) < (0.1 if dtype is torch.bfloat16 else 1e-5) and not same(base_state(model), before)
+def test_unmerging_restores_the_base_bit_for_bit(kind, dtype):
+    model = adapted(KINDS[kind]().to(dtype))
+    add(model, "second")
+    before = base_state(model)
+    for names in (["default"], ["default", "second"], None):
+        model.merge_adapter(names)
+        assert not same(base_state(model), before)
         model.unmerge_adapter()
-        assert same(base_state(model), before) and torch.equal(model(x), y)
+        assert same(base_state(model), before)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *CONVS])
-def test_merge_and_unload(kind):
-    base, x = (KINDS[kind](), X) if kind in KINDS else (CONVS[kind](), torch.rand(2, 2, 5, 5))
-    classes, names = [type(module) for module in base.modules()], list(base.state_dict())
-    model = adapted(base, r=2)
-    y = model(x)
-    merged = model.merge_and_unload(safe_merge=kind == "own")
-    assert [type(module) for module in merged.modules()] == classes and list(merged.state_dict()) == names
-    assert apart(merged(x), y) < 1e-4
+def test_merge_and_unload_leaves_no_trace(kind):
+    model, x = (KINDS[kind](), X) if kind in KINDS else (CONVS[kind](), torch.rand(2, 2, 5, 5))
+    kan, shown, before = model.kan, repr(model), snapshot(model)
+    tuned = adapted(model, r=2)
+    y = tuned(x)
+    merged = tuned.merge_and_unload(safe_merge=True)
+    assert merged is model and merged.kan is kan and repr(merged) == shown and apart(merged(x), y) < 1e-5
+    after = snapshot(model)
+    assert list(after["state"]) == list(before["state"])
+    assert all(after[key] == before[key] for key in ("types", "requires_grad"))
+    assert after["methods"][1:] == before["methods"][1:]
 
 
 def test_several_adapters():
@@ -54,12 +60,106 @@ def test_several_adapters():
     assert apart(model.merge_and_unload(adapter_names=["other"])(X), y) < 1e-5
 
 
-@pytest.mark.parametrize("unload", [True, False])
-def test_a_safe_merge_refuses_nan(unload):
-    model = adapted()
+def test_merged_one_after_the_other_twice_and_with_another_scale():
+    model = adapted(net().double())
+    add(model, "second")
+    before, y = base_state(model), model(X.double())
+    model.merge_adapter(["default", "default"])
+    torch.testing.assert_close(model(X.double()), y)
+    with pytest.warns(UserWarning, match="already merged"):
+        model.merge_adapter(["default"])
+    torch.testing.assert_close(model(X.double()), y)
+    layer = next(iter(layers(model).values()))
+    layer.set_scale("default", 7.0)  # what was merged is unmerged, not what the adapter would be now
+    model.merge_adapter(["second"])
+    assert layer.merged_adapters == ["default", "second"]
+    model.unmerge_adapter()
+    assert same(base_state(model), before)
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layer.unmerge()
+
+
+def test_used_while_merged():
+    base, x = net(), X.clone().requires_grad_()
+    plain = base(x)
+    model = adapted(base)
+    before, y = base_state(model), model(x)
+    with torch.inference_mode():
+        model.merge_adapter()
+    assert apart(model(x), y) < 1e-5
+    model(x).sum().backward()
+    assert x.grad is not None and not any(p.requires_grad for n, p in model.named_parameters() if "lotra_" not in n)
+    with pytest.warns(UserWarning, match="Unmerging the model first|cannot be set when the model is merged"):
+        add(model, "third")
+        model.set_adapter("third")
+    model.set_adapter("default")
+    assert same(base_state(model), before)
+    model.train()(x).square().sum().backward()
+    assert all(p.grad.any() for name, p in components(model) if ".default" in name)
+    model.eval().merge_adapter()
+    unloaded = model.unload()
+    assert torch.equal(unloaded(x), plain) and not layers(unloaded)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("name", ["merge_adapter", "merge_and_unload"])
+def test_a_safe_merge_of_what_is_not_finite(value, name):
+    model = adapted(nested())
+    add(model, "bad")
     with torch.no_grad():
-        list(layers(model).values())[1].lotra_core["default"].fill_(torch.nan)
+        for part in model.base_model.model["tail"].layers[1].get_components("bad"):
+            part.fill_(value)
+    before, types = base_state(model), [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter bad seems to be broken"):
+        getattr(model, name)(adapter_names=["default", "bad"], safe_merge=True)
+    assert same(base_state(model), before) and [type(module) for module in model.modules()] == types
+    assert not any(layer.merged for layer in layers(model).values())
+
+
+def test_two_adapters_whose_sum_is_not_finite():
+    model = adapted()
+    add(model, "second")
+    layer = next(iter(layers(model).values()))
+    with torch.no_grad():
+        for name in ("default", "second"):
+            for part in layer.get_components(name):
+                part.zero_()
+                part.view(-1)[0] = (2.5e38) ** 0.25
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(["default", "second"], safe_merge=True)
+    assert not layer.merged
+
+
+@pytest.mark.parametrize("name", ["merge_adapter", "merge_and_unload"])
+def test_what_is_refused_changes_nothing(name):
+    moved, computed, unknown = adapted(KAN([3, 4, 2])), adapted(KAN([3, 4, 2])), adapted(nested())
+    moved.base_model.model.layers[1].base_layer.grid_bounds.mul_(2)
+    prune.l1_unstructured(computed.base_model.model.layers[1].base_layer, "spline_weight", amount=0.3)
+    cases = [(moved, None, "The grid of `layers.1` .* was moved")]
+    cases += [(computed, None, "spline_weight.* is computed from other parameters")]
+    cases += [(unknown, names, "not found|list of strings") for names in (["default", "nobody"], "default", [3])]
+    for model, names, words in cases:
+        before = snapshot(model)
+        with pytest.raises((ValueError, RuntimeError), match=words):
+            getattr(model, name)(adapter_names=names)
+        assert_same(model, before)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", ["own", "efficient-kan", "pykan"])
+def test_gradients_that_are_not_finite_reach_the_adapter_alone(kind, value, tmp_path):
+    model = adapted(KINDS[kind](), init_weights=True)
     before = base_state(model)
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
-        (model.merge_and_unload if unload else model.merge_adapter)(safe_merge=True)
-    assert same(base_state(model), before) and not any(layer.merged for layer in layers(model).values())
+    with model.disable_adapter():
+        y = model(X)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    (model.train()(X) * value).sum().backward()
+    optimizer.step()
+    assert not all(parameter.isfinite().all() for _, parameter in components(model))
+    with model.eval().disable_adapter():
+        assert torch.equal(model(X), y)
+    with pytest.raises(ValueError, match="not finite"):
+        model.save_pretrained(tmp_path)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert same(base_state(model), before) and torch.equal(model.unload()(X), y)

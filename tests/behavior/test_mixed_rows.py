@@ -1,61 +1,145 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Rows of one batch with adapters of their own."""
+"""Rows of one batch with adapters of their own, whichever way the model calls and feeds its layers."""
 
 import pytest
 import torch
-from behaving import KINDS, X, adapted, add, apart, net
+from behaving import adapted, add, apart
+from helpers import base, inputs, lotra_layers, nested
+from stand_ins import FAMILIES, ChebyKANLayer
+from torch import nn
+
+from peft_lotra.kan import KAN, KANLinear
 
 
-NAMES = ["default", "__base__", "other", "other", "default", "__base__", "other", "default"]
+NAMES = ["default", "__base__", "other", "other", "default", "__base__"]
 
 
-def mixed(base):
-    model = adapted(base)
-    add(model, "other")
+def mixed(base, **config):
+    model = adapted(base, **config)
+    add(model, "other", **config)
     return model
 
 
-@pytest.mark.parametrize("kind", ["net", "efficient-kan", "pykan", "fast-kan", "cheby-kan"])
-def test_each_row_as_by_itself(kind):
-    model = mixed(net() if kind == "net" else KINDS[kind]())
-    alone = {}
-    with model.disable_adapter():
-        alone["__base__"] = model(X).detach()
-    for name in ("other", "default"):
-        model.set_adapter(name)
-        alone[name] = model(X).detach()
-    expected = torch.stack([alone[name][row] for row, name in enumerate(NAMES)])
-    assert apart(alone["default"], alone["other"]) > 1e-3 < apart(alone["default"], alone["__base__"])
-    assert apart(model(X, adapter_names=NAMES), expected) < 1e-5
-    assert apart(model(X, adapter_names=["__base__"] * 8), alone["__base__"]) < 1e-6
-    assert torch.equal(model(X), alone["default"])
+def row_by_row(model, x, names=NAMES, repeats=1):
+    """What each row gives in a batch of its adapter alone."""
+    rows = []
+    for row, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                y = model(x)
+        else:
+            model.set_adapter(name)
+            y = model(x)
+        rows.append(y.reshape(len(names), repeats, *y.shape[1:])[row])
+    return torch.cat(rows)
+
+
+def check(model, x, names=NAMES, **kwargs):
+    expected = row_by_row(model, x, names, **kwargs)
+    model.set_adapter("default")
+    torch.testing.assert_close(model(x, adapter_names=names), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_row_by_its_adapter(family):
+    model, x = mixed(base(family, torch.float64)), inputs(dtype=torch.float64)
+    for names in (NAMES, ["other"] * 6, ["__base__"] * 6, ["default"] * 5 + ["other"]):
+        check(model, x, names)
+    (layer,) = lotra_layers(model).values()  # its own output is a tuple in pykan
+    y, plain = layer(x, adapter_names=NAMES), layer(x)
+    assert type(y) is type(plain)
+    if isinstance(y, tuple):
+        assert [part.shape for part in y] == [part.shape for part in plain]
+        assert all(torch.allclose(a[0], b[0]) for a, b in zip(y, plain, strict=True))
+
+
+def test_inputs_of_more_dimensions():
+    x = torch.randn(6, 5, 3, dtype=torch.float64)
+    flat = mixed(nn.Sequential(ChebyKANLayer(3, 4, degree=3)).double())  # which flattens its input
+    assert flat(x, adapter_names=NAMES).shape == (30, 4)
+    check(flat, x, repeats=5)
+    check(mixed(KAN([3, 4, 2], dtype=torch.float64)), x)
+
+
+class Model(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.kan, self.how = KAN([3, 5, 3], dtype=torch.float64), how
+
+    def forward(self, x):
+        if self.how == "forward":
+            return self.kan.forward(x)
+        if self.how == "layers":
+            return self.kan.layers[1].forward(self.kan.layers[0].forward(x))
+        if self.how == "batch first":
+            return self.kan(x.flatten(0, 1)).view(x.shape)
+        rows = x.transpose(0, 1).reshape(-1, 3)
+        return self.kan(rows).view(x.shape[1], x.shape[0], 3).transpose(0, 1)
+
+
+@pytest.mark.parametrize("how", ["forward", "layers", "batch first"])
+def test_known_order(how):
+    check(mixed(Model(how)), torch.rand(6, 5, 3, dtype=torch.float64) if how == "batch first" else inputs().double())
+
+
+def test_unknown_order():
+    with pytest.raises(ValueError, match="Length of `adapter_names`.*kan.layers.0"):
+        mixed(Model("transposed"))(torch.rand(6, 5, 3).double(), adapter_names=NAMES)
+
+
+def test_a_forward_of_ones_own_set_later():
+    found, x = adapted(nn.Sequential(KANLinear(3, 2))), inputs()
+    y, layer = found(x), found.base_model.model[0].base_layer
+    original = layer.forward
+    layer.forward = lambda x: original(x) * 2
+    assert apart(found(x), 2 * y) < 1e-6
+
+
+def test_adapters_of_other_layers_and_modules_to_save():
+    model = adapted(nested().double(), target_modules=["body.0"], modules_to_save=["head"])
+    add(model, "other", target_modules=["body.1", "tail.layers.0"], modules_to_save=["head"])
+    for name, parameter in model.eval().named_parameters():
+        if "modules_to_save.other" in name:
+            parameter.data.mul_(2)
+    check(model, inputs(dtype=torch.float64))
+
+
+def test_an_adapter_without_a_head_of_its_own():
+    model = adapted(nested().double(), modules_to_save=["head"])
+    head = model.base_model.model["head"]
+    head.register_forward_pre_hook(lambda module, args: None)  # a user's
+    add(model, "other")
+    with torch.no_grad():
+        head.modules_to_save["default"].weight.mul_(2)
+    check(model, inputs(dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
     ("names", "word"),
-    [(NAMES[:7], "[Ll]ength"), ([*NAMES[:7], "nobody"], "nobody"), (NAMES, "train"), (NAMES, "merge")],
+    [
+        *[(names, "adapter") for names in (["default", "unknown"] * 3, NAMES[:5], [], "default", [1] * 6)],
+        *[(NAMES, word) for word in ("train", "merge", "last dimension of 3")],
+    ],
 )
 def test_what_is_refused(names, word):
-    model = mixed(net()).train(word == "train")
+    model, x = mixed(KAN([3, 4, 2])).train(word == "train"), inputs()
     if word == "merge":
         model.merge_adapter()
-    y = model(X)
+    y = model(x)
     with pytest.raises(ValueError, match=word):
-        model(X, adapter_names=names)
-    assert torch.equal(model(X), y)
+        model(x[:, :2] if "dimension" in word else x, adapter_names=names)
+    assert torch.equal(model(x), y)  # nothing is left behind
 
 
-def test_an_adapter_without_a_head_of_its_own():
-    model = adapted(modules_to_save=["head"])
-    model.base_model.model.head.register_forward_pre_hook(lambda module, args: None)  # a user's
-    add(model, "other")
-    with torch.no_grad():
-        model.base_model.model.head.modules_to_save["default"].weight.mul_(2)
-    names = ["default", "other"] * 4
-    mixed = model(X, adapter_names=names)
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        rows = [row for row, other in enumerate(names) if other == name]
-        assert apart(mixed[rows], model(X)[rows]) < 1e-5
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_part_that_is_compiled(in_place):
+    """Names do not reach compiled code: all rows would get the active adapter."""
+    base = KAN([3, 4, 2])
+    if in_place:
+        base.layers[0].compile(backend="eager")
+    else:
+        base = nn.Sequential(torch.compile(base, backend="eager"))
+    with pytest.raises(ValueError, match="do not reach compiled modules"):
+        adapted(base)(inputs(), adapter_names=["__base__"] * 6)

@@ -17,7 +17,6 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig, find_kan_layers, register_kan_layer
 from peft_lotra.kan import KAN, KANLinear
-from peft_lotra.layers.candidates import left_out, no_layer_message
 
 
 def check_adapted(make, x, **config):
@@ -49,43 +48,37 @@ def check_files(model, y, base, x, folder):
 class Attention(nn.Module):
     """The structure of timm's."""
 
-    def __init__(self, dim, heads, fused=True, proj=True):
+    def __init__(self, dim, heads, proj=True):
         super().__init__()
-        self.num_heads, self.fused = heads, fused
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.heads, self.qkv = heads, nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim) if proj else nn.Identity()
 
-    def forward(self, x, mask=None):
-        shape = (*x.shape[:2], 3, self.num_heads, -1)
-        q, k, v = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4)
-        if self.fused:
-            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        else:
-            y = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
-        return self.proj(y.transpose(1, 2).flatten(2))
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("proj", [True, False])
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("sizes", [(384, 6), (192, 3), (64, 4), (16, 4), (8, 2), (8, 8)])
-def test_attention_is_no_layer(sizes, fused, proj):
-    assert find_kan_layers(nn.Sequential(Attention(*sizes, fused, proj))) == []
-
-
-class TwoLinear(nn.Module):
+class Perceptron(nn.Module):
     def __init__(self, sizes, between):
         super().__init__()
-        self.first, self.second = nn.Linear(*sizes[:2]), nn.Linear(*sizes[1:])
-        self.between = between
+        self.first, self.between, self.second = nn.Linear(*sizes[:2]), between, nn.Linear(*sizes[1:])
 
     def forward(self, x):
         return self.second(self.between(self.first(x)))
 
 
-@pytest.mark.parametrize("sizes", [(4, 8, 3), (4, 4, 4), (8, 32, 8), (1, 8, 3), (2, 8, 2), (3, 12, 6)])
-@pytest.mark.parametrize("between", [nn.Identity(), nn.GELU(), nn.Tanh()])
-def test_linear_layers_in_a_row_are_no_layer(sizes, between):
-    assert find_kan_layers(nn.Sequential(TwoLinear(sizes, between))) == []
+SIZES = [(384, 6), (192, 3), (64, 4), (16, 4), (8, 2), (8, 8)]
+BLOCKS = [Attention(*sizes, proj) for sizes in SIZES for proj in (True, False)]
+BLOCKS += [
+    Perceptron(sizes, between)
+    for sizes in ((4, 8, 3), (4, 4, 4), (8, 32, 8), (1, 8, 3), (2, 8, 2), (3, 12, 6))
+    for between in (nn.Identity(), nn.GELU(), nn.Tanh())
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_attention_and_linear_layers_in_a_row_are_no_layers(block):
+    assert find_kan_layers(nn.Sequential(block)) == []
 
 
 class Powers(nn.Module):
@@ -121,6 +114,7 @@ def test_the_modules_inside_make_another_kind_of_layer():
     [
         Powers,
         FlatPowers,
+        lambda i, o: KAN([np.prod((1, i)), np.int64(o)]),  # as `np.prod(space.shape)` in reinforcement learning
         lambda i, o: OldEfficientKANLayer(np.int64(i), np.int64(o)),
         lambda i, o: FastKANLayer(np.int64(i), np.int64(o), num_grids=np.int64(5)),
         lambda i, o: ChebyKANLayer(np.int64(i), np.int64(o), np.int64(4)),
@@ -151,15 +145,13 @@ def test_ranks_are_plain():
             LoTRAConfig(r=wrong)
 
 
+def changed(cls, forward):
+    return type("Changed", (cls,), {"forward": lambda self, x: forward(self, cls.forward, x)})
+
+
 class Moved(Powers):
     def forward(self, x):
         self.w = nn.Parameter(self.w.to(x.device))
-        return super().forward(x)
-
-
-class MovedItself(Powers):
-    def forward(self, x):
-        self.w = self.w.to(x.device)
         return super().forward(x)
 
 
@@ -175,7 +167,7 @@ class MovedSplines(OldEfficientKANLayer):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("cls", [Moved, MovedItself, MovedData, MovedSplines])
+@pytest.mark.parametrize("cls", [Moved, MovedData, MovedSplines])
 def test_parameters_that_forward_assigns(cls, tmp_path):
     x = torch.rand(6, 3)
     adapted = check_adapted(lambda: nn.Sequential(cls(3, 4)), x)
@@ -191,55 +183,19 @@ def scripted():
 def test_modules_of_torchscript_are_passed_over():
     assert [layer.name for layer in find_kan_layers(scripted(), candidates=True)] == ["1"]
     assert find_kan_layers(nn.Sequential(torch.jit.trace(nn.Linear(3, 3), torch.rand(2, 3)))) == []
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_layers_beside_modules_of_torchscript_are_adapted():
     check_adapted(scripted, torch.rand(6, 3))
 
 
-class NormedOwn(KANLinear):
-    def __init__(self, i, o):
-        super().__init__(i, o)
-        self.norm = nn.LayerNorm(o)
-
-    def forward(self, x):
-        return self.norm(super().forward(x))
+AFTER = {"norm": lambda y: nn.functional.layer_norm(y, (4,)), "bound": torch.tanh, "gate": lambda y: y.relu() + 0.1}
 
 
-class BoundedOwn(KANLinear):
-    def forward(self, x):
-        return torch.tanh(super().forward(x))
-
-
-class RectifiedOwn(KANLinear):
-    def forward(self, x):
-        return torch.relu(super().forward(x)) + 0.1
-
-
-class NormedSplines(OldEfficientKANLayer):
-    def forward(self, x):
-        return nn.functional.layer_norm(super().forward(x), (4,))
-
-
-class BoundedSplines(OldEfficientKANLayer):
-    def forward(self, x):
-        return torch.tanh(super().forward(x))
-
-
-class RectifiedSplines(OldEfficientKANLayer):
-    def forward(self, x):
-        return torch.relu(super().forward(x)) + 0.1
-
-
-@pytest.mark.parametrize("cls", [NormedOwn, BoundedOwn, RectifiedOwn, NormedSplines, BoundedSplines, RectifiedSplines])
-def test_what_follows_the_sum_is_no_obstacle(cls, tmp_path):
-    x = torch.rand(6, 3)
-    family = "peft-lotra" if issubclass(cls, KANLinear) else "efficient-kan"
-    (found,) = find_kan_layers(nn.Sequential(cls(3, 4)))
+@pytest.mark.parametrize("after", AFTER)
+@pytest.mark.parametrize(("cls", "family"), [(KANLinear, "peft-lotra"), (OldEfficientKANLayer, "efficient-kan")])
+def test_what_follows_the_sum_is_no_obstacle(cls, family, after, tmp_path):
+    followed, x = changed(cls, lambda self, forward, x: AFTER[after](forward(self, x))), torch.rand(6, 3)
+    (found,) = find_kan_layers(nn.Sequential(followed(3, 4)))
     assert (found.family, found.shape, found.has_residual) == (family, (4, 3, 8), True)
-    adapted = check_adapted(lambda: nn.Sequential(cls(3, 4)), x)
-    check_files(*adapted, x, tmp_path)
+    check_files(*check_adapted(lambda: nn.Sequential(followed(3, 4)), x), x, tmp_path)
 
 
 def test_a_subclass_that_is_linear_stays_of_its_kind():
@@ -259,12 +215,18 @@ class Experts(nn.Module):
         return x
 
 
+def message_of(model):
+    with pytest.raises(ValueError) as error:
+        get_peft_model(model, LoTRAConfig())
+    return str(error.value)
+
+
 def test_the_message_without_layers():
-    plain = no_layer_message(nn.Sequential(nn.Linear(2, 2), nn.Conv2d(2, 2, 3)))
+    plain = message_of(nn.Sequential(nn.Linear(2, 2), nn.Conv2d(2, 2, 3)))
     assert plain.startswith("No KAN layer was found") and "candidates are" not in plain
     assert "KAT, GR-KAN" in plain and "find_kan_layers(model, candidates=True)" in plain
     layers = [type("Experts" * 9, (Experts,), {})() for _ in range(5)]
-    message = no_layer_message(nn.ModuleDict({f"{'block' * 9}{place}": layer for place, layer in enumerate(layers)}))
+    message = message_of(nn.ModuleDict({f"{'block' * 9}{place}": layer for place, layer in enumerate(layers)}))
     assert message.count("(Experts") == 3 and max(len(plain), len(message)) < 400
 
 
@@ -281,30 +243,16 @@ class Encoder(nn.Module):
 def test_what_was_left_out():
     damaged = OldEfficientKANLayer(3, 4)
     damaged.spline_weight = nn.Parameter(torch.randn(4, 24))
-    model = nn.ModuleList([KANLinear(3, 4), Encoder(), Experts(), damaged])
-    found = [layer.name for layer in find_kan_layers(model)]
-    assert found == ["0"] and left_out(model, found) == ["2", "3"]
+    with pytest.warns(UserWarning, match=r"^2, 3 may be KAN layers"):
+        get_peft_model(nn.ModuleList([KANLinear(3, 4), Encoder(), Experts(), damaged]), LoTRAConfig(r=1))
 
 
 def test_nothing_is_left_out_of_transformers():
     from transformers import GPT2Config, GPT2Model, ViTConfig, ViTModel
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    assert left_out(ViTModel(ViTConfig(**sizes)), ()) == []
-    assert left_out(GPT2Model(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20)), ()) == []
-
-
-def test_sizes_of_numpy_in_our_own_layers(tmp_path):
-    """As `np.prod(space.shape)` gives them in reinforcement learning."""
-    torch.manual_seed(0)
-    base = KAN([np.prod((1, 3)), np.int64(4), 2])
-    state = {name: value.clone() for name, value in base.state_dict().items()}
-    model = get_peft_model(base, LoTRAConfig(r=np.int64(2), init_weights=False)).eval()
-    model.save_pretrained(tmp_path)
-    other = KAN([3, 4, 2])
-    other.load_state_dict(state)
-    x = torch.rand(5, 3)
-    assert torch.equal(PeftModel.from_pretrained(other, tmp_path)(x), model(x))
+    for model in (ViTModel(ViTConfig(**sizes)), GPT2Model(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20))):
+        assert "candidates are" not in message_of(model)
 
 
 def test_no_layer_of_pykan_is_called_unknown():

@@ -1,13 +1,15 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is saved is what is loaded."""
+"""What is saved is what is loaded; a save that would lose an adapter is refused before it writes."""
 
 import pytest
 import torch
 from behaving import X, adapted, add, apart, layers, net, same, state
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
+
+from peft_lotra import save_adapter
 
 
 def components(model):
@@ -52,14 +54,13 @@ def test_several_adapters_in_one_folder(tmp_path):
     assert {path.name for path in (tmp_path / "selected").iterdir()} - {"README.md"} == {"other"}
 
 
-@pytest.mark.parametrize("train", [None, ["core"]])
-def test_is_trainable(train, tmp_path):
-    adapted(train=train).save_pretrained(tmp_path)
+def test_is_trainable(tmp_path):
+    adapted().save_pretrained(tmp_path)
     frozen = PeftModel.from_pretrained(net(), tmp_path)
     assert not any(p.requires_grad for p in frozen.parameters())
     loaded = PeftModel.from_pretrained(net(), tmp_path, is_trainable=True)
     trained = {name for name, p in loaded.named_parameters() if p.requires_grad}
-    assert trained == {name for name in components(loaded) if not train or "lotra_core" in name}
+    assert trained == components(loaded).keys()
 
 
 def test_modules_to_save(tmp_path):
@@ -88,3 +89,53 @@ def test_state_dicts():
     assert changed and all("layers.1" in name for name in changed)
     set_peft_model_state_dict(other, tensors)
     assert torch.equal(other(X), model(X))
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("save", [lambda model, folder: model.save_pretrained(folder), save_adapter])
+def test_values_that_are_not_finite(tmp_path, save):
+    model = adapted()
+    save(model, tmp_path)
+    before = content(tmp_path)
+    model.base_model.model.kan.layers[0].lotra_core["default"].data[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="layers.0.lotra_core"):
+        save(model, tmp_path)
+    assert content(tmp_path)["adapter_model.safetensors"] == before["adapter_model.safetensors"]
+    assert any(t.isnan().any() for t in get_peft_model_state_dict(model).values())
+
+
+def test_a_model_that_was_merged_away(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    before = content(tmp_path)
+    model.merge_and_unload()  # its result is thrown away
+    with pytest.raises(ValueError, match="no LoTRA layers"):
+        model.save_pretrained(tmp_path)
+    assert content(tmp_path)["adapter_model.safetensors"] == before["adapter_model.safetensors"]
+
+
+def test_a_part_of_a_tensor(tmp_path):
+    """FSDP spreads tensors over processes."""
+    model = adapted()
+    tensors = model.state_dict()
+    key = "base_model.model.kan.layers.1.lotra_factor_in.default"
+    tensors[key] = tensors[key].flatten()[:5]  # as FSDP's views
+    with pytest.raises(ValueError, match=r"layers.1.lotra_factor_in.default is spread over several processes"):
+        model.save_pretrained(tmp_path / "adapter", state_dict=tensors)
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("*.json"))
+
+
+def test_a_save_of_parts_by_hand(tmp_path):
+    """Tensors that were edited after the save load with a warning."""
+    from safetensors.torch import load_file, save_file
+
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="changed"):
+        loaded = PeftModel.from_pretrained(net(), tmp_path)
+    assert not torch.equal(loaded(X), model(X))

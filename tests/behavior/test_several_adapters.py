@@ -1,11 +1,15 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Several adapters of one model."""
+"""Several adapters of one model, and sums of them (`add_weighted_adapter`)."""
+
+import copy
 
 import pytest
 import torch
-from behaving import X, adapted, add, apart, layers, net
+from behaving import KINDS, X, adapted, add, apart, layers, net
+from helpers import assert_same, nested, relative, snapshot
+from peft import PeftModel
 
 from peft_lotra import LoTRAConfig
 
@@ -60,50 +64,109 @@ def test_delete_adapter(model, active):
         model.set_adapter("other")
 
 
-def test_cat_is_exact_and_linear_of_one_adapter(model):
-    errors = model.add_weighted_adapter(["default", "other"], [0.7, -0.3], "sum")
-    assert set(errors) == {"kan.layers.0", "kan.layers.1"} and max(errors.values()) < 1e-5
-    for layer in layers(model).values():
-        expected = 0.7 * layer.get_delta_weight("default") - 0.3 * layer.get_delta_weight("other")
-        torch.testing.assert_close(layer.get_delta_weight("sum"), expected, rtol=1e-4, atol=1e-5)
-    model.add_weighted_adapter(["default"], [2.0], "twice", "linear")
-    for layer in layers(model).values():
-        torch.testing.assert_close(layer.get_delta_weight("twice"), 2 * layer.get_delta_weight("default"))
+def two_adapters(kind, first=(2, 3, 4), second=(3, 1, 2), **config):
+    model = adapted(KINDS[kind](), r=first, alpha=0.5)
+    add(model, "second", r=second, alpha=2.0, **config)
+    (layer,) = layers(model).values()
+    return model, layer
 
 
-def test_svd_has_the_ranks_that_are_asked_for(model):
-    errors = model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "small", "svd", ranks=(1, 2, 2))
-    for layer, error in zip(layers(model).values(), errors.values(), strict=True):
-        assert layer.lotra_r["small"] == (1, 2, 2) and 0 < error < 1
-        total = layer.get_delta_weight("default") + layer.get_delta_weight("other")
-        assert abs((layer.get_delta_weight("small") - total).norm() / total.norm() - error) < 1e-4
+@pytest.mark.parametrize("kind", ["own", "efficient-kan", "pykan", "kanx", "cheby-kan"])
+def test_cat_is_the_sum_of_the_updates(kind, tmp_path):
+    model, layer = two_adapters(kind)
+    bare = copy.deepcopy(model).unload()
+    errors = model.add_weighted_adapter(["default", "second"], [0.7, -1.5], "sum", combination_type="cat")
+    expected = 0.7 * layer.get_delta_weight("default") - 1.5 * layer.get_delta_weight("second")
+    assert relative(layer.get_delta_weight("sum"), expected) < 1e-6 and errors["kan"] < 1e-6
+    assert layer.lotra_r["sum"][:2] == (4, 3)  # ranks add, and are brought down to the sizes
+    # it was added, no more
+    assert model.active_adapters == ["default"] and not any(c.requires_grad for c in layer.get_components("sum"))
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    assert torch.equal(PeftModel.from_pretrained(bare, tmp_path / "sum")(X), model(X))
 
 
-SUMS = [("nobody", 1.0, ["sum"]), ("other", 1.0, ["other"]), ("other", float("nan"), ["sum"])]
+def test_the_scale_of_the_moment_counts():
+    model, layer = two_adapters("own")
+    layer.set_scale("default", 3.0)
+    model.add_weighted_adapter(["default"], [2.0], "more")
+    assert relative(layer.get_delta_weight("more"), 2 * layer.get_delta_weight("default")) < 1e-6
+    assert layer.lotra_alpha["more"] == 1.0
 
 
-@pytest.mark.parametrize(("other", "weight", "more"), [*SUMS, ("other", 1.0, ["sum", "linear"])])
-def test_no_sum(model, other, weight, more):
-    with pytest.raises(ValueError):
-        model.add_weighted_adapter(["default", other], [1.0, weight], *more)
-    assert set(model.peft_config) == {"default", "other"}
+def test_adapters_with_and_without_the_residual_branch():
+    model, layer = two_adapters("own", adapt_residual=False)
+    model.add_weighted_adapter(["second", "default"], [1.0, 2.0], "sum")
+    first, second, total = (layer.get_delta_weight(name) for name in ("default", "second", "sum"))
+    assert relative(total, 2 * first + torch.nn.functional.pad(second, (0, 1))) < 1e-6
 
 
-def test_scales(model):
-    layer = next(iter(layers(model).values()))
-    x, base = torch.rand(5, 3), layer.get_base_layer()
-    update = layer(x) - base(x)
-    layer.set_scale("default", 2.0)
-    assert layer.lotra_scaling["default"] == 4 and apart(layer(x) - base(x), 2 * update) < 1e-5
-    layer.scale_layer(0.25)
-    assert layer.lotra_scaling["default"] == 1
-    layer.unscale_layer()
-    assert layer.lotra_scaling["default"] == 2 and torch.equal(layer(x) - base(x), update)
+def test_adapters_of_different_layers():
+    model = adapted(nested(), r=2, target_modules=["body.0", "layers.0"])
+    add(model, "second", r=3, target_modules=["layers.0", "body.1"])
+    errors = model.add_weighted_adapter(["default", "second"], [1.0, 0.5], "sum")
+    found = layers(model.base_model.model)
+    assert set(errors) == set(found) == {"body.0", "body.1", "tail.layers.0"}
+    for layer in found.values():
+        weights = [(name, weight) for name, weight in (("default", 1.0), ("second", 0.5)) if name in layer.lotra_core]
+        expected = sum(weight * layer.get_delta_weight(name) for name, weight in weights)
+        assert relative(layer.get_delta_weight("sum"), expected) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["a.b", "__base__"])
-def test_a_sum_without_a_possible_name(model, name):
-    before = list(model.peft_config)
-    with pytest.raises((ValueError, KeyError), match=name):
-        model.base_model.add_weighted_adapter(["default"], [1.0], name)
-    assert list(model.peft_config) == before
+@pytest.mark.parametrize("kind", ["own", "efficient-kan", "pykan"])
+def test_svd_truncates_and_reports_the_error(kind):
+    model, layer = two_adapters(kind)
+    errors = model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "small", "svd", ranks=(1, 2, 2))
+    expected = layer.get_delta_weight("default") + layer.get_delta_weight("second")
+    assert layer.lotra_r["small"] == (1, 2, 2)
+    error = ((layer.get_delta_weight("small") - expected).norm() / expected.norm()).item()
+    assert 0.01 < error < 1 and errors["kan"] == pytest.approx(error, abs=1e-6)
+    # by default the larger ranks of the two, and ranks that suffice lose nothing
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "larger", "svd")
+    assert layer.lotra_r["larger"] == (3, 3, 4)
+    assert model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "all", "svd", ranks=9)["kan"] < 1e-6
+
+
+def test_linear_is_exact_for_adapters_that_agree_in_their_factors():
+    model, layer = two_adapters("own", second=(2, 3, 4))
+    assert model.add_weighted_adapter(["default", "default"], [0.25, 0.5], "same", "linear")["kan"] < 1e-6
+    with torch.no_grad():
+        for first, second in zip(layer.get_components("default")[1:], layer.get_components("second")[1:], strict=True):
+            second.copy_(first)
+    assert model.add_weighted_adapter(["default", "second"], [0.7, -1.5], "sum", "linear")["kan"] < 1e-5
+    assert layer.lotra_r["sum"] == (2, 3, 4)
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_a_sum_of_zero(kind):
+    model, _ = two_adapters("own")
+    assert model.add_weighted_adapter(["default", "default"], [1.0, -1.0], kind, kind)["kan"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ((["default", "third"], [1, 1], "sum"), r"\['third'\] not found"),
+        (([], [], "sum"), "one or more adapters"),
+        (("default", [1], "sum"), "a list of strings"),
+        ((["default", "second"], [1], "sum"), "finite number for each"),
+        ((["default"], [float("nan")], "sum"), "finite number for each"),
+        ((["default"], [1], "second"), "'second'.*choose another name"),
+        ((["default"], [1], "a.b"), "a.b"),
+        ((["default"], [1], "__base__"), "__base__"),
+        ((["default"], [1], "sum", "ties"), "one of .*'cat', 'linear', 'svd'"),
+        ((["default"], [1], "sum", "cat", 3), "`ranks` are for"),
+        ((["default"], [1], "sum", "svd", 0), "positive integer"),
+        ((["default", "second"], [1, 1], "sum", "linear"), "at `kan` the ranks differ"),
+        ((["default", "default"], [1, -1], "sum", "linear"), "sum up to 0"),
+        ((["whole"], [1], "sum"), "modules_to_save"),
+    ],
+)
+def test_errors_change_nothing(args, message):
+    model, _ = two_adapters("own")
+    model.peft_config["whole"] = LoTRAConfig(modules_to_save=["head"])
+    before, configs = snapshot(model), dict(model.peft_config)
+    with pytest.raises((ValueError, KeyError), match=message):
+        model.add_weighted_adapter(*args)
+    assert_same(model, before)
+    assert model.peft_config == configs

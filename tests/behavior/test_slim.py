@@ -1,35 +1,106 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Compressed networks."""
+"""LoTRA on Slim layers, whose coefficients are Tucker tensors already."""
+
+import copy
 
 import pytest
 import torch
-from behaving import KINDS, X, adapted, apart, same, state
+from behaving import adapted, add, apart, layers
+from peft import get_peft_model
+from stand_ins import FAMILIES, as_model
 
-from peft_lotra import slim, to_dense
-from peft_lotra.kan import KAN, KANLinear, SlimKAN, SlimKANLinear
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["own", "efficient-kan", "pykan", "fast-kan", "cheby-kan"])
-def test_all_energy_is_exact(kind):
-    base = KINDS[kind]()
-    y, before = base(X).detach(), state(base)
-    assert apart(slim(base, energy=1.0)(X), y) < 1e-4 and same(state(base), before)
+from peft_lotra import LoTRAConfig, preprocess_lotra, slim
 
 
-def test_back_to_dense():
-    small, x = slim(KAN([12, 10, 8]), budget=500), torch.rand(20, 12) * 2 - 1
-    assert small.slim_report.parameters[1] <= 500 and all(type(layer) is SlimKANLinear for layer in small.layers)
-    for dense in (to_dense(small), small.to_dense()):
-        assert all(type(layer) is KANLinear for layer in dense.layers) and apart(dense(x), small(x)) < 1e-5
+X = torch.linspace(-0.9, 0.9, 72).view(12, 6).T.contiguous()
 
 
-def test_merged_and_unloaded():
-    model, x = adapted(SlimKAN([6, 7, 5], ranks=2), r=2), torch.rand(20, 6) * 2 - 1
-    y = model(x)
-    with pytest.raises(ValueError, match="adapter"):
-        slim(model, 2)
-    merged = model.merge_and_unload()
-    assert apart(merged(x), y) < 1e-4 and not any("lotra_" in name for name in merged.state_dict())
+@pytest.fixture(params=["own", "efficient-kan", "pykan", "cheby-kan"])
+def small(request):
+    return slim(as_model(FAMILIES[request.param](12, 10)).eval(), (5, 6, 3))
+
+
+def tuned(base, **config):
+    return adapted(copy.deepcopy(base), r=(3, 3, 2), **config)
+
+
+def tensor_of(model):
+    """The coefficients of the layer `kan`."""
+    return tuned(model).base_model.model.kan.get_base_weight()
+
+
+@pytest.mark.parametrize("adapt_residual", [True, False])
+def test_the_equivalent_tensor_is_adapted(small, adapt_residual):
+    model = tuned(small, adapt_residual=adapt_residual)
+    y, (layer,) = model(X), layers(model).values()
+    delta, dense = layer.get_delta_weight("default"), model.merge_and_unload()
+    assert type(dense.kan) is type(small.to_dense().kan)
+    expected = tensor_of(small).clone()
+    expected[..., : delta.shape[-1]] += delta
+    torch.testing.assert_close(tensor_of(dense), expected)
+    assert apart(dense(X), y) < 1e-5
+
+
+def test_merging_and_back(small):
+    model = tuned(small)
+    add(model, "other")
+    y = model(X)
+    model.merge_adapter()
+    assert apart(model(X), y) < 1e-5
+    with model.disable_adapter():
+        assert torch.equal(model(X), small(X))
+    assert torch.equal(model(X), y)
+    model.merge_adapter(["default", "other"])
+    both = model(X)
+    model.unmerge_adapter()
+    for name in ("default", "other"):  # one after the other
+        model.merge_adapter([name])
+    assert apart(model(X), both) < 1e-6
+    model.unmerge_adapter()
+    assert torch.equal(model(X), y)
+
+
+def test_copied_and_cast_while_merged(small):
+    model = tuned(small).double()
+    y = model(X.double())
+    model.merge_adapter()
+    model = copy.deepcopy(model).float().double()
+    model.unmerge_adapter()
+    assert apart(model(X.double()), y) < 1e-6 and {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+def test_broken_adapters_and_dropout(small):
+    model = tuned(small, rank_dropout=0.5, module_dropout=0.5).train()
+    assert torch.stack([model(X) for _ in range(8)]).std(0).max() > 0
+    with torch.no_grad():
+        model.base_model.model.kan.lotra_core["default"].fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_and_unload(safe_merge=True)
+
+
+@pytest.mark.parametrize("start", ["gradient", "hosvd"])
+def test_starts_that_look_at_the_base(small, start):
+    """They are those of the dense layer of the same coefficients."""
+    spans = []
+    for model in (small, small.to_dense()):
+        config = LoTRAConfig(r=(10, 3, 99), init_weights=start)
+        if start == "gradient":
+            preprocess_lotra(model, config, lambda model=model: model(X).square().sum().backward())
+        y = model(X)
+        found = get_peft_model(model, config)
+        assert apart(found(X), y) < 1e-5
+        factor = found.base_model.model.kan.lotra_factor_in["default"].detach()
+        spans.append(factor @ torch.linalg.pinv(factor))
+    torch.testing.assert_close(*spans, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_unloading_frees_what_was_free(small, trainable):
+    model = tuned(small.requires_grad_(trainable))
+    model.merge_adapter()
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "lotra_" not in n)
+    merged = copy.deepcopy(model).merge_and_unload()
+    for unloaded in (merged, model.unload()):
+        assert {p.requires_grad for n, p in unloaded.named_parameters() if "grid" not in n} == {trainable}

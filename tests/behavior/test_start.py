@@ -1,14 +1,70 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""An adapted model starts as its base."""
+"""How an adapter starts (`init_weights`), and which of its components are trained (`train`)."""
+
+from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
-from behaving import CONVS, KINDS, X, adapted, apart, layers, net
-from peft import get_peft_model
+from behaving import CONVS, KINDS, X, apart
+from conv_stand_ins import ConvNet, images
+from helpers import COMPONENTS, adapt, base, components, inputs, lotra_layers, relative
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from stand_ins import FAMILIES
+from torch import nn
 
-from peft_lotra import LoTRAConfig, preprocess_lotra
+from peft_lotra import (
+    LoTRAConfig,
+    create_lotra_optimizer,
+    hotswap_adapter,
+    model_summary,
+    preprocess_lotra,
+)
+from peft_lotra.kan import KAN, SlimKAN
+
+
+HOSVD = {"init_weights": "hosvd", "r": (3, 2, 4)}
+CORE = {**HOSVD, "train": ["core"]}
+
+
+def trained(model: nn.Module) -> set[str]:
+    """The components that require a gradient."""
+    return {name.split("lotra_")[1].split(".")[0] for name, part in components(model) if part.requires_grad}
+
+
+def train(model: nn.Module, x: torch.Tensor, steps: int = 3) -> None:
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+
+
+def parts(model: nn.Module, adapter: str = "default") -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in components(model) if n.endswith(f".{adapter}")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_factors_are_those_of_the_base(family, dtype):
+    model = base(family, dtype)
+    x, adapted = inputs(dtype=dtype), adapt(copy.deepcopy(model), random=False, **CORE)
+    if dtype == torch.float64:
+        assert relative(adapted(x), model(x)) < 1e-12
+    (layer,) = lotra_layers(adapted).values()
+    core, *factors = layer.get_components("default")
+    assert not core.any() and trained(adapted) == {"core"}
+    coefficients = layer.get_base_weight().double()
+    energies = []
+    for mode, factor in enumerate(factors):
+        unfolded = coefficients.movedim(mode, 0).flatten(1)
+        basis = torch.linalg.qr(factor.double()).Q
+        best = torch.linalg.svdvals(unfolded)[: factor.shape[1]].square().sum()
+        energies.append(((basis.T @ unfolded).square().sum() / best).item())
+    assert energies == pytest.approx([1.0] * 3, rel=1e-9 if dtype == torch.float64 else 1e-2)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *CONVS])
@@ -20,34 +76,121 @@ def test_each_kind(kind, dtype, bound):
     assert apart(get_peft_model(base, LoTRAConfig()).eval()(x), y) < bound
 
 
-@pytest.mark.parametrize("start", [True, "gradient", "hosvd"])
-def test_ways_to_start(start):
-    factors = []
+@pytest.mark.parametrize("start", [True, "hosvd", "gradient"])
+@pytest.mark.parametrize("names", ["core", ("factor_in",), ["factor_basis", "factor_out"], None])
+def test_the_update_starts_at_zero_and_the_trained_components_alone_move(names, start):
+    base_model, x, starts = KAN([3, 4, 2], dtype=torch.float64), inputs(20, torch.float64), []
     for _ in range(2):
-        base, config = net().eval(), LoTRAConfig(r=2, init_weights=start)
-        y = base(X).detach()
+        model, config = copy.deepcopy(base_model), LoTRAConfig(r=2, train=names, init_weights=start)
         if start == "gradient":
-            with pytest.raises(ValueError, match="preprocess_lotra"):
-                get_peft_model(base, config)
-            preprocess_lotra(base, config, lambda base=base: base(X).square().sum().backward())
-        model = get_peft_model(base, config).eval()
-        assert apart(model(X), y) < 1e-6
-        assert not any(layer.get_delta_weight("default").any() for layer in layers(model).values())
-        factors.append(next(iter(layers(model).values())).lotra_factor_in["default"])
-    assert torch.equal(*factors) == (start is not True)  # random, or found in gradients or coefficients
+            preprocess_lotra(model, config, lambda m=model: (m(x) - 1).square().mean().backward())
+        adapted = get_peft_model(model, config)
+        assert torch.equal(adapted(x), base_model(x))
+        starts.append(parts(adapted))
+    assert all(torch.equal(*pair) for pair in zip(*(s.values() for s in starts), strict=True)) == (start is not True)
+    train(adapted, x)
+    moved = {n.split("lotra_")[1].split(".")[0] for n, p in parts(adapted).items() if (p != starts[1][n]).any()}
+    named = {names} if isinstance(names, str) else set(names or [name[6:] for name in COMPONENTS])
+    assert moved == named == trained(adapted)
 
 
-@pytest.mark.parametrize("start", [True, "hosvd"])
-@pytest.mark.parametrize("train", [["core"], ["factor_out"], ["factor_in", "factor_basis"]])
-def test_trained_components(train, start):
-    base = net().eval()
-    y = base(X).detach()
-    model = get_peft_model(base, LoTRAConfig(r=2, train=train, init_weights=start)).eval()
-    assert apart(model(X), y) < 1e-6
-    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {f"lotra_{n}" for n in train}
-    model(X).square().sum().backward()
-    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+def test_frozen_components_stay_frozen_through_the_life_of_an_adapter(tmp_path):
+    model, x = KAN([3, 4, 2]), inputs(20)
+    reference = copy.deepcopy(model)
+    adapted = get_peft_model(model, LoTRAConfig(**CORE))
+    adapted.add_adapter("other", LoTRAConfig(r=2))
+    assert trained(adapted) == {"core"}
+    adapted.set_adapter("other")
+    assert trained(adapted) == {name.removeprefix("lotra_") for name in COMPONENTS}
+    adapted.set_adapter("default")
+    with adapted.disable_adapter():
+        assert trained(adapted) == set()
+    assert trained(adapted) == {"core"}
+    for flag in (False, True):
+        adapted.base_model.set_requires_grad("default", flag)
+        assert trained(adapted) == ({"core"} if flag else set())
+    adapted.merge_adapter()
+    adapted.unmerge_adapter()
+    adapted.delete_adapter("other")
+    assert trained(adapted) == trained(copy.deepcopy(adapted)) == {"core"}
+    train(adapted, x)
+    expected = adapted(x)
+    adapted.save_pretrained(tmp_path)
+    assert not trained(PeftModel.from_pretrained(copy.deepcopy(reference), tmp_path))
+    for low in (False, True):
+        base_model = copy.deepcopy(reference)
+        loaded = PeftModel.from_pretrained(base_model, tmp_path, is_trainable=True, low_cpu_mem_usage=low)
+        torch.testing.assert_close(loaded(x), expected)
+        assert all(torch.equal(parts(adapted)[name], part) for name, part in parts(loaded).items())
+        assert trained(loaded) == {"core"}
+    loaded.load_adapter(tmp_path, adapter_name="again", is_trainable=True)
+    loaded.set_adapter("again")
+    torch.testing.assert_close(loaded(x), expected)
+    assert trained(loaded) == {"core"}
 
 
-def test_a_random_start_changes_the_output():
-    assert apart(adapted()(X), net()(X)) > 1e-3
+def test_tensors_that_are_hotswapped_or_set(tmp_path):
+    first, second = (get_peft_model(KAN([3, 4]), LoTRAConfig(**CORE)) for _ in range(2))
+    train(second, inputs(20))
+    second.save_pretrained(tmp_path)
+    for replace in (
+        lambda: hotswap_adapter(first, str(tmp_path), check_base="ignore"),
+        lambda: set_peft_model_state_dict(first, get_peft_model_state_dict(second)),
+    ):
+        replace()
+        assert trained(first) == {"core"}
+        assert all(torch.equal(parts(first)[name], part) for name, part in parts(second).items())
+        train(second, inputs(20))
+
+
+def test_the_optimizer_and_the_summary_tell_the_truth():
+    adapted = get_peft_model(KAN([3, 4, 2]), LoTRAConfig(**CORE))
+    optimizer = create_lotra_optimizer(adapted, torch.optim.SGD, lr=0.1)
+    cores = sum(part.numel() for name, part in components(adapted) if "core" in name)
+    assert [group["name"] for group in optimizer.param_groups] == ["core"]
+    assert adapted.get_nb_trainable_parameters()[0] == model_summary(adapted).trainable_parameters == cores
+
+
+def test_another_adapter_starts_at_the_base_that_is_merged():
+    """Its factors are those of the base, not of the merged coefficients."""
+    for model in (SlimKAN([6, 5, 4], ranks=3, dtype=torch.float64), KAN([6, 5, 4], dtype=torch.float64)):
+        adapted = get_peft_model(model, LoTRAConfig(**{**CORE, "r": 3}))
+        expected = parts(adapted)
+        train(adapted, inputs(20, torch.float64, 6))
+        adapted.merge_adapter()
+        adapted.add_adapter("other", LoTRAConfig(**{**CORE, "r": 3}))
+        adapted.unmerge_adapter()
+        for name, part in parts(adapted, "other").items():
+            like = expected[name.replace("other", "default")]
+            if "core" not in name:
+                torch.testing.assert_close(part @ part.T, like @ like.T)
+
+
+@pytest.mark.parametrize("state", ["not finite", "meta device"])
+def test_coefficients_that_cannot_be_decomposed(state):
+    model = KAN([3, 4, 2])
+    if state == "not finite":
+        model.layers[1].spline_weight.data[0, 0] = torch.nan
+    else:
+        model.layers[1].to("meta")
+    with pytest.raises(ValueError, match=f'`init_weights="hosvd"`.*{state}'):
+        get_peft_model(model, LoTRAConfig(**CORE))
+    assert not lotra_layers(model)
+
+
+def test_a_component_that_only_a_convolution_has():
+    model = ConvNet("fastkanconv").eval()
+    model.head = KAN([96, 3])
+    adapted = get_peft_model(model, LoTRAConfig(r=2, train=["factor_kernel"]))
+    names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert names and all("head" not in name and "factor_kernel" in name for name in names)
+    x = images()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+        own, features = adapted.base_model.model.head, model.second(model.first(x)).flatten(1)
+        changed = own(features)
+        with adapted.disable_adapter():
+            assert torch.equal(own(features), changed)
+            assert not torch.allclose(model.second(model.first(x)).flatten(1), features)

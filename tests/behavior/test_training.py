@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Training moves the adapter alone."""
+"""Training, by Levenberg-Marquardt too, moves the adapter alone."""
 
 import pytest
 import torch
@@ -9,7 +9,9 @@ from behaving import KINDS, X, adapted, apart, net, same, state
 from peft import get_peft_model
 from torch.utils.checkpoint import checkpoint
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, lotra_lr_multipliers
+from peft_lotra import LoTRAConfig, create_lotra_optimizer
+from peft_lotra.kan import SlimKAN
+from peft_lotra.optim import LevenbergMarquardt
 
 
 Y = torch.stack([X.prod(dim=1), X.sum(dim=1).sin()], dim=1)
@@ -27,10 +29,10 @@ def train(model, steps=3, optimizer_cls=torch.optim.AdamW):
     return losses, {name for name, tensor in state(model).items() if not torch.equal(tensor, start[name])}
 
 
-@pytest.mark.parametrize("kind", ["net", "efficient-kan", "pykan", "fast-kan"])
+@pytest.mark.parametrize("kind", ["own", "efficient-kan", "pykan", "fast-kan"])
 @pytest.mark.parametrize("optimizer_cls", [torch.optim.AdamW, torch.optim.SGD])
 def test_the_loss_falls_and_the_base_stays(kind, optimizer_cls):
-    base = net() if kind == "net" else KINDS[kind]()
+    base = KINDS[kind]()
     before, model = state(base), get_peft_model(base, LoTRAConfig(r=2))
     losses, moved = train(model, 30, optimizer_cls)
     assert losses[-1] < 0.99 * losses[0]
@@ -47,15 +49,6 @@ def test_only_the_active_adapter_and_its_modules_are_trained():
     assert all(name.endswith(".other") or "head.modules_to_save.other" in name for name in moved)
 
 
-def test_learning_rates_by_component():
-    model = get_peft_model(net(hidden=32), LoTRAConfig(r=2))
-    parts = {"core", "factor_out", "factor_in", "factor_basis"}
-    assert {rate.component for rate in lotra_lr_multipliers(model)} == parts
-    assert len({group["lr"] for group in create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2).param_groups}) > 1
-    uniform = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2, policy="uniform")
-    assert {group["lr"] for group in uniform.param_groups} == {1e-2}
-
-
 def gradients(run):
     torch.manual_seed(1)
     model = adapted().train()
@@ -69,3 +62,23 @@ def test_gradient_checkpointing_and_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         rough = gradients(lambda model: model(X))
     assert all(apart(rough[name], gradient) < 0.3 for name, gradient in expected.items())
+
+
+XD, YD = X.double(), Y.double()
+
+
+def residual(model, x, y):
+    return model(x)[:, :2] - y
+
+
+@pytest.mark.parametrize("train", [None, ["core"]])
+@pytest.mark.parametrize("kind", ["net", "efficient-kan", "cheby-kan", "slim"])
+def test_levenberg_marquardt(kind, train):
+    make = {**KINDS, "net": net, "slim": lambda: SlimKAN([3, 4, 2], ranks=2)}[kind]
+    model = get_peft_model(make().double(), LoTRAConfig(r=2, train=train, init_weights="hosvd"))
+    start, first = state(model), residual(model, XD, YD).square().sum() / len(XD)
+    losses = [record.loss for record in LevenbergMarquardt(model).fit([(residual, (XD, YD))], 8, progress=False)]
+    assert losses[-1] < 0.9 * first and losses == sorted(losses, reverse=True)
+    assert losses[-1] == pytest.approx((residual(model, XD, YD).square().sum() / len(XD)).item())
+    moved = {name for name, tensor in state(model).items() if not torch.equal(tensor, start[name])}
+    assert moved == {name for name in start if ("lotra_core" if train else "lotra_") in name}

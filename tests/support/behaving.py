@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Small models and comparisons of the tests in `tests/behavior`, which use public names only."""
+"""Small models and comparisons of the tests of adapters, which use public names only."""
 
 import os
 import subprocess

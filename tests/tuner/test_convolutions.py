@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from conv_stand_ins import CONVOLUTIONS, ConvNet, FastKANConvNDLayer, images, register_missing
+from conv_stand_ins import ConvNet, FastKANConvNDLayer, images, register_missing
 from helpers import lotra_layers
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from peft_lotra import (
     LoTRAConfig,
     LoTRALayer,
-    create_lotra_optimizer,
     find_kan_layers,
     preprocess_lotra,
     refit_adapters,
@@ -43,40 +42,6 @@ def adapted(model: nn.Module, random: bool = True, **config) -> PeftModel:
 
 def first(model: nn.Module) -> LoTRALayer:
     return model.base_model.model.first
-
-
-def train(model: nn.Module, x: Tensor, steps: int = 4) -> list[float]:
-    target = torch.randn(len(x), 3, generator=torch.Generator().manual_seed(1))
-    optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=0.02)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = (model(x) - target).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-@pytest.mark.parametrize("groups, ndim", [(2, 1), (2, 2), (1, 3)])
-@pytest.mark.parametrize("family", CONVOLUTIONS)
-def test_trained_saved_and_merged(family, groups, ndim, tmp_path):
-    base, x = net(family, groups, ndim), images(ndim=ndim)
-    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    expected, classes = base(x), [type(module) for module in base.modules()]
-    model = adapted(copy.deepcopy(base), random=False)
-    assert torch.equal(model(x), expected)
-
-    losses = train(model, x)
-    assert losses[-1] < losses[0]
-    trained = model(x)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()(x), trained)
-
-    merged = copy.deepcopy(model).merge_and_unload()
-    assert torch.equal(merged(x), trained)
-    assert [type(module) for module in merged.modules()] == classes and list(merged.state_dict()) == list(before)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.unload().state_dict().items())
 
 
 def test_ranks_of_three_and_four_modes():
@@ -126,19 +91,14 @@ def test_the_gradient_start_uses_the_leading_directions_of_the_kernel():
     torch.testing.assert_close(kernel @ kernel.T, leading @ leading.T, atol=1e-3, rtol=0)
 
 
-def test_dropout_scale_and_disabling():
+def test_dropout_and_scale():
     model, x = adapted(net(), rank_dropout=0.5, alpha=2.0), images()
     layer = first(model)
     delta = layer.get_delta_weight("default")
     torch.testing.assert_close(delta, 2 * layer.get_components("default").dense())
     assert torch.equal(layer.effective_coefficients(), layer.get_base_weight() + delta)
-    on = model(x)
-    with model.disable_adapter():
-        assert torch.equal(model(x), net()(x))
     layer.set_scale("default", 0.5)
     assert torch.equal(layer.get_delta_weight("default"), layer.get_components("default").dense())
-    layer.set_scale("default", 1.0)
-    assert torch.equal(model(x), on)
     assert len({model.train()(x).sum().item() for _ in range(20)}) > 1
 
 

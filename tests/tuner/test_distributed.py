@@ -22,23 +22,13 @@ def ranks(request, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp-layers", "fsdp2", "fsdp2-layers"])
 @pytest.mark.parametrize("network", NETWORKS)
-class TestKinds:
-    def test_outputs_and_gradients_are_those_of_the_plain_model(self, ranks, network, kind):
-        for rank in ranks:
-            found = rank["results"][f"{network} {kind}"]
-            assert found["output"] < 1e-6 and found["gradients"] < 1e-6
-            assert found["gradients are zero"] == []
-
-    def test_a_step_moves_the_adapters_alone(self, ranks, network, kind):
-        for rank in ranks:
-            found = rank["results"][f"{network} {kind}"]
-            assert found["frozen parameters moved"] == [] and found["trained parameters not moved"] == []
-            assert found["state"] < 1e-6
-
-    def test_the_gathered_adapter_is_that_of_the_plain_model(self, ranks, network, kind):
-        for rank in ranks:
-            found = rank["results"][f"{network} {kind}"]
-            assert found["saved"] < 1e-6 and found["loaded"] < 1e-6
+def test_a_step_is_that_of_the_plain_model(ranks, network, kind):
+    for rank in ranks:
+        found = rank["results"][f"{network} {kind}"]
+        assert found["gradients are zero"] == [] == found["trained parameters not moved"]
+        assert found["frozen parameters moved"] == []
+        # `saved` and `loaded` are the gathered adapter
+        assert max(found[name] for name in ("output", "gradients", "state", "saved", "loaded")) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "fsdp2"])

@@ -1,15 +1,16 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Adapters are carried over to grids that moved."""
+"""A grid that moves under an adapter is noticed, and `refit_adapters` carries the adapter over."""
 
-from __future__ import annotations
+import copy
 
 import pytest
 import torch
-from helpers import adapt, assert_same, base, inputs, lotra_layers, nested, snapshot
+from behaving import X, adapted, add, apart, layers
+from helpers import assert_same, base, inputs, nested, snapshot
 
-from peft_lotra import LoTRAConfig, refit_adapters
+from peft_lotra import refit_adapters
 from peft_lotra.kan import KAN
 
 
@@ -19,8 +20,6 @@ MOVES = {
     "pykan": lambda layer, x: layer.update_grid_from_samples(x),
     "pina": lambda layer, x: layer.spline._knots.mul_(1.1),
 }
-X = torch.linspace(-1.1, 0.7, 18).view(6, 3)
-METHODS = {"own": "update_grid", "efficient-kan": "update_grid", "pykan": "update_grid_from_samples"}
 
 
 def update_of(model, x):
@@ -38,13 +37,13 @@ def error(after, before):
 @pytest.mark.parametrize("family", MOVES)
 @pytest.mark.parametrize("r, bound", [((2, 2, 3), 0.15), ((4, 3, 9), 0.05)])
 def test_the_update_is_kept(family, r, bound):
-    model = adapt(base(family, torch.float64), r=r)
-    (layer,) = lotra_layers(model).values()
+    model = adapted(base(family, torch.float64), r=r)
+    (layer,) = layers(model).values()
     x = inputs(400, torch.float64) * 0.6 + 0.1
     before, ranks = update_of(model, x), layer.lotra_r["default"]
-    if family in METHODS:
+    if family != "pina":
         with pytest.raises(RuntimeError, match="refit_adapters"):
-            getattr(layer, METHODS[family])(x)
+            MOVES[family](layer, x)
     MOVES[family](layer.base_layer, x)
     with pytest.raises(RuntimeError, match="The grid of `kan` .* was moved"):
         model(x)
@@ -59,10 +58,9 @@ def test_the_update_is_kept(family, r, bound):
 
 
 def test_several_layers_and_adapters():
-    model = adapt(KAN([3, 5, 4, 2]).double(), r=3, alpha=0.2)
-    model.add_adapter("other", LoTRAConfig(r=2, alpha=0.2, init_weights=False, adapt_residual=False))
-    x = inputs(300, torch.float64)
-    y = {}
+    model = adapted(KAN([3, 5, 4, 2]).double(), r=3, alpha=0.2)
+    add(model, "other", alpha=0.2, adapt_residual=False)
+    x, y = inputs(300, torch.float64), {}
     for name in ("other", "default"):
         model.set_adapter(name)
         y[name] = model(x)
@@ -85,8 +83,7 @@ def test_a_network_of_pykan(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     network = PyKAN([3, 5, 2], grid=4, k=3, device="cpu", auto_save=False, seed=1)
-    model = adapt(network, r=(2, 2, 3), alpha=0.1)
-    x = inputs(300) * 0.6
+    model, x = adapted(network, r=(2, 2, 3), alpha=0.1), inputs(300) * 0.6
     with torch.no_grad():
         y = model(x)
     report = refit_adapters(model, x, move=lambda kan: kan.update_grid_from_samples(x))
@@ -104,8 +101,7 @@ def unchanged(model, match, *args, kind=ValueError, **kwargs):
 
 
 def test_errors_change_nothing():
-    x = inputs()
-    model = adapt(KAN([3, 4, 2]))
+    x, model = inputs(), adapted(KAN([3, 4, 2]))
 
     def move(kan):
         kan.layers[0].update_grid(x)
@@ -125,26 +121,61 @@ def test_errors_change_nothing():
         unchanged(model, "merged or disabled", x, move=move)
 
 
-def test_a_layer_that_the_inputs_do_not_reach():
+def test_layers_that_cannot_be_refitted():
     model = nested()
     model["side"] = KAN([3, 2])
-    unchanged(
-        adapt(model), "side.layers.0.* do not reach", inputs(), move=lambda m: m["side"].layers[0].update_grid(X)
-    )
+    move = lambda m: m["side"].layers[0].update_grid(X)  # noqa: E731
+    unchanged(adapted(model), "side.layers.0.* do not reach", X, move=move)
+    unchanged(adapted(base("kanx")), "no `basis`", X, move=lambda m: m.kan.grid.data.mul_(1.1))
 
 
-def test_a_kind_without_a_basis():
-    model = adapt(base("kanx"))
-    unchanged(model, "no `basis`", inputs(), move=lambda m: m.kan.grid.data.mul_(1.1))
+def test_the_formula_of_the_former_grid_is_forgotten():
+    """The spline of a layer with uniform knots is computed by a formula, which others do not have."""
+    x, model = inputs(300), adapted(base("efficient-kan")).train()
+    model(x)
+    refit_adapters(model, x, move=lambda base: base.kan.update_grid(x))
+    merged = copy.deepcopy(model)
+    merged.merge_adapter()
+    assert apart(merged(x), model.train()(x)) < 1e-5
 
 
 def test_a_moved_grid_is_an_error_of_unmerging():
-    model = adapt(base("own"))
-    (layer,) = lotra_layers(model).values()
-    x = inputs(50)
+    model = adapted(base("own"))
+    (layer,) = layers(model).values()
     model.merge_adapter()
-    layer.update_grid(x * 0.5)
-    model(x)
+    layer.update_grid(X * 0.5)
+    model(X)
     with pytest.raises(RuntimeError, match="was moved"):
         model.unmerge_adapter()
-    model.merge_and_unload()(x)
+    model.merge_and_unload()(X)
+
+
+def test_a_buffer_is_assigned():
+    model = adapted()
+    y, layer = model(X), next(iter(layers(model).values())).base_layer
+    before = layer.grid_bounds
+    layer.grid_bounds = before * 1.5
+    with pytest.raises(RuntimeError, match="grid"):
+        model(X)
+    layer.grid_bounds = before.clone()  # back, in other memory
+    assert torch.equal(model(X), y)
+
+
+def test_update_grid_of_an_adapted_network():
+    model = adapted()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="refit_adapters"):
+        model.base_model.model.kan.update_grid(X / 2)
+    assert_same(model, before)
+
+
+def test_a_grid_that_moves_while_there_is_no_adapter():
+    model = adapted(base("efficient-kan"))
+    (layer,) = layers(model).values()
+    model.delete_adapter("default")
+    layer.base_layer.update_grid(X)
+    add(model, "new")
+    model.set_adapter("new")
+    y = model(X)
+    model.merge_adapter()
+    assert apart(model(X), y) < 1e-5

