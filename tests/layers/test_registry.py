@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from helpers import adapt, inputs, relative
@@ -85,8 +87,6 @@ def test_a_foreign_predicate_does_not_disturb_the_known_kinds():
 @pytest.mark.parametrize(
     "changes, problem",
     [
-        ({"coefficients": ("spline_coeffs", "i o (k")}, r"'i o \(k'.*parentheses"),
-        ({"coefficients": ("spline_coeffs", "a b c")}, "'a b c'.*`o` and `i` must appear once"),
         ({"residual": ("base_coeffs", "o i k")}, "'o i k'.*'my-kan' has an axis besides `o` and `i`"),
         ({"edge_scale": ("scale", "o i k")}, "'o i k' of the edge scales of 'my-kan' has an axis besides"),
         (
@@ -106,6 +106,27 @@ def test_bad_descriptions(changes, problem):
     with pytest.raises(ValueError, match=problem):
         register_mine(**changes)
     assert known_kinds() == before
+
+
+@pytest.mark.parametrize(
+    "pattern, problem",
+    [
+        ("o k", "`o` and `i` must appear once each"),
+        ("o i k k", "no other axis twice"),
+        ("o (i k", "parentheses do not match"),
+        ("o i k-1", "'k-1' does not consist of axis names"),
+        ("o ... i ...", "'...' does not consist of axis names"),
+        ("o (i k):0", "':0' does not consist of axis names"),
+        ("o (i + i)", "the residual weights, of axes `o` and `i` alone"),
+        ("o ((i k) + i + i)", "at most two blocks"),
+        ("o ((i k) + )", "does not consist of axis names"),
+        ("o ((i k) + (i k))", "the residual weights, of axes `o` and `i` alone"),
+    ],
+)
+def test_malformed_patterns(pattern, problem):
+    with pytest.raises(ValueError, match=re.escape(repr(pattern))) as error:
+        register_mine(coefficients=("spline_coeffs", pattern), residual=None)
+    assert problem in str(error.value)
 
 
 def test_an_unknown_field_is_named():
