@@ -11,7 +11,7 @@ import random
 import pytest
 import torch
 from helpers import adapt, inputs, relative
-from orders import Layer, OtherCheby
+from orders import Layer, OtherCheby, Wavelets
 from peft import PeftModel, get_peft_model
 from stand_ins import FAMILIES, OldEfficientKANLayer, as_model
 from torch import nn
@@ -220,27 +220,11 @@ class Convolution(nn.Module):
 
 
 class Named(Layer):
-    """A layer with residual weights."""
+    """A layer with residual weights, and weights of no use."""
 
     def __init__(self):
-        super().__init__(3, 4, 5)
-        self.base, self.unused = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4, 3, 2))
-
-    def forward(self, x):
-        return super().forward(x) + x @ self.base.T
-
-
-class Wavelets(nn.Module):
-    """Wav-KAN: y[o] = sum_i w[o,i] psi((x[i] - t[o,i]) / s[o,i]), with a batch norm."""
-
-    def __init__(self, i=3, o=4):
-        super().__init__()
-        self.scale, self.translation = nn.Parameter(torch.ones(o, i)), nn.Parameter(torch.zeros(o, i))
-        self.A, self.bn = nn.Parameter(torch.randn(o, i)), nn.BatchNorm1d(o)
-
-    def forward(self, x):
-        u = (x[:, None] - self.translation) / self.scale
-        return self.bn((self.A * (1 - u**2) * torch.exp(-(u**2) / 2)).sum(-1))
+        super().__init__(3, 4, residual="oi")
+        self.unused = nn.Parameter(torch.randn(4, 3, 2))
 
 
 PARTS = [(name, "o i") for name in ("scale", "translation", "A")]
@@ -311,34 +295,22 @@ def test_a_setting_makes_another_kind_of_layer():
 # Layers that cannot be run
 
 
-class Graph(Layer):
-    def forward(self, x, edges):
-        return super().forward(x) + edges.sum()
+def fails(self, x):
+    raise AssertionError("rows")
 
 
-class Windows(Layer):
-    def forward(self, x):
-        return {"y": super().forward(x)}
+NOT_CALLED = {
+    "two inputs": lambda self, x, edges: Layer.forward(self, x) + edges.sum(),
+    "a dict": lambda self, x: {"y": Layer.forward(self, x)},
+    "an error": fails,
+    "no gradient": lambda self, x: Layer.forward(self, x).detach(),
+    "NaN": lambda self, x: Layer.forward(self, x) * torch.nan,
+}
 
 
-class Fails(Layer):
-    def forward(self, x):
-        raise AssertionError("rows")
-
-
-class NoGradient(Layer):
-    def forward(self, x):
-        return super().forward(x).detach()
-
-
-class NaNs(Layer):
-    def forward(self, x):
-        return super().forward(x) * torch.nan
-
-
-@pytest.mark.parametrize("kind", [Graph, Windows, Fails, NoGradient, NaNs])
+@pytest.mark.parametrize("kind", NOT_CALLED)
 def test_layers_that_cannot_be_called_are_not_verified_and_attached(kind):
-    layer = kind(5, 5, 5)
+    layer = type("Odd", (Layer,), {"forward": NOT_CALLED[kind]})(5, 5, 5)
     register(layer, "o i k")
     assert check_kan_layer(layer).axes.startswith("not verified: ")
     assert adapt(as_model(layer)).base_model.model.kan.lotra_tensor.shape == (5, 5, 5)
