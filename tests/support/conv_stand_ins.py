@@ -15,9 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_lotra import register_kan_layer
-from peft_lotra.layers.registry import get_kan_spec
-
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -182,41 +179,6 @@ CONVOLUTIONS: dict[str, Callable[..., nn.Module]] = {
     cls.__name__.removesuffix("NDLayer").lower(): cls
     for cls in (KAGNConvNDLayer, KALNConvNDLayer, KACNConvNDLayer, FastKANConvNDLayer, KANConvNDLayer)
 }
-
-
-_BASE = {"residual": ("base_conv.*.weight", "o i ..."), "groups": "g"}
-_DESCRIPTIONS: dict[type, dict] = {
-    KAGNConvNDLayer: {
-        **_BASE,
-        "coefficients": ("poly_weights", "g o (k i) ..."),
-        "grid": ("beta_weights",),
-        "linear": False,
-    },
-    KALNConvNDLayer: {**_BASE, "coefficients": ("poly_weights", "g o (k i) ..."), "linear": False},
-    KACNConvNDLayer: {
-        "coefficients": ("poly_conv.*.weight", "o (i k) ..."),
-        "groups": "g",
-        "axes": lambda layer: {"k": layer.degree + 1},
-        "linear": False,
-    },
-    FastKANConvNDLayer: {**_BASE, "coefficients": ("spline_conv.*.weight", "o (i k) ..."), "grid": ("rbf.grid",)},
-    KANConvNDLayer: {
-        **_BASE,
-        "coefficients": ("spline_conv.*.weight", "o (i k) ..."),
-        "grid": ("grid",),
-        "linear": False,
-    },
-}
-
-
-def register_missing(known: bool = False) -> None:
-    """Describes the stand-ins that the package does not recognize by itself, or those that are `known` too.
-
-    In the families that are built in, a norm follows the sum, so that outputs are not linear in the coefficients.
-    """
-    for cls, description in _DESCRIPTIONS.items():
-        if known or get_kan_spec(cls(2, 2, 3)) is None:
-            register_kan_layer(cls.__name__, matches=cls, **description)
 
 
 class ConvNet(nn.Module):
