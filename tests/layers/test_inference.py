@@ -9,7 +9,7 @@ import orders
 import pytest
 import torch
 from helpers import relative
-from orders import Layer
+from orders import Flat, Layer
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -30,18 +30,6 @@ class Polynomials(Layer):
 class Normed(Polynomials):
     def __init__(self, i, o):
         super().__init__(i, o, residual="oi", after=nn.LayerNorm(o) if o > 2 else None)
-
-
-class Flat(nn.Module):
-    def __init__(self, i, o, k=4, inner="ik", first=True):
-        super().__init__()
-        self.in_features, self.k, self.inner, self.first = i, k, inner, first
-        self.table = nn.Parameter(torch.randn((o, i * k) if first else (i * k, o)))
-
-    def forward(self, x):
-        basis = powers(x, self.k)
-        flat = (basis if self.inner == "ik" else basis.transpose(1, 2)).flatten(1)
-        return flat @ (self.table.T if self.first else self.table)
 
 
 class Wavelets(orders.Wavelets):

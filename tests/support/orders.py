@@ -28,6 +28,20 @@ class Layer(nn.Module):
         return self.after(y)
 
 
+class Flat(nn.Module):
+    """Powers of tanh(x), with the inputs and the basis in one axis of `table`."""
+
+    def __init__(self, i, o, k=4, inner="ik", first=True):
+        super().__init__()
+        self.in_features, self.k, self.inner, self.first = i, k, inner, first
+        self.table = nn.Parameter(torch.randn((o, i * k) if first else (i * k, o)))
+
+    def forward(self, x):
+        basis = torch.tanh(x)[..., None] ** torch.arange(self.k)
+        flat = (basis if self.inner == "ik" else basis.transpose(1, 2)).flatten(1)
+        return flat @ (self.table.T if self.first else self.table)
+
+
 class Wavelets(nn.Module):
     """Wav-KAN: y[o] = sum_i A[o,i] psi((x[i] - t[o,i]) / s[o,i]), with a batch norm."""
 
