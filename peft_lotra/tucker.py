@@ -45,11 +45,11 @@ class Tucker(tuple):
     # not a NamedTuple, whose number of components is fixed
     __slots__ = ()
     _fields = ("core", "factor_out", "factor_in", "factor_basis", "factor_kernel")
-    core = property(operator.itemgetter(0))
-    factor_out = property(operator.itemgetter(1))
-    factor_in = property(operator.itemgetter(2))
-    factor_basis = property(operator.itemgetter(3))
-    factor_kernel = property(operator.itemgetter(4))
+    core = property(lambda self: self[0])
+    factor_out = property(lambda self: self[1])
+    factor_in = property(lambda self: self[2])
+    factor_basis = property(lambda self: self[3])
+    factor_kernel = property(lambda self: self[4])
 
     def __new__(cls, *components: torch.Tensor) -> Tucker:
         return super().__new__(cls, components)

@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from conv_stand_ins import ConvNet, images, register_missing
+from conv_stand_ins import ConvNet, FastKANConvNDLayer, images
 from peft import get_peft_model
 
 from peft_lotra import (
@@ -17,24 +17,25 @@ from peft_lotra import (
     extract_lotra,
     gradient_spectrum,
     model_summary,
+    register_kan_layer,
     slim,
     suggest_ranks,
     update_spectrum,
 )
-from peft_lotra.layers import registry
 from peft_lotra.plotting import edge_changes, plot_edge_functions, plot_network_change, plot_spectra
 from peft_lotra.tucker import Tucker
 from peft_lotra.tuner.layer import lotra_layers
 from peft_lotra.tuner.targets import locate_target
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _families():
-    before = dict(registry._SPECS)
-    register_missing(known=True)
-    yield
-    registry._SPECS.clear()
-    registry._SPECS.update(before)
+@pytest.fixture(autouse=True)
+def _nothing_follows_the_sum() -> None:
+    """The kind that is built in may have a norm there, and is not linear in its coefficients."""
+    description = {
+        "coefficients": ("spline_conv.*.weight", "o (i k) ..."),
+        "residual": ("base_conv.*.weight", "o i ..."),
+    }
+    register_kan_layer("linear", matches=FastKANConvNDLayer, groups="g", grid=("rbf.grid",), **description)
 
 
 def tuned_pair(ranks: tuple[int, ...], family: str = "kagnconv", groups: int = 2) -> tuple[ConvNet, ConvNet]:

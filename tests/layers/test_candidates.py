@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import adapt
+from orders import Layer
 from stand_ins import FAMILIES
 from torch import nn
 
@@ -19,17 +20,9 @@ from peft_lotra.layers.candidates import KANCandidate
 pytestmark = pytest.mark.usefixtures("no_inference")
 
 
-class Radial(nn.Module):
-    """(in, basis, out), with residual weights and centers."""
-
-    def __init__(self, i, o, k=5):
-        super().__init__()
-        self.table, self.base = nn.Parameter(torch.randn(i, k, o)), nn.Parameter(torch.randn(i, o))
-        self.register_buffer("centers", torch.linspace(-1, 1, k))
-
-    def forward(self, x):
-        basis = torch.exp(-((x[..., None] - self.centers) ** 2))
-        return torch.einsum("bik,iko->bo", basis, self.table) + torch.tanh(x) @ self.base
+class Powers(Layer):
+    def __init__(self, i, o):
+        super().__init__(i, o, order="i k o", residual="io")
 
 
 class Convolution(nn.Module):
@@ -56,7 +49,7 @@ class Edges(nn.Module):
 
 
 LAYERS = {
-    "radial": (Radial, '("table", "i k o")', 'residual=("base", "i o")'),
+    "powers": (Powers, '("A", "i k o")', 'residual=("base", "i o")'),
     "edges": (Edges, '[("w", "o i k"), ("mu", "o i m")]', "linear=False"),
 }
 
@@ -91,15 +84,15 @@ def test_a_convolution():
     ]
 
 
-class Graph(Radial):
+class Graph(Powers):
     def forward(self, x, edges):
         return super().forward(x) + edges.sum()
 
 
 def test_what_cannot_be_run_is_offered_unverified():
     (candidate,) = find_kan_layers(nn.Sequential(Graph(3, 4)), candidates=True)
-    assert not candidate.is_verified and candidate.parameters == {"table": (3, 5, 4)}
-    assert 'coefficients=("table", "o i k")' in candidate.registration
+    assert not candidate.is_verified and candidate.parameters == {"A": (3, 5, 4)}
+    assert 'coefficients=("A", "o i k")' in candidate.registration
     exec(candidate.registration, {"register_kan_layer": register_kan_layer})
 
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -161,6 +163,53 @@ def test_gradients_flow_both_ways(described):
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in layer.parameters())
 
 
+@pytest.mark.parametrize(
+    "pattern, stored, read, roles",
+    [
+        ("t o i g", "toig", "oitg", {}),
+        ("g i o t", "giot", "oigt", {}),  # the basis axes keep the order in which the pattern names them
+        ("g o (k i) h w", "gokihw", "goikhw", {"kernel": "h w", "groups": "g", "axes": {"i": 3}}),
+    ],
+)
+def test_elements_land_where_the_pattern_says(pattern, stored, read, roles):
+    sizes = dict(zip("goktihw", (2, 4, 5, 2, 3, 2, 3), strict=True))
+    values = torch.arange(720.0)[: math.prod(sizes[axis] for axis in stored)].view([sizes[axis] for axis in stored])
+    layer = nn.Module()
+    layer.w = nn.Parameter(values.flatten(2, 3) if "(" in pattern else values)
+    found = KANLayerSpec("mine", nn.Module, ("w", pattern), **roles).locate(layer).read(layer)
+    assert torch.equal(found, torch.einsum(f"{stored}->{read}", values).reshape(found.shape))
+
+
+def test_a_view_of_two_flattened_axes_mixes_them_as_reshape_does():
+    layer = module(w=(4, 1, 5, 3))  # ReLU-KAN: x (B, I, K) is reshaped, not transposed, to (B, 1, K, I)
+    read = KANLayerSpec("mine", nn.Module, ("w", "o () (i k):2"), axes={"k": 5}).locate(layer).read(layer)
+    basis = torch.randn(7, 3, 5)
+    expected = torch.einsum("bxhw,oxhw->bo", basis.reshape(7, 1, 5, 3), layer.w)
+    torch.testing.assert_close(torch.einsum("bik,oik->bo", basis, read), expected)
+
+
+@pytest.mark.parametrize(
+    "first, second, roles, dims",
+    [
+        (("o i m", (4, 3, 2)), ("i k", (3, 5)), {}, (0,)),
+        (("g o i m", (2, 2, 3, 2)), ("k", (5,)), {"groups": "g"}, (0, 1)),
+        (("o i m h w", (4, 3, 2, 2, 2)), ("() o i ()", (1, 4, 3, 1)), {"kernel": "h w"}, (3,)),
+    ],
+)
+def test_a_part_that_is_shared(first, second, roles, dims):
+    layer = module(a=first[1], b=second[1])
+    parts = [("a", first[0]), ("b", second[0])]
+    tensor = KANLayerSpec("mine", nn.Module, parts, **roles).locate(layer)
+    whole = tensor.read(layer)
+    own = whole[:, :, 2:]
+    mean = own.mean(dims, keepdim=True)
+    torch.testing.assert_close(own, mean.expand_as(own))  # one value for all that share it
+    torch.testing.assert_close(mean.flatten(), layer.b.flatten())
+    # an update of the parameter is the one whose repetition is nearest to what each edge would have: the mean
+    update = torch.randn(whole.shape)
+    torch.testing.assert_close(tensor.split(update)["b"].flatten(), update[:, :, 2:].mean(dims).flatten())
+
+
 def test_members_keep_their_place():
     layer = module(weights=[(2, 3, 5), (1, 2, 4)])
     whole = KANLayerSpec("mine", nn.Module, ("weights.*", "o i k")).locate(layer).read(layer)
@@ -195,6 +244,9 @@ def test_members_keep_their_place():
             ["`b`", "h=3", "'o i h'", "(4, 3, 1)"],
         ),
         ({"a": (4, 15)}, {"coefficients": ("a", "o (i k)")}, ["`a`", "lengths of i, k do not follow", "`axes`"]),
+        ({"a": (4, 16)}, {"coefficients": ("a", "o (i k)"), "axes": {"i": 3}}, ["i=3 * k=?, which 16 is not"]),
+        ({"a": (4, 18)}, {"coefficients": ("a", "o ((i k) + i)")}, ["lengths of i do not follow"]),
+        ({"a": (4, 3)}, {"coefficients": ("a", "o ((i k) + i)"), "axes": {"i": 3}}, ["i=3 * k=?, which 0 is not"]),
     ],
 )
 def test_what_does_not_fit_together(shapes, description, parts):

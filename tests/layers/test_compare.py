@@ -11,7 +11,7 @@ import random
 import pytest
 import torch
 from helpers import adapt, inputs, relative
-from orders import Layer, OtherCheby
+from orders import Flat, Layer, OtherCheby, Wavelets
 from peft import PeftModel, get_peft_model
 from stand_ins import FAMILIES, OldEfficientKANLayer, as_model
 from torch import nn
@@ -88,24 +88,16 @@ def test_layers_of_one_kind_are_run_once():
 # A layer of a known kind that no longer uses all of its parameters
 
 
-class Copy(nn.Module):
-    """Looks like a layer of efficient-kan, whose parameters are not all used."""
+class Copy(OldEfficientKANLayer):
+    """A layer of efficient-kan, whose parameters are not all used."""
 
     def __init__(self, i, o, count=6, uses=("base", "scale")):
-        super().__init__()
-        self.in_features, self.out_features, self.uses = i, o, " ".join(uses)
-        self.spline_weight = nn.Parameter(torch.randn(o, i, count))
-        self.base_weight, self.spline_scaler = nn.Parameter(torch.randn(o, i)), nn.Parameter(torch.rand(o, i) + 0.5)
-        self.register_buffer("grid", torch.linspace(-2, 2, count).expand(i, -1).clone())
-
-    def b_splines(self, x):
-        return torch.exp(-((x[..., None] - self.grid) ** 2))
+        super().__init__(i, o, *{6: (3, 3), 3: (2, 1)}[count])
+        self.uses = " ".join(uses)
 
     def forward(self, x):
-        weight = self.spline_weight
-        if "scale" in self.uses:
-            weight = weight * self.spline_scaler[..., None]
-        y = torch.einsum("bik,oik->bo", self.b_splines(x), weight)
+        weight = self.scaled_spline_weight if "scale" in self.uses else self.spline_weight
+        y = self.b_splines(x).flatten(1) @ weight.flatten(1).T
         return y + nn.functional.silu(x) @ self.base_weight.T if "base" in self.uses else y
 
     def update_grid(self):
@@ -195,15 +187,6 @@ def test_a_layer_that_mixes_its_inputs_is_not_verified_and_attached(make):
     adapt(as_model(layer))
 
 
-class Flat(Layer):
-    def __init__(self, i=4, o=3, k=4):
-        super().__init__(i, o, k)
-        self.A, self.in_features = nn.Parameter(torch.randn(o, i * k)), i
-
-    def forward(self, x):
-        return (x[:, None, :] ** torch.arange(4.0)[:, None]).flatten(1) @ self.A.T
-
-
 class Convolution(nn.Module):
     """Powers of x, degree-major, in one convolution, with groups in a list."""
 
@@ -220,27 +203,11 @@ class Convolution(nn.Module):
 
 
 class Named(Layer):
-    """A layer with residual weights."""
+    """A layer with residual weights, and weights of no use."""
 
     def __init__(self):
-        super().__init__(3, 4, 5)
-        self.base, self.unused = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4, 3, 2))
-
-    def forward(self, x):
-        return super().forward(x) + x @ self.base.T
-
-
-class Wavelets(nn.Module):
-    """Wav-KAN: y[o] = sum_i w[o,i] psi((x[i] - t[o,i]) / s[o,i]), with a batch norm."""
-
-    def __init__(self, i=3, o=4):
-        super().__init__()
-        self.scale, self.translation = nn.Parameter(torch.ones(o, i)), nn.Parameter(torch.zeros(o, i))
-        self.A, self.bn = nn.Parameter(torch.randn(o, i)), nn.BatchNorm1d(o)
-
-    def forward(self, x):
-        u = (x[:, None] - self.translation) / self.scale
-        return self.bn((self.A * (1 - u**2) * torch.exp(-(u**2) / 2)).sum(-1))
+        super().__init__(3, 4, residual="oi")
+        self.unused = nn.Parameter(torch.randn(4, 3, 2))
 
 
 PARTS = [(name, "o i") for name in ("scale", "translation", "A")]
@@ -252,7 +219,12 @@ PARTS = [(name, "o i") for name in ("scale", "translation", "A")]
         (Layer(5, 5, 5, "o k i"), ("A", "o k i"), {"coefficients": ("A", "o i k")}, "`A` .5, 5, 5. is not laid out"),
         (Layer(3, 4, 5), ("A", "o i k"), {"coefficients": ("A", "k o i")}, "inputs of 3 features, and not of 5"),
         (Layer(3, 4, 5), ("A", "o i k"), {"coefficients": ("A", "i o k")}, "inputs of 3 features, and not of 4"),
-        (Flat(), ("A", "o (k i)"), {"coefficients": ("A", "o (i k)"), "axes": {"i": 4}}, "changes other slices"),
+        (
+            Flat(4, 3, inner="ki"),
+            ("table", "o (k i)"),
+            {"coefficients": ("table", "o (i k)"), "axes": {"i": 4}},
+            "changes other slices",
+        ),
         (
             Convolution(),
             ("convs.*.weight", "o (k i) ..."),
@@ -266,7 +238,7 @@ PARTS = [(name, "o i") for name in ("scale", "translation", "A")]
     ],
 )
 def test_a_contradiction_is_refused_by_name(layer, right, wrong, words):
-    described = {"coefficients": right, "linear": isinstance(layer, (Layer, Convolution))}
+    described = {"coefficients": right, "linear": isinstance(layer, (Layer, Flat, Convolution))}
     described |= {"axes": {"k": 3}} if isinstance(layer, Convolution) else {}
     described |= {"axes": {"i": 4}} if isinstance(layer, Flat) else {}
     register_kan_layer("mine", matches=type(layer), **{**described, **wrong})
@@ -311,34 +283,22 @@ def test_a_setting_makes_another_kind_of_layer():
 # Layers that cannot be run
 
 
-class Graph(Layer):
-    def forward(self, x, edges):
-        return super().forward(x) + edges.sum()
+def fails(self, x):
+    raise AssertionError("rows")
 
 
-class Windows(Layer):
-    def forward(self, x):
-        return {"y": super().forward(x)}
+NOT_CALLED = {
+    "two inputs": lambda self, x, edges: Layer.forward(self, x) + edges.sum(),
+    "a dict": lambda self, x: {"y": Layer.forward(self, x)},
+    "an error": fails,
+    "no gradient": lambda self, x: Layer.forward(self, x).detach(),
+    "NaN": lambda self, x: Layer.forward(self, x) * torch.nan,
+}
 
 
-class Fails(Layer):
-    def forward(self, x):
-        raise AssertionError("rows")
-
-
-class NoGradient(Layer):
-    def forward(self, x):
-        return super().forward(x).detach()
-
-
-class NaNs(Layer):
-    def forward(self, x):
-        return super().forward(x) * torch.nan
-
-
-@pytest.mark.parametrize("kind", [Graph, Windows, Fails, NoGradient, NaNs])
+@pytest.mark.parametrize("kind", NOT_CALLED)
 def test_layers_that_cannot_be_called_are_not_verified_and_attached(kind):
-    layer = kind(5, 5, 5)
+    layer = type("Odd", (Layer,), {"forward": NOT_CALLED[kind]})(5, 5, 5)
     register(layer, "o i k")
     assert check_kan_layer(layer).axes.startswith("not verified: ")
     assert adapt(as_model(layer)).base_model.model.kan.lotra_tensor.shape == (5, 5, 5)

@@ -54,24 +54,26 @@ def check(model: nn.Module, x: Tensor) -> None:
     assert_same((laplacian(model, x),), (expected[2].sum(0),), 1e-9)
 
 
+NETWORKS = ["efficient-kan", "fast-kan", "cheby-kan", "fourier-kan", "pina", "tanh", "mlp"]
+MODELS = {
+    **{f"layer of {name}": lambda name=name: as_model(FAMILIES[name](3, 2)).double() for name in CLOSED},
+    **{f"network of {name}": lambda name=name: make_foreign(name) for name in NETWORKS},
+    "parts among ours": lambda: nn.Sequential(
+        KAN([2, 3]), nn.LayerNorm(3), FasterKANLayer(3, 2), nn.SiLU(), nn.Linear(2, 1)
+    ).double(),
+}
+
+
 @pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize("name", CLOSED)
-def test_layers(name, adapted):
+@pytest.mark.parametrize("name", MODELS)
+def test_closed_forms(name, adapted):
     torch.manual_seed(0)
-    model = as_model(FAMILIES[name](3, 2)).double()
-    model = adapt(model) if adapted else model
-    check(model, inside(40, 3))
-
-
-@pytest.mark.parametrize("adapted", [False, True])
-@pytest.mark.parametrize("name", ["efficient-kan", "fast-kan", "cheby-kan", "fourier-kan", "pina", "tanh", "mlp"])
-def test_networks(name, adapted):
-    model = make_foreign(name)
-    model = adapt(model) if adapted and name != "mlp" else model
-    check(model, inside(40))
+    model, size = MODELS[name](), 3 if name.startswith("layer") else 2
+    model = adapt(model) if adapted and "mlp" not in name else model
+    check(model, inside(40, size))
     stages = stages_of(model)
-    by_rows = torch.func.vmap(lambda row: jet(model, row[None])[2])(inside(3))
-    assert stages and by_rows.shape == (3, 2, 1, 1)
+    by_rows = torch.func.vmap(lambda row: jet(model, row[None])[2])(inside(3, size))
+    assert stages and by_rows.shape == (3, size, 1, 2 if size == 3 else 1)
 
 
 def test_grids_that_move():
@@ -150,11 +152,6 @@ def test_wrong_derivatives_of_a_users_family_are_not_used(wrong):
     register_kan_layer("sines", matches=Sines, coefficients=("sine_weights", "o i k"), derivatives=derivatives)
     assert (stages_of(model) is None) == (wrong is not None)
     assert_same(jet(model, x), nested(model, x))
-
-
-def test_parts_of_other_libraries_among_ours():
-    model = nn.Sequential(KAN([2, 3]), nn.LayerNorm(3), FasterKANLayer(3, 2), nn.SiLU(), nn.Linear(2, 1)).double()
-    check(model, inside(40))
 
 
 def test_looking_leaves_no_trace():

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import orders
 import pytest
 import torch
 from helpers import relative
+from orders import Flat, Layer
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -20,47 +22,22 @@ def powers(x, count):
     return torch.stack([torch.tanh(x) ** k for k in range(count)], dim=-1)
 
 
-class Polynomials(nn.Module):
-    """The coefficients in any order of axes, under any name."""
-
-    def __init__(self, i, o, k=4, order="iok", residual=None, norm=False, name="things"):
-        super().__init__()
-        self.order, self.i, self.k, self.of = order, i, k, name
-        sizes = {"o": o, "i": i, "k": k}
-        setattr(self, name, nn.Parameter(torch.randn([sizes[axis] for axis in order])))
-        self.base = None if residual is None else nn.Parameter(torch.randn([sizes[axis] for axis in residual]))
-        self.residual, self.norm = residual, nn.LayerNorm(o) if norm else nn.Identity()
-
-    def forward(self, x):
-        y = torch.einsum(f"bik,{self.order}->bo", powers(x, self.k), getattr(self, self.of))
-        if self.base is not None:
-            y = y + torch.einsum(f"bi,{self.residual}->bo", nn.functional.silu(x), self.base)
-        return self.norm(y)
+class Polynomials(Layer):
+    def __init__(self, i, o, **kwargs):
+        super().__init__(i, o, 4, **{"order": "i o k", "before": torch.tanh, **kwargs})
 
 
-class Flat(nn.Module):
-    def __init__(self, i, o, k=4, inner="ik", first=True):
-        super().__init__()
-        self.in_features, self.k, self.inner, self.first = i, k, inner, first
-        self.table = nn.Parameter(torch.randn((o, i * k) if first else (i * k, o)))
-
-    def forward(self, x):
-        basis = powers(x, self.k)
-        flat = (basis if self.inner == "ik" else basis.transpose(1, 2)).flatten(1)
-        return flat @ (self.table.T if self.first else self.table)
+class Normed(Polynomials):
+    def __init__(self, i, o):
+        super().__init__(i, o, residual="oi", after=nn.LayerNorm(o) if o > 2 else None)
 
 
-class Wavelets(nn.Module):
-    """Not linear in scale and shift; `dead` is no part of the sum."""
+class Wavelets(orders.Wavelets):
+    """Not linear in scale and translation; `dead` is no part of the sum."""
 
     def __init__(self, i, o):
-        super().__init__()
-        self.scale, self.shift = nn.Parameter(torch.ones(o, i)), nn.Parameter(torch.zeros(o, i))
-        self.dead, self.weight = nn.Parameter(torch.randn(o, i)), nn.Parameter(torch.randn(o, i))
-
-    def forward(self, x):
-        u = (x[:, None] - self.shift) / self.scale
-        return (self.weight * (u**2 - 1) * torch.exp(-(u**2) / 2)).sum(2)
+        super().__init__(i, o, norm=False)
+        self.dead = nn.Parameter(torch.randn(o, i))
 
 
 class ScaledTwice(nn.Module):
@@ -150,7 +127,7 @@ def test_any_order_of_axes(order, residual, sizes):
     layer = Polynomials(*sizes, order=order, residual=residual)
     tensor = get_kan_spec(layer).locate(layer)
     assert tensor.shape == (sizes[1], sizes[0], 4) and tensor.has_residual == (residual is not None)
-    expected = layer.things.permute([order.index(axis) for axis in "oik"])
+    expected = layer.A.permute([order.index(axis) for axis in "oik"])
     assert torch.equal(tensor.read(layer, residual=False), expected)
     if residual and 1 not in sizes:
         assert torch.equal(tensor.read(layer)[..., -1], layer.base if residual == "oi" else layer.base.T)
@@ -168,7 +145,7 @@ def test_a_flattened_axis(inner, first):
 
 @pytest.mark.parametrize(
     ("make", "coefficients", "residual"),
-    [(Wavelets, "scale shift weight", None), (ScaledTwice, "c s t", "w")],
+    [(Wavelets, "scale translation A", None), (ScaledTwice, "c s t", "w")],
 )
 def test_parts_and_factors_of_edges_that_are_a_large_share(make, coefficients, residual):
     layer = make(5, 4)
@@ -228,7 +205,14 @@ def test_a_file_of_another_version_that_left_parameters_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda i, o: Polynomials(i, o, residual="oi", norm=o > 2), Flat, Wavelets, ScaledTwice, RadialPart]
+    "make",
+    [
+        Normed,
+        Flat,
+        Wavelets,
+        ScaledTwice,
+        RadialPart,
+    ],
 )
 def test_attach_merge_and_reload(make, tmp_path):
     def build():

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +20,18 @@ from peft_lotra import LoTRAConfig
 from peft_lotra.layers.registry import get_kan_spec
 
 
-FAMILY = {"kagnconv": "gram-conv", "kalnconv": "gram-conv", "kacnconv": "cheby-conv"}
+# the kinds of torch-conv-kan, and the functions of each
+KINDS = {
+    "kagnconv": ("gram-conv", 4),
+    "kalnconv": ("gram-conv", 4),
+    "kacnconv": ("cheby-conv", 4),
+    "fastkanconv": ("spline-conv", 5),
+    "kanconv": ("spline-conv", 6),
+}
+
+
+def first(y):
+    return y[0] if isinstance(y, tuple) else y
 
 
 class Gaussians(nn.Module):
@@ -43,12 +57,12 @@ class Powers(nn.Module):
 class FastKANConvLayer(nn.Module):
     """U-KAN's: the Gaussians outside, `spline_conv.weight` (O, (K I), k, k)."""
 
-    def __init__(self, i, o, kernel_size=3, groups=1, padding=1, ndim=2, count=4, base=True, functions=Gaussians):
+    def __init__(self, i, o, count=4, base=True, functions=Gaussians):
         super().__init__()
         self.rbf = functions(count)
-        self.spline_conv = nn.Conv2d(count * i, o, kernel_size, padding=padding)
+        self.spline_conv = nn.Conv2d(count * i, o, 3, padding=1)
         if base:
-            self.base_conv = nn.Conv2d(i, o, kernel_size, padding=padding)
+            self.base_conv = nn.Conv2d(i, o, 3, padding=1)
 
     def forward(self, x):
         y = self.spline_conv(self.rbf(x).movedim(-1, 1).flatten(1, 2))
@@ -105,48 +119,6 @@ class GramConv2(nn.Module):
         return F.silu(self.poly_conv(basis) + self.base_conv(F.silu(x)))
 
 
-def expect_edges(layer, x, channels):
-    """Adding to one edge (o, i) of the canonical tensor moves output o alone, and only as far as input i goes."""
-    tensor = get_kan_spec(layer).locate(layer)
-    values = tensor.read(layer).detach()
-    for name, part in tensor.split(values).items():
-        torch.testing.assert_close(part, layer.get_parameter(name).detach())  # a mean is rounded
-    delta = torch.zeros_like(values)
-    delta[-2, 1] = torch.randn(delta[-2, 1].shape)
-    blocks = len(tensor.parts[0]) * max(tensor.lengths.get("g", 1) if len(tensor.parts[0]) == 1 else 1, 1)
-    own = (values.shape[0] - 2) // (values.shape[0] // blocks) * tensor.shape[1] + 1  # the input, of all blocks
-    before = [p.detach().clone() for p in layer.parameters()]
-
-    def change(x):
-        with torch.no_grad():
-            y = layer(x)
-            for name, part in tensor.split(delta).items():
-                layer.get_parameter(name).add_(part)
-            z = layer(x)
-            for parameter, value in zip(layer.parameters(), before, strict=True):
-                parameter.copy_(value)
-        return (z - y).movedim(channels, -1).flatten(0, -2)
-
-    moved = change(x)
-    assert (moved.abs().amax(0) > 1e-4).nonzero().flatten().tolist() == [values.shape[0] - 2]
-    other = x.clone()
-    flat = other.movedim(channels, -1) if channels == 1 else other.flatten(-2)
-    rest = [place for place in range(flat.shape[-1]) if place != own]
-    flat[..., rest] = flat[..., rest].roll(1, -1) * 0.9
-    other = flat.movedim(-1, channels) if channels == 1 else flat.view_as(x)
-    return tensor, moved, change(other)
-
-
-@pytest.mark.parametrize("functions", [Gaussians, Powers])
-@pytest.mark.parametrize("base", [True, False])
-def test_fast_kan_of_u_kan(base, functions):
-    layer = FastKANConvLayer(3, 5, base=base, functions=functions)
-    assert get_kan_spec(layer).family == "fast-kan-conv"
-    tensor, moved, other = expect_edges(layer, torch.rand(2, 3, 5, 5) * 2 - 1, 1)
-    assert tensor.shape == (5, 3, 4, 9) and tensor.has_residual == base
-    torch.testing.assert_close(moved, other)
-
-
 def test_groups_on_patches():
     layer = GroupedKANLinear()
     assert get_kan_spec(layer).family == "convkan"
@@ -155,33 +127,6 @@ def test_groups_on_patches():
     assert torch.equal(
         tensor.read(layer), torch.cat([layer.spline_weight, layer.base_weight[..., None]], -1).flatten(0, 1)
     )
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_kanlib(groups):
-    layer = KANLibConv2d(groups=groups)
-    assert get_kan_spec(layer).family == "kanlib-conv"
-    tensor, moved, other = expect_edges(layer, torch.rand(2, 4, 5, 5) * 2 - 1, 1)
-    assert tensor.shape == (6, 4 // groups, 3, 9) and tensor.has_residual
-    torch.testing.assert_close(moved, other)
-
-
-def test_one_convolution_of_all_degrees():
-    layer = GramConv2()
-    assert get_kan_spec(layer).family == "gram-conv-2"
-    tensor, *_ = expect_edges(layer, torch.rand(2, 3, 5, 5) * 2 - 1, 1)
-    assert tensor.shape == (5, 3, 4, 9) and tensor.has_residual
-
-
-@pytest.mark.parametrize("ndim", [1, 2, 3])
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_torch_conv_kan(kind, groups, ndim):
-    layer = CONVOLUTIONS[kind](4, 6, 3, groups=groups, padding=1, ndim=ndim).eval()
-    assert get_kan_spec(layer).family == FAMILY.get(kind, "spline-conv")
-    tensor, *_ = expect_edges(layer, images(2, 4, ndim), 1)
-    assert tensor.shape[:2] == (6, 4 // groups) and tensor.shape[3] == 3**ndim
-    assert tensor.has_residual == (kind != "kacnconv")
 
 
 class OldPykanLayer(nn.Module):
@@ -244,13 +189,64 @@ class WavKANConvNDLayer(nn.Module):
         return torch.cat(outputs, 1)
 
 
-@pytest.mark.parametrize("ndim", [1, 2, 3])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_factors_of_edges_are_shared_along_the_kernel(groups, ndim):
-    layer = WavKANConvNDLayer(4, 6, groups, ndim)
-    assert get_kan_spec(layer).family == f"wav-conv-{ndim}d"
-    tensor, *_ = expect_edges(layer, images(2, 4, ndim), 1)
-    assert tensor.shape == (6, 4 // groups, 3, 3**ndim) and tensor.has_residual
+# (4 inputs) -> layer, its kind, canonical shape, and whether it has a residual branch
+GROUPS, DIMENSIONS = (1, 2), (1, 2, 3)
+LAYERS = [
+    *(
+        (partial(FastKANConvLayer, 4, 6, base=base, functions=functions), "fast-kan-conv", (6, 4, 4, 9), base)
+        for base, functions in product((True, False), (Gaussians, Powers))
+    ),
+    *((partial(KANLibConv2d, groups=g), "kanlib-conv", (6, 4 // g, 3, 9), True) for g in GROUPS),
+    (partial(GramConv2, 4, 6), "gram-conv-2", (6, 4, 4, 9), True),
+    *(
+        (
+            partial(CONVOLUTIONS[kind], 4, 6, 3, groups=g, padding=1, ndim=n),
+            *(family, (6, 4 // g, basis, 3**n), kind != "kacnconv"),
+        )
+        for (kind, (family, basis)), g, n in product(KINDS.items(), GROUPS, DIMENSIONS)
+    ),
+    # factors of edges are shared along the kernel
+    *(
+        (partial(WavKANConvNDLayer, 4, 6, g, n), f"wav-conv-{n}d", (6, 4 // g, 3, 3**n), True)
+        for g, n in product(GROUPS, DIMENSIONS)
+    ),
+    (partial(OldPykanLayer, 4, 6), "pykan-2024", (6, 4, 5), True),
+    (partial(ReLUKANLayer, 4, 20), "relu-kan", (20, 4, 5), False),
+]
+
+
+@pytest.mark.parametrize(("make", "family", "shape", "residual"), LAYERS)
+def test_an_edge_joins_one_input_and_one_output(make, family, shape, residual):
+    """Adding to one edge (o, i) of the canonical tensor moves output o alone, and only as far as input i goes."""
+    layer, edge = make(), (shape[0] - 2, 1)
+    spec = get_kan_spec(layer)
+    tensor = spec.locate(layer)
+    assert (spec.family, tensor.shape, tensor.has_residual) == (family, shape, residual)
+    values = tensor.read(layer).detach()
+    for name, part in tensor.split(values).items():
+        torch.testing.assert_close(part, layer.get_parameter(name).detach())  # a mean is rounded
+    delta = torch.zeros_like(values)
+    delta[edge] = torch.randn(delta[edge].shape)
+    before = [p.detach().clone() for p in layer.parameters()]
+
+    @torch.no_grad()
+    def change(x):
+        y = first(layer(x))
+        for name, part in tensor.split(delta).items():
+            layer.get_parameter(name).add_(part)
+        z = first(layer(x))
+        for parameter, value in zip(layer.parameters(), before, strict=True):
+            parameter.copy_(value)
+        return (z - y).movedim(1, -1).flatten(0, -2)
+
+    x = images(2, 4, (1, 3, 9, 27).index(shape[-1]) if len(shape) == 4 else 0)
+    moved = change(x)
+    assert (moved.abs().amax(0) > 1e-4).nonzero().flatten().tolist() == [edge[0]]
+    if family in ("fast-kan-conv", "kanlib-conv", "pykan-2024", "relu-kan"):  # nothing mixes the inputs, or follows
+        others = x.clone()
+        rest = [place for place in range(4) if place != 4 - shape[1] + 1]  # input 1 of the last group
+        others[:, rest] = 0.9 * x[:, rest].roll(1, 1)
+        torch.testing.assert_close(change(others), moved)
 
 
 @pytest.mark.parametrize("name", ["phase_high", "phase_height"])
@@ -276,30 +272,3 @@ def test_phases_that_all_outputs_share(name, tmp_path):
     assert {key for key, value in merged.state_dict().items() if not torch.equal(value, before[key])} == {
         *("0.phase_low", f"0.{name}", "0.equal_size_conv.weight"),
     }
-
-
-@pytest.mark.parametrize(
-    ("make", "family", "residual"),
-    [(OldPykanLayer, "pykan-2024", True), (lambda: ReLUKANLayer(3, 20), "relu-kan", False)],
-)
-def test_layouts_in_one_axis(make, family, residual):
-    layer = make()
-    spec = get_kan_spec(layer)
-    tensor = spec.locate(layer)
-    assert spec.family == family and tensor.shape[1:] == (3, 5) and tensor.has_residual == residual
-    x = torch.rand(6, 3) * 2 - 1
-    delta = torch.zeros_like(tensor.read(layer))
-    delta[2, 1] = 1.0
-
-    def output(x):
-        y = layer(x)
-        return y[0] if isinstance(y, tuple) else y
-
-    with torch.no_grad():
-        others = x[:, [2, 1, 0]]
-        before = output(x), output(others)
-        for name, part in tensor.split(delta).items():
-            layer.get_parameter(name).add_(part)
-        first, second = (output(z) - y for z, y in zip((x, others), before, strict=True))
-    assert (first.abs().amax(0) > 1e-4).nonzero().flatten().tolist() == [2]
-    torch.testing.assert_close(first, second)

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from helpers import adapt, inputs, relative
+from orders import Layer
 from stand_ins import ChebyKANLayer, as_model
 from torch import nn
 
@@ -15,15 +18,9 @@ from peft_lotra import KANLayerSpec, find_kan_layers, register_kan_layer
 from peft_lotra.layers.registry import get_kan_spec, known_kinds
 
 
-class MyKANLayer(nn.Module):
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.spline_coeffs = nn.Parameter(torch.randn(in_features, out_features, 4))
-        self.base_coeffs = nn.Parameter(torch.randn(out_features, in_features))
-
-    def forward(self, x):
-        basis = torch.exp(-((x[..., None] - torch.linspace(-1, 1, 4)) ** 2))
-        return torch.einsum("bik,iok->bo", basis, self.spline_coeffs) + x.relu() @ self.base_coeffs.T
+class MyKANLayer(Layer):
+    def __init__(self, i, o):
+        super().__init__(i, o, 4, "i o k", residual="oi")
 
 
 class Derived(MyKANLayer):
@@ -33,15 +30,13 @@ class Derived(MyKANLayer):
 def register_mine(**changes):
     description = {
         "matches": MyKANLayer,
-        "coefficients": ("spline_coeffs", "i o k"),
-        "residual": ("base_coeffs", "o i"),
+        "coefficients": ("A", "i o k"),
+        "residual": ("base", "o i"),
     }
     return register_kan_layer("my-kan", **{**description, **changes})
 
 
-@pytest.mark.parametrize(
-    "matches", [MyKANLayer, lambda m: hasattr(m, "spline_coeffs"), lambda m: m.spline_coeffs.ndim == 3]
-)
+@pytest.mark.parametrize("matches", [MyKANLayer, lambda m: hasattr(m, "A"), lambda m: m.A.ndim == 3])
 def test_the_example_of_the_docstring(matches, no_inference):
     model = nn.Sequential(MyKANLayer(3, 5), nn.Linear(5, 5), Derived(5, 2))
     assert find_kan_layers(model) == []
@@ -85,17 +80,15 @@ def test_a_foreign_predicate_does_not_disturb_the_known_kinds():
 @pytest.mark.parametrize(
     "changes, problem",
     [
-        ({"coefficients": ("spline_coeffs", "i o (k")}, r"'i o \(k'.*parentheses"),
-        ({"coefficients": ("spline_coeffs", "a b c")}, "'a b c'.*`o` and `i` must appear once"),
-        ({"residual": ("base_coeffs", "o i k")}, "'o i k'.*'my-kan' has an axis besides `o` and `i`"),
+        ({"residual": ("base", "o i k")}, "'o i k'.*'my-kan' has an axis besides `o` and `i`"),
         ({"edge_scale": ("scale", "o i k")}, "'o i k' of the edge scales of 'my-kan' has an axis besides"),
         (
             {"coefficients": [("a", "o ((i k) + i)"), ("b", "o i k")], "residual": None},
             r"`\+` of 'my-kan' has the resid",
         ),
-        ({"coefficients": ("spline_coeffs", "o ((i k) + i)")}, r"`\+` of 'my-kan' has the residual weights"),
+        ({"coefficients": ("A", "o ((i k) + i)")}, r"`\+` of 'my-kan' has the residual weights"),
         ({"coefficients": []}, r"are \[\]. Expected a parameter and its pattern"),
-        ({"coefficients": "spline_coeffs"}, "are 'spline_coeffs'. Expected a parameter and its pattern"),
+        ({"coefficients": "A"}, "are 'A'. Expected a parameter and its pattern"),
         ({"coefficients": [("a", "o i k"), ("a", "o i")]}, "repeat one"),
         ({"grid": ("a b",)}, "'a b' of 'my-kan' is no name"),
         ({"matches": "MyKANLayer"}, "Give a class, or a predicate"),
@@ -106,6 +99,27 @@ def test_bad_descriptions(changes, problem):
     with pytest.raises(ValueError, match=problem):
         register_mine(**changes)
     assert known_kinds() == before
+
+
+@pytest.mark.parametrize(
+    "pattern, problem",
+    [
+        ("o k", "`o` and `i` must appear once each"),
+        ("o i k k", "no other axis twice"),
+        ("o (i k", "parentheses do not match"),
+        ("o i k-1", "'k-1' does not consist of axis names"),
+        ("o ... i ...", "'...' does not consist of axis names"),
+        ("o (i k):0", "':0' does not consist of axis names"),
+        ("o (i + i)", "the residual weights, of axes `o` and `i` alone"),
+        ("o ((i k) + i + i)", "at most two blocks"),
+        ("o ((i k) + )", "does not consist of axis names"),
+        ("o ((i k) + (i k))", "the residual weights, of axes `o` and `i` alone"),
+    ],
+)
+def test_malformed_patterns(pattern, problem):
+    with pytest.raises(ValueError, match=re.escape(repr(pattern))) as error:
+        register_mine(coefficients=("A", pattern), residual=None)
+    assert problem in str(error.value)
 
 
 def test_an_unknown_field_is_named():
@@ -125,10 +139,10 @@ def test_a_class_that_carries_its_description_is_not_matched_by_others():
 @pytest.mark.parametrize(
     "changes, parts",
     [
-        ({"coefficients": ("spline_coeffs", "i o (k g)")}, ["`spline_coeffs`", "'i o (k g)'", "(3, 5, 4)", "`axes`"]),
-        ({"coefficients": ("spline_coeffs", "i o k g")}, ["`spline_coeffs`", "'i o k g'", "(3, 5, 4)"]),
-        ({"coefficients": ("spline_coeffs", "o i k")}, ["`spline_coeffs`", "'o i k'", "(3, 5, 4)"]),
-        ({"residual": ("base_coeffs", "i o")}, ["`base_coeffs`", "'i o'", "(5, 3)"]),
+        ({"coefficients": ("A", "i o (k g)")}, ["`A`", "'i o (k g)'", "(3, 5, 4)", "`axes`"]),
+        ({"coefficients": ("A", "i o k g")}, ["`A`", "'i o k g'", "(3, 5, 4)"]),
+        ({"coefficients": ("A", "o i k")}, ["`A`", "'o i k'", "(3, 5, 4)"]),
+        ({"residual": ("base", "i o")}, ["`base`", "'i o'", "(5, 3)"]),
         ({"axes": lambda m: {"k": 7}}, ["k=7", "'i o k'", "(3, 5, 4)"]),
     ],
 )

@@ -48,7 +48,7 @@ MODELS = {
     "a network as lift": lambda: HardConstraint(network(2, 5, 1), walls, network(2, 4, 1)),
     "nested": lambda: HardConstraint(constrained(), lambda x: x[..., 1:], constrained()),
     "features": lambda: HardConstraint(
-        nn.Sequential(BoxFeatures(*BOX, periodic=[0]), network(3, 5, 1)), lambda x: x[..., 1:] ** 2, start
+        nn.Sequential(BoxFeatures(*BOX, periodic=[0], neumann=[1]), network(3, 5, 1)), lambda x: x[..., 1:] ** 2, start
     ),
     "distance of a box": lambda: HardConstraint(network(2, 5, 1), BoxDistance(*BOX).double()),
     "around an adapted model": lambda: HardConstraint(adapted(network(2, 5, 1)), walls, start),
@@ -136,6 +136,7 @@ def test_wrong_shapes(part):
 
 WRONG = {
     "`kan` must be a network": lambda: HardConstraint(walls, walls),
+    "`distance` is 'x'": lambda: HardConstraint(network(), "x"),
     "`distance` is None": lambda: HardConstraint(network(), None),
     "`lift` is nan": lambda: HardConstraint(network(), walls, math.nan),
     r"`sides` has \(2, 'low'\)": lambda: BoxDistance(*BOX, sides=[(2, "low")]),

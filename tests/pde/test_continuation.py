@@ -78,13 +78,13 @@ def test_the_history_of_levenberg_marquardt_counts():
     assert model.weight.item() == pytest.approx(3.0, abs=1e-2)
 
 
-WRONG = [("start", 0.0), ("start", -1.0), ("start", math.inf), ("scale", "square"), ("steps", 0)]
+WRONG = [("solve", 3), ("start", 0.0), ("start", -1.0), ("start", math.inf), ("scale", "square"), ("steps", 0)]
 WRONG += [("shrinkage", 1.0), ("smallest", 0.0)]
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)
 def test_wrong_arguments(name, value):
     model = Tracker()
-    with pytest.raises(ValueError, match=f"`{name}` "):
-        continuation(model, model.solve, **{"start": 1.0, "stop": 2.0, name: value})
+    with pytest.raises((TypeError, ValueError), match=f"`{name}` "):
+        continuation(model, **{"solve": model.solve, "start": 1.0, "stop": 2.0, name: value})
     assert model.x.item() == 1.0

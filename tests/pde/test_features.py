@@ -7,11 +7,7 @@ import math
 
 import pytest
 import torch
-from jet_helpers import assert_same, nested, network
-from torch import nn
 
-from peft_lotra.kan import jet
-from peft_lotra.optim import LevenbergMarquardt
 from peft_lotra.pde import BoxFeatures
 
 
@@ -31,17 +27,6 @@ def test_features_against_the_formula():
     features = BoxFeatures(LOW, HIGH, periodic=[0], neumann=[2])
     assert features.out_features == 4
     torch.testing.assert_close(features(x), torch.stack(expected, 1))
-
-
-@pytest.mark.filterwarnings("error:`jet` knows no closed form")
-def test_jets_and_levenberg_marquardt():
-    model, x = nn.Sequential(BoxFeatures(LOW, HIGH, periodic=[0], neumann=[2]), network(4, 5, 2)), box()
-    assert_same(jet(model, x), nested(model, x))
-    directions = torch.randn(2, 3, dtype=torch.float64)
-    u, du, d2u = nested(model, x, directions)
-    assert_same(jet(model, x, directions, collapse=True), (u, du, d2u.sum(0)))
-    history = LevenbergMarquardt(model).fit([(lambda m, x: jet(m, x)[2].sum(0) - 1, x)], 4, progress=False)
-    assert history[-1].loss < history[0].loss
 
 
 def test_wrong_arguments():

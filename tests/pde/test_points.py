@@ -43,21 +43,24 @@ def test_sides_and_normals():
 
 WRONG = {
     "`count` is 0": lambda: box_points(LOW, HIGH, 0),
+    "`count` is 2.5": lambda: box_points(LOW, HIGH, 2.5),
     "`method` is 'halton'": lambda: box_points(LOW, HIGH, 5, method="halton"),
     "`seed` is 'a'": lambda: box_points(LOW, HIGH, 5, seed="a"),
     r"`sides` has \(2, 'low'\)": lambda: side_points(LOW, HIGH, 5, [(2, "low")]),
+    r"`sides` has \(0, 'left'\)": lambda: side_points(LOW, HIGH, 3, [(0, "left")]),
     "`count` is 3": lambda: ResidualSampler(LOW, HIGH, 3),
     r"`share` is 2, but must be a number in \[0, 1\]": lambda: ResidualSampler(LOW, HIGH, 8, share=2),
     r"`residual` is \(\), but must be": lambda: ResidualSampler(LOW, HIGH, 40).draw(lambda x: x.sum()),
     r"`residual` is \(9,\), but must be": lambda: ResidualSampler(LOW, HIGH, 40).draw(lambda x: x[:9, 0]),
     "`residual` is NoneType": lambda: ResidualSampler(LOW, HIGH, 40).draw(lambda x: None),
+    "`residual` is 3": lambda: ResidualSampler(LOW, HIGH, 40).draw(3),
     r"`residual` is not finite at \[": lambda: ResidualSampler(LOW, HIGH, 40).draw(lambda x: x[:, 0] / 0),
 }
 
 
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_arguments(message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         WRONG[message]()
 
 

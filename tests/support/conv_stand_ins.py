@@ -9,14 +9,12 @@ it. With groups, inputs and outputs are split into blocks, and each block has pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from peft_lotra import register_kan_layer
-from peft_lotra.layers.registry import get_kan_spec
 
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -28,18 +26,18 @@ class _ConvKAN(nn.Module):
     """What the families share: the sizes, and one block after the other."""
 
     def __init__(
-        self, input_dim: int, output_dim: int, kernel_size: int, groups: int, padding: int, stride: int, ndim: int
+        self, input_dim: int, output_dim: int, kernel_size: int, groups: int = 1, padding: int = 0, ndim: int = 2
     ) -> None:
         super().__init__()
         self.inputdim, self.outdim, self.kernel_size, self.ndim = input_dim, output_dim, kernel_size, ndim
-        self.groups, self.padding, self.stride = groups, padding, stride
+        self.groups, self.padding = groups, padding
         self.layer_norm = nn.ModuleList([_NORMS[ndim](output_dim // groups) for _ in range(groups)])
 
     def convolutions(self, functions: int = 1) -> nn.ModuleList:
         """One convolution for each block, of `functions` channels for each input."""
         inputs, outputs = functions * self.inputdim // self.groups, self.outdim // self.groups
-        cls, sizes = _CONVOLUTIONS[self.ndim], (self.kernel_size, self.stride, self.padding)
-        return nn.ModuleList([cls(inputs, outputs, *sizes, bias=False) for _ in range(self.groups)])
+        cls, sizes = _CONVOLUTIONS[self.ndim], {"padding": self.padding, "bias": False}
+        return nn.ModuleList([cls(inputs, outputs, self.kernel_size, **sizes) for _ in range(self.groups)])
 
     def block(self, x: Tensor, group: int) -> Tensor:
         raise NotImplementedError
@@ -51,24 +49,21 @@ class _ConvKAN(nn.Module):
 class _PolynomialConv(_ConvKAN):
     """`poly_weights` (g, O/g, (K I/g), k, ...), the degrees outside."""
 
-    def __init__(
-        self, input_dim, output_dim, kernel_size, degree=3, groups=1, padding=0, stride=1, ndim: int = 2
-    ) -> None:
-        super().__init__(input_dim, output_dim, kernel_size, groups, padding, stride, ndim)
+    def __init__(self, *args, degree: int = 3, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
         self.degree = degree
         self.base_activation = nn.SiLU()
         self.base_conv = self.convolutions()
-        inputs = (input_dim // groups) * (degree + 1)
-        shape = (groups, output_dim // groups, inputs, *[kernel_size] * ndim)
-        self.poly_weights = nn.Parameter(torch.randn(shape) / (inputs * kernel_size**ndim) ** 0.5)
+        inputs, kernel = self.inputdim // self.groups * (degree + 1), [self.kernel_size] * self.ndim
+        shape = (self.groups, self.outdim // self.groups, inputs, *kernel)
+        self.poly_weights = nn.Parameter(torch.randn(shape) / (inputs * math.prod(kernel)) ** 0.5)
 
     def polynomials(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def block(self, x: Tensor, group: int) -> Tensor:
         base = self.base_conv[group](self.base_activation(x))
-        sizes = {"stride": self.stride, "padding": self.padding}
-        y = _FUNCTIONS[self.ndim](self.polynomials(x), self.poly_weights[group], **sizes)
+        y = _FUNCTIONS[self.ndim](self.polynomials(x), self.poly_weights[group], padding=self.padding)
         return self.base_activation(self.layer_norm[group](base + y))
 
 
@@ -103,13 +98,11 @@ class KALNConvNDLayer(_PolynomialConv):
 class KACNConvNDLayer(_ConvKAN):
     """Chebyshev polynomials of tanh(x), `poly_conv.N.weight` (O/g, (I/g K), k, ...), the inputs outside; no base."""
 
-    def __init__(
-        self, input_dim, output_dim, kernel_size, degree=3, groups=1, padding=0, stride=1, ndim: int = 2
-    ) -> None:
-        super().__init__(input_dim, output_dim, kernel_size, groups, padding, stride, ndim)
+    def __init__(self, *args, degree: int = 3, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
         self.degree = degree
         self.poly_conv = self.convolutions(degree + 1)
-        self.register_buffer("arange", torch.arange(degree + 1).view(1, 1, -1, *[1] * ndim))
+        self.register_buffer("arange", torch.arange(degree + 1).view(1, 1, -1, *[1] * self.ndim))
 
     def block(self, x: Tensor, group: int) -> Tensor:
         angle = torch.tanh(x).clamp(-1 + 1e-7, 1 - 1e-7).acos().unsqueeze(2)
@@ -123,14 +116,12 @@ class FastKANConvNDLayer(_ConvKAN):
     Nothing follows the sum, so that the outputs are linear in the coefficients.
     """
 
-    def __init__(
-        self, input_dim, output_dim, kernel_size, groups=1, padding=0, stride=1, ndim: int = 2, grid_size: int = 5
-    ) -> None:
-        super().__init__(input_dim, output_dim, kernel_size, groups, padding, stride, ndim)
+    def __init__(self, *args, grid_size: int = 5, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
         self.grid_size = grid_size
         self.base_activation = nn.SiLU()
         self.base_conv, self.spline_conv = self.convolutions(), self.convolutions(grid_size)
-        self.layer_norm = nn.ModuleList([_NORMS[ndim](input_dim // groups) for _ in range(groups)])
+        self.layer_norm = nn.ModuleList([_NORMS[self.ndim](self.inputdim // self.groups) for _ in range(self.groups)])
         self.rbf = _Gaussians(-2.0, 2.0, grid_size)
 
     def block(self, x: Tensor, group: int) -> Tensor:
@@ -151,14 +142,12 @@ class _Gaussians(nn.Module):
 class KANConvNDLayer(_ConvKAN):
     """B-splines on one uniform grid, a plain attribute; a PReLU follows the normalized sum."""
 
-    def __init__(
-        self, input_dim, output_dim, kernel_size, groups=1, padding=0, stride=1, ndim: int = 2, grid_size: int = 3
-    ) -> None:
-        super().__init__(input_dim, output_dim, kernel_size, groups, padding, stride, ndim)
+    def __init__(self, *args, grid_size: int = 3, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
         self.grid_size, self.spline_order = grid_size, 3
         self.base_activation = nn.GELU()
         self.base_conv, self.spline_conv = self.convolutions(), self.convolutions(grid_size + self.spline_order)
-        self.prelus = nn.ModuleList([nn.PReLU() for _ in range(groups)])
+        self.prelus = nn.ModuleList([nn.PReLU() for _ in range(self.groups)])
         step = 2 / grid_size
         self.grid = torch.linspace(-1 - 3 * step, 1 + 3 * step, grid_size + 7)
 
@@ -182,41 +171,6 @@ CONVOLUTIONS: dict[str, Callable[..., nn.Module]] = {
     cls.__name__.removesuffix("NDLayer").lower(): cls
     for cls in (KAGNConvNDLayer, KALNConvNDLayer, KACNConvNDLayer, FastKANConvNDLayer, KANConvNDLayer)
 }
-
-
-_BASE = {"residual": ("base_conv.*.weight", "o i ..."), "groups": "g"}
-_DESCRIPTIONS: dict[type, dict] = {
-    KAGNConvNDLayer: {
-        **_BASE,
-        "coefficients": ("poly_weights", "g o (k i) ..."),
-        "grid": ("beta_weights",),
-        "linear": False,
-    },
-    KALNConvNDLayer: {**_BASE, "coefficients": ("poly_weights", "g o (k i) ..."), "linear": False},
-    KACNConvNDLayer: {
-        "coefficients": ("poly_conv.*.weight", "o (i k) ..."),
-        "groups": "g",
-        "axes": lambda layer: {"k": layer.degree + 1},
-        "linear": False,
-    },
-    FastKANConvNDLayer: {**_BASE, "coefficients": ("spline_conv.*.weight", "o (i k) ..."), "grid": ("rbf.grid",)},
-    KANConvNDLayer: {
-        **_BASE,
-        "coefficients": ("spline_conv.*.weight", "o (i k) ..."),
-        "grid": ("grid",),
-        "linear": False,
-    },
-}
-
-
-def register_missing(known: bool = False) -> None:
-    """Describes the stand-ins that the package does not recognize by itself, or those that are `known` too.
-
-    In the families that are built in, a norm follows the sum, so that outputs are not linear in the coefficients.
-    """
-    for cls, description in _DESCRIPTIONS.items():
-        if known or get_kan_spec(cls(2, 2, 3)) is None:
-            register_kan_layer(cls.__name__, matches=cls, **description)
 
 
 class ConvNet(nn.Module):

@@ -10,17 +10,49 @@ from torch import nn
 
 
 class Layer(nn.Module):
-    """y = after(sum_k A[o,i,k] before(x)[i]^k), with A stored in any order of its axes."""
+    """y = after(sum_k A[o,i,k] before(x)[i]^k + W silu(x)), where A and W (`base`) have any order of axes."""
 
-    def __init__(self, i, o, k=5, order="o i k", before=None, after=None):
+    def __init__(self, i, o, k=5, order="o i k", before=None, after=None, residual=None):
         super().__init__()
-        self.order = order
-        self.A = nn.Parameter(torch.randn([{"o": o, "i": i, "k": k}[axis] for axis in order.split()]))
+        sizes = {"o": o, "i": i, "k": k}
+        self.order, self.residual = order.replace(" ", ""), residual
+        self.A = nn.Parameter(torch.randn([sizes[axis] for axis in self.order]))
+        self.base = None if residual is None else nn.Parameter(torch.randn([sizes[axis] for axis in residual]))
         self.before, self.after = before or nn.Identity(), after or nn.Identity()
 
     def forward(self, x):
-        powers = self.before(x)[..., None] ** torch.arange(self.A.shape[self.order.split().index("k")])
-        return self.after(torch.einsum(f"bik,{self.order.replace(' ', '')}->bo", powers, self.A.type_as(powers)))
+        powers = self.before(x)[..., None] ** torch.arange(self.A.shape[self.order.index("k")])
+        y = torch.einsum(f"bik,{self.order}->bo", powers, self.A.type_as(powers))
+        if self.base is not None:
+            y = y + torch.einsum(f"bi,{self.residual}->bo", nn.functional.silu(x), self.base)
+        return self.after(y)
+
+
+class Flat(nn.Module):
+    """Powers of tanh(x), with the inputs and the basis in one axis of `table`."""
+
+    def __init__(self, i, o, k=4, inner="ik", first=True):
+        super().__init__()
+        self.in_features, self.k, self.inner, self.first = i, k, inner, first
+        self.table = nn.Parameter(torch.randn((o, i * k) if first else (i * k, o)))
+
+    def forward(self, x):
+        basis = torch.tanh(x)[..., None] ** torch.arange(self.k)
+        flat = (basis if self.inner == "ik" else basis.transpose(1, 2)).flatten(1)
+        return flat @ (self.table.T if self.first else self.table)
+
+
+class Wavelets(nn.Module):
+    """Wav-KAN: y[o] = sum_i A[o,i] psi((x[i] - t[o,i]) / s[o,i]), with a batch norm."""
+
+    def __init__(self, i=3, o=4, norm=True):
+        super().__init__()
+        self.scale, self.translation = nn.Parameter(torch.ones(o, i)), nn.Parameter(torch.zeros(o, i))
+        self.A, self.norm = nn.Parameter(torch.randn(o, i)), nn.BatchNorm1d(o) if norm else nn.Identity()
+
+    def forward(self, x):
+        u = (x[:, None] - self.translation) / self.scale
+        return self.norm((self.A * (1 - u**2) * torch.exp(-(u**2) / 2)).sum(-1))
 
 
 class OtherCheby(nn.Module):

@@ -47,162 +47,88 @@ class OldEfficientKANLayer(nn.Module):
         out_features: int,
         grid_size: int = 5,
         spline_order: int = 3,
-        scale_noise: float = 0.1,
-        scale_base: float = 1.0,
-        scale_spline: float = 1.0,
-        enable_standalone_scale_spline: bool = True,
         base_activation: Callable[[], nn.Module] = nn.SiLU,
-        grid_eps: float = 0.02,
-        grid_range: tuple[float, float] = (-1.0, 1.0),
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.grid_size, self.spline_order = grid_size, spline_order
-        self.scale_noise, self.scale_base, self.scale_spline = scale_noise, scale_base, scale_spline
-        self.enable_standalone_scale_spline = enable_standalone_scale_spline
+        self.enable_standalone_scale_spline = True
         self.base_activation = base_activation()
-        self.grid_eps = grid_eps
 
-        low, high = grid_range
-        knots = torch.arange(-spline_order, grid_size + spline_order + 1) * ((high - low) / grid_size) + low
+        knots = torch.arange(-spline_order, grid_size + spline_order + 1) * (2 / grid_size) - 1
         self.register_buffer("grid", knots.repeat(in_features, 1))
-        self.base_weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.spline_weight = nn.Parameter(torch.empty(out_features, in_features, grid_size + spline_order))
-        if enable_standalone_scale_spline:
-            self.spline_scaler = nn.Parameter(torch.empty(out_features, in_features))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.base_weight, a=math.sqrt(5) * self.scale_base)
-        points = self.grid.T[self.spline_order : -self.spline_order]
-        noise = (torch.rand(*points.shape, self.out_features) - 0.5) * self.scale_noise / self.grid_size
-        self.spline_weight.copy_(self.curve2coeff(points, noise))
-        if self.enable_standalone_scale_spline:
-            nn.init.kaiming_uniform_(self.spline_scaler, a=math.sqrt(5) * self.scale_spline)
-        else:
-            self.spline_weight.mul_(self.scale_spline)
+        scale = 1 / math.sqrt(in_features)
+        self.base_weight = nn.Parameter(torch.randn(out_features, in_features) * scale)
+        self.spline_weight = nn.Parameter(torch.randn(out_features, in_features, grid_size + spline_order) * scale)
+        self.spline_scaler = nn.Parameter(torch.randn(out_features, in_features))
 
     def b_splines(self, x: Tensor) -> Tensor:
         assert x.dim() == 2 and x.size(1) == self.in_features
         return _b_splines(x, self.grid, self.spline_order).contiguous()
 
-    def curve2coeff(self, x: Tensor, y: Tensor) -> Tensor:
-        """Coefficients (O, I, K) of the splines that pass closest to y (B, I, O) at x (B, I)."""
-        assert y.size() == (x.size(0), self.in_features, self.out_features)
-        solution = torch.linalg.lstsq(self.b_splines(x).transpose(0, 1), y.transpose(0, 1)).solution
-        return solution.permute(2, 0, 1).contiguous()
-
     @property
     def scaled_spline_weight(self) -> Tensor:
-        if not self.enable_standalone_scale_spline:
-            return self.spline_weight
         return self.spline_weight * self.spline_scaler[..., None]
 
     def forward(self, x: Tensor) -> Tensor:
-        assert x.dim() == 2 and x.size(1) == self.in_features
         base = F.linear(self.base_activation(x), self.base_weight)
         return base + F.linear(self.b_splines(x).flatten(1), self.scaled_spline_weight.flatten(1))
 
-    @torch.no_grad()
-    def update_grid(self, x: Tensor, margin: float = 0.01) -> None:
-        """Moves the knots to the samples. As in the original, the refit applies `spline_scaler` a second time."""
-        assert x.dim() == 2 and x.size(1) == self.in_features
-        curves = torch.einsum("bik,oik->bio", self.b_splines(x), self.scaled_spline_weight)
-        ordered = x.sort(dim=0).values
-        picks = torch.linspace(0, len(x) - 1, self.grid_size + 1, dtype=torch.int64, device=x.device)
-        step = (ordered[-1] - ordered[0] + 2 * margin) / self.grid_size
-
-        def steps(first: int, last: int) -> Tensor:
-            return torch.arange(first, last, dtype=x.dtype, device=x.device)[:, None] * step
-
-        uniform = ordered[0] - margin + steps(0, self.grid_size + 1)
-        inner = self.grid_eps * uniform + (1 - self.grid_eps) * ordered[picks]
-        left = inner[:1] + steps(-self.spline_order, 0)
-        right = inner[-1:] + steps(1, self.spline_order + 1)
-        self.grid.copy_(torch.cat([left, inner, right]).T)
-        self.spline_weight.copy_(self.curve2coeff(x, curves))
-
 
 class _RadialBasisFunction(nn.Module):
-    def __init__(self, grid_min: float, grid_max: float, num_grids: int, denominator: float | None = None) -> None:
+    def __init__(self, num_grids: int) -> None:
         super().__init__()
-        self.grid_min, self.grid_max, self.num_grids = grid_min, grid_max, num_grids
-        self.grid = nn.Parameter(torch.linspace(grid_min, grid_max, num_grids), requires_grad=False)
-        self.denominator = denominator or (grid_max - grid_min) / (num_grids - 1)
+        self.grid = nn.Parameter(torch.linspace(-2, 2, num_grids), requires_grad=False)
+        self.denominator = 4 / (num_grids - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.exp(-(((x[..., None] - self.grid) / self.denominator) ** 2))
 
 
 class _ReflectionalSwitchFunction(nn.Module):
-    def __init__(self, grid_min: float, grid_max: float, num_grids: int, inv_denominator: float) -> None:
+    def __init__(self, num_grids: int) -> None:
         super().__init__()
-        self.grid = nn.Parameter(torch.linspace(grid_min, grid_max, num_grids), requires_grad=False)
-        self.inv_denominator = nn.Parameter(torch.tensor(inv_denominator), requires_grad=False)
+        self.grid = nn.Parameter(torch.linspace(-1.2, 0.2, num_grids), requires_grad=False)
+        self.inv_denominator = nn.Parameter(torch.tensor(0.5), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return 1 - torch.tanh(x[..., None] - self.grid) ** 2
 
 
 class _SplineLinear(nn.Linear):
-    def __init__(self, in_features: int, out_features: int, init_scale: float) -> None:
-        self.init_scale = init_scale
+    def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
-        nn.init.trunc_normal_(self.weight, std=self.init_scale)
+        nn.init.trunc_normal_(self.weight, std=0.1)
 
 
 class FastKANLayer(nn.Module):
     """Stands for fast-kan's FastKANLayer: Gaussians of the normalized input, and a linear layer as residual branch."""
 
-    def __init__(
-        self,
-        input_dim: int,
-        output_dim: int,
-        grid_min: float = -2.0,
-        grid_max: float = 2.0,
-        num_grids: int = 8,
-        use_base_update: bool = True,
-        use_layernorm: bool = True,
-        base_activation: Callable[[Tensor], Tensor] = F.silu,
-        spline_weight_init_scale: float = 0.1,
-    ) -> None:
+    def __init__(self, input_dim: int, output_dim: int, num_grids: int = 8, use_layernorm: bool = True) -> None:
         super().__init__()
         assert input_dim > 1 or not use_layernorm
         self.input_dim, self.output_dim = input_dim, output_dim
         self.layernorm = nn.LayerNorm(input_dim) if use_layernorm else None
-        self.rbf = _RadialBasisFunction(grid_min, grid_max, num_grids)
-        self.spline_linear = _SplineLinear(input_dim * num_grids, output_dim, spline_weight_init_scale)
-        self.use_base_update = use_base_update
-        if use_base_update:
-            self.base_activation = base_activation
-            self.base_linear = nn.Linear(input_dim, output_dim)
+        self.rbf = _RadialBasisFunction(num_grids)
+        self.spline_linear = _SplineLinear(input_dim * num_grids, output_dim)
+        self.use_base_update, self.base_activation = True, F.silu
+        self.base_linear = nn.Linear(input_dim, output_dim)
 
     def forward(self, x: Tensor, use_layernorm: bool = True) -> Tensor:
         normalized = self.layernorm(x) if self.layernorm is not None and use_layernorm else x
-        y = self.spline_linear(self.rbf(normalized).flatten(-2))
-        return y + self.base_linear(self.base_activation(x)) if self.use_base_update else y
+        return self.spline_linear(self.rbf(normalized).flatten(-2)) + self.base_linear(self.base_activation(x))
 
 
 class FasterKANLayer(nn.Module):
     """Stands for faster-kan's FasterKANLayer (the original's own backward is wrong about inputs, this one is not)."""
 
-    def __init__(
-        self,
-        input_dim: int,
-        output_dim: int,
-        grid_min: float = -1.2,
-        grid_max: float = 0.2,
-        num_grids: int = 8,
-        inv_denominator: float = 0.5,
-        spline_weight_init_scale: float = 0.667,
-    ) -> None:
+    def __init__(self, input_dim: int, output_dim: int, num_grids: int = 8) -> None:
         super().__init__()
         self.layernorm = nn.LayerNorm(input_dim)
-        self.rbf = _ReflectionalSwitchFunction(grid_min, grid_max, num_grids, inv_denominator)
-        self.spline_linear = _SplineLinear(input_dim * num_grids, output_dim, spline_weight_init_scale)
+        self.rbf = _ReflectionalSwitchFunction(num_grids)
+        self.spline_linear = _SplineLinear(input_dim * num_grids, output_dim)
         nn.init.xavier_uniform_(self.spline_linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -227,62 +153,47 @@ class ChebyKANLayer(nn.Module):
 class NaiveFourierKANLayer(nn.Module):
     """Stands for FourierKAN's NaiveFourierKANLayer, which sums over all edges without a matrix product."""
 
-    def __init__(self, inputdim: int, outdim: int, gridsize: int, addbias: bool = True) -> None:
+    def __init__(self, inputdim: int, outdim: int, gridsize: int) -> None:
         super().__init__()
-        self.inputdim, self.outdim, self.gridsize, self.addbias = inputdim, outdim, gridsize, addbias
+        self.inputdim, self.outdim, self.gridsize, self.addbias = inputdim, outdim, gridsize, True
         self.fouriercoeffs = nn.Parameter(torch.randn(2, outdim, inputdim, gridsize) / math.sqrt(inputdim * gridsize))
-        if addbias:
-            self.bias = nn.Parameter(torch.zeros(1, outdim))
+        self.bias = nn.Parameter(torch.zeros(1, outdim))
 
     def forward(self, x: Tensor) -> Tensor:
         angle = x.reshape(-1, 1, self.inputdim, 1) * torch.arange(1, self.gridsize + 1, device=x.device)
         cosine, sine = self.fouriercoeffs
-        y = (angle.cos() * cosine + angle.sin() * sine).sum((-2, -1))
-        if self.addbias:
-            y = y + self.bias
+        y = (angle.cos() * cosine + angle.sin() * sine).sum((-2, -1)) + self.bias
         return y.reshape(*x.shape[:-1], self.outdim)
 
 
 class PhysicsNeMoFourierLayer(nn.Module):
     """Stands for PhysicsNeMo's physicsnemo.nn.KolmogorovArnoldNetwork, which is one layer."""
 
-    def __init__(self, input_dim: int, output_dim: int, num_harmonics: int = 5, add_bias: bool = True) -> None:
+    def __init__(self, input_dim: int, output_dim: int, num_harmonics: int = 5) -> None:
         super().__init__()
         self.input_dim, self.output_dim = input_dim, output_dim
-        self.num_harmonics, self.add_bias = num_harmonics, add_bias
+        self.num_harmonics, self.add_bias = num_harmonics, True
         scale = math.sqrt(input_dim * num_harmonics)
         self.fourier_coeffs = nn.Parameter(torch.randn(2, output_dim, input_dim, num_harmonics) / scale)
-        if add_bias:
-            self.bias = nn.Parameter(torch.zeros(1, output_dim))
+        self.bias = nn.Parameter(torch.zeros(1, output_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         angle = x.view(x.size(0), self.input_dim, 1) * torch.arange(1, self.num_harmonics + 1, device=x.device)
-        y = torch.einsum("tbih,toih->bo", torch.stack([angle.cos(), angle.sin()]), self.fourier_coeffs)
-        return y + self.bias if self.add_bias else y
+        return torch.einsum("tbih,toih->bo", torch.stack([angle.cos(), angle.sin()]), self.fourier_coeffs) + self.bias
 
 
 class KanxKANLinear(nn.Module):
     """Stands for kanx's kanx.torch.layers.KANLinear, whose grid is extended at each call."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        grid_size: int = 5,
-        spline_order: int = 3,
-        grid_range: tuple[float, float] = (-1.0, 1.0),
-        scale_noise: float = 0.1,
-        grid_eps: float = 0.02,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, grid_size: int = 5, spline_order: int = 3) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.grid_size, self.spline_order, self.num_basis = grid_size, spline_order, grid_size + spline_order
-        self.base_activation_name, self.base_activation = "silu", F.silu
-        self.grid_range, self.grid_eps = grid_range, grid_eps
+        self.base_activation = F.silu
         self.base_weight = nn.Parameter(torch.empty(in_features, out_features))
         nn.init.xavier_uniform_(self.base_weight)
-        self.spline_weight = nn.Parameter(torch.randn(in_features, out_features, self.num_basis) * scale_noise)
-        self.register_buffer("grid", torch.linspace(*grid_range, grid_size + 1).repeat(in_features, 1))
+        self.spline_weight = nn.Parameter(torch.randn(in_features, out_features, self.num_basis) * 0.1)
+        self.register_buffer("grid", torch.linspace(-1, 1, grid_size + 1).repeat(in_features, 1))
 
     def _extended_grid(self) -> Tensor:
         first, last = self.grid[:, :1], self.grid[:, -1:]
@@ -294,11 +205,10 @@ class KanxKANLinear(nn.Module):
         return self.base_activation(x) @ self.base_weight + torch.einsum("bik,iok->bo", basis, self.spline_weight)
 
     @torch.no_grad()
-    def update_grid_from_samples(self, x: Tensor, margin: float = 0.01) -> None:
-        """Pulls the grid towards the quantiles of the samples; a new buffer, and no refit. `margin` has no effect."""
+    def update_grid_from_samples(self, x: Tensor) -> None:
+        """Moves the grid to the quantiles of the samples; a new buffer, and no refit."""
         levels = torch.linspace(0, 1, self.grid_size + 1, dtype=x.dtype, device=x.device)
-        quantiles = torch.quantile(x, levels, dim=0).T
-        self.register_buffer("grid", (1 - self.grid_eps) * self.grid + self.grid_eps * quantiles)
+        self.register_buffer("grid", torch.quantile(x, levels, dim=0).T)
 
 
 class VectorizedSpline(nn.Module):
@@ -307,33 +217,18 @@ class VectorizedSpline(nn.Module):
     def __init__(self, order: int, knots: Tensor, control_points: Tensor) -> None:
         super().__init__()
         self.order = order
-        self.knots = knots
-        self.control_points = control_points
+        self.register_buffer("_knots", knots.sort(dim=-1).values)
+        intervals = torch.arange(knots.shape[1] - 1)
+        self.register_buffer("_boundary_interval_idx", torch.where(self._knots.diff() > 0, intervals, 0).amax(1))
+        self._control_points = nn.Parameter(control_points)
 
     @property
     def control_points(self) -> Tensor:
         return self._control_points
 
-    @control_points.setter
-    def control_points(self, value: Tensor) -> None:
-        self._control_points = nn.Parameter(value, requires_grad=True)
-
     @property
     def knots(self) -> Tensor:
         return self._knots
-
-    @knots.setter
-    def knots(self, value: Tensor) -> None:
-        knots = value.sort(dim=-1).values
-        self.register_buffer("_knots", knots)
-        intervals = torch.arange(knots.shape[1] - 1, device=knots.device)
-        last = torch.where(knots.diff() > 0, intervals, 0).amax(1)
-        self.register_buffer("_boundary_interval_idx", last)
-        for order in range(2, self.order + 1):
-            span = knots[:, order - 1 :] - knots[:, : 1 - order]
-            factor = torch.where(span.abs() > 1e-10, (order - 1) / span, torch.zeros_like(span))
-            self.register_buffer(f"_left_factor_order_{order}", factor[:, :-1])
-            self.register_buffer(f"_right_factor_order_{order}", factor[:, 1:])
 
     def basis(self, x: Tensor) -> Tensor:
         if x.ndim != 2:
@@ -354,29 +249,20 @@ class PINAKANBlock(nn.Module):
         spline_order: int = 3,
         n_knots: int = 10,
         grid_range: tuple[float, float] = (0.0, 1.0),
-        base_function: Callable[[], nn.Module] = nn.SiLU,
-        use_base_linear: bool = True,
-        use_bias: bool = True,
-        init_scale_spline: float = 1e-2,
-        init_scale_base: float = 1.0,
     ) -> None:
         super().__init__()
         low, high = (torch.full((spline_order,), float(end)) for end in grid_range)
         inner = torch.linspace(*grid_range, max(0, n_knots - 2 * spline_order) + 2)[1:-1]
         knots = torch.cat([low, inner, high]).repeat(input_dimensions, 1)
         shape = (input_dimensions, output_dimensions, knots.shape[1] - spline_order)
-        self.spline = VectorizedSpline(spline_order, knots, torch.randn(shape) * init_scale_spline)
-        self.base_function = base_function()
-        weight = torch.randn(output_dimensions, input_dimensions) * (init_scale_base / math.sqrt(input_dimensions))
-        self.register_parameter("base_weight", nn.Parameter(weight) if use_base_linear else None)
-        self.register_parameter("bias", nn.Parameter(torch.zeros(output_dimensions)) if use_bias else None)
+        self.spline = VectorizedSpline(spline_order, knots, torch.randn(shape) * 1e-2)
+        self.base_function = nn.SiLU()
+        self.base_weight = nn.Parameter(torch.randn(output_dimensions, input_dimensions) / math.sqrt(input_dimensions))
+        self.bias = nn.Parameter(torch.zeros(output_dimensions))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.spline(x)
-        if self.base_weight is not None:
-            y = y + torch.einsum("bi,oi->bio", self.base_function(x), self.base_weight)
-        y = y.sum(dim=1)
-        return y if self.bias is None else y + self.bias
+        y = self.spline(x) + torch.einsum("bi,oi->bio", self.base_function(x), self.base_weight)
+        return y.sum(dim=1) + self.bias
 
 
 def _efficient_kan(in_features: int, out_features: int, **kwargs: object) -> nn.Module:

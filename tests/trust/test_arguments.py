@@ -18,15 +18,6 @@ import peft_lotra
 from peft_lotra import LoTRAConfig, create_lotra_optimizer, extract_lotra, hotswap_adapter, slim
 from peft_lotra.kan import KAN, KANLinear, SlimKAN, jet
 from peft_lotra.optim import LevenbergMarquardt
-from peft_lotra.pde import (
-    BoxFeatures,
-    HardConstraint,
-    ResidualSampler,
-    box_points,
-    causal_weights,
-    continuation,
-    side_points,
-)
 
 
 def refused(call, match: str) -> None:
@@ -84,13 +75,6 @@ CALLS = {
     "optimizer_cls": lambda: create_lotra_optimizer(adapt(KAN([3, 2])), "adam", lr=0.1),
     "model_name_or_path": lambda: hotswap_adapter(adapt(KAN([3, 2])), None),
     "coefficients": lambda: peft_lotra.register_kan_layer("x", matches=nn.Linear, coefficients=(1, 2)),
-    "`count`": lambda: box_points([0], [1], 2.5),
-    "`sides`": lambda: side_points([0], [1], 3, [(0, "left")]),
-    "`periodic`": lambda: BoxFeatures([0, 0], [1, 1], periodic=[2]),
-    "`residual` is 3": lambda: ResidualSampler([0], [1], 8).draw(3),
-    "`residuals`": lambda: causal_weights(None, torch.rand(10)),
-    "`distance`": lambda: HardConstraint(KAN([1, 1]), "x"),
-    "`solve` is 3": lambda: continuation(KAN([1, 1]), 3, start=1.0, stop=2.0),
 }
 
 

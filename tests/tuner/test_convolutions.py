@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from conv_stand_ins import ConvNet, FastKANConvNDLayer, images, register_missing
+from conv_stand_ins import ConvNet, FastKANConvNDLayer, images
 from helpers import lotra_layers
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -23,11 +23,6 @@ from peft_lotra import (
     slim,
 )
 from peft_lotra.kan import KAN, jet
-
-
-@pytest.fixture(autouse=True)
-def _families():
-    register_missing()
 
 
 def net(family: str = "fastkanconv", groups: int = 1, ndim: int = 2) -> ConvNet:
