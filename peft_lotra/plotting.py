@@ -80,7 +80,7 @@ def plot_edge_functions(
 ) -> Figure | SubFigure:
     """Draws functions on edges of a KAN layer, of the base and with the active adapters; returns the figure.
 
-    The layer of any family is evaluated, with the coefficients of all other inputs at zero.
+    A layer of any kind is evaluated, with the coefficients of all other inputs at zero.
 
     Args:
         model: The model, adapted or not; it stays unchanged.

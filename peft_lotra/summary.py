@@ -84,7 +84,7 @@ def model_summary(model: nn.Module) -> ModelSummary:
         A list of [`LayerSummary`], which prints as a table; `as_dict()` gives plain values.
 
     Raises:
-        ValueError: A pattern of the family of a layer does not fit its parameters.
+        ValueError: A pattern of the kind of a layer does not fit its parameters.
 
     Example:
         >>> from peft_lotra.kan import KAN

@@ -220,7 +220,7 @@ class _Compression:
                 self.layers[found.name] = layer
         if not self.layers:
             raise ValueError(
-                "No KAN layer that could be compressed was found in the model. The known families are "
+                "No KAN layer that could be compressed was found in the model. The known kinds of layers are "
                 f"{', '.join(known_kinds())}; describe another one with `peft_lotra.register_kan_layer`."
             )
         self.tensors = {name: _read_product(name, layer) for name, layer in self.layers.items()}

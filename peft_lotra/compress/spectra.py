@@ -91,14 +91,15 @@ class Spectrum(Report):
 def update_spectrum(base: nn.Module, tuned: nn.Module) -> Spectrum:
     """The spectrum of what fine-tuning did to the coefficients of each KAN layer.
 
-    Active adapters count. Where a family multiplies the splines of each edge by a trainable scale (efficient-kan,
-    pykan, qkan's FourierKAN) and the scales changed too, the spectrum is that of coefficient times scale.
+    Active adapters count. Where a kind of layer multiplies the splines of each edge by a trainable scale
+    (efficient-kan, pykan, qkan's FourierKAN) and the scales changed too, the spectrum is that of coefficient times
+    scale.
 
     Args:
         base, tuned: Two models of one architecture, adapted or not; both stay unchanged.
 
     Raises:
-        ValueError: The KAN layers differ in name, family or shape, there are none, or a coefficient is not finite.
+        ValueError: The KAN layers differ in name, kind or shape, there are none, or a coefficient is not finite.
 
     Example:
         >>> import copy
