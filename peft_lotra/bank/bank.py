@@ -66,6 +66,8 @@ class AdapterBank:
     """
 
     def __init__(self, base: nn.Module, dtype: torch.dtype | None = None) -> None:
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"`dtype` is {dtype}, but must be a floating type.")
         self.base = unwrap(base)
         _check_unmerged(self.base)
         targets = find_targets(LoTRAConfig(), self.base)
@@ -77,7 +79,9 @@ class AdapterBank:
         self.traced_rows: Rows | None = None  # the rows of the pass that a compiler traces
         self._rows: dict[str, int] = {}  # of the matrix, by name
         self._forms: list[Form] = [{}]
-        self._form_of = torch.zeros(1, dtype=torch.int32)  # the place in `_forms` of each row, -1 if it is free
+        self._form_of = torch.zeros(
+            1, dtype=torch.int32, device="cpu"
+        )  # the place in `_forms` of each row, -1 if it is free
         self._free: list[int] = []
         self._known: list[Any] = []  # records of bases that agreed with this one
         self._attached: list[tuple[nn.Module, str, nn.Module]] = []
@@ -98,7 +102,11 @@ class AdapterBank:
         """
         bank = cls(base, dtype)
         if not isinstance(folders, Mapping):
-            folders = {str(folder).replace("\\", "/").rstrip("/").rpartition("/")[2]: folder for folder in folders}
+            folders = list(folders)
+            names = [str(folder).replace("\\", "/").rstrip("/").rpartition("/")[2] for folder in folders]
+            if len(set(names)) < len(names):
+                raise ValueError(f"The folders end alike, in {sorted(names)[:3]} ...: pass a dict of them by name.")
+            folders = dict(zip(names, folders, strict=True))
         for name, folder in folders.items():
             bank.add(name, folder, **kwargs)
         return bank
@@ -315,7 +323,11 @@ class AdapterBank:
             ValueError: A name is unknown, or a number belongs to no adapter.
         """
         are_ids = isinstance(rows, Tensor) or (len(rows) > 0 and isinstance(rows[0], int))
-        index = self._check_ids(torch.as_tensor(rows)) if are_ids else self._index(rows)  # pyright: ignore
+        if are_ids:
+            ids = rows if isinstance(rows, Tensor) else torch.tensor(rows, device="cpu")
+            index = self._check_ids(ids)
+        else:
+            index = self._index(rows)  # pyright: ignore[reportArgumentType]
         # the store is read last: what is added meanwhile is in it
         token = ROWS.set(Rows(self, self.store, index, ForwardPass(None, {}, {})))
         try:

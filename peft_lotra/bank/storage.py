@@ -107,8 +107,8 @@ def _are_finite(packed: Tensor) -> Tensor:
 
 def _checksums(packed: Tensor) -> Tensor:
     """The CRC-32 of the bytes of each row."""
-    rows = packed.view(torch.uint8) if packed.numel() else torch.zeros(len(packed), 0, dtype=torch.uint8)
-    return torch.tensor([zlib.crc32(row) for row in rows.numpy()], dtype=torch.int64)
+    rows = packed.view(torch.uint8) if packed.numel() else torch.zeros(len(packed), 0, dtype=torch.uint8, device="cpu")
+    return torch.tensor([zlib.crc32(row) for row in rows.numpy()], dtype=torch.int64, device="cpu")
 
 
 def export_adapter(

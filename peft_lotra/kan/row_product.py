@@ -64,7 +64,7 @@ class PackedTucker(NamedTuple):
             torch.stack([like.new_zeros(shape) if it is None else _filled(it.tensor[place], shape) for it in updates])
             for place, shape in enumerate(self.component_shapes())
         ]
-        scale = torch.tensor([0.0 if it is None else it.scale for it in updates], dtype=torch.float64)
+        scale = torch.tensor([0.0 if it is None else it.scale for it in updates], dtype=torch.float64, device="cpu")
         core = core * scale.to(core).view(-1, *[1] * (core.dim() - 1))
         parts = [core.permute(0, *range(core.dim() - 1, 0, -1)), factor_out.transpose(1, 2), *factors]
         return torch.cat([part.flatten(1) for part in parts], dim=1).to(like)

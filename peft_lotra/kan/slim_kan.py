@@ -145,7 +145,7 @@ class SlimKANLinear(SplineLayer):
         check_input(x, self.in_features, self, self.core.dtype)
         rows = x.reshape(-1, self.in_features)
         core, factor_out, factor_in, factor_basis = self.components
-        if len(rows) >= _EXPAND_FROM:
+        if torch.compiler.is_compiling() or len(rows) >= _EXPAND_FROM:  # a graph is for any number of rows
             z = spline_product(rows, *self.grid, expand_inputs(core, factor_in, factor_basis[:-1]))
             z = z + F.silu(rows) @ factor_in @ (core @ factor_basis[-1]).T
         else:

@@ -15,7 +15,7 @@ from torch import nn
 
 from .coefficients import named_attribute, named_size
 from .description import REGISTERED, KANLayerSpec
-from .inference import OTHERS, infer_spec
+from .inference import OTHERS, fixed_tensors, infer_spec
 from .layout import axis_patterns
 from .probe import Probe
 
@@ -74,16 +74,16 @@ def describe_layer(module: nn.Module) -> tuple[str, bool] | None:
 
 def _convolutions(module: nn.Module, kernels: Mapping[str, torch.Tensor]) -> Iterator[KANLayerSpec]:
     """The verified descriptions of a module whose coefficients are the kernel of a convolution."""
-    inputs = named_size(module, "i")
+    inputs, grid = named_size(module, "i"), fixed_tensors(module, kernels)
     for name in kernels if inputs else ():
         residuals = [(other, "o i ...") for other in kernels if other != name]
         for pattern, residual in product(("o (i k) ...", "o (k i) ...", "o i k ..."), [*residuals, None]):
-            spec = KANLayerSpec("", nn.Module, (name, pattern), residual, axes={"i": inputs})
+            spec = KANLayerSpec("", nn.Module, (name, pattern), residual, axes={"i": inputs}, grid=tuple(grid))
             try:
                 tensor = spec.locate(module)
             except ValueError:
                 continue
-            if tensor.shape[2] > 1 and len(tensor.shape) == 4 and Probe(module, {}).axes(tensor).is_verified:
+            if tensor.shape[2] > 1 and len(tensor.shape) == 4 and Probe(module, grid).axes(tensor).is_verified:
                 yield spec
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -122,9 +122,7 @@ def _takes_one_argument(module: nn.Module) -> bool:
 def _infer(module: nn.Module, tensors: Tensors) -> KANLayerSpec | None:
     if any(value.is_meta or hasattr(value, "placements") for value in tensors.values()):
         raise Undecided("it has no values")
-    buffers = [name for name, value in module.named_buffers() if value.is_floating_point() and "running" not in name]
-    frozen = [name for name, value in module.named_parameters() if not value.requires_grad and name not in tensors]
-    grid = {name: get_or_none(module, name) for name in (*buffers, *frozen)}
+    grid = fixed_tensors(module, tensors)
     for places in (grid, {}):
         probe = Probe(module, places)
         reading = _find(probe, tensors)
@@ -137,6 +135,13 @@ def _infer(module: nn.Module, tensors: Tensors) -> KANLayerSpec | None:
             described |= {"grid": [*grid], "linear": linear}
             return spec_from_file(KIND, {name: value for name, value in described.items() if value not in (None, [])})
     return None
+
+
+def fixed_tensors(module: nn.Module, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """The buffers and frozen parameters of a layer, by name, which may be its grid."""
+    buffers = [name for name, value in module.named_buffers() if value.is_floating_point() and "running" not in name]
+    frozen = [name for name, value in module.named_parameters() if not value.requires_grad and name not in trained]
+    return {name: get_or_none(module, name) for name in (*buffers, *frozen)}
 
 
 def _find(probe: Probe, tensors: Tensors) -> _Reading | None:

@@ -257,7 +257,12 @@ class LeastSquares:
 
         def evaluate(rows: list[Tensor]) -> Tensor:
             sizes.clear()
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            try:
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                    return self._call(term, rows, leaves)
+            except RuntimeError as error:
+                if "saved tensor hooks" not in str(error):  # transforms of torch.func do not take them
+                    raise
                 return self._call(term, rows, leaves)
 
         plan.columns = evaluate([row[:1] for row in term.rows]).shape[1]

@@ -62,7 +62,8 @@ def sketch(values: Mapping[str, Any]) -> list[float]:
         flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
         square_sum += flat.norm().item() ** 2
         rows = torch.nn.functional.pad(flat, (0, -len(flat) % _ROW_LENGTH)).view(-1, _ROW_LENGTH)
-        projected = (rows @ _signs(0, _ROW_LENGTH).to(rows.dtype)).double()
+        with torch.autocast("cpu", enabled=False):
+            projected = (rows @ _signs(0, _ROW_LENGTH).to(rows.dtype)).double()
         # signs by tensor, too, so that exchanged tensors differ
         sums += (projected * _signs(place * 4096, place * 4096 + len(rows))).sum(0)
     return [square_sum**0.5, *sums.tolist()]

@@ -16,7 +16,7 @@ from ..kan.row_product import PackedTucker, RowProduct, RowUpdates
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.coefficients import CoefficientTensor, get_or_none
 from ..tucker import Update
-from .fused import Formula
+from .fused import Formula, runs_more_than_its_class
 
 
 def full_shape(tensor: CoefficientTensor) -> tuple[int, ...]:
@@ -33,6 +33,7 @@ def output_by_row(
     `updates.index` has an entry for each row of the batch; a layer may get inputs (batch, ..., in).
     """
     is_slim = type(base_layer) is SlimKANLinear and len(args) == 1 and not kwargs
+    is_slim = is_slim and not runs_more_than_its_class(base_layer)
     of_base: Any = base_layer(*args) if is_slim else None  # first, since it checks x
     if not is_slim and (formula is None or not formula.accepts(base_layer, stored, (), args, kwargs)):
         return None

@@ -66,6 +66,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a dict of finite numbers by name",
     ),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"), _NAMES),
+    "layers_to_transform": (
+        lambda value: all(type(index) is int for index in _listed(value)),
+        "an index or a list of indices",
+    ),
+    "adapt_residual": (lambda value: type(value) is bool, "True or False"),
     **dict.fromkeys(("rank_dropout", "module_dropout"), _SHARE),
     "init_weights": (
         lambda value: type(value) is bool or value in ("gradient", "hosvd"),

@@ -31,7 +31,7 @@ from .parameters import without_autocast
 _TOLERANCE = {torch.float32: 1e-6, torch.float64: 0.0}
 _ROWS = 48  # points at which formula and layer are compared
 # The formula that was found, by class, and by what decides how a layer of it runs: in closed form or not.
-_known_formulas: WeakKeyDictionary[type, dict[Any, list[bool]]] = WeakKeyDictionary()
+_known_formulas: WeakKeyDictionary[type, dict[Any, bool]] = WeakKeyDictionary()
 
 
 class Formula(NamedTuple):
@@ -160,13 +160,13 @@ def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientT
     if spec.is_of_this_package(base_layer):
         return Formula(spec, tensor, closed_form=True)
     grid = spec.read_grid(base_layer)
-    shapes = [value.shape if isinstance(value, torch.Tensor) else value for value in grid.values()]
-    key = (spec.basis, spec.splines, tensor.shape, base_layer.training, stored.dtype, *shapes)
+    shapes = [value.shape if isinstance(value, torch.Tensor) else repr(value) for value in grid.values()]
+    key = (tensor.shape, base_layer.training, stored.dtype, *shapes)
     known = _known_formulas.setdefault(type(base_layer), {})
-    tried = known[key] if key in known else (True, False)
+    tried = (known[key], not known[key]) if key in known else (True, False)
     with torch.random.fork_rng([stored.device] if stored.is_cuda else []), without_autocast(stored):
         found = [closed for closed in tried if _is_right(Formula(spec, tensor, closed), base_layer)][:1]
-    known.setdefault(key, found)
+    known.update(dict.fromkeys([key] if found else [], bool(found and found[0])))
     return Formula(spec, tensor, *found) if found else None
 
 

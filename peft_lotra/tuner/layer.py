@@ -105,6 +105,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             self._modules[component] = nn.ParameterDict({})
         self._modules["base_layer"] = base_layer
         self.lotra_grid = self.copy_grid()
+        tensor.read_parts(base_layer)  # computes cached properties, which a compiler cannot
         self._find_formula(tensor.get_parameter(base_layer), is_new=True)
 
     def update_layer(self, adapter_name: str, config: LoTRAConfig, is_loaded: bool = False) -> None:
@@ -400,7 +401,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def _find_formula(self, stored: torch.Tensor, is_new: bool = False) -> Formula | None:
         """The formula of the base layer in its present mode and dtype, found in its first eager pass."""
         base_layer = self._modules["base_layer"]
-        key = (base_layer.training, stored.dtype)
+        # the formula of our own layers does not depend on the mode
+        key = (base_layer.training and not self.lotra_spec.is_of_this_package(base_layer), stored.dtype)
         if type(base_layer) is not self._base_type:  # FSDP has wrapped it
             return None
         if key not in self._formulas:

@@ -286,8 +286,9 @@ class LoTRAModel(BaseTuner):
         release_networks(model)
         for parameter, flag in self._requires_grad_of_base:
             parameter.requires_grad_(flag)
-        for layer, slim in slims:  # a dense layer in its place is as trainable
-            layer.base_layer.requires_grad_(any(part.requires_grad for part in slim.parameters()))
+        for layer, slim in slims:
+            if layer.base_layer is not slim:  # a dense layer in its place is as trainable
+                layer.base_layer.requires_grad_(any(part.requires_grad for part in slim.parameters()))
         return model
 
     add_weighted_adapter = add_weighted_adapter

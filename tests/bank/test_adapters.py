@@ -255,3 +255,15 @@ def test_a_peft_model_as_base():
     assert apart(answer(bank, "a"), expected) < 2e-6
     assert torch.equal(model(X), expected)
     assert apart(answer(bank, "__base__"), net()(X)) < 2e-6
+
+
+def test_folders_that_end_alike(tmp_path):
+    for customer in ("anna", "ben"):
+        adapted(net()).save_pretrained(tmp_path / customer / "last")
+    with pytest.raises(ValueError, match="end alike"):
+        AdapterBank.from_folders(net(), [tmp_path / "anna/last", tmp_path / "ben/last"])
+
+
+def test_a_dtype_that_rounds():
+    with pytest.raises(ValueError, match="floating type"):
+        AdapterBank(net(), torch.int32)

@@ -261,3 +261,11 @@ def test_a_layer_that_is_used_twice():
     bank, alone = several(nn.Sequential(layer, layer))
     with torch.no_grad():
         assert apart(bank.attach()(X, adapter_names=NAMES), one_by_one(alone, NAMES, X)) < 2e-6
+
+
+def test_compiled_before_the_first_call():
+    """Also if the base was in training mode when the bank was attached."""
+    bank, alone = several(KAN([3, 5, 4]).train())
+    model = torch.compile(bank.attach().eval(), fullgraph=True, backend=lambda graph, _: graph)
+    with torch.no_grad():
+        assert apart(model(X, ids=bank.ids(NAMES)), one_by_one(alone, NAMES, X)) < 2e-6

@@ -10,7 +10,7 @@ from helpers import base, inputs, lotra_layers, nested
 from stand_ins import FAMILIES, ChebyKANLayer
 from torch import nn
 
-from peft_lotra.kan import KAN, KANLinear
+from peft_lotra.kan import KAN, KANLinear, SlimKAN
 
 
 NAMES = ["default", "__base__", "other", "other", "default", "__base__"]
@@ -143,3 +143,12 @@ def test_a_part_that_is_compiled(in_place):
         base = nn.Sequential(torch.compile(base, backend="eager"))
     with pytest.raises(ValueError, match="do not reach compiled modules"):
         adapted(base)(inputs(), adapter_names=["__base__"] * 6)
+
+
+@pytest.mark.parametrize("make", [lambda: KAN([3, 5, 2]), lambda: SlimKAN([3, 5, 2], ranks=2)])
+def test_a_hook_of_a_base_layer(make):
+    model, x = adapted(make()), inputs()
+    add(model, "other")
+    model.get_base_model().layers[1].base_layer.register_forward_hook(lambda module, args, output: 2 * output)
+    y = model.eval()(x, adapter_names=["default", "other"] * 3)
+    assert apart(y[::2], model(x)[::2]) < 1e-6

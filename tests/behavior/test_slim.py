@@ -104,3 +104,12 @@ def test_unloading_frees_what_was_free(small, trainable):
     merged = copy.deepcopy(model).merge_and_unload()
     for unloaded in (merged, model.unload()):
         assert {p.requires_grad for n, p in unloaded.named_parameters() if "grid" not in n} == {trainable}
+
+
+def test_unloading_leaves_each_flag(small):
+    base = copy.deepcopy(small)
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_("core" in name)
+    flags = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    unloaded = get_peft_model(base, LoTRAConfig(r=2)).unload()
+    assert {name: parameter.requires_grad for name, parameter in unloaded.named_parameters()} == flags

@@ -103,3 +103,22 @@ def test_known_layers_and_those_of_torch_are_no_candidates():
     assert find_kan_layers(model, candidates=True) == find_kan_layers(model)
     adapted = adapt(nn.Sequential(KANLinear(3, 4), KANLinear(4, 2)))
     assert len(find_kan_layers(adapted, candidates=True)) == 2
+
+
+class Hats(nn.Module):
+    """A convolution of hat functions on a grid that is far from zero."""
+
+    def __init__(self, i, o, k=6):
+        super().__init__()
+        self.in_channels, self.out_channels = i, o
+        self.register_buffer("grid", torch.linspace(10, 20, k))
+        self.conv = nn.Conv2d(i * k, o, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        hats = torch.relu(1 - (x.unsqueeze(2) - self.grid.view(1, 1, -1, 1, 1)).abs() / 2)
+        return self.conv(hats.flatten(1, 2))
+
+
+def test_the_grid_of_a_convolution_is_offered():
+    text = str(find_kan_layers(nn.Sequential(Hats(3, 6)), candidates=True))
+    assert "verified by gradients" in text and 'grid=("grid",)' in text and '"o (i k) ..."' in text

@@ -77,6 +77,13 @@ def test_the_verdict_on_the_fast_path(changes, verdict):
     assert re.search(verdict, check_kan_layer(Radial()).fast_path)
 
 
+def test_a_corrected_function_opens_the_fast_path():
+    register_radial(basis=lambda m, x: m.basis(x), activation=lambda m, x: 2 * x)
+    assert check_kan_layer(Radial()).fast_path.startswith("closed")
+    register_radial(basis=lambda m, x: m.basis(x), activation=lambda m, x: x)
+    assert check_kan_layer(Radial()).fast_path.startswith("open")
+
+
 @pytest.mark.filterwarnings("error::UserWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_known_families(family):
