@@ -32,7 +32,7 @@ def test_folders_models_and_state_dicts(tmp_path):
     bank.add("cleo", get_peft_model_state_dict(model), alpha=0.5)
     assert bank.names == ["anna", "ben", "cleo"] and len(bank) == 3 and "ben" in bank and "dora" not in bank
     for name in bank.names:
-        assert apart(answer(bank, name), expected) < 2e-6
+        assert apart(answer(bank, name), expected) < 1e-5
     assert AdapterBank.from_folders(net(), {"x": tmp_path / "anna"}).names == ["x"]
 
 
@@ -48,7 +48,7 @@ def test_rows_of_removed_adapters_are_used_again():
     state = get_peft_model_state_dict(model)
     for _ in range(300):
         bank.add("a", state, replace=True)
-    assert len(bank.store.packed) <= 128 and apart(answer(bank, "a"), model(X)) < 2e-6
+    assert len(bank.store.packed) <= 128 and apart(answer(bank, "a"), model(X)) < 1e-5
 
 
 def test_removed_replaced_and_compacted():
@@ -66,7 +66,7 @@ def test_removed_replaced_and_compacted():
     bank.compact()
     assert bank.ids(bank.names).tolist() == [0, 1, 2, 3, 4]
     for name, model in {"a1": 2, "new": 2, "a3": 1, "a4": 0, "a5": 1}.items():
-        assert apart(answer(bank, name), models[model](X)) < 2e-6
+        assert apart(answer(bank, name), models[model](X)) < 1e-5
     with pytest.raises(ValueError, match="'a0' to remove"):
         bank.remove("a0")
 
@@ -153,7 +153,7 @@ def test_saved_and_loaded(tmp_path, mapped):
     bank = AdapterBank.load(net(), tmp_path, mapped=mapped)
     assert bank.names == list(models)
     for name, model in models.items():
-        assert apart(answer(bank, name), model(X)) < 2e-6
+        assert apart(answer(bank, name), model(X)) < 1e-5
     if mapped:
         with pytest.raises(ValueError, match="mapped"):
             bank.add("more", models["splines"])
@@ -170,7 +170,7 @@ def test_exported_for_peft(tmp_path):
     for name, model in models.items():
         bank.export(name, tmp_path / name)
         loaded = PeftModel.from_pretrained(net(), tmp_path / name).eval()
-        assert apart(loaded(X), model(X)) < 2e-6
+        assert apart(loaded(X), model(X)) < 1e-5
         former, found = (get_peft_model_state_dict(it) for it in (model, loaded))
         assert {key: part.shape for key, part in former.items()} == {key: part.shape for key, part in found.items()}
     with pytest.raises(ValueError, match="'nobody' to export"):
@@ -252,9 +252,9 @@ def test_a_peft_model_as_base():
     model = adapted(net())
     bank, expected = AdapterBank(model), model(X).detach()
     bank.add("a", model)
-    assert apart(answer(bank, "a"), expected) < 2e-6
+    assert apart(answer(bank, "a"), expected) < 1e-5
     assert torch.equal(model(X), expected)
-    assert apart(answer(bank, "__base__"), net()(X)) < 2e-6
+    assert apart(answer(bank, "__base__"), net()(X)) < 1e-5
 
 
 def test_folders_that_end_alike(tmp_path):

@@ -16,7 +16,7 @@ from peft_lotra import AdapterBank
 from peft_lotra.kan import KAN, KANLinear, SlimKAN
 
 
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 NAMES = ["a", "__base__", "b", "c", "b", "__base__", "a", "c"]
 # unequal ranks, an alpha, no residual branch
 SETTINGS = {"a": {"alpha": 0.7}, "b": {"r": (4, 1, 2)}, "c": {"r": 1, "adapt_residual": False}}
@@ -67,7 +67,7 @@ def test_kinds_that_run_once_for_each_adapter(kind):
     bank, alone = several(KINDS[kind]() if kind in KINDS else CONVS[kind]())
     model, x = bank.attach(), X if kind in KINDS else torch.rand(8, 2, 5, 5)
     with torch.no_grad():
-        assert apart(model(x, adapter_names=NAMES), one_by_one(alone, NAMES, x)) < 2e-6
+        assert apart(model(x, adapter_names=NAMES), one_by_one(alone, NAMES, x)) < 1e-5
 
 
 def test_many_rows_and_a_gradient():
@@ -77,12 +77,12 @@ def test_many_rows_and_a_gradient():
     names = [("a", "b", "c", "__base__")[n] for n in torch.randint(4, (2500,)).tolist()]
     y = model(x, adapter_names=names)
     expected = {name: own(x) for name, own in alone.items()}
-    assert apart(y, torch.stack([expected[name][row] for row, name in enumerate(names)])) < 2e-6
+    assert apart(y, torch.stack([expected[name][row] for row, name in enumerate(names)])) < 1e-5
     (found,) = torch.autograd.grad(y.sum(), x)
     sums = sum((own * torch.tensor([[name == other] for other in names])).sum() for name, own in expected.items())
     assert apart(found, torch.autograd.grad(sums, x)[0]) < 1e-5
     with torch.no_grad():
-        assert apart(model(x, adapter_names=names), y) < 2e-6
+        assert apart(model(x, adapter_names=names), y) < 1e-5
 
 
 def test_adapters_of_some_layers():
@@ -93,7 +93,7 @@ def test_adapters_of_some_layers():
         bank.add(name, alone[name])
     model, names = bank.attach(), ["a", "b", "__base__", "b"] * 2
     with torch.no_grad():
-        assert apart(model(X, adapter_names=names), one_by_one(alone, names, X)) < 2e-6
+        assert apart(model(X, adapter_names=names), one_by_one(alone, names, X)) < 1e-5
 
 
 def test_rows_behind_leading_dimensions_and_in_another_order():
@@ -103,11 +103,11 @@ def test_rows_behind_leading_dimensions_and_in_another_order():
     names = ["a", "b", "__base__", "c"]
     with torch.no_grad():
         expected = one_by_one(alone, names, x)
-        assert apart(model(x, adapter_names=names), expected) < 2e-6
-        assert apart(model(x.view(-1, 3), adapter_names=names).view(4, 6, 2), expected) < 2e-6  # a view
+        assert apart(model(x, adapter_names=names), expected) < 1e-5
+        assert apart(model(x.view(-1, 3), adapter_names=names).view(4, 6, 2), expected) < 1e-5  # a view
         with bank.rows(names * 6):
             turned = model(x.transpose(0, 1).reshape(-1, 3)).view(6, 4, 2)
-        assert apart(turned.transpose(0, 1), expected) < 2e-6
+        assert apart(turned.transpose(0, 1), expected) < 1e-5
         with bank.rows((bank.ids(names) + 0).tolist() * 6):
             assert torch.equal(model(x.transpose(0, 1).reshape(-1, 3)).view(6, 4, 2), turned)
         with pytest.raises(ValueError, match="layers.0"):
@@ -145,11 +145,11 @@ def test_compiled_once_for_all_adapters():
         for count in range(12):
             bank.add(f"more{count}", alone["b"])
             ids = torch.randint(-1, len(bank), (8,))
-            assert apart(compiled(X, ids=ids), model(X, ids=ids)) < 2e-6
+            assert apart(compiled(X, ids=ids), model(X, ids=ids)) < 1e-5
         bank.remove("a")
         bank.add("d", alone["c"])
         ids = bank.ids(["d"] * 8)
-        assert apart(compiled(X, ids=ids), alone["c"](X)) < 2e-6
+        assert apart(compiled(X, ids=ids), alone["c"](X)) < 1e-5
     assert len(graphs) <= 3  # capacities 4, 8, 16
 
 
@@ -161,7 +161,7 @@ def test_exported_with_ids_as_an_input():
     program = torch.export.export(model, (X,), {"ids": bank.ids(NAMES)}, dynamic_shapes=shapes)
     names = ["c", "b", "a", "__base__"]
     with torch.no_grad():
-        assert apart(program.module()(X[:4], ids=bank.ids(names)), one_by_one(alone, names, X)) < 2e-6
+        assert apart(program.module()(X[:4], ids=bank.ids(names)), one_by_one(alone, names, X)) < 1e-5
 
 
 def test_onnx(tmp_path):
@@ -185,7 +185,7 @@ def test_kinds_without_functions_in_graphs():
     with pytest.raises(RuntimeError, match="basis"):
         torch.compile(model, backend="eager")(X, ids=bank.ids(NAMES))
     with torch.no_grad():
-        assert apart(model(X, ids=bank.ids(NAMES)), one_by_one(alone, NAMES, X)) < 2e-6
+        assert apart(model(X, ids=bank.ids(NAMES)), one_by_one(alone, NAMES, X)) < 1e-5
 
 
 def test_a_compiled_part_of_the_model():
@@ -194,8 +194,8 @@ def test_a_compiled_part_of_the_model():
     model = bank.attach()
     base.kan.compile(backend="eager")
     with torch.no_grad():
-        assert apart(model(X, adapter_names=NAMES), one_by_one(alone, NAMES, X)) < 2e-6
-        assert apart(model(X), alone["__base__"](X)) < 2e-6
+        assert apart(model(X, adapter_names=NAMES), one_by_one(alone, NAMES, X)) < 1e-5
+        assert apart(model(X), alone["__base__"](X)) < 1e-5
 
 
 def test_detached_as_before():
@@ -229,7 +229,7 @@ def test_what_a_call_refuses():
         with pytest.raises(ValueError, match=word):
             model(X, ids=torch.tensor(ids))
     with torch.no_grad():  # nothing was left behind
-        assert apart(model(X, adapter_names=["a"] * 8), alone["a"](X)) < 2e-6
+        assert apart(model(X, adapter_names=["a"] * 8), alone["a"](X)) < 1e-5
 
 
 @pytest.mark.parametrize("what", ["merged", "another base", "a moved grid"])
@@ -260,7 +260,7 @@ def test_a_layer_that_is_used_twice():
     layer = KANLinear(3, 3)
     bank, alone = several(nn.Sequential(layer, layer))
     with torch.no_grad():
-        assert apart(bank.attach()(X, adapter_names=NAMES), one_by_one(alone, NAMES, X)) < 2e-6
+        assert apart(bank.attach()(X, adapter_names=NAMES), one_by_one(alone, NAMES, X)) < 1e-5
 
 
 def test_compiled_before_the_first_call():
@@ -268,4 +268,4 @@ def test_compiled_before_the_first_call():
     bank, alone = several(KAN([3, 5, 4]).train())
     model = torch.compile(bank.attach().eval(), fullgraph=True, backend=lambda graph, _: graph)
     with torch.no_grad():
-        assert apart(model(X, ids=bank.ids(NAMES)), one_by_one(alone, NAMES, X)) < 2e-6
+        assert apart(model(X, ids=bank.ids(NAMES)), one_by_one(alone, NAMES, X)) < 1e-5
