@@ -351,7 +351,6 @@ def _bank_layer(name: str, target: Target, bank: AdapterBank) -> BankLayer:
     layer_cls = SlimBankLayer if isinstance(target.layer, (SlimKANLinear, SlimLayer)) else BankLayer
     layer = layer_cls(*target, name)
     vars(layer)["lotra_bank"] = bank
-    target.coefficients.read_parts(target.layer)  # computes cached properties, which a compiler cannot
     return layer
 
 

@@ -175,14 +175,6 @@ class KANLayerSpec:
         is_numpy = {name: isinstance(value, Number) and hasattr(value, "item") for name, value in values.items()}
         return {n: value.item() if is_numpy[n] else value for n, value in values.items() if value is not None}
 
-    def basis_or_none(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-        """The basis functions (batch, in, basis) at x (batch, in), or `None` without a `basis` that works."""
-        try:
-            value = None if self.basis is None else self.basis(layer, x)
-        except Exception:  # a user's function
-            return None
-        return value if isinstance(value, torch.Tensor) else None
-
     def find_edge_scale(self, layer: nn.Module) -> str | None:
         """The name of the parameter that scales the splines of each edge, or `None` if the layer has none."""
         name, _ = self.edge_scale or ("", "")

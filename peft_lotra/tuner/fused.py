@@ -166,8 +166,10 @@ def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientT
     tried = (known[key], not known[key]) if key in known else (True, False)
     with torch.random.fork_rng([stored.device] if stored.is_cuda else []), without_autocast(stored):
         found = [closed for closed in tried if _is_right(Formula(spec, tensor, closed), base_layer)][:1]
-    known.update(dict.fromkeys([key] if found else [], bool(found and found[0])))
-    return Formula(spec, tensor, *found) if found else None
+    if not found:
+        return None
+    known[key] = found[0]
+    return Formula(spec, tensor, found[0])
 
 
 def _is_right(formula: Formula, base_layer: nn.Module) -> bool:

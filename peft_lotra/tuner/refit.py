@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,16 +16,13 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import nn
 
+from ..kan.basis import change_of_basis, spread_points
 from ..layers.registry import same_grid, short_name
 from ..modules.calls import call_with_parameters, check_module, modes_kept
 from ..report import Report, TextTable
 from ..tucker import Tucker, fit, relative_energy, tucker
 from .guards import bare_base
 from .layer import LoTRALayer, lotra_layers
-
-
-# the weight of the points that spread over the whole grid beside the samples, as in `KANLinear.update_grid`.
-_FILL_WEIGHT = 0.01
 
 
 @dataclass(eq=False)
@@ -155,16 +151,16 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple
     components = _on_cpu(layer.get_components(adapter))
     old = components.dense()
     samples = x.detach().reshape(-1, layer.in_features)
-    points = torch.cat([samples, _spread(layer, samples)])
-    weight = torch.ones(len(points), 1, 1, dtype=torch.float64, device="cpu")
-    weight[len(samples) :] = math.sqrt(_FILL_WEIGHT * len(samples) / (len(points) - len(samples)))
+    points, weight = spread_points(samples, *_ends(layer, samples), 4 * layer.lotra_tensor.shape[-1])
+    weight = weight.double().cpu()
     old_basis, new_basis = (_basis(name, layer, grid, points) for grid in (layer.lotra_grid, {}))
     if old_basis.shape != new_basis.shape:
         numbers = f"{old_basis.shape[-1]} basis functions for each input and has {new_basis.shape[-1]}"
         raise ValueError(f"`{name}` had {numbers} now: merge adapters before their number changes.")
-    weighted = (weight * new_basis).transpose(0, 1)  # (in, points, basis)
-    transfer = torch.linalg.lstsq(weighted, (weight * old_basis).transpose(0, 1)).solution
-    metric = torch.linalg.qr(weighted)[1]  # brings the coefficients of an edge to the values of its function
+    transfer = change_of_basis(weight * new_basis, weight * old_basis)
+    metric = torch.linalg.qr((weight * new_basis).transpose(0, 1))[
+        1
+    ]  # brings the coefficients of an edge to the values of its function
     if old.shape[-1] > old_basis.shape[-1]:
         # The residual branch stays, and has a block of its own: the layer may scale its splines edge by edge.
         residual = F.silu(points.double().cpu())[..., None]
@@ -207,12 +203,11 @@ def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: torch.Tenso
     return call_with_parameters(base, tensors, lambda: function(base, x), (), {}).double().cpu()
 
 
-def _spread(layer: LoTRALayer, samples: torch.Tensor) -> torch.Tensor:
-    """Points (n, in) over each input's grid, or over the range of the samples if the grid is no tensor by input."""
+def _ends(layer: LoTRALayer, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both ends (in,) of each input's grid, or of the samples if the grid is no tensor by input."""
     low, high = samples.aminmax(dim=0)
     for value in layer.lotra_spec.read_grid(layer.get_base_layer()).values():
         if isinstance(value, torch.Tensor) and value.dim() == 2 and len(value) == layer.in_features:
             low, high = value.detach().to(samples).aminmax(dim=1)
             break
-    fill = torch.linspace(0, 1, 4 * layer.lotra_tensor.shape[-1], device="cpu").to(samples)[:, None]
-    return torch.lerp(low, high, fill)
+    return low, high
