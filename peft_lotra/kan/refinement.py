@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor, nn
 
-from ..modules.calls import share_hooks
+from ..modules.calls import share_hooks, unwrap
 from ..tucker import Tucker
 from .basis import UniformGrid, bspline_basis, change_of_basis, check_grid
 from .input_map import InputMap
@@ -43,7 +44,7 @@ class RefinementReport:
 @torch.inference_mode(False)  # parameters made in that mode could not be trained
 @torch.no_grad()
 def refine_grid(
-    kan: LayerStack,
+    kan: nn.Module,
     grid_size: int,
     samples: Tensor | None = None,
     *,
@@ -65,10 +66,15 @@ def refine_grid(
     extended by whole intervals, at most the `spline_order` on which splines are not zero. The function is then kept to
     rounding at the samples, and the grids of layers differ in size.
 
+    Adapters are carried over exactly, all of them and at any rank, if the new grids contain the old ones: `grid_size`
+    is a multiple of the old one, without samples or with `exact`. The matrix T that expresses the old splines by the
+    new ones is then the same for all inputs, and factor_basis becomes T factor_basis.
+
     The parameters are replaced by new ones: make optimizers afterwards. `LevenbergMarquardt` needs nothing.
 
     Args:
-        kan: A `KAN` or a `SlimKAN`. Slim layers have one basis for all inputs: only without samples and density.
+        kan: A `KAN` or a `SlimKAN`, or one that PEFT or `torch.compile` has wrapped. Slim layers have one basis for
+            all inputs: only without samples and density.
         grid_size: The number of intervals of each new grid.
         samples: Inputs (N, I) of the network.
         density: Positive numbers (I, C), the relative number of knots wanted in C equal cells of each of the first
@@ -79,8 +85,9 @@ def refine_grid(
 
     Raises:
         TypeError: `kan` is no `KAN` or `SlimKAN`.
-        ValueError: An argument is out of range; a layer has an adapter or is of an unknown kind; samples are not
-            finite; the function cannot be kept to `tolerance`. The network is as before then.
+        ValueError: An argument is out of range; a layer is of an unknown kind, or has adapters that are merged or
+            cannot be carried over; samples are not finite; the function cannot be kept to `tolerance`. The network is
+            as before then.
 
     Source: W. Boehm, "Inserting new knots into B-spline curves" (1980), for nested grids; C. de Boor, "A Practical
     Guide to Splines" (1978), chapter XII, for the placement of knots.
@@ -94,6 +101,7 @@ def refine_grid(
         >>> kan.layers[0].grid_size, torch.allclose(kan(x), before, atol=1e-6)
         (8, True)
     """
+    kan = unwrap(kan)
     if not isinstance(kan, LayerStack):
         raise TypeError(
             f"`kan` is {type(kan).__name__}, but must be a KAN or a SlimKAN: give the network inside of a wrapper, "
@@ -103,6 +111,14 @@ def refine_grid(
     first, before = splines[0], kan.layers[0]
     old_map = new_map = before if isinstance(before, KnotMap) and kan.layers[1] is first else None
     has_slim = any(isinstance(layer, SlimKANLinear) for layer in splines)
+    adapted = [name for name, layer in kan.layers.named_children() if _is_adapted(layer)]
+    is_nested = density is None and (samples is None or exact) and not any(grid_size % s.grid_size for s in splines)
+    if adapted and not is_nested:
+        raise ValueError(
+            f"`layers.{adapted[0]}` has adapters, which need a `grid_size` that is a multiple of the old ones, "
+            f"{[layer.grid_size for layer in splines]}, no `density`, and `samples` with `exact` alone. Or merge them "
+            "first, by `merge_and_unload()`."
+        )
     if has_slim and not (samples is None and density is None):
         raise ValueError(
             "Slim layers have one basis for all of their inputs, and can be refined without `samples` and `density` "
@@ -126,8 +142,10 @@ def refine_grid(
         new_map = KnotMap(low, high, density.to(low))
 
     layers: list[nn.Module] = [] if new_map is None else [new_map]
-    errors, outside = {}, {}
+    errors, outside, carried = {}, {}, []
     for name, layer in kan.layers.named_children():
+        part: Any = layer
+        layer = part.base_layer if _is_adapted(part) else part
         if isinstance(layer, SplineLayer):
             low, high = layer.grid_bounds.unbind(-1)
             outside[name] = 0.0 if samples is None else ((samples < low) | (samples > high)).double().mean().item()
@@ -137,17 +155,21 @@ def refine_grid(
             elif samples is not None and layer is not first:
                 bounds = layer.covering(samples, _MARGIN)
             maps = (old_map, new_map) if layer is first else (None, None)
-            new, errors[name] = _refitted(layer, size, bounds, *maps)
+            new, transfer, errors[name] = _refitted(layer, size, bounds, *maps)
             if not errors[name] <= tolerance:
                 raise ValueError(
                     f"`layers.{name}` cannot be kept: on a grid of {size} intervals its functions change by "
                     f"{errors[name]:.1e} of their size, more than `tolerance` ({tolerance:g}). Its old grid has "
                     f"{layer.grid_size}: take a larger `grid_size`."
                 )
-            layers.append(new)
+            if part is not layer:
+                carried.append((part, new, transfer))
+            layers.append(new if part is layer else part)
         elif layer is not old_map:
             layers.append(layer)
-        samples = None if samples is None else layer(samples)
+        samples = None if samples is None else part(samples)
+    for part, new, transfer in carried:
+        part.carry_to(new, transfer)
     kan.layers = nn.ModuleList(layers)
     return RefinementReport(errors, outside)
 
@@ -157,16 +179,23 @@ def _check_layers(kan: LayerStack, grid_size: int) -> list[SplineLayer]:
     parameters = {KANLinear: {"spline_weight", "base_weight"}, SlimKANLinear: set(Tucker._fields[:4])}
     splines = []
     for name, layer in kan.layers.named_children():
+        if _is_adapted(layer):
+            layer = layer.base_layer
         if isinstance(layer, SplineLayer) and parameters.get(type(layer)) == set(dict(layer.named_parameters())):
             check_grid(grid_size, layer.spline_order)
             splines.append(layer)
         elif not (isinstance(layer, InputMap) or is_norm(layer)):
             raise ValueError(
-                f"`layers.{name}`, {type(layer).__name__}, cannot be refined. Merge an adapter first, put batch "
+                f"`layers.{name}`, {type(layer).__name__}, cannot be refined. Unmerge its adapters, put batch "
                 "normalization into evaluation mode, and remove what a KAN layer has of its own: weight "
                 "normalization, pruning, a subclass."
             )
     return splines
+
+
+def _is_adapted(layer: Any) -> bool:
+    """Whether a layer has adapters that it can carry to another base layer, and that are not merged into it."""
+    return hasattr(layer, "carry_to") and not layer.merged
 
 
 def _extended(layer: SplineLayer, z: Tensor, grid_size: int) -> tuple[Tensor, int]:
@@ -181,8 +210,9 @@ def _extended(layer: SplineLayer, z: Tensor, grid_size: int) -> tuple[Tensor, in
 
 def _refitted(
     layer: SplineLayer, grid_size: int, bounds: Tensor, old_map: KnotMap | None, new_map: KnotMap | None
-) -> tuple[SplineLayer, float]:
-    """The layer on another grid, and the largest change of its functions there, as a share of the largest value."""
+) -> tuple[SplineLayer, Tensor, float]:
+    """The layer on another grid, its basis in terms of the old one, (K', K), which is that of the first input alone,
+    and the largest change of its functions there, as a share of the largest value."""
     order = layer.spline_order
     new_grid = UniformGrid.between(bounds.double(), grid_size, order)
     old_grid = UniformGrid.between(layer.grid_bounds.double(), layer.grid_size, order)
@@ -218,4 +248,4 @@ def _refitted(
 
     before = values(layer, old_basis, old_silu)
     error = (values(new, new_basis, new_silu) - before).abs().max()
-    return new, (error / before.abs().max().clamp(min=torch.finfo(torch.float64).tiny)).item()
+    return new, transfer[0, :, :-1], (error / before.abs().max().clamp(min=torch.finfo(torch.float64).tiny)).item()

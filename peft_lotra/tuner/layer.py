@@ -280,6 +280,28 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """Takes the present grid for that of the adapters; on it, the layer may have another formula."""
         self.lotra_grid, self._grid_state, self._formulas = self.copy_grid(), None, {}
 
+    def exchange_base(self, layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> None:
+        """Puts another layer in the place of the base layer, in its mode."""
+        mode = self._modules["base_layer"].training
+        vars(self).update(lotra_spec=spec, lotra_tensor=tensor, _base_type=type(layer))
+        self._modules["base_layer"] = layer.train(mode)
+        self.grid_is_new()
+
+    @torch.no_grad()
+    def carry_to(self, layer: nn.Module, transfer: torch.Tensor) -> None:
+        """Puts a layer on another grid in the place of the base layer, and expresses all adapters on it.
+
+        Args:
+            layer: The layer, of the same kind.
+            transfer: (K', K), the basis functions of the base layer as sums of those of the new one, at each input.
+        """
+        self.exchange_base(layer, self.lotra_spec, self.lotra_spec.locate(layer))
+        factors = self._modules["lotra_factor_basis"]
+        for adapter, factor in factors.items():
+            rows = factor[: transfer.shape[1]].to(transfer)
+            moved = torch.cat([(transfer @ rows).to(factor), factor[len(rows) :]])  # the residual branch stays
+            factors[adapter] = nn.Parameter(moved, requires_grad=factor.requires_grad)
+
     def copy_grid(self) -> Grid:
         grid = self.lotra_spec.read_grid(self.get_base_layer())
         return {name: v.detach().clone() if isinstance(v, torch.Tensor) else v for name, v in grid.items()}

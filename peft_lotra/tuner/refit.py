@@ -63,7 +63,7 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
         inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments. A few
             hundred rows are plenty; a layer needs memory for four bases of all rows in float64.
         move: Moves the grids. It is called with the base model, in which the bare layers stand in their places, and
-            must not replace them.
+            must not replace them. (`refine_grid` gives adapted layers finer grids by itself.)
 
     Raises:
         ValueError: Adapters are merged or disabled; the family of a layer offers no basis, or the layer is a
@@ -156,11 +156,10 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple
     old_basis, new_basis = (_basis(name, layer, grid, points) for grid in (layer.lotra_grid, {}))
     if old_basis.shape != new_basis.shape:
         numbers = f"{old_basis.shape[-1]} basis functions for each input and has {new_basis.shape[-1]}"
-        raise ValueError(f"`{name}` had {numbers} now: merge adapters before their number changes.")
+        raise ValueError(f"`{name}` had {numbers} now: merge its adapters first, or call `refine_grid`.")
     transfer = change_of_basis(weight * new_basis, weight * old_basis)
-    metric = torch.linalg.qr((weight * new_basis).transpose(0, 1))[
-        1
-    ]  # brings the coefficients of an edge to the values of its function
+    # brings the coefficients of an edge to the values of its function
+    metric = torch.linalg.qr((weight * new_basis).transpose(0, 1)).R
     if old.shape[-1] > old_basis.shape[-1]:
         # The residual branch stays, and has a block of its own: the layer may scale its splines edge by edge.
         residual = F.silu(points.double().cpu())[..., None]

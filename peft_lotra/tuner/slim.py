@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..layers.coefficients import CoefficientTensor
-from ..layers.registry import KANLayerSpec, get_kan_spec
+from ..layers.registry import get_kan_spec
 from ..modules.calls import share_hooks
 from ..tucker import Tucker, Update, direct_sum
 from .layer import LoTRALayer, Target
@@ -73,28 +71,15 @@ class SlimLoTRALayer(LoTRALayer):
             share_hooks(self.base_layer, dense)
             spec = get_kan_spec(dense)
             assert spec is not None
-            self._exchange(dense, spec, spec.locate(dense))
+            self.exchange_base(dense, spec, spec.locate(dense))
             self._slim = slim
         super()._add(updates)
 
     def _restore(self) -> None:
         if self._slim is not None:
             slim, self._slim = self._slim, None
-            self._exchange(*slim)
+            self.exchange_base(*slim)
         self._write(self._before_merge)
-
-    def _exchange(self, layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> None:
-        """Replaces the base layer; the grid that is recorded is named as in the new one."""
-        values = self.lotra_grid.values()
-        vars(self).update(
-            lotra_spec=spec,
-            lotra_tensor=tensor,
-            lotra_grid=dict(zip(spec.read_grid(layer), values, strict=True)),
-            _formulas={},
-            _base_type=type(layer),
-            _grid_state=None,
-        )
-        self._modules["base_layer"] = layer.train(self.base_layer.training)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> SlimLoTRALayer:
         super()._apply(fn, *args, **kwargs)

@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-from helpers import adapt
 from jet_helpers import assert_same, nested
 from torch import Tensor, nn
 
@@ -204,13 +203,11 @@ REFUSED = {
     "`density` .3, 5. must be": lambda model: refine_grid(model, 12, density=torch.ones(3, 5)),
     "`exact` needs `samples`": lambda model: refine_grid(model, 12, exact=True),
     "a multiple of the old ones, .6, 6, 6.": lambda model: refine_grid(model, 15, X, exact=True),
-    "`layers.0`, LoTRALayer, cannot": lambda model: refine_grid(adapt(copy.deepcopy(model)).get_base_model(), 12),
     "`kan` is Sequential, but must be a KAN": lambda model: refine_grid(nn.Sequential(model), 12),
 }
 
 
 @pytest.mark.parametrize("message", REFUSED)
-@pytest.mark.filterwarnings("ignore:Adapters have more parameters")
 def test_refusals_change_nothing(message):
     model = wide(kan())
     before = copy.deepcopy(model.state_dict())

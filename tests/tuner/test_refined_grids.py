@@ -1,0 +1,84 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""`refine_grid` of an adapted network carries all of its adapters to the finer grids, exactly."""
+
+import copy
+
+import pytest
+import torch
+from behaving import add
+from helpers import assert_same, components, snapshot
+from peft import PeftModel, get_peft_model
+
+from peft_lotra import LoTRAConfig
+from peft_lotra.kan import KAN, SlimKAN, jet, refine_grid
+
+
+X = 1.2 * (2 * torch.rand(200, 2, dtype=torch.float64) - 1)
+
+
+def network(kind=KAN, **kwargs):
+    kan = KAN([2, 6, 1], grid_size=4, dtype=torch.float64, **kwargs)
+    return kan if kind is KAN else SlimKAN([2, 6, 1], (2, 2, 4), grid_size=4, dtype=torch.float64)
+
+
+def adapted(kan):
+    model = get_peft_model(kan, LoTRAConfig(r=(2, 2, 3), init_weights=False))
+    add(model, "other", adapt_residual=False)
+    return model.eval()
+
+
+def outputs(model):
+    with torch.no_grad():
+        for name in ("other", "default"):
+            model.set_adapter(name)
+            yield model(X)
+        with model.disable_adapter():
+            yield model(X)
+
+
+@pytest.mark.parametrize(("kind", "exact"), [(KAN, False), (KAN, True), (SlimKAN, False)])
+def test_all_adapters_are_carried_over(kind, exact, tmp_path):
+    model = adapted(network(kind))
+    for layer in model.base_model.model.layers:  # so wide that no activation leaves it
+        layer.base_layer.grid_bounds.mul_(1 if exact else 40)
+        layer.grid_is_new()
+    before = list(outputs(model))
+    for size in (8, 60 if exact else 16):  # several levels; the grids were extended to 12 and 20
+        refine_grid(model, size, X if exact else None, exact=exact)
+    for y, expected in zip(outputs(model), before, strict=True):
+        torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-12)
+    layer = model.base_model.model.layers[0]
+    assert layer.base_layer.grid_size >= 16 and layer.lotra_r["default"] == (2, 2, 3)
+    assert layer.get_components("other").factor_basis.shape == (layer.base_layer.grid.num_basis, 2)
+    assert {name for name, part in components(model) if part.requires_grad} == {
+        name for name, _ in components(model) if name.endswith("default")
+    }
+    model(X).square().mean().backward()  # and is trained further
+    assert all(part.grad.any() for name, part in components(model) if name.endswith("default"))
+    model.save_pretrained(tmp_path)
+    base = copy.deepcopy(model).unload()
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path).eval()(X), model(X))
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(X), before[1])
+    assert jet(merged, X)[2] is not None
+
+
+REFUSED = {
+    "a multiple of the old ones, .4, 4.": lambda model: refine_grid(model, 6),
+    "`layers.0` has adapters, .*`samples` with `exact` alone": lambda model: refine_grid(model, 8, X),
+    "no `density`": lambda model: refine_grid(model, 8, density=torch.ones(2, 4)),
+    "Unmerge its adapters": lambda model: refine_grid(model, 8),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refusals_change_nothing(words):
+    model = adapted(network())
+    if "Unmerge" in words:
+        model.merge_adapter()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=words):
+        REFUSED[words](model)
+    assert_same(model, before)
