@@ -48,6 +48,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 main = app  # the entry point
+# of adapters, of a family of them, and of adapters in subfolders
+_FILES = [start + name for start in ("", "*/") for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, FILE)]
 
 
 def _ranks(text: str) -> int | tuple[int, ...]:
@@ -58,7 +60,7 @@ def _ranks(text: str) -> int | tuple[int, ...]:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of ADAPTER on the Hub.")]
 Subfolder = Annotated[str | None, typer.Option(help="Name of the adapter, if it is not `default`: its subfolder.")]
-Energy = Annotated[float | None, typer.Option(help="Share of the energy to keep, 0 to 1.")]
+Energy = Annotated[float | None, typer.Option(help="Share of the squared norm to keep in each layer, 0 to 1.")]
 Rank = Annotated[Any, typer.Option(help="Ranks: a number, or out,in,basis.", parser=_ranks, metavar="RANKS")]
 Budget = Annotated[int | None, typer.Option(help="Number of parameters of the result.")]
 Inputs = Annotated[str | None, typer.Option(help="A .safetensors file with one tensor: samples of the input.")]
@@ -124,7 +126,7 @@ def find(model: Network, as_json: Json = False) -> None:
 @_command
 def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False) -> None:
     """Show the layers, ranks, sizes and norms of an adapter, or the members of a family (ParametricAdapter)."""
-    if (path := _folder(adapter, revision) / FILE).is_file():
+    if (path := _folder(adapter, _FILES, revision) / FILE).is_file():
         family = read_family(path)
         return _report(family.as_dict(), f"Family of LoTRA adapters {adapter}\n\n{family}", as_json)
     contents = AdapterContents.of(adapter, *read_adapter(_one_adapter(adapter, revision, subfolder)))
@@ -156,8 +158,8 @@ def merge(
     merged = model.merge_and_unload(safe_merge=True)
     _save(merged, out)
     layers, replaced = ([row.name for row in rows if bool(row.ranks) is adapted] for adapted in (True, False))
-    text = f"merged {len(layers)} layers of {adapter} into a {type(merged).__name__}: {out}"
-    text += f"\nreplaced: {', '.join(replaced)}" if replaced else ""
+    text = f"merged {len(layers)} layers of {adapter} into a {type(merged).__name__}, saved in {out}"
+    text += f"\nreplaced by the adapter's copies: {', '.join(replaced)}" if replaced else ""
     _report({"out": out, "class": type(merged).__name__, "merged": layers, "replaced": replaced}, text, as_json)
 
 
@@ -181,7 +183,7 @@ def extract(
     model = extract_lotra(*models, r=rank, energy=energy, budget=budget)
     model.save_pretrained(out)
     report = model.extraction_report
-    _report({"out": out, **asdict(report)}, f"{report}\nadapter: {out}", as_json)
+    _report({"out": out, **asdict(report)}, f"{report}\nadapter saved in {out}", as_json)
 
 
 @_command
@@ -204,20 +206,24 @@ def slim(
     (x,) = load_file(inputs).values() if inputs else (None,)
     small: Any = compress(_load_model(model, factory), ranks=rank, energy=energy, budget=budget, inputs=x)
     _save(small, out)
-    _report({"out": out, **small.slim_report.as_dict()}, f"{small.slim_report}\nSlim model: {out}", as_json)
+    _report({"out": out, **small.slim_report.as_dict()}, f"{small.slim_report}\nSlim model saved in {out}", as_json)
 
 
-def _folder(source: str, revision: str | None) -> Path:
-    """The folder of adapters, or of a family of them; a repository is downloaded."""
+def _folder(source: str, files: list[str], revision: str | None = None) -> Path:
+    """The file or folder; of a repository, one with these files."""
     if Path(source).exists():
         return Path(source)
-    files = [start + name for start in ("", "*/") for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, FILE)]
-    return Path(snapshot_download(source, revision=revision, allow_patterns=files))
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=files))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"There is no folder {source} here, and no repository of that name could be read from the Hub. {error}"
+        ) from error
 
 
 def _one_adapter(source: str, revision: str | None, subfolder: str | None) -> Path:
     """The folder of one adapter of a source."""
-    found = adapter_folders(_folder(source, revision))
+    found = adapter_folders(_folder(source, _FILES, revision))
     if not found:
         raise ValueError(f"{source} is no adapter: it has no {CONFIG_NAME}.")
     name = subfolder or (next(iter(found)) if len(found) == 1 else "default")
@@ -232,8 +238,11 @@ def _load_model(source: str, factory: str | None) -> nn.Module:
         model = _call_factory(factory)
         load_model(model, source)
         return model
-    if Path(source).is_file():
-        raise ValueError(f"{source} is a file: give by --factory MODULE:CALLABLE the network that it belongs to.")
+    if not (_folder(source, ["config.json"]) / "config.json").is_file():  # AutoConfig would ask the Hub five times
+        raise ValueError(
+            f"{source} is no transformers model: it has no config.json. Other networks: `find MODULE:CALLABLE`, or a "
+            "file of weights and the function that builds its network, `--factory MODULE:CALLABLE`."
+        )
     # without the configuration, AutoModel would load an adapter as a model
     options: dict[str, Any] = {"config": AutoConfig.from_pretrained(source, trust_remote_code=False), "dtype": "auto"}
     return AutoModel.from_pretrained(source, **options, use_safetensors=True, trust_remote_code=False)
@@ -266,7 +275,3 @@ def _save(model: Any, out: str) -> None:
 
 def _report(info: dict[str, Any], text: str, as_json: bool) -> None:
     print(json.dumps(info, indent=2, allow_nan=False) if as_json else "\n".join(map(printable, text.split("\n"))))
-
-
-if __name__ == "__main__":
-    main()

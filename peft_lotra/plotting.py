@@ -186,8 +186,8 @@ class EdgeChanges(Report):
     def _table(self) -> TextTable:
         rows = [[e.layer, str(e.output), str(e.input), f"{e.change:.3g}", f"{e.share:.1%}"] for e in self.most()]
         count = sum(share.numel() for share in self.share.values())
-        cut = f"the {len(rows)} of {count:,} edges that changed most"
-        return TextTable(["layer", ">output", ">input", ">change", ">share"], rows, [cut] if len(rows) < count else [])
+        cut = [f"the {len(rows)} of {count:,} edges that changed most"] * (len(rows) < count)
+        return TextTable(["layer", ">output", ">input", ">change (norm)", ">share of the norm before"], rows, cut)
 
 
 @torch.no_grad()

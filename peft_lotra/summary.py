@@ -54,7 +54,7 @@ class ModelSummary(Report, list[LayerSummary]):
         return {"layers": [line._asdict() for line in self], **vars(self)}
 
     def _table(self) -> TextTable:
-        columns = ["layer", "family", ">(out, in, basis)", "adapter", ">ranks", ">trainable", ">kB", ">scale", "state"]
+        columns = ["layer", "kind", ">(out, in, basis)", "adapter", ">ranks", ">trainable / all", ">kB", ">scale"]
         rows = []
         for line in self:
             sizes = list(map(str, line.shape))
@@ -67,11 +67,12 @@ class ModelSummary(Report, list[LayerSummary]):
             numbers = [f"{line.trainable:,} / {line.parameters:,}", f"{line.kilobytes:.1f}", f"{line.scale:g}"]
             rows.append([*row, line.adapter, str(line.ranks), *numbers, state])
         share = self.trainable_parameters / max(self.all_parameters, 1)
-        note = (
-            f"{self.trainable_parameters:,} of {self.all_parameters:,} parameters trainable ({share:.2%}); adapters "
-            f"{sum(line.kilobytes for line in self):,.1f} kB of {self.kilobytes:,.1f} kB"
-        )
-        return TextTable(columns, rows, [note])
+        notes = [
+            f"{self.trainable_parameters:,} of {self.all_parameters:,} parameters trainable ({share:.2%})",
+            f"adapters take {sum(line.kilobytes for line in self):,.1f} of the {self.kilobytes:,.1f} kB of the model",
+        ]
+        residual = ["+1: the weights of the residual branch"] * any(line.has_residual for line in self)
+        return TextTable([*columns, "state"], rows, [*notes, *residual])
 
 
 def model_summary(model: nn.Module) -> ModelSummary:
@@ -89,9 +90,11 @@ def model_summary(model: nn.Module) -> ModelSummary:
     Example:
         >>> from peft_lotra.kan import KAN
         >>> print(model_summary(KAN([8, 5])))
-        layer     family      (out, in, basis)  adapter  ranks  trainable  kB  scale  state
-        layers.0  peft-lotra       (5, 8, 8+1)  -            -          -   -      -  not adapted
-        360 of 360 parameters trainable (100.00%); adapters 0.0 kB of 1.5 kB
+        layer     kind        (out, in, basis)  adapter  ranks  trainable / all  kB  scale  state
+        layers.0  peft-lotra       (5, 8, 8+1)  -            -                -   -      -  not adapted
+        360 of 360 parameters trainable (100.00%)
+        adapters take 0.0 of the 1.5 kB of the model
+        +1: the weights of the residual branch
     """
     network = unwrap(model)
     adapted = dict(lotra_layers(network))

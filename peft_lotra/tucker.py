@@ -13,7 +13,7 @@ import operator
 import warnings
 from collections.abc import Callable, Sequence
 from operator import mul
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -49,10 +49,16 @@ class Tucker(tuple):
     factor_out = property(lambda self: self[1])
     factor_in = property(lambda self: self[2])
     factor_basis = property(lambda self: self[3])
-    factor_kernel = property(lambda self: self[4])
 
     def __new__(cls, *components: torch.Tensor) -> Tucker:
         return super().__new__(cls, components)
+
+    @property
+    def factor_kernel(self) -> torch.Tensor:
+        """(kernel, rk); an AttributeError without a kernel."""
+        if len(self) < 5:
+            raise AttributeError("This Tucker tensor has no kernel mode, and so no `factor_kernel`.")
+        return self[4]
 
     def __getnewargs__(self) -> tuple[torch.Tensor, ...]:  # copies and pickles call `__new__` with these
         return tuple(self)
@@ -127,7 +133,7 @@ class Tucker(tuple):
 
 
 class Update(NamedTuple):
-    """`scale` times a Tucker tensor: what one adapter adds to the coefficients of a layer."""
+    """`scale` times a Tucker tensor: the update that one adapter adds to the coefficients of a layer."""
 
     scale: float | torch.Tensor
     tensor: Tucker
@@ -292,6 +298,16 @@ def cap_ranks(r: Ranks, shape: Sequence[int]) -> tuple[int, ...]:
     ranks = r if isinstance(r, tuple) else (r,) * len(shape)
     ranks = (*ranks, *shape[len(ranks) :])[: len(shape)]
     return tuple(min(rank, size) for rank, size in zip(ranks, shape, strict=True))
+
+
+def full_shape(tensor: Any) -> tuple[int, ...]:
+    """(out, in, basis [, kernel]) of a coefficient tensor, its residual branch counted as the last slice of the basis.
+
+    Args:
+        tensor: Any description with a `shape` and `has_residual`, such as those that `find_kan_layers` returns.
+    """
+    out, in_features, basis, *kernel = tensor.shape
+    return (out, in_features, basis + tensor.has_residual, *kernel)
 
 
 def default_ranks(shape: Sequence[int]) -> tuple[int, ...]:

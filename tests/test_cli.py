@@ -161,21 +161,23 @@ def test_find(run, made, monkeypatch):
 ERRORS = {
     "find nowhere:build": "The factory nowhere:build failed",
     "inspect {}/base": "is no adapter: it has no adapter_config.json",
-    "inspect {}/nothing/here": "Repo id must be",
+    "inspect {}/nothing/here": "There is no folder {}/nothing/here here, and no repository",
+    "find examples/nope": "There is no folder examples/nope here, and no repository of that name",
+    "find {}": "{} is no transformers model: it has no config.json",
     "inspect {}/adapter --subfolder third": "has no adapter `third`, only ['default', 'second']",
     "merge {}/adapter {}/adapter out": "config.json",
     "merge {}/other {}/adapter out": "The adapter is for another base",
     "merge {}/base {}/nan out": "not finite",
     "merge {}/base {}/adapter {}/tuned": "exists already",
-    "merge {}/base.safetensors {}/adapter out": "give by --factory",
+    "merge {}/base.safetensors {}/adapter out": "the function that builds its network, `--factory",
     "extract {}/base {}/base out --energy 0.9": "nothing to extract",
 }
 
 
 @pytest.mark.parametrize(("command", "message"), ERRORS.items())
-def test_an_error_is_one_line_and_nothing_is_written(run, command, message):
+def test_an_error_is_one_line_and_nothing_is_written(run, made, command, message):
     result = run(command, code=1)
-    assert result.stdout == "" and message in result.stderr and os.listdir() == []
+    assert result.stdout == "" and message.replace("{}", str(made)) in result.stderr and os.listdir() == []
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
@@ -189,7 +191,7 @@ def test_wrong_usage(run, command):
 
 
 def test_as_a_program(made):
-    command = [sys.executable, "-m", "peft_lotra.cli", "inspect", str(made / "base")]
+    command = [sys.executable, "-m", "peft_lotra", "inspect", str(made / "base")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(cli.__file__).parents[1])
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr == f"error: {made / 'base'} is no adapter: it has no adapter_config.json.\n"

@@ -27,39 +27,44 @@ def sections(text: str, kind: str = "Class") -> dict:
     return {part.kind.value: part.value for part in griffe.parse_google(shown.docstring, warnings=False)}
 
 
-def test_types_have_no_backticks() -> None:
-    found = sections("It is.\n\nArgs:\n    a (`str`, *optional*): The first.\n    b ([`Module`]): One (`b`): two.\n")
+DOCSTRING = """It is.
+
+Args:
+    a (`str`, *optional*): The first.
+    b ([`Module`]): One (`b`): two.
+
+Attributes:
+    c, d: Both, of all (c, d): more.
+
+Raises:
+    ValueError, TypeError: As above.
+
+Example:
+    >>> 1 + 1
+    2
+"""
+
+
+def test_each_section_of_a_docstring() -> None:
+    found = sections(DOCSTRING)
     types = [parameter.annotation for parameter in found["parameters"]]
     assert [str(kind) for kind in types] == ["str", "Module"]  # griffe knows what is optional
     assert found["parameters"][1].description == "One (`b`): two."
-
-
-def test_attributes_of_one_description_keep_their_names() -> None:
-    found = sections("It is.\n\nAttributes:\n    a: One.\n    b, c, d: The others, of all (a, b): more.\n")
-    assert [attribute.name.replace("\xa0", " ") for attribute in found["attributes"]] == ["a", "b, c, d"]
-    assert found["attributes"][1].description == "The others, of all (a, b): more."
-
-
-def test_errors_of_one_description() -> None:
-    found = sections("It is.\n\nRaises:\n    ValueError, TypeError: As above.\n")
+    (attribute,) = found["attributes"]
+    assert attribute.name.replace("\xa0", " ") == "c, d" and attribute.description == "Both, of all (c, d): more."
     assert [str(error.annotation) for error in found["raises"]] == ["ValueError", "TypeError"]
+    ((_, example),) = found["examples"]
+    assert example.startswith("```pycon\n>>> 1 + 1\n2\n")
 
 
 def test_attributes_in_the_way_of_peft_are_a_list() -> None:
-    text = sections("It is.\n\n**Attributes**:\n    - **model** -- The model.\n    - **config** -- The config.\n")[
-        "text"
-    ]
-    assert "**Attributes**:\n\n- **model** -- The model.\n- **config**" in text
+    found = sections("It is.\n\n**Attributes**:\n    - **model** -- The model.\n    - **config** -- The config.\n")
+    assert "**Attributes**:\n\n- **model** -- The model.\n- **config**" in found["text"]
 
 
 def test_a_result_has_its_type_once() -> None:
-    text = "It is.\n\nReturns:\n    `dict`: By name.\n\nRaises:\n    ValueError: It is wrong.\n"
+    text = "It is.\n\nReturns:\n    `dict`: By name.\n"
     assert [part.description for part in sections(text, "Function")["returns"]] == ["By name."]
-    assert sections(text).keys() == {"text", "raises"}  # of a class
+    assert sections(text).keys() == {"text"}  # of a class
     kept = sections("It is.\n\nReturns:\n    `shape` and `rank`: both.\n", "Function")["returns"][0]
     assert kept.description.endswith("both.")
-
-
-def test_an_example_is_code() -> None:
-    ((_, text),) = sections("It is.\n\nExample:\n    >>> 1 + 1\n    2\n")["examples"]
-    assert text.startswith("```pycon\n>>> 1 + 1\n2\n")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from helpers import adapt, base, nested
 from peft import get_peft_model
-from stand_ins import FAMILIES
 
 from peft_lotra import LoTRAConfig, model_summary
 from peft_lotra.kan import KAN
@@ -57,15 +56,9 @@ def test_the_state_follows_the_model():
     assert line.active and not line.merged and line.scale == 3
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_family(family):
-    line = model_summary(adapt(base(family)))[0]
-    assert (line.layer, line.adapter) == ("kan", "default") and line.trainable == line.parameters > 0
-
-
 def test_table_and_json():
     summary = model_summary(adapt(nested()))
-    for expected in ("tail.layers.1", "cheby-kan", "(4, 5, 5)", "(2, 3, 4)", "default", "active"):
+    for expected in ("tail.layers.1", "cheby-kan", "(4, 5, 5)", "(2, 3, 4)", "default", "active", "+1: the"):
         assert expected in str(summary)
     assert f"{summary.trainable_parameters:,} of {summary.all_parameters:,} parameters trainable" in str(summary)
     values = json.loads(json.dumps(summary.as_dict()))

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 from ..layers.registry import KANLayerSpec
 from ..layers.slim import call_with_coefficients
 from ..modules.calls import call_with_parameters, modes_kept
-from ..tucker import Tucker, tucker
+from ..tucker import Tucker, full_shape, tucker
 from ..tuner.targets import locate_target
 
 
@@ -56,9 +56,9 @@ class DataWeights:
         self, layer: nn.Module, spec: KANLayerSpec, x: torch.Tensor, metric: torch.Tensor | None = None
     ) -> None:
         location = spec.locate(layer)
-        out, in_features, basis, *kernel = location.shape
-        shape = (in_features, basis + location.has_residual, *kernel)
-        x = x if kernel else x.reshape(-1, in_features)
+        out, *shape = full_shape(location)
+        has_kernel = len(shape) > 2
+        x = x if has_kernel else x.reshape(-1, shape[0])
         scale = spec.find_edge_scale(layer)
 
         def run(tensor: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ class DataWeights:
             else:
                 parameters = {**location.split(coefficients), scale: torch.ones_like(getattr(layer, scale))}
                 y = call_with_parameters(layer, parameters, layer, (x,), {})
-            return as_rows(first_output(y), bool(kernel))
+            return as_rows(first_output(y), has_kernel)
 
         # A layer is linear in its coefficients: unit tensors give the values, one for each output at a time.
         columns = []
@@ -184,13 +184,19 @@ def _metrics(
     return {name: metric for name, metric in metrics.items() if metric.isfinite().all() and metric.any()}
 
 
+def _arguments(inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The positional and the named arguments of a call of the model."""
+    if isinstance(inputs, Mapping):
+        return (), inputs
+    return (inputs if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
 def _check_inputs(inputs: Any) -> None:
     """Raises a ValueError for inputs that are not finite, or all the same; a function of the model passes."""
     if callable(inputs):
         return
-    values = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    values = inputs.values() if isinstance(inputs, Mapping) else values
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    args, kwargs = _arguments(inputs)
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise ValueError("`inputs` have NaN or infinite values.")
     samples = [tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.view(-1) for tensor in tensors]
@@ -206,12 +212,8 @@ def model_outputs(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """The output of the model in evaluation mode; of a tuple or a dict (`ModelOutput`) the first entry."""
     with modes_kept(model):
         model.eval()
-        if isinstance(inputs, Mapping):
-            result = model(**inputs)
-        elif isinstance(inputs, (tuple, list)):
-            result = model(*inputs)
-        else:
-            result = model(inputs) if isinstance(inputs, torch.Tensor) else inputs(model)
+        args, kwargs = _arguments(inputs)
+        result = inputs(model) if callable(inputs) else model(*args, **kwargs)
     first = result
     while isinstance(first, (tuple, list, Mapping)) and first:
         first = next(iter(first.values() if isinstance(first, Mapping) else first))
@@ -250,18 +252,15 @@ def recorded_calls(
             attributes.pop("forward") if forward is None else attributes.update(forward=forward)
 
 
-def relative_error(y: torch.Tensor, other: torch.Tensor) -> float:
-    """||y - other|| / ||y - mean(y)|| of outputs (..., out); a large mean would make any error look small."""
-    y, other = y.double().flatten(0, -2), other.double().flatten(0, -2)
-    return ((y - other).norm() / (y - y.mean(0)).norm().clamp(min=1e-300)).item()
-
-
-def error_rows(
+def error_table(
     errors: Mapping[str, float], ranks: Mapping[str, tuple[int, ...]], output_errors: Mapping[str, float]
-) -> list[list[str]]:
-    """The rows of a report by layer: ranks, error, and with data the error of the outputs."""
-    of_outputs = {name: f"of outputs {error:.2%}" for name, error in output_errors.items()}
-    return [[name, str(ranks[name]), f"error {error:.2%}", of_outputs.get(name, "")] for name, error in errors.items()]
+) -> tuple[list[str], list[list[str]]]:
+    """The columns and rows of a report by layer: ranks, error, and with data the error of the outputs."""
+    columns = ["layer", "ranks", ">error of the coefficients", ">error of the outputs"]
+    outputs = {name: f"{error:.2%}" for name, error in output_errors.items()}
+    rows = [[name, str(ranks[name]), f"{error:.2%}", outputs.get(name, "-")] for name, error in errors.items()]
+    width = 4 if outputs else 3
+    return columns[:width], [row[:width] for row in rows]
 
 
 def as_rows(y: torch.Tensor, channels_second: bool) -> torch.Tensor:

@@ -21,16 +21,16 @@ from ..modules.calls import check_module
 from ..report import Report, TextTable
 from ..tucker import Ranks, Tucker, cap_ranks, tucker, tucker_scaled
 from ..tuner.config import LoTRAConfig, pattern_key
-from ..tuner.layer import LoTRALayer, lotra_layers
+from ..tuner.layer import lotra_layers
 from ..tuner.targets import exact_targets, locate_target
-from .data_weights import DataWeights, Inputs, error_rows, gather_weights
+from .data_weights import DataWeights, Inputs, error_table, gather_weights
 from .spectra import choose_ranks, weighted_spectra
 from .updates import CoefficientUpdate, coefficient_updates, merged
 
 
 @dataclass(eq=False)
 class ExtractionReport(Report):
-    """What `extract_lotra` kept; prints as a table.
+    """Ranks and errors of an extraction; prints as a table.
 
     Attributes:
         errors: By layer, ||update - stored adapter|| / ||update||.
@@ -50,9 +50,10 @@ class ExtractionReport(Report):
     output_errors: dict[str, float] = field(default_factory=dict)
 
     def _table(self) -> TextTable:
-        notes = [f"{self.parameters:,} parameters", *(f"saved whole: {name}" for name in self.modules_to_save)]
-        notes += [f"changed, but not saved: {name}" for name in self.not_saved]
-        return TextTable(["", "", ">", ">"], error_rows(self.errors, self.ranks, self.output_errors), notes)
+        notes = [f"the adapter has {self.parameters:,} parameters; 100% would be the error without it"]
+        notes += [f"copied as it is: {name}" for name in self.modules_to_save]
+        notes += [f"not in the adapter, although it changed: {name}" for name in self.not_saved]
+        return TextTable(*error_table(self.errors, self.ranks, self.output_errors), notes)
 
 
 def extract_lotra(
@@ -137,7 +138,13 @@ def extract_lotra(
     model = _attach(base, tuned, components, modules_to_save, adapter_name)
     parameters = sum(part.numel() for part in components.values())
     report = ExtractionReport({}, ranks, parameters, modules_to_save, not_saved)
-    _measure(report, dict(lotra_layers(base)), updates, weights)
+    with torch.no_grad():
+        for name, layer in lotra_layers(base):
+            change, missed = updates[name].tensor, updates[name].missed(layer.get_delta_weight(adapter_name))
+            report.errors[name] = (missed.norm() / change.norm()).item()
+            if name in weights:
+                change, missed = map(weights[name].outputs, (change, missed))
+                report.output_errors[name] = (missed.norm() / change.norm()).item()
     model.__dict__["extraction_report"] = report
     if not_saved:
         warnings.warn(
@@ -190,23 +197,6 @@ def _attach(
         wrapper = cast(ModulesToSaveWrapper, base.get_submodule(name))
         wrapper.modules_to_save[adapter_name].load_state_dict(tuned.get_submodule(name).state_dict())
     return model
-
-
-@torch.no_grad()
-def _measure(
-    report: ExtractionReport,
-    layers: Mapping[str, LoTRALayer],
-    updates: Mapping[str, CoefficientUpdate],
-    weights: Mapping[str, DataWeights],
-) -> None:
-    """Adds the errors of the stored adapter to the report: of the updates, and of the outputs by layer with data."""
-    for name, update in updates.items():
-        (adapter_name,) = layers[name].lotra_core
-        missed = update.missed(layers[name].get_delta_weight(adapter_name))
-        report.errors[name] = (missed.norm() / update.tensor.norm()).item()
-        if name in weights:
-            change, lost = map(weights[name].outputs, (update.tensor, missed))
-            report.output_errors[name] = (lost.norm() / change.norm()).item()
 
 
 def _compare(base: nn.Module, tuned: nn.Module) -> tuple[list[str], list[str]]:

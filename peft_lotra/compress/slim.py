@@ -28,7 +28,7 @@ from ..modules.calls import share_hooks, unwrap
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, tucker
 from ..tuner.targets import locate_target
-from .data_weights import Inputs, error_rows, gather_weights, model_outputs, recorded_calls, relative_error
+from .data_weights import Inputs, error_table, gather_weights, model_outputs, recorded_calls
 from .spectra import LayerSpectrum, check_energy, choose_ranks, weighted_spectra
 from .updates import read_coefficients
 
@@ -57,12 +57,12 @@ class SlimReport(Report):
     model_error: float | None = None
 
     def _table(self) -> TextTable:
-        notes = [f"{name}  left dense: its factors would take more parameters" for name in self.dense]
-        if self.model_error is not None:
-            notes.append(f"error of the model's outputs {self.model_error:.2%}")
         before, after = self.parameters
-        notes.append(f"{after:,} parameters, {before:,} before ({before / after:.1f}x)")
-        return TextTable(["", "", ">", ">"], error_rows(self.errors, self.ranks, self.output_errors), notes)
+        notes = [f"{name} stays dense: no ranks given, or no fewer parameters by them" for name in self.dense]
+        notes.append(f"coefficients: {before:,} before, {after:,} now ({before / after:.1f} times fewer)")
+        if self.model_error is not None:
+            notes.append(f"error of the model's outputs: {self.model_error:.2%} of their deviations from the mean")
+        return TextTable(*error_table(self.errors, self.ranks, self.output_errors), notes)
 
 
 def slim(
@@ -272,10 +272,10 @@ class _Compression:
             report.ranks[name] = ranks[name]
             report.errors[name] = ((tensor - stored).norm() / tensor.norm().clamp(min=1e-300)).item()
             if weights is not None:
-                report.output_errors[name] = relative_error(weights.outputs(tensor), weights.outputs(stored))
+                report.output_errors[name] = _relative_error(weights.outputs(tensor), weights.outputs(stored))
             report.parameters = before, report.parameters[1] + slim_layer.components.numel() - tensor.numel()
         if self.inputs is not None:
-            report.model_error = relative_error(self.outputs, self._outputs_with(exchanged, self.inputs))
+            report.model_error = _relative_error(self.outputs, self._outputs_with(exchanged, self.inputs))
         return exchanged, report
 
     @torch.no_grad()
@@ -304,6 +304,12 @@ def _read_product(name: str, layer: nn.Module) -> torch.Tensor:
     if tensor.is_meta or not tensor.isfinite().all():
         raise ValueError(f"The coefficients of `{name}` are not finite, or not loaded (on the meta device).")
     return tensor.detach()
+
+
+def _relative_error(y: torch.Tensor, other: torch.Tensor) -> float:
+    """||y - other|| / ||y - mean(y)|| of outputs (..., out); a large mean would make any error look small."""
+    y, other = y.double().flatten(0, -2), other.double().flatten(0, -2)
+    return ((y - other).norm() / (y - y.mean(0)).norm().clamp(min=1e-300)).item()
 
 
 def _cost(ranks: tuple[int, ...], shape: torch.Size) -> int:

@@ -78,18 +78,18 @@ class Spectrum(Report):
 
     def _table(self) -> TextTable:
         triples = ((1, 1, 1), (4, 4, 4), (8, 8, 4))
-        columns = ["layer", ">out x in x basis", ">norm", *(f">energy in {r}" for r in triples), ">ranks for 95 %"]
+        columns = ["layer", ">out x in x basis", ">norm", *(f">kept by {r}" for r in triples), ">ranks that keep 95 %"]
         rows = [
             [name, " x ".join(map(str, layer.shape)), f"{layer.norm:.3g}"]
             + [f"{100 * layer.energy(r):.1f} %" for r in triples]
             + [str(cheapest(layer, 0.95))]
             for name, layer in self.layers.items()
         ]
-        return TextTable(columns, rows)
+        return TextTable(columns, rows, ["kept: the share of the squared norm"])
 
 
 def update_spectrum(base: nn.Module, tuned: nn.Module) -> Spectrum:
-    """The spectrum of what fine-tuning did to the coefficients of each KAN layer.
+    """The spectrum of the change of each KAN layer's coefficients by fine-tuning.
 
     Active adapters count. Where a kind of layer multiplies the splines of each edge by a trainable scale
     (efficient-kan, pykan, qkan's FourierKAN) and the scales changed too, the spectrum is that of coefficient times

@@ -14,7 +14,6 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from ..kan.basis import check_dense
 from ..kan.input_map import InputMap
 from ..kan.recording_hook import current_hook
 from ..modules.calls import check_module
@@ -83,7 +82,6 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any) 
     if not isinstance(x, Tensor) or not x.is_floating_point():
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"`x` must be a floating point tensor, but is {given}.")
-    check_dense(x)
     check_module(model)
     composed = composed_jet(model)
     stages = None if composed else stages_of(model)

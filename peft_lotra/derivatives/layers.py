@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kan.basis import UniformGrid, cardinal_derivatives, silu_derivatives
+from ..kan.basis import UniformGrid, cardinal_spline, silu_derivatives
 from ..kan.memory import MOST_OUTPUTS_DENSE, PLAIN_JET_BLOCK
 from ..kan.product import needs_plain_operations
 from ..tucker import Tucker, Update
@@ -176,7 +176,7 @@ def _features(grid: Basis, z: Tensor) -> tuple[Tensor, ...]:
     per_unit = grid.per_unit.unsqueeze(-1)
     centers = torch.arange(grid.num_basis, dtype=z.dtype, device=z.device) - (grid.spline_order - 1) / 2
     offset = (z - grid.low.unsqueeze(-1)) * per_unit - centers[:, None, None]
-    values, first, second = cardinal_derivatives(offset, grid.spline_order)
+    values, first, second = (cardinal_spline(offset, grid.spline_order, derivative) for derivative in range(3))
     pairs = zip((values, first * per_unit, second * per_unit.square()), silu_derivatives(z, 2), strict=True)
     f, df, d2f = (torch.cat([part, extra.unsqueeze(0)]) for part, extra in pairs)
     return f, df, d2f

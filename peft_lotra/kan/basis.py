@@ -74,14 +74,6 @@ def check_input(x: object, in_features: int, layer: torch.nn.Module, dtype: torc
         )
 
 
-def check_dense(x: torch.Tensor) -> None:
-    """Raises a `TypeError` for a sparse or nested tensor."""
-    if x.is_nested:
-        raise TypeError("The input is nested, but must be dense: `torch.nested.to_padded_tensor(x, 0.0)`.")
-    if x.layout != torch.strided:
-        raise TypeError(f"The input is of layout {x.layout}, but must be dense: `x.to_dense()`.")
-
-
 def bspline_basis(
     x: torch.Tensor,
     low: torch.Tensor | float,
@@ -146,8 +138,8 @@ def bspline_basis(
 
 def spline_values(position: torch.Tensor, num_basis: int, spline_order: int, derivative: int = 0) -> torch.Tensor:
     """As `bspline_basis`, of positions in grid intervals from the lower end; autograd keeps only the positions."""
-    # A compiler decides itself what to keep and what to compute again; and nested `torch.func.jvp` gets the second
-    # derivatives of a custom function wrong. A traced custom function could not be saved.
+    # A compiler chooses itself which values to keep. Nested `torch.func.jvp` gets the second derivatives of a custom
+    # function wrong. A traced custom function could not be saved.
     if torch.compiler.is_compiling() or in_transform() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return _SplineValues.forward(position, num_basis, spline_order, derivative)
     return _SplineValues.apply(position, num_basis, spline_order, derivative)
@@ -176,11 +168,6 @@ def cardinal_spline(offset: torch.Tensor, spline_order: int, derivative: int = 0
         total = total.add(term, alpha=factor / math.factorial(power))
         distance = distance - 1
     return -total * offset.sign() if derivative % 2 else total
-
-
-def cardinal_derivatives(offset: torch.Tensor, spline_order: int) -> tuple[torch.Tensor, ...]:
-    """`cardinal_spline` and its first two derivatives."""
-    return tuple(cardinal_spline(offset, spline_order, derivative) for derivative in range(3))
 
 
 @lru_cache(maxsize=16)

@@ -28,9 +28,9 @@ class KnotMap(InputMap):
     of the interval the map goes on along its tangent. Everything that is fast on uniform grids (values, jets,
     Jacobians by layers) stays so, which it would not on a basis of any knots.
 
-    `refine_grid` puts maps in front of layers and keeps the function. A state dict holds the map's pieces, but
-    the network that loads it must have the map: save the module whole, or call `refine_grid` with a density of the
-    same number of cells before loading.
+    `refine_grid` puts maps in front of layers and keeps the function. A state dict holds the map's pieces, but the
+    network that loads it must have the map: save the whole module (`torch.save`), or call `refine_grid` with a density
+    of the same number of cells before loading.
 
     Args:
         low, high: The ends of the intervals, (I,).

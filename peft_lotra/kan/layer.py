@@ -23,7 +23,7 @@ SPLINE_VARIANCE_SHARE = 0.1
 
 
 class SplineLayer(nn.Module):
-    """The sizes and the grids of a KAN layer, dense or Slim; the arguments are those of `KANLinear`."""
+    """Sizes and grids of a KAN layer, dense or Slim. Arguments as for `KANLinear`."""
 
     grid_bounds: torch.Tensor
     spline_weight: torch.Tensor
@@ -46,7 +46,7 @@ class SplineLayer(nn.Module):
         self.register_buffer("grid_bounds", torch.empty(in_features, 2, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Makes the grids those of a new layer, on `grid_range`."""
+        """Resets the grids to `grid_range`."""
         self.grid_bounds.copy_(torch.tensor(self.grid_range, dtype=torch.float64, device="cpu"))
 
     @property
@@ -65,13 +65,6 @@ class SplineLayer(nn.Module):
         # An interval must be wider than the spacing of the numbers there, or the basis is noise.
         resolution = torch.finfo(bounds.dtype).eps * bounds.double().abs().amax(-1, keepdim=True)
         return torch.where(bounds.double().diff() > self.grid_size * resolution, bounds, self.grid_bounds)
-
-    @property
-    def knots(self) -> torch.Tensor:
-        """All knots, shape (I, grid_size + 2 spline_order + 1): the grids, and `spline_order` more on either side."""
-        low, high = self.grid_bounds.unsqueeze(-1).unbind(1)
-        index = torch.arange(-self.spline_order, self.grid_size + self.spline_order + 1, device=low.device)
-        return low + (high - low) * (index / self.grid_size).to(low.dtype)
 
     def basis(self, x: torch.Tensor) -> torch.Tensor:
         """The basis functions at `x`: (..., I) to (..., I, grid_size + spline_order), see `bspline_basis`."""

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The sizes of working memory, and what a thread keeps of it between calls."""
+"""Sizes of blocks of work, and memory that threads reuse between calls."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 
 def workspace(name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Memory for this call, not initialized, of the dtype and device of `like`; on the CPU, up to `KEPT` numbers of it
-    are those of the thread's last call of that name."""
+    """Uninitialized memory with the dtype and device of `like`. On the CPU, up to `KEPT` numbers of it are reused from
+    the thread's last call of that name."""
     count = math.prod(shape)
     if like.device.type != "cpu" or count > KEPT:
         return like.new_empty(shape)

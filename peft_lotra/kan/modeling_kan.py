@@ -5,33 +5,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import chain
 from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedModel
-from transformers.utils import ModelOutput  # pyright: ignore[reportPrivateImportUsage] (documented, not exported)
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .configuration_kan import KANConfig, ProblemType
 from .knots import KnotMap
 from .layer import SplineLayer
 from .network import KAN
 from .slim_kan import SlimKAN, SlimKANLinear
-
-
-@dataclass
-class KANOutput(ModelOutput):
-    """The output of a [`KANModel`].
-
-    Attributes:
-        loss: Scalar, None without labels.
-        logits: The network's output, shape (..., widths[-1]); for regression, the predictions.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
 
 
 class KANModel(PreTrainedModel):
@@ -106,7 +92,7 @@ class KANModel(PreTrainedModel):
 
     def forward(
         self, inputs: torch.Tensor, labels: torch.Tensor | None = None, return_dict: bool | None = None
-    ) -> KANOutput | tuple[torch.Tensor, ...]:
+    ) -> SequenceClassifierOutput | tuple[torch.Tensor, ...]:
         """Evaluates the network, and with `labels` the loss.
 
         Args:
@@ -120,14 +106,15 @@ class KANModel(PreTrainedModel):
             return_dict: False for a tuple; None follows the configuration.
 
         Returns:
-            `KANOutput`, or a tuple of those of its items that are not None.
+            The `logits` (..., widths[-1]), for regression the predictions, and with labels the `loss`; or a tuple of
+                these, the loss first.
 
         Raises:
             ValueError: The shape of inputs or labels does not fit, or the loss cannot be told from the labels.
         """
         logits = self.kan(inputs)
         loss = None if labels is None else self._loss(logits, labels)
-        output = KANOutput(loss=loss, logits=logits)
+        output = SequenceClassifierOutput(loss=loss, logits=logits)  # pyright: ignore[reportArgumentType] (its stub)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 

@@ -41,7 +41,7 @@ def spline_product(
 
     The basis is evaluated in blocks that fit the cache, and again in the backward pass: nothing of the size (N, I, K)
     is kept. On large grids, only the coefficients of the p + 1 functions that are not zero at a point are gathered.
-    The basis is formed whole by plain operations, and in a backward pass that is itself differentiated.
+    Plain operations form the basis at once, as does a backward pass that is itself differentiated.
     """
     left, right = update or (None, None)
     ends_vary = any(isinstance(end, Tensor) and end.requires_grad for end in (low, high))

@@ -15,14 +15,8 @@ from torch import Tensor, nn
 from ..kan.row_product import PackedTucker, RowProduct, RowUpdates
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.coefficients import CoefficientTensor, get_or_none
-from ..tucker import Update
+from ..tucker import Update, full_shape
 from .fused import Formula, runs_more_than_its_class
-
-
-def full_shape(tensor: CoefficientTensor) -> tuple[int, ...]:
-    """(out, in, basis [, kernel]) of the coefficients, with the residual branch as the last slice of the basis."""
-    out, in_features, basis, *kernel = tensor.shape
-    return (out, in_features, basis + tensor.has_residual, *kernel)
 
 
 def output_by_row(

@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 
 from ..hub.card import write_card
 from ..layers.coefficients import CoefficientTensor
-from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, default_ranks
+from ..tucker import Ranks, Tucker, cap_ranks, check_ranks, default_ranks, full_shape
 
 
 ALL_KAN = "all-kan"
@@ -245,8 +245,7 @@ class LoTRAConfig(PeftConfig):
 
     def component_shapes(self, name: str, tensor: CoefficientTensor) -> dict[str, tuple[int, ...]]:
         """The shapes of the components of a layer, whose name may decide its ranks."""
-        out, in_, basis, *kernel = tensor.shape
-        shape = (out, in_, basis + (self.adapt_residual and tensor.has_residual), *kernel)
+        shape = full_shape(tensor) if self.adapt_residual else tensor.shape
         ranks = cap_ranks(self.ranks_and_alpha(name, shape)[0], shape)
         return dict(zip(Tucker._fields, (ranks, *zip(shape, ranks, strict=True)), strict=False))
 

@@ -159,7 +159,7 @@ def test_scales_of_edges_are_part_of_the_update(family, names):
 def test_wrong_arguments(kwargs, message):
     model = KAN([3, 5, 4])
     spectrum = update_spectrum(model, perturbed(model))
-    assert "5 x 3 x 9" in str(spectrum) and "energy in (4, 4, 4)" in str(spectrum)
+    assert "5 x 3 x 9" in str(spectrum) and "kept by (4, 4, 4)" in str(spectrum)
     with pytest.raises(ValueError, match=message):
         suggest_ranks(spectrum, **kwargs)
 

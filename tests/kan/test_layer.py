@@ -44,7 +44,6 @@ def test_equals_efficient_kan_inside_the_grid_and_the_sum_over_edges(order):
         ours.spline_weight.copy_(theirs.scaled_spline_weight)
     x = torch.rand(50, 4) * 1.99 - 0.995
     torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=5e-6)
-    torch.testing.assert_close(ours.knots, theirs.grid)
     layer, x = ours.double(), torch.randn(5, 4, dtype=torch.float64)
     expected = torch.einsum("oik,bik->bo", layer.spline_weight, layer.basis(x)) + F.silu(x) @ layer.base_weight.T
     torch.testing.assert_close(layer(x), expected)
@@ -131,8 +130,6 @@ def test_update_grid_moves_each_grid_to_its_samples():
     low, high = x.aminmax(dim=0)
     expected = torch.stack([low - 0.05 * (high - low), high + 0.05 * (high - low)], dim=-1)
     torch.testing.assert_close(layer.grid_bounds, expected)
-    torch.testing.assert_close(layer.knots[:, layer.spline_order], layer.grid_bounds[:, 0])
-    torch.testing.assert_close(layer.knots[:, -layer.spline_order - 1], layer.grid_bounds[:, 1])
 
 
 @pytest.mark.parametrize("order", [1, 3, 5])
@@ -224,9 +221,3 @@ def test_extreme_inputs_concern_their_rows_alone(grid_size):
     torch.testing.assert_close(y[finite], expected[finite], rtol=1e-4, atol=1e-4)
     assert torch.equal(y.isfinite().all(1), finite)
     assert torch.equal(x.grad.isfinite().all(1), finite)
-
-
-@pytest.mark.parametrize("shape", [(5, 2), (4,), ()])
-def test_refuses_a_wrong_last_dimension(shape):
-    with pytest.raises(ValueError, match=r"shape .* last dimension of 3"):
-        KANLinear(3, 2)(torch.zeros(shape))

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -63,20 +60,3 @@ def test_update_grid_changes_nothing_on_error():
 def test_refuses_widths(widths):
     with pytest.raises(ValueError, match="`widths` is .* at least two positive integers"):
         KAN(widths)
-
-
-def test_kan_itself_does_not_import_peft():
-    # As a part of the package it does: `peft_lotra` registers with PEFT.
-    code = (
-        "import sys, types\n"
-        "package = types.ModuleType('peft_lotra')\n"
-        "package.__path__ = [sys.argv[1]]\n"
-        "sys.modules['peft_lotra'] = package\n"
-        "import peft_lotra.kan\n"
-        "assert peft_lotra.kan.KANModel\n"
-        "assert 'peft' not in sys.modules\n"
-    )
-    import peft_lotra.kan
-
-    folder = peft_lotra.kan.__path__[0].removesuffix("kan")
-    subprocess.run([sys.executable, "-c", code, folder], check=True)

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from conv_stand_ins import CONVOLUTIONS
+from helpers import lotra_layers as layers  # noqa: F401
+from helpers import relative as apart  # noqa: F401
 from peft import PeftModel, get_peft_model
 from stand_ins import FAMILIES, as_model
 from torch import Tensor, nn
 
-from peft_lotra import LoTRAConfig, LoTRALayer
+from peft_lotra import LoTRAConfig
 from peft_lotra.kan import KAN
 
 
@@ -53,10 +55,6 @@ def add(model: PeftModel, name: str, **config: Any) -> None:
     model.add_adapter(name, LoTRAConfig(**{"r": 2, "init_weights": False, **config}))
 
 
-def layers(model: nn.Module) -> dict[str, LoTRALayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoTRALayer)}
-
-
 def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
@@ -64,11 +62,6 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """The same names and bits."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def apart(a: Tensor, b: Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 def python(script: str, folder: Path) -> str:

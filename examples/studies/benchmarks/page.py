@@ -32,7 +32,7 @@ def section(results: dict) -> str:
     machine = results["training_step"]["machine"]
     return f"""
 Measured side by side on {machine["cpu"]}, {machine["threads"]} threads, torch {machine["versions"]["torch"]}
-([all tables](all_benchmarks.md), medians and quartiles;
+([all tables](../examples/studies/results/benchmarks/cpu.md), medians and quartiles;
 `python examples/studies/benchmarks/run.py` repeats it, on CUDA too, where we have not run it). {LOSES} marks what we
 lose, - what was left out.
 
@@ -136,7 +136,7 @@ def targets(results: dict) -> str:
         for claim, value in values.items()
         if value > claim.limit
     ]
-    text = f"Of {len(values)} targets ([listed](all_benchmarks.md#what-it-is-held-to)) "
+    text = f"Of {len(values)} targets ([listed](../examples/studies/results/benchmarks/cpu.md#what-it-is-held-to)) "
     return text + (f"{len(missed)} are missed: {'; '.join(missed)}." if missed else "none is missed.")
 
 
