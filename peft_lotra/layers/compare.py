@@ -42,7 +42,7 @@ def _find_problem(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTenso
             f"does not use {', '.join(f'`{parameter}`' for parameter in unused)}: its output does not depend on it. "
             "Describe the kind without it (`register_kan_layer`), or leave the layer out of `target_modules`."
         )
-    if spec.linear and not probe.is_linear(tensor):
+    if spec.linear and probe.is_linear(tensor) is False:
         return (
             f"has an output that is not linear in {', '.join(f'`{parameter}`' for parameter in tensor.parameters)}. "
             "Describe the kind by `register_kan_layer(..., linear=False)`: all but the fast path works."
@@ -76,7 +76,7 @@ def _as_computed(spec: KANLayerSpec, layer: nn.Module) -> KANLayerSpec:
         changes = {name: None for name, described in others.items() if described and described[0] in unused}
         spec = _changed(spec, layer, coefficients=used, **changes)
         tensor = spec.locate(layer)
-    return _changed(spec, layer, linear=False) if spec.linear and not probe.is_linear(tensor) else spec
+    return _changed(spec, layer, linear=False) if spec.linear and probe.is_linear(tensor) is False else spec
 
 
 def _orders(spec: KANLayerSpec, layer: nn.Module) -> Iterator[KANLayerSpec]:

@@ -148,7 +148,7 @@ class KANLayerSpec:
 
     def __reduce_ex__(self, protocol):
         # Predicates may be lambdas, which do not pickle: a description is found again in the registry.
-        if self.matches is _matches_nothing:
+        if self.matches is matches_nothing:
             return super().__reduce_ex__(protocol)
         return get_registered, (self.family,)
 
@@ -218,10 +218,10 @@ def spec_from_file(family: str, description: Mapping[str, Any]) -> KANLayerSpec:
     values: dict[str, Any] = {
         n: tuple(value) if isinstance(value, list) else value for n, value in description.items()
     }
-    return KANLayerSpec(family, _matches_nothing, **values)
+    return KANLayerSpec(family, matches_nothing, **values)
 
 
-def _matches_nothing(module: nn.Module) -> bool:
+def matches_nothing(module: nn.Module) -> bool:
     """The predicate of a kind of layer that is known by a file: the file names its layers."""
     return False
 

@@ -35,7 +35,7 @@ def pattern_of(layer):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_known_kinds_are_as_described_and_linear(family, sizes):
     report = check_kan_layer(FAMILIES[family](*sizes))
-    assert "not" not in report.axes.replace("not decided", "") and report.linear == "yes" and not report.hint
+    assert "not" not in report.axes.replace("not checked", "") and report.linear == "yes" and not report.hint
 
 
 # A layer of a known kind that stores (out, in) the other way
@@ -145,7 +145,7 @@ def test_only_the_order_in_which_it_is_stored_is_verified(order):
     for other in ORDERS:
         register(layer, other)
         report = check_kan_layer(layer)
-        assert (report.axes == "outputs verified, inputs verified") == (other == order)
+        assert (report.axes == "outputs as described, inputs as described") == (other == order)
         assert (f'coefficients=("A", "{order}")' in str(report)) == (other != order)
 
 
@@ -164,7 +164,7 @@ def test_layers_around_the_sum_do_not_hide_the_order(norms):
     layer = Layer(5, 5, 5, **NORMS[norms])
     for pattern in ("o i k", "i o k"):
         register(layer, pattern, linear=False)
-        assert (check_kan_layer(layer).axes == "outputs verified, inputs verified") == (pattern == "o i k")
+        assert (check_kan_layer(layer).axes == "outputs as described, inputs as described") == (pattern == "o i k")
     with pytest.raises(ValueError, match="'i o k', since an output does not depend on its own slice"):
         adapt(as_model(layer))
 
@@ -183,7 +183,7 @@ def test_a_layer_that_mixes_its_inputs_is_not_verified_and_attached(make):
     layer = make()
     name = "A" if isinstance(layer, Layer) else "spline_weight"
     register_kan_layer("mine", matches=type(layer), coefficients=(name, "o i k"))
-    assert check_kan_layer(layer).axes == "outputs verified, inputs not as described, or mixed"
+    assert check_kan_layer(layer).axes == "outputs as described, inputs mixed by the layer, or not as described"
     adapt(as_model(layer))
 
 
@@ -300,7 +300,7 @@ NOT_CALLED = {
 def test_layers_that_cannot_be_called_are_not_verified_and_attached(kind):
     layer = type("Odd", (Layer,), {"forward": NOT_CALLED[kind]})(5, 5, 5)
     register(layer, "o i k")
-    assert check_kan_layer(layer).axes.startswith("not verified: ")
+    assert check_kan_layer(layer).axes.startswith("not checked: ")
     assert adapt(as_model(layer)).base_model.model.kan.lotra_tensor.shape == (5, 5, 5)
 
 
@@ -310,7 +310,7 @@ def test_large_inputs_and_parameters_without_values_are_not_verified():
     register(layer, "o i ...")
     assert "would be large" in check_kan_layer(layer).axes
     register(layer, "o i k")
-    assert check_kan_layer(Layer(5, 5, 5).to("meta")).axes.startswith("not verified: `A` has no values")
+    assert check_kan_layer(Layer(5, 5, 5).to("meta")).axes.startswith("not checked: `A` has no values")
     computed = nn.utils.parametrizations.weight_norm(Layer(5, 5, 5), "A")
     register_kan_layer("computed", matches=type(computed), coefficients=("A", "o i k"))
     assert find_kan_layers(as_model(computed))[0].shape == (5, 5, 5)
@@ -341,6 +341,6 @@ def test_the_layer_is_left_as_it_was():
 
     before, tensors = state(), copy.deepcopy(layer.state_dict())
     register(layer, "o i k")
-    assert check_kan_layer(layer).axes == "outputs verified, inputs verified"
+    assert check_kan_layer(layer).axes == "outputs as described, inputs as described"
     assert state() == before and not ran
     assert all(torch.equal(value, tensors[name]) for name, value in layer.state_dict().items())
