@@ -305,9 +305,9 @@ def expand_name(layer: nn.Module, name: str) -> list[str]:
     return [full for member in members for full in expand_name(layer, f"{before}{member}{after}")]
 
 
-def get_or_none(layer: nn.Module, name: str) -> Any:
-    """The attribute of a dotted name, `None` where any part of it is absent."""
+def get_or_none(layer: nn.Module, name: str, default: Any = None) -> Any:
+    """The attribute of a dotted name, `None` or another default where any part of it is absent."""
     try:
         return attrgetter(name)(layer)
     except AttributeError:
-        return None
+        return default

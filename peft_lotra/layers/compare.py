@@ -9,14 +9,13 @@ often leaves the parameter behind; some let a normalization or an activation fol
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from .coefficients import CoefficientTensor
 from .description import KANLayerSpec, spec_from_file
+from .inference import infer_spec
 from .probe import Probe, Undecided, remembered
 
 
@@ -51,9 +50,9 @@ def _find_problem(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTenso
 
 
 def as_computed(spec: KANLayerSpec, layer: nn.Module) -> KANLayerSpec:
-    """The description of a layer of a known kind, corrected by what the layer computes.
+    """The description of a layer of a built-in kind, corrected by what the layer computes.
 
-    Outputs and inputs are exchanged if only that agrees with the gradients. Parameters without effect are left out,
+    If the gradients agree with another description alone, it is that one. Parameters without effect are left out,
     unless none has any. `linear` is false if the output is not linear in the others. A layer that cannot be run is as
     described.
     """
@@ -66,34 +65,21 @@ def as_computed(spec: KANLayerSpec, layer: nn.Module) -> KANLayerSpec:
 
 
 def _as_computed(spec: KANLayerSpec, layer: nn.Module) -> KANLayerSpec:
-    probe = Probe(layer, spec.read_grid(layer))
-    probe.values(spec.locate(layer))  # or Undecided
-    spec = next((other for other in _orders(spec, layer) if probe.axes(other.locate(layer)).is_verified), spec)
-    tensor = spec.locate(layer)
+    probe, tensor = Probe(layer, spec.read_grid(layer)), spec.locate(layer)
+    probe.values(tensor)  # or Undecided
+    if not probe.axes(tensor).is_verified and (inferred := infer_spec(layer)):
+        return inferred
+    changes: dict[str, Any] = {}
     unused = probe.unused(tensor) if tensor.separate_residual or len(spec.parts) > 1 else []
     if unused and (used := [list(part) for part in spec.parts if part[0] not in unused]):
         others = {name: getattr(spec, name) for name in ("residual", "edge_scale")}
         changes = {name: None for name, described in others.items() if described and described[0] in unused}
-        spec = _changed(spec, layer, coefficients=used, **changes)
-        tensor = spec.locate(layer)
-    return _changed(spec, layer, linear=False) if spec.linear and probe.is_linear(tensor) is False else spec
+        changes["coefficients"] = used
+        spec = _changed(spec, layer, changes)
+    is_linear = not spec.linear or probe.is_linear(spec.locate(layer)) is not False
+    return spec if is_linear else _changed(spec, layer, {"linear": False})
 
 
-def _orders(spec: KANLayerSpec, layer: nn.Module) -> Iterator[KANLayerSpec]:
-    """The description, and those with outputs and inputs exchanged in coefficients and residual weights."""
-    yield spec
-    parts = [[name, _exchanged(pattern)] for name, pattern in spec.parts]
-    yield _changed(spec, layer, coefficients=parts)
-    if spec.residual is not None:
-        residual = [spec.residual[0], _exchanged(spec.residual[1])]
-        yield _changed(spec, layer, coefficients=parts, residual=residual)
-        yield _changed(spec, layer, residual=residual)
-
-
-def _exchanged(pattern: str) -> str:
-    return re.sub(r"\b[oi]\b", lambda match: "i" if match[0] == "o" else "o", pattern)
-
-
-def _changed(spec: KANLayerSpec, layer: nn.Module, **changes: Any) -> KANLayerSpec:
+def _changed(spec: KANLayerSpec, layer: nn.Module, changes: dict[str, Any]) -> KANLayerSpec:
     description = spec.describe(layer) | changes
     return spec_from_file(spec.family, {name: value for name, value in description.items() if value is not None})

@@ -51,8 +51,7 @@ class KANLayerSpec:
             mode, and `i` counts the inputs of one block. The members of a list by `*` are such blocks too.
         linear (`bool`): Whether the output is linear in the coefficients. If not, there is no fast path, and the
             layers are not weighted by features (`inputs` of `extract_lotra` and `slim`).
-        grid (`tuple[str, ...]`): The state, tensors and numbers, that gives the coefficients their meaning. A layer
-            may lack some of it.
+        grid (`tuple[str, ...]`): The attributes, tensors and numbers, that give the coefficients their meaning.
         grid_methods (`tuple[str, ...]`): The layer's methods that change that state, or cut or permute the
             coefficients. They raise while an adapter is attached and not merged.
         network_methods (`dict[str, str | None]`): Methods of the network around the layer that rebuild it, replace
@@ -174,6 +173,16 @@ class KANLayerSpec:
         values: dict[str, Any] = {name: get_or_none(layer, name) for name in names}
         is_numpy = {name: isinstance(value, Number) and hasattr(value, "item") for name, value in values.items()}
         return {n: value.item() if is_numpy[n] else value for n, value in values.items() if value is not None}
+
+    def check_names(self, layer: nn.Module) -> None:
+        """Raises a `ValueError` if a layer lacks an attribute that `grid` or `grid_methods` names."""
+        absent = object()
+        for name in (*self.grid, *self.grid_methods):
+            if any(get_or_none(layer, member, absent) is absent for member in expand_name(layer, name) or [name]):
+                raise ValueError(
+                    f"`grid` or `grid_methods` of {self.family!r} names {name!r}, and {type(layer).__name__} has "
+                    "no such attribute. Correct the name, or leave it out."
+                )
 
     def find_edge_scale(self, layer: nn.Module) -> str | None:
         """The name of the parameter that scales the splines of each edge, or `None` if the layer has none."""

@@ -292,7 +292,7 @@ def test_slim_layers(family):
 
 
 def test_layers_that_are_not_linear_are_not_weighted_by_inputs(monkeypatch):
-    monkeypatch.setitem(registry._SPECS, "broken", registry._SPECS["cheby-kan"])
+    monkeypatch.setitem(registry.REGISTERED, "broken", registry.REGISTERED["cheby-kan"])
     register_kan_layer("broken", matches=ChebyKANLayer, coefficients=("cheby_coeffs", "i o k"), linear=False)
     model, x = base("cheby-kan", torch.float64), inputs(dtype=torch.float64)
     tuned = changed(model)

@@ -102,7 +102,7 @@ def test_roles_and_flags_are_described():
 def test_kinds_that_come_with_the_package_are_not_described():
     layer = KANLinear(3, 4)
     assert describe(get_kan_spec(layer), layer) == {}
-    spec = register_kan_layer("peft-lotra", matches=KANLinear, coefficients=("spline_weight", "o i k"))
+    spec = register_kan_layer("mine", matches=KANLinear, coefficients=("spline_weight", "o i k"))
     assert describe(spec, layer) == {"description": {"coefficients": ["spline_weight", "o i k"]}}
 
 
@@ -114,7 +114,7 @@ def saved(tmp_path):
     x = inputs()
     y = model(x).detach()
     model.save_pretrained(tmp_path)
-    del registry._SPECS["waves"]
+    del registry.REGISTERED["waves"]
     return tmp_path, x, y
 
 
