@@ -9,44 +9,60 @@ often leaves the parameter behind; some let a normalization or an activation fol
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from .coefficients import CoefficientTensor
 from .description import KANLayerSpec, spec_from_file
 from .inference import infer_spec
-from .probe import Probe, Undecided, remembered
+from .probe import Probe, Undecided, Verdict, remembered
+
+
+class _Findings(NamedTuple):
+    axes: Verdict
+    unused: list[str]
+    is_linear: bool
+
+
+def _compared(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> _Findings:
+    """Which parts of a description the layer contradicts; an `Undecided` if it cannot be run now."""
+
+    def find() -> _Findings:
+        probe = Probe(layer, spec.read_grid(layer))
+        probe.values(tensor)  # or Undecided
+        return _Findings(probe.axes(tensor), probe.unused(tensor), probe.is_linear(tensor) is not False)
+
+    return remembered(layer, ("compared", spec.family, *tensor.parameters.values()), find)
 
 
 def check_layer(name: str, layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> None:
     """Raises a `ValueError` if what a layer, of this name in its model, computes contradicts its description."""
     if spec.is_of_this_package(layer):
         return
-    question = ("problem", spec.family, *tensor.parameters.values(), spec.linear)
-    if problem := remembered(layer, question, lambda: _find_problem(layer, spec, tensor)):
-        raise ValueError(f"The layer `{name}` ({type(layer).__name__}, of the kind {spec.family!r}) {problem}")
-
-
-def _find_problem(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> str:
-    probe = Probe(layer, spec.read_grid(layer))
-    if contradiction := probe.axes(tensor).contradiction:
+    try:
+        axes, unused, is_linear = _compared(layer, spec, tensor)
+    except Undecided:
+        return
+    if axes.contradiction:
         pattern, shape = tensor.parameters[tensor.name].pattern, tuple(tensor.get_parameter(layer).shape)
-        return (
+        problem = (
             f"does not compute what its description says: `{tensor.name}` {shape} is not laid out as {pattern!r}, "
-            f"since {contradiction}. `check_kan_layer(layer)` shows a description that fits."
+            f"since {axes.contradiction}. `check_kan_layer(layer)` shows a description that fits."
         )
-    if unused := probe.unused(tensor):
-        return (
+    elif unused:
+        problem = (
             f"does not use {', '.join(f'`{parameter}`' for parameter in unused)}: its output does not depend on it. "
             "Describe the kind without it (`register_kan_layer`), or leave the layer out of `target_modules`."
         )
-    if spec.linear and probe.is_linear(tensor) is False:
-        return (
+    elif spec.linear and not is_linear:
+        problem = (
             f"has an output that is not linear in {', '.join(f'`{parameter}`' for parameter in tensor.parameters)}. "
             "Describe the kind by `register_kan_layer(..., linear=False)`: all but the fast path works."
         )
-    return ""
+    else:
+        return
+    raise ValueError(f"The layer `{name}` ({type(layer).__name__}, of the kind {spec.family!r}) {problem}")
 
 
 def as_computed(spec: KANLayerSpec, layer: nn.Module) -> KANLayerSpec:
@@ -65,21 +81,14 @@ def as_computed(spec: KANLayerSpec, layer: nn.Module) -> KANLayerSpec:
 
 
 def _as_computed(spec: KANLayerSpec, layer: nn.Module) -> KANLayerSpec:
-    probe, tensor = Probe(layer, spec.read_grid(layer)), spec.locate(layer)
-    probe.values(tensor)  # or Undecided
-    if not probe.axes(tensor).is_verified and (inferred := infer_spec(layer)):
+    axes, unused, is_linear = _compared(layer, spec, spec.locate(layer))
+    if not axes.is_verified and (inferred := infer_spec(layer)):
         return inferred
     changes: dict[str, Any] = {}
-    unused = probe.unused(tensor) if tensor.separate_residual or len(spec.parts) > 1 else []
-    if unused and (used := [list(part) for part in spec.parts if part[0] not in unused]):
-        others = {name: getattr(spec, name) for name in ("residual", "edge_scale")}
-        changes = {name: None for name, described in others.items() if described and described[0] in unused}
-        changes["coefficients"] = used
-        spec = _changed(spec, layer, changes)
-    is_linear = not spec.linear or probe.is_linear(spec.locate(layer)) is not False
-    return spec if is_linear else _changed(spec, layer, {"linear": False})
-
-
-def _changed(spec: KANLayerSpec, layer: nn.Module, changes: dict[str, Any]) -> KANLayerSpec:
-    description = spec.describe(layer) | changes
-    return spec_from_file(spec.family, {name: value for name, value in description.items() if value is not None})
+    if used := [list(part) for part in spec.parts if part[0] not in unused]:
+        described = {"residual": spec.residual, "edge_scale": spec.edge_scale}
+        changes = {name: None for name, pair in described.items() if pair and pair[0] in unused}
+        changes |= {"coefficients": used} if len(used) < len(spec.parts) else {}
+    changes |= {"linear": False} if spec.linear and not is_linear else {}
+    description = {name: value for name, value in (spec.describe(layer) | changes).items() if value is not None}
+    return spec_from_file(spec.family, description) if changes else spec

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Number
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -228,6 +229,29 @@ def spec_from_file(family: str, description: Mapping[str, Any]) -> KANLayerSpec:
         n: tuple(value) if isinstance(value, list) else value for n, value in description.items()
     }
     return KANLayerSpec(family, matches_nothing, **values)
+
+
+def has(attributes: str, without: str = "") -> Callable[[Any], bool]:
+    """The predicate of the modules that have these attributes, with so many axes where a number follows the name.
+
+    Args:
+        attributes: Dotted names, that of a parameter or module first, e.g. `"spline_weight:3 grid:2 b_splines"`.
+        without: The name of an attribute that the module does not have.
+    """
+    words = [word.partition(":") for word in attributes.split()]
+    wanted = [(attrgetter(name), int(axes or 0)) for name, _, axes in words]
+    root = attributes.partition(" ")[0].partition(":")[0].partition(".")[0]
+
+    def matches(module: Any) -> bool:  # or an AttributeError, which says no, and takes ten times as long
+        found = root in module._parameters or root in module._modules or root in vars(module)
+        if not found and not hasattr(type(module), root):
+            return False
+        values = [(get(module), axes) for get, axes in wanted]
+        return all(not axes or value.ndim == axes for value, axes in values) and not (
+            without and hasattr(module, without)
+        )
+
+    return matches
 
 
 def matches_nothing(module: nn.Module) -> bool:

@@ -123,7 +123,7 @@ def _infer(module: nn.Module, tensors: Tensors) -> KANLayerSpec | None:
     if any(value.is_meta or hasattr(value, "placements") for value in tensors.values()):
         raise Undecided("it has no values")
     grid = fixed_tensors(module, tensors)
-    for places in (grid, {}):
+    for places in (grid, {}) if grid else ({},):
         probe = Probe(module, places)
         if spec := _find(probe, tensors):
             extended = _extend(probe, spec, tensors)
