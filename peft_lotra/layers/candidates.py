@@ -99,7 +99,6 @@ def _registration(module: nn.Module, spec: KANLayerSpec) -> str:
         f"residual={_pair(spec.residual)}," if spec.residual else "",
         f"axes={axes}," if axes else "",
         f"grid=({''.join(f'{json.dumps(name)}, ' for name in spec.grid).strip()})," if spec.grid else "",
-        "" if spec.linear else "linear=False,",
     ]
     return "register_kan_layer(\n" + "".join(f"    {line}\n" for line in lines if line) + ")"
 

@@ -36,12 +36,22 @@ def _compared(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -
     return remembered(layer, ("compared", spec.family, *tensor.parameters.values()), find)
 
 
+def is_linear(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> bool:
+    """Whether the output is an affine function of the coefficients, or that cannot be found out now."""
+    if spec.is_of_this_package(layer):
+        return True
+    try:
+        return _compared(layer, spec, tensor).is_linear
+    except Undecided:
+        return all(len(part) == 1 for part in tensor.parts)  # not several layers in one module
+
+
 def check_layer(name: str, layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> None:
     """Raises a `ValueError` if what a layer, of this name in its model, computes contradicts its description."""
     if spec.is_of_this_package(layer):
         return
     try:
-        axes, unused, is_linear = _compared(layer, spec, tensor)
+        axes, unused, _ = _compared(layer, spec, tensor)
     except Undecided:
         return
     if axes.contradiction:
@@ -55,11 +65,6 @@ def check_layer(name: str, layer: nn.Module, spec: KANLayerSpec, tensor: Coeffic
             f"does not use {', '.join(f'`{parameter}`' for parameter in unused)}: its output does not depend on it. "
             "Describe the kind without it (`register_kan_layer`), or leave the layer out of `target_modules`."
         )
-    elif spec.linear and not is_linear:
-        problem = (
-            f"has an output that is not linear in {', '.join(f'`{parameter}`' for parameter in tensor.parameters)}. "
-            "Describe the kind by `register_kan_layer(..., linear=False)`: all but the fast path works."
-        )
     else:
         return
     raise ValueError(f"The layer `{name}` ({type(layer).__name__}, of the kind {spec.family!r}) {problem}")
@@ -69,8 +74,7 @@ def as_computed(spec: KANLayerSpec, layer: nn.Module) -> KANLayerSpec:
     """The description of a layer of a built-in kind, corrected by what the layer computes.
 
     If the gradients agree with another description alone, it is that one. Parameters without effect are left out,
-    unless none has any. `linear` is false if the output is not linear in the others. A layer that cannot be run is as
-    described.
+    unless none has any. A layer that cannot be run is as described.
     """
     if spec.is_of_this_package(layer):
         return spec
@@ -81,7 +85,7 @@ def as_computed(spec: KANLayerSpec, layer: nn.Module) -> KANLayerSpec:
 
 
 def _as_computed(spec: KANLayerSpec, layer: nn.Module) -> KANLayerSpec:
-    axes, unused, is_linear = _compared(layer, spec, spec.locate(layer))
+    axes, unused, _ = _compared(layer, spec, spec.locate(layer))
     if not axes.is_verified and (inferred := infer_spec(layer)):
         return inferred
     changes: dict[str, Any] = {}
@@ -89,6 +93,5 @@ def _as_computed(spec: KANLayerSpec, layer: nn.Module) -> KANLayerSpec:
         described = {"residual": spec.residual, "edge_scale": spec.edge_scale}
         changes = {name: None for name, pair in described.items() if pair and pair[0] in unused}
         changes |= {"coefficients": used} if len(used) < len(spec.parts) else {}
-    changes |= {"linear": False} if spec.linear and not is_linear else {}
     description = {name: value for name, value in (spec.describe(layer) | changes).items() if value is not None}
     return spec_from_file(spec.family, description) if changes else spec

@@ -26,7 +26,7 @@ Grid = dict[str, "torch.Tensor | int | float"]
 # The fields in a file, which are no functions, and their types; of `axes` it has the lengths.
 _IN_FILES: dict[str, type] = {
     **dict.fromkeys(("coefficients", "residual", "edge_scale", "grid", "grid_methods", "checkpoint_methods"), list),
-    **{"kernel": str, "groups": str, "bias": str, "linear": bool, "network_methods": dict, "axes": dict},
+    **{"kernel": str, "groups": str, "bias": str, "network_methods": dict, "axes": dict},
 }
 
 
@@ -50,8 +50,6 @@ class KANLayerSpec:
             several.
         groups (`str`): The axis of blocks that have inputs of their own, e.g. `"g"`. They are a part of the output
             mode, and `i` counts the inputs of one block. The members of a list by `*` are such blocks too.
-        linear (`bool`): Whether the output is linear in the coefficients. If not, there is no fast path, and the
-            layers are not weighted by features (`inputs` of `extract_lotra` and `slim`).
         grid (`tuple[str, ...]`): The attributes, tensors and numbers, that give the coefficients their meaning.
         grid_methods (`tuple[str, ...]`): The layer's methods that change that state, or cut or permute the
             coefficients. They raise while an adapter is attached and not merged.
@@ -61,8 +59,8 @@ class KANLayerSpec:
         checkpoint_methods (`tuple[str, ...]`): Methods of the network around the layer that save it, with its adapters
             merged and under its original names.
         basis (`Callable`, *optional*): `basis(layer, x)` with x (batch, in) returns the basis functions
-            (batch, in, basis). It opens the fast path, basis(x) . (scale * coefficients) + activation(x) . residual +
-            bias, if that is what the layer computes: the two are compared on a few points.
+            (batch, in, basis). It opens the fast path if the layer computes basis(x) . (edge_scale * coefficients) +
+            activation(x) . residual + bias: the two are compared on a few points.
         splines (`Callable`, *optional*): `splines(layer)` returns the [`UniformGrid`] of the basis, or `None`. The
             fast path then evaluates the splines in closed form.
         derivatives (`Callable`, *optional*): `derivatives(layer, x, highest)` returns a list: the basis functions of x
@@ -71,7 +69,6 @@ class KANLayerSpec:
         normalization (`str`, *optional*): The module that normalizes the inputs of the basis functions, and not those
             of the residual branch, if `derivatives` is given. It may be absent or `None`.
         activation (`Callable`, *optional*): `activation(layer, x)` returns the factors (batch, in) of `residual`.
-        scale (`Callable`, *optional*): `scale(layer)` returns factors (out, in) of the coefficients, or `None`.
         bias (`str`, *optional*): The parameter that is added to the output. It may be absent or `None`.
         axes (`Callable` or `dict`, *optional*): `axes(layer)` returns the lengths of axes that no shape determines,
             e.g. `{"k": layer.num_grids}` for the layout `"o (i k)"`; a list has one for each member of a list by `*`.
@@ -94,13 +91,11 @@ class KANLayerSpec:
     derivatives: Callable[[Any, torch.Tensor, int], list[torch.Tensor]] | None = None
     normalization: str | None = None
     activation: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
-    scale: Callable[[Any], torch.Tensor | None] | None = None
     bias: str | None = None
     axes: Callable[[Any], Mapping[str, Any]] | Mapping[str, Any] | None = None
     edge_scale: Described | None = None
     kernel: str = ""
     groups: str = ""
-    linear: bool = True
 
     def __post_init__(self) -> None:
         self._check()
@@ -190,6 +185,12 @@ class KANLayerSpec:
         name, _ = self.edge_scale or ("", "")
         return name if isinstance(get_or_none(layer, name), nn.Parameter) else None
 
+    def scale(self, layer: nn.Module) -> torch.Tensor | None:
+        """The scales of the edges (out, in) in the formula of the fast path, or `None` if the layer has none."""
+        name, pattern = self.edge_scale or ("", "")
+        value = get_or_none(layer, name)
+        return value.t() if value is not None and pattern == "i o" else value
+
     def read_edge_scale(self, layer: nn.Module, tensor: CoefficientTensor) -> torch.Tensor | None:
         """The scales of the edges, (out, in, 1) or (out, in, 1, kernel), or `None` if the layer has none."""
         name, pattern = self.edge_scale or ("", "")
@@ -222,6 +223,7 @@ def spec_from_file(family: str, description: Mapping[str, Any]) -> KANLayerSpec:
     problem = f"The description of the kind of layer {family!r} in the file is broken: "
     if not isinstance(description, Mapping) or "coefficients" not in description:
         raise ValueError(f"{problem}it names no `coefficients`.")
+    description = {name: value for name, value in description.items() if name != "linear"}  # of older versions
     for name, value in description.items():
         if name not in _IN_FILES or not isinstance(value, _IN_FILES[name]):
             raise ValueError(f"{problem}`{name}` is {value!r:.200}.")

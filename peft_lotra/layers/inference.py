@@ -126,10 +126,7 @@ def _infer(module: nn.Module, tensors: Tensors) -> KANLayerSpec | None:
     for places in (grid, {}) if grid else ({},):
         probe = Probe(module, places)
         if spec := _find(probe, tensors):
-            extended = _extend(probe, spec, tensors)
-            # a product of parameters is not linear in both
-            linear = extended.parts == spec.parts and probe.is_linear(extended.locate(module)) is not False
-            return replace(extended, grid=tuple(grid), linear=linear)
+            return replace(_extend(probe, spec, tensors), grid=tuple(grid))
     return None
 
 

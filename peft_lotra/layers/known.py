@@ -188,7 +188,6 @@ for _kind, _name in (("relu-kan-few", "phase_height"), ("relu-kan-few-high", "ph
         ),
         coefficients=[("equal_size_conv.weight", "o () (i k):2"), ("phase_low", "i k"), (_name, "i k")],
         axes=lambda m: {"i": m.phase_low.shape[0]},
-        linear=False,
     )
 for _kind, _name, _pattern in (
     ("torchkan", "spline_weights", "o i k"),
@@ -199,7 +198,6 @@ for _kind, _name, _pattern in (
         matches=has(f"{_name}.0 base_weights.0"),
         coefficients=(f"{_name}.*", _pattern),
         residual=("base_weights.*", "o i"),
-        linear=False,
     )
 register_kan_layer(
     "efficient-kan",  # the delta is put on the raw parameter, not on its product with `spline_scaler`
@@ -209,15 +207,13 @@ register_kan_layer(
     splines=_splines_from_knots,
     derivatives=lambda m, x, highest: bases.spline_derivatives(m.grid, m.spline_order, x, highest),
     activation=lambda m, x: m.base_activation(x),
-    scale=lambda m: m.spline_scaler if getattr(m, "enable_standalone_scale_spline", False) else None,
     edge_scale=("spline_scaler", "o i"),
     **_OF_EFFICIENT_KAN,
 )
 register_kan_layer(
-    "efficient-kan-few",  # of few functions `spline_scaler` is a fifth of them or more: a part, and not linear
+    "efficient-kan-few",  # of few functions `spline_scaler` is a fifth of them or more: a part
     matches=lambda m: _EFFICIENT_KAN(m) and m.spline_weight.shape[2] <= 4 and "spline_scaler" in m._parameters,
     coefficients=[("spline_weight", "o i k"), ("spline_scaler", "o i")],
-    linear=False,
     **_OF_EFFICIENT_KAN,
 )
 _OURS: dict[str, Any] = {

@@ -20,7 +20,7 @@ from .registry import register_kan_layer
 
 
 _BOTTLENECK = "inner_proj"  # the attribute of bottlenecks, which compute more than the sum
-_BLOCKS: dict[str, Any] = {"groups": "g", "residual": ("base_conv.*.weight", "o i ..."), "linear": False}
+_BLOCKS: dict[str, Any] = {"groups": "g", "residual": ("base_conv.*.weight", "o i ...")}
 
 
 def _is_convolution(layer: Any, name: str) -> bool:
@@ -51,7 +51,6 @@ register_kan_layer(
     residual=("base_conv.weight", "o i ..."),
     grid=("beta_weights",),
     axes=lambda m: {"k": m.degree + 1},
-    linear=False,
 )
 register_kan_layer(
     "spline-conv",  # B-splines and Gaussians

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..layers.candidates import describe_layer
 from ..layers.coefficients import expand_name
+from ..layers.compare import is_linear
 from ..layers.probe import Probe
 from ..modules.calls import check_module, read_at_rest
 from ..report import Report, TextTable
@@ -134,7 +135,7 @@ def _compare(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None) -> KANL
         used=used,
         coverage=reached / max(sum(sizes[name] for name in counted), 1),
         axes=str(verdict),
-        linear=linear if spec.linear else f"{linear} (described by `linear=False`)",
+        linear=linear,
         fast_path=_fast_path(target),
         hint=hint if fits else "",
     )
@@ -160,7 +161,7 @@ def _fast_path(target: Target) -> str:
     dtype = tensor.get_parameter(layer).dtype
     reasons = {
         "it is a convolution": len(tensor.shape) > 3,
-        "its kind is described by `linear=False`": not spec.linear,
+        "its output is not linear in the coefficients": not is_linear(layer, spec, tensor),
         "its kind has no `basis`": not (spec.basis or spec.splines),
         "its kind has no `activation`, the function of the residual branch": tensor.has_residual
         and not spec.activation,

@@ -49,8 +49,8 @@ class Edges(nn.Module):
 
 
 LAYERS = {
-    "powers": (Powers, '("A", "i k o")', 'residual=("base", "i o")'),
-    "edges": (Edges, '[("w", "o i k"), ("mu", "o i m")]', "linear=False"),
+    "powers": (Powers, '("A", "i k o")', 'residual=("base", "i o"),'),
+    "edges": (Edges, '[("w", "o i k"), ("mu", "o i m")]', ""),
 }
 
 
@@ -62,7 +62,7 @@ def test_the_registration_is_pasted(kind):
     (candidate,) = find_kan_layers(model, candidates=True).candidates
     assert isinstance(candidate, KANCandidate) and (candidate.name, candidate.cls) == ("1", cls.__name__)
     assert candidate.is_verified and f"coefficients={coefficients}," in candidate.registration
-    assert f"    {other},\n" in candidate.registration
+    assert f"    {other}\n" in candidate.registration or not other
     exec(candidate.registration, {"register_kan_layer": register_kan_layer})
     (found,) = find_kan_layers(model, candidates=True)
     assert (found.name, found.family, found.shape[:2]) == ("1", cls.__name__, sizes[::-1])

@@ -163,7 +163,7 @@ NORMS = {
 def test_layers_around_the_sum_do_not_hide_the_order(norms):
     layer = Layer(5, 5, 5, **NORMS[norms])
     for pattern in ("o i k", "i o k"):
-        register(layer, pattern, linear=False)
+        register(layer, pattern)
         assert (check_kan_layer(layer).axes == "outputs as described, inputs as described") == (pattern == "o i k")
     with pytest.raises(ValueError, match="'i o k', since an output does not depend on its own slice"):
         adapt(as_model(layer))
@@ -210,9 +210,6 @@ class Named(Layer):
         self.unused = nn.Parameter(torch.randn(4, 3, 2))
 
 
-PARTS = [(name, "o i") for name in ("scale", "translation", "A")]
-
-
 @pytest.mark.parametrize(
     ("layer", "right", "wrong", "words"),
     [
@@ -234,11 +231,10 @@ PARTS = [(name, "o i") for name in ("scale", "translation", "A")]
         (Named(), ("A", "o i k"), {"residual": ("base", "i o")}, "`base` is not as described.*'i o'.*(4, 3)"),
         (Named(), ("A", "o i k"), {"coefficients": ("B", "o i k")}, "`B` is not as described. There is no such"),
         (Named(), ("A", "o i k"), {"coefficients": [("A", "o i k"), ("unused", "o i z")]}, "does not use `unused`"),
-        (Wavelets(), PARTS, {"linear": True}, "not linear in `scale`, `translation`, `A`.*linear=False"),
     ],
 )
 def test_a_contradiction_is_refused_by_name(layer, right, wrong, words):
-    described = {"coefficients": right, "linear": isinstance(layer, (Layer, Flat, Convolution))}
+    described = {"coefficients": right}
     described |= {"axes": {"k": 3}} if isinstance(layer, Convolution) else {}
     described |= {"axes": {"i": 4}} if isinstance(layer, Flat) else {}
     register_kan_layer("mine", matches=type(layer), **{**described, **wrong})
@@ -252,10 +248,15 @@ def test_a_contradiction_is_refused_by_name(layer, right, wrong, words):
     adapt(model)
 
 
-def test_described_as_not_linear_everything_but_the_fast_path_works(tmp_path):
-    basis = lambda m, x: x[..., None].expand(-1, -1, 3)  # noqa: E731
-    register_kan_layer("mine", matches=Wavelets, coefficients=PARTS, linear=False, basis=basis)
+def test_a_layer_that_is_not_linear_takes_the_general_path(tmp_path):
+    parts, basis = (
+        [(name, "o i") for name in ("scale", "translation", "A")],
+        lambda m, x: x[..., None].expand(-1, -1, 3),
+    )
+    register_kan_layer("mine", matches=Wavelets, coefficients=parts, basis=basis)
     base = as_model(Wavelets()).eval()
+    report = check_kan_layer(base.kan)
+    assert report.linear == "no" and report.fast_path.startswith("no, since its output is not linear")
     fresh, x = copy.deepcopy(base), inputs(6)
     model = adapt(base)
     y = model(x)

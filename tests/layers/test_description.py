@@ -82,20 +82,19 @@ def test_a_description_holds_no_functions_and_comes_back():
         assert other.describe(layer) == description
 
 
-def test_roles_and_flags_are_described():
+def test_roles_are_described():
     spec = KANLayerSpec(
         "mine",
         nn.Module,
         ("a", "g o i k h"),
         kernel="h",
         groups="g",
-        linear=False,
         edge_scale=("b", "o i"),
         network_methods={"fit": "update_grid", "prune": None},
         checkpoint_methods=("save",),
     )
     read = spec_from_file("mine", spec.describe(nn.Module()))
-    for name in "coefficients kernel groups linear edge_scale network_methods checkpoint_methods".split():
+    for name in "coefficients kernel groups edge_scale network_methods checkpoint_methods".split():
         assert getattr(read, name) == getattr(spec, name)
 
 
@@ -193,7 +192,6 @@ DAMAGED = [
     {"coefficients": [["a", "o i k"]] * 2},
     {"coefficients": ["a", 3]},
     {"coefficients": ["a", "o i k"], "basis": "lambda m, x: x"},
-    {"coefficients": ["a", "o i k"], "linear": "no"},
     {"coefficients": ["a", "o i k"], "kernel": 3},
     {"coefficients": ["a", "o i k"], "grid": ["__dict__"]},
     {"coefficients": ["a", "o i k"], "grid_methods": ["__call__"]},

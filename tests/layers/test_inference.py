@@ -15,7 +15,7 @@ from orders import Flat, Layer
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, find_kan_layers, register_kan_layer
+from peft_lotra import LoTRAConfig, check_kan_layer, find_kan_layers, register_kan_layer
 from peft_lotra.layers import registry
 from peft_lotra.layers.registry import get_kan_spec
 
@@ -217,7 +217,7 @@ def test_parts_and_factors_of_edges_that_are_a_large_share(make, coefficients, r
     layer = make(5, 4)
     spec = get_kan_spec(layer)
     tensor = spec.locate(layer)
-    assert tensor.names == tuple(coefficients.split()) and not spec.linear
+    assert tensor.names == tuple(coefficients.split()) and check_kan_layer(layer).linear == "no"
     assert spec.residual == (residual and (residual, "o i"))
 
 
@@ -232,10 +232,10 @@ def test_parts_and_factors_of_edges_that_are_a_large_share(make, coefficients, r
 def test_places_of_functions_are_a_part_where_they_are_a_large_share(make, places, pattern):
     for outputs in (1, 3):
         spec = get_kan_spec(layer := make(5, outputs))
-        assert spec.parts[1:] == ((places, pattern),) and not spec.linear
+        assert spec.parts[1:] == ((places, pattern),)
         assert spec.locate(layer).shape == (outputs, 5, 4 + 4)
     spec = get_kan_spec(layer := make(5, 20))
-    assert len(spec.parts) == 1 and spec.linear and spec.locate(layer).shape == (20, 5, 4)
+    assert len(spec.parts) == 1 and spec.locate(layer).shape == (20, 5, 4)
 
 
 def test_a_part_that_is_a_network_of_its_own_is_not_looked_into():
@@ -260,7 +260,7 @@ def test_a_file_of_another_version_that_left_parameters_out(tmp_path):
         return nn.Sequential(ScaledTwice(5, 4))
 
     x = torch.rand(8, 5)
-    described = {"coefficients": ("c", "o i k"), "residual": ("w", "o i"), "linear": False}
+    described = {"coefficients": ("c", "o i k"), "residual": ("w", "o i")}
     register_kan_layer("generic", matches=ScaledTwice, **described)
     model = get_peft_model(build(), LoTRAConfig(r=2, init_weights=False))
     y = model(x)

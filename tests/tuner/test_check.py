@@ -74,7 +74,6 @@ BASIS = {"basis": lambda m, x: m.basis(x), "activation": lambda m, x: x}
         (BASIS, "yes, by the `basis` of its kind"),
         ({**BASIS, "activation": None}, "no, since its kind has no `activation`"),
         ({**BASIS, "activation": lambda m, x: 2 * x}, "no, since the functions of its kind give other outputs"),
-        ({**BASIS, "linear": False}, "no, since its kind is described by `linear=False`"),
     ],
 )
 def test_the_fast_path_or_why_not(changes, verdict):
