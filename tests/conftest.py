@@ -28,10 +28,10 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
     """Families that a test registers are forgotten at its end."""
-    before = dict(registry._SPECS)
+    before = dict(registry.REGISTERED)
     yield
-    registry._SPECS.clear()
-    registry._SPECS.update(before)
+    registry.REGISTERED.clear()
+    registry.REGISTERED.update(before)
 
 
 @pytest.fixture

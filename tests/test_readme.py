@@ -74,14 +74,14 @@ def test_python_runs(page, tmp_path, monkeypatch):
             monkeypatch.setenv(name, str(value))
     from peft_lotra.layers import registry
 
-    before = dict(registry._SPECS)  # what a snippet registers goes away with it
+    before = dict(registry.REGISTERED)  # what a snippet registers goes away with it
     namespace = {"__name__": "page"}
     try:
         for code in PYTHON[page]:
             exec(compile(code, page, "exec"), namespace)
     finally:
-        registry._SPECS.clear()
-        registry._SPECS.update(before)
+        registry.REGISTERED.clear()
+        registry.REGISTERED.update(before)
 
 
 @pytest.mark.parametrize(("page", "link"), LINKS, ids=lambda value: value)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..layers.compare import is_linear
 from ..layers.registry import KANLayerSpec
 from ..layers.slim import call_with_coefficients
 from ..modules.calls import call_with_parameters, modes_kept
@@ -137,7 +138,7 @@ def gather_weights(model: nn.Module, names: Iterable[str], inputs: Inputs) -> di
     """
     _check_inputs(inputs)
     targets = {name: locate_target(name, model.get_submodule(name)) for name in names}
-    layers = {name: (layer, spec) for name, (layer, spec, _) in targets.items() if spec.linear}
+    layers = {name: target[:2] for name, target in targets.items() if is_linear(*target)}
     kernels = {name for name in layers if len(targets[name][2].shape) > 3}
     called: set[str] = set()
     received: dict[str, list[torch.Tensor]] = {name: [] for name in layers}

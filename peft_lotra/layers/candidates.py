@@ -43,7 +43,7 @@ class KANCandidate(NamedTuple):
 
 
 def find_candidates(model: nn.Module, known: Collection[int]) -> list[KANCandidate]:
-    """The modules with parameters of three axes or more that are no KAN layers, one of each class and shape.
+    """The modules that may be KAN layers of an unknown kind, one of each class and shape.
 
     Args:
         model: The model.
@@ -61,12 +61,12 @@ def find_candidates(model: nn.Module, known: Collection[int]) -> list[KANCandida
 
 
 def describe_layer(module: nn.Module) -> tuple[str, bool] | None:
-    """The call that registers the kind of a module, and whether gradients verify it; `None` if it has no large one."""
+    """The call that registers the kind of a module, and whether gradients verify it; `None` if it is no KAN layer."""
     large = {name: value for name, value in _tensors(module).items() if value.dim() >= 3}
     specs = (spec for spec in chain([infer_spec(module)], _convolutions(module, large)) if spec is not None)
     if (spec := next(specs, None)) is not None:
         return _registration(module, spec), True
-    if not large:
+    if not large or not _may_be_kan(module):
         return None
     name, value = next(iter(large.items()))
     return _registration(module, KANLayerSpec("", nn.Module, (name, next(axis_patterns(value.shape))))), False
@@ -99,7 +99,6 @@ def _registration(module: nn.Module, spec: KANLayerSpec) -> str:
         f"residual={_pair(spec.residual)}," if spec.residual else "",
         f"axes={axes}," if axes else "",
         f"grid=({''.join(f'{json.dumps(name)}, ' for name in spec.grid).strip()})," if spec.grid else "",
-        "" if spec.linear else "linear=False,",
     ]
     return "register_kan_layer(\n" + "".join(f"    {line}\n" for line in lines if line) + ")"
 
@@ -123,26 +122,27 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {n: value for n, value in found.items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
 
 
-def left_out(model: nn.Module, found_names: Collection[str]) -> list[str]:
-    """The names of modules that look like KAN layers and are not among those found; nothing is run.
+def _may_be_kan(module: nn.Module) -> bool:
+    """Whether a module looks like a KAN layer; it is not run.
 
-    These are modules of a user with own parameters of three axes, or with one that is named as in a known kind of
-    layer. An axis of length one in front is that of a batch: position embeddings and class tokens.
+    It is then of a user's class, with own parameters of three axes, or with one that is named as in a known kind. An
+    axis of length one in front is that of a batch: position embeddings and class tokens.
     """
-    known = {id(inner) for name in found_names for inner in model.get_submodule(name).modules()}
+    if (
+        isinstance(module, (*OTHERS, torch.jit.ScriptModule))
+        or type(module).__module__.partition(".")[0] in _LIBRARIES
+        or type(module).__name__ == "Symbolic_KANLayer"  # pykan's formulas beside each layer
+    ):
+        return False
     names = {name for spec in REGISTERED.values() for name, _ in spec.parts} - {"weight", "scale", "coefficients"}
-    return [
-        name
-        for name, module in model.named_modules()
-        if id(module) not in known
-        and not isinstance(module, (*OTHERS, torch.jit.ScriptModule))
-        and type(module).__module__.partition(".")[0] not in _LIBRARIES
-        and type(module).__name__ != "Symbolic_KANLayer"  # pykan's formulas beside each layer
-        and any(
-            value is not None and (key in names or (value.dim() > 2 and len(value) > 1))
-            for key, value in module._parameters.items()
-        )
-    ]
+    own = {name: value for name, value in module._parameters.items() if value is not None}
+    return any(name in names or (value.dim() > 2 and len(value) > 1) for name, value in own.items())
+
+
+def left_out(model: nn.Module, found_names: Collection[str]) -> list[str]:
+    """The names of modules that look like KAN layers and are not among those found."""
+    known = {id(inner) for name in found_names for inner in model.get_submodule(name).modules()}
+    return [name for name, module in model.named_modules() if id(module) not in known and _may_be_kan(module)]
 
 
 def no_layer_message(model: nn.Module) -> str:

@@ -82,7 +82,7 @@ def _known_layer(module: nn.Module) -> _Layer | None:
     if module in _layers and _layers[module][0] == registered:
         return _layers[module][1]
     spec = get_kan_spec(module)
-    if spec is not None and spec.linear and (spec.derivatives is not None or spec.splines is not None):
+    if spec is not None and (spec.derivatives is not None or spec.splines is not None):
         try:
             known = _Layer(spec, spec.locate(module), {})
         except ValueError:  # it is no such layer
@@ -99,7 +99,7 @@ def _stage(
     parameters: Mapping[str, Tensor] | None = None,
 ) -> Stage:
     coefficients, residual = tensor.read_parts(layer, dict(parameters or {}))
-    if spec.scale is not None and (scale := spec.scale(layer)) is not None:
+    if (scale := spec.scale(layer)) is not None:
         coefficients = coefficients * scale.unsqueeze(-1)
     tensors = tuple(value for value in spec.read_grid(layer).values() if isinstance(value, Tensor))
     if form.on_uniform_grid:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Number
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ Grid = dict[str, "torch.Tensor | int | float"]
 # The fields in a file, which are no functions, and their types; of `axes` it has the lengths.
 _IN_FILES: dict[str, type] = {
     **dict.fromkeys(("coefficients", "residual", "edge_scale", "grid", "grid_methods", "checkpoint_methods"), list),
-    **{"kernel": str, "groups": str, "bias": str, "linear": bool, "network_methods": dict, "axes": dict},
+    **{"groups": str, "bias": str, "network_methods": dict, "axes": dict},
 }
 
 
@@ -39,20 +40,16 @@ class KANLayerSpec:
             parameters' names where users copy the file and rename the class.
         coefficients (`tuple[str, str]` or a list of them): The parameter of the coefficients (dotted names reach into
             sub-modules, `*` stands for the members of a list: `"convs.*.weight"`) and its layout as an einops pattern:
-            `o` and `i` are the output and input features, any other axes make up the basis mode in the order in which
-            they appear. `"o i k"`, `"o (i k)"`, `"t o i g"`; `"o ((i k) + i)"` where the residual weights are packed
-            behind the coefficients. Several parts are joined along the basis mode; one after the first may lack `o` or
-            `i`, and is shared by them, and one of a number for each edge is shared along a kernel. See layout.py.
+            `o` and `i` are the output and input features, `...` the axes of the kernel of a convolution, and any other
+            axes make up the basis mode in the order in which they appear. `"o i k"`, `"o (i k)"`, `"t o i g"`,
+            `"o (i k) ..."`; `"o ((i k) + i)"` where the residual weights are packed behind the coefficients. Several
+            parts are joined along the basis mode; one after the first may lack `o` or `i`, and is shared by them, and
+            one of a number for each edge is shared along a kernel. See layout.py.
         residual (`tuple[str, str]`, *optional*): The parameter of the residual branch and its layout, of `o` and `i`
-            and the axes of `kernel` and `groups`. A layer on which it is absent or `None` has no residual branch.
-        kernel (`str`): The axes of the kernel of a convolution, e.g. `"h w"`. A `...` in a pattern is such an axis, or
-            several.
+            `...` and the axis of `groups`. A layer on which it is absent or `None` has no residual branch.
         groups (`str`): The axis of blocks that have inputs of their own, e.g. `"g"`. They are a part of the output
             mode, and `i` counts the inputs of one block. The members of a list by `*` are such blocks too.
-        linear (`bool`): Whether the output is linear in the coefficients. If not, there is no fast path, and the
-            layers are not weighted by features (`inputs` of `extract_lotra` and `slim`).
-        grid (`tuple[str, ...]`): The state, tensors and numbers, that gives the coefficients their meaning. A layer
-            may lack some of it.
+        grid (`tuple[str, ...]`): The attributes, tensors and numbers, that give the coefficients their meaning.
         grid_methods (`tuple[str, ...]`): The layer's methods that change that state, or cut or permute the
             coefficients. They raise while an adapter is attached and not merged.
         network_methods (`dict[str, str | None]`): Methods of the network around the layer that rebuild it, replace
@@ -61,8 +58,8 @@ class KANLayerSpec:
         checkpoint_methods (`tuple[str, ...]`): Methods of the network around the layer that save it, with its adapters
             merged and under its original names.
         basis (`Callable`, *optional*): `basis(layer, x)` with x (batch, in) returns the basis functions
-            (batch, in, basis). It opens the fast path, basis(x) . (scale * coefficients) + activation(x) . residual +
-            bias, if that is what the layer computes: the two are compared on a few points.
+            (batch, in, basis). It opens the fast path if the layer computes basis(x) . (edge_scale * coefficients) +
+            activation(x) . residual + bias: the two are compared on a few points.
         splines (`Callable`, *optional*): `splines(layer)` returns the [`UniformGrid`] of the basis, or `None`. The
             fast path then evaluates the splines in closed form.
         derivatives (`Callable`, *optional*): `derivatives(layer, x, highest)` returns a list: the basis functions of x
@@ -71,7 +68,6 @@ class KANLayerSpec:
         normalization (`str`, *optional*): The module that normalizes the inputs of the basis functions, and not those
             of the residual branch, if `derivatives` is given. It may be absent or `None`.
         activation (`Callable`, *optional*): `activation(layer, x)` returns the factors (batch, in) of `residual`.
-        scale (`Callable`, *optional*): `scale(layer)` returns factors (out, in) of the coefficients, or `None`.
         bias (`str`, *optional*): The parameter that is added to the output. It may be absent or `None`.
         axes (`Callable` or `dict`, *optional*): `axes(layer)` returns the lengths of axes that no shape determines,
             e.g. `{"k": layer.num_grids}` for the layout `"o (i k)"`; a list has one for each member of a list by `*`.
@@ -94,13 +90,10 @@ class KANLayerSpec:
     derivatives: Callable[[Any, torch.Tensor, int], list[torch.Tensor]] | None = None
     normalization: str | None = None
     activation: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
-    scale: Callable[[Any], torch.Tensor | None] | None = None
     bias: str | None = None
     axes: Callable[[Any], Mapping[str, Any]] | Mapping[str, Any] | None = None
     edge_scale: Described | None = None
-    kernel: str = ""
     groups: str = ""
-    linear: bool = True
 
     def __post_init__(self) -> None:
         self._check()
@@ -132,13 +125,12 @@ class KANLayerSpec:
         for name in (*names, *self.grid, *methods, *filter(None, [self.bias])):
             if not isinstance(name, str) or not re.fullmatch(r"(?!__)\w+(\.(\*|(?!__)\w+))*|\*", name):
                 raise ValueError(f"{name!r} {kind} is no name of an attribute, e.g. 'spline.weight'.")
-        roles = self.kernel, self.groups
-        layouts = [parse_layout(pattern, *roles, may_share=place > 0) for place, (_, pattern) in enumerate(parts)]
+        layouts = [parse_layout(pattern, self.groups, may_share=n > 0) for n, (_, pattern) in enumerate(parts)]
         for role, described in (("residual weights", self.residual), ("edge scales", self.edge_scale)):
-            if described is not None and parse_layout(described[1], *roles).basis:
+            if described is not None and parse_layout(described[1], self.groups).basis:
                 raise ValueError(
-                    f"Pattern {described[1]!r} of the {role} {kind} has an axis besides `o` and `i`, `kernel` and "
-                    "`groups`. Expected e.g. 'o i'."
+                    f"Pattern {described[1]!r} of the {role} {kind} has an axis besides `o`, `i`, `...` and `groups`. "
+                    "Expected e.g. 'o i'."
                 )
         packed = any(layout.packed_residual is not None for layout in layouts)
         if packed and (self.residual is not None or len(parts) > 1 or "*" in names[0]):
@@ -148,7 +140,7 @@ class KANLayerSpec:
 
     def __reduce_ex__(self, protocol):
         # Predicates may be lambdas, which do not pickle: a description is found again in the registry.
-        if self.matches is _matches_nothing:
+        if self.matches is matches_nothing:
             return super().__reduce_ex__(protocol)
         return get_registered, (self.family,)
 
@@ -159,8 +151,7 @@ class KANLayerSpec:
 
     def locate(self, layer: nn.Module) -> CoefficientTensor:
         """Finds the coefficients of a layer; raises a `ValueError` if a pattern does not fit its parameter."""
-        roles = self.kernel, self.groups
-        return locate_coefficients(layer, self.family, self.parts, self.residual, self.axes_of(layer), roles)
+        return locate_coefficients(layer, self)
 
     def is_of_this_package(self, layer: nn.Module) -> bool:
         """Whether the class of a layer comes with its description, which is then not compared with the layer."""
@@ -175,10 +166,26 @@ class KANLayerSpec:
         is_numpy = {name: isinstance(value, Number) and hasattr(value, "item") for name, value in values.items()}
         return {n: value.item() if is_numpy[n] else value for n, value in values.items() if value is not None}
 
+    def check_names(self, layer: nn.Module) -> None:
+        """Raises a `ValueError` if a layer lacks an attribute that `grid` or `grid_methods` names."""
+        absent = object()
+        for name in (*self.grid, *self.grid_methods):
+            if any(get_or_none(layer, member, absent) is absent for member in expand_name(layer, name) or [name]):
+                raise ValueError(
+                    f"`grid` or `grid_methods` of {self.family!r} names {name!r}, and {type(layer).__name__} has "
+                    "no such attribute. Correct the name, or leave it out."
+                )
+
     def find_edge_scale(self, layer: nn.Module) -> str | None:
         """The name of the parameter that scales the splines of each edge, or `None` if the layer has none."""
         name, _ = self.edge_scale or ("", "")
         return name if isinstance(get_or_none(layer, name), nn.Parameter) else None
+
+    def scale(self, layer: nn.Module) -> torch.Tensor | None:
+        """The scales of the edges (out, in) in the formula of the fast path, or `None` if the layer has none."""
+        name, pattern = self.edge_scale or ("", "")
+        value = get_or_none(layer, name)
+        return value.t() if value is not None and pattern == "i o" else value
 
     def read_edge_scale(self, layer: nn.Module, tensor: CoefficientTensor) -> torch.Tensor | None:
         """The scales of the edges, (out, in, 1) or (out, in, 1, kernel), or `None` if the layer has none."""
@@ -186,7 +193,7 @@ class KANLayerSpec:
         scale = get_or_none(layer, name)
         if scale is None:
             return None
-        layout = parse_layout(pattern, self.kernel, self.groups, scale.dim())
+        layout = parse_layout(pattern, self.groups, scale.dim())
         values = layout.to_canonical(scale, tensor.lengths)
         return values if values.dim() == len(tensor.shape) else values.unsqueeze(-1)
 
@@ -212,16 +219,40 @@ def spec_from_file(family: str, description: Mapping[str, Any]) -> KANLayerSpec:
     problem = f"The description of the kind of layer {family!r} in the file is broken: "
     if not isinstance(description, Mapping) or "coefficients" not in description:
         raise ValueError(f"{problem}it names no `coefficients`.")
+    description = {name: value for name, value in description.items() if name != "linear"}  # of older versions
     for name, value in description.items():
         if name not in _IN_FILES or not isinstance(value, _IN_FILES[name]):
             raise ValueError(f"{problem}`{name}` is {value!r:.200}.")
     values: dict[str, Any] = {
         n: tuple(value) if isinstance(value, list) else value for n, value in description.items()
     }
-    return KANLayerSpec(family, _matches_nothing, **values)
+    return KANLayerSpec(family, matches_nothing, **values)
 
 
-def _matches_nothing(module: nn.Module) -> bool:
+def has(attributes: str, without: str = "") -> Callable[[Any], bool]:
+    """The predicate of the modules that have these attributes, with so many axes where a number follows the name.
+
+    Args:
+        attributes: Dotted names, that of a parameter or module first, e.g. `"spline_weight:3 grid:2 b_splines"`.
+        without: The name of an attribute that the module does not have.
+    """
+    words = [word.partition(":") for word in attributes.split()]
+    wanted = [(attrgetter(name), int(axes or 0)) for name, _, axes in words]
+    root = attributes.partition(" ")[0].partition(":")[0].partition(".")[0]
+
+    def matches(module: Any) -> bool:  # or an AttributeError, which says no, and takes ten times as long
+        found = root in module._parameters or root in module._modules or root in vars(module)
+        if not found and not hasattr(type(module), root):
+            return False
+        values = [(get(module), axes) for get, axes in wanted]
+        return all(not axes or value.ndim == axes for value, axes in values) and not (
+            without and hasattr(module, without)
+        )
+
+    return matches
+
+
+def matches_nothing(module: nn.Module) -> bool:
     """The predicate of a kind of layer that is known by a file: the file names its layers."""
     return False
 

@@ -13,15 +13,18 @@ gradients of a copy of the layer say it, so nothing is taken on its name.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
-from itertools import chain
-from typing import Any, NamedTuple
+from dataclasses import replace
+from functools import partial
+from itertools import chain, product
+from typing import Any
 
 import torch
 from torch import nn
 
-from .coefficients import CoefficientTensor, Described, get_or_none, locate_coefficients, named_size
-from .description import KANLayerSpec, registered_spec, spec_from_file
+from .coefficients import Described, get_or_none, named_size
+from .description import KANLayerSpec, matches_nothing, registered_spec
 from .layout import axis_patterns
 from .probe import Probe, Undecided, remembered
 
@@ -40,26 +43,7 @@ OTHERS = (
 )
 
 Tensors = Mapping[str, torch.Tensor]
-
-
-class _Reading(NamedTuple):
-    """A hypothesis: the parts of the coefficients, their residual branch, and the number of inputs if it is open."""
-
-    parts: tuple[Described, ...]
-    residual: Described | None = None
-    inputs: int | None = None
-
-    def locate(self, layer: nn.Module) -> CoefficientTensor:
-        axes = {} if self.inputs is None else {"i": self.inputs}
-        return locate_coefficients(layer, KIND, self.parts, self.residual, axes, ("", ""))
-
-    def fits(self, probe: Probe) -> bool:
-        """Whether the patterns fit the parameters, and the gradients of the layer."""
-        try:
-            tensor = self.locate(probe.layer)
-        except ValueError:
-            return False
-        return tensor.shape[2] >= _FUNCTIONS and probe.axes(tensor, strict=True).is_verified
+_hypothesis = partial(KANLayerSpec, KIND, matches_nothing)
 
 
 def infer_spec(module: nn.Module) -> KANLayerSpec | None:
@@ -83,25 +67,26 @@ def infer_spec(module: nn.Module) -> KANLayerSpec | None:
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The trained parameters of a layer; none if it has parts that may be layers of their own.
+    """The parameters of a layer that may be coefficients; none if it has parts that may be layers of their own.
 
-    A part of a user's class, with matrices that are together no larger than the rest, may make the functions.
+    A part of a user's class may make the functions, if its matrices are together no larger than the rest.
     """
-    found: dict[str, torch.Tensor | None] = dict(module._parameters)
+    own = dict(module._parameters)
     inner: dict[str, torch.Tensor] = {}
     for name, child in module._modules.items():
-        if child is not None and registered_spec(child) is not None:
-            return {}
-        if isinstance(child, nn.Linear):
-            found[f"{name}.weight"] = child._parameters.get("weight")
-        elif child is None or isinstance(child, _NORMS):
+        if child is None or isinstance(child, _NORMS):
             continue
+        weights = _linear_weights(child)
+        if any(registered_spec(part) is not None for part in (child, *(child.children() if weights else ()))):
+            return {}
+        if weights is not None:
+            own |= {f"{name}.{n}": value for n, value in weights.items()}
         elif trained := {n: value for n, value in child.named_parameters() if value.requires_grad and value.dim() > 1}:
             is_torch = type(child).__module__.startswith("torch.")
             if is_torch or any("." in n or value.dim() > 2 for n, value in trained.items()):
                 return {}
             inner |= {f"{name}.{n}": value for n, value in trained.items()}
-    own = {name: value for name, value in found.items() if value is not None}
+    own = {name: value for name, value in own.items() if value is not None}
     if sum(value.numel() for value in inner.values()) > sum(value.numel() for value in own.values()):
         return {}
     return {
@@ -109,6 +94,21 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
         for name, value in (own | inner).items()
         if value.dim() > 1 and value.is_floating_point() and value.numel() <= _LARGEST
     }
+
+
+def _linear_weights(child: nn.Module) -> dict[str, torch.Tensor | None] | None:
+    """The matrices of a linear layer, of a list of them, or of a `Sequential` of one and activations; else `None`."""
+    if isinstance(child, nn.Linear):
+        return {"weight": child._parameters.get("weight")}
+    if isinstance(child, nn.ParameterList):
+        return dict(child._parameters)
+    linears = {n: part for n, part in child._modules.items() if isinstance(part, nn.Linear)}
+    is_list = isinstance(child, nn.ModuleList) and len(linears) == len(child)
+    is_branch = isinstance(child, nn.Sequential) and len(linears) == 1
+    others = (part for n, part in child._modules.items() if n not in linears and part is not None)
+    if not (is_list or is_branch) or any(p.dim() > 1 for part in others for p in part.parameters()):
+        return None
+    return {f"{n}.weight": linear._parameters.get("weight") for n, linear in linears.items()}
 
 
 def _takes_one_argument(module: nn.Module) -> bool:
@@ -123,17 +123,10 @@ def _infer(module: nn.Module, tensors: Tensors) -> KANLayerSpec | None:
     if any(value.is_meta or hasattr(value, "placements") for value in tensors.values()):
         raise Undecided("it has no values")
     grid = fixed_tensors(module, tensors)
-    for places in (grid, {}):
+    for places in (grid, {}) if grid else ({},):
         probe = Probe(module, places)
-        reading = _find(probe, tensors)
-        if reading is not None:
-            parts, reading = reading.parts, _extend(probe, reading, tensors)
-            # a product of parameters is not linear in both
-            linear = reading.parts == parts and probe.is_linear(reading.locate(module))
-            residual, axes = reading.residual and list(reading.residual), reading.inputs and {"i": reading.inputs}
-            described = {"coefficients": [*map(list, reading.parts)], "residual": residual, "axes": axes}
-            described |= {"grid": [*grid], "linear": linear}
-            return spec_from_file(KIND, {name: value for name, value in described.items() if value not in (None, [])})
+        if spec := _find(probe, tensors):
+            return replace(_extend(probe, spec, tensors), grid=tuple(grid))
     return None
 
 
@@ -144,38 +137,46 @@ def fixed_tensors(module: nn.Module, trained: Mapping[str, Any]) -> dict[str, An
     return {name: get_or_none(module, name) for name in (*buffers, *frozen)}
 
 
-def _find(probe: Probe, tensors: Tensors) -> _Reading | None:
+def _fits(probe: Probe, spec: KANLayerSpec) -> bool:
+    """Whether a hypothesis fits the shapes of the parameters, and the gradients of the layer."""
+    try:
+        tensor = spec.locate(probe.layer)
+    except ValueError:
+        return False
+    return tensor.shape[2] >= _FUNCTIONS and probe.axes(tensor, strict=True).is_verified
+
+
+def _find(probe: Probe, tensors: Tensors) -> KANLayerSpec | None:
     """The coefficients alone."""
-    found: _Reading | None = None
-    sizes: tuple[int | None, int | None] = named_size(probe.layer, "o"), named_size(probe.layer, "i")
+    found: KANLayerSpec | None = None
+    sizes: tuple[int | None, ...] = named_size(probe.layer, "o"), named_size(probe.layer, "i")
     for name, value in tensors.items():
-        if not 3 <= value.dim() <= _MOST_AXES or "." in name:
+        if not 3 <= value.dim() <= _MOST_AXES:
             continue
         parts = found.parts if found else ()
         patterns = axis_patterns(value.shape, "kmnpqrst"[len(parts) % 8], sizes)
-        readings = (_Reading((*parts, (name, pattern))) for pattern in patterns)
-        if reading := next((reading for reading in readings if reading.fits(probe)), None):
-            found = reading
-            sizes = reading.locate(probe.layer).shape[:2]  # pyright: ignore[reportAssignmentType]
+        specs = (_hypothesis((*parts, (name, pattern))) for pattern in patterns)
+        if spec := next((spec for spec in specs if _fits(probe, spec)), None):
+            found, sizes = spec, spec.locate(probe.layer).shape[:2]
     if found:
         return found
-    readings = chain(_flat_readings(probe, tensors), _matrix_readings(probe, tensors))
-    return next((reading for reading in readings if reading.fits(probe)), None)
+    specs = chain(_of_one_matrix(probe, tensors), _of_several_matrices(probe, tensors))
+    return next((spec for spec in specs if _fits(probe, spec)), None)
 
 
-def _flat_readings(probe: Probe, tensors: Tensors) -> Iterator[_Reading]:
-    """Coefficients that are a matrix with one axis of inputs and functions, and the bulk of the layer."""
+def _of_one_matrix(probe: Probe, tensors: Tensors) -> Iterator[KANLayerSpec]:
+    """Coefficients in one matrix, the bulk of the layer, with two of their three axes flattened."""
     total = sum(value.numel() for value in tensors.values())
-    for name, value in tensors.items():
-        if value.dim() != 2 or 2 * value.numel() < total:
-            continue
+    large = {name: value for name, value in tensors.items() if value.dim() == 2 and 2 * value.numel() >= total}
+    has_perceptron = any(isinstance(child, nn.Linear) and child.in_features == 1 for child in probe.layer.children())
+    for (flat, rest), (name, value) in product(("ko", "ok"), large.items()):
         sizes = dict.fromkeys(_possible_inputs(probe.layer, name, value))
-        if any(isinstance(child, nn.Linear) and child.in_features == 1 for child in probe.layer.children()):
-            sizes.pop(1, None)  # a perceptron of one input is such a sum too
-        for inputs in filter(None, sizes):
-            for axis, words in ((1, ("o (i k)", "o (k i)")), (0, ("(i k) o", "(k i) o"))):
-                if value.shape[axis] % inputs == 0 and value.shape[axis] // inputs >= _FUNCTIONS:
-                    yield from (_Reading(((name, pattern),), None, inputs) for pattern in words)
+        if flat == "o" or has_perceptron:  # a perceptron of one input is such a sum too
+            sizes.pop(1, None)
+        for inputs, axis, inner in product(filter(None, sizes), (1, 0), (f"(i {flat})", f"({flat} i)")):
+            count, remainder = divmod(value.shape[axis], inputs)
+            if remainder == 0 and (count if flat == "k" else value.shape[1 - axis]) >= _FUNCTIONS:
+                yield _hypothesis((name, f"{rest} {inner}" if axis else f"{inner} {rest}"), axes={"i": inputs})
 
 
 def _possible_inputs(layer: nn.Module, name: str, value: torch.Tensor) -> Iterator[int | None]:
@@ -186,42 +187,41 @@ def _possible_inputs(layer: nn.Module, name: str, value: torch.Tensor) -> Iterat
             yield from (length // size for length in value.shape if length % size == 0)
 
 
-def _matrix_readings(probe: Probe, tensors: Tensors) -> Iterator[_Reading]:
-    """Coefficients that are several matrices (out, in), e.g. the scale, shift and weight of a wavelet of each edge."""
-    own = {name: value for name, value in tensors.items() if value.dim() == 2 and "." not in name}
+def _of_several_matrices(probe: Probe, tensors: Tensors) -> Iterator[KANLayerSpec]:
+    """Coefficients in several matrices: one for each function, or scale, shift and weight of the wavelets of edges."""
+    own = {name: value for name, value in tensors.items() if value.dim() == 2 and re.search(r"^[^.]*$|\.\d", name)}
     for shape in {value.shape: None for value in own.values()}:
         names = [name for name, value in own.items() if value.shape == shape]
         for pattern in ("o i", "i o") if len(names) >= _FUNCTIONS else ():
-            reading = _Reading(tuple((name, pattern) for name in names))
+            spec = _hypothesis([(name, pattern) for name in names])
             try:
-                reached = probe.reached(names, reading.locate(probe.layer))
+                reached = probe.reached(names, spec.locate(probe.layer))
             except Exception:  # the layer's, which may want another input
                 continue
             if any(reached.values()):
-                yield _Reading(tuple(part for part in reading.parts if reached[part[0]]))
+                yield _hypothesis([part for part in spec.parts if reached[part[0]]])
 
 
-def _extend(probe: Probe, reading: _Reading, tensors: Tensors) -> _Reading:
+def _extend(probe: Probe, spec: KANLayerSpec, tensors: Tensors) -> KANLayerSpec:
     """With the residual branch, and with other parameters where they are together a large share of the layer.
 
     These are factors of the edges, and, shared by the outputs, places and widths of the functions of each input.
     """
-    taken = {name for name, _ in reading.parts}
+    taken = {name for name, _ in spec.parts}
     factors: list[Described] = []
     for name, value in tensors.items():
         if name in taken or value.dim() != 2:
             continue
         for pattern in ("o i", "i o", "i z", "z i"):
-            as_residual = reading._replace(residual=(name, pattern))
-            as_part = reading._replace(parts=(*reading.parts, (name, pattern)))
-            if not (as_part if "z" in pattern else as_residual).fits(probe):
+            as_residual = replace(spec, residual=(name, pattern)) if "o" in pattern else None
+            if not _fits(probe, as_residual or replace(spec, coefficients=(*spec.parts, (name, pattern)))):
                 continue
-            if "o" in pattern and reading.residual is None and probe.is_additive(as_residual.locate(probe.layer)):
-                reading = as_residual
+            if as_residual and spec.residual is None and probe.is_additive(as_residual.locate(probe.layer)):
+                spec = as_residual
             else:
                 factors.append((name, pattern))
             break
     total = sum(value.numel() for value in tensors.values())
     if sum(tensors[name].numel() for name, _ in factors) > _SMALL * total:
-        reading = reading._replace(parts=(*reading.parts, *factors))
-    return reading
+        spec = replace(spec, coefficients=(*spec.parts, *factors))
+    return spec

@@ -15,35 +15,30 @@ from typing import Any
 import torch
 from torch import nn
 
+from .description import has
 from .registry import register_kan_layer
 
 
-_BLOCKS = {"groups": "g", "residual": ("base_conv.*.weight", "o i ..."), "linear": False}  # a norm follows the sum
+_BOTTLENECK = "inner_proj"  # the attribute of bottlenecks, which compute more than the sum
+_BLOCKS: dict[str, Any] = {"groups": "g", "residual": ("base_conv.*.weight", "o i ...")}
 
 
-def _has_list(layer: Any, name: str) -> bool:
-    """Whether the layer has a list of convolutions, one for each block, and computes its sums with nothing around."""
-    return isinstance(layer._modules.get(name), nn.ModuleList) and "inner_proj" not in layer._modules
-
-
-def _convolution(layer: Any, name: str) -> Any:
-    """A convolution of the layer; an `AttributeError` if it is something else."""
+def _is_convolution(layer: Any, name: str) -> bool:
     found = getattr(layer, name)
-    if not isinstance(found, nn.modules.conv._ConvNd):
-        raise AttributeError(name)
-    return found
+    return isinstance(found, nn.modules.conv._ConvNd) and found.groups == 1
 
 
+# torch-conv-kan: a norm follows the sum. The first versions have a list of convolutions, one for each group.
 register_kan_layer(
-    "gram-conv",  # and Legendre, Jacobi, Bernstein: torch-conv-kan's first versions, with the degrees outside
-    matches=lambda m: "poly_weights" in m._parameters and m.poly_weights.ndim > 3 and _has_list(m, "base_conv"),
+    "gram-conv",  # and Legendre, Jacobi, Bernstein, with the degrees outside
+    matches=lambda m: has("poly_weights base_conv.0", _BOTTLENECK)(m) and m.poly_weights.ndim > 3,
     coefficients=("poly_weights", "g o (k i) ..."),
     grid=("beta_weights",),
     **_BLOCKS,
 )
 register_kan_layer(
     "cheby-conv",
-    matches=lambda m: _has_list(m, "poly_conv") and m.degree > 0,
+    matches=has("poly_conv.0.weight degree", _BOTTLENECK),
     coefficients=("poly_conv.*.weight", "o (i k) ..."),
     axes=lambda m: {"k": m.degree + 1},
     grid=("beta_weights",),
@@ -51,30 +46,29 @@ register_kan_layer(
 )
 register_kan_layer(
     "gram-conv-2",  # one convolution; its groups cut the degrees, so that a layer with groups is no sum of functions
-    matches=lambda m: _convolution(m, "poly_conv").groups == 1 and m.degree > 0,
+    matches=lambda m: _is_convolution(m, "poly_conv") and m.degree > 0,
     coefficients=("poly_conv.weight", "o (k i) ..."),
     residual=("base_conv.weight", "o i ..."),
     grid=("beta_weights",),
     axes=lambda m: {"k": m.degree + 1},
-    linear=False,
 )
 register_kan_layer(
     "spline-conv",  # B-splines and Gaussians
-    matches=lambda m: _has_list(m, "spline_conv") and _has_list(m, "base_conv"),
+    matches=has("spline_conv.0.weight base_conv.0", _BOTTLENECK),
     coefficients=("spline_conv.*.weight", "o (i k) ..."),
     grid=("grid", "rbf.grid"),
     **_BLOCKS,
 )
 register_kan_layer(
     "relu-conv",
-    matches=lambda m: _has_list(m, "relukan_conv") and m.phase_low.ndim > 3,
+    matches=has("relukan_conv.0.weight phase_low", _BOTTLENECK),
     coefficients=("relukan_conv.*.weight", "o (i k) ..."),
     grid=("phase_low", "phase_high"),
     **_BLOCKS,
 )
 register_kan_layer(
     "wav-conv",  # of older files: scale and translation stay as they are
-    matches=lambda m: _has_list(m, "wavelet_conv") and m.wavelet_conv[0].wavelet_weights.weight.ndim > 2,
+    matches=has("wavelet_conv.0.wavelet_weights.weight", _BOTTLENECK),
     coefficients=("wavelet_conv.*.wavelet_weights.weight", "o i ..."),
     grid=("wavelet_conv.*.scale", "wavelet_conv.*.translation"),
     **_BLOCKS,
@@ -83,10 +77,8 @@ for _dims in (1, 2, 3):
     _edges = " ".join(["()", "o", "i", *["()"] * _dims])
     register_kan_layer(
         f"wav-conv-{_dims}d",
-        matches=lambda m, dims=_dims: (
-            _has_list(m, "wavelet_conv")
-            and m.wavelet_conv[0].wavelet_weights.weight.ndim == dims + 2
-            and m.wavelet_conv[0].scale.ndim == dims + 3
+        matches=has(
+            f"wavelet_conv.0.wavelet_weights.weight:{_dims + 2} wavelet_conv.0.scale:{_dims + 3}", _BOTTLENECK
         ),
         coefficients=[
             ("wavelet_conv.*.wavelet_weights.weight", "o i ..."),
@@ -107,7 +99,7 @@ def _count_functions(layer: Any) -> int:
 
 register_kan_layer(
     "fast-kan-conv",  # U-KAN: the functions outside, other than in torch-conv-kan
-    matches=lambda m: _convolution(m, "spline_conv").groups == 1 and isinstance(m.rbf, nn.Module),
+    matches=lambda m: _is_convolution(m, "spline_conv") and isinstance(m.rbf, nn.Module),
     coefficients=("spline_conv.weight", "o (k i) ..."),
     residual=("base_conv.weight", "o i ..."),
     grid=("rbf.grid",),
@@ -116,7 +108,7 @@ register_kan_layer(
 )
 register_kan_layer(
     "convkan",  # on patches: rows (..., groups, in)
-    matches=lambda m: m.spline_weight.ndim == 4 and m.base_weight.ndim == 3 and m.grid.ndim == 3,
+    matches=has("spline_weight:4 base_weight:3 grid:3"),
     coefficients=("spline_weight", "g o i k"),
     residual=("base_weight", "g o i"),
     edge_scale=("spline_scaler", "g o i"),

@@ -33,7 +33,7 @@ from .coefficients import CoefficientTensor
 
 _NO_EFFECT = 1e-4  # of the largest gradient: rounding
 _EFFECT = 1e-2
-CURVATURE = 1e-2  # of the change: more than rounding in float32 makes of an affine function
+_CURVATURE = 1e-2  # of the change: more than rounding in float32 makes of an affine function
 _MAX_INPUT = 1 << 22  # elements
 _ROWS = 32  # outputs, or inputs, of which the gradients are compared
 _SEED = 16180339  # of no layer: its noise would be a multiple of coefficients that were made with the same seed
@@ -64,14 +64,14 @@ def remembered(layer: nn.Module, question: tuple[Any, ...], find: Callable[[], T
 
 
 class Verdict(NamedTuple):
-    """Whether the output and the input axis are as described: `True`, `False`, or `None` if that was not decided.
+    """Whether the output and the input axis are as described: `True`, `False`, or `None` if that was not checked.
 
     `False` alone is no contradiction: a layer may mix outputs, or inputs, e.g. by a normalization.
     """
 
     outputs: bool | None = None
     inputs: bool | None = None
-    reason: str = ""  # why nothing was decided
+    reason: str = "the layer has one output and fewer than three inputs"  # why nothing was checked
     contradiction: str = ""  # why no layer that mixes outputs or inputs computes this either
 
     @property
@@ -80,16 +80,18 @@ class Verdict(NamedTuple):
         return False not in self[:2] and True in self[:2]
 
     def __str__(self) -> str:
-        words = {True: "verified", False: "not as described, or mixed", None: "not decided"}
+        if self.contradiction:
+            return f"not as described: {self.contradiction}"
         if self[:2] == (None, None):
-            return f"not verified: {self.reason or 'all axes have the length one'}"
+            return f"not checked: {self.reason}"
+        words = {True: "as described", False: "mixed by the layer, or not as described", None: "not checked"}
         return f"outputs {words[self.outputs]}, inputs {words[self.inputs]}"
 
 
 class Probe:
     """Runs a copy of a layer that shares its tensors, in evaluation mode, without hooks, on one input.
 
-    The layer and the random generators are left as they are. Errors of the layer end in `Verdict.reason`.
+    The layer and the random generators are left as they are.
 
     Args:
         layer: The layer.
@@ -100,7 +102,7 @@ class Probe:
     def __init__(self, layer: nn.Module, grid: Mapping[str, Any], args: tuple[Any, ...] = ()) -> None:
         self.layer, self.args = layer, args
         self.grid = [value for value in grid.values() if isinstance(value, Tensor) and value.numel() > 1]
-        self._rows: tuple[int, ...] | None = None  # the axes of the input in front of its features
+        self._leading: dict[int, tuple[int, ...] | Exception] = {}  # by the number of features, see `_takes`
 
     def axes(self, tensor: CoefficientTensor, strict: bool = False) -> Verdict:
         """Compares the output and the input axis of the coefficients with the gradients of the layer.
@@ -111,33 +113,24 @@ class Probe:
         """
         try:
             with isolated(self.values(tensor)[tensor.name]):
-                verdict = self._axes(tensor, strict)
-                if strict and verdict.is_verified and not self._is_nonlinear_map_of_rows(tensor):
-                    return Verdict(False)
-                return verdict
+                return self._axes(tensor, strict)
         except Undecided as reason:
             return Verdict(reason=str(reason))
         except Exception as error:  # foreign code, which may raise anything: it wants other arguments
-            _, in_, *rest = tensor.shape
-            others = [size for size in (tensor.shape[0], *rest[:1]) if size != in_ and not self.args and not rest[1:]]
-            taken = next((size for size in others if not strict and self._find_rows(tensor, size)), None)
+            out, in_, *rest = tensor.shape
+            others = () if strict or self.args or rest[1:] else (size for size in (out, *rest) if size != in_)
+            taken = next((size for size in others if isinstance(self._takes(tensor, size), tuple)), None)
             why = f"it takes inputs of {taken} features, and not of {in_}" if taken else ""
             return Verdict(reason=f"the layer raised {type(error).__name__}: {error!s:.120}", contradiction=why)
 
-    def curvature(self, tensor: CoefficientTensor) -> float | None:
-        """The deviation of the output from an affine function of the coefficients, as a share of its change.
-
-        `None` if that is not known.
-        """
+    def is_linear(self, tensor: CoefficientTensor) -> bool | None:
+        """Whether the output is an affine function of the coefficients; `None` if that is not known."""
         try:
-            values = self.values(tensor)
+            values, generator = self.values(tensor), torch.Generator().manual_seed(0)
             with isolated(values[tensor.name]), torch.no_grad():
-                x, generator = self._input(tensor, rows=2), torch.Generator().manual_seed(0)
+                x = self._input(tensor, rows=2)
                 # so far that a ReLU behind the sum is met on both sides
-                steps = {
-                    name: 2 * torch.randn(value.shape, generator=generator, device="cpu").to(value) * _mean_size(value)
-                    for name, value in values.items()
-                }
+                steps = {name: 2 * _noise(torch.randn, value, generator) for name, value in values.items()}
                 low, middle, high = (
                     self._run({n: v + t * steps[n] for n, v in values.items()}, x) for t in (-1, 0, 1)
                 )
@@ -145,13 +138,9 @@ class Probe:
                 rounding = 1e3 * torch.finfo(x.dtype).eps * max(y.abs().max().item() for y in (low, middle, high))
                 if not torch.isfinite(bend) or max(change, bend) <= rounding:
                     return None
-                return max(bend.item() - rounding, 0.0) / max(change, bend).item()
+                return bool(bend - rounding <= _CURVATURE * max(change, bend))
         except Exception:  # as in `axes`
             return None
-
-    def is_linear(self, tensor: CoefficientTensor) -> bool:
-        """Whether the output is an affine function of the coefficients, or that is not known."""
-        return (self.curvature(tensor) or 0.0) <= CURVATURE
 
     def reached(self, names: Sequence[str], tensor: CoefficientTensor) -> dict[str, bool | None]:
         """Whether the output has a gradient towards each of these parameters; `None` if it is not computed from it."""
@@ -168,9 +157,8 @@ class Probe:
     def unused(self, tensor: CoefficientTensor) -> list[str]:
         """The parameters of the coefficients that the output is not computed from; none if the layer cannot run."""
         try:
-            return [
-                name for name, is_reached in self.reached([*tensor.parameters], tensor).items() if is_reached is None
-            ]
+            reached = self.reached([*tensor.parameters], tensor)
+            return [name for name, is_reached in reached.items() if is_reached is None]
         except Exception:  # as in `axes`
             return []
 
@@ -199,9 +187,9 @@ class Probe:
     def _axes(self, tensor: CoefficientTensor, strict: bool) -> Verdict:
         x, values = self._input(tensor), {n: v.requires_grad_() for n, v in self.values(tensor).items()}
         out, in_, *_ = tensor.shape
-        channels = 1 if len(tensor.shape) == 4 else -1
+        channels = 1 - x.dim() if len(tensor.shape) == 4 else -1
         y = self._run(values, x)
-        if y.dim() < 2 or y.shape[channels] != out or y.shape[0] != x.shape[0]:
+        if y.dim() < max(2, -channels) or y.shape[channels] != out or y.shape[0] != x.shape[0]:
             raise Undecided(f"for an input {tuple(x.shape)} it returns {tuple(y.shape)}, and not {out} outputs")
         found = torch.autograd.grad(_weighted(y, tensor), [*values.values()], allow_unused=True, retain_graph=True)
         if strict and not all(g is not None and g.any() for g in found):
@@ -219,7 +207,7 @@ class Probe:
             if not outputs and x.numel() == in_:  # else a norm, or several rows, may mix them
                 contradiction = "an output does not depend on its own slice of the coefficients alone"
         samples = [gradient]
-        for kept, other in () if outputs is False else _halves(x) if strict else _exchanged(x, channels):
+        for kept, other in _changed_inputs(x, in_, channels, strict) if outputs is not False else ():
             samples.append(_gradient_of(_weighted(self._run(values, other), tensor), values, tensor))
             change = _change(gradient, samples[-1], kept)
             if change.max() <= _EFFECT * max(gradient.abs().max(), samples[-1].abs().max()):
@@ -230,11 +218,11 @@ class Probe:
                 if _is_elsewhere(gradient[row], samples[-1][row], tensor.shape[2]):
                     contradiction = "an input changes other slices of the coefficients than its own"
                 break
-        if strict and in_ <= 2 and inputs:
-            inputs = None  # of two inputs a permutation says little
-        if strict and outputs is not False and inputs is not False:
-            inputs = inputs if self._are_several_functions(tensor, x, samples) else False
-        return Verdict(outputs, inputs, contradiction=contradiction)
+        verdict = Verdict(outputs, inputs, contradiction=contradiction)
+        if not strict or False in verdict[:2]:
+            return verdict
+        is_sum = self._are_several_functions(tensor, x, samples) and self._is_nonlinear_map_of_rows(tensor)
+        return Verdict(outputs, False if not is_sum else inputs if in_ > 2 else None)  # two inputs say little
 
     def _are_several_functions(self, tensor: CoefficientTensor, x: Tensor, samples: list[Tensor]) -> bool:
         """Whether the gradients of an input, at several values of it, are of rank two at least."""
@@ -266,11 +254,9 @@ class Probe:
 
     def _moved(self, tensor: CoefficientTensor) -> dict[str, Tensor]:
         """The parameters with other coefficients, none of which is zero: larger ones, since widths are positive."""
-        values, generator = self.values(tensor), torch.Generator().manual_seed(_SEED)
-        for name in tensor.names:
-            noise = torch.rand(values[name].shape, generator=generator, device="cpu")
-            values[name] += noise.to(values[name]) * _mean_size(values[name])
-        return values
+        generator = torch.Generator().manual_seed(_SEED)
+        ours = set(tensor.names)
+        return {n: v + _noise(torch.rand, v, generator) if n in ours else v for n, v in self.values(tensor).items()}
 
     def _gradient(self, tensor: CoefficientTensor, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """The gradient of a weighted sum of the outputs at x, in the canonical order."""
@@ -282,19 +268,19 @@ class Probe:
 
         It has `rows` * `rows` rows if a layer that is no convolution takes them.
         """
-        like = _wide(tensor.get_parameter(self.layer))
+        like, in_ = _wide(tensor.get_parameter(self.layer)), tensor.shape[1]
         if self.args:
             return self.args[0].detach().to(like)
-        if self._rows is None and len(tensor.shape) == 3:
-            self._rows = self._find_rows(tensor, tensor.shape[1])
         first, *others = tensor.parts[0]
         blocks = 1 + len(others) if others else math.prod([first.lengths[axis] for axis in first.layout.groups])
         if len(tensor.shape) == 4:
-            shape = [1, blocks * tensor.shape[1], *(4 * first.lengths[axis] + 3 for axis in first.layout.kernel)]
+            shape = [1, blocks * in_, *(4 * first.lengths[axis] + 3 for axis in first.layout.kernel)]
         elif blocks > 1:
             raise Undecided("the shape of its input is not known")
+        elif isinstance(leading := self._takes(tensor, in_), Exception):
+            raise leading
         else:
-            shape = [*([rows, rows] if self._rows == (1, 1) else [rows * rows]), tensor.shape[1]]
+            shape = [*([rows, rows] if len(leading) == 2 else [rows * rows]), in_]
         if math.prod(shape) > _MAX_INPUT:
             raise Undecided(f"an input {tuple(shape)} would be large")
         low, high = -1.0, 1.0
@@ -307,18 +293,21 @@ class Probe:
         share = (steps * 0.6180339887498949).frac().view(shape)  # of the golden ratio, without a repetition
         return (low + (high - low) * (0.25 + 0.5 * share)).to(like)
 
-    def _find_rows(self, tensor: CoefficientTensor, size: int) -> tuple[int, ...] | None:
-        """The axes in front of `size` features in an input that the layer takes: some take tokens."""
-        for rows in ((1,), (1, 1)):
+    def _takes(self, tensor: CoefficientTensor, size: int) -> tuple[int, ...] | Exception:
+        """The axes in front of `size` features in an input that the layer takes, some take tokens; else its error."""
+        for leading in ((1,), (1, 1)) if size not in self._leading else ():
             try:
+                x = torch.zeros(*leading, size, device="cpu").to(_wide(tensor.get_parameter(self.layer)))
                 with torch.no_grad():
-                    self._run({}, torch.zeros(*rows, size, device="cpu").to(_wide(tensor.get_parameter(self.layer))))
-                return rows
+                    self._run({}, x)
             except Undecided:
-                return rows
-            except Exception:  # as in `axes`; perhaps an input of another size
+                pass
+            except Exception as error:  # as in `axes`; perhaps an input of another size
+                self._leading.setdefault(size, error)
                 continue
-        return None
+            self._leading[size] = leading
+            break
+        return self._leading[size]
 
     def _run(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
         copy = _copy_of(self.layer, {})
@@ -371,8 +360,10 @@ def _own_copy(value: Tensor) -> Tensor:
     return _wide(value.detach()).clone()
 
 
-def _mean_size(value: Tensor) -> float:
-    return float(value.detach().abs().mean()) or 1.0
+def _noise(draw: Callable[..., Tensor], value: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers of the shape and mean size of a tensor."""
+    scale = float(value.detach().abs().mean()) or 1.0
+    return scale * draw(value.shape, generator=generator, device="cpu").to(value)
 
 
 def _weighted(y: Tensor, tensor: CoefficientTensor, seed: int = 1) -> Tensor:
@@ -399,28 +390,24 @@ def _joined(gradients: Sequence[Tensor | None], values: Mapping[str, Tensor], te
     return tensor.join(parts).flatten(2)
 
 
-def _exchanged(x: Tensor, channels: int) -> Iterator[tuple[slice, Tensor]]:
-    """x with its first two inputs, or channels, exchanged, and the inputs that stay."""
-    order = torch.arange(x.shape[channels], device=x.device)
-    order[:2] = order[:2].flip(0)
-    if len(order) > 2:
-        yield slice(2, None), x.index_select(channels % x.dim(), order)
+def _changed_inputs(x: Tensor, count: int, channels: int, strict: bool) -> Iterator[tuple[slice, Tensor]]:
+    """x with some of its `count` inputs changed as no normalization notices, and the slice of the others.
 
-
-def _halves(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """x with one half of the inputs changed as no normalization notices, and the inputs that stay."""
-    count = x.shape[-1]
+    These are two that are exchanged; with `strict` each half of them in turn.
+    """
     half = max(1, count // 2)
-    for kept, rest in ((slice(half), slice(half, None)), (slice(count - half, None), slice(count - half))):
-        before = x[..., rest]
+    slices = (slice(half), slice(half, None)), (slice(count - half, None), slice(count - half))
+    for kept, rest in slices if strict else [(slice(2, None), slice(2))] if count > 2 else ():
+        blocks = x.unflatten(channels, (-1, count)).movedim(channels, -1)
+        before, fixed = blocks[..., rest], blocks[..., kept]
         if before.shape[-1] > 1:
             changed = [before.roll(step, -1) for step in range(1, min(before.shape[-1], 3))]
         else:
-            changed = [x[..., kept] + factor * (before - x[..., kept]) for factor in (0.5, 1.5, 2.5) if count > 1]
+            changed = [fixed + factor * (before - fixed) for factor in (0.5, 1.5, 2.5) if count > 1]
         for values in changed:
-            other = x.clone()
+            other = blocks.clone()
             other[..., rest] = values
-            yield kept, other
+            yield kept, other.movedim(-1, channels).flatten(channels - 1, channels)
 
 
 def _largest(gradient: Tensor) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -21,9 +21,8 @@ from ..modules.calls import read_at_rest, unwrap
 from ..report import Report, TextTable
 from .candidates import KANCandidate, find_candidates
 from .compare import as_computed
-from .description import REGISTERED as _SPECS
+from .description import REGISTERED, KANLayerSpec, registered_spec, spec_from_file
 from .description import Grid as Grid
-from .description import KANLayerSpec, registered_spec, spec_from_file
 from .inference import infer_spec
 
 
@@ -32,10 +31,10 @@ _BUILT_IN: dict[str, KANLayerSpec] = {}
 
 
 def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
-    """Registers a kind of KAN layer; later registrations take precedence. One of the same name is replaced.
+    """Registers a kind of KAN layer. Later registrations take precedence over earlier and built-in ones.
 
     Args:
-        family (`str`): The name of the kind of layer.
+        family (`str`): The name of the kind of layer. A kind of yours with the same name is replaced.
         **description: The other fields of [`KANLayerSpec`]; `matches` and `coefficients` are required.
 
     Returns:
@@ -43,7 +42,8 @@ def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
 
     Raises:
         TypeError: A field does not exist, or a required one is missing.
-        ValueError: The name is empty or not printable; a pattern is malformed, or has axes that it cannot have.
+        ValueError: The name is empty, not printable, or that of a built-in kind; a pattern is malformed, or has axes
+            that it cannot have.
 
     Example:
         >>> import torch
@@ -64,6 +64,11 @@ def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
     """
     if not isinstance(family, str) or not family.strip() or not family.isprintable():
         raise ValueError(f"A kind of layer cannot be called {family!r}. Its name is a word, such as 'my-kan'.")
+    if family in _BUILT_IN:
+        raise ValueError(
+            f"{family!r} is a built-in kind of layer, which is not replaced. Choose another name: your kind takes "
+            "precedence over the built-in ones."
+        )
     return register(KANLayerSpec(family, **description))
 
 
@@ -73,14 +78,14 @@ register_kan_layer.__signature__ = inspect.signature(KANLayerSpec)  # pyright: i
 
 def register(spec: KANLayerSpec) -> KANLayerSpec:
     """Registers a description, before all others."""
-    _SPECS.pop(spec.family, None)
-    _SPECS[spec.family] = spec
+    REGISTERED.pop(spec.family, None)
+    REGISTERED[spec.family] = spec
     return spec
 
 
 def keep_as_built_in() -> None:
     """Makes the kinds that are registered now those of this package, which files name without a description."""
-    _BUILT_IN.update(_SPECS)
+    _BUILT_IN.update(REGISTERED)
 
 
 def describe(spec: KANLayerSpec, layer: nn.Module) -> dict[str, Any]:
@@ -107,23 +112,22 @@ def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KAN
     if record is None:
         return spec
     name, description = record["family"], record.get("description")
-    if spec is not None and spec.family == name:
-        is_given = spec is _SPECS.get(name) or spec is getattr(type(layer), "kan_spec", None)
-        # the reading of another version may differ from that of this one
-        return spec if is_given or description in (None, spec.describe(layer)) else spec_from_file(name, description)
-    if recorded := _SPECS.get(name):  # of an older version, before a kind was split
-        return registered_spec(layer, [recorded]) or spec
-    if description is None:
-        raise ValueError(
-            f"The adapter is for KAN layers of the kind {name!r}, which its file does not describe. Call "
-            "`peft_lotra.register_kan_layer` for it before the adapter is loaded."
-        )
-    return spec_from_file(name, description)
+    is_given = spec is not None and (spec is REGISTERED.get(name) or spec is getattr(type(layer), "kan_spec", None))
+    if spec is not None and spec.family == name and (is_given or description in (None, spec.describe(layer))):
+        return spec
+    if description is not None:  # by another version, which may read the layer otherwise
+        return spec_from_file(name, description)
+    if name in REGISTERED:  # of an older version, before a kind was split
+        return registered_spec(layer, [REGISTERED[name]]) or spec
+    raise ValueError(
+        f"The adapter is for KAN layers of the kind {name!r}, which its file does not describe. Call "
+        "`peft_lotra.register_kan_layer` for it before the adapter is loaded."
+    )
 
 
 def known_kinds() -> list[str]:
     """The names of all registered kinds of layers, in the order of registration."""
-    return list(_SPECS)
+    return list(REGISTERED)
 
 
 def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
@@ -137,7 +141,10 @@ def get_kan_spec(module: nn.Module) -> KANLayerSpec | None:
     spec = registered_spec(module)
     if spec is None:
         return infer_spec(module)
-    return as_computed(spec, module) if is_built_in(spec) else spec
+    if is_built_in(spec):
+        return as_computed(spec, module)
+    spec.check_names(module)
+    return spec
 
 
 class FoundKANLayer(NamedTuple):
@@ -156,30 +163,23 @@ class FoundKANLayer(NamedTuple):
     has_residual: bool
 
 
-_Found = TypeVar("_Found", bound=FoundKANLayer | KANCandidate)
+class FoundKANLayers(Report, list[FoundKANLayer]):
+    """The KAN layers of a model: a list that prints as a table.
 
+    Attributes:
+        candidates (`list[KANCandidate]`): Modules that may be KAN layers of an unknown kind.
+    """
 
-class FoundKANLayers(Report, list[_Found]):
-    """The result of `find_kan_layers`: a list that prints as a table."""
-
-    @property
-    def candidates(self) -> list[KANCandidate]:
-        """The modules that may be KAN layers."""
-        return [found for found in self if isinstance(found, KANCandidate)]
-
-    @property
-    def layers(self) -> list[FoundKANLayer]:
-        """The KAN layers."""
-        return [found for found in self if isinstance(found, FoundKANLayer)]
+    candidates: list[KANCandidate]
 
     def as_dict(self) -> dict[str, Any]:
         """The layers and the candidates in plain values, for JSON."""
-        return {name: [it._asdict() for it in getattr(self, name)] for name in ("layers", "candidates")}
+        return {"layers": [it._asdict() for it in self], "candidates": [it._asdict() for it in self.candidates]}
 
     def _table(self) -> TextTable:
         rows = [
             [layer.name or "(the model)", layer.family, str(layer.shape), "yes" if layer.has_residual else "no"]
-            for layer in self.layers
+            for layer in self
         ]
         notes = [] if rows else ["no KAN layer of a known kind"]
         for candidate in self.candidates:
@@ -189,24 +189,20 @@ class FoundKANLayers(Report, list[_Found]):
         return TextTable(["layer", "kind", ">coefficients", "residual"], rows, notes)
 
 
-@overload
-def find_kan_layers(model: nn.Module, candidates: Literal[False] = False) -> FoundKANLayers[FoundKANLayer]: ...
-@overload
-def find_kan_layers(model: nn.Module, candidates: Literal[True]) -> FoundKANLayers[FoundKANLayer | KANCandidate]: ...
-def find_kan_layers(model: nn.Module, candidates: bool = False) -> Any:
+def find_kan_layers(model: nn.Module, candidates: bool = False) -> FoundKANLayers:
     """Lists the KAN layers of a model, adapted or not, in the order of `model.named_modules()`.
 
     Args:
         model (`nn.Module`): Any model.
-        candidates (`bool`): Whether to add the modules that may be KAN layers of an unknown kind: those with
-            parameters of three axes or more. The attribute `registration` of each is a call to paste, and
-            `is_verified` says whether the module, which is run for that, computes what the call says.
+        candidates (`bool`): Whether to look for modules that may be KAN layers of an unknown kind, too. They are run
+            for that, and each comes with a call to paste that registers it.
 
     Returns:
-        A list that prints as a table, with the registrations of the candidates below it.
+        `FoundKANLayers`: A list that prints as a table. Its `candidates` are a list of [`KANCandidate`].
 
     Raises:
-        ValueError: A layer was recognized but a pattern of its kind does not fit its parameters.
+        ValueError: A layer is of a registered kind that does not fit it: a name is absent, or a pattern does not fit
+            its parameter.
 
     Example:
         >>> from peft_lotra import find_kan_layers
@@ -216,16 +212,18 @@ def find_kan_layers(model: nn.Module, candidates: bool = False) -> Any:
         layers.0  peft-lotra     (4, 2, 8)  yes
         layers.1  peft-lotra     (1, 4, 8)  yes
     """
-    found = []
-    known: set[int] = set()
+    found = FoundKANLayers()
+    found.candidates, known = [], set()
     network = unwrap(model)
     with read_at_rest(network):
         for name, layer, spec in walk_kan_layers(network):
             tensor = spec.locate(layer)
             found.append(FoundKANLayer(name, spec.family, tensor.shape, tensor.has_residual))
             # an adapted layer is no candidate, nor is anything inside it
-            known |= {id(inner) for inner in (network.get_submodule(name) if name else network).modules()}
-        return FoundKANLayers([*found, *find_candidates(network, known)] if candidates else found)
+            known |= {id(inner) for inner in network.get_submodule(name).modules()}
+        if candidates:
+            found.candidates = find_candidates(network, known)
+    return found
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:

@@ -13,10 +13,11 @@ from torch import nn
 
 from ..layers.candidates import describe_layer
 from ..layers.coefficients import expand_name
-from ..layers.probe import CURVATURE, Probe
+from ..layers.compare import is_linear
+from ..layers.probe import Probe
 from ..modules.calls import check_module, read_at_rest
 from ..report import Report, TextTable
-from .fused import find_formula
+from .fused import find_formula, runs_more_than_its_class
 from .layer import Target
 from .targets import locate_target
 
@@ -33,11 +34,11 @@ class KANLayerReport(Report):
         sizes (`dict[str, int]`): The number of elements of each parameter.
         used (`dict[str, bool] | None`): Whether the output depends on each parameter; `None` if the layer could not be
             run.
-        coverage (`float`): The share of the elements, of those parameters that the output depends on and that are no
-            grid or constant, that adapters reach.
+        coverage (`float`): The share of the elements that adapters change, of those that the output depends on and
+            that are no grid or constant.
         axes (`str`): Whether the gradients of the layer agree with the axes of the description.
         linear (`str`): Whether the output is linear in the coefficients.
-        fast_path (`str`): Whether adapted layers take the fast path, or why not.
+        fast_path (`str`): Whether adapted layers take the fast path, and if not, why.
         hint (`str`): A registration that agrees with the gradients, if the description does not.
     """
 
@@ -58,10 +59,12 @@ class KANLayerReport(Report):
             [name, role, f"{self.sizes[name]:,}", words[None if self.used is None else self.used[name]]]
             for name, role in self.roles.items()
         ]
+        modes = ["outputs", "inputs", "basis functions", "places of the kernel"]
         notes = [
-            f"{self.family}, coefficients {self.shape}, coverage {self.coverage:.1%}",
+            f"{self.family}: {', '.join(f'{size} {mode}' for size, mode in zip(self.shape, modes, strict=False))}",
+            f"adapters change {self.coverage:.1%} of the elements that the output depends on",
             f"axes: {self.axes}",
-            f"linear: {self.linear}",
+            f"linear in the coefficients: {self.linear}",
             f"fast path: {self.fast_path}",
             *(["a description that fits:", *self.hint.splitlines()] if self.hint else []),
         ]
@@ -91,10 +94,11 @@ def check_kan_layer(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None =
         parameter      role          elements  used
         spline_weight  coefficients        96  yes
         base_weight    residual            12  yes
-        peft-lotra, coefficients (4, 3, 8), coverage 100.0%
-        axes: outputs verified, inputs verified
-        linear: yes
-        fast path: open, by splines in closed form
+        peft-lotra: 4 outputs, 3 inputs, 8 basis functions
+        adapters change 100.0% of the elements that the output depends on
+        axes: outputs as described, inputs as described
+        linear in the coefficients: yes
+        fast path: yes, by splines in closed form
     """
     check_module(layer, "layer")
     with read_at_rest(layer):
@@ -120,8 +124,7 @@ def _compare(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None) -> KANL
     ours, fixed = ("coefficients", "residual"), ("grid", "constant")
     counted = [n for n, role in roles.items() if role in ours or (role not in fixed and (used is None or used[n]))]
     reached = sum(sizes[name] for name in counted if roles[name] in ours)
-    curvature = probe.curvature(tensor)
-    linear = "not verified" if curvature is None else "yes" if curvature <= CURVATURE else f"no, by {curvature:.0%}"
+    linear = {True: "yes", False: "no", None: "not checked"}[probe.is_linear(tensor)]
     verdict = probe.axes(tensor)
     hint, fits = (verdict.contradiction and describe_layer(layer)) or ("", False)
     return KANLayerReport(
@@ -131,8 +134,8 @@ def _compare(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None) -> KANL
         sizes=sizes,
         used=used,
         coverage=reached / max(sum(sizes[name] for name in counted), 1),
-        axes=verdict.contradiction or str(verdict),
-        linear=linear if spec.linear else f"{linear} (described as not linear)",
+        axes=str(verdict),
+        linear=linear,
         fast_path=_fast_path(target),
         hint=hint if fits else "",
     )
@@ -152,7 +155,19 @@ def _roles(target: Target) -> dict[str, str]:
 
 
 def _fast_path(target: Target) -> str:
-    formula = find_formula(*target)
-    if formula is None:
-        return "closed: the base layer runs"
-    return "open, by splines in closed form" if formula.closed_form else "open, by the kind's `basis`"
+    layer, spec, tensor = target
+    if formula := find_formula(*target):
+        return f"yes, by {'splines in closed form' if formula.closed_form else 'the `basis` of its kind'}"
+    dtype = tensor.get_parameter(layer).dtype
+    reasons = {
+        "it is a convolution": len(tensor.shape) > 3,
+        "its output is not linear in the coefficients": not is_linear(layer, spec, tensor),
+        "its kind has no `basis`": not (spec.basis or spec.splines),
+        "its kind has no `activation`, the function of the residual branch": tensor.has_residual
+        and not spec.activation,
+        f"its parameters are {dtype}": dtype not in (torch.float32, torch.float64),
+        "in float64 it takes `splines`": dtype == torch.float64 and not spec.splines,
+        "it has hooks, or a `forward` of its own": runs_more_than_its_class(layer),
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), "the functions of its kind give other outputs")
+    return f"no, since {why}; general path: the layer itself runs, with updated parameters"

@@ -20,6 +20,7 @@ from torch import nn
 from ..kan.basis import SPLINE_ORDERS, UniformGrid
 from ..kan.product import spline_product
 from ..layers.coefficients import CoefficientTensor, get_or_none
+from ..layers.compare import is_linear
 from ..layers.registry import KANLayerSpec
 from ..modules.calls import call_with_parameters
 from ..tucker import Update, expand_inputs
@@ -35,7 +36,7 @@ _known_formulas: WeakKeyDictionary[type, dict[Any, bool]] = WeakKeyDictionary()
 
 
 class Formula(NamedTuple):
-    """basis(x) . (scale * coefficients) + activation(x) . residual + bias.
+    """basis(x) . (edge_scale * coefficients) + activation(x) . residual + bias.
 
     Attributes:
         spec, tensor: The kind of the layer, and where it keeps its coefficients.
@@ -75,7 +76,7 @@ class Formula(NamedTuple):
         """
         out, in_features, basis = self.tensor.shape
         coefficients, residual = self.tensor.read_parts(base_layer)
-        scale = self.spec.scale(base_layer) if self.spec.scale is not None else None
+        scale = self.spec.scale(base_layer)
         lefts, rights = [], []
         for factor, (core, left, *factors) in updates:
             right = expand_inputs(core if isinstance(factor, float) and factor == 1.0 else factor * core, *factors)
@@ -153,9 +154,9 @@ def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientT
     """
     stored = tensor.get_parameter(base_layer)
     is_described = (spec.basis or spec.splines) and (spec.activation or not tensor.has_residual)  # not Slim layers
-    if not is_described or not spec.linear or tensor.shape[3:] or stored.is_meta or stored.dtype not in _TOLERANCE:
+    if not is_described or tensor.shape[3:] or stored.is_meta or stored.dtype not in _TOLERANCE:
         return None
-    if runs_more_than_its_class(base_layer):
+    if runs_more_than_its_class(base_layer) or not is_linear(base_layer, spec, tensor):
         return None
     if spec.is_of_this_package(base_layer):
         return Formula(spec, tensor, closed_form=True)
@@ -184,7 +185,7 @@ def _is_right(formula: Formula, base_layer: nn.Module) -> bool:
         # with copies of the buffers, which a layer may update as it runs
         buffers = {name: buffer.clone() for name, buffer in base_layer.named_buffers()}
         expected = call_with_parameters(base_layer, buffers, base_layer, (points,), {})
-        scale = spec.scale(base_layer) if spec.scale is not None else None
+        scale = spec.scale(base_layer)
         scaled = coefficients if scale is None else coefficients * scale.unsqueeze(-1)
         result = formula.evaluate(base_layer, points, scaled, residual)
     except Exception:  # foreign code, which wants more arguments, or other shapes

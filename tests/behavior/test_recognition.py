@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from stand_ins import ChebyKANLayer, FastKANLayer, OldEfficientKANLayer
 from torch import nn
 
-from peft_lotra import LoTRAConfig, find_kan_layers, register_kan_layer
+from peft_lotra import LoTRAConfig, check_kan_layer, find_kan_layers, register_kan_layer
 from peft_lotra.kan import KAN, KANLinear
 
 
@@ -203,7 +203,8 @@ def test_a_subclass_that_is_linear_stays_of_its_kind():
         pass
 
     model = get_peft_model(nn.Sequential(Named(3, 4)), LoTRAConfig(r=2))
-    assert model.base_model.model[0].lotra_spec.linear
+    report = check_kan_layer(model.base_model.model[0])
+    assert (report.family, report.linear) == ("peft-lotra", "yes") and report.fast_path.startswith("yes")
 
 
 class Experts(nn.Module):

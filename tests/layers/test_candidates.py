@@ -49,8 +49,8 @@ class Edges(nn.Module):
 
 
 LAYERS = {
-    "powers": (Powers, '("A", "i k o")', 'residual=("base", "i o")'),
-    "edges": (Edges, '[("w", "o i k"), ("mu", "o i m")]', "linear=False"),
+    "powers": (Powers, '("A", "i k o")', 'residual=("base", "i o"),'),
+    "edges": (Edges, '[("w", "o i k"), ("mu", "o i m")]', ""),
 }
 
 
@@ -59,10 +59,10 @@ def test_the_registration_is_pasted(kind):
     cls, coefficients, other = LAYERS[kind]
     sizes = 4, 4
     model = nn.Sequential(nn.Linear(2, sizes[0]), cls(*sizes), nn.Linear(sizes[1], 2))
-    (candidate,) = find_kan_layers(model, candidates=True)
+    (candidate,) = find_kan_layers(model, candidates=True).candidates
     assert isinstance(candidate, KANCandidate) and (candidate.name, candidate.cls) == ("1", cls.__name__)
     assert candidate.is_verified and f"coefficients={coefficients}," in candidate.registration
-    assert f"    {other},\n" in candidate.registration
+    assert f"    {other}\n" in candidate.registration or not other
     exec(candidate.registration, {"register_kan_layer": register_kan_layer})
     (found,) = find_kan_layers(model, candidates=True)
     assert (found.name, found.family, found.shape[:2]) == ("1", cls.__name__, sizes[::-1])
@@ -70,7 +70,7 @@ def test_the_registration_is_pasted(kind):
 
 def test_a_convolution():
     model = nn.Sequential(Convolution(3, 4), nn.ReLU(), Convolution(4, 4), Convolution(4, 4))
-    candidates = find_kan_layers(model, candidates=True)
+    candidates = find_kan_layers(model, candidates=True).candidates
     assert [candidate.name for candidate in candidates] == ["0", "2"]  # one of each shape
     for candidate in candidates:
         assert candidate.is_verified and '("poly.weight", "o (k i) ...")' in candidate.registration
@@ -90,7 +90,7 @@ class Graph(Powers):
 
 
 def test_what_cannot_be_run_is_offered_unverified():
-    (candidate,) = find_kan_layers(nn.Sequential(Graph(3, 4)), candidates=True)
+    (candidate,) = find_kan_layers(nn.Sequential(Graph(3, 4)), candidates=True).candidates
     assert not candidate.is_verified and candidate.parameters == {"A": (3, 5, 4)}
     assert 'coefficients=("A", "o i k")' in candidate.registration
     exec(candidate.registration, {"register_kan_layer": register_kan_layer})
@@ -100,9 +100,10 @@ def test_known_layers_and_those_of_torch_are_no_candidates():
     known = [FAMILIES[family](3, 4) for family in ("efficient-kan", "fast-kan", "cheby-kan", "fourier-kan")]
     others = [nn.Conv2d(3, 4, 3), nn.MultiheadAttention(4, 2), nn.LSTM(3, 4), nn.Transformer(8, 2, 1, 1, 8)]
     model = nn.ModuleList([*known, *others, KANLinear(3, 4)])
-    assert find_kan_layers(model, candidates=True) == find_kan_layers(model)
+    assert not find_kan_layers(model, candidates=True).candidates
     adapted = adapt(nn.Sequential(KANLinear(3, 4), KANLinear(4, 2)))
-    assert len(find_kan_layers(adapted, candidates=True)) == 2
+    found = find_kan_layers(adapted, candidates=True)
+    assert len(found) == 2 and not found.candidates
 
 
 class Hats(nn.Module):

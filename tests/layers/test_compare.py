@@ -35,10 +35,10 @@ def pattern_of(layer):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_known_kinds_are_as_described_and_linear(family, sizes):
     report = check_kan_layer(FAMILIES[family](*sizes))
-    assert "not" not in report.axes.replace("not decided", "") and report.linear == "yes" and not report.hint
+    assert "not" not in report.axes.replace("not checked", "") and report.linear == "yes" and not report.hint
 
 
-# A layer of a known kind that stores (out, in) the other way
+# A layer of a built-in kind by its names, that stores (out, in) the other way
 
 
 @pytest.mark.parametrize("sizes", [(3, 4), (4, 4), (2, 2), (4, 3), (1, 3), (3, 1)])
@@ -47,7 +47,7 @@ def test_a_chebykan_of_the_other_order_is_read_in_its_order(sizes, tmp_path):
     model = as_model(OtherCheby(i, o))
     fresh, x = copy.deepcopy(model), inputs(6, in_features=i)
     (found,) = find_kan_layers(model)
-    assert (found.family, found.shape) == ("cheby-kan", (o, i, 5))
+    assert (found.family, found.shape) == ("generic", (o, i, 5))
     assert torch.equal(get_kan_spec(model.kan).locate(model.kan).read(model.kan), model.kan.cheby_coeffs)
     adapted = adapt(model)
     y = adapted(x)
@@ -145,7 +145,7 @@ def test_only_the_order_in_which_it_is_stored_is_verified(order):
     for other in ORDERS:
         register(layer, other)
         report = check_kan_layer(layer)
-        assert (report.axes == "outputs verified, inputs verified") == (other == order)
+        assert (report.axes == "outputs as described, inputs as described") == (other == order)
         assert (f'coefficients=("A", "{order}")' in str(report)) == (other != order)
 
 
@@ -163,8 +163,8 @@ NORMS = {
 def test_layers_around_the_sum_do_not_hide_the_order(norms):
     layer = Layer(5, 5, 5, **NORMS[norms])
     for pattern in ("o i k", "i o k"):
-        register(layer, pattern, linear=False)
-        assert (check_kan_layer(layer).axes == "outputs verified, inputs verified") == (pattern == "o i k")
+        register(layer, pattern)
+        assert (check_kan_layer(layer).axes == "outputs as described, inputs as described") == (pattern == "o i k")
     with pytest.raises(ValueError, match="'i o k', since an output does not depend on its own slice"):
         adapt(as_model(layer))
 
@@ -183,7 +183,7 @@ def test_a_layer_that_mixes_its_inputs_is_not_verified_and_attached(make):
     layer = make()
     name = "A" if isinstance(layer, Layer) else "spline_weight"
     register_kan_layer("mine", matches=type(layer), coefficients=(name, "o i k"))
-    assert check_kan_layer(layer).axes == "outputs verified, inputs not as described, or mixed"
+    assert check_kan_layer(layer).axes == "outputs as described, inputs mixed by the layer, or not as described"
     adapt(as_model(layer))
 
 
@@ -210,9 +210,6 @@ class Named(Layer):
         self.unused = nn.Parameter(torch.randn(4, 3, 2))
 
 
-PARTS = [(name, "o i") for name in ("scale", "translation", "A")]
-
-
 @pytest.mark.parametrize(
     ("layer", "right", "wrong", "words"),
     [
@@ -234,11 +231,10 @@ PARTS = [(name, "o i") for name in ("scale", "translation", "A")]
         (Named(), ("A", "o i k"), {"residual": ("base", "i o")}, "`base` is not as described.*'i o'.*(4, 3)"),
         (Named(), ("A", "o i k"), {"coefficients": ("B", "o i k")}, "`B` is not as described. There is no such"),
         (Named(), ("A", "o i k"), {"coefficients": [("A", "o i k"), ("unused", "o i z")]}, "does not use `unused`"),
-        (Wavelets(), PARTS, {"linear": True}, "not linear in `scale`, `translation`, `A`.*linear=False"),
     ],
 )
 def test_a_contradiction_is_refused_by_name(layer, right, wrong, words):
-    described = {"coefficients": right, "linear": isinstance(layer, (Layer, Flat, Convolution))}
+    described = {"coefficients": right}
     described |= {"axes": {"k": 3}} if isinstance(layer, Convolution) else {}
     described |= {"axes": {"i": 4}} if isinstance(layer, Flat) else {}
     register_kan_layer("mine", matches=type(layer), **{**described, **wrong})
@@ -252,10 +248,15 @@ def test_a_contradiction_is_refused_by_name(layer, right, wrong, words):
     adapt(model)
 
 
-def test_described_as_not_linear_everything_but_the_fast_path_works(tmp_path):
-    basis = lambda m, x: x[..., None].expand(-1, -1, 3)  # noqa: E731
-    register_kan_layer("mine", matches=Wavelets, coefficients=PARTS, linear=False, basis=basis)
+def test_a_layer_that_is_not_linear_takes_the_general_path(tmp_path):
+    parts, basis = (
+        [(name, "o i") for name in ("scale", "translation", "A")],
+        lambda m, x: x[..., None].expand(-1, -1, 3),
+    )
+    register_kan_layer("mine", matches=Wavelets, coefficients=parts, basis=basis)
     base = as_model(Wavelets()).eval()
+    report = check_kan_layer(base.kan)
+    assert report.linear == "no" and report.fast_path.startswith("no, since its output is not linear")
     fresh, x = copy.deepcopy(base), inputs(6)
     model = adapt(base)
     y = model(x)
@@ -300,7 +301,7 @@ NOT_CALLED = {
 def test_layers_that_cannot_be_called_are_not_verified_and_attached(kind):
     layer = type("Odd", (Layer,), {"forward": NOT_CALLED[kind]})(5, 5, 5)
     register(layer, "o i k")
-    assert check_kan_layer(layer).axes.startswith("not verified: ")
+    assert check_kan_layer(layer).axes.startswith("not checked: ")
     assert adapt(as_model(layer)).base_model.model.kan.lotra_tensor.shape == (5, 5, 5)
 
 
@@ -310,7 +311,7 @@ def test_large_inputs_and_parameters_without_values_are_not_verified():
     register(layer, "o i ...")
     assert "would be large" in check_kan_layer(layer).axes
     register(layer, "o i k")
-    assert check_kan_layer(Layer(5, 5, 5).to("meta")).axes.startswith("not verified: `A` has no values")
+    assert check_kan_layer(Layer(5, 5, 5).to("meta")).axes.startswith("not checked: `A` has no values")
     computed = nn.utils.parametrizations.weight_norm(Layer(5, 5, 5), "A")
     register_kan_layer("computed", matches=type(computed), coefficients=("A", "o i k"))
     assert find_kan_layers(as_model(computed))[0].shape == (5, 5, 5)
@@ -341,6 +342,6 @@ def test_the_layer_is_left_as_it_was():
 
     before, tensors = state(), copy.deepcopy(layer.state_dict())
     register(layer, "o i k")
-    assert check_kan_layer(layer).axes == "outputs verified, inputs verified"
+    assert check_kan_layer(layer).axes == "outputs as described, inputs as described"
     assert state() == before and not ran
     assert all(torch.equal(value, tensors[name]) for name, value in layer.state_dict().items())

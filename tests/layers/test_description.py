@@ -82,27 +82,25 @@ def test_a_description_holds_no_functions_and_comes_back():
         assert other.describe(layer) == description
 
 
-def test_roles_and_flags_are_described():
+def test_roles_are_described():
     spec = KANLayerSpec(
         "mine",
         nn.Module,
-        ("a", "g o i k h"),
-        kernel="h",
+        ("a", "g o i k ..."),
         groups="g",
-        linear=False,
         edge_scale=("b", "o i"),
         network_methods={"fit": "update_grid", "prune": None},
         checkpoint_methods=("save",),
     )
     read = spec_from_file("mine", spec.describe(nn.Module()))
-    for name in "coefficients kernel groups linear edge_scale network_methods checkpoint_methods".split():
+    for name in "coefficients groups edge_scale network_methods checkpoint_methods".split():
         assert getattr(read, name) == getattr(spec, name)
 
 
 def test_kinds_that_come_with_the_package_are_not_described():
     layer = KANLinear(3, 4)
     assert describe(get_kan_spec(layer), layer) == {}
-    spec = register_kan_layer("peft-lotra", matches=KANLinear, coefficients=("spline_weight", "o i k"))
+    spec = register_kan_layer("mine", matches=KANLinear, coefficients=("spline_weight", "o i k"))
     assert describe(spec, layer) == {"description": {"coefficients": ["spline_weight", "o i k"]}}
 
 
@@ -114,7 +112,7 @@ def saved(tmp_path):
     x = inputs()
     y = model(x).detach()
     model.save_pretrained(tmp_path)
-    del registry._SPECS["waves"]
+    del registry.REGISTERED["waves"]
     return tmp_path, x, y
 
 
@@ -193,8 +191,7 @@ DAMAGED = [
     {"coefficients": [["a", "o i k"]] * 2},
     {"coefficients": ["a", 3]},
     {"coefficients": ["a", "o i k"], "basis": "lambda m, x: x"},
-    {"coefficients": ["a", "o i k"], "linear": "no"},
-    {"coefficients": ["a", "o i k"], "kernel": 3},
+    {"coefficients": ["a", "o i k"], "groups": 3},
     {"coefficients": ["a", "o i k"], "grid": ["__dict__"]},
     {"coefficients": ["a", "o i k"], "grid_methods": ["__call__"]},
     {"coefficients": ["a", "o i k"], "network_methods": {"__init__": None}},

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import orders
 import pytest
 import torch
@@ -13,7 +15,7 @@ from orders import Flat, Layer
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, find_kan_layers, register_kan_layer
+from peft_lotra import LoTRAConfig, check_kan_layer, find_kan_layers, register_kan_layer
 from peft_lotra.layers import registry
 from peft_lotra.layers.registry import get_kan_spec
 
@@ -98,6 +100,70 @@ class SmallNetworks(nn.Module):
         return torch.einsum("bioh,iolh->bo", hidden, self.w2)
 
 
+class ByEdge(nn.Module):
+    """Coefficients of shape (in * out, basis), and a branch beside them."""
+
+    def __init__(self, i, o, order="io"):
+        super().__init__()
+        self.sizes, self.order = {"i": i, "o": o}, order
+        self.table, self.base = nn.Parameter(torch.randn(i * o, 4)), nn.Sequential(nn.SiLU(), nn.Linear(i, o))
+
+    def forward(self, x):
+        table = self.table.unflatten(0, [self.sizes[axis] for axis in self.order])
+        return torch.einsum(f"bik,{self.order}k->bo", powers(x, 4), table) + self.base(x)
+
+
+class ByFunction(nn.Module):
+    """A linear layer, or matrix, for each function."""
+
+    def __init__(self, i, o, make=lambda i, o: nn.Linear(i, o, bias=False)):
+        super().__init__()
+        made = [make(i, o) for _ in range(4)]
+        self.sums = (nn.ModuleList if isinstance(made[0], nn.Module) else nn.ParameterList)(made)
+
+    def forward(self, x):
+        weights = [getattr(part, "weight", part) for part in self.sums]
+        return sum(torch.tanh(x) ** k @ weight.T for k, weight in enumerate(weights))
+
+
+class Radial(RadialPart):
+    """FastKAN under other names: fixed places, and a branch that is a `Sequential`."""
+
+    def __init__(self, i, o):
+        super().__init__(i, o)
+        self.of.requires_grad_(False)
+        self.norm, self.branch = nn.LayerNorm(i), nn.Sequential(nn.SiLU(), nn.Linear(i, o))
+
+    def forward(self, x):
+        return super().forward(self.norm(x)) + self.branch(x)
+
+
+@pytest.mark.parametrize("sizes", [(3, 5), (4, 4)])
+@pytest.mark.parametrize(
+    ("make", "residual"),
+    [
+        (ByEdge, "base.1.weight"),
+        (partial(ByEdge, order="oi"), "base.1.weight"),
+        (ByFunction, None),
+        (partial(ByFunction, make=lambda i, o: torch.randn(o, i)), None),
+        (Radial, "branch.1.weight"),
+    ],
+)
+def test_lists_edges_and_branches(make, residual, sizes):
+    i, o = sizes
+    layer, x = make(i, o), torch.rand(7, i)
+    spec = get_kan_spec(layer)
+    tensor = spec.locate(layer)
+    assert tensor.shape == (o, i, 4) and spec.residual == (residual and (residual, "o i"))
+    before, delta = layer(x), torch.zeros(tensor.read(layer).shape)
+    delta[1, 2, :4] = 1
+    with torch.no_grad():
+        for name, part in tensor.split(delta).items():
+            layer.get_parameter(name).add_(part)
+    moved = (layer(x) - before).abs().amax(0)
+    assert moved[1] > 1e-3 and moved.sum() == moved[1]
+
+
 class Tokens(Polynomials):
     """Takes (batch, tokens, features) alone."""
 
@@ -151,7 +217,7 @@ def test_parts_and_factors_of_edges_that_are_a_large_share(make, coefficients, r
     layer = make(5, 4)
     spec = get_kan_spec(layer)
     tensor = spec.locate(layer)
-    assert tensor.names == tuple(coefficients.split()) and not spec.linear
+    assert tensor.names == tuple(coefficients.split()) and check_kan_layer(layer).linear == "no"
     assert spec.residual == (residual and (residual, "o i"))
 
 
@@ -166,10 +232,10 @@ def test_parts_and_factors_of_edges_that_are_a_large_share(make, coefficients, r
 def test_places_of_functions_are_a_part_where_they_are_a_large_share(make, places, pattern):
     for outputs in (1, 3):
         spec = get_kan_spec(layer := make(5, outputs))
-        assert spec.parts[1:] == ((places, pattern),) and not spec.linear
+        assert spec.parts[1:] == ((places, pattern),)
         assert spec.locate(layer).shape == (outputs, 5, 4 + 4)
     spec = get_kan_spec(layer := make(5, 20))
-    assert len(spec.parts) == 1 and spec.linear and spec.locate(layer).shape == (20, 5, 4)
+    assert len(spec.parts) == 1 and spec.locate(layer).shape == (20, 5, 4)
 
 
 def test_a_part_that_is_a_network_of_its_own_is_not_looked_into():
@@ -194,12 +260,12 @@ def test_a_file_of_another_version_that_left_parameters_out(tmp_path):
         return nn.Sequential(ScaledTwice(5, 4))
 
     x = torch.rand(8, 5)
-    described = {"coefficients": ("c", "o i k"), "residual": ("w", "o i"), "linear": False}
+    described = {"coefficients": ("c", "o i k"), "residual": ("w", "o i")}
     register_kan_layer("generic", matches=ScaledTwice, **described)
     model = get_peft_model(build(), LoTRAConfig(r=2, init_weights=False))
     y = model(x)
     model.save_pretrained(tmp_path)
-    del registry._SPECS["generic"]
+    del registry.REGISTERED["generic"]
     assert relative(PeftModel.from_pretrained(build(), tmp_path)(x), y) < 1e-6
     assert len(get_kan_spec(build()[0]).parts) == 3
 
@@ -247,6 +313,22 @@ def gates(m, x, top=4):
     return gates * (gates >= gates.topk(top).values[:, -1:])
 
 
+class Lists(nn.Module):
+    """Linear layers in a list: experts of a gate, a network, or sums that are no more than one linear layer."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.parts = how, nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+
+    def forward(self, x):
+        if self.how == "network":
+            for part in self.parts:
+                x = torch.relu(part(x))
+            return x
+        values = torch.stack([part(x) for part in self.parts], -1)
+        return (values * x.softmax(-1)[:, None]).sum(-1) if self.how == "experts" else values.sum(-1)
+
+
 def heads(m, x):
     return (torch.einsum("nd,hde->hne", x, w) for w in (m.q, m.k, m.v))
 
@@ -284,6 +366,7 @@ FORMULAS = {
 OTHERS = [
     *(lambda name=name: type(name, (Formula,), {})(*FORMULAS[name]) for name in FORMULAS),
     *(lambda: nn.Conv1d(4, 4, 3), lambda: nn.MultiheadAttention(4, 2), lambda: nn.Bilinear(4, 4, 4)),
+    *(lambda how=how: Lists(how) for how in ("experts", "network", "sum")),
     *(lambda: nn.LSTM(4, 4), lambda: nn.TransformerEncoderLayer(8, 2), lambda: nn.GRUCell(4, 4)),
     lambda: type("ScaledConv", (nn.Conv1d,), {"forward": lambda m, x: nn.functional.conv1d(x, 2 * m.weight)})(6, 6, 3),
 ]

@@ -155,7 +155,7 @@ def test_few_functions_have_their_factors_adapted_and_older_files_load(tmp_path,
 
     x = inputs()
     with monkeypatch.context() as before:
-        before.delitem(registry._SPECS, "efficient-kan-few")  # as an older version knew it
+        before.delitem(registry.REGISTERED, "efficient-kan-few")  # as an older version knew it
         older = adapt(build())
         y = older(x)
         older.save_pretrained(tmp_path)

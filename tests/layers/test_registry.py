@@ -65,10 +65,18 @@ def test_the_last_registered_is_asked_first():
     assert get_kan_spec(layer).family == "mine"
     register_kan_layer("mine-too", matches=ChebyKANLayer, coefficients=("cheby_coeffs", "i o k"))
     assert get_kan_spec(layer).family == "mine-too"
-    # a known name is replaced, and is the last one then
-    register_kan_layer("cheby-kan", matches=ChebyKANLayer, coefficients=("cheby_coeffs", "i o k"))
-    assert get_kan_spec(layer).family == "cheby-kan"
-    assert known_kinds().count("cheby-kan") == 1
+    # a user's name is replaced, and is the last one then; a built-in one is not
+    register_kan_layer("mine", matches=ChebyKANLayer, coefficients=("cheby_coeffs", "i o k"))
+    assert get_kan_spec(layer).family == "mine" and known_kinds().count("mine") == 1
+    with pytest.raises(ValueError, match="'cheby-kan' is a built-in kind.* Choose another name"):
+        register_kan_layer("cheby-kan", matches=ChebyKANLayer, coefficients=("cheby_coeffs", "i o k"))
+
+
+@pytest.mark.parametrize("changes", [{"grid": ("typo",)}, {"grid": ("A", "of.*.typo")}, {"grid_methods": ("typo",)}])
+def test_names_that_the_layer_does_not_have(changes):
+    register_mine(**changes)
+    with pytest.raises(ValueError, match="of 'my-kan' names '.*typo', and MyKANLayer has no such attribute"):
+        find_kan_layers(as_model(MyKANLayer(3, 5)))
 
 
 def test_a_foreign_predicate_does_not_disturb_the_known_kinds():
@@ -80,7 +88,7 @@ def test_a_foreign_predicate_does_not_disturb_the_known_kinds():
 @pytest.mark.parametrize(
     "changes, problem",
     [
-        ({"residual": ("base", "o i k")}, "'o i k'.*'my-kan' has an axis besides `o` and `i`"),
+        ({"residual": ("base", "o i k")}, "'o i k'.*'my-kan' has an axis besides `o`, `i`"),
         ({"edge_scale": ("scale", "o i k")}, "'o i k' of the edge scales of 'my-kan' has an axis besides"),
         (
             {"coefficients": [("a", "o ((i k) + i)"), ("b", "o i k")], "residual": None},
