@@ -4,7 +4,9 @@
 # The Kolmogorov-Arnold Transformer (KAT) has group-rational layers (GR-KAN): a rational function of each input,
 # followed by a linear layer,
 #
-# $$y_o = \sum_i W_{oi}\, R_{g(i)}(x_i), \qquad R_g(x) = \frac{a_{g0} + a_{g1} x + \dots + a_{g5} x^5}{1 + |b_{g1} x + \dots + b_{g4} x^4|}.$$
+# $$y_o = \sum_i W_{oi}\, R_{g(i)}(x_i),$$
+#
+# $$R_g(x) = \frac{a_{g0} + a_{g1} x + \dots + a_{g5} x^5}{1 + |b_{g1} x + \dots + b_{g4} x^4|}.$$
 #
 # All outputs share the function $R_{g(i)}$ of an input, so there is no tensor of coefficients (out, in, basis), which
 # LoTRA would factorize. The matrix $W$ is what LoRA is for. This page has the configuration.
