@@ -36,17 +36,37 @@ class Docstrings(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.docstring is not None:
-            text = re.sub(r"\[(`[^`\]]+`)\](?![\[(])", r"\1", obj.docstring.value)
-            text = TYPED.sub(lambda found: f"{found[1]} ({re.sub('[`*]', '', found[2])}):", text)
-            text = OF_CLASS.sub("", text) if obj.is_class else RESULT.sub(r"\1", text)
-            text = ATTRIBUTES.sub(lambda found: NAMES.sub(without_spaces, found[0]), text)
+            text = re.sub(
+                r"\[(`[^`\]]+`)\](?![\[(])", r"\1", obj.docstring.value
+            )
+            text = TYPED.sub(
+                lambda found: f"{found[1]} ({re.sub('[`*]', '', found[2])}):",
+                text,
+            )
+            text = (
+                OF_CLASS.sub("", text)
+                if obj.is_class
+                else RESULT.sub(r"\1", text)
+            )
+            text = ATTRIBUTES.sub(
+                lambda found: NAMES.sub(without_spaces, found[0]), text
+            )
             text = ERRORS.sub(r"\1\2\4\n\1\3\4", text)
-            text = LISTED.sub(lambda found: f"{found[1]}\n{textwrap.dedent(found[2])}", text)
+            text = LISTED.sub(
+                lambda found: f"{found[1]}\n{textwrap.dedent(found[2])}", text
+            )
             text = DOCTEST.sub(r"\1```pycon\n\g<0>\1```\n", text + "\n")
-            obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
+            obj.docstring.value = re.sub(
+                r"^Example:$", "Examples:", text, flags=re.MULTILINE
+            )
 
-    def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs) -> None:
+    def on_attribute_instance(
+        self, *, attr: griffe.Attribute, **kwargs
+    ) -> None:
         """Shows the default of a field that is declared by `option(default, check)`."""
-        if isinstance(attr.value, griffe.ExprCall) and str(attr.value.function) == "option":
+        if (
+            isinstance(attr.value, griffe.ExprCall)
+            and str(attr.value.function) == "option"
+        ):
             default = attr.value.arguments[0]
             attr.value = "{}" if str(default) == "dict" else default

@@ -23,7 +23,7 @@
 #     python PATH/TO/THE/CLONE/tests/support/hub_server.py customers.py
 #
 # For your own account, log in by `hf auth login`, write your name for `user`, and run `python customers.py`. In a
-# notebook the first cell of [Publish and load](../hub/) starts the stand-in.
+# notebook the first cell of [Publish and load](hub.md) starts the stand-in.
 
 # %% [markdown]
 # ## The base

@@ -1,15 +1,3 @@
-# ---
-# jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # Publish and load
 #
@@ -87,5 +75,8 @@ print(ModelCard.load("user/kan-sines").content)
 # Base and adapter in one call. PEFT imports the class of the base only from packages that it is told to trust.
 
 # %%
-loaded = AutoPeftModel.from_pretrained("user/kan-sines", import_allowlist=["peft_lotra"])
-print("largest difference:", (loaded(x).logits - model(x).logits).abs().max().item())
+loaded = AutoPeftModel.from_pretrained(
+    "user/kan-sines", import_allowlist=["peft_lotra"]
+)
+difference = loaded(x).logits - model(x).logits
+print("largest difference:", difference.abs().max().item())

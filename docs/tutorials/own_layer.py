@@ -1,15 +1,3 @@
-# ---
-# jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # Your own layer
 #
@@ -20,7 +8,13 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, check_kan_layer, create_lotra_optimizer, find_kan_layers, register_kan_layer
+from peft_lotra import (
+    LoTRAConfig,
+    check_kan_layer,
+    create_lotra_optimizer,
+    find_kan_layers,
+    register_kan_layer,
+)
 
 
 torch.set_num_threads(1)
@@ -28,16 +22,19 @@ torch.manual_seed(0)
 
 
 class WaveLayer(nn.Module):
-    """y[o] = sum_{i, k} waves[i, o, k] cos(k x[i]) + sum_i base[o, i] silu(x[i])"""
+    """The sum of waves[i, o, k] cos(k x[i]) and base[o, i] silu(x[i])."""
 
     def __init__(self, inputs, outputs, waves=6):
         super().__init__()
-        self.waves = nn.Parameter(torch.randn(inputs, outputs, waves) / (inputs * waves) ** 0.5)
+        waves = torch.randn(inputs, outputs, waves) / (inputs * waves) ** 0.5
+        self.waves = nn.Parameter(waves)
         self.base = nn.Parameter(torch.randn(outputs, inputs) / inputs**0.5)
 
     def forward(self, x):
-        basis = torch.cos(x[..., None] * torch.arange(1, self.waves.shape[-1] + 1))
-        return torch.einsum("bik,iok->bo", basis, self.waves) + nn.functional.silu(x) @ self.base.T
+        waves = torch.arange(1, self.waves.shape[-1] + 1)
+        basis = torch.cos(x[..., None] * waves)
+        y = torch.einsum("bik,iok->bo", basis, self.waves)
+        return y + nn.functional.silu(x) @ self.base.T
 
 
 network = nn.Sequential(WaveLayer(2, 16), WaveLayer(16, 3))

@@ -126,5 +126,5 @@ for axis, (name, values) in zip(axes, fields.items(), strict=True):
 # %% [markdown]
 # ## Further: other equations
 #
-# [PDEs](../../pde/) has conditions as weighted terms, points that follow the residual, finer grids, continuation to
+# [PDEs](../pde.md) has conditions as weighted terms, points that follow the residual, finer grids, continuation to
 # hard parameters, and what was measured.

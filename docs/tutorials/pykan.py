@@ -1,15 +1,3 @@
-# ---
-# jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # pykan: adapt to a second data set
 #
@@ -29,7 +17,11 @@ from kan import KAN, create_dataset
 from peft import get_peft_model
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.plotting import edge_changes, plot_edge_functions, plot_network_change
+from peft_lotra.plotting import (
+    edge_changes,
+    plot_edge_functions,
+    plot_network_change,
+)
 
 
 def data(sign):
@@ -111,4 +103,4 @@ if sys.version_info < (3, 13):
     merged.fix_symbolic(0, 1, 0, "x^2", verbose=False)
     print("edge (0, 1, 0) is now", merged.symbolic_fun[0].funs_name[0][1])
 else:
-    print("pykan's formulas need Python 3.12 or older: pykan 0.2.8 assigns local variables by exec")
+    print("pykan's formulas need Python 3.12 or older")

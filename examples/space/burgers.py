@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, jet
 
 
-LOW, HIGH = 0.02, 0.1  # the viscosities of the family
+MEMBERS = (0.03, 0.055, 0.1)  # the viscosities of the family, few: what is between them is interpolated
 
 
 def network() -> KAN:
@@ -25,6 +26,15 @@ def solution(model: nn.Module, rows: Tensor) -> Tensor:
     """u = -sin(pi x) + t (1 - x^2) N at rows (x, s)."""
     x, t = rows[:, :1], (rows[:, 1:] + 1) / 2
     return -torch.sin(math.pi * x) + t * (1 - x**2) * model(rows)
+
+
+def reference(rows: Tensor, nu: float) -> Tensor:
+    """The exact u, by the transform of Cole and Hopf and 100 nodes of Gauss and Hermite."""
+    nodes, weights = map(torch.from_numpy, np.polynomial.hermite.hermgauss(100))
+    x, t = rows[:, :1], (rows[:, 1:] + 1) / 2
+    y = math.pi * (x - nodes * (4 * nu * t).sqrt())
+    weights = weights * torch.exp(-torch.cos(y) / (2 * math.pi * nu))
+    return -(weights * torch.sin(y)).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
 
 
 def residual(model: nn.Module, rows: Tensor, nu: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from burgers import HIGH, LOW, network, terms_of
+from burgers import MEMBERS, network, terms_of
 from safetensors.torch import save_file
 
 from peft_lotra import ParametricAdapter
@@ -39,7 +39,7 @@ def main() -> None:
     for nu, steps in ((0.2, 15), (0.08, 15), (0.045, 40)):
         optimizer.fit(terms_of(nu, 2500), steps)
     family = ParametricAdapter(base, terms_of, ranks=8, log=True)
-    print(family.fit(between=(LOW, HIGH), max_members=32))
+    print(family.fit(MEMBERS, steps=10, max_steps=40))
     family.save_pretrained(folder)
     save_file({name: part.contiguous() for name, part in base.state_dict().items()}, folder / "base.safetensors")
 

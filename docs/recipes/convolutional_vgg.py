@@ -1,0 +1,129 @@
+# %% [markdown]
+# # A convolutional KAN in VGG form
+#
+# The published convolutional KANs (torch-conv-kan: KAGN, KALN, KACN, FastKAN, wavelets) come as VGG, ResNet, DenseNet and
+# U-Net. Their layers are recognized, in one to three dimensions and with groups: nothing is registered.
+#
+# ```text
+# model = vggkagn(3, 10, groups=1, degree=3, vgg_type="VGG11")     # from torch-conv-kan
+# model = get_peft_model(model, LoTRAConfig(r=(8, 8, 4, 4), modules_to_save=["classifier"]))
+# ```
+#
+# The coefficients of a convolution have four modes (out, in, basis, kernel), and so has the update: `r` is one number,
+# or four; the rank of the kernel is at most its size. A triple leaves that rank at the size of the kernel.
+#
+# The page runs with a small network of the same form. Its layer has the parameters of a KAGN convolution
+# (`poly_weights`, degrees outside inputs; `base_conv`; `beta_weights`), which is what the family is recognized by.
+
+# %%
+import copy
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model
+from sklearn.datasets import load_digits
+from torch import nn
+
+from peft_lotra import LoTRAConfig, find_kan_layers
+
+
+class GramConv2d(nn.Module):
+    def __init__(self, inputs, outputs, degree=3):
+        super().__init__()
+        self.degree = degree
+        self.poly_weights = nn.Parameter(
+            torch.randn(1, outputs, (degree + 1) * inputs, 3, 3)
+            / (6 * inputs**0.5)
+        )
+        self.base_conv = nn.ModuleList(
+            [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)]
+        )
+        self.beta_weights = nn.Parameter(torch.zeros(degree + 1))
+        self.layer_norm = nn.InstanceNorm2d(outputs, affine=True)
+
+    def forward(self, x):
+        t = torch.tanh(x)
+        grams = [torch.ones_like(t), t]
+        for _ in range(self.degree - 1):
+            grams.append(
+                t * grams[-1]
+                - (0.25 + self.beta_weights[len(grams)]) * grams[-2]
+            )
+        y = F.conv2d(
+            F.silu(torch.cat(grams, 1)), self.poly_weights[0], padding=1
+        )
+        return F.silu(self.layer_norm(y + self.base_conv[0](F.silu(x))))
+
+
+def make_vgg():
+    torch.manual_seed(0)
+    features = [
+        GramConv2d(1, 8),
+        nn.MaxPool2d(2),
+        GramConv2d(8, 16),
+        nn.MaxPool2d(2),
+    ]
+    return nn.Sequential(*features, nn.Flatten(), nn.Linear(64, 10))
+
+
+print(find_kan_layers(make_vgg()))
+
+# %% [markdown]
+# The base learns digits; the adapter, digits that are turned by a right angle and inverted.
+
+# %%
+digits = load_digits()
+x = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
+labels = torch.tensor(digits.target)
+shifted = -x.rot90(1, (2, 3))
+known, held_out = slice(0, 1000), slice(1000, None)
+
+
+def train(model, x, labels, steps, lr):
+    model.train()
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr
+    )
+    for step in range(steps):
+        rows = torch.arange(step * 100, step * 100 + 100) % len(x)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[rows]), labels[rows]).backward()
+        optimizer.step()
+    model.eval()
+
+
+def accuracy(model, x):
+    with torch.no_grad():
+        return (
+            (model(x[held_out]).argmax(1) == labels[held_out])
+            .float()
+            .mean()
+            .item()
+        )
+
+
+base = make_vgg()
+train(base, x[known], labels[known], steps=60, lr=1e-2)
+start = copy.deepcopy(base)
+model = get_peft_model(base, LoTRAConfig(r=(6, 6, 4, 4), modules_to_save=["5"]))
+train(model, shifted[known], labels[known], steps=60, lr=1e-2)
+print(f"base: {accuracy(start, x):.2f}")
+print(f"turned and inverted digits: {accuracy(start, shifted):.2f}")
+print(f"with an adapter: {accuracy(model, shifted):.2f}")
+assert accuracy(model, shifted) > accuracy(start, shifted) + 0.3
+
+# %% [markdown]
+# Merged, the network is what it was before, of the same classes and keys, and as fast.
+
+# %%
+model.save_pretrained("turned")
+loaded = PeftModel.from_pretrained(copy.deepcopy(start), "turned").eval()
+merged = loaded.merge_and_unload()
+torch.testing.assert_close(
+    merged(shifted[held_out]), model(shifted[held_out]), rtol=1e-4, atol=1e-4
+)
+assert list(merged.state_dict()) == list(start.state_dict())
+
+# %% [markdown]
+# PEFT's LoRA on the `nn.Conv2d` inside of such a layer reaches the base branch alone, or (spline convolutions) mixes
+# inputs and basis functions in one mode. `examples/studies/convolutions.py` compares them at equal parameters.

@@ -1,0 +1,119 @@
+# %% [markdown]
+# # A language model with KAN layers
+#
+# A transformer whose feed-forward blocks are KANs, as kan-gpt and its relatives have them: GPT-2 of `transformers`, with
+# the KAN of `qkan`, a copy of efficient-kan. The model is trained on one text, and LoTRA
+# adapts the KAN layers to another.
+
+# %%
+import torch
+from peft import PeftModel, get_peft_model
+from qkan.kan import KAN
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from peft_lotra import LoTRAConfig, find_kan_layers
+
+
+class KANFeedForward(torch.nn.Module):
+    """Many copies of efficient-kan take rows only."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.kan = KAN([width, hidden, width], grid_size=3)
+
+    def forward(self, x):
+        return self.kan(x.reshape(-1, x.shape[-1])).view_as(x)
+
+
+def make_model():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=128,
+        n_positions=32,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = GPT2LMHeadModel(config)
+    for block in model.transformer.h:
+        block.mlp = KANFeedForward(32, 16)
+    return model
+
+
+print(find_kan_layers(make_model()))
+
+# %% [markdown]
+# Two texts, one letter a token, and a training loop for either model:
+
+# %%
+CHEMISTRY = (
+    "sodium reacts with water, and potassium reacts with water faster "
+    "than sodium. " * 8
+)
+COOKING = (
+    "stir the onions in butter, and the garlic after the onions, "
+    "on a low flame. " * 8
+)
+
+
+def windows(text, length=32):
+    tokens = torch.tensor([ord(letter) for letter in text])
+    return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+def loss_on(model, text):
+    batch = windows(text)
+    return model(input_ids=batch, labels=batch).loss
+
+
+def train(model, text, steps, lr):
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr
+    )
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_on(model, text).backward()
+        optimizer.step()
+    model.eval()
+
+
+base = make_model()
+train(base, CHEMISTRY, steps=60, lr=1e-2)
+state = {name: value.clone() for name, value in base.state_dict().items()}
+before = loss_on(base, COOKING).item()
+
+# %% [markdown]
+# The adapter is attached by its type alone. Rows of the KAN layers are tokens of all sentences, which changes nothing
+# for training, and mixed batches (`adapter_names`) take them apart again.
+
+# %%
+model = get_peft_model(base, LoTRAConfig(r=4, task_type="CAUSAL_LM"))
+model.print_trainable_parameters()
+train(model, COOKING, steps=60, lr=2e-2)
+after = loss_on(model, COOKING).item()
+print(f"loss on the other text: {before:.2f} before, {after:.2f} after")
+assert after < 0.9 * before
+
+# %% [markdown]
+# The file holds the adapter alone; the base comes from wherever it came from before.
+
+# %%
+model.save_pretrained("cooking")
+fresh = make_model()
+fresh.load_state_dict(state)
+loaded = PeftModel.from_pretrained(fresh, "cooking").eval()
+torch.testing.assert_close(loss_on(loaded, COOKING), loss_on(model, COOKING))
+
+both = windows(COOKING)[:2]
+with torch.no_grad():
+    mixed = loaded(input_ids=both, adapter_names=["__base__", "default"]).logits
+    torch.testing.assert_close(mixed[1], loaded(input_ids=both).logits[1])
+
+merged = loaded.merge_and_unload()  # a GPT2LMHeadModel again, of the same keys
+assert list(merged.state_dict()) == list(state)
+
+# %% [markdown]
+# Where the embedding or the head must follow the new text, train copies of them beside the adapter:
+# `LoTRAConfig(r=4, modules_to_save=["lm_head"])`.

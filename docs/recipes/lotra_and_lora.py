@@ -1,0 +1,140 @@
+# %% [markdown]
+# # LoTRA and LoRA on one model
+#
+# A network of convolutions with a KAN head. When the images change, the features must follow, and those are made by the
+# convolutions: an adapter on the head alone is not enough. This page puts LoTRA on the head and LoRA on the
+# convolutions. Needs `pip install -e ".[examples]"`.
+#
+# ## The base
+#
+# It learns digits.
+
+# %%
+import copy
+
+import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from sklearn.datasets import load_digits
+from torch import nn
+
+from peft_lotra import LoTRAConfig, create_lotra_optimizer
+from peft_lotra.kan import KAN
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(128, 16),
+            nn.Tanh(),  # into [-1, 1], where the splines live
+        )
+        self.kan = KAN([16, 10])
+
+    def forward(self, x):
+        return self.kan(self.features(x))
+
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+digits = load_digits()
+x = torch.tensor(digits.images).float()[:, None] / 8 - 1
+y = torch.tensor(digits.target)
+
+
+def train(model, optimizer, x, steps=200):
+    for step in range(steps):
+        rows = torch.arange(step * 100, step * 100 + 100) % 500
+        loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def report(name, model, x):
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    right = (model(x[500:]).argmax(1) == y[500:]).double().mean()
+    print(f"{name}: {right:.1%} right, {trained:,} trainable parameters")
+
+
+base = Net()
+train(base, torch.optim.Adam(base.parameters(), lr=3e-3), x)
+report("digits", base, x)
+
+# %% [markdown]
+# ## The images change
+#
+# They are turned by a right angle and inverted. LoTRA on the head alone, and all parameters, for comparison:
+
+# %%
+new = -x.rot90(1, (2, 3))
+report("base on the new images", base, new)
+
+head = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=(8, 8, 6)))
+train(head, create_lotra_optimizer(head, torch.optim.Adam, lr=2e-2), new)
+report("LoTRA on the head", head, new)
+
+full = copy.deepcopy(base)
+train(full, torch.optim.Adam(full.parameters(), lr=3e-3), new)
+report("all parameters", full, new)
+
+# %% [markdown]
+# ## Both adapters
+#
+# LoTRA first, then LoRA **under a name of its own**. PEFT warns of a second method; both are active and are trained.
+# `create_lotra_optimizer` gives LoRA's parameters the rate `lr`.
+
+# %%
+model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=(8, 8, 6)))
+lora = LoraConfig(
+    r=4,
+    lora_alpha=8,
+    target_modules=["features.0", "features.3", "features.7"],
+)
+inject_adapter_in_model(lora, model.base_model.model, adapter_name="features")
+train(model, create_lotra_optimizer(model, torch.optim.Adam, lr=2e-2), new)
+report("LoTRA on the head, LoRA on the features", model, new)
+
+# %% [markdown]
+# ## Save and load
+#
+# LoTRA goes into the folder, LoRA into a folder inside of it. `from_pretrained` loads LoTRA, and LoRA is injected again.
+# (To go on training, pass `is_trainable=True` and set `config.inference_mode = False`.)
+
+# %%
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+
+
+model.save_pretrained("digits")
+loaded = PeftModel.from_pretrained(copy.deepcopy(base), "digits")
+inject_adapter_in_model(
+    PeftConfig.from_pretrained("digits/features"),
+    loaded.base_model.model,
+    adapter_name="features",
+)
+weights = load_peft_weights("digits/features")
+set_peft_model_state_dict(loaded, weights, adapter_name="features")
+print("as saved:", torch.equal(loaded.eval()(new), model.eval()(new)))
+
+# %% [markdown]
+# ## Merge
+#
+# One call merges both, and the network is what it was before.
+
+# %%
+outputs = loaded(new[500:])
+merged = loaded.merge_and_unload()
+print(type(merged).__name__, type(merged.features[0]).__name__)
+difference = (merged(new[500:]) - outputs).abs().max().item()
+print(f"largest difference: {difference:.0e}")
+
+# %% [markdown]
+# A published network shows the same, from FashionMNIST to MNIST: LoTRA on its KAN head alone brings the accuracy from
+# 11.6 to 44 %, training all parameters to 87 % (one run each).

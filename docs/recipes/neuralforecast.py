@@ -1,0 +1,96 @@
+# %% [markdown]
+# # Adapters for each series in neuralforecast's RMoK
+#
+# RMoK mixes experts that are KAN layers: wavelets, Taylor and Jacobi polynomials. One base serves many series, and each
+# series has an adapter of its own, trained by neuralforecast's own `fit`. It takes `pip install neuralforecast`.
+
+# %%
+import logging
+
+import numpy as np
+import torch
+from neuralforecast import NeuralForecast
+from neuralforecast.models import RMoK
+from neuralforecast.utils import AirPassengersPanel
+from peft import get_peft_model
+
+from peft_lotra import LoTRAConfig, find_kan_layers
+
+
+for name in ("lightning.pytorch", "pytorch_lightning"):
+    logging.getLogger(name).setLevel(logging.ERROR)
+
+HORIZON = 12
+panel = AirPassengersPanel[["unique_id", "ds", "y"]]
+series = {
+    name: rows.reset_index(drop=True)
+    for name, rows in panel.groupby("unique_id")
+}
+network = RMoK(
+    h=HORIZON,
+    input_size=2 * HORIZON,
+    n_series=1,  # a window holds one series
+    max_steps=100,
+    scaler_type="standard",
+    random_seed=1,
+    accelerator="cpu",
+    logger=False,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    enable_checkpointing=False,
+)
+forecaster = NeuralForecast(models=[network], freq="ME")
+forecaster.fit(series["Airline1"][:-HORIZON])
+network = forecaster.models[0]
+print(find_kan_layers(network))
+
+# %% [markdown]
+# One adapter for each series. `get_peft_model` replaces the layers inside of the forecaster's network, so that the
+# forecaster trains the adapter that is set, and nothing else.
+
+
+# %%
+def forecast(rows):
+    return forecaster.predict(rows[:-HORIZON])["RMoK"].to_numpy()
+
+
+def error(rows):
+    return np.abs(forecast(rows) - rows.y.to_numpy()[-HORIZON:]).mean()
+
+
+before = {name: error(rows) for name, rows in series.items()}
+frozen = {name: value.clone() for name, value in network.state_dict().items()}
+first, *others = series
+model = get_peft_model(network, LoTRAConfig(r=2), adapter_name=first)
+for name in others:
+    model.add_adapter(name, LoTRAConfig(r=2))
+after = {}
+for name, rows in series.items():
+    model.set_adapter(name)
+    forecaster.fit(rows[:-HORIZON])
+    after[name] = error(rows)
+    print(
+        f"{name}: mean absolute error {before[name]:.1f} of the base, "
+        f"{after[name]:.1f} with its adapter"
+    )
+assert forecaster.models[0] is network
+
+# %% [markdown]
+# Each series is forecast with its adapter, in any order, and the base is there as it was:
+
+# %%
+for name, rows in series.items():
+    model.set_adapter(name)
+    assert np.isclose(error(rows), after[name])
+with model.disable_adapter():
+    assert np.isclose(error(series[first]), before[first])
+
+model.save_pretrained("airlines")  # a folder for each adapter
+restored = model.unload()
+assert all(
+    torch.equal(value, frozen[name])
+    for name, value in restored.state_dict().items()
+)
+
+# %% [markdown]
+# `neuralforecast.models.KAN` goes the same way; see `examples/studies/forecast_neuralforecast.py`.
