@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
-from ..kan.row_product import PackedTucker
+from ..kan.row_product import PackedTucker, RowGroups, group_rows
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
 from ..modules.calls import LayerLock, modules_of, unwrap
@@ -85,6 +86,7 @@ class AdapterBank:
         self._free: list[int] = []
         self._known: list[Any] = []  # records of bases that agreed with this one
         self._attached: list[tuple[nn.Module, str, nn.Module]] = []
+        self._trained: Tensor | None = None  # which rows of the matrix are in training
         self.is_mapped = False
         self._lock = LayerLock()
 
@@ -161,8 +163,9 @@ class AdapterBank:
 
         Args:
             name (`str`): Its name in the bank.
-            adapter: A folder or a repository that `save_pretrained` wrote, a PeftModel, or a state dict as
-                `get_peft_model_state_dict` returns it.
+            adapter: A folder or a repository that `save_pretrained` wrote, a PeftModel, a state dict as
+                `get_peft_model_state_dict` returns it, or the `LoTRAConfig` of a new one, which starts as
+                `get_peft_model` starts it.
             adapter_name (`str`, *optional*): Which adapter of a PeftModel; by default the active one.
             alpha (`float`): The factor of the update, of a state dict alone: it has none.
             replace (`bool`): Whether an adapter of this name may be replaced. Passes that have begun go on with it.
@@ -175,6 +178,7 @@ class AdapterBank:
             raise ValueError(f"The name of an adapter must be a string other than '__base__', got {name!r:.100}.")
         if name in self._rows and not replace:
             raise ValueError(f"The bank has an adapter {name!r} already. Pass `replace=True`, or another name.")
+        self._check_resting()
         if self.is_mapped:
             raise ValueError("The adapters are mapped from a file: load the bank without `mapped` to add to it.")
         try:
@@ -203,6 +207,7 @@ class AdapterBank:
 
     def remove(self, name: str) -> None:
         """Removes an adapter. Its number may be given to another one."""
+        self._check_resting()
         if name not in self._rows:
             raise ValueError(f"The bank has no adapter {name!r} to remove.")
         with self._lock:
@@ -214,6 +219,7 @@ class AdapterBank:
 
     def compact(self) -> None:
         """Gives back the memory of removed adapters, and of the room for more; adapters get new numbers."""
+        self._check_resting()
         with self._lock, torch.inference_mode(False), torch.no_grad():
             rows = [0, *self._rows.values()]
             self.store, self._form_of = self.store.select(rows), self._form_of[rows]
@@ -221,8 +227,58 @@ class AdapterBank:
 
     def to(self, device: torch.device | str) -> AdapterBank:
         """Moves the adapters to a device; those of each row are taken to that of the layer in each pass."""
+        self._check_resting()
         self.store = self.store._replace(packed=self.store.packed.to(device))
         return self
+
+    # --- training ---
+
+    def start_training(self, names: Sequence[str] | None = None) -> tuple[nn.Parameter, Tensor]:
+        """Makes adapters trainable, by default all; `peft_lotra.optim.BankAdamW` trains them.
+
+        From then on all rows of passes with gradients must have one of them, and the bank takes and loses none.
+
+        Returns:
+            The numbers of all adapters as a parameter (room, width), whose gradient is sparse, with the rows of the
+            adapters in the batch; and which of the numbers are trained (room, width): not zeros that fill lower ranks.
+
+        Raises:
+            ValueError: A name is unknown, or the bank is empty, mapped, of half precision, or trained already.
+        """
+        self._check_resting()
+        rows = self._index((self.names or ["__base__"]) if names is None else names)
+        if self.is_mapped or self.store.packed.dtype.itemsize < 4 or not bool((rows > 0).all()):
+            raise ValueError("Only adapters of float32 or float64 in memory are trained: load the bank so.")
+        with torch.inference_mode(False), torch.no_grad():
+            self._trained = torch.zeros(len(self._form_of), dtype=torch.bool, device=rows.device)
+            self._trained[rows] = True
+            self.store = self.store._replace(packed=nn.Parameter(self.store.packed))
+            entries = torch.stack([self.store.entries(form) for form in self._forms])
+            return self.store.packed, entries[self._form_of.clamp(0)] & self._trained.unsqueeze(1)  # pyright: ignore
+
+    def stop_training(self) -> None:
+        """Ends what `start_training` began; the adapters stay as they are trained."""
+        self.store, self._trained = self.store._replace(packed=self.store.packed.detach()), None
+
+    def _check_resting(self) -> None:
+        if self._trained is not None:
+            raise ValueError("Adapters of the bank are in training: call `stop_training()` first.")
+
+    def mean_by_adapter(self, errors: Tensor, ids: Tensor) -> Tensor:
+        """The mean error of each adapter, (room,), at its number; NaN where it has no rows.
+
+        Args:
+            errors (`torch.Tensor`): The error of each row, (rows,).
+            ids (`torch.Tensor`): The number of the adapter of each row, (rows,).
+
+        Raises:
+            ValueError: A number belongs to no adapter, or the shapes differ.
+        """
+        index = self._check_ids(ids)
+        if errors.shape != index.shape:
+            raise ValueError(f"`errors` must have one number for each of {len(ids)} rows, got {tuple(errors.shape)}.")
+        sums = errors.new_zeros(len(self._form_of)).index_add(0, index, errors)
+        return (sums / index.bincount(minlength=len(sums)))[1:]
 
     # --- files ---
 
@@ -328,8 +384,22 @@ class AdapterBank:
             index = self._check_ids(ids)
         else:
             index = self._index(rows)  # pyright: ignore[reportArgumentType]
-        # the store is read last: what is added meanwhile is in it
-        token = ROWS.set(Rows(self, self.store, index, ForwardPass(None, {}, {})))
+        store = self.store  # read last: what is added meanwhile is in it
+        distinct, groups = group_rows(index.to(store.packed.device))
+        if self._trained is not None and torch.is_grad_enabled():
+            if not bool(self._trained[distinct].all()):
+                wrong = distinct[~self._trained[distinct]][:3].tolist()
+                names = ["__base__"] * (wrong[0] == 0) + [name for name, row in self._rows.items() if row in wrong]
+                raise ValueError(
+                    f"Rows of the batch have adapters that are not in training: {', '.join(map(repr, names))}. Leave "
+                    "them out, or call the model under `torch.no_grad()`."
+                )
+            store = store._replace(packed=embedding(distinct, store.packed, sparse=True))
+        elif groups.size > 1:
+            store = store.select(distinct)
+        else:
+            groups = RowGroups(index)
+        token = ROWS.set(Rows(self, store, groups, ForwardPass(None, {}, {})))
         try:
             yield
         finally:

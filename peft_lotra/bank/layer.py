@@ -10,9 +10,9 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..kan.row_product import RowUpdates
+from ..kan.row_product import RowGroups, RowUpdates
 from ..tucker import Tucker, Update
 from ..tuner.by_row import output_by_row
 from ..tuner.layer import LoTRALayer
@@ -26,14 +26,14 @@ class Rows(NamedTuple):
 
     Attributes:
         bank: The bank, an object of any type, whose layers they are for.
-        store: The adapters of the bank when the pass began.
-        index: (N,), the row of `store` for each row of the batch; None in a traced pass of the base.
+        store: The adapters of the bank when the pass began, perhaps those of the batch alone.
+        groups: The rows of the batch, by the rows of `store`; None in a traced pass of the base.
         order: What is known about the order of more rows than the batch has.
     """
 
     bank: Any
     store: Store
-    index: Tensor | None
+    groups: RowGroups | None
     order: ForwardPass | None
 
 
@@ -61,20 +61,19 @@ class BankLayer(LoTRALayer):
             )
         if rows is None or rows.bank is not self.lotra_bank or self.lotra_name not in rows.store.forms:
             return super().forward(*args, **kwargs)
-        index = rows.index
-        if index is None:
+        groups = rows.groups
+        if groups is None:
             return super().forward(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
+        places: Any = ()
         if not is_traced:
             self.check_grid()
-            if len(x) != len(index):
-                places = names_of_rows(range(len(index)), x, self.lotra_name, rows.order)  # pyright: ignore
-                index = index[torch.tensor(places, device=index.device)]
+            places = names_of_rows(range(groups.batch()), x, self.lotra_name, rows.order)  # pyright: ignore
         base_layer = self._modules["base_layer"]
         stored = self.lotra_tensor.get_parameter(base_layer)
         form, packed = rows.store.forms[self.lotra_name], rows.store.columns()[self.lotra_name]
-        updates = RowUpdates(packed, index, form)
-        y = output_by_row(base_layer, self._find_formula(stored), stored, updates, args, kwargs)
+        updates = RowUpdates(packed, groups, form)
+        y = output_by_row(base_layer, self._find_formula(stored), stored, lambda: updates, args, kwargs)
         if y is not None:
             return y
         if is_traced:
@@ -85,9 +84,10 @@ class BankLayer(LoTRALayer):
 
         def run(row: int, args: tuple, kwargs: dict[str, Any]) -> Any:
             parts = [part[0].to(stored) for part in form.unpack(packed[row : row + 1])]
-            return self._call_base([Update(1.0, Tucker(*parts))] if row else [], args, kwargs)
+            return self._call_base([Update(1.0, Tucker(*parts))], args, kwargs)
 
-        return run_by_name(index.tolist(), run, args, kwargs)  # pyright: ignore[reportArgumentType]  (any names)
+        index = groups.of_rows().tolist()
+        return run_by_name([index[place] for place in places], run, args, kwargs)  # pyright: ignore[reportArgumentType]
 
 
 class SlimBankLayer(BankLayer, SlimLoTRALayer):
@@ -124,7 +124,7 @@ class BankModel(nn.Module):
                 return self.model(*args, **kwargs)
         if adapter_names is not None:
             raise ValueError("A compiled model takes `ids`, not `adapter_names`: pass `ids=bank.ids(names)`.")
-        bank.traced_rows = Rows(bank, bank.store, None if ids is None else ids + 1, None)
+        bank.traced_rows = Rows(bank, bank.store, None if ids is None else RowGroups(ids + 1), None)
         try:
             return self.model(*args, **kwargs)
         finally:
