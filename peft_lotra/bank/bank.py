@@ -19,7 +19,7 @@ from ..modules.calls import LayerLock, modules_of, unwrap
 from ..tuner.base_record import record_layer
 from ..tuner.by_row import full_shape
 from ..tuner.config import LoTRAConfig
-from ..tuner.layer import lotra_layers
+from ..tuner.layer import LoTRALayer, lotra_layers
 from ..tuner.rows import ForwardPass, check_names
 from ..tuner.targets import Target, find_targets
 from .layer import ROWS, BankLayer, BankModel, Rows, SlimBankLayer
@@ -86,8 +86,9 @@ class AdapterBank:
         self._free: list[int] = []
         self._known: list[Any] = []  # records of bases that agreed with this one
         self._attached: list[tuple[nn.Module, str, nn.Module]] = []
+        self._classes: list[tuple[nn.Module, type]] = []  # of layers with adapters of PEFT
+        self._modes: list[tuple[nn.Module, bool]] = []
         self._trained: Tensor | None = None  # which rows of the matrix are in training
-        self.is_mapped = False
         self._lock = LayerLock()
 
     @classmethod
@@ -179,8 +180,6 @@ class AdapterBank:
         if name in self._rows and not replace:
             raise ValueError(f"The bank has an adapter {name!r} already. Pass `replace=True`, or another name.")
         self._check_resting()
-        if self.is_mapped:
-            raise ValueError("The adapters are mapped from a file: load the bank without `mapped` to add to it.")
         try:
             updates = read_adapter(adapter, self.base, adapter_name, alpha, check_base, self._known)
         except (ValueError, TypeError, OSError) as error:
@@ -243,12 +242,12 @@ class AdapterBank:
             adapters in the batch; and which of the numbers are trained (room, width): not zeros that fill lower ranks.
 
         Raises:
-            ValueError: A name is unknown, or the bank is empty, mapped, of half precision, or trained already.
+            ValueError: A name is unknown, or the bank is empty, of half precision, or trained already.
         """
         self._check_resting()
         rows = self._index((self.names or ["__base__"]) if names is None else names)
-        if self.is_mapped or self.store.packed.dtype.itemsize < 4 or not bool((rows > 0).all()):
-            raise ValueError("Only adapters of float32 or float64 in memory are trained: load the bank so.")
+        if self.store.packed.dtype.itemsize < 4 or not bool((rows > 0).all()):
+            raise ValueError("Only adapters of float32 or float64 are trained: load the bank with such a `dtype`.")
         with torch.inference_mode(False), torch.no_grad():
             self._trained = torch.zeros(len(self._form_of), dtype=torch.bool, device=rows.device)
             self._trained[rows] = True
@@ -304,7 +303,8 @@ class AdapterBank:
             folder (`str`): The folder.
             dtype (`torch.dtype`, *optional*): As of a new bank; by default that of the file.
             mapped (`bool`): Whether adapters stay in the file until they are used, for banks larger than memory: the
-                operating system keeps those that were used last. They are not checked, and none can be added.
+                operating system keeps those that were used last. They are not checked. The first `add` copies all of
+                them into memory.
             skip_damaged (`bool`): Whether damaged adapters are left out, with a warning, instead of an error.
             check_base (`str`, *optional*): As in `LoTRAConfig`.
 
@@ -321,7 +321,6 @@ class AdapterBank:
         bank.store, bank._form_of = Store(packed, forms), content.form_of
         bank._rows = {name: row for row, name in enumerate(content.names, 1)}
         bank._forms = [{names[name]: it for name, it in form.items()} for form in content.forms]
-        bank.is_mapped = mapped
         return bank
 
     def export(self, name: str, folder: str | os.PathLike) -> None:
@@ -337,7 +336,8 @@ class AdapterBank:
     def attach(self, model: nn.Module | None = None, needs_adapters: bool = False) -> BankModel:
         """Puts the bank into a model, by default its base, until `detach`.
 
-        The KAN layers of the model get another module around them; adapters of PEFT that the model has take no part.
+        The KAN layers of the model get another module around them. A PeftModel goes on as before in calls of its own;
+        its adapters take no part in those of the model that is returned.
 
         Args:
             model (`nn.Module`, *optional*): A model with the layers of the base.
@@ -350,60 +350,88 @@ class AdapterBank:
             ValueError: The bank is attached, the model has merged adapters, or it is another base.
         """
         network = unwrap(self.base if model is None else model)
-        if self._attached:
+        if self._modes:
             raise ValueError("The bank is attached to a model: call `detach()` first.")
         _check_unmerged(network)
         targets, names = match_layers(self.record, network, "error")
-        layers = {network.get_submodule(there): _bank_layer(own, targets[there], self) for own, there in names.items()}
+        if any(isinstance(module, BankLayer) for module in modules_of(network)):
+            raise ValueError("The model has another bank: call its `detach()` first.")
+        self._modes = [(module, module.training) for module in modules_of(network)]
+        layers: dict[nn.Module, BankLayer] = {}
+        for own, there in names.items():
+            layer = network.get_submodule(there)
+            if isinstance(layer, LoTRALayer):  # which stays where it is, for PEFT
+                self._classes.append((layer, type(layer)))
+                layer.__class__ = _bank_class(layer.get_base_layer())
+                vars(layer).update(lotra_bank=self, lotra_bank_name=own)
+            else:
+                layers[layer] = _bank_layer(own, targets[there], self)
+                layers[layer].training = layer.training
         for module in modules_of(network):
             for key, child in module._modules.items():
                 if child in layers:
                     self._attached.append((module, key, child))
         for module, key, child in self._attached:
-            module._modules[key] = layers[child].train(child.training)
+            module._modules[key] = layers[child]
         return BankModel(network, self, needs_adapters)
 
     def detach(self) -> None:
-        """Takes the bank out of the model that it is attached to, which is as before."""
+        """Takes the bank out of the model that it is attached to, which is as before, also in its modes."""
         for module, key, child in self._attached:
             module._modules[key] = child
-        self._attached = []
+        for layer, cls in self._classes:
+            layer.__class__ = cls
+        for module, mode in self._modes:
+            module.training = mode
+        self._attached, self._classes, self._modes = [], [], []
 
     @contextmanager
-    def rows(self, rows: Sequence[str] | Sequence[int] | Tensor) -> Iterator[None]:
-        """A context in which the rows that adapted layers get have these adapters, names or numbers.
+    def rows(self, rows: Sequence[str] | Sequence[int] | Tensor | None) -> Iterator[None]:
+        """A context in which the rows that adapted layers get have these adapters, names or numbers; None for none.
 
         For models that change the order of rows on their way, and for calls of a part of a model.
 
         Raises:
             ValueError: A name is unknown, or a number belongs to no adapter.
         """
-        are_ids = isinstance(rows, Tensor) or (len(rows) > 0 and isinstance(rows[0], int))
-        if are_ids:
-            ids = rows if isinstance(rows, Tensor) else torch.tensor(rows, device="cpu")
-            index = self._check_ids(ids)
+        token = ROWS.set(self._rows_of(rows))
+        try:
+            yield
+        finally:
+            ROWS.reset(token)
+
+    def _rows_of(self, rows: Sequence[str] | Sequence[int] | Tensor | None) -> Rows:
+        """The adapters of rows; of None, those that are set, else none."""
+        is_training = self._trained is not None and torch.is_grad_enabled()
+        found = ROWS.get()
+        if rows is None and found is not None and found.bank is self:
+            return found
+        if rows is None and not is_training:
+            return Rows(self, self.store, None, None)
+        if isinstance(rows, Tensor) or (rows and isinstance(rows[0], int)):
+            index = self._check_ids(torch.as_tensor(rows, device=None if isinstance(rows, Tensor) else "cpu"))
         else:
-            index = self._index(rows)  # pyright: ignore[reportArgumentType]
+            index = self._index(["__base__"] if rows is None else rows)  # pyright: ignore[reportArgumentType]
         store = self.store  # read last: what is added meanwhile is in it
         distinct, groups = group_rows(index.to(store.packed.device))
-        if self._trained is not None and torch.is_grad_enabled():
-            if not bool(self._trained[distinct].all()):
-                wrong = distinct[~self._trained[distinct]][:3].tolist()
-                names = ["__base__"] * (wrong[0] == 0) + [name for name, row in self._rows.items() if row in wrong]
-                raise ValueError(
-                    f"Rows of the batch have adapters that are not in training: {', '.join(map(repr, names))}. Leave "
-                    "them out, or call the model under `torch.no_grad()`."
-                )
+        if is_training:
+            self._check_trained(distinct)
             store = store._replace(packed=embedding(distinct, store.packed, sparse=True))
         elif groups.size > 1:
             store = store.select(distinct)
         else:
             groups = RowGroups(index)
-        token = ROWS.set(Rows(self, store, groups, ForwardPass(None, {}, {})))
-        try:
-            yield
-        finally:
-            ROWS.reset(token)
+        return Rows(self, store, groups, ForwardPass(None, {}, {}))
+
+    def _check_trained(self, rows: Tensor) -> None:
+        assert self._trained is not None
+        wrong = rows[~self._trained[rows]][:3].tolist()
+        if wrong:
+            names = ["__base__"] * (wrong[0] == 0) + [name for name, row in self._rows.items() if row in wrong]
+            raise ValueError(
+                f"Rows of the batch have adapters that are not in training: {', '.join(map(repr, names))}. Leave them "
+                "out, or call the model under `torch.no_grad()`."
+            )
 
     def _check_ids(self, ids: Tensor) -> Tensor:
         if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -418,10 +446,13 @@ class AdapterBank:
 
 
 def _bank_layer(name: str, target: Target, bank: AdapterBank) -> BankLayer:
-    layer_cls = SlimBankLayer if isinstance(target.layer, (SlimKANLinear, SlimLayer)) else BankLayer
-    layer = layer_cls(*target, name)
-    vars(layer)["lotra_bank"] = bank
+    layer = _bank_class(target.layer)(*target, name)
+    vars(layer).update(lotra_bank=bank, lotra_bank_name=name)
     return layer
+
+
+def _bank_class(base_layer: nn.Module) -> type[BankLayer]:
+    return SlimBankLayer if isinstance(base_layer, (SlimKANLinear, SlimLayer)) else BankLayer
 
 
 def _check_unmerged(network: nn.Module) -> None:

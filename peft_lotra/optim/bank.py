@@ -77,7 +77,8 @@ class BankAdamW(Optimizer):
             widths = {"factor_out": form.shape[0], "factor_in": form.shape[1]}
             of_layer = component_multipliers(policy, "adaptive", widths)
             for name, shape in zip(COMPONENTS, form.component_shapes(), strict=False):
-                multipliers.append(torch.full(shape, of_layer.get(name, 1.0)).flatten())
+                rate = torch.tensor(of_layer.get(name, 1.0), dtype=torch.float64)
+                multipliers.append(rate.expand(shape).flatten())
         self.bank = bank
         packed, self._entries = bank.start_training(names)
         self._multipliers = torch.cat(multipliers).to(packed)
