@@ -6,12 +6,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from ..hub.push import upload
 from ..kan.row_product import PackedTucker, RowGroups, group_rows
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
@@ -24,7 +27,7 @@ from ..tuner.rows import ForwardPass, check_names
 from ..tuner.targets import Target, find_targets
 from .layer import ROWS, BankLayer, BankModel, Rows, SlimBankLayer
 from .reading import Adapter, match_layers, read_adapter
-from .storage import Content, export_adapter, read_bank, write_bank
+from .storage import Content, export_adapter, read_bank, read_members, write_bank, write_card
 from .store import Form, Store
 
 
@@ -295,23 +298,33 @@ class AdapterBank:
         mapped: bool = False,
         skip_damaged: bool = False,
         check_base: str | None = "error",
+        names: Sequence[str] | None = None,
+        revision: str | None = None,
     ) -> AdapterBank:
-        """Reads a bank that `save` wrote.
+        """Reads a bank that `save` or `push_to_hub` wrote.
 
         Args:
             base (`nn.Module`): The model that the adapters are for.
-            folder (`str`): The folder.
+            folder (`str`): The folder, or the repository on the Hub.
             dtype (`torch.dtype`, *optional*): As of a new bank; by default that of the file.
             mapped (`bool`): Whether adapters stay in the file until they are used, for banks larger than memory: the
                 operating system keeps those that were used last. They are not checked. The first `add` copies all of
                 them into memory.
             skip_damaged (`bool`): Whether damaged adapters are left out, with a warning, instead of an error.
             check_base (`str`, *optional*): As in `LoTRAConfig`.
+            names (`list[str]`, *optional*): The adapters to read; of the others nothing is read, or downloaded.
+            revision (`str`, *optional*): The revision of the repository.
 
         Raises:
-            ValueError: There is no bank in the folder, it is damaged (the message has the names), or of another base.
+            ValueError: There is no bank in the folder, or no adapter of a name; it is damaged (the message has the
+                names), or of another base.
         """
-        content = read_bank(folder, mapped, skip_damaged)
+        place = os.fspath(folder)
+        content = (
+            read_bank(place, mapped, skip_damaged, revision)
+            if names is None
+            else read_members(place, names, skip_damaged, revision)
+        )
         bank = cls(base, content.store.packed.dtype if mapped or dtype is None else dtype)
         _, names = match_layers(content.record, bank.base, check_base)
         forms = {names[name]: form for name, form in content.store.forms.items()}
@@ -322,6 +335,34 @@ class AdapterBank:
         bank._rows = {name: row for row, name in enumerate(content.names, 1)}
         bank._forms = [{names[name]: it for name, it in form.items()} for form in content.forms]
         return bank
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        base_model: str | None = None,
+        base_code: str | None = None,
+    ) -> CommitInfo:
+        """Pushes the bank to the Hugging Face Hub: one file, and a card with a table of the adapters.
+
+        Args:
+            repo_id, private, revision, token: As in `peft_lotra.push_to_hub`.
+            base_model (`str`, *optional*): The repository of the base.
+            base_code (`str`, *optional*): Python code that assigns the base to the variable `base`, for the card.
+
+        Raises:
+            ValueError: The bank is empty, or the repository is public despite `private`.
+        """
+        if not self._rows:
+            raise ValueError("The bank is empty: add adapters before it is pushed.")
+        with TemporaryDirectory() as folder:
+            self.save(folder)
+            write_card(folder, repo_id, self.names, self.base, base_model, base_code)
+            message = f"Upload a bank of {len(self)} LoTRA adapters"
+            return upload(HfApi(token=token), folder, repo_id, private, revision, message)
 
     def export(self, name: str, folder: str | os.PathLike) -> None:
         """Writes one adapter as a folder that `PeftModel.from_pretrained` loads; its alpha is in the cores."""
