@@ -6,24 +6,28 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
-from ..kan.row_product import PackedTucker
+from ..hub.push import upload
+from ..kan.row_product import PackedTucker, RowGroups, group_rows
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
 from ..modules.calls import LayerLock, modules_of, unwrap
 from ..tuner.base_record import record_layer
 from ..tuner.by_row import full_shape
 from ..tuner.config import LoTRAConfig
-from ..tuner.layer import lotra_layers
+from ..tuner.layer import LoTRALayer, lotra_layers
 from ..tuner.rows import ForwardPass, check_names
 from ..tuner.targets import Target, find_targets
 from .layer import ROWS, BankLayer, BankModel, Rows, SlimBankLayer
 from .reading import Adapter, match_layers, read_adapter
-from .storage import Content, export_adapter, read_bank, write_bank
+from .storage import Content, export_adapter, read_bank, read_members, write_bank, write_card
 from .store import Form, Store
 
 
@@ -85,7 +89,9 @@ class AdapterBank:
         self._free: list[int] = []
         self._known: list[Any] = []  # records of bases that agreed with this one
         self._attached: list[tuple[nn.Module, str, nn.Module]] = []
-        self.is_mapped = False
+        self._classes: list[tuple[nn.Module, type]] = []  # of layers with adapters of PEFT
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._trained: Tensor | None = None  # which rows of the matrix are in training
         self._lock = LayerLock()
 
     @classmethod
@@ -161,8 +167,9 @@ class AdapterBank:
 
         Args:
             name (`str`): Its name in the bank.
-            adapter: A folder or a repository that `save_pretrained` wrote, a PeftModel, or a state dict as
-                `get_peft_model_state_dict` returns it.
+            adapter: A folder or a repository that `save_pretrained` wrote, a PeftModel, a state dict as
+                `get_peft_model_state_dict` returns it, or the `LoTRAConfig` of a new one, which starts as
+                `get_peft_model` starts it.
             adapter_name (`str`, *optional*): Which adapter of a PeftModel; by default the active one.
             alpha (`float`): The factor of the update, of a state dict alone: it has none.
             replace (`bool`): Whether an adapter of this name may be replaced. Passes that have begun go on with it.
@@ -175,8 +182,7 @@ class AdapterBank:
             raise ValueError(f"The name of an adapter must be a string other than '__base__', got {name!r:.100}.")
         if name in self._rows and not replace:
             raise ValueError(f"The bank has an adapter {name!r} already. Pass `replace=True`, or another name.")
-        if self.is_mapped:
-            raise ValueError("The adapters are mapped from a file: load the bank without `mapped` to add to it.")
+        self._check_resting()
         try:
             updates = read_adapter(adapter, self.base, adapter_name, alpha, check_base, self._known)
         except (ValueError, TypeError, OSError) as error:
@@ -203,6 +209,7 @@ class AdapterBank:
 
     def remove(self, name: str) -> None:
         """Removes an adapter. Its number may be given to another one."""
+        self._check_resting()
         if name not in self._rows:
             raise ValueError(f"The bank has no adapter {name!r} to remove.")
         with self._lock:
@@ -214,6 +221,7 @@ class AdapterBank:
 
     def compact(self) -> None:
         """Gives back the memory of removed adapters, and of the room for more; adapters get new numbers."""
+        self._check_resting()
         with self._lock, torch.inference_mode(False), torch.no_grad():
             rows = [0, *self._rows.values()]
             self.store, self._form_of = self.store.select(rows), self._form_of[rows]
@@ -221,8 +229,58 @@ class AdapterBank:
 
     def to(self, device: torch.device | str) -> AdapterBank:
         """Moves the adapters to a device; those of each row are taken to that of the layer in each pass."""
+        self._check_resting()
         self.store = self.store._replace(packed=self.store.packed.to(device))
         return self
+
+    # --- training ---
+
+    def start_training(self, names: Sequence[str] | None = None) -> tuple[nn.Parameter, Tensor]:
+        """Makes adapters trainable, by default all; `peft_lotra.optim.BankAdamW` trains them.
+
+        From then on all rows of passes with gradients must have one of them, and the bank takes and loses none.
+
+        Returns:
+            The numbers of all adapters as a parameter (room, width), whose gradient is sparse, with the rows of the
+            adapters in the batch; and which of the numbers are trained (room, width): not zeros that fill lower ranks.
+
+        Raises:
+            ValueError: A name is unknown, or the bank is empty, of half precision, or trained already.
+        """
+        self._check_resting()
+        rows = self._index((self.names or ["__base__"]) if names is None else names)
+        if self.store.packed.dtype.itemsize < 4 or not bool((rows > 0).all()):
+            raise ValueError("Only adapters of float32 or float64 are trained: load the bank with such a `dtype`.")
+        with torch.inference_mode(False), torch.no_grad():
+            self._trained = torch.zeros(len(self._form_of), dtype=torch.bool, device=rows.device)
+            self._trained[rows] = True
+            self.store = self.store._replace(packed=nn.Parameter(self.store.packed))
+            entries = torch.stack([self.store.entries(form) for form in self._forms])
+            return self.store.packed, entries[self._form_of.clamp(0)] & self._trained.unsqueeze(1)  # pyright: ignore
+
+    def stop_training(self) -> None:
+        """Ends what `start_training` began; the adapters stay as they are trained."""
+        self.store, self._trained = self.store._replace(packed=self.store.packed.detach()), None
+
+    def _check_resting(self) -> None:
+        if self._trained is not None:
+            raise ValueError("Adapters of the bank are in training: call `stop_training()` first.")
+
+    def mean_by_adapter(self, errors: Tensor, ids: Tensor) -> Tensor:
+        """The mean error of each adapter, (room,), at its number; NaN where it has no rows.
+
+        Args:
+            errors (`torch.Tensor`): The error of each row, (rows,).
+            ids (`torch.Tensor`): The number of the adapter of each row, (rows,).
+
+        Raises:
+            ValueError: A number belongs to no adapter, or the shapes differ.
+        """
+        index = self._check_ids(ids)
+        if errors.shape != index.shape:
+            raise ValueError(f"`errors` must have one number for each of {len(ids)} rows, got {tuple(errors.shape)}.")
+        sums = errors.new_zeros(len(self._form_of)).index_add(0, index, errors)
+        return (sums / index.bincount(minlength=len(sums)))[1:]
 
     # --- files ---
 
@@ -240,22 +298,33 @@ class AdapterBank:
         mapped: bool = False,
         skip_damaged: bool = False,
         check_base: str | None = "error",
+        names: Sequence[str] | None = None,
+        revision: str | None = None,
     ) -> AdapterBank:
-        """Reads a bank that `save` wrote.
+        """Reads a bank that `save` or `push_to_hub` wrote.
 
         Args:
             base (`nn.Module`): The model that the adapters are for.
-            folder (`str`): The folder.
+            folder (`str`): The folder, or the repository on the Hub.
             dtype (`torch.dtype`, *optional*): As of a new bank; by default that of the file.
             mapped (`bool`): Whether adapters stay in the file until they are used, for banks larger than memory: the
-                operating system keeps those that were used last. They are not checked, and none can be added.
+                operating system keeps those that were used last. They are not checked. The first `add` copies all of
+                them into memory.
             skip_damaged (`bool`): Whether damaged adapters are left out, with a warning, instead of an error.
             check_base (`str`, *optional*): As in `LoTRAConfig`.
+            names (`list[str]`, *optional*): The adapters to read; of the others nothing is read, or downloaded.
+            revision (`str`, *optional*): The revision of the repository.
 
         Raises:
-            ValueError: There is no bank in the folder, it is damaged (the message has the names), or of another base.
+            ValueError: There is no bank in the folder, or no adapter of a name; it is damaged (the message has the
+                names), or of another base.
         """
-        content = read_bank(folder, mapped, skip_damaged)
+        place = os.fspath(folder)
+        content = (
+            read_bank(place, mapped, skip_damaged, revision)
+            if names is None
+            else read_members(place, names, skip_damaged, revision)
+        )
         bank = cls(base, content.store.packed.dtype if mapped or dtype is None else dtype)
         _, names = match_layers(content.record, bank.base, check_base)
         forms = {names[name]: form for name, form in content.store.forms.items()}
@@ -265,8 +334,35 @@ class AdapterBank:
         bank.store, bank._form_of = Store(packed, forms), content.form_of
         bank._rows = {name: row for row, name in enumerate(content.names, 1)}
         bank._forms = [{names[name]: it for name, it in form.items()} for form in content.forms]
-        bank.is_mapped = mapped
         return bank
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        base_model: str | None = None,
+        base_code: str | None = None,
+    ) -> CommitInfo:
+        """Pushes the bank to the Hugging Face Hub: one file, and a card with a table of the adapters.
+
+        Args:
+            repo_id, private, revision, token: As in `peft_lotra.push_to_hub`.
+            base_model (`str`, *optional*): The repository of the base.
+            base_code (`str`, *optional*): Python code that assigns the base to the variable `base`, for the card.
+
+        Raises:
+            ValueError: The bank is empty, or the repository is public despite `private`.
+        """
+        if not self._rows:
+            raise ValueError("The bank is empty: add adapters before it is pushed.")
+        with TemporaryDirectory() as folder:
+            self.save(folder)
+            write_card(folder, repo_id, self.names, self.base, base_model, base_code)
+            message = f"Upload a bank of {len(self)} LoTRA adapters"
+            return upload(HfApi(token=token), folder, repo_id, private, revision, message)
 
     def export(self, name: str, folder: str | os.PathLike) -> None:
         """Writes one adapter as a folder that `PeftModel.from_pretrained` loads; its alpha is in the cores."""
@@ -281,7 +377,8 @@ class AdapterBank:
     def attach(self, model: nn.Module | None = None, needs_adapters: bool = False) -> BankModel:
         """Puts the bank into a model, by default its base, until `detach`.
 
-        The KAN layers of the model get another module around them; adapters of PEFT that the model has take no part.
+        The KAN layers of the model get another module around them. A PeftModel goes on as before in calls of its own;
+        its adapters take no part in those of the model that is returned.
 
         Args:
             model (`nn.Module`, *optional*): A model with the layers of the base.
@@ -294,46 +391,88 @@ class AdapterBank:
             ValueError: The bank is attached, the model has merged adapters, or it is another base.
         """
         network = unwrap(self.base if model is None else model)
-        if self._attached:
+        if self._modes:
             raise ValueError("The bank is attached to a model: call `detach()` first.")
         _check_unmerged(network)
         targets, names = match_layers(self.record, network, "error")
-        layers = {network.get_submodule(there): _bank_layer(own, targets[there], self) for own, there in names.items()}
+        if any(isinstance(module, BankLayer) for module in modules_of(network)):
+            raise ValueError("The model has another bank: call its `detach()` first.")
+        self._modes = [(module, module.training) for module in modules_of(network)]
+        layers: dict[nn.Module, BankLayer] = {}
+        for own, there in names.items():
+            layer = network.get_submodule(there)
+            if isinstance(layer, LoTRALayer):  # which stays where it is, for PEFT
+                self._classes.append((layer, type(layer)))
+                layer.__class__ = _bank_class(layer.get_base_layer())
+                vars(layer).update(lotra_bank=self, lotra_bank_name=own)
+            else:
+                layers[layer] = _bank_layer(own, targets[there], self)
+                layers[layer].training = layer.training
         for module in modules_of(network):
             for key, child in module._modules.items():
                 if child in layers:
                     self._attached.append((module, key, child))
         for module, key, child in self._attached:
-            module._modules[key] = layers[child].train(child.training)
+            module._modules[key] = layers[child]
         return BankModel(network, self, needs_adapters)
 
     def detach(self) -> None:
-        """Takes the bank out of the model that it is attached to, which is as before."""
+        """Takes the bank out of the model that it is attached to, which is as before, also in its modes."""
         for module, key, child in self._attached:
             module._modules[key] = child
-        self._attached = []
+        for layer, cls in self._classes:
+            layer.__class__ = cls
+        for module, mode in self._modes:
+            module.training = mode
+        self._attached, self._classes, self._modes = [], [], []
 
     @contextmanager
-    def rows(self, rows: Sequence[str] | Sequence[int] | Tensor) -> Iterator[None]:
-        """A context in which the rows that adapted layers get have these adapters, names or numbers.
+    def rows(self, rows: Sequence[str] | Sequence[int] | Tensor | None) -> Iterator[None]:
+        """A context in which the rows that adapted layers get have these adapters, names or numbers; None for none.
 
         For models that change the order of rows on their way, and for calls of a part of a model.
 
         Raises:
             ValueError: A name is unknown, or a number belongs to no adapter.
         """
-        are_ids = isinstance(rows, Tensor) or (len(rows) > 0 and isinstance(rows[0], int))
-        if are_ids:
-            ids = rows if isinstance(rows, Tensor) else torch.tensor(rows, device="cpu")
-            index = self._check_ids(ids)
-        else:
-            index = self._index(rows)  # pyright: ignore[reportArgumentType]
-        # the store is read last: what is added meanwhile is in it
-        token = ROWS.set(Rows(self, self.store, index, ForwardPass(None, {}, {})))
+        token = ROWS.set(self._rows_of(rows))
         try:
             yield
         finally:
             ROWS.reset(token)
+
+    def _rows_of(self, rows: Sequence[str] | Sequence[int] | Tensor | None) -> Rows:
+        """The adapters of rows; of None, those that are set, else none."""
+        is_training = self._trained is not None and torch.is_grad_enabled()
+        found = ROWS.get()
+        if rows is None and found is not None and found.bank is self:
+            return found
+        if rows is None and not is_training:
+            return Rows(self, self.store, None, None)
+        if isinstance(rows, Tensor) or (rows and isinstance(rows[0], int)):
+            index = self._check_ids(torch.as_tensor(rows, device=None if isinstance(rows, Tensor) else "cpu"))
+        else:
+            index = self._index(["__base__"] if rows is None else rows)  # pyright: ignore[reportArgumentType]
+        store = self.store  # read last: what is added meanwhile is in it
+        distinct, groups = group_rows(index.to(store.packed.device))
+        if is_training:
+            self._check_trained(distinct)
+            store = store._replace(packed=embedding(distinct, store.packed, sparse=True))
+        elif groups.size > 1:
+            store = store.select(distinct)
+        else:
+            groups = RowGroups(index)
+        return Rows(self, store, groups, ForwardPass(None, {}, {}))
+
+    def _check_trained(self, rows: Tensor) -> None:
+        assert self._trained is not None
+        wrong = rows[~self._trained[rows]][:3].tolist()
+        if wrong:
+            names = ["__base__"] * (wrong[0] == 0) + [name for name, row in self._rows.items() if row in wrong]
+            raise ValueError(
+                f"Rows of the batch have adapters that are not in training: {', '.join(map(repr, names))}. Leave them "
+                "out, or call the model under `torch.no_grad()`."
+            )
 
     def _check_ids(self, ids: Tensor) -> Tensor:
         if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -348,10 +487,13 @@ class AdapterBank:
 
 
 def _bank_layer(name: str, target: Target, bank: AdapterBank) -> BankLayer:
-    layer_cls = SlimBankLayer if isinstance(target.layer, (SlimKANLinear, SlimLayer)) else BankLayer
-    layer = layer_cls(*target, name)
-    vars(layer)["lotra_bank"] = bank
+    layer = _bank_class(target.layer)(*target, name)
+    vars(layer).update(lotra_bank=bank, lotra_bank_name=name)
     return layer
+
+
+def _bank_class(base_layer: nn.Module) -> type[BankLayer]:
+    return SlimBankLayer if isinstance(base_layer, (SlimKANLinear, SlimLayer)) else BankLayer
 
 
 def _check_unmerged(network: nn.Module) -> None:

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_leaves
 
-from ..kan.row_product import RowUpdates
+from ..kan.row_product import RowGroups, RowUpdates
 from ..tucker import Tucker, Update
 from ..tuner.by_row import output_by_row
 from ..tuner.layer import LoTRALayer
@@ -26,14 +27,14 @@ class Rows(NamedTuple):
 
     Attributes:
         bank: The bank, an object of any type, whose layers they are for.
-        store: The adapters of the bank when the pass began.
-        index: (N,), the row of `store` for each row of the batch; None in a traced pass of the base.
+        store: The adapters of the bank when the pass began, perhaps those of the batch alone.
+        groups: The rows of the batch, by the rows of `store`; None in a traced pass of the base.
         order: What is known about the order of more rows than the batch has.
     """
 
     bank: Any
     store: Store
-    index: Tensor | None
+    groups: RowGroups | None
     order: ForwardPass | None
 
 
@@ -41,15 +42,31 @@ class Rows(NamedTuple):
 ROWS: ContextVar[Rows | None] = ContextVar("lotra_bank_rows", default=None)
 
 
+# those of a backward pass that computes parts of a forward pass again (gradient checkpointing), and its number
+_RECOMPUTED: ContextVar[tuple[int, Rows | None]] = ContextVar("lotra_bank_recomputed", default=(-1, None))
+
+
 @torch.compiler.disable
 def _rows_of_pass() -> Rows | None:
-    return ROWS.get()
+    rows = ROWS.get()
+    if rows is None and (task := torch._C._current_graph_task_id()) != -1 and task == _RECOMPUTED.get()[0]:
+        return _RECOMPUTED.get()[1]
+    return rows
+
+
+def _keep_for_backward(rows: Rows | None, outputs: Any) -> None:
+    """Lets the backward pass from these outputs, a tensor or a structure of them, compute layers again."""
+    tensors = [it for it in tree_leaves(outputs) if isinstance(it, Tensor) and it.requires_grad]
+    if tensors:
+        keep = lambda gradient: _RECOMPUTED.set((torch._C._current_graph_task_id(), rows))  # noqa: E731
+        register_multi_grad_hook(tensors, keep, mode="any")
 
 
 class BankLayer(LoTRALayer):
     """A KAN layer whose rows have the adapters of a bank; without rows it is its base layer."""
 
-    lotra_bank: Any  # set by the bank
+    lotra_bank: Any  # set by the bank, with its name of the layer
+    lotra_bank_name: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         is_traced = torch.compiler.is_compiling()
@@ -59,22 +76,21 @@ class BankLayer(LoTRALayer):
             raise RuntimeError(
                 "A compiled model with a bank must be one graph: pass `fullgraph=True` to find the break."
             )
-        if rows is None or rows.bank is not self.lotra_bank or self.lotra_name not in rows.store.forms:
+        if rows is None or rows.bank is not self.lotra_bank:
             return super().forward(*args, **kwargs)
-        index = rows.index
-        if index is None:
-            return super().forward(*args, **kwargs)
+        groups, name = rows.groups, self.lotra_bank_name
+        if groups is None or name not in rows.store.forms:
+            return self._run((), None, args, kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
+        places: Any = ()
         if not is_traced:
             self.check_grid()
-            if len(x) != len(index):
-                places = names_of_rows(range(len(index)), x, self.lotra_name, rows.order)  # pyright: ignore
-                index = index[torch.tensor(places, device=index.device)]
+            places = names_of_rows(range(groups.batch()), x, self.lotra_name, rows.order)  # pyright: ignore
         base_layer = self._modules["base_layer"]
         stored = self.lotra_tensor.get_parameter(base_layer)
-        form, packed = rows.store.forms[self.lotra_name], rows.store.columns()[self.lotra_name]
-        updates = RowUpdates(packed, index, form)
-        y = output_by_row(base_layer, self._find_formula(stored), stored, updates, args, kwargs)
+        form, packed = rows.store.forms[name], rows.store.columns()[name]
+        updates = RowUpdates(packed, groups, form)
+        y = output_by_row(base_layer, self._find_formula(stored), stored, lambda: updates, args, kwargs)
         if y is not None:
             return y
         if is_traced:
@@ -85,9 +101,10 @@ class BankLayer(LoTRALayer):
 
         def run(row: int, args: tuple, kwargs: dict[str, Any]) -> Any:
             parts = [part[0].to(stored) for part in form.unpack(packed[row : row + 1])]
-            return self._call_base([Update(1.0, Tucker(*parts))] if row else [], args, kwargs)
+            return self._call_base([Update(1.0, Tucker(*parts))], args, kwargs)
 
-        return run_by_name(index.tolist(), run, args, kwargs)  # pyright: ignore[reportArgumentType]  (any names)
+        index = groups.of_rows().tolist()
+        return run_by_name([index[place] for place in places], run, args, kwargs)  # pyright: ignore[reportArgumentType]
 
 
 class SlimBankLayer(BankLayer, SlimLoTRALayer):
@@ -120,11 +137,15 @@ class BankModel(nn.Module):
             )
         bank = self.bank
         if not torch.compiler.is_compiling():
-            with bank.rows(given[0]) if given else nullcontext():
-                return self.model(*args, **kwargs)
+            with bank.rows(given[0] if given else None):
+                outputs = self.model(*args, **kwargs)
+                _keep_for_backward(ROWS.get(), outputs)
+            return outputs
         if adapter_names is not None:
             raise ValueError("A compiled model takes `ids`, not `adapter_names`: pass `ids=bank.ids(names)`.")
-        bank.traced_rows = Rows(bank, bank.store, None if ids is None else ids + 1, None)
+        if bank.store.packed.requires_grad and torch.is_grad_enabled():
+            raise ValueError("Adapters are not trained by a compiled model: call the model that is not compiled.")
+        bank.traced_rows = Rows(bank, bank.store, None if ids is None else RowGroups(ids + 1), None)
         try:
             return self.model(*args, **kwargs)
         finally:

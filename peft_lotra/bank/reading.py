@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -17,13 +18,14 @@ from ..tucker import Tucker, Update
 from ..tuner.base_record import record_layer
 from ..tuner.by_row import full_shape
 from ..tuner.config import LoTRAConfig
+from ..tuner.initialization import initialize
 from ..tuner.layer import COMPONENTS, lotra_layers
 from ..tuner.model import read_checked
 from ..tuner.saving import check_state_dict
-from ..tuner.targets import Target, find_targets
+from ..tuner.targets import Target, check_targets, find_targets
 
 
-Adapter = nn.Module | str | os.PathLike | Mapping[str, Tensor]
+Adapter = nn.Module | str | os.PathLike | Mapping[str, Tensor] | LoTRAConfig
 Updates = dict[str, Update]  # of an adapter, by layer
 
 
@@ -64,6 +66,14 @@ def read_adapter(
         tensors = read_checked(config, base, targets)
         alphas = {name: config.ranks_and_alpha(name, it.coefficients.shape)[1] for name, it in targets.items()}
         found = {name: Update(alphas[name], _components(tensors, name, target)) for name, target in targets.items()}
+    elif isinstance(adapter, LoTRAConfig):
+        if adapter.modules_to_save or adapter.rank_dropout or adapter.module_dropout:
+            raise ValueError("a bank has neither dropout nor modules to save.")
+        targets, record = find_targets(adapter, base), None
+        check_targets(adapter, base, targets)
+        if not targets:
+            raise ValueError(f"`target_modules` is {adapter.target_modules}, which matches no KAN layer.")
+        found = {name: _started(adapter, name, target) for name, target in targets.items()}
     elif isinstance(adapter, PeftModel):
         name: Any = adapter_name or adapter.active_adapter
         layers = dict(lotra_layers(adapter.get_base_model(), name))
@@ -81,12 +91,24 @@ def read_adapter(
             raise ValueError(f"the state dict has no components, or {others} besides.")
         found = {name: Update(alpha, _components(adapter, name, targets[name])) for name, own in keys.items() if own}
     else:
-        raise TypeError(f"it is of type {type(adapter).__name__}, but must be a PeftModel, a folder or a state dict.")
+        kinds = "a PeftModel, a folder, a state dict or a LoTRAConfig"
+        raise TypeError(f"it is of type {type(adapter).__name__}, but must be {kinds}.")
     for name, update in found.items():
         _check_shapes(name, update.tensor, targets[name])
     if record is not None and record not in known:
         known.append(record)
     return found
+
+
+def _started(config: LoTRAConfig, name: str, target: Target) -> Update:
+    """The update of a layer as a new adapter of this configuration starts."""
+    shapes = config.component_shapes(name, target.coefficients)
+    stored = target.coefficients.read(target.layer).detach()
+    dtype = torch.promote_types(stored.dtype, torch.float32)
+    components = Tucker(*(stored.new_empty(shape, dtype=dtype) for shape in shapes.values()))
+    zero = config.frozen_and_zero(shapes)[1]
+    initialize(components, config.init_weights, zero, target.layer, stored if config.init_weights == "hosvd" else None)
+    return Update(config.ranks_and_alpha(name, target.coefficients.shape)[1], components)
 
 
 def _components(tensors: Mapping[str, Tensor], layer: str, target: Target) -> Tucker:

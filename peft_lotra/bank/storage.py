@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, hf_hub_url
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ..hub.base_code import hub_id, source_of_base
 from ..kan.row_product import PackedTucker
 from ..layers.registry import PREFIX
 from ..tucker import Tucker
@@ -30,6 +35,24 @@ from .store import Form, Store
 
 FILE_NAME = "adapter_bank.safetensors"
 _FORMAT = 1
+_ROWS_OF_CARD = 100
+_CARD = """# {title}
+
+{count:,} adapters of {base}, a Kolmogorov-Arnold network, by low tensor-rank adaptation
+([LoTRA](https://arxiv.org/abs/2502.06153)), in one file of [peft-lotra](https://github.com/peft-lotra/peft-lotra).
+
+```python
+from peft_lotra import AdapterBank
+{code}
+
+bank = AdapterBank.load(base, "{repo}")
+one = AdapterBank.load(base, "{repo}", names=[{first}])  # without the others
+```
+
+| number | adapter |
+|---:|---|
+{rows}
+"""
 
 
 class Content(NamedTuple):
@@ -54,22 +77,96 @@ def write_bank(folder: str | os.PathLike, content: Content) -> None:
     }
     packed = content.store.packed.cpu().contiguous()
     tensors = {"adapters": packed, "form_of": content.form_of, "crc32": _checksums(packed)}
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as stage:
+    with TemporaryDirectory(prefix=".saving-", dir=folder) as stage:
         path = os.path.join(stage, FILE_NAME)
         save_file(tensors, path, metadata={"adapter_bank": json.dumps(table)})
         os.replace(path, os.path.join(folder, FILE_NAME))
 
 
-def read_bank(folder: str | os.PathLike, mapped: bool, skip_damaged: bool) -> Content:
-    """Reads the file; `mapped`, the adapters are read when they are used, and not checked.
+def write_card(
+    folder: str, repo_id: str, names: Sequence[str], base: nn.Module, base_model: str | None, base_code: str | None
+) -> None:
+    """Writes the model card of a bank, README.md, with a table of its first adapters."""
+    cls, code = source_of_base({}, base, base_model)
+    data = ModelCardData(library_name="peft", base_model=base_model, tags=["kan", "lotra", "peft-plugin"])
+    rows = [f"| {number} | `{name}` |" for number, name in enumerate(names[:_ROWS_OF_CARD])]
+    text = _CARD.format(
+        title=repo_id.rpartition("/")[2],
+        repo=repo_id,
+        count=len(names),
+        base=base_model or f"a `{cls}`",
+        code=(base_code or code).strip("\n"),
+        first=json.dumps(names[0]),
+        rows="\n".join(rows) + f"\n\nand {len(names) - len(rows):,} more" * (len(names) > len(rows)),
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(os.path.join(folder, "README.md"))
+
+
+def _copy_members(read: Callable[[int, int], bytes], names: Sequence[str], folder: str) -> None:
+    """Writes a bank with some adapters of another, of which `read(start, end)` reads the table and their bytes."""
+    start = 8 + int.from_bytes(read(0, 8), "little")
+    header = json.loads(read(8, start))
+    table = json.loads(header["__metadata__"]["adapter_bank"])
+    numbers = {name: number for number, name in enumerate(table["names"], 1)}
+    table["names"] = list(dict.fromkeys(names))
+    if unknown := [name for name in names if name not in numbers]:
+        raise ValueError(f"The bank has no adapter {', '.join(map(repr, unknown[:3]))} ({len(unknown)} unknown).")
+    content, rows = b"", [0, *(numbers[name] for name in table["names"])]
+    for tensor in ("adapters", "form_of", "crc32"):
+        (first, last), shape = header[tensor]["data_offsets"], header[tensor]["shape"]
+        size, first = (last - first) // shape[0], first + start
+        if len(shape) == 1:  # a number of each adapter
+            every = read(first, last + start)
+            parts = [every[row * size : (row + 1) * size] for row in rows]
+        else:
+            parts = [read(first + row * size, first + (row + 1) * size) for row in rows]
+        header[tensor]["shape"][0] = len(rows)
+        header[tensor]["data_offsets"] = [len(content), len(content) + size * len(rows)]
+        content += b"".join(parts)
+    header["__metadata__"]["adapter_bank"] = json.dumps(table)
+    text = json.dumps(header).encode()
+    with open(os.path.join(folder, FILE_NAME), "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + content)
+
+
+def _read_range(url: str, start: int, end: int) -> bytes:
+    """Some bytes of a file on the Hub."""
+    response = get_session().get(url, headers={**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"})
+    hf_raise_for_status(response)
+    return response.content if response.status_code == 206 else response.content[start:end]
+
+
+def read_members(folder: str, names: Sequence[str], skip_damaged: bool, revision: str | None) -> Content:
+    """Reads some adapters of a bank in a folder or on the Hub, and nothing of the others; raises as `read_bank`."""
+    path, repo_id = os.path.join(folder, FILE_NAME), _repo_id(folder)
+    with TemporaryDirectory() as stage:
+        if repo_id is not None:
+            _copy_members(partial(_read_range, hf_hub_url(repo_id, FILE_NAME, revision=revision)), names, stage)
+        else:
+            with open(path, "rb") as file:
+                _copy_members(lambda start, end: os.pread(file.fileno(), end - start, start), names, stage)
+        return read_bank(stage, False, skip_damaged)
+
+
+def _repo_id(folder: str) -> str | None:
+    """The repository of this name, None for a folder with a bank; a ValueError if it can be neither."""
+    if os.path.isfile(os.path.join(folder, FILE_NAME)):
+        return None
+    repo_id = None if os.path.isdir(folder) else hub_id(folder)
+    if repo_id is None:
+        raise ValueError(f"There is no {FILE_NAME} in {folder}. `AdapterBank.save(folder)` writes one.")
+    return repo_id
+
+
+def read_bank(folder: str, mapped: bool, skip_damaged: bool, revision: str | None = None) -> Content:
+    """Reads the file of a folder or a repository; `mapped`, adapters are read when they are used, and not checked.
 
     Raises:
         ValueError: There is no such file, or it is damaged; the message names damaged adapters. With `skip_damaged`
             they are left out, with a warning.
     """
-    path = os.path.join(folder, FILE_NAME)
-    if not os.path.isfile(path):
-        raise ValueError(f"There is no {FILE_NAME} in {folder}. `AdapterBank.save(folder)` writes one.")
+    path, repo_id = os.path.join(folder, FILE_NAME), _repo_id(folder)
+    path = path if repo_id is None else hf_hub_download(repo_id, FILE_NAME, revision=revision)
     try:
         with safe_open(path, "pt") as file:
             table = json.loads((file.metadata() or {})["adapter_bank"])

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,16 +44,25 @@ class Store(NamedTuple):
         parts = [form.pack([updates.get(name)], self.packed) for name, form in self.forms.items()]
         return torch.cat(parts, dim=1)[0]
 
+    def _sizes(self, name: str, ranks: tuple[int, ...], basis: int) -> list[tuple[int, ...]]:
+        shape = self.forms[name].shape
+        return PackedTucker((*shape[:2], basis, *shape[3:]), ranks).component_shapes()
+
     def components(self, row: int, form: Form) -> dict[str, Tucker]:
         """The components of an adapter, by layer, without the zeros that fill them up."""
         found, columns = {}, self.columns()
         for name, (ranks, basis) in form.items():
-            packed = self.forms[name]
-            sizes = PackedTucker((*packed.shape[:2], basis, *packed.shape[3:]), ranks).component_shapes()
-            parts = packed.unpack(columns[name][row : row + 1])
+            parts = self.forms[name].unpack(columns[name][row : row + 1])
+            sizes = self._sizes(name, ranks, basis)
             cut = [part[0][tuple(map(slice, size))] for part, size in zip(parts, sizes, strict=True)]
-            found[name] = Tucker(*(part.clone() for part in cut))
+            found[name] = Tucker(*(part.detach().clone() for part in cut))
         return found
+
+    def entries(self, form: Form) -> Tensor:
+        """Which columns have the components of an adapter, not zeros that fill them up, (width,)."""
+        sizes = {name: self._sizes(name, ranks, basis) for name, (ranks, basis) in form.items()}
+        ones = {name: Update(1.0, Tucker(*(self.packed.new_ones(it) for it in own))) for name, own in sizes.items()}
+        return self.pack(ones).bool()
 
     def with_forms(self, forms: Mapping[str, PackedTucker]) -> Store:
         """The same adapters where each layer has room for these ranks, too."""
@@ -78,6 +87,6 @@ class Store(NamedTuple):
         missing = capacity - len(self.packed)
         return self._replace(packed=torch.cat([self.packed, self.packed.new_zeros(missing, self.packed.shape[1])]))
 
-    def select(self, rows: Iterable[int]) -> Store:
+    def select(self, rows: Sequence[int] | Tensor) -> Store:
         """These rows, in this order."""
-        return self._replace(packed=self.packed[torch.tensor(list(rows), device=self.packed.device)])
+        return self._replace(packed=self.packed[torch.as_tensor(rows, device=self.packed.device)])

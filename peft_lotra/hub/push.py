@@ -14,14 +14,14 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME
 
 from .base_code import hub_id
 from .card import README, is_generated, load_card, write_model_card
 from .contents import adapter_folders
 
 
-_FILES = [README, f"*{CONFIG_NAME}", f"*{SAFETENSORS_WEIGHTS_NAME}"]
+_FILES = [README, f"*{CONFIG_NAME}", "*.safetensors"]
 
 
 def push_to_hub(
@@ -88,12 +88,24 @@ def push_to_hub(
         if is_generated(here.text) and api.file_exists(repo_id, README, revision=branch):
             shutil.copyfile(api.hf_hub_download(repo_id, README, revision=branch), readme)
         write_model_card(model if isinstance(model, PeftModel) else None, folder, repo_id=repo_id, **{**known, **card})
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.model_info(repo_id).private:
-            raise ValueError(f"`private=True`, but {repo_id} exists and is public. Make it private first.")
-        if revision and not branch:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        files, message = {"folder_path": folder, "allow_patterns": _FILES}, commit_message or "Upload LoTRA adapter"
-        return api.upload_folder(
-            repo_id=repo_id, **files, commit_message=message, revision=revision, create_pr=create_pr
-        )
+        message = commit_message or "Upload LoTRA adapter"
+        return upload(api, folder, repo_id, private, revision, message, create_pr)
+
+
+def upload(
+    api: HfApi,
+    folder: str | os.PathLike,
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    commit_message: str,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """Uploads the card, the configurations and the safetensors of a folder, see `push_to_hub`."""
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(f"`private=True`, but {repo_id} exists and is public. Make it private first.")
+    if revision:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    files: Any = {"folder_path": folder, "allow_patterns": _FILES, "create_pr": create_pr}
+    return api.upload_folder(repo_id=repo_id, **files, commit_message=commit_message, revision=revision)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tucker import Update
-from .basis import UniformGrid, bspline_basis
+from .basis import UniformGrid, bspline_basis, is_batched
 from .memory import blocks, workspace
 from .product import Evaluator, block_sizes, needs_plain_operations
 from .sparse_product import Points
@@ -22,6 +22,9 @@ from .sparse_product import Points
 
 # Fewest rows of a block: each takes about ten calls of torch. `examples/studies/benchmarks/bank.py`
 _MIN_ROWS = 256
+# The sizes of groups, and what a group and a row by itself cost, in rows of a group; by the same script
+_SIZES = [2**power for power in range(1, 9)]
+_COST_OF_GROUP, _COST_OF_ROW = 4.0, 1.5
 
 
 class PackedTucker(NamedTuple):
@@ -78,22 +81,75 @@ def _filled(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return F.pad(tensor, [n for m in reversed(missing) for n in (0, m)])
 
 
+class RowGroups(NamedTuple):
+    """The rows of a batch in groups of `size` rows that have the same update.
+
+    Attributes:
+        index: (C,), int64, the update of each group.
+        size: The number of rows of a group.
+        order: (C size,), the row of the batch at each place of the groups; None for the order of the batch.
+        places: (N,), the place of each row of the batch. The other places are computed for nothing.
+    """
+
+    index: Tensor
+    size: int = 1
+    order: Tensor | None = None
+    places: Tensor | None = None
+
+    def batch(self) -> int:
+        """The number N of rows."""
+        of_rows = (
+            self.index if self.places is None else self.places
+        )  # not `len`, which `torch.export` makes a constant
+        return of_rows.shape[0] * (self.size if self.places is None else 1)
+
+    def of_rows(self) -> Tensor:
+        """The update of each row of the batch (N,)."""
+        index = self.index.repeat_interleave(self.size)
+        return index if self.places is None else index[self.places]
+
+
+def group_rows(index: Tensor) -> tuple[Tensor, RowGroups]:
+    """The distinct ones (M,) of the updates `index` (N,) of rows, and groups of the rows, whose index is among these.
+
+    An update of c rows gets ceil(c / size) groups, of the size that costs least.
+    """
+    distinct, inverse, counts = index.unique(return_inverse=True, return_counts=True)
+    sizes = torch.tensor(_SIZES, device=index.device)
+    cost = (-(-counts.unsqueeze(1) // sizes)).sum(0) * (sizes + _COST_OF_GROUP)
+    place = int(cost.argmin())
+    if cost[place] > len(index) * _COST_OF_ROW:
+        return distinct, RowGroups(inverse)
+    size = _SIZES[place]
+    groups = -(-counts // size)
+    by_update = inverse.argsort(stable=True)
+    gaps = (groups.cumsum(0) - groups) * size - (counts.cumsum(0) - counts)
+    found = torch.arange(len(index), device=index.device) + gaps.repeat_interleave(counts)
+    of_group = torch.arange(len(distinct), device=index.device).repeat_interleave(groups)
+    if len(of_group) * size == len(index) and bool((by_update == found).all()):
+        return distinct, RowGroups(of_group, size)
+    order = index.new_zeros(len(of_group) * size).index_copy(0, found, by_update)
+    return distinct, RowGroups(of_group, size, order, torch.empty_like(found).index_copy(0, by_update, found))
+
+
 class RowUpdates(NamedTuple):
-    """The updates of the rows of a batch: `packed[index[n]]` is that of row n.
+    """The updates of the rows of a batch: `packed[groups.index[c]]` is that of the rows of group c.
 
     Attributes:
         packed: (M, `form.width()`), one update in each row, stored in any floating dtype.
-        index: (N,), int64.
+        groups: The rows that have each of them.
         form: How a row is packed.
     """
 
     packed: Tensor
-    index: Tensor
+    groups: RowGroups
     form: PackedTucker
 
 
 class RowProduct(NamedTuple):
     r"""y[n, o] = sum_{k,i} (W[o, i, k] + s[o, i] D_n[o, i, k]) f_k(x[n, i]), D_n the update of row n.
+
+    The rows are in the order of the groups.
 
     Attributes:
         matrix: W as (K I, O); None leaves its part out.
@@ -108,9 +164,12 @@ class RowProduct(NamedTuple):
     has_residual: bool
 
     def of_functions(self, functions: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The product (R, O) of the functions (R, K, I) at some rows of the batch."""
-        packed, index, form = self.updates
-        chosen = packed.index_select(0, index[rows].to(packed.device)).to(functions)
+        """The product (R, O) of the functions (R, K, I); at some rows of the batch, if they are groups of one row."""
+        packed, groups, form = self.updates
+        if groups.size > 1:
+            factors = [factor[groups.index] for factor in self._factors(functions)]
+            return _of_groups(functions.flatten(1), _weights(self.matrix, *factors))
+        chosen = packed.index_select(0, groups.index[rows].to(packed.device)).to(functions)
         update = self._low_rank(functions, form.unpack(chosen), self.scale)
         return update if self.matrix is None else torch.addmm(update, functions.flatten(1), self.matrix)
 
@@ -118,26 +177,35 @@ class RowProduct(NamedTuple):
         """The product (N, O) of the B-splines at x (N, I), and of the factors (N, I) of the residual branch.
 
         The splines are evaluated once for all updates, in blocks that fit the cache; by plain operations where a
-        gradient is needed.
+        gradient is needed for rows by themselves, or of the layer.
         """
-        tensors = (x, residual, self.matrix, self.updates.packed, self.scale)
+        size, of_layer = self.updates.groups.size, (self.matrix, self.scale)
+        tensors = of_layer if size > 1 else (x, residual, self.updates.packed, *of_layer)
         needs_gradient = torch.is_grad_enabled() and any([it is not None and it.requires_grad for it in tensors])
         if needs_gradient or needs_plain_operations(x, grid.low, grid.high, self.matrix, residual):
-            splines = bspline_basis(x, *grid).transpose(1, 2)
-            return self.of_functions(splines if residual is None else torch.cat([splines, residual.unsqueeze(1)], 1))
-        inputs, splines = x.shape[1], grid.num_basis
-        points = Points(x, grid.low, grid.per_unit, splines, grid.spline_order)
-        step = min(max(_MIN_ROWS, block_sizes(x.shape, splines, x.device)[0]), max(1, len(x)))
-        evaluator = Evaluator(points, step, functions_first=True)
-        buffer = workspace("values", x, step, (splines + (residual is not None)) * inputs)
-        result = x.new_empty(len(x), self.updates.form.shape[0])
+            return self.of_functions(_plain_functions(x, grid, residual))
+        if size > 1:
+            factors = self._factors(x)
+            return _GroupProduct.apply(grid, self.updates.groups, self.matrix, x, residual, *factors)
+        step = _rows_of_block(x, grid, 1)
+        functions, result = _Functions(x, grid, residual, step), x.new_empty(len(x), self.updates.form.shape[0])
         for rows in blocks(0, len(x), step):
-            values = buffer[: rows.stop - rows.start]
-            evaluator.evaluate(rows, values[:, : splines * inputs])
-            if residual is not None:
-                values[:, splines * inputs :] = residual[rows]
-            result[rows] = self.of_functions(values.unflatten(1, (-1, inputs)), rows)
+            result[rows] = self.of_functions(functions.at(rows).unflatten(1, (-1, x.shape[1])), rows)
         return result
+
+    def _factors(self, like: Tensor) -> list[Tensor]:
+        """(M, K I, ro) and (M, ro, O), whose product is each update; with a scale, the product (M, K I, O) itself."""
+        packed, _, form = self.updates
+        core, factor_out, factor_in, factor_basis = form.unpack(packed.to(like))
+        of_basis = torch.bmm(factor_basis, core.permute(0, 3, 2, 1).flatten(2)).unflatten(2, core.shape[2:0:-1])
+        of_inputs = torch.bmm(factor_in, of_basis.transpose(1, 2).flatten(2))  # (M, I, K ro)
+        edges = of_inputs.unflatten(2, (-1, core.shape[1])).transpose(1, 2)  # (M, K, I, ro)
+        factors = [edges.flatten(1, 2), factor_out.transpose(1, 2)]
+        if self.scale is None:
+            return factors
+        dense = torch.bmm(*factors).unflatten(1, edges.shape[1:3])
+        splines = dense.shape[1] - self.has_residual
+        return [torch.cat([dense[:, :splines] * self.scale.t(), dense[:, splines:]], 1).flatten(1, 2)]
 
     def _low_rank(self, functions: Tensor, components: Sequence[Tensor], scale: Tensor | None) -> Tensor:
         """The part (R, O) of the updates whose components (R, ...) are given."""
@@ -157,3 +225,110 @@ class RowProduct(NamedTuple):
             unscaled = [core, factor_out, factor_in, factor_basis[:, splines:]]
             y = y + self._low_rank(functions[:, splines:], unscaled, None)
         return y
+
+
+def _plain_functions(x: Tensor, grid: UniformGrid, residual: Tensor | None) -> Tensor:
+    splines = bspline_basis(x, *grid).transpose(1, 2)
+    return splines if residual is None else torch.cat([splines, residual.unsqueeze(1)], 1)
+
+
+def _rows_of_block(x: Tensor, grid: UniformGrid, size: int) -> int:
+    """How many rows of points (N, I) are evaluated at a time, whole groups of `size` rows."""
+    step = min(max(_MIN_ROWS, block_sizes(x.shape, grid.num_basis, x.device)[0]), max(1, len(x)))
+    return max(1, step // size) * size
+
+
+class _Functions:
+    """The splines, and the factors of the residual branch, at up to `step` points (R, I) at a time: (R, K I)."""
+
+    def __init__(self, x: Tensor, grid: UniformGrid, residual: Tensor | None, step: int) -> None:
+        self.residual, self.splines = residual, grid.num_basis * x.shape[1]
+        points = Points(x, grid.low, grid.per_unit, grid.num_basis, grid.spline_order)
+        self.evaluator = Evaluator(points, step, functions_first=True)
+        self.width = self.splines + (0 if residual is None else x.shape[1])
+        self.values = workspace("values", x, step, self.width)
+
+    def at(self, rows: slice, gradient: Tensor | None = None, grad_x: Tensor | None = None) -> Tensor:
+        """The functions; given their gradient, which is overwritten, writes that of the points into `grad_x`."""
+        values = self.values[: rows.stop - rows.start]
+        splines = values[:, : self.splines]
+        if gradient is None or grad_x is None:
+            self.evaluator.evaluate(rows, splines)
+        else:
+            self.evaluator.differentiate(rows, gradient[:, : self.splines], grad_x[rows], splines)
+        if self.residual is not None:
+            values[:, self.splines :] = self.residual[rows]
+        return values
+
+
+def _of_groups(functions: Tensor, weights: Tensor) -> Tensor:
+    """The product (C G, O) of the functions (C G, K I) of C groups with the weights (C, K I, O) of each."""
+    return torch.bmm(functions.unflatten(0, (weights.shape[0], -1)), weights).flatten(0, 1)
+
+
+def _weights(matrix: Tensor | None, first: Tensor, second: Tensor | None = None) -> Tensor:
+    """The matrix (K I, O) plus the update of each group, first (C, K I, ro) times second (C, ro, O)."""
+    if second is None:
+        return first if matrix is None else first + matrix
+    return torch.bmm(first, second) if matrix is None else torch.baddbmm(matrix, first, second)
+
+
+class _GroupProduct(torch.autograd.Function):
+    """The product of splines with the updates of groups, by blocks of rows in the backward pass, too."""
+
+    @staticmethod
+    def forward(ctx, grid, groups, matrix, x, residual, *factors):
+        ctx.save_for_backward(matrix, x, residual, *factors)
+        ctx.grid, ctx.groups = grid, groups
+        step = _rows_of_block(x, grid, groups.size)
+        functions, result = _Functions(x, grid, residual, step), x.new_empty(len(x), factors[-1].shape[2])
+        for rows in blocks(0, len(x), step):
+            index = groups.index[rows.start // groups.size : rows.stop // groups.size]
+            weights = _weights(matrix, *(factor.index_select(0, index) for factor in factors))
+            result[rows] = _of_groups(functions.at(rows), weights)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride] (torch declares *grad_outputs)
+        matrix, *inputs = ctx.saved_tensors
+        x, residual, *factors = inputs
+        grid, groups, needed = ctx.grid, ctx.groups, ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled() or is_batched(gradient):  # by `create_graph`, or by `is_grads_batched`
+            with torch.enable_grad():
+                # views, since the residual branch depends on x, too
+                inputs = [None if it is None else it.view_as(it) for it in inputs]
+                x, residual, *factors = inputs
+                functions = _plain_functions(x, grid, residual).flatten(1)
+                weights = _weights(matrix, *(factor[groups.index] for factor in factors))
+                y = _of_groups(functions, weights)
+            wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+            found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=torch.is_grad_enabled()))
+            return (None, None, None, *(next(found) if need else None for need in needed))
+        step = _rows_of_block(x, grid, groups.size)
+        functions, grads = _Functions(x, grid, residual, step), [torch.zeros_like(tensor) for tensor in factors]
+        with_inputs, grad_x = needed[0] or needed[1], torch.empty_like(x)
+        grad_residual = None if residual is None else torch.empty_like(residual)
+        grad_functions = workspace("gradients", x, step, functions.width) if with_inputs else None
+        for rows in blocks(0, len(x), step):
+            index = groups.index[rows.start // groups.size : rows.stop // groups.size]
+            chosen = [factor.index_select(0, index) for factor in factors]
+            given = gradient[rows].unflatten(0, (len(index), -1))
+            if grad_functions is None:
+                values = functions.at(rows)
+            else:
+                here = grad_functions[: rows.stop - rows.start]
+                weights = _weights(matrix, *chosen).transpose(1, 2)
+                torch.bmm(given, weights, out=here.unflatten(0, (len(index), -1)))
+                if grad_residual is not None:
+                    grad_residual[rows] = here[:, functions.splines :]
+                values = functions.at(rows, here, grad_x)
+            found = [torch.bmm(values.unflatten(0, (len(index), -1)).transpose(1, 2), given)]  # of the weights
+            if len(chosen) == 2:
+                found = [
+                    torch.bmm(found[0], chosen[1].transpose(1, 2)),
+                    torch.bmm(chosen[0].transpose(1, 2), found[0]),
+                ]
+            for grad, part in zip(grads, found, strict=True):
+                grad.index_add_(0, index, part)
+        of_inputs = (grad_x, grad_residual) if with_inputs else (None, None)
+        return (None, None, None, *of_inputs, *grads)

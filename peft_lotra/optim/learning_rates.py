@@ -89,17 +89,6 @@ def lotra_lr_multipliers(
         layers.0           factor_in     (64, 2)    0.5
         layers.0           factor_basis  (9, 2)     1
     """
-    multipliers = dict(policy) if isinstance(policy, Mapping) else {}
-    if not isinstance(policy, Mapping) and policy not in ("width", "uniform"):
-        raise ValueError(
-            f'`policy` is {policy!r:.100}, but must be "width", "uniform", or multipliers of some of {COMPONENTS}.'
-        )
-    for component, multiplier in multipliers.items():
-        if component not in COMPONENTS or not as_number(multiplier) >= 0:
-            raise ValueError(
-                f"`policy` has the multiplier {multiplier!r:.100} for {component!r}, but needs numbers of at least 0, "
-                f"and the components are {COMPONENTS}."
-            )
     if rule is None:  # the name counts, also of classes that follow torch.optim.SGD without deriving from it
         names = {cls.__name__ for cls in getattr(optimizer_cls, "__mro__", ())}
         rule = "sgd" if names & {"SGD", "ASGD"} else "adaptive"
@@ -116,10 +105,7 @@ def lotra_lr_multipliers(
         else:
             adapters = {"": layer.components}
         widths = {"factor_out": layer.out_features, "factor_in": layer.in_features}
-        if policy == "width" and rule == "adaptive":  # a side narrower than the reference keeps lr
-            multipliers = {side: math.sqrt(REFERENCE_WIDTH / max(n, REFERENCE_WIDTH)) for side, n in widths.items()}
-        elif policy == "width":
-            multipliers = {"factor_out": math.sqrt(max(narrowest, REFERENCE_WIDTH) / REFERENCE_WIDTH)}
+        multipliers = component_multipliers(policy, rule, widths, narrowest)
         for adapter, parameters in adapters.items():
             for component, parameter in zip(COMPONENTS, parameters, strict=False):  # of four, the last is the kernel's
                 if not parameter.requires_grad:
@@ -134,6 +120,27 @@ def lotra_lr_multipliers(
             "`model.set_adapter(name)`."
         )
     return table
+
+
+def component_multipliers(
+    policy: Policy, rule: Rule, widths: Mapping[str, int], narrowest: int = 0
+) -> Mapping[str, float]:
+    """The multipliers of the components of a layer, 1 for others; a ValueError for a wrong policy."""
+    if not isinstance(policy, Mapping) and policy not in ("width", "uniform"):
+        raise ValueError(
+            f'`policy` is {policy!r:.100}, but must be "width", "uniform", or multipliers of some of {COMPONENTS}.'
+        )
+    for component, multiplier in policy.items() if isinstance(policy, Mapping) else ():
+        if component not in COMPONENTS or not as_number(multiplier) >= 0:
+            raise ValueError(
+                f"`policy` has the multiplier {multiplier!r:.100} for {component!r}, but needs numbers of at least 0, "
+                f"and the components are {COMPONENTS}."
+            )
+    if isinstance(policy, Mapping) or policy == "uniform":
+        return policy if isinstance(policy, Mapping) else {}
+    if rule == "adaptive":  # a side narrower than the reference keeps lr
+        return {side: math.sqrt(REFERENCE_WIDTH / max(n, REFERENCE_WIDTH)) for side, n in widths.items()}
+    return {"factor_out": math.sqrt(max(narrowest, REFERENCE_WIDTH) / REFERENCE_WIDTH)}
 
 
 def create_lotra_optimizer(

@@ -18,6 +18,7 @@ from torch import nn
 from ..derivatives.layers import contract_updates
 from ..kan.basis import in_transform
 from ..kan.layer import KANLinear
+from ..kan.row_product import RowUpdates
 from ..layers.coefficients import CoefficientTensor
 from ..layers.registry import Grid, KANLayerSpec, same_grid
 from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms
@@ -381,12 +382,13 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self, names: Sequence[str], current: ForwardPass | None, args: tuple, kwargs: dict[str, Any]
     ) -> torch.Tensor | None:
         """The output of the rows of all names at once; None if it has to be that of each name by itself."""
-        stored, tensor = self.lotra_tensor.get_parameter(self.get_base_layer()), self.lotra_tensor
-        updates = updates_by_name(names, tensor, stored, lambda name: next(iter(self._updates([name], current)), None))
-        base_layer = self._modules["base_layer"]
-        if updates is None:
-            return None
-        return output_by_row(base_layer, self._find_formula(stored), stored, updates, args, kwargs)
+        stored, base_layer = self.lotra_tensor.get_parameter(self.get_base_layer()), self._modules["base_layer"]
+
+        def make_updates() -> RowUpdates | None:
+            one = lambda name: next(iter(self._updates([name], current)), None)  # noqa: E731
+            return updates_by_name(names, self.lotra_tensor, stored, one)
+
+        return output_by_row(base_layer, self._find_formula(stored), stored, make_updates, args, kwargs)
 
     def _run(self, adapters: Iterable[str], current: ForwardPass | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Evaluates the layer with these adapters, those of them that it has, for all rows."""

@@ -68,12 +68,20 @@ def names_of_rows(names: Sequence[str], x: Any, layer: str, current: ForwardPass
     """The name of the adapter of each row that a layer gets.
 
     A layer may get several rows for each row of the batch. Their order is known if they are a view of a contiguous
-    tensor (batch, ..., in), and in the layers behind one that gets such a view.
+    tensor (batch, ..., in), and in the layers behind one that gets such a view. That the first dimension of x is the
+    batch is for the caller to see to.
 
     Raises:
-        ValueError: The number of rows is another, and their order is not known.
+        ValueError: The number of rows is another, and their order is not known; or x is transposed, with b = t.
     """
-    if not isinstance(x, torch.Tensor) or x.dim() == 0 or len(x) == len(names):
+    if not isinstance(x, torch.Tensor) or x.dim() == 0:
+        return names
+    if len(x) == len(names):
+        if x.shape[1:-1].numel() == x.shape[:1].numel() > 1 and x.stride(0) < x.stride(1) and len(set(names)) > 1:
+            raise ValueError(
+                f"The inputs of `{layer}` are a transposed tensor {tuple(x.shape)}: its rows may be in either order. "
+                "Pass `x.contiguous()` if the first dimension is that of the batch, else transpose it back."
+            )
         return names
     if current is not None and len(x) in current.repeated_names:
         return current.repeated_names[len(x)]

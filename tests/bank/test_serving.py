@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from behaving import CONVS, KINDS, X, adapted, apart, net, same, state
+from peft import PeftModel
 from torch import nn
 
-from peft_lotra import AdapterBank
+from peft_lotra import AdapterBank, LoTRAConfig, LoTRALayer
 from peft_lotra.kan import KAN, KANLinear, SlimKAN
 
 
@@ -270,3 +271,75 @@ def test_compiled_before_the_first_call():
     model = torch.compile(bank.attach().eval(), fullgraph=True, backend=lambda graph, _: graph)
     with torch.no_grad():
         assert apart(model(X, ids=bank.ids(NAMES)), one_by_one(alone, NAMES, X)) < 1e-5
+
+
+class Recurrent(nn.Module):
+    """Rows in the order (time, batch), as recurrent networks have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.kan = KAN([3, 2])
+
+    def forward(self, x):
+        return self.kan(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_as_many_steps_as_rows_in_the_order_of_time():
+    bank, _ = several(Recurrent())
+    model = bank.attach()
+    for steps in (3, 4):
+        with pytest.raises(ValueError, match="kan"):
+            model(torch.rand(4, steps, 3), adapter_names=["a", "b", "c", "a"])
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.first, self.last, self.use_reentrant = KAN([3, 4]), KAN([4, 2]), use_reentrant
+
+    def forward(self, x):
+        call = lambda x: torch.sin(self.last(torch.sin(self.first(x))))  # noqa: E731
+        return {"y": torch.utils.checkpoint.checkpoint(call, x, use_reentrant=self.use_reentrant)}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant):
+    bank, alone = several(Checkpointed(use_reentrant))
+    model, x = bank.attach(), X.clone().requires_grad_()
+    (model(x, adapter_names=NAMES)["y"] * model(x, adapter_names=NAMES[::-1])["y"]).sum().backward()
+    first, second = (torch.stack([alone[n](x)["y"][row] for row, n in enumerate(o)]) for o in (NAMES, NAMES[::-1]))
+    expected = torch.autograd.grad((first * second).sum(), x)[0] if not use_reentrant else None
+    if expected is None:  # torch refuses `grad` of reentrant checkpoints
+        found, x.grad = x.grad, None
+        (first * second).sum().backward()
+        expected, x.grad = x.grad, found
+    assert apart(x.grad, expected) < 1e-5
+
+
+def test_a_peft_model_goes_on(tmp_path):
+    model = adapted(net())
+    expected, bank = model(X).detach(), AdapterBank(model)
+    bank.add("b", adapted(net(), r=1))
+    layer, served = model.get_submodule("base_model.model.kan.layers.0"), bank.attach(model)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(X), expected)
+        assert apart(served(X), net()(X)) < 1e-6 < apart(served(X, adapter_names=["b"] * 8), served(X))
+    model.save_pretrained(tmp_path)
+    model.add_adapter("more", LoTRAConfig(r=1))
+    with pytest.raises(ValueError, match="another bank"):
+        AdapterBank(net()).attach(model)
+    model.train()
+    bank.detach()
+    assert type(layer) is LoTRALayer and not any(module.training for module in model.model.modules())
+    assert apart(PeftModel.from_pretrained(net(), tmp_path).eval()(X), expected) < 1e-6
+    assert torch.equal(model.eval()(X), expected)
+
+
+def test_modes_after_it():
+    base = nn.Sequential(KINDS["fast-kan"](), nn.BatchNorm1d(4), KAN([4, 2])).train()
+    base[1].eval()
+    before = [module.training for module in base.modules()]
+    bank = AdapterBank(base)
+    bank.attach().eval()
+    bank.detach()
+    assert [module.training for module in base.modules()] == before

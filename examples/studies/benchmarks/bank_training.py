@@ -1,0 +1,143 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A thousand adapters of a bank trained at once by `BankAdamW`, beside one after another: seconds, and the difference.
+
+    python examples/studies/benchmarks/bank_training.py  # about five minutes
+    python examples/studies/benchmarks/bank_training.py --quick  # a few seconds, for a look
+
+Each adapter fits a function of its own on rows of its own: the same starts, rows and steps of AdamW both ways. All
+adapters are trained together, and a sample of them one after another; the seconds of the others are those of the
+sample, in turn with the steps of the bank. What is compared is the largest change of a prediction, in float64.
+"""
+
+from __future__ import annotations
+
+from figures import command_line  # isort: split
+
+
+import copy
+import json
+import statistics
+import time
+
+import torch
+from peft import get_peft_model
+from rich.console import Console
+from study_tools import machine
+from torch import Tensor, nn
+
+from peft_lotra import AdapterBank, LoTRAConfig, create_lotra_optimizer
+from peft_lotra.kan import KAN
+from peft_lotra.optim import BankAdamW
+
+
+LR = 1e-2
+
+
+def data(adapters: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows (adapters, rows, 4) and their values: a wave for each adapter."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(adapters, rows, 4, generator=generator, dtype=dtype) * 2 - 1
+    waves = torch.rand(adapters, 1, 4, generator=generator, dtype=dtype) * 3
+    return x, torch.sin((x * waves).sum(2, keepdim=True))
+
+
+def train_alone(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> float:
+    """The seconds that the steps of one adapter take."""
+    optimizer = create_lotra_optimizer(model, torch.optim.AdamW, lr=LR)
+    start = time.process_time()
+    for _ in range(steps):
+        loss = nn.functional.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return time.process_time() - start
+
+
+def compare(adapters: int, rows: int, steps: int, sample: int, dtype: torch.dtype) -> dict[str, float]:
+    torch.manual_seed(0)
+    base = KAN([4, 32, 32, 1]).to(dtype)
+    bank, alone = AdapterBank(base), []
+    for place in range(adapters):
+        torch.manual_seed(place)
+        bank.add(f"a{place}", LoTRAConfig(r=2))
+        if place % (adapters // sample) == 0 and len(alone) < sample:
+            torch.manual_seed(place)
+            alone.append((place, get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2), autocast_adapter_dtype=False)))
+    x, y = data(adapters, rows, dtype)
+    flat, values, ids = x.flatten(0, 1), y.flatten(0, 1), bank.ids(bank.names).repeat_interleave(rows)
+    model, optimizer = bank.attach(), BankAdamW(bank, lr=LR)
+    together, one_by_one = [], []
+    for step in range(steps):
+        start = time.process_time()
+        losses = bank.mean_by_adapter((model(flat, ids=ids) - values).square().mean(1), ids)
+        optimizer.zero_grad()
+        losses.nansum().backward()
+        optimizer.step()
+        together.append(time.process_time() - start)
+        if step < len(alone):
+            place, own = alone[step]
+            one_by_one.append(train_alone(own, x[place], y[place], steps))
+    optimizer.finish()
+    apart = 0.0
+    with torch.no_grad():
+        for place, own in alone:
+            found = model(x[place], adapter_names=[f"a{place}"] * rows)
+            apart = max(apart, ((found - own(x[place])).abs().max() / y[place].abs().max()).item())
+    seconds, each = sum(together), statistics.median(one_by_one)
+    return {
+        "rows of each": rows,
+        "together s": seconds,
+        "one after another s": each * adapters,
+        "times as fast": each * adapters / seconds,
+        "last mean loss": losses.nanmean().item(),
+        "largest difference": apart,
+    }
+
+
+def table(results: dict) -> str:
+    """The results as Markdown."""
+    columns = list(results["runs"][0])
+    lines = [
+        f"{results['adapters']:,} adapters of a KAN [4, 32, 32, 1], r=2, {results['steps']} steps of AdamW; one after "
+        f"another: the median of {results['sample']} adapters, {results['adapters']:,} times. {results['machine']}.",
+        "",
+        "| dtype | " + " | ".join(columns) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for dtype, run in zip(results["dtypes"], results["runs"], strict=True):
+        lines.append(f"| {dtype} | " + " | ".join(f"{value:,.3g}" for value in run.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = command_line.Parser(
+        __doc__,
+        takes="five minutes on two cores",
+        writes="bank_training.json and .md",
+        folder=command_line.RESULTS,
+        quick="40 adapters and 5 steps: to see it run",
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    adapters, steps, sample = (40, 5, 4) if args.quick else (1000, 50, 20)
+    dtypes = (torch.float32, torch.float64)
+    cases = [(rows, dtype) for rows in (16, 256) for dtype in dtypes]
+    results = {
+        "machine": f"CPU seconds, {args.threads} threads of {machine.describe()}",
+        "adapters": adapters,
+        "steps": steps,
+        "sample": sample,
+        "dtypes": [str(dtype).removeprefix("torch.") for _, dtype in cases],
+        "runs": [compare(adapters, rows, steps, sample, dtype) for rows, dtype in cases],
+    }
+    (args.output / "bank_training.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = table(results)
+    (args.output / "bank_training.md").write_text(text)
+    Console(width=150).print(text)
+
+
+if __name__ == "__main__":
+    main()
