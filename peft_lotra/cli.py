@@ -217,7 +217,7 @@ def _folder(source: str, files: list[str], revision: str | None = None) -> Path:
         return Path(snapshot_download(source, revision=revision, allow_patterns=files))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"There is no folder {source} here, and no repository of that name could be read from the Hub. {error}"
+            f"There is no file or folder {source}, and no repository of that name could be read from the Hub. {error}"
         ) from error
 
 

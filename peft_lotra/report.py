@@ -7,13 +7,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-
-
-if TYPE_CHECKING:
-    from rich.text import Text
 
 
 class TextTable(NamedTuple):
@@ -62,11 +58,6 @@ class Report(ABC):
         align = [str.rjust if column.startswith(">") else str.ljust for column in columns]
         padded = [[put(cell, n) for put, cell, n in zip(align, line, widths, strict=True)] for line in lines]
         return "\n".join([*("  ".join(line).rstrip() for line in padded), *map(printable, notes)])
-
-    def __rich__(self) -> Text:
-        from rich.text import Text
-
-        return Text(str(self))  # the brackets in names of layers are no markup
 
     def _repr_html_(self) -> str:
         from html import escape  # notebooks only: its table of entities takes a millisecond

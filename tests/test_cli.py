@@ -161,8 +161,8 @@ def test_find(run, made, monkeypatch):
 ERRORS = {
     "find nowhere:build": "The factory nowhere:build failed",
     "inspect {}/base": "is no adapter: it has no adapter_config.json",
-    "inspect {}/nothing/here": "There is no folder {}/nothing/here here, and no repository",
-    "find examples/nope": "There is no folder examples/nope here, and no repository of that name",
+    "inspect {}/nothing/here": "There is no file or folder {}/nothing/here, and no repository",
+    "find examples/nope": "There is no file or folder examples/nope, and no repository",
     "find {}": "{} is no transformers model: it has no config.json",
     "inspect {}/adapter --subfolder third": "has no adapter `third`, only ['default', 'second']",
     "merge {}/adapter {}/adapter out": "config.json",

@@ -50,7 +50,7 @@ class ExtractionReport(Report):
     output_errors: dict[str, float] = field(default_factory=dict)
 
     def _table(self) -> TextTable:
-        notes = [f"the adapter has {self.parameters:,} parameters; 100% would be the error without it"]
+        notes = [f"the adapter has {self.parameters:,} parameters; without it the errors would be 100%"]
         notes += [f"copied as it is: {name}" for name in self.modules_to_save]
         notes += [f"not in the adapter, although it changed: {name}" for name in self.not_saved]
         return TextTable(*error_table(self.errors, self.ranks, self.output_errors), notes)

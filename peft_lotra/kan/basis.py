@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -170,7 +169,6 @@ def cardinal_spline(offset: torch.Tensor, spline_order: int, derivative: int = 0
     return -total * offset.sign() if derivative % 2 else total
 
 
-@lru_cache(maxsize=16)
 def spline_factors(spline_order: int) -> list[int]:
     """(-1)^m binom(p+1, m) for m = 0 ... p/2, the factors of the truncated powers."""
     return [(-1) ** m * math.comb(spline_order + 1, m) for m in range(spline_order // 2 + 1)]

@@ -244,11 +244,12 @@ def test_pykan_network(given):
 @pytest.mark.parametrize("family", ["own", "efficient-kan"])
 def test_hooks_run_once(family):
     model, calls = nn.Sequential(FAMILIES[family](12, 10), FAMILIES[family](10, 10)), []
-    model[0].register_forward_hook(lambda *_: calls.append(0))
+    model[0].register_forward_hook(lambda *_, **__: calls.append(0), with_kwargs=True)
+    model[0].register_full_backward_hook(lambda _, of_inputs, __: calls.append(len(of_inputs)))
     for made in (small := slim(model, RANKS), to_dense(small)):
         calls.clear()
-        made(points())
-        assert calls == [0]
+        made(points().requires_grad_()).sum().backward()
+        assert calls == [0, 1]
 
 
 class Block(nn.Module):
