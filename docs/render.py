@@ -74,7 +74,7 @@ def shown(
         )
         if hasattr(value, "_repr_png_"):
             drawn.append(value._repr_png_())
-        elif value is not None:
+        elif value is not None and "matplotlib" not in str(type(value)):
             print(value)
     if "matplotlib.pyplot" in sys.modules:
         from matplotlib import pyplot

@@ -46,12 +46,13 @@ def test_what_a_cell_prints_and_shows_and_draws_follows_it(tmp_path):
     script.write_text(
         "# %% [markdown]\n# # Title\n#\n# Words\n\n# %%\nprint('printed')\n6 * 7\n\n# %%\nnothing = 1\n\n"
         "# %%\nfrom matplotlib.figure import Figure\n\n\nclass Shown(Figure):\n    def _repr_png_(self):\n"
-        "        return b'a picture'\n\n\nShown()\n"
+        "        return b'a picture'\n\n\nShown()\n\n# %%\nfrom matplotlib import pyplot\n\n\npyplot.figure()\n"
     )
     text, pictures = render.page(script, run=True)
     assert "# Title\n\nWords\n\n```python\nprint('printed')\n6 * 7\n```\n\n```output\nprinted\n42\n```\n\n" in text
     assert "```python\nnothing = 1\n```\n\n```python" in text
-    assert pictures == {"small_1.png": b"a picture"} and "![Title](../assets/pages/small_1.png)" in text
+    assert pictures["small_1.png"] == b"a picture" and pictures["small_2.png"].startswith(b"\x89PNG")
+    assert text.count("```output") == 1 and "![Title](../assets/pages/small_2.png)" in text
     assert render.OUTPUT.sub("", text) == render.page(script, run=False)[0] != text
 
 

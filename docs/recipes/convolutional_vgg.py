@@ -31,13 +31,10 @@ class GramConv2d(nn.Module):
     def __init__(self, inputs, outputs, degree=3):
         super().__init__()
         self.degree = degree
-        self.poly_weights = nn.Parameter(
-            torch.randn(1, outputs, (degree + 1) * inputs, 3, 3)
-            / (6 * inputs**0.5)
-        )
-        self.base_conv = nn.ModuleList(
-            [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)]
-        )
+        weights = torch.randn(1, outputs, (degree + 1) * inputs, 3, 3)
+        self.poly_weights = nn.Parameter(weights / (6 * inputs**0.5))
+        base = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.base_conv = nn.ModuleList([base])
         self.beta_weights = nn.Parameter(torch.zeros(degree + 1))
         self.layer_norm = nn.InstanceNorm2d(outputs, affine=True)
 
@@ -45,25 +42,18 @@ class GramConv2d(nn.Module):
         t = torch.tanh(x)
         grams = [torch.ones_like(t), t]
         for _ in range(self.degree - 1):
-            grams.append(
-                t * grams[-1]
-                - (0.25 + self.beta_weights[len(grams)]) * grams[-2]
-            )
-        y = F.conv2d(
-            F.silu(torch.cat(grams, 1)), self.poly_weights[0], padding=1
-        )
+            beta = 0.25 + self.beta_weights[len(grams)]
+            grams.append(t * grams[-1] - beta * grams[-2])
+        basis = F.silu(torch.cat(grams, 1))
+        y = F.conv2d(basis, self.poly_weights[0], padding=1)
         return F.silu(self.layer_norm(y + self.base_conv[0](F.silu(x))))
 
 
 def make_vgg():
     torch.manual_seed(0)
-    features = [
-        GramConv2d(1, 8),
-        nn.MaxPool2d(2),
-        GramConv2d(8, 16),
-        nn.MaxPool2d(2),
-    ]
-    return nn.Sequential(*features, nn.Flatten(), nn.Linear(64, 10))
+    first, second, pool = GramConv2d(1, 8), GramConv2d(8, 16), nn.MaxPool2d(2)
+    head = nn.Flatten(), nn.Linear(64, 10)
+    return nn.Sequential(first, pool, second, pool, *head)
 
 
 print(find_kan_layers(make_vgg()))

@@ -38,9 +38,8 @@ class TokenizedKAN(nn.Module):
         )
 
     def forward(self, x):
-        tokens = self.fc1(
-            self.norm(x.movedim(1, -1)).flatten(0, 2)
-        )  # rows = images x tokens
+        rows = self.norm(x.movedim(1, -1)).flatten(0, 2)  # images x tokens
+        tokens = self.fc1(rows)
         y = self.between(tokens.view(len(x), *x.shape[2:], -1).movedim(-1, 1))
         y = self.fc2(torch.relu(y).movedim(1, -1).flatten(0, 2))
         return x + y.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
@@ -71,13 +70,11 @@ class SmallUKAN(nn.Module):
 def images(count, sign, seed, size=32):
     generator = torch.Generator().manual_seed(seed)
     centers = torch.rand(count, 2, 1, 1, generator=generator) * 16 + 8
-    grid = torch.stack(
-        torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-    )
+    line = torch.arange(size)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="ij"))
     masks = ((grid - centers).square().sum(1, keepdim=True) < 36).float()
-    return sign * masks + 0.3 * torch.randn(
-        masks.shape, generator=generator
-    ), masks
+    noise = torch.randn(masks.shape, generator=generator)
+    return sign * masks + 0.3 * noise, masks
 
 
 def dice(model, x, masks):
