@@ -156,12 +156,12 @@ def create_lotra_optimizer(
 
     With policy "width", a layer of n_in inputs and n_out outputs trains by Adam and the like at lr times
 
-    | component                         | random start, HOSVD      | start from the gradient        |
-    |-----------------------------------|--------------------------|--------------------------------|
-    | core                              | 1                        | 0.1                            |
-    | factor_basis, factor_kernel       | 1                        | 1                              |
+    | component                         | random start, HOSVD       | start from the gradient       |
+    |-----------------------------------|---------------------------|-------------------------------|
+    | core                              | 1                         | 0.1                           |
+    | factor_basis, factor_kernel       | 1                         | 1                             |
     | factor_out                        | sqrt(16 / max(n_out, 16)) | 0.5 sqrt(16 / max(n_out, 16)) |
-    | factor_in                         | sqrt(16 / max(n_in, 16)) | sqrt(16 / max(n_in, 16))       |
+    | factor_in                         | sqrt(16 / max(n_in, 16))  | sqrt(16 / max(n_in, 16))      |
 
     An lr that is good at one width is then good at the others. SGD trains all at lr: no rule that was tried beats it.
     Parameters that are no LoTRA component (`modules_to_save`, biases) train at lr. docs/method.md derives the table.

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..layers.coefficients import CoefficientTensor
 from ..modules.calls import modes_kept, read_at_rest, unwrap
+from ..modules.checks import check_function
 from .config import LoTRAConfig
 from .initialization import GRADIENTS, initialize
 from .layer import lotra_layers
@@ -38,6 +39,7 @@ def start_from_gradient(
         batches (`Iterable`, *optional*): A few hundred samples are enough.
 
     Raises:
+        TypeError: `loss` is no function.
         ValueError: There is no active adapter, or more than one; adapters are merged; the loss does not depend on the
             coefficients, or its gradient is not finite. The adapter is as before then.
         RuntimeError: The grid is not the one that the adapter was made on.
@@ -49,6 +51,7 @@ def start_from_gradient(
         >>> x, model = torch.rand(50, 2), get_peft_model(KAN([2, 8, 1]), LoTRAConfig(r=(4, 4, 3)))
         >>> start_from_gradient(model, lambda: (model(x).squeeze() - x.prod(dim=1)).square().mean())
     """
+    check_function(loss, "loss")
     network = unwrap(model)
     active = {name for _, layer in lotra_layers(network) for name in layer.active_adapters if name in layer.lotra_r}
     if len(active) != 1:

@@ -315,9 +315,11 @@ def test_an_adapter_that_cannot_start_is_as_before(kind):
     assert_unchanged(model, before)
 
 
-def test_no_batches_and_a_grid_that_moved():
+def test_a_value_no_batches_and_a_grid_that_moved():
     model = adapted(KAN([3, 4, 2]))
     before = everything(model)
+    with pytest.raises(TypeError, match="`loss`"):
+        start_from_gradient(model, model(X).sum())
     with pytest.raises(ValueError, match="No gradient arrived"):
         start_from_gradient(model, lambda batch: model(batch).sum(), [])
     assert_unchanged(model, before)
