@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, start_from_gradient
 from peft_lotra.kan import KAN
 
 
@@ -43,8 +43,8 @@ train(kan, torch.optim.Adam(kan.parameters(), lr=1e-2), a=1.0)
 print(f"base, old task {(kan(x) - task(x, 1.0)).std():.3f}, new task {(kan(x) - task(x, 1.3)).std():.3f}")
 model = get_peft_model(kan, LoTRAConfig(r=4))  # all KAN layers; the base is frozen
 model.print_trainable_parameters()
+start_from_gradient(model, lambda: torch.nn.functional.mse_loss(model(x), task(x, 1.3)))
 train(model, create_lotra_optimizer(model, torch.optim.Adam, lr=3e-2), a=1.3)
 model.save_pretrained(output)
-model = PeftModel.from_pretrained(model.unload(), output)  # onto the network as it was
-deployed = model.merge_and_unload()  # a plain KAN again
+deployed = PeftModel.from_pretrained(model.unload(), output).merge_and_unload()  # a plain KAN again
 print(f"adapted and merged, new task {(deployed(x) - task(x, 1.3)).std():.3f}; the adapter is in {output}")

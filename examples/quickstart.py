@@ -37,7 +37,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
 
-from peft_lotra import LoTRAConfig, preprocess_lotra, push_to_hub
+from peft_lotra import LoTRAConfig, push_to_hub, start_from_gradient
 from peft_lotra.kan import KAN, KANConfig, KANModel
 from peft_lotra.optim import create_lotra_optimizer
 from peft_lotra.plotting import plot_edge_functions
@@ -54,12 +54,11 @@ LABELS = 200  # of the new kind of scans
 TEST = 597  # scans of either kind that no model is trained on
 
 # The adapted layers, and the best learning rate of 5e-3, 1e-2, 2e-2 and 3e-2
-LOTRA = LoTRAConfig(r=(16, 16, 6), init_weights="gradient")
+LOTRA = LoTRAConfig(r=(16, 16, 6))
 LORA = LoraConfig(
     r=2, lora_alpha=2, target_modules=[], target_parameters=["layers.0.spline_weight", "layers.1.spline_weight"]
 )
 LEARNING_RATES = {"LoTRA": 1e-2, "full fine-tuning": 1e-2, "PEFT LoRA": 1e-2}
-POLICY = {"core": 0.03, "factor_out": 0.5}  # as `preprocess_lotra` recommends for a start from the gradient
 
 
 def scan(kind: str, images: np.ndarray, seed: int) -> torch.Tensor:
@@ -105,10 +104,9 @@ def count(model) -> int:
 
 def adapt(base: KAN, x, y, steps: int, bar: tqdm, name: str = "LoTRA") -> tuple[PeftModel, float]:
     """The main job: an adapter for the scans x with the labels y."""
-    kan = copy.deepcopy(base)
-    preprocess_lotra(kan, LOTRA, lambda: torch.nn.functional.cross_entropy(kan(x), y).backward())
-    model = get_peft_model(kan, LOTRA)
-    optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=LEARNING_RATES["LoTRA"], policy=POLICY)
+    model = get_peft_model(copy.deepcopy(base), LOTRA)
+    start_from_gradient(model, lambda: torch.nn.functional.cross_entropy(model(x), y))
+    optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=LEARNING_RATES["LoTRA"])
     return model, train(model, x, y, steps, optimizer, bar, name)
 
 

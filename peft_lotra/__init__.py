@@ -11,7 +11,7 @@ from .layers import known  # noqa: F401  (registers the known kinds of layers)
 from .layers.registry import KANLayerSpec, find_kan_layers, register_kan_layer
 from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
 from .tuner.config import LoTRAConfig
-from .tuner.gradients import preprocess_lotra
+from .tuner.gradients import preprocess_lotra, start_from_gradient
 from .tuner.hotswap import hotswap_adapter
 from .tuner.layer import LoTRALayer
 from .tuner.model import LoTRAModel
@@ -55,6 +55,7 @@ __all__ = [
     "register_kan_layer",
     "save_adapter",
     "slim",
+    "start_from_gradient",
     "suggest_ranks",
     "to_dense",
     "update_spectrum",

@@ -23,7 +23,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, find_kan_layers, model_summary
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, find_kan_layers, model_summary, start_from_gradient
 from peft_lotra.kan import KAN
 from peft_lotra.plotting import edge_changes, plot_edge_functions, plot_network_change
 
@@ -60,10 +60,13 @@ find_kan_layers(kan)
 # %% [markdown]
 # ## The adapter
 #
-# The base is frozen. Only core and factors are trained, at a rate a hundred times LoRA's habit.
+# The base is frozen. Only core and factors are trained, at a rate a hundred times LoRA's habit. They start in the
+# directions that the gradient of the new task has, from a few hundred samples; the model still equals its base.
 
 # %%
 model = get_peft_model(kan, LoTRAConfig(r=(4, 2, 4)))
+x = torch.rand(256, 2) * 2 - 1
+start_from_gradient(model, lambda: torch.nn.functional.mse_loss(model(x), task(x, 1.4)))
 optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=3e-2)
 print("loss on the new task:", train(model, optimizer, a=1.4))
 model_summary(model)

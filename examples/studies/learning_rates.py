@@ -10,9 +10,10 @@
 A random KAN of three layers [n, n, n, n] is adapted to a teacher, which is the same KAN with a rank-3 update of half
 the size of its coefficients in each layer. Every learning rate of a half-decade grid, for SGD of a finer one up to the
 rate at which it diverges, is tried at each width n, with policy "uniform" (one rate) and "width" (see
-`peft_lotra.optim.create_lotra_optimizer`), by Adam and by SGD. The result is the error after 300 steps, divided by the
-error of the base (1: nothing learned). Runs that the result file has are not repeated. A second task starts from
-a [2, n, n, 1] KAN that has learned one function of two variables, and adapts it to another one.
+`peft_lotra.optim.create_lotra_optimizer`), by Adam and by SGD. For SGD "width" is a rule that lost to one rate, and is
+not in the package: factor_out at sqrt(n / 16). The result is the error after 300 steps, divided by the error of the
+base (1: nothing learned). Runs that the result file has are not repeated. A second task starts from a [2, n, n, 1] KAN
+that has learned one function of two variables, and adapts it to another one.
 """
 
 from __future__ import annotations
@@ -123,6 +124,8 @@ def adapt(problem: Problem, optimizer_name: str, policy: str, lr: float, seed: i
     """The error on the test points after one step per batch; infinite if the training diverges."""
     torch.manual_seed(seed)
     model = get_peft_model(copy.deepcopy(problem.base), LoTRAConfig(r=RANKS))
+    if (optimizer_name, policy) == ("SGD", "width"):
+        policy = {"factor_out": math.sqrt(max(problem.x.shape[-1], 16) / 16)}
     optimizer = create_lotra_optimizer(model, OPTIMIZERS[optimizer_name][0], lr=lr, policy=policy)
     for x, y in zip(problem.x, problem.y, strict=True):
         loss = (model(x) - y).square().mean() / problem.scale

@@ -75,7 +75,7 @@ class BankAdamW(Optimizer):
         multipliers = []
         for form in bank.store.forms.values():
             widths = {"factor_out": form.shape[0], "factor_in": form.shape[1]}
-            of_layer = component_multipliers(policy, "adaptive", widths)
+            of_layer = component_multipliers(policy, widths)
             for name, shape in zip(COMPONENTS, form.component_shapes(), strict=False):
                 rate = torch.tensor(of_layer.get(name, 1.0), dtype=torch.float64)
                 multipliers.append(rate.expand(shape).flatten())

@@ -23,11 +23,10 @@ from ..tuner.layer import LoTRALayer
 
 
 Policy = Literal["width", "uniform"] | Mapping[str, float]
-Rule = Literal["adaptive", "sgd"]
 
 COMPONENTS = tuple(name.removeprefix("lotra_") for name in KEYS)
-RULES = ("adaptive", "sgd")
 REFERENCE_WIDTH = 16  # at which policy "width" is policy "uniform"
+FROM_GRADIENT = {"core": 0.1, "factor_out": 0.5}  # policy "width" multiplies with these after such a start
 
 
 @dataclass(frozen=True)
@@ -65,20 +64,18 @@ def lotra_lr_multipliers(
     model: nn.Module,
     policy: Policy = "width",
     optimizer_cls: Callable[..., Optimizer] | None = None,
-    *,
-    rule: Rule | None = None,
 ) -> LoTRALearningRates:
     """The factors that `create_lotra_optimizer` multiplies the learning rate with, for each trainable component.
 
     Args:
         model: A model with LoTRA or Slim layers.
-        policy, optimizer_cls, rule: As for [`create_lotra_optimizer`]; the rule of Adam without class and rule.
+        policy, optimizer_cls: As for [`create_lotra_optimizer`]; without a class the rates of Adam.
 
     Returns:
         A list of [`LoTRALearningRate`], which prints as a table.
 
     Raises:
-        ValueError: `policy` or `rule` is unknown, or no LoTRA component of the model can be trained.
+        ValueError: `policy` is unknown, or no LoTRA component of the model can be trained.
 
     Example:
         >>> from peft_lotra.kan import SlimKAN
@@ -89,24 +86,19 @@ def lotra_lr_multipliers(
         layers.0           factor_in     (64, 2)    0.5
         layers.0           factor_basis  (9, 2)     1
     """
-    if rule is None:  # the name counts, also of classes that follow torch.optim.SGD without deriving from it
-        names = {cls.__name__ for cls in getattr(optimizer_cls, "__mro__", ())}
-        rule = "sgd" if names & {"SGD", "ASGD"} else "adaptive"
-    if rule not in RULES:
-        raise ValueError(f"`rule` is {rule!r}, but must be one of {RULES}, or None.")
-
-    kinds = (LoTRALayer, SlimKANLinear, SlimLayer)
-    layers = {name: part for name, part in unwrap(model).named_modules() if isinstance(part, kinds)}
-    narrowest = min((layer.out_features for layer in layers.values()), default=0)
+    # the name counts, also of classes that follow torch.optim.SGD without deriving from it
+    is_sgd = not {"SGD", "ASGD"}.isdisjoint(cls.__name__ for cls in getattr(optimizer_cls, "__mro__", ()))
+    kinds, network = (LoTRALayer, SlimKANLinear, SlimLayer), unwrap(model)
+    started = _started_from_gradient(network)
     table = LoTRALearningRates()
-    for name, layer in layers.items():
-        if isinstance(layer, LoTRALayer):
-            adapters = {adapter: layer.get_components(adapter) for adapter in layer.lotra_core}
-        else:
-            adapters = {"": layer.components}
+    for name, layer in network.named_modules():
+        if not isinstance(layer, kinds):
+            continue
+        adapters = layer.lotra_core if isinstance(layer, LoTRALayer) else [""]
         widths = {"factor_out": layer.out_features, "factor_in": layer.in_features}
-        multipliers = component_multipliers(policy, rule, widths, narrowest)
-        for adapter, parameters in adapters.items():
+        for adapter in adapters:
+            parameters = layer.get_components(adapter) if isinstance(layer, LoTRALayer) else layer.components
+            multipliers = component_multipliers(policy, widths, is_sgd, (layer, adapter) in started)
             for component, parameter in zip(COMPONENTS, parameters, strict=False):  # of four, the last is the kernel's
                 if not parameter.requires_grad:
                     continue
@@ -123,24 +115,39 @@ def lotra_lr_multipliers(
 
 
 def component_multipliers(
-    policy: Policy, rule: Rule, widths: Mapping[str, int], narrowest: int = 0
+    policy: Policy, widths: Mapping[str, int], is_sgd: bool = False, from_gradient: bool = False
 ) -> Mapping[str, float]:
-    """The multipliers of the components of a layer, 1 for others; a ValueError for a wrong policy."""
-    if not isinstance(policy, Mapping) and policy not in ("width", "uniform"):
+    """The multipliers of the components of an adapter in a layer, 1 for others; a ValueError for a wrong policy."""
+    if isinstance(policy, Mapping):
+        for component, multiplier in policy.items():
+            if component not in COMPONENTS or not as_number(multiplier) >= 0:
+                raise ValueError(
+                    f"`policy` has the multiplier {multiplier!r:.100} for {component!r}, but needs numbers of at "
+                    f"least 0, and the components are {COMPONENTS}."
+                )
+        return policy
+    if policy not in ("width", "uniform"):
         raise ValueError(
             f'`policy` is {policy!r:.100}, but must be "width", "uniform", or multipliers of some of {COMPONENTS}.'
         )
-    for component, multiplier in policy.items() if isinstance(policy, Mapping) else ():
-        if component not in COMPONENTS or not as_number(multiplier) >= 0:
-            raise ValueError(
-                f"`policy` has the multiplier {multiplier!r:.100} for {component!r}, but needs numbers of at least 0, "
-                f"and the components are {COMPONENTS}."
-            )
-    if isinstance(policy, Mapping) or policy == "uniform":
-        return policy if isinstance(policy, Mapping) else {}
-    if rule == "adaptive":  # a side narrower than the reference keeps lr
-        return {side: math.sqrt(REFERENCE_WIDTH / max(n, REFERENCE_WIDTH)) for side, n in widths.items()}
-    return {"factor_out": math.sqrt(max(narrowest, REFERENCE_WIDTH) / REFERENCE_WIDTH)}
+    if policy == "uniform" or is_sgd:
+        return {}
+    # a side narrower than the reference keeps lr
+    multipliers = {side: math.sqrt(REFERENCE_WIDTH / max(n, REFERENCE_WIDTH)) for side, n in widths.items()}
+    for component, factor in FROM_GRADIENT.items() if from_gradient else ():
+        multipliers[component] = factor * multipliers.get(component, 1.0)
+    return multipliers
+
+
+def _started_from_gradient(network: nn.Module) -> set[tuple[nn.Module, str]]:
+    """The layers with the names of adapters that started from the gradient."""
+    return {
+        (layer, adapter)
+        for owner in network.modules()
+        for adapter, config in vars(owner).get("peft_config", {}).items()
+        if getattr(config, "init_weights", None) == "gradient"
+        for layer in owner.modules()
+    }
 
 
 def create_lotra_optimizer(
@@ -149,31 +156,29 @@ def create_lotra_optimizer(
     *,
     lr: float,
     policy: Policy = "width",
-    rule: Rule | None = None,
     **kwargs: Any,
 ) -> Optimizer:
     """Creates an optimizer with a learning rate for each component of the LoTRA adapters.
 
-    With policy "width", a layer of n_in inputs and n_out outputs trains at lr times
+    With policy "width", a layer of n_in inputs and n_out outputs trains by Adam and the like at lr times
 
-    | component                         | Adam and the like         | SGD                   |
-    |-----------------------------------|---------------------------|-----------------------|
-    | core, factor_basis, factor_kernel | 1                         | 1                     |
-    | factor_out                        | sqrt(16 / max(n_out, 16)) | sqrt(max(m, 16) / 16) |
-    | factor_in                         | sqrt(16 / max(n_in, 16))  | 1                     |
+    | component                         | random start, HOSVD       | start from the gradient       |
+    |-----------------------------------|---------------------------|-------------------------------|
+    | core                              | 1                         | 0.1                           |
+    | factor_basis, factor_kernel       | 1                         | 1                             |
+    | factor_out                        | sqrt(16 / max(n_out, 16)) | 0.5 sqrt(16 / max(n_out, 16)) |
+    | factor_in                         | sqrt(16 / max(n_in, 16))  | sqrt(16 / max(n_in, 16))      |
 
-    where m is the smallest n_out of the adapted layers. An lr that is good at one width is then good at the others.
-    Parameters that are no LoTRA component (`modules_to_save`, biases) train at lr. docs/notes/optim.md derives the
-    table.
+    An lr that is good at one width is then good at the others. SGD trains all at lr: no rule that was tried beats it.
+    Parameters that are no LoTRA component (`modules_to_save`, biases) train at lr. docs/method.md derives the table.
 
     Args:
         model: A model with LoTRA or Slim layers. Parameters that require a gradient (active adapters) are trained.
         optimizer_cls: A class that takes parameter groups.
         lr: The learning rate that the table multiplies.
         policy: "width" for the table above; "uniform" for lr everywhere; or a dict of multipliers by component
-            ("core", "factor_out", "factor_in", "factor_basis", "factor_kernel"), 1 for the others.
-        rule: Which column of the table counts, "adaptive" or "sgd". By default "sgd" for an optimizer class that is,
-            or derives from, one called SGD or ASGD, and "adaptive" for all others.
+            ("core", "factor_out", "factor_in", "factor_basis", "factor_kernel"), 1 for the others. An optimizer counts
+            as SGD if its class is, or derives from, one called SGD or ASGD.
         kwargs: Passed to the optimizer, e.g. `weight_decay` for every group.
 
     Returns:
@@ -182,8 +187,8 @@ def create_lotra_optimizer(
         sets rates itself `OneCycleLR(max_lr=[group["lr"] for group in optimizer.param_groups])`.
 
     Raises:
-        ValueError: `lr` is not a finite number above 0, `policy` or `rule` is unknown, or no LoTRA component of the
-            model can be trained.
+        ValueError: `lr` is not a finite number above 0, `policy` is unknown, or no LoTRA component of the model can
+            be trained.
 
     Source: Gao, Ng and Tan, arXiv 2502.06153: identical rates train Tucker components inefficiently.
 
@@ -199,13 +204,12 @@ def create_lotra_optimizer(
     check_function(optimizer_cls, "optimizer_cls")
     if not as_number(lr) > 0:
         raise ValueError(f"`lr` is {lr!r:.100}, but must be a finite number above 0.")
-    table = lotra_lr_multipliers(model, policy, optimizer_cls, rule=rule)
-    groups: dict[str, dict[str, Any]] = {}
+    table = lotra_lr_multipliers(model, policy, optimizer_cls)
+    groups: dict[tuple[str, float], dict[str, Any]] = {}
     for line in table:
         new = {"name": line.group, "params": [], "lr": lr * line.multiplier}
-        groups.setdefault(line.group, new)["params"].append(line.parameter)
+        groups.setdefault((line.group, line.multiplier), new)["params"].append(line.parameter)
     components = {id(line.parameter) for line in table}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in components]
-    if others:
-        groups["other"] = {"name": "other", "params": others, "lr": lr}
-    return optimizer_cls(list(groups.values()), lr=lr, **kwargs)
+    other = [{"name": "other", "params": others, "lr": lr}] if others else []
+    return optimizer_cls([*groups.values(), *other], lr=lr, **kwargs)

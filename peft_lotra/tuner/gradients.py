@@ -1,23 +1,94 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Gradients of the coefficient tensors, gathered for `init_weights="gradient"` and for spectra."""
+"""Starts of adapters from the gradient of the base's coefficients, and these gradients, which spectra use too."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..layers.coefficients import CoefficientTensor
 from ..modules.calls import modes_kept, read_at_rest, unwrap
+from ..modules.checks import check_function
 from .config import LoTRAConfig
-from .initialization import GRADIENTS
+from .initialization import GRADIENTS, initialize
 from .layer import lotra_layers
 from .targets import find_targets
+
+
+def start_from_gradient(
+    model: nn.Module, loss: Callable[..., torch.Tensor], batches: Iterable[Any] | None = None
+) -> None:
+    """Starts the active adapter anew, in the directions that full fine-tuning would take first.
+
+    With G the gradient of the loss with respect to a layer's coefficients, factor_in, factor_basis and core span the
+    leading right singular vectors of G, and factor_out is zero: the adapted model equals its base again. Call it
+    before the optimizer is made: [`create_lotra_optimizer`] then has the rates of this start.
+
+    Args:
+        model (`nn.Module`): A model with one active LoTRA adapter, or a module around it.
+        loss (`Callable`): Computes the loss of the new task, a tensor of one value: `loss()`, or `loss(batch)` for
+            each of the batches, whose gradients are summed. It is not to call `backward()`.
+        batches (`Iterable`, *optional*): A few hundred samples are enough.
+
+    Raises:
+        TypeError: `loss` is no function.
+        ValueError: There is no active adapter, or more than one; adapters are merged; the loss does not depend on the
+            coefficients, or its gradient is not finite. The adapter is as before then.
+        RuntimeError: The grid is not the one that the adapter was made on.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from peft_lotra import LoTRAConfig, start_from_gradient
+        >>> from peft_lotra.kan import KAN
+        >>> x, model = torch.rand(50, 2), get_peft_model(KAN([2, 8, 1]), LoTRAConfig(r=(4, 4, 3)))
+        >>> start_from_gradient(model, lambda: (model(x).squeeze() - x.prod(dim=1)).square().mean())
+    """
+    check_function(loss, "loss")
+    network = unwrap(model)
+    active = {name for _, layer in lotra_layers(network) for name in layer.active_adapters if name in layer.lotra_r}
+    if len(active) != 1:
+        raise ValueError(
+            f"One LoTRA adapter is to start from the gradient, but {sorted(active) or 'none'} is active. Add one by "
+            "`get_peft_model(model, LoTRAConfig(...))`, or choose one by `model.set_adapter(name)`."
+        )
+    adapter, layers = next(iter(active)), dict(lotra_layers(network, *active))
+
+    def train_step() -> None:
+        for arguments in [()] if batches is None else ((batch,) for batch in batches):
+            value = loss(*arguments)
+            if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
+                raise ValueError(
+                    f"`loss` must return a tensor of one value with a gradient, not {value!r:.100}. Compute it from "
+                    "the output of the model, and leave `backward()` out."
+                )
+            value.backward()
+
+    with ExitStack() as stack:  # the gradient of the base alone
+        for layer in layers.values():
+            layer.check_grid()
+            stack.callback(setattr, layer, "_disable_adapters", layer._disable_adapters)
+            layer._disable_adapters = True
+        targets = {name: (layer.get_base_layer(), layer.lotra_tensor) for name, layer in layers.items()}
+        gradients = gather_gradients(targets, network, train_step)
+    GRADIENTS.update(gradients)
+    for layer in layers.values():
+        frozen, components = layer.frozen_peft_weight_names.get(adapter, ()), layer.get_components(adapter)
+        names = ("factor_out", "core", *components._asdict())
+        zero = next((name for name in names if f"lotra_{name}" not in frozen), "factor_out")
+        initialize(components, "gradient", zero, layer.get_base_layer())
+        del GRADIENTS[layer.get_base_layer()]
+    for owner in network.modules():
+        if adapter in (configs := vars(owner).get("peft_config", {})):  # the object may serve other models
+            configs[adapter] = copy.copy(configs[adapter])
+            configs[adapter].init_weights = "gradient"
 
 
 def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable[[], None]) -> None:
@@ -25,7 +96,7 @@ def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable
 
     The adapter then begins with the combinations of inputs and basis functions that the first step of full fine-tuning
     would use most, instead of random ones. The model is left as it was; the gradients are kept until the adapter is
-    made. This start pays for new data of the old task at small ranks; train it with a small rate for the core.
+    made. [`start_from_gradient`] does the same to an adapter that is there, and takes a loss.
 
     Args:
         model (`nn.Module`): The base model, or a PEFT model that is to get one more adapter.
@@ -39,14 +110,12 @@ def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable
 
     Example:
         >>> from peft import get_peft_model
-        >>> from peft_lotra import LoTRAConfig, create_lotra_optimizer, preprocess_lotra
+        >>> from peft_lotra import LoTRAConfig, preprocess_lotra
         >>> from peft_lotra.kan import KAN
         >>> kan, x = KAN([2, 8, 1]), torch.rand(50, 2)
         >>> config = LoTRAConfig(r=(4, 4, 3), init_weights="gradient")
         >>> preprocess_lotra(kan, config, lambda: (kan(x).squeeze() - x.prod(dim=1)).square().mean().backward())
         >>> model = get_peft_model(kan, config)
-        >>> policy = {"core": 0.03, "factor_out": 0.5}
-        >>> optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2, policy=policy)
     """
     if config.init_weights != "gradient":
         raise ValueError(f"`init_weights` of the configuration is {config.init_weights!r}, but must be 'gradient'.")
@@ -97,11 +166,16 @@ def gather_gradients(
         names = ["probe"] if layer in probes else list(tensor.parameters)
         missing = [n for n in names if targets[name, n] not in sums]
         if missing:
-            raise ValueError(f"No gradient arrived at {missing} of `{name}`: `train_step` must call `backward()`.")
+            raise ValueError(
+                f"No gradient arrived at {missing} of `{name}`: the loss must depend on it, and `train_step`, where "
+                "there is one, call `backward()`."
+            )
         parts = [sums[targets[name, n]] for n in names]
         if not all(part.isfinite().all() for part in parts):
-            raise ValueError(f"The gradient of `{name}` is not finite: look at the loss and the data of `train_step`.")
+            raise ValueError(f"The gradient of `{name}` is not finite: look at the loss and its data.")
         gradients[layer] = parts[0] if layer in probes else tensor.join(parts)
+    if not any(gradient.any() for gradient in gradients.values()):
+        raise ValueError("The gradient of the loss is zero: no direction in the coefficients would change the loss.")
     return gradients
 
 

@@ -52,7 +52,8 @@ def check_start(start: bool | str, layer: nn.Module, coefficients: Tensor | None
     if start == "gradient" and layer not in GRADIENTS:
         raise ValueError(
             f'`init_weights="gradient"` needs the gradient of this {type(layer).__name__}: call '
-            "`preprocess_lotra(model, config, train_step)` before the adapter is added."
+            "`preprocess_lotra(model, config, train_step)` before the adapter is added, or leave `init_weights` out "
+            "and call `start_from_gradient(model, loss)` after it."
         )
     if start == "hosvd" and (coefficients is None or coefficients.is_meta or not coefficients.isfinite().all()):
         state = "not finite" if coefficients is not None and not coefficients.is_meta else "on the meta device"

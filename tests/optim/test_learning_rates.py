@@ -9,10 +9,10 @@ import math
 import pytest
 import torch
 from helpers import adapt, lotra_layers, nested
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig
+from peft_lotra import LoTRAConfig, start_from_gradient
 from peft_lotra.kan import KAN
 from peft_lotra.optim import create_lotra_optimizer, lotra_lr_multipliers
 
@@ -44,24 +44,40 @@ def test_policy_width_for_adam():
 
 
 @pytest.mark.parametrize("optimizer_cls", [torch.optim.SGD, torch.optim.ASGD])
-def test_policy_width_for_sgd(optimizer_cls):
-    model = get_peft_model(KAN([8, 64, 256, 64]), LoTRAConfig(r=2))
-    found = multipliers(model, "width", optimizer_cls)
-    assert {component: value for (layer, component), value in found.items()} == {
-        "core": 1,
-        "factor_out": 2,
-        "factor_in": 1,
-        "factor_basis": 1,
-    }
-    optimizer = create_lotra_optimizer(model, optimizer_cls, lr=0.1)
-    assert groups_of(optimizer)["factor_out/256"]["lr"] == pytest.approx(0.2)
-
-
-def test_the_caller_says_which_rule_counts():
+def test_sgd_has_one_rate(optimizer_cls):
     model = wide()
-    assert multipliers(model, rule="sgd") == multipliers(model, "width", torch.optim.SGD)
-    optimizer = create_lotra_optimizer(model, torch.optim.SGD, lr=0.1, rule="adaptive")
-    assert groups_of(optimizer)["factor_out/256"]["lr"] == pytest.approx(0.025)
+    assert set(multipliers(model, "width", optimizer_cls).values()) == {1.0}
+    optimizer = create_lotra_optimizer(model, optimizer_cls, lr=0.1)
+    assert groups_of(optimizer)["factor_out/256"]["lr"] == 0.1
+
+
+def test_a_start_from_the_gradient_has_rates_of_its_own(tmp_path):
+    """Also behind a module of one's own, beside a random start, and after loading."""
+    base, x = KAN([64, 256, 4]), torch.rand(8, 64)
+    model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2), adapter_name="random")
+    model.add_adapter("started", LoTRAConfig(r=2))
+    model.set_adapter("started")
+    outer = nn.Sequential(model)
+    start_from_gradient(outer, lambda: outer(x).square().mean())
+    expected = multipliers(wide())
+    for layer in "01":
+        expected[layer, "core"] *= 0.1
+        expected[layer, "factor_out"] *= 0.5
+    assert multipliers(outer) == multipliers(model) == pytest.approx(expected)
+    assert (
+        set(multipliers(model, "uniform").values())
+        == set(multipliers(model, "width", torch.optim.SGD).values())
+        == {1}
+    )
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "started", is_trainable=True)
+    assert multipliers(loaded) == pytest.approx(expected)
+    for layer in lotra_layers(model).values():
+        layer.lotra_core["random"].requires_grad_()
+    groups = create_lotra_optimizer(model, torch.optim.Adam, lr=1.0).param_groups
+    assert sorted(group["lr"] for group in groups if group["name"] == "core") == [0.1, 1]
+    model.set_adapter("random")
+    assert multipliers(model) == multipliers(wide())
 
 
 def test_policy_by_component():
@@ -127,7 +143,6 @@ def test_the_step_of_adam_has_the_size_of_the_table():
         ({"policy": {"core": 1, "factor_up": 2}}, "'factor_up', .* the components are .*'factor_basis'"),
         ({"policy": {"core": -1}}, "multiplier -1 for 'core'"),
         ({"policy": {"core": "1"}}, "multiplier '1' for 'core'"),
-        ({"rule": "adam"}, "`rule` is 'adam'.*adaptive"),
     ],
 )
 def test_wrong_arguments(arguments, message):

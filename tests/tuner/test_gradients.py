@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""`init_weights="gradient"`: factors from the gradient that `preprocess_lotra` gathers."""
+"""Starts from the gradient: of an adapter that is there, and by `preprocess_lotra` of one that is to come."""
 
 import copy
 
@@ -9,11 +9,11 @@ import pytest
 import torch
 from behaving import X, adapted, layers
 from helpers import assert_same, base, nested, relative, snapshot
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from stand_ins import FAMILIES
 from torch import Tensor, nn
 
-from peft_lotra import LoTRAConfig, preprocess_lotra
+from peft_lotra import LoTRAConfig, preprocess_lotra, start_from_gradient
 from peft_lotra.kan import KAN, KANLinear, SlimKAN
 
 
@@ -21,16 +21,23 @@ def gradient_config(**kwargs):
     return LoTRAConfig(**{"r": (2, 2, 3), "init_weights": "gradient", **kwargs})
 
 
-def train_step_for(model):
+def batches_for(model):
     """Two batches whose targets no function of few directions explains; the same at each call."""
     generator, like = torch.Generator().manual_seed(7), next(model.parameters())
     data = [torch.rand(5, 3, generator=generator).to(like) * 1.6 - 0.8 for _ in range(2)]
     noise = [torch.randn(5, 9, generator=generator).to(like) for _ in range(2)]
+    return list(zip(data, noise, strict=True))
 
+
+def loss_of(model, batch):
+    y = model(batch[0])
+    return (y - batch[1][:, : y.shape[-1]]).square().mean()
+
+
+def train_step_for(model):
     def train_step():
-        for x, target in zip(data, noise, strict=True):
-            y = model(x)
-            (y - target[:, : y.shape[-1]]).square().mean().backward()
+        for batch in batches_for(model):
+            loss_of(model, batch).backward()
 
     return train_step
 
@@ -221,6 +228,104 @@ def test_not_while_merged():
         preprocess_lotra(model, config, lambda: model(X).sum().backward())
     model.unmerge_adapter()
     preprocess_lotra(model, config, lambda: model(X).sum().backward())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_that_is_there_starts_as_a_new_one(family):
+    """Whatever it has learned."""
+    model, x = base(family, torch.float64), X.double()
+    y = model(x).detach()
+    expected = adapt_by_gradient(copy.deepcopy(model))
+    tuned = adapted(model, r=(2, 2, 3))
+    assert relative(tuned(x), y) > 1e-3
+    before = everything(tuned)[1]
+    start_from_gradient(tuned, lambda batch: loss_of(tuned, batch), batches_for(tuned))
+    assert torch.equal(tuned(x), y) and everything(tuned)[1] == before
+    for new, old in zip(layers(tuned).values(), layers(expected).values(), strict=True):
+        for parts in zip(new.get_components("default"), old.get_components("default"), strict=True):
+            torch.testing.assert_close(*parts)
+
+
+WRAPPERS = {
+    "own module": lambda kan: nn.Sequential(adapted(kan)),
+    "injected": lambda kan: inject_adapter_in_model(LoTRAConfig(r=2), kan),
+    "slim": lambda kan: adapted(SlimKAN([3, 4, 2], ranks=2)),
+    "half": lambda kan: adapted(kan.bfloat16()),
+    "compiled": lambda kan: torch.compile(adapted(kan), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_a_start_wherever_the_adapter_is(kind, mode):
+    kan = KAN([3, 4, 2])
+    model = WRAPPERS[kind](kan)
+    batch = [part.bfloat16() if kind == "half" else part for part in batches_for(kan)[0]]
+    with mode():
+        start_from_gradient(model, lambda: loss_of(model, batch))
+    for layer in layers(model).values():
+        assert not layer.lotra_factor_out["default"].any() and layer.lotra_core["default"].any()
+    loss_of(model, batch).backward()
+
+
+def test_a_config_can_serve_again():
+    config, base_model = LoTRAConfig(r=2), KAN([3, 4, 2])
+    model = get_peft_model(copy.deepcopy(base_model), config)
+    start_from_gradient(model, lambda: model(X).square().sum())
+    get_peft_model(base_model, config)
+
+
+@pytest.mark.parametrize("train", [["core"], ["factor_in", "factor_basis"]])
+def test_a_trained_component_is_zero(train):
+    model = get_peft_model(KAN([3, 4, 2]), LoTRAConfig(r=2, train=train, init_weights=False))
+    start_from_gradient(model, lambda: model(X).square().sum())
+    for layer in layers(model).values():
+        zero = [not layer.get_components("default")._asdict()[name].any() for name in train]
+        assert zero == [True, *[False] * (len(train) - 1)]
+    model(X).square().sum().backward()
+
+
+def two_active(model):
+    model.add_adapter("second", LoTRAConfig(r=2))
+    model.base_model.set_adapter(["default", "second"])
+
+
+BAD = {
+    "none": (lambda m: m.unload(), lambda m: m(X).sum(), "none is active.*get_peft_model"),
+    "two": (two_active, lambda m: m(X).sum(), "default.*second.*set_adapter"),
+    "merged": (lambda m: m.merge_adapter(), lambda m: m(X).sum(), "unmerge_adapter"),
+    "detached": (None, lambda m: m(X).detach().sum(), "tensor of one value with a gradient"),
+    "backward": (None, lambda m: m(X).sum().backward(), "not None.*leave `backward"),
+    "many values": (None, lambda m: m(X).sum(0), "of one value"),
+    "elsewhere": (None, lambda m: m.base_model.model[3](torch.rand(5, 4)).sum(), r"No gradient arrived .* of `1`"),
+    "nan": (None, lambda m: m(X).sum() * torch.nan, "not finite"),
+    "flat": (None, lambda m: m(X).sum() * 0, "zero"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_an_adapter_that_cannot_start_is_as_before(kind):
+    prepare, loss, words = BAD[kind]
+    model = adapted(with_batch_norm())
+    if prepare is not None:
+        model = prepare(model) or model
+    before = everything(model)
+    with pytest.raises(ValueError, match=words):
+        start_from_gradient(model, lambda: loss(model))
+    assert_unchanged(model, before)
+
+
+def test_a_value_no_batches_and_a_grid_that_moved():
+    model = adapted(KAN([3, 4, 2]))
+    before = everything(model)
+    with pytest.raises(TypeError, match="`loss`"):
+        start_from_gradient(model, model(X).sum())
+    with pytest.raises(ValueError, match="No gradient arrived"):
+        start_from_gradient(model, lambda batch: model(batch).sum(), [])
+    assert_unchanged(model, before)
+    layers(model)["base_model.model.layers.0"].base_layer.update_grid(X)
+    with pytest.raises(RuntimeError, match="grid"):
+        start_from_gradient(model, lambda: model(X).sum())
 
 
 def test_the_first_steps_reduce_the_loss_of_a_shifted_task_more_than_with_random_factors():
