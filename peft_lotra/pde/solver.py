@@ -250,9 +250,9 @@ def _network(
             kan = KAN(widths, GRID_SIZES.get(len(low), SMALLEST_GRID), SPLINE_ORDER, norm="tanh", dtype=torch.float64)
         return nn.Sequential(features, kan)
     check_module(network, "network")
-    if _first(network, BoxFeatures) is not None:
-        if periodic:
-            raise ValueError("`network` has `BoxFeatures` of its own: give these the `periodic` coordinates.")
+    if (own := _first(network, BoxFeatures)) is not None:
+        if sorted(periodic) not in ([], own.periodic):
+            raise ValueError(f"`periodic` is {periodic}, but the network's own `BoxFeatures` have {own.periodic}.")
         return network
     layer = _first(network, SplineLayer)
     on_box = layer is not None and torch.equal(layer.grid_bounds.double(), torch.stack([low, high], 1))
@@ -367,12 +367,14 @@ class _Training:
     def refine(self, parameter: float) -> None:
         """The last phase, on grids that are twice as fine; undone if the residual that is held out does not fall."""
         layers, state = copy.deepcopy(self.kan.layers), copy.deepcopy(self.model.state_dict())
-        if self.regrid(2, samples=_inputs(self.model, self.held, self.kan), exact=True):
-            self.sampler.count, self.optimizer.forgetting = round(FINE_POINTS * self.sampler.count), 0.8
+        if not self.regrid(2, samples=_inputs(self.model, self.held, self.kan), exact=True):
+            self.fit("coarse", parameter, 1.0)
+            return
+        self.sampler.count, self.optimizer.forgetting = round(FINE_POINTS * self.sampler.count), 0.8
         if self.fit("fine", parameter, 1.0) > self.phases[-2].held:
             self.kan.layers = layers
             self.model.load_state_dict(state)
-            self.result.notes.append("The last phase was worse at the points that are held out, and is undone.")
+            self.result.notes.append("The finer grids were worse at the points that are held out, and are undone.")
 
     def regrid(self, factor: int, **options: Any) -> bool:
         """Changes the grids if they can be changed."""

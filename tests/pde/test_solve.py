@@ -168,7 +168,7 @@ WRONG = {
     "`steps` is": lambda: solved(decay, continuation=(1.0, 2.0), steps=3),
     "`seconds` is": lambda: solve(poisson, [0], [1], distance=line, seconds=0),
     "`periodic` has 1": lambda: solved(periodic=[1]),
-    "of its own": lambda: solved(network=nn.Sequential(BoxFeatures([0], [10]), mlp()), periodic=[0]),
+    "own `BoxFeatures` have": lambda: solved(network=nn.Sequential(BoxFeatures([0], [10]), mlp()), periodic=[0]),
 }
 
 
