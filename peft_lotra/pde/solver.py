@@ -38,7 +38,7 @@ GRID_SIZES, SMALLEST_GRID = {1: 8, 2: 8, 3: 5}, 3  # by the dimension of the box
 STAGES = 6  # parameters of a continuation
 CONTINUED, COARSE = 0.6, 0.8  # shares of the budget after which the continuation, and the coarse grids, end
 SOLVED = 1e-4  # of the first residual's square: where a stage of a continuation ends
-POINTS, FINE_POINTS, HELD_POINTS = 1500, 2.5, 1000  # a quarter of the first on a line; the second times as many
+POINTS, FINE_POINTS, HELD_POINTS = 1500, 2.5, 1000  # half of the first on a line; the second is a factor
 PATIENCE = 15  # steps without a new minimum of the residual that is held out
 LARGEST_DAMPING = 1e3  # that the next points start with
 SLOPE = 0.1  # of `gradient_weights`, for a solution of unit size on [-1, 1]
@@ -193,7 +193,7 @@ def solve(
         >>> from peft_lotra.pde import BoxDistance, solve
         >>> def poisson(model, x):  # u'' = -1 on [0, 10], u = 0 at both ends
         ...     return jet(model, x)[2][0] + 1
-        >>> result = solve(poisson, [0], [10], distance=BoxDistance([0], [10]), steps=8, progress=False)
+        >>> result = solve(poisson, [0], [10], distance=BoxDistance([0], [10]), steps=14, progress=False)
         >>> abs(result.model(torch.tensor([[5.0]], dtype=torch.float64)).item() - 12.5) < 0.1
         True
     """
@@ -214,7 +214,7 @@ def solve(
         return residual(model, x) if continuation is None else residual(model, x, parameter)
 
     result = Solution(model, low_end, high_end)
-    sampler = ResidualSampler(low, high, POINTS if len(low_end) > 1 else POINTS // 4, seed=1000 * seed)
+    sampler = ResidualSampler(low, high, POINTS if len(low_end) > 1 else POINTS // 2, seed=1000 * seed)
     training = _Training(result, equation, list(terms), points, sampler, budget, steps is None, progress)
     result.first_residual = training.norm(ends[0])
     if continuation is not None:
@@ -298,7 +298,7 @@ class _Training:
 
         self.model, self.history, self.phases = self.result.model, self.result.history, self.result.phases
         self.clock = time.monotonic()
-        self.optimizer = LevenbergMarquardt(self.model, floor=1e-6, forgetting=0.3, memory=2**32)
+        self.optimizer = LevenbergMarquardt(self.model, floor=1e-6, memory=2**32)
         self.kan = _first(self.model, LayerStack)
         self.features: BoxFeatures | None = _first(self.model, BoxFeatures)
         self.bar = tqdm(total=math.ceil(self.budget), unit="s" if self.timed else "step", disable=not self.progress)
@@ -370,7 +370,7 @@ class _Training:
         if not self.regrid(2, samples=_inputs(self.model, self.held, self.kan), exact=True):
             self.fit("coarse", parameter, 1.0)
             return
-        self.sampler.count, self.optimizer.forgetting = round(FINE_POINTS * self.sampler.count), 0.8
+        self.sampler.count = round(FINE_POINTS * self.sampler.count)
         if self.fit("fine", parameter, 1.0) > self.phases[-2].held:
             self.kan.layers = layers
             self.model.load_state_dict(state)
