@@ -25,6 +25,7 @@ from .shards import Shards
 LARGEST_DAMPING = 1e12  # at which a step gives up
 SMALLEST_DAMPING = 1e-16  # less is lost in the rounding of the normal equations
 SMALLEST_FORGETTING = 1e-7  # with `forgetting`: less fits the rows of one step alone
+LONGEST_MEMORY = 20.0  # of `forgetting="auto"`: a factor of 0.95
 
 
 class LevenbergMarquardtStep(NamedTuple):
@@ -61,7 +62,9 @@ class _Past(NamedTuple):
 
     matrix: Tensor  # (P, P)
     gradient: Tensor  # (P,)
-    shapes: tuple  # of the parameters
+    parameters: Tensor  # (P,), where this model is right
+    losses: tuple[float, float]  # of the last step's rows, before and after it
+    agreement: float  # of the decrease in the last step with the predicted one
 
 
 class LevenbergMarquardt:
@@ -80,8 +83,10 @@ class LevenbergMarquardt:
         damping: The damping that the first step tries.
         floor: The lower bound of S, as a share of its largest entry.
         forgetting: The factor, from 0 to below 1, by which residuals of former steps count less after each step
-            (recursive least squares), for rows that are drawn anew before each step. It keeps a matrix of all
-            parameters, which `forget` drops when the problem changes.
+            (recursive least squares), for rows that are drawn anew before each step. By "auto" it is larger where
+            steps fit their own rows alone and smaller where the loss falls fast; it is 0 where rows are those of the
+            step before, or less than half of the parameters, or a function or weight is another. It keeps a matrix of
+            all parameters, which `forget` drops when the problem changes.
         memory: Bytes that matrices and chunks of rows may take.
         group: A process group of `torch.distributed`, e.g. `torch.distributed.group.WORLD`, whose processes have the
             same model and each its own rows of all terms, possibly none. J^T J, J^T r and losses are summed over them.
@@ -103,7 +108,7 @@ class LevenbergMarquardt:
         damping: float = 1e-2,
         *,
         floor: float = 1e-3,
-        forgetting: float = 0.0,
+        forgetting: float | str = "auto",
         memory: int = 2**30,
         group: Any = None,
         **others: Any,
@@ -113,10 +118,11 @@ class LevenbergMarquardt:
             hint = " Steps have no learning rate: pass `damping`; the larger it is, the shorter is the first step."
             raise TypeError(f"LevenbergMarquardt takes no argument {names}.{hint if 'lr' in others else ''}")
         check_module(model)
+        is_auto = isinstance(forgetting, str) and forgetting == "auto"
         for name, value, is_valid, wanted in (
             ("damping", damping, as_number(damping) > 0, "a finite number above 0"),
             ("floor", floor, 0 < as_number(floor) <= 1, "above 0 and at most 1"),
-            ("forgetting", forgetting, 0 <= as_number(forgetting) < 1, "at least 0 and below 1"),
+            ("forgetting", forgetting, is_auto or 0 <= as_number(forgetting) < 1, '"auto", or from 0 to below 1'),
             ("memory", memory, as_number(memory) >= 2**20, f"at least {2**20} bytes (1 MiB)"),
         ):
             if not is_valid:
@@ -129,10 +135,12 @@ class LevenbergMarquardt:
         self._shards = Shards(group)
         self._plans: Plans = {}  # of the last step's terms
         self._past: _Past | None = None
+        self._terms: list[Term] = []  # of the last step, with `forgetting="auto"`
+        self._memory, self._slope = 1.0, -1.0  # see `_factor`
         self._trainable()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}}  # keyed by the `id` of functions
+        return {**self.__dict__, "_plans": {}, "_terms": []}  # functions, which may have no pickle
 
     def forget(self) -> None:
         """Drops the residuals of former steps, see `forgetting`: after a change of the terms, or of the parameters."""
@@ -167,15 +175,18 @@ class LevenbergMarquardt:
             >>> LevenbergMarquardt(KAN([1, 1])).step([(equation, points), (boundary, ends, 10.0)]).accepted
             True
         """
+        terms = self._check(terms)
         problem, residuals = self._evaluate(terms)
         self._plans, losses = problem.plans, problem.losses(residuals)
-        if self._past is not None and self._past.shapes != problem.shapes:
+        is_first, remembers = not self._terms, self._remembers(problem, terms, len(residuals))
+        if self._past is not None and not (remembers and torch.equal(self._past.parameters, problem.start)):
             self.forget()
         error = next(filter(None, self._shards.gather(problem.find_not_finite(residuals))), "")
         loss = math.nan if error else problem.loss(residuals)
         if not error:
-            past = self._past and self._past[:2]
-            linear = LinearModel(problem, residuals, self.floor, past, in_parameter_space=self.forgetting > 0)
+            factor = self._past and self._factor(self._past, loss)
+            past = self._past and (factor * self._past.matrix, factor * self._past.gradient)
+            linear = LinearModel(problem, residuals, self.floor, past, in_parameter_space=remembers)
             error = linear.error
         if error:
             warnings.warn(f"Step refused: {error}", RuntimeWarning, stacklevel=2)
@@ -193,8 +204,10 @@ class LevenbergMarquardt:
                 if new_loss < loss and decrease > 0:  # not if one is NaN
                     agreement = decrease / linear.predicted_decrease(damping, step)
                     damping *= _damping_factor(agreement, raised=attempts > 1)
-                    self.damping = max(damping, SMALLEST_FORGETTING if self.forgetting else SMALLEST_DAMPING)
-                    self._remember(linear, candidate - problem.start, new_residuals, agreement)
+                    self.damping = max(damping, SMALLEST_FORGETTING if remembers else SMALLEST_DAMPING)
+                    if remembers or (is_first and not linear.in_residual_space and self.forgetting == "auto"):
+                        sums = linear.after(candidate - problem.start, new_residuals)
+                        self._past = _Past(*sums, candidate, (loss, new_loss), agreement)
                     problem.write(candidate)
                     share, losses = 1 - new_loss / loss, problem.losses(new_residuals)
                     return LevenbergMarquardtStep(new_loss, self.damping, True, attempts, share, losses=losses)
@@ -290,9 +303,8 @@ class LevenbergMarquardt:
                 raise ValueError(f"The parameter `{name}` is {kind}, and only real numbers are trained: freeze it.")
         return trainable
 
-    def _evaluate(self, terms: Iterable[Term]) -> tuple[LeastSquares, Tensor]:
-        """The least-squares problem of some terms, and its residuals."""
-        terms = self._check(terms)
+    def _evaluate(self, terms: list[Term]) -> tuple[LeastSquares, Tensor]:
+        """The least-squares problem of checked terms, and its residuals."""
         problem = LeastSquares(self.model, self._trainable(), terms, self.memory, self._plans, self._shards)
         return problem, self._shards.run(problem.residuals, problem.start)
 
@@ -306,12 +318,34 @@ class LevenbergMarquardt:
         self._plans = {**self._plans, **problem.plans}
         return problem.losses(residuals)
 
-    def _remember(self, linear: LinearModel, step: Tensor, residuals: Tensor, agreement: float) -> None:
-        """Adds this step's residuals to the running sum, with a small weight if the linear model was poor."""
-        if self.forgetting:
-            share = self.forgetting * (1.0 if agreement > 0.25 else 0.2)
-            matrix, gradient = linear.after(step, residuals)
-            self._past = _Past(share * matrix, share * gradient, linear.problem.shapes)
+    def _remembers(self, problem: LeastSquares, terms: list[Term], count: int) -> bool:
+        """Whether residuals of former steps count in the step of these terms."""
+        if self.forgetting != "auto":
+            return self.forgetting > 0
+        before = self._terms
+        self._terms = [(function, [row.clone() for row in rows], weight) for function, rows, weight in terms]
+        same = not before or [(term[0], term[2]) for term in terms] == [(term[0], term[2]) for term in before]
+        pairs = [(row, other) for term, old in zip(terms, before) for row, other in zip(term[1], old[1])]  # noqa: B905
+        drawn = any(row.dtype != other.dtype or not torch.equal(row, other) for row, other in pairs)
+        found = self._shards.gather((same, drawn or (not before and self._past is not None)))
+        size = problem.num_parameters
+        fits = self._shards.group is not None or (size <= 2 * count and 16 * size**2 <= self.memory)
+        return fits and all(same for same, _ in found) and any(drawn for _, drawn in found)
+
+    def _factor(self, past: _Past, loss: float) -> float:
+        """The factor for the former residuals, where rows that were not trained have this loss.
+
+        A factor of "auto" is 1 - 1 / memory. The memory grows where the last step fitted its own rows alone. Where
+        the loss falls, former residuals are too large, and their errors with them: the factor is at most the third
+        power of the mean ratio of losses.
+        """
+        if self.forgetting != "auto":
+            return self.forgetting * (1.0 if past.agreement > 0.25 else 0.2)
+        before, own = past.losses
+        self._slope += 0.2 * (math.log(max(loss, 1e-300) / before) - self._slope)
+        longest = 1 / (1 - min(1 - 1 / LONGEST_MEMORY, math.exp(min(0.0, 3 * self._slope))))
+        self._memory = max(1.0, min(self._memory * (1.25 if loss > 1.25 * own else 0.8), longest))
+        return 1 - 1 / self._memory
 
 
 def _shown(record: LevenbergMarquardtStep, terms: Sequence[Any]) -> dict[str, str]:

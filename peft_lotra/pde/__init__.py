@@ -8,7 +8,8 @@ from .continuation import ContinuationStep, continuation
 from .density import knot_density
 from .features import BoxFeatures
 from .points import ResidualSampler, box_points, side_points
-from .weights import ResidualAttention, causal_weights, gradient_weights
+from .solver import Phase, Solution, solve
+from .weights import causal_weights, gradient_weights
 
 
 __all__ = [
@@ -16,12 +17,14 @@ __all__ = [
     "BoxFeatures",
     "ContinuationStep",
     "HardConstraint",
-    "ResidualAttention",
+    "Phase",
     "ResidualSampler",
+    "Solution",
     "box_points",
     "causal_weights",
     "continuation",
     "gradient_weights",
     "knot_density",
     "side_points",
+    "solve",
 ]

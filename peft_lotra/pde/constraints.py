@@ -91,9 +91,10 @@ class HardConstraint(nn.Module):
         """Inputs (..., I) to outputs (..., O)."""
         values = self.kan(x)
         values = getattr(values, "logits", values)
-        return self._value("lift", x, values) + self._value("distance", x, values) * values
+        return self.part("lift", x, values) + self.part("distance", x, values) * values
 
-    def _value(self, name: str, x: Tensor, like: Tensor) -> Tensor:
+    def part(self, name: str, x: Tensor, like: Tensor) -> Tensor:
+        """The values of "distance" or "lift", beside those of the network."""
         part = getattr(self, name)
         return _check_shape(name, part(x), like) if callable(part) else like.new_tensor(part)
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..derivatives.api import jet
 from ..modules.calls import check_module
-from ..modules.checks import check_count, check_number, check_seed
+from ..modules.checks import check_count, check_number
 from .boxes import check_box
+from .points import box_points
 
 
 _ALONG = 4  # points in each cell of a coordinate
@@ -65,8 +66,7 @@ def knot_density(
     low_end, high_end = check_box(low, high)
     cells = check_count(cells, "cells")
     power, share = check_number(power, "power", "(0, inf)"), check_number(share, "share", "[0, 1)")
-    engine = torch.quasirandom.SobolEngine(len(low_end), scramble=True, seed=check_seed(seed))
-    across = low_end + (high_end - low_end) * engine.draw(_ACROSS, dtype=torch.float64)
+    across = box_points(low, high, _ACROSS, seed=seed)
     along = (torch.arange(cells * _ALONG, dtype=torch.float64, device="cpu") + 0.5) / (cells * _ALONG)
     like = next(iter(model.parameters()), low_end)
     found = []

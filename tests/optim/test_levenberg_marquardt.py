@@ -131,6 +131,38 @@ def test_former_steps_are_forgotten_when_the_parameters_change():
     torch.testing.assert_close(torch.cat([model.weight, model.bias[:, None]], 1).T, best)
 
 
+def after(batches: list, forgetting: float | str, steps: int) -> Tensor:
+    """The weights of a linear model after steps of these batches in turn."""
+    model = nn.Linear(5, 1, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    optimizer = LevenbergMarquardt(model, floor=1e-6, forgetting=forgetting)
+    for number in range(steps):
+        optimizer.step([(fit, batches[number % len(batches)])])
+    return model.weight.detach()[0]
+
+
+def test_auto_remembers_noisy_rows_that_are_drawn_anew():
+    batches, true = [linear_problem(10) for _ in range(60)], torch.arange(5.0, dtype=torch.float64)
+    error, forgetful = ((after(batches, factor, 60) - true).norm() for factor in ("auto", 0.0))
+    assert error < forgetful / 2
+
+
+@pytest.mark.parametrize("rows", [10, 2])
+def test_auto_without_rows_drawn_anew(rows):
+    """It is no forgetting for fixed rows, and for less than half as many as parameters."""
+    batches = [linear_problem(rows) for _ in range(1 if rows == 10 else 3)]
+    torch.testing.assert_close(after(batches, "auto", 3), after(batches, 0.0, 3), rtol=0, atol=0)
+
+
+def test_auto_drops_former_steps_of_another_function():
+    optimizers = [LevenbergMarquardt(nn.Linear(5, 1, bias=False).double()) for _ in range(2)]
+    optimizers[0].step([(lambda model, x, y: 3 * fit(model, x, y), linear_problem(20))])
+    optimizers[1].model.load_state_dict(optimizers[0].model.state_dict())
+    optimizers[1].damping, rows = optimizers[0].damping, linear_problem(20)
+    first, second = (optimizer.step([(fit, rows)]) for optimizer in optimizers)
+    assert first == second
+
+
 # What goes wrong
 
 

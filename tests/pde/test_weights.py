@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_lotra.kan import jet
 from peft_lotra.optim import LevenbergMarquardt
-from peft_lotra.pde import ResidualAttention, causal_weights, gradient_weights
+from peft_lotra.pde import causal_weights, gradient_weights
 
 
 def test_gradient_weights_against_autograd():
@@ -39,16 +39,6 @@ def test_causal_weights_against_the_sum():
         assert found[i, 0].square().item() == pytest.approx(math.exp(-0.4 * earlier))
 
 
-def test_self_adaptive_weights_against_the_recursion():
-    attention, expected = ResidualAttention(0.7, 0.2), torch.ones(5, 1, dtype=torch.float64)
-    for _ in range(4):
-        r = torch.randn(5, 1, dtype=torch.float64)
-        expected = 0.7 * expected + 0.2 * r.abs() / r.abs().max()
-        torch.testing.assert_close(attention.update(r), expected)
-    assert attention.weights is not None and (attention.weights <= 1).all()
-    assert torch.isfinite(attention.update(torch.zeros(5))).all()
-
-
 def test_weights_are_rows_of_residual_terms():
     torch.manual_seed(1)
     model, x = network(2, 5, 1), torch.rand(80, 2, dtype=torch.float64)
@@ -58,9 +48,9 @@ def test_weights_are_rows_of_residual_terms():
         return w * (u_t - u_xx - u)
 
     r = equation(model, x, 1.0).detach()
-    before, attention = r.square().mean().item(), ResidualAttention()
+    before = r.square().mean().item()
     for _ in range(2):
-        w = gradient_weights(model, x) * causal_weights(r, x[:, 1]) * attention.update(r)
+        w = gradient_weights(model, x) * causal_weights(r, x[:, 1])
         LevenbergMarquardt(model).fit([(equation, (x, w))], 3, progress=False)
         r = equation(model, x, 1.0).detach()
     assert r.square().mean().item() < before
@@ -74,8 +64,6 @@ WRONG = {
     "`residuals` is not finite at row 0": lambda: causal_weights(R * math.nan, T),
     "`residuals` is NoneType": lambda: causal_weights(None, T),
     "`times` must be finite": lambda: causal_weights(R, T / 0),
-    r"`decay` is 1, but must be a number in \[0, 1\)": lambda: ResidualAttention(1),
-    "`residuals` is not finite": lambda: ResidualAttention().update(R * math.nan),
 }
 
 

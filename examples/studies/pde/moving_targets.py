@@ -111,7 +111,7 @@ def markdown(results: dict, limits: dict[str, float]) -> str:
 
 
 def headline(results: dict, limits: dict[str, float]) -> str:
-    """The table of docs/pde.md: cores at half of the seconds beside all parameters where these are best."""
+    """The first table: cores at half of the seconds beside all parameters where these are best."""
     lines = [
         "| | width | all parameters, LM, lowest error | cores alone, LM, half of the seconds | ratio, by seed "
         "| their share of the parameters |",

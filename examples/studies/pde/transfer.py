@@ -121,7 +121,9 @@ def markdown_of(rows: list[dict]) -> str:
     lines = [
         "Relative L2 error in %, geometric mean over the seeds; seconds are CPU time of one core of a machine that "
         "others used too. `at equal s` and `at s / 5`: error when full fine-tuning by Adam has ended, and at a fifth "
-        "of its seconds. `s to full Adam`: seconds to its error; `-` where a seed never got there.\n",
+        "of its seconds. `s to full Adam`: seconds to its error; `-` where a seed never got there. In the published "
+        "runs LoTRA by LM had a second-order (geodesic) correction, which has since been removed; it helped on the "
+        "elliptic family near alone.\n",
         "| family | target | method | parameters | kB | steps | error % | at equal s | at s / 5 | s | s to full Adam "
         "| seeds |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",

@@ -79,7 +79,7 @@ class Collocation:
 
     def terms(self, network: nn.Module) -> list[tuple]:
         """The next terms; `network` is the one in the model, whose knots the points follow."""
-        x, _ = self.sampler.draw(lambda x: self.residual(self.model, x, self._weights(x)), self._knots(network))
+        x = self.sampler.draw(lambda x: self.residual(self.model, x, self._weights(x)), self._knots(network))
         return [(self.residual, (x, self._weights(x)), 1.0), *self.problem.terms()]
 
     def _weights(self, x: Tensor) -> Tensor:

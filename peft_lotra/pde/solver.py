@@ -1,0 +1,413 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""One call from the equation to the solution: network, points, steps, knots, finer grids, and when to stop."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..kan.knots import KnotMap
+from ..kan.layer import SplineLayer
+from ..kan.network import KAN, LayerStack
+from ..kan.refinement import refine_grid
+from ..modules.calls import check_module
+from ..modules.checks import as_number, check_count, check_function, check_number, check_seed
+from ..optim.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
+from ..report import Report, TextTable
+from .boxes import check_box, sides_of_box
+from .constraints import HardConstraint, Part
+from .continuation import continuation as continue_
+from .density import knot_density
+from .features import BoxFeatures
+from .points import ResidualSampler, box_points, side_points
+from .weights import gradient_weights, residual_norms
+
+
+WIDTH, SPLINE_ORDER = 8, 5  # of a new KAN
+GRID_SIZES, SMALLEST_GRID = {1: 8, 2: 8, 3: 5}, 3  # by the dimension of the box
+STAGES = 6  # parameters of a continuation
+CONTINUED, COARSE = 0.6, 0.8  # shares of the budget after which the continuation, and the coarse grids, end
+SOLVED = 1e-4  # of the first residual's square: where a stage of a continuation ends
+POINTS, FINE_POINTS, HELD_POINTS = 1500, 2.5, 1000  # half of the first on a line; the second is a factor
+PATIENCE = 15  # steps without a new minimum of the residual that is held out
+LARGEST_DAMPING = 1e3  # that the next points start with
+SLOPE = 0.1  # of `gradient_weights`, for a solution of unit size on [-1, 1]
+OUTSIDE = 0.01  # the share of activations outside of a grid that is worth a warning
+
+
+class Phase(NamedTuple):
+    """A part of the training of `solve`.
+
+    Attributes:
+        name: "continuation", "coarse" or "fine".
+        parameter: That of the equation; NaN without continuation.
+        steps, seconds: How long it took.
+        loss: The last loss, the weighted mean square of the residual at the points.
+        held: The least mean square of the residual at the points that are held out.
+        reason: "solved" (the next parameter can come), "budget", "stalled" (the residual that is held out has
+            stopped to fall) or "refused" (no step lowers the loss).
+    """
+
+    name: str
+    parameter: float
+    steps: int
+    seconds: float
+    loss: float
+    held: float
+    reason: str
+
+
+@dataclass
+class Solution(Report):
+    """What `solve` found; `print` shows how.
+
+    Attributes:
+        model: The `HardConstraint` network: x (..., I) in the coordinates of the box to u (..., O), float64.
+        low, high: The ends of the box, (I,).
+        first_residual, residual: The root mean square of the residual at points that are never trained, before the
+            training and after it.
+        history: The record of each step.
+        phases: The parts of the training.
+        notes: What was noticed: activations outside of grids, grids that were not refined.
+    """
+
+    model: HardConstraint
+    low: Tensor
+    high: Tensor
+    first_residual: float = math.nan
+    residual: float = math.nan
+    history: list[LevenbergMarquardtStep] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report in plain values, without the model."""
+        found = super().as_dict()
+        del found["model"]
+        return found
+
+    def _table(self) -> TextTable:
+        columns = ["phase", ">parameter", ">steps", ">seconds", ">loss", ">held out", "ended by"]
+        form = "{:s} {:.3g} {:d} {:.1f} {:.1e} {:.1e}"
+        rows = [[*form.format(*phase[:-1]).replace("nan", "-").split(), phase.reason] for phase in self.phases]
+        count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        note = (
+            f"{count:,} parameters. Residual between the points (root mean square): {self.residual:.1e}, "
+            f"{self.first_residual:.1e} at the start."
+        )
+        return TextTable(columns, rows, [note, *self.notes])
+
+    def plot(self, count: int = 101) -> Any:
+        """A figure of the first output over the first two coordinates, with all others in the middle of the box, or
+        over a line. Needs matplotlib; `peft_lotra.plotting.plot_history(result.history)` draws the steps."""
+        import matplotlib.pyplot as plt
+
+        figure, axis = plt.subplots(figsize=(4.5, 3.4), layout="constrained")
+        share = torch.linspace(0, 1, count, dtype=torch.float64).unsqueeze(1)
+        lines = (self.low + (self.high - self.low) * share).unbind(1)[:2]
+        x = ((self.low + self.high) / 2).repeat(count ** len(lines), 1)
+        x[:, : len(lines)] = torch.cartesian_prod(*lines).view(-1, len(lines))
+        u = self.model(x)[:, 0].detach().numpy()
+        if len(lines) == 1:
+            axis.plot(lines[0].numpy(), u)
+        else:
+            figure.colorbar(
+                axis.pcolormesh(*(line.numpy() for line in lines), u.reshape(count, count).T, cmap="RdBu_r")
+            )
+        axis.set(title="u", xlabel="coordinate 0", ylabel="coordinate 1" if len(lines) > 1 else "u")
+        return figure
+
+
+def solve(
+    residual: Callable[..., Tensor],
+    low: Sequence[float],
+    high: Sequence[float],
+    *,
+    distance: Part,
+    lift: Part = 0.0,
+    outputs: int = 1,
+    periodic: Collection[int] = (),
+    terms: Sequence[Any] = (),
+    continuation: tuple[float, float] | None = None,
+    network: nn.Module | None = None,
+    seconds: float = 60.0,
+    steps: int | None = None,
+    refine: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+) -> Solution:
+    r"""Solves a PDE on a box: finds a network u = lift + distance network whose residual is small everywhere.
+
+    A KAN with bounded activations, on the box scaled to [-1, 1], is trained by Levenberg-Marquardt. Each step has new
+    points, a third of them where the residual is large, and residuals count less where u is steep. A continuation
+    goes from an easy parameter to the wanted one in six steps of equal ratio, or of equal length if zero is between
+    them, with knots moved to where the solution bends. For the last fifth of the budget the grids are twice as fine.
+    Each phase ends by its share of the budget, or when the residual at points that are never trained has stopped to
+    fall, and keeps the parameters with the least one.
+
+    Args:
+        residual: `residual(model, x)`, or `residual(model, x, parameter)` with `continuation`: takes points (n, I) to
+            residuals (n,) or (n, m), row by row, usually by `jet(model, x)`.
+        low, high: The ends of the box, I numbers each.
+        distance, lift: The exact conditions, see `HardConstraint`; `BoxDistance` is a distance for sides of the box.
+        outputs: The number of unknown functions.
+        periodic: The indices of periodic coordinates.
+        terms: Other residual terms, (function, rows) or (function, rows, weight) as for `LevenbergMarquardt`: data, or
+            conditions that are not exact.
+        continuation: The first and the last parameter of the equation.
+        network: A KAN, an MLP or another network instead of the KAN, (n, I) to (n, outputs). It is trained in place
+            and becomes float64. The box is scaled to [-1, 1] in front of it unless it has `BoxFeatures` or its grids
+            are the box.
+        seconds: The time to take.
+        steps: The number of steps to take instead: the same result on a busy machine.
+        refine: Whether grids get finer at the end. If that does not lower the held-out residual, it is undone.
+        seed: Of the network and the points.
+        progress: Whether to show a bar.
+
+    Returns:
+        The solution; `result.model(x)` evaluates it.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: The box is empty; `distance` is zero on no side of it and there are no `terms`; the network takes
+            other inputs; residuals are not finite, of a wrong shape, or depend on other rows; a number is out of
+            range. Nothing is trained then.
+
+    Warns:
+        UserWarning: Activations leave the grids of a network's KAN layers.
+
+    Source: docs/pde.md says what it is made of, and what it reaches.
+
+    Example:
+        >>> from peft_lotra.kan import jet
+        >>> from peft_lotra.pde import BoxDistance, solve
+        >>> def poisson(model, x):  # u'' = -1 on [0, 10], u = 0 at both ends
+        ...     return jet(model, x)[2][0] + 1
+        >>> result = solve(poisson, [0], [10], distance=BoxDistance([0], [10]), steps=14, progress=False)
+        >>> abs(result.model(torch.tensor([[5.0]], dtype=torch.float64)).item() - 12.5) < 0.1
+        True
+    """
+    check_function(residual, "residual")
+    low_end, high_end = check_box(low, high)
+    ends = [math.nan] if continuation is None else list(map(as_number, continuation))
+    if continuation is not None and (len(ends) != 2 or any(map(math.isnan, ends))):
+        raise ValueError(f"`continuation` is {continuation!r:.100}, but must be two numbers, from which and to which.")
+    steps = None if steps is None else check_count(steps, "steps", low=1 if continuation is None else STAGES + 1)
+    budget = check_number(seconds, "seconds", "(0, inf)") if steps is None else steps
+    points = box_points(low, high, HELD_POINTS, seed=check_seed(seed))
+    network = _network(network, low_end, high_end, check_count(outputs, "outputs"), periodic, seed)
+    model = HardConstraint(network, distance, lift).double()
+    sides = [side_points(low, high, 50, [side])[0] for side in sides_of_box(len(low_end))]
+    _check_model(model, points, sides, bool(terms))
+
+    def equation(model: nn.Module, x: Tensor, parameter: float) -> Tensor:
+        return residual(model, x) if continuation is None else residual(model, x, parameter)
+
+    result = Solution(model, low_end, high_end)
+    sampler = ResidualSampler(low, high, POINTS if len(low_end) > 1 else POINTS // 2, seed=1000 * seed)
+    training = _Training(result, equation, list(terms), points, sampler, budget, steps is None, progress)
+    result.first_residual = training.norm(ends[0])
+    if continuation is not None:
+
+        def stage(parameter: float) -> float:
+            share = CONTINUED * (len(result.phases) + 1) / STAGES
+            return training.fit("continuation", parameter, share, SOLVED * result.first_residual**2)
+
+        scale = "log" if ends[0] * ends[1] > 0 else "linear"
+        continue_(model, stage, *ends, prepare=training.move_knots, steps=STAGES - 1, scale=scale)
+    can_refine = refine and training.kan is not None
+    training.fit("coarse", ends[-1], COARSE if can_refine else 1.0)
+    if can_refine and training.spent() < 1:
+        training.refine(ends[-1])
+    training.bar.close()
+    result.residual = training.norm(ends[-1])
+    for name, share in _outside(model, points):
+        note = f"{share:.0%} of the inputs of `{name}` are outside of its grid, where its splines are zero."
+        warnings.warn(f"{note} Bound them by `KAN(norm='tanh')`, or give a wider `grid_range`.", stacklevel=2)
+        result.notes.append(note)
+    return result
+
+
+def _network(
+    network: nn.Module | None, low: Tensor, high: Tensor, outputs: int, periodic: Collection[int], seed: int
+) -> nn.Module:
+    """The network of the box's coordinates."""
+    features = BoxFeatures(low.tolist(), high.tolist(), periodic)
+    if network is None:
+        widths = [features.out_features, WIDTH, WIDTH, outputs]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            kan = KAN(widths, GRID_SIZES.get(len(low), SMALLEST_GRID), SPLINE_ORDER, norm="tanh", dtype=torch.float64)
+        return nn.Sequential(features, kan)
+    check_module(network, "network")
+    if (own := _first(network, BoxFeatures)) is not None:
+        if sorted(periodic) not in ([], own.periodic):
+            raise ValueError(f"`periodic` is {periodic}, but the network's own `BoxFeatures` have {own.periodic}.")
+        return network
+    layer = _first(network, SplineLayer)
+    on_box = layer is not None and torch.equal(layer.grid_bounds.double(), torch.stack([low, high], 1))
+    return network if on_box and not periodic else nn.Sequential(features, network)
+
+
+def _first(model: nn.Module, kind: type) -> Any:
+    """The first module of a kind in the model; None if there is none."""
+    return next((part for part in model.modules() if isinstance(part, kind)), None)
+
+
+@torch.no_grad()
+def _check_model(model: HardConstraint, x: Tensor, sides: list[Tensor], has_terms: bool) -> None:
+    """Raises a `ValueError` unless the network takes the box's coordinates, and `distance` is zero on a side."""
+    try:
+        model.kan(x[:2])
+    except Exception as error:
+        inputs = f"{x.shape[1]} coordinates scaled to [-1, 1], of which a periodic one gives two inputs"
+        raise ValueError(f"`network` fails on {inputs}: {error}") from error
+    model(x[:2])  # checks the shapes of distance and lift
+    size, *on_sides = (model.part("distance", points, model.kan(points)).abs().amax(0) for points in (x, *sides))
+    if not has_terms and not any((value <= 1e-6 * size).any() for value in on_sides):
+        raise ValueError(
+            "`distance` is zero on no side of the box: take `BoxDistance`, or give `terms` for conditions."
+        )
+
+
+@dataclass
+class _Training:
+    """The steps of `solve`, and what they need."""
+
+    result: Solution
+    residual: Callable[[nn.Module, Tensor, float], Tensor]
+    terms: list[Any]
+    held: Tensor
+    sampler: ResidualSampler
+    budget: float  # steps, or seconds
+    timed: bool
+    progress: bool
+
+    def __post_init__(self) -> None:
+        from tqdm.auto import tqdm
+
+        self.model, self.history, self.phases = self.result.model, self.result.history, self.result.phases
+        self.clock = time.monotonic()
+        self.optimizer = LevenbergMarquardt(self.model, floor=1e-6, memory=2**32)
+        self.kan = _first(self.model, LayerStack)
+        self.features: BoxFeatures | None = _first(self.model, BoxFeatures)
+        self.bar = tqdm(total=math.ceil(self.budget), unit="s" if self.timed else "step", disable=not self.progress)
+
+    def spent(self) -> float:
+        """The share of the budget that is used up."""
+        return (time.monotonic() - self.clock if self.timed else len(self.history)) / self.budget
+
+    @torch.no_grad()
+    def norm(self, parameter: float) -> float:
+        """The root mean square of the residual at the points that are held out."""
+        values = self.residual(self.model, self.held, parameter)
+        return residual_norms(values, "residual", self.held).square().mean().sqrt().item()
+
+    @torch.no_grad()
+    def weights(self, x: Tensor) -> Tensor:
+        """See `gradient_weights`, for slopes across half of the box, and u of unit size."""
+        size = self.model(x).square().mean().sqrt().clamp(min=1e-12).item()
+        return gradient_weights(self.model, x, SLOPE / size, (self.sampler.high - self.sampler.low).diag() / 2)
+
+    def fit(self, name: str, parameter: float, until: float, target: float = 0.0) -> float:
+        """Steps until a share of the budget is used up, the residual is at the target, or it has stopped to fall;
+        returns the least mean square at the points that are held out, whose parameters the model has."""
+        optimizer, start, before = self.optimizer, time.monotonic(), len(self.history)
+        if name == "continuation":  # another equation
+            optimizer.damping = min(1e-2, 100 * optimizer.damping)
+        linear = self.features is not None and not self.features.periodic and not self.features.neumann
+        knots = _first(self.model, KnotMap) if linear else None  # of the box's coordinates
+
+        def residual(model: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+            return weight * self.residual(model, x, parameter).reshape(len(x), -1)
+
+        def draw(number: int) -> list[Any]:
+            optimizer.damping = min(optimizer.damping, LARGEST_DAMPING)
+            x = self.sampler.draw(lambda x: residual(self.model, x, self.weights(x)), knots)
+            return [(residual, (x, self.weights(x))), *self.terms]
+
+        def is_over(number: int, record: LevenbergMarquardtStep) -> bool:
+            self.history.append(record)
+            self.bar.n = min(self.bar.total, round(self.spent() * self.bar.total))
+            self.bar.set_postfix({"phase": name, "loss": f"{record.loss:.1e}", "held": f"{record.held_loss:.1e}"})
+            return self.spent() >= until or record.held_loss <= target
+
+        held = [(residual, (self.held, torch.ones_like(self.held[:, :1]))), *self.terms]
+        for _ in range(3):  # a step that is refused may not be on other points
+            optimizer.fit(draw, 10**9, held=held, patience=PATIENCE, callback=is_over, progress=False)
+            if self.history[-1].accepted or self.spent() >= until:
+                break
+        last, least = self.history[-1], min(record.held_loss for record in self.history[before:])
+        reason = "budget" if self.spent() >= until else "stalled" if last.accepted else "refused"
+        reason = "solved" if least <= target else reason
+        count, seconds = len(self.history) - before, time.monotonic() - start
+        self.phases.append(Phase(name, parameter, count, seconds, last.loss, least, reason))
+        return least
+
+    def move_knots(self, parameter: float) -> None:
+        """Moves the knots of the first layer to where the solution bends, once there is one."""
+        if self.phases and self.features is not None and self.kan is not None:
+            density = torch.ones(self.features.out_features, 64, dtype=torch.float64)
+            of_coordinates = knot_density(self.model, self.sampler.low.tolist(), self.sampler.high.tolist())
+            for j, i in enumerate(self.features.sources.tolist()):
+                if i not in self.features.periodic:
+                    density[j] = of_coordinates[i]
+            self.regrid(1, density=density, tolerance=math.inf)
+
+    def refine(self, parameter: float) -> None:
+        """The last phase, on grids that are twice as fine; undone if the residual that is held out does not fall."""
+        layers, state = copy.deepcopy(self.kan.layers), copy.deepcopy(self.model.state_dict())
+        if not self.regrid(2, samples=_inputs(self.model, self.held, self.kan), exact=True):
+            self.fit("coarse", parameter, 1.0)
+            return
+        self.sampler.count = round(FINE_POINTS * self.sampler.count)
+        if self.fit("fine", parameter, 1.0) > self.phases[-2].held:
+            self.kan.layers = layers
+            self.model.load_state_dict(state)
+            self.result.notes.append("The finer grids were worse at the points that are held out, and are undone.")
+
+    def regrid(self, factor: int, **options: Any) -> bool:
+        """Changes the grids if they can be changed."""
+        size = max(getattr(part, "grid_size", 0) for part in self.kan.layers)
+        try:
+            refine_grid(self.kan, factor * size, **options)
+        except (TypeError, ValueError) as error:  # adapters, Slim layers
+            self.result.notes[:] = [f"The grids stay as they are: {error}"]
+            return False
+        return True
+
+
+@torch.no_grad()
+def _inputs(model: nn.Module, x: Tensor, part: nn.Module) -> Tensor:
+    """What reaches a part of the model."""
+    found: list[Tensor] = []
+    handle = part.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    model(x)
+    handle.remove()
+    return found[0]
+
+
+def _outside(model: nn.Module, x: Tensor) -> Iterator[tuple[str, float]]:
+    """The layers with activations outside of their grids, and the share of these."""
+    for name, part in model.named_modules():
+        grid, order = getattr(part, "grid", None), getattr(part, "spline_order", getattr(part, "k", None))
+        if isinstance(part, SplineLayer):
+            low, high = part.grid_bounds.unbind(-1)
+        elif isinstance(grid, Tensor) and grid.dim() == 2 and isinstance(order, int):  # efficient-kan, pykan
+            low, high = grid[:, order], grid[:, -order - 1]
+        else:
+            continue
+        z, slack = _inputs(model, x, part), 1e-6 * (high - low)
+        share = ((z < low - slack) | (z > high + slack)).double().mean().item()
+        if share > OUTSIDE:
+            yield name, share

@@ -1,0 +1,178 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peft_lotra.kan import KAN, jet
+from peft_lotra.pde import BoxDistance, BoxFeatures, solve
+
+
+def poisson(model: nn.Module, x: Tensor) -> Tensor:
+    return jet(model, x)[2][0] + 1
+
+
+def line(x: Tensor) -> Tensor:
+    return x * (10 - x)
+
+
+def solved(residual=poisson, low=(0.0,), high=(10.0,), *, distance=line, steps=8, seed=0, **options):
+    torch.manual_seed(seed)
+    if "network" not in options:  # a small one
+        options["network"] = KAN([len(low) + len(options.get("periodic", ())), 5, 1], 6, 4, norm="tanh")
+    return solve(residual, low, high, distance=distance, steps=steps, seed=seed, progress=False, **options)
+
+
+def error(result, exact) -> float:
+    x = torch.rand(200, len(result.low), dtype=torch.float64) * (result.high - result.low) + result.low
+    return ((result.model(x) - exact(x)).norm() / exact(x).norm()).item()
+
+
+def decay(model: nn.Module, x: Tensor, rate: float) -> Tensor:  # a heat equation
+    _, (_, u_t), u_xx = jet(model, x, collapse=(1.0, 0.0))
+    return u_t - rate * u_xx
+
+
+def test_a_box_far_from_the_grid_is_scaled():
+    result = solved()
+    assert error(result, lambda x: line(x) / 2) < 1e-3
+    assert len(result.history) == 8 and result.residual < 1e-2 * result.first_residual
+    assert result.model(torch.ones(3, 1, dtype=torch.float64)).shape == (3, 1)
+
+
+def test_the_same_seed_gives_the_same_network_and_points():
+    state = torch.get_rng_state()
+    first, same, other = (
+        solve(poisson, [0], [10], distance=line, steps=2, seed=seed, progress=False) for seed in (1, 1, 2)
+    )
+    assert torch.equal(state, torch.get_rng_state())
+    losses = [result.history[-1].loss for result in (first, same, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0] != pytest.approx(losses[2], rel=1e-2)
+
+
+def test_continuation_and_periodic_coordinates():
+    box, parameters = ((0.0, 0.0), (2 * math.pi, 1.0)), []
+
+    def residual(model: nn.Module, x: Tensor, rate: float) -> Tensor:
+        parameters.append(rate)
+        return decay(model, x, rate)
+
+    result = solved(
+        residual,
+        *box,
+        distance=lambda x: x[:, 1:],
+        lift=lambda x: torch.sin(x[:, :1]),
+        periodic=[0],
+        continuation=(0.1, 1.0),
+        steps=10,
+    )
+    assert parameters[0] == 0.1 and parameters[-1] == 1.0
+    assert [phase.parameter for phase in result.phases][:2] == pytest.approx([0.1, 10**-0.8])
+    assert error(result, lambda x: torch.exp(-x[:, 1:]) * torch.sin(x[:, :1])) < 0.02
+    ends = torch.tensor([[0.0, 0.4], [2 * math.pi, 0.4]], dtype=torch.float64)
+    assert jet(result.model, ends)[1].diff(dim=1).abs().max() < 1e-9
+
+
+def test_a_path_through_zero_has_equal_steps():
+    result = solved(lambda model, x, p: poisson(model, x) + p * model(x), continuation=(-0.01, 0.01), steps=7)
+    assert [phase.parameter for phase in result.phases][:3] == pytest.approx([-0.01, -0.006, -0.002])
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def test_other_networks_are_trained_in_place():
+    for network in (mlp(), KAN([1, 4, 1], grid_range=(0, 10)), nn.Sequential(BoxFeatures([0], [10]), KAN([1, 4, 1]))):
+        result = solved(network=network)
+        assert any(part is network for part in result.model.modules())
+        assert error(result, lambda x: line(x) / 2) < 1e-3
+    assert solved(network=result.model.kan, steps=2).first_residual == pytest.approx(result.residual)  # goes on
+
+
+def test_finer_grids_that_do_not_help_are_undone():
+    kan = KAN([1, 1], 3, 4)  # solves it exactly
+
+    def exact(model: nn.Module, x: Tensor) -> Tensor:
+        return jet(model, x)[2][0] - x**2
+
+    result = solved(
+        exact, distance=1.0, terms=[(lambda model, x: model(x), torch.tensor([[0.0], [10.0]]))], network=kan
+    )
+    assert kan.layers[0].grid_size == (3 if result.notes else 6)
+    assert result.residual <= min(phase.held for phase in result.phases) ** 0.5 * 1.001
+    before = KAN([1, 4, 1], 4)
+    solved(network=before, refine=False)
+    assert before.layers[0].grid_size == 4
+
+
+def test_activations_outside_of_their_grids_are_reported():
+    kan = KAN([1, 4, 1])
+    with torch.no_grad():
+        kan.get_parameter("layers.0.base_weight").fill_(20.0)
+    with pytest.warns(UserWarning, match="outside of its grid"):
+        result = solved(network=kan, steps=2, refine=False)
+    assert "outside of its grid" in str(result)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solved(steps=2)
+
+
+def test_the_budget():
+    assert len(solved(steps=2).history) == 2
+    result = solve(poisson, [0], [10], distance=line, seconds=1.0, progress=False)
+    assert sum(phase.seconds for phase in result.phases) < 30
+    assert {phase.reason for phase in result.phases} <= {"budget", "stalled", "refused"}
+
+
+def test_the_report_and_the_picture():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("agg")
+    result = solved(steps=2)
+    text = str(result)
+    assert "coarse" in text and "parameters" in text and len(text.splitlines()) < 12
+    assert json.loads(json.dumps(result.as_dict()))["phases"][0]["steps"] == 2
+    assert result.plot(11).axes[0].get_lines()
+    box = (0.0, 0.0), (1.0, 1.0)
+    square = solved(lambda model, x: decay(model, x, 1.0), *box, distance=BoxDistance(*box), steps=2, refine=False)
+    assert square.plot(11).axes[0].collections
+    plt.close("all")
+
+
+def test_terms_instead_of_exact_conditions():
+    ends = torch.tensor([[0.0], [10.0]], dtype=torch.float64)
+    result = solved(distance=1.0, terms=[(lambda model, x: model(x), ends)], steps=20)
+    assert error(result, lambda x: line(x) / 2) < 1e-2
+
+
+WRONG = {
+    "`distance` is zero on no side": lambda: solved(distance=lambda x: 1 + x),
+    "`low` is": lambda: solved(low=(0.0,), high=(0.0,)),
+    "`network` fails on 1 coordinates": lambda: solved(network=KAN([2, 4, 1])),
+    "must be a network": lambda: solved(network=KAN),
+    "`distance` returns": lambda: solved(distance=lambda x: x[:, 0]),
+    "`residual` is None": lambda: solved(None),
+    r"`residual` is \(\)": lambda: solved(lambda model, x: poisson(model, x).mean()),
+    "`residual` is tuple": lambda: solved(lambda model, x: jet(model, x)),
+    "depend on other rows": lambda: solved(lambda model, x: poisson(model, x) - model(x).mean()),
+    "fixed m": lambda: solved(lambda model, x: poisson(model, x) - x[:, 0]),
+    "`residual` is not finite": lambda: solved(lambda model, x: poisson(model, x) / 0),
+    "`continuation` is": lambda: solved(continuation=(1.0,)),
+    "`steps` is": lambda: solved(decay, continuation=(1.0, 2.0), steps=3),
+    "`seconds` is": lambda: solve(poisson, [0], [1], distance=line, seconds=0),
+    "`periodic` has 1": lambda: solved(periodic=[1]),
+    "own `BoxFeatures` have": lambda: solved(network=nn.Sequential(BoxFeatures([0], [10]), mlp()), periodic=[0]),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_change_nothing(message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        WRONG[message]()
