@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
@@ -27,7 +27,7 @@ from ..tuner.rows import ForwardPass, check_names
 from ..tuner.targets import Target, find_targets
 from .layer import ROWS, BankLayer, BankModel, Rows, SlimBankLayer
 from .reading import Adapter, match_layers, read_adapter
-from .storage import Content, export_adapter, read_bank, read_members, write_bank, write_card
+from .storage import Content, export_adapter, read_bank, write_bank, write_card
 from .store import Form, Store
 
 
@@ -83,14 +83,11 @@ class AdapterBank:
         self.traced_rows: Rows | None = None  # the rows of the pass that a compiler traces
         self._rows: dict[str, int] = {}  # of the matrix, by name
         self._forms: list[Form] = [{}]
-        self._form_of = torch.zeros(
-            1, dtype=torch.int32, device="cpu"
-        )  # the place in `_forms` of each row, -1 if it is free
+        # the place in `_forms` of each row, -1 if it is free
+        self._form_of = torch.zeros(1, dtype=torch.int32, device="cpu")
         self._free: list[int] = []
         self._known: list[Any] = []  # records of bases that agreed with this one
-        self._attached: list[tuple[nn.Module, str, nn.Module]] = []
-        self._classes: list[tuple[nn.Module, type]] = []  # of layers with adapters of PEFT
-        self._modes: list[tuple[nn.Module, bool]] = []
+        self._before: list[tuple[nn.Module, str, Any]] = []  # attributes of the model before it was attached to
         self._trained: Tensor | None = None  # which rows of the matrix are in training
         self._lock = LayerLock()
 
@@ -319,12 +316,7 @@ class AdapterBank:
             ValueError: There is no bank in the folder, or no adapter of a name; it is damaged (the message has the
                 names), or of another base.
         """
-        place = os.fspath(folder)
-        content = (
-            read_bank(place, mapped, skip_damaged, revision)
-            if names is None
-            else read_members(place, names, skip_damaged, revision)
-        )
+        content = read_bank(os.fspath(folder), mapped, skip_damaged, names, revision)
         bank = cls(base, content.store.packed.dtype if mapped or dtype is None else dtype)
         _, names = match_layers(content.record, bank.base, check_base)
         forms = {names[name]: form for name, form in content.store.forms.items()}
@@ -337,21 +329,15 @@ class AdapterBank:
         return bank
 
     def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-        base_model: str | None = None,
-        base_code: str | None = None,
+        self, repo_id: str, *, base_model: str | None = None, base_code: str | None = None, **kwargs: Any
     ) -> CommitInfo:
         """Pushes the bank to the Hugging Face Hub: one file, and a card with a table of the adapters.
 
         Args:
-            repo_id, private, revision, token: As in `peft_lotra.push_to_hub`.
+            repo_id (`str`): The repository, "user/name". It is created if it does not exist.
             base_model (`str`, *optional*): The repository of the base.
             base_code (`str`, *optional*): Python code that assigns the base to the variable `base`, for the card.
+            kwargs: `private`, `revision`, `token` and `create_pr`, as in `peft_lotra.push_to_hub`.
 
         Raises:
             ValueError: The bank is empty, or the repository is public despite `private`.
@@ -361,8 +347,7 @@ class AdapterBank:
         with TemporaryDirectory() as folder:
             self.save(folder)
             write_card(folder, repo_id, self.names, self.base, base_model, base_code)
-            message = f"Upload a bank of {len(self)} LoTRA adapters"
-            return upload(HfApi(token=token), folder, repo_id, private, revision, message)
+            return upload(folder, repo_id, f"Upload {len(self)} LoTRA adapters", **kwargs)
 
     def export(self, name: str, folder: str | os.PathLike) -> None:
         """Writes one adapter as a folder that `PeftModel.from_pretrained` loads; its alpha is in the cores."""
@@ -391,40 +376,35 @@ class AdapterBank:
             ValueError: The bank is attached, the model has merged adapters, or it is another base.
         """
         network = unwrap(self.base if model is None else model)
-        if self._modes:
+        if self._before:
             raise ValueError("The bank is attached to a model: call `detach()` first.")
         _check_unmerged(network)
         targets, names = match_layers(self.record, network, "error")
         if any(isinstance(module, BankLayer) for module in modules_of(network)):
             raise ValueError("The model has another bank: call its `detach()` first.")
-        self._modes = [(module, module.training) for module in modules_of(network)]
-        layers: dict[nn.Module, BankLayer] = {}
+        self._before = [(module, "training", module.training) for module in modules_of(network)]
+        layers: dict[Any, BankLayer] = {}
         for own, there in names.items():
             layer = network.get_submodule(there)
             if isinstance(layer, LoTRALayer):  # which stays where it is, for PEFT
-                self._classes.append((layer, type(layer)))
+                self._before.append((layer, "__class__", type(layer)))
                 layer.__class__ = _bank_class(layer.get_base_layer())
                 vars(layer).update(lotra_bank=self, lotra_bank_name=own)
             else:
                 layers[layer] = _bank_layer(own, targets[there], self)
                 layers[layer].training = layer.training
-        for module in modules_of(network):
-            for key, child in module._modules.items():
-                if child in layers:
-                    self._attached.append((module, key, child))
-        for module, key, child in self._attached:
-            module._modules[key] = layers[child]
+        children = [(module, *child) for module in modules_of(network) for child in module._modules.items()]
+        for module, name, child in children:
+            if child in layers:
+                self._before.append((module, name, child))
+                module._modules[name] = layers[child]
         return BankModel(network, self, needs_adapters)
 
     def detach(self) -> None:
         """Takes the bank out of the model that it is attached to, which is as before, also in its modes."""
-        for module, key, child in self._attached:
-            module._modules[key] = child
-        for layer, cls in self._classes:
-            layer.__class__ = cls
-        for module, mode in self._modes:
-            module.training = mode
-        self._attached, self._classes, self._modes = [], [], []
+        for module, name, value in self._before:
+            setattr(module, name, value)
+        self._before = []
 
     @contextmanager
     def rows(self, rows: Sequence[str] | Sequence[int] | Tensor | None) -> Iterator[None]:

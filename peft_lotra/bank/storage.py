@@ -36,23 +36,6 @@ from .store import Form, Store
 FILE_NAME = "adapter_bank.safetensors"
 _FORMAT = 1
 _ROWS_OF_CARD = 100
-_CARD = """# {title}
-
-{count:,} adapters of {base}, a Kolmogorov-Arnold network, by low tensor-rank adaptation
-([LoTRA](https://arxiv.org/abs/2502.06153)), in one file of [peft-lotra](https://github.com/peft-lotra/peft-lotra).
-
-```python
-from peft_lotra import AdapterBank
-{code}
-
-bank = AdapterBank.load(base, "{repo}")
-one = AdapterBank.load(base, "{repo}", names=[{first}])  # without the others
-```
-
-| number | adapter |
-|---:|---|
-{rows}
-"""
 
 
 class Content(NamedTuple):
@@ -90,16 +73,27 @@ def write_card(
     cls, code = source_of_base({}, base, base_model)
     data = ModelCardData(library_name="peft", base_model=base_model, tags=["kan", "lotra", "peft-plugin"])
     rows = [f"| {number} | `{name}` |" for number, name in enumerate(names[:_ROWS_OF_CARD])]
-    text = _CARD.format(
-        title=repo_id.rpartition("/")[2],
-        repo=repo_id,
-        count=len(names),
-        base=base_model or f"a `{cls}`",
-        code=(base_code or code).strip("\n"),
-        first=json.dumps(names[0]),
-        rows="\n".join(rows) + f"\n\nand {len(names) - len(rows):,} more" * (len(names) > len(rows)),
-    )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(os.path.join(folder, "README.md"))
+    rows += [f"\nand {len(names) - len(rows):,} more"] * (len(names) > len(rows))
+    table = "\n".join(rows)
+    text = f"""
+# {repo_id.rpartition("/")[2]}
+
+{len(names):,} adapters of {base_model or f"a `{cls}`"}, a Kolmogorov-Arnold network, by low tensor-rank adaptation
+([LoTRA](https://arxiv.org/abs/2502.06153)), in one file of [peft-lotra](https://github.com/peft-lotra/peft-lotra).
+
+```python
+from peft_lotra import AdapterBank
+{(base_code or code).strip()}
+
+bank = AdapterBank.load(base, "{repo_id}")
+one = AdapterBank.load(base, "{repo_id}", names=[{json.dumps(names[0])}])  # without the others
+```
+
+| number | adapter |
+|---:|---|
+{table}
+"""
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(os.path.join(folder, "README.md"))
 
 
 def _copy_members(read: Callable[[int, int], bytes], names: Sequence[str], folder: str) -> None:
@@ -129,23 +123,15 @@ def _copy_members(read: Callable[[int, int], bytes], names: Sequence[str], folde
         file.write(len(text).to_bytes(8, "little") + text + content)
 
 
-def _read_range(url: str, start: int, end: int) -> bytes:
-    """Some bytes of a file on the Hub."""
-    response = get_session().get(url, headers={**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"})
+def _read_range(place: str, start: int, end: int) -> bytes:
+    """Some bytes of a file, or of one on the Hub."""
+    if not place.startswith("http"):
+        with open(place, "rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+    response = get_session().get(place, headers={**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"})
     hf_raise_for_status(response)
     return response.content if response.status_code == 206 else response.content[start:end]
-
-
-def read_members(folder: str, names: Sequence[str], skip_damaged: bool, revision: str | None) -> Content:
-    """Reads some adapters of a bank in a folder or on the Hub, and nothing of the others; raises as `read_bank`."""
-    path, repo_id = os.path.join(folder, FILE_NAME), _repo_id(folder)
-    with TemporaryDirectory() as stage:
-        if repo_id is not None:
-            _copy_members(partial(_read_range, hf_hub_url(repo_id, FILE_NAME, revision=revision)), names, stage)
-        else:
-            with open(path, "rb") as file:
-                _copy_members(lambda start, end: os.pread(file.fileno(), end - start, start), names, stage)
-        return read_bank(stage, False, skip_damaged)
 
 
 def _repo_id(folder: str) -> str | None:
@@ -158,14 +144,23 @@ def _repo_id(folder: str) -> str | None:
     return repo_id
 
 
-def read_bank(folder: str, mapped: bool, skip_damaged: bool, revision: str | None = None) -> Content:
-    """Reads the file of a folder or a repository; `mapped`, adapters are read when they are used, and not checked.
+def read_bank(
+    folder: str, mapped: bool, skip_damaged: bool, names: Sequence[str] | None = None, revision: str | None = None
+) -> Content:
+    """Reads the file of a folder or a repository, or some adapters of it, and then nothing of the others.
+
+    `mapped`, adapters are read when they are used, and not checked.
 
     Raises:
-        ValueError: There is no such file, or it is damaged; the message names damaged adapters. With `skip_damaged`
-            they are left out, with a warning.
+        ValueError: There is no such file or adapter, or it is damaged; the message names damaged adapters. With
+            `skip_damaged` they are left out, with a warning.
     """
     path, repo_id = os.path.join(folder, FILE_NAME), _repo_id(folder)
+    if names is not None:
+        place = path if repo_id is None else hf_hub_url(repo_id, FILE_NAME, revision=revision)
+        with TemporaryDirectory() as stage:
+            _copy_members(partial(_read_range, place), names, stage)
+            return read_bank(stage, False, skip_damaged)
     path = path if repo_id is None else hf_hub_download(repo_id, FILE_NAME, revision=revision)
     try:
         with safe_open(path, "pt") as file:

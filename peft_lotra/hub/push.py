@@ -89,20 +89,22 @@ def push_to_hub(
             shutil.copyfile(api.hf_hub_download(repo_id, README, revision=branch), readme)
         write_model_card(model if isinstance(model, PeftModel) else None, folder, repo_id=repo_id, **{**known, **card})
         message = commit_message or "Upload LoTRA adapter"
-        return upload(api, folder, repo_id, private, revision, message, create_pr)
+        return upload(folder, repo_id, message, private=private, revision=revision, token=token, create_pr=create_pr)
 
 
 def upload(
-    api: HfApi,
-    folder: str | os.PathLike,
+    folder: str,
     repo_id: str,
-    private: bool | None,
-    revision: str | None,
     commit_message: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
     create_pr: bool = False,
 ) -> CommitInfo:
     """Uploads the card, the configurations and the safetensors of a folder, see `push_to_hub`."""
-    api.create_repo(repo_id, private=private, exist_ok=True)
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
         raise ValueError(f"`private=True`, but {repo_id} exists and is public. Make it private first.")
     if revision:
