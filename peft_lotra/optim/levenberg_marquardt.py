@@ -336,14 +336,14 @@ class LevenbergMarquardt:
         """The factor for the former residuals, where rows that were not trained have this loss.
 
         A factor of "auto" is 1 - 1 / memory. The memory grows where the last step fitted its own rows alone. Where
-        the loss falls, former residuals are too large, and their errors with them: the factor is at most the third
+        the loss falls, former residuals are too large, and their errors with them: the factor is at most the fifth
         power of the mean ratio of losses.
         """
         if self.forgetting != "auto":
             return self.forgetting * (1.0 if past.agreement > 0.25 else 0.2)
         before, own = past.losses
         self._slope += 0.2 * (math.log(max(loss, 1e-300) / before) - self._slope)
-        longest = 1 / (1 - min(1 - 1 / LONGEST_MEMORY, math.exp(min(0.0, 3 * self._slope))))
+        longest = 1 / (1 - min(1 - 1 / LONGEST_MEMORY, math.exp(min(0.0, 5 * self._slope))))
         self._memory = max(1.0, min(self._memory * (1.25 if loss > 1.25 * own else 0.8), longest))
         return 1 - 1 / self._memory
 
