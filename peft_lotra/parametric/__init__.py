@@ -4,7 +4,8 @@
 """Families of adapters that know their parameter."""
 
 from .adapter import ParametricAdapter, Prediction
+from .calibration import Calibration
 from .report import FamilyReport
 
 
-__all__ = ["FamilyReport", "ParametricAdapter", "Prediction"]
+__all__ = ["Calibration", "FamilyReport", "ParametricAdapter", "Prediction"]

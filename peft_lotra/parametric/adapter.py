@@ -29,10 +29,11 @@ from ..modules.calls import call_with_parameters, check_module
 from ..modules.checks import check_count, check_function
 from ..tucker import Ranks
 from ..tuner.config import LoTRAConfig
+from .calibration import Calibration, minimize
 from .estimate import ErrorEstimates
 from .fitting import Fitting
-from .interpolation import MemberSpace
-from .members import Point, Problem, argument, named, read, take_steps, write
+from .interpolation import MemberSpace, Point
+from .members import Problem, argument, named, read, residuals_of, take_steps, write
 from .report import FamilyReport, ranges_of
 from .storage import FILE, KnownMembers, card_of, load_family, save_family
 
@@ -65,23 +66,25 @@ class Prediction:
             family, estimate = self._family, math.nan
             if family._estimates is not None:
                 estimate = family._estimates.at(self._point, self._vector, family._space.nearest(self._point))
-            self._indicator = self._loss(family._problem) if math.isnan(estimate) else estimate
+            self._indicator = self._with(family._problem.indicator, self._point) if math.isnan(estimate) else estimate
         return self._indicator
 
     @property
     def residual(self) -> float:
         """Computed at each access."""
-        return self._loss(replace(self._family._problem, loss_of=None))
-
-    def _loss(self, problem: Problem) -> float:
-        return float(self.apply(problem.indicator, self._point))
+        terms = self._family._problem.terms(self._point)
+        return self._with(residuals_of, terms).norm().item() if terms else math.nan
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The outputs of the base with the predicted adapter."""
+        """The solution's values: the outputs of the base with the predicted adapter, or of `solution_of`."""
         return self.apply(lambda model: model(*args, **kwargs))
 
     def apply(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(model, *args)` with the predicted adapter in the model, for instance `jet` or a residual."""
+        """`function(solution, *args)` with the predicted adapter in the network, for instance `jet` or a residual."""
+        problem = self._family._problem
+        return self._with(lambda model: function(problem.solution(model, self._point), *args))
+
+    def _with(self, function: Callable[..., Any], *args: Any) -> Any:
         model = self._family.model
         return call_with_parameters(model, self._tensors, partial(function, model), args, {})
 
@@ -102,12 +105,13 @@ class ParametricAdapter:
             tuple for several parameters. Give the same points at each call. Without it, `fit` takes `train`.
         ranks: The ranks of the cores, as `r` of `LoTRAConfig`.
         loss_of: `loss_of(model, c)` returns the indicator, instead of the estimate: any loss where there are no terms.
+        solution_of: `solution_of(network, c)` returns the solution that all other functions get as `model`, by default
+            the network: for instance `HardConstraint(network, distance, lift)`, where both may depend on c.
         held_terms_of: The same terms at held-out points, where errors show that fitted points hide. By default they
             lie between the points of the fit, and smooth data in rows are interpolated; terms with other data have
             none.
-        values_of: `values_of(model, c)` returns the values whose error is estimated: the solution at some points. By
-            default they are the outputs at rows of the first term; give it where the solution is not the output
-            itself, for instance a product of it that is zero on the boundary.
+        values_of: `values_of(model, c)` returns the values whose error is estimated, by default the solution at rows
+            of the first term.
         log: Whether the family is smooth in the logarithm of the parameter; one flag, or one for each parameter.
         config: A `LoTRAConfig` for all else (`target_modules`, ...). It trains one component alone.
 
@@ -116,7 +120,7 @@ class ParametricAdapter:
         ValueError: The model has no KAN layer, or `config` trains several components, whose updates do not add up.
 
     Source: J. S. Hesthaven, G. Rozza and B. Stamm, "Certified Reduced Basis Methods for Parametrized Partial
-    Differential Equations", 2016, for the greedy choice by residuals.
+    Differential Equations", 2016, for snapshots that are chosen by residuals.
 
     Example:
         >>> from peft_lotra.kan import KAN, jet
@@ -136,15 +140,15 @@ class ParametricAdapter:
         self,
         base: nn.Module,
         terms_of: Callable[[Any], Iterable] | None = None,
-        ranks: Ranks = 8,
+        ranks: Ranks = 12,
         *,
+        solution_of: Callable[[nn.Module, Any], Any] | None = None,
         loss_of: Callable[[nn.Module, Any], Any] | None = None,
         held_terms_of: Callable[[Any], Iterable] | None = None,
         values_of: Callable[[nn.Module, Any], Tensor] | None = None,
         log: bool | Sequence[bool] = False,
         config: LoTRAConfig | None = None,
     ) -> None:
-        functions = {"terms_of": terms_of, "loss_of": loss_of, "held_terms_of": held_terms_of, "values_of": values_of}
         check_module(base, "base")
         if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
             raise ValueError("`base` has adapters already: pass the bare model, or what `merge_and_unload` returns.")
@@ -160,19 +164,16 @@ class ParametricAdapter:
         with torch.inference_mode(False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Adapters have more parameters")  # which are shared by many members
             model = cast(PeftModel, get_peft_model(copy.deepcopy(base), config))
-        self._set(model, log, **functions)
+        self._set(model, log, Problem(terms_of, held_terms_of, solution_of, loss_of), values_of)
 
-    def _set(self, model: PeftModel, log: bool | Sequence[bool], **functions: Any) -> None:
-        for name, function in functions.items():
-            if function is not None:
+    def _set(self, model: PeftModel, log: bool | Sequence[bool], problem: Problem, values_of: Any) -> None:
+        for name, function in {**vars(problem), "values_of": values_of}.items():
+            if name.endswith("_of") and function is not None:
                 check_function(function, name)
-        terms_of, loss_of = functions["terms_of"], functions["loss_of"]
-        self.model = model.eval()
-        self._problem = Problem(terms_of, loss_of)
+        self.model, self._problem = model.eval(), problem
         self._space = MemberSpace(len(read(model)), log)
-        self._estimates = None
-        if terms_of is not None and loss_of is None:
-            self._estimates = ErrorEstimates(model, terms_of, functions["held_terms_of"], functions["values_of"])
+        has_estimates = problem.terms_of is not None and problem.loss_of is None
+        self._estimates = ErrorEstimates(model, problem, values_of) if has_estimates else None
 
     @property
     def parameters(self) -> list[float | tuple[float, ...]]:
@@ -191,8 +192,7 @@ class ParametricAdapter:
         between: tuple[Parameter, Parameter] | None = None,
         tolerance: float | None = None,
         train: Callable[[nn.Module, Any], Any] | None = None,
-        steps: int = 3,
-        max_steps: int = 12,
+        max_steps: int = 40,
         max_members: int = 64,
         executor: Executor | None = None,
         folder: str | os.PathLike | None = None,
@@ -201,28 +201,29 @@ class ParametricAdapter:
         """Fits members at given parameters, or in a range where the predictions are worst.
 
         The first member is that at which the base itself has the least loss. Others start from the extrapolation of
-        their neighbors, outward in strides, and from the interpolation where there are members on all sides. In a
-        range, the corners come first, and then, in rounds, the parameters with the largest residuals.
+        their neighbors, outward in strides, and from the interpolation where there are members on all sides. A member
+        takes Levenberg-Marquardt steps while its held-out residual falls. One that is far worse than a neighbor is
+        fitted again, in smaller strides. In a range, a grid comes first, and then the parameters of finer grids with
+        the largest residuals.
 
         Args:
             parameters: The parameters, numbers or tuples.
             between: The lowest and the highest parameter of a range, instead of `parameters`.
-            tolerance: The largest residual (or loss of `loss_of`) of predictions in the range. By default members are
-                added until new ones lower it by a fifth at most.
+            tolerance: The largest held-out residual (or loss of `loss_of`) of predictions in the range. By default
+                members are added until new ones lower it by a fifth at most.
             train: `train(model, c)` trains the parameters that require a gradient, in place, instead of the terms.
-            steps, max_steps: The least number of Levenberg-Marquardt steps of a member, and the largest, which is
-                taken while steps halve the loss.
+            max_steps: The most steps of a member.
             max_members: The most members of a range.
             executor: An executor of `concurrent.futures` for the fits, by default none: this process. Functions must
                 be picklable, and processes started by "spawn" or "forkserver". `Client.get_executor()` of Dask is one.
             folder: A folder with a file for each fitted member, whose fit is skipped if the file is there. Members of
-                another base, or with other numbers of steps, have other files. Give another folder for other terms,
+                another base, or with another `max_steps`, have other files. Give another folder for other terms,
                 which are not compared.
             progress: Whether to show a bar.
 
         Returns:
-            A table of the members. Parameters at which a function of yours failed are in `failed`, with the errors,
-            and in a warning; all others are fitted.
+            A table of the members. In `failed`, and in a warning, are the parameters at which a function of yours
+            failed, which have no member, and those of members whose residual stays ten times a neighbor's.
 
         Raises:
             ValueError: The arguments contradict each other, or there are neither terms nor `train`.
@@ -232,18 +233,15 @@ class ParametricAdapter:
             raise ValueError("Give either `parameters`, a list, or `between`, the bounds of a range.")
         given = cast(Iterable, parameters if between is None else between)
         points = list(dict.fromkeys(map(self._space.point, given)))
-        if not points:
-            raise ValueError("`parameters` is empty, but must have at least one parameter.")
-        if between is not None and len(points) != 2:
-            raise ValueError(f"`between` is {between!r:.100}, but must be (lowest, highest), two parameters.")
-        if (train is None) == (self._problem.terms_of is None):
-            raise ValueError("Members are fitted by `terms_of` of the constructor or by `train`: give one of them.")
-        if between is not None and train is not None and self._problem.loss_of is None:
-            raise ValueError("A range is searched by indicators: give `loss_of` to the constructor, or `parameters`.")
+        if not points or (between is not None and len(points) != 2):
+            raise ValueError(f"{given!r:.100} must be at least one parameter, or `between` (lowest, highest), two.")
+        terms_of, loss_of = self._problem.terms_of, self._problem.loss_of
+        if (train is None) == (terms_of is None) or (terms_of is None and loss_of is None and between is not None):
+            raise ValueError("Give `terms_of` to the constructor, or `train`; `between` and `train` need `loss_of`.")
         if between is not None:
             max_members = check_count(max_members, "max_members", low=2 ** len(points[0]))  # the corners of the range
+        self._problem = replace(self._problem, train=train, max_steps=check_count(max_steps, "max_steps"))
         self._space.spread(points)
-        self._problem = replace(self._problem, train=train, steps=steps, max_steps=max_steps)
         with torch.inference_mode(False), torch.enable_grad():
             known = {} if folder is None else KnownMembers(folder, self.model, self._problem)
             bar = tqdm(unit="member", desc="ParametricAdapter", disable=not progress)
@@ -286,15 +284,49 @@ class ParametricAdapter:
             ValueError: As `predict`, or the family has no terms.
         """
         prediction = self.predict(parameter, force=force)
-        if self._problem.terms_of is None:
-            raise ValueError("The family has no residual terms, with which a prediction could be refined.")
         with torch.inference_mode(False), torch.enable_grad():
             write(self.model, prediction._vector)
-            take_steps(self.model, list(self._problem.terms_of(prediction.parameter)), steps, steps)
+            take_steps(self.model, self._problem.terms(prediction._point), steps, least=steps)
         return Prediction(self, prediction._point, read(self.model), prediction.extrapolated)
 
+    def calibrate(self, residuals: Callable[[Any], Tensor]) -> Calibration:
+        """The parameter for which the predictions fit data, by Gauss-Newton steps, with its standard error.
+
+        Args:
+            residuals: `residuals(model)` returns the differences (n,) or (n, m) from data with independent errors of
+                the same size, for instance `lambda model: model(x) - u`; divide them by the sizes if they differ.
+
+        Returns:
+            The parameter, its standard error (of Laplace's approximation at the optimum), and the prediction there.
+
+        Raises:
+            ValueError: The family has no members; the residuals have NaN or a wrong shape; the data ask for a
+                parameter outside of the members, or do not determine it: the direction is named.
+
+        Example:
+            >>> from peft_lotra.kan import KAN
+            >>> x, base = torch.linspace(-1, 1, 50).unsqueeze(1), KAN([1, 4, 1])
+            >>> def terms_of(c):
+            ...     return [(lambda model, x: model(x) - torch.sin(c * x), x)]
+            >>> family = ParametricAdapter(base, terms_of)
+            >>> report = family.fit([2.0, 2.5, 3.0, 3.5], progress=False)
+            >>> found = family.calibrate(lambda model: model(x) - torch.sin(2.7 * x) - 0.01 * torch.randn(50, 1))
+            >>> abs(found.parameter - 2.7) < 0.05
+            True
+        """
+        if not self._space.members:
+            raise ValueError("The family has no members yet: call `fit`.")
+        check_function(residuals, "residuals")
+        space, residuals_at = self._space, lambda *at: Prediction(self, *at, extrapolated=False).apply(residuals)
+        point, covariance, noise = minimize(space, residuals_at)
+        error = argument(tuple(np.sqrt(covariance.diagonal()).tolist()))
+        return Calibration(argument(point), error, covariance, noise, self.predict(argument(point)))
+
     def as_adapter(self, parameter: Parameter, *, steps: int = 0, force: bool = False) -> PeftModel:
-        """A PEFT model of its own, with the predicted adapter, refined by `steps` steps: to save, merge or serve."""
+        """A PEFT model of its own, with the predicted adapter, refined by `steps` steps: to save, merge or serve.
+
+        It is the network, without `solution_of`.
+        """
         prediction = self.refine(parameter, steps, force=force) if steps else self.predict(parameter, force=force)
         with torch.inference_mode(False):
             model = copy.deepcopy(self.model)
@@ -329,6 +361,7 @@ class ParametricAdapter:
         folder: str | os.PathLike,
         terms_of: Callable[[Any], Iterable] | None = None,
         *,
+        solution_of: Callable[[nn.Module, Any], Any] | None = None,
         loss_of: Callable[[nn.Module, Any], Any] | None = None,
         held_terms_of: Callable[[Any], Iterable] | None = None,
         values_of: Callable[[nn.Module, Any], Tensor] | None = None,
@@ -340,42 +373,42 @@ class ParametricAdapter:
         Args:
             base: The base that it was fitted on. It is copied.
             folder: A folder, or a repository on the Hub.
-            terms_of, loss_of, held_terms_of, values_of: As for the constructor; they are not saved. Without `terms_of`
-                and `loss_of` indicators are NaN.
+            terms_of, solution_of, loss_of, held_terms_of, values_of: As for the constructor; they are not saved.
+                Without `terms_of` and `loss_of` indicators are NaN.
             check_base: The reaction to another base, `"error"`, `"warn"` or `"ignore"`.
             hub_kwargs: Arguments of `huggingface_hub.hf_hub_download`, e.g. `revision` and `token`.
 
         Raises:
             ValueError: The file is damaged, or its family is on another base or grid.
+            FileNotFoundError: The folder holds no family.
         """
-        functions = {"terms_of": terms_of, "loss_of": loss_of, "held_terms_of": held_terms_of, "values_of": values_of}
         path = Path(folder, FILE)
         if not path.parent.is_dir():
             path = Path(hf_hub_download(str(folder), FILE, **hub_kwargs))
-        elif not path.is_file():
-            raise ValueError(f"{folder} holds no family: it has no {FILE}.")
         model, saved = load_family(copy.deepcopy(base), path, check_base)
         family = cls.__new__(cls)
-        family._set(model, saved.log, **functions)
+        family._set(model, saved.log, Problem(terms_of, held_terms_of, solution_of, loss_of), values_of)
         family._space.members = saved.members
         family._space.spread([])
         return family
 
     def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-        commit_message: str | None = None,
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, **upload: Any
     ) -> CommitInfo:
-        """Pushes the file and the card of the family to the Hugging Face Hub, as one commit."""
+        """Pushes the file and the card of the family to the Hugging Face Hub, as one commit.
+
+        Args:
+            repo_id: The repository, which is made if there is none.
+            private: Whether a new repository is private.
+            token: The access token, by default the one of `hf auth login`.
+            upload: Arguments of `HfApi.upload_folder`, e.g. `revision`, a branch that is made if there is none, and
+                `commit_message`.
+        """
         api = HfApi(token=token)
-        message = commit_message or "Upload a family of LoTRA adapters"
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision)
+            if upload.get("revision"):
+                api.create_branch(repo_id, branch=upload["revision"], exist_ok=True)
+            upload = {"commit_message": "Upload a family of LoTRA adapters", **upload}
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **upload)

@@ -17,13 +17,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..optim.least_squares import LeastSquares, Term, check_terms
+from ..optim.least_squares import LeastSquares, Term
 from ..optim.normal_equations import LinearModel
-from .held_out import HeldOutPoints, inputs_of
-from .members import Member, Point, argument, residuals_of, trainable, write
+from .held_out import inputs_of
+from .interpolation import Member, Point
+from .members import Problem, argument, residuals_of, trainable, write
 
 
-# With less damping the step fits single points, with more it does not reach the error: docs/notes/parametric.md.
+# With less damping the step fits single points, with more it does not reach the error: docs/notes/log.md.
 DAMPING = 1e-8
 MEMORY = 2**30  # bytes of a Jacobian and its matrix; a larger network is stepped in a member's coordinates
 VALUES = 128  # values, or random combinations of more, that an error is the norm of
@@ -39,8 +40,7 @@ class ErrorEstimates:
 
     Attributes:
         model: The model with the adapter. It is written to.
-        terms_of: The terms of the fit.
-        held_terms_of: Terms at points to which no member is fitted, by default those of the fit between its points.
+        problem: The terms of the fit and those that are held out.
         values_of: The values whose error counts, by default the outputs at some of the rows of the first term.
 
     Source: R. Becker and R. Rannacher, "An optimal control approach to a posteriori error estimation", Acta Numerica
@@ -48,10 +48,8 @@ class ErrorEstimates:
     """
 
     model: PeftModel
-    terms_of: Callable[[Any], Any]
-    held_terms_of: Callable[[Any], Any] | None
+    problem: Problem
     values_of: Callable[[nn.Module, Any], Tensor] | None
-    _held_out: HeldOutPoints = field(default_factory=HeldOutPoints)
     _changes: dict[tuple[Point, bytes], Tensor | None] = field(default_factory=dict)  # of the members
 
     def at(self, point: Point, vector: np.ndarray, nearest: Member) -> float:
@@ -61,31 +59,24 @@ class ErrorEstimates:
             if key not in self._changes:
                 self._changes[key] = self._change(nearest.parameter, nearest.vector)
             write(self.model, vector)
-            residuals = residuals_of(self.model, self._terms(point)[0])
+            terms = [*self.problem.terms(point), *self.problem.held_terms(self.model, point)]
+            residuals = residuals_of(self.model, terms)
             change = self._changes[key]
             if change is not None and len(change) != len(residuals):  # other points than at the member
                 change = self._change(point, vector)
         return math.nan if change is None else (residuals @ change).norm().item()
 
-    def _terms(self, point: Point) -> tuple[list[Term], bool]:
-        """The terms of the fit and those at other points, and whether there are other points."""
-        terms = check_terms(self.terms_of(argument(point)))
-        if self.held_terms_of is not None:
-            held = check_terms(self.held_terms_of(argument(point)))
-        else:
-            held = self._held_out.of(terms, self.model)
-        return [*terms, *held], bool(held)
-
     def _change(self, point: Point, vector: np.ndarray) -> Tensor | None:
         """The linear map (M, values) from residuals to the relative change of the values by the step; None without."""
         write(self.model, vector)
-        terms, has_held = self._terms(point)
+        held = self.problem.held_terms(self.model, point)
+        terms = [*self.problem.terms(point), *held]
         residuals = residuals_of(self.model, terms)
         network: nn.Module = copy.deepcopy(self.model).merge_and_unload()
         for part in network.parameters():
             part.requires_grad_(part.is_floating_point())
         count = sum(part.numel() for part in trainable(network).values())
-        if not has_held and len(residuals) < count:
+        if not held and len(residuals) < count:
             warnings.warn(
                 f"Indicators of this family may miss most of the error: a network of {count} parameters can fit each "
                 f"of its {len(residuals)} residuals, and nothing is known between their points. Give `held_terms_of`, "
@@ -110,10 +101,11 @@ class ErrorEstimates:
 
     def _values(self, network: nn.Module, point: Point, terms: list[Term]) -> Tensor | None:
         """The values whose error counts, or random combinations of them; None if they are not known."""
+        solution = self.problem.solution(network, point)
         if self.values_of is not None:
-            values = self.values_of(network, argument(point)).flatten()
-        elif (found := inputs_of(terms[0][1], network)) is not None:
-            values = network(found[0][:: -(-len(found[0]) // VALUES)]).flatten()
+            values = self.values_of(solution, argument(point)).flatten()
+        elif (found := inputs_of(terms[0][1], solution)) is not None:
+            values = solution(found[0][:: -(-len(found[0]) // VALUES)]).flatten()
         else:
             return None
         if len(values) > VALUES:

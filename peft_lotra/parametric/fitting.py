@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from .interpolation import MemberSpace
-from .members import Member, Point, Problem, argument, fit_all, write
+from .interpolation import Member, MemberSpace, Point, nearest
+from .members import Job, Problem, argument, fit_all, write
 from .report import FamilyReport
-from .sampling_plan import candidates, greedy_batch, nearby_means, next_wave, skeleton
+from .sampling_plan import grid, next_wave
 from .storage import KnownMembers
 
 
-WORSE = 1.1  # an indicator is bad above this share of those of members nearby
-RESOLVED = 1.2  # the parameters around a member are resolved if it brought the indicator down by this factor at most
+GAIN = 1.2  # a prediction is good up to this share of the indicators of members: a fit would gain little
+FAR = 10.0  # a member failed above this share of the least indicator of its neighbors
+STRIDES = 4  # of a second fit, from a neighbor
 
 
 @dataclass
@@ -62,18 +63,16 @@ class Fitting:
         pending = [point for point in sorted(points) if point not in fitted]
         while pending := [point for point in pending if argument(point) not in self.failed]:
             start = 0 if self.space.members else self._first(pending)
-            wave = next_wave(self.space.places_of(pending), self.space.places, start)
-            wave = [pending[index] for index in wave]
-            self._fit(dict.fromkeys(wave))
+            wave = [pending[i] for i in next_wave(self.space.places_of(pending), self.space.places, start)]
+            self._fit(wave)
             pending = [point for point in pending if point not in wave]
+        self._fit_again()
 
     def _first(self, pending: list[Point]) -> int:
         """The index of the point at which the base itself has the least loss; among equals, nearest to the middle."""
         losses = [self._indicator(point, np.zeros(self.space.size)) for point in pending]
-        places = self.space.places_of(pending)
-        distances = (places - places.mean(0)).norm(dim=1).tolist()
-        keys = [(i if math.isfinite(i) else math.inf, d) for i, d in zip(losses, distances, strict=True)]
-        return keys.index(min(keys))
+        middle = len(pending) // 2
+        return min(range(len(pending)), key=lambda i: (np.nan_to_num(losses[i], nan=math.inf), abs(i - middle)))
 
     def _indicator(self, point: Point, vector: np.ndarray) -> float:
         """The indicator of a prediction, NaN where a function of the user fails."""
@@ -92,76 +91,85 @@ class Fitting:
         closest = space.nearest(point).vector
         return predicted if self._indicator(point, predicted) < self._indicator(point, closest) else closest
 
-    def _fit(self, starts: Mapping[Point, np.ndarray | None]) -> int:
-        """Fits members from these starts, by default the predictions; returns how many there are."""
-        jobs: dict[Point, np.ndarray] = {}
-        members: dict[Point, Member] = {}
-        for point, start in starts.items():
-            if (known := self.known.get((point, self.fits[point]))) is not None:
-                members[point] = known
-            else:
-                jobs[point] = self._start(point) if start is None else start
-        jobs = {point: start for point, start in jobs.items() if argument(point) not in self.failed}
+    def _fit(self, points: Sequence[Point]) -> None:
+        """Fits members from the predictions there."""
+        self._run({point: ([point], self._start(point), self.problem.max_steps) for point in points})
+
+    def _run(self, jobs: Mapping[Point, Job]) -> None:
+        """Adds the members of jobs, known or fitted now, unless there are better ones."""
+        found = {point: self.known[key] for point in jobs if (key := (point, self.fits[point])) in self.known}
+        jobs = {p: job for p, job in jobs.items() if p not in found and argument(p) not in self.failed}
         for point, result in fit_all(self.model, self.problem, jobs, self.executor):
             if isinstance(result, str):
                 self.failed[argument(point)] = result
             else:
-                members[point] = self.known[point, self.fits[point]] = result
+                found[point] = self.known[point, self.fits[point]] = result
                 self.bar.update()
-        self.fits.update(list(starts))
-        self.new |= members
-        self.space.add(members.values())
-        return len(members)
+        self.fits.update(found.keys())
+        better = {p: m for p, m in found.items() if p not in self.new or m.indicator < self.new[p].indicator}
+        self.new |= better
+        self.space.add(better.values())
+
+    def _fit_again(self) -> None:
+        """Fits members again, once, that are worse than the prediction of the others in their place, from there, or
+        far worse than a neighbor, with more steps and in smaller strides from that one."""
+        jobs: dict[Point, Job] = {}
+        for member in self.space.members if len(self.space.members) > 2 else ():
+            point, best = member.parameter, self._best_neighbor(member)
+            if self.fits[point] != 1 or self.problem.train is not None:
+                continue
+            predicted = self.space.vector_at(point, without=point)
+            if member.indicator > FAR * best.indicator:
+                ends = self.space.places_of([best.parameter, point])
+                shares = torch.linspace(0, 1, STRIDES + 1, dtype=torch.float64, device="cpu")[1:-1, None]
+                path = [*self.space.points_at(torch.lerp(ends[0], ends[1], shares)), point]
+                jobs[point] = path, best.vector, 2 * self.problem.max_steps
+            elif self._indicator(point, predicted) < member.indicator:
+                jobs[point] = [point], predicted, self.problem.max_steps
+        self._run(jobs)
+
+    def _best_neighbor(self, member: Member) -> Member:
+        """The member of the least indicator among the nearest, two with one parameter."""
+        near = nearest(self.space.places, self.space.places_of([member.parameter])[0])[1:]
+        return min((self.space.members[index] for index in near), key=lambda other: other.indicator)
 
     def search(self, dim: int, tolerance: float | None, most: int) -> None:
-        """Fits members that span the range, and then adds some where predictions are worst, until all are good.
-
-        Without a tolerance, indicators are compared with those of fitted members nearby, and a member that gained
-        little resolves the parameters around it, up to the next members.
-        """
-        space, places = self.space, candidates(dim)
-        points = space.points_at(places)
-        self.walk(space.points_at(skeleton(dim, most)))
-        resolved = torch.zeros(len(points), dtype=torch.bool, device="cpu")
+        """Fits members on a grid of the range, and then those of finer and finer grids where predictions are bad."""
+        space, level = self.space, {1: 3, 2: 1}.get(dim, 0)
+        while (2**level + 1) ** dim > most:
+            level -= 1
+        self.walk(space.points_at(grid(dim, level)))
         while space.members:
-            self._refit()
-            indicators = [self._indicator(point, space.vector_at(point)) for point in points]
-            failed = torch.tensor([argument(point) in self.failed for point in points], device="cpu")
-            fitted = torch.tensor([member.indicator for member in space.members], device="cpu")
-            bounds = tolerance or nearby_means(places, space.places, fitted)
-            shares = torch.tensor(indicators, device="cpu").nan_to_num(math.inf) / bounds
-            shares[resolved | failed] = 0.0
+            level += 1
+            places = grid(dim, level)
+            places = places[torch.cdist(places, space.places).amin(1) > 1e-9]
+            points = space.points_at(places)
+            fitted = torch.tensor([member.indicator for member in space.members], dtype=torch.float64, device="cpu")
+            near = torch.cdist(places, space.places).topk(min(2, len(fitted)), largest=False).indices
+            bounds = tolerance or GAIN * fitted[near].amax(1)
+            predicted = [self._indicator(point, space.vector_at(point)) for point in points]
+            shares = torch.tensor(predicted, dtype=torch.float64, device="cpu").nan_to_num(math.inf) / bounds
+            shares[[argument(point) in self.failed for point in points]] = 0.0
             self.largest = shares.max().item()
-            chosen = greedy_batch(places, shares, space.places, 1.0 if tolerance else WORSE)
-            chosen = chosen[: max(most - len(space.members), 0)]
-            before = space.places
-            if not self._fit({points[index]: None for index in chosen}):
+            worst = shares.argsort(descending=True, stable=True)[: max(most - len(space.members), 0)]
+            chosen = [points[index] for index in worst.tolist() if shares[index] > 1]
+            self._fit(chosen)
+            self._fit_again()
+            new = [self.new[point] for point in chosen if point in self.new]
+            if not any(tolerance or member.predicted > GAIN * member.indicator for member in new):
                 return
-            for index in chosen if tolerance is None else ():
-                member = self.new.get(points[index])
-                if member is not None and member.predicted <= RESOLVED * member.indicator:
-                    radius = (before - places[index]).norm(dim=1).min()
-                    resolved |= (places - places[index]).norm(dim=1) <= radius * (1 + 1e-9)
-
-    def _refit(self) -> None:
-        """Fits members again, once, whose indicator is larger than that of what the others predict in their places.
-
-        The walk had started them from far away.
-        """
-        starts = {}
-        for member in self.space.members if len(self.space.members) > 2 else ():
-            if self.fits[member.parameter] == 1:
-                start = self.space.vector_at(member.parameter, without=member.parameter)
-                if self._indicator(member.parameter, start) < member.indicator:
-                    starts[member.parameter] = start
-        self._fit(starts)
 
     def report(self) -> FamilyReport:
         """The members that were added; a RuntimeError if the family has none."""
         self.bar.close()
+        for member in self.new.values() if len(self.space.members) > 2 else ():
+            share = member.indicator / max(self._best_neighbor(member).indicator, 1e-300)
+            if share > FAR:
+                text = f"the residual stays at {member.indicator:.2g}, {share:.0f} times that of a neighbor"
+                self.failed[argument(member.parameter)] = f"{text}: fit members nearby, or take higher `ranks`"
         if self.failed:
             lines = "\n  ".join(f"{parameter}: {error}" for parameter, error in self.failed.items())
-            message = f"{len(self.failed)} parameters were not fitted, since functions failed there:\n  {lines}"
+            message = f"{len(self.failed)} parameters failed:\n  {lines}"
             if not self.space.members:
                 raise RuntimeError(message)
             warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..optim.least_squares import Term
 from .interpolation import weights_at
@@ -27,17 +27,16 @@ SMOOTH = 0.02  # the largest relative error of smooth data, where half of them i
 
 
 @torch.no_grad()
-def inputs_of(rows: Sequence[Tensor], network: nn.Module) -> tuple[Tensor, list[int]] | None:
-    """The inputs (n, I) of the network in the rows of a term, and the indices of their tensors; None if not found.
+def inputs_of(rows: Sequence[Tensor], network: Callable) -> tuple[Tensor, list[int]] | None:
+    """The inputs (n, I) of the network in the rows of a term, in float64, and the indices of their tensors; or None.
 
     They are the first tensors that change from row to row, as many as the network takes.
     """
-    dtype = next(network.parameters()).dtype
     changing = [index for index, row in enumerate(rows) if row.is_floating_point() and not _is_constant(row)]
     for count in range(1, len(changing) + 1):
         inputs = torch.cat([rows[index].double().reshape(len(rows[index]), -1) for index in changing[:count]], dim=1)
         with suppress(Exception):  # what a network raises depends on it
-            if isinstance(network(inputs[:2].to(dtype)), Tensor):
+            if isinstance(network(inputs[:2]), Tensor):
                 return inputs, changing[:count]
     return None
 
@@ -56,20 +55,23 @@ class HeldOutPoints:
     def __init__(self) -> None:
         self._gaps: dict[int, _Gaps] = {}  # of the last rows of each term
 
-    def of(self, terms: Sequence[Term], network: nn.Module) -> list[Term]:
+    def __reduce__(self):
+        return HeldOutPoints, ()  # other processes find their own
+
+    def of(self, terms: Sequence[Term], network: Callable) -> list[Term]:
         """The terms at other rows, without those that have none."""
         moved = [(term[0], self._moved(index, term[1], network), term[2]) for index, term in enumerate(terms)]
         return [(function, rows, weight) for function, rows, weight in moved if rows is not None]
 
-    def _moved(self, index: int, rows: Sequence[Tensor], network: nn.Module) -> tuple[Tensor, ...] | None:
+    def _moved(self, index: int, rows: Sequence[Tensor], network: Callable) -> tuple[Tensor, ...] | None:
         rows = [row[:: math.ceil(len(row) / MOST)] for row in rows]
         found = inputs_of(rows, network) if len(rows[0]) >= FEWEST else None
         if found is None:
             return None
         inputs, used = found
-        if index not in self._gaps or not torch.equal(self._gaps[index].inputs, inputs):
-            self._gaps[index] = _Gaps(inputs)
-        gaps = self._gaps[index]
+        gaps = self._gaps.get(index)
+        if gaps is None or not torch.equal(gaps.inputs, inputs):
+            gaps = self._gaps[index] = _Gaps(inputs)
         new = [gaps.line(row) if place in used else gaps.data(row) for place, row in enumerate(rows)]
         known = [row for row in new if row is not None]
         return tuple(known) if len(gaps.first) and len(known) == len(rows) else None

@@ -8,16 +8,26 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .members import Member, Point
 
-
+Point = tuple[float, ...]
 _INSIDE = 1e-9  # of the extent of the members: rounding at the ends of the range
+
+
+class Member(NamedTuple):
+    """A fitted member of a family."""
+
+    parameter: Point
+    vector: np.ndarray  # (P,), the trained parameters of the adapter, in float64
+    predicted: float  # the indicator of the prediction at its parameter before the fit
+    indicator: float  # that of the member
+    steps: int
+    seconds: float
 
 
 class MemberSpace:
@@ -34,7 +44,7 @@ class MemberSpace:
         self.size, self.log = size, torch.tensor(log, dtype=torch.bool, device="cpu")
         self.members: list[Member] = []
         self.places = torch.empty(0, 1, device="cpu")  # of the members
-        self._low = self._extent = torch.zeros(1, device="cpu")
+        self._low = self.extent = torch.zeros(1, device="cpu")
 
     def point(self, parameter: Any) -> Point:
         """The parameter as a tuple, of as many numbers as those of the members."""
@@ -49,7 +59,7 @@ class MemberSpace:
     def spread(self, points: Sequence[Point]) -> None:
         """Sets the range of parameters to that of these points and the members."""
         raw = self._raw([*points, *(member.parameter for member in self.members)])
-        self._low, self._extent = raw.amin(0), raw.amax(0) - raw.amin(0)
+        self._low, self.extent = raw.amin(0), raw.amax(0) - raw.amin(0)
         self.add(())
 
     def add(self, members: Iterable[Member]) -> None:
@@ -65,11 +75,11 @@ class MemberSpace:
 
     def places_of(self, points: Sequence[Point]) -> Tensor:
         """The places (n, dim) of parameters."""
-        return (self._raw(points) - self._low) / self._extent.where(self._extent > 0, 1.0)
+        return (self._raw(points) - self._low) / self.extent.where(self.extent > 0, 1.0)
 
     def points_at(self, places: Tensor) -> list[Point]:
         """The parameters at places (n, dim)."""
-        raw = self._low + places * self._extent
+        raw = self._low + places * self.extent
         return [tuple(row) for row in torch.where(self.log, raw.exp(), raw).tolist()]
 
     def is_inside(self, point: Point) -> bool:
@@ -91,8 +101,12 @@ class MemberSpace:
         at, places = self.places_of([point])[0], self.places[used]
         if not is_inside(places, at):
             used = [used[index] for index in nearest(places, at)]
-        weights = weights_at(self.places[used], at).numpy()
-        return np.einsum("m,mp->p", weights, np.stack([self.members[index].vector for index in used]))
+        return self.vectors_at(at.unsqueeze(0), used)[0]
+
+    def vectors_at(self, places: Tensor, used: list[int]) -> np.ndarray:
+        """The coordinates (n, P) that the members of some indices give at places (n, dim)."""
+        weights = weights_at(self.places[used], places).numpy()
+        return np.einsum("mn,mp->np", weights, np.stack([self.members[index].vector for index in used]))
 
 
 def weights_at(points: Tensor, at: Tensor) -> Tensor:
@@ -129,8 +143,7 @@ def _monomials(points: Tensor, degree: int) -> Tensor:
 def nearest(points: Tensor, at: Tensor) -> list[int]:
     """The nearest points, as many as determine a quadratic polynomial, in order of their distance."""
     most = math.comb(points.shape[1] + 2, 2)
-    distances = (points - at).norm(dim=1)
-    return sorted(range(len(points)), key=lambda index: (distances[index].item(), index))[:most]
+    return (points - at).norm(dim=1).argsort(stable=True)[:most].tolist()
 
 
 def is_inside(points: Tensor, at: Tensor) -> bool:

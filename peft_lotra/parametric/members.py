@@ -11,57 +11,68 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..modules.calls import call_with_parameters
-from ..optim.least_squares import check_terms
-from ..optim.levenberg_marquardt import LevenbergMarquardt
+from ..optim.least_squares import Term, check_terms
+from ..optim.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
+from .held_out import HeldOutPoints
+from .interpolation import Member, Point
 
-
-Point = tuple[float, ...]
 
 # The damping of all steps, as a share of the largest diagonal entry of J^T J. Directions in which the residuals hardly
-# change are not moved by it, so that members stay comparable: docs/notes/parametric.md.
+# change are not moved by it, so that members stay comparable: docs/notes/log.md.
 DAMPING = 1e-6
-
-
-class Member(NamedTuple):
-    """A fitted member of a family."""
-
-    parameter: Point
-    vector: np.ndarray  # (P,), the trained parameters of the adapter, in float64
-    predicted: float  # the indicator of the prediction that it started from
-    indicator: float  # that of the member
-    steps: int
-    seconds: float
+WINDOW, SLOW = 4, 0.7  # a fit ends when so many steps left more than this share of the loss
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The functions of the user that members are fitted to, and the numbers of steps.
-
-    Attributes:
-        terms_of: `terms_of(c)` returns the residual terms at the parameter c.
-        loss_of: `loss_of(model, c)` returns the indicator, instead of the terms.
-        train: `train(model, c)` trains the model in place, where there are no terms.
-        steps, max_steps: The least and the most Levenberg-Marquardt steps of a member.
-    """
+    """The functions of the user that members are fitted to, see `ParametricAdapter`, and the most steps of a fit."""
 
     terms_of: Callable[[Any], Iterable] | None = None
+    held_terms_of: Callable[[Any], Iterable] | None = None
+    solution_of: Callable[[nn.Module, Any], Any] | None = None
     loss_of: Callable[[nn.Module, Any], Any] | None = None
     train: Callable[[nn.Module, Any], Any] | None = None
-    steps: int = 3
-    max_steps: int = 12
+    max_steps: int = 40
+    _held_out: HeldOutPoints = field(default_factory=HeldOutPoints)
 
-    def fit(self, model: nn.Module, parameter: Point, start: np.ndarray) -> Member:
-        """Fits the trainable parameters of a copy of the model, from the coordinates `start`."""
-        began, steps = time.perf_counter(), 0
+    def solution(self, model: nn.Module, parameter: Point) -> Any:
+        """The solution of a network at a parameter, by default the network itself."""
+        return model if self.solution_of is None else self.solution_of(model, argument(parameter))
+
+    def terms(self, parameter: Point) -> list[Term]:
+        """The terms of the fit, as functions of the network."""
+        terms = [] if self.terms_of is None else check_terms(self.terms_of(argument(parameter)))
+        return self._of_networks(terms, parameter)
+
+    def held_terms(self, model: nn.Module, parameter: Point) -> list[Term]:
+        """Terms at points to which no member is fitted, by default between those of the fit; empty if not known."""
+        if self.held_terms_of is not None:
+            return self._of_networks(check_terms(self.held_terms_of(argument(parameter))), parameter)
+        solution, dtype = self.solution(model, parameter), next(model.parameters()).dtype
+        return self._held_out.of(self.terms(parameter), lambda x: solution(x.to(dtype)))
+
+    def _of_networks(self, terms: list[Term], parameter: Point) -> list[Term]:
+        if self.solution_of is None:
+            return terms
+
+        def of_network(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            return wraps(function)(lambda model, *rows: function(self.solution(model, parameter), *rows))
+
+        return [(of_network(function), rows, weight) for function, rows, weight in terms]
+
+    def fit(self, model: nn.Module, path: Sequence[Point], start: np.ndarray, max_steps: int) -> Member:
+        """Fits the trainable parameters of a copy of the model, from the coordinates `start` and along a path of
+        parameters to that of the member, which is the last."""
+        began, steps, parameter = time.perf_counter(), 0, path[-1]
         model = copy.deepcopy(model)  # other threads fit other members
         write(model, start)
         predicted = self.indicator(model, parameter)
@@ -70,24 +81,23 @@ class Problem:
             coordinates = trainable(trained)
             self.train(trained, argument(parameter))
             write(model, _flat(coordinates))
-        elif self.terms_of is not None:
-            steps = take_steps(model, list(self.terms_of(argument(parameter))), self.steps, self.max_steps)
+        else:
+            for point in path:
+                steps += take_steps(model, self.terms(point), max_steps, self.held_terms(model, point))
         vector, indicator = read(model), self.indicator(model, parameter)
         has_loss = self.terms_of is not None or self.loss_of is not None
         if not np.isfinite(vector).all() or (has_loss and not math.isfinite(indicator)):
-            raise ValueError(
-                f"The fitted member has NaN or infinite coordinates or residuals; its loss is {indicator}."
-            )
+            raise ValueError(f"The fitted member has NaN or infinite coordinates or residuals: {indicator}.")
         return Member(parameter, vector, predicted, indicator, steps, time.perf_counter() - began)
 
     def indicator(self, model: nn.Module, parameter: Point) -> float:
-        """The loss of `loss_of`, or else the root of the loss of the terms; NaN without either."""
+        """The loss of `loss_of`, or else the root of the loss at held-out points (at those of the fit if there are
+        none); NaN without terms."""
         if self.loss_of is not None:
             with torch.no_grad():
-                return float(self.loss_of(model, argument(parameter)))
-        if self.terms_of is None:
-            return math.nan
-        return residuals_of(model, self.terms_of(argument(parameter))).norm().item()
+                return float(self.loss_of(self.solution(model, parameter), argument(parameter)))
+        terms = self.held_terms(model, parameter) or self.terms(parameter)
+        return residuals_of(model, terms).norm().item() if terms else math.nan
 
 
 def argument(point: Point) -> float | Point:
@@ -136,28 +146,33 @@ def residuals_of(model: nn.Module, terms: Iterable) -> Tensor:
     return torch.cat(parts)
 
 
-def take_steps(model: nn.Module, terms: Sequence, least: int, most: int) -> int:
-    """Takes Levenberg-Marquardt steps: `least`, and more while the loss halves. Returns their number."""
-    optimizer = LevenbergMarquardt(model, DAMPING, floor=1.0)
-    for number in range(1, most + 1):
-        record = optimizer.step(terms)
-        if not record.accepted or (number >= least and record.decrease < 0.5):
-            return number
+def take_steps(model: nn.Module, terms: Sequence[Term], most: int, held: Sequence[Term] = (), least: int = 0) -> int:
+    """Takes Levenberg-Marquardt steps while the loss falls fast, that of `held` if there are such terms; at least
+    `least`, and at most `most`. Returns their number."""
+    optimizer, losses = LevenbergMarquardt(model, DAMPING, floor=1.0), []
+
+    def is_done(number: int, record: LevenbergMarquardtStep) -> bool:
         optimizer.damping = max(optimizer.damping, DAMPING)
-    return most
+        losses.append(record.held_loss if held else record.loss)
+        return number >= max(WINDOW, least) and losses[-1] > SLOW * losses[-1 - WINDOW]
+
+    return len(optimizer.fit(terms, most, held=held, callback=is_done, progress=False))
+
+
+Job = tuple[Sequence[Point], np.ndarray, int]  # the arguments of `Problem.fit`
 
 
 def fit_all(
-    model: nn.Module, problem: Problem, starts: Mapping[Point, np.ndarray], executor: Executor | None
+    model: nn.Module, problem: Problem, jobs: Mapping[Point, Job], executor: Executor | None
 ) -> Iterator[tuple[Point, Member | str]]:
-    """Yields each parameter of `starts` with its fitted member, or with the error of a function of the user."""
+    """Yields each parameter of `jobs` with its fitted member, or with the error of a function of the user."""
     fits = map if executor is None else executor.map
-    return zip(starts, fits(partial(_attempt, model, problem), starts, starts.values()), strict=True)
+    return zip(jobs, fits(partial(_attempt, model, problem), jobs.values()), strict=True)
 
 
-def _attempt(model: nn.Module, problem: Problem, parameter: Point, start: np.ndarray) -> Member | str:
+def _attempt(model: nn.Module, problem: Problem, job: Job) -> Member | str:
     try:
-        return problem.fit(model, parameter, start)
+        return problem.fit(model, *job)
     except Exception as error:  # as text, since errors of users need not be picklable
         place = traceback.extract_tb(error.__traceback__)[-1]
         return f"{type(error).__name__}: {error} (line {place.lineno} of {place.filename})"

@@ -10,14 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..report import Report, TextTable
-from .members import Member, Point
+from .interpolation import Member, Point
 
 
 class FamilyReport(Report, list[Member]):
     """The members that a fit added, a list that prints as a table.
 
     Attributes:
-        failed: The errors of parameters that could not be fitted.
+        failed: Errors by parameter: of functions of yours, where there is no member, and of members that did not
+            converge.
         largest: In a range, the largest indicator of a prediction, as a share of its bound; NaN otherwise.
     """
 
@@ -35,7 +36,7 @@ class FamilyReport(Report, list[Member]):
         notes = [f"{len(self)} members of {self.coordinates:,} coordinates"]
         if not math.isnan(self.largest):
             notes.append(f"largest indicator in the range: {self.largest:.2g} of its bound")
-        notes += [f"not fitted: {parameter}: {error}" for parameter, error in self.failed.items()]
+        notes += [f"failed: {parameter}: {error}" for parameter, error in self.failed.items()]
         return TextTable(["parameter", ">predicted", ">fitted", ">steps", ">s"], rows, notes)
 
     def as_dict(self) -> dict[str, Any]:

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from ..hub.base_code import hub_id
 from ..hub.contents import AdapterContents, AdapterRow
 from ..report import Report, TextTable
-from .members import Member, Point, Problem, argument, write
+from .interpolation import Member, Point
+from .members import Problem, argument, write
 from .report import ranges_of, text_of
 
 
@@ -167,7 +168,7 @@ class KnownMembers:
     def __init__(self, folder: str | os.PathLike, model: nn.Module, problem: Problem) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(repr((problem.train is None, problem.steps, problem.max_steps)).encode())
+        digest = hashlib.sha256(repr((problem.train is None, problem.max_steps)).encode())
         for tensor in [*model.parameters(), *model.buffers()]:
             if not tensor.requires_grad:
                 digest.update(tensor.detach().cpu().double().numpy().tobytes())
@@ -176,11 +177,11 @@ class KnownMembers:
     def _path(self, key: tuple[Point, int]) -> Path:
         return self.folder / f"member-{hashlib.sha256(f'{self._digest} {key}'.encode()).hexdigest()[:32]}.safetensors"
 
-    def get(self, key: tuple[Point, int]) -> Member | None:
-        """The member; None if there is no file."""
-        if not (path := self._path(key)).exists():
-            return None
-        values = arrays.load_file(path)
+    def __contains__(self, key: tuple[Point, int]) -> bool:
+        return self._path(key).exists()
+
+    def __getitem__(self, key: tuple[Point, int]) -> Member:
+        values = arrays.load_file(self._path(key))
         return Member(key[0], values.pop("vector"), **{name: value.item() for name, value in values.items()})
 
     def __setitem__(self, key: tuple[Point, int], member: Member) -> None:

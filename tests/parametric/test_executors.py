@@ -70,7 +70,7 @@ def test_nothing_is_fitted_twice(base, alone, tmp_path):
     assert len(files) == len(PARAMETERS) and all(path.suffix == ".safetensors" for path in files)
     again = make(base)
     report = again.fit(PARAMETERS, executor=NoExecutor(), folder=tmp_path / "run", progress=False)
-    assert len(report) == len(PARAMETERS) and all(member.steps >= 3 for member in report)
+    assert len(report) == len(PARAMETERS) and all(member.steps > 0 for member in report)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == files
     assert_equal(again, alone)
 
@@ -90,7 +90,7 @@ def test_other_bases_ranks_and_steps_are_fitted_again(base, tmp_path):
     for family, arguments in (
         (make(problems.pretrained(seed=1)), {}),
         (make(base, ranks=5), {}),
-        (make(base), {"steps": 4}),
+        (make(base), {"max_steps": 4}),
     ):
         before = set(tmp_path.iterdir())
         family.fit([3.0], folder=tmp_path, progress=False, **arguments)

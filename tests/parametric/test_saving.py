@@ -96,7 +96,7 @@ def test_loading_onto_another_base_is_refused(family, base, tmp_path):
         ParametricAdapter.from_pretrained(other, tmp_path, check_base="warn")
     with pytest.raises(ValueError, match="another base"):
         ParametricAdapter.from_pretrained(KAN([1, 4, 1], 7, dtype=torch.float64), tmp_path)  # another grid
-    with pytest.raises(ValueError, match="no family"):
+    with pytest.raises(FileNotFoundError, match="parametric_adapter"):
         ParametricAdapter.from_pretrained(base, tmp_path / "..")
 
 
