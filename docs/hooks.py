@@ -29,7 +29,6 @@ OUTSIDE = re.compile(
 # pages that are a link on GitHub and the file itself on the site
 WHOLE = {
     "changelog.md": "CHANGELOG.md",
-    "all_benchmarks.md": RESULTS + "benchmarks/cpu.md",
 }
 FORMULA = re.compile(r'class="arithmatex">\\([(\[])(.*?)\\[)\]]<', re.DOTALL)
 
