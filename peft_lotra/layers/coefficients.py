@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,6 @@ from torch import nn
 
 from .layout import Layout, OpenLengthsError, parse_layout
 
-
-if TYPE_CHECKING:
-    from .description import KANLayerSpec
 
 # A parameter, or with `*` the parameters of a list of modules, and the pattern of each.
 Described = tuple[str, str]
@@ -180,8 +177,8 @@ def _filled(tensor: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, missing[0], 0, missing[1]))
 
 
-def locate_coefficients(layer: nn.Module, spec: KANLayerSpec) -> CoefficientTensor:
-    """Finds the coefficients of a layer by its description.
+def locate_coefficients(layer: nn.Module, spec: Any) -> CoefficientTensor:
+    """Finds the coefficients of a layer by the description of its kind, a `KANLayerSpec`.
 
     Raises:
         ValueError: A parameter is missing, or a pattern does not fit it.
