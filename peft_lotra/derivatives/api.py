@@ -18,9 +18,9 @@ from ..kan.input_map import InputMap
 from ..kan.recording_hook import current_hook
 from ..modules.calls import check_module
 from .layers import Jet, block_size, evaluate_layer
-from .norms import check_rows_apart, through_norm
+from .norms import Norm, check_rows_apart, through_norm
 from .stages import Stage, composed_jet, entry_of, stages_of
-from .torch_fallback import elementwise_derivatives, jet_by_transforms
+from .torch_fallback import activation_derivatives, jet_by_transforms
 
 
 _checked: WeakSet[nn.Module] = WeakSet()
@@ -85,7 +85,7 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any) 
     check_module(model)
     composed = composed_jet(model)
     stages = None if composed else stages_of(model)
-    if not composed and (stages is None or not any(stage.is_kan for stage in stages)):
+    if not composed and (stages is None or not any(stage.is_layer for stage in stages)):
         stages = None
         _check(model)
         if not torch.compiler.is_compiling() and type(model) not in _warned:
@@ -150,26 +150,30 @@ def _check(model: nn.Module) -> None:
 def through_stages(
     stages: list[Stage], evaluate: Callable[..., Jet], x: Tensor, directions: Tensor, weights: Tensor | None
 ) -> Jet:
-    """The jet of a chain at x (..., I), whose KAN layers `evaluate` evaluates as `evaluate_layer` does."""
+    """The jet of a chain at x (..., I), whose layers `evaluate` evaluates as `evaluate_layer` does."""
     first = directions.reshape(-1, *[1] * (x.dim() - 1), x.shape[-1])
     second = None  # straight lines
     for stage in stages:
-        if stage.is_kan:
+        if stage.is_layer:
             x, first, second = evaluate(stage, x, first, second, weights)
-        elif stage.is_activation:
-            x, first, second = _through_activation(stage.module, x, first, second, weights)
-        elif isinstance(stage.module, InputMap):
-            x, first, second = stage.module.through(x, first, second, weights)
-        else:
+        elif isinstance(stage.module, Norm):
             x, first, second = through_norm(stage.module, x, first, second, weights)
-    assert second is not None
+        else:
+            x, first, second = _through_functions(stage.module, x, first, second, weights)
+    if second is None:
+        second = torch.zeros_like(first if weights is None else first[:1])
     return Jet(x, first, second if weights is None else second[0])
 
 
-def _through_activation(
-    function: Callable[[Tensor], Tensor], z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
+def _through_functions(
+    module: nn.Module, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, slope, bend = elementwise_derivatives(function, z, 2)
+    """The jet of an activation or an `InputMap`: each output is f of one input, y'' = f'' z'^2 + f' z''."""
+    if isinstance(module, InputMap):
+        z, first, second = (part if part is None else module.select(part) for part in (z, first, second))
+        y, slope, bend = module.evaluate(z)
+    else:
+        y, slope, bend = activation_derivatives(module, z)
     square = first.square()
     square = square if weights is None else torch.tensordot(weights, square, 1).unsqueeze(0)
     curved = bend * square

@@ -17,7 +17,7 @@ from .bases import Basis, DenseFunctions, FunctionFeatures, tensors_of
 from .splines import LocalSplines, SplineFeatures
 
 
-# Up to so many outputs, coefficients are gathered; docs/notes/jets.md.
+# Up to so many outputs, coefficients are gathered; docs/notes/log.md.
 MOST_OUTPUTS = 3
 
 Directions = tuple[Tensor, Tensor | None, Tensor, Tensor]  # see `directional`

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kan.basis import UniformGrid, cardinal_spline, silu_derivatives
@@ -27,23 +28,23 @@ class Jet(NamedTuple):
 
     value: Tensor  # (..., O)
     first: Tensor  # (D, ..., O)
-    second: Tensor  # (D, ..., O), or the weighted sum of them: (1, ..., O), and (..., O) for a network
+    second: Any  # (D, ..., O), or the weighted sum of them: (1, ..., O), and (..., O) for a network; None for zeros
 
     @property
     def parts(self) -> list[Tensor]:
-        """The three tensors."""
-        return list(self)
+        """The tensors."""
+        return [part for part in self if part is not None]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Jet:
         """`function` of each part."""
-        return Jet(*map(function, self))
+        return Jet(*(None if part is None else function(part) for part in self))
 
 
 def block_size(x: Tensor, stages: list[Stage], directions: int) -> int | None:
     """The number of rows of x (N, I) to take at a time; None for all."""
     if x.device.type != "cpu" or x.dim() != 2 or not by_hand_pays(len(x), x):
         return None
-    rows, layers = len(x) * (2 + directions), [stage for stage in stages if stage.is_kan]
+    rows, layers = len(x) * (2 + directions), [stage for stage in stages if stage.is_layer]
     if not any(_is_contracted(rows, stage.shape, update, True) for stage in layers for update in stage.updates):
         return None  # `LayerJet` takes blocks itself
     widest = max(stage.shape[1] * stage.shape[2] for stage in layers)
@@ -60,6 +61,10 @@ def evaluate_layer(stage: Stage, z: Tensor, first: Tensor, second: Tensor | None
     """
     if stage.branches:
         return _evaluate_branches(stage, z, first, second, weights)
+    if stage.is_linear:
+        weight, bias = stage.dense or ()
+        first = first.expand(len(first), *z.shape)
+        return Jet(*Jet(z, first, second).map(lambda part: part @ weight.mT))._replace(value=F.linear(z, weight, bias))
     grid, shape, dense = stage.grid, stage.shape, stage.dense
     weight = None if dense is None else torch.cat([dense[0].mT, dense[1].unsqueeze(1)], dim=1).mT
     count = len(first)

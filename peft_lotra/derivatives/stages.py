@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from ..kan.basis import UniformGrid
+from ..kan.basis import UniformGrid, in_transform
 from ..kan.input_map import InputMap
 from ..kan.layer import KANLinear, SplineLayer
 from ..kan.modeling_kan import KANModel
 from ..kan.network import LayerStack, is_norm
 from ..kan.slim_kan import SlimKANLinear
 from ..tucker import Update
-from .bases import Basis, FunctionBasis
+from .bases import Basis
 from .norms import Norm, norm_size
 
 
@@ -37,24 +38,29 @@ class Branch(NamedTuple):
 
 class Stage(NamedTuple):
     """One layer of a chain: a KAN layer with coefficients `dense` plus `updates`, or one of another library, the sum
-    of `branches` and `bias`; a normalization, an `InputMap`, or an activation.
+    of `branches` and `bias`; an `nn.Linear`; a normalization, an `InputMap`, or an activation.
 
     Attributes:
         dense: spline_weight (O, I, K) and base_weight (O, I), adapters on them included. None for a Slim layer, whose
-            components are the first of `updates`, and where there is no KAN layer.
+            components are the first of `updates`. Of `nn.Linear` the weight (O, I) and the bias (O,), or None.
         updates: The updates (O, I, K or K + 1) of the adapters that a forward pass uses, without dropout.
     """
 
     module: Any
-    dense: tuple[Tensor, Tensor] | None = None
+    dense: tuple[Tensor, Any] | None = None
     updates: tuple[Update, ...] = ()
     branches: tuple[Branch, ...] = ()
     bias: Tensor | None = None
 
     @property
-    def is_kan(self) -> bool:
-        """True if the stage is a KAN layer."""
-        return isinstance(self.module, SplineLayer) or len(self.branches) > 0
+    def is_layer(self) -> bool:
+        """True if the stage has coefficients: a KAN layer, or an `nn.Linear`."""
+        return isinstance(self.module, SplineLayer) or self.is_linear or len(self.branches) > 0
+
+    @property
+    def is_linear(self) -> bool:
+        """True for an `nn.Linear`."""
+        return isinstance(self.module, nn.Linear)
 
     @property
     def layer(self) -> SplineLayer:
@@ -62,18 +68,13 @@ class Stage(NamedTuple):
         return self.module
 
     @property
-    def is_activation(self) -> bool:
-        """True if the stage maps each number by itself."""
-        return isinstance(self.module, ACTIVATIONS)
-
-    @property
     def in_features(self) -> int | None:
         """The size I of the last dimension of the inputs; None for any."""
         if self.branches:
             return self.branches[0].weight.shape[1]
-        if self.is_activation:
-            return None
-        return norm_size(self.module) if isinstance(self.module, Norm) else self.module.in_features
+        if isinstance(self.module, Norm):
+            return norm_size(self.module)
+        return getattr(self.module, "in_features", None)  # an activation has none
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -81,7 +82,8 @@ class Stage(NamedTuple):
         if self.branches:
             outputs, inputs, _ = self.branches[0].weight.shape
             return outputs, inputs, sum(branch.weight.shape[2] for branch in self.branches)
-        return self.layer.out_features, self.layer.in_features, self.layer.grid_size + self.layer.spline_order + 1
+        basis = 1 if self.is_linear else self.layer.grid_size + self.layer.spline_order + 1
+        return self.layer.out_features, self.layer.in_features, basis
 
     @property
     def grid(self) -> UniformGrid:
@@ -110,6 +112,7 @@ class Entry(NamedTuple):
 
 # `functools.singledispatch` would do this, but `torch.compile` cannot trace it for abstract classes (PEFT's tuners).
 _entries: dict[type, Entry] = {}
+_elementwise: WeakSet[nn.Module] = WeakSet()
 
 
 def register(cls: type[nn.Module], entry: Entry) -> None:
@@ -158,8 +161,24 @@ def composed_jet(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], 
 
 def join_stages(modules: Iterable[nn.Module]) -> list[Stage] | None:
     """The stages of modules that run one after the other; None if those of one are not known, or there are none."""
-    found = [stages_of(module) for module in modules]
+    found = [[Stage(module)] if _is_elementwise(module) else stages_of(module) for module in modules]
     return None if None in found else [stage for stages in found for stage in stages or ()] or None
+
+
+def _is_elementwise(module: nn.Module) -> bool:
+    """True for a module of one's own that has no state and maps each number by itself, such as a sine."""
+    state = module._parameters or module._buffers or module._modules or _has_hooks(module)
+    if state or type(module).__module__.startswith("torch."):
+        return False
+    if module not in _elementwise and not torch.compiler.is_compiling() and not in_transform():
+        z = torch.tensor([-1.7, 0.3, 2.1, -0.4, 1.1])
+        try:
+            y, others = module(z), (module(z.flip(0).unsqueeze(-1)).flip(0).squeeze(-1), module(z[:1]))
+        except Exception:  # of foreign code, which may take other shapes only
+            return False
+        if y.shape == z.shape and all(torch.allclose(y[: len(other)], other) for other in others):
+            _elementwise.add(module)
+    return module in _elementwise
 
 
 def _has_hooks(model: nn.Module) -> bool:
@@ -179,13 +198,7 @@ def _slim_layer(layer: SlimKANLinear) -> list[Stage] | None:
 def _linear(module: nn.Linear) -> list[Stage] | None:
     if type(module) is not nn.Linear or "weight" not in module._parameters or module.weight is None:
         return None  # a subclass, or one whose weight something else computes (a Slim layer, a parametrization)
-    branch = Branch(FunctionBasis(1, _identity), module.weight.unsqueeze(-1))
-    return [Stage(module, branches=(branch,), bias=module.bias)]
-
-
-def _identity(z: Tensor, highest: int) -> list[Tensor]:
-    parts = [z, torch.ones_like(z), torch.zeros_like(z), torch.zeros_like(z)]
-    return [part.unsqueeze(-1) for part in parts[: highest + 1]]
+    return [Stage(module, (module.weight, module.bias))]
 
 
 register(KANLinear, Entry(_dense_layer))

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 from torch.func import vjp
 from torch.overrides import TorchFunctionMode
 
-from ..kan.basis import in_transform
+from ..kan.basis import in_transform, silu_derivatives
 from ..modules.calls import attributes_kept, call_with_parameters
 from .layers import Jet
 
 
-# Up to so many outputs a gradient of each costs less than derivatives along directions; docs/notes/jets.md.
+# Up to so many outputs a gradient of each costs less than derivatives along directions; docs/notes/log.md.
 MOST_GRADIENTS = 2
 
 
@@ -162,6 +163,30 @@ def _placed(part: Tensor, place: int, count: int) -> Tensor:
 def _transposed(pull: Callable[[Tensor], Any], y: Tensor) -> Callable[[Tensor], Any]:
     """The map of a direction to the derivative along it, from that of a gradient in y to one in the inputs."""
     return pull_back(pull, torch.zeros_like(y))[1]
+
+
+def activation_derivatives(module: nn.Module, z: Tensor) -> Sequence[Tensor]:
+    """A module that maps each number by itself, with two derivatives, in closed form for the usual ones."""
+    kind: Any = type(module)
+    if kind is nn.Tanh:
+        y = torch.tanh(z)
+        slope = 1 - y.square()
+        return y, slope, -2 * y * slope
+    if kind is nn.SiLU:
+        return silu_derivatives(z, 2)
+    if kind is nn.Sigmoid or kind is nn.Softplus:
+        beta = getattr(module, "beta", 1.0)
+        gate = torch.sigmoid(beta * z)
+        slope = gate - gate.square()
+        if kind is nn.Sigmoid:
+            return gate, slope, slope * (1 - 2 * gate)
+        linear = beta * z > module.threshold  # where torch leaves the logarithm out
+        return module(z), gate.masked_fill(linear, 1.0), (beta * slope).masked_fill(linear, 0.0)
+    if kind is nn.GELU and module.approximate == "none":
+        density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+        share = (1 + torch.erf(z / math.sqrt(2))) / 2
+        return z * share, share + z * density, density * (2 - z.square())
+    return elementwise_derivatives(module, z, 2)
 
 
 def elementwise_derivatives(function: Callable[[Tensor], Tensor], z: Tensor, highest: int) -> list[Tensor]:

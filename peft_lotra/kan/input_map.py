@@ -44,18 +44,6 @@ class InputMap(nn.Module):
         """Inputs (..., I) to outputs (..., J)."""
         return self.evaluate(self.select(x))[0]
 
-    def through(
-        self, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The jet of the outputs; arguments as for `evaluate_layer`. y'' = f'' z'^2 + f' z''."""
-        value, slope, bend = self.evaluate(self.select(z))
-        along = self.select(first)
-        square = along.square()
-        if weights is not None:
-            square = torch.tensordot(weights, square, 1).unsqueeze(0)
-        curved = bend * square
-        return value, slope * along, curved if second is None else curved + slope * self.select(second)
-
 
 class TanhBound(InputMap):
     r"""A layer between KAN layers that keeps activations inside of the next layer's grid:

@@ -262,7 +262,7 @@ def _trace(network: nn.Module) -> list[nn.Module] | None:
     """The parts that run one after the other, each on the output of the one before, itself; `None` otherwise."""
     units = list(dict.fromkeys(_units(network)))
     stages = [stage for unit in units for stage in stages_of(unit) or ()]
-    if not any(stage.is_kan for stage in stages):
+    if not any(stage.is_layer for stage in stages):
         return None
     events: list[tuple[nn.Module, Any, Any]] = []
 

@@ -25,10 +25,10 @@ from ..tucker import Update
 
 
 class LayerRecord(NamedTuple):
-    """One evaluation of a KAN layer."""
+    """One evaluation of a KAN layer, or of an `nn.Linear`."""
 
     stage: Stage  # the layer with its coefficients
-    grid: UniformGrid  # a copy
+    grid: UniformGrid | None  # a copy
     inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # the arguments of `evaluate_layer`
     outputs: Jet  # of a graph that starts at the outputs of the layer before
 
@@ -88,12 +88,15 @@ class Recorder:
         if not trained or any(id(part) not in self._known for part in trained):
             return evaluate_layer(stage, *inputs)
         fixed = stage._replace(
-            dense=None if stage.dense is None else (stage.dense[0].detach(), stage.dense[1].detach()),
+            dense=stage.dense and tuple(None if part is None else part.detach() for part in stage.dense),
             updates=tuple(Update(scale, tensor.map(Tensor.detach)) for scale, tensor in stage.updates),
         )
         outputs = evaluate_layer(fixed, *inputs)
         for part in outputs.parts:
             part.requires_grad_()
-        low, high, *sizes = stage.grid
-        layers.append(LayerRecord(stage, UniformGrid(low.clone(), high.clone(), *sizes), inputs, outputs))
+        grid = None
+        if not stage.is_linear:
+            low, high, *sizes = stage.grid
+            grid = UniformGrid(low.clone(), high.clone(), *sizes)
+        layers.append(LayerRecord(stage, grid, inputs, outputs))
         return outputs

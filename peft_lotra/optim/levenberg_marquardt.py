@@ -76,7 +76,7 @@ class LevenbergMarquardt:
 
     or the same in the space of the residuals if they are fewer than the parameters. S is the diagonal of J^T J,
     bounded from below. Everything is in float64, and outside of `torch.inference_mode`.
-    docs/notes/optim.md says how J is computed, and what to choose.
+    docs/notes/log.md says how J is computed, and what to choose.
 
     Args:
         model: Any model; the parameters that require a gradient are trained.
@@ -362,7 +362,7 @@ def _shown(record: LevenbergMarquardtStep, terms: Sequence[Any]) -> dict[str, st
 
 def _damping_factor(agreement: float, raised: bool) -> float:
     """The factor of the damping after a step whose decrease is `agreement` times the predicted one; if the damping was
-    just `raised`, less damping has just failed. docs/notes/optim.md says why the factors are these."""
+    just `raised`, less damping has just failed. docs/notes/log.md says why the factors are these."""
     if agreement > 0.75:
         return 0.5 if raised else 0.1
     return 0.5 if agreement > 0.25 else 2.0

@@ -117,6 +117,13 @@ def _add_layer(block: Gradients, record: LayerRecord, outputs: list[Tensor | Non
     z, first, second, weights = record.inputs
     first = first.expand(len(first), *z.shape)[:, rows]
     second = None if second is None else second[:, rows]
+    if record.grid is None:
+        phi = torch.cat([z[rows].unsqueeze(0), first, *([] if second is None else [second])]).transpose(0, 1)
+        weight, bias = record.stage.dense or ()
+        for column, g in columns:
+            _add(block, weight, column, g.mT @ phi)
+            _add(block, bias, column, g[:, 0])
+        return
     phi = jet_rows(record.grid, z[rows], first, second, weights, len(z))
     if record.stage.dense is not None and any(id(part) in block for part in record.stage.dense):
         _add_dense(block, phi, *record.stage.dense, columns)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peft_lotra.kan import KAN, KANLinear, SlimKAN, hessian, jet
 from peft_lotra.optim.least_squares import LeastSquares, check_terms
 from peft_lotra.optim.row_gradients import MOST_COLUMNS
+from peft_lotra.pde import HardConstraint
 
 
 ROWS = 70
@@ -122,6 +123,25 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name, residual):
     check(MODELS[name](), residual)
+
+
+def frozen_bias() -> nn.Module:
+    model = nn.Sequential(KAN([2, 4]), nn.Linear(4, 5), nn.Softplus(), nn.Linear(5, 2)).double()
+    model[1].bias.requires_grad_(False)
+    return model
+
+
+MLPS = {
+    "MLP": lambda: nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 5, bias=False), nn.SiLU(), nn.Linear(5, 2)),
+    "KAN and MLP": frozen_bias,
+    "constrained": lambda: HardConstraint(MLPS["MLP"](), lambda x: 1 - x[..., :1] ** 2),
+}
+
+
+@pytest.mark.parametrize("residual", [equation, weighted, second_derivatives])
+@pytest.mark.parametrize("name", MLPS)
+def test_mlps(name, residual):
+    check(MLPS[name]().double(), residual)
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
