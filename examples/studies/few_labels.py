@@ -3,7 +3,7 @@
 
 """Few labels: what to train of a KAN, and of an MLP of equal size, when a new task has 20 to 200 labels.
 
-    python examples/studies/few_labels.py  # seven minutes on one core, no network; goes on where it was stopped
+    python examples/studies/few_labels.py  # ten minutes on one core, no network; goes on where it was stopped
     python examples/studies/few_labels.py --quick  # a few seconds, for CI: says nothing
 
 A network that reads scikit-learn's digits 0 to 4 learns to read 5 to 9; one that predicts the progression of diabetes
@@ -216,7 +216,7 @@ def as_text(found: dict[str, dict]) -> str:
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
-        takes="seven minutes on one core",
+        takes="ten minutes on one core",
         writes="few_labels.json and .md; with --quick few_labels_quick.*",
         folder=command_line.RESULTS,
         quick="one seed, five steps, 20 labels: to see it run",
