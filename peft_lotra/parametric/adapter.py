@@ -104,9 +104,9 @@ class ParametricAdapter:
         terms_of: `terms_of(c)` returns the residual terms of [`LevenbergMarquardt`] at the parameter c, a number, or a
             tuple for several parameters. Give the same points at each call. Without it, `fit` takes `train`.
         ranks: The ranks of the cores, as `r` of `LoTRAConfig`.
-        loss_of: `loss_of(model, c)` returns the indicator, instead of the estimate: any loss where there are no terms.
         solution_of: `solution_of(network, c)` returns the solution that all other functions get as `model`, by default
             the network: for instance `HardConstraint(network, distance, lift)`, where both may depend on c.
+        loss_of: `loss_of(model, c)` returns the indicator, instead of the estimate: any loss where there are no terms.
         held_terms_of: The same terms at held-out points, where errors show that fitted points hide. By default they
             lie between the points of the fit, and smooth data in rows are interpolated; terms with other data have
             none.

@@ -21,7 +21,7 @@ from .report import text_of
 
 STARTS = 8  # members at most, of which the best one is the first guess
 STEPS = 30  # Gauss-Newton steps at most
-CONVERGED = 1e-3  # the change of the residuals by the last step, as a share of them
+CONVERGED = 0.02  # of a standard error, by the last step
 WIDTH = 1e-3  # of differences, as a share of the range
 SINGULAR = 3e-3  # a direction whose effect is a smaller share of the largest is lost in the errors of the members
 FLAT = 0.5  # the standard error along a direction, as a share of the range, from which data say nothing
@@ -69,7 +69,7 @@ def minimize(space: MemberSpace, residuals_at: Callable[[Point, np.ndarray], Any
         step = _step(slopes, residuals)
         held = ((place <= low) & (step < 0)) | ((place >= high) & (step > 0))
         step = _step(slopes.masked_fill(held, 0.0), residuals)  # along the ends of the range
-        if (slopes @ step).norm() < CONVERGED * residuals.norm():
+        if (slopes @ step).norm() < CONVERGED * residuals.norm() / math.sqrt(len(residuals)):
             break
         for share in (1.0, 0.3, 0.1, 0.01):
             candidate = (place + share * step).clamp(low, high)
@@ -83,12 +83,6 @@ def minimize(space: MemberSpace, residuals_at: Callable[[Point, np.ndarray], Any
     (point,) = space.points_at(place.unsqueeze(0))
     scale = space.extent * torch.where(space.log, torch.tensor(point, dtype=torch.float64, device="cpu"), 1.0)
     _, values, directions = torch.linalg.svd(slopes, full_matrices=False)
-    if not values[-1] > max(SINGULAR * values[0], noise / FLAT):
-        weak = (directions[-1] * scale).tolist()
-        raise ValueError(
-            f"The data do not determine the parameter: near {argument(point)} the residuals hardly change along the "
-            f"direction ({text_of(weak)}). Give data that do, or a family of fewer parameters."
-        )
     covariance = noise**2 * (directions.T / values**2) @ directions
     ahead = place + _step(slopes, residuals)
     outside = torch.maximum(low - ahead, ahead - high) > BEYOND * covariance.diagonal().sqrt()
@@ -96,6 +90,12 @@ def minimize(space: MemberSpace, residuals_at: Callable[[Point, np.ndarray], Any
         raise ValueError(
             f"The data ask for a parameter outside of the fitted members: the best one inside, {argument(point)}, is "
             "at their end. Fit the family farther."
+        )
+    if not values[-1] > max(SINGULAR * values[0], noise / FLAT):
+        weak = (directions[-1] * scale).tolist()
+        raise ValueError(
+            f"The data do not determine the parameter: near {argument(point)} the residuals hardly change along the "
+            f"direction ({text_of(weak)}). Give data that do, or a family of fewer parameters."
         )
     return point, (scale.unsqueeze(1) * covariance * scale).numpy(), noise
 
