@@ -363,7 +363,8 @@ class AdapterBank:
         """Puts the bank into a model, by default its base, until `detach`.
 
         The KAN layers of the model get another module around them. A PeftModel goes on as before in calls of its own;
-        its adapters take no part in those of the model that is returned.
+        its adapters take no part in those of the model that is returned. In passes with adapters, parameters of KAN
+        layers get no gradients.
 
         Args:
             model (`nn.Module`, *optional*): A model with the layers of the base.

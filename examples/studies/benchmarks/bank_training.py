@@ -7,7 +7,7 @@
     python examples/studies/benchmarks/bank_training.py --quick  # a few seconds, for a look
 
 Each adapter fits a function of its own on rows of its own: the same starts, rows and steps of AdamW both ways. All
-adapters are trained together, in batches of 16,384 rows, and a sample of them one after another, in turn with the steps
+adapters are trained together, in batches of 16,384 rows, and a sample one after another, in turn with the steps
 of the bank; the seconds of the others are those of the sample. The difference is that of the predictions.
 """
 
