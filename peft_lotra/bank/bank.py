@@ -318,14 +318,14 @@ class AdapterBank:
         """
         content = read_bank(os.fspath(folder), mapped, skip_damaged, names, revision)
         bank = cls(base, content.store.packed.dtype if mapped or dtype is None else dtype)
-        _, names = match_layers(content.record, bank.base, check_base)
-        forms = {names[name]: form for name, form in content.store.forms.items()}
+        _, own = match_layers(content.record, bank.base, check_base)
+        forms = {own[name]: form for name, form in content.store.forms.items()}
         if any(form.shape != bank._shapes[name] for name, form in forms.items()):
             raise ValueError(f"The bank in {folder} is damaged: its layers have other shapes than its base.")
         packed = content.store.packed.to(bank.store.packed.dtype)
         bank.store, bank._form_of = Store(packed, forms), content.form_of
         bank._rows = {name: row for row, name in enumerate(content.names, 1)}
-        bank._forms = [{names[name]: it for name, it in form.items()} for form in content.forms]
+        bank._forms = [{own[name]: it for name, it in form.items()} for form in content.forms]
         return bank
 
     def push_to_hub(
@@ -363,7 +363,8 @@ class AdapterBank:
         """Puts the bank into a model, by default its base, until `detach`.
 
         The KAN layers of the model get another module around them. A PeftModel goes on as before in calls of its own;
-        its adapters take no part in those of the model that is returned.
+        its adapters take no part in those of the model that is returned. In passes with adapters, parameters of KAN
+        layers get no gradients.
 
         Args:
             model (`nn.Module`, *optional*): A model with the layers of the base.

@@ -58,7 +58,10 @@ def _keep_for_backward(rows: Rows | None, outputs: Any) -> None:
     """Lets the backward pass from these outputs, a tensor or a structure of them, compute layers again."""
     tensors = [it for it in tree_leaves(outputs) if isinstance(it, Tensor) and it.requires_grad]
     if tensors:
-        keep = lambda gradient: _RECOMPUTED.set((torch._C._current_graph_task_id(), rows))  # noqa: E731
+
+        def keep(gradient: Tensor) -> None:
+            _RECOMPUTED.set((torch._C._current_graph_task_id(), rows))
+
         register_multi_grad_hook(tensors, keep, mode="any")
 
 

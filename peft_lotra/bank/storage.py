@@ -145,9 +145,9 @@ def _repo_id(folder: str) -> str | None:
 
 
 def read_bank(
-    folder: str, mapped: bool, skip_damaged: bool, names: Sequence[str] | None = None, revision: str | None = None
+    folder: str, mapped: bool, skip_damaged: bool, only: Sequence[str] | None = None, revision: str | None = None
 ) -> Content:
-    """Reads the file of a folder or a repository, or some adapters of it, and then nothing of the others.
+    """Reads the file of a folder or a repository, or `only` some adapters of it, and nothing of the others.
 
     `mapped`, adapters are read when they are used, and not checked.
 
@@ -156,10 +156,10 @@ def read_bank(
             `skip_damaged` they are left out, with a warning.
     """
     path, repo_id = os.path.join(folder, FILE_NAME), _repo_id(folder)
-    if names is not None:
+    if only is not None:
         place = path if repo_id is None else hf_hub_url(repo_id, FILE_NAME, revision=revision)
         with TemporaryDirectory() as stage:
-            _copy_members(partial(_read_range, place), names, stage)
+            _copy_members(partial(_read_range, place), only, stage)
             return read_bank(stage, False, skip_damaged)
     path = path if repo_id is None else hf_hub_download(repo_id, FILE_NAME, revision=revision)
     try:

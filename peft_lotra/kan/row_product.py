@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -296,7 +296,7 @@ class _GroupProduct(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(gradient):  # by `create_graph`, or by `is_grads_batched`
             with torch.enable_grad():
                 # views, since the residual branch depends on x, too
-                inputs = [None if it is None else it.view_as(it) for it in inputs]
+                inputs: Any = [None if it is None else it.view_as(it) for it in inputs]
                 x, residual, *factors = inputs
                 functions = _plain_functions(x, grid, residual).flatten(1)
                 weights = _weights(matrix, *(factor[groups.index] for factor in factors))

@@ -77,7 +77,8 @@ def names_of_rows(names: Sequence[str], x: Any, layer: str, current: ForwardPass
     if not isinstance(x, torch.Tensor) or x.dim() == 0:
         return names
     if len(x) == len(names):
-        if x.shape[1:-1].numel() == x.shape[:1].numel() > 1 and x.stride(0) < x.stride(1) and len(set(names)) > 1:
+        is_square = x.dim() > 2 and x.shape[0] == x.shape[1]
+        if is_square and 0 < x.stride(0) < x.stride(1) and len(set(names)) > 1:
             raise ValueError(
                 f"The inputs of `{layer}` are a transposed tensor {tuple(x.shape)}: its rows may be in either order. "
                 "Pass `x.contiguous()` if the first dimension is that of the batch, else transpose it back."

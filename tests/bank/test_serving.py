@@ -285,11 +285,14 @@ class Recurrent(nn.Module):
 
 
 def test_as_many_steps_as_rows_in_the_order_of_time():
-    bank, _ = several(Recurrent())
-    model = bank.attach()
+    bank, alone = several(Recurrent())
+    model, names = bank.attach(), ["a", "b", "c", "a"]
     for steps in (3, 4):
         with pytest.raises(ValueError, match="kan"):
-            model(torch.rand(4, steps, 3), adapter_names=["a", "b", "c", "a"])
+            model(torch.rand(4, steps, 3), adapter_names=names)
+    bank, alone, x = *several(KAN([3, 2])), torch.rand(1, 4, 3).expand(4, 4, 3)
+    with torch.no_grad():
+        assert apart(bank.attach()(x, adapter_names=names), one_by_one(alone, names, x)) < 1e-5
 
 
 class Checkpointed(nn.Module):

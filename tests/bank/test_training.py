@@ -204,3 +204,23 @@ def test_resumed_from_a_state_dict():
     optimizer.load_state_dict(kept[0])
     steps(optimizer, 2)
     assert torch.equal(bank.store.packed, expected)
+
+
+class Checkpointed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kan, self.saves = KAN([3, 6, 2]).double(), True
+
+    def forward(self, x):
+        checkpoint = torch.utils.checkpoint.checkpoint
+        return checkpoint(self.kan, x, use_reentrant=False) if self.saves else self.kan(x)
+
+
+def test_gradient_checkpointing():
+    bank, model, *_ = prepared(Checkpointed())
+    names, found, packed = ["a", "b", "c", "a"] * 8, [], bank.start_training()[0]
+    packed.data[1:4] += 0.1
+    for model.model.saves in (True, False):
+        y = model(torch.ones(32, 3, dtype=torch.float64) * 0.3, adapter_names=names)
+        found += torch.autograd.grad(y.square().sum(), packed)
+    assert torch.equal(found[0].to_dense(), found[1].to_dense()) and found[1].to_dense().abs().max() > 0

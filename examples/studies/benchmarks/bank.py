@@ -8,7 +8,7 @@
 
 Batches: 4,096 rows over a number of different adapters of a bank, by their names and by their numbers, and over
 adapters of a `PeftModel` by `adapter_names`, beside the same rows with one adapter of a `PeftModel`. All run in turn,
-so that another load of the machine meets all alike; the numbers are medians.
+so that another load of the machine meets all alike; the numbers are medians of CPU seconds.
 
 Files: adapters are added to a bank, saved, and loaded, read or mapped; the memory is what the process grows by.
 """
@@ -67,16 +67,16 @@ def random_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def medians(functions: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """The median ms of each function; all run in turn."""
+    """The median CPU ms of each function; all run in turn."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["one adapter"]) < 5:
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = time.process_time()
             function()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (time.process_time() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
 

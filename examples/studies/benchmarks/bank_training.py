@@ -7,8 +7,8 @@
     python examples/studies/benchmarks/bank_training.py --quick  # a few seconds, for a look
 
 Each adapter fits a function of its own on rows of its own: the same starts, rows and steps of AdamW both ways. All
-adapters are trained together, and a sample of them one after another; the seconds of the others are those of the
-sample, in turn with the steps of the bank. What is compared is the largest change of a prediction, in float64.
+adapters are trained together, in batches of 16,384 rows, and a sample one after another, in turn with the steps
+of the bank; the seconds of the others are those of the sample. The difference is that of the predictions.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from peft_lotra.optim import BankAdamW
 
 
 LR = 1e-2
+ROWS = 16_384  # of a batch: more do not fit the cache
 
 
 def data(adapters: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -66,15 +67,18 @@ def compare(adapters: int, rows: int, steps: int, sample: int, dtype: torch.dtyp
             torch.manual_seed(place)
             alone.append((place, get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2), autocast_adapter_dtype=False)))
     x, y = data(adapters, rows, dtype)
-    flat, values, ids = x.flatten(0, 1), y.flatten(0, 1), bank.ids(bank.names).repeat_interleave(rows)
+    numbers = bank.ids(bank.names)
     model, optimizer = bank.attach(), BankAdamW(bank, lr=LR)
     together, one_by_one = [], []
     for step in range(steps):
         start = time.process_time()
-        losses = bank.mean_by_adapter((model(flat, ids=ids) - values).square().mean(1), ids)
-        optimizer.zero_grad()
-        losses.nansum().backward()
-        optimizer.step()
+        for part in torch.arange(adapters).split(max(1, ROWS // rows)):
+            ids = numbers[part].repeat_interleave(rows)
+            errors = (model(x[part].flatten(0, 1), ids=ids) - y[part].flatten(0, 1)).square().mean(1)
+            losses = bank.mean_by_adapter(errors, ids)
+            optimizer.zero_grad()
+            losses.nansum().backward()
+            optimizer.step()
         together.append(time.process_time() - start)
         if step < len(alone):
             place, own = alone[step]
@@ -91,7 +95,6 @@ def compare(adapters: int, rows: int, steps: int, sample: int, dtype: torch.dtyp
         "together s": seconds,
         "one after another s": each * adapters,
         "times as fast": each * adapters / seconds,
-        "last mean loss": losses.nanmean().item(),
         "largest difference": apart,
     }
 
@@ -123,8 +126,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     adapters, steps, sample = (40, 5, 4) if args.quick else (1000, 50, 20)
-    dtypes = (torch.float32, torch.float64)
-    cases = [(rows, dtype) for rows in (16, 256) for dtype in dtypes]
+    cases = [(16, torch.float32), (16, torch.float64), (256, torch.float32)]
     results = {
         "machine": f"CPU seconds, {args.threads} threads of {machine.describe()}",
         "adapters": adapters,
