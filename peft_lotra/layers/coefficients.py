@@ -182,42 +182,26 @@ def _filled(tensor: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, missing[0], 0, missing[1]))
 
 
-def locate_coefficients(
-    layer: nn.Module,
-    family: str,
-    coefficients: Sequence[Described],
-    residual: Described | None,
-    axes: Mapping[str, Any],
-    roles: tuple[str, str],
-) -> CoefficientTensor:
-    """Finds the coefficients of a layer.
-
-    Args:
-        layer: The layer.
-        family: The name of its kind.
-        coefficients: Name and pattern of each part; `*` in a name stands for the members of a list.
-        residual: The same of the residual branch; the layer may lack it.
-        axes: The lengths of axes that no shape determines, as numbers, or a list with the number of each member.
-        roles: The axes of the kernel mode, and those of blocks.
+def locate_coefficients(layer: nn.Module, spec: Any) -> CoefficientTensor:
+    """Finds the coefficients of a layer by the description of its kind, a `KANLayerSpec`.
 
     Raises:
         ValueError: A parameter is missing, or a pattern does not fit it.
     """
-    described = [(*part, expand_name(layer, part[0])) for part in coefficients]
-    if residual is not None:
-        names = expand_name(layer, residual[0])
+    described = [(*part, expand_name(layer, part[0])) for part in spec.parts]
+    if spec.residual is not None:
+        names = expand_name(layer, spec.residual[0])
         if any(get_or_none(layer, name) is not None for name in names):
-            described.append((*residual, names))
-    problem = f"{type(layer).__name__} was recognized as a KAN layer of the kind {family!r}, but its parameter "
+            described.append((*spec.residual, names))
+    problem = f"{type(layer).__name__} was recognized as a KAN layer of the kind {spec.family!r}, but its parameter "
     counts = {name: len(names) for name, _, names in described if "*" in name}
     if 0 in counts.values() or len(set(counts.values())) > 1:
         raise ValueError(f"{problem}lists are not as described. Their numbers of members are {counts}.")
     count = next(iter(counts.values()), 1)
     lengths: list[dict[str, int]] = [
-        {axis: value[place] if isinstance(value, (list, tuple)) else value for axis, value in axes.items()}
+        {axis: value[place] if isinstance(value, list) else value for axis, value in spec.axes_of(layer).items()}
         for place in range(count)
     ]
-    kernel, groups = roles
     found: dict[str, tuple[Layout, torch.Tensor, int | None]] = {}
     first: list[Layout] = []  # those of the first part
     for position, (name, pattern, names) in enumerate(described):
@@ -225,15 +209,15 @@ def locate_coefficients(
             parameter = get_or_none(layer, member)
             if not isinstance(parameter, torch.Tensor):
                 raise ValueError(f"{problem}`{member}` is not as described. There is no such parameter.")
-            may_share = 0 < position < len(coefficients)
-            layout = parse_layout(pattern, kernel, groups, parameter.dim(), may_share)
+            may_share = 0 < position < len(spec.parts)
+            layout = parse_layout(pattern, spec.groups, parameter.dim(), may_share)
             if may_share:
                 layout = layout.beside(first[min(place, len(first) - 1)], is_listed="*" in name)
             elif not position:
                 first.append(layout)
             found[member] = layout, parameter, place if "*" in name else None
-            if "*" in name and len(groups.split()) == 1 and not layout.groups:  # the list is the axis of blocks
-                lengths[place].setdefault(groups.strip(), count)
+            if "*" in name and spec.groups and not layout.groups:  # the list is the axis of blocks
+                lengths[place].setdefault(spec.groups, count)
     _solve(problem, found, lengths)
 
     def located(name: str, place: int) -> Member:
@@ -242,7 +226,7 @@ def locate_coefficients(
         return Member(name, layout, own, tuple(parameter.shape), layout.canonical_shape(own))
 
     parts = tuple(tuple(located(name, place) for place, name in enumerate(names)) for _, _, names in described)
-    tensor = CoefficientTensor(family, parts, len(described) > len(coefficients))
+    tensor = CoefficientTensor(spec.family, parts, len(described) > len(spec.parts))
     kernels = {member.name: member.shape[3:] for part in parts for member in part}
     outer = {part[0].name: size[:2] for part, size in zip(parts, tensor._sizes, strict=True)}
     for sizes, of in ((kernels, "the kernel"), (outer, "(out, in)")):

@@ -26,7 +26,7 @@ Grid = dict[str, "torch.Tensor | int | float"]
 # The fields in a file, which are no functions, and their types; of `axes` it has the lengths.
 _IN_FILES: dict[str, type] = {
     **dict.fromkeys(("coefficients", "residual", "edge_scale", "grid", "grid_methods", "checkpoint_methods"), list),
-    **{"kernel": str, "groups": str, "bias": str, "network_methods": dict, "axes": dict},
+    **{"groups": str, "bias": str, "network_methods": dict, "axes": dict},
 }
 
 
@@ -40,14 +40,13 @@ class KANLayerSpec:
             parameters' names where users copy the file and rename the class.
         coefficients (`tuple[str, str]` or a list of them): The parameter of the coefficients (dotted names reach into
             sub-modules, `*` stands for the members of a list: `"convs.*.weight"`) and its layout as an einops pattern:
-            `o` and `i` are the output and input features, any other axes make up the basis mode in the order in which
-            they appear. `"o i k"`, `"o (i k)"`, `"t o i g"`; `"o ((i k) + i)"` where the residual weights are packed
-            behind the coefficients. Several parts are joined along the basis mode; one after the first may lack `o` or
-            `i`, and is shared by them, and one of a number for each edge is shared along a kernel. See layout.py.
+            `o` and `i` are the output and input features, `...` the axes of the kernel of a convolution, and any other
+            axes make up the basis mode in the order in which they appear. `"o i k"`, `"o (i k)"`, `"t o i g"`,
+            `"o (i k) ..."`; `"o ((i k) + i)"` where the residual weights are packed behind the coefficients. Several
+            parts are joined along the basis mode; one after the first may lack `o` or `i`, and is shared by them, and
+            one of a number for each edge is shared along a kernel. See layout.py.
         residual (`tuple[str, str]`, *optional*): The parameter of the residual branch and its layout, of `o` and `i`
-            and the axes of `kernel` and `groups`. A layer on which it is absent or `None` has no residual branch.
-        kernel (`str`): The axes of the kernel of a convolution, e.g. `"h w"`. A `...` in a pattern is such an axis, or
-            several.
+            `...` and the axis of `groups`. A layer on which it is absent or `None` has no residual branch.
         groups (`str`): The axis of blocks that have inputs of their own, e.g. `"g"`. They are a part of the output
             mode, and `i` counts the inputs of one block. The members of a list by `*` are such blocks too.
         grid (`tuple[str, ...]`): The attributes, tensors and numbers, that give the coefficients their meaning.
@@ -94,7 +93,6 @@ class KANLayerSpec:
     bias: str | None = None
     axes: Callable[[Any], Mapping[str, Any]] | Mapping[str, Any] | None = None
     edge_scale: Described | None = None
-    kernel: str = ""
     groups: str = ""
 
     def __post_init__(self) -> None:
@@ -127,13 +125,12 @@ class KANLayerSpec:
         for name in (*names, *self.grid, *methods, *filter(None, [self.bias])):
             if not isinstance(name, str) or not re.fullmatch(r"(?!__)\w+(\.(\*|(?!__)\w+))*|\*", name):
                 raise ValueError(f"{name!r} {kind} is no name of an attribute, e.g. 'spline.weight'.")
-        roles = self.kernel, self.groups
-        layouts = [parse_layout(pattern, *roles, may_share=place > 0) for place, (_, pattern) in enumerate(parts)]
+        layouts = [parse_layout(pattern, self.groups, may_share=n > 0) for n, (_, pattern) in enumerate(parts)]
         for role, described in (("residual weights", self.residual), ("edge scales", self.edge_scale)):
-            if described is not None and parse_layout(described[1], *roles).basis:
+            if described is not None and parse_layout(described[1], self.groups).basis:
                 raise ValueError(
-                    f"Pattern {described[1]!r} of the {role} {kind} has an axis besides `o` and `i`, `kernel` and "
-                    "`groups`. Expected e.g. 'o i'."
+                    f"Pattern {described[1]!r} of the {role} {kind} has an axis besides `o`, `i`, `...` and `groups`. "
+                    "Expected e.g. 'o i'."
                 )
         packed = any(layout.packed_residual is not None for layout in layouts)
         if packed and (self.residual is not None or len(parts) > 1 or "*" in names[0]):
@@ -154,8 +151,7 @@ class KANLayerSpec:
 
     def locate(self, layer: nn.Module) -> CoefficientTensor:
         """Finds the coefficients of a layer; raises a `ValueError` if a pattern does not fit its parameter."""
-        roles = self.kernel, self.groups
-        return locate_coefficients(layer, self.family, self.parts, self.residual, self.axes_of(layer), roles)
+        return locate_coefficients(layer, self)
 
     def is_of_this_package(self, layer: nn.Module) -> bool:
         """Whether the class of a layer comes with its description, which is then not compared with the layer."""
@@ -197,7 +193,7 @@ class KANLayerSpec:
         scale = get_or_none(layer, name)
         if scale is None:
             return None
-        layout = parse_layout(pattern, self.kernel, self.groups, scale.dim())
+        layout = parse_layout(pattern, self.groups, scale.dim())
         values = layout.to_canonical(scale, tensor.lengths)
         return values if values.dim() == len(tensor.shape) else values.unsqueeze(-1)
 

@@ -3,11 +3,11 @@
 
 """Layouts: how a library stores its coefficients, as an einops pattern, and the canonical order (out, in, basis).
 
-A pattern names the axes of the stored parameter. `o` and `i` are the output and input features, or channels. The axes
-of the kernel of a convolution are named by `kernel`, or are all those that `...` stands for; they make up a fourth
-mode. An axis of blocks, each with inputs of its own (the groups of a convolution), is named by `groups`; it belongs to
-the output mode, and `i` counts the inputs of one block. Every other name belongs to the basis mode, in the order in
-which it appears; without one the basis has the length one.
+A pattern names the axes of the stored parameter. `o` and `i` are the output and input features, or channels, and `...`
+the axes of the kernel of a convolution, which make up a fourth mode. An axis of blocks, each with inputs of its own
+(the groups of a convolution), is named by `groups`; it belongs to the output mode, and `i` counts the inputs of one
+block. Every other name belongs to the basis mode, in the order in which it appears; without one the basis has the
+length one.
 
 Parentheses flatten axes as in einops, and `()` is an axis of length one. As in einx, a `+` inside parentheses
 concatenates two blocks: the coefficients come first, the residual weights second. `(i k):2` is a flattened axis that
@@ -194,14 +194,12 @@ def _write(dims: Sequence[tuple[str, ...]]) -> str:
 
 
 @lru_cache(1024)
-def parse_layout(
-    pattern: str, kernel: str = "", groups: str = "", dimensions: int | None = None, may_share: bool = False
-) -> Layout:
+def parse_layout(pattern: str, groups: str = "", dimensions: int | None = None, may_share: bool = False) -> Layout:
     """Parses a pattern.
 
     Args:
         pattern: The pattern of a parameter.
-        kernel, groups: The axes of the kernel mode, and of blocks, separated by spaces. The pattern may lack them.
+        groups: The axis of blocks, which the pattern may lack.
         dimensions: The number of dimensions of the parameter, for the number of axes in `...`.
         may_share: Whether the pattern may lack `o` or `i`, as those of later parts.
 
@@ -211,15 +209,14 @@ def parse_layout(
     problem = f"Pattern {pattern!r} is not a layout of KAN coefficients: "
     # axis names, and groups in parentheses, which may hold such groups
     dimension = r"\((?:[^()]|\([^()]*\))*\)(?::[1-9](?!\d))?|[^\s()]+"
-    tokens, kernel_axes = re.findall(dimension, pattern), tuple(kernel.split())
+    tokens, kernel = re.findall(dimension, pattern), ()
     if re.sub(dimension, "", pattern).strip():
         raise ValueError(problem + "its parentheses do not match.")
     if tokens.count("...") == 1:
         count = 2 if dimensions is None else max(dimensions - len(tokens) + 1, 0)
-        rest = tuple(f"kernel{position}" for position in range(count))
-        kernel_axes += rest
+        kernel = tuple(f"kernel{position}" for position in range(count))
         place = tokens.index("...")
-        tokens[place : place + 1] = rest
+        tokens[place : place + 1] = kernel
     first: list[tuple[str, ...]] = []
     second: list[tuple[str, ...]] = []
     stored_over: list[int] = []
@@ -245,7 +242,7 @@ def parse_layout(
     layout = Layout(
         pattern,
         tuple(first),
-        tuple(axis for axis in kernel_axes if axis in named),  # in the order of the pattern
+        kernel,
         tuple(axis for axis in groups.split() if axis in named),
         stored_over=tuple(stored_over) if set(stored_over) != {1} else None,
     )

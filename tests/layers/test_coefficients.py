@@ -68,9 +68,8 @@ DESCRIBED = {
     "a list of convolutions beside a grouped one": (
         {"spline_conv": [{"weight": (4, 15, 3)}, {"weight": (4, 15, 3)}], "base_conv": {"weight": (8, 3, 3)}},
         {
-            "coefficients": ("spline_conv.*.weight", "o (i k) h"),
-            "residual": ("base_conv.weight", "(g o) i h"),
-            "kernel": "h",
+            "coefficients": ("spline_conv.*.weight", "o (i k) ..."),
+            "residual": ("base_conv.weight", "(g o) i ..."),
             "groups": "g",
         },
         (8, 3, 5, 3),
@@ -96,7 +95,7 @@ DESCRIBED = {
     ),
     "a residual packed behind a kernel": (
         {"weight": (4, 18, 3)},
-        {"coefficients": ("weight", "o ((i k) + i) h"), "kernel": "h", "axes": {"i": 3}},
+        {"coefficients": ("weight", "o ((i k) + i) ..."), "axes": {"i": 3}},
         (4, 3, 5, 3),
         True,
     ),
@@ -168,7 +167,7 @@ def test_gradients_flow_both_ways(described):
     [
         ("t o i g", "toig", "oitg", {}),
         ("g i o t", "giot", "oigt", {}),  # the basis axes keep the order in which the pattern names them
-        ("g o (k i) h w", "gokihw", "goikhw", {"kernel": "h w", "groups": "g", "axes": {"i": 3}}),
+        ("g o (k i) ...", "gokihw", "goikhw", {"groups": "g", "axes": {"i": 3}}),
     ],
 )
 def test_elements_land_where_the_pattern_says(pattern, stored, read, roles):
@@ -193,7 +192,7 @@ def test_a_view_of_two_flattened_axes_mixes_them_as_reshape_does():
     [
         (("o i m", (4, 3, 2)), ("i k", (3, 5)), {}, (0,)),
         (("g o i m", (2, 2, 3, 2)), ("k", (5,)), {"groups": "g"}, (0, 1)),
-        (("o i m h w", (4, 3, 2, 2, 2)), ("() o i ()", (1, 4, 3, 1)), {"kernel": "h w"}, (3,)),
+        (("o i m ...", (4, 3, 2, 2, 2)), ("() o i ()", (1, 4, 3, 1)), {}, (3,)),
     ],
 )
 def test_a_part_that_is_shared(first, second, roles, dims):
@@ -240,8 +239,8 @@ def test_members_keep_their_place():
         ),
         (
             {"a": (4, 3, 5, 3), "b": (4, 3, 1)},
-            {"coefficients": ("a", "o i k h"), "residual": ("b", "o i h"), "kernel": "h"},
-            ["`b`", "h=3", "'o i h'", "(4, 3, 1)"],
+            {"coefficients": ("a", "o i k ..."), "residual": ("b", "o i ...")},
+            ["`b`", "kernel0=3", "'o i ...'", "(4, 3, 1)"],
         ),
         ({"a": (4, 15)}, {"coefficients": ("a", "o (i k)")}, ["`a`", "lengths of i, k do not follow", "`axes`"]),
         ({"a": (4, 16)}, {"coefficients": ("a", "o (i k)"), "axes": {"i": 3}}, ["i=3 * k=?, which 16 is not"]),

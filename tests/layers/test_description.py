@@ -86,15 +86,14 @@ def test_roles_are_described():
     spec = KANLayerSpec(
         "mine",
         nn.Module,
-        ("a", "g o i k h"),
-        kernel="h",
+        ("a", "g o i k ..."),
         groups="g",
         edge_scale=("b", "o i"),
         network_methods={"fit": "update_grid", "prune": None},
         checkpoint_methods=("save",),
     )
     read = spec_from_file("mine", spec.describe(nn.Module()))
-    for name in "coefficients kernel groups edge_scale network_methods checkpoint_methods".split():
+    for name in "coefficients groups edge_scale network_methods checkpoint_methods".split():
         assert getattr(read, name) == getattr(spec, name)
 
 
@@ -192,7 +191,7 @@ DAMAGED = [
     {"coefficients": [["a", "o i k"]] * 2},
     {"coefficients": ["a", 3]},
     {"coefficients": ["a", "o i k"], "basis": "lambda m, x: x"},
-    {"coefficients": ["a", "o i k"], "kernel": 3},
+    {"coefficients": ["a", "o i k"], "groups": 3},
     {"coefficients": ["a", "o i k"], "grid": ["__dict__"]},
     {"coefficients": ["a", "o i k"], "grid_methods": ["__call__"]},
     {"coefficients": ["a", "o i k"], "network_methods": {"__init__": None}},

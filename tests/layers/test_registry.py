@@ -88,7 +88,7 @@ def test_a_foreign_predicate_does_not_disturb_the_known_kinds():
 @pytest.mark.parametrize(
     "changes, problem",
     [
-        ({"residual": ("base", "o i k")}, "'o i k'.*'my-kan' has an axis besides `o` and `i`"),
+        ({"residual": ("base", "o i k")}, "'o i k'.*'my-kan' has an axis besides `o`, `i`"),
         ({"edge_scale": ("scale", "o i k")}, "'o i k' of the edge scales of 'my-kan' has an axis besides"),
         (
             {"coefficients": [("a", "o ((i k) + i)"), ("b", "o i k")], "residual": None},
