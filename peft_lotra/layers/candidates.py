@@ -15,7 +15,7 @@ from torch import nn
 
 from .coefficients import named_attribute, named_size
 from .description import REGISTERED, KANLayerSpec
-from .inference import OTHERS, fixed_tensors, infer_spec
+from .inference import OTHERS, fits, fixed_tensors, infer_spec
 from .layout import axis_patterns
 from .probe import Probe
 
@@ -53,7 +53,7 @@ def find_candidates(model: nn.Module, known: Collection[int]) -> list[KANCandida
     for name, module in model.named_modules():
         if id(module) in known or type(module).__module__.startswith(("torch.nn", "torch.jit")):
             continue
-        shapes = {n: tuple(value.shape) for n, value in _tensors(module).items() if value.dim() >= 3}
+        shapes = {n: tuple(value.shape) for n, value in _large_parameters(module).items()}
         key = (type(module), *shapes.items())
         if key not in found and (description := describe_layer(module)):
             found[key] = KANCandidate(name, type(module).__name__, shapes, *description)
@@ -62,7 +62,7 @@ def find_candidates(model: nn.Module, known: Collection[int]) -> list[KANCandida
 
 def describe_layer(module: nn.Module) -> tuple[str, bool] | None:
     """The call that registers the kind of a module, and whether gradients verify it; `None` if it is no KAN layer."""
-    large = {name: value for name, value in _tensors(module).items() if value.dim() >= 3}
+    large = _large_parameters(module)
     specs = (spec for spec in chain([infer_spec(module)], _convolutions(module, large)) if spec is not None)
     if (spec := next(specs, None)) is not None:
         return _registration(module, spec), True
@@ -75,15 +75,12 @@ def describe_layer(module: nn.Module) -> tuple[str, bool] | None:
 def _convolutions(module: nn.Module, kernels: Mapping[str, torch.Tensor]) -> Iterator[KANLayerSpec]:
     """The verified descriptions of a module whose coefficients are the kernel of a convolution."""
     inputs, grid = named_size(module, "i"), fixed_tensors(module, kernels)
+    probe = Probe(module, grid)
     for name in kernels if inputs else ():
         residuals = [(other, "o i ...") for other in kernels if other != name]
         for pattern, residual in product(("o (i k) ...", "o (k i) ...", "o i k ..."), [*residuals, None]):
             spec = KANLayerSpec("", nn.Module, (name, pattern), residual, axes={"i": inputs}, grid=tuple(grid))
-            try:
-                tensor = spec.locate(module)
-            except ValueError:
-                continue
-            if tensor.shape[2] > 1 and len(tensor.shape) == 4 and Probe(module, grid).axes(tensor).is_verified:
+            if fits(probe, spec, strict=False):
                 yield spec
 
 
@@ -107,19 +104,17 @@ def _pair(described: tuple[str, str]) -> str:
     return f"({', '.join(map(json.dumps, described))})"
 
 
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters of a module and of its layers of torch; the members of a list under one name with `*`."""
+def _large_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of three axes or more of a module and of its convolutions; members of a list under one name."""
     found = dict(module._parameters)
     for name, child in module._modules.items():
         if isinstance(child, nn.ParameterList):
             found[f"{name}.*"] = next(iter(child), None)
-        elif isinstance(child, nn.ModuleList):
-            members = [member for member in child if type(member).__module__.startswith("torch.nn")]
-            if members and len(members) == len(child):
-                found[f"{name}.*.weight"] = getattr(members[0], "weight", None)
-        elif child is not None and type(child).__module__.startswith("torch.nn"):
-            found[f"{name}.weight"] = getattr(child, "weight", None)
-    return {n: value for n, value in found.items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
+        elif isinstance(child, nn.modules.conv._ConvNd):
+            found[f"{name}.weight"] = child.weight
+        elif isinstance(child, nn.ModuleList) and child and all(isinstance(c, nn.modules.conv._ConvNd) for c in child):
+            found[f"{name}.*.weight"] = child[0].weight  # pyright: ignore[reportArgumentType]
+    return {n: value for n, value in found.items() if value is not None and value.dim() >= 3}
 
 
 def _may_be_kan(module: nn.Module) -> bool:

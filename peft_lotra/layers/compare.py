@@ -9,7 +9,8 @@ often leaves the parameter behind; some let a normalization or an activation fol
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -19,29 +20,31 @@ from .inference import infer_spec
 from .probe import Probe, Undecided, Verdict, remembered
 
 
-class _Findings(NamedTuple):
-    axes: Verdict
-    unused: list[str]
-    is_linear: bool
+T = TypeVar("T")
 
 
-def _compared(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> _Findings:
-    """Which parts of a description the layer contradicts; an `Undecided` if it cannot be run now."""
+def _asked(
+    layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, question: Callable[[Probe, CoefficientTensor], T]
+) -> T:
+    """The answer to a question about layers of this class and description; an `Undecided` if it cannot be run now."""
 
-    def find() -> _Findings:
+    def find() -> T:
         probe = Probe(layer, spec.read_grid(layer))
         probe.values(tensor)  # or Undecided
-        return _Findings(probe.axes(tensor), probe.unused(tensor), probe.is_linear(tensor) is not False)
+        return question(probe, tensor)
 
-    return remembered(layer, ("compared", spec.family, *tensor.parameters.values()), find)
+    return remembered(layer, (question.__name__, spec.family, *tensor.parameters.values()), find)
+
+
+def _contradictions(probe: Probe, tensor: CoefficientTensor) -> tuple[Verdict, list[str]]:
+    """The verdict on the axes, and the parameters without effect."""
+    return probe.axes(tensor), probe.unused(tensor) if len(tensor.parameters) > 1 else []
 
 
 def is_linear(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> bool:
     """Whether the output is an affine function of the coefficients, or that cannot be found out now."""
-    if spec.is_of_this_package(layer):
-        return True
     try:
-        return _compared(layer, spec, tensor).is_linear
+        return spec.is_of_this_package(layer) or _asked(layer, spec, tensor, Probe.is_linear) is not False
     except Undecided:
         return all(len(part) == 1 for part in tensor.parts)  # not several layers in one module
 
@@ -51,7 +54,7 @@ def check_layer(name: str, layer: nn.Module, spec: KANLayerSpec, tensor: Coeffic
     if spec.is_of_this_package(layer):
         return
     try:
-        axes, unused, _ = _compared(layer, spec, tensor)
+        axes, unused = _asked(layer, spec, tensor, _contradictions)
     except Undecided:
         return
     if axes.contradiction:
@@ -85,7 +88,7 @@ def as_computed(spec: KANLayerSpec, layer: nn.Module) -> KANLayerSpec:
 
 
 def _as_computed(spec: KANLayerSpec, layer: nn.Module) -> KANLayerSpec:
-    axes, unused, _ = _compared(layer, spec, spec.locate(layer))
+    axes, unused = _asked(layer, spec, spec.locate(layer), _contradictions)
     if not axes.is_verified and (inferred := infer_spec(layer)):
         return inferred
     changes: dict[str, Any] = {}

@@ -137,13 +137,13 @@ def fixed_tensors(module: nn.Module, trained: Mapping[str, Any]) -> dict[str, An
     return {name: get_or_none(module, name) for name in (*buffers, *frozen)}
 
 
-def _fits(probe: Probe, spec: KANLayerSpec) -> bool:
+def fits(probe: Probe, spec: KANLayerSpec, strict: bool = True) -> bool:
     """Whether a hypothesis fits the shapes of the parameters, and the gradients of the layer."""
     try:
         tensor = spec.locate(probe.layer)
     except ValueError:
         return False
-    return tensor.shape[2] >= _FUNCTIONS and probe.axes(tensor, strict=True).is_verified
+    return tensor.shape[2] >= _FUNCTIONS and probe.axes(tensor, strict).is_verified
 
 
 def _find(probe: Probe, tensors: Tensors) -> KANLayerSpec | None:
@@ -156,12 +156,12 @@ def _find(probe: Probe, tensors: Tensors) -> KANLayerSpec | None:
         parts = found.parts if found else ()
         patterns = axis_patterns(value.shape, "kmnpqrst"[len(parts) % 8], sizes)
         specs = (_hypothesis((*parts, (name, pattern))) for pattern in patterns)
-        if spec := next((spec for spec in specs if _fits(probe, spec)), None):
+        if spec := next((spec for spec in specs if fits(probe, spec)), None):
             found, sizes = spec, spec.locate(probe.layer).shape[:2]
     if found:
         return found
     specs = chain(_of_one_matrix(probe, tensors), _of_several_matrices(probe, tensors))
-    return next((spec for spec in specs if _fits(probe, spec)), None)
+    return next((spec for spec in specs if fits(probe, spec)), None)
 
 
 def _of_one_matrix(probe: Probe, tensors: Tensors) -> Iterator[KANLayerSpec]:
@@ -214,7 +214,7 @@ def _extend(probe: Probe, spec: KANLayerSpec, tensors: Tensors) -> KANLayerSpec:
             continue
         for pattern in ("o i", "i o", "i z", "z i"):
             as_residual = replace(spec, residual=(name, pattern)) if "o" in pattern else None
-            if not _fits(probe, as_residual or replace(spec, coefficients=(*spec.parts, (name, pattern)))):
+            if not fits(probe, as_residual or replace(spec, coefficients=(*spec.parts, (name, pattern)))):
                 continue
             if as_residual and spec.residual is None and probe.is_additive(as_residual.locate(probe.layer)):
                 spec = as_residual

@@ -30,7 +30,7 @@ from functools import cached_property, lru_cache
 from itertools import permutations
 
 import torch
-from einops import rearrange, reduce, repeat
+from einops import reduce, repeat
 
 
 Dims = tuple[tuple[str, ...], ...]
@@ -136,9 +136,8 @@ class Layout:
             blocks = (self.dims, self.packed_residual)
             sizes = [math.prod([lengths[axis] for axis in dims[self.concatenated]]) for dims in blocks]
             parts = parameter.split(sizes, dim=self.concatenated)
-        write = repeat if self.shared else rearrange
         parts = [
-            write(part, f"{stored} -> {canonical}", **{axis: lengths[axis] for axis in axes})
+            repeat(part, f"{stored} -> {canonical}", **{axis: lengths[axis] for axis in axes})
             for part, (stored, canonical, axes) in zip(parts, self._blocks, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
@@ -156,8 +155,6 @@ class Layout:
         parts = [tensor] if self.packed_residual is None else [tensor[:, :, :-1], tensor[:, :, -1:]]
         parts = [
             reduce(part, f"{canonical} -> {stored}", "mean", **{axis: lengths[axis] for axis in axes})
-            if self.shared
-            else rearrange(part, f"{canonical} -> {stored}", **{axis: lengths[axis] for axis in axes})
             for part, (stored, canonical, axes) in zip(parts, self._blocks, strict=True)
         ]
         stored = parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.concatenated)
