@@ -152,7 +152,7 @@ def test_slim(run):
 
 def test_find(run, made, monkeypatch):
     assert "layers.0  peft-lotra     (4, 2, 8)  yes" in run("find {}/base").stdout
-    assert run("find torch.nn:ReLU").stdout == "no KAN layer of a known kind\n"
+    assert run("find torch.nn:ReLU").stdout == "no KAN layer was found\n"
     monkeypatch.chdir(made)
     found = json.loads(run("find nets:build --json").stdout)
     assert [(layer["name"], layer["shape"]) for layer in found["layers"]][0] == ("kan.layers.0", [4, 2, 8])

@@ -1,10 +1,11 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Descriptions compared with layers: those of users must be right, those of known kinds follow what a copy computes.
+"""Compares descriptions with what layers compute.
 
-Most KAN layers are copied files. Whoever drops the residual branch, or the scales of the edges, from the forward pass
-often leaves the parameter behind; some let a normalization or an activation follow, or store (out, in) the other way.
+A user's description must be right. That of a built-in kind is corrected, since most KAN layers are copied files: some
+copies drop the residual branch or the scales of the edges and keep the parameter, let a normalization or an activation
+follow, or store (out, in) the other way.
 """
 
 from __future__ import annotations

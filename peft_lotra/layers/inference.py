@@ -1,13 +1,13 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Layers of no registered kind that are KAN layers by what they compute.
+"""Recognizes KAN layers of no registered kind by what they compute.
 
-A layer is taken if its output is y[o] = f_o(sum_{i,k} A[o,i,k] phi_k(x[i])) for a parameter A of its own, where the
-phi_k are at least two different functions of one input each. That is what tells it from the modules that have
-parameters of the same shapes: in a mixture of experts, in attention and in a bilinear map the factor of A[o,i,k]
-depends on other inputs, or is the same function for each k; embeddings do not depend on the input at all. The
-gradients of a copy of the layer say it, so nothing is taken on its name.
+A KAN layer computes y[o] = f_o(sum_{i,k} A[o,i,k] phi_k(x[i])), where A are parameters of its own and the phi_k at
+least two different functions of one input each. Modules with parameters of the same shapes do not: in a mixture of
+experts, in attention and in a bilinear map the factor of A[o,i,k] depends on other inputs, or is the same function for
+each k; embeddings do not depend on the input. Hypotheses on which parameters are A, and in which order of axes, come
+from shapes; the gradients of a copy of the layer decide. Names do not count.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from .probe import Probe, Undecided, remembered
 
 KIND = "generic"
 _LARGEST = 2**26  # numbers of a parameter that is copied to be probed
-_MOST_AXES = 4  # of a parameter, each of which may be that of the outputs or the inputs
+_MOST_AXES = 4  # of a parameter; more have too many orders to be tried
 _FUNCTIONS = 2  # that a layer must have at least
-_SMALL = 0.1  # share of the parameters below which factors of the edges are left alone
+_SMALL = 0.1  # factors of the edges below this share of the parameters are not adapted
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-# Modules that are known to be something else; a class of a user that is derived from one of them is so too.
+# Modules that are no KAN layers, nor are classes that are derived from them.
 OTHERS = (
     *(nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
     *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, *_NORMS),

@@ -32,11 +32,11 @@ from .coefficients import CoefficientTensor
 
 
 _NO_EFFECT = 1e-4  # of the largest gradient: rounding
-_EFFECT = 1e-2
+_EFFECT = 1e-2  # of the largest gradient: a change that shows
 _CURVATURE = 1e-2  # of the change: more than rounding in float32 makes of an affine function
 _MAX_INPUT = 1 << 22  # elements
-_ROWS = 32  # outputs, or inputs, of which the gradients are compared
-_SEED = 16180339  # of no layer: its noise would be a multiple of coefficients that were made with the same seed
+_ROWS = 32  # inputs whose functions are compared
+_SEED = 16180339  # with the seed of the layer's own initialization, noise and coefficients would be proportional
 _SETTINGS = (str, FunctionType, BuiltinFunctionType, Number)  # Number: of numpy too
 _FOUND: WeakKeyDictionary[type, dict[Any, Any]] = WeakKeyDictionary()
 
@@ -197,10 +197,11 @@ class Probe:
         contradiction = ""
         if out > 1:
             other = _gradient_of(_weighted(y, tensor, 2), values, tensor)
-            if _is_parallel(gradient.reshape(1, 1, -1), other.reshape(1, 1, -1)):  # as behind a softmax of two outputs
+            says_little = _is_parallel(gradient.reshape(1, 1, -1), other.reshape(1, 1, -1))
+            if says_little:  # as behind a softmax, or a norm, of two outputs
                 other = gradient[_largest(gradient)].expand_as(gradient)
-            outputs = _is_parallel(gradient, other)
-            if not outputs and x.numel() == in_:  # else a norm, or several rows, may mix them
+            outputs = _is_parallel(gradient, other) or (None if says_little and not strict else False)
+            if outputs is False and x.numel() == in_:  # else a norm, or several rows, may mix them
                 contradiction = "an output does not depend on its own slice of the coefficients alone"
         samples = [gradient]
         for kept, other in _changed_inputs(x, in_, channels, strict) if outputs is not False else ():

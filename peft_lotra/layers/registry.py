@@ -84,7 +84,7 @@ def register(spec: KANLayerSpec) -> KANLayerSpec:
 
 
 def keep_as_built_in() -> None:
-    """Makes the kinds that are registered now those of this package, which files name without a description."""
+    """Marks the kinds registered so far as built-in: files name them without a description."""
     _BUILT_IN.update(REGISTERED)
 
 
@@ -181,7 +181,7 @@ class FoundKANLayers(Report, list[FoundKANLayer]):
             [layer.name or "(the model)", layer.family, str(layer.shape), "yes" if layer.has_residual else "no"]
             for layer in self
         ]
-        notes = [] if rows else ["no KAN layer of a known kind"]
+        notes = [] if rows else ["no KAN layer was found"]
         for candidate in self.candidates:
             state = "verified by gradients" if candidate.is_verified else "not verified"
             notes += ["", f"{candidate.name or 'the model'}, a {candidate.cls}, may be a KAN layer ({state}):"]
@@ -249,7 +249,7 @@ def walk_kan_layers(
 ) -> Iterator[tuple[str, nn.Module, KANLayerSpec]]:
     """The KAN layers of a model (of adapted layers the base layers) with their names and kinds.
 
-    KAN layers inside of KAN layers, and those in the copies that PEFT's `modules_to_save` makes, are left out.
+    Left out are KAN layers inside of KAN layers and in the copies that PEFT's `modules_to_save` makes.
     """
     seen = set() if seen is None else seen
     if id(module) in seen or isinstance(module, (AuxiliaryTrainingWrapper, torch.jit.ScriptModule)):

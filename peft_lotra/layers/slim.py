@@ -23,8 +23,8 @@ from .registry import Grid, KANLayerSpec, register
 class SlimLayer(nn.Module):
     """A KAN layer of another library whose coefficients, with its residual weights, are a core and three factors.
 
-    The layer itself runs, with the coefficients built from the factors, which is exact for every family: it saves
-    parameters, not time. Attributes that this class does not have are those of the layer with these coefficients.
+    The layer itself runs, with the coefficients built from the factors, which is exact for every kind: it saves
+    parameters, not time. Other attributes are those of the layer with these coefficients.
     """
 
     kan_spec: ClassVar[KANLayerSpec]  # set below

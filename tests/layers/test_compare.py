@@ -187,6 +187,19 @@ def test_a_layer_that_mixes_its_inputs_is_not_verified_and_attached(make):
     adapt(as_model(layer))
 
 
+class NormedPair(OldEfficientKANLayer):
+    """The norm of two outputs is constant but for rounding, and tells nothing of the sum."""
+
+    def forward(self, x):
+        return nn.functional.layer_norm(super().forward(x), (2,))
+
+
+def test_a_norm_of_two_outputs_is_no_contradiction():
+    layer = NormedPair(4, 2)
+    assert check_kan_layer(layer).axes.startswith("outputs not checked")
+    adapt(as_model(layer))
+
+
 class Convolution(nn.Module):
     """Powers of x, degree-major, in one convolution, with groups in a list."""
 
