@@ -106,14 +106,14 @@ def _pair(described: tuple[str, str]) -> str:
 
 def _large_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters of three axes or more of a module and of its convolutions; members of a list under one name."""
-    found = dict(module._parameters)
+    found: dict[str, Any] = dict(module._parameters)
     for name, child in module._modules.items():
         if isinstance(child, nn.ParameterList):
             found[f"{name}.*"] = next(iter(child), None)
         elif isinstance(child, nn.modules.conv._ConvNd):
             found[f"{name}.weight"] = child.weight
         elif isinstance(child, nn.ModuleList) and child and all(isinstance(c, nn.modules.conv._ConvNd) for c in child):
-            found[f"{name}.*.weight"] = child[0].weight  # pyright: ignore[reportArgumentType]
+            found[f"{name}.*.weight"] = child[0].weight
     return {n: value for n, value in found.items() if value is not None and value.dim() >= 3}
 
 
@@ -143,8 +143,9 @@ def left_out(model: nn.Module, found_names: Collection[str]) -> list[str]:
 def no_layer_message(model: nn.Module) -> str:
     """Why there is nothing to adapt in a model without KAN layers, in less than 400 characters."""
     likely = [f"`{name[-30:]}` ({type(model.get_submodule(name)).__name__:.20})" for name in left_out(model, ())[:3]]
+    others = "`find_kan_layers(model, candidates=True)` shows how" if likely else "Use `register_kan_layer`"
     return (
         f"No KAN layer was found in the model{'; candidates are ' if likely else ''}{', '.join(likely)}. "
         "Functions shared by all outputs (KAT, GR-KAN) take plain LoRA on their linear layers. "
-        "`find_kan_layers(model, candidates=True)` shows how to describe other layers."
+        f"{others} to describe other layers."
     )

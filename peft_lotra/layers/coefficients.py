@@ -160,17 +160,12 @@ class CoefficientTensor:
                 tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, 1))
         basis = 0
         for part, size in zip(parts, self._sizes, strict=False):
-            block = tensor if len(parts) == 1 else tensor[:, :, basis : basis + size[2]]
-            basis += size[2]
-            if len(part) == 1:
-                name, layout, lengths, stored, _ = part[0]
-                values[name] = layout.from_canonical(block, lengths, stored)
-                continue
             out = 0
             for name, layout, lengths, stored, shape in part:
-                own = block[out : out + shape[0], : shape[1], : shape[2]]
+                own = tensor[out : out + shape[0], : shape[1], basis : basis + shape[2]]
                 out += shape[0]
                 values[name] = layout.from_canonical(own, lengths, stored)
+            basis += size[2]
         return values
 
 

@@ -149,7 +149,7 @@ def fits(probe: Probe, spec: KANLayerSpec, strict: bool = True) -> bool:
 def _find(probe: Probe, tensors: Tensors) -> KANLayerSpec | None:
     """The coefficients alone."""
     found: KANLayerSpec | None = None
-    sizes: tuple[int | None, ...] = named_size(probe.layer, "o"), named_size(probe.layer, "i")
+    sizes: tuple[int | None, int | None] = named_size(probe.layer, "o"), named_size(probe.layer, "i")
     for name, value in tensors.items():
         if not 3 <= value.dim() <= _MOST_AXES:
             continue
@@ -157,7 +157,8 @@ def _find(probe: Probe, tensors: Tensors) -> KANLayerSpec | None:
         patterns = axis_patterns(value.shape, "kmnpqrst"[len(parts) % 8], sizes)
         specs = (_hypothesis((*parts, (name, pattern))) for pattern in patterns)
         if spec := next((spec for spec in specs if fits(probe, spec)), None):
-            found, sizes = spec, spec.locate(probe.layer).shape[:2]
+            found, (out, in_, _) = spec, spec.locate(probe.layer).shape
+            sizes = out, in_
     if found:
         return found
     specs = chain(_of_one_matrix(probe, tensors), _of_several_matrices(probe, tensors))

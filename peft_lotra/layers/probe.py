@@ -18,7 +18,7 @@ import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager, nullcontext
 from numbers import Number
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple, TypeVar
@@ -318,16 +318,15 @@ class Probe:
         return y
 
 
-def isolated(like: Tensor) -> ExitStack:
-    """A context in which gradients are computed, and the random generators are put back at the end."""
-    stack = ExitStack()
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.enable_grad())
-    stack.enter_context(torch.autocast(like.device.type, enabled=False))
-    if "torch._dynamo" in sys.modules:  # flashkan compiles its basis, which would take seconds
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-    stack.enter_context(torch.random.fork_rng([like.device] if like.device.type == "cuda" else []))
-    return stack
+@contextmanager
+def isolated(like: Tensor) -> Iterator[None]:
+    """Gradients are computed here, and the random generators are put back at the end."""
+    is_compiled = "torch._dynamo" in sys.modules  # flashkan compiles its basis, which would take seconds
+    stance = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+    generators = torch.random.fork_rng([like.device] if like.device.type == "cuda" else [])
+    plain = torch.autocast(like.device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), plain, stance, generators:
+        yield
 
 
 def _copy_of(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:

@@ -81,18 +81,6 @@ DESCRIBED = {
         (7, 4, 6),
         True,
     ),
-    "flattened lists": (
-        {"poly_weights": [(4, 15), (2, 20)], "extra": [(4, 3, 2), (2, 4, 2)], "base_weights": [(4, 3), (2, 4)]},
-        {"coefficients": [("poly_weights.*", "o (i k)"), ("extra.*", "o i m")], "residual": ("base_weights.*", "o i")},
-        (6, 4, 7),
-        True,
-    ),
-    "lists of lists": (
-        {"heads": [{"layers": [{"w": (2, 3, 5)}, {"w": (2, 3, 5)}]}, {"layers": [{"w": (1, 3, 5)}]}]},
-        {"coefficients": ("heads.*.layers.*.w", "o i k")},
-        (5, 3, 5),
-        False,
-    ),
     "a residual packed behind a kernel": (
         {"weight": (4, 18, 3)},
         {"coefficients": ("weight", "o ((i k) + i) ..."), "axes": {"i": 3}},

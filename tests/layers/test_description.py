@@ -78,6 +78,7 @@ def test_a_description_holds_no_functions_and_comes_back():
     read = spec_from_file("waves", description)
     assert read.locate(layer) == spec.locate(layer) and read.describe(layer) == description
     assert not read.matches(layer) and read.basis is None
+    assert spec_from_file("waves", {**description, "linear": False}).describe(layer) == description  # of older files
     for other in (copy.deepcopy(read), pickle.loads(pickle.dumps(read))):
         assert other.describe(layer) == description
 

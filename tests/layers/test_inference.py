@@ -29,11 +29,6 @@ class Polynomials(Layer):
         super().__init__(i, o, 4, **{"order": "i o k", "before": torch.tanh, **kwargs})
 
 
-class Normed(Polynomials):
-    def __init__(self, i, o):
-        super().__init__(i, o, residual="oi", after=nn.LayerNorm(o) if o > 2 else None)
-
-
 class Wavelets(orders.Wavelets):
     """Not linear in scale and translation; `dead` is no part of the sum."""
 
@@ -268,31 +263,6 @@ def test_a_file_of_another_version_that_left_parameters_out(tmp_path):
     del registry.REGISTERED["generic"]
     assert relative(PeftModel.from_pretrained(build(), tmp_path)(x), y) < 1e-6
     assert len(get_kan_spec(build()[0]).parts) == 3
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        Normed,
-        Flat,
-        Wavelets,
-        ScaledTwice,
-        RadialPart,
-    ],
-)
-def test_attach_merge_and_reload(make, tmp_path):
-    def build():
-        torch.manual_seed(0)
-        return nn.Sequential(make(3, 6), nn.Tanh(), make(6, 2))
-
-    x = torch.rand(8, 3)
-    model = get_peft_model(build(), LoTRAConfig(r=2, init_weights=False))
-    y = model(x)
-    assert relative(y, build()(x)) > 1e-3
-    model.save_pretrained(tmp_path)
-    assert relative(PeftModel.from_pretrained(build(), tmp_path)(x), y) < 1e-5
-    merged = model.merge_and_unload()
-    assert relative(merged(x), y) < 1e-5 and list(merged.state_dict()) == list(build().state_dict())
 
 
 class Formula(nn.Module):

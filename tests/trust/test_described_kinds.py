@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 from helpers import inputs, relative
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import nn
 
 from peft_lotra import (
@@ -92,27 +92,6 @@ def trained(model, x, steps=5, lr=0.03):
         (model(x) - 1).square().mean().backward()
         optimizer.step()
     return model
-
-
-def test_from_the_start_to_the_merge(case, tmp_path):
-    base, x, shape = case
-    (found,) = find_kan_layers(base)
-    assert (found.name, found.shape) == ("1", shape)
-    before, fresh = base(x).detach(), copy.deepcopy(base)
-    model = get_peft_model(base, LoTRAConfig(r=3))
-    assert torch.equal(model(x), before)
-    y = trained(model, x)(x).detach()
-    assert relative(y, before) > 1e-3
-    model.save_pretrained(tmp_path)
-    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(fresh), tmp_path)(x), y)
-    model.add_adapter("b", LoTRAConfig(r=2, init_weights=False))
-    rows = model.eval()(x, adapter_names=["default", "b", "__base__"] * 3)
-    torch.testing.assert_close(rows[::3], y[::3], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(rows[2::3], before[2::3], rtol=1e-4, atol=1e-5)
-    model.merge_adapter()
-    assert relative(model(x), y) < 1e-5
-    model.unmerge_adapter()
-    assert all(torch.equal(p, q) for p, q in zip(fresh.parameters(), model.unload().parameters(), strict=True))
 
 
 def test_gradient_start_spectra_and_extraction(case):
