@@ -310,7 +310,8 @@ class ParametricAdapter:
             ...     return [(lambda model, x: model(x) - torch.sin(c * x), x)]
             >>> family = ParametricAdapter(base, terms_of)
             >>> report = family.fit([2.0, 2.5, 3.0, 3.5], progress=False)
-            >>> found = family.calibrate(lambda model: model(x) - torch.sin(2.7 * x) - 0.01 * torch.randn(50, 1))
+            >>> u = torch.sin(2.7 * x) + 0.01 * torch.randn(50, 1)
+            >>> found = family.calibrate(lambda model: model(x) - u)
             >>> abs(found.parameter - 2.7) < 0.05
             True
         """
