@@ -66,7 +66,9 @@ class Prediction:
             family, estimate = self._family, math.nan
             if family._estimates is not None:
                 estimate = family._estimates.at(self._point, self._vector, family._space.nearest(self._point))
-            self._indicator = self._with(family._problem.indicator, self._point) if math.isnan(estimate) else estimate
+            if math.isnan(estimate):
+                estimate = float(self._with(family._problem.indicator, self._point))
+            self._indicator = estimate
         return self._indicator
 
     @property
@@ -310,15 +312,16 @@ class ParametricAdapter:
             ...     return [(lambda model, x: model(x) - torch.sin(c * x), x)]
             >>> family = ParametricAdapter(base, terms_of)
             >>> report = family.fit([2.0, 2.5, 3.0, 3.5], progress=False)
-            >>> found = family.calibrate(lambda model: model(x) - torch.sin(2.7 * x) - 0.01 * torch.randn(50, 1))
+            >>> u = torch.sin(2.7 * x) + 0.01 * torch.randn(50, 1)
+            >>> found = family.calibrate(lambda model: model(x) - u)
             >>> abs(found.parameter - 2.7) < 0.05
             True
         """
         if not self._space.members:
             raise ValueError("The family has no members yet: call `fit`.")
         check_function(residuals, "residuals")
-        space, residuals_at = self._space, lambda *at: Prediction(self, *at, extrapolated=False).apply(residuals)
-        point, covariance, noise = minimize(space, residuals_at)
+        found = minimize(self._space, lambda *at: Prediction(self, *at, extrapolated=False).apply(residuals))
+        point, covariance, noise = found
         error = argument(tuple(np.sqrt(covariance.diagonal()).tolist()))
         return Calibration(argument(point), error, covariance, noise, self.predict(argument(point)))
 

@@ -109,11 +109,8 @@ def _checked(residuals: Any, dim: int) -> Tensor:
     if not isinstance(residuals, Tensor) or not residuals.is_floating_point() or residuals.numel() <= dim:
         given = f"shape {tuple(residuals.shape)}" if isinstance(residuals, Tensor) else f"a {type(residuals).__name__}"
         raise ValueError(f"`residuals` returns {given}, but must return a tensor with more than {dim} real numbers.")
-    if residuals.dim() == 2 and residuals.shape[0] == residuals.shape[1]:
-        raise ValueError(
-            f"`residuals` returns {tuple(residuals.shape)}: values (n, 1) minus data (n,) are all pairs of them. Give "
-            "both the same shape."
-        )
+    if residuals.dim() == 2 and (n := len(residuals)) == residuals.shape[1]:
+        raise ValueError(f"`residuals` returns ({n}, {n}): values (n, 1) minus data (n,) are all pairs; reshape one.")
     if wrong := int((~residuals.isfinite()).sum()):
         raise ValueError(f"{wrong} of {residuals.numel()} residuals are NaN or infinite: leave such data out.")
     return residuals.detach().double().cpu().flatten()

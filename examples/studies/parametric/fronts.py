@@ -20,6 +20,7 @@ import json
 import statistics
 import time
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,7 +105,7 @@ def run(base: KAN, members: int, points: int, seed: int, unseen: np.ndarray) -> 
     seconds = time.process_time() - start
     own = np.stack([family.predict(c)(GRID).detach().numpy().ravel() for c in speeds])
     truth = np.stack([exact(GRID, c).numpy().ravel() for c in speeds])
-    fields = dict(zip(("POD, exact", "POD, projected"), pod(speeds, truth, unseen), strict=True))
+    fields: dict[str, Any] = dict(zip(("POD, exact", "POD, projected"), pod(speeds, truth, unseen), strict=True))
     fields["POD, members"] = pod(speeds, own, unseen)[0]
     fields["POD, shifted"] = shifted(speeds, unseen)
     fields["predicted"] = [family.predict(c)(GRID) for c in unseen]
