@@ -170,7 +170,7 @@ def _through_functions(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The jet of an activation or an `InputMap`: each output is f of one input, y'' = f'' z'^2 + f' z''."""
     if isinstance(module, InputMap):
-        z, first, second = (part if part is None else module.select(part) for part in (z, first, second))
+        z, first, second = module.select(z), module.select(first), None if second is None else module.select(second)
         y, slope, bend = module.evaluate(z)
     else:
         y, slope, bend = activation_derivatives(module, z)

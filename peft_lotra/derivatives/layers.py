@@ -37,7 +37,7 @@ class Jet(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Jet:
         """`function` of each part."""
-        return Jet(*(None if part is None else function(part) for part in self))
+        return Jet(function(self.value), function(self.first), None if self.second is None else function(self.second))
 
 
 def block_size(x: Tensor, stages: list[Stage], directions: int) -> int | None:
@@ -62,7 +62,8 @@ def evaluate_layer(stage: Stage, z: Tensor, first: Tensor, second: Tensor | None
     if stage.branches:
         return _evaluate_branches(stage, z, first, second, weights)
     if stage.is_linear:
-        weight, bias = stage.dense or ()
+        assert stage.dense is not None
+        weight, bias = stage.dense
         first = first.expand(len(first), *z.shape)
         return Jet(*Jet(z, first, second).map(lambda part: part @ weight.mT))._replace(value=F.linear(z, weight, bias))
     grid, shape, dense = stage.grid, stage.shape, stage.dense

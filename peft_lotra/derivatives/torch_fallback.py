@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -180,7 +180,7 @@ def activation_derivatives(module: nn.Module, z: Tensor) -> Sequence[Tensor]:
         slope = gate - gate.square()
         if kind is nn.Sigmoid:
             return gate, slope, slope * (1 - 2 * gate)
-        linear = beta * z > module.threshold  # where torch leaves the logarithm out
+        linear = beta * z > cast(Any, module).threshold  # where torch leaves the logarithm out
         return module(z), gate.masked_fill(linear, 1.0), (beta * slope).masked_fill(linear, 0.0)
     if kind is nn.GELU and module.approximate == "none":
         density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)

@@ -184,8 +184,10 @@ class LevenbergMarquardt:
         error = next(filter(None, self._shards.gather(problem.find_not_finite(residuals))), "")
         loss = math.nan if error else problem.loss(residuals)
         if not error:
-            factor = self._past and self._factor(self._past, loss)
-            past = self._past and (factor * self._past.matrix, factor * self._past.gradient)
+            past = None
+            if self._past is not None:
+                factor = self._factor(self._past, loss)
+                past = factor * self._past.matrix, factor * self._past.gradient
             linear = LinearModel(problem, residuals, self.floor, past, in_parameter_space=remembers)
             error = linear.error
         if error:
@@ -320,7 +322,7 @@ class LevenbergMarquardt:
 
     def _remembers(self, problem: LeastSquares, terms: list[Term], count: int) -> bool:
         """Whether residuals of former steps count in the step of these terms."""
-        if self.forgetting != "auto":
+        if not isinstance(self.forgetting, str):
             return self.forgetting > 0
         before = self._terms
         self._terms = [(function, [row.clone() for row in rows], weight) for function, rows, weight in terms]
@@ -339,7 +341,7 @@ class LevenbergMarquardt:
         the loss falls, former residuals are too large, and their errors with them: the factor is at most the fifth
         power of the mean ratio of losses.
         """
-        if self.forgetting != "auto":
+        if not isinstance(self.forgetting, str):
             return self.forgetting * (1.0 if past.agreement > 0.25 else 0.2)
         before, own = past.losses
         self._slope += 0.2 * (math.log(max(loss, 1e-300) / before) - self._slope)

@@ -119,7 +119,8 @@ def _add_layer(block: Gradients, record: LayerRecord, outputs: list[Tensor | Non
     second = None if second is None else second[:, rows]
     if record.grid is None:
         phi = torch.cat([z[rows].unsqueeze(0), first, *([] if second is None else [second])]).transpose(0, 1)
-        weight, bias = record.stage.dense or ()
+        assert record.stage.dense is not None
+        weight, bias = record.stage.dense
         for column, g in columns:
             _add(block, weight, column, g.mT @ phi)
             _add(block, bias, column, g[:, 0])
