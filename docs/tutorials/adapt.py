@@ -23,9 +23,19 @@ import torch
 from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, find_kan_layers, model_summary, start_from_gradient
+from peft_lotra import (
+    LoTRAConfig,
+    create_lotra_optimizer,
+    find_kan_layers,
+    model_summary,
+    start_from_gradient,
+)
 from peft_lotra.kan import KAN
-from peft_lotra.plotting import edge_changes, plot_edge_functions, plot_network_change
+from peft_lotra.plotting import (
+    edge_changes,
+    plot_edge_functions,
+    plot_network_change,
+)
 
 
 torch.set_num_threads(1)
@@ -34,7 +44,9 @@ STEPS = 300  # of each training
 
 
 def task(x, a):
-    return torch.cat([torch.sin(a * torch.pi * x[:, :1]), x[:, 1:] ** 2 - a * x[:, :1]], 1)
+    return torch.cat(
+        [torch.sin(a * torch.pi * x[:, :1]), x[:, 1:] ** 2 - a * x[:, :1]], 1
+    )
 
 
 def train(model, optimizer, a):
@@ -53,7 +65,10 @@ def train(model, optimizer, a):
 
 # %%
 kan = KAN([2, 16, 2])
-print("loss on the old task:", train(kan, torch.optim.Adam(kan.parameters(), lr=1e-2), a=1.0))
+print(
+    "loss on the old task:",
+    train(kan, torch.optim.Adam(kan.parameters(), lr=1e-2), a=1.0),
+)
 base = copy.deepcopy(kan)  # what a later session starts from
 find_kan_layers(kan)
 
@@ -66,7 +81,9 @@ find_kan_layers(kan)
 # %%
 model = get_peft_model(kan, LoTRAConfig(r=(4, 2, 4)))
 x = torch.rand(256, 2) * 2 - 1
-start_from_gradient(model, lambda: torch.nn.functional.mse_loss(model(x), task(x, 1.4)))
+start_from_gradient(
+    model, lambda: torch.nn.functional.mse_loss(model(x), task(x, 1.4))
+)
 optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=3e-2)
 print("loss on the new task:", train(model, optimizer, a=1.4))
 model_summary(model)
@@ -98,4 +115,8 @@ model = PeftModel.from_pretrained(base, "adapter")
 x = torch.rand(1000, 2) * 2 - 1
 adapted = model(x).detach()
 deployed = model.merge_and_unload()  # a plain KAN, with no trace of the adapter
-print(type(deployed).__name__, "largest difference to the adapted model:", (deployed(x) - adapted).abs().max().item())
+print(
+    type(deployed).__name__,
+    "largest difference to the adapted model:",
+    (deployed(x) - adapted).abs().max().item(),
+)

@@ -111,7 +111,9 @@ base = torch.nn.Sequential(KANLinear(64, 32), KANLinear(32, 10))
 base.load_state_dict(torch.load(hf_hub_download("{repo}", "base.pt")))
 """
 push_to_hub(model, repo, base_code=code)
-url = upload_file(path_or_fileobj="base.pt", path_in_repo="base.pt", repo_id=repo)
+url = upload_file(
+    path_or_fileobj="base.pt", path_in_repo="base.pt", repo_id=repo
+)
 print(url)
 
 # %% [markdown]
@@ -130,13 +132,17 @@ from peft_lotra import model_summary
 print(list_repo_files(repo))
 scope = {}
 exec(code, scope)
-served = PeftModel.from_pretrained(scope["base"], repo, subfolder="anna", adapter_name="anna")
+served = PeftModel.from_pretrained(
+    scope["base"], repo, subfolder="anna", adapter_name="anna"
+)
 for name in list(angles)[1:]:
     served.load_adapter(repo, subfolder=name, adapter_name=name)
 served.eval()
 difference = served(x, adapter_names=rows) - model(x, adapter_names=rows)
 print("largest difference:", difference.abs().max().item())
-right = served(x, adapter_names=["__base__"] * 2500).argmax(1) == y[:500].repeat(5)
+right = served(x, adapter_names=["__base__"] * 2500).argmax(1) == y[
+    :500
+].repeat(5)
 print("without adapters:", right.view(5, 500).double().mean(1))
 model_summary(served)
 
@@ -170,4 +176,7 @@ merged = served.merge_and_unload()
 torch.onnx.export(merged, (x[:2],), "emil.onnx", dynamo=True, verbose=False)
 session = onnxruntime.InferenceSession("emil.onnx")
 (found,) = session.run(None, {session.get_inputs()[0].name: x[:2].numpy()})
-print("largest difference in ONNX:", (torch.tensor(found) - merged(x[:2])).abs().max().item())
+print(
+    "largest difference in ONNX:",
+    (torch.tensor(found) - merged(x[:2])).abs().max().item(),
+)

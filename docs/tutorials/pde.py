@@ -51,7 +51,15 @@ def solved(v, steps, **options):
         u, du, d2u = jet(model, x)
         return du[1] - v * d2u[0] + u**3 - solution(x, v) ** 3
 
-    return solve(equation, low, high, distance=distance, lift=start, steps=steps, **options)
+    return solve(
+        equation,
+        low,
+        high,
+        distance=distance,
+        lift=start,
+        steps=steps,
+        **options,
+    )
 
 
 def error(model, v):
@@ -102,7 +110,10 @@ plot_history(adapted.history)
 import matplotlib.pyplot as plt
 
 
-line, times = torch.linspace(-1, 1, 81).double(), torch.linspace(0, 2, 81).double()
+line, times = (
+    torch.linspace(-1, 1, 81).double(),
+    torch.linspace(0, 2, 81).double(),
+)
 grid = torch.cartesian_prod(line, times)
 with torch.no_grad():
     fields = {"solution": solution(grid, 0.15), "adapted": adapted.model(grid)}
@@ -110,8 +121,18 @@ fields["error"] = fields["adapted"] - fields["solution"]
 figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
 for axis, (name, values) in zip(axes, fields.items(), strict=True):
     field, most = values.view(81, 81).T, values.abs().max()
-    picture = axis.imshow(field, "RdBu_r", extent=(-1, 1, 0, 2), aspect="auto", origin="lower", vmin=-most, vmax=most)
-    axis.contour(line, times, field, 5, colors="black", linewidths=0.7)  # dashed below zero
+    picture = axis.imshow(
+        field,
+        "RdBu_r",
+        extent=(-1, 1, 0, 2),
+        aspect="auto",
+        origin="lower",
+        vmin=-most,
+        vmax=most,
+    )
+    axis.contour(
+        line, times, field, 5, colors="black", linewidths=0.7
+    )  # dashed below zero
     axis.set(title=name, xlabel="x", ylabel="t")
     figure.colorbar(picture, ax=axis, shrink=0.7)
 

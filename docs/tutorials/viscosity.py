@@ -85,7 +85,9 @@ def exact(x, v):
     y = np.pi * (x[:, :1] - torch.sqrt(4 * v * t) * torch.from_numpy(nodes))
     density = torch.exp(-torch.cos(y) / (2 * np.pi * v))
     density = density * torch.from_numpy(weights)
-    return -(density * torch.sin(y)).sum(1, keepdim=True) / density.sum(1, keepdim=True)
+    return -(density * torch.sin(y)).sum(1, keepdim=True) / density.sum(
+        1, keepdim=True
+    )
 
 
 truth = 0.05
@@ -129,7 +131,9 @@ for axis in axes[:2]:
 colors = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}
 dots = axes[0].scatter(x[:, 0], x[:, 1], c=u[:, 0], s=12, **colors)
 axes[0].set(title="data", xlim=(-1, 1), ylim=(0, 1))
-axes[1].imshow(field, extent=(-1, 1, 0, 1), origin="lower", aspect="auto", **colors)
+axes[1].imshow(
+    field, extent=(-1, 1, 0, 1), origin="lower", aspect="auto", **colors
+)
 axes[1].set(title=f"field at v = {found.parameter:.4f}")
 figure.colorbar(dots, ax=axes[1])
 axes[2].plot(values, posterior, label="posterior")

@@ -111,7 +111,7 @@ def refine_grid(
     first, before = splines[0], kan.layers[0]
     old_map = new_map = before if isinstance(before, KnotMap) and kan.layers[1] is first else None
     has_slim = any(isinstance(layer, SlimKANLinear) for layer in splines)
-    adapted = [name for name, layer in kan.layers.named_children() if _is_adapted(layer)]
+    adapted = [name for name, layer in kan.layers.named_children() if _without_adapters(layer) is not layer]
     is_nested = density is None and (samples is None or exact) and not any(grid_size % s.grid_size for s in splines)
     if adapted and not is_nested:
         raise ValueError(
@@ -145,7 +145,7 @@ def refine_grid(
     errors, outside, carried = {}, {}, []
     for name, layer in kan.layers.named_children():
         part: Any = layer
-        layer = part.base_layer if _is_adapted(part) else part
+        layer = _without_adapters(part)
         if isinstance(layer, SplineLayer):
             low, high = layer.grid_bounds.unbind(-1)
             outside[name] = 0.0 if samples is None else ((samples < low) | (samples > high)).double().mean().item()
@@ -179,8 +179,7 @@ def _check_layers(kan: LayerStack, grid_size: int) -> list[SplineLayer]:
     parameters = {KANLinear: {"spline_weight", "base_weight"}, SlimKANLinear: set(Tucker._fields[:4])}
     splines = []
     for name, layer in kan.layers.named_children():
-        if _is_adapted(layer):
-            layer = layer.base_layer
+        layer = _without_adapters(layer)
         if isinstance(layer, SplineLayer) and parameters.get(type(layer)) == set(dict(layer.named_parameters())):
             check_grid(grid_size, layer.spline_order)
             splines.append(layer)
@@ -193,9 +192,9 @@ def _check_layers(kan: LayerStack, grid_size: int) -> list[SplineLayer]:
     return splines
 
 
-def _is_adapted(layer: Any) -> bool:
-    """Whether a layer has adapters that it can carry to another base layer, and that are not merged into it."""
-    return hasattr(layer, "carry_to") and not layer.merged
+def _without_adapters(layer: Any) -> nn.Module:
+    """The base layer of one whose adapters can be carried to another one, if they are not merged into it."""
+    return layer.base_layer if hasattr(layer, "carry_to") and not layer.merged else layer
 
 
 def _extended(layer: SplineLayer, z: Tensor, grid_size: int) -> tuple[Tensor, int]:

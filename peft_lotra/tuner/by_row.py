@@ -60,7 +60,7 @@ def _product(base_layer: Any, formula: Formula | None, updates: RowUpdates, rows
     spec, tensor = formula.spec, formula.tensor
     # the base is frozen
     coefficients, residual = (None if it is None else it.detach() for it in tensor.read_parts(base_layer))
-    scale: Any = spec.scale(base_layer) if spec.scale is not None else None
+    scale: Any = spec.scale(base_layer)
     scale = None if scale is None else scale.detach()
     assert coefficients is not None
     matrix = (coefficients if scale is None else coefficients * scale.unsqueeze(-1)).permute(2, 1, 0).flatten(0, 1)
