@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SPEC = importlib.util.spec_from_file_location("render", ROOT / "docs" / "render.py")
 render = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(render)
-SHOWN = [ROOT / "README.md", *(path for path in (ROOT / "docs").rglob("*.md") if path.name != "index.md")]
+SHOWN = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 
 
 def test_pages_are_those_of_their_scripts():

@@ -43,8 +43,8 @@ LINKS = sorted(
 
 
 def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 150
-    assert len(README.split()) <= 1200
+    assert len(README.splitlines()) <= 132
+    assert len(README.split()) <= 920
 
 
 @pytest.mark.parametrize("task", ["pykan", "customers", "pde"])

@@ -15,10 +15,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "examples" / "studies" / "results"
-TABLE = re.search(r"<!-- results: .*?-->\n(.*?)\n<!-- results: end -->", (ROOT / "README.md").read_text(), re.DOTALL)[
-    1
-]
-ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in TABLE.splitlines()[2:]]
+README = (ROOT / "README.md").read_text()
+
+
+def rows(name: str) -> list[list[str]]:
+    """The cells of a table of README.md, without its headers."""
+    lines = re.search(rf"<!-- {name}: .*?-->\n(.*?)\n<!-- {name}: end -->", README, re.DOTALL)[1].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def load(name: str) -> dict:
@@ -36,39 +39,38 @@ def error(family: str, target: str, method: str, key: str = "error") -> float:
     return 100 * row[key]
 
 
-def milliseconds(width: int, batch: int, method: str) -> float:
-    rows = load("benchmarks/cpu.json")["training_step"]["rows"]
-    found = [r for r in rows if (r["kan"], r["widths"], r["batch"]) == ("own KAN", [width, width], batch)]
-    return found[0]["ms"][method]["total"][1]
+PARTS = {
+    "digits rotated and noisy": "digits, rotated and noisy (quickstart)",
+    "the same on pykan": "pykan: rotated and noisy",
+    "digits to MNIST": "digits to MNIST",
+}
 
 
-def expected() -> list[tuple[str, float, float]]:
-    """The start of each line, full fine-tuning and LoTRA."""
-    parts = ("digits, rotated and noisy (quickstart)", "efficient-kan: rotated and noisy", "pykan: rotated and noisy")
-    names = ("digits rotated and noisy", "the same on efficient-kan", "the same on pykan", "digits to MNIST")
-    rows = [
-        (name, accuracy(part, "full fine-tuning"), accuracy(part, "gradient (16, 16, 6)"))
-        for name, part in zip(names, (*parts, "digits to MNIST"), strict=True)
-    ]
-    fifth = "error_at_a_fifth_of_the_seconds"
-    for name, family, target in (("Allen-Cahn, middle", "allen_cahn", "middle"), ("Burgers, far", "burgers", "far")):
-        rows.append((name, error(family, target, "full_adam"), error(family, target, "lotra_lm", fifth)))
-    case = ("allen_cahn", "middle")
-    rows.append(("Allen-Cahn, middle: error %, both", error(*case, "full_lm"), error(*case, "lotra_lm")))
-    for width, batch in ((16, 256), (1024, 1024)):
-        values = (milliseconds(width, batch, method) for method in ("full fine-tuning", "LoTRA"))
-        rows.append((f"a training step, {width} -> {width}, batch {batch}", *values))
-    return rows
+@pytest.mark.parametrize(("row", "part"), list(zip(rows("results"), PARTS.items(), strict=True)))
+def test_accuracies(row: list[str], part: tuple[str, str]) -> None:
+    assert row[0].startswith(part[0])
+    full, lotra = (accuracy(part[1], method) for method in ("full fine-tuning", "gradient (16, 16, 6)"))
+    check(row[1], full)
+    check(row[2], lotra, lotra < full)
 
 
-@pytest.mark.parametrize(("row", "truth"), list(zip(ROWS, expected(), strict=True)), ids=lambda x: str(x[0])[:30])
-def test_a_line_has_the_numbers_of_the_results(row: list[str], truth: tuple[str, float, float]) -> None:
-    name, full, lotra = truth
-    assert row[0].startswith(name)
-    for cell, value in zip(row[1:3], (full, lotra), strict=True):
-        text = cell.removesuffix(" ▲")
-        digits = len(text.partition(".")[2])
-        assert float(text) == pytest.approx(round(value, digits), rel=1e-9)
-    more_is_better = "accuracy" in row[0] or "the same on" in row[0]
-    loses = lotra < full if more_is_better else lotra > full
-    assert row[2].endswith("▲") == loses
+CASES = [("Allen-Cahn, moderate", "allen_cahn", "middle"), ("Burgers, large", "burgers", "far")]
+
+
+@pytest.mark.parametrize(("row", "case"), list(zip(rows("pdes"), CASES, strict=True)))
+def test_errors_of_pdes(row: list[str], case: tuple[str, str, str]) -> None:
+    name, *case = case
+    assert row[0] == name
+    adam, lm, lotra = (error(*case, method) for method in ("full_adam", "full_lm", "lotra_lm"))
+    early = error(*case, "lotra_lm", "error_at_a_fifth_of_the_seconds")
+    for cell, value, loses in zip(
+        row[1:], (adam, early, lm, lotra), (False, early > adam, False, lotra > lm), strict=True
+    ):
+        check(cell, value, loses)
+
+
+def check(cell: str, value: float, loses: bool = False) -> None:
+    """The cell has the value, in its digits, and a mark if LoTRA loses."""
+    text = cell.removesuffix(" ▲")
+    assert float(text) == pytest.approx(round(value, len(text.partition(".")[2])), rel=1e-9)
+    assert cell.endswith("▲") == loses
