@@ -82,9 +82,26 @@ _LATER = {
 }
 
 
+_GONE = {
+    "ExtractionReport": "`extract_lotra` makes it; import it from `peft_lotra.compress.extract`",
+    "FamilyReport": "`ParametricAdapter.fit` returns it; import it from `peft_lotra.parametric`",
+    "FoundKANLayer": "`find_kan_layers` returns it; import it from `peft_lotra.layers.registry`",
+    "KANCandidate": "`find_kan_layers` returns it; import it from `peft_lotra.layers.candidates`",
+    "KANLayerReport": "`check_kan_layer` returns it; import it from `peft_lotra.tuner.check`",
+    "ModelSummary": "`model_summary` returns it; import it from `peft_lotra.summary`",
+    "Prediction": "`ParametricAdapter.predict` returns it; import it from `peft_lotra.parametric`",
+    "RefitReport": "`refit_adapters` returns it; import it from `peft_lotra.tuner.refit`",
+    "SlimReport": "`slim` makes it; import it from `peft_lotra.compress.slim`",
+    "Spectrum": "`update_spectrum` returns it; import it from `peft_lotra.compress.spectra`",
+    "enable_mixed": "inject the other method by PEFT's `inject_adapter_in_model` (recipe in docs/serving.md)",
+}
+
+
 def __getattr__(name: str) -> Any:
     if name in ("hub", "optim", "parametric", "pde", "plotting"):
         return import_module(f".{name}", __name__)
+    if name in _GONE:
+        raise AttributeError(f"`peft_lotra.{name}` is gone: {_GONE[name]}.")
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{_LATER[name]}", __name__), name)

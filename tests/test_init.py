@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import subprocess
 import sys
 
@@ -20,6 +22,18 @@ def run(code: str) -> str:
 @pytest.mark.parametrize("name", peft_lotra.__all__)
 def test_every_public_name_is_there(name):
     assert getattr(peft_lotra, name) is not None and name in dir(peft_lotra)
+
+
+def test_names_are_sorted():
+    assert peft_lotra.__all__ == sorted(peft_lotra.__all__, key=lambda name: (not name[0].isupper(), name))
+
+
+@pytest.mark.parametrize(("name", "text"), peft_lotra._GONE.items())
+def test_a_name_that_is_gone(name, text):
+    with pytest.raises(AttributeError, match=f"`peft_lotra.{name}` is gone"):
+        getattr(peft_lotra, name)
+    if module := re.search("import it from `(.*)`", text):
+        assert getattr(importlib.import_module(module[1]), name)
 
 
 def test_an_unknown_name():
