@@ -161,10 +161,12 @@ class KANLayerSpec:
 
     def read_grid(self, layer: nn.Module) -> Grid:
         """The state that gives the coefficients of a layer their meaning, by name, without missing entries."""
-        names = [member for name in self.grid for member in expand_name(layer, name)]
+        names = [each for name in self.grid for each in (expand_name(layer, name) if "*" in name else (name,))]
         values: dict[str, Any] = {name: get_or_none(layer, name) for name in names}
-        is_numpy = {name: isinstance(value, Number) and hasattr(value, "item") for name, value in values.items()}
-        return {n: value.item() if is_numpy[n] else value for n, value in values.items() if value is not None}
+        for name, value in values.items():
+            if isinstance(value, Number) and hasattr(value, "item"):  # of numpy
+                values[name] = value.item()
+        return {name: value for name, value in values.items() if value is not None}
 
     def check_names(self, layer: nn.Module) -> None:
         """Raises a `ValueError` if a layer lacks an attribute that `grid` or `grid_methods` names."""
@@ -183,9 +185,10 @@ class KANLayerSpec:
 
     def scale(self, layer: nn.Module) -> torch.Tensor | None:
         """The scales of the edges (out, in) in the formula of the fast path, or `None` if the layer has none."""
-        name, pattern = self.edge_scale or ("", "")
-        value = get_or_none(layer, name)
-        return value.t() if value is not None and pattern == "i o" else value
+        if self.edge_scale is None:
+            return None
+        value = get_or_none(layer, self.edge_scale[0])
+        return value.t() if value is not None and self.edge_scale[1] == "i o" else value
 
     def read_edge_scale(self, layer: nn.Module, tensor: CoefficientTensor) -> torch.Tensor | None:
         """The scales of the edges, (out, in, 1) or (out, in, 1, kernel), or `None` if the layer has none."""

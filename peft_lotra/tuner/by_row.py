@@ -76,7 +76,7 @@ def _product(base_layer: Any, formula: Formula | None, updates: RowUpdates, rows
         assert spec.basis is not None
         functions = spec.basis(base_layer, rows).transpose(1, 2)
         y = product.of_functions(functions if factors is None else torch.cat([functions, factors.unsqueeze(1)], 1))
-    bias = get_or_none(base_layer, spec.bias or "")
+    bias = None if spec.bias is None else get_or_none(base_layer, spec.bias)
     return y if bias is None else y + bias
 
 

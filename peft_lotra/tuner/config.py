@@ -151,9 +151,9 @@ class LoTRAConfig(PeftConfig):
             The probability with which the adapter of a whole layer is skipped in a training step.
         init_weights (`bool`, `"gradient"` or `"hosvd"`):
             How the adapter starts. `True` draws random factors, `"gradient"` takes them from the gradient that
-            [`preprocess_lotra`] gathered ([`start_from_gradient`] does it later, with less), and `"hosvd"` from the leading singular vectors of the base layer's own
-            coefficients; each time the update is zero, so that the adapted model equals its base. `False` draws an
-            update at random, which is for tests only.
+            [`preprocess_lotra`] gathered (simpler: [`start_from_gradient`] afterwards), and `"hosvd"` from the leading
+            singular vectors of the base layer's own coefficients; each time the update is zero, so that the adapted
+            model equals its base. `False` draws an update at random, which is for tests only.
         train (`Optional[list[str]]`):
             The components that are trained, of `"core"`, `"factor_out"`, `"factor_in"`, `"factor_basis"` and
             `"factor_kernel"`; `None` (the default) trains all. The others are saved with the adapter, but keep the

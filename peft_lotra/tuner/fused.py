@@ -63,7 +63,7 @@ class Formula(NamedTuple):
             return False
         # layers of other libraries may flatten the leading dimensions
         fits = x.shape[-1:] == self.tensor.shape[1:2] and (x.dim() == 2 or self.spec.is_of_this_package(base_layer))
-        same = x.dtype == stored.dtype and all(update.tensor.core.dtype == x.dtype for update in updates)
+        same = x.dtype == stored.dtype and all(update.tensor[0].dtype == x.dtype for update in updates)
         return fits and same and not runs_more_than_its_class(base_layer)
 
     # no property or sum of a generator: compiled code does not know them of tuples
@@ -134,7 +134,7 @@ class Formula(NamedTuple):
             y = torch.addmm(y, activation, residual.t())  # a weight without gradient costs none in the backward pass
             if left is not None and right_residual is not None:
                 y = torch.addmm(y, F.linear(activation, right_residual), left.t())
-        bias = get_or_none(base_layer, spec.bias or "")
+        bias = None if spec.bias is None else get_or_none(base_layer, spec.bias)
         return y if bias is None else y + bias
 
 
