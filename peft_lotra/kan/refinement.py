@@ -192,9 +192,9 @@ def _check_layers(kan: LayerStack, grid_size: int) -> list[SplineLayer]:
     return splines
 
 
-def _without_adapters(layer: Any) -> nn.Module:
-    """The base layer of one whose adapters can be carried to another one, if they are not merged into it."""
-    return layer.base_layer if hasattr(layer, "carry_to") and not layer.merged else layer
+def _without_adapters(layer: nn.Module) -> nn.Module:
+    """The layer itself, or the one inside that has no adapters, if these can be carried over."""
+    return getattr(layer, "unadapted", layer)
 
 
 def _extended(layer: SplineLayer, z: Tensor, grid_size: int) -> tuple[Tensor, int]:

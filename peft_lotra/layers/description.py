@@ -164,8 +164,8 @@ class KANLayerSpec:
         names = [each for name in self.grid for each in (expand_name(layer, name) if "*" in name else (name,))]
         values: dict[str, Any] = {name: get_or_none(layer, name) for name in names}
         for name, value in values.items():
-            if isinstance(value, Number) and hasattr(value, "item"):  # of numpy
-                values[name] = value.item()
+            if isinstance(value, Number) and (item := getattr(value, "item", None)):  # of numpy
+                values[name] = item()
         return {name: value for name, value in values.items() if value is not None}
 
     def check_names(self, layer: nn.Module) -> None:

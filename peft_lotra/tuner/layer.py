@@ -288,6 +288,11 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self._modules["base_layer"] = layer.train(mode)
         self.grid_is_new()
 
+    @property
+    def unadapted(self) -> nn.Module:
+        """The base layer; the layer itself while adapters are merged, which cannot be carried to another base."""
+        return self if self.merged else self._modules["base_layer"]
+
     @torch.no_grad()
     def carry_to(self, layer: nn.Module, transfer: torch.Tensor) -> None:
         """Puts a layer on another grid in the place of the base layer, and expresses all adapters on it.

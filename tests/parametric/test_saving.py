@@ -22,7 +22,7 @@ from peft_lotra import ParametricAdapter
 from peft_lotra.kan import KAN
 
 
-SPACE = Path(__file__).parents[2] / "examples" / "space" / "family"
+LEGACY = Path(__file__).parents[1] / "legacy" / "family"
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +66,10 @@ def test_a_family_of_two_logarithmic_parameters(base, tmp_path):
 
 
 def test_a_file_of_an_earlier_version():
-    """The family of the Space, with the hash of its members that is not written any more."""
+    """With a hash of its members, which is not written any more."""
     base = KAN([2, 10, 10, 1], 8, dtype=torch.float64)
-    base.load_state_dict(load_file(SPACE / "base.safetensors"))
-    family = ParametricAdapter.from_pretrained(base, SPACE)
+    base.load_state_dict(load_file(LEGACY / "base.safetensors"))
+    family = ParametricAdapter.from_pretrained(base, LEGACY)
     assert len(family.parameters) == 32 and family.parameters[0] == pytest.approx(0.02)
     x = torch.tensor([[0.0, 0.5], [0.3, -0.2]], dtype=torch.float64)
     assert not torch.allclose(family.predict(0.03)(x), base(x)) and family.predict(0.03)(x).isfinite().all()
