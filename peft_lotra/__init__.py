@@ -93,7 +93,7 @@ _GONE = {
     "RefitReport": "`refit_adapters` returns it; import it from `peft_lotra.tuner.refit`",
     "SlimReport": "`slim` makes it; import it from `peft_lotra.compress.slim`",
     "Spectrum": "`update_spectrum` returns it; import it from `peft_lotra.compress.spectra`",
-    "enable_mixed": "inject the other method by PEFT's `inject_adapter_in_model` (recipe in docs/serving.md)",
+    "enable_mixed": "inject the other method by PEFT's `inject_adapter_in_model` (docs/recipes/lotra_and_lora.md)",
 }
 
 

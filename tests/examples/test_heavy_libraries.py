@@ -1,13 +1,15 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Libraries that the tests do without, as they are on PyPI: pip install -e ".[test,heavy,peers]", then pytest
+"""Libraries that the tests do without, as they are on PyPI: pip install -e ".[test,heavy,peers,serve]", then pytest
 tests/examples."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,14 @@ def test_lycoris(tmp_path, monkeypatch):
     results = json.loads((tmp_path / "beside_lycoris_quick.json").read_text())
     assert set(results["modules that create_lycoris wraps"].values()) == {0}
     assert results["parameters"]["LoKr"] <= results["parameters"]["LoTRA, gradient start"] == 4752
+
+
+def test_ray_serve(tmp_path):
+    """Each answer is that of the bank, though a replica is killed and an adapter replaced meanwhile."""
+    pytest.importorskip("ray")
+    script = EXAMPLES.parent / "serve" / "load_test.py"
+    subprocess.run([sys.executable, script, "--quick", "--output", tmp_path], check=True, timeout=280)
+    results = json.loads((tmp_path / "serve.json").read_text())
+    runs = [*results["runs"], results["accident"]]
+    assert len(runs) == 5 and all(run["requests"] >= 200 and run["wrong"] == 0 for run in runs)
+    assert results["accident"]["wrong after the reload"] == 0
