@@ -137,7 +137,7 @@ def test_the_module_that_slim_kan_had_before_is_replaced():
 def test_the_files_name_no_place_and_hold_no_code():
     files = [path for path in LEGACY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert {path.suffix for path in files} == {".py", ".json", ".safetensors"}
-    assert sum(path.stat().st_size for path in files) < 200_000
+    assert sum(path.stat().st_size for path in files) < 350_000
     for name in CASES:
         assert (LEGACY / name / BASE).exists() != (LEGACY / name / "base").exists()
         path = json.loads((LEGACY / name / CONFIG).read_text())["base_model_name_or_path"]
