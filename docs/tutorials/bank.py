@@ -145,4 +145,4 @@ print(one.names, sorted(path.name for path in Path("customer_7").iterdir()))
 
 # %% [markdown]
 # A server of forecasts in one page: [many adapters and
-# serving](../serving/).
+# serving](../serving.md).

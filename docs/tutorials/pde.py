@@ -139,5 +139,5 @@ for axis, (name, values) in zip(axes, fields.items(), strict=True):
 # %% [markdown]
 # ## Further: other equations
 #
-# [PDEs](../../pde/) has who wins (an MLP often does), conditions as terms, continuation to hard parameters, the parts
+# [PDEs](../pde.md) has who wins (an MLP often does), conditions as terms, continuation to hard parameters, the parts
 # of `solve`, and what was measured.

@@ -156,4 +156,4 @@ for _ in range(40):
 print(f"{covered} of 40 intervals cover the truth")
 
 # %% [markdown]
-# [Families of adapters](../../parametric/) says how members are chosen, and how far predictions are off.
+# [Families of adapters](../parametric.md) says how members are chosen, and how far predictions are off.
