@@ -96,7 +96,10 @@ def draw(results: dict, peers: dict, path: Path) -> None:
         )
         for method, found in {"ours": runs, **peers.get(name, {})}.items():
             label = label_of(method)
-            style = lines.setdefault(label, pictures.STYLES[len(lines)]) | {"markersize": 3.5, "linewidth": 1}
+            style = lines.setdefault(label, pictures.STYLES[len(lines) % len(pictures.STYLES)]) | {
+                "markersize": 3.5,
+                "linewidth": 1,
+            }
             for run in found:
                 seconds, _, errors = zip(*run["curve"], strict=True)
                 below.loglog(seconds, errors, **style, label=label if run is found[0] else None)
