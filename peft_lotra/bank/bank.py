@@ -19,8 +19,8 @@ from ..kan.row_product import PackedTucker, RowGroups, group_rows
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
 from ..modules.calls import LayerLock, modules_of, unwrap
+from ..tucker import full_shape
 from ..tuner.base_record import record_layer
-from ..tuner.by_row import full_shape
 from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer, lotra_layers
 from ..tuner.rows import ForwardPass, check_names

@@ -14,9 +14,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..layers.registry import PREFIX
-from ..tucker import Tucker, Update
+from ..tucker import Tucker, Update, full_shape
 from ..tuner.base_record import record_layer
-from ..tuner.by_row import full_shape
 from ..tuner.config import LoTRAConfig
 from ..tuner.initialization import initialize
 from ..tuner.layer import COMPONENTS, lotra_layers

@@ -98,9 +98,8 @@ class RowGroups(NamedTuple):
 
     def batch(self) -> int:
         """The number N of rows."""
-        of_rows = (
-            self.index if self.places is None else self.places
-        )  # not `len`, which `torch.export` makes a constant
+        # not `len`, which `torch.export` makes a constant
+        of_rows = self.index if self.places is None else self.places
         return of_rows.shape[0] * (self.size if self.places is None else 1)
 
     def of_rows(self) -> Tensor:
