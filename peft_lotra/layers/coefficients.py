@@ -122,7 +122,8 @@ class CoefficientTensor:
 
         They are views where layouts allow it. `parameters` replace those of the layer.
         """
-        tensors = self._canonical({**self.read_parameters(layer), **(parameters or {})}.values())
+        given = parameters or {}
+        tensors = self._canonical(given[n] if n in given else attrgetter(n)(layer) for n in self.parameters)
         residual = tensors.pop()[:, :, 0] if self.separate_residual else None
         tensor = torch.cat(tensors, dim=2) if len(tensors) > 1 else tensors[0]
         basis = self.shape[2]

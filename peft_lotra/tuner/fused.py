@@ -94,8 +94,9 @@ class Formula(NamedTuple):
             update = ()
         if scale is not None:
             coefficients = coefficients * scale.unsqueeze(-1)
-        y = self.evaluate(base_layer, x.reshape(-1, in_features), coefficients, residual, update)
-        return y.view(*x.shape[:-1], out)
+        rows = x if x.dim() == 2 else x.reshape(-1, in_features)
+        y = self.evaluate(base_layer, rows, coefficients, residual, update)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], out)  # a view would cost compiled code a tenth of a step
 
     def evaluate(
         self,

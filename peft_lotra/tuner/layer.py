@@ -28,7 +28,7 @@ from .config import LoTRAConfig
 from .fused import Formula, find_formula, runs_more_than_its_class
 from .initialization import initialize
 from .parameters import check_stored, gradients_kept, loaded, refuse_grid_change, without_autocast
-from .rows import ForwardPass, current_pass, names_of_rows, run_by_name
+from .rows import FORWARD_PASS, ForwardPass, names_of_rows, run_by_name
 
 
 # The components of adapters, as state dicts have them; a layer without a kernel has all but the last.
@@ -154,7 +154,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """
         modules = self._modules
         parts = [getattr(modules[name], adapter_name) for name in self.adapter_layer_names]
-        return Tucker(*parts)
+        return tuple.__new__(Tucker, parts)  # for each forward pass: without the Python call of `Tucker.__new__`
 
     @torch.no_grad()
     def set_components(self, adapter_name: str, components: Tucker) -> None:
@@ -321,19 +321,17 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             for v in grid.values()
             if isinstance(v, torch.Tensor) and v.device.type != "cpu" and not v.is_inference()
         )
-        if self._grid_state is None and any(
-            isinstance(v, torch.Tensor) and v.is_meta for v in self.lotra_grid.values()
-        ):
-            self.lotra_grid = self.copy_grid()  # there were no values when the adapters were attached
         if state and state == self._grid_state:
             return
+        if any(isinstance(v, torch.Tensor) and v.is_meta for v in self.lotra_grid.values()):
+            self.lotra_grid = self.copy_grid()  # there were no values when the adapters were attached
         if not same_grid(self.lotra_grid, grid):
             raise RuntimeError(
                 f"The grid of `{self.lotra_name}` ({self.lotra_spec.family}) was moved after its adapters had been "
                 "attached, which gives them another meaning. Move it back, or carry them over by "
                 "`peft_lotra.refit_adapters(model, inputs, move)`."
             )
-        if state != self._grid_state:
+        if state:
             self._grid_state = state
 
     def _warn_of_far_inputs(self, x: Any) -> None:
@@ -361,7 +359,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             with loaded(self):
                 return self.forward(*args, **kwargs)
         names = kwargs.pop("adapter_names", None)
-        current = current_pass()
+        current = None if torch.compiler.is_compiling() else FORWARD_PASS.get()
         if names is None and current is not None:
             names = current.names
         if self._disable_adapters and self.merged_adapters:
@@ -467,16 +465,16 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 self.merged_adapters = [*self.merged_adapters, *names]
 
     @torch.no_grad()
-    def check_merge(self, adapter_names: Iterable[str], safe_merge: bool = False) -> None:
+    def check_merge(self, adapter_names: list[str], safe_merge: bool = False) -> None:
         """Raises what `merge` would raise, and a ValueError for parameters that are computed from others."""
-        names, base_layer = self._present(adapter_names), self.get_base_layer()
-        if not names:  # a grid may move once all is merged
+        base_layer = self.get_base_layer()
+        if not adapter_names:  # a grid may move once all is merged
             return
         self.check_grid()
         for parameter in self.lotra_tensor.parameters if "core" not in base_layer._parameters else ():
             check_stored(self.lotra_name, base_layer, parameter)
         updates: list[Update] = []
-        for name in names if safe_merge else ():
+        for name in adapter_names if safe_merge else ():
             updates.append(self.update_of(name))
             values = (updates[-1].dense(), *self._parameters_with(updates).values())  # a Slim layer has components
             if not all(value.isfinite().all() for value in values):

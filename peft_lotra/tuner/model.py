@@ -263,8 +263,8 @@ class LoTRAModel(BaseTuner):
         """Checks all layers before the first is merged."""
         check_known(adapter_names or (), self.peft_config)
         for _, layer in lotra_layers(self.model):
-            names = [n for n in adapter_names or layer.active_adapters if n not in layer.merged_adapters]
-            layer.check_merge(names, safe_merge)
+            names = adapter_names or layer.active_adapters
+            layer.check_merge([n for n in names if n in layer.lotra_r and n not in layer.merged_adapters], safe_merge)
 
     def _unload_and_optionally_merge(
         self,

@@ -39,11 +39,6 @@ class ForwardPass(NamedTuple):
 FORWARD_PASS: ContextVar[ForwardPass | None] = ContextVar("lotra_forward_pass", default=None)
 
 
-def current_pass() -> ForwardPass | None:
-    """The forward pass that this thread is in; None in compiled graphs."""
-    return None if torch.compiler.is_compiling() else FORWARD_PASS.get()
-
-
 def check_names(names: Any) -> tuple[str, ...]:
     """The names of adapters of rows as a tuple; a ValueError for what is no list of strings."""
     found = () if isinstance(names, (str, bytes)) or not isinstance(names, Iterable) else tuple(names)
@@ -57,7 +52,7 @@ def check_names(names: Any) -> tuple[str, ...]:
 
 def pass_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """A forward pre-hook of PEFT's `modules_to_save` wrappers, which take the names of the rows as an argument."""
-    found = current_pass()
+    found = None if torch.compiler.is_compiling() else FORWARD_PASS.get()
     if found is not None and found.names is not None:
         own: Any = module.modules_to_save  # an adapter without a copy has the base's module
         kwargs = {**kwargs, "adapter_names": [name if name in own else "__base__" for name in found.names]}

@@ -152,8 +152,9 @@ def locate_target(name: str, module: nn.Module, record: Mapping[str, Any] | None
         return module.base_before_merge()
     spec = get_recorded_spec(module, record)
     if spec is None:
+        subject = f"Target module `{name}`" if name else "The layer"
         raise ValueError(
-            f"Target module `{name}` is a {type(module).__name__}, which is not a KAN layer that LoTRA knows. "
+            f"{subject} is a {type(module).__name__}, which is not a KAN layer that LoTRA knows. "
             "Describe it with `peft_lotra.register_kan_layer`, or leave it out."
         )
     return Target(module, spec, spec.locate(module))
