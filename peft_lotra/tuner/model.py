@@ -286,6 +286,9 @@ class LoTRAModel(BaseTuner):
         release_networks(model)
         for parameter, flag in self._requires_grad_of_base:
             parameter.requires_grad_(flag)
+        for module in modules_of(model):
+            if module._buffers.get("running_mean") is not None:  # which `freeze_norms` has put into evaluation mode
+                module.training = model.training
         for layer, slim in slims:
             if layer.base_layer is not slim:  # a dense layer in its place is as trainable
                 layer.base_layer.requires_grad_(any(part.requires_grad for part in slim.parameters()))

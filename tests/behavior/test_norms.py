@@ -92,3 +92,11 @@ def test_a_norm_without_statistics_is_left_alone():
     model = adapted(nn.Sequential(norm, KANLinear(3, 2))).train()
     assert norm.training
     model(X)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
+def test_they_move_again_in_the_base_that_is_left(unload, mode):
+    model = adapted(network().eval()).train().train(mode)
+    base = getattr(model, unload)()
+    assert {module.training for module in base.modules()} == {mode}
