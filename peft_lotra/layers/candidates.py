@@ -15,13 +15,9 @@ from torch import nn
 
 from .coefficients import named_attribute, named_size
 from .description import REGISTERED, KANLayerSpec
-from .inference import OTHERS, fits, fixed_tensors, infer_spec
+from .inference import fits, fixed_tensors, infer_spec, is_other
 from .layout import axis_patterns
 from .probe import Probe
-
-
-# libraries whose modules with large parameters are attention, experts and the like
-_LIBRARIES = {"torch", "torchvision", "transformers", "timm", "diffusers", "peft"}
 
 
 class KANCandidate(NamedTuple):
@@ -51,7 +47,7 @@ def find_candidates(model: nn.Module, known: Collection[int]) -> list[KANCandida
     """
     found: dict[tuple[Any, ...], KANCandidate] = {}
     for name, module in model.named_modules():
-        if id(module) in known or type(module).__module__.startswith(("torch.nn", "torch.jit")):
+        if id(module) in known or is_other(module):
             continue
         shapes = {n: tuple(value.shape) for n, value in _large_parameters(module).items()}
         key = (type(module), *shapes.items())
@@ -105,16 +101,12 @@ def _pair(described: tuple[str, str]) -> str:
 
 
 def _large_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters of three axes or more of a module and of its convolutions; members of a list under one name."""
-    found: dict[str, Any] = dict(module._parameters)
-    for name, child in module._modules.items():
-        if isinstance(child, nn.ParameterList):
-            found[f"{name}.*"] = next(iter(child), None)
-        elif isinstance(child, nn.modules.conv._ConvNd):
-            found[f"{name}.weight"] = child.weight
-        elif isinstance(child, nn.ModuleList) and child and all(isinstance(c, nn.modules.conv._ConvNd) for c in child):
-            found[f"{name}.*.weight"] = child[0].weight
-    return {n: value for n, value in found.items() if value is not None and value.dim() >= 3}
+    """The parameters of three axes or more of a module and of its convolutions."""
+    children = module._modules.items()
+    kernels = {
+        f"{name}.weight": child.weight for name, child in children if isinstance(child, nn.modules.conv._ConvNd)
+    }
+    return {n: v for n, v in {**module._parameters, **kernels}.items() if v is not None and v.dim() >= 3}
 
 
 def _may_be_kan(module: nn.Module) -> bool:
@@ -123,11 +115,7 @@ def _may_be_kan(module: nn.Module) -> bool:
     It is then of a user's class, with own parameters of three axes, or with one that is named as in a known kind. An
     axis of length one in front is that of a batch: position embeddings and class tokens.
     """
-    if (
-        isinstance(module, (*OTHERS, torch.jit.ScriptModule))
-        or type(module).__module__.partition(".")[0] in _LIBRARIES
-        or type(module).__name__ == "Symbolic_KANLayer"  # pykan's formulas beside each layer
-    ):
+    if is_other(module):
         return False
     names = {name for spec in REGISTERED.values() for name, _ in spec.parts} - {"weight", "scale", "coefficients"}
     own = {name: value for name, value in module._parameters.items() if value is not None}

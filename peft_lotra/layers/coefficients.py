@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layout import Layout, OpenLengthsError, parse_layout
+from .layout import Layout, parse_layout
 
 
 # A parameter, or with `*` the parameters of a list of modules, and the pattern of each.
@@ -110,10 +110,9 @@ class CoefficientTensor:
         """The adapted parameters, as stored, by name."""
         return {name: attrgetter(name)(layer) for name in self.parameters}
 
-    def read(self, layer: nn.Module, residual: bool = True) -> torch.Tensor:
+    def read(self, layer: nn.Module) -> torch.Tensor:
         """The coefficients of the layer as (out, in, basis[, kernel]), with the residual branch as the last slice."""
-        tensor = self.join(list(self.read_parameters(layer).values()))
-        return tensor if residual else tensor[:, :, : self.shape[2]]
+        return self.join(list(self.read_parameters(layer).values()))
 
     def read_parts(
         self, layer: nn.Module, parameters: Mapping[str, torch.Tensor] | None = None
@@ -184,76 +183,58 @@ def locate_coefficients(layer: nn.Module, spec: Any) -> CoefficientTensor:
     Raises:
         ValueError: A parameter is missing, or a pattern does not fit it.
     """
-    described = [(*part, expand_name(layer, part[0])) for part in spec.parts]
-    if spec.residual is not None:
-        names = expand_name(layer, spec.residual[0])
-        if any(get_or_none(layer, name) is not None for name in names):
-            described.append((*spec.residual, names))
+    described = [*spec.parts]
+    if spec.residual and any(get_or_none(layer, name) is not None for name in expand_name(layer, spec.residual[0])):
+        described.append(spec.residual)
+    names = [expand_name(layer, name) for name, _ in described]
     problem = f"{type(layer).__name__} was recognized as a KAN layer of the kind {spec.family!r}, but its parameter "
-    counts = {name: len(names) for name, _, names in described if "*" in name}
+    counts = {name: len(members) for (name, _), members in zip(described, names, strict=True) if "*" in name}
     if 0 in counts.values() or len(set(counts.values())) > 1:
         raise ValueError(f"{problem}lists are not as described. Their numbers of members are {counts}.")
-    count = next(iter(counts.values()), 1)
+    count = max(counts.values(), default=1)
     lengths: list[dict[str, int]] = [
         {axis: value[place] if isinstance(value, list) else value for axis, value in spec.axes_of(layer).items()}
         for place in range(count)
     ]
-    found: dict[str, tuple[Layout, torch.Tensor, int | None]] = {}
-    first: list[Layout] = []  # those of the first part
-    for position, (name, pattern, names) in enumerate(described):
-        for place, member in enumerate(names):
+    if counts and spec.groups:  # the list is the axis of blocks
+        lengths = [{spec.groups: count, **known} for known in lengths]
+    found: dict[str, tuple[Layout, list[dict[str, int]]]] = {}  # and the lengths that are known, of each member
+    for position, ((name, pattern), members) in enumerate(zip(described, names, strict=True)):
+        for place, member in enumerate(members):
             parameter = get_or_none(layer, member)
             if not isinstance(parameter, torch.Tensor):
                 raise ValueError(f"{problem}`{member}` is not as described. There is no such parameter.")
             may_share = 0 < position < len(spec.parts)
             layout = parse_layout(pattern, spec.groups, parameter.dim(), may_share)
             if may_share:
-                layout = layout.beside(first[min(place, len(first) - 1)], is_listed="*" in name)
-            elif not position:
-                first.append(layout)
-            found[member] = layout, parameter, place if "*" in name else None
-            if "*" in name and spec.groups and not layout.groups:  # the list is the axis of blocks
-                lengths[place].setdefault(spec.groups, count)
-    _solve(problem, found, lengths)
+                layout = layout.beside(found[names[0][min(place, len(names[0]) - 1)]][0], is_listed="*" in name)
+            found[member] = layout, lengths[place : place + 1] if "*" in name else lengths
 
-    def located(name: str, place: int) -> Member:
-        layout, parameter, _ = found[name]
-        own = {axis: lengths[place][axis] for axis in (*layout.axes, *layout.shared)}
-        return Member(name, layout, own, tuple(parameter.shape), layout.canonical_shape(own))
+    def count_open(name: str) -> int:
+        layout, (known, *_) = found[name]
+        return max(sum(axis not in known for axis in dim) for dim in layout.dims)
 
-    parts = tuple(tuple(located(name, place) for place, name in enumerate(names)) for _, _, names in described)
+    shapes = {name: tuple(get_or_none(layer, name).shape) for name in found}
+    for name in sorted(found, key=count_open):  # one may settle what another leaves open
+        layout, own = found[name]
+        try:
+            solved = layout.axis_lengths(shapes[name], own[0])
+        except ValueError as error:
+            raise ValueError(f"{problem}`{name}` is not as described. {error}") from error
+        for known in own:
+            known.update(solved | known)
+
+    def located(name: str) -> Member:
+        layout, (known, *_) = found[name]
+        own = {axis: known[axis] for axis in (*layout.axes, *layout.shared)}
+        return Member(name, layout, own, shapes[name], layout.canonical_shape(own))
+
+    parts = tuple(tuple(map(located, members)) for members in names)
     tensor = CoefficientTensor(spec.family, parts, len(described) > len(spec.parts))
-    kernels = {member.name: member.shape[3:] for part in parts for member in part}
     outer = {part[0].name: size[:2] for part, size in zip(parts, tensor._sizes, strict=True)}
-    for sizes, of in ((kernels, "the kernel"), (outer, "(out, in)")):
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"{problem}shapes are not as described. Those of {of} must be equal, and are {sizes}.")
+    if len(set(outer.values())) > 1:
+        raise ValueError(f"{problem}shapes are not as described. Those of (out, in) must be equal, and are {outer}.")
     return tensor
-
-
-def _solve(
-    problem: str, found: dict[str, tuple[Layout, torch.Tensor, int | None]], lengths: list[dict[str, int]]
-) -> None:
-    """Finds the lengths of all axes of each member. If one parameter leaves them open, another may settle them."""
-    pending = list(found.items())
-    while pending:
-        still_open, last = [], None
-        for name, (layout, parameter, place) in pending:
-            try:
-                solved = layout.axis_lengths(parameter.shape, lengths[place or 0])
-            except OpenLengthsError as error:
-                still_open.append((name, (layout, parameter, place)))
-                last = last or error
-            except ValueError as error:
-                (first, (other, value, _)), *_ = found.items()
-                beside = f" `{first}` {tuple(value.shape)} is described as {other.pattern!r}." if first != name else ""
-                raise ValueError(f"{problem}`{name}` is not as described. {error}{beside}") from error
-            else:
-                for known in lengths if place is None else [lengths[place]]:
-                    known.update(solved | known)
-        if len(still_open) == len(pending):
-            raise ValueError(f"{problem}`{pending[0][0]}` is not as described. {last}") from last
-        pending = still_open
 
 
 def named_attribute(layer: nn.Module, axis: str) -> str | None:

@@ -3,20 +3,20 @@
 
 """Compares descriptions with what layers compute.
 
-A user's description must be right. That of a built-in kind is corrected, since most KAN layers are copied files: some
-copies drop the residual branch or the scales of the edges and keep the parameter, let a normalization or an activation
-follow, or store (out, in) the other way.
+A description must be right. Where that of a built-in kind is not, since most KAN layers are copied files, the layer is
+one of no registered kind: some copies drop the residual branch or the scales of the edges and keep the parameter, or
+store (out, in) the other way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
 from .coefficients import CoefficientTensor
-from .description import KANLayerSpec, spec_from_file
+from .description import KANLayerSpec
 from .inference import infer_spec
 from .probe import Probe, Undecided, Verdict, remembered
 
@@ -39,7 +39,8 @@ def _asked(
 
 def _contradictions(probe: Probe, tensor: CoefficientTensor) -> tuple[Verdict, list[str]]:
     """The verdict on the axes, and the parameters without effect."""
-    return probe.axes(tensor), probe.unused(tensor) if len(tensor.parameters) > 1 else []
+    reached = probe.reached([*tensor.parameters], tensor) if len(tensor.parameters) > 1 else {}
+    return probe.axes(tensor), [name for name, is_reached in reached.items() if is_reached is None]
 
 
 def is_linear(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> bool:
@@ -75,27 +76,13 @@ def check_layer(name: str, layer: nn.Module, spec: KANLayerSpec, tensor: Coeffic
 
 
 def as_computed(spec: KANLayerSpec, layer: nn.Module) -> KANLayerSpec:
-    """The description of a layer of a built-in kind, corrected by what the layer computes.
+    """The kind of a layer by what it computes, if its built-in kind says otherwise; else, or if unknown, that kind."""
 
-    If the gradients agree with another description alone, it is that one. Parameters without effect are left out,
-    unless none has any. A layer that cannot be run is as described.
-    """
-    if spec.is_of_this_package(layer):
-        return spec
+    def find() -> KANLayerSpec | None:
+        axes, unused = _asked(layer, spec, spec.locate(layer), _contradictions)
+        return None if axes.is_verified and not unused else infer_spec(layer)
+
     try:
-        return remembered(layer, ("computed", spec.family), lambda: _as_computed(spec, layer))
+        return spec.is_of_this_package(layer) and spec or remembered(layer, ("computed", spec.family), find) or spec
     except (Undecided, ValueError):  # it may be run later; a pattern does not fit
         return spec
-
-
-def _as_computed(spec: KANLayerSpec, layer: nn.Module) -> KANLayerSpec:
-    axes, unused = _asked(layer, spec, spec.locate(layer), _contradictions)
-    if not axes.is_verified and (inferred := infer_spec(layer)):
-        return inferred
-    changes: dict[str, Any] = {}
-    if used := [list(part) for part in spec.parts if part[0] not in unused]:
-        described = {"residual": spec.residual, "edge_scale": spec.edge_scale}
-        changes = {name: None for name, pair in described.items() if pair and pair[0] in unused}
-        changes |= {"coefficients": used} if len(used) < len(spec.parts) else {}
-    description = {name: value for name, value in (spec.describe(layer) | changes).items() if value is not None}
-    return spec_from_file(spec.family, description) if changes else spec

@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from numbers import Number
 from operator import attrgetter
 from typing import Any
@@ -23,11 +22,11 @@ from .layout import parse_layout
 
 Grid = dict[str, "torch.Tensor | int | float"]
 
-# The fields in a file, which are no functions, and their types; of `axes` it has the lengths.
-_IN_FILES: dict[str, type] = {
-    **dict.fromkeys(("coefficients", "residual", "edge_scale", "grid", "grid_methods", "checkpoint_methods"), list),
-    **{"groups": str, "bias": str, "network_methods": dict, "axes": dict},
-}
+# The fields in a file, which are no functions; of `axes` it has the lengths.
+_IN_FILES = (
+    *("coefficients", "residual", "edge_scale", "groups", "axes", "bias"),
+    *("grid", "grid_methods", "network_methods", "checkpoint_methods"),
+)
 
 
 @dataclass(frozen=True)
@@ -104,39 +103,30 @@ class KANLayerSpec:
     def parts(self) -> tuple[Described, ...]:
         """Name and pattern of each part of the coefficients."""
         given: Any = self.coefficients
-        if not isinstance(given, (list, tuple)) or not all(isinstance(part, (str, list, tuple)) for part in given):
-            return ()
-        return (tuple(given),) if any(isinstance(part, str) for part in given) else tuple(map(tuple, given))
+        return (tuple(given),) if given and isinstance(given[0], str) else tuple(map(tuple, given))
 
     def _check(self) -> None:
-        kind, parts = f"of {self.family!r}", self.parts
+        kind = f"of {self.family!r}"
         if not callable(self.matches):
             raise ValueError(f"`matches` {kind} is {self.matches!r:.100}. Give a class, or a predicate on a module.")
-        pairs = [*parts, *(pair for pair in (self.residual, self.edge_scale) if pair is not None)]
-        if not parts or any(len(pair) != 2 or not all(isinstance(text, str) for text in pair) for pair in pairs):
+        branches = [pair for pair in (self.residual, self.edge_scale) if pair is not None]
+        try:
+            patterns = {name: pattern + "" for name, pattern in (*self.parts, *branches)}
+        except (TypeError, ValueError):
+            patterns = {}
+        if not (self.coefficients and patterns) or len(patterns) < len(self.parts) + len(branches):
             raise ValueError(
-                f"The coefficients {kind} are {self.coefficients!r}. Expected a parameter and its pattern, e.g. "
-                '("weight", "o i k"), or a list of such pairs.'
+                f"The coefficients and other parameters {kind} are {[self.coefficients, *branches]}. Expected a name "
+                'and its pattern, e.g. ("weight", "o i k"), or a list of such pairs, with each name once.'
             )
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            raise ValueError(f"The parameters {names} {kind} repeat one. Describe each of them once.")
-        methods = (*self.grid_methods, *self.checkpoint_methods, *self.network_methods)
-        for name in (*names, *self.grid, *methods, *filter(None, [self.bias])):
-            if not isinstance(name, str) or not re.fullmatch(r"(?!__)\w+(\.(\*|(?!__)\w+))*|\*", name):
-                raise ValueError(f"{name!r} {kind} is no name of an attribute, e.g. 'spline.weight'.")
-        layouts = [parse_layout(pattern, self.groups, may_share=n > 0) for n, (_, pattern) in enumerate(parts)]
-        for role, described in (("residual weights", self.residual), ("edge scales", self.edge_scale)):
-            if described is not None and parse_layout(described[1], self.groups).basis:
+        for place, (_, pattern) in enumerate(self.parts):
+            parse_layout(pattern, self.groups, may_share=place > 0)
+        for _, pattern in branches:
+            if parse_layout(pattern, self.groups).basis:
                 raise ValueError(
-                    f"Pattern {described[1]!r} of the {role} {kind} has an axis besides `o`, `i`, `...` and `groups`. "
-                    "Expected e.g. 'o i'."
+                    f"Pattern {pattern!r} {kind} has an axis besides `o`, `i`, `...` and `groups`. A residual branch "
+                    "and edge scales have none, as 'o i'."
                 )
-        packed = any(layout.packed_residual is not None for layout in layouts)
-        if packed and (self.residual is not None or len(parts) > 1 or "*" in names[0]):
-            raise ValueError(
-                f"A pattern with `+` {kind} has the residual weights: it stands alone, without `residual` and `*`."
-            )
 
     def __reduce_ex__(self, protocol):
         # Predicates may be lambdas, which do not pickle: a description is found again in the registry.
@@ -202,15 +192,9 @@ class KANLayerSpec:
 
     def describe(self, layer: nn.Module) -> dict[str, Any]:
         """The entry of a file by which the coefficients are located without the registration: JSON, no functions."""
-        values = {}
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
-            if entry.name in _IN_FILES and entry.name != "axes" and value != default:
-                values[entry.name] = value
-        if axes := self.axes_of(layer):
-            values["axes"] = axes
-        return json.loads(json.dumps(values))  # lists instead of tuples, as a file gives them back
+        values = {name: self.axes_of(layer) if name == "axes" else getattr(self, name) for name in _IN_FILES}
+        # lists instead of tuples, as a file gives them back
+        return json.loads(json.dumps({name: value for name, value in values.items() if value}))
 
 
 def spec_from_file(family: str, description: Mapping[str, Any]) -> KANLayerSpec:
@@ -219,17 +203,15 @@ def spec_from_file(family: str, description: Mapping[str, Any]) -> KANLayerSpec:
     Raises:
         ValueError: The description is damaged.
     """
-    problem = f"The description of the kind of layer {family!r} in the file is broken: "
-    if not isinstance(description, Mapping) or "coefficients" not in description:
-        raise ValueError(f"{problem}it names no `coefficients`.")
-    description = {name: value for name, value in description.items() if name != "linear"}  # of older versions
-    for name, value in description.items():
-        if name not in _IN_FILES or not isinstance(value, _IN_FILES[name]):
-            raise ValueError(f"{problem}`{name}` is {value!r:.200}.")
-    values: dict[str, Any] = {
-        n: tuple(value) if isinstance(value, list) else value for n, value in description.items()
-    }
-    return KANLayerSpec(family, matches_nothing, **values)
+    try:
+        values: dict[str, Any] = {
+            name: tuple(description[name]) if isinstance(description[name], list) else description[name]
+            for name in _IN_FILES
+            if name in description
+        }
+        return KANLayerSpec(family, matches_nothing, **values)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"The description of the kind of layer {family!r} in the file is broken: {error}") from error
 
 
 def has(attributes: str, without: str = "") -> Callable[[Any], bool]:

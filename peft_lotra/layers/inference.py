@@ -36,11 +36,13 @@ _FUNCTIONS = 2  # that a layer must have at least
 _SMALL = 0.1  # factors of the edges below this share of the parameters are not adapted
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 # Modules that are no KAN layers, nor are classes that are derived from them.
-OTHERS = (
+_OTHERS = (
     *(nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention),
     *(nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict, *_NORMS),
-    nn.modules.conv._ConvNd,
+    *(nn.modules.conv._ConvNd, torch.jit.ScriptModule),
 )
+# Libraries whose modules with large parameters are attention, experts and the like.
+_LIBRARIES = {"torch", "torchvision", "transformers", "timm", "diffusers", "peft"}
 
 Tensors = Mapping[str, torch.Tensor]
 _hypothesis = partial(KANLayerSpec, KIND, matches_nothing)
@@ -53,9 +55,7 @@ def infer_spec(module: nn.Module) -> KANLayerSpec | None:
         module: Any module. It is run, as a copy, if it has parameters that may be coefficients and no parts that may
             be layers of their own.
     """
-    if isinstance(module, OTHERS) or type(module).__module__.partition(".")[0] in ("torch", "peft"):
-        return None
-    if "funs_sympy" in vars(module):  # formulas of pykan's networks, which stand in for the edges of a KAN layer
+    if is_other(module):
         return None
     tensors = _tensors(module)
     if not tensors or not _takes_one_argument(module):
@@ -66,27 +66,38 @@ def infer_spec(module: nn.Module) -> KANLayerSpec | None:
         return None
 
 
+def is_other(module: nn.Module) -> bool:
+    """Whether a module is no KAN layer by its class, or stands for formulas beside one, as in pykan's networks."""
+    is_of_library = type(module).__module__.partition(".")[0] in _LIBRARIES
+    return is_of_library or isinstance(module, _OTHERS) or "funs_sympy" in vars(module)
+
+
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters of a layer that may be coefficients; none if it has parts that may be layers of their own.
 
-    A part of a user's class may make the functions, if its matrices are together no larger than the rest.
+    They are its own, and those of linear layers: one, a list, or one with activations in a `Sequential`. A part of a
+    user's class may make the functions, if its matrices are together no larger than the rest.
     """
-    own = dict(module._parameters)
+    own = {name: value for name, value in module._parameters.items() if value is not None}
     inner: dict[str, torch.Tensor] = {}
     for name, child in module._modules.items():
         if child is None or isinstance(child, _NORMS):
             continue
-        weights = _linear_weights(child)
-        if any(registered_spec(part) is not None for part in (child, *(child.children() if weights else ()))):
+        weights = {n: v for n, v in child.named_parameters() if v.dim() > 1 and "parametrizations" not in n}
+        linears = [part for part in child.children() if isinstance(part, nn.Linear)]
+        count = {nn.Sequential: 1, nn.ModuleList: len(child._modules)}.get(type(child))
+        is_linear = isinstance(child, (nn.Linear, nn.ParameterList)) or count == len(linears) == len(weights)
+        if any(registered_spec(part) is not None for part in (child, *(linears if is_linear else ()))):
             return {}
-        if weights is not None:
-            own |= {f"{name}.{n}": value for n, value in weights.items()}
-        elif trained := {n: value for n, value in child.named_parameters() if value.requires_grad and value.dim() > 1}:
-            is_torch = type(child).__module__.startswith("torch.")
-            if is_torch or any("." in n or value.dim() > 2 for n, value in trained.items()):
-                return {}
-            inner |= {f"{name}.{n}": value for n, value in trained.items()}
-    own = {name: value for name, value in own.items() if value is not None}
+        trained = {f"{name}.{n}": value for n, value in weights.items() if is_linear or value.requires_grad}
+        if is_linear:
+            own |= trained
+        elif trained and (
+            type(child).__module__.startswith("torch.") or any("." in n or v.dim() > 2 for n, v in weights.items())
+        ):
+            return {}
+        else:
+            inner |= trained
     if sum(value.numel() for value in inner.values()) > sum(value.numel() for value in own.values()):
         return {}
     return {
@@ -94,21 +105,6 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
         for name, value in (own | inner).items()
         if value.dim() > 1 and value.is_floating_point() and value.numel() <= _LARGEST
     }
-
-
-def _linear_weights(child: nn.Module) -> dict[str, torch.Tensor | None] | None:
-    """The matrices of a linear layer, of a list of them, or of a `Sequential` of one and activations; else `None`."""
-    if isinstance(child, nn.Linear):
-        return {"weight": child._parameters.get("weight")}
-    if isinstance(child, nn.ParameterList):
-        return dict(child._parameters)
-    linears = {n: part for n, part in child._modules.items() if isinstance(part, nn.Linear)}
-    is_list = isinstance(child, nn.ModuleList) and len(linears) == len(child)
-    is_branch = isinstance(child, nn.Sequential) and len(linears) == 1
-    others = (part for n, part in child._modules.items() if n not in linears and part is not None)
-    if not (is_list or is_branch) or any(p.dim() > 1 for part in others for p in part.parameters()):
-        return None
-    return {f"{n}.weight": linear._parameters.get("weight") for n, linear in linears.items()}
 
 
 def _takes_one_argument(module: nn.Module) -> bool:
@@ -195,10 +191,7 @@ def _of_several_matrices(probe: Probe, tensors: Tensors) -> Iterator[KANLayerSpe
         names = [name for name, value in own.items() if value.shape == shape]
         for pattern in ("o i", "i o") if len(names) >= _FUNCTIONS else ():
             spec = _hypothesis([(name, pattern) for name in names])
-            try:
-                reached = probe.reached(names, spec.locate(probe.layer))
-            except Exception:  # the layer's, which may want another input
-                continue
+            reached = probe.reached(names, spec.locate(probe.layer))
             if any(reached.values()):
                 yield _hypothesis([part for part in spec.parts if reached[part[0]]])
 

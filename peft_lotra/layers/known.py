@@ -19,8 +19,8 @@ from ..kan.basis import UniformGrid
 from ..kan.layer import KANLinear
 from ..kan.slim_kan import SlimKANLinear
 from . import known_convolutions, slim  # noqa: F401  (register kinds)
-from .description import has
-from .registry import keep_as_built_in, register_kan_layer
+from .description import REGISTERED, has
+from .registry import BUILT_IN, register_kan_layer
 
 
 def _splines_from_knots(layer: Any) -> UniformGrid:
@@ -233,4 +233,4 @@ register_kan_layer(
 # The parameters of Slim layers are Tucker components; described here are the tensors that the components make. An
 # adapter is added to the components, see `SlimLoTRALayer`.
 register_kan_layer("slim-kan", matches=SlimKANLinear, **_OURS)
-keep_as_built_in()
+BUILT_IN.update(REGISTERED)

@@ -10,16 +10,15 @@ known.py a layer is recognized by what it consists of.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from .description import has
 from .registry import register_kan_layer
 
 
-_BOTTLENECK = "inner_proj"  # the attribute of bottlenecks, which compute more than the sum
 _BLOCKS: dict[str, Any] = {"groups": "g", "residual": ("base_conv.*.weight", "o i ...")}
 
 
@@ -28,58 +27,44 @@ def _is_convolution(layer: Any, name: str) -> bool:
     return isinstance(found, nn.modules.conv._ConvNd) and found.groups == 1
 
 
+def _has(attributes: str) -> Callable[[Any], bool]:
+    return has(attributes, without="inner_proj")  # of bottlenecks, which compute more than the sum
+
+
+def _degrees(layer: Any) -> dict[str, int]:
+    return {"k": layer.degree + 1}
+
+
 # torch-conv-kan: a norm follows the sum. The first versions have a list of convolutions, one for each group.
-register_kan_layer(
-    "gram-conv",  # and Legendre, Jacobi, Bernstein, with the degrees outside
-    matches=lambda m: has("poly_weights base_conv.0", _BOTTLENECK)(m) and m.poly_weights.ndim > 3,
-    coefficients=("poly_weights", "g o (k i) ..."),
-    grid=("beta_weights",),
-    **_BLOCKS,
-)
-register_kan_layer(
-    "cheby-conv",
-    matches=has("poly_conv.0.weight degree", _BOTTLENECK),
-    coefficients=("poly_conv.*.weight", "o (i k) ..."),
-    axes=lambda m: {"k": m.degree + 1},
-    grid=("beta_weights",),
-    **_BLOCKS,
-)
+for _kind, _attributes, _name, _pattern, _grid, _axes in (
+    # gram-conv: and Legendre, Jacobi, Bernstein, with the degrees outside
+    ("gram-conv", "poly_weights base_conv.0", "poly_weights", "g o (k i) ...", "beta_weights", None),
+    ("cheby-conv", "poly_conv.0.weight degree", "poly_conv.*.weight", "o (i k) ...", "beta_weights", _degrees),
+    # spline-conv: B-splines and Gaussians
+    ("spline-conv", "spline_conv.0 base_conv.0", "spline_conv.*.weight", "o (i k) ...", "grid rbf.grid", None),
+    ("relu-conv", "relukan_conv.0 phase_low", "relukan_conv.*.weight", "o (i k) ...", "phase_low phase_high", None),
+    # wav-conv: of older files: scale and translation stay as they are
+    (
+        *("wav-conv", "wavelet_conv.0.wavelet_weights.weight", "wavelet_conv.*.wavelet_weights.weight", "o i ..."),
+        *("wavelet_conv.*.scale wavelet_conv.*.translation", None),
+    ),
+):
+    register_kan_layer(
+        _kind, matches=_has(_attributes), coefficients=(_name, _pattern), grid=(*_grid.split(),), axes=_axes, **_BLOCKS
+    )
 register_kan_layer(
     "gram-conv-2",  # one convolution; its groups cut the degrees, so that a layer with groups is no sum of functions
     matches=lambda m: _is_convolution(m, "poly_conv") and m.degree > 0,
     coefficients=("poly_conv.weight", "o (k i) ..."),
     residual=("base_conv.weight", "o i ..."),
     grid=("beta_weights",),
-    axes=lambda m: {"k": m.degree + 1},
-)
-register_kan_layer(
-    "spline-conv",  # B-splines and Gaussians
-    matches=has("spline_conv.0.weight base_conv.0", _BOTTLENECK),
-    coefficients=("spline_conv.*.weight", "o (i k) ..."),
-    grid=("grid", "rbf.grid"),
-    **_BLOCKS,
-)
-register_kan_layer(
-    "relu-conv",
-    matches=has("relukan_conv.0.weight phase_low", _BOTTLENECK),
-    coefficients=("relukan_conv.*.weight", "o (i k) ..."),
-    grid=("phase_low", "phase_high"),
-    **_BLOCKS,
-)
-register_kan_layer(
-    "wav-conv",  # of older files: scale and translation stay as they are
-    matches=has("wavelet_conv.0.wavelet_weights.weight", _BOTTLENECK),
-    coefficients=("wavelet_conv.*.wavelet_weights.weight", "o i ..."),
-    grid=("wavelet_conv.*.scale", "wavelet_conv.*.translation"),
-    **_BLOCKS,
+    axes=_degrees,
 )
 for _dims in (1, 2, 3):
     _edges = " ".join(["()", "o", "i", *["()"] * _dims])
     register_kan_layer(
         f"wav-conv-{_dims}d",
-        matches=has(
-            f"wavelet_conv.0.wavelet_weights.weight:{_dims + 2} wavelet_conv.0.scale:{_dims + 3}", _BOTTLENECK
-        ),
+        matches=_has(f"wavelet_conv.0.wavelet_weights.weight:{_dims + 2} wavelet_conv.0.scale:{_dims + 3}"),
         coefficients=[
             ("wavelet_conv.*.wavelet_weights.weight", "o i ..."),
             ("wavelet_conv.*.scale", _edges),
@@ -89,22 +74,18 @@ for _dims in (1, 2, 3):
     )
 
 
-def _count_functions(layer: Any) -> int:
-    """How many functions of each input a layer has: a copy may have other ones than radial, without their grid."""
-    if (grid := getattr(layer.rbf, "grid", None)) is not None:
-        return grid.numel()
-    with torch.no_grad():
-        return layer.rbf(layer.spline_conv.weight.new_zeros(2, 2, 2)).shape[-1]
-
-
 register_kan_layer(
     "fast-kan-conv",  # U-KAN: the functions outside, other than in torch-conv-kan
-    matches=lambda m: _is_convolution(m, "spline_conv") and isinstance(m.rbf, nn.Module),
+    matches=lambda m: (
+        _is_convolution(m, "spline_conv")
+        and isinstance(m.rbf, nn.Module)
+        and (hasattr(m, "base_conv") or hasattr(m.rbf, "grid"))
+    ),
     coefficients=("spline_conv.weight", "o (k i) ..."),
     residual=("base_conv.weight", "o i ..."),
     grid=("rbf.grid",),
     bias="base_conv.bias",
-    axes=lambda m: {} if hasattr(m, "base_conv") else {"k": _count_functions(m)},
+    axes=lambda m: {} if hasattr(m, "base_conv") else {"k": m.rbf.grid.numel()},
 )
 register_kan_layer(
     "convkan",  # on patches: rows (..., groups, in)

@@ -30,15 +30,11 @@ from functools import cached_property, lru_cache
 from itertools import permutations
 
 import torch
-from einops import reduce, repeat
+from einops import EinopsError, rearrange, reduce, repeat
+from einops.parsing import ParsedExpression
 
 
 Dims = tuple[tuple[str, ...], ...]
-Shape = tuple[int, ...]
-
-
-class OpenLengthsError(ValueError):
-    """A pattern fits, but leaves the length of an axis open."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +45,8 @@ class Layout:
         dims: The axis names of each dimension of the coefficients.
         kernel: The axes of the kernel mode.
         groups: The axes of blocks.
-        packed_residual: As `dims`, for residual weights that are packed into the parameter. Its shape differs from
-            that of the coefficients in dimension `concatenated` alone, in which the two are packed.
-        stored_over: The number of stored dimensions of each dimension, if one of them has several.
+        packed_residual: As `dims`, for residual weights that are packed into the parameter.
+        stored_over: The number of stored dimensions of each dimension.
         shared: The axes that the parameter lacks, and is shared along.
     """
 
@@ -60,8 +55,7 @@ class Layout:
     kernel: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     packed_residual: Dims | None = None
-    concatenated: int = -1
-    stored_over: tuple[int, ...] | None = None
+    stored_over: tuple[int, ...] = ()
     shared: tuple[str, ...] = ()
 
     @cached_property
@@ -83,7 +77,7 @@ class Layout:
         missing = tuple(axis for axis in (*groups, "o", "i", *first.kernel) if axis not in self.axes)
         return replace(self, shared=missing, groups=groups, kernel=first.kernel) if missing else self
 
-    def canonical_shape(self, lengths: Mapping[str, int]) -> Shape:
+    def canonical_shape(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
         """(out, in, basis) or (out, in, basis, kernel), with a packed residual branch."""
         modes = [*self.groups, "o"], "i", self.basis, *([self.kernel] if self.kernel else [])
         out, in_, basis, *kernel = (math.prod([lengths[axis] for axis in mode]) for mode in modes)
@@ -92,63 +86,43 @@ class Layout:
     def axis_lengths(self, shape: Sequence[int], known: Mapping[str, int]) -> dict[str, int]:
         """The length of every axis, from the shape of the parameter and the lengths that are known.
 
-        Raises a `ValueError` if the pattern does not fit the shape, an `OpenLengthsError` if it leaves a length open.
+        Raises a `ValueError` if the pattern does not fit the shape, or leaves a length open.
         """
-        lengths = dict(known)
-        problem = f"Pattern {self.pattern!r} does not fit a parameter of shape {tuple(shape)}: "
-        dimensions = sum(self.stored_over or ()) or len(self.dims)
-        if len(shape) != dimensions:
-            raise ValueError(problem + f"it names {dimensions} dimensions, the parameter has {len(shape)}.")
-        shape = self._flattened(shape)
-        # An axis on its own may settle one that is flattened with others: simple dimensions first.
-        for position in sorted(range(len(shape)), key=lambda p: (p == self.concatenated, len(self.dims[p]))):
-            dim, size = self.dims[position], shape[position]
-            if self.packed_residual is not None and position == self.concatenated:
-                second = self.packed_residual[position]
-                if any(axis not in lengths for axis in second):
-                    raise OpenLengthsError(problem + _open_lengths(second, lengths))
-                size -= math.prod([lengths[axis] for axis in second])
-            unknown = [axis for axis in dim if axis not in lengths]
-            if len(unknown) > 1:
-                raise OpenLengthsError(problem + _open_lengths(dim, lengths))
-            rest = math.prod([lengths[axis] for axis in dim if axis in lengths])
-            if unknown and rest > 0 and size > 0 and size % rest == 0:
-                lengths[unknown[0]] = size // rest
-            elif unknown or rest != size:
-                wanted = " * ".join(f"{axis}={lengths.get(axis, '?')}" for axis in dim) or "1"
-                raise ValueError(problem + f"dimension {position} would have to be {wanted}, which {size} is not.")
-        return lengths
+        given = {axis: known[axis] for axis in self.axes if axis in known}
+        try:
+            coefficients, *_ = self._split(torch.empty(shape, device="meta"), known)
+            found = rearrange(coefficients, f"{_write(self.dims)} -> {' '.join(self.axes)}", **given).shape
+        except (KeyError, RuntimeError) as error:  # einops' last line says why
+            raise ValueError(
+                f"Pattern {self.pattern!r} does not fit a parameter of shape {tuple(shape)}: "
+                f"{str(error).splitlines()[-1].strip()}, with {given}. Correct it, or give lengths by `axes`."
+            ) from error
+        return {**known, **dict(zip(self.axes, found, strict=True))}
 
-    def _flattened(self, shape: Sequence[int]) -> Shape:
-        if self.stored_over is None:
-            return tuple(shape)
-        sizes = iter(shape)
-        return tuple(math.prod([next(sizes) for _ in range(count)]) for count in self.stored_over)
+    def _split(self, parameter: torch.Tensor, lengths: Mapping[str, int]) -> Sequence[torch.Tensor]:
+        """The coefficients and the packed residual weights, if any, each with the dimensions of the pattern."""
+        for position, count in enumerate(self.stored_over):
+            parameter = parameter.flatten(position, position + count - 1) if count > 1 else parameter
+        if self.packed_residual is None:
+            return [parameter]
+        residual = math.prod([lengths[axis] for axis in self.packed_residual[self._concatenated]])
+        dim = self._concatenated
+        return parameter.split([parameter.shape[dim] - residual, residual], dim=dim)
 
     def to_canonical(self, parameter: torch.Tensor, lengths: Mapping[str, int]) -> torch.Tensor:
         """(stored shape) -> (out, in, basis[, kernel]), with packed residual weights, if any, as the last slice."""
         if self._is_canonical:  # einops takes as long as the arithmetic of a small layer
             return parameter if parameter.dim() == 3 else parameter.unsqueeze(2)
-        if self.stored_over is not None:
-            parameter = parameter.reshape(self._flattened(parameter.shape))
-        parts: Sequence[torch.Tensor] = [parameter]
-        if self.packed_residual is not None:
-            blocks = (self.dims, self.packed_residual)
-            sizes = [math.prod([lengths[axis] for axis in dims[self.concatenated]]) for dims in blocks]
-            parts = parameter.split(sizes, dim=self.concatenated)
         parts = [
             repeat(part, f"{stored} -> {canonical}", **{axis: lengths[axis] for axis in axes})
-            for part, (stored, canonical, axes) in zip(parts, self._blocks, strict=True)
+            for part, (stored, canonical, axes) in zip(self._split(parameter, lengths), self._blocks, strict=True)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def from_canonical(
-        self, tensor: torch.Tensor, lengths: Mapping[str, int], shape: Sequence[int] | None = None
-    ) -> torch.Tensor:
-        """(out, in, basis[, kernel]) -> (stored shape), the inverse of `to_canonical`; differentiable.
+    def from_canonical(self, tensor: torch.Tensor, lengths: Mapping[str, int], shape: Sequence[int]) -> torch.Tensor:
+        """(out, in, basis[, kernel]) -> the stored shape, the inverse of `to_canonical`; differentiable.
 
-        Along the axes in `shared` the mean is stored. `shape` is the stored shape, which a layout with `stored_over`
-        needs.
+        Along the axes in `shared` the mean is stored.
         """
         if self._is_canonical:
             return tensor if len(self.dims) == 3 else tensor.squeeze(2)
@@ -157,15 +131,18 @@ class Layout:
             reduce(part, f"{canonical} -> {stored}", "mean", **{axis: lengths[axis] for axis in axes})
             for part, (stored, canonical, axes) in zip(parts, self._blocks, strict=True)
         ]
-        stored = parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.concatenated)
-        return stored if self.stored_over is None or shape is None else stored.reshape(shape)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=self._concatenated)).reshape(shape)
+
+    @cached_property
+    def _concatenated(self) -> int:
+        """The dimension in which coefficients and residual weights are packed."""
+        pairs = zip(self.dims, self.packed_residual or (), strict=True)
+        return next(position for position, (first, second) in enumerate(pairs) if first != second)
 
     @cached_property
     def _is_canonical(self) -> bool:
         """Whether the parameter is stored as "o i k" or "o i"."""
-        plain = not (self.packed_residual or self.shared or self.kernel or self.groups or self.stored_over)
-        axes = len(self.dims) < 4 and all(len(dim) == 1 for dim in self.dims)
-        return plain and axes and self.dims[:2] == (("o",), ("i",))
+        return self in (Layout(self.pattern, dims) for dims in ((("o",), ("i",)), (("o",), ("i",), self.dims[-1])))
 
     @cached_property
     def _blocks(self) -> list[tuple[str, str, tuple[str, ...]]]:
@@ -179,11 +156,6 @@ class Layout:
             (_write(dims), canonical, (*(axis for dim in dims for axis in dim), *self.shared))
             for dims, canonical in blocks
         ]
-
-
-def _open_lengths(axes: Sequence[str], lengths: Mapping[str, int]) -> str:
-    unknown = ", ".join(axis for axis in axes if axis not in lengths)
-    return f"the lengths of {unknown} do not follow from it. Give them to register_kan_layer by `axes`."
 
 
 def _write(dims: Sequence[tuple[str, ...]]) -> str:
@@ -204,50 +176,34 @@ def parse_layout(pattern: str, groups: str = "", dimensions: int | None = None, 
         ValueError: It is malformed, or `o` and `i` do not appear exactly once.
     """
     problem = f"Pattern {pattern!r} is not a layout of KAN coefficients: "
-    # axis names, and groups in parentheses, which may hold such groups
-    dimension = r"\((?:[^()]|\([^()]*\))*\)(?::[1-9](?!\d))?|[^\s()]+"
-    tokens, kernel = re.findall(dimension, pattern), ()
-    if re.sub(dimension, "", pattern).strip():
-        raise ValueError(problem + "its parentheses do not match.")
-    if tokens.count("...") == 1:
-        count = 2 if dimensions is None else max(dimensions - len(tokens) + 1, 0)
-        kernel = tuple(f"kernel{position}" for position in range(count))
-        place = tokens.index("...")
-        tokens[place : place + 1] = kernel
-    first: list[tuple[str, ...]] = []
-    second: list[tuple[str, ...]] = []
-    stored_over: list[int] = []
-    packed_at = []
-    for place, token in enumerate(tokens):
-        token, _, count = token.partition(":") if token.startswith("(") else (token, "", "")
-        blocks = token[1:-1].split("+") if token.startswith("(") else [token]
-        packed_at += [place] * (len(blocks) - 1)
-        names = [tuple(re.sub(r"[()]", " ", block).split()) for block in blocks]
-        is_one = len(blocks) == 1 and not names[0] and token.startswith("(")
-        if not all(name.isidentifier() for block in names for name in block) or not (all(names) or is_one):
-            raise ValueError(problem + f"{token!r} does not consist of axis names.")
-        first.append(names[0])
-        second.append(names[-1])
-        stored_over.append(int(count or 1))
-    if len(packed_at) > 1:
-        raise ValueError(problem + "at most two blocks can be concatenated, by one `+`.")
-    for dims in (first, second):
-        axes = [axis for dim in dims for axis in dim]
-        if len(set(axes)) != len(axes) or not (may_share or {"o", "i"} <= set(axes)):
-            raise ValueError(problem + "`o` and `i` must appear once each, and no other axis twice.")
-    named = {axis for dim in first for axis in dim}
+    stored_over = [
+        int(count or 1) for count in re.findall(r"(?:\((?:[^()]|\([^()]*\))*\)|[^\s():]+)(?::(\d))?", pattern)
+    ]
+    count = 2 if dimensions is None else max(dimensions - sum(stored_over) + 1, 0)
+    kernel = [f"kernel{place}" for place in range(count if "..." in pattern else 0)]
+    text = re.sub(r"\):[2-9]", ")", pattern.replace("...", " ".join(kernel)))
+    texts = [text]
+    if plus := re.search(r"\(([^+]*)\+([^+]*)\)", text):
+        inner = (re.sub("[()]", " ", block) for block in plus.groups())
+        texts = [f"{text[: plus.start()]}({block}){text[plus.end() :]}" for block in inner]
+    try:
+        dims, *packed = (tuple(map(tuple, ParsedExpression(text).composition)) for text in texts)
+    except EinopsError as error:
+        raise ValueError(f"{problem}{error}.") from error
+    named = {axis for dim in dims for axis in dim}
+    if not (may_share or {"o", "i"} <= named):
+        raise ValueError(problem + "`o` and `i` must appear once each.")
     layout = Layout(
         pattern,
-        tuple(first),
-        kernel,
+        dims,
+        tuple(kernel),
         tuple(axis for axis in groups.split() if axis in named),
-        stored_over=tuple(stored_over) if set(stored_over) != {1} else None,
+        packed[0] if packed else None,
+        tuple(stored_over) if max(stored_over) > 1 else (),
     )
-    if not packed_at:
-        return layout
-    if {axis for dim in second for axis in dim} != named - set(layout.basis) or not layout.basis:
+    if packed and (not layout.basis or {axis for dim in packed[0] for axis in dim} != named - set(layout.basis)):
         raise ValueError(problem + "the second block of a `+` is the residual weights, of axes `o` and `i` alone.")
-    return replace(layout, packed_residual=tuple(second), concatenated=packed_at[0])
+    return layout
 
 
 def axis_patterns(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from numbers import Number
 from types import BuiltinFunctionType, FunctionType
@@ -33,8 +33,7 @@ from .coefficients import CoefficientTensor
 
 _NO_EFFECT = 1e-4  # of the largest gradient: rounding
 _EFFECT = 1e-2  # of the largest gradient: a change that shows
-_CURVATURE = 1e-2  # of the change: more than rounding in float32 makes of an affine function
-_MAX_INPUT = 1 << 22  # elements
+_CURVATURE = 1e-2  # of the largest gradient: more than rounding in float32 makes of an affine function
 _ROWS = 32  # inputs whose functions are compared
 _SEED = 16180339  # with the seed of the layer's own initialization, noise and coefficients would be proportional
 _SETTINGS = (str, FunctionType, BuiltinFunctionType, Number)  # Number: of numpy too
@@ -102,7 +101,7 @@ class Probe:
     def __init__(self, layer: nn.Module, grid: Mapping[str, Any], args: tuple[Any, ...] = ()) -> None:
         self.layer, self.args = layer, args
         self.grid = [value for value in grid.values() if isinstance(value, Tensor) and value.numel() > 1]
-        self._leading: dict[int, tuple[int, ...] | Exception] = {}  # by the number of features, see `_takes`
+        self._leading: dict[int, tuple[int, ...]] = {}  # by the number of features, see `_takes`
 
     def axes(self, tensor: CoefficientTensor, strict: bool = False) -> Verdict:
         """Compares the output and the input axis of the coefficients with the gradients of the layer.
@@ -112,59 +111,49 @@ class Probe:
         these, and a single function makes the layer a linear map.
         """
         try:
-            with isolated(self.values(tensor)[tensor.name]):
-                return self._axes(tensor, strict)
+            with self._isolated(tensor) as values:
+                return self._axes(tensor, values, strict)
         except Undecided as reason:
             return Verdict(reason=str(reason))
         except Exception as error:  # foreign code, which may raise anything: it wants other arguments
             out, in_, *rest = tensor.shape
-            others = () if strict or self.args or rest[1:] else (size for size in (out, *rest) if size != in_)
-            taken = next((size for size in others if isinstance(self._takes(tensor, size), tuple)), None)
+            others = () if strict or self.args or rest[1:] else (out, *rest)
+            taken = next((size for size in others if size != in_ and self._takes(tensor, size)), None)
             why = f"it takes inputs of {taken} features, and not of {in_}" if taken else ""
             return Verdict(reason=f"the layer raised {type(error).__name__}: {error!s:.120}", contradiction=why)
 
     def is_linear(self, tensor: CoefficientTensor) -> bool | None:
         """Whether the output is an affine function of the coefficients; `None` if that is not known."""
         try:
-            values, generator = self.values(tensor), torch.Generator().manual_seed(0)
-            with isolated(values[tensor.name]), torch.no_grad():
+            with self._isolated(tensor) as values:
                 x = self._input(tensor, rows=2)
-                # so far that a ReLU behind the sum is met on both sides
-                steps = {name: 2 * _noise(torch.randn, value, generator) for name, value in values.items()}
-                low, middle, high = (
-                    self._run({n: v + t * steps[n] for n, v in values.items()}, x) for t in (-1, 0, 1)
-                )
-                change, bend = (high - low).abs().max(), (high - 2 * middle + low).abs().max()
-                rounding = 1e3 * torch.finfo(x.dtype).eps * max(y.abs().max().item() for y in (low, middle, high))
-                if not torch.isfinite(bend) or max(change, bend) <= rounding:
-                    return None
-                return bool(bend - rounding <= _CURVATURE * max(change, bend))
+                # so far apart that a ReLU behind the sum is met on both sides
+                moved = (_moved(values, values, torch.randn, factor) for factor in (-2, 2))
+                low, high = (self._gradient(tensor, x, given) for given in moved)
+                size, change = (high.abs() + low.abs()).max(), (high - low).abs().max()
+                return bool(change <= _CURVATURE * size) if change.isfinite() and size > 0 else None
         except Exception:  # as in `axes`
             return None
 
     def reached(self, names: Sequence[str], tensor: CoefficientTensor) -> dict[str, bool | None]:
-        """Whether the output has a gradient towards each of these parameters; `None` if it is not computed from it."""
-        with isolated(self.values(tensor)[tensor.name]):
-            values = {name: _own_copy(self.layer.get_parameter(name)).requires_grad_() for name in names}
-            y = self._run(values, self._input(tensor))
-            found = torch.autograd.grad(y.square().sum(), [*values.values()], allow_unused=True)
-        return {name: None if g is None else bool(g.any()) for name, g in zip(names, found, strict=True)}
+        """Whether the output has a gradient towards each of these parameters; `None` if it is not computed from it.
 
-    def unused(self, tensor: CoefficientTensor) -> list[str]:
-        """The parameters of the coefficients that the output is not computed from; none if the layer cannot run."""
+        Empty if the layer cannot run.
+        """
         try:
-            reached = self.reached([*tensor.parameters], tensor)
-            return [name for name, is_reached in reached.items() if is_reached is None]
+            with self._isolated(tensor):
+                values = {name: _own_copy(self.layer.get_parameter(name)).requires_grad_() for name in names}
+                y = self._run(values, self._input(tensor))
+                found = torch.autograd.grad(y.square().sum(), [*values.values()], allow_unused=True)
+            return {name: None if g is None else bool(g.any()) for name, g in zip(names, found, strict=True)}
         except Exception:  # as in `axes`
-            return []
+            return {}
 
     def is_additive(self, tensor: CoefficientTensor) -> bool:
         """Whether the gradient of the residual weights stays, up to a factor for each output, under a change of A."""
-        with isolated(self.values(tensor)[tensor.name]):
-            x = self._input(tensor)
-            first, second = (
-                self._gradient(tensor, x, values)[:, :, -1:] for values in (self.values(tensor), self._moved(tensor))
-            )
+        with self._isolated(tensor) as values:
+            x, moved = self._input(tensor), _moved(values, tensor.names)
+            first, second = (self._gradient(tensor, x, given)[:, :, -1:] for given in (values, moved))
             return _is_parallel(first, second)
 
     def values(self, tensor: CoefficientTensor) -> dict[str, Tensor]:
@@ -180,8 +169,20 @@ class Probe:
             raise Undecided("the module consists of several layers")
         return {name: _own_copy(value) for name, value in values.items()}
 
-    def _axes(self, tensor: CoefficientTensor, strict: bool) -> Verdict:
-        x, values = self._input(tensor), {n: v.requires_grad_() for n, v in self.values(tensor).items()}
+    @contextmanager
+    def _isolated(self, tensor: CoefficientTensor) -> Iterator[dict[str, Tensor]]:
+        """The `values`, while gradients are computed; the random generators are put back at the end."""
+        values = self.values(tensor)
+        device = values[tensor.name].device
+        is_compiled = "torch._dynamo" in sys.modules  # flashkan compiles its basis, which would take seconds
+        stance = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+        generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        plain = torch.autocast(device.type, enabled=False)
+        with torch.inference_mode(False), torch.enable_grad(), plain, stance, generators:
+            yield values
+
+    def _axes(self, tensor: CoefficientTensor, given: Mapping[str, Tensor], strict: bool) -> Verdict:
+        x, values = self._input(tensor), {name: value.requires_grad_() for name, value in given.items()}
         out, in_, *_ = tensor.shape
         channels = 1 - x.dim() if len(tensor.shape) == 4 else -1
         y = self._run(values, x)
@@ -218,19 +219,22 @@ class Probe:
         verdict = Verdict(outputs, inputs, contradiction=contradiction)
         if not strict or False in verdict[:2]:
             return verdict
-        is_sum = self._are_several_functions(tensor, x, samples) and self._is_nonlinear_map_of_rows(tensor)
+        is_sum = self._are_several_functions(tensor, x, values, samples)
+        is_sum = is_sum and self._is_nonlinear_map_of_rows(tensor, values)
         return Verdict(outputs, False if not is_sum else inputs if in_ > 2 else None)  # two inputs say little
 
-    def _are_several_functions(self, tensor: CoefficientTensor, x: Tensor, samples: list[Tensor]) -> bool:
+    def _are_several_functions(
+        self, tensor: CoefficientTensor, x: Tensor, values: Mapping[str, Tensor], samples: list[Tensor]
+    ) -> bool:
         """Whether the gradients of an input, at several values of it, are of rank two at least."""
         if x.shape[-1] <= 3:
-            samples = [*samples, *(self._gradient(tensor, x * factor) for factor in (0.3, 0.6, -0.8))]
+            samples = [*samples, *(self._gradient(tensor, x * factor, values) for factor in (0.3, 0.6, -0.8))]
         row = _largest(samples[0])
         singular = torch.linalg.svdvals(torch.stack([sample[row, :_ROWS] for sample in samples], dim=1).double())
         return bool((singular[:, 1:2] > _EFFECT * _EFFECT * singular.max()).any())
 
     @torch.no_grad()
-    def _is_nonlinear_map_of_rows(self, tensor: CoefficientTensor) -> bool:
+    def _is_nonlinear_map_of_rows(self, tensor: CoefficientTensor, values: Mapping[str, Tensor]) -> bool:
         """Whether each row of the output depends on its own row of the input alone, and not by an affine map.
 
         With one row attention is linear in its values. A normalization of two outputs leaves their signs, which may be
@@ -241,7 +245,7 @@ class Probe:
         if rows.shape[1] > 1:  # that a normalization of the inputs does not make the same
             rows[2] = rows[0].roll(1)
         rows[1] = (rows[0] + rows[2]) / 2
-        values = self._moved(tensor)
+        values = _moved(values, tensor.names)
         y = self._run(values, x).flatten(0, -2)
         rows[3] = rows[0]
         other = self._run(values, x).flatten(0, -2)
@@ -249,15 +253,9 @@ class Probe:
         is_affine = (y[0] - 2 * y[1] + y[2]).abs().max() <= rounding < (y[0] - y[2]).abs().max()
         return bool(len(y) == 4 and (y - other)[:3].abs().max() <= rounding and not is_affine)
 
-    def _moved(self, tensor: CoefficientTensor) -> dict[str, Tensor]:
-        """The parameters with other coefficients, none of which is zero: larger ones, since widths are positive."""
-        generator = torch.Generator().manual_seed(_SEED)
-        ours = set(tensor.names)
-        return {n: v + _noise(torch.rand, v, generator) if n in ours else v for n, v in self.values(tensor).items()}
-
-    def _gradient(self, tensor: CoefficientTensor, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
+    def _gradient(self, tensor: CoefficientTensor, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """The gradient of a weighted sum of the outputs at x, in the canonical order."""
-        leaves = {name: value.requires_grad_() for name, value in (values or self.values(tensor)).items()}
+        leaves = {name: value.requires_grad_() for name, value in values.items()}
         return _gradient_of(_weighted(self._run(leaves, x), tensor), leaves, tensor)
 
     def _input(self, tensor: CoefficientTensor, rows: int = 1) -> Tensor:
@@ -268,18 +266,15 @@ class Probe:
         like, in_ = _wide(tensor.get_parameter(self.layer)), tensor.shape[1]
         if self.args:
             return self.args[0].detach().to(like)
-        first, *others = tensor.parts[0]
-        blocks = 1 + len(others) if others else math.prod([first.lengths[axis] for axis in first.layout.groups])
+        first, *_ = members = tensor.parts[0]
+        blocks = len(members) * math.prod([first.lengths[axis] for axis in first.layout.groups])
         if len(tensor.shape) == 4:
             shape = [1, blocks * in_, *(4 * first.lengths[axis] + 3 for axis in first.layout.kernel)]
         elif blocks > 1:
             raise Undecided("the shape of its input is not known")
-        elif isinstance(leading := self._takes(tensor, in_), Exception):
-            raise leading
         else:
+            leading = self._takes(tensor, in_) or (1,)  # else the layer raises its error
             shape = [*([rows, rows] if len(leading) == 2 else [rows * rows]), in_]
-        if math.prod(shape) > _MAX_INPUT:
-            raise Undecided(f"an input {tuple(shape)} would be large")
         low, high = -1.0, 1.0
         if self.grid:
             low = max(grid.min().item() for grid in self.grid)
@@ -290,21 +285,19 @@ class Probe:
         share = (steps * 0.6180339887498949).frac().view(shape)  # of the golden ratio, without a repetition
         return (low + (high - low) * (0.25 + 0.5 * share)).to(like)
 
-    def _takes(self, tensor: CoefficientTensor, size: int) -> tuple[int, ...] | Exception:
-        """The axes in front of `size` features in an input that the layer takes, some take tokens; else its error."""
+    def _takes(self, tensor: CoefficientTensor, size: int) -> tuple[int, ...] | None:
+        """The axes in front of `size` features in an input that the layer takes, some take tokens; `None` if none."""
         for leading in ((1,), (1, 1)) if size not in self._leading else ():
+            x = torch.zeros(*leading, size, device="cpu").to(_wide(tensor.get_parameter(self.layer)))
             try:
-                x = torch.zeros(*leading, size, device="cpu").to(_wide(tensor.get_parameter(self.layer)))
                 with torch.no_grad():
                     self._run({}, x)
-            except Undecided:
-                pass
             except Exception as error:  # as in `axes`; perhaps an input of another size
-                self._leading.setdefault(size, error)
-                continue
+                if not isinstance(error, Undecided):
+                    continue
             self._leading[size] = leading
             break
-        return self._leading[size]
+        return self._leading.get(size)
 
     def _run(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
         copy = _copy_of(self.layer, {})
@@ -316,17 +309,6 @@ class Probe:
         if not isinstance(y, Tensor) or not y.is_floating_point():
             raise Undecided(f"it returns a {type(y).__name__}")
         return y
-
-
-@contextmanager
-def isolated(like: Tensor) -> Iterator[None]:
-    """Gradients are computed here, and the random generators are put back at the end."""
-    is_compiled = "torch._dynamo" in sys.modules  # flashkan compiles its basis, which would take seconds
-    stance = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
-    generators = torch.random.fork_rng([like.device] if like.device.type == "cuda" else [])
-    plain = torch.autocast(like.device.type, enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), plain, stance, generators:
-        yield
 
 
 def _copy_of(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
@@ -356,10 +338,20 @@ def _own_copy(value: Tensor) -> Tensor:
     return _wide(value.detach()).clone()
 
 
-def _noise(draw: Callable[..., Tensor], value: Tensor, generator: torch.Generator) -> Tensor:
-    """Random numbers of the shape and mean size of a tensor."""
-    scale = float(value.detach().abs().mean()) or 1.0
-    return scale * draw(value.shape, generator=generator, device="cpu").to(value)
+def _moved(
+    values: Mapping[str, Tensor], names: Collection[str], draw: Callable[..., Tensor] = torch.rand, factor: float = 1
+) -> dict[str, Tensor]:
+    """The parameters, to those of these names added a factor of noise of their mean size.
+
+    By default it is positive, since widths are, and none is zero then.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    moved = {}
+    for name in (name for name in values if name in names):
+        value = values[name].detach()
+        scale = factor * (float(value.abs().mean()) or 1.0)
+        moved[name] = value + scale * draw(value.shape, generator=generator, device="cpu").to(value)
+    return {**values, **moved}
 
 
 def _weighted(y: Tensor, tensor: CoefficientTensor, seed: int = 1) -> Tensor:

@@ -21,13 +21,14 @@ from ..modules.calls import read_at_rest, unwrap
 from ..report import Report, TextTable
 from .candidates import KANCandidate, find_candidates
 from .compare import as_computed
-from .description import REGISTERED, KANLayerSpec, registered_spec, spec_from_file
+from .description import REGISTERED, KANLayerSpec, matches_nothing, registered_spec, spec_from_file
 from .description import Grid as Grid
 from .inference import infer_spec
 
 
 PREFIX = "base_model.model."  # that PEFT puts in front of the names of modules
-_BUILT_IN: dict[str, KANLayerSpec] = {}
+# Filled by known.py: files name these kinds without a description.
+BUILT_IN: dict[str, KANLayerSpec] = {}
 
 
 def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
@@ -42,8 +43,7 @@ def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
 
     Raises:
         TypeError: A field does not exist, or a required one is missing.
-        ValueError: The name is empty, not printable, or that of a built-in kind; a pattern is malformed, or has axes
-            that it cannot have.
+        ValueError: The name is that of a built-in kind; a pattern is malformed, or has axes that it cannot have.
 
     Example:
         >>> import torch
@@ -62,9 +62,7 @@ def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
         >>> spec.locate(MyKANLayer()).shape
         (5, 3, 4)
     """
-    if not isinstance(family, str) or not family.strip() or not family.isprintable():
-        raise ValueError(f"A kind of layer cannot be called {family!r}. Its name is a word, such as 'my-kan'.")
-    if family in _BUILT_IN:
+    if family in BUILT_IN:
         raise ValueError(
             f"{family!r} is a built-in kind of layer, which is not replaced. Choose another name: your kind takes "
             "precedence over the built-in ones."
@@ -83,11 +81,6 @@ def register(spec: KANLayerSpec) -> KANLayerSpec:
     return spec
 
 
-def keep_as_built_in() -> None:
-    """Marks the kinds registered so far as built-in: files name them without a description."""
-    _BUILT_IN.update(REGISTERED)
-
-
 def describe(spec: KANLayerSpec, layer: nn.Module) -> dict[str, Any]:
     """The entry of a file that describes the kind of a layer; empty for a kind of this package."""
     return {} if is_built_in(spec) else {"description": spec.describe(layer)}
@@ -95,7 +88,7 @@ def describe(spec: KANLayerSpec, layer: nn.Module) -> dict[str, Any]:
 
 def is_built_in(spec: KANLayerSpec) -> bool:
     """Whether a kind of layer comes with this package."""
-    return _BUILT_IN.get(spec.family) is spec
+    return BUILT_IN.get(spec.family) is spec
 
 
 def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KANLayerSpec | None:
@@ -112,10 +105,9 @@ def get_recorded_spec(layer: nn.Module, record: Mapping[str, Any] | None) -> KAN
     if record is None:
         return spec
     name, description = record["family"], record.get("description")
-    is_given = spec is not None and (spec is REGISTERED.get(name) or spec is getattr(type(layer), "kan_spec", None))
-    if spec is not None and spec.family == name and (is_given or description in (None, spec.describe(layer))):
+    if spec is not None and spec.family == name and (description is None or spec.matches is not matches_nothing):
         return spec
-    if description is not None:  # by another version, which may read the layer otherwise
+    if description is not None:  # of a layer of no registered kind, as the version read it that wrote the file
         return spec_from_file(name, description)
     if name in REGISTERED:  # of an older version, before a kind was split
         return registered_spec(layer, [REGISTERED[name]]) or spec

@@ -40,13 +40,11 @@ class SlimLayer(nn.Module):
             value = value.to(coefficients).contiguous()
             setattr(self, name, nn.Parameter(value, requires_grad=coefficients.requires_grad))
         self.scale = spec.find_edge_scale(layer)
-        # what `to_dense` needs: the shape and `requires_grad` of each parameter that is taken out of the layer
-        self.removed: dict[str, tuple[tuple[int, ...], bool]] = {}
+        self.removed: dict[str, tuple[int, ...]] = {}  # the shape of each parameter that is taken out of the layer
         for name in [*self.tensor.parameters, *([self.scale] if self.scale else [])]:
             owner, _, attribute = name.rpartition(".")
             module = layer.get_submodule(owner)
-            parameter = module.get_parameter(attribute)
-            self.removed[name] = (tuple(parameter.shape), parameter.requires_grad)
+            self.removed[name] = tuple(module.get_parameter(attribute).shape)
             module._parameters[attribute] = None
         self.layer = layer
         self.train(layer.training)
@@ -70,8 +68,7 @@ class SlimLayer(nn.Module):
         """The parameters, as the layer stores them, of the tensor of the factors plus `delta`, of the same shape."""
         parameters = self.tensor.split(self.components.dense() + delta)
         if self.scale is not None:
-            shape, _ = self.removed[self.scale]
-            parameters[self.scale] = self.core.new_ones(shape)
+            parameters[self.scale] = self.core.new_ones(self.removed[self.scale])
         return parameters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,10 +87,7 @@ class SlimLayer(nn.Module):
             parameters = self.effective_parameters()
         for name, value in parameters.items():
             owner, _, attribute = name.rpartition(".")
-            _, requires_grad = self.removed[name]
-            if self.core.requires_grad != self.removed[self.tensor.name][1]:  # frozen, or released, since then
-                requires_grad = self.core.requires_grad
-            value = nn.Parameter(value.contiguous(), requires_grad=requires_grad)
+            value = nn.Parameter(value.contiguous(), requires_grad=self.core.requires_grad)
             layer.get_submodule(owner)._parameters[attribute] = value
         return layer
 

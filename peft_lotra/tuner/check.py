@@ -117,10 +117,7 @@ def _compare(layer: nn.Module, x: torch.Tensor | tuple[Any, ...] | None) -> KANL
     probe = Probe(layer, spec.read_grid(layer), args)
     roles = _roles(target)
     sizes = {name: parameter.numel() for name, parameter in layer.named_parameters()}
-    try:
-        used = {name: bool(is_reached) for name, is_reached in probe.reached(list(roles), tensor).items()}
-    except Exception:  # the layer's, which may want other arguments
-        used = None
+    used = {name: bool(is_reached) for name, is_reached in probe.reached(list(roles), tensor).items()} or None
     ours, fixed = ("coefficients", "residual"), ("grid", "constant")
     counted = [n for n, role in roles.items() if role in ours or (role not in fixed and (used is None or used[n]))]
     reached = sum(sizes[name] for name in counted if roles[name] in ours)

@@ -28,8 +28,7 @@ def _only_stage(model: LoTRALayer | ParamWrapper) -> Stage | None:
 def _lotra_layer(model: LoTRALayer) -> list[Stage] | None:
     stage = _only_stage(model)
     if stage is not None and stage.branches:  # of another library: the updates enter its parameters
-        parameters = model.effective_parameters()
-        stage = layer_stage(model.get_base_layer(), model.lotra_spec, model.lotra_tensor, parameters)
+        stage = layer_stage(model.get_base_layer(), model.lotra_spec, model.effective_parameters())
         return stage and [stage]
     return stage and [stage._replace(updates=(*stage.updates, *model.applied_updates()))]
 

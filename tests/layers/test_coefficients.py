@@ -42,13 +42,6 @@ DESCRIBED = {
         (4, 3, 17),
         True,
     ),
-    "one part without a basis": ({"W": (4, 3)}, {"coefficients": ("W", "o i")}, (4, 3, 1), False),
-    "axes of length one": (
-        {"W": (4, 1, 5, 3)},
-        {"coefficients": ("W", "o () (i k):2"), "axes": {"k": 5}},
-        (4, 3, 5),
-        False,
-    ),
     "blocks": (
         {"spline_weight": (2, 4, 3, 5), "base_weight": (2, 4, 3)},
         {"coefficients": ("spline_weight", "g o i k"), "residual": ("base_weight", "g o i"), "groups": "g"},
@@ -126,7 +119,7 @@ def test_a_round_trip_is_exact_bit_for_bit(described):
     written = tensor.join(list(tensor.split(update).values()))
     assert torch.equal(written, update.where(tensor.read(layer) != 0, 0))
     coefficients, own_residual = tensor.read_parts(layer, parts)
-    assert torch.equal(coefficients, tensor.read(layer, residual=False))
+    assert torch.equal(coefficients, tensor.read(layer)[:, :, : shape[2]])
     assert (own_residual is not None) == residual
     assert own_residual is None or torch.equal(own_residual, tensor.read(layer)[:, :, -1])
 
@@ -214,26 +207,10 @@ def test_members_keep_their_place():
         ),
         ({"a": (2, 3)}, {"coefficients": ("b.*", "o i k")}, ["'b.*': 0"]),
         ({"a": [{"v": (2, 3)}]}, {"coefficients": ("a.*.w", "o i")}, ["`a.0.w`", "no such parameter"]),
-        ({"a": (2, 3, 5), "b": (2, 4)}, {"coefficients": [("a", "o i k"), ("b", "o i")]}, ["`b`", "i=3", "(2, 4)"]),
-        (
-            {"a": [(4, 3, 5, 3), (4, 3, 5, 1)]},
-            {"coefficients": ("a.*", "o i k ...")},
-            ["Those of the kernel must be equal", "{'a.0': (3,), 'a.1': (1,)}"],
-        ),
-        (
-            {"a": [(4, 3, 5), (2, 3, 5)], "b": (4, 3, 1)},
-            {"coefficients": [("b", "o i n"), ("a.*", "o i k")]},
-            ["`a.1`", "o=4", "`b` (4, 3, 1) is described as 'o i n'"],
-        ),
-        (
-            {"a": (4, 3, 5, 3), "b": (4, 3, 1)},
-            {"coefficients": ("a", "o i k ..."), "residual": ("b", "o i ...")},
-            ["`b`", "kernel0=3", "'o i ...'", "(4, 3, 1)"],
-        ),
-        ({"a": (4, 15)}, {"coefficients": ("a", "o (i k)")}, ["`a`", "lengths of i, k do not follow", "`axes`"]),
-        ({"a": (4, 16)}, {"coefficients": ("a", "o (i k)"), "axes": {"i": 3}}, ["i=3 * k=?, which 16 is not"]),
-        ({"a": (4, 18)}, {"coefficients": ("a", "o ((i k) + i)")}, ["lengths of i do not follow"]),
-        ({"a": (4, 3)}, {"coefficients": ("a", "o ((i k) + i)"), "axes": {"i": 3}}, ["i=3 * k=?, which 0 is not"]),
+        ({"a": (2, 3, 5), "b": (2, 4)}, {"coefficients": [("a", "o i k"), ("b", "o i")]}, ["`b`", "'i': 3", "(2, 4)"]),
+        ({"a": (4, 15)}, {"coefficients": ("a", "o (i k)")}, ["`a`", "Could not infer sizes", "`axes`"]),
+        ({"a": (4, 16)}, {"coefficients": ("a", "o (i k)"), "axes": {"i": 3}}, ["(4, 16)", "16 in chunks of 3"]),
+        ({"a": (4, 18)}, {"coefficients": ("a", "o ((i k) + i)")}, ["'i'", "give lengths by `axes`"]),
     ],
 )
 def test_what_does_not_fit_together(shapes, description, parts):

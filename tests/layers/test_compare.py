@@ -84,37 +84,28 @@ def test_layers_of_one_kind_are_run_once():
 class Copy(OldEfficientKANLayer):
     """A layer of efficient-kan, whose parameters are not all used."""
 
-    def __init__(self, i, o, count=6, uses=("base", "scale")):
-        super().__init__(i, o, *{6: (3, 3), 3: (2, 1)}[count])
-        self.uses = " ".join(uses)
+    def __init__(self, i, o, uses=("base", "scale")):
+        super().__init__(i, o)
+        self.uses = " ".join(uses)  # a setting: another kind of layer
 
     def forward(self, x):
         weight = self.scaled_spline_weight if "scale" in self.uses else self.spline_weight
         y = self.b_splines(x).flatten(1) @ weight.flatten(1).T
         return y + nn.functional.silu(x) @ self.base_weight.T if "base" in self.uses else y
 
-    def update_grid(self):
-        self.grid.mul_(2)
 
-
-@pytest.mark.parametrize("count", [6, 3])  # kinds with `spline_scaler` as a factor, and as a part
-@pytest.mark.parametrize("uses", [("base", "scale"), ("base",), ("scale",), ()])
-def test_parameters_that_a_copy_no_longer_uses_are_left_out(uses, count, tmp_path):
+@pytest.mark.parametrize("uses", [("base",), ("scale",), ()])
+def test_parameters_that_a_copy_no_longer_uses_are_left_out(uses, tmp_path):
     def build():
         torch.manual_seed(0)
-        return nn.Sequential(Copy(4, 5, count, uses), Copy(5, 2, count, uses))
+        return nn.Sequential(Copy(4, 5, uses), Copy(5, 2, uses))
 
-    expected = {"spline_weight"} | ({"base_weight"} if "base" in uses else set())
-    if count == 3 and "scale" in uses:
-        expected.add("spline_scaler")
+    expected = {"spline_weight", *(["base_weight"] if "base" in uses else [])}
     spec = get_kan_spec(build()[0])
-    tensor = spec.locate(build()[0])
-    assert set(tensor.parameters) == expected and tensor.has_residual == ("base" in uses)
-    assert spec.family.startswith("efficient-kan")
+    assert set(spec.locate(build()[0]).parameters) == expected
+    assert spec.family == ("efficient-kan" if "base" in uses else "generic")
     x = torch.rand(8, 4)
     model = get_peft_model(build(), LoTRAConfig(r=2, init_weights=False))
-    with pytest.raises(RuntimeError, match="update_grid"):
-        model.base_model.model[0].update_grid()
     y = model(x)
     model.save_pretrained(tmp_path)
     assert relative(PeftModel.from_pretrained(build(), tmp_path)(x), y) < 1e-5
@@ -234,7 +225,7 @@ class Named(Layer):
             {"coefficients": ("convs.*.weight", "o (i k) ..."), "axes": {"k": 3}},
             "an input changes other slices",
         ),
-        (Named(), ("A", "o i k"), {"residual": ("base", "i o")}, "`base` is not as described.*'i o'.*(4, 3)"),
+        (Named(), ("A", "o i k"), {"residual": ("base", "i o")}, "`base` is not as described.*'i o'.*4, 3"),
         (Named(), ("A", "o i k"), {"coefficients": ("B", "o i k")}, "`B` is not as described. There is no such"),
         (Named(), ("A", "o i k"), {"coefficients": [("A", "o i k"), ("unused", "o i z")]}, "does not use `unused`"),
     ],
@@ -311,12 +302,8 @@ def test_layers_that_cannot_be_called_are_not_verified_and_attached(kind):
     assert adapt(as_model(layer)).base_model.model.kan.lotra_tensor.shape == (5, 5, 5)
 
 
-def test_large_inputs_and_parameters_without_values_are_not_verified():
-    layer = Layer(2, 2, 2)
-    layer.A = nn.Parameter(torch.zeros(1).expand(2, 3, 3000, 3000))  # of a single number
-    register(layer, "o i ...")
-    assert "would be large" in check_kan_layer(layer).axes
-    register(layer, "o i k")
+def test_parameters_without_values_are_not_verified():
+    register(Layer(2, 2, 2), "o i k")
     assert check_kan_layer(Layer(5, 5, 5).to("meta")).axes.startswith("not checked: `A` has no values")
     computed = nn.utils.parametrizations.weight_norm(Layer(5, 5, 5), "A")
     register_kan_layer("computed", matches=type(computed), coefficients=("A", "o i k"))

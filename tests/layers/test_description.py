@@ -191,11 +191,7 @@ DAMAGED = [
     {"coefficients": ["__class__.__init__", "o i k"]},
     {"coefficients": [["a", "o i k"]] * 2},
     {"coefficients": ["a", 3]},
-    {"coefficients": ["a", "o i k"], "basis": "lambda m, x: x"},
     {"coefficients": ["a", "o i k"], "groups": 3},
-    {"coefficients": ["a", "o i k"], "grid": ["__dict__"]},
-    {"coefficients": ["a", "o i k"], "grid_methods": ["__call__"]},
-    {"coefficients": ["a", "o i k"], "network_methods": {"__init__": None}},
 ]
 
 
@@ -204,12 +200,6 @@ def test_a_damaged_description_is_refused_before_the_model_is_touched(saved, des
     folder, *_ = saved
     edit(folder, lambda layer: layer.update(description=description))
     base = net()
-    with pytest.raises(ValueError, match="'waves' in the file is broken|of 'waves'|Pattern|does not describe"):
+    with pytest.raises(ValueError, match="'waves' in the file is broken|kind 'waves'"):
         PeftModel.from_pretrained(base, folder)
     assert [type(module) for module in base] == [Waves, nn.Tanh, Waves]
-
-
-@pytest.mark.parametrize("family", ["", " ", 3, None, "a\nb", "\x1b[2J"])
-def test_names_that_no_kind_can_have(family):
-    with pytest.raises(ValueError, match="A kind of layer cannot be called"):
-        register_kan_layer(family, matches=KANLinear, coefficients=("spline_weight", "o i k"))

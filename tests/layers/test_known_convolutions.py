@@ -43,23 +43,12 @@ class Gaussians(nn.Module):
         return torch.exp(-((x[..., None] - self.grid) ** 2))
 
 
-class Powers(nn.Module):
-    """Functions without a grid: nothing says how many they are."""
-
-    def __init__(self, count):
-        super().__init__()
-        self.degree = count - 1
-
-    def forward(self, x):
-        return torch.stack([x**k for k in range(self.degree + 1)], -1)
-
-
 class FastKANConvLayer(nn.Module):
     """U-KAN's: the Gaussians outside, `spline_conv.weight` (O, (K I), k, k)."""
 
-    def __init__(self, i, o, count=4, base=True, functions=Gaussians):
+    def __init__(self, i, o, count=4, base=True):
         super().__init__()
-        self.rbf = functions(count)
+        self.rbf = Gaussians(count)
         self.spline_conv = nn.Conv2d(count * i, o, 3, padding=1)
         if base:
             self.base_conv = nn.Conv2d(i, o, 3, padding=1)
@@ -192,10 +181,7 @@ class WavKANConvNDLayer(nn.Module):
 # (4 inputs) -> layer, its kind, canonical shape, and whether it has a residual branch
 GROUPS, DIMENSIONS = (1, 2), (1, 2, 3)
 LAYERS = [
-    *(
-        (partial(FastKANConvLayer, 4, 6, base=base, functions=functions), "fast-kan-conv", (6, 4, 4, 9), base)
-        for base, functions in product((True, False), (Gaussians, Powers))
-    ),
+    *((partial(FastKANConvLayer, 4, 6, base=base), "fast-kan-conv", (6, 4, 4, 9), base) for base in (True, False)),
     *((partial(KANLibConv2d, groups=g), "kanlib-conv", (6, 4 // g, 3, 9), True) for g in GROUPS),
     (partial(GramConv2, 4, 6), "gram-conv-2", (6, 4, 4, 9), True),
     *(

@@ -88,17 +88,11 @@ def test_a_foreign_predicate_does_not_disturb_the_known_kinds():
 @pytest.mark.parametrize(
     "changes, problem",
     [
-        ({"residual": ("base", "o i k")}, "'o i k'.*'my-kan' has an axis besides `o`, `i`"),
-        ({"edge_scale": ("scale", "o i k")}, "'o i k' of the edge scales of 'my-kan' has an axis besides"),
-        (
-            {"coefficients": [("a", "o ((i k) + i)"), ("b", "o i k")], "residual": None},
-            r"`\+` of 'my-kan' has the resid",
-        ),
-        ({"coefficients": ("A", "o ((i k) + i)")}, r"`\+` of 'my-kan' has the residual weights"),
-        ({"coefficients": []}, r"are \[\]. Expected a parameter and its pattern"),
-        ({"coefficients": "A"}, "are 'A'. Expected a parameter and its pattern"),
-        ({"coefficients": [("a", "o i k"), ("a", "o i")]}, "repeat one"),
-        ({"grid": ("a b",)}, "'a b' of 'my-kan' is no name"),
+        ({"residual": ("base", "o i k")}, "'o i k' of 'my-kan' has an axis besides `o`, `i`"),
+        ({"edge_scale": ("scale", "o i k")}, "'o i k' of 'my-kan' has an axis besides"),
+        ({"coefficients": []}, "Expected a name and its pattern"),
+        ({"coefficients": "A"}, "Expected a name and its pattern"),
+        ({"coefficients": [("a", "o i k"), ("a", "o i")]}, "with each name once"),
         ({"matches": "MyKANLayer"}, "Give a class, or a predicate"),
     ],
 )
@@ -113,15 +107,13 @@ def test_bad_descriptions(changes, problem):
     "pattern, problem",
     [
         ("o k", "`o` and `i` must appear once each"),
-        ("o i k k", "no other axis twice"),
-        ("o (i k", "parentheses do not match"),
-        ("o i k-1", "'k-1' does not consist of axis names"),
-        ("o ... i ...", "'...' does not consist of axis names"),
-        ("o (i k):0", "':0' does not consist of axis names"),
+        ("o i k k", 'duplicate dimension "k"'),
+        ("o (i k", "Imbalanced parentheses"),
+        ("o i k-1", "Unknown character '-'"),
+        ("o ... i ...", "duplicate dimension"),
+        ("o (i k):0", "Unknown character ':'"),
         ("o (i + i)", "the residual weights, of axes `o` and `i` alone"),
-        ("o ((i k) + i + i)", "at most two blocks"),
-        ("o ((i k) + )", "does not consist of axis names"),
-        ("o ((i k) + (i k))", "the residual weights, of axes `o` and `i` alone"),
+        ("o ((i k) + )", "the residual weights, of axes `o` and `i` alone"),
     ],
 )
 def test_malformed_patterns(pattern, problem):
@@ -149,9 +141,8 @@ def test_a_class_that_carries_its_description_is_not_matched_by_others():
     [
         ({"coefficients": ("A", "i o (k g)")}, ["`A`", "'i o (k g)'", "(3, 5, 4)", "`axes`"]),
         ({"coefficients": ("A", "i o k g")}, ["`A`", "'i o k g'", "(3, 5, 4)"]),
-        ({"coefficients": ("A", "o i k")}, ["`A`", "'o i k'", "(3, 5, 4)"]),
         ({"residual": ("base", "i o")}, ["`base`", "'i o'", "(5, 3)"]),
-        ({"axes": lambda m: {"k": 7}}, ["k=7", "'i o k'", "(3, 5, 4)"]),
+        ({"axes": lambda m: {"k": 7}}, ["'k': 7", "'i o k'", "(3, 5, 4)"]),
     ],
 )
 def test_a_pattern_that_does_not_fit_the_layer(changes, parts):
