@@ -64,41 +64,6 @@ def test_pina(tmp_path):
     torch.testing.assert_close(loaded.merge_and_unload()(x), y)
 
 
-def test_pina_solver(tmp_path):
-    pytest.importorskip("pina.weighting")
-    example = load_example(EXAMPLES / "pde" / "pina_solver.py")
-    for problem in (example.Poisson2DSquareProblem(), example.OtherForcing()):
-        points = example.test_points().requires_grad_()
-        solution = problem.solution(points)
-        solution.labels = ["u"]
-        # the reference solves the equation that PINA imposes
-        assert problem.conditions["D"].equation.residual(points, solution).abs().max() < 1e-4
-
-    model = get_peft_model(example.make_network(), LoTRAConfig(r=2))
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    example.solve(example.OtherForcing(), model, epochs=3, lr=1e-2, points=5)
-    moved = {name for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
-    assert moved == {name for name in before if "lotra_" in name}
-
-    example.main(["--quick", "--output", str(tmp_path)])
-    results = json.loads((tmp_path / "pina_solver_quick.json").read_text())
-    rows = {row["method"]: row for row in example.best_rows(results["rows"])}
-    assert rows["base, other forcing"]["error"] > 10 * rows["base, PINA's forcing"]["error"]
-    assert rows["LoTRA"]["error"] < 0.1 * rows["base, other forcing"]["error"]
-    assert rows["LoTRA"]["trainable parameters"] < 0.4 * rows["full fine-tuning"]["trainable parameters"]
-    assert (tmp_path / "pina_solver_quick.png").stat().st_size > 10_000
-
-
-def test_lycoris(tmp_path, monkeypatch):
-    pytest.importorskip("lycoris")
-    example = load_example(EXAMPLES / "beside_lycoris.py")
-    monkeypatch.setattr("sys.argv", ["beside_lycoris.py", "--quick", "--output", str(tmp_path)])
-    example.main()
-    results = json.loads((tmp_path / "beside_lycoris_quick.json").read_text())
-    assert set(results["modules that create_lycoris wraps"].values()) == {0}
-    assert results["parameters"]["LoKr"] <= results["parameters"]["LoTRA, gradient start"] == 4752
-
-
 def test_ray_serve(tmp_path):
     """Each answer is that of the bank, though a replica is killed and an adapter replaced meanwhile."""
     pytest.importorskip("ray")

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.hub import adapter_table
-from peft_lotra.hub.contents import AdapterContents, adapter_folders, read_adapter, table_of_tensors
+from peft_lotra.hub.contents import AdapterContents, adapter_folders, read_adapter
 from peft_lotra.kan import KAN
 
 
@@ -38,7 +38,7 @@ def test_adapter_table(tmp_path):
         assert row.size == 4 * row.parameters == 4 * (6 + row.shape[0] + 2 * row.shape[1] + 3 * row.shape[2])
     assert rows["head"].ranks is None and rows["head"].parameters == 4 and "saved copy" in rows["head"].cells()
     model.save_pretrained(tmp_path)
-    assert table_of_tensors(*read_adapter(tmp_path)) == list(rows.values())
+    assert AdapterContents.of("saved", *read_adapter(tmp_path)).layers == list(rows.values())
     deep = get_peft_model(KAN([2] * 13), LoTRAConfig(r=1))
     assert [row.name for row in adapter_table(deep)] == [f"layers.{number}" for number in range(12)]
 

@@ -12,7 +12,6 @@ from helpers import adapt
 from residuals import fit, network, problem, terms
 from torch import Tensor, nn
 
-from peft_lotra.kan import KAN, laplacian
 from peft_lotra.optim import LevenbergMarquardt
 
 
@@ -238,16 +237,3 @@ def test_stopping_rules():
     assert len(optimizer.fit(data, 9, target_loss=1e9, progress=False)) == 1
     assert len(optimizer.fit(data, 9, tolerance=1.0, patience=2, progress=False)) == 2
     assert len(optimizer.fit(data, 9, max_seconds=0.0, progress=False)) == 1
-
-
-def test_terms_by_transforms_of_torch_func():
-    def by_hessian(model: nn.Module, x: Tensor) -> Tensor:
-        hessians = torch.func.vmap(torch.func.hessian(lambda row: model(row.unsqueeze(0))[0, 0]))(x)
-        return hessians.diagonal(dim1=1, dim2=2).sum(1) - 1
-
-    def by_jet(model: nn.Module, x: Tensor) -> Tensor:
-        return laplacian(model, x)[:, 0] - 1
-
-    x, model = torch.rand(40, 2, dtype=torch.float64), KAN([2, 5, 1], dtype=torch.float64)
-    losses = [LevenbergMarquardt(copy.deepcopy(model)).step([(term, (x,))]).loss for term in (by_hessian, by_jet)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
