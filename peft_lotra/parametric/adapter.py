@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo, hf_hub_download
 from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..compress.updates import check_without_adapters
 from ..hub.push import upload
 from ..modules.calls import call_with_parameters, check_module
 from ..modules.checks import check_count, check_function
@@ -147,8 +147,7 @@ class ParametricAdapter:
         config: LoTRAConfig | None = None,
     ) -> None:
         check_module(base, "base")
-        if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
-            raise ValueError("`base` has adapters already: pass the bare model, or what `merge_and_unload` returns.")
+        check_without_adapters(base, "base")
         config = copy.deepcopy(config) if config is not None else LoTRAConfig(r=ranks)
         if config.train is None and config.init_weights is True:
             config = replace(config, train=["core"], init_weights="hosvd")
@@ -331,25 +330,21 @@ class ParametricAdapter:
             write(model, prediction._vector)
         return model
 
-    def save_pretrained(self, folder: str | os.PathLike, *, modes: int | None = None) -> None:
-        """Saves the family as one file, with a model card.
-
-        The factors and the modes of the members are stored once, and a member as its coordinates in the modes.
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Saves the family as one file, the shared factors and the members, with a model card.
 
         Args:
             folder: The folder, which is made if there is none.
-            modes: The most modes, by default as many as members, without loss.
 
         Raises:
-            ValueError: No member was fitted, or `modes` is no positive int.
+            ValueError: No member was fitted.
         """
         if not self._space.members:
             raise ValueError("The family has no members yet: call `fit` before it is saved.")
-        modes = None if modes is None else check_count(modes, "modes")
         path = Path(folder, FILE)
         path.parent.mkdir(parents=True, exist_ok=True)
         log = self._space.log.expand(self._space.places.shape[1]).tolist()
-        save_family(self.model, self._space.members, log, path, modes)
+        save_family(self.model, self._space.members, log, path)
         card_of(self._space.members).save(path.parent / "README.md")
 
     @classmethod
