@@ -55,7 +55,6 @@ def test_adapter_folders(folder):
 
 def test_what_is_read(folder):
     config, tensors = read_adapter(folder)
-    assert config["r"] == 2 and len(tensors) == 8
     contents = AdapterContents.of("mine", config, tensors)
     assert contents.dtype == ["float32"] and contents.finite and contents.bytes == 4 * contents.parameters
     title, first, _, total = str(contents).splitlines()
@@ -63,15 +62,6 @@ def test_what_is_read(folder):
     assert "(4, 2, 9)" in first and total.split() == ["total", "69", "0.3"]
     broken = {name: tensor * float("nan") for name, tensor in tensors.items()}
     assert "NaN or infinite" in str(AdapterContents.of("mine", config, broken))
-
-
-def test_no_adapter(tmp_path):
-    with pytest.raises(ValueError, match="is no adapter: it has no adapter_config.json"):
-        read_adapter(tmp_path)
-    lora = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
-    lora.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a LORA adapter, and not one of LoTRA"):
-        read_adapter(tmp_path)
 
 
 def test_broken_files(folder):
