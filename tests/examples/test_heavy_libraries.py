@@ -13,10 +13,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from peft import PeftModel, get_peft_model
-
-from peft_lotra import LoTRAConfig, find_kan_layers
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "studies"
@@ -44,24 +40,6 @@ def test_neuralforecast(tmp_path):
     ]
     assert (tmp_path / "neuralforecast" / "adapter_model.safetensors").exists()
     assert (tmp_path / "forecast_neuralforecast.png").stat().st_size > 10_000
-
-
-def test_pina(tmp_path):
-    network = pytest.importorskip("pina.model").KolmogorovArnoldNetwork
-    base = network([2, 5, 1])
-    state = {key: value.clone() for key, value in base.state_dict().items()}
-    assert [layer.family for layer in find_kan_layers(base)] == ["pina", "pina"]
-    model = get_peft_model(base, LoTRAConfig(r=2, init_weights=False))
-    x = torch.rand(7, 2, requires_grad=True)
-    y = model(x)
-    gradient = torch.autograd.grad(y.sum(), x, create_graph=True)[0]
-    torch.autograd.grad(gradient.square().sum(), [p for p in model.parameters() if p.requires_grad])
-    model.save_pretrained(tmp_path)
-    fresh = network([2, 5, 1])
-    fresh.load_state_dict(state)
-    loaded = PeftModel.from_pretrained(fresh, tmp_path)
-    assert torch.equal(loaded(x), y)
-    torch.testing.assert_close(loaded.merge_and_unload()(x), y)
 
 
 def test_ray_serve(tmp_path):

@@ -24,20 +24,6 @@ def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, before[name]), name
 
 
-# The numbers
-
-
-def test_linear_least_squares_in_one_step():
-    model, x = nn.Linear(4, 2, dtype=torch.float64), torch.randn(30, 4, dtype=torch.float64)
-    y = torch.randn(30, 2, dtype=torch.float64)
-    record = LevenbergMarquardt(model, damping=1e-12).step([(fit, (x, y))])
-    ones = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-    best = torch.linalg.lstsq(ones, y).solution
-    torch.testing.assert_close(torch.cat([model.weight, model.bias[:, None]], 1).T, best)
-    assert record.accepted
-    assert record.loss == pytest.approx(((ones @ best - y).square().sum() / 30).item())
-
-
 # Models
 
 
