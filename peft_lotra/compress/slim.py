@@ -23,11 +23,12 @@ from ..kan.slim_kan import SlimKANLinear, warn_capped
 from ..layers.registry import find_kan_layers, known_kinds
 from ..layers.slim import SlimLayer
 from ..modules.calls import share_hooks, unwrap
+from ..modules.checks import check_number
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, tucker
 from ..tuner.targets import locate_target
 from .data_weights import Inputs, error_table, gather_weights, model_outputs, recorded_calls
-from .spectra import LayerSpectrum, check_energy, choose_ranks, weighted_spectra
+from .spectra import LayerSpectrum, choose_ranks, weighted_spectra
 from .updates import check_without_adapters, read_coefficients
 
 
@@ -125,7 +126,7 @@ def slim(
             f"Pass one of `ranks`, `energy` and `budget`, got `ranks`={ranks}, `energy`={energy}, `budget`={budget}."
         )
     if energy is not None:
-        check_energy(energy)
+        check_number(energy, "energy", "(0, 1]")
     model = unwrap(model)
     check_without_adapters(model, "model")
     compression = _Compression(model if inplace else _copy(model), inputs)

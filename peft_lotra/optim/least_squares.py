@@ -114,6 +114,13 @@ def name_term(index: int, function: Callable) -> str:
     return f"residual term {index} ({getattr(function, '__name__', type(function).__name__)})"
 
 
+def in_double(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of lower precision, in float64."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = {name: tensor.detach() for name, tensor in state.items() if tensor.is_floating_point()}
+    return {name: tensor.double() for name, tensor in state.items() if tensor.dtype != torch.float64}
+
+
 class LeastSquares:
     """The residuals as a function of the flat vector of the trainable parameters, in float64.
 
@@ -135,12 +142,7 @@ class LeastSquares:
         self.trainable = trainable
         self.memory = memory
         self.shards = shards = shards or Shards()
-        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self.fixed = {
-            name: tensor.detach().double()
-            for name, tensor in state.items()
-            if name not in trainable and tensor.is_floating_point() and tensor.dtype != torch.float64
-        }
+        self.fixed = {name: tensor for name, tensor in in_double(model).items() if name not in trainable}
         self.sizes = [parameter.numel() for parameter in trainable.values()]
         self.num_parameters = sum(self.sizes)
         self.start = torch.cat([parameter.detach().double().flatten() for parameter in trainable.values()])

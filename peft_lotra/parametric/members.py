@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.calls import call_with_parameters
-from ..optim.least_squares import Term, check_terms
+from ..optim.least_squares import Term, check_terms, in_double
 from ..optim.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 from .held_out import HeldOutPoints
 from .interpolation import Member, Point
@@ -132,9 +132,7 @@ def named(model: nn.Module, vector: np.ndarray) -> dict[str, Tensor]:
 @torch.no_grad()
 def residuals_of(model: nn.Module, terms: Iterable) -> Tensor:
     """The residuals (M,) of terms in float64, whose sum of squares is the loss of `LevenbergMarquardt`."""
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    exact = {n: t.double() for n, t in state.items() if t.is_floating_point() and t.dtype != torch.float64}
-    parts = []
+    exact, parts = in_double(model), []
     for function, rows, weight in check_terms(terms):
         rows = tuple(row.double() if row.is_floating_point() else row for row in rows)
         values = call_with_parameters(model, exact, partial(function, model), rows, {})

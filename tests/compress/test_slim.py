@@ -315,7 +315,7 @@ def test_a_model_in_a_wrapper_is_its_network():
     [
         ({}, "Pass one of `ranks`, `energy` and `budget`"),
         ({"ranks": 2, "energy": 0.5}, "Pass one of"),
-        ({"energy": 1.1}, "`energy` must be above 0 and at most 1"),
+        ({"energy": 1.1}, r"`energy` is 1.1, but must be a number in \(0, 1\]"),
         ({"ranks": 0}, "`ranks` should be a positive integer"),
         ({"ranks": {"elsewhere": 2}}, "`ranks` names none of the KAN layers"),
     ],
