@@ -3,13 +3,23 @@
 
 """LoTRA: low tensor-rank adaptation of Kolmogorov-Arnold networks, as a PEFT method. Importing it registers it."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import NoReturn
 
+from . import pde, plotting  # noqa: F401  (as attributes)
 from ._version import __version__
+from .bank.bank import AdapterBank
+from .compress.extract import extract_lotra
+from .compress.slim import slim, to_dense
+from .compress.spectra import gradient_spectrum, suggest_ranks, update_spectrum
+from .hub.card import write_model_card
+from .hub.push import push_to_hub
 from .layers import known  # noqa: F401  (registers the known kinds of layers)
 from .layers.registry import KANLayerSpec, find_kan_layers, register_kan_layer
+from .optim.learning_rates import LoTRALearningRates, create_lotra_optimizer, lotra_lr_multipliers
+from .parametric import ParametricAdapter
+from .summary import model_summary
 from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
+from .tuner.check import check_kan_layer
 from .tuner.config import LoTRAConfig
 from .tuner.gradients import preprocess_lotra, start_from_gradient
 from .tuner.hotswap import hotswap_adapter
@@ -19,18 +29,6 @@ from .tuner.refit import refit_adapters
 from .tuner.registration import register
 from .tuner.saving import save_adapter
 
-
-if TYPE_CHECKING:
-    from .bank.bank import AdapterBank
-    from .compress.extract import extract_lotra
-    from .compress.slim import slim, to_dense
-    from .compress.spectra import gradient_spectrum, suggest_ranks, update_spectrum
-    from .hub.card import write_model_card
-    from .hub.push import push_to_hub
-    from .optim.learning_rates import LoTRALearningRates, create_lotra_optimizer, lotra_lr_multipliers
-    from .parametric import ParametricAdapter
-    from .summary import model_summary
-    from .tuner.check import check_kan_layer
 
 __all__ = [
     "AdapterBank",
@@ -62,26 +60,6 @@ __all__ = [
     "write_model_card",
 ]
 
-# names that are imported at their first use, which saves a quarter of the time of an import
-_LATER = {
-    "AdapterBank": "bank",
-    "LoTRALearningRates": "optim.learning_rates",
-    "ParametricAdapter": "parametric",
-    "check_kan_layer": "tuner.check",
-    "create_lotra_optimizer": "optim.learning_rates",
-    "extract_lotra": "compress.extract",
-    "gradient_spectrum": "compress.spectra",
-    "lotra_lr_multipliers": "optim.learning_rates",
-    "model_summary": "summary",
-    "push_to_hub": "hub.push",
-    "slim": "compress.slim",
-    "suggest_ranks": "compress.spectra",
-    "to_dense": "compress.slim",
-    "update_spectrum": "compress.spectra",
-    "write_model_card": "hub.card",
-}
-
-
 _GONE = {
     "ExtractionReport": "`extract_lotra` makes it; import it from `peft_lotra.compress.extract`",
     "FamilyReport": "`ParametricAdapter.fit` returns it; import it from `peft_lotra.parametric`",
@@ -97,19 +75,9 @@ _GONE = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("hub", "optim", "parametric", "pde", "plotting"):
-        return import_module(f".{name}", __name__)
-    if name in _GONE:
-        raise AttributeError(f"`peft_lotra.{name}` is gone: {_GONE[name]}.")
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f".{_LATER[name]}", __name__), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+def __getattr__(name: str) -> NoReturn:
+    gone = f"`peft_lotra.{name}` is gone: {_GONE[name]}." if name in _GONE else ""
+    raise AttributeError(gone or f"module {__name__!r} has no attribute {name!r}")
 
 
 register(config_cls=LoTRAConfig, model_cls=LoTRAModel)

@@ -1,22 +1,16 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The public names, and what importing the package leaves for later."""
+"""The public names, and those that are gone."""
 
 from __future__ import annotations
 
 import importlib
 import re
-import subprocess
-import sys
 
 import pytest
 
 import peft_lotra
-
-
-def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.mark.parametrize("name", peft_lotra.__all__)
@@ -43,11 +37,3 @@ def test_an_unknown_name():
         getattr(peft_lotra.kan, "nothing")  # noqa: B009
     with pytest.raises(ImportError, match="cannot import name"):
         exec("from peft_lotra import nothing")
-
-
-def test_modules_that_are_imported_at_their_first_use():
-    later = ("optim", "compress", "pde", "summary", "parametric", "plotting")
-    code = f"import sys, peft_lotra; print([m for m in {later} if 'peft_lotra.' + m in sys.modules])"
-    assert run(code) == "[]"
-    names = "optim.LevenbergMarquardt, peft_lotra.pde.HardConstraint, peft_lotra.plotting.plot_spectra"
-    assert run(f"import peft_lotra; peft_lotra.{names}; from peft_lotra import *; print(push_to_hub.__name__)")

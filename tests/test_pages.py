@@ -33,13 +33,6 @@ def test_a_changed_script_is_noticed(old, new, tmp_path, monkeypatch):
     assert render.stale() == [changed]
 
 
-def test_a_picture_that_is_missing_is_noticed(tmp_path, monkeypatch):
-    shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    monkeypatch.setattr(render, "DOCS", tmp_path / "docs")
-    (tmp_path / "docs" / render.PICTURES / "adapt_1.png").unlink()
-    assert render.stale() == [tmp_path / "docs" / "tutorials" / "adapt.py"]
-
-
 def test_what_a_cell_prints_and_shows_and_draws_follows_it(tmp_path):
     script = tmp_path / "recipes" / "small.py"
     script.parent.mkdir()

@@ -12,7 +12,6 @@ from typing import cast
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
@@ -25,7 +24,7 @@ from ..tuner.layer import lotra_layers
 from ..tuner.targets import exact_targets, locate_target
 from .data_weights import DataWeights, Inputs, error_table, gather_weights
 from .spectra import choose_ranks, weighted_spectra
-from .updates import CoefficientUpdate, coefficient_updates, merged
+from .updates import CoefficientUpdate, check_without_adapters, coefficient_updates, merged
 
 
 @dataclass(eq=False)
@@ -119,8 +118,7 @@ def extract_lotra(
         )
     check_module(base, "base")
     check_module(tuned, "tuned")
-    if isinstance(base, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
-        raise ValueError("`base` has adapters already: pass the bare model, or what `merge_and_unload` returns.")
+    check_without_adapters(base, "base")
     tuned = merged(tuned)
     modules_to_save, not_saved = _compare(base, tuned)
     updates = coefficient_updates(base, tuned, scaled=inputs is not None)

@@ -15,8 +15,6 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -25,12 +23,13 @@ from ..kan.slim_kan import SlimKANLinear, warn_capped
 from ..layers.registry import find_kan_layers, known_kinds
 from ..layers.slim import SlimLayer
 from ..modules.calls import share_hooks, unwrap
+from ..modules.checks import check_number
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, tucker
 from ..tuner.targets import locate_target
 from .data_weights import Inputs, error_table, gather_weights, model_outputs, recorded_calls
-from .spectra import LayerSpectrum, check_energy, choose_ranks, weighted_spectra
-from .updates import read_coefficients
+from .spectra import LayerSpectrum, choose_ranks, weighted_spectra
+from .updates import check_without_adapters, read_coefficients
 
 
 _BISECTIONS = 8  # for the smallest budget up to 2 %, if the dense tensors are up to 300 times ranks 1
@@ -127,8 +126,9 @@ def slim(
             f"Pass one of `ranks`, `energy` and `budget`, got `ranks`={ranks}, `energy`={energy}, `budget`={budget}."
         )
     if energy is not None:
-        check_energy(energy)
-    model = _without_adapters(model)
+        check_number(energy, "energy", "(0, 1]")
+    model = unwrap(model)
+    check_without_adapters(model, "model")
     compression = _Compression(model if inplace else _copy(model), inputs)
     if ranks is not None:
         chosen = _resolve_ranks(compression.tensors, ranks)
@@ -168,7 +168,8 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
         >>> type(to_dense(SlimKAN([8, 4], ranks=2)).layers[0]).__name__
         'KANLinear'
     """
-    model = _without_adapters(model)
+    model = unwrap(model)
+    check_without_adapters(model, "model")
     model = model if inplace else _copy(model)
     dense = {}
     for module in model.modules():
@@ -179,14 +180,6 @@ def to_dense(model: nn.Module, inplace: bool = False) -> nn.Module:
     for attribute in ("slim_report", "to_dense"):
         model.__dict__.pop(attribute, None)
     return model
-
-
-def _without_adapters(model: nn.Module) -> nn.Module:
-    """The network inside of wrappers; raises a ValueError if it has adapters."""
-    network = unwrap(model)
-    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in network.modules()):
-        raise ValueError("The model has adapters: merge them first, `model = model.merge_and_unload()`.")
-    return network
 
 
 def _resolve_ranks(

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..modules.calls import unwrap
-from ..modules.checks import as_number
+from ..modules.checks import as_number, check_number
 from ..report import Report, TextTable
 from ..tucker import Ranks, cap_ranks, check_ranks, hosvd
 from ..tuner.config import LoTRAConfig, pattern_key
@@ -192,13 +192,8 @@ def choose_ranks(
     """The ranks of each layer for an energy or for a budget."""
     if energy is None:
         return _allocate(layers, budget)
-    check_energy(energy)
+    check_number(energy, "energy", "(0, 1]")
     return {name: cheapest(layer, energy) for name, layer in layers.items()}
-
-
-def check_energy(energy: float) -> None:
-    if not 0 < as_number(energy) <= 1:
-        raise ValueError(f"`energy` must be above 0 and at most 1 (0.95 keeps 95 %), got {energy!r}.")
 
 
 def spectrum_of(tensor: torch.Tensor) -> LayerSpectrum:

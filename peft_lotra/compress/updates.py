@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..layers.registry import find_kan_layers
@@ -32,6 +33,12 @@ class CoefficientUpdate(NamedTuple):
         """The update minus that by a change `delta` of the base model's coefficients."""
         delta = delta.to(self.tensor)
         return self.tensor - (delta if self.scale is None else self.scale * delta)
+
+
+def check_without_adapters(model: nn.Module, argument: str) -> None:
+    """Raises a ValueError if a model has adapters of PEFT."""
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(f"`{argument}` has adapters: merge them first, `model = model.merge_and_unload()`.")
 
 
 def merged(model: nn.Module) -> nn.Module:

@@ -32,7 +32,7 @@ _BY_TOOLS = re.compile(r"|### Framework versions|- PEFT \S+|.*has been automatic
 _CARD = """{begin}
 
 An adapter of {base}, a Kolmogorov-Arnold network (KAN), by low tensor-rank adaptation
-([LoTRA](https://arxiv.org/abs/2502.06153)), a method for [PEFT](https://github.com/huggingface/peft).
+([LoTRA, Gao, Ng and Tan 2025](https://arxiv.org/abs/2502.06153)), a method for [PEFT](https://github.com/huggingface/peft).
 
 ## Use it
 
@@ -51,11 +51,6 @@ model = PeftModel.from_pretrained(base, {arguments}
 {notes}## Layers
 
 {layers}
-
-## Cite
-
-Y. Gao, M. K. Ng, V. Y. F. Tan, "Low Tensor-Rank Adaptation of Kolmogorov-Arnold Networks", IEEE Transactions on Signal
-Processing 73 (2025), [arXiv:2502.06153](https://arxiv.org/abs/2502.06153).
 
 ### Framework versions
 

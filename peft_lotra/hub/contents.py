@@ -24,7 +24,6 @@ from ..report import Report, TextTable
 from ..tucker import Tucker
 
 
-COLUMNS = ["layer", "kind", "update (out, in, basis)", "ranks", ">alpha", ">norm", ">parameters", ">kB"]
 _COMPONENTS = tuple(f"lotra_{part}" for part in Tucker._fields)
 _PREFIX = "base_model.model."  # by PEFT, in front of the names in the base model
 
@@ -69,12 +68,18 @@ class AdapterContents(Report):
     parameters: int
     bytes: int
     finite: bool
-    layers: list[AdapterRow]
+    layers: list[AdapterRow]  # and then the modules of `modules_to_save`
 
     @classmethod
     def of(cls, adapter: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> AdapterContents:
         """The contents of an adapter, from its configuration and its tensors."""
-        rows = table_of_tensors(config, tensors)
+        layers: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, part = key.removeprefix(_PREFIX).rpartition(".")
+            layers.setdefault(name, {})[part] = tensor
+        rows = [_row(config, name, parts) for name, parts in layers.items()]
+        # layers.2 before layers.10
+        rows.sort(key=lambda row: (row.ranks is None, re.sub(r"\d+", lambda n: n[0].zfill(9), row.name)))
         base, base_class = config.get("base_model_name_or_path"), config.get("auto_mapping") or {}
         dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
         finite = all(tensor.float().isfinite().all().item() for tensor in tensors.values())
@@ -85,7 +90,8 @@ class AdapterContents(Report):
         rows = [[row.name, *row.cells()] for row in self.layers]
         rows.append(["total", *5 * [""], *_size_cells(self.parameters, self.bytes)])
         notes = [] if self.finite else ["The adapter is broken: it has values that are NaN or infinite."]
-        return TextTable(COLUMNS, rows, notes)
+        columns = ["layer", "kind", "update (out, in, basis)", "ranks", ">alpha", ">norm", ">parameters", ">kB"]
+        return TextTable(columns, rows, notes)
 
 
 def adapter_table(model: PeftModel, adapter_name: str = "default") -> list[AdapterRow]:
@@ -111,18 +117,8 @@ def adapter_table(model: PeftModel, adapter_name: str = "default") -> list[Adapt
     # the configuration has the kinds of layers only once it was saved
     specs = {name: getattr(module, "lotra_spec", None) for name, module in model.get_base_model().named_modules()}
     kinds = {name: {"family": spec.family} for name, spec in specs.items() if spec is not None}
-    return table_of_tensors({**model.peft_config[adapter_name].to_dict(), "base_layers": kinds}, tensors)
-
-
-def table_of_tensors(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> list[AdapterRow]:
-    """One row for each layer, and then for each module of `modules_to_save`."""
-    layers: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, part = key.removeprefix(_PREFIX).rpartition(".")
-        layers.setdefault(name, {})[part] = tensor
-    rows = [_row(config, name, parts) for name, parts in layers.items()]
-    # layers.2 before layers.10
-    return sorted(rows, key=lambda row: (row.ranks is None, re.sub(r"\d+", lambda n: n[0].zfill(9), row.name)))
+    config = {**model.peft_config[adapter_name].to_dict(), "base_layers": kinds}
+    return AdapterContents.of(adapter_name, config, tensors).layers
 
 
 def _row(config: Mapping[str, Any], name: str, parts: Mapping[str, torch.Tensor]) -> AdapterRow:

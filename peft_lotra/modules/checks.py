@@ -42,17 +42,6 @@ def check_count(value: Any, argument: str, low: int = 1) -> int:
     return count
 
 
-def check_seed(value: Any) -> int:
-    """The value as an int; raises a `ValueError` unless it can be the seed of a generator of torch."""
-    try:
-        seed = operator.index(value)
-    except TypeError:
-        seed = None
-    if seed is None or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"`seed` is {value!r:.100}, but must be an integer of 64 bits.")
-    return seed
-
-
 def check_function(value: Any, argument: str) -> None:
     """Raises a `TypeError` unless a value can be called."""
     if not callable(value):

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
 from ..modules.calls import unwrap
-from ..modules.checks import as_number, check_function
+from ..modules.checks import as_number, check_function, check_number
 from ..report import Report, TextTable
 from ..tuner.layer import COMPONENTS as KEYS
 from ..tuner.layer import LoTRALayer
@@ -202,8 +202,7 @@ def create_lotra_optimizer(
         {'core': 0.03, 'factor_out/4': 0.03, 'factor_in/64': 0.015, 'factor_basis': 0.03}
     """
     check_function(optimizer_cls, "optimizer_cls")
-    if not as_number(lr) > 0:
-        raise ValueError(f"`lr` is {lr!r:.100}, but must be a finite number above 0.")
+    check_number(lr, "lr", "(0, inf)")
     table = lotra_lr_multipliers(model, policy, optimizer_cls)
     groups: dict[tuple[str, float], dict[str, Any]] = {}
     for line in table:

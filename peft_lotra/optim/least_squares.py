@@ -114,6 +114,13 @@ def name_term(index: int, function: Callable) -> str:
     return f"residual term {index} ({getattr(function, '__name__', type(function).__name__)})"
 
 
+def in_double(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of lower precision, in float64."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = {name: tensor.detach() for name, tensor in state.items() if tensor.is_floating_point()}
+    return {name: tensor.double() for name, tensor in state.items() if tensor.dtype != torch.float64}
+
+
 class LeastSquares:
     """The residuals as a function of the flat vector of the trainable parameters, in float64.
 
@@ -135,12 +142,7 @@ class LeastSquares:
         self.trainable = trainable
         self.memory = memory
         self.shards = shards = shards or Shards()
-        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self.fixed = {
-            name: tensor.detach().double()
-            for name, tensor in state.items()
-            if name not in trainable and tensor.is_floating_point() and tensor.dtype != torch.float64
-        }
+        self.fixed = {name: tensor for name, tensor in in_double(model).items() if name not in trainable}
         self.sizes = [parameter.numel() for parameter in trainable.values()]
         self.num_parameters = sum(self.sizes)
         self.start = torch.cat([parameter.detach().double().flatten() for parameter in trainable.values()])
@@ -249,13 +251,14 @@ class LeastSquares:
     def _measure(self, term: Residuals) -> None:
         """Plans a term: the memory of a row, and whether `row_gradients` computes the Jacobian."""
         plan, leaves = term.plan, self._leaves()
+        rows = [row[torch.arange(TRIAL_ROWS, device=row.device) % len(row)] for row in term.rows]
         sizes: list[int] = []
 
         def pack(tensor: Tensor) -> Tensor:
             sizes.append(tensor.numel() * tensor.element_size())
             return tensor.detach()  # the tensor itself would hold the graph that holds it
 
-        def evaluate(rows: list[Tensor]) -> Tensor:
+        def evaluate() -> Tensor:
             sizes.clear()
             try:
                 with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -265,16 +268,17 @@ class LeastSquares:
                     raise
                 return self._call(term, rows, leaves)
 
-        plan.columns = evaluate([row[:1] for row in term.rows]).shape[1]
-        of_one = sum(sizes)  # with the parameters
-        evaluate([row[:1].expand(2, *row.shape[1:]) for row in term.rows])
-        gradients = 2 * plan.columns * self.num_parameters * 8
-        plan.row_bytes = 3 * max(1, sum(sizes) - of_one) + gradients
+        def row_bytes() -> int:
+            """Of what is saved, without the parameters, and of the gradients."""
+            of_rows = sum(size for size in sizes if size % TRIAL_ROWS == 0)
+            return 3 * of_rows // TRIAL_ROWS + 2 * plan.columns * self.num_parameters * 8
+
+        plan.columns = evaluate().shape[1]
+        plan.row_bytes = row_bytes()
         if TRIAL_ROWS * plan.row_bytes > self.memory:
             return
-        rows = [row[torch.arange(TRIAL_ROWS, device=row.device) % len(row)] for row in term.rows]
         try:
-            jacobian = row_gradients(partial(evaluate, rows), list(leaves.values()), TRIAL_ROWS)
+            jacobian = row_gradients(evaluate, list(leaves.values()), TRIAL_ROWS)
         except Exception:  # an error of the function itself was met before
             return
         if jacobian is None:
@@ -284,7 +288,7 @@ class LeastSquares:
         found, expected = jacobian.T @ weights, self._pull_back(term, rows, weights)
         plan.by_layers = bool((found - expected).abs().max() <= 1e-6 * expected.abs().max())  # false for NaN
         if plan.by_layers:
-            plan.row_bytes = 3 * sum(size for size in sizes if size % TRIAL_ROWS == 0) // TRIAL_ROWS + gradients
+            plan.row_bytes = row_bytes()
 
     def _rows_at_once(self, plan: Plan) -> int:
         return max(1, min(self.memory // 2, CHUNK) // plan.row_bytes)

@@ -9,14 +9,13 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..modules.calls import check_module
-from ..modules.checks import as_number, check_count, check_function
+from ..modules.checks import check_count, check_function, check_number
 from .least_squares import LeastSquares, Plans, Term, check_terms
 from .normal_equations import LinearModel
 from .shards import Shards
@@ -95,7 +94,7 @@ class LevenbergMarquardt:
         damping: The damping that the next step tries. The other arguments are attributes too.
 
     Raises:
-        TypeError: `model` is no `nn.Module`, or an argument is unknown (`lr`).
+        TypeError: `model` is no `nn.Module`.
         ValueError: No parameter requires a gradient, or an argument is out of range.
 
     Source: J. J. More, "The Levenberg-Marquardt algorithm" (1978); for the forgetting factor, L. Ljung and T.
@@ -111,22 +110,13 @@ class LevenbergMarquardt:
         forgetting: float | str = "auto",
         memory: int = 2**30,
         group: Any = None,
-        **others: Any,
     ) -> None:
-        if others:
-            names = ", ".join(f"`{name}`" for name in others)
-            hint = " Steps have no learning rate: pass `damping`; the larger it is, the shorter is the first step."
-            raise TypeError(f"LevenbergMarquardt takes no argument {names}.{hint if 'lr' in others else ''}")
         check_module(model)
-        is_auto = isinstance(forgetting, str) and forgetting == "auto"
-        for name, value, is_valid, wanted in (
-            ("damping", damping, as_number(damping) > 0, "a finite number above 0"),
-            ("floor", floor, 0 < as_number(floor) <= 1, "above 0 and at most 1"),
-            ("forgetting", forgetting, is_auto or 0 <= as_number(forgetting) < 1, '"auto", or from 0 to below 1'),
-            ("memory", memory, as_number(memory) >= 2**20, f"at least {2**20} bytes (1 MiB)"),
-        ):
-            if not is_valid:
-                raise ValueError(f"`{name}` is {value!r:.100}, but must be {wanted}.")
+        check_number(damping, "damping", "(0, inf)")
+        check_number(floor, "floor", "(0, 1]")
+        check_number(memory, "memory", "[1048576, inf)")
+        if forgetting != "auto":
+            check_number(forgetting, "forgetting", "[0, 1)")
         self.model = model
         self.damping = damping
         self.floor = floor
@@ -256,10 +246,6 @@ class LevenbergMarquardt:
 
         history: list[LevenbergMarquardtStep] = []
         steps = check_count(steps, "steps", low=0)
-        limits = {"target_loss": target_loss, "tolerance": tolerance, "patience": patience, "max_seconds": max_seconds}
-        for name, value in limits.items():
-            if not isinstance(value, Real) or math.isnan(value):
-                raise ValueError(f"`{name}` is {value!r:.100}, but must be a number.")
         if callback is not None:
             check_function(callback, "callback")
         slow, end = 0, time.monotonic() + max_seconds
@@ -299,10 +285,6 @@ class LevenbergMarquardt:
                 "No parameter of the model requires a gradient. Load the adapter with `is_trainable=True`, or "
                 "activate it with `model.set_adapter(name)`."
             )
-        for name, p in trainable.items():
-            if p.is_complex() or p.is_meta:
-                kind = "complex" if p.is_complex() else "on the meta device"
-                raise ValueError(f"The parameter `{name}` is {kind}, and only real numbers are trained: freeze it.")
         return trainable
 
     def _evaluate(self, terms: list[Term]) -> tuple[LeastSquares, Tensor]:

@@ -22,7 +22,6 @@ from ..tucker import Update
 from .layer_records import LayerRecord, NetworkRecord, Recorder
 
 
-BLOCK = 2**19  # numbers in the largest tensor of a block of rows: near the cache, and enough for a small overhead
 MOST_COLUMNS = 64  # with more values in a row, one row at a time costs less than a backward pass for each value
 
 Gradients = dict[int, Tensor]  # by the `id` of a tensor
@@ -46,18 +45,14 @@ def row_gradients(
         if (found := _layer_gradients(recorder.networks, column, parameters)) is None:
             return None
         by_column.append(found)
-    layers = [layer for network in recorder.networks for layer in network.layers]
-    towards = [[_stacked(layer.outputs, found) for found in by_column] for layer in layers]
-    if out is None:
-        out = parameters[0].new_empty(rows * count, sum(parameter.numel() for parameter in parameters))
-    gradients = out[: rows * count].zero_().unflatten(0, (rows, count))
     sizes = [parameter.numel() for parameter in parameters]
-    size = max(16, BLOCK // max(map(_numbers_of_row, layers), default=1))
-    for start in range(0, rows, size):
-        part = slice(start, min(start + size, rows))
-        block = dict(zip(map(id, parameters), gradients[part].split(sizes, dim=-1), strict=True))
-        for layer, outputs in zip(layers, towards, strict=True):
-            _add_layer(block, layer, outputs, part)
+    if out is None:
+        out = parameters[0].new_empty(rows * count, sum(sizes))
+    gradients = out[: rows * count].zero_().unflatten(0, (rows, count)).split(sizes, dim=-1)
+    by_parameter = dict(zip(map(id, parameters), gradients, strict=True))
+    for network in recorder.networks:
+        for layer in network.layers:
+            _add_layer(by_parameter, layer, [_stacked(layer.outputs, found) for found in by_column])
     return out[: rows * count]
 
 
@@ -100,32 +95,22 @@ def _add(block: Gradients, parameter: Tensor, column: int, gradient: Tensor) -> 
         target += gradient
 
 
-def _numbers_of_row(record: LayerRecord) -> int:
-    """The size of the largest tensor of a row."""
-    _, first, _, weights = record.inputs
-    outputs, inputs, basis = record.stage.shape
-    rows = 1 + len(first) + (len(first) if weights is None else 1)
-    dense = any(part.requires_grad for part in record.stage.dense or ())
-    return inputs * basis * max(rows, outputs if dense else 0)
-
-
 @torch.no_grad()
-def _add_layer(block: Gradients, record: LayerRecord, outputs: list[Tensor | None], rows: slice) -> None:
-    """Adds the gradients of a layer's coefficients for some rows, from those (n, S, O) in its outputs by column."""
-    if not (columns := [(column, g[rows]) for column, g in enumerate(outputs) if g is not None]):
+def _add_layer(block: Gradients, record: LayerRecord, outputs: list[Tensor | None]) -> None:
+    """Adds the gradients of a layer's coefficients, from those (n, S, O) in its outputs by column."""
+    if not (columns := [(column, g) for column, g in enumerate(outputs) if g is not None]):
         return
     z, first, second, weights = record.inputs
-    first = first.expand(len(first), *z.shape)[:, rows]
-    second = None if second is None else second[:, rows]
     if record.grid is None:
-        phi = torch.cat([z[rows].unsqueeze(0), first, *([] if second is None else [second])]).transpose(0, 1)
+        first = first.expand(len(first), *z.shape)
+        phi = torch.cat([z.unsqueeze(0), first, *([] if second is None else [second])]).transpose(0, 1)
         assert record.stage.dense is not None
         weight, bias = record.stage.dense
         for column, g in columns:
             _add(block, weight, column, g.mT @ phi)
             _add(block, bias, column, g[:, 0])
         return
-    phi = jet_rows(record.grid, z[rows], first, second, weights, len(z))
+    phi = jet_rows(record.grid, z, first, second, weights, len(z))
     if record.stage.dense is not None and any(id(part) in block for part in record.stage.dense):
         _add_dense(block, phi, *record.stage.dense, columns)
     for update in record.stage.updates:

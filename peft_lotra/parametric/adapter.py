@@ -12,19 +12,20 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
 import torch
-from huggingface_hub import CommitInfo, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, hf_hub_download
 from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..compress.updates import check_without_adapters
+from ..hub.push import upload
 from ..modules.calls import call_with_parameters, check_module
 from ..modules.checks import check_count, check_function
 from ..tucker import Ranks
@@ -33,7 +34,7 @@ from .calibration import Calibration, minimize
 from .estimate import ErrorEstimates
 from .fitting import Fitting
 from .interpolation import MemberSpace, Point
-from .members import Problem, argument, named, read, residuals_of, take_steps, write
+from .members import Problem, argument, named, read, residuals_of, take_steps, trainable, write
 from .report import FamilyReport, ranges_of
 from .storage import FILE, KnownMembers, card_of, load_family, save_family
 
@@ -56,20 +57,14 @@ class Prediction:
         self.parameter = argument(point)
         self.extrapolated = extrapolated
         self._family, self._point, self._vector = family, point, vector
-        self._tensors = named(family.model, vector)
-        self._indicator: float | None = None
 
-    @property
+    @cached_property
     def indicator(self) -> float:
         """Computed at the first access: an evaluation of the residuals, and the first time near a member some more."""
-        if self._indicator is None:
-            family, estimate = self._family, math.nan
-            if family._estimates is not None:
-                estimate = family._estimates.at(self._point, self._vector, family._space.nearest(self._point))
-            if math.isnan(estimate):
-                estimate = float(self._with(family._problem.indicator, self._point))
-            self._indicator = estimate
-        return self._indicator
+        family, estimate = self._family, math.nan
+        if family._estimates is not None:
+            estimate = family._estimates.at(self._point, self._vector, family._space.nearest(self._point))
+        return float(self._with(family._problem.indicator, self._point)) if math.isnan(estimate) else estimate
 
     @property
     def residual(self) -> float:
@@ -88,7 +83,7 @@ class Prediction:
 
     def _with(self, function: Callable[..., Any], *args: Any) -> Any:
         model = self._family.model
-        return call_with_parameters(model, self._tensors, partial(function, model), args, {})
+        return call_with_parameters(model, named(model, self._vector), partial(function, model), args, {})
 
     def __repr__(self) -> str:
         return f"Prediction({self.parameter}{', extrapolated' * self.extrapolated})"
@@ -152,8 +147,7 @@ class ParametricAdapter:
         config: LoTRAConfig | None = None,
     ) -> None:
         check_module(base, "base")
-        if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
-            raise ValueError("`base` has adapters already: pass the bare model, or what `merge_and_unload` returns.")
+        check_without_adapters(base, "base")
         config = copy.deepcopy(config) if config is not None else LoTRAConfig(r=ranks)
         if config.train is None and config.init_weights is True:
             config = replace(config, train=["core"], init_weights="hosvd")
@@ -173,7 +167,7 @@ class ParametricAdapter:
             if name.endswith("_of") and function is not None:
                 check_function(function, name)
         self.model, self._problem = model.eval(), problem
-        self._space = MemberSpace(len(read(model)), log)
+        self._space = MemberSpace(len(read(trainable(model))), log)
         has_estimates = problem.terms_of is not None and problem.loss_of is None
         self._estimates = ErrorEstimates(model, problem, values_of) if has_estimates else None
 
@@ -289,7 +283,7 @@ class ParametricAdapter:
         with torch.inference_mode(False), torch.enable_grad():
             write(self.model, prediction._vector)
             take_steps(self.model, self._problem.terms(prediction._point), steps, least=steps)
-        return Prediction(self, prediction._point, read(self.model), prediction.extrapolated)
+        return Prediction(self, prediction._point, read(trainable(self.model)), prediction.extrapolated)
 
     def calibrate(self, residuals: Callable[[Any], Tensor]) -> Calibration:
         """The parameter for which the predictions fit data, by Gauss-Newton steps, with its standard error.
@@ -336,25 +330,21 @@ class ParametricAdapter:
             write(model, prediction._vector)
         return model
 
-    def save_pretrained(self, folder: str | os.PathLike, *, modes: int | None = None) -> None:
-        """Saves the family as one file, with a model card.
-
-        The factors and the modes of the members are stored once, and a member as its coordinates in the modes.
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Saves the family as one file, the shared factors and the members, with a model card.
 
         Args:
             folder: The folder, which is made if there is none.
-            modes: The most modes, by default as many as members, without loss.
 
         Raises:
-            ValueError: No member was fitted, or `modes` is no positive int.
+            ValueError: No member was fitted.
         """
         if not self._space.members:
             raise ValueError("The family has no members yet: call `fit` before it is saved.")
-        modes = None if modes is None else check_count(modes, "modes")
         path = Path(folder, FILE)
         path.parent.mkdir(parents=True, exist_ok=True)
         log = self._space.log.expand(self._space.places.shape[1]).tolist()
-        save_family(self.model, self._space.members, log, path, modes)
+        save_family(self.model, self._space.members, log, path)
         card_of(self._space.members).save(path.parent / "README.md")
 
     @classmethod
@@ -395,23 +385,13 @@ class ParametricAdapter:
         family._space.spread([])
         return family
 
-    def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | None = None, **upload: Any
-    ) -> CommitInfo:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
         """Pushes the file and the card of the family to the Hugging Face Hub, as one commit.
 
         Args:
             repo_id: The repository, which is made if there is none.
-            private: Whether a new repository is private.
-            token: The access token, by default the one of `hf auth login`.
-            upload: Arguments of `HfApi.upload_folder`, e.g. `revision`, a branch that is made if there is none, and
-                `commit_message`.
+            kwargs: `private`, `revision`, `token`, `commit_message` and `create_pr`, as in `peft_lotra.push_to_hub`.
         """
-        api = HfApi(token=token)
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if upload.get("revision"):
-                api.create_branch(repo_id, branch=upload["revision"], exist_ok=True)
-            upload = {"commit_message": "Upload a family of LoTRA adapters", **upload}
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, **upload)
+            return upload(folder, repo_id, **{"commit_message": "Upload a family of LoTRA adapters", **kwargs})

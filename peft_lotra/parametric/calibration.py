@@ -20,9 +20,9 @@ from .report import text_of
 
 
 STARTS = 8  # members at most, of which the best one is the first guess
-STEPS = 30  # Gauss-Newton steps at most
-CONVERGED = 0.02  # of a standard error, by the last step
+CONVERGED = 1e-5  # of the range, by the last step
 WIDTH = 1e-3  # of differences, as a share of the range
+SHIFT = 1.0  # of places from [0, 1], since scipy's differences are relative to the coordinates
 SINGULAR = 3e-3  # a direction whose effect is a smaller share of the largest is lost in the errors of the members
 FLAT = 0.5  # the standard error along a direction, as a share of the range, from which data say nothing
 BEYOND = 1.0  # standard error outside of the range is left to noise
@@ -50,41 +50,27 @@ class Calibration:
 def minimize(space: MemberSpace, residuals_at: Callable[[Point, np.ndarray], Any]) -> tuple[Point, np.ndarray, float]:
     """The parameter in the range of the members with the least sum of squared residuals, its covariance, and the
     standard deviation of the residuals. A ValueError if data do not determine it."""
-    dim, low, high = space.places.shape[1], space.places.amin(0), space.places.amax(0)
+    from scipy.optimize import least_squares  # a dependency of tensorly; slow to import
 
-    def evaluate(places: Tensor) -> Tensor:
-        rows = zip(space.points_at(places), space.vectors_at(places, list(range(len(space.members)))), strict=True)
-        return torch.stack([_checked(residuals_at(point, vector), dim) for point, vector in rows])
+    dim, members = space.places.shape[1], list(range(len(space.members)))
+    low, high = space.places.amin(0), space.places.amax(0)
 
-    def linearized(place: Tensor) -> tuple[Tensor, Tensor]:
-        """The residuals (n,) and their Jacobian (n, dim) by differences, toward the inside of the range."""
-        shifts = WIDTH * torch.where(place + WIDTH > high, -1.0, 1.0)
-        first, *others = evaluate(torch.cat([place.unsqueeze(0), place + torch.diag(shifts)]))
-        return first, (torch.stack(others) - first).T / shifts
+    def residuals_of(shifted: np.ndarray) -> np.ndarray:
+        place = torch.from_numpy(shifted - SHIFT).unsqueeze(0)
+        (point,), (vector,) = space.points_at(place), space.vectors_at(place, members)
+        return _checked(residuals_at(point, vector), dim).numpy()
 
-    starts = space.places[:: math.ceil(len(space.places) / STARTS)]
-    place = starts[evaluate(starts).norm(dim=1).argmin()]
-    residuals, slopes = linearized(place)
-    for _ in range(STEPS):
-        step = _step(slopes, residuals)
-        held = ((place <= low) & (step < 0)) | ((place >= high) & (step > 0))
-        step = _step(slopes.masked_fill(held, 0.0), residuals)  # along the ends of the range
-        if (slopes @ step).norm() < CONVERGED * residuals.norm() / math.sqrt(len(residuals)):
-            break
-        for share in (1.0, 0.3, 0.1, 0.01):
-            candidate = (place + share * step).clamp(low, high)
-            new, new_slopes = linearized(candidate)
-            if new.norm() < residuals.norm():
-                break
-        else:
-            break
-        place, residuals, slopes = candidate, new, new_slopes
+    starts = (space.places[:: math.ceil(len(space.places) / STARTS)] + SHIFT).numpy()
+    start = min(starts, key=lambda place: np.linalg.norm(residuals_of(place)))
+    bounds = (low + SHIFT).numpy(), (high + SHIFT).clamp(min=low + SHIFT + WIDTH).numpy()
+    found = least_squares(residuals_of, start, bounds=bounds, diff_step=WIDTH, xtol=CONVERGED, ftol=1e-6)
+    place, residuals, slopes = map(torch.from_numpy, (found.x - SHIFT, found.fun, found.jac))
     noise = residuals.norm().item() / math.sqrt(len(residuals) - dim)
     (point,) = space.points_at(place.unsqueeze(0))
     scale = space.extent * torch.where(space.log, torch.tensor(point, dtype=torch.float64, device="cpu"), 1.0)
     _, values, directions = torch.linalg.svd(slopes, full_matrices=False)
     covariance = noise**2 * (directions.T / values**2) @ directions
-    ahead = place + _step(slopes, residuals)
+    ahead = place - torch.linalg.pinv(slopes, rtol=1e-8) @ residuals
     outside = torch.maximum(low - ahead, ahead - high) > BEYOND * covariance.diagonal().sqrt()
     if outside.any():
         raise ValueError(
@@ -98,10 +84,6 @@ def minimize(space: MemberSpace, residuals_at: Callable[[Point, np.ndarray], Any
             f"direction ({text_of(weak)}). Give data that do, or a family of fewer parameters."
         )
     return point, (scale.unsqueeze(1) * covariance * scale).numpy(), noise
-
-
-def _step(jacobian: Tensor, residuals: Tensor) -> Tensor:
-    return -(torch.linalg.pinv(jacobian, rtol=1e-8) @ residuals)
 
 
 def _checked(residuals: Any, dim: int) -> Tensor:

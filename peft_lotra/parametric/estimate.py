@@ -81,7 +81,7 @@ class ErrorEstimates:
                 f"Indicators of this family may miss most of the error: a network of {count} parameters can fit each "
                 f"of its {len(residuals)} residuals, and nothing is known between their points. Give `held_terms_of`, "
                 "the same terms at other points.",
-                stacklevel=4,
+                stacklevel=5,  # past `cached_property`
             )
         if 8 * count * max(count, len(residuals)) > MEMORY // 4:
             network = copy.deepcopy(self.model)

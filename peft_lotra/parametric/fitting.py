@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .interpolation import Member, MemberSpace, Point, nearest
 from .members import Job, Problem, argument, fit_all, write
 from .report import FamilyReport
-from .sampling_plan import grid, next_wave
 from .storage import KnownMembers
 
 
 GAIN = 1.2  # a prediction is good up to this share of the indicators of members: a fit would gain little
 FAR = 10.0  # a member failed above this share of the least indicator of its neighbors
 STRIDES = 4  # of a second fit, from a neighbor
+STRIDE = 1 / 8  # of the range: how far a member may start from the nearest one
 
 
 @dataclass
@@ -174,3 +174,28 @@ class Fitting:
                 raise RuntimeError(message)
             warnings.warn(message, RuntimeWarning, stacklevel=3)
         return FamilyReport(self.new.values(), self.failed, self.largest, self.space.size)
+
+
+def next_wave(pending: Tensor, members: Tensor, start: int) -> list[int]:
+    """The indices of the `pending` places (n, dim) that are fitted together next.
+
+    The walk leads outward from `start` in strides. The places between members then follow in one wave.
+    """
+    if not len(members):
+        return [start]
+    distances = torch.cdist(pending, members).amin(dim=1)
+    if len(members) > 2 and distances.max() <= STRIDE * (1 + 1e-9):
+        return list(range(len(pending)))
+    limit = max(STRIDE, distances.min().item()) * (1 + 1e-9)
+    wave: list[int] = []  # the farthest first, none nearer to another than the limit
+    for index in sorted(range(len(pending)), key=lambda i: (-round(distances[i].item(), 9), i)):
+        apart = all((pending[index] - pending[other]).norm() >= limit * (1 - 1e-6) for other in wave)
+        if distances[index] <= limit and apart:
+            wave.append(index)
+    return wave
+
+
+def grid(dim: int, level: int) -> Tensor:
+    """The places (n, dim) of a grid of the unit cube with 2^level intervals along each side."""
+    line = torch.linspace(0, 1, 2**level + 1, dtype=torch.float64, device="cpu")
+    return torch.cartesian_prod(*[line] * dim).reshape(-1, dim)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.calls import call_with_parameters
-from ..optim.least_squares import Term, check_terms
+from ..optim.least_squares import Term, check_terms, in_double
 from ..optim.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 from .held_out import HeldOutPoints
 from .interpolation import Member, Point
@@ -80,11 +80,11 @@ class Problem:
             trained = copy.deepcopy(model)  # `train` may also change modes and tensors that all members share
             coordinates = trainable(trained)
             self.train(trained, argument(parameter))
-            write(model, _flat(coordinates))
+            write(model, read(coordinates))
         else:
             for point in path:
                 steps += take_steps(model, self.terms(point), max_steps, self.held_terms(model, point))
-        vector, indicator = read(model), self.indicator(model, parameter)
+        vector, indicator = read(trainable(model)), self.indicator(model, parameter)
         has_loss = self.terms_of is not None or self.loss_of is not None
         if not np.isfinite(vector).all() or (has_loss and not math.isfinite(indicator)):
             raise ValueError(f"The fitted member has NaN or infinite coordinates or residuals: {indicator}.")
@@ -110,12 +110,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: part for name, part in model.named_parameters() if part.requires_grad}
 
 
-def read(model: nn.Module) -> np.ndarray:
-    """The coordinates (P,) of a model, in float64."""
-    return _flat(trainable(model))
-
-
-def _flat(parts: Mapping[str, Tensor]) -> np.ndarray:
+def read(parts: Mapping[str, Tensor]) -> np.ndarray:
+    """The coordinates (P,) of a model in its `trainable` parameters, in float64."""
     return torch.cat([part.detach().double().cpu().flatten() for part in parts.values()]).numpy()
 
 
@@ -136,9 +132,7 @@ def named(model: nn.Module, vector: np.ndarray) -> dict[str, Tensor]:
 @torch.no_grad()
 def residuals_of(model: nn.Module, terms: Iterable) -> Tensor:
     """The residuals (M,) of terms in float64, whose sum of squares is the loss of `LevenbergMarquardt`."""
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    exact = {n: t.double() for n, t in state.items() if t.is_floating_point() and t.dtype != torch.float64}
-    parts = []
+    exact, parts = in_double(model), []
     for function, rows, weight in check_terms(terms):
         rows = tuple(row.double() if row.is_floating_point() else row for row in rows)
         values = call_with_parameters(model, exact, partial(function, model), rows, {})

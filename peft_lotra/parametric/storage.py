@@ -82,27 +82,20 @@ class SavedFamily(Report):
         return {"members": members, "log": self.log, **sizes, "layers": layers}
 
 
-def modes_of(vectors: np.ndarray, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Orthonormal modes (R, P) and coordinates (members, R): the leading singular vectors, all that are not zero."""
-    left, values, modes = np.linalg.svd(vectors, full_matrices=False)
-    rank = max(1, int((values > values[0] * 1e-14).sum()))
-    rank = rank if most is None else min(rank, most)
-    return modes[:rank], left[:, :rank] * values[:rank]
-
-
-def save_family(model: PeftModel, members: list[Member], log: list[bool], path: Path, modes: int | None) -> None:
-    """Writes the file: the shared adapter, as PEFT saves it, the modes, and the coordinates of the members in them."""
+def save_family(model: PeftModel, members: list[Member], log: list[bool], path: Path) -> None:
+    """Writes the file: the shared adapter, as PEFT saves it, and the members."""
     dtype = torch.promote_types(next(part.dtype for part in model.parameters() if part.requires_grad), torch.float32)
-    directions, coordinates = modes_of(np.stack([member.vector for member in members]), modes)
+    vectors = torch.from_numpy(np.stack([member.vector for member in members]))
     with TemporaryDirectory() as folder:
-        write(model, np.zeros(directions.shape[1]))
+        write(model, np.zeros(vectors.shape[1]))
         model.save_pretrained(folder)
         tensors = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
         config = json.loads(Path(folder, CONFIG_NAME).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = hub_id(config.get("base_model_name_or_path"))  # no folder of this machine
     tensors |= {
-        "modes": torch.from_numpy(directions).to(dtype),
-        "coordinates": torch.from_numpy(coordinates),
+        # a reader multiplies them: earlier files have fewer modes than members
+        "modes": vectors.to(dtype),
+        "coordinates": torch.eye(len(members), dtype=torch.float64, device="cpu"),
         "parameters": torch.tensor([member.parameter for member in members], dtype=torch.float64, device="cpu"),
         "indicators": torch.tensor([member.indicator for member in members], dtype=torch.float64, device="cpu"),
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from ..kan.knots import KnotMap
-from ..modules.checks import check_count, check_function, check_number, check_seed
+from ..modules.checks import check_count, check_function, check_number
 from .boxes import Side, check_box, check_sides, sides_of_box
 from .weights import residual_norms
 
@@ -35,7 +35,7 @@ def box_points(low: Sequence[float], high: Sequence[float], count: int, *, seed:
         torch.Size([100, 2])
     """
     low_end, high_end = check_box(low, high)
-    engine = SobolEngine(len(low_end), scramble=True, seed=check_seed(seed))
+    engine = SobolEngine(len(low_end), scramble=True, seed=check_count(seed, "seed", low=0))
     share = engine.draw(check_count(count, "count"), dtype=torch.float64)
     return low_end + (high_end - low_end) * share
 

@@ -21,7 +21,7 @@ from ..kan.layer import SplineLayer
 from ..kan.network import KAN, LayerStack
 from ..kan.refinement import refine_grid
 from ..modules.calls import check_module
-from ..modules.checks import as_number, check_count, check_function, check_number, check_seed
+from ..modules.checks import as_number, check_count, check_function, check_number
 from ..optim.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 from ..report import Report, TextTable
 from .boxes import check_box, sides_of_box
@@ -204,7 +204,7 @@ def solve(
         raise ValueError(f"`continuation` is {continuation!r:.100}, but must be two numbers, from which and to which.")
     steps = None if steps is None else check_count(steps, "steps", low=1 if continuation is None else STAGES + 1)
     budget = check_number(seconds, "seconds", "(0, inf)") if steps is None else steps
-    points = box_points(low, high, HELD_POINTS, seed=check_seed(seed))
+    points = box_points(low, high, HELD_POINTS, seed=seed)
     network = _network(network, low_end, high_end, check_count(outputs, "outputs"), periodic, seed)
     model = HardConstraint(network, distance, lift).double()
     sides = [side_points(low, high, 50, [side])[0] for side in sides_of_box(len(low_end))]

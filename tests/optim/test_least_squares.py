@@ -123,25 +123,15 @@ def test_a_term_is_tried_once():
         assert restored.step([(laplacian_and_value, points())]).accepted
 
 
-@pytest.mark.parametrize("residual", [fit, laplacian_and_value])
-@pytest.mark.parametrize("kind", ["kan", "adapter"])
-def test_no_tensor_of_a_term_that_is_gone_stays(kind, residual):
-    model = KAN([2, 4, 4, 1], dtype=torch.float64)
-    check_that_no_tensor_stays(adapt(model, r=2) if kind == "adapter" else model, residual)
-
-
-def test_no_tensor_of_a_term_of_another_network_stays():
-    check_that_no_tensor_stays(nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double(), fit)
-
-
-def check_that_no_tensor_stays(model: nn.Module, residual: Callable) -> None:
-    optimizer = LevenbergMarquardt(model)
-    rows = (points(20), torch.zeros(20, 1)) if residual is fit else (points(20),)
+@pytest.mark.parametrize("kind", ["adapter", "other network"])
+def test_no_tensor_of_a_term_that_is_gone_stays(kind):
+    model = adapt(network(), r=2) if kind == "adapter" else nn.Sequential(nn.Linear(2, 4), nn.Tanh()).double()
+    optimizer, residual = LevenbergMarquardt(model), laplacian_and_value if kind == "adapter" else nn.Module.__call__
 
     def tensors_after_step() -> int:
-        optimizer.step([(lambda model, *rows: residual(model, *rows), rows)])
+        optimizer.step([(lambda model, x: residual(model, x), points(20))])
         gc.collect()
         return sum(type(thing) in (Tensor, nn.Parameter) for thing in gc.get_objects())
 
     before = [tensors_after_step() for _ in range(3)][-1]
-    assert [tensors_after_step() for _ in range(5)][-1] < before + 5
+    assert [tensors_after_step() for _ in range(3)][-1] < before + 5

@@ -126,19 +126,6 @@ def test_rows_that_the_model_does_not_take_leave_the_residual(base):
         assert prediction.indicator == prediction.residual
 
 
-def test_few_points_do_not_hide_the_error():
-    """Members that fit each of 40 points, and are wrong between them."""
-    x = random_points(40)
-
-    def terms_of(c):
-        return [(problems.equation, (x, torch.full_like(x, c)))]
-
-    family = ParametricAdapter(trained(terms_of(3.0)), terms_of, ranks=6, values_of=values_of)
-    family.fit([2.6, 2.8, 3.0, 3.2], progress=False)
-    prediction = family.predict(2.9)
-    assert 0.3 < prediction.indicator / problems.error(prediction, 2.9) < 3
-
-
 def screened(model, x, c, source):
     """-c u'' + u = f for u = (1 - x^2) N, with f as a row."""
     n, (slope,), second = jet(model, x, collapse=True)

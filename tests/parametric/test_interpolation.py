@@ -21,22 +21,6 @@ def test_polynomials_are_reproduced_inside_and_outside(dim):
         assert weights_at(points, at) @ values == pytest.approx((1 + at.sum() - 2 * at[0] * at[-1]).item(), abs=1e-9)
 
 
-@pytest.mark.parametrize("dim, count", [(1, 1), (1, 2), (1, 3), (1, 9), (2, 1), (2, 3), (2, 5), (2, 14), (3, 7)])
-def test_points_themselves_have_their_own_values(dim, count):
-    points = places(count, dim)
-    for index, point in enumerate(points):
-        torch.testing.assert_close(weights_at(points, point), torch.eye(count).double()[index], atol=1e-9, rtol=0)
-
-
-def test_a_smooth_function_is_interpolated_to_high_order():
-    errors = []
-    for count in (9, 17):
-        points = torch.linspace(0, 1, count).double().unsqueeze(1)
-        at = points[:2].mean(0) + points[count // 2] - points[0]
-        errors.append(abs(weights_at(points, at) @ torch.sin(3 * points[:, 0]) - torch.sin(3 * at[0])).item())
-    assert errors[0] < 1e-4 and errors[1] < errors[0] / 10
-
-
 def test_the_hull():
     square = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     for at, expected in (([0.3, 0.3], True), ([0.5, 0.5], True), ([0.6, 0.6], False), ([-0.01, 0.5], False)):

@@ -75,18 +75,6 @@ def test_a_file_of_an_earlier_version():
     assert not torch.allclose(family.predict(0.03)(x), base(x)) and family.predict(0.03)(x).isfinite().all()
 
 
-def test_few_modes_make_a_small_file(family, base, tmp_path):
-    family.save_pretrained(tmp_path / "all")
-    family.save_pretrained(tmp_path / "few", modes=3)
-    assert file_of(tmp_path / "few").stat().st_size < file_of(tmp_path / "all").stat().st_size
-    loaded = [ParametricAdapter.from_pretrained(base, tmp_path / name) for name in ("all", "few")]
-    exact = family.predict(3.0)(problems.POINTS)
-    lost = [(one.predict(3.0)(problems.POINTS) - exact).norm().item() for one in loaded]
-    assert lost[0] < 1e-6 * exact.norm().item() < lost[1] < 0.1 * exact.norm().item()
-    with pytest.raises(ValueError, match="`modes` is 0"):
-        family.save_pretrained(tmp_path, modes=0)
-
-
 def test_loading_onto_another_base_is_refused(family, base, tmp_path):
     family.save_pretrained(tmp_path)
     other = problems.pretrained(seed=1)
