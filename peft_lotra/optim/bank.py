@@ -73,7 +73,7 @@ class BankAdamW(Optimizer):
         if not as_number(lr) > 0 or not all(0 <= as_number(it) < 1 for it in betas):
             raise ValueError(f"`lr` and `betas` are {lr!r:.50} and {betas!r:.50}, but must be above 0, and in [0, 1).")
         multipliers = []
-        for form in bank.store.forms.values():
+        for form in bank.store.layers.values():
             widths = {"factor_out": form.shape[0], "factor_in": form.shape[1]}
             of_layer = component_multipliers(policy, widths)
             for name, shape in zip(COMPONENTS, form.component_shapes(), strict=False):
