@@ -245,6 +245,18 @@ class AdapterBank:
             self.store = store._replace(packed=packed)
             return packed, store.entries() & self._trained.unsqueeze(1)
 
+    def check_trained(self, ids: Tensor) -> Tensor:
+        """The rows of the matrix (rows,) of adapters, by number; a ValueError if one is not in training."""
+        rows = self._check_ids(ids).to(self.store.packed.device)
+        wrong = [] if self._trained is None else rows[~self._trained[rows]][:3].tolist()
+        if wrong:
+            names = ["__base__"] * (0 in wrong) + [name for name, row in self._rows.items() if row in wrong]
+            raise ValueError(
+                f"Rows of the batch have adapters that are not in training: {', '.join(map(repr, names))}. Leave them "
+                "out, or call the model under `torch.no_grad()`."
+            )
+        return rows
+
     def stop_training(self) -> None:
         """Ends what `start_training` began; the adapters stay as they are trained."""
         self.store, self._trained = self.store._replace(packed=self.store.packed.detach()), None
@@ -424,23 +436,13 @@ class AdapterBank:
         store = self.store  # read last: what is added meanwhile is in it
         distinct, groups = group_rows(index.to(store.packed.device))
         if is_training:
-            self._check_trained(distinct)
+            self.check_trained(distinct - 1)
             store = store._replace(packed=embedding(distinct, store.packed, sparse=True))
         elif groups.size > 1 or store.added is not None:
             store = store._replace(packed=store.rows(distinct))
         else:
             groups = RowGroups(index)
         return Rows(self, store, groups, ForwardPass(None, {}, {}))
-
-    def _check_trained(self, rows: Tensor) -> None:
-        assert self._trained is not None
-        wrong = rows[~self._trained[rows]][:3].tolist()
-        if wrong:
-            names = ["__base__"] * (wrong[0] == 0) + [name for name, row in self._rows.items() if row in wrong]
-            raise ValueError(
-                f"Rows of the batch have adapters that are not in training: {', '.join(map(repr, names))}. Leave them "
-                "out, or call the model under `torch.no_grad()`."
-            )
 
     def _check_ids(self, ids: Tensor) -> Tensor:
         if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:

@@ -134,7 +134,8 @@ class BankModel(nn.Module):
             ids (`torch.Tensor`): The same by number, (rows,) int64, -1 for none; see `AdapterBank.ids`.
         """
         given = [rows for rows in (adapter_names, ids) if rows is not None]
-        if len(given) == 2 or (self.needs_adapters and not given):
+        has_rows = not torch.compiler.is_compiling() and ROWS.get() is not None
+        if len(given) == 2 or (self.needs_adapters and not given and not has_rows):
             raise ValueError(
                 f"`adapter_names` and `ids` name the adapter of each row: pass one of them, got {len(given)}."
             )
