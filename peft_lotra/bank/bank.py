@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
@@ -27,8 +28,8 @@ from ..tuner.rows import ForwardPass, check_names
 from ..tuner.targets import Target, find_targets
 from .layer import ROWS, BankLayer, BankModel, Rows, SlimBankLayer
 from .reading import Adapter, match_layers, read_adapter
-from .storage import Content, export_adapter, read_bank, write_bank, write_card
-from .store import Form, Store
+from .storage import export_adapter, read_bank, write_bank, write_card
+from .store import Store
 
 
 # Rows of removed adapters that are not written to yet: passes that have begun may read them.
@@ -75,16 +76,13 @@ class AdapterBank:
         self.base = unwrap(base)
         _check_unmerged(self.base)
         targets = find_targets(LoTRAConfig(), self.base)
-        self.record = {name: record_layer(_bank_layer(name, target, self)) for name, target in targets.items()}
+        self.record = {name: record_layer(LoTRALayer(*target, name)) for name, target in targets.items()}
         self._shapes = {name: full_shape(target.coefficients) for name, target in targets.items()}
         target = next(iter(targets.values()))
         stored = target.coefficients.get_parameter(target.layer)
         self.store = Store.empty(dtype or torch.promote_types(stored.dtype, torch.float32))
         self.traced_rows: Rows | None = None  # the rows of the pass that a compiler traces
         self._rows: dict[str, int] = {}  # of the matrix, by name
-        self._forms: list[Form] = [{}]
-        # the place in `_forms` of each row, -1 if it is free
-        self._form_of = torch.zeros(1, dtype=torch.int32, device="cpu")
         self._free: list[int] = []
         self._known: list[Any] = []  # records of bases that agreed with this one
         self._before: list[tuple[nn.Module, str, Any]] = []  # attributes of the model before it was attached to
@@ -105,11 +103,10 @@ class AdapterBank:
         """
         bank = cls(base, dtype)
         if not isinstance(folders, Mapping):
-            folders = list(folders)
-            names = [str(folder).replace("\\", "/").rstrip("/").rpartition("/")[2] for folder in folders]
-            if len(set(names)) < len(names):
-                raise ValueError(f"The folders end alike, in {sorted(names)[:3]} ...: pass a dict of them by name.")
-            folders = dict(zip(names, folders, strict=True))
+            paths = list(folders)
+            folders = {os.path.basename(os.path.normpath(path)): path for path in paths}
+            if len(folders) < len(paths):
+                raise ValueError(f"{len(paths)} folders end alike, in {list(folders)[:3]} ...: pass a dict by name.")
         for name, folder in folders.items():
             bank.add(name, folder, **kwargs)
         return bank
@@ -148,7 +145,8 @@ class AdapterBank:
         if -1 in found:
             unknown = [name for name in dict.fromkeys(names) if name != "__base__" and name not in rows]
             raise ValueError(f"The bank has no adapter {', '.join(map(repr, unknown[:3]))} ({len(unknown)} unknown).")
-        return torch.tensor(found, device=self.store.packed.device)
+        # `torch.tensor` of a list takes several times as long
+        return torch.frombuffer(array("q", found), dtype=torch.int64).to(self.store.packed.device)
 
     def add(
         self,
@@ -186,19 +184,12 @@ class AdapterBank:
             raise ValueError(f"The adapter {name!r} was not added: {error}") from error
         device = self.store.packed.device
         updates = {n: it._replace(tensor=it.tensor.map(lambda part: part.to(device))) for n, it in updates.items()}
-        form: Form = {layer: (it.tensor.ranks, it.tensor.shape[2]) for layer, it in updates.items()}
-        forms = {layer: PackedTucker(self._shapes[layer], it.tensor.ranks) for layer, it in updates.items()}
+        layers = {layer: PackedTucker(self._shapes[layer], it.tensor.ranks) for layer, it in updates.items()}
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            store = self.store.with_forms(forms)
             used = 1 + len(self._rows) + len(self._free)
             row = self._free.pop(0) if len(self._free) > _SPARE else used
-            if row >= len(store.packed):
-                store = store.with_capacity(max(4, 1 << row.bit_length()))
-                self._form_of = _resized(self._form_of, len(store.packed))
-            store.packed[row] = store.pack(updates)
-            if form not in self._forms:
-                self._forms.append(form)
-            self._form_of[row] = self._forms.index(form)
+            store = self.store.with_layers(layers).with_row(row)
+            store.write(row, updates)
             self.store = store
             if name in self._rows:
                 self._release(self._rows[name])
@@ -213,21 +204,21 @@ class AdapterBank:
             self._release(self._rows.pop(name))
 
     def _release(self, row: int) -> None:
-        self._form_of[row] = -1
+        self.store.form_of[row] = -1
         self._free.append(row)
 
     def compact(self) -> None:
         """Gives back the memory of removed adapters, and of the room for more; adapters get new numbers."""
         self._check_resting()
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            rows = [0, *self._rows.values()]
-            self.store, self._form_of = self.store.select(rows), self._form_of[rows]
+            self.store = self.store.select([0, *self._rows.values()])
             self._rows, self._free = {name: row for row, name in enumerate(self._rows, 1)}, []
 
     def to(self, device: torch.device | str) -> AdapterBank:
         """Moves the adapters to a device; those of each row are taken to that of the layer in each pass."""
         self._check_resting()
-        self.store = self.store._replace(packed=self.store.packed.to(device))
+        store = self.store.in_memory()
+        self.store = store._replace(packed=store.packed.to(device))
         return self
 
     # --- training ---
@@ -249,11 +240,24 @@ class AdapterBank:
         if self.store.packed.dtype.itemsize < 4 or not bool((rows > 0).all()):
             raise ValueError("Only adapters of float32 or float64 are trained: load the bank with such a `dtype`.")
         with torch.inference_mode(False), torch.no_grad():
-            self._trained = torch.zeros(len(self._form_of), dtype=torch.bool, device=rows.device)
+            store = self.store.in_memory()
+            self._trained = torch.zeros(len(store.packed), dtype=torch.bool, device=rows.device)
             self._trained[rows] = True
-            self.store = self.store._replace(packed=nn.Parameter(self.store.packed))
-            entries = torch.stack([self.store.entries(form) for form in self._forms])
-            return self.store.packed, entries[self._form_of.clamp(0)] & self._trained.unsqueeze(1)  # pyright: ignore
+            packed = nn.Parameter(store.packed)
+            self.store = store._replace(packed=packed)
+            return packed, store.entries() & self._trained.unsqueeze(1)
+
+    def check_trained(self, ids: Tensor) -> Tensor:
+        """The rows of the matrix (rows,) of adapters, by number; a ValueError if one is not in training."""
+        rows = self._check_ids(ids).to(self.store.packed.device)
+        wrong = [] if self._trained is None else rows[~self._trained[rows]][:3].tolist()
+        if wrong:
+            names = ["__base__"] * (0 in wrong) + [name for name, row in self._rows.items() if row in wrong]
+            raise ValueError(
+                f"Rows of the batch have adapters that are not in training: {', '.join(map(repr, names))}. Leave them "
+                "out, or call the model under `torch.no_grad()`."
+            )
+        return rows
 
     def stop_training(self) -> None:
         """Ends what `start_training` began; the adapters stay as they are trained."""
@@ -276,15 +280,14 @@ class AdapterBank:
         index = self._check_ids(ids)
         if errors.shape != index.shape:
             raise ValueError(f"`errors` must have one number for each of {len(ids)} rows, got {tuple(errors.shape)}.")
-        sums = errors.new_zeros(len(self._form_of)).index_add(0, index, errors)
+        sums = errors.new_zeros(len(self.store.form_of)).index_add(0, index, errors)
         return (sums / index.bincount(minlength=len(sums)))[1:]
 
     # --- files ---
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes all adapters into one file, adapter_bank.safetensors, with a table of their names."""
-        rows = [0, *self._rows.values()]
-        write_bank(folder, Content(self.store.select(rows), self.names, self._forms, self._form_of[rows], self.record))
+        write_bank(folder, self.store.select([0, *self._rows.values()]), self.names, self.record)
 
     @classmethod
     def load(
@@ -305,8 +308,8 @@ class AdapterBank:
             folder (`str`): The folder, or the repository on the Hub.
             dtype (`torch.dtype`, *optional*): As of a new bank; by default that of the file.
             mapped (`bool`): Whether adapters stay in the file until they are used, for banks larger than memory: the
-                operating system keeps those that were used last. They are not checked. The first `add` copies all of
-                them into memory.
+                operating system keeps those that were used last. They are not checked. Those that are added later are
+                in memory; `compact`, `to`, training, and an adapter of larger ranks read all of them.
             skip_damaged (`bool`): Whether damaged adapters are left out, with a warning, instead of an error.
             check_base (`str`, *optional*): As in `LoTRAConfig`.
             names (`list[str]`, *optional*): The adapters to read; of the others nothing is read, or downloaded.
@@ -316,16 +319,16 @@ class AdapterBank:
             ValueError: There is no bank in the folder, or no adapter of a name; it is damaged (the message has the
                 names), or of another base.
         """
-        content = read_bank(os.fspath(folder), mapped, skip_damaged, names, revision)
-        bank = cls(base, content.store.packed.dtype if mapped or dtype is None else dtype)
-        _, own = match_layers(content.record, bank.base, check_base)
-        forms = {own[name]: form for name, form in content.store.forms.items()}
-        if any(form.shape != bank._shapes[name] for name, form in forms.items()):
+        store, names, record = read_bank(os.fspath(folder), mapped, skip_damaged, names, revision)
+        bank = cls(base, store.packed.dtype if mapped or dtype is None else dtype)
+        _, own = match_layers(record, bank.base, check_base)
+        layers = {own[name]: form for name, form in store.layers.items()}
+        if any(form.shape != bank._shapes[name] for name, form in layers.items()):
             raise ValueError(f"The bank in {folder} is damaged: its layers have other shapes than its base.")
-        packed = content.store.packed.to(bank.store.packed.dtype)
-        bank.store, bank._form_of = Store(packed, forms), content.form_of
-        bank._rows = {name: row for row, name in enumerate(content.names, 1)}
-        bank._forms = [{own[name]: it for name, it in form.items()} for form in content.forms]
+        forms = [{own[name]: it for name, it in form.items()} for form in store.forms]
+        packed = store.packed.to(bank.store.packed.dtype)
+        bank.store = store._replace(packed=packed, layers=layers, forms=forms)
+        bank._rows = {name: row for row, name in enumerate(names, 1)}
         return bank
 
     def push_to_hub(
@@ -353,9 +356,7 @@ class AdapterBank:
         """Writes one adapter as a folder that `PeftModel.from_pretrained` loads; its alpha is in the cores."""
         if name not in self._rows:
             raise ValueError(f"The bank has no adapter {name!r} to export.")
-        row = self._rows[name]
-        components = self.store.components(row, self._forms[int(self._form_of[row])])
-        export_adapter(folder, components, self.record, self.base)
+        export_adapter(folder, self.store.components(self._rows[name]), self.record, self.base)
 
     # --- serving ---
 
@@ -437,30 +438,20 @@ class AdapterBank:
         store = self.store  # read last: what is added meanwhile is in it
         distinct, groups = group_rows(index.to(store.packed.device))
         if is_training:
-            self._check_trained(distinct)
+            self.check_trained(distinct - 1)
             store = store._replace(packed=embedding(distinct, store.packed, sparse=True))
-        elif groups.size > 1:
-            store = store.select(distinct)
+        elif groups.size > 1 or store.added is not None:
+            store = store._replace(packed=store.rows(distinct))
         else:
             groups = RowGroups(index)
         return Rows(self, store, groups, ForwardPass(None, {}, {}))
-
-    def _check_trained(self, rows: Tensor) -> None:
-        assert self._trained is not None
-        wrong = rows[~self._trained[rows]][:3].tolist()
-        if wrong:
-            names = ["__base__"] * (wrong[0] == 0) + [name for name, row in self._rows.items() if row in wrong]
-            raise ValueError(
-                f"Rows of the batch have adapters that are not in training: {', '.join(map(repr, names))}. Leave them "
-                "out, or call the model under `torch.no_grad()`."
-            )
 
     def _check_ids(self, ids: Tensor) -> Tensor:
         if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"`ids` must be integers (rows,), got {ids.dtype} of the shape {tuple(ids.shape)}.")
         index = ids.to(torch.int64) + 1
-        inside = (index >= 0) & (index < len(self._form_of))
-        used = inside.cpu() & (self._form_of[index.clamp(0, len(self._form_of) - 1).cpu()] >= 0)
+        inside = (index >= 0) & (index < len(self.store.form_of))
+        used = inside.cpu() & (self.store.form_of[index.clamp(0, len(self.store.form_of) - 1).cpu()] >= 0)
         if not bool(used.all()):
             wrong = ids.cpu()[~used].unique()[:3].tolist()
             raise ValueError(f"No adapter has the number {', '.join(map(str, wrong))}. `bank.ids(names)` has them.")
@@ -480,7 +471,3 @@ def _bank_class(base_layer: nn.Module) -> type[BankLayer]:
 def _check_unmerged(network: nn.Module) -> None:
     if merged := [name for name, layer in lotra_layers(network) if layer.merged]:
         raise ValueError(f"The adapters of {', '.join(merged[:3])} are merged: call `unmerge_adapter()` first.")
-
-
-def _resized(form_of: Tensor, size: int) -> Tensor:
-    return torch.cat([form_of, form_of.new_full((size - len(form_of),), -1)])

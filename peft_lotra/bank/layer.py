@@ -82,7 +82,7 @@ class BankLayer(LoTRALayer):
         if rows is None or rows.bank is not self.lotra_bank:
             return super().forward(*args, **kwargs)
         groups, name = rows.groups, self.lotra_bank_name
-        if groups is None or name not in rows.store.forms:
+        if groups is None or name not in rows.store.layers:
             return self._run((), None, args, kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         places: Any = ()
@@ -91,7 +91,7 @@ class BankLayer(LoTRALayer):
             places = names_of_rows(range(groups.batch()), x, self.lotra_name, rows.order)  # pyright: ignore
         base_layer = self._modules["base_layer"]
         stored = self.lotra_tensor.get_parameter(base_layer)
-        form, packed = rows.store.forms[name], rows.store.columns()[name]
+        form, packed = rows.store.layers[name], rows.store.columns()[name]
         updates = RowUpdates(packed, groups, form)
         y = output_by_row(base_layer, self._find_formula(stored), stored, lambda: updates, args, kwargs)
         if y is not None:
@@ -134,7 +134,8 @@ class BankModel(nn.Module):
             ids (`torch.Tensor`): The same by number, (rows,) int64, -1 for none; see `AdapterBank.ids`.
         """
         given = [rows for rows in (adapter_names, ids) if rows is not None]
-        if len(given) == 2 or (self.needs_adapters and not given):
+        has_rows = not torch.compiler.is_compiling() and ROWS.get() is not None
+        if len(given) == 2 or (self.needs_adapters and not given and not has_rows):
             raise ValueError(
                 f"`adapter_names` and `ids` name the adapter of each row: pass one of them, got {len(given)}."
             )
@@ -146,6 +147,8 @@ class BankModel(nn.Module):
             return outputs
         if adapter_names is not None:
             raise ValueError("A compiled model takes `ids`, not `adapter_names`: pass `ids=bank.ids(names)`.")
+        if bank.store.added is not None:
+            raise ValueError("A compiled model takes no mapped bank: call `bank.compact()`, which reads all of it.")
         if bank.store.packed.requires_grad and torch.is_grad_enabled():
             raise ValueError("Adapters are not trained by a compiled model: call the model that is not compiled.")
         bank.traced_rows = Rows(bank, bank.store, None if ids is None else RowGroups(ids + 1), None)

@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -17,8 +16,7 @@ from ..layers.registry import PREFIX
 from ..tucker import Tucker, Update, full_shape
 from ..tuner.base_record import record_layer
 from ..tuner.config import LoTRAConfig
-from ..tuner.initialization import initialize
-from ..tuner.layer import COMPONENTS, lotra_layers
+from ..tuner.layer import COMPONENTS, LoTRALayer, lotra_layers
 from ..tuner.model import read_checked
 from ..tuner.saving import check_state_dict
 from ..tuner.targets import Target, check_targets, find_targets
@@ -72,7 +70,11 @@ def read_adapter(
         check_targets(adapter, base, targets)
         if not targets:
             raise ValueError(f"`target_modules` is {adapter.target_modules}, which matches no KAN layer.")
-        found = {name: _started(adapter, name, target) for name, target in targets.items()}
+        found = {}
+        for name, target in targets.items():
+            layer = LoTRALayer(*target, name)
+            layer.update_layer("new", adapter)
+            found[name] = layer.update_of("new")
     elif isinstance(adapter, PeftModel):
         name: Any = adapter_name or adapter.active_adapter
         layers = dict(lotra_layers(adapter.get_base_model(), name))
@@ -97,17 +99,6 @@ def read_adapter(
     if record is not None and record not in known:
         known.append(record)
     return found
-
-
-def _started(config: LoTRAConfig, name: str, target: Target) -> Update:
-    """The update of a layer as a new adapter of this configuration starts."""
-    shapes = config.component_shapes(name, target.coefficients)
-    stored = target.coefficients.read(target.layer).detach()
-    dtype = torch.promote_types(stored.dtype, torch.float32)
-    components = Tucker(*(stored.new_empty(shape, dtype=dtype) for shape in shapes.values()))
-    zero = config.frozen_and_zero(shapes)[1]
-    initialize(components, config.init_weights, zero, target.layer, stored if config.init_weights == "hosvd" else None)
-    return Update(config.ranks_and_alpha(name, target.coefficients.shape)[1], components)
 
 
 def _components(tensors: Mapping[str, Tensor], layer: str, target: Target) -> Tucker:

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, hf_hub_url
@@ -38,28 +38,25 @@ _FORMAT = 1
 _ROWS_OF_CARD = 100
 
 
-class Content(NamedTuple):
-    """The adapters of a file, in the order of the rows behind the first, which is the base."""
+def write_bank(folder: str | os.PathLike, store: Store, names: list[str], record: dict[str, Any]) -> None:
+    """Writes the file, whole or not at all.
 
-    store: Store
-    names: list[str]
-    forms: list[Form]
-    form_of: Tensor  # (1 + adapters,)
-    record: dict[str, Any]  # of the base
-
-
-def write_bank(folder: str | os.PathLike, content: Content) -> None:
-    """Writes the file, whole or not at all."""
+    Args:
+        folder: The folder.
+        store: The adapters, in the order of the rows behind the first, which is the base.
+        names: Their names.
+        record: The record of the base.
+    """
     os.makedirs(folder, exist_ok=True)
     table = {
         "format": _FORMAT,
-        "names": content.names,
-        "layers": {name: form._asdict() for name, form in content.store.forms.items()},
-        "forms": content.forms,
-        "base_layers": content.record,
+        "names": names,
+        "layers": {name: form._asdict() for name, form in store.layers.items()},
+        "forms": store.forms,
+        "base_layers": record,
     }
-    packed = content.store.packed.cpu().contiguous()
-    tensors = {"adapters": packed, "form_of": content.form_of, "crc32": _checksums(packed)}
+    packed = store.packed.cpu().contiguous()
+    tensors = {"adapters": packed, "form_of": store.form_of, "crc32": _checksums(packed)}
     with TemporaryDirectory(prefix=".saving-", dir=folder) as stage:
         path = os.path.join(stage, FILE_NAME)
         save_file(tensors, path, metadata={"adapter_bank": json.dumps(table)})
@@ -146,8 +143,8 @@ def _repo_id(folder: str) -> str | None:
 
 def read_bank(
     folder: str, mapped: bool, skip_damaged: bool, only: Sequence[str] | None = None, revision: str | None = None
-) -> Content:
-    """Reads the file of a folder or a repository, or `only` some adapters of it, and nothing of the others.
+) -> tuple[Store, list[str], dict[str, Any]]:
+    """Reads the file of a folder or a repository, or `only` some adapters of it: what `write_bank` got.
 
     `mapped`, adapters are read when they are used, and not checked.
 
@@ -168,7 +165,7 @@ def read_bank(
             packed, form_of, crc32 = (file.get_tensor(name) for name in ("adapters", "form_of", "crc32"))
         names, record = table["names"], table["base_layers"]
         layers = {n: PackedTucker(tuple(it["shape"]), tuple(it["ranks"])) for n, it in table["layers"].items()}
-        forms = [{n: (tuple(ranks), basis) for n, (ranks, basis) in form.items()} for form in table["forms"]]
+        forms: list[Form] = [{n: (tuple(ranks), basis) for n, (ranks, basis) in it.items()} for it in table["forms"]]
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error!r:.200}. Save or download the bank again.") from error
     width = sum([form.width() for form in layers.values()])
@@ -176,25 +173,23 @@ def read_bank(
     if not fits or len(form_of) != len(packed) or len(crc32) != len(packed) or len(set(names)) < len(names):
         raise ValueError(f"{path} is damaged: its table does not fit its tensors. Save or download the bank again.")
     if mapped:
-        return Content(Store(packed, layers), names, forms, form_of, record)
-    packed, form_of = packed.clone(), form_of.clone()  # or all of the file stays mapped, and changes with it
-    right = (_checksums(packed) == crc32) & _are_finite(packed) & (form_of >= 0) & (form_of < len(forms))
+        return Store(packed, layers, forms, form_of.clone(), packed[:0].clone()), names, record
+    # or all of the file stays mapped, and changes with it
+    store = Store(packed.clone(), layers, forms, form_of.clone())
+    # by a few rows, whose memory is used again
+    finite = torch.cat([rows.isfinite().all(1) for rows in store.packed.split(64)])
+    right = ((_checksums(store.packed) == crc32) & finite & (form_of >= 0) & (form_of < len(forms))).tolist()
     if not right[0]:
         raise ValueError(f"{path} is damaged: the row of the base is not zero. Save or download the bank again.")
-    if right.all():
-        return Content(Store(packed, layers), names, forms, form_of, record)
-    damaged = [name for name, is_right in zip(names, right[1:].tolist(), strict=True) if not is_right]
+    if all(right):
+        return store, names, record
+    damaged = [name for name, is_right in zip(names, right[1:], strict=True) if not is_right]
     message = f"{path} has damaged adapters: {', '.join(map(repr, damaged[:3]))} ({len(damaged)} of {len(names)})."
     if not skip_damaged:
         raise ValueError(f"{message} `skip_damaged=True` loads the others.")
     warnings.warn(f"{message} They are left out.", stacklevel=3)
-    names = [name for name, is_right in zip(names, right[1:].tolist(), strict=True) if is_right]
-    return Content(Store(packed[right], layers), names, forms, form_of[right], record)
-
-
-def _are_finite(packed: Tensor) -> Tensor:
-    """Whether all numbers of each row are finite, by blocks of rows, whose memory is used again."""
-    return torch.cat([block.isfinite().all(1) for block in packed.split(1024)])
+    store = store.select([row for row, is_right in enumerate(right) if is_right])
+    return store, [name for name in names if name not in set(damaged)], record
 
 
 def _checksums(packed: Tensor) -> Tensor:

@@ -166,8 +166,8 @@ class RowProduct(NamedTuple):
         """The product (R, O) of the functions (R, K, I); at some rows of the batch, if they are groups of one row."""
         packed, groups, form = self.updates
         if groups.size > 1:
-            factors = [factor[groups.index] for factor in self._factors(functions)]
-            return _of_groups(functions.flatten(1), _weights(self.matrix, *factors))
+            first, second = (factor[groups.index] for factor in self._factors(functions))
+            return _of_groups(functions.flatten(1), _weights(self.matrix, self._full_scale(), first, second))
         chosen = packed.index_select(0, groups.index[rows].to(packed.device)).to(functions)
         update = self._low_rank(functions, form.unpack(chosen), self.scale)
         return update if self.matrix is None else torch.addmm(update, functions.flatten(1), self.matrix)
@@ -184,46 +184,59 @@ class RowProduct(NamedTuple):
         if needs_gradient or needs_plain_operations(x, grid.low, grid.high, self.matrix, residual):
             return self.of_functions(_plain_functions(x, grid, residual))
         if size > 1:
-            factors = self._factors(x)
-            return _GroupProduct.apply(grid, self.updates.groups, self.matrix, x, residual, *factors)
+            fixed = grid, self.updates.groups, self.matrix, self._full_scale()
+            return _GroupProduct.apply(*fixed, x, residual, *self._factors(x))
         step = _rows_of_block(x, grid, 1)
         functions, result = _Functions(x, grid, residual, step), x.new_empty(len(x), self.updates.form.shape[0])
         for rows in blocks(0, len(x), step):
             result[rows] = self.of_functions(functions.at(rows).unflatten(1, (-1, x.shape[1])), rows)
         return result
 
-    def _factors(self, like: Tensor) -> list[Tensor]:
-        """(M, K I, ro) and (M, ro, O), whose product is each update; with a scale, the product (M, K I, O) itself."""
+    def _factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(M, K I, ro) and (M, ro, O), whose product is each update."""
         packed, _, form = self.updates
         core, factor_out, factor_in, factor_basis = form.unpack(packed.to(like))
         of_basis = torch.bmm(factor_basis, core.permute(0, 3, 2, 1).flatten(2)).unflatten(2, core.shape[2:0:-1])
         of_inputs = torch.bmm(factor_in, of_basis.transpose(1, 2).flatten(2))  # (M, I, K ro)
         edges = of_inputs.unflatten(2, (-1, core.shape[1])).transpose(1, 2)  # (M, K, I, ro)
-        factors = [edges.flatten(1, 2), factor_out.transpose(1, 2)]
+        return edges.flatten(1, 2), factor_out.transpose(1, 2)
+
+    def _full_scale(self) -> Tensor | None:
+        """The factor of each coefficient (K I, O)."""
         if self.scale is None:
-            return factors
-        dense = torch.bmm(*factors).unflatten(1, edges.shape[1:3])
-        splines = dense.shape[1] - self.has_residual
-        return [torch.cat([dense[:, :splines] * self.scale.t(), dense[:, splines:]], 1).flatten(1, 2)]
+            return None
+        splines = self.updates.form.shape[2] - self.has_residual
+        full = self.scale.t().repeat(splines, 1)
+        return torch.cat([full, torch.ones_like(full[: self.scale.shape[1]])]) if self.has_residual else full
 
     def _low_rank(self, functions: Tensor, components: Sequence[Tensor], scale: Tensor | None) -> Tensor:
         """The part (R, O) of the updates whose components (R, ...) are given."""
         core, factor_out, factor_in, factor_basis = components
-        reversed_core = core.permute(0, 3, 2, 1)  # (R, rb, ri, ro)
+        of_outputs = factor_out.transpose(1, 2)
         if scale is None:
             contracted = torch.bmm(torch.bmm(factor_basis.transpose(1, 2), functions), factor_in)  # (R, rb, ri)
-            of_outputs = torch.bmm(contracted.flatten(1).unsqueeze(1), reversed_core.flatten(1, 2))  # (R, 1, ro)
-            return torch.bmm(of_outputs, factor_out.transpose(1, 2)).squeeze(1)
+            edges = torch.bmm(contracted.flatten(1).unsqueeze(1), core.permute(0, 3, 2, 1).flatten(1, 2))  # (R, 1, ro)
+            return _dot(edges.transpose(1, 2), of_outputs, 1)
         # a scale of each edge is no product: the sum over the inputs comes last
         splines = functions.shape[1] - self.has_residual
         of_basis = torch.bmm(factor_basis[:, :splines].transpose(1, 2), functions[:, :splines])  # (R, rb, I)
-        edges = torch.bmm(core.transpose(2, 3).flatten(1, 2), factor_in.transpose(1, 2))  # (R, ro rb, I)
-        edges = (edges.unflatten(1, core.shape[1::2]) * of_basis.unsqueeze(1)).sum(2)  # (R, ro, I)
-        y = ((edges.flatten(0, 1) @ scale.t()).view_as(factor_out.transpose(1, 2)) * factor_out.transpose(1, 2)).sum(1)
+        edges = _dot(core.unsqueeze(4), of_basis[:, None, None], 3)  # (R, ro, ri, I)
+        edges = _dot(edges, factor_in.transpose(1, 2).unsqueeze(1), 2)  # (R, ro, I)
+        sums = (edges.flatten(0, 1) @ scale.t()).view_as(of_outputs)  # (R, ro, O)
         if self.has_residual:
-            unscaled = [core, factor_out, factor_in, factor_basis[:, splines:]]
-            y = y + self._low_rank(functions[:, splines:], unscaled, None)
-        return y
+            contracted = torch.bmm(functions[:, splines:], factor_in)  # (R, 1, ri)
+            mixed = _dot(core, factor_basis[:, splines:].unsqueeze(1), 3)  # (R, ro, ri)
+            sums = sums + _dot(mixed, contracted, 2).unsqueeze(2)
+        return _dot(sums, of_outputs, 1)
+
+
+def _dot(first: Tensor, second: Tensor, dim: int) -> Tensor:
+    """The sum of the products over a dimension of few entries: for such, `torch.bmm` and `sum` take longer."""
+    (total, factor), *others = zip(first.unbind(dim), second.unbind(dim), strict=True)
+    total = total * factor
+    for pair in others:
+        total = torch.addcmul(total, *pair)
+    return total
 
 
 def _plain_functions(x: Tensor, grid: UniformGrid, residual: Tensor | None) -> Tensor:
@@ -265,10 +278,10 @@ def _of_groups(functions: Tensor, weights: Tensor) -> Tensor:
     return torch.bmm(functions.unflatten(0, (weights.shape[0], -1)), weights).flatten(0, 1)
 
 
-def _weights(matrix: Tensor | None, first: Tensor, second: Tensor | None = None) -> Tensor:
-    """The matrix (K I, O) plus the update of each group, first (C, K I, ro) times second (C, ro, O)."""
-    if second is None:
-        return first if matrix is None else first + matrix
+def _weights(matrix: Tensor | None, scale: Tensor | None, first: Tensor, second: Tensor) -> Tensor:
+    """The matrix (K I, O) plus the update of each group, first (C, K I, ro) times second (C, ro, O), scaled."""
+    if scale is not None and matrix is not None:
+        return torch.addcmul(matrix, torch.bmm(first, second), scale)
     return torch.bmm(first, second) if matrix is None else torch.baddbmm(matrix, first, second)
 
 
@@ -276,33 +289,33 @@ class _GroupProduct(torch.autograd.Function):
     """The product of splines with the updates of groups, by blocks of rows in the backward pass, too."""
 
     @staticmethod
-    def forward(ctx, grid, groups, matrix, x, residual, *factors):
-        ctx.save_for_backward(matrix, x, residual, *factors)
+    def forward(ctx, grid, groups, matrix, scale, x, residual, first, second):
+        ctx.save_for_backward(matrix, scale, x, residual, first, second)
         ctx.grid, ctx.groups = grid, groups
         step = _rows_of_block(x, grid, groups.size)
-        functions, result = _Functions(x, grid, residual, step), x.new_empty(len(x), factors[-1].shape[2])
+        functions, result = _Functions(x, grid, residual, step), x.new_empty(len(x), second.shape[2])
         for rows in blocks(0, len(x), step):
             index = groups.index[rows.start // groups.size : rows.stop // groups.size]
-            weights = _weights(matrix, *(factor.index_select(0, index) for factor in factors))
+            weights = _weights(matrix, scale, first.index_select(0, index), second.index_select(0, index))
             result[rows] = _of_groups(functions.at(rows), weights)
         return result
 
     @staticmethod
     def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride] (torch declares *grad_outputs)
-        matrix, *inputs = ctx.saved_tensors
+        matrix, scale, *inputs = ctx.saved_tensors
         x, residual, *factors = inputs
-        grid, groups, needed = ctx.grid, ctx.groups, ctx.needs_input_grad[3:]
+        grid, groups, needed = ctx.grid, ctx.groups, ctx.needs_input_grad[4:]
         if torch.is_grad_enabled() or is_batched(gradient):  # by `create_graph`, or by `is_grads_batched`
             with torch.enable_grad():
                 # views, since the residual branch depends on x, too
                 inputs: Any = [None if it is None else it.view_as(it) for it in inputs]
                 x, residual, *factors = inputs
                 functions = _plain_functions(x, grid, residual).flatten(1)
-                weights = _weights(matrix, *(factor[groups.index] for factor in factors))
+                weights = _weights(matrix, scale, *(factor[groups.index] for factor in factors))
                 y = _of_groups(functions, weights)
             wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
             found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=torch.is_grad_enabled()))
-            return (None, None, None, *(next(found) if need else None for need in needed))
+            return (None, None, None, None, *(next(found) if need else None for need in needed))
         step = _rows_of_block(x, grid, groups.size)
         functions, grads = _Functions(x, grid, residual, step), [torch.zeros_like(tensor) for tensor in factors]
         with_inputs, grad_x = needed[0] or needed[1], torch.empty_like(x)
@@ -316,18 +329,15 @@ class _GroupProduct(torch.autograd.Function):
                 values = functions.at(rows)
             else:
                 here = grad_functions[: rows.stop - rows.start]
-                weights = _weights(matrix, *chosen).transpose(1, 2)
+                weights = _weights(matrix, scale, *chosen).transpose(1, 2)
                 torch.bmm(given, weights, out=here.unflatten(0, (len(index), -1)))
                 if grad_residual is not None:
                     grad_residual[rows] = here[:, functions.splines :]
                 values = functions.at(rows, here, grad_x)
-            found = [torch.bmm(values.unflatten(0, (len(index), -1)).transpose(1, 2), given)]  # of the weights
-            if len(chosen) == 2:
-                found = [
-                    torch.bmm(found[0], chosen[1].transpose(1, 2)),
-                    torch.bmm(chosen[0].transpose(1, 2), found[0]),
-                ]
+            found = torch.bmm(values.unflatten(0, (len(index), -1)).transpose(1, 2), given)  # of the weights
+            found = found if scale is None else found.mul_(scale)
+            found = torch.bmm(found, chosen[1].transpose(1, 2)), torch.bmm(chosen[0].transpose(1, 2), found)
             for grad, part in zip(grads, found, strict=True):
                 grad.index_add_(0, index, part)
         of_inputs = (grad_x, grad_residual) if with_inputs else (None, None)
-        return (None, None, None, *of_inputs, *grads)
+        return (None, None, None, None, *of_inputs, *grads)

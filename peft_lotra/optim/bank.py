@@ -1,23 +1,71 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Training of all adapters of a bank at once."""
+"""Training of all adapters of a bank at once: by AdamW, and by Levenberg-Marquardt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..bank.bank import AdapterBank
+from ..bank.layer import ROWS, BankModel, Rows
+from ..kan.row_product import RowGroups, group_rows
+from ..modules.calls import call_with_parameters
 from ..modules.checks import as_number
+from ..tuner.rows import ForwardPass
 from .learning_rates import COMPONENTS, Policy, component_multipliers
+from .least_squares import Intercepted, check_terms, name_term
+from .levenberg_marquardt import LARGEST_DAMPING, SMALLEST_DAMPING, damping_factor
 
 
-class BankAdamW(Optimizer):
+class _BankOptimizer(Optimizer):
+    """Trains the adapters of a bank, and keeps the best values of each."""
+
+    def __init__(self, bank: AdapterBank, names: Sequence[str] | None, defaults: dict[str, Any]) -> None:
+        self.bank = bank
+        self.packed, self._entries = bank.start_training(names)
+        self._is_active = self._entries.any(1)
+        super().__init__([self.packed], defaults)
+
+    @torch.no_grad()
+    def keep_best(self, losses: Tensor, patience: int | None = None) -> Tensor:
+        """Keeps the values of each adapter whose loss is the least so far, for `finish`.
+
+        Args:
+            losses (`torch.Tensor`): The losses of the present values, of held-out rows for instance, as
+                `AdapterBank.mean_by_adapter` returns them: (room,), NaN for no news.
+            patience (`int`, *optional*): An adapter without a new least loss in so many calls is trained no more.
+
+        Returns:
+            `torch.Tensor`: Whether each adapter is still trained, (room,), by number.
+        """
+        packed, state = self.packed, self.state[self.packed]
+        if "best" not in state:
+            state["best"], state["least"] = packed.detach().clone(), packed.new_full((len(packed),), torch.inf)
+            state["waited"] = torch.zeros_like(state["least"])
+        losses = torch.cat([losses.new_full((1,), torch.nan), losses]).to(packed)
+        is_less = self._is_active & (losses < state["least"])
+        state["best"][is_less], state["least"][is_less] = packed[is_less], losses[is_less]
+        state["waited"] = torch.where(is_less, 0, state["waited"] + ~losses.isnan())
+        if patience is not None:
+            self._is_active &= state["waited"] < patience
+        return self._is_active[1:].clone()
+
+    def finish(self) -> None:
+        """Gives the adapters their best values, if `keep_best` kept them, and ends the training of the bank."""
+        if "best" in (state := self.state[self.packed]):
+            is_kept = state["least"] < torch.inf
+            self.packed.data[is_kept] = state["best"][is_kept]
+        self.bank.stop_training()
+
+
+class BankAdamW(_BankOptimizer):
     r"""
     AdamW for the adapters of a bank, each by itself: a step changes those that have rows in the batch.
 
@@ -73,24 +121,20 @@ class BankAdamW(Optimizer):
         if not as_number(lr) > 0 or not all(0 <= as_number(it) < 1 for it in betas):
             raise ValueError(f"`lr` and `betas` are {lr!r:.50} and {betas!r:.50}, but must be above 0, and in [0, 1).")
         multipliers = []
-        for form in bank.store.forms.values():
+        for form in bank.store.layers.values():
             widths = {"factor_out": form.shape[0], "factor_in": form.shape[1]}
             of_layer = component_multipliers(policy, widths)
             for name, shape in zip(COMPONENTS, form.component_shapes(), strict=False):
                 rate = torch.tensor(of_layer.get(name, 1.0), dtype=torch.float64)
                 multipliers.append(rate.expand(shape).flatten())
-        self.bank = bank
-        packed, self._entries = bank.start_training(names)
-        self._multipliers = torch.cat(multipliers).to(packed)
-        self._is_active = self._entries.any(1)
-        super().__init__([packed], {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(bank, names, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._multipliers = torch.cat(multipliers).to(self.packed)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Changes the adapters that have rows in the batch, but those that `keep_best` has stopped."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        (group,) = self.param_groups
-        (packed,) = group["params"]
+        (group,), packed = self.param_groups, self.packed
         if packed.grad is None:
             return loss
         gradient, state = packed.grad.coalesce(), self.state[packed]
@@ -111,35 +155,222 @@ class BankAdamW(Optimizer):
             state[name][rows] = value
         return loss
 
+
+class BankStep(NamedTuple):
+    """The record of a step of all adapters, by their numbers: (room,) each.
+
+    Attributes:
+        losses: The loss of the values that each adapter now has; NaN without rows, or if it is not finite.
+        accepted: Whether its values changed.
+        damping: The damping that its next step starts with.
+    """
+
+    losses: Tensor
+    accepted: Tensor
+    damping: Tensor
+
+
+class _Rows(NamedTuple):
+    """The rows of a term that some adapters have, sorted by adapter."""
+
+    name: str
+    function: Callable[..., Tensor]
+    rows: list[Tensor]
+    owner: Tensor  # (n,), the place of the adapter of each row among these adapters
+    slots: Tensor  # (n,), the places of the rows in a matrix (adapters, most rows of one)
+    shape: tuple[int, int]  # of this matrix
+    scale: Tensor  # (n, 1), the root of weight / rows of the adapter
+
+    def by_adapter(self, values: Tensor) -> Tensor:
+        """Values (n, m, ...) as (adapters, most rows of one times m, ...), zero where an adapter has fewer rows."""
+        found = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
+        return found.index_copy(0, self.slots, values).unflatten(0, self.shape).flatten(1, 2)
+
+
+class BankLevenbergMarquardt(_BankOptimizer):
+    r"""
+    Levenberg-Marquardt for the adapters of a bank, each by itself: a step solves the normal equations of all at once.
+
+    Adapter a has the loss sum_t weight_t mean_n |r_t(row_n)|^2 over its own rows. With its residuals r_a, each times
+    sqrt(weight_t / rows), and their Jacobian J_a in its components, a step solves
+
+        (J_a^T J_a + damping_a S_a) step_a = -J_a^T r_a,
+
+    S_a the diagonal of J_a^T J_a, bounded from below, for many adapters by one batched Cholesky factorization; in the
+    space of residuals where they are fewer. Damping and acceptance are those of `LevenbergMarquardt` on each adapter
+    alone without `forgetting`. Everything is in float64. Adapters without rows keep values and damping.
+
+    Args:
+        model: The model with the bank, as `AdapterBank.attach` returns it.
+        damping (`float`): The damping that the first step tries.
+        names (`list[str]`, *optional*): The adapters to train, by default all. Rows of others are an error.
+        floor (`float`): The lower bound of S_a, as a share of its largest entry.
+        memory (`int`): About the bytes that a step may take: so many adapters are solved at once. All rows of an
+            adapter are.
+
+    Raises:
+        TypeError: `model` has no bank.
+        ValueError: A name is unknown, a number is out of range, or the bank cannot be trained, see
+            `AdapterBank.start_training`.
+
+    Example:
+        >>> import torch
+        >>> from peft_lotra import AdapterBank, LoTRAConfig
+        >>> from peft_lotra.kan import KAN
+        >>> from peft_lotra.optim import BankLevenbergMarquardt
+        >>> bank = AdapterBank(KAN([2, 4, 1]))
+        >>> for name in ("anna", "ben"):
+        ...     bank.add(name, LoTRAConfig(r=2))
+        >>> optimizer = BankLevenbergMarquardt(bank.attach())
+        >>> x, ids = torch.rand(32, 2), bank.ids(["anna", "ben"]).repeat_interleave(16)
+        >>> def error(model, x):
+        ...     return model(x) - x.prod(1, keepdim=True)
+        >>> losses = [optimizer.step([(error, x, ids)]).losses for _ in range(3)]
+        >>> optimizer.finish()
+        >>> bool((losses[2][:2] < losses[0][:2]).all())
+        True
+    """
+
+    def __init__(
+        self,
+        model: BankModel,
+        damping: float = 1e-2,
+        names: Sequence[str] | None = None,
+        *,
+        floor: float = 1e-3,
+        memory: int = 2**27,
+    ) -> None:
+        if not isinstance(model, BankModel):
+            raise TypeError(f"`model` is a {type(model).__name__}, but must be what `bank.attach()` returns.")
+        if not as_number(damping) > 0 or not 0 < as_number(floor) <= 1 or not as_number(memory) > 0:
+            given = f"{damping!r:.50}, {floor!r:.50} and {memory!r:.50}"
+            raise ValueError(f"`damping`, `floor` and `memory` are {given}, but must be above 0, `floor` at most 1.")
+        super().__init__(model.bank, names, {"floor": floor, "memory": memory})
+        self.model = model
+        state = self.state[self.packed]
+        state["damping"] = torch.full((len(self.packed),), damping, dtype=torch.float64, device=self.packed.device)
+
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def keep_best(self, losses: Tensor, patience: int | None = None) -> Tensor:
-        """Keeps the values of each adapter whose loss is the least so far, for `finish`.
+    def step(self, terms: Iterable[Any]) -> BankStep:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Takes a step of each adapter that has rows, but those that `keep_best` has stopped.
 
         Args:
-            losses (`torch.Tensor`): The losses of the present values, of held-out rows for instance, as
-                `AdapterBank.mean_by_adapter` returns them: (room,), NaN for no news.
-            patience (`int`, *optional*): An adapter without a new least loss in so many calls is trained no more.
+            terms: Residual terms (function, rows, ids) or (function, rows, ids, weight), as for
+                `LevenbergMarquardt.step`, with the number of the adapter of each row, (n,) int64. `function(model,
+                *rows)` is called with any rows; `model(x)` needs no `ids=` there.
 
         Returns:
-            `torch.Tensor`: Whether each adapter is still trained, (room,), by number.
-        """
-        (packed,) = self.param_groups[0]["params"]
-        state = self.state[packed]
-        if "best" not in state:
-            state["best"], state["least"] = packed.detach().clone(), packed.new_full((len(packed),), torch.inf)
-            state["waited"] = torch.zeros_like(state["least"])
-        losses = torch.cat([losses.new_full((1,), torch.nan), losses]).to(packed)
-        is_less = self._is_active & (losses < state["least"])
-        state["best"][is_less], state["least"][is_less] = packed[is_less], losses[is_less]
-        state["waited"] = torch.where(is_less, 0, state["waited"] + ~losses.isnan())
-        if patience is not None:
-            self._is_active &= state["waited"] < patience
-        return self._is_active[1:].clone()
+            The record. An adapter whose residuals are not finite, or whose loss no damping makes fall, is unchanged.
 
-    def finish(self) -> None:
-        """Gives the adapters their best values, if `keep_best` kept them, and ends the training of the bank."""
-        (packed,) = self.param_groups[0]["params"]
-        if "best" in (state := self.state[packed]):
-            is_kept = state["least"] < torch.inf
-            packed.data[is_kept] = state["best"][is_kept]
-        self.bank.stop_training()
+        Raises:
+            ValueError: A term is malformed, or has rows of an adapter that is not in training.
+        """
+        terms = list(terms)
+        if any(not isinstance(term, Sequence) or len(term) not in (3, 4) for term in terms):
+            raise ValueError("Each residual term must be (function, rows, ids), or with a weight behind.")
+        given = [(f, (ids, *(rows if isinstance(rows, Sequence) else (rows,))), *w) for f, rows, ids, *w in terms]
+        checked = [(f, rows, self.bank.check_trained(ids), w) for f, (ids, *rows), w in check_terms(given)]
+        counts = sum(index.bincount(minlength=len(self.packed)) for _, _, index, _ in checked) * self._is_active
+        order = counts.argsort(descending=True)[: int((counts > 0).sum())]
+        losses = torch.full_like(counts, torch.nan, dtype=torch.float64)
+        accepted, first, width = torch.zeros_like(self._is_active), 0, self.packed.shape[1]
+        while first < len(order):
+            rows = int(counts[order[first]])
+            adapters = order[
+                first : first + max(1, self.defaults["memory"] // (8 * width * (16 * rows + min(rows, width))))
+            ]
+            losses[adapters], accepted[adapters] = self._step_of(adapters, checked)
+            first += len(adapters)
+        return BankStep(losses[1:], accepted[1:], self.state[self.packed]["damping"][1:].clone())
+
+    def _step_of(self, adapters: Tensor, terms: list[Any]) -> tuple[Tensor, Tensor]:
+        """The losses of some adapters after a step, and whether it was accepted."""
+        start, dampings = self.packed[adapters].double(), self.state[self.packed]["damping"]
+        residuals, jacobian = self._linearize(self._rows_of(adapters, terms), start, adapters)
+        loss, gradient = residuals.square().sum(1), (jacobian.mT @ residuals.unsqueeze(2)).squeeze(2)
+        squares = jacobian.square().sum(1)
+        scaling = torch.maximum(squares, (self.defaults["floor"] * squares.amax(1, keepdim=True)).clamp(min=1e-300))
+        is_dual = jacobian.shape[1] < jacobian.shape[2]
+        matrix = (jacobian / scaling.unsqueeze(1)) @ jacobian.mT if is_dual else jacobian.mT @ jacobian
+        damping, factor, accepted = dampings[adapters], 2.0, torch.zeros_like(loss, dtype=torch.bool)
+        left = (loss.isfinite() & squares.isfinite().all(1) & gradient.any(1)).nonzero().squeeze(1)
+        while len(left):
+            diagonal, right = damping[left].unsqueeze(1), residuals if is_dual else gradient
+            diagonal = diagonal.expand(-1, matrix.shape[1]) if is_dual else diagonal * scaling[left]
+            triangle, failed = torch.linalg.cholesky_ex(matrix[left] + torch.diag_embed(diagonal))
+            solved = torch.cholesky_solve(right[left].unsqueeze(2), triangle)
+            step = -((jacobian[left].mT @ solved).squeeze(2) / scaling[left] if is_dual else solved.squeeze(2))
+            step[failed > 0] = torch.nan
+            candidate = (start[left] + step).to(self.packed.dtype)
+            found = self._residuals(self._rows_of(adapters[left], terms), candidate.double())
+            decrease = loss[left] - found.square().sum(1)
+            is_right = decrease > 0  # not if one is NaN
+            predicted = (damping[left].unsqueeze(1) * scaling[left] * step.square() - gradient[left] * step).sum(1)
+            rule = [damping_factor(ratio, raised=factor > 2) for ratio in (decrease / predicted)[is_right].tolist()]
+            done = left[is_right]
+            self.packed[adapters[done]] = candidate[is_right]
+            dampings[adapters[done]] = (damping[done] * damping.new_tensor(rule)).clamp(min=SMALLEST_DAMPING)
+            loss[done], accepted[done] = loss[done] - decrease[is_right], True
+            left = left[~is_right]
+            damping[left] *= factor
+            left, factor = left[damping[left] <= LARGEST_DAMPING], 2 * factor
+        return loss, accepted
+
+    def _rows_of(self, adapters: Tensor, terms: list[Any]) -> list[_Rows]:
+        """The rows of each term that these adapters have."""
+        place, found = torch.full_like(self._is_active, -1, dtype=torch.int64), []
+        place[adapters] = torch.arange(len(adapters), device=place.device)
+        for number, (function, rows, index, weight) in enumerate(terms):
+            owner, order = place[index].sort(stable=True)
+            order = order[owner >= 0]
+            owner = owner[owner >= 0]
+            counts = owner.bincount(minlength=len(adapters))
+            slots = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
+            shape, scale = (len(adapters), int(counts.max())), (weight / counts[owner].double()).sqrt().unsqueeze(1)
+            rows = [row[order.to(row.device)] for row in rows]
+            if len(owner):
+                term = name_term(number, function), function, rows, owner, slots + owner * shape[1], shape, scale
+                found.append(_Rows(*term))
+        return found
+
+    @torch.enable_grad()
+    def _linearize(self, parts: list[_Rows], start: Tensor, adapters: Tensor) -> tuple[Tensor, Tensor]:
+        """The residuals (adapters, M) and their Jacobian (adapters, M, width)."""
+        residuals, jacobian = [], []
+        for part in parts:
+            # a copy of the adapter for each row: one backward pass has the gradients of all rows
+            own = start[part.owner].requires_grad_()
+            values = self._call(part, own, RowGroups(torch.arange(len(own), device=own.device)))
+            columns = [torch.autograd.grad(it.sum(), own, retain_graph=True)[0] for it in values.unbind(1)]
+            gradients = torch.stack(columns, 1) * self._entries[adapters[part.owner]].unsqueeze(1)
+            residuals.append(part.by_adapter(values.detach()))
+            jacobian.append(part.by_adapter(gradients))
+        return torch.cat(residuals, 1), torch.cat(jacobian, 1)
+
+    def _residuals(self, parts: list[_Rows], values: Tensor) -> Tensor:
+        """The residuals (adapters, M) for values (adapters, width)."""
+        found = []
+        for part in parts:
+            distinct, groups = group_rows(part.owner)
+            found.append(part.by_adapter(self._call(part, values[distinct], groups).detach()))
+        return torch.cat(found, 1)
+
+    @torch.enable_grad()
+    def _call(self, part: _Rows, packed: Tensor, groups: RowGroups) -> Tensor:
+        """The residuals (n, m) of rows whose adapters are rows of `packed`, each times its scale."""
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        fixed = {name: it.detach().double() for name, it in tensors if it.is_floating_point()}
+        given = [row.double() if row.is_floating_point() else row for row in part.rows]
+        store = self.bank.store._replace(packed=packed)
+        token = ROWS.set(Rows(self.bank, store, groups, ForwardPass(None, {}, {})))
+        try:
+            with Intercepted():
+                values = call_with_parameters(self.model, fixed, partial(part.function, self.model), tuple(given), {})
+        finally:
+            ROWS.reset(token)
+        n = len(part.owner)
+        if not isinstance(values, Tensor) or values.shape[:1] != (n,) or values.dim() > 2:
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"The {part.name} returns {shape} for {n} rows, but must return ({n},) or ({n}, m).")
+        return part.scale * values.reshape(n, -1).double()

@@ -37,7 +37,7 @@ class Plan:
     """How a term is evaluated, found out when it is first seen."""
 
     function: Callable[..., Tensor]  # kept here so that no other function gets its `id`
-    intercepted: bool = True  # whether the function runs under `_Intercepted`
+    intercepted: bool = True  # whether the function runs under `Intercepted`
     columns: int = 0  # the number of residuals of a row
     row_bytes: int = 0  # the memory of one row
     by_layers: bool = False  # whether the Jacobian comes from `row_gradients`, and not from `torch.func.vmap`
@@ -58,7 +58,7 @@ class Residuals:
     plan: Plan
 
 
-class _Intercepted(ExactNorms):
+class Intercepted(ExactNorms):
     """Keeps the graphs of derivatives that a residual function takes, which lead to the parameters.
 
     Attributes:
@@ -193,14 +193,14 @@ class LeastSquares:
         """(n, m) scaled residuals of n rows, with these tensors for the trainable parameters; with a graph if the
         function makes one."""
         plan = term.plan
-        mode = _Intercepted() if plan.intercepted else nullcontext()
+        mode = Intercepted() if plan.intercepted else nullcontext()
         with torch.enable_grad(), mode:
             given = tuple(row.detach().clone() for row in rows)  # which the function may mark, and write into
             for place in term.marked:
                 given[place].requires_grad_()
             evaluate = partial(term.function, self.model)
             values = call_with_parameters(self.model, {**self.fixed, **named}, evaluate, given, {})
-        plan.intercepted = isinstance(mode, _Intercepted) and mode.is_needed
+        plan.intercepted = isinstance(mode, Intercepted) and mode.is_needed
         n, is_tensor = len(rows[0]), isinstance(values, Tensor)
         if not is_tensor or not values.is_floating_point() or values.shape[:1] != (n,) or not values.numel():
             found = f"{values.dtype} of shape {tuple(values.shape)}" if is_tensor else type(values).__name__

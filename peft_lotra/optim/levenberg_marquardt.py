@@ -195,7 +195,7 @@ class LevenbergMarquardt:
                 decrease = loss - new_loss - linear.rise_of_past(candidate - problem.start)
                 if new_loss < loss and decrease > 0:  # not if one is NaN
                     agreement = decrease / linear.predicted_decrease(damping, step)
-                    damping *= _damping_factor(agreement, raised=attempts > 1)
+                    damping *= damping_factor(agreement, raised=attempts > 1)
                     self.damping = max(damping, SMALLEST_FORGETTING if remembers else SMALLEST_DAMPING)
                     if remembers or (is_first and not linear.in_residual_space and self.forgetting == "auto"):
                         sums = linear.after(candidate - problem.start, new_residuals)
@@ -344,7 +344,7 @@ def _shown(record: LevenbergMarquardtStep, terms: Sequence[Any]) -> dict[str, st
     return {**{name: f"{loss:.3e}" for name, loss in shown.items()}, "damping": f"{record.damping:.0e}"}
 
 
-def _damping_factor(agreement: float, raised: bool) -> float:
+def damping_factor(agreement: float, raised: bool) -> float:
     """The factor of the damping after a step whose decrease is `agreement` times the predicted one; if the damping was
     just `raised`, less damping has just failed. docs/notes/log.md says why the factors are these."""
     if agreement > 0.75:

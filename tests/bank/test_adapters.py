@@ -158,7 +158,17 @@ def test_saved_and_loaded(tmp_path, mapped):
     content = file.read_bytes()
     bank.remove("splines")
     bank.add("more", models["splines"])
-    assert apart(answer(bank, "more"), models["splines"](X)) < 1e-5
+    bank.add("customer 0", models["customer 2"], replace=True)
+    models |= {"more": models.pop("splines"), "customer 0": models["customer 2"]}
+    for change in (lambda: None, lambda: bank.save(tmp_path / "again"), bank.compact):
+        change()
+        with torch.no_grad():
+            y = bank.attach()(X, adapter_names=[*models, "__base__"] * 2)
+        bank.detach()
+        for row, name in enumerate(models):
+            assert apart(y[row], models[name](X)[row]) < 1e-5
+    assert AdapterBank.load(net(), tmp_path / "again").names == bank.names
+    (file,) = [it for it in tmp_path.iterdir() if it.is_file()]
     assert file.name == "adapter_bank.safetensors" and file.read_bytes() == content
 
 
@@ -213,7 +223,7 @@ def test_a_file_that_is_no_bank(tmp_path, what):
 
 
 def test_the_memory_of_a_mapped_bank(tmp_path):
-    """100 MB that are mapped take little memory until they are used; loaded, 1.2 times at most."""
+    """100 MB that are mapped take little memory until they are used, also when one is added; loaded, 1.2 times."""
     script = """
 import psutil, torch
 from peft import get_peft_model, get_peft_model_state_dict
@@ -230,11 +240,13 @@ del bank
 for mapped in (True, False):
     before = psutil.Process().memory_info().rss
     bank = AdapterBank.load(base, "bank", mapped=mapped)
+    if mapped:
+        bank.add("b", state)
     print((psutil.Process().memory_info().rss - before) / size)
     del bank
 """
     mapped, loaded = map(float, python(script, tmp_path).split())
-    assert mapped < 0.3 and loaded < 1.25
+    assert mapped < 0.3 and loaded < 1.2
 
 
 def test_a_base_without_kan_layers_or_merged():

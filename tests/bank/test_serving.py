@@ -189,6 +189,15 @@ def test_kinds_without_functions_in_graphs():
         assert apart(model(X, ids=bank.ids(NAMES)), one_by_one(alone, NAMES, X)) < 1e-5
 
 
+def test_no_graph_of_a_mapped_bank(tmp_path):
+    bank, alone = several(KAN([3, 4, 2]))
+    bank.save(tmp_path)
+    bank = AdapterBank.load(KAN([3, 4, 2]), tmp_path, mapped=True, check_base="ignore")
+    bank.add("d", alone["a"], check_base="ignore")
+    with pytest.raises(ValueError, match="compact"):
+        torch.export.export(bank.attach(), (X,), {"ids": bank.ids(["d"] * 8)})
+
+
 def test_a_compiled_part_of_the_model():
     base = net()
     bank, alone = several(base)
