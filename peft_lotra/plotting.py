@@ -96,7 +96,8 @@ def plot_edge_functions(
 
     Example:
         >>> from peft_lotra.kan import KAN
-        >>> figure = plot_edge_functions(KAN([3, 5, 4]), "layers.0", edges=[(0, 1), (4, 2)])
+        >>> kan = KAN([3, 5, 4])
+        >>> figure = plot_edge_functions(kan, "layers.0", edges=[(0, 1), (4, 2)])
     """
     module = find_layer(model, layer_name)
     layer, _, tensor = locate_target(layer_name, module)
@@ -209,11 +210,13 @@ def edge_changes(model: nn.Module) -> EdgeChanges:
         >>> from peft import get_peft_model
         >>> from peft_lotra import LoTRAConfig
         >>> from peft_lotra.kan import KAN
-        >>> changes = edge_changes(get_peft_model(KAN([2, 5, 3]), LoTRAConfig(r=2, init_weights=False)))
+        >>> config = LoTRAConfig(r=2, init_weights=False)
+        >>> changes = edge_changes(get_peft_model(KAN([2, 5, 3]), config))
         >>> {name: tuple(share.shape) for name, share in changes.share.items()}
         {'layers.0': (5, 2), 'layers.1': (3, 5)}
         >>> first, second = changes.most(2)
-        >>> first.share == changes.share[first.layer][first.output, first.input].item() >= second.share
+        >>> share = changes.share[first.layer][first.output, first.input].item()
+        >>> first.share == share >= second.share
         True
     """
     changes = EdgeChanges({}, {})
@@ -260,7 +263,8 @@ def plot_network_change(
         >>> from peft import get_peft_model
         >>> from peft_lotra import LoTRAConfig
         >>> from peft_lotra.kan import KAN
-        >>> figure = plot_network_change(get_peft_model(KAN([2, 5, 3]), LoTRAConfig(r=2, init_weights=False)))
+        >>> config = LoTRAConfig(r=2, init_weights=False)
+        >>> figure = plot_network_change(get_peft_model(KAN([2, 5, 3]), config))
     """
     most = check_count(most, "most")
     changes = edge_changes(model).share
@@ -316,7 +320,9 @@ def plot_history(
         >>> from peft_lotra.optim import LevenbergMarquardt
         >>> x = torch.rand(50, 1)
         >>> terms = [(lambda model, x, y: model(x) - y, (x, x.sin()), 1.0)]
-        >>> figure = plot_history(LevenbergMarquardt(KAN([1, 4, 1])).fit(terms, steps=3, progress=False), ["data"])
+        >>> optimizer = LevenbergMarquardt(KAN([1, 4, 1]))
+        >>> history = optimizer.fit(terms, steps=3, progress=False)
+        >>> figure = plot_history(history, ["data"])
     """
     if not isinstance(history, Sequence) or not history or not isinstance(history[0], LevenbergMarquardtStep):
         raise ValueError("`history` must be the list of steps that `LevenbergMarquardt.fit` returned, and not empty.")

@@ -34,7 +34,8 @@ class Report(ABC):
     Example:
         >>> class Sizes(Report):
         ...     def _table(self):
-        ...         return TextTable(["layer", ">size"], [["layers.0", "8"], ["layers.1", "12"]], ["20 in all"])
+        ...         rows = [["layers.0", "8"], ["layers.1", "12"]]
+        ...         return TextTable(["layer", ">size"], rows, ["20 in all"])
         >>> print(Sizes())
         layer     size
         layers.0     8

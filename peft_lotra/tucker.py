@@ -37,7 +37,8 @@ class Tucker(tuple):
             with a kernel factor_kernel (kernel, rk).
 
     Example:
-        >>> tensor = Tucker(torch.ones(2, 1, 3), torch.ones(6, 2), torch.ones(5, 1), torch.ones(4, 3))
+        >>> factors = torch.ones(6, 2), torch.ones(5, 1), torch.ones(4, 3)
+        >>> tensor = Tucker(torch.ones(2, 1, 3), *factors)
         >>> tensor.ranks, tensor.shape, tensor.numel(), tensor.dense().shape
         ((2, 1, 3), (6, 5, 4), 35, torch.Size([6, 5, 4]))
     """
@@ -292,8 +293,10 @@ def cap_ranks(r: Ranks, shape: Sequence[int]) -> tuple[int, ...]:
     there is a kernel, so that one `r` serves a network of convolutions and dense layers.
 
     Example:
-        >>> cap_ranks(4, (16, 8, 5, 9)), cap_ranks((4, 4, 3), (16, 8, 5, 9)), cap_ranks((4, 4, 3, 2), (16, 8, 5))
-        ((4, 4, 4, 4), (4, 4, 3, 9), (4, 4, 3))
+        >>> cap_ranks(4, (16, 8, 5, 9)), cap_ranks((4, 4, 3), (16, 8, 5, 9))
+        ((4, 4, 4, 4), (4, 4, 3, 9))
+        >>> cap_ranks((4, 4, 3, 2), (16, 8, 5))
+        (4, 4, 3)
     """
     ranks = r if isinstance(r, tuple) else (r,) * len(shape)
     ranks = (*ranks, *shape[len(ranks) :])[: len(shape)]
@@ -316,8 +319,8 @@ def default_ranks(shape: Sequence[int]) -> tuple[int, ...]:
     The rank of the basis is lowered first, then those of the kernel, the inputs and the outputs; each is at least 1.
 
     Example:
-        >>> default_ranks((16, 16, 9)), default_ranks((5, 2, 9)), default_ranks((1, 5, 9))
-        ((4, 4, 4), (4, 2, 3), (1, 4, 1))
+        >>> [default_ranks(shape) for shape in ((16, 16, 9), (5, 2, 9), (1, 5, 9))]
+        [(4, 4, 4), (4, 2, 3), (1, 4, 1)]
     """
     ranks = [min(4, size) for size in shape]
     for mode in (mode for mode in (2, 3, 1, 0) if mode < len(shape)):

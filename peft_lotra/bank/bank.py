@@ -64,9 +64,11 @@ class AdapterBank:
         >>> from peft_lotra.kan import KAN
         >>> base = KAN([2, 4, 1])
         >>> bank = AdapterBank(base)
-        >>> bank.add("anna", get_peft_model(KAN([2, 4, 1]), LoTRAConfig(r=2)), check_base="ignore")
+        >>> adapted = get_peft_model(KAN([2, 4, 1]), LoTRAConfig(r=2))
+        >>> bank.add("anna", adapted, check_base="ignore")
         >>> model = bank.attach(base)
-        >>> model(torch.rand(2, 2), adapter_names=["anna", "__base__"]).shape, bank.names
+        >>> y = model(torch.rand(2, 2), adapter_names=["anna", "__base__"])
+        >>> y.shape, bank.names
         (torch.Size([2, 1]), ['anna'])
     """
 

@@ -106,7 +106,7 @@ def extract_lotra(
         >>> from peft_lotra.kan import KAN
         >>> base = KAN([3, 5, 4])
         >>> tuned = copy.deepcopy(base)
-        >>> tuned.layers[0].spline_weight.data[2] += 0.1  # fine-tuning of one of five outputs
+        >>> tuned.layers[0].spline_weight.data[2] += 0.1  # one of five outputs
         >>> model = extract_lotra(base, tuned, energy=0.99)
         >>> model.extraction_report.ranks
         {'layers.0': (1, 1, 1)}

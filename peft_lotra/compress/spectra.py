@@ -106,7 +106,7 @@ def update_spectrum(base: nn.Module, tuned: nn.Module) -> Spectrum:
         >>> from peft_lotra.kan import KAN
         >>> base = KAN([3, 5, 4])
         >>> tuned = copy.deepcopy(base)
-        >>> tuned.layers[0].spline_weight.data[2] += 0.1  # one of five outputs: of rank (1, 1, 1)
+        >>> tuned.layers[0].spline_weight.data[2] += 0.1  # of rank (1, 1, 1)
         >>> update_spectrum(base, tuned).layers["layers.0"].energy(1) > 0.999
         True
     """
@@ -127,7 +127,9 @@ def gradient_spectrum(model: nn.Module, config: LoTRAConfig | None, train_step: 
     Example:
         >>> from peft_lotra.kan import KAN
         >>> model, x = KAN([3, 5, 4]), torch.rand(10, 3)
-        >>> spectrum = gradient_spectrum(model, None, lambda: model(x).square().sum().backward())
+        >>> spectrum = gradient_spectrum(
+        ...     model, None, lambda: model(x).square().sum().backward()
+        ... )
         >>> [layer.shape for layer in spectrum.layers.values()]
         [(5, 3, 9), (4, 5, 9)]
     """

@@ -70,8 +70,8 @@ def jet(
     Example:
         >>> import torch
         >>> from peft_lotra.kan import KAN, jet
-        >>> u, du, d2u = jet(KAN([2, 5, 1]), torch.rand(100, 2))  # d2u[0] is d^2 u / d x_0^2
-        >>> tuple(d2u.shape)
+        >>> u, du, d2u = jet(KAN([2, 5, 1]), torch.rand(100, 2))
+        >>> tuple(d2u.shape)  # d2u[0] is d^2 u / d x_0^2
         (2, 100, 1)
     """
     u, du, d2u = _jet(model, x, directions, collapse)

@@ -103,7 +103,9 @@ def write_model_card(
         >>> model = get_peft_model(KAN([2, 8, 1]), LoTRAConfig(r=2))
         >>> with TemporaryDirectory() as folder:
         ...     model.save_pretrained(folder)
-        ...     write_model_card(model, folder, base_model="user/kan", metrics={"accuracy": 0.853})
+        ...     write_model_card(
+        ...         model, folder, base_model="user/kan", metrics={"accuracy": 0.853}
+        ...     )
         ...     print("accuracy | 0.853" in Path(folder, "README.md").read_text())
         True
     """

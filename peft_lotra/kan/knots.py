@@ -42,8 +42,10 @@ class KnotMap(InputMap):
     Example:
         >>> import torch
         >>> from peft_lotra.kan import KnotMap
-        >>> steep = torch.tensor([[1.0, 1.0, 8.0, 8.0, 1.0, 1.0]])  # most knots in the middle third of [-1, 1]
-        >>> KnotMap(torch.tensor([-1.0]), torch.tensor([1.0]), steep)(torch.tensor([[-1.0], [-0.3], [1.0]]))
+        >>> # most knots in the middle third of [-1, 1]
+        >>> steep = torch.tensor([[1.0, 1.0, 8.0, 8.0, 1.0, 1.0]])
+        >>> knots = KnotMap(torch.tensor([-1.0]), torch.tensor([1.0]), steep)
+        >>> knots(torch.tensor([[-1.0], [-0.3], [1.0]]))
         tensor([[-1.0000],
                 [-0.6...],
                 [ 1.0000]])

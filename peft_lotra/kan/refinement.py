@@ -95,7 +95,8 @@ def refine_grid(
     Example:
         >>> import torch
         >>> from peft_lotra.kan import KAN, refine_grid
-        >>> kan, x = KAN([2, 5, 1], grid_size=4, dtype=torch.float64), 0.5 * torch.rand(100, 2, dtype=torch.float64)
+        >>> kan = KAN([2, 5, 1], grid_size=4, dtype=torch.float64)
+        >>> x = 0.5 * torch.rand(100, 2, dtype=torch.float64)
         >>> before = kan(x)
         >>> report = refine_grid(kan, 8)
         >>> kan.layers[0].grid_size, torch.allclose(kan(x), before, atol=1e-6)

@@ -223,7 +223,7 @@ class SlimKAN(LayerStack):
     Example:
         >>> from peft_lotra.kan import SlimKAN
         >>> model = SlimKAN([64, 64, 10], ranks=(20, 20, 2))
-        >>> sum(parameter.numel() for parameter in model.parameters())  # KAN([64, 64, 10]) has 42,624
+        >>> sum(part.numel() for part in model.parameters())  # of a KAN 42,624
         5176
     """
 

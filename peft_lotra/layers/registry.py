@@ -55,8 +55,8 @@ def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
         ...         self.base_coeffs = torch.nn.Parameter(torch.randn(5, 3))
         >>> spec = register_kan_layer(
         ...     "my-kan",
-        ...     matches=MyKANLayer,  # or a predicate: lambda m: hasattr(m, "spline_coeffs")
-        ...     coefficients=("spline_coeffs", "i o k"),  # the parameter, and its layout
+        ...     matches=MyKANLayer,  # or a predicate of a module
+        ...     coefficients=("spline_coeffs", "i o k"),  # parameter and layout
         ...     residual=("base_coeffs", "o i"),
         ... )
         >>> spec.locate(MyKANLayer()).shape

@@ -100,7 +100,7 @@ class BankAdamW(_BankOptimizer):
         >>> for _ in range(3):
         ...     errors = (model(x, ids=ids) - x.prod(1, keepdim=True)).square().mean(1)
         ...     losses = bank.mean_by_adapter(errors, ids)
-        ...     _ = optimizer.keep_best(losses, patience=5)  # losses of the present values
+        ...     _ = optimizer.keep_best(losses, patience=5)
         ...     optimizer.zero_grad()
         ...     losses.nansum().backward()
         ...     optimizer.step()

@@ -197,7 +197,9 @@ def create_lotra_optimizer(
         >>> from peft_lotra import LoTRAConfig
         >>> from peft_lotra.kan import KAN
         >>> model = get_peft_model(KAN([64, 4]), LoTRAConfig(r=2))
-        >>> optimizer = create_lotra_optimizer(model, torch.optim.AdamW, lr=3e-2, weight_decay=0.0)
+        >>> optimizer = create_lotra_optimizer(
+        ...     model, torch.optim.AdamW, lr=3e-2, weight_decay=0.0
+        ... )
         >>> {group["name"]: group["lr"] for group in optimizer.param_groups}
         {'core': 0.03, 'factor_out/4': 0.03, 'factor_in/64': 0.015, 'factor_basis': 0.03}
     """

@@ -161,8 +161,10 @@ class LevenbergMarquardt:
             ...     return jet(model, x)[2][0] + 1
             >>> def boundary(model, x):  # u(-1) = u(1) = 0
             ...     return model(x)
-            >>> points, ends = torch.linspace(-1, 1, 20).unsqueeze(1), torch.tensor([[-1.0], [1.0]])
-            >>> LevenbergMarquardt(KAN([1, 1])).step([(equation, points), (boundary, ends, 10.0)]).accepted
+            >>> points = torch.linspace(-1, 1, 20).unsqueeze(1)
+            >>> ends = torch.tensor([[-1.0], [1.0]])
+            >>> terms = [(equation, points), (boundary, ends, 10.0)]
+            >>> LevenbergMarquardt(KAN([1, 1])).step(terms).accepted
             True
         """
         terms = self._check(terms)

@@ -121,11 +121,13 @@ class ParametricAdapter:
 
     Example:
         >>> from peft_lotra.kan import KAN, jet
-        >>> x, ends = torch.linspace(-1, 1, 40).unsqueeze(1), torch.tensor([[-1.0], [1.0]])
+        >>> x = torch.linspace(-1, 1, 40).unsqueeze(1)
+        >>> ends = torch.tensor([[-1.0], [1.0]])
         >>> def equation(model, x, c):  # -u'' = c cos(x), u = 0 at both ends
         ...     return jet(model, x)[2][0] + c * torch.cos(x)
         >>> def terms_of(c):
-        ...     return [(equation, (x, torch.full_like(x, c))), (lambda model, x: model(x), ends, 10.0)]
+        ...     inside = (equation, (x, torch.full_like(x, c)))
+        ...     return [inside, (lambda model, x: model(x), ends, 10.0)]
         >>> family = ParametricAdapter(KAN([1, 4, 1]), terms_of, ranks=4)
         >>> report = family.fit([0.5, 1.0, 1.5, 2.0], progress=False)
         >>> prediction = family.predict(1.2)

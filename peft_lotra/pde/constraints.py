@@ -65,8 +65,8 @@ class HardConstraint(nn.Module):
         >>> import torch
         >>> from peft_lotra.kan import KAN, jet
         >>> from peft_lotra.pde import HardConstraint
-        >>> u = HardConstraint(KAN([1, 5, 1]), lambda x: 1 - x**2, lift=lambda x: x)  # u(-1) = -1, u(1) = 1
-        >>> u(torch.tensor([[-1.0], [1.0]])).flatten().tolist()
+        >>> u = HardConstraint(KAN([1, 5, 1]), lambda x: 1 - x**2, lift=lambda x: x)
+        >>> u(torch.tensor([[-1.0], [1.0]])).flatten().tolist()  # u(x) = x there
         [-1.0, 1.0]
         >>> value, slope, second = jet(u, torch.rand(10, 1))
     """
@@ -159,8 +159,10 @@ class BoxDistance(nn.Module):
     Example:
         >>> import torch
         >>> from peft_lotra.pde import BoxDistance
-        >>> distance = BoxDistance((-1, 0), (1, 1), sides=[(0, "low"), (0, "high"), (1, "low")])  # walls, and t = 0
-        >>> distance(torch.tensor([[0.0, 0.5], [1.0, 0.5], [0.3, 0.0]])).flatten().tolist()
+        >>> sides = [(0, "low"), (0, "high"), (1, "low")]  # walls, and t = 0
+        >>> distance = BoxDistance((-1, 0), (1, 1), sides=sides)
+        >>> x = torch.tensor([[0.0, 0.5], [1.0, 0.5], [0.3, 0.0]])
+        >>> distance(x).flatten().tolist()
         [0.5, 0.0, 0.0]
     """
 

@@ -76,12 +76,14 @@ def continuation(
         >>> from peft_lotra.kan import KAN, jet
         >>> from peft_lotra.optim import LevenbergMarquardt
         >>> from peft_lotra.pde import HardConstraint, box_points, continuation
-        >>> model, x = HardConstraint(KAN([1, 4, 1]), lambda x: 1 - x**2).double(), box_points([-1], [1], 40)
+        >>> model = HardConstraint(KAN([1, 4, 1]), lambda x: 1 - x**2).double()
+        >>> x = box_points([-1], [1], 40)
         >>> def solve(viscosity):  # of a boundary layer
         ...     def equation(model, x):
         ...         u, du, d2u = jet(model, x)
         ...         return viscosity * d2u[0] + du[0] + 1
-        ...     return LevenbergMarquardt(model).fit([(equation, x)], 10, progress=False)
+        ...     optimizer = LevenbergMarquardt(model)
+        ...     return optimizer.fit([(equation, x)], 10, progress=False)
         >>> path = continuation(model, solve, 1.0, 0.1, target=0.1, steps=3)
         >>> path[-1].value, path[-1].accepted
         (0.1, True)

@@ -64,7 +64,8 @@ def side_points(
 
     Example:
         >>> from peft_lotra.pde import side_points
-        >>> points, normals = side_points((-1, 0), (1, 1), 50, sides=[(0, "low"), (0, "high")])
+        >>> walls = [(0, "low"), (0, "high")]
+        >>> points, normals = side_points((-1, 0), (1, 1), 50, sides=walls)
         >>> points.shape, normals[0].tolist()
         (torch.Size([100, 2]), [-1.0, 0.0])
     """
@@ -104,7 +105,8 @@ class ResidualSampler:
         >>> import torch
         >>> from peft_lotra.kan import KAN, laplacian
         >>> from peft_lotra.pde import ResidualSampler
-        >>> kan, sampler = KAN([2, 5, 1]).double(), ResidualSampler((-1, -1), (1, 1), 200)
+        >>> kan = KAN([2, 5, 1]).double()
+        >>> sampler = ResidualSampler((-1, -1), (1, 1), 200)
         >>> sampler.draw(lambda x: laplacian(kan, x) - 1).shape
         torch.Size([200, 2])
     """

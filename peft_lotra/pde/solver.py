@@ -193,8 +193,10 @@ def solve(
         >>> from peft_lotra.pde import BoxDistance, solve
         >>> def poisson(model, x):  # u'' = -1 on [0, 10], u = 0 at both ends
         ...     return jet(model, x)[2][0] + 1
-        >>> result = solve(poisson, [0], [10], distance=BoxDistance([0], [10]), steps=14, progress=False)
-        >>> abs(result.model(torch.tensor([[5.0]], dtype=torch.float64)).item() - 12.5) < 0.1
+        >>> box = BoxDistance([0], [10])
+        >>> result = solve(poisson, [0], [10], distance=box, steps=14, progress=False)
+        >>> middle = torch.tensor([[5.0]], dtype=torch.float64)
+        >>> abs(result.model(middle).item() - 12.5) < 0.1
         True
     """
     check_function(residual, "residual")

