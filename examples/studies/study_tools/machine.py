@@ -20,10 +20,13 @@ def describe() -> str:
 
 
 def commit() -> str:
-    """The commit of the code, with a + if files have changed since; empty outside of a clone."""
-    command = ["git", "describe", "--always", "--dirty=+"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return found.stdout.strip()
+    """The commit of the code, with a + if scripts have changed since; empty outside of a clone."""
+
+    def git(*args: str) -> str:
+        command = ["git", *args]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout
+
+    return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(git("diff", "HEAD", "--name-only", "--", "*.py"))
 
 
 def cpu_model() -> str:
