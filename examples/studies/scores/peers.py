@@ -20,21 +20,26 @@ from scores.subjects import NOTEBOOKS
 
 
 def notebook_1(seed: int, steps: int) -> dict:
-    """The least test error of its grids, with the seconds up to there."""
-    problem = NOTEBOOKS["notebook_1"].problem
-    x, y = (part.float() for part in problem.rows(seed))
-    test_x, test_y = (part.float() for part in problem.rows(10**6))
-    data = {"train_input": x, "train_label": y, "test_input": test_x, "test_label": test_y}
-    clock, found = time.process_time(), []
-    model = KAN(width=[2, 1, 1], grid=3, k=3, seed=seed, ckpt_path=tempfile.mkdtemp())
+    """The least test error of its grids, with the seconds up to there; the best of as many starts as ours."""
+    subject = NOTEBOOKS["notebook_1"]
+    (x, y), (test_x, test_y) = ([part.float() for part in subject.problem.rows(number)] for number in (seed, 10**6))
+    data = {"train_input": x[:900], "train_label": y[:900], "test_input": x[900:], "test_label": y[900:]}
+    clock, starts, found = time.process_time(), [], []
+
+    def fit(model: KAN, count: int) -> float:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            return float(model.fit(data, opt="LBFGS", steps=count)["test_loss"][-1])
+
+    for start in range(subject.starts):
+        model = KAN(width=[2, 1, 1], grid=3, k=3, seed=100 * seed + start, ckpt_path=tempfile.mkdtemp())
+        starts.append((fit(model, min(20, steps)), start, model))
+    model = min(starts)[2]
     for grid in (3, 10, 20, 50):
         model = model if grid == 3 else model.refine(grid)
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            model.fit(data, opt="LBFGS", steps=steps)
+        fit(model, steps)
         seconds = time.process_time() - clock
         with torch.no_grad():
-            error = (model(test_x) - test_y).square().mean().sqrt().item()
-        found.append((error, seconds))
+            found.append(((model(test_x) - test_y).square().mean().sqrt().item(), seconds))
     error, seconds = min(found)
     return {"error": error, "seconds": seconds, "steps": 4 * steps, "parameters": 3 * (50 + 3)}
 
