@@ -3,14 +3,17 @@
 
 """Expressiveness: how well Tucker tensors of few ranks approximate the updates of full fine-tuning, beside a bound.
 
-    python examples/studies/expressiveness.py  # two minutes on one core, no network
+    python examples/studies/expressiveness.py  # five minutes on one core, no network
+    python examples/studies/expressiveness.py --data-dir PATH/TO/mnist  # one more task: digits to MNIST at 8x8
+    python examples/studies/expressiveness.py --redraw
 
 The bound is that of the HOSVD: the squared error of the best approximation of ranks (r, r, r) is at most the sum, over
 the three modes, of the squared singular values of the unfolding beyond the r-th. Beside it are the measured error of
 HOOI, and that of the function: the root mean square of the difference that the approximation makes to the outputs on
 test data, as a share of what the update makes. The controls have the norm of the update in each layer: normal random
 numbers, and cubic polynomials of the basis index with random coefficients, which are as smooth as an update may be.
-Writes expressiveness.json and .md.
+The networks are fine-tuned by AdamW, those of the two PDEs by Levenberg-Marquardt.
+Writes expressiveness.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -20,24 +23,63 @@ from study_tools import command_line  # isort: split
 
 import copy
 import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from study_tools import machine
-from study_tools.tasks import build, diabetes, function_family, rotated_digits, train
+from study_tools.pictures import BLUE, GRAY, GREEN, ORANGE
+from study_tools.tasks import Task, build, diabetes, digits_to_mnist, function_family, rotated_digits, train
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from peft_lotra.compress.spectra import spectrum_of
 from peft_lotra.compress.updates import coefficient_updates
+from peft_lotra.kan import KAN
 from peft_lotra.layers.registry import get_kan_spec
+from peft_lotra.optim import LevenbergMarquardt
 from peft_lotra.tucker import cap_ranks, tucker
+
+
+sys.path.append(str(Path(__file__).parent / "pde"))
+from problems.families import FAMILIES, test_points  # noqa: E402
 
 
 torch.set_num_threads(1)  # additional threads slow down such small matrices
 
 RANKS = (2, 4, 8, 16)
 Deltas = dict[str, Tensor]  # an update (out, in, basis) by layer
+
+
+Found = tuple[str, nn.Module, nn.Module, Tensor]  # the task, the base, the fine-tuned network, test inputs
+
+
+def of_data(make: Callable[[int], Task], seed: int, steps: int, bar: tqdm) -> Found:
+    task = make(seed)
+    torch.manual_seed(seed)
+    base = train(build("peft-lotra", task.widths), task, task.before, 2 * steps, 5e-3, bar)
+    tuned = train(copy.deepcopy(base), task, task.after, steps, 1e-2, bar)
+    return task.name, base.double(), tuned.double(), task.test[0].double()
+
+
+def of_pde(family: str, target: str, seed: int, steps: int, bar: tqdm) -> Found:
+    """A PDE at the family's first parameter, then at another one."""
+    problem = FAMILIES[family]
+    torch.manual_seed(seed)
+    base, generator = KAN([2, 16, 16, 1], 8, dtype=torch.float64), torch.Generator().manual_seed(seed)
+    tuned: nn.Module = base
+    for parameter, count in ((problem.base, steps // 5), (problem.targets[target], steps // 10)):
+        tuned = copy.deepcopy(tuned)
+        terms = problem.terms(parameter, generator, 500)
+        LevenbergMarquardt(tuned, floor=1e-6).fit(terms, count, progress=False)
+        bar.update(count)
+        base = tuned if parameter == problem.base else base
+    title = f"{family}, {problem.parameter_name.split()[0]} {problem.base:g} to {problem.targets[target]:g}"
+    return title, base, tuned, test_points()
 
 
 def random_like(deltas: Deltas) -> Deltas:
@@ -90,41 +132,77 @@ def as_text(results: dict) -> str:
     lines = [f"| task | rank {''.join(head)}|", f"|---|--:{'|--:' * 9}|"]
     for task, kinds in results.items():
         for r in map(str, RANKS):
-            cells = [np.mean([run[r][key] for run in runs]) for runs in kinds.values() for key in runs[0][r]]
+            cells = [mean(runs, r, key) for runs in kinds.values() for key in ("bound", "tensor", "function")]
             lines.append(f"| {task} | {r} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def mean(runs: list[dict], rank: str, key: str) -> float:
+    return float(np.mean([run[rank][key] for run in runs]))
+
+
+def draw(results: dict, path: Path) -> None:
+    """By task: the bound and the errors of tensor and function over the rank, of the update and the smooth control."""
+    figure, grid = plt.subplots(2, 3, figsize=(11, 6), sharex=True, sharey=True, layout="constrained")
+    for axis in grid.flat[len(results) :]:
+        axis.remove()
+    for axis, (task, kinds) in zip(grid.flat, results.items(), strict=False):
+        for kind, key, color, style, label in (
+            ("update", "bound", GRAY, "--", "update: bound"),
+            ("update", "tensor", BLUE, "-o", "update: tensor"),
+            ("update", "function", GREEN, "-^", "update: function"),
+            ("smooth random", "tensor", ORANGE, ":s", "smooth random: tensor"),
+            ("smooth random", "function", "black", ":X", "smooth random: function"),
+        ):
+            axis.plot(RANKS, [mean(kinds[kind], str(r), key) for r in RANKS], style, color=color, label=label)
+        axis.set(title=task, ylim=(0, 1.6))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(RANKS, RANKS)
+    for axis in grid[-1]:
+        axis.set_xlabel("rank of all modes")
+    for axis in grid[:, 0]:
+        axis.set_ylabel("share that is left")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.suptitle("What Tucker ranks (r, r, r) leave of an update of full fine-tuning")
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
-        takes="two minutes on one core",
-        writes="expressiveness.json and .md; with --quick expressiveness_quick.*",
+        takes="five minutes on one core",
+        writes="expressiveness.json, .md and .png; with --quick expressiveness_quick.*",
         folder=command_line.RESULTS,
         quick="one seed, 20 steps: to see it run",
+        redraw=True,
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many runs are averaged (default: 3)")
+    parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, for one more task")
     args = parser.parse_args()
+    path = args.output / f"expressiveness{'_quick' if args.quick else ''}.json"
+    if args.redraw:
+        draw(json.loads(path.read_text())["results"], path.with_suffix(".png"))
+        return
     seeds, steps = (1, 20) if args.quick else (args.seeds, 300)
     results: dict[str, dict[str, list]] = {}
-    tasks = (rotated_digits, function_family, diabetes)
-    bar = tqdm(total=seeds * len(tasks) * 3 * steps, unit="step", ncols=100)
+    tasks = [partial(of_data, make) for make in (rotated_digits, function_family, diabetes)]
+    if args.data_dir is not None:
+        tasks.insert(1, partial(of_data, partial(digits_to_mnist, folder=args.data_dir)))
+    tasks += [partial(of_pde, "elliptic", "middle"), partial(of_pde, "burgers", "middle")]
+    bar = tqdm(unit="step", ncols=100)
     for seed in range(seeds):
-        for make in tasks:
-            task = make(seed)
-            torch.manual_seed(seed)
-            base = train(build("peft-lotra", task.widths), task, task.before, 2 * steps, 5e-3, bar).double()
-            tuned = train(copy.deepcopy(base).float(), task, task.after, steps, 1e-2, bar).double()
+        for task in tasks:
+            name, base, tuned, x = task(seed, steps, bar)
             update = {name: found.tensor.double() for name, found in coefficient_updates(base, tuned).items()}
             kinds = {"update": update, "random": random_like(update), "smooth random": smooth_like(update)}
-            rows = results.setdefault(task.name, {})
             for kind, deltas in kinds.items():
-                rows.setdefault(kind, []).append(errors(base, deltas, task.test[0].double()))
+                results.setdefault(name, {}).setdefault(kind, []).append(errors(base, deltas, x))
+            setting = {"seeds": seed + 1, "steps": steps, "machine": machine.describe(), "commit": machine.commit()}
+            path.write_text(json.dumps({"setting": setting, "results": results}, indent=1) + "\n")
     bar.close()
-    path = args.output / f"expressiveness{'_quick' if args.quick else ''}.json"
-    setting = {"seeds": seeds, "steps": steps, "machine": machine.describe()}
-    path.write_text(json.dumps({"setting": setting, "results": results}, indent=1) + "\n")
     path.with_suffix(".md").write_text(as_text(results))
+    draw(results, path.with_suffix(".png"))
     print(as_text(results))
 
 

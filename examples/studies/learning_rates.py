@@ -258,6 +258,7 @@ def draw(rows: list[dict], path: Path) -> None:
         row[0].set_ylabel(f"{titles[task]}:\nerror after training / error of the base", fontsize=9)
     figure.suptitle("Stars: the best rate at each width; crosses at the top: training diverges in one of the seeds.")
     figure.savefig(path)
+    plt.close(figure)
 
 
 def main() -> None:

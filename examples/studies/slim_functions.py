@@ -190,6 +190,7 @@ def draw(summary: dict, path: Path) -> None:
     )
     figure.legend(loc="outside lower center", ncols=len(kinds))
     figure.savefig(path)
+    plt.close(figure)
 
 
 def main() -> None:

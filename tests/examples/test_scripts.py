@@ -61,6 +61,20 @@ def test_a_missing_package_is_one_line(script, package, extra, tmp_path):
     assert done.returncode == 1 and f"{package} is not installed" in line and f'".[{extra}]"' in line
 
 
+def test_studies_that_have_ended_are_not_repeated_and_failures_are_told(tmp_path, monkeypatch, capsys):
+    import run_all
+
+    (tmp_path / "good.py").write_text("print('ran')")
+    (tmp_path / "bad.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(run_all, "STUDIES", [(str(tmp_path / name), [], []) for name in ("good.py", "bad.py")])
+    monkeypatch.setattr(run_all.machine, "commit", lambda: "abc")
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--output", str(tmp_path)])
+    for end in ("good.py: ended", "good.py: done"):
+        with pytest.raises(SystemExit, match=r"1 of 2 failed: .*bad\.py"):
+            run_all.main()
+        assert end in capsys.readouterr().out
+
+
 def test_a_forward_pass_has_few_calls():
     import calls
 

@@ -28,6 +28,12 @@ def test_benchmarks():
     assert importlib.import_module("page").with_section(page, load("benchmarks/cpu")) == page
 
 
+def test_scoreboard():
+    table = importlib.import_module("scoreboard").table(load("scoreboard")["results"])
+    assert table == (RESULTS / "scoreboard.md").read_text(encoding="utf-8")
+    assert table in (ROOT / "docs" / "scoreboard.md").read_text(encoding="utf-8")
+
+
 def moving_targets(path: Path) -> None:
     study, record = importlib.import_module("moving_targets"), load("pde/moving_targets")
     limits = {width: setting["seconds"] for width, setting in record["recipe"].items()}
@@ -48,6 +54,12 @@ def low_rank_evidence(path: Path) -> None:
     importlib.import_module("low_rank_evidence").draw(load("low_rank_evidence"), path)
 
 
+def expressiveness(path: Path) -> None:
+    study, results = importlib.import_module("expressiveness"), load("expressiveness")["results"]
+    assert study.as_text(results) == (RESULTS / "expressiveness.md").read_text()
+    study.draw(results, path)
+
+
 def slim_functions(path: Path) -> None:
     study = importlib.import_module("slim_functions")
     study.draw(study.summarise(load("slim_functions")["rows"]), path)
@@ -59,7 +71,10 @@ def transfer(path: Path) -> None:
     study.draw_curves(runs, ["middle"], study.MAIN, path)
 
 
-@pytest.mark.parametrize("draw", [moving_targets, learning_rates, low_rank_evidence, slim_functions, transfer])
+PICTURES = [moving_targets, learning_rates, low_rank_evidence, expressiveness, slim_functions, transfer]
+
+
+@pytest.mark.parametrize("draw", PICTURES)
 def test_pictures(draw, tmp_path):
     pytest.importorskip("matplotlib")
     draw(tmp_path / "a.png")

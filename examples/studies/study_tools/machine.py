@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import time
 from pathlib import Path
 
@@ -16,6 +17,16 @@ import torch
 def describe() -> str:
     """The processor, torch, the date and the load, in a line."""
     return f"{cpu_model()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, load {os.getloadavg()[0]:.1f}"
+
+
+def commit() -> str:
+    """The commit of the code, with a + if scripts have changed since; empty outside of a clone."""
+
+    def git(*args: str) -> str:
+        command = ["git", *args]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False).stdout
+
+    return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(git("diff", "HEAD", "--name-only", "--", "*.py"))
 
 
 def cpu_model() -> str:

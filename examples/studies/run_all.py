@@ -1,0 +1,83 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The studies behind "Does it pay?", the paper's claims and the scoreboard, one after the other.
+
+    python examples/studies/run_all.py --quick  # each in its quick form: to see them run
+    python examples/studies/run_all.py          # the committed results; again, to go on with what is not done
+
+A study that has ended is in run_all.json, with seconds, commit and machine, and is not repeated at that commit. One
+that fails is told in the end, by exit code 1.
+"""
+
+from __future__ import annotations
+
+from study_tools import command_line  # isort: split
+
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from study_tools import machine
+
+
+# the script, its options, and those of its quick form
+STUDIES: list[tuple[str, list[str], list[str]]] = [
+    ("few_labels.py", [], []),
+    ("initialization.py", [], []),
+    ("learning_rates.py", [], []),
+    ("low_rank_evidence.py", [], []),
+    ("expressiveness.py", [], []),
+    ("slim_functions.py", [], []),
+    ("slim_images.py", [], []),
+    ("pde/transfer.py", [], ["--family", "burgers"]),
+    ("pde/moving_targets.py", [], []),
+    ("scoreboard.py", ["--seeds", "1", "2", "3", "4", "5"], []),
+]
+CACHED = ("initialization.py", "pde/transfer.py", "pde/moving_targets.py")
+
+
+def command(script: str, options: list[str], output: Path | None, cache: Path | None) -> list[str]:
+    found = [sys.executable, str(command_line.STUDIES / script), *options]
+    if output is not None:
+        found += ["--output", str(output)]
+    return found + (["--cache", str(cache)] if cache is not None and script in CACHED else [])
+
+
+def main() -> None:
+    parser = command_line.Parser(
+        __doc__,
+        takes="many hours on one core; with --quick four minutes",
+        writes="what the studies write, and run_all.json",
+        folder=command_line.RESULTS,
+        needs="examples,test",
+        quick="each study in its quick form",
+    )
+    args = parser.parse_args()
+    path, own = args.output / "run_all.json", args.output != command_line.RESULTS
+    done = json.loads(path.read_text()) if path.exists() and not args.quick else {}
+    failed = []
+    for script, options, quick in STUDIES:
+        if done.get(script, {}).get("commit") == machine.commit() != "":
+            print(f"{script}: done")
+            continue
+        given = ["--quick", *quick] if args.quick else options
+        start = time.perf_counter()
+        cache = args.output / "cache" if args.quick else None
+        code = subprocess.run(command(script, given, args.output if own else None, cache), check=False).returncode
+        seconds = time.perf_counter() - start
+        print(f"{script}: {'ended' if code == 0 else f'failed, exit code {code}'}, {seconds:.0f} s", flush=True)
+        if code:
+            failed.append(script)
+            continue
+        done[script] = {"seconds": round(seconds, 1), "commit": machine.commit(), "machine": machine.describe()}
+        path.write_text(json.dumps(done, indent=1) + "\n")
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(STUDIES)} failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,361 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Published tables as problems for Levenberg-Marquardt: the equation or function, its error, and what was published.
+
+Sources: second-order PINNs, F. Dangel et al., "Kronecker-factored approximate curvature for physics-informed neural
+networks", arXiv 2405.15603, best runs in github.com/f-dangel/kfac-pinns-experiments; functions, R. Yu et al., "KAN or
+MLP: a fairer comparison", arXiv 2407.16674, results.csv in github.com/yu-rp/KANbeFair; notebooks 1 and 7 of
+github.com/KindXiaoming/pykan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy import special
+from torch import Tensor, nn
+
+from peft_lotra.kan import KAN, jet
+from peft_lotra.pde import BoxDistance, BoxFeatures, HardConstraint, box_points, side_points
+
+
+Term = tuple[Callable[..., Tensor], tuple[Tensor, ...], float]
+Sides = list[tuple[int, str]]
+THEIRS = "MLP, published loss"
+TERM_WEIGHT = 100.0  # of conditions that are terms; 1 in the published loss
+
+
+@dataclass(frozen=True)
+class Equation:
+    """A PDE whose solution is known, on points that are drawn anew in each step.
+
+    Attributes:
+        distance, lift: of the conditions that the network satisfies exactly, see `HardConstraint`.
+        sides, all_sides: where the solution is a term; in the published loss, which has no exact conditions.
+        points, on_sides: the numbers of points.
+        test: the points of the error.
+    """
+
+    low: list[float]
+    high: list[float]
+    residual: Callable[[nn.Module, Tensor], Tensor]
+    exact: Callable[[Tensor], Tensor]
+    distance: Callable[[Tensor], Tensor] | None
+    lift: Callable[[Tensor], Tensor] | float
+    sides: Sides
+    all_sides: Sides
+    points: int
+    on_sides: int
+    test: Callable[[], Tensor]
+    measure: str = "RMS"
+
+    def model(self, network: nn.Module, method: str) -> nn.Module:
+        scaled = nn.Sequential(BoxFeatures(self.low, self.high), network)
+        if self.distance is None or method == THEIRS:
+            return scaled
+        return HardConstraint(scaled, self.distance, self.lift).double()
+
+    def terms(self, method: str, seed: int, step: int) -> list[Term]:
+        """The terms of a step; those of step -1 are held out."""
+        sides, weight = (self.all_sides, 1.0) if method == THEIRS else (self.sides, TERM_WEIGHT)
+        number = 10_000 * (seed + 1) + step
+        terms: list[Term] = [(self.residual, (box_points(self.low, self.high, self.points, seed=number),), 1.0)]
+        if sides:
+            rows, _ = side_points(self.low, self.high, self.on_sides // len(sides), sides, seed=number)
+            terms.append((_misfit, (rows, self.exact(rows)), weight))
+        return terms
+
+    @torch.no_grad()
+    def error(self, model: nn.Module) -> float:
+        """The root mean square of the error, its square, or its share of the solution's, by `measure`."""
+        x = self.test()
+        exact = self.exact(x)
+        error = (model(x) - exact).square().mean().sqrt().item()
+        return {"RMS": error, "mean square": error**2, "relative": error / exact.square().mean().sqrt().item()}[
+            self.measure
+        ]
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of two variables at 1,000 random points, of which the last 100 choose grids and parameters."""
+
+    values: Callable[..., np.ndarray]
+    low: float = 0.0
+    mean_absolute: bool = True
+
+    def rows(self, seed: int) -> tuple[Tensor, Tensor]:
+        x = np.random.default_rng(seed).uniform(self.low, 1, (1000, 2))
+        return torch.from_numpy(x), torch.from_numpy(self.values(*x.T))[:, None]
+
+    def model(self, network: nn.Module, method: str) -> nn.Module:
+        return nn.Sequential(BoxFeatures([self.low] * 2, [1.0] * 2), network)
+
+    def terms(self, method: str, seed: int, step: int) -> list[Term]:
+        """The 900 rows that are trained, or, for step -1, the others."""
+        rows = slice(900, None) if step < 0 else slice(900)
+        return [(_misfit, tuple(part[rows] for part in self.rows(seed)), 1.0)]
+
+    @torch.no_grad()
+    def error(self, model: nn.Module) -> float:
+        x, y = self.rows(10**6)
+        error = (model(x) - y).abs()
+        return (error.mean() if self.mean_absolute else error.square().mean().sqrt()).item()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A row of the scoreboard.
+
+    Attributes:
+        widths, grids, order: of the KAN; a grid follows when the one before has stopped to improve.
+        hidden: of the tanh MLP.
+        steps: of Levenberg-Marquardt.
+        starts: of which 15 steps choose one, by the rows that are held out.
+        published: what others reached, in words.
+        goals: errors whose seconds are told.
+        methods: that are run.
+    """
+
+    title: str
+    problem: Equation | Function
+    widths: list[int]
+    hidden: list[int]
+    steps: int
+    published: str
+    grids: tuple[int, ...] = (5, 10, 20)
+    order: int = 5
+    goals: tuple[float, ...] = ()
+    starts: int = 1
+    methods: tuple[str, ...] = field(default=("KAN", "MLP"))
+
+    def network(self, method: str) -> nn.Module:
+        if method == "KAN":
+            return KAN(self.widths, self.grids[0], self.order, norm="tanh", dtype=torch.float64)
+        widths = [self.widths[0], *self.hidden, self.widths[-1]]
+        layers = [nn.Linear(a, b, dtype=torch.float64) for a, b in zip(widths, widths[1:], strict=False)]
+        return nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))[:-1]
+
+
+def _misfit(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return model(x) - y
+
+
+# Second-order PINNs
+
+
+def poisson(model: nn.Module, x: Tensor) -> Tensor:
+    """-Lap u = d pi^2 prod sin(pi x)."""
+    return -jet(model, x, collapse=True)[2] - x.shape[-1] * math.pi**2 * sines(x)
+
+
+def sines(x: Tensor) -> Tensor:
+    return torch.sin(math.pi * x).prod(-1, keepdim=True)
+
+
+def poisson_sum(model: nn.Module, x: Tensor) -> Tensor:
+    """-Lap u = pi^2 sum cos(pi x)."""
+    return -jet(model, x, collapse=True)[2] - math.pi**2 * cosines(x)
+
+
+def cosines(x: Tensor) -> Tensor:
+    return torch.cos(math.pi * x).sum(-1, keepdim=True)
+
+
+def heat(model: nn.Module, x: Tensor) -> Tensor:
+    """u_t = Lap u / 4; time is the last coordinate."""
+    _, slopes, second = jet(model, x, collapse=[1.0] * (x.shape[-1] - 1) + [0.0])
+    return slopes[-1] - second / 4
+
+
+def cooling(x: Tensor) -> Tensor:
+    return torch.exp(-(math.pi**2) * x[..., 1:] / 4) * torch.sin(math.pi * x[..., :1])
+
+
+def cooling_sum(x: Tensor) -> Tensor:
+    return torch.exp(-x[..., -1:]) * torch.sin(2 * x[..., :-1]).sum(-1, keepdim=True)
+
+
+def _walls(dimensions: int) -> Sides:
+    return [(i, end) for i in range(dimensions) for end in ("low", "high")]
+
+
+def _unit(dimensions: int) -> tuple[list[float], list[float]]:
+    return [0.0] * dimensions, [1.0] * dimensions
+
+
+def _random(dimensions: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(0).uniform(0, 1, (9000, dimensions)))
+
+
+SECONDS = (1e-3, 1e-4, 1e-6)
+ALL = ("KAN", "MLP", THEIRS)
+HEAT_WALLS = [*_walls(1), (1, "low")]
+PINNS = {
+    "poisson_2": Subject(
+        "Poisson, 2-d",
+        Equation(*_unit(2), poisson, sines, BoxDistance(*_unit(2)), 0.0, [], _walls(2), 900, 120, lambda: _random(2)),
+        [2, 4, 1],
+        [64],
+        120,
+        "11 / 24 / 94 s; 6.1e-8",
+        goals=SECONDS,
+        methods=ALL,
+    ),
+    "heat_1": Subject(
+        "heat, 1+1-d",
+        Equation(
+            *_unit(2),
+            heat,
+            cooling,
+            BoxDistance(*_unit(2), HEAT_WALLS),
+            lambda x: torch.sin(math.pi * x[..., :1]),
+            [],
+            HEAT_WALLS,
+            900,
+            120,
+            lambda: _random(2),
+        ),
+        [2, 4, 1],
+        [64],
+        120,
+        "9.3 / 27 / 96 s; 2.7e-8",
+        goals=SECONDS,
+        methods=ALL,
+    ),
+    "heat_4": Subject(
+        "heat, 4+1-d",
+        Equation(
+            *_unit(5),
+            heat,
+            cooling_sum,
+            lambda x: x[..., -1:],
+            lambda x: torch.sin(2 * x[..., :-1]).sum(-1, keepdim=True),
+            _walls(4),
+            [*_walls(4), (4, "low")],
+            3000,
+            500,
+            lambda: _random(5),
+        ),
+        [5, 4, 1],
+        [64],
+        120,
+        "8.3 / 33 / 1,130 s; 7.4e-7",
+        goals=SECONDS,
+        methods=ALL,
+    ),
+    "poisson_5": Subject(
+        "Poisson, 5-d",
+        Equation(*_unit(5), poisson_sum, cosines, None, 0.0, _walls(5), _walls(5), 3000, 500, lambda: _random(5)),
+        [5, 4, 1],
+        [64],
+        120,
+        "18 / 40 / 80 s; 5.6e-8",
+        goals=SECONDS,
+        methods=ALL,
+    ),
+}
+
+
+# The diffusion equation of jaxKAN's paper
+
+
+def diffusion(model: nn.Module, x: Tensor) -> Tensor:
+    """u_t = u_xx + (pi^2 - 1) exp(-t) sin(pi x)."""
+    _, (_, rate), second = jet(model, x, collapse=(1.0, 0.0))
+    return rate - second - (math.pi**2 - 1) * diffused(x)
+
+
+def diffused(x: Tensor) -> Tensor:
+    return torch.exp(-x[..., 1:]) * torch.sin(math.pi * x[..., :1])
+
+
+def _grid() -> Tensor:
+    return torch.cartesian_prod(*(torch.linspace(0, 1, size, dtype=torch.float64) for size in (256, 100)))
+
+
+DIFFUSION = Subject(
+    "diffusion, u = exp(-t) sin(pi x)",
+    Equation(
+        *_unit(2),
+        diffusion,
+        diffused,
+        BoxDistance(*_unit(2), HEAT_WALLS),
+        lambda x: torch.sin(math.pi * x[..., :1]),
+        [],
+        HEAT_WALLS,
+        900,
+        120,
+        _grid,
+        measure="relative",
+    ),
+    [2, 4, 1],
+    [64],
+    120,
+    "2.1e-4, 1,241 s",
+)
+
+
+# Special functions
+
+
+def _harmonic(degree: int) -> Callable[..., np.ndarray]:
+    return lambda azimuth, polar: special.sph_harm_y(degree, 0, polar, azimuth).real
+
+
+def _special(title: str, values: Callable[..., np.ndarray], published: str) -> Subject:
+    return Subject(title, Function(values), [2, 4, 1], [15, 15], 120, published)
+
+
+FUNCTIONS = {
+    "ellipeinc": _special("ellipeinc", special.ellipeinc, "5.9e-5, 426 parameters, 1,525 s"),
+    "ellipkinc": _special("ellipkinc", special.ellipkinc, "7.8e-5, 396 parameters, 1,396 s"),
+    "lpmv0": _special("lpmv, order 0", lambda v, x: special.lpmv(0, v, x), "1.7e-4, 381 parameters, 1,436 s"),
+    "lpmv1": _special("lpmv, order 1", lambda v, x: special.lpmv(1, v, x), "4.8e-4, 396 parameters, 862 s"),
+    "sphharm01": _special("sph_harm, degree 1", _harmonic(1), "1.7e-6, 3,591 parameters, 231 s"),
+    "sphharm02": _special("sph_harm, degree 2", _harmonic(2), "3.1e-6, 861 parameters, 1,523 s"),
+    "jvp": _special("jvp", special.jvp, "0.126, 7,851 parameters, 1,108 s"),
+    "ivp": _special("ivp", special.ivp, "0.122, 7,851 parameters, 882 s"),
+}
+
+
+# pykan's notebooks
+
+
+def _mesh() -> Tensor:
+    axis = torch.linspace(-1, 1, 51, dtype=torch.float64)
+    return torch.cartesian_prod(axis, axis)
+
+
+SQUARE = [-1.0, -1.0], [1.0, 1.0]
+NOTEBOOKS = {
+    "notebook_1": Subject(
+        "exp(sin(pi x) + y^2), notebook 1",
+        Function(lambda x, y: np.exp(np.sin(np.pi * x) + y**2), -1.0, mean_absolute=False),
+        [2, 1, 1],
+        [40],
+        200,
+        "1.2e-5",
+        grids=(5, 10, 20, 40, 80),
+        order=3,
+        starts=8,
+        methods=("KAN", "MLP", "pykan"),
+    ),
+    "notebook_7": Subject(
+        "Poisson on [-1, 1]^2, notebook 7",
+        Equation(
+            *SQUARE, poisson, sines, BoxDistance(*SQUARE), 0.0, [], _walls(2), 900, 204, _mesh, measure="mean square"
+        ),
+        [2, 2, 1],
+        [36],
+        150,
+        "1.7e-4",
+        order=3,
+        methods=("KAN", "MLP", "pykan"),
+    ),
+}
