@@ -236,19 +236,13 @@ def locate_coefficients(layer: nn.Module, spec: Any) -> CoefficientTensor:
     return tensor
 
 
-def named_attribute(layer: nn.Module, axis: str) -> str | None:
-    """The usual attribute by which a layer names the number of its outputs (`"o"`) or inputs (`"i"`), if it does."""
+def named_size(layer: nn.Module, axis: str) -> tuple[str, int | None]:
+    """The attribute by which a layer names the number of its outputs (`"o"`) or inputs (`"i"`), and that, if any."""
     for name in _SIZES[axis]:
         value = getattr(layer, name, None)
         if isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0:  # of numpy too
-            return name
-    return None
-
-
-def named_size(layer: nn.Module, axis: str) -> int | None:
-    """The number of outputs (`"o"`) or inputs (`"i"`) that a layer names itself."""
-    name = named_attribute(layer, axis)
-    return int(getattr(layer, name)) if name else None
+            return name, int(value)
+    return "", None
 
 
 def expand_name(layer: nn.Module, name: str) -> list[str]:
