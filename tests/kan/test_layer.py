@@ -155,20 +155,13 @@ def test_update_grid_keeps_a_smooth_function(dtype, tolerance):
 
 
 @pytest.mark.parametrize(
-    "spoil, margin, message",
-    [
-        (lambda x: x[:, :2], 0.01, r"shape \(50, 2\)"),
-        (lambda x: x[:0], 0.01, r"shape \(0, 3\)"),
-        (lambda x: x / (x != x[0, 2]), 0.01, r"inputs \[2\] \(1 of 3\) hold NaN or infinite"),
-        (lambda x: x, -0.1, "`margin` is"),
-        (lambda x: x, float("nan"), "`margin` is"),
-    ],
+    "spoil, shape", [(lambda x: x[:, :2], "50, 2"), (lambda x: x[:0], "0, 3"), (lambda x: x / (x != x[0, 2]), "50, 3")]
 )
-def test_update_grid_refuses_and_changes_nothing(spoil, margin, message):
+def test_update_grid_refuses_and_changes_nothing(spoil, shape):
     layer = KANLinear(3, 4)
     before = state(layer)
-    with pytest.raises(ValueError, match=message):
-        layer.update_grid(spoil(torch.randn(50, 3)), margin)
+    with pytest.raises(ValueError, match=f"have shape .{shape}., .* finite"):
+        layer.update_grid(spoil(torch.randn(50, 3)))
     for name, tensor in layer.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 

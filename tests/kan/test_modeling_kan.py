@@ -132,7 +132,7 @@ def test_losses(problem, outputs, labels, named):
 def test_refuses_labels():
     model = KANModel(KANConfig(widths=(3, 4)))
     x = torch.randn(6, 3)
-    with pytest.raises(ValueError, match="float32 for 4 outputs may mean"):
+    with pytest.raises(ValueError, match="float32 for several outputs do not tell it"):
         model(x, labels=torch.randn(6, 4))
     with pytest.raises(ValueError, match=r"labels have shape \(6, 1\).* expects \(6,\)"):
         model(x, labels=torch.zeros(6, 1, dtype=torch.long))
