@@ -170,16 +170,20 @@ _OF_EFFICIENT_KAN: dict[str, Any] = {
     "grid": ("grid",),
     "grid_methods": ("update_grid", "update_grid_from_qkan"),
 }
+_REBUILDING = (
+    *(
+        "update_grid",
+        "update_grid_from_samples",
+        "initialize_grid_from_another_model",
+        "initialize_from_another_model",
+    ),
+    *("refine", "copy", "rewind", "perturb", "prune", "prune_node", "prune_input", "expand_depth", "expand_width"),
+    *("swap", "auto_swap", "auto_swap_l"),
+)
 _OF_PYKAN: dict[str, Any] = {
     "grid": ("grid",),
     "grid_methods": ("update_grid_from_samples", "initialize_grid_from_parent", "get_subset", "swap"),
-    "network_methods": {
-        "fit": "update_grid",
-        **dict.fromkeys(("update_grid", "update_grid_from_samples", "initialize_grid_from_another_model")),
-        **dict.fromkeys(("initialize_from_another_model", "refine", "copy", "rewind", "perturb")),
-        **dict.fromkeys(("prune", "prune_node", "prune_input", "expand_depth", "expand_width")),
-        **dict.fromkeys(("swap", "auto_swap", "auto_swap_l")),
-    },
+    "network_methods": {"fit": "update_grid", **dict.fromkeys(_REBUILDING)},
 }
 
 register_kan_layer(

@@ -106,9 +106,12 @@ def names(model):
     return [layer.name for layer in find_kan_layers(model)]
 
 
-def test_finds_in_the_order_of_the_modules():
+def test_finds_each_layer_once_in_the_order_of_the_modules():
+    layer, outer = KANLinear(3, 3), FAMILIES["own"](3, 4)
+    outer.inner = KANLinear(3, 4)
     assert names(nested()) == ["body.0", "body.1", "tail.layers.0", "tail.layers.1"]
-    assert names(KANLinear(3, 4)) == [""]
+    assert names(layer) == [""] and names(nn.Sequential(layer, nn.ReLU(), layer)) == ["0"]
+    assert names(as_model(outer)) == ["kan"]  # nothing inside a layer
 
 
 def test_finds_the_layers_of_an_adapted_model():
@@ -122,21 +125,9 @@ def test_finds_the_layers_of_an_adapted_model():
 @pytest.mark.parametrize("place", ["body.0", "tail"])
 def test_does_not_find_copies_that_are_trained_whole(place):
     model = nested()
+    before = names(model)
     adapt(model, target_modules=["body.1"], modules_to_save=[place])
-    assert names(model) == [
-        name for name in ("body.0", "body.1", "tail.layers.0", "tail.layers.1") if place not in name
-    ]
-
-
-def test_finds_a_shared_layer_once():
-    layer = KANLinear(3, 3)
-    assert names(nn.Sequential(layer, nn.ReLU(), layer)) == ["0"]
-
-
-def test_does_not_search_inside_a_kan_layer():
-    layer = FAMILIES["own"](3, 4)
-    layer.inner = KANLinear(3, 4)
-    assert names(as_model(layer)) == ["kan"]
+    assert names(model) == [name for name in before if place not in name]
 
 
 def test_few_functions_have_their_factors_adapted_and_older_files_load(tmp_path, monkeypatch):
