@@ -93,26 +93,22 @@ def test_grids_that_move():
 
 
 class Gained(Loop):
-    gain = 1.0
-    power = 1
+    gain = power = 1
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        if self.power == 2:
-            y = y**2
-        return y if self.gain == 1 else self.gain * y
+        return y if self.gain == self.power == 1 else self.gain * y**self.power
 
 
 def test_containers_that_compute_more_are_no_chain():
     model, x = Gained(*make_foreign("fast-kan").layers), inside()
     assert stages_of(model)
-    model.gain = 2.0
-    assert stages_of(model) is None
-    assert_same(jet(model, x), nested(model, x))
-    model.gain, model.power = 1.0, 2
-    assert_same(jet(model, x), nested(model, x))
-    model.power = 1
-    assert stages_of(model)
+    for name in ("gain", "power"):
+        setattr(model, name, 2)
+        assert stages_of(model) is None
+        assert_same(jet(model, x), nested(model, x))
+        setattr(model, name, 1)
+        assert stages_of(model)
     model.layers[0].register_forward_hook(lambda module, args, output: 2 * output)
     assert_same(jet(model, x), nested(model, x))
     assert stages_of(nn.Sequential(*model.layers)) is None
@@ -127,9 +123,8 @@ def test_layers_that_compute_more_have_no_closed_form():
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + self.bias
 
-    model = nn.Sequential(Biased(2, 3)).double()
-    assert find_stages(model[0]) is None
-    x = inside()
+    model, x = Biased(2, 3).double(), inside()
+    assert find_stages(model) is None
     assert_same(jet(model, x), nested(model, x))
 
 
@@ -167,12 +162,11 @@ def test_looking_leaves_no_trace():
 @pytest.mark.parametrize("name", ["centers", "knots", "activation"])
 def test_functions_that_are_learned(name):
     """Centers, knots and activations that are trained have the gradients of the layer's own forward pass."""
-    if name == "centers":
-        layer, path = FastKANLayer(2, 3, use_layernorm=False), "rbf.grid"
-    elif name == "knots":
-        layer, path = OldEfficientKANLayer(2, 3), "grid"
-    else:
-        layer, path = OldEfficientKANLayer(2, 3, base_activation=nn.PReLU), "base_activation.weight"
+    layer, path = {
+        "centers": (FastKANLayer(2, 3, use_layernorm=False), "rbf.grid"),
+        "knots": (OldEfficientKANLayer(2, 3), "grid"),
+        "activation": (OldEfficientKANLayer(2, 3, base_activation=nn.PReLU), "base_activation.weight"),
+    }[name]
     layer = layer.double()
     x = inside(40)
     jet(layer, x)  # which looks at the layer before anything is trained

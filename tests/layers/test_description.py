@@ -132,12 +132,18 @@ def test_an_adapter_is_loaded_without_the_registration_and_saved_again(saved, tm
         torch.testing.assert_close(other(x), y)
 
 
-def test_a_moved_grid_is_noticed_without_the_registration(saved):
+def refused(folder, base, words):
+    with pytest.raises(ValueError, match=words):
+        PeftModel.from_pretrained(base, folder)
+
+
+def test_another_base_is_refused(saved):
     folder, *_ = saved
     base = net()
     base[0].widen()
-    with pytest.raises(ValueError, match="The grid of 0 in this base are not those"):
-        PeftModel.from_pretrained(base, folder)
+    refused(folder, base, "The grid of 0 in this base are not those")
+    base[0] = nn.Linear(3, 4)
+    refused(folder, base, "Linear was recognized as a KAN layer of the kind 'waves'")
 
 
 def edit(folder, change):
@@ -149,18 +155,8 @@ def edit(folder, change):
 
 
 def test_without_a_description_the_missing_kind_is_named(saved):
-    folder, *_ = saved
-    edit(folder, lambda layer: layer.pop("description"))
-    with pytest.raises(ValueError, match="kind 'waves', which its file does not describe.*register_kan_layer"):
-        PeftModel.from_pretrained(net(), folder)
-
-
-def test_a_layer_that_is_not_as_the_file_describes(saved):
-    folder, *_ = saved
-    base = net()
-    base[0] = nn.Linear(3, 4)
-    with pytest.raises(ValueError, match="Linear was recognized as a KAN layer of the kind 'waves'"):
-        PeftModel.from_pretrained(base, folder)
+    edit(saved[0], lambda layer: layer.pop("description"))
+    refused(saved[0], net(), "kind 'waves', which its file does not describe.*register_kan_layer")
 
 
 DAMAGED = [
@@ -181,6 +177,5 @@ def test_a_damaged_description_is_refused_before_the_model_is_touched(saved, des
     folder, *_ = saved
     edit(folder, lambda layer: layer.update(description=description))
     base = net()
-    with pytest.raises(ValueError, match="'waves' in the file is broken|kind 'waves'"):
-        PeftModel.from_pretrained(base, folder)
+    refused(folder, base, "'waves' in the file is broken|kind 'waves'")
     assert [type(module) for module in base] == [Waves, nn.Tanh, Waves]
