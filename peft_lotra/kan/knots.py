@@ -56,13 +56,12 @@ class KnotMap(InputMap):
     pieces: Tensor  # (I, cells, 5): the polynomials in the share of the cell, powers ascending
 
     def __init__(self, low: Tensor, high: Tensor, density: Tensor) -> None:
-        if density.dim() != 2 or not low.shape == high.shape == density.shape[:1] or not density.numel():
+        is_shaped = density.dim() == 2 and low.shape == high.shape == density.shape[:1] and density.numel()
+        if not (is_shaped and (low < high).all() and density.isfinite().all() and (density > 0).all()):
             raise ValueError(
                 f"`low` {tuple(low.shape)}, `high` {tuple(high.shape)} and `density` {tuple(density.shape)} must be "
-                "(I,), (I,) and (I, C)."
+                "(I,), (I,) and (I, C), each `low` below its `high`, and `density` finite and above zero."
             )
-        if not ((low < high).all() and density.isfinite().all() and (density > 0).all()):
-            raise ValueError("Each `low` must be below its `high`, and `density` must be finite and above zero.")
         super().__init__(len(low), range(len(low)))
         self.register_buffer("low", low.detach().clone())
         self.register_buffer("high", high.detach().clone())

@@ -27,6 +27,7 @@ from ..kan.network import is_norm
 from ..modules.calls import attributes_kept, call_with_parameters
 from .coefficients import CoefficientTensor, get_or_none
 from .description import REGISTERED, Grid, KANLayerSpec
+from .probe import moved
 from .registry import get_kan_spec, same_grid
 
 
@@ -171,11 +172,8 @@ def _agrees(form: _Form, layer: nn.Module, known: _Layer) -> bool:
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.no_grad():
         named = (*layer.named_parameters(), *layer.named_buffers())
-        exchanged = {name: v.detach().clone().double() for name, v in named if v.is_floating_point()}
-        for name, value in layer.named_parameters():
-            if name in exchanged and name not in spec.grid:
-                noise = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu")
-                exchanged[name] += noise.to(value.device) * max(0.1, exchanged[name].std(correction=0).item())
+        values = {name: v.detach().clone().double() for name, v in named if v.is_floating_point()}
+        exchanged = moved(values, {name for name, _ in layer.named_parameters()}.difference(spec.grid), torch.randn)
         x = _points(spec, layer, known.tensor.shape[1], generator)
         directions = torch.randn(2, x.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(x)
 

@@ -42,7 +42,7 @@ class NetworkRecord(NamedTuple):
 
 
 class Recorder:
-    """A `RecordingHook` that records the networks that are evaluated at n = `rows` inputs.
+    """A hook of `kan.recording_hook` that records the networks that are evaluated at n = `rows` inputs.
 
     A layer is recorded if its coefficients are among the given parameters. All others run with their graphs.
     """
@@ -53,11 +53,11 @@ class Recorder:
         self._known = {id(parameter) for parameter in parameters}
 
     def jet(self, through: Callable[..., Jet], x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet | None:
-        """See `RecordingHook`."""
+        """See `recording`."""
         return self._record(through, x, directions, weights) if self._can_record(x, directions, weights) else None
 
     def value(self, network: nn.Module, x: Tensor) -> Tensor | None:
-        """See `RecordingHook`. Networks with dropout, hooks, or a replaced `forward` are not recorded."""
+        """See `recording`. Networks with dropout, hooks, or a replaced `forward` are not recorded."""
 
         def changed(part: nn.Module) -> bool:
             hooks = part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__

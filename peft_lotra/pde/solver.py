@@ -369,7 +369,7 @@ class _Training:
     def refine(self, parameter: float) -> None:
         """The last phase, on grids that are twice as fine; undone if the residual that is held out does not fall."""
         layers, state = copy.deepcopy(self.kan.layers), copy.deepcopy(self.model.state_dict())
-        if not self.regrid(2, samples=_inputs(self.model, self.held, self.kan), exact=True):
+        if not self.regrid(2, samples=_inputs(self.model, self.held, self.kan)):
             self.fit("coarse", parameter, 1.0)
             return
         self.sampler.count = round(FINE_POINTS * self.sampler.count)
