@@ -286,7 +286,7 @@ class ParametricAdapter:
         return Prediction(self, prediction._point, read(trainable(self.model)), prediction.extrapolated)
 
     def calibrate(self, residuals: Callable[[Any], Tensor]) -> Calibration:
-        """The parameter for which the predictions fit data, by Gauss-Newton steps, with its standard error.
+        """The parameter in the range for which the predictions fit data best, with its standard error.
 
         Args:
             residuals: `residuals(model)` returns the differences (n,) or (n, m) from data with independent errors of

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -200,3 +202,11 @@ def test_the_python_of_the_docs(tmp_path):
     assert "# ... train ..." in push
     script = 'from hub_server import start_hub\nstart_hub("user")\n' + push.replace("# ... train ...", train) + pull
     assert python(script + same, tmp_path).splitlines()[-1] == "True"
+
+
+def test_a_script_with_a_hub_of_its_own(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys, huggingface_hub\nhuggingface_hub.create_repo(sys.argv[1])\n")
+    command = [sys.executable, str(ROOT / "tests" / "support" / "hub_server.py"), str(script), "user/kan"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.stdout == "user/kan on the stand-in for the Hub:\n    .gitattributes\n", result.stderr
