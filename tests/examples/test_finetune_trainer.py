@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import signal
 import subprocess
@@ -43,16 +43,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def load_example():
-    spec = importlib.util.spec_from_file_location("finetune_trainer", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
 def test_a_killed_run_continues_as_if_nothing_had_happened(tmp_path):
-    example = load_example()
+    example = importlib.import_module("finetune_trainer")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     example.main([*OPTIONS, "--output", str(whole)])
 
