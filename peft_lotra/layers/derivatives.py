@@ -255,7 +255,7 @@ def _trace(network: nn.Module) -> list[nn.Module] | None:
         events.append((module, args[0] if len(args) == 1 else None, output))
 
     width = next(size for stage in stages if (size := stage.in_features) is not None)
-    with torch.inference_mode(False), torch.no_grad(), attributes_kept(network, of_transforms=False):
+    with torch.inference_mode(False), torch.no_grad(), attributes_kept(network):
         x = torch.rand(3, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
         last: Any = _like(network, x)
         handles = [unit.register_forward_hook(record) for unit in units]

@@ -290,13 +290,10 @@ class LeastSquares:
         if plan.by_layers:
             plan.row_bytes = row_bytes()
 
-    def _rows_at_once(self, plan: Plan) -> int:
-        return max(1, min(self.memory // 2, CHUNK) // plan.row_bytes)
-
     def chunks(self) -> Iterator[tuple[Residuals, list[Tensor]]]:
         """Each term with its rows, in chunks of as many rows as fit."""
         for term in self.terms:
-            size = self._rows_at_once(term.plan) if len(term.rows[0]) else 1
+            size = max(1, min(self.memory // 2, CHUNK) // max(1, term.plan.row_bytes))  # 0 for a term without rows
             for first in range(0, len(term.rows[0]), size):
                 yield term, [row[first : first + size] for row in term.rows]
 

@@ -8,20 +8,11 @@ import math
 
 import pytest
 import torch
-from helpers import adapt
+from helpers import adapt, assert_same, snapshot
 from residuals import fit, network, problem, terms
 from torch import Tensor, nn
 
 from peft_lotra.optim import LevenbergMarquardt
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
 
 
 # Models
@@ -157,7 +148,7 @@ def nan_where_negative(model: nn.Module, x: Tensor) -> Tensor:
 
 def test_residuals_that_are_not_finite():
     model, data = network(), terms()
-    before = state(model)
+    before = snapshot(model)
     x = torch.tensor([[0.5, 0.0], [-0.5, 0.0], [-0.1, 0.3]], dtype=torch.float64)
     optimizer = LevenbergMarquardt(model)
     expected = r"residuals are NaN or infinite: 2 of 3 in residual term 2 \(nan_where_negative\), "
@@ -165,7 +156,7 @@ def test_residuals_that_are_not_finite():
     with pytest.warns(RuntimeWarning, match=expected):
         record = optimizer.step([*data, (nan_where_negative, x)])
     assert not record.accepted and math.isnan(record.loss) and "residual term 2" in record.reason
-    assert_unchanged(model, before)
+    assert_same(model, before)
     with pytest.warns(RuntimeWarning):
         assert len(optimizer.fit([*data, (nan_where_negative, x)], 5, progress=False)) == 1
     assert optimizer.step(data).accepted
@@ -186,10 +177,10 @@ def test_singular_equations_and_a_clear_stop():
     y = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     history = LevenbergMarquardt(model, 1e-16).fit([(fit, (x, y))], 50, progress=False)
     assert (model.a + model.b).item() == pytest.approx(0.5)
-    before = state(model)
+    before = snapshot(model)
     last = history[-1]
     assert not last.accepted and "at a minimum to rounding, or the normal equations are singular" in last.reason
-    assert_unchanged(model, before)
+    assert_same(model, before)
 
 
 def test_too_many_parameters_for_the_memory():
