@@ -3,7 +3,7 @@
 
 """Basis functions of one input with their derivatives: splines of any knots, Gaussians, polynomials, harmonics.
 
-Each returns the values and the derivatives up to the order `highest` (3 at most), in a list. For z of any shape (...),
+Each returns the values and the derivatives up to the order `highest`, in a list. For z of any shape (...),
 a derivative is (..., K), a view of memory in which the K functions come first.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kan.basis import UniformGrid
+from ..kan.basis import UniformGrid, logistic_derivatives
 from ..kan.memory import JET_BLOCK, OFF_CPU, blocks, workspace
 
 
@@ -155,18 +155,14 @@ def gaussian_derivatives(centers: Tensor, width: Any, z: Tensor, highest: int) -
 
 def bump_derivatives(centers: Tensor, z: Tensor, highest: int) -> list[Tensor]:
     """1 - tanh(z - c)^2 for centers c (K,)."""
-    t = torch.tanh(_offsets(z, centers))
-    s = 1 - t.square()
-    found = [s, -2 * t * s, s * (6 * t.square() - 2), t * s * (16 - 24 * t.square())]
-    return _functions_last(found[: highest + 1])
+    found = logistic_derivatives(torch.tanh(_offsets(z, centers)), highest + 1, of_tanh=True)  # bumps are its slopes
+    return _functions_last(found[1:])
 
 
 def chebyshev_derivatives(degree: int, z: Tensor, highest: int) -> list[Tensor]:
     """The Chebyshev polynomials T_0 ... T_degree of tanh(z)."""
     u = torch.tanh(z)
-    slope = 1 - u.square()
-    bend = -2 * u * slope
-    of_u = [u, slope, bend, -2 * (slope.square() + u * bend)]
+    of_u = logistic_derivatives(u, highest, of_tanh=True)
     zeros = torch.zeros_like(u)
     rows = [[torch.ones_like(u) if d == 0 else zeros] for d in range(highest + 1)]
     for n in range(1, degree + 1):
@@ -184,7 +180,7 @@ def harmonic_derivatives(count: int, z: Tensor, highest: int) -> list[Tensor]:
     cosine, sine = torch.cos(k * z), torch.sin(k * z)
     cycle = [(cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine)]
     return _functions_last(
-        [_functions_first([*(k**d * cycle[d][0]), *(k**d * cycle[d][1])]) for d in range(highest + 1)]
+        [_functions_first([*(k**d * cycle[d % 4][0]), *(k**d * cycle[d % 4][1])]) for d in range(highest + 1)]
     )
 
 

@@ -98,15 +98,15 @@ class Entry(NamedTuple):
         stages: Returns the stages that a module without hooks is the composition of, or None. It must check
             `type(module).forward` if derived classes may compute something else.
         inner: For wrappers: the module that computes the wrapper's outputs, or None.
-        jet: `jet(module, x, directions, weights)` returns the jet of a module that is no chain of stages. Its second
-            derivatives are (D, ..., O), or (..., O) with weights (D,).
+        jet: `jet(module, x, directions, order, weights)` returns the jet of a module that is no chain of stages. With
+            weights (D,), the derivative of the highest order is (..., O).
         check: Raises a `TypeError` if a row of a module's outputs depends on several rows of its inputs. It is called
             once for each module without stages.
     """
 
     stages: Callable[[Any], list[Stage] | None] | None = None
     inner: Callable[[Any], nn.Module | None] | None = None
-    jet: Callable[[Any, Tensor, Tensor, Tensor | None], Any] | None = None
+    jet: Callable[[Any, Tensor, Tensor, int, Tensor | None], Any] | None = None
     check: Callable[[nn.Module], None] | None = None
 
 
@@ -152,7 +152,7 @@ def stages_of(model: nn.Module) -> list[Stage] | None:
     return None if stages is None else stages(model)
 
 
-def composed_jet(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Any] | None:
+def composed_jet(model: nn.Module) -> Callable[[Tensor, Tensor, int, Tensor | None], Any] | None:
     """The `jet` that the model inside of wrappers is registered with, as a function of the other arguments."""
     model = unwrap(model)
     function = None if _has_hooks(model) else entry_of(type(model)).jet

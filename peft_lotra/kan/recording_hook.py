@@ -23,7 +23,7 @@ class RecordingHook(Protocol):
 
     def jet(
         self, through: Callable[..., Any], x: Tensor, directions: Tensor, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+    ) -> list[Tensor] | None:
         """The jet `through(evaluate, x, directions, weights)` of a network, with an `evaluate` like
         `derivatives.layers.evaluate_layer`."""
         ...

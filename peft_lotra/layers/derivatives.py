@@ -189,10 +189,10 @@ def _agrees(form: _Form, layer: nn.Module, spec: KANLayerSpec, tensor: Coefficie
         directions = torch.randn(2, x.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(x)
 
         def compare() -> bool:
-            expected = jet_by_transforms(layer, x, directions, None)
-            found = evaluate_layer(_stage(form, layer, spec, tensor), x, directions[:, None], None, None)
+            expected = jet_by_transforms(layer, x, directions, 2, None)
+            found = evaluate_layer(_stage(form, layer, spec, tensor), [x, directions[:, None]], 2, None)
             agree = all(map(_is_close, found, expected, _TOLERANCES[dtype]))
-            return agree and (form.on_uniform_grid or _third_derivatives_agree(spec, layer, x))
+            return agree and (form.on_uniform_grid or _higher_derivatives_agree(spec, layer, x))
 
         try:
             return call_with_parameters(layer, exchanged, compare, (), {})
@@ -206,18 +206,21 @@ def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     )
 
 
-def _third_derivatives_agree(spec: KANLayerSpec, layer: nn.Module, x: Tensor) -> bool:
-    """Whether the third derivatives, which gradients need, are those of the second ones."""
+def _higher_derivatives_agree(spec: KANLayerSpec, layer: nn.Module, x: Tensor) -> bool:
+    """Whether each derivative from the third to the fifth, which gradients need, is that of the one before."""
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        *_, second, third = cast(Any, spec.derivatives)(layer, point, 3)
-        if not second.requires_grad:
-            return not third.any()
-        slopes = [
-            torch.autograd.grad(part.sum(), point, retain_graph=True, materialize_grads=True)[0]
-            for part in second.unbind(-1)
-        ]
-    return all(map(_is_close, third.unbind(-1), slopes, [1e-9] * len(slopes)))
+        _, _, *found, last = cast(Any, spec.derivatives)(layer, point, 5)
+        for lower, higher in zip(found, [*found[1:], last], strict=True):
+            slopes = [
+                torch.autograd.grad(part.sum(), point, retain_graph=True, materialize_grads=True)[0]
+                if lower.requires_grad
+                else torch.zeros_like(point)
+                for part in lower.unbind(-1)
+            ]
+            if not all(map(_is_close, higher.unbind(-1), slopes, [1e-9] * len(slopes))):
+                return False
+    return len(found) == 3
 
 
 def _points(spec: KANLayerSpec, layer: nn.Module, width: int, generator: torch.Generator) -> Tensor:

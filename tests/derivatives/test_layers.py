@@ -24,7 +24,7 @@ def update(scale: float = 0.7) -> Update:
 
 def inputs(rows: int, weights: Tensor | None) -> tuple:
     second = torch.randn(2 if weights is None else 1, rows, 3, dtype=torch.float64)
-    return points(rows), torch.randn(2, rows, 3, dtype=torch.float64), second, weights
+    return [points(rows), torch.randn(2, rows, 3, dtype=torch.float64), second], 2, weights
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
