@@ -149,15 +149,14 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, order: int, col
     if stages is None:
         return jet_by_transforms(model, x, directions, order, weights)
 
-    through = partial(through_stages, stages, order)
-    hook = current_hook()
-    if hook is not None and (found := hook.jet(through, x, directions, weights)) is not None:
-        return found
-    rows = block_size(x, stages, sum(row_counts(order, len(directions), weights)))
-    if rows is None:
-        return through(evaluate_layer, x, directions, weights)
-    blocks = [through(evaluate_layer, block, directions, weights) for block in x.split(rows)]
-    return [torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True)]
+    through, hook = partial(through_stages, stages, order), current_hook()
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    found = None if hook is None else hook.jet(through, rows, directions, weights)
+    if found is None:
+        size = block_size(rows, stages, sum(row_counts(order, len(directions), weights)))
+        blocks = [through(evaluate_layer, block, directions, weights) for block in rows.split(size or len(rows) or 1)]
+        found = blocks[0] if len(blocks) == 1 else [torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True)]
+    return found if x.dim() == 2 else [part.reshape(*part.shape[:-2], *x.shape[:-1], part.shape[-1]) for part in found]
 
 
 def _warn(kind: Any, message: str) -> None:
@@ -184,10 +183,8 @@ def through_stages(
     directions: Tensor | None,
     weights: Tensor | None,
 ) -> Jet:
-    """The jet of a chain at x (..., I), whose layers `evaluate` evaluates as `evaluate_layer` does."""
-    jet = [x]
-    if directions is not None:  # straight lines
-        jet.append(directions.reshape(-1, *[1] * (x.dim() - 1), x.shape[-1]))
+    """The jet of a chain at x (N, I), whose layers `evaluate` evaluates as `evaluate_layer` does."""
+    jet = [x] if directions is None else [x, directions.unsqueeze(1)]  # straight lines
     for stage in stages:
         if stage.is_layer:
             jet = evaluate(stage, jet, order, weights)

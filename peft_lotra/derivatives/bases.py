@@ -102,21 +102,17 @@ class DenseFunctions:
 def spline_derivatives(
     knots: Tensor, order: int, z: Tensor, highest: int, closed: Tensor | None = None
 ) -> list[Tensor]:
-    """The M - 1 - order B-splines of degree `order` on knots (I, M), for z (..., I), by the Cox-de Boor recursion.
+    """The M - 1 - order B-splines of degree `order` on knots (I, M), for z (N, I), by the Cox-de Boor recursion.
 
     The derivatives are differences of the splines of lower degree. Terms of knots that coincide are zero. `closed`
     (I,) names for each input the interval that includes its right end.
     """
-    x, knots = (
-        z.movedim(-1, 0).unsqueeze(0),
-        knots.T.contiguous().view(-1, len(knots), *[1] * (z.dim() - 1)),
-    )  # (1, I, ...), (M, I, 1)
-    basis = ((knots[:-1] <= x) & (x < knots[1:])).to(z.dtype)
+    x, knots = z.T.unsqueeze(0), knots.T.contiguous().unsqueeze(-1)  # (1, I, N), (M, I, 1)
+    inside = (knots[:-1] <= x) & (x < knots[1:])
     if closed is not None:
-        here = torch.arange(len(basis), device=z.device).view(-1, *[1] * (basis.dim() - 1)) == closed.view(
-            1, -1, *[1] * (z.dim() - 1)
-        )
-        basis = torch.where(here & (x == knots[1:]), torch.ones_like(basis), basis)
+        here = torch.arange(len(inside), device=z.device)[:, None, None] == closed[:, None]
+        inside = inside | (here & (x == knots[1:]))
+    basis = inside.to(z.dtype)
     by_degree = [basis]
     for p in range(1, order + 1):
         span = knots[p:] - knots[:-p]
@@ -125,13 +121,14 @@ def spline_derivatives(
         basis = ramp[:-1] * basis[:-1] + (rest - ramp)[1:] * basis[1:]
         by_degree.append(basis)
     found = []
-    for d in range(highest + 1):
-        part = by_degree[max(order - d, 0)] if d <= order else torch.zeros_like(basis)
-        for p in range(order - d + 1, order + 1) if d <= order else ():
+    for d in range(min(highest, order) + 1):
+        part = by_degree[order - d]
+        for p in range(order - d + 1, order + 1):
             scaled = part * (p * _inverse(knots[p:] - knots[:-p]))
             part = scaled[:-1] - scaled[1:]
         found.append(part)
-    return [part.movedim(1, -1).movedim(0, -1) for part in found]
+    found += [torch.zeros_like(basis)] * (highest - order)
+    return [part.permute(2, 1, 0) for part in found]
 
 
 def _inverse(span: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 # A value (..., I) and its derivatives of the orders 1, 2, ... up to some n, (D, ..., I) along D directions. Those that
-# the list does not reach are zero. With weights (D,), the n-th has the weighted sum over the directions, (1, ..., I).
+# the list does not reach are zero. With weights (D,), the n-th is the weighted sum over the directions, (1, ..., I).
 Jet = list[Tensor]
 
 Polynomials = dict[tuple[int, int], Tensor]  # (D, ...), by n and j; those that are zero are left out

@@ -69,7 +69,8 @@ class LayerJet(torch.autograd.Function):
         weight, jet, weights = next(saved), [next(saved) for _ in range(ctx.sizes[0])], next(saved)
         polynomials = [{key: next(saved) for key in keys} for keys in ctx.keys]
         on_edges, kept = ([next(saved) for _ in range(size)] for size in ctx.sizes[1:])
-        if needs_plain_gradients(*grads):
+        # differentiated again, or of `is_grads_batched`
+        if torch.is_grad_enabled() or any(grad is not None and is_batched(grad) for grad in grads):
             return *[None] * 4, *plain_gradients(ctx, [weight, *jet], grads)
         groups = [() if grad is None else grad if n else (grad,) for n, grad in enumerate(grads)]
         each = [part for group in groups for part in group]
@@ -190,11 +191,6 @@ def _edges(weight: Tensor, found: LocalSplines | DenseFunctions) -> DenseFunctio
     units = torch.eye(len(weight), dtype=weight.dtype, device=weight.device).unsqueeze(-1)
     local = found.towards(weight.t(), [*units])  # the coefficients of the splines at each point, (O, p + 2, I, R)
     return DenseFunctions({d: (local * functions).sum(1) for d, functions in found.functions.items()})
-
-
-def needs_plain_gradients(*grads: Tensor | None) -> bool:
-    """True if gradients are differentiated again, or belong to `is_grads_batched`."""
-    return torch.is_grad_enabled() or any(grad is not None and is_batched(grad) for grad in grads)
 
 
 def plain_gradients(ctx, inputs: Sequence[Tensor], grads: Iterable[Tensor | None]) -> list[Tensor | None]:

@@ -21,7 +21,7 @@ from ..tucker import Tucker, Update
 from .bases import Basis, tensors_of
 from .chain_rule import Jet, bell_polynomials, row_counts, sum_of_products
 from .layer_jet import MOST_OUTPUTS, JetRows, LayerJet, by_hand_pays, make_features, scaled_polynomials
-from .norms import all_rows_last, rows_first, through_norm
+from .norms import through_norm
 from .stages import Stage
 
 
@@ -38,10 +38,10 @@ def block_size(x: Tensor, stages: list[Stage], count: int) -> int | None:
 
 
 def evaluate_layer(stage: Stage, jet: Jet, order: int, weights: Tensor | None) -> Jet:
-    """The jet of a KAN layer's outputs up to an order, from that of its inputs, z (..., I) and its derivatives
-    (D, ..., I), of which dimensions may be one.
+    """The jet of a KAN layer's outputs up to an order, from that of its inputs, z (N, I) and its derivatives (D, N, I)
+    or (D, 1, I).
 
-    With `weights` (D,), those of the highest order are their weighted sum, (1, ..., I).
+    With `weights` (D,), those of the highest order are their weighted sum, (1, N, I).
     """
     z = jet[0]
     if stage.branches:
@@ -50,14 +50,14 @@ def evaluate_layer(stage: Stage, jet: Jet, order: int, weights: Tensor | None) -
         assert stage.dense is not None
         weight, bias = stage.dense
         return [F.linear(z, weight, bias), *(part.expand(len(part), *z.shape) @ weight.mT for part in jet[1:])]
-    grid, shape, dense = stage.grid, stage.shape, stage.dense
+    grid, shape, dense = stage.module.grid, stage.shape, stage.dense
     weight = None if dense is None else torch.cat([dense[0].mT, dense[1].unsqueeze(1)], dim=1).mT
-    rows = z[..., 0].numel() * sum(_counts(jet, order, weights))
+    rows = len(z) * sum(_counts(jet, order, weights))
     by_hand = _goes_by_hand(grid, rows, weights, *jet, *(dense or ()))
     factored = []
     for update in stage.updates:
-        if update.tensor.core.dtype != stage.layer.grid_bounds.dtype:  # a base in half precision
-            dtype = stage.layer.grid_bounds.dtype
+        if update.tensor.core.dtype != stage.module.grid_bounds.dtype:  # a base in half precision
+            dtype = stage.module.grid_bounds.dtype
             update = update._replace(tensor=Tucker(*(part.to(dtype) for part in update.tensor)))
         if _is_contracted(rows, shape, update, by_hand):
             factored.append(update)
@@ -87,7 +87,7 @@ def _evaluate_branches(stage: Stage, jet: Jet, order: int, weights: Tensor | Non
     found: list[Jet] = []
     for branch in stage.branches:
         inputs = jet if branch.norm is None else through_norm(branch.norm, jet, order, weights)
-        rows = jet[0][..., 0].numel() * sum(_counts(jet, order, weights))
+        rows = len(jet[0]) * sum(_counts(jet, order, weights))
         by_hand = _goes_by_hand(branch.basis, rows, weights, *inputs, branch.weight)
         found.append(_through(branch.basis, branch.weight, [], by_hand, inputs, order, weights))
     total: list[Any] = [sum(parts[1:], parts[0]) for parts in zip(*found, strict=True)]
@@ -106,8 +106,7 @@ def _through(
     weights: Tensor | None,
 ) -> Jet:
     """`evaluate_layer` for a weight (O, I, K), and updates that are added in factored form."""
-    lead = jet[0].shape[:-1]
-    z, *derivatives = all_rows_last(jet)  # all operations run along them
+    z, *derivatives = [part.mT for part in jet]  # all operations run along the rows
     weight = None if weight is None else weight.transpose(1, 2).flatten(1)  # (O, (K + 1) I)
     plain = partial(_by_plain_operations, basis, factored, order, weights)
     if by_hand:
@@ -115,7 +114,7 @@ def _through(
         y = LayerJet.apply(basis, order, weights, plain, weight, z, *derivatives)
     else:
         y = plain(weight, z, *derivatives)
-    return [rows_first(part, lead) for part in y]
+    return [part.mT for part in y]
 
 
 def contract_updates(layer: Any, updates: list[Update], x: Tensor) -> Tensor:
@@ -180,14 +179,13 @@ def jet_rows(grid: Basis, jet: Jet, order: int, weights: Tensor | None, evaluate
 
     They are (N, S, K + 1, I) with S as `row_counts` together.
 
-    The derivative of order p of splines of order p jumps at the knots. There it must come from the same operations as
-    in the jet, which depend on the number of points that the layer was `evaluated` at.
+    Derivatives that jump at the knots must come from the same operations there as in the jet, which depend on the
+    number of points that the layer was `evaluated` at.
     """
     z, *derivatives = jet
     jet = [z.T, *(part.expand(len(part), *z.shape).mT for part in derivatives)]
     counts = _counts(jet, order, weights)
-    jumps = isinstance(grid, UniformGrid) and grid.spline_order <= order
-    if jumps and not by_hand_pays(evaluated * sum(counts), z):
+    if not by_hand_pays(evaluated * sum(counts), z):
         return torch.stack(_jet_rows(grid, jet, order, weights)).permute(3, 0, 1, 2)
     features = make_features(grid, jet[0])
     rows = z.new_empty(len(z), sum(counts), *features.shape)

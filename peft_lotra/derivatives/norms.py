@@ -36,7 +36,7 @@ def through_norm(norm: Norm, jet: Jet, order: int, weights: Tensor | None) -> Je
     Batch normalization in evaluation mode is affine. Layer normalization is the product of m = z - mean(z) and
     s = v^(-1/2), v = mean(m^2) + eps.
     """
-    lead, jet = jet[0].shape[:-1], all_rows_last(jet)
+    jet = [part.mT for part in jet]
     scale, shift = (None if part is None else part.unsqueeze(-1) for part in (norm.weight, norm.bias))
     if isinstance(norm, nn.LayerNorm):
         jet = _normalize(norm.eps, jet, order, weights)
@@ -48,7 +48,7 @@ def through_norm(norm: Norm, jet: Jet, order: int, weights: Tensor | None) -> Je
         jet = [part * scale for part in jet]
     if shift is not None:
         jet[0] = jet[0] + shift
-    return [rows_first(part, lead) for part in jet]
+    return [part.mT for part in jet]
 
 
 def _normalize(eps: float, jet: Jet, order: int, weights: Tensor | None) -> Jet:
@@ -73,26 +73,3 @@ def _normalize(eps: float, jet: Jet, order: int, weights: Tensor | None) -> Jet:
     products = torch.addcmul(parts * s[0], m[0], torch.cat([torch.zeros_like(v), *s[1:]])).split(sizes)
     y = [part + mixed_terms(m, s, n, at_top[n]) if n > 1 else part for n, part in enumerate(products)]
     return [y[0].squeeze(0), *y[1:]]
-
-
-def rows_last(part: Tensor, lead: torch.Size) -> Tensor:
-    """(D, ..., I), where (...) may be ones, to (D, I, N) or (D, I, 1)."""
-    if len(lead) == 1:  # the usual one, without operations that would leave all as it is
-        return part.mT
-    rows = part.shape[1:-1].numel()
-    if rows > 1:
-        part, rows = part.expand(len(part), *lead, part.shape[-1]), lead.numel()
-    return part.reshape(len(part), rows, part.shape[-1]).mT
-
-
-def all_rows_last(jet: Jet) -> Jet:
-    """z (..., I) and its derivatives (D, ..., I) with rows last, as by `rows_last`."""
-    z, *derivatives = jet
-    lead = z.shape[:-1]
-    flat = z if len(lead) == 1 else z.reshape(-1, z.shape[-1])
-    return [flat.mT, *(rows_last(part, lead) for part in derivatives)]
-
-
-def rows_first(part: Tensor, lead: torch.Size) -> Tensor:
-    """(..., I, N) to (..., *lead, I)."""
-    return part.mT if len(lead) == 1 else part.mT.reshape(*part.shape[:-2], *lead, part.shape[-2])

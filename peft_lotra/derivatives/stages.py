@@ -13,7 +13,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from ..kan.basis import UniformGrid, in_transform
+from ..kan.basis import in_transform
 from ..kan.input_map import InputMap
 from ..kan.layer import KANLinear, SplineLayer
 from ..kan.modeling_kan import KANModel
@@ -63,11 +63,6 @@ class Stage(NamedTuple):
         return isinstance(self.module, nn.Linear)
 
     @property
-    def layer(self) -> SplineLayer:
-        """The module of a KAN layer of this package."""
-        return self.module
-
-    @property
     def in_features(self) -> int | None:
         """The size I of the last dimension of the inputs; None for any."""
         if self.branches:
@@ -82,13 +77,8 @@ class Stage(NamedTuple):
         if self.branches:
             outputs, inputs, _ = self.branches[0].weight.shape
             return outputs, inputs, sum(branch.weight.shape[2] for branch in self.branches)
-        basis = 1 if self.is_linear else self.layer.grid_size + self.layer.spline_order + 1
-        return self.layer.out_features, self.layer.in_features, basis
-
-    @property
-    def grid(self) -> UniformGrid:
-        """The grid that the KAN layer has now."""
-        return self.layer.grid
+        basis = 1 if self.is_linear else self.module.grid.num_basis + 1
+        return self.module.out_features, self.module.in_features, basis
 
 
 class Entry(NamedTuple):

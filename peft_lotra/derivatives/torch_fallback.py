@@ -156,7 +156,7 @@ def _slopes(
         found = found if isinstance(found, tuple) else (found,)
         y, count = found[0], len(directions)
         if y.shape[-1] > MOST_GRADIENTS:
-            push = _transposed(pull, y)
+            push = pull_back(pull, torch.zeros_like(y))[1]  # a gradient in y to one in x is transposed
             parts = [push(v.expand_as(point)) for v in directions]
             parts = parts if of_value else [part[d] for d, part in enumerate(parts)]
         elif of_value:
@@ -182,11 +182,6 @@ def _placed(part: Tensor, place: int, count: int) -> Tensor:
     return torch.stack([part if d == place else torch.zeros_like(part) for d in range(count)])
 
 
-def _transposed(pull: Callable[[Tensor], Any], y: Tensor) -> Callable[[Tensor], Any]:
-    """The map of a direction to the derivative along it, from that of a gradient in y to one in the inputs."""
-    return pull_back(pull, torch.zeros_like(y))[1]
-
-
 def activation_derivatives(module: nn.Module, z: Tensor, highest: int) -> Sequence[Tensor]:
     """A module that maps each number by itself, with derivatives up to an order, in closed form for the usual ones."""
     kind: Any = type(module)
@@ -197,13 +192,11 @@ def activation_derivatives(module: nn.Module, z: Tensor, highest: int) -> Sequen
     if kind is nn.Sigmoid:
         return logistic_derivatives(torch.sigmoid(z), highest)
     if kind is nn.Softplus:
-        beta = cast(Any, module).beta
-        linear = beta * z > cast(Any, module).threshold  # where torch leaves the logarithm out
-        slopes = logistic_derivatives(torch.sigmoid(beta * z), max(highest - 1, 0))
-        return [
-            module(z),
-            *((beta**d * slope).masked_fill(linear, float(d == 0)) for d, slope in enumerate(slopes)),
-        ]
+        beta, threshold = cast(Any, module).beta, cast(Any, module).threshold
+        slopes = logistic_derivatives(torch.sigmoid(beta * z), highest)
+        linear = beta * z > threshold  # where torch leaves the logarithm out
+        found = [(beta**d * slope).masked_fill(linear, float(d == 0)) for d, slope in enumerate(slopes)]
+        return [module(z), *found[:highest]]
     if kind is nn.GELU and module.approximate == "none":
         shares = [(1 + torch.erf(z / math.sqrt(2))) / 2, torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)]
         for n in range(highest - 1):  # the normal density has f' = -z f
@@ -215,21 +208,20 @@ def activation_derivatives(module: nn.Module, z: Tensor, highest: int) -> Sequen
 def elementwise_derivatives(function: Callable[[Tensor], Tensor], z: Tensor, highest: int) -> list[Tensor]:
     """A function that maps each number by itself, and its derivatives up to an order."""
 
-    def slope_of(inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def slope(point: Tensor) -> Tensor:
-            value, pull = pull_back(inner, point)
-            return pull(torch.ones_like(value))
+    def with_slope(inner: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        def evaluate(point: Tensor) -> tuple[Tensor, ...]:
+            found, pull = pull_back(inner, point)
+            return pull(torch.ones_like(found[0])), *found
 
-        return slope
+        return evaluate
 
     wanted, compiled = torch.is_grad_enabled(), torch.compiler.is_compiling()
-    found = []
+    nested: Callable[[Tensor], tuple[Tensor, ...]] = lambda point: (function(point),)  # noqa: E731
+    for _ in range(highest):
+        nested = with_slope(nested)
     with nullcontext() if compiled else torch.inference_mode(False), torch.enable_grad():
-        z = z if compiled else _recordable(z)
-        for _ in range(highest + 1):
-            found.append(function(z) if wanted else function(z).detach())
-            function = slope_of(function)
-    return found
+        found = nested(z if compiled else _recordable(z))[::-1]
+    return list(found) if wanted else [part.detach() for part in found]
 
 
 class ExactNorms(TorchFunctionMode):

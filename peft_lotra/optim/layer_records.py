@@ -97,7 +97,7 @@ class Recorder:
             part.requires_grad_()
         grid = None
         if not stage.is_linear:
-            low, high, *sizes = stage.grid
+            low, high, *sizes = stage.module.grid
             grid = UniformGrid(low.clone(), high.clone(), *sizes)
         layers.append(LayerRecord(stage, grid, inputs, outputs))
         return outputs
