@@ -76,7 +76,7 @@ class KnotMap(InputMap):
         pieces[..., 0] += low.double()[:, None] - pieces[:, :1, 0]
         self.register_buffer("pieces", pieces.to(low))
 
-    def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
         """See `InputMap`."""
         cells = self.pieces.shape[1]
         low, high = self.low.to(z), self.high.to(z)
@@ -86,11 +86,12 @@ class KnotMap(InputMap):
         cell = position.detach().nan_to_num().long().clamp(0, cells - 1)
         t = position - cell
         columns = torch.arange(len(low), device=z.device).expand_as(cell)
-        value = slope = bend = torch.zeros_like(z)
+        found = [torch.zeros_like(z)] * (max(highest, 1) + 1)
         for coefficient in self.pieces.to(z)[columns, cell].flip(-1).unbind(-1):  # Horner
-            value, slope, bend = value * t + coefficient, slope * t + value, bend * t + 2 * slope
-        slope, bend = slope * per_unit, bend * per_unit.square()
-        return value + slope * (z - inside), slope, bend * (inside == z)
+            found = [part * t + (d * found[d - 1] if d else coefficient) for d, part in enumerate(found)]
+        found = [part * per_unit**d for d, part in enumerate(found)]
+        beyond = [part * (inside == z) for part in found[2:]]
+        return [found[0] + found[1] * (z - inside), found[1], *beyond][: highest + 1]
 
     @torch.no_grad()
     def inverse(self, s: Tensor) -> Tensor:

@@ -178,10 +178,10 @@ def _agrees(form: _Form, layer: nn.Module, known: _Layer) -> bool:
         directions = torch.randn(2, x.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(x)
 
         def compare() -> bool:
-            expected = jet_by_transforms(layer, x, directions, None)
-            found = evaluate_layer(_stage(form, layer, known), x, directions[:, None], None, None)
+            expected = jet_by_transforms(layer, x, directions, 2, None)
+            found = evaluate_layer(_stage(form, layer, known), [x, directions[:, None]], 2, None)
             agree = all(map(_is_close, found, expected, _TOLERANCES[like.dtype]))
-            return agree and (form.on_uniform_grid or _third_derivatives_agree(spec, layer, x))
+            return agree and (form.on_uniform_grid or _higher_derivatives_agree(spec, layer, x))
 
         try:
             return call_with_parameters(layer, exchanged, compare, (), {})
@@ -195,14 +195,21 @@ def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     )
 
 
-def _third_derivatives_agree(spec: KANLayerSpec, layer: nn.Module, x: Tensor) -> bool:
-    """Whether the third derivatives, which gradients need, are those of the second ones."""
+def _higher_derivatives_agree(spec: KANLayerSpec, layer: nn.Module, x: Tensor) -> bool:
+    """Whether each derivative from the third to the fifth, which gradients need, is that of the one before."""
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        *_, second, third = cast(Any, spec.derivatives)(layer, point, 3)
-        factors = torch.linspace(1, 2, second.shape[-1], device="cpu").to(second)
-        total = (factors * second).sum() + 0 * point.sum()  # which the second ones may not depend on
-        return _is_close((factors * third).sum(-1), torch.autograd.grad(total, point)[0], 1e-9)
+        _, _, *found, last = cast(Any, spec.derivatives)(layer, point, 5)
+        for lower, higher in zip(found, [*found[1:], last], strict=True):
+            slopes = [
+                torch.autograd.grad(part.sum(), point, retain_graph=True, materialize_grads=True)[0]
+                if lower.requires_grad
+                else torch.zeros_like(point)
+                for part in lower.unbind(-1)
+            ]
+            if not all(map(_is_close, higher.unbind(-1), slopes, [1e-9] * len(slopes))):
+                return False
+    return len(found) == 3
 
 
 def _points(spec: KANLayerSpec, layer: nn.Module, width: int, generator: torch.Generator) -> Tensor:

@@ -62,7 +62,7 @@ class KANLayerSpec:
         splines (`Callable`, *optional*): `splines(layer)` returns the [`UniformGrid`] of the basis, or `None`. The
             fast path then evaluates the splines in closed form.
         derivatives (`Callable`, *optional*): `derivatives(layer, x, highest)` returns a list: the basis functions of x
-            (batch, in) and their derivatives up to the order `highest`, at most 3, each (batch, in, basis). It opens
+            (batch, in) and their derivatives up to the order `highest`, at most 5, each (batch, in, basis). It opens
             the closed form of `jet`; the derivatives are compared with those that autograd gives of the layer.
         normalization (`str`, *optional*): The module that normalizes the inputs of the basis functions, and not those
             of the residual branch, if `derivatives` is given. It may be absent or `None`.
