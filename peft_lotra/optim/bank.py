@@ -238,7 +238,7 @@ class BankLevenbergMarquardt(_BankOptimizer):
         names: Sequence[str] | None = None,
         *,
         floor: float = 1e-3,
-        memory: int = 2**27,
+        memory: int = 2**26,
     ) -> None:
         if not isinstance(model, BankModel):
             raise TypeError(f"`model` is a {type(model).__name__}, but must be what `bank.attach()` returns.")
