@@ -56,7 +56,7 @@ def train_alone(model: nn.Module, x: Tensor, y: Tensor, steps: int, method: str)
     if method == "LM":
         least_squares = LevenbergMarquardt(model, forgetting=0)
         for _ in range(steps):
-            least_squares.step([(error, (x, y))])
+            least_squares.step([(error, (x, y), 1.0)])
         return time.process_time() - start
     optimizer = create_lotra_optimizer(model, torch.optim.AdamW, lr=LR)
     for _ in range(steps):
