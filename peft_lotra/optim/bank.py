@@ -18,7 +18,6 @@ from ..bank.layer import ROWS, BankModel, Rows
 from ..kan.row_product import RowGroups, group_rows
 from ..modules.calls import call_with_parameters
 from ..modules.checks import as_number
-from ..tuner.rows import ForwardPass
 from .learning_rates import COMPONENTS, Policy, component_multipliers
 from .least_squares import Intercepted, check_terms, name_term
 from .levenberg_marquardt import LARGEST_DAMPING, SMALLEST_DAMPING, damping_factor
@@ -336,7 +335,7 @@ class BankLevenbergMarquardt(_BankOptimizer):
         fixed = {name: it.detach().double() for name, it in tensors if it.is_floating_point()}
         given = tuple(row.double() if row.is_floating_point() else row for row in rows)
         store, n = self.bank.store._replace(packed=packed), len(rows[0])
-        token = ROWS.set(Rows(self.bank, store, groups, ForwardPass(None, {}, {})))
+        token = ROWS.set(Rows.of_groups(self.bank, store, groups))
         try:
             with Intercepted():
                 values = call_with_parameters(self.model, fixed, partial(function, self.model), given, {})
