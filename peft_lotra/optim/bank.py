@@ -259,9 +259,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
         accepted, first, width = torch.zeros_like(self._is_active), 0, self.packed.shape[1]
         while first < len(order):
             rows = int(counts[order[first]])
-            adapters = order[
-                first : first + max(1, self.defaults["memory"] // (8 * width * (16 * rows + min(rows, width))))
-            ]
+            size = self.defaults["memory"] // (8 * width * (16 * rows + min(rows, width)))
+            adapters = order[first : first + max(1, size)]
             losses[adapters], accepted[adapters] = self._step_of(adapters, checked)
             first += len(adapters)
         return BankStep(losses[1:], accepted[1:], self.state[self.packed]["damping"][1:].clone())
@@ -312,13 +311,13 @@ class BankLevenbergMarquardt(_BankOptimizer):
                 continue
             counts, numbers = owner.bincount(minlength=len(adapters)), torch.arange(len(owner), device=owner.device)
             slots = owner, numbers - (counts.cumsum(0) - counts)[owner]
-            distinct, groups = group_rows(owner)
-            # a copy of the adapter for each row: one backward pass has the gradients of all rows
-            own = values[owner].requires_grad_() if differentiates else values[distinct]
+            if differentiates:  # a copy of the adapter for each row: one backward pass has the gradients of all rows
+                own, groups = values[owner].requires_grad_(), RowGroups(numbers)
+            else:
+                distinct, groups = group_rows(owner)
+                own = values[distinct]
             given = [row[order.to(row.device)] for row in rows]
-            y = self._call(
-                name_term(number, function), function, given, own, RowGroups(numbers) if differentiates else groups
-            )
+            y = self._call(name_term(number, function), function, given, own, groups)
             y = y * (weight / counts[owner].double()).sqrt().unsqueeze(1)
             parts = [y]
             if differentiates:
@@ -344,4 +343,6 @@ class BankLevenbergMarquardt(_BankOptimizer):
         if not isinstance(values, Tensor) or values.shape[:1] != (n,) or values.dim() > 2:
             shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"The {name} returns {shape} for {n} rows, but must return ({n},) or ({n}, m).")
-        return values.reshape(n, -1).double()
+        if packed.requires_grad and not values.requires_grad:
+            raise ValueError(f"The {name} does not depend on the adapters: is the bank attached to its model?")
+        return values.reshape(n, -1).to(packed)

@@ -165,6 +165,7 @@ def test_what_it_refuses():
         ([(error, (x, y), torch.zeros_like(ids) + bank.ids(["c"]))], "'c'"),
         ([(error, (x, y), ids, -1.0)], "weight"),
         ([(lambda model, x: model(x).mean(), x, ids)], r"\(8,\)"),
+        ([(lambda model, x: x, x, ids)], "depend"),
         ([], "no residual terms"),
     ):
         with pytest.raises(ValueError, match=word):
