@@ -31,13 +31,13 @@ def test_benchmarks():
 
 
 def test_scoreboard():
-    study, results = importlib.import_module("scoreboard"), load("scoreboard")["results"]
-    for name, row in study.ROWS.items():  # as the page says, the KAN's error is the lower one
+    study, results, lost = importlib.import_module("scoreboard"), load("scoreboard")["results"], []
+    for name, row in study.ROWS.items():
         published = row.published if isinstance(row, study.Subject) else row[1]
-        error = float(re.findall(r"\d\.\d+e-\d|0\.\d+", published)[0])
-        assert (
-            median(run.get("least", run["error"]) for run in results.get(name, {}).get("KAN", [{"error": 0}])) < error
-        )
+        least = float(re.findall(r"\d\.\d+e-\d|0\.\d+", published)[0])
+        if median(run.get("least", run["error"]) for run in results.get(name, {}).get("KAN", [{"error": 0}])) > least:
+            lost.append(name)
+    assert lost == ["poisson_5"]  # as the page says
     table = study.table(results)
     assert table == (RESULTS / "scoreboard.md").read_text(encoding="utf-8")
     assert table in (ROOT / "docs" / "scoreboard.md").read_text(encoding="utf-8")
