@@ -17,7 +17,7 @@ from .layer import LoTRALayer, Target
 
 
 _PROJECTIONS = 8
-_ROW_LENGTH = 2048  # values that have signs of their own; those of the next row are the same, or all opposite
+_ROW_LENGTH = 2048  # the sign of a value is that of its column of so many, times that of its row
 # What a base that is cast, or computed anew, may differ by, as a share of its norm.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -64,7 +64,7 @@ def sketch(values: Mapping[str, Any]) -> list[float]:
         rows = torch.nn.functional.pad(flat, (0, -len(flat) % _ROW_LENGTH)).view(-1, _ROW_LENGTH)
         with torch.autocast("cpu", enabled=False):
             projected = (rows @ _signs(0, _ROW_LENGTH).to(rows.dtype)).double()
-        # signs by tensor, too, so that exchanged tensors differ
+        # 4,096 rows of signs for each tensor, so that exchanged tensors differ
         sums += (projected * _signs(place * 4096, place * 4096 + len(rows))).sum(0)
     return [square_sum**0.5, *sums.tolist()]
 

@@ -284,7 +284,7 @@ class LoTRAConfig(PeftConfig):
         del values["check_base"]  # a choice of who loads
         # sets have another order in each process
         values.update({name: sorted(value) for name, value in values.items() if isinstance(value, set)})
-        by_default = {"^" + re.escape(name): ranks for name, ranks in self.default_ranks.items()}
+        by_default = {pattern_key(name): ranks for name, ranks in self.default_ranks.items()}
         values["rank_pattern"] = {**by_default, **values["rank_pattern"]}
         values["base_layers"] = self.base_layers if self.base_record is None else self.base_record
         return values

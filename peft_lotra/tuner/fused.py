@@ -1,10 +1,10 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The output of an adapted layer by its formula, without running the base layer.
+"""The fast path: the output of an adapted layer by a formula, without running the base layer.
 
-The frozen coefficients need no gradient then, the update contracts as two thin products, and B-splines on a uniform
-grid are evaluated in closed form.
+B-splines on a uniform grid are evaluated in closed form. Where it costs less, the update stays in two thin products
+and the coefficients need no gradient; else it is added to them first, as in small layers.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class Formula(NamedTuple):
         closed_form: Whether the basis is evaluated by the kind's `splines`, else by its `basis`.
     """
 
+    # methods, no properties, and no sum of a generator: compiled code does not know them of tuples
+
     spec: KANLayerSpec
     tensor: CoefficientTensor
     closed_form: bool
@@ -66,13 +68,12 @@ class Formula(NamedTuple):
         same = x.dtype == stored.dtype and all(update.tensor[0].dtype == x.dtype for update in updates)
         return fits and same and not runs_more_than_its_class(base_layer)
 
-    # no property or sum of a generator: compiled code does not know them of tuples
     def output(self, base_layer: nn.Module, updates: Sequence[Update], x: torch.Tensor) -> torch.Tensor:
         """The output (..., out) of the base layer with the updates for inputs x (..., in).
 
-        The thin products cost 2 R (I K + O) multiplications for each row in the backward pass, R the sum of the
-        updates' ranks in the output mode. To form the update, and the gradient of the whole coefficient tensor, costs
-        O I K.
+        The update stays in factors where 2 R (I K + O) < O I K, R the sum of its ranks in the output mode, and there
+        is no edge scale: the multiplications for each row in the backward pass by two thin products, and with the
+        gradient of all coefficients.
         """
         out, in_features, basis = self.tensor.shape
         coefficients, residual = self.tensor.read_parts(base_layer)

@@ -81,16 +81,16 @@ def start_from_gradient(
         targets = {name: (layer.get_base_layer(), layer.lotra_tensor) for name, layer in layers.items()}
         gradients = gather_gradients(targets, network, train_step)
     GRADIENTS.update(gradients)
+    owners = [it for module in network.modules() if adapter in (it := vars(module).get("peft_config", {}))]
+    config = copy.copy(owners[0][adapter])  # the object may serve other models
+    config.init_weights = "gradient"
     for layer in layers.values():
-        frozen, components = layer.frozen_peft_weight_names.get(adapter, ()), layer.get_components(adapter)
-        names = ("factor_out", "core", *components._asdict())
-        zero = next((name for name in names if f"lotra_{name}" not in frozen), "factor_out")
+        components = layer.get_components(adapter)
+        _, zero = config.frozen_and_zero(components._asdict())
         initialize(components, "gradient", zero, layer.get_base_layer())
         del GRADIENTS[layer.get_base_layer()]
-    for owner in network.modules():
-        if adapter in (configs := vars(owner).get("peft_config", {})):  # the object may serve other models
-            configs[adapter] = copy.copy(configs[adapter])
-            configs[adapter].init_weights = "gradient"
+    for configs in owners:
+        configs[adapter] = config
 
 
 def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable[[], None]) -> None:

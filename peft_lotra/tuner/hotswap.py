@@ -91,7 +91,8 @@ def hotswap_adapter(
     }
     saved = {key: value for key, value in tensors.items() if ".lotra_" not in key}
 
-    # Passes that go on read the former components here; they look here after they have read the present ones.
+    # Passes that have begun hold this dict (`ForwardPass.replaced`). A layer reads the components first, the dict
+    # second, and so has the former ones throughout; later passes get the new dict below.
     tuner.replaced.update({(id(layer), adapter_name): layer.get_components(adapter_name) for layer in layers.values()})
     for name, layer in layers.items():
         for component, part in zip(layer.adapter_layer_names, swapped[name], strict=True):

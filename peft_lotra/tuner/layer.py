@@ -112,14 +112,14 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: LoTRAConfig, is_loaded: bool = False) -> None:
         """Adds an adapter; the values of one that `is_loaded` come from a file."""
         shapes = config.component_shapes(self.lotra_name, self.lotra_tensor)
-        _, alpha = config.ranks_and_alpha(self.lotra_name, self.lotra_tensor.shape)
-        values = (shapes["core"], alpha, alpha, config.rank_dropout, config.module_dropout)
+        ranks, (_, alpha) = shapes["core"], config.ranks_and_alpha(self.lotra_name, self.lotra_tensor.shape)
+        values = (ranks, alpha, alpha, config.rank_dropout, config.module_dropout)  # the scale starts at alpha
         for entry, value in zip(self.other_param_names, values, strict=True):
             getattr(self, entry)[adapter_name] = value
-        # drawn in the base's precision, but not in half of it; `_move_adapter_to_device_of_base_layer` casts later
+        # drawn in the base's dtype, in float32 for half precision; cast below
         stored = self.lotra_tensor.get_parameter(self.get_base_layer())
         dtype = torch.promote_types(stored.dtype, torch.float32)
-        # an adapter has values also where the base has none yet
+        # a base on the meta device has no values yet, its adapter has
         device = "cpu" if stored.is_meta else stored.device
         for name, shape in shapes.items():
             part = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
@@ -133,11 +133,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if stored.is_meta or stored.dtype != dtype:
             self._move_adapter_to_device_of_base_layer(adapter_name)
         self._active_adapter = self._active_adapter or [adapter_name]
-        # `set_adapter` would go through all adapters, a million steps for a thousand
-        trainable = adapter_name in self.active_adapters and not config.inference_mode
-        for component in self.get_components(adapter_name):
-            component.requires_grad_(trainable)
-        self._freeze_non_trainable_peft_weights(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         with gradients_kept([self] if adapter_name in self.lotra_r else [], adapter_name):
@@ -277,8 +272,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     # --- the grid ---
 
-    def grid_is_new(self) -> None:
-        """Takes the present grid for that of the adapters; on it, the layer may have another formula."""
+    def accept_grid(self) -> None:
+        """Takes the present grid for that of the adapters; the layer may have another formula on it."""
         self.lotra_grid, self._grid_state, self._formulas = self.copy_grid(), None, {}
 
     def exchange_base(self, layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> None:
@@ -286,11 +281,11 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         mode = self._modules["base_layer"].training
         vars(self).update(lotra_spec=spec, lotra_tensor=tensor, _base_type=type(layer))
         self._modules["base_layer"] = layer.train(mode)
-        self.grid_is_new()
+        self.accept_grid()
 
     @property
     def unadapted(self) -> nn.Module:
-        """The base layer; the layer itself while adapters are merged, which cannot be carried to another base."""
+        """For `refine_grid`: the base layer to refine, or the layer itself while merged, which is then refused."""
         return self if self.merged else self._modules["base_layer"]
 
     @torch.no_grad()
@@ -355,7 +350,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     # --- the forward pass ---
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if "forward" in vars(self._modules["lotra_core"]):  # a hook of accelerate, to load what it has offloaded
+        # a hook of accelerate, to load what it has offloaded; `loaded` takes it away for the inner call
+        if "forward" in vars(self._modules["lotra_core"]):
             with loaded(self):
                 return self.forward(*args, **kwargs)
         names = kwargs.pop("adapter_names", None)
@@ -430,7 +426,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         base_layer = self._modules["base_layer"]
         # the formula of our own layers does not depend on the mode
         key = (base_layer.training and not self.lotra_spec.is_of_this_package(base_layer), stored.dtype)
-        if type(base_layer) is not self._base_type:  # FSDP has wrapped it
+        if type(base_layer) is not self._base_type:  # FSDP has wrapped it, or `call_with_parameters` is at work
             return None
         if key not in self._formulas:
             if not is_new and (torch.compiler.is_compiling() or in_transform()):
@@ -468,7 +464,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def check_merge(self, adapter_names: list[str], safe_merge: bool = False) -> None:
         """Raises what `merge` would raise, and a ValueError for parameters that are computed from others."""
         base_layer = self.get_base_layer()
-        if not adapter_names:  # a grid may move once all is merged
+        if not adapter_names:  # nothing to merge: the grid may have moved since
             return
         self.check_grid()
         for parameter in self.lotra_tensor.parameters if "core" not in base_layer._parameters else ():
@@ -476,7 +472,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         updates: list[Update] = []
         for name in adapter_names if safe_merge else ():
             updates.append(self.update_of(name))
-            values = (updates[-1].dense(), *self._parameters_with(updates).values())  # a Slim layer has components
+            values = (updates[-1].dense(), *self._parameters_with(updates).values())  # of a Slim layer: components
             if not all(value.isfinite().all() for value in values):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
 

@@ -93,7 +93,7 @@ class LoTRAModel(BaseTuner):
         # before super().__init__, which injects the first adapter
         self._targets: dict[str, Target] = {}
         self._parents: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # of all modules, while layers are replaced
-        self._injection = ExitStack()  # closed when an adapter has been injected
+        self._injection = ExitStack()  # keeps base layers in their places while PEFT copies modules to save in them
         self._requires_grad_of_base: list[tuple[nn.Parameter, bool]] = []
         self.replaced: Replaced = {}  # see `hotswap_adapter`
         super().__init__(model, *args, **kwargs)
@@ -136,7 +136,8 @@ class LoTRAModel(BaseTuner):
         read_checked(peft_config, model, targets)
         if recorded is not None or peft_config.targets_all_kan:
             peft_config.target_modules = exact_targets(targets, model)
-        peft_config.source, self._parents = None, _parents(model)
+        peft_config.source = None  # was read; the object may serve another model
+        self._parents = _parents(model)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
@@ -148,13 +149,11 @@ class LoTRAModel(BaseTuner):
         if not isinstance(target, LoTRALayer):
             layer_cls = SlimLoTRALayer if isinstance(layer, (SlimKANLinear, SlimLayer)) else LoTRALayer
             target, former = layer_cls(target, spec, tensor, current_key), target
-            if adapter_name not in self.active_adapters:
-                target.requires_grad_(False)
             self._replace_module(parent, target_name, target, former)
             if spec.network_methods or spec.checkpoint_methods:
                 guard_network(self.model, current_key, spec)
         elif not target.lotra_r:
-            target.grid_is_new()  # it may have moved while there was no adapter
+            target.accept_grid()  # it may have moved while there was no adapter
         target.update_layer(adapter_name, peft_config, is_loaded=peft_config.base_layers is not None)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -163,7 +162,7 @@ class LoTRAModel(BaseTuner):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
-        config = next(reversed(self.peft_config.values()))
+        config = next(reversed(self.peft_config.values()))  # of the adapter that is injected
         if any(".base_layer." in f"{name}." for name, _, _ in saved_tensors(config, model, dict(lotra_layers(model)))):
             # next, PEFT copies the modules to save, also those inside of KAN layers
             self._injection.enter_context(base_layers_in_place(model))
@@ -205,6 +204,7 @@ class LoTRAModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        # PEFT reads the file again, and passes dicts of users here too
         check_state_dict(state_dict)
         state_dict = _renamed(state_dict, config.names_in_model)
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -213,6 +213,7 @@ class LoTRAModel(BaseTuner):
     def _load_from_state_dict(
         self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        # torch raises too, but after it has copied the tensors that fit
         raise_if_any("The tensors do not fit the adapters", mismatches(self.model, state_dict, f"{prefix}model."))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -317,7 +318,13 @@ def _check_adapter_name(name: Any) -> None:
 
 
 def read_checked(config: LoTRAConfig, model: nn.Module, targets: dict[str, Target]) -> dict[str, torch.Tensor]:
-    """Compares an adapter from a file with a model; returns its tensors by the names there, none without a file."""
+    """Compares an adapter from a file, its base and its tensors, with a model.
+
+    The layers of the file are paired with those of the model, and its patterns in `config` renamed accordingly.
+
+    Returns:
+        The tensors by the names in the model; none without a file.
+    """
     source, recorded = config.source, config.base_layers or {}
     is_reshaped = source is not None and source.ignore_mismatched_sizes
     if recorded:

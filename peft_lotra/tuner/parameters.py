@@ -15,7 +15,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 
 def check_stored(name: str, layer: nn.Module, parameter: str) -> None:
-    """Raises a ValueError for a parameter that is computed from others; FSDP's views have no such hook."""
+    """Raises a ValueError for a parameter that is computed from others, by a parametrization or a pre-hook.
+
+    The views of FSDP are attributes too, without a pre-hook.
+    """
     path, _, leaf = parameter.rpartition(".")
     owner = layer.get_submodule(path)
     if is_parametrized(owner, leaf) or (leaf not in owner._parameters and owner._forward_pre_hooks):
@@ -36,10 +39,10 @@ def gradients_kept(layers: Iterable[Any], adapter: str) -> Iterator[None]:
 
 
 def refuse_grid_change(name: str, *args: Any, **kwargs: Any) -> None:
-    """Raises the error of a call that moves a grid, and with it the meaning of the coefficients."""
+    """Raises the error of a call that changes what the coefficients mean."""
     raise RuntimeError(
-        f"`{name}` moves the grid, which would change the meaning of the adapters. Merge them first "
-        "(`merge_and_unload()`), or carry them over by `peft_lotra.refit_adapters(model, inputs, move)`."
+        f"`{name}` would change what the coefficients of the adapters mean. Merge them first (`merge_and_unload()`), "
+        "or pass a move of the grid alone to `peft_lotra.refit_adapters(model, inputs, move)`."
     )
 
 

@@ -97,7 +97,7 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
             return
         for adapter in layer.lotra_r:
             report.errors[name, adapter], report.projection_errors[name, adapter] = _refit(name, layer, adapter, x)
-        layer.grid_is_new()
+        layer.accept_grid()
 
     with _unchanged_on_error(layers), modes_kept(model), torch.no_grad():
         model.eval()

@@ -67,7 +67,8 @@ def names_of_rows(names: Sequence[str], x: Any, layer: str, current: ForwardPass
     batch is for the caller to see to.
 
     Raises:
-        ValueError: The number of rows is another, and their order is not known; or x is transposed, with b = t.
+        ValueError: The number of rows is another, and their order is not known; or x is transposed, and its first two
+            sizes are equal.
     """
     if not isinstance(x, torch.Tensor) or x.dim() == 0:
         return names

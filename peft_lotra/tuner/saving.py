@@ -207,7 +207,11 @@ def select_to_save(adapter_name: str, state_dict: dict[str, Tensor], saves: bool
 
 
 def is_saving() -> bool:
-    """Whether the caller's caller was called by `save_pretrained` of PEFT; a ValueError if that writes a pickle."""
+    """Whether `PeftModel.save_pretrained` is running; a ValueError if it would write a pickle.
+
+    PEFT does not tell `_get_adapter_state_dict`: it is found by its name in the four frames above. Only then the base
+    is recorded and tensors that are not complete are refused; `get_peft_model_state_dict` by itself may have them.
+    """
     frame: Any = sys._getframe(1)
     for _ in range(4):
         if frame is not None and frame.f_code.co_name == "save_pretrained":
