@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -161,7 +161,8 @@ class LeastSquares:
             marked = [place for place, row in enumerate(rows) if row.requires_grad]
             rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
             shapes = tuple((row.shape[1:], row.dtype) for row in rows)
-            key = id(function), self.modes, shapes, self.shapes
+            same = function if isinstance(function, Hashable) else id(function)  # bound methods are new at each access
+            key = same, self.modes, shapes, self.shapes
             plan = self.plans.get(key) or plans.get(key)
             term = Residuals(name, function, rows, marked, math.sqrt(weight / total), plan or Plan(function))
             self.terms.append(term)
