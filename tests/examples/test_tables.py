@@ -43,6 +43,14 @@ def test_scoreboard():
     assert table in (ROOT / "docs" / "scoreboard.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("study", "part"), [("ten", lambda found: found), ("forgetting", lambda found: found["results"])]
+)
+def test_tables_of_pdes(study, part):
+    text = (RESULTS / "pde" / f"{study}.md").read_text(encoding="utf-8")
+    assert importlib.import_module(study).markdown(part(load(f"pde/{study}"))) == text
+
+
 def moving_targets(path: Path) -> None:
     study, record = importlib.import_module("moving_targets"), load("pde/moving_targets")
     limits = {width: setting["seconds"] for width, setting in record["recipe"].items()}
