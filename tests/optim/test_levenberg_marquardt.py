@@ -223,6 +223,8 @@ def test_arguments():
     for wrong in ({"damping": 0.0}, {"damping": math.nan}, {"floor": 2.0}, {"forgetting": 1.0}, {"memory": 1000}):
         with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is"):
             LevenbergMarquardt(model, **wrong)
+    with pytest.raises(TypeError, match="takes no argument lr. Steps .* `damping`"):
+        LevenbergMarquardt(KAN([1, 1]), lr=1e-3)  # pyright: ignore[reportCallIssue]
     with pytest.raises(TypeError, match="`model` must be a network"):
         LevenbergMarquardt(model.parameters())
     with pytest.raises(ValueError, match="No parameter of the model requires a gradient"):
