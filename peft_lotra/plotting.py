@@ -8,7 +8,7 @@ The numbers behind the picture of a network, `edge_changes`, do not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
@@ -75,6 +75,7 @@ def plot_edge_functions(
     layer_name: str,
     edges: int | Sequence[tuple[int, int]] = 6,
     x: torch.Tensor | None = None,
+    title: Callable[[int, int], str] = "unit {0}, input {1}".format,
     figure: Figure | SubFigure | None = None,
 ) -> Figure | SubFigure:
     """Draws functions on edges of a KAN layer, of the base and with the active adapters; returns the figure.
@@ -87,6 +88,7 @@ def plot_edge_functions(
         edges: Pairs (output, input); or the number of edges, one for each input: those whose coefficients the adapters
             changed most, or with the largest coefficients without adapters.
         x: (points,), where to evaluate; by default 101 points from -1 to 1.
+        title: `title(output, input)` is written above the picture of an edge.
         figure: Where to draw; a new one by default.
 
     Raises:
@@ -125,7 +127,7 @@ def plot_edge_functions(
     for axis, (o, i) in zip(axes, edges, strict=False):
         for label, color, dash in zip(curves, ("0.5", "tab:green"), ("--", "-"), strict=False):
             axis.plot(x.cpu(), functions[label, i][:, o].float().cpu(), color=color, ls=dash, label=label)
-        axis.set_title(f"unit {o}, input {i}", fontsize=9)
+        axis.set_title(title(o, i), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
     for axis in axes[len(edges) :]:

@@ -65,8 +65,8 @@ def test_which_edges_are_drawn():
     with torch.no_grad():
         layer.lotra_factor_in["default"].copy_(torch.tensor([[0.1] * 3, [3.0] * 3, [1.0] * 3]))
     for name in ("kan", "base_model.model.kan"):  # as PEFT writes it
-        titles = [axis.get_title() for axis in plot_edge_functions(model, name, 2).axes]
-        assert [title.split()[-1] for title in titles] == ["1", "2"]
+        titles = [axis.get_title() for axis in plot_edge_functions(model, name, 2, title="{0} {1}".format).axes]
+        assert [title.split()[1] for title in titles] == ["1", "2"]
     figure = plot_edge_functions(model, "kan", x=torch.rand(7, 1))
     assert len(figure.axes) == 3  # one for each input
     assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [7, 7]

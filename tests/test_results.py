@@ -1,14 +1,14 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The table of results in README.md has the numbers of the committed JSON files."""
+"""The tables of README.md and docs/paper.md have the numbers of the committed JSON files."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from statistics import mean
+from statistics import geometric_mean, mean
 
 import pytest
 
@@ -67,6 +67,48 @@ def test_errors_of_pdes(row: list[str], case: tuple[str, str, str]) -> None:
         row[1:], (adam, early, lm, lotra), (False, early > adam, False, lotra > lm), strict=True
     ):
         check(cell, value, loses)
+
+
+def test_the_page_of_the_paper() -> None:
+    text = (ROOT / "docs" / "paper.md").read_text()
+    rows = load("pde/transfer.json")["rows"]
+    errors = {(row["family"], row["target"], row["method"]): row["error"] for row in rows}
+    cases = {key[:2] for key in errors}
+
+    def ratios(method: str, other: str) -> list[float]:
+        return [errors[(*case, method)] / errors[(*case, other)] for case in cases]
+
+    one_rate = ratios("lotra_uniform_adam", "lotra_adam")
+    assert f"has {spread(one_rate)} times the error" in text
+    assert f"{geometric_mean(one_rate):.1f} times in the geometric mean" in text
+    assert f"{spread(ratios('lotra_adam', 'full_adam'))} times the error of full fine-tuning" in text
+    assert f"from zero {spread(ratios('scratch_adam', 'full_adam'))} times" in text
+    assert f"is {spread(ratios('lotra_lm', 'full_lm'))} times more accurate" in text
+
+
+def test_the_expressiveness_on_the_page_of_the_paper() -> None:
+    text = (ROOT / "docs" / "paper.md").read_text()
+    results = load("expressiveness.json")["results"]
+    tasks = [task for task in results if "planted" not in task]
+
+    def left(kind: str, key: str, rank: int, part: str = "") -> list[float]:
+        found = [results[task][kind] for task in tasks if not part or task.startswith("PDE") == (part == "PDE")]
+        return [mean(run[str(rank)][key] for run in runs) for runs in found]
+
+    assert len(tasks) == 6
+    update, random, smooth = (spread(left(kind, "tensor", 8), 2) for kind in ("update", "random", "smooth random"))
+    assert f"leaves {update} of an update, {random} of a random one of its norm, {smooth} of a smooth" in text
+    empty = [sum(bound >= 1 for bound in left("update", "bound", rank)) for rank in (2, 4)]
+    assert f"on {empty[0]} of six tasks at rank 2 and on {empty[1]} at rank 4" in text
+    bound = left("update", "bound", 8)
+    ratios = [b / t for b, t in zip(bound, left("update", "tensor", 8), strict=True)]
+    assert f"at rank 8 it is {spread(bound, 2)}, {spread(ratios)} times the measured error" in text
+    data, pdes = (spread(left("update", "function", 8, part), 2) for part in ("data", "PDE"))
+    assert f"leaves {data} on data, but {pdes} on the PDEs" in text
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
 
 
 def check(cell: str, value: float, loses: bool = False) -> None:

@@ -191,6 +191,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="default: all of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--methods", nargs="+", help="default: all of the row, pykan included")
     args = parser.parse_args()
     path = args.output / f"scoreboard{'_quick' if args.quick else ''}.json"
     if args.quick:
@@ -199,7 +200,7 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.rows or (QUICK_ROWS if args.quick else ROWS):
             for method in methods(name):
-                if not record.has(seed, "results", name, method):
+                if (not args.methods or method in args.methods) and not record.has(seed, "results", name, method):
                     found = run(name, method, seed, args.quick)
                     record.add(found, "results", name, method)
                     print(f"{name}, {method}, seed {seed}: {cell([found])}", flush=True)

@@ -24,7 +24,7 @@ from ..tucker import full_shape
 from ..tuner.base_record import record_layer
 from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer, lotra_layers
-from ..tuner.rows import ForwardPass, check_names
+from ..tuner.rows import check_names
 from ..tuner.targets import Target, find_targets
 from .layer import ROWS, BankLayer, BankModel, Rows, SlimBankLayer
 from .reading import Adapter, match_layers, read_adapter
@@ -127,9 +127,9 @@ class AdapterBank:
         return name in self._rows
 
     def __repr__(self) -> str:
-        rows, width = self.store.packed.shape
-        dtype, device = self.store.packed.dtype, self.store.packed.device
-        return f"AdapterBank({len(self)} adapters of {width} numbers, room for {rows - 1}, {dtype}, {device})"
+        packed, room = self.store.packed, len(self.store.form_of) - 1
+        numbers = f"{packed.shape[1]} numbers, room for {room}, {packed.dtype}, {packed.device}"
+        return f"AdapterBank({len(self)} adapters of {numbers})"
 
     def ids(self, names: Sequence[str]) -> Tensor:
         """The numbers of adapters, (rows,) int64, on the device of the bank; -1 for `"__base__"`.
@@ -446,7 +446,7 @@ class AdapterBank:
             store = store._replace(packed=store.rows(distinct))
         else:
             groups = RowGroups(index)
-        return Rows(self, store, groups, ForwardPass(None, {}, {}))
+        return Rows.of_groups(self, store, groups)
 
     def _check_ids(self, ids: Tensor) -> Tensor:
         if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:

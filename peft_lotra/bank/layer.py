@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..kan.row_product import RowGroups, RowUpdates
 from ..tucker import Tucker, Update
-from ..tuner.by_row import output_by_row
+from ..tuner.by_row import run_rows
 from ..tuner.layer import LoTRALayer
-from ..tuner.rows import ForwardPass, names_of_rows, run_by_name
+from ..tuner.rows import ForwardPass
 from ..tuner.slim import SlimLoTRALayer
 from .store import Store
 
@@ -28,14 +28,20 @@ class Rows(NamedTuple):
     Attributes:
         bank: The bank, an object of any type, whose layers they are for.
         store: The adapters of the bank when the pass began, perhaps those of the batch alone.
-        groups: The rows of the batch, by the rows of `store`; None in a traced pass of the base.
-        order: What is known about the order of more rows than the batch has.
+        groups: The rows of the batch, by the rows of `store`; None in a pass of the base.
+        order: The row of `store` of each row, and what is known about the order of more rows; None in a traced pass.
     """
 
     bank: Any
     store: Store
     groups: RowGroups | None
     order: ForwardPass | None
+
+    @classmethod
+    def of_groups(cls, bank: Any, store: Store, groups: RowGroups) -> Rows:
+        """The rows of an eager pass."""
+        names: Any = groups.of_rows().tolist()
+        return cls(bank, store, groups, ForwardPass(names, {}, {}))
 
 
 # set around each forward pass, so that each thread has its own
@@ -84,30 +90,23 @@ class BankLayer(LoTRALayer):
         groups, name = rows.groups, self.lotra_bank_name
         if groups is None or name not in rows.store.layers:
             return self._run((), None, args, kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
-        places: Any = ()
-        if not is_traced:
-            self.check_grid()
-            places = names_of_rows(range(groups.batch()), x, self.lotra_name, rows.order)  # pyright: ignore
-        base_layer = self._modules["base_layer"]
-        stored = self.lotra_tensor.get_parameter(base_layer)
         form, packed = rows.store.layers[name], rows.store.columns()[name]
-        updates = RowUpdates(packed, groups, form)
-        y = output_by_row(base_layer, self._find_formula(stored), stored, lambda: updates, args, kwargs)
-        if y is not None:
-            return y
-        if is_traced:
-            raise RuntimeError(
-                f"`{self.lotra_name}` ({self.lotra_spec.family}) runs once for each adapter, which a graph cannot do. "
-                "Give its kind `basis` in `register_kan_layer`, or call the model that is not compiled."
-            )
 
         def run(row: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+            if is_traced:
+                raise RuntimeError(
+                    f"`{self.lotra_name}` ({self.lotra_spec.family}) runs once for each adapter, which a graph cannot "
+                    "do. Give its kind `basis` in `register_kan_layer`, or call the model that is not compiled."
+                )
+            stored = self.lotra_tensor.get_parameter(self._modules["base_layer"])
             parts = [part[0].to(stored) for part in form.unpack(packed[row : row + 1])]
             return self._call_base([Update(1.0, Tucker(*parts))], args, kwargs)
 
-        index = groups.of_rows().tolist()
-        return run_by_name([index[place] for place in places], run, args, kwargs)  # pyright: ignore[reportArgumentType]
+        names: Any = (0,)
+        if rows.order is not None:
+            self.check_grid()
+            names = rows.order.names
+        return run_rows(self, names, rows.order, lambda _: RowUpdates(packed, groups, form), run, args, kwargs)
 
 
 class SlimBankLayer(BankLayer, SlimLoTRALayer):

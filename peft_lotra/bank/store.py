@@ -56,10 +56,10 @@ class Store(NamedTuple):
         form: Form = {name: (it.tensor.ranks, it.tensor.shape[2]) for name, it in updates.items()}
         if form not in self.forms:
             self.forms.append(form)
-        if self.added is not None and row >= len(self.packed):
-            self.added[row - len(self.packed)].copy_(self.pack(updates))
+        if self.added is None or row < len(self.packed):
+            self.packed[row] = self.pack(updates)
         else:
-            self.packed[row].copy_(self.pack(updates))
+            self.added[row - len(self.packed)] = self.pack(updates)
         self.form_of[row] = self.forms.index(form)
 
     def _sizes(self, name: str, ranks: tuple[int, ...], basis: int) -> list[tuple[int, ...]]:

@@ -17,24 +17,32 @@ from torch import Tensor, nn
 from ..kan.input_map import InputMap
 from ..kan.recording_hook import current_hook
 from ..modules.calls import check_module
-from .layers import Jet, block_size, evaluate_layer
+from ..modules.checks import check_count
+from .chain_rule import Jet, compose, row_counts
+from .layers import block_size, evaluate_layer
 from .norms import Norm, check_rows_apart, through_norm
 from .stages import Stage, composed_jet, entry_of, stages_of
 from .torch_fallback import activation_derivatives, jet_by_transforms
 
 
 _checked: WeakSet[nn.Module] = WeakSet()
-_warned: set[type] = set()
+_warned: set[Any] = set()
+HIGHEST_ORDER = 4
 
 
 def jet(
-    model: nn.Module, x: Tensor, directions: Tensor | None = None, *, collapse: bool | Sequence[float] | Tensor = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The value of a KAN and its first and second derivatives along straight lines, in one forward pass.
+    model: nn.Module,
+    x: Tensor,
+    directions: Tensor | None = None,
+    *,
+    order: int = 2,
+    collapse: bool | Sequence[float] | Tensor = False,
+) -> tuple[Tensor, ...]:
+    r"""The value of a KAN and its derivatives along straight lines up to an order, in one forward pass.
 
-    With u(t) = model(x + t v) for each direction v, each layer takes (u, u', u'') to that of its output by
+    With u(t) = model(x + t v) for each direction v, each layer takes (u, u', u'', ...) to that of its output by
 
-        y = A b(z),   y' = A [b'(z) z'],   y'' = A [b''(z) z'^2 + b'(z) z''],
+        y = A b(z),   y' = A [b'(z) z'],   y'' = A [b''(z) z'^2 + b'(z) z''],   ...
 
     where b are the basis functions and the residual function, whose derivatives are known in closed form. The result
     is differentiable in parameters and inputs, and runs under `torch.func` and `torch.compile(fullgraph=True)`.
@@ -43,24 +51,26 @@ def jet(
     (`nn.LayerNorm` of the last dimension, batch normalization in evaluation mode), `nn.Linear` and activations, these
     with adapters (LoTRA, or LoRA on `target_parameters`) without dropout, and what `peft_lotra.pde` composes of
     them. So are networks of other libraries whose layers are described with `derivatives` and run one
-    after the other (efficient-kan, FastKAN, ChebyKAN, FourierKAN, PINA, pykan without symbolic functions), once layers
-    and network have been compared with what is described. Any other module (a class of your own that computes more,
-    modules with hooks) is differentiated by transforms, with a warning for each class.
+    after the other (efficient-kan, FastKAN, ChebyKAN, FourierKAN, PINA), once layers and network have been compared
+    with what is described. Any other module (a class of your own that computes more, modules with hooks) is
+    differentiated by transforms, with a warning for each class.
 
     Args:
         model: Maps (..., I) to (..., O), each row by itself.
         x: Points, shape (..., I), usually (N, I).
         directions: The D directions v, shape (D, I), of any length; by default the I coordinate axes. Derivatives are
             in the parameter t.
-        collapse: Whether to return the sum of the second derivatives over the directions instead of each of them,
-            which is faster (collapsed Taylor mode). D numbers make it a weighted sum: (1, 0) for u_xx and no u_tt.
+        order: The highest derivative, 1 to 4. Splines of a lower degree do not have it: there is a warning.
+        collapse: Whether to return the sum of the derivatives of the highest order over the directions instead of each
+            of them, which is faster (collapsed Taylor mode). D numbers make it a weighted sum: (1, 0) for u_xx and no
+            u_tt.
 
     Returns:
-        u (..., O), du (D, ..., O) and d2u (D, ..., O), or (..., O) with `collapse`.
+        u (..., O), du (D, ..., O), d2u (D, ..., O) and so on, the last (..., O) with `collapse`.
 
     Raises:
         ValueError: `x`, `directions` or `collapse` has a wrong shape, or the outputs have, or batch normalization in
-            training mode makes each row depend on the others.
+            training mode makes each row depend on the others. `order` is out of range.
         TypeError: `model` is no module, or has a convolution with KAN functions; `x` is no floating point tensor, or
             `directions` are no tensor, or `collapse` are no weights.
 
@@ -73,27 +83,36 @@ def jet(
         >>> u, du, d2u = jet(KAN([2, 5, 1]), torch.rand(100, 2))
         >>> tuple(d2u.shape)  # d2u[0] is d^2 u / d x_0^2
         (2, 100, 1)
+        >>> u, (u_x, u_t), _, u_xxx = jet(KAN([2, 5, 1]), torch.rand(100, 2), order=3, collapse=(1, 0))
     """
-    u, du, d2u = _jet(model, x, directions, collapse)
-    return u, du, d2u  # no `Jet`, which `torch.func.vmap` would want in `out_dims`
+    return tuple(_jet(model, x, directions, order, collapse))  # a list `torch.func.vmap` would want in `out_dims`
 
 
-def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any) -> Jet:
+def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, order: int, collapse: Any) -> Jet:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"`x` must be a floating point tensor, but is {given}.")
+    order = check_count(order, "order")
+    if order > HIGHEST_ORDER:
+        raise ValueError(f"`order` is {order}, but must be 1 to {HIGHEST_ORDER}: nest `torch.func.jvp` for more.")
     check_module(model)
     composed = composed_jet(model)
     stages = None if composed else stages_of(model)
     if not composed and (stages is None or not any(stage.is_layer for stage in stages)):
         stages = None
         _check(model)
-        if not torch.compiler.is_compiling() and type(model) not in _warned:
-            _warned.add(type(model))
-            warnings.warn(
-                f"`jet` knows no closed form for a {type(model).__name__}, and differentiates it by transforms of "
-                "`torch.func`, which are exact but slower.",
-                stacklevel=3,
+        _warn(
+            type(model),
+            f"`jet` knows no closed form for a {type(model).__name__}, and differentiates it by transforms of "
+            "`torch.func`, which are exact but slower.",
+        )
+    for module in model.modules() if stages is None else [stage.module for stage in stages]:
+        degree = getattr(module, "spline_order", order)
+        if isinstance(degree, int) and degree < order:
+            _warn(
+                (order, degree),
+                f"Splines of degree {degree} have no derivative of order {order}: it is zero between the knots, and a "
+                f"residual does not see its jumps there. Make the layers with `spline_order={order}` or higher.",
             )
     parameter = next(model.parameters(), None)
     if stages and parameter is not None and torch.promote_types(x.dtype, parameter.dtype) != parameter.dtype:
@@ -117,25 +136,34 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, collapse: Any) 
     weights = None
     if collapse is not False:
         try:
-            weights = torch.as_tensor([1.0] * len(directions) if collapse is True else collapse, device=x.device).to(x)
+            given = [1.0] * len(directions) if collapse is True else collapse
+            weights = torch.as_tensor(given, dtype=x.dtype, device=x.device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"`collapse` must be a bool or a weight of each direction, got {collapse!r}.") from error
         if weights.shape != (len(directions),):
             raise ValueError(f"`collapse` has {weights.numel()} weights, but there are {len(directions)} directions.")
+        if order == 1:
+            raise ValueError("`collapse` is for order 2 and higher: for a sum of slopes, give one direction.")
     if composed:
-        return composed(x, directions, weights)
+        return composed(x, directions, order, weights)
     if stages is None:
-        return jet_by_transforms(model, x, directions, weights)
+        return jet_by_transforms(model, x, directions, order, weights)
 
-    through = partial(through_stages, stages)
-    hook = current_hook()
-    if hook is not None and (found := hook.jet(through, x, directions, weights)) is not None:
-        return Jet(*found)
-    rows = block_size(x, stages, len(directions))
-    if rows is None:
-        return through(evaluate_layer, x, directions, weights)
-    blocks = [through(evaluate_layer, block, directions, weights) for block in x.split(rows)]
-    return Jet(*(torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True)))
+    through, hook = partial(through_stages, stages, order), current_hook()
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    found = None if hook is None else hook.jet(through, rows, directions, weights)
+    if found is None:
+        size = block_size(rows, stages, sum(row_counts(order, len(directions), weights)))
+        blocks = [through(evaluate_layer, block, directions, weights) for block in rows.split(size or len(rows) or 1)]
+        found = blocks[0] if len(blocks) == 1 else [torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True)]
+    return found if x.dim() == 2 else [part.reshape(*part.shape[:-2], *x.shape[:-1], part.shape[-1]) for part in found]
+
+
+def _warn(kind: Any, message: str) -> None:
+    """Warns once for each kind."""
+    if not torch.compiler.is_compiling() and kind not in _warned:
+        _warned.add(kind)
+        warnings.warn(message, stacklevel=4)
 
 
 def _check(model: nn.Module) -> None:
@@ -148,36 +176,35 @@ def _check(model: nn.Module) -> None:
 
 
 def through_stages(
-    stages: list[Stage], evaluate: Callable[..., Jet], x: Tensor, directions: Tensor, weights: Tensor | None
+    stages: list[Stage],
+    order: int,
+    evaluate: Callable[..., Jet],
+    x: Tensor,
+    directions: Tensor | None,
+    weights: Tensor | None,
 ) -> Jet:
-    """The jet of a chain at x (..., I), whose layers `evaluate` evaluates as `evaluate_layer` does."""
-    first = directions.reshape(-1, *[1] * (x.dim() - 1), x.shape[-1])
-    second = None  # straight lines
+    """The jet of a chain at x (N, I), whose layers `evaluate` evaluates as `evaluate_layer` does."""
+    jet = [x] if directions is None else [x, directions.unsqueeze(1)]  # straight lines
     for stage in stages:
         if stage.is_layer:
-            x, first, second = evaluate(stage, x, first, second, weights)
+            jet = evaluate(stage, jet, order, weights)
         elif isinstance(stage.module, Norm):
-            x, first, second = through_norm(stage.module, x, first, second, weights)
+            jet = through_norm(stage.module, jet, order, weights)
         else:
-            x, first, second = _through_functions(stage.module, x, first, second, weights)
-    if second is None:
-        second = torch.zeros_like(first if weights is None else first[:1])
-    return Jet(x, first, second if weights is None else second[0])
+            jet = _through_functions(stage.module, jet, order, weights)
+    for count in row_counts(order, len(jet[1]) if order else 0, weights)[len(jet) :]:
+        jet.append(torch.zeros_like(jet[1][:count]))
+    return jet if weights is None else [*jet[:-1], jet[-1][0]]
 
 
-def _through_functions(
-    module: nn.Module, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The jet of an activation or an `InputMap`: each output is f of one input, y'' = f'' z'^2 + f' z''."""
+def _through_functions(module: nn.Module, jet: Jet, order: int, weights: Tensor | None) -> Jet:
+    """The jet of an activation or an `InputMap`: each output is a function of one input."""
     if isinstance(module, InputMap):
-        z, first, second = module.select(z), module.select(first), None if second is None else module.select(second)
-        y, slope, bend = module.evaluate(z)
+        jet = [module.select(part) for part in jet]
+        functions = module.evaluate(jet[0], order)
     else:
-        y, slope, bend = activation_derivatives(module, z)
-    square = first.square()
-    square = square if weights is None else torch.tensordot(weights, square, 1).unsqueeze(0)
-    curved = bend * square
-    return y, slope * first, curved if second is None else curved + slope * second
+        functions = activation_derivatives(module, jet[0], order)
+    return compose(functions, jet[1:], order, weights)
 
 
 def laplacian(model: nn.Module, x: Tensor) -> Tensor:
@@ -201,7 +228,70 @@ def laplacian(model: nn.Module, x: Tensor) -> Tensor:
     return jet(model, x, collapse=True)[2]
 
 
-def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def divergence(model: nn.Module, x: Tensor, dims: int | None = None) -> Tensor:
+    """The divergence sum_i d u_i / d x_i of a vector field.
+
+    Args:
+        model, x: As for `jet`, x (..., I).
+        dims: The number n of coordinates, the first of `x`, and of components, the first outputs: 2 for a velocity
+            (u, v) and a pressure that depend on (x, y, t). By default all, of which there must be as many.
+
+    Returns:
+        Tensor (..., 1).
+
+    Raises:
+        ValueError, TypeError: As `jet`. The field has not as many components as coordinates.
+
+    Example:
+        >>> import torch
+        >>> from peft_lotra.kan import KAN, divergence
+        >>> tuple(divergence(KAN([3, 5, 3]), torch.rand(100, 3)).shape)
+        (100, 1)
+    """
+    return _slopes(model, x, dims).diagonal(dim1=0, dim2=-1).sum(-1, keepdim=True)
+
+
+def curl(model: nn.Module, x: Tensor, dims: int | None = None) -> Tensor:
+    """The curl (d_1 u_2 - d_2 u_1, d_2 u_0 - d_0 u_2, d_0 u_1 - d_1 u_0) of a field; of two coordinates the last.
+
+    Args:
+        model, x, dims: As for `divergence`, with 2 or 3 coordinates.
+
+    Returns:
+        Tensor (..., 3), or (..., 1) in two dimensions.
+
+    Raises:
+        ValueError, TypeError: As `divergence`, and for other dimensions.
+
+    Example:
+        >>> import torch
+        >>> from peft_lotra.kan import KAN, curl
+        >>> tuple(curl(KAN([3, 5, 3]), torch.rand(100, 3)).shape)
+        (100, 3)
+    """
+    du = _slopes(model, x, dims)
+    if len(du) not in (2, 3):
+        raise ValueError(f"The curl needs 2 or 3 coordinates, but there are {len(du)}: give `dims`.")
+    pairs = [(1, 2), (2, 0), (0, 1)][-1 if len(du) == 2 else 0 :]
+    return torch.stack([du[i, ..., j] - du[j, ..., i] for i, j in pairs], -1)
+
+
+def _slopes(model: nn.Module, x: Tensor, dims: int | None) -> Tensor:
+    """The derivatives of the first n outputs in the first n coordinates, (n, ..., n)."""
+    directions = None
+    if dims is not None and isinstance(x, Tensor) and x.dim():
+        directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)[: check_count(dims, "dims")]
+    _, du = jet(model, x, directions, order=1)
+    found = du.shape[-1] if dims is None else min(len(du), du.shape[-1])
+    if found != (dims or len(du)):
+        raise ValueError(
+            f"The field has {du.shape[-1]} components of {x.shape[-1]} coordinates, but there must be as many: `dims` "
+            "selects the first ones of both."
+        )
+    return du[..., :found]
+
+
+def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tuple[Tensor, ...]:
     """As `jet`, with all mixed second derivatives, by polarization: 2 u_vw = D^2_{v+w} u - D^2_v u - D^2_w u.
 
     Args:

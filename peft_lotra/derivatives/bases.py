@@ -3,7 +3,7 @@
 
 """Basis functions of one input with their derivatives: splines of any knots, Gaussians, polynomials, harmonics.
 
-Each returns the values and the derivatives up to the order `highest` (3 at most), in a list. For z of any shape (...),
+Each returns the values and the derivatives up to the order `highest`, in a list. For z of any shape (...),
 a derivative is (..., K), a view of memory in which the K functions come first.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kan.basis import UniformGrid
+from ..kan.basis import UniformGrid, logistic_derivatives
 from ..kan.memory import JET_BLOCK, OFF_CPU, blocks, workspace
 
 
@@ -102,21 +102,17 @@ class DenseFunctions:
 def spline_derivatives(
     knots: Tensor, order: int, z: Tensor, highest: int, closed: Tensor | None = None
 ) -> list[Tensor]:
-    """The M - 1 - order B-splines of degree `order` on knots (I, M), for z (..., I), by the Cox-de Boor recursion.
+    """The M - 1 - order B-splines of degree `order` on knots (I, M), for z (N, I), by the Cox-de Boor recursion.
 
     The derivatives are differences of the splines of lower degree. Terms of knots that coincide are zero. `closed`
     (I,) names for each input the interval that includes its right end.
     """
-    x, knots = (
-        z.movedim(-1, 0).unsqueeze(0),
-        knots.T.contiguous().view(-1, len(knots), *[1] * (z.dim() - 1)),
-    )  # (1, I, ...), (M, I, 1)
-    basis = ((knots[:-1] <= x) & (x < knots[1:])).to(z.dtype)
+    x, knots = z.T.unsqueeze(0), knots.T.contiguous().unsqueeze(-1)  # (1, I, N), (M, I, 1)
+    inside = (knots[:-1] <= x) & (x < knots[1:])
     if closed is not None:
-        here = torch.arange(len(basis), device=z.device).view(-1, *[1] * (basis.dim() - 1)) == closed.view(
-            1, -1, *[1] * (z.dim() - 1)
-        )
-        basis = torch.where(here & (x == knots[1:]), torch.ones_like(basis), basis)
+        here = torch.arange(len(inside), device=z.device)[:, None, None] == closed[:, None]
+        inside = inside | (here & (x == knots[1:]))
+    basis = inside.to(z.dtype)
     by_degree = [basis]
     for p in range(1, order + 1):
         span = knots[p:] - knots[:-p]
@@ -125,13 +121,14 @@ def spline_derivatives(
         basis = ramp[:-1] * basis[:-1] + (rest - ramp)[1:] * basis[1:]
         by_degree.append(basis)
     found = []
-    for d in range(highest + 1):
-        part = by_degree[max(order - d, 0)] if d <= order else torch.zeros_like(basis)
-        for p in range(order - d + 1, order + 1) if d <= order else ():
+    for d in range(min(highest, order) + 1):
+        part = by_degree[order - d]
+        for p in range(order - d + 1, order + 1):
             scaled = part * (p * _inverse(knots[p:] - knots[:-p]))
             part = scaled[:-1] - scaled[1:]
         found.append(part)
-    return [part.movedim(1, -1).movedim(0, -1) for part in found]
+    found += [torch.zeros_like(basis)] * (highest - order)
+    return [part.permute(2, 1, 0) for part in found]
 
 
 def _inverse(span: Tensor) -> Tensor:
@@ -155,18 +152,14 @@ def gaussian_derivatives(centers: Tensor, width: Any, z: Tensor, highest: int) -
 
 def bump_derivatives(centers: Tensor, z: Tensor, highest: int) -> list[Tensor]:
     """1 - tanh(z - c)^2 for centers c (K,)."""
-    t = torch.tanh(_offsets(z, centers))
-    s = 1 - t.square()
-    found = [s, -2 * t * s, s * (6 * t.square() - 2), t * s * (16 - 24 * t.square())]
-    return _functions_last(found[: highest + 1])
+    found = logistic_derivatives(torch.tanh(_offsets(z, centers)), highest + 1, of_tanh=True)  # bumps are its slopes
+    return _functions_last(found[1:])
 
 
 def chebyshev_derivatives(degree: int, z: Tensor, highest: int) -> list[Tensor]:
     """The Chebyshev polynomials T_0 ... T_degree of tanh(z)."""
     u = torch.tanh(z)
-    slope = 1 - u.square()
-    bend = -2 * u * slope
-    of_u = [u, slope, bend, -2 * (slope.square() + u * bend)]
+    of_u = logistic_derivatives(u, highest, of_tanh=True)
     zeros = torch.zeros_like(u)
     rows = [[torch.ones_like(u) if d == 0 else zeros] for d in range(highest + 1)]
     for n in range(1, degree + 1):
@@ -184,7 +177,7 @@ def harmonic_derivatives(count: int, z: Tensor, highest: int) -> list[Tensor]:
     cosine, sine = torch.cos(k * z), torch.sin(k * z)
     cycle = [(cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine)]
     return _functions_last(
-        [_functions_first([*(k**d * cycle[d][0]), *(k**d * cycle[d][1])]) for d in range(highest + 1)]
+        [_functions_first([*(k**d * cycle[d % 4][0]), *(k**d * cycle[d % 4][1])]) for d in range(highest + 1)]
     )
 
 

@@ -1,13 +1,14 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""One KAN layer applied to a jet: a value with first and second derivatives along some directions."""
+"""One KAN layer applied to a jet: a value with its derivatives along some directions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,63 +19,45 @@ from ..kan.memory import MOST_OUTPUTS_DENSE, PLAIN_JET_BLOCK
 from ..kan.product import needs_plain_operations
 from ..tucker import Tucker, Update
 from .bases import Basis, tensors_of
-from .layer_jet import MOST_OUTPUTS, JetRows, LayerJet, by_hand_pays, directional, make_features
-from .norms import all_rows_last, rows_first, through_norm
+from .chain_rule import Jet, bell_polynomials, row_counts, sum_of_products
+from .layer_jet import MOST_OUTPUTS, JetRows, LayerJet, by_hand_pays, make_features, scaled_polynomials
+from .norms import through_norm
 from .stages import Stage
 
 
-class Jet(NamedTuple):
-    """A value with first and second derivatives along D directions."""
-
-    value: Tensor  # (..., O)
-    first: Tensor  # (D, ..., O)
-    second: Any  # (D, ..., O), or the weighted sum of them: (1, ..., O), and (..., O) for a network; None for zeros
-
-    @property
-    def parts(self) -> list[Tensor]:
-        """The tensors."""
-        return [part for part in self if part is not None]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Jet:
-        """`function` of each part."""
-        return Jet(function(self.value), function(self.first), None if self.second is None else function(self.second))
-
-
-def block_size(x: Tensor, stages: list[Stage], directions: int) -> int | None:
-    """The number of rows of x (N, I) to take at a time; None for all."""
+def block_size(x: Tensor, stages: list[Stage], count: int) -> int | None:
+    """The number of rows of x (N, I) to take at a time, each with `count` rows of a jet; None for all."""
     if x.device.type != "cpu" or x.dim() != 2 or not by_hand_pays(len(x), x):
         return None
-    rows, layers = len(x) * (2 + directions), [stage for stage in stages if stage.is_layer]
-    if not any(_is_contracted(rows, stage.shape, update, True) for stage in layers for update in stage.updates):
+    layers = [stage for stage in stages if stage.is_layer]
+    if not any(_is_contracted(len(x) * count, stage.shape, u, True) for stage in layers for u in stage.updates):
         return None  # `LayerJet` takes blocks itself
     widest = max(stage.shape[1] * stage.shape[2] for stage in layers)
-    size = max(128, PLAIN_JET_BLOCK // (widest * (2 + directions)))
+    size = max(128, PLAIN_JET_BLOCK // (widest * count))
     return None if size >= len(x) else -(-len(x) // -(-len(x) // size))  # blocks of about equal size
 
 
-def evaluate_layer(stage: Stage, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None) -> Jet:
-    """The jet of a KAN layer's outputs, from that of its inputs.
+def evaluate_layer(stage: Stage, jet: Jet, order: int, weights: Tensor | None) -> Jet:
+    """The jet of a KAN layer's outputs up to an order, from that of its inputs, z (N, I) and its derivatives (D, N, I)
+    or (D, 1, I).
 
-    The inputs are z (..., I), z' (D, ..., I), of which dimensions may be one, and z'' (D, ..., I), or None for zeros.
-
-    With `weights` (D,), the first dimension of both second derivatives is one, and has their weighted sum.
+    With `weights` (D,), those of the highest order are their weighted sum, (1, N, I).
     """
+    z = jet[0]
     if stage.branches:
-        return _evaluate_branches(stage, z, first, second, weights)
+        return _evaluate_branches(stage, jet, order, weights)
     if stage.is_linear:
         assert stage.dense is not None
         weight, bias = stage.dense
-        first = first.expand(len(first), *z.shape)
-        return Jet(*Jet(z, first, second).map(lambda part: part @ weight.mT))._replace(value=F.linear(z, weight, bias))
-    grid, shape, dense = stage.grid, stage.shape, stage.dense
+        return [F.linear(z, weight, bias), *(part.expand(len(part), *z.shape) @ weight.mT for part in jet[1:])]
+    grid, shape, dense = stage.module.grid, stage.shape, stage.dense
     weight = None if dense is None else torch.cat([dense[0].mT, dense[1].unsqueeze(1)], dim=1).mT
-    count = len(first)
-    rows = z[..., 0].numel() * (1 + count + (count if weights is None else 1))
-    by_hand = _goes_by_hand(grid, rows, weights, z, first, second, *(dense or ()))
+    rows = len(z) * sum(_counts(jet, order, weights))
+    by_hand = _goes_by_hand(grid, rows, weights, *jet, *(dense or ()))
     factored = []
     for update in stage.updates:
-        if update.tensor.core.dtype != stage.layer.grid_bounds.dtype:  # a base in half precision
-            dtype = stage.layer.grid_bounds.dtype
+        if update.tensor.core.dtype != stage.module.grid_bounds.dtype:  # a base in half precision
+            dtype = stage.module.grid_bounds.dtype
             update = update._replace(tensor=Tucker(*(part.to(dtype) for part in update.tensor)))
         if _is_contracted(rows, shape, update, by_hand):
             factored.append(update)
@@ -84,7 +67,11 @@ def evaluate_layer(stage: Stage, z: Tensor, first: Tensor, second: Tensor | None
             weight = delta if weight is None else weight + delta
 
     by_hand = by_hand and not factored and not (stage.updates and needs_plain_operations(z, weight))
-    return _through(grid, weight, factored, by_hand, z, first, second, weights)
+    return _through(grid, weight, factored, by_hand, jet, order, weights)
+
+
+def _counts(jet: Jet, order: int, weights: Tensor | None) -> list[int]:
+    return row_counts(order, len(jet[1]) if order else 0, weights)
 
 
 def _goes_by_hand(basis: Basis, rows: int, weights: Tensor | None, z: Tensor, *others: Tensor | None) -> bool:
@@ -95,20 +82,18 @@ def _goes_by_hand(basis: Basis, rows: int, weights: Tensor | None, z: Tensor, *o
     return not any(tensor.requires_grad for tensor in constants)
 
 
-def _evaluate_branches(stage: Stage, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None) -> Jet:
+def _evaluate_branches(stage: Stage, jet: Jet, order: int, weights: Tensor | None) -> Jet:
     """As `evaluate_layer`, for a layer of another library."""
-    found: list[Any] = []
+    found: list[Jet] = []
     for branch in stage.branches:
-        inputs = z, first, second
-        if branch.norm is not None:
-            inputs = through_norm(branch.norm, *inputs, weights)
-        rows = z[..., 0].numel() * (2 + len(first))
+        inputs = jet if branch.norm is None else through_norm(branch.norm, jet, order, weights)
+        rows = len(jet[0]) * sum(_counts(jet, order, weights))
         by_hand = _goes_by_hand(branch.basis, rows, weights, *inputs, branch.weight)
-        found.append(_through(branch.basis, branch.weight, [], by_hand, *inputs, weights))
+        found.append(_through(branch.basis, branch.weight, [], by_hand, inputs, order, weights))
     total: list[Any] = [sum(parts[1:], parts[0]) for parts in zip(*found, strict=True)]
     if stage.bias is not None:
         total[0] = total[0] + stage.bias
-    return Jet(*total)
+    return total
 
 
 def _through(
@@ -116,23 +101,20 @@ def _through(
     weight: Tensor | None,
     factored: Sequence[Update],
     by_hand: bool,
-    z,
-    first,
-    second,
-    weights,
+    jet: Jet,
+    order: int,
+    weights: Tensor | None,
 ) -> Jet:
     """`evaluate_layer` for a weight (O, I, K), and updates that are added in factored form."""
-    lead = z.shape[:-1]
-    z, first, second = all_rows_last(z, first, second)  # all operations run along them
+    z, *derivatives = [part.mT for part in jet]  # all operations run along the rows
     weight = None if weight is None else weight.transpose(1, 2).flatten(1)  # (O, (K + 1) I)
+    plain = partial(_by_plain_operations, basis, factored, order, weights)
     if by_hand:
-        first = first.expand(len(first), *z.shape)
-        second = None if second is None else second.expand(len(second), *z.shape)
-        plain = partial(_by_plain_operations, basis, [], weights)
-        y = Jet(*LayerJet.apply(z, first, second, weight, basis, weights, plain))
+        derivatives = [part.expand(len(part), *z.shape) for part in derivatives]
+        y = LayerJet.apply(basis, order, weights, plain, weight, z, *derivatives)
     else:
-        y = _by_plain_operations(basis, factored, weights, z, first, second, weight)
-    return y.map(lambda part: rows_first(part, lead))
+        y = plain(weight, z, *derivatives)
+    return [part.mT for part in y]
 
 
 def contract_updates(layer: Any, updates: list[Update], x: Tensor) -> Tensor:
@@ -144,10 +126,12 @@ def contract_updates(layer: Any, updates: list[Update], x: Tensor) -> Tensor:
 
 
 def _by_plain_operations(
-    grid: Basis, factored: Sequence[Update], weights: Tensor | None, z, first, second, weight
+    grid: Basis, factored: Sequence[Update], order: int, weights: Tensor | None, weight: Tensor | None, *jet: Tensor
 ) -> Jet:
     """As `LayerJet` by operations that autograd differentiates; `weight` may be None, and updates are added."""
-    rows = _jet_rows(grid, z, first, second, weights)
+    rows = _jet_rows(grid, list(jet), order, weights)
+    stops = list(accumulate(_counts(list(jet), order, weights)))
+    groups = [slice(start, stop) for start, stop in pairwise(stops)]
     if torch.compiler.is_compiling() and weight is not None and not factored:
         # a product for each, so that the rows need not be written into one tensor, and what is not used is left out
         if len(weight) <= MOST_OUTPUTS:  # a sum that the compiler forms together with the rows
@@ -155,69 +139,58 @@ def _by_plain_operations(
             y = [torch.stack([(one * row).sum((0, 1)) for one in each]) for row in rows]
         else:
             y = [weight @ row.flatten(0, 1) for row in rows]
-        return Jet(y[0], torch.stack(y[1 : 1 + len(first)]), torch.stack(y[1 + len(first) :]))
+        return [y[0], *(torch.stack(y[group]) for group in groups)]
     stacked = torch.stack(rows)
     y: Any = 0 if weight is None else weight @ stacked.flatten(1, 2)
     y = sum((_contract(stacked, update) for update in factored), y)
-    return Jet(y[0], y[1 : 1 + len(first)], y[1 + len(first) :])
+    return [y[0], *(y[group] for group in groups)]
 
 
-def _jet_rows(grid: Basis, z: Tensor, first: Tensor, second: Tensor | None, weights: Tensor | None) -> list[Tensor]:
-    """The factors of the coefficients: f, f' z' and f'' z'^2 + f' z'', each (K + 1, I, N)."""
-    f, df, d2f = _features(grid, z)
-    square = first.square()
-    if weights is not None:
-        square = torch.tensordot(weights, square, 1).unsqueeze(0)
-    of_second = [d2f * part for part in square]
-    if second is not None:
-        of_second = [one + df * part for one, part in zip(of_second, second, strict=True)]
-    return [f, *(df * part for part in first), *of_second]
+def _jet_rows(grid: Basis, jet: Jet, order: int, weights: Tensor | None) -> list[Tensor]:
+    """The factors of the coefficients, each (K + 1, I, N): see `JetRows`."""
+    functions = _features(grid, jet[0], order)
+    bells, _ = bell_polynomials(jet[1:], order, weights)
+    rows = [functions[0]]
+    for n in range(1, order + 1):
+        found = {j: bell for (m, j), bell in bells.items() if m == n}
+        of_order = [functions[j] for j in found]
+        rows += [sum_of_products(zip(of_order, each, strict=True)) for each in zip(*found.values(), strict=True)]
+    return rows
 
 
-def _features(grid: Basis, z: Tensor) -> tuple[Tensor, ...]:
-    """The functions of a basis at z (I, N), (K, I, N), and two derivatives of them; those of a uniform grid are the
+def _features(grid: Basis, z: Tensor, highest: int) -> list[Tensor]:
+    """The functions of a basis at z (I, N), (K, I, N), and derivatives of them; those of a uniform grid are the
     B-splines, and silu as the last one."""
     if not isinstance(grid, UniformGrid):
-        return tuple(grid.evaluate(z, 2))
+        return grid.evaluate(z, highest)
     per_unit = grid.per_unit.unsqueeze(-1)
     centers = torch.arange(grid.num_basis, dtype=z.dtype, device=z.device) - (grid.spline_order - 1) / 2
     offset = (z - grid.low.unsqueeze(-1)) * per_unit - centers[:, None, None]
-    values, first, second = (cardinal_spline(offset, grid.spline_order, derivative) for derivative in range(3))
-    pairs = zip((values, first * per_unit, second * per_unit.square()), silu_derivatives(z, 2), strict=True)
-    f, df, d2f = (torch.cat([part, extra.unsqueeze(0)]) for part, extra in pairs)
-    return f, df, d2f
+    found = []
+    for d, silu in enumerate(silu_derivatives(z, highest)):
+        splines = cardinal_spline(offset, grid.spline_order, d)
+        found.append(torch.cat([splines * per_unit**d if d else splines, silu.unsqueeze(0)]))
+    return found
 
 
 @torch.no_grad()
-def jet_rows(
-    grid: Basis,
-    z: Tensor,
-    first: Tensor,
-    second: Tensor | None,
-    weights: Tensor | None,
-    evaluated: int,
-) -> Tensor:
+def jet_rows(grid: Basis, jet: Jet, order: int, weights: Tensor | None, evaluated: int) -> Tensor:
     """The factors of a layer's coefficients in `evaluate_layer`, with its arguments, for the points z (N, I).
 
-    They are (N, S, K + 1, I) with S = 1 + D + (D or 1).
+    They are (N, S, K + 1, I) with S as `row_counts` together.
 
-    The second derivative of quadratic splines jumps at the knots. There it must come from the same operations as in
-    the jet, which depend on the number of points that the layer was `evaluated` at.
+    Derivatives that jump at the knots must come from the same operations there as in the jet, which depend on the
+    number of points that the layer was `evaluated` at.
     """
-    z, first, second = z.T, first.expand(len(first), *z.shape).mT, None if second is None else second.mT
-    count = len(first)
-    seconds = count if weights is None else 1
-    if (
-        isinstance(grid, UniformGrid)
-        and grid.spline_order < 3
-        and not by_hand_pays(evaluated * (1 + count + seconds), z)
-    ):
-        return torch.stack(_jet_rows(grid, z, first, second, weights)).permute(3, 0, 1, 2)
-    features = make_features(grid, z)
-    rows = z.new_empty(z.shape[1], 1 + count + seconds, *features.shape)
-    parts = directional(features.scale, first, second, weights)
-    found = JetRows(parts, (1, count, seconds))
-    for part, functions in features.parts(z, found.orders(False), ()):
+    z, *derivatives = jet
+    jet = [z.T, *(part.expand(len(part), *z.shape).mT for part in derivatives)]
+    counts = _counts(jet, order, weights)
+    if not by_hand_pays(evaluated * sum(counts), z):
+        return torch.stack(_jet_rows(grid, jet, order, weights)).permute(3, 0, 1, 2)
+    features = make_features(grid, jet[0])
+    rows = z.new_empty(len(z), sum(counts), *features.shape)
+    found = JetRows(*scaled_polynomials(features.scale, jet, order, weights), counts)
+    for part, functions in features.parts(jet[0], found.orders(False), ()):
         for index, matrix in functions.matrices(found.rows(functions, part)):
             rows[part, index].flatten(1).copy_(matrix.T)
     return rows

@@ -129,14 +129,14 @@ class LocalSplines(DenseFunctions):
 @lru_cache(maxsize=64)
 def spline_pieces(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The B-splines in a grid interval as polynomials in the distance from the start of the interval, and their
-    first three derivatives: (4, p + 1, p + 1), powers ascending, the spline that begins first in row 0."""
+    first five derivatives: (6, p + 1, p + 1), powers ascending, the spline that begins first in row 0."""
     with torch.inference_mode(False):
         start = (order - 1) / 2 - torch.arange(order + 1, dtype=torch.float64, device="cpu")
         points = [start] * order + [start + 0.5]  # the last derivative jumps at the start
         derivatives = [
             torch.stack([cardinal_spline(x, order, q) / math.factorial(q) for q, x in enumerate(points)], -1)
         ]
-        for _ in range(3):
+        for _ in range(5):
             lower = derivatives[-1] * torch.arange(order + 1, dtype=torch.float64, device="cpu")
             derivatives.append(torch.nn.functional.pad(lower[:, 1:], (0, 1)))
         return torch.stack(derivatives).to(device, dtype)

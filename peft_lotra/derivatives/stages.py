@@ -13,7 +13,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from ..kan.basis import UniformGrid, in_transform
+from ..kan.basis import in_transform
 from ..kan.input_map import InputMap
 from ..kan.layer import KANLinear, SplineLayer
 from ..kan.modeling_kan import KANModel
@@ -63,11 +63,6 @@ class Stage(NamedTuple):
         return isinstance(self.module, nn.Linear)
 
     @property
-    def layer(self) -> SplineLayer:
-        """The module of a KAN layer of this package."""
-        return self.module
-
-    @property
     def in_features(self) -> int | None:
         """The size I of the last dimension of the inputs; None for any."""
         if self.branches:
@@ -82,13 +77,8 @@ class Stage(NamedTuple):
         if self.branches:
             outputs, inputs, _ = self.branches[0].weight.shape
             return outputs, inputs, sum(branch.weight.shape[2] for branch in self.branches)
-        basis = 1 if self.is_linear else self.layer.grid_size + self.layer.spline_order + 1
-        return self.layer.out_features, self.layer.in_features, basis
-
-    @property
-    def grid(self) -> UniformGrid:
-        """The grid that the KAN layer has now."""
-        return self.layer.grid
+        basis = 1 if self.is_linear else self.module.grid.num_basis + 1
+        return self.module.out_features, self.module.in_features, basis
 
 
 class Entry(NamedTuple):
@@ -98,15 +88,15 @@ class Entry(NamedTuple):
         stages: Returns the stages that a module without hooks is the composition of, or None. It must check
             `type(module).forward` if derived classes may compute something else.
         inner: For wrappers: the module that computes the wrapper's outputs, or None.
-        jet: `jet(module, x, directions, weights)` returns the jet of a module that is no chain of stages. Its second
-            derivatives are (D, ..., O), or (..., O) with weights (D,).
+        jet: `jet(module, x, directions, order, weights)` returns the jet of a module that is no chain of stages. With
+            weights (D,), the derivative of the highest order is (..., O).
         check: Raises a `TypeError` if a row of a module's outputs depends on several rows of its inputs. It is called
             once for each module without stages.
     """
 
     stages: Callable[[Any], list[Stage] | None] | None = None
     inner: Callable[[Any], nn.Module | None] | None = None
-    jet: Callable[[Any, Tensor, Tensor, Tensor | None], Any] | None = None
+    jet: Callable[[Any, Tensor, Tensor, int, Tensor | None], Any] | None = None
     check: Callable[[nn.Module], None] | None = None
 
 
@@ -152,7 +142,7 @@ def stages_of(model: nn.Module) -> list[Stage] | None:
     return None if stages is None else stages(model)
 
 
-def composed_jet(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Any] | None:
+def composed_jet(model: nn.Module) -> Callable[[Tensor, Tensor, int, Tensor | None], Any] | None:
     """The `jet` that the model inside of wrappers is registered with, as a function of the other arguments."""
     model = unwrap(model)
     function = None if _has_hooks(model) else entry_of(type(model)).jet

@@ -16,28 +16,30 @@ from torch import Tensor, nn
 from torch.func import vjp
 from torch.overrides import TorchFunctionMode
 
-from ..kan.basis import in_transform, silu_derivatives
+from ..kan.basis import in_transform, logistic_derivatives, silu_derivatives, times_argument
 from ..modules.calls import attributes_kept, call_with_parameters
-from .layers import Jet
+from .chain_rule import Jet
 
 
 # Up to so many outputs a gradient of each costs less than derivatives along directions; docs/notes/log.md.
 MOST_GRADIENTS = 2
 
 
-def jet_by_transforms(model: Callable[[Tensor], Any], x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet:
+def jet_by_transforms(
+    model: Callable[[Tensor], Any], x: Tensor, directions: Tensor, order: int, weights: Tensor | None
+) -> Jet:
     """
     As `jet`, for a module or a function that maps each row by itself, whatever it consists of.
 
-    All derivatives are taken in reverse mode, which is right for every operation that can be differentiated twice, and
+    All derivatives are taken in reverse mode, which is right for every operation that can be differentiated, and
     for custom functions (forward mode in forward mode is not). Gradients are recorded meanwhile, since some backward
     passes can be differentiated only then; if none is wanted, parameters enter as constants.
     """
     wanted = torch.is_grad_enabled()  # `inference_mode(False)` enables it
     if torch.compiler.is_compiling():
         with torch.enable_grad():
-            found = _differentiate_rows(model, x, directions, weights)
-        return found if wanted else found.map(Tensor.detach)
+            found = _differentiate(model, x, directions, order, weights)
+        return found if wanted else [part.detach() for part in found]
     # compiled code, such as flashkan's basis, has no second derivatives, and is run as it was written
     eager = torch.compiler.set_stance("force_eager")
     with torch.inference_mode(False), torch.enable_grad(), attributes_kept(model), eager:
@@ -45,8 +47,8 @@ def jet_by_transforms(model: Callable[[Tensor], Any], x: Tensor, directions: Ten
         weights = None if weights is None else _recordable(weights)
         if isinstance(model, nn.Module):
             model = _with_recordable_tensors(model, as_constants=not wanted)
-        found = _differentiate_rows(model, x, directions, weights)
-        return found if wanted else found.map(Tensor.detach)
+        found = _differentiate(model, x, directions, order, weights)
+        return found if wanted else [part.detach() for part in found]
 
 
 def _recordable(tensor: Tensor) -> Tensor:
@@ -123,31 +125,51 @@ def pull_back(function: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Callab
     return found, pull_recorded
 
 
-def _differentiate_rows(model: Callable[[Tensor], Any], x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet:
+def _differentiate(
+    model: Callable[[Tensor], Any], x: Tensor, directions: Tensor, order: int, weights: Tensor | None
+) -> Jet:
     rows = _Rows(model)
-    return _differentiate(rows, x, directions, weights).map(rows.restore)
+    jets = []
+    # one gradient serves all directions, but those of slopes do not: up to order 2 that pays
+    for group in [directions] if order <= 2 else directions.split(1):
+        function = rows
+        for n in range(order):
+            function = _slopes(function, group, of_value=n == 0)
+        jets.append(function(x)[::-1])
+    (value, *_), derivatives = jets[0], zip(*(found[1:] for found in jets), strict=True)
+    found = [value, *(torch.cat(parts) for parts in derivatives)]
+    if weights is not None:
+        found[-1] = torch.tensordot(weights, found[-1], 1)
+    return [rows.restore(part) for part in found]
 
 
-def _differentiate(function: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet:
-    def slopes(point: Tensor) -> tuple[Tensor, Tensor]:
-        y, pull = pull_back(function, point)
-        if y.shape[-1] <= MOST_GRADIENTS:
+def _slopes(
+    function: Callable[[Tensor], Any], directions: Tensor, of_value: bool
+) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """The function that returns one more derivative, (D, ..., O), in front of what a function returns, highest first.
+
+    That function is `of_value` (..., O) alone, whose gradient serves all directions.
+    """
+
+    def slopes(point: Tensor) -> tuple[Tensor, ...]:
+        found, pull = pull_back(function, point)
+        found = found if isinstance(found, tuple) else (found,)
+        y, count = found[0], len(directions)
+        if y.shape[-1] > MOST_GRADIENTS:
+            push = pull_back(pull, torch.zeros_like(y))[1]  # a gradient in y to one in x is transposed
+            parts = [push(v.expand_as(point)) for v in directions]
+            parts = parts if of_value else [part[d] for d, part in enumerate(parts)]
+        elif of_value:
             gradients = [pull(one) for one in _units(y)]
-            return torch.stack([torch.stack([g @ v for g in gradients], -1) for v in directions]), y
-        push = _transposed(pull, y)
-        return torch.stack([push(v.expand_as(point)) for v in directions]), y
+            parts = [torch.stack([g @ v for g in gradients], -1) for v in directions]
+        else:
+            units = _units(y[0])
+            parts = [
+                torch.stack([pull(_placed(one, d, count)) @ v for one in units], -1) for d, v in enumerate(directions)
+            ]
+        return torch.stack(parts), *found
 
-    (first, y), pull = pull_back(slopes, x)
-    second = []
-    if y.shape[-1] <= MOST_GRADIENTS:
-        for d, v in enumerate(directions):
-            gradients = [pull(_placed(one, d, len(directions))) for one in _units(y)]
-            second.append(torch.stack([g @ v for g in gradients], -1))
-    else:
-        push = _transposed(pull, first)
-        second = [push(v.expand_as(x))[d] for d, v in enumerate(directions)]
-    stacked = torch.stack(second)
-    return Jet(y, first, stacked if weights is None else torch.tensordot(weights, stacked, 1))
+    return slopes
 
 
 def _units(y: Tensor) -> list[Tensor]:
@@ -160,53 +182,46 @@ def _placed(part: Tensor, place: int, count: int) -> Tensor:
     return torch.stack([part if d == place else torch.zeros_like(part) for d in range(count)])
 
 
-def _transposed(pull: Callable[[Tensor], Any], y: Tensor) -> Callable[[Tensor], Any]:
-    """The map of a direction to the derivative along it, from that of a gradient in y to one in the inputs."""
-    return pull_back(pull, torch.zeros_like(y))[1]
-
-
-def activation_derivatives(module: nn.Module, z: Tensor) -> Sequence[Tensor]:
-    """A module that maps each number by itself, with two derivatives, in closed form for the usual ones."""
+def activation_derivatives(module: nn.Module, z: Tensor, highest: int) -> Sequence[Tensor]:
+    """A module that maps each number by itself, with derivatives up to an order, in closed form for the usual ones."""
     kind: Any = type(module)
     if kind is nn.Tanh:
-        y = torch.tanh(z)
-        slope = 1 - y.square()
-        return y, slope, -2 * y * slope
+        return logistic_derivatives(torch.tanh(z), highest, of_tanh=True)
     if kind is nn.SiLU:
-        return silu_derivatives(z, 2)
-    if kind is nn.Sigmoid or kind is nn.Softplus:
-        beta = getattr(module, "beta", 1.0)
-        gate = torch.sigmoid(beta * z)
-        slope = gate - gate.square()
-        if kind is nn.Sigmoid:
-            return gate, slope, slope * (1 - 2 * gate)
-        linear = beta * z > cast(Any, module).threshold  # where torch leaves the logarithm out
-        return module(z), gate.masked_fill(linear, 1.0), (beta * slope).masked_fill(linear, 0.0)
+        return silu_derivatives(z, highest)
+    if kind is nn.Sigmoid:
+        return logistic_derivatives(torch.sigmoid(z), highest)
+    if kind is nn.Softplus:
+        beta, threshold = cast(Any, module).beta, cast(Any, module).threshold
+        slopes = logistic_derivatives(torch.sigmoid(beta * z), highest)
+        linear = beta * z > threshold  # where torch leaves the logarithm out
+        found = [(beta**d * slope).masked_fill(linear, float(d == 0)) for d, slope in enumerate(slopes)]
+        return [module(z), *found[:highest]]
     if kind is nn.GELU and module.approximate == "none":
-        density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-        share = (1 + torch.erf(z / math.sqrt(2))) / 2
-        return z * share, share + z * density, density * (2 - z.square())
-    return elementwise_derivatives(module, z, 2)
+        shares = [(1 + torch.erf(z / math.sqrt(2))) / 2, torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)]
+        for n in range(highest - 1):  # the normal density has f' = -z f
+            shares.append(-z * shares[-1] - (n * shares[-2] if n else 0.0))
+        return times_argument(z, shares[: highest + 1])
+    return elementwise_derivatives(module, z, highest)
 
 
 def elementwise_derivatives(function: Callable[[Tensor], Tensor], z: Tensor, highest: int) -> list[Tensor]:
     """A function that maps each number by itself, and its derivatives up to an order."""
 
-    def slope_of(inner: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def slope(point: Tensor) -> Tensor:
-            value, pull = pull_back(inner, point)
-            return pull(torch.ones_like(value))
+    def with_slope(inner: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        def evaluate(point: Tensor) -> tuple[Tensor, ...]:
+            found, pull = pull_back(inner, point)
+            return pull(torch.ones_like(found[0])), *found
 
-        return slope
+        return evaluate
 
     wanted, compiled = torch.is_grad_enabled(), torch.compiler.is_compiling()
-    found = []
+    nested: Callable[[Tensor], tuple[Tensor, ...]] = lambda point: (function(point),)  # noqa: E731
+    for _ in range(highest):
+        nested = with_slope(nested)
     with nullcontext() if compiled else torch.inference_mode(False), torch.enable_grad():
-        z = z if compiled else _recordable(z)
-        for _ in range(highest + 1):
-            found.append(function(z) if wanted else function(z).detach())
-            function = slope_of(function)
-    return found
+        found = nested(z if compiled else _recordable(z))[::-1]
+    return list(found) if wanted else [part.detach() for part in found]
 
 
 class ExactNorms(TorchFunctionMode):

@@ -20,7 +20,7 @@ from .slim_kan import SlimKAN, SlimKANLinear
 
 
 if TYPE_CHECKING:
-    from ..derivatives.api import hessian, jet, laplacian
+    from ..derivatives.api import curl, divergence, hessian, jet, laplacian
 
 __all__ = [
     "KAN",
@@ -33,6 +33,8 @@ __all__ = [
     "SlimKANLinear",
     "TanhBound",
     "bspline_basis",
+    "curl",
+    "divergence",
     "hessian",
     "jet",
     "laplacian",
@@ -41,7 +43,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("hessian", "jet", "laplacian"):  # derivatives/ imports this package
+    if name in ("curl", "divergence", "hessian", "jet", "laplacian"):  # derivatives/ imports this package
         return getattr(import_module("peft_lotra.derivatives.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

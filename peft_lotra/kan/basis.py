@@ -188,19 +188,26 @@ def integer_power(x: torch.Tensor, n: int, out: torch.Tensor) -> torch.Tensor:
 
 
 def silu_derivatives(x: torch.Tensor, highest: int) -> list[torch.Tensor]:
-    """silu and its derivatives up to the order `highest`, at most 3."""
-    gate = torch.sigmoid(x)
-    found = [x * gate]
-    if highest >= 1:
-        first = torch.addcmul(gate, gate, gate, value=-1)  # derivatives of the gate, as `second` and `third`
-        found.append(torch.addcmul(gate, x, first))
-        if highest >= 2:
-            second = torch.addcmul(first, gate, first, value=-2)
-            found.append(torch.addcmul(first * 2, x, second))
-            if highest >= 3:
-                third = torch.addcmul(first, first, first, value=-6)
-                found.append(torch.addcmul(second * 3, x, third))
+    """silu and its derivatives up to the order `highest`."""
+    return times_argument(x, logistic_derivatives(torch.sigmoid(x), highest))
+
+
+def logistic_derivatives(y: torch.Tensor, highest: int, of_tanh: bool = False) -> list[torch.Tensor]:
+    """The values y of the sigmoid, y' = y - y^2, or of tanh, y' = 1 - y^2, and the derivatives up to an order."""
+    found = [y]
+    for n in range(highest):
+        total = torch.full_like(y, float(n == 0)) if of_tanh else found[n]
+        for k in range(n // 2 + 1):  # of the sum of binom(n, k) y^(k) y^(n-k), which is symmetric
+            factor = math.comb(n, k) * (1 if 2 * k == n else 2)
+            total = torch.addcmul(total, found[k], found[n - k], value=-factor)
+        found.append(total)
     return found
+
+
+def times_argument(x: torch.Tensor, functions: list[torch.Tensor]) -> list[torch.Tensor]:
+    """x f(x) and its derivatives, from those of f."""
+    pairs = zip(functions, functions[1:], strict=False)
+    return [x * functions[0], *(torch.addcmul(f * n if n > 1 else f, x, df) for n, (f, df) in enumerate(pairs, 1))]
 
 
 def change_of_basis(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .basis import check_input
+from .basis import check_input, logistic_derivatives
 
 
 class InputMap(nn.Module):
@@ -31,8 +31,8 @@ class InputMap(nn.Module):
         self.in_features = in_features
         self.register_buffer("sources", torch.as_tensor(sources, dtype=torch.long), persistent=False)
 
-    def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The outputs (..., J) with their first and second derivatives, each in its own input z (..., J)."""
+    def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
+        """The outputs (..., J) and their derivatives up to an order, each in its own input z (..., J)."""
         raise NotImplementedError
 
     def select(self, x: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class InputMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs (..., I) to outputs (..., J)."""
-        return self.evaluate(self.select(x))[0]
+        return self.evaluate(self.select(x), 0)[0]
 
 
 class TanhBound(InputMap):
@@ -74,12 +74,11 @@ class TanhBound(InputMap):
         super().__init__(in_features, range(in_features))
         self.low, self.high = float(low), float(high)
 
-    def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
         """See `InputMap`."""
         middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
-        y = torch.tanh((z - middle) / half)
-        slope = 1 - y.square()
-        return middle + half * y, slope, -2 / half * y * slope
+        found = logistic_derivatives(torch.tanh((z - middle) / half), highest, of_tanh=True)
+        return [middle + half * found[0], *(part * half ** (1 - d) for d, part in enumerate(found[1:], 1))]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, low={self.low:g}, high={self.high:g}"

@@ -56,13 +56,12 @@ class KnotMap(InputMap):
     pieces: Tensor  # (I, cells, 5): the polynomials in the share of the cell, powers ascending
 
     def __init__(self, low: Tensor, high: Tensor, density: Tensor) -> None:
-        if density.dim() != 2 or not low.shape == high.shape == density.shape[:1] or not density.numel():
+        is_shaped = density.dim() == 2 and low.shape == high.shape == density.shape[:1] and density.numel()
+        if not (is_shaped and (low < high).all() and density.isfinite().all() and (density > 0).all()):
             raise ValueError(
                 f"`low` {tuple(low.shape)}, `high` {tuple(high.shape)} and `density` {tuple(density.shape)} must be "
-                "(I,), (I,) and (I, C)."
+                "(I,), (I,) and (I, C), each `low` below its `high`, and `density` finite and above zero."
             )
-        if not ((low < high).all() and density.isfinite().all() and (density > 0).all()):
-            raise ValueError("Each `low` must be below its `high`, and `density` must be finite and above zero.")
         super().__init__(len(low), range(len(low)))
         self.register_buffer("low", low.detach().clone())
         self.register_buffer("high", high.detach().clone())
@@ -77,7 +76,7 @@ class KnotMap(InputMap):
         pieces[..., 0] += low.double()[:, None] - pieces[:, :1, 0]
         self.register_buffer("pieces", pieces.to(low))
 
-    def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
         """See `InputMap`."""
         cells = self.pieces.shape[1]
         low, high = self.low.to(z), self.high.to(z)
@@ -87,11 +86,12 @@ class KnotMap(InputMap):
         cell = position.detach().nan_to_num().long().clamp(0, cells - 1)
         t = position - cell
         columns = torch.arange(len(low), device=z.device).expand_as(cell)
-        value = slope = bend = torch.zeros_like(z)
+        found = [torch.zeros_like(z)] * (max(highest, 1) + 1)
         for coefficient in self.pieces.to(z)[columns, cell].flip(-1).unbind(-1):  # Horner
-            value, slope, bend = value * t + coefficient, slope * t + value, bend * t + 2 * slope
-        slope, bend = slope * per_unit, bend * per_unit.square()
-        return value + slope * (z - inside), slope, bend * (inside == z)
+            found = [part * t + (d * found[d - 1] if d else coefficient) for d, part in enumerate(found)]
+        found = [part * per_unit**d for d, part in enumerate(found)]
+        beyond = [part * (inside == z) for part in found[2:]]
+        return [found[0] + found[1] * (z - inside), found[1], *beyond][: highest + 1]
 
     @torch.no_grad()
     def inverse(self, s: Tensor) -> Tensor:

@@ -54,18 +54,6 @@ class SplineLayer(nn.Module):
         """The grids, as the buffer `grid_bounds` holds them."""
         return UniformGrid.between(self.grid_bounds, self.grid_size, self.spline_order)
 
-    def covering(self, samples: torch.Tensor, margin: float) -> torch.Tensor:
-        """Ends (I, 2) of grids that cover the samples (N, I), with this share of their range free at each end.
-
-        An input whose samples do not spread (a pixel that is always black) keeps its grid.
-        """
-        low, high = samples.double().aminmax(dim=0)
-        pad = margin * (high - low)
-        bounds = torch.stack([low - pad, high + pad], dim=-1).to(self.grid_bounds.dtype)
-        # An interval must be wider than the spacing of the numbers there, or the basis is noise.
-        resolution = torch.finfo(bounds.dtype).eps * bounds.double().abs().amax(-1, keepdim=True)
-        return torch.where(bounds.double().diff() > self.grid_size * resolution, bounds, self.grid_bounds)
-
     def basis(self, x: torch.Tensor) -> torch.Tensor:
         """The basis functions at `x`: (..., I) to (..., I, grid_size + spline_order), see `bspline_basis`."""
         check_input(x, self.in_features, self)
@@ -177,22 +165,20 @@ class KANLinear(SplineLayer):
             margin: The share of the samples' range that is left free at each end.
 
         Raises:
-            ValueError: Wrong shape, no samples, values that are not finite, or a `margin` that is negative or not
-                finite. The layer is as before then.
+            ValueError: Wrong shape, no samples, or values that are not finite. The layer is as before then.
         """
-        if not as_number(margin) >= 0:
-            raise ValueError(f"`margin` is {margin}, but must be a finite number of at least 0.")
-        if x.shape[-1:] != (self.in_features,) or x.numel() == 0:
+        if x.shape[-1:] != (self.in_features,) or x.numel() == 0 or not x.isfinite().all():
             raise ValueError(
-                f"The samples have shape {tuple(x.shape)}, but must have (..., {self.in_features}) and not be empty."
+                f"The samples have shape {tuple(x.shape)}, but must be (..., {self.in_features}), not empty, and "
+                "finite. Remove those with NaN or infinite values."
             )
         samples = rearrange(x, "... i -> (...) i").double()
-        if bad := (~samples.isfinite().all(0)).nonzero().flatten().tolist():
-            raise ValueError(
-                f"The samples of inputs {bad[:8]} ({len(bad)} of {self.in_features}) hold NaN or infinite values; "
-                "remove them before moving the grid."
-            )
-        bounds = self.covering(samples, margin)
+        low, high = samples.aminmax(dim=0)
+        pad = margin * (high - low)
+        bounds = torch.stack([low - pad, high + pad], dim=-1).to(self.grid_bounds.dtype)
+        # An interval must be wider than the spacing of the numbers there, or the basis is noise.
+        resolution = torch.finfo(bounds.dtype).eps * bounds.double().abs().amax(-1, keepdim=True)
+        bounds = torch.where(bounds.double().diff() > self.grid_size * resolution, bounds, self.grid_bounds)
         # The fit is made for the bounds as they are stored.
         old, new = (UniformGrid.between(ends.double(), *self.grid[2:]) for ends in (self.grid_bounds, bounds))
         points, weight = spread_points(samples, new.low, new.high, 4 * new.num_basis)

@@ -119,35 +119,29 @@ class KANModel(PreTrainedModel):
         return output if return_dict else output.to_tuple()
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        problem_type = self.config.problem_type or self._infer_problem_type(labels)
-        if problem_type not in get_args(ProblemType):
-            raise ValueError(f"`config.problem_type` is {problem_type!r}, but must be one of {get_args(ProblemType)}.")
-        if problem_type == "single_label_classification":
-            expected = logits.shape[:-1]
-        elif problem_type == "regression" and logits.shape[-1] == 1 and labels.shape == logits.shape[:-1]:
-            expected, logits = labels.shape, logits.squeeze(-1)
-        else:
-            expected = logits.shape
+        kind = self.config.problem_type
+        if kind is None and self.config.num_labels == 1:
+            kind = "regression"
+        elif kind is None and not labels.is_floating_point():
+            is_several = labels.dtype == torch.bool
+            kind = "multi_label_classification" if is_several else "single_label_classification"
+        if kind not in get_args(ProblemType):
+            raise ValueError(
+                f"`config.problem_type` is {kind!r}, and labels of {labels.dtype} for several outputs do not tell it. "
+                f"Set it to one of {get_args(ProblemType)}."
+            )
+        expected = logits.shape[:-1] if kind == "single_label_classification" else logits.shape
+        if kind == "regression" and labels.shape + (1,) == logits.shape:
+            labels = labels.unsqueeze(-1)
         # a wrong shape would broadcast to a loss that looks right
         if labels.shape != expected:
             raise ValueError(
-                f"The labels have shape {tuple(labels.shape)}, but {problem_type} with this input expects "
-                f"{tuple(expected)}."
+                f"The labels have shape {tuple(labels.shape)}, but {kind} expects {tuple(expected)} here."
             )
-        if problem_type == "single_label_classification":
+        if kind == "single_label_classification":
             return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long())
-        loss = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
+        loss = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
         return loss(logits, labels.to(logits.dtype))
-
-    def _infer_problem_type(self, labels: torch.Tensor) -> str:
-        if self.config.num_labels == 1:
-            return "regression"
-        if labels.is_floating_point():
-            raise ValueError(
-                f"Labels of dtype {labels.dtype} for {self.config.num_labels} outputs may mean regression or several "
-                "labels at once. Set `config.problem_type` to 'regression' or 'multi_label_classification'."
-            )
-        return "multi_label_classification" if labels.dtype == torch.bool else "single_label_classification"
 
 
 AutoConfig.register("kan", KANConfig, exist_ok=True)

@@ -5,37 +5,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
 
 
-class RecordingHook(Protocol):
-    """Computes outputs in place of a network; None lets the network run as usual."""
-
-    def value(self, network: nn.Module, x: Tensor) -> Tensor | None:
-        """The outputs (..., O) of the network at inputs x (..., I)."""
-        ...
-
-    def jet(
-        self, through: Callable[..., Any], x: Tensor, directions: Tensor, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The jet `through(evaluate, x, directions, weights)` of a network, with an `evaluate` like
-        `derivatives.layers.evaluate_layer`."""
-        ...
-
-
-_current: ContextVar[RecordingHook | None] = ContextVar("recording_hook", default=None)
-_H = TypeVar("_H", bound=RecordingHook)
+_current: ContextVar[Any] = ContextVar("recording_hook", default=None)
+_H = TypeVar("_H")
 
 
 @contextmanager
 def recording(hook: _H) -> Iterator[_H]:
-    """Installs a hook in this thread; the previous one is back afterwards."""
+    """Installs a hook in this thread; the previous one is back afterwards.
+
+    Its methods compute outputs in place of a network, or return None to let the network run:
+
+    * `value(network, x)` the outputs (..., O) at inputs x (..., I);
+    * `jet(through, x, directions, weights)` the jet `through(evaluate, x, directions, weights)` with an `evaluate`
+      like `derivatives.layers.evaluate_layer`.
+    """
     token = _current.set(hook)
     try:
         yield hook
@@ -43,6 +34,6 @@ def recording(hook: _H) -> Iterator[_H]:
         _current.reset(token)
 
 
-def current_hook() -> RecordingHook | None:
+def current_hook() -> Any:
     """The hook of this thread; None in compiled graphs."""
     return None if torch.compiler.is_compiling() else _current.get()

@@ -24,7 +24,6 @@ from .slim_kan import SlimKANLinear, filled
 
 
 _POINTS = 8  # for each interval of the finer grid, on which functions are fitted
-_MARGIN = 0.02  # the share of the activations' range that is left free at each end of a moved grid
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,6 @@ def refine_grid(
     samples: Tensor | None = None,
     *,
     density: Tensor | None = None,
-    exact: bool = False,
     tolerance: float = 1e-2,
 ) -> RefinementReport:
     r"""Gives the layers of a network grids of another size and keeps its function.
@@ -57,30 +55,25 @@ def refine_grid(
     Without samples, the ends of the grids stay. If `grid_size` is a multiple of the old one, the old splines lie in
     the span of the new ones, and the function is kept to rounding on the grids; otherwise it is the least-squares fit.
     Beyond the ends of a grid the splines fade out within `spline_order` intervals, which get shorter: if activations
-    leave the grids, give samples.
+    leave the grids, give samples, or move the grids first, by `KAN.update_grid`.
 
-    With samples, the grids of all layers but the first are moved to the activations of the samples, as by
-    `KAN.update_grid`, and the functions are fitted there.
+    With samples, the knots stay and new ones are inserted between them. A grid that activations leave is extended by
+    whole intervals, at most the `spline_order` on which splines are not zero. The function is then kept to rounding at
+    the samples, and the grids of layers differ in size.
 
-    With samples and `exact`, the knots stay and new ones are inserted between them. A grid that activations leave is
-    extended by whole intervals, at most the `spline_order` on which splines are not zero. The function is then kept to
-    rounding at the samples, and the grids of layers differ in size.
-
-    Adapters are carried over exactly, all of them and at any rank, if the new grids contain the old ones: `grid_size`
-    is a multiple of the old one, without samples or with `exact`. The matrix T that expresses the old splines by the
-    new ones is then the same for all inputs, and factor_basis becomes T factor_basis.
+    Adapters are carried over exactly, all of them and at any rank, if `grid_size` is a multiple of the old one, and
+    without density. The matrix T that expresses the old splines by the new ones is then the same for all inputs, and
+    factor_basis becomes T factor_basis.
 
     The parameters are replaced by new ones: make optimizers afterwards. `LevenbergMarquardt` needs nothing.
 
     Args:
-        kan: A `KAN` or a `SlimKAN`, or one that PEFT or `torch.compile` has wrapped. Slim layers have one basis for
-            all inputs: only without samples and density.
+        kan: A `KAN` or a `SlimKAN`, or one that PEFT or `torch.compile` has wrapped.
         grid_size: The number of intervals of each new grid.
-        samples: Inputs (N, I) of the network.
+        samples: Inputs (N, I) of the network. `grid_size` must be a multiple of the old ones then, and a layer of G
+            intervals that is extended by e gets grid_size (G + e) / G of them.
         density: Positive numbers (I, C), the relative number of knots wanted in C equal cells of each of the first
             layer's grids, for a `KnotMap` before that layer. None keeps the map that is there.
-        exact: Whether grids are extended by whole intervals, rather than moved. `grid_size` must be a multiple of the
-            old ones, and a layer of G intervals that is extended by e gets grid_size (G + e) / G of them.
         tolerance: The largest error of a layer, see `RefinementReport`, that is accepted.
 
     Raises:
@@ -111,19 +104,13 @@ def refine_grid(
     splines = _check_layers(kan, grid_size)
     first, before = splines[0], kan.layers[0]
     old_map = new_map = before if isinstance(before, KnotMap) and kan.layers[1] is first else None
-    has_slim = any(isinstance(layer, SlimKANLinear) for layer in splines)
     adapted = [name for name, layer in kan.layers.named_children() if _without_adapters(layer) is not layer]
-    is_nested = density is None and (samples is None or exact) and not any(grid_size % s.grid_size for s in splines)
-    if adapted and not is_nested:
+    is_nested = density is None and not any(grid_size % layer.grid_size for layer in splines)
+    if not is_nested and (adapted or samples is not None):
         raise ValueError(
-            f"`layers.{adapted[0]}` has adapters, which need a `grid_size` that is a multiple of the old ones, "
-            f"{[layer.grid_size for layer in splines]}, no `density`, and `samples` with `exact` alone. Or merge them "
-            "first, by `merge_and_unload()`."
-        )
-    if has_slim and not (samples is None and density is None):
-        raise ValueError(
-            "Slim layers have one basis for all of their inputs, and can be refined without `samples` and `density` "
-            "alone. Call `to_dense()` first."
+            f"{'Adapters' if adapted else '`samples`'} need a `grid_size` that is a multiple of the old ones, "
+            f"{[layer.grid_size for layer in splines]}, and no `density`. Adapters can be merged first, by "
+            "`merge_and_unload()`, and grids moved, by `update_grid`."
         )
     if samples is not None and not (
         samples.shape == (len(samples), first.in_features) and len(samples) and samples.isfinite().all()
@@ -131,14 +118,9 @@ def refine_grid(
         raise ValueError(
             f"`samples` have shape {tuple(samples.shape)}, but must be (N, {first.in_features}), N >= 1, and finite."
         )
-    if exact and (samples is None or density is not None or any(grid_size % layer.grid_size for layer in splines)):
-        raise ValueError(
-            "`exact` needs `samples`, no `density`, and a `grid_size` that is a multiple of the old ones, "
-            f"{[layer.grid_size for layer in splines]}."
-        )
     if density is not None:
-        if first is not kan.layers[0 if old_map is None else 1]:
-            raise ValueError("`density` needs a network whose first layer, but for a KnotMap, is a KAN layer.")
+        if first is not kan.layers[0 if old_map is None else 1] or isinstance(first, SlimKANLinear):
+            raise ValueError("`density` needs a dense KAN layer as the first, but for a KnotMap; see `to_dense()`.")
         low, high = first.grid_bounds.unbind(-1)
         new_map = KnotMap(low, high, density.to(low))
 
@@ -151,10 +133,8 @@ def refine_grid(
             low, high = layer.grid_bounds.unbind(-1)
             outside[name] = 0.0 if samples is None else ((samples < low) | (samples > high)).double().mean().item()
             bounds, size = layer.grid_bounds, grid_size
-            if samples is not None and exact:
+            if samples is not None:
                 bounds, size = _extended(layer, samples, grid_size)
-            elif samples is not None and layer is not first:
-                bounds = layer.covering(samples, _MARGIN)
             maps = (old_map, new_map) if layer is first else (None, None)
             new, transfer, errors[name] = _refitted(layer, size, bounds, *maps)
             if not errors[name] <= tolerance:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .coefficients import named_attribute, named_size
+from .coefficients import named_size
 from .description import REGISTERED, KANLayerSpec
 from .inference import fits, fixed_tensors, infer_spec, is_other
 from .layout import axis_patterns
@@ -70,7 +70,7 @@ def describe_layer(module: nn.Module) -> tuple[str, bool] | None:
 
 def _convolutions(module: nn.Module, kernels: Mapping[str, torch.Tensor]) -> Iterator[KANLayerSpec]:
     """The verified descriptions of a module whose coefficients are the kernel of a convolution."""
-    inputs, grid = named_size(module, "i"), fixed_tensors(module, kernels)
+    (_, inputs), grid = named_size(module, "i"), fixed_tensors(module, kernels)
     probe = Probe(module, grid)
     for name in kernels if inputs else ():
         residuals = [(other, "o i ...") for other in kernels if other != name]
@@ -82,7 +82,7 @@ def _convolutions(module: nn.Module, kernels: Mapping[str, torch.Tensor]) -> Ite
 
 def _registration(module: nn.Module, spec: KANLayerSpec) -> str:
     cls, pairs = type(module).__name__, [_pair(part) for part in spec.parts]
-    axis, axes = named_attribute(module, "i"), spec.axes
+    (axis, _), axes = named_size(module, "i"), spec.axes
     if axis and axes:
         axes = f'lambda m: {{"i": m.{axis}}}'
     lines = [

@@ -191,13 +191,7 @@ def locate_coefficients(layer: nn.Module, spec: Any) -> CoefficientTensor:
     counts = {name: len(members) for (name, _), members in zip(described, names, strict=True) if "*" in name}
     if 0 in counts.values() or len(set(counts.values())) > 1:
         raise ValueError(f"{problem}lists are not as described. Their numbers of members are {counts}.")
-    count = max(counts.values(), default=1)
-    lengths: list[dict[str, int]] = [
-        {axis: value[place] if isinstance(value, list) else value for axis, value in spec.axes_of(layer).items()}
-        for place in range(count)
-    ]
-    if counts and spec.groups:  # the list is the axis of blocks
-        lengths = [{spec.groups: count, **known} for known in lengths]
+    lengths = [spec.axes_of(layer) for _ in range(max(counts.values(), default=1))]  # of each member of a list
     found: dict[str, tuple[Layout, list[dict[str, int]]]] = {}  # and the lengths that are known, of each member
     for position, ((name, pattern), members) in enumerate(zip(described, names, strict=True)):
         for place, member in enumerate(members):
@@ -237,19 +231,13 @@ def locate_coefficients(layer: nn.Module, spec: Any) -> CoefficientTensor:
     return tensor
 
 
-def named_attribute(layer: nn.Module, axis: str) -> str | None:
-    """The usual attribute by which a layer names the number of its outputs (`"o"`) or inputs (`"i"`), if it does."""
+def named_size(layer: nn.Module, axis: str) -> tuple[str, int | None]:
+    """The attribute by which a layer names the number of its outputs (`"o"`) or inputs (`"i"`), and that, if any."""
     for name in _SIZES[axis]:
         value = getattr(layer, name, None)
         if isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0:  # of numpy too
-            return name
-    return None
-
-
-def named_size(layer: nn.Module, axis: str) -> int | None:
-    """The number of outputs (`"o"`) or inputs (`"i"`) that a layer names itself."""
-    name = named_attribute(layer, axis)
-    return int(getattr(layer, name)) if name else None
+            return name, int(value)
+    return "", None
 
 
 def expand_name(layer: nn.Module, name: str) -> list[str]:

@@ -27,6 +27,7 @@ from ..kan.network import is_norm
 from ..modules.calls import attributes_kept, call_with_parameters
 from .coefficients import CoefficientTensor, get_or_none
 from .description import REGISTERED, Grid, KANLayerSpec
+from .probe import moved
 from .registry import get_kan_spec, same_grid
 
 
@@ -171,19 +172,16 @@ def _agrees(form: _Form, layer: nn.Module, known: _Layer) -> bool:
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.no_grad():
         named = (*layer.named_parameters(), *layer.named_buffers())
-        exchanged = {name: v.detach().clone().double() for name, v in named if v.is_floating_point()}
-        for name, value in layer.named_parameters():
-            if name in exchanged and name not in spec.grid:
-                noise = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu")
-                exchanged[name] += noise.to(value.device) * max(0.1, exchanged[name].std(correction=0).item())
+        values = {name: v.detach().clone().double() for name, v in named if v.is_floating_point()}
+        exchanged = moved(values, {name for name, _ in layer.named_parameters()}.difference(spec.grid), torch.randn)
         x = _points(spec, layer, known.tensor.shape[1], generator)
         directions = torch.randn(2, x.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(x)
 
         def compare() -> bool:
-            expected = jet_by_transforms(layer, x, directions, None)
-            found = evaluate_layer(_stage(form, layer, known), x, directions[:, None], None, None)
+            expected = jet_by_transforms(layer, x, directions, 2, None)
+            found = evaluate_layer(_stage(form, layer, known), [x, directions[:, None]], 2, None)
             agree = all(map(_is_close, found, expected, _TOLERANCES[like.dtype]))
-            return agree and (form.on_uniform_grid or _third_derivatives_agree(spec, layer, x))
+            return agree and (form.on_uniform_grid or _higher_derivatives_agree(spec, layer, x))
 
         try:
             return call_with_parameters(layer, exchanged, compare, (), {})
@@ -197,14 +195,21 @@ def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     )
 
 
-def _third_derivatives_agree(spec: KANLayerSpec, layer: nn.Module, x: Tensor) -> bool:
-    """Whether the third derivatives, which gradients need, are those of the second ones."""
+def _higher_derivatives_agree(spec: KANLayerSpec, layer: nn.Module, x: Tensor) -> bool:
+    """Whether each derivative from the third to the fifth, which gradients need, is that of the one before."""
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        *_, second, third = cast(Any, spec.derivatives)(layer, point, 3)
-        factors = torch.linspace(1, 2, second.shape[-1], device="cpu").to(second)
-        total = (factors * second).sum() + 0 * point.sum()  # which the second ones may not depend on
-        return _is_close((factors * third).sum(-1), torch.autograd.grad(total, point)[0], 1e-9)
+        _, _, *found, last = cast(Any, spec.derivatives)(layer, point, 5)
+        for lower, higher in zip(found, [*found[1:], last], strict=True):
+            slopes = [
+                torch.autograd.grad(part.sum(), point, retain_graph=True, materialize_grads=True)[0]
+                if lower.requires_grad
+                else torch.zeros_like(point)
+                for part in lower.unbind(-1)
+            ]
+            if not all(map(_is_close, higher.unbind(-1), slopes, [1e-9] * len(slopes))):
+                return False
+    return len(found) == 3
 
 
 def _points(spec: KANLayerSpec, layer: nn.Module, width: int, generator: torch.Generator) -> Tensor:
@@ -257,7 +262,7 @@ def _trace(network: nn.Module) -> list[nn.Module] | None:
         events.append((module, args[0] if len(args) == 1 else None, output))
 
     width = next(size for stage in stages if (size := stage.in_features) is not None)
-    with torch.inference_mode(False), torch.no_grad(), attributes_kept(network, of_transforms=False):
+    with torch.inference_mode(False), torch.no_grad(), attributes_kept(network):
         x = torch.rand(3, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
         last: Any = _like(network, x)
         handles = [unit.register_forward_hook(record) for unit in units]

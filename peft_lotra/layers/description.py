@@ -62,18 +62,18 @@ class KANLayerSpec:
         splines (`Callable`, *optional*): `splines(layer)` returns the [`UniformGrid`] of the basis, or `None`. The
             fast path then evaluates the splines in closed form.
         derivatives (`Callable`, *optional*): `derivatives(layer, x, highest)` returns a list: the basis functions of x
-            (batch, in) and their derivatives up to the order `highest`, at most 3, each (batch, in, basis). It opens
+            (batch, in) and their derivatives up to the order `highest`, at most 5, each (batch, in, basis). It opens
             the closed form of `jet`; the derivatives are compared with those that autograd gives of the layer.
         normalization (`str`, *optional*): The module that normalizes the inputs of the basis functions, and not those
             of the residual branch, if `derivatives` is given. It may be absent or `None`.
         activation (`Callable`, *optional*): `activation(layer, x)` returns the factors (batch, in) of `residual`.
         bias (`str`, *optional*): The parameter that is added to the output. It may be absent or `None`.
         axes (`Callable` or `dict`, *optional*): `axes(layer)` returns the lengths of axes that no shape determines,
-            e.g. `{"k": layer.num_grids}` for the layout `"o (i k)"`; a list has one for each member of a list by `*`.
+            e.g. `{"k": layer.num_grids}` for the layout `"o (i k)"`.
         edge_scale (`tuple[str, str]`, *optional*): The parameter that scales the splines of each edge, and its layout.
 
     Raises:
-        ValueError: A pattern is malformed, or has axes that it cannot have.
+        ValueError: A pattern is malformed, or a name stands twice.
     """
 
     family: str
@@ -119,14 +119,8 @@ class KANLayerSpec:
                 f"The coefficients and other parameters {kind} are {[self.coefficients, *branches]}. Expected a name "
                 'and its pattern, e.g. ("weight", "o i k"), or a list of such pairs, with each name once.'
             )
-        for place, (_, pattern) in enumerate(self.parts):
-            parse_layout(pattern, self.groups, may_share=place > 0)
-        for _, pattern in branches:
-            if parse_layout(pattern, self.groups).basis:
-                raise ValueError(
-                    f"Pattern {pattern!r} {kind} has an axis besides `o`, `i`, `...` and `groups`. A residual branch "
-                    "and edge scales have none, as 'o i'."
-                )
+        for place, pattern in enumerate(patterns.values()):
+            parse_layout(pattern, self.groups, may_share=0 < place < len(self.parts))
 
     def __reduce_ex__(self, protocol):
         # Predicates may be lambdas, which do not pickle: a description is found again in the registry.
@@ -134,10 +128,10 @@ class KANLayerSpec:
             return super().__reduce_ex__(protocol)
         return get_registered, (self.family,)
 
-    def axes_of(self, layer: nn.Module) -> dict[str, Any]:
+    def axes_of(self, layer: nn.Module) -> dict[str, int]:
         """The lengths of axes of a layer that no shape determines, as plain integers."""
         axes = self.axes(layer) if callable(self.axes) else self.axes or {}
-        return {axis: list(map(int, v)) if hasattr(v, "__len__") else int(v) for axis, v in axes.items()}
+        return {axis: int(length) for axis, length in axes.items()}
 
     def locate(self, layer: nn.Module) -> CoefficientTensor:
         """Finds the coefficients of a layer; raises a `ValueError` if a pattern does not fit its parameter."""

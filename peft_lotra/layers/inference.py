@@ -145,7 +145,7 @@ def fits(probe: Probe, spec: KANLayerSpec, strict: bool = True) -> bool:
 def _find(probe: Probe, tensors: Tensors) -> KANLayerSpec | None:
     """The coefficients alone."""
     found: KANLayerSpec | None = None
-    sizes: tuple[int | None, int | None] = named_size(probe.layer, "o"), named_size(probe.layer, "i")
+    sizes: tuple[int | None, int | None] = named_size(probe.layer, "o")[1], named_size(probe.layer, "i")[1]
     for name, value in tensors.items():
         if not 3 <= value.dim() <= _MOST_AXES:
             continue
@@ -177,7 +177,7 @@ def _of_one_matrix(probe: Probe, tensors: Tensors) -> Iterator[KANLayerSpec]:
 
 
 def _possible_inputs(layer: nn.Module, name: str, value: torch.Tensor) -> Iterator[int | None]:
-    yield named_size(layer, "i")
+    yield named_size(layer, "i")[1]
     for other, tensor in (*layer.named_parameters(), *layer.named_buffers()):
         yield from tensor.shape if other != name else ()
         for size in filter(None, tensor.shape if tensor.dim() == 1 else ()):  # a grid of one point for each function

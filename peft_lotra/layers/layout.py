@@ -88,16 +88,21 @@ class Layout:
 
         Raises a `ValueError` if the pattern does not fit the shape, or leaves a length open.
         """
-        given = {axis: known[axis] for axis in self.axes if axis in known}
+        given = tuple((axis, known[axis]) for axis in self.axes if axis in known)
+        return {**known, **self._solve(tuple(shape), given)}
+
+    @lru_cache(1024)  # noqa: B019 (layouts are few, and `parse_layout` keeps them)
+    def _solve(self, shape: tuple[int, ...], given: tuple[tuple[str, int], ...]) -> dict[str, int]:
+        known = dict(given)
         try:
             coefficients, *_ = self._split(torch.empty(shape, device="meta"), known)
-            found = rearrange(coefficients, f"{_write(self.dims)} -> {' '.join(self.axes)}", **given).shape
+            found = rearrange(coefficients, f"{_write(self.dims)} -> {' '.join(self.axes)}", **known).shape
         except (KeyError, RuntimeError) as error:  # einops' last line says why
             raise ValueError(
-                f"Pattern {self.pattern!r} does not fit a parameter of shape {tuple(shape)}: "
-                f"{str(error).splitlines()[-1].strip()}, with {given}. Correct it, or give lengths by `axes`."
+                f"Pattern {self.pattern!r} does not fit a parameter of shape {shape}: "
+                f"{str(error).splitlines()[-1].strip()}, with {known}. Correct it, or give lengths by `axes`."
             ) from error
-        return {**known, **dict(zip(self.axes, found, strict=True))}
+        return dict(zip(self.axes, found, strict=True))
 
     def _split(self, parameter: torch.Tensor, lengths: Mapping[str, int]) -> Sequence[torch.Tensor]:
         """The coefficients and the packed residual weights, if any, each with the dimensions of the pattern."""

@@ -101,7 +101,7 @@ class Probe:
     def __init__(self, layer: nn.Module, grid: Mapping[str, Any], args: tuple[Any, ...] = ()) -> None:
         self.layer, self.args = layer, args
         self.grid = [value for value in grid.values() if isinstance(value, Tensor) and value.numel() > 1]
-        self._leading: dict[int, tuple[int, ...]] = {}  # by the number of features, see `_takes`
+        self._leading: dict[int, tuple[int, ...] | None] = {}  # by the number of features, see `_takes`
 
     def axes(self, tensor: CoefficientTensor, strict: bool = False) -> Verdict:
         """Compares the output and the input axis of the coefficients with the gradients of the layer.
@@ -128,8 +128,8 @@ class Probe:
             with self._isolated(tensor) as values:
                 x = self._input(tensor, rows=2)
                 # so far apart that a ReLU behind the sum is met on both sides
-                moved = (_moved(values, values, torch.randn, factor) for factor in (-2, 2))
-                low, high = (self._gradient(tensor, x, given) for given in moved)
+                others = (moved(values, values, torch.randn, factor) for factor in (-2, 2))
+                low, high = (self._gradient(tensor, x, given) for given in others)
                 size, change = (high.abs() + low.abs()).max(), (high - low).abs().max()
                 return bool(change <= _CURVATURE * size) if change.isfinite() and size > 0 else None
         except Exception:  # as in `axes`
@@ -152,8 +152,8 @@ class Probe:
     def is_additive(self, tensor: CoefficientTensor) -> bool:
         """Whether the gradient of the residual weights stays, up to a factor for each output, under a change of A."""
         with self._isolated(tensor) as values:
-            x, moved = self._input(tensor), _moved(values, tensor.names)
-            first, second = (self._gradient(tensor, x, given)[:, :, -1:] for given in (values, moved))
+            x, others = self._input(tensor), moved(values, tensor.names)
+            first, second = (self._gradient(tensor, x, given)[:, :, -1:] for given in (values, others))
             return _is_parallel(first, second)
 
     def values(self, tensor: CoefficientTensor) -> dict[str, Tensor]:
@@ -245,7 +245,7 @@ class Probe:
         if rows.shape[1] > 1:  # that a normalization of the inputs does not make the same
             rows[2] = rows[0].roll(1)
         rows[1] = (rows[0] + rows[2]) / 2
-        values = _moved(values, tensor.names)
+        values = moved(values, tensor.names)
         y = self._run(values, x).flatten(0, -2)
         rows[3] = rows[0]
         other = self._run(values, x).flatten(0, -2)
@@ -294,10 +294,11 @@ class Probe:
                     self._run({}, x)
             except Exception as error:  # as in `axes`; perhaps an input of another size
                 if not isinstance(error, Undecided):
+                    self._leading[size] = None
                     continue
             self._leading[size] = leading
             break
-        return self._leading.get(size)
+        return self._leading[size]
 
     def _run(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
         copy = _copy_of(self.layer, {})
@@ -338,7 +339,7 @@ def _own_copy(value: Tensor) -> Tensor:
     return _wide(value.detach()).clone()
 
 
-def _moved(
+def moved(
     values: Mapping[str, Tensor], names: Collection[str], draw: Callable[..., Tensor] = torch.rand, factor: float = 1
 ) -> dict[str, Tensor]:
     """The parameters, to those of these names added a factor of noise of their mean size.
@@ -346,12 +347,12 @@ def _moved(
     By default it is positive, since widths are, and none is zero then.
     """
     generator = torch.Generator().manual_seed(_SEED)
-    moved = {}
+    changed = {}
     for name in (name for name in values if name in names):
         value = values[name].detach()
         scale = factor * (float(value.abs().mean()) or 1.0)
-        moved[name] = value + scale * draw(value.shape, generator=generator, device="cpu").to(value)
-    return {**values, **moved}
+        changed[name] = value + scale * draw(value.shape, generator=generator, device="cpu").to(value)
+    return {**values, **changed}
 
 
 def _weighted(y: Tensor, tensor: CoefficientTensor, seed: int = 1) -> Tensor:

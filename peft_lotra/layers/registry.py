@@ -43,7 +43,7 @@ def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
 
     Raises:
         TypeError: A field does not exist, or a required one is missing.
-        ValueError: The name is that of a built-in kind; a pattern is malformed, or has axes that it cannot have.
+        ValueError: The name is that of a built-in kind; a pattern is malformed, or a name stands twice.
 
     Example:
         >>> import torch

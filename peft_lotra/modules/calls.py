@@ -18,9 +18,6 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 
-_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue] (no stub)
-
-
 def check_module(model: Any, argument: str = "model") -> None:
     """Raises a TypeError unless a value is a module, not compiled by `torch.jit`."""
     if not isinstance(model, nn.Module):
@@ -83,10 +80,10 @@ def set_mode(module: nn.Module, training: bool) -> None:
 
 
 @contextmanager
-def attributes_kept(model: Callable, of_transforms: bool = True) -> Iterator[None]:
+def attributes_kept(model: Callable) -> Iterator[None]:
     """Restores the attributes in which modules keep tensors of a forward pass (pykan).
 
-    With `of_transforms`, only tensors of a `torch.func` transform, which cannot be used after it.
+    Those of a `torch.func` transform cannot be used after it.
     """
     modules = model.modules() if isinstance(model, nn.Module) else ()
     before = [(vars(module), dict(vars(module))) for module in modules]
@@ -95,7 +92,7 @@ def attributes_kept(model: Callable, of_transforms: bool = True) -> Iterator[Non
     finally:
         for entries, kept in before:
             for name in [name for name, value in entries.items() if value is not kept.get(name)]:
-                if not _holds_tensor(entries[name], of_transforms):
+                if not _holds_tensor(entries[name]):
                     continue
                 if name in kept:
                     entries[name] = kept[name]
@@ -103,11 +100,9 @@ def attributes_kept(model: Callable, of_transforms: bool = True) -> Iterator[Non
                     del entries[name]
 
 
-def _holds_tensor(value: Any, of_transform: bool) -> bool:
-    """Whether a value is a tensor, or a list with one; with `of_transform`, one of a `torch.func` transform."""
-    if isinstance(value, torch.Tensor):
-        return not of_transform or _functorch.is_functorch_wrapped_tensor(value)
-    return isinstance(value, (list, tuple)) and any(_holds_tensor(part, of_transform) for part in value)
+def _holds_tensor(value: Any) -> bool:
+    """Whether a value is a tensor, or a list with one."""
+    return isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensor, value)))
 
 
 class LayerLock:

@@ -18,7 +18,6 @@ from ..bank.layer import ROWS, BankModel, Rows
 from ..kan.row_product import RowGroups, group_rows
 from ..modules.calls import call_with_parameters
 from ..modules.checks import as_number
-from ..tuner.rows import ForwardPass
 from .learning_rates import COMPONENTS, Policy, component_multipliers
 from .least_squares import Intercepted, check_terms, name_term
 from .levenberg_marquardt import LARGEST_DAMPING, SMALLEST_DAMPING, damping_factor
@@ -170,23 +169,6 @@ class BankStep(NamedTuple):
     damping: Tensor
 
 
-class _Rows(NamedTuple):
-    """The rows of a term that some adapters have, sorted by adapter."""
-
-    name: str
-    function: Callable[..., Tensor]
-    rows: list[Tensor]
-    owner: Tensor  # (n,), the place of the adapter of each row among these adapters
-    slots: Tensor  # (n,), the places of the rows in a matrix (adapters, most rows of one)
-    shape: tuple[int, int]  # of this matrix
-    scale: Tensor  # (n, 1), the root of weight / rows of the adapter
-
-    def by_adapter(self, values: Tensor) -> Tensor:
-        """Values (n, m, ...) as (adapters, most rows of one times m, ...), zero where an adapter has fewer rows."""
-        found = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
-        return found.index_copy(0, self.slots, values).unflatten(0, self.shape).flatten(1, 2)
-
-
 class BankLevenbergMarquardt(_BankOptimizer):
     r"""
     Levenberg-Marquardt for the adapters of a bank, each by itself: a step solves the normal equations of all at once.
@@ -238,7 +220,7 @@ class BankLevenbergMarquardt(_BankOptimizer):
         names: Sequence[str] | None = None,
         *,
         floor: float = 1e-3,
-        memory: int = 2**27,
+        memory: int = 2**26,
     ) -> None:
         if not isinstance(model, BankModel):
             raise TypeError(f"`model` is a {type(model).__name__}, but must be what `bank.attach()` returns.")
@@ -277,9 +259,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
         accepted, first, width = torch.zeros_like(self._is_active), 0, self.packed.shape[1]
         while first < len(order):
             rows = int(counts[order[first]])
-            adapters = order[
-                first : first + max(1, self.defaults["memory"] // (8 * width * (16 * rows + min(rows, width))))
-            ]
+            size = self.defaults["memory"] // (8 * width * (16 * rows + min(rows, width)))
+            adapters = order[first : first + max(1, size)]
             losses[adapters], accepted[adapters] = self._step_of(adapters, checked)
             first += len(adapters)
         return BankStep(losses[1:], accepted[1:], self.state[self.packed]["damping"][1:].clone())
@@ -287,7 +268,7 @@ class BankLevenbergMarquardt(_BankOptimizer):
     def _step_of(self, adapters: Tensor, terms: list[Any]) -> tuple[Tensor, Tensor]:
         """The losses of some adapters after a step, and whether it was accepted."""
         start, dampings = self.packed[adapters].double(), self.state[self.packed]["damping"]
-        residuals, jacobian = self._linearize(self._rows_of(adapters, terms), start, adapters)
+        residuals, jacobian = self._evaluate(adapters, terms, start, differentiates=True)
         loss, gradient = residuals.square().sum(1), (jacobian.mT @ residuals.unsqueeze(2)).squeeze(2)
         squares = jacobian.square().sum(1)
         scaling = torch.maximum(squares, (self.defaults["floor"] * squares.amax(1, keepdim=True)).clamp(min=1e-300))
@@ -296,81 +277,72 @@ class BankLevenbergMarquardt(_BankOptimizer):
         damping, factor, accepted = dampings[adapters], 2.0, torch.zeros_like(loss, dtype=torch.bool)
         left = (loss.isfinite() & squares.isfinite().all(1) & gradient.any(1)).nonzero().squeeze(1)
         while len(left):
-            diagonal, right = damping[left].unsqueeze(1), residuals if is_dual else gradient
-            diagonal = diagonal.expand(-1, matrix.shape[1]) if is_dual else diagonal * scaling[left]
-            triangle, failed = torch.linalg.cholesky_ex(matrix[left] + torch.diag_embed(diagonal))
-            solved = torch.cholesky_solve(right[left].unsqueeze(2), triangle)
-            step = -((jacobian[left].mT @ solved).squeeze(2) / scaling[left] if is_dual else solved.squeeze(2))
+            diagonal = damping[left].unsqueeze(1) * scaling[left]
+            damped = damping[left].unsqueeze(1).expand(-1, matrix.shape[1]) if is_dual else diagonal
+            triangle, failed = torch.linalg.cholesky_ex(matrix[left] + torch.diag_embed(damped))
+            step = torch.cholesky_solve((residuals if is_dual else gradient)[left].unsqueeze(2), triangle)
+            step = -((jacobian[left].mT @ step).squeeze(2) / scaling[left] if is_dual else step.squeeze(2))
             step[failed > 0] = torch.nan
             candidate = (start[left] + step).to(self.packed.dtype)
-            found = self._residuals(self._rows_of(adapters[left], terms), candidate.double())
+            (found,) = self._evaluate(adapters[left], terms, candidate.double(), differentiates=False)
             decrease = loss[left] - found.square().sum(1)
-            is_right = decrease > 0  # not if one is NaN
-            predicted = (damping[left].unsqueeze(1) * scaling[left] * step.square() - gradient[left] * step).sum(1)
-            rule = [damping_factor(ratio, raised=factor > 2) for ratio in (decrease / predicted)[is_right].tolist()]
-            done = left[is_right]
-            self.packed[adapters[done]] = candidate[is_right]
+            is_less = decrease > 0  # not if one is NaN
+            agreement = decrease / (diagonal * step.square() - gradient[left] * step).sum(1)
+            rule = [damping_factor(ratio, raised=factor > 2) for ratio in agreement[is_less].tolist()]
+            done, left = left[is_less], left[~is_less]
+            self.packed[adapters[done]] = candidate[is_less]
             dampings[adapters[done]] = (damping[done] * damping.new_tensor(rule)).clamp(min=SMALLEST_DAMPING)
-            loss[done], accepted[done] = loss[done] - decrease[is_right], True
-            left = left[~is_right]
+            loss[done], accepted[done] = loss[done] - decrease[is_less], True
             damping[left] *= factor
             left, factor = left[damping[left] <= LARGEST_DAMPING], 2 * factor
         return loss, accepted
 
-    def _rows_of(self, adapters: Tensor, terms: list[Any]) -> list[_Rows]:
-        """The rows of each term that these adapters have."""
-        place, found = torch.full_like(self._is_active, -1, dtype=torch.int64), []
+    @torch.enable_grad()
+    def _evaluate(self, adapters: Tensor, terms: list[Any], values: Tensor, differentiates: bool) -> list[Tensor]:
+        """The residuals (adapters, M) of adapters with these values (adapters, width), zero where one has fewer rows;
+        and their Jacobian (adapters, M, width)."""
+        found: list[list[Tensor]] = [[], []]
+        place = torch.full_like(self._is_active, -1, dtype=torch.int64)
         place[adapters] = torch.arange(len(adapters), device=place.device)
         for number, (function, rows, index, weight) in enumerate(terms):
             owner, order = place[index].sort(stable=True)
-            order = order[owner >= 0]
-            owner = owner[owner >= 0]
-            counts = owner.bincount(minlength=len(adapters))
-            slots = torch.arange(len(owner), device=owner.device) - (counts.cumsum(0) - counts)[owner]
-            shape, scale = (len(adapters), int(counts.max())), (weight / counts[owner].double()).sqrt().unsqueeze(1)
-            rows = [row[order.to(row.device)] for row in rows]
-            if len(owner):
-                term = name_term(number, function), function, rows, owner, slots + owner * shape[1], shape, scale
-                found.append(_Rows(*term))
-        return found
+            owner, order = owner[owner >= 0], order[owner >= 0]
+            if not len(owner):
+                continue
+            counts, numbers = owner.bincount(minlength=len(adapters)), torch.arange(len(owner), device=owner.device)
+            slots = owner, numbers - (counts.cumsum(0) - counts)[owner]
+            if differentiates:  # a copy of the adapter for each row: one backward pass has the gradients of all rows
+                own, groups = values[owner].requires_grad_(), RowGroups(numbers)
+            else:
+                distinct, groups = group_rows(owner)
+                own = values[distinct]
+            given = [row[order.to(row.device)] for row in rows]
+            y = self._call(name_term(number, function), function, given, own, groups)
+            y = y * (weight / counts[owner].double()).sqrt().unsqueeze(1)
+            parts = [y]
+            if differentiates:
+                columns = [torch.autograd.grad(it.sum(), own, retain_graph=True)[0] for it in y.unbind(1)]
+                parts.append(torch.stack(columns, 1) * self._entries[adapters[owner]].unsqueeze(1))
+            for of_terms, part in zip(found, parts, strict=False):
+                padded = part.new_zeros(len(adapters), int(counts.max()), *part.shape[1:])
+                of_terms.append(padded.index_put(slots, part.detach()).flatten(1, 2))
+        return [torch.cat(of_terms, 1) for of_terms in found if of_terms]
 
-    @torch.enable_grad()
-    def _linearize(self, parts: list[_Rows], start: Tensor, adapters: Tensor) -> tuple[Tensor, Tensor]:
-        """The residuals (adapters, M) and their Jacobian (adapters, M, width)."""
-        residuals, jacobian = [], []
-        for part in parts:
-            # a copy of the adapter for each row: one backward pass has the gradients of all rows
-            own = start[part.owner].requires_grad_()
-            values = self._call(part, own, RowGroups(torch.arange(len(own), device=own.device)))
-            columns = [torch.autograd.grad(it.sum(), own, retain_graph=True)[0] for it in values.unbind(1)]
-            gradients = torch.stack(columns, 1) * self._entries[adapters[part.owner]].unsqueeze(1)
-            residuals.append(part.by_adapter(values.detach()))
-            jacobian.append(part.by_adapter(gradients))
-        return torch.cat(residuals, 1), torch.cat(jacobian, 1)
-
-    def _residuals(self, parts: list[_Rows], values: Tensor) -> Tensor:
-        """The residuals (adapters, M) for values (adapters, width)."""
-        found = []
-        for part in parts:
-            distinct, groups = group_rows(part.owner)
-            found.append(part.by_adapter(self._call(part, values[distinct], groups).detach()))
-        return torch.cat(found, 1)
-
-    @torch.enable_grad()
-    def _call(self, part: _Rows, packed: Tensor, groups: RowGroups) -> Tensor:
-        """The residuals (n, m) of rows whose adapters are rows of `packed`, each times its scale."""
+    def _call(self, name: str, function: Any, rows: list[Tensor], packed: Tensor, groups: RowGroups) -> Tensor:
+        """The values (n, m) of a residual function for n rows, whose adapters are rows of `packed`."""
         tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
         fixed = {name: it.detach().double() for name, it in tensors if it.is_floating_point()}
-        given = [row.double() if row.is_floating_point() else row for row in part.rows]
-        store = self.bank.store._replace(packed=packed)
-        token = ROWS.set(Rows(self.bank, store, groups, ForwardPass(None, {}, {})))
+        given = tuple(row.double() if row.is_floating_point() else row for row in rows)
+        store, n = self.bank.store._replace(packed=packed), len(rows[0])
+        token = ROWS.set(Rows.of_groups(self.bank, store, groups))
         try:
             with Intercepted():
-                values = call_with_parameters(self.model, fixed, partial(part.function, self.model), tuple(given), {})
+                values = call_with_parameters(self.model, fixed, partial(function, self.model), given, {})
         finally:
             ROWS.reset(token)
-        n = len(part.owner)
         if not isinstance(values, Tensor) or values.shape[:1] != (n,) or values.dim() > 2:
             shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"The {part.name} returns {shape} for {n} rows, but must return ({n},) or ({n}, m).")
-        return part.scale * values.reshape(n, -1).double()
+            raise ValueError(f"The {name} returns {shape} for {n} rows, but must return ({n},) or ({n}, m).")
+        if packed.requires_grad and not values.requires_grad:
+            raise ValueError(f"The {name} does not depend on the adapters: is the bank attached to its model?")
+        return values.reshape(n, -1).to(packed)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..derivatives.api import through_stages
-from ..derivatives.layers import Jet, evaluate_layer
+from ..derivatives.chain_rule import Jet
+from ..derivatives.layers import evaluate_layer
 from ..derivatives.stages import Stage, stages_of
 from ..kan.basis import UniformGrid
 from ..kan.product import needs_plain_operations
@@ -29,7 +30,7 @@ class LayerRecord(NamedTuple):
 
     stage: Stage  # the layer with its coefficients
     grid: UniformGrid | None  # a copy
-    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # the arguments of `evaluate_layer`
+    inputs: tuple[Jet, int, Tensor | None]  # the arguments of `evaluate_layer`
     outputs: Jet  # of a graph that starts at the outputs of the layer before
 
 
@@ -42,7 +43,7 @@ class NetworkRecord(NamedTuple):
 
 
 class Recorder:
-    """A `RecordingHook` that records the networks that are evaluated at n = `rows` inputs.
+    """A hook of `kan.recording_hook` that records the networks that are evaluated at n = `rows` inputs.
 
     A layer is recorded if its coefficients are among the given parameters. All others run with their graphs.
     """
@@ -53,11 +54,11 @@ class Recorder:
         self._known = {id(parameter) for parameter in parameters}
 
     def jet(self, through: Callable[..., Jet], x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet | None:
-        """See `RecordingHook`."""
+        """See `recording`."""
         return self._record(through, x, directions, weights) if self._can_record(x, directions, weights) else None
 
     def value(self, network: nn.Module, x: Tensor) -> Tensor | None:
-        """See `RecordingHook`. Networks with dropout, hooks, or a replaced `forward` are not recorded."""
+        """See `recording`. Networks with dropout, hooks, or a replaced `forward` are not recorded."""
 
         def changed(part: nn.Module) -> bool:
             hooks = part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
@@ -67,7 +68,7 @@ class Recorder:
             return None
         if any(map(changed, network.modules())) or (stages := stages_of(network)) is None:
             return None
-        return self._record(partial(through_stages, stages), x, x.new_empty(0, x.shape[-1]), None).value
+        return self._record(partial(through_stages, stages, 0), x, None, None)[0]
 
     def _can_record(self, x: Tensor, *others: Tensor | None) -> bool:
         varies = any(tensor is not None and tensor.requires_grad for tensor in (x, *others))
@@ -77,7 +78,7 @@ class Recorder:
     def _record(self, through: Callable[..., Jet], *inputs: Tensor | None) -> Jet:
         layers: list[LayerRecord] = []
         outputs = through(partial(self._record_layer, layers), *inputs)
-        leaves = outputs.map(lambda part: part.detach().clone().requires_grad_())
+        leaves = [part.detach().clone().requires_grad_() for part in outputs]
         self.networks.append(NetworkRecord(layers, outputs, leaves))
         return leaves
 
@@ -92,11 +93,11 @@ class Recorder:
             updates=tuple(Update(scale, tensor.map(Tensor.detach)) for scale, tensor in stage.updates),
         )
         outputs = evaluate_layer(fixed, *inputs)
-        for part in outputs.parts:
+        for part in outputs:
             part.requires_grad_()
         grid = None
         if not stage.is_linear:
-            low, high, *sizes = stage.grid
+            low, high, *sizes = stage.module.grid
             grid = UniformGrid(low.clone(), high.clone(), *sizes)
         layers.append(LayerRecord(stage, grid, inputs, outputs))
         return outputs

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -56,8 +56,8 @@ class LoTRALearningRates(Report, list[LoTRALearningRate]):
 
     def as_dict(self) -> dict[str, Any]:
         """The lines in plain values, without the parameters, for JSON."""
-        names = [entry.name for entry in fields(LoTRALearningRate) if entry.name != "parameter"]
-        return {"components": [{name: getattr(line, name) for name in names} for line in self]}
+        lines = [{name: value for name, value in vars(line).items() if name != "parameter"} for line in self]
+        return {"components": lines}
 
 
 def lotra_lr_multipliers(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -161,7 +161,8 @@ class LeastSquares:
             marked = [place for place, row in enumerate(rows) if row.requires_grad]
             rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
             shapes = tuple((row.shape[1:], row.dtype) for row in rows)
-            key = id(function), self.modes, shapes, self.shapes
+            same = function if isinstance(function, Hashable) else id(function)  # bound methods are new at each access
+            key = same, self.modes, shapes, self.shapes
             plan = self.plans.get(key) or plans.get(key)
             term = Residuals(name, function, rows, marked, math.sqrt(weight / total), plan or Plan(function))
             self.terms.append(term)
@@ -290,13 +291,10 @@ class LeastSquares:
         if plan.by_layers:
             plan.row_bytes = row_bytes()
 
-    def _rows_at_once(self, plan: Plan) -> int:
-        return max(1, min(self.memory // 2, CHUNK) // plan.row_bytes)
-
     def chunks(self) -> Iterator[tuple[Residuals, list[Tensor]]]:
         """Each term with its rows, in chunks of as many rows as fit."""
         for term in self.terms:
-            size = self._rows_at_once(term.plan) if len(term.rows[0]) else 1
+            size = max(1, min(self.memory // 2, CHUNK) // max(1, term.plan.row_bytes))  # 0 for a term without rows
             for first in range(0, len(term.rows[0]), size):
                 yield term, [row[first : first + size] for row in term.rows]
 

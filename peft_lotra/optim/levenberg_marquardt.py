@@ -24,7 +24,7 @@ from .shards import Shards
 LARGEST_DAMPING = 1e12  # at which a step gives up
 SMALLEST_DAMPING = 1e-16  # less is lost in the rounding of the normal equations
 SMALLEST_FORGETTING = 1e-7  # with `forgetting`: less fits the rows of one step alone
-LONGEST_MEMORY = 20.0  # of `forgetting="auto"`: a factor of 0.95
+LONGEST_MEMORY, SMALLEST_FACTOR = 20.0, 0.1  # of `forgetting="auto"`; the memory is a factor of 0.95
 
 
 class LevenbergMarquardtStep(NamedTuple):
@@ -94,7 +94,7 @@ class LevenbergMarquardt:
         damping: The damping that the next step tries. The other arguments are attributes too.
 
     Raises:
-        TypeError: `model` is no `nn.Module`.
+        TypeError: `model` is no `nn.Module`, or an argument is unknown (`lr`).
         ValueError: No parameter requires a gradient, or an argument is out of range.
 
     Source: J. J. More, "The Levenberg-Marquardt algorithm" (1978); for the forgetting factor, L. Ljung and T.
@@ -110,7 +110,11 @@ class LevenbergMarquardt:
         forgetting: float | str = "auto",
         memory: int = 2**30,
         group: Any = None,
+        **others: Any,
     ) -> None:
+        if others:
+            hint = " Steps have no learning rate: a larger `damping` makes the first step shorter." * ("lr" in others)
+            raise TypeError(f"LevenbergMarquardt takes no argument {', '.join(others)}.{hint}")
         check_module(model)
         check_number(damping, "damping", "(0, inf)")
         check_number(floor, "floor", "(0, 1]")
@@ -233,7 +237,8 @@ class LevenbergMarquardt:
             terms: As for `step`, or a function of the step's number that returns terms (new points for each step).
             steps: The most steps.
             held: Terms on other rows, which are evaluated after each step and not trained: a fit of its own rows alone
-                shows there. In the end the model has the parameters of the step with the least held loss.
+                shows there. In the end the model has the parameters with the least held loss, those before the first
+                step among them.
             target_loss: The loss at which to stop; the held loss if there are held terms.
             tolerance, patience: Stops when `decrease` was below `tolerance` in `patience` steps in a row; with held
                 terms, when the held loss had no new minimum in `patience` steps in a row.
@@ -254,7 +259,11 @@ class LevenbergMarquardt:
         terms = terms if callable(terms) else list(terms)
         held_terms = self._check(held) if (held := list(held)) else []
         shards, hidden = self._shards, not (progress and self._shards.is_first)
-        best: tuple[float, dict[str, Tensor]] = math.inf, {}
+
+        def copies() -> dict[str, Tensor]:
+            return {name: p.detach().clone() for name, p in self._trainable().items()}
+
+        best = (min(math.inf, sum(self._held_losses(held_terms))), copies()) if held_terms else (math.inf, {})
         with tqdm(total=steps, unit="step", desc="Levenberg-Marquardt", disable=hidden) as bar:
             for number in range(steps):
                 now = list(shards.run(terms, number)) if callable(terms) else terms
@@ -267,7 +276,7 @@ class LevenbergMarquardt:
                 progressed = record.held_loss < best[0] if held_terms else record.decrease >= tolerance
                 slow = 0 if progressed else slow + 1
                 if held_terms and progressed:
-                    best = record.held_loss, {n: p.detach().clone() for n, p in self._trainable().items()}
+                    best = record.held_loss, copies()
                 loss = record.held_loss if held_terms else record.loss
                 stop = callback is not None and shards.run(callback, number, record) is True
                 stop = stop or not record.accepted or loss <= target_loss or slow >= patience
@@ -277,7 +286,6 @@ class LevenbergMarquardt:
             with torch.no_grad():
                 for name, parameter in self._trainable().items():
                     parameter.copy_(best[1][name])
-            self.forget()
         return history
 
     def _trainable(self) -> dict[str, nn.Parameter]:
@@ -322,16 +330,17 @@ class LevenbergMarquardt:
         """The factor for the former residuals, where rows that were not trained have this loss.
 
         A factor of "auto" is 1 - 1 / memory. The memory grows where the last step fitted its own rows alone. Where
-        the loss falls, former residuals are too large, and their errors with them: the factor is at most the fifth
-        power of the mean ratio of losses.
+        the loss falls, former residuals are too large, and their errors with them: the factor is at most the tenth
+        power of the mean ratio of losses, but not less than a fixed one that helps nearly always.
         """
+        trust = 1.0 if past.agreement > 0.25 else 0.2
         if not isinstance(self.forgetting, str):
-            return self.forgetting * (1.0 if past.agreement > 0.25 else 0.2)
+            return self.forgetting * trust
         before, own = past.losses
         self._slope += 0.2 * (math.log(max(loss, 1e-300) / before) - self._slope)
-        longest = 1 / (1 - min(1 - 1 / LONGEST_MEMORY, math.exp(min(0.0, 5 * self._slope))))
-        self._memory = max(1.0, min(self._memory * (1.25 if loss > 1.25 * own else 0.8), longest))
-        return 1 - 1 / self._memory
+        longest = 1 / (1 - min(1 - 1 / LONGEST_MEMORY, math.exp(min(0.0, 10 * self._slope))))
+        self._memory = max(1.0, min(self._memory * (1.25 if loss > 1.5 * own else 0.8), longest))
+        return max(1 - 1 / self._memory, SMALLEST_FACTOR * trust)
 
 
 def _shown(record: LevenbergMarquardtStep, terms: Sequence[Any]) -> dict[str, str]:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..derivatives.layers import Jet, jet_rows
+from ..derivatives.chain_rule import Jet
+from ..derivatives.layers import jet_rows
 from ..kan.recording_hook import recording
 from ..tucker import Update
 from .layer_records import LayerRecord, NetworkRecord, Recorder
@@ -59,9 +60,9 @@ def row_gradients(
 def _layer_gradients(networks: list[NetworkRecord], column: Tensor, parameters: Sequence[Tensor]) -> Gradients | None:
     """The gradients of a column of values (n,) in the outputs of the layers; None if it depends on the parameters by
     anything else."""
-    leaves = [part for network in networks for part in network.leaves.parts]
-    outputs = [part for network in networks for part in network.outputs.parts]
-    inner = [part for network in networks for layer in network.layers for part in layer.outputs.parts]
+    leaves = [part for network in networks for part in network.leaves]
+    outputs = [part for network in networks for part in network.outputs]
+    inner = [part for network in networks for layer in network.layers for part in layer.outputs]
     found = _differentiate([(column, torch.ones_like(column))], leaves, parameters)
     if found is None or (found := _differentiate(zip(outputs, found, strict=True), inner, parameters)) is None:
         return None
@@ -82,9 +83,9 @@ def _differentiate(
 
 def _stacked(outputs: Jet, gradients: Gradients) -> Tensor | None:
     """The gradients in the parts of a jet together, (n, S, O); None for zero."""
-    if not any(id(part) in gradients for part in outputs.parts):
+    if not any(id(part) in gradients for part in outputs):
         return None
-    found = [gradients[id(part)] if id(part) in gradients else torch.zeros_like(part) for part in outputs.parts]
+    found = [gradients[id(part)] if id(part) in gradients else torch.zeros_like(part) for part in outputs]
     return torch.cat([part if part.dim() == 3 else part.unsqueeze(0) for part in found]).transpose(0, 1)
 
 
@@ -100,17 +101,17 @@ def _add_layer(block: Gradients, record: LayerRecord, outputs: list[Tensor | Non
     """Adds the gradients of a layer's coefficients, from those (n, S, O) in its outputs by column."""
     if not (columns := [(column, g) for column, g in enumerate(outputs) if g is not None]):
         return
-    z, first, second, weights = record.inputs
+    (z, *derivatives), order, weights = record.inputs
+    derivatives = [part.expand(len(part), *z.shape) for part in derivatives]
     if record.grid is None:
-        first = first.expand(len(first), *z.shape)
-        phi = torch.cat([z.unsqueeze(0), first, *([] if second is None else [second])]).transpose(0, 1)
+        phi = torch.cat([z.unsqueeze(0), *derivatives]).transpose(0, 1)
         assert record.stage.dense is not None
         weight, bias = record.stage.dense
         for column, g in columns:
             _add(block, weight, column, g.mT @ phi)
             _add(block, bias, column, g[:, 0])
         return
-    phi = jet_rows(record.grid, z, first, second, weights, len(z))
+    phi = jet_rows(record.grid, [z, *derivatives], order, weights, len(z))
     if record.stage.dense is not None and any(id(part) in block for part in record.stage.dense):
         _add_dense(block, phi, *record.stage.dense, columns)
     for update in record.stage.updates:

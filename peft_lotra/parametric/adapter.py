@@ -162,16 +162,16 @@ class ParametricAdapter:
         with torch.inference_mode(False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Adapters have more parameters")  # which are shared by many members
             model = cast(PeftModel, get_peft_model(copy.deepcopy(base), config))
-        self._set(model, log, Problem(terms_of, held_terms_of, solution_of, loss_of), values_of)
+        self._set(model, log, Problem(terms_of, held_terms_of, solution_of, loss_of, values_of))
 
-    def _set(self, model: PeftModel, log: bool | Sequence[bool], problem: Problem, values_of: Any) -> None:
-        for name, function in {**vars(problem), "values_of": values_of}.items():
+    def _set(self, model: PeftModel, log: bool | Sequence[bool], problem: Problem) -> None:
+        for name, function in vars(problem).items():
             if name.endswith("_of") and function is not None:
                 check_function(function, name)
         self.model, self._problem = model.eval(), problem
         self._space = MemberSpace(len(read(trainable(model))), log)
         has_estimates = problem.terms_of is not None and problem.loss_of is None
-        self._estimates = ErrorEstimates(model, problem, values_of) if has_estimates else None
+        self._estimates = ErrorEstimates(model, problem) if has_estimates else None
 
     @property
     def parameters(self) -> list[float | tuple[float, ...]]:
@@ -288,7 +288,7 @@ class ParametricAdapter:
         return Prediction(self, prediction._point, read(trainable(self.model)), prediction.extrapolated)
 
     def calibrate(self, residuals: Callable[[Any], Tensor]) -> Calibration:
-        """The parameter for which the predictions fit data, by Gauss-Newton steps, with its standard error.
+        """The parameter in the range for which the predictions fit data best, with its standard error.
 
         Args:
             residuals: `residuals(model)` returns the differences (n,) or (n, m) from data with independent errors of
@@ -382,7 +382,7 @@ class ParametricAdapter:
             path = Path(hf_hub_download(str(folder), FILE, **hub_kwargs))
         model, saved = load_family(copy.deepcopy(base), path, check_base)
         family = cls.__new__(cls)
-        family._set(model, saved.log, Problem(terms_of, held_terms_of, solution_of, loss_of), values_of)
+        family._set(model, saved.log, Problem(terms_of, held_terms_of, solution_of, loss_of, values_of))
         family._space.members = saved.members
         family._space.spread([])
         return family

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .interpolation import MemberSpace, Point
-from .members import argument
 from .report import text_of
 
 
@@ -74,13 +73,13 @@ def minimize(space: MemberSpace, residuals_at: Callable[[Point, np.ndarray], Any
     outside = torch.maximum(low - ahead, ahead - high) > BEYOND * covariance.diagonal().sqrt()
     if outside.any():
         raise ValueError(
-            f"The data ask for a parameter outside of the fitted members: the best one inside, {argument(point)}, is "
+            f"The data ask for a parameter outside of the fitted members: the best one inside, {text_of(point)}, is "
             "at their end. Fit the family farther."
         )
     if not values[-1] > max(SINGULAR * values[0], noise / FLAT):
         weak = (directions[-1] * scale).tolist()
         raise ValueError(
-            f"The data do not determine the parameter: near {argument(point)} the residuals hardly change along the "
+            f"The data do not determine the parameter: near {text_of(point)} the residuals hardly change along the "
             f"direction ({text_of(weak)}). Give data that do, or a family of fewer parameters."
         )
     return point, (scale.unsqueeze(1) * covariance * scale).numpy(), noise

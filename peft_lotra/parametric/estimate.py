@@ -8,9 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,8 +38,8 @@ class ErrorEstimates:
 
     Attributes:
         model: The model with the adapter. It is written to.
-        problem: The terms of the fit and those that are held out.
-        values_of: The values whose error counts, by default the outputs at some of the rows of the first term.
+        problem: The terms of the fit, those that are held out, and the values whose error counts, by default the
+            outputs at some of the rows of the first term.
 
     Source: R. Becker and R. Rannacher, "An optimal control approach to a posteriori error estimation", Acta Numerica
     2001, for errors as residuals that are weighted by the inverse of the operator.
@@ -49,7 +47,6 @@ class ErrorEstimates:
 
     model: PeftModel
     problem: Problem
-    values_of: Callable[[nn.Module, Any], Tensor] | None
     _changes: dict[tuple[Point, bytes], Tensor | None] = field(default_factory=dict)  # of the members
 
     def at(self, point: Point, vector: np.ndarray, nearest: Member) -> float:
@@ -102,8 +99,8 @@ class ErrorEstimates:
     def _values(self, network: nn.Module, point: Point, terms: list[Term]) -> Tensor | None:
         """The values whose error counts, or random combinations of them; None if they are not known."""
         solution = self.problem.solution(network, point)
-        if self.values_of is not None:
-            values = self.values_of(solution, argument(point)).flatten()
+        if self.problem.values_of is not None:
+            values = self.problem.values_of(solution, argument(point)).flatten()
         elif (found := inputs_of(terms[0][1], solution)) is not None:
             values = solution(found[0][:: -(-len(found[0]) // VALUES)]).flatten()
         else:

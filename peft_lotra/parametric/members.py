@@ -40,6 +40,7 @@ class Problem:
     held_terms_of: Callable[[Any], Iterable] | None = None
     solution_of: Callable[[nn.Module, Any], Any] | None = None
     loss_of: Callable[[nn.Module, Any], Any] | None = None
+    values_of: Callable[[nn.Module, Any], Tensor] | None = None
     train: Callable[[nn.Module, Any], Any] | None = None
     max_steps: int = 40
     _held_out: HeldOutPoints = field(default_factory=HeldOutPoints)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..derivatives.api import jet, jet_by_transforms
-from ..derivatives.layers import Jet
+from ..derivatives.chain_rule import Jet, mixed_terms
 from ..derivatives.stages import Entry, register, stages_of
 from ..kan.basis import in_transform
 from ..modules.calls import check_module
@@ -110,31 +110,33 @@ def _check_shape(name: str, value: Any, like: Tensor) -> Tensor:
     return value
 
 
-def _jet(model: HardConstraint, x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet:
-    """(d n)'' = d'' n + 2 d' n' + d n'', along each direction, or in the weighted sum."""
+def _jet(model: HardConstraint, x: Tensor, directions: Tensor, order: int, weights: Tensor | None) -> Jet:
+    """(d n)^(k) = sum_j binom(k, j) d^(j) n^(k-j), along each direction, or in the weighted sum."""
     if isinstance(model.distance, BoxDistance):
         model.distance.check(x)
 
     def jet_of(module: Any) -> Jet:
-        return Jet(*jet(module, x, directions, collapse=False if weights is None else weights))
+        return list(jet(module, x, directions, order=order, collapse=False if weights is None else weights))
 
     def jet_of_part(name: str) -> Jet:
         part = getattr(model, name)
         if not callable(part):
-            return Jet(torch.full_like(n.value, part), torch.zeros_like(n.first), torch.zeros_like(n.second))
+            return [torch.full_like(n[0], part), *map(torch.zeros_like, n[1:])]
         closed = isinstance(part, HardConstraint) or (isinstance(part, nn.Module) and stages_of(part))
-        found = jet_of(part) if closed else jet_by_transforms(part, x, directions, weights)
-        _check_shape(name, found.value, n.value)
+        found = jet_of(part) if closed else jet_by_transforms(part, x, directions, order, weights)
+        _check_shape(name, found[0], n[0])
         return found
 
     n = jet_of(model.kan)
     d, lift = jet_of_part("distance"), jet_of_part("lift")
-    mixed = 2 * d.first * n.first
-    if weights is not None:
-        mixed = torch.tensordot(weights, mixed, 1)
-    first = lift.first + d.first * n.value + d.value * n.first
-    second = lift.second + d.second * n.value + mixed + d.value * n.second
-    return Jet(lift.value + d.value * n.value, first, second)
+    found = [lift[0] + d[0] * n[0]]
+    for k in range(1, order + 1):
+        found.append(lift[k] + d[k] * n[0] + d[0] * n[k])
+        if k > 1:
+            at_top = weights if k == order else None
+            mixed = mixed_terms(n, d, k, at_top)
+            found[k] = found[k] + (mixed if at_top is None else mixed[0])
+    return found
 
 
 register(HardConstraint, Entry(jet=_jet))

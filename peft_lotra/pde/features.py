@@ -82,16 +82,16 @@ class BoxFeatures(InputMap):
         self.register_buffer("high", high_end)
         self.register_buffer("waves", torch.tensor([wave for _, wave in features]), persistent=False)
 
-    def evaluate(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
         """See `InputMap`."""
         low, width = self.low[self.sources].to(z), (self.high - self.low)[self.sources].to(z)
         turns, phase = self.waves.to(z).unbind(1)
         s, rate = (z - low) / width, math.pi * turns
         angle = rate * s + math.pi / 2 * phase
-        cosine, linear = torch.cos(angle), turns == 0
-        value = torch.where(linear, 2 * s - 1, cosine)
-        slope = torch.where(linear, 2.0, -rate * torch.sin(angle)) / width
-        return value, slope, -((rate / width) ** 2) * cosine
+        waves, signs = (torch.cos(angle), torch.sin(angle)), (1, -1, -1, 1)
+        lines = [2 * s - 1, 2 / width, *[torch.zeros_like(width)] * highest]
+        scaled = [waves[d % 2] * (signs[d % 4] * (rate / width) ** d) for d in range(highest + 1)]
+        return [torch.where(turns == 0, line, wave) for line, wave in zip(lines, scaled, strict=False)]
 
     def extra_repr(self) -> str:
         return f"low={self.low.tolist()}, high={self.high.tolist()}, periodic={self.periodic}, neumann={self.neumann}"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
@@ -33,8 +32,9 @@ from .points import ResidualSampler, box_points, side_points
 from .weights import gradient_weights, residual_norms
 
 
-WIDTH, SPLINE_ORDER = 8, 5  # of a new KAN
-GRID_SIZES, SMALLEST_GRID = {1: 8, 2: 8, 3: 5}, 3  # by the dimension of the box
+WIDTH, SPLINE_ORDER = 9, 5  # of a new KAN
+GRID_SIZES, SMALLEST_GRID = {1: 8, 2: 5, 3: 5}, 3  # by the dimension of the box
+FIRST_SCALE = 0.5  # of the first layer's coefficients: the solution starts smooth
 STAGES = 6  # parameters of a continuation
 CONTINUED, COARSE = 0.6, 0.8  # shares of the budget after which the continuation, and the coarse grids, end
 SOLVED = 1e-4  # of the first residual's square: where a stage of a continuation ends
@@ -168,9 +168,9 @@ def solve(
         network: A KAN, an MLP or another network instead of the KAN, (n, I) to (n, outputs). It is trained in place
             and becomes float64. The box is scaled to [-1, 1] in front of it unless it has `BoxFeatures` or its grids
             are the box.
-        seconds: The time to take.
+        seconds: The time to take. No step is begun that, as long as the last one, would end later.
         steps: The number of steps to take instead: the same result on a busy machine.
-        refine: Whether grids get finer at the end. If that does not lower the held-out residual, it is undone.
+        refine: Whether grids get finer at the end. Steps there that do not lower the held-out residual are undone.
         seed: Of the network and the points.
         progress: Whether to show a bar.
 
@@ -250,6 +250,9 @@ def _network(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             kan = KAN(widths, GRID_SIZES.get(len(low), SMALLEST_GRID), SPLINE_ORDER, norm="tanh", dtype=torch.float64)
+        with torch.no_grad():
+            for parameter in kan.layers[0].parameters():
+                parameter *= FIRST_SCALE
         return nn.Sequential(features, kan)
     check_module(network, "network")
     if (own := _first(network, BoxFeatures)) is not None:
@@ -287,13 +290,16 @@ class _Training:
     """The steps of `solve`, and what they need."""
 
     result: Solution
-    residual: Callable[[nn.Module, Tensor, float], Tensor]
+    equation: Callable[[nn.Module, Tensor, float], Tensor]
     terms: list[Any]
     held: Tensor
     sampler: ResidualSampler
     budget: float  # steps, or seconds
     timed: bool
     progress: bool
+    parameter: float = math.nan  # of the present phase
+    last: float = 0.0  # the share of the budget that was used up after the last step
+    ended: bool = False  # whether one more step is too much for the phase
 
     def __post_init__(self) -> None:
         from tqdm.auto import tqdm
@@ -312,8 +318,12 @@ class _Training:
     @torch.no_grad()
     def norm(self, parameter: float) -> float:
         """The root mean square of the residual at the points that are held out."""
-        values = self.residual(self.model, self.held, parameter)
+        values = self.equation(self.model, self.held, parameter)
         return residual_norms(values, "residual", self.held).square().mean().sqrt().item()
+
+    def residual(self, model: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        """The term of the equation: one function in all phases, by which Levenberg-Marquardt keeps what it knows."""
+        return weight * self.equation(model, x, self.parameter).reshape(len(x), -1)
 
     @torch.no_grad()
     def weights(self, x: Tensor) -> Tensor:
@@ -325,32 +335,33 @@ class _Training:
         """Steps until a share of the budget is used up, the residual is at the target, or it has stopped to fall;
         returns the least mean square at the points that are held out, whose parameters the model has."""
         optimizer, start, before = self.optimizer, time.monotonic(), len(self.history)
+        self.parameter = parameter
         if name == "continuation":  # another equation
+            optimizer.forget()
             optimizer.damping = min(1e-2, 100 * optimizer.damping)
         linear = self.features is not None and not self.features.periodic and not self.features.neumann
         knots = _first(self.model, KnotMap) if linear else None  # of the box's coordinates
 
-        def residual(model: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-            return weight * self.residual(model, x, parameter).reshape(len(x), -1)
-
         def draw(number: int) -> list[Any]:
             optimizer.damping = min(optimizer.damping, LARGEST_DAMPING)
-            x = self.sampler.draw(lambda x: residual(self.model, x, self.weights(x)), knots)
-            return [(residual, (x, self.weights(x))), *self.terms]
+            x = self.sampler.draw(lambda x: self.residual(self.model, x, self.weights(x)), knots)
+            return [(self.residual, (x, self.weights(x))), *self.terms]
 
         def is_over(number: int, record: LevenbergMarquardtStep) -> bool:
             self.history.append(record)
-            self.bar.n = min(self.bar.total, round(self.spent() * self.bar.total))
+            previous, self.last = self.last, self.spent()
+            self.ended = 2 * self.last - previous > until + 1e-9
+            self.bar.n = min(self.bar.total, round(self.last * self.bar.total))
             self.bar.set_postfix({"phase": name, "loss": f"{record.loss:.1e}", "held": f"{record.held_loss:.1e}"})
-            return self.spent() >= until or record.held_loss <= target
+            return self.ended or record.held_loss <= target
 
-        held = [(residual, (self.held, torch.ones_like(self.held[:, :1]))), *self.terms]
+        held = [(self.residual, (self.held, torch.ones_like(self.held[:, :1]))), *self.terms]
         for _ in range(3):  # a step that is refused may not be on other points
             optimizer.fit(draw, 10**9, held=held, patience=PATIENCE, callback=is_over, progress=False)
-            if self.history[-1].accepted or self.spent() >= until:
+            if self.history[-1].accepted or self.ended:
                 break
         last, least = self.history[-1], min(record.held_loss for record in self.history[before:])
-        reason = "budget" if self.spent() >= until else "stalled" if last.accepted else "refused"
+        reason = "budget" if self.ended else "stalled" if last.accepted else "refused"
         reason = "solved" if least <= target else reason
         count, seconds = len(self.history) - before, time.monotonic() - start
         self.phases.append(Phase(name, parameter, count, seconds, last.loss, least, reason))
@@ -367,16 +378,10 @@ class _Training:
             self.regrid(1, density=density, tolerance=math.inf)
 
     def refine(self, parameter: float) -> None:
-        """The last phase, on grids that are twice as fine; undone if the residual that is held out does not fall."""
-        layers, state = copy.deepcopy(self.kan.layers), copy.deepcopy(self.model.state_dict())
-        if not self.regrid(2, samples=_inputs(self.model, self.held, self.kan), exact=True):
-            self.fit("coarse", parameter, 1.0)
-            return
-        self.sampler.count = round(FINE_POINTS * self.sampler.count)
-        if self.fit("fine", parameter, 1.0) > self.phases[-2].held:
-            self.kan.layers = layers
-            self.model.load_state_dict(state)
-            self.result.notes.append("The finer grids were worse at the points that are held out, and are undone.")
+        """The last phase, on grids that are twice as fine."""
+        is_finer = self.regrid(2, samples=_inputs(self.model, self.held, self.kan))
+        self.sampler.count = round((FINE_POINTS if is_finer else 1) * self.sampler.count)
+        self.fit("fine" if is_finer else "coarse", parameter, 1.0)
 
     def regrid(self, factor: int, **options: Any) -> bool:
         """Changes the grids if they can be changed."""

@@ -17,6 +17,25 @@ from ..kan.slim_kan import SlimKANLinear
 from ..layers.coefficients import CoefficientTensor, get_or_none
 from ..tucker import Update, full_shape
 from .fused import Formula, runs_more_than_its_class
+from .rows import ForwardPass, names_of_rows, run_by_name
+
+
+def run_rows(
+    layer: Any,
+    names: Sequence[Any],
+    current: ForwardPass | None,
+    make_updates: Callable[[Sequence[Any]], RowUpdates | None],
+    run: Callable[[Any, tuple, dict], Any],
+    args: tuple,
+    kwargs: dict,
+) -> Any:
+    """The output of a `LoTRALayer` for rows of these names: of all at once, or of each name by itself by `run`."""
+    if not torch.compiler.is_compiling():
+        names = names_of_rows(names, args[0] if args else next(iter(kwargs.values())), layer.lotra_name, current)
+    base_layer, stored = layer._modules["base_layer"], layer.lotra_tensor.get_parameter(layer.get_base_layer())
+    formula = layer._find_formula(stored)
+    y = output_by_row(base_layer, formula, stored, lambda: make_updates(names), args, kwargs)
+    return run_by_name(names, run, args, kwargs) if y is None else y
 
 
 def output_by_row(

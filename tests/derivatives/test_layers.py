@@ -24,7 +24,7 @@ def update(scale: float = 0.7) -> Update:
 
 def inputs(rows: int, weights: Tensor | None) -> tuple:
     second = torch.randn(2 if weights is None else 1, rows, 3, dtype=torch.float64)
-    return points(rows), torch.randn(2, rows, 3, dtype=torch.float64), second, weights
+    return [points(rows), torch.randn(2, rows, 3, dtype=torch.float64), second], 2, weights
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -47,7 +47,7 @@ def test_an_update_is_added_to_the_coefficients(rows, weights):
 def test_jet_rows_times_the_coefficients_are_the_jet(rows, order, outputs, weights):
     (stage,) = stages_of(KANLinear(3, outputs, spline_order=order, dtype=torch.float64))
     arguments = inputs(rows, weights)
-    phi = jet_rows(stage.grid, *arguments, rows)  # (N, S, K + 1, I)
+    phi = jet_rows(stage.module.grid, *arguments, rows)  # (N, S, K + 1, I)
     coefficients = torch.cat([stage.dense[0], stage.dense[1].unsqueeze(-1)], -1)
     products = torch.einsum("nski,oik->sno", phi, coefficients)
     found = evaluate_layer(stage, *arguments)

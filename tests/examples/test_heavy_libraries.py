@@ -1,12 +1,12 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Libraries that the tests do without, as they are on PyPI: pip install -e ".[test,heavy,peers,serve]", then pytest
+"""Libraries that the tests do without, as they are on PyPI: pip install -e ".[test,heavy,serve]", then pytest
 tests/examples."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -20,16 +20,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "studies"
 pytestmark = pytest.mark.slow
 
 
-def load_example(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    return example
-
-
 def test_neuralforecast(tmp_path):
     pytest.importorskip("neuralforecast")
-    example = load_example(EXAMPLES / "forecast_neuralforecast.py")
+    example = importlib.import_module("forecast_neuralforecast")
     example.main(["--steps", "20", "--output", str(tmp_path)])
     results = json.loads((tmp_path / "forecast_neuralforecast.json").read_text())
     errors = results["mean absolute error"]

@@ -1,12 +1,14 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Cards, texts, errors and commands on a stand-in for the Hub; `behavior/test_hub.py` has the way there and back."""
+"""Adapters on a stand-in for the Hub, there and back: cards, texts, errors and commands, in a process of its own."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,10 +23,10 @@ hub = start_hub("user")
 import json, re, torch
 from pathlib import Path
 from huggingface_hub import HfApi
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from typer.testing import CliRunner
-from behaving import X, adapted
-from peft_lotra import cli, push_to_hub, write_model_card
+from behaving import X, adapted, add, net
+from peft_lotra import cli, hotswap_adapter, push_to_hub, write_model_card
 from peft_lotra.kan import KAN, KANConfig, KANModel
 
 def text(repo, name="README.md", revision="main"):
@@ -49,11 +51,26 @@ def error(*args, **kwargs):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
+def comes_back(model, repo, **kwargs):
+    return torch.equal(PeftModel.from_pretrained(net(), repo, **kwargs).eval()(X), model(X))
+
+one, second, other = (adapted() for _ in range(3))
+push_to_hub(one, "user/one")
+push_to_hub(second, "user/one", revision="v2")
+back = {"pushed": comes_back(one, "user/one"), "revision": comes_back(second, "user/one", revision="v2")}
+one.push_to_hub("user/method")
+hotswap_adapter(other, "user/one")
+back |= {"method": comes_back(one, "user/method"), "hotswap": torch.equal(other(X), one(X))}
+add(second, "other")
+push_to_hub(second, "user/several")
+second.set_adapter("other")
+back["several"] = comes_back(second, "user/several", subfolder="other")
+
 KANModel(KANConfig(widths=(3, 8, 2))).push_to_hub("user/kan")
 public = on_base()
 push_to_hub(public, "user/public", metrics={"r2": 0.9}, tags=["digits"], commit_message="first")
 push_to_hub(on_base(), "user/public", revision="v2")
-found = {"public": snippet_runs(public, "user/public"), "card": text("user/public")}
+found = {"back": back, "public": snippet_runs(public, "user/public"), "card": text("user/public")}
 found["v2"] = text("user/public", revision="v2")
 found["request"] = push_to_hub(on_base(), "user/public", create_pr=True).pr_url
 found["refs"] = sorted(hub.repos["user/public"].refs)
@@ -81,8 +98,9 @@ public.save_pretrained("adapter")
 write_model_card(public, "adapter", metrics={"r2": 0.25}, license="mit")
 Path("adapter/optimizer.pt").write_bytes(b"not wanted")
 public.save_pretrained("adapter/checkpoint-10")
-push_to_hub("adapter", "user/folder")
+push_to_hub("adapter", "user/folder", private=True)
 push_to_hub("adapter", "user/kept", revision="again")
+found["private"] = hub.repos["user/folder"].private
 found["folder"], found["again"] = sorted(hub.repos["user/folder"].files("main")), text("user/kept", revision="again")
 
 lora = get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 2)), LoraConfig(target_modules=["0"]))
@@ -110,6 +128,11 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     return json.loads(python(SCRIPT, tmp_path_factory.mktemp("hub")).splitlines()[-1])
+
+
+@pytest.mark.parametrize("way", ["pushed", "revision", "method", "hotswap", "several"])
+def test_what_comes_back(found, way):
+    assert found["back"][way] is True
 
 
 @pytest.mark.parametrize("name", ["public", "own"])
@@ -147,6 +170,7 @@ def test_the_text_of_a_person_is_kept(found, name, value):
 
 def test_a_folder_is_pushed_without_other_files(found):
     assert found["folder"] == [".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert found["private"] is True
 
 
 ERRORS = {
@@ -178,3 +202,11 @@ def test_the_python_of_the_docs(tmp_path):
     assert "# ... train ..." in push
     script = 'from hub_server import start_hub\nstart_hub("user")\n' + push.replace("# ... train ...", train) + pull
     assert python(script + same, tmp_path).splitlines()[-1] == "True"
+
+
+def test_a_script_with_a_hub_of_its_own(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys, huggingface_hub\nhuggingface_hub.create_repo(sys.argv[1])\n")
+    command = [sys.executable, str(ROOT / "tests" / "support" / "hub_server.py"), str(script), "user/kan"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.stdout == "user/kan on the stand-in for the Hub:\n    .gitattributes\n", result.stderr

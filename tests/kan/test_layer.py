@@ -77,17 +77,12 @@ def test_transforms_and_compile(make, rows):
 
 
 @both
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_dtypes(make, dtype):
-    layer = make(3, 2, dtype=dtype)
-    assert {tensor.dtype for tensor in layer.state_dict().values()} == {dtype}
-    assert layer(torch.randn(4, 3, dtype=dtype)).dtype == dtype
-    assert make(3, 2).to(dtype)(torch.randn(4, 3).to(dtype)).dtype == dtype
-
-
-@both
 @pytest.mark.parametrize("rows", [4, 80])
-def test_autocast(make, rows):
+def test_dtypes_and_autocast(make, rows):
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        layer = make(3, 2, dtype=dtype)
+        assert {tensor.dtype for tensor in layer.state_dict().values()} == {dtype}
+        assert layer(torch.randn(rows, 3, dtype=dtype)).dtype == dtype
     layer, x = make(3, 2), torch.randn(rows, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
@@ -123,15 +118,6 @@ def test_meta_device(make):
     assert layer(torch.randn(5, 3)).isfinite().all()
 
 
-def test_update_grid_moves_each_grid_to_its_samples():
-    layer = smooth_layer()
-    x = torch.randn(500, 3, dtype=torch.float64) * torch.tensor([0.2, 0.4, 0.3]) + torch.tensor([0.3, 0.0, -0.5])
-    layer.update_grid(x, margin=0.05)
-    low, high = x.aminmax(dim=0)
-    expected = torch.stack([low - 0.05 * (high - low), high + 0.05 * (high - low)], dim=-1)
-    torch.testing.assert_close(layer.grid_bounds, expected)
-
-
 @pytest.mark.parametrize("order", [1, 3, 5])
 def test_update_grid_changes_nothing_when_the_grid_stays(order):
     layer = KANLinear(3, 4, spline_order=order, dtype=torch.float64)
@@ -147,7 +133,10 @@ def test_update_grid_keeps_a_smooth_function(dtype, tolerance):
     layer = smooth_layer(dtype, grid_size=8)
     x = (0.9 * torch.rand(4, 100, 3) - 0.6).to(dtype)
     before = layer(x).double()
-    layer.update_grid(x)
+    layer.update_grid(x, margin=0.05)
+    low, high = x.double().flatten(0, 1).aminmax(dim=0)
+    expected = torch.stack([low - 0.05 * (high - low), high + 0.05 * (high - low)], dim=-1)
+    torch.testing.assert_close(layer.grid_bounds, expected.to(dtype))
     assert (layer(x).double() - before).abs().max() < tolerance * before.abs().max()
     other = KANLinear(3, 4, grid_size=8, dtype=dtype)
     other.load_state_dict(layer.state_dict())  # the grid too
@@ -155,20 +144,13 @@ def test_update_grid_keeps_a_smooth_function(dtype, tolerance):
 
 
 @pytest.mark.parametrize(
-    "spoil, margin, message",
-    [
-        (lambda x: x[:, :2], 0.01, r"shape \(50, 2\)"),
-        (lambda x: x[:0], 0.01, r"shape \(0, 3\)"),
-        (lambda x: x / (x != x[0, 2]), 0.01, r"inputs \[2\] \(1 of 3\) hold NaN or infinite"),
-        (lambda x: x, -0.1, "`margin` is"),
-        (lambda x: x, float("nan"), "`margin` is"),
-    ],
+    "spoil, shape", [(lambda x: x[:, :2], "50, 2"), (lambda x: x[:0], "0, 3"), (lambda x: x / (x != x[0, 2]), "50, 3")]
 )
-def test_update_grid_refuses_and_changes_nothing(spoil, margin, message):
+def test_update_grid_refuses_and_changes_nothing(spoil, shape):
     layer = KANLinear(3, 4)
     before = state(layer)
-    with pytest.raises(ValueError, match=message):
-        layer.update_grid(spoil(torch.randn(50, 3)), margin)
+    with pytest.raises(ValueError, match=f"have shape .{shape}., .* finite"):
+        layer.update_grid(spoil(torch.randn(50, 3)))
     for name, tensor in layer.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
@@ -196,7 +178,6 @@ def test_update_grid_keeps_the_grid_of_an_input_that_does_not_spread(spoil, dtyp
         ({"spline_order": 0}, "`spline_order` is 0"),
         ({"spline_order": 6}, "`spline_order` is 6"),
         ({"grid_size": 0}, "`grid_size` is 0"),
-        ({"in_features": 0}, "`in_features` is 0"),
         ({"out_features": -1}, "`out_features` is -1"),
         ({"grid_range": (1, 1)}, r"`grid_range` is \(1, 1\)"),
         ({"grid_range": (0, float("inf"))}, r"`grid_range` is \(0, inf\)"),

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -29,13 +29,11 @@ def evaluate(model: Callable, x: Tensor) -> Tensor:
         return model(x).clone()
 
 
-def in_a_new_thread(work: Callable, count: int = 1) -> None:
+def in_threads(work: Callable, count: int = 1) -> None:
     """Runs it where nothing is kept yet."""
-    threads = [threading.Thread(target=work) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(count) as executor:
+        for done in [executor.submit(work) for _ in range(count)]:
+            done.result()
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -52,17 +50,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("rows", [6, 200])
 def test_training_and_evaluation_under_inference_mode_in_any_order(name: str, rows: int) -> None:
-    model, x, equal = MODELS[name](), inputs(rows), []
+    model, x = MODELS[name](), inputs(rows)
 
     def work() -> None:
         first = evaluate(model, x)  # the memory is allocated here
         gradients = train(model, x)
         for same in (model, copy.deepcopy(model)):
-            equal.append(torch.equal(evaluate(same, x), first))
-            equal.extend(map(torch.equal, train(same, x), gradients))
+            assert torch.equal(evaluate(same, x), first)
+            assert all(map(torch.equal, train(same, x), gradients))
 
-    in_a_new_thread(work)
-    assert equal and all(equal)
+    in_threads(work)
 
 
 @pytest.mark.parametrize("grid_size", [5, 64])
@@ -79,8 +76,4 @@ def test_memory_of_another_dtype_or_size_is_replaced(grid_size: int) -> None:
 def test_threads_have_memory_of_their_own() -> None:
     model, x = KAN([20, 30, 20]), inputs(2000, in_features=20)
     expected = train(model, x)
-    found: list[list[Tensor]] = []
-    in_a_new_thread(lambda: [found.append(train(model, x)) for _ in range(5)], count=4)
-    assert len(found) == 20
-    for gradients in found:
-        torch.testing.assert_close(gradients, expected)
+    in_threads(lambda: [torch.testing.assert_close(train(model, x), expected) for _ in range(5)], count=4)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import random
 
 import pytest
 import torch
@@ -40,12 +39,11 @@ def test_a_chebykan_of_the_other_order_is_read_in_its_order(sizes, tmp_path):
     model = as_model(OtherCheby(i, o))
     fresh, x = copy.deepcopy(model), inputs(6, in_features=i)
     (found,) = find_kan_layers(model)
-    assert (found.family, found.shape) == ("generic", (o, i, 5))
-    assert torch.equal(get_kan_spec(model.kan).locate(model.kan).read(model.kan), model.kan.cheby_coeffs)
+    assert (found.family, found.shape) == ("generic", (o, i, 5)) and pattern_of(model.kan) == "o i k"
     adapted = adapt(model)
     y = adapted(x)
     adapted.save_pretrained(tmp_path)
-    assert torch.allclose(PeftModel.from_pretrained(fresh, tmp_path)(x), y, atol=1e-6)
+    torch.testing.assert_close(PeftModel.from_pretrained(fresh, tmp_path)(x), y)
     assert relative(adapted.merge_and_unload()(x), y) < 1e-5
 
 
@@ -66,16 +64,13 @@ def test_layers_of_one_kind_are_run_once():
             ran.append(1)
             return super().forward(x)
 
-    model = nn.Sequential(*[Counted(4, 4) for _ in range(50)])
-    find_kan_layers(model)
-    once = len(ran)
-    assert once > 0 and len(find_kan_layers(model)) == 50 and len(ran) == once
-    get_peft_model(model, LoTRAConfig(r=2))
-    attached = len(ran)
-    get_peft_model(nn.Sequential(Counted(4, 4)), LoTRAConfig(r=2))
-    assert len(ran) == attached
-    find_kan_layers(nn.Sequential(Counted(4, 4), Counted(4, 5)))
-    assert len(ran) > attached  # another shape is another kind
+    def runs_of(*layers):
+        before = len(ran)
+        assert len(find_kan_layers(nn.Sequential(*layers))) == len(layers)
+        return len(ran) - before
+
+    assert runs_of(*[Counted(4, 4) for _ in range(50)]) > 0 == runs_of(Counted(4, 4))
+    assert runs_of(Counted(4, 5)) > 0  # another shape is another kind
 
 
 # A layer of a known kind that no longer uses all of its parameters
@@ -133,19 +128,18 @@ def test_only_the_order_in_which_it_is_stored_is_verified(order):
         assert (f'coefficients=("A", "{order}")' in str(report)) == (other != order)
 
 
-NORMS = {
-    "a layer norm of the inputs": {"before": nn.LayerNorm(5)},
-    "a layer norm of the outputs": {"after": nn.LayerNorm(5)},
-    "an activation": {"after": nn.SiLU()},
-    "a batch norm": {"before": nn.BatchNorm1d(5), "after": nn.BatchNorm1d(5)},
-    "both": {"before": nn.Sequential(nn.LayerNorm(5), nn.Tanh()), "after": nn.Sequential(nn.LayerNorm(5), nn.SiLU())},
-    "a linear map": {"after": nn.Linear(5, 5)},
-}
+NORMS = [
+    {"before": nn.LayerNorm(5)},
+    {"after": nn.LayerNorm(5)},
+    {"before": nn.BatchNorm1d(5), "after": nn.BatchNorm1d(5)},
+    {"before": nn.Sequential(nn.LayerNorm(5), nn.Tanh()), "after": nn.Sequential(nn.LayerNorm(5), nn.SiLU())},
+    {"after": nn.Linear(5, 5)},
+]
 
 
 @pytest.mark.parametrize("norms", NORMS)
 def test_layers_around_the_sum_do_not_hide_the_order(norms):
-    layer = Layer(5, 5, 5, **NORMS[norms])
+    layer = Layer(5, 5, 5, **norms)
     for pattern in ("o i k", "i o k"):
         register(layer, pattern)
         assert (check_kan_layer(layer).axes == "outputs as described, inputs as described") == (pattern == "o i k")
@@ -153,20 +147,9 @@ def test_layers_around_the_sum_do_not_hide_the_order(norms):
         adapt(as_model(layer))
 
 
-class MixedSplines(OldEfficientKANLayer):
-    def __init__(self):
-        super().__init__(5, 4)
-        self.mix = nn.Linear(5, 5)
-
-    def forward(self, x):
-        return super().forward(self.mix(x))
-
-
-@pytest.mark.parametrize("make", [lambda: Layer(5, 4, 5, before=nn.Linear(5, 5)), MixedSplines])
-def test_a_layer_that_mixes_its_inputs_is_not_verified_and_attached(make):
-    layer = make()
-    name = "A" if isinstance(layer, Layer) else "spline_weight"
-    register_kan_layer("mine", matches=type(layer), coefficients=(name, "o i k"))
+def test_a_layer_that_mixes_its_inputs_is_not_verified_and_attached():
+    layer = Layer(5, 4, 5, before=nn.Linear(5, 5))
+    register(layer, "o i k")
     assert check_kan_layer(layer).axes == "outputs as described, inputs mixed by the layer, or not as described"
     adapt(as_model(layer))
 
@@ -184,21 +167,6 @@ def test_a_norm_of_two_outputs_is_no_contradiction():
     adapt(as_model(layer))
 
 
-class Convolution(nn.Module):
-    """Powers of x, degree-major, in one convolution, with groups in a list."""
-
-    def __init__(self, i=6, o=8, k=3, groups=2):
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(i // groups * k, o // groups, 3, bias=False) for _ in range(groups))
-        self.k = k
-
-    def forward(self, x):
-        blocks = x.chunk(len(self.convs), dim=1)
-        return torch.cat(
-            [c(torch.cat([b**j for j in range(self.k)], 1)) for c, b in zip(self.convs, blocks, strict=True)], 1
-        )
-
-
 class Named(Layer):
     """A layer with residual weights, and weights of no use."""
 
@@ -212,18 +180,11 @@ class Named(Layer):
     [
         (Layer(5, 5, 5, "o k i"), ("A", "o k i"), {"coefficients": ("A", "o i k")}, "`A` .5, 5, 5. is not laid out"),
         (Layer(3, 4, 5), ("A", "o i k"), {"coefficients": ("A", "k o i")}, "inputs of 3 features, and not of 5"),
-        (Layer(3, 4, 5), ("A", "o i k"), {"coefficients": ("A", "i o k")}, "inputs of 3 features, and not of 4"),
         (
             Flat(4, 3, inner="ki"),
             ("table", "o (k i)"),
             {"coefficients": ("table", "o (i k)"), "axes": {"i": 4}},
             "changes other slices",
-        ),
-        (
-            Convolution(),
-            ("convs.*.weight", "o (k i) ..."),
-            {"coefficients": ("convs.*.weight", "o (i k) ..."), "axes": {"k": 3}},
-            "an input changes other slices",
         ),
         (Named(), ("A", "o i k"), {"residual": ("base", "i o")}, "`base` is not as described.*'i o'.*4, 3"),
         (Named(), ("A", "o i k"), {"coefficients": ("B", "o i k")}, "`B` is not as described. There is no such"),
@@ -232,7 +193,6 @@ class Named(Layer):
 )
 def test_a_contradiction_is_refused_by_name(layer, right, wrong, words):
     described = {"coefficients": right}
-    described |= {"axes": {"k": 3}} if isinstance(layer, Convolution) else {}
     described |= {"axes": {"i": 4}} if isinstance(layer, Flat) else {}
     register_kan_layer("mine", matches=type(layer), **{**described, **wrong})
     before = copy.deepcopy(layer.state_dict())
@@ -245,7 +205,7 @@ def test_a_contradiction_is_refused_by_name(layer, right, wrong, words):
     adapt(model)
 
 
-def test_a_layer_that_is_not_linear_takes_the_general_path(tmp_path):
+def test_a_layer_that_is_not_linear_takes_the_general_path():
     parts, basis = (
         [(name, "o i") for name in ("scale", "translation", "A")],
         lambda m, x: x[..., None].expand(-1, -1, 3),
@@ -254,11 +214,8 @@ def test_a_layer_that_is_not_linear_takes_the_general_path(tmp_path):
     base = as_model(Wavelets()).eval()
     report = check_kan_layer(base.kan)
     assert report.linear == "no" and report.fast_path.startswith("no, since its output is not linear")
-    fresh, x = copy.deepcopy(base), inputs(6)
     model = adapt(base)
-    y = model(x)
-    model.save_pretrained(tmp_path)
-    assert torch.allclose(PeftModel.from_pretrained(fresh, tmp_path)(x), y, atol=1e-6)
+    y = model(x := inputs(6))
     assert torch.allclose(model.merge_and_unload()(x), y, atol=1e-5)
 
 
@@ -281,14 +238,9 @@ def test_a_setting_makes_another_kind_of_layer():
 # Layers that cannot be run
 
 
-def fails(self, x):
-    raise AssertionError("rows")
-
-
 NOT_CALLED = {
     "two inputs": lambda self, x, edges: Layer.forward(self, x) + edges.sum(),
     "a dict": lambda self, x: {"y": Layer.forward(self, x)},
-    "an error": fails,
     "no gradient": lambda self, x: Layer.forward(self, x).detach(),
     "NaN": lambda self, x: Layer.forward(self, x) * torch.nan,
 }
@@ -314,11 +266,9 @@ def test_the_layer_is_left_as_it_was():
     class Noisy(Layer):
         def forward(self, x):
             self.last = x
-            self.calls = getattr(self, "calls", 0) + 1
             return nn.functional.dropout(super().forward(x), training=self.training) + 0 * torch.rand(())
 
-    norms = {"before": nn.BatchNorm1d(5), "after": nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5))}
-    layer = Noisy(5, 5, 5, **norms).train()
+    layer = Noisy(5, 5, 5, before=nn.BatchNorm1d(5), after=nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5))).train()
     layer.before.eval()
     layer.A.requires_grad_(False)
     layer.before.weight.grad = torch.ones(5)
@@ -327,11 +277,9 @@ def test_the_layer_is_left_as_it_was():
     layer.after.register_forward_pre_hook(lambda *args: ran.append(1))
 
     def state():
-        modules = [
-            (m.training, len(m._forward_hooks), len(m._forward_pre_hooks), set(vars(m))) for m in layer.modules()
-        ]
+        modules = [(m.training, len(m._forward_hooks), set(vars(m))) for m in layer.modules()]
         flags = [(p.requires_grad, p.grad is None, p._version) for p in layer.parameters()]
-        return modules, flags, [b._version for b in layer.buffers()], random.getstate(), torch.get_rng_state().tolist()
+        return modules, flags, [b._version for b in layer.buffers()], torch.get_rng_state().tolist()
 
     before, tensors = state(), copy.deepcopy(layer.state_dict())
     register(layer, "o i k")

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 
 import orders
 import pytest
@@ -167,18 +167,13 @@ class Tokens(Polynomials):
         return super().forward(x.reshape(batch * tokens, -1)).view(batch, tokens, -1)
 
 
-@pytest.mark.parametrize("inputs", [2, 5])
-def test_a_layer_of_tokens(inputs):
-    layer = Tokens(inputs, 4, residual="oi")
-    tensor = get_kan_spec(layer).locate(layer)
-    assert tensor.shape == (4, inputs, 4) and tensor.has_residual
-
-
-@pytest.mark.parametrize("outputs", [1, 4])
-def test_four_axes_of_any_length(outputs):
-    layer = SmallNetworks(5, outputs)
-    tensor = get_kan_spec(layer).locate(layer)
-    assert set(tensor.names) == {"w1", "w2", "b1"} and tensor.shape == (outputs, 5, 3 * 2 + 3 + 3)
+def test_a_layer_of_tokens_and_one_of_four_axes_of_any_length():
+    for inputs in (2, 5):
+        tensor = get_kan_spec(layer := Tokens(inputs, 4, residual="oi")).locate(layer)
+        assert tensor.shape == (4, inputs, 4) and tensor.has_residual
+    for outputs in (1, 4):
+        tensor = get_kan_spec(layer := SmallNetworks(5, outputs)).locate(layer)
+        assert set(tensor.names) == {"w1", "w2", "b1"} and tensor.shape == (outputs, 5, 3 * 2 + 3 + 3)
 
 
 @pytest.mark.parametrize("sizes", [(4, 4), (2, 5), (5, 1)])
@@ -292,9 +287,7 @@ class Lists(nn.Module):
 
     def forward(self, x):
         if self.how == "network":
-            for part in self.parts:
-                x = torch.relu(part(x))
-            return x
+            return reduce(lambda x, part: torch.relu(part(x)), self.parts, x)
         values = torch.stack([part(x) for part in self.parts], -1)
         return (values * x.softmax(-1)[:, None]).sum(-1) if self.how == "experts" else values.sum(-1)
 
@@ -377,17 +370,16 @@ class SplineLinear(nn.Linear):
         return super().forward(torch.sin(torch.cat([x, 2 * x], dim=-1)))
 
 
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.BatchNorm1d(3)])
 def test_a_model_of_registered_layers_is_no_layer(norm):
     register_kan_layer("spline-linear", matches=SplineLinear, coefficients=("weight", "o (k i)"), axes={"k": 2})
 
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.lin, self.norm = SplineLinear(6, 3), nn.BatchNorm1d(3) if norm else None
+            self.lin, self.norm = SplineLinear(6, 3), norm
 
         def forward(self, x):
-            return self.norm(self.lin(x)) if norm else self.lin(x)
+            return self.norm(self.lin(x))
 
-    model = Model()
-    assert [(layer.name, layer.family) for layer in find_kan_layers(model)] == [("lin", "spline-linear")]
+    assert [(layer.name, layer.family) for layer in find_kan_layers(Model())] == [("lin", "spline-linear")]

@@ -1,20 +1,24 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The known kinds of layers: recognized, and read as their formula says."""
+"""The known kinds of layers: recognized, and laid out as they compute."""
 
 from __future__ import annotations
 
 import copy
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
-from helpers import adapt, base, inputs, nested
+import torch.nn.functional as F
+from conv_stand_ins import CONVOLUTIONS, images
+from helpers import adapt, base, inputs, nested, relative
 from peft import LoraConfig, PeftModel, get_peft_model
 from stand_ins import FAMILIES, as_model
 from torch import nn
 
-from peft_lotra import find_kan_layers
+from peft_lotra import LoTRAConfig, find_kan_layers
 from peft_lotra.kan import KANLinear
 from peft_lotra.layers import registry
 from peft_lotra.layers.registry import FoundKANLayer, get_kan_spec
@@ -59,32 +63,6 @@ def test_a_surface_of_two_inputs_is_no_kan_layer():
     assert get_kan_spec(KANLayer(2, 3, dim=2, compile_basis=False)) is None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_function_is_additive_in_the_canonical_tensor(family):
-    """Edge (o, i) touches output o and input i alone, and each slice adds up: what the canonical order promises."""
-    model = base(family, torch.float64)
-    layer = model.kan
-    tensor = located(layer)
-    x = inputs(dtype=torch.float64)
-    if family in ("fast-kan", "faster-kan"):
-        layer.layernorm = None if family == "fast-kan" else nn.Identity()  # it mixes the inputs
-    before = model(x)
-    delta = torch.zeros_like(tensor.read(layer))
-    delta[2, 1] = torch.randn(delta.shape[-1], dtype=torch.float64)
-    with torch.no_grad():
-        for name, part in tensor.split(delta).items():
-            layer.get_parameter(name).add_(part)
-    change = model(x) - before
-    assert change[:, [0, 1, 3]].abs().max() < 1e-12 and change[:, 2].abs().min() > 1e-6
-    moved = x.clone()
-    moved[:, [0, 2]] = inputs(dtype=torch.float64)[:, [0, 2]]
-    after = model(moved)
-    with torch.no_grad():
-        for name, part in tensor.split(delta).items():
-            layer.get_parameter(name).sub_(part)
-    torch.testing.assert_close(after - model(moved), change, rtol=0, atol=1e-12)
-
-
 def test_an_adapted_layer_of_inkan_is_one_graph():
     model, x = adapt(base("inkan")), inputs()
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
@@ -106,9 +84,12 @@ def names(model):
     return [layer.name for layer in find_kan_layers(model)]
 
 
-def test_finds_in_the_order_of_the_modules():
+def test_finds_each_layer_once_in_the_order_of_the_modules():
+    layer, outer = KANLinear(3, 3), FAMILIES["own"](3, 4)
+    outer.inner = KANLinear(3, 4)
     assert names(nested()) == ["body.0", "body.1", "tail.layers.0", "tail.layers.1"]
-    assert names(KANLinear(3, 4)) == [""]
+    assert names(layer) == [""] and names(nn.Sequential(layer, nn.ReLU(), layer)) == ["0"]
+    assert names(as_model(outer)) == ["kan"]  # nothing inside a layer
 
 
 def test_finds_the_layers_of_an_adapted_model():
@@ -122,21 +103,9 @@ def test_finds_the_layers_of_an_adapted_model():
 @pytest.mark.parametrize("place", ["body.0", "tail"])
 def test_does_not_find_copies_that_are_trained_whole(place):
     model = nested()
+    before = names(model)
     adapt(model, target_modules=["body.1"], modules_to_save=[place])
-    assert names(model) == [
-        name for name in ("body.0", "body.1", "tail.layers.0", "tail.layers.1") if place not in name
-    ]
-
-
-def test_finds_a_shared_layer_once():
-    layer = KANLinear(3, 3)
-    assert names(nn.Sequential(layer, nn.ReLU(), layer)) == ["0"]
-
-
-def test_does_not_search_inside_a_kan_layer():
-    layer = FAMILIES["own"](3, 4)
-    layer.inner = KANLinear(3, 4)
-    assert names(as_model(layer)) == ["kan"]
+    assert names(model) == [name for name in before if place not in name]
 
 
 def test_few_functions_have_their_factors_adapted_and_older_files_load(tmp_path, monkeypatch):
@@ -155,3 +124,244 @@ def test_few_functions_have_their_factors_adapted_and_older_files_load(tmp_path,
     merged = adapt(build()).merge_and_unload()
     for name in ("spline_weight", "spline_scaler", "base_weight"):
         assert not torch.equal(merged[0].get_parameter(name), build()[0].get_parameter(name))
+
+
+# the kinds of torch-conv-kan, and the functions of each
+KINDS = {
+    "kagnconv": ("gram-conv", 4),
+    "kalnconv": ("gram-conv", 4),
+    "kacnconv": ("cheby-conv", 4),
+    "fastkanconv": ("spline-conv", 5),
+    "kanconv": ("spline-conv", 6),
+}
+
+
+def first(y):
+    return y[0] if isinstance(y, tuple) else y
+
+
+class Gaussians(nn.Module):
+    def __init__(self, count):
+        super().__init__()
+        self.grid = nn.Parameter(torch.linspace(-1, 1, count), requires_grad=False)
+
+    def forward(self, x):
+        return torch.exp(-((x[..., None] - self.grid) ** 2))
+
+
+class FastKANConvLayer(nn.Module):
+    """U-KAN's: the Gaussians outside, `spline_conv.weight` (O, (K I), k, k)."""
+
+    def __init__(self, i, o, count=4, base=True):
+        super().__init__()
+        self.rbf = Gaussians(count)
+        self.spline_conv = nn.Conv2d(count * i, o, 3, padding=1)
+        if base:
+            self.base_conv = nn.Conv2d(i, o, 3, padding=1)
+
+    def forward(self, x):
+        y = self.spline_conv(self.rbf(x).movedim(-1, 1).flatten(1, 2))
+        return y + self.base_conv(F.silu(x)) if hasattr(self, "base_conv") else y
+
+
+class GroupedKANLinear(nn.Module):
+    """convkan's, on rows (..., groups, in); no splines but Gaussians."""
+
+    def __init__(self, i=3, o=4, groups=2, count=5):
+        super().__init__()
+        self.register_buffer("grid", torch.linspace(-1, 1, count).expand(groups, i, count).contiguous())
+        self.base_weight = nn.Parameter(torch.randn(groups, o, i))
+        self.spline_weight = nn.Parameter(torch.randn(groups, o, i, count))
+        self.spline_scaler = nn.Parameter(torch.rand(groups, o, i) + 0.5)
+
+    def forward(self, x):
+        basis = torch.exp(-((x[..., None] - self.grid) ** 2))
+        weights = self.spline_weight * self.spline_scaler[..., None]
+        return torch.einsum("...gik,goik->...go", basis, weights) + torch.einsum(
+            "...gi,goi->...go", F.silu(x), self.base_weight
+        )
+
+
+class KANLibConv2d(nn.Module):
+    def __init__(self, i=4, o=6, groups=2, count=3):
+        super().__init__()
+        self.groups, self.basis = groups, nn.Module()
+        self.basis.register_buffer("grid", torch.linspace(-1, 1, count))
+        self.coefficients = nn.Parameter(torch.randn(o, i // groups, 3, 3, count))
+        self.weight_spline = nn.Parameter(torch.ones(o, i // groups, 3, 3))
+        self.weight_residual = nn.Parameter(torch.randn(o, i // groups, 3, 3))
+        self.bias_output = nn.Parameter(torch.zeros(o))
+
+    def forward(self, x):
+        y = F.conv2d(F.silu(x), self.weight_residual, self.bias_output, padding=1, groups=self.groups)
+        for k, center in enumerate(self.basis.grid):
+            weight = self.coefficients[..., k] * self.weight_spline
+            y = y + F.conv2d(torch.exp(-((x - center) ** 2)), weight, padding=1, groups=self.groups)
+        return y
+
+
+class GramConv2(nn.Module):
+    """One convolution of all degrees, the degrees outside."""
+
+    def __init__(self, i=3, o=5, degree=3):
+        super().__init__()
+        self.degree, self.beta_weights = degree, nn.Parameter(torch.randn(degree + 1))
+        self.poly_conv = nn.Conv2d((degree + 1) * i, o, 3, padding=1, bias=False)
+        self.base_conv = nn.Conv2d(i, o, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        basis = torch.cat([torch.tanh(x) ** k * (1 + self.beta_weights[k] ** 2) for k in range(self.degree + 1)], 1)
+        return F.silu(self.poly_conv(basis) + self.base_conv(F.silu(x)))
+
+
+def test_groups_on_patches():
+    layer = GroupedKANLinear()
+    tensor = get_kan_spec(layer).locate(layer)
+    assert (tensor.family, tensor.shape, tensor.has_residual) == ("convkan", (8, 3, 5), True)
+    expected = torch.cat([layer.spline_weight, layer.base_weight[..., None]], -1).flatten(0, 1)
+    assert torch.equal(tensor.read(layer), expected)
+
+
+class OldPykanLayer(nn.Module):
+    """pykan's of 2024: one row of `coef` for each edge, outputs outside."""
+
+    def __init__(self, i=3, o=4, count=5):
+        super().__init__()
+        self.in_dim, self.out_dim = i, o
+        self.grid = nn.Parameter(torch.linspace(-1, 1, count).repeat(o * i, 1), requires_grad=False)
+        self.coef, self.scale_base = nn.Parameter(torch.randn(o * i, count)), nn.Parameter(torch.randn(o * i))
+        self.scale_sp = nn.Parameter(torch.ones(o * i))
+
+    def forward(self, x):
+        rows = x.repeat(1, self.out_dim)  # (batch, o i)
+        y = (torch.exp(-((rows[..., None] - self.grid) ** 2)) * self.coef).sum(-1) * self.scale_sp
+        y = (y + F.silu(rows) * self.scale_base).view(len(x), self.out_dim, self.in_dim)
+        return y.sum(2), y, y, y
+
+
+class ReLUKANLayer(nn.Module):
+    """Its basis (batch, i, k) is reshaped, not transposed, for a convolution of kernel (k, i)."""
+
+    def __init__(self, i=3, o=4, count=5, name="phase_high"):
+        super().__init__()
+        self.name = name
+        self.phase_low = nn.Parameter(torch.linspace(-1.5, 0.5, count).repeat(i, 1))
+        self.register_parameter(name, nn.Parameter(self.phase_low.detach() + 1.2))
+        self.equal_size_conv = nn.Conv2d(1, o, (count, i))
+
+    def forward(self, x):
+        x = x[..., None]
+        basis = (torch.relu(x - self.phase_low) * torch.relu(getattr(self, self.name) - x)) ** 2
+        i, count = self.phase_low.shape
+        return self.equal_size_conv(basis.reshape(len(x), 1, count, i)).flatten(1)
+
+
+class WavKANConvNDLayer(nn.Module):
+    """A scale and a translation of each edge, without axes of the kernel, in a list of one block for each group."""
+
+    def __init__(self, i, o, groups=1, ndim=2):
+        super().__init__()
+        self.groups, conv = groups, (nn.Conv1d, nn.Conv2d, nn.Conv3d)[ndim - 1]
+        i, o = i // groups, o // groups
+        self.base_conv = nn.ModuleList([conv(i, o, 3, padding=1, bias=False) for _ in range(groups)])
+        self.wavelet_conv = nn.ModuleList()
+        for _ in range(groups):
+            block = nn.Module()
+            block.scale = nn.Parameter(torch.ones(1, o, i, *[1] * ndim))
+            block.translation = nn.Parameter(torch.randn(1, o, i, *[1] * ndim) / 4)
+            block.wavelet_weights = conv(o * i, o, 3, padding=1, groups=o, bias=False)
+            self.wavelet_conv.append(block)
+
+    def forward(self, x):
+        outputs = []
+        for own, conv, block in zip(x.chunk(self.groups, 1), self.base_conv, self.wavelet_conv, strict=True):
+            u = (own.unsqueeze(1) - block.translation) / block.scale
+            outputs.append(
+                conv(F.silu(own)) + block.wavelet_weights(((1 - u**2) * torch.exp(-(u**2) / 2)).flatten(1, 2))
+            )
+        return torch.cat(outputs, 1)
+
+
+# (4 inputs) -> layer, its kind, canonical shape, and whether it has a residual branch
+GROUPS, DIMENSIONS = (1, 2), (1, 2, 3)
+LAYERS = [
+    *((partial(FastKANConvLayer, 4, 6, base=base), "fast-kan-conv", (6, 4, 4, 9), base) for base in (True, False)),
+    *((partial(KANLibConv2d, groups=g), "kanlib-conv", (6, 4 // g, 3, 9), True) for g in GROUPS),
+    (partial(GramConv2, 4, 6), "gram-conv-2", (6, 4, 4, 9), True),
+    *(
+        (
+            partial(CONVOLUTIONS[kind], 4, 6, 3, groups=g, padding=1, ndim=n),
+            *(family, (6, 4 // g, basis, 3**n), kind != "kacnconv"),
+        )
+        for (kind, (family, basis)), g, n in product(KINDS.items(), GROUPS, DIMENSIONS)
+    ),
+    # factors of edges are shared along the kernel
+    *(
+        (partial(WavKANConvNDLayer, 4, 6, g, n), f"wav-conv-{n}d", (6, 4 // g, 3, 3**n), True)
+        for g, n in product(GROUPS, DIMENSIONS)
+    ),
+    (partial(OldPykanLayer, 4, 6), "pykan-2024", (6, 4, 5), True),
+    (partial(ReLUKANLayer, 4, 20), "relu-kan", (20, 4, 5), False),
+    *(
+        (partial(FAMILIES[name], 4, 6), kind, (6, 4, basis), residual)
+        for name, (kind, basis, residual) in EXPECTED.items()
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "family", "shape", "residual"), LAYERS)
+def test_an_edge_joins_one_input_and_one_output(make, family, shape, residual):
+    """Adding to one edge (o, i) of the canonical tensor moves output o alone, and only as far as input i goes."""
+    layer, edge = make(), (shape[0] - 2, 1)
+    spec = get_kan_spec(layer)
+    tensor = spec.locate(layer)
+    assert (spec.family, tensor.shape, tensor.has_residual) == (family, shape, residual)
+    values = tensor.read(layer).detach()
+    for name, part in tensor.split(values).items():
+        torch.testing.assert_close(part, layer.get_parameter(name).detach())  # a mean is rounded
+    delta = torch.zeros_like(values)
+    delta[edge] = torch.randn(delta[edge].shape)
+    before = [p.detach().clone() for p in layer.parameters()]
+
+    @torch.no_grad()
+    def change(x):
+        y = first(layer(x))
+        for name, part in tensor.split(delta).items():
+            layer.get_parameter(name).add_(part)
+        z = first(layer(x))
+        for parameter, value in zip(layer.parameters(), before, strict=True):
+            parameter.copy_(value)
+        return (z - y).movedim(1, -1).flatten(0, -2)
+
+    x = images(2, 4, (1, 3, 9, 27).index(shape[-1]) if len(shape) == 4 else 0)
+    moved = change(x)
+    assert (moved.abs().amax(0) > 1e-4).nonzero().flatten().tolist() == [edge[0]]
+    if len(shape) == 3 and family != "fast-kan" or family in ("fast-kan-conv", "kanlib-conv"):  # else norms mix inputs
+        others = x.clone()
+        rest = [place for place in range(4) if place != 4 - shape[1] + 1]  # input 1 of the last group
+        others[:, rest] = 0.9 * x[:, rest].roll(1, 1)
+        torch.testing.assert_close(change(others), moved, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["phase_high", "phase_height"])
+def test_phases_that_all_outputs_share(name, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(ReLUKANLayer(3, 4, name=name))
+
+    layer = build()[0]
+    tensor = get_kan_spec(layer).locate(layer)
+    values = tensor.read(layer)
+    assert tensor.shape == (4, 3, 15) and not tensor.has_residual
+    assert torch.equal(values[2, :, 5:10], layer.phase_low)
+    parts = tensor.split(torch.arange(4.0)[:, None, None].expand(values.shape))
+    assert torch.equal(parts[name], torch.full((3, 5), 1.5))  # the mean of the outputs
+    model = get_peft_model(build(), LoTRAConfig(r=2, init_weights=False))
+    y = model(x := torch.rand(6, 3) * 2 - 1)
+    model.save_pretrained(tmp_path)
+    assert relative(PeftModel.from_pretrained(build(), tmp_path)(x), y) < 1e-5
+    merged = model.merge_and_unload()
+    assert relative(merged(x), y) < 1e-5
+    before = build().state_dict()
+    changed = {key for key, value in merged.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"0.phase_low", f"0.{name}", "0.equal_size_conv.weight"}

@@ -7,7 +7,6 @@ import copy
 import gc
 import pickle
 import threading
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_lotra.kan import KAN, jet, memory
 from peft_lotra.optim import LevenbergMarquardt
-from peft_lotra.optim.least_squares import LeastSquares
 
 
 def points(rows: int = 70) -> Tensor:
@@ -28,10 +26,6 @@ def points(rows: int = 70) -> Tensor:
 
 def network() -> KAN:
     return KAN([2, 5, 4, 2], dtype=torch.float64)
-
-
-def least_squares_of(model: nn.Module, function: Callable, *rows: Tensor, memory: int = 2**30) -> LeastSquares:
-    return problem(model, [(function, rows or (points(),))], memory)
 
 
 def laplacian_and_value(model: nn.Module, x: Tensor) -> Tensor:
@@ -92,7 +86,7 @@ def test_no_dense_gradient_for_an_adapter(monkeypatch, residual, by_layers):
 
 def test_chunks_and_a_place_for_the_result():
     model, x = adapt(network()), points()
-    large, small = (least_squares_of(model, laplacian_and_value, x, memory=size) for size in (2**30, 2**18))
+    large, small = (problem(model, [(laplacian_and_value, x)], size) for size in (2**30, 2**18))
     expected = large.jacobian(*next(large.chunks()))
     assert len(list(small.chunks())) > 1
     place = torch.full((len(expected) + 6, expected.shape[1]), torch.nan, dtype=torch.float64)

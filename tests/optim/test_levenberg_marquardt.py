@@ -8,20 +8,11 @@ import math
 
 import pytest
 import torch
-from helpers import adapt
+from helpers import adapt, assert_same, snapshot
 from residuals import fit, network, problem, terms
 from torch import Tensor, nn
 
 from peft_lotra.optim import LevenbergMarquardt
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
 
 
 # Models
@@ -71,6 +62,34 @@ def test_a_fit_of_its_own_rows_alone_ends_with_the_best_held_loss():
     losses = [entry.held_loss for entry in records]
     assert len(records) < 60 and losses[-1] > min(losses)
     assert (model(between) - wanted).square().mean().item() == pytest.approx(min(losses))
+
+
+def test_steps_that_only_raise_the_held_loss_are_undone():
+    x, y = linear_problem(20)
+    model = nn.Linear(5, 1, bias=False, dtype=torch.float64)
+    LevenbergMarquardt(model, 1e-9).step([(fit, (x, y))])
+    best, other = model.weight.clone(), [(fit, (x, -y))]
+    records = LevenbergMarquardt(model).fit(other, 9, held=[(fit, (x, y))], patience=3, progress=False)
+    assert len(records) == 3 and torch.equal(model.weight, best)
+
+
+def test_a_method_is_planned_once():
+    """A bound method is a new object at each access."""
+
+    class Equation:
+        calls = 0
+
+        def residual(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            self.calls += 1
+            return fit(model, x, y)
+
+    equation, calls = Equation(), []
+    optimizer = LevenbergMarquardt(nn.Linear(5, 1).double(), forgetting=0.0)
+    for _ in range(3):
+        before = equation.calls
+        assert optimizer.step([(equation.residual, linear_problem(20))]).attempts == 1
+        calls.append(equation.calls - before)
+    assert calls[0] > calls[1] == calls[2]
 
 
 def test_the_bar_shows_the_loss_of_each_term(capsys):
@@ -157,7 +176,7 @@ def nan_where_negative(model: nn.Module, x: Tensor) -> Tensor:
 
 def test_residuals_that_are_not_finite():
     model, data = network(), terms()
-    before = state(model)
+    before = snapshot(model)
     x = torch.tensor([[0.5, 0.0], [-0.5, 0.0], [-0.1, 0.3]], dtype=torch.float64)
     optimizer = LevenbergMarquardt(model)
     expected = r"residuals are NaN or infinite: 2 of 3 in residual term 2 \(nan_where_negative\), "
@@ -165,7 +184,7 @@ def test_residuals_that_are_not_finite():
     with pytest.warns(RuntimeWarning, match=expected):
         record = optimizer.step([*data, (nan_where_negative, x)])
     assert not record.accepted and math.isnan(record.loss) and "residual term 2" in record.reason
-    assert_unchanged(model, before)
+    assert_same(model, before)
     with pytest.warns(RuntimeWarning):
         assert len(optimizer.fit([*data, (nan_where_negative, x)], 5, progress=False)) == 1
     assert optimizer.step(data).accepted
@@ -186,10 +205,10 @@ def test_singular_equations_and_a_clear_stop():
     y = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     history = LevenbergMarquardt(model, 1e-16).fit([(fit, (x, y))], 50, progress=False)
     assert (model.a + model.b).item() == pytest.approx(0.5)
-    before = state(model)
+    before = snapshot(model)
     last = history[-1]
     assert not last.accepted and "at a minimum to rounding, or the normal equations are singular" in last.reason
-    assert_unchanged(model, before)
+    assert_same(model, before)
 
 
 def test_too_many_parameters_for_the_memory():
@@ -204,6 +223,8 @@ def test_arguments():
     for wrong in ({"damping": 0.0}, {"damping": math.nan}, {"floor": 2.0}, {"forgetting": 1.0}, {"memory": 1000}):
         with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is"):
             LevenbergMarquardt(model, **wrong)
+    with pytest.raises(TypeError, match="takes no argument lr. Steps .* `damping`"):
+        LevenbergMarquardt(KAN([1, 1]), lr=1e-3)  # pyright: ignore[reportCallIssue]
     with pytest.raises(TypeError, match="`model` must be a network"):
         LevenbergMarquardt(model.parameters())
     with pytest.raises(ValueError, match="No parameter of the model requires a gradient"):

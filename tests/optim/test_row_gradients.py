@@ -11,10 +11,10 @@ import pytest
 import torch
 from helpers import adapt, relative
 from peft import LoraConfig, get_peft_model
+from residuals import problem
 from torch import Tensor, nn
 
 from peft_lotra.kan import KAN, KANLinear, SlimKAN, hessian, jet
-from peft_lotra.optim.least_squares import LeastSquares, check_terms
 from peft_lotra.optim.row_gradients import MOST_COLUMNS
 from peft_lotra.pde import HardConstraint
 
@@ -30,19 +30,14 @@ def network(**options) -> KAN:
     return KAN([2, 5, 4, 2], dtype=torch.float64, **options)
 
 
-def least_squares_of(model: nn.Module, function: Callable, *rows: Tensor, memory: int = 2**30) -> LeastSquares:
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return LeastSquares(model, trainable, check_terms([(function, rows or (points(),))]), memory, {})
-
-
 def check(model: nn.Module, function: Callable, *rows: Tensor, by_layers: bool = True) -> None:
     """The Jacobian by layers is that by `torch.func.vmap`; or there is none by layers."""
-    problem = least_squares_of(model, function, *rows)
-    for term, part in problem.chunks():
-        found = problem.jacobian(term, part)
+    squares = problem(model, [(function, rows or (points(),))])
+    for term, part in squares.chunks():
+        found = squares.jacobian(term, part)
         assert term.plan.by_layers is by_layers
         term.plan.by_layers = False
-        expected = problem.jacobian(term, part)
+        expected = squares.jacobian(term, part)
         assert found.shape == expected.shape and expected.any()
         assert relative(found, expected) < 1e-12
 
@@ -79,9 +74,6 @@ def several(model: nn.Module, x: Tensor) -> Tensor:
     left, right = x * torch.tensor([0.0, 1.0]) - 1, x * torch.tensor([0.0, 1.0]) + 1
     (u, du, _), (v, dv, _) = jet(model, left), jet(model, right)
     return torch.cat([u - v, du[0] - dv[0], equation(model, x) * model(x)], dim=-1)
-
-
-RESIDUALS = [equation, value, weighted, along_directions, second_derivatives, several]
 
 
 # Models
@@ -144,7 +136,7 @@ def test_mlps(name, residual):
     check(MLPS[name]().double(), residual)
 
 
-@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("residual", [weighted, along_directions, second_derivatives])
 @pytest.mark.parametrize("name", ["dense", "two adapters"])
 def test_residuals(name, residual):
     check(MODELS[name](), residual)
@@ -185,9 +177,9 @@ def test_points_on_the_knots():
     x = torch.tensor([[-1.0, -1], [1, 1], [-0.6, 0.2], [0.2, -0.2], [1.4, 0.1]], dtype=torch.float64)
     for rows in (x, x.repeat(20, 1)):
         model = KAN([2, 1], dtype=torch.float64, spline_order=2)
-        problem = least_squares_of(model, lambda model, x: jet(model, x, collapse=True)[2], rows)
-        by_jacobian = problem.jacobian(*next(problem.chunks())) @ problem.start
-        torch.testing.assert_close(by_jacobian, problem.residuals(problem.start))
+        squares = problem(model, [(lambda model, x: jet(model, x, collapse=True)[2], rows)])
+        by_jacobian = squares.jacobian(*next(squares.chunks())) @ squares.start
+        torch.testing.assert_close(by_jacobian, squares.residuals(squares.start))
 
 
 # What is not by layers

@@ -53,6 +53,13 @@ def test_smooth_data_are_interpolated(dtype):
         assert (found - expected).norm() < 2e-3 * expected.norm()
 
 
+def test_sides_of_a_box_are_not_left():
+    rim = PLANE.clone()
+    rim[torch.arange(200), torch.arange(200) % 2] = torch.where(torch.arange(200) % 3 > 0, 1.0, -1.0).double()
+    ((x,),) = points(rim, width=2)
+    assert len(x) > 150 and (x.abs() == 1).any(dim=1).all()
+
+
 @pytest.mark.parametrize(
     "rows, width",
     [

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_lotra.kan import KAN
 
 
-Parts = tuple[Tensor, Tensor, Tensor]
+Parts = Sequence[Tensor]
 
 
 def network(*widths: int, **kwargs) -> KAN:
@@ -25,24 +25,29 @@ def points(rows: int = 40, size: int = 3) -> Tensor:
     return torch.rand(rows, size, dtype=torch.float64) * 2.4 - 1.2
 
 
-def nested(model: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor | None = None) -> Parts:
-    """What `jet` should return, by differentiating a graph twice."""
+def nested(
+    model: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor | None = None, order: int = 2
+) -> tuple[Tensor, ...]:
+    """What `jet` should return, by differentiating a graph `order` times."""
     directions = torch.eye(x.shape[-1], dtype=x.dtype) if directions is None else directions
     x = x.detach().requires_grad_()
     output = model(x)
     output = getattr(output, "logits", output)
-    first, second = [], []
+    found = []
     for direction in directions:
-        slopes, bends = [], []
-        for column in output.unbind(-1):
-            (gradient,) = torch.autograd.grad(column.sum(), x, create_graph=True)
-            slope = gradient @ direction
-            (gradient,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
-            slopes.append(slope)
-            bends.append(gradient @ direction)
-        first.append(torch.stack(slopes, -1))
-        second.append(torch.stack(bends, -1))
-    return output, torch.stack(first), torch.stack(second)
+        columns = [list(output.unbind(-1))]
+        for _ in range(order):
+            slopes = [_gradient(column, x) @ direction for column in columns[-1]]
+            columns.append(slopes)
+        found.append([torch.stack(part, -1) for part in columns[1:]])
+    return output, *(torch.stack(parts) for parts in zip(*found, strict=True))
+
+
+def _gradient(column: Tensor, x: Tensor) -> Tensor:
+    """That of a function of each row; zero where it does not depend on x."""
+    if not column.requires_grad:
+        return torch.zeros_like(x)
+    return torch.autograd.grad(column.sum(), x, create_graph=True, allow_unused=True, materialize_grads=True)[0]
 
 
 def assert_same(actual: Parts, expected: Parts, tolerance: float = 1e-10) -> None:

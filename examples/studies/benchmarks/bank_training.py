@@ -1,14 +1,15 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A thousand adapters of a bank trained at once by `BankAdamW`, beside one after another: seconds, and the difference.
+"""A thousand adapters of a bank trained at once, beside one after another: seconds, and the difference.
 
-    python examples/studies/benchmarks/bank_training.py  # about five minutes
+    python examples/studies/benchmarks/bank_training.py  # about ten minutes
     python examples/studies/benchmarks/bank_training.py --quick  # a few seconds, for a look
 
-Each adapter fits a function of its own on rows of its own: the same starts, rows and steps of AdamW both ways. All
-adapters are trained together, in batches of 16,384 rows, and a sample one after another, in turn with the steps
-of the bank; the seconds of the others are those of the sample. The difference is that of the predictions.
+Each adapter fits a function of its own on rows of its own: the same starts, rows and steps both ways, of AdamW or of
+Levenberg-Marquardt. All adapters are trained together, by `BankAdamW` in batches of 16,384 rows or by
+`BankLevenbergMarquardt`, and a sample one after another, in turn with the steps of the bank; the seconds of the others
+are those of the sample. The difference is that of the predictions.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import copy
 import json
 import statistics
 import time
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 
 from peft_lotra import AdapterBank, LoTRAConfig, create_lotra_optimizer
 from peft_lotra.kan import KAN
-from peft_lotra.optim import BankAdamW
+from peft_lotra.optim import BankAdamW, BankLevenbergMarquardt, LevenbergMarquardt
 
 
 LR = 1e-2
@@ -44,19 +46,45 @@ def data(adapters: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x, torch.sin((x * waves).sum(2, keepdim=True))
 
 
-def train_alone(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> float:
+def error(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return model(x) - y
+
+
+def train_alone(model: nn.Module, x: Tensor, y: Tensor, steps: int, method: str) -> float:
     """The seconds that the steps of one adapter take."""
-    optimizer = create_lotra_optimizer(model, torch.optim.AdamW, lr=LR)
     start = time.process_time()
+    if method == "LM":
+        least_squares = LevenbergMarquardt(model, forgetting=0)
+        for _ in range(steps):
+            least_squares.step([(error, (x, y), 1.0)])
+        return time.process_time() - start
+    optimizer = create_lotra_optimizer(model, torch.optim.AdamW, lr=LR)
     for _ in range(steps):
-        loss = nn.functional.mse_loss(model(x), y)
+        loss = error(model, x, y).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return time.process_time() - start
 
 
-def compare(adapters: int, rows: int, steps: int, sample: int, dtype: torch.dtype) -> dict[str, float]:
+def step_together(bank: AdapterBank, model: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> float:
+    """The seconds that a step of all adapters takes, on rows (adapters, rows, ...)."""
+    numbers, start = bank.ids(bank.names), time.process_time()
+    if isinstance(optimizer, BankLevenbergMarquardt):
+        ids = numbers.repeat_interleave(x.shape[1])
+        optimizer.step([(error, (x.flatten(0, 1), y.flatten(0, 1)), ids)])
+        return time.process_time() - start
+    for part in torch.arange(len(bank)).split(max(1, ROWS // x.shape[1])):
+        ids = numbers[part].repeat_interleave(x.shape[1])
+        errors = (model(x[part].flatten(0, 1), ids=ids) - y[part].flatten(0, 1)).square().mean(1)
+        losses = bank.mean_by_adapter(errors, ids)
+        optimizer.zero_grad()
+        losses.nansum().backward()
+        optimizer.step()
+    return time.process_time() - start
+
+
+def compare(adapters: int, sample: int, method: str, steps: int, rows: int, dtype: torch.dtype) -> dict[str, Any]:
     torch.manual_seed(0)
     base = KAN([4, 32, 32, 1]).to(dtype)
     bank, alone = AdapterBank(base), []
@@ -67,22 +95,13 @@ def compare(adapters: int, rows: int, steps: int, sample: int, dtype: torch.dtyp
             torch.manual_seed(place)
             alone.append((place, get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2), autocast_adapter_dtype=False)))
     x, y = data(adapters, rows, dtype)
-    numbers = bank.ids(bank.names)
-    model, optimizer = bank.attach(), BankAdamW(bank, lr=LR)
+    model = bank.attach()
+    optimizer = BankLevenbergMarquardt(model) if method == "LM" else BankAdamW(bank, lr=LR)
     together, one_by_one = [], []
     for step in range(steps):
-        start = time.process_time()
-        for part in torch.arange(adapters).split(max(1, ROWS // rows)):
-            ids = numbers[part].repeat_interleave(rows)
-            errors = (model(x[part].flatten(0, 1), ids=ids) - y[part].flatten(0, 1)).square().mean(1)
-            losses = bank.mean_by_adapter(errors, ids)
-            optimizer.zero_grad()
-            losses.nansum().backward()
-            optimizer.step()
-        together.append(time.process_time() - start)
-        if step < len(alone):
-            place, own = alone[step]
-            one_by_one.append(train_alone(own, x[place], y[place], steps))
+        together.append(step_together(bank, model, optimizer, x, y))
+        for place, own in alone[step * len(alone) // steps : (step + 1) * len(alone) // steps]:
+            one_by_one.append(train_alone(own, x[place], y[place], steps, method))
     optimizer.finish()
     apart = 0.0
     with torch.no_grad():
@@ -91,6 +110,8 @@ def compare(adapters: int, rows: int, steps: int, sample: int, dtype: torch.dtyp
             apart = max(apart, ((found - own(x[place])).abs().max() / y[place].abs().max()).item())
     seconds, each = sum(together), statistics.median(one_by_one)
     return {
+        "method": f"{steps} steps of {method}",
+        "dtype": str(dtype).removeprefix("torch."),
         "rows of each": rows,
         "together s": seconds,
         "one after another s": each * adapters,
@@ -103,21 +124,22 @@ def table(results: dict) -> str:
     """The results as Markdown."""
     columns = list(results["runs"][0])
     lines = [
-        f"{results['adapters']:,} adapters of a KAN [4, 32, 32, 1], r=2, {results['steps']} steps of AdamW; one after "
-        f"another: the median of {results['sample']} adapters, {results['adapters']:,} times. {results['machine']}.",
+        f"{results['adapters']:,} adapters of a KAN [4, 32, 32, 1], r=2; one after another: the median of "
+        f"{results['sample']} adapters, {results['adapters']:,} times. LM: Levenberg-Marquardt. {results['machine']}.",
         "",
-        "| dtype | " + " | ".join(columns) + " |",
-        "|---|" + "---:|" * len(columns),
+        "| " + " | ".join(columns) + " |",
+        "|---|---|" + "---:|" * (len(columns) - 2),
     ]
-    for dtype, run in zip(results["dtypes"], results["runs"], strict=True):
-        lines.append(f"| {dtype} | " + " | ".join(f"{value:,.3g}" for value in run.values()) + " |")
+    for run in results["runs"]:
+        cells = [value if isinstance(value, str) else f"{value:,.3g}" for value in run.values()]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
-        takes="five minutes on two cores",
+        takes="ten minutes on two cores",
         writes="bank_training.json and .md",
         folder=command_line.RESULTS,
         quick="40 adapters and 5 steps: to see it run",
@@ -125,15 +147,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    adapters, steps, sample = (40, 5, 4) if args.quick else (1000, 50, 20)
-    cases = [(16, torch.float32), (16, torch.float64), (256, torch.float32)]
+    adapters, sample, steps, least = (40, 4, 5, 2) if args.quick else (1000, 20, 50, 10)
+    cases = [
+        ("AdamW", steps, 16, torch.float32),
+        ("AdamW", steps, 16, torch.float64),
+        ("AdamW", steps, 256, torch.float32),
+        ("LM", least, 16, torch.float64),
+        ("LM", least, 256, torch.float64),
+    ]
     results = {
         "machine": f"CPU seconds, {args.threads} threads of {machine.describe()}",
         "adapters": adapters,
-        "steps": steps,
         "sample": sample,
-        "dtypes": [str(dtype).removeprefix("torch.") for _, dtype in cases],
-        "runs": [compare(adapters, rows, steps, sample, dtype) for rows, dtype in cases],
+        "runs": [compare(adapters, sample, *case) for case in cases],
     }
     (args.output / "bank_training.json").write_text(json.dumps(results, indent=1) + "\n")
     text = table(results)

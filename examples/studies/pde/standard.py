@@ -6,15 +6,14 @@
 python examples/studies/pde/standard.py                      # 35 runs, about a minute of one core each
 python examples/studies/pde/standard.py --problems burgers --seeds 1
 python examples/studies/pde/standard.py --mlp                # a tanh MLP by the same recipe and steps
-python examples/studies/pde/standard.py --solve              # by `peft_lotra.pde.solve`, with --mlp an MLP
 python examples/studies/pde/standard.py --peers              # jaxKAN (extra `peers`) for as many seconds as ours took
 python examples/studies/pde/standard.py --references         # errors of the reference solutions
 python examples/studies/pde/standard.py --quick              # tiny, to see it run
 
-`solve` is that recipe as one call, with a factor of forgetting and a choice of the last parameters that are newer. The
-recipe was made with seed 0 of Burgers, Allen-Cahn, Helmholtz, Korteweg-de Vries and sine-Gordon, and not changed
-for advection and Fisher. Seeds 1 to 5 are what is reported. Runs with the same recipe that are in standard.json are
-kept, and not repeated, so that several processes may share the work.
+`solve` is that recipe as one call, with newer choices of the KAN, of the factor of forgetting and of the last
+parameters; ten.py runs it. The recipe was made with seed 0 of Burgers, Allen-Cahn, Helmholtz, Korteweg-de Vries and
+sine-Gordon, and not changed for advection and Fisher. Seeds 1 to 5 are what is reported. Runs of the same recipe that
+are in standard.json are kept, and not repeated, so that several processes may share the work.
 """
 
 from __future__ import annotations
@@ -25,29 +24,24 @@ from problems import command_line  # isort: split
 import argparse
 import math
 import statistics
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from problems.recipe import QUICK, Recipe, Run, new_mlp
+from problems.recipe import QUICK, Recipe, Run
 from problems.records import Record
-from problems.standard import NT, NX, PROBLEMS, Problem
+from problems.standard import NT, NX, PROBLEMS
 from rich.console import Console
 from rich.table import Table
 from study_tools import pictures
-from torch import Tensor, nn
-
-from peft_lotra.pde import solve
 
 
 torch.set_num_threads(1)
 
 
 MLP = "mlp"
-LABELS = {"ours": "KAN", MLP: "tanh MLP 3 x 25", "solve": "KAN by solve", f"solve {MLP}": "tanh MLP by solve"}
-STEPS = 120  # of `solve`
+LABELS = {"ours": "KAN", MLP: "tanh MLP 3 x 25"}
 
 
 def label_of(method: str) -> str:
@@ -116,36 +110,6 @@ def draw(results: dict, peers: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def solved(problem: Problem, seed: int, mlp: bool, steps: int) -> dict:
-    """The record of one run of `solve`."""
-    problem.reference()  # outside of the seconds
-    torch.manual_seed(seed)
-    clock, path = time.process_time(), (problem.start, problem.stop)
-
-    def residual(model: nn.Module, x: Tensor, parameter: float = problem.stop) -> Tensor:
-        return problem.residual(model, x, parameter)
-
-    result = solve(
-        residual,
-        problem.low,
-        problem.high,
-        distance=problem.distance,
-        lift=problem.lift,
-        outputs=problem.outputs,
-        periodic=() if mlp else problem.features.periodic,
-        terms=problem.terms(),
-        continuation=path if problem.start != problem.stop else None,
-        network=nn.Sequential(problem.features, new_mlp(problem)) if mlp else None,
-        steps=steps,
-        seed=seed,
-    )
-    seconds, error = time.process_time() - clock, problem.error(result.model)
-    count = sum(parameter.numel() for parameter in result.model.parameters())
-    return {"seed": seed, "error": error, "seconds": seconds, "steps": len(result.history), "parameters": count} | {
-        "curve": [[seconds, len(result.history), error]]
-    }
-
-
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
@@ -158,7 +122,6 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--references", action="store_true", help="print the errors of the references, and stop")
     parser.add_argument("--mlp", action="store_true", help="run an MLP by the same recipe")
-    parser.add_argument("--solve", action="store_true", help="run `solve`")
     parser.add_argument("--peers", action="store_true", help="run jaxKAN for the median seconds of our runs")
     parser.add_argument("--peers-to-the-end", metavar="PROBLEM", help="run jaxKAN's splines for all of its epochs")
     args = parser.parse_args()
@@ -171,25 +134,17 @@ def main() -> None:
     stem = args.output / ("standard_quick" if args.quick else "standard")
     empty = {"recipe": asdict(recipe), "grid": [NX, NT], "results": {}, "peers": {}}
     record = Record(stem.with_suffix(".json"), empty)
-    if args.quick and not args.mlp and not args.solve:
+    if args.quick and not args.mlp:
         record.path.unlink(missing_ok=True)
     if args.peers or args.peers_to_the_end:
         run_peers(args, record, console)
     else:
-        if (args.mlp or args.solve) and (
-            missing := [name for name in args.problems if name not in record.read()["results"]]
-        ):
+        if args.mlp and (missing := [name for name in args.problems if name not in record.read()["results"]]):
             raise SystemExit(f"There is no run of {missing[0]} in {record.path}: run the study without options first.")
         for seed in args.seeds[:1] if args.quick else args.seeds:
             for name in args.problems:
-                method = " ".join(filter(None, ["solve" * args.solve, MLP * args.mlp]))
-                place = ("peers", name, method) if method else ("results", name)
+                place = ("peers", name, MLP) if args.mlp else ("results", name)
                 if record.has(seed, *place):
-                    continue
-                if args.solve:
-                    found = solved(PROBLEMS[name], seed, args.mlp, 8 if args.quick else STEPS)
-                    console.print(f"{name} seed {seed}: error {found['error']:.2e}, {found['seconds']:.1f} CPU s")
-                    record.add(found, *place)
                     continue
                 run = Run(PROBLEMS[name], recipe, seed, console, args.mlp)
                 run.train()

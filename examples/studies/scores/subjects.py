@@ -193,9 +193,27 @@ def _random(dimensions: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).uniform(0, 1, (9000, dimensions)))
 
 
+def _from_sine(residual: Callable[..., Tensor], exact: Callable[..., Tensor], test: Callable, **others) -> Equation:
+    """In time, from sin(pi x), zero at x = 0 and 1."""
+    walls = [*_walls(1), (1, "low")]
+    distance = BoxDistance(*_unit(2), walls)
+    return Equation(
+        *_unit(2),
+        residual,
+        exact,
+        distance,
+        lambda x: torch.sin(math.pi * x[..., :1]),
+        [],
+        walls,
+        900,
+        120,
+        test,
+        **others,
+    )
+
+
 SECONDS = (1e-3, 1e-4, 1e-6)
 ALL = ("KAN", "MLP", THEIRS)
-HEAT_WALLS = [*_walls(1), (1, "low")]
 PINNS = {
     "poisson_2": Subject(
         "Poisson, 2-d",
@@ -209,18 +227,7 @@ PINNS = {
     ),
     "heat_1": Subject(
         "heat, 1+1-d",
-        Equation(
-            *_unit(2),
-            heat,
-            cooling,
-            BoxDistance(*_unit(2), HEAT_WALLS),
-            lambda x: torch.sin(math.pi * x[..., :1]),
-            [],
-            HEAT_WALLS,
-            900,
-            120,
-            lambda: _random(2),
-        ),
+        _from_sine(heat, cooling, lambda: _random(2)),
         [2, 4, 1],
         [64],
         120,
@@ -281,19 +288,7 @@ def _grid() -> Tensor:
 
 DIFFUSION = Subject(
     "diffusion, u = exp(-t) sin(pi x)",
-    Equation(
-        *_unit(2),
-        diffusion,
-        diffused,
-        BoxDistance(*_unit(2), HEAT_WALLS),
-        lambda x: torch.sin(math.pi * x[..., :1]),
-        [],
-        HEAT_WALLS,
-        900,
-        120,
-        _grid,
-        measure="relative",
-    ),
+    _from_sine(diffusion, diffused, _grid, measure="relative"),
     [2, 4, 1],
     [64],
     120,

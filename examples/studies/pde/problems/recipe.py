@@ -150,7 +150,7 @@ class Run:
         self.sampler.count = recipe.last_points
         samples = problem.features(box_points(problem.low, problem.high, 2000, seed=self.seed))
         if not self.mlp:
-            refine_grid(self.network, recipe.refined, samples, exact=True)
+            refine_grid(self.network, recipe.refined, samples)
         self.optimizer.forget()
         for _ in range(3):
             self.fit(problem.stop, recipe.last // 3)
