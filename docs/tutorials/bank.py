@@ -144,5 +144,16 @@ one.export("customer 7", "customer_7")
 print(one.names, sorted(path.name for path in Path("customer_7").iterdir()))
 
 # %% [markdown]
+# ## When does it pay?
+#
+# With enough rows of each customer, and where the base is a KAN already. [Two
+# studies](../when.md#many-tasks-on-one-base) have adapters beside heads, copies,
+# linear models and LoRA on an MLP.
+#
+# Tasks that differ much from the base start better from the gradient of their
+# own loss: `start_from_gradient` on a PeftModel of a copy of the base, then
+# `bank.add(name, model)`, for one task after another. `BankAdamW` takes the rates
+# of such a start as `policy={"core": 0.1, "factor_out": 0.5}`.
+#
 # A server of forecasts in one page: [many adapters and
 # serving](../serving.md).

@@ -51,6 +51,13 @@ def test_tables_of_pdes(study, part):
     assert importlib.import_module(study).markdown(part(load(f"pde/{study}"))) == text
 
 
+@pytest.mark.parametrize("name", ["many_series", "fifty_tasks"])
+def test_many_tasks(name):
+    record = load(name)
+    table = importlib.import_module(name).as_text(record.get("results", record))
+    assert table == (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+
+
 def moving_targets(path: Path) -> None:
     study, record = importlib.import_module("moving_targets"), load("pde/moving_targets")
     limits = {width: setting["seconds"] for width, setting in record["recipe"].items()}
