@@ -99,9 +99,11 @@ class Layout:
             length = size // rest if unknown else 1
             if len(shape) != sum(counts) or len(unknown) > 1 or length < 1 or size != rest * length:
                 given = {axis: known[axis] for axis in self.axes if axis in known}
+                is_long = len(shape) == sum(counts)
+                why = f"{_write([dim])} cannot be {size}" if is_long else f"it names {sum(counts)} dimensions"
                 raise ValueError(
                     f"Pattern {self.pattern!r} does not fit a parameter of shape {tuple(shape)}, with {given}: "
-                    f"{_write([dim])} cannot be {size}. Correct it, or give lengths of axes by `axes`."
+                    f"{why}. Correct it, or give lengths of axes by `axes`."
                 )
             lengths |= dict.fromkeys(unknown, length)
         return lengths
