@@ -52,7 +52,7 @@ def command(script: str, options: list[str], output: Path | None, cache: Path | 
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
-        takes="many hours on one core; with --quick four minutes",
+        takes="many hours on one core; with --quick three minutes",
         writes="what the studies write, and run_all.json",
         folder=command_line.RESULTS,
         needs="examples,test",

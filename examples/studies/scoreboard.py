@@ -22,6 +22,7 @@ from study_tools import command_line  # isort: split
 import copy
 import json
 import math
+import tempfile
 import time
 from dataclasses import replace
 from statistics import median
@@ -141,7 +142,9 @@ def run(name: str, method: str, seed: int, quick: bool) -> dict:
     elif method == "pykan":
         from scores import peers
 
-        found = getattr(peers, name)(seed, 2 if quick else {"notebook_1": 200, "notebook_7": 50}[name])
+        count = 2 if quick else {"notebook_1": 200, "notebook_7": 50}[name]
+        with tempfile.TemporaryDirectory() as folder:
+            found = getattr(peers, name)(seed, count, folder)
     else:
         found = train(row, method, seed, 6 if quick else row.steps)
     return {"seed": seed, **found, "commit": machine.commit(), "machine": machine.describe()}

@@ -60,7 +60,8 @@ def jet(
         x: Points, shape (..., I), usually (N, I).
         directions: The D directions v, shape (D, I), of any length; by default the I coordinate axes. Derivatives are
             in the parameter t.
-        order: The highest derivative, 1 to 4. Splines of a lower degree do not have it: there is a warning.
+        order: The highest derivative, 1 to 4. It is continuous for splines of degree `order + 1`; those of a degree
+            below `order` do not have it, of which there is a warning.
         collapse: Whether to return the sum of the derivatives of the highest order over the directions instead of each
             of them, which is faster (collapsed Taylor mode). D numbers make it a weighted sum: (1, 0) for u_xx and no
             u_tt.
@@ -112,7 +113,7 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, order: int, col
             _warn(
                 (order, degree),
                 f"Splines of degree {degree} have no derivative of order {order}: it is zero between the knots, and a "
-                f"residual does not see its jumps there. Make the layers with `spline_order={order}` or higher.",
+                f"residual does not see its jumps there. Make the layers with `spline_order={order + 1}`.",
             )
     parameter = next(model.parameters(), None)
     if stages and parameter is not None and torch.promote_types(x.dtype, parameter.dtype) != parameter.dtype:
@@ -285,8 +286,8 @@ def _slopes(model: nn.Module, x: Tensor, dims: int | None) -> Tensor:
     found = du.shape[-1] if dims is None else min(len(du), du.shape[-1])
     if found != (dims or len(du)):
         raise ValueError(
-            f"The field has {du.shape[-1]} components of {x.shape[-1]} coordinates, but there must be as many: `dims` "
-            "selects the first ones of both."
+            f"The field has {du.shape[-1]} components of {x.shape[-1]} coordinates, and `dims` is {dims}: give how "
+            "many of both to take, the first ones."
         )
     return du[..., :found]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -47,8 +48,8 @@ def bell_polynomials(
                 if (n - i, j - 1) in found
             ]
             if is_sum and pairs:
-                by_direction = [each for one, other in pairs for each in zip(one, other, strict=True)]
-                found[n, j] = sum_of_products(by_direction).unsqueeze(0)
+                each = [zip(one.unbind(), other.unbind(), strict=True) for one, other in pairs]
+                found[n, j] = sum_of_products(chain(*each)).unsqueeze(0)
             elif pairs:
                 found[n, j] = sum_of_products(pairs)
         if weights is not None and not is_sum:

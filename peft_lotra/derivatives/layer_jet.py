@@ -45,7 +45,7 @@ class LayerJet(torch.autograd.Function):
             kept = features.evaluate(z, ctx.orders)
         value = z.new_empty(len(weight), z.shape[1])  # no view, so that it may be changed in place
         derivatives = [z.new_empty(count, *value.shape) for count in jet_rows.counts[1:]]
-        each = [value, *(row for part in derivatives for row in part)]
+        each = [value, *(row for part in derivatives for row in part.unbind())]
         for part, found in features.parts(z, ctx.orders if kept else jet_rows.orders(False), kept):
             if features.few_outputs:
                 edges = _edges(weight, found)
@@ -72,7 +72,7 @@ class LayerJet(torch.autograd.Function):
         # differentiated again, or of `is_grads_batched`
         if torch.is_grad_enabled() or any(grad is not None and is_batched(grad) for grad in grads):
             return *[None] * 4, *plain_gradients(ctx, [weight, *jet], grads)
-        groups = [() if grad is None else grad if n else (grad,) for n, grad in enumerate(grads)]
+        groups = [() if grad is None else grad.unbind() if n else (grad,) for n, grad in enumerate(grads)]
         each = [part for group in groups for part in group]
         to_inputs = any(ctx.needs_input_grad[5:])
         results = [torch.zeros_like(part) if to_inputs else None for part in jet]
@@ -145,7 +145,7 @@ class JetRows:
                 bell, group = bell[..., part].unsqueeze(1), groups[n - 1]
                 torch.mul(functions[j], bell, out=group) if n > last else group.addcmul_(functions[j], bell)
                 last = n
-        return [*([functions[0]] if self.counts[0] else []), *rows]
+        return [*([functions[0]] if self.counts[0] else []), *rows.unbind()]
 
     def add_input_gradients(
         self, results: Sequence[Tensor | None], found: LocalSplines | DenseFunctions, part: slice, towards: Tensor
@@ -178,7 +178,7 @@ class JetRows:
     def _add(self, to_each: list[Tensor], group: Tensor, n: int, j: int, part: slice) -> None:
         """Adds what the factor f^(j+1) of n-th derivatives gives."""
         if (n, j) in self.bells:
-            for one, other in zip(group, self.bells[n, j][..., part], strict=True):
+            for one, other in zip(group.unbind(), self.bells[n, j][..., part].unbind(), strict=True):
                 to_each[0].addcmul_(one, other)
         factors = self.weighted if n == self.order else self.bells
         for i in range(1, n - j + 1):

@@ -174,7 +174,12 @@ def _agrees(form: _Form, layer: nn.Module, known: _Layer) -> bool:
         named = (*layer.named_parameters(), *layer.named_buffers())
         values = {name: v.detach().clone().double() for name, v in named if v.is_floating_point()}
         exchanged = moved(values, {name for name, _ in layer.named_parameters()}.difference(spec.grid), torch.randn)
-        x = _points(spec, layer, known.tensor.shape[1], generator)
+        grids = [v.double() for v in spec.read_grid(layer).values() if isinstance(v, Tensor) and v.numel() > 1]
+        low = min((grid.min().item() for grid in grids), default=-2.0)
+        high = max((grid.max().item() for grid in grids), default=2.0)
+        size = _ROWS, known.tensor.shape[1]
+        share = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu") * 1.1 - 0.05
+        x = _like(layer, low + (high - low) * share).double()  # somewhat beyond the grid, too
         directions = torch.randn(2, x.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(x)
 
         def compare() -> bool:
@@ -210,15 +215,6 @@ def _higher_derivatives_agree(spec: KANLayerSpec, layer: nn.Module, x: Tensor) -
             if not all(map(_is_close, higher.unbind(-1), slopes, [1e-9] * len(slopes))):
                 return False
     return len(found) == 3
-
-
-def _points(spec: KANLayerSpec, layer: nn.Module, width: int, generator: torch.Generator) -> Tensor:
-    """Points (rows, in) over the grid, and somewhat beyond."""
-    grids = [v.double() for v in spec.read_grid(layer).values() if isinstance(v, Tensor) and v.numel() > 1]
-    low = min((grid.min().item() for grid in grids), default=-2.0)
-    high = max((grid.max().item() for grid in grids), default=2.0)
-    share = torch.rand(_ROWS, width, generator=generator, dtype=torch.float64, device="cpu") * 1.1 - 0.05
-    return _like(layer, low + (high - low) * share).double()
 
 
 def _like(module: nn.Module, x: Tensor) -> Tensor:

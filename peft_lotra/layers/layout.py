@@ -27,10 +27,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import permutations
+from itertools import accumulate, permutations
 
 import torch
-from einops import EinopsError, rearrange, reduce, repeat
+from einops import EinopsError, reduce, repeat
 from einops.parsing import ParsedExpression
 
 
@@ -88,21 +88,23 @@ class Layout:
 
         Raises a `ValueError` if the pattern does not fit the shape, or leaves a length open.
         """
-        given = tuple((axis, known[axis]) for axis in self.axes if axis in known)
-        return {**known, **self._solve(tuple(shape), given)}
-
-    @lru_cache(1024)  # noqa: B019 (layouts are few, and `parse_layout` keeps them)
-    def _solve(self, shape: tuple[int, ...], given: tuple[tuple[str, int], ...]) -> dict[str, int]:
-        known = dict(given)
-        try:
-            coefficients, *_ = self._split(torch.empty(shape, device="meta"), known)
-            found = rearrange(coefficients, f"{_write(self.dims)} -> {' '.join(self.axes)}", **known).shape
-        except (KeyError, RuntimeError) as error:  # einops' last line says why
-            raise ValueError(
-                f"Pattern {self.pattern!r} does not fit a parameter of shape {shape}: "
-                f"{str(error).splitlines()[-1].strip()}, with {known}. Correct it, or give lengths by `axes`."
-            ) from error
-        return dict(zip(self.axes, found, strict=True))
+        lengths, counts = dict(known), self.stored_over or (1,) * len(self.dims)
+        sizes = [math.prod(shape[end - count : end]) for count, end in zip(counts, accumulate(counts), strict=True)]
+        if self.packed_residual is not None:
+            packed = self.packed_residual[self._concatenated]
+            sizes[self._concatenated] -= math.prod([lengths.get(axis, 0) for axis in packed])
+        for dim, size in zip(self.dims, sizes, strict=True):
+            unknown = [axis for axis in dim if axis not in lengths]
+            rest = math.prod([lengths[axis] for axis in dim if axis in lengths])
+            length = size // rest if unknown else 1
+            if len(shape) != sum(counts) or len(unknown) > 1 or length < 1 or size != rest * length:
+                given = {axis: known[axis] for axis in self.axes if axis in known}
+                raise ValueError(
+                    f"Pattern {self.pattern!r} does not fit a parameter of shape {tuple(shape)}, with {given}: "
+                    f"{_write([dim])} cannot be {size}. Correct it, or give lengths of axes by `axes`."
+                )
+            lengths |= dict.fromkeys(unknown, length)
+        return lengths
 
     def _split(self, parameter: torch.Tensor, lengths: Mapping[str, int]) -> Sequence[torch.Tensor]:
         """The coefficients and the packed residual weights, if any, each with the dimensions of the pattern."""

@@ -219,19 +219,13 @@ class Probe:
         verdict = Verdict(outputs, inputs, contradiction=contradiction)
         if not strict or False in verdict[:2]:
             return verdict
-        is_sum = self._are_several_functions(tensor, x, values, samples)
+        if in_ <= 3:
+            samples += (self._gradient(tensor, x * factor, values) for factor in (0.3, 0.6, -0.8))
+        row = _largest(gradient)  # of several functions the gradients at several inputs are of rank two at least
+        singular = torch.linalg.svdvals(torch.stack([sample[row, :_ROWS] for sample in samples], dim=1).double())
+        is_sum = bool((singular[:, 1:2] > _EFFECT * _EFFECT * singular.max()).any())
         is_sum = is_sum and self._is_nonlinear_map_of_rows(tensor, values)
         return Verdict(outputs, False if not is_sum else inputs if in_ > 2 else None)  # two inputs say little
-
-    def _are_several_functions(
-        self, tensor: CoefficientTensor, x: Tensor, values: Mapping[str, Tensor], samples: list[Tensor]
-    ) -> bool:
-        """Whether the gradients of an input, at several values of it, are of rank two at least."""
-        if x.shape[-1] <= 3:
-            samples = [*samples, *(self._gradient(tensor, x * factor, values) for factor in (0.3, 0.6, -0.8))]
-        row = _largest(samples[0])
-        singular = torch.linalg.svdvals(torch.stack([sample[row, :_ROWS] for sample in samples], dim=1).double())
-        return bool((singular[:, 1:2] > _EFFECT * _EFFECT * singular.max()).any())
 
     @torch.no_grad()
     def _is_nonlinear_map_of_rows(self, tensor: CoefficientTensor, values: Mapping[str, Tensor]) -> bool:

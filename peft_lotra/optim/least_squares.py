@@ -37,7 +37,7 @@ class Plan:
     """How a term is evaluated, found out when it is first seen."""
 
     function: Callable[..., Tensor]  # kept here so that no other function gets its `id`
-    intercepted: bool = True  # whether the function runs under `Intercepted`
+    intercepted: bool = True  # whether calls run under `Intercepted`; false for good after one that did not need it
     columns: int = 0  # the number of residuals of a row
     row_bytes: int = 0  # the memory of one row
     by_layers: bool = False  # whether the Jacobian comes from `row_gradients`, and not from `torch.func.vmap`

@@ -130,7 +130,7 @@ class LevenbergMarquardt:
         self._plans: Plans = {}  # of the last step's terms
         self._past: _Past | None = None
         self._terms: list[Term] = []  # of the last step, with `forgetting="auto"`
-        self._memory, self._slope = 1.0, -1.0  # see `_factor`
+        self._span, self._slope = 1.0, -1.0  # steps that count, and the mean slope of the log loss
         self._trainable()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -174,7 +174,8 @@ class LevenbergMarquardt:
         terms = self._check(terms)
         problem, residuals = self._evaluate(terms)
         self._plans, losses = problem.plans, problem.losses(residuals)
-        is_first, remembers = not self._terms, self._remembers(problem, terms, len(residuals))
+        is_first = not self._terms  # before `_keep_terms` fills them
+        remembers = self._keep_terms(problem, terms, len(residuals))
         if self._past is not None and not (remembers and torch.equal(self._past.parameters, problem.start)):
             self.forget()
         error = next(filter(None, self._shards.gather(problem.find_not_finite(residuals))), "")
@@ -182,7 +183,7 @@ class LevenbergMarquardt:
         if not error:
             past = None
             if self._past is not None:
-                factor = self._factor(self._past, loss)
+                factor = self._forgetting_factor(self._past, loss)
                 past = factor * self._past.matrix, factor * self._past.gradient
             linear = LinearModel(problem, residuals, self.floor, past, in_parameter_space=remembers)
             error = linear.error
@@ -312,8 +313,8 @@ class LevenbergMarquardt:
         self._plans = {**self._plans, **problem.plans}
         return problem.losses(residuals)
 
-    def _remembers(self, problem: LeastSquares, terms: list[Term], count: int) -> bool:
-        """Whether residuals of former steps count in the step of these terms."""
+    def _keep_terms(self, problem: LeastSquares, terms: list[Term], count: int) -> bool:
+        """Keeps the terms for the next step; returns whether residuals of former steps count in this one."""
         if not isinstance(self.forgetting, str):
             return self.forgetting > 0
         before = self._terms
@@ -326,7 +327,7 @@ class LevenbergMarquardt:
         fits = self._shards.group is not None or (size <= 2 * count and 16 * size**2 <= self.memory)
         return fits and all(same for same, _ in found) and any(drawn for _, drawn in found)
 
-    def _factor(self, past: _Past, loss: float) -> float:
+    def _forgetting_factor(self, past: _Past, loss: float) -> float:
         """The factor for the former residuals, where rows that were not trained have this loss.
 
         A factor of "auto" is 1 - 1 / memory. The memory grows where the last step fitted its own rows alone. Where
@@ -339,8 +340,8 @@ class LevenbergMarquardt:
         before, own = past.losses
         self._slope += 0.2 * (math.log(max(loss, 1e-300) / before) - self._slope)
         longest = 1 / (1 - min(1 - 1 / LONGEST_MEMORY, math.exp(min(0.0, 10 * self._slope))))
-        self._memory = max(1.0, min(self._memory * (1.25 if loss > 1.5 * own else 0.8), longest))
-        return max(1 - 1 / self._memory, SMALLEST_FACTOR * trust)
+        self._span = max(1.0, min(self._span * (1.25 if loss > 1.5 * own else 0.8), longest))
+        return max(1 - 1 / self._span, SMALLEST_FACTOR * trust)
 
 
 def _shown(record: LevenbergMarquardtStep, terms: Sequence[Any]) -> dict[str, str]:

@@ -43,7 +43,7 @@ class LinearModel:
         in_parameter_space = in_parameter_space or problem.shards.group is not None  # where matrices can be summed
         self.in_residual_space = len(residuals) < problem.num_parameters and not in_parameter_space
         size = len(residuals) if self.in_residual_space else problem.num_parameters
-        squares = problem.shards.run(self._add_chunks, size)
+        squares = problem.shards.run(self._accumulate, size)
         if not self.in_residual_space:
             for index, part in enumerate((self.matrix, self.gradient)):
                 problem.shards.sum(part)
@@ -61,8 +61,12 @@ class LinearModel:
         if not self.gradient.any():
             self.error = "the gradient is zero: no parameter has an effect on the residuals."
 
-    def _add_chunks(self, size: int) -> Tensor:
-        """Sums J^T r, and J^T J in the space of parameters, over our rows; returns the diagonal of J^T J otherwise."""
+    def _accumulate(self, size: int) -> Tensor:
+        """Fills `gradient`, `jacobian` if it fits, and `matrix` in the space of parameters.
+
+        Returns:
+            The diagonal of J^T J in the space of residuals, else zeros.
+        """
         problem, residuals = self.problem, self.residuals
         needed = 2 * size**2 * 8
         if needed > problem.memory:
@@ -100,7 +104,7 @@ class LinearModel:
                 column += len(other)
             row += len(part)
 
-    def _factor(self, damping: float) -> Tensor | None:
+    def _cholesky(self, damping: float) -> Tensor | None:
         """The Cholesky factor of the damped matrix; None if it is singular to rounding."""
         diagonal = self.matrix.diagonal()
         undamped = diagonal.clone()
@@ -111,7 +115,7 @@ class LinearModel:
 
     def solve(self, damping: float) -> Tensor | None:
         """-(J^T J + damping S)^-1 J^T r, (P,); None if the matrix is singular to rounding."""
-        triangle = self._factor(damping)
+        triangle = self._cholesky(damping)
         if self.in_residual_space:
             if triangle is None:
                 return None
@@ -123,7 +127,7 @@ class LinearModel:
 
     def inverse(self, damping: float, columns: Tensor) -> Tensor | None:
         """(J^T J + damping S)^-1 columns, (P, n), in the space of parameters; None if the matrix is singular."""
-        triangle = self._factor(damping)
+        triangle = self._cholesky(damping)
         return None if triangle is None else torch.cholesky_solve(columns, triangle)
 
     def _transposed(self, vector: Tensor) -> Tensor:
@@ -134,7 +138,7 @@ class LinearModel:
         return shards.sum(shards.run(self.problem.pull_back, vector))
 
     def predicted_decrease(self, damping: float, step: Tensor) -> float:
-        """The decrease of the sum of squares in the linear model, for the step of this damping."""
+        """|r|^2 - |r + J step|^2 for the step of this damping, where (J^T J + damping S) step = -J^T r."""
         return (damping * self.scaling * step.square() - self.gradient * step).sum().item()
 
     def rise_of_past(self, step: Tensor) -> float:

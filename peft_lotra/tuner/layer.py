@@ -23,12 +23,12 @@ from ..layers.coefficients import CoefficientTensor
 from ..layers.registry import Grid, KANLayerSpec, same_grid
 from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms
 from ..tucker import Tucker, Update
-from .by_row import output_by_row, updates_by_name
+from .by_row import run_rows, updates_by_name
 from .config import LoTRAConfig
 from .fused import Formula, find_formula, runs_more_than_its_class
 from .initialization import initialize
 from .parameters import check_stored, gradients_kept, loaded, refuse_grid_change, without_autocast
-from .rows import FORWARD_PASS, ForwardPass, names_of_rows, run_by_name
+from .rows import FORWARD_PASS, ForwardPass
 
 
 # The components of adapters, as state dicts have them; a layer without a kernel has all but the last.
@@ -371,23 +371,14 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 self._warn_of_far_inputs(args[0] if args else None)
         if names is None:
             return self._run(self.active_adapters, current, args, kwargs)
-        names = names_of_rows(names, args[0] if args else next(iter(kwargs.values())), self.lotra_name, current)
-        y = None if in_transform() else self._output_by_row(names, current, args, kwargs)
-        if y is not None:
-            return y
-        return run_by_name(names, lambda name, args, kwargs: self._run([name], current, args, kwargs), args, kwargs)
 
-    def _output_by_row(
-        self, names: Sequence[str], current: ForwardPass | None, args: tuple, kwargs: dict[str, Any]
-    ) -> torch.Tensor | None:
-        """The output of the rows of all names at once; None if it has to be that of each name by itself."""
-        stored, base_layer = self.lotra_tensor.get_parameter(self.get_base_layer()), self._modules["base_layer"]
-
-        def make_updates() -> RowUpdates | None:
+        def make_updates(names: Sequence[str]) -> RowUpdates | None:
+            stored = self.lotra_tensor.get_parameter(self.get_base_layer())
             one = lambda name: next(iter(self._updates([name], current)), None)  # noqa: E731
             return updates_by_name(names, self.lotra_tensor, stored, one)
 
-        return output_by_row(base_layer, self._find_formula(stored), stored, make_updates, args, kwargs)
+        run = lambda name, args, kwargs: self._run([name], current, args, kwargs)  # noqa: E731
+        return run_rows(self, names, current, make_updates, run, args, kwargs)
 
     def _run(self, adapters: Iterable[str], current: ForwardPass | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Evaluates the layer with these adapters, those of them that it has, for all rows."""

@@ -185,9 +185,13 @@ def test_members_keep_their_place():
         ({"a": (2, 3)}, {"coefficients": ("b.*", "o i k")}, ["'b.*': 0"]),
         ({"a": [{"v": (2, 3)}]}, {"coefficients": ("a.*.w", "o i")}, ["`a.0.w`", "no such parameter"]),
         ({"a": (2, 3, 5), "b": (2, 4)}, {"coefficients": [("a", "o i k"), ("b", "o i")]}, ["`b`", "'i': 3", "(2, 4)"]),
-        ({"a": (4, 15)}, {"coefficients": ("a", "o (i k)")}, ["`a`", "Could not infer sizes", "`axes`"]),
-        ({"a": (4, 16)}, {"coefficients": ("a", "o (i k)"), "axes": {"i": 3}}, ["(4, 16)", "16 in chunks of 3"]),
-        ({"a": (4, 18)}, {"coefficients": ("a", "o ((i k) + i)")}, ["'i'", "give lengths by `axes`"]),
+        ({"a": (4, 15)}, {"coefficients": ("a", "o (i k)")}, ["`a`", "(i k) cannot be 15", "by `axes`"]),
+        (
+            {"a": (4, 16)},
+            {"coefficients": ("a", "o (i k)"), "axes": {"i": 3}},
+            ["(4, 16), with {'i': 3}", "(i k) cannot be 16"],
+        ),
+        ({"a": (4, 18)}, {"coefficients": ("a", "o ((i k) + i)")}, ["(4, 18), with {}", "by `axes`"]),
     ],
 )
 def test_what_does_not_fit_together(shapes, description, parts):

@@ -224,7 +224,7 @@ def test_arguments():
         with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is"):
             LevenbergMarquardt(model, **wrong)
     with pytest.raises(TypeError, match="takes no argument lr. Steps .* `damping`"):
-        LevenbergMarquardt(KAN([1, 1]), lr=1e-3)  # pyright: ignore[reportCallIssue]
+        LevenbergMarquardt(model, lr=1e-3)
     with pytest.raises(TypeError, match="`model` must be a network"):
         LevenbergMarquardt(model.parameters())
     with pytest.raises(ValueError, match="No parameter of the model requires a gradient"):

@@ -36,7 +36,7 @@ def start_group(worker: str, world: int, folder: Path) -> list[Any]:
                 processes.append(
                     subprocess.Popen(command, env={**env, "RANK": str(rank)}, stdout=log, stderr=subprocess.STDOUT)
                 )
-        codes = [process.wait(timeout=120) for process in processes]
+        codes = [process.wait(timeout=270) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -1,14 +1,13 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""pykan at the settings of its notebooks 1 and 7, without its figures, on one thread."""
+"""pykan at the settings of its notebooks 1 and 7, without their figures, on one thread; it writes into `folder`."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import math
-import tempfile
 import time
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from scores.subjects import NOTEBOOKS
 
 
-def notebook_1(seed: int, steps: int) -> dict:
+def notebook_1(seed: int, steps: int, folder: str) -> dict:
     """The least test error of its grids, with the seconds up to there; the best of as many starts as ours."""
     subject = NOTEBOOKS["notebook_1"]
     (x, y), (test_x, test_y) = ([part.float() for part in subject.problem.rows(number)] for number in (seed, 10**6))
@@ -31,7 +30,7 @@ def notebook_1(seed: int, steps: int) -> dict:
             return float(model.fit(data, opt="LBFGS", steps=count)["test_loss"][-1])
 
     for start in range(subject.starts):
-        model = KAN(width=[2, 1, 1], grid=3, k=3, seed=100 * seed + start, ckpt_path=tempfile.mkdtemp())
+        model = KAN(width=[2, 1, 1], grid=3, k=3, seed=100 * seed + start, ckpt_path=f"{folder}/{start}")
         starts.append((fit(model, min(20, steps)), start, model))
     model = min(starts)[2]
     for grid in (3, 10, 20, 50):
@@ -44,12 +43,12 @@ def notebook_1(seed: int, steps: int) -> dict:
     return {"error": error, "seconds": seconds, "steps": 4 * steps, "parameters": 3 * (50 + 3)}
 
 
-def notebook_7(seed: int, steps: int) -> dict:
+def notebook_7(seed: int, steps: int, folder: str) -> dict:
     problem = NOTEBOOKS["notebook_7"].problem
     x = problem.test().float()
     on_sides = x[(x.abs() == 1).any(1)]
     clock = time.process_time()
-    model = KAN(width=[2, 2, 1], grid=5, k=3, seed=seed, ckpt_path=tempfile.mkdtemp())
+    model = KAN(width=[2, 2, 1], grid=5, k=3, seed=seed, ckpt_path=f"{folder}/model")
     for grid in (5, 10, 20):
         model = model if grid == 5 else model.refine(grid)
         optimizer = LBFGS(

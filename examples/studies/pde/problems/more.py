@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_lotra.kan import jet
 from peft_lotra.pde import BoxDistance, BoxFeatures
-from problems.standard import EVOLUTION, Problem, _axes
+from problems.standard import EVOLUTION, Problem, _axes, _since_start
 
 
 # Navier-Stokes at Reynolds number 40, (u . grad) u + grad p = laplacian u / 40, div u = 0, from u and v on the
@@ -119,11 +119,6 @@ def mixture(x: Tensor) -> Tensor:
     return torch.cat([start, torch.zeros_like(start)], -1)
 
 
-def since_start(x: Tensor) -> Tensor:
-    """For u, which is given at the start, and for w, which is not."""
-    return torch.cat([x[..., 1:], torch.ones_like(x[..., :1])], -1)
-
-
 def solve_cahn_hilliard(n: int, e: float) -> np.ndarray:
     angle = math.pi * (-1 + 2 * np.arange(n) / n)
 
@@ -170,7 +165,7 @@ MORE = {
             EVOLUTION,
             0.05,
             0.01,
-            (cahn_hilliard, since_start, mixture, solve_cahn_hilliard),
+            (cahn_hilliard, _since_start, mixture, solve_cahn_hilliard),
             96,
             features=WAVES,
             outputs=2,

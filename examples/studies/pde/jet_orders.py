@@ -1,0 +1,92 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The cost of derivatives by their order: `jet` beside nested autograd, at 2000 points, float32, value and backward.
+
+All derivatives up to the order along both inputs, of a KAN [2, 16, 16, 1] of splines of degree 5, and of a tanh MLP
+with three layers of 25. Medians of 10, the subjects taking turns.
+
+    python examples/studies/pde/jet_orders.py  # half a minute
+"""
+
+from __future__ import annotations
+
+from problems import command_line  # isort: split
+
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from study_tools import machine
+from torch import Tensor, nn
+
+from peft_lotra.kan import KAN, jet
+
+
+ORDERS = (1, 2, 3, 4)
+
+
+def nested(model: nn.Module, x: Tensor, order: int) -> list[Tensor]:
+    """The parts of a jet of one output, by differentiating a graph `order` times along each input."""
+    x = x.clone().requires_grad_()
+    parts = [model(x)]
+    for i in range(x.shape[1]):
+        slope = parts[0]
+        for _ in range(order):
+            slope = torch.autograd.grad(slope.sum(), x, create_graph=True)[0][:, i : i + 1]
+            parts.append(slope)
+    return parts
+
+
+def milliseconds(parts_of: Callable[..., list[Tensor]], model: nn.Module, x: Tensor, order: int) -> float:
+    """Of CPU time, for the parts, the sum of their squares, and its gradient."""
+    started = time.process_time()
+    model.zero_grad()
+    sum(part.square().mean() for part in parts_of(model, x, order=order)).backward()
+    return 1000 * (time.process_time() - started)
+
+
+def main() -> None:
+    parser = command_line.Parser(
+        __doc__,
+        takes="half a minute",
+        writes="jet_orders.json",
+        folder=command_line.RESULTS / "pde",
+        quick="two repetitions: to see it run",
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    x = torch.rand(2000, 2) * 2 - 1
+    inner = [layer for _ in range(2) for layer in (nn.Linear(25, 25), nn.Tanh())]
+    models = {
+        "KAN": KAN([2, 16, 16, 1], spline_order=5),
+        "MLP": nn.Sequential(nn.Linear(2, 25), nn.Tanh(), *inner, nn.Linear(25, 1)),
+    }
+    subjects = [(name, way, order) for name in models for way in (jet, nested) for order in ORDERS]
+    runs: dict[tuple, list[float]] = {subject: [] for subject in subjects}
+    for _ in range(2 if args.quick else 10):
+        for name, way, order in subjects:
+            # the last of three counts: those before bring its memory into the caches, as in a training
+            runs[name, way, order].append([milliseconds(way, models[name], x, order) for _ in range(3)][-1])
+    table = Table(title="Value, derivatives and gradient, CPU ms")
+    for column in ("", *(f"order {order}" for order in ORDERS)):
+        table.add_column(column, justify="right" if column else "left")
+    rows = {}
+    for name in models:
+        for way in (jet, nested):
+            row = [round(statistics.median(runs[name, way, order]), 1) for order in ORDERS]
+            rows[f"{name}, {way.__name__}"] = row
+            table.add_row(f"{name}, {way.__name__}", *map(str, row))
+    Console().print(table)
+    results = {"machine": machine.describe(), "orders": ORDERS, "milliseconds": rows}
+    name = "jet_orders_quick" if args.quick else "jet_orders"
+    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
