@@ -27,6 +27,8 @@ from study_tools import machine
 # the script, its options, and those of its quick form
 STUDIES: list[tuple[str, list[str], list[str]]] = [
     ("few_labels.py", [], []),
+    ("many_series.py", [], []),
+    ("fifty_tasks.py", [], []),
     ("initialization.py", [], []),
     ("learning_rates.py", [], []),
     ("low_rank_evidence.py", [], []),
