@@ -64,8 +64,8 @@ def read_adapter(
         alphas = {name: config.ranks_and_alpha(name, it.coefficients.shape)[1] for name, it in targets.items()}
         found = {name: Update(alphas[name], _components(tensors, name, target)) for name, target in targets.items()}
     elif isinstance(adapter, LoTRAConfig):
-        if adapter.modules_to_save or adapter.rank_dropout or adapter.module_dropout:
-            raise ValueError("a bank has neither dropout nor modules to save.")
+        if adapter.modules_to_save or adapter.rank_dropout or adapter.module_dropout or adapter.train is not None:
+            raise ValueError("a bank has neither dropout nor modules to save, and trains all components.")
         targets, record = find_targets(adapter, base), None
         check_targets(adapter, base, targets)
         if not targets:

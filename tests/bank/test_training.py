@@ -178,9 +178,10 @@ def test_what_training_refuses():
     optimizer.finish()
     with pytest.raises(ValueError, match="float32"):
         BankAdamW(AdapterBank(KAN([3, 4, 2]), torch.bfloat16))
-    for config, word in ((LoTRAConfig(rank_dropout=0.5), "dropout"), (LoTRAConfig(target_modules=["x"]), "x")):
+    wrong = {"rank_dropout": 0.5}, {"train": "core"}, {"target_modules": ["x"]}
+    for config, word in zip(wrong, ("dropout", "all components", "x"), strict=True):
         with pytest.raises(ValueError, match=word):
-            bank.add("e", config)
+            bank.add("e", LoTRAConfig(**config))
 
 
 def test_resumed_from_a_state_dict():
