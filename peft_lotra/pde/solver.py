@@ -32,9 +32,8 @@ from .points import ResidualSampler, box_points, side_points
 from .weights import gradient_weights, residual_norms
 
 
-WIDTH, SPLINE_ORDER = 9, 5  # of a new KAN
-GRID_SIZES, SMALLEST_GRID = {1: 8, 2: 5, 3: 5}, 3  # by the dimension of the box
-FIRST_SCALE = 0.5  # of the first layer's coefficients: the solution starts smooth
+WIDTH, SPLINE_ORDER = 8, 5  # of a new KAN
+GRID_SIZES, SMALLEST_GRID = {1: 8, 2: 8, 3: 5}, 3  # by the dimension of the box
 STAGES = 6  # parameters of a continuation
 CONTINUED, COARSE = 0.6, 0.8  # shares of the budget after which the continuation, and the coarse grids, end
 SOLVED = 1e-4  # of the first residual's square: where a stage of a continuation ends
@@ -250,9 +249,6 @@ def _network(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             kan = KAN(widths, GRID_SIZES.get(len(low), SMALLEST_GRID), SPLINE_ORDER, norm="tanh", dtype=torch.float64)
-        with torch.no_grad():
-            for parameter in kan.layers[0].parameters():
-                parameter *= FIRST_SCALE
         return nn.Sequential(features, kan)
     check_module(network, "network")
     if (own := _first(network, BoxFeatures)) is not None:

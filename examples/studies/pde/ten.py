@@ -3,8 +3,8 @@
 
 """Ten problems by `peft_lotra.pde.solve`: its own KAN beside a tanh MLP, by the same call and CPU seconds.
 
-python examples/studies/pde/ten.py                            # 100 runs of 20 CPU s
-python examples/studies/pde/ten.py --problems burgers --seeds 1 --seconds 60
+python examples/studies/pde/ten.py                            # 100 runs of 60 CPU s
+python examples/studies/pde/ten.py --problems burgers --seeds 1 --seconds 20
 python examples/studies/pde/ten.py --quick                    # tiny, to see it run
 
 The problems of standard.py, a flow, a reaction with diffusion, and an equation of fourth order. None of them was used
@@ -117,7 +117,7 @@ def markdown(record: dict) -> str:
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
-        takes="35 minutes on one core",
+        takes="100 minutes on one core",
         writes="ten.json, ten.md",
         folder=command_line.RESULTS / "pde",
         quick="three seconds a run: to see it run",
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", choices=list(TEN), default=list(TEN))
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each run")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each run")
     args = parser.parse_args()
     seconds = 3.0 if args.quick else args.seconds
     stem = args.output / ("ten_quick" if args.quick else "ten")
