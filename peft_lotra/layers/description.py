@@ -95,6 +95,9 @@ class KANLayerSpec:
     groups: str = ""
 
     def __post_init__(self) -> None:
+        for entry in ("grid", "grid_methods"):
+            if isinstance(name := getattr(self, entry), str):
+                object.__setattr__(self, entry, (name,))
         self._check()
         if isinstance(self.matches, type):  # a predicate in C: it is called for each module of a model
             object.__setattr__(self, "matches", self.matches.__instancecheck__)

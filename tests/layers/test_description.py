@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -179,3 +180,9 @@ def test_a_damaged_description_is_refused_before_the_model_is_touched(saved, des
     base = net()
     refused(folder, base, "'waves' in the file is broken|kind 'waves'")
     assert [type(module) for module in base] == [Waves, nn.Tanh, Waves]
+
+
+def test_one_name_of_a_grid():
+    names: Any = {"grid": "width", "grid_methods": "widen"}
+    spec = KANLayerSpec("waves", Waves, ("cosines", "o (i k)"), **names)
+    assert (spec.grid, spec.grid_methods) == (("width",), ("widen",))
