@@ -19,7 +19,7 @@ from ..hub.push import upload
 from ..kan.row_product import PackedTucker, RowGroups, group_rows
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
-from ..modules.calls import LayerLock, modules_of, unwrap
+from ..modules.calls import LayerLock, unwrap
 from ..tucker import full_shape
 from ..tuner.base_record import record_layer
 from ..tuner.config import LoTRAConfig
@@ -384,9 +384,9 @@ class AdapterBank:
             raise ValueError("The bank is attached to a model: call `detach()` first.")
         _check_unmerged(network)
         targets, names = match_layers(self.record, network, "error")
-        if any(isinstance(module, BankLayer) for module in modules_of(network)):
+        if any(isinstance(module, BankLayer) for module in network.modules()):
             raise ValueError("The model has another bank: call its `detach()` first.")
-        self._before = [(module, "training", module.training) for module in modules_of(network)]
+        self._before = [(module, "training", module.training) for module in network.modules()]
         layers: dict[Any, BankLayer] = {}
         for own, there in names.items():
             layer = network.get_submodule(there)
@@ -397,7 +397,7 @@ class AdapterBank:
             else:
                 layers[layer] = _bank_layer(own, targets[there], self)
                 layers[layer].training = layer.training
-        children = [(module, *child) for module in modules_of(network) for child in module._modules.items()]
+        children = [(module, *child) for module in network.modules() for child in module._modules.items()]
         for module, name, child in children:
             if child in layers:
                 self._before.append((module, name, child))

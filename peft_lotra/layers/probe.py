@@ -27,7 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..modules.calls import modules_of, settled
+from ..modules.calls import settled
 from .coefficients import CoefficientTensor
 
 
@@ -49,7 +49,7 @@ class Undecided(Exception):
 def remembered(layer: nn.Module, question: tuple[Any, ...], find: Callable[[], T]) -> T:
     """The result of `find`, computed once for all layers of the same class, shapes, settings and inner modules."""
     known, key = _FOUND.setdefault(type(layer), {}), [*question]
-    for module in modules_of(layer):
+    for module in layer.modules():
         key += [type(module)] if module is not layer else []
         key += [(name, value.shape, value.dtype) for name, value in module._parameters.items() if value is not None]
         key += [

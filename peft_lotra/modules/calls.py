@@ -27,15 +27,10 @@ def check_module(model: Any, argument: str = "model") -> None:
         raise TypeError(f"`{argument}` was compiled by `torch.jit`, which hides its layers: pass the network itself.")
 
 
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """All modules of a model, each once."""
-    return list(model.modules())
-
-
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Puts each module of the model back into its mode, training or evaluation, at the end."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in model.modules() if hasattr(module, "training")]  # not frozen ones
     try:
         yield
     finally:
@@ -47,7 +42,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 def read_at_rest(model: nn.Module) -> Iterator[None]:
     """Puts parametrizations into evaluation mode: in training, reading `spectral_norm` changes its buffers."""
     with modes_kept(model):
-        for module in modules_of(model):
+        for module in model.modules():
             if isinstance(module, ParametrizationList):
                 module.eval()
         yield
@@ -55,7 +50,7 @@ def read_at_rest(model: nn.Module) -> Iterator[None]:
 
 def freeze_norms(model: nn.Module) -> None:
     """Puts norms with running statistics into evaluation mode, except those that `modules_to_save` trains."""
-    modules = [module for module in modules_of(model) if not isinstance(module, torch.jit.ScriptModule)]
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     saved: set[nn.Module] = set()
     for module in modules:
         if isinstance(copies := module._modules.get("modules_to_save"), nn.ModuleDict):

@@ -16,7 +16,7 @@ from torch import nn
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.registry import PREFIX, short_name
 from ..layers.slim import SlimLayer
-from ..modules.calls import freeze_norms, is_compiled, modules_of, read_at_rest, set_mode
+from ..modules.calls import freeze_norms, is_compiled, read_at_rest, set_mode
 from . import base_record
 from .config import ALL_KAN, LoTRAConfig, pattern_key
 from .guards import base_layers_in_place, guard_network, release_networks
@@ -112,7 +112,7 @@ class LoTRAModel(BaseTuner):
         self._requires_grad_of_base = requires_grad
         for target in self._targets.values():
             GRADIENTS.pop(target.layer, None)
-        for module in modules_of(model):
+        for module in model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper) and pass_names not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(pass_names, with_kwargs=True)
         self._targets, self._parents = {}, {}
@@ -237,7 +237,7 @@ class LoTRAModel(BaseTuner):
             unknown = sorted(set(names) - self.peft_config.keys() - {"__base__"})
             if unknown:
                 raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-            if torch.compiler.is_compiling() or any(is_compiled(module) for module in modules_of(self)):
+            if torch.compiler.is_compiling() or any(is_compiled(module) for module in self.modules()):
                 raise ValueError("`adapter_names` do not reach compiled modules: call the model that is not compiled.")
         if torch.compiler.is_compiling():
             yield
@@ -287,8 +287,9 @@ class LoTRAModel(BaseTuner):
         release_networks(model)
         for parameter, flag in self._requires_grad_of_base:
             parameter.requires_grad_(flag)
-        for module in modules_of(model):
-            if module._buffers.get("running_mean") is not None:  # which `freeze_norms` has put into evaluation mode
+        for module in model.modules():
+            # `freeze_norms` has put it into evaluation mode
+            if isinstance(getattr(module, "running_mean", None), torch.Tensor):
                 module.training = model.training
         for layer, slim in slims:
             if layer.base_layer is not slim:  # a dense layer in its place is as trainable
@@ -301,7 +302,7 @@ class LoTRAModel(BaseTuner):
 def _parents(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
     """Where each module is: a layer may be used in several places."""
     found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    for module in modules_of(model):
+    for module in model.modules():
         for name, child in module._modules.items():
             if child is not None:
                 found.setdefault(child, []).append((module, name))
