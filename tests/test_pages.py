@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot
 
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,7 @@ def test_a_changed_script_is_noticed(old, new, tmp_path, monkeypatch):
 
 
 def test_what_a_cell_prints_and_shows_and_draws_follows_it(tmp_path):
+    pyplot.close("all")  # of other tests in this process
     script = tmp_path / "recipes" / "small.py"
     script.parent.mkdir()
     script.write_text(
