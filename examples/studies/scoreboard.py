@@ -9,7 +9,7 @@
 
 A run takes steps until the residual at points that are held out has stopped to fall, then goes on with a finer grid
 (KANs), and undoes a grid that is worse there. The errors are those of the published tables. The equations of jaxKAN's
-and SPIKAN's papers are solved by `peft_lotra.pde.solve`, unless standard.json has the run; pykan runs its two
+and SPIKAN's papers are solved by `peft_lotra.pde.solve`, unless ten.json has the run; pykan runs its two
 notebooks beside. Seconds are CPU seconds of one thread, without the evaluation of the error. Writes scoreboard.json,
 and the table of docs/scoreboard.md into scoreboard.md.
 """
@@ -130,15 +130,15 @@ def run(name: str, method: str, seed: int, quick: bool) -> dict:
     """One run by the recipe of its row."""
     row = ROWS[name]
     if not isinstance(row, Subject):
-        from standard import STEPS, solved
+        import ten
 
-        key = "solve mlp" if method == "MLP" else "solve"
-        there = json.loads((command_line.RESULTS / "pde" / "standard.json").read_text())["peers"].get(name, {})
-        kept = [run for run in there.get(key, []) if run["seed"] == seed and not quick]
-        found = kept[0] if kept else solved(row[0], seed, method == "MLP", 8 if quick else STEPS)
-        del found["curve"]
+        network = "mlp" if method == "MLP" else "kan"
+        there = json.loads((command_line.RESULTS / "pde" / "ten.json").read_text())["results"].get(name, {})
+        kept = [run for run in there.get(network, []) if run["seed"] == seed and not quick]
+        found = kept[0] if kept else ten.run(row[0], network, seed, 3.0 if quick else 60.0)
+        del found["phases"]
         if kept:
-            return {**found, "source": "pde/standard.json"}
+            return {**found, "source": "pde/ten.json"}
     elif method == "pykan":
         from scores import peers
 
