@@ -49,6 +49,8 @@ def test_scoreboard():
 def test_tables_of_pdes(study, part):
     text = (RESULTS / "pde" / f"{study}.md").read_text(encoding="utf-8")
     assert importlib.import_module(study).markdown(part(load(f"pde/{study}"))) == text
+    if study == "ten":
+        assert text.partition("\n\n")[2].rstrip() in (ROOT / "docs" / "pde.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["many_series", "fifty_tasks"])
