@@ -104,7 +104,7 @@ def markdown(record: dict) -> str:
         cells = []
         for n, median in zip(NETWORKS, medians[name], strict=True):
             text = f"**{median:.1e}**" if median == min(medians[name]) else f"{median:.1e}"
-            cells.append(f"{text} ({max(run['error'] for run in found[n]):.1e})")
+            cells.append(text + f" ({max(run['error'] for run in found[n]):.1e})" * (len(found[n]) > 1))
         steps, counts = (
             ", ".join(f"{_median(found[n], key):,.0f}" for n in NETWORKS) for key in ("steps", "parameters")
         )
