@@ -174,18 +174,18 @@ def _features(grid: Basis, z: Tensor, highest: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def jet_rows(grid: Basis, jet: Jet, order: int, weights: Tensor | None, evaluated: int) -> Tensor:
+def jet_rows(grid: Basis, jet: Jet, order: int, weights: Tensor | None) -> Tensor:
     """The factors of a layer's coefficients in `evaluate_layer`, with its arguments, for the points z (N, I).
 
     They are (N, S, K + 1, I) with S as `row_counts` together.
 
     Derivatives that jump at the knots must come from the same operations there as in the jet, which depend on the
-    number of points that the layer was `evaluated` at.
+    number of points: pass all points of the jet.
     """
     z, *derivatives = jet
     jet = [z.T, *(part.expand(len(part), *z.shape).mT for part in derivatives)]
     counts = _counts(jet, order, weights)
-    if not by_hand_pays(evaluated * sum(counts), z):
+    if not by_hand_pays(len(z) * sum(counts), z):
         return torch.stack(_jet_rows(grid, jet, order, weights)).permute(3, 0, 1, 2)
     features = make_features(grid, jet[0])
     rows = z.new_empty(len(z), sum(counts), *features.shape)

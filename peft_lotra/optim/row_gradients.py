@@ -111,7 +111,7 @@ def _add_layer(block: Gradients, record: LayerRecord, outputs: list[Tensor | Non
             _add(block, weight, column, g.mT @ phi)
             _add(block, bias, column, g[:, 0])
         return
-    phi = jet_rows(record.grid, [z, *derivatives], order, weights, len(z))
+    phi = jet_rows(record.grid, [z, *derivatives], order, weights)
     if record.stage.dense is not None and any(id(part) in block for part in record.stage.dense):
         _add_dense(block, phi, *record.stage.dense, columns)
     for update in record.stage.updates:

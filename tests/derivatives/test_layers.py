@@ -47,7 +47,7 @@ def test_an_update_is_added_to_the_coefficients(rows, weights):
 def test_jet_rows_times_the_coefficients_are_the_jet(rows, order, outputs, weights):
     (stage,) = stages_of(KANLinear(3, outputs, spline_order=order, dtype=torch.float64))
     arguments = inputs(rows, weights)
-    phi = jet_rows(stage.module.grid, *arguments, rows)  # (N, S, K + 1, I)
+    phi = jet_rows(stage.module.grid, *arguments)  # (N, S, K + 1, I)
     coefficients = torch.cat([stage.dense[0], stage.dense[1].unsqueeze(-1)], -1)
     products = torch.einsum("nski,oik->sno", phi, coefficients)
     found = evaluate_layer(stage, *arguments)
