@@ -19,7 +19,7 @@ from ..kan.row_product import RowGroups, group_rows
 from ..modules.calls import call_with_parameters
 from ..modules.checks import as_number
 from .learning_rates import COMPONENTS, Policy, component_multipliers
-from .least_squares import Intercepted, check_terms, name_term
+from .least_squares import Intercepted, check_terms, in_double, name_term
 from .levenberg_marquardt import LARGEST_DAMPING, SMALLEST_DAMPING, damping_factor
 
 
@@ -330,14 +330,14 @@ class BankLevenbergMarquardt(_BankOptimizer):
 
     def _call(self, name: str, function: Any, rows: list[Tensor], packed: Tensor, groups: RowGroups) -> Tensor:
         """The values (n, m) of a residual function for n rows, whose adapters are rows of `packed`."""
-        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
-        fixed = {name: it.detach().double() for name, it in tensors if it.is_floating_point()}
         given = tuple(row.double() if row.is_floating_point() else row for row in rows)
         store, n = self.bank.store._replace(packed=packed), len(rows[0])
         token = ROWS.set(Rows.of_groups(self.bank, store, groups))
         try:
             with Intercepted():
-                values = call_with_parameters(self.model, fixed, partial(function, self.model), given, {})
+                values = call_with_parameters(
+                    self.model, in_double(self.model), partial(function, self.model), given, {}
+                )
         finally:
             ROWS.reset(token)
         if not isinstance(values, Tensor) or values.shape[:1] != (n,) or values.dim() > 2:
