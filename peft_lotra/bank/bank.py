@@ -79,9 +79,9 @@ class AdapterBank:
         _check_unmerged(self.base)
         targets = find_targets(LoTRAConfig(), self.base)
         self.record = {name: record_layer(LoTRALayer(*target, name)) for name, target in targets.items()}
-        self._shapes = {name: full_shape(target.coefficients) for name, target in targets.items()}
+        self._shapes = {name: full_shape(target.tensor) for name, target in targets.items()}
         target = next(iter(targets.values()))
-        stored = target.coefficients.get_parameter(target.layer)
+        stored = target.tensor.get_parameter(target.layer)
         self.store = Store.empty(dtype or torch.promote_types(stored.dtype, torch.float32))
         self.traced_rows: Rows | None = None  # the rows of the pass that a compiler traces
         self._rows: dict[str, int] = {}  # of the matrix, by name

@@ -61,7 +61,7 @@ def read_adapter(
         config.check_base = "ignore" if record in known else config.check_base
         targets = find_targets(config, base)
         tensors = read_checked(config, base, targets)
-        alphas = {name: config.ranks_and_alpha(name, it.coefficients.shape)[1] for name, it in targets.items()}
+        alphas = {name: config.ranks_and_alpha(name, it.tensor.shape)[1] for name, it in targets.items()}
         found = {name: Update(alphas[name], _components(tensors, name, target)) for name, target in targets.items()}
     elif isinstance(adapter, LoTRAConfig):
         if adapter.modules_to_save or adapter.rank_dropout or adapter.module_dropout or adapter.train is not None:
@@ -102,7 +102,7 @@ def read_adapter(
 
 
 def _components(tensors: Mapping[str, Tensor], layer: str, target: Target) -> Tucker:
-    names = [f"{PREFIX}{layer}.{component}" for component in COMPONENTS[: 1 + len(target.coefficients.shape)]]
+    names = [f"{PREFIX}{layer}.{component}" for component in COMPONENTS[: 1 + len(target.tensor.shape)]]
     if missing := [name for name in names if name not in tensors]:
         raise ValueError(f"{', '.join(missing)} is missing.")
     return Tucker(*(tensors[name] for name in names))
@@ -111,7 +111,7 @@ def _components(tensors: Mapping[str, Tensor], layer: str, target: Target) -> Tu
 def _check_shapes(name: str, components: Tucker, target: Target) -> None:
     """Raises a ValueError for components that make no update of this layer, with or without the residual branch."""
     core, *factors = components
-    shape, without = full_shape(target.coefficients), target.coefficients.shape
+    shape, without = full_shape(target.tensor), target.tensor.shape
     sizes = tuple(factor.shape[0] if factor.dim() == 2 else -1 for factor in factors)
     if sizes not in (shape, without) or tuple(core.shape) != tuple(factor.shape[1] for factor in factors):
         given = [tuple(part.shape) for part in components]

@@ -135,7 +135,7 @@ def gradient_spectrum(model: nn.Module, config: LoTRAConfig | None, train_step: 
     """
     model = unwrap(model)
     config = LoTRAConfig() if config is None else config
-    layers = {name: (target.layer, target.coefficients) for name, target in find_targets(config, model).items()}
+    layers = {name: (target.layer, target.tensor) for name, target in find_targets(config, model).items()}
     gradients = gather_gradients(layers, model, train_step)
     spectra = {}
     for name, (layer, tensor) in layers.items():

@@ -104,13 +104,13 @@ def check_base(
         family, shape = record.get("family"), tuple(record.get("shape", ()))
         expected = f"it was saved with a {family} layer {shape} at `{name}`"
         target = found[name]
-        if family != target.spec.family or (shape and shape != tuple(target.coefficients.shape) and not is_reshaped):
-            here = f"a {target.spec.family} layer {tuple(target.coefficients.shape)}"
+        if family != target.spec.family or (shape and shape != tuple(target.tensor.shape) and not is_reshaped):
+            here = f"a {target.spec.family} layer {tuple(target.tensor.shape)}"
             raise ValueError(f"The adapter is for another base: {expected}, and this model has {here}.")
         sketches = {} if choice == "ignore" else _sketches(target, before_merge.get(name, {}))
-        dtype = target.coefficients.get_parameter(target.layer).dtype
+        dtype = target.tensor.get_parameter(target.layer).dtype
         for what, now in sketches.items():
-            if isinstance(record.get(what), list) and shape == tuple(target.coefficients.shape):
+            if isinstance(record.get(what), list) and shape == tuple(target.tensor.shape):
                 before, scale = record[what], max(now[0], 1e-12) * _ROUNDING.get(dtype, 2e-2)
                 if len(before) != len(now) or any(abs(a - b) > 4 * scale for a, b in zip(before, now, strict=True)):
                     differ[what].append(name)

@@ -16,7 +16,7 @@ from ..kan.row_product import PackedTucker, RowGroups, RowProduct, RowUpdates, g
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.coefficients import CoefficientTensor, get_or_none
 from ..tucker import Update, full_shape
-from .fused import Formula, runs_more_than_its_class
+from .formula import Formula, runs_more_than_its_class
 from .rows import ForwardPass, names_of_rows, run_by_name
 
 

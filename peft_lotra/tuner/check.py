@@ -17,7 +17,7 @@ from ..layers.compare import is_linear
 from ..layers.probe import Probe
 from ..modules.calls import check_module, read_at_rest
 from ..report import Report, TextTable
-from .fused import find_formula, runs_more_than_its_class
+from .formula import find_formula, runs_more_than_its_class
 from .layer import Target
 from .targets import locate_target
 

@@ -224,6 +224,11 @@ class LoTRAConfig(PeftConfig):
         self.default_ranks: dict[str, Ranks] = {}  # of each layer that `r=None` chose, which a save writes
         self.base_record: dict[str, dict[str, Any]] | None = None
 
+    @property
+    def is_from_file(self) -> bool:
+        """Whether a file records the layers, and holds the components."""
+        return self.base_layers is not None
+
     def _check_values(self) -> None:
         """Raises a ValueError for the first field whose value cannot be used."""
         optional = {entry.name for entry in fields(self) if entry.default in (None, MISSING)}

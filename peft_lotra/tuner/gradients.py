@@ -80,15 +80,13 @@ def start_from_gradient(
             layer._disable_adapters = True
         targets = {name: (layer.get_base_layer(), layer.lotra_tensor) for name, layer in layers.items()}
         gradients = gather_gradients(targets, network, train_step)
-    GRADIENTS.update(gradients)
     owners = [it for module in network.modules() if adapter in (it := vars(module).get("peft_config", {}))]
     config = copy.copy(owners[0][adapter])  # the object may serve other models
     config.init_weights = "gradient"
     for layer in layers.values():
         components = layer.get_components(adapter)
         _, zero = config.frozen_and_zero(components._asdict())
-        initialize(components, "gradient", zero, layer.get_base_layer())
-        del GRADIENTS[layer.get_base_layer()]
+        initialize(components, "gradient", zero, gradients[layer.get_base_layer()])
     for configs in owners:
         configs[adapter] = config
 
@@ -124,7 +122,7 @@ def preprocess_lotra(model: nn.Module, config: LoTRAConfig, train_step: Callable
         raise ValueError(f"`init_weights` of the configuration is {config.init_weights!r}, but must be 'gradient'.")
     model = unwrap(model)
     with read_at_rest(model):
-        layers = {name: (target.layer, target.coefficients) for name, target in find_targets(config, model).items()}
+        layers = {name: (target.layer, target.tensor) for name, target in find_targets(config, model).items()}
     GRADIENTS.update(gather_gradients(layers, model, train_step))
 
 

@@ -21,42 +21,39 @@ from ..tucker import Tucker, truncated_hosvd, tucker
 GRADIENTS: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
-def initialize(
-    components: Tucker, start: bool | str, zero: str, layer: nn.Module, coefficients: Tensor | None = None
-) -> None:
+def initialize(components: Tucker, start: bool | str, zero: str, source: Tensor | None = None) -> None:
     """Fills the components of an adapter in place; those on the meta device are left alone.
 
     Args:
         components: The components.
         start: `init_weights` of the configuration.
         zero: The component that is zero, so that the update is; none with `start=False`.
-        layer: The base layer, whose gradient `start="gradient"` uses.
-        coefficients: (out, in, basis [, kernel]) of the base layer, which `start="hosvd"` uses.
+        source: The coefficients (out, in, basis [, kernel]) of the base layer for `start="hosvd"`, their gradient for
+            `"gradient"`.
     """
     if components.core.is_meta:
         return
-    check_start(start, layer, coefficients)
-    if start == "gradient":
-        _from_gradient(components, zero, layer)
-    elif start == "hosvd":
-        assert coefficients is not None
-        _from_base(components, coefficients)
-    else:
+    check_start(start, source)
+    if isinstance(start, bool) or source is None:
         _at_random(components, draw_out=not start or zero != "factor_out")
+    elif start == "gradient":
+        _from_gradient(components, zero, source)
+    else:
+        _from_base(components, source)
     if start:
         nn.init.zeros_(getattr(components, zero))
 
 
-def check_start(start: bool | str, layer: nn.Module, coefficients: Tensor | None) -> None:
-    """Raises a ValueError if an adapter of this layer cannot start so."""
-    if start == "gradient" and layer not in GRADIENTS:
+def check_start(start: bool | str, source: Tensor | None) -> None:
+    """Raises a ValueError if an adapter cannot start so."""
+    if start == "gradient" and source is None:
         raise ValueError(
-            f'`init_weights="gradient"` needs the gradient of this {type(layer).__name__}: call '
+            '`init_weights="gradient"` needs the gradient of each layer: call '
             "`preprocess_lotra(model, config, train_step)` before the adapter is added, or leave `init_weights` out "
             "and call `start_from_gradient(model, loss)` after it."
         )
-    if start == "hosvd" and (coefficients is None or coefficients.is_meta or not coefficients.isfinite().all()):
-        state = "not finite" if coefficients is not None and not coefficients.is_meta else "on the meta device"
+    if start == "hosvd" and (source is None or source.is_meta or not source.isfinite().all()):
+        state = "not finite" if source is not None and not source.is_meta else "on the meta device"
         raise ValueError(
             f'`init_weights="hosvd"` decomposes the coefficients of the base layers, but those of one are {state}. '
             "Load the weights of the base before the adapter is added, or pass `init_weights=True`."
@@ -83,8 +80,8 @@ def _at_random(components: Tucker, draw_out: bool) -> None:
 
 
 @torch.no_grad()
-def _from_gradient(components: Tucker, zero: str, layer: nn.Module) -> None:
-    """Sets the components to the directions that the gradient of the layer's coefficients uses most.
+def _from_gradient(components: Tucker, zero: str, gradient: Tensor) -> None:
+    """Sets the components to the directions that the gradient of a layer's coefficients uses most.
 
     The best Tucker approximation (HOOI) of the gradient gives factor_in, factor_basis and factor_kernel, with columns
     of norm 1, sqrt(basis) and 1. The gradient projected on them unfolds to a matrix (out, ri rb [rk]), whose leading
@@ -94,7 +91,7 @@ def _from_gradient(components: Tucker, zero: str, layer: nn.Module) -> None:
     Where factor_out is not trained, another component is `zero`, and factor_out comes from the approximation too.
     """
     core, factor_out, *inner = components
-    gradient = GRADIENTS[layer][:, :, : len(components.factor_basis)]
+    gradient = gradient[:, :, : len(components.factor_basis)]
     projected, out, *factors = tucker(gradient, tuple(core.shape))
     for factor, value in zip(inner, factors, strict=True):
         factor.copy_(value)

@@ -25,8 +25,8 @@ from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freez
 from ..tucker import Tucker, Update
 from .by_row import run_rows, updates_by_name
 from .config import LoTRAConfig
-from .fused import Formula, find_formula, runs_more_than_its_class
-from .initialization import initialize
+from .formula import Formula, find_formula, runs_more_than_its_class
+from .initialization import GRADIENTS, initialize
 from .parameters import check_stored, gradients_kept, loaded, refuse_grid_change, without_autocast
 from .rows import FORWARD_PASS, ForwardPass
 
@@ -40,7 +40,7 @@ class Target(NamedTuple):
 
     layer: nn.Module
     spec: KANLayerSpec
-    coefficients: CoefficientTensor
+    tensor: CoefficientTensor
 
 
 class LoTRALayer(nn.Module, BaseTunerLayer):
@@ -49,7 +49,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     The base layer itself runs with `parameter + update` as its parameters, which is exact for every kind of layer and
     keeps whatever the layer returns. Where the kind says how its basis is evaluated, the output is computed by its
-    formula instead (fused.py).
+    formula instead (formula.py).
 
     Attributes that this class does not have are those of the base layer, with the updates of the active adapters.
 
@@ -128,8 +128,11 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if frozen:
             self.frozen_peft_weight_names[adapter_name] = tuple(f"lotra_{name}" for name in frozen)
         start = bool(config.init_weights) if is_loaded else config.init_weights
-        coefficients = self._coefficients_before_merge() if start == "hosvd" else None
-        initialize(self.get_components(adapter_name), start, zero, self.get_base_layer(), coefficients)
+        if start == "hosvd":
+            source = self._coefficients_before_merge()
+        else:
+            source = GRADIENTS.get(self.get_base_layer()) if start == "gradient" else None
+        initialize(self.get_components(adapter_name), start, zero, source)
         if stored.is_meta or stored.dtype != dtype:
             self._move_adapter_to_device_of_base_layer(adapter_name)
         self._active_adapter = self._active_adapter or [adapter_name]

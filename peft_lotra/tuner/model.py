@@ -130,11 +130,10 @@ class LoTRAModel(BaseTuner):
         with read_at_rest(model):
             self._targets = targets = find_targets(peft_config, model)
             check_targets(peft_config, model, targets)
-        recorded = peft_config.base_layers
-        if recorded is None and peft_config.source is None:
+        if not peft_config.is_from_file and peft_config.source is None:
             warn_of_large_adapters(peft_config, targets)
         read_checked(peft_config, model, targets)
-        if recorded is not None or peft_config.targets_all_kan:
+        if peft_config.is_from_file or peft_config.targets_all_kan:
             peft_config.target_modules = exact_targets(targets, model)
         peft_config.source = None  # was read; the object may serve another model
         self._parents = _parents(model)
@@ -154,7 +153,7 @@ class LoTRAModel(BaseTuner):
                 guard_network(self.model, current_key, spec)
         elif not target.lotra_r:
             target.accept_grid()  # it may have moved while there was no adapter
-        target.update_layer(adapter_name, peft_config, is_loaded=peft_config.base_layers is not None)
+        target.update_layer(adapter_name, peft_config, is_loaded=peft_config.is_from_file)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         for module, name in self._parents.get(child) or _parents(self.model).get(child, []):

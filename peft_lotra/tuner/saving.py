@@ -76,7 +76,7 @@ def check_tensors(
     expected: dict[str, tuple[int, ...] | None] = {
         f"{PREFIX}{name}.lotra_{component}": shape
         for name, target in targets.items()
-        for component, shape in config.component_shapes(name, target.coefficients).items()
+        for component, shape in config.component_shapes(name, target.tensor).items()
     }
     for name, key, value in saved_tensors(config, model, targets):  # None: integers, such as a number of batches
         expected[f"{PREFIX}{name}.{key}"] = tuple(value.shape) if value.is_floating_point() else None

@@ -21,7 +21,7 @@ from ..layers.compare import check_layer
 from ..layers.registry import get_kan_spec, get_recorded_spec, walk_kan_layers
 from ..layers.slim import SlimLayer
 from .config import LoTRAConfig, exact_pattern
-from .initialization import check_start
+from .initialization import GRADIENTS, check_start
 from .layer import LoTRALayer, Target, lotra_layers
 from .parameters import check_stored
 
@@ -32,7 +32,7 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
         raise ValueError(
             '`target_modules="all-linear"` takes linear layers, which LoTRA does not adapt: leave it out.'
         )
-    if config.base_layers is not None:  # from a file
+    if config.base_layers is not None:
         return _find_recorded(config.base_layers, model)
     if config.targets_all_kan:
         return _find_all_kan(config, model)
@@ -164,12 +164,12 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, T
     """Raises a ValueError for targets that cannot be adapted as the configuration says."""
     owners: dict[int, tuple[str, nn.Module]] = {}
     adapted = {name: layer.base_before_merge() for name, layer in lotra_layers(model)}
-    for name, (layer, spec, coefficients) in {**adapted, **targets}.items():
+    for name, (layer, spec, tensor) in {**adapted, **targets}.items():
         if isinstance(layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
             continue
         if name in targets and name not in adapted:
-            check_layer(name, layer, spec, coefficients)
-        for full_name in coefficients.parameters if config.adapt_residual else coefficients.names:
+            check_layer(name, layer, spec, tensor)
+        for full_name in tensor.parameters if config.adapt_residual else tensor.names:
             path, _, leaf = full_name.rpartition(".")
             owner = layer.get_submodule(path)
             dtype = getattr(owner, leaf).dtype
@@ -184,10 +184,10 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, T
                     f"`{first}` and `{name}` share the parameter `{full_name}`, so that merging would add both "
                     "updates to it. Give each its own copy, or leave one out by `exclude_modules`."
                 )
-    for layer, _, coefficients in targets.values():
-        if config.base_layers is None:  # else the components come from a file
+    for layer, _, tensor in targets.values():
+        if not config.is_from_file:
             start = config.init_weights
-            check_start(start, layer, coefficients.read(layer).detach() if start == "hosvd" else None)
+            check_start(start, tensor.read(layer).detach() if start == "hosvd" else GRADIENTS.get(layer))
     if not config.modules_to_save:
         return
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
@@ -196,7 +196,7 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, T
         if config.task_type is None and not any(name.endswith(ending) for name in names):
             raise ValueError(f"`modules_to_save` has {ending!r}, which matches no module of the model.")
         for name, target in targets.items():
-            if any(f"{name}.{p}".rpartition(".")[0].endswith(ending) for p in target.coefficients.parameters):
+            if any(f"{name}.{p}".rpartition(".")[0].endswith(ending) for p in target.tensor.parameters):
                 raise ValueError(
                     f"`modules_to_save` has {ending!r}, a part of `{name}` whose coefficients are adapted. Name it in "
                     "one of `modules_to_save` and `target_modules`."
@@ -207,7 +207,7 @@ def warn_of_large_adapters(config: LoTRAConfig, targets: Mapping[str, Target]) -
     """Warns of the targets whose explicit `r` gives more trained parameters than the coefficients that it adapts."""
     large = []
     for name, target in targets.items() if config.r is not None else ():
-        core, *factors = config.component_shapes(name, target.coefficients).values()
+        core, *factors = config.component_shapes(name, target.tensor).values()
         size, dense = prod(core) + sum(map(prod, factors)), prod(rows for rows, _ in factors)
         if size > dense and config.train is None and not config.rank_pattern:
             large.append(f"{name} (ranks {core}: {size} instead of {dense})")
