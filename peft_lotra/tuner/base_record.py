@@ -61,7 +61,8 @@ def sketch(values: Mapping[str, Any]) -> list[float]:
         flat = torch.as_tensor(value, device="cpu").detach().flatten().cpu()
         flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
         square_sum += flat.norm().item() ** 2
-        rows = torch.nn.functional.pad(flat, (0, -len(flat) % _ROW_LENGTH)).view(-1, _ROW_LENGTH)
+        missing = -len(flat) % _ROW_LENGTH
+        rows = (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, _ROW_LENGTH)
         with torch.autocast("cpu", enabled=False):
             projected = (rows @ _signs(0, _ROW_LENGTH).to(rows.dtype)).double()
         # 4,096 rows of signs for each tensor, so that exchanged tensors differ
