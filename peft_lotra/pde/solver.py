@@ -248,12 +248,13 @@ def _network(
     """The network of the box's coordinates."""
     features = BoxFeatures(low.tolist(), high.tolist(), periodic)
     if network is None:
-        grid_size, float64 = GRID_SIZES.get(len(low), SMALLEST_GRID), {"dtype": torch.float64}
+        grid_size = GRID_SIZES.get(len(low), SMALLEST_GRID)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            layers = [features, KANLinear(features.out_features, WIDTHS[0], grid_size, SPLINE_ORDER, **float64)]
+            layers: list[nn.Module] = [features]
+            layers += [KANLinear(features.out_features, WIDTHS[0], grid_size, SPLINE_ORDER)]
             for pair in pairs([*WIDTHS, outputs]):
-                layers += [nn.Tanh(), nn.Linear(*pair, **float64)]
+                layers += [nn.Tanh(), nn.Linear(*pair)]
         return nn.Sequential(*layers)
     check_module(network, "network")
     if (own := _first(network, BoxFeatures)) is not None:
