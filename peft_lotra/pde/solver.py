@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kan.knots import KnotMap
-from ..kan.layer import SplineLayer
-from ..kan.network import KAN, LayerStack
+from ..kan.layer import KANLinear, SplineLayer
+from ..kan.network import LayerStack, pairs
 from ..kan.refinement import refine_grid
 from ..modules.calls import check_module
 from ..modules.checks import as_number, check_count, check_function, check_number
@@ -32,7 +32,7 @@ from .points import ResidualSampler, box_points, side_points
 from .weights import gradient_weights, residual_norms
 
 
-WIDTH, SPLINE_ORDER = 8, 5  # of a new KAN
+WIDTHS, SPLINE_ORDER = (16, 20, 20), 5  # of a new network: a layer of splines, then tanh layers
 GRID_SIZES, SMALLEST_GRID = {1: 8, 2: 8, 3: 5}, 3  # by the dimension of the box
 STAGES = 6  # parameters of a continuation
 CONTINUED, COARSE = 0.6, 0.8  # shares of the budget after which the continuation, and the coarse grids, end
@@ -147,12 +147,14 @@ def solve(
 ) -> Solution:
     r"""Solves a PDE on a box: finds a network u = lift + distance network whose residual is small everywhere.
 
-    A KAN with bounded activations, on the box scaled to [-1, 1], is trained by Levenberg-Marquardt. Each step has new
-    points, a third of them where the residual is large, and residuals count less where u is steep. A continuation
-    goes from an easy parameter to the wanted one in six steps of equal ratio, or of equal length if zero is between
-    them, with knots moved to where the solution bends. For the last fifth of the budget the grids are twice as fine.
-    Each phase ends by its share of the budget, or when the residual at points that are never trained has stopped to
-    fall, and keeps the parameters with the least one.
+    A layer of splines of each coordinate and three tanh layers, on the box scaled to [-1, 1], are trained by
+    Levenberg-Marquardt. Each step has new points, a third of them where the residual is large, and residuals count
+    less where u is steep. A continuation goes from an easy parameter to the wanted one in six steps of equal ratio, or
+    of equal length if zero is between them. Each phase ends by its share of the budget, or when the residual at points
+    that are never trained has stopped to fall, and keeps the parameters with the least one.
+
+    If a `KAN` is given, its knots move to where the solution bends before each step of a continuation, and its grids
+    are twice as fine for the last fifth of the budget.
 
     Args:
         residual: `residual(model, x)`, or `residual(model, x, parameter)` with `continuation`: takes points (n, I) to
@@ -164,12 +166,13 @@ def solve(
         terms: Other residual terms, (function, rows) or (function, rows, weight) as for `LevenbergMarquardt`: data, or
             conditions that are not exact.
         continuation: The first and the last parameter of the equation.
-        network: A KAN, an MLP or another network instead of the KAN, (n, I) to (n, outputs). It is trained in place
-            and becomes float64. The box is scaled to [-1, 1] in front of it unless it has `BoxFeatures` or its grids
-            are the box.
+        network: A KAN (`KAN([I, 8, 8, outputs], 8, 5, norm="tanh")`, for adapters of all layers), an MLP or another
+            one, (n, I) to (n, outputs). It is trained in place and becomes float64. The box is scaled to [-1, 1] in
+            front of it unless it has `BoxFeatures` or its grids are the box.
         seconds: The time to take. No step is begun that, as long as the last one, would end later.
         steps: The number of steps to take instead: the same result on a busy machine.
-        refine: Whether grids get finer at the end. Steps there that do not lower the held-out residual are undone.
+        refine: Whether the grids of a `KAN` get finer at the end. Steps there that do not lower the held-out residual
+            are undone.
         seed: Of the network and the points.
         progress: Whether to show a bar.
 
@@ -245,11 +248,14 @@ def _network(
     """The network of the box's coordinates."""
     features = BoxFeatures(low.tolist(), high.tolist(), periodic)
     if network is None:
-        widths = [features.out_features, WIDTH, WIDTH, outputs]
+        grid_size = GRID_SIZES.get(len(low), SMALLEST_GRID)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            kan = KAN(widths, GRID_SIZES.get(len(low), SMALLEST_GRID), SPLINE_ORDER, norm="tanh", dtype=torch.float64)
-        return nn.Sequential(features, kan)
+            layers: list[nn.Module] = [features]
+            layers += [KANLinear(features.out_features, WIDTHS[0], grid_size, SPLINE_ORDER)]
+            for pair in pairs([*WIDTHS, outputs]):
+                layers += [nn.Tanh(), nn.Linear(*pair)]
+        return nn.Sequential(*layers)
     check_module(network, "network")
     if (own := _first(network, BoxFeatures)) is not None:
         if sorted(periodic) not in ([], own.periodic):

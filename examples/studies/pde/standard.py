@@ -10,7 +10,7 @@ python examples/studies/pde/standard.py --peers              # jaxKAN (extra `pe
 python examples/studies/pde/standard.py --references         # errors of the reference solutions
 python examples/studies/pde/standard.py --quick              # tiny, to see it run
 
-`solve` is that recipe as one call, with newer choices of the KAN, of the factor of forgetting and of the last
+`solve` is that recipe as one call, with newer choices of the network, of the factor of forgetting and of the last
 parameters; ten.py runs it. The recipe was made with seed 0 of Burgers, Allen-Cahn, Helmholtz, Korteweg-de Vries and
 sine-Gordon, and not changed for advection and Fisher. Seeds 1 to 5 are what is reported. Runs of the same recipe that
 are in standard.json are kept, and not repeated, so that several processes may share the work.
