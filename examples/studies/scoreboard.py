@@ -9,9 +9,10 @@
 
 A run takes steps until the residual at points that are held out has stopped to fall, then goes on with a finer grid
 (KANs), and undoes a grid that is worse there. The errors are those of the published tables. The equations of jaxKAN's
-and SPIKAN's papers are solved by `peft_lotra.pde.solve`, unless ten.json has the run; pykan runs its two
-notebooks beside. Seconds are CPU seconds of one thread, without the evaluation of the error. Writes scoreboard.json,
-and the table of docs/scoreboard.md into scoreboard.md.
+and SPIKAN's papers are solved by `peft_lotra.pde.solve`, unless ten.json has the run, with its own network (a layer of
+splines, then tanh layers) in the column of the KAN; pykan runs its two notebooks beside. Seconds are CPU seconds of one
+thread, without the evaluation of the error. Writes scoreboard.json, and the table of docs/scoreboard.md into
+scoreboard.md.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def run(name: str, method: str, seed: int, quick: bool) -> dict:
     if not isinstance(row, Subject):
         import ten
 
-        network = "mlp" if method == "MLP" else "kan"
+        network = "mlp" if method == "MLP" else "solve"
         there = json.loads((command_line.RESULTS / "pde" / "ten.json").read_text())["results"].get(name, {})
         kept = [run for run in there.get(network, []) if run["seed"] == seed and not quick]
         found = kept[0] if kept else ten.run(row[0], network, seed, 3.0 if quick else 60.0)
