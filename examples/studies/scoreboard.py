@@ -10,8 +10,8 @@
 A run takes steps until the residual at points that are held out has stopped to fall, then goes on with a finer grid
 (KANs), and undoes a grid that is worse there. The errors are those of the published tables. The equations of jaxKAN's
 and SPIKAN's papers are solved by `peft_lotra.pde.solve`, unless ten.json has the run, with its own network (a layer of
-splines, then tanh layers) in the column of the KAN; pykan runs its two notebooks beside. Seconds are CPU seconds of one
-thread, without the evaluation of the error. Writes scoreboard.json, and the table of docs/scoreboard.md into
+splines, then tanh layers) in the column of the KAN; pykan runs its two notebooks beside. Seconds are CPU seconds of
+one thread, without the evaluation of the error. Writes scoreboard.json, and the table of docs/scoreboard.md into
 scoreboard.md.
 """
 
