@@ -36,7 +36,7 @@ WIDTHS, SPLINE_ORDER = (16, 20, 20), 5  # of a new network: a layer of splines, 
 GRID_SIZES, SMALLEST_GRID = {1: 8, 2: 8, 3: 5}, 3  # by the dimension of the box
 STAGES = 6  # parameters of a continuation
 CONTINUED, COARSE = 0.6, 0.8  # shares of the budget after which the continuation, and the coarse grids, end
-SOLVED = 1e-4  # of the first residual's square: where a stage of a continuation ends
+SOLVED, FAILED = 1e-4, 1e-3  # of the first residual's square: where a stage of a continuation ends, and is undone
 POINTS, FINE_POINTS, HELD_POINTS = 1500, 2.5, 1000  # half of the first on a line; the second is a factor
 PATIENCE = 15  # steps without a new minimum of the residual that is held out
 LARGEST_DAMPING = 1e3  # that the next points start with
@@ -150,8 +150,9 @@ def solve(
     A layer of splines of each coordinate and three tanh layers, on the box scaled to [-1, 1], are trained by
     Levenberg-Marquardt. Each step has new points, a third of them where the residual is large, and residuals count
     less where u is steep. A continuation goes from an easy parameter to the wanted one in six steps of equal ratio, or
-    of equal length if zero is between them. Each phase ends by its share of the budget, or when the residual at points
-    that are never trained has stopped to fall, and keeps the parameters with the least one.
+    of equal length if zero is between them; a step that ends in a poor minimum is undone and halved. Each phase ends
+    by its share of the budget, or when the residual at points that are never trained has stopped to fall, and keeps
+    the parameters with the least one.
 
     If a `KAN` is given, its knots move to where the solution bends before each step of a continuation, and its grids
     are twice as fine for the last fifth of the budget.
@@ -224,11 +225,14 @@ def solve(
     if continuation is not None:
 
         def stage(parameter: float) -> float:
-            share = CONTINUED * (len(result.phases) + 1) / STAGES
-            return training.fit("continuation", parameter, share, SOLVED * result.first_residual**2)
+            tries, first = len(result.phases) + 1, result.first_residual**2
+            least = training.fit("continuation", parameter, min(CONTINUED * tries / STAGES, COARSE), SOLVED * first)
+            # neither the first stage nor one that is out of time can be tried again
+            return 0.0 if training.ended or not 1 < tries < 2 * STAGES else least / first
 
         scale = "log" if ends[0] * ends[1] > 0 else "linear"
-        continue_(model, stage, *ends, prepare=training.move_knots, steps=STAGES - 1, scale=scale)
+        options: Any = {"steps": STAGES - 1, "scale": scale, "target": FAILED, "shrinkage": 4, "smallest": 1e-6}
+        continue_(model, stage, *ends, prepare=training.move_knots, **options)
     can_refine = refine and training.kan is not None
     training.fit("coarse", ends[-1], COARSE if can_refine else 1.0)
     if can_refine and training.spent() < 1:
