@@ -146,22 +146,17 @@ def test_changes_of_the_adapters_in_force():
 
 def test_the_edges_that_changed_most():
     changes = edge_changes(get_peft_model(KAN([6, 7, 2]), LoTRAConfig(r=2, init_weights=False)))
-    edges = changes.most(99)
-    assert len({edge[:3] for edge in edges}) == len(edges) == 6 * 7 + 7 * 2 and len(changes.most()) == 10
-    assert [edge.share for edge in edges] == sorted((edge.share for edge in edges), reverse=True)
-    assert changes.most(7) == edges[:7]
-    for edge in edges:
-        assert edge.change == changes.change[edge.layer][edge.output, edge.input].item()
-        assert edge.share == changes.share[edge.layer][edge.output, edge.input].item()
-    with pytest.raises(ValueError, match="`count` is 0, but must be an integer of at least 1"):
-        changes.most(0)
-    for expected in (edges[0].layer, "share of", f"{edges[0].share:.1%}", "the 10 of 56 edges that changed most"):
-        assert expected in str(changes)
+    _, *rows, note = str(changes).splitlines()
+    shares = torch.cat([share.flatten() for share in changes.share.values()])
+    assert [row.split()[-1] for row in rows] == [f"{share:.1%}" for share in shares.topk(10).values.tolist()]
+    name, o, i, change, share = rows[0].split()
+    o, i = int(o), int(i)
+    assert (change, share) == (f"{changes.change[name][o, i]:.3g}", f"{changes.share[name][o, i].item():.1%}")
+    assert note == "the 10 of 56 edges that changed most"
     assert "edges that changed most" not in str(edge_changes(adapt(KAN([2, 3]))))  # all are listed
-    values = json.loads(json.dumps(changes.as_dict()))
-    assert values["share"]["layers.1"][0][3] == changes.share["layers.1"][0, 3].item()
     changes.share["layers.1"][1, 4] = torch.nan  # an adapter that diverged
-    assert changes.most(2)[0][:3] == ("layers.1", 1, 4) and changes.most(2)[1] == edges[0]
+    assert str(changes).splitlines()[1].split()[:3] == ["layers.1", "1", "4"]
+    assert json.loads(json.dumps(changes.as_dict()))["share"]["layers.1"][1][4] is None
 
 
 def test_a_network_without_adapter_has_no_change():
