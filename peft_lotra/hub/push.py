@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,12 +16,12 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
 from .base_code import hub_id
-from .card import README, is_generated, load_card, write_model_card
+from .card import README, write_model_card
 from .contents import adapter_folders
 
 
 def push_to_hub(
-    model: PeftModel | str | os.PathLike,
+    model: PeftModel,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -39,7 +38,7 @@ def push_to_hub(
     other names in the repository stay, but the card lists those that are pushed.
 
     Args:
-        model: The model with the adapters, or a folder that `save_pretrained` wrote.
+        model: The model with the adapters.
         repo_id: The repository, "user/name". It is created if it does not exist.
         private: Whether a new repository is private.
         revision: The branch to commit to. It is created from the main branch if it does not exist.
@@ -54,6 +53,7 @@ def push_to_hub(
         The commit, or the pull request.
 
     Raises:
+        TypeError: `model` is no PeftModel.
         ValueError: There is no LoTRA adapter, an argument is invalid, or the repository is public despite `private`.
         HfHubHTTPError: The Hub refuses the push.
 
@@ -63,27 +63,21 @@ def push_to_hub(
         ```
     """
     if not isinstance(model, PeftModel):
-        adapter_folders(model)  # raises if there is none
+        given = type(model).__name__
+        raise TypeError(f"`model` is a {given}, expected a PeftModel. A saved adapter: `hf upload USER/NAME FOLDER`.")
     api = HfApi(token=token)
     repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
     branch = revision if revision and api.revision_exists(repo_id, revision) else None
     with TemporaryDirectory() as folder:
-        if isinstance(model, PeftModel):
-            model.save_pretrained(folder, selected_adapters=selected_adapters)
-        else:
-            unwanted = shutil.ignore_patterns("checkpoint-*", ".*", "*.pt", "*.bin")
-            shutil.copytree(model, folder, ignore=unwanted, dirs_exist_ok=True)
+        model.save_pretrained(folder, selected_adapters=selected_adapters)
         for path in adapter_folders(folder).values():
             config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
             # no path of this machine
             config["base_model_name_or_path"] = card.get("base_model") or hub_id(config["base_model_name_or_path"])
             (path / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-        here = load_card(Path(folder, README))
-        known = {"license": here.data.license, "tags": here.data.tags or (), "metrics": here.data.eval_results}
-        known |= {"base_code": here.data.get("base_code"), "revision": None if create_pr else revision}
-        if is_generated(here.text) and api.file_exists(repo_id, README, revision=branch):
+        if api.file_exists(repo_id, README, revision=branch):
             shutil.copyfile(api.hf_hub_download(repo_id, README, revision=branch), Path(folder, README))
-        write_model_card(model if isinstance(model, PeftModel) else None, folder, repo_id=repo_id, **{**known, **card})
+        write_model_card(model, folder, repo_id=repo_id, revision=None if create_pr else revision, **card)
         commit: Any = {"revision": revision, "create_pr": create_pr}
         return upload(folder, repo_id, commit_message, private=private, token=token, **commit)
 
