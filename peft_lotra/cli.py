@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
-import math
 import os
+import pkgutil
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,7 +92,7 @@ def _say(text: str) -> None:
 
 
 def _command(function: Callable) -> Callable:
-    """Registers a command. Its errors and warnings are one line on stderr; PEFT_LOTRA_DEBUG=1 shows the traceback."""
+    """Registers a command. Its errors and warnings are one line on stderr."""
 
     @app.command(name=function.__name__)
     @functools.wraps(function)
@@ -104,12 +102,13 @@ def _command(function: Callable) -> Callable:
         with warnings.catch_warnings():
             warnings.showwarning = lambda text, kind, *_: issubclass(kind, UserWarning) and _say(f"warning: {text}")
             try:
+                out = kwargs.get("out", "")
+                if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
+                    raise ValueError(f"{out} exists already: choose another name, or remove it.")
                 return function(**kwargs)
             except Exception as error:
-                if os.environ.get("PEFT_LOTRA_DEBUG"):
-                    raise
-                meant_for_users = isinstance(error, (ValueError, OSError, ImportError)) and str(error)
-                _say(f"error: {error}" if meant_for_users else f"error: {type(error).__name__}: {error}")
+                kind = "" if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: "
+                _say(f"error: {kind}{error}")
                 raise typer.Exit(1) from error
 
     return wrapper
@@ -130,11 +129,8 @@ def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = 
         family = read_family(path)
         return _report(family.as_dict(), f"Family of LoTRA adapters {adapter}\n\n{family}", as_json)
     contents = AdapterContents.of(adapter, *read_adapter(_one_adapter(adapter, revision, subfolder)))
-    info = contents.as_dict()
-    for row in info["layers"]:  # JSON has neither NaN nor infinity
-        row.update({k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)})
     base = contents.base_model or f"a {contents.base_class or 'model'} that is not on the Hub"
-    _report(info, f"LoTRA adapter {printable(adapter)}, for {printable(base)}\n\n{contents}", as_json)
+    _report(contents.as_dict(), f"LoTRA adapter {adapter}, for {base}\n\n{contents}", as_json)
 
 
 @_command
@@ -151,16 +147,14 @@ def merge(
 
     Saves the merged model, which has the class of BASE and no trace of the adapter.
     """
-    _check_new(out)
     folder = _one_adapter(adapter, revision, subfolder)
-    rows = AdapterContents.of(adapter, *read_adapter(folder)).layers
+    contents = AdapterContents.of(adapter, *read_adapter(folder))
     model: Any = PeftModel.from_pretrained(_load_model(base, factory), str(folder))
     merged = model.merge_and_unload(safe_merge=True)
     _save(merged, out)
-    layers, replaced = ([row.name for row in rows if bool(row.ranks) is adapted] for adapted in (True, False))
-    text = f"merged {len(layers)} layers of {adapter} into a {type(merged).__name__}, saved in {out}"
-    text += f"\nreplaced by the adapter's copies: {', '.join(replaced)}" if replaced else ""
-    _report({"out": out, "class": type(merged).__name__, "merged": layers, "replaced": replaced}, text, as_json)
+    kind = type(merged).__name__
+    info = {"out": out, "class": kind, "layers": contents.as_dict()["layers"]}
+    _report(info, f"{contents}\nmerged into a {kind}, saved in {out}", as_json)
 
 
 @_command
@@ -178,12 +172,11 @@ def extract(
 
     Give one of --energy, --rank and --budget.
     """
-    _check_new(out)
     models = (_load_model(source, factory) for source in (base, tuned))
     model = extract_lotra(*models, r=rank, energy=energy, budget=budget)
     model.save_pretrained(out)
     report = model.extraction_report
-    _report({"out": out, **asdict(report)}, f"{report}\nadapter saved in {out}", as_json)
+    _report({"out": out, **report.as_dict()}, f"{report}\nadapter saved in {out}", as_json)
 
 
 @_command
@@ -202,7 +195,6 @@ def slim(
     Give one of --energy, --rank and --budget. With --factory, the state dict is that of
     `slim(build(), ranks=...)` with the ranks that are printed.
     """
-    _check_new(out)
     (x,) = load_file(inputs).values() if inputs else (None,)
     small: Any = compress(_load_model(model, factory), ranks=rank, energy=energy, budget=budget, inputs=x)
     _save(small, out)
@@ -224,8 +216,6 @@ def _folder(source: str, files: list[str], revision: str | None = None) -> Path:
 def _one_adapter(source: str, revision: str | None, subfolder: str | None) -> Path:
     """The folder of one adapter of a source."""
     found = adapter_folders(_folder(source, _FILES, revision))
-    if not found:
-        raise ValueError(f"{source} is no adapter: it has no {CONFIG_NAME}.")
     name = subfolder or (next(iter(found)) if len(found) == 1 else "default")
     if name not in found:
         raise ValueError(f"{source} has no adapter `{name}`, only {list(found)}: choose one by --subfolder.")
@@ -250,20 +240,11 @@ def _load_model(source: str, factory: str | None) -> nn.Module:
 
 def _call_factory(factory: str) -> nn.Module:
     """The network that MODULE:CALLABLE returns; the module may lie in the current folder."""
-    module, _, name = factory.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        model = getattr(importlib.import_module(module), name)()
+        return pkgutil.resolve_name(factory)()
     except Exception as error:
         raise ValueError(f"The factory {factory} failed ({type(error).__name__}: {error}).") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"The factory {factory} returns a {type(model).__name__}, expected a torch.nn.Module.")
-    return model
-
-
-def _check_new(out: str) -> None:
-    if os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out)):
-        raise ValueError(f"{out} exists already: choose another name, or remove it.")
 
 
 def _save(model: Any, out: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -139,24 +139,6 @@ def plot_edge_functions(
     return figure
 
 
-class EdgeChange(NamedTuple):
-    """How much the active adapters changed an edge of a KAN layer, the function from one input to one output.
-
-    Attributes:
-        layer: The name of the layer, as `find_kan_layers` gives it.
-        output: The unit that it goes to, counted from 0.
-        input: The unit that it comes from, counted from 0.
-        change: The norm of the change of the edge's coefficients.
-        share: The change as a share of the norm of the coefficients before.
-    """
-
-    layer: str
-    output: int
-    input: int
-    change: float
-    share: float
-
-
 @dataclass(eq=False)
 class EdgeChanges(Report):
     """The result of `edge_changes`; prints as a table of the ten edges that changed most.
@@ -169,25 +151,14 @@ class EdgeChanges(Report):
     change: dict[str, torch.Tensor]
     share: dict[str, torch.Tensor]
 
-    def most(self, count: int = 10) -> list[EdgeChange]:
-        """The edges of all layers with the largest `share`, `count` at most, the largest first.
-
-        Raises:
-            ValueError: `count` is no integer of at least 1.
-        """
-        count = check_count(count, "count")
-        edges = []
-        for name, share in self.share.items():
-            for edge in share.flatten().topk(min(count, share.numel())).indices.tolist():
-                o, i = divmod(edge, share.shape[1])
-                edges.append(EdgeChange(name, o, i, self.change[name][o, i].item(), share[o, i].item()))
-        # NaN, of an adapter that diverged, is the largest, as for `topk`
-        return sorted(edges, key=lambda edge: (edge.share != edge.share, edge.share), reverse=True)[:count]
-
     def _table(self) -> TextTable:
-        rows = [[e.layer, str(e.output), str(e.input), f"{e.change:.3g}", f"{e.share:.1%}"] for e in self.most()]
-        count = sum(share.numel() for share in self.share.values())
-        cut = [f"the {len(rows)} of {count:,} edges that changed most"] * (len(rows) < count)
+        edges = [(name, *divmod(n, it.shape[1])) for name, it in self.share.items() for n in range(it.numel())]
+        shares, places = torch.cat([share.flatten() for share in self.share.values()]).topk(min(10, len(edges)))
+        rows = []
+        for share, place in zip(shares.tolist(), places.tolist(), strict=True):
+            name, o, i = edges[place]
+            rows.append([name, str(o), str(i), f"{self.change[name][o, i]:.3g}", f"{share:.1%}"])
+        cut = [f"the {len(rows)} of {len(edges):,} edges that changed most"] * (len(rows) < len(edges))
         return TextTable(["layer", ">output", ">input", ">change (norm)", ">share of the norm before"], rows, cut)
 
 
@@ -202,8 +173,8 @@ def edge_changes(model: nn.Module) -> EdgeChanges:
         model: The adapted model; it stays unchanged.
 
     Returns:
-        `change` and `share`, tensors (out, in) by layer, of the layers with an active adapter; `most(n)` lists edges.
-            Adapters that are merged or disabled do not count, and convolutions have no such edges.
+        `change` and `share`, tensors (out, in) by layer, of the layers with an active adapter: merged and disabled
+            adapters do not count, and convolutions have no such edges.
 
     Raises:
         ValueError: The model has no KAN layer with an active adapter, or all of them are convolutions.
@@ -216,10 +187,6 @@ def edge_changes(model: nn.Module) -> EdgeChanges:
         >>> changes = edge_changes(get_peft_model(KAN([2, 5, 3]), config))
         >>> {name: tuple(share.shape) for name, share in changes.share.items()}
         {'layers.0': (5, 2), 'layers.1': (3, 5)}
-        >>> first, second = changes.most(2)
-        >>> share = changes.share[first.layer][first.output, first.input].item()
-        >>> first.share == share >= second.share
-        True
     """
     changes = EdgeChanges({}, {})
     found = [layer.name for layer in find_kan_layers(model)]

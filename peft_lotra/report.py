@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ class Report(ABC):
     def _table(self) -> TextTable: ...
 
     def as_dict(self) -> dict[str, Any]:
-        """The report in plain values (numbers, strings, lists and dicts by name), for JSON."""
+        """The report for JSON: numbers, strings, lists and dicts by name, None for NaN and infinity."""
         return _plain(self)
 
     def __str__(self) -> str:
@@ -68,14 +69,15 @@ class Report(ABC):
 
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.tolist()
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):  # JSON has neither NaN nor infinity
+        return None
     if is_dataclass(value) and not isinstance(value, type):
         return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
     if isinstance(value, tuple) and (as_dict := getattr(value, "_asdict", None)):  # a NamedTuple
         return _plain(as_dict())
     if isinstance(value, dict):
-        keys = [key if isinstance(key, str) else ".".join(map(str, key)) for key in value]
-        return dict(zip(keys, map(_plain, value.values()), strict=True))
+        return {key if isinstance(key, str) else ".".join(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(entry) for entry in value]
     return value

@@ -133,6 +133,10 @@ class Tucker(tuple):
         return Tucker(core, *(f @ rotation for f, rotation in zip(self.factors, rotations, strict=True)))
 
 
+# the names of the components in a model and in a file; the last one is of convolutions alone
+COMPONENTS = tuple(f"lotra_{name}" for name in Tucker._fields)
+
+
 class Update(NamedTuple):
     """`scale` times a Tucker tensor: the update that one adapter adds to the coefficients of a layer."""
 

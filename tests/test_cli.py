@@ -81,7 +81,7 @@ def output(model):
 
 def test_inspect(run, made):
     out = run("inspect {}/adapter").stdout
-    assert "layers.0" in out and "(4, 2, 9)" in out and "(2, 2, 2)" in out and "total" in out
+    assert "layers.0" in out and "(4, 2, 9)" in out and "(2, 2, 2)" in out and "78 parameters" in out
     info = json.loads(run("inspect {}/adapter --subfolder second --json").stdout)
     assert info["base_class"] == "KANModel" and info["dtype"] == ["float32"] and info["finite"]
     assert [layer["ranks"] for layer in info["layers"]] == [[1, 2, 3], [1, 2, 3]]
@@ -110,7 +110,7 @@ def test_names_print_without_control_characters(tmp_path):
 def test_merge(run, made, subfolder):
     option = f" --subfolder {subfolder}" if subfolder else ""
     os.mkdir("out")
-    assert "merged 2 layers" in run(f"merge {{}}/base {{}}/adapter out{option}").stdout
+    assert "merged into a KANModel, saved in out" in run(f"merge {{}}/base {{}}/adapter out{option}").stdout
     merged = KANModel.from_pretrained("out")
     model = PeftModel.from_pretrained(KANModel.from_pretrained(made / "base"), made / "adapter" / subfolder)
     torch.testing.assert_close(output(merged), output(model), rtol=0, atol=5e-6)
@@ -126,7 +126,7 @@ def test_merge_a_torch_module(run, made, monkeypatch, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     where = f"{tmp_path}/net.safetensors {tmp_path}/adapter {tmp_path}/out"
     info = json.loads(run(f"merge {where} --factory nets:build --json").stdout)
-    assert info["merged"] == ["kan.layers.0", "kan.layers.1"] and info["replaced"] == ["head"]
+    assert [layer["name"] for layer in info["layers"]] == ["kan.layers.0", "kan.layers.1", "head"]
     merged = torch.nn.ModuleDict({"kan": KAN([2, 4, 3]), "head": torch.nn.Linear(3, 1)})
     load_model(merged, tmp_path / "out/model.safetensors")
     for name, x in (("kan", X), ("head", torch.rand(4, 3))):
@@ -194,5 +194,8 @@ def test_as_a_program(made):
     command = [sys.executable, "-m", "peft_lotra", "inspect", str(made / "base")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(cli.__file__).parents[1])
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr == f"error: {made / 'base'} is no adapter: it has no adapter_config.json.\n"
+    assert (
+        result.stderr
+        == f"error: {made / 'base'} is no adapter: it has no adapter_config.json. Save the adapter there first.\n"
+    )
     assert CliRunner().invoke(cli.app, ["--version"]).stdout.strip() == peft_lotra.__version__

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import adapt, assert_same, base, nested, snapshot
 from matplotlib.figure import Figure
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from stand_ins import FAMILIES
 
 from peft_lotra import LoTRAConfig, slim, update_spectrum
@@ -83,6 +83,9 @@ def test_which_edges_are_drawn():
         (lambda: plot_edge_functions(base("own"), "kan", 0), "`edges` is 0, but must be an integer of at least 1"),
         (lambda: plot_edge_functions(base("fast-kan"), "kan"), "normalizes its inputs together"),
         (lambda: plot_history([]), "`history` must be the list of steps"),
+        (lambda: plot_network_change(base("own"), 2.5), "`most` is 2.5, but must be an integer of at least 1"),
+        (lambda: plot_network_change(base("own")), r"no dense KAN layer with an active.*Its KAN layers: kan\."),
+        (lambda: plot_network_change(torch.nn.Linear(2, 3)), r"no dense KAN layer with an active.*layers: none\."),
         (lambda: plot_history(KAN([1, 1])), "`history` must be the list of steps"),
     ],
 )
@@ -146,32 +149,17 @@ def test_changes_of_the_adapters_in_force():
 
 def test_the_edges_that_changed_most():
     changes = edge_changes(get_peft_model(KAN([6, 7, 2]), LoTRAConfig(r=2, init_weights=False)))
-    edges = changes.most(99)
-    assert len({edge[:3] for edge in edges}) == len(edges) == 6 * 7 + 7 * 2 and len(changes.most()) == 10
-    assert [edge.share for edge in edges] == sorted((edge.share for edge in edges), reverse=True)
-    assert changes.most(7) == edges[:7]
-    for edge in edges:
-        assert edge.change == changes.change[edge.layer][edge.output, edge.input].item()
-        assert edge.share == changes.share[edge.layer][edge.output, edge.input].item()
-    with pytest.raises(ValueError, match="`count` is 0, but must be an integer of at least 1"):
-        changes.most(0)
-    for expected in (edges[0].layer, "share of", f"{edges[0].share:.1%}", "the 10 of 56 edges that changed most"):
-        assert expected in str(changes)
+    _, *rows, note = str(changes).splitlines()
+    shares = torch.cat([share.flatten() for share in changes.share.values()])
+    assert [row.split()[-1] for row in rows] == [f"{share:.1%}" for share in shares.topk(10).values.tolist()]
+    name, o, i, change, share = rows[0].split()
+    o, i = int(o), int(i)
+    assert (change, share) == (f"{changes.change[name][o, i]:.3g}", f"{changes.share[name][o, i].item():.1%}")
+    assert note == "the 10 of 56 edges that changed most"
     assert "edges that changed most" not in str(edge_changes(adapt(KAN([2, 3]))))  # all are listed
-    values = json.loads(json.dumps(changes.as_dict()))
-    assert values["share"]["layers.1"][0][3] == changes.share["layers.1"][0, 3].item()
     changes.share["layers.1"][1, 4] = torch.nan  # an adapter that diverged
-    assert changes.most(2)[0][:3] == ("layers.1", 1, 4) and changes.most(2)[1] == edges[0]
-
-
-def test_a_network_without_adapter_has_no_change():
-    mixed = torch.nn.Sequential(KAN([3, 5]), torch.nn.Linear(5, 2))
-    for model, names in (
-        (get_peft_model(mixed, LoraConfig(target_modules=["1"])), "0.layers.0"),
-        (torch.nn.Linear(2, 3), "none"),
-    ):
-        with pytest.raises(ValueError, match=f"no dense KAN layer with an active adapter.*Its KAN layers: {names}\\."):
-            plot_network_change(model)
+    assert str(changes).splitlines()[1].split()[:3] == ["layers.1", "1", "4"]
+    assert json.loads(json.dumps(changes.as_dict()))["share"]["layers.1"][1][4] is None
 
 
 def test_the_change_of_a_network():
@@ -189,14 +177,8 @@ def test_the_change_of_a_network():
     assert second.get_clim() == (0, max(share.max().item() for share in shares.values()))
     assert first.get_segments()[-1].tolist() == [[0, 1 - input_ / 2], [1, 1 - output / 4]]
     assert figure._repr_png_()[:4] == b"\x89PNG"
-
-
-def test_of_many_edges_those_that_changed_most_are_drawn():
-    model = get_peft_model(KAN([6, 7]), LoTRAConfig(r=2, init_weights=False))
-    few, all_ = (plot_network_change(model, most).axes[0].collections[0].get_array() for most in (5, 100))
-    assert len(few) == 5 and few.tolist() == all_[-5:].tolist()
-    with pytest.raises(ValueError, match="`most` is 2.5, but must be an integer of at least 1"):
-        plot_network_change(model, 2.5)
+    few = plot_network_change(model, most=5).axes[0].collections[0].get_array().tolist()
+    assert few == first.get_array().tolist()[-5:]
 
 
 def test_history(tmp_path):

@@ -4,8 +4,7 @@
 """Adapters on the Hub: the push, the model card, and the code of the card that builds the base."""
 
 from .card import write_model_card
-from .contents import adapter_table
 from .push import push_to_hub
 
 
-__all__ = ["adapter_table", "push_to_hub", "write_model_card"]
+__all__ = ["push_to_hub", "write_model_card"]

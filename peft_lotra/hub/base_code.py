@@ -50,21 +50,10 @@ def source_of_base(config: Mapping[str, Any], base: nn.Module | None, model: str
         revision = f", revision={json.dumps(config['revision'])}" if config.get("revision") else ""
         code = f'from {module} import {name}\n\nbase = {name}.from_pretrained("{model}"{revision})'
     elif type(base) is KAN:
-        code = _code_of_kan(base) or code
+        layers: list[Any] = [getattr(layer, "base_layer", layer) for layer in base.layers]
+        if all(type(layer) is KANLinear for layer in layers):  # neither norms nor Slim layers
+            first, widths = layers[0], [layers[0].in_features, *(layer.out_features for layer in layers)]
+            grid = f"grid_size={first.grid_size}, spline_order={first.spline_order}, grid_range={first.grid_range}"
+            code = f"from peft_lotra.kan import KAN\n\nbase = KAN({widths}, {grid})"
+            code += "\n# now load into `base` the weights that the adapter was trained on"
     return f"{module}.{name}", code
-
-
-def _code_of_kan(kan: KAN) -> str | None:
-    """Code that makes a KAN of the same shape; None if its layers are not the ones that `KAN` makes."""
-    layers = [getattr(layer, "base_layer", layer) for layer in kan.layers]
-    if any(type(layer) is not KANLinear for layer in layers):
-        return None
-    (size, order, bounds), *others = {(layer.grid_size, layer.spline_order, layer.grid_range) for layer in layers}
-    if others:
-        return None
-    widths = [layers[0].in_features, *(layer.out_features for layer in layers)]
-    return (
-        "from peft_lotra.kan import KAN\n\n"
-        f"base = KAN({widths}, grid_size={size}, spline_order={order}, grid_range={bounds})\n"
-        "# now load into `base` the weights that the adapter was trained on"
-    )

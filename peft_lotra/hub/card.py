@@ -16,7 +16,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel, __version__
-from peft.utils import CONFIG_NAME
 
 from ..modules.checks import check_number
 from .base_code import hub_id, source_of_base
@@ -24,39 +23,12 @@ from .contents import AdapterContents, adapter_folders, read_adapter
 
 
 README = "README.md"
-_BEGIN = "<!-- From here on written by peft_lotra.write_model_card, which replaces this part. -->"
-_END = "<!-- The part that peft_lotra.write_model_card wrote ends here. -->"
-_SECTION = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
+_TEMPLATE = Path(__file__).with_name("card.md")
+# our part of a card, between two comments
+_SECTION = re.compile(
+    "<!-- From here on written by peft_lotra.*?<!-- The part that peft_lotra.*? ends here. -->", re.DOTALL
+)
 _BY_TOOLS = re.compile(r"|### Framework versions|- PEFT \S+|.*has been automatically generated\.")
-
-_CARD = """{begin}
-
-An adapter of {base}, a Kolmogorov-Arnold network (KAN), by low tensor-rank adaptation
-([LoTRA, Gao, Ng and Tan 2025](https://arxiv.org/abs/2502.06153)), a method for [PEFT](https://github.com/huggingface/peft).
-
-## Use it
-
-```sh
-pip install "peft-lotra @ git+https://github.com/peft-lotra/peft-lotra"
-```
-
-```python
-import peft_lotra  # registers LOTRA with PEFT; without it PEFT says KeyError: 'LOTRA'
-from peft import PeftModel
-{code}
-
-model = PeftModel.from_pretrained(base, {arguments}
-```
-
-{notes}## Layers
-
-{layers}
-
-### Framework versions
-
-- PEFT {peft}
-
-{end}"""
 
 
 def write_model_card(
@@ -106,49 +78,49 @@ def write_model_card(
         ...     write_model_card(
         ...         model, folder, base_model="user/kan", metrics={"accuracy": 0.853}
         ...     )
-        ...     print("accuracy | 0.853" in Path(folder, "README.md").read_text())
+        ...     print("value: 0.853" in Path(folder, "README.md").read_text())
         True
     """
     if base_model is not None:
         validate_repo_id(base_model)
     compile(base_code or "", "base_code", "exec")
-    if not (found := adapter_folders(folder)):
-        raise ValueError(f"{folder} is no adapter: it has no {CONFIG_NAME}. Save the adapter there first.")
-    results, card = _eval_results(metrics), load_card(Path(folder, README))
-    first, *others = found
-    config, tensors = read_adapter(found[first])
-    data, title = card.data, (repo_id or "LoTRA adapter").rpartition("/")[2]
+    if isinstance(metrics, Mapping):
+        values = {
+            str(name): check_number(value, f"metrics[{name!r}]", "(-inf, inf)") for name, value in metrics.items()
+        }
+        metrics = [EvalResult("other", "unknown", "Unknown", name, value) for name, value in values.items()]
+    (first, adapter), *others = adapter_folders(folder).items()
+    config, tensors = read_adapter(adapter)
+    card, title = load_card(Path(folder, README)), (repo_id or "LoTRA adapter").rpartition("/")[2]
+    data = card.data
     # PEFT writes paths of local folders there too, which the Hub refuses
-    names = [base_model, *map(hub_id, [config.get("base_model_name_or_path"), *_as_list(data.base_model)])]
-    source = next(filter(None, names), None)
+    source = base_model or hub_id(config.get("base_model_name_or_path")) or hub_id(data.base_model)
     data.library_name, data.base_model, data.license = "peft", source, license or data.license
-    kept = (tag for tag in [*_as_list(data.tags), *_as_list(tags)] if not tag.startswith("base_model:adapter:"))
-    data.tags = sorted({*kept, "kan", "lotra", "peft-plugin", *(["base_model:adapter:" + source] if source else [])})
+    tags = {*(data.tags or []), *([tags] if isinstance(tags, str) else tags), "kan", "lotra", "peft-plugin"}
+    of_base = [f"base_model:adapter:{source}"] if source else []
+    data.tags = sorted([*(tag for tag in tags if not tag.startswith("base_model:adapter:")), *of_base])
     if base_code or base_model:
         data.base_code = base_code
-    if results:
-        data.model_name, data.eval_results = title, results
-    cls, code = source_of_base(config, model and model.get_base_model(), source)
-    code = (getattr(data, "base_code", None) or code).strip("\n")
-    arguments = json.dumps(repo_id or ".") + (f", revision={json.dumps(revision)}" if revision else "")
-    arguments += f", subfolder={json.dumps(first)}" if first != "default" else ""
-    table = AdapterContents.of(title, config, tensors)._table()
-    notes = [] if source else ["The base model is not on the Hub. The adapter fits its weights alone."]
-    notes += [f"Adapters in subfolders of their names: {', '.join(others)}."] * bool(others)
-    notes += _results(data.eval_results or [])
-    section = _CARD.format(
-        begin=_BEGIN,
-        base=f"[{source}](https://huggingface.co/{source})" if source else f"a `{cls}`",
-        code=code if code.startswith(("from ", "import ")) else f"\n{code}",
-        arguments=arguments + (")" if repo_id else ")  # run it in this folder"),
-        notes="".join(f"{note}\n\n" for note in notes),
-        layers=_markdown(table.columns, [[f"`{name}`", *cells] for name, *cells in table.rows]),
+    if metrics:
+        data.model_name, data.eval_results = title, list(metrics)
+    base_class, code = source_of_base(config, model and model.get_base_model(), source)
+    options = {"revision": revision, "subfolder": None if first == "default" else first}
+    place = [json.dumps(repo_id or "."), *(f"{name}={json.dumps(it)}" for name, it in options.items() if it)]
+    section = ModelCard.from_template(
+        data,
+        template_path=str(_TEMPLATE),
+        base_class=base_class,
+        code=(data.get("base_code") or code).strip("\n"),
+        place=", ".join(place),
+        others=[name for name, _ in others],
+        contents=AdapterContents.of(title, config, tensors),
         peft=__version__,
-        end=_END,
-    )
-    text = f"\n# {title}" if is_generated(card.text) else card.text.rstrip()
-    text = _SECTION.sub(lambda _: section, card.text) if _BEGIN in card.text else f"{text}\n\n{section}"
-    card.text = text.rstrip() + "\n"
+    ).text.strip("\n")
+    if _SECTION.search(card.text):
+        text = _SECTION.sub(lambda _: section, card.text)
+    else:
+        text = f"{f'# {title}' if is_generated(card.text) else card.text.strip()}\n\n{section}"
+    card.text = f"\n{text.strip()}\n"
     card.save(Path(folder, README))
 
 
@@ -160,46 +132,21 @@ def write_card(folder: str | os.PathLike) -> None:
     """
     place = Path(folder) if Path(folder, README).is_file() else Path(folder).absolute().parent
     try:
-        if (place / README).is_file() and (_BEGIN in (text := load_card(place / README).text) or is_generated(text)):
+        text = load_card(place / README).text
+        if _SECTION.search(text) or text.strip() and is_generated(text):
             write_model_card(None, place)
     except Exception as error:  # no reason for a save to fail
         warnings.warn(f"The adapter is saved, its model card is not written: {error}", stacklevel=2)
 
 
 def load_card(path: Path) -> Any:
-    """The `ModelCard` in a file, empty if there is none."""
+    """The card in a file, empty if there is none."""
     return ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "---\n{}\n---\n")
 
 
 def is_generated(text: str) -> bool:
     """Whether a card has no text by a person: it is PEFT's template, or our part below a title."""
-    rest, template = _SECTION.sub("", text), ModelCard.from_template(ModelCardData()).text
-    known = {line.strip() for line in template.splitlines()}
+    known = {line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines()}
+    rest = _SECTION.sub("", text)
     lines = [line.strip() for line in rest.splitlines() if rest == text or not line.startswith("# ")]
     return all(line in known or _BY_TOOLS.fullmatch(line) for line in lines)
-
-
-def _as_list(value: str | Iterable[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
-
-
-def _eval_results(metrics: Any) -> list[EvalResult]:
-    if not isinstance(metrics, Mapping):
-        return list(metrics or [])
-    values = {name: check_number(value, f"metrics[{name!r}]", "(-inf, inf)") for name, value in metrics.items()}
-    return [EvalResult("other", "unknown", "Unknown", name, value) for name, value in values.items()]
-
-
-def _results(results: Iterable[EvalResult]) -> list[str]:
-    rows = []
-    for it in results:
-        value = f"{it.metric_value:.4g}" if isinstance(it.metric_value, float) else str(it.metric_value)
-        rows.append([it.metric_name or it.metric_type, value, it.dataset_name])
-    return ["## Results", _markdown(["metric", ">value", "data"], rows)] if rows else []
-
-
-def _markdown(columns: list[str], rows: list[list[str]]) -> str:
-    rules = ["--:" if column.startswith(">") else "---" for column in columns]
-    lines = [[column.removeprefix(">") for column in columns], *rows]
-    head, *body = (f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in line)}|" for line in lines)
-    return "\n".join([head, f"|{'|'.join(rules)}|", *body])

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,21 +16,18 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
 from .base_code import hub_id
-from .card import README, is_generated, load_card, write_model_card
+from .card import README, write_model_card
 from .contents import adapter_folders
 
 
-_FILES = [README, f"*{CONFIG_NAME}", "*.safetensors"]
-
-
 def push_to_hub(
-    model: PeftModel | str | os.PathLike,
+    model: PeftModel,
     repo_id: str,
     *,
     private: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
-    commit_message: str | None = None,
+    commit_message: str = "Upload LoTRA adapter",
     create_pr: bool = False,
     selected_adapters: list[str] | None = None,
     **card: Any,
@@ -42,7 +38,7 @@ def push_to_hub(
     other names in the repository stay, but the card lists those that are pushed.
 
     Args:
-        model: The model with the adapters, or a folder that `save_pretrained` wrote.
+        model: The model with the adapters.
         repo_id: The repository, "user/name". It is created if it does not exist.
         private: Whether a new repository is private.
         revision: The branch to commit to. It is created from the main branch if it does not exist.
@@ -57,6 +53,7 @@ def push_to_hub(
         The commit, or the pull request.
 
     Raises:
+        TypeError: `model` is no PeftModel.
         ValueError: There is no LoTRA adapter, an argument is invalid, or the repository is public despite `private`.
         HfHubHTTPError: The Hub refuses the push.
 
@@ -65,31 +62,24 @@ def push_to_hub(
         push_to_hub(model, "user/kan-rotated", base_model="user/kan", metrics={"accuracy": 0.853})
         ```
     """
+    if not isinstance(model, PeftModel):
+        given = type(model).__name__
+        raise TypeError(f"`model` is a {given}, expected a PeftModel. A saved adapter: `hf upload USER/NAME FOLDER`.")
     api = HfApi(token=token)
-    if not isinstance(model, PeftModel) and not (isinstance(model, (str, os.PathLike)) and adapter_folders(model)):
-        raise ValueError(f"`model` is {model}, expected a PeftModel or the folder of a saved adapter.")
     repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
     branch = revision if revision and api.revision_exists(repo_id, revision) else None
     with TemporaryDirectory() as folder:
-        readme = Path(folder, README)
-        if isinstance(model, PeftModel):
-            model.save_pretrained(folder, selected_adapters=selected_adapters)
-        else:
-            unwanted = shutil.ignore_patterns("checkpoint-*", ".*", "*.pt", "*.bin")
-            shutil.copytree(model, folder, ignore=unwanted, dirs_exist_ok=True)
+        model.save_pretrained(folder, selected_adapters=selected_adapters)
         for path in adapter_folders(folder).values():
             config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
             # no path of this machine
             config["base_model_name_or_path"] = card.get("base_model") or hub_id(config["base_model_name_or_path"])
             (path / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-        here = load_card(readme)
-        known = {"license": here.data.license, "tags": here.data.tags, "metrics": here.data.eval_results}
-        known |= {"base_code": here.data.get("base_code"), "revision": None if create_pr else revision}
-        if is_generated(here.text) and api.file_exists(repo_id, README, revision=branch):
-            shutil.copyfile(api.hf_hub_download(repo_id, README, revision=branch), readme)
-        write_model_card(model if isinstance(model, PeftModel) else None, folder, repo_id=repo_id, **{**known, **card})
-        message = commit_message or "Upload LoTRA adapter"
-        return upload(folder, repo_id, message, private=private, revision=revision, token=token, create_pr=create_pr)
+        if api.file_exists(repo_id, README, revision=branch):
+            shutil.copyfile(api.hf_hub_download(repo_id, README, revision=branch), Path(folder, README))
+        write_model_card(model, folder, repo_id=repo_id, revision=None if create_pr else revision, **card)
+        commit: Any = {"revision": revision, "create_pr": create_pr}
+        return upload(folder, repo_id, commit_message, private=private, token=token, **commit)
 
 
 def upload(
@@ -98,16 +88,20 @@ def upload(
     commit_message: str,
     *,
     private: bool | None = None,
-    revision: str | None = None,
     token: str | None = None,
-    create_pr: bool = False,
+    **commit: Any,
 ) -> CommitInfo:
-    """Uploads the card, the configurations and the safetensors of a folder, see `push_to_hub`."""
+    """Uploads the card, the configurations and the safetensors of a folder, see `push_to_hub`.
+
+    Args:
+        folder, repo_id, commit_message, private, token: As for `push_to_hub`.
+        commit: `revision` and `create_pr`.
+    """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
         raise ValueError(f"`private=True`, but {repo_id} exists and is public. Make it private first.")
-    if revision:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    files: Any = {"folder_path": folder, "allow_patterns": _FILES, "create_pr": create_pr}
-    return api.upload_folder(repo_id=repo_id, **files, commit_message=commit_message, revision=revision)
+    if commit.get("revision"):
+        api.create_branch(repo_id, branch=commit["revision"], exist_ok=True)
+    files: Any = {"folder_path": folder, "allow_patterns": [README, f"*{CONFIG_NAME}", "*.safetensors"]}
+    return api.upload_folder(repo_id=repo_id, commit_message=commit_message, **files, **commit)

@@ -18,6 +18,9 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 
+PREFIX = "base_model.model."  # that PEFT puts in front of the names of modules
+
+
 def check_module(model: Any, argument: str = "model") -> None:
     """Raises a TypeError unless a value is a module, not compiled by `torch.jit`."""
     if not isinstance(model, nn.Module):
@@ -51,10 +54,8 @@ def read_at_rest(model: nn.Module) -> Iterator[None]:
 def freeze_norms(model: nn.Module) -> None:
     """Puts norms with running statistics into evaluation mode, except those that `modules_to_save` trains."""
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    saved: set[nn.Module] = set()
-    for module in modules:
-        if isinstance(copies := module._modules.get("modules_to_save"), nn.ModuleDict):
-            saved.update(copies.modules())
+    copies = [module._modules.get("modules_to_save") for module in modules]
+    saved = {module for copy in copies if isinstance(copy, nn.ModuleDict) for module in copy.modules()}
     for module in modules:
         if module.training and module not in saved and module._buffers.get("running_mean") is not None:
             module.training = False
@@ -86,13 +87,10 @@ def attributes_kept(model: Callable) -> Iterator[None]:
         yield
     finally:
         for entries, kept in before:
-            for name in [name for name, value in entries.items() if value is not kept.get(name)]:
-                if not _holds_tensor(entries[name]):
-                    continue
-                if name in kept:
-                    entries[name] = kept[name]
-                else:
-                    del entries[name]
+            changed = {name for name, value in entries.items() if value is not kept.get(name) and _holds_tensor(value)}
+            entries.update({name: kept[name] for name in changed & kept.keys()})
+            for name in changed - kept.keys():
+                del entries[name]
 
 
 def _holds_tensor(value: Any) -> bool:
@@ -152,52 +150,47 @@ def settled(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """The class; a subclass of `_Settled` if a method other than the constructor assigns one of these parameters."""
     methods = [m for base in cls.__mro__[: cls.__mro__.index(nn.Module)] for m in vars(base).values()]
     functions = [inspect.unwrap(m) for m in methods if inspect.isfunction(m) and m.__name__ != "__init__"]
-    codes = [function.__code__ for function in functions if inspect.isfunction(function)]
-    assigned = {step.argval for code in codes for step in get_instructions(code) if step.opname == "STORE_ATTR"}
+    steps = [step for function in functions if inspect.isfunction(function) for step in get_instructions(function)]
+    assigned = {step.argval for step in steps if step.opname == "STORE_ATTR"}
     if issubclass(cls, _Settled) or assigned.isdisjoint(names):
         return cls
     return type(cls.__name__, (_Settled, cls), {"__module__": cls.__module__})
 
 
 @contextmanager
-def _all_settled(modules: Collection[nn.Module]) -> Iterator[None]:
-    before = [(module, type(module)) for module in modules]
+def _exchangeable(owners: dict[str, nn.Module]) -> Iterator[None]:
+    """Lets parameters, by their names in the layer, be exchanged: classes that ignore assignments, no views of FSDP1.
+
+    FSDP1 puts views of its flat parameter into `__dict__`, where they hide the parameters.
+    """
+    classes = {owner: (type(owner), settled(type(owner), tuple(owner._parameters))) for owner in owners.values()}
+    places = [(vars(owner), name.rpartition(".")[2]) for name, owner in owners.items()]
+    views = [(entries, name, entries.pop(name)) for entries, name in places if name in entries]
     try:
-        for module, cls in before:
-            if (new := settled(cls, tuple(module._parameters))) is not cls:
-                module.__class__ = new
+        for owner, (cls, new) in classes.items():
+            if new is not cls:
+                owner.__class__ = new
         yield
     finally:
-        for module, cls in before:
-            if type(module) is not cls:
-                module.__class__ = cls
+        for owner, (cls, new) in classes.items():
+            if new is not cls:
+                owner.__class__ = cls
+        for entries, name, view in views:
+            entries[name] = view
 
 
 def call_with_parameters(
     layer: nn.Module, parameters: dict[str, torch.Tensor], function: Callable, args: tuple, kwargs: dict
 ) -> Any:
-    """Calls a function while tensors replace parameters of a layer.
-
-    FSDP1 puts views of its flat parameter into `__dict__`, where they hide the parameters: the views are replaced
-    instead.
-    """
+    """Calls a function while tensors replace parameters of a layer."""
     if not parameters:
         return function(*args, **kwargs)
     owners = {name: layer.get_submodule(name.rpartition(".")[0]) for name in parameters}
-    views = {name: vars(owner) for name, owner in owners.items() if name.rpartition(".")[2] in vars(owner)}
-    if views:
-        before = {name: entries[name.rpartition(".")[2]] for name, entries in views.items()}
-        try:
-            for name, entries in views.items():
-                entries[name.rpartition(".")[2]] = parameters[name]
-            return function(*args, **kwargs)
-        finally:
-            for name, entries in views.items():
-                entries[name.rpartition(".")[2]] = before[name]
     module = layer
     if function is not layer:
         module, parameters = _Call(layer, function), {f"layer.{name}": value for name, value in parameters.items()}
-    with nullcontext() if torch.compiler.is_compiling() else _all_settled(owners.values()):
+    has_views = any(name.rpartition(".")[2] in vars(owner) for name, owner in owners.items())
+    with nullcontext() if torch.compiler.is_compiling() and not has_views else _exchangeable(owners):
         return torch.func.functional_call(module, parameters, args, kwargs)
 
 
@@ -231,14 +224,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     check_module(model)
     inner: Any = model
-    while True:
-        if hasattr(inner, "_orig_mod"):  # torch.compile
-            inner = inner._orig_mod
-        elif isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = inner.module
-        elif hasattr(inner, "get_base_model"):  # PeftModel
-            inner = inner.get_base_model()
-        elif hasattr(inner, "tuner_layer_cls"):  # a tuner of PEFT, or its mixed model
-            inner = inner.model
-        else:
-            return inner
+    if hasattr(inner, "_orig_mod"):  # torch.compile
+        return unwrap(inner._orig_mod)
+    if isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return unwrap(inner.module)
+    if hasattr(inner, "get_base_model"):  # PeftModel
+        return unwrap(inner.get_base_model())
+    return unwrap(inner.model) if hasattr(inner, "tuner_layer_cls") else model  # a tuner of PEFT, or its mixed model

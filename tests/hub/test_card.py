@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 from peft import get_peft_model, get_peft_model_state_dict
+from torch import nn
 
 from peft_lotra import LoTRAConfig, write_model_card
-from peft_lotra.kan import KAN
+from peft_lotra.kan import KAN, KANConfig, KANModel
 
 
 @pytest.fixture
@@ -31,7 +34,8 @@ def test_a_plain_save_leaves_a_card(model, readme):
     assert ModelCard(text).data.tags == ["kan", "lotra", "peft-plugin"] and text.count("# LoTRA adapter") == 1
     assert "More Information Needed" not in text and str(readme.parent) not in text
     norm = model.base_model.model.layers[0].get_delta_weight("default").norm()
-    assert f"| `layers.0` | peft-lotra | (3, 2, 9) | (2, 2, 2) | 1 | {norm:.3g} | 36 | 0.1 |" in text
+    row = next(line for line in text.splitlines() if line.startswith("layers.0"))
+    assert row.split("  ")[1] == "peft-lotra" and "(3, 2, 9)" in row and row.split()[-3:] == ["1", f"{norm:.3g}", "36"]
     for _ in range(2):  # once is as good as twice
         model.save_pretrained(readme.parent)
         assert readme.read_text() == text
@@ -39,11 +43,25 @@ def test_a_plain_save_leaves_a_card(model, readme):
     assert readme.read_text() == text
 
 
+def code_in(folder) -> str:
+    """The python of the card in a folder."""
+    return (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+
+
+def code_of(base, folder, adapter_config=None, from_files=False, **kwargs) -> str:
+    model = get_peft_model(base, LoTRAConfig(r=1))
+    model.save_pretrained(folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | (adapter_config or {})))
+    write_model_card(None if from_files else model, folder, **kwargs)
+    return code_in(folder)
+
+
 def test_the_snippet_runs_in_the_folder(model, readme, monkeypatch):
     write_model_card(model, readme.parent)
     monkeypatch.chdir(readme.parent)
     namespace = {}
-    exec(readme.read_text().split("```python\n")[1].split("```")[0], namespace)
+    exec(code_in(readme.parent), namespace)
     tensors = get_peft_model_state_dict(namespace["model"])
     assert all(torch.equal(tensors[name], it) for name, it in get_peft_model_state_dict(model).items())
 
@@ -73,7 +91,44 @@ def test_front_matter_that_exists_is_kept(model, readme):
     model.save_pretrained(readme.parent)
     data = ModelCard(readme.read_text()).data
     assert (data.license, data.base_model, data.eval_results) == ("mit", "ann/kan", [result])
-    assert "base_model:adapter:ann/kan" in data.tags and "| R2 | 0.5 | Diabetes |" in readme.read_text()
+    assert "base_model:adapter:ann/kan" in data.tags
+
+
+def test_the_code_of_the_user_stays(model, readme):
+    write_model_card(model, readme.parent, base_code="\nbase = mine()\n")
+    model.save_pretrained(readme.parent)
+    write_model_card(model, readme.parent)
+    assert "\n\nbase = mine()\n\nmodel = " in code_in(readme.parent)
+    write_model_card(model, readme.parent, base_model="ann/kan")  # which the code did not build
+    assert "mine()" not in code_in(readme.parent)
+
+
+def test_code_that_makes_a_kan(tmp_path):
+    base = KAN([2, 3, 1], grid_size=4, spline_order=2, grid_range=(0.0, 2.0))
+    namespace, bounds = {}, base.layers[0].grid_bounds
+    exec(code_of(base, tmp_path).split("\nmodel =")[0], namespace)
+    assert torch.equal(namespace["base"].layers[0].grid_bounds, bounds)
+    assert namespace["base"](torch.rand(4, 2)).shape == (4, 1)
+    assert "base = KAN([2, 1]" in code_of(KAN([2, 1]), tmp_path, base_model="ann/kan")  # has no `from_pretrained`
+
+
+@pytest.mark.parametrize("base", [KAN([2, 3, 1], norm="layer"), nn.Sequential(KAN([2, 1]))])
+def test_code_of_other_bases(tmp_path, base):
+    assert "base = ...  # a " in code_of(base, tmp_path)
+
+
+@pytest.mark.parametrize("from_files", [False, True])
+def test_code_of_a_base_on_the_hub(tmp_path, from_files):
+    code = code_of(
+        KANModel(KANConfig(widths=(2, 4, 1))), tmp_path, {"revision": "v1"}, from_files, base_model="ann/kan"
+    )
+    assert 'from peft_lotra.kan import KANModel\n\nbase = KANModel.from_pretrained("ann/kan", revision="v1")' in code
+
+
+@pytest.mark.parametrize("value", ["X; print(1)", "X`\n```\n# title", 3])
+def test_a_class_that_would_be_code(tmp_path, value):
+    mapping = {"base_model_class": value, "parent_library": "nets"}
+    assert "base = ...  # a torch.nn.Module," in code_of(KAN([2, 1]), tmp_path, {"auto_mapping": mapping}, True)
 
 
 @pytest.mark.parametrize("text", [b"---\ntags: [a\n---\n", b"---\n- a\n---\n", b"\xff\xfe\0bad"])
@@ -91,6 +146,8 @@ def test_bad_arguments(model, readme):
     for kwargs in ({"metrics": {"r2": "0.9"}}, {"metrics": {"r2": float("inf")}}, {"base_model": "./kan"}):
         with pytest.raises(ValueError):
             write_model_card(model, readme.parent, **kwargs)
+    with pytest.raises(SyntaxError):
+        write_model_card(model, readme.parent, base_code="base = (")
     assert readme.read_text() == before
     with pytest.raises(ValueError, match="Save the adapter there first"):
         write_model_card(model, readme.parent / "nowhere")
@@ -103,6 +160,6 @@ def test_several_adapters_have_one_card(tmp_path, names):
     model.add_adapter(names[1], config)
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert f"Adapters in subfolders of their names: {names[1]}." in text and text.count("| `layers.0` |") == 1
+    assert f"Adapters in subfolders of their names: {names[1]}." in text and text.count("\nlayers.0  ") == 1
     assert ('subfolder="anna"' in text) is (names[0] == "anna")
     assert not list(tmp_path.glob("*/README.md"))

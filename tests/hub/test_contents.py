@@ -12,7 +12,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.hub import adapter_table
 from peft_lotra.hub.contents import AdapterContents, adapter_folders, read_adapter
 from peft_lotra.kan import KAN
 
@@ -23,24 +22,19 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_adapter_table(tmp_path):
-    base = torch.nn.ModuleDict({"kan": KAN([2, 4, 3]), "head": torch.nn.Linear(3, 1)})
+def test_rows(tmp_path):
+    base = torch.nn.ModuleDict({"kan": KAN([2] * 12), "head": torch.nn.Linear(3, 1)})
     pattern = {"layers.1": 0.5}
     config = LoTRAConfig(r=(1, 2, 3), alpha=2.0, alpha_pattern=pattern, modules_to_save=["head"], init_weights=False)
-    model = get_peft_model(base, config)
-    rows = {row.name: row for row in adapter_table(model)}
-    assert list(rows) == ["kan.layers.0", "kan.layers.1", "head"]
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    rows = {row.name: row for row in AdapterContents.of("saved", *read_adapter(tmp_path)).layers}
+    assert list(rows) == [*(f"kan.layers.{number}" for number in range(11)), "head"]
     for name, alpha in (("kan.layers.0", 2.0), ("kan.layers.1", 0.5)):
         row, delta = rows[name], base.get_submodule(name).get_delta_weight("default")
-        assert row.kind == "peft-lotra" and row.alpha == alpha
-        assert row.shape == tuple(delta.shape) and row.ranks == (1, 2, 3)
+        assert row[:5] == (name, "peft-lotra", tuple(delta.shape), (1, 2, 3), alpha)
         assert row.norm == pytest.approx(delta.norm().item(), rel=1e-6)
-        assert row.size == 4 * row.parameters == 4 * (6 + row.shape[0] + 2 * row.shape[1] + 3 * row.shape[2])
-    assert rows["head"].ranks is None and rows["head"].parameters == 4 and "saved copy" in rows["head"].cells()
-    model.save_pretrained(tmp_path)
-    assert AdapterContents.of("saved", *read_adapter(tmp_path)).layers == list(rows.values())
-    deep = get_peft_model(KAN([2] * 13), LoTRAConfig(r=1))
-    assert [row.name for row in adapter_table(deep)] == [f"layers.{number}" for number in range(12)]
+        assert row.parameters == 6 + row.shape[0] + 2 * row.shape[1] + 3 * row.shape[2]
+    assert rows["head"] == ("head", "saved copy", None, None, None, None, 4)
 
 
 def test_adapter_folders(folder):
@@ -50,16 +44,17 @@ def test_adapter_folders(folder):
     for name in ("other", "checkpoint-10", "checkpoint-best", ".saving"):
         shutil.copytree(folder, folder / name, ignore=lambda *_: ["lora", "other", "checkpoint-10", "checkpoint-best"])
     assert list(adapter_folders(str(folder))) == ["default", "checkpoint-best", "other"]
-    assert adapter_folders(folder / "nothing") == {}
+    with pytest.raises(ValueError, match="has no adapter_config.json. Save the adapter there first"):
+        adapter_folders(folder / "nothing")
 
 
-def test_what_is_read(folder):
+def test_what_is_printed(folder):
     config, tensors = read_adapter(folder)
     contents = AdapterContents.of("mine", config, tensors)
     assert contents.dtype == ["float32"] and contents.finite and contents.bytes == 4 * contents.parameters
     title, first, _, total = str(contents).splitlines()
     assert title.split()[:2] == ["layer", "kind"] and first.split()[:2] == ["layers.0", "peft-lotra"]
-    assert "(4, 2, 9)" in first and total.split() == ["total", "69", "0.3"]
+    assert "(4, 2, 9)" in first and total == "69 parameters, 0.3 kB of float32"
     broken = {name: tensor * float("nan") for name, tensor in tensors.items()}
     assert "NaN or infinite" in str(AdapterContents.of("mine", config, broken))
 
