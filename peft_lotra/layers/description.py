@@ -148,12 +148,10 @@ class KANLayerSpec:
 
     def read_grid(self, layer: nn.Module) -> Grid:
         """The state that gives the coefficients of a layer their meaning, by name, without missing entries."""
-        names = [each for name in self.grid for each in (expand_name(layer, name) if "*" in name else (name,))]
-        values: dict[str, Any] = {name: get_or_none(layer, name) for name in names}
-        for name, value in values.items():
-            if isinstance(value, Number) and (item := getattr(value, "item", None)):  # of numpy
-                values[name] = item()
-        return {name: value for name, value in values.items() if value is not None}
+        names = [each for name in self.grid for each in expand_name(layer, name)]
+        values = {name: value for name in names if (value := get_or_none(layer, name)) is not None}
+        # numbers of numpy as those of Python
+        return {name: v.item() if isinstance(v, Number) and hasattr(v, "item") else v for name, v in values.items()}
 
     def check_names(self, layer: nn.Module) -> None:
         """Raises a `ValueError` if a layer lacks an attribute that `grid` or `grid_methods` names."""
@@ -180,11 +178,9 @@ class KANLayerSpec:
     def read_edge_scale(self, layer: nn.Module, tensor: CoefficientTensor) -> torch.Tensor | None:
         """The scales of the edges, (out, in, 1) or (out, in, 1, kernel), or `None` if the layer has none."""
         name, pattern = self.edge_scale or ("", "")
-        scale = get_or_none(layer, name)
-        if scale is None:
+        if (scale := get_or_none(layer, name)) is None:
             return None
-        layout = parse_layout(pattern, self.groups, scale.dim())
-        values = layout.to_canonical(scale, tensor.lengths)
+        values = parse_layout(pattern, self.groups, scale.dim()).to_canonical(scale, tensor.lengths)
         return values if values.dim() == len(tensor.shape) else values.unsqueeze(-1)
 
     def describe(self, layer: nn.Module) -> dict[str, Any]:
@@ -201,35 +197,28 @@ def spec_from_file(family: str, description: Mapping[str, Any]) -> KANLayerSpec:
         ValueError: The description is damaged.
     """
     try:
-        values: dict[str, Any] = {
-            name: tuple(description[name]) if isinstance(description[name], list) else description[name]
-            for name in _IN_FILES
-            if name in description
-        }
+        values = {n: tuple(v) if isinstance(v, list) else v for n, v in description.items() if n in _IN_FILES}
         return KANLayerSpec(family, matches_nothing, **values)
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"The description of the kind of layer {family!r} in the file is broken: {error}") from error
 
 
-def has(attributes: str, without: str = "") -> Callable[[Any], bool]:
+def has(attributes: str) -> Callable[[Any], bool]:
     """The predicate of the modules that have these attributes, with so many axes where a number follows the name.
 
     Args:
         attributes: Dotted names, that of a parameter or module first, e.g. `"spline_weight:3 grid:2 b_splines"`.
-        without: The name of an attribute that the module does not have.
     """
     words = [word.partition(":") for word in attributes.split()]
     wanted = [(attrgetter(name), int(axes or 0)) for name, _, axes in words]
-    root = attributes.partition(" ")[0].partition(":")[0].partition(".")[0]
+    root = words[0][0].partition(".")[0]
 
     def matches(module: Any) -> bool:  # or an AttributeError, which says no, and takes ten times as long
         found = root in module._parameters or root in module._modules or root in vars(module)
         if not found and not hasattr(type(module), root):
             return False
         values = [(get(module), axes) for get, axes in wanted]
-        return all(not axes or value.ndim == axes for value, axes in values) and not (
-            without and hasattr(module, without)
-        )
+        return all(not axes or value.ndim == axes for value, axes in values)
 
     return matches
 
