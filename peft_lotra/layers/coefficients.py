@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layout import Layout, parse_layout
+from .layout import Layout, concatenate, parse_layout
 
 
 # A parameter, or with `*` the parameters of a list of modules, and the pattern of each.
@@ -124,7 +124,7 @@ class CoefficientTensor:
         given = parameters or {}
         tensors = self._canonical(given[n] if n in given else attrgetter(n)(layer) for n in self.parameters)
         residual = tensors.pop()[:, :, 0] if self.separate_residual else None
-        tensor = torch.cat(tensors, dim=2) if len(tensors) > 1 else tensors[0]
+        tensor = concatenate(tensors, 2)
         basis = self.shape[2]
         if residual is None and tensor.shape[2] > basis:
             return tensor[:, :, :basis], tensor[:, :, basis]
@@ -132,18 +132,13 @@ class CoefficientTensor:
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """The canonical tensor of parts that are laid out like `parameters`, e.g. of their gradients."""
-        tensors = self._canonical(parts)
-        return torch.cat(tensors, dim=2) if len(tensors) > 1 else tensors[0]
+        return concatenate(self._canonical(parts), 2)
 
     def _canonical(self, values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """Each part in the canonical order, of the values of all members."""
         values = iter(values)
         return [
-            part[0].layout.to_canonical(next(values), part[0].lengths)
-            if len(part) == 1
-            else torch.cat(
-                [_filled(member.layout.to_canonical(next(values), member.lengths), size) for member in part]
-            )
+            concatenate([_filled(it.layout.to_canonical(next(values), it.lengths), size) for it in part], 0)
             for part, size in zip(self.parts, self._sizes, strict=True)
         ]
 
@@ -171,10 +166,8 @@ class CoefficientTensor:
 
 def _filled(tensor: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """The tensor with zeros at the end of its inputs and basis functions, up to the size of the part."""
-    missing = [size[mode] - tensor.shape[mode] for mode in (2, 1)]
-    if not any(missing):
-        return tensor
-    return F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, missing[0], 0, missing[1]))
+    missing = 0, size[2] - tensor.shape[2], 0, size[1] - tensor.shape[1]
+    return F.pad(tensor, (0, 0) * (tensor.dim() - 3) + missing) if any(missing) else tensor
 
 
 def locate_coefficients(layer: nn.Module, spec: Any) -> CoefficientTensor:
@@ -192,7 +185,7 @@ def locate_coefficients(layer: nn.Module, spec: Any) -> CoefficientTensor:
     if 0 in counts.values() or len(set(counts.values())) > 1:
         raise ValueError(f"{problem}lists are not as described. Their numbers of members are {counts}.")
     lengths = [spec.axes_of(layer) for _ in range(max(counts.values(), default=1))]  # of each member of a list
-    found: dict[str, tuple[Layout, list[dict[str, int]]]] = {}  # and the lengths that are known, of each member
+    found: dict[str, tuple[Layout, tuple[int, ...], list[dict[str, int]]]] = {}
     for position, ((name, pattern), members) in enumerate(zip(described, names, strict=True)):
         for place, member in enumerate(members):
             parameter = get_or_none(layer, member)
@@ -201,27 +194,26 @@ def locate_coefficients(layer: nn.Module, spec: Any) -> CoefficientTensor:
             may_share = 0 < position < len(spec.parts)
             layout = parse_layout(pattern, spec.groups, parameter.dim(), may_share)
             if may_share:
-                layout = layout.beside(found[names[0][min(place, len(names[0]) - 1)]][0], is_listed="*" in name)
-            found[member] = layout, lengths[place : place + 1] if "*" in name else lengths
+                layout = layout.beside(found[names[0][0]][0], is_listed="*" in name)
+            own = lengths[place : place + 1] if "*" in name else lengths
+            found[member] = layout, tuple(parameter.shape), own
 
     def count_open(name: str) -> int:
-        layout, (known, *_) = found[name]
+        layout, _, (known, *_) = found[name]
         return max(sum(axis not in known for axis in dim) for dim in layout.dims)
 
-    shapes = {name: tuple(get_or_none(layer, name).shape) for name in found}
     for name in sorted(found, key=count_open):  # one may settle what another leaves open
-        layout, own = found[name]
+        layout, shape, own = found[name]
         try:
-            solved = layout.axis_lengths(shapes[name], own[0])
+            solved = layout.axis_lengths(shape, own[0])
         except ValueError as error:
             raise ValueError(f"{problem}`{name}` is not as described. {error}") from error
         for known in own:
             known.update(solved | known)
 
     def located(name: str) -> Member:
-        layout, (known, *_) = found[name]
-        own = {axis: known[axis] for axis in (*layout.axes, *layout.shared)}
-        return Member(name, layout, own, shapes[name], layout.canonical_shape(own))
+        layout, shape, (known, *_) = found[name]
+        return Member(name, layout, known, shape, layout.canonical_shape(known))
 
     parts = tuple(tuple(map(located, members)) for members in names)
     tensor = CoefficientTensor(spec.family, parts, len(described) > len(spec.parts))
