@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from itertools import chain, product
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -59,8 +59,7 @@ def find_candidates(model: nn.Module, known: Collection[int]) -> list[KANCandida
 def describe_layer(module: nn.Module) -> tuple[str, bool] | None:
     """The call that registers the kind of a module, and whether gradients verify it; `None` if it is no KAN layer."""
     large = _large_parameters(module)
-    specs = (spec for spec in chain([infer_spec(module)], _convolutions(module, large)) if spec is not None)
-    if (spec := next(specs, None)) is not None:
+    if spec := infer_spec(module) or next(_convolutions(module, large), None):
         return _registration(module, spec), True
     if not large or not _may_be_kan(module):
         return None

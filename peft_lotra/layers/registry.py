@@ -265,16 +265,11 @@ def same_grid(first: Mapping[str, object], second: Mapping[str, object]) -> bool
 
     A tensor on the meta device, which has no content, equals any other of its shape.
     """
-    if first.keys() != second.keys():
-        return False
-    for name, value in first.items():
-        other = second[name]
-        if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
-            narrow, wide = sorted((value, other), key=torch.Tensor.element_size)  # compared in the fewer digits
-            if narrow.shape != wide.shape:
-                return False
-            if not (narrow.is_meta or wide.is_meta or torch.equal(narrow, wide.to(narrow))):
-                return False
-        elif type(value) is not type(other) or value != other:
-            return False
-    return True
+    return first.keys() == second.keys() and all(_is_same(value, second[name]) for name, value in first.items())
+
+
+def _is_same(value: object, other: object) -> bool:
+    if not (isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor)):
+        return type(value) is type(other) and value == other
+    narrow, wide = sorted((value, other), key=torch.Tensor.element_size)  # compared in the fewer digits
+    return narrow.shape == wide.shape and (narrow.is_meta or wide.is_meta or torch.equal(narrow, wide.to(narrow)))
