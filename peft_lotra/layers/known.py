@@ -51,10 +51,6 @@ def _kind(row: str, where: Callable[[Any], bool] | None = None, **others: Any) -
     )
 
 
-def _is_convolution(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.modules.conv._ConvNd) and layer.groups == 1
-
-
 def _degrees(layer: Any) -> dict[str, int]:
     return {"k": layer.degree + 1}
 
@@ -97,16 +93,12 @@ for _dims in (1, 2, 3):
     )
 _kind(  # one convolution; its groups cut the degrees, so that a layer with groups is no sum of functions
     "gram-conv-2 | poly_conv degree | poly_conv.weight o (k i) ... | base_conv.weight o i ... | | beta_weights",
-    where=lambda m: _is_convolution(m.poly_conv) and m.degree > 0,
+    where=lambda m: m.poly_conv.groups == 1 and m.degree > 0,
     axes=_degrees,
 )
 _kind(  # U-KAN: the functions outside, other than in torch-conv-kan
     "fast-kan-conv | spline_conv rbf | spline_conv.weight o (k i) ... | base_conv.weight o i ... | | rbf.grid",
-    where=lambda m: (
-        _is_convolution(m.spline_conv)
-        and isinstance(m.rbf, nn.Module)
-        and (hasattr(m, "base_conv") or hasattr(m.rbf, "grid"))
-    ),
+    where=lambda m: m.spline_conv.groups == 1 and (hasattr(m, "base_conv") or hasattr(m.rbf, "grid")),
     bias="base_conv.bias",
     axes=lambda m: {} if hasattr(m, "base_conv") else {"k": m.rbf.grid.numel()},
 )
@@ -241,7 +233,6 @@ _kind(  # edges in one axis; its later layout is a 3-axis one
     axes=lambda m: {"o": m.out_dim, "i": m.in_dim},
     **_OF_PYKAN,
 )
-_FEW_OUTPUTS = 16  # up to which the phases of ReLU-KAN are more than a tenth of the layer
 _RELU_KAN = "phase_low:2 equal_size_conv.weight:4 | equal_size_conv.weight o () (i k):2"
 _kind(
     f"relu-kan | {_RELU_KAN} | | | phase_low phase_high phase_height",
@@ -249,11 +240,9 @@ _kind(
     axes=lambda m: {"i": len(m.phase_low)},
 )
 for _family, _name in (("relu-kan-few", "phase_height"), ("relu-kan-few-high", "phase_high")):
-    _kind(  # of few outputs: the phases, which all outputs share, are a large share of the layer
+    _kind(  # of few outputs: the phases, which all outputs share, are more than a tenth of the layer
         f"{_family} | {_RELU_KAN}, phase_low i k, {_name} i k",
-        where=lambda m, high=_name: (
-            len(m.equal_size_conv.weight) <= _FEW_OUTPUTS and {"phase_low", high} <= {*m._parameters}
-        ),
+        where=lambda m, high=_name: len(m.equal_size_conv.weight) <= 16 and {"phase_low", high} <= {*m._parameters},
         axes=lambda m: {"i": len(m.phase_low)},
     )
 # all layers of a network in one module
