@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""KAN layers that keep their coefficients in any order of axes."""
+"""KAN layers that keep their coefficients in any order of axes, and modules by a formula."""
 
 from __future__ import annotations
 
@@ -65,3 +65,16 @@ class OtherCheby(nn.Module):
     def forward(self, x):
         angles = torch.tanh(x).clamp(-0.999, 0.999).acos()[..., None] * torch.arange(self.cheby_coeffs.shape[-1])
         return torch.einsum("bik,oik->bo", angles.cos(), self.cheby_coeffs)
+
+
+class Formula(nn.Module):
+    """A module that computes `function(module, x)`, of parameters, given by their shapes, and other parts."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(torch.randn(part)) if isinstance(part, tuple) else part)
+
+    def forward(self, x):
+        return self.function(self, x)
