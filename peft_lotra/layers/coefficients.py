@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layout import Layout, concatenate, parse_layout
+from .layout import Layout, concatenate
 
 
 # A parameter, or with `*` the parameters of a list of modules, and the pattern of each.
@@ -168,59 +168,6 @@ def _filled(tensor: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """The tensor with zeros at the end of its inputs and basis functions, up to the size of the part."""
     missing = 0, size[2] - tensor.shape[2], 0, size[1] - tensor.shape[1]
     return F.pad(tensor, (0, 0) * (tensor.dim() - 3) + missing) if any(missing) else tensor
-
-
-def locate_coefficients(layer: nn.Module, spec: Any) -> CoefficientTensor:
-    """Finds the coefficients of a layer by the description of its kind, a `KANLayerSpec`.
-
-    Raises:
-        ValueError: A parameter is missing, or a pattern does not fit it.
-    """
-    described = [*spec.parts]
-    if spec.residual and any(get_or_none(layer, name) is not None for name in expand_name(layer, spec.residual[0])):
-        described.append(spec.residual)
-    names = [expand_name(layer, name) for name, _ in described]
-    problem = f"{type(layer).__name__} was recognized as a KAN layer of the kind {spec.family!r}, but its parameter "
-    counts = {name: len(members) for (name, _), members in zip(described, names, strict=True) if "*" in name}
-    if 0 in counts.values() or len(set(counts.values())) > 1:
-        raise ValueError(f"{problem}lists are not as described. Their numbers of members are {counts}.")
-    lengths = [spec.axes_of(layer) for _ in range(max(counts.values(), default=1))]  # of each member of a list
-    found: dict[str, tuple[Layout, tuple[int, ...], list[dict[str, int]]]] = {}
-    for position, ((name, pattern), members) in enumerate(zip(described, names, strict=True)):
-        for place, member in enumerate(members):
-            parameter = get_or_none(layer, member)
-            if not isinstance(parameter, torch.Tensor):
-                raise ValueError(f"{problem}`{member}` is not as described. There is no such parameter.")
-            may_share = 0 < position < len(spec.parts)
-            layout = parse_layout(pattern, spec.groups, parameter.dim(), may_share)
-            if may_share:
-                layout = layout.beside(found[names[0][0]][0], is_listed="*" in name)
-            own = lengths[place : place + 1] if "*" in name else lengths
-            found[member] = layout, tuple(parameter.shape), own
-
-    def count_open(name: str) -> int:
-        layout, _, (known, *_) = found[name]
-        return max(sum(axis not in known for axis in dim) for dim in layout.dims)
-
-    for name in sorted(found, key=count_open):  # one may settle what another leaves open
-        layout, shape, own = found[name]
-        try:
-            solved = layout.axis_lengths(shape, own[0])
-        except ValueError as error:
-            raise ValueError(f"{problem}`{name}` is not as described. {error}") from error
-        for known in own:
-            known.update(solved | known)
-
-    def located(name: str) -> Member:
-        layout, shape, (known, *_) = found[name]
-        return Member(name, layout, known, shape, layout.canonical_shape(known))
-
-    parts = tuple(tuple(map(located, members)) for members in names)
-    tensor = CoefficientTensor(spec.family, parts, len(described) > len(spec.parts))
-    outer = {part[0].name: size[:2] for part, size in zip(parts, tensor._sizes, strict=True)}
-    if len(set(outer.values())) > 1:
-        raise ValueError(f"{problem}shapes are not as described. Those of (out, in) must be equal, and are {outer}.")
-    return tensor
 
 
 def named_size(layer: nn.Module, axis: str) -> tuple[str, int | None]:

@@ -9,7 +9,7 @@ other with nothing between them. Everything else is differentiated by transforms
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -105,14 +105,11 @@ def _stage(form: _Form, layer: Any, known: _Layer, parameters: Mapping[str, Tens
         branches = [Branch(basis, coefficients, get_or_none(layer, spec.normalization or ""))]
     if residual is not None and not (form.on_uniform_grid and form.with_silu):
         of_others = partial(elementwise_derivatives, partial(cast(Any, spec.activation), layer))
-        derivatives = partial(_unsqueezed, silu_derivatives if form.with_silu else of_others)
-        branches.append(Branch(FunctionBasis(1, derivatives, tensors), residual.unsqueeze(-1)))
+        of = silu_derivatives if form.with_silu else of_others
+        basis = FunctionBasis(1, lambda z, highest: [part.unsqueeze(-1) for part in of(z, highest)], tensors)
+        branches.append(Branch(basis, residual.unsqueeze(-1)))
     bias = get_or_none(layer, spec.bias or "")
     return Stage(layer, branches=tuple(branches), bias=None if bias is None else bias.flatten())
-
-
-def _unsqueezed(derivatives: Callable[[Tensor, int], list[Tensor]], z: Tensor, highest: int) -> list[Tensor]:
-    return [part.unsqueeze(-1) for part in derivatives(z, highest)]
 
 
 # Whether a layer is as described

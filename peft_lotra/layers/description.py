@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from ..kan.basis import UniformGrid
-from .coefficients import CoefficientTensor, Described, expand_name, get_or_none, locate_coefficients
-from .layout import parse_layout
+from .coefficients import CoefficientTensor, Described, Member, expand_name, get_or_none
+from .layout import Layout, parse_layout
 
 
 Grid = dict[str, "torch.Tensor | int | float"]
@@ -137,8 +137,62 @@ class KANLayerSpec:
         return {axis: int(length) for axis, length in axes.items()}
 
     def locate(self, layer: nn.Module) -> CoefficientTensor:
-        """Finds the coefficients of a layer; raises a `ValueError` if a pattern does not fit its parameter."""
-        return locate_coefficients(layer, self)
+        """Finds the coefficients of a layer.
+
+        Raises:
+            ValueError: A parameter is missing, or a pattern does not fit it.
+        """
+        described = [*self.parts]
+        if self.residual and any(
+            get_or_none(layer, name) is not None for name in expand_name(layer, self.residual[0])
+        ):
+            described.append(self.residual)
+        names = [expand_name(layer, name) for name, _ in described]
+        problem = (
+            f"{type(layer).__name__} was recognized as a KAN layer of the kind {self.family!r}, but its parameter "
+        )
+        counts = {name: len(members) for (name, _), members in zip(described, names, strict=True) if "*" in name}
+        if 0 in counts.values() or len(set(counts.values())) > 1:
+            raise ValueError(f"{problem}lists are not as described. Their numbers of members are {counts}.")
+        lengths = [self.axes_of(layer) for _ in range(max(counts.values(), default=1))]  # of each member of a list
+        found: dict[str, tuple[Layout, tuple[int, ...], list[dict[str, int]]]] = {}
+        for position, ((name, pattern), members) in enumerate(zip(described, names, strict=True)):
+            for place, member in enumerate(members):
+                parameter = get_or_none(layer, member)
+                if not isinstance(parameter, torch.Tensor):
+                    raise ValueError(f"{problem}`{member}` is not as described. There is no such parameter.")
+                may_share = 0 < position < len(self.parts)
+                layout = parse_layout(pattern, self.groups, parameter.dim(), may_share)
+                if may_share:
+                    layout = layout.beside(found[names[0][0]][0], is_listed="*" in name)
+                own = lengths[place : place + 1] if "*" in name else lengths
+                found[member] = layout, tuple(parameter.shape), own
+
+        def count_open(name: str) -> int:
+            layout, _, (known, *_) = found[name]
+            return max(sum(axis not in known for axis in dim) for dim in layout.dims)
+
+        for name in sorted(found, key=count_open):  # one may settle what another leaves open
+            layout, shape, own = found[name]
+            try:
+                solved = layout.axis_lengths(shape, own[0])
+            except ValueError as error:
+                raise ValueError(f"{problem}`{name}` is not as described. {error}") from error
+            for known in own:
+                known.update(solved | known)
+
+        def located(name: str) -> Member:
+            layout, shape, (known, *_) = found[name]
+            return Member(name, layout, known, shape, layout.canonical_shape(known))
+
+        parts = tuple(tuple(map(located, members)) for members in names)
+        tensor = CoefficientTensor(self.family, parts, len(described) > len(self.parts))
+        outer = {part[0].name: size[:2] for part, size in zip(parts, tensor._sizes, strict=True)}
+        if len(set(outer.values())) > 1:
+            raise ValueError(
+                f"{problem}shapes are not as described. Those of (out, in) must be equal, and are {outer}."
+            )
+        return tensor
 
     def is_of_this_package(self, layer: nn.Module) -> bool:
         """Whether the class of a layer comes with its description, which is then not compared with the layer."""

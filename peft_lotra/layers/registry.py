@@ -233,9 +233,6 @@ def short_name(name: str) -> str:
     return name.removeprefix(PREFIX)
 
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
-
-
 def walk_kan_layers(
     module: nn.Module, name: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, nn.Module, KANLayerSpec]]:
@@ -251,9 +248,7 @@ def walk_kan_layers(
     while isinstance(base_layer := module._modules.get("base_layer"), nn.Module):
         spec = spec or vars(module).get("lotra_spec")  # of a kind that may not be registered
         module = base_layer
-    if type(module) not in _CONTAINERS:
-        spec = spec or get_kan_spec(module)
-    if spec is not None:
+    if spec := spec or get_kan_spec(module):
         yield name, module, spec
         return
     for child_name, child in module.named_children():
