@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from functools import partial, reduce
+from itertools import product
 
 import orders
 import pytest
 import torch
 from helpers import adapt, relative
-from orders import Flat, Formula, Layer
+from orders import Flat, Formula, Layer, assert_one_edge
 from peft import PeftModel
 from torch import nn
 
@@ -124,30 +125,39 @@ class Radial(RadialPart):
         return super().forward(self.norm(x)) + self.branch(x)
 
 
-@pytest.mark.parametrize("sizes", [(3, 5), (4, 4)])
-@pytest.mark.parametrize(
-    ("make", "residual"),
-    [
-        (by_edge, "base.1.weight"),
-        (partial(by_edge, order="oi"), "base.1.weight"),
-        (by_function, None),
-        (partial(by_function, of_layers=False), None),
-        (Radial, "branch.1.weight"),
-    ],
-)
-def test_lists_edges_and_branches(make, residual, sizes):
-    i, o = sizes
-    layer, x = make(i, o), torch.rand(7, i)
-    spec = get_kan_spec(layer)
+# a layer, its sizes, the names of its coefficients, the number of functions, the name of the residual weights
+SQUARE, SIZES, ORDERS = [(3, 5), (4, 4)], [(4, 4), (2, 5), (5, 1)], ["oik", "iok", "iko", "kio", "oki", "koi"]
+FOUND = [
+    *(
+        (partial(by_edge, order=order), sizes, "table", 4, "base.1.weight")
+        for order in ("io", "oi")
+        for sizes in SQUARE
+    ),
+    *((by_function, sizes, " ".join(f"sums.{k}.weight" for k in range(4)), 4, None) for sizes in SQUARE),
+    *((partial(by_function, of_layers=False), sizes, "sums.0 sums.1 sums.2 sums.3", 4, None) for sizes in SQUARE),
+    *((Radial, sizes, "sum.weight", 4, "branch.1.weight") for sizes in SQUARE),
+    *(
+        (partial(Polynomials, order=order, residual=residual), sizes, "A", 4, residual and "base")
+        for order, residual, sizes in product(ORDERS, (None, "oi", "io"), SIZES)
+    ),
+    *(
+        (partial(Flat, inner=inner, first=first), (4, 6), "table", 4, None)
+        for inner, first in product(("ik", "ki"), (True, False))
+    ),
+    *((small_networks, (5, outputs), "w1 w2 b1", 3 * 2 + 3 + 3, None) for outputs in (1, 4)),
+    (Wavelets, (5, 4), "scale translation A", 3, None),
+    (scaled_twice, (5, 4), "c s t", 8 + 2, "w"),
+]
+
+
+@pytest.mark.parametrize(("make", "sizes", "names", "functions", "residual"), FOUND)
+def test_the_layout_is_that_of_the_gradients(make, sizes, names, functions, residual):
+    spec = get_kan_spec(layer := make(*sizes))
     tensor = spec.locate(layer)
-    assert tensor.shape == (o, i, 4) and spec.residual == (residual and (residual, "o i"))
-    before, delta = layer(x), torch.zeros(tensor.read(layer).shape)
-    delta[1, 2, :4] = 1
-    with torch.no_grad():
-        for name, part in tensor.split(delta).items():
-            layer.get_parameter(name).add_(part)
-    moved = (layer(x) - before).abs().amax(0)
-    assert moved[1] > 1e-3 and moved.sum() == moved[1]
+    assert tensor.shape == (sizes[1], sizes[0], functions) and {*tensor.names} == {*names.split()}
+    assert (spec.residual or [None])[0] == residual
+    assert (check_kan_layer(layer).linear == "no") == (make in (small_networks, Wavelets, scaled_twice))
+    assert_one_edge(layer, tensor, torch.rand(7, sizes[0]), mixes_inputs=make is Radial)
 
 
 class Tokens(Polynomials):
@@ -158,48 +168,10 @@ class Tokens(Polynomials):
         return super().forward(x.reshape(batch * tokens, -1)).view(batch, tokens, -1)
 
 
-def test_a_layer_of_tokens_and_one_of_four_axes_of_any_length():
-    for inputs in (2, 5):
-        tensor = get_kan_spec(layer := Tokens(inputs, 4, residual="oi")).locate(layer)
-        assert tensor.shape == (4, inputs, 4) and tensor.has_residual
-    for outputs in (1, 4):
-        tensor = get_kan_spec(layer := small_networks(5, outputs)).locate(layer)
-        assert set(tensor.names) == {"w1", "w2", "b1"} and tensor.shape == (outputs, 5, 3 * 2 + 3 + 3)
-
-
-@pytest.mark.parametrize("sizes", [(4, 4), (2, 5), (5, 1)])
-@pytest.mark.parametrize("residual", [None, "oi", "io"])
-@pytest.mark.parametrize("order", ["oik", "iok", "iko", "kio", "oki", "koi"])
-def test_any_order_of_axes(order, residual, sizes):
-    layer = Polynomials(*sizes, order=order, residual=residual)
-    tensor = get_kan_spec(layer).locate(layer)
-    assert tensor.shape == (sizes[1], sizes[0], 4) and tensor.has_residual == (residual is not None)
-    expected = layer.A.permute([order.index(axis) for axis in "oik"])
-    assert torch.equal(tensor.read(layer)[..., :4], expected)
-    if residual and 1 not in sizes:
-        assert torch.equal(tensor.read(layer)[..., -1], layer.base if residual == "oi" else layer.base.T)
-
-
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("inner", ["ik", "ki"])
-def test_a_flattened_axis(inner, first):
-    layer = Flat(4, 6, inner=inner, first=first)
-    tensor = get_kan_spec(layer).locate(layer)
-    table = layer.table if first else layer.table.T
-    expected = table.unflatten(1, (4, 4))
-    assert torch.equal(tensor.read(layer), expected if inner == "ik" else expected.transpose(1, 2))
-
-
-@pytest.mark.parametrize(
-    ("make", "coefficients", "residual"),
-    [(Wavelets, "scale translation A", None), (scaled_twice, "c s t", "w")],
-)
-def test_parts_and_factors_of_edges_that_are_a_large_share(make, coefficients, residual):
-    layer = make(5, 4)
-    spec = get_kan_spec(layer)
-    tensor = spec.locate(layer)
-    assert tensor.names == tuple(coefficients.split()) and check_kan_layer(layer).linear == "no"
-    assert spec.residual == (residual and (residual, "o i"))
+@pytest.mark.parametrize("inputs", [2, 5])
+def test_a_layer_of_tokens(inputs):
+    tensor = get_kan_spec(layer := Tokens(inputs, 4, residual="oi")).locate(layer)
+    assert tensor.shape == (4, inputs, 4) and tensor.has_residual
 
 
 @pytest.mark.parametrize(

@@ -78,3 +78,30 @@ class Formula(nn.Module):
 
     def forward(self, x):
         return self.function(self, x)
+
+
+def assert_one_edge(layer, tensor, x, mixes_inputs=False):
+    """Adding to one edge (o, i) of the canonical tensor moves output o alone, and only as far as input i goes."""
+    out, inputs = edge = max(tensor.shape[0] - 2, 0), min(1, tensor.shape[1] - 1)
+    delta = torch.zeros_like(tensor.read(layer))
+    delta[edge] = torch.randn(delta[edge].shape)
+    before = {name: layer.get_parameter(name).detach().clone() for name in tensor.parameters}
+
+    @torch.no_grad()
+    def change(x):
+        found = [layer(x)]
+        for name, part in tensor.split(delta).items():
+            layer.get_parameter(name).add_(part)
+        found.append(layer(x))
+        for name, value in before.items():
+            layer.get_parameter(name).copy_(value)
+        y, z = (y[0] if isinstance(y, tuple) else y for y in found)
+        return (z - y).movedim(1, -1).flatten(0, -2)
+
+    moved = change(x)
+    assert (moved.abs().amax(0) > 1e-4).nonzero().flatten().tolist() == [out]
+    if not mixes_inputs:
+        others, own = x.clone(), x.shape[1] - tensor.shape[1] + inputs  # of the last group
+        rest = [place for place in range(x.shape[1]) if place != own]
+        others[:, rest] = 0.9 * x[:, rest].roll(1, 1)
+        torch.testing.assert_close(change(others), moved, rtol=0, atol=1e-4)
