@@ -28,7 +28,7 @@ _SIZES = {
 
 
 class Member(NamedTuple):
-    """One parameter: its name, layout, axis lengths, stored shape, and shape in the canonical order."""
+    """One parameter: its name, layout, the lengths of all axes, stored shape, and shape in the canonical order."""
 
     name: str
     layout: Layout
@@ -60,21 +60,14 @@ class CoefficientTensor:
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """(out, in, basis) or (out, in, basis, kernel), without the residual branch."""
-        sizes = self._sizes
-        out, in_, _, *kernel = sizes[0]
-        basis = sum(size[2] for size in sizes) - self.has_residual
-        return (out, in_, basis, *kernel)
+        out, in_, _, *kernel = self._sizes[0]
+        return (out, in_, sum(size[2] for size in self._sizes) - self.has_residual, *kernel)
 
     @cached_property
     def _sizes(self) -> list[tuple[int, ...]]:
         """The canonical shape of each part."""
-        return [
-            (
-                sum(member.shape[0] for member in part),
-                *map(max, zip(*(member.shape[1:] for member in part), strict=True)),
-            )
-            for part in self.parts
-        ]
+        columns = [zip(*(member.shape for member in part), strict=True) for part in self.parts]
+        return [(sum(out), *map(max, rest)) for out, *rest in columns]
 
     @cached_property
     def has_residual(self) -> bool:
@@ -92,19 +85,9 @@ class CoefficientTensor:
         parts = self.parts[:-1] if self.separate_residual else self.parts
         return tuple(member.name for part in parts for member in part)
 
-    @cached_property
-    def name(self) -> str:
-        """The name of the first parameter of the coefficients."""
-        return self.parts[0][0].name
-
-    @cached_property
-    def lengths(self) -> Mapping[str, int]:
-        """The length of each axis, of several members those of the first."""
-        return {axis: length for part in self.parts for axis, length in part[0].lengths.items()}
-
     def get_parameter(self, layer: nn.Module) -> torch.Tensor:
         """The first parameter of the coefficients, as stored. Under FSDP it is a plain tensor view."""
-        return attrgetter(self.name)(layer)
+        return attrgetter(self.names[0])(layer)
 
     def read_parameters(self, layer: nn.Module) -> dict[str, torch.Tensor]:
         """The adapted parameters, as stored, by name."""

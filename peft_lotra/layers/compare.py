@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -22,15 +22,10 @@ from .inference import infer_spec
 from .probe import Probe, Undecided, remembered
 
 
-T = TypeVar("T")
-
-
-def _asked(
-    layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, question: Callable[[Probe, CoefficientTensor], T]
-) -> T:
+def _asked(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, question: Callable[..., Any]) -> Any:
     """The answer to a question about layers of this class and description; an `Undecided` if it cannot be run now."""
 
-    def find() -> T:
+    def find() -> Any:
         probe = Probe(layer, spec.read_grid(layer))
         probe.values(tensor)  # or Undecided
         return question(probe, tensor)
@@ -44,9 +39,9 @@ def _comparison(probe: Probe, tensor: CoefficientTensor) -> tuple[bool, str]:
     unused = ", ".join(f"`{name}`" for name, is_reached in reached.items() if is_reached is None)
     axes, problem = probe.axes(tensor), ""
     if axes.contradiction:
-        pattern, shape = tensor.parameters[tensor.name].pattern, tuple(tensor.get_parameter(probe.layer).shape)
+        pattern, shape = tensor.parameters[tensor.names[0]].pattern, tuple(tensor.get_parameter(probe.layer).shape)
         problem = (
-            f"does not compute what its description says: `{tensor.name}` {shape} is not laid out as {pattern!r}, "
+            f"does not compute what its description says: `{tensor.names[0]}` {shape} is not laid out as {pattern!r}, "
             f"since {axes.contradiction}. `check_kan_layer(layer)` shows a description that fits."
         )
     elif unused:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Number
 from operator import attrgetter
 from typing import Any
 
@@ -204,8 +203,8 @@ class KANLayerSpec:
         """The state that gives the coefficients of a layer their meaning, by name, without missing entries."""
         names = [each for name in self.grid for each in expand_name(layer, name)]
         values = {name: value for name in names if (value := get_or_none(layer, name)) is not None}
-        # numbers of numpy as those of Python
-        return {name: v.item() if isinstance(v, Number) and hasattr(v, "item") else v for name, v in values.items()}
+        of_numpy = {n: v.item() for n, v in values.items() if hasattr(v, "item") and not isinstance(v, torch.Tensor)}
+        return {**values, **of_numpy}
 
     def check_names(self, layer: nn.Module) -> None:
         """Raises a `ValueError` if a layer lacks an attribute that `grid` or `grid_methods` names."""
@@ -234,7 +233,7 @@ class KANLayerSpec:
         name, pattern = self.edge_scale or ("", "")
         if (scale := get_or_none(layer, name)) is None:
             return None
-        values = parse_layout(pattern, self.groups, scale.dim()).to_canonical(scale, tensor.lengths)
+        values = parse_layout(pattern, self.groups, scale.dim()).to_canonical(scale, tensor.parts[0][0].lengths)
         return values if values.dim() == len(tensor.shape) else values.unsqueeze(-1)
 
     def describe(self, layer: nn.Module) -> dict[str, Any]:
@@ -251,7 +250,7 @@ def spec_from_file(family: str, description: Mapping[str, Any]) -> KANLayerSpec:
         ValueError: The description is damaged.
     """
     try:
-        values = {n: tuple(v) if isinstance(v, list) else v for n, v in description.items() if n in _IN_FILES}
+        values: Any = {n: tuple(v) if isinstance(v, list) else v for n, v in description.items() if n in _IN_FILES}
         return KANLayerSpec(family, matches_nothing, **values)
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"The description of the kind of layer {family!r} in the file is broken: {error}") from error

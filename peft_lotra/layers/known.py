@@ -33,7 +33,7 @@ def _kind(row: str, where: Callable[[Any], bool] | None = None, **others: Any) -
     Args:
         row: Its columns: name | attributes of its layers, see `has` | coefficients | residual | edge scale | grid.
             Columns at the end may be absent. A parameter is given by its name and its pattern, parts of the
-            coefficients are separated by commas.
+            coefficients are separated by commas. `name()` is a method that moves the grid.
         where: What else is true of its layers, if they have the attributes.
         **others: The other fields of `KANLayerSpec`.
     """
@@ -46,7 +46,8 @@ def _kind(row: str, where: Callable[[Any], bool] | None = None, **others: Any) -
         coefficients=[part.split(None, 1) for part in coefficients.split(", ")],
         residual=tuple(residual.split(None, 1)) or None,
         edge_scale=tuple(edge_scale.split(None, 1)) or None,
-        grid=tuple(grid.split()),
+        grid=tuple(name for name in grid.split() if "()" not in name),
+        grid_methods=tuple(name[:-2] for name in grid.split() if "()" in name),
         **others,
     )
 
@@ -104,16 +105,14 @@ _kind(  # U-KAN: the functions outside, other than in torch-conv-kan
 )
 _kind(  # on patches: rows (..., groups, in)
     "convkan | spline_weight:4 base_weight:3 grid:3 | spline_weight g o i k | base_weight g o i "
-    "| spline_scaler g o i | grid",
+    "| spline_scaler g o i | grid update_grid()",
     groups="g",
-    grid_methods=("update_grid",),
 )
 _kind(
     "kanlib-conv | coefficients basis | coefficients (g o) i ... k | weight_residual (g o) i ... "
-    "| weight_spline (g o) i ... | basis.grid",
+    "| weight_spline (g o) i ... | basis.grid update_grid() refine_grid()",
     where=lambda m: m.coefficients.ndim > 3 and isinstance(m.basis, nn.Module),
     groups="g",
-    grid_methods=("update_grid", "refine_grid"),
     bias="bias_output",
     axes=lambda m: {"g": m.groups},
 )
@@ -166,8 +165,8 @@ _kind(
     "| freqs input_scale input_shift"
 )
 _kind(
-    "kanx | spline_weight:3 grid:2 update_grid_from_samples | spline_weight i o k | base_weight i o | | grid",
-    grid_methods=("update_grid_from_samples",),
+    "kanx | spline_weight:3 grid:2 update_grid_from_samples | spline_weight i o k | base_weight i o "
+    "| | grid update_grid_from_samples()"
 )
 _kind(  # its splines, in float32, are too far from the closed form
     "flashkan | spline_weight:3 grid_starts:1 | spline_weight o i k | base_weight o i | | grid_starts inv_h",
@@ -210,8 +209,8 @@ _kind(  # FasterKAN too, which has no residual branch
     bias="base_linear.bias",
     axes=lambda m: {"k": m.rbf.grid.numel()},
 )
+_PYKAN_GRID = "grid update_grid_from_samples() initialize_grid_from_parent() get_subset() swap()"
 _OF_PYKAN: dict[str, Any] = {
-    "grid_methods": ("update_grid_from_samples", "initialize_grid_from_parent", "get_subset", "swap"),
     "network_methods": {
         "fit": "update_grid",
         **dict.fromkeys(
@@ -222,13 +221,13 @@ _OF_PYKAN: dict[str, Any] = {
     },
 }
 _kind(  # a copy may lack `scale_base`
-    "pykan | coef:3 mask:2 scale_sp:2 | coef i o k | scale_base i o | scale_sp i o | grid",
+    f"pykan | coef:3 mask:2 scale_sp:2 | coef i o k | scale_base i o | scale_sp i o | {_PYKAN_GRID}",
     checkpoint_methods=("saveckpt",),
     basis=_pykan_basis,  # without `activation` no fast path: the layers also return the value of each edge
     **_OF_PYKAN,
 )
 _kind(  # edges in one axis; its later layout is a 3-axis one
-    "pykan-2024 | coef:2 scale_base:1 | coef (o i) k | scale_base (o i) | scale_sp (o i) | grid",
+    f"pykan-2024 | coef:2 scale_base:1 | coef (o i) k | scale_base (o i) | scale_sp (o i) | {_PYKAN_GRID}",
     where=lambda m: len(m.coef) == m.in_dim * m.out_dim,
     axes=lambda m: {"o": m.out_dim, "i": m.in_dim},
     **_OF_PYKAN,
@@ -249,18 +248,17 @@ for _family, _name in (("relu-kan-few", "phase_height"), ("relu-kan-few-high", "
 _kind("torchkan | spline_weights.0 base_weights.0 | spline_weights.* o i k | base_weights.* o i")
 _kind("torchkan-polynomials | poly_weights.0 base_weights.0 | poly_weights.* o (i k) | base_weights.* o i")
 _EFFICIENT_KAN = "spline_weight:3 grid:2 b_splines | spline_weight o i k"
+_ITS_GRID = "grid update_grid() update_grid_from_qkan()"
 _kind(  # the delta is put on the raw parameter, not on its product with `spline_scaler`
-    f"efficient-kan | {_EFFICIENT_KAN} | base_weight o i | spline_scaler o i | grid",
+    f"efficient-kan | {_EFFICIENT_KAN} | base_weight o i | spline_scaler o i | {_ITS_GRID}",
     basis=lambda m, x: m.b_splines(x),
     splines=_splines_from_knots,
     derivatives=lambda m, x, highest: bases.spline_derivatives(m.grid, m.spline_order, x, highest),
     activation=lambda m, x: m.base_activation(x),
-    grid_methods=("update_grid", "update_grid_from_qkan"),
 )
 _kind(  # of few functions `spline_scaler` is a fifth of them or more: a part
-    f"efficient-kan-few | {_EFFICIENT_KAN}, spline_scaler o i | base_weight o i | | grid",
+    f"efficient-kan-few | {_EFFICIENT_KAN}, spline_scaler o i | base_weight o i | | {_ITS_GRID}",
     where=lambda m: m.spline_weight.shape[2] <= 4 and "spline_scaler" in m._parameters,
-    grid_methods=("update_grid", "update_grid_from_qkan"),
 )
 _OURS: dict[str, Any] = {
     "coefficients": ("spline_weight", "o i k"),

@@ -173,7 +173,7 @@ class Probe:
     def _isolated(self, tensor: CoefficientTensor) -> Iterator[dict[str, Tensor]]:
         """The `values`, while gradients are computed; the random generators are put back at the end."""
         values = self.values(tensor)
-        device = values[tensor.name].device
+        device = values[tensor.names[0]].device
         is_compiled = "torch._dynamo" in sys.modules  # flashkan compiles its basis, which would take seconds
         stance = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
         generators = torch.random.fork_rng([device] if device.type == "cuda" else [])

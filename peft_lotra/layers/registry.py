@@ -169,10 +169,7 @@ class FoundKANLayers(Report, list[FoundKANLayer]):
         return {"layers": [it._asdict() for it in self], "candidates": [it._asdict() for it in self.candidates]}
 
     def _table(self) -> TextTable:
-        rows = [
-            [layer.name or "(the model)", layer.family, str(layer.shape), "yes" if layer.has_residual else "no"]
-            for layer in self
-        ]
+        rows = [[it.name or "(the model)", it.family, str(it.shape), ("no", "yes")[it.has_residual]] for it in self]
         notes = [] if rows else ["no KAN layer was found"]
         for candidate in self.candidates:
             state = "verified by gradients" if candidate.is_verified else "not verified"
