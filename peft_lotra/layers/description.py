@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Number
 from operator import attrgetter
 from typing import Any
 
@@ -203,8 +204,8 @@ class KANLayerSpec:
         """The state that gives the coefficients of a layer their meaning, by name, without missing entries."""
         names = [each for name in self.grid for each in expand_name(layer, name)]
         values = {name: value for name in names if (value := get_or_none(layer, name)) is not None}
-        of_numpy = {n: v.item() for n, v in values.items() if hasattr(v, "item") and not isinstance(v, torch.Tensor)}
-        return {**values, **of_numpy}
+        of_numpy: Any = {name: v for name, v in values.items() if isinstance(v, Number) and hasattr(v, "item")}
+        return {**values, **{name: number.item() for name, number in of_numpy.items()}}
 
     def check_names(self, layer: nn.Module) -> None:
         """Raises a `ValueError` if a layer lacks an attribute that `grid` or `grid_methods` names."""
