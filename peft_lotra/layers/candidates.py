@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from itertools import chain, product
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -59,8 +59,7 @@ def find_candidates(model: nn.Module, known: Collection[int]) -> list[KANCandida
 def describe_layer(module: nn.Module) -> tuple[str, bool] | None:
     """The call that registers the kind of a module, and whether gradients verify it; `None` if it is no KAN layer."""
     large = _large_parameters(module)
-    specs = (spec for spec in chain([infer_spec(module)], _convolutions(module, large)) if spec is not None)
-    if (spec := next(specs, None)) is not None:
+    if spec := infer_spec(module) or next(_convolutions(module, large), None):
         return _registration(module, spec), True
     if not large or not _may_be_kan(module):
         return None
@@ -115,11 +114,9 @@ def _may_be_kan(module: nn.Module) -> bool:
     It is then of a user's class, with own parameters of three axes, or with one that is named as in a known kind. An
     axis of length one in front is that of a batch: position embeddings and class tokens.
     """
-    if is_other(module):
-        return False
     names = {name for spec in REGISTERED.values() for name, _ in spec.parts} - {"weight", "scale", "coefficients"}
     own = {name: value for name, value in module._parameters.items() if value is not None}
-    return any(name in names or (value.dim() > 2 and len(value) > 1) for name, value in own.items())
+    return not is_other(module) and any(n in names or (v.dim() > 2 and len(v) > 1) for n, v in own.items())
 
 
 def left_out(model: nn.Module, found_names: Collection[str]) -> list[str]:

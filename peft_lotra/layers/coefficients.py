@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layout import Layout, parse_layout
+from .layout import Layout, concatenate
 
 
 # A parameter, or with `*` the parameters of a list of modules, and the pattern of each.
@@ -28,7 +28,7 @@ _SIZES = {
 
 
 class Member(NamedTuple):
-    """One parameter: its name, layout, axis lengths, stored shape, and shape in the canonical order."""
+    """One parameter: its name, layout, the lengths of all axes, stored shape, and shape in the canonical order."""
 
     name: str
     layout: Layout
@@ -60,21 +60,14 @@ class CoefficientTensor:
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """(out, in, basis) or (out, in, basis, kernel), without the residual branch."""
-        sizes = self._sizes
-        out, in_, _, *kernel = sizes[0]
-        basis = sum(size[2] for size in sizes) - self.has_residual
-        return (out, in_, basis, *kernel)
+        out, in_, _, *kernel = self._sizes[0]
+        return (out, in_, sum(size[2] for size in self._sizes) - self.has_residual, *kernel)
 
     @cached_property
     def _sizes(self) -> list[tuple[int, ...]]:
         """The canonical shape of each part."""
-        return [
-            (
-                sum(member.shape[0] for member in part),
-                *map(max, zip(*(member.shape[1:] for member in part), strict=True)),
-            )
-            for part in self.parts
-        ]
+        columns = [zip(*(member.shape for member in part), strict=True) for part in self.parts]
+        return [(sum(out), *map(max, rest)) for out, *rest in columns]
 
     @cached_property
     def has_residual(self) -> bool:
@@ -92,19 +85,9 @@ class CoefficientTensor:
         parts = self.parts[:-1] if self.separate_residual else self.parts
         return tuple(member.name for part in parts for member in part)
 
-    @cached_property
-    def name(self) -> str:
-        """The name of the first parameter of the coefficients."""
-        return self.parts[0][0].name
-
-    @cached_property
-    def lengths(self) -> Mapping[str, int]:
-        """The length of each axis, of several members those of the first."""
-        return {axis: length for part in self.parts for axis, length in part[0].lengths.items()}
-
     def get_parameter(self, layer: nn.Module) -> torch.Tensor:
         """The first parameter of the coefficients, as stored. Under FSDP it is a plain tensor view."""
-        return attrgetter(self.name)(layer)
+        return attrgetter(self.names[0])(layer)
 
     def read_parameters(self, layer: nn.Module) -> dict[str, torch.Tensor]:
         """The adapted parameters, as stored, by name."""
@@ -124,7 +107,7 @@ class CoefficientTensor:
         given = parameters or {}
         tensors = self._canonical(given[n] if n in given else attrgetter(n)(layer) for n in self.parameters)
         residual = tensors.pop()[:, :, 0] if self.separate_residual else None
-        tensor = torch.cat(tensors, dim=2) if len(tensors) > 1 else tensors[0]
+        tensor = concatenate(tensors, 2)
         basis = self.shape[2]
         if residual is None and tensor.shape[2] > basis:
             return tensor[:, :, :basis], tensor[:, :, basis]
@@ -132,18 +115,13 @@ class CoefficientTensor:
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """The canonical tensor of parts that are laid out like `parameters`, e.g. of their gradients."""
-        tensors = self._canonical(parts)
-        return torch.cat(tensors, dim=2) if len(tensors) > 1 else tensors[0]
+        return concatenate(self._canonical(parts), 2)
 
     def _canonical(self, values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """Each part in the canonical order, of the values of all members."""
         values = iter(values)
         return [
-            part[0].layout.to_canonical(next(values), part[0].lengths)
-            if len(part) == 1
-            else torch.cat(
-                [_filled(member.layout.to_canonical(next(values), member.lengths), size) for member in part]
-            )
+            concatenate([_filled(it.layout.to_canonical(next(values), it.lengths), size) for it in part], 0)
             for part, size in zip(self.parts, self._sizes, strict=True)
         ]
 
@@ -171,64 +149,8 @@ class CoefficientTensor:
 
 def _filled(tensor: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """The tensor with zeros at the end of its inputs and basis functions, up to the size of the part."""
-    missing = [size[mode] - tensor.shape[mode] for mode in (2, 1)]
-    if not any(missing):
-        return tensor
-    return F.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, missing[0], 0, missing[1]))
-
-
-def locate_coefficients(layer: nn.Module, spec: Any) -> CoefficientTensor:
-    """Finds the coefficients of a layer by the description of its kind, a `KANLayerSpec`.
-
-    Raises:
-        ValueError: A parameter is missing, or a pattern does not fit it.
-    """
-    described = [*spec.parts]
-    if spec.residual and any(get_or_none(layer, name) is not None for name in expand_name(layer, spec.residual[0])):
-        described.append(spec.residual)
-    names = [expand_name(layer, name) for name, _ in described]
-    problem = f"{type(layer).__name__} was recognized as a KAN layer of the kind {spec.family!r}, but its parameter "
-    counts = {name: len(members) for (name, _), members in zip(described, names, strict=True) if "*" in name}
-    if 0 in counts.values() or len(set(counts.values())) > 1:
-        raise ValueError(f"{problem}lists are not as described. Their numbers of members are {counts}.")
-    lengths = [spec.axes_of(layer) for _ in range(max(counts.values(), default=1))]  # of each member of a list
-    found: dict[str, tuple[Layout, list[dict[str, int]]]] = {}  # and the lengths that are known, of each member
-    for position, ((name, pattern), members) in enumerate(zip(described, names, strict=True)):
-        for place, member in enumerate(members):
-            parameter = get_or_none(layer, member)
-            if not isinstance(parameter, torch.Tensor):
-                raise ValueError(f"{problem}`{member}` is not as described. There is no such parameter.")
-            may_share = 0 < position < len(spec.parts)
-            layout = parse_layout(pattern, spec.groups, parameter.dim(), may_share)
-            if may_share:
-                layout = layout.beside(found[names[0][min(place, len(names[0]) - 1)]][0], is_listed="*" in name)
-            found[member] = layout, lengths[place : place + 1] if "*" in name else lengths
-
-    def count_open(name: str) -> int:
-        layout, (known, *_) = found[name]
-        return max(sum(axis not in known for axis in dim) for dim in layout.dims)
-
-    shapes = {name: tuple(get_or_none(layer, name).shape) for name in found}
-    for name in sorted(found, key=count_open):  # one may settle what another leaves open
-        layout, own = found[name]
-        try:
-            solved = layout.axis_lengths(shapes[name], own[0])
-        except ValueError as error:
-            raise ValueError(f"{problem}`{name}` is not as described. {error}") from error
-        for known in own:
-            known.update(solved | known)
-
-    def located(name: str) -> Member:
-        layout, (known, *_) = found[name]
-        own = {axis: known[axis] for axis in (*layout.axes, *layout.shared)}
-        return Member(name, layout, own, shapes[name], layout.canonical_shape(own))
-
-    parts = tuple(tuple(map(located, members)) for members in names)
-    tensor = CoefficientTensor(spec.family, parts, len(described) > len(spec.parts))
-    outer = {part[0].name: size[:2] for part, size in zip(parts, tensor._sizes, strict=True)}
-    if len(set(outer.values())) > 1:
-        raise ValueError(f"{problem}shapes are not as described. Those of (out, in) must be equal, and are {outer}.")
-    return tensor
+    missing = 0, size[2] - tensor.shape[2], 0, size[1] - tensor.shape[1]
+    return F.pad(tensor, (0, 0) * (tensor.dim() - 3) + missing) if any(missing) else tensor
 
 
 def named_size(layer: nn.Module, axis: str) -> tuple[str, int | None]:

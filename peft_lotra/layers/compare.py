@@ -11,25 +11,21 @@ store (out, in) the other way.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from contextlib import suppress
+from typing import Any
 
 from torch import nn
 
 from .coefficients import CoefficientTensor
 from .description import KANLayerSpec
 from .inference import infer_spec
-from .probe import Probe, Undecided, Verdict, remembered
+from .probe import Probe, Undecided, remembered
 
 
-T = TypeVar("T")
-
-
-def _asked(
-    layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, question: Callable[[Probe, CoefficientTensor], T]
-) -> T:
+def _asked(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, question: Callable[..., Any]) -> Any:
     """The answer to a question about layers of this class and description; an `Undecided` if it cannot be run now."""
 
-    def find() -> T:
+    def find() -> Any:
         probe = Probe(layer, spec.read_grid(layer))
         probe.values(tensor)  # or Undecided
         return question(probe, tensor)
@@ -37,10 +33,23 @@ def _asked(
     return remembered(layer, (question.__name__, spec.family, *tensor.parameters.values()), find)
 
 
-def _contradictions(probe: Probe, tensor: CoefficientTensor) -> tuple[Verdict, list[str]]:
-    """The verdict on the axes, and the parameters without effect."""
+def _comparison(probe: Probe, tensor: CoefficientTensor) -> tuple[bool, str]:
+    """Whether a layer computes what its description says, as far as can be seen, and what contradicts it."""
     reached = probe.reached([*tensor.parameters], tensor) if len(tensor.parameters) > 1 else {}
-    return probe.axes(tensor), [name for name, is_reached in reached.items() if is_reached is None]
+    unused = ", ".join(f"`{name}`" for name, is_reached in reached.items() if is_reached is None)
+    axes, problem = probe.axes(tensor), ""
+    if axes.contradiction:
+        pattern, shape = tensor.parameters[tensor.names[0]].pattern, tuple(tensor.get_parameter(probe.layer).shape)
+        problem = (
+            f"does not compute what its description says: `{tensor.names[0]}` {shape} is not laid out as {pattern!r}, "
+            f"since {axes.contradiction}. `check_kan_layer(layer)` shows a description that fits."
+        )
+    elif unused:
+        problem = (
+            f"does not use {unused}: its output does not depend on it. "
+            "Describe the kind without it (`register_kan_layer`), or leave the layer out of `target_modules`."
+        )
+    return axes.is_verified and not unused, problem
 
 
 def is_linear(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> bool:
@@ -53,34 +62,20 @@ def is_linear(layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -
 
 def check_layer(name: str, layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> None:
     """Raises a `ValueError` if what a layer, of this name in its model, computes contradicts its description."""
-    if spec.is_of_this_package(layer):
-        return
-    try:
-        axes, unused = _asked(layer, spec, tensor, _contradictions)
-    except Undecided:
-        return
-    if axes.contradiction:
-        pattern, shape = tensor.parameters[tensor.name].pattern, tuple(tensor.get_parameter(layer).shape)
-        problem = (
-            f"does not compute what its description says: `{tensor.name}` {shape} is not laid out as {pattern!r}, "
-            f"since {axes.contradiction}. `check_kan_layer(layer)` shows a description that fits."
-        )
-    elif unused:
-        problem = (
-            f"does not use {', '.join(f'`{parameter}`' for parameter in unused)}: its output does not depend on it. "
-            "Describe the kind without it (`register_kan_layer`), or leave the layer out of `target_modules`."
-        )
-    else:
-        return
-    raise ValueError(f"The layer `{name}` ({type(layer).__name__}, of the kind {spec.family!r}) {problem}")
+    problem = ""
+    if not spec.is_of_this_package(layer):
+        with suppress(Undecided):
+            _, problem = _asked(layer, spec, tensor, _comparison)
+    if problem:
+        raise ValueError(f"The layer `{name}` ({type(layer).__name__}, of the kind {spec.family!r}) {problem}")
 
 
 def as_computed(spec: KANLayerSpec, layer: nn.Module) -> KANLayerSpec:
     """The kind of a layer by what it computes, if its built-in kind says otherwise; else, or if unknown, that kind."""
 
     def find() -> KANLayerSpec | None:
-        axes, unused = _asked(layer, spec, spec.locate(layer), _contradictions)
-        return None if axes.is_verified and not unused else infer_spec(layer)
+        is_right, _ = _asked(layer, spec, spec.locate(layer), _comparison)
+        return None if is_right else infer_spec(layer)
 
     try:
         return spec.is_of_this_package(layer) and spec or remembered(layer, ("computed", spec.family), find) or spec

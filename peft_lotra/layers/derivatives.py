@@ -9,7 +9,7 @@ other with nothing between them. Everything else is differentiated by transforms
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..derivatives.bases import FunctionBasis
 from ..derivatives.layers import evaluate_layer
-from ..derivatives.stages import Branch, Stage, is_known, stages_of
+from ..derivatives.stages import Branch, Stage, is_known, join_stages, stages_of
 from ..derivatives.torch_fallback import elementwise_derivatives, jet_by_transforms
 from ..kan.basis import in_transform, silu_derivatives
 from ..kan.network import is_norm
@@ -62,12 +62,10 @@ def find_stages(module: nn.Module) -> list[Stage] | None:
     """The stages of a layer, or of a network, of another library; `None` if it is no chain of known stages."""
     if torch.compiler.is_compiling():
         return None
-    known = _known_layer(module)
-    if known is not None:
+    if known := _known_layer(module):
         stage = layer_stage(module, known.spec)
-        return None if stage is None else [stage]
-    found = [stages_of(unit) for unit in _units_in_a_row(module)]
-    return None if not found or None in found else [stage for stages in found for stage in stages or ()]
+        return stage and [stage]
+    return join_stages(_units_in_a_row(module))
 
 
 def layer_stage(layer: nn.Module, spec: KANLayerSpec, parameters: Mapping[str, Tensor] | None = None) -> Stage | None:
@@ -107,14 +105,11 @@ def _stage(form: _Form, layer: Any, known: _Layer, parameters: Mapping[str, Tens
         branches = [Branch(basis, coefficients, get_or_none(layer, spec.normalization or ""))]
     if residual is not None and not (form.on_uniform_grid and form.with_silu):
         of_others = partial(elementwise_derivatives, partial(cast(Any, spec.activation), layer))
-        derivatives = partial(_unsqueezed, silu_derivatives if form.with_silu else of_others)
-        branches.append(Branch(FunctionBasis(1, derivatives, tensors), residual.unsqueeze(-1)))
+        of = silu_derivatives if form.with_silu else of_others
+        basis = FunctionBasis(1, lambda z, highest: [part.unsqueeze(-1) for part in of(z, highest)], tensors)
+        branches.append(Branch(basis, residual.unsqueeze(-1)))
     bias = get_or_none(layer, spec.bias or "")
     return Stage(layer, branches=tuple(branches), bias=None if bias is None else bias.flatten())
-
-
-def _unsqueezed(derivatives: Callable[[Tensor, int], list[Tensor]], z: Tensor, highest: int) -> list[Tensor]:
-    return [part.unsqueeze(-1) for part in derivatives(z, highest)]
 
 
 # Whether a layer is as described
@@ -151,17 +146,15 @@ def _state_of(module: nn.Module) -> State:
     return plain, tuple(map(id, module._modules.values())), id(vars(module).get("forward"))
 
 
-def _forms(layer: Any, spec: KANLayerSpec) -> Iterator[_Form]:
+def _forms(layer: Any, spec: KANLayerSpec) -> list[_Form]:
     x = _like(layer, torch.linspace(-3, 3, 13, device="cpu"))
     with torch.no_grad():
         try:
             with_silu = spec.activation is not None and torch.equal(spec.activation(layer, x.clone()), F.silu(x))
         except Exception:  # a user's function
             with_silu = False
-    if spec.splines is not None:
-        yield _Form(True, with_silu)
-    if spec.derivatives is not None:
-        yield _Form(False, with_silu)
+    functions = {True: spec.splines, False: spec.derivatives}
+    return [_Form(on_grid, with_silu) for on_grid, function in functions.items() if function is not None]
 
 
 def _agrees(form: _Form, layer: nn.Module, known: _Layer) -> bool:
@@ -174,12 +167,10 @@ def _agrees(form: _Form, layer: nn.Module, known: _Layer) -> bool:
         named = (*layer.named_parameters(), *layer.named_buffers())
         values = {name: v.detach().clone().double() for name, v in named if v.is_floating_point()}
         exchanged = moved(values, {name for name, _ in layer.named_parameters()}.difference(spec.grid), torch.randn)
-        grids = [v.double() for v in spec.read_grid(layer).values() if isinstance(v, Tensor) and v.numel() > 1]
-        low = min((grid.min().item() for grid in grids), default=-2.0)
-        high = max((grid.max().item() for grid in grids), default=2.0)
-        size = _ROWS, known.tensor.shape[1]
-        share = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu") * 1.1 - 0.05
-        x = _like(layer, low + (high - low) * share).double()  # somewhat beyond the grid, too
+        grids = [v.flatten() for v in spec.read_grid(layer).values() if isinstance(v, Tensor) and v.numel() > 1]
+        low, high = torch.cat(grids or [torch.tensor([-2.0, 2.0], device="cpu")]).double().cpu().aminmax()
+        share = torch.rand(_ROWS, known.tensor.shape[1], generator=generator, dtype=torch.float64, device="cpu")
+        x = (low + (high - low) * (1.1 * share - 0.05)).to(like.device)  # somewhat beyond the grid, too
         directions = torch.randn(2, x.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(x)
 
         def compare() -> bool:
@@ -204,17 +195,12 @@ def _higher_derivatives_agree(spec: KANLayerSpec, layer: nn.Module, x: Tensor) -
     """Whether each derivative from the third to the fifth, which gradients need, is that of the one before."""
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        _, _, *found, last = cast(Any, spec.derivatives)(layer, point, 5)
-        for lower, higher in zip(found, [*found[1:], last], strict=True):
-            slopes = [
-                torch.autograd.grad(part.sum(), point, retain_graph=True, materialize_grads=True)[0]
-                if lower.requires_grad
-                else torch.zeros_like(point)
-                for part in lower.unbind(-1)
-            ]
-            if not all(map(_is_close, higher.unbind(-1), slopes, [1e-9] * len(slopes))):
-                return False
-    return len(found) == 3
+        _, _, *found = cast(Any, spec.derivatives)(layer, point, 5)
+        weights = torch.linspace(1, 2, found[0].shape[-1], device="cpu").to(x)  # of all functions at once
+        # of the sums, to which 0 x is added since some depend on no x
+        sums = [(part * weights).sum(-1) + 0 * point for part in found]
+        slopes = [torch.autograd.grad(part.sum(), point, retain_graph=True)[0] for part in sums[:-1]]
+    return len(sums) == 4 and all(map(_is_close, sums[1:], slopes, [1e-9] * 3))
 
 
 def _like(module: nn.Module, x: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from ..kan.basis import UniformGrid
-from .coefficients import CoefficientTensor, Described, expand_name, get_or_none, locate_coefficients
-from .layout import parse_layout
+from .coefficients import CoefficientTensor, Described, Member, expand_name, get_or_none
+from .layout import Layout, parse_layout
 
 
 Grid = dict[str, "torch.Tensor | int | float"]
@@ -137,8 +137,62 @@ class KANLayerSpec:
         return {axis: int(length) for axis, length in axes.items()}
 
     def locate(self, layer: nn.Module) -> CoefficientTensor:
-        """Finds the coefficients of a layer; raises a `ValueError` if a pattern does not fit its parameter."""
-        return locate_coefficients(layer, self)
+        """Finds the coefficients of a layer.
+
+        Raises:
+            ValueError: A parameter is missing, or a pattern does not fit it.
+        """
+        described = [*self.parts]
+        if self.residual and any(
+            get_or_none(layer, name) is not None for name in expand_name(layer, self.residual[0])
+        ):
+            described.append(self.residual)
+        names = [expand_name(layer, name) for name, _ in described]
+        problem = (
+            f"{type(layer).__name__} was recognized as a KAN layer of the kind {self.family!r}, but its parameter "
+        )
+        counts = {name: len(members) for (name, _), members in zip(described, names, strict=True) if "*" in name}
+        if 0 in counts.values() or len(set(counts.values())) > 1:
+            raise ValueError(f"{problem}lists are not as described. Their numbers of members are {counts}.")
+        lengths = [self.axes_of(layer) for _ in range(max(counts.values(), default=1))]  # of each member of a list
+        found: dict[str, tuple[Layout, tuple[int, ...], list[dict[str, int]]]] = {}
+        for position, ((name, pattern), members) in enumerate(zip(described, names, strict=True)):
+            for place, member in enumerate(members):
+                parameter = get_or_none(layer, member)
+                if not isinstance(parameter, torch.Tensor):
+                    raise ValueError(f"{problem}`{member}` is not as described. There is no such parameter.")
+                may_share = 0 < position < len(self.parts)
+                layout = parse_layout(pattern, self.groups, parameter.dim(), may_share)
+                if may_share:
+                    layout = layout.beside(found[names[0][0]][0], is_listed="*" in name)
+                own = lengths[place : place + 1] if "*" in name else lengths
+                found[member] = layout, tuple(parameter.shape), own
+
+        def count_open(name: str) -> int:
+            layout, _, (known, *_) = found[name]
+            return max(sum(axis not in known for axis in dim) for dim in layout.dims)
+
+        for name in sorted(found, key=count_open):  # one may settle what another leaves open
+            layout, shape, own = found[name]
+            try:
+                solved = layout.axis_lengths(shape, own[0])
+            except ValueError as error:
+                raise ValueError(f"{problem}`{name}` is not as described. {error}") from error
+            for known in own:
+                known.update(solved | known)
+
+        def located(name: str) -> Member:
+            layout, shape, (known, *_) = found[name]
+            return Member(name, layout, known, shape, layout.canonical_shape(known))
+
+        parts = tuple(tuple(map(located, members)) for members in names)
+        tensor = CoefficientTensor(self.family, parts, len(described) > len(self.parts))
+        outer = {part[0].name: size[:2] for part, size in zip(parts, tensor._sizes, strict=True)}
+        if len(set(outer.values())) > 1:
+            raise ValueError(
+                f"{problem}shapes are not as described. Those of (out, in) must be equal, and are {outer}."
+            )
+        return tensor
 
     def is_of_this_package(self, layer: nn.Module) -> bool:
         """Whether the class of a layer comes with its description, which is then not compared with the layer."""
@@ -148,12 +202,10 @@ class KANLayerSpec:
 
     def read_grid(self, layer: nn.Module) -> Grid:
         """The state that gives the coefficients of a layer their meaning, by name, without missing entries."""
-        names = [each for name in self.grid for each in (expand_name(layer, name) if "*" in name else (name,))]
-        values: dict[str, Any] = {name: get_or_none(layer, name) for name in names}
-        for name, value in values.items():
-            if isinstance(value, Number) and (item := getattr(value, "item", None)):  # of numpy
-                values[name] = item()
-        return {name: value for name, value in values.items() if value is not None}
+        names = [each for name in self.grid for each in expand_name(layer, name)]
+        values = {name: value for name in names if (value := get_or_none(layer, name)) is not None}
+        of_numpy: Any = {name: v for name, v in values.items() if isinstance(v, Number) and hasattr(v, "item")}
+        return {**values, **{name: number.item() for name, number in of_numpy.items()}}
 
     def check_names(self, layer: nn.Module) -> None:
         """Raises a `ValueError` if a layer lacks an attribute that `grid` or `grid_methods` names."""
@@ -180,11 +232,9 @@ class KANLayerSpec:
     def read_edge_scale(self, layer: nn.Module, tensor: CoefficientTensor) -> torch.Tensor | None:
         """The scales of the edges, (out, in, 1) or (out, in, 1, kernel), or `None` if the layer has none."""
         name, pattern = self.edge_scale or ("", "")
-        scale = get_or_none(layer, name)
-        if scale is None:
+        if (scale := get_or_none(layer, name)) is None:
             return None
-        layout = parse_layout(pattern, self.groups, scale.dim())
-        values = layout.to_canonical(scale, tensor.lengths)
+        values = parse_layout(pattern, self.groups, scale.dim()).to_canonical(scale, tensor.parts[0][0].lengths)
         return values if values.dim() == len(tensor.shape) else values.unsqueeze(-1)
 
     def describe(self, layer: nn.Module) -> dict[str, Any]:
@@ -201,35 +251,28 @@ def spec_from_file(family: str, description: Mapping[str, Any]) -> KANLayerSpec:
         ValueError: The description is damaged.
     """
     try:
-        values: dict[str, Any] = {
-            name: tuple(description[name]) if isinstance(description[name], list) else description[name]
-            for name in _IN_FILES
-            if name in description
-        }
+        values: Any = {n: tuple(v) if isinstance(v, list) else v for n, v in description.items() if n in _IN_FILES}
         return KANLayerSpec(family, matches_nothing, **values)
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"The description of the kind of layer {family!r} in the file is broken: {error}") from error
 
 
-def has(attributes: str, without: str = "") -> Callable[[Any], bool]:
+def has(attributes: str) -> Callable[[Any], bool]:
     """The predicate of the modules that have these attributes, with so many axes where a number follows the name.
 
     Args:
         attributes: Dotted names, that of a parameter or module first, e.g. `"spline_weight:3 grid:2 b_splines"`.
-        without: The name of an attribute that the module does not have.
     """
     words = [word.partition(":") for word in attributes.split()]
     wanted = [(attrgetter(name), int(axes or 0)) for name, _, axes in words]
-    root = attributes.partition(" ")[0].partition(":")[0].partition(".")[0]
+    root = words[0][0].partition(".")[0]
 
     def matches(module: Any) -> bool:  # or an AttributeError, which says no, and takes ten times as long
         found = root in module._parameters or root in module._modules or root in vars(module)
         if not found and not hasattr(type(module), root):
             return False
         values = [(get(module), axes) for get, axes in wanted]
-        return all(not axes or value.ndim == axes for value, axes in values) and not (
-            without and hasattr(module, without)
-        )
+        return all(not axes or value.ndim == axes for value, axes in values)
 
     return matches
 

@@ -126,7 +126,7 @@ class Layout:
             repeat(part, f"{stored} -> {canonical}", **{axis: lengths[axis] for axis in axes})
             for part, (stored, canonical, axes) in zip(self._split(parameter, lengths), self._blocks, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return concatenate(parts, 2)
 
     def from_canonical(self, tensor: torch.Tensor, lengths: Mapping[str, int], shape: Sequence[int]) -> torch.Tensor:
         """(out, in, basis[, kernel]) -> the stored shape, the inverse of `to_canonical`; differentiable.
@@ -140,7 +140,7 @@ class Layout:
             reduce(part, f"{canonical} -> {stored}", "mean", **{axis: lengths[axis] for axis in axes})
             for part, (stored, canonical, axes) in zip(parts, self._blocks, strict=True)
         ]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=self._concatenated)).reshape(shape)
+        return concatenate(parts, self._concatenated if self.packed_residual else 0).reshape(shape)
 
     @cached_property
     def _concatenated(self) -> int:
@@ -165,6 +165,11 @@ class Layout:
             (_write(dims), canonical, (*(axis for dim in dims for axis in dim), *self.shared))
             for dims, canonical in blocks
         ]
+
+
+def concatenate(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """`torch.cat`, which would copy a single tensor."""
+    return tensors[0] if len(tensors) == 1 else torch.cat([*tensors], dim)
 
 
 def _write(dims: Sequence[tuple[str, ...]]) -> str:

@@ -167,13 +167,13 @@ class Probe:
                 raise Undecided(f"`{name}` has no values that could be run: {value.dtype}, {value.device.type}")
         if any(len(part) > 1 for part in tensor.parts) and len(tensor.shape) == 3:
             raise Undecided("the module consists of several layers")
-        return {name: _own_copy(value) for name, value in values.items()}
+        return {name: _own_copy(value).requires_grad_() for name, value in values.items()}
 
     @contextmanager
     def _isolated(self, tensor: CoefficientTensor) -> Iterator[dict[str, Tensor]]:
         """The `values`, while gradients are computed; the random generators are put back at the end."""
         values = self.values(tensor)
-        device = values[tensor.name].device
+        device = values[tensor.names[0]].device
         is_compiled = "torch._dynamo" in sys.modules  # flashkan compiles its basis, which would take seconds
         stance = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
         generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
@@ -181,9 +181,8 @@ class Probe:
         with torch.inference_mode(False), torch.enable_grad(), plain, stance, generators:
             yield values
 
-    def _axes(self, tensor: CoefficientTensor, given: Mapping[str, Tensor], strict: bool) -> Verdict:
-        x, values = self._input(tensor), {name: value.requires_grad_() for name, value in given.items()}
-        out, in_, *_ = tensor.shape
+    def _axes(self, tensor: CoefficientTensor, values: Mapping[str, Tensor], strict: bool) -> Verdict:
+        x, (out, in_, *_) = self._input(tensor), tensor.shape
         channels = 1 - x.dim() if len(tensor.shape) == 4 else -1
         y = self._run(values, x)
         if y.dim() < max(2, -channels) or y.shape[channels] != out or y.shape[0] != x.shape[0]:
@@ -206,7 +205,7 @@ class Probe:
                 contradiction = "an output does not depend on its own slice of the coefficients alone"
         samples = [gradient]
         for kept, other in _changed_inputs(x, in_, channels, strict) if outputs is not False else ():
-            samples.append(_gradient_of(_weighted(self._run(values, other), tensor), values, tensor))
+            samples.append(self._gradient(tensor, other, values))
             change = _change(gradient, samples[-1], kept)
             if change.max() <= _EFFECT * max(gradient.abs().max(), samples[-1].abs().max()):
                 continue  # it does not show
@@ -269,12 +268,9 @@ class Probe:
         else:
             leading = self._takes(tensor, in_) or (1,)  # else the layer raises its error
             shape = [*([rows, rows] if len(leading) == 2 else [rows * rows]), in_]
-        low, high = -1.0, 1.0
-        if self.grid:
-            low = max(grid.min().item() for grid in self.grid)
-            high = min(grid.max().item() for grid in self.grid)
-            if low >= high:
-                low, high = self.grid[0].min().item(), self.grid[0].max().item()
+        ends = [(grid.min().item(), grid.max().item()) for grid in self.grid] or [(-1.0, 1.0)]
+        inner = max(low for low, _ in ends), min(high for _, high in ends)
+        low, high = inner if inner[0] < inner[1] else ends[0]
         steps = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64, device="cpu")
         share = (steps * 0.6180339887498949).frac().view(shape)  # of the golden ratio, without a repetition
         return (low + (high - low) * (0.25 + 0.5 * share)).to(like)
@@ -295,11 +291,7 @@ class Probe:
         return self._leading[size]
 
     def _run(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        copy = _copy_of(self.layer, {})
-        for name, value in values.items():
-            path, _, attribute = name.rpartition(".")
-            copy.get_submodule(path)._parameters[attribute] = value  # pyright: ignore[reportArgumentType]
-        y = copy(x, *self.args[1:])
+        y = torch.func.functional_call(_copy_of(self.layer, {}), {**values}, (x, *self.args[1:]))
         y = y[0] if isinstance(y, (tuple, list)) and y else y
         if not isinstance(y, Tensor) or not y.is_floating_point():
             raise Undecided(f"it returns a {type(y).__name__}")
@@ -314,9 +306,8 @@ def _copy_of(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     if id(module) in made:
         return made[id(module)]
     copy = made[id(module)] = object.__new__(settled(type(module), tuple(module._parameters)))
-    copy.__dict__.update(module.__dict__)
-    copy.__dict__.update({name: OrderedDict() for name, value in vars(module).items() if name.endswith("_hooks")})
     copy.__dict__.update(
+        {n: OrderedDict() if n.endswith("_hooks") else value for n, value in vars(module).items()},
         training=False,
         _parameters={name: None if value is None else _wide(value) for name, value in module._parameters.items()},
         _buffers={name: None if value is None else _wide(value).clone() for name, value in module._buffers.items()},

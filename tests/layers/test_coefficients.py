@@ -28,27 +28,24 @@ def module(**shapes):
     return result
 
 
-# what is stored, its description, the canonical shape, whether there is a residual branch
+# what is stored, its description, the canonical shape
 DESCRIBED = {
     "three parts": (
         {"scale": (4, 3), "translation": (4, 3), "wavelet_weights": (4, 3)},
         {"coefficients": [(name, "o i") for name in ("scale", "translation", "wavelet_weights")]},
         (4, 3, 3),
-        False,
     ),
     "parts of several axes, with a residual": (
         {"W1": (3, 4, 2, 5), "W2": (4, 3, 7), "base": (3, 4)},
         {"coefficients": [("W1", "i o h s"), ("W2", "o i n")], "residual": ("base", "i o")},
         (4, 3, 17),
-        True,
     ),
-    "blocks": (
+    "blocks, with a residual": (
         {"spline_weight": (2, 4, 3, 5), "base_weight": (2, 4, 3)},
         {"coefficients": ("spline_weight", "g o i k"), "residual": ("base_weight", "g o i"), "groups": "g"},
         (8, 3, 5),
-        True,
     ),
-    "a convolution of two groups": (
+    "a convolution of two groups, with a residual": (
         {"poly_weights": (2, 4, 15, 3, 3), "base_conv": [{"weight": (4, 3, 3, 3)}, {"weight": (4, 3, 3, 3)}]},
         {
             "coefficients": ("poly_weights", "g o (k i) ..."),
@@ -56,9 +53,8 @@ DESCRIBED = {
             "groups": "g",
         },
         (8, 3, 5, 9),
-        True,
     ),
-    "a list of convolutions beside a grouped one": (
+    "a list of convolutions beside a grouped residual": (
         {"spline_conv": [{"weight": (4, 15, 3)}, {"weight": (4, 15, 3)}], "base_conv": {"weight": (8, 3, 3)}},
         {
             "coefficients": ("spline_conv.*.weight", "o (i k) ..."),
@@ -67,28 +63,25 @@ DESCRIBED = {
             "axes": {"g": 2},
         },
         (8, 3, 5, 3),
-        True,
     ),
-    "several layers in one module": (
+    "several layers in one module, with residuals": (
         {"spline_weights": [(4, 3, 5), (2, 4, 6), (1, 2, 5)], "base_weights": [(4, 3), (2, 4), (1, 2)]},
         {"coefficients": ("spline_weights.*", "o i k"), "residual": ("base_weights.*", "o i")},
         (7, 4, 6),
-        True,
     ),
     "a residual packed behind a kernel": (
         {"weight": (4, 18, 3)},
         {"coefficients": ("weight", "o ((i k) + i) ..."), "axes": {"i": 3}},
         (4, 3, 5, 3),
-        True,
     ),
 }
 
 
 @pytest.fixture(params=DESCRIBED)
 def described(request):
-    shapes, description, shape, residual = DESCRIBED[request.param]
+    shapes, description, shape = DESCRIBED[request.param]
     layer = module(**shapes)
-    return layer, KANLayerSpec("mine", nn.Module, **description).locate(layer), shape, residual
+    return layer, KANLayerSpec("mine", nn.Module, **description).locate(layer), shape, "residual" in request.param
 
 
 def test_the_canonical_shape_of_a_description(described):
@@ -175,27 +168,20 @@ def test_members_keep_their_place():
 
 
 @pytest.mark.parametrize(
-    "shapes, description, parts",
+    "shapes, coefficients, parts",
     [
-        (
-            {"a": [(2, 3, 5)], "b": [(2, 3), (2, 3)]},
-            {"coefficients": [("a.*", "o i k"), ("b.*", "o i")]},
-            ["'a.*': 1, 'b.*': 2"],
-        ),
-        ({"a": (2, 3)}, {"coefficients": ("b.*", "o i k")}, ["'b.*': 0"]),
-        ({"a": [{"v": (2, 3)}]}, {"coefficients": ("a.*.w", "o i")}, ["`a.0.w`", "no such parameter"]),
-        ({"a": (2, 3, 5), "b": (2, 4)}, {"coefficients": [("a", "o i k"), ("b", "o i")]}, ["`b`", "'i': 3", "(2, 4)"]),
-        ({"a": (4, 15)}, {"coefficients": ("a", "o (i k)")}, ["`a`", "(i k) cannot be 15", "by `axes`"]),
-        (
-            {"a": (4, 16)},
-            {"coefficients": ("a", "o (i k)"), "axes": {"i": 3}},
-            ["(4, 16), with {'i': 3}", "(i k) cannot be 16"],
-        ),
-        ({"a": (4, 18)}, {"coefficients": ("a", "o ((i k) + i)")}, ["(4, 18), with {}", "by `axes`"]),
+        ({"a": [(2, 3, 5)], "b": [(2, 3), (2, 3)]}, [("a.*", "o i k"), ("b.*", "o i")], ["'a.*': 1, 'b.*': 2"]),
+        ({"a": (2, 3)}, ("b.*", "o i k"), ["'b.*': 0"]),
+        ({"a": [{"v": (2, 3)}]}, ("a.*.w", "o i"), ["`a.0.w`", "no such parameter"]),
+        ({"a": (2, 3, 5), "b": (2, 4)}, [("a", "o i k"), ("b", "o i")], ["`b`", "'i': 3", "(2, 4)"]),
+        ({"a": (2, 3, 5)}, ("a", "o i k g"), ["`a`", "'o i k g'", "(2, 3, 5)", "it names 4 dimensions"]),
+        ({"a": (4, 15)}, ("a", "o (i k)"), ["`a`", "(i k) cannot be 15", "by `axes`"]),
+        ({"a": (3, 15, 2)}, ("a", "i (z k) o"), ["(3, 15, 2), with {'z': 4}", "(z k) cannot be 15"]),
+        ({"a": (4, 18)}, ("a", "o ((i k) + i)"), ["(4, 18), with {}", "by `axes`"]),
     ],
 )
-def test_what_does_not_fit_together(shapes, description, parts):
+def test_what_does_not_fit_together(shapes, coefficients, parts):
     with pytest.raises(ValueError) as error:
-        KANLayerSpec("mine", nn.Module, **description).locate(module(**shapes))
+        KANLayerSpec("mine", nn.Module, coefficients, axes={"z": 4}).locate(module(**shapes))
     for part in ("Module was recognized as a KAN layer of the kind 'mine'", *parts):
         assert part in str(error.value)

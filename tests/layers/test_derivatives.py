@@ -13,6 +13,7 @@ import torch
 from foreign import Loop, efficient, make_foreign
 from helpers import adapt
 from jet_helpers import assert_same, nested
+from orders import Formula
 from stand_ins import FAMILIES, FasterKANLayer, FastKANLayer, OldEfficientKANLayer, as_model
 from torch import Tensor, nn
 
@@ -130,14 +131,12 @@ def test_layers_that_compute_more_have_no_closed_form():
 
 @pytest.mark.parametrize("wrong", [None, *range(6)])
 def test_wrong_derivatives_of_a_users_family_are_not_used(wrong):
-    class Sines(nn.Module):
+    class Sines(Formula):
         def __init__(self, inputs: int, outputs: int) -> None:
-            super().__init__()
-            self.sine_weights = nn.Parameter(torch.randn(outputs, inputs, 3))
+            super().__init__(None, sine_weights=(outputs, inputs, 3))
 
         def forward(self, x: Tensor) -> Tensor:
-            angles = x.unsqueeze(-1) * torch.arange(1, 4)
-            return torch.einsum("nik,oik->no", angles.sin(), self.sine_weights)
+            return torch.einsum("nik,oik->no", (x.unsqueeze(-1) * torch.arange(1, 4)).sin(), self.sine_weights)
 
     def derivatives(layer: nn.Module, x: Tensor, highest: int) -> list[Tensor]:
         found = [part[..., 3:] for part in functions.harmonic_derivatives(3, x, highest)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from typing import Any
 
 import pytest
 import torch
@@ -34,30 +33,30 @@ class Waves(nn.Module):
         self.size = size
         self.register_buffer("width", torch.tensor(2.0))
 
+    def phases(self, x):
+        return x[..., None] / self.width * torch.arange(self.size)
+
     def forward(self, x):
-        phases = x[..., None] / self.width * torch.arange(self.size)
-        cosines = torch.einsum("bik,oik->bo", phases.cos(), self.cosines.view(-1, x.shape[-1], self.size))
-        return cosines + torch.einsum("bik,oik->bo", phases.sin(), self.sines[0]) + self.linear(x)
+        y = self.phases(x).cos().flatten(1) @ self.cosines.T + self.linear(x)
+        return y + torch.einsum("bik,oik->bo", self.phases(x).sin(), self.sines[0])
 
     def widen(self):
         self.width.mul_(2)
 
 
-def register_waves(**changes):
-    description = {
-        "matches": Waves,
-        "coefficients": [("cosines", "o (i k)"), ("sines.*", "o i n")],
-        "residual": ("linear.weight", "o i"),
-        "grid": ("width",),
-        "grid_methods": ("widen",),
-        "axes": lambda m: {"k": m.size},
-        "bias": "linear.bias",
-        "basis": lambda m, x: torch.cat(
-            [w(x[..., None] / m.width * torch.arange(m.size)) for w in (torch.cos, torch.sin)], dim=-1
-        ),
-        "activation": lambda m, x: x,
-    }
-    return register_kan_layer("waves", **{**description, **changes})
+def register_waves():
+    return register_kan_layer(
+        "waves",
+        matches=Waves,
+        coefficients=[("cosines", "o (i k)"), ("sines.*", "o i n")],
+        residual=("linear.weight", "o i"),
+        grid=("width",),
+        grid_methods=("widen",),
+        axes=lambda m: {"k": m.size},
+        bias="linear.bias",
+        basis=lambda m, x: torch.cat([m.phases(x).cos(), m.phases(x).sin()], -1),
+        activation=lambda m, x: x,
+    )
 
 
 def net():
@@ -86,9 +85,10 @@ def test_a_description_holds_no_functions_and_comes_back():
 
 def test_roles_are_described():
     roles = {"groups": "g", "edge_scale": ("b", "o i"), "network_methods": {"fit": None}, "checkpoint_methods": ("s",)}
-    spec = KANLayerSpec("mine", nn.Module, ("a", "g o i k ..."), **roles)
+    spec = KANLayerSpec("mine", nn.Module, ("a", "g o i k ..."), grid="width", **roles)  # one name needs no tuple
     read = spec_from_file("mine", spec.describe(nn.Module()))
     assert {name: getattr(read, name) for name in roles} == roles and read.coefficients == spec.coefficients
+    assert read.grid == spec.grid == ("width",)
 
 
 def test_kinds_that_come_with_the_package_are_not_described():
@@ -180,9 +180,3 @@ def test_a_damaged_description_is_refused_before_the_model_is_touched(saved, des
     base = net()
     refused(folder, base, "'waves' in the file is broken|kind 'waves'")
     assert [type(module) for module in base] == [Waves, nn.Tanh, Waves]
-
-
-def test_one_name_of_a_grid():
-    names: Any = {"grid": "width", "grid_methods": "widen"}
-    spec = KANLayerSpec("waves", Waves, ("cosines", "o (i k)"), **names)
-    assert (spec.grid, spec.grid_methods) == (("width",), ("widen",))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 
 import pytest
-import torch
 from helpers import adapt, inputs, relative
 from orders import Layer
 from stand_ins import ChebyKANLayer, as_model
@@ -28,16 +27,12 @@ class Derived(MyKANLayer):
 
 
 def register_mine(**changes):
-    description = {
-        "matches": MyKANLayer,
-        "coefficients": ("A", "i o k"),
-        "residual": ("base", "o i"),
-    }
+    description = {"matches": MyKANLayer, "coefficients": ("A", "i o k"), "residual": ("base", "o i")}
     return register_kan_layer("my-kan", **{**description, **changes})
 
 
 @pytest.mark.parametrize("matches", [MyKANLayer, lambda m: hasattr(m, "A"), lambda m: m.A.ndim == 3])
-def test_the_example_of_the_docstring(matches, no_inference):
+def test_classes_and_predicates(matches, no_inference):
     model = nn.Sequential(MyKANLayer(3, 5), nn.Linear(5, 5), Derived(5, 2))
     assert find_kan_layers(model) == []
     spec = register_mine(matches=matches)
@@ -45,17 +40,9 @@ def test_the_example_of_the_docstring(matches, no_inference):
     found = [(layer.name, layer.family, layer.shape, layer.has_residual) for layer in find_kan_layers(model)]
     assert found == [("0", "my-kan", (5, 3, 4), True), ("2", "my-kan", (2, 5, 4), True)]
 
-    x = inputs()
-    before = model(x)
-    adapted = adapt(model, random=False)
-    assert torch.equal(adapted(x), before)
-    adapted.train()
-    adapted(x).square().mean().backward()
-    assert all(p.grad is not None for name, p in adapted.named_parameters() if "lotra_factor_out" in name)
-    merged = adapt(adapted.unload())
-    y = merged(x)
-    assert relative(y, before) > 1e-2
-    assert relative(merged.merge_and_unload()(x), y) < 1e-6
+    before = model(x := inputs())
+    y = (adapted := adapt(model))(x)
+    assert relative(y, before) > 1e-2 and relative(adapted.merge_and_unload()(x), y) < 1e-6
 
 
 def test_the_last_registered_is_asked_first():
@@ -85,11 +72,12 @@ def test_names_that_the_layer_does_not_have(changes):
         ({"coefficients": "A"}, "Expected a name and its pattern"),
         ({"coefficients": [("a", "o i k"), ("a", "o i")]}, "with each name once"),
         ({"matches": "MyKANLayer"}, "Give a class, or a predicate"),
+        ({"basys": None}, "unexpected keyword argument 'basys'"),
     ],
 )
 def test_bad_descriptions(changes, problem):
     before = known_kinds()
-    with pytest.raises(ValueError, match=problem):
+    with pytest.raises((TypeError, ValueError), match=problem):
         register_mine(**changes)
     assert known_kinds() == before
 
@@ -111,25 +99,3 @@ def test_malformed_patterns(pattern, problem):
     with pytest.raises(ValueError, match=re.escape(repr(pattern))) as error:
         register_mine(coefficients=("A", pattern), residual=None)
     assert problem in str(error.value)
-
-
-def test_an_unknown_field_is_named():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'basys'"):
-        register_mine(basys=None)
-
-
-@pytest.mark.parametrize(
-    "changes, parts",
-    [
-        ({"coefficients": ("A", "i o (k g)")}, ["`A`", "'i o (k g)'", "(3, 5, 4)", "`axes`"]),
-        ({"coefficients": ("A", "i o k g")}, ["`A`", "'i o k g'", "(3, 5, 4)"]),
-        ({"residual": ("base", "i o")}, ["`base`", "'i o'", "(5, 3)"]),
-        ({"axes": lambda m: {"k": 7}}, ["'k': 7", "'i o k'", "(3, 5, 4)"]),
-    ],
-)
-def test_a_pattern_that_does_not_fit_the_layer(changes, parts):
-    register_mine(**changes)
-    with pytest.raises(ValueError) as error:
-        find_kan_layers(as_model(MyKANLayer(3, 5)))
-    for part in ("MyKANLayer", "'my-kan'", *parts):
-        assert part in str(error.value)

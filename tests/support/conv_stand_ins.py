@@ -122,14 +122,14 @@ class FastKANConvNDLayer(_ConvKAN):
         self.base_activation = nn.SiLU()
         self.base_conv, self.spline_conv = self.convolutions(), self.convolutions(grid_size)
         self.layer_norm = nn.ModuleList([_NORMS[self.ndim](self.inputdim // self.groups) for _ in range(self.groups)])
-        self.rbf = _Gaussians(-2.0, 2.0, grid_size)
+        self.rbf = Gaussians(-2.0, 2.0, grid_size)
 
     def block(self, x: Tensor, group: int) -> Tensor:
         functions = self.rbf(self.layer_norm[group](x)).moveaxis(-1, 2).flatten(1, 2)
         return self.base_conv[group](self.base_activation(x)) + self.spline_conv[group](functions)
 
 
-class _Gaussians(nn.Module):
+class Gaussians(nn.Module):
     def __init__(self, low: float, high: float, count: int) -> None:
         super().__init__()
         self.grid = nn.Parameter(torch.linspace(low, high, count), requires_grad=False)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,17 @@ def adapt(model: nn.Module, random: bool = True, adapter_name: str = "default", 
     """An adapted model in evaluation mode, by default with an adapter that changes the function."""
     config = {"r": (2, 3, 4), "init_weights": not random, **config}
     return get_peft_model(model, LoTRAConfig(**config), adapter_name=adapter_name).eval()
+
+
+def saved_and_merged(build: Callable[[], nn.Module], x: Tensor, folder: Path) -> nn.Module:
+    """The model after the merge of an adapter, which its file gives to a model of the same kind too."""
+    model = adapt(build())
+    y = model(x)
+    model.save_pretrained(folder)
+    assert relative(PeftModel.from_pretrained(build(), folder).eval()(x), y) < 1e-5
+    merged = model.merge_and_unload()
+    assert relative(merged(x), y) < 1e-5
+    return merged
 
 
 class _Nested(nn.ModuleDict):

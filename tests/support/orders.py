@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""KAN layers that keep their coefficients in any order of axes."""
+"""KAN layers that keep their coefficients in any order of axes, and modules by a formula."""
 
 from __future__ import annotations
 
@@ -65,3 +65,43 @@ class OtherCheby(nn.Module):
     def forward(self, x):
         angles = torch.tanh(x).clamp(-0.999, 0.999).acos()[..., None] * torch.arange(self.cheby_coeffs.shape[-1])
         return torch.einsum("bik,oik->bo", angles.cos(), self.cheby_coeffs)
+
+
+class Formula(nn.Module):
+    """A module that computes `function(module, x)`, of parameters, given by their shapes, and other parts."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(torch.randn(part)) if isinstance(part, tuple) else part)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def assert_one_edge(layer, tensor, x, mixes_inputs=False):
+    """Adding to one edge (o, i) of the canonical tensor moves output o alone, and only as far as input i goes."""
+    out, inputs = edge = max(tensor.shape[0] - 2, 0), min(1, tensor.shape[1] - 1)
+    delta = torch.zeros_like(tensor.read(layer))
+    delta[edge] = torch.randn(delta[edge].shape)
+    before = {name: layer.get_parameter(name).detach().clone() for name in tensor.parameters}
+
+    @torch.no_grad()
+    def change(x):
+        found = [layer(x)]
+        for name, part in tensor.split(delta).items():
+            layer.get_parameter(name).add_(part)
+        found.append(layer(x))
+        for name, value in before.items():
+            layer.get_parameter(name).copy_(value)
+        y, z = (y[0] if isinstance(y, tuple) else y for y in found)
+        return (z - y).movedim(1, -1).flatten(0, -2)
+
+    moved = change(x)
+    assert (moved.abs().amax(0) > 1e-4).nonzero().flatten().tolist() == [out]
+    if not mixes_inputs:
+        others, own = x.clone(), x.shape[1] - tensor.shape[1] + inputs  # of the last group
+        rest = [place for place in range(x.shape[1]) if place != own]
+        others[:, rest] = 0.9 * x[:, rest].roll(1, 1)
+        torch.testing.assert_close(change(others), moved, rtol=0, atol=1e-4)
