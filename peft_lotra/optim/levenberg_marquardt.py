@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.calls import check_module
-from ..modules.checks import check_count, check_function, check_number
-from .least_squares import LeastSquares, Plans, Term, check_terms
+from ..modules.checks import check_count, check_number
+from .least_squares import Known, LeastSquares, Term, check_terms, trainable_parameters
 from .normal_equations import LinearModel
 from .shards import Shards
 
@@ -94,7 +94,7 @@ class LevenbergMarquardt:
         damping: The damping that the next step tries. The other arguments are attributes too.
 
     Raises:
-        TypeError: `model` is no `nn.Module`, or an argument is unknown (`lr`).
+        TypeError: `model` is no `nn.Module`.
         ValueError: No parameter requires a gradient, or an argument is out of range.
 
     Source: J. J. More, "The Levenberg-Marquardt algorithm" (1978); for the forgetting factor, L. Ljung and T.
@@ -110,12 +110,9 @@ class LevenbergMarquardt:
         forgetting: float | str = "auto",
         memory: int = 2**30,
         group: Any = None,
-        **others: Any,
     ) -> None:
-        if others:
-            hint = " Steps have no learning rate: a larger `damping` makes the first step shorter." * ("lr" in others)
-            raise TypeError(f"LevenbergMarquardt takes no argument {', '.join(others)}.{hint}")
         check_module(model)
+        trainable_parameters(model)
         check_number(damping, "damping", "(0, inf)")
         check_number(floor, "floor", "(0, 1]")
         check_number(memory, "memory", "[1048576, inf)")
@@ -127,14 +124,10 @@ class LevenbergMarquardt:
         self.forgetting = forgetting
         self.memory = memory
         self._shards = Shards(group)
-        self._plans: Plans = {}  # of the last step's terms
+        self._known: Known = {}  # the terms of the last step
         self._past: _Past | None = None
-        self._terms: list[Term] = []  # of the last step, with `forgetting="auto"`
+        self._terms: list[Term] = []  # of the last step, as they were then, with `forgetting="auto"`
         self._span, self._slope = 1.0, -1.0  # steps that count, and the mean slope of the log loss
-        self._trainable()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}, "_terms": []}  # functions, which may have no pickle
 
     def forget(self) -> None:
         """Drops the residuals of former steps, see `forgetting`: after a change of the terms, or of the parameters."""
@@ -173,7 +166,7 @@ class LevenbergMarquardt:
         """
         terms = self._check(terms)
         problem, residuals = self._evaluate(terms)
-        self._plans, losses = problem.plans, problem.losses(residuals)
+        self._known, losses = problem.known, problem.losses(residuals)
         is_first = not self._terms  # before `_keep_terms` fills them
         remembers = self._keep_terms(problem, terms, len(residuals))
         if self._past is not None and not (remembers and torch.equal(self._past.parameters, problem.start)):
@@ -254,15 +247,13 @@ class LevenbergMarquardt:
 
         history: list[LevenbergMarquardtStep] = []
         steps = check_count(steps, "steps", low=0)
-        if callback is not None:
-            check_function(callback, "callback")
         slow, end = 0, time.monotonic() + max_seconds
         terms = terms if callable(terms) else list(terms)
         held_terms = self._check(held) if (held := list(held)) else []
         shards, hidden = self._shards, not (progress and self._shards.is_first)
 
         def copies() -> dict[str, Tensor]:
-            return {name: p.detach().clone() for name, p in self._trainable().items()}
+            return {name: p.detach().clone() for name, p in trainable_parameters(self.model).items()}
 
         best = (min(math.inf, sum(self._held_losses(held_terms))), copies()) if held_terms else (math.inf, {})
         with tqdm(total=steps, unit="step", desc="Levenberg-Marquardt", disable=hidden) as bar:
@@ -285,22 +276,13 @@ class LevenbergMarquardt:
                     break
         if best[1]:
             with torch.no_grad():
-                for name, parameter in self._trainable().items():
+                for name, parameter in trainable_parameters(self.model).items():
                     parameter.copy_(best[1][name])
         return history
 
-    def _trainable(self) -> dict[str, nn.Parameter]:
-        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if not trainable:
-            raise ValueError(
-                "No parameter of the model requires a gradient. Load the adapter with `is_trainable=True`, or "
-                "activate it with `model.set_adapter(name)`."
-            )
-        return trainable
-
     def _evaluate(self, terms: list[Term]) -> tuple[LeastSquares, Tensor]:
         """The least-squares problem of checked terms, and its residuals."""
-        problem = LeastSquares(self.model, self._trainable(), terms, self.memory, self._plans, self._shards)
+        problem = LeastSquares(self.model, terms, self.memory, self._known, self._shards)
         return problem, self._shards.run(problem.residuals, problem.start)
 
     def _check(self, terms: Iterable[Term]) -> list[Term]:
@@ -310,7 +292,7 @@ class LevenbergMarquardt:
     def _held_losses(self, terms: list[Term]) -> tuple[float, ...]:
         """The parts of the loss of terms that are not trained."""
         problem, residuals = self._evaluate(terms)
-        self._plans = {**self._plans, **problem.plans}
+        self._known |= problem.known
         return problem.losses(residuals)
 
     def _keep_terms(self, problem: LeastSquares, terms: list[Term], count: int) -> bool:
@@ -345,12 +327,10 @@ class LevenbergMarquardt:
 
 
 def _shown(record: LevenbergMarquardtStep, terms: Sequence[Any]) -> dict[str, str]:
-    """The losses that the bar shows, by the names of the functions if there are several, and the damping."""
+    """The losses that the bar shows, of each term too if there are several, and the damping."""
     shown = {"loss": record.loss}
-    if len(terms) > 1:
-        names = [getattr(term[0], "__name__", type(term[0]).__name__) for term in terms]
-        names = [name if names.count(name) == 1 else f"{name} {index}" for index, name in enumerate(names)]
-        shown.update(zip(names, record.losses, strict=True))
+    for index, (term, loss) in enumerate(zip(terms, record.losses, strict=False) if len(terms) > 1 else ()):
+        shown[f"{getattr(term[0], '__name__', 'term')} {index}"] = loss
     if record.held_losses:
         shown["held"] = record.held_loss
     return {**{name: f"{loss:.3e}" for name, loss in shown.items()}, "damping": f"{record.damping:.0e}"}

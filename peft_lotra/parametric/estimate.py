@@ -89,7 +89,7 @@ class ErrorEstimates:
         leaves = list(trainable(network).values())
         gradients = [torch.autograd.grad(v, leaves, retain_graph=True, materialize_grads=True) for v in values]
         flat = torch.stack([torch.cat([part.flatten() for part in parts]) for parts in gradients])
-        problem = LeastSquares(network, trainable(network), terms, MEMORY, {})
+        problem = LeastSquares(network, terms, MEMORY, {})
         linear = LinearModel(problem, residuals, 1.0, in_parameter_space=True)
         steps = linear.inverse(DAMPING, flat.T)
         if steps is None or linear.jacobian is None:
