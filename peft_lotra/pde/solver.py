@@ -228,8 +228,10 @@ def solve(
         continue_(model, stage, *ends, prepare=training.move_knots, steps=STAGES - 1, scale=scale)
     can_refine = refine and training.kan is not None
     training.fit("coarse", ends[-1], COARSE if can_refine else 1.0)
-    if can_refine and training.spent() < 1:
-        training.refine(ends[-1])
+    if can_refine and training.spent() < 1:  # a last phase on grids that are twice as fine
+        is_finer = training.regrid(2, samples=_inputs(model, points, training.kan))
+        sampler.count = round((FINE_POINTS if is_finer else 1) * sampler.count)
+        training.fit("fine" if is_finer else "coarse", ends[-1], 1.0)
     training.bar.close()
     result.residual = training.norm(ends[-1])
     for name, share in _outside(model, points):
@@ -315,7 +317,7 @@ class _Training:
     def norm(self, parameter: float) -> float:
         """The root mean square of the residual at the points that are held out."""
         values = self.equation(self.model, self.held, parameter)
-        return residual_norms(values, "residual", self.held).square().mean().sqrt().item()
+        return residual_norms(values, self.held).square().mean().sqrt().item()
 
     def residual(self, model: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """The term of the equation: one function in all phases, by which Levenberg-Marquardt keeps what it knows."""
@@ -372,12 +374,6 @@ class _Training:
                 if i not in self.features.periodic:
                     density[j] = of_coordinates[i]
             self.regrid(1, density=density, tolerance=math.inf)
-
-    def refine(self, parameter: float) -> None:
-        """The last phase, on grids that are twice as fine."""
-        is_finer = self.regrid(2, samples=_inputs(self.model, self.held, self.kan))
-        self.sampler.count = round((FINE_POINTS if is_finer else 1) * self.sampler.count)
-        self.fit("fine" if is_finer else "coarse", parameter, 1.0)
 
     def regrid(self, factor: int, **options: Any) -> bool:
         """Changes the grids if they can be changed."""

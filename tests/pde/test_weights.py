@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from jet_helpers import nested, network
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from peft_lotra.kan import jet
 from peft_lotra.optim import LevenbergMarquardt
-from peft_lotra.pde import causal_weights, gradient_weights
+from peft_lotra.pde import gradient_weights
 
 
 def test_gradient_weights_against_autograd():
@@ -27,18 +25,6 @@ def test_gradient_weights_against_autograd():
     torch.testing.assert_close(gradient_weights(model, x, 0.3, along)[:, 0], expected)
 
 
-def test_causal_weights_against_the_sum():
-    times, r = torch.rand(60, dtype=torch.float64), torch.randn(60, 2, dtype=torch.float64)
-    times[:2] = torch.tensor([0.0, 1.0])
-    found = causal_weights(r, times, strictness=0.4, slices=5)
-    for i in range(60):
-        earlier = 0.0
-        for number in range(min(int(5 * times[i]), 4)):
-            inside = [j for j in range(60) if min(int(5 * times[j]), 4) == number]
-            earlier += sum(r[j].square().sum().item() for j in inside) / max(1, len(inside))
-        assert found[i, 0].square().item() == pytest.approx(math.exp(-0.4 * earlier))
-
-
 def test_weights_are_rows_of_residual_terms():
     torch.manual_seed(1)
     model, x = network(2, 5, 1), torch.rand(80, 2, dtype=torch.float64)
@@ -47,27 +33,12 @@ def test_weights_are_rows_of_residual_terms():
         u, (_, u_t), u_xx = jet(model, x, collapse=(1.0, 0.0))
         return w * (u_t - u_xx - u)
 
-    r = equation(model, x, 1.0).detach()
-    before = r.square().mean().item()
+    before = equation(model, x, 1.0).square().mean().item()
     for _ in range(2):
-        w = gradient_weights(model, x) * causal_weights(r, x[:, 1])
-        LevenbergMarquardt(model).fit([(equation, (x, w))], 3, progress=False)
-        r = equation(model, x, 1.0).detach()
-    assert r.square().mean().item() < before
+        LevenbergMarquardt(model).fit([(equation, (x, gradient_weights(model, x)))], 3, progress=False)
+    assert equation(model, x, 1.0).square().mean().item() < before
 
 
-R, T = torch.ones(4), torch.linspace(0, 1, 4)
-WRONG = {
-    "`scale` is -1": lambda: gradient_weights(network(2, 1), torch.rand(4, 2), -1),
-    "`times` has 3 entries for 4 residuals": lambda: causal_weights(R, T[:3]),
-    "`strictness` is -1.0": lambda: causal_weights(R, T, -1.0),
-    "`residuals` is not finite at row 0": lambda: causal_weights(R * math.nan, T),
-    "`residuals` is NoneType": lambda: causal_weights(None, T),
-    "`times` must be finite": lambda: causal_weights(R, T / 0),
-}
-
-
-@pytest.mark.parametrize("message", WRONG)
-def test_wrong_arguments(message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        WRONG[message]()
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="`scale` is -1"):
+        gradient_weights(network(2, 1), torch.rand(4, 2), -1)
