@@ -56,9 +56,7 @@ class LoTRALearningRates(Report, list[LoTRALearningRate]):
 
 
 def lotra_lr_multipliers(
-    model: nn.Module,
-    policy: Policy = "width",
-    optimizer_cls: Callable[..., Optimizer] | None = None,
+    model: nn.Module, policy: Policy = "width", optimizer_cls: Callable[..., Optimizer] | None = None
 ) -> LoTRALearningRates:
     """The factors that `create_lotra_optimizer` multiplies the learning rate with, for each trainable component.
 
@@ -146,12 +144,7 @@ def _started_from_gradient(network: nn.Module) -> set[tuple[nn.Module, str]]:
 
 
 def create_lotra_optimizer(
-    model: nn.Module,
-    optimizer_cls: Callable[..., Optimizer],
-    *,
-    lr: float,
-    policy: Policy = "width",
-    **kwargs: Any,
+    model: nn.Module, optimizer_cls: Callable[..., Optimizer], *, lr: float, policy: Policy = "width", **kwargs: Any
 ) -> Optimizer:
     """Creates an optimizer with a learning rate for each component of the LoTRA adapters.
 

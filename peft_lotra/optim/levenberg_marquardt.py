@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -238,7 +238,7 @@ class LevenbergMarquardt:
                 terms, when the held loss had no new minimum in `patience` steps in a row.
             max_seconds: The time after which to stop.
             callback: Called with the step's number and its record; stops if it returns True.
-            progress: Whether to show a bar, with the loss of each term if there are several.
+            progress: Whether to show a bar.
 
         Returns:
             One record for each step.
@@ -251,33 +251,32 @@ class LevenbergMarquardt:
         terms = terms if callable(terms) else list(terms)
         held_terms = self._check(held) if (held := list(held)) else []
         shards, hidden = self._shards, not (progress and self._shards.is_first)
-
-        def copies() -> dict[str, Tensor]:
-            return {name: p.detach().clone() for name, p in trainable_parameters(self.model).items()}
-
-        best = (min(math.inf, sum(self._held_losses(held_terms))), copies()) if held_terms else (math.inf, {})
+        best, least = None, math.inf
+        if held_terms:
+            best, losses = self._held(held_terms)
+            least = min(least, sum(losses))
         with tqdm(total=steps, unit="step", desc="Levenberg-Marquardt", disable=hidden) as bar:
             for number in range(steps):
                 now = list(shards.run(terms, number)) if callable(terms) else terms
                 record = self.step(now)
+                progressed = record.decrease >= tolerance
                 if held_terms:
-                    record = record._replace(held_losses=self._held_losses(held_terms))
+                    problem, losses = self._held(held_terms)
+                    record = record._replace(held_losses=losses)
+                    if progressed := record.held_loss < least:
+                        least, best = record.held_loss, problem
                 history.append(record)
                 bar.update()
-                bar.set_postfix(_shown(record, now))
-                progressed = record.held_loss < best[0] if held_terms else record.decrease >= tolerance
+                shown = {"loss": record.loss, "held": record.held_loss, "damping": record.damping}
+                bar.set_postfix({name: f"{value:.1e}" for name, value in shown.items() if not math.isnan(value)})
                 slow = 0 if progressed else slow + 1
-                if held_terms and progressed:
-                    best = record.held_loss, copies()
                 loss = record.held_loss if held_terms else record.loss
                 stop = callback is not None and shards.run(callback, number, record) is True
                 stop = stop or not record.accepted or loss <= target_loss or slow >= patience
                 if any(shards.gather(stop or time.monotonic() > end)):
                     break
-        if best[1]:
-            with torch.no_grad():
-                for name, parameter in trainable_parameters(self.model).items():
-                    parameter.copy_(best[1][name])
+        if best is not None:
+            best.write(best.start)
         return history
 
     def _evaluate(self, terms: list[Term]) -> tuple[LeastSquares, Tensor]:
@@ -289,11 +288,11 @@ class LevenbergMarquardt:
         """The terms, checked; a process of several may have no rows."""
         return self._shards.run(check_terms, terms, int(self._shards.group is None))
 
-    def _held_losses(self, terms: list[Term]) -> tuple[float, ...]:
-        """The parts of the loss of terms that are not trained."""
+    def _held(self, terms: list[Term]) -> tuple[LeastSquares, tuple[float, ...]]:
+        """The present parameters with terms that are not trained, and the parts of their loss."""
         problem, residuals = self._evaluate(terms)
         self._known |= problem.known
-        return problem.losses(residuals)
+        return problem, problem.losses(residuals)
 
     def _keep_terms(self, problem: LeastSquares, terms: list[Term], count: int) -> bool:
         """Keeps the terms for the next step; returns whether residuals of former steps count in this one."""
@@ -324,16 +323,6 @@ class LevenbergMarquardt:
         longest = 1 / (1 - min(1 - 1 / LONGEST_MEMORY, math.exp(min(0.0, 10 * self._slope))))
         self._span = max(1.0, min(self._span * (1.25 if loss > 1.5 * own else 0.8), longest))
         return max(1 - 1 / self._span, SMALLEST_FACTOR * trust)
-
-
-def _shown(record: LevenbergMarquardtStep, terms: Sequence[Any]) -> dict[str, str]:
-    """The losses that the bar shows, of each term too if there are several, and the damping."""
-    shown = {"loss": record.loss}
-    for index, (term, loss) in enumerate(zip(terms, record.losses, strict=False) if len(terms) > 1 else ()):
-        shown[f"{getattr(term[0], '__name__', 'term')} {index}"] = loss
-    if record.held_losses:
-        shown["held"] = record.held_loss
-    return {**{name: f"{loss:.3e}" for name, loss in shown.items()}, "damping": f"{record.damping:.0e}"}
 
 
 def damping_factor(agreement: float, raised: bool) -> float:
