@@ -28,7 +28,7 @@ class LayerRecord(NamedTuple):
     """One evaluation of a KAN layer, or of an `nn.Linear`."""
 
     stage: Stage  # the layer with its coefficients
-    grid: UniformGrid | None  # a copy
+    grid: UniformGrid | None
     inputs: tuple[Jet, int, Tensor | None]  # the arguments of `evaluate_layer`
     outputs: Jet  # of a graph that starts at the outputs of the first layer
 
@@ -80,9 +80,6 @@ class Recorder:
         outputs = evaluate_layer(fixed, *inputs)
         for part in outputs:
             part.requires_grad_()
-        grid = None
-        if not stage.is_linear:
-            low, high, *sizes = stage.module.grid
-            grid = UniformGrid(low.clone(), high.clone(), *sizes)
+        grid = None if stage.is_linear else stage.module.grid
         self.layers.append(LayerRecord(stage, grid, inputs, outputs))
         return outputs

@@ -81,7 +81,8 @@ def check_terms(terms: Iterable[Any], least: int = 1) -> list[Term]:
                 f"Residual term {index} is {type(term).__name__}, but must be (function, rows), or with a weight "
                 "behind: (function, rows, weight)."
             )
-        function, rows, weight = (*term, 1.0)[:3]
+        parts: tuple[Any, ...] = (*term, 1.0)
+        function, rows, weight = parts[:3]
         rows = tuple(rows) if isinstance(rows, Sequence) else (rows,)
         if not rows or not all(isinstance(row, Tensor) and row.dim() and not row.is_meta for row in rows):
             raise ValueError(f"The rows of {name_term(index, function)} must be tensors with values, at least one.")
@@ -116,9 +117,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def in_double(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of lower precision, in float64."""
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state = {name: tensor.detach() for name, tensor in state.items() if tensor.is_floating_point()}
-    return {name: tensor.double() for name, tensor in state.items() if tensor.dtype != torch.float64}
+    state = (*model.named_parameters(), *model.named_buffers())
+    return {name: it.detach().double() for name, it in state if it.is_floating_point() and it.dtype != torch.float64}
 
 
 class LeastSquares:

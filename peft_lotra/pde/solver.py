@@ -226,10 +226,10 @@ def solve(
 
         scale = "log" if ends[0] * ends[1] > 0 else "linear"
         continue_(model, stage, *ends, prepare=training.move_knots, steps=STAGES - 1, scale=scale)
-    can_refine = refine and training.kan is not None
-    training.fit("coarse", ends[-1], COARSE if can_refine else 1.0)
-    if can_refine and training.spent() < 1:  # a last phase on grids that are twice as fine
-        is_finer = training.regrid(2, samples=_inputs(model, points, training.kan))
+    kan = training.kan if refine else None
+    training.fit("coarse", ends[-1], 1.0 if kan is None else COARSE)
+    if kan is not None and training.spent() < 1:  # a last phase on grids that are twice as fine
+        is_finer = training.regrid(2, samples=_inputs(model, points, kan))
         sampler.count = round((FINE_POINTS if is_finer else 1) * sampler.count)
         training.fit("fine" if is_finer else "coarse", ends[-1], 1.0)
     training.bar.close()
