@@ -96,8 +96,8 @@ def _check_shape(name: str, value: Any, like: Tensor) -> Tensor:
     if getattr(value, "shape", None) not in (like.shape, (*like.shape[:-1], 1)):
         given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
-            f"`{name}` returns {given} where the network returns {tuple(like.shape)}: return that shape, or "
-            f"{(*like.shape[:-1], 1)}. x[..., :1] keeps the last dimension, x[..., 0] does not."
+            f"`{name}` returns {given} where the network returns {tuple(like.shape)}. Return the same, or one column: "
+            "x[..., :1] keeps the last dimension, x[..., 0] does not."
         )
     return value
 
