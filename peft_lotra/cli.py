@@ -126,7 +126,7 @@ def find(model: Network, as_json: Json = False) -> None:
 def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = None, as_json: Json = False) -> None:
     """Show the layers, ranks, sizes and norms of an adapter, or the members of a family (ParametricAdapter)."""
     if (path := _folder(adapter, _FILES, revision) / FILE).is_file():
-        family = read_family(path)
+        family = read_family(path).report
         return _report(family.as_dict(), f"Family of LoTRA adapters {adapter}\n\n{family}", as_json)
     contents = AdapterContents.of(adapter, *read_adapter(_one_adapter(adapter, revision, subfolder)))
     base = contents.base_model or f"a {contents.base_class or 'model'} that is not on the Hub"

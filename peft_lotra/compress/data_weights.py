@@ -37,19 +37,16 @@ _PROBES = 16  # random directions of the model's outputs whose gradients reach t
 class DataWeights:
     """The basis functions of one layer at its inputs x, and the weights of its outputs.
 
-    Inputs are (..., in), or (N, in, ...) for a convolution: there each position of the output is a sample, with the
-    values at all positions of the kernel.
-
     Args:
         layer: The layer, linear in its coefficients.
         spec: The description of its kind.
-        x: The inputs.
+        x: The inputs (..., in).
         metric: (out, out), the sum of J^T J over the samples, where J are the derivatives of the model's outputs with
             respect to the layer's; by default all outputs of the layer count alike.
     """
 
-    values: torch.Tensor  # (samples, in, basis [, kernel]), with the residual function last, in float64
-    roots: list[torch.Tensor]  # for in, basis [and kernel], square roots of the second moments of the values
+    values: torch.Tensor  # (samples, in, basis), with the residual function last, in float64
+    roots: list[torch.Tensor]  # for in and basis, square roots of the second moments of the values
     root_out: torch.Tensor  # (out, out), the square root of the metric
 
     @torch.no_grad()
@@ -58,8 +55,7 @@ class DataWeights:
     ) -> None:
         location = spec.locate(layer)
         out, *shape = full_shape(location)
-        has_kernel = len(shape) > 2
-        x = x if has_kernel else x.reshape(-1, shape[0])
+        x = x.reshape(-1, shape[0])
         scale = spec.find_edge_scale(layer)
 
         def run(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,7 +65,7 @@ class DataWeights:
             else:
                 parameters = {**location.split(coefficients), scale: torch.ones_like(getattr(layer, scale))}
                 y = call_with_parameters(layer, parameters, layer, (x,), {})
-            return as_rows(first_output(y), has_kernel)
+            return first_output(y).flatten(0, -2)
 
         # A layer is linear in its coefficients: unit tensors give the values, one for each output at a time.
         columns = []
@@ -87,7 +83,7 @@ class DataWeights:
             self.root_out = _square_root(metric.to(self.values), _RIDGE_OUT)
 
     def weigh(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor (out, in, basis [, kernel]) times the roots of its modes, of norm 1: layers count alike."""
+        """The tensor (out, in, basis) times the roots of its modes, of norm 1: layers count alike."""
         weighted = Tucker(tensor, self.root_out, *self.roots).dense()
         return weighted / weighted.norm().clamp(min=1e-300)
 
@@ -102,13 +98,12 @@ class DataWeights:
             torch.linalg.qr(torch.linalg.solve(root, factor)).Q
             for root, factor in zip(self.roots, weighted, strict=True)
         ]
-        equation = "niks,ib,kc,sd->nbcd" if len(factors) == 3 else "nik,ib,kc->nbc"
-        z = torch.einsum(equation, self.values, *factors).flatten(1)
+        z = torch.einsum("nik,ib,kc->nbc", self.values, *factors).flatten(1)
         # As if each basis function had been seen a little on its own: there may be more of them than samples.
-        start = torch.einsum(equation, tensor, *factors).flatten(1).T
+        start = torch.einsum("nik,ib,kc->nbc", tensor, *factors).flatten(1).T
         gram = z.T @ z
         ridge = torch.eye(len(gram), device="cpu").to(gram) * _RIDGE * gram.diagonal().mean().clamp(min=1e-200)
-        weights = torch.linalg.solve(gram + ridge, z.T @ self.outputs(tensor) + ridge @ start)  # (ri rb [rk], out)
+        weights = torch.linalg.solve(gram + ridge, z.T @ self.outputs(tensor) + ridge @ start)  # (ri rb, out)
         weights = weights @ self.root_out  # symmetric
         leading = torch.linalg.svd(z @ weights, full_matrices=False).Vh[: ranks[0]].T
         core = (weights @ leading).T.reshape(-1, *ranks[1:])
@@ -129,8 +124,7 @@ def _square_root(moments: torch.Tensor, ridge: float) -> torch.Tensor:
 def gather_weights(model: nn.Module, names: Iterable[str], inputs: Inputs) -> dict[str, DataWeights]:
     """The data weights of layers of a model without adapters, by name.
 
-    Layers whose output is not linear in their coefficients have none, nor have convolutions of several groups, each
-    of which has inputs of its own.
+    Layers whose output is not linear in their coefficients have none, nor have convolutions.
 
     Raises:
         ValueError: The inputs are not finite, or all the same, or none reaches one of the layers.
@@ -138,36 +132,29 @@ def gather_weights(model: nn.Module, names: Iterable[str], inputs: Inputs) -> di
     """
     _check_inputs(inputs)
     targets = {name: locate_target(name, model.get_submodule(name)) for name in names}
-    layers = {name: target[:2] for name, target in targets.items() if is_linear(*target)}
-    kernels = {name for name in layers if len(targets[name][2].shape) > 3}
-    called: set[str] = set()
+    layers = {name: it[:2] for name, it in targets.items() if len(it[2].shape) == 3 and is_linear(*it)}
     received: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     returned: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
 
     def record(name: str, x: torch.Tensor, y: Any) -> None:
         if x.dim() < 2:
             raise ValueError(f"`inputs` reach `{name}` as one sample of shape {tuple(x.shape)}: pass a batch.")
-        called.add(name)
-        if name in kernels and x.shape[1] != targets[name][2].shape[1]:  # of several groups
-            return
-        received[name].append(x.detach() if name in kernels else x.detach().flatten(0, -2))
+        received[name].append(x.detach().flatten(0, -2))
         y = first_output(y)
         returned[name].append(y if y.requires_grad else y.requires_grad_())  # the model may be frozen
 
     with recorded_calls({name: layer for name, (layer, _) in layers.items()}, record), torch.enable_grad():
         result = model_outputs(model, inputs)
-    if missed := [name for name in layers if name not in called]:
+    if missed := [name for name, xs in received.items() if not xs]:
         raise ValueError(
             f"None of `inputs` reaches {missed}: the forward pass does not call these layers, or calls the layers of "
             "another model in their place (a function that holds them is not copied with a model)."
         )
-    metrics = _metrics(result, returned, kernels)
-    return {name: DataWeights(*layers[name], torch.cat(xs), metrics.get(name)) for name, xs in received.items() if xs}
+    metrics = _metrics(result, returned)
+    return {name: DataWeights(*layers[name], torch.cat(xs), metrics.get(name)) for name, xs in received.items()}
 
 
-def _metrics(
-    result: torch.Tensor, returned: Mapping[str, list[torch.Tensor]], kernels: set[str]
-) -> dict[str, torch.Tensor]:
+def _metrics(result: torch.Tensor, returned: Mapping[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Estimates of the sums of J^T J by layer, (out, out), where J are the derivatives of the result in the layer's
     outputs: s^T J has the second moment J^T J for random signs s. Layers without derivatives are left out."""
     metrics: dict[str, torch.Tensor] = {}
@@ -180,7 +167,7 @@ def _metrics(
         gradients = torch.autograd.grad(result, outputs, signs, retain_graph=True, allow_unused=True)
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
-                gradient = as_rows(gradient, name in kernels).double()
+                gradient = gradient.flatten(0, -2).double()
                 metrics[name] = metrics.get(name, 0) + gradient.T @ gradient
     return {name: metric for name, metric in metrics.items() if metric.isfinite().all() and metric.any()}
 
@@ -262,11 +249,6 @@ def error_table(
     rows = [[name, str(ranks[name]), f"{error:.2%}", outputs.get(name, "-")] for name, error in errors.items()]
     width = 4 if outputs else 3
     return columns[:width], [row[:width] for row in rows]
-
-
-def as_rows(y: torch.Tensor, channels_second: bool) -> torch.Tensor:
-    """(rows, features) of a tensor (..., features), or (N, features, ...) of a convolution."""
-    return (y.movedim(1, -1) if channels_second else y).flatten(0, -2)
 
 
 def first_output(y: Any) -> torch.Tensor:

@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..layers.registry import find_kan_layers, same_grid
@@ -23,7 +22,7 @@ from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.layer import lotra_layers
 from ..tuner.targets import exact_targets, locate_target
 from .data_weights import DataWeights, Inputs, error_table, gather_weights
-from .spectra import choose_ranks, weighted_spectra
+from .spectra import choose_ranks, ranks_by_layer, weighted_spectra
 from .updates import CoefficientUpdate, check_without_adapters, coefficient_updates, merged
 
 
@@ -89,7 +88,7 @@ def extract_lotra(
         inputs: Samples of the model's input: a tensor, a tuple of arguments, a dict of named ones, or a function of
             the model that runs it and returns its output. The basis functions of all layers at these samples are kept
             in memory in float64. The energy is then that of the layers' outputs; in layers whose output is not linear
-            in their coefficients, and in convolutions of several groups, it stays that of the coefficients.
+            in their coefficients, and in convolutions, it stays that of the coefficients.
         adapter_name: The name of the adapter.
 
     Returns:
@@ -117,7 +116,6 @@ def extract_lotra(
             f"`r`={r}, `energy`={energy}, `budget`={budget}, `rank_pattern`={rank_pattern}."
         )
     check_module(base, "base")
-    check_module(tuned, "tuned")
     check_without_adapters(base, "base")
     tuned = merged(tuned)
     modules_to_save, not_saved = _compare(base, tuned)
@@ -127,7 +125,10 @@ def extract_lotra(
         raise ValueError("The KAN layers have the same coefficients in both models: there is nothing to extract.")
     weights = {} if inputs is None else gather_weights(tuned, updates, inputs)
     if energy is None and budget is None:
-        ranks = _resolve_ranks(r, rank_pattern or {}, updates)
+        given = ranks_by_layer(updates, rank_pattern or {}, r)
+        if missing := [name for name in updates if name not in given]:
+            raise ValueError(f"`rank_pattern` has no ranks for `{missing[0]}`, and `r` is not given: {rank_pattern}.")
+        ranks = {name: cap_ranks(given[name], update.tensor.shape) for name, update in updates.items()}
     else:
         spectra = weighted_spectra({name: update.tensor for name, update in updates.items()}, weights)
         ranks = choose_ranks(spectra, energy, budget)
@@ -151,20 +152,6 @@ def extract_lotra(
             stacklevel=2,
         )
     return model
-
-
-def _resolve_ranks(
-    r: Ranks | None, rank_pattern: dict[str, Ranks], updates: Mapping[str, CoefficientUpdate]
-) -> dict[str, tuple[int, ...]]:
-    """The ranks of each layer, as LoTRAModel would take them from a configuration."""
-    config = LoTRAConfig(rank_pattern=rank_pattern, r=1 if r is None else r)
-    ranks = {}
-    for name, update in updates.items():
-        key = get_pattern_key(list(config.rank_pattern), name)
-        if key not in config.rank_pattern and r is None:
-            raise ValueError(f"`rank_pattern` has no ranks for `{name}`, and `r` is not given: {list(rank_pattern)}.")
-        ranks[name] = cap_ranks(config.rank_pattern.get(key, config.r), update.tensor.shape)
-    return ranks
 
 
 def _decompose(update: CoefficientUpdate, ranks: tuple[int, ...], weights: DataWeights | None) -> Tucker:

@@ -15,7 +15,6 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..kan.layer import KANLinear
@@ -25,10 +24,10 @@ from ..layers.slim import SlimLayer
 from ..modules.calls import share_hooks, unwrap
 from ..modules.checks import check_number
 from ..report import Report, TextTable
-from ..tucker import Ranks, cap_ranks, check_ranks, tucker
+from ..tucker import Ranks, cap_ranks, tucker
 from ..tuner.targets import locate_target
-from .data_weights import Inputs, error_table, gather_weights, model_outputs, recorded_calls
-from .spectra import LayerSpectrum, choose_ranks, weighted_spectra
+from .data_weights import Inputs, error_table, gather_weights, model_outputs
+from .spectra import LayerSpectrum, choose_ranks, ranks_by_layer, weighted_spectra
 from .updates import check_without_adapters, read_coefficients
 
 
@@ -109,8 +108,8 @@ def slim(
 
     Raises:
         ValueError: Not one of `ranks`, `energy` and `budget` is given, or one that cannot be; the model has adapters
-            (merge them first), no KAN layer, convolutions, or coefficients that are not finite; it keeps functions
-            which call its layers; no input reaches a layer; or `inputs` are not finite or all the same.
+            (merge them first), no KAN layer, convolutions, or coefficients that are not finite; a copy would keep
+            functions which call its layers; no input reaches a layer; or `inputs` are not finite or all the same.
         TypeError: `model` is no module; or, with `inputs`, it returns no tensor, nor a tuple or dict that begins with
             one.
 
@@ -186,14 +185,10 @@ def _resolve_ranks(
     tensors: Mapping[str, torch.Tensor], ranks: Ranks | Mapping[str, Ranks]
 ) -> dict[str, tuple[int, ...]]:
     """The ranks of each layer; a layer that a mapping does not name is left out."""
-    if isinstance(ranks, Mapping):
-        keys = {name: get_pattern_key(list(ranks), name) for name in tensors}
-        given = {name: ranks[key] for name, key in keys.items() if key in ranks}
-        if not given:
-            raise ValueError(f"`ranks` names none of the KAN layers {list(tensors)}: {list(ranks)}.")
-    else:
-        given = dict.fromkeys(tensors, ranks)
-    given = {name: check_ranks(r, "ranks", kernel=False) for name, r in given.items()}
+    pattern, default = (ranks, None) if isinstance(ranks, Mapping) else ({}, ranks)
+    given = ranks_by_layer(tensors, pattern, default, "ranks", kernel=False)
+    if not given:
+        raise ValueError(f"`ranks` names none of the KAN layers {list(tensors)}: {list(pattern)}.")
     capped = {name: cap_ranks(r, tensors[name].shape) for name, r in given.items()}
     warn_capped({name: (r, tuple(tensors[name].shape), capped[name]) for name, r in given.items()})
     return capped
@@ -274,29 +269,17 @@ class _Compression:
     @torch.no_grad()
     def _outputs_with(self, exchanged: Mapping[nn.Module, nn.Module], inputs: Inputs) -> torch.Tensor:
         """The outputs of the model with these layers, which are taken out again."""
-        names = {name: exchanged[layer] for name, layer in self.layers.items() if layer in exchanged}
-        called: set[str] = set()
         model = _exchange(self.model, exchanged)
         try:
-            with recorded_calls(names, lambda name, x, y: called.add(name)):
-                y = model_outputs(model, inputs)
+            return model_outputs(model, inputs)
         finally:
             _exchange(self.model, {new: old for old, new in exchanged.items()})
-        if missed := [name for name in names if name not in called]:
-            raise ValueError(
-                f"The model does not call the Slim layers {missed} that were put in: a function, a list or a global "
-                "holds the original ones. Let it look them up in their module when it is called."
-            )
-        return y
 
 
 def _read_product(name: str, layer: nn.Module) -> torch.Tensor:
     """Coefficient times scale of the edge: (out, in, basis [+ 1]) in float64."""
     tensor, scale = read_coefficients(name, layer)
-    tensor = tensor if scale is None else tensor * scale
-    if tensor.is_meta or not tensor.isfinite().all():
-        raise ValueError(f"The coefficients of `{name}` are not finite, or not loaded (on the meta device).")
-    return tensor.detach()
+    return (tensor if scale is None else tensor * scale).detach()
 
 
 def _relative_error(y: torch.Tensor, other: torch.Tensor) -> float:

@@ -12,10 +12,11 @@ Source: L. De Lathauwer et al., "A Multilinear Singular Value Decomposition", SI
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..modules.calls import unwrap
@@ -196,6 +197,14 @@ def choose_ranks(
         return _allocate(layers, budget)
     check_number(energy, "energy", "(0, 1]")
     return {name: cheapest(layer, energy) for name, layer in layers.items()}
+
+
+def ranks_by_layer(
+    names: Iterable[str], pattern: Mapping[str, Ranks], default: Ranks | None, argument: str = "r", kernel: bool = True
+) -> dict[str, Ranks]:
+    """The ranks of layers by a pattern, as in [`LoTRAConfig`], or else the default; a layer without both has none."""
+    found = {name: pattern.get(get_pattern_key(list(pattern), name), default) for name in names}
+    return {name: check_ranks(r, argument, kernel) for name, r in found.items() if r is not None}
 
 
 def spectrum_of(tensor: torch.Tensor) -> LayerSpectrum:

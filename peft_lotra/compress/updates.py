@@ -67,9 +67,6 @@ def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False)
         before, scale = read_coefficients(name, base.get_submodule(name))
         after, new_scale = read_coefficients(name, tuned.get_submodule(name))
         after = after.to(before)
-        for which, tensor in (("base", before), ("tuned", after)):
-            if not tensor.isfinite().all():
-                raise ValueError(f"The coefficients of `{name}` in the {which} model are not finite.")
         updates[name] = CoefficientUpdate(after - before)
         if scale is not None and new_scale is not None:
             new_scale = new_scale.to(before)
@@ -81,7 +78,8 @@ def coefficient_updates(base: nn.Module, tuned: nn.Module, scaled: bool = False)
 def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The coefficients, with active adapters, and the scales of the edges, (out, in, basis [+ 1] [, kernel]), float64.
 
-    The scales are `None` for a layer without them, and 1 for the residual branch.
+    The scales are `None` for a layer without them, and 1 for the residual branch. Raises a ValueError for values that
+    are not finite.
     """
     with read_at_rest(module):
         layer, spec, tensor = locate_target(name, module)
@@ -90,6 +88,8 @@ def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch
         else:
             coefficients = tensor.read(layer).double().clone()  # `read` may return the parameter itself
         scale = spec.read_edge_scale(layer, tensor)
+    if coefficients.is_meta or not coefficients.isfinite().all():
+        raise ValueError(f"The coefficients of `{name}` are not finite, or not loaded (on the meta device).")
     if scale is None:
         return coefficients, None
     full = torch.ones_like(coefficients)

@@ -3,14 +3,13 @@
 
 """Records of the inputs and outputs of KAN layers, from which `row_gradients` computes the gradients of single rows.
 
-A residual function is evaluated once, on all rows. The KANs in it run with detached parameters, and their outputs are
-leaves of the function's graph. The records lead from gradients in these leaves to gradients in the parameters.
+A residual function is evaluated once, on all rows, with detached parameters in the KAN layers. The records lead from
+gradients in the outputs of these layers to gradients in their parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,33 +28,26 @@ class LayerRecord(NamedTuple):
     """One evaluation of a KAN layer, or of an `nn.Linear`."""
 
     stage: Stage  # the layer with its coefficients
-    grid: UniformGrid | None  # a copy
+    grid: UniformGrid | None
     inputs: tuple[Jet, int, Tensor | None]  # the arguments of `evaluate_layer`
-    outputs: Jet  # of a graph that starts at the outputs of the layer before
-
-
-class NetworkRecord(NamedTuple):
-    """One evaluation of a network."""
-
-    layers: list[LayerRecord]
-    outputs: Jet
-    leaves: Jet  # copies of the outputs, which the residual function gets
+    outputs: Jet  # of a graph that starts at the outputs of the first layer
 
 
 class Recorder:
-    """A hook of `kan.recording_hook` that records the networks that are evaluated at n = `rows` inputs.
+    """A hook of `kan.recording_hook` that records the layers of networks that are evaluated at n = `rows` inputs.
 
     A layer is recorded if its coefficients are among the given parameters. All others run with their graphs.
     """
 
     def __init__(self, parameters: Iterable[Tensor], rows: int) -> None:
         self.rows = rows
-        self.networks: list[NetworkRecord] = []
+        self.layers: list[LayerRecord] = []
         self._known = {id(parameter) for parameter in parameters}
 
     def jet(self, through: Callable[..., Jet], x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet | None:
         """See `recording`."""
-        return self._record(through, x, directions, weights) if self._can_record(x, directions, weights) else None
+        can_record = self._can_record(x, directions, weights)
+        return through(self._record_layer, x, directions, weights) if can_record else None
 
     def value(self, network: nn.Module, x: Tensor) -> Tensor | None:
         """See `recording`. Networks with dropout, hooks, or a replaced `forward` are not recorded."""
@@ -68,21 +60,14 @@ class Recorder:
             return None
         if any(map(changed, network.modules())) or (stages := stages_of(network)) is None:
             return None
-        return self._record(partial(through_stages, stages, 0), x, None, None)[0]
+        return through_stages(stages, 0, self._record_layer, x, None, None)[0]
 
     def _can_record(self, x: Tensor, *others: Tensor | None) -> bool:
         varies = any(tensor is not None and tensor.requires_grad for tensor in (x, *others))
         of_rows = x.dim() == 2 and len(x) == self.rows
         return torch.is_grad_enabled() and of_rows and not varies and not needs_plain_operations(x)
 
-    def _record(self, through: Callable[..., Jet], *inputs: Tensor | None) -> Jet:
-        layers: list[LayerRecord] = []
-        outputs = through(partial(self._record_layer, layers), *inputs)
-        leaves = [part.detach().clone().requires_grad_() for part in outputs]
-        self.networks.append(NetworkRecord(layers, outputs, leaves))
-        return leaves
-
-    def _record_layer(self, layers: list[LayerRecord], stage: Stage, *inputs: Any) -> Jet:
+    def _record_layer(self, stage: Stage, *inputs: Any) -> Jet:
         """As `evaluate_layer`; appends a record if all trained coefficients of the layer are known."""
         components = [part for update in stage.updates for part in (update.scale, *update.tensor)]
         trained = [p for p in (*(stage.dense or ()), *components) if isinstance(p, Tensor) and p.requires_grad]
@@ -95,9 +80,6 @@ class Recorder:
         outputs = evaluate_layer(fixed, *inputs)
         for part in outputs:
             part.requires_grad_()
-        grid = None
-        if not stage.is_linear:
-            low, high, *sizes = stage.module.grid
-            grid = UniformGrid(low.clone(), high.clone(), *sizes)
-        layers.append(LayerRecord(stage, grid, inputs, outputs))
+        grid = None if stage.is_linear else stage.module.grid
+        self.layers.append(LayerRecord(stage, grid, inputs, outputs))
         return outputs

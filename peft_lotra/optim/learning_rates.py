@@ -37,14 +37,9 @@ class LoTRALearningRate:
     adapter: str  # empty for a Slim layer
     component: str  # "core", "factor_out", "factor_in", "factor_basis" or "factor_kernel"
     shape: tuple[int, ...]
-    width: int  # the number of outputs for factor_out and of inputs for factor_in, otherwise 0
+    group: str  # the name of the parameter group, e.g. "factor_in/64"
     multiplier: float
     parameter: Tensor = field(repr=False, compare=False)
-
-    @property
-    def group(self) -> str:
-        """The name of the parameter group, e.g. "factor_in/64"."""
-        return f"{self.component}/{self.width}" if self.width else self.component
 
 
 class LoTRALearningRates(Report, list[LoTRALearningRate]):
@@ -61,9 +56,7 @@ class LoTRALearningRates(Report, list[LoTRALearningRate]):
 
 
 def lotra_lr_multipliers(
-    model: nn.Module,
-    policy: Policy = "width",
-    optimizer_cls: Callable[..., Optimizer] | None = None,
+    model: nn.Module, policy: Policy = "width", optimizer_cls: Callable[..., Optimizer] | None = None
 ) -> LoTRALearningRates:
     """The factors that `create_lotra_optimizer` multiplies the learning rate with, for each trainable component.
 
@@ -102,9 +95,9 @@ def lotra_lr_multipliers(
             for component, parameter in zip(COMPONENTS, parameters, strict=False):  # of four, the last is the kernel's
                 if not parameter.requires_grad:
                     continue
-                width, shape = widths.get(component, 0), tuple(parameter.shape)
-                multiplier = float(multipliers.get(component, 1.0))
-                table.append(LoTRALearningRate(name, adapter, component, shape, width, multiplier, parameter))
+                group = f"{component}/{widths[component]}" if component in widths else component
+                shape, multiplier = tuple(parameter.shape), float(multipliers.get(component, 1.0))
+                table.append(LoTRALearningRate(name, adapter, component, shape, group, multiplier, parameter))
     if not table:
         raise ValueError(
             f"No component of a LoTRA or Slim layer of the {type(model).__name__} requires a gradient. Adapt it by "
@@ -151,12 +144,7 @@ def _started_from_gradient(network: nn.Module) -> set[tuple[nn.Module, str]]:
 
 
 def create_lotra_optimizer(
-    model: nn.Module,
-    optimizer_cls: Callable[..., Optimizer],
-    *,
-    lr: float,
-    policy: Policy = "width",
-    **kwargs: Any,
+    model: nn.Module, optimizer_cls: Callable[..., Optimizer], *, lr: float, policy: Policy = "width", **kwargs: Any
 ) -> Optimizer:
     """Creates an optimizer with a learning rate for each component of the LoTRA adapters.
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,29 +33,21 @@ Term = tuple[Callable[..., Tensor], Sequence[Tensor], float]
 
 
 @dataclass
-class Plan:
-    """How a term is evaluated, found out when it is first seen."""
+class Residuals:
+    """A term with its rows in float64, and how it is evaluated, which is found out when its function is first seen."""
 
+    name: str
     function: Callable[..., Tensor]  # kept here so that no other function gets its `id`
-    intercepted: bool = True  # whether calls run under `Intercepted`; false for good after one that did not need it
+    rows: tuple[Tensor, ...]
+    marked: list[bool]  # which rows require a gradient
+    scale: float
+    intercepted: bool = False  # whether calls run under `Intercepted`
     columns: int = 0  # the number of residuals of a row
-    row_bytes: int = 0  # the memory of one row
+    row_bytes: int = 1  # the memory of one row
     by_layers: bool = False  # whether the Jacobian comes from `row_gradients`, and not from `torch.func.vmap`
 
 
-Plans = dict[tuple, Plan]
-
-
-@dataclass
-class Residuals:
-    """A term with its rows in float64."""
-
-    name: str
-    function: Callable[..., Tensor]
-    rows: tuple[Tensor, ...]
-    marked: list[int]  # the places of rows that require a gradient
-    scale: float
-    plan: Plan
+Known = dict[tuple, Residuals]  # by the function, and the shapes of rows and parameters
 
 
 class Intercepted(ExactNorms):
@@ -83,8 +75,6 @@ def check_terms(terms: Iterable[Any], least: int = 1) -> list[Term]:
     """Residual terms with their rows as a tuple and their weight filled in; a malformed one is a ValueError, and so is
     one with fewer rows than `least`."""
     checked: list[Term] = []
-    if not isinstance(terms, Iterable):
-        raise ValueError(f"The residual terms are a {type(terms).__name__}, but must be a list of (function, rows).")
     for index, term in enumerate(terms):
         if not isinstance(term, Sequence) or len(term) not in (2, 3) or not callable(term[0]):
             raise ValueError(
@@ -114,63 +104,65 @@ def name_term(index: int, function: Callable) -> str:
     return f"residual term {index} ({getattr(function, '__name__', type(function).__name__)})"
 
 
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name; a `ValueError` if there are none."""
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise ValueError(
+            "No parameter of the model requires a gradient. Load the adapter with `is_trainable=True`, or activate it "
+            "with `model.set_adapter(name)`."
+        )
+    return found
+
+
 def in_double(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of lower precision, in float64."""
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state = {name: tensor.detach() for name, tensor in state.items() if tensor.is_floating_point()}
-    return {name: tensor.double() for name, tensor in state.items() if tensor.dtype != torch.float64}
+    state = (*model.named_parameters(), *model.named_buffers())
+    return {name: it.detach().double() for name, it in state if it.is_floating_point() and it.dtype != torch.float64}
 
 
 class LeastSquares:
     """The residuals as a function of the flat vector of the trainable parameters, in float64.
 
     Each residual is multiplied by sqrt(weight / rows) of its term, so that the loss is the sum of their squares. Only
-    `write` changes the model. The `plans` of the step before spare its terms another trial. Rows, residuals and
-    Jacobians are those of this process, losses those of all `shards`.
+    `write` changes the model. Terms that are `known` from the step before are spared another trial. Rows, residuals
+    and Jacobians are those of this process, losses those of all `shards`.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        trainable: dict[str, nn.Parameter],
-        terms: list[Term],
-        memory: int,
-        plans: Plans,
-        shards: Shards | None = None,
+        self, model: nn.Module, terms: list[Term], memory: int, known: Known, shards: Shards | None = None
     ) -> None:
         self.model = model
-        self.trainable = trainable
         self.memory = memory
         self.shards = shards = shards or Shards()
-        self.fixed = {name: tensor for name, tensor in in_double(model).items() if name not in trainable}
-        self.sizes = [parameter.numel() for parameter in trainable.values()]
+        self.trainable = trainable_parameters(model)
+        self.fixed = {name: tensor for name, tensor in in_double(model).items() if name not in self.trainable}
+        self.sizes = [parameter.numel() for parameter in self.trainable.values()]
         self.num_parameters = sum(self.sizes)
-        self.start = torch.cat([parameter.detach().double().flatten() for parameter in trainable.values()])
-        self.shapes = tuple((name, parameter.shape) for name, parameter in trainable.items())
-        self.modes = tuple(part.training for part in model.modules())
+        self.start = torch.cat([parameter.detach().double().flatten() for parameter in self.trainable.values()])
         self.terms: list[Residuals] = []
-        self.plans: Plans = {}
-        names = [name_term(index, term[0]) for index, term in enumerate(terms)]
-        totals = shards.count_rows(
-            names, [len(rows[0]) for _, rows, _ in terms], [weight for *_, weight in terms], self.start
-        )
-        shards.run(self._add_terms, names, terms, totals, plans)
+        self.known: Known = {}
+        named = [(name_term(index, function), w, len(rows[0])) for index, (function, rows, w) in enumerate(terms)]
+        shards.run(self._add_terms, terms, shards.count_rows(named, self.start), known)
 
-    def _add_terms(self, names: list[str], terms: list[Term], totals: list[int], plans: Plans) -> None:
-        for name, (function, rows, weight), total in zip(names, terms, totals, strict=True):
-            marked = [place for place, row in enumerate(rows) if row.requires_grad]
+    def _add_terms(self, terms: list[Term], totals: list[int], known: Known) -> None:
+        setting = [(name, parameter.shape) for name, parameter in self.trainable.items()]
+        setting += [part.training for part in self.model.modules()]
+        for index, (function, rows, weight) in enumerate(terms):
+            name, scale = name_term(index, function), math.sqrt(weight / totals[index])
+            marked = [row.requires_grad for row in rows]
             rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
-            shapes = tuple((row.shape[1:], row.dtype) for row in rows)
             same = function if isinstance(function, Hashable) else id(function)  # bound methods are new at each access
-            key = same, self.modes, shapes, self.shapes
-            plan = self.plans.get(key) or plans.get(key)
-            term = Residuals(name, function, rows, marked, math.sqrt(weight / total), plan or Plan(function))
+            key = same, *setting, *((row.shape[1:], row.dtype) for row in rows)
+            term = Residuals(name, function, rows, marked, scale)
+            if (before := self.known.get(key) or known.get(key)) is not None:
+                term = replace(before, name=name, rows=rows, marked=marked, scale=scale)
+            elif len(rows[0]):
+                self._check(term)
+                self._measure(term)
             self.terms.append(term)
             if len(rows[0]):
-                if plan is None:
-                    self._check(term)
-                    self._measure(term)
-                self.plans[key] = term.plan
+                self.known[key] = term
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         parts = flat.split(self.sizes)
@@ -193,15 +185,11 @@ class LeastSquares:
     def _call(self, term: Residuals, rows: Sequence[Tensor], named: dict[str, Tensor]) -> Tensor:
         """(n, m) scaled residuals of n rows, with these tensors for the trainable parameters; with a graph if the
         function makes one."""
-        plan = term.plan
-        mode = Intercepted() if plan.intercepted else nullcontext()
-        with torch.enable_grad(), mode:
-            given = tuple(row.detach().clone() for row in rows)  # which the function may mark, and write into
-            for place in term.marked:
-                given[place].requires_grad_()
+        with torch.enable_grad(), Intercepted() if term.intercepted else nullcontext():
+            # copies, which the function may mark, and write into
+            given = tuple(row.detach().clone().requires_grad_(m) for row, m in zip(rows, term.marked, strict=True))
             evaluate = partial(term.function, self.model)
             values = call_with_parameters(self.model, {**self.fixed, **named}, evaluate, given, {})
-        plan.intercepted = isinstance(mode, Intercepted) and mode.is_needed
         n, is_tensor = len(rows[0]), isinstance(values, Tensor)
         if not is_tensor or not values.is_floating_point() or values.shape[:1] != (n,) or not values.numel():
             found = f"{values.dtype} of shape {tuple(values.shape)}" if is_tensor else type(values).__name__
@@ -226,7 +214,9 @@ class LeastSquares:
             return values.shape != others.shape or not torch.allclose(values, others, 1e-7, tolerance, equal_nan=True)
 
         state = self._random_state()
-        pair = evaluate(0, -1)
+        with Intercepted() as mode:
+            pair = evaluate(0, -1)
+        term.intercepted = mode.is_needed
         is_coupled = differ(pair[:1], evaluate(0, 0)[:1])
         if not torch.equal(state, self._random_state()) or (is_coupled and differ(pair, evaluate(0, -1))):
             raise ValueError(
@@ -250,8 +240,8 @@ class LeastSquares:
         return torch.cuda.get_rng_state(self.start.device) if on_gpu else torch.get_rng_state()
 
     def _measure(self, term: Residuals) -> None:
-        """Plans a term: the memory of a row, and whether `row_gradients` computes the Jacobian."""
-        plan, leaves = term.plan, self._leaves()
+        """Finds out the memory of a row, and whether `row_gradients` computes the Jacobian."""
+        leaves = self._leaves()
         rows = [row[torch.arange(TRIAL_ROWS, device=row.device) % len(row)] for row in term.rows]
         sizes: list[int] = []
 
@@ -272,29 +262,27 @@ class LeastSquares:
         def row_bytes() -> int:
             """Of what is saved, without the parameters, and of the gradients."""
             of_rows = sum(size for size in sizes if size % TRIAL_ROWS == 0)
-            return 3 * of_rows // TRIAL_ROWS + 2 * plan.columns * self.num_parameters * 8
+            return 3 * of_rows // TRIAL_ROWS + 2 * term.columns * self.num_parameters * 8
 
-        plan.columns = evaluate().shape[1]
-        plan.row_bytes = row_bytes()
-        if TRIAL_ROWS * plan.row_bytes > self.memory:
+        term.columns = evaluate().shape[1]
+        term.row_bytes = row_bytes()
+        if TRIAL_ROWS * term.row_bytes > self.memory:
             return
-        try:
+        with suppress(Exception):  # an error of the function itself was met before
             jacobian = row_gradients(evaluate, list(leaves.values()), TRIAL_ROWS)
-        except Exception:  # an error of the function itself was met before
-            return
-        if jacobian is None:
-            return
-        # a function that reorders its rows on the way is not differentiated row by row
-        weights = torch.rand(len(jacobian), generator=torch.Generator().manual_seed(0), device="cpu").to(jacobian)
-        found, expected = jacobian.T @ weights, self._pull_back(term, rows, weights)
-        plan.by_layers = bool((found - expected).abs().max() <= 1e-6 * expected.abs().max())  # false for NaN
-        if plan.by_layers:
-            plan.row_bytes = row_bytes()
+            if jacobian is not None:
+                # a function that reorders its rows on the way is not differentiated row by row
+                weights = torch.rand(len(jacobian), generator=torch.Generator().manual_seed(0), device="cpu")
+                weights = weights.to(jacobian)
+                found, expected = jacobian.T @ weights, self._pull_back(term, rows, weights)
+                term.by_layers = bool((found - expected).abs().max() <= 1e-6 * expected.abs().max())  # false for NaN
+        if term.by_layers:
+            term.row_bytes = row_bytes()
 
     def chunks(self) -> Iterator[tuple[Residuals, list[Tensor]]]:
         """Each term with its rows, in chunks of as many rows as fit."""
         for term in self.terms:
-            size = max(1, min(self.memory // 2, CHUNK) // max(1, term.plan.row_bytes))  # 0 for a term without rows
+            size = max(1, min(self.memory // 2, CHUNK) // term.row_bytes)
             for first in range(0, len(term.rows[0]), size):
                 yield term, [row[first : first + size] for row in term.rows]
 
@@ -319,7 +307,7 @@ class LeastSquares:
 
     def _counts(self) -> list[int]:
         """The number of residuals of each term."""
-        return [len(term.rows[0]) * term.plan.columns for term in self.terms]
+        return [len(term.rows[0]) * term.columns for term in self.terms]
 
     def losses(self, residuals: Tensor) -> tuple[float, ...]:
         """The part of the loss of each term."""
@@ -335,7 +323,7 @@ class LeastSquares:
 
         They come from `row_gradients` if only KAN layers depend on the parameters, from `torch.func.vmap` otherwise.
         """
-        if term.plan.by_layers:
+        if term.by_layers:
             leaves = self._leaves()
             evaluate = partial(self._call, term, rows, leaves)
             if (found := row_gradients(evaluate, list(leaves.values()), len(rows[0]), out)) is not None:
@@ -363,7 +351,7 @@ class LeastSquares:
         """J^T vector, (M,) to (P,), by one backward pass."""
         total, first = torch.zeros_like(self.start), 0
         for term, rows in self.chunks():
-            count = len(rows[0]) * term.plan.columns
+            count = len(rows[0]) * term.columns
             total += self._pull_back(term, rows, vector[first : first + count])
             first += count
         return total

@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..modules.calls import check_module
-from ..modules.checks import check_count, check_function, check_number
-from .least_squares import LeastSquares, Plans, Term, check_terms
+from ..modules.checks import check_count, check_number
+from .least_squares import Known, LeastSquares, Term, check_terms, trainable_parameters
 from .normal_equations import LinearModel
 from .shards import Shards
 
@@ -94,7 +94,7 @@ class LevenbergMarquardt:
         damping: The damping that the next step tries. The other arguments are attributes too.
 
     Raises:
-        TypeError: `model` is no `nn.Module`, or an argument is unknown (`lr`).
+        TypeError: `model` is no `nn.Module`.
         ValueError: No parameter requires a gradient, or an argument is out of range.
 
     Source: J. J. More, "The Levenberg-Marquardt algorithm" (1978); for the forgetting factor, L. Ljung and T.
@@ -110,12 +110,9 @@ class LevenbergMarquardt:
         forgetting: float | str = "auto",
         memory: int = 2**30,
         group: Any = None,
-        **others: Any,
     ) -> None:
-        if others:
-            hint = " Steps have no learning rate: a larger `damping` makes the first step shorter." * ("lr" in others)
-            raise TypeError(f"LevenbergMarquardt takes no argument {', '.join(others)}.{hint}")
         check_module(model)
+        trainable_parameters(model)
         check_number(damping, "damping", "(0, inf)")
         check_number(floor, "floor", "(0, 1]")
         check_number(memory, "memory", "[1048576, inf)")
@@ -127,14 +124,10 @@ class LevenbergMarquardt:
         self.forgetting = forgetting
         self.memory = memory
         self._shards = Shards(group)
-        self._plans: Plans = {}  # of the last step's terms
+        self._known: Known = {}  # the terms of the last step
         self._past: _Past | None = None
-        self._terms: list[Term] = []  # of the last step, with `forgetting="auto"`
+        self._terms: list[Term] = []  # of the last step, as they were then, with `forgetting="auto"`
         self._span, self._slope = 1.0, -1.0  # steps that count, and the mean slope of the log loss
-        self._trainable()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}, "_terms": []}  # functions, which may have no pickle
 
     def forget(self) -> None:
         """Drops the residuals of former steps, see `forgetting`: after a change of the terms, or of the parameters."""
@@ -173,7 +166,7 @@ class LevenbergMarquardt:
         """
         terms = self._check(terms)
         problem, residuals = self._evaluate(terms)
-        self._plans, losses = problem.plans, problem.losses(residuals)
+        self._known, losses = problem.known, problem.losses(residuals)
         is_first = not self._terms  # before `_keep_terms` fills them
         remembers = self._keep_terms(problem, terms, len(residuals))
         if self._past is not None and not (remembers and torch.equal(self._past.parameters, problem.start)):
@@ -245,7 +238,7 @@ class LevenbergMarquardt:
                 terms, when the held loss had no new minimum in `patience` steps in a row.
             max_seconds: The time after which to stop.
             callback: Called with the step's number and its record; stops if it returns True.
-            progress: Whether to show a bar, with the loss of each term if there are several.
+            progress: Whether to show a bar.
 
         Returns:
             One record for each step.
@@ -254,64 +247,52 @@ class LevenbergMarquardt:
 
         history: list[LevenbergMarquardtStep] = []
         steps = check_count(steps, "steps", low=0)
-        if callback is not None:
-            check_function(callback, "callback")
         slow, end = 0, time.monotonic() + max_seconds
         terms = terms if callable(terms) else list(terms)
         held_terms = self._check(held) if (held := list(held)) else []
         shards, hidden = self._shards, not (progress and self._shards.is_first)
-
-        def copies() -> dict[str, Tensor]:
-            return {name: p.detach().clone() for name, p in self._trainable().items()}
-
-        best = (min(math.inf, sum(self._held_losses(held_terms))), copies()) if held_terms else (math.inf, {})
+        best, least = None, math.inf
+        if held_terms:
+            best, losses = self._held(held_terms)
+            least = min(least, sum(losses))
         with tqdm(total=steps, unit="step", desc="Levenberg-Marquardt", disable=hidden) as bar:
             for number in range(steps):
                 now = list(shards.run(terms, number)) if callable(terms) else terms
                 record = self.step(now)
+                progressed = record.decrease >= tolerance
                 if held_terms:
-                    record = record._replace(held_losses=self._held_losses(held_terms))
+                    problem, losses = self._held(held_terms)
+                    record = record._replace(held_losses=losses)
+                    if progressed := record.held_loss < least:
+                        least, best = record.held_loss, problem
                 history.append(record)
                 bar.update()
-                bar.set_postfix(_shown(record, now))
-                progressed = record.held_loss < best[0] if held_terms else record.decrease >= tolerance
+                shown = {"loss": record.loss, "held": record.held_loss, "damping": record.damping}
+                bar.set_postfix({name: f"{value:.1e}" for name, value in shown.items() if not math.isnan(value)})
                 slow = 0 if progressed else slow + 1
-                if held_terms and progressed:
-                    best = record.held_loss, copies()
                 loss = record.held_loss if held_terms else record.loss
                 stop = callback is not None and shards.run(callback, number, record) is True
                 stop = stop or not record.accepted or loss <= target_loss or slow >= patience
                 if any(shards.gather(stop or time.monotonic() > end)):
                     break
-        if best[1]:
-            with torch.no_grad():
-                for name, parameter in self._trainable().items():
-                    parameter.copy_(best[1][name])
+        if best is not None:
+            best.write(best.start)
         return history
-
-    def _trainable(self) -> dict[str, nn.Parameter]:
-        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if not trainable:
-            raise ValueError(
-                "No parameter of the model requires a gradient. Load the adapter with `is_trainable=True`, or "
-                "activate it with `model.set_adapter(name)`."
-            )
-        return trainable
 
     def _evaluate(self, terms: list[Term]) -> tuple[LeastSquares, Tensor]:
         """The least-squares problem of checked terms, and its residuals."""
-        problem = LeastSquares(self.model, self._trainable(), terms, self.memory, self._plans, self._shards)
+        problem = LeastSquares(self.model, terms, self.memory, self._known, self._shards)
         return problem, self._shards.run(problem.residuals, problem.start)
 
     def _check(self, terms: Iterable[Term]) -> list[Term]:
         """The terms, checked; a process of several may have no rows."""
         return self._shards.run(check_terms, terms, int(self._shards.group is None))
 
-    def _held_losses(self, terms: list[Term]) -> tuple[float, ...]:
-        """The parts of the loss of terms that are not trained."""
+    def _held(self, terms: list[Term]) -> tuple[LeastSquares, tuple[float, ...]]:
+        """The present parameters with terms that are not trained, and the parts of their loss."""
         problem, residuals = self._evaluate(terms)
-        self._plans = {**self._plans, **problem.plans}
-        return problem.losses(residuals)
+        self._known |= problem.known
+        return problem, problem.losses(residuals)
 
     def _keep_terms(self, problem: LeastSquares, terms: list[Term], count: int) -> bool:
         """Keeps the terms for the next step; returns whether residuals of former steps count in this one."""
@@ -342,18 +323,6 @@ class LevenbergMarquardt:
         longest = 1 / (1 - min(1 - 1 / LONGEST_MEMORY, math.exp(min(0.0, 10 * self._slope))))
         self._span = max(1.0, min(self._span * (1.25 if loss > 1.5 * own else 0.8), longest))
         return max(1 - 1 / self._span, SMALLEST_FACTOR * trust)
-
-
-def _shown(record: LevenbergMarquardtStep, terms: Sequence[Any]) -> dict[str, str]:
-    """The losses that the bar shows, by the names of the functions if there are several, and the damping."""
-    shown = {"loss": record.loss}
-    if len(terms) > 1:
-        names = [getattr(term[0], "__name__", type(term[0]).__name__) for term in terms]
-        names = [name if names.count(name) == 1 else f"{name} {index}" for index, name in enumerate(names)]
-        shown.update(zip(names, record.losses, strict=True))
-    if record.held_losses:
-        shown["held"] = record.held_loss
-    return {**{name: f"{loss:.3e}" for name, loss in shown.items()}, "damping": f"{record.damping:.0e}"}
 
 
 def damping_factor(agreement: float, raised: bool) -> float:

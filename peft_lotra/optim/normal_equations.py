@@ -104,31 +104,29 @@ class LinearModel:
                 column += len(other)
             row += len(part)
 
-    def _cholesky(self, damping: float) -> Tensor | None:
-        """The Cholesky factor of the damped matrix; None if it is singular to rounding."""
+    def inverse(self, damping: float, columns: Tensor) -> Tensor | None:
+        """(J^T J + damping S)^-1 columns, (P, n), in the space of residuals (J S^-1 J^T + damping)^-1 columns, (M, n);
+        None if the matrix is singular to rounding."""
         diagonal = self.matrix.diagonal()
         undamped = diagonal.clone()
         diagonal += damping if self.in_residual_space else damping * self.scaling
         triangle, failed = torch.linalg.cholesky_ex(self.matrix)
         diagonal.copy_(undamped)
-        return None if failed else triangle
+        if failed:
+            return None
+        half = torch.linalg.solve_triangular(triangle, columns, upper=False)  # `cholesky_solve` would copy L
+        return torch.linalg.solve_triangular(triangle.mT, half, upper=True)
 
     def solve(self, damping: float) -> Tensor | None:
         """-(J^T J + damping S)^-1 J^T r, (P,); None if the matrix is singular to rounding."""
-        triangle = self._cholesky(damping)
+        right = self.residuals if self.in_residual_space else self.gradient
+        found = self.inverse(damping, right.unsqueeze(1))
+        step = torch.full_like(right, math.nan) if found is None else -found.squeeze(1)
         if self.in_residual_space:
-            if triangle is None:
-                return None
-            step = -self._transposed(_solve(triangle, self.residuals)) / self.scaling
+            step = self._transposed(step) / self.scaling
         else:
-            nan = torch.full_like(self.gradient, math.nan)
-            step = self.problem.shards.of_first(nan if triangle is None else -_solve(triangle, self.gradient))
+            step = self.problem.shards.of_first(step)
         return step if step.isfinite().all() else None
-
-    def inverse(self, damping: float, columns: Tensor) -> Tensor | None:
-        """(J^T J + damping S)^-1 columns, (P, n), in the space of parameters; None if the matrix is singular."""
-        triangle = self._cholesky(damping)
-        return None if triangle is None else torch.cholesky_solve(columns, triangle)
 
     def _transposed(self, vector: Tensor) -> Tensor:
         """J^T vector."""
@@ -155,12 +153,6 @@ class LinearModel:
         if self.past is not None:
             gradient += self.past[1] + self.past[0] @ step
         return self.matrix, gradient
-
-
-def _solve(triangle: Tensor, vector: Tensor) -> Tensor:
-    """(L L^T)^-1 vector; unlike `torch.cholesky_solve`, without a copy of L."""
-    half = torch.linalg.solve_triangular(triangle, vector.unsqueeze(1), upper=False)
-    return torch.linalg.solve_triangular(triangle.mT, half, upper=True).squeeze(1)
 
 
 def _add_gram(gram: Tensor, matrix: Tensor) -> None:

@@ -11,7 +11,7 @@ is sum_s g[s, o] phi[s, i, k]. One backward pass gives the output gradients of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..derivatives.chain_rule import Jet
 from ..derivatives.layers import jet_rows
 from ..kan.recording_hook import recording
 from ..tucker import Update
-from .layer_records import LayerRecord, NetworkRecord, Recorder
+from .layer_records import LayerRecord, Recorder
 
 
 MOST_COLUMNS = 64  # with more values in a row, one row at a time costs less than a backward pass for each value
@@ -39,46 +39,25 @@ def row_gradients(
     with torch.enable_grad(), recording(Recorder(parameters, rows)) as recorder:
         values = function()
     count = values.shape[1]
-    if not recorder.networks or count > MOST_COLUMNS:
+    outputs = [part for layer in recorder.layers for part in layer.outputs]
+    if not outputs or not values.requires_grad or count > MOST_COLUMNS:
         return None
-    by_column = []
+    by_column: list[Gradients] = []
     for column in values.unbind(1):
-        if (found := _layer_gradients(recorder.networks, column, parameters)) is None:
+        found = torch.autograd.grad(
+            column, [*outputs, *parameters], torch.ones_like(column), retain_graph=True, allow_unused=True
+        )
+        if any(part is not None for part in found[len(outputs) :]):
             return None
-        by_column.append(found)
+        by_column.append({id(part): g for part, g in zip(outputs, found, strict=False) if g is not None})
     sizes = [parameter.numel() for parameter in parameters]
     if out is None:
         out = parameters[0].new_empty(rows * count, sum(sizes))
     gradients = out[: rows * count].zero_().unflatten(0, (rows, count)).split(sizes, dim=-1)
     by_parameter = dict(zip(map(id, parameters), gradients, strict=True))
-    for network in recorder.networks:
-        for layer in network.layers:
-            _add_layer(by_parameter, layer, [_stacked(layer.outputs, found) for found in by_column])
+    for layer in recorder.layers:
+        _add_layer(by_parameter, layer, [_stacked(layer.outputs, found) for found in by_column])
     return out[: rows * count]
-
-
-def _layer_gradients(networks: list[NetworkRecord], column: Tensor, parameters: Sequence[Tensor]) -> Gradients | None:
-    """The gradients of a column of values (n,) in the outputs of the layers; None if it depends on the parameters by
-    anything else."""
-    leaves = [part for network in networks for part in network.leaves]
-    outputs = [part for network in networks for part in network.outputs]
-    inner = [part for network in networks for layer in network.layers for part in layer.outputs]
-    found = _differentiate([(column, torch.ones_like(column))], leaves, parameters)
-    if found is None or (found := _differentiate(zip(outputs, found, strict=True), inner, parameters)) is None:
-        return None
-    return {id(part): gradient for part, gradient in zip(inner, found, strict=True) if gradient is not None}
-
-
-def _differentiate(
-    pairs: Iterable[tuple[Tensor, Tensor | None]], inputs: list[Tensor], parameters: Sequence[Tensor]
-) -> Sequence[Tensor | None] | None:
-    """Takes gradients in outputs, given as pairs, to gradients in inputs; None if a parameter has a gradient too."""
-    pairs = [(output, gradient) for output, gradient in pairs if output.requires_grad and gradient is not None]
-    if not pairs:
-        return [None] * len(inputs)
-    outputs, gradients = zip(*pairs, strict=True)
-    found = torch.autograd.grad(outputs, [*inputs, *parameters], gradients, retain_graph=True, allow_unused=True)
-    return None if any(part is not None for part in found[len(inputs) :]) else found[: len(inputs)]
 
 
 def _stacked(outputs: Jet, gradients: Gradients) -> Tensor | None:

@@ -26,9 +26,6 @@ class Shards:
         self.group = group
         self.is_first = group is None or dist.get_rank(group) == 0
 
-    def __deepcopy__(self, memo: dict) -> Shards:
-        return self  # of a group there is one
-
     def sum(self, tensor: Tensor) -> Tensor:
         """Replaces a tensor by the sum over the processes, in place."""
         if self.group is not None:
@@ -57,11 +54,12 @@ class Shards:
         """
         if self.group is None:
             return function(*args)
+        result = error = None
         try:
-            result, error = function(*args), None
+            result = function(*args)
         except Exception as caught:
-            result, error = None, caught
-        failed = self.gather(f"{type(error).__name__}: {error}" if error is not None else "")
+            error = caught
+        failed = self.gather(error and f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
         for rank, message in enumerate(failed):
@@ -69,25 +67,22 @@ class Shards:
                 raise RuntimeError(f"Process {rank} of the group failed: {message}")
         return result  # type: ignore[return-value]
 
-    def count_rows(self, names: Sequence[str], rows: Sequence[int], weights: Sequence[float], start: Tensor) -> list:
-        """The rows of each term in all processes.
+    def count_rows(self, terms: Sequence[tuple[str, float, int]], start: Tensor) -> list[int]:
+        """The rows of each term in all processes; a term is given as its name, its weight, and its rows here.
 
         Raises:
             ValueError: The terms or the parameters are not the same in all processes, or a term has no rows.
         """
-        if self.group is None:
-            return list(rows)
-        digest = hashlib.blake2b(start.cpu().numpy().tobytes()).hexdigest()
-        found = self.gather((list(zip(names, weights, strict=True)), digest, list(rows)))
-        for rank, (terms, other, _) in enumerate(found):
-            if (terms, other) != found[0][:2]:
-                what = f"trainable parameters of process {rank}" if terms == found[0][0] else f"terms {terms}"
+        digest = hashlib.blake2b(start.cpu().numpy().tobytes()).hexdigest() if self.group is not None else ""
+        found = self.gather(([term[:2] for term in terms], digest, [term[2] for term in terms]))
+        for rank, (names, other, _) in enumerate(found):
+            if (names, other) != found[0][:2]:
+                what = f"trainable parameters of process {rank}" if names == found[0][0] else f"terms {names}"
                 raise ValueError(
                     f"The {what} differ from those of process 0. Give all processes the same model (the same seed or "
                     f"file) and the same terms in the same order, with rows of their own: {found[0][0]}"
                 )
-        totals = [sum(counts) for counts in zip(*(counts for _, _, counts in found), strict=True)]
-        for name, total in zip(names, totals, strict=True):
-            if not total:
-                raise ValueError(f"The {name} has no rows in any process.")
+        totals = [sum(counts) for counts in zip(*(counts for *_, counts in found), strict=True)]
+        if 0 in totals:
+            raise ValueError(f"The {terms[totals.index(0)][0]} has no rows in any process.")
         return totals

@@ -28,15 +28,16 @@ from ..compress.updates import check_without_adapters
 from ..hub.push import upload
 from ..modules.calls import call_with_parameters, check_module
 from ..modules.checks import check_count, check_function
+from ..optim.least_squares import trainable_parameters
 from ..tucker import Ranks
 from ..tuner.config import LoTRAConfig
 from .calibration import Calibration, minimize
 from .estimate import ErrorEstimates
 from .fitting import Fitting
-from .interpolation import MemberSpace, Point
-from .members import Problem, argument, named, read, residuals_of, take_steps, trainable, write
+from .interpolation import Member, MemberSpace, Point
+from .members import Problem, argument, named, read, residuals_of, take_steps, write
 from .report import FamilyReport, ranges_of
-from .storage import FILE, KnownMembers, card_of, load_family, save_family
+from .storage import FILE, card_of, load_family, save_family
 
 
 Parameter = float | Sequence[float]
@@ -63,7 +64,7 @@ class Prediction:
         """Computed at the first access: an evaluation of the residuals, and the first time near a member some more."""
         family, estimate = self._family, math.nan
         if family._estimates is not None:
-            estimate = family._estimates.at(self._point, self._vector, family._space.nearest(self._point))
+            estimate = family._estimates.at(self._point, self._vector, family._space.nearest(self._point)[0])
         return float(self._with(family._problem.indicator, self._point)) if math.isnan(estimate) else estimate
 
     @property
@@ -169,7 +170,7 @@ class ParametricAdapter:
             if name.endswith("_of") and function is not None:
                 check_function(function, name)
         self.model, self._problem = model.eval(), problem
-        self._space = MemberSpace(len(read(trainable(model))), log)
+        self._space = MemberSpace(len(read(trainable_parameters(model))), log)
         has_estimates = problem.terms_of is not None and problem.loss_of is None
         self._estimates = ErrorEstimates(model, problem) if has_estimates else None
 
@@ -183,6 +184,11 @@ class ParametricAdapter:
         """The number of coordinates of a member."""
         return self._space.size
 
+    def _members(self) -> list[Member]:
+        if not self._space.members:
+            raise ValueError("The family has no members yet: call `fit`.")
+        return self._space.members
+
     def fit(
         self,
         parameters: Iterable[Parameter] | None = None,
@@ -193,7 +199,6 @@ class ParametricAdapter:
         max_steps: int = 40,
         max_members: int = 64,
         executor: Executor | None = None,
-        folder: str | os.PathLike | None = None,
         progress: bool = True,
     ) -> FamilyReport:
         """Fits members at given parameters, or in a range where the predictions are worst.
@@ -214,9 +219,6 @@ class ParametricAdapter:
             max_members: The most members of a range.
             executor: An executor of `concurrent.futures` for the fits, by default none: this process. Functions must
                 be picklable, and processes started by "spawn" or "forkserver". `Client.get_executor()` of Dask is one.
-            folder: A folder with a file for each fitted member, whose fit is skipped if the file is there. Members of
-                another base, or with another `max_steps`, have other files. Give another folder for other terms,
-                which are not compared.
             progress: Whether to show a bar.
 
         Returns:
@@ -241,9 +243,8 @@ class ParametricAdapter:
         self._problem = replace(self._problem, train=train, max_steps=check_count(max_steps, "max_steps"))
         self._space.spread(points)
         with torch.inference_mode(False), torch.enable_grad():
-            known = {} if folder is None else KnownMembers(folder, self.model, self._problem)
             bar = tqdm(unit="member", desc="ParametricAdapter", disable=not progress)
-            fitting = Fitting(self.model, self._problem, self._space, executor, known, bar)
+            fitting = Fitting(self.model, self._problem, self._space, executor, bar)
             if between is None:
                 fitting.walk(points)
             else:
@@ -263,12 +264,10 @@ class ParametricAdapter:
         Raises:
             ValueError: No member was fitted, or the parameter lies outside of them.
         """
-        if not self._space.members:
-            raise ValueError("The family has no members yet: call `fit`.")
-        point = self._space.point(parameter)
+        members, point = self._members(), self._space.point(parameter)
         extrapolated = not self._space.is_inside(point)
         if extrapolated and not force:
-            ranges = ", ".join(ranges_of([member.parameter for member in self._space.members]))
+            ranges = ", ".join(ranges_of([member.parameter for member in members]))
             raise ValueError(
                 f"The parameter {argument(point)} lies outside of the fitted members ({ranges}). Fit the family "
                 "there, or pass `force=True` and look at the indicator."
@@ -285,7 +284,7 @@ class ParametricAdapter:
         with torch.inference_mode(False), torch.enable_grad():
             write(self.model, prediction._vector)
             take_steps(self.model, self._problem.terms(prediction._point), steps, least=steps)
-        return Prediction(self, prediction._point, read(trainable(self.model)), prediction.extrapolated)
+        return Prediction(self, prediction._point, read(trainable_parameters(self.model)), prediction.extrapolated)
 
     def calibrate(self, residuals: Callable[[Any], Tensor]) -> Calibration:
         """The parameter in the range for which the predictions fit data best, with its standard error.
@@ -313,8 +312,7 @@ class ParametricAdapter:
             >>> abs(found.parameter - 2.7) < 0.05
             True
         """
-        if not self._space.members:
-            raise ValueError("The family has no members yet: call `fit`.")
+        self._members()
         check_function(residuals, "residuals")
         found = minimize(self._space, lambda *at: Prediction(self, *at, extrapolated=False).apply(residuals))
         point, covariance, noise = found
@@ -341,13 +339,11 @@ class ParametricAdapter:
         Raises:
             ValueError: No member was fitted.
         """
-        if not self._space.members:
-            raise ValueError("The family has no members yet: call `fit` before it is saved.")
-        path = Path(folder, FILE)
+        members, path = self._members(), Path(folder, FILE)
         path.parent.mkdir(parents=True, exist_ok=True)
         log = self._space.log.expand(self._space.places.shape[1]).tolist()
-        save_family(self.model, self._space.members, log, path)
-        card_of(self._space.members).save(path.parent / "README.md")
+        save_family(self.model, members, log, path)
+        card_of(members).save(path.parent / "README.md")
 
     @classmethod
     def from_pretrained(
@@ -383,7 +379,7 @@ class ParametricAdapter:
         model, saved = load_family(copy.deepcopy(base), path, check_base)
         family = cls.__new__(cls)
         family._set(model, saved.log, Problem(terms_of, held_terms_of, solution_of, loss_of, values_of))
-        family._space.members = saved.members
+        family._space.members = list(saved.report)
         family._space.spread([])
         return family
 

@@ -92,6 +92,4 @@ def _checked(residuals: Any, dim: int) -> Tensor:
         raise ValueError(f"`residuals` returns {given}, but must return a tensor with more than {dim} real numbers.")
     if residuals.dim() == 2 and (n := len(residuals)) == residuals.shape[1]:
         raise ValueError(f"`residuals` returns ({n}, {n}): values (n, 1) minus data (n,) are all pairs; reshape one.")
-    if wrong := int((~residuals.isfinite()).sum()):
-        raise ValueError(f"{wrong} of {residuals.numel()} residuals are NaN or infinite: leave such data out.")
     return residuals.detach().double().cpu().flatten()

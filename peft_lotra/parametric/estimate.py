@@ -15,11 +15,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..optim.least_squares import LeastSquares, Term
+from ..optim.least_squares import LeastSquares, Term, trainable_parameters
 from ..optim.normal_equations import LinearModel
 from .held_out import inputs_of
 from .interpolation import Member, Point
-from .members import Problem, argument, residuals_of, trainable, write
+from .members import Problem, argument, residuals_of, write
 
 
 # With less damping the step fits single points, with more it does not reach the error: docs/notes/log.md.
@@ -59,8 +59,6 @@ class ErrorEstimates:
             terms = [*self.problem.terms(point), *self.problem.held_terms(self.model, point)]
             residuals = residuals_of(self.model, terms)
             change = self._changes[key]
-            if change is not None and len(change) != len(residuals):  # other points than at the member
-                change = self._change(point, vector)
         return math.nan if change is None else (residuals @ change).norm().item()
 
     def _change(self, point: Point, vector: np.ndarray) -> Tensor | None:
@@ -72,7 +70,7 @@ class ErrorEstimates:
         network: nn.Module = copy.deepcopy(self.model).merge_and_unload()
         for part in network.parameters():
             part.requires_grad_(part.is_floating_point())
-        count = sum(part.numel() for part in trainable(network).values())
+        count = sum(part.numel() for part in trainable_parameters(network).values())
         if not held and len(residuals) < count:
             warnings.warn(
                 f"Indicators of this family may miss most of the error: a network of {count} parameters can fit each "
@@ -86,10 +84,10 @@ class ErrorEstimates:
         values = self._values(network, point, terms)
         if values is None:
             return None
-        leaves = list(trainable(network).values())
+        leaves = list(trainable_parameters(network).values())
         gradients = [torch.autograd.grad(v, leaves, retain_graph=True, materialize_grads=True) for v in values]
         flat = torch.stack([torch.cat([part.flatten() for part in parts]) for parts in gradients])
-        problem = LeastSquares(network, trainable(network), terms, MEMORY, {})
+        problem = LeastSquares(network, terms, MEMORY, {})
         linear = LinearModel(problem, residuals, 1.0, in_parameter_space=True)
         steps = linear.inverse(DAMPING, flat.T)
         if steps is None or linear.jacobian is None:

@@ -11,16 +11,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .interpolation import Member, MemberSpace, Point, nearest
-from .members import Job, Problem, argument, fit_all, write
+from .interpolation import Member, MemberSpace, Point
+from .members import Job, Problem, argument, attempt, write
 from .report import FamilyReport
-from .storage import KnownMembers
 
 
 GAIN = 1.2  # a prediction is good up to this share of the indicators of members: a fit would gain little
@@ -38,7 +38,6 @@ class Fitting:
         problem: The functions that members are fitted to.
         space: The members.
         executor: The executor that fits them; None for this process.
-        known: The members that were fitted before, by parameter and the number of fits there.
         bar: The progress bar.
         new: The members that were added.
         fits: The number of fits at each parameter.
@@ -50,7 +49,6 @@ class Fitting:
     problem: Problem
     space: MemberSpace
     executor: Executor | None
-    known: KnownMembers | dict[tuple[Point, int], Member]
     bar: Any
     new: dict[Point, Member] = field(default_factory=dict)
     fits: Counter[Point] = field(default_factory=Counter)
@@ -88,7 +86,7 @@ class Fitting:
         space, predicted = self.space, self.space.vector_at(point)
         if not space.members or (space.is_inside(point) and self.problem.train is None):
             return predicted
-        closest = space.nearest(point).vector
+        closest = space.nearest(point)[0].vector
         return predicted if self._indicator(point, predicted) < self._indicator(point, closest) else closest
 
     def _fit(self, points: Sequence[Point]) -> None:
@@ -96,14 +94,16 @@ class Fitting:
         self._run({point: ([point], self._start(point), self.problem.max_steps) for point in points})
 
     def _run(self, jobs: Mapping[Point, Job]) -> None:
-        """Adds the members of jobs, known or fitted now, unless there are better ones."""
-        found = {point: self.known[key] for point in jobs if (key := (point, self.fits[point])) in self.known}
-        jobs = {p: job for p, job in jobs.items() if p not in found and argument(p) not in self.failed}
-        for point, result in fit_all(self.model, self.problem, jobs, self.executor):
+        """Adds the members of jobs, unless there are better ones."""
+        found: dict[Point, Member] = {}
+        jobs = {point: job for point, job in jobs.items() if argument(point) not in self.failed}
+        fits = map if self.executor is None else self.executor.map
+        results = fits(partial(attempt, self.model, self.problem), jobs.values())
+        for point, result in zip(jobs, results, strict=True):
             if isinstance(result, str):
                 self.failed[argument(point)] = result
             else:
-                found[point] = self.known[point, self.fits[point]] = result
+                found[point] = result
                 self.bar.update()
         self.fits.update(found.keys())
         better = {p: m for p, m in found.items() if p not in self.new or m.indicator < self.new[p].indicator}
@@ -130,8 +130,7 @@ class Fitting:
 
     def _best_neighbor(self, member: Member) -> Member:
         """The member of the least indicator among the nearest, two with one parameter."""
-        near = nearest(self.space.places, self.space.places_of([member.parameter])[0])[1:]
-        return min((self.space.members[index] for index in near), key=lambda other: other.indicator)
+        return min(self.space.nearest(member.parameter)[1:], key=lambda other: other.indicator)
 
     def search(self, dim: int, tolerance: float | None, most: int) -> None:
         """Fits members on a grid of the range, and then those of finer and finer grids where predictions are bad."""

@@ -86,9 +86,9 @@ class MemberSpace:
         """Whether a parameter lies in the convex hull of the members."""
         return is_inside(self.places, self.places_of([point])[0])
 
-    def nearest(self, point: Point) -> Member:
-        """The member whose parameter is nearest."""
-        return self.members[nearest(self.places, self.places_of([point])[0])[0]]
+    def nearest(self, point: Point) -> list[Member]:
+        """The nearest members, as many as determine a quadratic polynomial, in order of their distance."""
+        return [self.members[index] for index in nearest(self.places, self.places_of([point])[0])]
 
     def vector_at(self, point: Point, without: Point | None = None) -> np.ndarray:
         """The interpolated coordinates (P,); outside of the members extrapolated from the nearest.
@@ -109,8 +109,8 @@ class MemberSpace:
         return np.einsum("mn,mp->np", weights, np.stack([self.members[index].vector for index in used]))
 
 
-def weights_at(points: Tensor, at: Tensor) -> Tensor:
-    """The weights (m,) of values at m points (m, dim) in their interpolation at a place (dim,), or (m, n) at n places.
+def weights_at(points: Tensor, places: Tensor) -> Tensor:
+    """The weights (m, n) of values at m points (m, dim) in their interpolation at n places (n, dim).
 
     A polyharmonic spline with the polynomial of highest degree, up to 2, that the points determine: in one dimension a
     natural quintic spline. Polynomials of that degree are reproduced, also outside of the points.
@@ -124,13 +124,12 @@ def weights_at(points: Tensor, at: Tensor) -> Tensor:
             break
     power = 2 * degree + 1
     size = count + tail.shape[1]
-    matrix, places = points.new_zeros(size, size), at.reshape(-1, points.shape[1])
+    matrix = points.new_zeros(size, size)
     matrix[:count, :count] = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist") ** power
     matrix[:count, count:], matrix[count:, :count] = tail, tail.T
     distances = torch.cdist(points, places, compute_mode="donot_use_mm_for_euclid_dist")
     right = torch.cat([distances**power, _monomials(places, degree).T])
-    weights = torch.linalg.solve(matrix, right)[:count]
-    return weights if at.dim() > 1 else weights.squeeze(1)
+    return torch.linalg.solve(matrix, right)[:count]
 
 
 def _monomials(points: Tensor, degree: int) -> Tensor:

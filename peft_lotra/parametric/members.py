@@ -9,8 +9,7 @@ import copy
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules.calls import call_with_parameters
-from ..optim.least_squares import Term, check_terms, in_double
+from ..optim.least_squares import Term, check_terms, in_double, trainable_parameters
 from ..optim.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 from .held_out import HeldOutPoints
 from .interpolation import Member, Point
@@ -79,13 +78,13 @@ class Problem:
         predicted = self.indicator(model, parameter)
         if self.train is not None:
             trained = copy.deepcopy(model)  # `train` may also change modes and tensors that all members share
-            coordinates = trainable(trained)
+            coordinates = trainable_parameters(trained)
             self.train(trained, argument(parameter))
             write(model, read(coordinates))
         else:
             for point in path:
                 steps += take_steps(model, self.terms(point), max_steps, self.held_terms(model, point))
-        vector, indicator = read(trainable(model)), self.indicator(model, parameter)
+        vector, indicator = read(trainable_parameters(model)), self.indicator(model, parameter)
         has_loss = self.terms_of is not None or self.loss_of is not None
         if not np.isfinite(vector).all() or (has_loss and not math.isfinite(indicator)):
             raise ValueError(f"The fitted member has NaN or infinite coordinates or residuals: {indicator}.")
@@ -106,26 +105,21 @@ def argument(point: Point) -> float | Point:
     return point[0] if len(point) == 1 else point
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are the coordinates of a member."""
-    return {name: part for name, part in model.named_parameters() if part.requires_grad}
-
-
 def read(parts: Mapping[str, Tensor]) -> np.ndarray:
-    """The coordinates (P,) of a model in its `trainable` parameters, in float64."""
+    """The coordinates (P,) of a model in its trainable parameters, in float64."""
     return torch.cat([part.detach().double().cpu().flatten() for part in parts.values()]).numpy()
 
 
 @torch.no_grad()
 def write(model: nn.Module, vector: np.ndarray) -> None:
     """Gives a model the coordinates (P,)."""
-    for part, value in zip(trainable(model).values(), named(model, vector).values(), strict=True):
+    for part, value in zip(trainable_parameters(model).values(), named(model, vector).values(), strict=True):
         part.copy_(value)
 
 
 def named(model: nn.Module, vector: np.ndarray) -> dict[str, Tensor]:
     """The coordinates (P,) as tensors by the name of the parameter that each replaces."""
-    parts = trainable(model)
+    parts = trainable_parameters(model)
     values = torch.from_numpy(vector).split([part.numel() for part in parts.values()])
     return {name: value.view_as(part).to(part) for (name, part), value in zip(parts.items(), values, strict=True)}
 
@@ -157,15 +151,8 @@ def take_steps(model: nn.Module, terms: Sequence[Term], most: int, held: Sequenc
 Job = tuple[Sequence[Point], np.ndarray, int]  # the arguments of `Problem.fit`
 
 
-def fit_all(
-    model: nn.Module, problem: Problem, jobs: Mapping[Point, Job], executor: Executor | None
-) -> Iterator[tuple[Point, Member | str]]:
-    """Yields each parameter of `jobs` with its fitted member, or with the error of a function of the user."""
-    fits = map if executor is None else executor.map
-    return zip(jobs, fits(partial(_attempt, model, problem), jobs.values()), strict=True)
-
-
-def _attempt(model: nn.Module, problem: Problem, job: Job) -> Member | str:
+def attempt(model: nn.Module, problem: Problem, job: Job) -> Member | str:
+    """The fitted member of a job, or the error of a function of the user."""
     try:
         return problem.fit(model, *job)
     except Exception as error:  # as text, since errors of users need not be picklable

@@ -14,7 +14,7 @@ from .interpolation import Member, Point
 
 
 class FamilyReport(Report, list[Member]):
-    """The members that a fit added, a list that prints as a table.
+    """The members that a fit added, or that a file holds, a list that prints as a table.
 
     Attributes:
         failed: Errors by parameter: of functions of yours, where there is no member, and of members that did not
@@ -29,9 +29,9 @@ class FamilyReport(Report, list[Member]):
         self.coordinates = coordinates
 
     def _table(self) -> TextTable:
+        numbers = [f"{m.predicted:.2e} {m.indicator:.2e} {m.steps} {m.seconds:.2f}" for m in self]
         rows = [
-            [text_of(m.parameter), f"{m.predicted:.2e}", f"{m.indicator:.2e}", str(m.steps), f"{m.seconds:.2f}"]
-            for m in self
+            [text_of(m.parameter), *text.replace("nan", "-").split()] for m, text in zip(self, numbers, strict=True)
         ]
         notes = [f"{len(self)} members of {self.coordinates:,} coordinates"]
         if not math.isnan(self.largest):
@@ -40,10 +40,11 @@ class FamilyReport(Report, list[Member]):
         return TextTable(["parameter", ">predicted", ">fitted", ">steps", ">s"], rows, notes)
 
     def as_dict(self) -> dict[str, Any]:
-        """The table in plain values, for JSON, without the coordinates of the members."""
-        rows = [{name: value for name, value in m._asdict().items() if name != "vector"} for m in self]
+        """The table in plain values, for JSON, without the coordinates of the members; None for NaN."""
+        rows = [{n: None if v != v else v for n, v in m._asdict().items() if n != "vector"} for m in self]
         failed = {str(parameter): error for parameter, error in self.failed.items()}
-        return {"members": rows, "failed": failed, "largest": self.largest, "coordinates": self.coordinates}
+        largest = None if math.isnan(self.largest) else self.largest
+        return {"members": rows, "failed": failed, "largest": largest, "coordinates": self.coordinates}
 
 
 def text_of(point: Sequence[float]) -> str:

@@ -1,20 +1,17 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The file of a family, and the files of its members while it is fitted."""
+"""The file of a family."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,64 +19,26 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from safetensors import numpy as arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..hub.base_code import hub_id
-from ..hub.contents import AdapterContents, AdapterRow
-from ..report import Report, TextTable
-from .interpolation import Member, Point
-from .members import Problem, argument, write
-from .report import ranges_of, text_of
+from .interpolation import Member
+from .members import argument, write
+from .report import FamilyReport, ranges_of
 
 
 FILE = "parametric_adapter.safetensors"
 _VERSION = "1"
 
 
-@dataclass(eq=False)
-class SavedFamily(Report):
-    """The content of the file of a family, which prints as `peft-lotra inspect` shows it.
+class SavedFamily(NamedTuple):
+    """The content of the file of a family."""
 
-    Attributes:
-        path: The file.
-        members: The members.
-        log: Whether a parameter is scaled by its logarithm, for each.
-        config: The configuration of the shared adapter, as PEFT saves it.
-        tensors: The tensors of the shared adapter, where those of the members are zero.
-    """
-
-    path: Path
-    members: list[Member]
-    log: list[bool]
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-
-    @property
-    def layers(self) -> list[AdapterRow]:
-        """The adapted layers."""
-        return [row for row in AdapterContents.of(str(self.path), self.config, self.tensors).layers if row.ranks]
-
-    def _table(self) -> TextTable:
-        rows = [[text_of(m.parameter), f"{m.indicator:.2e}", f"{np.linalg.norm(m.vector):.3g}"] for m in self.members]
-        layers = ", ".join(f"{row.name} {row.ranks}" for row in self.layers)
-        size, coordinates = self.path.stat().st_size, self.members[0].vector.size
-        notes = [
-            f"{len(rows)} members of {coordinates:,} coordinates, {size / 1000:.1f} kB",
-            f"adapted layers, with their ranks (out, in, basis): {layers}",
-        ]
-        return TextTable(["parameter", ">fitted", ">norm"], rows, notes)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The content in plain values, for JSON, without the coordinates of the members."""
-        members = [
-            {"parameter": list(m.parameter), "indicator": m.indicator if math.isfinite(m.indicator) else None}
-            for m in self.members
-        ]
-        layers = [{"name": row.name, "kind": row.kind, "shape": row.shape, "ranks": row.ranks} for row in self.layers]
-        sizes = {"coordinates": self.members[0].vector.size, "bytes": self.path.stat().st_size}
-        return {"members": members, "log": self.log, **sizes, "layers": layers}
+    report: FamilyReport  # the members
+    log: list[bool]  # whether a parameter is scaled by its logarithm, for each
+    config: dict[str, Any]  # of the shared adapter, as PEFT saves it
+    tensors: dict[str, Tensor]  # of the shared adapter, where those of the members are zero
 
 
 def save_family(model: PeftModel, members: list[Member], log: list[bool], path: Path) -> None:
@@ -100,7 +59,7 @@ def save_family(model: PeftModel, members: list[Member], log: list[bool], path: 
         "indicators": torch.tensor([member.indicator for member in members], dtype=torch.float64, device="cpu"),
     }
     metadata = {"format": "pt", "parametric": _VERSION, "config": json.dumps(config), "log": json.dumps(log)}
-    _write(path, lambda temporary: save_file(tensors, temporary, metadata))
+    save_file(tensors, path, metadata)
 
 
 def read_family(path: Path) -> SavedFamily:
@@ -119,8 +78,9 @@ def read_family(path: Path) -> SavedFamily:
     if not (np.isfinite(vectors).all() and np.isfinite(parameters).all()):
         raise ValueError(f"{path} is damaged: its members have NaN or infinite coordinates. Get the file anew.")
     rows = zip(map(tuple, parameters.tolist()), vectors, indicators.tolist(), strict=True)
-    members = [Member(point, vector, math.nan, indicator, 0, 0.0) for point, vector, indicator in rows]
-    return SavedFamily(path, members, json.loads(metadata["log"]), json.loads(metadata["config"]), tensors)
+    members = [Member(point, vector, math.nan, indicator, 0, math.nan) for point, vector, indicator in rows]
+    report = FamilyReport(members, {}, math.nan, vectors.shape[1])
+    return SavedFamily(report, json.loads(metadata["log"]), json.loads(metadata["config"]), tensors)
 
 
 def load_family(base: nn.Module, path: Path, check_base: str) -> tuple[PeftModel, SavedFamily]:
@@ -145,45 +105,3 @@ def card_of(members: Sequence[Member]) -> ModelCard:
         'family = ParametricAdapter.from_pretrained(base, ".")  # this folder, or the name of the repository\n'
         f"output = family.predict({argument(points[len(points) // 2])})(x)\n```\n"
     )
-
-
-class KnownMembers:
-    """The fitted members in a folder, a file for each, by parameter and the number of fits there before.
-
-    The names of the files are hashes of the base and of the settings, too, so that others are fitted again.
-
-    Args:
-        folder: The folder, which is made if there is none.
-        model: The model with the adapter.
-        problem: The settings of the fit.
-    """
-
-    def __init__(self, folder: str | os.PathLike, model: nn.Module, problem: Problem) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(repr((problem.train is None, problem.max_steps)).encode())
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if not tensor.requires_grad:
-                digest.update(tensor.detach().cpu().double().numpy().tobytes())
-        self._digest = digest.hexdigest()
-
-    def _path(self, key: tuple[Point, int]) -> Path:
-        return self.folder / f"member-{hashlib.sha256(f'{self._digest} {key}'.encode()).hexdigest()[:32]}.safetensors"
-
-    def __contains__(self, key: tuple[Point, int]) -> bool:
-        return self._path(key).exists()
-
-    def __getitem__(self, key: tuple[Point, int]) -> Member:
-        values = arrays.load_file(self._path(key))
-        return Member(key[0], values.pop("vector"), **{name: value.item() for name, value in values.items()})
-
-    def __setitem__(self, key: tuple[Point, int], member: Member) -> None:
-        values = {name: np.asarray(value) for name, value in member._asdict().items() if name != "parameter"}
-        _write(self._path(key), partial(arrays.save_file, values))
-
-
-def _write(path: Path, save: Callable[[str], None]) -> None:
-    """Writes a file in one step, as others may read it."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    save(temporary)
-    os.replace(temporary, path)

@@ -9,7 +9,7 @@ from .density import knot_density
 from .features import BoxFeatures
 from .points import ResidualSampler, box_points, side_points
 from .solver import Phase, Solution, solve
-from .weights import causal_weights, gradient_weights
+from .weights import gradient_weights
 
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "ResidualSampler",
     "Solution",
     "box_points",
-    "causal_weights",
     "continuation",
     "gradient_weights",
     "knot_density",

@@ -19,7 +19,6 @@ from ..kan.basis import in_transform
 from ..modules.calls import check_module
 from ..modules.checks import as_number
 from .boxes import Side, check_box, check_sides, sides_of_box
-from .features import BoxFeatures
 
 
 Part = Callable[[Tensor], Tensor] | float
@@ -54,9 +53,8 @@ class HardConstraint(nn.Module):
 
     Raises:
         TypeError: `kan` is no module, or `distance` or `lift` is neither a function nor a finite number.
-        ValueError: `distance` is a `BoxDistance` of another box than the `BoxFeatures` of the network. In the forward
-            pass and by `jet`: `distance` or `lift` returns another shape than (..., 1) or (..., O), or x is outside
-            of the box.
+        ValueError: In the forward pass and by `jet`: `distance` or `lift` returns another shape than (..., 1) or
+            (..., O), or x is outside of the box of a `BoxDistance`.
 
     Source: I. E. Lagaris et al., "Artificial neural networks for solving ordinary and partial differential equations",
     IEEE Transactions on Neural Networks 9 (1998); N. Sukumar and A. Srivastava, arXiv 2104.08426.
@@ -77,12 +75,6 @@ class HardConstraint(nn.Module):
         for name, part in (("distance", distance), ("lift", lift)):
             if not callable(part) and math.isnan(as_number(part)):
                 raise TypeError(f"`{name}` is {part!r:.100}, but must be a function of x, a module or a number.")
-        boxes = [part for part in (*kan.modules(), distance) if isinstance(part, (BoxFeatures, BoxDistance))]
-        ends = {(*part.low.float().tolist(), *part.high.float().tolist()) for part in boxes}
-        if isinstance(distance, BoxDistance) and len(ends) > 1:
-            raise ValueError(
-                f"The network's features and `distance` have different boxes, {ends}: give both the same."
-            )
         self.kan = kan
         self.distance = distance if callable(distance) else float(distance)
         self.lift = lift if callable(lift) else float(lift)
@@ -104,8 +96,8 @@ def _check_shape(name: str, value: Any, like: Tensor) -> Tensor:
     if getattr(value, "shape", None) not in (like.shape, (*like.shape[:-1], 1)):
         given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
-            f"`{name}` returns {given} where the network returns {tuple(like.shape)}, but must return "
-            f"{(*like.shape[:-1], 1)} or {tuple(like.shape)}: index x as x[..., :1], which keeps the last dimension."
+            f"`{name}` returns {given} where the network returns {tuple(like.shape)}. Return the same, or one column: "
+            "x[..., :1] keeps the last dimension, x[..., 0] does not."
         )
     return value
 

@@ -17,6 +17,9 @@ from ..modules.calls import check_module
 from ..modules.checks import check_count, check_function, check_number
 
 
+SHORTEST = 1e-3  # of the path: a shorter step is not tried
+
+
 class ContinuationStep(NamedTuple):
     """One solve of a continuation.
 
@@ -40,14 +43,12 @@ def continuation(
     target: float = math.inf,
     prepare: Callable[[float], Any] | None = None,
     steps: int = 5,
-    shrinkage: float = 2.0,
-    smallest: float = 1e-3,
     scale: str = "log",
 ) -> list[ContinuationStep]:
     """Trains a model for a PDE at `start`, and from there, step by step, at parameters up to `stop`.
 
-    A solve whose loss is above `target` or NaN is undone and tried again at a shorter step; after a success the step
-    grows again. An exception undoes the solve too.
+    A solve whose loss is above `target` or NaN is undone and tried again at a quarter of the step; after a success the
+    step doubles. An exception undoes the solve too.
 
     Args:
         model: The network that `solve` trains; its parameters and buffers are restored after a failure.
@@ -57,8 +58,6 @@ def continuation(
         target: The largest loss that is accepted.
         prepare: Called with the parameter before each solve, and not undone: the place for `refine_grid`.
         steps: The number of equal steps of a path without failures, after the first solve.
-        shrinkage: The divisor of a step after a failure.
-        smallest: The shortest step, as a share of the path.
         scale: "log" for steps of equal ratio, "linear" for steps of equal length.
 
     Returns:
@@ -96,8 +95,6 @@ def continuation(
     start, stop = check_number(start, "start", "(-inf, inf)"), check_number(stop, "stop", "(-inf, inf)")
     if scale == "log" and not start * stop > 0:
         raise ValueError(f"`start` {start} and `stop` {stop} must have the same sign: else take scale='linear'.")
-    shrinkage = check_number(shrinkage, "shrinkage", "(1, inf)")
-    smallest = check_number(smallest, "smallest", "(0, 1]")
 
     def value_at(share: float) -> float:
         return start * (stop / start) ** share if scale == "log" else start + share * (stop - start)
@@ -119,11 +116,11 @@ def continuation(
         accepted = loss <= target  # not if it is NaN
         path.append(ContinuationStep(value, loss, accepted))
         if accepted:
-            reached, length = share, min(1 / steps, length * math.sqrt(shrinkage))
+            reached, length = share, min(1 / steps, 2 * length)
             continue
         model.load_state_dict(before)
-        length /= shrinkage
-        if reached < 0 or length < smallest:
+        length /= 4
+        if reached < 0 or length < SHORTEST:
             solved = f"It is solved at {value_at(reached):g}." if reached >= 0 else "Train longer, or start elsewhere."
             raise RuntimeError(f"At {value:g} the loss is {loss:.3g}, more than `target` ({target:g}). {solved}")
     return path

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..derivatives.api import jet
 from ..modules.calls import check_module
-from ..modules.checks import check_count, check_number
+from ..modules.checks import check_count
 from .boxes import check_box
 from .points import box_points
 
@@ -23,33 +23,21 @@ _ACROSS = 32  # points in the other coordinates for each of these
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def knot_density(
-    model: nn.Module,
-    low: Sequence[float],
-    high: Sequence[float],
-    cells: int = 64,
-    *,
-    power: float = 1 / 3,
-    share: float = 0.6,
-    seed: int = 0,
-) -> Tensor:
+def knot_density(model: nn.Module, low: Sequence[float], high: Sequence[float], cells: int = 64) -> Tensor:
     r"""The relative number of knots that each cell of each coordinate of a box needs, for `KnotMap`:
 
-        (1 - share) + share m / mean(m),   m = (mean of u_ii^2 over the cell and all other coordinates)^(power / 2).
+        0.4 + 0.6 m / mean(m),   m = (mean of u_ii^2 over the cell and all other coordinates)^(1 / 6).
 
     Args:
         model: A network of the coordinates, as for `jet`; of several outputs all count.
         low, high: The ends of the box, I numbers each.
         cells: Equal cells of each coordinate.
-        power: How strongly the density follows the second derivative.
-        share: The share of the knots that follow it.
-        seed: Of the points in the other coordinates.
 
     Returns:
         Positive numbers (I, cells) with mean 1, float64.
 
     Raises:
-        ValueError: The box is empty, an argument is out of range, or the derivatives are not finite.
+        ValueError: The box is empty, `cells` is below 1, or the derivatives are not finite.
         TypeError: `model` is no module.
 
     Source: C. de Boor, "Good approximation by splines with variable knots II" (1974): knots that make a power of a
@@ -65,8 +53,7 @@ def knot_density(
     check_module(model)
     low_end, high_end = check_box(low, high)
     cells = check_count(cells, "cells")
-    power, share = check_number(power, "power", "(0, inf)"), check_number(share, "share", "[0, 1)")
-    across = box_points(low, high, _ACROSS, seed=seed)
+    across = box_points(low, high, _ACROSS)
     along = (torch.arange(cells * _ALONG, dtype=torch.float64, device="cpu") + 0.5) / (cells * _ALONG)
     like = next(iter(model.parameters()), low_end)
     found = []
@@ -77,7 +64,7 @@ def knot_density(
         means = bends.square().view(cells, _ALONG * _ACROSS, -1).sum(-1).mean(1)
         if not means.isfinite().all():
             raise ValueError(f"The second derivatives of the model along coordinate {i} are not finite.")
-        density = means.pow(power / 2)
+        density = means.pow(1 / 6)
         density = density / density.mean() if density.any() else torch.ones_like(density)
-        found.append(1 - share + share * density)
+        found.append(0.4 + 0.6 * density)
     return torch.stack(found)

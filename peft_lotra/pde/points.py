@@ -42,12 +42,7 @@ def box_points(low: Sequence[float], high: Sequence[float], count: int, *, seed:
 
 @torch.inference_mode(False)
 def side_points(
-    low: Sequence[float],
-    high: Sequence[float],
-    count: int,
-    sides: Sequence[Side] | None = None,
-    *,
-    seed: int = 0,
+    low: Sequence[float], high: Sequence[float], count: int, sides: Sequence[Side] | None = None, *, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Points on sides of a box, and the outward normals there, for conditions that are terms of the loss.
 
@@ -85,13 +80,12 @@ class ResidualSampler:
     r"""Collocation points that are drawn anew, some of them where the residual is large.
 
     Of the `count` points, the share `share` is drawn from `pool` times as many candidates with probability
-    proportional to |r|^power, and the rest is spread evenly over the box.
+    proportional to |r|, and the rest is spread evenly over the box.
 
     Args:
         low, high: The ends of the box, I numbers each.
         count: The number of points.
         share: The share of the points that follow the residual, 0 to 1.
-        power: How strongly they follow it.
         pool: Candidates for each point.
         seed: Each draw changes it.
 
@@ -118,13 +112,12 @@ class ResidualSampler:
         count: int,
         *,
         share: float = 0.3,
-        power: float = 1.0,
         pool: int = 4,
         seed: int = 0,
     ) -> None:
         self.low, self.high = check_box(low, high)
         self.count, self.pool, self.seed = check_count(count, "count"), check_count(pool, "pool"), seed
-        self.share, self.power = check_number(share, "share", "[0, 1]"), check_number(power, "power", "[0, inf)")
+        self.share = check_number(share, "share", "[0, 1]")
 
     @torch.inference_mode(False)
     def draw(self, residual: Callable[[Tensor], Tensor], knots: KnotMap | None = None) -> Tensor:
@@ -143,8 +136,8 @@ class ResidualSampler:
         points = self._spread(self.count - followed, self.seed + 1, knots)
         if followed:
             candidates = self._spread(self.pool * followed, self.seed + 2, knots)
-            size = residual_norms(residual(candidates), "residual", candidates).double()
-            chance = (size / size.max().clamp(min=torch.finfo(size.dtype).tiny)).pow(self.power)
+            size = residual_norms(residual(candidates), candidates).double()
+            chance = size / size.max().clamp(min=torch.finfo(size.dtype).tiny)
             generator = torch.Generator().manual_seed(self.seed + 2)
             chosen = torch.multinomial(chance + 1e-12, followed, generator=generator)
             points = torch.cat([points, candidates.detach()[chosen]])

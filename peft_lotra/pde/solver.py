@@ -37,6 +37,7 @@ GRID_SIZES, SMALLEST_GRID = {1: 8, 2: 8, 3: 5}, 3  # by the dimension of the box
 STAGES = 6  # parameters of a continuation
 CONTINUED, COARSE = 0.6, 0.8  # shares of the budget after which the continuation, and the coarse grids, end
 SOLVED, FAILED = 1e-4, 1e-3  # of the first residual's square: where a stage of a continuation ends, and is undone
+MOST_FAILURES = 3  # stages that are undone
 POINTS, FINE_POINTS, HELD_POINTS = 1500, 2.5, 1000  # half of the first on a line; the second is a factor
 PATIENCE = 15  # steps without a new minimum of the residual that is held out
 LARGEST_DAMPING = 1e3  # that the next points start with
@@ -150,7 +151,7 @@ def solve(
     A layer of splines of each coordinate and three tanh layers, on the box scaled to [-1, 1], are trained by
     Levenberg-Marquardt. Each step has new points, a third of them where the residual is large, and residuals count
     less where u is steep. A continuation goes from an easy parameter to the wanted one in six steps of equal ratio, or
-    of equal length if zero is between them; a step that ends in a poor minimum is undone and halved. Each phase ends
+    of equal length if zero is between them; a step that ends in a poor minimum is undone and quartered. Each phase ends
     by its share of the budget, or when the residual at points that are never trained has stopped to fall, and keeps
     the parameters with the least one.
 
@@ -224,19 +225,25 @@ def solve(
     result.first_residual = training.norm(ends[0])
     if continuation is not None:
 
+        failures = 0
+
         def stage(parameter: float) -> float:
-            tries, first = len(result.phases) + 1, result.first_residual**2
-            least = training.fit("continuation", parameter, min(CONTINUED * tries / STAGES, COARSE), SOLVED * first)
+            nonlocal failures
+            share, first = min(CONTINUED * (len(result.phases) + 1) / STAGES, COARSE), result.first_residual**2
+            least = training.fit("continuation", parameter, share, SOLVED * first)
+            failures += least > FAILED * first
             # neither the first stage nor one that is out of time can be tried again
-            return 0.0 if training.ended or not 1 < tries < 2 * STAGES else least / first
+            return 0.0 if training.ended or len(result.phases) == 1 or failures > MOST_FAILURES else least / first
 
         scale = "log" if ends[0] * ends[1] > 0 else "linear"
-        options: Any = {"steps": STAGES - 1, "scale": scale, "target": FAILED, "shrinkage": 4, "smallest": 1e-6}
-        continue_(model, stage, *ends, prepare=training.move_knots, **options)
-    can_refine = refine and training.kan is not None
-    training.fit("coarse", ends[-1], COARSE if can_refine else 1.0)
-    if can_refine and training.spent() < 1:
-        training.refine(ends[-1])
+        path: Any = {"prepare": training.move_knots, "steps": STAGES - 1, "scale": scale, "target": FAILED}
+        continue_(model, stage, *ends, **path)
+    kan = training.kan if refine else None
+    training.fit("coarse", ends[-1], 1.0 if kan is None else COARSE)
+    if kan is not None and training.spent() < 1:  # a last phase on grids that are twice as fine
+        is_finer = training.regrid(2, samples=_inputs(model, points, kan))
+        sampler.count = round((FINE_POINTS if is_finer else 1) * sampler.count)
+        training.fit("fine" if is_finer else "coarse", ends[-1], 1.0)
     training.bar.close()
     result.residual = training.norm(ends[-1])
     for name, share in _outside(model, points):
@@ -325,7 +332,7 @@ class _Training:
     def norm(self, parameter: float) -> float:
         """The root mean square of the residual at the points that are held out."""
         values = self.equation(self.model, self.held, parameter)
-        return residual_norms(values, "residual", self.held).square().mean().sqrt().item()
+        return residual_norms(values, self.held).square().mean().sqrt().item()
 
     def residual(self, model: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """The term of the equation: one function in all phases, by which Levenberg-Marquardt keeps what it knows."""
@@ -382,12 +389,6 @@ class _Training:
                 if i not in self.features.periodic:
                     density[j] = of_coordinates[i]
             self.regrid(1, density=density, tolerance=math.inf)
-
-    def refine(self, parameter: float) -> None:
-        """The last phase, on grids that are twice as fine."""
-        is_finer = self.regrid(2, samples=_inputs(self.model, self.held, self.kan))
-        self.sampler.count = round((FINE_POINTS if is_finer else 1) * self.sampler.count)
-        self.fit("fine" if is_finer else "coarse", parameter, 1.0)
 
     def regrid(self, factor: int, **options: Any) -> bool:
         """Changes the grids if they can be changed."""

@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from conv_stand_ins import ConvNet, FastKANConvNDLayer, images
+from conv_stand_ins import ConvNet, images
 from peft import get_peft_model
 
 from peft_lotra import (
@@ -17,7 +17,6 @@ from peft_lotra import (
     extract_lotra,
     gradient_spectrum,
     model_summary,
-    register_kan_layer,
     slim,
     suggest_ranks,
     update_spectrum,
@@ -26,16 +25,6 @@ from peft_lotra.plotting import edge_changes, plot_edge_functions, plot_network_
 from peft_lotra.tucker import Tucker
 from peft_lotra.tuner.layer import lotra_layers
 from peft_lotra.tuner.targets import locate_target
-
-
-@pytest.fixture(autouse=True)
-def _nothing_follows_the_sum() -> None:
-    """The kind that is built in may have a norm there, and is not linear in its coefficients."""
-    description = {
-        "coefficients": ("spline_conv.*.weight", "o (i k) ..."),
-        "residual": ("base_conv.*.weight", "o i ..."),
-    }
-    register_kan_layer("linear", matches=FastKANConvNDLayer, groups="g", grid=("rbf.grid",), **description)
 
 
 def tuned_pair(ranks: tuple[int, ...], family: str = "kagnconv", groups: int = 2) -> tuple[ConvNet, ConvNet]:
@@ -85,22 +74,8 @@ def test_extraction_finds_the_update(family, groups):
     torch.testing.assert_close(model.eval()(x), expected, atol=1e-3, rtol=1e-3)
 
 
-def test_extraction_by_inputs_keeps_what_shows_in_the_outputs():
-    base, tuned = tuned_pair((6, 4, 5, 8), "fastkanconv", groups=1)
-    x = images(20)
-    errors = []
-    for inputs in (None, x):
-        model = extract_lotra(copy.deepcopy(base), tuned, (3, 2, 2, 4), inputs=inputs).eval()
-        change = (tuned.first(x) - base.first(x)).norm()
-        errors.append(((model.base_model.model.first(x) - tuned.first(x)).norm() / change).item())
-    assert errors[1] < errors[0] and model.extraction_report.output_errors["first"] == pytest.approx(
-        errors[1], rel=0.05
-    )
-
-
-@pytest.mark.parametrize("family, groups", [("kagnconv", 1), ("fastkanconv", 2)])
-def test_inputs_do_not_weigh_what_is_bent_after_the_sum_or_has_groups(family, groups):
-    base, tuned = tuned_pair((3, 2, 3, 4), family, groups)
+def test_inputs_do_not_weigh_convolutions():
+    base, tuned = tuned_pair((3, 2, 3, 4), "fastkanconv")
     alike, weighed = (extract_lotra(copy.deepcopy(base), tuned, 2, inputs=x) for x in (None, images()))
     (first,), (second,) = (list(lotra_layers(model)) for model in (alike, weighed))
     assert torch.equal(first[1].get_delta_weight("default"), second[1].get_delta_weight("default"))

@@ -294,16 +294,6 @@ def test_in_place(family, how, options):
     assert output_error(y, dense(X)) == pytest.approx(report.model_error, rel=1e-3)
 
 
-@pytest.mark.parametrize("family", ["own", "efficient-kan"])
-@pytest.mark.parametrize("options", [{"ranks": 2}, {"energy": 0.9}])
-def test_slim_layers_that_are_not_called_are_refused(family, options):
-    model = Block("layer", family)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"does not call the Slim layers \['mlp.c_fc'\]"):
-        slim(model, inputs=X, inplace=True, **options)
-    assert_same(model, before)
-
-
 def test_a_model_in_a_wrapper_is_its_network():
     model = nn.DataParallel(KAN([12, 10, 6]))
     small = slim(model, 2)

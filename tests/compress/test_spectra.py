@@ -176,5 +176,5 @@ def test_wrong_models():
             suggest_ranks(model, energy=0.9, inputs=given)
     broken = copy.deepcopy(model)
     broken.layers[0].base_weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"`layers\.0` in the tuned model are not finite"):
+    with pytest.raises(ValueError, match=r"`layers\.0` are not finite"):
         update_spectrum(model, broken)

@@ -85,13 +85,6 @@ def test_policy_by_component():
     assert found == {(layer, name): value for layer in "01" for name, value in expected.items()}
 
 
-def test_the_table_prints():
-    lines = str(lotra_lr_multipliers(wide())).splitlines()
-    assert lines[0].split() == ["module", "adapter", "component", "shape", "multiplier"]
-    assert len(lines) == 9
-    assert lines[2].split() == ["layers.0", "default", "factor_out", "(256,", "2)", "0.25"]
-
-
 def test_every_trainable_parameter_is_in_one_group_and_no_other_one():
     model = adapt(nested(), modules_to_save=["head"])
     next(model.base_model.model["tail"].layers[0].lotra_core.parameters()).requires_grad_(False)

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import pickle
-import threading
 
 import pytest
 import torch
@@ -14,9 +11,8 @@ from helpers import adapt
 from residuals import equation, fit, problem, terms
 from residuals import network as deep_network
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_lotra.kan import KAN, jet, memory
+from peft_lotra.kan import KAN, jet
 from peft_lotra.optim import LevenbergMarquardt
 
 
@@ -53,68 +49,38 @@ def test_malformed_terms(term, message):
         LevenbergMarquardt(deep_network()).step([])
 
 
-# The Jacobian, chunk by chunk
-
-
-class Largest(TorchDispatchMode):
-    """The most numbers that a tensor held, of all that were made."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
-
-
 @pytest.mark.parametrize("residual", [equation, fit])
-@pytest.mark.parametrize("by_layers", [True, False])
-def test_no_dense_gradient_for_an_adapter(monkeypatch, residual, by_layers):
-    monkeypatch.setattr(memory, "_kept", threading.local())  # that of an earlier test may be larger
-    rows, width = 40, 120
+def test_no_dense_gradient_for_an_adapter(residual):
+    width = 120
     model = adapt(deep_network(width), r=(3, 3, 3))
-    least_squares = problem(model, [term for term in terms(points=rows) if term[0] is residual])
-    ((term, part),) = least_squares.chunks()
-    term.plan.by_layers &= by_layers
-    with Largest() as largest:
-        least_squares.jacobian(term, part)
-    # some tensors of features together, and the coefficients themselves; a dense gradient has rows * width**2 * 9
-    assert largest.numel <= 9 * rows * width * 9
+    (term,) = problem(model, [term for term in terms(points=40) if term[0] is residual]).terms
+    assert term.by_layers and term.row_bytes < 8 * 9 * width**2 / 4
 
 
-def test_chunks_and_a_place_for_the_result():
-    model, x = adapt(network()), points()
-    large, small = (problem(model, [(laplacian_and_value, x)], size) for size in (2**30, 2**18))
-    expected = large.jacobian(*next(large.chunks()))
-    assert len(list(small.chunks())) > 1
-    place = torch.full((len(expected) + 6, expected.shape[1]), torch.nan, dtype=torch.float64)
-    first = 0
-    for term, rows in small.chunks():
-        found = small.jacobian(term, rows, out=place[first:])
-        assert found.data_ptr() == place[first:].data_ptr()
-        first += len(found)
-    torch.testing.assert_close(place[:first], expected)
-    assert place[first:].isnan().all() and len(place[first:]) == 6
+class Equation:
+    """A function, and a bound method, which is a new object at each access."""
 
+    def __init__(self) -> None:
+        self.calls = []
 
-def test_a_term_is_tried_once():
-    calls = []
-
-    def residual(model: nn.Module, x: Tensor) -> Tensor:
-        calls.append(len(x))
+    def residual(self, model: nn.Module, x: Tensor) -> Tensor:
+        self.calls.append(len(x))
         return model(x)
 
-    optimizer, before = LevenbergMarquardt(network()), 0
-    for number in range(3):
-        calls.clear()
-        assert optimizer.step([(residual, points()), (laplacian_and_value, points())]).accepted
-        assert not number or set(calls) == {70}
-        assert not number or len(calls) < before
-        before = len(calls) if not number else before
-    for restored in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
-        assert restored.step([(laplacian_and_value, points())]).accepted
+    def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
+        return self.residual(model, x)
+
+
+@pytest.mark.parametrize("method", [False, True])
+def test_a_term_is_tried_once(method):
+    equation_of_x = Equation()
+    optimizer, counts = LevenbergMarquardt(network()), []
+    for _ in range(3):
+        equation_of_x.calls.clear()
+        term = (equation_of_x.residual if method else equation_of_x), points()
+        assert optimizer.step([term, (laplacian_and_value, points())]).accepted
+        counts.append(len(equation_of_x.calls))
+    assert set(equation_of_x.calls) == {70} and max(counts[1:]) < counts[0]
 
 
 @pytest.mark.parametrize("kind", ["adapter", "other network"])

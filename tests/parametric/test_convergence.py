@@ -20,11 +20,6 @@ X = problems.POINTS
 FEW = X[::5]
 
 
-@pytest.fixture(scope="module")
-def base():
-    return problems.pretrained()
-
-
 def test_a_member_stops_where_its_held_out_residual_does(base):
     """Twelve points, which 80 coordinates fit exactly, while the residual between them grows."""
 

@@ -20,20 +20,8 @@ from peft_lotra import LoTRAConfig, ParametricAdapter
 from peft_lotra.kan import KAN, jet
 
 
-@pytest.fixture(scope="module")
-def base():
-    return problems.pretrained()
-
-
 def make(base, log=False, **kwargs):
     return ParametricAdapter(base, problems.terms_of, ranks=6, log=log, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def family(base):
-    family = make(base)
-    family.fit(np.linspace(2.5, 3.5, 13).tolist(), progress=False)
-    return family
 
 
 def test_predictions_are_about_as_good_as_members(family):

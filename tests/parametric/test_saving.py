@@ -25,22 +25,6 @@ from peft_lotra.kan import KAN
 LEGACY = Path(__file__).parents[1] / "legacy" / "family"
 
 
-@pytest.fixture(scope="module")
-def base():
-    return problems.pretrained()
-
-
-@pytest.fixture(scope="module")
-def family(base):
-    family = ParametricAdapter(base, problems.terms_of, ranks=6)
-    family.fit(np.linspace(2.5, 3.5, 7).tolist(), progress=False)
-    return family
-
-
-def file_of(folder):
-    return folder / "parametric_adapter.safetensors"
-
-
 def test_saving_and_loading(family, base, tmp_path):
     family.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "parametric_adapter.safetensors"]
@@ -91,7 +75,7 @@ def test_loading_onto_another_base_is_refused(family, base, tmp_path):
 @pytest.mark.parametrize("damage", ["no modes", "another version", "NaN", "short"])
 def test_damaged_files(family, base, tmp_path, damage):
     family.save_pretrained(tmp_path)
-    path = file_of(tmp_path)
+    path = tmp_path / "parametric_adapter.safetensors"
     tensors, metadata = load_file(path), safe_open(path, "pt").metadata()
     if damage == "no modes":
         tensors.pop("modes")
@@ -107,46 +91,35 @@ def test_damaged_files(family, base, tmp_path, damage):
 
 
 COMMON = """
-import sys, torch, family_problems as problems
+import family_problems as problems
 from peft_lotra import ParametricAdapter
 base = problems.pretrained()
 """
-PUSH = """
+PUSH_AND_PULL = """
 family = ParametricAdapter(base, problems.terms_of, ranks=4)
 family.fit([2.9, 3.0, 3.1], progress=False)
-torch.save(family.predict(2.95)(problems.POINTS).detach(), sys.argv[1])
 family.push_to_hub("ann/family")
 family.push_to_hub("ann/family", revision="second", commit_message="again")
-"""
-PULL = """
 for revision in ("main", "second"):
-    family = ParametricAdapter.from_pretrained(base, "ann/family", problems.terms_of, revision=revision)
-    values = family.predict(2.95)(problems.POINTS)
-    assert (values - torch.load(sys.argv[1])).abs().max() < 1e-10
-    assert family.parameters == [2.9, 3.0, 3.1] and family.predict(2.95).indicator < 1
+    pulled = ParametricAdapter.from_pretrained(base, "ann/family", problems.terms_of, revision=revision)
+    values = pulled.predict(2.95)(problems.POINTS)
+    assert (values - family.predict(2.95)(problems.POINTS)).abs().max() < 1e-10
+    assert pulled.parameters == [2.9, 3.0, 3.1] and pulled.predict(2.95).indicator < 1
 """
-
-
-def client(code: str, folder: Path, url: str) -> None:
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    env |= {
-        "HF_ENDPOINT": url,
-        "HF_TOKEN": "hf_ann",
-        "HF_HOME": str(folder / str(len(code))),
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    support = Path(problems.__file__).parent
-    env["PYTHONPATH"] = os.pathsep.join([str(support.parents[1]), str(support), env.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", COMMON + code, str(folder / "values.pt")]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-4000:]
 
 
 @pytest.mark.slow
-def test_a_family_is_pushed_by_one_process_and_pulled_by_another(tmp_path):
+def test_a_family_is_pushed_and_pulled(tmp_path):
+    """In a process whose endpoint is a server of our own."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    env |= {"HF_TOKEN": "hf_ann", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    support = Path(problems.__file__).parent
+    env["PYTHONPATH"] = os.pathsep.join([str(support.parents[1]), str(support), env.get("PYTHONPATH", "")])
     hub = Hub({"hf_ann": "ann"})
     with HubServer(hub) as server:
-        client(PUSH, tmp_path, server.url)
-        client(PULL, tmp_path, server.url)
+        env["HF_ENDPOINT"] = server.url
+        command = [sys.executable, "-c", COMMON + PUSH_AND_PULL]
+        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-4000:]
     files = [name for name in hub.repos["ann/family"].files("main") if not name.startswith(".")]
     assert sorted(files) == ["README.md", "parametric_adapter.safetensors"]

@@ -142,9 +142,6 @@ WRONG = {
     r"`sides` has \(2, 'low'\)": lambda: BoxDistance(*BOX, sides=[(2, "low")]),
     r"`twice` has \(1, 'high'\)": lambda: BoxDistance(*BOX, sides=[(1, "low")], twice=[(1, "high")]),
     "the box has 2 coordinates": lambda: BoxDistance(*BOX)(torch.rand(3, 3)),
-    "have different boxes": lambda: HardConstraint(
-        nn.Sequential(BoxFeatures((0, 0), (1, 1)), network(2, 5, 1)), BoxDistance(*BOX)
-    ),
 }
 
 

@@ -48,8 +48,8 @@ def test_a_failure_is_taken_back_and_tried_at_a_shorter_step():
 
 
 def test_steps_grow_again_after_a_failure():
-    losses = iter([0.0, math.inf, *[0.0] * 20])
-    path = continuation(Tracker(), lambda _: next(losses), 0.0, 1.0, scale="linear", steps=2, target=1, shrinkage=4.0)
+    losses = iter([0.0, math.inf, math.inf, *[0.0] * 20])
+    path = continuation(Tracker(), lambda _: next(losses), 0.0, 1.0, scale="linear", steps=2, target=1)
     values = [entry.value for entry in path if entry.accepted]
     assert values[2] - values[1] > values[1] - values[0] == 0.125
 
@@ -59,7 +59,7 @@ def test_a_path_that_ends_early():
     with pytest.raises(RuntimeError, match="Train longer, or start elsewhere"):
         continuation(model, lambda value: math.nan, 1.0, 2.0, target=1.0)
     with pytest.raises(RuntimeError, match="It is solved at 1"):
-        continuation(model, lambda value: model.solve(value, 1.0), 1.0, 2.0, target=1e-9, smallest=0.1)
+        continuation(model, lambda value: model.solve(value, 1.0), 1.0, 2.0, target=1e-9)
     with pytest.raises(TypeError, match="`solve` returned None"):
         continuation(model, lambda value: model.x.data.fill_(9.0) and None, 1.0, 2.0)
     assert model.x.item() == 1.0
@@ -79,7 +79,6 @@ def test_the_history_of_levenberg_marquardt_counts():
 
 
 WRONG = [("solve", 3), ("start", 0.0), ("start", -1.0), ("start", math.inf), ("scale", "square"), ("steps", 0)]
-WRONG += [("shrinkage", 1.0), ("smallest", 0.0)]
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG)

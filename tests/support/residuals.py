@@ -38,5 +38,4 @@ def terms(dtype: torch.dtype = torch.float64, points: int = 150) -> list[tuple]:
 
 
 def problem(model: nn.Module, residual_terms: list[tuple], memory: int = 2**30) -> LeastSquares:
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return LeastSquares(model, trainable, check_terms(residual_terms), memory, {})
+    return LeastSquares(model, check_terms(residual_terms), memory, {})
