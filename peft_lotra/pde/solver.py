@@ -151,9 +151,9 @@ def solve(
     A layer of splines of each coordinate and three tanh layers, on the box scaled to [-1, 1], are trained by
     Levenberg-Marquardt. Each step has new points, a third of them where the residual is large, and residuals count
     less where u is steep. A continuation goes from an easy parameter to the wanted one in six steps of equal ratio, or
-    of equal length if zero is between them; a step that ends in a poor minimum is undone and quartered. Each phase ends
-    by its share of the budget, or when the residual at points that are never trained has stopped to fall, and keeps
-    the parameters with the least one.
+    of equal length if zero is between them; a step that ends in a poor minimum is undone, and a quarter of it taken.
+    Each phase ends by its share of the budget, or when the residual at points that are never trained has stopped to
+    fall, and keeps the parameters with the least one.
 
     If a `KAN` is given, its knots move to where the solution bends before each step of a continuation, and its grids
     are twice as fine for the last fifth of the budget.
@@ -224,7 +224,6 @@ def solve(
     training = _Training(result, equation, list(terms), points, sampler, budget, steps is None, progress)
     result.first_residual = training.norm(ends[0])
     if continuation is not None:
-
         failures = 0
 
         def stage(parameter: float) -> float:
