@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..kan.row_product import RowGroups, RowUpdates
 from ..tucker import Tucker, Update
-from ..tuner.by_row import run_rows
+from ..tuner.by_row import output_of_rows, takes_rows
 from ..tuner.layer import LoTRALayer
-from ..tuner.rows import ForwardPass
+from ..tuner.rows import rows_of_each, run_by_name
 from ..tuner.slim import SlimLoTRALayer
 from .store import Store
 
@@ -29,19 +29,13 @@ class Rows(NamedTuple):
         bank: The bank, an object of any type, whose layers they are for.
         store: The adapters of the bank when the pass began, perhaps those of the batch alone.
         groups: The rows of the batch, by the rows of `store`; None in a pass of the base.
-        order: The row of `store` of each row, and what is known about the order of more rows; None in a traced pass.
+        known: See `ForwardPass`; None in a traced pass.
     """
 
     bank: Any
     store: Store
-    groups: RowGroups | None
-    order: ForwardPass | None
-
-    @classmethod
-    def of_groups(cls, bank: Any, store: Store, groups: RowGroups) -> Rows:
-        """The rows of an eager pass."""
-        names: Any = groups.of_rows().tolist()
-        return cls(bank, store, groups, ForwardPass(names, {}, {}))
+    groups: RowGroups | None = None
+    known: set[int] | None = None
 
 
 # set around each forward pass, so that each thread has its own
@@ -88,25 +82,27 @@ class BankLayer(LoTRALayer):
         if rows is None or rows.bank is not self.lotra_bank:
             return super().forward(*args, **kwargs)
         groups, name = rows.groups, self.lotra_bank_name
-        if groups is None or name not in rows.store.layers:
+        if groups is None or not rows.store.layers[name].width():
             return self._run((), None, args, kwargs)
+        times, read_numbers = 1, lambda: groups.of_rows().tolist()
+        if rows.known is not None:
+            self.check_grid()
+            times = rows_of_each(groups.batch(), read_numbers, self.lotra_name, rows.known, args, kwargs)
         form, packed = rows.store.layers[name], rows.store.columns()[name]
+        if takes_rows(self, args, kwargs):
+            return output_of_rows(self, RowUpdates(packed, groups, form), args[0])
+        if is_traced:
+            raise RuntimeError(
+                f"`{self.lotra_name}` ({self.lotra_spec.family}) runs once for each adapter, which a graph cannot do. "
+                "Give its kind `basis` in `register_kan_layer`, or call the model that is not compiled."
+            )
 
         def run(row: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-            if is_traced:
-                raise RuntimeError(
-                    f"`{self.lotra_name}` ({self.lotra_spec.family}) runs once for each adapter, which a graph cannot "
-                    "do. Give its kind `basis` in `register_kan_layer`, or call the model that is not compiled."
-                )
             stored = self.lotra_tensor.get_parameter(self._modules["base_layer"])
             parts = [part[0].to(stored) for part in form.unpack(packed[row : row + 1])]
             return self._call_base([Update(1.0, Tucker(*parts))], args, kwargs)
 
-        names: Any = (0,)
-        if rows.order is not None:
-            self.check_grid()
-            names = rows.order.names
-        return run_rows(self, names, rows.order, lambda _: RowUpdates(packed, groups, form), run, args, kwargs)
+        return run_by_name([row for row in read_numbers() for _ in range(times)], run, args, kwargs)
 
 
 class SlimBankLayer(BankLayer, SlimLoTRALayer):
@@ -150,7 +146,7 @@ class BankModel(nn.Module):
             raise ValueError("A compiled model takes no mapped bank: call `bank.compact()`, which reads all of it.")
         if bank.store.packed.requires_grad and torch.is_grad_enabled():
             raise ValueError("Adapters are not trained by a compiled model: call the model that is not compiled.")
-        bank.traced_rows = Rows(bank, bank.store, None if ids is None else RowGroups(ids + 1), None)
+        bank.traced_rows = Rows(bank, bank.store, None if ids is None else RowGroups(ids + 1))
         try:
             return self.model(*args, **kwargs)
         finally:

@@ -242,7 +242,7 @@ class LoTRAModel(BaseTuner):
         if torch.compiler.is_compiling():
             yield
             return
-        token = FORWARD_PASS.set(ForwardPass(names, self.replaced, {}))
+        token = FORWARD_PASS.set(ForwardPass(names, self.replaced, set()))
         try:
             yield
         finally:

@@ -62,7 +62,7 @@ def test_pushed_and_pulled(tmp_path):
     assert set(found["files"]) == {".gitattributes", "README.md", "adapter_bank.safetensors"}
     card = found["card"]
     assert "302 adapters" in card and "base = make()" in card and 'names=["customer 0"]' in card
-    assert card.count("| `customer") == 100 and "and 202 more" in card
+    assert card.count("| `customer") == 100
     assert re.match(r"---\n(.*\n)*library_name: peft\n(.*\n)*---\n", card)
     assert "RepositoryNotFoundError" in found["user/nothing"] and "no adapter 'cleo'" in found["user/bank"]
 

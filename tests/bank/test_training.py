@@ -10,7 +10,7 @@ import torch
 from behaving import KINDS, X, apart
 from peft import get_peft_model, get_peft_model_state_dict
 
-from peft_lotra import AdapterBank, LoTRAConfig, create_lotra_optimizer
+from peft_lotra import AdapterBank, LoTRAConfig, create_lotra_optimizer, start_from_gradient
 from peft_lotra.kan import KAN, SlimKAN
 from peft_lotra.optim import BankAdamW
 
@@ -126,6 +126,30 @@ def test_derivatives_of_derivatives():
         assert abs(sum(part[place].square().sum() for part in layers.values()) / expected - 1) < 1e-9
 
 
+def test_a_start_from_the_gradient_has_rates_of_its_own(tmp_path):
+    """As by `create_lotra_optimizer`, beside others, also after a file and a folder."""
+    bank, _, alone, optimizers = prepared(KAN([3, 20, 2]).double())
+    batches = drawn([(4, 4, 4)] * 3)
+    start_from_gradient(alone["b"], lambda: errors_of(alone["b"], X.double(), ["b"] * 8).mean())
+    optimizers["b"] = create_lotra_optimizer(alone["b"], torch.optim.AdamW, lr=3e-2)
+    bank.detach()
+    bank.add("b", alone["b"], replace=True)
+    bank.save(tmp_path)
+    bank.export("b", tmp_path / "b")
+    for way in ("file", "folder"):
+        bank = AdapterBank.load(bank.base, tmp_path)
+        if way == "folder":
+            bank.add("b", tmp_path / "b", replace=True)
+        model = bank.attach()
+        train_together(bank, model, batches)
+        for name, own in alone.items():
+            if way == "file":
+                train_alone(name, own, optimizers[name], batches)
+            with torch.no_grad():
+                assert apart(model(X.double(), adapter_names=[name] * 8), own.eval()(X.double())) < 1e-11
+        bank.detach()
+
+
 def test_rates_of_components():
     bank, model, alone, optimizers = prepared(KAN([3, 20, 2]).double(), policy={"core": 0.0, "factor_in": 0.5})
     batches = drawn([(4, 4, 4)] * 3)
@@ -179,7 +203,7 @@ def test_what_training_refuses():
     with pytest.raises(ValueError, match="float32"):
         BankAdamW(AdapterBank(KAN([3, 4, 2]), torch.bfloat16))
     wrong = {"rank_dropout": 0.5}, {"train": "core"}, {"target_modules": ["x"]}
-    for config, word in zip(wrong, ("dropout", "all components", "x"), strict=True):
+    for config, word in zip(wrong, ("dropout", "all components", "no KAN layer"), strict=True):
         with pytest.raises(ValueError, match=word):
             bank.add("e", LoTRAConfig(**config))
 
