@@ -104,9 +104,8 @@ class AdapterBank:
         `kwargs` are those of `add`.
         """
         bank = cls(base, dtype)
-        if not isinstance(folders, Mapping):
-            folders = [(os.path.basename(os.path.normpath(path)), path) for path in folders]
-        for name, folder in folders.items() if isinstance(folders, Mapping) else folders:
+        of_path = lambda path: (os.path.basename(os.path.normpath(path)), path)  # noqa: E731
+        for name, folder in folders.items() if isinstance(folders, Mapping) else map(of_path, folders):
             bank.add(name, folder, **kwargs)
         return bank
 
@@ -124,9 +123,8 @@ class AdapterBank:
         return name in self._rows
 
     def __repr__(self) -> str:
-        packed, room = self.store.packed, len(self.store.form_of) - 1
-        numbers = f"{packed.shape[1]} numbers, room for {room}, {packed.dtype}, {packed.device}"
-        return f"AdapterBank({len(self)} adapters of {numbers})"
+        packed = self.store.packed
+        return f"AdapterBank({len(self)} adapters of {packed.shape[1]} numbers, {packed.dtype}, {packed.device})"
 
     def ids(self, names: Sequence[str]) -> Tensor:
         """The numbers of adapters, (rows,) int64, on the device of the bank; -1 for `"__base__"`.
@@ -141,7 +139,7 @@ class AdapterBank:
     def _index(self, names: Sequence[str] | Sequence[int] | Tensor) -> Tensor:
         """The rows of the matrix (rows,) of adapters, by name or number; a ValueError for what is none."""
         rows = self._rows
-        if isinstance(names, Tensor) or (names and isinstance(names[0], int)):
+        if isinstance(names, Tensor) or isinstance(next(iter(names), None), int):
             ids = names if isinstance(names, Tensor) else torch.tensor(names, device="cpu")
             if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
                 raise ValueError(f"`ids` must be integers (rows,), got {ids.dtype} of the shape {tuple(ids.shape)}.")
@@ -149,10 +147,8 @@ class AdapterBank:
             inside = (index >= 0) & (index < len(self.store.form_of))
             used = inside.cpu() & (self.store.form_of[(index * inside).cpu()] >= 0)
             if not bool(used.all()):
-                wrong = ids.cpu()[~used].unique()[:3].tolist()
-                raise ValueError(
-                    f"No adapter has the number {', '.join(map(str, wrong))}. `bank.ids(names)` has them."
-                )
+                wrong = ", ".join(map(str, ids.cpu()[~used].unique()[:3].tolist()))
+                raise ValueError(f"No adapter has the number {wrong}. `bank.ids(names)` has them.")
             return index
         found = [0 if name == "__base__" else rows.get(name, -1) for name in check_names(names)]
         if -1 in found:
@@ -364,9 +360,7 @@ class AdapterBank:
         """Writes one adapter as a folder that `PeftModel.from_pretrained` loads; its alpha is in the cores."""
         if name not in self._rows:
             raise ValueError(f"The bank has no adapter {name!r} to export.")
-        row = self._rows[name]
-        start = "gradient" if self.store.from_gradient()[row] else True
-        export_adapter(folder, self.store.components(row), self.record, self.base, start)
+        export_adapter(folder, self.store, self._rows[name], self.record, self.base)
 
     # --- serving ---
 
@@ -428,11 +422,8 @@ class AdapterBank:
         Raises:
             ValueError: A name is unknown, or a number belongs to no adapter.
         """
-        token = ROWS.set(self._rows_of(rows))
-        try:
+        with ROWS.set(self._rows_of(rows)):
             yield
-        finally:
-            ROWS.reset(token)
 
     def _rows_of(self, rows: Sequence[str] | Sequence[int] | Tensor | None) -> Rows:
         """The adapters of rows; of None, those that are set, else none."""

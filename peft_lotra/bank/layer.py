@@ -5,19 +5,16 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from ..kan.row_product import RowGroups, RowUpdates
 from ..tucker import Tucker, Update
 from ..tuner.by_row import output_of_rows, takes_rows
 from ..tuner.layer import LoTRALayer
-from ..tuner.rows import rows_of_each, run_by_name
+from ..tuner.rows import PassVariable, rows_of_each, run_by_name
 from ..tuner.slim import SlimLoTRALayer
 from .store import Store
 
@@ -38,31 +35,12 @@ class Rows(NamedTuple):
     known: set[int] | None = None
 
 
-# set around each forward pass, so that each thread has its own
-ROWS: ContextVar[Rows | None] = ContextVar("lotra_bank_rows", default=None)
-
-
-# those of a backward pass that computes parts of a forward pass again (gradient checkpointing), and its number
-_RECOMPUTED: ContextVar[tuple[int, Rows | None]] = ContextVar("lotra_bank_recomputed", default=(-1, None))
+ROWS = PassVariable("lotra_bank_rows")  # `Rows`
 
 
 @torch.compiler.disable
 def _rows_of_pass() -> Rows | None:
-    rows = ROWS.get()
-    if rows is None and (task := torch._C._current_graph_task_id()) != -1 and task == _RECOMPUTED.get()[0]:
-        return _RECOMPUTED.get()[1]
-    return rows
-
-
-def _keep_for_backward(rows: Rows | None, outputs: Any) -> None:
-    """Lets the backward pass from these outputs, a tensor or a structure of them, compute layers again."""
-    tensors = [it for it in tree_leaves(outputs) if isinstance(it, Tensor) and it.requires_grad]
-    if tensors:
-
-        def keep(gradient: Tensor) -> None:
-            _RECOMPUTED.set((torch._C._current_graph_task_id(), rows))
-
-        register_multi_grad_hook(tensors, keep, mode="any")
+    return ROWS.get()
 
 
 class BankLayer(LoTRALayer):
@@ -76,9 +54,7 @@ class BankLayer(LoTRALayer):
         traced = self.lotra_bank.traced_rows  # not None inside of a compiled `BankModel`
         rows = traced if is_traced and traced is not None else _rows_of_pass()  # pyright: ignore[reportCallIssue]
         if traced is not None and not is_traced and rows is None:
-            raise RuntimeError(
-                "A compiled model with a bank must be one graph: pass `fullgraph=True` to find the break."
-            )
+            raise RuntimeError("A compiled bank must be one graph: pass `fullgraph=True` to find the break.")
         if rows is None or rows.bank is not self.lotra_bank:
             return super().forward(*args, **kwargs)
         groups, name = rows.groups, self.lotra_bank_name
@@ -138,7 +114,7 @@ class BankModel(nn.Module):
         if not torch.compiler.is_compiling():
             with bank.rows(given[0] if given else None):
                 outputs = self.model(*args, **kwargs)
-                _keep_for_backward(ROWS.get(), outputs)
+                ROWS.keep(outputs)
             return outputs
         if adapter_names is not None:
             raise ValueError("A compiled model takes `ids`, not `adapter_names`: pass `ids=bank.ids(names)`.")

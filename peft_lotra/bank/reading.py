@@ -87,8 +87,7 @@ def read_adapter(
         found = {names[place]: layer.update_of(name) for place, layer in layers.items()}
         check_state_dict({f"{name}.{place}": p for name, it in found.items() for place, p in enumerate(it.tensor)})
     else:
-        kinds = "a PeftModel, a folder, a state dict or a LoTRAConfig"
-        raise TypeError(f"it is of type {type(adapter).__name__}, but must be {kinds}.")
+        raise TypeError(f"it must be a PeftModel, a folder, a state dict or a LoTRAConfig, not a {type(adapter)}.")
     for name, (_, _, tensor) in targets.items() if tensors else ():
         parts = [tensors[f"{PREFIX}{name}.lotra_{component}"] for component in config.component_shapes(name, tensor)]
         found[name] = Update(config.ranks_and_alpha(name, tensor.shape)[1], Tucker(*parts))

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from ..hub.base_code import hub_id, source_of_base
 from ..kan.row_product import PackedTucker
 from ..layers.registry import PREFIX
-from ..tucker import Tucker
 from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.layer import COMPONENTS
 from ..tuner.targets import exact_targets
@@ -33,7 +32,6 @@ from .store import Form, Store
 
 FILE_NAME = "adapter_bank.safetensors"
 _FORMAT = 1
-_ROWS_OF_CARD = 100
 
 
 def write_bank(folder: str | os.PathLike, store: Store, names: list[str], record: dict[str, Any]) -> None:
@@ -67,7 +65,7 @@ def write_card(
     """Writes the model card of a bank, README.md, with a table of its first adapters."""
     cls, code = source_of_base({}, base, base_model)
     data = ModelCardData(library_name="peft", base_model=base_model, tags=["kan", "lotra", "peft-plugin"])
-    rows = "\n".join(f"| {number} | `{name}` |" for number, name in enumerate(names[:_ROWS_OF_CARD]))
+    rows = "\n".join(f"| {number} | `{name}` |" for number, name in enumerate(names[:100]))
     text = f"""
 # {repo_id.rpartition("/")[2]}
 
@@ -104,9 +102,8 @@ def _read_some(place: str, names: Sequence[str]) -> tuple[dict[str, Any], Tensor
     size = (last - first) // rows
     starts = [start + first + numbers[name] * size for name in table["adapters"]]
     content = b"".join([_read_range(place, at, at + size) for at in starts])
-    text = json.dumps(
-        {"adapters": {**entry, "shape": [len(starts), width], "data_offsets": [0, len(content)]}}
-    ).encode()
+    entry |= {"shape": [len(starts), width], "data_offsets": [0, len(content)]}
+    text = json.dumps({"adapters": entry}).encode()
     return table, load(len(text).to_bytes(8, "little") + text + content)["adapters"]
 
 
@@ -156,16 +153,17 @@ def read_bank(
         return store._replace(added=packed[:0].clone()), names, record
     store = store._replace(packed=packed.clone())  # or all of the file stays mapped, and changes with it
     store.packed[0] = 0
-    pairs = zip(_checksums(store.packed), crc32, strict=True)
-    right = {row for row, (own, recorded) in enumerate(pairs) if own == recorded} | {0}
-    damaged = [name for row, name in enumerate(names, 1) if row not in right]
-    if not damaged:
-        return store, names, record
-    message = f"{path} has damaged adapters: {', '.join(map(repr, damaged[:3]))} ({len(damaged)} of {len(names)})."
-    if not skip_damaged:
-        raise ValueError(f"{message} `skip_damaged=True` loads the others.")
-    warnings.warn(f"{message} They are left out.", stacklevel=3)
-    return store.select(sorted(right)), [name for row, name in enumerate(names, 1) if row in right], record
+    pairs = enumerate(zip(_checksums(store.packed), crc32, strict=True))
+    damaged = {row for row, (own, recorded) in pairs if own != recorded and row}
+    if damaged:
+        wrong = ", ".join(repr(names[row - 1]) for row in sorted(damaged)[:3])
+        message = f"{path} has damaged adapters: {wrong} ({len(damaged)} of {len(names)})."
+        if not skip_damaged:
+            raise ValueError(f"{message} `skip_damaged=True` loads the others.")
+        warnings.warn(f"{message} They are left out.", stacklevel=3)
+        store = store.select([row for row in range(len(packed)) if row not in damaged])
+        names = [name for row, name in enumerate(names, 1) if row not in damaged]
+    return store, names, record
 
 
 def _as_layers(table: dict[str, Any]) -> dict[str, PackedTucker]:
@@ -174,21 +172,12 @@ def _as_layers(table: dict[str, Any]) -> dict[str, PackedTucker]:
 
 def _checksums(packed: Tensor) -> list[int]:
     """The CRC-32 of the bytes of each row."""
-    rows = packed.view(torch.uint8) if packed.numel() else torch.zeros(len(packed), 0, dtype=torch.uint8, device="cpu")
-    return [zlib.crc32(row) for row in rows.numpy()]
+    return [zlib.crc32(row) for row in packed.view(torch.uint8).numpy()]
 
 
-def export_adapter(
-    folder: str | os.PathLike,
-    components: dict[str, Tucker],
-    record: dict[str, Any],
-    base: nn.Module,
-    start: bool | str,
-) -> None:
-    """Writes a folder as `PeftModel.save_pretrained` does; the factor `alpha` is in the cores.
-
-    `start` is `init_weights` of the configuration.
-    """
+def export_adapter(folder: str | os.PathLike, store: Store, row: int, record: dict[str, Any], base: nn.Module) -> None:
+    """Writes an adapter as `PeftModel.save_pretrained` does; the factor `alpha` is in the cores."""
+    components = store.components(row)
     basis = {name: record[name]["shape"][2] for name in components}
     # the configuration says of all layers together whether the residual branch is adapted
     adapt_residual = any(it.shape[2] > basis[name] for name, it in components.items())
@@ -202,7 +191,7 @@ def export_adapter(
         rank_pattern={pattern_key(name): parts.ranks for name, parts in components.items()},
         target_modules=exact_targets(components, base),
         adapt_residual=adapt_residual,
-        init_weights=start,  # pyright: ignore[reportArgumentType]
+        init_weights="gradient" if store.from_gradient()[row] else True,
         base_layers={name: record[name] for name in components},
         inference_mode=True,
     )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,16 +62,11 @@ class Store(NamedTuple):
 
     def write(self, row: int, updates: Mapping[str, Update], from_gradient: bool) -> None:
         """Makes an adapter the content of a row."""
-        updates = {
-            n: it._replace(tensor=it.tensor.map(lambda part: part.to(self.packed.device))) for n, it in updates.items()
-        }
         form = Form({n: PackedTucker(it.tensor.shape, it.tensor.ranks) for n, it in updates.items()}, from_gradient)
         if form not in self.forms:
             self.forms.append(form)
-        if self.added is None or row < len(self.packed):
-            self.packed[row] = self.pack(updates)
-        else:
-            self.added[row - len(self.packed)] = self.pack(updates)
+        matrix: Any = self.packed if row < len(self.packed) else self.added
+        matrix[row if row < len(self.packed) else row - len(self.packed)] = self.pack(updates)
         self.form_of[row] = self.forms.index(form)
 
     def components(self, row: int) -> dict[str, Tucker]:

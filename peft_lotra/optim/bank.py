@@ -335,14 +335,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
         """The values (n, m) of a residual function for n rows, whose adapters are rows of `packed`."""
         given = tuple(row.double() if row.is_floating_point() else row for row in rows)
         store, n = self.bank.store._replace(packed=packed), len(rows[0])
-        token = ROWS.set(Rows(self.bank, store, groups, set()))
-        try:
-            with Intercepted():
-                values = call_with_parameters(
-                    self.model, in_double(self.model), partial(function, self.model), given, {}
-                )
-        finally:
-            ROWS.reset(token)
+        with ROWS.set(Rows(self.bank, store, groups, set())), Intercepted():
+            values = call_with_parameters(self.model, in_double(self.model), partial(function, self.model), given, {})
         if not isinstance(values, Tensor) or values.shape[:1] != (n,) or values.dim() > 2:
             shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"The {name} returns {shape} for {n} rows, but must return ({n},) or ({n}, m).")

@@ -74,9 +74,10 @@ def _product(base_layer: Any, formula: Formula | None, updates: RowUpdates, rows
     scale: Any = spec.scale(base_layer)
     scale = None if scale is None else scale.detach()
     assert coefficients is not None
-    matrix = (coefficients if scale is None else coefficients * scale.unsqueeze(-1)).permute(2, 1, 0).flatten(0, 1)
-    if residual is not None:
-        matrix = torch.cat([matrix, residual.t()])
+    matrix = (coefficients if scale is None else coefficients * scale.unsqueeze(-1)).transpose(1, 2).flatten(1)
+    matrix = (matrix if residual is None else torch.cat([matrix, residual], 1)).t()
+    if updates.groups.size > 1:
+        matrix = matrix.contiguous()  # else a product with few outputs takes less time
     product = RowProduct(matrix, updates, scale, residual is not None)
     factors = spec.activation(base_layer, rows) if residual is not None and spec.activation is not None else None
     if formula.closed_form:

@@ -1,19 +1,19 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a forward pass carries to all layers: the adapter of each row, and the adapters that were hotswapped meanwhile.
-
-It travels in a `ContextVar`, so that each thread has its own.
-"""
+"""What a forward pass carries to all layers: the adapter of each row, and the adapters hotswapped meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_leaves
 
 from ..tucker import Tucker
 
@@ -35,14 +35,49 @@ class ForwardPass(NamedTuple):
     known: set[int]
 
 
-# set by `LoTRAModel` around each forward pass
-FORWARD_PASS: ContextVar[ForwardPass | None] = ContextVar("lotra_forward_pass", default=None)
+class PassVariable:
+    """A value that a forward pass carries to all layers, in each thread its own.
+
+    Layers that a backward pass computes again (gradient checkpointing) get it from `keep`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._now: ContextVar[Any] = ContextVar(name, default=None)
+        # of the backward pass with this number
+        self._again: ContextVar[tuple[int, Any]] = ContextVar(f"{name}_again", default=(-1, None))
+
+    def get(self) -> Any:
+        """The value; None outside of a pass."""
+        found, (task, kept) = self._now.get(), self._again.get()
+        return kept if found is None and task != -1 and task == torch._C._current_graph_task_id() else found
+
+    @contextmanager
+    def set(self, value: Any) -> Iterator[None]:
+        token = self._now.set(value)
+        try:
+            yield
+        finally:
+            self._now.reset(token)
+
+    def keep(self, outputs: Any) -> None:
+        """Keeps the value for the backward pass from these outputs, a tensor or a structure of them."""
+        tensors = [it for it in tree_leaves(outputs) if isinstance(it, torch.Tensor) and it.requires_grad]
+        value = self._now.get()
+
+        def set_again(gradient: torch.Tensor) -> None:
+            self._again.set((torch._C._current_graph_task_id(), value))
+
+        if tensors:
+            register_multi_grad_hook(tensors, set_again, mode="any")
+
+
+FORWARD_PASS = PassVariable("lotra_forward_pass")  # a `ForwardPass`, set by `LoTRAModel`
 
 
 def check_names(names: Any) -> tuple[str, ...]:
     """The names of adapters of rows as a tuple; a ValueError for what is no list of strings."""
     found = () if isinstance(names, (str, bytes)) or not isinstance(names, Iterable) else tuple(names)
-    if not found or not all(isinstance(name, str) for name in found):
+    if not found or not all(issubclass(kind, str) for kind in set(map(type, found))):
         raise ValueError(
             '`adapter_names` must be a list with the name of an adapter for each row, such as `["default"] * len(x)`, '
             f'or "__base__" for none, got {names!r:.100}.'

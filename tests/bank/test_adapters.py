@@ -1,9 +1,11 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which adapters a bank takes, what it does with their numbers, and its files."""
+"""Which adapters a bank takes, what it does with their numbers, and its files, also on the Hub."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,14 +38,6 @@ def test_folders_models_and_state_dicts(tmp_path):
     assert AdapterBank.from_folders(net(), {"x": tmp_path / "anna"}).names == ["x"]
 
 
-def test_rows_of_removed_adapters_are_used_again():
-    bank, model = AdapterBank(net()), adapted(net())
-    state = get_peft_model_state_dict(model)
-    for _ in range(300):
-        bank.add("a", state, replace=True)
-    assert len(bank.store.packed) <= 128 and apart(answer(bank, "a"), model(X)) < 1e-5
-
-
 def test_removed_replaced_and_compacted():
     bank, models = AdapterBank(net()), [adapted(net()) for _ in range(3)]
     for count in range(6):
@@ -62,6 +56,9 @@ def test_removed_replaced_and_compacted():
         assert apart(answer(bank, name), models[model](X)) < 1e-5
     with pytest.raises(ValueError, match="'a0' to remove"):
         bank.remove("a0")
+    for _ in range(200):  # rows are used again
+        bank.add("a1", models[0], replace=True)
+    assert len(bank.store.packed) <= 128 and apart(answer(bank, "a1"), models[0](X)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -256,6 +253,12 @@ def test_what_a_bank_refuses(tmp_path):
     for call, word in (
         (lambda: AdapterBank.from_folders(net(), [tmp_path / "anna/last", tmp_path / "ben/last"]), "'last' already"),
         (lambda: AdapterBank(net(), torch.int32), "floating type"),
+        (
+            lambda: AdapterBank(net()).save(tmp_path) or AdapterBank.load(net(), tmp_path, names=["d"]),
+            "no adapter 'd'",
+        ),
+        (lambda: AdapterBank.load(net(), tmp_path / "nothing", names=["c"]), "There is no"),
+        (lambda: AdapterBank(net()).push_to_hub("user/bank"), "empty"),
         (lambda: AdapterBank(torch.nn.Linear(2, 2)), "KAN"),
         (lambda: AdapterBank(model), "merged"),
         *(
@@ -265,3 +268,57 @@ def test_what_a_bank_refuses(tmp_path):
     ):
         with pytest.raises(ValueError, match=word):
             call()
+
+
+HUB = """
+from hub_server import start_hub
+hub = start_hub("user")
+import json, torch
+from behaving import X, adapted, net
+from peft import get_peft_model_state_dict
+from peft_lotra import AdapterBank
+from test_adapters import answer
+bank, state = AdapterBank(net()), get_peft_model_state_dict(adapted(net()))
+for number in range(300):
+    bank.add(f"customer {number}", state)
+bank.add("anna", {key: part + 0.1 for key, part in state.items()})
+bank.add("ben", adapted(net(), r=1))
+bank.push_to_hub("user/bank", base_code="base = make()")
+files = hub.repos["user/bank"].files("main")
+found = {"files": {name: len(blob.content) for name, blob in files.items()}}
+found["card"], before = files["README.md"].content.decode(), hub.sent
+some = AdapterBank.load(net(), "user/bank", names=["ben", "anna"])
+found["sent"], found["names"] = hub.sent - before, some.names
+found["same"] = [torch.equal(answer(some, name), answer(bank, name)) for name in some.names]
+whole = AdapterBank.load(net(), "user/bank")
+found["whole"] = whole.names == bank.names and torch.equal(answer(whole, "ben"), answer(bank, "ben"))
+bank.push_to_hub("user/bank", revision="next")
+found["next"] = len(AdapterBank.load(net(), "user/bank", names=["ben"], revision="next"))
+for error in ("user/nothing", "user/bank"):
+    try:
+        AdapterBank.load(net(), error, names=["cleo"])
+    except Exception as raised:
+        found[error] = f"{type(raised).__name__}: {raised}"
+print(json.dumps(found))
+"""
+
+
+def test_pushed_and_pulled(tmp_path):
+    """On a stand-in for the Hub: all of a bank, and one adapter of it without the others."""
+    here = f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\n"
+    found = json.loads(python(here + HUB, tmp_path).splitlines()[-1])
+    assert found["same"] == [True, True] and found["names"] == ["ben", "anna"]
+    assert found["whole"] and found["next"] == 1
+    assert found["sent"] < 0.2 * found["files"]["adapter_bank.safetensors"]
+    assert set(found["files"]) == {".gitattributes", "README.md", "adapter_bank.safetensors"}
+    card = found["card"]
+    assert "302 adapters" in card and "base = make()" in card and 'names=["customer 0"]' in card
+    assert card.count("| `customer") == 100
+    assert re.match(r"---\n(.*\n)*library_name: peft\n(.*\n)*---\n", card)
+    assert "RepositoryNotFoundError" in found["user/nothing"] and "no adapter 'cleo'" in found["user/bank"]
+
+
+def test_some_adapters_of_a_folder(tmp_path):
+    models = filled(tmp_path)
+    some = AdapterBank.load(net(), tmp_path, names=["splines"])
+    assert some.names == ["splines"] and apart(answer(some, "splines"), models["splines"](X)) < 1e-5

@@ -28,7 +28,6 @@ from peft_lotra.optim import BankAdamW
 
 
 Data = tuple[Tensor, Tensor]
-FROM_GRADIENT = {"core": 0.1, "factor_out": 0.5}  # as `create_lotra_optimizer` after such a start
 
 
 @dataclass
@@ -57,8 +56,7 @@ class Banked:
                 start_from_gradient(start, lambda: tasks.loss(start(rows), targets).mean())  # noqa: B023
             self.bank.add(str(task), start)
         self.model, self.ids = self.bank.attach(), self.bank.ids(self.bank.names)
-        rates = FROM_GRADIENT if gradient else "width"
-        self.optimizer = BankAdamW(self.bank, lr=lr, weight_decay=0.0, policy=rates)
+        self.optimizer = BankAdamW(self.bank, lr=lr, weight_decay=0.0)
 
     def __call__(self, x: Tensor) -> Tensor:
         ids = self.ids.repeat_interleave(x.shape[1])
