@@ -28,6 +28,7 @@ from peft_lotra.optim import BankAdamW
 
 
 Data = tuple[Tensor, Tensor]
+FROM_GRADIENT = {"core": 0.1, "factor_out": 0.5}  # as `create_lotra_optimizer` after such a start
 
 
 @dataclass
@@ -56,7 +57,8 @@ class Banked:
                 start_from_gradient(start, lambda: tasks.loss(start(rows), targets).mean())  # noqa: B023
             self.bank.add(str(task), start)
         self.model, self.ids = self.bank.attach(), self.bank.ids(self.bank.names)
-        self.optimizer = BankAdamW(self.bank, lr=lr, weight_decay=0.0)
+        rates = FROM_GRADIENT if gradient else "width"
+        self.optimizer = BankAdamW(self.bank, lr=lr, weight_decay=0.0, policy=rates)
 
     def __call__(self, x: Tensor) -> Tensor:
         ids = self.ids.repeat_interleave(x.shape[1])
