@@ -152,8 +152,8 @@ print(one.names, sorted(path.name for path in Path("customer_7").iterdir()))
 #
 # Tasks that differ much from the base start better from the gradient of their
 # own loss: `start_from_gradient` on a PeftModel of a copy of the base, then
-# `bank.add(name, model)`, for one task after another. `BankAdamW` takes the rates
-# of such a start as `policy={"core": 0.1, "factor_out": 0.5}`.
+# `bank.add(name, model)`, for one task after another. `BankAdamW` gives them the
+# rates of such a start.
 #
 # A server of forecasts in one page: [many adapters and
 # serving](../serving.md).

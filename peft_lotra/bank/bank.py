@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from ..hub.push import upload
-from ..kan.row_product import PackedTucker, RowGroups, group_rows
+from ..kan.row_product import RowGroups, group_rows
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
 from ..modules.calls import LayerLock, unwrap
@@ -25,7 +25,7 @@ from ..tuner.base_record import record_layer
 from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer, lotra_layers
 from ..tuner.rows import check_names
-from ..tuner.targets import Target, find_targets
+from ..tuner.targets import find_targets
 from .layer import ROWS, BankLayer, BankModel, Rows, SlimBankLayer
 from .reading import Adapter, match_layers, read_adapter
 from .storage import export_adapter, read_bank, write_bank, write_card
@@ -79,10 +79,10 @@ class AdapterBank:
         _check_unmerged(self.base)
         targets = find_targets(LoTRAConfig(), self.base)
         self.record = {name: record_layer(LoTRALayer(*target, name)) for name, target in targets.items()}
-        self._shapes = {name: full_shape(target.tensor) for name, target in targets.items()}
+        shapes = {name: full_shape(target.tensor) for name, target in targets.items()}
         target = next(iter(targets.values()))
         stored = target.tensor.get_parameter(target.layer)
-        self.store = Store.empty(dtype or torch.promote_types(stored.dtype, torch.float32))
+        self.store = Store.empty(shapes, dtype or torch.promote_types(stored.dtype, torch.float32))
         self.traced_rows: Rows | None = None  # the rows of the pass that a compiler traces
         self._rows: dict[str, int] = {}  # of the matrix, by name
         self._free: list[int] = []
@@ -104,12 +104,8 @@ class AdapterBank:
         `kwargs` are those of `add`.
         """
         bank = cls(base, dtype)
-        if not isinstance(folders, Mapping):
-            paths = list(folders)
-            folders = {os.path.basename(os.path.normpath(path)): path for path in paths}
-            if len(folders) < len(paths):
-                raise ValueError(f"{len(paths)} folders end alike, in {list(folders)[:3]} ...: pass a dict by name.")
-        for name, folder in folders.items():
+        of_path = lambda path: (os.path.basename(os.path.normpath(path)), path)  # noqa: E731
+        for name, folder in folders.items() if isinstance(folders, Mapping) else map(of_path, folders):
             bank.add(name, folder, **kwargs)
         return bank
 
@@ -127,9 +123,8 @@ class AdapterBank:
         return name in self._rows
 
     def __repr__(self) -> str:
-        packed, room = self.store.packed, len(self.store.form_of) - 1
-        numbers = f"{packed.shape[1]} numbers, room for {room}, {packed.dtype}, {packed.device}"
-        return f"AdapterBank({len(self)} adapters of {numbers})"
+        packed = self.store.packed
+        return f"AdapterBank({len(self)} adapters of {packed.shape[1]} numbers, {packed.dtype}, {packed.device})"
 
     def ids(self, names: Sequence[str]) -> Tensor:
         """The numbers of adapters, (rows,) int64, on the device of the bank; -1 for `"__base__"`.
@@ -139,10 +134,22 @@ class AdapterBank:
         Raises:
             ValueError: A name is unknown; the message has the first three.
         """
-        return self._index(names) - 1
+        return self._index(check_names(names)) - 1
 
-    def _index(self, names: Sequence[str]) -> Tensor:
+    def _index(self, names: Sequence[str] | Sequence[int] | Tensor) -> Tensor:
+        """The rows of the matrix (rows,) of adapters, by name or number; a ValueError for what is none."""
         rows = self._rows
+        if isinstance(names, Tensor) or isinstance(next(iter(names), None), int):
+            ids = names if isinstance(names, Tensor) else torch.tensor(names, device="cpu")
+            if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+                raise ValueError(f"`ids` must be integers (rows,), got {ids.dtype} of the shape {tuple(ids.shape)}.")
+            index = ids.to(torch.int64) + 1
+            inside = (index >= 0) & (index < len(self.store.form_of))
+            used = inside.cpu() & (self.store.form_of[(index * inside).cpu()] >= 0)
+            if not bool(used.all()):
+                wrong = ", ".join(map(str, ids.cpu()[~used].unique()[:3].tolist()))
+                raise ValueError(f"No adapter has the number {wrong}. `bank.ids(names)` has them.")
+            return index
         found = [0 if name == "__base__" else rows.get(name, -1) for name in check_names(names)]
         if -1 in found:
             unknown = [name for name in dict.fromkeys(names) if name != "__base__" and name not in rows]
@@ -181,17 +188,14 @@ class AdapterBank:
             raise ValueError(f"The bank has an adapter {name!r} already. Pass `replace=True`, or another name.")
         self._check_resting()
         try:
-            updates = read_adapter(adapter, self.base, adapter_name, alpha, check_base, self._known)
+            updates, from_gradient = read_adapter(adapter, self.base, adapter_name, alpha, check_base, self._known)
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"The adapter {name!r} was not added: {error}") from error
-        device = self.store.packed.device
-        updates = {n: it._replace(tensor=it.tensor.map(lambda part: part.to(device))) for n, it in updates.items()}
-        layers = {layer: PackedTucker(self._shapes[layer], it.tensor.ranks) for layer, it in updates.items()}
         with self._lock, torch.inference_mode(False), torch.no_grad():
             used = 1 + len(self._rows) + len(self._free)
             row = self._free.pop(0) if len(self._free) > _SPARE else used
-            store = self.store.with_layers(layers).with_row(row)
-            store.write(row, updates)
+            store = self.store.with_ranks({layer: it.tensor.ranks for layer, it in updates.items()}).with_row(row)
+            store.write(row, updates, from_gradient)
             self.store = store
             if name in self._rows:
                 self._release(self._rows[name])
@@ -251,10 +255,10 @@ class AdapterBank:
 
     def check_trained(self, ids: Tensor) -> Tensor:
         """The rows of the matrix (rows,) of adapters, by number; a ValueError if one is not in training."""
-        rows = self._check_ids(ids).to(self.store.packed.device)
+        rows = self._index(ids).to(self.store.packed.device)
         wrong = [] if self._trained is None else rows[~self._trained[rows]][:3].tolist()
         if wrong:
-            names = ["__base__"] * (0 in wrong) + [name for name, row in self._rows.items() if row in wrong]
+            names = [name for name, row in {"__base__": 0, **self._rows}.items() if row in wrong]
             raise ValueError(
                 f"Rows of the batch have adapters that are not in training: {', '.join(map(repr, names))}. Leave them "
                 "out, or call the model under `torch.no_grad()`."
@@ -279,7 +283,7 @@ class AdapterBank:
         Raises:
             ValueError: A number belongs to no adapter, or the shapes differ.
         """
-        index = self._check_ids(ids)
+        index = self._index(ids)
         if errors.shape != index.shape:
             raise ValueError(f"`errors` must have one number for each of {len(ids)} rows, got {tuple(errors.shape)}.")
         sums = errors.new_zeros(len(self.store.form_of)).index_add(0, index, errors)
@@ -325,9 +329,7 @@ class AdapterBank:
         bank = cls(base, store.packed.dtype if mapped or dtype is None else dtype)
         _, own = match_layers(record, bank.base, check_base)
         layers = {own[name]: form for name, form in store.layers.items()}
-        if any(form.shape != bank._shapes[name] for name, form in layers.items()):
-            raise ValueError(f"The bank in {folder} is damaged: its layers have other shapes than its base.")
-        forms = [{own[name]: it for name, it in form.items()} for form in store.forms]
+        forms = [form._replace(layers={own[name]: it for name, it in form.layers.items()}) for form in store.forms]
         packed = store.packed.to(bank.store.packed.dtype)
         bank.store = store._replace(packed=packed, layers=layers, forms=forms)
         bank._rows = {name: row for row, name in enumerate(names, 1)}
@@ -358,7 +360,7 @@ class AdapterBank:
         """Writes one adapter as a folder that `PeftModel.from_pretrained` loads; its alpha is in the cores."""
         if name not in self._rows:
             raise ValueError(f"The bank has no adapter {name!r} to export.")
-        export_adapter(folder, self.store.components(self._rows[name]), self.record, self.base)
+        export_adapter(folder, self.store, self._rows[name], self.record, self.base)
 
     # --- serving ---
 
@@ -389,14 +391,15 @@ class AdapterBank:
         self._before = [(module, "training", module.training) for module in network.modules()]
         layers: dict[Any, BankLayer] = {}
         for own, there in names.items():
-            layer = network.get_submodule(there)
+            layer, target = network.get_submodule(there), targets[there]
+            cls = SlimBankLayer if isinstance(target.layer, (SlimKANLinear, SlimLayer)) else BankLayer
             if isinstance(layer, LoTRALayer):  # which stays where it is, for PEFT
                 self._before.append((layer, "__class__", type(layer)))
-                layer.__class__ = _bank_class(layer.get_base_layer())
-                vars(layer).update(lotra_bank=self, lotra_bank_name=own)
+                layer.__class__ = cls
             else:
-                layers[layer] = _bank_layer(own, targets[there], self)
+                layers[layer] = cls(*target, own)
                 layers[layer].training = layer.training
+            vars(layers.get(layer, layer)).update(lotra_bank=self, lotra_bank_name=own)
         children = [(module, *child) for module in network.modules() for child in module._modules.items()]
         for module, name, child in children:
             if child in layers:
@@ -419,11 +422,8 @@ class AdapterBank:
         Raises:
             ValueError: A name is unknown, or a number belongs to no adapter.
         """
-        token = ROWS.set(self._rows_of(rows))
-        try:
+        with ROWS.set(self._rows_of(rows)):
             yield
-        finally:
-            ROWS.reset(token)
 
     def _rows_of(self, rows: Sequence[str] | Sequence[int] | Tensor | None) -> Rows:
         """The adapters of rows; of None, those that are set, else none."""
@@ -432,11 +432,8 @@ class AdapterBank:
         if rows is None and found is not None and found.bank is self:
             return found
         if rows is None and not is_training:
-            return Rows(self, self.store, None, None)
-        if isinstance(rows, Tensor) or (rows and isinstance(rows[0], int)):
-            index = self._check_ids(torch.as_tensor(rows, device=None if isinstance(rows, Tensor) else "cpu"))
-        else:
-            index = self._index(["__base__"] if rows is None else rows)  # pyright: ignore[reportArgumentType]
+            return Rows(self, self.store)
+        index = self._index(["__base__"] if rows is None else rows)
         store = self.store  # read last: what is added meanwhile is in it
         distinct, groups = group_rows(index.to(store.packed.device))
         if is_training:
@@ -446,28 +443,7 @@ class AdapterBank:
             store = store._replace(packed=store.rows(distinct))
         else:
             groups = RowGroups(index)
-        return Rows.of_groups(self, store, groups)
-
-    def _check_ids(self, ids: Tensor) -> Tensor:
-        if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise ValueError(f"`ids` must be integers (rows,), got {ids.dtype} of the shape {tuple(ids.shape)}.")
-        index = ids.to(torch.int64) + 1
-        inside = (index >= 0) & (index < len(self.store.form_of))
-        used = inside.cpu() & (self.store.form_of[index.clamp(0, len(self.store.form_of) - 1).cpu()] >= 0)
-        if not bool(used.all()):
-            wrong = ids.cpu()[~used].unique()[:3].tolist()
-            raise ValueError(f"No adapter has the number {', '.join(map(str, wrong))}. `bank.ids(names)` has them.")
-        return index
-
-
-def _bank_layer(name: str, target: Target, bank: AdapterBank) -> BankLayer:
-    layer = _bank_class(target.layer)(*target, name)
-    vars(layer).update(lotra_bank=bank, lotra_bank_name=name)
-    return layer
-
-
-def _bank_class(base_layer: nn.Module) -> type[BankLayer]:
-    return SlimBankLayer if isinstance(base_layer, (SlimKANLinear, SlimLayer)) else BankLayer
+        return Rows(self, store, groups, set())
 
 
 def _check_unmerged(network: nn.Module) -> None:

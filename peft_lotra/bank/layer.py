@@ -5,19 +5,16 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from ..kan.row_product import RowGroups, RowUpdates
 from ..tucker import Tucker, Update
-from ..tuner.by_row import run_rows
+from ..tuner.by_row import output_of_rows, takes_rows
 from ..tuner.layer import LoTRALayer
-from ..tuner.rows import ForwardPass
+from ..tuner.rows import PassVariable, rows_of_each, run_by_name
 from ..tuner.slim import SlimLoTRALayer
 from .store import Store
 
@@ -29,46 +26,21 @@ class Rows(NamedTuple):
         bank: The bank, an object of any type, whose layers they are for.
         store: The adapters of the bank when the pass began, perhaps those of the batch alone.
         groups: The rows of the batch, by the rows of `store`; None in a pass of the base.
-        order: The row of `store` of each row, and what is known about the order of more rows; None in a traced pass.
+        known: See `ForwardPass`; None in a traced pass.
     """
 
     bank: Any
     store: Store
-    groups: RowGroups | None
-    order: ForwardPass | None
-
-    @classmethod
-    def of_groups(cls, bank: Any, store: Store, groups: RowGroups) -> Rows:
-        """The rows of an eager pass."""
-        names: Any = groups.of_rows().tolist()
-        return cls(bank, store, groups, ForwardPass(names, {}, {}))
+    groups: RowGroups | None = None
+    known: set[int] | None = None
 
 
-# set around each forward pass, so that each thread has its own
-ROWS: ContextVar[Rows | None] = ContextVar("lotra_bank_rows", default=None)
-
-
-# those of a backward pass that computes parts of a forward pass again (gradient checkpointing), and its number
-_RECOMPUTED: ContextVar[tuple[int, Rows | None]] = ContextVar("lotra_bank_recomputed", default=(-1, None))
+ROWS = PassVariable("lotra_bank_rows")  # `Rows`
 
 
 @torch.compiler.disable
 def _rows_of_pass() -> Rows | None:
-    rows = ROWS.get()
-    if rows is None and (task := torch._C._current_graph_task_id()) != -1 and task == _RECOMPUTED.get()[0]:
-        return _RECOMPUTED.get()[1]
-    return rows
-
-
-def _keep_for_backward(rows: Rows | None, outputs: Any) -> None:
-    """Lets the backward pass from these outputs, a tensor or a structure of them, compute layers again."""
-    tensors = [it for it in tree_leaves(outputs) if isinstance(it, Tensor) and it.requires_grad]
-    if tensors:
-
-        def keep(gradient: Tensor) -> None:
-            _RECOMPUTED.set((torch._C._current_graph_task_id(), rows))
-
-        register_multi_grad_hook(tensors, keep, mode="any")
+    return ROWS.get()
 
 
 class BankLayer(LoTRALayer):
@@ -82,31 +54,31 @@ class BankLayer(LoTRALayer):
         traced = self.lotra_bank.traced_rows  # not None inside of a compiled `BankModel`
         rows = traced if is_traced and traced is not None else _rows_of_pass()  # pyright: ignore[reportCallIssue]
         if traced is not None and not is_traced and rows is None:
-            raise RuntimeError(
-                "A compiled model with a bank must be one graph: pass `fullgraph=True` to find the break."
-            )
+            raise RuntimeError("A compiled bank must be one graph: pass `fullgraph=True` to find the break.")
         if rows is None or rows.bank is not self.lotra_bank:
             return super().forward(*args, **kwargs)
         groups, name = rows.groups, self.lotra_bank_name
-        if groups is None or name not in rows.store.layers:
+        if groups is None or not rows.store.layers[name].width():
             return self._run((), None, args, kwargs)
+        times, read_numbers = 1, lambda: groups.of_rows().tolist()
+        if rows.known is not None:
+            self.check_grid()
+            times = rows_of_each(groups.batch(), read_numbers, self.lotra_name, rows.known, args, kwargs)
         form, packed = rows.store.layers[name], rows.store.columns()[name]
+        if takes_rows(self, args, kwargs):
+            return output_of_rows(self, RowUpdates(packed, groups, form), args[0])
+        if is_traced:
+            raise RuntimeError(
+                f"`{self.lotra_name}` ({self.lotra_spec.family}) runs once for each adapter, which a graph cannot do. "
+                "Give its kind `basis` in `register_kan_layer`, or call the model that is not compiled."
+            )
 
         def run(row: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-            if is_traced:
-                raise RuntimeError(
-                    f"`{self.lotra_name}` ({self.lotra_spec.family}) runs once for each adapter, which a graph cannot "
-                    "do. Give its kind `basis` in `register_kan_layer`, or call the model that is not compiled."
-                )
             stored = self.lotra_tensor.get_parameter(self._modules["base_layer"])
             parts = [part[0].to(stored) for part in form.unpack(packed[row : row + 1])]
             return self._call_base([Update(1.0, Tucker(*parts))], args, kwargs)
 
-        names: Any = (0,)
-        if rows.order is not None:
-            self.check_grid()
-            names = rows.order.names
-        return run_rows(self, names, rows.order, lambda _: RowUpdates(packed, groups, form), run, args, kwargs)
+        return run_by_name([row for row in read_numbers() for _ in range(times)], run, args, kwargs)
 
 
 class SlimBankLayer(BankLayer, SlimLoTRALayer):
@@ -142,7 +114,7 @@ class BankModel(nn.Module):
         if not torch.compiler.is_compiling():
             with bank.rows(given[0] if given else None):
                 outputs = self.model(*args, **kwargs)
-                _keep_for_backward(ROWS.get(), outputs)
+                ROWS.keep(outputs)
             return outputs
         if adapter_names is not None:
             raise ValueError("A compiled model takes `ids`, not `adapter_names`: pass `ids=bank.ids(names)`.")
@@ -150,7 +122,7 @@ class BankModel(nn.Module):
             raise ValueError("A compiled model takes no mapped bank: call `bank.compact()`, which reads all of it.")
         if bank.store.packed.requires_grad and torch.is_grad_enabled():
             raise ValueError("Adapters are not trained by a compiled model: call the model that is not compiled.")
-        bank.traced_rows = Rows(bank, bank.store, None if ids is None else RowGroups(ids + 1), None)
+        bank.traced_rows = Rows(bank, bank.store, None if ids is None else RowGroups(ids + 1))
         try:
             return self.model(*args, **kwargs)
         finally:

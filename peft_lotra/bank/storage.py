@@ -9,8 +9,7 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -19,14 +18,12 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, hf_hub_ur
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from ..hub.base_code import hub_id, source_of_base
 from ..kan.row_product import PackedTucker
 from ..layers.registry import PREFIX
-from ..tucker import Tucker
 from ..tuner.config import LoTRAConfig, pattern_key
 from ..tuner.layer import COMPONENTS
 from ..tuner.targets import exact_targets
@@ -35,7 +32,6 @@ from .store import Form, Store
 
 FILE_NAME = "adapter_bank.safetensors"
 _FORMAT = 1
-_ROWS_OF_CARD = 100
 
 
 def write_bank(folder: str | os.PathLike, store: Store, names: list[str], record: dict[str, Any]) -> None:
@@ -47,19 +43,19 @@ def write_bank(folder: str | os.PathLike, store: Store, names: list[str], record
         names: Their names.
         record: The record of the base.
     """
-    os.makedirs(folder, exist_ok=True)
+    packed = store.packed.cpu().contiguous()
+    of_adapters = zip(store.form_of.tolist(), _checksums(packed), strict=True)
     table = {
         "format": _FORMAT,
-        "names": names,
-        "layers": {name: form._asdict() for name, form in store.layers.items()},
+        "adapters": dict(zip(["__base__", *names], of_adapters, strict=True)),  # the form and CRC-32 of each row
+        "layers": store.layers,
         "forms": store.forms,
         "base_layers": record,
     }
-    packed = store.packed.cpu().contiguous()
-    tensors = {"adapters": packed, "form_of": store.form_of, "crc32": _checksums(packed)}
+    os.makedirs(folder, exist_ok=True)
     with TemporaryDirectory(prefix=".saving-", dir=folder) as stage:
         path = os.path.join(stage, FILE_NAME)
-        save_file(tensors, path, metadata={"adapter_bank": json.dumps(table)})
+        save_file({"adapters": packed}, path, metadata={"adapter_bank": json.dumps(table)})
         os.replace(path, os.path.join(folder, FILE_NAME))
 
 
@@ -69,9 +65,7 @@ def write_card(
     """Writes the model card of a bank, README.md, with a table of its first adapters."""
     cls, code = source_of_base({}, base, base_model)
     data = ModelCardData(library_name="peft", base_model=base_model, tags=["kan", "lotra", "peft-plugin"])
-    rows = [f"| {number} | `{name}` |" for number, name in enumerate(names[:_ROWS_OF_CARD])]
-    rows += [f"\nand {len(names) - len(rows):,} more"] * (len(names) > len(rows))
-    table = "\n".join(rows)
+    rows = "\n".join(f"| {number} | `{name}` |" for number, name in enumerate(names[:100]))
     text = f"""
 # {repo_id.rpartition("/")[2]}
 
@@ -86,38 +80,31 @@ bank = AdapterBank.load(base, "{repo_id}")
 one = AdapterBank.load(base, "{repo_id}", names=[{json.dumps(names[0])}])  # without the others
 ```
 
+The first adapters:
+
 | number | adapter |
 |---:|---|
-{table}
+{rows}
 """
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(os.path.join(folder, "README.md"))
 
 
-def _copy_members(read: Callable[[int, int], bytes], names: Sequence[str], folder: str) -> None:
-    """Writes a bank with some adapters of another, of which `read(start, end)` reads the table and their bytes."""
-    start = 8 + int.from_bytes(read(0, 8), "little")
-    header = json.loads(read(8, start))
-    table = json.loads(header["__metadata__"]["adapter_bank"])
-    numbers = {name: number for number, name in enumerate(table["names"], 1)}
-    table["names"] = list(dict.fromkeys(names))
+def _read_some(place: str, names: Sequence[str]) -> tuple[dict[str, Any], Tensor]:
+    """The table and the matrix of some adapters of the file at a path or URL; of the others nothing is read."""
+    start = 8 + int.from_bytes(_read_range(place, 0, 8), "little")
+    header = json.loads(_read_range(place, 8, start))
+    table, entry = json.loads(header["__metadata__"]["adapter_bank"]), header["adapters"]
+    numbers = {name: number for number, name in enumerate(table["adapters"])}
     if unknown := [name for name in names if name not in numbers]:
         raise ValueError(f"The bank has no adapter {', '.join(map(repr, unknown[:3]))} ({len(unknown)} unknown).")
-    content, rows = b"", [0, *(numbers[name] for name in table["names"])]
-    for tensor in ("adapters", "form_of", "crc32"):
-        (first, last), shape = header[tensor]["data_offsets"], header[tensor]["shape"]
-        size, first = (last - first) // shape[0], first + start
-        if len(shape) == 1:  # a number of each adapter
-            every = read(first, last + start)
-            parts = [every[row * size : (row + 1) * size] for row in rows]
-        else:
-            parts = [read(first + row * size, first + (row + 1) * size) for row in rows]
-        header[tensor]["shape"][0] = len(rows)
-        header[tensor]["data_offsets"] = [len(content), len(content) + size * len(rows)]
-        content += b"".join(parts)
-    header["__metadata__"]["adapter_bank"] = json.dumps(table)
-    text = json.dumps(header).encode()
-    with open(os.path.join(folder, FILE_NAME), "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text + content)
+    table["adapters"] = {name: table["adapters"][name] for name in ("__base__", *names)}
+    (first, last), (rows, width) = entry["data_offsets"], entry["shape"]
+    size = (last - first) // rows
+    starts = [start + first + numbers[name] * size for name in table["adapters"]]
+    content = b"".join([_read_range(place, at, at + size) for at in starts])
+    entry |= {"shape": [len(starts), width], "data_offsets": [0, len(content)]}
+    text = json.dumps({"adapters": entry}).encode()
+    return table, load(len(text).to_bytes(8, "little") + text + content)["adapters"]
 
 
 def _read_range(place: str, start: int, end: int) -> bytes:
@@ -131,16 +118,6 @@ def _read_range(place: str, start: int, end: int) -> bytes:
     return response.content if response.status_code == 206 else response.content[start:end]
 
 
-def _repo_id(folder: str) -> str | None:
-    """The repository of this name, None for a folder with a bank; a ValueError if it can be neither."""
-    if os.path.isfile(os.path.join(folder, FILE_NAME)):
-        return None
-    repo_id = None if os.path.isdir(folder) else hub_id(folder)
-    if repo_id is None:
-        raise ValueError(f"There is no {FILE_NAME} in {folder}. `AdapterBank.save(folder)` writes one.")
-    return repo_id
-
-
 def read_bank(
     folder: str, mapped: bool, skip_damaged: bool, only: Sequence[str] | None = None, revision: str | None = None
 ) -> tuple[Store, list[str], dict[str, Any]]:
@@ -152,65 +129,61 @@ def read_bank(
         ValueError: There is no such file or adapter, or it is damaged; the message names damaged adapters. With
             `skip_damaged` they are left out, with a warning.
     """
-    path, repo_id = os.path.join(folder, FILE_NAME), _repo_id(folder)
-    if only is not None:
-        place = path if repo_id is None else hf_hub_url(repo_id, FILE_NAME, revision=revision)
-        with TemporaryDirectory() as stage:
-            _copy_members(partial(_read_range, place), only, stage)
-            return read_bank(stage, False, skip_damaged)
-    path = path if repo_id is None else hf_hub_download(repo_id, FILE_NAME, revision=revision)
+    path = os.path.join(folder, FILE_NAME)
+    if not os.path.isfile(path):
+        repo_id = None if os.path.isdir(folder) else hub_id(folder)
+        if repo_id is None:
+            raise ValueError(f"There is no {FILE_NAME} in {folder}. `AdapterBank.save(folder)` writes one.")
+        path = (hf_hub_download if only is None else hf_hub_url)(repo_id, FILE_NAME, revision=revision)
+    table, packed = ({}, torch.empty(0)) if only is None else _read_some(path, only)
     try:
-        with safe_open(path, "pt") as file:
-            table = json.loads((file.metadata() or {})["adapter_bank"])
-            packed, form_of, crc32 = (file.get_tensor(name) for name in ("adapters", "form_of", "crc32"))
-        names, record = table["names"], table["base_layers"]
-        layers = {n: PackedTucker(tuple(it["shape"]), tuple(it["ranks"])) for n, it in table["layers"].items()}
-        forms: list[Form] = [{n: (tuple(ranks), basis) for n, (ranks, basis) in it.items()} for it in table["forms"]]
+        if only is None:
+            with safe_open(path, "pt") as file:
+                table, packed = json.loads((file.metadata() or {})["adapter_bank"]), file.get_tensor("adapters")
+        names, record, layers = list(table["adapters"])[1:], table["base_layers"], _as_layers(table["layers"])
+        forms = [Form(_as_layers(of_layers), from_gradient) for of_layers, from_gradient in table["forms"]]
+        of_form, crc32 = zip(*table["adapters"].values(), strict=True)
+        shape = (len(of_form), sum([form.width() for form in layers.values()]))
+        if table["format"] != _FORMAT or packed.shape != shape or not packed.is_floating_point():
+            raise ValueError("its table does not fit its tensor")
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error!r:.200}. Save or download the bank again.") from error
-    width = sum([form.width() for form in layers.values()])
-    fits = table["format"] == _FORMAT and packed.shape == (len(names) + 1, width) and packed.is_floating_point()
-    if not fits or len(form_of) != len(packed) or len(crc32) != len(packed) or len(set(names)) < len(names):
-        raise ValueError(f"{path} is damaged: its table does not fit its tensors. Save or download the bank again.")
+    store = Store(packed, layers, forms, torch.tensor(of_form, dtype=torch.int32, device="cpu"))
     if mapped:
-        return Store(packed, layers, forms, form_of.clone(), packed[:0].clone()), names, record
-    # or all of the file stays mapped, and changes with it
-    store = Store(packed.clone(), layers, forms, form_of.clone())
-    # by a few rows, whose memory is used again
-    finite = torch.cat([rows.isfinite().all(1) for rows in store.packed.split(64)])
-    right = ((_checksums(store.packed) == crc32) & finite & (form_of >= 0) & (form_of < len(forms))).tolist()
-    if not right[0]:
-        raise ValueError(f"{path} is damaged: the row of the base is not zero. Save or download the bank again.")
-    if all(right):
-        return store, names, record
-    damaged = [name for name, is_right in zip(names, right[1:], strict=True) if not is_right]
-    message = f"{path} has damaged adapters: {', '.join(map(repr, damaged[:3]))} ({len(damaged)} of {len(names)})."
-    if not skip_damaged:
-        raise ValueError(f"{message} `skip_damaged=True` loads the others.")
-    warnings.warn(f"{message} They are left out.", stacklevel=3)
-    store = store.select([row for row, is_right in enumerate(right) if is_right])
-    return store, [name for name in names if name not in set(damaged)], record
+        return store._replace(added=packed[:0].clone()), names, record
+    store = store._replace(packed=packed.clone())  # or all of the file stays mapped, and changes with it
+    store.packed[0] = 0
+    pairs = enumerate(zip(_checksums(store.packed), crc32, strict=True))
+    damaged = {row for row, (own, recorded) in pairs if own != recorded and row}
+    if damaged:
+        wrong = ", ".join(repr(names[row - 1]) for row in sorted(damaged)[:3])
+        message = f"{path} has damaged adapters: {wrong} ({len(damaged)} of {len(names)})."
+        if not skip_damaged:
+            raise ValueError(f"{message} `skip_damaged=True` loads the others.")
+        warnings.warn(f"{message} They are left out.", stacklevel=3)
+        store = store.select([row for row in range(len(packed)) if row not in damaged])
+        names = [name for row, name in enumerate(names, 1) if row not in damaged]
+    return store, names, record
 
 
-def _checksums(packed: Tensor) -> Tensor:
+def _as_layers(table: dict[str, Any]) -> dict[str, PackedTucker]:
+    return {name: PackedTucker(*map(tuple, it)) for name, it in table.items()}
+
+
+def _checksums(packed: Tensor) -> list[int]:
     """The CRC-32 of the bytes of each row."""
-    rows = packed.view(torch.uint8) if packed.numel() else torch.zeros(len(packed), 0, dtype=torch.uint8, device="cpu")
-    return torch.tensor([zlib.crc32(row) for row in rows.numpy()], dtype=torch.int64, device="cpu")
+    return [zlib.crc32(row) for row in packed.view(torch.uint8).numpy()]
 
 
-def export_adapter(
-    folder: str | os.PathLike, components: dict[str, Tucker], record: dict[str, Any], base: nn.Module
-) -> None:
-    """Writes a folder as `PeftModel.save_pretrained` does; the factor `alpha` is in the cores."""
-    full = {name: record[name]["shape"][2] + bool(record[name]["has_residual"]) for name in components}
+def export_adapter(folder: str | os.PathLike, store: Store, row: int, record: dict[str, Any], base: nn.Module) -> None:
+    """Writes an adapter as `PeftModel.save_pretrained` does; the factor `alpha` is in the cores."""
+    components = store.components(row)
+    basis = {name: record[name]["shape"][2] for name in components}
     # the configuration says of all layers together whether the residual branch is adapted
-    adapt_residual = any(
-        len(it.factor_basis) == full[name] > record[name]["shape"][2] for name, it in components.items()
-    )
+    adapt_residual = any(it.shape[2] > basis[name] for name, it in components.items())
     tensors = {}
     for name, parts in components.items():
-        missing = (full[name] if adapt_residual else record[name]["shape"][2]) - len(parts.factor_basis)
-        parts = parts._replace(factor_basis=pad(parts.factor_basis, (0, 0, 0, missing)))
+        parts = parts.padded(basis[name] + (adapt_residual and record[name]["has_residual"]))
         for component, part in zip(COMPONENTS, parts, strict=False):
             tensors[f"{PREFIX}{name}.{component}"] = part.cpu().contiguous()
     config = LoTRAConfig(
@@ -218,6 +191,7 @@ def export_adapter(
         rank_pattern={pattern_key(name): parts.ranks for name, parts in components.items()},
         target_modules=exact_targets(components, base),
         adapt_residual=adapt_residual,
+        init_weights="gradient" if store.from_gradient()[row] else True,
         base_layers={name: record[name] for name in components},
         inference_mode=True,
     )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,16 @@ from ..kan.row_product import PackedTucker
 from ..tucker import Tucker, Update
 
 
-# The form of one adapter: for each layer that it has, the ranks, and the size of the basis mode.
-Form = dict[str, tuple[tuple[int, ...], int]]
+class Form(NamedTuple):
+    """The form of an adapter.
+
+    Attributes:
+        layers: The shape and ranks of its update of each layer that it has.
+        from_gradient: Whether it started from the gradient.
+    """
+
+    layers: dict[str, PackedTucker]
+    from_gradient: bool = False
 
 
 class Store(NamedTuple):
@@ -24,7 +32,7 @@ class Store(NamedTuple):
 
     Attributes:
         packed: (rows, width). Rows that belong to no adapter have any content.
-        layers: How the components of each layer are packed, by its name, in the order of the columns.
+        layers: How the components of each layer of the base are packed, by its name, in the order of the columns.
         forms: The forms that adapters have.
         form_of: (capacity,), int32, the place in `forms` of each row, -1 if it is free.
         added: (capacity - rows, width), further rows, where `packed` is a mapped file; else None.
@@ -37,9 +45,10 @@ class Store(NamedTuple):
     added: Tensor | None = None
 
     @classmethod
-    def empty(cls, dtype: torch.dtype) -> Store:
+    def empty(cls, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Store:
+        layers = {name: PackedTucker(shape, (0,) * len(shape)) for name, shape in shapes.items()}
         form_of = torch.zeros(1, dtype=torch.int32, device="cpu")
-        return cls(torch.zeros(1, 0, dtype=dtype, device="cpu"), {}, [{}], form_of)
+        return cls(torch.zeros(1, 0, dtype=dtype, device="cpu"), layers, [Form({})], form_of)
 
     def columns(self) -> dict[str, Tensor]:
         """The columns of each layer, a view (rows, width of the layer)."""
@@ -51,48 +60,41 @@ class Store(NamedTuple):
         parts = [form.pack([updates.get(name)], self.packed) for name, form in self.layers.items()]
         return torch.cat(parts, dim=1)[0]
 
-    def write(self, row: int, updates: Mapping[str, Update]) -> None:
+    def write(self, row: int, updates: Mapping[str, Update], from_gradient: bool) -> None:
         """Makes an adapter the content of a row."""
-        form: Form = {name: (it.tensor.ranks, it.tensor.shape[2]) for name, it in updates.items()}
+        form = Form({n: PackedTucker(it.tensor.shape, it.tensor.ranks) for n, it in updates.items()}, from_gradient)
         if form not in self.forms:
             self.forms.append(form)
-        if self.added is None or row < len(self.packed):
-            self.packed[row] = self.pack(updates)
-        else:
-            self.added[row - len(self.packed)] = self.pack(updates)
+        matrix: Any = self.packed if row < len(self.packed) else self.added
+        matrix[row if row < len(self.packed) else row - len(self.packed)] = self.pack(updates)
         self.form_of[row] = self.forms.index(form)
-
-    def _sizes(self, name: str, ranks: tuple[int, ...], basis: int) -> list[tuple[int, ...]]:
-        shape = self.layers[name].shape
-        return PackedTucker((*shape[:2], basis, *shape[3:]), ranks).component_shapes()
 
     def components(self, row: int) -> dict[str, Tucker]:
         """The components of an adapter, by layer, without the zeros that fill them up."""
-        one = self.select([row])
-        found, columns = {}, one.columns()
-        for name, (ranks, basis) in self.forms[int(one.form_of)].items():
-            parts = self.layers[name].unpack(columns[name].detach())
-            sizes = self._sizes(name, ranks, basis)
-            cut = [part[0][tuple(map(slice, size))] for part, size in zip(parts, sizes, strict=True)]
-            found[name] = Tucker(*(part.clone() for part in cut))
+        one, found = self.select([row]), {}
+        columns = one.columns()
+        for name, own in self.forms[int(one.form_of)].layers.items():
+            parts = zip(self.layers[name].unpack(columns[name].detach()), own.component_shapes(), strict=True)
+            found[name] = Tucker(*(part[0][tuple(map(slice, shape))].clone() for part, shape in parts))
         return found
 
     def entries(self) -> Tensor:
         """Which numbers are components of adapters, not zeros that fill them up, (capacity, width)."""
         found = []
         for form in self.forms:
-            sizes = {name: self._sizes(name, *of_layer) for name, of_layer in form.items()}
-            ones = {name: Tucker(*(self.packed.new_ones(it) for it in own)) for name, own in sizes.items()}
-            found.append(self.pack({name: Update(1.0, tensor) for name, tensor in ones.items()}).bool())
+            ones = {name: map(self.packed.new_ones, own.component_shapes()) for name, own in form.layers.items()}
+            found.append(self.pack({name: Update(1.0, Tucker(*parts)) for name, parts in ones.items()}).bool())
         return torch.stack(found)[self.form_of.clamp(0)]
 
-    def with_layers(self, layers: Mapping[str, PackedTucker]) -> Store:
+    def from_gradient(self) -> Tensor:
+        """Which adapters started from the gradient, (capacity,)."""
+        return torch.tensor([form.from_gradient for form in self.forms], device="cpu")[self.form_of.clamp(0)]
+
+    def with_ranks(self, ranks: Mapping[str, tuple[int, ...]]) -> Store:
         """The same adapters where each layer has room for these ranks, too."""
         wider = {
-            name: form
-            if (own := self.layers.get(name)) is None
-            else PackedTucker(form.shape, tuple(map(max, form.ranks, own.ranks)))
-            for name, form in {**self.layers, **layers}.items()
+            name: form._replace(ranks=tuple(map(max, form.ranks, ranks.get(name, form.ranks))))
+            for name, form in self.layers.items()
         }
         if wider == self.layers:
             return self

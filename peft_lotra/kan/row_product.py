@@ -25,12 +25,14 @@ _MIN_ROWS = 256
 # The sizes of groups, and what a group and a row by itself cost, in rows of a group; by the same script
 _SIZES = [2**power for power in range(1, 9)]
 _COST_OF_GROUP, _COST_OF_ROW = 4.0, 1.5
+# `torch.bmm` takes products of fewer multiplications by a plain loop, which from half as many on costs more than MKL
+_LEAST_PRODUCT = 400
 
 
 class PackedTucker(NamedTuple):
     """How Tucker tensors are packed into the rows of a matrix: the core and the factors one behind another.
 
-    The modes of the core are reversed, and factor_out is transposed, which is how a product takes them fastest.
+    The modes of the core are reversed, factor_out and factor_in transposed, which is how a product takes them fastest.
 
     Attributes:
         shape: (O, I, K) or with a kernel (O, I, K, P), K with the residual branch where there is one.
@@ -54,31 +56,33 @@ class PackedTucker(NamedTuple):
         shapes = self.component_shapes()
         parts = rows.split([math.prod(shape) for shape in shapes], dim=1)
         core = parts[0].unflatten(1, self.ranks[::-1]).permute(0, *range(len(self.ranks), 0, -1))
-        factor_out = parts[1].unflatten(1, shapes[1][::-1]).transpose(1, 2)
-        factors = [part.unflatten(1, shape) for part, shape in zip(parts[2:], shapes[2:], strict=True)]
-        return [core, factor_out, *factors]
+        sides = [parts[side].unflatten(1, shapes[side][::-1]).transpose(1, 2) for side in (1, 2)]
+        factors = [part.unflatten(1, shape) for part, shape in zip(parts[3:], shapes[3:], strict=True)]
+        return [core, *sides, *factors]
 
     def pack(self, updates: Sequence[Update | None], like: Tensor) -> Tensor:
         """The matrix (len(updates), width) of these updates, None for zero, in the dtype of `like`.
 
         They have these ranks or lower ones, and perhaps no residual branch.
         """
-        core, factor_out, *factors = [
-            torch.stack([like.new_zeros(shape) if it is None else _filled(it.tensor[place], shape) for it in updates])
+        core, factor_out, factor_in, *factors = [
+            torch.stack([_filled(None if it is None else it.tensor[place], shape, like) for it in updates])
             for place, shape in enumerate(self.component_shapes())
         ]
         scale = torch.tensor([0.0 if it is None else it.scale for it in updates], dtype=torch.float64, device="cpu")
         core = core * scale.to(core).view(-1, *[1] * (core.dim() - 1))
-        parts = [core.permute(0, *range(core.dim() - 1, 0, -1)), factor_out.transpose(1, 2), *factors]
+        sides = factor_out.transpose(1, 2), factor_in.transpose(1, 2)
+        parts = [core.permute(0, *range(core.dim() - 1, 0, -1)), *sides, *factors]
         return torch.cat([part.flatten(1) for part in parts], dim=1).to(like)
 
 
-def _filled(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """The tensor with zeros at the end of each mode, up to this shape."""
-    if tensor.shape == shape:
-        return tensor
+def _filled(tensor: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor:
+    """The tensor, None for zero, with zeros at the end of each mode, up to this shape, on the device of `like`."""
+    if tensor is None:
+        return like.new_zeros(shape)
     missing = [size - own for size, own in zip(shape, tensor.shape, strict=True)]
-    return F.pad(tensor, [n for m in reversed(missing) for n in (0, m)])
+    padded = F.pad(tensor, [n for m in reversed(missing) for n in (0, m)]) if any(missing) else tensor
+    return padded.to(like.device)
 
 
 class RowGroups(NamedTuple):
@@ -214,12 +218,12 @@ class RowProduct(NamedTuple):
         core, factor_out, factor_in, factor_basis = components
         of_outputs = factor_out.transpose(1, 2)
         if scale is None:
-            contracted = torch.bmm(torch.bmm(factor_basis.transpose(1, 2), functions), factor_in)  # (R, rb, ri)
+            contracted = torch.bmm(_of_basis(factor_basis, functions), factor_in)  # (R, rb, ri)
             edges = torch.bmm(contracted.flatten(1).unsqueeze(1), core.permute(0, 3, 2, 1).flatten(1, 2))  # (R, 1, ro)
             return _dot(edges.transpose(1, 2), of_outputs, 1)
         # a scale of each edge is no product: the sum over the inputs comes last
         splines = functions.shape[1] - self.has_residual
-        of_basis = torch.bmm(factor_basis[:, :splines].transpose(1, 2), functions[:, :splines])  # (R, rb, I)
+        of_basis = _of_basis(factor_basis[:, :splines], functions[:, :splines])  # (R, rb, I)
         edges = _dot(core.unsqueeze(4), of_basis[:, None, None], 3)  # (R, ro, ri, I)
         edges = _dot(edges, factor_in.transpose(1, 2).unsqueeze(1), 2)  # (R, ro, I)
         sums = (edges.flatten(0, 1) @ scale.t()).view_as(of_outputs)  # (R, ro, O)
@@ -228,6 +232,14 @@ class RowProduct(NamedTuple):
             mixed = _dot(core, factor_basis[:, splines:].unsqueeze(1), 3)  # (R, ro, ri)
             sums = sums + _dot(mixed, contracted, 2).unsqueeze(2)
         return _dot(sums, of_outputs, 1)
+
+
+def _of_basis(factor_basis: Tensor, functions: Tensor) -> Tensor:
+    """The products (R, rb, I) of factor_basis (R, K, rb) and functions (R, K, I)."""
+    rank, least = factor_basis.shape[2], -(-_LEAST_PRODUCT // functions[0].numel())
+    if rank < least <= 2 * rank:
+        factor_basis = F.pad(factor_basis, (0, least - rank))
+    return torch.bmm(factor_basis.transpose(1, 2), functions)[:, :rank]
 
 
 def _dot(first: Tensor, second: Tensor, dim: int) -> Tensor:

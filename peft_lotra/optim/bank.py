@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +77,8 @@ class BankAdamW(_BankOptimizer):
         bank (`AdapterBank`): The bank, attached or not.
         lr (`float`): The learning rate that the rates of the components are multiples of.
         names (`list[str]`, *optional*): The adapters to train, by default all. Rows of others are an error.
-        policy: As in `create_lotra_optimizer`; a multiplier of 0 leaves a component as it is.
+        policy: As in `create_lotra_optimizer`, also for adapters that started from the gradient; a multiplier of 0
+            leaves a component as it is. A state dict says nothing of its start.
         betas, eps, weight_decay: As in `torch.optim.AdamW`.
 
     Raises:
@@ -119,15 +121,16 @@ class BankAdamW(_BankOptimizer):
     ) -> None:
         if not as_number(lr) > 0 or not all(0 <= as_number(it) < 1 for it in betas):
             raise ValueError(f"`lr` and `betas` are {lr!r:.50} and {betas!r:.50}, but must be above 0, and in [0, 1).")
-        multipliers = []
-        for form in bank.store.layers.values():
+        multipliers: list[list[Tensor]] = [[], []]  # of adapters that started at random, and from the gradient
+        for form, from_gradient in product(bank.store.layers.values(), (False, True)):
             widths = {"factor_out": form.shape[0], "factor_in": form.shape[1]}
-            of_layer = component_multipliers(policy, widths)
+            of_layer = component_multipliers(policy, widths, from_gradient=from_gradient)
             for name, shape in zip(COMPONENTS, form.component_shapes(), strict=False):
-                rate = torch.tensor(of_layer.get(name, 1.0), dtype=torch.float64)
-                multipliers.append(rate.expand(shape).flatten())
+                rates = torch.full(shape, of_layer.get(name, 1.0), dtype=torch.float64)
+                multipliers[from_gradient].append(rates.flatten())
         super().__init__(bank, names, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._multipliers = torch.cat(multipliers).to(self.packed)
+        self._multipliers = torch.stack([torch.cat(rates) for rates in multipliers]).to(self.packed)
+        self._start = bank.store.from_gradient().long().to(self.packed.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -143,7 +146,7 @@ class BankAdamW(_BankOptimizer):
         is_active = self._is_active[gradient.indices()[0]]
         rows = gradient.indices()[0][is_active]
         values = gradient.values()[is_active] * self._entries[rows]
-        (beta1, beta2), lr = group["betas"], group["lr"] * self._multipliers
+        (beta1, beta2), lr = group["betas"], group["lr"] * self._multipliers[self._start[rows]]
         step = state["step"][rows] + 1
         average = state["exp_avg"][rows].lerp_(values, 1 - beta1)
         square = state["exp_avg_sq"][rows].mul_(beta2).addcmul_(values, values, value=1 - beta2)
@@ -332,14 +335,8 @@ class BankLevenbergMarquardt(_BankOptimizer):
         """The values (n, m) of a residual function for n rows, whose adapters are rows of `packed`."""
         given = tuple(row.double() if row.is_floating_point() else row for row in rows)
         store, n = self.bank.store._replace(packed=packed), len(rows[0])
-        token = ROWS.set(Rows.of_groups(self.bank, store, groups))
-        try:
-            with Intercepted():
-                values = call_with_parameters(
-                    self.model, in_double(self.model), partial(function, self.model), given, {}
-                )
-        finally:
-            ROWS.reset(token)
+        with ROWS.set(Rows(self.bank, store, groups, set())), Intercepted():
+            values = call_with_parameters(self.model, in_double(self.model), partial(function, self.model), given, {})
         if not isinstance(values, Tensor) or values.shape[:1] != (n,) or values.dim() > 2:
             shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise ValueError(f"The {name} returns {shape} for {n} rows, but must return ({n},) or ({n}, m).")

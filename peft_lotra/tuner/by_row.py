@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,52 +14,44 @@ from torch import Tensor, nn
 
 from ..kan.row_product import PackedTucker, RowGroups, RowProduct, RowUpdates, group_rows
 from ..kan.slim_kan import SlimKANLinear
-from ..layers.coefficients import CoefficientTensor, get_or_none
-from ..tucker import Update, full_shape
+from ..layers.coefficients import get_or_none
+from ..tucker import full_shape
 from .formula import Formula, runs_more_than_its_class
-from .rows import ForwardPass, names_of_rows, run_by_name
+from .rows import ForwardPass, rows_of_each, run_by_name
 
 
 def run_rows(
-    layer: Any,
-    names: Sequence[Any],
-    current: ForwardPass | None,
-    make_updates: Callable[[Sequence[Any]], RowUpdates | None],
-    run: Callable[[Any, tuple, dict], Any],
-    args: tuple,
-    kwargs: dict,
+    layer: Any, names: Sequence[str], current: ForwardPass | None, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
-    """The output of a `LoTRALayer` for rows of these names: of all at once, or of each name by itself by `run`."""
-    if not torch.compiler.is_compiling():
-        names = names_of_rows(names, args[0] if args else next(iter(kwargs.values())), layer.lotra_name, current)
-    base_layer, stored = layer._modules["base_layer"], layer.lotra_tensor.get_parameter(layer.get_base_layer())
-    formula = layer._find_formula(stored)
-    y = output_by_row(base_layer, formula, stored, lambda: make_updates(names), args, kwargs)
-    return run_by_name(names, run, args, kwargs) if y is None else y
+    """The output of a `LoTRALayer` for rows of these adapters: of all at once, or of each adapter by itself."""
+    known = set() if current is None else current.known
+    times = rows_of_each(len(names), lambda: names, layer.lotra_name, known, args, kwargs)
+    updates = _updates_by_name(layer, names, current) if takes_rows(layer, args, kwargs) else None
+    if updates is not None:
+        return output_of_rows(layer, updates, args[0])
+    run = lambda name, args, kwargs: layer._run([name], current, args, kwargs)  # noqa: E731
+    return run_by_name([name for name in names for _ in range(times)], run, args, kwargs)
 
 
-def output_by_row(
-    base_layer: nn.Module,
-    formula: Formula | None,
-    stored: Tensor,
-    make_updates: Callable[[], RowUpdates | None],
-    args: tuple,
-    kwargs: dict,
-) -> Tensor | None:
-    """The output of a layer whose rows have updates; None without updates, a formula or a Slim layer.
+def takes_rows(layer: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a `LoTRALayer` can evaluate a call for all rows at once: by its formula, or since it is a Slim layer."""
+    base_layer = layer._modules["base_layer"]
+    if type(base_layer) is SlimKANLinear:
+        return len(args) == 1 and not kwargs and not runs_more_than_its_class(base_layer)
+    formula, stored = _formula_of(layer)
+    return formula is not None and formula.accepts(base_layer, stored, (), args, kwargs)
 
-    The updates are made if they are used. A layer may get inputs (batch, ..., in), or (batch times, in) with `times`
-    rows for each of the batch.
-    """
-    is_slim = type(base_layer) is SlimKANLinear and len(args) == 1 and not kwargs
-    is_slim = is_slim and not runs_more_than_its_class(base_layer)
-    if not is_slim and (formula is None or not formula.accepts(base_layer, stored, (), args, kwargs)):
-        return None
-    updates = make_updates()
-    if updates is None:
-        return None
-    of_base: Any = base_layer(*args) if is_slim else None  # first, since it checks x
-    x = args[0]
+
+def _formula_of(layer: Any) -> tuple[Formula | None, Tensor]:
+    stored = layer.lotra_tensor.get_parameter(layer.get_base_layer())
+    return layer._find_formula(stored), stored
+
+
+def output_of_rows(layer: Any, updates: RowUpdates, x: Tensor) -> Tensor:
+    """The output of a layer that `takes_rows`, for inputs (batch, ..., in), or (batch times, in) with `times` rows for
+    each of the batch."""
+    base_layer, formula = layer._modules["base_layer"], _formula_of(layer)[0]
+    of_base = base_layer(x) if formula is None else None  # of a Slim layer; first, since it checks x
     index, size, order, places = updates.groups
     batch = updates.groups.batch()
     times = x.shape[1:-1].numel() if x.shape[0] == batch else x.shape[:-1].numel() // batch
@@ -82,9 +74,10 @@ def _product(base_layer: Any, formula: Formula | None, updates: RowUpdates, rows
     scale: Any = spec.scale(base_layer)
     scale = None if scale is None else scale.detach()
     assert coefficients is not None
-    matrix = (coefficients if scale is None else coefficients * scale.unsqueeze(-1)).permute(2, 1, 0).flatten(0, 1)
-    if residual is not None:
-        matrix = torch.cat([matrix, residual.t()])
+    matrix = (coefficients if scale is None else coefficients * scale.unsqueeze(-1)).transpose(1, 2).flatten(1)
+    matrix = (matrix if residual is None else torch.cat([matrix, residual], 1)).t()
+    if updates.groups.size > 1:
+        matrix = matrix.contiguous()  # else a product with few outputs takes less time
     product = RowProduct(matrix, updates, scale, residual is not None)
     factors = spec.activation(base_layer, rows) if residual is not None and spec.activation is not None else None
     if formula.closed_form:
@@ -99,17 +92,15 @@ def _product(base_layer: Any, formula: Formula | None, updates: RowUpdates, rows
     return y if bias is None else y + bias
 
 
-def updates_by_name(
-    names: Sequence[str], tensor: CoefficientTensor, like: Tensor, update_of: Callable[[str], Update | None]
-) -> RowUpdates | None:
-    """The updates of rows with these names; None if all rows have the same, or none."""
+def _updates_by_name(layer: Any, names: Sequence[str], current: ForwardPass | None) -> RowUpdates | None:
+    """The updates of rows of a `LoTRALayer`; None if all rows have the same, or none."""
     distinct, groups = _grouped(tuple(names))
-    updates = [update_of(name) for name in distinct] if len(distinct) > 1 else []
-    ranks = [update.tensor.ranks for update in updates if update is not None]
+    found = [next(iter(layer._updates([name], current)), None) for name in distinct] if len(distinct) > 1 else []
+    ranks = [update.tensor.ranks for update in found if update is not None]
     if not ranks:
         return None
-    form = PackedTucker(full_shape(tensor), tuple(map(max, *ranks)) if len(ranks) > 1 else ranks[0])
-    return RowUpdates(form.pack(updates, like), groups, form)
+    form = PackedTucker(full_shape(layer.lotra_tensor), tuple(map(max, *ranks)) if len(ranks) > 1 else ranks[0])
+    return RowUpdates(form.pack(found, _formula_of(layer)[1]), groups, form)
 
 
 @lru_cache(maxsize=16)

@@ -18,12 +18,11 @@ from torch import nn
 from ..derivatives.layers import contract_updates
 from ..kan.basis import in_transform
 from ..kan.layer import KANLinear
-from ..kan.row_product import RowUpdates
 from ..layers.coefficients import CoefficientTensor
 from ..layers.registry import Grid, KANLayerSpec, same_grid
 from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms
 from ..tucker import Tucker, Update
-from .by_row import run_rows, updates_by_name
+from .by_row import run_rows
 from .config import LoTRAConfig
 from .formula import Formula, find_formula, runs_more_than_its_class
 from .initialization import GRADIENTS, initialize
@@ -374,14 +373,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 self._warn_of_far_inputs(args[0] if args else None)
         if names is None:
             return self._run(self.active_adapters, current, args, kwargs)
-
-        def make_updates(names: Sequence[str]) -> RowUpdates | None:
-            stored = self.lotra_tensor.get_parameter(self.get_base_layer())
-            one = lambda name: next(iter(self._updates([name], current)), None)  # noqa: E731
-            return updates_by_name(names, self.lotra_tensor, stored, one)
-
-        run = lambda name, args, kwargs: self._run([name], current, args, kwargs)  # noqa: E731
-        return run_rows(self, names, current, make_updates, run, args, kwargs)
+        return run_rows(self, names, current, args, kwargs)
 
     def _run(self, adapters: Iterable[str], current: ForwardPass | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Evaluates the layer with these adapters, those of them that it has, for all rows."""

@@ -241,11 +241,11 @@ class LoTRAModel(BaseTuner):
         if torch.compiler.is_compiling():
             yield
             return
-        token = FORWARD_PASS.set(ForwardPass(names, self.replaced, {}))
-        try:
+        with FORWARD_PASS.set(ForwardPass(names, self.replaced, set())), ExitStack() as stack:
+            if names is not None and torch.is_grad_enabled():
+                keep = lambda module, args, outputs: FORWARD_PASS.keep(outputs)  # noqa: E731
+                stack.callback(self.model.register_forward_hook(keep).remove)
             yield
-        finally:
-            FORWARD_PASS.reset(token)
 
     # --- merging ---
 

@@ -1,19 +1,19 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a forward pass carries to all layers: the adapter of each row, and the adapters that were hotswapped meanwhile.
-
-It travels in a `ContextVar`, so that each thread has its own.
-"""
+"""What a forward pass carries to all layers: the adapter of each row, and the adapters hotswapped meanwhile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_leaves
 
 from ..tucker import Tucker
 
@@ -27,22 +27,57 @@ class ForwardPass(NamedTuple):
     Attributes:
         names: The adapter of each row; None if all rows have the active ones.
         replaced: The components that a hotswap has replaced meanwhile.
-        repeated_names: The names for layers that get several rows for each of the batch, by the number of rows.
+        known: The numbers of rows of layers that get several rows for each of the batch, in a known order.
     """
 
     names: tuple[str, ...] | None
     replaced: Replaced
-    repeated_names: dict[int, Sequence[str]]
+    known: set[int]
 
 
-# set by `LoTRAModel` around each forward pass
-FORWARD_PASS: ContextVar[ForwardPass | None] = ContextVar("lotra_forward_pass", default=None)
+class PassVariable:
+    """A value that a forward pass carries to all layers, in each thread its own.
+
+    Layers that a backward pass computes again (gradient checkpointing) get it from `keep`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._now: ContextVar[Any] = ContextVar(name, default=None)
+        # of the backward pass with this number
+        self._again: ContextVar[tuple[int, Any]] = ContextVar(f"{name}_again", default=(-1, None))
+
+    def get(self) -> Any:
+        """The value; None outside of a pass."""
+        found, (task, kept) = self._now.get(), self._again.get()
+        return kept if found is None and task != -1 and task == torch._C._current_graph_task_id() else found
+
+    @contextmanager
+    def set(self, value: Any) -> Iterator[None]:
+        token = self._now.set(value)
+        try:
+            yield
+        finally:
+            self._now.reset(token)
+
+    def keep(self, outputs: Any) -> None:
+        """Keeps the value for the backward pass from these outputs, a tensor or a structure of them."""
+        tensors = [it for it in tree_leaves(outputs) if isinstance(it, torch.Tensor) and it.requires_grad]
+        value = self._now.get()
+
+        def set_again(gradient: torch.Tensor) -> None:
+            self._again.set((torch._C._current_graph_task_id(), value))
+
+        if tensors:
+            register_multi_grad_hook(tensors, set_again, mode="any")
+
+
+FORWARD_PASS = PassVariable("lotra_forward_pass")  # a `ForwardPass`, set by `LoTRAModel`
 
 
 def check_names(names: Any) -> tuple[str, ...]:
     """The names of adapters of rows as a tuple; a ValueError for what is no list of strings."""
     found = () if isinstance(names, (str, bytes)) or not isinstance(names, Iterable) else tuple(names)
-    if not found or not all(isinstance(name, str) for name in found):
+    if not found or not all(issubclass(kind, str) for kind in set(map(type, found))):
         raise ValueError(
             '`adapter_names` must be a list with the name of an adapter for each row, such as `["default"] * len(x)`, '
             f'or "__base__" for none, got {names!r:.100}.'
@@ -59,51 +94,50 @@ def pass_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
     return args, kwargs
 
 
-def names_of_rows(names: Sequence[str], x: Any, layer: str, current: ForwardPass | None) -> Sequence[str]:
-    """The name of the adapter of each row that a layer gets.
+def rows_of_each(
+    batch: int, names: Callable[[], Sequence[Any]], layer: str, known: set[int], args: tuple, kwargs: dict[str, Any]
+) -> int:
+    """How many rows a layer gets for each row of the batch; their `names` are read where they matter.
 
-    A layer may get several rows for each row of the batch. Their order is known if they are a view of a contiguous
-    tensor (batch, ..., in), and in the layers behind one that gets such a view. That the first dimension of x is the
-    batch is for the caller to see to.
+    The order of several is known if they are a view of a contiguous tensor (batch, ..., in), and in the layers behind
+    one that gets such a view, by their number. That the first dimension of the input x is the batch is for the caller
+    to see to.
 
     Raises:
         ValueError: The number of rows is another, and their order is not known; or x is transposed, and its first two
             sizes are equal.
     """
-    if not isinstance(x, torch.Tensor) or x.dim() == 0:
-        return names
-    if len(x) == len(names):
+    x = args[0] if args else next(iter(kwargs.values()))
+    if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or x.dim() == 0:
+        return 1
+    times, rest = divmod(len(x), batch)
+    if times == 1 and not rest:
         is_square = x.dim() > 2 and x.shape[0] == x.shape[1]
-        if is_square and 0 < x.stride(0) < x.stride(1) and len(set(names)) > 1:
+        if is_square and 0 < x.stride(0) < x.stride(1) and len(set(names())) > 1:
             raise ValueError(
                 f"The inputs of `{layer}` are a transposed tensor {tuple(x.shape)}: its rows may be in either order. "
                 "Pass `x.contiguous()` if the first dimension is that of the batch, else transpose it back."
             )
-        return names
-    if current is not None and len(x) in current.repeated_names:
-        return current.repeated_names[len(x)]
-    times, rest = divmod(len(x), len(names))
-    whole = x._base  # perhaps of more rows than the batch has
-    is_known = len(set(names)) == 1 or (
-        whole is not None
-        and whole.dim() > 2
-        and x.numel() == len(names) * whole[0].numel()
-        and x.is_contiguous()
-        and whole.is_contiguous()
-    )
-    if rest or not is_known:
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(names)} and {len(x)} respectively, in `{layer}`. Let it have inputs (batch, ..., in), or call the "
-            "model for the rows of each adapter."
+    elif len(x) not in known:
+        whole = x._base  # perhaps of more rows than the batch has
+        is_known = len(set(names())) == 1 or (
+            whole is not None
+            and whole.dim() > 2
+            and x.numel() == batch * whole[0].numel()
+            and x.is_contiguous()
+            and whole.is_contiguous()
         )
-    repeated_names = [name for name in names for _ in range(times)]
-    if current is not None:
-        current.repeated_names[len(x)] = repeated_names
-    return repeated_names
+        if rest or not is_known:
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{batch} and {len(x)} respectively, in `{layer}`. Let it have inputs (batch, ..., in), or call "
+                "the model for the rows of each adapter."
+            )
+        known.add(len(x))
+    return times
 
 
-def run_by_name(names: Sequence[str], run: Callable[[str, tuple, dict], Any], args: tuple, kwargs: dict) -> Any:
+def run_by_name(names: Sequence[Any], run: Callable[[Any, tuple, dict], Any], args: tuple, kwargs: dict) -> Any:
     """Runs the rows of each name by themselves; returns the outputs in the order of the batch."""
     rows = {name: [i for i, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
     if len(rows) == 1:

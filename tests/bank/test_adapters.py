@@ -1,18 +1,20 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which adapters a bank takes, what it does with their numbers, and its files."""
+"""Which adapters a bank takes, what it does with their numbers, and its files, also on the Hub."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from behaving import X, adapted, apart, net, python
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from peft_lotra import AdapterBank
+from peft_lotra import AdapterBank, LoTRAConfig
 from peft_lotra.kan import SlimKAN
 
 
@@ -36,21 +38,6 @@ def test_folders_models_and_state_dicts(tmp_path):
     assert AdapterBank.from_folders(net(), {"x": tmp_path / "anna"}).names == ["x"]
 
 
-def test_a_folder_whose_configuration_is_damaged(tmp_path):
-    adapted(net()).save_pretrained(tmp_path)
-    (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match="'anna' was not added"):
-        AdapterBank(net()).add("anna", tmp_path)
-
-
-def test_rows_of_removed_adapters_are_used_again():
-    bank, model = AdapterBank(net()), adapted(net())
-    state = get_peft_model_state_dict(model)
-    for _ in range(300):
-        bank.add("a", state, replace=True)
-    assert len(bank.store.packed) <= 128 and apart(answer(bank, "a"), model(X)) < 1e-5
-
-
 def test_removed_replaced_and_compacted():
     bank, models = AdapterBank(net()), [adapted(net()) for _ in range(3)]
     for count in range(6):
@@ -69,70 +56,71 @@ def test_removed_replaced_and_compacted():
         assert apart(answer(bank, name), models[model](X)) < 1e-5
     with pytest.raises(ValueError, match="'a0' to remove"):
         bank.remove("a0")
-
-
-def test_half_precision_in_memory():
-    bank, model = AdapterBank(net(), dtype=torch.bfloat16), adapted(net())
-    bank.add("a", model)
-    assert 1e-6 < apart(answer(bank, "a"), model(X)) < 2e-2
-    assert bank.store.packed.dtype == torch.bfloat16 and bank.to("cpu") is bank
+    for _ in range(200):  # rows are used again
+        bank.add("a1", models[0], replace=True)
+    assert len(bank.store.packed) <= 128 and apart(answer(bank, "a1"), models[0](X)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_empty_bank_and_one_of_half_precision_in_files(tmp_path, dtype):
-    bank = AdapterBank(net(), dtype=dtype)
+def test_precision_in_memory_and_in_files_also_of_an_empty_bank(tmp_path, dtype):
+    bank, model = AdapterBank(net(), dtype=dtype), adapted(net())
     bank.save(tmp_path)
     assert torch.equal(answer(AdapterBank.load(net(), tmp_path), "__base__"), net()(X))
-    bank.add("a", adapted(net()))
+    bank.add("a", model)
+    assert apart(answer(bank, "a"), model(X)) < (1e-6 if dtype == torch.float32 else 2e-2)
+    assert bank.store.packed.dtype == dtype and bank.to("cpu") is bank
     bank.save(tmp_path)
     assert torch.equal(answer(AdapterBank.load(net(), tmp_path), "a"), answer(bank, "a"))
 
 
-def damaged(model, change):
-    tensors = get_peft_model_state_dict(model)
-    name = next(iter(tensors))
-    return change(tensors, name) or tensors
+def damaged(change):
+    tensors = get_peft_model_state_dict(adapted(net()))
+    first, *_, last = tensors
+    return change(tensors, first, last) or tensors
+
+
+def damaged_folder(folder):
+    adapted(net()).save_pretrained(folder)
+    (folder / "adapter_config.json").write_text("{")
+    return folder
+
+
+def of_a_moved_grid(folder):
+    other = net()
+    other.kan.layers[1].grid_bounds.mul_(1.1)
+    adapted(other).save_pretrained(folder)
+    AdapterBank(net()).add("anna", folder, check_base="ignore")
+    return folder
 
 
 @pytest.mark.parametrize(
     ("adapter", "word"),
     [
-        (lambda: adapted(net(seed=8)), "parameters of kan.layers.0"),
-        (lambda: adapted(net(grid_size=4)), "another base"),
-        (lambda: adapted(SlimKAN([3, 6, 4], ranks=2)), "another model"),
-        (lambda: adapted(net(), modules_to_save=["head"]), "saves modules"),
-        (lambda: net(), "must be a PeftModel"),
-        (lambda: damaged(adapted(net()), lambda it, name: dict(list(it.items())[1:])), "missing"),
-        (lambda: damaged(adapted(net()), lambda it, name: it.update({name: it[name] * torch.nan})), "not finite"),
-        (lambda: damaged(adapted(net()), lambda it, name: it.update({name: it[name][:1]})), "do not make a tensor"),
-        (lambda: damaged(adapted(net()), lambda it, name: it.update(other=it[name])), "other"),
-        (lambda: "no such folder", "anna"),
+        (of_a_moved_grid, "grid of kan.layers.1"),
+        (lambda _: adapted(net(seed=8)), "parameters of kan.layers.0"),
+        (lambda _: adapted(net(grid_size=4)), "another base"),
+        (lambda _: adapted(SlimKAN([3, 6, 4], ranks=2)), "another model"),
+        (lambda _: adapted(net(), modules_to_save=["head"]), "saves modules"),
+        (lambda _: net(), "must be a PeftModel"),
+        (lambda _: {}, "no KAN layer"),
+        (lambda _: damaged(lambda it, first, last: it.__delitem__(last)), "missing"),
+        (lambda _: damaged(lambda it, first, last: it.__delitem__(first)), "belongs to no adapter"),
+        (lambda _: damaged(lambda it, first, last: it.update({first: it[first] * torch.nan})), "not finite"),
+        (lambda _: damaged(lambda it, first, last: it.update({first: it[first][:1]})), "shape"),
+        (lambda _: damaged(lambda it, first, last: it.update({first: it[first][0, 0]})), "shape"),
+        (lambda _: damaged(lambda it, first, last: it.update(other=it[first])), "other"),
+        (lambda _: "no such folder", "no such folder"),
+        (damaged_folder, "anna"),
     ],
 )
-def test_an_adapter_that_does_not_fit(adapter, word):
+def test_an_adapter_that_does_not_fit(adapter, word, tmp_path):
     bank = AdapterBank(net())
     bank.add("first", adapted(net()))
     before = answer(bank, "first")
     with pytest.raises(ValueError, match=word) as raised:
-        bank.add("anna", adapter())
-    assert "anna" in str(raised.value)
+        bank.add("anna", adapter(tmp_path))
+    assert "'anna' was not added" in str(raised.value)
     assert bank.names == ["first"] and torch.equal(answer(bank, "first"), before)
-
-
-def test_a_moved_grid(tmp_path):
-    other = net()
-    other.kan.layers[1].grid_bounds.mul_(1.1)
-    adapted(other).save_pretrained(tmp_path)
-    bank = AdapterBank(net())
-    with pytest.raises(ValueError, match="grid of kan.layers.1"):
-        bank.add("anna", tmp_path)
-    bank.add("anna", tmp_path, check_base="ignore")
-
-
-@pytest.mark.parametrize("name", ["", "__base__", 3])
-def test_names_that_are_none(name):
-    with pytest.raises(ValueError, match="name of an adapter"):
-        AdapterBank(net()).add(name, adapted(net()))
 
 
 def filled(tmp_path):
@@ -185,14 +173,18 @@ def test_exported_for_peft(tmp_path):
         bank.export("nobody", tmp_path / "x")
 
 
+def opened(folder):
+    """The file of a bank, its matrix and its table."""
+    file = folder / "adapter_bank.safetensors"
+    with safe_open(file, "pt") as content:
+        return file, content.get_tensor("adapters").clone(), json.loads(content.metadata()["adapter_bank"])
+
+
 def test_a_damaged_adapter_is_named(tmp_path):
     filled(tmp_path)
-    file = tmp_path / "adapter_bank.safetensors"
-    tensors = load_file(file)
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    tensors["adapters"][2, 3] += 1
-    save_file(tensors, file, metadata=metadata)
+    file, packed, table = opened(tmp_path)
+    packed[2, 3] += 1
+    save_file({"adapters": packed}, file, metadata={"adapter_bank": json.dumps(table)})
     with pytest.raises(ValueError, match=r"damaged adapters: 'customer 2' \(1 of 3\)"):
         AdapterBank.load(net(), tmp_path)
     with pytest.warns(UserWarning, match="'customer 2'"):
@@ -203,21 +195,15 @@ def test_a_damaged_adapter_is_named(tmp_path):
 @pytest.mark.parametrize("what", ["cut", "no table", "a name too many", "not there", "another base"])
 def test_a_file_that_is_no_bank(tmp_path, what):
     filled(tmp_path)
-    file = tmp_path / "adapter_bank.safetensors"
-    tensors = load_file(file)
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    file, packed, table = opened(tmp_path)
     if what == "cut":
         file.write_bytes(file.read_bytes()[:-100])
-    elif what == "no table":
-        save_file(tensors, file)
-    elif what == "a name too many":
-        table = json.loads(metadata["adapter_bank"])
-        table["names"].append("more")
-        save_file(tensors, file, metadata={"adapter_bank": json.dumps(table)})
     elif what == "not there":
         file.unlink()
+    elif what != "another base":
+        table["adapters"]["more"] = table["adapters"]["splines"]
+        metadata = {"adapter_bank": json.dumps(table)} if what == "a name too many" else None
+        save_file({"adapters": packed}, file, metadata=metadata)
     with pytest.raises(ValueError, match="damaged|There is no|parameters of"):
         AdapterBank.load(net(seed=8) if what == "another base" else net(), tmp_path)
 
@@ -249,31 +235,80 @@ for mapped in (True, False):
     assert mapped < 0.3 and loaded < 1.2
 
 
-def test_a_base_without_kan_layers_or_merged():
-    with pytest.raises(ValueError, match="KAN"):
-        AdapterBank(torch.nn.Linear(2, 2))
-    model = adapted(net())
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="merged"):
-        AdapterBank(model)
-
-
-def test_a_peft_model_as_base():
-    model = adapted(net())
-    bank, expected = AdapterBank(model), model(X).detach()
-    bank.add("a", model)
-    assert apart(answer(bank, "a"), expected) < 1e-5
-    assert torch.equal(model(X), expected)
-    assert apart(answer(bank, "__base__"), net()(X)) < 1e-5
-
-
-def test_folders_that_end_alike(tmp_path):
+def test_what_a_bank_refuses(tmp_path):
     for customer in ("anna", "ben"):
         adapted(net()).save_pretrained(tmp_path / customer / "last")
-    with pytest.raises(ValueError, match="end alike"):
-        AdapterBank.from_folders(net(), [tmp_path / "anna/last", tmp_path / "ben/last"])
+    model = adapted(net())
+    model.merge_adapter()
+    for call, word in (
+        (lambda: AdapterBank.from_folders(net(), [tmp_path / "anna/last", tmp_path / "ben/last"]), "'last' already"),
+        (lambda: AdapterBank(net(), torch.int32), "floating type"),
+        (
+            lambda: AdapterBank(net()).save(tmp_path) or AdapterBank.load(net(), tmp_path, names=["d"]),
+            "no adapter 'd'",
+        ),
+        (lambda: AdapterBank.load(net(), tmp_path / "nothing", names=["c"]), "There is no"),
+        (lambda: AdapterBank(net()).push_to_hub("user/bank"), "empty"),
+        (lambda: AdapterBank(torch.nn.Linear(2, 2)), "KAN"),
+        (lambda: AdapterBank(model), "merged"),
+        *(
+            (lambda name=name: AdapterBank(net()).add(name, LoTRAConfig()), "name of an")
+            for name in ("", "__base__", 3)
+        ),
+    ):
+        with pytest.raises(ValueError, match=word):
+            call()
 
 
-def test_a_dtype_that_rounds():
-    with pytest.raises(ValueError, match="floating type"):
-        AdapterBank(net(), torch.int32)
+HUB = """
+from hub_server import start_hub
+hub = start_hub("user")
+import json, torch
+from behaving import X, adapted, net
+from peft import get_peft_model_state_dict
+from peft_lotra import AdapterBank
+from test_adapters import answer
+bank, state = AdapterBank(net()), get_peft_model_state_dict(adapted(net()))
+for number in range(300):
+    bank.add(f"customer {number}", state)
+bank.add("anna", {key: part + 0.1 for key, part in state.items()})
+bank.add("ben", adapted(net(), r=1))
+bank.push_to_hub("user/bank", base_code="base = make()")
+files = hub.repos["user/bank"].files("main")
+found = {"files": {name: len(blob.content) for name, blob in files.items()}}
+found["card"], before = files["README.md"].content.decode(), hub.sent
+some = AdapterBank.load(net(), "user/bank", names=["ben", "anna"])
+found["sent"], found["names"] = hub.sent - before, some.names
+found["same"] = [torch.equal(answer(some, name), answer(bank, name)) for name in some.names]
+whole = AdapterBank.load(net(), "user/bank")
+found["whole"] = whole.names == bank.names and torch.equal(answer(whole, "ben"), answer(bank, "ben"))
+bank.push_to_hub("user/bank", revision="next")
+found["next"] = len(AdapterBank.load(net(), "user/bank", names=["ben"], revision="next"))
+for error in ("user/nothing", "user/bank"):
+    try:
+        AdapterBank.load(net(), error, names=["cleo"])
+    except Exception as raised:
+        found[error] = f"{type(raised).__name__}: {raised}"
+print(json.dumps(found))
+"""
+
+
+def test_pushed_and_pulled(tmp_path):
+    """On a stand-in for the Hub: all of a bank, and one adapter of it without the others."""
+    here = f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\n"
+    found = json.loads(python(here + HUB, tmp_path).splitlines()[-1])
+    assert found["same"] == [True, True] and found["names"] == ["ben", "anna"]
+    assert found["whole"] and found["next"] == 1
+    assert found["sent"] < 0.2 * found["files"]["adapter_bank.safetensors"]
+    assert set(found["files"]) == {".gitattributes", "README.md", "adapter_bank.safetensors"}
+    card = found["card"]
+    assert "302 adapters" in card and "base = make()" in card and 'names=["customer 0"]' in card
+    assert card.count("| `customer") == 100
+    assert re.match(r"---\n(.*\n)*library_name: peft\n(.*\n)*---\n", card)
+    assert "RepositoryNotFoundError" in found["user/nothing"] and "no adapter 'cleo'" in found["user/bank"]
+
+
+def test_some_adapters_of_a_folder(tmp_path):
+    models = filled(tmp_path)
+    some = AdapterBank.load(net(), tmp_path, names=["splines"])
+    assert some.names == ["splines"] and apart(answer(some, "splines"), models["splines"](X)) < 1e-5

@@ -1,124 +1,145 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Adapters of a bank trained at once: each as it is trained alone."""
+"""Adapters of a bank trained at once, by AdamW and by Levenberg-Marquardt: each as it is trained alone."""
 
 import copy
 
 import pytest
 import torch
-from behaving import KINDS, X, apart
+from behaving import KINDS, X, apart, same
 from peft import get_peft_model, get_peft_model_state_dict
+from torch import nn
 
-from peft_lotra import AdapterBank, LoTRAConfig, create_lotra_optimizer
-from peft_lotra.kan import KAN, SlimKAN
-from peft_lotra.optim import BankAdamW
+from peft_lotra import AdapterBank, LoTRAConfig, create_lotra_optimizer, start_from_gradient
+from peft_lotra.kan import KAN, SlimKAN, jet
+from peft_lotra.optim import BankAdamW, BankLevenbergMarquardt, LevenbergMarquardt
 
 
 CONFIGS = {"a": {"r": 2}, "b": {"r": (3, 1, 2)}, "c": {"r": 1, "adapt_residual": False}}
 BASES = {
     "own": lambda: KAN([3, 20, 2]),
     "slim": lambda: SlimKAN([3, 5, 2], ranks=(2, 2, 3)),
-    **{name: KINDS[name] for name in ("efficient-kan-old", "fast-kan")},
+    **{name: KINDS[name] for name in ("efficient-kan-old", "fast-kan", "pykan")},
 }
 
 
-def prepared(base, configs=CONFIGS, **options):
-    """A bank of new adapters, its model, and for each adapter a model with it alone and its optimizer."""
+def prepared(base, **config):
+    """A bank with an adapter of each configuration, its model, and for each adapter a model with it alone."""
     bank, alone = AdapterBank(base), {}
-    for seed, (name, config) in enumerate(configs.items()):
-        torch.manual_seed(seed)
-        bank.add(name, LoTRAConfig(**config))
-        torch.manual_seed(seed)
-        alone[name] = get_peft_model(copy.deepcopy(base), LoTRAConfig(**config), autocast_adapter_dtype=False)
-    optimizers = {
-        name: create_lotra_optimizer(model, torch.optim.AdamW, lr=3e-2, **options) for name, model in alone.items()
-    }
-    return bank, bank.attach(), alone, optimizers
+    for name, own in CONFIGS.items():
+        alone[name] = get_peft_model(copy.deepcopy(base), LoTRAConfig(**own, **config), autocast_adapter_dtype=False)
+        bank.add(name, alone[name].eval(), check_base="ignore")
+    return bank, bank.attach().eval(), alone
 
 
-def target(name, x):
-    return torch.sin((2 + ord(name) % 5) * x.sum(1))
+def check_alike(model, alone, tolerance):
+    x = X.to(next(model.parameters()).dtype)
+    with torch.no_grad():
+        for name, own in alone.items():
+            assert apart(model(x, adapter_names=[name] * 8), own(x)) < tolerance
 
 
-def errors_of(model, x, names, **rows):
-    goal = torch.cat([target(name, row) for name, row in zip(names, x.split(1), strict=True)])
-    return (model(x, **rows)[:, 0] - goal).square()
+def drawn(counts, dtype=torch.float64):
+    """Points, values and names of a batch with so many rows of each adapter, in any order."""
+    names = [name for name, count in zip(CONFIGS, counts, strict=True) for _ in range(count)]
+    names = [names[place] for place in torch.randperm(len(names)).tolist()]
+    x = torch.rand(len(names), 3, dtype=dtype) * 2 - 1
+    waves = torch.tensor([2 + ord(name) % 5 for name in names], dtype=dtype)
+    return x, torch.sin(waves * x.sum(1)), names
+
+
+def error(model, x, y, **rows):
+    return model(x, **rows)[:, 0] - y
+
+
+# --- AdamW ---
 
 
 def train_together(bank, model, batches, **options):
     optimizer = BankAdamW(bank, lr=3e-2, **options)
-    for x, names in batches:
-        losses = bank.mean_by_adapter(errors_of(model, x, names, adapter_names=names), bank.ids(names))
+    for x, y, names in batches:
+        errors = error(model, x, y, adapter_names=names).square()
         optimizer.zero_grad()
-        losses.nansum().backward()
+        bank.mean_by_adapter(errors, bank.ids(names)).nansum().backward()
         optimizer.step()
     optimizer.finish()
 
 
-def train_alone(name, model, optimizer, batches):
-    for x, names in batches:
-        own = torch.tensor([other == name for other in names])
-        if own.any():
-            optimizer.zero_grad()
-            errors_of(model, x[own], [name] * int(own.sum())).mean().backward()
-            optimizer.step()
-
-
-def drawn(counts, in_features=3, dtype=torch.float64):
-    """Batches with so many rows of each adapter, in any order."""
-    found = []
-    for count in counts:
-        names = [name for name, rows in zip(CONFIGS, count, strict=True) for _ in range(rows)]
-        order = torch.randperm(len(names)).tolist()
-        found.append((torch.rand(len(names), in_features, dtype=dtype) * 2 - 1, [names[place] for place in order]))
-    return found
+def train_alone(alone, batches, **options):
+    for name, model in alone.items():
+        optimizer = create_lotra_optimizer(model, torch.optim.AdamW, lr=3e-2, **options)
+        for x, y, names in batches:
+            own = torch.tensor([other == name for other in names])
+            if own.any():
+                optimizer.zero_grad()
+                error(model, x[own], y[own]).square().mean().backward()
+                optimizer.step()
 
 
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("counts", [[(16, 16, 16)] * 8, [(3, 1, 2), (0, 9, 1), (40, 3, 0), (1, 1, 1)] * 2])
 def test_each_as_alone(kind, counts):
-    bank, model, alone, optimizers = prepared(BASES[kind]().double())
-    batches = drawn(counts)
-    before = {name: get_peft_model_state_dict(own) for name, own in alone.items()}
-    before = {name: {key: part.clone() for key, part in own.items()} for name, own in before.items()}
+    dtype, tolerance = (torch.float32, 1e-5) if kind == "pykan" else (torch.float64, 1e-11)
+    bank, model, alone = prepared(BASES[kind]().to(dtype))
+    batches = [drawn(count, dtype) for count in (counts[:2] if kind == "pykan" else counts)]
+    before = {name: copy.deepcopy(get_peft_model_state_dict(own)) for name, own in alone.items()}
     train_together(bank, model, batches)
-    for name, own in alone.items():
-        train_alone(name, own, optimizers[name], batches)
-        with torch.no_grad():
-            assert apart(model(X.double(), adapter_names=[name] * 8), own.eval()(X.double())) < 1e-11
-        assert any(not torch.equal(part, before[name][key]) for key, part in get_peft_model_state_dict(own).items())
+    train_alone(alone, batches)
+    check_alike(model, alone, tolerance)
+    assert not any(same(get_peft_model_state_dict(own), before[name]) for name, own in alone.items())
 
 
-def test_kinds_that_run_once_for_each_adapter():
-    configs = {"a": {"r": 2}, "b": {"r": 1}}
-    bank, model, alone, optimizers = prepared(KINDS["pykan"](), configs)
-    x, names = torch.rand(24, 3), ["a", "b", "b"] * 8
-    train_together(bank, model, [(x, names)] * 2)
-    for name, own in alone.items():
-        train_alone(name, own, optimizers[name], [(x, names)] * 2)
-        with torch.no_grad():
-            assert apart(model(X, adapter_names=[name] * 8), own.eval()(X)) < 1e-5
+def test_a_new_adapter_starts_as_get_peft_model_starts_it():
+    base = KAN([3, 4, 2])
+    bank, alone = AdapterBank(base), {}
+    for seed, (name, config) in enumerate(CONFIGS.items()):
+        torch.manual_seed(seed)
+        bank.add(name, LoTRAConfig(init_weights=False, **config))
+        torch.manual_seed(seed)
+        alone[name] = get_peft_model(copy.deepcopy(base), LoTRAConfig(init_weights=False, **config)).eval()
+    check_alike(bank.attach(), alone, 1e-6)
+
+
+def test_rates_of_components():
+    bank, model, alone = prepared(KAN([3, 20, 2]).double())
+    batches, policy = [drawn((4, 4, 4)) for _ in range(3)], {"core": 0.0, "factor_in": 0.5}
+    train_together(bank, model, batches, policy=policy)
+    train_alone(alone, batches, policy=policy)
+    check_alike(model, alone, 1e-11)
+
+
+def test_a_start_from_the_gradient_has_rates_of_its_own(tmp_path):
+    """As by `create_lotra_optimizer`, beside others, also after a file and a folder."""
+    bank, _, alone = prepared(KAN([3, 20, 2]).double())
+    batches = [drawn((4, 4, 4)) for _ in range(3)]
+    start_from_gradient(alone["b"], lambda: error(alone["b"], *drawn((0, 8, 0))[:2]).square().mean())
+    bank.detach()
+    bank.add("b", alone["b"], replace=True)
+    bank.save(tmp_path)
+    bank.export("b", tmp_path / "b")
+    train_alone(alone, batches)
+    for way in ("file", "folder"):
+        bank = AdapterBank.load(bank.base, tmp_path)
+        if way == "folder":
+            bank.add("b", tmp_path / "b", replace=True)
+        model = bank.attach()
+        train_together(bank, model, batches)
+        check_alike(model, alone, 1e-11)
+        bank.detach()
 
 
 def test_derivatives_of_derivatives():
     """A residual with u_x, as of a PDE, has the gradients of each adapter alone."""
-    bank, model, alone, _ = prepared(KAN([2, 6, 1]).double())
-    for own in alone.values():
-        for parameter in own.parameters():
-            parameter.data += 0.1 * parameter.requires_grad
-    for name, own in alone.items():
-        bank.add(name, own, replace=True)
-    x, names = torch.rand(48, 2, dtype=torch.float64, requires_grad=True), ["a", "b", "c"] * 16
+    bank, model, alone = prepared(KAN([3, 6, 1]).double(), init_weights=False)
+    x, _, names = drawn((16, 16, 16))
 
     def loss(call):
-        u = call(x)
-        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
-        return (slope[:, 0] - slope[:, 1] * u[:, 0]).square()
+        return derivative(call, x).square()
 
     packed, entries = bank.start_training()
     (found,) = torch.autograd.grad(loss(lambda x: model(x, adapter_names=names)).sum(), packed)
-    layers = dict(bank.store._replace(packed=found.to_dense() * entries).columns())
+    layers = bank.store._replace(packed=found.to_dense() * entries).columns()
     for name, own in alone.items():
         rows, place = torch.tensor([other == name for other in names]), int(bank.ids([name])) + 1
         parts = [p for p in own.parameters() if p.requires_grad]
@@ -126,18 +147,8 @@ def test_derivatives_of_derivatives():
         assert abs(sum(part[place].square().sum() for part in layers.values()) / expected - 1) < 1e-9
 
 
-def test_rates_of_components():
-    bank, model, alone, optimizers = prepared(KAN([3, 20, 2]).double(), policy={"core": 0.0, "factor_in": 0.5})
-    batches = drawn([(4, 4, 4)] * 3)
-    train_together(bank, model, batches, policy={"core": 0.0, "factor_in": 0.5})
-    for name, own in alone.items():
-        train_alone(name, own, optimizers[name], batches)
-        with torch.no_grad():
-            assert apart(model(X.double(), adapter_names=[name] * 8), own.eval()(X.double())) < 1e-11
-
-
 def test_the_best_values_and_early_stopping():
-    bank, model, *_ = prepared(KAN([3, 4, 2]))
+    bank, model, _ = prepared(KAN([3, 4, 2]))
     optimizer, ids = BankAdamW(bank, lr=1e-2, names=["a", "b"]), bank.ids(["a", "b", "c"])
     values = []
     for a, b in ((3.0, 1.0), (2.0, 2.0), (torch.nan, 0.5), (4.0, 3.0), (5.0, 4.0)):
@@ -155,43 +166,40 @@ def test_the_best_values_and_early_stopping():
 
 
 def test_what_training_refuses():
-    bank, model, *_ = prepared(KAN([3, 4, 2]))
+    bank, model, _ = prepared(KAN([3, 4, 2]))
     for options, word in (({"names": ["nobody"]}, "nobody"), ({"lr": 0.0}, "lr"), ({"policy": {"core": -1}}, "core")):
         with pytest.raises(ValueError, match=word):
             BankAdamW(bank, **{"lr": 1e-2, **options})
     bank.add("d", LoTRAConfig(r=1))  # nothing is in training
     optimizer = BankAdamW(bank, lr=1e-2, names=["a", "b"])
-    for names, word in ((["a", "__base__"], "'__base__'"), (["a", "c"], "'c'"), (["a", "nobody"], "nobody")):
-        with pytest.raises(ValueError, match=word):
-            model(X[:2], adapter_names=names)
     with torch.no_grad():
         model(X[:2], adapter_names=["c", "__base__"])
-    for change in (lambda: bank.add("e", LoTRAConfig(r=1)), lambda: bank.remove("a"), bank.compact):
-        with pytest.raises(ValueError, match="in training"):
-            change()
-    with pytest.raises(ValueError, match="in training"):
-        BankAdamW(bank)
-    with pytest.raises(ValueError, match="`errors`"):
-        bank.mean_by_adapter(torch.ones(8, 1), bank.ids(["a"] * 8))
-    with pytest.raises(ValueError, match="7"):
-        bank.mean_by_adapter(torch.ones(8), torch.full((8,), 7))
+    for call, word in (
+        *((lambda rows=rows: model(X[:2], adapter_names=["a", rows]), rows) for rows in ("__base__", "c", "nobody")),
+        (lambda: bank.add("e", LoTRAConfig(r=1)), "in training"),
+        (lambda: bank.remove("a"), "in training"),
+        (bank.compact, "in training"),
+        (lambda: BankAdamW(bank), "in training"),
+        (lambda: bank.mean_by_adapter(torch.ones(8, 1), bank.ids(["a"] * 8)), "`errors`"),
+        (lambda: bank.mean_by_adapter(torch.ones(8), torch.full((8,), 7)), "7"),
+        (lambda: BankAdamW(AdapterBank(KAN([3, 4, 2]), torch.bfloat16)), "float32"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            call()
     optimizer.finish()
-    with pytest.raises(ValueError, match="float32"):
-        BankAdamW(AdapterBank(KAN([3, 4, 2]), torch.bfloat16))
     wrong = {"rank_dropout": 0.5}, {"train": "core"}, {"target_modules": ["x"]}
-    for config, word in zip(wrong, ("dropout", "all components", "x"), strict=True):
+    for config, word in zip(wrong, ("dropout", "all components", "KAN layer"), strict=True):
         with pytest.raises(ValueError, match=word):
             bank.add("e", LoTRAConfig(**config))
 
 
 def test_resumed_from_a_state_dict():
-    bank, model, *_ = prepared(KAN([3, 4, 2]))
-    names = ["a", "b", "c", "a"] * 2
+    bank, model, _ = prepared(KAN([3, 4, 2]))
 
     def steps(optimizer, count):
         for _ in range(count):
             optimizer.zero_grad()
-            model(X, adapter_names=names).square().sum().backward()
+            model(X, adapter_names=["a", "b", "c", "a"] * 2).square().sum().backward()
             optimizer.step()
         return optimizer.state_dict()
 
@@ -207,21 +215,144 @@ def test_resumed_from_a_state_dict():
     assert torch.equal(bank.store.packed, expected)
 
 
-class Checkpointed(torch.nn.Module):
+class Checkpointed(nn.Module):
     def __init__(self):
         super().__init__()
-        self.kan, self.saves = KAN([3, 6, 2]).double(), True
+        self.kan, self.how = KAN([3, 6, 2]).double(), None
 
     def forward(self, x):
         checkpoint = torch.utils.checkpoint.checkpoint
-        return checkpoint(self.kan, x, use_reentrant=False) if self.saves else self.kan(x)
+        return {"y": self.kan(x) if self.how is None else checkpoint(self.kan, x, use_reentrant=self.how)}
 
 
-def test_gradient_checkpointing():
-    bank, model, *_ = prepared(Checkpointed())
-    names, found, packed = ["a", "b", "c", "a"] * 8, [], bank.start_training()[0]
-    packed.data[1:4] += 0.1
-    for model.model.saves in (True, False):
-        y = model(torch.ones(32, 3, dtype=torch.float64) * 0.3, adapter_names=names)
-        found += torch.autograd.grad(y.square().sum(), packed)
-    assert torch.equal(found[0].to_dense(), found[1].to_dense()) and found[1].to_dense().abs().max() > 0
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("trains", [False, True])
+def test_gradient_checkpointing(trains, use_reentrant):
+    """Also of two passes with other rows, and of the rows of a PeftModel."""
+    bank, model, alone = prepared(Checkpointed(), init_weights=False)
+    names, found = ["a", "b", "c", "a"] * 2, []
+    packed = bank.start_training()[0] if trains else torch.ones((), requires_grad=True)
+    one = alone["a"]
+    one.add_adapter("b", LoTRAConfig(r=1, init_weights=False))
+    for how in (use_reentrant, None):
+        model.model.how = one.get_base_model().how = how
+        x = X.double().requires_grad_()
+        y = [model(x, adapter_names=rows)["y"] for rows in (names, names[::-1])]
+        y.append(one(x, adapter_names=["default", "b"] * 4)["y"])
+        packed.grad = None
+        (y[0] * y[1] * y[2]).sum().backward()
+        found.append((x.grad, packed.grad.to_dense() if trains else x.grad))
+    for first, second in zip(*found, strict=True):
+        assert apart(first, second) < 1e-12 and second.abs().max() > 0
+
+
+# --- Levenberg-Marquardt ---
+
+
+def size(model, x):
+    return model(x)[:, :1]
+
+
+def derivative(model, x):
+    (slope,) = torch.autograd.grad((u := model(x.requires_grad_())).sum(), x, create_graph=True)
+    return slope[:, 0] - slope[:, 1] * u[:, 0]
+
+
+def second_derivative(model, x):
+    u, _, second = jet(model, x)
+    return second.sum(0) + u**2
+
+
+def check_steps(model, alone, terms, names, steps, tolerance, **options):
+    """Steps of the bank, and of each adapter alone on its rows, end with the same loss, acceptance and damping."""
+    optimizer, ids = BankLevenbergMarquardt(model, **options), model.bank.ids(names)
+    found = [optimizer.step([(f, args, ids[: len(args[0])], w) for f, args, w in terms]) for _ in range(steps)][-1]
+    optimizer.finish()
+    for name, own in alone.items():
+        one, rows = LevenbergMarquardt(own, forgetting=0), torch.tensor([other == name for other in names])
+        parts = [(f, [arg[rows[: len(arg)]] for arg in args], w) for f, args, w in terms]
+        expected = [one.step(parts) for _ in range(steps)][-1]
+        values = [float(part[model.bank.ids([name])]) for part in found]
+        assert values == pytest.approx([expected.loss, float(expected.accepted), expected.damping], rel=tolerance)
+
+
+@pytest.mark.parametrize(("kind", "memory"), [("own", 1), *((kind, 2**26) for kind in BASES if kind != "fast-kan")])
+def test_each_as_alone_by_least_squares(kind, memory):
+    """With more rows than numbers and with fewer, two terms, and adapters one by one or all at once."""
+    torch.manual_seed(0)
+    bases = {**BASES, "own": lambda: KAN([3, 7, 1]), "slim": lambda: SlimKAN([3, 5, 1], ranks=(1, 2, 3))}
+    bank, model, alone = prepared(bases[kind]().double(), init_weights=False)
+    x, y, names = drawn((90, 9, 40) if kind != "pykan" else (9, 2, 4))
+    terms = [(error, (x, y), 1.0), (size, (x[: len(x) - 3],), 0.01)]
+    check_steps(model, alone, terms, names, 4, 1e-6, memory=memory)
+    check_alike(model, alone, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*no closed form")
+@pytest.mark.parametrize(
+    ("residual", "dtype"),
+    [(derivative, torch.float64), (second_derivative, torch.float64), (size, torch.float32)],
+)
+def test_residuals_with_derivatives_and_a_base_of_float32(residual, dtype):
+    bank, model, alone = prepared(KAN([3, 5, 1]).to(dtype), init_weights=False)
+    x, _, names = drawn((16, 16, 16), dtype)
+    tolerance = 1e-6 if dtype == torch.float64 else 1e-3
+    check_steps(model, alone, [(residual, (x,), 1.0)], names, 2, tolerance)
+
+
+def test_adapters_without_rows_or_stopped_or_not_finite():
+    bank, model, _ = prepared(KAN([3, 5, 1]), init_weights=False)
+    x, y, names = drawn((9, 9, 0))
+    optimizer, before = BankLevenbergMarquardt(model), bank.store.packed.detach().clone()
+    y[torch.tensor([name == "b" for name in names])] = torch.nan
+    record = optimizer.step([(error, (x, y), bank.ids(names))])
+    a, b, c = bank.ids(["a", "b", "c"]).tolist()
+    assert record.accepted.tolist()[:3] == [n == a for n in range(3)] and record.losses[[b, c]].isnan().all()
+    changed = (bank.store.packed != before).any(1)
+    assert changed[[a + 1, b + 1, c + 1]].tolist() == [True, False, False]
+    assert record.damping[a] != 1e-2 and record.damping[[b, c]].tolist() == [1e-2] * 2
+    losses = torch.full_like(record.losses, torch.nan)
+    for losses[a] in (1.0, 2.0):
+        optimizer.keep_best(losses, patience=1)
+    assert not optimizer.step([(error, (x, y), bank.ids(names))]).accepted.any()
+    optimizer.finish()
+    bank.remove("c")
+
+
+def test_a_minimum_is_kept():
+    bank, model, _ = prepared(KAN([3, 5, 1]).double(), init_weights=False)
+    x, _, names = drawn((9, 9, 9))
+    with torch.no_grad():
+        y = model(x, adapter_names=names)[:, 0]
+    optimizer, before = BankLevenbergMarquardt(model), bank.store.packed.detach().clone()
+    losses = [optimizer.step([(error, (x, y), bank.ids(names))]).losses[:3].max() for _ in range(5)]
+    assert losses[-1] < 1e-25 and (bank.store.packed - before).abs().max() < 1e-12
+    before = bank.store.packed.detach().clone()
+    record = optimizer.step([(lambda model, x: 0 * model(x) + 1, x, bank.ids(names))])
+    assert not record.accepted.any() and (record.losses[:3] - 1).abs().max() < 1e-12
+    assert torch.equal(bank.store.packed, before)
+
+
+def test_what_least_squares_refuse():
+    bank, model, _ = prepared(KAN([3, 5, 1]))
+    for given in ({"damping": 0.0}, {"floor": 2.0}, {"memory": 0}):
+        with pytest.raises(ValueError, match="floor"):
+            BankLevenbergMarquardt(model, **given)
+    with pytest.raises(TypeError, match="attach"):
+        BankLevenbergMarquardt(bank)
+    optimizer = BankLevenbergMarquardt(model, names=["a", "b"])
+    x, y, names = drawn((4, 4, 0))
+    before, ids = bank.store.packed.detach().clone(), bank.ids(names)
+    for terms, word in (
+        ([(error, (x, y))], "ids"),
+        ([(error, (x, y), ids[:3])], "lengths"),
+        ([(error, (x, y), ids + 7)], "number"),
+        ([(error, (x, y), torch.zeros_like(ids) + bank.ids(["c"]))], "'c'"),
+        ([(error, (x, y), ids, -1.0)], "weight"),
+        ([(lambda model, x: model(x).mean(), x, ids)], r"\(8,\)"),
+        ([(lambda model, x: x, x, ids)], "depend"),
+        ([], "no residual terms"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            optimizer.step(terms)
+    assert torch.equal(bank.store.packed, before)
