@@ -19,7 +19,7 @@ from ..kan.recording_hook import current_hook
 from ..modules.calls import check_module
 from ..modules.checks import check_count
 from .chain_rule import Jet, compose, row_counts
-from .layers import block_size, evaluate_layer
+from .layers import evaluate_layer
 from .norms import Norm, check_rows_apart, through_norm
 from .stages import Stage, composed_jet, entry_of, stages_of
 from .torch_fallback import activation_derivatives, jet_by_transforms
@@ -154,9 +154,7 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, order: int, col
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     found = None if hook is None else hook.jet(through, rows, directions, weights)
     if found is None:
-        size = block_size(rows, stages, sum(row_counts(order, len(directions), weights)))
-        blocks = [through(evaluate_layer, block, directions, weights) for block in rows.split(size or len(rows) or 1)]
-        found = blocks[0] if len(blocks) == 1 else [torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True)]
+        found = through(evaluate_layer, rows, directions, weights)
     return found if x.dim() == 2 else [part.reshape(*part.shape[:-2], *x.shape[:-1], part.shape[-1]) for part in found]
 
 
@@ -193,7 +191,7 @@ def through_stages(
             jet = through_norm(stage.module, jet, order, weights)
         else:
             jet = _through_functions(stage.module, jet, order, weights)
-    for count in row_counts(order, len(jet[1]) if order else 0, weights)[len(jet) :]:
+    for count in row_counts(jet, order, weights)[len(jet) :]:
         jet.append(torch.zeros_like(jet[1][:count]))
     return jet if weights is None else [*jet[:-1], jet[-1][0]]
 

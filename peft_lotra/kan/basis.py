@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ..modules.checks import check_count
 
@@ -174,6 +176,22 @@ def spline_factors(spline_order: int) -> list[int]:
     return [(-1) ** m * math.comb(spline_order + 1, m) for m in range(spline_order // 2 + 1)]
 
 
+@lru_cache(maxsize=64)
+def spline_pieces(order: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The B-splines in a grid interval as polynomials in the distance from the start of the interval, and their
+    first five derivatives: (6, p + 1, p + 1), powers ascending, the spline that begins first in row 0."""
+    with torch.inference_mode(False):
+        start = (order - 1) / 2 - torch.arange(order + 1, dtype=torch.float64, device="cpu")
+        points = [start] * order + [start + 0.5]  # the last derivative jumps at the start
+        derivatives = [
+            torch.stack([cardinal_spline(x, order, q) / math.factorial(q) for q, x in enumerate(points)], -1)
+        ]
+        for _ in range(5):
+            lower = derivatives[-1] * torch.arange(order + 1, dtype=torch.float64, device="cpu")
+            derivatives.append(F.pad(lower[:, 1:], (0, 1)))
+        return torch.stack(derivatives).to(device, dtype)
+
+
 def integer_power(x: torch.Tensor, n: int, out: torch.Tensor) -> torch.Tensor:
     """x^n for x >= 0, where 0^0 is 0, written into `out`, which may be `x`."""
     if n == 0:
@@ -243,7 +261,7 @@ def moments(grid_range: tuple[float, float], grid_size: int, spline_order: int) 
     probability = torch.softmax(-(z**2) / 2, dim=0)
     x = (low + high) / 2 + variance**0.5 * z
     basis = bspline_basis(x, low, high, grid_size, spline_order)
-    functions = torch.cat([basis, torch.nn.functional.silu(x).unsqueeze(-1)], dim=-1)
+    functions = torch.cat([basis, F.silu(x).unsqueeze(-1)], dim=-1)
     return variance, (functions.T * probability) @ functions
 
 
