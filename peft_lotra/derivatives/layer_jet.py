@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from math import comb
 
 import torch
 from torch import Tensor
 
-from ..kan.basis import UniformGrid, is_batched
-from ..kan.product import needs_plain_operations
+from ..kan.basis import UniformGrid
+from ..kan.product import is_plain_backward, needs_plain_operations, plain_gradients
 from .bases import Basis, DenseFunctions, FunctionFeatures, tensors_of
 from .chain_rule import bell_polynomials, row_counts
 from .splines import SplineFeatures
@@ -50,9 +50,8 @@ class LayerJet(torch.autograd.Function):
     def backward(ctx, *grads):
         weight, weights, *saved = ctx.saved_tensors
         jet, kept = saved[: ctx.stops[0]], saved[slice(*ctx.stops)]
-        # differentiated again, or of `is_grads_batched`
-        if torch.is_grad_enabled() or any(grad is not None and is_batched(grad) for grad in grads):
-            return *[None] * 4, *plain_gradients(ctx, [weight, *jet], grads)
+        if is_plain_backward(*grads):
+            return *[None] * 4, *plain_gradients(ctx.plain, [weight, *jet], ctx.needs_input_grad[4:], grads)
         groups = [() if grad is None else grad.unbind() if n else (grad,) for n, grad in enumerate(grads)]
         each = [part for group in groups for part in group]
         to_inputs = any(ctx.needs_input_grad[5:])
@@ -145,17 +144,3 @@ class JetRows:
         for i in range(1, n - j + 1):
             if (n - i, j) in factors and i < len(to_each):
                 to_each[i].addcmul_(group, factors[n - i, j][..., part], value=comb(n, i))
-
-
-def plain_gradients(ctx, inputs: Sequence[Tensor], grads: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """The gradients as differentiable functions of the inputs, the last arguments, and of `grads`."""
-    needed = ctx.needs_input_grad[-len(inputs) :]
-    differentiable = torch.is_grad_enabled()
-    with torch.enable_grad():
-        pairs = [(y, grad) for y, grad in zip(ctx.plain(*inputs), grads, strict=True) if grad is not None]
-        if not pairs:
-            return [None] * len(inputs)
-        wanted = [part for part, asked in zip(inputs, needed, strict=True) if asked]
-        outputs, given = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=differentiable, allow_unused=True))
-    return [next(found) if asked else None for asked in needed]
