@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..kan.basis import UniformGrid, logistic_derivatives
 from ..kan.memory import JET_BLOCK, OFF_CPU, blocks, workspace
+from .torch_fallback import jet_by_transforms
 
 
 Derivatives = Callable[[Tensor, int], list[Tensor]]  # z (N, I) and `highest` to the derivatives, each (N, I, K)
@@ -31,8 +32,13 @@ class FunctionBasis(NamedTuple):
     tensors: tuple[Tensor, ...] = ()
 
     def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
-        """The values at z (I, N) and their derivatives, each (K, I, N)."""
-        return [part.permute(2, 1, 0) for part in self.derivatives(z.T, highest)]
+        """The values at z (I, N) and their derivatives, each (K, I, N); those beyond `derivatives` by transforms."""
+        found = self.derivatives(z.T, highest)
+        if (missing := highest + 1 - len(found)) > 0:
+            of_last = lambda rows: self.derivatives(rows.squeeze(-1), highest - missing)[-1]  # noqa: E731
+            more = jet_by_transforms(of_last, z.T.unsqueeze(-1), z.new_ones(1, 1), missing, None)[1:]
+            found = [*found, *(part.squeeze(0) for part in more)]
+        return [part.permute(2, 1, 0) for part in found]
 
 
 Basis = UniformGrid | FunctionBasis  # the functions of a uniform grid include silu, as the last

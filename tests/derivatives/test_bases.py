@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from jet_helpers import assert_same
 from torch import Tensor
 
 from peft_lotra.derivatives import bases as functions
@@ -65,6 +66,17 @@ def test_values():
         functions.chebyshev_derivatives(6, z, 0)[0], torch.cos(torch.arange(7) * torch.tanh(z).acos().unsqueeze(-1))
     )
     torch.testing.assert_close(functions.harmonic_derivatives(2, z, 0)[0][..., 3], torch.sin(2 * z))
+
+
+@pytest.mark.parametrize("given", [3, 4])
+def test_derivatives_that_are_not_given_are_found(given):
+    """As by users, who give what a residual of second order takes."""
+    few = functions.FunctionBasis(6, lambda z, highest: CASES["quintic splines"](z, highest)[:given])
+    for highest in (1, 5):
+        assert_same(
+            few.evaluate(points().T, highest),
+            few._replace(derivatives=CASES["quintic splines"]).evaluate(points().T, highest),
+        )
 
 
 def test_gaussians_far_away():
