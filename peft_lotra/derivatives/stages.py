@@ -174,7 +174,7 @@ def _slim_layer(layer: SlimKANLinear) -> list[Stage] | None:
 
 
 def _linear(module: nn.Linear) -> list[Stage] | None:
-    if type(module) is not nn.Linear or "weight" not in module._parameters or module.weight is None:
+    if type(module) is not nn.Linear or "weight" not in module._parameters:
         return None  # a subclass, or one whose weight something else computes (a Slim layer, a parametrization)
     return [Stage(module, (module.weight, module.bias))]
 

@@ -190,8 +190,6 @@ def integer_power(x: torch.Tensor, n: int, out: torch.Tensor) -> torch.Tensor:
     """x^n for x >= 0, where 0^0 is 0, written into `out`, which may be `x`."""
     if n == 0:
         return torch.sign(x, out=out)
-    if n == 1:
-        return x if out is x else out.copy_(x)
     if n <= 3:  # the exponents that torch.pow is fast for
         return torch.pow(x, n, out=out)
     if n == 4:
