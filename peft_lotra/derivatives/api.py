@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +18,12 @@ from ..kan.recording_hook import current_hook
 from ..modules.calls import check_module
 from ..modules.checks import check_count
 from .chain_rule import Jet, compose, row_counts
-from .layers import block_size, evaluate_layer
+from .layers import evaluate_layer
 from .norms import Norm, check_rows_apart, through_norm
-from .stages import Stage, composed_jet, entry_of, stages_of
+from .stages import Stage, composed_jet, stages_of
 from .torch_fallback import activation_derivatives, jet_by_transforms
 
 
-_checked: WeakSet[nn.Module] = WeakSet()
 _warned: set[Any] = set()
 HIGHEST_ORDER = 4
 
@@ -72,8 +70,8 @@ def jet(
     Raises:
         ValueError: `x`, `directions` or `collapse` has a wrong shape, or the outputs have, or batch normalization in
             training mode makes each row depend on the others. `order` is out of range.
-        TypeError: `model` is no module, or has a convolution with KAN functions; `x` is no floating point tensor, or
-            `directions` are no tensor, or `collapse` are no weights.
+        TypeError: `model` is no module, `x` no floating point tensor, `directions` are no tensor, or `collapse` no
+            weights.
 
     Source: A. Griewank and A. Walther, "Evaluating Derivatives" (2008), chapter 13; collapsed Taylor mode, arXiv
     2505.13644.
@@ -101,7 +99,7 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, order: int, col
     stages = None if composed else stages_of(model)
     if not composed and (stages is None or not any(stage.is_layer for stage in stages)):
         stages = None
-        _check(model)
+        check_rows_apart(model)
         _warn(
             type(model),
             f"`jet` knows no closed form for a {type(model).__name__}, and differentiates it by transforms of "
@@ -126,8 +124,6 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, order: int, col
         directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     if not isinstance(directions, Tensor):
         raise TypeError(f"`directions` must be a tensor or None, but is of type {type(directions).__name__}.")
-    if directions.is_complex():
-        raise ValueError(f"`directions` are {directions.dtype}, but must be real: give their `.real`.")
     if directions.dim() != 2 or directions.shape[1] != x.shape[-1] or len(directions) == 0:
         raise ValueError(
             f"`directions` has shape {tuple(directions.shape)}, but must be (D, {x.shape[-1]}): one direction in the "
@@ -154,9 +150,7 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, order: int, col
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     found = None if hook is None else hook.jet(through, rows, directions, weights)
     if found is None:
-        size = block_size(rows, stages, sum(row_counts(order, len(directions), weights)))
-        blocks = [through(evaluate_layer, block, directions, weights) for block in rows.split(size or len(rows) or 1)]
-        found = blocks[0] if len(blocks) == 1 else [torch.cat(parts, dim=-2) for parts in zip(*blocks, strict=True)]
+        found = through(evaluate_layer, rows, directions, weights)
     return found if x.dim() == 2 else [part.reshape(*part.shape[:-2], *x.shape[:-1], part.shape[-1]) for part in found]
 
 
@@ -165,15 +159,6 @@ def _warn(kind: Any, message: str) -> None:
     if not torch.compiler.is_compiling() and kind not in _warned:
         _warned.add(kind)
         warnings.warn(message, stacklevel=4)
-
-
-def _check(model: nn.Module) -> None:
-    check_rows_apart(model)
-    if torch.compiler.is_compiling() or model in _checked:
-        return
-    if (check := entry_of(nn.Module).check) is not None:
-        check(model)
-    _checked.add(model)
 
 
 def through_stages(
@@ -193,7 +178,7 @@ def through_stages(
             jet = through_norm(stage.module, jet, order, weights)
         else:
             jet = _through_functions(stage.module, jet, order, weights)
-    for count in row_counts(order, len(jet[1]) if order else 0, weights)[len(jet) :]:
+    for count in row_counts(jet, order, weights)[len(jet) :]:
         jet.append(torch.zeros_like(jet[1][:count]))
     return jet if weights is None else [*jet[:-1], jet[-1][0]]
 

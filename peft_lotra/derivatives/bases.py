@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..kan.basis import UniformGrid, logistic_derivatives
 from ..kan.memory import JET_BLOCK, OFF_CPU, blocks, workspace
+from .torch_fallback import jet_by_transforms
 
 
 Derivatives = Callable[[Tensor, int], list[Tensor]]  # z (N, I) and `highest` to the derivatives, each (N, I, K)
@@ -31,8 +32,13 @@ class FunctionBasis(NamedTuple):
     tensors: tuple[Tensor, ...] = ()
 
     def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
-        """The values at z (I, N) and their derivatives, each (K, I, N)."""
-        return [part.permute(2, 1, 0) for part in self.derivatives(z.T, highest)]
+        """The values at z (I, N) and their derivatives, each (K, I, N); those beyond `derivatives` by transforms."""
+        found = self.derivatives(z.T, highest)
+        if (missing := highest + 1 - len(found)) > 0:
+            of_last = lambda rows: self.derivatives(rows.squeeze(-1), highest - missing)[-1]  # noqa: E731
+            more = jet_by_transforms(of_last, z.T.unsqueeze(-1), z.new_ones(1, 1), missing, None)[1:]
+            found = [*found, *(part.squeeze(0) for part in more)]
+        return [part.permute(2, 1, 0) for part in found]
 
 
 Basis = UniformGrid | FunctionBasis  # the functions of a uniform grid include silu, as the last
@@ -45,14 +51,20 @@ def tensors_of(basis: Basis) -> list[Tensor]:
 
 
 class FunctionFeatures:
-    """The functions of a basis for inputs z (I, N) in blocks of rows, with the attributes of `SplineFeatures`."""
+    """The K functions of a basis, and derivatives of them, for inputs z (I, N) in blocks of rows.
 
-    def __init__(self, basis: FunctionBasis, z: Tensor) -> None:
-        self.basis = basis
-        self.shape = (basis.size, len(z))
-        self.scale, self.few_outputs = None, False
-        size = JET_BLOCK if z.device.type == "cpu" else OFF_CPU
-        self.rows = max(128, size // max(1, basis.size * len(z)))
+    Attributes:
+        shape: (K, I).
+        scale: The unit of the inputs in which functions are differentiated, its inverse (I, 1); None for 1.
+        rows: How many rows are evaluated at a time.
+    """
+
+    scale: Tensor | None = None
+
+    def __init__(self, basis: Any, size: int, z: Tensor) -> None:
+        self.basis, self.shape = basis, (size, len(z))
+        block = JET_BLOCK if z.device.type == "cpu" else OFF_CPU
+        self.rows = max(128, block // max(1, size * len(z)))
 
     def evaluate(self, z: Tensor, orders: Sequence[int]) -> list[Tensor]:
         """The derivatives of these orders at z (I, rows), each (K, I, rows)."""
@@ -60,20 +72,19 @@ class FunctionFeatures:
             found = self.basis.evaluate(z, max(orders))
         return [found[d].contiguous() for d in orders]
 
+    def functions(self, orders: Sequence[int], found: Sequence[Tensor]) -> DenseFunctions:
+        """The functions of a block, from the results of `evaluate`."""
+        return DenseFunctions(dict(zip(orders, found, strict=False)))
+
     def parts(
         self, z: Tensor, orders: Sequence[int], kept: Sequence[Tensor]
     ) -> Iterator[tuple[slice, DenseFunctions]]:
-        """The functions for blocks of the rows of z (I, N), from what `evaluate` gave for all rows and these orders,
-        if that was kept."""
-        for block in equal_blocks(z.shape[1], self.rows):
-            functions = kept or self.evaluate(z[:, block], orders)
-            yield block, DenseFunctions(dict(zip(orders, functions, strict=True)))
-
-
-def equal_blocks(rows: int, most: int) -> list[slice]:
-    """Slices of `rows`, of about the same size, none above `most`."""
-    count = max(1, -(-rows // most))
-    return blocks(0, rows, max(1, -(-rows // count)))
+        """The functions for blocks of the rows of z (I, N), of about the same size, from what `evaluate` gave for all
+        rows and these orders, if that was kept."""
+        rows = z.shape[1]
+        count = max(1, -(-rows // self.rows))
+        for block in blocks(0, rows, max(1, -(-rows // count))):
+            yield block, self.functions(orders, kept or self.evaluate(z[:, block], orders))
 
 
 class DenseFunctions:
@@ -81,7 +92,7 @@ class DenseFunctions:
 
     def __init__(self, functions: dict[int, Tensor]) -> None:
         self.functions = functions
-        self.like = next(iter(functions.values()))
+        self.like = functions[0]
 
     def memory(self, name: str, count: int) -> Tensor:
         """For `count` tensors of the shape of the functions."""

@@ -20,9 +20,9 @@ Jet = list[Tensor]
 Polynomials = dict[tuple[int, int], Tensor]  # (D, ...), by n and j; those that are zero are left out
 
 
-def row_counts(order: int, directions: int, weights: Tensor | None) -> list[int]:
-    """The number of rows of each part of a jet up to an order."""
-    counts = [1, *[directions] * order]
+def row_counts(jet: Sequence[Tensor], order: int, weights: Tensor | None) -> list[int]:
+    """The number of rows of each part up to an order, of a jet with a derivative or, for order 0, without."""
+    counts = [1, *[len(jet[1]) if order else 0] * order]
     return counts if weights is None else [*counts[:-1], 1]
 
 

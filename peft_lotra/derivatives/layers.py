@@ -12,29 +12,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..kan.basis import UniformGrid, cardinal_spline, silu_derivatives
-from ..kan.memory import MOST_OUTPUTS_DENSE, PLAIN_JET_BLOCK
-from ..kan.product import needs_plain_operations
+from ..kan.basis import UniformGrid, cardinal_spline, in_transform, silu_derivatives
 from ..tucker import Tucker, Update
 from .bases import Basis, tensors_of
 from .chain_rule import Jet, bell_polynomials, row_counts, sum_of_products
-from .layer_jet import MOST_OUTPUTS, JetRows, LayerJet, by_hand_pays, make_features, scaled_polynomials
+from .layer_jet import JetRows, LayerJet, by_hand_pays, make_features
 from .norms import through_norm
 from .stages import Stage
-
-
-def block_size(x: Tensor, stages: list[Stage], count: int) -> int | None:
-    """The number of rows of x (N, I) to take at a time, each with `count` rows of a jet; None for all."""
-    if x.device.type != "cpu" or x.dim() != 2 or not by_hand_pays(len(x), x):
-        return None
-    layers = [stage for stage in stages if stage.is_layer]
-    if not any(_is_contracted(len(x) * count, stage.shape, u, True) for stage in layers for u in stage.updates):
-        return None  # `LayerJet` takes blocks itself
-    widest = max(stage.shape[1] * stage.shape[2] for stage in layers)
-    size = max(128, PLAIN_JET_BLOCK // (widest * count))
-    return None if size >= len(x) else -(-len(x) // -(-len(x) // size))  # blocks of about equal size
 
 
 def evaluate_layer(stage: Stage, jet: Jet, order: int, weights: Tensor | None) -> Jet:
@@ -50,36 +36,16 @@ def evaluate_layer(stage: Stage, jet: Jet, order: int, weights: Tensor | None) -
         assert stage.dense is not None
         weight, bias = stage.dense
         return [F.linear(z, weight, bias), *(part.expand(len(part), *z.shape) @ weight.mT for part in jet[1:])]
-    grid, shape, dense = stage.module.grid, stage.shape, stage.dense
+    grid, dense, dtype = stage.module.grid, stage.dense, stage.module.grid_bounds.dtype
     weight = None if dense is None else torch.cat([dense[0].mT, dense[1].unsqueeze(1)], dim=1).mT
-    rows = len(z) * sum(_counts(jet, order, weights))
-    by_hand = _goes_by_hand(grid, rows, weights, *jet, *(dense or ()))
-    factored = []
-    for update in stage.updates:
-        if update.tensor.core.dtype != stage.module.grid_bounds.dtype:  # a base in half precision
-            dtype = stage.module.grid_bounds.dtype
-            update = update._replace(tensor=Tucker(*(part.to(dtype) for part in update.tensor)))
-        if _is_contracted(rows, shape, update, by_hand):
-            factored.append(update)
-        else:
-            delta = update.dense()
-            delta = nn.functional.pad(delta, (0, shape[-1] - delta.shape[-1]))  # for the residual branch
-            weight = delta if weight is None else weight + delta
-
-    by_hand = by_hand and not factored and not (stage.updates and needs_plain_operations(z, weight))
-    return _through(grid, weight, factored, by_hand, jet, order, weights)
-
-
-def _counts(jet: Jet, order: int, weights: Tensor | None) -> list[int]:
-    return row_counts(order, len(jet[1]) if order else 0, weights)
-
-
-def _goes_by_hand(basis: Basis, rows: int, weights: Tensor | None, z: Tensor, *others: Tensor | None) -> bool:
-    """True if `LayerJet` is faster, and right: the weights and the tensors that functions depend on are constants."""
-    if not by_hand_pays(rows, z, *others, weights):
-        return False
-    constants = tensors_of(basis) if weights is None else [weights, *tensors_of(basis)]
-    return not any(tensor.requires_grad for tensor in constants)
+    updates = [Update(scale, Tucker(*(part.to(dtype) for part in tensor))) for scale, tensor in stage.updates]
+    if in_transform():  # a gradient of the size of the coefficients for each row (`torch.func.vmap`) is avoided
+        return _through(grid, weight, updates, jet, order, weights)
+    for update in updates:
+        delta = update.dense()
+        delta = F.pad(delta, (0, grid.num_basis + 1 - delta.shape[-1]))  # for the residual branch
+        weight = delta if weight is None else weight + delta
+    return _through(grid, weight, [], jet, order, weights)
 
 
 def _evaluate_branches(stage: Stage, jet: Jet, order: int, weights: Tensor | None) -> Jet:
@@ -87,9 +53,7 @@ def _evaluate_branches(stage: Stage, jet: Jet, order: int, weights: Tensor | Non
     found: list[Jet] = []
     for branch in stage.branches:
         inputs = jet if branch.norm is None else through_norm(branch.norm, jet, order, weights)
-        rows = len(jet[0]) * sum(_counts(jet, order, weights))
-        by_hand = _goes_by_hand(branch.basis, rows, weights, *inputs, branch.weight)
-        found.append(_through(branch.basis, branch.weight, [], by_hand, inputs, order, weights))
+        found.append(_through(branch.basis, branch.weight, [], inputs, order, weights))
     total: list[Any] = [sum(parts[1:], parts[0]) for parts in zip(*found, strict=True)]
     if stage.bias is not None:
         total[0] = total[0] + stage.bias
@@ -100,16 +64,17 @@ def _through(
     basis: Basis,
     weight: Tensor | None,
     factored: Sequence[Update],
-    by_hand: bool,
     jet: Jet,
     order: int,
     weights: Tensor | None,
 ) -> Jet:
     """`evaluate_layer` for a weight (O, I, K), and updates that are added in factored form."""
+    by_hand = by_hand_pays(len(jet[0]) * sum(row_counts(jet, order, weights)), *jet, weight, weights)
     z, *derivatives = [part.mT for part in jet]  # all operations run along the rows
     weight = None if weight is None else weight.transpose(1, 2).flatten(1)  # (O, (K + 1) I)
     plain = partial(_by_plain_operations, basis, factored, order, weights)
-    if by_hand:
+    # the weights of the directions, and the tensors that functions depend on, must be constants
+    if by_hand and not any(it is not None and it.requires_grad for it in (weights, *tensors_of(basis))):
         derivatives = [part.expand(len(part), *z.shape) for part in derivatives]
         y = LayerJet.apply(basis, order, weights, plain, weight, z, *derivatives)
     else:
@@ -119,7 +84,7 @@ def _through(
 
 def contract_updates(layer: Any, updates: list[Update], x: Tensor) -> Tensor:
     """The sum of the updates' outputs (..., O) for the inputs x of a KAN layer."""
-    features = torch.cat([layer.basis(x), nn.functional.silu(x).unsqueeze(-1)], dim=-1)
+    features = torch.cat([layer.basis(x), F.silu(x).unsqueeze(-1)], dim=-1)
     features = features.reshape(1, -1, *features.shape[-2:]).permute(0, 3, 2, 1)
     parts = [_contract(features, update)[0].T for update in updates]
     return sum(parts[1:], parts[0]).reshape(*x.shape[:-1], -1) if parts else x.new_zeros(())
@@ -130,11 +95,11 @@ def _by_plain_operations(
 ) -> Jet:
     """As `LayerJet` by operations that autograd differentiates; `weight` may be None, and updates are added."""
     rows = _jet_rows(grid, list(jet), order, weights)
-    stops = list(accumulate(_counts(list(jet), order, weights)))
+    stops = list(accumulate(row_counts(jet, order, weights)))
     groups = [slice(start, stop) for start, stop in pairwise(stops)]
     if torch.compiler.is_compiling() and weight is not None and not factored:
         # a product for each, so that the rows need not be written into one tensor, and what is not used is left out
-        if len(weight) <= MOST_OUTPUTS:  # a sum that the compiler forms together with the rows
+        if len(weight) <= 3:  # a sum that the compiler forms together with the rows
             each = weight.unflatten(1, rows[0].shape[:2]).unsqueeze(-1)
             y = [torch.stack([(one * row).sum((0, 1)) for one in each]) for row in rows]
         else:
@@ -184,28 +149,16 @@ def jet_rows(grid: Basis, jet: Jet, order: int, weights: Tensor | None) -> Tenso
     """
     z, *derivatives = jet
     jet = [z.T, *(part.expand(len(part), *z.shape).mT for part in derivatives)]
-    counts = _counts(jet, order, weights)
+    counts = row_counts(jet, order, weights)
     if not by_hand_pays(len(z) * sum(counts), z):
         return torch.stack(_jet_rows(grid, jet, order, weights)).permute(3, 0, 1, 2)
     features = make_features(grid, jet[0])
     rows = z.new_empty(len(z), sum(counts), *features.shape)
-    found = JetRows(*scaled_polynomials(features.scale, jet, order, weights), counts)
+    found = JetRows(features.scale, jet, order, weights, counts)
     for part, functions in features.parts(jet[0], found.orders(False), ()):
         for index, matrix in functions.matrices(found.rows(functions, part)):
             rows[part, index].flatten(1).copy_(matrix.T)
     return rows
-
-
-def _is_contracted(rows: int, shape: tuple[int, int, int], update: Update, by_hand: bool) -> bool:
-    """True if an update stays in factored form; `by_hand` is true if `LayerJet` can be taken."""
-    trained = torch.is_grad_enabled() and any(part.requires_grad for part in update.tensor)
-    if by_hand and not trained and shape[0] <= MOST_OUTPUTS_DENSE:
-        return False
-    # Forward and backward, a contraction costs three products for each one of the forward pass. A dense update is
-    # built, differentiated, and gets a gradient from each row.
-    (o, i, k), (ro, ri, rb) = shape, update.tensor.ranks
-    thin = i * k * rb + i * rb * ri + ri * rb * ro + ro * o
-    return 3 * rows * thin < 3 * o * i * k * ro + rows * o * i * k
 
 
 def _contract(rows: Tensor, update: Update) -> Tensor:

@@ -54,7 +54,7 @@ def through_norm(norm: Norm, jet: Jet, order: int, weights: Tensor | None) -> Je
 def _normalize(eps: float, jet: Jet, order: int, weights: Tensor | None) -> Jet:
     """The jet of layer normalization without scale and shift, for z (I, N) and its derivatives (D or 1, I, N)."""
     z, *derivatives = jet
-    sizes = row_counts(order, len(derivatives[0]) if order else 0, weights)
+    sizes = row_counts(jet, order, weights)
     zeros = [z.new_zeros(1, 1, 1)] * (order - len(derivatives))
     given = zip(sizes[1:], [*derivatives, *zeros], strict=True)
     parts = torch.cat([z.unsqueeze(0), *(part.expand(size, *z.shape) for size, part in given)])

@@ -71,15 +71,6 @@ class Stage(NamedTuple):
             return norm_size(self.module)
         return getattr(self.module, "in_features", None)  # an activation has none
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(O, I, K + 1), with the residual branch as the last slice."""
-        if self.branches:
-            outputs, inputs, _ = self.branches[0].weight.shape
-            return outputs, inputs, sum(branch.weight.shape[2] for branch in self.branches)
-        basis = 1 if self.is_linear else self.module.grid.num_basis + 1
-        return self.module.out_features, self.module.in_features, basis
-
 
 class Entry(NamedTuple):
     """How `jet` treats the modules of a class.
@@ -90,14 +81,11 @@ class Entry(NamedTuple):
         inner: For wrappers: the module that computes the wrapper's outputs, or None.
         jet: `jet(module, x, directions, order, weights)` returns the jet of a module that is no chain of stages. With
             weights (D,), the derivative of the highest order is (..., O).
-        check: Raises a `TypeError` if a row of a module's outputs depends on several rows of its inputs. It is called
-            once for each module without stages.
     """
 
     stages: Callable[[Any], list[Stage] | None] | None = None
     inner: Callable[[Any], nn.Module | None] | None = None
     jet: Callable[[Any, Tensor, Tensor, int, Tensor | None], Any] | None = None
-    check: Callable[[nn.Module], None] | None = None
 
 
 # `functools.singledispatch` would do this, but `torch.compile` cannot trace it for abstract classes (PEFT's tuners).
@@ -186,7 +174,7 @@ def _slim_layer(layer: SlimKANLinear) -> list[Stage] | None:
 
 
 def _linear(module: nn.Linear) -> list[Stage] | None:
-    if type(module) is not nn.Linear or "weight" not in module._parameters or module.weight is None:
+    if type(module) is not nn.Linear or "weight" not in module._parameters:
         return None  # a subclass, or one whose weight something else computes (a Slim layer, a parametrization)
     return [Stage(module, (module.weight, module.bias))]
 

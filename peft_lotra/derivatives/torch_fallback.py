@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -17,7 +16,7 @@ from torch.func import vjp
 from torch.overrides import TorchFunctionMode
 
 from ..kan.basis import in_transform, logistic_derivatives, silu_derivatives, times_argument
-from ..modules.calls import attributes_kept, call_with_parameters
+from ..modules.calls import attributes_kept
 from .chain_rule import Jet
 
 
@@ -39,63 +38,18 @@ def jet_by_transforms(
     if torch.compiler.is_compiling():
         with torch.enable_grad():
             found = _differentiate(model, x, directions, order, weights)
-        return found if wanted else [part.detach() for part in found]
-    # compiled code, such as flashkan's basis, has no second derivatives, and is run as it was written
-    eager = torch.compiler.set_stance("force_eager")
-    with torch.inference_mode(False), torch.enable_grad(), attributes_kept(model), eager:
-        x, directions = _recordable(x), _recordable(directions)
-        weights = None if weights is None else _recordable(weights)
-        if isinstance(model, nn.Module):
-            model = _with_recordable_tensors(model, as_constants=not wanted)
-        found = _differentiate(model, x, directions, order, weights)
-        return found if wanted else [part.detach() for part in found]
+    else:
+        # compiled code, such as flashkan's basis, has no second derivatives, and is run as it was written
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.inference_mode(False), torch.enable_grad(), attributes_kept(model), eager:
+            weights = None if weights is None else _recordable(weights)
+            found = _differentiate(model, _recordable(x), _recordable(directions), order, weights)
+    return found if wanted else [part.detach() for part in found]
 
 
 def _recordable(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of one that was made in inference mode, which no graph can hold."""
     return tensor.clone() if not in_transform() and tensor.is_inference() else tensor
-
-
-def _with_recordable_tensors(model: nn.Module, as_constants: bool) -> Callable[[Tensor], Any]:
-    """The model with copies of what was made in inference mode, or with all its parameters as constants."""
-    exchanged = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        other = _recordable(tensor.detach() if as_constants and tensor.requires_grad else tensor)
-        if other is not tensor:
-            exchanged[name] = other
-    return (lambda x: call_with_parameters(model, exchanged, model, (x,), {})) if exchanged else model
-
-
-class _Rows:
-    """A function whose outputs, (...), (..., O) or (..., *S) for inputs (..., I), are (..., O) here.
-
-    Attributes:
-        shape: the shape of an output row.
-    """
-
-    def __init__(self, function: Callable[[Tensor], Any]) -> None:
-        self.function = function
-        self.shape: torch.Size | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        with ExactNorms():
-            output = self.function(x)
-        output = getattr(output, "logits", output)
-        if isinstance(output, tuple):  # a layer of pykan
-            output = output[0]
-        lead = x.shape[:-1]
-        if not isinstance(output, Tensor) or output.shape[: len(lead)] != lead:
-            given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(
-                f"The model returns {given} for `x` of shape {tuple(x.shape)}, but must return (..., O) for (..., I): "
-                "a row of outputs for each row of inputs."
-            )
-        self.shape = output.shape[len(lead) :]
-        return output.reshape(*lead, self.shape.numel())
-
-    def restore(self, part: Tensor) -> Tensor:
-        """A part (..., O) of a jet in the shape of the function's outputs."""
-        return part if self.shape is None or len(self.shape) == 1 else part.reshape(*part.shape[:-1], *self.shape)
 
 
 def pull_back(function: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
@@ -128,7 +82,26 @@ def pull_back(function: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Callab
 def _differentiate(
     model: Callable[[Tensor], Any], x: Tensor, directions: Tensor, order: int, weights: Tensor | None
 ) -> Jet:
-    rows = _Rows(model)
+    shape = torch.Size()  # of an output row
+
+    def rows(point: Tensor) -> Tensor:
+        """The outputs, (...), (..., O) or (..., *S) for inputs (..., I), as (..., O)."""
+        nonlocal shape
+        with ExactNorms():
+            output = model(point)
+        output = getattr(output, "logits", output)
+        if isinstance(output, tuple):  # a layer of pykan
+            output = output[0]
+        lead = point.shape[:-1]
+        if not isinstance(output, Tensor) or output.shape[: len(lead)] != lead:
+            given = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"The model returns {given} for `x` of shape {tuple(point.shape)}, but must return (..., O) for "
+                "(..., I): a row of outputs for each row of inputs."
+            )
+        shape = output.shape[len(lead) :]
+        return output.reshape(*lead, shape.numel())
+
     jets = []
     # one gradient serves all directions, but those of slopes do not: up to order 2 that pays
     for group in [directions] if order <= 2 else directions.split(1):
@@ -140,7 +113,7 @@ def _differentiate(
     found = [value, *(torch.cat(parts) for parts in derivatives)]
     if weights is not None:
         found[-1] = torch.tensordot(weights, found[-1], 1)
-    return [rows.restore(part) for part in found]
+    return [part.reshape(*part.shape[:-1], *shape) for part in found]
 
 
 def _slopes(
@@ -207,33 +180,24 @@ def activation_derivatives(module: nn.Module, z: Tensor, highest: int) -> Sequen
 
 def elementwise_derivatives(function: Callable[[Tensor], Tensor], z: Tensor, highest: int) -> list[Tensor]:
     """A function that maps each number by itself, and its derivatives up to an order."""
-
-    def with_slope(inner: Callable[[Tensor], tuple[Tensor, ...]]) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        def evaluate(point: Tensor) -> tuple[Tensor, ...]:
-            found, pull = pull_back(inner, point)
-            return pull(torch.ones_like(found[0])), *found
-
-        return evaluate
-
-    wanted, compiled = torch.is_grad_enabled(), torch.compiler.is_compiling()
-    nested: Callable[[Tensor], tuple[Tensor, ...]] = lambda point: (function(point),)  # noqa: E731
-    for _ in range(highest):
-        nested = with_slope(nested)
-    with nullcontext() if compiled else torch.inference_mode(False), torch.enable_grad():
-        found = nested(z if compiled else _recordable(z))[::-1]
-    return list(found) if wanted else [part.detach() for part in found]
+    if not highest:
+        return [function(z)]
+    of_rows = lambda point: function(point.squeeze(-1))  # noqa: E731
+    value, *others = jet_by_transforms(of_rows, z.unsqueeze(-1), z.new_ones(1, 1), highest, None)
+    return [value, *(part.squeeze(0) for part in others)]
 
 
 class ExactNorms(TorchFunctionMode):
     """
-    Evaluates layer and instance normalization by operations whose derivatives of any order are right.
+    Evaluates layer normalization by operations whose derivatives of any order are right.
 
-    In torch 2.13, the fused ones are wrong in second derivatives by forward mode in forward mode, and by any mode in
+    In torch 2.13, the fused one is wrong in second derivatives by forward mode in forward mode, and by any mode in
     third derivatives, which are the gradients of a second-order residual.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return _DECOMPOSED.get(func, func)(*args, **(kwargs or {}))
+        exact = _layer_norm if func in (F.layer_norm, torch.layer_norm) else func
+        return exact(*args, **(kwargs or {}))
 
 
 def _layer_norm(
@@ -244,32 +208,8 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    y = _normalize(input, tuple(range(-len(normalized_shape), 0)), eps)
+    axes = tuple(range(-len(normalized_shape), 0))
+    centered = input - input.mean(axes, keepdim=True)
+    y = centered * torch.rsqrt(centered.square().mean(axes, keepdim=True) + eps)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
-
-
-def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if not use_input_stats or running_mean is not None:
-        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    y = _normalize(input, tuple(range(2, input.dim())), eps)
-    affine = (-1, *[1] * (input.dim() - 2))
-    y = y if weight is None else y * weight.view(affine)
-    return y if bias is None else y + bias.view(affine)
-
-
-def _normalize(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
-    centered = x - x.mean(axes, keepdim=True)
-    return centered * torch.rsqrt(centered.square().mean(axes, keepdim=True) + eps)
-
-
-_DECOMPOSED = {F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm, F.instance_norm: _instance_norm}

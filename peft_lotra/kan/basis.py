@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ..modules.checks import check_count
 
@@ -129,19 +131,12 @@ def bspline_basis(
     dtype = torch.promote_types(x.dtype, torch.float32)
     low, high = (torch.as_tensor(end, dtype=dtype, device=x.device) for end in (low, high))
     per_unit = grid_size / (high - low)
-    values = spline_values((x.to(dtype) - low) * per_unit, grid_size + spline_order, spline_order, derivative)
+    centers = torch.arange(grid_size + spline_order, dtype=dtype, device=x.device) - (spline_order - 1) / 2
+    offset = ((x.to(dtype) - low) * per_unit).unsqueeze(-1) - centers
+    values = cardinal_spline(offset, spline_order, derivative)
     if derivative:
         values = values * per_unit.unsqueeze(-1) ** derivative
     return values.to(x.dtype)
-
-
-def spline_values(position: torch.Tensor, num_basis: int, spline_order: int, derivative: int = 0) -> torch.Tensor:
-    """As `bspline_basis`, of positions in grid intervals from the lower end; autograd keeps only the positions."""
-    # A compiler chooses itself which values to keep. Nested `torch.func.jvp` gets the second derivatives of a custom
-    # function wrong. A traced custom function could not be saved.
-    if torch.compiler.is_compiling() or in_transform() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-        return _SplineValues.forward(position, num_basis, spline_order, derivative)
-    return _SplineValues.apply(position, num_basis, spline_order, derivative)
 
 
 def in_transform() -> bool:
@@ -160,13 +155,14 @@ def cardinal_spline(offset: torch.Tensor, spline_order: int, derivative: int = 0
     total = torch.zeros_like(offset)
     if power < 0:
         return total
-    distance = (spline_order + 1) / 2 - offset.abs()
+    side = torch.where(offset < 0, -1.0, 1.0)  # by `abs` and `sign`, autograd would be wrong at the center
+    distance = (spline_order + 1) / 2 - offset * side
     for factor in spline_factors(spline_order):
         distance = distance.relu()
         term = distance.pow(power) if power else (distance > 0).to(distance.dtype)
         total = total.add(term, alpha=factor / math.factorial(power))
         distance = distance - 1
-    return -total * offset.sign() if derivative % 2 else total
+    return -total * (side if power else offset.sign()) if derivative % 2 else total
 
 
 def spline_factors(spline_order: int) -> list[int]:
@@ -174,12 +170,26 @@ def spline_factors(spline_order: int) -> list[int]:
     return [(-1) ** m * math.comb(spline_order + 1, m) for m in range(spline_order // 2 + 1)]
 
 
+@lru_cache(maxsize=64)
+def spline_pieces(order: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The B-splines in a grid interval as polynomials in the distance from the start of the interval, and their
+    first five derivatives: (6, p + 1, p + 1), powers ascending, the spline that begins first in row 0."""
+    with torch.inference_mode(False):
+        start = (order - 1) / 2 - torch.arange(order + 1, dtype=torch.float64, device="cpu")
+        points = [start] * order + [start + 0.5]  # the last derivative jumps at the start
+        derivatives = [
+            torch.stack([cardinal_spline(x, order, q) / math.factorial(q) for q, x in enumerate(points)], -1)
+        ]
+        for _ in range(5):
+            lower = derivatives[-1] * torch.arange(order + 1, dtype=torch.float64, device="cpu")
+            derivatives.append(F.pad(lower[:, 1:], (0, 1)))
+        return torch.stack(derivatives).to(device, dtype)
+
+
 def integer_power(x: torch.Tensor, n: int, out: torch.Tensor) -> torch.Tensor:
     """x^n for x >= 0, where 0^0 is 0, written into `out`, which may be `x`."""
     if n == 0:
         return torch.sign(x, out=out)
-    if n == 1:
-        return x if out is x else out.copy_(x)
     if n <= 3:  # the exponents that torch.pow is fast for
         return torch.pow(x, n, out=out)
     if n == 4:
@@ -243,30 +253,5 @@ def moments(grid_range: tuple[float, float], grid_size: int, spline_order: int) 
     probability = torch.softmax(-(z**2) / 2, dim=0)
     x = (low + high) / 2 + variance**0.5 * z
     basis = bspline_basis(x, low, high, grid_size, spline_order)
-    functions = torch.cat([basis, torch.nn.functional.silu(x).unsqueeze(-1)], dim=-1)
+    functions = torch.cat([basis, F.silu(x).unsqueeze(-1)], dim=-1)
     return variance, (functions.T * probability) @ functions
-
-
-class _SplineValues(torch.autograd.Function):
-    @staticmethod
-    def forward(position: torch.Tensor, num_basis: int, spline_order: int, derivative: int) -> torch.Tensor:
-        centers = torch.arange(num_basis, dtype=position.dtype, device=position.device) - (spline_order - 1) / 2
-        return cardinal_spline(position.unsqueeze(-1) - centers, spline_order, derivative)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        position, ctx.num_basis, ctx.spline_order, ctx.derivative = inputs
-        ctx.save_for_backward(position)
-        ctx.save_for_forward(position)
-
-    @staticmethod
-    def _slopes(ctx) -> torch.Tensor:
-        return spline_values(ctx.saved_tensors[0], ctx.num_basis, ctx.spline_order, ctx.derivative + 1)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return (gradient * _SplineValues._slopes(ctx)).sum(-1), None, None, None
-
-    @staticmethod
-    def jvp(ctx, tangent: torch.Tensor, *_) -> torch.Tensor:
-        return tangent.unsqueeze(-1) * _SplineValues._slopes(ctx)

@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .basis import bspline_basis
+from .basis import spline_pieces
 from .input_map import InputMap
 
 
@@ -70,7 +68,7 @@ class KnotMap(InputMap):
         # The slope is a spline of degree 3, constant at the ends, where the tangent goes on.
         first, last = (steps[:, end, None].expand(-1, _DEGREE - 1) for end in (0, -1))
         steps = torch.cat([torch.zeros_like(first[:, :1]), first, steps, last], 1)
-        pieces = _pieces(steps.cumsum(1))
+        pieces = steps.cumsum(1).unfold(1, _DEGREE + 1, 1) @ spline_pieces(_DEGREE, steps.dtype, steps.device)[0]
         start, end = pieces[:, 0, 0], pieces[:, -1].sum(-1)
         pieces *= ((high - low).double() / (end - start))[:, None, None]
         pieces[..., 0] += low.double()[:, None] - pieces[:, :1, 0]
@@ -105,15 +103,3 @@ class KnotMap(InputMap):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, cells={self.pieces.shape[1] // _DEGREE}"
-
-
-def _pieces(coefficients: Tensor) -> Tensor:
-    """The polynomials (I, C, 5) of splines of degree 4 with these coefficients (I, C + 4), on C cells of size 1."""
-    cells = coefficients.shape[1] - _DEGREE
-    start = torch.arange(cells, dtype=torch.float64, device=coefficients.device)
-    taylor = []
-    for power in range(_DEGREE + 1):
-        at = start + 0.5 * (power == _DEGREE)  # the last derivative jumps at the start
-        basis = bspline_basis(at.unsqueeze(-1), 0.0, float(cells), cells, _DEGREE, power).squeeze(1)
-        taylor.append(coefficients @ basis.T / math.factorial(power))
-    return torch.stack(taylor, -1)

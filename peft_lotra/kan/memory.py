@@ -21,17 +21,10 @@ EVALUATED = 2**18
 MULTIPLIED = 2**21
 # Fewest rows that enter a matrix product, and the fewest of a wide layer, whose matrix is larger. `layers`
 MIN_ROWS = (256, 512)
-# Of a block's features in a jet, evaluated by hand. `examples/studies/pde/jet_speed.py`
-JET_BLOCK = 2**19
-# Of all functions of a part of a block, in the product of its jet rows. `examples/studies/pde/jet_speed.py`
-JET_PART = 2**19
-# Of the largest tensor of a block in a jet by plain operations. `examples/studies/pde/jet_speed.py`
-PLAIN_JET_BLOCK = 2**18
+# Of all functions of a block in a jet, evaluated by hand. `examples/studies/pde/jet_speed.py`
+JET_BLOCK = 2**20
 # All of these on other devices than the CPU: only bound the memory. `examples/studies/benchmarks/run.py --device cuda`
 OFF_CPU = 2**26
-# Not a size: up to so many outputs, the product of a jet by hand costs less than plain operations on an update in
-# factored form, where no factor gets a gradient. `examples/studies/pde/jet_speed.py`
-MOST_OUTPUTS_DENSE = 1024
 # Most that a thread keeps of each working memory. `examples/studies/benchmarks/run.py --only layers memory`
 KEPT = 2**22
 

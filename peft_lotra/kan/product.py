@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .basis import bspline_basis, in_transform, integer_power, is_batched, spline_factors, spline_values
+from .basis import bspline_basis, in_transform, integer_power, is_batched, spline_factors
 from .memory import EVALUATED, MIN_ROWS, MULTIPLIED, OFF_CPU, blocks, workspace
 from .sparse_product import Gradients, Pair, Points, is_sparse, sparse_gradients, sparse_product
 
@@ -46,11 +46,15 @@ def spline_product(
     left, right = update or (None, None)
     ends_vary = any(isinstance(end, Tensor) and end.requires_grad for end in (low, high))
     if ends_vary or needs_plain_operations(x, low, high, weight, left, right):
-        basis = bspline_basis(x, low, high, grid_size, spline_order).flatten(1)
-        y = F.linear(basis, weight.flatten(1))
-        return y if update is None else y + F.linear(F.linear(basis, update[1].flatten(1)), update[0])
+        return _plain_product((low, high, grid_size, spline_order), x, weight, left, right)
     low, high = (torch.as_tensor(end, dtype=x.dtype, device=x.device) for end in (low, high))
-    return _SplineProduct.apply(x, low, grid_size / (high - low), spline_order, weight, left, right)
+    return _SplineProduct.apply(x, low, high, grid_size, spline_order, weight, left, right)
+
+
+def _plain_product(grid: Any, x: Tensor, weight: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    basis = bspline_basis(x, *grid).flatten(1)
+    y = F.linear(basis, weight.flatten(1))
+    return y if left is None or right is None else y + F.linear(F.linear(basis, right.flatten(1)), left)
 
 
 def needs_plain_operations(x: Tensor, *others: Tensor | float | None) -> bool:
@@ -76,10 +80,10 @@ def needs_plain_operations(x: Tensor, *others: Tensor | float | None) -> bool:
 
 class _SplineProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, low, scale, spline_order, weight, left, right):
-        points = Points(x, low, scale, weight.shape[-1], spline_order)
-        ctx.save_for_backward(x, low, scale, weight, left, right)
-        ctx.spline_order = spline_order
+    def forward(ctx, x, low, high, grid_size, spline_order, weight, left, right):
+        ctx.grid = grid_size, spline_order
+        ctx.save_for_backward(x, low, high, weight, left, right)
+        points = Points(x, low, grid_size / (high - low), weight.shape[-1], spline_order)
         update = None if left is None else (left, right)
         return (
             sparse_product(points, weight, update) if is_sparse(points) else _Dense(points, weight, update).product()
@@ -87,30 +91,41 @@ class _SplineProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride] (torch declares *grad_outputs)
-        x, low, scale, weight, left, right = ctx.saved_tensors
-        points = Points(x, low, scale, weight.shape[-1], ctx.spline_order)
-        update, needed = None if left is None else (left, right), (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
-        if torch.is_grad_enabled() or is_batched(gradient):  # by `create_graph`, or by `is_grads_batched`
-            results = _differentiable_gradients(points, weight, update, gradient, needed)
+        x, low, high, weight, left, right = ctx.saved_tensors
+        points = Points(x, low, ctx.grid[0] / (high - low), weight.shape[-1], ctx.grid[1])
+        update, needed = None if left is None else (left, right), (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
+        if is_plain_backward(gradient):
+            plain = lambda *inputs: [_plain_product((low, high, *ctx.grid), *inputs)]  # noqa: E731
+            results = plain_gradients(plain, (x, weight, left, right), needed, [gradient])
         elif is_sparse(points):
             results = sparse_gradients(points, weight, update, gradient, needed)
         else:
             results = _Dense(points, weight, update).gradients(weight.shape, gradient, needed)
-        return results[0], None, None, None, *results[1:]
+        return results[0], *[None] * 4, *results[1:]
 
 
-def _differentiable_gradients(
-    points: Points, weight: Tensor, update: Pair | None, gradient: Tensor, needed: Sequence[bool]
-) -> Gradients:
-    """As `_Dense.gradients`, in operations that can be differentiated again."""
+def is_plain_backward(*grads: Tensor | None) -> bool:
+    """True for a backward pass that is differentiated again, or is one of `is_grads_batched`."""
+    return torch.is_grad_enabled() or any(grad is not None and is_batched(grad) for grad in grads)
+
+
+def plain_gradients(
+    function: Callable[..., Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients in the inputs, as differentiable functions of these and of the gradients in the outputs."""
+    differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
-        basis = spline_values(points.position, points.num_basis, points.spline_order).flatten(1)
-        y = basis @ weight.flatten(1).t()
-        y = y if update is None else y + basis @ update[1].flatten(1).t() @ update[0].t()
-    tensors = (points.x, weight, *(update or (None, None)))
-    inputs: list[Any] = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=torch.is_grad_enabled()))
-    return tuple(next(found) if need else None for need in needed)
+        inputs = [None if part is None else part.view_as(part) for part in inputs]  # one may depend on another
+        pairs = [(y, grad) for y, grad in zip(function(*inputs), grads, strict=True) if grad is not None]
+        wanted: Any = [part for part, asked in zip(inputs, needed, strict=True) if asked]
+        if not pairs:
+            return [None] * len(inputs)
+        outputs, given = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=differentiable, allow_unused=True))
+    return [next(found) if asked else None for asked in needed]
 
 
 @lru_cache(maxsize=64)

@@ -28,16 +28,14 @@ _POINTS = 8  # for each interval of the finer grid, on which functions are fitte
 
 @dataclass(frozen=True)
 class RefinementReport:
-    """Errors of a refinement, and activations outside of the former grids.
+    """Errors of a refinement.
 
     Attributes:
         errors: For each KAN layer the largest change of one of its edges' functions on its new grid, as a share of
             the layer's largest value there.
-        outside: For each KAN layer the share of samples that lay outside of the old grid; zeros without samples.
     """
 
     errors: dict[str, float]
-    outside: dict[str, float]
 
 
 @torch.inference_mode(False)  # parameters made in that mode could not be trained
@@ -125,13 +123,11 @@ def refine_grid(
         new_map = KnotMap(low, high, density.to(low))
 
     layers: list[nn.Module] = [] if new_map is None else [new_map]
-    errors, outside, carried = {}, {}, []
+    errors, carried = {}, []
     for name, layer in kan.layers.named_children():
         part: Any = layer
         layer = _without_adapters(part)
         if isinstance(layer, SplineLayer):
-            low, high = layer.grid_bounds.unbind(-1)
-            outside[name] = 0.0 if samples is None else ((samples < low) | (samples > high)).double().mean().item()
             bounds, size = layer.grid_bounds, grid_size
             if samples is not None:
                 bounds, size = _extended(layer, samples, grid_size)
@@ -152,7 +148,7 @@ def refine_grid(
     for part, new, transfer in carried:
         part.carry_to(new, transfer)
     kan.layers = nn.ModuleList(layers)
-    return RefinementReport(errors, outside)
+    return RefinementReport(errors)
 
 
 def _check_layers(kan: LayerStack, grid_size: int) -> list[SplineLayer]:

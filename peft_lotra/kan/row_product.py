@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..tucker import Update
-from .basis import UniformGrid, bspline_basis, is_batched
+from .basis import UniformGrid, bspline_basis
 from .memory import blocks, workspace
-from .product import Evaluator, block_sizes, needs_plain_operations
+from .product import Evaluator, block_sizes, is_plain_backward, needs_plain_operations, plain_gradients
 from .sparse_product import Points
 
 
@@ -317,17 +317,13 @@ class _GroupProduct(torch.autograd.Function):
         matrix, scale, *inputs = ctx.saved_tensors
         x, residual, *factors = inputs
         grid, groups, needed = ctx.grid, ctx.groups, ctx.needs_input_grad[4:]
-        if torch.is_grad_enabled() or is_batched(gradient):  # by `create_graph`, or by `is_grads_batched`
-            with torch.enable_grad():
-                # views, since the residual branch depends on x, too
-                inputs: Any = [None if it is None else it.view_as(it) for it in inputs]
-                x, residual, *factors = inputs
-                functions = _plain_functions(x, grid, residual).flatten(1)
+        if is_plain_backward(gradient):
+
+            def plain(x: Tensor, residual: Tensor | None, *factors: Tensor) -> list[Tensor]:
                 weights = _weights(matrix, scale, *(factor[groups.index] for factor in factors))
-                y = _of_groups(functions, weights)
-            wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-            found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=torch.is_grad_enabled()))
-            return (None, None, None, None, *(next(found) if need else None for need in needed))
+                return [_of_groups(_plain_functions(x, grid, residual).flatten(1), weights)]
+
+            return *[None] * 4, *plain_gradients(plain, inputs, needed, [gradient])
         step = _rows_of_block(x, grid, groups.size)
         functions, grads = _Functions(x, grid, residual, step), [torch.zeros_like(tensor) for tensor in factors]
         with_inputs, grad_x = needed[0] or needed[1], torch.empty_like(x)

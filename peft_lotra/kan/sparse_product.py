@@ -29,11 +29,6 @@ class Points(NamedTuple):
     num_basis: int
     spline_order: int
 
-    @property
-    def position(self) -> Tensor:
-        """The points in grid intervals from `low`, (N, I)."""
-        return (self.x - self.low) * self.scale
-
 
 # Gathering coefficients costs less than the product with all of them from so many basis functions for each one that is
 # not zero at a point, and from so many points. Orders 1, 3 and 5 break even at 20 to 60 intervals, the fewer the wider

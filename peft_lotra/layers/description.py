@@ -63,7 +63,8 @@ class KANLayerSpec:
             fast path then evaluates the splines in closed form.
         derivatives (`Callable`, *optional*): `derivatives(layer, x, highest)` returns a list: the basis functions of x
             (batch, in) and their derivatives up to the order `highest`, at most 5, each (batch, in, basis). It opens
-            the closed form of `jet`; the derivatives are compared with those that autograd gives of the layer.
+            the closed form of `jet`; the derivatives are compared with those that autograd gives of the layer. Those
+            above the second may be missing: transforms of `torch.func` give them, more slowly.
         normalization (`str`, *optional*): The module that normalizes the inputs of the basis functions, and not those
             of the residual branch, if `derivatives` is given. It may be absent or `None`.
         activation (`Callable`, *optional*): `activation(layer, x)` returns the factors (batch, in) of `residual`.

@@ -13,7 +13,6 @@ from torch import nn
 
 from ..derivatives.stages import Entry, Stage, register, stages_of
 from ..layers.derivatives import find_stages, layer_stage
-from ..layers.registry import find_kan_layers
 from .layer import LoTRALayer
 
 
@@ -52,16 +51,7 @@ def _saved_module(wrapper: ModulesToSaveWrapper) -> nn.Module:
     return wrapper.modules_to_save[active[0]] if active else wrapper.original_module
 
 
-def check_convolutions(model: nn.Module) -> None:
-    """Raises a `TypeError` if the model has a convolutional KAN layer."""
-    if convolutions := [layer.name for layer in find_kan_layers(model) if len(layer.shape) > 3]:
-        raise TypeError(
-            f"`{convolutions[0]}` of the model is a convolution, whose outputs depend on several rows of `x`, and a "
-            "jet takes each row by itself. Differentiate the model by torch.func."
-        )
-
-
-register(nn.Module, Entry(find_stages, check=check_convolutions))
+register(nn.Module, Entry(find_stages))
 register(LoTRALayer, Entry(_lotra_layer))
 register(ParamWrapper, Entry(_lora_on_parameter))
 register(PeftModel, Entry(inner=lambda model: model.get_base_model()))

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from jet_helpers import assert_same
 from torch import Tensor
 
 from peft_lotra.derivatives import bases as functions
@@ -50,7 +51,7 @@ def test_each_derivative_is_that_of_the_one_before(name):
             torch.testing.assert_close(higher[..., k], slope, rtol=1e-9, atol=1e-9)
 
 
-def test_values():
+def test_values_of_splines():
     z, order, size = points(), 3, 6
     step = 2 / size
     knots = -1 + step * torch.arange(-order, size + order + 1, dtype=torch.float64).repeat(3, 1)
@@ -61,10 +62,15 @@ def test_values():
     assert not functions.spline_derivatives(clamped, 3, end, 0)[0].any()
     last = functions.spline_derivatives(clamped, 3, end, 0, torch.full((3,), 4))[0]  # the right end belongs to it
     assert torch.equal(last, torch.eye(5, dtype=torch.float64)[4].expand(1, 3, 5))
-    torch.testing.assert_close(
-        functions.chebyshev_derivatives(6, z, 0)[0], torch.cos(torch.arange(7) * torch.tanh(z).acos().unsqueeze(-1))
-    )
-    torch.testing.assert_close(functions.harmonic_derivatives(2, z, 0)[0][..., 3], torch.sin(2 * z))
+
+
+@pytest.mark.parametrize("given", [3, 4])
+def test_derivatives_that_are_not_given_are_found(given):
+    """As by users, who give what a residual of second order takes."""
+    every = CASES["quintic splines"]
+    few, z = functions.FunctionBasis(8, lambda z, highest: every(z, highest)[:given]), points().T
+    for highest in (1, 5):
+        assert_same(few.evaluate(z, highest), few._replace(derivatives=every).evaluate(z, highest))
 
 
 def test_gaussians_far_away():

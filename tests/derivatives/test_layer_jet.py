@@ -1,18 +1,20 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Jets of many points, whose layers are one operation with a backward pass of its own."""
+"""Jets of single layers, which for many points are one operation with a backward pass of its own."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from jet_helpers import assert_same, nested, network, points
-from stand_ins import FAMILIES
-from torch import Tensor, nn
+from jet_helpers import assert_same, network, points
+from torch import Tensor
 
-from peft_lotra.derivatives import layer_jet, splines
+from peft_lotra.derivatives import bases
+from peft_lotra.derivatives.layers import contract_updates, evaluate_layer, jet_rows
+from peft_lotra.derivatives.stages import stages_of
 from peft_lotra.kan import KAN, KANLinear, jet
+from peft_lotra.tucker import Tucker, Update
 
 
 def same_gradients(found, expected) -> None:
@@ -20,56 +22,17 @@ def same_gradients(found, expected) -> None:
         assert (a - e).abs().max() <= 1e-9 * e.abs().max()
 
 
-@pytest.mark.parametrize("weights", [None, [1.0, -2.0]])
-@pytest.mark.parametrize("outputs", [1, layer_jet.MOST_OUTPUTS + 1])
-@pytest.mark.parametrize("order", range(2, 6))
-def test_values_and_gradients(order, outputs, weights):
-    """On grids of their own, inside and outside; gradients once and, of order 4 and 5, twice."""
-    model, x = network(3, 7, outputs, spline_order=order), points(100)
-    model.layers[1].grid_bounds.copy_(torch.tensor([-0.7, 0.9]).expand(7, 2))
-    directions, parameters = torch.randn(2, 3, dtype=torch.float64), list(model.parameters())
-    u, du, d2u = nested(model, x, directions)
-    expected = u, du, d2u if weights is None else d2u[0] - 2 * d2u[1]
-    found = jet(model, x, directions, collapse=weights or False)
-    assert_same(found, expected)
-    gradients = [[], []]
-    for parts, into in zip((found, expected), gradients, strict=True):
-        for part in parts:
-            into += torch.autograd.grad(part.square().sum(), parameters, retain_graph=True, materialize_grads=True)
-        if order >= 4:
-            total = sum(part.pow(3).sum() for part in parts)
-            once = torch.autograd.grad(total, parameters, create_graph=True)
-            into += torch.autograd.grad(sum(g.square().sum() for g in once), parameters)
-    same_gradients(*gradients)
-
-
-@pytest.mark.parametrize("outputs", [1, 4])
-@pytest.mark.parametrize("name", ["fast-kan", "cheby-kan", "efficient-kan-old"])
-def test_functions_of_other_libraries(name, outputs):
-    model = nn.Sequential(FAMILIES[name](3, 7), FAMILIES[name](7, outputs)).double()
-    x, parameters = points(100), [p for p in model.parameters() if p.requires_grad]
-    gradients = []
-    for _, _, second in (jet(model, x), nested(model, x)):
-        gradients.append(torch.autograd.grad(second.square().sum(), parameters, allow_unused=True))
-    for a, e in zip(*gradients, strict=True):
-        assert (a is None) == (e is None)
-        if e is not None and name != "fast-kan":  # layer normalization: torch has wrong third derivatives
-            assert (a - e).abs().max() <= 1e-9 * e.abs().max()
-
-
-@pytest.mark.parametrize("outputs", [1, 5])
 @pytest.mark.parametrize("grid_size", [3, 20])
-def test_blocks_give_what_one_block_gives(monkeypatch, grid_size, outputs):
+def test_blocks_give_what_one_block_gives(monkeypatch, grid_size):
     """Functions that are kept for the backward pass, and those that are evaluated again."""
-    model, x = network(3, 7, 4, outputs, grid_size=grid_size), points(700).requires_grad_()
+    model, x = network(3, 7, 4, 2, grid_size=grid_size), points(700).requires_grad_()
 
     def results() -> list[Tensor]:
         parts = jet(model, x, torch.ones(2, 3, dtype=torch.float64).tril(), collapse=True)
         return [*parts, *torch.autograd.grad(sum(part.square().sum() for part in parts), [x, *model.parameters()])]
 
     found = results()
-    monkeypatch.setattr(splines, "JET_BLOCK", 0)
-    monkeypatch.setattr(splines, "JET_PART", 0)
+    monkeypatch.setattr(bases, "JET_BLOCK", 0)
     same_gradients(found, results())
 
 
@@ -81,10 +44,9 @@ def test_far_from_the_grid():
     assert parts[0][:, 2].isnan().all()
 
 
-@pytest.mark.parametrize("outputs", [1, 4])
-def test_autograd_frees_all_that_is_kept(outputs):
+def test_autograd_frees_all_that_is_kept():
     """A loss that is kept after its backward pass, as in a list of losses, keeps its graph, but no tensors in it."""
-    u, _, second = jet(KAN([2, 8, outputs]), torch.rand(200, 2), collapse=True)
+    u, _, second = jet(KAN([2, 8, 1]), torch.rand(200, 2), collapse=True)
     nodes, found = [(u + second).sum().grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -98,32 +60,64 @@ def test_autograd_frees_all_that_is_kept(outputs):
     assert any("LayerJet" in type(node).__name__ for node in found)
 
 
-@pytest.mark.parametrize("outputs", [1, 4])
-def test_a_grid_that_changes_before_the_backward_pass(outputs):
+def test_a_grid_that_changes_before_the_backward_pass():
     """As in the layer's own forward pass, an error, and no gradient of another grid."""
-    model, x = network(2, 4, outputs), points(100, 2).requires_grad_()
+    model, x = network(2, 4, 1), points(100, 2).requires_grad_()
     loss = sum(part.square().mean() for part in jet(model, x))
     model.update_grid(x.detach())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-@pytest.mark.parametrize("outputs", [1, 4])
-def test_gradients_of_several_losses_at_once(outputs):
-    model, x = network(2, 4, outputs), points(100, 2)
+def test_gradients_of_several_losses_at_once_and_results_that_are_changed_in_place():
+    model, x = network(2, 4, 1), points(100, 2).requires_grad_()
 
-    def total(x):
-        return torch.stack([part.square().sum() for part in jet(model, x)])
+    def total(x: Tensor, factor: float = 1.0) -> Tensor:
+        return torch.stack([part.mul_(factor).square().sum() for part in jet(model, x)])
 
     expected = torch.autograd.functional.jacobian(total, x)
     found = torch.autograd.functional.jacobian(total, x, vectorize=True)
     assert (found - expected).abs().max() <= 1e-11 * expected.abs().max()
+    torch.testing.assert_close(torch.autograd.functional.jacobian(lambda x: total(x, 2.0), x), 4 * expected)
 
 
-@pytest.mark.parametrize("outputs", [1, 4])
-@pytest.mark.parametrize("part", range(3))
-def test_results_can_be_changed_in_place(outputs, part):
-    model, x = network(2, 4, outputs), points(100, 2).requires_grad_()
-    (expected,) = torch.autograd.grad((2 * jet(model, x)[part]).sum(), x)
-    (found,) = torch.autograd.grad(jet(model, x)[part].mul_(2).sum(), x)
-    torch.testing.assert_close(found, expected)
+WEIGHTS = [None, torch.tensor([1.0, -2.0], dtype=torch.float64)]
+
+
+def update(scale: float = 0.7) -> Update:
+    shapes = ((2, 3, 4), (5, 2), (3, 3), (9, 4))
+    return Update(scale, Tucker(*(torch.randn(shape, dtype=torch.float64) for shape in shapes)))
+
+
+def inputs(rows: int, weights: Tensor | None) -> tuple:
+    second = torch.randn(2 if weights is None else 1, rows, 3, dtype=torch.float64)
+    return [points(rows), torch.randn(2, rows, 3, dtype=torch.float64), second], 2, weights
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("degree", [2, 3])
+@pytest.mark.parametrize("rows", [5, 300])
+def test_jet_rows_times_the_coefficients_are_the_jet(rows, degree, weights):
+    (stage,) = stages_of(KANLinear(3, 4, spline_order=degree, dtype=torch.float64))
+    arguments = inputs(rows, weights)
+    phi = jet_rows(stage.module.grid, *arguments)  # (N, S, K + 1, I)
+    coefficients = torch.cat([stage.dense[0], stage.dense[1].unsqueeze(-1)], -1)
+    found = evaluate_layer(stage, *arguments)
+    parts = [part if part.dim() == 3 else part.unsqueeze(0) for part in found]
+    products = torch.einsum("nski,oik->sno", phi, coefficients)
+    torch.testing.assert_close(torch.cat(parts), products, rtol=1e-12, atol=1e-12)
+
+
+def test_updates_are_added_to_the_coefficients():
+    layer, x = KANLinear(3, 5, dtype=torch.float64), points(40)
+    (stage,), added, before = stages_of(layer), [update(), update(-2.0)], layer(x)
+    arguments = inputs(40, WEIGHTS[1])
+    with torch.no_grad():
+        parts = evaluate_layer(stage._replace(updates=tuple(added)), *arguments)
+        for one in added:
+            dense = one.dense()
+            layer.spline_weight += dense[..., :-1]
+            layer.base_weight += dense[..., -1]
+    assert_same(parts, evaluate_layer(stage, *arguments))
+    torch.testing.assert_close(before + contract_updates(layer, added, x), layer(x))
+    assert contract_updates(layer, [], x) == 0

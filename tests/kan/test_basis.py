@@ -26,28 +26,20 @@ def scipy_basis(x, low, high, grid_size, order, derivative=0):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("low, high, grid_size", GRIDS[:3])
-def test_derivative_argument_equals_scipy(order, low, high, grid_size):
-    x = torch.linspace(low + 1e-3, high - 2e-3, 97, dtype=torch.float64)  # no knot among them
-    for derivative in range(order + 2):
-        ours = bspline_basis(x, low, high, grid_size, order, derivative=derivative).numpy()
-        reference = scipy_basis(x.numpy(), low, high, grid_size, order, derivative)
-        np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-11 * max(1, abs(reference).max()))
-
-
-@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("low, high, grid_size", GRIDS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 1e-6)])
 def test_equals_scipy(order, low, high, grid_size, dtype, tolerance):
     low, high = torch.tensor([low, high], dtype=dtype).tolist()  # as the dtype sees them
     beyond = (0.7 + order / grid_size) * (high - low)  # and beyond all supports
     x = torch.linspace(low - beyond, high + beyond, 1001, dtype=dtype)
     ours = bspline_basis(x, low, high, grid_size, order)
-    reference = scipy_basis(x.double().numpy(), low, high, grid_size, order)
-    if low == 1000.0 and dtype == torch.float64:
-        tolerance = 1e-11  # scipy's knots are themselves rounded at 1000
     assert ours.dtype == dtype and (ours >= 0).all() and not ours[[0, -1]].any()
-    np.testing.assert_allclose(ours.double().numpy(), reference, rtol=0, atol=tolerance)
+    for derivative in range(order + 2 if dtype == torch.float64 and high < 1000 else 1):
+        if derivative:
+            x = low + (high - low) * torch.linspace(0.0007, 0.9986, 101, dtype=dtype)  # no knot among them
+        ours = bspline_basis(x, low, high, grid_size, order, derivative=derivative).double().numpy()
+        reference = scipy_basis(x.double().numpy(), low, high, grid_size, order, derivative)
+        np.testing.assert_allclose(ours, reference, rtol=0, atol=tolerance * max(1, abs(reference).max()))
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (0,), (2, 1, 3)])
@@ -84,8 +76,9 @@ def test_function_transforms_and_compiled_graphs_agree():
         return bspline_basis(x, low, low + 2, 5, 3)
 
     torch.testing.assert_close(torch.func.vmap(basis)(x), basis(x))
-    second = torch.func.vmap(torch.func.hessian(lambda point: bspline_basis(point, -1.0, 1.0, 5, 3)))(x[:, 0])
-    torch.testing.assert_close(second, bspline_basis(x[:, 0], -1.0, 1.0, 5, 3, derivative=2))
+    at = torch.cat([x[:, 0], torch.linspace(-1, 1, 9, dtype=torch.float64)])  # and at knots
+    second = torch.func.vmap(torch.func.hessian(lambda point: bspline_basis(point, -1.0, 1.0, 4, 3)))(at)
+    torch.testing.assert_close(second, bspline_basis(at, -1.0, 1.0, 4, 3, derivative=2))
     value, tangent = torch.func.jvp(basis, (x,), (torch.ones_like(x),))
     torch.testing.assert_close(value, basis(x))
     torch.testing.assert_close(tangent, torch.autograd.functional.jvp(basis, x, torch.ones_like(x))[1])

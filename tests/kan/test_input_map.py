@@ -5,50 +5,17 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from jet_helpers import assert_same, nested, network, points
-from torch import Tensor, nn
 
-from peft_lotra.kan import KAN, KnotMap, TanhBound, jet, refine_grid
-from peft_lotra.kan.input_map import InputMap
+from peft_lotra.kan import KAN, KnotMap, TanhBound, refine_grid
 
 
 LOW, HIGH = torch.tensor([-1.0, 0.0], dtype=torch.float64), torch.tensor([1.0, 4.0], dtype=torch.float64)
 
 
-class Waves(InputMap):
-    """sin and cos of the first input, sin of the second."""
-
-    def __init__(self) -> None:
-        super().__init__(2, [0, 0, 1])
-
-    def evaluate(self, z: Tensor, highest: int) -> list[Tensor]:
-        angle = z + torch.tensor([0.0, 1.5, 0.0], dtype=z.dtype)
-        return [torch.sin(angle + d * math.pi / 2) for d in range(highest + 1)]
-
-
 def uneven(cells: int = 20) -> KnotMap:
     return KnotMap(LOW, HIGH, torch.rand(2, cells, dtype=torch.float64) * 9 + 1)
-
-
-@pytest.mark.filterwarnings("error:`jet` knows no closed form")
-@pytest.mark.parametrize("shape", [(5, 2), (2, 3, 2), (2,)])
-def test_jets_of_a_map_first_in_a_chain_and_between_layers(shape):
-    model = nn.Sequential(Waves(), network(3, 4, 2), Waves(), network(3, 4, 1))
-    x = points(30, 2)[: torch.Size(shape[:-1]).numel()].reshape(shape)
-    u, du, d2u = nested(model, x)
-    assert_same(jet(model, x), (u, du, d2u))
-    assert_same(jet(model, x, collapse=True), (u, du, d2u.sum(0)))
-
-
-@pytest.mark.filterwarnings("error:`jet` knows no closed form")
-def test_jets_of_knot_maps_inside_and_outside_of_the_interval():
-    model = nn.Sequential(uneven(), network(2, 4, 1))
-    x = torch.rand(60, 2, dtype=torch.float64) * 6 - 1.5
-    assert_same(jet(model, x), nested(model, x))
 
 
 def test_an_even_density_is_the_identity():
@@ -84,7 +51,6 @@ def test_bounded_activations_stay_on_the_grids_and_have_closed_jets():
     x = 4 * torch.rand(200, 2, dtype=torch.float64) - 1
     first = net.layers[1](net.layers[0](x))
     assert net.layers[0](x).abs().max() > 5 and first.min() >= -1 and first.max() <= 3
-    assert_same(jet(net, x), nested(net, x))
     before = net(x)
     refine_grid(net, 8, x)
     assert [net.layers[i].grid_size for i in (0, 2)] == [8, 8]  # not extended
@@ -92,8 +58,8 @@ def test_bounded_activations_stay_on_the_grids_and_have_closed_jets():
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match=r"shape \(4, 3\), but Waves expects a last dimension of 2"):
-        Waves()(torch.rand(4, 3))
+    with pytest.raises(ValueError, match=r"shape \(4, 3\), but TanhBound expects a last dimension of 2"):
+        TanhBound(2)(torch.rand(4, 3))
     zeros = torch.zeros(2, 4)
     for low, high, density in ((LOW, HIGH, torch.ones(3, 4)), (HIGH, LOW, zeros + 1), (LOW, HIGH, zeros)):
         with pytest.raises(ValueError, match=r"`density` .* must be .* below its `high`, .* above zero"):

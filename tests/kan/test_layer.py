@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from qkan.kan import KANLinear as EfficientKANLinear
 
-from peft_lotra.kan import KANLinear, SlimKANLinear, bspline_basis
+from peft_lotra.kan import KAN, KANLinear, SlimKANLinear, bspline_basis
 from peft_lotra.kan.layer import SPLINE_VARIANCE_SHARE
 
 
@@ -143,15 +143,28 @@ def test_update_grid_keeps_a_smooth_function(dtype, tolerance):
     assert torch.equal(other(x), layer(x))
 
 
+def overflowing():
+    """A network whose second layer gets infinite inputs."""
+    net = KAN([3, 8, 2])
+    net.layers[0].base_weight.data[5] = torch.inf
+    return net
+
+
 @pytest.mark.parametrize(
-    "spoil, shape", [(lambda x: x[:, :2], "50, 2"), (lambda x: x[:0], "0, 3"), (lambda x: x / (x != x[0, 2]), "50, 3")]
+    "make, spoil, shape",
+    [
+        (lambda: KANLinear(3, 4), lambda x: x[:, :2], "50, 2"),
+        (lambda: KANLinear(3, 4), lambda x: x[:0], "0, 3"),
+        (lambda: KANLinear(3, 4), lambda x: x / (x != x[0, 2]), "50, 3"),
+        (overflowing, lambda x: x, "50, 8"),
+    ],
 )
-def test_update_grid_refuses_and_changes_nothing(spoil, shape):
-    layer = KANLinear(3, 4)
-    before = state(layer)
+def test_update_grid_refuses_and_changes_nothing(make, spoil, shape):
+    model = make()
+    before = state(model)
     with pytest.raises(ValueError, match=f"have shape .{shape}., .* finite"):
-        layer.update_grid(spoil(torch.randn(50, 3)))
-    for name, tensor in layer.state_dict().items():
+        model.update_grid(spoil(torch.randn(50, 3)))
+    for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
 
@@ -202,3 +215,30 @@ def test_extreme_inputs_concern_their_rows_alone(grid_size):
     torch.testing.assert_close(y[finite], expected[finite], rtol=1e-4, atol=1e-4)
     assert torch.equal(y.isfinite().all(1), finite)
     assert torch.equal(x.grad.isfinite().all(1), finite)
+
+
+def test_is_the_composition_of_its_layers():
+    net = KAN([2, 5, 3], grid_size=4, spline_order=2, grid_range=(0, 2), dtype=torch.float64)
+    assert [(layer.in_features, layer.out_features) for layer in net.layers] == [(2, 5), (5, 3)]
+    assert all((layer.grid_size, layer.spline_order, layer.grid_range) == (4, 2, (0, 2)) for layer in net.layers)
+    x = torch.randn(3, 7, 2, dtype=torch.float64)
+    assert torch.equal(net(x), net.layers[1](net.layers[0](x)))
+    assert net(x[0, 0]).shape == (3,)
+
+
+def test_update_grid_gives_each_layer_what_reaches_it():
+    net = KAN([3, 8, 2], dtype=torch.float64)
+    x = 2 * torch.rand(4, 100, 3, dtype=torch.float64)
+    net.update_grid(x, margin=0.0)
+    for layer in net.layers:
+        low, high = layer.grid_bounds.unbind(-1)
+        reached = x.reshape(-1, layer.in_features)
+        torch.testing.assert_close(low, reached.amin(0))
+        torch.testing.assert_close(high, reached.amax(0))
+        x = layer(x)
+
+
+@pytest.mark.parametrize("widths", [[], [3], [3, 0], [3, 2.0], 3, "32"])
+def test_refuses_widths(widths):
+    with pytest.raises(ValueError, match="`widths` is .* at least two positive integers"):
+        KAN(widths)

@@ -51,12 +51,13 @@ def test_compiles_once_for_all_batch_sizes_of_an_order():
     assert counter.frame_count == 1
 
 
-def test_ten_layers_keep_the_variance():
+@pytest.mark.parametrize("make", [lambda: KAN([128] * 11), lambda: SlimKAN([128] * 11, (32, 32, 4))])
+def test_ten_layers_keep_the_variance(make):
     x, ratios = torch.rand(2000, 128) * 2 - 1, []
     for seed in range(5):
         torch.manual_seed(seed)
         with torch.no_grad():
-            ratios.append(SlimKAN([128] * 11, (32, 32, 4))(x).var() / x.var())
+            ratios.append(make()(x).var() / x.var())
     assert 0.5 < torch.stack(ratios).median() < 2 and 0.2 < min(ratios) and max(ratios) < 5
 
 
