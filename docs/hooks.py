@@ -30,6 +30,8 @@ OUTSIDE = re.compile(
 WHOLE = {
     "changelog.md": "CHANGELOG.md",
 }
+# 1e-3, 7.2 s in a text, not in a tag: browsers break lines at the hyphen
+NUMBER = re.compile(r"\d[\d.,]*(?:e-\d+(?: s\b)?| s\b)(?=[^<>]*<)")
 FORMULA = re.compile(r'class="arithmatex">\\([(\[])(.*?)\\[)\]]<', re.DOTALL)
 
 
@@ -82,13 +84,14 @@ def results_of_the_site(match: re.Match) -> str:
 
 
 def on_page_content(content, page, config, files):
-    """Formulas are MathML: no script, no font. Pictures, which a page shows small, lead to themselves."""
+    """Formulas are MathML: no script, no font. Numbers stay in one line. Pictures lead to themselves, in full size."""
 
     def formula(match: re.Match) -> str:
         display = "block" if match[1] == "[" else "inline"
         return f'class="arithmatex">{convert(html.unescape(match[2]).strip(), display=display)}<'
 
     content = FORMULA.sub(formula, content)
+    content = NUMBER.sub(r"<nobr>\g<0></nobr>", content)
     return re.sub(
         r'(<img [^>]*src="([^"]*assets/(?:results|pages)/[^"]+)"[^>]*>)',
         r'<a href="\2">\1</a>',

@@ -20,6 +20,9 @@ from peft_lotra import LoTRAConfig
 from peft_lotra.plotting import edge_changes, plot_network_change
 
 
+torch.set_num_threads(1)  # small networks: much faster on a busy machine
+
+
 def data(b_factor):
     def formula(x):
         a, b, c = x.split(1, dim=1)
