@@ -17,7 +17,6 @@ from .layers import known  # noqa: F401  (registers the known kinds of layers)
 from .layers.registry import KANLayerSpec, find_kan_layers, register_kan_layer
 from .optim.learning_rates import LoTRALearningRates, create_lotra_optimizer, lotra_lr_multipliers
 from .parametric import ParametricAdapter
-from .summary import model_summary
 from .tuner import jets  # noqa: F401  (teaches `jet` what PEFT puts around KANs)
 from .tuner.check import check_kan_layer
 from .tuner.config import LoTRAConfig
@@ -28,6 +27,7 @@ from .tuner.model import LoTRAModel
 from .tuner.refit import refit_adapters
 from .tuner.registration import register
 from .tuner.saving import save_adapter
+from .tuner.summary import model_summary
 
 
 __all__ = [
@@ -66,7 +66,7 @@ _GONE = {
     "FoundKANLayer": "`find_kan_layers` returns it; import it from `peft_lotra.layers.registry`",
     "KANCandidate": "`find_kan_layers` returns it; import it from `peft_lotra.layers.candidates`",
     "KANLayerReport": "`check_kan_layer` returns it; import it from `peft_lotra.tuner.check`",
-    "ModelSummary": "`model_summary` returns it; import it from `peft_lotra.summary`",
+    "ModelSummary": "`model_summary` returns it; import it from `peft_lotra.tuner.summary`",
     "Prediction": "`ParametricAdapter.predict` returns it; import it from `peft_lotra.parametric`",
     "RefitReport": "`refit_adapters` returns it; import it from `peft_lotra.tuner.refit`",
     "SlimReport": "`slim` makes it; import it from `peft_lotra.compress.slim`",

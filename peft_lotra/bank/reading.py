@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..layers.registry import PREFIX
+from ..modules.calls import PREFIX
 from ..tucker import Tucker, Update
 from ..tuner.base_record import record_layer
 from ..tuner.config import LoTRAConfig, pattern_key

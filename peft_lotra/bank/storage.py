@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from ..hub.base_code import hub_id, source_of_base
 from ..kan.row_product import PackedTucker
-from ..layers.registry import PREFIX
+from ..modules.calls import PREFIX
+from ..tucker import COMPONENTS
 from ..tuner.config import LoTRAConfig, pattern_key
-from ..tuner.layer import COMPONENTS
 from ..tuner.targets import exact_targets
 from .store import Form, Store
 

@@ -17,7 +17,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..modules.calls import read_at_rest, unwrap
+from ..modules.calls import PREFIX, read_at_rest, unwrap
 from ..report import Report, TextTable
 from .candidates import KANCandidate, find_candidates
 from .compare import as_computed
@@ -26,7 +26,6 @@ from .description import Grid as Grid
 from .inference import infer_spec
 
 
-PREFIX = "base_model.model."  # that PEFT puts in front of the names of modules
 # Filled by known.py: files name these kinds without a description.
 BUILT_IN: dict[str, KANLayerSpec] = {}
 

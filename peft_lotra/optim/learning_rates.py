@@ -18,7 +18,7 @@ from ..layers.slim import SlimLayer
 from ..modules.calls import unwrap
 from ..modules.checks import as_number, check_function, check_number
 from ..report import Report, TextTable
-from ..tuner.layer import COMPONENTS as KEYS
+from ..tucker import COMPONENTS as KEYS
 from ..tuner.layer import LoTRALayer
 
 

@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch import nn
 from torch.nn.functional import pad
 
-from ..layers.registry import PREFIX, short_name
-from ..modules.calls import unwrap
+from ..layers.registry import short_name
+from ..modules.calls import PREFIX, unwrap
 from ..modules.checks import check_path
 from .config import LoTRAConfig, pattern_key
 from .layer import LoTRALayer, lotra_layers

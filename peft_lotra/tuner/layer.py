@@ -21,7 +21,7 @@ from ..kan.layer import KANLinear
 from ..layers.coefficients import CoefficientTensor
 from ..layers.registry import Grid, KANLayerSpec, same_grid
 from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms
-from ..tucker import Tucker, Update
+from ..tucker import COMPONENTS, Tucker, Update
 from .by_row import run_rows
 from .config import LoTRAConfig
 from .formula import Formula, find_formula, runs_more_than_its_class
@@ -31,7 +31,6 @@ from .rows import FORWARD_PASS, ForwardPass
 
 
 # The components of adapters, as state dicts have them; a layer without a kernel has all but the last.
-COMPONENTS = tuple(f"lotra_{name}" for name in Tucker._fields)
 
 
 class Target(NamedTuple):

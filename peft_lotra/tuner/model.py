@@ -14,9 +14,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ..kan.slim_kan import SlimKANLinear
-from ..layers.registry import PREFIX, short_name
+from ..layers.registry import short_name
 from ..layers.slim import SlimLayer
-from ..modules.calls import freeze_norms, is_compiled, read_at_rest, set_mode
+from ..modules.calls import PREFIX, freeze_norms, is_compiled, read_at_rest, set_mode
 from . import base_record
 from .config import ALL_KAN, LoTRAConfig, pattern_key
 from .guards import base_layers_in_place, guard_network, release_networks

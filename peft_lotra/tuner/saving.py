@@ -23,10 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn, strided
 
-from ..layers.registry import PREFIX
+from ..modules.calls import PREFIX
 from ..modules.checks import check_path
+from ..tucker import COMPONENTS
 from .config import LoTRAConfig, Source
-from .layer import COMPONENTS, LoTRALayer, Target, lotra_layers
+from .layer import LoTRALayer, Target, lotra_layers
 
 
 _FORMER_STATS = (".lotra_running_mean", ".lotra_running_var", ".lotra_num_batches_tracked")

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .layers.registry import find_kan_layers
-from .modules.calls import unwrap
-from .report import Report, TextTable
-from .tuner.layer import lotra_layers
+from ..layers.registry import find_kan_layers
+from ..modules.calls import unwrap
+from ..report import Report, TextTable
+from .layer import lotra_layers
 
 
 class LayerSummary(NamedTuple):
