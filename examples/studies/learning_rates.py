@@ -69,14 +69,19 @@ SWEEPS = {
         "steps": 150,
         "batch": 32,
         "seeds": {16: 3, 64: 3, 256: 3},
-        "runs": [
+        "runs": [  # at width 16 the policies of the widths are "uniform"
             (task, optimizer, policies, ranks, (width,), RATES[1:])
-            for width in (16, 64, 256)
-            for optimizer, policies, ranks in (
-                ("Adam", ("uniform", "width", "roots", "ranks"), (2, 4, 8, 16)),
-                ("AdamW", ("uniform", "width"), (4, 16)),
-                ("SGD, momentum", ("uniform", "width", "grown"), (4, 16)),
-                ("Muon", ("uniform", "width"), (4, 16)),
+            for width, optimizer, policies, ranks in (
+                (16, "Adam", ("width", "roots", "ranks"), (2, 4, 8, 16)),
+                (64, "Adam", ("uniform", "width", "roots", "ranks"), (2, 4, 16)),
+                (64, "SGD, momentum", ("uniform", "width", "grown"), (4,)),
+                (64, "Muon", ("uniform", "width"), (4,)),
+                (64, "AdamW", ("width",), (4,)),
+                (16, "SGD, momentum", ("uniform",), (4,)),
+                (16, "Muon", ("uniform", "width"), (4,)),
+                (256, "Adam", ("uniform", "width", "roots"), (2, 4, 16)),
+                (256, "SGD, momentum", ("uniform", "width", "grown"), (4,)),
+                (256, "Muon", ("uniform", "width"), (4,)),
             )
             for task in ("teacher", "function", "digits")
         ],
