@@ -283,30 +283,16 @@ METHODS: dict[str, tuple[Callable, Method, tuple[float, ...]]] = {
 }
 
 
-def batches(data: list[Data], rows: list[Tensor]) -> Callable[[int], Data]:
-    """128 rows of each of the data at a step."""
-
-    def batch(step: int) -> Data:
-        found = [(x[r[step]], y[r[step]]) for (x, y), r in zip(data, rows, strict=True)]
-        return tuple(torch.stack(part) for part in zip(*found, strict=True))
-
-    return batch
-
-
-def draw(data: Data, steps: int) -> Tensor:
-    return torch.stack([torch.randint(len(data[0]), (128,)) for _ in range(steps)])
-
-
 def make_bases(make: Callable, splits: dict[int, Split], steps: int) -> dict[int, nn.Module]:
     """The networks that know the old task, by seed."""
     made, rows = {}, []
     for seed, split in splits.items():
         torch.manual_seed(seed)
         made[seed] = make(split.widths)
-        rows.append(draw(split.old, 2 * steps))
+        rows.append(together.draw(split.old, 2 * steps))
     models, old = list(made.values()), [split.old for split in splits.values()]
     optimizer = Adam([{"params": list(model.parameters())} for model in models], lr=5e-3)
-    together.train(models, [optimizer], batches(old, rows), next(iter(splits.values())).loss, 2 * steps)
+    together.train(models, [optimizer], together.batches(old, rows), next(iter(splits.values())).loss, 2 * steps)
     return made
 
 
@@ -338,10 +324,10 @@ def run_all(todo: list[Run], tasks: dict, found: dict[str, dict], steps: int, sa
             model, optimizer = adapt(copy.deepcopy(made[seed]), splits[seed], lr)
             models.append(model)
             groups += optimizer.param_groups
-            rows.append(draw(splits[seed].labeled, steps))
+            rows.append(together.draw(splits[seed].labeled, steps))
         data = [splits[seed].labeled for seed, _ in settings]
         loss = next(iter(splits.values())).loss
-        together.train(models, [torch.optim.Adam(groups)], batches(data, rows), loss, steps)
+        together.train(models, [torch.optim.Adam(groups)], together.batches(data, rows), loss, steps)
         row = found.setdefault(f"{task}, {labels} labels", {}).setdefault(method, {"parameters": count(models[0])})
         for (seed, lr), model in zip(settings, models, strict=True):
             scores = row.setdefault("rates", {}).setdefault(f"{lr:g}", {"validation": {}, "test": {}})

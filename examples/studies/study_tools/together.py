@@ -14,10 +14,28 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.optim import Optimizer
 
 
+Data = tuple[Tensor, Tensor]
+
+
+def draw(data: Data, steps: int, rows: int = 128) -> Tensor:
+    """The rows of each step."""
+    return torch.stack([torch.randint(len(data[0]), (rows,)) for _ in range(steps)])
+
+
+def batches(data: Sequence[Data], rows: Sequence[Tensor]) -> Callable[[int], Data]:
+    """The inputs and targets (models, rows, ...) of a step, of the data of each model and the rows that were drawn."""
+
+    def batch(step: int) -> Data:
+        found = [(x[r[step]], y[r[step]]) for (x, y), r in zip(data, rows, strict=True)]
+        return tuple(torch.stack(part) for part in zip(*found, strict=True))
+
+    return batch
+
+
 def train(
     models: Sequence[nn.Module],
     optimizers: Sequence[Optimizer],
-    batches: Callable[[int], tuple[Tensor, Tensor]],
+    batches: Callable[[int], Data],
     loss: Callable[[Tensor, Tensor], Tensor],
     steps: int,
     decay: bool = True,
