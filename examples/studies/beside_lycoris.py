@@ -20,7 +20,6 @@ from study_tools import command_line  # isort: split
 
 
 import copy
-import json
 import logging
 from functools import partial
 
@@ -31,7 +30,7 @@ from lycoris import create_lycoris
 from lycoris.functional import loha, lokr
 from rich.console import Console
 from rich.table import Table
-from study_tools import machine
+from study_tools import files, machine
 from study_tools.tasks import build, rotated_digits, score
 from torch import nn
 from torch.nn.utils import parametrize
@@ -131,7 +130,7 @@ def main() -> None:
     results = {"machine": machine.describe(), "steps": steps, "modules that create_lycoris wraps": found_by_wrapper()}
     results |= {"parameters": parameters, "results": rows}
     path = args.output / f"beside_lycoris{'_quick' if args.quick else ''}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    files.write(path, results)
     console.print(f"written: {path}")
 
 

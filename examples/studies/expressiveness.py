@@ -24,7 +24,6 @@ from study_tools import command_line  # isort: split
 
 
 import copy
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -34,7 +33,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from peft import get_peft_model
-from study_tools import machine, together
+from study_tools import files, machine, together
 from study_tools.pictures import BLUE, GRAY, GREEN, ORANGE
 from study_tools.tasks import Task, build, diabetes, digits_to_mnist, function_family, rotated_digits, train
 from torch import Tensor, nn
@@ -239,14 +238,13 @@ def main() -> None:
     tasks["diabetes, older patients"] = partial(of_data, diabetes)
     tasks["function, update of rank 2 planted"] = of_known_rank
     tasks |= {f"PDE: {name}": partial(of_pde, name) for name in ("elliptic", "burgers")}
-    known = json.loads(path.read_text()) if path.exists() and not args.quick else {}
+    known = files.read(path, args.quick, args.redraw)
     results, recoveries = known.get("results", {}), known.get("recovered", [])
     bar = tqdm(unit="step", ncols=100)
 
-    def save() -> None:
+    def save(text: str | None = None) -> None:
         setting = {"seeds": seeds, "steps": steps, "machine": machine.describe(), "commit": machine.commit()}
-        record = {"setting": setting, "results": results, "recovered": recoveries}
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        files.write(path, {"setting": setting, "results": results, "recovered": recoveries}, text)
 
     for seed in () if args.redraw else range(seeds):
         if len(recoveries) <= seed:
@@ -263,10 +261,8 @@ def main() -> None:
                 runs[kind].append(errors(base, deltas, x))
             save()
     bar.close()
-    text = as_text(results, recoveries)
-    path.with_suffix(".md").write_text(text)
+    save(as_text(results, recoveries))
     draw(results, path.with_suffix(".png"))
-    print(text)
 
 
 if __name__ == "__main__":

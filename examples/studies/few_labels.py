@@ -27,7 +27,6 @@ from study_tools import command_line  # isort: split
 
 import copy
 import inspect
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -44,7 +43,7 @@ from many_series import households
 from peft import LoraConfig, get_peft_model
 from scipy.stats import rankdata, studentized_range
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
-from study_tools import machine, together
+from study_tools import files, machine, together
 from study_tools.pictures import BLUE, GRAY, RED
 from study_tools.tasks import digits_to_mnist
 from torch import Tensor, nn
@@ -415,20 +414,17 @@ def main() -> None:
         tasks["digits to MNIST"] = (partial(mnist, args.data_dir), (20, 50, 200, 1000))
 
     path: Path = args.output / f"few_labels{'_quick' if args.quick else ''}.json"
-    known = json.loads(path.read_text()) if path.exists() and not args.quick else {}
-    found = known.get("results", {})
+    found = files.read(path, args.quick, args.redraw).get("results", {})
     setting = {"steps": steps, "machine": machine.describe(), "commit": machine.commit()}
 
-    def save() -> None:
-        path.write_text(json.dumps({"setting": setting, "results": found}, indent=1) + "\n")
+    def save(text: str | None = None) -> None:
+        files.write(path, {"setting": setting, "results": found}, text)
 
     if not args.redraw:
         todo = [run for run in runs(tasks, seeds, most) if not is_done(found, run)]
         run_all(todo, tasks, found, steps, save)
-    text = as_text(found)
-    path.with_suffix(".md").write_text(text)
+    save(as_text(found))
     draw_ranks(found, path.with_suffix(".png"))
-    print(text)
 
 
 if __name__ == "__main__":

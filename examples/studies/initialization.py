@@ -26,7 +26,6 @@ from study_tools import command_line  # isort: split
 import argparse
 import copy
 import itertools
-import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -38,7 +37,7 @@ import torch
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from study_tools import machine, together
+from study_tools import files, machine, together
 from study_tools.tasks import Task, build, digits_to_mnist, rotated_digits, score
 from torch import nn
 from tqdm import tqdm
@@ -215,7 +214,7 @@ def main() -> None:
         parts = {name: part for name, part in parts.items() if args.only in name}
 
     path = args.output / f"initialization{'_quick' if args.quick else ''}.json"
-    results = json.loads(path.read_text())["results"] if path.exists() and not args.quick else {}
+    results = files.read(path, args.quick).get("results", {})
     bar = tqdm(unit="run", ncols=100)
     for name, part in parts.items():
         bar.set_description(name)
@@ -224,7 +223,7 @@ def main() -> None:
             part(bar, results.setdefault(name, {}))
         setting = {"steps": args.steps, "policies": POLICIES, "setting": SETTING}
         setting |= {"machine": machine.describe(), "commit": machine.commit()}
-        path.write_text(json.dumps({"setting": setting, "results": results}, indent=1) + "\n")
+        files.write(path, {"setting": setting, "results": results})
     bar.close()
     show(results)
 

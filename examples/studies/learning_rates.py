@@ -25,7 +25,6 @@ from study_tools import command_line  # isort: split
 
 
 import copy
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from peft import get_peft_model
-from study_tools import machine, together
+from study_tools import files, machine, together
 from study_tools.pictures import STYLES
 from study_tools.tasks import build, rotated_digits, train
 from torch import Tensor, nn
@@ -375,9 +374,8 @@ def main() -> None:
     name += ("" if args.library == "peft-lotra" else f"_{args.library}") + "_quick" * args.quick
     path = args.output / f"{name}.json"
     fixed = {"library": args.library, "steps": setting["steps"], "batch": setting["batch"]}
-    known = json.loads(path.read_text()) if path.exists() else {"setting": {}, "rows": []}
-    losses = {}
-    if fixed.items() <= known["setting"].items():
+    known, losses = files.read(path, must=args.redraw), {}
+    if known and fixed.items() <= known["setting"].items():
         for row in known["rows"]:
             for seed, loss in enumerate(row["losses"]):
                 losses[(*(row[key] for key in KEYS), seed)] = math.inf if loss is None else loss
@@ -390,15 +388,14 @@ def main() -> None:
                 found.setdefault(run[:-1], []).append(losses[run])
         return [dict(zip(KEYS, key, strict=True), losses=values) for key, values in found.items()]
 
-    def save() -> None:
+    def save(text: str | None = None) -> None:
         finite = [{**row, "losses": [x if x < math.inf else None for x in row["losses"]]} for row in rows()]
         about = fixed | {"machine": machine.describe(), "commit": machine.commit()}
-        path.write_text(json.dumps({"setting": about, "rows": finite}, indent=1) + "\n")
+        files.write(path, {"setting": about, "rows": finite}, text)
 
     if not args.redraw:
         sweep(setting, args.widest, losses, save)
-    path.with_suffix(".md").write_text(as_text(rows()))
-    print(as_text(rows()))
+    save(as_text(rows()))
     if args.sweep == "widths":
         draw(rows(), path.with_suffix(".png"))
 
