@@ -282,6 +282,18 @@ METHODS: dict[str, tuple[Callable, Method, tuple[float, ...]]] = {
 }
 
 
+def whole(data: list[Data], rows: list[Tensor]) -> Callable[[int], tuple]:
+    """What the drawn rows are, for less time: all rows, with how often each is drawn."""
+    x, y = (torch.stack(part) for part in zip(*data, strict=True))
+    counts = torch.stack([torch.stack([step.bincount(minlength=x.shape[1]) for step in draws]) for draws in rows], 1)
+    return lambda step: (x, (y, counts[step]))
+
+
+def counted(loss: Callable, outputs: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
+    y, counts = target
+    return (loss(outputs, y, reduction="none").reshape(len(y), -1).mean(1) * counts).sum() / counts.sum()
+
+
 def make_bases(make: Callable, splits: dict[int, Split], steps: int) -> dict[int, nn.Module]:
     """The networks that know the old task, by seed."""
     made, rows = {}, []
@@ -325,8 +337,10 @@ def run_all(todo: list[Run], tasks: dict, found: dict[str, dict], steps: int, sa
             groups += optimizer.param_groups
             rows.append(together.draw(splits[seed].labeled, steps))
         data = [splits[seed].labeled for seed, _ in settings]
-        loss = next(iter(splits.values())).loss
-        together.train(models, [torch.optim.Adam(groups)], together.batches(data, rows), loss, steps)
+        batches, loss = together.batches(data, rows), next(iter(splits.values())).loss
+        if labels < 100:
+            batches, loss = whole(data, rows), partial(counted, loss)
+        together.train(models, [torch.optim.Adam(groups)], batches, loss, steps)
         row = found.setdefault(f"{task}, {labels} labels", {}).setdefault(method, {"parameters": count(models[0])})
         for (seed, lr), model in zip(settings, models, strict=True):
             scores = row.setdefault("rates", {}).setdefault(f"{lr:g}", {"validation": {}, "test": {}})

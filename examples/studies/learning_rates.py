@@ -15,7 +15,8 @@ rotated and noisy ones. Every learning rate of a half-decade grid, for SGD of a 
 diverges, is tried at each width n and rank, with policy "uniform" (one rate), "width" (as Adam has it in
 `peft_lotra.optim.create_lotra_optimizer`), and rules that are not in the package: "grown" has factor_out at
 sqrt(n / 16), for SGD; "ranks" and "roots" are "width" with the core at 16 / (r2 r3) and factor_out at 4 / r1, or at
-the roots of these. Muon is torch's for the factors, which are matrices, and Adam for the core. The result is the error
+the roots of these. The policies of "gradient" begin with `start_from_gradient`, with the package's rates, or those of
+"width" or "ranks". Muon is torch's for the factors, which are matrices, and Adam for the core. The result is the error
 after training, divided by the error of the base (1: nothing learned). Runs that the result file has are not repeated.
 """
 
@@ -41,9 +42,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig, find_kan_layers, lotra_lr_multipliers
+from peft_lotra import LoTRAConfig, find_kan_layers, lotra_lr_multipliers, start_from_gradient
 from peft_lotra.kan import KAN
 from peft_lotra.layers.registry import get_kan_spec
+from peft_lotra.optim.learning_rates import FROM_GRADIENT
 
 
 torch.set_num_threads(1)  # additional threads slow down such small matrices
@@ -78,7 +80,8 @@ SWEEPS = {
                 (64, "AdamW", ("width",), (4,)),
                 (16, "SGD, momentum", ("uniform",), (4,)),
                 (16, "Muon", ("uniform", "width"), (4,)),
-                (256, "Adam", ("uniform", "width", "roots"), (2, 4, 16)),
+                (64, "Adam", ("gradient", "gradient, width", "gradient, ranks"), (4, 16)),
+                (256, "Adam", ("width", "ranks"), (4, 16)),
                 (256, "SGD, momentum", ("uniform", "width", "grown"), (4,)),
                 (256, "Muon", ("uniform", "width"), (4,)),
             )
@@ -161,9 +164,11 @@ def pretrain(model: KAN, target: Callable[[Tensor], Tensor]) -> None:
 
 def groups_of(model: nn.Module, policy: str, lr: float) -> list[dict]:
     """A group with the rate of the policy for each component of each layer."""
-    groups = []
+    groups, (start, _, rule) = [], policy.partition(", ")
     for line in lotra_lr_multipliers(model, "uniform" if policy in ("uniform", "grown") else "width"):
-        rate, power = lr * line.multiplier, {"roots": 0.5, "ranks": 1.0}.get(policy, 0.0)
+        rate, power = lr * line.multiplier, {"roots": 0.5, "ranks": 1.0}.get(rule or start, 0.0)
+        if rule:
+            rate /= FROM_GRADIENT.get(line.component, 1.0)
         if line.component == "core":
             rate *= (16 / math.prod(line.shape[1:])) ** power
         elif line.component == "factor_out":
@@ -191,7 +196,11 @@ def adapt(problem: Problem, optimizer: str, rank: int, runs: list[tuple[str, flo
     models, groups = [], []
     for policy, lr in runs:
         torch.manual_seed(seed)
-        models.append(get_peft_model(copy.deepcopy(problem.base), LoTRAConfig(r=rank)))
+        model = get_peft_model(copy.deepcopy(problem.base), LoTRAConfig(r=rank))
+        if policy.startswith("gradient"):
+            x, y = (part[:8].flatten(0, 1) for part in (problem.x, problem.y))
+            start_from_gradient(model, lambda model=model, x=x, y=y: problem.loss(model(x), y))
+        models.append(model)
         groups += groups_of(models[-1], policy, lr)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ def test_tables_of_pdes(study, part):
         assert text.partition("\n\n")[2].rstrip() in (ROOT / "docs" / "pde.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["many_series", "fifty_tasks"])
+@pytest.mark.parametrize("name", ["many_series", "fifty_tasks", "few_labels"])
 def test_many_tasks(name):
     record = load(name)
     table = importlib.import_module(name).as_text(record.get("results", record))

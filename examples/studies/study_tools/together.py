@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,8 @@ def batches(data: Sequence[Data], rows: Sequence[Tensor]) -> Callable[[int], Dat
 def train(
     models: Sequence[nn.Module],
     optimizers: Sequence[Optimizer],
-    batches: Callable[[int], Data],
-    loss: Callable[[Tensor, Tensor], Tensor],
+    batches: Callable[[int], tuple],
+    loss: Callable[[Tensor, Any], Tensor],
     steps: int,
     decay: bool = True,
 ) -> Tensor:
@@ -55,7 +56,7 @@ def train(
     rest = {name: part.detach() for name, part in parameters.items() if name not in own[0]} | buffers
     skeleton, losses = copy.deepcopy(models[0]), []
 
-    def loss_of(trained: dict[str, Tensor], others: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    def loss_of(trained: dict[str, Tensor], others: dict[str, Tensor], x: Tensor, y: Any) -> Tensor:
         return loss(functional_call(skeleton, {**trained, **others}, (x,)), y)
 
     schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) for optimizer in optimizers]
