@@ -45,7 +45,6 @@ from tqdm import tqdm
 from peft_lotra import LoTRAConfig, find_kan_layers, lotra_lr_multipliers, start_from_gradient
 from peft_lotra.kan import KAN
 from peft_lotra.layers.registry import get_kan_spec
-from peft_lotra.optim.learning_rates import FROM_GRADIENT
 
 
 torch.set_num_threads(1)  # additional threads slow down such small matrices
@@ -164,16 +163,18 @@ def pretrain(model: KAN, target: Callable[[Tensor], Tensor]) -> None:
 
 def groups_of(model: nn.Module, policy: str, lr: float) -> list[dict]:
     """A group with the rate of the policy for each component of each layer."""
-    groups, (start, _, rule) = [], policy.partition(", ")
-    for line in lotra_lr_multipliers(model, "uniform" if policy in ("uniform", "grown") else "width"):
-        rate, power = lr * line.multiplier, {"roots": 0.5, "ranks": 1.0}.get(rule or start, 0.0)
-        if rule:
-            rate /= FROM_GRADIENT.get(line.component, 1.0)
+    groups, rule = [], policy.removeprefix("gradient, ")
+    power = {"roots": 0.5, "ranks": 1.0}.get(rule, 0.0)
+    of_package = rule in ("width", "gradient") and rule == policy
+    for line in lotra_lr_multipliers(model, "width" if of_package else "uniform"):
+        rate, size = lr * line.multiplier, line.shape[0]
+        if not of_package and rule not in ("uniform", "grown") and line.component in ("factor_out", "factor_in"):
+            rate *= math.sqrt(16 / max(size, 16))
         if line.component == "core":
             rate *= (16 / math.prod(line.shape[1:])) ** power
         elif line.component == "factor_out":
             rate *= (4 / line.shape[1]) ** power
-            rate *= math.sqrt(max(line.width, 16) / 16) if policy == "grown" else 1.0
+            rate *= math.sqrt(max(size, 16) / 16) if rule == "grown" else 1.0
         groups.append({"params": [line.parameter], "lr": rate, "component": line.component})
     return groups
 
@@ -270,6 +271,8 @@ def all_curves(rows: list[dict]) -> dict[tuple[str, str], dict[str, dict[tuple[i
         for policy in ("roots", "ranks"):  # at rank 4 the same as "width"
             if by_policy.get(policy):
                 by_policy[policy] |= {setting: losses for setting, losses in width.items() if setting[1] == 4}
+                few = {setting: losses for setting, losses in width.items() if setting[1] <= 4}
+                by_policy[f"{policy} above 4"] = by_policy[policy] | few
     return {kind: {policy: found for policy, found in part.items() if found} for kind, part in found.items()}
 
 
