@@ -242,8 +242,10 @@ def main() -> None:
     results, recoveries = known.get("results", {}), known.get("recovered", [])
     bar = tqdm(unit="step", ncols=100)
 
+    setting = {"seeds": seeds, "steps": steps, "machine": machine.describe(), "commit": machine.commit()}
+    setting = known["setting"] if args.redraw else setting
+
     def save(text: str | None = None) -> None:
-        setting = {"seeds": seeds, "steps": steps, "machine": machine.describe(), "commit": machine.commit()}
         files.write(path, {"setting": setting, "results": results, "recovered": recoveries}, text)
 
     for seed in () if args.redraw else range(seeds):

@@ -3,21 +3,25 @@
 
 """Few labels: what to train of a KAN, and of an MLP of equal size, when a new task has 20 to 1,000 labels.
 
-    python examples/studies/few_labels.py  # half an hour on one core, no network; goes on where it was stopped
-    python examples/studies/few_labels.py --data-dir PATH/TO/mnist  # one more task: digits to MNIST at 8x8
+    python examples/studies/few_labels.py  # ten minutes on one core, no network; goes on where it was stopped
+    python examples/studies/few_labels.py --rivals  # more tasks and methods; half an hour
+    python examples/studies/few_labels.py --rivals --data-dir PATH/TO/mnist  # one more task: digits to MNIST at 8x8
     python examples/studies/few_labels.py --quick  # a few seconds, for CI: says nothing
     python examples/studies/few_labels.py --redraw  # the table and the picture from few_labels.json
 
-A network that reads scikit-learn's digits 0 to 4 learns to read 5 to 9, or one that reads all of them MNIST; one that
-predicts the progression of diabetes for the younger half of the patients learns that of the older half; one that tells
-breast cancers of smooth texture from benign ones learns rough texture; one that predicts the next character of
-scikit-learn's descriptions of data learns its own source; one that forecasts 40 households learns another one.
-Compared are, at about as many parameters as LoTRA of ranks (8, 8, 4) has, LoTRA from a random start, from the gradient
-(`start_from_gradient`) and the core of the HOSVD's, LoRA for each slice (as PEFT by `target_parameters`), LoKr, LoHa,
-dense deltas of the basis functions with the largest gradients, the residual weights and the last layer, beside full
-fine-tuning, and of the MLP full fine-tuning and LoRA. Each method has three learning rates; validation data choose
+A network that reads scikit-learn's digits 0 to 4 learns to read 5 to 9; one that predicts the progression of diabetes
+for the younger half of the patients learns that of the older half. Compared are LoTRA from a random start and from
+the gradient (`start_from_gradient`), the last layer alone, full fine-tuning, and of the MLP full fine-tuning and LoRA.
+
+With --rivals, also: one that reads all digits learns MNIST, one that tells malignant breast cancers of smooth texture
+learns those of rough texture, one that predicts the next character of scikit-learn's descriptions of data learns its
+source, and one that forecasts 40 households learns another one. The rivals are, at about as many parameters as LoTRA
+of ranks (8, 8, 4), the core of the HOSVD's factors, LoRA for each slice (as PEFT by `target_parameters`), LoKr, LoHa,
+the basis function with the largest gradient, and the residual weights. Results of few_labels.json are not repeated.
+
+Each method has three learning rates; validation data choose
 one, by the mean over the seeds, and test data count nowhere else. Rates and seeds of a method train at once. Writes
-few_labels.json, .md and .png, which compares the ranks of the methods over the tasks.
+few_labels.json and .md, or rivals.json, .md and .png, which compares the ranks of the methods over the tasks.
 """
 
 from __future__ import annotations
@@ -282,6 +286,12 @@ METHODS: dict[str, tuple[Callable, Method, tuple[float, ...]]] = {
 }
 
 
+FIRST = [  # which few_labels.json has
+    *("KAN, full fine-tuning", "KAN, last layer", "LoTRA, random start, r=4", "LoTRA, gradient start, r=4"),
+    *("LoTRA, gradient start, r=(8, 8, 4)", "MLP, full fine-tuning", "MLP, LoRA, r=3"),
+]
+
+
 def whole(data: list[Data], rows: list[Tensor]) -> Callable[[int], tuple]:
     """What the drawn rows are, for less time: all rows, with how often each is drawn."""
     x, y = (torch.stack(part) for part in zip(*data, strict=True))
@@ -310,12 +320,12 @@ def make_bases(make: Callable, splits: dict[int, Split], steps: int) -> dict[int
 Run = tuple[str, int, str, int, float]  # task, labels, method, seed, lr
 
 
-def runs(tasks: dict, seeds: int, most: int) -> Iterator[Run]:
+def runs(tasks: dict, methods: list[str], seeds: int, most: int) -> Iterator[Run]:
     """All runs; those of one method follow each other."""
     for task, (_, counts) in tasks.items():
         for number in counts[:most]:
-            for method, (_, _, rates) in METHODS.items():
-                yield from ((task, number, method, seed, lr) for seed in range(seeds) for lr in rates)
+            for method in methods:
+                yield from ((task, number, method, seed, lr) for seed in range(seeds) for lr in METHODS[method][2])
 
 
 def run_all(todo: list[Run], tasks: dict, found: dict[str, dict], steps: int, save: Callable[[], None]) -> None:
@@ -413,32 +423,37 @@ def draw_ranks(found: dict[str, dict], path: Path) -> None:
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
-        takes="half an hour on one core",
-        writes="few_labels.json, .md and .png; with --quick few_labels_quick.*",
+        takes="ten minutes on one core, with --rivals half an hour",
+        writes="few_labels.json and .md, or rivals.json, .md and .png; with --quick few_labels_quick.*",
         folder=command_line.RESULTS,
         quick="one seed, five steps, the fewest labels: to see it run",
         redraw=True,
     )
     parser.add_argument("--seeds", type=int, default=5, help="how many runs are averaged (default: 5)")
+    parser.add_argument("--rivals", action="store_true", help="more tasks and methods")
     parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, for one more task")
     args = parser.parse_args()
     seeds, steps, most = (1, 5, 1) if args.quick else (args.seeds, 300, 4)
-    tasks = dict(TASKS)
-    if args.data_dir is not None:
-        tasks["digits to MNIST"] = (partial(mnist, args.data_dir), (20, 50, 200, 1000))
+    tasks, methods = (TASKS, list(METHODS)) if args.rivals else (dict(list(TASKS.items())[:2]), FIRST)
+    if args.rivals and args.data_dir is not None:
+        tasks = {**TASKS, "digits to MNIST": (partial(mnist, args.data_dir), (20, 50, 200, 1000))}
 
-    path: Path = args.output / f"few_labels{'_quick' if args.quick else ''}.json"
-    found = files.read(path, args.quick, args.redraw).get("results", {})
+    first = args.output / f"few_labels{'_quick' if args.quick else ''}.json"
+    path = first.with_stem(first.stem.replace("few_labels", "rivals")) if args.rivals else first
+    known = files.read(path, args.quick, args.redraw) or files.read(first, args.quick)
+    found = known.get("results", {})
     setting = {"steps": steps, "machine": machine.describe(), "commit": machine.commit()}
+    setting = known["setting"] if args.redraw else setting
 
     def save(text: str | None = None) -> None:
         files.write(path, {"setting": setting, "results": found}, text)
 
     if not args.redraw:
-        todo = [run for run in runs(tasks, seeds, most) if not is_done(found, run)]
+        todo = [run for run in runs(tasks, methods, seeds, most) if not is_done(found, run)]
         run_all(todo, tasks, found, steps, save)
     save(as_text(found))
-    draw_ranks(found, path.with_suffix(".png"))
+    if args.rivals:
+        draw_ranks(found, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

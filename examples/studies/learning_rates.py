@@ -402,7 +402,9 @@ def main() -> None:
 
     def save(text: str | None = None) -> None:
         finite = [{**row, "losses": [x if x < math.inf else None for x in row["losses"]]} for row in rows()]
-        about = fixed | {"machine": machine.describe(), "commit": machine.commit()}
+        about = (
+            known["setting"] if args.redraw else fixed | {"machine": machine.describe(), "commit": machine.commit()}
+        )
         files.write(path, {"setting": about, "rows": finite}, text)
 
     if not args.redraw:
