@@ -60,6 +60,26 @@ def test_many_tasks(name):
     assert table == (RESULTS / f"{name}.md").read_text(encoding="utf-8")
 
 
+def test_the_rates_by_rank():
+    study, page = importlib.import_module("learning_rates"), (ROOT / "docs" / "method.md").read_text()
+    rows = with_infinity(load("learning_rates_ranks")["rows"])
+    text = study.as_text(rows)
+    assert text == (RESULTS / "learning_rates_ranks.md").read_text()
+    tasks = {"teacher": "an update of rank 3", "function": "another function", "digits": "rotated digits"}
+    for task, name in tasks.items():
+        cells = {line[2]: [line[3], line[5].split()[-1]] for line in table_cells(text) if line[:2] == [task, "Adam"]}
+        assert f"| {' | '.join([name, *cells['width'], *cells['ranks above 4']])} |" in page
+
+
+def table_cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+
+
+def with_infinity(rows: list[dict]) -> list[dict]:
+    """Runs that diverged."""
+    return [{**row, "losses": [float("inf") if loss is None else loss for loss in row["losses"]]} for row in rows]
+
+
 def moving_targets(path: Path) -> None:
     study, record = importlib.import_module("moving_targets"), load("pde/moving_targets")
     limits = {width: setting["seconds"] for width, setting in record["recipe"].items()}
@@ -70,10 +90,7 @@ def moving_targets(path: Path) -> None:
 
 
 def learning_rates(path: Path) -> None:
-    rows = load("learning_rates_pykan")["rows"]
-    for row in rows:  # a run that diverged
-        row["losses"] = [float("inf") if loss is None else loss for loss in row["losses"]]
-    importlib.import_module("learning_rates").draw(rows, path)
+    importlib.import_module("learning_rates").draw(with_infinity(load("learning_rates_pykan")["rows"]), path)
 
 
 def low_rank_evidence(path: Path) -> None:
