@@ -25,7 +25,7 @@ from study_tools import files, machine
 
 # the script, its options, and those of its quick form
 STUDIES: list[tuple[str, list[str], list[str]]] = [
-    ("few_labels.py", [], []),
+    ("few_labels.py", [], ["--rivals"]),
     ("many_series.py", [], []),
     ("fifty_tasks.py", [], []),
     ("initialization.py", [], []),
