@@ -406,16 +406,17 @@ def draw_ranks(found: dict[str, dict], path: Path) -> None:
         color = BLUE if "LoTRA" in name else RED if "MLP" in name else GRAY
         axis.plot(ranks[index], place, "o", color=color)
         axis.annotate(f"{ranks[index]:.1f}", (ranks[index], place), (0, 5), textcoords="offset points", ha="center")
-    sorted_ranks, reached = ranks[order], 0
+    sorted_ranks, reached, x = ranks[order], 0, number + 0.8
     for first, rank in enumerate(sorted_ranks):
         last = int((sorted_ranks <= rank + apart).sum()) - 1
         if last > max(reached, first):  # a group that no other one holds
-            axis.plot([rank, rank], [first, last], color="black", lw=1.5, alpha=0.6)
-            reached = last
+            axis.plot([x, x], [first - 0.2, last + 0.2], color="black", lw=2)
+            reached, x = last, x + 0.3
     axis.set_yticks(range(number), [[*METHODS][index] for index in order])
     axis.invert_yaxis()
-    axis.set(xlabel="mean rank, 1 is the best", xlim=(0.5, number + 0.5))
-    axis.set_title(f"{len(tasks)} tasks; ranks less than {apart:.1f} apart are not told apart (Nemenyi, 5 %)")
+    axis.set(xlabel="mean rank, 1 is the best", xlim=(0.5, x))
+    told = f"lines join ranks less than {apart:.1f} apart, which Nemenyi's test does not tell apart at 5 %"
+    figure.suptitle(f"Mean rank of the methods on {len(tasks)} tasks;\n{told}")
     figure.savefig(path)
     plt.close(figure)
 
