@@ -20,19 +20,18 @@ from study_tools import command_line  # isort: split
 
 
 import copy
-import json
 import logging
 from functools import partial
 
 import numpy as np
 import torch
-from initialization import adapt, best, fine_tune, pretrain, train
+from initialization import best, full, lotra, pretrain, train
 from lycoris import create_lycoris
 from lycoris.functional import loha, lokr
 from rich.console import Console
 from rich.table import Table
-from study_tools import machine
-from study_tools.tasks import Task, build, rotated_digits, score
+from study_tools import files, machine
+from study_tools.tasks import build, rotated_digits, score
 from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
@@ -67,11 +66,11 @@ class Update(nn.Module):
         return coefficients + update
 
 
-def adapt_by_lycoris(base: nn.Module, task: Task, method: str, lr: float, steps: int) -> nn.Module:
+def adapt_by_lycoris(base: nn.Module, method: str, lr: float) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = copy.deepcopy(base).requires_grad_(False)
     for layer in model.layers:
         parametrize.register_parametrization(layer, "spline_weight", Update(method, layer.spline_weight))
-    return train(model, torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr), task, steps)
+    return model, torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
 
 
 def trained(model: nn.Module) -> int:
@@ -104,18 +103,18 @@ def main() -> None:
     for seed in tqdm(range(seeds), unit="seed"):
         task = rotated_digits(seed, angle=30)
         base = pretrain("peft-lotra", task, seed, steps)
-        runs = {("full fine-tuning", f"lr {lr:g}"): partial(fine_tune, base, task, lr, steps) for lr in RATES[:3]}
+        runs = {("full fine-tuning", f"lr {lr:g}"): partial(full, base, task, lr) for lr in RATES[:3]}
         for start in ("random", "gradient"):
             policy = "slow core" if start == "gradient" else "uniform"
             runs[f"LoTRA, {start} start", f"{policy}, lr 0.01"] = partial(
-                adapt, base, task, RANKS, start, policy, 1e-2, steps
+                lotra, base, task, RANKS, start, policy, 1e-2
             )
         for method in WEIGHTS:
             for lr in RATES:
-                runs[method, f"lr {lr:g}"] = partial(adapt_by_lycoris, base, task, method, lr, steps)
+                runs[method, f"lr {lr:g}"] = partial(adapt_by_lycoris, base, method, lr)
         for (method, setting), run in tqdm(runs.items(), unit="run", leave=False):
             torch.manual_seed(100 + seed)
-            model = run()
+            model = train(*run(), task, steps)
             parameters[method] = trained(model)
             rows.setdefault(method, {}).setdefault(setting, []).append(score(model, task))
 
@@ -131,7 +130,7 @@ def main() -> None:
     results = {"machine": machine.describe(), "steps": steps, "modules that create_lycoris wraps": found_by_wrapper()}
     results |= {"parameters": parameters, "results": rows}
     path = args.output / f"beside_lycoris{'_quick' if args.quick else ''}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    files.write(path, results)
     console.print(f"written: {path}")
 
 

@@ -19,14 +19,13 @@ from study_tools import command_line  # isort: split
 
 
 import copy
-import json
 import statistics
 import time
 import warnings
 
 import torch
 from peft import get_peft_model
-from study_tools import machine
+from study_tools import files, machine
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -114,10 +113,7 @@ def main() -> None:
     seeds, share = (1, 0.1) if args.quick else (5, 1.0)
     rows = [run(seed, share) for seed in tqdm(range(seeds))]
     results = {"machine": machine.describe(), "seeds": rows}
-    path = args.output / "coarse_to_fine.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(table(results))
-    print(table(results))
+    files.write(args.output / "coarse_to_fine.json", results, table(results))
 
 
 if __name__ == "__main__":

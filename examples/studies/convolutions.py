@@ -29,7 +29,6 @@ from study_tools import command_line  # isort: split
 import argparse
 import copy
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -41,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
+from study_tools import files
 from study_tools.pictures import STYLES
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -400,7 +400,7 @@ def main(argv: list[str] | None = None) -> None:
     path = args.output / f"{name}.json"
     images = load(args.data_dir)
     if args.redraw:
-        draw(json.loads(path.read_text()), images, path.with_suffix(".png"))
+        draw(files.read(path, must=True), images, path.with_suffix(".png"))
         return
     with tqdm(unit="run", ncols=100) as bar, ProcessPoolExecutor(args.workers) as pool:
 
@@ -415,10 +415,8 @@ def main(argv: list[str] | None = None) -> None:
     data = "digits" if args.data_dir is None else "MNIST, 14x14"
     setting = {"labels": LABELS, "steps": args.steps, "channels": CHANNELS, "basis": BASIS}
     results = {"data": data, "setting": setting, **results}
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    (args.output / f"{name}.md").write_text(as_text(results))
-    draw(results, images, args.output / f"{name}.png")
-    print(as_text(results))
+    files.write(path, results, as_text(results))
+    draw(results, images, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

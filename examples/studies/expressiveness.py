@@ -12,7 +12,8 @@ the three modes, of the squared singular values of the unfolding beyond the r-th
 HOOI, and that of the function: the root mean square of the difference that the approximation makes to the outputs on
 test data, as a share of what the update makes. The controls have the norm of the update in each layer: normal random
 numbers, and cubic polynomials of the basis index with random coefficients, which are as smooth as an update may be.
-One task has targets that an update of ranks (2, 2, 2) made: does full fine-tuning find one of few ranks?
+One task has targets that an update of ranks (2, 2, 2) made: full fine-tuning, and LoTRA of ranks 2 to 8, train on
+them three times as long, and what is left of the update and of its function says whether they find it.
 AdamW fine-tunes the networks, Levenberg-Marquardt those of the two PDEs. Runs that expressiveness.json has are
 not repeated. Writes expressiveness.json, .md and .png.
 """
@@ -23,7 +24,6 @@ from study_tools import command_line  # isort: split
 
 
 import copy
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -32,12 +32,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from study_tools import machine
+from peft import get_peft_model
+from study_tools import files, machine, together
 from study_tools.pictures import BLUE, GRAY, GREEN, ORANGE
 from study_tools.tasks import Task, build, diabetes, digits_to_mnist, function_family, rotated_digits, train
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, start_from_gradient
 from peft_lotra.compress.spectra import spectrum_of
 from peft_lotra.compress.updates import coefficient_updates
 from peft_lotra.kan import KAN
@@ -67,20 +69,50 @@ def of_data(make: Callable[[int], Task], seed: int, steps: int, bar: tqdm) -> Fo
     return base.double(), tuned.double(), task.test[0].double()
 
 
-def of_known_rank(seed: int, steps: int, bar: tqdm) -> Found:
-    """The function family's base, then its own outputs with an update of ranks (2, 2, 2) on all layers."""
+def planted(seed: int, steps: int, bar: tqdm) -> tuple[Task, nn.Module, Deltas]:
+    """The function family's base, and an update of ranks (2, 2, 2) of all layers that makes the targets."""
     task = function_family(seed)
     torch.manual_seed(seed)
     base = train(build("peft-lotra", task.widths), task, task.before, 2 * steps, 5e-3, bar)
     moved = copy.deepcopy(base)
     for parameter in moved.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    planted = {
-        name: tucker(found.tensor, (2, 2, 2)).dense() for name, found in coefficient_updates(base, moved).items()
-    }
-    targets = output(base, planted, task.after[0])
-    tuned = train(copy.deepcopy(base), task, (task.after[0], targets), steps, 1e-2, bar)
+    updates = coefficient_updates(base, moved).items()
+    deltas = {name: tucker(found.tensor, cap_ranks(2, found.tensor.shape)).dense() for name, found in updates}
+    task.after, task.test = ((x, output(base, deltas, x)) for x, _ in (task.after, task.test))
+    return task, base, deltas
+
+
+def of_known_rank(seed: int, steps: int, bar: tqdm) -> Found:
+    task, base, _ = planted(seed, steps, bar)
+    tuned = train(copy.deepcopy(base), task, task.after, steps, 1e-2, bar)
     return base.double(), tuned.double(), task.test[0].double()
+
+
+def recovered(seed: int, steps: int, bar: tqdm) -> dict[str, dict[str, float]]:
+    """What is left of the planted update and of its function, by rank of the adapter; 0 for full fine-tuning."""
+    task, base, deltas = planted(seed, steps, bar)
+    x, y = task.test
+    total, changed = sum(delta.square().sum() for delta in deltas.values()), (y - output(base, {}, x)).norm()
+    rows = {}
+    for r in (0, 2, 4, 8):
+        torch.manual_seed(seed)
+        tuned = copy.deepcopy(base)
+        if r:
+            model = get_peft_model(tuned, LoTRAConfig(r=r))
+            start_from_gradient(model, lambda m=model: task.loss(m(task.after[0]), task.after[1]))
+            optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=3e-2)
+            draws = together.draw(task.after, 3 * steps)
+            together.train([model], [optimizer], together.batches([task.after], [draws]), task.loss, 3 * steps)
+            tuned = model.merge_and_unload()
+        else:
+            train(tuned, task, task.after, 3 * steps, 1e-2, bar)
+        left = {name: deltas[name] - found.tensor for name, found in coefficient_updates(base, tuned).items()}
+        rows[str(r)] = {
+            "tensor": (sum(part.square().sum() for part in left.values()) / total).sqrt().item(),
+            "function": ((output(tuned, {}, x) - y).norm() / changed).item(),
+        }
+    return rows
 
 
 def of_pde(name: str, seed: int, steps: int, bar: tqdm) -> Found:
@@ -141,13 +173,17 @@ def errors(base: nn.Module, deltas: Deltas, x: Tensor) -> dict[str, dict[str, fl
     return rows
 
 
-def as_text(results: dict) -> str:
+def as_text(results: dict, recoveries: list[dict]) -> str:
     head = [f"| {name}: bound | tensor | function " for name in ("update", "random", "smooth random")]
     lines = [f"| task | rank {''.join(head)}|", f"|---|--:{'|--:' * 9}|"]
     for task, kinds in results.items():
         for r in map(str, RANKS):
             cells = [mean(runs, r, key) for runs in kinds.values() for key in ("bound", "tensor", "function")]
             lines.append(f"| {task} | {r} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+    lines += ["", "| trained on the planted update | tensor | function |", "|---|--:|--:|"]
+    for r in recoveries[0] if recoveries else ():
+        cells = [f"{mean(recoveries, r, key):.2g}" for key in ("tensor", "function")]
+        lines.append(f"| {f'LoTRA, rank {r}' if r != '0' else 'all coefficients'} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -190,13 +226,10 @@ def main() -> None:
         quick="one seed, 20 steps: to see it run",
         redraw=True,
     )
-    parser.add_argument("--seeds", type=int, default=3, help="how many runs are averaged (default: 3)")
+    parser.add_argument("--seeds", type=int, default=5, help="how many runs are averaged (default: 5)")
     parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, for one more task")
     args = parser.parse_args()
     path = args.output / f"expressiveness{'_quick' if args.quick else ''}.json"
-    if args.redraw:
-        draw(json.loads(path.read_text())["results"], path.with_suffix(".png"))
-        return
     seeds, steps = (1, 20) if args.quick else (args.seeds, 300)
     tasks: dict[str, Callable[..., Found]] = {"digits, rotated": partial(of_data, rotated_digits)}
     if args.data_dir is not None:
@@ -205,9 +238,20 @@ def main() -> None:
     tasks["diabetes, older patients"] = partial(of_data, diabetes)
     tasks["function, update of rank 2 planted"] = of_known_rank
     tasks |= {f"PDE: {name}": partial(of_pde, name) for name in ("elliptic", "burgers")}
-    results = json.loads(path.read_text())["results"] if path.exists() and not args.quick else {}
+    known = files.read(path, args.quick, args.redraw)
+    results, recoveries = known.get("results", {}), known.get("recovered", [])
     bar = tqdm(unit="step", ncols=100)
-    for seed in range(seeds):
+
+    setting = {"seeds": seeds, "steps": steps, "machine": machine.describe(), "commit": machine.commit()}
+    setting = known["setting"] if args.redraw else setting
+
+    def save(text: str | None = None) -> None:
+        files.write(path, {"setting": setting, "results": results, "recovered": recoveries}, text)
+
+    for seed in () if args.redraw else range(seeds):
+        if len(recoveries) <= seed:
+            recoveries.append(recovered(seed, steps, bar))
+            save()
         for name, task in tasks.items():
             runs = results.setdefault(name, {"update": [], "random": [], "smooth random": []})
             if len(runs["update"]) > seed:
@@ -217,12 +261,10 @@ def main() -> None:
             kinds = {"update": update, "random": random_like(update), "smooth random": smooth_like(update)}
             for kind, deltas in kinds.items():
                 runs[kind].append(errors(base, deltas, x))
-            setting = {"seeds": seed + 1, "steps": steps, "machine": machine.describe(), "commit": machine.commit()}
-            path.write_text(json.dumps({"setting": setting, "results": results}, indent=1) + "\n")
+            save()
     bar.close()
-    path.with_suffix(".md").write_text(as_text(results))
+    save(as_text(results, recoveries))
     draw(results, path.with_suffix(".png"))
-    print(as_text(results))
 
 
 if __name__ == "__main__":

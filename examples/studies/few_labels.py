@@ -1,16 +1,27 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Few labels: what to train of a KAN, and of an MLP of equal size, when a new task has 20 to 200 labels.
+"""Few labels: what to train of a KAN, and of an MLP of equal size, when a new task has 20 to 1,000 labels.
 
     python examples/studies/few_labels.py  # ten minutes on one core, no network; goes on where it was stopped
+    python examples/studies/few_labels.py --rivals  # more tasks and methods; half an hour
+    python examples/studies/few_labels.py --rivals --data-dir PATH/TO/mnist  # one more task: digits to MNIST at 8x8
     python examples/studies/few_labels.py --quick  # a few seconds, for CI: says nothing
+    python examples/studies/few_labels.py --redraw  # the table and the picture from few_labels.json
 
 A network that reads scikit-learn's digits 0 to 4 learns to read 5 to 9; one that predicts the progression of diabetes
 for the younger half of the patients learns that of the older half. Compared are LoTRA from a random start and from
 the gradient (`start_from_gradient`), the last layer alone, full fine-tuning, and of the MLP full fine-tuning and LoRA.
-Each method has three learning rates; validation data choose one, by the mean over the seeds, and test data count
-nowhere else. Writes few_labels.json and .md.
+
+With --rivals, also: one that reads all digits learns MNIST, one that tells malignant breast cancers of smooth texture
+learns those of rough texture, one that predicts the next character of scikit-learn's descriptions of data learns its
+source, and one that forecasts 40 households learns another one. The rivals are, at about as many parameters as LoTRA
+of ranks (8, 8, 4), the core of the HOSVD's factors, LoRA for each slice (as PEFT by `target_parameters`), LoKr, LoHa,
+the basis function with the largest gradient, and the residual weights. Results of few_labels.json are not repeated.
+
+Each method has three learning rates; validation data choose
+one, by the mean over the seeds, and test data count nowhere else. Rates and seeds of a method train at once. Writes
+few_labels.json and .md, or rivals.json, .md and .png, which compares the ranks of the methods over the tasks.
 """
 
 from __future__ import annotations
@@ -19,20 +30,29 @@ from study_tools import command_line  # isort: split
 
 
 import copy
-import json
+import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
+import sklearn
 import torch
+from many_series import households
 from peft import LoraConfig, get_peft_model
-from sklearn.datasets import load_diabetes, load_digits
-from study_tools import machine
+from scipy.stats import rankdata, studentized_range
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
+from study_tools import files, machine, together
+from study_tools.pictures import BLUE, GRAY, RED
+from study_tools.tasks import digits_to_mnist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer, start_from_gradient
@@ -87,7 +107,50 @@ def diabetes(seed: int, labels: int) -> Split:
     return Split([10, 32, 1], (x[~old], y[~old]), *parts(x[old], y[old], seed, labels, 60, 120), F.mse_loss)
 
 
-TASKS = {"digits 0-4 to 5-9": (digits, (20, 50, 200)), "diabetes, younger to older": (diabetes, (50,))}
+def mnist(folder: Path, seed: int, labels: int) -> Split:
+    task = digits_to_mnist(seed, folder, 1200)
+    labeled, validation = ([part[rows] for part in task.after] for rows in (slice(labels), slice(1000, 1200)))
+    return Split([64, 32, 10], task.before, labeled, validation, task.test, F.cross_entropy)
+
+
+def cancer(seed: int, labels: int) -> Split:
+    """By the mean texture, the second feature."""
+    records, targets = load_breast_cancer(return_X_y=True)
+    x = torch.tensor(((records - records.mean(0)) / records.std(0) / 3).clip(-1, 1), dtype=torch.float32)
+    y, new = torch.tensor(targets), x[:, 1] > x[:, 1].median()
+    return Split([30, 16, 2], (x[~new], y[~new]), *parts(x[new], y[new], seed, labels, 60, 120), F.cross_entropy)
+
+
+def characters(seed: int, labels: int) -> Split:
+    """Eight characters, each as four fixed random numbers, to the next one; rare ones are one class."""
+    prose = "".join(path.read_text() for path in sorted(Path(sklearn.__file__).parent.glob("datasets/descr/*.rst")))
+    code = inspect.getsource(sklearn.base)
+    kinds = sorted(set(code), key=code.count, reverse=True)[:47]
+    table = torch.rand(48, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def rows(text: str) -> Data:
+        ids = torch.tensor([kinds.index(letter) if letter in kinds else 47 for letter in text]).unfold(0, 9, 1)
+        return table[ids[:, :8]].flatten(1), ids[:, 8]
+
+    x, y = rows(code[:10_000])
+    return Split([32, 32, 48], rows(prose), *parts(x, y, seed, labels, 2000, 3000), F.cross_entropy)
+
+
+def household(seed: int, labels: int) -> Split:
+    """The hours of one more household: a week to train, the next to choose by, then four."""
+    tasks, _ = households(seed, labels // 24, 41)
+    old = [part[:40].flatten(0, 1) for part in tasks.train]
+    new = [(x[40], y[40, :, None]) for x, y in (tasks.train, tasks.validation, tasks.test)]
+    return Split([old[0].shape[1], 32, 1], (old[0], old[1][:, None]), *new, F.mse_loss)
+
+
+TASKS: dict[str, tuple[Callable[[int, int], Split], tuple[int, ...]]] = {
+    "digits 0-4 to 5-9": (digits, (20, 50, 200)),
+    "diabetes, younger to older": (diabetes, (50,)),
+    "breast cancer, smooth to rough": (cancer, (50,)),
+    "characters, prose to code": (characters, (1000,)),
+    "one more household": (household, (168,)),
+}
 
 
 def count(model: nn.Module) -> int:
@@ -102,18 +165,22 @@ def make_mlp(widths: list[int]) -> nn.Module:
 
 
 Trained = tuple[nn.Module, torch.optim.Optimizer]
+Adam = partial(torch.optim.Adam, fused=True)
 
 
-def lotra(r: int | tuple[int, ...], gradient: bool, base: nn.Module, split: Split, lr: float) -> Trained:
-    model = get_peft_model(base, LoTRAConfig(r=r))
-    if gradient:
+def lotra(r: int | tuple[int, ...], start: str, base: nn.Module, split: Split, lr: float) -> Trained:
+    config = LoTRAConfig(r=r)
+    if start == "hosvd":
+        config = LoTRAConfig(r=r, init_weights="hosvd", train=["core"])
+    model = get_peft_model(base, config)
+    if start == "gradient":
         start_from_gradient(model, lambda: split.loss(model(split.labeled[0]), split.labeled[1]))
-    return model, create_lotra_optimizer(model, torch.optim.Adam, lr=lr)
+    return model, create_lotra_optimizer(model, Adam, lr=lr)
 
 
-def last_layer(base: nn.Module, split: Split, lr: float) -> Trained:
-    base.requires_grad_(False)
-    base.layers[-1].requires_grad_(True)
+def only(part: str, base: nn.Module, split: Split, lr: float) -> Trained:
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(part in name)
     return full(base, split, lr)
 
 
@@ -122,71 +189,179 @@ def lora(base: nn.Module, split: Split, lr: float) -> Trained:
 
 
 def full(base: nn.Module, split: Split, lr: float) -> Trained:
-    return base, torch.optim.Adam([p for p in base.parameters() if p.requires_grad], lr=lr)
+    return base, Adam([p for p in base.parameters() if p.requires_grad], lr=lr)
+
+
+class Delta(nn.Module):
+    """A parametrization of the coefficients (out, in, basis): an update that starts at zero."""
+
+    def __init__(self, update: Callable[..., Tensor], start: list[Tensor]) -> None:
+        super().__init__()
+        self.update, self.parts = update, nn.ParameterList(start)
+
+    def forward(self, coefficients: Tensor) -> Tensor:
+        return coefficients + self.update(*self.parts).reshape(coefficients.shape)
+
+
+def slices(size: int, out: int, inputs: int, basis: int) -> tuple[Callable, list[Tensor]]:
+    """LoRA of each output's matrix, as PEFT starts it."""
+    down = (torch.rand(out, inputs, size) * 2 - 1) / math.sqrt(inputs)
+    return lambda a, b: a @ b, [down, torch.zeros(out, size, basis)]
+
+
+def loha(size: int, out: int, inputs: int, basis: int) -> tuple[Callable, list[Tensor]]:
+    """LyCORIS's in Tucker form, and its start."""
+
+    def update(*parts: Tensor) -> Tensor:
+        first, second = (torch.einsum("rsk,or,is->oik", *parts[i : i + 3]) for i in (0, 3))
+        return first * second
+
+    core, sides = 0.1 * torch.randn(2, size, size, basis), torch.randn(2, inputs, size)
+    return update, [core[0], 0.1 * torch.randn(out, size), sides[0], core[1], torch.zeros(out, size), sides[1]]
+
+
+def lokr(size: int, out: int, inputs: int, basis: int) -> tuple[Callable, list[Tensor]]:
+    """A Kronecker product whose left factor is at most (size, size)."""
+    a, b = (max(part for part in range(1, size + 1) if side % part == 0) for side in (out, inputs))
+    left = (torch.rand(a, b) * 2 - 1) / math.sqrt(b)
+    right = torch.zeros(out // a, inputs // b, basis)
+    return lambda left, right: torch.einsum("ab,oik->aobik", left, right), [left, right]
+
+
+def delta(make: Callable, base: nn.Module, split: Split, lr: float) -> Trained:
+    """At the size whose number of parameters is nearest to LoTRA's of ranks (8, 8, 4)."""
+    wanted = count(get_peft_model(copy.deepcopy(base), LoTRAConfig(r=(8, 8, 4))))
+    layers = [layer.requires_grad_(False) for layer in base.layers]
+
+    def parameters(size: int) -> int:
+        return sum(part.numel() for layer in layers for part in make(size, *layer.spline_weight.shape)[1])
+
+    size = min(range(1, 17), key=lambda size: abs(parameters(size) - wanted))
+    for layer in layers:
+        update = Delta(*make(size, *layer.spline_weight.shape))
+        parametrize.register_parametrization(layer, "spline_weight", update)
+    return full(base, split, lr)
+
+
+def dense(base: nn.Module, split: Split, lr: float) -> Trained:
+    """The basis function of each layer that has the largest gradient, for all edges."""
+    split.loss(base(split.labeled[0]), split.labeled[1]).backward()
+    for layer in base.requires_grad_(False).layers:
+        weight = layer.spline_weight
+        one = torch.zeros(weight.shape[2])
+        one[weight.grad.square().mean((0, 1)).argmax()] = 1
+        parametrize.register_parametrization(layer, "spline_weight", Slice(one, weight.shape[:2]))
+    return full(base, split, lr)
+
+
+class Slice(nn.Module):
+    """A parametrization: the coefficients of one basis function change."""
+
+    def __init__(self, one: Tensor, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("one", one)
+        self.part = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, coefficients: Tensor) -> Tensor:
+        return coefficients + self.part[..., None] * self.one
 
 
 Method = Callable[[nn.Module, Split, float], Trained]
 RATES = (1e-2, 3e-2, 1e-1)
 METHODS: dict[str, tuple[Callable, Method, tuple[float, ...]]] = {
     "KAN, full fine-tuning": (KAN, full, RATES),
-    "KAN, last layer": (KAN, last_layer, RATES),
-    "LoTRA, random start, r=4": (KAN, partial(lotra, 4, False), RATES),
-    "LoTRA, gradient start, r=4": (KAN, partial(lotra, 4, True), RATES),
-    "LoTRA, gradient start, r=(8, 8, 4)": (KAN, partial(lotra, (8, 8, 4), True), RATES),
+    "KAN, last layer": (KAN, partial(only, "layers.1."), RATES),
+    "KAN, residual weights": (KAN, partial(only, "base_weight"), RATES),
+    "LoTRA, random start, r=4": (KAN, partial(lotra, 4, "random"), RATES),
+    "LoTRA, gradient start, r=4": (KAN, partial(lotra, 4, "gradient"), RATES),
+    "LoTRA, random start, r=(8, 8, 4)": (KAN, partial(lotra, (8, 8, 4), "random"), RATES),
+    "LoTRA, gradient start, r=(8, 8, 4)": (KAN, partial(lotra, (8, 8, 4), "gradient"), RATES),
+    "LoTRA, core of the HOSVD, r=(14, 14, 6)": (KAN, partial(lotra, (14, 14, 6), "hosvd"), RATES),
+    "LoRA of slices": (KAN, partial(delta, slices), RATES),
+    "LoKr": (KAN, partial(delta, lokr), RATES),
+    "LoHa": (KAN, partial(delta, loha), RATES),
+    "one basis function": (KAN, dense, RATES),
     "MLP, full fine-tuning": (make_mlp, full, (3e-3, 1e-2, 3e-2)),
     "MLP, LoRA, r=3": (make_mlp, lora, RATES),
 }
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, split: Split, steps: int) -> None:
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        rows = torch.randint(len(data[0]), (128,))
-        optimizer.zero_grad()
-        split.loss(model(data[0][rows]), data[1][rows]).backward()
-        optimizer.step()
-        scheduler.step()
+FIRST = [  # which few_labels.json has
+    *("KAN, full fine-tuning", "KAN, last layer", "LoTRA, random start, r=4", "LoTRA, gradient start, r=4"),
+    *("LoTRA, gradient start, r=(8, 8, 4)", "MLP, full fine-tuning", "MLP, LoRA, r=3"),
+]
 
 
-def make_base(make: Callable, split: Split, seed: int, steps: int) -> nn.Module:
-    torch.manual_seed(seed)
-    base = make(split.widths)
-    train(base, torch.optim.Adam(base.parameters(), lr=5e-3), split.old, split, 2 * steps)
-    return base
+def whole(data: list[Data], rows: list[Tensor]) -> Callable[[int], tuple]:
+    """What the drawn rows are, for less time: all rows, with how often each is drawn."""
+    x, y = (torch.stack(part) for part in zip(*data, strict=True))
+    counts = torch.stack([torch.stack([step.bincount(minlength=x.shape[1]) for step in draws]) for draws in rows], 1)
+    return lambda step: (x, (y, counts[step]))
 
 
-Run = tuple[str, int, str, float, int]  # task, labels, method, lr, seed
+def counted(loss: Callable, outputs: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
+    y, counts = target
+    return (loss(outputs, y, reduction="none").reshape(len(y), -1).mean(1) * counts).sum() / counts.sum()
 
 
-def runs(seeds: int, labels: int | None) -> Iterator[Run]:
-    """All runs; those of one base follow each other."""
-    for task, (_, counts) in TASKS.items():
-        for seed in range(seeds):
-            for number in counts if labels is None else (labels,):
-                for method, (_, _, rates) in METHODS.items():
-                    yield from ((task, number, method, lr, seed) for lr in rates)
+def make_bases(make: Callable, splits: dict[int, Split], steps: int) -> dict[int, nn.Module]:
+    """The networks that know the old task, by seed."""
+    made, rows = {}, []
+    for seed, split in splits.items():
+        torch.manual_seed(seed)
+        made[seed] = make(split.widths)
+        rows.append(together.draw(split.old, 2 * steps))
+    models, old = list(made.values()), [split.old for split in splits.values()]
+    optimizer = Adam([{"params": list(model.parameters())} for model in models], lr=5e-3)
+    together.train(models, [optimizer], together.batches(old, rows), next(iter(splits.values())).loss, 2 * steps)
+    return made
 
 
-def run_all(todo: list[Run], found: dict[str, dict], steps: int, save: Callable[[], None]) -> None:
+Run = tuple[str, int, str, int, float]  # task, labels, method, seed, lr
+
+
+def runs(tasks: dict, methods: list[str], seeds: int, most: int) -> Iterator[Run]:
+    """All runs; those of one method follow each other."""
+    for task, (_, counts) in tasks.items():
+        for number in counts[:most]:
+            for method in methods:
+                yield from ((task, number, method, seed, lr) for seed in range(seeds) for lr in METHODS[method][2])
+
+
+def run_all(todo: list[Run], tasks: dict, found: dict[str, dict], steps: int, save: Callable[[], None]) -> None:
     """Adds the scores of the runs, by method, to those that were found."""
-    bases: dict[tuple, nn.Module] = {}
-    for task, labels, method, lr, seed in tqdm(todo, unit="run", ncols=100):
-        make, adapt, _ = METHODS[method]
-        split = TASKS[task][0](seed, labels)
-        if (task, make, seed) not in bases:
-            bases[task, make, seed] = make_base(make, split, seed, steps)
-        torch.manual_seed(100 + seed)
-        model, optimizer = adapt(copy.deepcopy(bases[task, make, seed]), split, lr)
-        train(model, optimizer, split.labeled, split, steps)
-        row = found.setdefault(f"{task}, {labels} labels", {}).setdefault(method, {"parameters": count(model)})
-        scores = row.setdefault("rates", {}).setdefault(f"{lr:g}", {"validation": {}, "test": {}})
-        for part in ("validation", "test"):
-            scores[part][str(seed)] = split.score(model, getattr(split, part))
+    bases: dict[tuple, dict[int, nn.Module]] = {}
+    split_of = cache(lambda task, seed, labels: tasks[task][0](seed, labels))
+    bar = tqdm(total=len(todo), unit="run", ncols=100)
+    for (task, labels, method), alike in groupby(todo, lambda run: run[:3]):
+        settings, (make, adapt, _) = [run[3:] for run in alike], METHODS[method]
+        splits = {seed: split_of(task, seed, labels) for seed in dict.fromkeys(seed for seed, _ in settings)}
+        made = bases.setdefault((task, make), {})
+        missing = {seed: split for seed, split in splits.items() if seed not in made}
+        made |= make_bases(make, missing, steps) if missing else {}
+        models, groups, rows = [], [], []
+        for seed, lr in settings:
+            torch.manual_seed(100 + seed)
+            model, optimizer = adapt(copy.deepcopy(made[seed]), splits[seed], lr)
+            models.append(model)
+            groups += optimizer.param_groups
+            rows.append(together.draw(splits[seed].labeled, steps))
+        data = [splits[seed].labeled for seed, _ in settings]
+        batches, loss = together.batches(data, rows), next(iter(splits.values())).loss
+        if labels < 100:
+            batches, loss = whole(data, rows), partial(counted, loss)
+        together.train(models, [torch.optim.Adam(groups)], batches, loss, steps)
+        row = found.setdefault(f"{task}, {labels} labels", {}).setdefault(method, {"parameters": count(models[0])})
+        for (seed, lr), model in zip(settings, models, strict=True):
+            scores = row.setdefault("rates", {}).setdefault(f"{lr:g}", {"validation": {}, "test": {}})
+            for part in ("validation", "test"):
+                scores[part][str(seed)] = splits[seed].score(model, getattr(splits[seed], part))
         save()
+        bar.update(len(settings))
 
 
 def is_done(found: dict[str, dict], run: Run) -> bool:
-    task, labels, method, lr, seed = run
+    task, labels, method, seed, lr = run
     rates = found.get(f"{task}, {labels} labels", {}).get(method, {}).get("rates", {})
     return str(seed) in rates.get(f"{lr:g}", {}).get("test", {})
 
@@ -196,14 +371,19 @@ def chosen(row: dict) -> str:
     return max(row["rates"], key=lambda lr: np.mean([*row["rates"][lr]["validation"].values()]))
 
 
+def test_mean(row: dict) -> float:
+    return float(np.mean([*row["rates"][chosen(row)]["test"].values()]))
+
+
 def as_text(found: dict[str, dict]) -> str:
     """The tables in Markdown."""
     lines = []
     for part, rows in found.items():
-        unit = "accuracy %" if "digits" in part else "explained variance %"
+        unit = "explained variance %" if part.startswith(("diabetes", "one more")) else "accuracy %"
         lines += [f"### {part}", "", f"| | parameters | lr | {unit} | seeds | at lr {DEFAULT_RATE:g} |"]
         lines.append("|---|--:|--:|--:|---|--:|")
-        for method, row in rows.items():
+        for method in (name for name in METHODS if name in rows):
+            row = rows[method]
             values = {lr: [*scores["test"].values()] for lr, scores in row["rates"].items()}
             lr, default = chosen(row), values.get(f"{DEFAULT_RATE:g}") if "LoTRA" in method else None
             seeds = " ".join(f"{value:.1f}" for value in values[lr])
@@ -213,30 +393,68 @@ def as_text(found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def draw_ranks(found: dict[str, dict], path: Path) -> None:
+    """The mean rank of each method over the tasks; bars join those that Nemenyi's test does not tell apart at 5 %."""
+    tasks = [rows for rows in found.values() if set(METHODS) <= set(rows)]
+    scores = np.array([[test_mean(rows[name]) for name in METHODS] for rows in tasks])
+    ranks = rankdata(-scores, axis=1).mean(0)
+    order, number = ranks.argsort(), len(METHODS)
+    apart = studentized_range.ppf(0.95, number, np.inf) * math.sqrt(number * (number + 1) / 12 / len(tasks))
+    figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    for place, index in enumerate(order):
+        name = [*METHODS][index]
+        color = BLUE if "LoTRA" in name else RED if "MLP" in name else GRAY
+        axis.plot(ranks[index], place, "o", color=color)
+        axis.annotate(f"{ranks[index]:.1f}", (ranks[index], place), (0, 5), textcoords="offset points", ha="center")
+    sorted_ranks, reached, x = ranks[order], 0, number + 0.8
+    for first, rank in enumerate(sorted_ranks):
+        last = int((sorted_ranks <= rank + apart).sum()) - 1
+        if last > max(reached, first):  # a group that no other one holds
+            axis.plot([x, x], [first - 0.2, last + 0.2], color="black", lw=2)
+            reached, x = last, x + 0.3
+    axis.set_yticks(range(number), [[*METHODS][index] for index in order])
+    axis.invert_yaxis()
+    axis.set(xlabel="mean rank, 1 is the best", xlim=(0.5, x))
+    told = f"lines join ranks less than {apart:.1f} apart, which Nemenyi's test does not tell apart at 5 %"
+    figure.suptitle(f"Mean rank of the methods on {len(tasks)} tasks;\n{told}")
+    figure.savefig(path)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = command_line.Parser(
         __doc__,
-        takes="ten minutes on one core",
-        writes="few_labels.json and .md; with --quick few_labels_quick.*",
+        takes="ten minutes on one core, with --rivals half an hour",
+        writes="few_labels.json and .md, or rivals.json, .md and .png; with --quick few_labels_quick.*",
         folder=command_line.RESULTS,
-        quick="one seed, five steps, 20 labels: to see it run",
+        quick="one seed, five steps, the fewest labels: to see it run",
+        redraw=True,
     )
     parser.add_argument("--seeds", type=int, default=5, help="how many runs are averaged (default: 5)")
+    parser.add_argument("--rivals", action="store_true", help="more tasks and methods")
+    parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, for one more task")
     args = parser.parse_args()
-    seeds, steps, labels = (1, 5, 20) if args.quick else (args.seeds, 300, None)
+    seeds, steps, most = (1, 5, 1) if args.quick else (args.seeds, 300, 4)
+    tasks, methods = (TASKS, list(METHODS)) if args.rivals else (dict(list(TASKS.items())[:2]), FIRST)
+    if args.rivals and args.data_dir is not None:
+        tasks = {**TASKS, "digits to MNIST": (partial(mnist, args.data_dir), (20, 50, 200, 1000))}
 
-    path: Path = args.output / f"few_labels{'_quick' if args.quick else ''}.json"
-    known = json.loads(path.read_text()) if path.exists() and not args.quick else {}
+    first = args.output / f"few_labels{'_quick' if args.quick else ''}.json"
+    path = first.with_stem(first.stem.replace("few_labels", "rivals")) if args.rivals else first
+    known = files.read(path, args.quick, args.redraw) or files.read(first, args.quick)
     found = known.get("results", {})
-    setting = {"steps": steps, "machine": known.get("setting", {}).get("machine", machine.describe())}
+    setting = {"steps": steps, "machine": machine.describe(), "commit": machine.commit()}
+    setting = known["setting"] if args.redraw else setting
 
-    def save() -> None:
-        path.write_text(json.dumps({"setting": setting, "results": found}, indent=1) + "\n")
+    def save(text: str | None = None) -> None:
+        files.write(path, {"setting": setting, "results": found}, text)
 
-    run_all([run for run in runs(seeds, labels) if not is_done(found, run)], found, steps, save)
-    text = as_text(found)
-    path.with_suffix(".md").write_text(text)
-    print(text)
+    if not args.redraw:
+        todo = [run for run in runs(tasks, methods, seeds, most) if not is_done(found, run)]
+        run_all(todo, tasks, found, steps, save)
+    save(as_text(found))
+    if args.rivals:
+        draw_ranks(found, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

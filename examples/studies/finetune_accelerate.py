@@ -25,7 +25,6 @@ from study_tools import command_line  # isort: split
 
 
 import copy
-import json
 
 import torch
 from accelerate import Accelerator
@@ -33,6 +32,7 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from peft import PeftModel, get_peft_model
 from scipy.ndimage import rotate
 from sklearn.datasets import load_digits
+from study_tools import files
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -169,7 +169,7 @@ def main() -> None:
             difference = (reloaded(test.tensors[0]) - logits.float().cpu()).abs().max().item()
         kind = "fully_shard" if args.fsdp2 else accelerator.distributed_type.value
         results = {"processes": accelerator.num_processes, "kind": kind, "losses": losses, "accuracy": accuracy}
-        (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        files.write(args.output / "results.json", results)
         print(model_summary(reloaded))
         print(f"{accelerator.num_processes} process(es), {kind}: loss {losses[0]:.6f} to {losses[-1]:.6f}, ", end="")
         print(f"accuracy on rotated digits {accuracy:.1f} %")

@@ -20,7 +20,6 @@ from study_tools import command_line  # isort: split
 
 import copy
 import json
-import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -34,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_diabetes
 from sklearn.metrics import r2_score
+from study_tools import files
 from torch import nn
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
@@ -115,12 +115,6 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file as a whole: a killed process leaves the old file or the new one."""
-    path.with_suffix(".part").write_text(text)
-    os.replace(path.with_suffix(".part"), path)
-
-
 def run(name: str, make: Callable[[], nn.Module], data: dict, folder: Path, seed: int, args, bar: tqdm) -> dict:
     """Trains a model by Trainer with early stopping on the evaluation patients, and returns its results.
 
@@ -187,7 +181,7 @@ def run(name: str, make: Callable[[], nn.Module], data: dict, folder: Path, seed
             (line["step"], line["eval_rmse"]) for line in trainer.state.log_history if "eval_rmse" in line
         ],
     }
-    write_whole(finished, json.dumps(result))
+    files.write(finished, result)
     return result
 
 
@@ -291,7 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.disable_progress_bar()  # of the files that transformers reads and writes
     with tqdm(total=args.splits * (1 + len(METHODS)), unit="run", ncols=100) as bar:
         runs = [compare(seed, args, bar) for seed in range(args.splits)]
-    write_whole(args.output / "results.json", json.dumps(runs, indent=1))
+    files.write(args.output / "results.json", runs)
     console = Console(width=110)
     show_table(console, runs)
     adapter = args.output / "seed0" / "LoTRA" / "best" / "adapter_model.safetensors"

@@ -16,7 +16,6 @@ from study_tools import command_line  # isort: split
 
 
 import copy
-import json
 import logging
 
 import matplotlib
@@ -27,6 +26,7 @@ from neuralforecast.models import KAN
 from neuralforecast.utils import AirPassengersDF
 from peft import get_peft_model
 from rich.console import Console
+from study_tools import files
 
 from peft_lotra import LoTRAConfig, model_summary
 
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     errors = {name: float(np.abs(forecast - truth).mean()) for name, forecast in forecasts.items()}
     moved = [name for name, value in merged.state_dict().items() if not value.equal(frozen[name])]
     results = {"mean absolute error": errors, "merged parameters": moved}
-    (args.output / "forecast_neuralforecast.json").write_text(json.dumps(results, indent=1) + "\n")
+    files.write(args.output / "forecast_neuralforecast.json", results)
     for name, error in errors.items():
         console.print(f"{name}: mean absolute error {error:.1f} thousand passengers")
 

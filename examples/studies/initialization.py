@@ -6,7 +6,7 @@
     python examples/studies/initialization.py  # a quarter of an hour on one core, no network
     python examples/studies/initialization.py --data-dir PATH/TO/mnist  # one more shift: digits to MNIST at 8x8
     python examples/studies/initialization.py --quick  # a few seconds, for CI: says nothing
-    python examples/studies/initialization.py --only "burgers, middle"  # one part; the others stay in the results
+    python examples/studies/initialization.py --only "burgers, middle"  # one part
 
 A KAN is trained, then adapted to a real change of its data with few labels: scikit-learn's digits rotated by 30
 degrees (200 labels), the same with noise (the quickstart's shift), and MNIST brought to 8x8 (500 labels). LoTRA starts
@@ -15,7 +15,7 @@ fine-tuning and both starts get several learning rates, both starts also three r
 is the best mean over the seeds of each, chosen by these same test scores for every method alike, and what the fixed
 setting SETTING gives. The quickstart's shift is repeated on KANs of two other libraries, with few rates. A PDE
 (viscous Burgers, see pde/transfer.py) is a case in which the start from the gradient does not help.
-Writes initialization.json.
+Seeds that the file has are not repeated. Writes initialization.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from study_tools import command_line  # isort: split
 import argparse
 import copy
 import itertools
-import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -38,6 +37,7 @@ import torch
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
+from study_tools import files, machine, together
 from study_tools.tasks import Task, build, digits_to_mnist, rotated_digits, score
 from torch import nn
 from tqdm import tqdm
@@ -57,16 +57,15 @@ POLICIES = {
     "less slow core": {"core": 0.1, "factor_out": 0.5},
 }
 SETTING = "slow core, lr 0.01"
+Adam = partial(torch.optim.Adam, fused=True)
+
+
+Trained = tuple[nn.Module, torch.optim.Optimizer]
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, steps: int) -> nn.Module:
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        rows = torch.randint(len(task.after[0]), (128,))
-        optimizer.zero_grad()
-        task.loss(model(task.after[0][rows]), task.after[1][rows]).backward()
-        optimizer.step()
-        scheduler.step()
+    rows = [together.draw(task.after, steps)]
+    together.train([model], [optimizer], together.batches([task.after], rows), task.loss, steps)
     return model
 
 
@@ -77,54 +76,59 @@ def pretrain(library: str, task: Task, seed: int, steps: int) -> nn.Module:
     return train(base, torch.optim.Adam(base.parameters(), lr=5e-3), before, 2 * steps)
 
 
-def fine_tune(base: nn.Module, task: Task, lr: float, steps: int) -> nn.Module:
+def full(base: nn.Module, task: Task, lr: float) -> Trained:
     model = copy.deepcopy(base)
-    return train(model, torch.optim.Adam(model.parameters(), lr=lr), task, steps)
+    return model, Adam(model.parameters(), lr=lr)
 
 
-def adapt(
-    base: nn.Module, task: Task, r: tuple[int, int, int], start: str, policy: str, lr: float, steps: int
-) -> nn.Module:
-    """Adapts by LoTRA from the start "random" or "gradient"."""
+def lotra(base: nn.Module, task: Task, r: tuple[int, int, int], start: str, policy: str, lr: float) -> Trained:
+    """LoTRA from the start "random" or "gradient"."""
     kan, config = copy.deepcopy(base), LoTRAConfig(r=r, init_weights="gradient" if start == "gradient" else True)
     if start == "gradient":
         preprocess_lotra(kan, config, lambda: task.loss(kan(task.after[0]), task.after[1]).backward())
     model = get_peft_model(kan, config)
-    optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=lr, policy=POLICIES[policy])
-    return train(model, optimizer, task, steps)
+    return model, create_lotra_optimizer(model, Adam, lr=lr, policy=POLICIES[policy])
 
 
 Rows = dict[str, dict[str, list[float]]]  # the score of each seed, by method and setting
 
 
-def compare(make: Callable[[int], Task], library: str, args: argparse.Namespace, bar: tqdm) -> Rows:
-    """Runs all methods on one shift. The KANs of other libraries are slow and get one setting of LoTRA."""
-    rows: Rows = {}
+def compare(make: Callable[[int], Task], library: str, args: argparse.Namespace, bar: tqdm, rows: Rows) -> None:
+    """Adds the seeds that are not there of all methods on one shift; the settings of a method train at once.
+
+    The KANs of other libraries are slow and get one setting of LoTRA.
+    """
     every = library == "peft-lotra"
-    for seed in range(args.seeds):
+    methods: dict[str, dict[str, Callable[..., Trained]]] = {
+        "full fine-tuning": {f"lr {lr:g}": partial(full, lr=lr) for lr in (FULL_RATES if every else FULL_RATES[1:3])}
+    }
+    for r, start in itertools.product(RANKS, ("random", "gradient")):
+        settings = {
+            f"{policy}, lr {lr:g}": partial(lotra, r=r, start=start, policy=policy, lr=lr)
+            for policy, lr in itertools.product(POLICIES, RATES)
+        }
+        methods[f"{start} {r}"] = settings if every else {SETTING: settings[SETTING]}
+    for seed in range(len(rows.get("base", {}).get("", [])), args.seeds):
         task = make(seed)
         base = pretrain(library, task, seed, args.steps)
+        for method, settings in methods.items():
+            models, groups, draws = [], [], []
+            for prepare in settings.values():
+                torch.manual_seed(100 + seed)
+                model, optimizer = prepare(base, task)
+                models.append(model)
+                groups += optimizer.param_groups
+                draws.append(together.draw(task.after, args.steps))
+            batches = together.batches([task.after] * len(models), draws)
+            together.train(models, [torch.optim.Adam(groups)], batches, task.loss, args.steps)
+            for setting, model in zip(settings, models, strict=True):
+                rows.setdefault(method, {}).setdefault(setting, []).append(score(model, task))
+            bar.update(len(models))
         rows.setdefault("base", {}).setdefault("", []).append(score(base, task))
-        runs = {("full fine-tuning", f"lr {lr:g}"): partial(fine_tune, base, task, lr, args.steps)
-                for lr in (FULL_RATES if every else FULL_RATES[1:3])}  # fmt: skip
-        for r in RANKS:
-            for start in ("random", "gradient"):
-                for policy in POLICIES:
-                    for lr in RATES:
-                        setting = f"{policy}, lr {lr:g}"
-                        if every or setting == SETTING:
-                            runs[f"{start} {r}", setting] = partial(
-                                adapt, base, task, r, start, policy, lr, args.steps
-                            )
-        for (method, setting), run in runs.items():
-            torch.manual_seed(100 + seed)
-            rows.setdefault(method, {}).setdefault(setting, []).append(score(run(), task))
-            bar.update()
-    return rows
 
 
-def pde(target: str, args: argparse.Namespace, bar: tqdm) -> Rows:
-    """The relative error in % on viscous Burgers, by the Adam of the PDE study, from both starts at several rates."""
+def pde(target: str, args: argparse.Namespace, bar: tqdm, rows: Rows) -> None:
+    """Adds the relative errors in % on viscous Burgers, by the Adam of the PDE study, from both starts."""
     sys.path.insert(0, str(Path(__file__).parent / "pde"))
     from problems import families, methods
 
@@ -132,8 +136,7 @@ def pde(target: str, args: argparse.Namespace, bar: tqdm) -> Rows:
     setting = methods.QUICK if args.quick else methods.Setting(adam_steps=400)
     rates = {"rates of the PDE study": (methods.LOTRA_LR[target], methods.COMPONENT_RATES)}
     rates |= {f"slow core, lr {lr}": (lr, POLICIES["slow core"]) for lr in ((0.01,) if args.quick else (0.01, 0.03))}
-    rows: Rows = {}
-    for seed in range(args.seeds):
+    for seed in range(min((len(found) for part in rows.values() for found in part.values()), default=0), args.seeds):
         base = methods.pretrained(family, setting, seed, args.cache)
         terms = family.terms(family.targets[target], torch.Generator().manual_seed(100 + seed), setting.points)
 
@@ -152,7 +155,6 @@ def pde(target: str, args: argparse.Namespace, bar: tqdm) -> Rows:
             _, curve = methods.train(method, family, target, family.targets[target], base, setting, seed)
             rows.setdefault(f"{start}, {setting.adam_steps} steps", {}).setdefault(key, []).append(100 * curve[-1][2])
             bar.update()
-    return rows
 
 
 def best(settings: dict[str, list[float]], smallest: bool) -> str:
@@ -184,7 +186,7 @@ def main() -> None:
         needs="test",
         quick="one seed, few steps, two parts: to see it run",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="how many runs are averaged (default: 3)")
+    parser.add_argument("--seeds", type=int, default=5, help="how many runs are averaged (default: 5)")
     parser.add_argument("--steps", type=int, default=300, help="steps of each adaptation (default: 300)")
     parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, for one more shift")
     parser.add_argument("--only", help="the parts whose names contain this")
@@ -194,7 +196,7 @@ def main() -> None:
         args.seeds, args.steps = 1, 5
 
     noisy = partial(rotated_digits, angle=30)
-    parts: dict[str, Callable[[tqdm], Rows]] = {
+    parts: dict[str, Callable[[tqdm, Rows], None]] = {
         "digits, rotated by 30 degrees": partial(
             compare, partial(rotated_digits, angle=30, noise=0, hidden=48), "peft-lotra", args
         ),
@@ -212,18 +214,18 @@ def main() -> None:
         parts = {name: part for name, part in parts.items() if args.only in name}
 
     path = args.output / f"initialization{'_quick' if args.quick else ''}.json"
+    results = files.read(path, args.quick).get("results", {})
     bar = tqdm(unit="run", ncols=100)
     for name, part in parts.items():
         bar.set_description(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pykan's own
-            rows = part(bar)
-        known = json.loads(path.read_text()) if path.exists() else {}
-        results = {**known.get("results", {}), name: rows}
-        setting = {"seeds": args.seeds, "steps": args.steps, "policies": POLICIES, "setting": SETTING}
-        path.write_text(json.dumps({"setting": setting, "results": results}, indent=1) + "\n")
+            part(bar, results.setdefault(name, {}))
+        setting = {"steps": args.steps, "policies": POLICIES, "setting": SETTING}
+        setting |= {"machine": machine.describe(), "commit": machine.commit()}
+        files.write(path, {"setting": setting, "results": results})
     bar.close()
-    show(json.loads(path.read_text())["results"])
+    show(results)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from study_tools import command_line  # isort: split
 
 
 import copy
-import json
 from pathlib import Path
 
 import matplotlib
@@ -28,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.ndimage import rotate
 from sklearn.datasets import load_digits
+from study_tools import files
 from torch import nn
 from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification
@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         table.add_row(name, f"{row['rotated']:.1f}", f"{row['trainable']:,}" if row["trainable"] else "-")
     console.print(table)
     console.print(f"reloaded: largest difference {reloaded:.1e}; merged: {merged:.1e}")
-    (args.output / "kan_vit.json").write_text(json.dumps(results, indent=1) + "\n")
+    files.write(args.output / "kan_vit.json", results)
     draw(results, args.output / "kan_vit.png")
     console.print(f"picture: {args.output / 'kan_vit.png'}")
 

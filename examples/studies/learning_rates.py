@@ -1,19 +1,24 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""One learning rate for every width: LoTRA's components trained at rates of their own, beside one rate for all.
+"""One learning rate for every width and rank: LoTRA's components at rates of their own, beside one rate for all.
 
     python examples/studies/learning_rates.py  # widths 16 to 512, about half an hour on one core
+    python examples/studies/learning_rates.py --sweep ranks  # ranks 2 to 16, four optimizers, three tasks: as long
     python examples/studies/learning_rates.py --quick  # a few seconds, for CI: says nothing about the rule
     python examples/studies/learning_rates.py --library efficient-kan  # or pykan: one task, widths 16 and 64
 
 A random KAN of three layers [n, n, n, n] is adapted to a teacher, which is the same KAN with a rank-3 update of half
-the size of its coefficients in each layer. Every learning rate of a half-decade grid, for SGD of a finer one up to the
-rate at which it diverges, is tried at each width n, with policy "uniform" (one rate) and "width" (see
-`peft_lotra.optim.create_lotra_optimizer`), by Adam and by SGD. For SGD "width" is a rule that lost to one rate, and is
-not in the package: factor_out at sqrt(n / 16). The result is the error after 300 steps, divided by the error of the
-base (1: nothing learned). Runs that the result file has are not repeated. A second task starts from a [2, n, n, 1] KAN
-that has learned one function of two variables, and adapts it to another one.
+the size of its coefficients in each layer. A second task starts from a [2, n, n, 1] KAN that has learned one function
+of two variables, and adapts it to another one; a third from a [64, n, 10] KAN that reads digits, and adapts it to 200
+rotated and noisy ones. Every learning rate of a half-decade grid, for SGD of a finer one up to the rate at which it
+diverges, is tried at each width n and rank, with policy "uniform" (one rate), "width" (as Adam has it in
+`peft_lotra.optim.create_lotra_optimizer`), and rules that are not in the package: "grown" has factor_out at
+sqrt(n / 16), for SGD; "ranks" and "roots" are "width" with the core at 16 / (r2 r3) and factor_out at 4 / r1, or at
+the roots of these; the table has them also for ranks above 4 alone. The policies of "gradient" begin with
+`start_from_gradient`, with the package's rates, or those of "width" or "ranks". Muon is torch's for the factors, which
+are matrices, and Adam for the core. The result is the error after training, divided by the error of the base (1:
+nothing learned). Runs that the result file has are not repeated.
 """
 
 from __future__ import annotations
@@ -22,40 +27,68 @@ from study_tools import command_line  # isort: split
 
 
 import copy
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from peft import get_peft_model
-from rich.console import Console
-from rich.table import Table
+from study_tools import files, machine, together
 from study_tools.pictures import STYLES
-from study_tools.tasks import build
+from study_tools.tasks import build, rotated_digits, train
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig, find_kan_layers
+from peft_lotra import LoTRAConfig, find_kan_layers, lotra_lr_multipliers, start_from_gradient
 from peft_lotra.kan import KAN
 from peft_lotra.layers.registry import get_kan_spec
-from peft_lotra.optim import create_lotra_optimizer
 
 
 torch.set_num_threads(1)  # additional threads slow down such small matrices
 
-POLICIES = ("uniform", "width")
-OPTIMIZERS = {
-    "Adam": (torch.optim.Adam, [2e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]),
-    "SGD": (torch.optim.SGD, [3e-2, 1e-1, 3e-1, 4e-1, 6e-1, 1.0, 3.0]),
+RATES = [2e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
+SGD_RATES = [3e-2, 1e-1, 3e-1, 4e-1, 6e-1, 1.0, 3.0]
+KEYS = ("task", "optimizer", "policy", "width", "rank", "lr")  # of a row of the results
+# for each sweep: the steps, the rows of each, the seeds by width, and what is run: a task, an optimizer, its policies,
+# ranks, widths and rates
+SWEEPS = {
+    "widths": {
+        "steps": 300,
+        "batch": 128,
+        "seeds": {16: 3, 64: 3, 256: 3, 512: 1},
+        "runs": [
+            ("teacher", "Adam", ("uniform", "width"), (4,), (16, 64, 256, 512), RATES),
+            ("teacher", "SGD", ("uniform", "grown"), (4,), (16, 64, 256), SGD_RATES),
+            ("function", "Adam", ("uniform", "width"), (4,), (16, 64, 256), RATES),
+        ],
+    },
+    "ranks": {
+        "steps": 150,
+        "batch": 32,
+        "seeds": {16: 3, 64: 3, 256: 3},
+        "runs": [  # at width 16 the policies of the widths are "uniform"
+            (task, optimizer, policies, ranks, (width,), RATES[1:])
+            for width, optimizer, policies, ranks in (
+                (16, "Adam", ("width", "roots", "ranks"), (2, 4, 8, 16)),
+                (64, "Adam", ("uniform", "width", "roots", "ranks"), (2, 4, 16)),
+                (64, "SGD, momentum", ("uniform", "width", "grown"), (4,)),
+                (64, "Muon", ("uniform", "width"), (4,)),
+                (64, "AdamW", ("width",), (4,)),
+                (16, "SGD, momentum", ("uniform",), (4,)),
+                (16, "Muon", ("uniform", "width"), (4,)),
+                (64, "Adam", ("gradient", "gradient, width", "gradient, ranks"), (4, 16)),
+                (256, "Adam", ("width", "ranks"), (4, 16)),
+                (256, "SGD, momentum", ("uniform", "width", "grown"), (4,)),
+                (256, "Muon", ("uniform", "width"), (4,)),
+            )
+            for task in ("teacher", "function", "digits")
+        ],
+    },
 }
-# the widest network by task and optimizer; a run of width 512 takes half a minute
-TASKS = {"teacher": {"Adam": 512, "SGD": 256}, "function": {"Adam": 256}}
-KEYS = ("task", "optimizer", "policy", "width", "lr")  # of a row of the results
-RANKS = 4
-BATCH = 128
 
 
 @dataclass
@@ -67,23 +100,32 @@ class Problem:
     y: Tensor
     x_test: Tensor
     y_test: Tensor
+    loss: Callable[[Tensor, Tensor], Tensor]
     scale: float
 
 
-def make_problem(task: str, library: str, width: int, seed: int, steps: int) -> Problem:
+def make_problem(task: str, library: str, width: int, seed: int, steps: int, batch: int) -> Problem:
     torch.manual_seed(1000 * seed + width)
-    if task == "teacher":
-        base = build(library, [width] * 4)
-        target = make_teacher(base, rank=3, size=0.5)
+    loss: Callable = F.mse_loss
+    if task == "digits":
+        digits, loss = rotated_digits(seed, hidden=width), F.cross_entropy
+        base = train(build(library, digits.widths), digits, digits.before, 300, 5e-3, tqdm(disable=True))
+        rows = torch.randint(len(digits.after[0]), (steps, batch))
+        (x, y), (x_test, y_test) = (part[rows] for part in digits.after), digits.test
     else:
-        base, target = KAN([2, width, width, 1]), second_function
-        pretrain(base, first_function)
-    inputs = find_kan_layers(base)[0].shape[1]
-    x, x_test = torch.rand(steps, BATCH, inputs) * 2 - 1, torch.rand(1024, inputs) * 2 - 1
+        if task == "teacher":
+            base = build(library, [width] * 4)
+            target = make_teacher(base, rank=3, size=0.5)
+        else:
+            base, target = KAN([2, width, width, 1]), second_function
+            pretrain(base, first_function)
+        inputs = find_kan_layers(base)[0].shape[1]
+        x, x_test = torch.rand(steps, batch, inputs) * 2 - 1, torch.rand(1024, inputs) * 2 - 1
+        with torch.no_grad():
+            y, y_test = torch.stack([target(rows) for rows in x]), target(x_test)
     with torch.no_grad():
-        y, y_test = torch.stack([target(batch) for batch in x]), target(x_test)
-        scale = (y_test - base(x_test)).square().mean().item()
-    return Problem(base, x, y, x_test, y_test, scale)
+        scale = loss(base(x_test), y_test).item()
+    return Problem(base, x, y, x_test, y_test, loss, scale)
 
 
 @torch.no_grad()
@@ -120,116 +162,174 @@ def pretrain(model: KAN, target: Callable[[Tensor], Tensor]) -> None:
         optimizer.step()
 
 
-def adapt(problem: Problem, optimizer_name: str, policy: str, lr: float, seed: int) -> float:
-    """The error on the test points after one step per batch; infinite if the training diverges."""
-    torch.manual_seed(seed)
-    model = get_peft_model(copy.deepcopy(problem.base), LoTRAConfig(r=RANKS))
-    if (optimizer_name, policy) == ("SGD", "width"):
-        policy = {"factor_out": math.sqrt(max(problem.x.shape[-1], 16) / 16)}
-    optimizer = create_lotra_optimizer(model, OPTIMIZERS[optimizer_name][0], lr=lr, policy=policy)
-    for x, y in zip(problem.x, problem.y, strict=True):
-        loss = (model(x) - y).square().mean() / problem.scale
-        if not loss.item() < 1e4:
-            return math.inf
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+def groups_of(model: nn.Module, policy: str, lr: float) -> list[dict]:
+    """A group with the rate of the policy for each component of each layer."""
+    groups, rule = [], policy.removeprefix("gradient, ")
+    power = {"roots": 0.5, "ranks": 1.0}.get(rule, 0.0)
+    of_package = rule in ("width", "gradient") and rule == policy
+    for line in lotra_lr_multipliers(model, "width" if of_package else "uniform"):
+        rate, size = lr * line.multiplier, line.shape[0]
+        if not of_package and rule not in ("uniform", "grown") and line.component in ("factor_out", "factor_in"):
+            rate *= math.sqrt(16 / max(size, 16))
+        if line.component == "core":
+            rate *= (16 / math.prod(line.shape[1:])) ** power
+        elif line.component == "factor_out":
+            rate *= (4 / line.shape[1]) ** power
+            rate *= math.sqrt(max(size, 16) / 16) if rule == "grown" else 1.0
+        groups.append({"params": [line.parameter], "lr": rate, "component": line.component})
+    return groups
+
+
+def optimizers_of(name: str, groups: list[dict]) -> list[torch.optim.Optimizer]:
+    if name in ("Adam", "AdamW"):
+        return [getattr(torch.optim, name)(groups, fused=True)]
+    if name != "Muon":
+        return [torch.optim.SGD(groups, momentum=0.9 if name == "SGD, momentum" else 0.0)]
+    cores = [group for group in groups if group["component"] == "core"]
+    factors = [group for group in groups if group["component"] != "core"]
+    return [
+        torch.optim.Adam(cores, fused=True),
+        torch.optim.Muon(factors, adjust_lr_fn="match_rms_adamw", weight_decay=0.0),
+    ]
+
+
+def adapt(problem: Problem, optimizer: str, rank: int, runs: list[tuple[str, float]], seed: int) -> list[float]:
+    """The errors on the test points of each policy and rate, trained at once; infinite if the training diverges."""
+    models, groups = [], []
+    for policy, lr in runs:
+        torch.manual_seed(seed)
+        model = get_peft_model(copy.deepcopy(problem.base), LoTRAConfig(r=rank))
+        if policy.startswith("gradient"):
+            x, y = (part[:8].flatten(0, 1) for part in (problem.x, problem.y))
+            start_from_gradient(model, lambda model=model, x=x, y=y: problem.loss(model(x), y))
+        models.append(model)
+        groups += groups_of(models[-1], policy, lr)
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        return tuple(part[step].expand(len(runs), *part.shape[1:]) for part in (problem.x, problem.y))
+
+    def loss(outputs: Tensor, y: Tensor) -> Tensor:
+        return problem.loss(outputs, y) / problem.scale
+
+    optimizers = optimizers_of(optimizer, groups)
+    losses = together.train(models, optimizers, batch, loss, len(problem.x), decay=False)
     with torch.no_grad():
-        error = ((model(problem.x_test) - problem.y_test).square().mean() / problem.scale).item()
-    return error if math.isfinite(error) else math.inf
+        errors = [loss(model(problem.x_test), problem.y_test).item() for model in models]
+    stays = (losses < 1e4).all(0).tolist()
+    return [error if stay and math.isfinite(error) else math.inf for error, stay in zip(errors, stays, strict=True)]
 
 
 def runs_of(setting: dict) -> list[tuple]:
-    """task, optimizer, policy, width, lr and seed of all runs; the runs of a problem follow each other."""
+    """task, optimizer, policy, width, rank, lr and seed of all runs; those trained at once are neighbors."""
     return [
-        (task, name, policy, width, lr, seed)
-        for task, optimizers in setting["tasks"].items()
-        for width, seeds in setting["seeds"].items()
-        for seed in range(seeds)
-        for name, widest in optimizers.items()
-        if width <= widest
-        for policy in POLICIES
-        for lr in setting["rates"][name]
+        (task, optimizer, policy, width, rank, lr, seed)
+        for task, optimizer, policies, ranks, widths, rates in setting["runs"]
+        for width in widths
+        for seed in range(setting["seeds"].get(width, 0))
+        for rank in ranks
+        for policy in policies
+        if rank != 4 or policy not in ("roots", "ranks")  # which are "width" then
+        for lr in rates
     ]
 
 
 def sweep(setting: dict, widest: int, losses: dict[tuple, float], save: Callable[[], None]) -> None:
     """Adds the losses of the runs of the setting, up to a width, that are not there yet."""
-    problem, of = None, None
-    missing = [run for run in runs_of(setting) if run not in losses]
-    for task, name, policy, width, lr, seed in tqdm([run for run in missing if run[3] <= widest], unit="run"):
-        run = (task, name, policy, width, lr, seed)
-        if of != (task, width, seed):
-            problem, of = make_problem(task, setting["library"], width, seed, setting["steps"]), (task, width, seed)
-        losses[run] = adapt(problem, name, policy, lr, seed)
+    missing = [run for run in runs_of(setting) if run not in losses and run[3] <= widest]
+    bar, known = tqdm(total=len(missing), unit="run", ncols=100), {}
+    for (task, optimizer, width, rank, seed), alike in groupby(missing, lambda run: (*run[:2], *run[3:5], run[6])):
+        runs = list(alike)
+        if (task, width, seed) not in known:
+            known[task, width, seed] = make_problem(
+                task, setting["library"], width, seed, setting["steps"], setting["batch"]
+            )
+        errors = adapt(known[task, width, seed], optimizer, rank, [(run[2], run[5]) for run in runs], seed)
+        losses.update(zip(runs, errors, strict=True))
         save()
+        bar.update(len(runs))
 
 
 def mean(losses: list[float]) -> float:
     return sum(losses) / len(losses)
 
 
-def curves(rows: list[dict], task: str, optimizer: str, policy: str) -> dict[int, dict[float, float]]:
-    """The mean loss over the seeds by width and lr."""
-    result: dict[int, dict[float, float]] = {}
+def curves(rows: list[dict], task: str, optimizer: str, policy: str) -> dict[tuple[int, int], dict[float, float]]:
+    """The mean loss over the seeds by width and rank, and lr."""
+    result: dict[tuple[int, int], dict[float, float]] = {}
     for row in rows:
         if (row["task"], row["optimizer"], row["policy"]) == (task, optimizer, policy):
-            result.setdefault(row["width"], {})[row["lr"]] = mean(row["losses"])
+            result.setdefault((row["width"], row["rank"]), {})[row["lr"]] = mean(row["losses"])
     return result
 
 
-def shared_rate(by_width: dict[int, dict[float, float]]) -> float:
+def all_curves(rows: list[dict]) -> dict[tuple[str, str], dict[str, dict[tuple[int, int], dict[float, float]]]]:
+    """By task and optimizer, then by policy."""
+    kinds = {(row["task"], row["optimizer"]): None for row in rows}
+    policies = dict.fromkeys(row["policy"] for row in rows)
+    found = {kind: {policy: curves(rows, *kind, policy) for policy in policies} for kind in kinds}
+    for by_policy in found.values():
+        width = by_policy.get("width", {})
+        for policy in ("roots", "ranks"):  # at rank 4 the same as "width"
+            if by_policy.get(policy):
+                by_policy[policy] |= {setting: losses for setting, losses in width.items() if setting[1] == 4}
+                few = {setting: losses for setting, losses in width.items() if setting[1] <= 4}
+                by_policy[f"{policy} above 4"] = by_policy[policy] | few
+    return {kind: {policy: found for policy, found in part.items() if found} for kind, part in found.items()}
+
+
+def shared_rate(by_width: dict[tuple[int, int], dict[float, float]]) -> float:
     """The rate with the smallest worst case: the largest ratio, over the widths, of its loss to the best loss."""
     rates = set.intersection(*(set(losses) for losses in by_width.values()))
     return min(sorted(rates), key=lambda lr: max(losses[lr] / min(losses.values()) for losses in by_width.values()))
 
 
-def show_tables(console: Console, rows: list[dict]) -> None:
-    for task, optimizer in dict.fromkeys((row["task"], row["optimizer"]) for row in rows):
-        uniform = curves(rows, task, optimizer, "uniform")
-        for policy in POLICIES:
-            by_width = curves(rows, task, optimizer, policy)
-            rates = sorted({lr for losses in by_width.values() for lr in losses})
-            shared = shared_rate(by_width)
-            table = Table(title=f'{task}, {optimizer}, policy "{policy}": loss by learning rate')
-            for column in (
-                "width",
-                *(f"{lr:g}" for lr in rates),
-                "best lr",
-                f"at {shared:g} / best",
-                "/ uniform best",
-            ):
-                table.add_column(column, justify="right")
-            for width, losses in by_width.items():
-                best = min(losses, key=losses.get)
-                table.add_row(
-                    str(width),
-                    *(f"{losses[lr]:.2g}" if losses.get(lr, math.inf) < 100 else "-" for lr in rates),
-                    f"{best:g}",
-                    f"{losses[shared] / losses[best]:.2f}",
-                    f"{losses[shared] / min(uniform[width].values()):.2f}",
-                )
-            console.print(table)
+def as_text(rows: list[dict]) -> str:
+    """A row for each task, optimizer and policy: how far one rate serves all widths and ranks, and what it costs."""
+    lines = [
+        "| task | optimizer | policy | best rates | shared rate | its error / the policy's best: mean, worst "
+        "| / the best of all policies |",
+        "|---|---|---|---|--:|--:|--:|",
+    ]
+    for (task, optimizer), by_policy in all_curves(rows).items():
+        for policy, found in by_policy.items():
+            lr = shared_rate(found)
+            best = {setting: min(losses, key=losses.get) for setting, losses in found.items()}
+            of_own = [losses[lr] / losses[best[setting]] for setting, losses in found.items()]
+            of_all = [
+                losses[lr] / min(min(other[setting].values()) for other in by_policy.values() if setting in other)
+                for setting, losses in found.items()
+            ]
+            rates = f"{min(best.values()):g} to {max(best.values()):g}"
+            means = [math.exp(mean([math.log(ratio) for ratio in ratios])) for ratios in (of_own, of_all)]
+            cells = [
+                task,
+                optimizer,
+                policy,
+                rates,
+                f"{lr:g}",
+                f"{means[0]:.2f}, {max(of_own):.2f}",
+                f"{means[1]:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def draw(rows: list[dict], path: Path) -> None:
     """Draws a row of panels per task and optimizer, a panel per policy, and a curve per width."""
-    kinds = list(dict.fromkeys((row["task"], row["optimizer"]) for row in rows))
+    kinds = all_curves(rows)
     titles = {"teacher": "a rank-3 update of a [n, n, n, n] KAN", "function": "another function, a [2, n, n, 1] KAN"}
     figure, axes = plt.subplots(
         len(kinds), 2, figsize=(10, 3.4 * len(kinds) + 0.6), sharex="row", sharey="row", squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    for (task, optimizer), row in zip(kinds, axes, strict=True):
-        by_policy = {policy: curves(rows, task, optimizer, policy) for policy in POLICIES}
+    for ((task, optimizer), by_policy), row in zip(kinds.items(), axes, strict=True):
         everything = [
             loss for by_width in by_policy.values() for losses in by_width.values() for loss in losses.values()
         ]
         top = 3 * max(loss for loss in everything if loss < 3)  # where the runs are drawn that diverged
-        for policy, ax in zip(POLICIES, row, strict=True):
-            by_width = by_policy[policy]
+        for (policy, by_width), ax in zip(by_policy.items(), row, strict=True):
             colors = plt.colormaps["viridis"](torch.linspace(0, 0.85, len(by_width)).tolist())
-            for color, style, (width, losses) in zip(colors, STYLES, by_width.items(), strict=False):
+            for color, style, ((width, _), losses) in zip(colors, STYLES, by_width.items(), strict=False):
                 good = {lr: loss for lr, loss in sorted(losses.items()) if loss < 3}
                 if not good:
                     continue
@@ -265,35 +365,30 @@ def main() -> None:
     parser = command_line.Parser(
         __doc__,
         takes="half an hour on one core; a quarter of an hour for another library",
-        writes="learning_rates.json and .png, with the name of another library added",
+        writes="learning_rates.json, .md and .png, with the name of another library added; learning_rates_ranks.*",
         folder=command_line.RESULTS,
         needs="test",
         quick="small widths and few steps: to see it run",
         redraw=True,
     )
+    parser.add_argument("--sweep", default="widths", choices=SWEEPS, help="what to vary (default: %(default)s)")
     parser.add_argument("--library", default="peft-lotra", choices=("peft-lotra", "efficient-kan", "pykan"))
     parser.add_argument("--widest", type=int, default=512, help="run no wider networks (default: %(default)s)")
     args = parser.parse_args()
 
-    setting = {
-        "library": args.library,
-        "tasks": TASKS,
-        "steps": 300,
-        "seeds": {16: 3, 64: 3, 256: 3, 512: 1},
-        "rates": {name: rates for name, (_, rates) in OPTIMIZERS.items()},
-    }
+    setting = {"library": args.library, **SWEEPS[args.sweep]}
     if args.library != "peft-lotra":  # slower libraries; pykan is at least ten times slower
-        setting |= {"tasks": {"teacher": {"Adam": 64}}, "seeds": {16: 3, 64: 1}}
-        setting["rates"] = {"Adam": OPTIMIZERS["Adam"][1][2:6]}
+        runs = [("teacher", "Adam", ("uniform", "width"), (4,), (16, 64), RATES[2:6])]
+        setting |= {"seeds": {16: 3, 64: 1}, "runs": runs}
     if args.quick:
-        setting |= {"steps": 40, "seeds": {16: 1, 32: 1}}
-        setting["rates"] = {name: rates[2:5] for name, (_, rates) in OPTIMIZERS.items()}
-    name = "learning_rates" + ("" if args.library == "peft-lotra" else f"_{args.library}") + "_quick" * args.quick
+        runs = [(*run[:3], run[3][:1], (16, 32), run[5][2:5]) for run in setting["runs"][:3]]
+        setting |= {"steps": 40, "seeds": {16: 1, 32: 1}, "runs": runs}
+    name = f"learning_rates{'_ranks' if args.sweep == 'ranks' else ''}"
+    name += ("" if args.library == "peft-lotra" else f"_{args.library}") + "_quick" * args.quick
     path = args.output / f"{name}.json"
-    fixed = {"library": args.library, "steps": setting["steps"], "ranks": RANKS, "batch": BATCH}
-    known = json.loads(path.read_text()) if path.exists() else {"setting": {}, "rows": []}
-    losses = {}
-    if fixed.items() <= known["setting"].items():
+    fixed = {"library": args.library, "steps": setting["steps"], "batch": setting["batch"]}
+    known, losses = files.read(path, must=args.redraw), {}
+    if known and fixed.items() <= known["setting"].items():
         for row in known["rows"]:
             for seed, loss in enumerate(row["losses"]):
                 losses[(*(row[key] for key in KEYS), seed)] = math.inf if loss is None else loss
@@ -306,15 +401,18 @@ def main() -> None:
                 found.setdefault(run[:-1], []).append(losses[run])
         return [dict(zip(KEYS, key, strict=True), losses=values) for key, values in found.items()]
 
-    def save() -> None:
+    def save(text: str | None = None) -> None:
         finite = [{**row, "losses": [x if x < math.inf else None for x in row["losses"]]} for row in rows()]
-        path.write_text(json.dumps({"setting": setting | fixed, "rows": finite}, indent=1) + "\n")
+        about = (
+            known["setting"] if args.redraw else fixed | {"machine": machine.describe(), "commit": machine.commit()}
+        )
+        files.write(path, {"setting": about, "rows": finite}, text)
 
     if not args.redraw:
         sweep(setting, args.widest, losses, save)
-    show_tables(Console(), rows())
-    draw(rows(), path.with_suffix(".png"))
-    print(f"written: {path} and .png")
+    save(as_text(rows()))
+    if args.sweep == "widths":
+        draw(rows(), path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

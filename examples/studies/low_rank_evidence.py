@@ -19,7 +19,6 @@ from study_tools import command_line  # isort: split
 
 
 import copy
-import json
 import warnings
 from pathlib import Path
 
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from study_tools import files
 from study_tools.pictures import BLUE, GRAY, GREEN, ORANGE, RED
 from study_tools.tasks import Task, build, diabetes, digits_to_mnist, function_family, rotated_digits, score, train
 from torch import nn
@@ -183,7 +183,7 @@ def main() -> None:
 
     path = args.output / "low_rank_evidence.json"
     if args.redraw:
-        draw(json.loads(path.read_text()), path.with_suffix(".png"))
+        draw(files.read(path, must=True), path.with_suffix(".png"))
         return
 
     makers = [rotated_digits, function_family, diabetes]
@@ -220,7 +220,7 @@ def main() -> None:
         "extraction": {name: summarize(runs) for name, runs in extractions.items()},
         "spectra": spectra,
     }
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    files.write(path, results)
     draw(results, path.with_suffix(".png"))
     show(results)
 

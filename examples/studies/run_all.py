@@ -15,18 +15,17 @@ from __future__ import annotations
 from study_tools import command_line  # isort: split
 
 
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from study_tools import machine
+from study_tools import files, machine
 
 
 # the script, its options, and those of its quick form
 STUDIES: list[tuple[str, list[str], list[str]]] = [
-    ("few_labels.py", [], []),
+    ("few_labels.py", [], ["--rivals"]),
     ("many_series.py", [], []),
     ("fifty_tasks.py", [], []),
     ("initialization.py", [], []),
@@ -60,7 +59,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     path, own = args.output / "run_all.json", args.output != command_line.RESULTS
-    done = json.loads(path.read_text()) if path.exists() and not args.quick else {}
+    done = files.read(path, args.quick)
     failed = []
     for script, options, quick in STUDIES:
         if done.get(script, {}).get("commit") == machine.commit() != "":
@@ -76,7 +75,7 @@ def main() -> None:
             failed.append(script)
             continue
         done[script] = {"seconds": round(seconds, 1), "commit": machine.commit(), "machine": machine.describe()}
-        path.write_text(json.dumps(done, indent=1) + "\n")
+        files.write(path, done)
     if failed:
         raise SystemExit(f"{len(failed)} of {len(STUDIES)} failed: {', '.join(failed)}")
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 from study_tools import command_line  # isort: split
 
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from scipy import special
+from study_tools import files
 from study_tools.pictures import STYLES
 from tqdm import tqdm
 
@@ -212,10 +212,8 @@ def main() -> None:
     path = args.output / f"{name}.json"
     setting = {"steps": args.steps, "hidden": HIDDEN, "batch": BATCH, "learning_rates": LEARNING_RATES}
 
-    rows = []
-    if path.exists():
-        known = json.loads(path.read_text())
-        rows = known["rows"] if known["setting"] == setting else []
+    known = files.read(path, must=args.redraw)
+    rows = known["rows"] if known.get("setting") == setting else []
     done = {(row["function"], row["model"], row["seed"]) for row in rows}
     todo = [
         (function, kind, seed)
@@ -226,7 +224,7 @@ def main() -> None:
     ]
     for function, kind, seed in tqdm(todo, unit="run"):
         rows.append(run(function, kind, seed, args.steps))
-        path.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
+        files.write(path, {"setting": setting, "rows": rows})
 
     summary = summarise(rows)
     console = Console(width=120)

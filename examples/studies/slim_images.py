@@ -21,7 +21,6 @@ from study_tools import command_line  # isort: split
 
 import argparse
 import gzip
-import json
 import math
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from study_tools import files
 from study_tools.pictures import GRAY, GREEN, ORANGE, RED, SKY
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -316,15 +316,13 @@ def main() -> None:
     setting = {"epochs": args.epochs, "batch": args.batch, "learning_rates": LEARNING_RATES, "hidden": HIDDEN}
     setting["fine_tuning_batch"] = FINE_TUNING_BATCH
 
-    rows = []
-    if path.exists():  # the seeds of the file are not repeated
-        known = json.loads(path.read_text())
-        rows = known["rows"] if known["setting"] == setting else []
+    known = files.read(path)  # whose seeds are not repeated
+    rows = known["rows"] if known.get("setting") == setting else []
     todo = [seed for seed in range(args.seeds) if seed not in {row["seed"] for row in rows}]
     with tqdm(total=11 * len(todo), unit="model") as bar:
         for seed in todo:
             rows += compare(data if data is not None else load_digits(seed), seed, ranks, args, bar)
-            path.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
+            files.write(path, {"setting": setting, "rows": rows})
     console = Console(width=100)
     show(console, rows)
     draw(rows, args.output / f"{name}.png")

@@ -1,15 +1,20 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Many tasks trained at once: each method starts as its base, and trains each task as it would be trained alone."""
+"""Many tasks, or networks, trained at once: each starts as its base, and trains as it would alone."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from study_tools import stacked
+from peft import get_peft_model
+from study_tools import stacked, together
 from torch import nn
+from torch.nn import functional as F
 
+from peft_lotra import LoTRAConfig, create_lotra_optimizer
 from peft_lotra.kan import KAN
 
 
@@ -70,3 +75,26 @@ def test_a_task_among_others_is_trained_as_alone(maker, base):
             method.bank.detach()
     torch.testing.assert_close(*errors, atol=1e-5, rtol=1e-4)
     assert errors[0].mean() < 0.97 * squared(base(tasks.test[0]), tasks.test[1])[0].mean()
+
+
+def test_a_network_among_others_is_trained_as_alone():
+    x, models, optimizers = torch.rand(30, 3), [], []
+    data = x, torch.sin(3 * x[:, :2])
+    for seed, lr in enumerate((1e-2, 3e-2, 1e-1)):
+        torch.manual_seed(seed)
+        models.append(get_peft_model(KAN([3, 4, 2]), LoTRAConfig(r=2)))
+        optimizers.append(create_lotra_optimizer(models[-1], torch.optim.Adam, lr=lr))
+    alone = copy.deepcopy(models[1])
+    optimizer = create_lotra_optimizer(alone, torch.optim.Adam, lr=3e-2)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    draws = [together.draw(data, 20, rows=8) for _ in models]
+    losses = together.train(models, optimizers, together.batches([data] * 3, draws), F.mse_loss, 20)
+    for step, rows in enumerate(draws[1]):
+        loss = F.mse_loss(alone(data[0][rows]), data[1][rows])
+        torch.testing.assert_close(losses[step, 1], loss.detach(), atol=1e-5, rtol=1e-4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+    torch.testing.assert_close(models[1](data[0]), alone(data[0]), atol=1e-4, rtol=1e-3)
+    assert losses[-3:, 1].mean() < 0.9 * losses[:3, 1].mean()

@@ -53,11 +53,32 @@ def test_tables_of_pdes(study, part):
         assert text.partition("\n\n")[2].rstrip() in (ROOT / "docs" / "pde.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["many_series", "fifty_tasks"])
+@pytest.mark.parametrize("name", ["many_series", "fifty_tasks", "few_labels", "rivals"])
 def test_many_tasks(name):
     record = load(name)
-    table = importlib.import_module(name).as_text(record.get("results", record))
+    study = importlib.import_module("few_labels" if name == "rivals" else name)
+    table = study.as_text(record.get("results", record))
     assert table == (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_the_rates_by_rank():
+    study, page = importlib.import_module("learning_rates"), (ROOT / "docs" / "method.md").read_text()
+    rows = with_infinity(load("learning_rates_ranks")["rows"])
+    text = study.as_text(rows)
+    assert text == (RESULTS / "learning_rates_ranks.md").read_text()
+    tasks = {"teacher": "an update of rank 3", "function": "another function", "digits": "rotated digits"}
+    for task, name in tasks.items():
+        cells = {line[2]: [line[3], line[5].split()[-1]] for line in table_cells(text) if line[:2] == [task, "Adam"]}
+        assert f"| {' | '.join([name, *cells['width'], *cells['ranks above 4']])} |" in page
+
+
+def table_cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+
+
+def with_infinity(rows: list[dict]) -> list[dict]:
+    """Runs that diverged."""
+    return [{**row, "losses": [float("inf") if loss is None else loss for loss in row["losses"]]} for row in rows]
 
 
 def moving_targets(path: Path) -> None:
@@ -70,10 +91,7 @@ def moving_targets(path: Path) -> None:
 
 
 def learning_rates(path: Path) -> None:
-    rows = load("learning_rates_pykan")["rows"]
-    for row in rows:  # a run that diverged
-        row["losses"] = [float("inf") if loss is None else loss for loss in row["losses"]]
-    importlib.import_module("learning_rates").draw(rows, path)
+    importlib.import_module("learning_rates").draw(with_infinity(load("learning_rates_pykan")["rows"]), path)
 
 
 def low_rank_evidence(path: Path) -> None:
@@ -81,9 +99,10 @@ def low_rank_evidence(path: Path) -> None:
 
 
 def expressiveness(path: Path) -> None:
-    study, results = importlib.import_module("expressiveness"), load("expressiveness")["results"]
-    assert study.as_text(results) == (RESULTS / "expressiveness.md").read_text()
-    study.draw(results, path)
+    study, record = importlib.import_module("expressiveness"), load("expressiveness")
+    text = study.as_text(record["results"], record.get("recovered", []))
+    assert text == (RESULTS / "expressiveness.md").read_text()
+    study.draw(record["results"], path)
 
 
 def slim_functions(path: Path) -> None:

@@ -31,8 +31,7 @@ from collections.abc import Callable
 import psutil
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
-from rich.console import Console
-from study_tools import machine
+from study_tools import files, machine
 from torch import nn
 
 from peft_lotra import AdapterBank, LoTRAConfig
@@ -205,10 +204,7 @@ def main() -> None:
         "batches": {name: measure_batches(make, rows, seconds) for name, make in MODELS.items()},
         "files": measure_files(adapters),
     }
-    (args.output / "bank.json").write_text(json.dumps(results, indent=1) + "\n")
-    text = table(results)
-    (args.output / "bank.md").write_text(text)
-    Console(width=150).print(text)
+    files.write(args.output / "bank.json", results, table(results))
 
 
 if __name__ == "__main__":

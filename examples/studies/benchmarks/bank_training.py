@@ -18,15 +18,13 @@ from figures import command_line  # isort: split
 
 
 import copy
-import json
 import statistics
 import time
 from typing import Any
 
 import torch
 from peft import get_peft_model
-from rich.console import Console
-from study_tools import machine
+from study_tools import files, machine
 from torch import Tensor, nn
 
 from peft_lotra import AdapterBank, LoTRAConfig, create_lotra_optimizer
@@ -161,10 +159,7 @@ def main() -> None:
         "sample": sample,
         "runs": [compare(adapters, sample, *case) for case in cases],
     }
-    (args.output / "bank_training.json").write_text(json.dumps(results, indent=1) + "\n")
-    text = table(results)
-    (args.output / "bank_training.md").write_text(text)
-    Console(width=150).print(text)
+    files.write(args.output / "bank_training.json", results, table(results))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from figures import command_line  # isort: split
 
 import copy
 import gc
-import json
 import random
 import tempfile
 import time
@@ -34,7 +33,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from study_tools import machine
+from study_tools import files, machine
 from study_tools.pictures import STYLES
 from torch import nn
 from tqdm import tqdm
@@ -214,7 +213,7 @@ def main() -> None:
     adapters, rows, seconds = (30, 512, 0.05) if args.quick else (1000, 4096, 0.3)
     path = args.output / "many_adapters.json"
     # a part that is not run keeps its results
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = files.read(path, must=args.redraw)
     if args.redraw:
         draw(results, path.with_suffix(".png"))
         return
@@ -231,7 +230,7 @@ def main() -> None:
             times = measure_batches(NETWORKS[name], rows, loaded, distinct, seconds)
             results["batch"]["times"].append({"network": name, "loaded": loaded, "ms": times})
 
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    files.write(path, results)
     console = Console(width=150)
     show(console, results)
     if {"load", "batch"} <= results.keys():

@@ -23,6 +23,7 @@ from figures.measure import describe_machine, in_child, interleave, peak_memory
 from figures.subjects import random_inputs
 from rich.console import Console
 from rich.table import Table
+from study_tools import files
 
 from peft_lotra.kan import KANLinear, SlimKANLinear
 
@@ -120,7 +121,7 @@ def main() -> None:
         **interleave({n: parts(*subject(n, **cell)) for n in names}, CPU, seconds, rounds=(5, 100)),
         "mib": {n: peaks(n, cell, args.threads) for n in names},
     }
-    (args.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    files.write(args.output / f"{name}.json", result)
     console = Console(width=100)
     show(console, result)
     console.print(f"written: {args.output / name}.json")

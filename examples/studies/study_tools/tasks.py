@@ -57,13 +57,13 @@ def rotated_digits(seed: int, angle: float = 45, noise: float = 2, hidden: int =
     )
 
 
-def digits_to_mnist(seed: int, folder: Path) -> Task:
-    """Scikit-learn's digits, then MNIST brought to 8x8 (its 20x20 box averaged), of which 500 images have labels."""
+def digits_to_mnist(seed: int, folder: Path, labels: int = 500) -> Task:
+    """Scikit-learn's digits, then MNIST brought to 8x8 (its 20x20 box averaged)."""
     raw = [gzip.decompress((folder / f"{name}-ubyte.gz").read_bytes()) for name in ("images-idx3", "labels-idx1")]
     images = torch.tensor(np.frombuffer(raw[0], np.uint8, offset=16).reshape(-1, 1, 28, 28).astype(np.float32))
     y = torch.tensor(np.frombuffer(raw[1], np.uint8, offset=8).astype(np.int64))
     x = F.adaptive_avg_pool2d(images[:, :, 4:24, 4:24], 8).flatten(1) / 127.5 - 1
-    few = torch.tensor(np.random.default_rng(seed).permutation(8000)[:500])
+    few = torch.tensor(np.random.default_rng(seed).permutation(8000)[:labels])
     digits, labels = load_digits(return_X_y=True)
     before = torch.tensor(digits / 8 - 1, dtype=torch.float32), torch.tensor(labels)
     return Task("digits to MNIST", [64, 48, 10], before, (x[few], y[few]), (x[8000:], y[8000:]), F.cross_entropy)
