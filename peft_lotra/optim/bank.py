@@ -122,7 +122,7 @@ class BankAdamW(_BankOptimizer):
         multipliers = []
         for form in bank.store.layers.values():
             widths = {"factor_out": form.shape[0], "factor_in": form.shape[1]}
-            of_layer = component_multipliers(policy, widths)
+            of_layer = component_multipliers(policy, widths, form.ranks)
             for name, shape in zip(COMPONENTS, form.component_shapes(), strict=False):
                 rate = torch.tensor(of_layer.get(name, 1.0), dtype=torch.float64)
                 multipliers.append(rate.expand(shape).flatten())
