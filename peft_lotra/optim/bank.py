@@ -124,7 +124,7 @@ class BankAdamW(_BankOptimizer):
         multipliers: list[list[Tensor]] = [[], []]  # of adapters that started at random, and from the gradient
         for form, from_gradient in product(bank.store.layers.values(), (False, True)):
             widths = {"factor_out": form.shape[0], "factor_in": form.shape[1]}
-            of_layer = component_multipliers(policy, widths, from_gradient=from_gradient)
+            of_layer = component_multipliers(policy, widths, form.ranks, from_gradient=from_gradient)
             for name, shape in zip(COMPONENTS, form.component_shapes(), strict=False):
                 rates = torch.full(shape, of_layer.get(name, 1.0), dtype=torch.float64)
                 multipliers[from_gradient].append(rates.flatten())

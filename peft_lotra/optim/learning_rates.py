@@ -25,7 +25,7 @@ from ..tuner.layer import LoTRALayer
 Policy = Literal["width", "uniform"] | Mapping[str, float]
 
 COMPONENTS = tuple(name.removeprefix("lotra_") for name in KEYS)
-REFERENCE_WIDTH = 16  # at which policy "width" is policy "uniform"
+REFERENCE_WIDTH, REFERENCE_RANK = 16, 4  # up to which policy "width" is policy "uniform"
 FROM_GRADIENT = {"core": 0.1, "factor_out": 0.5}  # policy "width" multiplies with these after such a start
 
 
@@ -91,7 +91,9 @@ def lotra_lr_multipliers(
         widths = {"factor_out": layer.out_features, "factor_in": layer.in_features}
         for adapter in adapters:
             parameters = layer.get_components(adapter) if isinstance(layer, LoTRALayer) else layer.components
-            multipliers = component_multipliers(policy, widths, is_sgd, (layer, adapter) in started)
+            # a Slim layer has nothing to start from: its factors are the layer
+            ranks = tuple(parameters[0].shape) if isinstance(layer, LoTRALayer) else ()
+            multipliers = component_multipliers(policy, widths, ranks, is_sgd, (layer, adapter) in started)
             for component, parameter in zip(COMPONENTS, parameters, strict=False):  # of four, the last is the kernel's
                 if not parameter.requires_grad:
                     continue
@@ -108,7 +110,11 @@ def lotra_lr_multipliers(
 
 
 def component_multipliers(
-    policy: Policy, widths: Mapping[str, int], is_sgd: bool = False, from_gradient: bool = False
+    policy: Policy,
+    widths: Mapping[str, int],
+    ranks: tuple[int, ...] = (),
+    is_sgd: bool = False,
+    from_gradient: bool = False,
 ) -> Mapping[str, float]:
     """The multipliers of the components of an adapter in a layer, 1 for others; a ValueError for a wrong policy."""
     if isinstance(policy, Mapping):
@@ -127,6 +133,9 @@ def component_multipliers(
         return {}
     # a side narrower than the reference keeps lr
     multipliers = {side: math.sqrt(REFERENCE_WIDTH / max(n, REFERENCE_WIDTH)) for side, n in widths.items()}
+    if ranks and not from_gradient:
+        multipliers["factor_out"] *= REFERENCE_RANK / max(ranks[0], REFERENCE_RANK)
+        multipliers["core"] = REFERENCE_RANK**2 / max(ranks[1] * ranks[2], REFERENCE_RANK**2)
     for component, factor in FROM_GRADIENT.items() if from_gradient else ():
         multipliers[component] = factor * multipliers.get(component, 1.0)
     return multipliers
@@ -150,14 +159,15 @@ def create_lotra_optimizer(
 
     With policy "width", a layer of n_in inputs and n_out outputs trains by Adam and the like at lr times
 
-    | component                         | random start, HOSVD       | start from the gradient       |
-    |-----------------------------------|---------------------------|-------------------------------|
-    | core                              | 1                         | 0.1                           |
-    | factor_basis, factor_kernel       | 1                         | 1                             |
-    | factor_out                        | sqrt(16 / max(n_out, 16)) | 0.5 sqrt(16 / max(n_out, 16)) |
-    | factor_in                         | sqrt(16 / max(n_in, 16))  | sqrt(16 / max(n_in, 16))      |
+    | component                   | random start, HOSVD                      | start from the gradient       |
+    |-----------------------------|------------------------------------------|-------------------------------|
+    | core                        | 16 / max(r2 r3, 16)                      | 0.1                           |
+    | factor_basis, factor_kernel | 1                                        | 1                             |
+    | factor_out                  | 4 / max(r1, 4) sqrt(16 / max(n_out, 16)) | 0.5 sqrt(16 / max(n_out, 16)) |
+    | factor_in                   | sqrt(16 / max(n_in, 16))                 | sqrt(16 / max(n_in, 16))      |
 
-    An lr that is good at one width is then good at the others. SGD trains all at lr: no rule that was tried beats it.
+    An lr that is good at one width and rank is then good at the others. Slim layers have the rates of rank 4. SGD
+    trains all at lr: no rule that was tried beats it.
     Parameters that are no LoTRA component (`modules_to_save`, biases) train at lr. docs/method.md derives the table.
 
     Args:

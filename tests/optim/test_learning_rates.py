@@ -42,6 +42,11 @@ def test_policy_width_for_adam():
     }
 
 
+def test_policy_width_above_rank_4():
+    found = multipliers(get_peft_model(KAN([64, 256]), LoTRAConfig(r=(8, 16, 4))))
+    assert list(found.values()) == [1 / 4, 1 / 8, 1 / 2, 1]  # core, factor_out, factor_in, factor_basis
+
+
 @pytest.mark.parametrize("optimizer_cls", [torch.optim.SGD, torch.optim.ASGD])
 def test_sgd_has_one_rate(optimizer_cls):
     model = wide()
