@@ -20,7 +20,7 @@ from ..kan.row_product import RowGroups, group_rows
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
 from ..modules.calls import LayerLock, unwrap
-from ..tucker import full_shape
+from ..tucker import Update, full_shape
 from ..tuner.base_record import record_layer
 from ..tuner.config import LoTRAConfig
 from ..tuner.layer import LoTRALayer, lotra_layers
@@ -160,7 +160,7 @@ class AdapterBank:
     def add(
         self,
         name: str,
-        adapter: Adapter,
+        adapter: Adapter | AdapterBank,
         *,
         adapter_name: str | None = None,
         alpha: float = 1.0,
@@ -172,8 +172,8 @@ class AdapterBank:
         Args:
             name (`str`): Its name in the bank.
             adapter: A folder or a repository that `save_pretrained` wrote, a PeftModel, a state dict as
-                `get_peft_model_state_dict` returns it, or the `LoTRAConfig` of a new one, which starts as
-                `get_peft_model` starts it.
+                `get_peft_model_state_dict` returns it, another bank of the same base, whose adapter of this name is
+                copied, or the `LoTRAConfig` of a new one, which starts as `get_peft_model` starts it.
             adapter_name (`str`, *optional*): Which adapter of a PeftModel; by default the active one.
             alpha (`float`): The factor of the update, of a state dict alone: it has none.
             replace (`bool`): Whether an adapter of this name may be replaced. Passes that have begun go on with it.
@@ -188,7 +188,10 @@ class AdapterBank:
             raise ValueError(f"The bank has an adapter {name!r} already. Pass `replace=True`, or another name.")
         self._check_resting()
         try:
-            updates, from_gradient = read_adapter(adapter, self.base, adapter_name, alpha, check_base, self._known)
+            if isinstance(adapter, AdapterBank):
+                updates, from_gradient = adapter._updates_of(name, self.base)
+            else:
+                updates, from_gradient = read_adapter(adapter, self.base, adapter_name, alpha, check_base, self._known)
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"The adapter {name!r} was not added: {error}") from error
         with self._lock, torch.inference_mode(False), torch.no_grad():
@@ -200,6 +203,16 @@ class AdapterBank:
             if name in self._rows:
                 self._release(self._rows[name])
             self._rows[name] = row
+
+    def _updates_of(self, name: str, base: nn.Module) -> tuple[dict[str, Update], bool]:
+        """The updates of an adapter, for a bank of this base, and whether it started from the gradient."""
+        if base is not self.base:
+            raise ValueError(
+                "the other bank has another base. Load it with this one, `AdapterBank.load(base, folder)`."
+            )
+        row = int(self._index([name]))
+        updates = {layer: Update(1.0, parts) for layer, parts in self.store.components(row).items()}
+        return updates, bool(self.store.from_gradient()[row])
 
     def remove(self, name: str) -> None:
         """Removes an adapter. Its number may be given to another one."""

@@ -4,6 +4,7 @@
 """Adapters of a bank trained at once, by AdamW and by Levenberg-Marquardt: each as it is trained alone."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -88,6 +89,40 @@ def test_each_as_alone(kind, counts):
     train_alone(alone, batches)
     check_alike(model, alone, tolerance)
     assert not any(same(get_peft_model_state_dict(own), before[name]) for name, own in alone.items())
+
+
+def test_shards_that_an_executor_trains_become_one_bank(tmp_path):
+    base, batches = KAN([3, 6, 2], dtype=torch.float64), [drawn((9, 9, 9)) for _ in range(4)]
+    copies, alone = [copy.deepcopy(base) for _ in range(3)], prepared(base)[2]
+
+    def fit(names, own):
+        shard = AdapterBank(own)
+        for name in names:
+            shard.add(name, alone[name], check_base="ignore")
+        chosen = []
+        for x, y, of_rows in batches:
+            rows = [place for place, name in enumerate(of_rows) if name in names]
+            chosen.append((x[rows], y[rows], [of_rows[place] for place in rows]))
+        train_together(shard, shard.attach().eval(), chosen)
+        shard.save(tmp_path / names[0])
+        return tmp_path / names[0]
+
+    base, bank = copies[2], AdapterBank(copies[2])
+    with ThreadPoolExecutor(2) as executor:
+        for folder in executor.map(fit, (["a", "c"], ["b"]), copies):
+            shard = AdapterBank.load(base, folder)
+            for name in shard.names:
+                bank.add(name, shard)
+    bank.save(tmp_path / "all")
+    bank = AdapterBank.load(base, tmp_path / "all")
+    assert bank.names == ["a", "c", "b"]
+    train_alone(alone, batches)
+    check_alike(bank.attach().eval(), alone, 1e-10)
+    bank.detach()
+    with pytest.raises(ValueError, match="'a' was not added: the other bank has another base"):
+        AdapterBank(copies[0]).add("a", bank)
+    with pytest.raises(ValueError, match="no adapter 'z'"):
+        AdapterBank(base).add("z", bank)
 
 
 def test_a_new_adapter_starts_as_get_peft_model_starts_it():
