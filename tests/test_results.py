@@ -264,12 +264,18 @@ def sentences_of_when() -> list[str]:
     )
     steps = [f"{ms[name]['total'][1]:.3g}" for ms in (narrow, wide) for name in ("full fine-tuning", "LoTRA")]
     lm = {(row["width"], row["method"]): row["seconds"] for row in load("pde/lm_cost")["rows"]}
+    at_50_labels = (RESULTS / "rivals.md").read_text().split("### ")[2]
+    rivals = dict(re.findall(r"^\| ([^|]+) \| [\d,]+ \| [\d.]+ \| ([\d.]+) \|", at_50_labels, re.M))
     return [
         f"[2, 1, 1] has {small[1]}, its adapter at `r=4` {small[0]}",
         f"[2, 10, 10, 1] has {large[1]:,} and {large[0]}",
         f"takes {steps[0]} ms in full, {steps[1]} with LoTRA",
         f"{steps[2]} and {steps[3]} ms",
         f"{lm[128, 'LoTRA']:.2f} instead of {lm[128, 'full']:.1f} s",
+        f"the residual weights alone have {rivals['KAN, residual weights']} %",
+        f"one basis function {rivals['one basis function']} %",
+        f"LoRA of slices has {rivals['LoRA of slices']} %, LoKr {rivals['LoKr']} %",
+        f"LoHa {rivals['LoHa']} %",
     ]
 
 
