@@ -113,8 +113,8 @@ def markdown(record: dict) -> str:
     lines += [
         f"Relative L2 errors by `solve` after {record['recipe']['seconds']:g} CPU s on a busy machine, medians "
         "(worst); the best in bold.\n",
-        f"| problem | {' | '.join(NETWORKS[n] for n in networks)} | steps | parameters | seeds |",
-        f"|---|{'--:|' * (len(networks) + 3)}",
+        f"| problem | {' | '.join(NETWORKS[n] for n in networks)} | parameters | seeds |",
+        f"|---|{'--:|' * (len(networks) + 2)}",
     ]
     for name, found in rows.items():
         runs, median = [found.get(n, []) for n in networks], medians[name]
@@ -123,8 +123,7 @@ def markdown(record: dict) -> str:
             text = f"{median[n]:.1e}" if of else ""
             text = f"**{text}**" if of and median[n] == min(median.values()) else text
             cells.append(text + (f" ({max(run['error'] for run in of):.1e})" if len(of) > 1 else ""))
-        for key in ("steps", "parameters"):
-            cells.append(", ".join(f"{_median(of, key):,.0f}" if of else "-" for of in runs))
+        cells.append(", ".join(f"{_median(of, 'parameters'):,.0f}" if of else "-" for of in runs))
         lines.append(f"| {TEN[name].title} | {' | '.join(cells)} | {', '.join(str(len(of)) for of in runs)} |")
     return "\n".join(lines) + "\n"
 
