@@ -20,7 +20,6 @@ from equations import command_line  # isort: split
 
 import copy
 import json
-import shutil
 import statistics
 import tempfile
 import time
@@ -162,11 +161,7 @@ def run(
     def make(name: str, **how: Any) -> tuple[ParametricAdapter, float]:
         return kept(folder / f"{name}.pt", lambda: fitted(base, problem, points, seed, **how))
 
-    # its members are those of the smaller families, too
     between: dict[str, Any] = {"between": (as_parameter(problem.low), as_parameter(problem.high))}
-    between["folder"] = folder / "members"
-    if not (folder / "family.pt").exists():  # so that the seconds are those of all members
-        shutil.rmtree(between["folder"], ignore_errors=True)
     family, offline = make("family", **between, max_members=members)
     count = len(family.parameters)
     others: dict[str, Any] = {}
