@@ -75,7 +75,7 @@ def check_terms(terms: Iterable[Any], least: int = 1) -> list[Term]:
     """Residual terms with their rows as a tuple and their weight filled in; a malformed one is a ValueError, and so is
     one with fewer rows than `least`."""
     checked: list[Term] = []
-    for index, term in enumerate(terms):
+    for index, term in enumerate([terms] if callable(terms) else terms):
         if not isinstance(term, Sequence) or len(term) not in (2, 3) or not callable(term[0]):
             raise ValueError(
                 f"Residual term {index} is {type(term).__name__}, but must be (function, rows), or with a weight "

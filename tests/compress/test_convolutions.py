@@ -31,7 +31,7 @@ def tuned_pair(ranks: tuple[int, ...], family: str = "kagnconv", groups: int = 2
     """A network, and a copy whose first layer has an update of these ranks."""
     base = ConvNet(family, groups=groups).eval()
     tuned = copy.deepcopy(base)
-    location = locate_target("first", tuned.first).coefficients
+    location = locate_target("first", tuned.first).tensor
     tensor = location.read(tuned.first).detach()
     factors = [torch.randn(size, rank) for size, rank in zip(tensor.shape, ranks, strict=True)]
     update = Tucker(torch.randn(ranks), *factors).dense(0.1)
