@@ -94,7 +94,7 @@ class LevenbergMarquardt:
         damping: The damping that the next step tries. The other arguments are attributes too.
 
     Raises:
-        TypeError: `model` is no `nn.Module`.
+        TypeError: `model` is no `nn.Module`, or an argument is unknown (`lr`).
         ValueError: No parameter requires a gradient, or an argument is out of range.
 
     Source: J. J. More, "The Levenberg-Marquardt algorithm" (1978); for the forgetting factor, L. Ljung and T.
@@ -110,7 +110,11 @@ class LevenbergMarquardt:
         forgetting: float | str = "auto",
         memory: int = 2**30,
         group: Any = None,
+        **others: Any,
     ) -> None:
+        if others:
+            hint = " Steps have no learning rate: a larger `damping` makes the first step shorter." * ("lr" in others)
+            raise TypeError(f"LevenbergMarquardt takes no argument {', '.join(others)}.{hint}")
         check_module(model)
         trainable_parameters(model)
         check_number(damping, "damping", "(0, inf)")
