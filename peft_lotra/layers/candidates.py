@@ -114,9 +114,11 @@ def _may_be_kan(module: nn.Module) -> bool:
     It is then of a user's class, with own parameters of three axes, or with one that is named as in a known kind. An
     axis of length one in front is that of a batch: position embeddings and class tokens.
     """
-    names = {name for spec in REGISTERED.values() for name, _ in spec.parts} - {"weight", "scale", "coefficients"}
     own = {name: value for name, value in module._parameters.items() if value is not None}
-    return not is_other(module) and any(n in names or (v.dim() > 2 and len(v) > 1) for n, v in own.items())
+    if not own or is_other(module):
+        return False
+    names = {name for spec in REGISTERED.values() for name, _ in spec.parts} - {"weight", "scale", "coefficients"}
+    return any(name in names or (value.dim() > 2 and len(value) > 1) for name, value in own.items())
 
 
 def left_out(model: nn.Module, found_names: Collection[str]) -> list[str]:

@@ -107,7 +107,7 @@ class CoefficientTensor:
         given = parameters or {}
         tensors = self._canonical(given[n] if n in given else attrgetter(n)(layer) for n in self.parameters)
         residual = tensors.pop()[:, :, 0] if self.separate_residual else None
-        tensor = concatenate(tensors, 2)
+        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors, 2)
         basis = self.shape[2]
         if residual is None and tensor.shape[2] > basis:
             return tensor[:, :, :basis], tensor[:, :, basis]
@@ -121,7 +121,9 @@ class CoefficientTensor:
         """Each part in the canonical order, of the values of all members."""
         values = iter(values)
         return [
-            concatenate([_filled(it.layout.to_canonical(next(values), it.lengths), size) for it in part], 0)
+            part[0].layout.to_canonical(next(values), part[0].lengths)
+            if len(part) == 1
+            else torch.cat([_filled(it.layout.to_canonical(next(values), it.lengths), size) for it in part])
             for part, size in zip(self.parts, self._sizes, strict=True)
         ]
 

@@ -143,7 +143,8 @@ class KANLayerSpec:
         Raises:
             ValueError: A parameter is missing, or a pattern does not fit it.
         """
-        described = [*self.parts]
+        own_parts = self.parts
+        described = [*own_parts]
         if self.residual and any(
             get_or_none(layer, name) is not None for name in expand_name(layer, self.residual[0])
         ):
@@ -162,7 +163,7 @@ class KANLayerSpec:
                 parameter = get_or_none(layer, member)
                 if not isinstance(parameter, torch.Tensor):
                     raise ValueError(f"{problem}`{member}` is not as described. There is no such parameter.")
-                may_share = 0 < position < len(self.parts)
+                may_share = 0 < position < len(own_parts)
                 layout = parse_layout(pattern, self.groups, parameter.dim(), may_share)
                 if may_share:
                     layout = layout.beside(found[names[0][0]][0], is_listed="*" in name)
@@ -187,7 +188,7 @@ class KANLayerSpec:
             return Member(name, layout, known, shape, layout.canonical_shape(known))
 
         parts = tuple(tuple(map(located, members)) for members in names)
-        tensor = CoefficientTensor(self.family, parts, len(described) > len(self.parts))
+        tensor = CoefficientTensor(self.family, parts, len(described) > len(own_parts))
         outer = {part[0].name: size[:2] for part, size in zip(parts, tensor._sizes, strict=True)}
         if len(set(outer.values())) > 1:
             raise ValueError(
@@ -203,7 +204,7 @@ class KANLayerSpec:
 
     def read_grid(self, layer: nn.Module) -> Grid:
         """The state that gives the coefficients of a layer their meaning, by name, without missing entries."""
-        names = [each for name in self.grid for each in expand_name(layer, name)]
+        names = [each for name in self.grid for each in (expand_name(layer, name) if "*" in name else (name,))]
         values = {name: value for name in names if (value := get_or_none(layer, name)) is not None}
         of_numpy: Any = {name: v for name, v in values.items() if isinstance(v, Number) and hasattr(v, "item")}
         return {**values, **{name: number.item() for name, number in of_numpy.items()}}

@@ -229,6 +229,9 @@ def short_name(name: str) -> str:
     return name.removeprefix(PREFIX)
 
 
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # which no kind has to be compared with
+
+
 def walk_kan_layers(
     module: nn.Module, name: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, nn.Module, KANLayerSpec]]:
@@ -244,7 +247,7 @@ def walk_kan_layers(
     while isinstance(base_layer := module._modules.get("base_layer"), nn.Module):
         spec = spec or vars(module).get("lotra_spec")  # of a kind that may not be registered
         module = base_layer
-    if spec := spec or get_kan_spec(module):
+    if type(module) not in _CONTAINERS and (spec := spec or get_kan_spec(module)):
         yield name, module, spec
         return
     for child_name, child in module.named_children():
@@ -256,11 +259,16 @@ def same_grid(first: Mapping[str, object], second: Mapping[str, object]) -> bool
 
     A tensor on the meta device, which has no content, equals any other of its shape.
     """
-    return first.keys() == second.keys() and all(_is_same(value, second[name]) for name, value in first.items())
-
-
-def _is_same(value: object, other: object) -> bool:
-    if not (isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor)):
-        return type(value) is type(other) and value == other
-    narrow, wide = sorted((value, other), key=torch.Tensor.element_size)  # compared in the fewer digits
-    return narrow.shape == wide.shape and (narrow.is_meta or wide.is_meta or torch.equal(narrow, wide.to(narrow)))
+    if first.keys() != second.keys():
+        return False
+    for name, value in first.items():
+        other = second[name]
+        if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
+            narrow, wide = sorted((value, other), key=torch.Tensor.element_size)  # compared in the fewer digits
+            if narrow.shape != wide.shape:
+                return False
+            if not (narrow.is_meta or wide.is_meta or torch.equal(narrow, wide.to(narrow))):
+                return False
+        elif type(value) is not type(other) or value != other:
+            return False
+    return True
