@@ -51,9 +51,11 @@ def source_of_base(config: Mapping[str, Any], base: nn.Module | None, model: str
         code = f'from {module} import {name}\n\nbase = {name}.from_pretrained("{model}"{revision})'
     elif type(base) is KAN:
         layers: list[Any] = [getattr(layer, "base_layer", layer) for layer in base.layers]
-        if all(type(layer) is KANLinear for layer in layers):  # neither norms nor Slim layers
-            first, widths = layers[0], [layers[0].in_features, *(layer.out_features for layer in layers)]
-            grid = f"grid_size={first.grid_size}, spline_order={first.spline_order}, grid_range={first.grid_range}"
+        plain = all(type(layer) is KANLinear for layer in layers)  # neither norms nor Slim layers
+        grids = {(layer.grid_size, layer.spline_order, layer.grid_range) for layer in layers if plain}
+        if len(grids) == 1:
+            widths, (size, order, bounds) = [layers[0].in_features, *(layer.out_features for layer in layers)], *grids
+            grid = f"grid_size={size}, spline_order={order}, grid_range={bounds}"
             code = f"from peft_lotra.kan import KAN\n\nbase = KAN({widths}, {grid})"
             code += "\n# now load into `base` the weights that the adapter was trained on"
     return f"{module}.{name}", code

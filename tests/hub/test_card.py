@@ -15,7 +15,7 @@ from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from peft_lotra import LoTRAConfig, write_model_card
-from peft_lotra.kan import KAN, KANConfig, KANModel
+from peft_lotra.kan import KAN, KANConfig, KANLinear, KANModel
 
 
 @pytest.fixture
@@ -112,7 +112,11 @@ def test_code_that_makes_a_kan(tmp_path):
     assert "base = KAN([2, 1]" in code_of(KAN([2, 1]), tmp_path, base_model="ann/kan")  # has no `from_pretrained`
 
 
-@pytest.mark.parametrize("base", [KAN([2, 3, 1], norm="layer"), nn.Sequential(KAN([2, 1]))])
+UNEQUAL_GRIDS = KAN([2, 3, 1], grid_size=4)
+UNEQUAL_GRIDS.layers[1] = KANLinear(3, 1, grid_size=7)
+
+
+@pytest.mark.parametrize("base", [KAN([2, 3, 1], norm="layer"), nn.Sequential(KAN([2, 1])), UNEQUAL_GRIDS])
 def test_code_of_other_bases(tmp_path, base):
     assert "base = ...  # a " in code_of(base, tmp_path)
 
