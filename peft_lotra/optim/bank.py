@@ -19,7 +19,8 @@ from ..bank.layer import ROWS, BankModel, Rows
 from ..kan.row_product import RowGroups, group_rows
 from ..modules.calls import call_with_parameters
 from ..modules.checks import as_number
-from .learning_rates import COMPONENTS, Policy, component_multipliers
+from ..tucker import Tucker
+from .learning_rates import Policy, component_multipliers
 from .least_squares import Intercepted, check_terms, in_double, name_term
 from .levenberg_marquardt import LARGEST_DAMPING, SMALLEST_DAMPING, damping_factor
 
@@ -125,7 +126,7 @@ class BankAdamW(_BankOptimizer):
         for form, from_gradient in product(bank.store.layers.values(), (False, True)):
             widths = {"factor_out": form.shape[0], "factor_in": form.shape[1]}
             of_layer = component_multipliers(policy, widths, form.ranks, from_gradient=from_gradient)
-            for name, shape in zip(COMPONENTS, form.component_shapes(), strict=False):
+            for name, shape in zip(Tucker._fields, form.component_shapes(), strict=False):
                 rates = torch.full(shape, of_layer.get(name, 1.0), dtype=torch.float64)
                 multipliers[from_gradient].append(rates.flatten())
         super().__init__(bank, names, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})

@@ -18,13 +18,12 @@ from ..layers.slim import SlimLayer
 from ..modules.calls import unwrap
 from ..modules.checks import as_number, check_function, check_number
 from ..report import Report, TextTable
-from ..tucker import COMPONENTS as KEYS
+from ..tucker import Tucker
 from ..tuner.layer import LoTRALayer
 
 
 Policy = Literal["width", "uniform"] | Mapping[str, float]
 
-COMPONENTS = tuple(name.removeprefix("lotra_") for name in KEYS)
 REFERENCE_WIDTH, REFERENCE_RANK = 16, 4  # up to which policy "width" is policy "uniform"
 FROM_GRADIENT = {"core": 0.1, "factor_out": 0.5}  # policy "width" multiplies with these after such a start
 
@@ -94,7 +93,9 @@ def lotra_lr_multipliers(
             # a Slim layer has nothing to start from: its factors are the layer
             ranks = tuple(parameters[0].shape) if isinstance(layer, LoTRALayer) else ()
             multipliers = component_multipliers(policy, widths, ranks, is_sgd, (layer, adapter) in started)
-            for component, parameter in zip(COMPONENTS, parameters, strict=False):  # of four, the last is the kernel's
+            for component, parameter in zip(
+                Tucker._fields, parameters, strict=False
+            ):  # of four, the last is the kernel's
                 if not parameter.requires_grad:
                     continue
                 group = f"{component}/{widths[component]}" if component in widths else component
@@ -119,15 +120,15 @@ def component_multipliers(
     """The multipliers of the components of an adapter in a layer, 1 for others; a ValueError for a wrong policy."""
     if isinstance(policy, Mapping):
         for component, multiplier in policy.items():
-            if component not in COMPONENTS or not as_number(multiplier) >= 0:
+            if component not in Tucker._fields or not as_number(multiplier) >= 0:
                 raise ValueError(
                     f"`policy` has the multiplier {multiplier!r:.100} for {component!r}, but needs numbers of at "
-                    f"least 0, and the components are {COMPONENTS}."
+                    f"least 0, and the components are {Tucker._fields}."
                 )
         return policy
     if policy not in ("width", "uniform"):
         raise ValueError(
-            f'`policy` is {policy!r:.100}, but must be "width", "uniform", or multipliers of some of {COMPONENTS}.'
+            f'`policy` is {policy!r:.100}, but must be "width", "uniform", or multipliers of some of {Tucker._fields}.'
         )
     if policy == "uniform" or is_sgd:
         return {}

@@ -30,9 +30,6 @@ from .parameters import check_stored, gradients_kept, loaded, refuse_grid_change
 from .rows import FORWARD_PASS, ForwardPass
 
 
-# The components of adapters, as state dicts have them; a layer without a kernel has all but the last.
-
-
 class Target(NamedTuple):
     """A KAN layer without adapters; its kind, and where its coefficients are."""
 
