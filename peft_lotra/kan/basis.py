@@ -132,7 +132,8 @@ def bspline_basis(
     low, high = (torch.as_tensor(end, dtype=dtype, device=x.device) for end in (low, high))
     per_unit = grid_size / (high - low)
     centers = torch.arange(grid_size + spline_order, dtype=dtype, device=x.device) - (spline_order - 1) / 2
-    offset = ((x.to(dtype) - low) * per_unit).unsqueeze(-1) - centers
+    position = ((x.to(dtype) - low) * per_unit).clamp(-spline_order - 1, grid_size + spline_order + 1)  # finite
+    offset = position.unsqueeze(-1) - centers
     values = cardinal_spline(offset, spline_order, derivative)
     if derivative:
         values = values * per_unit.unsqueeze(-1) ** derivative
@@ -155,14 +156,16 @@ def cardinal_spline(offset: torch.Tensor, spline_order: int, derivative: int = 0
     total = torch.zeros_like(offset)
     if power < 0:
         return total
-    side = torch.where(offset < 0, -1.0, 1.0)  # by `abs` and `sign`, autograd would be wrong at the center
-    distance = (spline_order + 1) / 2 - offset * side
+    # not `abs`, to which autograd gives the slope 0 at the center: the second derivative needs that of one side
+    distance = torch.sub(offset, offset.relu(), alpha=2) + (spline_order + 1) / 2
     for factor in spline_factors(spline_order):
         distance = distance.relu()
         term = distance.pow(power) if power else (distance > 0).to(distance.dtype)
         total = total.add(term, alpha=factor / math.factorial(power))
         distance = distance - 1
-    return -total * (side if power else offset.sign()) if derivative % 2 else total
+    if derivative % 2 == 0:
+        return total
+    return -total * (torch.ones_like(offset).copysign(offset) if power else offset.sign())
 
 
 def spline_factors(spline_order: int) -> list[int]:
