@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .basis import bspline_basis, in_transform, integer_power, is_batched, spline_factors
+from .basis import UniformGrid, bspline_basis, in_transform, integer_power, is_batched, spline_factors
 from .memory import EVALUATED, MIN_ROWS, MULTIPLIED, OFF_CPU, blocks, workspace
 from .sparse_product import Gradients, Pair, Points, is_sparse, sparse_gradients, sparse_product
 
@@ -46,13 +46,13 @@ def spline_product(
     left, right = update or (None, None)
     ends_vary = any(isinstance(end, Tensor) and end.requires_grad for end in (low, high))
     if ends_vary or needs_plain_operations(x, low, high, weight, left, right):
-        return _plain_product((low, high, grid_size, spline_order), x, weight, left, right)
+        return _plain_product(bspline_basis(x, low, high, grid_size, spline_order), weight, left, right)
     low, high = (torch.as_tensor(end, dtype=x.dtype, device=x.device) for end in (low, high))
     return _SplineProduct.apply(x, low, high, grid_size, spline_order, weight, left, right)
 
 
-def _plain_product(grid: Any, x: Tensor, weight: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    basis = bspline_basis(x, *grid).flatten(1)
+def _plain_product(basis: Tensor, weight: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    basis = basis.flatten(1)
     y = F.linear(basis, weight.flatten(1))
     return y if left is None or right is None else y + F.linear(F.linear(basis, right.flatten(1)), left)
 
@@ -95,13 +95,29 @@ class _SplineProduct(torch.autograd.Function):
         points = Points(x, low, ctx.grid[0] / (high - low), weight.shape[-1], ctx.grid[1])
         update, needed = None if left is None else (left, right), (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
         if is_plain_backward(gradient):
-            plain = lambda *inputs: [_plain_product((low, high, *ctx.grid), *inputs)]  # noqa: E731
+            grid = UniformGrid(low, high, *ctx.grid)
+            plain = lambda x, *others: [_plain_product(_Basis.apply(x, grid, 0), *others)]  # noqa: E731
             results = plain_gradients(plain, (x, weight, left, right), needed, [gradient])
         elif is_sparse(points):
             results = sparse_gradients(points, weight, update, gradient, needed)
         else:
             results = _Dense(points, weight, update).gradients(weight.shape, gradient, needed)
         return results[0], *[None] * 4, *results[1:]
+
+
+class _Basis(torch.autograd.Function):
+    """A derivative of the basis functions (N, I, K) at x (N, I), whose backward pass evaluates the next derivative."""
+
+    @staticmethod
+    def forward(ctx, x, grid, derivative):
+        ctx.save_for_backward(x)
+        ctx.grid, ctx.derivative = grid, derivative
+        return bspline_basis(x, *grid, derivative=derivative)
+
+    @staticmethod
+    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride] (torch declares *grad_outputs)
+        (x,) = ctx.saved_tensors
+        return (gradient * _Basis.apply(x, ctx.grid, ctx.derivative + 1)).sum(-1), None, None
 
 
 def is_plain_backward(*grads: Tensor | None) -> bool:
