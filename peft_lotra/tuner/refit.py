@@ -18,10 +18,10 @@ from torch import nn
 
 from ..kan.basis import change_of_basis, spread_points
 from ..layers.registry import same_grid, short_name
-from ..modules.calls import call_with_parameters, check_module, modes_kept
+from ..modules.calls import call_with_parameters, check_module, modes_kept, unwrap
 from ..report import Report, TextTable
 from ..tucker import Tucker, fit, relative_energy, tucker
-from .guards import bare_base
+from .guards import base_layers_in_place
 from .layer import LoTRALayer, lotra_layers
 
 
@@ -102,8 +102,8 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
     with _unchanged_on_error(layers), modes_kept(model), torch.no_grad():
         model.eval()
         if move is not None:
-            with bare_base(model) as base:
-                move(base)
+            with base_layers_in_place(model):
+                move(unwrap(model))
         with ExitStack() as hooks:
             for name, layer in layers.items():
                 hooks.callback(layer.register_forward_pre_hook(partial(refit, name), with_kwargs=True).remove)
