@@ -277,22 +277,14 @@ class LoTRAModel(BaseTuner):
             self._check_merge(adapter_names, safe_merge)
         elif any(layer.merged for _, layer in lotra_layers(self.model)):
             self.unmerge_adapter()
-        slims = [
-            (layer, layer.base_before_merge().layer)
-            for _, layer in lotra_layers(self.model)
-            if isinstance(layer, SlimLoTRALayer)
-        ]
-        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        release_networks(model)
         for parameter, flag in self._requires_grad_of_base:
             parameter.requires_grad_(flag)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        release_networks(model)
         for module in model.modules():
             # `freeze_norms` has put it into evaluation mode
             if isinstance(getattr(module, "running_mean", None), torch.Tensor):
                 module.training = model.training
-        for layer, slim in slims:
-            if layer.base_layer is not slim:  # a dense layer in its place is as trainable
-                layer.base_layer.requires_grad_(any(part.requires_grad for part in slim.parameters()))
         return model
 
     add_weighted_adapter = add_weighted_adapter

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..layers.registry import get_kan_spec
 from ..modules.calls import share_hooks
@@ -50,17 +51,14 @@ class SlimLoTRALayer(LoTRALayer):
             return self._components_with(updates)._asdict()
 
     def _base_parameters(self) -> dict[str, torch.Tensor]:
-        return super()._base_parameters() if self._slim is not None else self.base_layer.components._asdict()
+        return {}  # a merge leaves the Slim layer as it is
 
     def base_before_merge(self) -> Target:
         return self._slim or super().base_before_merge()
 
-    def parameters_before_merge(self) -> dict[str, torch.Tensor]:
-        return {} if self._slim is not None else super().parameters_before_merge()
-
     def _coefficients_before_merge(self) -> torch.Tensor:
-        kept = self._before_merge
-        return Tucker(*kept.values()).dense() if "core" in kept else super()._coefficients_before_merge()
+        slim = self.base_before_merge()
+        return slim.tensor.read(slim.layer).detach()
 
     def _add(self, updates: Sequence[Update]) -> None:
         if self._slim is None:
@@ -76,10 +74,15 @@ class SlimLoTRALayer(LoTRALayer):
         super()._add(updates)
 
     def _restore(self) -> None:
-        if self._slim is not None:
-            slim, self._slim = self._slim, None
-            self.exchange_base(*slim)
-        self._write(self._before_merge)
+        slim, self._slim = self._slim, None
+        self.exchange_base(*slim)
+
+    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
+        slim = self.base_before_merge().layer
+        base_layer = super().unload_and_optionally_merge_module(*args, **kwargs)
+        if base_layer is not slim:  # its dense equivalent is as trainable
+            base_layer.requires_grad_(any(part.requires_grad for part in slim.parameters()))
+        return base_layer
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> SlimLoTRALayer:
         super()._apply(fn, *args, **kwargs)
