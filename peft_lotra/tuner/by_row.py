@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -26,31 +26,32 @@ def run_rows(
     """The output of a `LoTRALayer` for rows of these adapters: of all at once, or of each adapter by itself."""
     known = set() if current is None else current.known
     times = rows_of_each(len(names), lambda: names, layer.lotra_name, known, args, kwargs)
-    updates = _updates_by_name(layer, names, current) if takes_rows(layer, args, kwargs) else None
-    if updates is not None:
-        return output_of_rows(layer, updates, args[0])
+    run_together = find_row_evaluation(layer, args, kwargs)
+    updates = None if run_together is None else _updates_by_name(layer, names, current)
+    if run_together is not None and updates is not None:
+        return run_together(updates)
     run = lambda name, args, kwargs: layer._run([name], current, args, kwargs)  # noqa: E731
     return run_by_name([name for name in names for _ in range(times)], run, args, kwargs)
 
 
-def takes_rows(layer: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether a `LoTRALayer` can evaluate a call for all rows at once: by its formula, or since it is a Slim layer."""
+def find_row_evaluation(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[[RowUpdates], Tensor] | None:
+    """The function of the updates of rows that evaluates a call of a `LoTRALayer` for all rows at once.
+
+    It takes the formula of the layer, or a Slim layer; None if there is neither.
+    """
     base_layer = layer._modules["base_layer"]
     if type(base_layer) is SlimKANLinear:
-        return len(args) == 1 and not kwargs and not runs_more_than_its_class(base_layer)
-    formula, stored = _formula_of(layer)
-    return formula is not None and formula.accepts(base_layer, stored, (), args, kwargs)
-
-
-def _formula_of(layer: Any) -> tuple[Formula | None, Tensor]:
+        is_plain = len(args) == 1 and not kwargs and not runs_more_than_its_class(base_layer)
+        return partial(_output, base_layer, None, args[0]) if is_plain else None
     stored = layer.lotra_tensor.get_parameter(layer.get_base_layer())
-    return layer._find_formula(stored), stored
+    formula = layer._find_formula(stored)
+    if formula is None or not formula.accepts(base_layer, stored, (), args, kwargs):
+        return None
+    return partial(_output, base_layer, formula, args[0])
 
 
-def output_of_rows(layer: Any, updates: RowUpdates, x: Tensor) -> Tensor:
-    """The output of a layer that `takes_rows`, for inputs (batch, ..., in), or (batch times, in) with `times` rows for
-    each of the batch."""
-    base_layer, formula = layer._modules["base_layer"], _formula_of(layer)[0]
+def _output(base_layer: Any, formula: Formula | None, x: Tensor, updates: RowUpdates) -> Tensor:
+    """The output for inputs (batch, ..., in), or (batch times, in) with `times` rows for each of the batch."""
     of_base = base_layer(x) if formula is None else None  # of a Slim layer; first, since it checks x
     index, size, order, places = updates.groups
     batch = updates.groups.batch()
@@ -100,7 +101,7 @@ def _updates_by_name(layer: Any, names: Sequence[str], current: ForwardPass | No
     if not ranks:
         return None
     form = PackedTucker(full_shape(layer.lotra_tensor), tuple(map(max, *ranks)) if len(ranks) > 1 else ranks[0])
-    return RowUpdates(form.pack(found, _formula_of(layer)[1]), groups, form)
+    return RowUpdates(form.pack(found, layer.lotra_tensor.get_parameter(layer.get_base_layer())), groups, form)
 
 
 @lru_cache(maxsize=16)
