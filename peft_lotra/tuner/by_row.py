@@ -69,10 +69,10 @@ def _product(base_layer: Any, formula: Formula | None, updates: RowUpdates, rows
     """The output (N, O) at rows (N, I) in the order of their groups; without the base, if there is no formula."""
     if formula is None:
         return RowProduct(None, updates, None, True).of_splines(rows, base_layer.grid, nn.functional.silu(rows))
-    spec, tensor = formula.spec, formula.tensor
+    spec: Any = formula.spec
     # the base is frozen
-    coefficients, residual = (None if it is None else it.detach() for it in tensor.read_parts(base_layer))
-    scale: Any = spec.scale(base_layer)
+    coefficients, residual = (None if it is None else it.detach() for it in formula.tensor.read_parts(base_layer))
+    scale = spec.scale(base_layer)
     scale = None if scale is None else scale.detach()
     assert coefficients is not None
     matrix = (coefficients if scale is None else coefficients * scale.unsqueeze(-1)).transpose(1, 2).flatten(1)
@@ -80,13 +80,10 @@ def _product(base_layer: Any, formula: Formula | None, updates: RowUpdates, rows
     if updates.groups.size > 1:
         matrix = matrix.contiguous()  # else a product with few outputs takes less time
     product = RowProduct(matrix, updates, scale, residual is not None)
-    factors = spec.activation(base_layer, rows) if residual is not None and spec.activation is not None else None
+    factors = None if residual is None else spec.activation(base_layer, rows)
     if formula.closed_form:
-        grid = spec.splines(base_layer) if spec.splines is not None else None
-        assert grid is not None
-        y = product.of_splines(rows, grid, factors)
+        y = product.of_splines(rows, spec.splines(base_layer), factors)
     else:
-        assert spec.basis is not None
         functions = spec.basis(base_layer, rows).transpose(1, 2)
         y = product.of_functions(functions if factors is None else torch.cat([functions, factors.unsqueeze(1)], 1))
     bias = None if spec.bias is None else get_or_none(base_layer, spec.bias)

@@ -15,16 +15,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..derivatives.layers import contract_updates
 from ..kan.basis import in_transform
-from ..kan.layer import KANLinear
 from ..layers.coefficients import CoefficientTensor
 from ..layers.registry import Grid, KANLayerSpec, same_grid
 from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms
 from ..tucker import COMPONENTS, Tucker, Update
 from .by_row import run_rows
 from .config import LoTRAConfig
-from .formula import Formula, find_formula, runs_more_than_its_class
+from .formula import Formula, find_formula
 from .initialization import GRADIENTS, initialize
 from .parameters import check_stored, gradients_kept, loaded, refuse_grid_change, without_autocast
 from .rows import FORWARD_PASS, ForwardPass
@@ -374,12 +372,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def _run(self, adapters: Iterable[str], current: ForwardPass | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Evaluates the layer with these adapters, those of them that it has, for all rows."""
         updates = self._updates(adapters, current)
-        base_layer = self._modules["base_layer"]
         if updates:
-            by_rows = type(base_layer) is KANLinear and not self.training and in_transform()
-            if by_rows and not runs_more_than_its_class(base_layer):
-                # a gradient of the size of the coefficients for each row (`torch.func.vmap`) is avoided
-                return base_layer(*args, **kwargs) + contract_updates(base_layer, updates, *args, **kwargs)
+            base_layer = self._modules["base_layer"]
             stored = self.lotra_tensor.get_parameter(base_layer)
             formula = self._find_formula(stored)
             if formula is not None and formula.accepts(base_layer, stored, updates, args, kwargs):

@@ -241,8 +241,11 @@ class LoTRAModel(BaseTuner):
         if torch.compiler.is_compiling():
             yield
             return
-        with FORWARD_PASS.set(ForwardPass(names, self.replaced, set())), ExitStack() as stack:
+        with ExitStack() as stack:
+            # as `FORWARD_PASS.set` does, without its calls
+            stack.callback(FORWARD_PASS.now.reset, FORWARD_PASS.now.set(ForwardPass(names, self.replaced, set())))
             if names is not None and torch.is_grad_enabled():
+                # for layers that gradient checkpointing runs again, see `PassVariable`
                 keep = lambda module, args, outputs: FORWARD_PASS.keep(outputs)  # noqa: E731
                 stack.callback(self.model.register_forward_hook(keep).remove)
             yield
