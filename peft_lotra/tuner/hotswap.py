@@ -135,5 +135,5 @@ def _components(
     alpha = layer.lotra_alpha[adapter]
     if not alpha:
         raise ValueError(f"`{name}` has the alpha 0 in the loaded adapter, which no core can make up for.")
-    core = core * (config.ranks_and_alpha(name, layer.lotra_tensor.shape)[1] / alpha)
+    core = core * (config.alpha_of(name) / alpha)
     return [core, *(pad(factor, (0, m)) for factor, m in zip(parts[1:], missing, strict=True))]

@@ -45,6 +45,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     formula instead (formula.py).
 
     Attributes that this class does not have are those of the base layer, with the updates of the active adapters.
+    `before_merge` has the parameters that merged adapters have changed, as they were, by name.
 
     Args:
         base_layer (`nn.Module`): The KAN layer.
@@ -70,9 +71,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     lotra_module_dropout: dict[str, float]
     _modules: dict[str, Any]
 
-    def __init__(
-        self, base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, name: str = "", **kwargs: Any
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, name: str) -> None:
         super().__init__()
         # past `__setattr__`, which passes on what the base layer has
         vars(self).update(
@@ -89,7 +88,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             _disable_adapters=False,
             _active_adapter=[],
             _lock=LayerLock(),
-            _before_merge={},
+            before_merge={},
             _formulas={},
             _base_type=type(base_layer),
             _grid_state=None,
@@ -102,31 +101,30 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         tensor.read_parts(base_layer)  # computes cached properties, which a compiler cannot
         self._find_formula(tensor.get_parameter(base_layer), is_new=True)
 
-    def update_layer(self, adapter_name: str, config: LoTRAConfig, is_loaded: bool = False) -> None:
-        """Adds an adapter; the values of one that `is_loaded` come from a file."""
+    def update_layer(self, adapter_name: str, config: LoTRAConfig) -> None:
+        """Adds an adapter."""
         shapes = config.component_shapes(self.lotra_name, self.lotra_tensor)
-        ranks, (_, alpha) = shapes["core"], config.ranks_and_alpha(self.lotra_name, self.lotra_tensor.shape)
-        values = (ranks, alpha, alpha, config.rank_dropout, config.module_dropout)  # the scale starts at alpha
-        for entry, value in zip(self.other_param_names, values, strict=True):
-            getattr(self, entry)[adapter_name] = value
+        self.lotra_r[adapter_name] = shapes["core"]
+        self.lotra_alpha[adapter_name] = self.lotra_scaling[adapter_name] = config.alpha_of(self.lotra_name)
+        self.lotra_rank_dropout[adapter_name] = config.rank_dropout
+        self.lotra_module_dropout[adapter_name] = config.module_dropout
         # drawn in the base's dtype, in float32 for half precision; cast below
         stored = self.lotra_tensor.get_parameter(self.get_base_layer())
         dtype = torch.promote_types(stored.dtype, torch.float32)
-        # a base on the meta device has no values yet, its adapter has
-        device = "cpu" if stored.is_meta else stored.device
         for name, shape in shapes.items():
-            part = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+            part = nn.Parameter(torch.empty(shape, dtype=dtype, device=stored.device))
             self._modules[f"lotra_{name}"][adapter_name] = part
         frozen, zero = config.frozen_and_zero(shapes)
         if frozen:
             self.frozen_peft_weight_names[adapter_name] = tuple(f"lotra_{name}" for name in frozen)
-        start = bool(config.init_weights) if is_loaded else config.init_weights
+        # values of a file replace those drawn here
+        start = bool(config.init_weights) if config.is_from_file else config.init_weights
         if start == "hosvd":
             source = self._coefficients_before_merge()
         else:
             source = GRADIENTS.get(self.get_base_layer()) if start == "gradient" else None
         initialize(self.get_components(adapter_name), start, zero, source)
-        if stored.is_meta or stored.dtype != dtype:
+        if stored.dtype != dtype:
             self._move_adapter_to_device_of_base_layer(adapter_name)
         self._active_adapter = self._active_adapter or [adapter_name]
 
@@ -432,7 +430,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if names:
             with self._lock, torch.no_grad():
                 if not self.merged_adapters:
-                    self._before_merge = {n: value.detach().clone() for n, value in self._base_parameters().items()}
+                    self.before_merge = {n: value.detach().clone() for n, value in self._base_parameters().items()}
                 self._add([self.update_of(name) for name in names])
                 self.merged_adapters = [*self.merged_adapters, *names]
 
@@ -465,7 +463,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.check_grid()
         with self._lock, torch.no_grad():
             self._restore()
-            self._before_merge, self.merged_adapters = {}, []
+            self.before_merge, self.merged_adapters = {}, []
 
     def _base_parameters(self) -> dict[str, torch.Tensor]:
         """The parameters that a merge changes, by name."""
@@ -475,7 +473,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self._write(self._parameters_with(updates))
 
     def _restore(self) -> None:
-        self._write(self._before_merge)
+        self._write(self.before_merge)
 
     @torch.no_grad()
     def _write(self, values: dict[str, torch.Tensor]) -> None:
@@ -488,16 +486,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 parameter.data.copy_(value)
 
     def _coefficients_before_merge(self) -> torch.Tensor:
-        parameters = {**self.lotra_tensor.read_parameters(self.get_base_layer()), **self._before_merge}
+        parameters = {**self.lotra_tensor.read_parameters(self.get_base_layer()), **self.before_merge}
         return self.lotra_tensor.join(list(parameters.values())).detach()
 
     def base_before_merge(self) -> Target:
         """The base layer without its adapters."""
         return Target(self._modules["base_layer"], self.lotra_spec, self.lotra_tensor)
-
-    def parameters_before_merge(self) -> dict[str, torch.Tensor]:
-        """The parameters that merged adapters have changed, as they were, by name."""
-        return self._before_merge
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -528,7 +522,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             isinstance(value, torch.Tensor) and value.is_meta for value in grid.values()
         )
         super()._apply(fn, *args, **kwargs)
-        self._before_merge = {name: fn(value) for name, value in self._before_merge.items()}
+        self.before_merge = {name: fn(value) for name, value in self.before_merge.items()}
         if is_same:
             self.lotra_grid = self.copy_grid()
         self._grid_state = None

@@ -17,8 +17,8 @@ from ..kan.slim_kan import SlimKANLinear
 from ..layers.registry import short_name
 from ..layers.slim import SlimLayer
 from ..modules.calls import PREFIX, freeze_norms, is_compiled, read_at_rest, set_mode
-from . import base_record
-from .config import ALL_KAN, LoTRAConfig, pattern_key
+from .base_record import check_base, record_layer
+from .config import LoTRAConfig, pattern_key
 from .guards import base_layers_in_place, guard_network, release_networks
 from .initialization import GRADIENTS
 from .layer import LoTRALayer, lotra_layers
@@ -92,7 +92,7 @@ class LoTRAModel(BaseTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # before super().__init__, which injects the first adapter
         self._targets: dict[str, Target] = {}
-        self._parents: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # of all modules, while layers are replaced
+        self._places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # of all modules, while layers are replaced
         self._injection = ExitStack()  # keeps base layers in their places while PEFT copies modules to save in them
         self._requires_grad_of_base: list[tuple[nn.Parameter, bool]] = []
         self.replaced: Replaced = {}  # see `hotswap_adapter`
@@ -115,12 +115,10 @@ class LoTRAModel(BaseTuner):
         for module in model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper) and pass_names not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(pass_names, with_kwargs=True)
-        self._targets, self._parents = {}, {}
+        self._targets, self._places = {}, {}
         freeze_norms(model)
 
     def _prepare_adapter_config(self, peft_config: LoTRAConfig, model_config: dict) -> LoTRAConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = ALL_KAN
         return peft_config
 
     def _prepare_model(self, peft_config: LoTRAConfig, model: nn.Module) -> None:
@@ -132,11 +130,11 @@ class LoTRAModel(BaseTuner):
             check_targets(peft_config, model, targets)
         if not peft_config.is_from_file and peft_config.source is None:
             warn_of_large_adapters(peft_config, targets)
-        read_checked(peft_config, model, targets)
+        read_checked(peft_config, model, targets)  # PEFT reads the tensors again, to load them
         if peft_config.is_from_file or peft_config.targets_all_kan:
             peft_config.target_modules = exact_targets(targets, model)
         peft_config.source = None  # was read; the object may serve another model
-        self._parents = _parents(model)
+        self._places = _places(model)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
@@ -153,10 +151,11 @@ class LoTRAModel(BaseTuner):
                 guard_network(self.model, current_key, spec)
         elif not target.lotra_r:
             target.accept_grid()  # it may have moved while there was no adapter
-        target.update_layer(adapter_name, peft_config, is_loaded=peft_config.is_from_file)
+        target.update_layer(adapter_name, peft_config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        for module, name in self._parents.get(child) or _parents(self.model).get(child, []):
+        # in all places, of which PEFT knows one
+        for module, name in self._places.get(child) or _places(self.model).get(child, []):
             setattr(module, name, new_module)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
@@ -185,7 +184,7 @@ class LoTRAModel(BaseTuner):
         base = model.get_base_model() if is_peft_model else model
         layers = {bare_name(name): layer for name, layer in lotra_layers(base, adapter_name)}
         saves = is_saving()
-        is_empty = saves and not layers and config.target_modules != DUMMY_TARGET_MODULES
+        is_empty = not layers and config.target_modules != DUMMY_TARGET_MODULES
         tensors = select_to_save(adapter_name, state_dict, saves, is_empty)
         seen: set[nn.Module] = set()
         for name, module in base.named_modules(remove_duplicate=False):
@@ -194,7 +193,7 @@ class LoTRAModel(BaseTuner):
                 tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}
             seen.add(module)
         if saves:  # PEFT writes the configuration after the tensors
-            config.base_record = {name: base_record.record_layer(layer) for name, layer in layers.items()}
+            config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
             if config.r is None:  # the configuration may serve other models too
                 config.default_ranks = {name: layer.lotra_r[adapter_name] for name, layer in layers.items()}
         return tensors
@@ -293,7 +292,7 @@ class LoTRAModel(BaseTuner):
     add_weighted_adapter = add_weighted_adapter
 
 
-def _parents(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
     """Where each module is: a layer may be used in several places."""
     found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -315,26 +314,27 @@ def _check_adapter_name(name: Any) -> None:
 def read_checked(config: LoTRAConfig, model: nn.Module, targets: dict[str, Target]) -> dict[str, torch.Tensor]:
     """Compares an adapter from a file, its base and its tensors, with a model.
 
-    The layers of the file are paired with those of the model, and its patterns in `config` renamed accordingly.
+    The layers of the file are paired with those of the model, and its patterns in `config` renamed accordingly: the
+    shapes of the components depend on them.
 
     Returns:
         The tensors by the names in the model; none without a file.
     """
     source, recorded = config.source, config.base_layers or {}
-    is_reshaped = source is not None and source.ignore_mismatched_sizes
+    allows_other_shapes = source is not None and source.ignore_mismatched_sizes
     if recorded:
         config.names_in_model = dict(zip(recorded, targets, strict=True))
         for old, new in config.names_in_model.items():
             for pattern in (config.rank_pattern, config.alpha_pattern):
                 if old != new and (key := get_pattern_key(list(pattern), old)) in pattern:
                     pattern[pattern_key(new)] = pattern.pop(key) if key == pattern_key(old) else pattern[key]
-        merged = {name: layer.parameters_before_merge() for name, layer in lotra_layers(model)}
+        merged = {name: layer.before_merge for name, layer in lotra_layers(model)}
         by_name = {config.names_in_model[name]: record for name, record in recorded.items()}
-        base_record.check_base(by_name, targets, merged, config.check_base, is_reshaped)
+        check_base(by_name, targets, merged, config.check_base, allows_other_shapes)
     if source is None:
         return {}
     tensors = _renamed(read_tensors(source, config.weights_sha256), config.names_in_model)
-    check_tensors(tensors, config, model, targets, is_reshaped)
+    check_tensors(tensors, config, model, targets, allows_other_shapes)
     return tensors
 
 

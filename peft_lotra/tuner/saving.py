@@ -67,7 +67,7 @@ def check_tensors(
     config: LoTRAConfig,
     model: nn.Module,
     targets: Mapping[str, Target],
-    is_reshaped: bool = False,
+    allows_other_shapes: bool = False,
 ) -> None:
     """Compares the tensors of a file with those that an adapter of this configuration has in this model.
 
@@ -87,7 +87,7 @@ def check_tensors(
         if name not in expected:
             if not name.endswith(_FORMER_STATS):
                 wrong.append(f"{name} belongs to no adapter of this model")
-        elif shape is not None and tuple(tensor.shape) != shape and not is_reshaped:
+        elif shape is not None and tuple(tensor.shape) != shape and not allows_other_shapes:
             wrong.append(f"{name} has the shape {tuple(tensor.shape)} instead of {shape}")
         elif shape is not None and (not tensor.is_floating_point() or tensor.itemsize < 2):
             wrong.append(f"{name} is of {tensor.dtype}")
@@ -167,12 +167,13 @@ def prepare_for_load(state_dict: Mapping[str, Tensor], model: nn.Module, adapter
 
 def mismatches(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:
     """The components in a state dict that have another shape than those of the model, in words."""
-    wrong, layers = [], dict(lotra_layers(model))
-    for key, tensor in state_dict.items():
-        name, component, adapter = ("..." + key.removeprefix(prefix)).rsplit(".", 2)
-        parts: Any = layers[name[3:]]._modules.get(component) if name[3:] in layers else None
-        if isinstance(parts, nn.ParameterDict) and adapter in parts and parts[adapter].shape != tensor.shape:
-            wrong.append(f"{key} has the shape {tuple(tensor.shape)} instead of {tuple(parts[adapter].shape)}")
+    wrong, adapters = [], {key.rpartition(".")[2] for key in state_dict}
+    for name, layer in lotra_layers(model):
+        for adapter in adapters & layer.lotra_r.keys():
+            for component, part in layer.get_components(adapter)._asdict().items():
+                tensor = state_dict.get(key := f"{prefix}{name}.lotra_{component}.{adapter}")
+                if tensor is not None and tensor.shape != part.shape:
+                    wrong.append(f"{key} has the shape {tuple(tensor.shape)} instead of {tuple(part.shape)}")
     return wrong
 
 
