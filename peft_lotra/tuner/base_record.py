@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..layers.registry import describe
-from .layer import LoTRALayer, Target
+from .layer import LoTRALayer, Target, lotra_layers
 
 
 _PROJECTIONS = 8
@@ -84,18 +85,18 @@ def _signs(start: int, end: int) -> torch.Tensor:
 
 
 def check_base(
-    recorded: Mapping[str, Mapping[str, Any]],
-    found: Mapping[str, Target],
-    before_merge: Mapping[str, Mapping[str, torch.Tensor]],
+    recorded: Iterable[Mapping[str, Any]],
+    targets: Mapping[str, Target],
+    model: nn.Module,
     choice: str | None,
     allows_other_shapes: bool = False,
 ) -> None:
     """Compares the base with the one that an adapter was saved with.
 
     Args:
-        recorded: `base_layers` of the file, by the names of layers in this model.
-        found: The layers of this model, each that is recorded among them.
-        before_merge: The parameters that merged adapters have changed, by layer.
+        recorded: What the file says of each layer.
+        targets: These layers in the model, in the same order.
+        model: The model.
         choice: `check_base` of the configuration.
         allows_other_shapes: Whether layers may have other shapes (`ignore_mismatched_sizes`).
 
@@ -103,10 +104,10 @@ def check_base(
         ValueError: A layer is of another kind or shape, or its grid is another one.
     """
     differ: dict[str, list[str]] = {"grid": [], "parameters": []}
-    for name, record in recorded.items():
+    before_merge = {name: layer.before_merge for name, layer in lotra_layers(model)}
+    for (name, target), record in zip(targets.items(), recorded, strict=True):
         family, shape = record.get("family"), tuple(record.get("shape", ()))
         expected = f"it was saved with a {family} layer {shape} at `{name}`"
-        target = found[name]
         if family != target.spec.family or (shape and shape != tuple(target.tensor.shape) and not allows_other_shapes):
             here = f"a {target.spec.family} layer {tuple(target.tensor.shape)}"
             raise ValueError(f"The adapter is for another base: {expected}, and this model has {here}.")

@@ -157,6 +157,24 @@ def runs_more_than_its_class(layer: nn.Module) -> bool:
     )
 
 
+def find_obstacle(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> str | None:
+    """Why no formula can give what the layer computes; None if one may."""
+    dtype = tensor.get_parameter(base_layer).dtype
+    if tensor.shape[3:]:
+        return "it is a convolution"
+    if not (spec.basis or spec.splines):
+        return "its kind has no `basis`"
+    if tensor.has_residual and not spec.activation:
+        return "its kind has no `activation`, the function of the residual branch"
+    if dtype not in _TOLERANCE:
+        return f"its parameters are {dtype}"
+    if dtype == torch.float64 and not spec.splines:
+        return "in float64 it takes `splines`"
+    if runs_more_than_its_class(base_layer):
+        return "it has hooks, or a `forward` of its own"
+    return None if is_linear(base_layer, spec, tensor) else "its output is not linear in the coefficients"
+
+
 @torch.no_grad()
 def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> Formula | None:
     """The formula that gives what the layer computes in its present mode; None if there is none.
@@ -165,10 +183,7 @@ def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientT
     layer and the random generators are left as they were.
     """
     stored = tensor.get_parameter(base_layer)
-    is_described = (spec.basis or spec.splines) and (spec.activation or not tensor.has_residual)  # not Slim layers
-    if not is_described or tensor.shape[3:] or stored.is_meta or stored.dtype not in _TOLERANCE:
-        return None
-    if runs_more_than_its_class(base_layer) or not is_linear(base_layer, spec, tensor):
+    if stored.is_meta or find_obstacle(base_layer, spec, tensor) is not None:
         return None
     if spec.is_of_this_package(base_layer):
         return Formula(spec, tensor, closed_form=True)

@@ -19,7 +19,7 @@ from ..modules.calls import modes_kept, read_at_rest, unwrap
 from ..modules.checks import check_function
 from .config import LoTRAConfig
 from .initialization import GRADIENTS, initialize
-from .layer import lotra_layers
+from .layer import check_unmerged, lotra_layers
 from .targets import find_targets
 
 
@@ -134,8 +134,7 @@ def gather_gradients(
 
     Each gradient is taken away once it has been accumulated: the peak memory is one extra copy of the coefficients.
     """
-    if any(layer.merged for _, layer in lotra_layers(model)):
-        raise ValueError("Adapters are merged into the model: call `unmerge_adapter` first.")
+    check_unmerged(model)
     sums: dict[torch.Tensor, torch.Tensor] = {}
 
     def take(parameter: torch.Tensor) -> None:

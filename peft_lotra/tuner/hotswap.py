@@ -132,8 +132,5 @@ def _components(
         )
     missing = [w - r for r, w in zip(ranks, wanted, strict=True)]
     core = pad(parts[0], [n for m in reversed(missing) for n in (0, m)])
-    alpha = layer.lotra_alpha[adapter]
-    if not alpha:
-        raise ValueError(f"`{name}` has the alpha 0 in the loaded adapter, which no core can make up for.")
-    core = core * (config.alpha_of(name) / alpha)
+    core = core * (config.alpha_of(name) / layer.lotra_alpha[adapter])
     return [core, *(pad(factor, (0, m)) for factor, m in zip(parts[1:], missing, strict=True))]

@@ -572,6 +572,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         return "lotra." + super().__repr__()
 
 
+def check_unmerged(model: nn.Module) -> None:
+    """Raises a ValueError if adapters are merged into the model."""
+    if merged := [name for name, layer in lotra_layers(model) if layer.merged]:
+        raise ValueError(f"The adapters of {', '.join(merged[:3])} are merged: call `unmerge_adapter` first.")
+
+
 def lotra_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, LoTRALayer]]:
     """The adapted layers of a model with their names, or those of them that have the adapter."""
     for name, module in model.named_modules():

@@ -328,9 +328,7 @@ def read_checked(config: LoTRAConfig, model: nn.Module, targets: dict[str, Targe
             for pattern in (config.rank_pattern, config.alpha_pattern):
                 if old != new and (key := get_pattern_key(list(pattern), old)) in pattern:
                     pattern[pattern_key(new)] = pattern.pop(key) if key == pattern_key(old) else pattern[key]
-        merged = {name: layer.before_merge for name, layer in lotra_layers(model)}
-        by_name = {config.names_in_model[name]: record for name, record in recorded.items()}
-        check_base(by_name, targets, merged, config.check_base, allows_other_shapes)
+        check_base(recorded.values(), targets, model, config.check_base, allows_other_shapes)
     if source is None:
         return {}
     tensors = _renamed(read_tensors(source, config.weights_sha256), config.names_in_model)
