@@ -18,7 +18,7 @@ from torch import nn
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.candidates import left_out, no_layer_message
 from ..layers.compare import check_layer
-from ..layers.registry import get_kan_spec, get_recorded_spec, walk_kan_layers
+from ..layers.registry import get_recorded_spec, walk_kan_layers
 from ..layers.slim import SlimLayer
 from .config import LoTRAConfig
 from .initialization import GRADIENTS, check_start
@@ -36,7 +36,6 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
         return _find_recorded(config.base_layers, model)
     if config.targets_all_kan:
         return _find_all_kan(config, model)
-    _check_inside(model, get_kan_spec(model) is None)
     found: dict[str, Target] = {}
     for name, module in model.named_modules():
         is_inside = any(name.startswith(f"{other}.") for other in found)
@@ -56,17 +55,13 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     return found
 
 
-def _check_inside(model: nn.Module, are_inside: bool) -> None:
-    if not are_inside:
+def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
+    layers = {name: (layer, spec) for name, layer, spec in walk_kan_layers(model)}
+    if "" in layers:
         raise ValueError(
             f"The model is itself a KAN layer ({type(model).__name__}), and PEFT adapts layers inside a model. Wrap "
             "it, e.g. in `torch.nn.Sequential(layer)`."
         )
-
-
-def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
-    layers = {name: (layer, spec) for name, layer, spec in walk_kan_layers(model)}
-    _check_inside(model, "" not in layers)
     if not layers:
         raise ValueError(no_layer_message(model))
     chosen = copy(config)
