@@ -326,14 +326,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def _warn_of_far_inputs(self, x: Any) -> None:
         """Warns once if most of the first inputs lie further from the grid than it is long."""
         self._has_seen_inputs = True
-        ends = [
-            grid.aminmax(dim=1)
-            for grid in self.lotra_grid.values()
-            if isinstance(grid, torch.Tensor) and grid.dim() == 2 and len(grid) == self.in_features
-        ]
-        if not ends or not isinstance(x, torch.Tensor) or x.shape[-1:] != (self.in_features,) or x.is_meta:
+        ends = grid_ends(self.lotra_grid, self.in_features)
+        if ends is None or not isinstance(x, torch.Tensor) or x.shape[-1:] != (self.in_features,) or x.is_meta:
             return
-        low, high = ends[0]
+        low, high = ends
         if ((x.detach() - (low + high) / 2).abs() > 1.5 * (high - low)).double().mean() > 0.5:
             warnings.warn(
                 f"Most inputs of `{self.lotra_name}` lie far outside of its grid, from {low.min():.3g} to "
@@ -570,6 +566,15 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lotra." + super().__repr__()
+
+
+def grid_ends(grid: Grid, in_features: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Both ends (in,) of the grid of each input; None if it is no tensor by input."""
+    by_input = (
+        it for it in grid.values() if isinstance(it, torch.Tensor) and it.dim() == 2 and len(it) == in_features
+    )
+    first = next(by_input, None)
+    return None if first is None else first.detach().aminmax(dim=1)
 
 
 def check_unmerged(model: nn.Module) -> None:
