@@ -265,17 +265,11 @@ class LoTRAConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        path = os.fspath(pretrained_model_name_or_path)
         hub_kwargs, class_kwargs, others = cls._split_kwargs(kwargs)
-        config = super().from_pretrained(
-            os.fspath(pretrained_model_name_or_path), subfolder=subfolder, **hub_kwargs, **class_kwargs
-        )
+        config = super().from_pretrained(path, subfolder=subfolder, **hub_kwargs, **class_kwargs)
         if isinstance(config, LoTRAConfig):
-            config.source = Source(
-                os.fspath(pretrained_model_name_or_path),
-                subfolder,
-                hub_kwargs,
-                bool(others.get("ignore_mismatched_sizes", False)),
-            )
+            config.source = Source(path, subfolder, hub_kwargs, bool(others.get("ignore_mismatched_sizes", False)))
         return config
 
     @classmethod

@@ -25,6 +25,7 @@ from .layer import LoTRALayer, lotra_layers
 from .parameters import gradients_kept
 from .rows import FORWARD_PASS, ForwardPass, Replaced, check_names, pass_names
 from .saving import (
+    check_complete,
     check_state_dict,
     check_tensors,
     is_saving,
@@ -183,19 +184,23 @@ class LoTRAModel(BaseTuner):
         is_peft_model = hasattr(model, "get_base_model")
         base = model.get_base_model() if is_peft_model else model
         layers = {bare_name(name): layer for name, layer in lotra_layers(base, adapter_name)}
-        saves = is_saving()
-        is_empty = not layers and config.target_modules != DUMMY_TARGET_MODULES
-        tensors = select_to_save(adapter_name, state_dict, saves, is_empty)
+        tensors = select_to_save(adapter_name, state_dict)
+        if is_saving():  # PEFT writes the configuration after the tensors
+            if not layers and config.target_modules != DUMMY_TARGET_MODULES:
+                raise ValueError(
+                    "The model has no LoTRA layers, so that nothing was saved: they were merged or unloaded. Save "
+                    "before `merge_and_unload`, or save the model that it returns."
+                )
+            check_complete(adapter_name, tensors, state_dict)
+            config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
+            if config.r is None:  # the configuration may serve other models too
+                config.default_ranks = {name: layer.lotra_r[adapter_name] for name, layer in layers.items()}
         seen: set[nn.Module] = set()
         for name, module in base.named_modules(remove_duplicate=False):
             if module in seen and isinstance(module, LoTRALayer):  # in several places, saved once
                 prefix = f"{PREFIX * is_peft_model}{name}.lotra_"
                 tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}
             seen.add(module)
-        if saves:  # PEFT writes the configuration after the tensors
-            config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
-            if config.r is None:  # the configuration may serve other models too
-                config.default_ranks = {name: layer.lotra_r[adapter_name] for name, layer in layers.items()}
         return tensors
 
     @classmethod

@@ -177,35 +177,27 @@ def mismatches(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) 
     return wrong
 
 
-def select_to_save(adapter_name: str, state_dict: dict[str, Tensor], saves: bool, is_empty: bool) -> dict[str, Tensor]:
-    """The components of an adapter in the state dict of a model; what is of the base is taken out of the dict.
-
-    Raises:
-        ValueError: With `saves`, in `save_pretrained`: the model has no layer with the adapter (`is_empty`), a tensor
-            is spread over several processes, or has values that are not finite.
-    """
+def select_to_save(adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The components of an adapter in the state dict of a model; what is of the base is taken out of the dict."""
     endings = tuple(f".{component}.{adapter_name}" for component in COMPONENTS)
     # PEFT would go on to write embeddings that were resized, or that `save_embedding_layers` asks for
     for key in [key for key in state_dict if not key.endswith(endings) and ".modules_to_save." not in key]:
         del state_dict[key]
-    tensors = {key: value for key, value in state_dict.items() if key.endswith(endings)}
-    if saves:
-        if is_empty:
+    return {key: value for key, value in state_dict.items() if key.endswith(endings)}
+
+
+def check_complete(adapter_name: str, tensors: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError if components are spread over several processes, or an adapter has values not finite."""
+    for key, tensor in tensors.items():
+        # FSDP1 gives flat pieces
+        if tensor.dim() < 2 or hasattr(tensor, "placements") or hasattr(tensor, "local_shards"):
             raise ValueError(
-                "The model has no LoTRA layers, so that nothing was saved: they were merged or unloaded. Save before "
-                "`merge_and_unload`, or save the model that it returns."
+                f"{key} is spread over several processes. Gather whole tensors, by "
+                "`get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))`, and pass them as "
+                "`save_pretrained(folder, state_dict=...)`."
             )
-        for key, tensor in tensors.items():
-            dims = (3, 4) if key.endswith(f".lotra_core.{adapter_name}") else (2,)
-            if tensor.dim() not in dims or hasattr(tensor, "placements") or hasattr(tensor, "local_shards"):
-                raise ValueError(
-                    f"{key} is spread over several processes. Gather whole tensors, by "
-                    "`get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))`, and pass them as "
-                    "`save_pretrained(folder, state_dict=...)`."
-                )
-        own = {key: value for key, value in state_dict.items() if f".{adapter_name}" in key}
-        raise_if_any(f"The adapter {adapter_name!r} is not saved", _not_finite(own))
-    return tensors
+    own = {key: value for key, value in state_dict.items() if f".{adapter_name}" in key}
+    raise_if_any(f"The adapter {adapter_name!r} is not saved", _not_finite(own))
 
 
 def is_saving() -> bool:
