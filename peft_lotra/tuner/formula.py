@@ -108,7 +108,8 @@ class Formula(NamedTuple):
         update = ThinUpdate(left, right, right_of_residual)
         if scale is not None or 2 * len(right) * (in_features * basis + out) >= out * in_features * basis:
             coefficients = torch.addmm(coefficients.flatten(1), left, right.flatten(1)).view(self.tensor.shape)
-            residual = residual if right_of_residual is None else torch.addmm(residual, left, right_of_residual)
+            if residual is not None and right_of_residual is not None:
+                residual = torch.addmm(residual, left, right_of_residual)
             update = None
         if scale is not None:
             coefficients = coefficients * scale.unsqueeze(-1)
@@ -135,7 +136,8 @@ class Formula(NamedTuple):
         """
         spec: Any = self.spec  # with the functions that are called here: see `find_formula`
         if self.closed_form:
-            y = spline_product(x, *spec.splines(base_layer), coefficients, None if update is None else update[:2])
+            grid: UniformGrid = spec.splines(base_layer)
+            y = spline_product(x, *grid, coefficients, None if update is None else (update.left, update.right))
         else:
             functions = spec.basis(base_layer, x).flatten(1)
             y = F.linear(functions, coefficients.flatten(1))

@@ -147,10 +147,11 @@ def gather_gradients(
         for parameter in model.parameters():
             parameter.requires_grad_(False).grad = None
         for layer, tensor in layers.values():
-            if hasattr(layer, "forward_with"):  # a Slim layer has no such parameters: a zero that is added to them
+            with_update: Any = getattr(layer, "forward_with", None)
+            if with_update is not None:  # a Slim layer has no such parameters: a zero that is added to them
                 probe = nn.Parameter(torch.zeros_like(tensor.read(layer)))
                 leaves[layer] = {"the coefficients": probe}
-                layer.__dict__["forward"] = partial(layer.forward_with, probe)
+                layer.__dict__["forward"] = partial(with_update, probe)
                 hooks.callback(layer.__dict__.pop, "forward")
             else:
                 leaves[layer] = {name: layer.get_parameter(name) for name in tensor.parameters}

@@ -28,27 +28,21 @@ class SlimLoTRALayer(LoTRALayer):
 
     base_layer: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # The Slim layer, its kind and its coefficients while its dense equivalent is in its place, in a tuple: as a
-        # module it would be a part of the state dict.
-        vars(self)["_slim"] = None
-        super().__init__(*args, **kwargs)
-
-    def _components_with(self, updates: Sequence[Update]) -> Tucker:
-        """The components of the base layer and the updates together."""
-        parts: list[Tucker] = [self.base_layer.components]
-        (basis, _), dtype = parts[0].factor_basis.shape, parts[0].core.dtype
-        for scale, tensor in updates:
-            # without the residual branch, its slice of the update is zero
-            tensor = tensor.padded(basis)._replace(core=scale * tensor.core)
-            parts.append(tensor.map(lambda part: part.to(dtype)))
-        return direct_sum(parts)
+    # The Slim layer while its dense equivalent is in its place. As a module, and not in a tuple, it would be a part of
+    # the state dict.
+    _slim: Target | None = None
 
     def _parameters_with(self, updates: Sequence[Update]) -> dict[str, torch.Tensor]:
         if self._slim is not None or not updates:
             return super()._parameters_with(updates)
-        with without_autocast(updates[0].tensor.core):
-            return self._components_with(updates)._asdict()
+        parts: list[Tucker] = [self.base_layer.components]
+        (basis, _), dtype = parts[0].factor_basis.shape, parts[0].core.dtype
+        with without_autocast(parts[0].core):
+            for scale, tensor in updates:
+                # without the residual branch, its slice of the update is zero
+                tensor = tensor.padded(basis)._replace(core=scale * tensor.core)
+                parts.append(tensor.map(lambda part: part.to(dtype)))
+            return direct_sum(parts)._asdict()
 
     def _base_parameters(self) -> dict[str, torch.Tensor]:
         return {}  # a merge leaves the Slim layer as it is
@@ -74,8 +68,8 @@ class SlimLoTRALayer(LoTRALayer):
         super()._add(updates)
 
     def _restore(self) -> None:
-        slim, self._slim = self._slim, None
-        self.exchange_base(*slim)
+        self.exchange_base(*self.base_before_merge())
+        self._slim = None
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
         slim = self.base_before_merge().layer
