@@ -21,10 +21,11 @@ from .compress.spectra import Spectrum
 from .layers.coefficients import CoefficientTensor
 from .layers.registry import find_kan_layers, find_layer
 from .layers.slim import call_with_coefficients
+from .modules.calls import unwrap
 from .modules.checks import check_count
 from .optim.levenberg_marquardt import LevenbergMarquardtStep
 from .report import Report, TextTable
-from .tuner.layer import LoTRALayer
+from .tuner.layer import LoTRALayer, lotra_layers
 from .tuner.targets import locate_target
 
 
@@ -189,14 +190,11 @@ def edge_changes(model: nn.Module) -> EdgeChanges:
         {'layers.0': (5, 2), 'layers.1': (3, 5)}
     """
     changes = EdgeChanges({}, {})
-    found = [layer.name for layer in find_kan_layers(model)]
-    for name in found:
-        module = find_layer(model, name)
-        layer, _, tensor = locate_target(name, module)
-        if isinstance(module, LoTRALayer) and module.applied_updates() and len(tensor.shape) == 3:
-            before = tensor.read(layer)
+    for name, layer in lotra_layers(unwrap(model)):
+        if layer.applied_updates() and len(layer.lotra_tensor.shape) == 3:
+            before = layer.get_base_weight()
             before = before.to(torch.promote_types(before.dtype, torch.float32))
-            change = (module.effective_coefficients(before.dtype) - before).square().sum(-1).sqrt()
+            change = (layer.effective_coefficients(before.dtype) - before).square().sum(-1).sqrt()
             size = before.square().sum(-1).sqrt()
             changes.change[name] = change.cpu()
             changes.share[name] = (change / size.clamp_min(1e-3 * size.mean() + 1e-12)).cpu()
@@ -204,7 +202,7 @@ def edge_changes(model: nn.Module) -> EdgeChanges:
         raise ValueError(
             "The model has no dense KAN layer with an active adapter. Adapters that are merged (`unmerge_adapter`), "
             "disabled (`enable_adapter_layers`) or not active (`set_adapter`) do not count, nor do convolutions. Its "
-            f"KAN layers: {', '.join(found) or 'none'}."
+            f"KAN layers: {', '.join(layer.name for layer in find_kan_layers(model)) or 'none'}."
         )
     return changes
 

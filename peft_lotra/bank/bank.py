@@ -19,11 +19,11 @@ from ..hub.push import upload
 from ..kan.row_product import RowGroups, group_rows
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
-from ..modules.calls import LayerLock, unwrap
+from ..modules.calls import LayerLock, places, unwrap
 from ..tucker import Update, full_shape
 from ..tuner.base_record import record_layer
 from ..tuner.config import LoTRAConfig
-from ..tuner.layer import LoTRALayer, lotra_layers
+from ..tuner.layer import LoTRALayer, check_unmerged
 from ..tuner.rows import check_names
 from ..tuner.targets import find_targets
 from .layer import ROWS, BankLayer, BankModel, Rows, SlimBankLayer
@@ -76,7 +76,7 @@ class AdapterBank:
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"`dtype` is {dtype}, but must be a floating type.")
         self.base = unwrap(base)
-        _check_unmerged(self.base)
+        check_unmerged(self.base)
         targets = find_targets(LoTRAConfig(), self.base)
         self.record = {name: record_layer(LoTRALayer(*target, name)) for name, target in targets.items()}
         shapes = {name: full_shape(target.tensor) for name, target in targets.items()}
@@ -397,7 +397,7 @@ class AdapterBank:
         network = unwrap(self.base if model is None else model)
         if self._before:
             raise ValueError("The bank is attached to a model: call `detach()` first.")
-        _check_unmerged(network)
+        check_unmerged(network)
         targets, names = match_layers(self.record, network, "error")
         if any(isinstance(module, BankLayer) for module in network.modules()):
             raise ValueError("The model has another bank: call its `detach()` first.")
@@ -413,11 +413,10 @@ class AdapterBank:
                 layers[layer] = cls(*target, own)
                 layers[layer].training = layer.training
             vars(layers.get(layer, layer)).update(lotra_bank=self, lotra_bank_name=own)
-        children = [(module, *child) for module in network.modules() for child in module._modules.items()]
-        for module, name, child in children:
+        for parent, name, child in places(network):
             if child in layers:
-                self._before.append((module, name, child))
-                module._modules[name] = layers[child]
+                self._before.append((parent, name, child))
+                parent._modules[name] = layers[child]
         return BankModel(network, self, needs_adapters)
 
     def detach(self) -> None:
@@ -457,8 +456,3 @@ class AdapterBank:
         else:
             groups = RowGroups(index)
         return Rows(self, store, groups, set())
-
-
-def _check_unmerged(network: nn.Module) -> None:
-    if merged := [name for name, layer in lotra_layers(network) if layer.merged]:
-        raise ValueError(f"The adapters of {', '.join(merged[:3])} are merged: call `unmerge_adapter()` first.")

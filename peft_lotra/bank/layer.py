@@ -12,7 +12,7 @@ from torch import nn
 
 from ..kan.row_product import RowGroups, RowUpdates
 from ..tucker import Tucker, Update
-from ..tuner.by_row import output_of_rows, takes_rows
+from ..tuner.by_row import find_row_evaluation
 from ..tuner.layer import LoTRALayer
 from ..tuner.rows import PassVariable, rows_of_each, run_by_name
 from ..tuner.slim import SlimLoTRALayer
@@ -65,8 +65,8 @@ class BankLayer(LoTRALayer):
             self.check_grid()
             times = rows_of_each(groups.batch(), read_numbers, self.lotra_name, rows.known, args, kwargs)
         form, packed = rows.store.layers[name], rows.store.columns()[name]
-        if takes_rows(self, args, kwargs):
-            return output_of_rows(self, RowUpdates(packed, groups, form), args[0])
+        if (run_together := find_row_evaluation(self, args, kwargs)) is not None:
+            return run_together(RowUpdates(packed, groups, form))
         if is_traced:
             raise RuntimeError(
                 f"`{self.lotra_name}` ({self.lotra_spec.family}) runs once for each adapter, which a graph cannot do. "

@@ -36,7 +36,7 @@ def match_layers(
     config = LoTRAConfig(base_layers=dict(record), check_base=check_base)  # pyright: ignore[reportArgumentType]
     targets = find_targets(config, base)
     read_checked(config, base, targets)
-    return targets, dict(zip(record, targets, strict=True))
+    return targets, config.names_in_model
 
 
 def read_adapter(
@@ -90,7 +90,7 @@ def read_adapter(
         raise TypeError(f"it must be a PeftModel, a folder, a state dict or a LoTRAConfig, not a {type(adapter)}.")
     for name, (_, _, tensor) in targets.items() if tensors else ():
         parts = [tensors[f"{PREFIX}{name}.lotra_{component}"] for component in config.component_shapes(name, tensor)]
-        found[name] = Update(config.ranks_and_alpha(name, tensor.shape)[1], Tucker(*parts))
+        found[name] = Update(config.alpha_of(name), Tucker(*parts))
     if not found:
         raise ValueError("it adapts no KAN layer of the base.")
     if record is not None and record not in known:

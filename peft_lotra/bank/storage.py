@@ -22,6 +22,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from ..hub.base_code import hub_id, source_of_base
+from ..hub.card import README, TEMPLATES
 from ..kan.row_product import PackedTucker
 from ..modules.calls import PREFIX
 from ..tucker import COMPONENTS
@@ -63,30 +64,17 @@ def write_card(
     folder: str, repo_id: str, names: Sequence[str], base: nn.Module, base_model: str | None, base_code: str | None
 ) -> None:
     """Writes the model card of a bank, README.md, with a table of its first adapters."""
-    cls, code = source_of_base({}, base, base_model)
-    data = ModelCardData(library_name="peft", base_model=base_model, tags=["kan", "lotra", "peft-plugin"])
-    rows = "\n".join(f"| {number} | `{name}` |" for number, name in enumerate(names[:100]))
-    text = f"""
-# {repo_id.rpartition("/")[2]}
-
-{len(names):,} adapters of {base_model or f"a `{cls}`"}, a Kolmogorov-Arnold network, by low tensor-rank adaptation
-([LoTRA](https://arxiv.org/abs/2502.06153)), in one file of [peft-lotra](https://github.com/peft-lotra/peft-lotra).
-
-```python
-from peft_lotra import AdapterBank
-{(base_code or code).strip()}
-
-bank = AdapterBank.load(base, "{repo_id}")
-one = AdapterBank.load(base, "{repo_id}", names=[{json.dumps(names[0])}])  # without the others
-```
-
-The first adapters:
-
-| number | adapter |
-|---:|---|
-{rows}
-"""
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(os.path.join(folder, "README.md"))
+    base_class, code = source_of_base({}, base, base_model)
+    card = ModelCard.from_template(
+        ModelCardData(library_name="peft", base_model=base_model, tags=["kan", "lotra", "peft-plugin"]),
+        template_path=str(TEMPLATES / "bank.md"),
+        base_class=base_class,
+        code=(base_code or code).strip(),
+        repo_id=repo_id,
+        first=json.dumps(names[0]),
+        names=names,
+    )
+    card.save(os.path.join(folder, README))
 
 
 def _read_some(place: str, names: Sequence[str]) -> tuple[dict[str, Any], Tensor]:

@@ -23,7 +23,7 @@ from .contents import AdapterContents, adapter_folders, read_adapter
 
 
 README = "README.md"
-_TEMPLATE = Path(__file__).with_name("card.md")
+TEMPLATES = Path(__file__).parent  # beside this file: card.md, and bank.md of a bank
 # our part of a card, between two comments
 _SECTION = re.compile(
     "<!-- From here on written by peft_lotra.*?<!-- The part that peft_lotra.*? ends here. -->", re.DOTALL
@@ -108,7 +108,7 @@ def write_model_card(
     place = [json.dumps(repo_id or "."), *(f"{name}={json.dumps(it)}" for name, it in options.items() if it)]
     section = ModelCard.from_template(
         data,
-        template_path=str(_TEMPLATE),
+        template_path=str(TEMPLATES / "card.md"),
         base_class=base_class,
         code=(data.get("base_code") or code).strip("\n"),
         place=", ".join(place),

@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..layers.registry import describe
-from .layer import LoTRALayer, Target
+from .layer import LoTRALayer, Target, lotra_layers
 
 
 _PROJECTIONS = 8
@@ -31,12 +32,15 @@ def record_layer(layer: LoTRALayer) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "has_residual": tensor.has_residual,
         **describe(spec, base_layer),
-        **_sketches(target, layer.parameters_before_merge()),
+        **_sketches(target, layer.before_merge),
     }
 
 
 def _sketches(target: Target, before_merge: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:
-    """The sketches of the grid and of all other parameters of a layer, of those that have values here."""
+    """The sketches of the grid and of all other parameters of a layer, of those that can be read here.
+
+    Tensors on the meta device and shards cannot.
+    """
     layer, spec, _ = target
     grid = spec.read_grid(layer)
     parameters = {
@@ -44,13 +48,12 @@ def _sketches(target: Target, before_merge: Mapping[str, torch.Tensor]) -> dict[
         for name, value in layer.named_parameters()
         if name not in grid and "modules_to_save." not in name
     }
-    found = {"grid": grid, "parameters": {**parameters, **before_merge}}
-    return {what: sketch(values) for what, values in found.items() if all(map(_is_whole, values.values()))}
-
-
-def _is_whole(value: Any) -> bool:
-    """Whether a value can be read here: no tensor on the meta device, nor a shard."""
-    return not isinstance(value, torch.Tensor) or not (value.is_meta or hasattr(value, "placements"))
+    found = {}
+    for what, values in (("grid", grid), ("parameters", {**parameters, **before_merge})):
+        tensors = [value for value in values.values() if isinstance(value, torch.Tensor)]
+        if not any(tensor.is_meta or hasattr(tensor, "placements") for tensor in tensors):
+            found[what] = sketch(values)
+    return found
 
 
 @torch.no_grad()
@@ -76,44 +79,45 @@ def _signs(start: int, end: int) -> torch.Tensor:
     """Signs (end - start, _PROJECTIONS) that look random and are the same everywhere."""
     rows, columns = (torch.arange(*ends, device="cpu") for ends in ((start, end), (_PROJECTIONS,)))
     mixed = (rows.unsqueeze(1) * 2654435761 + columns * 2246822519 + 374761393) & 0xFFFFFFFF
-    for factor in (2246822519, 3266489917):
+    for factor in (2246822519, 3266489917):  # primes of xxHash32, as those above
         mixed = ((mixed ^ (mixed >> 15)) * factor) & 0xFFFFFFFF
     return (((mixed >> 16) & 1) * 2 - 1).double()
 
 
 def check_base(
-    recorded: Mapping[str, Mapping[str, Any]],
-    found: Mapping[str, Target],
-    before_merge: Mapping[str, Mapping[str, torch.Tensor]],
+    recorded: Iterable[Mapping[str, Any]],
+    targets: Mapping[str, Target],
+    model: nn.Module,
     choice: str | None,
-    is_reshaped: bool = False,
+    allows_other_shapes: bool = False,
 ) -> None:
     """Compares the base with the one that an adapter was saved with.
 
     Args:
-        recorded: `base_layers` of the file, by the names of layers in this model.
-        found: The layers of this model, each that is recorded among them.
-        before_merge: The parameters that merged adapters have changed, by layer.
+        recorded: What the file says of each layer.
+        targets: These layers in the model, in the same order.
+        model: The model.
         choice: `check_base` of the configuration.
-        is_reshaped: Whether layers may have other shapes (`ignore_mismatched_sizes`).
+        allows_other_shapes: Whether layers may have other shapes (`ignore_mismatched_sizes`).
 
     Raises:
         ValueError: A layer is of another kind or shape, or its grid is another one.
     """
     differ: dict[str, list[str]] = {"grid": [], "parameters": []}
-    for name, record in recorded.items():
+    before_merge = {name: layer.before_merge for name, layer in lotra_layers(model)}
+    for (name, target), record in zip(targets.items(), recorded, strict=True):
         family, shape = record.get("family"), tuple(record.get("shape", ()))
         expected = f"it was saved with a {family} layer {shape} at `{name}`"
-        target = found[name]
-        if family != target.spec.family or (shape and shape != tuple(target.tensor.shape) and not is_reshaped):
+        if family != target.spec.family or (shape and shape != tuple(target.tensor.shape) and not allows_other_shapes):
             here = f"a {target.spec.family} layer {tuple(target.tensor.shape)}"
             raise ValueError(f"The adapter is for another base: {expected}, and this model has {here}.")
         sketches = {} if choice == "ignore" else _sketches(target, before_merge.get(name, {}))
         dtype = target.tensor.get_parameter(target.layer).dtype
         for what, now in sketches.items():
             if isinstance(record.get(what), list) and shape == tuple(target.tensor.shape):
-                before, scale = record[what], max(now[0], 1e-12) * _ROUNDING.get(dtype, 2e-2)
-                if len(before) != len(now) or any(abs(a - b) > 4 * scale for a, b in zip(before, now, strict=True)):
+                # the norm of a difference is the standard deviation of its projections: four of them
+                before, limit = record[what], 4 * max(now[0], 1e-12) * _ROUNDING.get(dtype, 2e-2)
+                if len(before) != len(now) or any(abs(a - b) > limit for a, b in zip(before, now, strict=True)):
                     differ[what].append(name)
     for what, consequence in (
         ("grid", "coefficients mean other functions"),

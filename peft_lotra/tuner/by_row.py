@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -26,31 +26,32 @@ def run_rows(
     """The output of a `LoTRALayer` for rows of these adapters: of all at once, or of each adapter by itself."""
     known = set() if current is None else current.known
     times = rows_of_each(len(names), lambda: names, layer.lotra_name, known, args, kwargs)
-    updates = _updates_by_name(layer, names, current) if takes_rows(layer, args, kwargs) else None
-    if updates is not None:
-        return output_of_rows(layer, updates, args[0])
+    run_together = find_row_evaluation(layer, args, kwargs)
+    updates = None if run_together is None else _updates_by_name(layer, names, current)
+    if run_together is not None and updates is not None:
+        return run_together(updates)
     run = lambda name, args, kwargs: layer._run([name], current, args, kwargs)  # noqa: E731
     return run_by_name([name for name in names for _ in range(times)], run, args, kwargs)
 
 
-def takes_rows(layer: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether a `LoTRALayer` can evaluate a call for all rows at once: by its formula, or since it is a Slim layer."""
+def find_row_evaluation(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[[RowUpdates], Tensor] | None:
+    """The function of the updates of rows that evaluates a call of a `LoTRALayer` for all rows at once.
+
+    It takes the formula of the layer, or a Slim layer; None if there is neither.
+    """
     base_layer = layer._modules["base_layer"]
     if type(base_layer) is SlimKANLinear:
-        return len(args) == 1 and not kwargs and not runs_more_than_its_class(base_layer)
-    formula, stored = _formula_of(layer)
-    return formula is not None and formula.accepts(base_layer, stored, (), args, kwargs)
-
-
-def _formula_of(layer: Any) -> tuple[Formula | None, Tensor]:
+        is_plain = len(args) == 1 and not kwargs and not runs_more_than_its_class(base_layer)
+        return partial(_output, base_layer, None, args[0]) if is_plain else None
     stored = layer.lotra_tensor.get_parameter(layer.get_base_layer())
-    return layer._find_formula(stored), stored
+    formula = layer._find_formula(stored)
+    if formula is None or not formula.accepts(base_layer, stored, (), args, kwargs):
+        return None
+    return partial(_output, base_layer, formula, args[0])
 
 
-def output_of_rows(layer: Any, updates: RowUpdates, x: Tensor) -> Tensor:
-    """The output of a layer that `takes_rows`, for inputs (batch, ..., in), or (batch times, in) with `times` rows for
-    each of the batch."""
-    base_layer, formula = layer._modules["base_layer"], _formula_of(layer)[0]
+def _output(base_layer: Any, formula: Formula | None, x: Tensor, updates: RowUpdates) -> Tensor:
+    """The output for inputs (batch, ..., in), or (batch times, in) with `times` rows for each of the batch."""
     of_base = base_layer(x) if formula is None else None  # of a Slim layer; first, since it checks x
     index, size, order, places = updates.groups
     batch = updates.groups.batch()
@@ -68,10 +69,10 @@ def _product(base_layer: Any, formula: Formula | None, updates: RowUpdates, rows
     """The output (N, O) at rows (N, I) in the order of their groups; without the base, if there is no formula."""
     if formula is None:
         return RowProduct(None, updates, None, True).of_splines(rows, base_layer.grid, nn.functional.silu(rows))
-    spec, tensor = formula.spec, formula.tensor
+    spec: Any = formula.spec
     # the base is frozen
-    coefficients, residual = (None if it is None else it.detach() for it in tensor.read_parts(base_layer))
-    scale: Any = spec.scale(base_layer)
+    coefficients, residual = (None if it is None else it.detach() for it in formula.tensor.read_parts(base_layer))
+    scale = spec.scale(base_layer)
     scale = None if scale is None else scale.detach()
     assert coefficients is not None
     matrix = (coefficients if scale is None else coefficients * scale.unsqueeze(-1)).transpose(1, 2).flatten(1)
@@ -79,13 +80,10 @@ def _product(base_layer: Any, formula: Formula | None, updates: RowUpdates, rows
     if updates.groups.size > 1:
         matrix = matrix.contiguous()  # else a product with few outputs takes less time
     product = RowProduct(matrix, updates, scale, residual is not None)
-    factors = spec.activation(base_layer, rows) if residual is not None and spec.activation is not None else None
+    factors = None if residual is None else spec.activation(base_layer, rows)
     if formula.closed_form:
-        grid = spec.splines(base_layer) if spec.splines is not None else None
-        assert grid is not None
-        y = product.of_splines(rows, grid, factors)
+        y = product.of_splines(rows, spec.splines(base_layer), factors)
     else:
-        assert spec.basis is not None
         functions = spec.basis(base_layer, rows).transpose(1, 2)
         y = product.of_functions(functions if factors is None else torch.cat([functions, factors.unsqueeze(1)], 1))
     bias = None if spec.bias is None else get_or_none(base_layer, spec.bias)
@@ -100,7 +98,7 @@ def _updates_by_name(layer: Any, names: Sequence[str], current: ForwardPass | No
     if not ranks:
         return None
     form = PackedTucker(full_shape(layer.lotra_tensor), tuple(map(max, *ranks)) if len(ranks) > 1 else ranks[0])
-    return RowUpdates(form.pack(found, _formula_of(layer)[1]), groups, form)
+    return RowUpdates(form.pack(found, layer.lotra_tensor.get_parameter(layer.get_base_layer())), groups, form)
 
 
 @lru_cache(maxsize=16)

@@ -13,11 +13,10 @@ from torch import nn
 
 from ..layers.candidates import describe_layer
 from ..layers.coefficients import expand_name
-from ..layers.compare import is_linear
 from ..layers.probe import Probe
 from ..modules.calls import check_module, read_at_rest
 from ..report import Report, TextTable
-from .formula import find_formula, runs_more_than_its_class
+from .formula import find_formula, find_obstacle
 from .layer import Target
 from .targets import locate_target
 
@@ -152,19 +151,7 @@ def _roles(target: Target) -> dict[str, str]:
 
 
 def _fast_path(target: Target) -> str:
-    layer, spec, tensor = target
     if formula := find_formula(*target):
         return f"yes, by {'splines in closed form' if formula.closed_form else 'the `basis` of its kind'}"
-    dtype = tensor.get_parameter(layer).dtype
-    reasons = {
-        "it is a convolution": len(tensor.shape) > 3,
-        "its output is not linear in the coefficients": not is_linear(layer, spec, tensor),
-        "its kind has no `basis`": not (spec.basis or spec.splines),
-        "its kind has no `activation`, the function of the residual branch": tensor.has_residual
-        and not spec.activation,
-        f"its parameters are {dtype}": dtype not in (torch.float32, torch.float64),
-        "in float64 it takes `splines`": dtype == torch.float64 and not spec.splines,
-        "it has hooks, or a `forward` of its own": runs_more_than_its_class(layer),
-    }
-    why = next((reason for reason, holds in reasons.items() if holds), "the functions of its kind give other outputs")
+    why = find_obstacle(*target) or "the functions of its kind give other outputs"
     return f"no, since {why}; general path: the layer itself runs, with updated parameters"

@@ -8,7 +8,7 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from functools import wraps
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -54,10 +54,9 @@ def _listed(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
-_KNOWN = set(Tucker._fields)
 _NAMES = (_are_names, "a string or a list of strings")
 _SHARE = (lambda value: _is_number(value) and 0 <= value < 1, "at least 0 and below 1")
-# What a field may be, with the words for it; None is allowed where it is the default.
+# What a field may be, with the words for it. None is allowed too, but not in place of a number or a bool.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha": (_is_number, "a finite number"),
     "rank_pattern": (lambda value: isinstance(value, dict), "a dict of ranks by name"),
@@ -76,7 +75,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: type(value) is bool or value in ("gradient", "hosvd"),
         "True, False, 'gradient' or 'hosvd'",
     ),
-    "train": (lambda value: bool(value) and set(_listed(value)) <= _KNOWN, f"some of {Tucker._fields}"),
+    "train": (lambda value: bool(value) and set(_listed(value)) <= set(Tucker._fields), f"some of {Tucker._fields}"),
     "check_base": (lambda value: value in CHECK_BASE, f"None or one of {CHECK_BASE}"),
     "base_layers": (
         lambda value: isinstance(value, dict) and all(isinstance(v, dict) and "family" in v for v in value.values()),
@@ -176,10 +175,12 @@ class LoTRAConfig(PeftConfig):
         ValueError: A value cannot be used.
 
     Example:
+        >>> from peft import get_peft_model
         >>> from peft_lotra import LoTRAConfig
+        >>> from peft_lotra.kan import KAN
         >>> config = LoTRAConfig(r=(4, 4, 3), rank_pattern={"layers.0": 2})
-        >>> config.ranks_and_alpha("layers.0", (8, 8, 8))
-        (2, 1.0)
+        >>> [layer.lotra_r["default"] for layer in get_peft_model(KAN([8, 8, 8]), config).layers]
+        [(2, 2, 2), (4, 4, 3)]
     """
 
     r: int | tuple[int, ...] | None = None
@@ -219,10 +220,12 @@ class LoTRAConfig(PeftConfig):
         # No fields, so neither saved nor compared. PEFT writes the names that it finds into `target_modules`, and the
         # object may serve another model.
         self.targets_all_kan = self.target_modules in (None, ALL_KAN)
-        self.source: Source | None = None
+        self.source: Source | None = None  # of tensors that are to be read; files of 0.1.0 have no `base_layers`
         self.names_in_model: dict[str, str] = {}  # the names in the model of the layers that a file names
-        self.default_ranks: dict[str, Ranks] = {}  # of each layer that `r=None` chose, which a save writes
-        self.base_record: dict[str, dict[str, Any]] | None = None
+        # What a save writes: the ranks of each layer that `r=None` chose, and `base_layers`. That field itself would
+        # make this the configuration of a file.
+        self.default_ranks: dict[str, Ranks] = {}
+        self.layers_to_record: dict[str, dict[str, Any]] | None = None
 
     @property
     def is_from_file(self) -> bool:
@@ -243,16 +246,15 @@ class LoTRAConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
 
-    def ranks_and_alpha(self, name: str, shape: tuple[int, ...]) -> tuple[Ranks, float]:
-        """The ranks of a layer of this name and shape (out, in, basis [, kernel]), not yet capped, and its `alpha`."""
-        ranks = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
-        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), name), self.alpha)
-        return default_ranks(shape) if ranks is None else ranks, float(alpha)
+    def alpha_of(self, name: str) -> float:
+        """The `alpha` of a layer of this name."""
+        return float(self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), name), self.alpha))
 
     def component_shapes(self, name: str, tensor: CoefficientTensor) -> dict[str, tuple[int, ...]]:
-        """The shapes of the components of a layer, whose name may decide its ranks."""
+        """The shapes of the components of a layer, whose name may decide its ranks: the shape of the core."""
         shape = full_shape(tensor) if self.adapt_residual else tensor.shape
-        ranks = cap_ranks(self.ranks_and_alpha(name, shape)[0], shape)
+        ranks = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), name), self.r)
+        ranks = cap_ranks(default_ranks(shape) if ranks is None else ranks, shape)
         return dict(zip(Tucker._fields, (ranks, *zip(shape, ranks, strict=True)), strict=False))
 
     def frozen_and_zero(self, components: Iterable[str]) -> tuple[tuple[str, ...], str]:
@@ -263,17 +265,11 @@ class LoTRAConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        path = os.fspath(pretrained_model_name_or_path)
         hub_kwargs, class_kwargs, others = cls._split_kwargs(kwargs)
-        config = super().from_pretrained(
-            os.fspath(pretrained_model_name_or_path), subfolder=subfolder, **hub_kwargs, **class_kwargs
-        )
+        config = super().from_pretrained(path, subfolder=subfolder, **hub_kwargs, **class_kwargs)
         if isinstance(config, LoTRAConfig):
-            config.source = Source(
-                os.fspath(pretrained_model_name_or_path),
-                subfolder,
-                hub_kwargs,
-                bool(others.get("ignore_mismatched_sizes", False)),
-            )
+            config.source = Source(path, subfolder, hub_kwargs, bool(others.get("ignore_mismatched_sizes", False)))
         return config
 
     @classmethod
@@ -291,7 +287,7 @@ class LoTRAConfig(PeftConfig):
         values.update({name: sorted(value) for name, value in values.items() if isinstance(value, set)})
         by_default = {pattern_key(name): ranks for name, ranks in self.default_ranks.items()}
         values["rank_pattern"] = {**by_default, **values["rank_pattern"]}
-        values["base_layers"] = self.base_layers if self.base_record is None else self.base_record
+        values["base_layers"] = self.base_layers if self.layers_to_record is None else self.layers_to_record
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -307,8 +303,3 @@ class LoTRAConfig(PeftConfig):
 def pattern_key(name: str) -> str:
     """A key of `rank_pattern` that matches this layer alone; PEFT reads keys as regexes of the end of a name."""
     return "^" + re.escape(name)
-
-
-def exact_pattern(names: Mapping[str, Any] | set[str]) -> str:
-    """A regex for `target_modules` that matches these names alone."""
-    return "|".join(map(re.escape, sorted(names)))

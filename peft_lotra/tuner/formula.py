@@ -35,6 +35,20 @@ _ROWS = 48  # points at which formula and layer are compared
 _known_formulas: WeakKeyDictionary[type, dict[Any, bool]] = WeakKeyDictionary()
 
 
+class ThinUpdate(NamedTuple):
+    """An update of the coefficients, left x right, as two matrices with few columns and rows.
+
+    Attributes:
+        left: (out, r).
+        right: (r, in, basis).
+        right_of_residual: (r, in), where the layer has a residual branch.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    right_of_residual: torch.Tensor | None
+
+
 class Formula(NamedTuple):
     """basis(x) . (edge_scale * coefficients) + activation(x) . residual + bias.
 
@@ -79,20 +93,24 @@ class Formula(NamedTuple):
         coefficients, residual = self.tensor.read_parts(base_layer)
         scale = self.spec.scale(base_layer)
         lefts, rights = [], []
-        for factor, (core, left, *factors) in updates:
-            right = expand_inputs(core if isinstance(factor, float) and factor == 1.0 else factor * core, *factors)
+        for gain, (core, left, *factors) in updates:
+            right = expand_inputs(core if isinstance(gain, float) and gain == 1.0 else gain * core, *factors)
             lefts.append(left)
             # an update without the residual branch adds zero to it
             rights.append(right if residual is None or right.shape[-1] > basis else F.pad(right, (0, 1)))
         left, right = (
             torch.cat(parts, dim) if len(parts) > 1 else parts[0] for parts, dim in ((lefts, 1), (rights, 0))
         )
-        right, *of_residual = (right,) if residual is None else right.split([basis, 1], dim=-1)
-        update = (left, right, *(part.squeeze(-1) for part in of_residual))
+        right_of_residual = None
+        if residual is not None:
+            right, last = right.split([basis, 1], dim=-1)
+            right_of_residual = last.squeeze(-1)
+        update = ThinUpdate(left, right, right_of_residual)
         if scale is not None or 2 * len(right) * (in_features * basis + out) >= out * in_features * basis:
             coefficients = torch.addmm(coefficients.flatten(1), left, right.flatten(1)).view(self.tensor.shape)
-            residual = residual if residual is None else torch.addmm(residual, left, update[2])
-            update = ()
+            if residual is not None and right_of_residual is not None:
+                residual = torch.addmm(residual, left, right_of_residual)
+            update = None
         if scale is not None:
             coefficients = coefficients * scale.unsqueeze(-1)
         rows = x if x.dim() == 2 else x.reshape(-1, in_features)
@@ -105,7 +123,7 @@ class Formula(NamedTuple):
         x: torch.Tensor,
         coefficients: torch.Tensor,
         residual: torch.Tensor | None,
-        update: tuple[torch.Tensor, ...] = (),
+        update: ThinUpdate | None = None,
     ) -> torch.Tensor:
         """The output (rows, out) for x (rows, in).
 
@@ -114,28 +132,22 @@ class Formula(NamedTuple):
             x: The inputs.
             coefficients: (out, in, basis), multiplied by the scale of the layer.
             residual: The weights (out, in) of the residual branch, if there is one.
-            update: Left (out, r) and right (r, in, basis) of an update of the coefficients, and right (r, in) of the
-                residual branch.
+            update: What is added to both.
         """
-        spec = self.spec
-        left, right, right_residual = (*update, None, None, None)[:3]
+        spec: Any = self.spec  # with the functions that are called here: see `find_formula`
         if self.closed_form:
-            assert spec.splines is not None
-            grid = spec.splines(base_layer)
-            assert grid is not None
-            y = spline_product(x, *grid, coefficients, None if left is None or right is None else (left, right))
+            grid: UniformGrid = spec.splines(base_layer)
+            y = spline_product(x, *grid, coefficients, None if update is None else (update.left, update.right))
         else:
-            assert spec.basis is not None
             functions = spec.basis(base_layer, x).flatten(1)
             y = F.linear(functions, coefficients.flatten(1))
-            if left is not None and right is not None:
-                y = torch.addmm(y, F.linear(functions, right.flatten(1)), left.t())
+            if update is not None:
+                y = torch.addmm(y, F.linear(functions, update.right.flatten(1)), update.left.t())
         if residual is not None:
-            assert spec.activation is not None
             activation = spec.activation(base_layer, x)
             y = torch.addmm(y, activation, residual.t())  # a weight without gradient costs none in the backward pass
-            if left is not None and right_residual is not None:
-                y = torch.addmm(y, F.linear(activation, right_residual), left.t())
+            if update is not None and update.right_of_residual is not None:
+                y = torch.addmm(y, F.linear(activation, update.right_of_residual), update.left.t())
         bias = None if spec.bias is None else get_or_none(base_layer, spec.bias)
         return y if bias is None else y + bias
 
@@ -147,6 +159,24 @@ def runs_more_than_its_class(layer: nn.Module) -> bool:
     )
 
 
+def find_obstacle(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> str | None:
+    """Why no formula can give what the layer computes; None if one may."""
+    dtype = tensor.get_parameter(base_layer).dtype
+    if tensor.shape[3:]:
+        return "it is a convolution"
+    if not (spec.basis or spec.splines):
+        return "its kind has no `basis`"
+    if tensor.has_residual and not spec.activation:
+        return "its kind has no `activation`, the function of the residual branch"
+    if dtype not in _TOLERANCE:
+        return f"its parameters are {dtype}"
+    if dtype == torch.float64 and not spec.splines:
+        return "in float64 it takes `splines`"
+    if runs_more_than_its_class(base_layer):
+        return "it has hooks, or a `forward` of its own"
+    return None if is_linear(base_layer, spec, tensor) else "its output is not linear in the coefficients"
+
+
 @torch.no_grad()
 def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor) -> Formula | None:
     """The formula that gives what the layer computes in its present mode; None if there is none.
@@ -155,10 +185,7 @@ def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientT
     layer and the random generators are left as they were.
     """
     stored = tensor.get_parameter(base_layer)
-    is_described = (spec.basis or spec.splines) and (spec.activation or not tensor.has_residual)  # not Slim layers
-    if not is_described or tensor.shape[3:] or stored.is_meta or stored.dtype not in _TOLERANCE:
-        return None
-    if runs_more_than_its_class(base_layer) or not is_linear(base_layer, spec, tensor):
+    if stored.is_meta or find_obstacle(base_layer, spec, tensor) is not None:
         return None
     if spec.is_of_this_package(base_layer):
         return Formula(spec, tensor, closed_form=True)
@@ -166,13 +193,14 @@ def find_formula(base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientT
     shapes = [value.shape if isinstance(value, torch.Tensor) else repr(value) for value in grid.values()]
     key = (tensor.shape, base_layer.training, stored.dtype, *shapes)
     known = _known_formulas.setdefault(type(base_layer), {})
-    tried = (known[key], not known[key]) if key in known else (True, False)
+    likely = known.get(key, True)
     with torch.random.fork_rng([stored.device] if stored.is_cuda else []), without_autocast(stored):
-        found = [closed for closed in tried if _is_right(Formula(spec, tensor, closed), base_layer)][:1]
-    if not found:
+        found = (it for it in (likely, not likely) if _is_right(Formula(spec, tensor, it), base_layer))
+        closed_form = next(found, None)
+    if closed_form is None:
         return None
-    known[key] = found[0]
-    return Formula(spec, tensor, found[0])
+    known[key] = closed_form
+    return Formula(spec, tensor, closed_form)
 
 
 def _is_right(formula: Formula, base_layer: nn.Module) -> bool:

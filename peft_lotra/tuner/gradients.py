@@ -19,7 +19,7 @@ from ..modules.calls import modes_kept, read_at_rest, unwrap
 from ..modules.checks import check_function
 from .config import LoTRAConfig
 from .initialization import GRADIENTS, initialize
-from .layer import lotra_layers
+from .layer import check_unmerged, lotra_layers
 from .targets import find_targets
 
 
@@ -134,8 +134,7 @@ def gather_gradients(
 
     Each gradient is taken away once it has been accumulated: the peak memory is one extra copy of the coefficients.
     """
-    if any(layer.merged for _, layer in lotra_layers(model)):
-        raise ValueError("Adapters are merged into the model: call `unmerge_adapter` first.")
+    check_unmerged(model)
     sums: dict[torch.Tensor, torch.Tensor] = {}
 
     def take(parameter: torch.Tensor) -> None:
@@ -143,38 +142,36 @@ def gather_gradients(
             sums[parameter] = parameter.grad if parameter not in sums else sums[parameter].add_(parameter.grad)
         parameter.grad = None
 
-    targets, probes = {}, {}
-    for name, (layer, tensor) in layers.items():
-        if hasattr(layer, "forward_with"):  # a Slim layer has no such parameters: a zero that is added to them
-            probes[layer] = nn.Parameter(torch.zeros_like(tensor.read(layer)))
-            targets[name, "probe"] = probes[layer]
-        else:
-            targets |= {(name, parameter): layer.get_parameter(parameter) for parameter in tensor.parameters}
+    leaves: dict[nn.Module, dict[str, nn.Parameter]] = {}
     with _left_as_it_was(model), ExitStack() as hooks:
         for parameter in model.parameters():
             parameter.requires_grad_(False).grad = None
-        for parameter in targets.values():
-            parameter.requires_grad_(True)
-            hooks.callback(parameter.register_post_accumulate_grad_hook(take).remove)
-        for layer, probe in probes.items():
-            layer.__dict__["forward"] = partial(layer.forward_with, probe)
-            hooks.callback(layer.__dict__.pop, "forward")
+        for layer, tensor in layers.values():
+            with_update: Any = getattr(layer, "forward_with", None)
+            if with_update is not None:  # a Slim layer has no such parameters: a zero that is added to them
+                probe = nn.Parameter(torch.zeros_like(tensor.read(layer)))
+                leaves[layer] = {"the coefficients": probe}
+                layer.__dict__["forward"] = partial(with_update, probe)
+                hooks.callback(layer.__dict__.pop, "forward")
+            else:
+                leaves[layer] = {name: layer.get_parameter(name) for name in tensor.parameters}
+            for leaf in leaves[layer].values():
+                hooks.callback(leaf.requires_grad_(True).register_post_accumulate_grad_hook(take).remove)
         with torch.enable_grad():
             train_step()
 
     gradients = {}
     for name, (layer, tensor) in layers.items():
-        names = ["probe"] if layer in probes else list(tensor.parameters)
-        missing = [n for n in names if targets[name, n] not in sums]
+        missing = [leaf_name for leaf_name, leaf in leaves[layer].items() if leaf not in sums]
         if missing:
             raise ValueError(
                 f"No gradient arrived at {missing} of `{name}`: the loss must depend on it, and `train_step`, where "
                 "there is one, call `backward()`."
             )
-        parts = [sums[targets[name, n]] for n in names]
+        parts = [sums[leaf] for leaf in leaves[layer].values()]
         if not all(part.isfinite().all() for part in parts):
             raise ValueError(f"The gradient of `{name}` is not finite: look at the loss and its data.")
-        gradients[layer] = parts[0] if layer in probes else tensor.join(parts)
+        gradients[layer] = parts[0] if hasattr(layer, "forward_with") else tensor.join(parts)
     if not any(gradient.any() for gradient in gradients.values()):
         raise ValueError("The gradient of the loss is zero: no direction in the coefficients would change the loss.")
     return gradients

@@ -3,8 +3,8 @@
 
 """What the network around adapted layers may do while they are adapted.
 
-Methods that rebuild the network (pykan's MultKAN), or move all grids, raise until the adapters are unloaded. Methods
-that write a checkpoint write the network with its adapters merged, under the original names. Both kinds are set on the
+Methods that rebuild the network (pykan's MultKAN), or move all grids, raise while it has adapted layers. Methods that
+write a checkpoint write the network with its adapters merged, under the original names. Both kinds are set on the
 instance, and removed with the adapters.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from ..layers.registry import KANLayerSpec
-from ..modules.calls import unwrap
+from ..modules.calls import places
 from .layer import LoTRALayer, lotra_layers
 from .parameters import refuse_grid_change
 
@@ -44,54 +44,34 @@ def guard_network(model: nn.Module, layer_name: str, spec: KANLayerSpec) -> None
 def release_networks(model: nn.Module) -> None:
     """Gives networks without adapted layers their methods back."""
     for network in model.modules():
-        guards = _guards(network)
+        guards = [
+            name
+            for name, value in vars(network).items()
+            if isinstance(value, partial) and value.func in (_refuse, _with_adapters_merged)
+        ]
         if guards and next(lotra_layers(network), None) is None:
             for name in guards:
                 del network.__dict__[name]
 
 
 @contextmanager
-def bare_base(model: nn.Module) -> Iterator[nn.Module]:
-    """The base model as it was: with the base layers in their places, and nothing refused."""
-    guards = [(network, found) for network in model.modules() if (found := _guards(network))]
-    try:
-        with base_layers_in_place(model):
-            release_networks(model)
-            yield unwrap(model)
-    finally:
-        for network, methods in guards:
-            network.__dict__.update(methods)
-
-
-@contextmanager
 def base_layers_in_place(model: nn.Module) -> Iterator[None]:
     """Puts the base layers into the places of the adapted ones for a while."""
-    places = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        if isinstance(child, LoTRALayer)
-    ]
-    for parent, name, layer in places:
-        parent._modules[name] = layer.base_layer
+    adapted = [(parent, name, layer) for parent, name, layer in places(model) if isinstance(layer, LoTRALayer)]
+    for parent, name, layer in adapted:
+        parent._modules[name] = layer._modules["base_layer"]
     try:
         yield
     finally:
-        for parent, name, layer in places:
+        for parent, name, layer in adapted:
             parent._modules[name] = layer
-
-
-def _guards(network: nn.Module) -> dict[str, partial]:
-    return {
-        name: value
-        for name, value in vars(network).items()
-        if isinstance(value, partial) and value.func in (_refuse, _with_adapters_merged)
-    }
 
 
 def _refuse(network: nn.Module, name: str, argument: str | None, *args: Any, **kwargs: Any) -> Any:
     """Refuses a call; if `argument` is given, only a call in which it is true."""
     method = getattr(type(network), name)
+    if next(lotra_layers(network), None) is None:  # the base layers are in their places
+        return method(network, *args, **kwargs)
     if argument is not None:
         call = inspect.signature(method).bind(network, *args, **kwargs)
         call.apply_defaults()

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from ..layers.registry import short_name
 from ..modules.calls import PREFIX, unwrap
 from ..modules.checks import check_path
+from ..tucker import Tucker, cap_ranks
 from .config import LoTRAConfig, pattern_key
 from .layer import LoTRALayer, lotra_layers
 from .model import LoTRAModel, read_checked
@@ -119,21 +120,14 @@ def _components(
 ) -> list[torch.Tensor]:
     """The new components of a layer, filled up to the ranks there, in their dtype and on their device."""
     present = layer.get_components(adapter)
-    parts = [tensors[f"{PREFIX}{name}.{component}"].to(present.core) for component in layer.adapter_layer_names]
-    ranks, sizes = parts[0].shape, [list(map(len, it[1:])) for it in (parts, present)]
-    wanted = tuple(present.core.shape)
-    if target_rank is not None:
-        wanted = tuple(min(target_rank, len(factor)) for factor in present[1:])
-    is_larger = any(rank > there for rank, there in zip(ranks, wanted, strict=True))
-    if sizes[0] != sizes[1] or is_larger or (target_rank is None and tuple(ranks) != wanted):
+    new = Tucker(*(tensors[f"{PREFIX}{name}.{part}"].to(present.core) for part in layer.adapter_layer_names))
+    wanted = present.ranks if target_rank is None else cap_ranks(target_rank, present.shape)
+    missing = [there - rank for rank, there in zip(new.ranks, wanted, strict=True)]
+    if new.shape != present.shape or min(missing) < 0 or (target_rank is None and any(missing)):
         raise ValueError(
-            f"`{name}` has the sizes {sizes[0]} and ranks {tuple(ranks)} in the new adapter, {sizes[1]} and {wanted} "
-            "here. Pass `target_rank`, or load it beside the other: `model.load_adapter(...)`."
+            f"`{name}` has the sizes {new.shape} and ranks {new.ranks} in the new adapter, {present.shape} and "
+            f"{wanted} here. Pass `target_rank`, or load it beside the other: `model.load_adapter(...)`."
         )
-    missing = [w - r for r, w in zip(ranks, wanted, strict=True)]
-    core = pad(parts[0], [n for m in reversed(missing) for n in (0, m)])
-    alpha = layer.lotra_alpha[adapter]
-    if not alpha:
-        raise ValueError(f"`{name}` has the alpha 0 in the loaded adapter, which no core can make up for.")
-    core = core * (config.ranks_and_alpha(name, layer.lotra_tensor.shape)[1] / alpha)
-    return [core, *(pad(factor, (0, m)) for factor, m in zip(parts[1:], missing, strict=True))]
+    core = pad(new.core, [n for m in reversed(missing) for n in (0, m)])
+    core = core * (config.alpha_of(name) / layer.lotra_alpha[adapter])
+    return [core, *(pad(factor, (0, m)) for factor, m in zip(new.factors, missing, strict=True))]

@@ -33,7 +33,6 @@ def initialize(components: Tucker, start: bool | str, zero: str, source: Tensor 
     """
     if components.core.is_meta:
         return
-    check_start(start, source)
     if isinstance(start, bool) or source is None:
         _at_random(components, draw_out=not start or zero != "factor_out")
     elif start == "gradient":

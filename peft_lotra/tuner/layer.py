@@ -15,16 +15,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..derivatives.layers import contract_updates
 from ..kan.basis import in_transform
-from ..kan.layer import KANLinear
 from ..layers.coefficients import CoefficientTensor
 from ..layers.registry import Grid, KANLayerSpec, same_grid
-from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms
+from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms, places
 from ..tucker import COMPONENTS, Tucker, Update
 from .by_row import run_rows
 from .config import LoTRAConfig
-from .formula import Formula, find_formula, runs_more_than_its_class
+from .formula import Formula, find_formula
 from .initialization import GRADIENTS, initialize
 from .parameters import check_stored, gradients_kept, loaded, refuse_grid_change, without_autocast
 from .rows import FORWARD_PASS, ForwardPass
@@ -47,6 +45,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     formula instead (formula.py).
 
     Attributes that this class does not have are those of the base layer, with the updates of the active adapters.
+    `before_merge` has the parameters that merged adapters have changed, as they were, by name.
 
     Args:
         base_layer (`nn.Module`): The KAN layer.
@@ -72,9 +71,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     lotra_module_dropout: dict[str, float]
     _modules: dict[str, Any]
 
-    def __init__(
-        self, base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, name: str = "", **kwargs: Any
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, spec: KANLayerSpec, tensor: CoefficientTensor, name: str) -> None:
         super().__init__()
         # past `__setattr__`, which passes on what the base layer has
         vars(self).update(
@@ -91,7 +88,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             _disable_adapters=False,
             _active_adapter=[],
             _lock=LayerLock(),
-            _before_merge={},
+            before_merge={},
             _formulas={},
             _base_type=type(base_layer),
             _grid_state=None,
@@ -104,31 +101,30 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         tensor.read_parts(base_layer)  # computes cached properties, which a compiler cannot
         self._find_formula(tensor.get_parameter(base_layer), is_new=True)
 
-    def update_layer(self, adapter_name: str, config: LoTRAConfig, is_loaded: bool = False) -> None:
-        """Adds an adapter; the values of one that `is_loaded` come from a file."""
+    def update_layer(self, adapter_name: str, config: LoTRAConfig) -> None:
+        """Adds an adapter."""
         shapes = config.component_shapes(self.lotra_name, self.lotra_tensor)
-        ranks, (_, alpha) = shapes["core"], config.ranks_and_alpha(self.lotra_name, self.lotra_tensor.shape)
-        values = (ranks, alpha, alpha, config.rank_dropout, config.module_dropout)  # the scale starts at alpha
-        for entry, value in zip(self.other_param_names, values, strict=True):
-            getattr(self, entry)[adapter_name] = value
+        self.lotra_r[adapter_name] = shapes["core"]
+        self.lotra_alpha[adapter_name] = self.lotra_scaling[adapter_name] = config.alpha_of(self.lotra_name)
+        self.lotra_rank_dropout[adapter_name] = config.rank_dropout
+        self.lotra_module_dropout[adapter_name] = config.module_dropout
         # drawn in the base's dtype, in float32 for half precision; cast below
         stored = self.lotra_tensor.get_parameter(self.get_base_layer())
         dtype = torch.promote_types(stored.dtype, torch.float32)
-        # a base on the meta device has no values yet, its adapter has
-        device = "cpu" if stored.is_meta else stored.device
         for name, shape in shapes.items():
-            part = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+            part = nn.Parameter(torch.empty(shape, dtype=dtype, device=stored.device))
             self._modules[f"lotra_{name}"][adapter_name] = part
         frozen, zero = config.frozen_and_zero(shapes)
         if frozen:
             self.frozen_peft_weight_names[adapter_name] = tuple(f"lotra_{name}" for name in frozen)
-        start = bool(config.init_weights) if is_loaded else config.init_weights
+        # values of a file replace those drawn here
+        start = bool(config.init_weights) if config.is_from_file else config.init_weights
         if start == "hosvd":
             source = self._coefficients_before_merge()
         else:
             source = GRADIENTS.get(self.get_base_layer()) if start == "gradient" else None
         initialize(self.get_components(adapter_name), start, zero, source)
-        if stored.is_meta or stored.dtype != dtype:
+        if stored.dtype != dtype:
             self._move_adapter_to_device_of_base_layer(adapter_name)
         self._active_adapter = self._active_adapter or [adapter_name]
 
@@ -330,14 +326,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def _warn_of_far_inputs(self, x: Any) -> None:
         """Warns once if most of the first inputs lie further from the grid than it is long."""
         self._has_seen_inputs = True
-        ends = [
-            grid.aminmax(dim=1)
-            for grid in self.lotra_grid.values()
-            if isinstance(grid, torch.Tensor) and grid.dim() == 2 and len(grid) == self.in_features
-        ]
-        if not ends or not isinstance(x, torch.Tensor) or x.shape[-1:] != (self.in_features,) or x.is_meta:
+        ends = grid_ends(self.lotra_grid, self.in_features)
+        if ends is None or not isinstance(x, torch.Tensor) or x.shape[-1:] != (self.in_features,) or x.is_meta:
             return
-        low, high = ends[0]
+        low, high = ends
         if ((x.detach() - (low + high) / 2).abs() > 1.5 * (high - low)).double().mean() > 0.5:
             warnings.warn(
                 f"Most inputs of `{self.lotra_name}` lie far outside of its grid, from {low.min():.3g} to "
@@ -374,12 +366,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def _run(self, adapters: Iterable[str], current: ForwardPass | None, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Evaluates the layer with these adapters, those of them that it has, for all rows."""
         updates = self._updates(adapters, current)
-        base_layer = self._modules["base_layer"]
         if updates:
-            by_rows = type(base_layer) is KANLinear and not self.training and in_transform()
-            if by_rows and not runs_more_than_its_class(base_layer):
-                # a gradient of the size of the coefficients for each row (`torch.func.vmap`) is avoided
-                return base_layer(*args, **kwargs) + contract_updates(base_layer, updates, *args, **kwargs)
+            base_layer = self._modules["base_layer"]
             stored = self.lotra_tensor.get_parameter(base_layer)
             formula = self._find_formula(stored)
             if formula is not None and formula.accepts(base_layer, stored, updates, args, kwargs):
@@ -438,7 +426,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if names:
             with self._lock, torch.no_grad():
                 if not self.merged_adapters:
-                    self._before_merge = {n: value.detach().clone() for n, value in self._base_parameters().items()}
+                    self.before_merge = {n: value.detach().clone() for n, value in self._base_parameters().items()}
                 self._add([self.update_of(name) for name in names])
                 self.merged_adapters = [*self.merged_adapters, *names]
 
@@ -471,7 +459,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.check_grid()
         with self._lock, torch.no_grad():
             self._restore()
-            self._before_merge, self.merged_adapters = {}, []
+            self.before_merge, self.merged_adapters = {}, []
 
     def _base_parameters(self) -> dict[str, torch.Tensor]:
         """The parameters that a merge changes, by name."""
@@ -481,7 +469,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self._write(self._parameters_with(updates))
 
     def _restore(self) -> None:
-        self._write(self._before_merge)
+        self._write(self.before_merge)
 
     @torch.no_grad()
     def _write(self, values: dict[str, torch.Tensor]) -> None:
@@ -494,16 +482,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 parameter.data.copy_(value)
 
     def _coefficients_before_merge(self) -> torch.Tensor:
-        parameters = {**self.lotra_tensor.read_parameters(self.get_base_layer()), **self._before_merge}
+        parameters = {**self.lotra_tensor.read_parameters(self.get_base_layer()), **self.before_merge}
         return self.lotra_tensor.join(list(parameters.values())).detach()
 
     def base_before_merge(self) -> Target:
         """The base layer without its adapters."""
         return Target(self._modules["base_layer"], self.lotra_spec, self.lotra_tensor)
-
-    def parameters_before_merge(self) -> dict[str, torch.Tensor]:
-        """The parameters that merged adapters have changed, as they were, by name."""
-        return self._before_merge
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -514,10 +498,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 self._present(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
             )  # which was checked
         base_layer = self.get_base_layer()
-        for module in list(base_layer.modules()):
-            for name, child in list(module._modules.items()):
-                if isinstance(child, ModulesToSaveWrapper):
-                    module._modules[name] = child.unload_and_optionally_merge_module(False, False, None)
+        for parent, name, child in places(base_layer):
+            if isinstance(child, ModulesToSaveWrapper):
+                parent._modules[name] = child.unload_and_optionally_merge_module(False, False, None)
         return base_layer
 
     # --- the module ---
@@ -534,7 +517,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             isinstance(value, torch.Tensor) and value.is_meta for value in grid.values()
         )
         super()._apply(fn, *args, **kwargs)
-        self._before_merge = {name: fn(value) for name, value in self._before_merge.items()}
+        self.before_merge = {name: fn(value) for name, value in self.before_merge.items()}
         if is_same:
             self.lotra_grid = self.copy_grid()
         self._grid_state = None
@@ -582,6 +565,28 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lotra." + super().__repr__()
+
+
+def further_names(model: nn.Module) -> dict[str, str]:
+    """The further names of adapted layers that a model has in several places; for each, the first one."""
+    first: dict[nn.Module, str] = {}
+    layers = ((n, it) for n, it in model.named_modules(remove_duplicate=False) if isinstance(it, LoTRALayer))
+    return {name: first[layer] for name, layer in layers if first.setdefault(layer, name) != name}
+
+
+def grid_ends(grid: Grid, in_features: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Both ends (in,) of the grid of each input; None if it is no tensor by input."""
+    by_input = (
+        it for it in grid.values() if isinstance(it, torch.Tensor) and it.dim() == 2 and len(it) == in_features
+    )
+    first = next(by_input, None)
+    return None if first is None else first.detach().aminmax(dim=1)
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Raises a ValueError if adapters are merged into the model."""
+    if merged := [name for name, layer in lotra_layers(model) if layer.merged]:
+        raise ValueError(f"The adapters of {', '.join(merged[:3])} are merged: call `unmerge_adapter` first.")
 
 
 def lotra_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, LoTRALayer]]:

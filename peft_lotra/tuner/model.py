@@ -16,15 +16,16 @@ from torch import nn
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.registry import short_name
 from ..layers.slim import SlimLayer
-from ..modules.calls import PREFIX, freeze_norms, is_compiled, read_at_rest, set_mode
-from . import base_record
-from .config import ALL_KAN, LoTRAConfig, pattern_key
+from ..modules.calls import PREFIX, freeze_norms, is_compiled, places, read_at_rest, set_mode
+from .base_record import check_base, record_layer
+from .config import LoTRAConfig, pattern_key
 from .guards import base_layers_in_place, guard_network, release_networks
 from .initialization import GRADIENTS
-from .layer import LoTRALayer, lotra_layers
+from .layer import LoTRALayer, further_names, lotra_layers
 from .parameters import gradients_kept
 from .rows import FORWARD_PASS, ForwardPass, Replaced, check_names, pass_names
 from .saving import (
+    check_complete,
     check_state_dict,
     check_tensors,
     is_saving,
@@ -92,7 +93,7 @@ class LoTRAModel(BaseTuner):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # before super().__init__, which injects the first adapter
         self._targets: dict[str, Target] = {}
-        self._parents: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # of all modules, while layers are replaced
+        self._places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}  # of all modules, while layers are replaced
         self._injection = ExitStack()  # keeps base layers in their places while PEFT copies modules to save in them
         self._requires_grad_of_base: list[tuple[nn.Parameter, bool]] = []
         self.replaced: Replaced = {}  # see `hotswap_adapter`
@@ -115,12 +116,10 @@ class LoTRAModel(BaseTuner):
         for module in model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper) and pass_names not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(pass_names, with_kwargs=True)
-        self._targets, self._parents = {}, {}
+        self._targets, self._places = {}, {}
         freeze_norms(model)
 
     def _prepare_adapter_config(self, peft_config: LoTRAConfig, model_config: dict) -> LoTRAConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = ALL_KAN
         return peft_config
 
     def _prepare_model(self, peft_config: LoTRAConfig, model: nn.Module) -> None:
@@ -132,11 +131,11 @@ class LoTRAModel(BaseTuner):
             check_targets(peft_config, model, targets)
         if not peft_config.is_from_file and peft_config.source is None:
             warn_of_large_adapters(peft_config, targets)
-        read_checked(peft_config, model, targets)
+        read_checked(peft_config, model, targets)  # PEFT reads the tensors again, to load them
         if peft_config.is_from_file or peft_config.targets_all_kan:
             peft_config.target_modules = exact_targets(targets, model)
         peft_config.source = None  # was read; the object may serve another model
-        self._parents = _parents(model)
+        self._places = _places(model)
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
@@ -153,10 +152,11 @@ class LoTRAModel(BaseTuner):
                 guard_network(self.model, current_key, spec)
         elif not target.lotra_r:
             target.accept_grid()  # it may have moved while there was no adapter
-        target.update_layer(adapter_name, peft_config, is_loaded=peft_config.is_from_file)
+        target.update_layer(adapter_name, peft_config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        for module, name in self._parents.get(child) or _parents(self.model).get(child, []):
+        # in all places, of which PEFT knows one
+        for module, name in self._places.get(child) or _places(self.model).get(child, []):
             setattr(module, name, new_module)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
@@ -184,20 +184,19 @@ class LoTRAModel(BaseTuner):
         is_peft_model = hasattr(model, "get_base_model")
         base = model.get_base_model() if is_peft_model else model
         layers = {bare_name(name): layer for name, layer in lotra_layers(base, adapter_name)}
-        saves = is_saving()
-        is_empty = saves and not layers and config.target_modules != DUMMY_TARGET_MODULES
-        tensors = select_to_save(adapter_name, state_dict, saves, is_empty)
-        seen: set[nn.Module] = set()
-        for name, module in base.named_modules(remove_duplicate=False):
-            if module in seen and isinstance(module, LoTRALayer):  # in several places, saved once
-                prefix = f"{PREFIX * is_peft_model}{name}.lotra_"
-                tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}
-            seen.add(module)
-        if saves:  # PEFT writes the configuration after the tensors
-            config.base_record = {name: base_record.record_layer(layer) for name, layer in layers.items()}
+        tensors = select_to_save(adapter_name, state_dict)
+        if is_saving():  # PEFT writes the configuration after the tensors
+            if not layers and config.target_modules != DUMMY_TARGET_MODULES:
+                raise ValueError(
+                    "The model has no LoTRA layers, so that nothing was saved: they were merged or unloaded. Save "
+                    "before `merge_and_unload`, or save the model that it returns."
+                )
+            check_complete(adapter_name, tensors, state_dict)
+            config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
             if config.r is None:  # the configuration may serve other models too
                 config.default_ranks = {name: layer.lotra_r[adapter_name] for name, layer in layers.items()}
-        return tensors
+        again = tuple(f"{PREFIX * is_peft_model}{name}.lotra_" for name in further_names(base))
+        return {key: tensor for key, tensor in tensors.items() if not key.startswith(again)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -241,8 +240,11 @@ class LoTRAModel(BaseTuner):
         if torch.compiler.is_compiling():
             yield
             return
-        with FORWARD_PASS.set(ForwardPass(names, self.replaced, set())), ExitStack() as stack:
+        with ExitStack() as stack:
+            # as `FORWARD_PASS.set` does, without its calls
+            stack.callback(FORWARD_PASS.now.reset, FORWARD_PASS.now.set(ForwardPass(names, self.replaced, set())))
             if names is not None and torch.is_grad_enabled():
+                # for layers that gradient checkpointing runs again, see `PassVariable`
                 keep = lambda module, args, outputs: FORWARD_PASS.keep(outputs)  # noqa: E731
                 stack.callback(self.model.register_forward_hook(keep).remove)
             yield
@@ -277,34 +279,24 @@ class LoTRAModel(BaseTuner):
             self._check_merge(adapter_names, safe_merge)
         elif any(layer.merged for _, layer in lotra_layers(self.model)):
             self.unmerge_adapter()
-        slims = [
-            (layer, layer.base_before_merge().layer)
-            for _, layer in lotra_layers(self.model)
-            if isinstance(layer, SlimLoTRALayer)
-        ]
-        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        release_networks(model)
         for parameter, flag in self._requires_grad_of_base:
             parameter.requires_grad_(flag)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        release_networks(model)
         for module in model.modules():
             # `freeze_norms` has put it into evaluation mode
             if isinstance(getattr(module, "running_mean", None), torch.Tensor):
                 module.training = model.training
-        for layer, slim in slims:
-            if layer.base_layer is not slim:  # a dense layer in its place is as trainable
-                layer.base_layer.requires_grad_(any(part.requires_grad for part in slim.parameters()))
         return model
 
     add_weighted_adapter = add_weighted_adapter
 
 
-def _parents(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    """Where each module is: a layer may be used in several places."""
+def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """The places of each module: its parents, and its names there."""
     found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, child in module._modules.items():
-            if child is not None:
-                found.setdefault(child, []).append((module, name))
+    for parent, name, child in places(model):
+        found.setdefault(child, []).append((parent, name))
     return found
 
 
@@ -320,26 +312,25 @@ def _check_adapter_name(name: Any) -> None:
 def read_checked(config: LoTRAConfig, model: nn.Module, targets: dict[str, Target]) -> dict[str, torch.Tensor]:
     """Compares an adapter from a file, its base and its tensors, with a model.
 
-    The layers of the file are paired with those of the model, and its patterns in `config` renamed accordingly.
+    The layers of the file are paired with those of the model, and its patterns in `config` renamed accordingly: the
+    shapes of the components depend on them.
 
     Returns:
         The tensors by the names in the model; none without a file.
     """
     source, recorded = config.source, config.base_layers or {}
-    is_reshaped = source is not None and source.ignore_mismatched_sizes
+    allows_other_shapes = source is not None and source.ignore_mismatched_sizes
     if recorded:
         config.names_in_model = dict(zip(recorded, targets, strict=True))
         for old, new in config.names_in_model.items():
             for pattern in (config.rank_pattern, config.alpha_pattern):
                 if old != new and (key := get_pattern_key(list(pattern), old)) in pattern:
                     pattern[pattern_key(new)] = pattern.pop(key) if key == pattern_key(old) else pattern[key]
-        merged = {name: layer.parameters_before_merge() for name, layer in lotra_layers(model)}
-        by_name = {config.names_in_model[name]: record for name, record in recorded.items()}
-        base_record.check_base(by_name, targets, merged, config.check_base, is_reshaped)
+        check_base(recorded.values(), targets, model, config.check_base, allows_other_shapes)
     if source is None:
         return {}
     tensors = _renamed(read_tensors(source, config.weights_sha256), config.names_in_model)
-    check_tensors(tensors, config, model, targets, is_reshaped)
+    check_tensors(tensors, config, model, targets, allows_other_shapes)
     return tensors
 
 

@@ -18,11 +18,11 @@ from torch import nn
 
 from ..kan.basis import change_of_basis, spread_points
 from ..layers.registry import same_grid, short_name
-from ..modules.calls import call_with_parameters, check_module, modes_kept
+from ..modules.calls import call_with_parameters, check_module, modes_kept, unwrap
 from ..report import Report, TextTable
 from ..tucker import Tucker, fit, relative_energy, tucker
-from .guards import bare_base
-from .layer import LoTRALayer, lotra_layers
+from .guards import base_layers_in_place
+from .layer import LoTRALayer, grid_ends, lotra_layers
 
 
 @dataclass(eq=False)
@@ -102,8 +102,8 @@ def refit_adapters(model: nn.Module, inputs: Any, move: Callable[[nn.Module], An
     with _unchanged_on_error(layers), modes_kept(model), torch.no_grad():
         model.eval()
         if move is not None:
-            with bare_base(model) as base:
-                move(base)
+            with base_layers_in_place(model):
+                move(unwrap(model))
         with ExitStack() as hooks:
             for name, layer in layers.items():
                 hooks.callback(layer.register_forward_pre_hook(partial(refit, name), with_kwargs=True).remove)
@@ -153,7 +153,9 @@ def _refit(name: str, layer: LoTRALayer, adapter: str, x: torch.Tensor) -> tuple
     components = _on_cpu(layer.get_components(adapter))
     old = components.dense()
     samples = x.detach().reshape(-1, layer.in_features)
-    points, weight = spread_points(samples, *_ends(layer, samples), 4 * layer.lotra_tensor.shape[-1])
+    grid = layer.lotra_spec.read_grid(layer.get_base_layer())
+    low, high = grid_ends(grid, layer.in_features) or samples.aminmax(dim=0)
+    points, weight = spread_points(samples, low.to(samples), high.to(samples), 4 * layer.lotra_tensor.shape[-1])
     weight = weight.double().cpu()
     old_basis, new_basis = (_basis(name, layer, grid, points) for grid in (layer.lotra_grid, {}))
     if old_basis.shape != new_basis.shape:
@@ -202,13 +204,3 @@ def _basis(name: str, layer: LoTRALayer, grid: Mapping[str, Any], x: torch.Tenso
         raise ValueError(f"`{name}`, a {spec.family} layer, has no `basis`: register one, or merge before the move.")
     tensors = {key: value.to(x.device) for key, value in grid.items() if isinstance(value, torch.Tensor)}
     return call_with_parameters(base, tensors, lambda: function(base, x), (), {}).double().cpu()
-
-
-def _ends(layer: LoTRALayer, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both ends (in,) of each input's grid, or of the samples if the grid is no tensor by input."""
-    low, high = samples.aminmax(dim=0)
-    for value in layer.lotra_spec.read_grid(layer.get_base_layer()).values():
-        if isinstance(value, torch.Tensor) and value.dim() == 2 and len(value) == layer.in_features:
-            low, high = value.detach().to(samples).aminmax(dim=1)
-            break
-    return low, high

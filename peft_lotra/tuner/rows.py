@@ -42,27 +42,27 @@ class PassVariable:
     """
 
     def __init__(self, name: str) -> None:
-        self._now: ContextVar[Any] = ContextVar(name, default=None)
+        self.now: ContextVar[Any] = ContextVar(name, default=None)
         # of the backward pass with this number
         self._again: ContextVar[tuple[int, Any]] = ContextVar(f"{name}_again", default=(-1, None))
 
     def get(self) -> Any:
         """The value; None outside of a pass."""
-        found, (task, kept) = self._now.get(), self._again.get()
+        found, (task, kept) = self.now.get(), self._again.get()
         return kept if found is None and task != -1 and task == torch._C._current_graph_task_id() else found
 
     @contextmanager
     def set(self, value: Any) -> Iterator[None]:
-        token = self._now.set(value)
+        token = self.now.set(value)
         try:
             yield
         finally:
-            self._now.reset(token)
+            self.now.reset(token)
 
     def keep(self, outputs: Any) -> None:
         """Keeps the value for the backward pass from these outputs, a tensor or a structure of them."""
         tensors = [it for it in tree_leaves(outputs) if isinstance(it, torch.Tensor) and it.requires_grad]
-        value = self._now.get()
+        value = self.now.get()
 
         def set_again(gradient: torch.Tensor) -> None:
             self._again.set((torch._C._current_graph_task_id(), value))

@@ -27,7 +27,7 @@ from ..modules.calls import PREFIX
 from ..modules.checks import check_path
 from ..tucker import COMPONENTS
 from .config import LoTRAConfig, Source
-from .layer import LoTRALayer, Target, lotra_layers
+from .layer import Target, further_names, lotra_layers
 
 
 _FORMER_STATS = (".lotra_running_mean", ".lotra_running_var", ".lotra_num_batches_tracked")
@@ -67,7 +67,7 @@ def check_tensors(
     config: LoTRAConfig,
     model: nn.Module,
     targets: Mapping[str, Target],
-    is_reshaped: bool = False,
+    allows_other_shapes: bool = False,
 ) -> None:
     """Compares the tensors of a file with those that an adapter of this configuration has in this model.
 
@@ -87,7 +87,7 @@ def check_tensors(
         if name not in expected:
             if not name.endswith(_FORMER_STATS):
                 wrong.append(f"{name} belongs to no adapter of this model")
-        elif shape is not None and tuple(tensor.shape) != shape and not is_reshaped:
+        elif shape is not None and tuple(tensor.shape) != shape and not allows_other_shapes:
             wrong.append(f"{name} has the shape {tuple(tensor.shape)} instead of {shape}")
         elif shape is not None and (not tensor.is_floating_point() or tensor.itemsize < 2):
             wrong.append(f"{name} is of {tensor.dtype}")
@@ -156,55 +156,46 @@ def prepare_for_load(state_dict: Mapping[str, Tensor], model: nn.Module, adapter
     raise_if_any(
         "The state dict is not that of an adapter", [f"{name} is a parameter of the base" for name in of_base]
     )
-    names: dict[nn.Module, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LoTRALayer) and names.setdefault(module, name) != name:
-            for component in module.adapter_layer_names:
-                if (key := f"{names[module]}.{component}.{adapter_name}") in found:
-                    found.setdefault(f"{name}.{component}.{adapter_name}", found[key])
+    for name, first in further_names(model).items():
+        for component in COMPONENTS:
+            if (key := f"{first}.{component}.{adapter_name}") in found:
+                found.setdefault(f"{name}.{component}.{adapter_name}", found[key])
     return found
 
 
 def mismatches(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> list[str]:
     """The components in a state dict that have another shape than those of the model, in words."""
-    wrong, layers = [], dict(lotra_layers(model))
-    for key, tensor in state_dict.items():
-        name, component, adapter = ("..." + key.removeprefix(prefix)).rsplit(".", 2)
-        parts: Any = layers[name[3:]]._modules.get(component) if name[3:] in layers else None
-        if isinstance(parts, nn.ParameterDict) and adapter in parts and parts[adapter].shape != tensor.shape:
-            wrong.append(f"{key} has the shape {tuple(tensor.shape)} instead of {tuple(parts[adapter].shape)}")
+    wrong, adapters = [], {key.rpartition(".")[2] for key in state_dict}
+    for name, layer in lotra_layers(model):
+        for adapter in adapters & layer.lotra_r.keys():
+            for component, part in layer.get_components(adapter)._asdict().items():
+                tensor = state_dict.get(key := f"{prefix}{name}.lotra_{component}.{adapter}")
+                if tensor is not None and tensor.shape != part.shape:
+                    wrong.append(f"{key} has the shape {tuple(tensor.shape)} instead of {tuple(part.shape)}")
     return wrong
 
 
-def select_to_save(adapter_name: str, state_dict: dict[str, Tensor], saves: bool, is_empty: bool) -> dict[str, Tensor]:
-    """The components of an adapter in the state dict of a model; what is of the base is taken out of the dict.
-
-    Raises:
-        ValueError: With `saves`, in `save_pretrained`: the model has no layer with the adapter (`is_empty`), a tensor
-            is spread over several processes, or has values that are not finite.
-    """
+def select_to_save(adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The components of an adapter in the state dict of a model; what is of the base is taken out of the dict."""
     endings = tuple(f".{component}.{adapter_name}" for component in COMPONENTS)
     # PEFT would go on to write embeddings that were resized, or that `save_embedding_layers` asks for
     for key in [key for key in state_dict if not key.endswith(endings) and ".modules_to_save." not in key]:
         del state_dict[key]
-    tensors = {key: value for key, value in state_dict.items() if key.endswith(endings)}
-    if saves:
-        if is_empty:
+    return {key: value for key, value in state_dict.items() if key.endswith(endings)}
+
+
+def check_complete(adapter_name: str, tensors: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError if components are spread over several processes, or an adapter has values not finite."""
+    for key, tensor in tensors.items():
+        # FSDP1 gives flat pieces
+        if tensor.dim() < 2 or hasattr(tensor, "placements") or hasattr(tensor, "local_shards"):
             raise ValueError(
-                "The model has no LoTRA layers, so that nothing was saved: they were merged or unloaded. Save before "
-                "`merge_and_unload`, or save the model that it returns."
+                f"{key} is spread over several processes. Gather whole tensors, by "
+                "`get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))`, and pass them as "
+                "`save_pretrained(folder, state_dict=...)`."
             )
-        for key, tensor in tensors.items():
-            dims = (3, 4) if key.endswith(f".lotra_core.{adapter_name}") else (2,)
-            if tensor.dim() not in dims or hasattr(tensor, "placements") or hasattr(tensor, "local_shards"):
-                raise ValueError(
-                    f"{key} is spread over several processes. Gather whole tensors, by "
-                    "`get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))`, and pass them as "
-                    "`save_pretrained(folder, state_dict=...)`."
-                )
-        own = {key: value for key, value in state_dict.items() if f".{adapter_name}" in key}
-        raise_if_any(f"The adapter {adapter_name!r} is not saved", _not_finite(own))
-    return tensors
+    own = {key: value for key, value in state_dict.items() if f".{adapter_name}" in key}
+    raise_if_any(f"The adapter {adapter_name!r} is not saved", _not_finite(own))
 
 
 def is_saving() -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..layers.registry import get_kan_spec
 from ..modules.calls import share_hooks
@@ -27,40 +28,31 @@ class SlimLoTRALayer(LoTRALayer):
 
     base_layer: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # The Slim layer, its kind and its coefficients while its dense equivalent is in its place, in a tuple: as a
-        # module it would be a part of the state dict.
-        vars(self)["_slim"] = None
-        super().__init__(*args, **kwargs)
-
-    def _components_with(self, updates: Sequence[Update]) -> Tucker:
-        """The components of the base layer and the updates together."""
-        parts: list[Tucker] = [self.base_layer.components]
-        (basis, _), dtype = parts[0].factor_basis.shape, parts[0].core.dtype
-        for scale, tensor in updates:
-            # without the residual branch, its slice of the update is zero
-            tensor = tensor.padded(basis)._replace(core=scale * tensor.core)
-            parts.append(tensor.map(lambda part: part.to(dtype)))
-        return direct_sum(parts)
+    # The Slim layer while its dense equivalent is in its place. As a module, and not in a tuple, it would be a part of
+    # the state dict.
+    _slim: Target | None = None
 
     def _parameters_with(self, updates: Sequence[Update]) -> dict[str, torch.Tensor]:
         if self._slim is not None or not updates:
             return super()._parameters_with(updates)
-        with without_autocast(updates[0].tensor.core):
-            return self._components_with(updates)._asdict()
+        parts: list[Tucker] = [self.base_layer.components]
+        (basis, _), dtype = parts[0].factor_basis.shape, parts[0].core.dtype
+        with without_autocast(parts[0].core):
+            for scale, tensor in updates:
+                # without the residual branch, its slice of the update is zero
+                tensor = tensor.padded(basis)._replace(core=scale * tensor.core)
+                parts.append(tensor.map(lambda part: part.to(dtype)))
+            return direct_sum(parts)._asdict()
 
     def _base_parameters(self) -> dict[str, torch.Tensor]:
-        return super()._base_parameters() if self._slim is not None else self.base_layer.components._asdict()
+        return {}  # a merge leaves the Slim layer as it is
 
     def base_before_merge(self) -> Target:
         return self._slim or super().base_before_merge()
 
-    def parameters_before_merge(self) -> dict[str, torch.Tensor]:
-        return {} if self._slim is not None else super().parameters_before_merge()
-
     def _coefficients_before_merge(self) -> torch.Tensor:
-        kept = self._before_merge
-        return Tucker(*kept.values()).dense() if "core" in kept else super()._coefficients_before_merge()
+        slim = self.base_before_merge()
+        return slim.tensor.read(slim.layer).detach()
 
     def _add(self, updates: Sequence[Update]) -> None:
         if self._slim is None:
@@ -76,10 +68,15 @@ class SlimLoTRALayer(LoTRALayer):
         super()._add(updates)
 
     def _restore(self) -> None:
-        if self._slim is not None:
-            slim, self._slim = self._slim, None
-            self.exchange_base(*slim)
-        self._write(self._before_merge)
+        self.exchange_base(*self.base_before_merge())
+        self._slim = None
+
+    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
+        slim = self.base_before_merge().layer
+        base_layer = super().unload_and_optionally_merge_module(*args, **kwargs)
+        if base_layer is not slim:  # its dense equivalent is as trainable
+            base_layer.requires_grad_(any(part.requires_grad for part in slim.parameters()))
+        return base_layer
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> SlimLoTRALayer:
         super()._apply(fn, *args, **kwargs)

@@ -18,9 +18,9 @@ from torch import nn
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.candidates import left_out, no_layer_message
 from ..layers.compare import check_layer
-from ..layers.registry import get_kan_spec, get_recorded_spec, walk_kan_layers
+from ..layers.registry import get_recorded_spec, walk_kan_layers
 from ..layers.slim import SlimLayer
-from .config import LoTRAConfig, exact_pattern
+from .config import LoTRAConfig
 from .initialization import GRADIENTS, check_start
 from .layer import LoTRALayer, Target, lotra_layers
 from .parameters import check_stored
@@ -36,7 +36,6 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
         return _find_recorded(config.base_layers, model)
     if config.targets_all_kan:
         return _find_all_kan(config, model)
-    _check_inside(model, get_kan_spec(model) is None)
     found: dict[str, Target] = {}
     for name, module in model.named_modules():
         is_inside = any(name.startswith(f"{other}.") for other in found)
@@ -56,17 +55,13 @@ def find_targets(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
     return found
 
 
-def _check_inside(model: nn.Module, are_inside: bool) -> None:
-    if not are_inside:
+def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
+    layers = {name: (layer, spec) for name, layer, spec in walk_kan_layers(model)}
+    if "" in layers:
         raise ValueError(
             f"The model is itself a KAN layer ({type(model).__name__}), and PEFT adapts layers inside a model. Wrap "
             "it, e.g. in `torch.nn.Sequential(layer)`."
         )
-
-
-def _find_all_kan(config: LoTRAConfig, model: nn.Module) -> dict[str, Target]:
-    layers = {name: (layer, spec) for name, layer, spec in walk_kan_layers(model)}
-    _check_inside(model, "" not in layers)
     if not layers:
         raise ValueError(no_layer_message(model))
     chosen = copy(config)
@@ -105,7 +100,7 @@ def _has_index(config: LoTRAConfig, name: str) -> bool:
 
 
 def _find_recorded(recorded: Mapping[str, Mapping[str, Any]], model: nn.Module) -> dict[str, Target]:
-    """The layers that a file names, by the names that they have in this model.
+    """The layers that a file names, in its order, by the names that they have in this model.
 
     Names that are absent, as after a parent was renamed, are paired with layers of the same kind and shape: with those
     whose names end alike, or in order.
@@ -162,7 +157,7 @@ def locate_target(name: str, module: nn.Module, record: Mapping[str, Any] | None
 
 def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, Target]) -> None:
     """Raises a ValueError for targets that cannot be adapted as the configuration says."""
-    owners: dict[int, tuple[str, nn.Module]] = {}
+    owners: dict[int, tuple[str, nn.Module]] = {}  # of each parameter; views of FSDP, made anew, by their module
     adapted = {name: layer.base_before_merge() for name, layer in lotra_layers(model)}
     for name, (layer, spec, tensor) in {**adapted, **targets}.items():
         if isinstance(layer, (SlimKANLinear, SlimLayer)):  # whose coefficients are a product
@@ -184,10 +179,9 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, T
                     f"`{first}` and `{name}` share the parameter `{full_name}`, so that merging would add both "
                     "updates to it. Give each its own copy, or leave one out by `exclude_modules`."
                 )
-    for layer, _, tensor in targets.values():
-        if not config.is_from_file:
-            start = config.init_weights
-            check_start(start, tensor.read(layer).detach() if start == "hosvd" else GRADIENTS.get(layer))
+    start = config.init_weights
+    for layer, _, tensor in () if config.is_from_file else targets.values():
+        check_start(start, tensor.read(layer).detach() if start == "hosvd" else GRADIENTS.get(layer))
     if not config.modules_to_save:
         return
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
@@ -205,11 +199,13 @@ def check_targets(config: LoTRAConfig, model: nn.Module, targets: Mapping[str, T
 
 def warn_of_large_adapters(config: LoTRAConfig, targets: Mapping[str, Target]) -> None:
     """Warns of the targets whose explicit `r` gives more trained parameters than the coefficients that it adapts."""
+    if config.r is None or config.train is not None or config.rank_pattern:
+        return
     large = []
-    for name, target in targets.items() if config.r is not None else ():
+    for name, target in targets.items():
         core, *factors = config.component_shapes(name, target.tensor).values()
         size, dense = prod(core) + sum(map(prod, factors)), prod(rows for rows, _ in factors)
-        if size > dense and config.train is None and not config.rank_pattern:
+        if size > dense:
             large.append(f"{name} (ranks {core}: {size} instead of {dense})")
     if large:
         warnings.warn(
@@ -224,5 +220,5 @@ def exact_targets(names: Iterable[str], model: nn.Module) -> set[str] | str:
     names = set(names)
     suffixes = tuple(f".{name}" for name in names)
     if any(name not in names and name.endswith(suffixes) for name, _ in model.named_modules()):
-        return exact_pattern(names)
+        return "|".join(map(re.escape, sorted(names)))
     return names

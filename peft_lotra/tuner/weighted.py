@@ -73,12 +73,11 @@ def add_weighted_adapter(
     if of_lora:
         raise TypeError(f"{sorted(of_lora)} are LoRA's. LoTRA combines by {COMBINATION_TYPES}, and `ranks`.")
     _check(configs, adapters, weights, adapter_name, combination_type, ranks)
-    layers, components, sums = {}, {}, {}
+    components, sums = {}, {}
     for name, layer in lotra_layers(model.model):
         here = [(adapter, w) for adapter, w in zip(adapters, weights, strict=True) if adapter in layer.lotra_r]
         if not here:
             continue
-        layers[name] = layer
         parts = [_read(layer, adapter, weight) for adapter, weight in here]
         basis = max(len(part.factor_basis) for part in parts)  # without or with a residual slice
         parts = [part.padded(basis) for part in parts]
@@ -114,9 +113,9 @@ def add_weighted_adapter(
         raise
     errors = {}
     with torch.no_grad():
-        for name, total in components.items():
-            layers[name].set_components(adapter_name, total)
-            missed = (layers[name].get_delta_weight(adapter_name).double() - sums[name]).norm().item()
+        for name, layer in lotra_layers(model.model, adapter_name):
+            layer.set_components(adapter_name, components[name])
+            missed = (layer.get_delta_weight(adapter_name).double() - sums[name]).norm().item()
             norm = sums[name].norm().item()
             errors[name] = missed / norm if norm else missed
     return errors
