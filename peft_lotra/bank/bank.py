@@ -19,7 +19,7 @@ from ..hub.push import upload
 from ..kan.row_product import RowGroups, group_rows
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.slim import SlimLayer
-from ..modules.calls import LayerLock, unwrap
+from ..modules.calls import LayerLock, places, unwrap
 from ..tucker import Update, full_shape
 from ..tuner.base_record import record_layer
 from ..tuner.config import LoTRAConfig
@@ -413,11 +413,10 @@ class AdapterBank:
                 layers[layer] = cls(*target, own)
                 layers[layer].training = layer.training
             vars(layers.get(layer, layer)).update(lotra_bank=self, lotra_bank_name=own)
-        children = [(module, *child) for module in network.modules() for child in module._modules.items()]
-        for module, name, child in children:
+        for parent, name, child in places(network):
             if child in layers:
-                self._before.append((module, name, child))
-                module._modules[name] = layers[child]
+                self._before.append((parent, name, child))
+                parent._modules[name] = layers[child]
         return BankModel(network, self, needs_adapters)
 
     def detach(self) -> None:

@@ -30,6 +30,12 @@ def check_module(model: Any, argument: str = "model") -> None:
         raise TypeError(f"`{argument}` was compiled by `torch.jit`, which hides its layers: pass the network itself.")
 
 
+def places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Where the modules inside of a model are, one in several places too: the parent, the name there, the module."""
+    children = [(parent, *child) for parent in model.modules() for child in parent._modules.items()]
+    return [(parent, name, child) for parent, name, child in children if child is not None]
+
+
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Puts each module of the model back into its mode, training or evaluation, at the end."""

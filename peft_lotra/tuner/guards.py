@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from ..layers.registry import KANLayerSpec
+from ..modules.calls import places
 from .layer import LoTRALayer, lotra_layers
 from .parameters import refuse_grid_change
 
@@ -56,18 +57,13 @@ def release_networks(model: nn.Module) -> None:
 @contextmanager
 def base_layers_in_place(model: nn.Module) -> Iterator[None]:
     """Puts the base layers into the places of the adapted ones for a while."""
-    places = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        if isinstance(child, LoTRALayer)
-    ]
-    for parent, name, layer in places:
+    adapted = [place for place in places(model) if isinstance(place[2], LoTRALayer)]
+    for parent, name, layer in adapted:
         parent._modules[name] = layer.base_layer
     try:
         yield
     finally:
-        for parent, name, layer in places:
+        for parent, name, layer in adapted:
             parent._modules[name] = layer
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from ..kan.basis import in_transform
 from ..layers.coefficients import CoefficientTensor
 from ..layers.registry import Grid, KANLayerSpec, same_grid
-from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms
+from ..modules.calls import LayerLock, attribute_by, call_with_parameters, freeze_norms, places
 from ..tucker import COMPONENTS, Tucker, Update
 from .by_row import run_rows
 from .config import LoTRAConfig
@@ -498,10 +498,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 self._present(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
             )  # which was checked
         base_layer = self.get_base_layer()
-        for module in list(base_layer.modules()):
-            for name, child in list(module._modules.items()):
-                if isinstance(child, ModulesToSaveWrapper):
-                    module._modules[name] = child.unload_and_optionally_merge_module(False, False, None)
+        for parent, name, child in places(base_layer):
+            if isinstance(child, ModulesToSaveWrapper):
+                parent._modules[name] = child.unload_and_optionally_merge_module(False, False, None)
         return base_layer
 
     # --- the module ---
@@ -566,6 +565,13 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "lotra." + super().__repr__()
+
+
+def further_names(model: nn.Module) -> dict[str, str]:
+    """The further names of adapted layers that a model has in several places; for each, the first one."""
+    first: dict[nn.Module, str] = {}
+    layers = ((n, it) for n, it in model.named_modules(remove_duplicate=False) if isinstance(it, LoTRALayer))
+    return {name: first[layer] for name, layer in layers if first.setdefault(layer, name) != name}
 
 
 def grid_ends(grid: Grid, in_features: int) -> tuple[torch.Tensor, torch.Tensor] | None:

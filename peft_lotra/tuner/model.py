@@ -16,12 +16,12 @@ from torch import nn
 from ..kan.slim_kan import SlimKANLinear
 from ..layers.registry import short_name
 from ..layers.slim import SlimLayer
-from ..modules.calls import PREFIX, freeze_norms, is_compiled, read_at_rest, set_mode
+from ..modules.calls import PREFIX, freeze_norms, is_compiled, places, read_at_rest, set_mode
 from .base_record import check_base, record_layer
 from .config import LoTRAConfig, pattern_key
 from .guards import base_layers_in_place, guard_network, release_networks
 from .initialization import GRADIENTS
-from .layer import LoTRALayer, lotra_layers
+from .layer import LoTRALayer, further_names, lotra_layers
 from .parameters import gradients_kept
 from .rows import FORWARD_PASS, ForwardPass, Replaced, check_names, pass_names
 from .saving import (
@@ -195,13 +195,8 @@ class LoTRAModel(BaseTuner):
             config.layers_to_record = {name: record_layer(layer) for name, layer in layers.items()}
             if config.r is None:  # the configuration may serve other models too
                 config.default_ranks = {name: layer.lotra_r[adapter_name] for name, layer in layers.items()}
-        seen: set[nn.Module] = set()
-        for name, module in base.named_modules(remove_duplicate=False):
-            if module in seen and isinstance(module, LoTRALayer):  # in several places, saved once
-                prefix = f"{PREFIX * is_peft_model}{name}.lotra_"
-                tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}
-            seen.add(module)
-        return tensors
+        again = tuple(f"{PREFIX * is_peft_model}{name}.lotra_" for name in further_names(base))
+        return {key: tensor for key, tensor in tensors.items() if not key.startswith(again)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -298,12 +293,10 @@ class LoTRAModel(BaseTuner):
 
 
 def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    """Where each module is: a layer may be used in several places."""
+    """The places of each module: its parents, and its names there."""
     found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, child in module._modules.items():
-            if child is not None:
-                found.setdefault(child, []).append((module, name))
+    for parent, name, child in places(model):
+        found.setdefault(child, []).append((parent, name))
     return found
 
 

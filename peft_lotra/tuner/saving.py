@@ -27,7 +27,7 @@ from ..modules.calls import PREFIX
 from ..modules.checks import check_path
 from ..tucker import COMPONENTS
 from .config import LoTRAConfig, Source
-from .layer import LoTRALayer, Target, lotra_layers
+from .layer import Target, further_names, lotra_layers
 
 
 _FORMER_STATS = (".lotra_running_mean", ".lotra_running_var", ".lotra_num_batches_tracked")
@@ -156,12 +156,10 @@ def prepare_for_load(state_dict: Mapping[str, Tensor], model: nn.Module, adapter
     raise_if_any(
         "The state dict is not that of an adapter", [f"{name} is a parameter of the base" for name in of_base]
     )
-    names: dict[nn.Module, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LoTRALayer) and names.setdefault(module, name) != name:
-            for component in module.adapter_layer_names:
-                if (key := f"{names[module]}.{component}.{adapter_name}") in found:
-                    found.setdefault(f"{name}.{component}.{adapter_name}", found[key])
+    for name, first in further_names(model).items():
+        for component in COMPONENTS:
+            if (key := f"{first}.{component}.{adapter_name}") in found:
+                found.setdefault(f"{name}.{component}.{adapter_name}", found[key])
     return found
 
 
