@@ -129,7 +129,7 @@ def inspect(adapter: Adapter, revision: Revision = None, subfolder: Subfolder = 
         family = read_family(path).report
         return _report(family.as_dict(), f"Family of LoTRA adapters {adapter}\n\n{family}", as_json)
     contents = AdapterContents.of(adapter, *read_adapter(_one_adapter(adapter, revision, subfolder)))
-    base = contents.base_model or f"a {contents.base_class or 'model'} that is not on the Hub"
+    base = contents.base_model or f"a {contents.base_class or 'model'}"
     _report(contents.as_dict(), f"LoTRA adapter {adapter}, for {base}\n\n{contents}", as_json)
 
 

@@ -25,7 +25,7 @@ from .modules.calls import unwrap
 from .modules.checks import check_count
 from .optim.levenberg_marquardt import LevenbergMarquardtStep
 from .report import Report, TextTable
-from .tuner.layer import LoTRALayer, lotra_layers
+from .tuner.layer import LoTRALayer, grid_ends, lotra_layers
 from .tuner.targets import locate_target
 
 
@@ -88,7 +88,7 @@ def plot_edge_functions(
         layer_name: The name of the layer, as `find_kan_layers` or PEFT gives it.
         edges: Pairs (output, input); or the number of edges, one for each input: those whose coefficients the adapters
             changed most, or with the largest coefficients without adapters.
-        x: (points,), where to evaluate; by default 101 points from -1 to 1.
+        x: (points,), where to evaluate; by default 101 points over the grids of these inputs, or from -1 to 1.
         title: `title(output, input)` is written above the picture of an edge.
         figure: Where to draw; a new one by default.
 
@@ -103,7 +103,7 @@ def plot_edge_functions(
         >>> figure = plot_edge_functions(kan, "layers.0", edges=[(0, 1), (4, 2)])
     """
     module = find_layer(model, layer_name)
-    layer, _, tensor = locate_target(layer_name, module)
+    layer, spec, tensor = locate_target(layer_name, module)
     if len(tensor.shape) > 3:
         raise ValueError(
             f"`{layer_name}` is a convolution, whose edges have a function for each position of the kernel. "
@@ -115,7 +115,11 @@ def plot_edge_functions(
         curves["adapted"] = module.effective_coefficients()
     change = (curves["adapted"] - before if len(curves) == 2 else before).float().square().sum(-1)
     edges = _choose_edges(edges, change)
-    x = torch.linspace(-1, 1, 101, device="cpu") if x is None else x.flatten()
+    if x is None:
+        ends = grid_ends(spec.read_grid(layer), tensor.shape[1])
+        low, high = (-1.0, 1.0) if ends is None else (end[[i for _, i in edges]] for end in ends)
+        x = torch.linspace(float(torch.as_tensor(low).min()), float(torch.as_tensor(high).max()), 101, device="cpu")
+    x = x.flatten()
     functions = {
         (label, i): _functions_of(layer, tensor, coefficients, i, x.to(before))
         for label, coefficients in curves.items()
@@ -167,7 +171,8 @@ class EdgeChanges(Report):
 def edge_changes(model: nn.Module) -> EdgeChanges:
     """How much the active adapters changed each edge, |A' - A| and |A' - A| / |A|: what `plot_network_change` draws.
 
-    A are the edge's coefficients before, A[o, i, :] with the residual branch, and A' those with all active adapters.
+    A are the edge's coefficients before, A[o, i, :] with the residual branch, and A' those with all active adapters,
+    multiplied by what the kind of layer multiplies them by (pykan's `scale_sp` and mask).
     For an edge that was almost zero, a thousandth of the layer's mean |A| takes the place of its |A|.
 
     Args:
@@ -194,8 +199,12 @@ def edge_changes(model: nn.Module) -> EdgeChanges:
         if layer.applied_updates() and len(layer.lotra_tensor.shape) == 3:
             before = layer.get_base_weight()
             before = before.to(torch.promote_types(before.dtype, torch.float32))
-            change = (layer.effective_coefficients(before.dtype) - before).square().sum(-1).sqrt()
-            size = before.square().sum(-1).sqrt()
+            scale = layer.lotra_spec.scale(layer.get_base_layer())
+            factors = torch.ones_like(before)
+            if scale is not None:
+                factors[..., : layer.lotra_tensor.shape[2]] = scale.unsqueeze(-1)
+            change = (layer.effective_coefficients(before.dtype) - before).mul(factors).norm(dim=-1)
+            size = before.mul(factors).norm(dim=-1)
             changes.change[name] = change.cpu()
             changes.share[name] = (change / size.clamp_min(1e-3 * size.mean() + 1e-12)).cpu()
     if not changes.share:

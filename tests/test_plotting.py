@@ -59,6 +59,12 @@ def test_a_slim_layer_has_the_functions_of_the_dense_one(family):
         torch.testing.assert_close(*map(torch.as_tensor, (y, axis.lines[0].get_ydata())), atol=1e-5, rtol=1e-4)
 
 
+def test_functions_are_drawn_over_the_grid():
+    model = KAN([2, 3], grid_range=(0, 5))
+    x = plot_edge_functions(model, "layers.0").axes[0].lines[0].get_xdata()
+    assert (x[0], x[-1]) == (0, 5)
+
+
 def test_which_edges_are_drawn():
     model = adapt(base("own"))
     layer = model.base_model.model.kan
@@ -95,8 +101,12 @@ def test_errors(call, message):
 
 
 def coefficients(model, name="kan"):
-    layer, _, tensor = locate_target(name, model.get_submodule(name))
-    return tensor.read(layer).detach().clone()
+    """The coefficients, times what the layer multiplies them by."""
+    layer, spec, tensor = locate_target(name, model.get_submodule(name))
+    found, scale = tensor.read(layer).detach().clone(), spec.scale(layer)
+    if scale is not None:
+        found[..., : tensor.shape[2]] *= scale.detach().unsqueeze(-1)
+    return found
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -284,7 +284,7 @@ class AdapterBank:
 
     def _check_resting(self) -> None:
         if self._trained is not None:
-            raise ValueError("Adapters of the bank are in training: call `stop_training()` first.")
+            raise ValueError("Adapters of the bank are in training: call `finish()` of their optimizer first.")
 
     def mean_by_adapter(self, errors: Tensor, ids: Tensor) -> Tensor:
         """The mean error of each adapter, (room,), at its number; NaN where it has no rows.

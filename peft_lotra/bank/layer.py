@@ -49,6 +49,14 @@ class BankLayer(LoTRALayer):
     lotra_bank: Any  # set by the bank, with its name of the layer
     lotra_bank_name: str
 
+    def update_layer(self, adapter_name: str, config: Any) -> None:
+        if not self.lotra_r:  # not of a PeftModel, so that PEFT would leave the base trainable
+            raise ValueError(
+                "The network serves an AdapterBank, perhaps as a copy of one. Adapt a copy made before `attach()`, or "
+                "train in the bank, by `bank.add(name, LoTRAConfig(...))` and `BankAdamW`."
+            )
+        super().update_layer(adapter_name, config)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         is_traced = torch.compiler.is_compiling()
         traced = self.lotra_bank.traced_rows  # not None inside of a compiled `BankModel`
@@ -63,6 +71,8 @@ class BankLayer(LoTRALayer):
         times, read_numbers = 1, lambda: groups.of_rows().tolist()
         if rows.known is not None:
             self.check_grid()
+            if not self._has_seen_inputs:
+                self._warn_of_far_inputs(args[0] if args else None)
             times = rows_of_each(groups.batch(), read_numbers, self.lotra_name, rows.known, args, kwargs)
         form, packed = rows.store.layers[name], rows.store.columns()[name]
         if (run_together := find_row_evaluation(self, args, kwargs)) is not None:

@@ -81,6 +81,8 @@ def write_model_card(
         ...     print("value: 0.853" in Path(folder, "README.md").read_text())
         True
     """
+    if model is not None and not hasattr(model, "get_base_model"):
+        raise ValueError(f"`model` is of type {type(model).__name__}, but must be a PeftModel, or None.")
     if base_model is not None:
         validate_repo_id(base_model)
     compile(base_code or "", "base_code", "exec")

@@ -249,6 +249,25 @@ def test_what_attaching_refuses(what):
     assert same(state(model), before) and bank.attach() is not None
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda network: network], ids=["a copy", "the base"])
+def test_an_adapter_beside_the_bank_is_for_a_base_of_its_own(copied):
+    base = net()
+    spare = copy.deepcopy(base)
+    bank, _ = several(base)
+    model = bank.attach()
+    before = state(model)
+    with pytest.raises(ValueError, match="serves an AdapterBank"):
+        adapted(copied(base))
+    assert same(state(model), before) and all(it.requires_grad for it in base.parameters())
+    bank.add("d", adapted(spare))
+
+
+def test_inputs_far_outside_of_the_grid():
+    bank, _ = several(net())
+    with pytest.warns(UserWarning, match="far outside of the grid"):
+        bank.attach()(100 * X, adapter_names=NAMES)
+
+
 def test_a_grid_that_moves_while_attached():
     base = net()
     bank, _ = several(base)
