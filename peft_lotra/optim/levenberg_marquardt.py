@@ -129,6 +129,7 @@ class LevenbergMarquardt:
         self.memory = memory
         self._shards = Shards(group)
         self._known: Known = {}  # the terms of the last step
+        self._known_held: Known = {}  # those held out after it
         self._past: _Past | None = None
         self._terms: list[Term] = []  # of the last step, as they were then, with `forgetting="auto"`
         self._span, self._slope = 1.0, -1.0  # steps that count, and the mean slope of the log loss
@@ -285,7 +286,7 @@ class LevenbergMarquardt:
 
     def _evaluate(self, terms: list[Term]) -> tuple[LeastSquares, Tensor]:
         """The least-squares problem of checked terms, and its residuals."""
-        problem = LeastSquares(self.model, terms, self.memory, self._known, self._shards)
+        problem = LeastSquares(self.model, terms, self.memory, self._known_held | self._known, self._shards)
         return problem, self._shards.run(problem.residuals, problem.start)
 
     def _check(self, terms: Iterable[Term]) -> list[Term]:
@@ -295,7 +296,7 @@ class LevenbergMarquardt:
     def _held(self, terms: list[Term]) -> tuple[LeastSquares, tuple[float, ...]]:
         """The present parameters with terms that are not trained, and the parts of their loss."""
         problem, residuals = self._evaluate(terms)
-        self._known |= problem.known
+        self._known_held = problem.known
         return problem, problem.losses(residuals)
 
     def _keep_terms(self, problem: LeastSquares, terms: list[Term], count: int) -> bool:
