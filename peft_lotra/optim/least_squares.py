@@ -33,13 +33,13 @@ Term = tuple[Callable[..., Tensor], Sequence[Tensor], float]
 
 
 @dataclass
-class Residuals:
+class PreparedTerm:
     """A term with its rows in float64, and how it is evaluated, which is found out when its function is first seen."""
 
     name: str
     function: Callable[..., Tensor]  # kept here so that no other function gets its `id`
     rows: tuple[Tensor, ...]
-    marked: list[bool]  # which rows require a gradient
+    marked: list[bool]  # which of these tensors require a gradient
     scale: float
     intercepted: bool = False  # whether calls run under `Intercepted`
     columns: int = 0  # the number of residuals of a row
@@ -47,7 +47,7 @@ class Residuals:
     by_layers: bool = False  # whether the Jacobian comes from `row_gradients`, and not from `torch.func.vmap`
 
 
-Known = dict[tuple, Residuals]  # by the function, and the shapes of rows and parameters
+Known = dict[tuple, PreparedTerm]  # by the function, and the shapes of rows and parameters
 
 
 class Intercepted(ExactNorms):
@@ -67,7 +67,7 @@ class Intercepted(ExactNorms):
             )
         if func is torch.autograd.grad:
             kwargs = {**(kwargs or {}), "create_graph": True}
-        self.is_needed |= func in (torch.autograd.grad, F.layer_norm, torch.layer_norm, F.instance_norm)
+        self.is_needed |= func in (torch.autograd.grad, F.layer_norm, torch.layer_norm)
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -140,7 +140,7 @@ class LeastSquares:
         self.sizes = [parameter.numel() for parameter in self.trainable.values()]
         self.num_parameters = sum(self.sizes)
         self.start = torch.cat([parameter.detach().double().flatten() for parameter in self.trainable.values()])
-        self.terms: list[Residuals] = []
+        self.terms: list[PreparedTerm] = []
         self.known: Known = {}
         named = [(name_term(index, function), w, len(rows[0])) for index, (function, rows, w) in enumerate(terms)]
         shards.run(self._add_terms, terms, shards.count_rows(named, self.start), known)
@@ -154,7 +154,7 @@ class LeastSquares:
             rows = tuple(row.detach().double() if row.is_floating_point() else row for row in rows)
             same = function if isinstance(function, Hashable) else id(function)  # bound methods are new at each access
             key = same, *setting, *((row.shape[1:], row.dtype) for row in rows)
-            term = Residuals(name, function, rows, marked, scale)
+            term = PreparedTerm(name, function, rows, marked, scale)
             if (before := self.known.get(key) or known.get(key)) is not None:
                 term = replace(before, name=name, rows=rows, marked=marked, scale=scale)
             elif len(rows[0]):
@@ -182,7 +182,7 @@ class LeastSquares:
         for name, value in self._named(flat).items():
             self.trainable[name].copy_(value)
 
-    def _call(self, term: Residuals, rows: Sequence[Tensor], named: dict[str, Tensor]) -> Tensor:
+    def _call(self, term: PreparedTerm, rows: Sequence[Tensor], named: dict[str, Tensor]) -> Tensor:
         """(n, m) scaled residuals of n rows, with these tensors for the trainable parameters; with a graph if the
         function makes one."""
         with torch.enable_grad(), Intercepted() if term.intercepted else nullcontext():
@@ -200,11 +200,12 @@ class LeastSquares:
         return term.scale * values.reshape(n, -1).double()
 
     @torch.no_grad()
-    def _check(self, term: Residuals) -> None:
+    def _check(self, term: PreparedTerm) -> None:
         """Raises a `ValueError` if the first row has other residuals beside the last row than beside itself, if
         residuals are random, or if their number in a row depends on the number of rows."""
-        buffers = {name: tensor.clone() for name, tensor in self.model.named_buffers()}  # batch normalization writes
-        named = {**buffers, **self.fixed, **self._named(self.start)}
+        # copies, since batch normalization writes into them
+        buffers = {name: it.clone() for name, it in self.model.named_buffers() if name not in self.fixed}
+        named = {**buffers, **self._named(self.start)}
 
         def evaluate(*places: int) -> Tensor:
             return self._call(term, [row[list(places)] for row in term.rows], named).detach()
@@ -223,6 +224,7 @@ class LeastSquares:
                 f"The {term.name} is random, so that two evaluations differ. Draw before the step and pass the draws "
                 "as rows, and turn dropout off by `model.eval()`."
             )
+        # (n, n) of two rows has two columns, of one row one
         if pair.shape[1] % 2 == 0 and evaluate(0).shape[1] != pair.shape[1]:
             n = len(term.rows[0])
             raise ValueError(
@@ -239,7 +241,7 @@ class LeastSquares:
         on_gpu = self.start.is_cuda
         return torch.cuda.get_rng_state(self.start.device) if on_gpu else torch.get_rng_state()
 
-    def _measure(self, term: Residuals) -> None:
+    def _measure(self, term: PreparedTerm) -> None:
         """Finds out the memory of a row, and whether `row_gradients` computes the Jacobian."""
         leaves = self._leaves()
         rows = [row[torch.arange(TRIAL_ROWS, device=row.device) % len(row)] for row in term.rows]
@@ -250,6 +252,7 @@ class LeastSquares:
             return tensor.detach()  # the tensor itself would hold the graph that holds it
 
         def evaluate() -> Tensor:
+            """The residuals; `sizes` then has the bytes of each tensor that is saved for the backward pass."""
             sizes.clear()
             try:
                 with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -268,7 +271,7 @@ class LeastSquares:
         term.row_bytes = row_bytes()
         if TRIAL_ROWS * term.row_bytes > self.memory:
             return
-        with suppress(Exception):  # an error of the function itself was met before
+        with suppress(RuntimeError):  # of a function that writes into the output of a layer, which is a leaf here
             jacobian = row_gradients(evaluate, list(leaves.values()), TRIAL_ROWS)
             if jacobian is not None:
                 # a function that reorders its rows on the way is not differentiated row by row
@@ -279,7 +282,7 @@ class LeastSquares:
         if term.by_layers:
             term.row_bytes = row_bytes()
 
-    def chunks(self) -> Iterator[tuple[Residuals, list[Tensor]]]:
+    def chunks(self) -> Iterator[tuple[PreparedTerm, list[Tensor]]]:
         """Each term with its rows, in chunks of as many rows as fit."""
         for term in self.terms:
             size = max(1, min(self.memory // 2, CHUNK) // term.row_bytes)
@@ -314,11 +317,7 @@ class LeastSquares:
         parts = residuals.split(self._counts())
         return tuple(self.shards.sum(torch.stack([part.square().sum() for part in parts])).tolist())
 
-    def loss(self, residuals: Tensor) -> float:
-        """The sum of all squares."""
-        return self.shards.sum(residuals.square().sum()).item()
-
-    def jacobian(self, term: Residuals, rows: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    def jacobian(self, term: PreparedTerm, rows: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """The derivatives of the residuals of some rows, (n m, P), in the first rows of `out` if given.
 
         They come from `row_gradients` if only KAN layers depend on the parameters, from `torch.func.vmap` otherwise.
@@ -331,14 +330,14 @@ class LeastSquares:
         found = self._jacobian_by_rows(term, rows)
         return found if out is None else out[: len(found)].copy_(found)
 
-    def _jacobian_by_rows(self, term: Residuals, rows: Sequence[Tensor]) -> Tensor:
+    def _jacobian_by_rows(self, term: PreparedTerm, rows: Sequence[Tensor]) -> Tensor:
         def of_one_row(flat: Tensor, *row: Tensor) -> Tensor:
             one = [part.unsqueeze(0) for part in row]
             values, pull, *_ = torch.func.vjp(lambda p: self._call(term, one, self._named(p))[0], flat)
             return torch.stack([pull(unit)[0] for unit in torch.eye(len(values), device=values.device).to(values)])
 
         try:
-            with enable_inplace_requires_grad(True):
+            with enable_inplace_requires_grad(True):  # for functions that call `x.requires_grad_()`
                 of_rows = torch.func.vmap(of_one_row, (None, *[0] * len(rows)), randomness="different")
                 return of_rows(self.start, *rows).flatten(0, 1)
         except RuntimeError as error:
@@ -356,7 +355,7 @@ class LeastSquares:
             first += count
         return total
 
-    def _pull_back(self, term: Residuals, rows: Sequence[Tensor], vector: Tensor) -> Tensor:
+    def _pull_back(self, term: PreparedTerm, rows: Sequence[Tensor], vector: Tensor) -> Tensor:
         leaves = self._leaves()
         values = self._call(term, rows, leaves)
         if not values.requires_grad:

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from ..modules.calls import check_module
 from ..modules.checks import check_count, check_number
 from .least_squares import Known, LeastSquares, Term, check_terms, trainable_parameters
-from .normal_equations import LinearModel
+from .normal_equations import LinearModel, bytes_of_matrices
 from .shards import Shards
 
 
 LARGEST_DAMPING = 1e12  # at which a step gives up
 SMALLEST_DAMPING = 1e-16  # less is lost in the rounding of the normal equations
-SMALLEST_FORGETTING = 1e-7  # with `forgetting`: less fits the rows of one step alone
-LONGEST_MEMORY, SMALLEST_FACTOR = 20.0, 0.1  # of `forgetting="auto"`; the memory is a factor of 0.95
+SMALLEST_WITH_PAST = 1e-7  # damping with `forgetting`: less fits the rows of one step alone
+LONGEST_SPAN, SMALLEST_FACTOR = 20.0, 0.1  # of `forgetting="auto"`; a span of 20 steps is a factor of 0.95
 
 
 class LevenbergMarquardtStep(NamedTuple):
@@ -117,18 +117,14 @@ class LevenbergMarquardt:
             raise TypeError(f"LevenbergMarquardt takes no argument {', '.join(others)}.{hint}")
         check_module(model)
         trainable_parameters(model)
-        check_number(damping, "damping", "(0, inf)")
-        check_number(floor, "floor", "(0, 1]")
-        check_number(memory, "memory", "[1048576, inf)")
-        if forgetting != "auto":
-            check_number(forgetting, "forgetting", "[0, 1)")
         self.model = model
-        self.damping = damping
-        self.floor = floor
-        self.forgetting = forgetting
-        self.memory = memory
+        self.damping = check_number(damping, "damping", "(0, inf)")
+        self.floor = check_number(floor, "floor", "(0, 1]")
+        self.forgetting = forgetting if forgetting == "auto" else check_number(forgetting, "forgetting", "[0, 1)")
+        self.memory = int(check_number(memory, "memory", "[1048576, inf)"))
         self._shards = Shards(group)
         self._known: Known = {}  # the terms of the last step
+        self._known_held: Known = {}  # those held out after it
         self._past: _Past | None = None
         self._terms: list[Term] = []  # of the last step, as they were then, with `forgetting="auto"`
         self._span, self._slope = 1.0, -1.0  # steps that count, and the mean slope of the log loss
@@ -171,44 +167,46 @@ class LevenbergMarquardt:
         terms = self._check(terms)
         problem, residuals = self._evaluate(terms)
         self._known, losses = problem.known, problem.losses(residuals)
-        is_first = not self._terms  # before `_keep_terms` fills them
-        remembers = self._keep_terms(problem, terms, len(residuals))
+        is_first = not self._terms  # before `_remembers` fills them
+        remembers = self._remembers(problem, terms, len(residuals))
         if self._past is not None and not (remembers and torch.equal(self._past.parameters, problem.start)):
             self.forget()
         error = next(filter(None, self._shards.gather(problem.find_not_finite(residuals))), "")
-        loss = math.nan if error else problem.loss(residuals)
+        loss = math.nan if error else sum(losses)
         if not error:
             past = None
             if self._past is not None:
-                factor = self._forgetting_factor(self._past, loss)
-                past = factor * self._past.matrix, factor * self._past.gradient
+                share = self._forgetting_factor(self._past, loss)
+                past = share * self._past.matrix, share * self._past.gradient
             linear = LinearModel(problem, residuals, self.floor, past, in_parameter_space=remembers)
             error = linear.error
         if error:
             warnings.warn(f"Step refused: {error}", RuntimeWarning, stacklevel=2)
             return LevenbergMarquardtStep(loss, self.damping, False, reason=error, losses=losses)
 
-        damping, factor, attempts = self.damping, 2.0, 0
+        damping, growth, attempts = self.damping, 2.0, 0
         while damping <= LARGEST_DAMPING:
             attempts += 1
             step = linear.solve(damping)
             if step is not None:
                 candidate = problem.round(problem.start + step)
                 new_residuals = self._shards.run(problem.residuals, candidate)
-                new_loss = problem.loss(new_residuals)
+                losses_there = problem.losses(new_residuals)
+                new_loss = sum(losses_there)
                 decrease = loss - new_loss - linear.rise_of_past(candidate - problem.start)
                 if new_loss < loss and decrease > 0:  # not if one is NaN
                     agreement = decrease / linear.predicted_decrease(damping, step)
                     damping *= damping_factor(agreement, raised=attempts > 1)
-                    self.damping = max(damping, SMALLEST_FORGETTING if remembers else SMALLEST_DAMPING)
+                    self.damping = max(damping, SMALLEST_WITH_PAST if remembers else SMALLEST_DAMPING)
+                    # whether the next rows are drawn anew is not known yet
                     if remembers or (is_first and not linear.in_residual_space and self.forgetting == "auto"):
                         sums = linear.after(candidate - problem.start, new_residuals)
                         self._past = _Past(*sums, candidate, (loss, new_loss), agreement)
                     problem.write(candidate)
-                    share, losses = 1 - new_loss / loss, problem.losses(new_residuals)
-                    return LevenbergMarquardtStep(new_loss, self.damping, True, attempts, share, losses=losses)
-            damping *= factor
-            factor *= 2
+                    share = 1 - new_loss / loss
+                    return LevenbergMarquardtStep(new_loss, self.damping, True, attempts, share, losses=losses_there)
+            damping *= growth
+            growth *= 2
         reason = (
             f"No damping up to {LARGEST_DAMPING:g} makes the loss fall below {loss:.6g}: the parameters are at a "
             "minimum to rounding, or the normal equations are singular."
@@ -258,7 +256,7 @@ class LevenbergMarquardt:
         best, least = None, math.inf
         if held_terms:
             best, losses = self._held(held_terms)
-            least = min(least, sum(losses))
+            least = min(least, sum(losses))  # infinite if that is NaN
         with tqdm(total=steps, unit="step", desc="Levenberg-Marquardt", disable=hidden) as bar:
             for number in range(steps):
                 now = list(shards.run(terms, number)) if callable(terms) else terms
@@ -285,7 +283,7 @@ class LevenbergMarquardt:
 
     def _evaluate(self, terms: list[Term]) -> tuple[LeastSquares, Tensor]:
         """The least-squares problem of checked terms, and its residuals."""
-        problem = LeastSquares(self.model, terms, self.memory, self._known, self._shards)
+        problem = LeastSquares(self.model, terms, self.memory, self._known_held | self._known, self._shards)
         return problem, self._shards.run(problem.residuals, problem.start)
 
     def _check(self, terms: Iterable[Term]) -> list[Term]:
@@ -295,11 +293,11 @@ class LevenbergMarquardt:
     def _held(self, terms: list[Term]) -> tuple[LeastSquares, tuple[float, ...]]:
         """The present parameters with terms that are not trained, and the parts of their loss."""
         problem, residuals = self._evaluate(terms)
-        self._known |= problem.known
+        self._known_held = problem.known
         return problem, problem.losses(residuals)
 
-    def _keep_terms(self, problem: LeastSquares, terms: list[Term], count: int) -> bool:
-        """Keeps the terms for the next step; returns whether residuals of former steps count in this one."""
+    def _remembers(self, problem: LeastSquares, terms: list[Term], count: int) -> bool:
+        """Whether residuals of former steps count in this one; keeps the terms for the next step, which compares."""
         if not isinstance(self.forgetting, str):
             return self.forgetting > 0
         before = self._terms
@@ -307,24 +305,25 @@ class LevenbergMarquardt:
         same = not before or [(term[0], term[2]) for term in terms] == [(term[0], term[2]) for term in before]
         pairs = [(row, other) for term, old in zip(terms, before) for row, other in zip(term[1], old[1])]  # noqa: B905
         drawn = any(row.dtype != other.dtype or not torch.equal(row, other) for row, other in pairs)
-        found = self._shards.gather((same, drawn or (not before and self._past is not None)))
+        are_same, are_drawn, counts = zip(*self._shards.gather((same, drawn, count)), strict=True)
         size = problem.num_parameters
-        fits = self._shards.group is not None or (size <= 2 * count and 16 * size**2 <= self.memory)
-        return fits and all(same for same, _ in found) and any(drawn for _, drawn in found)
+        fits = size <= 2 * sum(counts) and bytes_of_matrices(size) <= self.memory
+        return fits and all(are_same) and any(are_drawn)
 
     def _forgetting_factor(self, past: _Past, loss: float) -> float:
         """The factor for the former residuals, where rows that were not trained have this loss.
 
-        A factor of "auto" is 1 - 1 / memory. The memory grows where the last step fitted its own rows alone. Where
-        the loss falls, former residuals are too large, and their errors with them: the factor is at most the tenth
-        power of the mean ratio of losses, but not less than a fixed one that helps nearly always.
+        By "auto" it is 1 - 1 / span, with a span in steps: times 1.25 where the new rows have 1.5 times the loss of
+        those just fitted, else times 0.8. It is at most exp(10 x mean slope of the log loss), since residuals from
+        before a fast fall are too large, and not less than a fixed one that helps nearly always. Each call updates
+        the span and the slope.
         """
         trust = 1.0 if past.agreement > 0.25 else 0.2
         if not isinstance(self.forgetting, str):
             return self.forgetting * trust
         before, own = past.losses
         self._slope += 0.2 * (math.log(max(loss, 1e-300) / before) - self._slope)
-        longest = 1 / (1 - min(1 - 1 / LONGEST_MEMORY, math.exp(min(0.0, 10 * self._slope))))
+        longest = 1 / (1 - min(1 - 1 / LONGEST_SPAN, math.exp(min(0.0, 10 * self._slope))))
         self._span = max(1.0, min(self._span * (1.25 if loss > 1.5 * own else 0.8), longest))
         return max(1 - 1 / self._span, SMALLEST_FACTOR * trust)
 

@@ -22,7 +22,7 @@ class LinearModel:
         matrix: J^T J, (P, P), or J S^-1 J^T, (M, M).
         scaling: S, (P,), the diagonal of J^T J, at least `floor` times its largest entry.
         gradient: J^T r, (P,).
-        past: J^T J and J^T r of former residuals, at the parameters; they add to ours.
+        past: J^T J and J^T r of former residuals, at the parameters; `matrix` and `gradient` include them.
         error: Why there is no solution; empty if there is one.
 
     Raises:
@@ -62,14 +62,13 @@ class LinearModel:
             self.error = "the gradient is zero: no parameter has an effect on the residuals."
 
     def _accumulate(self, size: int) -> Tensor:
-        """Fills `gradient`, `jacobian` if it fits, and `matrix` in the space of parameters.
+        """Sets `gradient`, `jacobian` if it fits, and `matrix`, which is filled in the space of parameters alone.
 
         Returns:
             The diagonal of J^T J in the space of residuals, else zeros.
         """
         problem, residuals = self.problem, self.residuals
-        needed = 2 * size**2 * 8
-        if needed > problem.memory:
+        if (needed := bytes_of_matrices(size)) > problem.memory:
             raise ValueError(
                 f"{problem.num_parameters} trainable parameters and {len(residuals)} residuals need "
                 f"{needed / 2**20:.0f} MiB, but `memory` is {problem.memory / 2**20:.0f} MiB. Give more, train fewer "
@@ -107,7 +106,7 @@ class LinearModel:
     def inverse(self, damping: float, columns: Tensor) -> Tensor | None:
         """(J^T J + damping S)^-1 columns, (P, n), in the space of residuals (J S^-1 J^T + damping)^-1 columns, (M, n);
         None if the matrix is singular to rounding."""
-        diagonal = self.matrix.diagonal()
+        diagonal = self.matrix.diagonal()  # damped in place, and restored: a copy of the matrix would cost as much
         undamped = diagonal.clone()
         diagonal += damping if self.in_residual_space else damping * self.scaling
         triangle, failed = torch.linalg.cholesky_ex(self.matrix)
@@ -121,6 +120,7 @@ class LinearModel:
         """-(J^T J + damping S)^-1 J^T r, (P,); None if the matrix is singular to rounding."""
         right = self.residuals if self.in_residual_space else self.gradient
         found = self.inverse(damping, right.unsqueeze(1))
+        # NaN, and no early return: all processes take part in the sums and the broadcast
         step = torch.full_like(right, math.nan) if found is None else -found.squeeze(1)
         if self.in_residual_space:
             step = self._transposed(step) / self.scaling
@@ -153,6 +153,11 @@ class LinearModel:
         if self.past is not None:
             gradient += self.past[1] + self.past[0] @ step
         return self.matrix, gradient
+
+
+def bytes_of_matrices(size: int) -> int:
+    """The memory of the matrix and its Cholesky factor, in float64."""
+    return 2 * 8 * size**2
 
 
 def _add_gram(gram: Tensor, matrix: Tensor) -> None:

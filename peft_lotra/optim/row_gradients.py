@@ -7,42 +7,110 @@ A KAN layer is linear in its coefficients (O, I, K + 1). With the jet rows phi (
 `derivatives.layers.jet_rows`) and the gradient g (S, O) in the layer's outputs, the row's gradient in the coefficients
 is sum_s g[s, o] phi[s, i, k]. One backward pass gives the output gradients of all rows (I. Goodfellow, arXiv
 1510.01799). For a Tucker tensor the products go factor by factor, without a tensor of the size of the coefficients.
+
+A residual function is evaluated once, on all n rows, with detached parameters in the KAN layers, whose inputs and
+outputs are recorded. Of m residuals in a row, each takes a backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..derivatives.api import through_stages
 from ..derivatives.chain_rule import Jet
-from ..derivatives.layers import jet_rows
+from ..derivatives.layers import evaluate_layer, jet_rows
+from ..derivatives.stages import Stage, stages_of
+from ..kan.basis import UniformGrid
+from ..kan.product import needs_plain_operations
 from ..kan.recording_hook import recording
 from ..tucker import Update
-from .layer_records import LayerRecord, Recorder
 
 
 MOST_COLUMNS = 64  # with more values in a row, one row at a time costs less than a backward pass for each value
 
-Gradients = dict[int, Tensor]  # by the `id` of a tensor
+ByTensor = dict[int, Tensor]  # by the `id` of another tensor
+
+
+class LayerRecord(NamedTuple):
+    """One evaluation of a KAN layer, or of an `nn.Linear`."""
+
+    stage: Stage  # the layer with its coefficients
+    grid: UniformGrid | None  # read in the call, in which the layer's tensors are in float64; None of an `nn.Linear`
+    inputs: tuple[Jet, int, Tensor | None]  # the arguments of `evaluate_layer`
+    outputs: Jet  # of a graph that starts at the outputs of the first layer
+
+
+class Recorder:
+    """A hook of `kan.recording_hook` that records the layers of networks that are evaluated at n = `rows` inputs.
+
+    A layer is recorded if its coefficients are among the given parameters. All others run with their graphs.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], rows: int) -> None:
+        self.rows = rows
+        self.layers: list[LayerRecord] = []
+        self._known = {id(parameter) for parameter in parameters}
+
+    def jet(self, through: Callable[..., Jet], x: Tensor, directions: Tensor, weights: Tensor | None) -> Jet | None:
+        """See `recording`."""
+        can_record = self._can_record(x, directions, weights)
+        return through(self._record_layer, x, directions, weights) if can_record else None
+
+    def value(self, network: nn.Module, x: Tensor) -> Tensor | None:
+        """See `recording`. Networks with dropout, hooks, or a replaced `forward` are not recorded."""
+
+        def changed(part: nn.Module) -> bool:
+            hooks = part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+            return bool(hooks or getattr(part, "is_random", False))
+
+        if not self._can_record(x) or torch.nn.modules.module._has_any_global_hook():
+            return None
+        if any(map(changed, network.modules())) or (stages := stages_of(network)) is None:
+            return None
+        return through_stages(stages, 0, self._record_layer, x, None, None)[0]
+
+    def _can_record(self, x: Tensor, *others: Tensor | None) -> bool:
+        varies = any(tensor is not None and tensor.requires_grad for tensor in (x, *others))
+        of_rows = x.dim() == 2 and len(x) == self.rows
+        return torch.is_grad_enabled() and of_rows and not varies and not needs_plain_operations(x)
+
+    def _record_layer(self, stage: Stage, *inputs: Any) -> Jet:
+        """As `evaluate_layer`; appends a record if all trained coefficients of the layer are known."""
+        components = [part for update in stage.updates for part in (update.scale, *update.tensor)]
+        trained = [p for p in (*(stage.dense or ()), *components) if isinstance(p, Tensor) and p.requires_grad]
+        if not trained or any(id(part) not in self._known for part in trained):
+            return evaluate_layer(stage, *inputs)
+        fixed = stage._replace(
+            dense=stage.dense and tuple(None if part is None else part.detach() for part in stage.dense),
+            updates=tuple(Update(scale, tensor.map(Tensor.detach)) for scale, tensor in stage.updates),
+        )
+        outputs = evaluate_layer(fixed, *inputs)
+        for part in outputs:
+            part.requires_grad_()
+        grid = None if isinstance(stage.module, nn.Linear) else stage.module.grid
+        self.layers.append(LayerRecord(stage, grid, inputs, outputs))
+        return outputs
 
 
 def row_gradients(
     function: Callable[[], Tensor], parameters: Sequence[Tensor], rows: int, out: Tensor | None = None
 ) -> Tensor | None:
-    """The derivatives (rows m, P) of a function's values (rows, m), in the first rows of `out` if given.
+    """The derivatives (n m, P) of a function's values (n, m) for n = `rows`, in the first rows of `out` if given.
 
     The value of a row must depend on that row alone. None if the values depend on the parameters (leaves, P numbers)
     by anything but the recorded layers of KANs.
     """
     with torch.enable_grad(), recording(Recorder(parameters, rows)) as recorder:
         values = function()
-    count = values.shape[1]
+    m = values.shape[1]
     outputs = [part for layer in recorder.layers for part in layer.outputs]
-    if not outputs or not values.requires_grad or count > MOST_COLUMNS:
+    if not outputs or not values.requires_grad or m > MOST_COLUMNS:
         return None
-    by_column: list[Gradients] = []
+    by_column: list[ByTensor] = []
     for column in values.unbind(1):
         found = torch.autograd.grad(
             column, [*outputs, *parameters], torch.ones_like(column), retain_graph=True, allow_unused=True
@@ -52,87 +120,78 @@ def row_gradients(
         by_column.append({id(part): g for part, g in zip(outputs, found, strict=False) if g is not None})
     sizes = [parameter.numel() for parameter in parameters]
     if out is None:
-        out = parameters[0].new_empty(rows * count, sum(sizes))
-    gradients = out[: rows * count].zero_().unflatten(0, (rows, count)).split(sizes, dim=-1)
-    by_parameter = dict(zip(map(id, parameters), gradients, strict=True))
+        out = parameters[0].new_empty(rows * m, sum(sizes))
+    blocks = out[: rows * m].zero_().unflatten(0, (rows, m)).split(sizes, dim=-1)
+    sums = {id(p): block.unflatten(-1, p.shape) for p, block in zip(parameters, blocks, strict=True)}
     for layer in recorder.layers:
-        _add_layer(by_parameter, layer, [_stacked(layer.outputs, found) for found in by_column])
-    return out[: rows * count]
+        if any(id(part) in gradients for gradients in by_column for part in layer.outputs):
+            _add_layer(sums, layer, _joined(layer.outputs, by_column))
+    return out[: rows * m]
 
 
-def _stacked(outputs: Jet, gradients: Gradients) -> Tensor | None:
-    """The gradients in the parts of a jet together, (n, S, O); None for zero."""
-    if not any(id(part) in gradients for part in outputs):
-        return None
-    found = [gradients[id(part)] if id(part) in gradients else torch.zeros_like(part) for part in outputs]
-    return torch.cat([part if part.dim() == 3 else part.unsqueeze(0) for part in found]).transpose(0, 1)
+def _joined(outputs: Jet, by_column: list[ByTensor]) -> Tensor:
+    """The gradients of m values in the parts of a jet together, (n, m, S, O)."""
+    found = [g[id(part)] if id(part) in g else torch.zeros_like(part) for g in by_column for part in outputs]
+    joined = torch.cat([part if part.dim() == 3 else part.unsqueeze(0) for part in found])
+    return joined.unflatten(0, (len(by_column), -1)).permute(2, 0, 1, 3)
 
 
-def _add(block: Gradients, parameter: Tensor, column: int, gradient: Tensor) -> None:
-    """Adds a gradient (n, ...) in a parameter, in the order of its entries, to a block (n, m, numel) of the result."""
-    if id(parameter) in block:
-        target = block[id(parameter)][:, column].view(gradient.shape)
-        target += gradient
+def _add(sums: ByTensor, parameter: Tensor, gradient: Tensor) -> None:
+    """Adds gradients (n, m, ...) in a parameter, in the order of its entries, unless it is not trained."""
+    if (total := sums.get(id(parameter))) is not None:
+        total += gradient.view_as(total)
 
 
 @torch.no_grad()
-def _add_layer(block: Gradients, record: LayerRecord, outputs: list[Tensor | None]) -> None:
-    """Adds the gradients of a layer's coefficients, from those (n, S, O) in its outputs by column."""
-    if not (columns := [(column, g) for column, g in enumerate(outputs) if g is not None]):
-        return
+def _add_layer(sums: ByTensor, record: LayerRecord, g: Tensor) -> None:
+    """Adds the gradients in a layer's coefficients, from those in its outputs, (n, m, S, O)."""
     (z, *derivatives), order, weights = record.inputs
-    derivatives = [part.expand(len(part), *z.shape) for part in derivatives]
     if record.grid is None:
-        phi = torch.cat([z.unsqueeze(0), *derivatives]).transpose(0, 1)
         assert record.stage.dense is not None
         weight, bias = record.stage.dense
-        for column, g in columns:
-            _add(block, weight, column, g.mT @ phi)
-            _add(block, bias, column, g[:, 0])
+        phi = torch.cat([z.unsqueeze(0), *(part.expand(len(part), *z.shape) for part in derivatives)])
+        _add(sums, weight, g.mT.flatten(1, 2) @ phi.transpose(0, 1))
+        _add(sums, bias, g[:, :, 0])
         return
     phi = jet_rows(record.grid, [z, *derivatives], order, weights)
-    if record.stage.dense is not None and any(id(part) in block for part in record.stage.dense):
-        _add_dense(block, phi, *record.stage.dense, columns)
+    if record.stage.dense is not None and any(id(part) in sums for part in record.stage.dense):
+        spline_weight, base_weight = record.stage.dense
+        found = (g.mT.flatten(1, 2) @ phi.flatten(2)).view(*g.shape[:2], -1, *phi.shape[2:])  # (n, m, O, K + 1, I)
+        _add(sums, spline_weight, found[..., :-1, :].mT)
+        _add(sums, base_weight, found[..., -1, :])
     for update in record.stage.updates:
-        if any(id(part) in block for part in update.tensor):
-            _add_tucker(block, phi, update, columns)
+        if any(id(part) in sums for part in update.tensor):
+            _add_tucker(sums, phi, update, g)
 
 
-def _add_dense(block: Gradients, phi: Tensor, spline_weight: Tensor, base_weight: Tensor, columns: list) -> None:
-    for column, g in columns:
-        gradient = (g.mT @ phi.flatten(2)).unflatten(-1, phi.shape[2:])  # (n, O, K + 1, I)
-        for parameter, part in ((spline_weight, gradient[:, :, :-1].mT), (base_weight, gradient[:, :, -1])):
-            if id(parameter) in block:
-                _add(block, parameter, column, part)
-
-
-def _add_tucker(block: Gradients, phi: Tensor, update: Update, columns: list) -> None:
+def _add_tucker(sums: ByTensor, phi: Tensor, update: Update, g: Tensor) -> None:
     """Adds the gradients of a Tucker update.
 
     With phi (n, S, K, I) contracted by factor_in to v (n, S, ri, K), by both factors to t (n, S, ri, rb), and the
-    gradient g by factor_out to f (n, S, ro), by the core too to h (n, S, ri, rb), by all but factor_in to q
-    (n, S, K, ri), the gradients are sums over s of
+    gradient g by factor_out to f (n, m, S, ro), by the core too to h (n, m, S, ri, rb), by all but factor_in to q
+    (n, m, S, K, ri), the gradients are sums over s of
 
         core[a, b, c]: f[a] t[b, c]                factor_out[o, a]: g[o] (core t)[a]
         factor_in[i, b]: sum_k phi[k, i] q[k, b]   factor_basis[k, c]: sum_b v[b, k] h[b, c].
     """
     scale, (core, factor_out, factor_in, factor_basis) = update
+    n, m = g.shape[:2]
     phi = phi[:, :, : len(factor_basis)].contiguous()
     v = (phi @ factor_in).mT.contiguous()
-    t = v @ factor_basis
-    mixing = core.flatten(1)
+    t = (v @ factor_basis).flatten(2)
+    f = scale * g @ factor_out
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        """sum_x left[x, i] right[m, x, j], (n, m, i, j), for left (n, S, X / S, i) and right (n, m, S, ...)."""
+        right = right.reshape(n, m, left.shape[1] * left.shape[2], -1).transpose(1, 2)
+        return (left.flatten(1, 2).mT @ right.flatten(2)).unflatten(2, (m, -1)).transpose(1, 2)
+
     # what the gradients of other components alone need is left out
-    mixed = scale * t.flatten(2) @ mixing.T if id(factor_out) in block else t
-    expanded = (factor_basis @ core.mT).flatten(1) if id(factor_in) in block else core  # (ro, K ri)
-    for column, g in columns:
-        f = scale * g @ factor_out
-        if id(core) in block:
-            _add(block, core, column, (f.mT @ t.flatten(2)).unflatten(-1, core.shape[1:]))
-        if id(factor_out) in block:
-            _add(block, factor_out, column, g.mT @ mixed)
-        if id(factor_in) in block:
-            q = (f @ expanded).view(len(f), -1, core.shape[1])
-            _add(block, factor_in, column, phi.flatten(1, 2).mT @ q)
-        if id(factor_basis) in block:
-            h = (f @ mixing).view(len(f), -1, core.shape[2])
-            _add(block, factor_basis, column, v.flatten(1, 2).mT @ h)
+    if id(core) in sums:
+        _add(sums, core, f.mT.flatten(1, 2) @ t)
+    if id(factor_out) in sums:
+        _add(sums, factor_out, g.mT.flatten(1, 2) @ (scale * t @ core.flatten(1).T))
+    if id(factor_in) in sums:
+        _add(sums, factor_in, product(phi, f @ (factor_basis @ core.mT).flatten(1)))
+    if id(factor_basis) in sums:
+        _add(sums, factor_basis, product(v, f @ core.flatten(1)))

@@ -139,7 +139,9 @@ def rows_of_each(
 
 def run_by_name(names: Sequence[Any], run: Callable[[Any, tuple, dict], Any], args: tuple, kwargs: dict) -> Any:
     """Runs the rows of each name by themselves; returns the outputs in the order of the batch."""
-    rows = {name: [i for i, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
+    rows: dict[Any, list[int]] = {}
+    for place, name in enumerate(names):
+        rows.setdefault(name, []).append(place)
     if len(rows) == 1:
         return run(names[0], args, kwargs)
 

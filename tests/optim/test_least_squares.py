@@ -83,6 +83,12 @@ def test_a_term_is_tried_once(method):
     assert set(equation_of_x.calls) == {70} and max(counts[1:]) < counts[0]
 
 
+def test_a_term_that_is_held_out_is_tried_once():
+    held = Equation()
+    LevenbergMarquardt(network()).fit([(laplacian_and_value, points())], 3, held=[(held, points())], progress=False)
+    assert held.calls[-4:] == [70] * 4  # before the first step, and after each
+
+
 @pytest.mark.parametrize("kind", ["adapter", "other network"])
 def test_no_tensor_of_a_term_that_is_gone_stays(kind):
     model = adapt(network(), r=2) if kind == "adapter" else nn.Sequential(nn.Linear(2, 4), nn.Tanh()).double()
