@@ -415,8 +415,8 @@ def draw_ranks(found: dict[str, dict], path: Path) -> None:
     axis.set_yticks(range(number), [[*METHODS][index] for index in order])
     axis.invert_yaxis()
     axis.set(xlabel="mean rank, 1 is the best", xlim=(0.5, x))
-    told = f"lines join ranks less than {apart:.1f} apart, which Nemenyi's test does not tell apart at 5 %"
-    figure.suptitle(f"Mean rank of the methods on {len(tasks)} tasks;\n{told}")
+    told = f"a line joins methods less than {apart:.1f} apart: Nemenyi's test at 5 % sees no difference"
+    figure.suptitle(f"Mean rank of the methods over {len(tasks)} pairs of task and number of labels;\n{told}")
     figure.savefig(path)
     plt.close(figure)
 
