@@ -272,7 +272,7 @@ def sentences_of_when() -> list[str]:
         f"takes {steps[0]} ms in full, {steps[1]} with LoTRA",
         f"{steps[2]} and {steps[3]} ms",
         f"{lm[128, 'LoTRA']:.2f} instead of {lm[128, 'full']:.1f} s",
-        f"the residual weights, which alone have {rivals['KAN, residual weights']} %",
+        f"The residual weights alone have {rivals['KAN, residual weights']} %",
         f"one basis function {rivals['one basis function']} %",
         f"LoRA of slices {rivals['LoRA of slices']} %, LoKr {rivals['LoKr']} %",
         f"LoHa {rivals['LoHa']} %",

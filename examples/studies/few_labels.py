@@ -11,7 +11,7 @@
 
 A network that reads scikit-learn's digits 0 to 4 learns to read 5 to 9; one that predicts the progression of diabetes
 for the younger half of the patients learns that of the older half. Compared are LoTRA from a random start and from
-the gradient (`start_from_gradient`), the last layer alone, all coefficients (the tensors that LoTRA adapts), full
+the gradient (`start_from_gradient`), the last layer alone, the spline weights without the residual ones, full
 fine-tuning, and of the MLP full fine-tuning and LoRA.
 
 With --rivals, also: one that reads all digits learns MNIST, one that tells malignant breast cancers of smooth texture
@@ -271,7 +271,7 @@ Method = Callable[[nn.Module, Split, float], Trained]
 RATES = (1e-2, 3e-2, 1e-1)
 METHODS: dict[str, tuple[Callable, Method, tuple[float, ...]]] = {
     "KAN, full fine-tuning": (KAN, full, RATES),
-    "KAN, coefficients": (KAN, partial(only, "spline_weight"), RATES),
+    "KAN, spline weights": (KAN, partial(only, "spline_weight"), RATES),
     "KAN, last layer": (KAN, partial(only, "layers.1."), RATES),
     "KAN, residual weights": (KAN, partial(only, "base_weight"), RATES),
     "LoTRA, random start, r=4": (KAN, partial(lotra, 4, "random"), RATES),
@@ -289,9 +289,9 @@ METHODS: dict[str, tuple[Callable, Method, tuple[float, ...]]] = {
 }
 
 
-ONLY_FIRST = ("KAN, coefficients", "LoTRA, gradient start, r=(5, 13, 3)")  # all that LoTRA adapts; other ranks
+ONLY_FIRST = ("KAN, spline weights", "LoTRA, gradient start, r=(5, 13, 3)")
 FIRST = [  # which few_labels.json has
-    *("KAN, full fine-tuning", "KAN, coefficients", "KAN, last layer", "LoTRA, random start, r=4"),
+    *("KAN, full fine-tuning", "KAN, spline weights", "KAN, last layer", "LoTRA, random start, r=4"),
     *("LoTRA, gradient start, r=4", "LoTRA, gradient start, r=(8, 8, 4)", "LoTRA, gradient start, r=(5, 13, 3)"),
     *("MLP, full fine-tuning", "MLP, LoRA, r=3"),
 ]
