@@ -207,7 +207,7 @@ def standard() -> Values:
 NUMBERS = {
     "README.md: accuracy %": readme_accuracies,
     "README.md: error %": readme_pdes,
-    "training.md: accuracy %, 3 seeds, each at its best rates": starts,
+    "training.md: accuracy %, 5 seeds, each at its best rates": starts,
     "when.md: labels": few_labels,
     "when.md: each series has": many_series,
     "when.md: accuracy %": fifty_tasks,
