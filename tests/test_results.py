@@ -211,7 +211,7 @@ def standard() -> Values:
 NUMBERS = {
     "README.md: accuracy %": readme_accuracies,
     "README.md: error %": readme_pdes,
-    "training.md: accuracy %, 3 seeds, each at its best rates": starts,
+    "training.md: accuracy %, 5 seeds, each at its best rates": starts,
     "when.md: labels": few_labels,
     "when.md: each series has": many_series,
     "when.md: accuracy %": fifty_tasks,
@@ -276,9 +276,9 @@ def sentences_of_when() -> list[str]:
         f"takes {steps[0]} ms in full, {steps[1]} with LoTRA",
         f"{steps[2]} and {steps[3]} ms",
         f"{lm[128, 'LoTRA']:.2f} instead of {lm[128, 'full']:.1f} s",
-        f"the residual weights alone have {rivals['KAN, residual weights']} %",
+        f"The residual weights alone have {rivals['KAN, residual weights']} %",
         f"one basis function {rivals['one basis function']} %",
-        f"LoRA of slices has {rivals['LoRA of slices']} %, LoKr {rivals['LoKr']} %",
+        f"LoRA of slices {rivals['LoRA of slices']} %, LoKr {rivals['LoKr']} %",
         f"LoHa {rivals['LoHa']} %",
     ]
 

@@ -234,13 +234,13 @@ def main() -> None:
         folder=command_line.RESULTS,
         quick="ten tasks, four steps, one seed: to see it run",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="how many runs are averaged (default: 3)")
+    parser.add_argument("--seeds", type=int, default=5, help="how many runs are averaged (default: 5)")
     args = parser.parse_args()
     each, steps, seeds = (2, 4, 1) if args.quick else (10, 120, args.seeds)
 
     path: Path = args.output / f"fifty_tasks{'_quick' if args.quick else ''}.json"
     found = json.loads(path.read_text()) if path.exists() and not args.quick else {}
-    found.setdefault("setting", {"steps": steps, "machine": machine.describe()})
+    found["setting"] = {"steps": steps, "machine": machine.describe(), "commit": machine.commit()}
 
     def save() -> None:
         path.write_text(json.dumps(found, indent=1) + "\n")

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from study_tools import files
+from study_tools import files, machine
 from study_tools.pictures import BLUE, GRAY, GREEN, ORANGE, RED
 from study_tools.tasks import Task, build, diabetes, digits_to_mnist, function_family, rotated_digits, score, train
 from torch import nn
@@ -174,7 +174,7 @@ def main() -> None:
         quick="one seed, 60 steps, our own KAN only: to see it run",
         redraw=True,
     )
-    parser.add_argument("--seeds", type=int, default=3, help="how many runs are averaged (default: 3)")
+    parser.add_argument("--seeds", type=int, default=5, help="how many runs are averaged (default: 5)")
     parser.add_argument("--steps", type=int, default=300, help="steps of each fine-tuning (default: 300)")
     parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, for one more task")
     args = parser.parse_args()
@@ -214,8 +214,9 @@ def main() -> None:
                     run = extract(base, tuned, task, MORE_STEPS, bar)
                     extractions.setdefault(f"{task.name}: {library}", []).append(run)
     bar.close()
+    settings = {"ranks": RANKS, "seeds": args.seeds, "steps": args.steps, "share": SHARE, "quick": args.quick}
     results = {
-        "settings": {"ranks": RANKS, "seeds": args.seeds, "steps": args.steps, "share": SHARE, "quick": args.quick},
+        "settings": settings | {"machine": machine.describe(), "commit": machine.commit()},
         "energy": {name: summarize(runs) for name, runs in energies.items()},
         "extraction": {name: summarize(runs) for name, runs in extractions.items()},
         "spectra": spectra,

@@ -245,7 +245,7 @@ def main() -> None:
         folder=command_line.RESULTS,
         quick="8 households, four steps, one seed: to see it run",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="how many runs are averaged (default: 3)")
+    parser.add_argument("--seeds", type=int, default=5, help="how many runs are averaged (default: 5)")
     parser.add_argument("--employment", action="store_true", help="the public series, too (extra heavy)")
     args = parser.parse_args()
     number, steps, seeds = (8, 4, 1) if args.quick else (300, 120, args.seeds)
@@ -256,7 +256,7 @@ def main() -> None:
     path: Path = args.output / f"many_series{'_quick' if args.quick else ''}.json"
     known = json.loads(path.read_text()) if path.exists() and not args.quick else {}
     found = known.get("results", {})
-    setting = {"steps": steps, "machine": known.get("setting", {}).get("machine", machine.describe())}
+    setting = {"steps": steps, "machine": machine.describe(), "commit": machine.commit()}
 
     def save() -> None:
         path.write_text(json.dumps({"setting": setting, "results": found}, indent=1) + "\n")
