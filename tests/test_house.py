@@ -3,8 +3,6 @@
 
 """The structure of the package: imports go one way, and everything has one place."""
 
-from __future__ import annotations
-
 import ast
 import graphlib
 import re

@@ -3,8 +3,6 @@
 
 """The public names, and those that are gone."""
 
-from __future__ import annotations
-
 import importlib
 import re
 

@@ -3,8 +3,6 @@
 
 """The pages that docs/render.py makes are those of their scripts; `.ci/examples` runs the scripts."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import shutil

@@ -6,8 +6,6 @@
 The python snippets of a page run in one process, one after the other, without anything that the page does not show.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 import socket

@@ -3,8 +3,6 @@
 
 """The base of the reports; what each report says is tested beside the function that makes it."""
 
-from __future__ import annotations
-
 import html
 import json
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 
 """The numbers of README.md and of the pages have their JSON: each table with numbers, and sentences."""
 
-from __future__ import annotations
-
 import json
 import re
 from operator import itemgetter

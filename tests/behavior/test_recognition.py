@@ -3,8 +3,6 @@
 
 """Which modules are taken for KAN layers, and which are not."""
 
-from __future__ import annotations
-
 import json
 import warnings
 

@@ -3,8 +3,6 @@
 
 """How an adapter starts (`init_weights`), and which of its components are trained (`train`)."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -3,8 +3,6 @@
 
 """`examples/studies/finetune_accelerate.py`: one process, two, and a sharded model give the same losses."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -3,8 +3,6 @@
 
 """`finetune_trainer.py`: checkpoints of the adapter alone, and a resume that continues bit for bit."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import signal

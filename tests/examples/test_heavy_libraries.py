@@ -4,8 +4,6 @@
 """Libraries that the tests do without, as they are on PyPI: pip install -e ".[test,heavy,serve]", then pytest
 tests/examples."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import subprocess

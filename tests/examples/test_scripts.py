@@ -3,8 +3,6 @@
 
 """The command line of the studies, calls of a forward pass, and the Space; `.ci/examples` runs the scripts."""
 
-from __future__ import annotations
-
 import ast
 import os
 import subprocess

@@ -3,8 +3,6 @@
 
 """`train()` of an adapted model, whose base has a `train` of its own."""
 
-from __future__ import annotations
-
 from helpers import adapt
 from torch import nn
 

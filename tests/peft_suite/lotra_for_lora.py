@@ -8,8 +8,6 @@ While it is loaded, `peft.LoraConfig` is `LoTRAConfig` (which then understands L
 another method, or something that LoTRA does not have, is deselected.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import inspect

@@ -7,8 +7,6 @@ Each has the parameter names, shapes, axis orders and formula of the original (t
 it. With groups, inputs and outputs are split into blocks, and each block has parameters of its own.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

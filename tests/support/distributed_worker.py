@@ -7,8 +7,6 @@ Trains an adapted model for one step under each kind of data parallelism, and wr
 after the same step on the whole batch.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import os

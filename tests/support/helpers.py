@@ -3,8 +3,6 @@
 
 """Models, inputs and comparisons that several test files share."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -3,8 +3,6 @@
 
 """Groups of processes for tests of `torch.distributed`."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

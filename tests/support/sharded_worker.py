@@ -6,8 +6,6 @@
 Takes Levenberg-Marquardt steps with a part of the rows, and writes what it ends with.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

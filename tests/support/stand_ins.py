@@ -7,8 +7,6 @@ Each has the parameter names, shapes, attributes and formula of the original, an
 the stand-ins and the layers of installed libraries, so that a test runs over every layer that the package knows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

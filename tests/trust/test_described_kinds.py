@@ -3,8 +3,6 @@
 
 """What the package does with any layer, done with a described one of blocks, several parts and a list."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
