@@ -7,7 +7,7 @@ from operator import attrgetter
 
 import pytest
 import torch
-from helpers import adapt, assert_same, base, inputs, lotra_layers, nested, snapshot
+from helpers import adapt, assert_same, base, inputs, lotra_layers, nested, snapshot, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from stand_ins import FAMILIES, ChebyKANLayer, as_model
 from torch import nn
@@ -27,14 +27,7 @@ def changed(model):
 
 
 def fine_tuned(model: nn.Module, x: torch.Tensor, steps: int = 5) -> nn.Module:
-    model = copy.deepcopy(model)
-    y = torch.randn_like(model(x))
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (model(x) - y).square().mean().backward()
-        optimizer.step()
-    return model
+    return train(copy.deepcopy(model), x, torch.randn_like(model(x)), steps, lr=1e-2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
