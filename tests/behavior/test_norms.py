@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The base is frozen, and so are the running statistics of its norms, unless they are in `modules_to_save`."""
+"""The base is frozen, and so are the running statistics of its norms, unless they are in `modules_to_save`; modes."""
 
 import copy
 from pathlib import Path
@@ -83,6 +83,32 @@ def test_a_norm_without_statistics_is_left_alone():
     model = adapted(nn.Sequential(norm, KANLinear(3, 2))).train()
     assert norm.training
     model(X)
+
+
+class Loop(nn.Sequential):
+    """Its `train` is a training loop, as pykan's was in 2024."""
+
+    def train(self, data, steps=3):
+        raise AssertionError("nobody asked for it")
+
+
+class Frozen(nn.Sequential):
+    """Stays in evaluation mode, but for its last module."""
+
+    def train(self, mode=True):
+        super().train(False)
+        self[-1].train(mode)
+        return self
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_train_that_is_a_loop_is_not_called_and_one_that_decides_itself_is(mode):
+    for part, expected in (
+        (Loop(nn.Dropout(), Loop(nn.Dropout())), [mode, mode]),
+        (Frozen(nn.Dropout(), nn.Dropout()), [False, mode]),
+    ):
+        model = adapted(nn.Sequential(KANLinear(3, 4), part)).train(mode)
+        assert [module.training for module in model.modules() if isinstance(module, nn.Dropout)] == expected
 
 
 @pytest.mark.parametrize("mode", [True, False])

@@ -198,11 +198,6 @@ def test_more_errors():
         extract_lotra(adapt(copy.deepcopy(model)), model, r=2)
 
 
-###############
-# With inputs #
-###############
-
-
 def correlated(rows: int = 60, in_features: int = 8) -> torch.Tensor:
     """Inputs of two directions, as data of many dimensions have few."""
     return torch.tanh(torch.randn(rows, 2, dtype=torch.float64) @ torch.randn(2, in_features, dtype=torch.float64))

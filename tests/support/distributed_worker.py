@@ -8,16 +8,13 @@ after the same step on the whole batch.
 """
 
 import copy
-import json
-import os
-import sys
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from process_groups import run_worker
 from stand_ins import FAMILIES
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -170,18 +167,11 @@ def run_wrong(network: str, kind: str) -> list[str]:
     return ["nothing", ""]
 
 
-def main(path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank, world = dist.get_rank(), dist.get_world_size()
-    results = {f"{network} {kind}": run(network, kind, rank, world) for network in NETWORKS for kind in KINDS}
+def results(rank: int, world: int) -> dict[str, Any]:
+    found = {f"{network} {kind}": run(network, kind, rank, world) for network in NETWORKS for kind in KINDS}
     wrong = {f"{network} {kind}": run_wrong(network, kind) for network in NETWORKS for kind in WRONG_KINDS}
-    with open(path, "w") as file:
-        json.dump({"results": results, "wrong": wrong}, file)
-    dist.barrier()
-    # skips the end of the interpreter, where the threads of gloo sometimes abort
-    os._exit(0)
+    return {"results": found, "wrong": wrong}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_worker(results)
