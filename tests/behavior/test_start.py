@@ -14,13 +14,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from stand_ins import FAMILIES
 from torch import nn
 
-from peft_lotra import (
-    LoTRAConfig,
-    create_lotra_optimizer,
-    hotswap_adapter,
-    model_summary,
-    preprocess_lotra,
-)
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, hotswap_adapter, model_summary, preprocess_lotra
 from peft_lotra.kan import KAN, SlimKAN
 
 

@@ -22,7 +22,7 @@ from stand_ins import FAMILIES, FastKANLayer
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from peft_lotra import LoTRAConfig, find_kan_layers, hotswap_adapter
+from peft_lotra import LoTRAConfig, hotswap_adapter
 from peft_lotra.kan import KAN
 
 
@@ -112,12 +112,6 @@ def test_what_is_refused_changes_nothing(kind):
 
 def test_of_a_layer_in_a_layer_the_outer_one():
     assert names_of(adapted(nn.Sequential(Outer(), FAMILIES["own"](4, 2)))) == ["0", "1"]
-
-
-def test_layers_are_found_under_adapters():
-    for model in (net(), adapted()):
-        found = [(layer.name, layer.shape) for layer in find_kan_layers(model)]
-        assert found == [("kan.layers.0", (6, 3, 8)), ("kan.layers.1", (4, 6, 8))]
 
 
 NAMES = [(name, "") for name in ("", "__base__", "keys", "training", "with.dot", 3)]

@@ -45,10 +45,7 @@ def test_quick_results_never_replace_committed_ones(folder, capsys):
 
 @pytest.mark.parametrize(
     ("script", "package", "extra"),
-    [
-        ("pde/pina_solver.py", "lightning", "examples,pina"),
-        ("../quickstart.py", "matplotlib", "examples"),
-    ],
+    [("pde/pina_solver.py", "lightning", "examples,pina"), ("../quickstart.py", "matplotlib", "examples")],
 )
 def test_a_missing_package_is_one_line(script, package, extra, tmp_path):
     (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('none', name='{package}')")
