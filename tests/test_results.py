@@ -341,7 +341,21 @@ def sentences_of_slim() -> list[str]:
     ]
 
 
-def sentences_of_paper() -> list[str]:
+SENTENCES = (
+    *(sentences_of_index, sentences_of_when, sentences_of_training, sentences_of_comparison),
+    *(sentences_of_benchmarks, sentences_of_convolutions, sentences_of_slim),
+)
+
+
+@pytest.mark.parametrize("made", SENTENCES)
+def test_sentences(made):
+    page = (ROOT / "docs" / f"{made.__name__.removeprefix('sentences_of_')}.md").read_text()
+    for sentence in made():
+        assert sentence in " ".join(page.split())
+
+
+def test_the_page_of_the_paper() -> None:
+    text = (ROOT / "docs" / "paper.md").read_text()
     rows = load("pde/transfer")["rows"]
     errors = {(row["family"], row["target"], row["method"]): row["error"] for row in rows}
     cases = {key[:2] for key in errors}
@@ -349,43 +363,33 @@ def sentences_of_paper() -> list[str]:
     def ratios(method: str, other: str) -> list[float]:
         return [errors[(*case, method)] / errors[(*case, other)] for case in cases]
 
+    one_rate = ratios("lotra_uniform_adam", "lotra_adam")
+    assert f"has {spread(one_rate)} times the error" in text
+    assert f"{geometric_mean(one_rate):.1f} times in the geometric mean" in text
+    assert f"{spread(ratios('lotra_adam', 'full_adam'))} times the error of full fine-tuning" in text
+    assert f"from zero {spread(ratios('scratch_adam', 'full_adam'))} times" in text
+    assert f"is {spread(ratios('lotra_lm', 'full_lm'))} times more accurate" in text
+
+
+def test_the_expressiveness_on_the_page_of_the_paper() -> None:
+    text = (ROOT / "docs" / "paper.md").read_text()
     results = load("expressiveness")["results"]
     tasks = [task for task in results if "planted" not in task]
-    pdes = [task for task in tasks if task.startswith("PDE")]
-    data = [task for task in tasks if task not in pdes]
 
-    def left(kind: str, key: str, rank: int, tasks: list[str] = tasks) -> list[float]:
-        return [mean(run[str(rank)][key] for run in results[task][kind]) for task in tasks]
+    def left(kind: str, key: str, rank: int, part: str = "") -> list[float]:
+        found = [results[task][kind] for task in tasks if not part or task.startswith("PDE") == (part == "PDE")]
+        return [mean(run[str(rank)][key] for run in runs) for runs in found]
 
-    one_rate, bound = ratios("lotra_uniform_adam", "lotra_adam"), left("update", "bound", 8)
+    assert len(tasks) == 6
     update, random, smooth = (spread(left(kind, "tensor", 8), 2) for kind in ("update", "random", "smooth random"))
+    assert f"leaves {update} of an update, {random} of a random one of its norm, {smooth} of a smooth" in text
     empty = [sum(bound >= 1 for bound in left("update", "bound", rank)) for rank in (2, 4)]
-    times = spread([b / t for b, t in zip(bound, left("update", "tensor", 8), strict=True)])
-    on_data, on_pdes = (spread(left("update", "function", 8, part), 2) for part in (data, pdes))
-    return [
-        f"has {spread(one_rate)} times the error",
-        f"{geometric_mean(one_rate):.1f} times in the geometric mean",
-        f"{spread(ratios('lotra_adam', 'full_adam'))} times the error of full fine-tuning",
-        f"from zero {spread(ratios('scratch_adam', 'full_adam'))} times",
-        f"is {spread(ratios('lotra_lm', 'full_lm'))} times more accurate",
-        f"leaves {update} of an update, {random} of a random one of its norm, {smooth} of a smooth",
-        f"on {empty[0]} of six tasks at rank 2 and on {empty[1]} at rank 4",
-        f"at rank 8 it is {spread(bound, 2)}, {times} times the measured error",
-        f"leaves {on_data} on data, but {on_pdes} on the PDEs",
-    ]
-
-
-SENTENCES = (
-    *(sentences_of_index, sentences_of_when, sentences_of_training, sentences_of_comparison),
-    *(sentences_of_benchmarks, sentences_of_convolutions, sentences_of_slim),
-)
-
-
-@pytest.mark.parametrize("made", [*SENTENCES, sentences_of_paper])
-def test_sentences(made):
-    page = (ROOT / "docs" / f"{made.__name__.removeprefix('sentences_of_')}.md").read_text()
-    for sentence in made():
-        assert sentence in " ".join(page.split())
+    assert f"on {empty[0]} of six tasks at rank 2 and on {empty[1]} at rank 4" in text
+    bound = left("update", "bound", 8)
+    ratios = [b / t for b, t in zip(bound, left("update", "tensor", 8), strict=True)]
+    assert f"at rank 8 it is {spread(bound, 2)}, {spread(ratios)} times the measured error" in text
+    data, pdes = (spread(left("update", "function", 8, part), 2) for part in ("data", "PDE"))
+    assert f"leaves {data} on data, but {pdes} on the PDEs" in text
 
 
 def spread(values: list[float], digits: int = 1) -> str:
