@@ -1,7 +1,10 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A trained KAN is compressed into Tucker form by what it computes on data, fine-tuned, and made dense again."""
+"""A trained KAN is compressed into Tucker form by what it computes on data.
+
+Then it is fine-tuned, and made dense again.
+"""
 
 import argparse
 
@@ -12,7 +15,8 @@ from peft_lotra.kan import KAN
 
 
 def target(x: torch.Tensor) -> torch.Tensor:
-    return torch.exp((torch.pi * x[:, :2]).sin().mean(1, keepdim=True) + (x[:, 2:] ** 2).mean(1, keepdim=True)) / 2
+    waves = (torch.pi * x[:, :2]).sin().mean(1, keepdim=True)
+    return torch.exp(waves + (x[:, 2:] ** 2).mean(1, keepdim=True)) / 2
 
 
 def train(model: torch.nn.Module, steps: int, lr: float) -> None:
@@ -32,17 +36,24 @@ def error(model: torch.nn.Module) -> str:
         return f"{100 * (model(x) - target(x)).std() / target(x).std():.2f} %"
 
 
-NOTES = "Needs nothing beside the package; takes 15 seconds on one core; writes nothing."
-argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, epilog=NOTES).parse_args()
+NOTES = """Needs nothing beside the package; takes 15 seconds on one core;
+writes nothing."""
+argparse.ArgumentParser(
+    usage=argparse.SUPPRESS, description=__doc__, epilog=NOTES
+).parse_args()
 
 torch.set_num_threads(1)  # more threads slow down networks this small
 torch.manual_seed(0)
 x = torch.rand(2000, 4) * 2 - 1
 trained = KAN([4, 32, 32, 1])
 train(trained, steps=800, lr=1e-2)
-print(f"dense: {sum(p.numel() for p in trained.parameters()):,} parameters, error {error(trained)}")
+print(
+    f"dense: {sum(p.numel() for p in trained.parameters()):,} parameters, "
+    f"error {error(trained)}"
+)
 
-small = slim(trained, energy=0.99, inputs=x[:1000])  # the share of the outputs' energy that is kept
+# the share of the outputs' energy that is kept
+small = slim(trained, energy=0.99, inputs=x[:1000])
 print(f"{small.slim_report}\nSlim: error {error(small)}")
 train(small, steps=600, lr=5e-3)
 print(f"after 600 more steps: error {error(small)}")

@@ -1,7 +1,10 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A KAN layer of your own: what is recognized of it, how to describe it in five lines, and how to adapt it."""
+"""A KAN layer of your own.
+
+What is recognized of it, how to describe it in five lines, and how to adapt it.
+"""
 
 import argparse
 
@@ -9,31 +12,47 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, check_kan_layer, create_lotra_optimizer, find_kan_layers, register_kan_layer
+from peft_lotra import (
+    LoTRAConfig,
+    check_kan_layer,
+    create_lotra_optimizer,
+    find_kan_layers,
+    register_kan_layer,
+)
 
 
 class WaveLayer(nn.Module):
-    """y[o] = sum_{i, k} waves[i, o, k] cos(k x[i]) + sum_i base[o, i] silu(x[i])"""
+    """y[o] = sum_ik waves[i, o, k] cos(k x[i]) + sum_i base[o, i] silu(x[i])"""
 
     def __init__(self, inputs: int, outputs: int, waves: int = 6) -> None:
         super().__init__()
-        self.waves = nn.Parameter(torch.randn(inputs, outputs, waves) / (inputs * waves) ** 0.5)
+        start = torch.randn(inputs, outputs, waves) / (inputs * waves) ** 0.5
+        self.waves = nn.Parameter(start)
         self.base = nn.Parameter(torch.randn(outputs, inputs) / inputs**0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        basis = torch.cos(x[..., None] * torch.arange(1, self.waves.shape[-1] + 1))
-        return torch.einsum("bik,iok->bo", basis, self.waves) + nn.functional.silu(x) @ self.base.T
+        k = torch.arange(1, self.waves.shape[-1] + 1)
+        y = torch.einsum("bik,iok->bo", torch.cos(x[..., None] * k), self.waves)
+        return y + nn.functional.silu(x) @ self.base.T
 
 
 NOTES = "Needs nothing beside the package; takes ten seconds; writes nothing."
-argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, epilog=NOTES).parse_args()
+argparse.ArgumentParser(
+    usage=argparse.SUPPRESS, description=__doc__, epilog=NOTES
+).parse_args()
 
-register_kan_layer("waves", matches=WaveLayer, coefficients=("waves", "i o k"), residual=("base", "o i"))
+register_kan_layer(
+    "waves",
+    matches=WaveLayer,
+    coefficients=("waves", "i o k"),
+    residual=("base", "o i"),
+)
 torch.set_num_threads(1)  # more threads slow down networks this small
 torch.manual_seed(0)
 network = nn.Sequential(WaveLayer(2, 16), WaveLayer(16, 1))
 print(find_kan_layers(network))
-print(check_kan_layer(network[0], torch.rand(8, 2)))  # checks the description against what the layer computes
+# checks the description against what the layer computes
+print(check_kan_layer(network[0], torch.rand(8, 2)))
 
 x = torch.rand(512, 2) * 2 - 1
 y = torch.sin(4 * x[:, :1]) * x[:, 1:]

@@ -3,8 +3,6 @@
 
 """The command line on folders; `hub/test_push.py` runs it on the Hub."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

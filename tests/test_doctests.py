@@ -3,8 +3,6 @@
 
 """The examples of the docstrings run, each by itself in an empty folder."""
 
-from __future__ import annotations
-
 import doctest
 import importlib
 import pkgutil

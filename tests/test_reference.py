@@ -3,8 +3,6 @@
 
 """What the extension of griffe makes of docstrings, for the API reference (extra `docs`)."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 
 """The numbers of README.md and of the pages have their JSON: each table with numbers, and sentences."""
 
-from __future__ import annotations
-
 import json
 import re
 from operator import itemgetter
@@ -139,10 +137,8 @@ def slim_images() -> Values:
         return mean(row[key] for row in rows if row["model"] == model)
 
     def row(model: str, ratio: bool = False, then: bool = False) -> list:
-        size, first = (
-            of(f"{model}, as it is" if then else model, "parameters"),
-            f"{model}, as it is" if then else model,
-        )
+        first = f"{model}, as it is" if then else model
+        size = of(first, "parameters")
         scores = (of(first, "accuracy"), *([of(f"{model}, 1 epoch", "accuracy")] if then else []))
         return [(size, of("dense KAN", "parameters") / size) if ratio else size, scores]
 
@@ -333,15 +329,8 @@ def sentences_of_benchmarks() -> list[str]:
 
 def sentences_of_convolutions() -> list[str]:
     found = load("convolutions")
-    alone, head, full = (
-        mean(found["base"]),
-        *(
-            mean(row["accuracy"])
-            for method in ("head alone", "full fine-tuning")
-            for row in found["rows"]
-            if row["method"] == method
-        ),
-    )
+    alone, scores = mean(found["base"]), {row["method"]: mean(row["accuracy"]) for row in found["rows"]}
+    head, full = scores["head alone"], scores["full fine-tuning"]
     return [f"Without an adapter it is {alone:.1f}, with the head alone (650 parameters) {head:.1f}", f"{full:.1f}"]
 
 

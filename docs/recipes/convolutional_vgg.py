@@ -5,8 +5,10 @@
 # U-Net. Their layers are recognized, in one to three dimensions and with groups: nothing is registered.
 #
 # ```text
-# model = vggkagn(3, 10, groups=1, degree=3, vgg_type="VGG11")     # from torch-conv-kan
-# model = get_peft_model(model, LoTRAConfig(r=(8, 8, 4, 4), modules_to_save=["classifier"]))
+# # vggkagn is in torch-conv-kan
+# model = vggkagn(3, 10, groups=1, degree=3, vgg_type="VGG11")
+# config = LoTRAConfig(r=(8, 8, 4, 4), modules_to_save=["classifier"])
+# model = get_peft_model(model, config)
 # ```
 #
 # The coefficients of a convolution have four modes (out, in, basis, kernel), and so has the update: `r` is one number,

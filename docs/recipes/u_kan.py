@@ -8,8 +8,9 @@
 # With the authors' network this is all:
 #
 # ```text
-# model = UKAN(num_classes=1)                       # from their archs.py, with its weights
-# model = get_peft_model(model, LoTRAConfig(r=4, modules_to_save=["final"]))
+# model = UKAN(num_classes=1)  # from their archs.py, with its weights
+# config = LoTRAConfig(r=4, modules_to_save=["final"])
+# model = get_peft_model(model, config)
 # ```
 #
 # Below is a network of the same parts in small, so that the page runs in seconds: convolutions, a tokenized block of

@@ -42,6 +42,7 @@ from sklearn.utils import shuffle
 from peft_lotra import LoTRAConfig, create_lotra_optimizer, push_to_hub
 
 
+torch.set_num_threads(1)  # small networks: much faster on a busy machine
 torch.manual_seed(0)
 images, y = shuffle(*load_digits(return_X_y=True), random_state=0)
 images, y = images.reshape(-1, 8, 8), torch.tensor(y)
@@ -129,7 +130,7 @@ from peft import PeftModel
 from peft_lotra import model_summary
 
 
-print(list_repo_files(repo))
+print(*list_repo_files(repo), sep="\n")
 scope = {}
 exec(code, scope)
 served = PeftModel.from_pretrained(

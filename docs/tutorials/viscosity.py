@@ -184,7 +184,7 @@ trained = LevenbergMarquardt(rod_of(rod, None))
 trained.fit(rod_terms((1.0, 1.2)), steps=30, progress=False)
 rods = ParametricAdapter(rod, rod_terms, solution_of=rod_of, log=True)
 axis = (0.5, 0.9, 1.6, 3.0)
-rods.fit([(a, b) for a in axis for b in axis], progress=False)
+report = rods.fit([(a, b) for a in axis for b in axis], progress=False)
 
 # %% [markdown]
 # The data are those of a finite-difference solution on 2,000 intervals. `covariance` says what the two numbers, each

@@ -36,7 +36,11 @@ class Customers:
         network = torch.load(base, weights_only=False)
         self.bank = AdapterBank.load(network, bank, mapped=True)
         self.model = self.bank.attach().eval()
-        self.width = next(module.in_features for module in network.modules() if hasattr(module, "in_features"))
+        self.width = next(
+            module.in_features
+            for module in network.modules()
+            if hasattr(module, "in_features")
+        )
         self.needs_name = needs_name
 
     def reconfigure(self, adapters: dict[str, str]) -> None:

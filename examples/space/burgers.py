@@ -1,7 +1,10 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Burgers' equation u_t + u u_x = nu u_xx on -1 < x < 1, 0 < t < 1, with its exact initial and boundary values."""
+"""Burgers' equation u_t + u u_x = nu u_xx on -1 < x < 1, 0 < t < 1.
+
+Its initial and boundary values are exact.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from torch import Tensor, nn
 from peft_lotra.kan import KAN, jet
 
 
-MEMBERS = (0.03, 0.055, 0.1)  # the viscosities of the family, few: what is between them is interpolated
+# the viscosities of the family, few: what is between them is interpolated
+MEMBERS = (0.03, 0.055, 0.1)
 
 
 def network() -> KAN:
@@ -29,12 +33,17 @@ def solution(model: nn.Module, rows: Tensor) -> Tensor:
 
 
 def reference(rows: Tensor, nu: float) -> Tensor:
-    """The exact u, by the transform of Cole and Hopf and 100 nodes of Gauss and Hermite."""
+    """The exact u, by the transform of Cole and Hopf.
+
+    The integrals take 100 nodes of Gauss and Hermite.
+    """
     nodes, weights = map(torch.from_numpy, np.polynomial.hermite.hermgauss(100))
     x, t = rows[:, :1], (rows[:, 1:] + 1) / 2
     y = math.pi * (x - nodes * (4 * nu * t).sqrt())
     weights = weights * torch.exp(-torch.cos(y) / (2 * math.pi * nu))
-    return -(weights * torch.sin(y)).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+    return -(weights * torch.sin(y)).sum(1, keepdim=True) / weights.sum(
+        1, keepdim=True
+    )
 
 
 def residual(model: nn.Module, rows: Tensor, nu: Tensor) -> Tensor:
@@ -44,18 +53,21 @@ def residual(model: nn.Module, rows: Tensor, nu: Tensor) -> Tensor:
     zero, wave = 1 - x**2, math.pi * x
     u = -torch.sin(wave) + t * zero * n
     u_x = -math.pi * torch.cos(wave) + t * (zero * n_x - 2 * x * n)
-    u_xx = math.pi**2 * torch.sin(wave) + t * (zero * n_xx - 4 * x * n_x - 2 * n)
+    u_xx = math.pi**2 * torch.sin(wave) + t * (
+        zero * n_xx - 4 * x * n_x - 2 * n
+    )
     return zero * n + 2 * t * zero * n_s + u * u_x - nu * u_xx
 
 
 def terms_of(nu: float, points: int = 1500) -> list[tuple]:
     """What the family minimizes at a viscosity."""
-    rows = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(points, dtype=torch.float64) * 2 - 1
+    engine = torch.quasirandom.SobolEngine(2, scramble=True, seed=0)
+    rows = engine.draw(points, dtype=torch.float64) * 2 - 1
     return [(residual, (rows, torch.full_like(rows[:, :1], nu)))]
 
 
 def grid(points: int) -> Tensor:
-    """Rows (points^2, 2) of pictures: x from left to right, t from below to above."""
+    """Rows (points^2, 2) of pictures: x to the right, t to above."""
     line = torch.linspace(-1, 1, points, dtype=torch.float64)
     s, x = torch.meshgrid(line.flip(0), line, indexing="ij")
     return torch.stack([x.flatten(), s.flatten()], dim=1)

@@ -1,7 +1,9 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Makes the folder `family` that app.py shows: a base trained at one viscosity, and its family of adapters.
+"""Makes the folder `family` that app.py shows.
+
+It has a base trained at one viscosity, and its family of adapters.
 
 python examples/space/fit.py      # about a minute of one core
 """
@@ -24,8 +26,11 @@ FOLDER = Path(__file__).parent / "family"
 
 
 def main() -> None:
-    notes = "Needs the package alone; takes a minute on one core; writes the folder --output."
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, epilog=notes)
+    notes = """Needs the package alone; takes a minute on one core;
+    writes the folder --output."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, epilog=notes
+    )
     parser.add_argument("--output", type=Path, default=FOLDER)
     folder = parser.parse_args().output
     try:
@@ -41,7 +46,10 @@ def main() -> None:
     family = ParametricAdapter(base, terms_of, ranks=8, log=True)
     print(family.fit(MEMBERS, steps=10, max_steps=40))
     family.save_pretrained(folder)
-    save_file({name: part.contiguous() for name, part in base.state_dict().items()}, folder / "base.safetensors")
+    save_file(
+        {name: part.contiguous() for name, part in base.state_dict().items()},
+        folder / "base.safetensors",
+    )
 
 
 if __name__ == "__main__":

@@ -180,7 +180,8 @@ def as_text(results: dict, recoveries: list[dict]) -> str:
         for r in map(str, RANKS):
             cells = [mean(runs, r, key) for runs in kinds.values() for key in ("bound", "tensor", "function")]
             lines.append(f"| {task} | {r} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
-    lines += ["", "| trained on the planted update | tensor | function |", "|---|--:|--:|"]
+    if recoveries:
+        lines += ["", "| trained on the planted update | tensor | function |", "|---|--:|--:|"]
     for r in recoveries[0] if recoveries else ():
         cells = [f"{mean(recoveries, r, key):.2g}" for key in ("tensor", "function")]
         lines.append(f"| {f'LoTRA, rank {r}' if r != '0' else 'all coefficients'} | {' | '.join(cells)} |")
@@ -212,7 +213,7 @@ def draw(results: dict, path: Path) -> None:
     for axis in grid[:, 0]:
         axis.set_ylabel("share that is left")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.suptitle("What Tucker ranks (r, r, r) leave of an update of full fine-tuning")
+    figure.suptitle("What Tucker ranks (r, r, r) leave of an update of full fine-tuning\n")  # off the panels' titles
     figure.savefig(path)
     plt.close(figure)
 

@@ -50,20 +50,6 @@ def test_ranks():
         assert ranks(r=2, rank_pattern={pattern: (1, 2, 3)}) == {"0": (2, 2, 2), "1": (1, 2, 3)}
 
 
-def test_alpha():
-    for alpha in (1.0, 4.0):
-        first, second = layers(adapted(alpha=alpha, alpha_pattern={"layers.1": 3.0})).values()
-        assert first.lotra_scaling["default"] == first.lotra_alpha["default"] == alpha
-        assert second.lotra_alpha["default"] == 3
-
-
-def test_numbers_of_numpy(tmp_path):
-    config = {"alpha": np.float32(2), "alpha_pattern": {"layers.1": np.float64(3)}, "rank_dropout": np.float32(0.5)}
-    adapted(**config).save_pretrained(tmp_path)
-    loaded = PeftConfig.from_pretrained(tmp_path)
-    assert (loaded.alpha, loaded.alpha_pattern, loaded.rank_dropout) == (2, {"layers.1": 3}, 0.5)
-
-
 SIZES = [("r", 0), ("r", (1, 2)), ("r", "4")]
 NUMBERS = [("alpha", "1"), ("alpha", float("nan")), ("alpha_pattern", {"a": "b"}), ("rank_dropout", 1.5)]
 CHOICES = [("init_weights", "lora"), ("train", ["cores"]), ("check_base", "maybe")]
@@ -85,12 +71,12 @@ def test_arguments_of_lora(name):
 def test_saved_and_loaded(tmp_path):
     config = {
         "r": (1, 2, 3),
-        "alpha": 2.5,
+        "alpha": np.float32(2.5),
         "rank_pattern": {"layers.1": (1, 1, 2)},
-        "alpha_pattern": {"layers.0": 0.5},
+        "alpha_pattern": {"layers.0": np.float64(0.5)},
     }
     config |= {"target_modules": {"layers.0"}, "train": ["core"], "init_weights": "hosvd", "modules_to_save": ["head"]}
-    config |= {"rank_dropout": 0.25, "module_dropout": 0.5, "adapt_residual": False}
+    config |= {"rank_dropout": np.float32(0.25), "module_dropout": 0.5, "adapt_residual": False}
     LoTRAConfig(**config).save_pretrained(tmp_path)
     for loaded in (LoTRAConfig.from_pretrained(tmp_path), PeftConfig.from_pretrained(tmp_path)):
         assert type(loaded) is LoTRAConfig and loaded.peft_type == "LOTRA"

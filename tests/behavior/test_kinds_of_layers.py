@@ -9,6 +9,7 @@ import pytest
 import torch
 from behaving import CONVS, KINDS, X, adapted, apart, layers, same, state
 from conv_stand_ins import CONVOLUTIONS, ConvNet, images
+from helpers import train
 from peft import PeftModel, get_peft_model
 from stand_ins import FAMILIES, as_model
 from torch import nn
@@ -57,11 +58,7 @@ def test_life(kind, tmp_path):
     model = get_peft_model(base, LoTRAConfig(r=2))
     assert found and set(layers(model)) == {f"base_model.model.{layer.name}" for layer in found}
     start = state(model)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(x).square().sum().backward()
-        optimizer.step()
+    train(model, x, 0.0, 2, lr=0.1)
     moved = {name.split(".")[-2] for name, tensor in state(model).items() if not torch.equal(tensor, start[name])}
     parts = {"lotra_core", "lotra_factor_out", "lotra_factor_in", "lotra_factor_basis"}
     assert moved == (parts | {"lotra_factor_kernel"} if "conv" in kind else parts)

@@ -147,19 +147,12 @@ def test_what_is_refused_changes_nothing(name):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("kind", ["own", "efficient-kan", "pykan"])
-def test_gradients_that_are_not_finite_reach_the_adapter_alone(kind, value, tmp_path):
-    model = adapted(KINDS[kind](), init_weights=True)
+def test_what_is_not_finite_is_unmerged(kind, value):
+    model = adapted(KINDS[kind]())
     before = base_state(model)
-    with model.disable_adapter():
-        y = model(X)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    (model.train()(X) * value).sum().backward()
-    optimizer.step()
-    assert not all(parameter.isfinite().all() for _, parameter in components(model))
-    with model.eval().disable_adapter():
-        assert torch.equal(model(X), y)
-    with pytest.raises(ValueError, match="not finite"):
-        model.save_pretrained(tmp_path)
+    for _, parameter in components(model):
+        parameter.data.fill_(value)
     model.merge_adapter()
+    assert not same(base_state(model), before)
     model.unmerge_adapter()
-    assert same(base_state(model), before) and torch.equal(model.unload()(X), y)
+    assert same(base_state(model), before)

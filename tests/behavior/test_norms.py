@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The base is frozen, and so are the running statistics of its norms, unless they are in `modules_to_save`."""
+"""The base is frozen, and so are the running statistics of its norms, unless they are in `modules_to_save`; modes."""
 
 import copy
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from behaving import X, adapted
+from helpers import train
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from stand_ins import OldEfficientKANLayer
@@ -38,23 +39,14 @@ def statistics(model):
     return {name: value.clone() for name, value in model.named_buffers() if "running" in name or "num_batches" in name}
 
 
-def train(model):
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trained, 0.01)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(X * 3).square().sum().backward()
-        optimizer.step()
-
-
 @pytest.mark.parametrize("attach", [get_peft_model, lambda base, config: inject_adapter_in_model(config, base)])
 def test_they_do_not_move(attach):
     model = attach(network(), LoTRAConfig(r=2))
     before = statistics(model)
-    train(model)  # without a call of `train()`
+    train(model, X * 3)  # without a call of `train()`
     if isinstance(model, PeftModel):
         model.eval()
-        train(model.train())
+        train(model.train(), X * 3)
         assert [module.training for module in model.modules() if isinstance(module, nn.Dropout)] == [True]
     after = statistics(model)
     assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
@@ -64,8 +56,7 @@ def test_in_modules_to_save(tmp_path):
     base = network()
     other = copy.deepcopy(base)  # `network()` again may be rounded otherwise (lstsq)
     model = get_peft_model(base, LoTRAConfig(r=2, modules_to_save=["1", "norm"])).train()
-    train(model)
-    model.eval()
+    train(model, X * 3).eval()
     moved = [name for name, value in statistics(model).items() if name.endswith("running_mean") and value.any()]
     assert len([name for name in moved if "modules_to_save" in name]) == 2 and len(moved) == 2
     y = model(X)
@@ -92,6 +83,32 @@ def test_a_norm_without_statistics_is_left_alone():
     model = adapted(nn.Sequential(norm, KANLinear(3, 2))).train()
     assert norm.training
     model(X)
+
+
+class Loop(nn.Sequential):
+    """Its `train` is a training loop, as pykan's was in 2024."""
+
+    def train(self, data, steps=3):
+        raise AssertionError("nobody asked for it")
+
+
+class Frozen(nn.Sequential):
+    """Stays in evaluation mode, but for its last module."""
+
+    def train(self, mode=True):
+        super().train(False)
+        self[-1].train(mode)
+        return self
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_train_that_is_a_loop_is_not_called_and_one_that_decides_itself_is(mode):
+    for part, expected in (
+        (Loop(nn.Dropout(), Loop(nn.Dropout())), [mode, mode]),
+        (Frozen(nn.Dropout(), nn.Dropout()), [False, mode]),
+    ):
+        model = adapted(nn.Sequential(KANLinear(3, 4), part)).train(mode)
+        assert [module.training for module in model.modules() if isinstance(module, nn.Dropout)] == expected
 
 
 @pytest.mark.parametrize("mode", [True, False])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from behaving import X, adapted, add, apart, layers, net, same, state
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from peft_lotra import save_adapter
 
@@ -130,8 +130,6 @@ def test_a_part_of_a_tensor(tmp_path):
 
 def test_a_save_of_parts_by_hand(tmp_path):
     """Tensors that were edited after the save load with a warning."""
-    from safetensors.torch import load_file, save_file
-
     model = adapted()
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")

@@ -3,8 +3,6 @@
 
 """Scales of adapters, and rank and module dropout."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers import adapt, base, inputs, lotra_layers, relative

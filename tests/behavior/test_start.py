@@ -3,26 +3,18 @@
 
 """How an adapter starts (`init_weights`), and which of its components are trained (`train`)."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
 import torch
 from behaving import CONVS, KINDS, X, apart
 from conv_stand_ins import ConvNet, images
-from helpers import COMPONENTS, adapt, base, components, inputs, lotra_layers, relative
+from helpers import COMPONENTS, adapt, base, components, inputs, lotra_layers, relative, train
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from stand_ins import FAMILIES
 from torch import nn
 
-from peft_lotra import (
-    LoTRAConfig,
-    create_lotra_optimizer,
-    hotswap_adapter,
-    model_summary,
-    preprocess_lotra,
-)
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, hotswap_adapter, model_summary, preprocess_lotra
 from peft_lotra.kan import KAN, SlimKAN
 
 
@@ -33,14 +25,6 @@ CORE = {**HOSVD, "train": ["core"]}
 def trained(model: nn.Module) -> set[str]:
     """The components that require a gradient."""
     return {name.split("lotra_")[1].split(".")[0] for name, part in components(model) if part.requires_grad}
-
-
-def train(model: nn.Module, x: torch.Tensor, steps: int = 3) -> None:
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.05)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (model(x) - 1).square().mean().backward()
-        optimizer.step()
 
 
 def parts(model: nn.Module, adapter: str = "default") -> dict[str, torch.Tensor]:

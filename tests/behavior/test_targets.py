@@ -22,7 +22,7 @@ from stand_ins import FAMILIES, FastKANLayer
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from peft_lotra import LoTRAConfig, find_kan_layers, hotswap_adapter
+from peft_lotra import LoTRAConfig, hotswap_adapter
 from peft_lotra.kan import KAN
 
 
@@ -114,12 +114,6 @@ def test_of_a_layer_in_a_layer_the_outer_one():
     assert names_of(adapted(nn.Sequential(Outer(), FAMILIES["own"](4, 2)))) == ["0", "1"]
 
 
-def test_layers_are_found_under_adapters():
-    for model in (net(), adapted()):
-        found = [(layer.name, layer.shape) for layer in find_kan_layers(model)]
-        assert found == [("kan.layers.0", (6, 3, 8)), ("kan.layers.1", (4, 6, 8))]
-
-
 NAMES = [(name, "") for name in ("", "__base__", "keys", "training", "with.dot", 3)]
 # PEFT would write `head.head.weight` as `weight`
 NAMES += [(name, f"cannot be called '{name}'") for name in ("head", "weight", "model")]
@@ -194,23 +188,18 @@ def test_names_that_end_alike(tmp_path):
         adapted(Network(), target_modules=["fc1"])
 
 
-def test_names_that_a_file_sorts(tmp_path):
-    """`layers.10` comes before `layers.2` in the file, and the layers are alike."""
-    network, x = KAN([2] * 13), torch.rand(5, 2)
+def test_names_that_a_file_sorts_and_peft_shortens(tmp_path):
+    """`layers.10` comes before `layers.2`; of 20 names and more PEFT keeps endings, which may be elsewhere too."""
+    network, x = KAN([2] * 26), torch.rand(5, 2)
     model = adapted(copy.deepcopy(network), r=1)
     model.save_pretrained(tmp_path)
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert sorted(targets) == sorted(f"layers.{index}" for index in range(25))
     loaded = PeftModel.from_pretrained(copy.deepcopy(network), tmp_path)
     assert torch.equal(loaded(x), model(x))
     other = adapted(network, r=1)
     hotswap_adapter(other, tmp_path)
     assert torch.equal(other(x), model(x))
-
-
-def test_many_names_are_written_whole(tmp_path):
-    """PEFT shortens lists of 20 names or more to endings, which a larger model may have elsewhere too."""
-    adapted(KAN([2] * 26), r=1).save_pretrained(tmp_path)
-    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
-    assert sorted(targets) == sorted(f"layers.{index}" for index in range(25))
 
 
 class Tied(nn.Module):

@@ -3,8 +3,6 @@
 
 """Spectra, extraction and reports of convolutional KAN layers, of four modes."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

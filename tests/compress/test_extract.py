@@ -1,15 +1,13 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-from __future__ import annotations
-
 import copy
 import warnings
 from operator import attrgetter
 
 import pytest
 import torch
-from helpers import adapt, assert_same, base, inputs, lotra_layers, nested, snapshot
+from helpers import adapt, assert_same, base, inputs, lotra_layers, nested, snapshot, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from stand_ins import FAMILIES, ChebyKANLayer, as_model
 from torch import nn
@@ -29,14 +27,7 @@ def changed(model):
 
 
 def fine_tuned(model: nn.Module, x: torch.Tensor, steps: int = 5) -> nn.Module:
-    model = copy.deepcopy(model)
-    y = torch.randn_like(model(x))
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (model(x) - y).square().mean().backward()
-        optimizer.step()
-    return model
+    return train(copy.deepcopy(model), x, torch.randn_like(model(x)), steps, lr=1e-2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -205,11 +196,6 @@ def test_more_errors():
         extract_lotra(model, copy.deepcopy(model), r=2)
     with pytest.raises(ValueError, match="`base` has adapters"):
         extract_lotra(adapt(copy.deepcopy(model)), model, r=2)
-
-
-###############
-# With inputs #
-###############
 
 
 def correlated(rows: int = 60, in_features: int = 8) -> torch.Tensor:

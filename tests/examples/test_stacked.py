@@ -3,8 +3,6 @@
 
 """Many tasks, or networks, trained at once: each starts as its base, and trains as it would alone."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

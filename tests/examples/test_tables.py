@@ -3,8 +3,6 @@
 
 """Tables, pages and pictures are made again from the committed results of the studies."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import re

@@ -9,8 +9,6 @@ of the base model and of the adapted, merged and unloaded ones. They are of comm
 digits from machine to machine, with any version of peft_lotra: outputs may differ by rounding.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import json

@@ -8,8 +8,6 @@
 Without `--sdist` the source distribution is downloaded from PyPI. `lotra_for_lora.py` says how the tests are adapted.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

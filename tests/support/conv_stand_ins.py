@@ -7,13 +7,12 @@ Each has the parameter names, shapes, axis orders and formula of the original (t
 it. With groups, inputs and outputs are split into blocks, and each block has parameters of its own.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from stand_ins import Gaussians, b_splines
 from torch import Tensor, nn
 
 
@@ -122,21 +121,11 @@ class FastKANConvNDLayer(_ConvKAN):
         self.base_activation = nn.SiLU()
         self.base_conv, self.spline_conv = self.convolutions(), self.convolutions(grid_size)
         self.layer_norm = nn.ModuleList([_NORMS[self.ndim](self.inputdim // self.groups) for _ in range(self.groups)])
-        self.rbf = Gaussians(-2.0, 2.0, grid_size)
+        self.rbf = Gaussians(-2, 2, grid_size)
 
     def block(self, x: Tensor, group: int) -> Tensor:
         functions = self.rbf(self.layer_norm[group](x)).moveaxis(-1, 2).flatten(1, 2)
         return self.base_conv[group](self.base_activation(x)) + self.spline_conv[group](functions)
-
-
-class Gaussians(nn.Module):
-    def __init__(self, low: float, high: float, count: int) -> None:
-        super().__init__()
-        self.grid = nn.Parameter(torch.linspace(low, high, count), requires_grad=False)
-        self.denominator = (high - low) / (count - 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.exp(-(((x[..., None] - self.grid) / self.denominator) ** 2))
 
 
 class KANConvNDLayer(_ConvKAN):
@@ -151,18 +140,10 @@ class KANConvNDLayer(_ConvKAN):
         step = 2 / grid_size
         self.grid = torch.linspace(-1 - 3 * step, 1 + 3 * step, grid_size + 7)
 
-    def splines(self, x: Tensor) -> Tensor:
-        knots, x = self.grid.to(x), x[..., None]
-        basis = ((knots[:-1] <= x) & (x < knots[1:])).to(x)
-        for p in range(1, self.spline_order + 1):
-            left = (x - knots[: -p - 1]) / (knots[p:-1] - knots[: -p - 1])
-            right = (knots[p + 1 :] - x) / (knots[p + 1 :] - knots[1:-p])
-            basis = left * basis[..., :-1] + right * basis[..., 1:]
-        return basis
-
     def block(self, x: Tensor, group: int) -> Tensor:
         base = self.base_conv[group](self.base_activation(x))
-        y = self.spline_conv[group](self.splines(x).moveaxis(-1, 2).flatten(1, 2))
+        splines = b_splines(x.reshape(-1, 1), self.grid.to(x)[None], self.spline_order).view(*x.shape, -1)
+        y = self.spline_conv[group](splines.moveaxis(-1, 2).flatten(1, 2))
         return self.prelus[group](self.layer_norm[group](base + y))
 
 

@@ -3,8 +3,6 @@
 
 """A small family with a known solution, whose functions can be sent to other processes."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -3,8 +3,6 @@
 
 """Networks (2 inputs, 1 output, float64) that are no `KAN`: of other libraries, and of one's own around KAN layers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

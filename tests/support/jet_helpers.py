@@ -3,8 +3,6 @@
 
 """Networks, points, and the derivatives that jets should return, by nested autograd."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -3,8 +3,6 @@
 
 """KAN layers that keep their coefficients in any order of axes, and modules by a formula."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

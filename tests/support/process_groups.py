@@ -3,15 +3,18 @@
 
 """Groups of processes for tests of `torch.distributed`."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
 
 
 SUPPORT = Path(__file__).parent
@@ -43,3 +46,13 @@ def start_group(worker: str, world: int, folder: Path) -> list[Any]:
     logs = [(folder / f"{rank}.log").read_text()[-3000:] for rank in range(world)]
     assert codes == [0] * world, "\n".join(logs)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def run_worker(function: Callable[[int, int], Any]) -> None:
+    """In such a process: writes what a function of its rank and of their number returns."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    result = function(dist.get_rank(), dist.get_world_size())
+    Path(sys.argv[1]).write_text(json.dumps(result))
+    dist.barrier()
+    os._exit(0)  # skips the end of the interpreter, where the threads of gloo sometimes abort

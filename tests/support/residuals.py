@@ -3,8 +3,6 @@
 
 """A small PDE by least squares, as tests of several files of `optim` solve it."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -6,17 +6,12 @@
 Takes Levenberg-Marquardt steps with a part of the rows, and writes what it ends with.
 """
 
-from __future__ import annotations
-
-import json
-import os
-import sys
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from process_groups import run_worker
 from residuals import network, terms
 from torch import Tensor, nn
 
@@ -46,11 +41,7 @@ def model(seed: int = 0) -> KAN:
     return network()
 
 
-KINDS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "forgetting": {"forgetting": 0.5},
-    "chunks": {"memory": 2**21},
-}
+KINDS: dict[str, dict[str, Any]] = {"plain": {}, "forgetting": {"forgetting": 0.5}, "chunks": {"memory": 2**21}}
 
 
 def run(kind: str, shard: Shard, group: Any) -> dict:
@@ -108,23 +99,15 @@ def wrong(rank: int, shard: Shard) -> dict[str, str]:
     }
 
 
-def main(path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank, world, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
-    mine = rows_of(rank, world)
-    result = {
+def results(rank: int, world: int) -> dict[str, Any]:
+    mine, group = rows_of(rank, world), dist.group.WORLD
+    return {
         "alone": {kind: run(kind, everything, None) for kind in KINDS},
         "sharded": {kind: run(kind, mine, group) for kind in KINDS},
         "nothing here": run("plain", (lambda row: row[:0]) if rank else everything, group),
         "wrong": wrong(rank, mine),
     }
-    with open(path, "w") as file:
-        json.dump(result, file)
-    dist.barrier()
-    # skips the end of the interpreter, where the threads of gloo sometimes abort
-    os._exit(0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_worker(results)

@@ -7,8 +7,6 @@ Each has the parameter names, shapes, attributes and formula of the original, an
 the stand-ins and the layers of installed libraries, so that a test runs over every layer that the package knows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def _b_splines(x: Tensor, knots: Tensor, degree: int, closed_interval: Tensor | None = None) -> Tensor:
+def b_splines(x: Tensor, knots: Tensor, degree: int, closed_interval: Tensor | None = None) -> Tensor:
     """B-spline basis by the Cox-de Boor recursion: x (B, I) and knots (I, M) give (B, I, M - 1 - degree).
 
     `closed_interval` (I,) names the knot interval of each input that includes its right end.
@@ -64,7 +62,7 @@ class OldEfficientKANLayer(nn.Module):
 
     def b_splines(self, x: Tensor) -> Tensor:
         assert x.dim() == 2 and x.size(1) == self.in_features
-        return _b_splines(x, self.grid, self.spline_order).contiguous()
+        return b_splines(x, self.grid, self.spline_order).contiguous()
 
     @property
     def scaled_spline_weight(self) -> Tensor:
@@ -75,11 +73,11 @@ class OldEfficientKANLayer(nn.Module):
         return base + F.linear(self.b_splines(x).flatten(1), self.scaled_spline_weight.flatten(1))
 
 
-class _RadialBasisFunction(nn.Module):
-    def __init__(self, num_grids: int) -> None:
+class Gaussians(nn.Module):
+    def __init__(self, low: float, high: float, count: int) -> None:
         super().__init__()
-        self.grid = nn.Parameter(torch.linspace(-2, 2, num_grids), requires_grad=False)
-        self.denominator = 4 / (num_grids - 1)
+        self.grid = nn.Parameter(torch.linspace(low, high, count), requires_grad=False)
+        self.denominator = (high - low) / (count - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.exp(-(((x[..., None] - self.grid) / self.denominator) ** 2))
@@ -111,7 +109,7 @@ class FastKANLayer(nn.Module):
         assert input_dim > 1 or not use_layernorm
         self.input_dim, self.output_dim = input_dim, output_dim
         self.layernorm = nn.LayerNorm(input_dim) if use_layernorm else None
-        self.rbf = _RadialBasisFunction(num_grids)
+        self.rbf = Gaussians(-2, 2, num_grids)
         self.spline_linear = _SplineLinear(input_dim * num_grids, output_dim)
         self.use_base_update, self.base_activation = True, F.silu
         self.base_linear = nn.Linear(input_dim, output_dim)
@@ -201,7 +199,7 @@ class KanxKANLinear(nn.Module):
         return torch.cat([first - offsets.flip(1), self.grid, last + offsets], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        basis = _b_splines(x, self._extended_grid(), self.spline_order)
+        basis = b_splines(x, self._extended_grid(), self.spline_order)
         return self.base_activation(x) @ self.base_weight + torch.einsum("bik,iok->bo", basis, self.spline_weight)
 
     @torch.no_grad()
@@ -233,7 +231,7 @@ class VectorizedSpline(nn.Module):
     def basis(self, x: Tensor) -> Tensor:
         if x.ndim != 2:
             raise ValueError(f"The input must have shape (batch, s). Got {x.shape}.")
-        return _b_splines(x.to(self.knots.dtype), self.knots, self.order - 1, self._boundary_interval_idx)
+        return b_splines(x.to(self.knots.dtype), self.knots, self.order - 1, self._boundary_interval_idx)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("bsc,soc->bso", self.basis(x), self.control_points)

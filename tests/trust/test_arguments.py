@@ -3,8 +3,6 @@
 
 """Arguments that make no sense, given to public functions: clear errors of this package, and nothing changed."""
 
-from __future__ import annotations
-
 import copy
 import math
 

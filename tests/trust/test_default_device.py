@@ -6,8 +6,6 @@
 Here the default is "meta", whose tensors have no values: whatever is made on it by mistake fails, or is not equal.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers import adapt, base

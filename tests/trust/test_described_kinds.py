@@ -3,13 +3,11 @@
 
 """What the package does with any layer, done with a described one of blocks, several parts and a list."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
 import torch
-from helpers import inputs, relative
+from helpers import inputs, relative, train
 from peft import get_peft_model
 from torch import nn
 
@@ -61,18 +59,9 @@ def case():
     return nn.Sequential(nn.Tanh(), Parts(), nn.Linear(6, 2)), inputs(9, in_features=4)
 
 
-def trained(model, x, steps=5, lr=0.03):
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (model(x) - 1).square().mean().backward()
-        optimizer.step()
-    return model
-
-
 def test_gradient_start_spectra_and_extraction(case):
     base, x = case
-    tuned, fresh = trained(copy.deepcopy(base), x), copy.deepcopy(base)
+    tuned, fresh = train(copy.deepcopy(base), x), copy.deepcopy(base)
     tuned[2].load_state_dict(base[2].state_dict())
     assert set(suggest_ranks(update_spectrum(base, tuned), energy=0.9)) == {"^1"}
     extracted = extract_lotra(copy.deepcopy(base), tuned, r=100)
@@ -92,6 +81,6 @@ def test_slim(case):
     dense = to_dense(compressed)
     assert type(dense[1]) is type(base[1]) and relative(dense(x), compressed(x)) < 1e-5
     assert {n: p.shape for n, p in dense.named_parameters()} == {n: p.shape for n, p in base.named_parameters()}
-    model = trained(get_peft_model(compressed, LoTRAConfig(r=2)), x)
+    model = train(get_peft_model(compressed, LoTRAConfig(r=2)), x)
     y = model(x)
     assert relative(model.merge_and_unload()(x), y) < 1e-4

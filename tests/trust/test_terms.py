@@ -3,8 +3,6 @@
 
 """Residual terms that LevenbergMarquardt refuses: the message names the term."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

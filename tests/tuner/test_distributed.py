@@ -25,10 +25,9 @@ def ranks(request, tmp_path_factory):
 def test_a_step_is_that_of_the_plain_model(ranks, network, kind):
     for rank in ranks:
         found = rank["results"][f"{network} {kind}"]
-        assert found["gradients are zero"] == [] == found["trained parameters not moved"]
-        assert found["frozen parameters moved"] == []
+        assert found["frozen parameters moved"] == [] == found["trained parameters not moved"]
         # `saved` and `loaded` are the gathered adapter
-        assert max(found[name] for name in ("output", "gradients", "state", "saved", "loaded")) < 1e-6
+        assert max(found[name] for name in ("output", "state", "saved", "loaded")) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "fsdp2"])
