@@ -399,30 +399,35 @@ def as_text(found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def mean_ranks(found: dict[str, dict]) -> tuple[dict[str, float], int]:
+    """The mean rank of each method over the pairs of task and number of labels that have all, and their number."""
+    cells = [rows for rows in found.values() if set(RIVALS) <= set(rows)]
+    scores = np.array([[test_mean(rows[name]) for name in RIVALS] for rows in cells])
+    ranks = dict(zip(RIVALS, rankdata(-scores, axis=1).mean(0).tolist(), strict=True))
+    return dict(sorted(ranks.items(), key=lambda item: item[1])), len(cells)
+
+
 def draw_ranks(found: dict[str, dict], path: Path) -> None:
-    """The mean rank of each method over the tasks; bars join those that Nemenyi's test does not tell apart at 5 %."""
-    tasks = [rows for rows in found.values() if set(RIVALS) <= set(rows)]
-    scores = np.array([[test_mean(rows[name]) for name in RIVALS] for rows in tasks])
-    ranks = rankdata(-scores, axis=1).mean(0)
-    order, number = ranks.argsort(), len(RIVALS)
-    apart = studentized_range.ppf(0.95, number, np.inf) * math.sqrt(number * (number + 1) / 12 / len(tasks))
+    """The mean rank of each method; bars join those that Nemenyi's test does not tell apart at 5 %."""
+    of_methods, cells = mean_ranks(found)
+    names, ranks, number = list(of_methods), np.array([*of_methods.values()]), len(of_methods)
+    apart = studentized_range.ppf(0.95, number, np.inf) * math.sqrt(number * (number + 1) / 12 / cells)
     figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
-    for place, index in enumerate(order):
-        name = RIVALS[index]
+    for place, (name, rank) in enumerate(of_methods.items()):
         color = BLUE if "LoTRA" in name else RED if "MLP" in name else GRAY
-        axis.plot(ranks[index], place, "o", color=color)
-        axis.annotate(f"{ranks[index]:.1f}", (ranks[index], place), (0, 5), textcoords="offset points", ha="center")
-    sorted_ranks, reached, x = ranks[order], 0, number + 0.8
-    for first, rank in enumerate(sorted_ranks):
-        last = int((sorted_ranks <= rank + apart).sum()) - 1
+        axis.plot(rank, place, "o", color=color)
+        axis.annotate(f"{rank:.1f}", (rank, place), (0, 5), textcoords="offset points", ha="center")
+    reached, x = 0, number + 0.8
+    for first, rank in enumerate(ranks):
+        last = int((ranks <= rank + apart).sum()) - 1
         if last > max(reached, first):  # a group that no other one holds
             axis.plot([x, x], [first - 0.2, last + 0.2], color="black", lw=2)
             reached, x = last, x + 0.3
-    axis.set_yticks(range(number), [RIVALS[index] for index in order])
+    axis.set_yticks(range(number), names)
     axis.invert_yaxis()
     axis.set(xlabel="mean rank, 1 is the best", xlim=(0.5, x))
     told = f"a line joins methods less than {apart:.1f} apart: Nemenyi's test at 5 % sees no difference"
-    figure.suptitle(f"Mean rank of the methods over {len(tasks)} pairs of task and number of labels;\n{told}")
+    figure.suptitle(f"Mean rank of the methods over {cells} pairs of task and number of labels;\n{told}")
     figure.savefig(path)
     plt.close(figure)
 

@@ -59,6 +59,17 @@ def test_many_tasks(name):
     assert table == (RESULTS / f"{name}.md").read_text(encoding="utf-8")
 
 
+def test_the_ranks_of_the_rivals(tmp_path):
+    study, page = importlib.import_module("few_labels"), (ROOT / "docs" / "when.md").read_text(encoding="utf-8")
+    results = load("rivals")["results"]
+    ranks = {name: f"{rank:.1f}" for name, rank in study.mean_ranks(results)[0].items()}
+    ours, full = ranks["LoTRA, gradient start, r=(8, 8, 4)"], ranks["KAN, full fine-tuning"]
+    others = f"one basis function {ranks['one basis function']}, LoHa {ranks['LoHa']}, LoKr {ranks['LoKr']}"
+    told = f"has {ours}, full fine-tuning {full}, {others}"
+    assert f"{told}, an MLP in full {ranks['MLP, full fine-tuning']}." in " ".join(page.split())
+    study.draw_ranks(results, tmp_path / "a.png")
+
+
 def test_the_rates_by_rank():
     study, page = importlib.import_module("learning_rates"), (ROOT / "docs" / "method.md").read_text()
     rows = with_infinity(load("learning_rates_ranks")["rows"])
