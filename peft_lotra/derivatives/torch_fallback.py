@@ -20,10 +20,6 @@ from ..modules.calls import attributes_kept
 from .chain_rule import Jet
 
 
-# Up to so many outputs a gradient of each costs less than derivatives along directions; docs/notes/log.md.
-MOST_GRADIENTS = 2
-
-
 def jet_by_transforms(
     model: Callable[[Tensor], Any], x: Tensor, directions: Tensor, order: int, weights: Tensor | None
 ) -> Jet:
@@ -128,31 +124,19 @@ def _slopes(
         found, pull = pull_back(function, point)
         found = found if isinstance(found, tuple) else (found,)
         y, count = found[0], len(directions)
-        if y.shape[-1] > MOST_GRADIENTS:
+        if y.shape[-1] > 1:
             push = pull_back(pull, torch.zeros_like(y))[1]  # a gradient in y to one in x is transposed
             parts = [push(v.expand_as(point)) for v in directions]
-            parts = parts if of_value else [part[d] for d, part in enumerate(parts)]
-        elif of_value:
-            gradients = [pull(one) for one in _units(y)]
-            parts = [torch.stack([g @ v for g in gradients], -1) for v in directions]
+            return torch.stack(parts if of_value else [part[d] for d, part in enumerate(parts)]), *found
+        # of one output the gradient itself costs less
+        if of_value:
+            gradients = [pull(torch.ones_like(y))] * count
         else:
-            units = _units(y[0])
-            parts = [
-                torch.stack([pull(_placed(one, d, count)) @ v for one in units], -1) for d, v in enumerate(directions)
-            ]
-        return torch.stack(parts), *found
+            one_hot = torch.eye(count, dtype=y.dtype, device=y.device).view(count, count, *[1] * (y.dim() - 1))
+            gradients = [pull(one.expand_as(y)) for one in one_hot]
+        return torch.stack([g @ v for g, v in zip(gradients, directions, strict=True)]).unsqueeze(-1), *found
 
     return slopes
-
-
-def _units(y: Tensor) -> list[Tensor]:
-    """For each column of y (..., O), ones there and zeros elsewhere."""
-    return [one.expand_as(y) for one in torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)]
-
-
-def _placed(part: Tensor, place: int, count: int) -> Tensor:
-    """(count, ...), zeros but for `part` at a place."""
-    return torch.stack([part if d == place else torch.zeros_like(part) for d in range(count)])
 
 
 def activation_derivatives(module: nn.Module, z: Tensor, highest: int) -> Sequence[Tensor]:
