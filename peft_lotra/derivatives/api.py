@@ -19,7 +19,7 @@ from ..modules.calls import check_module
 from ..modules.checks import check_count
 from .chain_rule import Jet, compose, row_counts
 from .layers import evaluate_layer
-from .norms import Norm, check_rows_apart, through_norm
+from .norms import NormLayer, check_rows_apart, through_norm
 from .stages import Stage, composed_jet, stages_of
 from .torch_fallback import activation_derivatives, jet_by_transforms
 
@@ -180,7 +180,7 @@ def through_stages(
     for stage in stages:
         if stage.is_layer:
             jet = evaluate(stage, jet, order, weights)
-        elif isinstance(stage.module, Norm):
+        elif isinstance(stage.module, NormLayer):
             jet = through_norm(stage.module, jet, order, weights)
         else:
             jet = _through_functions(stage.module, jet, order, weights)

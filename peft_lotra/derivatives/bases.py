@@ -155,9 +155,7 @@ def gaussian_derivatives(centers: Tensor, width: Any, z: Tensor, highest: int) -
     if highest >= 1:
         found.append(slope * value)
     for d in range(2, highest + 1):
-        part, factor = slope * found[-1], (d - 1) * rate
-        is_learned = isinstance(factor, Tensor)
-        found.append(part.sub_(found[-2] * factor) if is_learned else part.sub_(found[-2], alpha=factor))
+        found.append((slope * found[-1]).sub_(found[-2] * ((d - 1) * rate)))
     return _functions_last(found)
 
 

@@ -101,10 +101,11 @@ def _by_plain_operations(
     rows = _jet_rows(basis, jet, order, weights)
     if torch.compiler.is_compiling() and matrix is not None and not factored:
         # a product for each, so that the rows need not be written into one tensor, and what is not used is left out
+        product = lambda row: matrix @ row.flatten(0, 1)  # noqa: E731
         if len(matrix) <= 3:  # a sum that the compiler forms together with the rows
             each = matrix.unflatten(1, rows[0].shape[:2]).unsqueeze(-1)
-            return [torch.stack([(one * part).sum((-3, -2)) for one in each], -2) for part in rows]
-        return [matrix @ part.flatten(-3, -2) for part in rows]
+            product = lambda row: torch.stack([(one * row).sum((0, 1)) for one in each])  # noqa: E731
+        return [product(rows[0]), *(torch.stack([product(row) for row in part]) for part in rows[1:])]
     joined = _joined(rows)
     y: Any = 0 if matrix is None else matrix @ joined.flatten(1, 2)
     y = sum((_contract(joined, update) for update in factored), y)

@@ -21,7 +21,7 @@ from ..kan.network import LayerStack, is_norm
 from ..kan.slim_kan import SlimKANLinear
 from ..tucker import Update
 from .bases import Basis
-from .norms import Norm, norm_size
+from .norms import NormLayer, norm_size
 
 
 # modules that map each number by itself
@@ -33,7 +33,7 @@ class Branch(NamedTuple):
 
     basis: Basis
     coefficients: Tensor  # A (O, I, K), with adapters and scales
-    norm: Norm | None = None
+    norm: NormLayer | None = None
 
 
 class Stage(NamedTuple):
@@ -67,7 +67,7 @@ class Stage(NamedTuple):
         """The size I of the last dimension of the inputs; None for any."""
         if self.branches:
             return self.branches[0].coefficients.shape[1]
-        if isinstance(self.module, Norm):
+        if isinstance(self.module, NormLayer):
             return norm_size(self.module)
         return getattr(self.module, "in_features", None)  # an activation has none
 
@@ -112,29 +112,27 @@ def is_known(model: nn.Module) -> bool:
     return any(cls in _entries for cls in type(model).__mro__ if cls is not nn.Module)
 
 
-def _inside(model: nn.Module) -> nn.Module:
-    """The model inside of wrappers that return what it returns, down to the first module with forward hooks."""
+def _inside(model: nn.Module) -> tuple[nn.Module, Entry]:
+    """The model inside of wrappers that return what it returns, and its entry; an empty one at forward hooks."""
     while not _has_hooks(model):
         inner = entry_of(type(model)).inner
         found = getattr(model, "_orig_mod", None) if inner is None else inner(model)  # of `torch.compile`
         if not isinstance(found, nn.Module):
-            break
+            return model, entry_of(type(model))
         model = found
-    return model
+    return model, Entry()
 
 
 def stages_of(model: nn.Module) -> list[Stage] | None:
     """The stages that the model is the composition of; None if it has forward hooks, or is not known to be a chain."""
-    model = _inside(model)
-    stages = None if _has_hooks(model) else entry_of(type(model)).stages
-    return None if stages is None else stages(model)
+    model, entry = _inside(model)
+    return None if entry.stages is None else entry.stages(model)
 
 
 def composed_jet(model: nn.Module) -> Callable[[Tensor, Tensor, int, Tensor | None], Any] | None:
     """The `jet` that the model inside of wrappers is registered with, as a function of the other arguments."""
-    model = _inside(model)
-    function = None if _has_hooks(model) else entry_of(type(model)).jet
-    return None if function is None else partial(function, model)
+    model, entry = _inside(model)
+    return None if entry.jet is None else partial(entry.jet, model)
 
 
 def join_stages(modules: Iterable[nn.Module]) -> list[Stage] | None:

@@ -184,14 +184,7 @@ class ExactNorms(TorchFunctionMode):
         return exact(*args, **(kwargs or {}))
 
 
-def _layer_norm(
-    input: Tensor,  # the names of torch's functions
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Tensor:
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):  # as torch names them
     axes = tuple(range(-len(normalized_shape), 0))
     centered = input - input.mean(axes, keepdim=True)
     y = centered * torch.rsqrt(centered.square().mean(axes, keepdim=True) + eps)
