@@ -270,7 +270,7 @@ register_kan_layer(
     "peft-lotra",
     matches=KANLinear,
     grid_methods=("update_grid",),
-    splines=lambda m: UniformGrid(*m.grid_bounds.unbind(-1), m.grid_size, m.spline_order),  # pyright: ignore
+    splines=lambda m: m.grid,
     activation=lambda m, x: nn.functional.silu(x),
     **_OURS,
 )
