@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kan.basis import UniformGrid, logistic_derivatives
 from ..kan.memory import JET_BLOCK, OFF_CPU, blocks, workspace
-from .torch_fallback import jet_by_transforms
+from .torch_fallback import elementwise_derivatives
 
 
 Derivatives = Callable[[Tensor, int], list[Tensor]]  # z (N, I) and `highest` to the derivatives, each (N, I, K)
@@ -35,9 +35,8 @@ class FunctionBasis(NamedTuple):
         """The values at z (I, N) and their derivatives, each (K, I, N); those beyond `derivatives` by transforms."""
         found = self.derivatives(z.T, highest)
         if (missing := highest + 1 - len(found)) > 0:
-            of_last = lambda rows: self.derivatives(rows.squeeze(-1), highest - missing)[-1]  # noqa: E731
-            more = jet_by_transforms(of_last, z.T.unsqueeze(-1), z.new_ones(1, 1), missing, None)[1:]
-            found = [*found, *(part.squeeze(0) for part in more)]
+            of_last = lambda x: self.derivatives(x, highest - missing)[-1]  # noqa: E731
+            found = [*found[:-1], *elementwise_derivatives(of_last, z.T, missing)]
         return [part.permute(2, 1, 0) for part in found]
 
 

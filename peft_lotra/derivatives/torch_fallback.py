@@ -163,7 +163,7 @@ def activation_derivatives(module: nn.Module, z: Tensor, highest: int) -> Sequen
 
 
 def elementwise_derivatives(function: Callable[[Tensor], Tensor], z: Tensor, highest: int) -> list[Tensor]:
-    """A function that maps each number by itself, and its derivatives up to an order."""
+    """A function that maps each number by itself, to one or several, and its derivatives up to an order."""
     if not highest:
         return [function(z)]
     of_rows = lambda point: function(point.squeeze(-1))  # noqa: E731
