@@ -175,12 +175,11 @@ def _register_exact(cls: type[nn.Module], stages: Callable[[Any], list[Stage] | 
 _register_exact(KANLinear, lambda layer: [Stage(layer, (layer.spline_weight, layer.base_weight))])
 _register_exact(SlimKANLinear, lambda layer: [Stage(layer, updates=(Update(1.0, layer.components),))])
 _register_exact(LayerStack, lambda net: join_stages(net.layers))
-_register_exact(InputMap, lambda module: [Stage(module)])
+_register_exact(nn.Sequential, join_stages)
+for cls in (InputMap, *ACTIVATIONS):
+    _register_exact(cls, lambda module: [Stage(module)])
 register(KANModel, Entry(inner=lambda model: model.kan if type(model).forward is KANModel.forward else None))
 register(nn.Linear, Entry(_linear))
-register(nn.Sequential, Entry(lambda net: join_stages(net) if type(net) is nn.Sequential else None))
-for cls in ACTIVATIONS:
-    register(cls, Entry(lambda module: [Stage(module)] if type(module) in ACTIVATIONS else None))
 for cls in (nn.LayerNorm, nn.BatchNorm1d):
     register(cls, Entry(lambda module: [Stage(module)] if is_norm(module) else None))
 for cls in (nn.DataParallel, nn.parallel.DistributedDataParallel):

@@ -20,6 +20,9 @@ from ..modules.calls import attributes_kept
 from .chain_rule import Jet
 
 
+Tensors = tuple[Tensor, ...]  # at least one
+
+
 def jet_by_transforms(
     model: Callable[[Tensor], Any], x: Tensor, directions: Tensor, order: int, weights: Tensor | None
 ) -> Jet:
@@ -48,29 +51,28 @@ def _recordable(tensor: Tensor) -> Tensor:
     return tensor.clone() if not in_transform() and tensor.is_inference() else tensor
 
 
-def pull_back(function: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
-    """The value of a function, a tensor or several, and the map of a gradient in the first of them to one in x.
+def pull_back(function: Callable[[Tensor], Tensors], x: Tensor) -> tuple[Tensors, Callable[[Tensor], Tensor]]:
+    """The values of a function, and the map of a gradient in the first of them to one in x.
 
     `torch.func.vjp` where transforms are at work, or a compiler; outside of them autograd, under which hooks of saved
     tensors and all custom functions run.
     """
     if in_transform() or torch.compiler.is_compiling():
 
-        def first_and_all(point: Tensor) -> tuple[Tensor, Any]:
+        def first_and_all(point: Tensor) -> tuple[Tensor, Tensors]:
             found = function(point)
-            return (found[0] if isinstance(found, tuple) else found), found
+            return found[0], found
 
         _, pull, found = vjp(first_and_all, x, has_aux=True)  # pyright: ignore[reportAssignmentType] (by `has_aux`)
         return found, lambda gradient: pull(gradient)[0]
     x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
     found = function(x)
-    y = found[0] if isinstance(found, tuple) else found
 
     def pull_recorded(gradient: Tensor) -> Tensor:
-        if not y.requires_grad:
+        if not found[0].requires_grad:
             return torch.zeros_like(x)
         grad = torch.autograd.grad
-        return grad(y, x, gradient, create_graph=True, allow_unused=True, materialize_grads=True)[0]
+        return grad(found[0], x, gradient, create_graph=True, allow_unused=True, materialize_grads=True)[0]
 
     return found, pull_recorded
 
@@ -80,7 +82,7 @@ def _differentiate(
 ) -> Jet:
     shape = torch.Size()  # of an output row
 
-    def rows(point: Tensor) -> Tensor:
+    def rows(point: Tensor) -> Tensors:
         """The outputs, (...), (..., O) or (..., *S) for inputs (..., I), as (..., O)."""
         nonlocal shape
         with ExactNorms():
@@ -96,7 +98,7 @@ def _differentiate(
                 "(..., I): a row of outputs for each row of inputs."
             )
         shape = output.shape[len(lead) :]
-        return output.reshape(*lead, shape.numel())
+        return (output.reshape(*lead, shape.numel()),)
 
     jets = []
     # one gradient serves all directions, but those of slopes do not: up to order 2 that pays
@@ -112,20 +114,18 @@ def _differentiate(
     return [part.reshape(*part.shape[:-1], *shape) for part in found]
 
 
-def _slopes(
-    function: Callable[[Tensor], Any], directions: Tensor, of_value: bool
-) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def _slopes(function: Callable[[Tensor], Tensors], directions: Tensor, of_value: bool) -> Callable[[Tensor], Tensors]:
     """The function that returns one more derivative, (D, ..., O), in front of what a function returns, highest first.
 
     That function is `of_value` (..., O) alone, whose gradient serves all directions.
     """
 
-    def slopes(point: Tensor) -> tuple[Tensor, ...]:
+    def slopes(point: Tensor) -> Tensors:
         found, pull = pull_back(function, point)
-        found = found if isinstance(found, tuple) else (found,)
         y, count = found[0], len(directions)
         if y.shape[-1] > 1:
-            push = pull_back(pull, torch.zeros_like(y))[1]  # a gradient in y to one in x is transposed
+            # the map of a gradient in y to one in x is linear: this is its transpose
+            _, push = pull_back(lambda gradient: (pull(gradient),), torch.zeros_like(y))
             parts = [push(v.expand_as(point)) for v in directions]
             return torch.stack(parts if of_value else [part[d] for d, part in enumerate(parts)]), *found
         # of one output the gradient itself costs less
@@ -164,8 +164,6 @@ def activation_derivatives(module: nn.Module, z: Tensor, highest: int) -> Sequen
 
 def elementwise_derivatives(function: Callable[[Tensor], Tensor], z: Tensor, highest: int) -> list[Tensor]:
     """A function that maps each number by itself, to one or several, and its derivatives up to an order."""
-    if not highest:
-        return [function(z)]
     of_rows = lambda point: function(point.squeeze(-1))  # noqa: E731
     value, *others = jet_by_transforms(of_rows, z.unsqueeze(-1), z.new_ones(1, 1), highest, None)
     return [value, *(part.squeeze(0) for part in others)]
