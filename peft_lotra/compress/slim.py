@@ -252,7 +252,7 @@ class _Compression:
             fitted = tucker(tensor, ranks[name]) if weights is None else weights.fit(tensor, ranks[name])
             layer, spec, _ = locate_target(name, self.layers[name])
             if isinstance(layer, KANLinear):
-                slim_layer = filled(layer, **fitted.balanced()._asdict())
+                slim_layer = filled(layer, fitted.balanced()._asdict())
                 share_hooks(layer, slim_layer)
             else:  # a SlimLayer takes the parameters out of a layer: here out of a copy that shares them
                 shared = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})

@@ -206,11 +206,11 @@ def _refitted(
     if isinstance(layer, SlimKANLinear):
         rows = layer.factor_basis.double()
         components = layer.components._replace(factor_basis=torch.cat([transfer[0] @ rows, rows[-1:]]))
-        new = filled(layer, grid_size, **components._asdict())
+        new = filled(layer, components._asdict(), grid_size)
     else:
         weight = torch.cat([layer.spline_weight, layer.base_weight.unsqueeze(-1)], -1).double()
         weight = einsum(transfer, weight, "i new old, o i old -> o i new")
-        new = filled(layer, grid_size, spline_weight=weight, base_weight=layer.base_weight)
+        new = filled(layer, {"spline_weight": weight, "base_weight": layer.base_weight}, grid_size)
     new.grid_bounds.copy_(bounds)
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(layer.get_parameter(name).requires_grad)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -165,13 +165,13 @@ class SlimKANLinear(SplineLayer):
     @torch.inference_mode(False)  # parameters made in that mode could not be trained
     def to_dense(self) -> KANLinear:
         """The `KANLinear` that computes the same, up to rounding."""
-        return filled(self, spline_weight=self.spline_weight, base_weight=self.base_weight)
+        return filled(self, {"spline_weight": self.spline_weight, "base_weight": self.base_weight})
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ranks={self.ranks}"
 
 
-def filled(like: SplineLayer, grid_size: int | None = None, **parameters: torch.Tensor) -> Any:
+def filled(like: SplineLayer, parameters: Mapping[str, torch.Tensor], grid_size: int | None = None) -> Any:
     """A layer with these parameters, by their names a `SlimKANLinear` or a `KANLinear`, and the rest as in `like`."""
     sizes = (like.in_features, like.out_features)
     rest = (grid_size or like.grid_size, like.spline_order, like.grid_range, "meta")
