@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -222,18 +223,15 @@ def recorded_calls(
     Unlike a hook, it also sees calls of `layer.forward`, as Convolutional-KANs makes them.
     """
 
-    def recorded(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            y = forward(*args, **kwargs)
-            record(name, args[0] if args else next(iter(kwargs.values())), y)
-            return y
-
-        return run
+    def run(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        y = forward(*args, **kwargs)
+        record(name, args[0] if args else next(iter(kwargs.values())), y)
+        return y
 
     before = [(vars(layer), vars(layer).get("forward")) for layer in layers.values()]
     try:
         for name, layer in layers.items():
-            vars(layer)["forward"] = recorded(name, layer.forward)
+            vars(layer)["forward"] = partial(run, name, layer.forward)
         yield
     finally:
         for attributes, forward in before:

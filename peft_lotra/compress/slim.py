@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..kan.layer import KANLinear
-from ..kan.slim_kan import SlimKANLinear, warn_capped
+from ..kan.slim_kan import SlimKANLinear, filled, warn_capped
 from ..layers.registry import find_kan_layers, known_kinds
 from ..layers.slim import SlimLayer
 from ..modules.calls import share_hooks, unwrap
@@ -195,23 +195,26 @@ def _resolve_ranks(
 
 
 class _Compression:
-    """A model, its coefficient tensors (out, in, basis [+ 1]) by layer, and with `inputs` the data weights of each."""
+    """A model, by layer its coefficients times the scales of the edges (out, in, basis [+ 1]), and with `inputs` the
+    data weights of each."""
 
     def __init__(self, model: nn.Module, inputs: Inputs | None) -> None:
         self.model, self.inputs = model, inputs
         self.layers: dict[str, nn.Module] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
         for found in find_kan_layers(model):
             layer = model.get_submodule(found.name)
             if len(found.shape) > 3:
                 raise ValueError(f"`{found.name}` is a convolution: compress the part of the model without them.")
             if not isinstance(layer, (SlimKANLinear, SlimLayer)):
                 self.layers[found.name] = layer
+                tensor, scale = read_coefficients(found.name, layer)
+                self.tensors[found.name] = (tensor if scale is None else tensor * scale).detach()
         if not self.layers:
             raise ValueError(
                 "No KAN layer that could be compressed was found in the model. The known kinds of layers are "
                 f"{', '.join(known_kinds())}; describe another one with `peft_lotra.register_kan_layer`."
             )
-        self.tensors = {name: _read_product(name, layer) for name, layer in self.layers.items()}
         self.weights = {} if inputs is None else gather_weights(model, self.layers, inputs)
         if inputs is not None:
             with torch.no_grad():
@@ -249,7 +252,7 @@ class _Compression:
             fitted = tucker(tensor, ranks[name]) if weights is None else weights.fit(tensor, ranks[name])
             layer, spec, _ = locate_target(name, self.layers[name])
             if isinstance(layer, KANLinear):
-                slim_layer = SlimKANLinear.from_components(layer, fitted.balanced())
+                slim_layer = filled(layer, fitted.balanced()._asdict())
                 share_hooks(layer, slim_layer)
             else:  # a SlimLayer takes the parameters out of a layer: here out of a copy that shares them
                 shared = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
@@ -274,12 +277,6 @@ class _Compression:
             return model_outputs(model, inputs)
         finally:
             _exchange(self.model, {new: old for old, new in exchanged.items()})
-
-
-def _read_product(name: str, layer: nn.Module) -> torch.Tensor:
-    """Coefficient times scale of the edge: (out, in, basis [+ 1]) in float64."""
-    tensor, scale = read_coefficients(name, layer)
-    return (tensor if scale is None else tensor * scale).detach()
 
 
 def _relative_error(y: torch.Tensor, other: torch.Tensor) -> float:

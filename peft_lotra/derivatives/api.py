@@ -19,7 +19,7 @@ from ..modules.calls import check_module
 from ..modules.checks import check_count
 from .chain_rule import Jet, compose, row_counts
 from .layers import evaluate_layer
-from .norms import Norm, check_rows_apart, through_norm
+from .norms import NormLayer, check_rows_apart, through_norm
 from .stages import Stage, composed_jet, stages_of
 from .torch_fallback import activation_derivatives, jet_by_transforms
 
@@ -88,9 +88,7 @@ def jet(
 
 
 def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, order: int, collapse: Any) -> Jet:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"`x` must be a floating point tensor, but is {given}.")
+    directions = _checked_directions(x, directions)
     order = check_count(order, "order")
     if order > HIGHEST_ORDER:
         raise ValueError(f"`order` is {order}, but must be 1 to {HIGHEST_ORDER}: nest `torch.func.jvp` for more.")
@@ -117,19 +115,8 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, order: int, col
     if stages and parameter is not None and torch.promote_types(x.dtype, parameter.dtype) != parameter.dtype:
         raise ValueError(f"`x` is of {x.dtype}, but the model of {parameter.dtype}: cast one of them.")
     size = next((stage.in_features for stage in stages or () if stage.in_features is not None), None)
-    if x.dim() == 0 or size not in (None, x.shape[-1]):
-        expected = size or "the model's number of inputs"
-        raise ValueError(f"`x` has shape {tuple(x.shape)}, but its last dimension must be {expected}.")
-    if directions is None:
-        directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    if not isinstance(directions, Tensor):
-        raise TypeError(f"`directions` must be a tensor or None, but is of type {type(directions).__name__}.")
-    if directions.dim() != 2 or directions.shape[1] != x.shape[-1] or len(directions) == 0:
-        raise ValueError(
-            f"`directions` has shape {tuple(directions.shape)}, but must be (D, {x.shape[-1]}): one direction in the "
-            "space of inputs in each row, at least one."
-        )
-    directions = directions.to(x)
+    if size not in (None, x.shape[-1]):
+        raise ValueError(f"`x` has shape {tuple(x.shape)}, but its last dimension must be {size}.")
     weights = None
     if collapse is not False:
         try:
@@ -154,6 +141,25 @@ def _jet(model: nn.Module, x: Tensor, directions: Tensor | None, order: int, col
     return found if x.dim() == 2 else [part.reshape(*part.shape[:-2], *x.shape[:-1], part.shape[-1]) for part in found]
 
 
+def _checked_directions(x: Tensor, directions: Tensor | None) -> Tensor:
+    """The directions (D, I) in the space of inputs x (..., I), by default its axes; raises as `jet`."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"`x` must be a floating point tensor, but is {given}.")
+    if x.dim() == 0:
+        raise ValueError("`x` has shape (), but its last dimension must be the model's number of inputs.")
+    if directions is None:
+        return torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    if not isinstance(directions, Tensor):
+        raise TypeError(f"`directions` must be a tensor or None, but is of type {type(directions).__name__}.")
+    if directions.dim() != 2 or directions.shape[1] != x.shape[-1] or len(directions) == 0:
+        raise ValueError(
+            f"`directions` has shape {tuple(directions.shape)}, but must be (D, {x.shape[-1]}): one direction in the "
+            "space of inputs in each row, at least one."
+        )
+    return directions.to(x)
+
+
 def _warn(kind: Any, message: str) -> None:
     """Warns once for each kind."""
     if not torch.compiler.is_compiling() and kind not in _warned:
@@ -174,7 +180,7 @@ def through_stages(
     for stage in stages:
         if stage.is_layer:
             jet = evaluate(stage, jet, order, weights)
-        elif isinstance(stage.module, Norm):
+        elif isinstance(stage.module, NormLayer):
             jet = through_norm(stage.module, jet, order, weights)
         else:
             jet = _through_functions(stage.module, jet, order, weights)
@@ -264,9 +270,7 @@ def curl(model: nn.Module, x: Tensor, dims: int | None = None) -> Tensor:
 
 def _slopes(model: nn.Module, x: Tensor, dims: int | None) -> Tensor:
     """The derivatives of the first n outputs in the first n coordinates, (n, ..., n)."""
-    directions = None
-    if dims is not None and isinstance(x, Tensor) and x.dim():
-        directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)[: check_count(dims, "dims")]
+    directions = None if dims is None else _checked_directions(x, None)[: check_count(dims, "dims")]
     _, du = jet(model, x, directions, order=1)
     found = du.shape[-1] if dims is None else min(len(du), du.shape[-1])
     if found != (dims or len(du)):
@@ -296,14 +300,11 @@ def hessian(model: nn.Module, x: Tensor, directions: Tensor | None = None) -> tu
         >>> tuple(hessian(KAN([3, 5, 1]), torch.rand(100, 3))[2].shape)
         (3, 3, 100, 1)
     """
-    if directions is None and isinstance(x, Tensor) and x.dim():
-        directions = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    if not isinstance(directions, Tensor) or directions.dim() != 2:
-        return jet(model, x, directions)  # which raises
+    directions = _checked_directions(x, directions)
     count = len(directions)
     pairs = [(a, b) for a in range(count) for b in range(a)]
     sums = [directions[a] + directions[b] for a, b in pairs]
-    u, du, d2u = jet(model, x, torch.stack([*directions, *sums]) if count else directions)
+    u, du, d2u = jet(model, x, torch.stack([*directions, *sums]))
     mixed = {(a, a): d2u[a] for a in range(count)}
     for (a, b), value in zip(pairs, d2u[count:], strict=True):
         mixed[a, b] = mixed[b, a] = (value - d2u[a] - d2u[b]) / 2

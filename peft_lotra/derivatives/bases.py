@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kan.basis import UniformGrid, logistic_derivatives
 from ..kan.memory import JET_BLOCK, OFF_CPU, blocks, workspace
-from .torch_fallback import jet_by_transforms
+from .torch_fallback import elementwise_derivatives
 
 
 Derivatives = Callable[[Tensor, int], list[Tensor]]  # z (N, I) and `highest` to the derivatives, each (N, I, K)
@@ -35,9 +35,8 @@ class FunctionBasis(NamedTuple):
         """The values at z (I, N) and their derivatives, each (K, I, N); those beyond `derivatives` by transforms."""
         found = self.derivatives(z.T, highest)
         if (missing := highest + 1 - len(found)) > 0:
-            of_last = lambda rows: self.derivatives(rows.squeeze(-1), highest - missing)[-1]  # noqa: E731
-            more = jet_by_transforms(of_last, z.T.unsqueeze(-1), z.new_ones(1, 1), missing, None)[1:]
-            found = [*found, *(part.squeeze(0) for part in more)]
+            of_last = lambda x: self.derivatives(x, highest - missing)[-1]  # noqa: E731
+            found = [*found[:-1], *elementwise_derivatives(of_last, z.T, missing)]
         return [part.permute(2, 1, 0) for part in found]
 
 
@@ -155,9 +154,7 @@ def gaussian_derivatives(centers: Tensor, width: Any, z: Tensor, highest: int) -
     if highest >= 1:
         found.append(slope * value)
     for d in range(2, highest + 1):
-        part, factor = slope * found[-1], (d - 1) * rate
-        is_learned = isinstance(factor, Tensor)
-        found.append(part.sub_(found[-2] * factor) if is_learned else part.sub_(found[-2], alpha=factor))
+        found.append((slope * found[-1]).sub_(found[-2] * ((d - 1) * rate)))
     return _functions_last(found)
 
 

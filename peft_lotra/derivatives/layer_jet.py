@@ -19,61 +19,67 @@ from .chain_rule import bell_polynomials, row_counts
 from .splines import SplineFeatures
 
 
+# Jet rows of all points. `optim.least_squares` tries a function with more points than these.
+PLAIN_UP_TO = 64
+
+
 class LayerJet(torch.autograd.Function):
-    """Maps coefficients (O, (K + 1) I) and a jet, z (I, N) and (D or 1, I, N), to the jet of y up to an order, see
-    `evaluate_layer`. The function `plain` of these does the same by operations that autograd differentiates.
+    """Maps the coefficients as a matrix (O, (K + 1) I), and a jet, z (I, N) and (D or 1, I, N), to the jet of y up to
+    an order, see `evaluate_layer`. The function `plain` of these does the same by operations that autograd
+    differentiates.
 
     The functions of the basis are evaluated in blocks of points that fit the cache. One block is kept for the
     backward pass; of several, only the arguments are, and the functions are evaluated again.
     """
 
     @staticmethod
-    def forward(ctx, basis, order, weights, plain, weight, *jet):
+    def forward(ctx, basis, order, weights, plain, matrix, *jet):
         z = jet[0]
         features = make_features(basis, z)
         jet_rows = JetRows(features.scale, jet, order, weights, row_counts(jet, order, weights))
         ctx.orders, kept = jet_rows.orders(any(ctx.needs_input_grad[5:])), ()
         if any(ctx.needs_input_grad) and z.shape[1] <= features.rows:
             kept = features.evaluate(z, ctx.orders)
-        value = z.new_empty(len(weight), z.shape[1])  # no view, so that it may be changed in place
+        value = z.new_empty(len(matrix), z.shape[1])  # no view, so that it may be changed in place
         derivatives = [z.new_empty(count, *value.shape) for count in jet_rows.counts[1:]]
         each = [value, *(row for part in derivatives for row in part.unbind())]
         for part, found in features.parts(z, ctx.orders if kept else jet_rows.orders(False), kept):
-            for number, matrix in found.matrices(jet_rows.rows(found, part)):
-                torch.mm(weight, matrix, out=each[number][:, part])
-        ctx.save_for_backward(weight, weights, *jet, *kept, *tensors_of(basis))
+            for number, row in found.matrices(jet_rows.rows(found, part)):
+                torch.mm(matrix, row, out=each[number][:, part])
+        ctx.save_for_backward(matrix, weights, *jet, *kept, *tensors_of(basis))
         ctx.set_materialize_grads(False)
         ctx.features, ctx.plain, ctx.order, ctx.stops = features, plain, order, (len(jet), len(jet) + len(kept))
         return value, *derivatives
 
     @staticmethod
     def backward(ctx, *grads):
-        weight, weights, *saved = ctx.saved_tensors
+        matrix, weights, *saved = ctx.saved_tensors
         jet, kept = saved[: ctx.stops[0]], saved[slice(*ctx.stops)]
         if is_plain_backward(*grads):
-            return *[None] * 4, *plain_gradients(ctx.plain, [weight, *jet], ctx.needs_input_grad[4:], grads)
+            return *[None] * 4, *plain_gradients(ctx.plain, [matrix, *jet], ctx.needs_input_grad[4:], grads)
         groups = [() if grad is None else grad.unbind() if n else (grad,) for n, grad in enumerate(grads)]
         each = [part for group in groups for part in group]
         to_inputs = any(ctx.needs_input_grad[5:])
         results = [torch.zeros_like(part) if to_inputs else None for part in jet]
         # Transposed: the product that gives it so takes less time.
-        to_weight = torch.zeros_like(weight.t()) if ctx.needs_input_grad[4] else None
+        to_matrix = torch.zeros_like(matrix.t()) if ctx.needs_input_grad[4] else None
         jet_rows = JetRows(ctx.features.scale, jet, ctx.order, weights, [len(group) for group in groups])
         for part, found in ctx.features.parts(jet[0], ctx.orders, kept):
             here = [gradient[:, part] for gradient in each]
-            if to_weight is not None:
-                for number, matrix in found.matrices(jet_rows.rows(found, part)):
-                    to_weight.addmm_(matrix, here[number].t())
+            if to_matrix is not None:
+                for number, row in found.matrices(jet_rows.rows(found, part)):
+                    to_matrix.addmm_(row, here[number].t())
             if to_inputs:
-                jet_rows.add_input_gradients(results, found, part, found.towards(weight.t(), here))
+                jet_rows.add_input_gradients(results, found, part, found.towards(matrix.t(), here))
         if (scale := ctx.features.scale) is not None:
             results = [None if result is None else result.mul_(scale) for result in results]
-        return *[None] * 4, None if to_weight is None else to_weight.t(), *results
+        return *[None] * 4, None if to_matrix is None else to_matrix.t(), *results
 
 
-def by_hand_pays(rows: int, x: Tensor, *others: Tensor | None) -> bool:
-    """True for more than a few rows, outside of transforms and compilation, which need plain operations."""
-    return rows > 64 and not needs_plain_operations(x, *others)
+def by_hand_pays(jet: Sequence[Tensor], order: int, weights: Tensor | None, *others: Tensor | None) -> bool:
+    """True for more than a few jet rows, outside of transforms and compilation, which need plain operations."""
+    rows = len(jet[0]) * sum(row_counts(jet, order, weights))
+    return rows > PLAIN_UP_TO and not needs_plain_operations(*jet, weights, *others)
 
 
 def make_features(basis: Basis, z: Tensor) -> FunctionFeatures:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .chain_rule import Jet, compose, mixed_terms, row_counts
 
 
-Norm = nn.LayerNorm | nn.BatchNorm1d
+NormLayer = nn.LayerNorm | nn.BatchNorm1d
 
 
 def check_rows_apart(model: nn.Module) -> None:
@@ -25,12 +25,12 @@ def check_rows_apart(model: nn.Module) -> None:
             )
 
 
-def norm_size(module: Norm) -> int:
+def norm_size(module: NormLayer) -> int:
     """The size of the last dimension, which the module normalizes."""
     return module.normalized_shape[0] if isinstance(module, nn.LayerNorm) else module.num_features
 
 
-def through_norm(norm: Norm, jet: Jet, order: int, weights: Tensor | None) -> Jet:
+def through_norm(norm: NormLayer, jet: Jet, order: int, weights: Tensor | None) -> Jet:
     """The jet of the outputs of a normalization; arguments as for `evaluate_layer`.
 
     Batch normalization in evaluation mode is affine. Layer normalization is the product of m = z - mean(z) and

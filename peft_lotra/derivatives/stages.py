@@ -21,7 +21,7 @@ from ..kan.network import LayerStack, is_norm
 from ..kan.slim_kan import SlimKANLinear
 from ..tucker import Update
 from .bases import Basis
-from .norms import Norm, norm_size
+from .norms import NormLayer, norm_size
 
 
 # modules that map each number by itself
@@ -29,11 +29,11 @@ ACTIVATIONS = (nn.Identity, nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Softplus, 
 
 
 class Branch(NamedTuple):
-    """A part of a layer of another library, sum_{i,k} weight[o,i,k] basis_k(x[i]), for normalized x if with a norm."""
+    """A part of a layer of another library, sum_{i,k} A[o,i,k] basis_k(x[i]), for normalized x if with a norm."""
 
     basis: Basis
-    weight: Tensor  # (O, I, K), with adapters and scales
-    norm: Norm | None = None
+    coefficients: Tensor  # A (O, I, K), with adapters and scales
+    norm: NormLayer | None = None
 
 
 class Stage(NamedTuple):
@@ -66,8 +66,8 @@ class Stage(NamedTuple):
     def in_features(self) -> int | None:
         """The size I of the last dimension of the inputs; None for any."""
         if self.branches:
-            return self.branches[0].weight.shape[1]
-        if isinstance(self.module, Norm):
+            return self.branches[0].coefficients.shape[1]
+        if isinstance(self.module, NormLayer):
             return norm_size(self.module)
         return getattr(self.module, "in_features", None)  # an activation has none
 
@@ -112,29 +112,27 @@ def is_known(model: nn.Module) -> bool:
     return any(cls in _entries for cls in type(model).__mro__ if cls is not nn.Module)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside of wrappers that return what it returns, down to the first module with forward hooks."""
+def _inside(model: nn.Module) -> tuple[nn.Module, Entry]:
+    """The model inside of wrappers that return what it returns, and its entry; an empty one at forward hooks."""
     while not _has_hooks(model):
         inner = entry_of(type(model)).inner
         found = getattr(model, "_orig_mod", None) if inner is None else inner(model)  # of `torch.compile`
         if not isinstance(found, nn.Module):
-            break
+            return model, entry_of(type(model))
         model = found
-    return model
+    return model, Entry()
 
 
 def stages_of(model: nn.Module) -> list[Stage] | None:
     """The stages that the model is the composition of; None if it has forward hooks, or is not known to be a chain."""
-    model = unwrap(model)
-    stages = None if _has_hooks(model) else entry_of(type(model)).stages
-    return None if stages is None else stages(model)
+    model, entry = _inside(model)
+    return None if entry.stages is None else entry.stages(model)
 
 
 def composed_jet(model: nn.Module) -> Callable[[Tensor, Tensor, int, Tensor | None], Any] | None:
     """The `jet` that the model inside of wrappers is registered with, as a function of the other arguments."""
-    model = unwrap(model)
-    function = None if _has_hooks(model) else entry_of(type(model)).jet
-    return None if function is None else partial(function, model)
+    model, entry = _inside(model)
+    return None if entry.jet is None else partial(entry.jet, model)
 
 
 def join_stages(modules: Iterable[nn.Module]) -> list[Stage] | None:
@@ -163,31 +161,25 @@ def _has_hooks(model: nn.Module) -> bool:
     return bool(model._forward_hooks or model._forward_pre_hooks)
 
 
-def _dense_layer(layer: KANLinear) -> list[Stage] | None:
-    plain = type(layer).forward is KANLinear.forward
-    return [Stage(layer, (layer.spline_weight, layer.base_weight))] if plain else None
-
-
-def _slim_layer(layer: SlimKANLinear) -> list[Stage] | None:
-    plain = type(layer).forward is SlimKANLinear.forward
-    return [Stage(layer, updates=(Update(1.0, layer.components),))] if plain else None
-
-
 def _linear(module: nn.Linear) -> list[Stage] | None:
     if type(module) is not nn.Linear or "weight" not in module._parameters:
         return None  # a subclass, or one whose weight something else computes (a Slim layer, a parametrization)
     return [Stage(module, (module.weight, module.bias))]
 
 
-register(KANLinear, Entry(_dense_layer))
-register(SlimKANLinear, Entry(_slim_layer))
-register(LayerStack, Entry(lambda net: join_stages(net.layers) if type(net).forward is LayerStack.forward else None))
+def _register_exact(cls: type[nn.Module], stages: Callable[[Any], list[Stage] | None]) -> None:
+    """As `register`, for modules that have the `forward` of the class itself."""
+    register(cls, Entry(lambda module: stages(module) if type(module).forward is cls.forward else None))
+
+
+_register_exact(KANLinear, lambda layer: [Stage(layer, (layer.spline_weight, layer.base_weight))])
+_register_exact(SlimKANLinear, lambda layer: [Stage(layer, updates=(Update(1.0, layer.components),))])
+_register_exact(LayerStack, lambda net: join_stages(net.layers))
+_register_exact(nn.Sequential, join_stages)
+for cls in (InputMap, *ACTIVATIONS):
+    _register_exact(cls, lambda module: [Stage(module)])
 register(KANModel, Entry(inner=lambda model: model.kan if type(model).forward is KANModel.forward else None))
-register(InputMap, Entry(lambda module: [Stage(module)] if type(module).forward is InputMap.forward else None))
 register(nn.Linear, Entry(_linear))
-register(nn.Sequential, Entry(lambda net: join_stages(net) if type(net) is nn.Sequential else None))
-for cls in ACTIVATIONS:
-    register(cls, Entry(lambda module: [Stage(module)] if type(module) in ACTIVATIONS else None))
 for cls in (nn.LayerNorm, nn.BatchNorm1d):
     register(cls, Entry(lambda module: [Stage(module)] if is_norm(module) else None))
 for cls in (nn.DataParallel, nn.parallel.DistributedDataParallel):

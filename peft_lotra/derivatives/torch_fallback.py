@@ -20,8 +20,7 @@ from ..modules.calls import attributes_kept
 from .chain_rule import Jet
 
 
-# Up to so many outputs a gradient of each costs less than derivatives along directions; docs/notes/log.md.
-MOST_GRADIENTS = 2
+Tensors = tuple[Tensor, ...]  # at least one
 
 
 def jet_by_transforms(
@@ -52,29 +51,28 @@ def _recordable(tensor: Tensor) -> Tensor:
     return tensor.clone() if not in_transform() and tensor.is_inference() else tensor
 
 
-def pull_back(function: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
-    """The value of a function, a tensor or several, and the map of a gradient in the first of them to one in x.
+def pull_back(function: Callable[[Tensor], Tensors], x: Tensor) -> tuple[Tensors, Callable[[Tensor], Tensor]]:
+    """The values of a function, and the map of a gradient in the first of them to one in x.
 
     `torch.func.vjp` where transforms are at work, or a compiler; outside of them autograd, under which hooks of saved
     tensors and all custom functions run.
     """
     if in_transform() or torch.compiler.is_compiling():
 
-        def first_and_all(point: Tensor) -> tuple[Tensor, Any]:
+        def first_and_all(point: Tensor) -> tuple[Tensor, Tensors]:
             found = function(point)
-            return (found[0] if isinstance(found, tuple) else found), found
+            return found[0], found
 
         _, pull, found = vjp(first_and_all, x, has_aux=True)  # pyright: ignore[reportAssignmentType] (by `has_aux`)
         return found, lambda gradient: pull(gradient)[0]
     x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
     found = function(x)
-    y = found[0] if isinstance(found, tuple) else found
 
     def pull_recorded(gradient: Tensor) -> Tensor:
-        if not y.requires_grad:
+        if not found[0].requires_grad:
             return torch.zeros_like(x)
         grad = torch.autograd.grad
-        return grad(y, x, gradient, create_graph=True, allow_unused=True, materialize_grads=True)[0]
+        return grad(found[0], x, gradient, create_graph=True, allow_unused=True, materialize_grads=True)[0]
 
     return found, pull_recorded
 
@@ -84,7 +82,7 @@ def _differentiate(
 ) -> Jet:
     shape = torch.Size()  # of an output row
 
-    def rows(point: Tensor) -> Tensor:
+    def rows(point: Tensor) -> Tensors:
         """The outputs, (...), (..., O) or (..., *S) for inputs (..., I), as (..., O)."""
         nonlocal shape
         with ExactNorms():
@@ -100,7 +98,7 @@ def _differentiate(
                 "(..., I): a row of outputs for each row of inputs."
             )
         shape = output.shape[len(lead) :]
-        return output.reshape(*lead, shape.numel())
+        return (output.reshape(*lead, shape.numel()),)
 
     jets = []
     # one gradient serves all directions, but those of slopes do not: up to order 2 that pays
@@ -116,43 +114,29 @@ def _differentiate(
     return [part.reshape(*part.shape[:-1], *shape) for part in found]
 
 
-def _slopes(
-    function: Callable[[Tensor], Any], directions: Tensor, of_value: bool
-) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def _slopes(function: Callable[[Tensor], Tensors], directions: Tensor, of_value: bool) -> Callable[[Tensor], Tensors]:
     """The function that returns one more derivative, (D, ..., O), in front of what a function returns, highest first.
 
     That function is `of_value` (..., O) alone, whose gradient serves all directions.
     """
 
-    def slopes(point: Tensor) -> tuple[Tensor, ...]:
+    def slopes(point: Tensor) -> Tensors:
         found, pull = pull_back(function, point)
-        found = found if isinstance(found, tuple) else (found,)
         y, count = found[0], len(directions)
-        if y.shape[-1] > MOST_GRADIENTS:
-            push = pull_back(pull, torch.zeros_like(y))[1]  # a gradient in y to one in x is transposed
+        if y.shape[-1] > 1:
+            # the map of a gradient in y to one in x is linear: this is its transpose
+            _, push = pull_back(lambda gradient: (pull(gradient),), torch.zeros_like(y))
             parts = [push(v.expand_as(point)) for v in directions]
-            parts = parts if of_value else [part[d] for d, part in enumerate(parts)]
-        elif of_value:
-            gradients = [pull(one) for one in _units(y)]
-            parts = [torch.stack([g @ v for g in gradients], -1) for v in directions]
+            return torch.stack(parts if of_value else [part[d] for d, part in enumerate(parts)]), *found
+        # of one output the gradient itself costs less
+        if of_value:
+            gradients = [pull(torch.ones_like(y))] * count
         else:
-            units = _units(y[0])
-            parts = [
-                torch.stack([pull(_placed(one, d, count)) @ v for one in units], -1) for d, v in enumerate(directions)
-            ]
-        return torch.stack(parts), *found
+            one_hot = torch.eye(count, dtype=y.dtype, device=y.device).view(count, count, *[1] * (y.dim() - 1))
+            gradients = [pull(one.expand_as(y)) for one in one_hot]
+        return torch.stack([g @ v for g, v in zip(gradients, directions, strict=True)]).unsqueeze(-1), *found
 
     return slopes
-
-
-def _units(y: Tensor) -> list[Tensor]:
-    """For each column of y (..., O), ones there and zeros elsewhere."""
-    return [one.expand_as(y) for one in torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)]
-
-
-def _placed(part: Tensor, place: int, count: int) -> Tensor:
-    """(count, ...), zeros but for `part` at a place."""
-    return torch.stack([part if d == place else torch.zeros_like(part) for d in range(count)])
 
 
 def activation_derivatives(module: nn.Module, z: Tensor, highest: int) -> Sequence[Tensor]:
@@ -179,9 +163,7 @@ def activation_derivatives(module: nn.Module, z: Tensor, highest: int) -> Sequen
 
 
 def elementwise_derivatives(function: Callable[[Tensor], Tensor], z: Tensor, highest: int) -> list[Tensor]:
-    """A function that maps each number by itself, and its derivatives up to an order."""
-    if not highest:
-        return [function(z)]
+    """A function that maps each number by itself, to one or several, and its derivatives up to an order."""
     of_rows = lambda point: function(point.squeeze(-1))  # noqa: E731
     value, *others = jet_by_transforms(of_rows, z.unsqueeze(-1), z.new_ones(1, 1), highest, None)
     return [value, *(part.squeeze(0) for part in others)]
@@ -200,14 +182,7 @@ class ExactNorms(TorchFunctionMode):
         return exact(*args, **(kwargs or {}))
 
 
-def _layer_norm(
-    input: Tensor,  # the names of torch's functions
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> Tensor:
+def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):  # as torch names them
     axes = tuple(range(-len(normalized_shape), 0))
     centered = input - input.mean(axes, keepdim=True)
     y = centered * torch.rsqrt(centered.square().mean(axes, keepdim=True) + eps)

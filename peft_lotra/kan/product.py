@@ -20,10 +20,11 @@ from .memory import EVALUATED, MIN_ROWS, MULTIPLIED, OFF_CPU, blocks, workspace
 from .sparse_product import Gradients, Pair, Points, is_sparse, sparse_gradients, sparse_product
 
 
-# From so many points for each output, and so many inputs, rows ordered (K, I) save more in the evaluation than the
-# coefficients in that order cost; from so many points, too, the sum of weight and update costs less than a product
-# with both. Series `width` and `batch` of `examples/studies/benchmarks/run.py --only growth`.
-_FORM_FROM = 4
+# From so many points for each output the sum of weight and update costs less than a product with both; whether there
+# is an update in factors at all is decided by the shapes alone, in `tuner.formula`. From so many points, too, and so
+# many inputs, rows ordered (K, I) save more in the evaluation than the coefficients in that order cost. Series `width`
+# and `batch` of `examples/studies/benchmarks/run.py --only growth`.
+_SUM_FROM = 4
 _FUNCTIONS_FIRST_FROM = 16
 
 
@@ -241,7 +242,7 @@ class _Dense(Evaluator):
     def __init__(self, points: Points, weight: Tensor, update: Pair | None) -> None:
         size, inputs = points.x.shape
         self.evaluated, self.multiplied = block_sizes(points.x.shape, points.num_basis, points.x.device)
-        many = size >= _FORM_FROM * len(weight)
+        many = size >= _SUM_FROM * len(weight)
         super().__init__(points, self.evaluated, many and inputs >= _FUNCTIONS_FIRST_FROM)
         self.matrix = self._as_matrix(weight)  # (O, I K): the weight, or its sum with the update
         self.left: Any = None if update is None else update[0]

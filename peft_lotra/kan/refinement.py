@@ -203,16 +203,14 @@ def _refitted(
     # the residual branch moves with the map too, and the splines make up for that
     transfer = change_of_basis(new_basis, torch.cat([old_basis, old_silu - new_silu], -1))  # (I, K', K + 1)
 
-    sizes = layer.in_features, layer.out_features
-    rest = grid_size, order, layer.grid_range, "meta"
     if isinstance(layer, SlimKANLinear):
         rows = layer.factor_basis.double()
         components = layer.components._replace(factor_basis=torch.cat([transfer[0] @ rows, rows[-1:]]))
-        new = filled(SlimKANLinear(*sizes, layer.ranks, *rest), layer, **components._asdict())
+        new = filled(layer, components._asdict(), grid_size)
     else:
         weight = torch.cat([layer.spline_weight, layer.base_weight.unsqueeze(-1)], -1).double()
         weight = einsum(transfer, weight, "i new old, o i old -> o i new")
-        new = filled(KANLinear(*sizes, *rest), layer, spline_weight=weight, base_weight=layer.base_weight)
+        new = filled(layer, {"spline_weight": weight, "base_weight": layer.base_weight}, grid_size)
     new.grid_bounds.copy_(bounds)
     for name, parameter in new.named_parameters():
         parameter.requires_grad_(layer.get_parameter(name).requires_grad)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,27 +165,18 @@ class SlimKANLinear(SplineLayer):
     @torch.inference_mode(False)  # parameters made in that mode could not be trained
     def to_dense(self) -> KANLinear:
         """The `KANLinear` that computes the same, up to rounding."""
-        shape = (self.in_features, self.out_features, self.grid_size, self.spline_order, self.grid_range)
-        return filled(
-            KANLinear(*shape, device="meta"), self, spline_weight=self.spline_weight, base_weight=self.base_weight
-        )
-
-    @classmethod
-    def from_components(cls, layer: KANLinear, components: Tucker) -> SlimKANLinear:
-        """The Slim layer with components (O, I, K + 1) on the grids, the dtype and the device of a dense layer."""
-        shape = (layer.grid_size, layer.spline_order, layer.grid_range)
-        slim = cls(layer.in_features, layer.out_features, components.ranks, *shape, device="meta")
-        return filled(slim, layer, **components._asdict())
+        return filled(self, {"spline_weight": self.spline_weight, "base_weight": self.base_weight})
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ranks={self.ranks}"
 
 
-_L = TypeVar("_L", bound=SplineLayer)
-
-
-def filled(new: _L, like: SplineLayer, **parameters: torch.Tensor) -> _L:
-    """The layer `new`, made on the meta device, with these parameters, and the rest as in `like`."""
+def filled(like: SplineLayer, parameters: Mapping[str, torch.Tensor], grid_size: int | None = None) -> Any:
+    """A layer with these parameters, by their names a `SlimKANLinear` or a `KANLinear`, and the rest as in `like`."""
+    sizes = (like.in_features, like.out_features)
+    rest = (grid_size or like.grid_size, like.spline_order, like.grid_range, "meta")
+    is_slim = "core" in parameters
+    new = SlimKANLinear(*sizes, tuple(parameters["core"].shape), *rest) if is_slim else KANLinear(*sizes, *rest)
     new = new.to_empty(device=like.grid_bounds.device).to(like.grid_bounds.dtype)
     new.requires_grad_(any(parameter.requires_grad for parameter in like.parameters()))
     with torch.no_grad():

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..derivatives.bases import FunctionBasis
@@ -124,7 +123,7 @@ def _form(layer: nn.Module, known: _Layer) -> _Form | None:
     compared, form = known.forms.get(state, ({}, None))
     if in_transform() or (state in known.forms and same_grid(compared, grid)):
         return form
-    found = next((form for form in _forms(layer, known.spec) if _agrees(form, layer, known)), None)
+    found = next((form for form in _forms(known.spec) if _agrees(form, layer, known)), None)
     if len(known.forms) > 8:  # states that come and go
         known.forms.clear()
     copied = {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in grid.items()}
@@ -146,15 +145,11 @@ def _state_of(module: nn.Module) -> State:
     return plain, tuple(map(id, module._modules.values())), id(vars(module).get("forward"))
 
 
-def _forms(layer: Any, spec: KANLayerSpec) -> list[_Form]:
-    x = _like(layer, torch.linspace(-3, 3, 13, device="cpu"))
-    with torch.no_grad():
-        try:
-            with_silu = spec.activation is not None and torch.equal(spec.activation(layer, x.clone()), F.silu(x))
-        except Exception:  # a user's function
-            with_silu = False
+def _forms(spec: KANLayerSpec) -> list[_Form]:
+    """The ways to compute a layer of a kind, the fastest first."""
     functions = {True: spec.splines, False: spec.derivatives}
-    return [_Form(on_grid, with_silu) for on_grid, function in functions.items() if function is not None]
+    residuals = (False,) if spec.activation is None else (True, False)
+    return [_Form(grid, silu) for grid, found in functions.items() if found is not None for silu in residuals]
 
 
 def _agrees(form: _Form, layer: nn.Module, known: _Layer) -> bool:
@@ -193,21 +188,11 @@ def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 def _higher_derivatives_agree(spec: KANLayerSpec, layer: nn.Module, x: Tensor) -> bool:
     """Whether each derivative from the third on, which gradients need, is that of the one before."""
-    with torch.enable_grad():
-        point = x.detach().requires_grad_()
-        _, _, *found = cast(Any, spec.derivatives)(layer, point, 5)
-        if not found:
-            return False
-        weights = torch.linspace(1, 2, found[0].shape[-1], device="cpu").to(x)  # of all functions at once
-        # of the sums, to which 0 x is added since some depend on no x
-        sums = [(part * weights).sum(-1) + 0 * point for part in found]
-        slopes = [torch.autograd.grad(part.sum(), point, retain_graph=True)[0] for part in sums[:-1]]
-    return all(map(_is_close, sums[1:], slopes, [1e-9] * 3))
-
-
-def _like(module: nn.Module, x: Tensor) -> Tensor:
-    """x on the device and in the dtype of the parameters of a module."""
-    return x.to(next((p for p in module.parameters() if p.is_floating_point()), x))
+    derivatives: Any = partial(cast(Any, spec.derivatives), layer)
+    found = derivatives(x, 5)[2:]
+    of_order = [lambda z, d=d: derivatives(z, d)[d] for d in range(2, 1 + len(found))]
+    slopes = [elementwise_derivatives(function, x, 1)[1] for function in of_order]
+    return bool(found) and all(map(_is_close, found[1:], slopes, [1e-9] * 3))
 
 
 # Whether a network is the composition of its layers
@@ -248,7 +233,7 @@ def _trace(network: nn.Module) -> list[nn.Module] | None:
     width = next(size for stage in stages if (size := stage.in_features) is not None)
     with torch.inference_mode(False), torch.no_grad(), attributes_kept(network):
         x = torch.rand(3, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
-        last: Any = _like(network, x)
+        last: Any = x.to(next((p for p in network.parameters() if p.is_floating_point()), x))
         handles = [unit.register_forward_hook(record) for unit in units]
         try:
             events.append((network, network(last), None))

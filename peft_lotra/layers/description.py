@@ -259,11 +259,12 @@ def spec_from_file(family: str, description: Mapping[str, Any]) -> KANLayerSpec:
         raise ValueError(f"The description of the kind of layer {family!r} in the file is broken: {error}") from error
 
 
-def has(attributes: str) -> Callable[[Any], bool]:
+def has(attributes: str, where: Callable[[Any], bool] | None = None) -> Callable[[Any], bool]:
     """The predicate of the modules that have these attributes, with so many axes where a number follows the name.
 
     Args:
         attributes: Dotted names, that of a parameter or module first, e.g. `"spline_weight:3 grid:2 b_splines"`.
+        where: What else is true of these modules.
     """
     words = [word.partition(":") for word in attributes.split()]
     wanted = [(attrgetter(name), int(axes or 0)) for name, _, axes in words]
@@ -274,7 +275,7 @@ def has(attributes: str) -> Callable[[Any], bool]:
         if not found and not hasattr(type(module), root):
             return False
         values = [(get(module), axes) for get, axes in wanted]
-        return all(not axes or value.ndim == axes for value, axes in values)
+        return all(not axes or value.ndim == axes for value, axes in values) and (where is None or where(module))
 
     return matches
 

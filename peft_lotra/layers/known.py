@@ -13,6 +13,7 @@ With groups each block of inputs and outputs has coefficients of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -39,10 +40,9 @@ def _kind(row: str, where: Callable[[Any], bool] | None = None, **others: Any) -
     """
     family, attributes, *columns = map(str.strip, row.split("|"))
     coefficients, residual, edge_scale, grid = (*columns, "", "", "")[:4]
-    recognized = has(attributes)
     register_kan_layer(
         family,
-        matches=recognized if where is None else lambda m: recognized(m) and where(m),
+        matches=has(attributes, where),
         coefficients=[part.split(None, 1) for part in coefficients.split(", ")],
         residual=tuple(residual.split(None, 1)) or None,
         edge_scale=tuple(edge_scale.split(None, 1)) or None,
@@ -270,7 +270,7 @@ register_kan_layer(
     "peft-lotra",
     matches=KANLinear,
     grid_methods=("update_grid",),
-    splines=lambda m: UniformGrid(*m.grid_bounds.unbind(-1), m.grid_size, m.spline_order),  # pyright: ignore
+    splines=attrgetter("grid"),
     activation=lambda m, x: nn.functional.silu(x),
     **_OURS,
 )

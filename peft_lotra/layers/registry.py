@@ -66,18 +66,14 @@ def register_kan_layer(family: str, **description: Any) -> KANLayerSpec:
             f"{family!r} is a built-in kind of layer, which is not replaced. Choose another name: your kind takes "
             "precedence over the built-in ones."
         )
-    return register(KANLayerSpec(family, **description))
+    spec = KANLayerSpec(family, **description)
+    REGISTERED.pop(family, None)  # the last one comes first
+    REGISTERED[family] = spec
+    return spec
 
 
 # what help() and an editor show
 register_kan_layer.__signature__ = inspect.signature(KANLayerSpec)  # pyright: ignore[reportFunctionMemberAccess]
-
-
-def register(spec: KANLayerSpec) -> KANLayerSpec:
-    """Registers a description, before all others."""
-    REGISTERED.pop(spec.family, None)
-    REGISTERED[spec.family] = spec
-    return spec
 
 
 def describe(spec: KANLayerSpec, layer: nn.Module) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..kan.slim_kan import SlimKANLinear
 from ..modules.calls import LayerLock, attribute_by, call_with_parameters
 from ..tucker import Tucker
 from .coefficients import CoefficientTensor
-from .registry import Grid, KANLayerSpec, register
+from .description import REGISTERED, Grid, KANLayerSpec
 
 
 class SlimLayer(nn.Module):
@@ -119,8 +119,8 @@ class _SlimSpec(KANLayerSpec):
         return {f"layer.{name}": value for name, value in layer.spec.read_grid(layer.layer).items()}
 
 
-SlimLayer.kan_spec = register(
-    _SlimSpec("slim", matches=SlimLayer, coefficients=("coefficients", "o i k"), residual=("residual", "o i"))
+SlimLayer.kan_spec = REGISTERED["slim"] = _SlimSpec(
+    "slim", matches=SlimLayer, coefficients=("coefficients", "o i k"), residual=("residual", "o i")
 )
 
 

@@ -49,6 +49,12 @@ def test_modules_that_are_no_chain(make):
     assert stages_of(make()) is None
 
 
+def test_a_subclass_without_a_forward_of_its_own_is_a_chain():
+    model, x = type("Net", (nn.Sequential,), {})(network(), type("Bend", (nn.Tanh,), {})()), points(20)
+    assert len(stages_of(model)) == len(stages_of(network())) + 1
+    assert_same(jet(model, x), nested(model, x))
+
+
 class Wrapper(nn.Module):
     def __init__(self) -> None:
         super().__init__()
