@@ -64,16 +64,31 @@ for _ in range(100):
 # %% [markdown]
 # ## A thousand adapters, trained at once
 #
-# `add` with a configuration starts a new adapter. `ids` are the adapters of
-# the rows by number. A step of `BankAdamW` changes each adapter as it would
-# be changed alone, since the loss is the sum of the customers' losses. Each
-# keeps its best values on the held-out rows, and stops after 5 checks without
-# better ones.
+# Each adapter starts from the gradient of its customer's loss, which takes 12
+# milliseconds; from a random start, `bank.add(name, LoTRAConfig(r=2))`, the
+# errors below end at 0.144. `ids` are the adapters of the rows by number. A
+# step of `BankAdamW` changes each adapter as it would be changed alone, since
+# the loss is the sum of the customers' losses. Each keeps its best values on
+# the held-out rows, and stops after 5 checks without better ones.
 
 # %%
+import copy
+
+from peft import get_peft_model
+
+from peft_lotra import start_from_gradient
+
+
+def loss_of(network, number):
+    predictions = network(x[number, train])[:, 0]
+    return (predictions - y[number, train]).square().mean()
+
+
 bank = AdapterBank(base)
-for name in names:
-    bank.add(name, LoTRAConfig(r=2))
+for number, name in enumerate(names):
+    one = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2))
+    start_from_gradient(one, lambda: loss_of(one, number))
+    bank.add(name, one)
 model = bank.attach()
 ids = bank.ids(names).repeat_interleave(56)
 
@@ -151,10 +166,9 @@ print(one.names, sorted(path.name for path in Path("customer_7").iterdir()))
 # studies](../when.md#many-tasks-on-one-base) have adapters beside heads, copies,
 # linear models and LoRA on an MLP.
 #
-# Tasks that differ much from the base start better from the gradient of their
-# own loss: `start_from_gradient` on a PeftModel of a copy of the base, then
-# `bank.add(name, model)`, for one task after another. `BankAdamW` gives them the
-# rates of such a start.
+# A customer who comes later is trained on a copy of the base that was made
+# before `attach()`, and added while others are served; `bank.save` writes the
+# file again.
 #
 # A server of forecasts in one page: [many adapters and
 # serving](../serving.md).

@@ -174,7 +174,15 @@ import onnxruntime
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # of the exporter
 merged = served.merge_and_unload()
-torch.onnx.export(merged, (x[:2],), "emil.onnx", dynamo=True, verbose=False)
+batch = {0: torch.export.Dim("batch")}  # any number of rows
+torch.onnx.export(
+    merged,
+    (x[:2],),
+    "emil.onnx",
+    dynamo=True,
+    dynamic_shapes=(batch,),
+    verbose=False,
+)
 session = onnxruntime.InferenceSession("emil.onnx")
 (found,) = session.run(None, {session.get_inputs()[0].name: x[:2].numpy()})
 print(
