@@ -116,7 +116,7 @@ def plot_edge_functions(
     change = (curves["adapted"] - before if len(curves) == 2 else before).float().square().sum(-1)
     edges = _choose_edges(edges, change)
     if x is None:
-        ends = grid_ends(spec.read_grid(layer), tensor.shape[1])
+        ends = grid_ends(spec.read_grid(layer), before.shape[1])
         low, high = (-1.0, 1.0) if ends is None else (end[[i for _, i in edges]] for end in ends)
         x = torch.linspace(float(torch.as_tensor(low).min()), float(torch.as_tensor(high).max()), 101, device="cpu")
     x = x.flatten()

@@ -86,14 +86,6 @@ def _through(
     return [part.mT for part in y]
 
 
-def contract_updates(layer: Any, updates: list[Update], x: Tensor) -> Tensor:
-    """The sum of the outputs (..., O) of updates, at least one, for the inputs x of a KAN layer."""
-    features = torch.cat([layer.basis(x), F.silu(x).unsqueeze(-1)], dim=-1)
-    features = features.reshape(1, -1, *features.shape[-2:]).permute(0, 3, 2, 1)
-    parts = [_contract(features, update)[0].T for update in updates]
-    return sum(parts[1:], parts[0]).reshape(*x.shape[:-1], -1)
-
-
 def _by_plain_operations(
     basis: Basis, factored: Sequence[Update], order: int, weights: Tensor | None, matrix: Tensor | None, *jet: Tensor
 ) -> Jet:

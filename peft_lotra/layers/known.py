@@ -13,7 +13,6 @@ With groups each block of inputs and outputs has coefficients of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -270,7 +269,7 @@ register_kan_layer(
     "peft-lotra",
     matches=KANLinear,
     grid_methods=("update_grid",),
-    splines=attrgetter("grid"),
+    splines=lambda m: m.grid,
     activation=lambda m, x: nn.functional.silu(x),
     **_OURS,
 )

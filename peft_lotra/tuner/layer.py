@@ -324,19 +324,16 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             self._grid_state = state
 
     def _warn_of_far_inputs(self, x: Any) -> None:
-        """Warns once if, of an input, most of the first values lie further from its grid than it is long."""
+        """Warns once if most of the first inputs lie further from the grid than it is long."""
         self._has_seen_inputs = True
         ends = grid_ends(self.lotra_grid, self.in_features)
         if ends is None or not isinstance(x, torch.Tensor) or x.shape[-1:] != (self.in_features,) or x.is_meta:
             return
         low, high = ends
-        is_far = (x.detach() - (low + high) / 2).abs() > 1.5 * (high - low)
-        far = (is_far.double().reshape(-1, self.in_features).mean(0) > 0.5).nonzero().flatten().tolist()
-        if far:
-            some = ", ".join(map(str, far[:3])) + (f" and {len(far) - 3} more" if len(far) > 3 else "")
+        if ((x.detach() - (low + high) / 2).abs() > 1.5 * (high - low)).double().mean() > 0.5:
             warnings.warn(
-                f"Most values of input {some} of `{self.lotra_name}` lie far outside of the grid, from "
-                f"{low[far].min():.3g} to {high[far].max():.3g}, where splines are zero. Scale inputs to the grid.",
+                f"Most inputs of `{self.lotra_name}` lie far outside of its grid, from {low.min():.3g} to "
+                f"{high.max():.3g}, where splines are zero. Scale the inputs to the grid.",
                 stacklevel=2,
             )
 

@@ -264,7 +264,7 @@ def test_an_adapter_beside_the_bank_is_for_a_base_of_its_own(copied):
 
 def test_inputs_far_outside_of_the_grid():
     bank, _ = several(net())
-    with pytest.warns(UserWarning, match="far outside of the grid"):
+    with pytest.warns(UserWarning, match="far outside of its grid"):
         bank.attach()(100 * X, adapter_names=NAMES)
 
 

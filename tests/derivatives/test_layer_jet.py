@@ -11,7 +11,7 @@ from jet_helpers import assert_same, network, points
 from torch import Tensor
 
 from peft_lotra.derivatives import bases
-from peft_lotra.derivatives.layers import contract_updates, evaluate_layer, jet_rows
+from peft_lotra.derivatives.layers import evaluate_layer, jet_rows
 from peft_lotra.derivatives.stages import stages_of
 from peft_lotra.kan import KAN, KANLinear, jet
 from peft_lotra.tucker import Tucker, Update
@@ -109,8 +109,8 @@ def test_jet_rows_times_the_coefficients_are_the_jet(rows, degree, weights):
 
 
 def test_updates_are_added_to_the_coefficients():
-    layer, x = KANLinear(3, 5, dtype=torch.float64), points(40)
-    (stage,), added, before = stages_of(layer), [update(), update(-2.0)], layer(x)
+    layer = KANLinear(3, 5, dtype=torch.float64)
+    (stage,), added = stages_of(layer), [update(), update(-2.0)]
     arguments = inputs(40, WEIGHTS[1])
     with torch.no_grad():
         parts = evaluate_layer(stage._replace(updates=tuple(added)), *arguments)
@@ -119,4 +119,3 @@ def test_updates_are_added_to_the_coefficients():
             layer.spline_weight += dense[..., :-1]
             layer.base_weight += dense[..., -1]
     assert_same(parts, evaluate_layer(stage, *arguments))
-    torch.testing.assert_close(before + contract_updates(layer, added, x), layer(x))
