@@ -154,7 +154,9 @@ def gaussian_derivatives(centers: Tensor, width: Any, z: Tensor, highest: int) -
     if highest >= 1:
         found.append(slope * value)
     for d in range(2, highest + 1):
-        found.append((slope * found[-1]).sub_(found[-2] * ((d - 1) * rate)))
+        part, factor = slope * found[-1], (d - 1) * rate
+        is_learned = isinstance(factor, Tensor)
+        found.append(part.sub_(found[-2] * factor) if is_learned else part.sub_(found[-2], alpha=factor))
     return _functions_last(found)
 
 
