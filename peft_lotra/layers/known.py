@@ -269,7 +269,7 @@ register_kan_layer(
     "peft-lotra",
     matches=KANLinear,
     grid_methods=("update_grid",),
-    splines=lambda m: m.grid,
+    splines=KANLinear.grid.fget,
     activation=lambda m, x: nn.functional.silu(x),
     **_OURS,
 )
