@@ -5,7 +5,7 @@
 
 from .adapter import ParametricAdapter, Prediction
 from .calibration import Calibration
-from .report import FamilyReport
+from .interpolation import FamilyReport
 
 
 __all__ = ["Calibration", "FamilyReport", "ParametricAdapter", "Prediction"]

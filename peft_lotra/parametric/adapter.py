@@ -34,9 +34,8 @@ from ..tuner.config import LoTRAConfig
 from .calibration import Calibration, minimize
 from .estimate import ErrorEstimates
 from .fitting import Fitting
-from .interpolation import Member, MemberSpace, Point
+from .interpolation import FamilyReport, Member, MemberSpace, Point, ranges_of
 from .members import Problem, argument, named, read, residuals_of, take_steps, write
-from .report import FamilyReport, ranges_of
 from .storage import FILE, card_of, load_family, save_family
 
 

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .interpolation import MemberSpace, Point
-from .report import text_of
+from .interpolation import MemberSpace, Point, text_of
 
 
 STARTS = 8  # members at most, of which the best one is the first guess

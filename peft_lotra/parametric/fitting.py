@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .interpolation import Member, MemberSpace, Point
+from .interpolation import FamilyReport, Member, MemberSpace, Point
 from .members import Job, Problem, argument, attempt, write
-from .report import FamilyReport
 
 
 GAIN = 1.2  # a prediction is good up to this share of the indicators of members: a fit would gain little

@@ -23,9 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..hub.base_code import hub_id
-from .interpolation import Member
+from .interpolation import FamilyReport, Member, ranges_of
 from .members import argument, write
-from .report import FamilyReport, ranges_of
 
 
 FILE = "parametric_adapter.safetensors"

@@ -3,13 +3,12 @@
 
 """Building blocks for solving PDEs by KANs: exact conditions, points, weights, knots, and continuation."""
 
+from .adaptive import ResidualSampler, gradient_weights, knot_density
+from .boxes import box_points, side_points
 from .constraints import BoxDistance, HardConstraint
 from .continuation import ContinuationStep, continuation
-from .density import knot_density
 from .features import BoxFeatures
-from .points import ResidualSampler, box_points, side_points
 from .solver import Phase, Solution, solve
-from .weights import gradient_weights
 
 
 __all__ = [

@@ -1,7 +1,7 @@
 # Copyright 2026 the peft-lotra authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Boxes: ends and sides as arguments."""
+"""Boxes: ends and sides as arguments, and points in boxes and on their sides."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from ..modules.checks import check_count
 
 
 Side = tuple[int, str]  # the index of a coordinate, and "low" or "high"
@@ -39,3 +42,62 @@ def check_sides(sides: Iterable[Side] | None, known: list[Side], argument: str =
     if wrong := [side for side in sides if side not in known]:
         raise ValueError(f"`{argument}` has {wrong[0]!r:.100}, which is none of {known}.")
     return sides
+
+
+@torch.inference_mode(False)  # a tensor made in that mode is of no use in training
+def box_points(low: Sequence[float], high: Sequence[float], count: int, *, seed: int = 0) -> Tensor:
+    """Points spread evenly over a box (scrambled Sobol points), float64 (count, I).
+
+    Args:
+        low, high: The ends of the box, I numbers each.
+        count: The number of points.
+        seed: The same seed gives the same points.
+
+    Raises:
+        ValueError: The box is empty, or `count` is below 1.
+
+    Example:
+        >>> from peft_lotra.pde import box_points
+        >>> box_points((-1, 0), (1, 1), 100).shape
+        torch.Size([100, 2])
+    """
+    low_end, high_end = check_box(low, high)
+    engine = SobolEngine(len(low_end), scramble=True, seed=check_count(seed, "seed", low=0))
+    share = engine.draw(check_count(count, "count"), dtype=torch.float64)
+    return low_end + (high_end - low_end) * share
+
+
+@torch.inference_mode(False)
+def side_points(
+    low: Sequence[float], high: Sequence[float], count: int, sides: Sequence[Side] | None = None, *, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Points on sides of a box, and the outward normals there, for conditions that are terms of the loss.
+
+    Args:
+        low, high, seed: As for `box_points`.
+        count: The number of points on each side.
+        sides: Pairs (coordinate, end) of an index and "low" or "high"; None for all of them.
+
+    Returns:
+        Points and unit normals, float64 (sides count, I) each, side after side.
+
+    Raises:
+        ValueError: As `box_points`, or a side is none of the box.
+
+    Example:
+        >>> from peft_lotra.pde import side_points
+        >>> walls = [(0, "low"), (0, "high")]
+        >>> points, normals = side_points((-1, 0), (1, 1), 50, sides=walls)
+        >>> points.shape, normals[0].tolist()
+        (torch.Size([100, 2]), [-1.0, 0.0])
+    """
+    low_end, high_end = check_box(low, high)
+    points, normals = [], []
+    for number, (coordinate, end) in enumerate(check_sides(sides, sides_of_box(len(low_end)))):
+        found = box_points(low, high, count, seed=seed + number)
+        found[:, coordinate] = (low_end if end == "low" else high_end)[coordinate]
+        normal = torch.zeros_like(found)
+        normal[:, coordinate] = -1.0 if end == "low" else 1.0
+        points.append(found)
+        normals.append(normal)
+    return torch.cat(points), torch.cat(normals)

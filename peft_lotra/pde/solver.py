@@ -23,13 +23,11 @@ from ..modules.calls import check_module
 from ..modules.checks import as_number, check_count, check_function, check_number
 from ..optim.levenberg_marquardt import LevenbergMarquardt, LevenbergMarquardtStep
 from ..report import Report, TextTable
-from .boxes import check_box, sides_of_box
+from .adaptive import ResidualSampler, gradient_weights, knot_density, residual_norms
+from .boxes import box_points, check_box, side_points, sides_of_box
 from .constraints import HardConstraint, Part
 from .continuation import continuation as continue_
-from .density import knot_density
 from .features import BoxFeatures
-from .points import ResidualSampler, box_points, side_points
-from .weights import gradient_weights, residual_norms
 
 
 WIDTHS, SPLINE_ORDER = (16, 20, 20), 5  # of a new network: a layer of splines, then tanh layers

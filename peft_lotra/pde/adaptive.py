@@ -1,0 +1,198 @@
+# Copyright 2026 the peft-lotra authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What follows a solution: points where the residual is large, weights that are small where the solution is steep, and
+densities of knots for `peft_lotra.kan.refine_grid` that are high where it bends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.quasirandom import SobolEngine
+
+from ..derivatives.api import jet
+from ..kan.knots import KnotMap
+from ..modules.calls import check_module
+from ..modules.checks import check_count, check_function, check_number
+from .boxes import box_points, check_box
+
+
+_ALONG = 4  # points in each cell of a coordinate
+_ACROSS = 32  # points in the other coordinates for each of these
+
+
+class ResidualSampler:
+    r"""Collocation points that are drawn anew, some of them where the residual is large.
+
+    Of the `count` points, the share `share` is drawn from `pool` times as many candidates with probability
+    proportional to |r|, and the rest is spread evenly over the box.
+
+    Args:
+        low, high: The ends of the box, I numbers each.
+        count: The number of points.
+        share: The share of the points that follow the residual, 0 to 1.
+        pool: Candidates for each point.
+        seed: Each draw changes it.
+
+    Raises:
+        ValueError: An argument is out of range, or the residual is not finite or has a wrong shape.
+
+    Source: C. Wu et al., "A comprehensive study of non-adaptive and residual-based adaptive sampling for
+    physics-informed neural networks", arXiv 2207.10289.
+
+    Example:
+        >>> import torch
+        >>> from peft_lotra.kan import KAN, laplacian
+        >>> from peft_lotra.pde import ResidualSampler
+        >>> kan = KAN([2, 5, 1]).double()
+        >>> sampler = ResidualSampler((-1, -1), (1, 1), 200)
+        >>> sampler.draw(lambda x: laplacian(kan, x) - 1).shape
+        torch.Size([200, 2])
+    """
+
+    def __init__(
+        self,
+        low: Sequence[float],
+        high: Sequence[float],
+        count: int,
+        *,
+        share: float = 0.3,
+        pool: int = 4,
+        seed: int = 0,
+    ) -> None:
+        self.low, self.high = check_box(low, high)
+        self.count, self.pool, self.seed = check_count(count, "count"), check_count(pool, "pool"), seed
+        self.share = check_number(share, "share", "[0, 1]")
+
+    @torch.inference_mode(False)
+    def draw(self, residual: Callable[[Tensor], Tensor], knots: KnotMap | None = None) -> Tensor:
+        """The next points.
+
+        Args:
+            residual: Takes points (n, I) to residuals (n,) or (n, m).
+            knots: A map of the box's coordinates. Half of the evenly spread points, and of the candidates, are then
+                spread evenly in its outputs, so that they are dense where the knots are.
+
+        Returns:
+            Points (count, I), float64.
+        """
+        check_function(residual, "residual")
+        followed = round(self.share * self.count)
+        points = self._spread(self.count - followed, self.seed + 1, knots)
+        if followed:
+            candidates = self._spread(self.pool * followed, self.seed + 2, knots)
+            size = residual_norms(residual(candidates), candidates).double()
+            chance = size / size.max().clamp(min=torch.finfo(size.dtype).tiny)
+            generator = torch.Generator().manual_seed(self.seed + 2)
+            chosen = torch.multinomial(chance + 1e-12, followed, generator=generator)
+            points = torch.cat([points, candidates.detach()[chosen]])
+        self.seed += 2
+        return points
+
+    def _spread(self, count: int, seed: int, knots: KnotMap | None) -> Tensor:
+        if not count:
+            return self.low.new_empty(0, len(self.low))
+        share = SobolEngine(len(self.low), scramble=True, seed=seed).draw(count, dtype=torch.float64)
+        if knots is not None:
+            ends = knots.low.double(), knots.high.double()
+            share[1::2] = (knots.inverse(torch.lerp(*ends, share[1::2])) - ends[0]) / (ends[1] - ends[0])
+        return self.low + (self.high - self.low) * share
+
+
+def residual_norms(values: Any, points: Tensor) -> Tensor:
+    """|r| of the residuals, (n,) or (n, m) to (n,), at points (n, I), in float32 at least.
+
+    Raises:
+        ValueError: The values are no tensor or not finite, or their rows are not as many as the points.
+    """
+    if not isinstance(values, Tensor) or values.shape[:1] != points.shape[:1]:
+        given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"`residual` is {given}, but must be a tensor (n,) or (n, m), a row for each point.")
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    norms = values.detach().reshape(len(points), -1).norm(dim=1, dtype=dtype)
+    if not norms.isfinite().all():
+        raise ValueError(f"`residual` is not finite at {points[~norms.isfinite()][0].tolist()}.")
+    return norms
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def gradient_weights(model: nn.Module, x: Tensor, scale: float = 0.1, directions: Tensor | None = None) -> Tensor:
+    """w = 1 / (1 + scale |grad u|), (n, 1): a shock, whose residual is as large as it is steep, no longer dominates.
+
+    A weight multiplies a residual. Evaluate it every few steps and pass it as one more tensor of rows: it is then
+    constant in a step of `LevenbergMarquardt` or of Adam.
+
+    Args:
+        model: A network, as for `jet`; of several outputs all derivatives count.
+        x: Points (n, I).
+        scale: The inverse of the slope at which the weight is 1/2.
+        directions: The directions of the derivatives, (D, I); all coordinates by default.
+
+    Raises:
+        ValueError: `scale` is negative.
+
+    Source: L. Liu et al., "Discontinuity computing using physics-informed neural networks", arXiv 2206.03864.
+
+    Example:
+        >>> import torch
+        >>> from peft_lotra.kan import KAN
+        >>> from peft_lotra.pde import gradient_weights
+        >>> gradient_weights(KAN([2, 5, 1]), torch.rand(10, 2)).shape
+        torch.Size([10, 1])
+    """
+    scale = check_number(scale, "scale", "[0, inf)")
+    slopes = jet(model, x, directions)[1].unsqueeze(-1).flatten(2)  # of a model that returns (n,), too
+    return 1 / (1 + scale * slopes.square().sum((0, 2)).sqrt().unsqueeze(1))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def knot_density(model: nn.Module, low: Sequence[float], high: Sequence[float], cells: int = 64) -> Tensor:
+    r"""The relative number of knots that each cell of each coordinate of a box needs, for `KnotMap`:
+
+        0.4 + 0.6 m / mean(m),   m = (mean of u_ii^2 over the cell and all other coordinates)^(1 / 6).
+
+    Args:
+        model: A network of the coordinates, as for `jet`; of several outputs all count.
+        low, high: The ends of the box, I numbers each.
+        cells: Equal cells of each coordinate.
+
+    Returns:
+        Positive numbers (I, cells) with mean 1, float64.
+
+    Raises:
+        ValueError: The box is empty, `cells` is below 1, or the derivatives are not finite.
+        TypeError: `model` is no module.
+
+    Source: C. de Boor, "Good approximation by splines with variable knots II" (1974): knots that make a power of a
+    derivative equal in all intervals.
+
+    Example:
+        >>> import torch
+        >>> from peft_lotra.kan import KAN
+        >>> from peft_lotra.pde import knot_density
+        >>> knot_density(KAN([2, 5, 1]).double(), (-1, -1), (1, 1), cells=16).shape
+        torch.Size([2, 16])
+    """
+    check_module(model)
+    low_end, high_end = check_box(low, high)
+    cells = check_count(cells, "cells")
+    across = box_points(low, high, _ACROSS)
+    along = (torch.arange(cells * _ALONG, dtype=torch.float64, device="cpu") + 0.5) / (cells * _ALONG)
+    like = next(iter(model.parameters()), low_end)
+    found = []
+    for i, direction in enumerate(torch.eye(len(low_end), dtype=torch.float64, device="cpu")):
+        points = across.repeat(len(along), 1)
+        points[:, i] = (low_end[i] + (high_end[i] - low_end[i]) * along).repeat_interleave(_ACROSS)
+        bends = jet(model, points.to(like), direction.unsqueeze(0).to(like))[2].double()
+        means = bends.square().view(cells, _ALONG * _ACROSS, -1).sum(-1).mean(1)
+        if not means.isfinite().all():
+            raise ValueError(f"The second derivatives of the model along coordinate {i} are not finite.")
+        density = means.pow(1 / 6)
+        density = density / density.mean() if density.any() else torch.ones_like(density)
+        found.append(0.4 + 0.6 * density)
+    return torch.stack(found)
