@@ -80,22 +80,23 @@ def lotra_lr_multipliers(
     """
     # the name counts, also of classes that follow torch.optim.SGD without deriving from it
     is_sgd = not {"SGD", "ASGD"}.isdisjoint(cls.__name__ for cls in getattr(optimizer_cls, "__mro__", ()))
-    kinds, network = (LoTRALayer, SlimKANLinear, SlimLayer), unwrap(model)
+    network = unwrap(model)
     started = _started_from_gradient(network)
     table = LoTRALearningRates()
     for name, layer in network.named_modules():
-        if not isinstance(layer, kinds):
+        if isinstance(layer, LoTRALayer):
+            adapters = {adapter: layer.get_components(adapter) for adapter in layer.lotra_core}
+        elif isinstance(layer, (SlimKANLinear, SlimLayer)):
+            adapters = {"": layer.components}
+        else:
             continue
-        adapters = layer.lotra_core if isinstance(layer, LoTRALayer) else [""]
         widths = {"factor_out": layer.out_features, "factor_in": layer.in_features}
-        for adapter in adapters:
-            parameters = layer.get_components(adapter) if isinstance(layer, LoTRALayer) else layer.components
+        for adapter, parameters in adapters.items():
             # a Slim layer has nothing to start from: its factors are the layer
-            ranks = tuple(parameters[0].shape) if isinstance(layer, LoTRALayer) else ()
+            ranks = tuple(parameters[0].shape) if adapter else ()
             multipliers = component_multipliers(policy, widths, ranks, is_sgd, (layer, adapter) in started)
-            for component, parameter in zip(
-                Tucker._fields, parameters, strict=False
-            ):  # of four, the last is the kernel's
+            # `factor_kernel`, the last, is not in all layers
+            for component, parameter in zip(Tucker._fields, parameters, strict=False):
                 if not parameter.requires_grad:
                     continue
                 group = f"{component}/{widths[component]}" if component in widths else component

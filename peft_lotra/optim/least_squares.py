@@ -203,8 +203,9 @@ class LeastSquares:
     def _check(self, term: PreparedTerm) -> None:
         """Raises a `ValueError` if the first row has other residuals beside the last row than beside itself, if
         residuals are random, or if their number in a row depends on the number of rows."""
-        buffers = {name: tensor.clone() for name, tensor in self.model.named_buffers()}  # batch normalization writes
-        named = {**buffers, **self.fixed, **self._named(self.start)}
+        # copies, since batch normalization writes into them
+        buffers = {name: it.clone() for name, it in self.model.named_buffers() if name not in self.fixed}
+        named = {**buffers, **self._named(self.start)}
 
         def evaluate(*places: int) -> Tensor:
             return self._call(term, [row[list(places)] for row in term.rows], named).detach()
@@ -251,6 +252,7 @@ class LeastSquares:
             return tensor.detach()  # the tensor itself would hold the graph that holds it
 
         def evaluate() -> Tensor:
+            """The residuals; `sizes` then has the bytes of each tensor that is saved for the backward pass."""
             sizes.clear()
             try:
                 with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -222,19 +222,17 @@ def solve(
     training = _Training(result, equation, list(terms), points, sampler, budget, steps is None, progress)
     result.first_residual = training.norm(ends[0])
     if continuation is not None:
-        failures = 0
 
         def stage(parameter: float) -> float:
-            nonlocal failures
             share, first = min(CONTINUED * (len(result.phases) + 1) / STAGES, COARSE), result.first_residual**2
             least = training.fit("continuation", parameter, share, SOLVED * first)
-            failures += least > FAILED * first
+            failures = sum(phase.held > FAILED * first for phase in result.phases)
             # neither the first stage nor one that is out of time can be tried again
             return 0.0 if training.ended or len(result.phases) == 1 or failures > MOST_FAILURES else least / first
 
         scale = "log" if ends[0] * ends[1] > 0 else "linear"
-        path: Any = {"prepare": training.move_knots, "steps": STAGES - 1, "scale": scale, "target": FAILED}
-        continue_(model, stage, *ends, **path)
+        start, stop = ends
+        continue_(model, stage, start, stop, target=FAILED, prepare=training.move_knots, steps=STAGES - 1, scale=scale)
     kan = training.kan if refine else None
     training.fit("coarse", ends[-1], 1.0 if kan is None else COARSE)
     if kan is not None and training.spent() < 1:  # a last phase on grids that are twice as fine
