@@ -8,7 +8,8 @@
 
 The range, 0.005 to 1, and the number of unseen viscosities are those of GPT-PINN (github.com/skoohy/GPT-PINN), which
 takes 129 candidates and 9 networks of 60,000 epochs, 0.89 h on a GPU, and reports no errors; here they are spaced
-evenly in the logarithm. Errors are relative L2, against a spectral solution.
+evenly in the logarithm. Errors are relative L2, against a spectral solution. A member has 1,560 coefficients, and
+3,000 points: with 1,500, a base or a member can fit each of them and be wrong between them.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     args = parser.parse_args()
-    sizes = (100, 3, 3, 2) if args.quick else (1500, 45, 15, 25)
+    sizes = (100, 3, 3, 2) if args.quick else (3000, 45, 15, 25)
     results, prefix = [], "quick_" if args.quick else ""
     for seed in args.seeds[:1] if args.quick else args.seeds:
         results.append(run(seed, *sizes))
