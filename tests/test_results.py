@@ -168,7 +168,11 @@ def lycoris() -> Values:
 
 def fronts() -> Values:
     names = ("predicted", "one step", "POD, exact", "POD, projected", "POD, members", "POD, shifted")
-    return [[run["medians"][name] for name in names] for run in load("parametric/fronts")["results"]]
+    results, rows = load("parametric/fronts")["results"], []
+    for members in (5, 9):
+        medians, worst = ([run[key] for run in results if run["members"] == members] for key in ("medians", "worst"))
+        rows.append([(median(run[name] for run in medians), max(run[name] for run in worst)) for name in names])
+    return rows
 
 
 def convolutions() -> Values:
@@ -213,7 +217,7 @@ NUMBERS = {
     "when.md: accuracy %": fifty_tasks,
     "slim.md: digits, mean of 5 seeds, [64, 64, 10]": slim_images,
     "comparison.md: parameters": lycoris,
-    "parametric.md: members, seed": fronts,
+    "parametric.md: members": fronts,
     "convolutions.md: parameters, at most": convolutions,
     "benchmarks.md: CPU ms, 5 intervals": jet_speed,
     "benchmarks.md: CPU ms": jet_orders,
@@ -341,6 +345,12 @@ def sentences_of_convolutions() -> list[str]:
     return [f"Without an adapter it is {alone:.1f}, with the head alone (650 parameters) {head:.1f}", f"{full:.1f}"]
 
 
+def sentences_of_parametric() -> list[str]:
+    (eight,) = (row for row in load("parametric/smooth")["rows"] if row["solutions"] == 8)
+    family, interpolated, lspg = (f"{eight[name]:.1e}" for name in ("family", "POD, interpolated", "POD, LSPG"))
+    return [f"an error of {family}", f"has {interpolated} by interpolated coefficients", f"{lspg} by LSPG"]
+
+
 def sentences_of_slim() -> list[str]:
     rows = load("slim_images_mnist-10k")["rows"]
     names = ("dense KAN", "MLP", "slim(dense), energy 0.99, as it is")
@@ -354,7 +364,7 @@ def sentences_of_slim() -> list[str]:
 
 SENTENCES = (
     *(sentences_of_index, sentences_of_when, sentences_of_training, sentences_of_comparison),
-    *(sentences_of_benchmarks, sentences_of_convolutions, sentences_of_slim),
+    *(sentences_of_benchmarks, sentences_of_convolutions, sentences_of_parametric, sentences_of_slim),
 )
 
 
