@@ -340,7 +340,13 @@ def sentences_of_convolutions() -> list[str]:
 def sentences_of_parametric() -> list[str]:
     (eight,) = (row for row in load("parametric/smooth")["rows"] if row["solutions"] == 8)
     family, interpolated, lspg = (f"{eight[name]:.1e}" for name in ("family", "POD, interpolated", "POD, LSPG"))
-    return [f"an error of {family}", f"has {interpolated} by interpolated coefficients", f"{lspg} by LSPG"]
+    runs = [run["rows"] for run in load("parametric/wide")]
+    wide = [
+        f"{median(median(row[name] for row in rows) for rows in runs):.1e}{word} and "
+        f"{max(row[name] for rows in runs for row in rows):.1e}"
+        for name, word in (("predicted", " (median)"), ("one step", ""))
+    ]
+    return [f"an error of {family}", f"has {interpolated} by interpolated coefficients", f"{lspg} by LSPG", *wide]
 
 
 def sentences_of_slim() -> list[str]:
