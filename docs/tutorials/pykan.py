@@ -46,7 +46,8 @@ print("new data, before adapting:", kan.evaluate(new)["test_loss"])
 #
 # The adapter goes into pykan's layers, so `fit` trains it. `update_grid=False` is needed: a grid that moves would
 # change what the adapter means. The last layer has one output, so lower ranks do. The base is kept, and serves both
-# data sets; where it need not be, training all parameters ends lower (about 0.001 in these 20 steps).
+# data sets; where it need not be, training all parameters ends lower (about 0.001 in these 20 steps). After pykan's
+# `prune()`, for which `auto_save=False` is left out, the default rank of the basis may be 1: pass a higher one.
 
 # %%
 config = LoTRAConfig(r=(3, 2, 3), rank_pattern={"act_fun.1": (1, 2, 2)})
