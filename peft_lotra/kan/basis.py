@@ -153,16 +153,17 @@ def is_batched(tensor: torch.Tensor) -> bool:
 def cardinal_spline(offset: torch.Tensor, spline_order: int, derivative: int = 0) -> torch.Tensor:
     """The cardinal spline M_p of `bspline_basis`, or its derivative, at offsets (any shape) from the center."""
     power = spline_order - derivative
-    total = torch.zeros_like(offset)
     if power < 0:
-        return total
+        return torch.zeros_like(offset)
     # not `abs`, to which autograd gives the slope 0 at the center: the second derivative needs that of one side
     distance = torch.sub(offset, offset.relu(), alpha=2) + (spline_order + 1) / 2
+    total = None
     for factor in spline_factors(spline_order):
-        distance = distance.relu()
+        distance = (distance if total is None else distance - 1).relu()
         term = distance.pow(power) if power else (distance > 0).to(distance.dtype)
-        total = total.add(term, alpha=factor / math.factorial(power))
-        distance = distance - 1
+        share = factor / math.factorial(power)
+        total = term * share if total is None else total.add(term, alpha=share)
+    assert total is not None
     if derivative % 2 == 0:
         return total
     return -total * (torch.ones_like(offset).copysign(offset) if power else offset.sign())
