@@ -18,6 +18,7 @@ from torch import nn
 
 from .compress.data_weights import first_output
 from .compress.spectra import Spectrum
+from .compress.updates import edge_scales
 from .layers.coefficients import CoefficientTensor
 from .layers.registry import find_kan_layers, find_layer
 from .layers.slim import call_with_coefficients
@@ -25,7 +26,7 @@ from .modules.calls import unwrap
 from .modules.checks import check_count
 from .optim.levenberg_marquardt import LevenbergMarquardtStep
 from .report import Report, TextTable
-from .tuner.layer import LoTRALayer, grid_ends, lotra_layers
+from .tuner.layer import LoTRALayer, Target, grid_ends, lotra_layers
 from .tuner.targets import locate_target
 
 
@@ -116,9 +117,11 @@ def plot_edge_functions(
     change = (curves["adapted"] - before if len(curves) == 2 else before).float().square().sum(-1)
     edges = _choose_edges(edges, change)
     if x is None:
-        ends = grid_ends(spec.read_grid(layer), before.shape[1])
-        low, high = (-1.0, 1.0) if ends is None else (end[[i for _, i in edges]] for end in ends)
-        x = torch.linspace(float(torch.as_tensor(low).min()), float(torch.as_tensor(high).max()), 101, device="cpu")
+        low, high = -1.0, 1.0
+        if (ends := grid_ends(spec.read_grid(layer), before.shape[1])) is not None:
+            drawn = [i for _, i in edges]
+            low, high = ends[0][drawn].min().item(), ends[1][drawn].max().item()
+        x = torch.linspace(low, high, 101, device="cpu")
     x = x.flatten()
     functions = {
         (label, i): _functions_of(layer, tensor, coefficients, i, x.to(before))
@@ -172,7 +175,7 @@ def edge_changes(model: nn.Module) -> EdgeChanges:
     """How much the active adapters changed each edge, |A' - A| and |A' - A| / |A|: what `plot_network_change` draws.
 
     A are the edge's coefficients before, A[o, i, :] with the residual branch, and A' those with all active adapters,
-    multiplied by what the kind of layer multiplies them by (pykan's `scale_sp` and mask).
+    multiplied by what the kind of layer multiplies them by (pykan's `scale_sp`).
     For an edge that was almost zero, a thousandth of the layer's mean |A| takes the place of its |A|.
 
     Args:
@@ -199,10 +202,8 @@ def edge_changes(model: nn.Module) -> EdgeChanges:
         if layer.applied_updates() and len(layer.lotra_tensor.shape) == 3:
             before = layer.get_base_weight()
             before = before.to(torch.promote_types(before.dtype, torch.float32))
-            scale = layer.lotra_spec.scale(layer.get_base_layer())
-            factors = torch.ones_like(before)
-            if scale is not None:
-                factors[..., : layer.lotra_tensor.shape[2]] = scale.unsqueeze(-1)
+            scale = edge_scales(Target(layer.get_base_layer(), layer.lotra_spec, layer.lotra_tensor), before)
+            factors = torch.ones_like(before) if scale is None else scale
             change = (layer.effective_coefficients(before.dtype) - before).mul(factors).norm(dim=-1)
             size = before.mul(factors).norm(dim=-1)
             changes.change[name] = change.cpu()

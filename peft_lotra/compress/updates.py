@@ -16,7 +16,7 @@ from torch import nn
 
 from ..layers.registry import find_kan_layers
 from ..modules.calls import read_at_rest, unwrap
-from ..tuner.layer import LoTRALayer
+from ..tuner.layer import LoTRALayer, Target
 from ..tuner.targets import locate_target
 
 
@@ -87,11 +87,18 @@ def read_coefficients(name: str, module: nn.Module) -> tuple[torch.Tensor, torch
             coefficients = module.effective_coefficients(torch.float64)
         else:
             coefficients = tensor.read(layer).double().clone()  # `read` may return the parameter itself
-        scale = spec.read_edge_scale(layer, tensor)
+        scale = edge_scales(Target(layer, spec, tensor), coefficients)
     if coefficients.is_meta or not coefficients.isfinite().all():
         raise ValueError(f"The coefficients of `{name}` are not finite, or not loaded (on the meta device).")
+    return coefficients, scale
+
+
+def edge_scales(target: Target, coefficients: torch.Tensor) -> torch.Tensor | None:
+    """What a layer multiplies its coefficients by, laid out like them, 1 for the residual branch; None for nothing."""
+    layer, spec, tensor = target
+    scale = spec.read_edge_scale(layer, tensor)
     if scale is None:
-        return coefficients, None
+        return None
     full = torch.ones_like(coefficients)
-    full[:, :, : tensor.shape[2]] = scale.double()
-    return coefficients, full
+    full[:, :, : tensor.shape[2]] = scale.to(coefficients)
+    return full
