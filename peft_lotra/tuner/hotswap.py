@@ -128,6 +128,8 @@ def _components(
             f"`{name}` has the sizes {new.shape} and ranks {new.ranks} in the new adapter, {present.shape} and "
             f"{wanted} here. Pass `target_rank`, or load it beside the other: `model.load_adapter(...)`."
         )
-    core = pad(new.core, [n for m in reversed(missing) for n in (0, m)])
-    core = core * (config.alpha_of(name) / layer.lotra_alpha[adapter])
+    alpha = layer.lotra_alpha[adapter]
+    if not alpha:
+        raise ValueError(f"`{name}` has the alpha 0 in the loaded adapter, which no core can make up for.")
+    core = pad(new.core, [n for m in reversed(missing) for n in (0, m)]) * (config.alpha_of(name) / alpha)
     return [core, *(pad(factor, (0, m)) for factor, m in zip(new.factors, missing, strict=True))]

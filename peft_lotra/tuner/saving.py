@@ -187,8 +187,8 @@ def select_to_save(adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str
 def check_complete(adapter_name: str, tensors: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> None:
     """Raises a ValueError if components are spread over several processes, or an adapter has values not finite."""
     for key, tensor in tensors.items():
-        # FSDP1 gives flat pieces
-        if tensor.dim() < 2 or hasattr(tensor, "placements") or hasattr(tensor, "local_shards"):
+        dims = (3, 4) if key.endswith(f".lotra_core.{adapter_name}") else (2,)  # FSDP1 gives flat pieces
+        if tensor.dim() not in dims or hasattr(tensor, "placements") or hasattr(tensor, "local_shards"):
             raise ValueError(
                 f"{key} is spread over several processes. Gather whole tensors, by "
                 "`get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))`, and pass them as "
