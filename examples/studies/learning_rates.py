@@ -12,10 +12,10 @@ A random KAN of three layers [n, n, n, n] is adapted to a teacher, which is the 
 the size of its coefficients in each layer. A second task starts from a [2, n, n, 1] KAN that has learned one function
 of two variables, and adapts it to another one; a third from a [64, n, 10] KAN that reads digits, and adapts it to 200
 rotated and noisy ones. Every learning rate of a half-decade grid, for SGD of a finer one up to the rate at which it
-diverges, is tried at each width n and rank, with policy "uniform" (one rate), "width" (as Adam has it in
-`peft_lotra.optim.create_lotra_optimizer`), and rules that are not in the package: "grown" has factor_out at
-sqrt(n / 16), for SGD; "ranks" and "roots" are "width" with the core at 16 / (r2 r3) and factor_out at 4 / r1, or at
-the roots of these; the table has them also for ranks above 4 alone. The policies of "gradient" begin with
+diverges, is tried at each width n and rank, with policy "uniform" (one rate), "width" (factor_out and factor_in at
+sqrt(16 / n)), and "grown" (factor_out at sqrt(n / 16), for SGD); "ranks" and "roots" are "width" with the core at
+16 / (r2 r3) and factor_out at 4 / r1, or at the roots of these. The table has them also for ranks above 4 alone:
+"ranks above 4" is what Adam has in `peft_lotra.optim.create_lotra_optimizer`. The policies of "gradient" begin with
 `start_from_gradient`, with the package's rates, or those of "width" or "ranks". Muon is torch's for the factors, which
 are matrices, and Adam for the core. The result is the error after training, divided by the error of the base (1:
 nothing learned). Runs that the result file has are not repeated.
@@ -69,19 +69,31 @@ SWEEPS = {
     "ranks": {
         "steps": 150,
         "batch": 32,
-        "seeds": {16: 3, 64: 3, 256: 3},
+        "seeds": {16: 3, 64: 3, 256: 3, 512: 3},
         "runs": [  # at width 16 the policies of the widths are "uniform"
             (task, optimizer, policies, ranks, (width,), RATES[1:])
             for width, optimizer, policies, ranks in (
                 (16, "Adam", ("width", "roots", "ranks"), (2, 4, 8, 16)),
                 (64, "Adam", ("uniform", "width", "roots", "ranks"), (2, 4, 16)),
+                (64, "Adam", ("width", "ranks"), (8,)),
                 (64, "SGD, momentum", ("uniform", "width", "grown"), (4,)),
                 (64, "Muon", ("uniform", "width"), (4,)),
                 (64, "AdamW", ("width",), (4,)),
                 (16, "SGD, momentum", ("uniform",), (4,)),
                 (16, "Muon", ("uniform", "width"), (4,)),
                 (64, "Adam", ("gradient", "gradient, width", "gradient, ranks"), (4, 16)),
-                (256, "Adam", ("width", "ranks"), (4, 16)),
+                (256, "Adam", ("width",), (2,)),
+                (256, "Adam", ("uniform", "width"), (4,)),
+                (256, "Adam", ("width", "ranks"), (8,)),
+                (256, "Adam", ("uniform", "width", "ranks"), (16,)),
+                (512, "Adam", ("uniform", "width"), (4,)),
+                (512, "Adam", ("width", "ranks"), (16,)),
+                (16, "AdamW", ("width",), (2, 4)),
+                (64, "AdamW", ("width",), (2,)),
+                (256, "AdamW", ("width",), (4,)),
+                *((width, "AdamW", ("width", "ranks"), (16,)) for width in (16, 64)),
+                *((width, "SGD, momentum", ("uniform",), (2, 16)) for width in (16, 64)),
+                *((width, "Muon", ("uniform", "width", "ranks"), (2, 16)) for width in (16, 64)),
                 (256, "SGD, momentum", ("uniform", "width", "grown"), (4,)),
                 (256, "Muon", ("uniform", "width"), (4,)),
             )
@@ -166,7 +178,7 @@ def groups_of(model: nn.Module, policy: str, lr: float) -> list[dict]:
     """A group with the rate of the policy for each component of each layer."""
     groups, rule = [], policy.removeprefix("gradient, ")
     power = {"roots": 0.5, "ranks": 1.0}.get(rule, 0.0)
-    of_package = rule in ("width", "gradient") and rule == policy
+    of_package = policy == "gradient"
     for line in lotra_lr_multipliers(model, "width" if of_package else "uniform"):
         rate, size = lr * line.multiplier, line.shape[0]
         if not of_package and rule not in ("uniform", "grown") and line.component in ("factor_out", "factor_in"):
