@@ -16,13 +16,16 @@ fine-tuning, and of the MLP full fine-tuning and LoRA.
 
 With --rivals, also: one that reads all digits learns MNIST, one that tells malignant breast cancers of smooth texture
 learns those of rough texture, one that predicts the next character of scikit-learn's descriptions of data learns its
-source, and one that forecasts 40 households learns another one. The rivals are, at about as many parameters as LoTRA
-of ranks (8, 8, 4), the core of the HOSVD's factors, LoRA for each slice (as PEFT by `target_parameters`), LoKr, LoHa,
-the basis function with the largest gradient, and the residual weights. Results of few_labels.json are not repeated.
+source, one that forecasts 40 households learns another one, and one that solves Burgers' equation at the viscosity 0.1
+learns the solution at 0.05, by the residual at 500 points ("labels"; its values at t = -1 and x = -1, 1 are exact).
+The rivals are, at about as many parameters as LoTRA of ranks (8, 8, 4), the core of the HOSVD's factors, LoRA for each
+slice (as PEFT by `target_parameters`), LoKr, LoHa, the basis function with the largest gradient, and the residual
+weights. Results of few_labels.json are not repeated.
 
-Each method has three learning rates; validation data choose
-one, by the mean over the seeds, and test data count nowhere else. Rates and seeds of a method train at once. Writes
-few_labels.json and .md, or rivals.json, .md and .png, which compares the ranks of the methods over the tasks.
+Each method has five learning rates; validation data (the residual at other points) choose one, by the mean over the
+seeds, and test data count nowhere else; "ranks chosen" chooses the ranks of LoTRA in the same way. Rates and seeds of
+a method train at once. Writes few_labels.json and .md, or rivals.json, .md and .png, which compares the ranks of the
+methods over the tasks.
 """
 
 from __future__ import annotations
@@ -33,11 +36,12 @@ from study_tools import command_line  # isort: split
 import copy
 import inspect
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -52,6 +56,7 @@ from study_tools import files, machine, together
 from study_tools.pictures import BLUE, GRAY, RED
 from study_tools.tasks import digits_to_mnist
 from torch import Tensor, nn
+from torch.func import jvp
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from tqdm import tqdm
@@ -60,11 +65,18 @@ from peft_lotra import LoTRAConfig, create_lotra_optimizer, start_from_gradient
 from peft_lotra.kan import KAN
 
 
+sys.path.append(str(Path(__file__).parent / "pde"))
+from problems.families import FAMILIES, sobol, test_points  # noqa: E402
+
+
 torch.set_num_threads(1)  # additional threads slow down such small matrices
 warnings.filterwarnings("ignore", "Adapters have more parameters")  # ranks are the same for all tasks
 
 Data = tuple[Tensor, Tensor]
 DEFAULT_RATE = 3e-2  # of the examples in the documentation
+
+
+Call = Callable[[Tensor], Tensor]  # a network
 
 
 @dataclass
@@ -78,13 +90,54 @@ class Split:
     test: Data
     loss: Callable[[Tensor, Tensor], Tensor]
 
+    def start(self, model: Call, x: Tensor) -> Tensor:
+        """What the loss of the old task takes."""
+        return model(x)
+
+    def outputs(self, model: Call, x: Tensor) -> Tensor:
+        """What the loss of the new task takes."""
+        return model(x)
+
+    def first_loss(self, model: nn.Module) -> Tensor:
+        x, y = self.labeled
+        return self.loss(self.outputs(model, x), y)
+
     @torch.no_grad()
-    def score(self, model: nn.Module, data: Data) -> float:
+    def score(self, model: nn.Module, part: str) -> float:
         """The accuracy, or the share of the variance that is explained, in %."""
-        y = model(data[0])
+        x, target = getattr(self, part)
+        y = model(x)
         if self.loss is F.cross_entropy:
-            return 100 * (y.argmax(1) == data[1]).float().mean().item()
-        return 100 * (1 - self.loss(y, data[1]) / data[1].var(correction=0)).item()
+            return 100 * (y.argmax(1) == target).float().mean().item()
+        return 100 * (1 - self.loss(y, target) / target.var(correction=0)).item()
+
+
+class Equation(Split):
+    """Burgers' equation for t from -1 to 1: its inputs are points (x, t), its targets zeros, but those of the test."""
+
+    def start(self, model: Call, x: Tensor) -> Tensor:
+        return self.residual(model, x, 0.1)
+
+    def outputs(self, model: Call, x: Tensor) -> Tensor:
+        return self.residual(model, x, 0.05)
+
+    @staticmethod
+    def solution(model: Call, x: Tensor) -> Tensor:
+        return -torch.sin(math.pi * x[:, :1]) + (1 - x[:, :1] ** 2) * (x[:, 1:] + 1) * model(x)
+
+    def residual(self, model: Call, x: Tensor, viscosity: float) -> Tensor:
+        along_x, along_t = torch.eye(2)[:, None].expand(2, *x.shape)
+        u, u_t = jvp(partial(self.solution, model), (x,), (along_t,))
+        u_x, u_xx = jvp(lambda x: jvp(partial(self.solution, model), (x,), (along_x,))[1], (x,), (along_x,))
+        return 2 * u_t + u * u_x - viscosity * u_xx
+
+    def score(self, model: nn.Module, part: str) -> float:
+        """By how many digits the residual is below 1, or the error below the solution."""
+        x, target = getattr(self, part)
+        if part == "test":
+            return -(self.solution(model, x) - target).norm().div(target.norm()).log10().item()
+        # no `no_grad`: silu has no second forward derivative there
+        return -self.outputs(model, x).square().mean().sqrt().log10().item()
 
 
 def parts(x: Tensor, y: Tensor, seed: int, labels: int, first: int, second: int) -> list[Data]:
@@ -145,12 +198,22 @@ def household(seed: int, labels: int) -> Split:
     return Split([old[0].shape[1], 32, 1], (old[0], old[1][:, None]), *new, F.mse_loss)
 
 
+def burgers(seed: int, labels: int) -> Split:
+    family, generator = FAMILIES["burgers"], torch.Generator().manual_seed(seed)
+    old, new, held_out = (
+        (x, torch.zeros(len(x), 1)) for x in (sobol(generator, rows).float() for rows in (4096, labels, 1000))
+    )
+    reference = test_points().float(), family.reference(family.targets["middle"]).float()
+    return Equation([2, 16, 16, 1], old, new, held_out, reference, F.mse_loss)
+
+
 TASKS: dict[str, tuple[Callable[[int, int], Split], tuple[int, ...]]] = {
     "digits 0-4 to 5-9": (digits, (20, 50, 200)),
     "diabetes, younger to older": (diabetes, (50,)),
     "breast cancer, smooth to rough": (cancer, (50,)),
     "characters, prose to code": (characters, (1000,)),
     "one more household": (household, (168,)),
+    "Burgers, viscosity 0.1 to 0.05": (burgers, (500,)),
 }
 
 
@@ -159,10 +222,17 @@ def count(model: nn.Module) -> int:
 
 
 def make_mlp(widths: list[int]) -> nn.Module:
-    """An MLP of one hidden layer with as many parameters as the KAN of these widths."""
-    inputs, _, outputs = widths
-    hidden = round((count(KAN(widths)) - outputs) / (inputs + outputs + 1))
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
+    """An MLP of as many hidden layers as the KAN of these widths, all of one width, and of as many parameters."""
+
+    def make(hidden: int) -> nn.Module:
+        sides = [widths[0], *[hidden] * (len(widths) - 2), widths[-1]]
+        parts = [part for pair in pairwise(sides) for part in (nn.Linear(*pair), nn.SiLU())]
+        return nn.Sequential(*parts[:-1])
+
+    wanted = count(KAN(widths))
+    with torch.device("meta"):
+        hidden = min(range(1, 1000), key=lambda hidden: abs(count(make(hidden)) - wanted))
+    return make(hidden)
 
 
 Trained = tuple[nn.Module, torch.optim.Optimizer]
@@ -175,18 +245,19 @@ def lotra(r: int | tuple[int, ...], start: str, base: nn.Module, split: Split, l
         config = LoTRAConfig(r=r, init_weights="hosvd", train=["core"])
     model = get_peft_model(base, config)
     if start == "gradient":
-        start_from_gradient(model, lambda: split.loss(model(split.labeled[0]), split.labeled[1]))
+        start_from_gradient(model, lambda: split.first_loss(model))
     return model, create_lotra_optimizer(model, Adam, lr=lr)
 
 
 def only(part: str, base: nn.Module, split: Split, lr: float) -> Trained:
     for name, parameter in base.named_parameters():
-        parameter.requires_grad_(part in name)
+        parameter.requires_grad_(part.format(last=len(split.widths) - 2) in name)
     return full(base, split, lr)
 
 
 def lora(base: nn.Module, split: Split, lr: float) -> Trained:
-    return full(get_peft_model(base, LoraConfig(r=3, lora_alpha=3, target_modules=["0", "2"])), split, lr)
+    layers = [name for name, layer in base.named_children() if isinstance(layer, nn.Linear)]
+    return full(get_peft_model(base, LoraConfig(r=3, lora_alpha=3, target_modules=layers)), split, lr)
 
 
 def full(base: nn.Module, split: Split, lr: float) -> Trained:
@@ -246,7 +317,7 @@ def delta(make: Callable, base: nn.Module, split: Split, lr: float) -> Trained:
 
 def dense(base: nn.Module, split: Split, lr: float) -> Trained:
     """The basis function of each layer that has the largest gradient, for all edges."""
-    split.loss(base(split.labeled[0]), split.labeled[1]).backward()
+    split.first_loss(base).backward()
     for layer in base.requires_grad_(False).layers:
         weight = layer.spline_weight
         one = torch.zeros(weight.shape[2])
@@ -268,34 +339,33 @@ class Slice(nn.Module):
 
 
 Method = Callable[[nn.Module, Split, float], Trained]
-RATES = (1e-2, 3e-2, 1e-1)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+CHOICES = [(8, 8, 4), (5, 13, 3), (4, 12, 4), (8, 12, 3), (2, 16, 4), (4, 16, 2), (6, 8, 6)]  # at most 10 % of digits
 METHODS: dict[str, tuple[Callable, Method, tuple[float, ...]]] = {
     "KAN, full fine-tuning": (KAN, full, RATES),
     "KAN, spline weights": (KAN, partial(only, "spline_weight"), RATES),
-    "KAN, last layer": (KAN, partial(only, "layers.1."), RATES),
+    "KAN, last layer": (KAN, partial(only, "layers.{last}."), RATES),
     "KAN, residual weights": (KAN, partial(only, "base_weight"), RATES),
     "LoTRA, random start, r=4": (KAN, partial(lotra, 4, "random"), RATES),
     "LoTRA, gradient start, r=4": (KAN, partial(lotra, 4, "gradient"), RATES),
     "LoTRA, random start, r=(8, 8, 4)": (KAN, partial(lotra, (8, 8, 4), "random"), RATES),
-    "LoTRA, gradient start, r=(8, 8, 4)": (KAN, partial(lotra, (8, 8, 4), "gradient"), RATES),
-    "LoTRA, gradient start, r=(5, 13, 3)": (KAN, partial(lotra, (5, 13, 3), "gradient"), RATES),
+    **{f"LoTRA, gradient start, r={r}": (KAN, partial(lotra, r, "gradient"), RATES) for r in CHOICES},
     "LoTRA, core of the HOSVD, r=(14, 14, 6)": (KAN, partial(lotra, (14, 14, 6), "hosvd"), RATES),
     "LoRA of slices": (KAN, partial(delta, slices), RATES),
     "LoKr": (KAN, partial(delta, lokr), RATES),
     "LoHa": (KAN, partial(delta, loha), RATES),
     "one basis function": (KAN, dense, RATES),
-    "MLP, full fine-tuning": (make_mlp, full, (3e-3, 1e-2, 3e-2)),
+    "MLP, full fine-tuning": (make_mlp, full, (1e-3, *RATES[:4])),
     "MLP, LoRA, r=3": (make_mlp, lora, RATES),
 }
 
 
-ONLY_FIRST = ("KAN, spline weights", "LoTRA, gradient start, r=(5, 13, 3)")
+OF_CHOICE = ["LoTRA, gradient start, r=4", *(f"LoTRA, gradient start, r={r}" for r in CHOICES)]
 FIRST = [  # which few_labels.json has
-    *("KAN, full fine-tuning", "KAN, spline weights", "KAN, last layer", "LoTRA, random start, r=4"),
-    *("LoTRA, gradient start, r=4", "LoTRA, gradient start, r=(8, 8, 4)", "LoTRA, gradient start, r=(5, 13, 3)"),
+    *("KAN, full fine-tuning", "KAN, spline weights", "KAN, last layer", "LoTRA, random start, r=4", *OF_CHOICE),
     *("MLP, full fine-tuning", "MLP, LoRA, r=3"),
 ]
-RIVALS = [name for name in METHODS if name not in ONLY_FIRST]
+RIVALS = [name for name in METHODS if name not in ("KAN, spline weights", *OF_CHOICE[2:])]
 
 
 def whole(data: list[Data], rows: list[Tensor]) -> Callable[[int], tuple]:
@@ -318,8 +388,8 @@ def make_bases(make: Callable, splits: dict[int, Split], steps: int) -> dict[int
         made[seed] = make(split.widths)
         rows.append(together.draw(split.old, 2 * steps))
     models, old = list(made.values()), [split.old for split in splits.values()]
-    optimizer = Adam([{"params": list(model.parameters())} for model in models], lr=5e-3)
-    together.train(models, [optimizer], together.batches(old, rows), next(iter(splits.values())).loss, 2 * steps)
+    optimizer, split = Adam([{"params": list(model.parameters())} for model in models], lr=5e-3), splits[min(splits)]
+    together.train(models, [optimizer], together.batches(old, rows), split.loss, 2 * steps, call=split.start)
     return made
 
 
@@ -353,15 +423,16 @@ def run_all(todo: list[Run], tasks: dict, found: dict[str, dict], steps: int, sa
             groups += optimizer.param_groups
             rows.append(together.draw(splits[seed].labeled, steps))
         data = [splits[seed].labeled for seed, _ in settings]
-        batches, loss = together.batches(data, rows), next(iter(splits.values())).loss
+        split = splits[min(splits)]
+        batches, loss = together.batches(data, rows), split.loss
         if labels < 100:
             batches, loss = whole(data, rows), partial(counted, loss)
-        together.train(models, [torch.optim.Adam(groups)], batches, loss, steps)
+        together.train(models, [torch.optim.Adam(groups)], batches, loss, steps, call=split.outputs)
         row = found.setdefault(f"{task}, {labels} labels", {}).setdefault(method, {"parameters": count(models[0])})
         for (seed, lr), model in zip(settings, models, strict=True):
             scores = row.setdefault("rates", {}).setdefault(f"{lr:g}", {"validation": {}, "test": {}})
             for part in ("validation", "test"):
-                scores[part][str(seed)] = splits[seed].score(model, getattr(splits[seed], part))
+                scores[part][str(seed)] = splits[seed].score(model, part)
         save()
         bar.update(len(settings))
 
@@ -372,29 +443,48 @@ def is_done(found: dict[str, dict], run: Run) -> bool:
     return str(seed) in rates.get(f"{lr:g}", {}).get("test", {})
 
 
+def mean(row: dict, lr: str, part: str) -> float:
+    """Over the seeds; a run that diverged is below all others."""
+    return float(np.nan_to_num(np.mean([*row["rates"][lr][part].values()]), nan=-np.inf))
+
+
 def chosen(row: dict) -> str:
     """The rate with the best mean over the seeds on the validation data."""
-    return max(row["rates"], key=lambda lr: np.mean([*row["rates"][lr]["validation"].values()]))
+    return max(row["rates"], key=lambda lr: mean(row, lr, "validation"))
+
+
+def chosen_ranks(rows: dict[str, dict]) -> str:
+    """The method of `OF_CHOICE` with the best mean on the validation data."""
+    return max(OF_CHOICE, key=lambda name: mean(rows[name], chosen(rows[name]), "validation"))
 
 
 def test_mean(row: dict) -> float:
-    return float(np.mean([*row["rates"][chosen(row)]["test"].values()]))
+    return mean(row, chosen(row), "test")
+
+
+def unit_of(task: str) -> str:
+    if task.startswith("Burgers"):
+        return "digits: -log10 of the relative error"
+    return "explained variance %" if task.startswith(("diabetes", "one more")) else "accuracy %"
 
 
 def as_text(found: dict[str, dict]) -> str:
     """The tables in Markdown."""
     lines = []
     for part, rows in found.items():
-        unit = "explained variance %" if part.startswith(("diabetes", "one more")) else "accuracy %"
-        lines += [f"### {part}", "", f"| | parameters | lr | {unit} | seeds | at lr {DEFAULT_RATE:g} |"]
+        lines += [f"### {part}", "", f"| | parameters | lr | {unit_of(part)} | seeds | at lr {DEFAULT_RATE:g} |"]
+        digits = 2 if part.startswith("Burgers") else 1
         lines.append("|---|--:|--:|--:|---|--:|")
         for method in (name for name in METHODS if name in rows):
             row = rows[method]
             values = {lr: [*scores["test"].values()] for lr, scores in row["rates"].items()}
             lr, default = chosen(row), values.get(f"{DEFAULT_RATE:g}") if "LoTRA" in method else None
-            seeds = " ".join(f"{value:.1f}" for value in values[lr])
-            cells = [method, f"{row['parameters']:,}", lr, f"{np.mean(values[lr]):.1f}", seeds]
-            lines.append(f"| {' | '.join(cells)} | {'' if default is None else f'{np.mean(default):.1f}'} |")
+            seeds = " ".join(f"{value:.{digits}f}" for value in values[lr])
+            cells = [method, f"{row['parameters']:,}", lr, f"{np.mean(values[lr]):.{digits}f}", seeds]
+            lines.append(f"| {' | '.join(cells)} | {'' if default is None else f'{np.mean(default):.{digits}f}'} |")
+        if set(OF_CHOICE) <= set(rows):
+            best = chosen_ranks(rows)
+            lines += ["", f"Ranks chosen by validation data: {best}, {test_mean(rows[best]):.{digits}f}."]
         lines.append("")
     return "\n".join(lines)
 
@@ -446,7 +536,8 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="folder with 10,000 images of MNIST, for one more task")
     args = parser.parse_args()
     seeds, steps, most = (1, 5, 1) if args.quick else (args.seeds, 300, 4)
-    tasks, methods = (TASKS, RIVALS) if args.rivals else (dict(list(TASKS.items())[:2]), FIRST)
+    # the rivals come first, then what else is in the tables
+    tasks, methods = (TASKS, [RIVALS, OF_CHOICE[2:]]) if args.rivals else (dict(list(TASKS.items())[:2]), [FIRST])
     if args.rivals and args.data_dir is not None:
         tasks = {**TASKS, "digits to MNIST": (partial(mnist, args.data_dir), (20, 50, 200, 1000))}
 
@@ -461,7 +552,7 @@ def main() -> None:
         files.write(path, {"setting": setting, "results": found}, text)
 
     if not args.redraw:
-        todo = [run for run in runs(tasks, methods, seeds, most) if not is_done(found, run)]
+        todo = [run for part in methods for run in runs(tasks, part, seeds, most) if not is_done(found, run)]
         run_all(todo, tasks, found, steps, save)
     save(as_text(found))
     if args.rivals:

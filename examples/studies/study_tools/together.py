@@ -40,6 +40,7 @@ def train(
     loss: Callable[[Tensor, Any], Tensor],
     steps: int,
     decay: bool = True,
+    call: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = lambda model, x: model(x),
 ) -> Tensor:
     """Trains the parameters that require a gradient; returns the losses (steps, models).
 
@@ -50,6 +51,7 @@ def train(
         loss: Of the outputs and the targets of one network, to a number.
         steps: How many.
         decay: Whether the rates fall to zero along a cosine.
+        call: What the loss takes of a network and its inputs.
     """
     own = [{name: p for name, p in model.named_parameters() if p.requires_grad} for model in models]
     parameters, buffers = stack_module_state(list(models))
@@ -57,7 +59,7 @@ def train(
     skeleton, losses = copy.deepcopy(models[0]), []
 
     def loss_of(trained: dict[str, Tensor], others: dict[str, Tensor], x: Tensor, y: Any) -> Tensor:
-        return loss(functional_call(skeleton, {**trained, **others}, (x,)), y)
+        return loss(call(lambda rows: functional_call(skeleton, {**trained, **others}, (rows,)), x), y)
 
     schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) for optimizer in optimizers]
     for step in range(steps):
