@@ -43,10 +43,9 @@ NOT_APPLICABLE = {
     "they read the parameters or the repr of LoRA": """
         test_multirank test_multirank_2 test_repr_lora_linear test_loading_adapter_preserves_custom_requires_grad
         test_save_pretrained_warns_for_unsharded_state_dict""",
-    "they test `add_weighted_adapter`, which LoTRA does not have": """
-        test_multiple_adapters_mixed_modules_to_save_merging_adapters test_add_weighted_adapter_cat_with_rank_pattern
+    "LoTRA's `add_weighted_adapter` has no pruning, no sum of `modules_to_save`, and no average of weight 0": """
+        test_multiple_adapters_mixed_modules_to_save_merging_adapters test_add_weighted_adapter_with_different_scaling
         test_multiple_adapters_same_modules_to_save_merging_adapters_raises
-        test_add_weighted_adapter_negative_weight_negates_adapter test_add_weighted_adapter_with_different_scaling
         test_add_weighted_adapter_subtraction_with_negative_weights""",
     "they register custom LoRA layers (LoTRA has `register_kan_layer`)": """
         test_custom_lora_layer_used test_training_works test_saving_and_loading
